@@ -1,0 +1,13 @@
+"""The two ways a command ends early on purpose; everything else is a bug and keeps its traceback."""
+
+
+class InputError(Exception):
+    """Bad usage or bad input: the command prints `Error: <message>` on one line and exits 2.
+
+    The message says what was asked, what was found and what to do, in that order. Where several
+    things are wrong they are gathered and raised once.
+    """
+
+
+class RunError(Exception):
+    """A failure while running (full disk, divergence): one line, exit code 1, earlier results kept."""
