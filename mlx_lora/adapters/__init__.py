@@ -1,0 +1,1 @@
+"""Low-rank layers over a frozen base, and where they are put."""

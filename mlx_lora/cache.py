@@ -1,0 +1,19 @@
+"""Where downloaded, converted and measured things are kept between runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_dir(room: str) -> Path:
+    """Return the folder of one kind of cached thing; it may not exist yet.
+
+    Args:
+        room: `models`, `data`, `converted`, `blas` or `measured`.
+
+    Returns:
+        `$MLX_LORA_CACHE/<room>`, by default `~/.cache/mlx_lora/<room>`.
+    """
+    root = os.environ.get("MLX_LORA_CACHE") or Path.home() / ".cache" / "mlx_lora"
+    return Path(root) / room

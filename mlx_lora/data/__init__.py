@@ -1,0 +1,1 @@
+"""Records -> token ids and loss mask -> batches."""

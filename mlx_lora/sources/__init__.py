@@ -1,0 +1,1 @@
+"""Hub ids, folders, GGUF and data files -> local files and plain records."""
