@@ -108,3 +108,143 @@ SECTIONS = {
     "optimizer": OptimizerSettings,
     "loop": LoopSettings,
 }
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """All of a training run's settings, one section per stage."""
+
+    model: ModelSettings
+    data: DataSettings
+    adapter: AdapterSettings
+    optimizer: OptimizerSettings
+    loop: LoopSettings
+
+    def to_flat(self) -> dict[str, Any]:
+        """Return one flat dict, spelled as flags with underscores: what run.yaml holds."""
+        flat: dict[str, Any] = {}
+        for name in SECTIONS:
+            flat.update(dataclasses.asdict(getattr(self, name)))
+        return flat
+
+
+def train_settings(flags: dict[str, Any], config_file: str | None = None) -> TrainSettings:
+    """Resolve settings: a flag beats the YAML file, the YAML file beats the default.
+
+    Args:
+        flags: flat settings given on the command line (only those given).
+        config_file: YAML file of flat settings, spelled as the flags; hyphens and underscores both work.
+
+    Raises:
+        InputError: all unknown keys and bad values together, in the flags' spelling.
+    """
+    values = {**read_yaml(config_file), **flags} if config_file else dict(flags)
+    known = {f.name: section for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+    problems = [f"{config_file or 'settings'}: unknown setting {key!r}{_near(key, known)}" for key in values if key not in known]
+    sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for key, value in values.items():
+        if key in known:
+            coerced, problem = _coerce(SECTIONS[known[key]], key, value)
+            sections[known[key]][key] = coerced
+            problems += [problem] if problem else []
+    if not problems:
+        settings = TrainSettings(**{name: cls(**sections[name]) for name, cls in SECTIONS.items()})
+        problems = _range_problems(settings)
+    if problems:
+        raise InputError("; ".join(problems))
+    return settings
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read a flat YAML settings file; keys come back with underscores.
+
+    Raises:
+        InputError: when the file is missing, not UTF-8 YAML, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config {path}: cannot be read ({error.strerror}); give a YAML file") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config {path}: not YAML ({' '.join(str(error).split())}); mend the file") from None
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path}: holds no settings; write one `flag_name: value` per line")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def flag_of(name: str) -> str:
+    """Spell a field as its flag."""
+    return "--" + name.replace("_", "-")
+
+
+def _near(key: str, known: dict[str, str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(key, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else " (remove it; --help lists all)"
+
+
+def field_type(f: dataclasses.Field) -> type:
+    """Return the plain type of a settings field, without its `| None`."""
+    return {"str": str, "int": int, "float": float, "bool": bool}[str(f.type).split(" |")[0]]
+
+
+def _coerce(cls: type, key: str, value: Any) -> tuple[Any, str | None]:
+    """Check one value against its field; YAML reads 2e-4 as text, so numbers in text are taken."""
+    f = next(f for f in dataclasses.fields(cls) if f.name == key)
+    kind, choices = field_type(f), f.metadata.get("choices")
+    if value is None and "None" in str(f.type):
+        return None, None
+    if kind is str and isinstance(value, list):  # target_modules: [q_proj, v_proj]
+        value = ",".join(str(item) for item in value)
+    try:
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError
+        if kind is int and (isinstance(value, bool) or float(value) != int(float(value))):
+            raise ValueError
+        coerced = value if kind is bool else kind(float(value)) if kind is int else kind(value)
+    except (TypeError, ValueError, OverflowError):
+        return value, f"{flag_of(key)} {value!r}: not {kind.__name__}"
+    if choices and coerced not in choices:
+        return value, f"{flag_of(key)} {value!r}: not one of {', '.join(choices)}"
+    return coerced, None
+
+
+# Field, smallest and largest allowed value, and whether the smallest itself is allowed.
+_RANGES = {
+    "rank": (1, 65536, True),
+    "alpha": (0, 1e9, False),
+    "dropout": (0, 0.99, True),
+    "num_layers": (-1, 10**6, True),
+    "learning_rate": (0, 1e3, False),
+    "warmup": (0, 1e12, True),
+    "weight_decay": (0, 1e3, True),
+    "max_grad_norm": (0, 1e9, True),
+    "max_seq_length": (2, 10**8, True),
+    "valid_fraction": (0, 0.9, True),
+    "iters": (1, 10**12, True),
+    "epochs": (0, 1e9, False),
+    "batch_size": (1, 10**6, True),
+    "batch_tokens": (2, 10**9, True),
+    "grad_accumulation_steps": (1, 10**6, True),
+    "steps_per_report": (1, 10**12, True),
+    "steps_per_eval": (0, 10**12, True),
+    "val_batches": (-1, 10**12, True),
+    "test_batches": (-1, 10**12, True),
+    "save_every": (0, 10**12, True),
+    "seed": (0, 2**63 - 1, True),
+}
+
+
+def _range_problems(settings: TrainSettings) -> list[str]:
+    problems = []
+    for key, value in settings.to_flat().items():
+        if key in _RANGES and value is not None:
+            low, high, closed = _RANGES[key]
+            inside = (low <= value if closed else low < value) and value <= high
+            if not inside:  # NaN lands here too
+                bound = "at least" if closed else "more than"
+                problems.append(f"{flag_of(key)} {value}: must be {bound} {low} and at most {high:g}")
+    if settings.loop.iters is not None and settings.loop.epochs is not None:
+        problems.append("--iters and --epochs: both given; keep one")
+    return problems

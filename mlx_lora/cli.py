@@ -1,0 +1,131 @@
+"""What all commands share: options made from the settings, one-line errors, exit codes, where text goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from mlx_lora import config
+from mlx_lora.errors import InputError, RunError
+
+
+def echo(text: str = "") -> None:
+    """Print progress and reports on standard error, so that standard output stays the result's."""
+    click.echo(text, err=True)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print the one JSON object of a `--json` command on standard output."""
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+class Command(click.Command):
+    """A click command whose errors are one line `Error: asked, found, do this`.
+
+    Exit codes: 0 done; 1 a failure while running; 2 bad usage or input; 130 interrupted.
+    """
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **kwargs)
+        _quiet_libraries()
+        try:
+            result = super().main(*args, standalone_mode=False, **kwargs)
+        except (Exception, KeyboardInterrupt) as error:
+            sys.exit(report_error(error))
+        sys.exit(result if isinstance(result, int) else 0)
+
+
+class Group(click.Group):
+    """`mlx-lora X`: the group's own usage errors are one line as well; the commands report theirs."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        _quiet_libraries()
+        try:
+            result = super().main(*args, standalone_mode=False, **kwargs)
+        except (Exception, KeyboardInterrupt) as error:
+            sys.exit(report_error(error))
+        sys.exit(result if isinstance(result, int) else 0)
+
+
+def report_error(error: BaseException) -> int:
+    """Print the one line for an error we foresaw and return its exit code.
+
+    Raises:
+        BaseException: `error` itself when nobody foresaw it: that is a bug, and it keeps its traceback.
+    """
+    if isinstance(error, InputError):
+        message, code = str(error), 2
+    elif isinstance(error, click.exceptions.NoArgsIsHelpError):
+        click.echo(error.format_message())
+        return 2
+    elif isinstance(error, click.ClickException):
+        message, code = f"{error.format_message()} (--help lists the options)", 2
+    elif isinstance(error, RunError):
+        message, code = str(error), 1
+    elif isinstance(error, OSError) and error.errno is not None:
+        # Disk full, permission, vanished file: the operating system's own words are the plain ones.
+        place = f"{error.filename}: " if error.filename else ""
+        message, code = f"{place}{error.strerror}", 1
+    elif isinstance(error, (KeyboardInterrupt, click.Abort)):
+        message, code = "interrupted", 130
+    else:
+        raise error
+    click.echo("Error: " + " ".join(message.split()), err=True)
+    return code
+
+
+def _quiet_libraries() -> None:
+    """Keep libraries' notes ("PyTorch was not found") out of our output; their errors still reach us."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def settings_options(*sections: str) -> Callable[[Callable], Callable]:
+    """Add one click option per field of the named settings sections.
+
+    Options that are not given arrive as nothing at all (see `given`), so that a YAML file can set them
+    and the default stays in config.py alone.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        for section in reversed(sections):
+            for f in reversed(dataclasses.fields(config.SECTIONS[section])):
+                function = _option(f)(function)
+        return function
+
+    return decorate
+
+
+def _option(f: dataclasses.Field) -> Callable[[Callable], Callable]:
+    kind, help_text = config.field_type(f), f.metadata["help"]
+    flag = config.flag_of(f.name)
+    if kind is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", f.name, default=None, help=_with_default(help_text, f.default))
+    choices = f.metadata.get("choices")
+    return click.option(
+        flag,
+        f.name,
+        type=click.Choice(choices) if choices else kind,
+        default=None,
+        help=_with_default(help_text, f.default),
+    )
+
+
+def _with_default(text: str, default: Any) -> str:
+    if default is None:
+        return text
+    shown = {True: "on", False: "off"}.get(default, default) if isinstance(default, bool) else default
+    return f"{text} [default: {shown}]"
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given on the command line."""
+    return {name: value for name, value in options.items() if value is not None}
