@@ -5,13 +5,21 @@ Everything else is written against mlx's API alone and asks here.
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import resource
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_lora import BLAS
+from mlx_lora.cache import cache_dir
 from mlx_lora.errors import InputError
 
 GIB = 1024**3
@@ -56,8 +64,6 @@ def current_device() -> Device:
 
 
 def _system_memory_bytes() -> int:
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -117,3 +123,69 @@ def process_peak_bytes() -> int:
     """Peak resident size of this process: what the operating system sees, beside MLX's own count."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+ROW_COUNTS = (1, 4, 16, 64, 256, 1024)
+NEVER = 1 << 62
+
+
+def dense_matmul_from_rows(bits: int, group_size: int, mode: str, dtype: mx.Dtype) -> int:
+    """Rows from which dequantise-then-GEMM beats `mx.quantized_matmul` here, measured once and cached.
+
+    Args:
+        bits, group_size, mode: as mx.quantize took them.
+        dtype: of the scales; the microscaling modes hold integers there, and are timed in `compute_dtype()`.
+
+    Returns:
+        One of ROW_COUNTS, or a number no batch reaches when the quantised kernel always wins.
+    """
+    compute = dtype if mx.issubdtype(dtype, mx.floating) else compute_dtype()
+    key = f"{current_device().name}|mlx {version('mlx')}|{BLAS.name}|{bits}|{group_size}|{mode}|{compute}"
+    store = cache_dir("measured") / "dense_matmul_from_rows.json"
+    known = _read_measured(store)
+    if key not in known:
+        known = {**known, key: _measure_dense_matmul(bits, group_size, mode, compute)}
+        _write_measured(store, known)
+    return known[key]
+
+
+def _measure_dense_matmul(bits: int, group_size: int, mode: str, dtype: mx.Dtype) -> int:
+    """Time both paths on a (1024, 1024) weight, fewest rows first, and stop at the first dense win."""
+    layout = {"group_size": group_size, "bits": bits, "mode": mode}
+    packed = mx.quantize(mx.random.normal((1024, 1024), key=mx.random.key(0)).astype(dtype), **layout)
+    for rows in ROW_COUNTS:
+        x = mx.random.normal((rows, 1024), key=mx.random.key(1)).astype(dtype)
+        mx.eval(x, packed)
+        quantised_s = _best_s(lambda x=x: mx.quantized_matmul(x, *packed, transpose=True, **layout))
+        dense_s = _best_s(lambda x=x: x @ mx.dequantize(*packed, **layout).astype(dtype).T)
+        if dense_s < quantised_s:
+            return rows
+    return NEVER
+
+
+def _best_s(make: Callable[[], mx.array], rounds: int = 3) -> float:
+    mx.eval(make())  # the first call pays for kernel compilation
+    best = math.inf
+    for _ in range(rounds):
+        start = time.perf_counter()
+        mx.eval(make())
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _read_measured(store: Path) -> dict[str, int]:
+    try:
+        content = json.loads(store.read_text())
+    except (OSError, ValueError):  # missing, or damaged: measure again
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_measured(store: Path, known: dict[str, int]) -> None:
+    try:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        temporary = store.with_name(f"{store.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(known, indent=1))
+        temporary.replace(store)
+    except OSError:  # a cache that cannot be written costs a measurement next time, no more
+        return
