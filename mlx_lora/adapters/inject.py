@@ -1,0 +1,142 @@
+"""Where adapters go: choose target layers, wrap them, freeze everything else."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_lora.adapters.init import kaiming_factors
+from mlx_lora.adapters.layers import ADAPTERS, LINEAR, adapter_class, base_dims
+from mlx_lora.errors import InputError
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The layers to adapt.
+
+    Attributes:
+        paths: full module paths, in the model's own order.
+        keys: the same set as mlx-lm's `lora_parameters.keys` wants it.
+        num_layers: blocks counted from the last that `keys` applies to.
+    """
+
+    paths: tuple[str, ...]
+    keys: tuple[str, ...]
+    num_layers: int
+
+
+def block_paths(model: nn.Module) -> list[str]:
+    """Return the paths of the model's blocks (`model.layers.0` ...), in order."""
+    by_identity = {id(module): path for path, module in model.named_modules()}
+    return [by_identity[id(block)] for block in model.layers]
+
+
+def select_targets(model: nn.Module, target_modules: str = ALL_LINEAR, num_layers: int = -1) -> Targets:
+    """Choose the layers to adapt.
+
+    Args:
+        model: an mlx-lm model.
+        target_modules: `all-linear` (every linear layer of the blocks; heads and embeddings only by name),
+            or names and shell patterns by comma: `q_proj`, `self_attn.*`, `*.layers.3.mlp.*`, `embed_tokens`.
+            A name matches a whole path or the end of one after a dot, as in PEFT.
+        num_layers: adapt only the last N blocks; -1 for all. Layers outside blocks are not filtered.
+
+    Raises:
+        InputError: naming every part that matches nothing, what filtered it, and what exists.
+    """
+    blocks = block_paths(model)
+    if num_layers > len(blocks):
+        raise InputError(f"--num-layers {num_layers}: the model has {len(blocks)} blocks; ask for at most that many, or -1")
+    chosen_blocks = blocks if num_layers < 0 else blocks[len(blocks) - num_layers :]
+    adaptable = {path: module for path, module in model.named_modules() if adapter_class(module) is not None}
+    in_block = {path: next((b for b in blocks if path.startswith(b + ".")), None) for path in adaptable}
+    allowed = [p for p in adaptable if in_block[p] is None or in_block[p] in chosen_blocks]
+    picked: set[str] = set()
+    problems = []
+    for wish in (part.strip() for part in target_modules.split(",")):
+        if wish == ALL_LINEAR:
+            found = [p for p in allowed if in_block[p] and isinstance(adaptable[p], LINEAR)]
+        else:
+            found = [p for p in allowed if _matches(p, wish)]
+        picked.update(found)
+        if not found:
+            problems.append(_unmatched(wish, list(adaptable), num_layers))
+    if problems:
+        raise InputError("; ".join(problems))
+    order = [path for path, _ in model.named_modules() if path in picked]
+    paths = tuple(sorted(order, key=_natural))
+    return Targets(paths, _mlx_lm_keys(paths, chosen_blocks), len(chosen_blocks))
+
+
+def _matches(path: str, wish: str) -> bool:
+    return path == wish or path.endswith("." + wish) or fnmatchcase(path, wish) or fnmatchcase(path, "*." + wish)
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
+
+
+def _unmatched(wish: str, adaptable: list[str], num_layers: int) -> str:
+    if any(_matches(path, wish) for path in adaptable):
+        return f"--target-modules {wish!r}: matches layers only outside the last {num_layers} blocks; raise --num-layers"
+    names = sorted({path.rsplit(".", 1)[-1] for path in adaptable})
+    close = difflib.get_close_matches(wish, names, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"--target-modules {wish!r}: matches no layer; {hint}there are {', '.join(names)}, or all-linear"
+
+
+def _mlx_lm_keys(paths: tuple[str, ...], chosen_blocks: list[str]) -> tuple[str, ...]:
+    """Write block-relative names when every chosen block has the same targets, else full paths."""
+    relative = {block: tuple(p[len(block) + 1 :] for p in paths if p.startswith(block + ".")) for block in chosen_blocks}
+    outside = [p for p in paths if not any(p.startswith(block + ".") for block in chosen_blocks)]
+    if len(set(relative.values())) == 1:
+        return (*next(iter(relative.values())), *outside)
+    return paths
+
+
+def inject(
+    model: nn.Module,
+    paths: tuple[str, ...],
+    rank: int,
+    scale: float,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Freeze `model` and wrap the layers at `paths`; the factors become its only trainable parameters.
+
+    Args:
+        model: changed in place. A fresh adapter leaves its outputs as they were (`lora_b` is zero).
+        paths: full paths from `select_targets`.
+        rank: r; larger than a layer's narrower side is allowed but wasteful, as in PEFT.
+        scale: factor on the low-rank product.
+        dropout: on the adapter's input.
+        seed: of the initial factors.
+    """
+    model.freeze()
+    modules = dict(model.named_modules())
+    wrapped = []
+    for path in paths:
+        base = modules[path]
+        factors = kaiming_factors(path, *base_dims(base), rank, seed)
+        layer = adapter_class(base).from_base(base, factors, scale, dropout)
+        layer.freeze()
+        layer.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+        wrapped.append((path, layer))
+    model.update_modules(tree_unflatten(wrapped))
+
+
+def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the adapter layers of `model` by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, ADAPTERS)}
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, mx.array]:
+    """Return the factors by their stored names (`model.layers.0.self_attn.q_proj.lora_a`)."""
+    return dict(tree_flatten(model.trainable_parameters()))

@@ -1,0 +1,141 @@
+"""LoRA layers over any frozen base: what is stored, computed, and folded back.
+
+    before   self_attn.q_proj: Linear | QuantizedLinear
+    after    self_attn.q_proj: LoRALinear(linear: the same object, lora_a, lora_b)
+
+Shapes: B batch, T time, r rank; in and out are the base's own widths. The factors are float32 masters in
+mlx-lm's names and orientation, `lora_a` (in, r) and `lora_b` (r, out), so stock mlx-lm loads them; they
+are cast to the activation's dtype inside the call. Left float32 against bfloat16 activations, as mlx-lm
+has them, they would turn every later activation into float32 at twice the memory traffic.
+
+Source: LoRA, arXiv 2106.09685, eq. 3: h = W0 x + (alpha / r) B A x.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+LINEAR = (nn.Linear, nn.QuantizedLinear)
+EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
+QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+
+
+def base_dims(base: nn.Module) -> tuple[int, int]:
+    """Return (input width, output width) of a linear or embedding base, quantised or not.
+
+    A packed row holds in * bits / 32 words. The product is taken before the division: mlx-lm's DoRA
+    divides first (`32 // bits`), which is wrong at 3, 5 and 6 bits.
+    """
+    rows, columns = base.weight.shape
+    width = columns * 32 // base.bits if isinstance(base, QUANTISED) else columns
+    return (rows, width) if isinstance(base, EMBEDDING) else (width, rows)
+
+
+def dense_weight(base: nn.Module) -> mx.array:
+    """Return the base's weight as floats, shape (out, in), for an embedding (vocabulary, width)."""
+    if not isinstance(base, QUANTISED):
+        return base.weight
+    layout = {"group_size": base.group_size, "bits": base.bits, "mode": base.mode}
+    return mx.dequantize(base.weight, base.scales, base.get("biases"), **layout)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus scale * (x A) B."""
+
+    def __init__(self, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0):
+        """Wrap `linear`.
+
+        Args:
+            linear: nn.Linear or nn.QuantizedLinear; kept as it is.
+            lora_a: (in, r) float32.
+            lora_b: (r, out) float32.
+            scale: alpha / r, or whatever the method's scale axis says.
+            dropout: probability with which an input feature of the adapter is dropped while training.
+        """
+        super().__init__()
+        self.linear = linear
+        self.lora_a = lora_a
+        self.lora_b = lora_b
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+
+    @classmethod
+    def from_base(cls, base: nn.Module, factors: tuple[mx.array, mx.array], scale: float, dropout: float = 0.0) -> LoRALinear:
+        """Wrap `base` with the factors (lora_a, lora_b)."""
+        return cls(base, *factors, scale, dropout)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.linear(x)  # (..., out)
+        z = self.dropout(x) @ self.lora_a.astype(x.dtype)  # (..., r)
+        return y + z @ (self.scale * self.lora_b).astype(x.dtype)
+
+    def delta(self) -> mx.array:
+        """Return scale * (A B)^T, (out, in) float32: what the adapter adds to the weight."""
+        return self.scale * (self.lora_a @ self.lora_b).T
+
+    def fuse(self) -> nn.Linear:
+        """Return a dense linear layer with the adapter folded in, in the base's float dtype."""
+        weight = dense_weight(self.linear)
+        out_width, in_width = weight.shape
+        fused = nn.Linear(in_width, out_width, bias="bias" in self.linear)
+        fused.weight = (weight.astype(mx.float32) + self.delta()).astype(weight.dtype)
+        if "bias" in self.linear:
+            fused.bias = self.linear.bias
+        return fused
+
+
+class LoRAEmbedding(nn.Module):
+    """A frozen embedding plus scale * A[tokens] B; as a tied output head it adds scale * (x B^T) A^T."""
+
+    def __init__(self, embedding: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0):
+        """Wrap `embedding`.
+
+        Args:
+            embedding: nn.Embedding or nn.QuantizedEmbedding; kept as it is.
+            lora_a: (vocabulary, r) float32.
+            lora_b: (r, width) float32.
+            scale, dropout: as in LoRALinear.
+        """
+        super().__init__()
+        self.embedding = embedding
+        self.lora_a = lora_a
+        self.lora_b = lora_b
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+
+    @classmethod
+    def from_base(cls, base: nn.Module, factors: tuple[mx.array, mx.array], scale: float, dropout: float = 0.0) -> LoRAEmbedding:
+        """Wrap `base` with the factors (lora_a, lora_b)."""
+        return cls(base, *factors, scale, dropout)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        y = self.embedding(tokens)  # (B, T, width)
+        z = self.dropout(self.lora_a[tokens].astype(y.dtype))  # (B, T, r)
+        return y + z @ (self.scale * self.lora_b).astype(y.dtype)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        y = self.embedding.as_linear(x)  # (B, T, vocabulary)
+        z = self.dropout(x) @ (self.scale * self.lora_b).T.astype(x.dtype)  # (B, T, r)
+        return y + z @ self.lora_a.T.astype(x.dtype)
+
+    def delta(self) -> mx.array:
+        """Return scale * A B, (vocabulary, width) float32."""
+        return self.scale * (self.lora_a @ self.lora_b)
+
+    def fuse(self) -> nn.Embedding:
+        """Return a dense embedding with the adapter folded in, in the base's float dtype."""
+        weight = dense_weight(self.embedding)
+        fused = nn.Embedding(*weight.shape)
+        fused.weight = (weight.astype(mx.float32) + self.delta()).astype(weight.dtype)
+        return fused
+
+
+ADAPTERS = (LoRALinear, LoRAEmbedding)
+
+
+def adapter_class(base: nn.Module) -> type[LoRALinear] | type[LoRAEmbedding] | None:
+    """Return the layer that wraps `base`, or None when no adapter fits it."""
+    if isinstance(base, LINEAR):
+        return LoRALinear
+    return LoRAEmbedding if isinstance(base, EMBEDDING) else None
