@@ -1,0 +1,160 @@
+"""Unpack GGUF blocks into MLX's affine layout, or requantise the ones MLX cannot hold.
+
+MLX keeps a quantised (out, in) weight as w = scale * q + bias over groups of the last axis:
+    weight (out, in * bits / 32) uint32, q packed as one little-endian stream of bits
+    scales, biases (out, in / group)
+Six ggml types are such a form already, in groups of 32:
+    Q4_0 Q5_0 Q8_0      d * (q - 2^(bits-1))        scale = d,       bias = -2^(bits-1) * d
+    Q4_1 Q5_1           d * q + m                   scale = d,       bias = m
+    Q4_K Q5_K           d * sc * q - dmin * mn      scale = d * sc,  bias = -dmin * mn
+Their codes carry over unchanged. Scales and biases are exact in float32 (the two K products are rounded
+once, as ggml itself rounds them); a 16-bit dtype rounds them once more.
+Q6_K, Q3_K, Q2_K and the IQ types have 16-wide groups or code books: they are requantised at 8 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from gguf import GGMLQuantizationType as Kind
+from gguf.quants import Q4_K
+
+from mlx_lora.sources.gguf import GGUFTensor
+
+GROUP = 32
+_BITS = {Kind.Q4_0: 4, Kind.Q4_1: 4, Kind.Q4_K: 4, Kind.Q5_0: 5, Kind.Q5_1: 5, Kind.Q5_K: 5, Kind.Q8_0: 8}
+LOSSLESS = frozenset(_BITS)
+FLOAT = frozenset({Kind.F32, Kind.F16, Kind.BF16, Kind.F64})
+_CHUNK_BYTES = 1 << 25  # packed bytes unpacked at a time: temporaries stay at a few hundred MB
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight as `mx.quantize` would return it.
+
+    Attributes:
+        arrays: `[weight, scales]` or `[weight, scales, biases]`.
+        group_size, bits, mode: as `mx.quantize` took them.
+    """
+
+    arrays: list[mx.array]
+    group_size: int
+    bits: int
+    mode: str = "affine"
+
+    @property
+    def layout(self) -> dict[str, int | str]:
+        """The layer's entry in config.json's `quantization`."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    def dequantise(self) -> mx.array:
+        """Return (out, in) in the dtype of the scales (bfloat16 for the microscaling modes)."""
+        return mx.dequantize(*self.arrays, **self.layout)
+
+
+def carry_blocks(tensor: GGUFTensor, dtype: mx.Dtype) -> PackedWeight:
+    """Repack a tensor of a type in LOSSLESS without touching its codes.
+
+    Args:
+        tensor: (out, in).
+        dtype: of scales and biases.
+
+    Returns:
+        The same values, group 32.
+    """
+    bits, (n_rows, row_bytes) = _BITS[tensor.type], tensor.data.shape
+    width = tensor.shape[-1]
+    packed = np.empty((n_rows, width * bits // 32), np.uint32)
+    scales = np.empty((n_rows, width // GROUP), np.float32)
+    biases = np.empty((n_rows, width // GROUP), np.float32)
+    step = max(1, _CHUNK_BYTES // row_bytes)
+    for start in range(0, n_rows, step):
+        rows = slice(start, start + step)
+        codes, scale, bias = _unpack(tensor.type, tensor.data[rows])
+        packed[rows] = pack_codes(codes.reshape(len(codes), width), bits)
+        scales[rows], biases[rows] = scale, bias
+    arrays = [mx.array(packed), mx.array(scales).astype(dtype), mx.array(biases).astype(dtype)]
+    return PackedWeight(arrays, GROUP, bits)
+
+
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Pack codes as MLX does: one little-endian stream of bits per row.
+
+    Args:
+        codes: (rows, width) uint8 below 2^bits; width a multiple of 32.
+        bits: 4, 5 or 8.
+
+    Returns:
+        (rows, width * bits / 32) uint32.
+    """
+    rows, width = codes.shape
+    if bits == 8:
+        return np.ascontiguousarray(codes).view("<u4")
+    if bits == 4:
+        return np.ascontiguousarray(codes[:, 0::2] | codes[:, 1::2] << 4).view("<u4")
+    # Eight codes fill a whole number of bytes: gather them in one 64-bit word and keep its low bytes.
+    eights = codes.reshape(rows, width // 8, 8)
+    words = np.zeros((rows, width // 8), "<u8")
+    for i in range(8):
+        words |= eights[..., i].astype("<u8") << np.uint64(bits * i)
+    stream = words.view(np.uint8).reshape(rows, width // 8, 8)[..., :bits]
+    return np.ascontiguousarray(stream).reshape(rows, width * bits // 8).view("<u4")
+
+
+def relative_error(found: mx.array, wanted: mx.array) -> float:
+    """Return |found - wanted| / |wanted| in Frobenius norm (0 for a zero weight kept as zero)."""
+    wanted = wanted.astype(mx.float32)
+    difference = mx.linalg.norm((found.astype(mx.float32) - wanted).reshape(-1)).item()
+    size = mx.linalg.norm(wanted.reshape(-1)).item()
+    return difference / size if size else difference
+
+
+def _unpack(kind: Kind, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Split rows of blocks into codes (rows, groups, 32) uint8, scales and biases (rows, groups) float32."""
+    n_rows = len(data)
+    if kind in (Kind.Q4_K, Kind.Q5_K):
+        codes, scales, biases = _unpack_k(kind, data)
+    else:
+        codes, scales, biases = _unpack_legacy(kind, data)
+    return codes.reshape(n_rows, -1, GROUP), scales.reshape(n_rows, -1), biases.reshape(n_rows, -1)
+
+
+# In bytes: Q4_0 d2 qs16 | Q4_1 d2 m2 qs16 | Q5_0 d2 qh4 qs16 | Q5_1 d2 m2 qh4 qs16 | Q8_0 d2 qs32
+_BLOCK_BYTES = {Kind.Q4_0: 18, Kind.Q4_1: 20, Kind.Q5_0: 22, Kind.Q5_1: 24, Kind.Q8_0: 34}
+
+
+def _unpack_legacy(kind: Kind, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    blocks = data.reshape(-1, _BLOCK_BYTES[kind])
+    scales = _halves(blocks[:, 0:2])
+    if kind is Kind.Q8_0:
+        # Flipping the sign bit of a two's complement byte adds 128.
+        return blocks[:, 2:] ^ np.uint8(0x80), scales, scales * np.float32(-128)
+    quarters = blocks[:, -16:]
+    codes = np.concatenate([quarters & 15, quarters >> 4], axis=1)  # (blocks, 32)
+    if kind in (Kind.Q5_0, Kind.Q5_1):
+        codes |= np.unpackbits(blocks[:, -20:-16], axis=1, bitorder="little") << 4
+    if kind in (Kind.Q4_1, Kind.Q5_1):
+        return codes, scales, _halves(blocks[:, 2:4])
+    return codes, scales, scales * np.float32(-8 if kind is Kind.Q4_0 else -16)
+
+
+def _unpack_k(kind: Kind, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Q4_K: d2 dmin2 scales12 qs128; Q5_K: d2 dmin2 scales12 qh32 qs128; 256 values in 8 groups of 32."""
+    blocks = data.reshape(-1, 144 if kind is Kind.Q4_K else 176)
+    scale_codes, minimum_codes = Q4_K.get_scale_min(np.ascontiguousarray(blocks[:, 4:16]))  # (blocks, 8) each
+    scales = _halves(blocks[:, 0:2])[:, None] * scale_codes.astype(np.float32)
+    biases = -(_halves(blocks[:, 2:4])[:, None] * minimum_codes.astype(np.float32))
+    quarters = blocks[:, -128:].reshape(-1, 4, 1, 32)
+    codes = np.concatenate([quarters & 15, quarters >> 4], axis=2).reshape(-1, 8, 32)
+    if kind is Kind.Q5_K:
+        # Bit g of byte i is the fifth bit of value i of group g.
+        high = np.unpackbits(blocks[:, 16:48, None], axis=2, bitorder="little")  # (blocks, 32, 8)
+        codes |= high.transpose(0, 2, 1) << 4
+    return codes, scales, biases
+
+
+def _halves(pairs: np.ndarray) -> np.ndarray:
+    """Read little-endian float16 values from (n, 2) bytes; returns (n,) float32."""
+    return np.ascontiguousarray(pairs).view("<f2")[:, 0].astype(np.float32)
