@@ -1,0 +1,266 @@
+"""Rebuild a fast tokenizer from a GGUF file's metadata, id by id as llama.cpp tokenizes.
+
+Two kinds exist: byte-level BPE (`gpt2`: merges and a named pre-tokenizer) and SentencePiece (`llama`:
+scores, byte fallback). Both become one `tokenizers` BPE model, so transformers and mlx-lm load the folder.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from mlx_lora.errors import InputError
+from mlx_lora.sources.pre_tokenizers import PRE_TOKENIZERS
+
+# tokenizer.ggml.token_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+SPACE = "▁"  # how SentencePiece writes a space
+
+# Tokens that end a turn, known by their text: few files name more than one end token by id. `</s>` is not
+# among them, because it is also the closing tag of an HTML element in Gemma's vocabulary.
+END_TOKENS = frozenset(
+    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <end_of_turn> <|endoftext|> <|eom_id|> <EOT> [EOT]"
+    " <|end_of_text|> <end_of_utterance> <turn|> <｜end▁of▁sentence｜>".split()
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a tokenizer is made of, whatever file it came from; list positions are token ids."""
+
+    model: str  # "gpt2" (byte-level BPE) or "llama" (SentencePiece)
+    tokens: list[str]
+    types: list[int]
+    scores: list[float]  # SentencePiece only; a higher score merges first
+    merges: list[tuple[str, str]]  # byte-level BPE only
+    pre: str
+    special: dict[str, int]  # "bos", "eos", "unk", "pad", "eot", "eom" -> token id, where known
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+    chat_template: str | None
+
+    def text(self, name: str) -> str | None:
+        """Return the text of a named special token, or None."""
+        return self.tokens[self.special[name]] if name in self.special else None
+
+    def end_ids(self) -> list[int]:
+        """Return the ids that end a generation: eos first, then end-of-turn tokens."""
+        ids = [self.special[name] for name in ("eos", "eot", "eom") if name in self.special]
+        by_text = [i for i, token in enumerate(self.tokens) if token in END_TOKENS and self.types[i] != UNUSED]
+        texts = {self.tokens[i] for i in by_text}
+        if {"<|return|>", "<|call|>"} <= texts:  # harmony: <|end|> closes a message, not the turn
+            by_text = [i for i in by_text if self.tokens[i] != "<|end|>"]
+        return list(dict.fromkeys(ids + by_text))
+
+
+def write_tokenizer(metadata: dict[str, Any], out: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json, the chat template and generation_config.json.
+
+    Args:
+        metadata: a GGUF file's key-value pairs (`tokenizer.ggml.*`, `tokenizer.chat_template`).
+        out: folder to write into; made when missing.
+
+    Raises:
+        InputError: when the file has no tokenizer, or one of a kind that is not known here.
+    """
+    write_vocabulary(vocabulary_from_metadata(metadata), out)
+
+
+def vocabulary_from_metadata(metadata: dict[str, Any]) -> Vocabulary:
+    """Read and check the tokenizer's part of a GGUF file's metadata.
+
+    Raises:
+        InputError: all problems found, together.
+    """
+    model = str(metadata.get("tokenizer.ggml.model", "none"))
+    pre = str(metadata.get("tokenizer.ggml.pre", "default"))
+    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(metadata.get("tokenizer.ggml.tokens", ()))]
+    types = [int(kind) for kind in metadata.get("tokenizer.ggml.token_type", ())] or [NORMAL] * len(tokens)
+    scores = [float(score) for score in metadata.get("tokenizer.ggml.scores", ())]
+    merges = [_pair(merge) for merge in metadata.get("tokenizer.ggml.merges", ())]
+    problems = _problems(model, pre, tokens, types, scores, merges)
+    if problems:
+        raise InputError("GGUF tokenizer: " + "; ".join(problems))
+    byte_level = model == "gpt2"
+    # llama.cpp's defaults where the file is silent: SentencePiece models add bos and a leading space.
+    add_bos = PRE_TOKENIZERS[pre].add_bos if byte_level else True
+    special = _special_ids(metadata, len(tokens))
+    return Vocabulary(
+        model=model,
+        tokens=tokens,
+        types=types,
+        scores=scores,
+        merges=merges,
+        pre=pre,
+        special=special,
+        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)) and "bos" in special,
+        add_eos=bool(metadata.get("tokenizer.ggml.add_eos_token", False)) and "eos" in special,
+        add_space_prefix=not byte_level and bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
+        chat_template=metadata.get("tokenizer.chat_template"),
+    )
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    """Split a merge at its space; the first character may itself be one."""
+    at = merge.find(" ", 1)
+    return merge[:at], merge[at + 1 :]
+
+
+def _special_ids(metadata: dict[str, Any], n_tokens: int) -> dict[str, int]:
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
+    found = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+    return {name: int(i) for name, i in found.items() if i is not None and 0 <= int(i) < n_tokens}
+
+
+def _problems(
+    model: str, pre: str, tokens: list[str], types: list[int], scores: list[float], merges: list[tuple[str, str]]
+) -> list[str]:
+    """List what keeps this vocabulary from becoming a tokenizer."""
+    if model not in ("gpt2", "llama"):
+        return [f"kind {model!r} is not supported (known: gpt2, llama); give the model's original folder instead"]
+    problems = []
+    if not tokens:
+        problems.append("no tokens; give a complete model file")
+    if len(set(tokens)) != len(tokens):
+        repeated = next(token for i, token in enumerate(tokens) if token in tokens[:i])
+        problems.append(f"token {repeated!r} appears twice; convert the file again")
+    if len(types) != len(tokens):
+        problems.append(f"{len(types)} token types for {len(tokens)} tokens; convert the file again")
+    if model == "llama" and len(scores) != len(tokens):
+        problems.append(f"{len(scores)} scores for {len(tokens)} tokens; convert the file again")
+    if model == "gpt2" and pre not in PRE_TOKENIZERS:
+        known = ", ".join(sorted(PRE_TOKENIZERS))
+        problems.append(f"pre-tokenizer {pre!r} is not known ({known}); give the model's original folder instead")
+    if model == "gpt2":
+        known_tokens = set(tokens)
+        lost = [f"{a} {b}" for a, b in merges if not {a, b, a + b} <= known_tokens]
+        if lost or not merges:
+            what = f"{len(lost)} merges are not of tokens (first {lost[0]!r})" if lost else "no merges"
+            problems.append(f"{what}; convert the file again")
+    return problems
+
+
+def write_vocabulary(vocabulary: Vocabulary, out: Path) -> None:
+    """Write a tokenizer folder that transformers and mlx-lm load.
+
+    Args:
+        vocabulary: tokens, scores or merges, and special ids.
+        out: folder to write into; made when missing.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    build_tokenizer(vocabulary).save(str(out / "tokenizer.json"), pretty=False)
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unk", "pad_token": "pad"}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**30,  # no limit of the tokenizer's own; the trainer has --max-seq-length
+        **{key: vocabulary.text(name) for key, name in names.items() if name in vocabulary.special},
+    }
+    if vocabulary.chat_template:
+        config["chat_template"] = vocabulary.chat_template
+        (out / "chat_template.jinja").write_text(vocabulary.chat_template, encoding="utf-8")
+    _write_json(out / "tokenizer_config.json", config)
+    generation = {f"{name}_token_id": vocabulary.special[name] for name in ("bos", "pad") if name in vocabulary.special}
+    end_ids = vocabulary.end_ids()
+    if end_ids:
+        generation["eos_token_id"] = end_ids[0] if len(end_ids) == 1 else end_ids
+    _write_json(out / "generation_config.json", generation)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
+    """Build the `tokenizers` pipeline: normalizer, words, BPE, added tokens, bos and eos, decoder."""
+    tokenizer = _byte_level(vocabulary) if vocabulary.model == "gpt2" else _sentencepiece(vocabulary)
+    # Matched in the raw text before anything else. Control tokens vanish from decoded text on request,
+    # user-defined ones (Gemma's runs of newlines) are ordinary text that is never split.
+    added = [
+        AddedToken(token, normalized=False, special=kind != USER_DEFINED)
+        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED) or token in END_TOKENS
+    ]
+    tokenizer.add_tokens(added)
+    template = _template(vocabulary)
+    if template is not None:
+        tokenizer.post_processor = template
+    return tokenizer
+
+
+def _template(vocabulary: Vocabulary) -> processors.TemplateProcessing | None:
+    """Return what puts bos before and eos after each text, or None when the model wants neither."""
+    used = [name for name, wanted in (("bos", vocabulary.add_bos), ("eos", vocabulary.add_eos)) if wanted]
+    if not used:
+        return None
+    before = ["{bos}"] if "bos" in used else []
+    after = ["{eos}"] if "eos" in used else []
+    # Names in braces instead of the texts: a text with a colon would be read as a segment number.
+    return processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, *(f"{name}:1" for name in before), "$B:1", *(f"{name}:1" for name in after)],
+        special_tokens=[
+            {"id": f"{{{name}}}", "ids": [vocabulary.special[name]], "tokens": [vocabulary.text(name)]}
+            for name in used
+        ],
+    )
+
+
+def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
+    """Build byte-level BPE: words by the named patterns, bytes as letters, merges in the file's order."""
+    recipe = PRE_TOKENIZERS[vocabulary.pre]
+    vocab = {token: i for i, token in enumerate(vocabulary.tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab, vocabulary.merges, ignore_merges=recipe.ignore_merges))
+    words = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in recipe.patterns]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
+    """Build SentencePiece BPE: the whole text is one word, characters without a token become bytes."""
+    vocab = {token: i for i, token in enumerate(vocabulary.tokens)}
+    unk = vocabulary.text("unk")
+    tokenizer = Tokenizer(
+        models.BPE(vocab, merges_from_scores(vocabulary), unk_token=unk, fuse_unk=True, byte_fallback=True)
+    )
+    steps = [normalizers.Prepend(SPACE)] if vocabulary.add_space_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    strip = [decoders.Strip(" ", 1, 0)] if vocabulary.add_space_prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer
+
+
+def merges_from_scores(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """Turn SentencePiece scores into ranked BPE merges.
+
+    SentencePiece joins the two neighbours whose joined text is the token of the best score. So every split of
+    a token into two tokens is a merge, and the merges are ordered by the joined token's score. Tokens that
+    are matched before BPE (control, user-defined) never arise from one.
+
+    Returns:
+        Pairs, best first; equal scores keep the order of ids, as their scores say nothing.
+    """
+    merged_kinds = (NORMAL, UNUSED, BYTE)
+    parts = {token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind in merged_kinds}
+    order = sorted(range(len(vocabulary.tokens)), key=lambda i: -vocabulary.scores[i])
+    merges = []
+    for i in order:
+        token = vocabulary.tokens[i]
+        if token in parts:
+            merges += [
+                (token[:at], token[at:])
+                for at in range(1, len(token))
+                if token[:at] in parts and token[at:] in parts
+            ]
+    return merges

@@ -1,0 +1,67 @@
+"""Our tokenizers, rebuilt from GGUF metadata, against llama.cpp's own ids."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from real_models import gemma3_gguf, smollm2_gguf
+from varied_strings import varied_strings
+
+from mlx_lora.sources.gguf import read_gguf
+from mlx_lora.sources.gguf_tokenizer import build_tokenizer, vocabulary_from_metadata, write_tokenizer
+
+pytestmark = pytest.mark.parity
+COUNT = 2500
+
+
+@contextmanager
+def llama_cpp(path: Path) -> Iterator:
+    """Yield a function text -> ids that asks llama.cpp, special tokens added and parsed."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.warmup, params.port = str(path), 128, False, 0
+    server = xllamacpp.Server(params)
+
+    def tokenize(text: str) -> list[int]:
+        body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
+        request = urllib.request.Request(
+            server.listening_address + "/tokenize", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as reply:
+            return json.load(reply)["tokens"]
+
+    yield tokenize
+
+
+def differing(path: Path, tokenizer, strings: list[str]) -> list[str]:
+    with llama_cpp(path) as tokenize:
+        return [text for text in strings if tokenizer.encode(text).ids != tokenize(text)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [smollm2_gguf, gemma3_gguf])
+def test_ids_equal_llama_cpp(model) -> None:
+    path = model()
+    tokenizer = build_tokenizer(vocabulary_from_metadata(read_gguf(path).metadata))
+    assert differing(path, tokenizer, varied_strings(COUNT)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [smollm2_gguf, gemma3_gguf])
+def test_transformers_loads_the_folder_with_the_same_ids_and_text(model, tmp_path) -> None:
+    from transformers import AutoTokenizer
+
+    metadata = read_gguf(model()).metadata
+    write_tokenizer(metadata, tmp_path)
+    rebuilt = build_tokenizer(vocabulary_from_metadata(metadata))
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for text in varied_strings(300):
+        ids = rebuilt.encode(text).ids
+        assert loaded(text)["input_ids"] == ids
+        body = rebuilt.encode(text, add_special_tokens=False).ids
+        assert loaded.decode(body) == text.replace("▁", " ") if model is gemma3_gguf else text
