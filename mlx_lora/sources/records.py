@@ -1,0 +1,258 @@
+"""Data files -> plain records, each with the line it came from.
+
+Nothing here knows what a record means: that is data/formats.py. What cannot be read at all is an
+InputError; one bad line among good ones is a BadRow, which the caller counts and reports.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mlx_lora.errors import InputError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+MAX_LINE_BYTES = 64 * 1024 * 1024  # one record longer than this is surely a broken file
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a file and the line it starts on (.parquet: its row number; both count from 1)."""
+
+    line: int
+    value: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A line that holds no usable record, and why."""
+
+    line: int
+    why: str
+
+
+def read_records(path: Path) -> Iterator[Record | BadRow]:
+    """Yield the records of one data file in order, without holding a .jsonl, .csv or .parquet in memory.
+
+    Args:
+        path: A .jsonl, .json, .csv, .parquet or .txt file; text is UTF-8, with or without a BOM.
+
+    Returns:
+        Records and bad rows; a .txt file is the one record `{"text": ...}`.
+
+    Raises:
+        InputError: the file cannot be read as what its name says.
+    """
+    check_file(path)
+    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _txt}
+    yield from readers[path.suffix.lower()](path)
+
+
+def check_file(path: Path) -> None:
+    """Raise InputError unless `path` is a readable, non-empty file of a known kind, in UTF-8 by its BOM."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder where a data file was expected; name a file inside it")
+    if not path.is_file():
+        raise InputError(f"data file {path} does not exist")
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(
+            f"{path}: cannot read {path.suffix or 'a name without ending'}; use {' '.join(SUFFIXES)}"
+        )
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; check its permissions") from error
+    if not head:
+        raise InputError(f"{path} is empty (0 bytes); it needs at least one record")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(f"{path} is UTF-16; save it as UTF-8")
+
+
+def _jsonl(path: Path) -> Iterator[Record | BadRow]:
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                _skip_line(file, line)
+                yield BadRow(number, f"line longer than {MAX_LINE_BYTES // 2**20} MiB")
+                continue
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                yield _parse_line(number, line)
+
+
+def _skip_line(file: BinaryIO, part: bytes) -> None:
+    """Read on to the end of a line whose beginning is `part`, holding one piece of it at a time."""
+    while part and not part.endswith(b"\n"):
+        part = file.readline(1 << 20)
+
+
+def _parse_line(number: int, line: bytes) -> Record | BadRow:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return BadRow(
+            number, f"not UTF-8: byte {line[error.start]:#04x} at byte {error.start + 1} of the line"
+        )
+    except json.JSONDecodeError as error:
+        return BadRow(number, f"not JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # an integer or a nesting beyond Python's limits
+        return BadRow(number, f"not usable JSON: {error}")
+    return _as_record(number, value, may_hold_surrogates=b"\\ud" in line or b"\\uD" in line)
+
+
+def _as_record(number: int, value: Any, may_hold_surrogates: bool) -> Record | BadRow:
+    if not isinstance(value, dict):
+        return BadRow(number, f"a JSON {_json_type(value)}, not an object")
+    if may_hold_surrogates:
+        try:  # JSON may spell half a character (\ud83d alone), which no tokenizer can encode
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            return BadRow(number, "holds half of a surrogate pair, which is no character")
+    return Record(number, value)
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), "null")
+
+
+def _json(path: Path) -> Iterator[Record | BadRow]:
+    text = _decode(path)
+    start = _next_char(text, 0)
+    if start == len(text):
+        raise InputError(f"{path} holds only white space; it needs a list of objects")
+    if text[start] == "{":
+        yield from _json_objects(path, text)
+        return
+    if text[start] != "[":
+        raise InputError(
+            f"{path} is not a JSON list of objects; write [{{...}}, ...] or one object per line as .jsonl"
+        )
+    surrogates = "\\ud" in text or "\\uD" in text
+    decoder, position, line, counted = json.JSONDecoder(), _next_char(text, start + 1), 1, 0
+    while text[position : position + 1] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        value, position = _decode_element(path, text, position, line, decoder)
+        yield _as_record(line, value, surrogates)
+        position = _next_char(text, position)
+        mark = text[position : position + 1]
+        if mark == ",":
+            position = _next_char(text, position + 1)
+        elif mark != "]":
+            line += text.count("\n", counted, position)
+            raise InputError(
+                f"{path}, line {line}: the JSON list breaks off: expected ',' or ']', found {mark!r}"
+            )
+
+
+def _decode_element(
+    path: Path, text: str, position: int, line: int, decoder: json.JSONDecoder
+) -> tuple[Any, int]:
+    try:
+        return decoder.raw_decode(text, position)
+    except json.JSONDecodeError as error:
+        # Nothing after a syntax error can be trusted, so the whole file is refused.
+        raise InputError(
+            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not usable JSON near line {line}: {error}") from error
+
+
+def _json_objects(path: Path, text: str) -> Iterator[Record | BadRow]:
+    """A .json file that begins with `{`: one object per line, as many hubs publish them."""
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise InputError(
+                f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+            ) from error
+        yield from _jsonl(path)
+        return
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not usable JSON: {error}") from error
+    if len(text.splitlines()) == 1:
+        yield _as_record(1, whole, may_hold_surrogates=True)
+        return
+    keys = ", ".join(list(whole)[:5])
+    raise InputError(f"{path} is one JSON object (keys: {keys}), not a list of objects; write [{{...}}, ...]")
+
+
+def _next_char(text: str, position: int) -> int:
+    """Return the index of the next character that is not JSON white space, or the text's length."""
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _csv(path: Path) -> Iterator[Record | BadRow]:
+    old_limit = csv.field_size_limit(MAX_LINE_BYTES)  # Python's own limit, 128 KiB, is below one long text
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, strict=True)
+            header = next(rows, [])
+            if not any(header) or len(set(header)) != len(header):
+                raise InputError(f"{path}: the first line must name each column once, found {header}")
+            end = rows.line_num
+            for row in rows:
+                line, end = end + 1, rows.line_num  # a quoted field may span lines: name the first
+                if len(row) == len(header):
+                    yield Record(line, dict(zip(header, row, strict=True)))
+                elif row:
+                    yield BadRow(line, f"{len(row)} columns, the first line names {len(header)}")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 (byte {error.object[error.start]:#04x}); save it as UTF-8"
+        ) from error
+    except csv.Error as error:
+        raise InputError(f"{path} is not valid CSV after line {rows.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(old_limit)
+
+
+def _parquet(path: Path) -> Iterator[Record | BadRow]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise InputError(
+            f"{path} needs pyarrow, which is not installed; pip install 'mlx-lora[parquet]'"
+        ) from error
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Record(number, value)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} is not a readable parquet file: {reason}") from error
+
+
+def _txt(path: Path) -> Iterator[Record | BadRow]:
+    yield Record(1, {"text": _decode(path)})
+
+
+def _decode(path: Path) -> str:
+    """Return a file's text with `\\n` line ends and without a BOM."""
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # With a BOM the decoder counts from after it; the line is the same either way.
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path} is not UTF-8 (line {line}, byte {error.object[error.start]:#04x}); save it as UTF-8"
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
