@@ -1,0 +1,40 @@
+"""`mlx-lora X` and `python -m mlx_lora X`: the commands as one group, each loaded when it is called."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+from mlx_lora import cli
+
+COMMANDS = {
+    "convert": "Turn a hub model, a folder or a GGUF file into an MLX folder, quantised or not.",
+    "train": "Train an adapter.",
+    "evaluate": "Measure loss and perplexity on a data file.",
+    "generate": "Generate text.",
+}
+
+
+class LazyGroup(cli.Group):
+    """Imports a command's module only when it runs, so that --help is instant."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return importlib.import_module(f"mlx_lora.{name}").main if name in COMMANDS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(cls=LazyGroup)
+@click.version_option(package_name="mlx-lora")
+def main() -> None:
+    """LoRA and QLoRA training on MLX."""
+
+
+if __name__ == "__main__":
+    main(prog_name="mlx-lora")

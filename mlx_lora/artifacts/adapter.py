@@ -1,0 +1,173 @@
+"""The adapter folder: written atomically in mlx-lm's layout, read back with every mismatch named.
+
+    adapters.safetensors   the factors, float32, `model.layers.0.self_attn.q_proj.lora_a` ...
+    adapter_config.json    mlx-lm's keys (fine_tune_type, num_layers, lora_parameters), ours under "mlx_lora"
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora import __version__
+from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
+from mlx_lora.errors import InputError
+from mlx_lora.files import replacing_file
+from mlx_lora.models.load import Base
+from mlx_lora.sources.safetensors import read_safetensors_header
+
+WEIGHTS_FILE = "adapters.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter is, beside its factors.
+
+    Attributes:
+        method: row of methods.PRESETS.
+        rank, alpha, scale, dropout: of every adapted layer; `scale` is what the product is multiplied by.
+        num_layers: blocks from the last that `keys` applies to.
+        keys: block-relative or full names, as mlx-lm reads them.
+        base_model, base_revision, base_fingerprint: the model it was trained on.
+        chat_template: the Jinja text it was trained with when that is not the model's own, else None.
+    """
+
+    method: str
+    rank: int
+    alpha: float
+    scale: float
+    dropout: float
+    num_layers: int
+    keys: tuple[str, ...]
+    base_model: str
+    base_revision: str | None
+    base_fingerprint: str
+    chat_template: str | None = None
+
+    def to_config(self) -> dict[str, Any]:
+        """Return adapter_config.json: what stock mlx-lm reads, and ours beside it."""
+        shape = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
+        return {
+            "fine_tune_type": "lora",
+            "num_layers": self.num_layers,
+            "lora_parameters": shape,
+            "model": self.base_model,
+            "mlx_lora": {"version": __version__, **asdict(self)},
+        }
+
+
+def save_adapter(folder: Path, model: nn.Module, info: AdapterInfo) -> None:
+    """Write the factors of `model` and `info` into `folder`; each file replaces its old self whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing_file(folder / CONFIG_FILE) as temporary:
+        temporary.write_text(json.dumps(info.to_config(), indent=2) + "\n", encoding="utf-8")
+    with replacing_file(folder / WEIGHTS_FILE) as temporary:
+        mx.save_safetensors(str(temporary), adapter_parameters(model), metadata={"format": "mlx"})
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Return adapter_config.json.
+
+    Raises:
+        InputError: missing, unreadable, or not an adapter of a kind we load.
+    """
+    path = folder / CONFIG_FILE
+    if not folder.is_dir():
+        raise InputError(f"--adapter-path {folder}: no such folder; give the folder a training run wrote")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give the folder a training run wrote") from None
+    except ValueError:
+        raise InputError(f"{path}: not JSON; restore it from a checkpoint") from None
+    if not isinstance(config, dict) or config.get("fine_tune_type", "lora") != "lora":
+        kind = config.get("fine_tune_type") if isinstance(config, dict) else type(config).__name__
+        raise InputError(f"{path}: fine_tune_type {kind!r}; this version loads lora")
+    shape = config.get("lora_parameters")
+    if not isinstance(shape, dict) or not isinstance(config.get("num_layers"), int):
+        raise InputError(f"{path}: no lora_parameters and num_layers; it is not an MLX adapter's config")
+    numbers = {"rank": int, "scale": (int, float)}
+    wrong = [key for key, kind in numbers.items() if not isinstance(shape.get(key), kind) or shape[key] <= 0]
+    if wrong:
+        raise InputError(f"{path}: lora_parameters without a positive {' and '.join(wrong)}; restore it from a checkpoint")
+    return config
+
+
+def load_adapter(base: Base, folder: Path, ignore_fingerprint: bool = False) -> AdapterInfo:
+    """Put the adapter in `folder` onto `base.model`, in place.
+
+    Args:
+        base: an unadapted base.
+        folder: ours or one that stock mlx-lm trained.
+        ignore_fingerprint: put it on another base of the same shape anyway.
+
+    Raises:
+        InputError: another base, or any name or shape that does not fit; all of them in one message.
+    """
+    config = read_adapter_config(folder)
+    own = config.get("mlx_lora") if isinstance(config.get("mlx_lora"), dict) else {}
+    trained_on = own.get("base_fingerprint")
+    if trained_on and trained_on != base.fingerprint and not ignore_fingerprint:
+        raise InputError(
+            f"--adapter-path {folder}: trained on {own.get('base_model')} (fingerprint {trained_on}), but --model {base.model_id} "
+            f"is another model ({base.fingerprint}); give that base, or --ignore-fingerprint to use it anyway"
+        )
+    shape = config["lora_parameters"]
+    paths = _target_paths(base.model, config, folder)
+    inject(base.model, paths, shape["rank"], float(shape["scale"]), float(shape.get("dropout", 0.0)))
+    load_factors(base.model, folder / WEIGHTS_FILE)
+    base.model.freeze()
+    base.model.eval()
+    return AdapterInfo(
+        method=own.get("method", "lora"),
+        rank=shape["rank"],
+        alpha=float(own.get("alpha", shape["scale"] * shape["rank"])),
+        scale=float(shape["scale"]),
+        dropout=float(shape.get("dropout", 0.0)),
+        num_layers=config["num_layers"],
+        keys=tuple(shape.get("keys") or ()),
+        base_model=own.get("base_model", base.model_id),
+        base_revision=own.get("base_revision"),
+        base_fingerprint=base.fingerprint,
+        chat_template=own.get("chat_template"),
+    )
+
+
+def _target_paths(model: nn.Module, config: dict[str, Any], folder: Path) -> tuple[str, ...]:
+    """Read `keys` and `num_layers` as mlx-lm does: names inside the last blocks, or full paths."""
+    blocks = len(model.layers)
+    count = max(config["num_layers"], 0)  # mlx-lm: -1 and 0 both mean every block
+    if count > blocks:
+        raise InputError(f"--adapter-path {folder}: adapts {count} blocks, --model has {blocks}; give the base it was trained on")
+    keys = config["lora_parameters"].get("keys")
+    wish = ",".join(keys) if keys else "all-linear"
+    return select_targets(model, wish, count or -1).paths
+
+
+def load_factors(model: nn.Module, file: Path) -> None:
+    """Load stored factors into the adapter layers of `model`: exactly those, each of the right shape.
+
+    Raises:
+        InputError: missing, unknown or misshapen tensors, gathered into one message.
+    """
+    header = read_safetensors_header(file)
+    wanted = adapter_parameters(model)
+    problems = [f"{name} is missing" for name in wanted if name not in header]
+    problems += [f"{name} is not in the model" for name in header if name not in wanted]
+    problems += [
+        f"{name} is {tuple(header[name]['shape'])}, the model needs {value.shape}"
+        for name, value in wanted.items()
+        if name in header and tuple(header[name]["shape"]) != value.shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise InputError(f"{file}: does not fit this model: {shown}; give the base it was trained on")
+    stored = mx.load(str(file))
+    model.load_weights([(name, stored[name].astype(mx.float32)) for name in wanted], strict=False)
+    mx.eval(model.trainable_parameters())

@@ -1,0 +1,52 @@
+"""Measure the loss of a model, with or without an adapter, on a data file.
+
+    python -m mlx_lora.evaluate --model DIR --adapter-path my-adapter --data data/alpaca/valid.jsonl --json
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_lora import cli
+from mlx_lora.artifacts.adapter import load_adapter
+from mlx_lora.config import train_settings
+from mlx_lora.data.batches import BatchPlan
+from mlx_lora.data.loading import load_eval_set
+from mlx_lora.errors import InputError
+from mlx_lora.models.load import load_base
+from mlx_lora.training.losses import cross_entropy
+from mlx_lora.training.trainer import mean_loss
+
+
+@click.command(cls=cli.Command)
+@cli.settings_options("model", "data")
+@click.option("--adapter-path", type=str, default=None, help="Adapter folder to put on the model.")
+@click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
+@click.option("--batch-tokens", type=click.IntRange(min=2), default=None, help="Tokens per batch, padding included.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def main(adapter_path: str | None, ignore_fingerprint: bool, batch_tokens: int | None, as_json: bool, **options: Any) -> None:
+    """Print loss, perplexity and the count of supervised tokens of --data."""
+    given = cli.given({**options, "batch_tokens": batch_tokens})
+    settings = train_settings(given)
+    if not settings.data.data:
+        raise InputError("--data: missing; give a data file, or a folder with a test or valid split")
+    base = load_base(settings.model)
+    template = load_adapter(base, Path(adapter_path), ignore_fingerprint).chat_template if adapter_path else None
+    if template and not settings.data.chat_template:
+        base.hf_tokenizer.chat_template = template
+    rows = load_eval_set(settings.data, base.hf_tokenizer)
+    plan = BatchPlan(rows, batch_tokens=settings.loop.batch_tokens, batch_size=None, seed=0)
+    loss, tokens = mean_loss(base.model, cross_entropy, plan.batches())
+    result = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "supervised_tokens": tokens, "rows": len(rows)}
+    if as_json:
+        cli.print_json({**result, "model": base.model_id, "adapter_path": adapter_path, "data": settings.data.data})
+    else:
+        click.echo(f"loss {loss:.4f}, perplexity {result['perplexity']:.3f}, {tokens} supervised tokens in {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main()

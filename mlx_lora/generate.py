@@ -1,0 +1,89 @@
+"""Generate text with a model, with or without an adapter.
+
+    python -m mlx_lora.generate --model DIR --adapter-path my-adapter --prompt "O Romeo," --max-tokens 64
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import mlx.core as mx
+from mlx_lm import stream_generate
+from mlx_lm.sample_utils import make_sampler
+
+from mlx_lora import cli
+from mlx_lora.artifacts.adapter import load_adapter
+from mlx_lora.config import train_settings
+from mlx_lora.errors import InputError
+from mlx_lora.models.load import Base, load_base
+
+
+@click.command(cls=cli.Command)
+@cli.settings_options("model")
+@click.option("--adapter-path", type=str, default=None, help="Adapter folder to put on the model.")
+@click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
+@click.option("-p", "--prompt", type=str, required=True, help="The prompt; - reads standard input.")
+@click.option("--system-prompt", type=str, default=None, help="System message for the chat template.")
+@click.option("-m", "--max-tokens", type=click.IntRange(min=1), default=100, show_default=True, help="Most tokens to make.")
+@click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Temperature; 0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1), default=1.0, show_default=True, help="Nucleus sampling.")
+@click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="Sample from the k likeliest; 0: all.")
+@click.option("--seed", type=click.IntRange(min=0), default=None, help="Seed of the sampling.")
+@click.option("--ignore-chat-template", is_flag=True, help="Give the prompt to the model as it is.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def main(
+    adapter_path: str | None, ignore_fingerprint: bool, prompt: str, system_prompt: str | None, max_tokens: int,
+    temp: float, top_p: float, top_k: int, seed: int | None, ignore_chat_template: bool, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Print the text that follows --prompt."""
+    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    if not text:
+        raise InputError("--prompt: empty; give some text")
+    base = load_base(train_settings(cli.given(options)).model)
+    template = load_adapter(base, Path(adapter_path), ignore_fingerprint).chat_template if adapter_path else None
+    tokens = prompt_tokens(base, text, system_prompt, template, ignore_chat_template)
+    if seed is not None:
+        mx.random.seed(seed)
+    sampler = make_sampler(temp=temp, top_p=top_p if top_p < 1 else 0.0, top_k=top_k)
+    pieces, last = [], None
+    for last in stream_generate(base.model, base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler):
+        pieces.append(last.text)
+        if not as_json:
+            click.echo(last.text, nl=False)
+    if as_json:
+        speed = {"tokens": last.generation_tokens, "tokens_per_s": last.generation_tps, "finish_reason": last.finish_reason}
+        cli.print_json({"text": "".join(pieces), **speed, "prompt_tokens": len(tokens), "model": base.model_id})
+    else:
+        click.echo()
+
+
+def prompt_tokens(
+    base: Base, text: str, system_prompt: str | None, template: str | None, ignore_chat_template: bool
+) -> list[int]:
+    """Encode the prompt as a chat turn when there is a template, else as plain text with the tokenizer's BOS.
+
+    Args:
+        base: the loaded model.
+        text: the user's prompt.
+        system_prompt: a system message before it, for templates that take one.
+        template: the adapter's own template, which beats the model's.
+        ignore_chat_template: take the prompt as plain text.
+    """
+    template = template or base.hf_tokenizer.chat_template
+    if ignore_chat_template or not template:
+        if system_prompt:
+            raise InputError("--system-prompt: there is no chat template in use; put the text into --prompt")
+        return base.hf_tokenizer.encode(text)
+    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages.append({"role": "user", "content": text})
+    # Rendered first, encoded without special tokens: the template already wrote its own BOS.
+    rendered = base.hf_tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    return base.hf_tokenizer.encode(rendered, add_special_tokens=False)
+
+
+if __name__ == "__main__":
+    main()

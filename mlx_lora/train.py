@@ -1,0 +1,220 @@
+"""Train an adapter.
+
+    python -m mlx_lora.train --model HuggingFaceTB/SmolLM2-135M-Instruct --data data/alpaca --adapter-path my-adapter
+    python -m mlx_lora.train --model model.Q4_1.gguf --data tiny-shakespeare --adapter-path bard --iters 200
+    python -m mlx_lora.train --config run.yaml --learning-rate 1e-4
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import mlx.core as mx
+import yaml
+from mlx.utils import tree_flatten
+
+from mlx_lora import cli, device
+from mlx_lora.adapters.inject import Targets, adapter_parameters, inject, select_targets
+from mlx_lora.adapters.methods import PRESETS
+from mlx_lora.artifacts.adapter import CONFIG_FILE, AdapterInfo, load_adapter, load_factors, save_adapter
+from mlx_lora.config import TrainSettings, train_settings
+from mlx_lora.data.batches import BatchPlan
+from mlx_lora.data.encode import EncodedSet
+from mlx_lora.data.loading import DataSplits, load_data
+from mlx_lora.errors import InputError
+from mlx_lora.files import check_writable, replacing_file
+from mlx_lora.models.load import Base, load_base
+from mlx_lora.training.checkpointing import checkpoint_blocks
+from mlx_lora.training.losses import cross_entropy
+from mlx_lora.training.optim import build_optimizer
+from mlx_lora.training.report import Metrics, MetricsFile, make_progress
+from mlx_lora.training.step import Step
+from mlx_lora.training.trainer import Outcome, mean_loss, total_steps, train
+
+
+@click.command(cls=cli.Command)
+@click.option("-c", "--config", "config_file", type=str, help="YAML file of settings; flags beat it.")
+@cli.settings_options("model", "data", "adapter", "optimizer", "loop")
+def main(config_file: str | None, **options: Any) -> int:
+    """Train a LoRA adapter on --data over the frozen --model and write it to --adapter-path."""
+    settings = train_settings(cli.given(options), config_file)
+    check_run_folder(settings)
+    base = load_base(settings.model)
+    splits = load_data(settings.data, base.hf_tokenizer, settings.loop.seed)
+    cli.echo(device.current_device().header())
+    cli.echo(f"Base: {base.model_id}: {base.describe()}")
+    cli.echo(splits.report.render(color=sys.stderr.isatty()))
+    outcome = run_training(settings, base, splits) if wants_training(settings) else adapt_for_test(settings, base)
+    if settings.loop.test and not (outcome and outcome.interrupted):
+        report_test_loss(settings, base, splits.test)
+    if outcome and outcome.interrupted:
+        cli.echo(f"Interrupted after {outcome.steps} steps; the adapter is saved in {settings.loop.adapter_path}")
+        return 130
+    return 0
+
+
+def wants_training(settings: TrainSettings) -> bool:
+    """Train unless only --test was asked for, as in mlx_lm.lora."""
+    return not settings.loop.test if settings.loop.train is None else settings.loop.train
+
+
+def check_run_folder(settings: TrainSettings) -> None:
+    """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
+    missing = [flag for flag, value in (("--model", settings.model.model), ("--data", settings.data.data)) if not value]
+    if missing:
+        raise InputError(f"{' and '.join(missing)}: missing; give a model and a data file (--help lists the forms)")
+    if not wants_training(settings):
+        if not settings.loop.test:
+            raise InputError("--no-train without --test: nothing to do; give --test, or leave --no-train out")
+        return
+    folder = Path(settings.loop.adapter_path)
+    check_writable(folder, "--adapter-path", needed_bytes=1_000_000)
+    if (folder / CONFIG_FILE).exists() and not settings.loop.force:
+        raise InputError(f"--adapter-path {folder}: already holds an adapter; choose another folder, or --force to overwrite it")
+
+
+def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Outcome:
+    """Adapt the base, train, and write the run folder."""
+    loop, folder = settings.loop, Path(settings.loop.adapter_path)
+    mx.random.seed(loop.seed)
+    targets, info = adapt(settings, base, splits.chat_template)
+    plan = BatchPlan(splits.train, batch_tokens=loop.batch_tokens, batch_size=loop.batch_size, seed=loop.seed)
+    validation = validation_plan(splits.valid, settings)
+    steps = total_steps(plan, loop)
+    step = Step(base.model, build_optimizer(settings.optimizer, steps), cross_entropy, settings.optimizer.max_grad_norm)
+    if loop.grad_checkpoint:
+        checkpoint_blocks(base.model.layers)
+    factors = adapter_parameters(base.model)
+    adapter_bytes = sum(p.nbytes for p in factors.values())
+    checkpoints = steps // loop.save_every if loop.save_every else 0
+    check_writable(folder, "--adapter-path", adapter_bytes * (checkpoints + 1))
+    device.set_cache_limit(loop.clear_cache_threshold)
+    device.wire_working_set()
+    describe_run(settings, base, targets, factors, plan, steps)
+    write_settings(folder, settings)
+    metrics, progress = MetricsFile(folder / "metrics.jsonl"), make_progress(steps, cli.echo)
+    sinks = [metrics, progress.report, *reporting_sinks(settings)]
+
+    def report(record: Metrics) -> None:
+        for sink in sinks:
+            sink(record)
+
+    def save(step_number: int) -> None:
+        save_adapter(folder, base.model, info)
+        if loop.save_every and step_number < steps:
+            save_adapter(folder / "checkpoints" / f"step-{step_number:06d}", base.model, info)
+
+    try:
+        outcome = train(base.model, step, cross_entropy, plan, validation, loop, report, progress.step, save)
+    finally:
+        progress.close()
+        metrics.close()
+    say_outcome(folder, outcome, adapter_bytes)
+    return outcome
+
+
+def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tuple[Targets, AdapterInfo]:
+    """Wrap the target layers of the base and say what the adapter is."""
+    adapter = settings.adapter
+    method = adapter.fine_tune_type or adapter.method
+    targets = select_targets(base.model, adapter.target_modules, adapter.num_layers)
+    scale = PRESETS[method].scale_of(adapter.alpha, adapter.rank)
+    inject(base.model, targets.paths, adapter.rank, scale, adapter.dropout, settings.loop.seed)
+    if adapter.resume_adapter_file:
+        load_factors(base.model, Path(adapter.resume_adapter_file))
+    return targets, AdapterInfo(
+        method=method,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        scale=scale,
+        dropout=adapter.dropout,
+        num_layers=targets.num_layers,
+        keys=targets.keys,
+        base_model=base.model_id,
+        base_revision=base.revision,
+        base_fingerprint=base.fingerprint,
+        chat_template=chat_template,
+    )
+
+
+def adapt_for_test(settings: TrainSettings, base: Base) -> None:
+    """Put the trained adapter of --adapter-path on the base, for --test alone."""
+    load_adapter(base, Path(settings.loop.adapter_path))
+
+
+def validation_plan(rows: EncodedSet | None, settings: TrainSettings) -> BatchPlan | None:
+    """Plan held-out batches; the seed is fixed so that every validation sees the same ones."""
+    if rows is None or len(rows) == 0:
+        return None
+    return BatchPlan(rows, batch_tokens=settings.loop.batch_tokens, batch_size=settings.loop.batch_size, seed=0)
+
+
+def describe_run(
+    settings: TrainSettings, base: Base, targets: Targets, factors: dict[str, mx.array], plan: BatchPlan, steps: int
+) -> None:
+    """Print what will be trained, before the first step."""
+    trainable = sum(p.size for p in factors.values())
+    total = sum(p.size for _, p in tree_flatten(base.model.parameters()))
+    adapter, optimizer = settings.adapter, settings.optimizer
+    names = ", ".join(dict.fromkeys(key.rsplit(".", 1)[-1] for key in targets.keys))
+    cli.echo(
+        f"Adapter: {adapter.fine_tune_type or adapter.method}, rank {adapter.rank}, alpha {adapter.alpha:g}, "
+        f"{len(targets.paths)} layers ({names}), {trainable:,} trainable parameters, {trainable * 4 / 1e6:.1f} MB"
+        + (f" ({trainable / total:.2%} of what is in memory)" if not base.quantisation else "")
+    )
+    cli.echo(
+        f"Run: {steps} steps, {len(plan)} batches per epoch, {optimizer.optimizer}, lr {optimizer.learning_rate:g} "
+        f"{optimizer.lr_schedule}, warm-up {optimizer.warmup:g}, clip {optimizer.max_grad_norm:g}, seed {settings.loop.seed}"
+    )
+
+
+def write_settings(folder: Path, settings: TrainSettings) -> None:
+    """Write run.yaml: every resolved setting; `--config run.yaml` repeats the run."""
+    with replacing_file(folder / "run.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(settings.to_flat(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def reporting_sinks(settings: TrainSettings) -> list[Any]:
+    """Return sinks for --report-to, through mlx-lm's own wandb and swanlab callbacks."""
+    if not settings.loop.report_to:
+        return []
+    from mlx_lm.tuner.callbacks import get_reporting_callbacks
+
+    folder, name = settings.loop.adapter_path, settings.loop.project_name
+    try:
+        callback = get_reporting_callbacks(
+            settings.loop.report_to, project_name=name, log_dir=folder, config=settings.to_flat()
+        )
+    except (ImportError, ValueError) as error:
+        raise InputError(f"--report-to {settings.loop.report_to}: {error}; install it, or leave the flag out") from None
+
+    def sink(record: Metrics) -> None:
+        if record.val_loss is not None:
+            callback.on_val_loss_report({"iteration": record.step, "val_loss": record.val_loss})
+        if record.loss is not None:
+            callback.on_train_loss_report({"iteration": record.step, "train_loss": record.loss, "learning_rate": record.learning_rate})
+
+    return [sink]
+
+
+def say_outcome(folder: Path, outcome: Outcome, adapter_bytes: int) -> None:
+    """Print where the result lies."""
+    val = "" if outcome.val_loss is None else f", held-out loss {outcome.val_loss:.4f}"
+    cli.echo(f"{outcome.steps} steps done{val}; adapter of {adapter_bytes / 1e6:.1f} MB in {folder}")
+
+
+def report_test_loss(settings: TrainSettings, base: Base, test: EncodedSet | None) -> None:
+    """Measure and print the loss on the test split."""
+    if test is None or len(test) == 0:
+        raise InputError(f"--test: {settings.data.data} has no test split; add a test file to the folder, or leave --test out")
+    plan = validation_plan(test, settings)
+    loss, tokens = mean_loss(base.model, cross_entropy, plan.batches(settings.loop.test_batches))
+    cli.echo(f"Test loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {tokens} supervised tokens")
+
+
+if __name__ == "__main__":
+    main()

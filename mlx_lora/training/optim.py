@@ -1,0 +1,78 @@
+"""Optimizers and learning-rate schedules: mlx's, set up as published recipes have them."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_lora.config import OptimizerSettings
+from mlx_lora.errors import InputError
+
+Schedule = object  # a float, or a callable from step to learning rate
+
+
+def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> Schedule:
+    """Return mlx's schedule: linear warm-up from near zero, then cosine or linear to zero, or constant.
+
+    Args:
+        settings: `warmup` is a share of the steps below 1, a count from 1 on.
+        total_steps: optimizer steps of the run.
+
+    Raises:
+        InputError: when the warm-up is longer than the run.
+    """
+    peak = settings.learning_rate
+    warmup = round(settings.warmup * total_steps) if settings.warmup < 1 else round(settings.warmup)
+    if warmup > total_steps:
+        raise InputError(f"--warmup {settings.warmup:g}: the run has {total_steps} steps; give a share below 1 or fewer steps")
+    rest = max(1, total_steps - warmup)
+    after = {
+        "cosine": lambda: optim.cosine_decay(peak, rest),
+        "linear": lambda: optim.linear_schedule(peak, 0.0, rest),
+        "constant": lambda: (lambda _: mx.array(peak)),
+    }[settings.lr_schedule]()
+    if warmup == 0:
+        return after if settings.lr_schedule != "constant" else peak
+    # Step 1 takes peak / warmup, not zero: a first step of size zero is a step thrown away.
+    rise = optim.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+    return optim.join_schedules([rise, after], [warmup])
+
+
+def build_optimizer(settings: OptimizerSettings, total_steps: int) -> optim.Optimizer:
+    """Return the optimizer with its schedule.
+
+    Adam and AdamW correct their bias, as torch's do; mlx leaves that off by default (arXiv 1412.6980,
+    algorithm 1; 1711.05101).
+    """
+    rate = learning_rate_schedule(settings, total_steps)
+    decay = settings.weight_decay
+    build = {
+        "adamw": lambda: optim.AdamW(rate, weight_decay=decay, bias_correction=True),
+        "adam": lambda: optim.Adam(rate, bias_correction=True),
+        "muon": lambda: optim.Muon(rate, weight_decay=decay),
+        "sgd": lambda: optim.SGD(rate, weight_decay=decay),
+        "adafactor": lambda: optim.Adafactor(rate, relative_step=False, scale_parameter=False),
+    }
+    return build[settings.optimizer]()
+
+
+def clip_scale(grads: dict, max_norm: float) -> tuple[mx.array, mx.array]:
+    """Return the global L2 norm of `grads` and the factor that brings it down to `max_norm`.
+
+    Both are float32 whatever the gradients' dtype: in float16 the factor of a large norm rounds to zero.
+
+    Args:
+        grads: tree of gradients.
+        max_norm: 0 for no clip.
+    """
+    squares = [mx.square(g.astype(mx.float32)).sum() for _, g in tree_flatten(grads)]
+    norm = mx.sqrt(sum(squares, mx.array(0.0)))
+    if max_norm <= 0:
+        return norm, mx.array(1.0)
+    return norm, mx.minimum(1.0, max_norm / mx.maximum(norm, 1e-12))
+
+
+def scaled(grads: dict, factor: mx.array) -> dict:
+    """Return every gradient times `factor`, in its own dtype."""
+    return tree_map(lambda g: (g.astype(mx.float32) * factor).astype(g.dtype), grads)

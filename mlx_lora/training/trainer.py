@@ -1,0 +1,236 @@
+"""The training loop, in the order it runs; model, step, batches and save come in as arguments."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import takewhile
+from types import FrameType
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora import device
+from mlx_lora.config import LoopSettings
+from mlx_lora.data.batches import Batch, BatchPlan
+from mlx_lora.errors import RunError
+from mlx_lora.training.report import Metrics
+from mlx_lora.training.step import LossFunction, Step, StepResult
+
+# This many skipped updates in a row mean that the run has diverged, not that one batch was bad.
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: steps taken, the last validation loss if any, and whether it was interrupted."""
+
+    steps: int
+    val_loss: float | None
+    interrupted: bool
+
+
+@dataclass
+class Window:
+    """What has gathered since the last report; the scalars stay on the device until they are read."""
+
+    results: list[StepResult] = field(default_factory=list)
+    real_tokens: int = 0
+    positions: int = 0
+    paused_s: float = 0.0
+    started_s: float = field(default_factory=time.perf_counter)
+
+    def add(self, batches: list[Batch], result: StepResult) -> None:
+        self.results.append(result)
+        self.real_tokens += sum(b.real_tokens for b in batches)
+        self.positions += sum(b.inputs.size for b in batches)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what runs inside (validation, saving) out of the window's throughput."""
+        start = time.perf_counter()
+        yield
+        self.paused_s += time.perf_counter() - start
+
+    def spent_s(self) -> float:
+        return max(time.perf_counter() - self.started_s - self.paused_s, 1e-9)
+
+
+@dataclass
+class SkipGuard:
+    """Counts skipped updates and says when so many came in a row that the run has diverged."""
+
+    total: int = 0
+    in_a_row: int = 0
+
+    def diverged(self, result: StepResult) -> bool:
+        self.in_a_row = 0 if result.applied.item() else self.in_a_row + 1
+        self.total += self.in_a_row > 0
+        return self.in_a_row >= MAX_SKIPPED_IN_A_ROW
+
+
+def total_steps(plan: BatchPlan, settings: LoopSettings) -> int:
+    """Return the optimizer steps of the run: --iters, or --epochs (1) over the data, rounded up."""
+    if settings.iters is not None:
+        return settings.iters
+    return max(1, math.ceil(len(plan) * (settings.epochs or 1.0) / settings.grad_accumulation_steps))
+
+
+def micro_batches(plan: BatchPlan) -> Iterator[Batch]:
+    """Yield batches epoch after epoch, without end."""
+    epoch = 0
+    while True:
+        for index in range(len(plan)):
+            yield plan.batch(epoch, index)
+        epoch += 1
+
+
+def mean_loss(model: nn.Module, loss: LossFunction, batches: Iterable[Batch]) -> tuple[float, int]:
+    """Return the mean loss per trained token over `batches`, and the count of those tokens.
+
+    The model is put in eval mode (no dropout) for it and back afterwards. Without tokens: (nan, 0).
+    """
+    training = model.training
+    model.eval()
+    total, count = mx.array(0.0), mx.array(0.0)
+    for batch in batches:
+        part, tokens = loss(model, mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.mask))
+        total, count = total + part, count + tokens
+        mx.eval(total, count)
+    model.train(training)
+    tokens = int(count.item())
+    return (total.item() / tokens if tokens else math.nan), tokens
+
+
+def train(
+    model: nn.Module,
+    step: Step,
+    loss: LossFunction,
+    plan: BatchPlan,
+    validation: BatchPlan | None,
+    settings: LoopSettings,
+    report: Callable[[Metrics], None],
+    on_step: Callable[[int], None],
+    save: Callable[[int], None],
+) -> Outcome:
+    """Train until the run's steps are done or it is interrupted.
+
+    Args:
+        model: its trainable parameters are the adapter.
+        step: the compiled step over `model`.
+        loss: for validation; the step holds its own.
+        plan: training batches.
+        validation: held-out batches, or None.
+        settings: cadences and length.
+        report: takes each Metrics record.
+        on_step: takes the step number after each step, for a live display.
+        save: takes the step number and writes the adapter.
+
+    Returns:
+        The outcome; after an interruption the adapter has been saved.
+
+    Raises:
+        RunError: when update after update is skipped because it is not finite.
+    """
+    total = total_steps(plan, settings)
+    batches = micro_batches(plan)
+    guard, window = SkipGuard(), Window()
+    begun_s = time.perf_counter()
+    taken, val_loss, saved_at = 0, None, None
+    previous: StepResult | None = None
+    model.train()
+
+    def record(new_val_loss: float | None = None) -> Metrics:
+        return _metrics(window, step, taken, taken * settings.grad_accumulation_steps / len(plan), guard.total, new_val_loss, begun_s)
+
+    def validate() -> None:
+        nonlocal val_loss
+        if validation is None or settings.val_batches == 0:
+            return
+        held_out = takewhile(lambda _: not interrupted(), validation.batches(settings.val_batches))
+        value, tokens = mean_loss(model, loss, held_out)
+        if tokens and not interrupted():
+            val_loss = value
+            report(record(value))
+
+    with interrupt_flag() as interrupted:
+        validate()
+        window = Window()
+        while taken < total and not interrupted():
+            chosen = [next(batches) for _ in range(settings.grad_accumulation_steps)]
+            result = step(chosen)
+            # The device works on this step while the host waits for the one before: one step ahead, no more.
+            if previous is not None and guard.diverged(previous):
+                save(taken)
+                raise RunError(
+                    f"step {taken}: loss or gradient was not finite {guard.in_a_row} times in a row; the adapter as it was "
+                    "before them is saved; lower --learning-rate, or try --dtype float32"
+                )
+            previous = result
+            taken += 1
+            window.add(chosen, result)
+            on_step(taken)
+            last = taken == total or interrupted()
+            if last:
+                guard.diverged(result)
+            if last or taken % settings.steps_per_report == 0:
+                report(record())
+                window = Window()
+            with window.paused():
+                if last or (settings.steps_per_eval and taken % settings.steps_per_eval == 0):
+                    validate()
+                if last or (settings.save_every and taken % settings.save_every == 0):
+                    save(taken)
+                    saved_at = taken
+        if saved_at != taken:  # interrupted between steps
+            save(taken)
+        return Outcome(taken, val_loss, interrupted())
+
+
+def _metrics(
+    window: Window, step: Step, taken: int, epoch: float, skipped: int, val_loss: float | None, begun_s: float
+) -> Metrics:
+    """Read the window's scalars, once per report, and make its record."""
+    results = window.results
+    mx.eval(results)
+    spent_s = window.spent_s()
+    good = [r for r in results if r.applied.item()]
+    good_tokens = sum(r.tokens.item() for r in good)
+    loss = sum(r.loss_sum.item() for r in good) / good_tokens if good_tokens else math.nan
+    return Metrics(
+        step=taken,
+        epoch=round(epoch, 4),
+        loss=loss if results else None,
+        val_loss=val_loss,
+        learning_rate=step.learning_rate,
+        grad_norm=results[-1].grad_norm.item() if results else 0.0,
+        supervised_tokens_per_s=sum(r.tokens.item() for r in results) / spent_s,
+        tokens_per_s=window.real_tokens / spent_s,
+        padding_fraction=1 - window.real_tokens / window.positions if window.positions else 0.0,
+        skipped_steps=skipped,
+        peak_memory_bytes=mx.get_peak_memory(),
+        process_peak_bytes=device.process_peak_bytes(),
+        elapsed_s=round(time.perf_counter() - begun_s, 3),
+    )
+
+
+@contextmanager
+def interrupt_flag() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a flag the loop reads; the second ends the process at once."""
+    seen = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
