@@ -94,7 +94,7 @@ def parse_record(record: Record, data_format: str = "auto") -> tuple[str, Exampl
 
 
 def detect_format(record: Record) -> str:
-    """Return the name of the format whose keys the record has; `text` last, as some sets repeat a row as text."""
+    """Return the name of the format whose keys the record has."""
     if "messages" in record:
         return "messages"
     if "conversations" in record or "conversation" in record:
@@ -103,7 +103,7 @@ def detect_format(record: Record) -> str:
         return "completions"
     if "instruction" in record and "output" in record:
         return "alpaca"
-    if "text" in record:
+    if "text" in record:  # last: Alpaca's own set repeats each row as one text
         return "text"
     raise FormatError(f"found {_keys(record)}; expected one of: {'; '.join(EXPECTED.values())}")
 
@@ -135,9 +135,7 @@ def _sharegpt(record: Record) -> Conversation:
     key = "conversations" if "conversations" in record else "conversation"
     turns = _list(_need(record, key, "sharegpt"), key)
     if turns and all(isinstance(turn, dict) and "role" in turn and "from" not in turn for turn in turns):
-        return _conversation(
-            turns, record.get("tools"), record.get("system")
-        )  # OpenAI's turns under this key
+        return _conversation(turns, record.get("tools"), record.get("system"))  # OpenAI's turns under this key
     messages = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
@@ -191,11 +189,7 @@ def _conversation(turns: Any, tools: Any, system: Any) -> Conversation:
     """Check every turn and return the conversation, or raise with the first thing wrong."""
     turns = _list(turns, "messages")
     messages = [_message(turn, number) for number, turn in enumerate(turns, 1)]
-    if (
-        system is not None
-        and _string(system, "system")
-        and not (messages and messages[0]["role"] == "system")
-    ):
+    if system is not None and _string(system, "system") and not (messages and messages[0]["role"] == "system"):
         messages.insert(0, {"role": "system", "content": system})
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
@@ -233,15 +227,9 @@ def _content(content: Any, number: int) -> str:
         return content
     if isinstance(content, list):
         for part in content:
-            if (
-                not isinstance(part, dict)
-                or not isinstance(part.get("text"), str)
-                or part.get("type") != "text"
-            ):
+            if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.get("type") != "text":
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                raise FormatError(
-                    f"message {number} has a content part of type {kind!r}; only text is trained"
-                )
+                raise FormatError(f"message {number} has a content part of type {kind!r}; only text is trained")
         return "".join(part["text"] for part in content)
     raise FormatError(f"message {number}: content is a {type(content).__name__}, not a string")
 
@@ -253,17 +241,13 @@ def _tool_calls(calls: Any, number: int) -> list[dict[str, Any]]:
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise FormatError(
-                f"message {number}: a tool call has {_keys(call)}; expected function: name, arguments"
-            )
+            raise FormatError(f"message {number}: a tool call has {_keys(call)}; expected function: name, arguments")
         arguments = function.get("arguments")
         arguments = _parsed({} if arguments in (None, "") else arguments, f"message {number}: arguments")
         if not isinstance(arguments, dict):
             raise FormatError(f"message {number}: a tool call's arguments are no JSON object")
         kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        found.append(
-            {**kept, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
-        )
+        found.append({**kept, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return found
 
 

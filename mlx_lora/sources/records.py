@@ -60,9 +60,7 @@ def check_file(path: Path) -> None:
     if not path.is_file():
         raise InputError(f"data file {path} does not exist")
     if path.suffix.lower() not in SUFFIXES:
-        raise InputError(
-            f"{path}: cannot read {path.suffix or 'a name without ending'}; use {' '.join(SUFFIXES)}"
-        )
+        raise InputError(f"{path}: cannot read {path.suffix or 'a name without ending'}; use {' '.join(SUFFIXES)}")
     try:
         with path.open("rb") as file:
             head = file.read(4)
@@ -99,9 +97,7 @@ def _parse_line(number: int, line: bytes) -> Record | BadRow:
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return BadRow(
-            number, f"not UTF-8: byte {line[error.start]:#04x} at byte {error.start + 1} of the line"
-        )
+        return BadRow(number, f"not UTF-8: byte {line[error.start]:#04x} at byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
         return BadRow(number, f"not JSON: {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:  # an integer or a nesting beyond Python's limits
@@ -134,9 +130,7 @@ def _json(path: Path) -> Iterator[Record | BadRow]:
         yield from _json_objects(path, text)
         return
     if text[start] != "[":
-        raise InputError(
-            f"{path} is not a JSON list of objects; write [{{...}}, ...] or one object per line as .jsonl"
-        )
+        raise InputError(f"{path} is not a JSON list of objects; write [{{...}}, ...] or one object per line as .jsonl")
     surrogates = "\\ud" in text or "\\uD" in text
     decoder, position, line, counted = json.JSONDecoder(), _next_char(text, start + 1), 1, 0
     while text[position : position + 1] != "]":
@@ -149,14 +143,10 @@ def _json(path: Path) -> Iterator[Record | BadRow]:
             position = _next_char(text, position + 1)
         elif mark != "]":
             line += text.count("\n", counted, position)
-            raise InputError(
-                f"{path}, line {line}: the JSON list breaks off: expected ',' or ']', found {mark!r}"
-            )
+            raise InputError(f"{path}, line {line}: the JSON list breaks off: expected ',' or ']', found {mark!r}")
 
 
-def _decode_element(
-    path: Path, text: str, position: int, line: int, decoder: json.JSONDecoder
-) -> tuple[Any, int]:
+def _decode_element(path: Path, text: str, position: int, line: int, decoder: json.JSONDecoder) -> tuple[Any, int]:
     try:
         return decoder.raw_decode(text, position)
     except json.JSONDecodeError as error:
@@ -211,9 +201,7 @@ def _csv(path: Path) -> Iterator[Record | BadRow]:
                 elif row:
                     yield BadRow(line, f"{len(row)} columns, the first line names {len(header)}")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 (byte {error.object[error.start]:#04x}); save it as UTF-8"
-        ) from error
+        raise InputError(f"{path} is not UTF-8 (byte {error.object[error.start]:#04x}); save it as UTF-8") from error
     except csv.Error as error:
         raise InputError(f"{path} is not valid CSV after line {rows.line_num}: {error}") from error
     finally:
@@ -225,9 +213,7 @@ def _parquet(path: Path) -> Iterator[Record | BadRow]:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise InputError(
-            f"{path} needs pyarrow, which is not installed; pip install 'mlx-lora[parquet]'"
-        ) from error
+        raise InputError(f"{path} needs pyarrow, which is not installed; pip install 'mlx-lora[parquet]'") from error
     number = 0
     try:
         with parquet.ParquetFile(path) as file:

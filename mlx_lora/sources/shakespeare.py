@@ -77,9 +77,7 @@ def tiny_shakespeare() -> Path:
             f"{ARCHIVE} ({len(text):,} bytes) -> {folder / PLAYS_NAME}"
         )
         return _keep(folder / PLAYS_NAME, text)
-    raise InputError(
-        f"could not get tiny-shakespeare: {'; '.join(tried)}; put the file at {folder / REAL_NAME}"
-    )
+    raise InputError(f"could not get tiny-shakespeare: {'; '.join(tried)}; put the file at {folder / REAL_NAME}")
 
 
 def lay_out_plays(archive: Path) -> str:
@@ -138,9 +136,7 @@ def _from_hub(tried: list[str]) -> bytes | None:
 
     for name in ("input.txt", "tinyshakespeare.txt", "tiny_shakespeare.txt"):
         try:
-            path = hf_hub_download(
-                "karpathy/tiny_shakespeare", name, repo_type="dataset", etag_timeout=TIMEOUT_S
-            )
+            path = hf_hub_download("karpathy/tiny_shakespeare", name, repo_type="dataset", etag_timeout=TIMEOUT_S)
         except LocalEntryNotFoundError:
             tried.append("the hub is not reachable")
             return None

@@ -60,9 +60,7 @@ def _folder_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
     files = [file for file in _data_files(folder) if not NOT_DATA.fullmatch(file.name)]
     if len(files) == 1:
         return {"train": (files[0],)}
-    found = ", ".join(file.name for file in files[:8]) or ", ".join(
-        sorted(p.name for p in folder.iterdir())[:8]
-    )
+    found = ", ".join(file.name for file in files[:8]) or ", ".join(sorted(p.name for p in folder.iterdir())[:8])
     raise InputError(
         f"{folder} has no train.jsonl (or train{' train'.join(SUFFIXES[1:])}); "
         f"found: {found or 'nothing'}; name the file itself, or rename it"
@@ -82,9 +80,7 @@ def _named_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
         in_parts = all("-of-" in file.stem or file.parent != folder for file in files)
         if len(files) > 1 and not in_parts:
             names = ", ".join(file.name for file in files)
-            raise InputError(
-                f"{folder} has several {split} files: {names}; keep one, or name the file itself"
-            )
+            raise InputError(f"{folder} has several {split} files: {names}; keep one, or name the file itself")
     return {split: tuple(files) for split, files in candidates.items() if files}
 
 
@@ -97,9 +93,7 @@ def _data_files(folder: Path) -> list[Path]:
 def _not_found(data: str, path: Path) -> str:
     parent = path.parent
     near = [p.name for p in parent.iterdir()] if parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, near, n=3) or difflib.get_close_matches(
-        data, ["tiny-shakespeare"]
-    )
+    close = difflib.get_close_matches(path.name, near, n=3) or difflib.get_close_matches(data, ["tiny-shakespeare"])
     hint = f"close to it: {', '.join(close)}" if close else f"no similar name in {parent.resolve()}"
     return (
         f"--data {data}: no such file or folder, and no hub dataset id (owner/name); {hint}; "

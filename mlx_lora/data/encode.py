@@ -1,0 +1,269 @@
+"""Examples -> token ids and an exact loss mask, as flat arrays.
+
+Shapes: N tokens of all rows together, R rows. Each text is tokenised once, whole, and character spans
+become token masks by the tokenizer's own alignment; a token that holds any trained character is trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from mlx_lora.data.formats import Completion, Conversation, Example, FormatError, Text
+from mlx_lora.data.render import Rendered, Renderer
+from mlx_lora.data.templates import prefix_tokens
+from mlx_lora.errors import InputError
+
+BATCH_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class EncodedSet:
+    """Encoded rows, end to end.
+
+    Attributes:
+        tokens: (N,) int32 token ids.
+        mask: (N,) bool, True: this token is a target that is trained. A row's first token never is.
+        offsets: (R + 1,) int64; row i is tokens[offsets[i]:offsets[i + 1]].
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> EncodedSet:
+        """Join (tokens, mask) rows."""
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum([len(tokens) for tokens, _ in rows], out=offsets[1:])
+        tokens = np.concatenate([np.zeros(0, np.int32), *(tokens for tokens, _ in rows)])
+        mask = np.concatenate([np.zeros(0, bool), *(mask for _, mask in rows)])
+        return cls(tokens.astype(np.int32, copy=False), mask, offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(R,) int64 tokens of each row."""
+        return np.diff(self.offsets)
+
+    def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return row i's tokens and mask, as views."""
+        part = slice(self.offsets[i], self.offsets[i + 1])
+        return self.tokens[part], self.mask[part]
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> EncodedSet:
+        """Return the set of these rows, in this order."""
+        return EncodedSet.from_rows([self.row(int(i)) for i in rows])
+
+    @cached_property
+    def supervised_tokens(self) -> int:
+        """Targets that are trained."""
+        return int(self.mask.sum())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the three arrays, in hex: the identity of the data for resuming."""
+        digest = hashlib.sha256()
+        for array, kind in ((self.tokens, "<i4"), (self.mask, "?"), (self.offsets, "<i8")):
+            digest.update(np.ascontiguousarray(array, kind).tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The rows of some examples, and what became of each example.
+
+    Attributes:
+        rows: the encoded set.
+        source: (R,) int64, the example a row came from (a long text gives several rows).
+        dropped: example number -> why it gave no row.
+        truncated: numbers of the examples that were cut at the longest length.
+    """
+
+    rows: EncodedSet
+    source: np.ndarray
+    dropped: dict[int, str]
+    truncated: list[int]
+
+
+class Encoder:
+    """A tokenizer, a template and the settings that decide what is trained."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        *,
+        max_seq_length: int,
+        mask_prompt: bool = True,
+        plain_completions: bool = False,
+    ):
+        """Prepare to encode.
+
+        Args:
+            tokenizer: A fast tokenizer (one with offsets), not mlx-lm's wrapper.
+            template: Chat template, Jinja text.
+            max_seq_length: Tokens per row at the most.
+            mask_prompt: Train assistant turns and completions only; else every token but the first.
+            plain_completions: Join prompt and completion as they are, for models without a template.
+
+        Raises:
+            InputError: the tokenizer gives no offsets, or the length leaves no room for a target.
+        """
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise InputError(
+                f"the tokenizer is a {type(tokenizer).__name__}, which cannot say where a token stands in the "
+                "text; training needs a fast tokenizer (a tokenizer.json)"
+            )
+        self.prefix = prefix_tokens(tokenizer)
+        if max_seq_length < len(self.prefix) + 2:
+            raise InputError(f"--max-seq-length {max_seq_length} leaves no token to train; use 2 or more")
+        self.renderer = Renderer(tokenizer, template)
+        self._max_tokens = max_seq_length
+        self._mask_prompt = mask_prompt
+        self._plain_completions = plain_completions
+        self._eos: int | None = tokenizer.eos_token_id
+        self._backend = _offset_tokenizer(tokenizer)
+
+    def encode(self, examples: Sequence[Example]) -> Encoded:
+        """Encode examples in order.
+
+        Returns:
+            Every row has at least one trained target; examples without any are in `dropped`.
+        """
+        rows: list[tuple[np.ndarray, np.ndarray]] = []
+        source: list[int] = []
+        dropped: dict[int, str] = {}
+        truncated: list[int] = []
+        for start in range(0, len(examples), BATCH_ROWS):
+            rendered: list[tuple[int, Rendered]] = []
+            for number, example in enumerate(examples[start : start + BATCH_ROWS], start):
+                try:
+                    rendered.append((number, self._render(example)))
+                except FormatError as error:
+                    dropped[number] = str(error)
+            # One call per batch: the tokenizer works on all cores.
+            encodings = self._backend.encode_batch([r.text for _, r in rendered], add_special_tokens=False)
+            for (number, text), encoding in zip(rendered, encodings, strict=True):
+                example = examples[number]
+                tokens, mask = self._row(text, encoding, plain=self._is_plain(example))
+                if isinstance(example, Text):
+                    pieces = windows(tokens, mask, self._max_tokens, len(self.prefix))
+                else:
+                    pieces = [(tokens[: self._max_tokens], mask[: self._max_tokens])]
+                    if len(tokens) > self._max_tokens:
+                        truncated.append(number)
+                pieces = [piece for piece in pieces if piece[1].any()]
+                if not pieces:
+                    dropped[number] = f"no trained token among the first {self._max_tokens} (--max-seq-length)"
+                rows += pieces
+                source += [number] * len(pieces)
+        return Encoded(EncodedSet.from_rows(rows), np.array(source, np.int64), dropped, truncated)
+
+    def _is_plain(self, example: Example) -> bool:
+        return isinstance(example, Text) or (isinstance(example, Completion) and self._plain_completions)
+
+    def _render(self, example: Example) -> Rendered:
+        if isinstance(example, Text):
+            return Rendered(example.text, [(0, len(example.text))], append_eos=example.ends)
+        if isinstance(example, Conversation):
+            return self.renderer.render(example)
+        prompt, completion = example.prompt, example.completion
+        if self._plain_completions:
+            text = prompt + completion
+            return Rendered(text, [(len(prompt), len(text))], append_eos=True)
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return self.renderer.render(Conversation(turns))
+
+    def _row(self, rendered: Rendered, encoding: Encoding, plain: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Return (n,) tokens and mask of one text, before any cut."""
+        ids = np.array(encoding.ids, np.int32)
+        mask = np.zeros(len(ids), bool)
+        for span in rendered.spans:
+            mask[slice(*token_range(encoding, span, len(rendered.text)))] = True
+        eos_missing = len(ids) == 0 or ids[-1] != self._eos
+        if rendered.append_eos and self._eos is not None and eos_missing:
+            ids, mask = np.append(ids, np.int32(self._eos)), np.append(mask, True)
+        if plain and self.prefix:
+            # The text may begin with the BOS text itself; a chat has it from its template, or not at all.
+            have = ids[: len(self.prefix)].tolist() == self.prefix
+            prefix = np.array([] if have else self.prefix, np.int32)
+            ids = np.concatenate([prefix, ids])
+            mask = np.concatenate([np.zeros(len(prefix), bool), mask])
+            mask[: len(self.prefix)] = False
+        if not self._mask_prompt:
+            mask = np.ones(len(ids), bool)
+        mask[:1] = False
+        return ids, mask
+
+
+def windows(
+    tokens: np.ndarray, mask: np.ndarray, max_tokens: int, prefix: int = 0
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Cut a long row into full windows that lose no target.
+
+    Each window repeats the row's `prefix` first tokens (a BOS), then the last token of the window before
+    as context for its first target; neither is a target there.
+
+    Args:
+        tokens: (n,) int32.
+        mask: (n,) bool.
+        max_tokens: Tokens per window.
+        prefix: Tokens at the row's start that every window repeats.
+
+    Returns:
+        (tokens, mask) per window; together they hold each of the row's targets once.
+    """
+    if len(tokens) <= max_tokens:
+        return [(tokens, mask)]
+    head = tokens[:prefix], mask[:prefix] & False
+    found = [(tokens[:max_tokens], mask[:max_tokens])]
+    start = max_tokens - 1  # the overlapping token
+    while start + 1 < len(tokens):
+        stop = start + max_tokens - prefix
+        part = mask[start:stop].copy()
+        part[0] = False
+        found.append((np.concatenate([head[0], tokens[start:stop]]), np.concatenate([head[1], part])))
+        start = stop - 1
+    return found
+
+
+def token_range(encoding: Encoding, span: tuple[int, int], text_chars: int) -> tuple[int, int]:
+    """Return the range of tokens that hold any character of `span`.
+
+    Args:
+        encoding: Of the whole text, with untrimmed offsets.
+        span: Characters [start, end).
+        text_chars: Length of the text.
+    """
+    start, end = span
+    # A normaliser may drop characters, which then belong to no token: go on to the next one.
+    held = (token for char in range(start, end) if (token := encoding.char_to_token(char)) is not None)
+    first = next(held, None)
+    if first is None:
+        return 0, 0
+    after = (token for char in range(end, text_chars) if (token := encoding.char_to_token(char)) is not None)
+    stop = next(after, len(encoding.ids))
+    if stop < len(encoding.ids) and encoding.token_to_chars(stop)[0] < end:
+        stop += 1  # this token straddles the span's end
+    return first, stop
+
+
+def _offset_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """Return a copy of the tokenizer's core that neither adds, cuts nor pads, with true offsets.
+
+    The post-processor goes: GPT-2's trims white space from offsets, so "\\n" would stand nowhere.
+    """
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend

@@ -1,0 +1,81 @@
+"""Which chat template renders the conversations, and where it came from."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from mlx_lora.errors import InputError
+
+BUILT_IN = ("alpaca", "chatml")
+PROBE = [{"role": "user", "content": "x"}]
+
+
+def resolve_template(name_or_file: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Choose the chat template: the one asked for, else the model's own, else the built-in alpaca.
+
+    Args:
+        name_or_file: A built-in name (alpaca, chatml), a Jinja file, or None.
+        tokenizer: Its `chat_template` is the model's own; None in most base models.
+
+    Returns:
+        The Jinja text, and its origin: `model`, `built-in alpaca`, `built-in chatml` or the file's path.
+
+    Raises:
+        InputError: no such file, or Jinja cannot parse it or render one user turn with it.
+    """
+    if name_or_file is None and tokenizer.chat_template:
+        text, origin = _own_template(tokenizer.chat_template), "model"
+    elif name_or_file is None or name_or_file in BUILT_IN:
+        name = name_or_file or "alpaca"
+        text, origin = _built_in(name, tokenizer), f"built-in {name}"
+    else:
+        text, origin = _read(name_or_file), name_or_file
+    try:
+        tokenizer.apply_chat_template(PROBE, tokenize=False, add_generation_prompt=True, chat_template=text)
+    except (jinja2.TemplateError, TypeError) as error:
+        # A template may refuse a chat without a system turn or such; only one Jinja cannot parse is hopeless.
+        if isinstance(error, jinja2.TemplateSyntaxError):
+            raise InputError(f"chat template ({origin}), line {error.lineno}: {error.message}") from error
+    return text, origin
+
+
+def prefix_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids the tokenizer itself puts before every text (a BOS, or nothing)."""
+    with_special = tokenizer("x", add_special_tokens=True)["input_ids"]
+    plain = tokenizer("x", add_special_tokens=False)["input_ids"]
+    for start in range(len(with_special) - len(plain) + 1):
+        if with_special[start : start + len(plain)] == plain:
+            return with_special[:start]
+    return []
+
+
+def _own_template(chat_template: str | dict[str, str]) -> str:
+    if isinstance(chat_template, str):
+        return chat_template
+    if "default" in chat_template:
+        return chat_template["default"]
+    names = ", ".join(chat_template)
+    raise InputError(f"the model has several chat templates ({names}), none of them default; give --chat-template")
+
+
+def _built_in(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if name == "alpaca" and tokenizer.eos_token is None:
+        raise InputError("the built-in alpaca template needs an end token and the tokenizer names none; use chatml")
+    text = (resources.files("mlx_lora.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    # A model trained with a BOS before every text needs it here too, and a chat is encoded as rendered.
+    prefix = prefix_tokens(tokenizer)
+    return "{{- bos_token }}" + text if prefix and prefix == [tokenizer.bos_token_id] else text
+
+
+def _read(name: str) -> str:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise InputError(f"--chat-template {name}: no such file, and no built-in ({', '.join(BUILT_IN)})")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--chat-template {name} is not UTF-8; save it as UTF-8") from error
