@@ -14,13 +14,12 @@ Q6_K, Q3_K, Q2_K and the IQ types have 16-wide groups or code books: they are re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import mlx.core as mx
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import Q4_K
 
+from mlx_lora.models.quantize import PackedWeight, Quantisation
 from mlx_lora.sources.gguf import GGUFTensor
 
 GROUP = 32
@@ -28,30 +27,6 @@ _BITS = {Kind.Q4_0: 4, Kind.Q4_1: 4, Kind.Q4_K: 4, Kind.Q5_0: 5, Kind.Q5_1: 5, K
 LOSSLESS = frozenset(_BITS)
 FLOAT = frozenset({Kind.F32, Kind.F16, Kind.BF16, Kind.F64})
 _CHUNK_BYTES = 1 << 25  # packed bytes unpacked at a time: temporaries stay at a few hundred MB
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """A weight as `mx.quantize` would return it.
-
-    Attributes:
-        arrays: `[weight, scales]` or `[weight, scales, biases]`.
-        group_size, bits, mode: as `mx.quantize` took them.
-    """
-
-    arrays: list[mx.array]
-    group_size: int
-    bits: int
-    mode: str = "affine"
-
-    @property
-    def layout(self) -> dict[str, int | str]:
-        """The layer's entry in config.json's `quantization`."""
-        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-
-    def dequantise(self) -> mx.array:
-        """Return (out, in) in the dtype of the scales (bfloat16 for the microscaling modes)."""
-        return mx.dequantize(*self.arrays, **self.layout)
 
 
 def carry_blocks(tensor: GGUFTensor, dtype: mx.Dtype) -> PackedWeight:
@@ -76,7 +51,7 @@ def carry_blocks(tensor: GGUFTensor, dtype: mx.Dtype) -> PackedWeight:
         packed[rows] = pack_codes(codes.reshape(len(codes), width), bits)
         scales[rows], biases[rows] = scale, bias
     arrays = [mx.array(packed), mx.array(scales).astype(dtype), mx.array(biases).astype(dtype)]
-    return PackedWeight(arrays, GROUP, bits)
+    return PackedWeight(arrays, Quantisation(bits, GROUP))
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -101,14 +76,6 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
         words |= eights[..., i].astype("<u8") << np.uint64(bits * i)
     stream = words.view(np.uint8).reshape(rows, width // 8, 8)[..., :bits]
     return np.ascontiguousarray(stream).reshape(rows, width * bits // 8).view("<u4")
-
-
-def relative_error(found: mx.array, wanted: mx.array) -> float:
-    """Return |found - wanted| / |wanted| in Frobenius norm (0 for a zero weight kept as zero)."""
-    wanted = wanted.astype(mx.float32)
-    difference = mx.linalg.norm((found.astype(mx.float32) - wanted).reshape(-1)).item()
-    size = mx.linalg.norm(wanted.reshape(-1)).item()
-    return difference / size if size else difference
 
 
 def _unpack(kind: Kind, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,0 +1,55 @@
+"""What a conversion cost, on a text: perplexity of the source in float and of the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_lora.device import compute_dtype
+from mlx_lora.errors import InputError
+from mlx_lora.models import load
+from mlx_lora.models.converting import cast_model, load_float_model
+from mlx_lora.models.matmul import use_measured_matmul
+from mlx_lora.models.perplexity import measure_text_loss
+from mlx_lora.sources.hub import ModelSource
+
+REPORT_TOKENS = 2048
+
+
+def compare_on_text(source: ModelSource, out: Path, text: str) -> dict[str, Any]:
+    """Measure both models on the text's first REPORT_TOKENS tokens, one model in memory at a time.
+
+    Both compute in this device's dtype, so that the difference is the weights'.
+
+    Args:
+        source: what was converted.
+        out: its converted folder, whose tokenizer cuts the text.
+        text: at least two tokens.
+
+    Returns:
+        {"source", "converted": perplexities, "tokens": predicted}.
+
+    Raises:
+        InputError: when the text is too short.
+    """
+    converted, config = load._load_weights(out, False)
+    ids, bos_id = _encode(load._load_tokenizer(out, config, False), text)
+    cast_model(converted, compute_dtype())
+    use_measured_matmul(converted)
+    result = measure_text_loss(converted, ids, bos_id)
+    del converted
+    mx.clear_cache()
+    reference = measure_text_loss(load_float_model(source, compute_dtype()), ids, bos_id)
+    return {"source": reference.perplexity, "converted": result.perplexity, "tokens": result.tokens}
+
+
+def _encode(tokenizer: TokenizerWrapper, text: str) -> tuple[list[int], int | None]:
+    """Return the first tokens of a text and the BOS that the tokenizer itself would put before it."""
+    ids = tokenizer.encode(text, add_special_tokens=False)[:REPORT_TOKENS]
+    if len(ids) < 2:
+        raise InputError(f"--report: the text has {len(ids)} tokens; give a longer one")
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
+    return ids, tokenizer.bos_token_id if adds_bos else None

@@ -1,0 +1,284 @@
+"""Convert a model, from GGUF or from a Hugging Face folder, into a folder that mlx-lm loads.
+
+    source -> what to make of its weights -> weights, config, tokenizer in a temporary folder -> out
+
+GGUF blocks are carried over as they are unless told otherwise; a Hugging Face model is quantised to 4 bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+from mlx.utils import tree_flatten, tree_unflatten
+from transformers import AutoTokenizer
+
+from mlx_lora.cache import cache_dir
+from mlx_lora.errors import InputError
+from mlx_lora.models import load
+from mlx_lora.models.gguf_arch import model_config, weight_map
+from mlx_lora.models.gguf_weights import Imported, Target, check_shapes, import_weights
+from mlx_lora.models.quantize import Quantisation, dequantise_model, quantise_model
+from mlx_lora.models.saving import ShardWriter, check_out, new_folder, write_json
+from mlx_lora.sources.gguf import read_gguf
+from mlx_lora.sources.gguf_tokenizer import write_tokenizer
+from mlx_lora.sources.hub import ModelSource
+
+# Part of the cache key of converted GGUF files: raise it when the same file would convert differently.
+_FORMAT = 1
+# Everything beside weights and config that a model folder needs or owes: tokenizer, templates, licence.
+_SIDE_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "chat_template*", "*.jinja", "*.tiktoken", "generation_config.json", "LICENSE*", "NOTICE*", "*.py",
+)  # fmt: skip
+
+
+@dataclass
+class Conversion:
+    """What became of the weights.
+
+    Attributes:
+        model_type: mlx-lm's.
+        lossless, requantised, floats: tensors (layers, for a Hugging Face source) by treatment.
+        errors: source type -> relative error of each tensor quantised anew.
+        skipped: layers left in float because their width does not divide into groups.
+        size_bytes: of all tensors written.
+        n_values: weights, as counted before packing.
+        elapsed_s: wall clock.
+    """
+
+    model_type: str
+    lossless: int = 0
+    requantised: int = 0
+    floats: int = 0
+    errors: dict[str, list[float]] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    size_bytes: int = 0
+    n_values: int = 0
+    elapsed_s: float = 0.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, scales included."""
+        return 8 * self.size_bytes / self.n_values
+
+    def summary(self) -> dict[str, Any]:
+        """Return the JSON form; errors as count, mean and maximum per source type."""
+        plain = dataclasses.asdict(self) | {"bits_per_weight": round(self.bits_per_weight, 3)}
+        plain["errors"] = {
+            kind: {"tensors": len(values), "mean": sum(values) / len(values), "max": max(values)}
+            for kind, values in self.errors.items()
+        }
+        return plain
+
+
+def default_target(source: ModelSource) -> Target:
+    """Return what a conversion makes of the weights unless told: GGUF's own blocks, else 4 bits."""
+    return "carry" if source.kind == "gguf" else Quantisation(4, 64)
+
+
+def convert_model(
+    source: ModelSource,
+    out: Path,
+    *,
+    target: Target | None = None,
+    dtype: mx.Dtype = mx.float32,
+    force: bool = False,
+    measure: bool = False,
+) -> Conversion:
+    """Write `source` as a model folder; nothing half-written remains on any error.
+
+    Args:
+        source: from `resolve_model`.
+        out: the folder to make.
+        target: what to make of the weights; None: `default_target`.
+        dtype: of float weights, norms, scales and biases.
+        force: replace an existing model folder.
+        measure: compute quantisation errors for a Hugging Face source too (reads all weights into memory).
+
+    Raises:
+        InputError: unusable source, or `out` that must not be written.
+        RunError: when writing failed.
+    """
+    out, start = out.resolve(), time.perf_counter()
+    check_out(out, force=force)
+    if source.path.resolve().is_relative_to(out):
+        raise InputError(f"--out {out}: holds the source {source.path}; give another folder")
+    target = default_target(source) if target is None else target
+    with new_folder(out, force=force) as folder:
+        if source.kind == "gguf":
+            conversion = _convert_gguf(source, folder, target, dtype)
+        else:
+            conversion = _convert_folder(source, folder, target, dtype, measure)
+        load._load_weights(folder, False)  # mlx-lm must build it before anyone is told that it is there
+    conversion.elapsed_s = time.perf_counter() - start
+    return conversion
+
+
+def cached_gguf_folder(source: ModelSource) -> Path:
+    """Return the converted form of a GGUF file, making it on first use.
+
+    Blocks are carried over with float32 scales, so the folder does not depend on the compute dtype.
+    The key is the file's path, size and time of change.
+    """
+    stat = source.path.stat()
+    key = f"{_FORMAT}|{source.path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    folder = cache_dir("converted") / f"{source.path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if not (folder / "config.json").is_file():
+        convert_model(source, folder, target="carry")
+    return folder
+
+
+def load_float_model(source: ModelSource, dtype: mx.Dtype) -> nn.Module:
+    """Load a source's weights unquantised, whatever it holds: the reference of a conversion."""
+    if source.kind == "gguf":
+        file = read_gguf(source.path)
+        config = model_config(file)
+        model = build_model(config)
+        imported = import_weights(file.tensors, weight_map(file, config), "float", dtype)
+        model.load_weights([item for tensor in imported for item in tensor.parameters.items()])
+        return model
+    model, config = load._load_weights(source.path, False)
+    model, _ = dequantise_model(model, config)
+    cast_model(model, dtype)
+    return model
+
+
+def build_model(config: dict[str, Any]) -> nn.Module:
+    """Build mlx-lm's model of a config, its parameters not yet computed.
+
+    Raises:
+        InputError: when mlx-lm cannot build it.
+    """
+    try:
+        model_class, args_class = mlx_lm.utils._get_classes(config)
+        model = model_class(args_class.from_dict(config))
+    except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
+        raise InputError(f"{config.get('model_type')}: mlx-lm cannot build this model ({error})") from error
+    if config.get("tie_word_embeddings"):
+        model.sanitize({})  # Gemma drops its own head here when the weights have none
+    return model
+
+
+def cast_model(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Cast float parameters, except those the model protects (`cast_predicate`, as mlx-lm's converter does)."""
+    may_cast = model.cast_predicate if hasattr(model, "cast_predicate") else lambda _: True
+    cast = [
+        (name, array.astype(dtype))
+        for name, array in tree_flatten(model.parameters())
+        if mx.issubdtype(array.dtype, mx.floating) and may_cast(name)
+    ]
+    model.update(tree_unflatten(cast))
+
+
+def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.Dtype) -> Conversion:
+    file = read_gguf(source.path)
+    config = model_config(file)
+    places = weight_map(file, config)
+    shapes = {name: array.shape for name, array in tree_flatten(build_model(config).parameters())}
+    check_shapes(str(file.path), file.tensors, places, shapes)
+    write_tokenizer(file.metadata, folder)
+    conversion, writer = Conversion(config["model_type"]), ShardWriter(folder)
+    layouts: dict[str, Quantisation] = {}
+    for tensor in import_weights(file.tensors, places, target, dtype):
+        writer.add(tensor.parameters)
+        _count(conversion, tensor, len(file.tensors[tensor.source].shape) == 2 and target != "float")
+        if tensor.form is not None:
+            layouts[places[tensor.source].name.removesuffix(".weight")] = tensor.form
+    conversion.size_bytes = writer.close()
+    config |= _quantisation_entries(layouts)
+    config["torch_dtype"] = str(dtype).removeprefix("mlx.core.")
+    config["mlx_lora"] = _provenance(source, conversion) | {"sha256": _sha256(source.path)}
+    write_json(folder / "config.json", config)
+    return conversion
+
+
+def _count(conversion: Conversion, tensor: Imported, could_pack: bool) -> None:
+    conversion.n_values += tensor.n_values
+    if tensor.form is None:
+        conversion.floats += 1
+        if could_pack and tensor.source_type not in ("F32", "F16", "BF16"):
+            conversion.skipped.append(tensor.source)
+    elif tensor.lossless:
+        conversion.lossless += 1
+    else:
+        conversion.requantised += 1
+        conversion.errors.setdefault(tensor.source_type, []).append(tensor.error)
+
+
+def _quantisation_entries(layouts: dict[str, Quantisation]) -> dict[str, Any]:
+    """Return config.json's `quantization`: the commonest form, then every layer's own."""
+    if not layouts:
+        return {}
+    ((commonest, _),) = Counter(layouts.values()).most_common(1)
+    entries = commonest.layout | {layer: form.layout for layer, form in layouts.items() if form != commonest}
+    return {"quantization": entries, "quantization_config": entries}
+
+
+def _convert_folder(source: ModelSource, folder: Path, target: Target, dtype: mx.Dtype, measure: bool) -> Conversion:
+    model, config = load._load_weights(source.path, False)
+    if target == "carry":
+        raise InputError(f"{source.path}: only GGUF blocks are carried over; give --bits or --no-quantize")
+    model, config = dequantise_model(model, config)
+    cast_model(model, dtype)
+    names = tree_flatten(model.parameters())
+    conversion = Conversion(config["model_type"], n_values=sum(array.size for _, array in names))
+    if isinstance(target, Quantisation):
+        model, config, conversion.skipped, errors = quantise_model(model, config, target, measure=measure)
+        conversion.errors = {"float": list(errors.values())} if errors else {}
+    parameters = dict(tree_flatten(model.parameters()))
+    conversion.requantised = sum(name.endswith(".scales") for name in parameters)
+    conversion.floats = len(names) - conversion.requantised
+    writer = ShardWriter(folder)
+    del model, names
+    for name in list(parameters):  # handed over one by one, so that a written shard's arrays are freed
+        writer.add({name: parameters.pop(name)})
+    conversion.size_bytes = writer.close()
+    config["mlx_lora"] = _provenance(source, conversion)
+    mlx_lm.utils.save_config(config, folder / "config.json")
+    _copy_side_files(source.path, folder)
+    return conversion
+
+
+def _copy_side_files(source: Path, folder: Path) -> None:
+    """Copy tokenizer, templates and licence; a SentencePiece-only tokenizer gets a tokenizer.json as well."""
+    for pattern in _SIDE_FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)  # follows the hub cache's links
+    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+        try:
+            AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{source}: tokenizer.model cannot be read ({reason}); download it again") from error
+
+
+def _provenance(source: ModelSource, conversion: Conversion) -> dict[str, Any]:
+    """Return what config.json says about where the weights came from; mlx-lm ignores the key."""
+    return {
+        "source": source.model_id,
+        "revision": source.revision,
+        "carried": {
+            "lossless": conversion.lossless,
+            "requantised": conversion.requantised,
+            "float": conversion.floats,
+        },
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,168 @@
+"""Quantise weights and mlx-lm models: which forms MLX has, and what a layer loses by one."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+
+from mlx_lora.errors import InputError
+
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+AFFINE_GROUPS = (32, 64, 128)
+# The microscaling modes fix both: (bits, group size).
+FIXED_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+MODES = ("affine", *FIXED_MODES)
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How a weight is quantised, as `mx.quantize` takes it.
+
+    Attributes:
+        bits: per code.
+        group_size: codes that share a scale, along the weight's last axis.
+        mode: `affine`, or a microscaling format.
+    """
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """The keyword arguments of `mx.quantize`, and the entry in config.json."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    def fits(self, width: int) -> bool:
+        """Tell whether rows of that many values divide into groups."""
+        return width % self.group_size == 0
+
+    def __str__(self) -> str:
+        name = f"{self.bits}-bit" if self.mode == "affine" else self.mode
+        return f"{name}, group {self.group_size}"
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight as `mx.quantize` returns it.
+
+    Attributes:
+        arrays: `[weight, scales]` or `[weight, scales, biases]`.
+        form: how it is packed.
+    """
+
+    arrays: list[mx.array]
+    form: Quantisation
+
+    def dequantise(self) -> mx.array:
+        """Return (out, in) in the dtype of the scales (bfloat16 for the microscaling modes)."""
+        return mx.dequantize(*self.arrays, **self.form.layout)
+
+    def parameters(self, layer: str) -> dict[str, mx.array]:
+        """Return the arrays under the names that mlx's quantised layers give them."""
+        return {
+            f"{layer}.{name}": array for name, array in zip(("weight", "scales", "biases"), self.arrays, strict=False)
+        }
+
+
+def choose_quantisation(bits: int | None, group_size: int | None, mode: str | None) -> Quantisation:
+    """Resolve the three flags; affine is 4 bits in groups of 64 unless told otherwise.
+
+    Raises:
+        InputError: naming every flag that MLX has no such form for.
+    """
+    mode = mode or "affine"
+    if mode not in MODES:
+        raise InputError(f"--mode {mode}: not a form MLX has; use {', '.join(MODES)}")
+    if mode in FIXED_MODES:
+        form = Quantisation(*FIXED_MODES[mode], mode)
+        problems = [
+            f"{flag} {given}: {mode} has {fixed}; leave {flag} out"
+            for flag, given, fixed in (
+                ("--bits", bits, form.bits),
+                ("--group-size", group_size, form.group_size),
+            )
+            if given not in (None, fixed)
+        ]
+    else:
+        form = Quantisation(4 if bits is None else bits, 64 if group_size is None else group_size)
+        problems = [
+            f"{flag} {value}: not one of {', '.join(map(str, allowed))}"
+            for flag, value, allowed in (
+                ("--bits", form.bits, AFFINE_BITS),
+                ("--group-size", form.group_size, AFFINE_GROUPS),
+            )
+            if value not in allowed
+        ]
+    if problems:
+        raise InputError("; ".join(problems))
+    return form
+
+
+def quantise_weight(weight: mx.array, form: Quantisation) -> PackedWeight:
+    """Quantise one weight.
+
+    Args:
+        weight: (..., in), float; `form.fits(in)`.
+        form: how. Affine scales get the weight's dtype.
+    """
+    return PackedWeight(list(mx.quantize(weight, **form.layout)), form)
+
+
+def relative_error(found: mx.array, wanted: mx.array) -> float:
+    """Return |found - wanted| / |wanted| in Frobenius norm (0 for a zero weight kept as zero)."""
+    wanted = wanted.astype(mx.float32)
+    difference = mx.linalg.norm((found.astype(mx.float32) - wanted).reshape(-1)).item()
+    size = mx.linalg.norm(wanted.reshape(-1)).item()
+    return difference / size if size else difference
+
+
+def quantise_model(
+    model: nn.Module, config: dict[str, Any], form: Quantisation, *, measure: bool = False
+) -> tuple[nn.Module, dict[str, Any], list[str], dict[str, float]]:
+    """Quantise every layer of an unquantised mlx-lm model that the form and the model allow.
+
+    Lazy weights stay lazy, unless measured.
+
+    Args:
+        model: changed in place. Its own `quant_predicate` (routers kept in float, say) is heeded.
+        config: config.json; not changed.
+        form: how.
+        measure: compute each layer's error, which reads every weight.
+
+    Returns:
+        (model, config with its `quantization`, layers skipped because their width does not divide into
+        groups, relative error by layer when measured).
+    """
+    own_predicate = model.quant_predicate if hasattr(model, "quant_predicate") else lambda path, module: True
+    skipped = [
+        path
+        for path, module in model.named_modules()
+        if hasattr(module, "to_quantized") and not form.fits(module.weight.shape[-1])
+    ]
+    errors: dict[str, float] = {}
+
+    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        wanted = own_predicate(path, module)
+        if measure and wanted:
+            layer_form = Quantisation(**{**form.layout, **wanted}) if isinstance(wanted, dict) else form
+            errors[path] = relative_error(quantise_weight(module.weight, layer_form).dequantise(), module.weight)
+        return wanted
+
+    with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints; standard output is the command's
+        model, config = mlx_lm.utils.quantize_model(
+            model, config, form.group_size, form.bits, mode=form.mode, quant_predicate=predicate
+        )
+    return model, config, skipped, errors
+
+
+def dequantise_model(model: nn.Module, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """Make a quantised mlx-lm model float; returns it, and its config without `quantization`."""
+    plain = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+    return mlx_lm.utils.dequantize_model(model), plain

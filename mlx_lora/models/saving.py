@@ -1,0 +1,124 @@
+"""Write model folders: shard by shard, and whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_lora.errors import InputError, RunError
+from mlx_lora.sources.safetensors import read_safetensors_header
+
+MAX_SHARD_BYTES = 5 << 30  # what mlx-lm and the hub use
+
+
+class ShardWriter:
+    """Collect parameters and write them as safetensors shards with an index.
+
+    Memory holds one shard. The names are mlx-lm's: `model.safetensors`, or `model-00001-of-0000N.safetensors`.
+    """
+
+    def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES):
+        self.folder, self.max_shard_bytes = folder, max_shard_bytes
+        self.shard: dict[str, mx.array] = {}
+        self.shard_bytes = self.total_bytes = 0
+        self.names: list[list[str]] = []
+
+    def add(self, parameters: dict[str, mx.array]) -> None:
+        """Take parameters over; they are evaluated now or at the latest when their shard is written."""
+        size = sum(array.nbytes for array in parameters.values())
+        if self.shard and self.shard_bytes + size > self.max_shard_bytes:
+            self._write()
+        self.shard |= parameters
+        self.shard_bytes += size
+        self.total_bytes += size
+
+    def close(self) -> int:
+        """Write the last shard, the final names and the index; returns the bytes of all tensors."""
+        self._write()
+        count = len(self.names)
+        weight_map = {}
+        for i, names in enumerate(self.names):
+            final = f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+            (self.folder / f"part-{i}.safetensors").rename(self.folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(self.folder / "model.safetensors.index.json", index)
+        return self.total_bytes
+
+    def _write(self) -> None:
+        path = self.folder / f"part-{len(self.names)}.safetensors"
+        try:
+            mx.save_safetensors(str(path), self.shard, metadata={"format": "mlx"})
+            read_safetensors_header(path)  # a disk that filled up leaves a short file
+        except (RuntimeError, InputError) as error:
+            raise RunError(f"{path.parent}: writing {self.shard_bytes} bytes of weights failed ({error})") from error
+        self.names.append(list(self.shard))
+        self.shard, self.shard_bytes = {}, 0
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write one JSON file, indented, UTF-8."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a temporary sibling of `out` to write into, and rename it to `out` when all went well.
+
+    On any error or interrupt the temporary folder is removed and `out` is as it was.
+
+    Args:
+        out: the folder to make; may exist when empty.
+        force: replace an existing model folder.
+
+    Raises:
+        InputError: when `out` is a file, or a folder that must not be replaced.
+    """
+    check_out(out, force=force)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    temporary.mkdir()
+    try:
+        yield temporary
+        _replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_out(out: Path, *, force: bool) -> None:
+    """Check before the work that `out` can be made.
+
+    Raises:
+        InputError: as in `new_folder`.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"--out {out}: is a file; give a new folder")
+    if not any(out.iterdir()):
+        return
+    if not force:
+        raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force to replace it")
+    if not (out / "config.json").is_file():
+        raise InputError(f"--out {out}: --force replaces model folders only, this has no config.json; remove it")
+
+
+def _replace(temporary: Path, out: Path) -> None:
+    """Put the finished folder in place; an old one is gone only after the new one is there."""
+    if not out.exists():
+        temporary.rename(out)
+        return
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    out.rename(old)
+    try:
+        temporary.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
