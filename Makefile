@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test test-all parity lint format bench clean
+
+# Made again whenever the dependency list changes.
+$(VENV)/.ready: pyproject.toml
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "Error: no C++ compiler found; MLX's CPU backend compiles kernels with one: apt install g++ (Debian) or xcode-select --install (macOS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@$(BIN)/python -c "import mlx_lora; from mlx_lora.device import current_device; print('Ready:', current_device().header())"
+	@touch $@
+
+setup: $(VENV)/.ready
+
+# The embedded model, converted, trained on Tiny Shakespeare, with text before and after.
+demo: setup
+	$(BIN)/python scripts/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+# Everything: the embedded real models and the judges (torch, PEFT, transformers, llama.cpp).
+test-all: setup
+	$(BIN)/python -m pip install --quiet -e '.[dev,parity]'
+	$(BIN)/python scripts/get_models.py --gemma
+	$(BIN)/python -m pytest -m "not metal and not cuda"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/parity_llamacpp.py --help
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo

@@ -1,0 +1,90 @@
+"""Fixtures: a two-layer model with a byte tokenizer, in memory and as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx_lora  # first: it loads the fast BLAS before mlx.core comes in  # noqa: I001
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+
+from byte_tokenizer import byte_tokenizer
+
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 288,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Keep tests out of the user's cache; the compiled BLAS shim is already loaded by now."""
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def tiny_model(seed: int = 0, **changes) -> llama.Model:
+    """A two-layer llama with random weights; pass `tie_word_embeddings=False` and the like to change it."""
+    mx.random.seed(seed)
+    model = llama.Model(llama.ModelArgs(**{**TINY, **changes}))
+    # Norm weights of one are a special case: fingerprints and gradients should see others.
+    for name, value in tree_flatten(model.parameters()):
+        if name.endswith("norm.weight"):
+            model.load_weights([(name, value + 0.1 * mx.random.normal(value.shape))], strict=False)
+    model.eval()
+    return model
+
+
+def quantised(model: nn.Module, bits: int = 4, group_size: int = 32, mode: str = "affine") -> nn.Module:
+    """Quantise in place and return the model."""
+    nn.quantize(model, group_size, bits, mode=mode)
+    return model
+
+
+def write_folder(folder: Path, model: nn.Module, config: dict | None = None, chat_template: str | None = "chatml") -> Path:
+    """Write a Hugging Face folder: config.json, model.safetensors, tokenizer files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = byte_tokenizer() if chat_template else byte_tokenizer(chat_template=None)
+    tokenizer.save_pretrained(folder)
+    content = {**TINY, "eos_token_id": tokenizer.eos_token_id, **(config or {})}
+    (folder / "config.json").write_text(json.dumps(content))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A float32 tiny model as a folder."""
+    return write_folder(tmp_path_factory.mktemp("tiny"), tiny_model())
+
+
+@pytest.fixture(scope="session")
+def tiny_4bit_folder(tmp_path_factory) -> Path:
+    """The same model in 4-bit."""
+    config = {"quantization": {"group_size": 32, "bits": 4, "mode": "affine"}}
+    return write_folder(tmp_path_factory.mktemp("tiny4"), quantised(tiny_model()), config)
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory) -> Path:
+    """Forty short chats the tiny model can learn by heart."""
+    path = tmp_path_factory.mktemp("chats") / "train.jsonl"
+    rows = [{"instruction": f"Say {n % 7}.", "input": "", "output": "abc" * (1 + n % 5)} for n in range(40)]
+    # Unique instructions: duplicates share a split by design.
+    for n, row in enumerate(rows):
+        row["instruction"] += f" #{n}"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path

@@ -1,0 +1,164 @@
+"""LoRA layers: exact algebra, exact trainable set, clear refusals."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import quantised, tiny_model
+from mlx.utils import tree_flatten
+
+from mlx_lora.adapters.init import kaiming_factors
+from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, select_targets
+from mlx_lora.adapters.layers import LoRAEmbedding, LoRALinear, base_dims, dense_weight
+from mlx_lora.errors import InputError
+from mlx_lora.models.fingerprint import base_fingerprint, weights_checksum
+
+ALL = "all-linear,embed_tokens"
+
+
+def random_factors(rows: int, rank: int, columns: int) -> tuple[mx.array, mx.array]:
+    return mx.random.normal((rows, rank)), mx.random.normal((rank, columns))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_base_dims_of_every_bit_width(bits):
+    # mlx-lm's DoRA is wrong at 3, 5 and 6 bits.
+    linear = nn.QuantizedLinear.from_linear(nn.Linear(96, 40, bias=False), 32, bits)
+    assert base_dims(linear) == (96, 40)
+    embedding = nn.QuantizedEmbedding.from_embedding(nn.Embedding(40, 96), 32, bits)
+    assert base_dims(embedding) == (40, 96)
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "mxfp8", "nvfp4"])
+def test_base_dims_of_every_mode(mode):
+    linear = nn.QuantizedLinear.from_linear(nn.Linear(96, 40, bias=False), mode=mode, group_size=None, bits=None) if mode != "affine" else nn.QuantizedLinear.from_linear(nn.Linear(96, 40, bias=False), 32, 4)
+    assert base_dims(linear) == (96, 40)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_linear_forward_delta_and_fuse_agree(bits, bias):
+    base = nn.Linear(96, 37, bias=bias)
+    if bits:
+        base = nn.QuantizedLinear.from_linear(base, 32, bits)
+    layer = LoRALinear.from_base(base, random_factors(96, 5, 37), 0.7)
+    x = mx.random.normal((3, 11, 96))
+    expected = x @ (dense_weight(base) + layer.delta()).T + (base.bias if bias else 0)
+    assert np.allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
+    assert np.allclose(layer.fuse()(x), expected, rtol=1e-4, atol=1e-4)
+    assert not np.allclose(base(x), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_embedding_forward_head_and_fuse_agree(bits):
+    base = nn.Embedding(41, 64)
+    if bits:
+        base = nn.QuantizedEmbedding.from_embedding(base, 32, bits)
+    layer = LoRAEmbedding.from_base(base, random_factors(41, 3, 64), 1.3)
+    tokens, x = mx.array([[0, 7, 40]]), mx.random.normal((2, 5, 64))
+    weight = dense_weight(base) + layer.delta()
+    assert np.allclose(layer(tokens), weight[tokens], rtol=1e-4, atol=1e-4)
+    assert np.allclose(layer.as_linear(x), x @ weight.T, rtol=1e-3, atol=1e-3)
+    assert np.allclose(layer.fuse()(tokens), weight[tokens], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+def test_float32_masters_do_not_promote_activations(dtype):
+    base = nn.Linear(64, 32, bias=False)
+    base.weight = base.weight.astype(dtype)
+    layer = LoRALinear.from_base(base, random_factors(64, 4, 32), 2.0)
+    assert layer.lora_a.dtype == mx.float32
+    assert layer(mx.ones((2, 64), dtype)).dtype == dtype
+    embedding = nn.Embedding(16, 64)
+    embedding.weight = embedding.weight.astype(dtype)
+    tied = LoRAEmbedding.from_base(embedding, random_factors(16, 4, 64), 2.0)
+    assert tied(mx.array([1])).dtype == dtype
+    assert tied.as_linear(mx.ones((2, 64), dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_fresh_adapter_changes_nothing_and_a_moved_one_does(bits):
+    model = tiny_model()
+    if bits:
+        quantised(model, bits)
+    tokens = mx.array([[1, 2, 3, 4, 5]])
+    before, checksum = model(tokens), weights_checksum(model)
+    inject(model, select_targets(model, ALL).paths, rank=4, scale=2.0)
+    assert mx.array_equal(model(tokens), before)
+    assert weights_checksum(model, frozenset({"lora_a", "lora_b"})) == checksum
+    layer = next(iter(adapter_layers(model).values()))
+    layer.lora_b = mx.full(layer.lora_b.shape, 0.05)
+    assert not np.allclose(model(tokens), before, atol=1e-3)
+
+
+def test_trainable_set_is_exactly_the_factors():
+    model = quantised(tiny_model())
+    targets = select_targets(model)
+    inject(model, targets.paths, rank=4, scale=1.0)
+    names = set(adapter_parameters(model))
+    assert names == {f"{path}.{leaf}" for path in targets.paths for leaf in ("lora_a", "lora_b")}
+    assert len(targets.paths) == 2 * 7
+    assert all("embed" not in path for path in targets.paths)
+
+
+def test_factors_depend_on_seed_and_path_only():
+    a, b = kaiming_factors("x.q_proj", 64, 32, 8, seed=1)
+    assert mx.array_equal(a, kaiming_factors("x.q_proj", 64, 32, 8, seed=1)[0])
+    assert not mx.array_equal(a, kaiming_factors("x.q_proj", 64, 32, 8, seed=2)[0])
+    assert not mx.array_equal(a, kaiming_factors("x.k_proj", 64, 32, 8, seed=1)[0])
+    assert a.shape == (64, 8)
+    assert b.shape == (8, 32)
+    assert mx.abs(a).max().item() <= 1 / 8
+    assert mx.abs(a).max().item() > 0.11
+    assert not b.any()
+
+
+def test_targets_by_name_pattern_and_depth():
+    model = tiny_model(tie_word_embeddings=False)
+    assert select_targets(model, "q_proj,v_proj", 1).paths == (
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.v_proj",
+    )
+    assert select_targets(model, "self_attn.*").keys == (
+        "self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj",
+    )  # fmt: skip
+    uneven = select_targets(model, "layers.0.mlp.*,layers.1.self_attn.q_proj,lm_head")
+    assert uneven.keys == uneven.paths
+    assert "lm_head" in uneven.paths
+    assert select_targets(model, "embed_tokens").paths == ("model.embed_tokens",)
+
+
+def test_every_unmatched_target_is_named_with_what_exists():
+    model = tiny_model()
+    with pytest.raises(InputError, match=r"'q_prj'.*did you mean q_proj.*'nothing'.*there are.*gate_proj"):
+        select_targets(model, "q_prj,nothing,v_proj")
+    with pytest.raises(InputError, match="outside the last 1 blocks"):
+        select_targets(model, "layers.0.mlp.up_proj", num_layers=1)
+    with pytest.raises(InputError, match="the model has 2 blocks"):
+        select_targets(model, "all-linear", num_layers=3)
+
+
+def test_fingerprint_survives_quantisation_and_dtype_but_not_another_model():
+    config = {"model_type": "llama"}
+    mark = base_fingerprint(tiny_model(), config)
+    assert base_fingerprint(quantised(tiny_model()), config) == mark
+    half = tiny_model()
+    half.set_dtype(mx.bfloat16)
+    assert base_fingerprint(half, config) == mark
+    adapted = tiny_model()
+    inject(adapted, select_targets(adapted, ALL).paths, rank=4, scale=2.0)
+    assert base_fingerprint(adapted, config) == mark
+    assert base_fingerprint(tiny_model(seed=1), config) != mark
+    assert base_fingerprint(tiny_model(), {"model_type": "mistral"}) != mark
+
+
+def test_dropout_acts_in_training_only():
+    layer = LoRALinear.from_base(nn.Linear(64, 32), random_factors(64, 4, 32), 1.0, dropout=0.5)
+    x = mx.random.normal((4, 64))
+    layer.eval()
+    assert mx.array_equal(layer(x), layer(x))
+    layer.train()
+    assert not mx.array_equal(layer(x), layer(x))
+    assert len(tree_flatten(layer.parameters())) == 4

@@ -1,0 +1,60 @@
+"""The tree keeps its shape: stages import from their left only, files and functions stay short."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "mlx_lora"
+STAGES = ("sources", "data", "models", "adapters", "training", "artifacts", "serving")
+SHARED = ("blas", "cache", "config", "device", "errors", "files")
+FILES = sorted(PACKAGE.rglob("*.py"))
+TRAIN_LOOP = "train"  # may have 150 lines; it reads top to bottom
+
+
+def imported_parts(path: Path) -> set[str]:
+    """First parts under mlx_lora that a file imports, function-level imports included."""
+    parts = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlx_lora"):
+            rest = node.module.split(".")[1:]
+            parts.update([rest[0]] if rest else [alias.name for alias in node.names])
+        elif isinstance(node, ast.Import):
+            parts.update(alias.name.split(".")[1] for alias in node.names if alias.name.startswith("mlx_lora."))
+    return parts
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_left(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    modules = {p.stem for p in PACKAGE.glob("*.py")} | {p.name for p in PACKAGE.iterdir() if p.is_dir()}
+    used = imported_parts(path) & modules
+    commands = modules - set(STAGES) - set(SHARED) - {"__init__"}
+    if room in STAGES:
+        allowed = {*STAGES[: STAGES.index(room) + 1], *SHARED}
+        assert used <= allowed, f"{room} imports {used - allowed}"
+    elif room in SHARED:
+        assert used <= set(SHARED), f"{room} imports {used - set(SHARED)}"
+    elif room not in ("__init__", "__main__"):
+        assert used.isdisjoint(commands - {"cli"}), f"{room} imports another command: {used & commands}"
+
+
+def test_sources_and_data_need_no_mlx():
+    for path in FILES:
+        if path.relative_to(PACKAGE).parts[0] in ("sources", "data"):
+            text = ast.parse(path.read_text())
+            names = [a.name for n in ast.walk(text) if isinstance(n, ast.Import) for a in n.names]
+            names += [n.module or "" for n in ast.walk(text) if isinstance(n, ast.ImportFrom)]
+            assert not [n for n in names if n == "mlx" or n.startswith("mlx.")], path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_and_functions_stay_short(path):
+    source = path.read_text()
+    assert source.count("\n") <= 400
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            limit = 150 if node.name == TRAIN_LOOP else 60
+            assert node.end_lineno - node.lineno + 1 <= limit, node.name
