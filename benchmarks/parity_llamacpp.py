@@ -1,0 +1,110 @@
+"""Compare a GGUF file in llama.cpp with the same file converted for MLX, by log-probability.
+
+    python benchmarks/parity_llamacpp.py FILE.gguf ...
+
+llama.cpp continues five prompts greedily, 24 tokens each; the converted model (float32) is given the same
+tokens and must find them as likely. llama.cpp rounds activations to 8 bits before each product with a
+quantised weight and MLX does not, so the two differ by a few hundredths of a nat even when both are right.
+Prints one line per model and ends with one JSON line. Needs `pip install .[parity]`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+import urllib.request
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xllamacpp
+from mlx_lora.sources.hub import resolve_model
+
+from mlx_lora import device
+from mlx_lora.config import ModelSettings
+from mlx_lora.models.converting import convert_model
+from mlx_lora.models.load import load_base
+from mlx_lora.models.perplexity import token_logprobs
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):\n    ",
+    "Water boils at 100 degrees Celsius because",
+    "List three animals that can fly:\n1.",
+)
+NEW_TOKENS = 24
+
+
+def start_llamacpp(path: Path) -> xllamacpp.Server:
+    """Load a GGUF file on the CPU with a float32 cache; one thread, since its threads spin while they wait."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.n_gpu_layers, params.port = 1024, 1, 0, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.warmup, params.verbosity = False, -1
+    return xllamacpp.Server(params)
+
+
+def continue_greedily(server: xllamacpp.Server, prompt: str) -> tuple[list[int], list[int], np.ndarray]:
+    """Return the prompt's ids, llama.cpp's greedy continuation, and its log-probabilities (float64)."""
+    body = json.dumps({"content": prompt, "add_special": True}).encode()
+    address = f"{server.listening_address}/tokenize"
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as reply:
+        prompt_ids = json.load(reply)["tokens"]
+    settings = {"n_predict": NEW_TOKENS, "temperature": 0, "n_probs": 1, "cache_prompt": False}
+    answer = server.handle_completions({"prompt": prompt_ids, **settings})
+    steps = answer["choices"][0]["logprobs"]["content"]
+    return prompt_ids, [step["id"] for step in steps], np.array([step["logprob"] for step in steps])
+
+
+def compare(path: Path, folder: Path) -> dict[str, Any]:
+    """Convert a GGUF file into `folder` and compare it with llama.cpp.
+
+    Returns:
+        Mean and largest |log-probability difference| over the continuations, and the figures behind them.
+    """
+    server = start_llamacpp(path)
+    continuations = [continue_greedily(server, prompt) for prompt in PROMPTS]
+    del server
+    start = time.perf_counter()
+    convert_model(resolve_model(str(path)), folder)
+    converted_s = time.perf_counter() - start
+    model = load_base(ModelSettings(model=str(folder), dtype="float32")).model
+    differences = []
+    for prompt_ids, new_ids, wanted in continuations:
+        found = np.array(token_logprobs(model, prompt_ids + new_ids))[-len(new_ids) :]
+        differences.append(np.abs(found - wanted))
+    every = np.concatenate(differences)
+    return {
+        "file": path.name,
+        "tokens": len(every),
+        "mean": round(float(every.mean()), 4),
+        "p90": round(float(np.quantile(every, 0.9)), 4),
+        "max": round(float(every.max()), 4),
+        "convert_s": round(converted_s, 2),
+    }
+
+
+def main(paths: list[str]) -> None:
+    """Print one line per file, then the JSON line."""
+    results = []
+    print(f"{'file':<40} tokens  |d logp| mean    p90     max   convert s")
+    for path in paths:
+        with tempfile.TemporaryDirectory() as folder:
+            row = compare(Path(path), Path(folder) / "model")
+        figures = f"{row['tokens']:6d}  {row['mean']:13.4f} {row['p90']:7.4f} {row['max']:7.4f} {row['convert_s']:8.1f}"
+        print(f"{row['file']:<40} {figures}")
+        results.append(row)
+    versions = {name: version(name) for name in ("mlx", "mlx-lm", "xllamacpp")}
+    machine = device.current_device().header()
+    print(json.dumps({"results": results, "device": machine, "versions": versions, "date": time.strftime("%F")}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
