@@ -38,7 +38,7 @@ def main(adapter_path: str | None, ignore_fingerprint: bool, batch_tokens: int |
     template = load_adapter(base, Path(adapter_path), ignore_fingerprint).chat_template if adapter_path else None
     if template and not settings.data.chat_template:
         base.hf_tokenizer.chat_template = template
-    rows = load_eval_set(settings.data, base.hf_tokenizer)
+    rows = load_eval_set(settings.data.data, settings.data, base.hf_tokenizer)
     plan = BatchPlan(rows, batch_tokens=settings.loop.batch_tokens, batch_size=None, seed=0)
     loss, tokens = mean_loss(base.model, cross_entropy, plan.batches())
     result = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "supervised_tokens": tokens, "rows": len(rows)}

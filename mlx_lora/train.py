@@ -81,7 +81,9 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     """Adapt the base, train, and write the run folder."""
     loop, folder = settings.loop, Path(settings.loop.adapter_path)
     mx.random.seed(loop.seed)
-    targets, info = adapt(settings, base, splits.chat_template)
+    # Kept with the adapter when it is not the model's own, so that generate renders prompts the same way.
+    own_template = splits.chat_template == base.hf_tokenizer.chat_template
+    targets, info = adapt(settings, base, None if own_template else splits.chat_template)
     plan = BatchPlan(splits.train, batch_tokens=loop.batch_tokens, batch_size=loop.batch_size, seed=loop.seed)
     validation = validation_plan(splits.valid, settings)
     steps = total_steps(plan, loop)
