@@ -100,7 +100,7 @@ class Encoder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        template: str,
+        template: str | None,
         *,
         max_seq_length: int,
         mask_prompt: bool = True,
@@ -110,7 +110,7 @@ class Encoder:
 
         Args:
             tokenizer: A fast tokenizer (one with offsets), not mlx-lm's wrapper.
-            template: Chat template, Jinja text.
+            template: Chat template, Jinja text; None when only plain text will be encoded.
             max_seq_length: Tokens per row at the most.
             mask_prompt: Train assistant turns and completions only; else every token but the first.
             plain_completions: Join prompt and completion as they are, for models without a template.
@@ -126,7 +126,7 @@ class Encoder:
         self.prefix = prefix_tokens(tokenizer)
         if max_seq_length < len(self.prefix) + 2:
             raise InputError(f"--max-seq-length {max_seq_length} leaves no token to train; use 2 or more")
-        self.renderer = Renderer(tokenizer, template)
+        self.renderer = None if template is None else Renderer(tokenizer, template)
         self._max_tokens = max_seq_length
         self._mask_prompt = mask_prompt
         self._plain_completions = plain_completions
@@ -168,20 +168,29 @@ class Encoder:
                 source += [number] * len(pieces)
         return Encoded(EncodedSet.from_rows(rows), np.array(source, np.int64), dropped, truncated)
 
+    def shows_tools(self, conversation: Conversation) -> bool:
+        """Return whether the template tells the model which tools it has."""
+        try:
+            return self.renderer is not None and self.renderer.shows_tools(conversation)
+        except FormatError:  # the row itself is refused, and counted as such
+            return True
+
     def _is_plain(self, example: Example) -> bool:
         return isinstance(example, Text) or (isinstance(example, Completion) and self._plain_completions)
 
     def _render(self, example: Example) -> Rendered:
         if isinstance(example, Text):
             return Rendered(example.text, [(0, len(example.text))], append_eos=example.ends)
-        if isinstance(example, Conversation):
-            return self.renderer.render(example)
-        prompt, completion = example.prompt, example.completion
-        if self._plain_completions:
-            text = prompt + completion
-            return Rendered(text, [(len(prompt), len(text))], append_eos=True)
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        return self.renderer.render(Conversation(turns))
+        if isinstance(example, Completion):
+            prompt, completion = example.prompt, example.completion
+            if self._plain_completions:
+                text = prompt + completion
+                return Rendered(text, [(len(prompt), len(text))], append_eos=True)
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+            example = Conversation(turns)
+        if self.renderer is None:
+            raise InputError("conversations need a chat template, and none was given")
+        return self.renderer.render(example)
 
     def _row(self, rendered: Rendered, encoding: Encoding, plain: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return (n,) tokens and mask of one text, before any cut."""

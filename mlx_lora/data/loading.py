@@ -1,0 +1,239 @@
+"""`--data` -> encoded training, validation and test sets, and the report on them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from mlx_lora.config import DataSettings
+from mlx_lora.data.encode import Encoded, EncodedSet, Encoder
+from mlx_lora.data.formats import Completion, Conversation, EmptyRecord, Example, FormatError, Text, parse_record
+from mlx_lora.data.report import MAX_LISTED, DataReport, DroppedRow, SplitReport, example_pieces
+from mlx_lora.data.split import content_key, cut_text, hold_out
+from mlx_lora.data.templates import resolve_template
+from mlx_lora.errors import InputError
+from mlx_lora.sources.records import BadRow, read_records
+from mlx_lora.sources.splits import find_splits
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """Everything a run needs of its data.
+
+    Attributes:
+        train, valid, test: Encoded sets; None where there is none.
+        report: What was read, kept and dropped.
+        chat_template: Jinja text the chats were rendered with; None when nothing was rendered.
+    """
+
+    train: EncodedSet
+    valid: EncodedSet | None
+    test: EncodedSet | None
+    report: DataReport
+    chat_template: str | None
+
+
+@dataclass
+class _Rows:
+    """The usable rows of one split, where each stands, and the rows that are not usable."""
+
+    examples: list[Example] = field(default_factory=list)
+    places: list[tuple[str, int]] = field(default_factory=list)
+    formats: Counter[str] = field(default_factory=Counter)
+    dropped: list[DroppedRow] = field(default_factory=list)
+    empty: int = 0
+    truncated: int = 0
+    unread: int = 0
+
+    @property
+    def rows_read(self) -> int:
+        """Records in the files, bad ones included."""
+        return sum(self.formats.values()) + self.unread
+
+
+def load_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> DataSplits:
+    """Read, encode and split the data of a run.
+
+    Args:
+        settings: `--data` and what to train of it.
+        tokenizer: A fast tokenizer, not mlx-lm's wrapper.
+        seed: Of the held-out split.
+
+    Returns:
+        The sets and the report. Without a validation file, `valid_fraction` of the rows (of one long text:
+        its last part) is held out of training.
+
+    Raises:
+        InputError: no data, no usable row, or with `strict` any unusable one.
+    """
+    if settings.data is None:
+        raise InputError("no data given; name a file, a folder, a hub dataset or tiny-shakespeare with --data")
+    files = find_splits(settings.data)
+    if "train" not in files:
+        raise InputError(f"--data {settings.data} has no train file, only {', '.join(files)}; add train.jsonl")
+    parts = {name: _read(paths, settings.data_format) for name, paths in files.items()}
+    if "valid" not in parts:
+        parts |= _cut_single_text(parts["train"], settings.valid_fraction)
+    encoder, template, origin = _make_encoder(parts.values(), settings, tokenizer)
+    encoded = {name: _encode(rows, encoder) for name, rows in parts.items()}
+    _check(settings, parts, encoded)
+
+    keys = {
+        name: [content_key(parts[name].examples[i]) for i in dict.fromkeys(encoded[name].source.tolist())]
+        for name in encoded
+    }
+    sets = {name: part.rows for name, part in encoded.items() if len(part.rows)}
+    valid_source = "file" if "valid" in files else "held out"
+    if "valid" not in encoded:
+        sets |= _hold_out(encoded["train"], keys["train"], settings.valid_fraction, seed)
+    report = DataReport(
+        data=settings.data,
+        rows_read=sum(rows.rows_read for rows in parts.values()),
+        formats=dict(sum((rows.formats for rows in parts.values()), Counter())),
+        splits={name: SplitReport.of(rows) for name, rows in sets.items()},
+        valid_source=valid_source if "valid" in sets else "none",
+        template=origin,
+        max_seq_length=settings.max_seq_length,
+        truncated=sum(rows.truncated for rows in parts.values()),
+        empty=sum(rows.empty for rows in parts.values()),
+        duplicates=len(keys["train"]) - len(set(keys["train"])),
+        dropped=sum(len(rows.dropped) for rows in parts.values()),
+        dropped_rows=[row for rows in parts.values() for row in rows.dropped][:MAX_LISTED],
+        notes=_notes(parts, keys, encoder, template),
+        example=example_pieces(sets["train"], tokenizer),
+    )
+    return DataSplits(sets["train"], sets.get("valid"), sets.get("test"), report, template)
+
+
+def load_eval_set(data: str, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> EncodedSet:
+    """Read and encode what `evaluate --data` names: all rows of a file; of a folder, test, else valid.
+
+    Args:
+        data: As `--data`.
+        settings: Format, template, length and mask; its own `data` is not looked at.
+        tokenizer: A fast tokenizer.
+
+    Raises:
+        InputError: as for `load_data`.
+    """
+    files = find_splits(data)
+    name = next(name for name in ("test", "valid", "train") if name in files)
+    if name == "train" and len(files["train"]) == 1 and Path(data).is_dir():
+        raise InputError(f"--data {data} has neither a test nor a validation file; name a file inside it")
+    parts = {name: _read(files[name], settings.data_format)}
+    encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer)
+    encoded = {name: _encode(parts[name], encoder)}
+    _check(settings, parts, encoded)
+    return encoded[name].rows
+
+
+def _read(paths: Sequence[Path], data_format: str) -> _Rows:
+    rows = _Rows()
+    for path in paths:
+        for record in read_records(path):
+            if isinstance(record, BadRow):
+                rows.unread += 1
+                rows.dropped.append(DroppedRow(path.name, record.line, record.why))
+                continue
+            try:
+                name, example = parse_record(record.value, data_format)
+            except FormatError as error:
+                rows.unread += 1
+                rows.empty += isinstance(error, EmptyRecord)
+                rows.dropped.append(DroppedRow(path.name, record.line, str(error)))
+                continue
+            rows.formats[name] += 1
+            rows.examples.append(example)
+            rows.places.append((path.name, record.line))
+    return rows
+
+
+def _cut_single_text(train: _Rows, fraction: float) -> dict[str, _Rows]:
+    """Return new train and valid parts when all there is to train on is one long text."""
+    if len(train.examples) != 1 or not isinstance(train.examples[0], Text):
+        return {}
+    parts = cut_text(train.examples[0], fraction)
+    if parts is None:
+        return {}
+    train.examples[0] = parts[0]
+    return {"valid": _Rows([parts[1]], list(train.places))}
+
+
+def _make_encoder(
+    parts: Sequence[_Rows], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Encoder, str | None, str]:
+    """Return the encoder, the template's text and its origin; no template when only plain text is read."""
+    plain_completions = settings.chat_template is None and not tokenizer.chat_template
+    rendered = (Conversation,) if plain_completions else (Conversation, Completion)
+    template, origin = None, "none (plain text)"
+    if any(isinstance(example, rendered) for rows in parts for example in rows.examples):
+        template, origin = resolve_template(settings.chat_template, tokenizer)
+        if origin == "model":
+            origin = "the model's own"
+        elif plain_completions:
+            origin += " (the model has no chat template)"
+    encoder = Encoder(
+        tokenizer,
+        template,
+        max_seq_length=settings.max_seq_length,
+        mask_prompt=settings.mask_prompt,
+        plain_completions=plain_completions,
+    )
+    return encoder, template, origin
+
+
+def _encode(rows: _Rows, encoder: Encoder) -> Encoded:
+    encoded = encoder.encode(rows.examples)
+    rows.dropped += [DroppedRow(*rows.places[number], why) for number, why in encoded.dropped.items()]
+    rows.dropped.sort(key=lambda row: (row.file, row.line))
+    rows.truncated = len(encoded.truncated)
+    return encoded
+
+
+def _check(settings: DataSettings, parts: dict[str, _Rows], encoded: dict[str, Encoded]) -> None:
+    """Raise for a split without a single row, and with `strict` for any dropped row."""
+    for name, rows in parts.items():
+        if len(encoded[name].rows) and not (settings.strict and rows.dropped):
+            continue
+        found = len(rows.dropped)
+        first = "; ".join(f"{row.file} line {row.line}: {row.why}" for row in rows.dropped[:3])
+        more = f"; and {found - 3} more" if found > 3 else ""
+        if not found:
+            raise InputError(f"the {name} data holds no record; it needs at least one")
+        if len(encoded[name].rows):
+            raise InputError(f"--strict: {found} unusable {name} rows: {first}{more}; mend or remove them")
+        raise InputError(f"no usable row in the {name} data, {found} refused: {first}{more}")
+
+
+def _hold_out(encoded: Encoded, keys: list[str], fraction: float, seed: int) -> dict[str, EncodedSet]:
+    held = hold_out(keys, fraction, seed)
+    if not held.any():
+        return {}
+    _, example = np.unique(encoded.source, return_inverse=True)  # keys are of the examples that gave rows
+    in_valid = held[example]
+    return {
+        "train": encoded.rows.select(np.flatnonzero(~in_valid)),
+        "valid": encoded.rows.select(np.flatnonzero(in_valid)),
+    }
+
+
+def _notes(parts: dict[str, _Rows], keys: dict[str, list[str]], encoder: Encoder, template: str | None) -> list[str]:
+    notes = []
+    for name in ("valid", "test"):
+        shared = len(set(keys.get(name, [])) & set(keys["train"]))
+        if shared:
+            notes.append(f"{shared:,} {name} rows are also training rows; the {name} loss will flatter")
+    with_tools = [
+        example
+        for rows in parts.values()
+        for example in rows.examples
+        if isinstance(example, Conversation) and example.tools
+    ]
+    if with_tools and not encoder.shows_tools(with_tools[0]):
+        notes.append(f"the chat template does not show the tools of {len(with_tools):,} rows to the model")
+    return notes

@@ -1,0 +1,201 @@
+"""What the data turned out to be, for a person to check before any time is spent on training."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from mlx_lora.data.encode import EncodedSet
+
+MAX_LISTED = 10  # dropped rows that are named one by one
+MAX_SEGMENT_CHARS = 360
+MAX_EXAMPLE_LINES = 12
+MAX_LINE_CHARS = 110
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # such a character could drive the terminal
+GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
+
+
+@dataclass(frozen=True)
+class DroppedRow:
+    """A row that is not trained, where it stands and why."""
+
+    file: str
+    line: int
+    why: str
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """Size of one encoded split; lengths in tokens."""
+
+    rows: int
+    tokens: int
+    supervised_tokens: int
+    min_length: int
+    median_length: int
+    p95_length: int
+    max_length: int
+
+    @classmethod
+    def of(cls, rows: EncodedSet) -> SplitReport:
+        """Measure an encoded set."""
+        lengths = rows.lengths if len(rows) else np.zeros(1, np.int64)
+        low, middle, high, top = np.percentile(lengths, [0, 50, 95, 100], method="nearest")
+        return cls(len(rows), len(rows.tokens), rows.supervised_tokens, int(low), int(middle), int(high), int(top))
+
+    @property
+    def supervised_share(self) -> float:
+        """Trained targets per token."""
+        return self.supervised_tokens / max(1, self.tokens)
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Counts over all files read, sizes of the splits, and one example.
+
+    Attributes:
+        data: What `--data` named.
+        rows_read: Records in all files, bad ones included.
+        formats: Format name -> rows.
+        splits: `train`, `valid`, `test` -> sizes.
+        valid_source: `file`, `held out` or `none`.
+        template: Where the chat template came from; `none` for plain text.
+        max_seq_length: Longest row allowed, tokens.
+        truncated, empty, duplicates, dropped: Rows; empty ones are among the dropped, duplicates are kept.
+        dropped_rows: The first of the dropped.
+        notes: Other things a person should know, a sentence each.
+        example: Decoded pieces of one training row, (text, trained).
+    """
+
+    data: str
+    rows_read: int
+    formats: dict[str, int]
+    splits: dict[str, SplitReport]
+    valid_source: str
+    template: str
+    max_seq_length: int
+    truncated: int
+    empty: int
+    duplicates: int
+    dropped: int
+    dropped_rows: list[DroppedRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    example: list[tuple[str, bool]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    def render(self, color: bool = False) -> str:
+        """Return the report as lines of text.
+
+        Args:
+            color: Mark the trained part in green (ANSI) instead of between ⟦ and ⟧.
+        """
+        formats = ", ".join(f"{count:,} {name}" for name, count in sorted(self.formats.items()))
+        lines = [
+            _line("data", self.data),
+            _line("rows read", f"{self.rows_read:,} ({formats or 'none usable'})"),
+            _line("template", self.template),
+        ]
+        lines += [self._split_line(name) for name in ("train", "valid", "test")]
+        train = self.splits["train"]
+        lines.append(
+            _line(
+                "length",
+                f"min {train.min_length:,}, median {train.median_length:,}, 95 % {train.p95_length:,}, "
+                f"max {train.max_length:,} tokens (limit {self.max_seq_length:,})",
+            )
+        )
+        counts = f"truncated {self.truncated:,}, duplicate {self.duplicates:,}, empty {self.empty:,}"
+        lines.append(_line("rows", f"{counts}, dropped {self.dropped:,}"))
+        lines += [f"  {row.file} line {row.line}: {_clean(row.why)}"[:200] for row in self.dropped_rows]
+        if self.dropped > len(self.dropped_rows):
+            lines.append(f"  and {self.dropped - len(self.dropped_rows):,} more")
+        lines += [_line("note", note) for note in self.notes]
+        if self.example:
+            mark = "in green" if color else "between ⟦ and ⟧"
+            lines.append(_line("example", f"one training row, what is trained {mark}; ↵ is a line end"))
+            lines += _example_lines(self.example, color)
+        return "\n".join(lines)
+
+    def _split_line(self, name: str) -> str:
+        split = self.splits.get(name)
+        if split is None:
+            return _line(name, "none")
+        source = f", {self.valid_source}" if name == "valid" else ""
+        return _line(
+            name,
+            f"{split.rows:,} rows, {split.tokens:,} tokens, {split.supervised_tokens:,} trained "
+            f"({100 * split.supervised_share:.0f} %){source}",
+        )
+
+
+def example_pieces(rows: EncodedSet, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """Decode a typical row (the middle one by length of the first 25) in runs of equal mask.
+
+    Args:
+        rows: At least one row.
+        tokenizer: The one it was encoded with.
+
+    Returns:
+        (text, trained) pieces in order.
+    """
+    first = np.argsort(rows.lengths[:25], kind="stable")
+    tokens, mask = rows.row(int(first[len(first) // 2]))
+    edges = np.flatnonzero(np.diff(mask)) + 1
+    pieces = []
+    for start, stop in zip([0, *edges], [*edges, len(tokens)], strict=True):
+        text = tokenizer.decode(tokens[start:stop].tolist(), skip_special_tokens=False)
+        pieces.append((text, bool(mask[start])))
+    return pieces
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<10} {_clean(text)}"
+
+
+def _clean(text: str) -> str:
+    return CONTROL.sub("·", text).replace("\n", " ")
+
+
+def _example_lines(pieces: list[tuple[str, bool]], color: bool) -> list[str]:
+    if len(pieces) > 6:
+        pieces = [*pieces[:3], (f"\n… {len(pieces) - 6} more parts …\n", False), *pieces[-3:]]
+    lines = [""]
+    for text, trained in pieces:
+        parts = _visible(_shorten(text)).split("\n")
+        if trained and not color:
+            parts = [*parts[:-1], parts[-1] + "⟧"]
+            parts[0] = "⟦" + parts[0]
+        if color:
+            paint = GREEN if trained else DIM
+            parts = [f"{paint}{part}{RESET}" if part else "" for part in parts]
+        lines[-1] += parts[0]
+        lines += parts[1:]
+    if len(lines) > MAX_EXAMPLE_LINES:
+        half = MAX_EXAMPLE_LINES // 2
+        lines = [*lines[:half], f"… {len(lines) - 2 * half + 1} lines …", *lines[-half + 1 :]]
+    return [f"  {line}" for line in lines if line]
+
+
+def _shorten(text: str) -> str:
+    """Cut the middle out of a long piece, and of each long line."""
+    if len(text) > MAX_SEGMENT_CHARS:
+        half = MAX_SEGMENT_CHARS // 2
+        text = f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[-half:]}"
+    return "\n".join(
+        line if len(line) <= MAX_LINE_CHARS * 3 else f"{line[:MAX_LINE_CHARS]} … {line[-MAX_LINE_CHARS:]}"
+        for line in text.split("\n")
+    )
+
+
+def _visible(text: str) -> str:
+    """Show line ends, tabs and spaces at a line's end."""
+    text = re.sub(r" +(?=\n|$)", lambda spaces: "␣" * len(spaces[0]), text.replace("\t", "→"))
+    return CONTROL.sub("·", text.replace("\n", "↵\n"))
