@@ -1,0 +1,247 @@
+"""The step: loss, accumulation, clip, guard, schedule and checkpointing against plain computations."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from conftest import quantised, tiny_model
+from mlx.utils import tree_flatten
+
+from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
+from mlx_lora.config import OptimizerSettings
+from mlx_lora.data.batches import Batch
+from mlx_lora.errors import InputError
+from mlx_lora.models.fingerprint import weights_checksum
+from mlx_lora.models.matmul import MeasuredQuantizedLinear, use_measured_matmul
+from mlx_lora.training.checkpointing import Checkpointed, checkpoint_blocks
+from mlx_lora.training.losses import cross_entropy
+from mlx_lora.training.optim import build_optimizer, clip_scale, learning_rate_schedule
+from mlx_lora.training.step import Step
+
+FACTORS = frozenset({"lora_a", "lora_b"})
+
+
+def adapted(bits: int | None = None, seed: int = 0, move_b: bool = True) -> nn.Module:
+    model = tiny_model(seed)
+    if bits:
+        quantised(model, bits)
+        use_measured_matmul(model)
+    inject(model, select_targets(model).paths, rank=4, scale=2.0, seed=seed)
+    if move_b:  # a zero lora_b hides every gradient of lora_a
+        for name, value in adapter_parameters(model).items():
+            if name.endswith("lora_b"):
+                model.load_weights([(name, 0.02 * mx.random.normal(value.shape))], strict=False)
+    return model
+
+
+def batch(rows: int, width: int, seed: int, share: float = 0.5) -> Batch:
+    random = np.random.default_rng(seed)
+    ids = random.integers(0, 288, (rows, width + 1)).astype(np.int32)
+    return Batch(ids[:, :-1], ids[:, 1:], random.random((rows, width)) < share, rows * width)
+
+
+def part(whole: Batch, rows: slice) -> Batch:
+    return Batch(whole.inputs[rows], whole.targets[rows], whole.mask[rows], whole.mask[rows].size)
+
+
+def make_step(model: nn.Module, steps: int = 20, clip: float = 1.0, **changes) -> Step:
+    settings = OptimizerSettings(**{"learning_rate": 1e-2, "lr_schedule": "constant", "warmup": 0.0, **changes})
+    return Step(model, build_optimizer(settings, steps), cross_entropy, clip)
+
+
+def factors(model: nn.Module) -> np.ndarray:
+    return np.concatenate([np.array(v).ravel() for _, v in sorted(adapter_parameters(model).items())])
+
+
+def test_loss_is_the_masked_sum_by_definition():
+    model, b = tiny_model(), batch(3, 7, seed=0)
+    total, count = cross_entropy(model, mx.array(b.inputs), mx.array(b.targets), mx.array(b.mask))
+    logits = np.array(model(mx.array(b.inputs)), dtype=np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -np.take_along_axis(log_p, b.targets[..., None], -1)[..., 0][b.mask].sum()
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+    assert count.item() == b.mask.sum()
+
+
+def test_padding_and_masked_targets_do_not_reach_the_loss():
+    model, b = tiny_model(), batch(2, 8, seed=1)
+    wide = Batch(*(np.pad(a, ((0, 0), (0, 5))) for a in (b.inputs, b.targets, b.mask)), b.real_tokens)
+    assert wide.mask.sum() == b.mask.sum()
+    args = [[mx.array(x) for x in (t.inputs, t.targets, t.mask)] for t in (b, wide)]
+    assert cross_entropy(model, *args[0])[0].item() == pytest.approx(cross_entropy(model, *args[1])[0].item(), rel=1e-6)
+    changed = [args[0][0], mx.where(args[0][2], args[0][1], 0), args[0][2]]
+    assert cross_entropy(model, *args[0])[0].item() == cross_entropy(model, *changed)[0].item()
+
+
+def test_empty_mask_gives_zero_and_no_update():
+    model = adapted()
+    before = factors(model)
+    result = make_step(model)([batch(2, 8, seed=0, share=-1)])
+    assert (result.loss_sum.item(), result.tokens.item(), result.applied.item()) == (0, 0, False)
+    assert (factors(model) == before).all()
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_accumulation_weighs_tokens_not_batches(bits):
+    whole = batch(5, 9, seed=2)
+    whole.mask[0] = False
+    whole.mask[0, 0] = True  # one token in the first micro-batch, many in the second
+    one, many = adapted(bits), adapted(bits)
+    step_one, step_many = make_step(one), make_step(many)
+    for _ in range(3):
+        a = step_one([whole])
+        b = step_many([part(whole, slice(0, 1)), part(whole, slice(1, 5))])
+    assert a.loss_sum.item() == pytest.approx(b.loss_sum.item(), rel=1e-5)
+    assert a.grad_norm.item() == pytest.approx(b.grad_norm.item(), rel=1e-4)
+    assert np.allclose(factors(one), factors(many), atol=2e-5)
+    assert np.abs(factors(one) - factors(adapted(bits))).max() > 1e-3
+
+
+def test_clip_is_the_global_norm_in_float32():
+    grads = {"a": mx.full((3,), 2e4, mx.float16), "b": mx.full((4,), 1.0)}
+    norm, factor = clip_scale(grads, 1.0)
+    assert norm.dtype == mx.float32
+    assert norm.item() == pytest.approx(math.sqrt(3 * 4e8 + 4), rel=1e-3)
+    assert factor.item() == pytest.approx(1 / norm.item(), rel=1e-5)
+    assert clip_scale(grads, 0)[1].item() == 1.0
+
+
+def test_gradients_equal_finite_differences():
+    model, b = adapted(), batch(2, 6, seed=3)
+    arrays = [mx.array(x) for x in (b.inputs, b.targets, b.mask)]
+    _, grads = nn.value_and_grad(model, lambda m, *a: cross_entropy(m, *a)[0])(model, *arrays)
+    flat = dict(tree_flatten(grads))
+    for name, value in adapter_parameters(model).items():
+        direction = mx.random.normal(value.shape, key=mx.random.key(5))
+        ends = []
+        for sign in (1, -1):
+            model.load_weights([(name, value + sign * 2e-3 * direction)], strict=False)
+            ends.append(cross_entropy(model, *arrays)[0].item())
+        model.load_weights([(name, value)], strict=False)
+        measured = (ends[0] - ends[1]) / 4e-3
+        assert (flat[name] * direction).sum().item() == pytest.approx(measured, rel=0.05, abs=0.05), name
+
+
+def test_adamw_is_torchs_formula():
+    model, b = adapted(), batch(3, 8, seed=4)
+    value = factors(model).astype(np.float64)
+    m = v = np.zeros_like(value)
+    step = make_step(model, clip=0.0, weight_decay=0.1)
+    gradient = nn.value_and_grad(model, lambda mo, *a: cross_entropy(mo, *a)[0] / cross_entropy(mo, *a)[1])
+    for t in range(1, 6):
+        _, grads = gradient(model, *(mx.array(x) for x in (b.inputs, b.targets, b.mask)))
+        g = np.concatenate([np.array(x).ravel() for _, x in sorted(tree_flatten(grads))]).astype(np.float64)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        value = value * (1 - 1e-2 * 0.1) - 1e-2 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        step([b])
+        assert np.allclose(factors(model), value, atol=3e-5), t
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_non_finite_step_is_skipped_whole(poison):
+    clean, dirty = adapted(), adapted()
+    loss_at = mx.array(0.0)
+
+    def poisoned(model, inputs, targets, mask):
+        total, count = cross_entropy(model, inputs, targets, mask)
+        bad = inputs[0, 0] == 287
+        return total * mx.where(bad, poison, 1.0), count + loss_at
+
+    settings = OptimizerSettings(learning_rate=1e-2, warmup=0.0)
+    step_clean = Step(clean, build_optimizer(settings, 9), cross_entropy, 1.0)
+    step_dirty = Step(dirty, build_optimizer(settings, 9), poisoned, 1.0)
+    good = [batch(2, 8, seed=s) for s in (1, 2)]
+    for b in good:
+        b.inputs[0, 0] = 5
+    bad = batch(2, 8, seed=9)
+    bad.inputs[0, 0] = 287
+    step_clean([good[0]]), step_dirty([good[0]])
+    skipped = step_dirty([bad])
+    assert not skipped.applied.item()
+    step_clean([good[1]])
+    assert step_dirty([good[1]]).applied.item()
+    assert np.array_equal(factors(clean), factors(dirty))
+    assert step_dirty.optimizer.step.item() == 2  # the schedule did not move on either
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_base_is_untouched_by_training(bits):
+    model = adapted(bits)
+    before = weights_checksum(model, FACTORS)
+    step = make_step(model)
+    losses = [(r := step([batch(4, 12, seed=0)])).loss_sum.item() / r.tokens.item() for _ in range(12)]
+    assert losses[-1] < losses[0] * 0.95
+    assert weights_checksum(model, FACTORS) == before
+    assert weights_checksum(model) != weights_checksum(adapted(bits))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_checkpointing_changes_memory_not_numbers(bits):
+    plain, kept = adapted(bits), adapted(bits)
+    other = tiny_model()
+    checkpoint_blocks(kept.layers)
+    once = [type(block) for block in kept.layers]
+    checkpoint_blocks(kept.layers)
+    assert [type(block) for block in kept.layers] == once  # never nested
+    assert not isinstance(other.layers[0], Checkpointed)  # nor the whole process
+    step_plain, step_kept = make_step(plain), make_step(kept)
+    for s in range(3):
+        a, b = step_plain([batch(2, 11, seed=s)]), step_kept([batch(2, 11, seed=s)])
+        assert a.loss_sum.item() == pytest.approx(b.loss_sum.item(), rel=1e-5)
+    assert np.allclose(factors(plain), factors(kept), atol=1e-5)
+    assert set(adapter_parameters(kept)) == set(adapter_parameters(plain))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "muon", "sgd", "adafactor"])
+def test_every_optimizer_lowers_the_loss(name):
+    model = adapted(move_b=True)
+    step = make_step(model, optimizer=name, learning_rate=0.5 if name == "sgd" else 1e-2)
+    losses = [(r := step([batch(4, 12, seed=0)])).loss_sum.item() / r.tokens.item() for _ in range(15)]
+    assert losses[-1] < losses[0]
+
+
+def test_schedules_warm_up_peak_and_end():
+    def rates(steps, **settings):
+        schedule = learning_rate_schedule(OptimizerSettings(learning_rate=1.0, **settings), steps)
+        return [float(schedule(mx.array(s))) if callable(schedule) else schedule for s in range(steps)]
+
+    cosine = rates(100, warmup=0.1)
+    assert cosine[0] == pytest.approx(0.1)
+    assert cosine[9] == pytest.approx(1.0)
+    assert max(cosine) == pytest.approx(1.0)
+    assert cosine[55] == pytest.approx(0.5, abs=0.01)
+    assert cosine[99] < 0.001
+    linear = rates(100, warmup=20, lr_schedule="linear")
+    assert linear[10] == pytest.approx(0.55)
+    assert linear[60] == pytest.approx(0.5, abs=0.01)
+    assert rates(10, warmup=0, lr_schedule="constant") == [1.0] * 10
+    assert rates(10, warmup=0.3, lr_schedule="constant")[-1] == pytest.approx(1.0)
+    with pytest.raises(InputError, match="--warmup 20: the run has 10 steps"):
+        rates(10, warmup=20)
+
+
+def test_quantised_paths_agree_in_value_and_gradient():
+    for bits, mode, group in ((2, "affine", 32), (3, "affine", 64), (4, "affine", 32), (6, "affine", 32), (8, "affine", 32), (4, "mxfp4", 32), (8, "mxfp8", 32)):
+        layer = nn.QuantizedLinear.from_linear(nn.Linear(128, 40), group, bits, mode=mode)
+        x = mx.random.normal((3, 7, 128))
+        grad = mx.grad(lambda x, layer=layer: mx.sin(layer(x)).sum())
+        expected, expected_grad = layer(x), grad(x)
+        layer.dense_from_rows = 1
+        layer.__class__ = MeasuredQuantizedLinear
+        assert np.allclose(layer(x), expected, atol=2e-4), (bits, mode)
+        assert np.allclose(grad(x), expected_grad, atol=2e-4), (bits, mode)
+        assert np.allclose(mx.compile(grad)(x), expected_grad, atol=2e-4), (bits, mode)
+
+
+def test_mlx_adam_without_correction_is_another_optimizer():
+    # The fault we avoid: were mlx's default ours, the formula test above could not tell.
+    model, b = adapted(), batch(3, 8, seed=4)
+    other = adapted()
+    make_step(model, weight_decay=0.01)([b])
+    Step(other, optim.AdamW(1e-2, weight_decay=0.01), cross_entropy, 1.0)([b])
+    assert np.abs(factors(model) - factors(other)).max() > 1e-3
