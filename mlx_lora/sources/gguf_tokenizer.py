@@ -7,6 +7,7 @@ scores, byte fallback). Both become one `tokenizers` BPE model, so transformers 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def _problems(
     if not tokens:
         problems.append("no tokens; give a complete model file")
     if len(set(tokens)) != len(tokens):
-        repeated = next(token for i, token in enumerate(tokens) if token in tokens[:i])
+        repeated, _ = Counter(tokens).most_common(1)[0]
         problems.append(f"token {repeated!r} appears twice; convert the file again")
     if len(types) != len(tokens):
         problems.append(f"{len(types)} token types for {len(tokens)} tokens; convert the file again")
