@@ -38,6 +38,19 @@ _SCALARS = {
     GGUFValueType.INT64: "<i8",
     GGUFValueType.FLOAT64: "<f8",
 }
+# The same in struct's letters, which are not numpy's: "l" has 4 bytes there and 8 here.
+_STRUCT_CODES = {
+    "<u1": "<B",
+    "<i1": "<b",
+    "<u2": "<H",
+    "<i2": "<h",
+    "<u4": "<I",
+    "<i4": "<i",
+    "<f4": "<f",
+    "<u8": "<Q",
+    "<i8": "<q",
+    "<f8": "<d",
+}
 _SMALLEST_PAIR_BYTES = 8 + 4 + 1  # empty key, value type, one-byte value
 _SMALLEST_TENSOR_BYTES = 8 + 4 + 4 + 8  # empty name, no dims, type, offset
 _MOST_DIMS = 4  # GGML_MAX_DIMS
@@ -195,9 +208,7 @@ def _map_file(path: Path) -> np.ndarray:
             raise InputError(f"{path}: asked to read a GGUF file, found an empty one; download it again")
         return np.memmap(path, dtype=np.uint8, mode="r")
     except OSError as error:
-        raise InputError(
-            f"{path}: asked to read a GGUF file, found none ({error.strerror}); check the path"
-        ) from None
+        raise InputError(f"{path}: asked to read a GGUF file, found none ({error.strerror}); check the path") from None
 
 
 def _read_header(cursor: _Cursor) -> tuple[int, int, int]:
@@ -230,7 +241,7 @@ def _read_value(cursor: _Cursor, type_number: int, key: str, depth: int = 0) -> 
     if kind is GGUFValueType.STRING:
         return cursor.string(key)
     if kind is not GGUFValueType.ARRAY:
-        value = cursor.number("<" + np.dtype(_SCALARS[kind]).char, key)
+        value = cursor.number(_STRUCT_CODES[_SCALARS[kind]], key)
         return bool(value) if kind is GGUFValueType.BOOL else value
     item_number = cursor.number("<I", f"the item type of {key}")
     count = cursor.number("<Q", f"the length of {key}")
