@@ -67,9 +67,7 @@ def spm_vocabulary(model: bytes, add_space_prefix: bool) -> dict[str, Any]:
     """Return a SentencePiece model as GGUF metadata."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     ids = range(pieces.get_piece_size())
-    kinds = [
-        2 if pieces.is_unknown(i) else 3 if pieces.is_control(i) else 6 if pieces.is_byte(i) else 1 for i in ids
-    ]
+    kinds = [2 if pieces.is_unknown(i) else 3 if pieces.is_control(i) else 6 if pieces.is_byte(i) else 1 for i in ids]
     tokens = [pieces.id_to_piece(i) for i in ids]
     kinds = [4 if token in ("<div>", "\n\n") else kind for token, kind in zip(tokens, kinds, strict=True)]
     return {

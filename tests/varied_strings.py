@@ -14,9 +14,26 @@ WORDS = (
     "def f(x): return x**2 {'key': [1, 2]} <div class=\"a\"> </div> /* note */ #include<stdio.h> a+=b; x!=y && !z "
     "snake_case camelCase PascalCase SCREAMING_CASE kebab-case __init__ $HOME @user #tag ====== ------ ...... ~~~~ "
     "<|im_start|> <|im_end|> <|endoftext|> <start_of_turn> <end_of_turn> <bos> <eos> <unk> <s> </s> <0x41> ▁ Ġ \ufeff"
-).split(" ")
+).split(" ")  # noqa: SIM905 (a list would fill a page)
 
-GLUE = (" ", "", "  ", "\n", "\n\n", "\t", "\r\n", "   ", " \n ", "\t\t", "\u00a0", "\u3000", "\u200b", ", ", ".", "        ")
+GLUE = (
+    " ",
+    "",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    "\r\n",
+    "   ",
+    " \n ",
+    "\t\t",
+    "\u00a0",
+    "\u3000",
+    "\u200b",
+    ", ",
+    ".",
+    "        ",
+)
 
 FIXED = (
     "",
@@ -71,7 +88,10 @@ def _sentence(rng: random.Random) -> str:
 
 
 def _runs(rng: random.Random) -> str:
-    parts = (rng.choice(" \n\t\r-=#.a0_*/\u3000é") * rng.randint(1, 70) + rng.choice(("", "x", "Word", "9")) for _ in range(4))
+    parts = (
+        rng.choice(" \n\t\r-=#.a0_*/\u3000é") * rng.randint(1, 70) + rng.choice(("", "x", "Word", "9"))
+        for _ in range(4)
+    )
     return "".join(parts)
 
 

@@ -25,8 +25,8 @@ SPACE = "▁"  # how SentencePiece writes a space
 # Tokens that end a turn, known by their text: few files name more than one end token by id. `</s>` is not
 # among them, because it is also the closing tag of an HTML element in Gemma's vocabulary.
 END_TOKENS = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <end_of_turn> <|endoftext|> <|eom_id|> <EOT> [EOT]"
-    " <|end_of_text|> <end_of_utterance> <turn|> <｜end▁of▁sentence｜>".split()
+    ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>")
+    + ("<|eom_id|>", "<EOT>", "[EOT]", "<|end_of_text|>", "<end_of_utterance>", "<turn|>", "<｜end▁of▁sentence｜>")
 )
 
 
@@ -207,8 +207,7 @@ def _template(vocabulary: Vocabulary) -> processors.TemplateProcessing | None:
         single=[*before, "$A", *after],
         pair=[*before, "$A", *after, *(f"{name}:1" for name in before), "$B:1", *(f"{name}:1" for name in after)],
         special_tokens=[
-            {"id": f"{{{name}}}", "ids": [vocabulary.special[name]], "tokens": [vocabulary.text(name)]}
-            for name in used
+            {"id": f"{{{name}}}", "ids": [vocabulary.special[name]], "tokens": [vocabulary.text(name)]} for name in used
         ],
     )
 
@@ -260,8 +259,6 @@ def merges_from_scores(vocabulary: Vocabulary) -> list[tuple[str, str]]:
         token = vocabulary.tokens[i]
         if token in parts:
             merges += [
-                (token[:at], token[at:])
-                for at in range(1, len(token))
-                if token[:at] in parts and token[at:] in parts
+                (token[:at], token[at:]) for at in range(1, len(token)) if token[:at] in parts and token[at:] in parts
             ]
     return merges

@@ -1,0 +1,236 @@
+"""Turn what `--model` and `--data` name into local files: a folder, a GGUF file, or a pinned hub snapshot."""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import tqdm
+
+from mlx_lora.errors import InputError, RunError
+
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<pick>[^:/]+))?")
+CONFIG_AND_TOKENIZER = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
+DATA_FILES = ["*.json", "*.jsonl", "*.csv", "*.parquet", "*.txt"]
+NOT_DATA = ["dataset_info*.json", "requirements*.txt", "*LICENSE*", "*README*"]
+
+# What a failed request raises. The client's HTTP library differs by version, but its base error is always
+# a base of HfHubHTTPError.
+REQUEST_ERRORS = (OSError, *HfHubHTTPError.__bases__)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's files are and what they are."""
+
+    path: Path  # the folder, or the .gguf file itself
+    kind: Literal["folder", "gguf"]
+    model_id: str  # as asked for, with the GGUF file's name where one was picked
+    revision: str | None  # commit hash of a hub snapshot
+
+
+class TerminalBar(tqdm):
+    """The client's progress bar on standard error, silent in a pipe or a log file."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{**kwargs, "disable": kwargs.get("disable") or not sys.stderr.isatty()})
+
+
+def resolve_model(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> ModelSource:
+    """Find a model's files, downloading them when `model` is a hub id.
+
+    Args:
+        model: folder, .gguf file, `owner/name` on the hub, or `owner/name:PICK` for the one GGUF file whose
+            name is or contains PICK (`Q4_K_M`).
+        revision: hub branch, tag or commit; the default branch when None.
+        trust_remote_code: also download the repository's *.py files.
+
+    Raises:
+        InputError: nothing usable is there, or the hub will not give it (not found, gated, offline).
+        RunError: the disk is full.
+    """
+    path = Path(model).expanduser()
+    if model and path.exists():
+        return _local(path, model)
+    found = HUB_ID.fullmatch(model)
+    file_like = model.endswith(".gguf") and ":" not in model
+    if not found or file_like or model[:1] in "./~":
+        raise InputError(
+            f"model {model!r}: no such file or folder, and a hub id is owner/name; check the path or the id"
+        )
+    return _from_hub(found["repo"], found["pick"], revision, trust_remote_code)
+
+
+def _local(path: Path, model: str) -> ModelSource:
+    """Tell a model folder from a GGUF file, or from a folder that holds one."""
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise InputError(f"model {model!r}: a file, but not .gguf; give a folder, a .gguf file or a hub id")
+        return ModelSource(path, "gguf", model, None)
+    names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
+    pick = _choose(model, names, None, join="/")
+    return ModelSource(path / pick if pick else path, "gguf" if pick else "folder", model, None)
+
+
+def _choose(model: str, names: list[str], pick: str | None, join: str) -> str | None:
+    """Choose between the files of one model, given their names.
+
+    Args:
+        model: as asked for; named in errors.
+        names: all file names.
+        pick: name, or part of the name, of the GGUF file wanted.
+        join: what stands between model and file name in the advice.
+
+    Returns:
+        The name of the one GGUF file, or None when the folder with its config.json and safetensors is meant.
+
+    Raises:
+        InputError: no model, several GGUF files, or weights that are only pickles.
+    """
+    ggufs = [name for name in names if name.lower().endswith(".gguf") and "mmproj" not in name.lower()]
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if pick is None and "config.json" in names and (weights or not ggufs):
+        pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+        if pickles and not weights:
+            raise InputError(
+                f"model {model!r}: only pickled weights ({pickles[0]}), which can run code when loaded; "
+                "use a copy with .safetensors"
+            )
+        return None
+    exact = [name for name in ggufs if name == pick]
+    matching = exact or [name for name in ggufs if pick is None or pick.lower() in name.lower()]
+    if len(matching) == 1:
+        return matching[0]
+    if not ggufs:
+        raise InputError(f"model {model!r}: neither config.json nor a .gguf file in it; give a model's folder or id")
+    listed = ", ".join(matching or ggufs)
+    if not matching:
+        raise InputError(f"model {model!r}: no GGUF file matches {pick!r}; there are {listed}")
+    raise InputError(
+        f"model {model!r}: several GGUF files ({listed}); name one, as in {model.split(':')[0]}{join}{matching[0]}"
+    )
+
+
+def _from_hub(repo: str, pick: str | None, revision: str | None, trust_remote_code: bool) -> ModelSource:
+    """Download what is needed of a hub repository, and no more."""
+    asked = f"{repo}:{pick}" if pick else repo
+    names = _list_files(repo, revision)
+    if names is None:  # unreachable or refused: no file is asked for, so this finds the cached snapshot or says why
+        cached = _snapshot(repo, "model", revision, [], [])
+        names = sorted(str(file.relative_to(cached)) for file in cached.rglob("*") if file.is_file())
+    chosen = _choose(asked, names, pick, join=":")
+    folder = _snapshot(repo, "model", revision, *_patterns(names, chosen, trust_remote_code))
+    commit = folder.name  # the cache names a snapshot's folder by its commit
+    if chosen:
+        return ModelSource(folder / chosen, "gguf", f"{repo}:{chosen}", commit)
+    return ModelSource(folder, "folder", repo, commit)
+
+
+def _patterns(names: list[str], gguf_file: str | None, trust_remote_code: bool) -> tuple[list[str], list[str]]:
+    """Return the patterns to download and to leave out."""
+    if gguf_file:
+        return [gguf_file], []
+    # Some repositories hold the weights twice (consolidated.safetensors); model*.safetensors are the loader's.
+    named = any(fnmatch(name, "model*.safetensors") for name in names)
+    code = ["*.py"] if trust_remote_code else []
+    return [*CONFIG_AND_TOKENIZER, "model*.safetensors" if named else "*.safetensors", *code], ["*/*"]
+
+
+def _list_files(repo: str, revision: str | None) -> list[str] | None:
+    """Return the repository's file names, or None when the hub does not answer with them."""
+    try:
+        info = HfApi().repo_info(repo, revision=revision)
+    except HFValidationError as error:
+        raise InputError(f"model {repo!r}: not a hub id ({' '.join(str(error).split())}); use owner/name") from None
+    except REQUEST_ERRORS:
+        return None
+    return sorted(sibling.rfilename for sibling in info.siblings or [])
+
+
+def download_dataset_files(dataset_id: str, revision: str | None = None) -> Path:
+    """Download a hub dataset's data files and return the snapshot's folder.
+
+    Args:
+        dataset_id: `owner/name` on the hub.
+        revision: branch, tag or commit; the default branch when None.
+
+    Raises:
+        InputError: it cannot be had, or holds no json, jsonl, csv, parquet or txt file.
+        RunError: the disk is full.
+    """
+    folder = _snapshot(dataset_id, "dataset", revision, DATA_FILES, NOT_DATA)
+    if not any(fnmatch(file.name, pattern) for file in folder.rglob("*") for pattern in DATA_FILES):
+        raise InputError(
+            f"dataset {dataset_id!r}: no json, jsonl, csv, parquet or txt file in it; download and convert it first"
+        )
+    return folder
+
+
+def _snapshot(repo: str, repo_type: str, revision: str | None, allow: list[str], ignore: list[str]) -> Path:
+    """Bring part of a hub repository into the client's cache; progress bars show on a terminal only.
+
+    Raises:
+        InputError: one line per reason the hub has for not giving the files.
+        RunError: the disk is full.
+    """
+    what, page = f"{repo_type} {repo!r}", f"{'datasets/' if repo_type == 'dataset' else ''}{repo}"
+    try:
+        folder = snapshot_download(
+            repo,
+            repo_type=repo_type,
+            revision=revision,
+            allow_patterns=allow,
+            ignore_patterns=ignore,
+            tqdm_class=TerminalBar,
+        )
+    except GatedRepoError:
+        raise InputError(
+            f"{what}: gated on the hub; accept the licence at https://huggingface.co/{page}, then run `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"{what}: not on the hub, or private; check the spelling, or run `hf auth login` if it is yours"
+        ) from None
+    except RevisionNotFoundError:
+        raise InputError(f"{what}: has no revision {revision!r}; check --revision") from None
+    except HFValidationError as error:
+        raise InputError(f"{what}: not a hub id ({' '.join(str(error).split())}); use owner/name") from None
+    except LocalEntryNotFoundError as error:
+        raise InputError(f"{what}: {_why_unreachable(error)}, and not all of it is in the cache") from None
+    except REQUEST_ERRORS as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise RunError(
+                f"{what}: the disk is full; free space or set HF_HOME to another disk, then run again"
+            ) from None
+        if isinstance(error, OSError) and error.errno is not None:
+            raise RunError(f"{what}: cannot be stored ({error.strerror}); check the cache folder (HF_HOME)") from None
+        raise InputError(
+            f"{what}: download failed ({_first_line(error)}); check the connection, then run again"
+        ) from None
+    return Path(folder)
+
+
+def _why_unreachable(error: LocalEntryNotFoundError) -> str:
+    cause = error.__cause__
+    if isinstance(cause, OfflineModeIsEnabled):
+        return "offline (HF_HUB_OFFLINE is set); unset it or download the files on a connected machine"
+    return f"the hub cannot be reached ({_first_line(cause or error)}); check the connection"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
