@@ -43,20 +43,28 @@ from mlx_lora.sources.hub import resolve_model
     help=f"Text file: compare perplexity of source and result on its first {REPORT_TOKENS} tokens.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@click.option("--trust-remote-code", is_flag=True, help="Let the model's repository run its own code.")
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 def main(model: str, out: Path, revision: str | None, report: Path | None, **flags: Any) -> None:
     """Convert a model into a folder that mlx-lm and mlx_lora load."""
     text = _read_text(report)
     target = _target(flags)
     dtype = compute_dtype(flags["dtype"])
-    source = resolve_model(model, revision)
+    trust = flags["trust_remote_code"]
+    source = resolve_model(model, revision, trust_remote_code=trust)
     conversion = convert_model(
-        source, out, target=target, dtype=dtype, force=flags["force"], measure=report is not None
+        source,
+        out,
+        target=target,
+        dtype=dtype,
+        force=flags["force"],
+        measure=report is not None,
+        trust_remote_code=trust,
     )
     result = {"out": str(out), "source": source.model_id, **conversion.summary()}
     _print_summary(out, conversion)
     if text is not None:
-        result["perplexity"] = compare_on_text(source, out, text)
+        result["perplexity"] = compare_on_text(source, out, text, trust)
         _print_perplexity(report, result["perplexity"])
     if flags["as_json"]:
         cli.print_json(result)

@@ -19,7 +19,7 @@ from mlx_lora.sources.hub import ModelSource
 REPORT_TOKENS = 2048
 
 
-def compare_on_text(source: ModelSource, out: Path, text: str) -> dict[str, Any]:
+def compare_on_text(source: ModelSource, out: Path, text: str, trust_remote_code: bool = False) -> dict[str, Any]:
     """Measure both models on the text's first REPORT_TOKENS tokens, one model in memory at a time.
 
     Both compute in this device's dtype, so that the difference is the weights'.
@@ -35,14 +35,14 @@ def compare_on_text(source: ModelSource, out: Path, text: str) -> dict[str, Any]
     Raises:
         InputError: when the text is too short.
     """
-    converted, config = load._load_weights(out, False)
-    ids, bos_id = _encode(load._load_tokenizer(out, config, False), text)
+    converted, config = load._load_weights(out, trust_remote_code)
+    ids, bos_id = _encode(load._load_tokenizer(out, config, trust_remote_code), text)
     cast_model(converted, compute_dtype())
     use_measured_matmul(converted)
     result = measure_text_loss(converted, ids, bos_id)
     del converted
     mx.clear_cache()
-    reference = measure_text_loss(load_float_model(source, compute_dtype()), ids, bos_id)
+    reference = measure_text_loss(load_float_model(source, compute_dtype(), trust_remote_code), ids, bos_id)
     return {"source": reference.perplexity, "converted": result.perplexity, "tokens": result.tokens}
 
 

@@ -24,11 +24,12 @@ from transformers import AutoTokenizer
 
 from mlx_lora.cache import cache_dir
 from mlx_lora.errors import InputError
+from mlx_lora.files import check_writable, replacing_folder
 from mlx_lora.models import load
 from mlx_lora.models.gguf_arch import model_config, weight_map
 from mlx_lora.models.gguf_weights import Imported, Target, check_shapes, import_weights
 from mlx_lora.models.quantize import Quantisation, dequantise_model, quantise_model
-from mlx_lora.models.saving import ShardWriter, check_out, new_folder, write_json
+from mlx_lora.models.saving import ShardWriter, check_out, write_json
 from mlx_lora.sources.gguf import read_gguf
 from mlx_lora.sources.gguf_tokenizer import write_tokenizer
 from mlx_lora.sources.hub import ModelSource
@@ -94,6 +95,7 @@ def convert_model(
     dtype: mx.Dtype = mx.float32,
     force: bool = False,
     measure: bool = False,
+    trust_remote_code: bool = False,
 ) -> Conversion:
     """Write `source` as a model folder; nothing half-written remains on any error.
 
@@ -104,22 +106,24 @@ def convert_model(
         dtype: of float weights, norms, scales and biases.
         force: replace an existing model folder.
         measure: compute quantisation errors for a Hugging Face source too (reads all weights into memory).
+        trust_remote_code: let a Hugging Face folder run its own model code.
 
     Raises:
         InputError: unusable source, or `out` that must not be written.
         RunError: when writing failed.
     """
     out, start = out.resolve(), time.perf_counter()
+    target = default_target(source) if target is None else target
     check_out(out, force=force)
+    check_writable(out, "--out", source.path.stat().st_size if source.kind == "gguf" and target == "carry" else 0)
     if source.path.resolve().is_relative_to(out):
         raise InputError(f"--out {out}: holds the source {source.path}; give another folder")
-    target = default_target(source) if target is None else target
-    with new_folder(out, force=force) as folder:
+    with replacing_folder(out) as folder:
         if source.kind == "gguf":
             conversion = _convert_gguf(source, folder, target, dtype)
         else:
-            conversion = _convert_folder(source, folder, target, dtype, measure)
-        load._load_weights(folder, False)  # mlx-lm must build it before anyone is told that it is there
+            conversion = _convert_folder(source, folder, target, dtype, measure, trust_remote_code)
+        load._load_weights(folder, trust_remote_code)  # mlx-lm must build it before anyone is told that it is there
     conversion.elapsed_s = time.perf_counter() - start
     return conversion
 
@@ -138,7 +142,7 @@ def cached_gguf_folder(source: ModelSource) -> Path:
     return folder
 
 
-def load_float_model(source: ModelSource, dtype: mx.Dtype) -> nn.Module:
+def load_float_model(source: ModelSource, dtype: mx.Dtype, trust_remote_code: bool = False) -> nn.Module:
     """Load a source's weights unquantised, whatever it holds: the reference of a conversion."""
     if source.kind == "gguf":
         file = read_gguf(source.path)
@@ -147,7 +151,7 @@ def load_float_model(source: ModelSource, dtype: mx.Dtype) -> nn.Module:
         imported = import_weights(file.tensors, weight_map(file, config), "float", dtype)
         model.load_weights([item for tensor in imported for item in tensor.parameters.items()])
         return model
-    model, config = load._load_weights(source.path, False)
+    model, config = load._load_weights(source.path, trust_remote_code)
     model, _ = dequantise_model(model, config)
     cast_model(model, dtype)
     return model

@@ -1,12 +1,8 @@
-"""Write model folders: shard by shard, and whole or not at all."""
+"""Write model folders shard by shard."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -67,35 +63,11 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-@contextlib.contextmanager
-def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
-    """Give a temporary sibling of `out` to write into, and rename it to `out` when all went well.
-
-    On any error or interrupt the temporary folder is removed and `out` is as it was.
-
-    Args:
-        out: the folder to make; may exist when empty.
-        force: replace an existing model folder.
-
-    Raises:
-        InputError: when `out` is a file, or a folder that must not be replaced.
-    """
-    check_out(out, force=force)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    temporary.mkdir()
-    try:
-        yield temporary
-        _replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def check_out(out: Path, *, force: bool) -> None:
     """Check before the work that `out` can be made.
 
     Raises:
-        InputError: as in `new_folder`.
+        InputError: when `out` is a file, or a folder that must not be replaced.
     """
     if not out.exists():
         return
@@ -107,18 +79,3 @@ def check_out(out: Path, *, force: bool) -> None:
         raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force to replace it")
     if not (out / "config.json").is_file():
         raise InputError(f"--out {out}: --force replaces model folders only, this has no config.json; remove it")
-
-
-def _replace(temporary: Path, out: Path) -> None:
-    """Put the finished folder in place; an old one is gone only after the new one is there."""
-    if not out.exists():
-        temporary.rename(out)
-        return
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
-    out.rename(old)
-    try:
-        temporary.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

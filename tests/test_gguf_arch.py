@@ -1,0 +1,209 @@
+"""Each architecture: a tiny model written as GGUF by llama.cpp's rules comes back as the same model."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from hf_to_gguf import gguf_tensors, write_gguf
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_lora.errors import InputError
+from mlx_lora.models.converting import convert_model
+from mlx_lora.models.gguf_arch import llama3_rope_factors, model_config
+from mlx_lora.sources.gguf import read_gguf
+from mlx_lora.sources.hub import resolve_model
+
+SHARED = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 288,
+    "max_position_embeddings": 256,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    # name: (GGUF architecture, config, settings in the GGUF beside the shared ones)
+    "llama": ("llama", {"model_type": "llama"}, {"rope.dimension_count": 16}),
+    "llama untied": ("llama", {"model_type": "llama", "tie_word_embeddings": False}, {}),
+    "llama biased": ("llama", {"model_type": "llama", "attention_bias": True}, {}),
+    "llama 3.2": (
+        "llama",
+        {
+            "model_type": "llama",
+            "rope_theta": 500000.0,
+            "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8192},
+        },
+        {},
+    ),
+    "mistral": ("llama", {"model_type": "llama", "head_dim": 32, "tie_word_embeddings": False}, {}),
+    "qwen2": ("qwen2", {"model_type": "qwen2", "rope_theta": 1e6}, {}),
+    "qwen2 yarn": (
+        "qwen2",
+        {
+            "model_type": "qwen2",
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        },
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64},
+    ),
+    "qwen3": ("qwen3", {"model_type": "qwen3", "head_dim": 32}, {}),
+    "gemma3": (
+        "gemma3",
+        {
+            "model_type": "gemma3_text",
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 8,
+            "sliding_window_pattern": 2,
+            "rope_local_base_freq": 1000.0,
+            "rope_theta": 1e6,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+        {
+            "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": 2,
+            "rope.freq_base_swa": 1000.0,
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": 8.0,
+        },
+    ),
+}
+IDS = mx.array([[3, 250, 17, 99, 42, 7, 7, 201, 5, 88, 31, 60, 2, 140]])
+
+
+def tiny_model(config: dict[str, Any], seed: int = 0) -> nn.Module:
+    """Build mlx-lm's model of a config with random weights, norms and biases included."""
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    model = module.Model(module.ModelArgs.from_dict(config))
+    if config["tie_word_embeddings"] and "lm_head" in model:
+        model.sanitize({})
+    mx.random.seed(seed)
+    model.update(tree_map(lambda p: 0.2 * mx.random.normal(p.shape) + (p.ndim == 1), model.parameters()))
+    return model
+
+
+def write_case(name: str, path: Path, kind: Kind = Kind.F32) -> tuple[nn.Module, dict[str, Any]]:
+    architecture, changes, extra = CASES[name]
+    config = {**SHARED, **changes}
+    model = tiny_model(config)
+    tensors = gguf_tensors(model, architecture, config)
+    if name == "llama 3.2":
+        tensors["rope_freqs.weight"] = llama3_rope_factors(16, 500000.0, 32.0).astype(np.float32)
+    write_gguf(path, tensors, architecture, config, extra, kind)
+    return model, config
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_logits_as_the_model_it_was_written_from(name: str, tmp_path: Path) -> None:
+    model, config = write_case(name, tmp_path / "m.gguf")
+    convert_model(resolve_model(str(tmp_path / "m.gguf")), tmp_path / "out")
+    loaded, tokenizer = mlx_lm.load(str(tmp_path / "out"))
+    for key in ("num_hidden_layers", "tie_word_embeddings", "rms_norm_eps", "rope_theta", "vocab_size", "rope_scaling"):
+        if hasattr(loaded.args, key):
+            assert getattr(loaded.args, key) == config.get(key)
+    wanted, found = model(IDS), loaded(IDS)
+    np.testing.assert_allclose(np.array(found), np.array(wanted), rtol=1e-4, atol=1e-4)
+    assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
+
+
+@pytest.mark.parametrize("name", ["llama", "llama biased", "gemma3"])
+def test_the_file_differs_from_the_model_where_it_should(name: str, tmp_path: Path) -> None:
+    """Without undoing permutation and norm offset the test above could pass by luck: it cannot."""
+    model, _ = write_case(name, tmp_path / "m.gguf")
+    file = read_gguf(tmp_path / "m.gguf")
+    own = dict(tree_flatten(model.parameters()))
+    pairs = {"llama": ("blk.0.attn_q.weight", "self_attn.q_proj.weight")}
+    pairs["llama biased"] = ("blk.0.attn_k.bias", "self_attn.k_proj.bias")
+    pairs["gemma3"] = ("blk.0.attn_norm.weight", "input_layernorm.weight")
+    there, here = pairs[name]
+    assert np.abs(file.tensors[there].dequantise() - np.array(own[f"model.layers.0.{here}"])).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0], ids=lambda k: k.name)
+def test_carried_blocks_give_the_logits_of_the_float_form(kind: Kind, tmp_path: Path) -> None:
+    write_case("llama untied", tmp_path / "m.gguf", kind)
+    source = resolve_model(str(tmp_path / "m.gguf"))
+    kept = convert_model(source, tmp_path / "kept")
+    convert_model(source, tmp_path / "float", target="float")
+    assert (kept.lossless, kept.requantised) == (23, 0)
+    a, b = (mlx_lm.load(str(tmp_path / folder))[0](IDS) for folder in ("kept", "float"))
+    np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-3, atol=1e-3)
+
+
+def test_gemma_27b_scales_attention_by_width_per_head(tmp_path: Path) -> None:
+    _, config = write_case("gemma3", tmp_path / "m.gguf")
+    file = read_gguf(tmp_path / "m.gguf")
+    assert model_config(file)["query_pre_attn_scalar"] == 32
+    deep = dataclasses.replace(file, metadata=file.metadata | {"gemma3.block_count": 62})
+    deep.tensors.update({f"extra{i}": file.tensors["output_norm.weight"] for i in range(62)})
+    assert model_config(deep)["query_pre_attn_scalar"] == config["hidden_size"] / config["num_attention_heads"]
+
+
+def changed(tmp_path: Path, change, extra: dict[str, Any] | None = None, architecture: str = "llama") -> Path:
+    """Write the plain llama case with its tensors changed by `change`, or with extra settings."""
+    config = {**SHARED, "model_type": "llama"}
+    tensors = gguf_tensors(tiny_model(config), "llama", config)
+    change(tensors)
+    return write_gguf(tmp_path / "m.gguf", tensors, architecture, config, extra)
+
+
+def test_all_missing_and_unknown_tensors_are_named_at_once(tmp_path: Path) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        del tensors["blk.1.ffn_up.weight"], tensors["output_norm.weight"]
+        tensors["blk.0.ffn_gate_exps.weight"] = np.zeros((4, 4), np.float32)
+
+    with pytest.raises(InputError) as caught:
+        convert_model(resolve_model(str(changed(tmp_path, change))), tmp_path / "out")
+    for name in ("blk.1.ffn_up.weight", "output_norm.weight", "blk.0.ffn_gate_exps.weight"):
+        assert name in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"expert_count": 8}, "mixtures of experts"),
+        ({"rope.dimension_count": 8}, "dimension_count"),
+        ({"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}, "longrope"),
+        ({"attention.sliding_window": 0}, "sliding_window"),
+        ({"split.count": 3}, "split"),
+    ],
+)
+def test_settings_the_model_cannot_express_are_refused(extra, words, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=words):
+        convert_model(resolve_model(str(changed(tmp_path, lambda t: None, extra))), tmp_path / "out")
+
+
+def test_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
+    path = changed(tmp_path, lambda t: None, architecture="rwkv7")
+    with pytest.raises(InputError, match=r"rwkv7.*llama, qwen2, qwen3, gemma3"):
+        convert_model(resolve_model(str(path)), tmp_path / "out")
+
+
+def test_shapes_that_disagree_with_the_settings_are_named(tmp_path: Path) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors["blk.2.attn_q.weight"] = np.zeros((48, 64), np.float32)
+
+    with pytest.raises(InputError, match=r"blk\.2\.attn_q\.weight is \(48, 64\), the model needs \(64, 64\)"):
+        convert_model(resolve_model(str(changed(tmp_path, change))), tmp_path / "out")
+
+
+def test_foreign_rope_factors_are_refused(tmp_path: Path) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors["rope_freqs.weight"] = np.linspace(1, 3, 8, dtype=np.float32)
+
+    with pytest.raises(InputError, match="rope_freqs"):
+        convert_model(resolve_model(str(changed(tmp_path, change))), tmp_path / "out")

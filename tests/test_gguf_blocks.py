@@ -1,0 +1,111 @@
+"""GGUF blocks in MLX's affine layout hold the values that ggml's own unpacking gives."""
+
+from __future__ import annotations
+
+import gguf
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+
+from mlx_lora.errors import InputError
+from mlx_lora.models.gguf_arch import Weight
+from mlx_lora.models.gguf_blocks import LOSSLESS, carry_blocks, pack_codes
+from mlx_lora.models.gguf_weights import import_weights
+from mlx_lora.models.quantize import Quantisation
+from mlx_lora.sources.gguf import GGUFTensor
+
+ROWS, WIDTH = 6, 512
+K_TYPES = {Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K}
+
+
+def random_tensor(kind: Kind, seed: int = 0) -> GGUFTensor:
+    """A (ROWS, WIDTH) tensor; K blocks, which the gguf package cannot make, get random bytes and sane scales."""
+    rng = np.random.default_rng(seed)
+    if kind not in K_TYPES:
+        values = rng.normal(0.1, 1, (ROWS, WIDTH)).astype(np.float32)
+        return GGUFTensor("t", kind, (ROWS, WIDTH), gguf.quants.quantize(values, kind))
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, (ROWS * WIDTH // block, block_bytes)).astype(np.uint8)
+    at_end = {Kind.Q2_K: (-4, -2), Kind.Q3_K: (-2,), Kind.Q6_K: (-2,)}
+    for place in at_end.get(kind, (0, 2)):
+        scales = rng.normal(0, 0.01, (len(blocks), 1)).astype("<f2").view(np.uint8)
+        blocks[:, place % block_bytes : place % block_bytes + 2] = scales
+    return GGUFTensor("t", kind, (ROWS, WIDTH), blocks.reshape(ROWS, -1))
+
+
+@pytest.mark.parametrize("kind", sorted(LOSSLESS), ids=lambda kind: kind.name)
+def test_values_are_kept(kind: Kind) -> None:
+    tensor = random_tensor(kind)
+    packed = carry_blocks(tensor, mx.float32)
+    found, wanted = np.array(packed.dequantise()), tensor.dequantise()
+    scales = np.repeat(np.abs(np.array(packed.arrays[1])), packed.form.group_size, axis=1)
+    largest = np.abs(wanted) + scales * 2**packed.form.bits  # what one rounding of scale * code is relative to
+    assert (np.abs(found - wanted) <= largest * 2.0**-23).all()
+
+
+@pytest.mark.parametrize("kind", sorted(LOSSLESS), ids=lambda kind: kind.name)
+def test_another_code_gives_another_value(kind: Kind) -> None:
+    tensor = random_tensor(kind)
+    changed = GGUFTensor("t", kind, tensor.shape, tensor.data.copy())
+    changed.data[2, -1] ^= 0x11
+    before, after = (np.array(carry_blocks(t, mx.float32).dequantise()) for t in (tensor, changed))
+    differing = np.argwhere(before != after)
+    assert 1 <= len(differing) <= 2
+    assert (differing[:, 0] == 2).all()
+
+
+@pytest.mark.parametrize("kind", sorted(LOSSLESS), ids=lambda kind: kind.name)
+def test_bfloat16_scales_round_once(kind: Kind) -> None:
+    exact, rounded = (carry_blocks(random_tensor(kind), dtype) for dtype in (mx.float32, mx.bfloat16))
+    assert mx.array_equal(exact.arrays[0], rounded.arrays[0])
+    for a, b in zip(exact.arrays[1:], rounded.arrays[1:], strict=True):
+        assert mx.array_equal(a.astype(mx.bfloat16), b)
+
+
+@pytest.mark.parametrize("bits", [4, 5, 8])
+def test_codes_come_back_from_mlx(bits: int) -> None:
+    codes = np.random.default_rng(0).integers(0, 2**bits, (3, 96)).astype(np.uint8)
+    ones, zeros = mx.ones((3, 3)), mx.zeros((3, 3))
+    back = mx.dequantize(mx.array(pack_codes(codes, bits)), ones, zeros, group_size=32, bits=bits)
+    np.testing.assert_array_equal(np.array(back), codes)
+
+
+def test_many_rows_are_unpacked_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = carry_blocks(random_tensor(Kind.Q5_1), mx.float32)
+    monkeypatch.setattr("mlx_lora.models.gguf_blocks._CHUNK_BYTES", 1)
+    for a, b in zip(whole.arrays, carry_blocks(random_tensor(Kind.Q5_1), mx.float32).arrays, strict=True):
+        assert mx.array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q2_K, Kind.Q3_K, Kind.Q6_K, Kind.F16], ids=lambda kind: kind.name)
+def test_other_types_are_requantised_or_kept_float(kind: Kind) -> None:
+    tensor = random_tensor(kind)
+    (imported,) = import_weights({"t": tensor}, {"t": Weight("x.weight")}, "carry", mx.float32)
+    if kind is Kind.F16:
+        assert (imported.form, imported.lossless) == (None, True)
+        np.testing.assert_array_equal(np.array(imported.parameters["x.weight"]), tensor.dequantise())
+        return
+    assert imported.form == Quantisation(8, 64)
+    found = mx.dequantize(*imported.parameters.values(), **imported.form.layout)
+    error = np.linalg.norm(np.array(found) - tensor.dequantise()) / np.linalg.norm(tensor.dequantise())
+    assert 0 < imported.error < 0.01
+    assert imported.error == pytest.approx(error, rel=1e-3)
+
+
+def test_quantise_anew_and_float_targets() -> None:
+    tensor = random_tensor(Kind.Q4_0)
+    place = {"t": Weight("x.weight")}
+    (as_float,) = import_weights({"t": tensor}, place, "float", mx.float32)
+    np.testing.assert_array_equal(np.array(as_float.parameters["x.weight"]), tensor.dequantise())
+    (three,) = import_weights({"t": tensor}, place, Quantisation(3, 32), mx.float32)
+    (six,) = import_weights({"t": tensor}, place, Quantisation(6, 32), mx.float32)
+    assert three.error > six.error > 0
+    (kept,) = import_weights({"t": random_tensor(Kind.F32)}, place, Quantisation(4, 1024), mx.float32)
+    assert kept.form is None  # 512 columns do not divide into groups of 1024
+
+
+def test_values_that_overflow_are_refused() -> None:
+    tensor = GGUFTensor("big", Kind.F32, (1, 1), np.array([[1e30]], "<f4").view(np.uint8))
+    with pytest.raises(InputError, match=r"big.*float16"):
+        list(import_weights({"big": tensor}, {"big": Weight("x.weight")}, "float", mx.float16))

@@ -1,0 +1,98 @@
+"""The forms of quantisation, and quantising an mlx-lm model."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from conftest import TINY, tiny_model
+from mlx.utils import tree_flatten
+
+from mlx_lora.errors import InputError
+from mlx_lora.models.quantize import (
+    FIXED_MODES,
+    Quantisation,
+    choose_quantisation,
+    dequantise_model,
+    quantise_model,
+    quantise_weight,
+    relative_error,
+)
+
+IDS = mx.array([[1, 2, 3, 4, 5]])
+
+
+def test_defaults_and_fixed_modes() -> None:
+    assert choose_quantisation(None, None, None) == Quantisation(4, 64, "affine")
+    assert choose_quantisation(3, 32, "affine") == Quantisation(3, 32)
+    assert choose_quantisation(None, None, "mxfp4") == Quantisation(4, 32, "mxfp4")
+    assert choose_quantisation(8, None, "mxfp8") == Quantisation(8, 32, "mxfp8")
+    assert choose_quantisation(None, 16, "nvfp4") == Quantisation(4, 16, "nvfp4")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ((7, None, None), "--bits 7"),
+        ((0, None, None), "--bits 0"),
+        ((4, 48, None), "--group-size 48"),
+        ((9, 7, None), r"--bits 9.*--group-size 7"),
+        ((3, 64, "nvfp4"), r"--bits 3: nvfp4 has 4.*--group-size 64: nvfp4 has 16"),
+        ((4, None, "mxfp8"), "--bits 4: mxfp8 has 8"),
+        ((None, None, "gguf"), "--mode gguf"),
+    ],
+)
+def test_forms_mlx_lacks_are_refused(flags, words) -> None:
+    with pytest.raises(InputError, match=words):
+        choose_quantisation(*flags)
+
+
+@pytest.mark.parametrize("mode", FIXED_MODES)
+def test_fixed_modes_are_what_this_mlx_makes(mode: str) -> None:
+    form = choose_quantisation(None, None, mode)
+    weight = mx.random.normal((8, 128), key=mx.random.key(0))
+    packed = quantise_weight(weight, form)
+    assert packed.arrays[0].shape == (8, 128 * form.bits // 32)
+    assert packed.arrays[1].shape == (8, 128 // form.group_size)
+    assert 0 < relative_error(packed.dequantise(), weight) < 0.15
+
+
+def test_more_bits_lose_less() -> None:
+    weight = mx.random.normal((8, 128), key=mx.random.key(0))
+    errors = [
+        relative_error(quantise_weight(weight, Quantisation(bits, 32)).dequantise(), weight)
+        for bits in (2, 3, 4, 5, 6, 8)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.01
+
+
+@pytest.mark.parametrize(
+    "form",
+    [Quantisation(3, 32), Quantisation(8, 32), *(Quantisation(*v, k) for k, v in FIXED_MODES.items())],
+    ids=str,
+)
+def test_quantised_model_is_close_to_the_float_one(form: Quantisation) -> None:
+    wanted = tiny_model()(IDS)
+    model, config, skipped, errors = quantise_model(tiny_model(), TINY, form, measure=True)
+    assert skipped == []
+    assert config["quantization"] == config["quantization_config"] == form.layout
+    assert "quantization" not in TINY
+    assert set(errors) == {
+        name.removesuffix(".scales") for name, _ in tree_flatten(model.parameters()) if "scales" in name
+    }
+    assert all(0 < error < 0.3 for error in errors.values())
+    distance = relative_error(model(IDS), wanted)
+    assert 0 < distance < 0.5
+    back, plain = dequantise_model(model, config)
+    assert "quantization" not in plain
+    assert "quantization_config" not in plain
+    assert relative_error(back(IDS), model(IDS)) < 0.05
+
+
+def test_layers_that_do_not_divide_are_skipped_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    model, _, skipped, _ = quantise_model(tiny_model(), TINY, Quantisation(4, 64))
+    assert sorted(skipped) == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+    assert isinstance(model.layers[0].mlp.down_proj, nn.Linear)
+    assert isinstance(model.layers[0].mlp.up_proj, nn.QuantizedLinear)
+    assert capsys.readouterr().out == ""  # standard output belongs to the command
