@@ -82,11 +82,6 @@ class Conversion:
         return plain
 
 
-def default_target(source: ModelSource) -> Target:
-    """Return what a conversion makes of the weights unless told: GGUF's own blocks, else 4 bits."""
-    return "carry" if source.kind == "gguf" else Quantisation(4, 64)
-
-
 def convert_model(
     source: ModelSource,
     out: Path,
@@ -102,7 +97,7 @@ def convert_model(
     Args:
         source: from `resolve_model`.
         out: the folder to make.
-        target: what to make of the weights; None: `default_target`.
+        target: what to make of the weights; None: a GGUF file's own blocks, else 4 bits in groups of 64.
         dtype: of float weights, norms, scales and biases.
         force: replace an existing model folder.
         measure: compute quantisation errors for a Hugging Face source too (reads all weights into memory).
@@ -113,11 +108,14 @@ def convert_model(
         RunError: when writing failed.
     """
     out, start = out.resolve(), time.perf_counter()
-    target = default_target(source) if target is None else target
+    if target is None and source.kind == "gguf":
+        target = "carry"
     check_out(out, force=force)
     check_writable(out, "--out", source.path.stat().st_size if source.kind == "gguf" and target == "carry" else 0)
     if source.path.resolve().is_relative_to(out):
         raise InputError(f"--out {out}: holds the source {source.path}; give another folder")
+    if target == "carry" and source.kind != "gguf":
+        raise InputError(f"{source.path}: only GGUF blocks are carried over; give --bits or --no-quantize")
     with replacing_folder(out) as folder:
         if source.kind == "gguf":
             conversion = _convert_gguf(source, folder, target, dtype)
@@ -228,10 +226,20 @@ def _quantisation_entries(layouts: dict[str, Quantisation]) -> dict[str, Any]:
     return {"quantization": entries, "quantization_config": entries}
 
 
-def _convert_folder(source: ModelSource, folder: Path, target: Target, dtype: mx.Dtype, measure: bool) -> Conversion:
-    model, config = load._load_weights(source.path, False)
-    if target == "carry":
-        raise InputError(f"{source.path}: only GGUF blocks are carried over; give --bits or --no-quantize")
+def _convert_folder(
+    source: ModelSource,
+    folder: Path,
+    target: Target | None,
+    dtype: mx.Dtype,
+    measure: bool,
+    trust_remote_code: bool,
+) -> Conversion:
+    model, config = load._load_weights(source.path, trust_remote_code)
+    if target is None:
+        if "quantization" in config or "quantization_config" in config:
+            choice = "give --bits to quantise it anew, or --no-quantize to make it float"
+            raise InputError(f"{source.path}: already quantised; {choice}")
+        target = Quantisation(4, 64)
     model, config = dequantise_model(model, config)
     cast_model(model, dtype)
     names = tree_flatten(model.parameters())
