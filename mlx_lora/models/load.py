@@ -75,7 +75,7 @@ def load_base(settings: ModelSettings) -> Base:
     """
     if not settings.model:
         raise InputError("--model: missing; give a hub id, a folder or a .gguf file")
-    source = resolve_model(settings.model, settings.revision, settings.trust_remote_code)
+    source = resolve_model(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
     folder = _converted_gguf(source) if source.kind == "gguf" else source.path
     model, config = _load_weights(folder, settings.trust_remote_code)
     _cast_floats(model, device.compute_dtype(settings.dtype))
