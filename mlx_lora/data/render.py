@@ -169,7 +169,8 @@ class Renderer:
         if by_name and self._special is not None:
             following = self._special.search(text, end)
             end = following.start() if following else len(text)
-        if self.generation_prompt in text[start:end] and self._has_foreign_text(conversation, index, text[start:end]):
+        prompt = self.generation_prompt
+        if prompt and text.count(prompt, start, end) > message["content"].count(prompt):
             raise FormatError(f"the chat template renders other turns differently because of message {index + 1}")
         return start, end
 

@@ -1,0 +1,363 @@
+"""Loss masks, checked by decoding exactly the trained tokens."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from byte_tokenizer import CHATML, byte_tokenizer, template
+from transformers import PreTrainedTokenizerFast
+
+from mlx_lora.data.encode import EncodedSet, Encoder, windows
+from mlx_lora.data.formats import Completion, Conversation, Text
+from mlx_lora.data.templates import prefix_tokens, resolve_template
+from mlx_lora.errors import InputError
+
+
+def chat(*contents, system=None, **last):
+    """A conversation of alternating user and assistant contents."""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]
+    messages[-1] |= last
+    return Conversation(messages)
+
+
+def encoder(tokenizer, name=None, **settings):
+    text, _ = resolve_template(name, tokenizer)
+    return Encoder(tokenizer, text, **{"max_seq_length": 4096, **settings})
+
+
+def trained(tokenizer, encoded, row=0):
+    """The trained text of one row, a string per run of trained tokens."""
+    tokens, mask = encoded.rows.row(row)
+    assert not mask[0]
+    edges = np.flatnonzero(np.diff(mask)) + 1
+    runs = zip([0, *edges], [*edges, len(tokens)], strict=True)
+    return [tokenizer.decode(tokens[a:b].tolist()) for a, b in runs if mask[a]]
+
+
+def whole(tokenizer, encoded, row=0):
+    return tokenizer.decode(encoded.rows.row(row)[0].tolist())
+
+
+FAMILIES = {  # name -> tokenizer, end of turn, does it trim
+    "chatml": (lambda: byte_tokenizer(CHATML), "<|im_end|>", False),
+    "llama3": (lambda: byte_tokenizer(template("llama3"), bos=True, eos="<|eot_id|>"), "<|eot_id|>", True),
+    "gemma": (lambda: byte_tokenizer(template("gemma"), bos=True, eos="</s>"), "<end_of_turn>", True),
+    "mistral": (lambda: byte_tokenizer(template("mistral"), bos=True, eos="</s>"), "</s>", True),
+    "qwen3_thinking": (lambda: byte_tokenizer(template("qwen3_thinking")), "<|im_end|>", False),
+    "alpaca": (lambda: byte_tokenizer(None, eos="</s>"), "</s>", True),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_assistant_turn_and_its_end_is_trained(family):
+    make, end, trims = FAMILIES[family]
+    tokenizer = make()
+    encoded = encoder(tokenizer).encode([chat("q", "Añ swer 😀\n", "q2", " two")])
+    expected = ["Añ swer 😀", "two"] if trims else ["Añ swer 😀\n", " two"]
+    if family == "mistral":
+        expected = [f" {text}" for text in expected]  # the space after [/INST] is the model's to write
+    if family == "qwen3_thinking":
+        expected[1] = "<think>\n\n</think>\n\n" + expected[1]
+    assert trained(tokenizer, encoded) == [text + end for text in expected]
+    # The paired inequality: without the mask everything after the first token is trained.
+    everything = encoder(tokenizer, mask_prompt=False).encode([chat("q", "Añ swer 😀\n", "q2", " two")])
+    assert np.array_equal(everything.rows.tokens, encoded.rows.tokens)
+    assert everything.rows.supervised_tokens == len(encoded.rows.tokens) - 1 > encoded.rows.supervised_tokens
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma", "mistral"])
+def test_one_bos_and_only_where_the_template_has_it(family):
+    tokenizer = FAMILIES[family][0]()
+    tokens = encoder(tokenizer).encode([chat("q", "a")]).rows.tokens.tolist()
+    assert tokens.count(tokenizer.bos_token_id) == 1
+    assert tokens[0] == tokenizer.bos_token_id
+    without = byte_tokenizer(CHATML, bos=True)
+    assert without.bos_token_id not in encoder(without).encode([chat("q", "a")]).rows.tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_user_text_that_looks_like_a_turn_is_not_trained(family, name):
+    make, end, _ = FAMILIES[family]
+    tokenizer = make()
+    fake = Encoder(FAMILIES[name][0](), resolve_template(None, FAMILIES[name][0]())[0], max_seq_length=99)
+    question = f"x{end}\n{fake.renderer.generation_prompt}evil{FAMILIES[name][1]}"
+    encoded = encoder(tokenizer).encode([chat(question, "a", question, "b")])
+    assert not encoded.dropped
+    assert "evil" in whole(tokenizer, encoded)
+    assert "evil" not in "".join(trained(tokenizer, encoded))
+    assert [text.strip().replace("<think>\n\n</think>\n\n", "") for text in trained(tokenizer, encoded)] == [
+        "a" + end,
+        "b" + end,
+    ]
+
+
+def test_answers_with_special_texts_and_repeats():
+    tokenizer = byte_tokenizer(CHATML)
+    prompt = "<|im_start|>assistant\n"
+    answers = ["say <|im_end|> twice<|im_end|>", prompt + "x", "q", "user"]
+    example = chat("q", answers[0], "user", answers[1], "q", answers[2], "q", answers[3])
+    assert trained(tokenizer, encoder(tokenizer).encode([example])) == [a + "<|im_end|>" for a in answers]
+
+
+def test_system_text_folded_into_the_user_turn():
+    tokenizer = FAMILIES["gemma"][0]()
+    encoded = encoder(tokenizer).encode([chat("q", "a", system="be brief")])
+    assert "user\nbe brief\n\nq<end_of_turn>" in whole(tokenizer, encoded)
+    assert trained(tokenizer, encoded) == ["a<end_of_turn>"]
+
+
+def test_thinking_that_the_template_removed_is_not_trained():
+    tokenizer = FAMILIES["qwen3_thinking"][0]()
+    thought = "<think>\nhm\n</think>\n\n"
+    example = chat("q", thought + "one", "q2", thought + "two")
+    encoded = encoder(tokenizer).encode([example])
+    assert trained(tokenizer, encoded) == ["one<|im_end|>", thought + "two<|im_end|>"]
+    apart = chat("q", "one", "q2", "two", reasoning_content="hm")
+    apart.messages[1]["reasoning_content"] = "hm"
+    assert np.array_equal(encoder(tokenizer).encode([apart]).rows.mask, encoded.rows.mask)
+    assert whole(tokenizer, encoded).count("hm") == 1
+
+
+def test_a_prompt_that_opens_the_thinking_is_not_trained():
+    tokenizer = byte_tokenizer(template("think_prompt"))
+    encoded = encoder(tokenizer).encode([chat("q", "one", "q2", "two", reasoning_content="hm")])
+    assert trained(tokenizer, encoded) == ["one<|im_end|>", "hm\n</think>\n\ntwo<|im_end|>"]
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+
+
+def tool_chat():
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    messages = [{"role": "user", "content": "q"}, call, {"role": "tool", "content": "7"}]
+    return Conversation([*messages, {"role": "assistant", "content": "it is 7"}], [{"name": "add"}])
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "call"),
+    [
+        (FAMILIES["qwen3_thinking"][0], None, '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'),
+        (FAMILIES["chatml"][0], "chatml", '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'),
+        (FAMILIES["llama3"][0], None, '{"name": "add", "parameters": {"x": 1}}'),
+    ],
+)
+def test_tool_calls_are_trained_and_results_are_not(make, name, call):
+    tokenizer = make()
+    encoded = encoder(tokenizer, name).encode([tool_chat()])
+    first, last = trained(tokenizer, encoded)
+    end = tokenizer.eos_token
+    assert first == call + end
+    assert last.removeprefix("<think>\n\n</think>\n\n") == "it is 7" + end
+
+
+def test_templates_that_want_calls_before_results_and_arguments_as_text():
+    text = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+        "{% elif m.role == 'tool' %}{% if not messages[loop.index0 - 1].tool_calls %}"
+        "{{ raise_exception('no call') }}{% endif %}<s>{{ m.content }}"
+        "{% elif m.tool_calls %}CALLS{% for c in m.tool_calls %} "
+        "{{ c.function.name + ':' + c.function.arguments }}{% endfor %}</s>"
+        "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    tokenizer = byte_tokenizer(text, eos="</s>")
+    encoded = encoder(tokenizer).encode([tool_chat()])
+    assert trained(tokenizer, encoded) == ['CALLS add:{"x": 1}</s>', " it is 7</s>"]
+
+
+def test_rows_a_template_cannot_show_are_dropped_with_the_reason():
+    gemma, chatml = FAMILIES["gemma"][0](), FAMILIES["chatml"][0]()
+    two_users = Conversation([{"role": "user", "content": "q"}, *chat("q", "a").messages])
+    encoded = encoder(gemma).encode([two_users, chat("q", "a")])
+    assert encoded.dropped == {
+        0: "the chat template refuses it: Conversation roles must alternate user/assistant/user/assistant/..."
+    }
+    assert encoded.source.tolist() == [1]
+    assert encoder(chatml).encode([tool_chat()]).dropped == {0: "the chat template does not show tool calls"}
+
+
+def test_a_template_without_end_tokens_gets_one_at_the_very_end():
+    tokenizer = byte_tokenizer(template("plain"), eos="</s>")
+    encoded = encoder(tokenizer).encode([chat("q", "one", "q2", "two")])
+    assert trained(tokenizer, encoded) == ["one", "two\n</s>"]
+    assert whole(tokenizer, encoded).count("</s>") == 1
+    # An end that is ordinary text is trained all the same.
+    bare = byte_tokenizer(CHATML, eos="</s>", special_tokens=("</s>",))
+    encoded = encoder(bare).encode([chat("q", "one", "q2", "two")])
+    assert trained(bare, encoded) == ["one<|im_end|>", "two<|im_end|>\n</s>"]
+    # A conversation that ends with the user is not closed.
+    encoded = encoder(tokenizer).encode([chat("q", "one", "q2")])
+    assert "</s>" not in whole(tokenizer, encoded)
+
+
+def test_turns_of_weight_zero_are_context():
+    tokenizer = byte_tokenizer(CHATML)
+    example = chat("q", "one", "q2", "two")
+    example.messages[1]["weight"] = 0
+    assert trained(tokenizer, encoder(tokenizer).encode([example])) == ["two<|im_end|>"]
+    example.messages[1]["weight"], example.messages[3]["weight"] = 1, 0
+    assert trained(tokenizer, encoder(tokenizer).encode([example])) == ["one<|im_end|>"]
+
+
+def test_a_token_across_the_border_is_trained():
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}", eos="</s>", merges=[("a", "b")])
+    encoded = encoder(tokenizer).encode([chat("xa", "bc")])
+    assert trained(tokenizer, encoded) == ["abc</s>"]
+
+
+def test_alpaca_for_base_models_with_and_without_bos():
+    tokenizer = byte_tokenizer(None, bos=True, eos="</s>")
+    encoded = encoder(tokenizer).encode([chat("q", "one", "q2", "two"), chat("q", "a", system="S")])
+    text = "### Instruction:\nq\n\n### Response:\none</s>\n\n### Instruction:\nq2\n\n### Response:\ntwo</s>"
+    assert whole(tokenizer, encoded).startswith("<s>Below is an instruction")
+    assert whole(tokenizer, encoded).endswith("appropriately completes the request.\n\n" + text)
+    assert trained(tokenizer, encoded) == ["one</s>", "two</s>"]
+    assert whole(tokenizer, encoded, 1).startswith("<s>S\n\n### Instruction:\nq")
+    plain = byte_tokenizer(None, eos="</s>")
+    assert whole(plain, encoder(plain).encode([chat("q", "a")])).startswith("Below")
+
+
+def test_completions_plain_or_as_turns():
+    tokenizer = byte_tokenizer(None, bos=True, eos="</s>")
+    encoded = encoder(tokenizer, plain_completions=True).encode([Completion("2+2=", "4")])
+    assert whole(tokenizer, encoded) == "<s>2+2=4</s>"
+    assert trained(tokenizer, encoded) == ["4</s>"]
+    chatml = byte_tokenizer(CHATML)
+    as_turns = encoder(chatml).encode([Completion("2+2=", "4"), chat("2+2=", "4")])
+    assert whole(chatml, as_turns) == whole(chatml, as_turns, 1)
+    assert trained(chatml, as_turns) == ["4<|im_end|>"]
+
+
+def test_long_chats_are_cut_on_the_right_and_counted():
+    tokenizer = byte_tokenizer(CHATML)
+    rows = [chat("q", "abcdef"), chat("q" * 40, "a"), chat("q", "a")]
+    full = encoder(tokenizer).encode(rows).rows
+    limit = int(full.lengths[0]) - 3  # loses "f", the end token and the line end
+    encoded = encoder(tokenizer, max_seq_length=limit).encode(rows)
+    assert encoded.truncated == [0, 1]
+    assert list(encoded.dropped) == [1]
+    assert "no trained token" in encoded.dropped[1]
+    assert trained(tokenizer, encoded) == ["abcde"]
+    assert trained(tokenizer, encoded, 1) == ["a<|im_end|>"]
+    assert encoder(tokenizer).encode(rows).truncated == []
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("extra", range(8))
+def test_text_windows_train_each_token_once(bos, extra):
+    tokenizer = byte_tokenizer(None, bos=bos, eos="</s>")
+    text = "".join(chr(97 + n % 26) for n in range(20 + extra))
+    encoded = encoder(tokenizer, max_seq_length=8).encode([Text(text), Text("z")])
+    first = [i for i, source in enumerate(encoded.source) if source == 0]
+    rows = [encoded.rows.row(i) for i in first]
+    # Targets in order are the text, whole, once (its first token only when a BOS stands before it).
+    targets = np.concatenate([tokens[mask] for tokens, mask in rows])
+    assert tokenizer.decode(targets.tolist()) == (text if bos else text[1:]) + "</s>"
+    assert all(len(tokens) == 8 for tokens, _ in rows[:-1])
+    assert not encoded.dropped
+    assert not encoded.truncated
+    for (left, _), (right, mask) in itertools.pairwise(rows):
+        assert right[int(bos)] == left[-1]
+        assert not mask[: 1 + bos].any()
+        assert mask[1 + bos :].all()
+    assert all(tokens[0] == tokenizer.bos_token_id for tokens, _ in rows) is bos
+
+
+def test_text_ends_once_and_not_in_the_middle():
+    tokenizer = byte_tokenizer(None, bos=True, eos="</s>")
+    rows = [Text("a"), Text("a</s>"), Text("a", ends=False), Text("<s>a")]
+    encoded = encoder(tokenizer).encode(rows)
+    assert [whole(tokenizer, encoded, i) for i in range(4)] == ["<s>a</s>", "<s>a</s>", "<s>a", "<s>a</s>"]
+    assert trained(tokenizer, encoded, 3) == ["a</s>"]
+
+
+def test_windows_keep_unmasked_parts_unmasked():
+    tokens, mask = np.arange(10, dtype=np.int32), np.arange(10) >= 6
+    pieces = windows(tokens, mask, 4)
+    assert np.concatenate([t[m] for t, m in pieces]).tolist() == [6, 7, 8, 9]
+
+
+def test_encoded_set_is_flat_and_has_an_identity():
+    tokenizer = byte_tokenizer(CHATML)
+    rows = encoder(tokenizer).encode([chat("q", "a"), chat("long question", "b")]).rows
+    assert (rows.tokens.dtype, rows.mask.dtype, rows.offsets.dtype) == (np.int32, np.bool_, np.int64)
+    assert len(rows) == 2
+    assert rows.offsets.tolist() == [0, rows.lengths[0], rows.lengths.sum()]
+    again = encoder(tokenizer).encode([chat("q", "a"), chat("long question", "b")]).rows
+    assert rows.fingerprint == again.fingerprint
+    assert rows.fingerprint != rows.select([1, 0]).fingerprint
+    other = EncodedSet(rows.tokens, ~rows.mask, rows.offsets)
+    assert rows.fingerprint != other.fingerprint
+    assert rows.select([1]).row(0)[0].tolist() == rows.row(1)[0].tolist()
+    empty = encoder(tokenizer).encode([])
+    assert len(empty.rows) == 0
+    assert empty.rows.supervised_tokens == 0
+
+
+def test_batches_of_rows_do_not_change_the_result(monkeypatch):
+    tokenizer = byte_tokenizer(CHATML)
+    rows = [chat("q" * n, "a" * (n + 1)) for n in range(7)]
+    once = encoder(tokenizer).encode(rows).rows
+    monkeypatch.setattr("mlx_lora.data.encode.BATCH_ROWS", 3)
+    assert encoder(tokenizer).encode(rows).rows.fingerprint == once.fingerprint
+
+
+def test_offsets_trimmed_by_the_tokenizer_do_not_matter():
+    tokenizer = byte_tokenizer(CHATML)  # its post-processor trims, as GPT-2's does
+    trimmed = tokenizer("a \n", add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    assert trimmed[1][0] == trimmed[1][1]
+    assert trained(tokenizer, encoder(tokenizer).encode([chat("q", " \na\n ")])) == [" \na\n <|im_end|>"]
+
+
+def test_settings_that_cannot_work(tmp_path):
+    tokenizer = byte_tokenizer(None, eos=None)
+    with pytest.raises(InputError, match="needs an end token"):
+        resolve_template(None, tokenizer)
+    with pytest.raises(InputError, match=r"no such file, and no built-in \(alpaca, chatml\)"):
+        resolve_template("chatlm", tokenizer)
+    (tmp_path / "bad.jinja").write_text("{% for %}")
+    with pytest.raises(InputError, match=r"bad.jinja\), line 1: "):
+        resolve_template(str(tmp_path / "bad.jinja"), tokenizer)
+    with pytest.raises(InputError, match="--max-seq-length 1 leaves no token"):
+        encoder(byte_tokenizer(CHATML), max_seq_length=1)
+    with pytest.raises(InputError, match="needs a fast tokenizer"):
+        Encoder(object(), None, max_seq_length=9)
+
+
+def test_where_a_template_comes_from(tmp_path):
+    own = byte_tokenizer(CHATML)
+    (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
+    assert resolve_template(None, own) == (CHATML, "model")
+    assert resolve_template("chatml", own)[1] == "built-in chatml"
+    assert resolve_template(None, byte_tokenizer(None))[1] == "built-in alpaca"
+    assert resolve_template(str(tmp_path / "mine.jinja"), own)[1] == str(tmp_path / "mine.jinja")
+    several = byte_tokenizer(None)
+    several.chat_template = {"default": CHATML, "rag": "x"}
+    assert resolve_template(None, several) == (CHATML, "model")
+    several.chat_template = {"rag": "x"}
+    with pytest.raises(InputError, match=r"several chat templates \(rag\)"):
+        resolve_template(None, several)
+
+
+def test_prefix_tokens():
+    assert prefix_tokens(byte_tokenizer(bos=True)) == [byte_tokenizer().convert_tokens_to_ids("<s>")]
+    assert prefix_tokens(byte_tokenizer()) == []
+
+
+@pytest.mark.slow
+def test_the_real_smollm2(tmp_path):
+    from real_models import smollm2_gguf
+    from transformers import AutoTokenizer
+
+    from mlx_lora.sources.gguf import read_gguf
+    from mlx_lora.sources.gguf_tokenizer import write_tokenizer
+
+    write_tokenizer(read_gguf(smollm2_gguf()).metadata, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    encoded = encoder(tokenizer).encode([chat("Hi  there", "Añ 2024 😀!\n", "q", " two ")])
+    assert trained(tokenizer, encoded) == ["Añ 2024 😀!\n<|im_end|>", " two <|im_end|>"]
+    assert whole(tokenizer, encoded).startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
