@@ -25,8 +25,11 @@ SPACE = "▁"  # how SentencePiece writes a space
 # Tokens that end a turn, known by their text: few files name more than one end token by id. `</s>` is not
 # among them, because it is also the closing tag of an HTML element in Gemma's vocabulary.
 END_TOKENS = frozenset(
-    ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>")
-    + ("<|eom_id|>", "<EOT>", "[EOT]", "<|end_of_text|>", "<end_of_utterance>", "<turn|>", "<｜end▁of▁sentence｜>")
+    [
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>"),
+        *("<|eom_id|>", "<EOT>", "[EOT]", "<|end_of_text|>", "<end_of_utterance>", "<turn|>"),
+        "<｜end▁of▁sentence｜>",
+    ]
 )
 
 
