@@ -24,14 +24,14 @@ from typing import Any
 import gguf
 import numpy as np
 import xllamacpp
-from mlx_lora.sources.gguf import read_gguf
-from mlx_lora.sources.hub import resolve_model
 
 from mlx_lora import device
 from mlx_lora.config import ModelSettings
 from mlx_lora.models.converting import convert_model
 from mlx_lora.models.load import load_base
 from mlx_lora.models.perplexity import token_logprobs
+from mlx_lora.sources.gguf import read_gguf
+from mlx_lora.sources.hub import resolve_model
 
 PROMPTS = (
     "The capital of France is",
