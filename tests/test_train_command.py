@@ -1,0 +1,152 @@
+"""The train command end to end on a tiny model: what it writes, prints, and does when interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import pytest
+import yaml
+from run_cli import run
+
+from mlx_lora.training.trainer import interrupt_flag
+
+QUICK = ("--iters", 12, "--learning-rate", "5e-3", "--batch-tokens", 256, "--max-seq-length", 128, "--steps-per-report", 4)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_folder, chats, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "adapter"
+    ran = run("train", "--model", tiny_folder, "--data", chats, "--adapter-path", out, *QUICK, "--save-every", 5)
+    assert ran.code == 0, ran.err
+    return out, ran
+
+
+def test_run_folder_is_complete(trained):
+    out, _ = trained
+    assert sorted(p.name for p in out.iterdir()) == [
+        "adapter_config.json", "adapters.safetensors", "checkpoints", "metrics.jsonl", "run.yaml",
+    ]  # fmt: skip
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-000005", "step-000010"]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    reports = [line for line in lines if line["loss"] is not None]
+    assert [line["step"] for line in reports] == [4, 8, 12]
+    assert reports[-1]["loss"] < reports[0]["loss"]
+    assert [line["step"] for line in lines if line["val_loss"] is not None] == [0, 12]
+    for key in ("epoch", "learning_rate", "grad_norm", "supervised_tokens_per_s", "tokens_per_s", "padding_fraction", "peak_memory_bytes", "elapsed_s"):
+        assert key in reports[0]
+
+
+def test_what_is_printed_before_and_during_the_run(trained):
+    _, ran = trained
+    assert ran.out == ""
+    for part in ("trainable parameters", " MB", "rank 16", "step 12/12", "⟦", "held-out loss"):
+        assert part in ran.err, part
+
+
+def test_run_yaml_repeats_the_run(trained, tmp_path):
+    out, _ = trained
+    again = tmp_path / "again"
+    ran = run("train", "--config", out / "run.yaml", "--adapter-path", again)
+    assert ran.code == 0, ran.err
+    assert yaml.safe_load((again / "run.yaml").read_text())["batch_tokens"] == 256
+    first, second = (mx.load(str(f / "adapters.safetensors")) for f in (out, again))
+    assert all(mx.array_equal(first[name], second[name]) for name in first)
+    other = tmp_path / "other"
+    assert run("train", "--config", out / "run.yaml", "--adapter-path", other, "--seed", 1).code == 0
+    third = mx.load(str(other / "adapters.safetensors"))
+    assert not all(mx.array_equal(first[name], third[name]) for name in first)
+
+
+def test_evaluate_and_generate_with_and_without_the_adapter(trained, tiny_folder, chats):
+    out, _ = trained
+    base = json.loads(run("evaluate", "--model", tiny_folder, "--data", chats, "--json").out)
+    tuned = json.loads(run("evaluate", "--model", tiny_folder, "--adapter-path", out, "--data", chats, "--json").out)
+    assert tuned["loss"] < base["loss"] * 0.9
+    assert tuned["supervised_tokens"] == base["supervised_tokens"] > 0
+    ran = run("generate", "--model", tiny_folder, "--adapter-path", out, "--prompt", "Say 1.", "--max-tokens", 5, "--json")
+    assert {"text", "tokens", "tokens_per_s"} <= set(json.loads(ran.out))
+
+
+def test_qlora_on_a_4bit_base_lowers_the_loss(tiny_4bit_folder, chats, tmp_path):
+    ran = run("train", "--model", tiny_4bit_folder, "--data", chats, "--adapter-path", tmp_path / "q", *QUICK)
+    assert ran.code == 0, ran.err
+    vals = [json.loads(x)["val_loss"] for x in (tmp_path / "q/metrics.jsonl").read_text().splitlines()]
+    vals = [v for v in vals if v is not None]
+    assert vals[-1] < vals[0] * 0.95
+
+
+def test_test_flag_measures_as_mlx_lm_does(trained, tiny_folder, chats, tmp_path):
+    out, _ = trained
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = chats.read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(rows[:30]))
+    (folder / "test.jsonl").write_text("".join(rows[30:]))
+    ran = run("train", "--model", tiny_folder, "--data", folder, "--adapter-path", out, "--test")
+    assert ran.code == 0, ran.err
+    assert "Test loss" in ran.err
+    assert "step 1" not in ran.err  # --test alone does not train
+    ran = run("train", "--model", tiny_folder, "--data", chats, "--adapter-path", out, "--test")
+    assert ran.code == 2
+    assert "no test split" in ran.err
+
+
+def test_epochs_accumulation_checkpointing_and_rows(tiny_folder, chats, tmp_path):
+    ran = run(
+        "train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a", "--epochs", 2, "--batch-size", 4,
+        "--grad-accumulation-steps", 2, "--grad-checkpoint", "--fine-tune-type", "rslora", "--dropout", 0.1, "--num-layers", 1,
+        "--target-modules", "q_proj,v_proj", "--optimizer", "adam",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    last = json.loads((tmp_path / "a/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 10  # 38 training rows, 10 batches an epoch, 2 a step, 2 epochs
+    assert last["epoch"] == 2.0
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert config["lora_parameters"]["scale"] == pytest.approx(32 / 4)  # alpha / sqrt(16)
+
+
+def test_resume_adapter_file_starts_from_its_factors(trained, tiny_folder, chats, tmp_path):
+    out, _ = trained
+    args = ("--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "more", *QUICK[2:], "--iters", 1)
+    assert run("train", *args, "--resume-adapter-file", out / "adapters.safetensors").code == 0
+    records = [json.loads(x) for x in (tmp_path / "more/metrics.jsonl").read_text().splitlines()]
+    before = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    assert records[0]["val_loss"] == pytest.approx(before[-1]["val_loss"], rel=1e-4)
+    assert records[0]["val_loss"] < before[0]["val_loss"] * 0.95
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_saves_and_exits_130(tiny_folder, chats, tmp_path, signal_number):
+    out = tmp_path / "a"
+    command = [sys.executable, "-m", "mlx_lora.train", "--model", tiny_folder, "--data", chats, "--adapter-path", out]
+    with subprocess.Popen(
+        [str(c) for c in (*command, "--iters", 100000, "--steps-per-report", 5, "--save-every", 0, "--steps-per-eval", 0)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as process:
+        deadline = time.monotonic() + 60
+        for line in process.stderr:
+            if line.startswith("step 5/") or time.monotonic() > deadline:
+                break
+        process.send_signal(signal_number)
+        rest = process.stderr.read()
+        assert process.wait(30) == 130, rest
+    assert "Interrupted after" in rest
+    assert "Traceback" not in rest
+    assert (out / "adapters.safetensors").exists()
+    assert run("generate", "--model", tiny_folder, "--adapter-path", out, "--prompt", "x", "--max-tokens", 1).code == 0
+
+
+def test_second_interrupt_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), interrupt_flag() as interrupted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
