@@ -1,0 +1,105 @@
+"""The report before training: right counts, and the trained part marked as it is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from byte_tokenizer import CHATML, byte_tokenizer
+
+from mlx_lora.config import DataSettings
+from mlx_lora.data.loading import load_data
+
+TOKENIZER = byte_tokenizer(CHATML)
+CHAT = {
+    "messages": [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "Two?\t"},
+        {"role": "assistant", "content": "2 \x1b[31m"},
+    ]
+}
+
+
+def report(tmp_path, rows, **settings):
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return load_data(DataSettings(data=str(path), **settings), TOKENIZER, seed=0).report
+
+
+def test_counts(tmp_path):
+    rows = [
+        {"instruction": "q", "output": "a"},
+        {"instruction": "q", "output": "a"},
+        {"instruction": "q", "output": ""},
+        {"prompt": "p", "completion": "c" * 300},
+        "{broken",
+        CHAT,
+    ]
+    found = report(tmp_path, rows, max_seq_length=150, valid_fraction=0.0)
+    assert found.rows_read == 6
+    assert found.formats == {"alpaca": 2, "completions": 1, "messages": 1}
+    assert (found.truncated, found.empty, found.duplicates, found.dropped) == (1, 1, 1, 2)
+    assert [row.line for row in found.dropped_rows] == [3, 5]
+    train = found.splits["train"]
+    assert train.rows == 4
+    assert train.max_length == 150
+    assert train.min_length <= train.median_length <= train.p95_length <= train.max_length
+    assert 0 < train.supervised_share < 1
+    text = found.render()
+    assert "6 (2 alpaca, 1 completions, 1 messages)" in text
+    assert "truncated 1, duplicate 1, empty 1, dropped 2" in text
+    assert "d.jsonl line 5: not JSON" in text
+    assert "the model's own" in text
+
+
+def test_the_example_marks_exactly_what_is_trained(tmp_path):
+    found = report(tmp_path, [CHAT], valid_fraction=0.0)
+    plain = found.render()
+    assert "⟦1<|im_end|>⟧↵" in plain
+    assert "Two?→<|im_end|>↵" in plain
+    assert "⟦2 ·[31m<|im_end|>⟧↵" in plain  # a control character from the data never reaches the terminal
+    assert "\x1b" not in plain
+    assert plain.count("⟦") == plain.count("⟧") == 3  # two turns, and the heading names both marks
+    colored = found.render(color=True)
+    assert "\x1b[32m1<|im_end|>\x1b[0m" in colored
+    assert "⟦" not in colored
+    assert "\x1b[31m" not in colored
+    everything = report(tmp_path, [CHAT], valid_fraction=0.0, mask_prompt=False).render()
+    assert "<|im_start|>⟦user↵" in everything
+
+
+def test_long_rows_and_many_bad_ones_stay_short(tmp_path):
+    long = {
+        "messages": [
+            m
+            for n in range(30)
+            for m in ({"role": "user", "content": f"q{n}\n" * 50}, {"role": "assistant", "content": "a" * 5000})
+        ]
+    }
+    found = report(tmp_path, ["{"] * 25 + [long], max_seq_length=400_000, valid_fraction=0.0)
+    lines = found.render().splitlines()
+    assert len(lines) <= 35
+    assert max(map(len, lines)) < 1000
+    assert len(found.dropped_rows) == 10
+    assert "  and 15 more" in lines
+
+
+def test_tools_a_template_does_not_show_are_noted(tmp_path):
+    found = report(tmp_path, [{**CHAT, "tools": [{"name": "f"}]}, CHAT], valid_fraction=0.0)
+    assert found.notes == ["the chat template does not show the tools of 1 rows to the model"]
+    assert report(tmp_path, [CHAT], valid_fraction=0.0).notes == []
+    shown = report(tmp_path, [{**CHAT, "tools": [{"name": "f"}]}], valid_fraction=0.0, chat_template="chatml")
+    assert shown.notes == []
+
+
+def test_to_dict_is_plain(tmp_path):
+    values = report(tmp_path, [CHAT, "{"]).to_dict()
+    assert json.loads(json.dumps(values))["dropped_rows"][0]["line"] == 2
+    assert values["splits"]["train"]["supervised_tokens"] > 0
+
+
+@pytest.mark.parametrize("color", [False, True])
+def test_no_validation_is_said(tmp_path, color):
+    lines = report(tmp_path, [CHAT]).render(color).splitlines()
+    assert [line for line in lines if line.startswith("valid ")] == ["valid      none"]
