@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from byte_tokenizer import CHATML, byte_tokenizer
@@ -11,6 +12,7 @@ from mlx_lora.config import DataSettings
 from mlx_lora.data.loading import load_data
 
 TOKENIZER = byte_tokenizer(CHATML)
+EXAMPLES = Path(__file__).parents[1] / "data"
 CHAT = {
     "messages": [
         {"role": "user", "content": "One?"},
@@ -103,3 +105,12 @@ def test_to_dict_is_plain(tmp_path):
 def test_no_validation_is_said(tmp_path, color):
     lines = report(tmp_path, [CHAT]).render(color).splitlines()
     assert [line for line in lines if line.startswith("valid ")] == ["valid      none"]
+
+
+@pytest.mark.parametrize("name", ["alpaca", "sharegpt", "messages", "completions", "text", "csv"])
+def test_our_example_data_is_ready_to_train(name):
+    settings = DataSettings(data=str(EXAMPLES / name), strict=True, chat_template="chatml")
+    splits = load_data(settings, TOKENIZER, seed=0)
+    assert splits.report.dropped == splits.report.truncated == splits.report.duplicates == 0
+    assert len(splits.train) >= (1 if name == "text" else 12)
+    assert len(splits.valid) >= 1

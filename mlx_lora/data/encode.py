@@ -170,10 +170,7 @@ class Encoder:
 
     def shows_tools(self, conversation: Conversation) -> bool:
         """Return whether the template tells the model which tools it has."""
-        try:
-            return self.renderer is not None and self.renderer.shows_tools(conversation)
-        except FormatError:  # the row itself is refused, and counted as such
-            return True
+        return self.renderer is not None and self.renderer.shows_tools(conversation)
 
     def _is_plain(self, example: Example) -> bool:
         return isinstance(example, Text) or (isinstance(example, Completion) and self._plain_completions)

@@ -104,7 +104,7 @@ def load_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: 
         duplicates=len(keys["train"]) - len(set(keys["train"])),
         dropped=sum(len(rows.dropped) for rows in parts.values()),
         dropped_rows=[row for rows in parts.values() for row in rows.dropped][:MAX_LISTED],
-        notes=_notes(parts, keys, encoder, template),
+        notes=_notes(parts, encoded, keys, encoder),
         example=example_pieces(sets["train"], tokenizer),
     )
     return DataSplits(sets["train"], sets.get("valid"), sets.get("test"), report, template)
@@ -222,18 +222,16 @@ def _hold_out(encoded: Encoded, keys: list[str], fraction: float, seed: int) -> 
     }
 
 
-def _notes(parts: dict[str, _Rows], keys: dict[str, list[str]], encoder: Encoder, template: str | None) -> list[str]:
+def _notes(
+    parts: dict[str, _Rows], encoded: dict[str, Encoded], keys: dict[str, list[str]], encoder: Encoder
+) -> list[str]:
     notes = []
     for name in ("valid", "test"):
         shared = len(set(keys.get(name, [])) & set(keys["train"]))
         if shared:
             notes.append(f"{shared:,} {name} rows are also training rows; the {name} loss will flatter")
-    with_tools = [
-        example
-        for rows in parts.values()
-        for example in rows.examples
-        if isinstance(example, Conversation) and example.tools
-    ]
+    kept = [parts[name].examples[i] for name, part in encoded.items() for i in set(part.source.tolist())]
+    with_tools = [example for example in kept if isinstance(example, Conversation) and example.tools]
     if with_tools and not encoder.shows_tools(with_tools[0]):
         notes.append(f"the chat template does not show the tools of {len(with_tools):,} rows to the model")
     return notes
