@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-WORDS = (
+_WORDS = (
     "the of and to in training adapter Rank LoRA QLoRA model's don't WE'LL they'd I'm antidisestablishmentarianism "
     "naïve façade Straße ŒUVRE İstanbul ǅ e\u0301te\u0301 Zoë Ελληνικά русский язык Українська עברית العربية مُحَمَّد فارسی "
     "हिन्दी தமிழ் ไทยไม่มีช่องว่าง ខ្មែរ 中文分词 漢字かな交じり文 カタカナ 한국어 한국어 Tiếng Việt ａｂｃ １２３ ½ ² Ⅷ ٣٤٥ "
@@ -14,7 +14,8 @@ WORDS = (
     "def f(x): return x**2 {'key': [1, 2]} <div class=\"a\"> </div> /* note */ #include<stdio.h> a+=b; x!=y && !z "
     "snake_case camelCase PascalCase SCREAMING_CASE kebab-case __init__ $HOME @user #tag ====== ------ ...... ~~~~ "
     "<|im_start|> <|im_end|> <|endoftext|> <start_of_turn> <end_of_turn> <bos> <eos> <unk> <s> </s> <0x41> ▁ Ġ \ufeff"
-).split(" ")  # noqa: SIM905 (a list would fill a page)
+)
+WORDS = _WORDS.split(" ")
 
 GLUE = (
     " ",

@@ -73,7 +73,8 @@ def write_tokenizer(metadata: dict[str, Any], out: Path) -> None:
     Raises:
         InputError: when the file has no tokenizer, or one of a kind that is not known here.
     """
-    write_vocabulary(vocabulary_from_metadata(metadata), out)
+    vocabulary = vocabulary_from_metadata(metadata)
+    write_folder(vocabulary, build_tokenizer(vocabulary), out)
 
 
 def vocabulary_from_metadata(metadata: dict[str, Any]) -> Vocabulary:
@@ -150,15 +151,16 @@ def _problems(
     return problems
 
 
-def write_vocabulary(vocabulary: Vocabulary, out: Path) -> None:
+def write_folder(vocabulary: Vocabulary, tokenizer: Tokenizer, out: Path) -> None:
     """Write a tokenizer folder that transformers and mlx-lm load.
 
     Args:
-        vocabulary: tokens, scores or merges, and special ids.
+        vocabulary: special tokens and chat template.
+        tokenizer: what was built from it.
         out: folder to write into; made when missing.
     """
     out.mkdir(parents=True, exist_ok=True)
-    build_tokenizer(vocabulary).save(str(out / "tokenizer.json"), pretty=False)
+    tokenizer.save(str(out / "tokenizer.json"), pretty=False)
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unk", "pad_token": "pad"}
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -192,13 +194,13 @@ def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
         if kind in (UNKNOWN, CONTROL, USER_DEFINED) or token in END_TOKENS
     ]
     tokenizer.add_tokens(added)
-    template = _template(vocabulary)
+    template = bos_eos_template(vocabulary)
     if template is not None:
         tokenizer.post_processor = template
     return tokenizer
 
 
-def _template(vocabulary: Vocabulary) -> processors.TemplateProcessing | None:
+def bos_eos_template(vocabulary: Vocabulary) -> processors.TemplateProcessing | None:
     """Return what puts bos before and eos after each text, or None when the model wants neither."""
     used = [name for name, wanted in (("bos", vocabulary.add_bos), ("eos", vocabulary.add_eos)) if wanted]
     if not used:
@@ -233,7 +235,13 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
     vocab = {token: i for i, token in enumerate(vocabulary.tokens)}
     unk = vocabulary.text("unk")
     tokenizer = Tokenizer(
-        models.BPE(vocab, merges_from_scores(vocabulary), unk_token=unk, fuse_unk=True, byte_fallback=True)
+        models.BPE(
+            vocab,
+            merges_from_scores(vocabulary, (NORMAL, UNUSED, BYTE)),
+            unk_token=unk,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
     )
     steps = [normalizers.Prepend(SPACE)] if vocabulary.add_space_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
@@ -244,18 +252,21 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
     return tokenizer
 
 
-def merges_from_scores(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+def merges_from_scores(vocabulary: Vocabulary, kinds: tuple[int, ...]) -> list[tuple[str, str]]:
     """Turn SentencePiece scores into ranked BPE merges.
 
     SentencePiece joins the two neighbours whose joined text is the token of the best score. So every split of
     a token into two tokens is a merge, and the merges are ordered by the joined token's score. Tokens that
     are matched before BPE (control, user-defined) never arise from one.
 
+    Args:
+        vocabulary: tokens with their scores.
+        kinds: token types that a merge may join and make.
+
     Returns:
         Pairs, best first; equal scores keep the order of ids, as their scores say nothing.
     """
-    merged_kinds = (NORMAL, UNUSED, BYTE)
-    parts = {token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind in merged_kinds}
+    parts = {token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind in kinds}
     order = sorted(range(len(vocabulary.tokens)), key=lambda i: -vocabulary.scores[i])
     merges = []
     for i in order:
