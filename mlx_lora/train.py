@@ -96,10 +96,11 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     check_writable(folder, "--adapter-path", adapter_bytes * (checkpoints + 1))
     device.set_cache_limit(loop.clear_cache_threshold)
     device.wire_working_set()
+    loggers = reporting_sinks(settings)
     describe_run(settings, base, targets, factors, plan, steps)
     write_settings(folder, settings)
     metrics, progress = MetricsFile(folder / "metrics.jsonl"), make_progress(steps, cli.echo)
-    sinks = [metrics, progress.report, *reporting_sinks(settings)]
+    sinks = [metrics, progress.report, *loggers]
 
     def report(record: Metrics) -> None:
         for sink in sinks:

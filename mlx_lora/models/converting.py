@@ -111,7 +111,7 @@ def convert_model(
     if target is None and source.kind == "gguf":
         target = "carry"
     check_out(out, force=force)
-    check_writable(out, "--out", source.path.stat().st_size if source.kind == "gguf" and target == "carry" else 0)
+    check_writable(out, "--out", _least_bytes(source, target))
     if source.path.resolve().is_relative_to(out):
         raise InputError(f"--out {out}: holds the source {source.path}; give another folder")
     if target == "carry" and source.kind != "gguf":
@@ -124,6 +124,14 @@ def convert_model(
         load._load_weights(folder, trust_remote_code)  # mlx-lm must build it before anyone is told that it is there
     conversion.elapsed_s = time.perf_counter() - start
     return conversion
+
+
+def _least_bytes(source: ModelSource, target: Target | None) -> int:
+    """Return a lower bound of what will be written, from file sizes alone: a float source holds 32 bits at most."""
+    files = [source.path] if source.path.is_file() else source.path.glob("*.safetensors")
+    size = sum(file.stat().st_size for file in files)
+    bits = target.bits if isinstance(target, Quantisation) else 4 if target is None else 32
+    return size * bits // 32 if source.kind == "folder" or isinstance(target, Quantisation) else size
 
 
 def cached_gguf_folder(source: ModelSource) -> Path:
