@@ -122,6 +122,12 @@ def test_thinking_that_the_template_removed_is_not_trained():
     assert whole(tokenizer, encoded).count("hm") == 1
 
 
+def test_an_answer_that_equals_the_templates_own_text():
+    tokenizer = FAMILIES["qwen3_thinking"][0]()
+    encoded = encoder(tokenizer).encode([chat("q", "<think>")])
+    assert trained(tokenizer, encoded) == ["<think>\n\n</think>\n\n<think><|im_end|>"]
+
+
 def test_a_prompt_that_opens_the_thinking_is_not_trained():
     tokenizer = byte_tokenizer(template("think_prompt"))
     encoded = encoder(tokenizer).encode([chat("q", "one", "q2", "two", reasoning_content="hm")])

@@ -122,6 +122,8 @@ class Renderer:
             end = begin + len(content)
             if start < len(prompt) or not content or not text.startswith(content, begin):
                 return None
+            if self._end_after(text, end) is None:  # it may have matched the template's own text, as <think>
+                return None
             bodies.append((start, end))
         return bodies
 
