@@ -119,6 +119,24 @@ def test_same_logits_as_the_model_it_was_written_from(name: str, tmp_path: Path)
     assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_builds_the_same_model_from_the_folder(name: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    model, _ = write_case(name, tmp_path / "m.gguf")
+    convert_model(resolve_model(str(tmp_path / "m.gguf")), tmp_path / "out", target="float")
+    judge, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        found = judge(torch.tensor(np.array(IDS), dtype=torch.long)).logits.numpy()
+    # Gemma: mlx-lm rounds its embedding scale to bfloat16 (64 ** 0.5 is exact), so no allowance is needed.
+    np.testing.assert_allclose(found, np.array(model(IDS)), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["llama", "llama biased", "gemma3"])
 def test_the_file_differs_from_the_model_where_it_should(name: str, tmp_path: Path) -> None:
     """Without undoing permutation and norm offset the test above could pass by luck: it cannot."""

@@ -38,6 +38,7 @@ class Architecture:
 
     Attributes:
         model_type: mlx-lm's.
+        model_class: transformers' class, which tells llama.cpp's converter and others what the folder holds.
         block: tensor names within a block, beyond the shared ones, to mlx-lm's.
         biases: bias tensors every block has, or (optional) all blocks may have.
         biases_optional: whether a model without those biases is complete.
@@ -47,6 +48,7 @@ class Architecture:
     """
 
     model_type: str
+    model_class: str
     block: dict[str, str]
     fields: Callable[[Settings, dict[str, Any]], dict[str, Any]]
     biases: dict[str, str]
@@ -179,12 +181,19 @@ def _gemma3_fields(settings: Settings, shared: dict[str, Any]) -> dict[str, Any]
 
 ARCHITECTURES = {
     "llama": Architecture(
-        "llama", _BLOCK | _POST_NORM, _llama_fields, _ATTENTION_BIASES, biases_optional=True, permuted=True
+        "llama",
+        "LlamaForCausalLM",
+        _BLOCK | _POST_NORM,
+        _llama_fields,
+        _ATTENTION_BIASES,
+        biases_optional=True,
+        permuted=True,
     ),
-    "qwen2": Architecture("qwen2", _BLOCK | _POST_NORM, _qwen2_fields, _QKV_BIASES),
-    "qwen3": Architecture("qwen3", _BLOCK | _POST_NORM | _HEAD_NORMS, _qwen3_fields, {}),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _BLOCK | _POST_NORM, _qwen2_fields, _QKV_BIASES),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _BLOCK | _POST_NORM | _HEAD_NORMS, _qwen3_fields, {}),
     "gemma3": Architecture(
         "gemma3_text",
+        "Gemma3ForCausalLM",
         _BLOCK
         | _HEAD_NORMS
         | {
@@ -223,7 +232,8 @@ def model_config(file: GGUFFile) -> dict[str, Any]:
     architecture = gguf_architecture(file)
     settings = Settings(file, file.metadata["general.architecture"])
     config = _shared_fields(settings)
-    config |= {"model_type": architecture.model_type} | _rope_scaling(settings)
+    config |= {"model_type": architecture.model_type, "architectures": [architecture.model_class]}
+    config |= _rope_scaling(settings)
     config |= architecture.fields(settings, config)
     if settings.problems:
         raise InputError(f"{file.path}: {'; '.join(settings.problems)}; use the model's Hugging Face form")
