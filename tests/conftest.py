@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import mlx_lora  # first: it loads the fast BLAS before mlx.core comes in  # noqa: I001
@@ -14,6 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from byte_tokenizer import byte_tokenizer
+from mlx_lora.cache import cache_dir
 
 TINY = {
     "model_type": "llama",
@@ -30,10 +32,13 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    """Keep tests out of the user's cache; the compiled BLAS shim is already loaded by now."""
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Keep tests out of the user's cache, except for the real models that scripts/get_models.py put there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_LORA_TEST_MODELS", os.environ.get("MLX_LORA_TEST_MODELS") or str(cache_dir("models")))
+        patch.setenv("MLX_LORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
 def tiny_model(seed: int = 0, **changes) -> llama.Model:

@@ -20,7 +20,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_unflatten
-from transformers import AutoTokenizer
 
 from mlx_lora.cache import cache_dir
 from mlx_lora.errors import InputError
@@ -33,6 +32,7 @@ from mlx_lora.models.saving import ShardWriter, check_out, write_json
 from mlx_lora.sources.gguf import read_gguf
 from mlx_lora.sources.gguf_tokenizer import write_tokenizer
 from mlx_lora.sources.hub import ModelSource
+from mlx_lora.sources.spm_tokenizer import write_tokenizer_from_spm
 
 # Part of the cache key of converted GGUF files: raise it when the same file would convert differently.
 _FORMAT = 1
@@ -276,11 +276,7 @@ def _copy_side_files(source: Path, folder: Path) -> None:
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)  # follows the hub cache's links
     if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
-        try:
-            AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-        except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{source}: tokenizer.model cannot be read ({reason}); download it again") from error
+        write_tokenizer_from_spm(folder / "tokenizer.model", source, folder)
 
 
 def _provenance(source: ModelSource, conversion: Conversion) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,15 @@ from mlx_lm.utils import load_model, load_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora import device
+from mlx_lora.cache import cache_dir
 from mlx_lora.config import ModelSettings
 from mlx_lora.errors import InputError
+from mlx_lora.files import replacing_folder
 from mlx_lora.models.fingerprint import base_fingerprint
 from mlx_lora.models.matmul import use_measured_matmul
 from mlx_lora.sources.hub import ModelSource, resolve_model
 from mlx_lora.sources.safetensors import read_safetensors_header
+from mlx_lora.sources.spm_tokenizer import write_tokenizer_from_spm
 
 
 @dataclass(frozen=True)
@@ -123,9 +127,23 @@ def _short(error: Exception, limit: int = 300) -> str:
 def _load_tokenizer(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> TokenizerWrapper:
     extra = {"trust_remote_code": True} if trust_remote_code else None
     try:
-        return load_tokenizer(folder, extra, eos_token_ids=config.get("eos_token_id"))
+        return load_tokenizer(_tokenizer_folder(folder), extra, eos_token_ids=config.get("eos_token_id"))
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({_short(error)}); it needs tokenizer.json or tokenizer.model") from error
+
+
+def _tokenizer_folder(folder: Path) -> Path:
+    """Return `folder`, or a cached rebuild of its SentencePiece tokenizer: transformers' own is not id-exact."""
+    model_file = folder / "tokenizer.model"
+    if (folder / "tokenizer.json").exists() or not model_file.exists():
+        return folder
+    stat = model_file.stat()
+    key = f"{model_file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    rebuilt = cache_dir("converted") / f"tokenizer-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if not rebuilt.exists():
+        with replacing_folder(rebuilt) as temporary:
+            write_tokenizer_from_spm(model_file, folder, temporary)
+    return rebuilt
 
 
 def _cast_floats(model: nn.Module, dtype: mx.Dtype) -> None:
