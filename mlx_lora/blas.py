@@ -79,7 +79,9 @@ def _load_pypi_openblas() -> Blas:
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(shim), mode=ctypes.RTLD_GLOBAL)
     except (OSError, subprocess.CalledProcessError) as error:
-        return Blas(SLOW, fast=False, advice=f"OpenBLAS shim failed ({_last_line(error)}): apt install libopenblas0-pthread")
+        return Blas(
+            SLOW, fast=False, advice=f"OpenBLAS shim failed ({_last_line(error)}): apt install libopenblas0-pthread"
+        )
     from importlib.metadata import version
 
     return Blas(f"OpenBLAS (scipy-openblas32 {version('scipy-openblas32')})", fast=True)
@@ -105,7 +107,20 @@ def _compile_shim(compiler: str, library: Path, shim: Path) -> None:
     with tempfile.TemporaryDirectory(dir=shim.parent) as folder:
         out = Path(folder) / "shim.so"
         subprocess.run(
-            [compiler, "-x", "c", "-shared", "-fPIC", str(source), "-x", "none", str(library), f"-Wl,-rpath,{library.parent}", "-o", str(out)],
+            [
+                compiler,
+                "-x",
+                "c",
+                "-shared",
+                "-fPIC",
+                str(source),
+                "-x",
+                "none",
+                str(library),
+                f"-Wl,-rpath,{library.parent}",
+                "-o",
+                str(out),
+            ],
             check=True,
             capture_output=True,
             text=True,

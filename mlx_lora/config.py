@@ -94,7 +94,9 @@ class LoopSettings:
     train: bool | None = setting(None, "Train. On unless only --test is given.", flag=True)
     test: bool = setting(False, "Measure the loss on the test set (after training, with --train).")
     test_batches: int = setting(500, "Test batches; -1: all.")
-    clear_cache_threshold: str | None = setting(None, "Bound on MLX's buffer cache, as in 2GB (default: a third of the limit).")
+    clear_cache_threshold: str | None = setting(
+        None, "Bound on MLX's buffer cache, as in 2GB (default: a third of the limit)."
+    )
     report_to: str | None = setting(None, "Also log to wandb, swanlab or both, by comma.")
     project_name: str | None = setting(None, "Project name for --report-to.")
     seed: int = setting(0, "Seed of data order, initial factors and dropout.")
@@ -140,7 +142,9 @@ def train_settings(flags: dict[str, Any], config_file: str | None = None) -> Tra
     """
     values = {**read_yaml(config_file), **flags} if config_file else dict(flags)
     known = {f.name: section for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
-    problems = [f"{config_file or 'settings'}: unknown setting {key!r}{_near(key, known)}" for key in values if key not in known]
+    problems = [
+        f"{config_file or 'settings'}: unknown setting {key!r}{_near(key, known)}" for key in values if key not in known
+    ]
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for key, value in values.items():
         if key in known:

@@ -1,6 +1,6 @@
 """Measure the loss of a model, with or without an adapter, on a data file.
 
-    python -m mlx_lora.evaluate --model DIR --adapter-path my-adapter --data data/alpaca/valid.jsonl --json
+python -m mlx_lora.evaluate --model DIR --adapter-path my-adapter --data data/alpaca/valid.jsonl --json
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from mlx_lora.training.trainer import mean_loss
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
 @click.option("--batch-tokens", type=click.IntRange(min=2), default=None, help="Tokens per batch, padding included.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def main(adapter_path: str | None, ignore_fingerprint: bool, batch_tokens: int | None, as_json: bool, **options: Any) -> None:
+def main(
+    adapter_path: str | None, ignore_fingerprint: bool, batch_tokens: int | None, as_json: bool, **options: Any
+) -> None:
     """Print loss, perplexity and the count of supervised tokens of --data."""
     given = cli.given({**options, "batch_tokens": batch_tokens})
     settings = train_settings(given)
@@ -45,7 +47,9 @@ def main(adapter_path: str | None, ignore_fingerprint: bool, batch_tokens: int |
     if as_json:
         cli.print_json({**result, "model": base.model_id, "adapter_path": adapter_path, "data": settings.data.data})
     else:
-        click.echo(f"loss {loss:.4f}, perplexity {result['perplexity']:.3f}, {tokens} supervised tokens in {len(rows)} rows")
+        click.echo(
+            f"loss {loss:.4f}, perplexity {result['perplexity']:.3f}, {tokens} supervised tokens in {len(rows)} rows"
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Generate text with a model, with or without an adapter.
 
-    python -m mlx_lora.generate --model DIR --adapter-path my-adapter --prompt "O Romeo," --max-tokens 64
+python -m mlx_lora.generate --model DIR --adapter-path my-adapter --prompt "O Romeo," --max-tokens 64
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ from mlx_lora.models.load import Base, load_base
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
 @click.option("-p", "--prompt", type=str, required=True, help="The prompt; - reads standard input.")
 @click.option("--system-prompt", type=str, default=None, help="System message for the chat template.")
-@click.option("-m", "--max-tokens", type=click.IntRange(min=1), default=100, show_default=True, help="Most tokens to make.")
+@click.option(
+    "-m", "--max-tokens", type=click.IntRange(min=1), default=100, show_default=True, help="Most tokens to make."
+)
 @click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Temperature; 0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(min=0, max=1), default=1.0, show_default=True, help="Nucleus sampling.")
-@click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="Sample from the k likeliest; 0: all.")
+@click.option(
+    "--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="Sample from the k likeliest; 0: all."
+)
 @click.option("--seed", type=click.IntRange(min=0), default=None, help="Seed of the sampling.")
 @click.option("--ignore-chat-template", is_flag=True, help="Give the prompt to the model as it is.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -53,7 +57,11 @@ def main(
         if not as_json:
             click.echo(last.text, nl=False)
     if as_json:
-        speed = {"tokens": last.generation_tokens, "tokens_per_s": last.generation_tps, "finish_reason": last.finish_reason}
+        speed = {
+            "tokens": last.generation_tokens,
+            "tokens_per_s": last.generation_tps,
+            "finish_reason": last.finish_reason,
+        }
         cli.print_json({"text": "".join(pieces), **speed, "prompt_tokens": len(tokens), "model": base.model_id})
     else:
         click.echo()

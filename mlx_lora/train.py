@@ -1,8 +1,8 @@
 """Train an adapter.
 
-    python -m mlx_lora.train --model HuggingFaceTB/SmolLM2-135M-Instruct --data data/alpaca --adapter-path my-adapter
-    python -m mlx_lora.train --model model.Q4_1.gguf --data tiny-shakespeare --adapter-path bard --iters 200
-    python -m mlx_lora.train --config run.yaml --learning-rate 1e-4
+python -m mlx_lora.train --model HuggingFaceTB/SmolLM2-135M-Instruct --data data/alpaca --adapter-path my-adapter
+python -m mlx_lora.train --model model.Q4_1.gguf --data tiny-shakespeare --adapter-path bard --iters 200
+python -m mlx_lora.train --config run.yaml --learning-rate 1e-4
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def check_run_folder(settings: TrainSettings) -> None:
     folder = Path(settings.loop.adapter_path)
     check_writable(folder, "--adapter-path", needed_bytes=1_000_000)
     if (folder / CONFIG_FILE).exists() and not settings.loop.force:
-        raise InputError(f"--adapter-path {folder}: already holds an adapter; choose another folder, or --force to overwrite it")
+        raise InputError(
+            f"--adapter-path {folder}: already holds an adapter; choose another folder, or --force to overwrite it"
+        )
 
 
 def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Outcome:
@@ -199,7 +201,9 @@ def reporting_sinks(settings: TrainSettings) -> list[Any]:
         if record.val_loss is not None:
             callback.on_val_loss_report({"iteration": record.step, "val_loss": record.val_loss})
         if record.loss is not None:
-            callback.on_train_loss_report({"iteration": record.step, "train_loss": record.loss, "learning_rate": record.learning_rate})
+            callback.on_train_loss_report(
+                {"iteration": record.step, "train_loss": record.loss, "learning_rate": record.learning_rate}
+            )
 
     return [sink]
 
@@ -213,7 +217,9 @@ def say_outcome(folder: Path, outcome: Outcome, adapter_bytes: int) -> None:
 def report_test_loss(settings: TrainSettings, base: Base, test: EncodedSet | None) -> None:
     """Measure and print the loss on the test split."""
     if test is None or len(test) == 0:
-        raise InputError(f"--test: {settings.data.data} has no test split; add a test file to the folder, or leave --test out")
+        raise InputError(
+            f"--test: {settings.data.data} has no test split; add a test file to the folder, or leave --test out"
+        )
     plan = validation_plan(test, settings)
     loss, tokens = mean_loss(base.model, cross_entropy, plan.batches(settings.loop.test_batches))
     cli.echo(f"Test loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {tokens} supervised tokens")

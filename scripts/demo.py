@@ -1,6 +1,6 @@
 """The whole path on a real model: get, convert, train on Shakespeare, and show the text before and after.
 
-    make demo        (or: .venv/bin/python scripts/demo.py --iters 200)
+make demo        (or: .venv/bin/python scripts/demo.py --iters 200)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HELD_OUT = 0.1
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the model, data and adapter")
-    parser.add_argument("--iters", type=int, default=70, help="optimizer steps")
+    parser.add_argument("--iters", type=int, default=60, help="optimizer steps")
     arguments = parser.parse_args()
     out, started = arguments.out, time.perf_counter()
     gguf = run([sys.executable, "scripts/get_models.py"]).strip().splitlines()[-1]
@@ -71,7 +71,7 @@ def split_text(text_file: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.txt").write_text(text[:cut], encoding="utf-8")
     (folder / "valid.txt").write_text(text[cut : cut + 12_000], encoding="utf-8")
-    (folder / "test.txt").write_text(text[cut + 12_000 : cut + 60_000], encoding="utf-8")
+    (folder / "test.txt").write_text(text[cut + 12_000 : cut + 42_000], encoding="utf-8")
     return folder / "test.txt"
 
 
@@ -84,8 +84,24 @@ def show_samples(model: Path, adapter: Path) -> None:
     """Print the base's and the tuned model's continuation of each prompt, side by side."""
     console = Console()
     for prompt in PROMPTS:
-        options = ("--model", model, "--prompt", prompt, "--ignore-chat-template", "--max-tokens", 60, "--temp", 0.8, "--seed", 1, "--json")
-        texts = [json.loads(mlx_lora("generate", *options, *extra, quiet=True))["text"] for extra in ((), ("--adapter-path", adapter))]
+        options = (
+            "--model",
+            model,
+            "--prompt",
+            prompt,
+            "--ignore-chat-template",
+            "--max-tokens",
+            60,
+            "--temp",
+            0.8,
+            "--seed",
+            1,
+            "--json",
+        )
+        texts = [
+            json.loads(mlx_lora("generate", *options, *extra, quiet=True))["text"]
+            for extra in ((), ("--adapter-path", adapter))
+        ]
         width = max(30, console.width // 2 - 2)
         panels = [
             Panel((prompt + text).strip(), title=title, width=width)

@@ -6,15 +6,13 @@ import json
 import os
 from pathlib import Path
 
-import mlx_lora  # first: it loads the fast BLAS before mlx.core comes in  # noqa: I001
-
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from byte_tokenizer import byte_tokenizer
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
-from byte_tokenizer import byte_tokenizer
 from mlx_lora.cache import cache_dir
 
 TINY = {
@@ -59,7 +57,9 @@ def quantised(model: nn.Module, bits: int = 4, group_size: int = 32, mode: str =
     return model
 
 
-def write_folder(folder: Path, model: nn.Module, config: dict | None = None, chat_template: str | None = "chatml") -> Path:
+def write_folder(
+    folder: Path, model: nn.Module, config: dict | None = None, chat_template: str | None = "chatml"
+) -> Path:
     """Write a Hugging Face folder: config.json, model.safetensors, tokenizer files."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = byte_tokenizer() if chat_template else byte_tokenizer(chat_template=None)

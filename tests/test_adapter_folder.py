@@ -35,7 +35,12 @@ def make_adapter(model_folder, folder, targets="all-linear", num_layers=-1):
 
 @pytest.mark.parametrize(
     ("targets", "num_layers"),
-    [("all-linear", -1), ("q_proj,v_proj", 1), ("all-linear,embed_tokens", -1), ("layers.0.mlp.*,layers.1.self_attn.q_proj", -1)],
+    [
+        ("all-linear", -1),
+        ("q_proj,v_proj", 1),
+        ("all-linear,embed_tokens", -1),
+        ("layers.0.mlp.*,layers.1.self_attn.q_proj", -1),
+    ],
 )
 @pytest.mark.parametrize("model", ["tiny_folder", "tiny_4bit_folder"])
 def test_round_trip_here_and_in_stock_mlx_lm(model, targets, num_layers, tmp_path, request):
@@ -61,7 +66,9 @@ def test_adapter_of_stock_mlx_lm_loads_here(tiny_folder, tmp_path):
     factors = [(n, 0.02 * mx.random.normal(v.shape)) for n, v in adapter_parameters(model).items()]
     model.load_weights(factors, strict=False)
     mx.save_safetensors(str(tmp_path / WEIGHTS_FILE), dict(factors))
-    (tmp_path / CONFIG_FILE).write_text(json.dumps({"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": shape}))
+    (tmp_path / CONFIG_FILE).write_text(
+        json.dumps({"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": shape})
+    )
     base = load_base(ModelSettings(model=str(tiny_folder)))
     load_adapter(base, tmp_path)
     assert np.allclose(base.model(TOKENS), model(TOKENS), atol=1e-4)

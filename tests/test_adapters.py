@@ -33,7 +33,11 @@ def test_base_dims_of_every_bit_width(bits):
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4", "mxfp8", "nvfp4"])
 def test_base_dims_of_every_mode(mode):
-    linear = nn.QuantizedLinear.from_linear(nn.Linear(96, 40, bias=False), mode=mode, group_size=None, bits=None) if mode != "affine" else nn.QuantizedLinear.from_linear(nn.Linear(96, 40, bias=False), 32, 4)
+    linear = (
+        nn.QuantizedLinear.from_linear(nn.Linear(96, 40, bias=False), mode=mode, group_size=None, bits=None)
+        if mode != "affine"
+        else nn.QuantizedLinear.from_linear(nn.Linear(96, 40, bias=False), 32, 4)
+    )
     assert base_dims(linear) == (96, 40)
 
 

@@ -28,7 +28,9 @@ class Place:
         self.path = path
         self.model = path / "model"
         shutil.copytree(model, self.model)
-        self.data = self.write("data.jsonl", "".join(json.dumps({"prompt": f"p{n}", "completion": "b"}) + "\n" for n in range(20)))
+        self.data = self.write(
+            "data.jsonl", "".join(json.dumps({"prompt": f"p{n}", "completion": "b"}) + "\n" for n in range(20))
+        )
         self.out = path / "out"
 
     def write(self, name: str, content: str | bytes) -> Path:
@@ -38,7 +40,18 @@ class Place:
         return path
 
     def train(self, *more, model=None, data=None, out=None):
-        return ("train", "--model", model or self.model, "--data", data or self.data, "--adapter-path", out or self.out, "--iters", 1, *more)
+        return (
+            "train",
+            "--model",
+            model or self.model,
+            "--data",
+            data or self.data,
+            "--adapter-path",
+            out or self.out,
+            "--iters",
+            1,
+            *more,
+        )
 
     def convert(self, *more, model=None):
         return ("convert", "--model", model or self.model, "--out", self.out, *more)
@@ -51,7 +64,17 @@ class Place:
         return folder
 
     def generate(self, adapter: Path, model=None):
-        return ("generate", "--model", model or self.model, "--adapter-path", adapter, "--prompt", "x", "--max-tokens", 1)
+        return (
+            "generate",
+            "--model",
+            model or self.model,
+            "--adapter-path",
+            adapter,
+            "--prompt",
+            "x",
+            "--max-tokens",
+            1,
+        )
 
 
 def cut(path: Path, keep: float) -> Path:
@@ -235,7 +258,9 @@ def test_real_full_and_read_only_disks(tmp_path, tiny_folder, kind):
 
 def test_a_real_process_prints_one_line_too(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "mlx_lora", "train", "--model", "x", "--data", "y", "--rank", "0"], capture_output=True, text=True
+        [sys.executable, "-m", "mlx_lora", "train", "--model", "x", "--data", "y", "--rank", "0"],
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "Error: --rank 0: must be at least 1 and at most 65536\n"

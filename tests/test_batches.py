@@ -73,4 +73,6 @@ def test_one_row_and_one_long_row():
     one = BatchPlan(encoded([5]), batch_tokens=2, batch_size=None, seed=0)
     assert len(one) == 1
     assert one.batch(0, 0).inputs.shape == (1, 4)
-    assert [b.inputs.shape for b in BatchPlan(encoded([900, 3]), batch_tokens=64, batch_size=None, seed=0).batches()] != []
+    assert [
+        b.inputs.shape for b in BatchPlan(encoded([900, 3]), batch_tokens=64, batch_size=None, seed=0).batches()
+    ] != []

@@ -46,9 +46,13 @@ def test_lora_and_qlora_lower_held_out_loss_and_leave_the_base(folders, form, tm
     assert {p.name: p.read_bytes() for p in model.iterdir()} == files
     assert weights_checksum(load_base(ModelSettings(model=str(model))).model) == checksum
     for prompt in ("Name three colours.", "What is the capital of France?"):
-        ours = run("generate", "--model", model, "--adapter-path", adapter, "--prompt", prompt, "--max-tokens", 24, "--json")
+        ours = run(
+            "generate", "--model", model, "--adapter-path", adapter, "--prompt", prompt, "--max-tokens", 24, "--json"
+        )
         stock, tokenizer = mlx_lm_load(str(model), adapter_path=str(adapter))
-        chat = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True)
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True
+        )
         with contextlib.redirect_stdout(io.StringIO()):
             theirs = mlx_lm_generate(stock, tokenizer, chat, max_tokens=24)
         assert json.loads(ours.out)["text"] == theirs

@@ -226,7 +226,15 @@ def test_schedules_warm_up_peak_and_end():
 
 
 def test_quantised_paths_agree_in_value_and_gradient():
-    for bits, mode, group in ((2, "affine", 32), (3, "affine", 64), (4, "affine", 32), (6, "affine", 32), (8, "affine", 32), (4, "mxfp4", 32), (8, "mxfp8", 32)):
+    for bits, mode, group in (
+        (2, "affine", 32),
+        (3, "affine", 64),
+        (4, "affine", 32),
+        (6, "affine", 32),
+        (8, "affine", 32),
+        (4, "mxfp4", 32),
+        (8, "mxfp8", 32),
+    ):
         layer = nn.QuantizedLinear.from_linear(nn.Linear(128, 40), group, bits, mode=mode)
         x = mx.random.normal((3, 7, 128))
         grad = mx.grad(lambda x, layer=layer: mx.sin(layer(x)).sum())

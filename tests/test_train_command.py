@@ -16,7 +16,18 @@ from run_cli import run
 
 from mlx_lora.training.trainer import interrupt_flag
 
-QUICK = ("--iters", 12, "--learning-rate", "5e-3", "--batch-tokens", 256, "--max-seq-length", 128, "--steps-per-report", 4)
+QUICK = (
+    "--iters",
+    12,
+    "--learning-rate",
+    "5e-3",
+    "--batch-tokens",
+    256,
+    "--max-seq-length",
+    128,
+    "--steps-per-report",
+    4,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +49,16 @@ def test_run_folder_is_complete(trained):
     assert [line["step"] for line in reports] == [4, 8, 12]
     assert reports[-1]["loss"] < reports[0]["loss"]
     assert [line["step"] for line in lines if line["val_loss"] is not None] == [0, 12]
-    for key in ("epoch", "learning_rate", "grad_norm", "supervised_tokens_per_s", "tokens_per_s", "padding_fraction", "peak_memory_bytes", "elapsed_s"):
+    for key in (
+        "epoch",
+        "learning_rate",
+        "grad_norm",
+        "supervised_tokens_per_s",
+        "tokens_per_s",
+        "padding_fraction",
+        "peak_memory_bytes",
+        "elapsed_s",
+    ):
         assert key in reports[0]
 
 
@@ -69,7 +89,9 @@ def test_evaluate_and_generate_with_and_without_the_adapter(trained, tiny_folder
     tuned = json.loads(run("evaluate", "--model", tiny_folder, "--adapter-path", out, "--data", chats, "--json").out)
     assert tuned["loss"] < base["loss"] * 0.9
     assert tuned["supervised_tokens"] == base["supervised_tokens"] > 0
-    ran = run("generate", "--model", tiny_folder, "--adapter-path", out, "--prompt", "Say 1.", "--max-tokens", 5, "--json")
+    ran = run(
+        "generate", "--model", tiny_folder, "--adapter-path", out, "--prompt", "Say 1.", "--max-tokens", 5, "--json"
+    )
     assert {"text", "tokens", "tokens_per_s"} <= set(json.loads(ran.out))
 
 
@@ -126,7 +148,10 @@ def test_interrupt_saves_and_exits_130(tiny_folder, chats, tmp_path, signal_numb
     out = tmp_path / "a"
     command = [sys.executable, "-m", "mlx_lora.train", "--model", tiny_folder, "--data", chats, "--adapter-path", out]
     with subprocess.Popen(
-        [str(c) for c in (*command, "--iters", 100000, "--steps-per-report", 5, "--save-every", 0, "--steps-per-eval", 0)],
+        [
+            str(c)
+            for c in (*command, "--iters", 100000, "--steps-per-report", 5, "--save-every", 0, "--steps-per-eval", 0)
+        ],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},

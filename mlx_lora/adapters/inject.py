@@ -53,7 +53,9 @@ def select_targets(model: nn.Module, target_modules: str = ALL_LINEAR, num_layer
     """
     blocks = block_paths(model)
     if num_layers > len(blocks):
-        raise InputError(f"--num-layers {num_layers}: the model has {len(blocks)} blocks; ask for at most that many, or -1")
+        raise InputError(
+            f"--num-layers {num_layers}: the model has {len(blocks)} blocks; ask for at most that many, or -1"
+        )
     chosen_blocks = blocks if num_layers < 0 else blocks[len(blocks) - num_layers :]
     adaptable = {path: module for path, module in model.named_modules() if adapter_class(module) is not None}
     in_block = {path: next((b for b in blocks if path.startswith(b + ".")), None) for path in adaptable}
@@ -85,7 +87,9 @@ def _natural(path: str) -> list[tuple[int, str]]:
 
 def _unmatched(wish: str, adaptable: list[str], num_layers: int) -> str:
     if any(_matches(path, wish) for path in adaptable):
-        return f"--target-modules {wish!r}: matches layers only outside the last {num_layers} blocks; raise --num-layers"
+        return (
+            f"--target-modules {wish!r}: matches layers only outside the last {num_layers} blocks; raise --num-layers"
+        )
     names = sorted({path.rsplit(".", 1)[-1] for path in adaptable})
     close = difflib.get_close_matches(wish, names, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
@@ -94,7 +98,9 @@ def _unmatched(wish: str, adaptable: list[str], num_layers: int) -> str:
 
 def _mlx_lm_keys(paths: tuple[str, ...], chosen_blocks: list[str]) -> tuple[str, ...]:
     """Write block-relative names when every chosen block has the same targets, else full paths."""
-    relative = {block: tuple(p[len(block) + 1 :] for p in paths if p.startswith(block + ".")) for block in chosen_blocks}
+    relative = {
+        block: tuple(p[len(block) + 1 :] for p in paths if p.startswith(block + ".")) for block in chosen_blocks
+    }
     outside = [p for p in paths if not any(p.startswith(block + ".") for block in chosen_blocks)]
     if len(set(relative.values())) == 1:
         return (*next(iter(relative.values())), *outside)

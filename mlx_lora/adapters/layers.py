@@ -61,7 +61,9 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     @classmethod
-    def from_base(cls, base: nn.Module, factors: tuple[mx.array, mx.array], scale: float, dropout: float = 0.0) -> LoRALinear:
+    def from_base(
+        cls, base: nn.Module, factors: tuple[mx.array, mx.array], scale: float, dropout: float = 0.0
+    ) -> LoRALinear:
         """Wrap `base` with the factors (lora_a, lora_b)."""
         return cls(base, *factors, scale, dropout)
 
@@ -105,7 +107,9 @@ class LoRAEmbedding(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     @classmethod
-    def from_base(cls, base: nn.Module, factors: tuple[mx.array, mx.array], scale: float, dropout: float = 0.0) -> LoRAEmbedding:
+    def from_base(
+        cls, base: nn.Module, factors: tuple[mx.array, mx.array], scale: float, dropout: float = 0.0
+    ) -> LoRAEmbedding:
         """Wrap `base` with the factors (lora_a, lora_b)."""
         return cls(base, *factors, scale, dropout)
 

@@ -1,7 +1,7 @@
 """The adapter folder: written atomically in mlx-lm's layout, read back with every mismatch named.
 
-    adapters.safetensors   the factors, float32, `model.layers.0.self_attn.q_proj.lora_a` ...
-    adapter_config.json    mlx-lm's keys (fine_tune_type, num_layers, lora_parameters), ours under "mlx_lora"
+adapters.safetensors   the factors, float32, `model.layers.0.self_attn.q_proj.lora_a` ...
+adapter_config.json    mlx-lm's keys (fine_tune_type, num_layers, lora_parameters), ours under "mlx_lora"
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     numbers = {"rank": int, "scale": (int, float)}
     wrong = [key for key, kind in numbers.items() if not isinstance(shape.get(key), kind) or shape[key] <= 0]
     if wrong:
-        raise InputError(f"{path}: lora_parameters without a positive {' and '.join(wrong)}; restore it from a checkpoint")
+        raise InputError(
+            f"{path}: lora_parameters without a positive {' and '.join(wrong)}; restore it from a checkpoint"
+        )
     return config
 
 
@@ -144,7 +146,9 @@ def _target_paths(model: nn.Module, config: dict[str, Any], folder: Path) -> tup
     blocks = len(model.layers)
     count = max(config["num_layers"], 0)  # mlx-lm: -1 and 0 both mean every block
     if count > blocks:
-        raise InputError(f"--adapter-path {folder}: adapts {count} blocks, --model has {blocks}; give the base it was trained on")
+        raise InputError(
+            f"--adapter-path {folder}: adapts {count} blocks, --model has {blocks}; give the base it was trained on"
+        )
     keys = config["lora_parameters"].get("keys")
     wish = ",".join(keys) if keys else "all-linear"
     return select_targets(model, wish, count or -1).paths

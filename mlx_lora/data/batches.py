@@ -84,9 +84,7 @@ class BatchPlan:
 
     def batch(self, epoch: int, index: int) -> Batch:
         """Return batch `index` of `epoch`."""
-        return collate(
-            self.rows, self._epoch(epoch)[index], int(self._widths[self._epoch(epoch)[index]].max())
-        )
+        return collate(self.rows, self._epoch(epoch)[index], int(self._widths[self._epoch(epoch)[index]].max()))
 
     def batches(self, limit: int = -1) -> Iterator[Batch]:
         """Yield the first `limit` batches of epoch 0 (-1: all): the fixed sample a validation uses."""

@@ -23,7 +23,9 @@ def base_fingerprint(model: nn.Module, config: dict[str, Any]) -> str:
         config: its config.json.
     """
     digest = hashlib.sha256(str(config.get("model_type")).encode())
-    vectors = [(name, p) for name, p in tree_flatten(model.parameters()) if p.ndim == 1 and mx.issubdtype(p.dtype, mx.floating)]
+    vectors = [
+        (name, p) for name, p in tree_flatten(model.parameters()) if p.ndim == 1 and mx.issubdtype(p.dtype, mx.floating)
+    ]
     for name, value in sorted(vectors):
         rounded = value.astype(mx.bfloat16).view(mx.uint16)
         digest.update(name.replace(".linear.", ".").encode())  # an adapted layer holds its bias one level down

@@ -102,21 +102,27 @@ def _load_weights(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dic
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{config_file}: cannot be read ({error.strerror}); give a folder with config.json and *.safetensors") from None
+        raise InputError(
+            f"{config_file}: cannot be read ({error.strerror}); give a folder with config.json and *.safetensors"
+        ) from None
     except ValueError:
         raise InputError(f"{config_file}: not JSON; download the model again") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise InputError(f"{config_file}: names no model_type; give a language model's folder")
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise InputError(f"{folder}: no model*.safetensors in it; give a folder of safetensors weights, or convert it first")
+        raise InputError(
+            f"{folder}: no model*.safetensors in it; give a folder of safetensors weights, or convert it first"
+        )
     for file in files:
         read_safetensors_header(file)
     try:
         return load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         # mlx-lm's words for an unknown model type, a config without a needed field, or foreign tensors.
-        raise InputError(f"{folder}: mlx-lm cannot build this {config['model_type']} model ({_short(error)})") from error
+        raise InputError(
+            f"{folder}: mlx-lm cannot build this {config['model_type']} model ({_short(error)})"
+        ) from error
 
 
 def _short(error: Exception, limit: int = 300) -> str:
@@ -129,7 +135,9 @@ def _load_tokenizer(folder: Path, config: dict[str, Any], trust_remote_code: boo
     try:
         return load_tokenizer(_tokenizer_folder(folder), extra, eos_token_ids=config.get("eos_token_id"))
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{folder}: its tokenizer cannot be loaded ({_short(error)}); it needs tokenizer.json or tokenizer.model") from error
+        raise InputError(
+            f"{folder}: its tokenizer cannot be loaded ({_short(error)}); it needs tokenizer.json or tokenizer.model"
+        ) from error
 
 
 def _tokenizer_folder(folder: Path) -> Path:

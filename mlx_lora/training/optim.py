@@ -25,12 +25,14 @@ def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> Sch
     peak = settings.learning_rate
     warmup = round(settings.warmup * total_steps) if settings.warmup < 1 else round(settings.warmup)
     if warmup > total_steps:
-        raise InputError(f"--warmup {settings.warmup:g}: the run has {total_steps} steps; give a share below 1 or fewer steps")
+        raise InputError(
+            f"--warmup {settings.warmup:g}: the run has {total_steps} steps; give a share below 1 or fewer steps"
+        )
     rest = max(1, total_steps - warmup)
     after = {
         "cosine": lambda: optim.cosine_decay(peak, rest),
         "linear": lambda: optim.linear_schedule(peak, 0.0, rest),
-        "constant": lambda: (lambda _: mx.array(peak)),
+        "constant": lambda: lambda _: mx.array(peak),
     }[settings.lr_schedule]()
     if warmup == 0:
         return after if settings.lr_schedule != "constant" else peak

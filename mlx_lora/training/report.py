@@ -116,7 +116,12 @@ class LiveProgress:
     """A live bar on a terminal, with the last report beside it."""
 
     def __init__(self, total_steps: int):
-        columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        columns = (
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
         self._bar = Progress(*columns, console=Console(stderr=True))
         self._task = self._bar.add_task("first step (compiling)", total=total_steps)
         self._val = ""

@@ -145,7 +145,15 @@ def train(
     model.train()
 
     def record(new_val_loss: float | None = None) -> Metrics:
-        return _metrics(window, step, taken, taken * settings.grad_accumulation_steps / len(plan), guard.total, new_val_loss, begun_s)
+        return _metrics(
+            window,
+            step,
+            taken,
+            taken * settings.grad_accumulation_steps / len(plan),
+            guard.total,
+            new_val_loss,
+            begun_s,
+        )
 
     def validate() -> None:
         nonlocal val_loss
