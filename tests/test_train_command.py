@@ -170,8 +170,12 @@ def test_interrupt_saves_and_exits_130(tiny_folder, chats, tmp_path, signal_numb
 
 
 def test_second_interrupt_ends_at_once():
-    with pytest.raises(KeyboardInterrupt), interrupt_flag() as interrupted:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interrupted()
-        os.kill(os.getpid(), signal.SIGINT)
+    def interrupt_twice():
+        with interrupt_flag() as interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interrupted()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_twice()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

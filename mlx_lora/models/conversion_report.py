@@ -35,8 +35,8 @@ def compare_on_text(source: ModelSource, out: Path, text: str, trust_remote_code
     Raises:
         InputError: when the text is too short.
     """
-    converted, config = load._load_weights(out, trust_remote_code)
-    ids, bos_id = _encode(load._load_tokenizer(out, config, trust_remote_code), text)
+    converted, config = load.load_weights(out, trust_remote_code)
+    ids, bos_id = _encode(load.load_folder_tokenizer(out, config, trust_remote_code), text)
     cast_model(converted, compute_dtype())
     use_measured_matmul(converted)
     result = measure_text_loss(converted, ids, bos_id)

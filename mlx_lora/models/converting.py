@@ -121,7 +121,7 @@ def convert_model(
             conversion = _convert_gguf(source, folder, target, dtype)
         else:
             conversion = _convert_folder(source, folder, target, dtype, measure, trust_remote_code)
-        load._load_weights(folder, trust_remote_code)  # mlx-lm must build it before anyone is told that it is there
+        load.load_weights(folder, trust_remote_code)  # mlx-lm must build it before anyone is told that it is there
     conversion.elapsed_s = time.perf_counter() - start
     return conversion
 
@@ -157,7 +157,7 @@ def load_float_model(source: ModelSource, dtype: mx.Dtype, trust_remote_code: bo
         imported = import_weights(file.tensors, weight_map(file, config), "float", dtype)
         model.load_weights([item for tensor in imported for item in tensor.parameters.items()])
         return model
-    model, config = load._load_weights(source.path, trust_remote_code)
+    model, config = load.load_weights(source.path, trust_remote_code)
     model, _ = dequantise_model(model, config)
     cast_model(model, dtype)
     return model
@@ -242,7 +242,7 @@ def _convert_folder(
     measure: bool,
     trust_remote_code: bool,
 ) -> Conversion:
-    model, config = load._load_weights(source.path, trust_remote_code)
+    model, config = load.load_weights(source.path, trust_remote_code)
     if target is None:
         if "quantization" in config or "quantization_config" in config:
             choice = "give --bits to quantise it anew, or --no-quantize to make it float"

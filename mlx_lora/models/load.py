@@ -81,12 +81,12 @@ def load_base(settings: ModelSettings) -> Base:
         raise InputError("--model: missing; give a hub id, a folder or a .gguf file")
     source = resolve_model(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
     folder = _converted_gguf(source) if source.kind == "gguf" else source.path
-    model, config = _load_weights(folder, settings.trust_remote_code)
+    model, config = load_weights(folder, settings.trust_remote_code)
     _cast_floats(model, device.compute_dtype(settings.dtype))
     use_measured_matmul(model)
     model.freeze()
     mx.eval(model.parameters())
-    tokenizer = _load_tokenizer(folder, config, settings.trust_remote_code)
+    tokenizer = load_folder_tokenizer(folder, config, settings.trust_remote_code)
     return Base(model, tokenizer, config, folder, source.model_id, source.revision, base_fingerprint(model, config))
 
 
@@ -96,7 +96,7 @@ def _converted_gguf(source: ModelSource) -> Path:
     return cached_gguf_folder(source)
 
 
-def _load_weights(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
+def load_weights(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
     """Check the folder's files, then let mlx-lm build the model lazily."""
     config_file = folder / "config.json"
     try:
@@ -130,7 +130,7 @@ def _short(error: Exception, limit: int = 300) -> str:
     return text if len(text) <= limit else text[:limit] + " ..."
 
 
-def _load_tokenizer(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> TokenizerWrapper:
+def load_folder_tokenizer(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> TokenizerWrapper:
     extra = {"trust_remote_code": True} if trust_remote_code else None
     try:
         return load_tokenizer(_tokenizer_folder(folder), extra, eos_token_ids=config.get("eos_token_id"))
