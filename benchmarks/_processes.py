@@ -1,0 +1,96 @@
+"""Runs one benchmark child at a time and says how long it took and how much memory it held.
+
+No numpy or mlx import, here or in what the parent imports: Linux counts a parent's resident size at the
+moment of the fork into its child's peak, so the parent must stay small.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+POLL_S = 0.02
+
+# Both change which OpenBLAS kernels or block sizes are used; a figure must not depend on who set them.
+DROPPED_ENVIRONMENT = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+
+
+class ChildFailed(RuntimeError):
+    """A child ended with an error; the message holds the end of its log."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended.
+
+    Attributes:
+        code: exit code; negative when a signal ended it.
+        started_unix_s: wall clock when it was started.
+        wall_s: seconds until it ended.
+        peak_process_bytes: its peak resident size, as the operating system counted it.
+    """
+
+    code: int
+    started_unix_s: float
+    wall_s: float
+    peak_process_bytes: int
+
+
+def child_environment() -> dict[str, str]:
+    """Return this process's environment without the variables that would tilt OpenBLAS."""
+    kept = {name: value for name, value in os.environ.items() if name not in DROPPED_ENVIRONMENT}
+    return {**kept, "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def run_child(
+    command: list[str],
+    log: Path,
+    *,
+    timeout_s: float,
+    watch: Callable[[subprocess.Popen], None] | None = None,
+    good_codes: tuple[int, ...] = (0,),
+) -> Ended:
+    """Run a command to its end, its output in `log`.
+
+    Args:
+        command: program and arguments.
+        log: file that takes standard output and error.
+        timeout_s: the child is killed after this.
+        watch: called every 20 ms with the process, to look at what it wrote or to interrupt it.
+        good_codes: exit codes that are no failure.
+
+    Raises:
+        ChildFailed: another exit code, or the time ran out.
+    """
+    with log.open("w", encoding="utf-8") as output:
+        started_unix_s, start = time.time(), time.perf_counter()
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=child_environment())
+        try:
+            ended, status, usage = os.wait4(child.pid, os.WNOHANG)
+            while not ended:
+                if time.perf_counter() - start > timeout_s:
+                    raise ChildFailed(f"{command[1:4]} took longer than {timeout_s:.0f} s (--timeout)")
+                if watch is not None:
+                    watch(child)
+                time.sleep(POLL_S)
+                ended, status, usage = os.wait4(child.pid, os.WNOHANG)
+            child.returncode = os.waitstatus_to_exitcode(status)
+        finally:
+            if child.returncode is None:
+                child.send_signal(signal.SIGKILL)
+                child.wait()
+    if child.returncode not in good_codes:
+        raise ChildFailed(f"{' '.join(command[:4])} ended with code {child.returncode}:\n{last_lines(log)}")
+    peak = usage.ru_maxrss if sys.platform == "darwin" else usage.ru_maxrss * 1024
+    return Ended(child.returncode, started_unix_s, time.perf_counter() - start, peak)
+
+
+def last_lines(log: Path, count: int = 15) -> str:
+    """Return the end of a log."""
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])

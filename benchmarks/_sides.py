@@ -1,0 +1,235 @@
+"""The sides of a comparison: how each is checked and run in a fresh process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from _figures import run_figures, steps_from_metrics
+from _processes import ChildFailed, Ended, run_child
+
+SIDES_FOLDER = Path(__file__).parent / "sides"
+OURS = "mlx_lora"
+
+# Small enough that an epoch of steps leaves every loss as it was, so that a whole pass can be one check.
+NO_RATE = "1e-30"
+ENDLESS = 10**6
+MIN_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Side:
+    """One trainer in one regime.
+
+    Attributes:
+        name: as in `--sides`.
+        script: file in sides/; None for ours, which is run as its own command.
+        data: `train` or `sorted`.
+        settings: added to the job.
+        regime: one line for the reader.
+    """
+
+    name: str
+    script: str | None
+    regime: str
+    data: str = "train"
+    settings: tuple[tuple[str, str], ...] = ()
+
+
+SIDES = {
+    side.name: side
+    for side in (
+        Side(OURS, None, "python -m mlx_lora.train, batches by token budget"),
+        Side("mlx-lm", "mlx_lm_side.py", "mlx_lm.tuner.trainer.train, --batch-size rows"),
+        Side("mlx-lm-sorted", "mlx_lm_side.py", "the same on rows sorted by length beforehand", data="sorted"),
+        Side("peft-padded", "peft_side.py", "random --batch-size rows", settings=(("batching", "padded"),)),
+        Side("peft-packed", "peft_side.py", "whole rows in --batch-tokens bins", settings=(("batching", "packed"),)),
+        Side("peft-grouped", "peft_side.py", "like lengths, --batch-tokens", settings=(("batching", "grouped"),)),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What one comparison holds fixed.
+
+    Attributes:
+        folder: what `sides/prepare.py` wrote, and every child's job, log and result.
+        settings: model, rank, scale, learning_rate, batch_size, batch_tokens, max_seq_length, grad_checkpoint.
+        steps, seconds: length of a run; one of them is None.
+        ours: extra flags of our train command, last on its line.
+        timeout_s: of any one child.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    steps: int | None
+    seconds: float | None
+    ours: str
+    timeout_s: float
+
+    def log(self, name: str) -> Path:
+        """The log file of a child."""
+        return self.folder / f"{name}.log"
+
+
+def why_skipped(side: Side, quantised: bool) -> str | None:
+    """Say why a side cannot run here, or None."""
+    if side.script != "peft_side.py":
+        return None
+    missing = [name for name in ("torch", "peft", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"not installed: {', '.join(missing)}"
+    return "torch cannot hold this folder's quantised weights" if quantised else None
+
+
+def prepare(bench: Bench, data: str, rows: int, as_text: bool, seed: int) -> dict[str, Any]:
+    """Write rows and adapters for all sides; return the facts about them."""
+    job = {**bench.settings, "folder": str(bench.folder), "data": data, "rows": rows, "as_text": as_text, "seed": seed}
+    return _run_script(bench, "prepare.py", "prepare", job)[0]
+
+
+def check_loss(bench: Bench, side: Side, adapter: Path) -> dict[str, Any]:
+    """Compute the side's loss on the check rows with the factors in `adapter`."""
+    if side.script is None:
+        return _check_ours(bench, adapter)
+    return _run_script(bench, side.script, f"{side.name}.check", _job(bench, side, "check", adapter, 0))[0]
+
+
+def time_run(bench: Bench, side: Side, number: int) -> dict[str, Any]:
+    """Train once in a fresh process and return its figures, raw steps and memory."""
+    adapter = bench.folder / "initial.safetensors"
+    name = f"{side.name}.round{number}"
+    if side.script is None:
+        result, ended, command = _train_ours(bench, adapter, name, number)
+    else:
+        result, ended = _run_script(bench, side.script, name, _job(bench, side, "train", adapter, number))
+        command = [sys.executable, f"benchmarks/sides/{side.script}"]
+    first_step_s = result["first_step_unix_s"] - ended.started_unix_s
+    return {
+        **run_figures(result["steps"], first_step_s),
+        "peak_allocator_bytes": result["peak_allocator_bytes"],
+        "peak_process_bytes": ended.peak_process_bytes,
+        "process_s": ended.wall_s,
+        "facts": result["facts"],
+        "steps": result["steps"],
+        "command": command,
+    }
+
+
+def _job(bench: Bench, side: Side, mode: str, adapter: Path, seed: int) -> dict[str, Any]:
+    data = "check" if mode == "check" else side.data
+    return {
+        **bench.settings,
+        **dict(side.settings),
+        "mode": mode,
+        "data": str(bench.folder / f"{data}.jsonl"),
+        "rows": str(bench.folder / f"{data}.npz"),
+        "adapter": str(adapter),
+        "seed": seed,
+        "steps": bench.steps,
+        "seconds": bench.seconds,
+    }
+
+
+def _run_script(bench: Bench, script: str, name: str, job: dict[str, Any]) -> tuple[dict[str, Any], Ended]:
+    job_file, result = bench.folder / f"{name}.job.json", bench.folder / f"{name}.result.json"
+    job_file.write_text(json.dumps({**job, "result": str(result)}), encoding="utf-8")
+    command = [sys.executable, str(SIDES_FOLDER / script), str(job_file)]
+    ended = run_child(command, bench.log(name), timeout_s=bench.timeout_s)
+    return json.loads(result.read_text(encoding="utf-8")), ended
+
+
+def our_command(bench: Bench, data: str, adapter: Path, folder: Path, changes: Sequence[str]) -> list[str]:
+    """Return our train command: the user's own, with what the sides share and a report per step."""
+    settings = bench.settings
+    flags = {
+        "--model": settings["model"],
+        "--data": bench.folder / f"{data}.jsonl",
+        "--adapter-path": folder,
+        "--resume-adapter-file": adapter,
+        "--rank": settings["rank"],
+        "--alpha": settings["scale"] * settings["rank"],
+        "--batch-tokens": settings["batch_tokens"],
+        "--max-seq-length": settings["max_seq_length"],
+        "--lr-schedule": "constant",
+        "--warmup": 0,
+        "--valid-fraction": 0,
+        "--val-batches": 0,
+        "--save-every": 0,
+        "--steps-per-report": 1,
+    }
+    command = [sys.executable, "-m", "mlx_lora.train"]
+    command += [str(part) for pair in flags.items() for part in pair]
+    command += ["--grad-checkpoint"] if settings["grad_checkpoint"] else []
+    return [*command, *changes, *shlex.split(bench.ours)]
+
+
+def _check_ours(bench: Bench, adapter: Path) -> dict[str, Any]:
+    """Train one epoch over the check rows at no rate: the very loss and batches that are timed."""
+    folder = bench.folder / f"{OURS}.check"
+    changes = ["--epochs", "1", "--force"]
+    # Last, so that flags in --ours cannot let the factors move during the check.
+    command = [*our_command(bench, "check", adapter, folder, changes), "--learning-rate", NO_RATE]
+    run_child(command, bench.log(folder.name), timeout_s=bench.timeout_s)
+    steps = steps_from_metrics(_read_metrics(folder))
+    return {
+        "loss_sum": sum(step["loss"] * step["supervised"] for step in steps),
+        "count": sum(step["supervised"] for step in steps),
+        "same_ids": True,
+        "notes": [],
+        "facts": {},
+    }
+
+
+class _Watch:
+    """Follows our metrics.jsonl: when the first step ended, and when to interrupt the run."""
+
+    def __init__(self, metrics: Path, seconds: float | None):
+        self._metrics, self._seconds = metrics, seconds
+        self._interrupted = False
+        self.first_step_unix_s: float | None = None
+
+    def __call__(self, child: subprocess.Popen) -> None:
+        if self._interrupted or not self._metrics.exists():
+            return
+        if self.first_step_unix_s is None and self._metrics.stat().st_size:
+            self.first_step_unix_s = time.time()
+        if self.first_step_unix_s is None or self._seconds is None:
+            return
+        over = time.time() - self.first_step_unix_s >= self._seconds
+        if over and len(self._metrics.read_text().splitlines()) >= MIN_STEPS:
+            child.send_signal(signal.SIGINT)  # it ends its step, saves, and exits with 130
+            self._interrupted = True
+
+
+def _train_ours(bench: Bench, adapter: Path, name: str, seed: int) -> tuple[dict[str, Any], Ended, list[str]]:
+    folder = bench.folder / name
+    watch = _Watch(folder / "metrics.jsonl", bench.seconds)
+    length = ["--iters", str(bench.steps or ENDLESS)]
+    rate = ["--learning-rate", str(bench.settings["learning_rate"])]
+    command = our_command(bench, "train", adapter, folder, [*length, *rate, "--seed", str(seed), "--force"])
+    ended = run_child(command, bench.log(name), timeout_s=bench.timeout_s, watch=watch, good_codes=(0, 130))
+    records = _read_metrics(folder)
+    if watch.first_step_unix_s is None:
+        raise ChildFailed(f"{name} wrote no step to {folder / 'metrics.jsonl'}")
+    result = {
+        "steps": steps_from_metrics(records),
+        "first_step_unix_s": watch.first_step_unix_s,
+        "peak_allocator_bytes": records[-1]["peak_memory_bytes"],
+        "facts": {},
+    }
+    return result, ended, command
+
+
+def _read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

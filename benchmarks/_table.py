@@ -1,0 +1,97 @@
+"""A comparison's result -> the table and notes that people read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+GB = 1e9
+HEAD = (
+    "side",
+    "supervised tokens/s",
+    "steady",
+    "whole run",
+    "real tokens/s",
+    "padding %",
+    "peak GB",
+    "peak RSS GB",
+    "first step s",
+    "positions/step",
+    "steps",
+    "speed ratio",
+    "steady ratio",
+    "memory ratio",
+)
+
+
+def render(result: dict[str, Any]) -> str:
+    """Return the table, what its columns count, and everything that is not equal between the sides."""
+    rows = [HEAD, *(_row(name, side) for name, side in result["summary"].items())]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join([*_header(result), "", *lines, "", *_notes(result)])
+
+
+def _row(name: str, side: dict[str, Any]) -> tuple[str, ...]:
+    ratio = side["ratio"]
+    memory = ratio["peak_allocator_bytes"] or ratio["peak_process_bytes"]
+    return (
+        name,
+        _cell(side["supervised_tokens_per_s"]),
+        _cell(side["steady_tokens_per_s"]),
+        _cell(side["whole_tokens_per_s"]),
+        _cell(side["tokens_per_s"]),
+        _cell(side["padding_fraction"], 100),
+        _cell(side["peak_allocator_bytes"], 1 / GB, 2),
+        _cell(side["peak_process_bytes"], 1 / GB, 2),
+        _cell(side["first_step_s"]),
+        _cell(side["positions_per_step"], digits=0),
+        f"{side['counted_steps']['median']:g} ({side['shapes']['median']:g} shapes)",
+        _cell(ratio["supervised_tokens_per_s"], digits=2),
+        _cell(ratio["steady_tokens_per_s"], digits=2),
+        _cell(memory, digits=2) + ("" if ratio["peak_allocator_bytes"] else " RSS" if memory else ""),
+    )
+
+
+def _cell(value: dict[str, float] | None, factor: float = 1, digits: int = 1) -> str:
+    """Median, and the extremes where there are several."""
+    if value is None:
+        return "-"
+    middle, low, high = (f"{value[key] * factor:.{digits}f}" for key in ("median", "min", "max"))
+    return middle if low == high else f"{middle} ({low}-{high})"
+
+
+def _header(result: dict[str, Any]) -> list[str]:
+    facts, blas = result["prepared"], result["prepared"]["blas"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    return [
+        f"{facts['device']['name']}, {result['cores']} cores, {facts['device']['backend']}; {blas['name']}, float32 GEMM "
+        f"{blas['gemm_gflops']:g} GFLOP/s; {versions}; {result['date']}, commit {result['commit']}",
+        f"Model: {facts['model']}; rank {result['arguments']['rank']} on {facts['targets']['layers']} layers",
+        f"Data: {facts['rows']} rows, mean {facts['mean_row_tokens']} tokens, {facts['supervised_share']:.0%} supervised "
+        f"({facts['kind']}); {facts['rows_left_out']} rows left out",
+    ]
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    reference = result["arguments"]["reference"]
+    lines = [
+        "Counted: supervised tokens by our encoder's masks for every side; wall-clock time with data and host work; the",
+        "first step is left out. steady: only steps whose shape had run before (no retrace). whole run: from the process's",
+        f"start. Median (least-largest) of {result['arguments']['rounds']} rounds; ratios to {reference}, round by round.",
+        "Loss check (8 rows, perturbed adapter), agreed within "
+        f"{result['tolerance']:g}: "
+        + ", ".join(f"{name} {check['loss_sum']:.4f} / {check['count']}" for name, check in result["checks"].items()),
+    ]
+    for name, check in result["checks"].items():
+        lines += [f"{name}: {note}" for note in check["notes"]]
+        facts = check["facts"]
+        if facts:
+            speed = f", GEMM {facts['gemm_gflops']:g} GFLOP/s" if "gemm_gflops" in facts else ""
+            lines.append(f"{name}: computes in {', '.join(facts['dtypes'])} with {facts['blas']}{speed}")
+    lines += [f"{name}: {regime}" for name, regime in result["regimes"].items()]
+    lines += [f"{name}: skipped: {reason}" for name, reason in result["skipped"].items()]
+    removed = ", ".join(f"{k} (was {v or 'not set'})" for k, v in result["removed_variables"].items())
+    return [*lines, f"Removed from every child's environment: {removed}"]

@@ -1,0 +1,165 @@
+"""PEFT on torch float32 as a side: padded, packed or grouped batches under torch's AdamW.
+
+    python benchmarks/sides/peft_side.py JOB.json      (versus.py runs this)
+
+padded   random batches of `batch_size` rows, padded to the longest; what transformers' Trainer does by default.
+packed   whole rows, best fit first, in bins of `batch_tokens`, position ids restarting in each: transformers then
+         keeps attention inside a row (TRL's `packing` with its default strategy).
+grouped  rows of like length, as many as `batch_tokens` holds, padded to the longest, batches shuffled.
+
+The loss is transformers' own; clip at 1.0 as in its Trainer. Rows are our encoder's, so the trained tokens are too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from shared import Rows, StepLog, read_job, write_result
+from transformers import AutoModelForCausalLM
+
+IGNORED = -100
+
+
+def load_side(job: dict[str, Any]) -> PeftModel:
+    """Load the model in float32 with the job's factors in PEFT's LoRA layers."""
+    factors = load_file(job["adapter"])
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    paths = sorted({name.rsplit(".", 1)[0] for name in factors})
+    settings = LoraConfig(
+        r=job["rank"], lora_alpha=job["scale"] * job["rank"], target_modules=paths, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(model, settings)
+    # PEFT stores (r, in) and (out, r); mlx-lm and we the transposes.
+    suffix = {"lora_a": "lora_A.default.weight", "lora_b": "lora_B.default.weight"}
+    renamed = {}
+    for name, value in factors.items():
+        path, kind = name.rsplit(".", 1)
+        renamed[f"base_model.model.{path}.{suffix[kind]}"] = value.T.contiguous()
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    if trainable != set(renamed):
+        raise ValueError(f"PEFT adapts other layers than we do: {sorted(trainable ^ set(renamed))[:4]}")
+    model.load_state_dict(renamed, strict=False)
+    return model
+
+
+def padded_batch(rows: Rows, numbers: list[int]) -> dict[str, torch.Tensor]:
+    """Lay rows out with right padding and an attention mask."""
+    width = max(len(rows.tokens(n)) for n in numbers)
+    batch = {"input_ids": torch.zeros(len(numbers), width, dtype=torch.long)}  # (B, T)
+    batch["attention_mask"] = torch.zeros_like(batch["input_ids"])
+    batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
+    for i, n in enumerate(numbers):
+        tokens, mask = torch.tensor(rows.tokens(n)).long(), torch.tensor(rows.mask(n))
+        batch["input_ids"][i, : len(tokens)] = tokens
+        batch["attention_mask"][i, : len(tokens)] = 1
+        batch["labels"][i, : len(tokens)] = torch.where(mask, tokens, IGNORED)
+    return batch
+
+
+def packed_batch(rows: Rows, numbers: list[int]) -> dict[str, torch.Tensor]:
+    """Lay rows end to end; a row's first token is never trained, so no target crosses a border."""
+    tokens = torch.cat([torch.tensor(rows.tokens(n)).long() for n in numbers])
+    mask = torch.cat([torch.tensor(rows.mask(n)) for n in numbers])
+    positions = torch.cat([torch.arange(len(rows.tokens(n))) for n in numbers])
+    labels = torch.where(mask, tokens, IGNORED)
+    return {"input_ids": tokens[None], "position_ids": positions[None], "labels": labels[None]}
+
+
+def plan(rows: Rows, job: dict[str, Any], random: np.random.Generator) -> list[list[int]]:
+    """Return one epoch's batches of row numbers."""
+    lengths = rows.lengths()
+    order = random.permutation(len(rows))
+    if job["batching"] == "padded":
+        size = job["batch_size"]
+        return [order[i : i + size].tolist() for i in range(0, len(order) - size + 1, size)]
+    order = order[np.argsort(-lengths[order], kind="stable")]  # longest first
+    batches: list[list[int]] = []
+    used: list[int] = []
+    for n in order.tolist():
+        if job["batching"] == "packed":
+            fitting = [i for i, tokens in enumerate(used) if tokens + lengths[n] <= job["batch_tokens"]]
+            best = max(fitting, key=used.__getitem__, default=None)
+        else:  # the last batch's first row is its longest
+            fits = batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= job["batch_tokens"]
+            best = len(batches) - 1 if fits else None
+        if best is None:
+            batches.append([n])
+            used.append(int(lengths[n]))
+        else:
+            batches[best].append(n)
+            used[best] += int(lengths[n])
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+def micro_batches(rows: Rows, job: dict[str, Any]) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """Yield batches epoch after epoch, without end."""
+    random = np.random.default_rng(job["seed"])
+    lay_out = packed_batch if job["batching"] == "packed" else padded_batch
+    while True:
+        for numbers in plan(rows, job, random):
+            yield numbers, lay_out(rows, numbers)
+
+
+def loss_of(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """Return transformers' mean loss over the trained tokens, and their count."""
+    count = int((batch["labels"] != IGNORED).sum())
+    return model(**batch, num_items_in_batch=count, use_cache=False).loss, count
+
+
+def check(job: dict[str, Any], rows: Rows) -> dict[str, Any]:
+    """Compute the loss on the check rows, in this side's own batches."""
+    model = load_side(job).eval()
+    loss_sum, count = 0.0, 0
+    lay_out = packed_batch if job["batching"] == "packed" else padded_batch
+    batches = plan(rows, {**job, "batch_size": min(job["batch_size"], 2)}, np.random.default_rng(0))
+    with torch.no_grad():
+        for numbers in batches:
+            mean, tokens = loss_of(model, lay_out(rows, numbers))
+            loss_sum, count = loss_sum + mean.item() * tokens, count + tokens
+    return {"loss_sum": loss_sum, "count": count, "same_ids": True, "notes": [], "facts": facts()}
+
+
+def facts() -> dict[str, Any]:
+    """What this side computes in and with."""
+    blas = "MKL" if torch.backends.mkl.is_available() else "other"
+    return {"blas": f"torch ({blas})", "fast_blas": True, "dtypes": ["float32"], "threads": torch.get_num_threads()}
+
+
+def train_run(job: dict[str, Any], rows: Rows) -> dict[str, Any]:
+    """Train until the job's steps or seconds are over."""
+    torch.manual_seed(job["seed"])
+    model = load_side(job).train()
+    if job["grad_checkpoint"]:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=job["learning_rate"])
+    log = StepLog(rows, job["steps"], job["seconds"])
+    log.begin()
+    for numbers, batch in micro_batches(rows, job):
+        loss, _ = loss_of(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if log.end_step(numbers, batch["input_ids"].shape, loss.item()):
+            break
+    return {**log.result(), "peak_allocator_bytes": None, "facts": facts()}
+
+
+def main() -> None:
+    """Do the job."""
+    job = read_job()
+    rows = Rows(Path(job["rows"]))
+    write_result(job, check(job, rows) if job["mode"] == "check" else train_run(job, rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

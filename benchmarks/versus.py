@@ -1,0 +1,222 @@
+"""Compare trainers on one machine in one run: speed, memory, and proof that they do the same work.
+
+    python benchmarks/versus.py --model DIR --data FILE.json --seconds 120 --out versus.json
+    python benchmarks/versus.py --model DIR --data FILE.json --sides mlx_lora,mlx-lm,peft-grouped --steps 20
+
+Every run is a fresh process; rounds alternate (A B A B ...), so that drift of the machine meets all sides; medians
+and extremes are printed. Same folder, rows, rank, layers, initial factors and learning rate for all. Before any
+timing, every side computes its loss on the same 8 rows with the same perturbed adapter; sums and counts must agree.
+docs/benchmarks.md says what is counted. Ends with one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from _figures import paired_ratio, spread
+from _processes import DROPPED_ENVIRONMENT, ChildFailed
+from _sides import OURS, SIDES, Bench, Side, check_loss, prepare, time_run, why_skipped
+from _table import render
+
+TOLERANCE = 1e-3  # relative, of the loss sums
+FIGURES = (
+    "supervised_tokens_per_s",
+    "steady_tokens_per_s",
+    "whole_tokens_per_s",
+    "tokens_per_s",
+    "padding_fraction",
+    "peak_allocator_bytes",
+    "peak_process_bytes",
+    "first_step_s",
+    "counted_steps",
+    "steady_steps",
+    "shapes",
+    "supervised_tokens_per_step",
+    "positions_per_step",
+)
+RATIOS = ("supervised_tokens_per_s", "steady_tokens_per_s", "peak_allocator_bytes", "peak_process_bytes")
+
+
+class Disagreement(Exception):
+    """Two sides compute different losses from the same factors and rows: no speed may be compared."""
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", required=True, help="Folder of the base model, as mlx-lm reads it.")
+    parser.add_argument("--data", required=True, help="Data file: chats, instructions or text records.")
+    parser.add_argument("--sides", default=f"{OURS},mlx-lm", help=f"By comma, of: {', '.join(SIDES)}.")
+    parser.add_argument("--reference", default="mlx-lm", help="The side that ratios are taken to.")
+    parser.add_argument("--rounds", type=int, default=3)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="Steps per run, 2 at least.")
+    length.add_argument("--seconds", type=float, help="Seconds per run after its first step (default 60).")
+    parser.add_argument("--rows", type=int, default=0, help="Use this many rows, spaced evenly by length; 0: all.")
+    parser.add_argument("--as-text", action="store_true", help="Train on all tokens of each row as plain text.")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--scale", type=float, default=2.0, help="alpha / rank, for every side.")
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--batch-size", type=int, default=4, help="Rows per step of mlx-lm and peft-padded.")
+    parser.add_argument("--batch-tokens", type=int, default=1024, help="Positions per step, ours and peft's others.")
+    parser.add_argument("--max-seq-length", type=int, default=2048, help="Longer rows are left out for all sides.")
+    parser.add_argument("--grad-checkpoint", action="store_true", help="For every side.")
+    parser.add_argument("--ours", default="", help="Extra flags of `python -m mlx_lora.train`, in one string.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the factors; round n shuffles with seed n.")
+    parser.add_argument("--timeout", type=float, default=7200, help="Seconds any one process may take.")
+    parser.add_argument("--out", help="JSON file of everything, raw rounds included.")
+    parser.add_argument("--keep", help="Folder to keep jobs, logs and results in (default: a temporary one).")
+    args = parser.parse_args(argv)
+    args.sides = [name.strip() for name in args.sides.split(",")]
+    unknown = [name for name in [*args.sides, args.reference] if name not in SIDES]
+    if unknown:
+        parser.error(f"--sides {', '.join(unknown)}: not one of {', '.join(SIDES)}")
+    if args.reference not in args.sides:
+        parser.error(f"--reference {args.reference}: not among --sides {','.join(args.sides)}")
+    if args.steps is not None and args.steps < 2:
+        parser.error(f"--steps {args.steps}: the first step is not counted; give 2 or more")
+    if args.steps is None and args.seconds is None:
+        args.seconds = 60.0
+    return args
+
+
+def check_agreement(checks: dict[str, dict[str, Any]], reference: str, tolerance: float = TOLERANCE) -> None:
+    """Compare every side's check with the reference's.
+
+    Raises:
+        Disagreement: other token ids, another count, or loss sums further apart than `tolerance`.
+    """
+    wanted, problems = checks[reference], []
+    for name, found in checks.items():
+        if not found["same_ids"]:
+            problems.append(f"{name}: {'; '.join(found['notes'])}")
+        if found["count"] != wanted["count"]:
+            problems.append(f"{name} trains {found['count']} tokens of the check rows, {reference} {wanted['count']}")
+        apart = abs(found["loss_sum"] - wanted["loss_sum"]) / abs(wanted["loss_sum"])
+        if not apart <= tolerance:  # NaN lands here too
+            problems.append(
+                f"{name}: loss sum {found['loss_sum']:.4f}, {reference} {wanted['loss_sum']:.4f}, "
+                f"{apart:.1e} apart, {tolerance:g} allowed"
+            )
+    if problems:
+        raise Disagreement("; ".join(problems))
+
+
+def summarise(rounds: dict[str, list[dict[str, Any]]], reference: str) -> dict[str, Any]:
+    """Return spreads of every figure per side, and of the round-by-round ratios to the reference."""
+    summary = {}
+    for name, runs in rounds.items():
+        figures = {key: spread([run[key] for run in runs]) for key in FIGURES}
+        ratios = {
+            key: paired_ratio([run[key] for run in runs], [run[key] for run in rounds[reference]]) for key in RATIOS
+        }
+        summary[name] = {**figures, "ratio": ratios}
+    return summary
+
+
+def environment() -> dict[str, Any]:
+    """What produced the figures, beside what the children say themselves."""
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    versions = {}
+    for name in ("mlx", "mlx-lm", "torch", "peft", "transformers", "scipy-openblas32"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": commit.stdout.strip() or None,
+        "versions": {**versions, "python": platform.python_version()},
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "thread_variables": threads,
+        "removed_variables": {name: os.environ.get(name) for name in DROPPED_ENVIRONMENT},
+    }
+
+
+def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Prepare, check, time, and return the whole result.
+
+    Raises:
+        Disagreement: the losses differ; nothing has been timed.
+        ChildFailed: a side ended with an error.
+    """
+    names = ("model", "rank", "scale", "learning_rate", "batch_size", "batch_tokens", "max_seq_length")
+    settings = {name: getattr(args, name) for name in (*names, "grad_checkpoint")}
+    bench = Bench(folder, settings, args.steps, args.seconds, args.ours, args.timeout)
+    facts = prepare(bench, args.data, args.rows, args.as_text, args.seed)
+    reasons = {name: why_skipped(SIDES[name], facts["quantised"]) for name in args.sides}
+    skipped = {name: reason for name, reason in reasons.items() if reason}
+    sides = [SIDES[name] for name in args.sides if name not in skipped]
+    checks = {}
+    for side in sides:
+        say(f"check {side.name}: loss of 8 rows")
+        checks[side.name] = check_loss(bench, side, folder / "perturbed.safetensors")
+    check_agreement(checks, args.reference)
+    rounds: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
+    for number in range(args.rounds):
+        for side in sides:
+            rounds[side.name].append(timed(bench, side, number, args.rounds))
+    return {
+        **environment(),
+        "arguments": {**vars(args)},
+        "command_line": [sys.executable, *sys.argv],
+        "prepared": facts,
+        "checks": checks,
+        "tolerance": TOLERANCE,
+        "regimes": {side.name: side.regime for side in sides},
+        "skipped": skipped,
+        "summary": summarise(rounds, args.reference),
+        "rounds": rounds,
+    }
+
+
+def timed(bench: Bench, side: Side, number: int, total: int) -> dict[str, Any]:
+    """Time one run and say how it went."""
+    run = time_run(bench, side, number)
+    say(
+        f"round {number + 1}/{total} {side.name}: {run['supervised_tokens_per_s']:.1f} supervised tokens/s over "
+        f"{run['counted_steps']} steps, {(run['peak_allocator_bytes'] or run['peak_process_bytes']) / 1e9:.2f} GB"
+    )
+    return run
+
+
+def say(text: str) -> None:
+    """Print progress on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the comparison; 0 done, 1 when a side failed or the losses disagree."""
+    args = arguments(argv)
+    with tempfile.TemporaryDirectory(prefix="versus-") as temporary:
+        folder = Path(args.keep or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            result = compare(args, folder)
+        except (Disagreement, ChildFailed) as error:
+            say(f"Error: {error}")
+            return 1
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    print(render(result))
+    keys = ("date", "commit", "versions", "skipped", "summary")
+    print(json.dumps({key: result[key] for key in keys}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
