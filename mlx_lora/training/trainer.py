@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import count, islice, takewhile
 from types import FrameType
 
 import mlx.core as mx
@@ -74,19 +75,25 @@ class SkipGuard:
 
 
 def total_steps(plan: BatchPlan, settings: LoopSettings) -> int:
-    """Return the optimizer steps of the run: --iters, or --epochs (1) over the data, rounded up."""
+    """Return the optimizer steps of the run: --iters, or what --epochs (1) over the data take."""
     if settings.iters is not None:
         return settings.iters
-    return max(1, math.ceil(len(plan) * (settings.epochs or 1.0) / settings.grad_accumulation_steps))
+    return math.ceil(_epoch_batches(plan, settings) / settings.grad_accumulation_steps)
 
 
-def micro_batches(plan: BatchPlan) -> Iterator[Batch]:
-    """Yield batches epoch after epoch, without end."""
-    epoch = 0
-    while True:
-        for index in range(len(plan)):
-            yield plan.batch(epoch, index)
-        epoch += 1
+def _epoch_batches(plan: BatchPlan, settings: LoopSettings) -> int:
+    return max(1, math.ceil(len(plan) * (settings.epochs or 1.0)))
+
+
+def micro_batches(plan: BatchPlan, settings: LoopSettings) -> Iterator[Batch]:
+    """Yield batches epoch after epoch: without end for --iters, else exactly those of --epochs.
+
+    The last step of --epochs accumulates what is left, be it less than a full window: rows are neither
+    dropped nor borrowed from an epoch nobody asked for.
+    """
+    endless = ((epoch, index) for epoch in count() for index in range(len(plan)))
+    places = endless if settings.iters is not None else islice(endless, _epoch_batches(plan, settings))
+    return (plan.batch(epoch, index) for epoch, index in places)
 
 
 def mean_loss(model: nn.Module, loss: LossFunction, batches: Iterable[Batch]) -> tuple[float, int]:
@@ -134,13 +141,13 @@ def train(
         The outcome; after an interruption the adapter has been saved.
 
     Raises:
-        RunError: when update after update is skipped because it is not finite.
+        RunError: when update after update, or every single one, is skipped because it is not finite.
     """
     total = total_steps(plan, settings)
-    batches = micro_batches(plan)
+    batches = micro_batches(plan, settings)
     guard, window = SkipGuard(), Window()
     begun_s = time.perf_counter()
-    taken, val_loss, saved_at = 0, None, None
+    taken, consumed, val_loss, saved_at = 0, 0, None, None
     previous: StepResult | None = None
     model.train()
 
@@ -149,7 +156,7 @@ def train(
             window,
             step,
             taken,
-            taken * settings.grad_accumulation_steps / len(plan),
+            consumed / len(plan),
             guard.total,
             new_val_loss,
             begun_s,
@@ -169,22 +176,19 @@ def train(
         validate()
         window = Window()
         while taken < total and not interrupted():
-            chosen = [next(batches) for _ in range(settings.grad_accumulation_steps)]
+            chosen = list(islice(batches, settings.grad_accumulation_steps))
             result = step(chosen)
             # The device works on this step while the host waits for the one before: one step ahead, no more.
             if previous is not None and guard.diverged(previous):
                 save(taken)
-                raise RunError(
-                    f"step {taken}: loss or gradient was not finite {guard.in_a_row} times in a row; the adapter as it was "
-                    "before them is saved; lower --learning-rate, or try --dtype float32"
-                )
+                raise _diverged(taken, guard)
             previous = result
-            taken += 1
+            taken, consumed = taken + 1, consumed + len(chosen)
             window.add(chosen, result)
             on_step(taken)
             last = taken == total or interrupted()
             if last:
-                guard.diverged(result)
+                gone = guard.diverged(result) or guard.in_a_row == total
             if last or taken % settings.steps_per_report == 0:
                 report(record())
                 window = Window()
@@ -196,7 +200,16 @@ def train(
                     saved_at = taken
         if saved_at != taken:  # interrupted between steps
             save(taken)
+        if taken == total and gone:
+            raise _diverged(taken, guard)
         return Outcome(taken, val_loss, interrupted())
+
+
+def _diverged(taken: int, guard: SkipGuard) -> RunError:
+    return RunError(
+        f"step {taken}: loss or gradient was not finite {guard.in_a_row} times in a row; the adapter as it was "
+        "before them is saved; lower --learning-rate, or try --dtype float32"
+    )
 
 
 def _metrics(
@@ -235,6 +248,8 @@ def interrupt_flag() -> Iterator[Callable[[], bool]]:
         if seen:
             raise KeyboardInterrupt
         seen.append(number)
+        # os.write, not print: a handler may come in the middle of another write to the same stream.
+        os.write(2, b"\nStopping after this step, then saving; once more ends at once, without saving\n")
 
     old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
