@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -21,8 +22,25 @@ def echo(text: str = "") -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Print the one JSON object of a `--json` command on standard output."""
-    click.echo(json.dumps(value, ensure_ascii=False))
+    """Print the one JSON object of a `--json` command on standard output; a NaN or infinity is null there."""
+    click.echo(json.dumps(_finite(value), ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), infinity where a float cannot hold it (a diverged adapter)."""
+    return math.inf if loss > 700 else math.exp(loss)
+
+
+def wants_color() -> bool:
+    """Colour reports on a terminal only, and not where NO_COLOR (no-color.org) or TERM=dumb asks for none."""
+    return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 class Command(click.Command):
@@ -69,6 +87,10 @@ def report_error(error: BaseException) -> int:
         message, code = f"{error.format_message()} (--help lists the options)", 2
     elif isinstance(error, RunError):
         message, code = str(error), 1
+    elif isinstance(error, BrokenPipeError):
+        # The reader (`| head`) has what it wants: no message, and no second one when Python flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     elif isinstance(error, OSError) and error.errno is not None:
         # Disk full, permission, vanished file: the operating system's own words are the plain ones.
         place = f"{error.filename}: " if error.filename else ""
@@ -88,17 +110,21 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-def settings_options(*sections: str) -> Callable[[Callable], Callable]:
+def settings_options(*sections: str, leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
     """Add one click option per field of the named settings sections.
 
     Options that are not given arrive as nothing at all (see `given`), so that a YAML file can set them
     and the default stays in config.py alone.
+
+    Args:
+        sections: keys of config.SECTIONS.
+        leave_out: fields that mean nothing to this command: no flag is accepted and then ignored.
     """
 
     def decorate(function: Callable) -> Callable:
         for section in reversed(sections):
             for f in reversed(dataclasses.fields(config.SECTIONS[section])):
-                function = _option(f)(function)
+                function = function if f.name in leave_out else _option(f)(function)
         return function
 
     return decorate

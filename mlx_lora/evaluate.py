@@ -5,7 +5,6 @@ python -m mlx_lora.evaluate --model DIR --adapter-path my-adapter --data data/al
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from mlx_lora.training.trainer import mean_loss
 
 
 @click.command(cls=cli.Command)
-@cli.settings_options("model", "data")
+@cli.settings_options("model", "data", leave_out=("valid_fraction",))
 @click.option("--adapter-path", type=str, default=None, help="Adapter folder to put on the model.")
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
 @click.option("--batch-tokens", type=click.IntRange(min=2), default=None, help="Tokens per batch, padding included.")
@@ -43,7 +42,7 @@ def main(
     rows = load_eval_set(settings.data.data, settings.data, base.hf_tokenizer)
     plan = BatchPlan(rows, batch_tokens=settings.loop.batch_tokens, batch_size=None, seed=0)
     loss, tokens = mean_loss(base.model, cross_entropy, plan.batches())
-    result = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "supervised_tokens": tokens, "rows": len(rows)}
+    result = {"loss": loss, "perplexity": cli.perplexity(loss), "supervised_tokens": tokens, "rows": len(rows)}
     if as_json:
         cli.print_json({**result, "model": base.model_id, "adapter_path": adapter_path, "data": settings.data.data})
     else:

@@ -7,8 +7,6 @@ python -m mlx_lora.train --config run.yaml --learning-rate 1e-4
 
 from __future__ import annotations
 
-import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +42,14 @@ def main(config_file: str | None, **options: Any) -> int:
     settings = train_settings(cli.given(options), config_file)
     check_run_folder(settings)
     base = load_base(settings.model)
+    if not wants_training(settings):
+        adapt_for_test(settings, base)
     splits = load_data(settings.data, base.hf_tokenizer, settings.loop.seed)
+    check_test_split(settings, splits)
     cli.echo(device.current_device().header())
     cli.echo(f"Base: {base.model_id}: {base.describe()}")
-    cli.echo(splits.report.render(color=sys.stderr.isatty()))
-    outcome = run_training(settings, base, splits) if wants_training(settings) else adapt_for_test(settings, base)
+    cli.echo(splits.report.render(color=cli.wants_color()))
+    outcome = run_training(settings, base, splits) if wants_training(settings) else None
     if settings.loop.test and not (outcome and outcome.interrupted):
         report_test_loss(settings, base, splits.test)
     if outcome and outcome.interrupted:
@@ -76,6 +77,14 @@ def check_run_folder(settings: TrainSettings) -> None:
     if (folder / CONFIG_FILE).exists() and not settings.loop.force:
         raise InputError(
             f"--adapter-path {folder}: already holds an adapter; choose another folder, or --force to overwrite it"
+        )
+
+
+def check_test_split(settings: TrainSettings, splits: DataSplits) -> None:
+    """Refuse --test without test data before the training, not after it."""
+    if settings.loop.test and splits.test is None:
+        raise InputError(
+            f"--test: {settings.data.data} has no test split; add a test file to the folder, or leave --test out"
         )
 
 
@@ -147,8 +156,10 @@ def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tup
 
 
 def adapt_for_test(settings: TrainSettings, base: Base) -> None:
-    """Put the trained adapter of --adapter-path on the base, for --test alone."""
-    load_adapter(base, Path(settings.loop.adapter_path))
+    """Put the trained adapter of --adapter-path on the base, for --test alone, and its chat template."""
+    template = load_adapter(base, Path(settings.loop.adapter_path)).chat_template
+    if template and not settings.data.chat_template:
+        base.hf_tokenizer.chat_template = template
 
 
 def validation_plan(rows: EncodedSet | None, settings: TrainSettings) -> BatchPlan | None:
@@ -214,15 +225,11 @@ def say_outcome(folder: Path, outcome: Outcome, adapter_bytes: int) -> None:
     cli.echo(f"{outcome.steps} steps done{val}; adapter of {adapter_bytes / 1e6:.1f} MB in {folder}")
 
 
-def report_test_loss(settings: TrainSettings, base: Base, test: EncodedSet | None) -> None:
+def report_test_loss(settings: TrainSettings, base: Base, test: EncodedSet) -> None:
     """Measure and print the loss on the test split."""
-    if test is None or len(test) == 0:
-        raise InputError(
-            f"--test: {settings.data.data} has no test split; add a test file to the folder, or leave --test out"
-        )
     plan = validation_plan(test, settings)
     loss, tokens = mean_loss(base.model, cross_entropy, plan.batches(settings.loop.test_batches))
-    cli.echo(f"Test loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {tokens} supervised tokens")
+    cli.echo(f"Test loss {loss:.4f}, perplexity {cli.perplexity(loss):.3f}, {tokens} supervised tokens")
 
 
 if __name__ == "__main__":
