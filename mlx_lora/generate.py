@@ -5,10 +5,12 @@ python -m mlx_lora.generate --model DIR --adapter-path my-adapter --prompt "O Ro
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
+import jinja2
 import mlx.core as mx
 from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
@@ -16,6 +18,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lora import cli
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.config import train_settings
+from mlx_lora.data.templates import own_template
 from mlx_lora.errors import InputError
 from mlx_lora.models.load import Base, load_base
 
@@ -34,7 +37,7 @@ from mlx_lora.models.load import Base, load_base
 @click.option(
     "--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="Sample from the k likeliest; 0: all."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=None, help="Seed of the sampling.")
+@click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=None, help="Seed of the sampling.")
 @click.option("--ignore-chat-template", is_flag=True, help="Give the prompt to the model as it is.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
@@ -42,9 +45,7 @@ def main(
     temp: float, top_p: float, top_k: int, seed: int | None, ignore_chat_template: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Print the text that follows --prompt."""
-    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
-    if not text:
-        raise InputError("--prompt: empty; give some text")
+    text = read_prompt(prompt)
     base = load_base(train_settings(cli.given(options)).model)
     template = load_adapter(base, Path(adapter_path), ignore_fingerprint).chat_template if adapter_path else None
     tokens = prompt_tokens(base, text, system_prompt, template, ignore_chat_template)
@@ -67,6 +68,22 @@ def main(
         click.echo()
 
 
+def read_prompt(prompt: str) -> str:
+    """Return the prompt's text, from standard input for `-`.
+
+    Raises:
+        InputError: it is empty, or not UTF-8.
+    """
+    try:
+        text = sys.stdin.buffer.read().decode() if prompt == "-" else prompt
+        text.encode()  # an argument's bytes that are no UTF-8 arrive as lone surrogates
+    except UnicodeError:
+        raise InputError("--prompt: not UTF-8; give it as UTF-8 text") from None
+    if not text:
+        raise InputError("--prompt: empty; give some text")
+    return text
+
+
 def prompt_tokens(
     base: Base, text: str, system_prompt: str | None, template: str | None, ignore_chat_template: bool
 ) -> list[int]:
@@ -78,8 +95,12 @@ def prompt_tokens(
         system_prompt: a system message before it, for templates that take one.
         template: the adapter's own template, which beats the model's.
         ignore_chat_template: take the prompt as plain text.
+
+    Raises:
+        InputError: a system prompt that nothing can show, or a template that refuses these turns.
     """
-    template = template or base.hf_tokenizer.chat_template
+    if not ignore_chat_template:
+        template = template or own_template(base.hf_tokenizer)
     if ignore_chat_template or not template:
         if system_prompt:
             raise InputError("--system-prompt: there is no chat template in use; put the text into --prompt")
@@ -87,9 +108,14 @@ def prompt_tokens(
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages.append({"role": "user", "content": text})
     # Rendered first, encoded without special tokens: the template already wrote its own BOS.
-    rendered = base.hf_tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=True
-    )
+    try:
+        rendered = base.hf_tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except jinja2.TemplateError as error:
+        raise InputError(
+            f"the chat template refuses this prompt ({error}); leave --system-prompt out, or give --ignore-chat-template"
+        ) from None
     return base.hf_tokenizer.encode(rendered, add_special_tokens=False)
 
 

@@ -28,7 +28,7 @@ def resolve_template(name_or_file: str | None, tokenizer: PreTrainedTokenizerBas
         InputError: no such file, or Jinja cannot parse it or render one user turn with it.
     """
     if name_or_file is None and tokenizer.chat_template:
-        text, origin = _own_template(tokenizer.chat_template), "model"
+        text, origin = own_template(tokenizer), "model"
     elif name_or_file is None or name_or_file in BUILT_IN:
         name = name_or_file or "alpaca"
         text, origin = _built_in(name, tokenizer), f"built-in {name}"
@@ -53,8 +53,14 @@ def prefix_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
-def _own_template(chat_template: str | dict[str, str]) -> str:
-    if isinstance(chat_template, str):
+def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the model's own chat template, of several the one named default; None when it has none.
+
+    Raises:
+        InputError: it has several, and none is the default.
+    """
+    chat_template: str | dict[str, str] | None = tokenizer.chat_template
+    if chat_template is None or isinstance(chat_template, str):
         return chat_template
     if "default" in chat_template:
         return chat_template["default"]
