@@ -23,7 +23,7 @@ METHODS = ("lora", "rslora")
 
 
 def setting(default: Any, help: str, **meta: Any) -> Any:
-    """A dataclass field with help text; `choices`, `type` and `short` are passed on to click."""
+    """A dataclass field with help text; `choices` limits its values, in flags and YAML alike."""
     return field(default=default, metadata={"help": help, **meta})
 
 
@@ -91,7 +91,7 @@ class LoopSettings:
     steps_per_eval: int = setting(200, "Steps between validations; 0: only at the end.")
     val_batches: int = setting(25, "Validation batches per validation; -1: all, 0: none.")
     save_every: int = setting(100, "Steps between checkpoints; 0: only at the end.")
-    train: bool | None = setting(None, "Train. On unless only --test is given.", flag=True)
+    train: bool | None = setting(None, "Train. On unless only --test is given.")
     test: bool = setting(False, "Measure the loss on the test set (after training, with --train).")
     test_batches: int = setting(500, "Test batches; -1: all.")
     clear_cache_threshold: str | None = setting(
@@ -141,6 +141,9 @@ def train_settings(flags: dict[str, Any], config_file: str | None = None) -> Tra
         InputError: all unknown keys and bad values together, in the flags' spelling.
     """
     values = {**read_yaml(config_file), **flags} if config_file else dict(flags)
+    if config_file and len(flags.keys() & {"iters", "epochs"}) == 1:
+        # Two ways to say one thing: the flag's beats whichever the file uses.
+        values.pop("epochs" if "iters" in flags else "iters", None)
     known = {f.name: section for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
     problems = [
         f"{config_file or 'settings'}: unknown setting {key!r}{_near(key, known)}" for key in values if key not in known
@@ -206,7 +209,9 @@ def _coerce(cls: type, key: str, value: Any) -> tuple[Any, str | None]:
             raise ValueError
         if kind is int and (isinstance(value, bool) or float(value) != int(float(value))):
             raise ValueError
-        coerced = value if kind is bool else kind(float(value)) if kind is int else kind(value)
+        if kind is int and not isinstance(value, int):
+            value = float(value)  # 1e3 is a whole number too; an int stays exact beyond 2^53
+        coerced = value if kind is bool else kind(value)
     except (TypeError, ValueError, OverflowError):
         return value, f"{flag_of(key)} {value!r}: not {kind.__name__}"
     if choices and coerced not in choices:
