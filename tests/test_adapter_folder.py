@@ -107,6 +107,14 @@ def test_saving_replaces_whole_files(tiny_folder, tmp_path):
     load_adapter(load_base(ModelSettings(model=str(tiny_folder))), tmp_path)
 
 
+def test_the_compute_dtype_does_not_make_it_another_base(tiny_folder):
+    # Norms are float32 here: rounded to float16 first, they would not round to the same bfloat16.
+    marks = {load_base(ModelSettings(model=str(tiny_folder), dtype=d)).fingerprint for d in ("float16", "float32")}
+    assert len(marks) == 1
+    other = write_folder(tiny_folder.parent / "other", tiny_model(seed=4))
+    assert load_base(ModelSettings(model=str(other))).fingerprint not in marks
+
+
 def test_float16_scales_are_cast_once_at_load(tmp_path):
     model = quantised(tiny_model())
     model.set_dtype(mx.float16)

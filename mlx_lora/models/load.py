@@ -82,12 +82,14 @@ def load_base(settings: ModelSettings) -> Base:
     source = resolve_model(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
     folder = _converted_gguf(source) if source.kind == "gguf" else source.path
     model, config = load_weights(folder, settings.trust_remote_code)
+    # Before the cast: float32 norms rounded to float16 and then to bfloat16 are not those rounded once.
+    fingerprint = base_fingerprint(model, config)
     _cast_floats(model, device.compute_dtype(settings.dtype))
     use_measured_matmul(model)
     model.freeze()
     mx.eval(model.parameters())
     tokenizer = load_folder_tokenizer(folder, config, settings.trust_remote_code)
-    return Base(model, tokenizer, config, folder, source.model_id, source.revision, base_fingerprint(model, config))
+    return Base(model, tokenizer, config, folder, source.model_id, source.revision, fingerprint)
 
 
 def _converted_gguf(source: ModelSource) -> Path:
