@@ -83,11 +83,14 @@ def _read_text(path: Path | None) -> str | None:
     if path is None:
         return None
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"--report {path}: cannot be read ({error.strerror}); give a text file") from None
     except UnicodeDecodeError:
         raise InputError(f"--report {path}: is not UTF-8; give a text file") from None
+    if not text.strip():
+        raise InputError(f"--report {path}: is empty; give a text file")
+    return text
 
 
 def _print_summary(out: Path, conversion: Conversion) -> None:

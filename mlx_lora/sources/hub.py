@@ -66,6 +66,8 @@ def resolve_model(model: str, revision: str | None = None, *, trust_remote_code:
     """
     path = Path(model).expanduser()
     if model and path.exists():
+        if revision is not None:
+            raise InputError(f"--revision {revision}: model {model!r} is on this disk and has none; leave it out")
         return _local(path, model)
     found = HUB_ID.fullmatch(model)
     file_like = model.endswith(".gguf") and ":" not in model
