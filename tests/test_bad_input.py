@@ -117,6 +117,12 @@ def removed(place: Place, name: str) -> Path:
     return place.model
 
 
+def refusing(place: Place) -> Path:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns here') }}{% endif %}"
+    (place.model / "chat_template.jinja").write_text(template)
+    return place.model
+
+
 def other_base(place: Place) -> Path:
     return write_folder(place.path / "other", tiny_model(seed=9))
 
@@ -147,6 +153,8 @@ CASES = {
     "target that matches nothing": (lambda p: p.train("--target-modules", "qproj"), "did you mean q_proj"),
     "more layers than there are": (lambda p: p.train("--num-layers", 9), "the model has 2 blocks"),
     "cache limit in words": (lambda p: p.train("--clear-cache-threshold", "lots"), "write it as 512MB"),
+    "test without a test split": (lambda p: p.train("--train", "--test"), "no test split"),
+    "revision of a local folder": (lambda p: p.train("--revision", "main"), "--revision main"),
     "unknown logger": (lambda p: p.train("--report-to", "paper"), "--report-to paper"),
     # the settings file
     "config missing": (lambda p: p.train("--config", p.path / "no.yaml"), "cannot be read"),
@@ -193,6 +201,7 @@ CASES = {
     ),
     "convert at 7 bits": (lambda p: p.convert("--bits", 7), "7"),
     "mxfp4 at 8 bits": (lambda p: p.convert("--mode", "mxfp4", "--bits", 8), "mxfp4"),
+    "report on an empty text": (lambda p: p.convert("--report", p.write("e.txt", " \n")), "--report .*is empty"),
     "convert into a full folder": (lambda p: ("convert", "--model", p.model, "--out", p.path), "--force"),
     # the adapter
     "adapter folder missing": (lambda p: p.generate(p.path / "none"), "no such folder"),
@@ -201,6 +210,11 @@ CASES = {
     "adapter of another kind": (lambda p: p.generate(p.adapter(fine_tune_type="hyper")), "hyper"),
     "adapter config without numbers": (lambda p: p.generate(p.adapter(lora_parameters={"rank": -1})), "positive rank and scale"),
     "run folder taken": (lambda p: p.train(out=p.adapter()), "already holds an adapter.*--force"),
+    "prompt not UTF-8": (lambda p: ("generate", "--model", p.model, "--prompt", "\udcff"), "--prompt: not UTF-8"),
+    "prompt the template refuses": (
+        lambda p: ("generate", "--model", refusing(p), "--prompt", "x", "--system-prompt", "y"), "no system turns here.*--system-prompt",
+    ),
+    "seed out of range": (lambda p: ("generate", "--model", p.model, "--prompt", "x", "--seed", 1 << 64), "--seed"),
     "prompt empty": (lambda p: ("generate", "--model", p.model, "--prompt", ""), "--prompt: empty"),
     # the disk
     "run folder is a file": (lambda p: p.train(out=p.write("f", "") / "x"), "is a file"),

@@ -1,0 +1,96 @@
+"""Settings and what all commands share: precedence, JSON, colour, pipes."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from conftest import tiny_model, write_folder
+from mlx.utils import tree_flatten
+from run_cli import run
+
+from mlx_lora import cli
+from mlx_lora.config import train_settings
+from mlx_lora.errors import InputError
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text: str) -> str:
+        (tmp_path / "c.yaml").write_text(text)
+        return str(tmp_path / "c.yaml")
+
+    return write
+
+
+def test_flag_beats_file_beats_default(yaml_file):
+    file = yaml_file("rank: 4\nlearning-rate: 1e-3\nsave_every: 1e2\n")
+    settings = train_settings({"rank": 8}, file)
+    assert (settings.adapter.rank, settings.optimizer.learning_rate, settings.loop.save_every) == (8, 1e-3, 100)
+    assert settings.adapter.alpha == 32
+
+
+def test_iters_and_epochs_are_one_setting_with_two_names(yaml_file):
+    settings = train_settings({"iters": 5}, yaml_file("epochs: 3\n"))
+    assert (settings.loop.iters, settings.loop.epochs) == (5, None)
+    settings = train_settings({"epochs": 3.0}, yaml_file("iters: 5\n"))
+    assert (settings.loop.iters, settings.loop.epochs) == (None, 3.0)
+    with pytest.raises(InputError, match="both given"):
+        train_settings({}, yaml_file("iters: 5\nepochs: 3\n"))
+
+
+def test_large_seeds_are_kept_exactly(yaml_file):
+    for seed in (2**53 + 1, 2**63 - 1):
+        assert train_settings({"seed": seed}).loop.seed == seed
+        assert train_settings({}, yaml_file(f"seed: {seed}\n")).loop.seed == seed
+    with pytest.raises(InputError, match="--seed"):
+        train_settings({"seed": 2**63})
+
+
+def test_json_is_json_even_of_a_broken_model(tmp_path, chats):
+    model = tiny_model()
+    model.load_weights(
+        [(n, v * math.nan) for n, v in tree_flatten(model.parameters()) if n.endswith("norm.weight")], strict=False
+    )
+    folder = write_folder(tmp_path / "nan", model)
+    ran = run("evaluate", "--model", folder, "--data", chats, "--json")
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    assert json.loads(ran.out, parse_constant=refuse)["loss"] is None
+    assert cli.perplexity(1000.0) == math.inf
+    assert cli.perplexity(1.0) == pytest.approx(math.e)
+
+
+@pytest.mark.parametrize(("terminal", "variables", "colored"), [
+    (True, {}, True), (False, {}, False), (True, {"NO_COLOR": "1"}, False), (True, {"TERM": "dumb"}, False),
+])  # fmt: skip
+def test_color_on_terminals_that_want_it(monkeypatch, terminal, variables, colored):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: terminal, raising=False)
+    assert cli.wants_color() is colored
+
+
+def test_a_reader_that_leaves_gets_no_complaint(tiny_folder):
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_lora.generate",
+        "--model",
+        tiny_folder,
+        "--prompt",
+        "x",
+        "--max-tokens",
+        "400",
+    ]
+    with subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 1
