@@ -64,6 +64,11 @@ class EncodedSet:
         return EncodedSet.from_rows([self.row(int(i)) for i in rows])
 
     @cached_property
+    def supervised_counts(self) -> np.ndarray:
+        """(R,) int64 trained targets of each row."""
+        return np.add.reduceat(self.mask, self.offsets[:-1], dtype=np.int64) if len(self) else np.zeros(0, np.int64)
+
+    @cached_property
     def supervised_tokens(self) -> int:
         """Targets that are trained."""
         return int(self.mask.sum())
