@@ -5,17 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from _figures import run_figures, steps_from_metrics
-from _processes import ChildFailed, Ended, run_child
+from _ours import read_metrics, train_timed
+from _processes import Ended, run_child
 
 SIDES_FOLDER = Path(__file__).parent / "sides"
 OURS = "mlx_lora"
@@ -23,7 +21,6 @@ OURS = "mlx_lora"
 # Small enough that an epoch of steps leaves every loss as it was, so that a whole pass can be one check.
 NO_RATE = "1e-30"
 ENDLESS = 10**6
-MIN_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -181,7 +178,7 @@ def _check_ours(bench: Bench, adapter: Path) -> dict[str, Any]:
     # Last, so that flags in --ours cannot let the factors move during the check.
     command = [*our_command(bench, "check", adapter, folder, changes), "--learning-rate", NO_RATE]
     run_child(command, bench.log(folder.name), timeout_s=bench.timeout_s)
-    steps = steps_from_metrics(_read_metrics(folder))
+    steps = steps_from_metrics(read_metrics(folder))
     return {
         "loss_sum": sum(step["loss"] * step["supervised"] for step in steps),
         "count": sum(step["supervised"] for step in steps),
@@ -191,45 +188,10 @@ def _check_ours(bench: Bench, adapter: Path) -> dict[str, Any]:
     }
 
 
-class _Watch:
-    """Follows our metrics.jsonl: when the first step ended, and when to interrupt the run."""
-
-    def __init__(self, metrics: Path, seconds: float | None):
-        self._metrics, self._seconds = metrics, seconds
-        self._interrupted = False
-        self.first_step_unix_s: float | None = None
-
-    def __call__(self, child: subprocess.Popen) -> None:
-        if self._interrupted or not self._metrics.exists():
-            return
-        if self.first_step_unix_s is None and self._metrics.stat().st_size:
-            self.first_step_unix_s = time.time()
-        if self.first_step_unix_s is None or self._seconds is None:
-            return
-        over = time.time() - self.first_step_unix_s >= self._seconds
-        if over and len(self._metrics.read_text().splitlines()) >= MIN_STEPS:
-            child.send_signal(signal.SIGINT)  # it ends its step, saves, and exits with 130
-            self._interrupted = True
-
-
 def _train_ours(bench: Bench, adapter: Path, name: str, seed: int) -> tuple[dict[str, Any], Ended, list[str]]:
     folder = bench.folder / name
-    watch = _Watch(folder / "metrics.jsonl", bench.seconds)
     length = ["--iters", str(bench.steps or ENDLESS)]
     rate = ["--learning-rate", str(bench.settings["learning_rate"])]
     command = our_command(bench, "train", adapter, folder, [*length, *rate, "--seed", str(seed), "--force"])
-    ended = run_child(command, bench.log(name), timeout_s=bench.timeout_s, watch=watch, good_codes=(0, 130))
-    records = _read_metrics(folder)
-    if watch.first_step_unix_s is None:
-        raise ChildFailed(f"{name} wrote no step to {folder / 'metrics.jsonl'}")
-    result = {
-        "steps": steps_from_metrics(records),
-        "first_step_unix_s": watch.first_step_unix_s,
-        "peak_allocator_bytes": records[-1]["peak_memory_bytes"],
-        "facts": {},
-    }
+    result, ended = train_timed(command, folder, bench.log(name), bench.seconds, bench.timeout_s)
     return result, ended, command
-
-
-def _read_metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

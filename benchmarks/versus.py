@@ -13,19 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from _environment import environment
 from _figures import paired_ratio, spread
-from _processes import DROPPED_ENVIRONMENT, ChildFailed
+from _processes import ChildFailed
 from _sides import OURS, SIDES, Bench, Side, check_loss, prepare, time_run, why_skipped
 from _table import render
 
@@ -123,28 +119,6 @@ def summarise(rounds: dict[str, list[dict[str, Any]]], reference: str) -> dict[s
         }
         summary[name] = {**figures, "ratio": ratios}
     return summary
-
-
-def environment() -> dict[str, Any]:
-    """What produced the figures, beside what the children say themselves."""
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
-    versions = {}
-    for name in ("mlx", "mlx-lm", "torch", "peft", "transformers", "scipy-openblas32"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
-    return {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": commit.stdout.strip() or None,
-        "versions": {**versions, "python": platform.python_version()},
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "thread_variables": threads,
-        "removed_variables": {name: os.environ.get(name) for name in DROPPED_ENVIRONMENT},
-    }
 
 
 def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

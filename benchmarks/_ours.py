@@ -1,0 +1,70 @@
+"""Runs `python -m mlx_lora.train` as a benchmark child and reads what it wrote."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from _figures import steps_from_metrics
+from _processes import ChildFailed, Ended, run_child
+
+MIN_STEPS = 2
+
+
+class Watch:
+    """Follows our metrics.jsonl: when the first step ended, and when to interrupt the run."""
+
+    def __init__(self, metrics: Path, seconds: float | None):
+        self._metrics, self._seconds = metrics, seconds
+        self._interrupted = False
+        self.first_step_unix_s: float | None = None
+
+    def __call__(self, child: subprocess.Popen) -> None:
+        if self._interrupted or not self._metrics.exists():
+            return
+        if self.first_step_unix_s is None and self._metrics.stat().st_size:
+            self.first_step_unix_s = time.time()
+        if self.first_step_unix_s is None or self._seconds is None:
+            return
+        over = time.time() - self.first_step_unix_s >= self._seconds
+        if over and len(self._metrics.read_text().splitlines()) >= MIN_STEPS:
+            child.send_signal(signal.SIGINT)  # it ends its step, saves, and exits with 130
+            self._interrupted = True
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read the lines of a run folder's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def train_timed(
+    command: list[str], folder: Path, log: Path, seconds: float | None, timeout_s: float
+) -> tuple[dict[str, Any], Ended]:
+    """Run a train command that reports every step into the fresh `folder`.
+
+    Args:
+        command: ours, complete.
+        folder: its --adapter-path.
+        log: takes its output.
+        seconds: interrupt it so long after its first step; None: let it end by itself.
+        timeout_s: it is killed after this.
+
+    Returns:
+        Steps, wall clock at the end of the first, MLX's peak memory; and how the process ended.
+    """
+    (folder / "metrics.jsonl").unlink(missing_ok=True)  # of an earlier comparison kept in the same folder
+    watch = Watch(folder / "metrics.jsonl", seconds)
+    ended = run_child(command, log, timeout_s=timeout_s, watch=watch, good_codes=(0, 130))
+    if watch.first_step_unix_s is None:
+        raise ChildFailed(f"{' '.join(command[:3])} ended without a step in {folder / 'metrics.jsonl'}")
+    records = read_metrics(folder)
+    return {
+        "steps": steps_from_metrics(records),
+        "first_step_unix_s": watch.first_step_unix_s,
+        "peak_allocator_bytes": records[-1]["peak_memory_bytes"],
+        "facts": {},
+    }, ended
