@@ -121,6 +121,21 @@ def summarise(rounds: dict[str, list[dict[str, Any]]], reference: str) -> dict[s
     return summary
 
 
+def make_bench(args: argparse.Namespace, folder: Path) -> Bench:
+    """Return what all sides share."""
+    settings = {
+        "model": args.model,
+        "rank": args.rank,
+        "scale": args.scale,
+        "learning_rate": args.learning_rate,
+        "batch_size": args.batch_size,
+        "batch_tokens": args.batch_tokens,
+        "max_seq_length": args.max_seq_length,
+        "grad_checkpoint": args.grad_checkpoint,
+    }
+    return Bench(folder, settings, args.steps, args.seconds, args.ours, args.timeout)
+
+
 def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Prepare, check, time, and return the whole result.
 
@@ -128,9 +143,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         Disagreement: the losses differ; nothing has been timed.
         ChildFailed: a side ended with an error.
     """
-    names = ("model", "rank", "scale", "learning_rate", "batch_size", "batch_tokens", "max_seq_length")
-    settings = {name: getattr(args, name) for name in (*names, "grad_checkpoint")}
-    bench = Bench(folder, settings, args.steps, args.seconds, args.ours, args.timeout)
+    bench = make_bench(args, folder)
     facts = prepare(bench, args.data, args.rows, args.as_text, args.seed)
     reasons = {name: why_skipped(SIDES[name], facts["quantised"]) for name in args.sides}
     skipped = {name: reason for name, reason in reasons.items() if reason}

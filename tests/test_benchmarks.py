@@ -1,0 +1,206 @@
+"""benchmarks/: figures from records, agreement before speed, and whole comparisons on the tiny model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Import a module of benchmarks/, which is no package."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def step(end_s: float, supervised: int, shape: tuple[int, int], real: int = 90) -> dict:
+    return {"end_s": end_s, "supervised": supervised, "real": real, "positions": shape[0] * shape[1], "shape": shape}
+
+
+# --- figures
+
+
+def test_first_step_and_retraces_are_kept_apart(module):
+    steps = [
+        step(10.0, 50, (2, 50)),
+        step(12.0, 60, (2, 50)),
+        step(16.0, 80, (1, 100)),  # a new shape: slow
+        step(18.0, 70, (1, 100)),
+    ]
+    figures = module("_figures").run_figures(steps, first_step_s=13.0)
+    assert figures["supervised_tokens_per_s"] == pytest.approx((60 + 80 + 70) / 8)
+    assert figures["steady_tokens_per_s"] == pytest.approx((60 + 70) / 4)
+    assert figures["whole_tokens_per_s"] == pytest.approx((50 + 60 + 80 + 70) / (13 + 8))
+    assert figures["padding_fraction"] == pytest.approx(1 - 270 / 300)
+    assert (figures["counted_steps"], figures["steady_steps"], figures["shapes"]) == (3, 2, 2)
+
+
+def test_one_steady_step_is_no_figure(module):
+    figures = module("_figures").run_figures([step(1, 5, (1, 9)), step(2, 5, (1, 9)), step(3, 5, (1, 8))], 1)
+    assert figures["steady_tokens_per_s"] is None
+
+
+def test_one_step_is_refused(module):
+    with pytest.raises(ValueError, match="two steps"):
+        module("_figures").run_figures([step(1.0, 5, (1, 9))], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("supervised", "real", "positions"), [(757, 951, 1024), (1, 7, 2048), (640, 947, 947), (947, 947, 1024)]
+)
+@pytest.mark.parametrize("clock_error", [0.97, 1.0, 1.03])
+def test_counts_come_back_exactly_from_rates(module, supervised, real, positions, clock_error):
+    spent_s = 4.987654321
+    rates = supervised / spent_s, real / spent_s, 1 - real / positions
+    found = module("_figures").recover_counts(*rates, about_s=spent_s * clock_error)
+    assert found == (supervised, real, positions)
+
+
+def test_without_padding_or_mask_the_clock_gives_the_counts(module):
+    assert module("_figures").recover_counts(1024 / 5, 1024 / 5, 0.0, about_s=5.0) == (1024, 1024, 1024)
+    assert module("_figures").recover_counts(1024 / 5, 1024 / 5, 0.0, about_s=5.5) != (1024, 1024, 1024)
+
+
+def test_ratios_pair_rounds(module):
+    ratio = module("_figures").paired_ratio([20.0, 30.0, 44.0], [10.0, 10.0, 11.0])
+    assert (ratio["median"], ratio["min"], ratio["max"]) == (3.0, 2.0, 4.0)
+    assert module("_figures").paired_ratio([None], [10.0]) is None
+
+
+# --- agreement
+
+
+def found(loss_sum: float, count: int = 100, same_ids: bool = True) -> dict:
+    return {"loss_sum": loss_sum, "count": count, "same_ids": same_ids, "notes": ["other ids"]}
+
+
+def test_equal_losses_agree(module):
+    module("versus").check_agreement({"a": found(300.0), "b": found(300.2)}, "a")
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (found(301.0), "loss sum"),
+        (found(float("nan")), "loss sum"),
+        (found(300.0, count=101), "101 tokens"),
+        (found(300.0, same_ids=False), "other ids"),
+    ],
+)
+def test_other_work_is_refused(module, other, words):
+    versus = module("versus")
+    with pytest.raises(versus.Disagreement, match=words):
+        versus.check_agreement({"a": found(300.0), "b": other}, "a")
+
+
+# --- the command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--sides", "mlx_lora,nothing"], "nothing"),
+        (["--sides", "mlx_lora"], "--reference"),
+        (["--steps", "1"], "--steps 1"),
+    ],
+)
+def test_bad_arguments_are_refused(module, arguments, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        module("versus").arguments(["--model", "m", "--data", "d", *arguments])
+    assert words in capsys.readouterr().err
+
+
+def test_torch_sides_say_why_they_are_skipped(module):
+    sides = module("_sides")
+    assert sides.why_skipped(sides.SIDES["peft-packed"], quantised=True)
+    assert sides.why_skipped(sides.SIDES["mlx-lm"], quantised=True) is None
+
+
+# --- whole comparisons, in fresh processes
+
+
+def run_versus(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(BENCHMARKS / "versus.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "4bit", "text"])
+def test_compares_us_with_mlx_lm(kind, tiny_folder, tiny_4bit_folder, chats, tmp_path):
+    model = tiny_4bit_folder if kind == "4bit" else tiny_folder
+    out = tmp_path / "out.json"
+    extra = ["--as-text"] if kind == "text" else []
+    common = ["--rounds", 1, "--steps", 3, "--batch-tokens", 256, "--rank", 4, "--out", out]
+    ran = run_versus("--model", model, "--data", chats, *common, *extra)
+    assert ran.returncode == 0, ran.stderr
+    last = json.loads(ran.stdout.strip().splitlines()[-1])
+    result = json.loads(out.read_text())
+    assert last["summary"] == result["summary"]
+    assert {"versions", "commit", "date", "cores", "removed_variables", "arguments", "command_line"} <= set(result)
+    assert {"prepared", "checks", "skipped", "regimes", "rounds", "tolerance"} <= set(result)
+    ours, theirs = (result["checks"][name] for name in ("mlx_lora", "mlx-lm"))
+    assert ours["count"] == theirs["count"] == result["prepared"]["check_supervised_tokens"]
+    assert ours["loss_sum"] == pytest.approx(theirs["loss_sum"], rel=1e-4)
+    assert theirs["own_count"] >= theirs["count"] + 8  # a padding token per row, which we do not count
+    for name in ("mlx_lora", "mlx-lm"):
+        (only,) = result["rounds"][name]
+        assert len(only["steps"]) == 3
+        assert all(0 < s["supervised"] <= s["real"] <= s["positions"] for s in only["steps"])
+        assert only["peak_allocator_bytes"] > 0
+        assert only["peak_process_bytes"] > only["peak_allocator_bytes"]
+        assert 0 < only["first_step_s"] < only["process_s"]
+    assert result["summary"]["mlx-lm"]["ratio"]["supervised_tokens_per_s"]["median"] == 1.0
+    assert result["checks"]["mlx-lm"]["facts"]["blas"] == result["prepared"]["blas"]["name"]
+
+
+@pytest.mark.slow
+def test_another_adapter_is_noticed(module, tiny_folder, chats, tmp_path):
+    sides, versus = module("_sides"), module("versus")
+    args = versus.arguments(["--model", str(tiny_folder), "--data", str(chats), "--steps", "2", "--rank", "4"])
+    bench = versus.make_bench(args, tmp_path)
+    sides.prepare(bench, args.data, args.rows, args.as_text, args.seed)
+    right, wrong = tmp_path / "perturbed.safetensors", tmp_path / "initial.safetensors"
+    theirs = sides.check_loss(bench, sides.SIDES["mlx-lm"], right)
+    versus.check_agreement(
+        {"mlx-lm": theirs, "mlx_lora": sides.check_loss(bench, sides.SIDES["mlx_lora"], right)}, "mlx-lm"
+    )
+    with pytest.raises(versus.Disagreement, match="mlx_lora: loss sum"):
+        versus.check_agreement(
+            {"mlx-lm": theirs, "mlx_lora": sides.check_loss(bench, sides.SIDES["mlx_lora"], wrong)}, "mlx-lm"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_peft_sides_compute_the_same_loss(tiny_folder, chats, tmp_path):
+    pytest.importorskip("peft")
+    out = tmp_path / "out.json"
+    names = "mlx-lm,peft-padded,peft-packed,peft-grouped"
+    ran = run_versus(
+        "--model", tiny_folder, "--data", chats, "--sides", names, "--rounds", 1, "--steps", 2, "--out", out
+    )
+    assert ran.returncode == 0, ran.stderr
+    checks = json.loads(out.read_text())["checks"]
+    assert set(checks) == set(names.split(","))
+    for check in checks.values():
+        assert check["loss_sum"] == pytest.approx(checks["mlx-lm"]["loss_sum"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_scaling_measures_its_curves(tmp_path):
+    out = tmp_path / "scaling.json"
+    command = [sys.executable, BENCHMARKS / "scaling.py", "--vary", "rank", "--hidden", "128", "--layers", "1"]
+    ran = subprocess.run([*map(str, command), "--steps", "2", "--out", str(out)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    curve = json.loads(out.read_text())["curves"]["rank"]
+    assert [row["rank"] for row in curve] == [4, 8, 32, 128]
+    assert all(row["step_s"] > 0 and row["peak_allocator_bytes"] > row["weights_bytes"] for row in curve)
+    # More rank, more memory: the points are not one point measured four times.
+    assert curve[-1]["peak_allocator_bytes"] > curve[0]["peak_allocator_bytes"]
