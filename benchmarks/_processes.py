@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 POLL_S = 0.02
+REPOSITORY = Path(__file__).parents[1]
 
 # Both change which OpenBLAS kernels or block sizes are used; a figure must not depend on who set them.
 DROPPED_ENVIRONMENT = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
@@ -45,6 +46,8 @@ class Ended:
 def child_environment() -> dict[str, str]:
     """Return this process's environment without the variables that would tilt OpenBLAS."""
     kept = {name: value for name, value in os.environ.items() if name not in DROPPED_ENVIRONMENT}
+    # The interpreter of a peer has no mlx_lora installed, and needs its BLAS loader.
+    kept["PYTHONPATH"] = os.pathsep.join(filter(None, [kept.get("PYTHONPATH"), str(REPOSITORY)]))
     return {**kept, "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 

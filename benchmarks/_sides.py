@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,9 @@ SIDES = {
         Side("peft-padded", "peft_side.py", "random --batch-size rows", settings=(("batching", "padded"),)),
         Side("peft-packed", "peft_side.py", "whole rows in --batch-tokens bins", settings=(("batching", "packed"),)),
         Side("peft-grouped", "peft_side.py", "like lengths, --batch-tokens", settings=(("batching", "grouped"),)),
+        Side(
+            "unsloth-zoo", "unsloth_zoo_side.py", "MLXTrainer with its chunked loss, --batch-size rows of like length"
+        ),
     )
 }
 
@@ -64,6 +67,7 @@ class Bench:
         settings: model, rank, scale, learning_rate, batch_size, batch_tokens, max_seq_length, grad_checkpoint.
         steps, seconds: length of a run; one of them is None.
         ours: extra flags of our train command, last on its line.
+        pythons: side name -> interpreter, for a side that needs packages of its own.
         timeout_s: of any one child.
     """
 
@@ -73,14 +77,17 @@ class Bench:
     seconds: float | None
     ours: str
     timeout_s: float
+    pythons: dict[str, str] = field(default_factory=dict)
 
     def log(self, name: str) -> Path:
         """The log file of a child."""
         return self.folder / f"{name}.log"
 
 
-def why_skipped(side: Side, quantised: bool) -> str | None:
+def why_skipped(side: Side, quantised: bool, pythons: dict[str, str]) -> str | None:
     """Say why a side cannot run here, or None."""
+    if side.name == "unsloth-zoo" and side.name not in pythons:
+        return "give --python unsloth-zoo=PATH, a Python with unsloth-zoo and mlx-lm; docs/benchmarks.md says how"
     if side.script != "peft_side.py":
         return None
     missing = [name for name in ("torch", "peft", "transformers") if importlib.util.find_spec(name) is None]
@@ -99,7 +106,7 @@ def check_loss(bench: Bench, side: Side, adapter: Path) -> dict[str, Any]:
     """Compute the side's loss on the check rows with the factors in `adapter`."""
     if side.script is None:
         return _check_ours(bench, adapter)
-    return _run_script(bench, side.script, f"{side.name}.check", _job(bench, side, "check", adapter, 0))[0]
+    return _run_script(bench, side.script, f"{side.name}.check", _job(bench, side, "check", adapter, 0), side.name)[0]
 
 
 def time_run(bench: Bench, side: Side, number: int) -> dict[str, Any]:
@@ -109,8 +116,8 @@ def time_run(bench: Bench, side: Side, number: int) -> dict[str, Any]:
     if side.script is None:
         result, ended, command = _train_ours(bench, adapter, name, number)
     else:
-        result, ended = _run_script(bench, side.script, name, _job(bench, side, "train", adapter, number))
-        command = [sys.executable, f"benchmarks/sides/{side.script}"]
+        result, ended = _run_script(bench, side.script, name, _job(bench, side, "train", adapter, number), side.name)
+        command = [bench.pythons.get(side.name, sys.executable), f"benchmarks/sides/{side.script}"]
     first_step_s = result["first_step_unix_s"] - ended.started_unix_s
     return {
         **run_figures(result["steps"], first_step_s),
@@ -138,10 +145,12 @@ def _job(bench: Bench, side: Side, mode: str, adapter: Path, seed: int) -> dict[
     }
 
 
-def _run_script(bench: Bench, script: str, name: str, job: dict[str, Any]) -> tuple[dict[str, Any], Ended]:
+def _run_script(
+    bench: Bench, script: str, name: str, job: dict[str, Any], side: str = OURS
+) -> tuple[dict[str, Any], Ended]:
     job_file, result = bench.folder / f"{name}.job.json", bench.folder / f"{name}.result.json"
     job_file.write_text(json.dumps({**job, "result": str(result)}), encoding="utf-8")
-    command = [sys.executable, str(SIDES_FOLDER / script), str(job_file)]
+    command = [bench.pythons.get(side, sys.executable), str(SIDES_FOLDER / script), str(job_file)]
     ended = run_child(command, bench.log(name), timeout_s=bench.timeout_s)
     return json.loads(result.read_text(encoding="utf-8")), ended
 

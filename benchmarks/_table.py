@@ -90,7 +90,8 @@ def _notes(result: dict[str, Any]) -> list[str]:
         facts = check["facts"]
         if facts:
             speed = f", GEMM {facts['gemm_gflops']:g} GFLOP/s" if "gemm_gflops" in facts else ""
-            lines.append(f"{name}: computes in {', '.join(facts['dtypes'])} with {facts['blas']}{speed}")
+            own = "".join(f", {package} {version}" for package, version in facts.get("versions", {}).items())
+            lines.append(f"{name}: computes in {', '.join(facts['dtypes'])} with {facts['blas']}{speed}{own}")
     lines += [f"{name}: {regime}" for name, regime in result["regimes"].items()]
     lines += [f"{name}: skipped: {reason}" for name, reason in result["skipped"].items()]
     removed = ", ".join(f"{k} (was {v or 'not set'})" for k, v in result["removed_variables"].items())

@@ -69,6 +69,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-seq-length", type=int, default=2048, help="Longer rows are left out for all sides.")
     parser.add_argument("--grad-checkpoint", action="store_true", help="For every side.")
     parser.add_argument("--ours", default="", help="Extra flags of `python -m mlx_lora.train`, in one string.")
+    parser.add_argument(
+        "--python", action="append", default=[], metavar="SIDE=PATH", help="Interpreter of a side with other packages."
+    )
     parser.add_argument("--seed", type=int, default=0, help="Of the factors; round n shuffles with seed n.")
     parser.add_argument("--timeout", type=float, default=7200, help="Seconds any one process may take.")
     parser.add_argument("--out", help="JSON file of everything, raw rounds included.")
@@ -82,6 +85,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--reference {args.reference}: not among --sides {','.join(args.sides)}")
     if args.steps is not None and args.steps < 2:
         parser.error(f"--steps {args.steps}: the first step is not counted; give 2 or more")
+    args.pythons = dict(pair.split("=", 1) for pair in args.python if "=" in pair)
+    if len(args.pythons) != len(args.python) or set(args.pythons) - set(SIDES):
+        parser.error(f"--python {' '.join(args.python)}: write SIDE=PATH, SIDE one of {', '.join(SIDES)}")
     if args.steps is None and args.seconds is None:
         args.seconds = 60.0
     return args
@@ -133,7 +139,7 @@ def make_bench(args: argparse.Namespace, folder: Path) -> Bench:
         "max_seq_length": args.max_seq_length,
         "grad_checkpoint": args.grad_checkpoint,
     }
-    return Bench(folder, settings, args.steps, args.seconds, args.ours, args.timeout)
+    return Bench(folder, settings, args.steps, args.seconds, args.ours, args.timeout, args.pythons)
 
 
 def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -145,7 +151,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """
     bench = make_bench(args, folder)
     facts = prepare(bench, args.data, args.rows, args.as_text, args.seed)
-    reasons = {name: why_skipped(SIDES[name], facts["quantised"]) for name in args.sides}
+    reasons = {name: why_skipped(SIDES[name], facts["quantised"], args.pythons) for name in args.sides}
     skipped = {name: reason for name, reason in reasons.items() if reason}
     sides = [SIDES[name] for name in args.sides if name not in skipped]
     checks = {}

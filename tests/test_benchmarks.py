@@ -117,10 +117,11 @@ def test_bad_arguments_are_refused(module, arguments, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_torch_sides_say_why_they_are_skipped(module):
+def test_sides_that_cannot_run_say_why(module):
     sides = module("_sides")
-    assert sides.why_skipped(sides.SIDES["peft-packed"], quantised=True)
-    assert sides.why_skipped(sides.SIDES["mlx-lm"], quantised=True) is None
+    assert sides.why_skipped(sides.SIDES["peft-packed"], quantised=True, pythons={})
+    assert sides.why_skipped(sides.SIDES["unsloth-zoo"], quantised=False, pythons={})
+    assert sides.why_skipped(sides.SIDES["mlx-lm"], quantised=True, pythons={}) is None
 
 
 # --- whole comparisons, in fresh processes
