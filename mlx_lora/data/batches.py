@@ -46,6 +46,22 @@ class Batch:
     positions: np.ndarray
     weights: np.ndarray
 
+    @classmethod
+    def of(
+        cls, inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray, real_tokens: int, places: int | None = None
+    ) -> Batch:
+        """Make a batch; its positions and weights follow from the mask.
+
+        Args:
+            inputs, targets, mask, real_tokens: as the attributes.
+            places: P, at least the trained targets, which it is by default.
+        """
+        trained_at = np.flatnonzero(mask)
+        padding = (0, (len(trained_at) if places is None else places) - len(trained_at))
+        positions = np.pad(trained_at.astype(np.int32), padding)
+        weights = np.pad(np.ones(len(trained_at), np.float32), padding)
+        return cls(inputs, targets, mask, real_tokens, positions, weights)
+
 
 @dataclass(frozen=True)
 class WidthClass:
@@ -255,9 +271,4 @@ def collate(rows: EncodedSet, numbers: np.ndarray, width: int, places: int) -> B
         targets[i, :n] = tokens[1:]
         mask[i, :n] = trained[1:]
         real_tokens += n
-    trained_at = np.flatnonzero(mask)
-    positions = np.zeros(places, np.int32)
-    weights = np.zeros(places, np.float32)
-    positions[: len(trained_at)] = trained_at
-    weights[: len(trained_at)] = 1.0
-    return Batch(inputs, targets, mask, real_tokens, positions, weights)
+    return Batch.of(inputs, targets, mask, real_tokens, places)

@@ -7,7 +7,8 @@ become token masks by the tokenizer's own alignment; a token that holds any trai
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -78,7 +79,7 @@ class EncodedSet:
         """sha256 of the three arrays, in hex: the identity of the data for resuming."""
         digest = hashlib.sha256()
         for array, kind in ((self.tokens, "<i4"), (self.mask, "?"), (self.offsets, "<i8")):
-            digest.update(np.ascontiguousarray(array, kind).tobytes())
+            digest.update(np.ascontiguousarray(array, kind).data)
         return digest.hexdigest()
 
 
@@ -95,6 +96,16 @@ class Encoded:
 
     rows: EncodedSet
     source: np.ndarray
+    dropped: dict[int, str]
+    truncated: list[int]
+
+
+@dataclass
+class _Found:
+    """What has been encoded so far: rows, the example of each, and the examples dropped and cut."""
+
+    rows: list[tuple[np.ndarray, np.ndarray]]
+    source: list[int]
     dropped: dict[int, str]
     truncated: list[int]
 
@@ -138,40 +149,65 @@ class Encoder:
         self._eos: int | None = tokenizer.eos_token_id
         self._backend = _offset_tokenizer(tokenizer)
 
-    def encode(self, examples: Sequence[Example]) -> Encoded:
+    def encode(self, examples: Sequence[Example], on_rows: Callable[[int], None] = lambda done: None) -> Encoded:
         """Encode examples in order.
+
+        Args:
+            examples: What to encode.
+            on_rows: Called now and then with the count of examples done.
 
         Returns:
             Every row has at least one trained target; examples without any are in `dropped`.
         """
-        rows: list[tuple[np.ndarray, np.ndarray]] = []
-        source: list[int] = []
-        dropped: dict[int, str] = {}
-        truncated: list[int] = []
-        for start in range(0, len(examples), BATCH_ROWS):
-            rendered: list[tuple[int, Rendered]] = []
-            for number, example in enumerate(examples[start : start + BATCH_ROWS], start):
-                try:
-                    rendered.append((number, self._render(example)))
-                except FormatError as error:
-                    dropped[number] = str(error)
-            # One call per batch: the tokenizer works on all cores.
-            encodings = self._backend.encode_batch([r.text for _, r in rendered], add_special_tokens=False)
-            for (number, text), encoding in zip(rendered, encodings, strict=True):
-                example = examples[number]
-                tokens, mask = self._row(text, encoding, plain=self._is_plain(example))
-                if isinstance(example, Text):
-                    pieces = windows(tokens, mask, self._max_tokens, len(self.prefix))
-                else:
-                    pieces = [(tokens[: self._max_tokens], mask[: self._max_tokens])]
-                    if len(tokens) > self._max_tokens:
-                        truncated.append(number)
-                pieces = [piece for piece in pieces if piece[1].any()]
-                if not pieces:
-                    dropped[number] = f"no trained token among the first {self._max_tokens} (--max-seq-length)"
-                rows += pieces
-                source += [number] * len(pieces)
-        return Encoded(EncodedSet.from_rows(rows), np.array(source, np.int64), dropped, truncated)
+        found = _Found([], [], {}, [])
+        # The tokenizer works on all cores without Python's lock, so the next batch is rendered meanwhile.
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            waiting: tuple[list[tuple[int, Rendered]], Future[list[Encoding]]] | None = None
+            for start in range(0, len(examples), BATCH_ROWS):
+                rendered = self._render_batch(examples[start : start + BATCH_ROWS], start, found)
+                texts = [text.text for _, text in rendered]
+                ahead = pool.submit(self._backend.encode_batch, texts, add_special_tokens=False)
+                if waiting:
+                    self._add_rows(examples, *waiting, found)
+                    on_rows(start)
+                waiting = rendered, ahead
+            if waiting:
+                self._add_rows(examples, *waiting, found)
+        dropped = dict(sorted(found.dropped.items()))
+        return Encoded(EncodedSet.from_rows(found.rows), np.array(found.source, np.int64), dropped, found.truncated)
+
+    def _render_batch(self, examples: Sequence[Example], first: int, found: _Found) -> list[tuple[int, Rendered]]:
+        """Return (number, text) of the examples that render; the others are dropped with the reason."""
+        rendered = []
+        for number, example in enumerate(examples, first):
+            try:
+                rendered.append((number, self._render(example)))
+            except FormatError as error:
+                found.dropped[number] = str(error)
+        return rendered
+
+    def _add_rows(
+        self,
+        examples: Sequence[Example],
+        rendered: list[tuple[int, Rendered]],
+        encodings: Future[list[Encoding]],
+        found: _Found,
+    ) -> None:
+        """Turn one batch's encodings into rows of `found`."""
+        for (number, text), encoding in zip(rendered, encodings.result(), strict=True):
+            example = examples[number]
+            tokens, mask = self._row(text, encoding, plain=self._is_plain(example))
+            if isinstance(example, Text):
+                pieces = windows(tokens, mask, self._max_tokens, len(self.prefix))
+            else:
+                pieces = [(tokens[: self._max_tokens], mask[: self._max_tokens])]
+                if len(tokens) > self._max_tokens:
+                    found.truncated.append(number)
+            pieces = [piece for piece in pieces if piece[1].any()]
+            if not pieces:
+                found.dropped[number] = f"no trained token among the first {self._max_tokens} (--max-seq-length)"
+            found.rows += pieces
+            found.source += [number] * len(pieces)
 
     def shows_tools(self, conversation: Conversation) -> bool:
         """Return whether the template tells the model which tools it has."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -15,10 +17,13 @@ from mlx_lora.data.encode import Encoded, EncodedSet, Encoder
 from mlx_lora.data.formats import Completion, Conversation, EmptyRecord, Example, FormatError, Text, parse_record
 from mlx_lora.data.report import MAX_LISTED, DataReport, DroppedRow, SplitReport, example_pieces
 from mlx_lora.data.split import content_key, cut_text, hold_out
+from mlx_lora.data.store import entry_folder, read_entry, write_entry
 from mlx_lora.data.templates import resolve_template
 from mlx_lora.errors import InputError
-from mlx_lora.sources.records import BadRow, read_records
+from mlx_lora.sources.records import BadRow, check_file, read_records
 from mlx_lora.sources.splits import find_splits
+
+TELL_EVERY_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,19 @@ class _Rows:
         return sum(self.formats.values()) + self.unread
 
 
-def load_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> DataSplits:
-    """Read, encode and split the data of a run.
+def load_data(
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    say: Callable[[str], None] = lambda line: None,
+) -> DataSplits:
+    """Read, encode and split the data of a run, or take it from the cache of an earlier run.
 
     Args:
         settings: `--data` and what to train of it.
         tokenizer: A fast tokenizer, not mlx-lm's wrapper.
         seed: Of the held-out split.
+        say: Takes a line now and then while a long encoding goes on.
 
     Returns:
         The sets and the report. Without a validation file, `valid_fraction` of the rows (of one long text:
@@ -73,14 +84,50 @@ def load_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: 
     """
     if settings.data is None:
         raise InputError("no data given; name a file, a folder, a hub dataset or tiny-shakespeare with --data")
-    files = find_splits(settings.data)
+    files = _files_of(settings.data)
     if "train" not in files:
         raise InputError(f"--data {settings.data} has no train file, only {', '.join(files)}; add train.jsonl")
+    folder = entry_folder("splits", files, settings, tokenizer, seed)
+    if entry := read_entry(folder):
+        sets, details = entry
+        report = replace(DataReport.from_dict(details["report"]), data=settings.data)
+        return DataSplits(sets["train"], sets.get("valid"), sets.get("test"), report, details["chat_template"])
+    splits = _make_splits(files, settings, tokenizer, seed, say)
+    sets = {"train": splits.train, "valid": splits.valid, "test": splits.test}
+    details = {"report": splits.report.to_dict(), "chat_template": splits.chat_template}
+    _keep(folder, {name: rows for name, rows in sets.items() if rows is not None}, details, say)
+    return splits
+
+
+def _files_of(data: str) -> dict[str, tuple[Path, ...]]:
+    """Return the files of each split, each of them looked at: it is there and can be read."""
+    files = find_splits(data)
+    for paths in files.values():
+        for path in paths:
+            check_file(path)
+    return files
+
+
+def _keep(folder: Path, sets: dict[str, EncodedSet], details: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Put what was encoded into the cache; a run that cannot is no worse for it."""
+    try:
+        write_entry(folder, sets, details)
+    except OSError as error:
+        say(f"Note: the encoded data is not kept for the next run: {folder.parent}: {error.strerror}")
+
+
+def _make_splits(
+    files: dict[str, tuple[Path, ...]],
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    say: Callable[[str], None],
+) -> DataSplits:
     parts = {name: _read(paths, settings.data_format) for name, paths in files.items()}
     if "valid" not in parts:
         parts |= _cut_single_text(parts["train"], settings.valid_fraction)
     encoder, template, origin = _make_encoder(parts.values(), settings, tokenizer)
-    encoded = {name: _encode(rows, encoder) for name, rows in parts.items()}
+    encoded = {name: _encode(rows, encoder, say) for name, rows in parts.items()}
     _check(settings, parts, encoded)
 
     keys = {
@@ -110,25 +157,35 @@ def load_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: 
     return DataSplits(sets["train"], sets.get("valid"), sets.get("test"), report, template)
 
 
-def load_eval_set(data: str, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> EncodedSet:
+def load_eval_set(
+    data: str,
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Callable[[str], None] = lambda line: None,
+) -> EncodedSet:
     """Read and encode what `evaluate --data` names: all rows of a file; of a folder, test, else valid.
 
     Args:
         data: As `--data`.
         settings: Format, template, length and mask; its own `data` is not looked at.
         tokenizer: A fast tokenizer.
+        say: As for `load_data`.
 
     Raises:
         InputError: as for `load_data`.
     """
-    files = find_splits(data)
+    files = _files_of(data)
     name = next(name for name in ("test", "valid", "train") if name in files)
     if name == "train" and len(files["train"]) == 1 and Path(data).is_dir():
         raise InputError(f"--data {data} has neither a test nor a validation file; name a file inside it")
+    folder = entry_folder("evaluation", {name: files[name]}, settings, tokenizer, seed=0)
+    if entry := read_entry(folder):
+        return entry[0][name]
     parts = {name: _read(files[name], settings.data_format)}
     encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer)
-    encoded = {name: _encode(parts[name], encoder)}
+    encoded = {name: _encode(parts[name], encoder, say)}
     _check(settings, parts, encoded)
+    _keep(folder, {name: encoded[name].rows}, {}, say)
     return encoded[name].rows
 
 
@@ -187,8 +244,16 @@ def _make_encoder(
     return encoder, template, origin
 
 
-def _encode(rows: _Rows, encoder: Encoder) -> Encoded:
-    encoded = encoder.encode(rows.examples)
+def _encode(rows: _Rows, encoder: Encoder, say: Callable[[str], None]) -> Encoded:
+    told_s = time.monotonic()
+
+    def tell(done: int) -> None:
+        nonlocal told_s
+        if time.monotonic() - told_s > TELL_EVERY_S:
+            say(f"Encoding: {done:,} of {len(rows.examples):,} records")
+            told_s = time.monotonic()
+
+    encoded = encoder.encode(rows.examples, tell)
     rows.dropped += [DroppedRow(*rows.places[number], why) for number, why in encoded.dropped.items()]
     rows.dropped.sort(key=lambda row: (row.file, row.line))
     rows.truncated = len(encoded.truncated)

@@ -91,6 +91,16 @@ class DataReport:
         """Return the report as plain values for JSON."""
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DataReport:
+        """Rebuild a report from `to_dict`'s values, also after a way through JSON."""
+        made = {
+            "splits": {name: SplitReport(**split) for name, split in values["splits"].items()},
+            "dropped_rows": [DroppedRow(**row) for row in values["dropped_rows"]],
+            "example": [(text, trained) for text, trained in values["example"]],
+        }
+        return cls(**{**values, **made})
+
     def render(self, color: bool = False) -> str:
         """Return the report as lines of text.
 
