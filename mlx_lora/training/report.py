@@ -102,7 +102,10 @@ class PlainProgress:
         self._total, self._say, self._start = total_steps, say, time.perf_counter()
 
     def step(self, step: int) -> None:
-        """Nothing to draw between reports."""
+        """Say once how long a step takes: the first report may be many slow steps away."""
+        if step == 2 and self._total > 2:  # the second step is under way, so the first is done
+            spent = time.perf_counter() - self._start
+            self._say(f"step 1/{self._total} done {format_duration(spent)} after the start, compiling included")
 
     def report(self, metrics: Metrics) -> None:
         spent = time.perf_counter() - self._start
@@ -124,7 +127,7 @@ class LiveProgress:
         )
         self._bar = Progress(*columns, console=Console(stderr=True))
         self._task = self._bar.add_task("first step (compiling)", total=total_steps)
-        self._val = ""
+        self._loss = self._val = self._rest = ""
         self._bar.start()
 
     def step(self, step: int) -> None:
@@ -132,12 +135,15 @@ class LiveProgress:
 
     def report(self, metrics: Metrics) -> None:
         if metrics.val_loss is not None:
-            self._val = f" val {metrics.val_loss:.4f}"
+            self._val = f"val {metrics.val_loss:.4f}"
             self._bar.console.print(f"step {metrics.step}: val loss {metrics.val_loss:.4f}")
         if metrics.loss is not None:
-            text = f"loss {metrics.loss:.4f}{self._val} · {metrics.supervised_tokens_per_s:.0f} tok/s · {metrics.peak_memory_bytes / 1e9:.2f} GB"
+            self._loss = f"loss {metrics.loss:.4f}"
+            self._rest = f"{metrics.supervised_tokens_per_s:.0f} tok/s · {metrics.peak_memory_bytes / 1e9:.2f} GB"
             if metrics.skipped_steps:
-                text += f" · {metrics.skipped_steps} skipped"
+                self._rest += f" · {metrics.skipped_steps} skipped"
+        if self._loss:
+            text = " · ".join(filter(None, (self._loss, self._val, self._rest)))
             self._bar.update(self._task, description=text, completed=metrics.step)
 
     def close(self) -> None:
