@@ -5,6 +5,7 @@ python -m mlx_lora.generate --model DIR --adapter-path my-adapter --prompt "O Ro
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,15 @@ def main(
 ) -> None:  # fmt: skip
     """Print the text that follows --prompt."""
     text = read_prompt(prompt)
+    if not math.isfinite(temp):
+        raise InputError(f"--temp {temp}: not a finite number; give 0 for greedy, or about 0.7")
     base = load_base(train_settings(cli.given(options)).model)
     template = load_adapter(base, Path(adapter_path), ignore_fingerprint).chat_template if adapter_path else None
     tokens = prompt_tokens(base, text, system_prompt, template, ignore_chat_template)
     if seed is not None:
         mx.random.seed(seed)
+    # mlx-lm takes a top_k below the vocabulary's size only; as many or more are all of them, its 0.
+    top_k = top_k if top_k < len(base.hf_tokenizer) else 0
     sampler = make_sampler(temp=temp, top_p=top_p if top_p < 1 else 0.0, top_k=top_k)
     pieces, last = [], None
     for last in stream_generate(base.model, base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler):

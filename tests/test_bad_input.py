@@ -214,6 +214,7 @@ CASES = {
     "prompt the template refuses": (
         lambda p: ("generate", "--model", refusing(p), "--prompt", "x", "--system-prompt", "y"), "no system turns here.*--system-prompt",
     ),
+    "temperature nan": (lambda p: ("generate", "--model", p.model, "--prompt", "x", "--temp", "nan"), "--temp nan: not a finite"),
     "seed out of range": (lambda p: ("generate", "--model", p.model, "--prompt", "x", "--seed", 1 << 64), "--seed"),
     "prompt empty": (lambda p: ("generate", "--model", p.model, "--prompt", ""), "--prompt: empty"),
     # the disk

@@ -332,6 +332,12 @@ def test_loggers_get_the_project_name_and_every_report(place, tmp_path, monkeypa
     assert told == [("wandb", "mine", 16), ("val", 0), ("train", 2), ("val", 2)]
 
 
+def test_top_k_of_the_whole_vocabulary_and_more_is_all_of_it(tiny_folder):
+    ask = ("generate", "--model", tiny_folder, "--prompt", "x", "--temp", 1, "--seed", 3, "--max-tokens", 8, "--json")
+    texts = [json.loads(run(*ask, "--top-k", k).out)["text"] for k in (0, 288, 10**9, 1)]
+    assert texts[0] == texts[1] == texts[2] != texts[3]
+
+
 def test_evaluate_takes_no_option_that_means_nothing_to_it(tiny_folder, chats):
     ran = run("evaluate", "--model", tiny_folder, "--data", chats, "--valid-fraction", 0.5)
     assert ran.code == 2
