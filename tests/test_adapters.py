@@ -128,6 +128,7 @@ def test_targets_by_name_pattern_and_depth():
     assert select_targets(model, "self_attn.*").keys == (
         "self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj",
     )  # fmt: skip
+    assert select_targets(model, "q_proj", 0) == select_targets(model, "q_proj")  # as in mlx-lm
     uneven = select_targets(model, "layers.0.mlp.*,layers.1.self_attn.q_proj,lm_head")
     assert uneven.keys == uneven.paths
     assert "lm_head" in uneven.paths

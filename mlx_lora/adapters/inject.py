@@ -46,7 +46,7 @@ def select_targets(model: nn.Module, target_modules: str = ALL_LINEAR, num_layer
         target_modules: `all-linear` (every linear layer of the blocks; heads and embeddings only by name),
             or names and shell patterns by comma: `q_proj`, `self_attn.*`, `*.layers.3.mlp.*`, `embed_tokens`.
             A name matches a whole path or the end of one after a dot, as in PEFT.
-        num_layers: adapt only the last N blocks; -1 for all. Layers outside blocks are not filtered.
+        num_layers: adapt only the last N blocks; 0 or less for all, as in mlx-lm. Layers outside blocks are not filtered.
 
     Raises:
         InputError: naming every part that matches nothing, what filtered it, and what exists.
@@ -56,7 +56,7 @@ def select_targets(model: nn.Module, target_modules: str = ALL_LINEAR, num_layer
         raise InputError(
             f"--num-layers {num_layers}: the model has {len(blocks)} blocks; ask for at most that many, or -1"
         )
-    chosen_blocks = blocks if num_layers < 0 else blocks[len(blocks) - num_layers :]
+    chosen_blocks = blocks if num_layers <= 0 else blocks[len(blocks) - num_layers :]
     adaptable = {path: module for path, module in model.named_modules() if adapter_class(module) is not None}
     in_block = {path: next((b for b in blocks if path.startswith(b + ".")), None) for path in adaptable}
     allowed = [p for p in adaptable if in_block[p] is None or in_block[p] in chosen_blocks]
