@@ -144,6 +144,7 @@ def cached_gguf_folder(source: ModelSource) -> Path:
     key = f"{_FORMAT}|{source.path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
     folder = cache_dir("converted") / f"{source.path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if not (folder / "config.json").is_file():
+        check_writable(folder, f"MLX_LORA_CACHE: converting {source.path.name} into", stat.st_size)
         convert_model(source, folder, target="carry")
     return folder
 

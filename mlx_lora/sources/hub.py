@@ -213,7 +213,7 @@ def _snapshot(repo: str, repo_type: str, revision: str | None, allow: list[str],
     except HFValidationError as error:
         raise InputError(f"{what}: not a hub id ({' '.join(str(error).split())}); use owner/name") from None
     except LocalEntryNotFoundError as error:
-        raise InputError(f"{what}: {_why_unreachable(error)}, and not all of it is in the cache") from None
+        raise InputError(f"{what}: not all of it is in the cache, and {_why_unreachable(error)}") from None
     except REQUEST_ERRORS as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise RunError(
@@ -230,7 +230,7 @@ def _snapshot(repo: str, repo_type: str, revision: str | None, allow: list[str],
 def _why_unreachable(error: LocalEntryNotFoundError) -> str:
     cause = error.__cause__
     if isinstance(cause, OfflineModeIsEnabled):
-        return "offline (HF_HUB_OFFLINE is set); unset it or download the files on a connected machine"
+        return "HF_HUB_OFFLINE is set; unset it or download the files on a connected machine"
     return f"the hub cannot be reached ({_first_line(cause or error)}); check the connection"
 
 
