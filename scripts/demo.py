@@ -111,4 +111,7 @@ def show_samples(model: Path, adapter: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # the command that was running has said so, and saved what it had
+        sys.exit(130)
