@@ -11,7 +11,7 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 
 from mlx_lora.config import DataSettings
-from mlx_lora.data import store
+from mlx_lora.data import encode, loading, store
 from mlx_lora.data.encode import EncodedSet, Encoder
 from mlx_lora.data.loading import load_data, load_eval_set
 from mlx_lora.data.store import entry_folder, read_entry, write_entry
@@ -143,6 +143,18 @@ def test_a_damaged_entry_is_made_again(tmp_path, cache, encodes, file, damage):
     assert arrays(again.train) == arrays(first.train)
     load_data(settings, byte_tokenizer(), 0)
     assert len(encodes) == 2
+
+
+def test_only_a_long_encoding_says_how_far_it_is(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(encode, "BATCH_ROWS", 10)
+    said = []
+    load_data(write_chats(tmp_path / "a.jsonl"), byte_tokenizer(), 0, said.append)
+    assert said == []
+    monkeypatch.setattr(loading, "TELL_AFTER_S", 0.0)
+    monkeypatch.setattr(loading, "TELL_EVERY_S", 0.0)
+    load_data(write_chats(tmp_path / "b.jsonl"), byte_tokenizer(), 0, said.append)
+    assert said[0] == "Encoding: 10 of 41 records"
+    assert len(said) == 4
 
 
 def test_refused_data_leaves_no_entry(tmp_path, cache):

@@ -23,7 +23,8 @@ from mlx_lora.errors import InputError
 from mlx_lora.sources.records import BadRow, check_file, read_records
 from mlx_lora.sources.splits import find_splits
 
-TELL_EVERY_S = 2.0
+TELL_AFTER_S = 2.0  # a shorter encoding needs no word
+TELL_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -245,13 +246,13 @@ def _make_encoder(
 
 
 def _encode(rows: _Rows, encoder: Encoder, say: Callable[[str], None]) -> Encoded:
-    told_s = time.monotonic()
+    next_s = time.monotonic() + TELL_AFTER_S
 
     def tell(done: int) -> None:
-        nonlocal told_s
-        if time.monotonic() - told_s > TELL_EVERY_S:
+        nonlocal next_s
+        if time.monotonic() > next_s:
             say(f"Encoding: {done:,} of {len(rows.examples):,} records")
-            told_s = time.monotonic()
+            next_s = time.monotonic() + TELL_EVERY_S
 
     encoded = encoder.encode(rows.examples, tell)
     rows.dropped += [DroppedRow(*rows.places[number], why) for number, why in encoded.dropped.items()]
