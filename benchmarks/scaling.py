@@ -36,7 +36,7 @@ class Point:
 
     tokens: int = 1024
     sequence: int = 512
-    vocabulary: int = 32_000
+    vocabulary: int = 8_000
     rank: int = 8
     rows: int = 64
 
@@ -45,7 +45,7 @@ BASE = Point()
 VALUES = {
     "tokens": (512, 1024, 2048, 4096),
     "sequence": (512, 1024, 2048, 4096, 8192),
-    "vocabulary": (32_000, 128_000, 256_000),
+    "vocabulary": (8_000, 32_000, 128_000, 256_000),
     "rank": (4, 8, 32, 128),
     "rows": (64, 1000, 10_000),
 }
@@ -132,8 +132,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--vary", default=",".join(VALUES), help="Curves to measure, by comma (default: all).")
     parser.add_argument("--hidden", type=int, default=256, help="Hidden size; a multiple of 128.")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=4, help="Steps per point, the first not counted.")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3, help="Steps per point, the first not counted.")
     parser.add_argument("--ours", default="", help="Extra flags of `python -m mlx_lora.train`, in one string.")
     parser.add_argument("--timeout", type=float, default=1800, help="Seconds any one process may take.")
     parser.add_argument("--out", help="JSON file of everything.")
@@ -162,6 +162,7 @@ def main(argv: Sequence[str]) -> int:
             with tempfile.TemporaryDirectory(prefix="scaling-") as temporary:
                 try:
                     measured[point] = measured.get(point) or measure(point, args, Path(temporary) / "point")
+                    print(f"{UNITS[what]} {getattr(point, what)}: {measured[point]['step_s']:.3f} s", file=sys.stderr)
                 except ChildFailed as error:
                     print(f"Error: {error}", file=sys.stderr)
                     return 1
