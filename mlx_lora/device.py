@@ -95,6 +95,15 @@ def set_cache_limit(limit: str | None) -> int:
     return bound
 
 
+def loss_bytes() -> tuple[int, int]:
+    """Return what the fused loss may hold: bytes of one chunk's logits, bytes of a dequantised head.
+
+    Small against the working set, and large enough that a chunk's products fill the machine.
+    """
+    working = current_device().working_set_bytes
+    return min(128 << 20, working // 64), working // 16
+
+
 def wire_working_set() -> None:
     """Let Metal keep the model resident (no effect elsewhere), so that weights are not paged out."""
     if mx.metal.is_available():

@@ -17,7 +17,7 @@ from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.loading import load_eval_set
 from mlx_lora.errors import InputError
 from mlx_lora.models.load import load_base
-from mlx_lora.training.losses import cross_entropy
+from mlx_lora.training.losses import choose_loss
 from mlx_lora.training.trainer import mean_loss
 
 
@@ -39,9 +39,9 @@ def main(
     template = load_adapter(base, Path(adapter_path), ignore_fingerprint).chat_template if adapter_path else None
     if template and not settings.data.chat_template:
         base.hf_tokenizer.chat_template = template
-    rows = load_eval_set(settings.data.data, settings.data, base.hf_tokenizer)
+    rows = load_eval_set(settings.data.data, settings.data, base.hf_tokenizer, cli.echo)
     plan = BatchPlan(rows, batch_tokens=settings.loop.batch_tokens, batch_size=None, seed=0)
-    loss, tokens = mean_loss(base.model, cross_entropy, plan.batches())
+    loss, tokens = mean_loss(base.model, choose_loss(base.model, base.config).measure, plan.batches())
     result = {"loss": loss, "perplexity": cli.perplexity(loss), "supervised_tokens": tokens, "rows": len(rows)}
     if as_json:
         cli.print_json({**result, "model": base.model_id, "adapter_path": adapter_path, "data": settings.data.data})

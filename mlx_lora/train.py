@@ -27,7 +27,7 @@ from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable, replacing_file
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.training.checkpointing import checkpoint_blocks
-from mlx_lora.training.losses import cross_entropy
+from mlx_lora.training.losses import choose_loss
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.report import Metrics, MetricsFile, make_progress
 from mlx_lora.training.step import Step
@@ -44,7 +44,7 @@ def main(config_file: str | None, **options: Any) -> int:
     base = load_base(settings.model)
     if not wants_training(settings):
         adapt_for_test(settings, base)
-    splits = load_data(settings.data, base.hf_tokenizer, settings.loop.seed)
+    splits = load_data(settings.data, base.hf_tokenizer, settings.loop.seed, cli.echo)
     check_test_split(settings, splits)
     cli.echo(device.current_device().header())
     cli.echo(f"Base: {base.model_id}: {base.describe()}")
@@ -98,7 +98,8 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     plan = BatchPlan(splits.train, batch_tokens=loop.batch_tokens, batch_size=loop.batch_size, seed=loop.seed)
     validation = validation_plan(splits.valid, settings)
     steps = total_steps(plan, loop)
-    step = Step(base.model, build_optimizer(settings.optimizer, steps), cross_entropy, settings.optimizer.max_grad_norm)
+    loss = choose_loss(base.model, base.config)
+    step = Step(base.model, build_optimizer(settings.optimizer, steps), loss.train, settings.optimizer.max_grad_norm)
     if loop.grad_checkpoint:
         checkpoint_blocks(base.model.layers)
     factors = adapter_parameters(base.model)
@@ -123,7 +124,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
             save_adapter(folder / "checkpoints" / f"step-{step_number:06d}", base.model, info)
 
     try:
-        outcome = train(base.model, step, cross_entropy, plan, validation, loop, report, progress.step, save)
+        outcome = train(base.model, step, loss.measure, plan, validation, loop, report, progress.step, save)
     finally:
         progress.close()
         metrics.close()
@@ -228,7 +229,9 @@ def say_outcome(folder: Path, outcome: Outcome, adapter_bytes: int) -> None:
 def report_test_loss(settings: TrainSettings, base: Base, test: EncodedSet) -> None:
     """Measure and print the loss on the test split."""
     plan = validation_plan(test, settings)
-    loss, tokens = mean_loss(base.model, cross_entropy, plan.batches(settings.loop.test_batches))
+    loss, tokens = mean_loss(
+        base.model, choose_loss(base.model, base.config).measure, plan.batches(settings.loop.test_batches)
+    )
     cli.echo(f"Test loss {loss:.4f}, perplexity {cli.perplexity(loss):.3f}, {tokens} supervised tokens")
 
 

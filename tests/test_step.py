@@ -19,7 +19,7 @@ from mlx_lora.errors import InputError
 from mlx_lora.models.fingerprint import weights_checksum
 from mlx_lora.models.matmul import MeasuredQuantizedLinear, use_measured_matmul
 from mlx_lora.training.checkpointing import Checkpointed, checkpoint_blocks
-from mlx_lora.training.losses import cross_entropy
+from mlx_lora.training.losses import Arrays, plain_loss
 from mlx_lora.training.optim import build_optimizer, clip_scale, learning_rate_schedule
 from mlx_lora.training.step import Step
 
@@ -42,16 +42,16 @@ def adapted(bits: int | None = None, seed: int = 0, move_b: bool = True) -> nn.M
 def batch(rows: int, width: int, seed: int, share: float = 0.5) -> Batch:
     random = np.random.default_rng(seed)
     ids = random.integers(0, 288, (rows, width + 1)).astype(np.int32)
-    return Batch(ids[:, :-1], ids[:, 1:], random.random((rows, width)) < share, rows * width)
+    return Batch.of(ids[:, :-1], ids[:, 1:], random.random((rows, width)) < share, rows * width)
 
 
 def part(whole: Batch, rows: slice) -> Batch:
-    return Batch(whole.inputs[rows], whole.targets[rows], whole.mask[rows], whole.mask[rows].size)
+    return Batch.of(whole.inputs[rows], whole.targets[rows], whole.mask[rows], whole.mask[rows].size)
 
 
 def make_step(model: nn.Module, steps: int = 20, clip: float = 1.0, **changes) -> Step:
     settings = OptimizerSettings(**{"learning_rate": 1e-2, "lr_schedule": "constant", "warmup": 0.0, **changes})
-    return Step(model, build_optimizer(settings, steps), cross_entropy, clip)
+    return Step(model, build_optimizer(settings, steps), plain_loss, clip)
 
 
 def factors(model: nn.Module) -> np.ndarray:
@@ -60,7 +60,7 @@ def factors(model: nn.Module) -> np.ndarray:
 
 def test_loss_is_the_masked_sum_by_definition():
     model, b = tiny_model(), batch(3, 7, seed=0)
-    total, count = cross_entropy(model, mx.array(b.inputs), mx.array(b.targets), mx.array(b.mask))
+    total, count = plain_loss(model, *Arrays.of(b))
     logits = np.array(model(mx.array(b.inputs)), dtype=np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = -np.take_along_axis(log_p, b.targets[..., None], -1)[..., 0][b.mask].sum()
@@ -70,12 +70,12 @@ def test_loss_is_the_masked_sum_by_definition():
 
 def test_padding_and_masked_targets_do_not_reach_the_loss():
     model, b = tiny_model(), batch(2, 8, seed=1)
-    wide = Batch(*(np.pad(a, ((0, 0), (0, 5))) for a in (b.inputs, b.targets, b.mask)), b.real_tokens)
+    wide = Batch.of(*(np.pad(a, ((0, 0), (0, 5))) for a in (b.inputs, b.targets, b.mask)), b.real_tokens)
     assert wide.mask.sum() == b.mask.sum()
-    args = [[mx.array(x) for x in (t.inputs, t.targets, t.mask)] for t in (b, wide)]
-    assert cross_entropy(model, *args[0])[0].item() == pytest.approx(cross_entropy(model, *args[1])[0].item(), rel=1e-6)
-    changed = [args[0][0], mx.where(args[0][2], args[0][1], 0), args[0][2]]
-    assert cross_entropy(model, *args[0])[0].item() == cross_entropy(model, *changed)[0].item()
+    args = [Arrays.of(t) for t in (b, wide)]
+    assert plain_loss(model, *args[0])[0].item() == pytest.approx(plain_loss(model, *args[1])[0].item(), rel=1e-6)
+    changed = args[0]._replace(targets=mx.where(args[0].mask, args[0].targets, 0))
+    assert plain_loss(model, *args[0])[0].item() == plain_loss(model, *changed)[0].item()
 
 
 def test_empty_mask_gives_zero_and_no_update():
@@ -113,15 +113,15 @@ def test_clip_is_the_global_norm_in_float32():
 
 def test_gradients_equal_finite_differences():
     model, b = adapted(), batch(2, 6, seed=3)
-    arrays = [mx.array(x) for x in (b.inputs, b.targets, b.mask)]
-    _, grads = nn.value_and_grad(model, lambda m, *a: cross_entropy(m, *a)[0])(model, *arrays)
+    arrays = Arrays.of(b)
+    _, grads = nn.value_and_grad(model, lambda m, *a: plain_loss(m, *a)[0])(model, *arrays)
     flat = dict(tree_flatten(grads))
     for name, value in adapter_parameters(model).items():
         direction = mx.random.normal(value.shape, key=mx.random.key(5))
         ends = []
         for sign in (1, -1):
             model.load_weights([(name, value + sign * 2e-3 * direction)], strict=False)
-            ends.append(cross_entropy(model, *arrays)[0].item())
+            ends.append(plain_loss(model, *arrays)[0].item())
         model.load_weights([(name, value)], strict=False)
         measured = (ends[0] - ends[1]) / 4e-3
         assert (flat[name] * direction).sum().item() == pytest.approx(measured, rel=0.05, abs=0.05), name
@@ -132,9 +132,9 @@ def test_adamw_is_torchs_formula():
     value = factors(model).astype(np.float64)
     m = v = np.zeros_like(value)
     step = make_step(model, clip=0.0, weight_decay=0.1)
-    gradient = nn.value_and_grad(model, lambda mo, *a: cross_entropy(mo, *a)[0] / cross_entropy(mo, *a)[1])
+    gradient = nn.value_and_grad(model, lambda mo, *a: plain_loss(mo, *a)[0] / plain_loss(mo, *a)[1])
     for t in range(1, 6):
-        _, grads = gradient(model, *(mx.array(x) for x in (b.inputs, b.targets, b.mask)))
+        _, grads = gradient(model, *Arrays.of(b))
         g = np.concatenate([np.array(x).ravel() for _, x in sorted(tree_flatten(grads))]).astype(np.float64)
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         value = value * (1 - 1e-2 * 0.1) - 1e-2 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
@@ -147,13 +147,13 @@ def test_non_finite_step_is_skipped_whole(poison):
     clean, dirty = adapted(), adapted()
     loss_at = mx.array(0.0)
 
-    def poisoned(model, inputs, targets, mask):
-        total, count = cross_entropy(model, inputs, targets, mask)
-        bad = inputs[0, 0] == 287
+    def poisoned(model, *arrays):
+        total, count = plain_loss(model, *arrays)
+        bad = arrays[0][0, 0] == 287
         return total * mx.where(bad, poison, 1.0), count + loss_at
 
     settings = OptimizerSettings(learning_rate=1e-2, warmup=0.0)
-    step_clean = Step(clean, build_optimizer(settings, 9), cross_entropy, 1.0)
+    step_clean = Step(clean, build_optimizer(settings, 9), plain_loss, 1.0)
     step_dirty = Step(dirty, build_optimizer(settings, 9), poisoned, 1.0)
     good = [batch(2, 8, seed=s) for s in (1, 2)]
     for b in good:
@@ -251,5 +251,5 @@ def test_mlx_adam_without_correction_is_another_optimizer():
     model, b = adapted(), batch(3, 8, seed=4)
     other = adapted()
     make_step(model, weight_decay=0.01)([b])
-    Step(other, optim.AdamW(1e-2, weight_decay=0.01), cross_entropy, 1.0)([b])
+    Step(other, optim.AdamW(1e-2, weight_decay=0.01), plain_loss, 1.0)([b])
     assert np.abs(factors(model) - factors(other)).max() > 1e-3

@@ -45,7 +45,8 @@ def dequantised_matmul(x: mx.array, packed: list[mx.array], *, group_size: int, 
     return product(x, *packed)
 
 
-def _packed(layer: nn.Module) -> list[mx.array]:
+def packed_arrays(layer: nn.Module) -> list[mx.array]:
+    """Return a quantised layer's `[weight, scales]`, with `biases` in the affine mode."""
     arrays = [layer["weight"], layer["scales"]]
     return arrays if layer.get("biases") is None else [*arrays, layer["biases"]]
 
@@ -60,7 +61,7 @@ class MeasuredQuantizedLinear(nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
         if not _many_rows(self, x):
             return super().__call__(x)
-        y = dequantised_matmul(x, _packed(self), group_size=self.group_size, bits=self.bits, mode=self.mode)
+        y = dequantised_matmul(x, packed_arrays(self), group_size=self.group_size, bits=self.bits, mode=self.mode)
         return y + self["bias"] if "bias" in self else y
 
 
@@ -70,7 +71,7 @@ class MeasuredQuantizedEmbedding(nn.QuantizedEmbedding):
     def as_linear(self, x: mx.array) -> mx.array:
         if not _many_rows(self, x):
             return super().as_linear(x)
-        return dequantised_matmul(x, _packed(self), group_size=self.group_size, bits=self.bits, mode=self.mode)
+        return dequantised_matmul(x, packed_arrays(self), group_size=self.group_size, bits=self.bits, mode=self.mode)
 
 
 MEASURED = {nn.QuantizedLinear: MeasuredQuantizedLinear, nn.QuantizedEmbedding: MeasuredQuantizedEmbedding}

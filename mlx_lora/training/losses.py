@@ -3,28 +3,140 @@
 A mean cannot be added to another batch's mean; sums and counts can, so accumulation, validation and
 several ranks all divide once, at the end.
 
-Shapes: B batch, T time, V vocabulary.
+Two forms compute the same number. `plain` takes the model's own logits of every position. `fused` takes
+hidden states of the supervised positions only and never holds their logits (fused.py). Fused is used when
+it agrees with plain on a few tokens of this very model; otherwise plain is, and the run header says why.
+
+Shapes: B batch, T time, P supervised positions (padded), D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_lora import device
+from mlx_lora.data.batches import Batch
+from mlx_lora.models.head import Head, find_head
+from mlx_lora.training.fused import LossBudget, fused_cross_entropy
+
+CHECK_TOKENS = 64
 
 
-def cross_entropy(model: nn.Module, inputs: mx.array, targets: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
-    """Return the summed next-token cross-entropy of the trained tokens and how many there are.
+class Arrays(NamedTuple):
+    """A batch on the device.
 
-    Args:
-        model: maps (B, T) ids to (B, T, V) logits.
-        inputs: (B, T) int.
-        targets: (B, T) int.
-        mask: (B, T) bool; False positions, padding included, contribute exactly zero.
-
-    Returns:
-        (sum, count), float32 scalars. An empty mask gives (0, 0): no division happens here, so no NaN.
+    Attributes:
+        inputs, targets: (B, T) int32.
+        mask: (B, T) bool, True where the target is trained.
+        positions: (P,) int32, flat indices of the trained targets, padded with 0.
+        weights: (P,) float32, 1 for a real position, 0 for padding.
     """
+
+    inputs: mx.array
+    targets: mx.array
+    mask: mx.array
+    positions: mx.array
+    weights: mx.array
+
+    @classmethod
+    def of(cls, batch: Batch) -> Arrays:
+        """Copy a batch to the device."""
+        return cls(*(mx.array(getattr(batch, name)) for name in cls._fields))
+
+
+LossFunction = Callable[..., tuple[mx.array, mx.array]]
+"""(model, *Arrays) -> (sum, count), float32 scalars. An empty mask gives (0, 0): nothing is divided, so no NaN."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss in its two uses.
+
+    Attributes:
+        train: to be differentiated.
+        measure: for validation and evaluation; makes no gradient.
+        description: for the run header.
+    """
+
+    train: LossFunction
+    measure: LossFunction
+    description: str
+
+
+def plain_loss(
+    model: nn.Module, inputs: mx.array, targets: mx.array, mask: mx.array, positions: mx.array, weights: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Return the summed next-token cross-entropy and its token count from the model's (B, T, V) logits."""
     logits = model(inputs).astype(mx.float32)  # (B, T, V)
     losses = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
     # where, not a product: a masked position may hold inf, and 0 * inf is NaN.
     return mx.where(mask, losses, 0.0).sum(), mask.astype(mx.float32).sum()
+
+
+PLAIN = Loss(plain_loss, plain_loss, "plain cross-entropy")
+
+
+def fused_loss(head: Head, budget: LossBudget) -> Loss:
+    """Return the loss that brings only supervised positions to `head`, a chunk at a time."""
+
+    def make(gradient: bool) -> LossFunction:
+        def loss(
+            model: nn.Module,
+            inputs: mx.array,
+            targets: mx.array,
+            mask: mx.array,
+            positions: mx.array,
+            weights: mx.array,
+        ) -> tuple[mx.array, mx.array]:
+            hidden = head.body(inputs)  # (B, T, D)
+            chosen = hidden.reshape(-1, hidden.shape[-1])[positions]  # (P, D)
+            total = fused_cross_entropy(head, chosen, targets.reshape(-1)[positions], weights, budget, gradient)
+            return total, weights.sum()
+
+        return loss
+
+    return Loss(make(True), make(False), f"fused cross-entropy, {budget.chunk_bytes / 2**20:.0f} MiB chunks")
+
+
+def choose_loss(model: nn.Module, config: dict[str, Any]) -> Loss:
+    """Return the fused loss when it can be had and agrees with the plain one on this model, else plain.
+
+    Args:
+        model: the model to train, adapters in place.
+        config: its config.json.
+    """
+    head = find_head(model, config)
+    if isinstance(head, str):
+        return Loss(plain_loss, plain_loss, f"plain cross-entropy ({head})")
+    fused = fused_loss(head, LossBudget(*device.loss_bytes()))
+    difference = _difference(model, fused, head.vocabulary)
+    if difference > _tolerance(model):
+        reason = f"fused differs by {difference:.1e} on {CHECK_TOKENS} tokens"
+        return Loss(plain_loss, plain_loss, f"plain cross-entropy ({reason})")
+    return fused
+
+
+def _difference(model: nn.Module, fused: Loss, vocabulary: int) -> float:
+    """Return the relative difference of the two losses on random tokens, dropout off."""
+    training = model.training
+    model.eval()
+    ids = mx.random.randint(0, vocabulary, (1, CHECK_TOKENS + 1), key=mx.random.key(0))
+    mask = mx.ones((1, CHECK_TOKENS), mx.bool_)
+    positions, weights = mx.arange(CHECK_TOKENS), mx.ones((CHECK_TOKENS,))
+    arrays = Arrays(ids[:, :-1], ids[:, 1:], mask, positions, weights)
+    plain, _ = plain_loss(model, *arrays)
+    other, _ = fused.measure(model, *arrays)
+    model.train(training)
+    return abs(other.item() - plain.item()) / max(abs(plain.item()), 1e-6)
+
+
+def _tolerance(model: nn.Module) -> float:
+    """float32 sums in another order, or 16-bit logits: what two right answers may differ by."""
+    halves = any(p.dtype in (mx.bfloat16, mx.float16) for _, p in tree_flatten(model.parameters()))
+    return 1e-2 if halves else 1e-4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -12,9 +11,8 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from mlx_lora.data.batches import Batch
+from mlx_lora.training.losses import Arrays, LossFunction
 from mlx_lora.training.optim import clip_scale, scaled
-
-LossFunction = Callable[[nn.Module, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
 
 
 class StepResult(NamedTuple):
@@ -51,8 +49,8 @@ class Step:
         self._state = [model.state, optimizer.state, mx.random.state]
         gradient = nn.value_and_grad(model, loss)
 
-        def micro(inputs: mx.array, targets: mx.array, mask: mx.array):
-            return gradient(model, inputs, targets, mask)
+        def micro(*arrays: mx.array):
+            return gradient(model, *arrays)
 
         def apply(loss_sum: mx.array, tokens: mx.array, grads: dict) -> StepResult:
             grads = scaled(grads, 1 / mx.maximum(tokens, 1))
@@ -67,8 +65,8 @@ class Step:
             optimizer.state.update(_choose(applied, optimizer.state, state))
             return StepResult(loss_sum, tokens, norm, applied)
 
-        def whole(inputs: mx.array, targets: mx.array, mask: mx.array) -> StepResult:
-            (loss_sum, tokens), grads = micro(inputs, targets, mask)
+        def whole(*arrays: mx.array) -> StepResult:
+            (loss_sum, tokens), grads = micro(*arrays)
             return apply(loss_sum, tokens, grads)
 
         compiled = partial(mx.compile, inputs=self._state, outputs=self._state)
@@ -81,11 +79,11 @@ class Step:
             Lazy results; the update is already under way on the device.
         """
         if len(batches) == 1:
-            result = self._whole(*_arrays(batches[0]))
+            result = self._whole(*Arrays.of(batches[0]))
         else:
             total = None
             for batch in batches:
-                (loss_sum, tokens), grads = self._micro(*_arrays(batch))
+                (loss_sum, tokens), grads = self._micro(*Arrays.of(batch))
                 part = [loss_sum, tokens, grads]
                 total = part if total is None else tree_map(mx.add, total, part)
                 mx.async_eval(total)  # one micro-batch's activations at a time, and short command buffers
@@ -101,7 +99,3 @@ class Step:
 
 def _choose(condition: mx.array, new: dict, old: dict) -> dict:
     return tree_map(lambda a, b: mx.where(condition, a, b), new, old)
-
-
-def _arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
-    return mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.mask)

@@ -19,8 +19,9 @@ from mlx_lora import device
 from mlx_lora.config import LoopSettings
 from mlx_lora.data.batches import Batch, BatchPlan
 from mlx_lora.errors import RunError
+from mlx_lora.training.losses import Arrays, LossFunction
 from mlx_lora.training.report import Metrics
-from mlx_lora.training.step import LossFunction, Step, StepResult
+from mlx_lora.training.step import Step, StepResult
 
 # This many skipped updates in a row mean that the run has diverged, not that one batch was bad.
 MAX_SKIPPED_IN_A_ROW = 10
@@ -105,7 +106,7 @@ def mean_loss(model: nn.Module, loss: LossFunction, batches: Iterable[Batch]) ->
     model.eval()
     total, count = mx.array(0.0), mx.array(0.0)
     for batch in batches:
-        part, tokens = loss(model, mx.array(batch.inputs), mx.array(batch.targets), mx.array(batch.mask))
+        part, tokens = loss(model, *Arrays.of(batch))
         total, count = total + part, count + tokens
         mx.eval(total, count)
     model.train(training)

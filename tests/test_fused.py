@@ -1,0 +1,181 @@
+"""The fused loss: same number and same gradients as the plain one, for every kind of head, and bounded memory."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import TINY, quantised, tiny_model
+from mlx.utils import tree_flatten
+from mlx_lm.models import cohere, gemma2, granite
+from test_step import adapted, batch, factors, make_step
+
+from mlx_lora.adapters.inject import inject, select_targets
+from mlx_lora.models.head import Head, find_head
+from mlx_lora.training.fused import LossBudget, chunk_rows, fused_cross_entropy
+from mlx_lora.training.losses import Arrays, choose_loss, fused_loss, plain_loss
+from mlx_lora.training.step import Step
+
+V, D, P = 301, 64, 37
+HEADS = {
+    "tied": lambda: nn.Embedding(V, D),
+    "linear with bias": lambda: nn.Linear(D, V),
+    "linear": lambda: nn.Linear(D, V, bias=False),
+    "4-bit": lambda: nn.QuantizedLinear.from_linear(nn.Linear(D, V), 32, 4),
+    "8-bit tied": lambda: nn.QuantizedEmbedding.from_embedding(nn.Embedding(V, D), 32, 8),
+    "mxfp4": lambda: nn.QuantizedLinear.from_linear(nn.Linear(D, V, bias=False), 32, 4, mode="mxfp4"),
+}
+BUDGETS = {
+    "one chunk": LossBudget(1 << 30, 1 << 30),
+    "many chunks": LossBudget(4 * V * 7, 1 << 30),
+    "head in pieces": LossBudget(4 * V * 7, 0),
+}
+
+
+def by_definition(head: Head, h: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+    logits = h @ head.dense(head.arrays, mx.float32).T
+    logits = (logits + head.bias if head.bias is not None else logits) * head.scale
+    if head.soft_cap:
+        logits = head.soft_cap * mx.tanh(logits / head.soft_cap)
+    losses = mx.logsumexp(logits, -1) - mx.take_along_axis(logits, targets[:, None], -1)[:, 0]
+    return (losses * weights).sum()
+
+
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (1.0, 3.0), (2.0, 5.0)])
+@pytest.mark.parametrize("layer", HEADS.values(), ids=HEADS)
+def test_value_and_gradient_equal_the_definition(layer, scale, cap, budget):
+    head = Head(nn.Module(), layer(), scale, cap)
+    h, targets = 2 * mx.random.normal((P, D)), mx.random.randint(0, V, (P,))
+    weights = (mx.random.uniform(shape=(P,)) < 0.7).astype(mx.float32)
+    value, grad = mx.value_and_grad(lambda x: by_definition(head, x, targets, weights))(h)
+    fused = mx.compile(mx.value_and_grad(lambda x: fused_cross_entropy(head, x, targets, weights, budget)))
+    got, got_grad = fused(h)
+    assert got.item() == pytest.approx(value.item(), rel=1e-5)
+    assert np.allclose(got_grad, grad, rtol=1e-4, atol=1e-5 * mx.abs(grad).max().item())
+    assert mx.abs(got_grad * (1 - weights[:, None])).max().item() == 0
+    no_gradient = fused_cross_entropy(head, h, targets, weights, budget, gradient=False)
+    assert no_gradient.item() == pytest.approx(value.item(), rel=1e-5)
+
+
+def test_vocabulary_beyond_the_inner_cut():
+    head = Head(nn.Module(), nn.Embedding(70000, 32))
+    h, targets, weights = mx.random.normal((5, 32)), mx.random.randint(0, 70000, (5,)), mx.ones((5,))
+    grad = mx.grad(lambda x: by_definition(head, x, targets, weights))(h)
+    got = mx.grad(lambda x: fused_cross_entropy(head, x, targets, weights, LossBudget(1 << 20, 1 << 30)))(h)
+    assert np.allclose(got, grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("share", [0.5, 1.0, -1.0])
+def test_every_adapter_gradient_equals_the_plain_path(bits, share):
+    model = adapted(bits)
+    arrays = Arrays.of(batch(3, 11, seed=1, share=share))
+    fused = fused_loss(find_head(model, TINY), LossBudget(4 * 288 * 5, 1 << 30))
+    (value, count), grads = nn.value_and_grad(model, plain_loss)(model, *arrays)
+    (got, got_count), got_grads = nn.value_and_grad(model, fused.train)(model, *arrays)
+    assert got.item() == pytest.approx(value.item(), rel=1e-5, abs=1e-6)
+    assert got_count.item() == count.item()
+    for (name, a), (_, b) in zip(tree_flatten(grads), tree_flatten(got_grads), strict=True):
+        assert np.allclose(a, b, rtol=1e-4, atol=1e-5 * max(mx.abs(a).max().item(), 1e-3)), name
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_training_with_it_gives_the_plain_paths_factors(bits):
+    plain, other = adapted(bits), adapted(bits)
+    step = make_step(plain)
+    fused_step = make_step(other)
+    fused_step = Step(other, fused_step.optimizer, choose_loss(other, TINY).train, 1.0)
+    for seed in range(4):
+        a, b = step([batch(2, 9, seed)]), fused_step([batch(2, 9, seed)])
+        assert a.loss_sum.item() == pytest.approx(b.loss_sum.item(), rel=1e-4)
+    # Adam divides by the gradient's own size: where that is rounding noise, so is the direction of the step.
+    moved = factors(plain) - factors(adapted(bits))
+    assert np.linalg.norm(factors(plain) - factors(other)) < 1e-3 * np.linalg.norm(moved)
+
+
+FAMILIES = {
+    "gemma2": (gemma2, {"head_dim": 16, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 16}),
+    "cohere": (cohere, {"logit_scale": 0.3, "layer_norm_eps": 1e-5}),
+    "granite": (
+        granite,
+        {
+            "logits_scaling": 4.0,
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 2.0,
+            "residual_multiplier": 0.5,
+            "attention_bias": False,
+            "mlp_bias": False,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_familys_head_passes_the_start_up_check(family):
+    module, changes = FAMILIES[family]
+    config = {**TINY, "model_type": family, **changes}
+    model = module.Model(module.ModelArgs.from_dict(config))
+    model.eval()
+    assert choose_loss(model, config).description.startswith("fused")
+    # The same model with its family's peculiarity overlooked must be caught.
+    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        config.pop(key, None)
+    assert "fused differs" in choose_loss(model, config).description
+
+
+def test_untied_quantised_and_multimodal_heads_are_found():
+    assert isinstance(find_head(tiny_model(tie_word_embeddings=False), TINY).layer, nn.Linear)
+    assert isinstance(find_head(quantised(tiny_model()), TINY).layer, nn.QuantizedEmbedding)
+    wrapper = nn.Module()
+    wrapper.language_model = tiny_model()
+    assert find_head(wrapper, TINY).layer is wrapper.language_model.model.embed_tokens
+
+
+def test_an_adapted_or_unknown_head_takes_the_plain_loss_and_says_so():
+    model = tiny_model()
+    inject(model, select_targets(model, "all-linear,embed_tokens").paths, 4, 1.0)
+    assert choose_loss(model, TINY).description == "plain cross-entropy (the head is LoRAEmbedding)"
+    assert "no part named" in choose_loss_description(nn.Linear(2, 2))
+
+
+def choose_loss_description(model: nn.Module) -> str:
+    return choose_loss(model, {}).description
+
+
+def test_chunks_are_even_and_within_the_budget():
+    assert chunk_rows(1000, 50000, 4 * 50000 * 300) == 250
+    assert chunk_rows(5, 50000, 1) == 1
+    assert chunk_rows(7, 10, 1 << 30) == 7
+
+
+def test_peak_memory_is_a_chunk_not_the_logits(request):
+    vocabulary, positions = 32000, 512
+    head = Head(nn.Module(), nn.Embedding(vocabulary, 32))
+    h, targets, weights = mx.random.normal((positions, 32)), mx.zeros((positions,), mx.int32), mx.ones((positions,))
+    mx.eval(h, targets, weights, head.arrays)
+
+    # The CPU backend allocates for operations it has not run yet; a low limit makes it wait (device.py).
+    old = mx.set_memory_limit(1)
+    request.addfinalizer(lambda: mx.set_memory_limit(old))
+
+    def peak(budget_bytes: int) -> int:
+        mx.clear_cache()
+        start = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(mx.grad(lambda x: fused_cross_entropy(head, x, targets, weights, LossBudget(budget_bytes, 0)))(h))
+        return mx.get_peak_memory() - start
+
+    logits_bytes = 4 * positions * vocabulary
+    assert peak(logits_bytes // 16) < logits_bytes / 4
+    assert peak(logits_bytes) > logits_bytes
+
+
+def test_empty_batch_is_zero_without_nan():
+    model = adapted()
+    arrays = Arrays.of(batch(2, 6, seed=0, share=-1))
+    fused = fused_loss(find_head(model, TINY), BUDGETS["one chunk"])
+    (value, count), grads = nn.value_and_grad(model, fused.train)(model, *arrays)
+    assert (value.item(), count.item()) == (0, 0)
+    assert all(not g.any() for _, g in tree_flatten(grads))
