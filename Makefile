@@ -37,8 +37,11 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# make bench MODEL=folder DATA=file: our trainer against mlx-lm's, same work, alternating fresh processes.
+MODEL ?= demo/SmolLM2-135M-Instruct
+DATA ?= data/alpaca/train.jsonl
 bench: setup
-	$(BIN)/python benchmarks/parity_llamacpp.py --help
+	$(BIN)/python benchmarks/versus.py --model $(MODEL) --data $(DATA) --out versus.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo

@@ -95,7 +95,7 @@ class LoopSettings:
     test: bool = setting(False, "Measure the loss on the test set (after training, with --train).")
     test_batches: int = setting(500, "Test batches; -1: all.")
     clear_cache_threshold: str | None = setting(
-        None, "Bound on MLX's buffer cache, as in 2GB (default: a third of the limit)."
+        None, "Bound on MLX's buffer cache, as in 2GB (default: a sixteenth of the working set)."
     )
     report_to: str | None = setting(None, "Also log to wandb, swanlab or both, by comma.")
     project_name: str | None = setting(None, "Project name for --report-to.")

@@ -88,9 +88,10 @@ def set_cache_limit(limit: str | None) -> int:
     """Bound MLX's buffer cache once for the whole run and return the bound in bytes.
 
     Args:
-        limit: a size such as `2GB`, or None for a third of the working set.
+        limit: a size such as `2GB`, or None for a sixteenth of the working set: batches of many shapes leave
+            buffers that fit no later one, and they count in the process all the same.
     """
-    bound = current_device().working_set_bytes // 3 if limit is None else parse_size(limit)
+    bound = current_device().working_set_bytes // 16 if limit is None else parse_size(limit)
     mx.set_cache_limit(bound)
     return bound
 

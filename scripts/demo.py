@@ -25,7 +25,7 @@ HELD_OUT = 0.1
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the model, data and adapter")
-    parser.add_argument("--iters", type=int, default=60, help="optimizer steps")
+    parser.add_argument("--iters", type=int, default=100, help="optimizer steps")
     arguments = parser.parse_args()
     out, started = arguments.out, time.perf_counter()
     gguf = run([sys.executable, "scripts/get_models.py"]).strip().splitlines()[-1]
@@ -35,7 +35,7 @@ def main() -> None:
     before = evaluate(model, test_file)
     mlx_lora(
         "train", "--model", model, "--data", out / "shakespeare", "--adapter-path", adapter, "--force",
-        "--iters", arguments.iters, "--max-seq-length", 256, "--batch-tokens", 1024, "--learning-rate", "1e-3",
+        "--iters", arguments.iters, "--max-seq-length", 256, "--batch-tokens", 512, "--learning-rate", "2e-3",
         "--val-batches", 4, "--steps-per-eval", 0,
     )  # fmt: skip
     after = evaluate(model, test_file, "--adapter-path", adapter)
