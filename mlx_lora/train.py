@@ -7,6 +7,7 @@ python -m mlx_lora.train --config run.yaml --learning-rate 1e-4
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,25 @@ from mlx.utils import tree_flatten
 from mlx_lora import cli, device
 from mlx_lora.adapters.inject import Targets, adapter_parameters, inject, select_targets
 from mlx_lora.adapters.methods import PRESETS
-from mlx_lora.artifacts.adapter import CONFIG_FILE, AdapterInfo, load_adapter, load_factors, save_adapter
+from mlx_lora.artifacts.adapter import (
+    CONFIG_FILE,
+    AdapterInfo,
+    check_base,
+    load_adapter,
+    load_factors,
+    read_adapter_config,
+    save_adapter,
+)
 from mlx_lora.config import TrainSettings, train_settings
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.loading import DataSplits, load_data
+from mlx_lora.data.widths import ShapePrice
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable, replacing_file
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.training.checkpointing import checkpoint_blocks
-from mlx_lora.training.losses import choose_loss
+from mlx_lora.training.losses import Loss, choose_loss
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.report import Metrics, MetricsFile, make_progress
 from mlx_lora.training.step import Step
@@ -53,7 +63,8 @@ def main(config_file: str | None, **options: Any) -> int:
     if settings.loop.test and not (outcome and outcome.interrupted):
         report_test_loss(settings, base, splits.test)
     if outcome and outcome.interrupted:
-        cli.echo(f"Interrupted after {outcome.steps} steps; the adapter is saved in {settings.loop.adapter_path}")
+        saved = f"the adapter is saved in {settings.loop.adapter_path}" if outcome.steps else "nothing to save yet"
+        cli.echo(f"Interrupted after {outcome.steps} steps; {saved}")
         return 130
     return 0
 
@@ -65,9 +76,16 @@ def wants_training(settings: TrainSettings) -> bool:
 
 def check_run_folder(settings: TrainSettings) -> None:
     """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
-    missing = [flag for flag, value in (("--model", settings.model.model), ("--data", settings.data.data)) if not value]
+    needed = {
+        "--model": settings.model.model,
+        "--data": settings.data.data,
+        "--adapter-path": settings.loop.adapter_path,
+    }
+    missing = [flag for flag, value in needed.items() if not value]
     if missing:
-        raise InputError(f"{' and '.join(missing)}: missing; give a model and a data file (--help lists the forms)")
+        raise InputError(
+            f"{' and '.join(missing)}: missing; give a model, a data file and a folder (--help lists the forms)"
+        )
     if not wants_training(settings):
         if not settings.loop.test:
             raise InputError("--no-train without --test: nothing to do; give --test, or leave --no-train out")
@@ -95,7 +113,10 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     # Kept with the adapter when it is not the model's own, so that generate renders prompts the same way.
     own_template = splits.chat_template == base.hf_tokenizer.chat_template
     targets, info = adapt(settings, base, None if own_template else splits.chat_template)
-    plan = BatchPlan(splits.train, batch_tokens=loop.batch_tokens, batch_size=loop.batch_size, seed=loop.seed)
+    price = ShapePrice(epochs=loop.epochs or 1.0)
+    plan = BatchPlan(
+        splits.train, batch_tokens=loop.batch_tokens, batch_size=loop.batch_size, seed=loop.seed, price=price
+    )
     validation = validation_plan(splits.valid, settings)
     steps = total_steps(plan, loop)
     loss = choose_loss(base.model, base.config)
@@ -109,7 +130,8 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     device.set_cache_limit(loop.clear_cache_threshold)
     device.wire_working_set()
     loggers = reporting_sinks(settings)
-    describe_run(settings, base, targets, factors, plan, steps)
+    describe_run(settings, base, targets, factors, plan, steps, loss)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # --force: an earlier run's would pass for this one's
     write_settings(folder, settings)
     metrics, progress = MetricsFile(folder / "metrics.jsonl"), make_progress(steps, cli.echo)
     sinks = [metrics, progress.report, *loggers]
@@ -140,7 +162,10 @@ def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tup
     scale = PRESETS[method].scale_of(adapter.alpha, adapter.rank)
     inject(base.model, targets.paths, adapter.rank, scale, adapter.dropout, settings.loop.seed)
     if adapter.resume_adapter_file:
-        load_factors(base.model, Path(adapter.resume_adapter_file))
+        file = Path(adapter.resume_adapter_file)
+        if (file.parent / CONFIG_FILE).exists():
+            check_base(base, read_adapter_config(file.parent), file)
+        load_factors(base.model, file)
     return targets, AdapterInfo(
         method=method,
         rank=adapter.rank,
@@ -171,7 +196,13 @@ def validation_plan(rows: EncodedSet | None, settings: TrainSettings) -> BatchPl
 
 
 def describe_run(
-    settings: TrainSettings, base: Base, targets: Targets, factors: dict[str, mx.array], plan: BatchPlan, steps: int
+    settings: TrainSettings,
+    base: Base,
+    targets: Targets,
+    factors: dict[str, mx.array],
+    plan: BatchPlan,
+    steps: int,
+    loss: Loss,
 ) -> None:
     """Print what will be trained, before the first step."""
     trainable = sum(p.size for p in factors.values())
@@ -187,6 +218,8 @@ def describe_run(
         f"Run: {steps} steps, {len(plan)} batches per epoch, {optimizer.optimizer}, lr {optimizer.learning_rate:g} "
         f"{optimizer.lr_schedule}, warm-up {optimizer.warmup:g}, clip {optimizer.max_grad_norm:g}, seed {settings.loop.seed}"
     )
+    paths = "".join(f"; {form}: dense product from {rows} rows" for form, rows in base.dense_from_rows.items())
+    cli.echo(f"Step: {loss.description}; {len(plan.shapes)} batch shapes, {plan.padding_fraction:.1%} padding{paths}")
 
 
 def write_settings(folder: Path, settings: TrainSettings) -> None:

@@ -12,6 +12,7 @@ import time
 import mlx.core as mx
 import pytest
 import yaml
+from conftest import tiny_model, write_folder
 from run_cli import run
 
 from mlx_lora.training.trainer import interrupt_flag
@@ -179,3 +180,52 @@ def test_second_interrupt_ends_at_once():
     with pytest.raises(KeyboardInterrupt):
         interrupt_twice()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_evaluate_says_what_it_left_out_each_time(tiny_folder, tmp_path):
+    rows = [{"prompt": "p" * 10, "completion": "c" * 10}, {"id": 7}, {"prompt": "p" * 10, "completion": "c" * 200}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ("evaluate", "--model", tiny_folder, "--data", data, "--max-seq-length", 100, "--json")
+    for _ in range(2):  # the second time from the cache
+        ran = run(*command)
+        assert "1 unusable rows left out: rows.jsonl line 2" in ran.err
+        assert "1 rows cut" in ran.err
+        assert json.loads(ran.out)["rows"] == 2
+
+
+def test_force_does_not_leave_an_earlier_runs_checkpoints(tiny_folder, chats, tmp_path):
+    old = tmp_path / "a/checkpoints/step-000099"
+    old.mkdir(parents=True)
+    assert (
+        run(
+            "train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a", "--iters", 1, "--force"
+        ).code
+        == 0
+    )
+    assert not old.exists()
+
+
+def test_the_header_names_loss_shapes_and_matmul_path(tiny_4bit_folder, chats, tmp_path):
+    ran = run("train", "--model", tiny_4bit_folder, "--data", chats, "--adapter-path", tmp_path / "a", "--iters", 1)
+    assert "fused cross-entropy" in ran.err
+    assert "batch shapes" in ran.err
+    assert "dense product from" in ran.err
+
+
+def test_resume_file_of_another_base_is_refused(trained, chats, tmp_path):
+    out, _ = trained
+    other = write_folder(tmp_path / "other", tiny_model(seed=9))
+    ran = run(
+        "train",
+        "--model",
+        other,
+        "--data",
+        chats,
+        "--adapter-path",
+        tmp_path / "a",
+        "--resume-adapter-file",
+        out / "adapters.safetensors",
+    )
+    assert ran.code == 2
+    assert "another model" in ran.lines[-1]

@@ -101,6 +101,21 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def check_base(base: Base, config: dict[str, Any], place: Path) -> None:
+    """Refuse an adapter whose config says that it was trained on another base than this.
+
+    Raises:
+        InputError: naming both models.
+    """
+    own = config.get("mlx_lora") if isinstance(config.get("mlx_lora"), dict) else {}
+    trained_on = own.get("base_fingerprint")
+    if trained_on and trained_on != base.fingerprint:
+        raise InputError(
+            f"{place}: trained on {own.get('base_model')} (fingerprint {trained_on}), but --model {base.model_id} "
+            f"is another model ({base.fingerprint}); give that base, or --ignore-fingerprint to use it anyway"
+        )
+
+
 def load_adapter(base: Base, folder: Path, ignore_fingerprint: bool = False) -> AdapterInfo:
     """Put the adapter in `folder` onto `base.model`, in place.
 
@@ -114,12 +129,8 @@ def load_adapter(base: Base, folder: Path, ignore_fingerprint: bool = False) -> 
     """
     config = read_adapter_config(folder)
     own = config.get("mlx_lora") if isinstance(config.get("mlx_lora"), dict) else {}
-    trained_on = own.get("base_fingerprint")
-    if trained_on and trained_on != base.fingerprint and not ignore_fingerprint:
-        raise InputError(
-            f"--adapter-path {folder}: trained on {own.get('base_model')} (fingerprint {trained_on}), but --model {base.model_id} "
-            f"is another model ({base.fingerprint}); give that base, or --ignore-fingerprint to use it anyway"
-        )
+    if not ignore_fingerprint:
+        check_base(base, config, folder)
     shape = config["lora_parameters"]
     paths = _target_paths(base.model, config, folder)
     inject(base.model, paths, shape["rank"], float(shape["scale"]), float(shape.get("dropout", 0.0)))
@@ -150,6 +161,10 @@ def _target_paths(model: nn.Module, config: dict[str, Any], folder: Path) -> tup
             f"--adapter-path {folder}: adapts {count} blocks, --model has {blocks}; give the base it was trained on"
         )
     keys = config["lora_parameters"].get("keys")
+    if keys and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
+        raise InputError(
+            f"{folder / CONFIG_FILE}: lora_parameters.keys is no list of names; restore it from a checkpoint"
+        )
     wish = ",".join(keys) if keys else "all-linear"
     return select_targets(model, wish, count or -1).paths
 

@@ -181,12 +181,17 @@ def load_eval_set(
         raise InputError(f"--data {data} has neither a test nor a validation file; name a file inside it")
     folder = entry_folder("evaluation", {name: files[name]}, settings, tokenizer, seed=0)
     if entry := read_entry(folder):
+        for line in entry[1]["notes"]:
+            say(line)
         return entry[0][name]
     parts = {name: _read(files[name], settings.data_format)}
     encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer)
     encoded = {name: _encode(parts[name], encoder, say)}
     _check(settings, parts, encoded)
-    _keep(folder, {name: encoded[name].rows}, {}, say)
+    notes = _evaluation_notes(parts[name], encoded[name])
+    for line in notes:
+        say(line)
+    _keep(folder, {name: encoded[name].rows}, {"notes": notes}, say)
     return encoded[name].rows
 
 
@@ -274,6 +279,17 @@ def _check(settings: DataSettings, parts: dict[str, _Rows], encoded: dict[str, E
         if len(encoded[name].rows):
             raise InputError(f"--strict: {found} unusable {name} rows: {first}{more}; mend or remove them")
         raise InputError(f"no usable row in the {name} data, {found} refused: {first}{more}")
+
+
+def _evaluation_notes(rows: _Rows, encoded: Encoded) -> list[str]:
+    """Say what an evaluation left out or cut: a loss over fewer rows than were given is another loss."""
+    notes = []
+    if rows.dropped:
+        first = "; ".join(f"{row.file} line {row.line}: {row.why}" for row in rows.dropped[:3])
+        notes.append(f"Note: {len(rows.dropped)} unusable rows left out: {first}")
+    if encoded.truncated:
+        notes.append(f"Note: {len(encoded.truncated)} rows cut at --max-seq-length")
+    return notes
 
 
 def _hold_out(encoded: Encoded, keys: list[str], fraction: float, seed: int) -> dict[str, EncodedSet]:

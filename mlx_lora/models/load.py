@@ -39,6 +39,7 @@ class Base:
         model_id: what the user named: hub id, folder or file.
         revision: the hub commit, if it came from the hub.
         fingerprint: see fingerprint.py.
+        dense_from_rows: for each kind of quantised weight, the rows from which its dense product is used.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Base:
     model_id: str
     revision: str | None
     fingerprint: str
+    dense_from_rows: dict[str, int]
 
     @property
     def hf_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -85,11 +87,11 @@ def load_base(settings: ModelSettings) -> Base:
     # Before the cast: float32 norms rounded to float16 and then to bfloat16 are not those rounded once.
     fingerprint = base_fingerprint(model, config)
     _cast_floats(model, device.compute_dtype(settings.dtype))
-    use_measured_matmul(model)
+    dense_from_rows = use_measured_matmul(model)
     model.freeze()
     mx.eval(model.parameters())
     tokenizer = load_folder_tokenizer(folder, config, settings.trust_remote_code)
-    return Base(model, tokenizer, config, folder, source.model_id, source.revision, fingerprint)
+    return Base(model, tokenizer, config, folder, source.model_id, source.revision, fingerprint, dense_from_rows)
 
 
 def _converted_gguf(source: ModelSource) -> Path:

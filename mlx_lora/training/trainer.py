@@ -199,7 +199,7 @@ def train(
                 if last or (settings.save_every and taken % settings.save_every == 0):
                     save(taken)
                     saved_at = taken
-        if saved_at != taken:  # interrupted between steps
+        if taken and saved_at != taken:  # interrupted between steps; an untrained adapter is not worth a folder
             save(taken)
         if taken == total and gone:
             raise _diverged(taken, guard)
