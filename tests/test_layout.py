@@ -58,3 +58,19 @@ def test_files_and_functions_stay_short(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             limit = 150 if node.name == TRAIN_LOOP else 60
             assert node.end_lineno - node.lineno + 1 <= limit, node.name
+
+
+def test_no_file_imports_in_a_circle():
+    names = {".".join(("mlx_lora", *p.relative_to(PACKAGE).with_suffix("").parts)): p for p in FILES}
+    graph = {}
+    for name, path in names.items():
+        used = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                used.update(m for m in (node.module, *(f"{node.module}.{a.name}" for a in node.names)) if m in names)
+        graph[name] = used
+    while leaves := [name for name, used in graph.items() if not used]:
+        for leaf in leaves:
+            del graph[leaf]
+        graph = {name: used - set(leaves) for name, used in graph.items()}
+    assert not graph, f"these import each other: {sorted(graph)}"

@@ -10,8 +10,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_lora.device import compute_dtype
 from mlx_lora.errors import InputError
-from mlx_lora.models import load
 from mlx_lora.models.converting import cast_model, load_float_model
+from mlx_lora.models.folder import load_folder_tokenizer, load_weights
 from mlx_lora.models.matmul import use_measured_matmul
 from mlx_lora.models.perplexity import measure_text_loss
 from mlx_lora.sources.hub import ModelSource
@@ -35,8 +35,8 @@ def compare_on_text(source: ModelSource, out: Path, text: str, trust_remote_code
     Raises:
         InputError: when the text is too short.
     """
-    converted, config = load.load_weights(out, trust_remote_code)
-    ids, bos_id = _encode(load.load_folder_tokenizer(out, config, trust_remote_code), text)
+    converted, config = load_weights(out, trust_remote_code)
+    ids, bos_id = _encode(load_folder_tokenizer(out, config, trust_remote_code), text)
     cast_model(converted, compute_dtype())
     use_measured_matmul(converted)
     result = measure_text_loss(converted, ids, bos_id)

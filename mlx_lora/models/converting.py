@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lora.cache import cache_dir
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable, replacing_folder
-from mlx_lora.models import load
+from mlx_lora.models.folder import load_weights
 from mlx_lora.models.gguf_arch import model_config, weight_map
 from mlx_lora.models.gguf_weights import Imported, Target, check_shapes, import_weights
 from mlx_lora.models.quantize import Quantisation, dequantise_model, quantise_model
@@ -121,7 +121,7 @@ def convert_model(
             conversion = _convert_gguf(source, folder, target, dtype)
         else:
             conversion = _convert_folder(source, folder, target, dtype, measure, trust_remote_code)
-        load.load_weights(folder, trust_remote_code)  # mlx-lm must build it before anyone is told that it is there
+        load_weights(folder, trust_remote_code)  # mlx-lm must build it before anyone is told that it is there
     conversion.elapsed_s = time.perf_counter() - start
     return conversion
 
@@ -158,7 +158,7 @@ def load_float_model(source: ModelSource, dtype: mx.Dtype, trust_remote_code: bo
         imported = import_weights(file.tensors, weight_map(file, config), "float", dtype)
         model.load_weights([item for tensor in imported for item in tensor.parameters.items()])
         return model
-    model, config = load.load_weights(source.path, trust_remote_code)
+    model, config = load_weights(source.path, trust_remote_code)
     model, _ = dequantise_model(model, config)
     cast_model(model, dtype)
     return model
@@ -243,7 +243,7 @@ def _convert_folder(
     measure: bool,
     trust_remote_code: bool,
 ) -> Conversion:
-    model, config = load.load_weights(source.path, trust_remote_code)
+    model, config = load_weights(source.path, trust_remote_code)
     if target is None:
         if "quantization" in config or "quantization_config" in config:
             choice = "give --bits to quantise it anew, or --no-quantize to make it float"
