@@ -166,6 +166,7 @@ def test_interrupt_saves_and_exits_130(tiny_folder, chats, tmp_path, signal_numb
         assert process.wait(30) == 130, rest
     assert "Interrupted after" in rest
     assert "Traceback" not in rest
+    assert "held-out loss" not in rest  # the one from before the first step is not this adapter's
     assert (out / "adapters.safetensors").exists()
     assert run("generate", "--model", tiny_folder, "--adapter-path", out, "--prompt", "x", "--max-tokens", 1).code == 0
 

@@ -29,7 +29,7 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: steps taken, the last validation loss if any, and whether it was interrupted."""
+    """How a run ended: steps taken, the validation loss at its end if one was taken, and whether it was interrupted."""
 
     steps: int
     val_loss: float | None
@@ -148,7 +148,7 @@ def train(
     batches = micro_batches(plan, settings)
     guard, window = SkipGuard(), Window()
     begun_s = time.perf_counter()
-    taken, consumed, val_loss, saved_at = 0, 0, None, None
+    taken, consumed, val_loss, val_at, saved_at = 0, 0, None, None, None
     previous: StepResult | None = None
     model.train()
 
@@ -164,13 +164,13 @@ def train(
         )
 
     def validate() -> None:
-        nonlocal val_loss
+        nonlocal val_loss, val_at
         if validation is None or settings.val_batches == 0:
             return
         held_out = takewhile(lambda _: not interrupted(), validation.batches(settings.val_batches))
         value, tokens = mean_loss(model, loss, held_out)
         if tokens and not interrupted():
-            val_loss = value
+            val_loss, val_at = value, taken
             report(record(value))
 
     with interrupt_flag() as interrupted:
@@ -203,7 +203,7 @@ def train(
             save(taken)
         if taken == total and gone:
             raise _diverged(taken, guard)
-        return Outcome(taken, val_loss, interrupted())
+        return Outcome(taken, val_loss if val_at == taken else None, interrupted())
 
 
 def _diverged(taken: int, guard: SkipGuard) -> RunError:
