@@ -6,14 +6,17 @@ import json
 import os
 from pathlib import Path
 
+# First of all: it loads the fast BLAS, which must come before mlx.core.
+# isort: off
+from mlx_lora.cache import cache_dir
+
+# isort: on
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from byte_tokenizer import byte_tokenizer
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
-
-from mlx_lora.cache import cache_dir
 
 TINY = {
     "model_type": "llama",
