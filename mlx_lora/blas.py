@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,15 +90,8 @@ def _load_pypi_openblas() -> Blas:
 
 def _shim_path(library: Path) -> Path:
     """Name the compiled shim after the library it jumps into, so that an upgrade compiles a new one."""
-    stamp = f"{library.stat().st_size:x}-{abs(hash_of(str(library))):x}"
+    stamp = f"{library.stat().st_size:x}-{zlib.crc32(str(library).encode()):x}"
     return cache_dir("blas") / f"shim-{platform.machine()}-{stamp}.so"
-
-
-def hash_of(text: str) -> int:
-    """Return a hash of `text` that is equal in every process (Python's own is salted)."""
-    import zlib
-
-    return zlib.crc32(text.encode())
 
 
 def _compile_shim(compiler: str, library: Path, shim: Path) -> None:

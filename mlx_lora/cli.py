@@ -50,26 +50,26 @@ class Command(click.Command):
     """
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **kwargs)
-        _quiet_libraries()
-        try:
-            result = super().main(*args, standalone_mode=False, **kwargs)
-        except (Exception, KeyboardInterrupt) as error:
-            sys.exit(report_error(error))
-        sys.exit(result if isinstance(result, int) else 0)
+        return _run(super().main, standalone_mode, *args, **kwargs)
 
 
 class Group(click.Group):
     """`mlx-lora X`: the group's own usage errors are one line as well; the commands report theirs."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
-        _quiet_libraries()
-        try:
-            result = super().main(*args, standalone_mode=False, **kwargs)
-        except (Exception, KeyboardInterrupt) as error:
-            sys.exit(report_error(error))
-        sys.exit(result if isinstance(result, int) else 0)
+        return _run(super().main, standalone_mode, *args, **kwargs)
+
+
+def _run(main: Callable[..., Any], standalone_mode: bool, *args: Any, **kwargs: Any) -> Any:
+    """Run click's `main`; as a program of its own, report errors our way and end with their exit code."""
+    if not standalone_mode:
+        return main(*args, standalone_mode=False, **kwargs)
+    _quiet_libraries()
+    try:
+        result = main(*args, standalone_mode=False, **kwargs)
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(report_error(error))
+    sys.exit(result if isinstance(result, int) else 0)
 
 
 def report_error(error: BaseException) -> int:
