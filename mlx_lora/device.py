@@ -96,13 +96,12 @@ def set_cache_limit(limit: str | None) -> int:
     return bound
 
 
-def loss_bytes() -> tuple[int, int]:
-    """Return what the fused loss may hold: bytes of one chunk's logits, bytes of a dequantised head.
+def loss_tile_bytes() -> int:
+    """Return the bytes that one tile of the fused loss's logits may take.
 
-    Small against the working set, and large enough that a chunk's products fill the machine.
+    Small against the working set, and large enough that a tile's products fill the machine.
     """
-    working = current_device().working_set_bytes
-    return min(128 << 20, working // 64), working // 16
+    return min(128 << 20, current_device().working_set_bytes // 64)
 
 
 def wire_working_set() -> None:

@@ -13,7 +13,8 @@ from test_step import adapted, batch, factors, make_step
 
 from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.models.head import Head, find_head
-from mlx_lora.training.fused import LossBudget, chunk_rows, fused_cross_entropy
+from mlx_lora.training import fused as fused_module
+from mlx_lora.training.fused import fused_cross_entropy, tile_shape
 from mlx_lora.training.losses import Arrays, choose_loss, fused_loss, plain_loss
 from mlx_lora.training.step import Step
 
@@ -26,10 +27,10 @@ HEADS = {
     "8-bit tied": lambda: nn.QuantizedEmbedding.from_embedding(nn.Embedding(V, D), 32, 8),
     "mxfp4": lambda: nn.QuantizedLinear.from_linear(nn.Linear(D, V, bias=False), 32, 4, mode="mxfp4"),
 }
-BUDGETS = {
-    "one chunk": LossBudget(1 << 30, 1 << 30),
-    "many chunks": LossBudget(4 * V * 7, 1 << 30),
-    "head in pieces": LossBudget(4 * V * 7, 0),
+TILES = {  # bytes of a tile, rows of a tile at the most
+    "one tile": (1 << 30, 2048),
+    "slices": (4 * P * 50, 2048),
+    "rows and slices": (4 * 10 * 77, 10),
 }
 
 
@@ -42,10 +43,12 @@ def by_definition(head: Head, h: mx.array, targets: mx.array, weights: mx.array)
     return (losses * weights).sum()
 
 
-@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (1.0, 3.0), (2.0, 5.0)])
 @pytest.mark.parametrize("layer", HEADS.values(), ids=HEADS)
-def test_value_and_gradient_equal_the_definition(layer, scale, cap, budget):
+def test_value_and_gradient_equal_the_definition(layer, scale, cap, tile, monkeypatch):
+    budget, most_rows = tile
+    monkeypatch.setattr(fused_module, "MAX_ROWS", most_rows)
     head = Head(nn.Module(), layer(), scale, cap)
     h, targets = 2 * mx.random.normal((P, D)), mx.random.randint(0, V, (P,))
     weights = (mx.random.uniform(shape=(P,)) < 0.7).astype(mx.float32)
@@ -59,11 +62,11 @@ def test_value_and_gradient_equal_the_definition(layer, scale, cap, budget):
     assert no_gradient.item() == pytest.approx(value.item(), rel=1e-5)
 
 
-def test_vocabulary_beyond_the_inner_cut():
+def test_vocabulary_beyond_the_widest_slice():
     head = Head(nn.Module(), nn.Embedding(70000, 32))
     h, targets, weights = mx.random.normal((5, 32)), mx.random.randint(0, 70000, (5,)), mx.ones((5,))
     grad = mx.grad(lambda x: by_definition(head, x, targets, weights))(h)
-    got = mx.grad(lambda x: fused_cross_entropy(head, x, targets, weights, LossBudget(1 << 20, 1 << 30)))(h)
+    got = mx.grad(lambda x: fused_cross_entropy(head, x, targets, weights, 1 << 30))(h)
     assert np.allclose(got, grad, atol=1e-5)
 
 
@@ -72,7 +75,7 @@ def test_vocabulary_beyond_the_inner_cut():
 def test_every_adapter_gradient_equals_the_plain_path(bits, share):
     model = adapted(bits)
     arrays = Arrays.of(batch(3, 11, seed=1, share=share))
-    fused = fused_loss(find_head(model, TINY), LossBudget(4 * 288 * 5, 1 << 30))
+    fused = fused_loss(find_head(model, TINY), 4 * 288 * 5)
     (value, count), grads = nn.value_and_grad(model, plain_loss)(model, *arrays)
     (got, got_count), got_grads = nn.value_and_grad(model, fused.train)(model, *arrays)
     assert got.item() == pytest.approx(value.item(), rel=1e-5, abs=1e-6)
@@ -144,13 +147,16 @@ def choose_loss_description(model: nn.Module) -> str:
     return choose_loss(model, {}).description
 
 
-def test_chunks_are_even_and_within_the_budget():
-    assert chunk_rows(1000, 50000, 4 * 50000 * 300) == 250
-    assert chunk_rows(5, 50000, 1) == 1
-    assert chunk_rows(7, 10, 1 << 30) == 7
+def test_tiles_are_even_and_within_the_budget():
+    assert tile_shape(776, 49152, 128 << 20) == (776, 24576)
+    assert tile_shape(4000, 49152, 128 << 20) == (2000, 16384)
+    assert tile_shape(128, 262144, 1 << 40) == (128, 32768)
+    assert tile_shape(7, 10, 1 << 30) == (7, 10)
+    assert tile_shape(5, 50000, 1) == (5, 1)
+    assert tile_shape(0, 10, 1 << 30) == (1, 10)
 
 
-def test_peak_memory_is_a_chunk_not_the_logits(request):
+def test_peak_memory_is_a_tile_not_the_logits(request):
     vocabulary, positions = 32000, 512
     head = Head(nn.Module(), nn.Embedding(vocabulary, 32))
     h, targets, weights = mx.random.normal((positions, 32)), mx.zeros((positions,), mx.int32), mx.ones((positions,))
@@ -164,7 +170,7 @@ def test_peak_memory_is_a_chunk_not_the_logits(request):
         mx.clear_cache()
         start = mx.get_active_memory()
         mx.reset_peak_memory()
-        mx.eval(mx.grad(lambda x: fused_cross_entropy(head, x, targets, weights, LossBudget(budget_bytes, 0)))(h))
+        mx.eval(mx.grad(lambda x: fused_cross_entropy(head, x, targets, weights, budget_bytes))(h))
         return mx.get_peak_memory() - start
 
     logits_bytes = 4 * positions * vocabulary
@@ -175,7 +181,7 @@ def test_peak_memory_is_a_chunk_not_the_logits(request):
 def test_empty_batch_is_zero_without_nan():
     model = adapted()
     arrays = Arrays.of(batch(2, 6, seed=0, share=-1))
-    fused = fused_loss(find_head(model, TINY), BUDGETS["one chunk"])
+    fused = fused_loss(find_head(model, TINY), 1 << 30)
     (value, count), grads = nn.value_and_grad(model, fused.train)(model, *arrays)
     assert (value.item(), count.item()) == (0, 0)
     assert all(not g.any() for _, g in tree_flatten(grads))

@@ -67,6 +67,26 @@ class Head:
         layout = {"group_size": self.layer.group_size, "bits": self.layer.bits, "mode": self.layer.mode}
         return mx.dequantize(*arrays, **layout).astype(dtype)
 
+    def finish(self, products: mx.array, columns: slice | mx.array) -> mx.array:
+        """Turn products h W^T into logits: bias, scale, soft cap.
+
+        Args:
+            products: (R, S) float32.
+            columns: which tokens the columns are: a slice of the vocabulary, or each row's own ids (R, 1).
+        """
+        logits = products
+        if self.bias is not None:
+            logits = logits + self.bias[columns].astype(logits.dtype)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.soft_cap is not None:
+            logits = self.soft_cap * mx.tanh(logits / self.soft_cap)
+        return logits
+
+    def slope(self, logits: mx.array) -> mx.array:
+        """Return the soft cap's derivative, by what it made of its input: 1 - (l / cap)^2."""
+        return 1 - mx.square(logits / self.soft_cap)
+
 
 def find_head(model: nn.Module, config: dict[str, Any]) -> Head | str:
     """Cut `model` into body and head.

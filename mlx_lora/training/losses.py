@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 from mlx_lora import device
 from mlx_lora.data.batches import Batch
 from mlx_lora.models.head import Head, find_head
-from mlx_lora.training.fused import LossBudget, fused_cross_entropy
+from mlx_lora.training.fused import fused_cross_entropy
 
 CHECK_TOKENS = 64
 
@@ -82,8 +82,8 @@ def plain_loss(
 PLAIN = Loss(plain_loss, plain_loss, "plain cross-entropy")
 
 
-def fused_loss(head: Head, budget: LossBudget) -> Loss:
-    """Return the loss that brings only supervised positions to `head`, a chunk at a time."""
+def fused_loss(head: Head, tile_bytes: int) -> Loss:
+    """Return the loss that brings only supervised positions to `head`, a tile of logits at a time."""
 
     def make(gradient: bool) -> LossFunction:
         def loss(
@@ -96,12 +96,12 @@ def fused_loss(head: Head, budget: LossBudget) -> Loss:
         ) -> tuple[mx.array, mx.array]:
             hidden = head.body(inputs)  # (B, T, D)
             chosen = hidden.reshape(-1, hidden.shape[-1])[positions]  # (P, D)
-            total = fused_cross_entropy(head, chosen, targets.reshape(-1)[positions], weights, budget, gradient)
+            total = fused_cross_entropy(head, chosen, targets.reshape(-1)[positions], weights, tile_bytes, gradient)
             return total, weights.sum()
 
         return loss
 
-    return Loss(make(True), make(False), f"fused cross-entropy, {budget.chunk_bytes / 2**20:.0f} MiB chunks")
+    return Loss(make(True), make(False), f"fused cross-entropy, {tile_bytes / 2**20:.0f} MiB tiles")
 
 
 def choose_loss(model: nn.Module, config: dict[str, Any]) -> Loss:
@@ -114,7 +114,7 @@ def choose_loss(model: nn.Module, config: dict[str, Any]) -> Loss:
     head = find_head(model, config)
     if isinstance(head, str):
         return Loss(plain_loss, plain_loss, f"plain cross-entropy ({head})")
-    fused = fused_loss(head, LossBudget(*device.loss_bytes()))
+    fused = fused_loss(head, device.loss_tile_bytes())
     difference = _difference(model, fused, head.vocabulary)
     if difference > _tolerance(model):
         reason = f"fused differs by {difference:.1e} on {CHECK_TOKENS} tokens"
