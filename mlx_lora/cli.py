@@ -135,10 +135,11 @@ def _option(f: dataclasses.Field) -> Callable[[Callable], Callable]:
     flag = config.flag_of(f.name)
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", f.name, default=None, help=_with_default(help_text, f.default))
-    choices = f.metadata.get("choices")
+    choices, alone = f.metadata.get("choices"), f.metadata.get("flag_value")
     return click.option(
         flag,
         f.name,
+        **({"is_flag": False, "flag_value": alone} if alone else {}),
         type=click.Choice(choices) if choices else kind,
         default=None,
         help=_with_default(help_text, f.default),

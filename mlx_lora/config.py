@@ -20,6 +20,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "adam", "muon", "sgd", "adafactor")
 SCHEDULES = ("cosine", "linear", "constant")
 METHODS = ("lora", "rslora")
+CHECKPOINTING = ("none", "auto", "selective", "block")
 
 
 def setting(default: Any, help: str, **meta: Any) -> Any:
@@ -86,7 +87,12 @@ class LoopSettings:
     batch_size: int | None = setting(None, "Rows per micro-batch; default: as many as --batch-tokens holds.")
     batch_tokens: int = setting(2048, "Tokens per micro-batch, padding included, unless --batch-size is given.")
     grad_accumulation_steps: int = setting(1, "Micro-batches per optimizer step, weighted by their tokens.")
-    grad_checkpoint: bool = setting(False, "Recompute each block in the backward pass to save memory.")
+    grad_checkpoint: str = setting(
+        "auto",
+        "Recompute in the backward pass to save memory: none, selective (all but products), block (all; also the "
+        "flag alone), N (all, in every N-th block), or auto: the fastest that fits.",
+        flag_value="block",
+    )
     steps_per_report: int = setting(10, "Steps between reports.")
     steps_per_eval: int = setting(200, "Steps between validations; 0: only at the end.")
     val_batches: int = setting(25, "Validation batches per validation; -1: all, 0: none.")
@@ -202,6 +208,8 @@ def _coerce(cls: type, key: str, value: Any) -> tuple[Any, str | None]:
     kind, choices = field_type(f), f.metadata.get("choices")
     if value is None and "None" in str(f.type):
         return None, None
+    if "flag_value" in f.metadata and isinstance(value, bool):  # grad_checkpoint: true, as in mlx-lm
+        value = f.metadata["flag_value"] if value else "none"
     if kind is str and isinstance(value, list):  # target_modules: [q_proj, v_proj]
         value = ",".join(str(item) for item in value)
     try:
@@ -245,6 +253,13 @@ _RANGES = {
 }
 
 
+def checkpoint_every(mode: str) -> int | None:
+    """Return n when every n-th block is recomputed, 1 for all of them, None for none."""
+    if mode == "none":
+        return None
+    return int(mode) if mode.isdecimal() else 1
+
+
 def _range_problems(settings: TrainSettings) -> list[str]:
     problems = []
     for key, value in settings.to_flat().items():
@@ -254,6 +269,9 @@ def _range_problems(settings: TrainSettings) -> list[str]:
             if not inside:  # NaN lands here too
                 bound = "at least" if closed else "more than"
                 problems.append(f"{flag_of(key)} {value}: must be {bound} {low} and at most {high:g}")
+    mode = settings.loop.grad_checkpoint
+    if mode not in CHECKPOINTING and not (mode.isdecimal() and 1 <= int(mode) < 10**6):
+        problems.append(f"--grad-checkpoint {mode!r}: not one of {', '.join(CHECKPOINTING)}, or a number from 1 on")
     if settings.loop.iters is not None and settings.loop.epochs is not None:
         problems.append("--iters and --epochs: both given; keep one")
     return problems

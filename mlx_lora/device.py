@@ -104,6 +104,14 @@ def loss_tile_bytes() -> int:
     return min(128 << 20, current_device().working_set_bytes // 64)
 
 
+def keep_exponentials() -> bool:
+    """Whether the backward pass should keep exponentials rather than make them again.
+
+    A GPU makes one in the time it takes to read its argument; mlx's CPU backend does 1e8 in a second.
+    """
+    return mx.default_device() == mx.Device(mx.cpu)
+
+
 def wire_working_set() -> None:
     """Let Metal keep the model resident (no effect elsewhere), so that weights are not paged out."""
     if mx.metal.is_available():

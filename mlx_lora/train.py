@@ -35,9 +35,10 @@ from mlx_lora.data.loading import DataSplits, load_data
 from mlx_lora.data.widths import ShapePrice
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable, replacing_file
+from mlx_lora.models.attention import AttentionCall, tiled_attention
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.training.checkpointing import checkpoint_blocks
-from mlx_lora.training.losses import Loss, choose_loss
+from mlx_lora.training.activation_memory import apply_checkpointing, choose_checkpointing
+from mlx_lora.training.losses import Loss, choose_kernels, choose_loss
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.report import Metrics, MetricsFile, make_progress
 from mlx_lora.training.step import Step
@@ -120,9 +121,9 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     validation = validation_plan(splits.valid, settings)
     steps = total_steps(plan, loop)
     loss = choose_loss(base.model, base.config)
-    step = Step(base.model, build_optimizer(settings.optimizer, steps), loss.train, settings.optimizer.max_grad_norm)
-    if loop.grad_checkpoint:
-        checkpoint_blocks(base.model.layers)
+    attend, forms = choose_forms(settings, base, plan, loss)
+    optimizer = build_optimizer(settings.optimizer, steps)
+    step = Step(base.model, optimizer, loss.train, settings.optimizer.max_grad_norm, attend)
     factors = adapter_parameters(base.model)
     adapter_bytes = sum(p.nbytes for p in factors.values())
     checkpoints = steps // loop.save_every if loop.save_every else 0
@@ -130,7 +131,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     device.set_cache_limit(loop.clear_cache_threshold)
     device.wire_working_set()
     loggers = reporting_sinks(settings)
-    describe_run(settings, base, targets, factors, plan, steps, loss)
+    describe_run(settings, base, targets, factors, plan, steps, forms)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # --force: an earlier run's would pass for this one's
     write_settings(folder, settings)
     metrics, progress = MetricsFile(folder / "metrics.jsonl"), make_progress(steps, cli.echo)
@@ -195,6 +196,29 @@ def validation_plan(rows: EncodedSet | None, settings: TrainSettings) -> BatchPl
     return BatchPlan(rows, batch_tokens=settings.loop.batch_tokens, batch_size=settings.loop.batch_size, seed=0)
 
 
+def choose_forms(
+    settings: TrainSettings, base: Base, plan: BatchPlan, loss: Loss
+) -> tuple[AttentionCall | None, list[str]]:
+    """Choose checkpointing and kernels for this model and these batches, and apply them.
+
+    Returns:
+        What computes attention in the step, None for the model's own; and words for the run header.
+    """
+    model = base.model
+    use_kernels, kernels = choose_kernels(model, base.config, loss)
+    held = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
+    checkpointing = choose_checkpointing(
+        settings.loop.grad_checkpoint,
+        model,
+        max(rows * width for rows, width, _ in plan.shapes),
+        device.compute_dtype(settings.model.dtype),
+        device.current_device().working_set_bytes - held,
+    )
+    tape = apply_checkpointing(model, checkpointing)
+    attend = (tape.attend if tape else tiled_attention) if use_kernels else None
+    return attend, [loss.description, kernels, f"checkpointing {checkpointing}"]
+
+
 def describe_run(
     settings: TrainSettings,
     base: Base,
@@ -202,7 +226,7 @@ def describe_run(
     factors: dict[str, mx.array],
     plan: BatchPlan,
     steps: int,
-    loss: Loss,
+    forms: list[str],
 ) -> None:
     """Print what will be trained, before the first step."""
     trainable = sum(p.size for p in factors.values())
@@ -218,8 +242,9 @@ def describe_run(
         f"Run: {steps} steps, {len(plan)} batches per epoch, {optimizer.optimizer}, lr {optimizer.learning_rate:g} "
         f"{optimizer.lr_schedule}, warm-up {optimizer.warmup:g}, clip {optimizer.max_grad_norm:g}, seed {settings.loop.seed}"
     )
-    paths = "".join(f"; {form}: dense product from {rows} rows" for form, rows in base.dense_from_rows.items())
-    cli.echo(f"Step: {loss.description}; {len(plan.shapes)} batch shapes, {plan.padding_fraction:.1%} padding{paths}")
+    forms = [*forms, f"{len(plan.shapes)} batch shapes", f"{plan.padding_fraction:.1%} padding"]
+    forms += [f"{form}: dense product from {rows} rows" for form, rows in base.dense_from_rows.items()]
+    cli.echo("Step: " + "; ".join(forms))
 
 
 def write_settings(folder: Path, settings: TrainSettings) -> None:

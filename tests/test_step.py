@@ -1,4 +1,4 @@
-"""The step: loss, accumulation, clip, guard, schedule and checkpointing against plain computations."""
+"""The step: loss, accumulation, clip, guard and schedule against plain computations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from mlx_lora.data.batches import Batch
 from mlx_lora.errors import InputError
 from mlx_lora.models.fingerprint import weights_checksum
 from mlx_lora.models.matmul import MeasuredQuantizedLinear, use_measured_matmul
-from mlx_lora.training.checkpointing import Checkpointed, checkpoint_blocks
 from mlx_lora.training.losses import Arrays, plain_loss
 from mlx_lora.training.optim import build_optimizer, clip_scale, learning_rate_schedule
 from mlx_lora.training.step import Step
@@ -178,23 +177,6 @@ def test_base_is_untouched_by_training(bits):
     assert losses[-1] < losses[0] * 0.95
     assert weights_checksum(model, FACTORS) == before
     assert weights_checksum(model) != weights_checksum(adapted(bits))
-
-
-@pytest.mark.parametrize("bits", [None, 4])
-def test_checkpointing_changes_memory_not_numbers(bits):
-    plain, kept = adapted(bits), adapted(bits)
-    other = tiny_model()
-    checkpoint_blocks(kept.layers)
-    once = [type(block) for block in kept.layers]
-    checkpoint_blocks(kept.layers)
-    assert [type(block) for block in kept.layers] == once  # never nested
-    assert not isinstance(other.layers[0], Checkpointed)  # nor the whole process
-    step_plain, step_kept = make_step(plain), make_step(kept)
-    for s in range(3):
-        a, b = step_plain([batch(2, 11, seed=s)]), step_kept([batch(2, 11, seed=s)])
-        assert a.loss_sum.item() == pytest.approx(b.loss_sum.item(), rel=1e-5)
-    assert np.allclose(factors(plain), factors(kept), atol=1e-5)
-    assert set(adapter_parameters(kept)) == set(adapter_parameters(plain))
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "muon", "sgd", "adafactor"])

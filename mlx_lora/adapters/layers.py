@@ -40,6 +40,34 @@ def dense_weight(base: nn.Module) -> mx.array:
     return mx.dequantize(base.weight, base.scales, base.get("biases"), **layout)
 
 
+class Dropout(nn.Module):
+    """Dropout whose random draw can be taken apart from its use, so that it can be used twice.
+
+    A checkpointed block runs again in the backward pass and must drop the same features; mlx's own layer
+    draws anew there, and the gradient is of another function than the loss.
+    """
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.probability = probability
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is dropped now."""
+        return self.training and self.probability > 0
+
+    def draw(self) -> mx.array:
+        """Return a random key, (2,) uint32."""
+        return mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
+
+    def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
+        """Drop features of `x` by `key`, or by one drawn here."""
+        if not self.active:
+            return x
+        kept = 1 - self.probability
+        return mx.random.bernoulli(kept, x.shape, key=self.draw() if key is None else key) * x * (1 / kept)
+
+
 class LoRALinear(nn.Module):
     """A frozen linear layer plus scale * (x A) B."""
 
@@ -58,7 +86,7 @@ class LoRALinear(nn.Module):
         self.lora_a = lora_a
         self.lora_b = lora_b
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     @classmethod
     def from_base(
@@ -67,10 +95,17 @@ class LoRALinear(nn.Module):
         """Wrap `base` with the factors (lora_a, lora_b)."""
         return cls(base, *factors, scale, dropout)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
+        """Apply the layer.
+
+        Args:
+            x: (..., in).
+            key: of the dropout; drawn here when None.
+        """
         y = self.linear(x)  # (..., out)
-        z = self.dropout(x) @ self.lora_a.astype(x.dtype)  # (..., r)
-        return y + z @ (self.scale * self.lora_b).astype(x.dtype)
+        z = self.dropout(x, key) @ self.lora_a.astype(x.dtype)  # (..., r)
+        # One pass over the output instead of two.
+        return mx.addmm(y, z, (self.scale * self.lora_b).astype(x.dtype))
 
     def delta(self) -> mx.array:
         """Return scale * (A B)^T, (out, in) float32: what the adapter adds to the weight."""
@@ -104,7 +139,7 @@ class LoRAEmbedding(nn.Module):
         self.lora_a = lora_a
         self.lora_b = lora_b
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     @classmethod
     def from_base(

@@ -1,34 +1,217 @@
-"""Gradient checkpointing per block instance: keep a block's input, recompute the rest in the backward pass."""
+"""Gradient checkpointing per block instance: what a block keeps for the backward pass, and what it makes again.
+
+A block that is not checkpointed keeps every intermediate: norms, activations, products, all of it. Here a
+block keeps its input and
+
+    selective   the outputs of its linear layers and of attention: the backward pass repeats what lies
+                between them (norms, rotations, activations), but no product with a base weight
+    block       the output of attention alone: the backward pass repeats the block's products as well
+
+Selective costs little time, for what it repeats is memory traffic; `block` costs most of a forward pass.
+
+Source: arXiv 1604.06174 (recomputation per segment), 2205.05198 section 5 (selective); what "selective" keeps
+here is what JAX's `dots_saveable` policy keeps.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+from mlx_lora.adapters.layers import ADAPTERS, LINEAR, LoRALinear
+from mlx_lora.models.attention import Tiles, attention_gradient, tiled_attention
+
+PRODUCTS = (*ADAPTERS, *LINEAR, SwitchLinear, QuantizedSwitchLinear)
+
+Gradient = Callable[[Sequence[mx.array], mx.array, mx.array], Sequence[mx.array]]
+"""(primals, cotangent, output) -> cotangents of the primals."""
+
+
+class Tape:
+    """What one block keeps, in the order in which its layers make it.
+
+    Blocks run one after the other, so one tape serves a model: each block records its forward pass, takes
+    the outputs away with it, and brings them back for its backward pass.
+    """
+
+    def __init__(self, products: bool) -> None:
+        """Start outside any block.
+
+        Args:
+            products: keep the outputs of linear layers, not only attention's.
+        """
+        self.products = products
+        self._recorded: list[mx.array] | None = None
+        self._replayed: Iterator[mx.array] | None = None
+
+    @contextmanager
+    def recording(self) -> Iterator[list[mx.array]]:
+        """Collect what is kept inside."""
+        self._recorded = []
+        try:
+            yield self._recorded
+        finally:
+            self._recorded = None
+
+    @contextmanager
+    def replaying(self, kept: Sequence[mx.array]) -> Iterator[None]:
+        """Give back what was kept, in place of computing it."""
+        self._replayed = iter(kept)
+        try:
+            yield
+        finally:
+            self._replayed = None
+
+    def draw(self, make: Callable[[], mx.array]) -> mx.array:
+        """Return `make()`, a random draw, or in a replay what was drawn in the forward pass."""
+        if self._replayed is not None:
+            return next(self._replayed)
+        drawn = make()
+        if self._recorded is not None:
+            self._recorded.append(drawn)
+        return drawn
+
+    def keep(self, function: Callable[..., mx.array], gradient: Gradient, *primals: mx.array) -> mx.array:
+        """Return `function(*primals)`, or in a replay the output kept from the forward pass.
+
+        Args:
+            function: of the primals alone.
+            gradient: its cotangents, given its output.
+            primals: all that is differentiated.
+        """
+        if self._replayed is not None:
+            replayed = mx.custom_function(lambda output, *primals: output)
+            replayed.vjp(lambda all_primals, d, output: (mx.zeros_like(output), *gradient(all_primals[1:], d, output)))
+            return replayed(next(self._replayed), *primals)
+        output = function(*primals)
+        if self._recorded is not None:
+            self._recorded.append(output)
+        return output
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, tiles: Tiles, sinks: mx.array | None = None) -> mx.array:
+        """Compute attention (models/attention.py) and keep its output."""
+        primals = (q, k, v) if sinks is None else (q, k, v, sinks)
+        return self.keep(
+            lambda q, k, v, *sinks: tiled_attention(q, k, v, tiles, *sinks),
+            partial(attention_gradient, tiles),
+            *primals,
+        )
+
+
+class Kept:
+    """Mixed in front of a linear or adapter layer's class: its output goes on the tape."""
+
+    tape: Tape
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        if isinstance(self, LoRALinear) and self.dropout.active:
+            kwargs = {**kwargs, "key": self.tape.draw(self.dropout.draw)}
+        function, primals = _as_function(self, super().__call__, args, kwargs)
+
+        def gradient(primals: Sequence[mx.array], d: mx.array, output: mx.array) -> Sequence[mx.array]:
+            return mx.vjp(lambda *p: [function(*p)], list(primals), [d])[1]
+
+        return self.tape.keep(function, gradient, *primals) if self.tape.products else function(*primals)
 
 
 class Checkpointed:
-    """Mixed in front of a block's class; only blocks given this class recompute."""
+    """Mixed in front of a block's class: it keeps what its tape says, and makes the rest again."""
+
+    tape: Tape
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = super().__call__
+        function, primals = _as_function(self, super().__call__, args, kwargs)
+        shape: list[Any] = []  # of what the block returns
 
-        def run(parameters: dict, *inputs: Any, **named: Any) -> Any:
-            self.update(parameters)
-            return call(*inputs, **named)
+        @mx.custom_function
+        def run(*primals: mx.array) -> list[mx.array]:
+            with self.tape.recording() as kept:
+                shape[:] = [function(*primals)]
+            return [*_arrays(shape[0]), *kept]
 
-        # The parameters go in as an argument: mx.checkpoint differentiates arguments alone.
-        return mx.checkpoint(run)(self.trainable_parameters(), *args, **kwargs)
+        @run.vjp
+        def run_vjp(primals, cotangents, outputs):
+            returned = len(_arrays(shape[0]))
+            cotangents = list(cotangents[:returned])
+            # Not before the backward pass has come this far, or it would all be made at once.
+            primals = mx.depends(list(primals), cotangents)
+            with self.tape.replaying(outputs[returned:]):
+                return mx.vjp(lambda *p: _arrays(function(*p)), primals, cotangents)[1]
+
+        outputs = run(*primals)
+        return _with_arrays(shape[0], outputs)
 
 
-def checkpoint_blocks(blocks: list[nn.Module]) -> None:
+def checkpoint_blocks(blocks: list[nn.Module], products: bool) -> Tape:
     """Make these block instances recompute in the backward pass.
 
     mlx-lm patches the block's class, which reaches every model of the process and nests when repeated;
-    here the instance gets a class of its own, and a second call changes nothing.
+    here the instances get classes of their own, and a second call changes nothing but the tape.
+
+    Args:
+        blocks: of one model, adapters in place.
+        products: keep the outputs of linear layers (selective).
+
+    Returns:
+        The tape, whose `attend` the model must use for attention (models/kernels.py).
     """
+    tape = Tape(products)
     for block in blocks:
-        base = type(block)
-        if not issubclass(base, Checkpointed):
-            block.__class__ = type(f"Checkpointed{base.__name__}", (Checkpointed, base), {})
+        inside = {id(part) for m in block.modules() if isinstance(m, ADAPTERS) for part in m.modules() if part is not m}
+        for layer in block.modules():
+            if isinstance(layer, PRODUCTS) and id(layer) not in inside:
+                _mix_in(Kept, layer, tape)
+        _mix_in(Checkpointed, block, tape)
+    return tape
+
+
+def _mix_in(mixin: type, module: nn.Module, tape: Tape) -> None:
+    base = type(module)
+    if not issubclass(base, mixin):
+        module.__class__ = type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})
+    module.tape = tape
+
+
+def _as_function(
+    module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], list[mx.array]]:
+    """Return `call(*args, **kwargs)` as a function of arrays alone, and those arrays.
+
+    Only arguments are differentiated, so the trainable parameters go in as arguments, beside the float
+    arrays of the call; masks and indices stay as they are.
+    """
+    parameters = tree_flatten(module.trainable_parameters())
+    names = [name for name, _ in parameters]
+    own = [array for _, array in parameters]
+
+    def function(*primals: mx.array) -> Any:
+        module.update(tree_unflatten(list(zip(names, primals[: len(names)], strict=True))))
+        new_args, new_kwargs = _with_arrays((args, kwargs), primals[len(names) :])
+        try:
+            return call(*new_args, **new_kwargs)
+        finally:
+            module.update(tree_unflatten(list(zip(names, own, strict=True))))
+
+    return function, [*own, *_arrays((args, kwargs))]
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
+
+
+def _arrays(tree: Any) -> list[mx.array]:
+    """Return the float arrays of a tree, in order."""
+    return [leaf for _, leaf in tree_flatten(tree) if _is_float(leaf)]
+
+
+def _with_arrays(tree: Any, arrays: Sequence[mx.array]) -> Any:
+    """Return the tree with its float arrays exchanged for the first of these."""
+    rest = iter(arrays)
+    return tree_map(lambda leaf: next(rest) if _is_float(leaf) else leaf, tree)

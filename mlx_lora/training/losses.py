@@ -23,9 +23,11 @@ from mlx.utils import tree_flatten
 from mlx_lora import device
 from mlx_lora.data.batches import Batch
 from mlx_lora.models.head import Head, find_head
+from mlx_lora.models.kernels import training_kernels
 from mlx_lora.training.fused import fused_cross_entropy
 
-CHECK_TOKENS = 64
+# Two tiles of attention.
+CHECK_TOKENS = 128
 
 
 class Arrays(NamedTuple):
@@ -115,25 +117,47 @@ def choose_loss(model: nn.Module, config: dict[str, Any]) -> Loss:
     if isinstance(head, str):
         return Loss(plain_loss, plain_loss, f"plain cross-entropy ({head})")
     fused = fused_loss(head, device.loss_tile_bytes())
-    difference = _difference(model, fused, head.vocabulary)
+    difference = _difference(*(_check_value(model, form, head.vocabulary) for form in (plain_loss, fused.measure)))
     if difference > _tolerance(model):
         reason = f"fused differs by {difference:.1e} on {CHECK_TOKENS} tokens"
         return Loss(plain_loss, plain_loss, f"plain cross-entropy ({reason})")
     return fused
 
 
-def _difference(model: nn.Module, fused: Loss, vocabulary: int) -> float:
-    """Return the relative difference of the two losses on random tokens, dropout off."""
+def choose_kernels(model: nn.Module, config: dict[str, Any], loss: Loss) -> tuple[bool, str]:
+    """Return whether our training kernels give this model the loss that its own do, and a note for the header.
+
+    Args:
+        model: the model to train, adapters in place.
+        config: its config.json.
+        loss: any that was chosen for it.
+    """
+    head = find_head(model, config)
+    vocabulary = config.get("vocab_size", 256) if isinstance(head, str) else head.vocabulary
+    with training_kernels(model) as exchanged:
+        ours = _check_value(model, loss.measure, vocabulary)
+    if not exchanged:
+        return False, "the model's own attention"
+    difference = _difference(_check_value(model, loss.measure, vocabulary), ours)
+    if difference > _tolerance(model):
+        return False, f"the model's own attention (tiled differs by {difference:.1e} on {CHECK_TOKENS} tokens)"
+    return True, "tiled attention"
+
+
+def _check_value(model: nn.Module, loss: LossFunction, vocabulary: int) -> float:
+    """Return the loss on a few tokens, always the same ones, dropout off."""
     training = model.training
     model.eval()
     ids = mx.random.randint(0, vocabulary, (1, CHECK_TOKENS + 1), key=mx.random.key(0))
     mask = mx.ones((1, CHECK_TOKENS), mx.bool_)
     positions, weights = mx.arange(CHECK_TOKENS), mx.ones((CHECK_TOKENS,))
-    arrays = Arrays(ids[:, :-1], ids[:, 1:], mask, positions, weights)
-    plain, _ = plain_loss(model, *arrays)
-    other, _ = fused.measure(model, *arrays)
+    value, _ = loss(model, *Arrays(ids[:, :-1], ids[:, 1:], mask, positions, weights))
     model.train(training)
-    return abs(other.item() - plain.item()) / max(abs(plain.item()), 1e-6)
+    return value.item()
+
+
+def _difference(one: float, other: float) -> float:
+    return abs(other - one) / max(abs(one), 1e-6)
 
 
 def _tolerance(model: nn.Module) -> float:

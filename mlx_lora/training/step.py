@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from mlx_lora.data.batches import Batch
+from mlx_lora.models.attention import AttentionCall
+from mlx_lora.models.kernels import training_kernels
 from mlx_lora.training.losses import Arrays, LossFunction
 from mlx_lora.training.optim import clip_scale, scaled
 
@@ -34,7 +37,14 @@ class StepResult(NamedTuple):
 class Step:
     """Runs optimizer steps on `model`; compiled once per batch shape."""
 
-    def __init__(self, model: nn.Module, optimizer: optim.Optimizer, loss: LossFunction, max_grad_norm: float):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        loss: LossFunction,
+        max_grad_norm: float,
+        attend: AttentionCall | None = None,
+    ):
         """Set up the step.
 
         Args:
@@ -42,6 +52,7 @@ class Step:
             optimizer: initialised here on those parameters.
             loss: returns (sum, count).
             max_grad_norm: global-norm clip; 0 for none.
+            attend: computes the model's attention, with our other training kernels; None leaves all to mlx.
         """
         self.model = model
         self.optimizer = optimizer
@@ -50,7 +61,9 @@ class Step:
         gradient = nn.value_and_grad(model, loss)
 
         def micro(*arrays: mx.array):
-            return gradient(model, *arrays)
+            # Around the backward pass as well: checkpointed blocks run again there.
+            with training_kernels(model, attend) if attend else nullcontext():
+                return gradient(model, *arrays)
 
         def apply(loss_sum: mx.array, tokens: mx.array, grads: dict) -> StepResult:
             grads = scaled(grads, 1 / mx.maximum(tokens, 1))

@@ -1,0 +1,172 @@
+"""Attention for training: memory linear in the sequence, and no work above the diagonal.
+
+mlx trains through its unfused attention: the scores of every query with every key are made in every head,
+masked, and kept for the backward pass (B H T S numbers per block; half of them above the diagonal). Here
+queries are taken a tile at a time, each against only the keys it may see; no score is kept, and the
+backward pass makes each tile's probabilities again:
+
+    P = softmax(scale Q K^T),  O = P V
+    dP = dO V^T,  dS = P (dP - rowsum(dO O)),  dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO
+
+Shapes: B batch, H query heads, N key heads, G = H / N, T queries, S keys, t queries of a tile, d head width.
+Source: FlashAttention, arXiv 2205.14135, appendix B.2 (the backward pass; tiles of queries only).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import mlx.core as mx
+
+# Small enough that half of the scores lie above the diagonal and are left out even in short rows, large
+# enough that a tile's products fill the machine.
+TILE_QUERIES = 64
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one attention is computed: everything about it that is not differentiated.
+
+    Attributes:
+        scale: factor on the scores.
+        mask: `causal`, None, or a bool array that broadcasts to (B, H, T, S), False where hidden.
+        queries: queries at a time.
+    """
+
+    scale: float
+    mask: mx.array | str | None
+    queries: int = TILE_QUERIES
+
+    def spans(self, q: mx.array, k: mx.array) -> list[tuple[int, int, int]]:
+        """Return (first query, query after the last, keys seen) of each tile; about even."""
+        queries, keys = q.shape[2], k.shape[2]
+        count = max(1, round(queries / self.queries))
+        edges = [queries * i // count for i in range(count + 1)]
+        causal = isinstance(self.mask, str)
+        return [(a, b, keys - queries + b if causal else keys) for a, b in pairwise(edges)]
+
+    def tile_mask(self, start: int, stop: int, seen: int, key_heads: int) -> mx.array | None:
+        """Return the mask of a tile, broadcasting to (B, N, G, t, seen)."""
+        if self.mask is None:
+            return None
+        if isinstance(self.mask, str):  # the tile's last query sees all of its keys
+            return mx.arange(seen) <= mx.arange(seen - (stop - start), seen)[:, None]
+        mask = self.mask.reshape((1,) * (4 - self.mask.ndim) + self.mask.shape)
+        mask = mask[:, :, start:stop] if mask.shape[2] > 1 else mask
+        batch, heads, *rest = mask.shape
+        return mask.reshape(batch, *((1, 1) if heads == 1 else (key_heads, heads // key_heads)), *rest)
+
+
+def tiled_attention(q: mx.array, k: mx.array, v: mx.array, tiles: Tiles, sinks: mx.array | None = None) -> mx.array:
+    """Return softmax(scale Q K^T + mask) V, keeping no scores for the backward pass.
+
+    Args:
+        q: (B, H, T, d) float.
+        k, v: (B, N, S, d) float, N dividing H; v's width may differ from k's.
+        tiles: scale, mask, and how it is cut.
+        sinks: (H,) logits that take part in the softmax without a value (GPT-OSS), or None.
+
+    Returns:
+        (B, H, T, v's width), differentiable in q, k, v and sinks.
+    """
+    forward = mx.custom_function(partial(attention, tiles))
+    forward.vjp(partial(attention_gradient, tiles))
+    return forward(q, k, v) if sinks is None else forward(q, k, v, sinks)
+
+
+def attention(tiles: Tiles, q: mx.array, k: mx.array, v: mx.array, *sinks: mx.array) -> mx.array:
+    """Compute `tiled_attention`, a tile after the other."""
+    parts: list[mx.array] = []
+    for start, stop, seen in tiles.spans(q, k):
+        # Force the order, or all tiles may be alive at once.
+        own = mx.depends(q[:, :, start:stop], parts[-1:]) if parts else q[:, :, start:stop]
+        mask = tiles.tile_mask(start, stop, seen, k.shape[1])
+        weights, _ = _probabilities(own * tiles.scale, k[:, :, :seen], mask, sinks)
+        parts.append(_fold_back(weights @ v[:, :, :seen], q.shape[1]))
+    return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
+
+
+def attention_gradient(
+    tiles: Tiles, primals: Sequence[mx.array], d_out: mx.array, out: mx.array
+) -> tuple[mx.array, ...]:
+    """Return the cotangents of q, k, v (and sinks), from the output's and the output itself, (B, H, T, width)."""
+    q, k, v, *sinks = primals
+    heads, key_heads = q.shape[1], k.shape[1]
+    d_row = (d_out * out).astype(mx.float32).sum(axis=-1, keepdims=True)  # (B, H, T, 1)
+    d_q: list[mx.array] = []
+    d_k, d_v, d_sinks = _KeyGradient(), _KeyGradient(), mx.array(0.0)
+    for start, stop, seen in reversed(tiles.spans(q, k)):
+        own = q[:, :, start:stop] * tiles.scale
+        if d_q:
+            own = mx.depends(own, [d_q[-1], *d_k.latest(), *d_v.latest()])
+        keys, mask = k[:, :, :seen], tiles.tile_mask(start, stop, seen, key_heads)
+        weights, sunk = _probabilities(own, keys, mask, sinks)
+        d_own, row = _fold(d_out[:, :, start:stop], key_heads), _fold(d_row[:, :, start:stop], key_heads)
+        d_weights = d_own @ v[:, :, :seen].swapaxes(-1, -2)  # (B, N, G t, seen)
+        d_scores = (weights * (d_weights - row)).astype(q.dtype)
+        d_q.append(_fold_back(d_scores @ keys, heads) * tiles.scale)
+        d_k.add(d_scores.swapaxes(-1, -2) @ _fold(own, key_heads))
+        d_v.add(weights.swapaxes(-1, -2) @ d_own)
+        if sinks:
+            d_sinks = d_sinks - _fold_back(sunk * row, heads).sum(axis=(0, 2, 3))  # (H,)
+    gradients = mx.concatenate(d_q[::-1], axis=2), d_k.whole(), d_v.whole()
+    return (*gradients, d_sinks.astype(sinks[0].dtype)) if sinks else gradients
+
+
+AttentionCall = Callable[[mx.array, mx.array, mx.array, Tiles, mx.array | None], mx.array]
+
+
+class _KeyGradient:
+    """Sums gradients of ever shorter beginnings of the keys, longest first, without padding any."""
+
+    def __init__(self) -> None:
+        self.head: mx.array | None = None
+        self._tails: list[mx.array] = []
+
+    def add(self, part: mx.array) -> None:
+        """Add (B, N, seen, d) to the first `seen` keys."""
+        if self.head is None:
+            self.head = part
+            return
+        seen = part.shape[2]
+        if seen < self.head.shape[2]:
+            self._tails.append(self.head[:, :, seen:] * 1)  # a copy: a view would keep the whole buffer alive
+        self.head = self.head[:, :, :seen] + part
+
+    def latest(self) -> list[mx.array]:
+        """Return what the last addition made."""
+        return [self.head, *self._tails[-1:]]
+
+    def whole(self) -> mx.array:
+        """Return the sum, (B, N, S, d)."""
+        return mx.concatenate([self.head, *self._tails[::-1]], axis=2) if self._tails else self.head
+
+
+def _fold(x: mx.array, key_heads: int) -> mx.array:
+    """(B, H, t, d) to (B, N, G t, d): the queries of all heads that share a key head in one product."""
+    return x.reshape(x.shape[0], key_heads, -1, x.shape[3])
+
+
+def _fold_back(x: mx.array, heads: int) -> mx.array:
+    """(B, N, G t, d) to (B, H, t, d)."""
+    return x.reshape(x.shape[0], heads, -1, x.shape[3])
+
+
+def _probabilities(
+    q: mx.array, k: mx.array, mask: mx.array | None, sinks: Sequence[mx.array]
+) -> tuple[mx.array, mx.array | None]:
+    """Return P (B, N, G t, S) for scaled queries (B, H, t, d), and the sinks' share (B, N, G t, 1)."""
+    key_heads = k.shape[1]
+    scores = _fold(q, key_heads) @ k.swapaxes(-1, -2)
+    shape = scores.shape
+    if mask is not None:
+        scores = scores.reshape(shape[0], key_heads, q.shape[1] // key_heads, q.shape[2], shape[3])
+        scores = mx.where(mask, scores, mx.finfo(scores.dtype).min).reshape(shape)
+    if not sinks:
+        return mx.softmax(scores, axis=-1, precise=True), None
+    sunk = mx.broadcast_to(sinks[0].astype(scores.dtype)[None, :, None, None], (shape[0], q.shape[1], q.shape[2], 1))
+    both = mx.softmax(mx.concatenate([_fold(sunk, key_heads), scores], axis=-1), axis=-1, precise=True)
+    return both[..., 1:], both[..., :1]

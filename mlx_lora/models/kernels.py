@@ -1,0 +1,68 @@
+"""Where a model's own layers get our training kernels from, while a step is traced.
+
+mlx-lm's architectures share one attention function and one gated activation, which each imports by name.
+Those names are exchanged in the modules of this model's classes for as long as the step is traced, and put
+back: no class is changed, generation and evaluation never see it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import activations, base
+
+from mlx_lora import device
+from mlx_lora.models.activations import lean_swiglu
+from mlx_lora.models.attention import AttentionCall, Tiles, tiled_attention
+
+
+@contextmanager
+def training_kernels(model: nn.Module, attend: AttentionCall = tiled_attention) -> Iterator[bool]:
+    """Let the model's layers use our attention and activation inside the block.
+
+    Args:
+        model: any mlx-lm model; layers that do not use the shared functions keep their own.
+        attend: computes attention.
+
+    Yields:
+        Whether any layer of the model uses a shared function.
+    """
+    ours = {
+        "scaled_dot_product_attention": (base.scaled_dot_product_attention, _with_mlx_lm_signature(attend)),
+        "swiglu": (activations.swiglu, partial(lean_swiglu, device.keep_exponentials())),
+    }
+    homes = [vars(sys.modules[name]) for name in {type(module).__module__ for module in model.modules()}]
+    exchanged = [(home, name) for home in homes for name, (theirs, _) in ours.items() if home.get(name) is theirs]
+    for home, name in exchanged:
+        home[name] = ours[name][1]
+    try:
+        yield bool(exchanged)
+    finally:
+        for home, name in exchanged:
+            home[name] = ours[name][0]
+
+
+def _with_mlx_lm_signature(attend: AttentionCall) -> Callable[..., mx.array]:
+    """Return `attend` as mlx-lm calls its attention."""
+
+    def attention(
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: Any,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        # A float mask may carry a gradient (DeepSeek's position scores); a cache means generation.
+        if cache is not None or (isinstance(mask, mx.array) and mask.dtype != mx.bool_):
+            return base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
+        return attend(queries, keys, values, Tiles(scale, mask), sinks)
+
+    return attention

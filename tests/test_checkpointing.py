@@ -1,0 +1,167 @@
+"""Checkpointing: the same numbers, dropout included, with less kept; and the choice of it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import TINY, quantised, tiny_model
+from mlx.utils import tree_flatten
+from test_step import adapted, batch, factors, make_step
+
+from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
+from mlx_lora.config import OptimizerSettings
+from mlx_lora.models.kernels import training_kernels
+from mlx_lora.training.activation_memory import activation_bytes, apply_checkpointing, choose_checkpointing
+from mlx_lora.training.checkpointing import Checkpointed, checkpoint_blocks
+from mlx_lora.training.losses import Arrays, plain_loss
+from mlx_lora.training.optim import build_optimizer
+from mlx_lora.training.step import Step
+
+MODES = ["selective", "block", "2"]
+
+
+def gradients(model: nn.Module, mode: str, kernels: bool = True, width: int = 70) -> dict[str, mx.array]:
+    tape = apply_checkpointing(model, mode)
+    arrays = Arrays.of(batch(2, width, seed=1))
+    with training_kernels(model, *([tape.attend] if tape else [])) if kernels else nullcontext():
+        _, grads = nn.value_and_grad(model, plain_loss)(model, *arrays)
+    return dict(tree_flatten(grads))
+
+
+def assert_equal(got: dict[str, mx.array], expected: dict[str, mx.array]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = max(mx.abs(value).max().item(), 1e-4)
+        assert np.allclose(got[name], value, atol=1e-5 * scale), name
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_gradients_are_the_same(bits, mode, kernels):
+    expected = gradients(adapted(bits), "none", kernels=False)
+    assert_equal(gradients(adapted(bits), mode, kernels), expected)
+    assert mx.abs(next(iter(expected.values()))).max().item() > 0
+
+
+def with_dropout() -> nn.Module:
+    model = adapted()
+    layers = [m for _, m in model.named_modules() if hasattr(m, "lora_a")]
+    for layer in layers:
+        layer.dropout.probability = 0.3
+    model.train()
+    return model
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dropout_drops_the_same_features_in_both_passes(mode):
+    def drawn(mode: str, seed: int) -> dict[str, mx.array]:
+        model = with_dropout()
+        mx.random.seed(seed)
+        return gradients(model, mode)
+
+    expected = drawn("none", 7)
+    assert_equal(drawn(mode, 7), expected)
+    other = drawn(mode, 8)
+    assert any(not np.allclose(other[name], value, rtol=0.05) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_steps_give_the_same_factors(mode):
+    plain, kept = adapted(4), adapted(4)
+    tape = apply_checkpointing(kept, mode)
+    step = make_step(plain)
+    other = Step(
+        kept,
+        build_optimizer(OptimizerSettings(learning_rate=1e-2, lr_schedule="constant", warmup=0.0), 20),
+        plain_loss,
+        1.0,
+        tape.attend,
+    )
+    for s in range(3):
+        a, b = step([batch(2, 11, seed=s)]), other([batch(2, 11, seed=s)])
+        assert a.loss_sum.item() == pytest.approx(b.loss_sum.item(), rel=1e-5)
+    assert np.allclose(factors(plain), factors(kept), atol=2e-5)
+    assert set(adapter_parameters(kept)) == set(adapter_parameters(plain))
+
+
+def test_only_these_instances_change_and_only_once():
+    model, other = adapted(), tiny_model()
+    checkpoint_blocks(model.layers, products=True)
+    once = [type(module) for module in model.modules()]
+    checkpoint_blocks(model.layers, products=True)
+    assert [type(module) for module in model.modules()] == once
+    assert isinstance(model.layers[0], Checkpointed)
+    assert not any(isinstance(module, Checkpointed) for module in other.modules())
+
+
+def peak_bytes(mode: str, blocks: int = 8) -> int:
+    model = tiny_model(num_hidden_layers=blocks)
+    inject(model, select_targets(model).paths, rank=4, scale=2.0)
+    tape = apply_checkpointing(model, mode)
+    arrays = Arrays.of(batch(8, 128, seed=0))
+    mx.eval(model.parameters(), *arrays)
+    mx.clear_cache()
+    start = mx.get_active_memory()
+    mx.reset_peak_memory()
+    with training_kernels(model, *([tape.attend] if tape else [])):
+        _, grads = nn.value_and_grad(model, lambda m, ids: m.model(ids).square().sum())(model, arrays.inputs)
+    mx.eval(grads)
+    return mx.get_peak_memory() - start
+
+
+def test_each_mode_holds_less_than_the_one_before(request):
+    old = mx.set_memory_limit(1)  # else the CPU backend allocates for operations it has not run yet
+    request.addfinalizer(lambda: mx.set_memory_limit(old))
+    none, second, selective, block = (peak_bytes(mode) for mode in ("none", "2", "selective", "block"))
+    assert block < 0.45 * none
+    assert selective < 0.7 * none
+    assert block < selective
+    assert block < second < none
+    model = tiny_model(num_hidden_layers=8)
+    inject(model, select_targets(model).paths, rank=4, scale=2.0)
+    for mode, peak in (("none", none), ("2", second), ("selective", selective), ("block", block)):
+        estimate = activation_bytes(model, 8 * 128, mx.float32, mode)
+        assert 0.6 < estimate / peak < 1.4, (mode, estimate, peak)
+
+
+def test_auto_takes_the_fastest_that_fits():
+    model = tiny_model(num_hidden_layers=8)
+    need = {mode: activation_bytes(model, 1000, mx.float32, mode) for mode in ("none", "selective", "block")}
+    assert need["none"] > need["selective"] > need["block"]
+
+    def chosen(free_bytes: float, setting: str = "auto") -> str:
+        return choose_checkpointing(setting, model, 1000, mx.float32, int(free_bytes))
+
+    assert chosen(2 * need["none"]) == "none"
+    assert chosen(1.3 * need["selective"]) == "selective"
+    assert chosen(0.5 * need["block"]) == "block"
+    assert chosen(1, "none") == "none"
+    assert chosen(1e18, "3") == "3"
+
+
+def test_mixture_of_experts_blocks_are_checkpointed_too():
+    from mlx_lm.models import qwen3_moe
+
+    config = {
+        **TINY, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "moe_intermediate_size": 32, "head_dim": 16, "norm_topk_prob": True,
+    }  # fmt: skip
+
+    def model() -> nn.Module:
+        mx.random.seed(3)
+        made = qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(config))
+        quantised(made)
+        inject(made, select_targets(made).paths, rank=4, scale=2.0, seed=1)
+        mx.random.seed(4)
+        for name, value in adapter_parameters(made).items():
+            made.load_weights([(name, 0.02 * mx.random.normal(value.shape))], strict=False)
+        return made
+
+    expected = gradients(model(), "none", kernels=False)
+    for mode in MODES:
+        assert_equal(gradients(model(), mode), expected)
