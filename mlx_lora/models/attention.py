@@ -2,8 +2,8 @@
 
 mlx trains through its unfused attention: the scores of every query with every key are made in every head,
 masked, and kept for the backward pass (B H T S numbers per block; half of them above the diagonal). Here
-queries are taken a tile at a time, each against only the keys it may see; no score is kept, and the
-backward pass makes each tile's probabilities again:
+queries are taken a tile at a time, each against only the keys it may see; in long rows no score is kept,
+and the backward pass makes each tile's probabilities again:
 
     P = softmax(scale Q K^T),  O = P V
     dP = dO V^T,  dS = P (dP - rowsum(dO O)),  dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO
@@ -16,14 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 import mlx.core as mx
 
+from mlx_lora import device
+
 # Small enough that half of the scores lie above the diagonal and are left out even in short rows, large
 # enough that a tile's products fill the machine.
 TILE_QUERIES = 64
+# Where exponentials are dear (device.py), rows up to so many keys keep their probabilities: then these are no
+# more than the block's other activations.
+MAX_KEPT_KEYS = 512
 
 
 @dataclass(frozen=True)
@@ -72,38 +76,61 @@ def tiled_attention(q: mx.array, k: mx.array, v: mx.array, tiles: Tiles, sinks: 
     Returns:
         (B, H, T, v's width), differentiable in q, k, v and sinks.
     """
-    forward = mx.custom_function(partial(attention, tiles))
-    forward.vjp(partial(attention_gradient, tiles))
-    return forward(q, k, v) if sinks is None else forward(q, k, v, sinks)
+    given = (q, k, v) if sinks is None else (q, k, v, sinks)
+    keep = device.keep_exponentials() and sinks is None and k.shape[2] <= MAX_KEPT_KEYS
+
+    @mx.custom_function
+    def forward(*primals: mx.array) -> list[mx.array]:
+        out, probabilities = attention(tiles, *primals)
+        return [out, *probabilities] if keep else [out]
+
+    @forward.vjp
+    def forward_vjp(primals, cotangents, outputs):
+        return attention_gradient(tiles, primals, cotangents[0], outputs[0], outputs[1:])
+
+    return forward(*given)[0]
 
 
-def attention(tiles: Tiles, q: mx.array, k: mx.array, v: mx.array, *sinks: mx.array) -> mx.array:
-    """Compute `tiled_attention`, a tile after the other."""
+def attention(tiles: Tiles, q: mx.array, k: mx.array, v: mx.array, *sinks: mx.array) -> tuple[mx.array, list[mx.array]]:
+    """Compute `tiled_attention`, a tile after the other; return each tile's P (B, N, G t, seen) as well."""
     parts: list[mx.array] = []
+    probabilities: list[mx.array] = []
     for start, stop, seen in tiles.spans(q, k):
         # Force the order, or all tiles may be alive at once.
         own = mx.depends(q[:, :, start:stop], parts[-1:]) if parts else q[:, :, start:stop]
         mask = tiles.tile_mask(start, stop, seen, k.shape[1])
         weights, _ = _probabilities(own * tiles.scale, k[:, :, :seen], mask, sinks)
+        probabilities.append(weights)
         parts.append(_fold_back(weights @ v[:, :, :seen], q.shape[1]))
-    return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
+    return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0], probabilities
 
 
 def attention_gradient(
-    tiles: Tiles, primals: Sequence[mx.array], d_out: mx.array, out: mx.array
+    tiles: Tiles,
+    primals: Sequence[mx.array],
+    d_out: mx.array,
+    out: mx.array,
+    probabilities: Sequence[mx.array] = (),
 ) -> tuple[mx.array, ...]:
-    """Return the cotangents of q, k, v (and sinks), from the output's and the output itself, (B, H, T, width)."""
+    """Return the cotangents of q, k, v (and sinks).
+
+    Args:
+        tiles: as in the forward pass.
+        primals: q, k, v (and sinks).
+        d_out, out: (B, H, T, width), the output's cotangent and the output.
+        probabilities: each tile's P if the forward pass kept them; else they are made again.
+    """
     q, k, v, *sinks = primals
     heads, key_heads = q.shape[1], k.shape[1]
     d_row = (d_out * out).astype(mx.float32).sum(axis=-1, keepdims=True)  # (B, H, T, 1)
     d_q: list[mx.array] = []
     d_k, d_v, d_sinks = _KeyGradient(), _KeyGradient(), mx.array(0.0)
-    for start, stop, seen in reversed(tiles.spans(q, k)):
+    for index, (start, stop, seen) in reversed(list(enumerate(tiles.spans(q, k)))):
         own = q[:, :, start:stop] * tiles.scale
         if d_q:
             own = mx.depends(own, [d_q[-1], *d_k.latest(), *d_v.latest()])
         keys, mask = k[:, :, :seen], tiles.tile_mask(start, stop, seen, key_heads)
-        weights, sunk = _probabilities(own, keys, mask, sinks)
+        weights, sunk = (probabilities[index], None) if probabilities else _probabilities(own, keys, mask, sinks)
         d_own, row = _fold(d_out[:, :, start:stop], key_heads), _fold(d_row[:, :, start:stop], key_heads)
         d_weights = d_own @ v[:, :, :seen].swapaxes(-1, -2)  # (B, N, G t, seen)
         d_scores = (weights * (d_weights - row)).astype(q.dtype)
