@@ -218,7 +218,7 @@ def describe_run(
         f"Run: {steps} steps, {len(plan)} batches per epoch, {optimizer.optimizer}, lr {optimizer.learning_rate:g} "
         f"{optimizer.lr_schedule}, warm-up {optimizer.warmup:g}, clip {optimizer.max_grad_norm:g}, seed {settings.loop.seed}"
     )
-    paths = "".join(f"; {form}: dense product from {rows} rows" for form, rows in base.dense_from_rows.items())
+    paths = "".join(f"; {line}" for line in base.matmul_paths.describe())
     cli.echo(f"Step: {loss.description}; {len(plan.shapes)} batch shapes, {plan.padding_fraction:.1%} padding{paths}")
 
 
