@@ -2,21 +2,17 @@
 
 A step record is `{"end_s", "supervised", "real", "positions", "shape"}`: seconds since the training loop
 began (host and data work counted), trained tokens by our encoder's masks, targets that are not padding,
-batch positions, and the compiled shape.
+batch positions, and the shape its inputs had: rows and width, or for ours the names of all its shapes.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
-from fractions import Fraction
-from math import lcm
 from typing import Any
 
 Step = dict[str, Any]
-
-# Tokens of one step at the most, when counts are recovered from rates.
-MAX_TOKENS = 1 << 20
 
 
 def run_figures(steps: Sequence[Step], first_step_s: float) -> dict[str, float | int | None]:
@@ -64,7 +60,7 @@ def run_figures(steps: Sequence[Step], first_step_s: float) -> dict[str, float |
     }
 
 
-def _shape(step: Step) -> tuple[int, ...]:
+def _shape(step: Step) -> tuple[int | str, ...]:
     return tuple(step["shape"])
 
 
@@ -81,36 +77,19 @@ def paired_ratio(side: Sequence[Any], reference: Sequence[Any]) -> dict[str, flo
 
 
 def steps_from_metrics(records: Sequence[dict[str, Any]]) -> list[Step]:
-    """Turn the lines of our metrics.jsonl, one per step, into step records.
+    """Turn the lines of our metrics.jsonl, one per step, into step records; validation lines hold no step.
 
-    metrics.jsonl holds rates, not counts. The counts are whole numbers and the rates share one time, so
-    they come back exactly; see `recover_counts`. The shape is not there: rows x width stands in for it, so a
-    new shape with the same product counts as an old one, which lowers our steady figure and never raises it.
+    A step that accumulates has several shapes, and counts as seen before only when that very set has run.
     """
-    steps, before_s = [], 0.0
-    for record in (record for record in records if record["loss"] is not None):
-        supervised, real, positions = recover_counts(
-            record["supervised_tokens_per_s"],
-            record["tokens_per_s"],
-            record["padding_fraction"],
-            record["elapsed_s"] - before_s,
-        )
-        before_s = record["elapsed_s"]
-        counts = {"supervised": supervised, "real": real, "positions": positions, "shape": [positions]}
-        steps.append({"end_s": record["elapsed_s"], "loss": record["loss"], **counts})
-    return steps
-
-
-def recover_counts(
-    supervised_per_s: float, real_per_s: float, padding_fraction: float, about_s: float
-) -> tuple[int, int, int]:
-    """Return supervised tokens, real tokens and positions of a step from its rates.
-
-    supervised / real and real / positions are known as ratios of whole numbers, so `real` is a multiple of
-    a known number; `about_s`, the step's time to within a few per cent, says which.
-    """
-    trained = Fraction(supervised_per_s / real_per_s).limit_denominator(MAX_TOKENS)
-    filled = Fraction(1 - padding_fraction).limit_denominator(MAX_TOKENS)
-    unit = lcm(trained.denominator, filled.numerator)
-    real = unit * max(1, round(real_per_s * about_s / unit))
-    return int(real * trained), real, int(real / filled)
+    return [
+        {
+            "end_s": record["elapsed_s"],
+            "loss": math.nan if record["loss"] is None else record["loss"],
+            "supervised": record["supervised_tokens"],
+            "real": record["real_tokens"],
+            "positions": record["positions"],
+            "shape": record["shapes"],
+        }
+        for record in records
+        if record["positions"]
+    ]

@@ -21,6 +21,7 @@ OPTIMIZERS = ("adamw", "adam", "muon", "sgd", "adafactor")
 SCHEDULES = ("cosine", "linear", "constant")
 METHODS = ("lora", "rslora")
 CHECKPOINTING = ("none", "auto", "selective", "block")
+QUANTIZED_MATMUL = ("auto", "packed", "dense")
 
 
 def setting(default: Any, help: str, **meta: Any) -> Any:
@@ -36,6 +37,12 @@ class ModelSettings:
     revision: str | None = setting(None, "Hub branch, tag or commit of the model.")
     dtype: str = setting("auto", "Compute dtype; auto: float32 on CPU, bfloat16 on a GPU.", choices=DTYPES)
     trust_remote_code: bool = setting(False, "Let the model's repository run its own tokenizer code.")
+    quantized_matmul: str = setting(
+        "auto",
+        "How layers multiply by quantised weights; packed: mx.quantized_matmul, dense: dequantise, then GEMM, "
+        "auto: by row count, as measured here.",
+        choices=QUANTIZED_MATMUL,
+    )
 
 
 @dataclass(frozen=True)

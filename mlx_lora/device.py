@@ -144,49 +144,80 @@ def process_peak_bytes() -> int:
 
 ROW_COUNTS = (1, 4, 16, 64, 256, 1024)
 NEVER = 1 << 62
+# Weights are timed in classes of this size: a model's few, and none so large that timing it takes long.
+SMALLEST_SIDE, LARGEST_SIDE = 128, 2048
 
 
-def dense_matmul_from_rows(bits: int, group_size: int, mode: str, dtype: mx.Dtype) -> int:
+def dense_matmul_from_rows(shape: tuple[int, int], bits: int, group_size: int, mode: str, dtype: mx.Dtype) -> int:
     """Rows from which dequantise-then-GEMM beats `mx.quantized_matmul` here, measured once and cached.
 
     Args:
+        shape: (out, in) of the weight; it is timed as its class, see `shape_class`.
         bits, group_size, mode: as mx.quantize took them.
         dtype: of the scales; the microscaling modes hold integers there, and are timed in `compute_dtype()`.
 
     Returns:
-        One of ROW_COUNTS, or a number no batch reaches when the quantised kernel always wins.
+        One of ROW_COUNTS, or NEVER, which no batch reaches, when the quantised kernel always wins.
     """
     compute = dtype if mx.issubdtype(dtype, mx.floating) else compute_dtype()
-    key = f"{current_device().name}|mlx {version('mlx')}|{BLAS.name}|{bits}|{group_size}|{mode}|{compute}"
+    out, width = shape_class(shape)
+    layout = f"{bits}|{group_size}|{mode}|{compute}"
+    key = f"{current_device().name}|mlx {version('mlx')}|{BLAS.name}|{layout}|{out}x{width}"
     store = cache_dir("measured") / "dense_matmul_from_rows.json"
     known = _read_measured(store)
-    if key not in known:
-        known = {**known, key: _measure_dense_matmul(bits, group_size, mode, compute)}
+    if known.get(key) not in (*ROW_COUNTS, NEVER):  # unknown, or scribbled over
+        known = {**known, key: _measure_dense_matmul((out, width), bits, group_size, mode, compute)}
         _write_measured(store, known)
     return known[key]
 
 
-def _measure_dense_matmul(bits: int, group_size: int, mode: str, dtype: mx.Dtype) -> int:
-    """Time both paths on a (1024, 1024) weight, fewest rows first, and stop at the first dense win."""
+def shape_class(shape: tuple[int, int]) -> tuple[int, int]:
+    """Return the (out, in) that stands for a weight's: the nearest powers of two within the bounds."""
+    out, width = (min(max(1 << round(math.log2(side)), SMALLEST_SIDE), LARGEST_SIDE) for side in shape)
+    return out, width
+
+
+def _measure_dense_matmul(shape: tuple[int, int], bits: int, group_size: int, mode: str, dtype: mx.Dtype) -> int:
+    """Time both paths on an (out, in) weight, fewest rows first, and stop at the first dense win.
+
+    Timed is what a training step does with a frozen weight: the product, and the gradient for its input.
+    """
     layout = {"group_size": group_size, "bits": bits, "mode": mode}
-    packed = mx.quantize(mx.random.normal((1024, 1024), key=mx.random.key(0)).astype(dtype), **layout)
+    packed = mx.quantize(mx.random.normal(shape, key=mx.random.key(0)).astype(dtype), **layout)
+
+    def quantised(x: mx.array, cotangent: mx.array) -> list[mx.array]:
+        return [
+            mx.quantized_matmul(x, *packed, transpose=True, **layout),
+            mx.quantized_matmul(cotangent, *packed, transpose=False, **layout),
+        ]
+
+    def dense(x: mx.array, cotangent: mx.array) -> list[mx.array]:
+        # Dequantised for each of the two, as in matmul.py: nothing dense is kept between them.
+        once, again = (mx.dequantize(*packed, **layout).astype(dtype) for _ in range(2))
+        return [x @ once.T, cotangent @ again]
+
     for rows in ROW_COUNTS:
-        x = mx.random.normal((rows, 1024), key=mx.random.key(1)).astype(dtype)
-        mx.eval(x, packed)
-        quantised_s = _best_s(lambda x=x: mx.quantized_matmul(x, *packed, transpose=True, **layout))
-        dense_s = _best_s(lambda x=x: x @ mx.dequantize(*packed, **layout).astype(dtype).T)
+        cotangent, x = (mx.random.normal((rows, side), key=mx.random.key(1)).astype(dtype) for side in shape)
+        mx.eval(x, cotangent, packed)
+        quantised_s, dense_s = _best_s([lambda f=f, x=x, c=cotangent: f(x, c) for f in (quantised, dense)])
         if dense_s < quantised_s:
             return rows
     return NEVER
 
 
-def _best_s(make: Callable[[], mx.array], rounds: int = 3) -> float:
-    mx.eval(make())  # the first call pays for kernel compilation
-    best = math.inf
+def _best_s(makers: list[Callable[[], list[mx.array]]], rounds: int = 20, enough_s: float = 0.1) -> list[float]:
+    """Return each maker's shortest time; they take turns, so that another program's load meets all of them."""
+    for make in makers:
+        mx.eval(make())  # the first call pays for kernel compilation
+    best = [math.inf] * len(makers)
+    begun = time.perf_counter()
     for _ in range(rounds):
-        start = time.perf_counter()
-        mx.eval(make())
-        best = min(best, time.perf_counter() - start)
+        for number, make in enumerate(makers):
+            start = time.perf_counter()
+            mx.eval(make())
+            best[number] = min(best[number], time.perf_counter() - start)
+        if time.perf_counter() - begun > enough_s:
+            break
     return best
 
 

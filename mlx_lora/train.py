@@ -243,8 +243,7 @@ def describe_run(
         f"{optimizer.lr_schedule}, warm-up {optimizer.warmup:g}, clip {optimizer.max_grad_norm:g}, seed {settings.loop.seed}"
     )
     forms = [*forms, f"{len(plan.shapes)} batch shapes", f"{plan.padding_fraction:.1%} padding"]
-    forms += [f"{form}: dense product from {rows} rows" for form, rows in base.dense_from_rows.items()]
-    cli.echo("Step: " + "; ".join(forms))
+    cli.echo("Step: " + "; ".join([*forms, *base.matmul_paths.describe()]))
 
 
 def write_settings(folder: Path, settings: TrainSettings) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -52,20 +53,24 @@ def test_one_step_is_refused(module):
         module("_figures").run_figures([step(1.0, 5, (1, 9))], 1.0)
 
 
-@pytest.mark.parametrize(
-    ("supervised", "real", "positions"), [(757, 951, 1024), (1, 7, 2048), (640, 947, 947), (947, 947, 1024)]
-)
-@pytest.mark.parametrize("clock_error", [0.97, 1.0, 1.03])
-def test_counts_come_back_exactly_from_rates(module, supervised, real, positions, clock_error):
-    spent_s = 4.987654321
-    rates = supervised / spent_s, real / spent_s, 1 - real / positions
-    found = module("_figures").recover_counts(*rates, about_s=spent_s * clock_error)
-    assert found == (supervised, real, positions)
-
-
-def test_without_padding_or_mask_the_clock_gives_the_counts(module):
-    assert module("_figures").recover_counts(1024 / 5, 1024 / 5, 0.0, about_s=5.0) == (1024, 1024, 1024)
-    assert module("_figures").recover_counts(1024 / 5, 1024 / 5, 0.0, about_s=5.5) != (1024, 1024, 1024)
+def test_our_metrics_become_steps_with_their_own_counts(module):
+    counts = {"supervised_tokens": 757, "real_tokens": 951, "positions": 1024, "shapes": ["4x256"]}
+    nothing = {"supervised_tokens": 0, "real_tokens": 0, "positions": 0, "shapes": []}
+    records = [
+        {"elapsed_s": 1.0, "loss": None, **nothing},  # a validation
+        {"elapsed_s": 2.0, "loss": 3.5, **counts},
+        {"elapsed_s": 4.0, "loss": None, **counts},  # a skipped step: it took its time all the same
+        {"elapsed_s": 5.0, "loss": 3.0, **counts, "shapes": ["2x512", "4x256"]},
+    ]
+    steps = module("_figures").steps_from_metrics(records)
+    assert [step["end_s"] for step in steps] == [2.0, 4.0, 5.0]
+    assert steps[0] == {
+        "end_s": 2.0, "loss": 3.5, "supervised": 757, "real": 951, "positions": 1024, "shape": ["4x256"]
+    }  # fmt: skip
+    assert math.isnan(steps[1]["loss"])
+    figures = module("_figures").run_figures(steps, first_step_s=1.0)
+    assert figures["supervised_tokens_per_s"] == pytest.approx(2 * 757 / 3)
+    assert figures["shapes"] == 2
 
 
 def test_ratios_pair_rounds(module):
@@ -153,6 +158,7 @@ def test_compares_us_with_mlx_lm(kind, tiny_folder, tiny_4bit_folder, chats, tmp
     for name in ("mlx_lora", "mlx-lm"):
         (only,) = result["rounds"][name]
         assert len(only["steps"]) == 3
+        assert all(s["shape"] for s in only["steps"])
         assert all(0 < s["supervised"] <= s["real"] <= s["positions"] for s in only["steps"])
         assert only["peak_allocator_bytes"] > 0
         assert only["peak_process_bytes"] > only["peak_allocator_bytes"]

@@ -56,11 +56,41 @@ def test_run_folder_is_complete(trained):
         "grad_norm",
         "supervised_tokens_per_s",
         "tokens_per_s",
+        "supervised_tokens",
+        "real_tokens",
+        "positions",
+        "shapes",
         "padding_fraction",
         "peak_memory_bytes",
         "elapsed_s",
     ):
         assert key in reports[0]
+
+
+def test_counts_of_the_lines_add_up_to_the_run(tiny_folder, chats, tmp_path):
+    def lines(name: str, *more: object) -> list[dict]:
+        ran = run(
+            "train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / name, *QUICK[2:6],
+            "--max-seq-length", 128, "--iters", 7, *more,
+        )  # fmt: skip
+        assert ran.code == 0, ran.err
+        return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    # A validation at every second step falls into the middle of a report's window of three.
+    few = lines("few", "--steps-per-report", 3, "--steps-per-eval", 2)
+    each = lines("each", "--steps-per-report", 1, "--val-batches", 0)
+    assert [line["step"] for line in few if line["val_loss"] is None] == [3, 6, 7]
+    assert len(each) == 7
+    for key in ("supervised_tokens", "real_tokens", "positions"):
+        assert sum(line[key] for line in few) == sum(line[key] for line in each) > 0, key
+        assert all(line[key] == 0 for line in few if line["val_loss"] is not None), key
+    assert {name for line in few for name in line["shapes"]} == {name for line in each for name in line["shapes"]}
+    for line in each:
+        (shape,) = line["shapes"]
+        rows, width = map(int, shape.split("x"))
+        assert 0 < line["supervised_tokens"] < line["real_tokens"] <= line["positions"] == rows * width
+        assert line["padding_fraction"] == pytest.approx(1 - line["real_tokens"] / line["positions"])
+    assert few[-1]["shapes"] == []
 
 
 def test_what_is_printed_before_and_during_the_run(trained):

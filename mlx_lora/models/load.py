@@ -18,7 +18,7 @@ from mlx_lora.errors import InputError
 from mlx_lora.models.converting import cached_gguf_folder
 from mlx_lora.models.fingerprint import base_fingerprint
 from mlx_lora.models.folder import load_folder_tokenizer, load_weights
-from mlx_lora.models.matmul import use_measured_matmul
+from mlx_lora.models.matmul import MatmulPaths, use_measured_matmul
 from mlx_lora.sources.hub import resolve_model
 
 
@@ -34,7 +34,7 @@ class Base:
         model_id: what the user named: hub id, folder or file.
         revision: the hub commit, if it came from the hub.
         fingerprint: see fingerprint.py.
-        dense_from_rows: for each kind of quantised weight, the rows from which its dense product is used.
+        matmul_paths: which product its quantised layers use.
     """
 
     model: nn.Module
@@ -44,7 +44,7 @@ class Base:
     model_id: str
     revision: str | None
     fingerprint: str
-    dense_from_rows: dict[str, int]
+    matmul_paths: MatmulPaths
 
     @property
     def hf_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -72,7 +72,7 @@ def load_base(settings: ModelSettings) -> Base:
     A .gguf file is converted into the cache first (blocks kept as they are), once per file.
 
     Raises:
-        InputError: unknown model, architecture or dtype, or damaged files.
+        InputError: unknown model, architecture or dtype, damaged files, or a matmul path forced on a float model.
     """
     if not settings.model:
         raise InputError("--model: missing; give a hub id, a folder or a .gguf file")
@@ -82,11 +82,11 @@ def load_base(settings: ModelSettings) -> Base:
     # Before the cast: float32 norms rounded to float16 and then to bfloat16 are not those rounded once.
     fingerprint = base_fingerprint(model, config)
     _cast_floats(model, device.compute_dtype(settings.dtype))
-    dense_from_rows = use_measured_matmul(model)
+    matmul_paths = use_measured_matmul(model, settings.quantized_matmul)
     model.freeze()
     mx.eval(model.parameters())
     tokenizer = load_folder_tokenizer(folder, config, settings.trust_remote_code)
-    return Base(model, tokenizer, config, folder, source.model_id, source.revision, fingerprint, dense_from_rows)
+    return Base(model, tokenizer, config, folder, source.model_id, source.revision, fingerprint, matmul_paths)
 
 
 def _cast_floats(model: nn.Module, dtype: mx.Dtype) -> None:

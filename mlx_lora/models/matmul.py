@@ -2,7 +2,8 @@
 
 `mx.quantized_matmul` reads packed weights once per row block: best for few rows (generation).
 Dequantise-then-GEMM pays one pass over the weight, then runs the dense kernel: best for many rows
-(training), by 100x on an x86 CPU. Where the second starts to win is measured (device.py), never assumed.
+(training), by 100x on an x86 CPU. Where the second starts to win is measured (device.py), never assumed;
+`--quantized-matmul` forces one of them.
 
 Shapes: x (..., in), weight packed (out, in * bits / 32) uint32, scales and biases (out, in / group_size).
 """
@@ -10,11 +11,14 @@ Shapes: x (..., in), weight packed (out, in * bits / 32) uint32, scales and bias
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora import device
+from mlx_lora.errors import InputError
 
 
 def dequantised_matmul(x: mx.array, packed: list[mx.array], *, group_size: int, bits: int, mode: str) -> mx.array:
@@ -75,22 +79,74 @@ class MeasuredQuantizedEmbedding(nn.QuantizedEmbedding):
 
 
 MEASURED = {nn.QuantizedLinear: MeasuredQuantizedLinear, nn.QuantizedEmbedding: MeasuredQuantizedEmbedding}
+FORCED_FROM_ROWS = {"packed": device.NEVER, "dense": 1}
 
 
-def use_measured_matmul(model: nn.Module) -> dict[str, int]:
-    """Give every quantised layer of `model` the faster of the two paths for each row count.
+@dataclass(frozen=True)
+class MatmulPaths:
+    """Which product a model's quantised layers use.
+
+    Attributes:
+        path: `auto`, `packed` or `dense`, as asked for.
+        dense_from_rows: kind of weight (`4-bit/64 affine`) -> the rows from which its layers take the dense
+            product, of every shape class; device.NEVER: they do not.
+        others: quantised layers of other types, which always take the packed product: type -> count.
+    """
+
+    path: str
+    dense_from_rows: dict[str, set[int]]
+    others: dict[str, int]
+
+    def describe(self) -> list[str]:
+        """Return a line for each kind of weight, for the run header."""
+        if self.path != "auto":
+            lines = [f"{kind}: {self.path} product, forced" for kind in self.dense_from_rows]
+        else:
+            lines = [f"{kind}: {_describe_rows(rows)}" for kind, rows in self.dense_from_rows.items()]
+        if self.path == "dense":
+            lines += [
+                f"{count} {name} layers: packed product, which is all they have" for name, count in self.others.items()
+            ]
+        return lines
+
+
+def _describe_rows(rows: set[int]) -> str:
+    found = sorted(rows - {device.NEVER})
+    if not found:
+        return "packed product"
+    span = f"{found[0]}" if len(found) == 1 else f"{found[0]}-{found[-1]}"
+    return f"dense product from {span} rows" + (" by shape" if len(rows) > 1 else "")
+
+
+def use_measured_matmul(model: nn.Module, path: str = "auto") -> MatmulPaths:
+    """Give every quantised layer of `model` the faster of the two paths for each row count, or a forced one.
 
     The layers keep their place, names and parameters: only the instance's class changes, so another
     model in this process is not touched.
 
-    Returns:
-        For each kind of quantised weight (`4-bit/64 affine`) the rows from which the dense path is used.
+    Args:
+        model: an mlx-lm model.
+        path: `packed` or `dense` for that product whatever the row count; `auto` for the faster.
+
+    Raises:
+        InputError: a path is forced on a model without a quantised layer of the types that have both.
     """
-    chosen: dict[str, int] = {}
+    dense_from_rows: dict[str, set[int]] = {}
+    others: Counter[str] = Counter()
+    known: dict[tuple, int] = {}  # a model has many layers of a few kinds, and each look-up reads a file
     for _, layer in model.named_modules():
-        if type(layer) in MEASURED:
-            rows = device.dense_matmul_from_rows(layer.bits, layer.group_size, layer.mode, layer.scales.dtype)
-            layer.dense_from_rows = rows
-            layer.__class__ = MEASURED[type(layer)]
-            chosen[f"{layer.bits}-bit/{layer.group_size} {layer.mode}"] = rows
-    return chosen
+        if type(layer) not in (*MEASURED, *MEASURED.values()):
+            others.update([type(layer).__name__] if "scales" in layer else [])
+            continue
+        shape = layer.weight.shape[0], layer.weight.shape[1] * 32 // layer.bits
+        kind = (device.shape_class(shape), layer.bits, layer.group_size, layer.mode, layer.scales.dtype)
+        if kind not in known:
+            known[kind] = FORCED_FROM_ROWS.get(path) or device.dense_matmul_from_rows(*kind)
+        layer.dense_from_rows = known[kind]
+        layer.__class__ = MEASURED.get(type(layer), type(layer))
+        dense_from_rows.setdefault(f"{layer.bits}-bit/{layer.group_size} {layer.mode}", set()).add(known[kind])
+    if path != "auto" and not dense_from_rows:
+        raise InputError(
+            f"--quantized-matmul {path}: the model has no quantised linear layer; give a quantised model, or leave it out"
+        )
+    return MatmulPaths(path, dense_from_rows, dict(others))

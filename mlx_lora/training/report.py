@@ -27,7 +27,10 @@ class Metrics:
         grad_norm: of the last step, before the clip.
         supervised_tokens_per_s, tokens_per_s: trained tokens and all real tokens by wall-clock time, data
             and host work included, validation and saving not.
-        padding_fraction: of the batch positions since the last report.
+        supervised_tokens, real_tokens, positions: trained tokens, tokens that are not padding and batch positions
+            (padding included) since the last report; summed over the lines they are the run's.
+        shapes: distinct micro-batch shapes since the last report, `ROWSxWIDTH`.
+        padding_fraction: of those positions.
         skipped_steps: updates skipped since the start because something was not finite.
         peak_memory_bytes: MLX's allocator; process_peak_bytes: the operating system's figure.
         elapsed_s: since the first step.
@@ -41,6 +44,10 @@ class Metrics:
     grad_norm: float
     supervised_tokens_per_s: float
     tokens_per_s: float
+    supervised_tokens: int
+    real_tokens: int
+    positions: int
+    shapes: list[str]
     padding_fraction: float
     skipped_steps: int
     peak_memory_bytes: int

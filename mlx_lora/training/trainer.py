@@ -43,6 +43,7 @@ class Window:
     results: list[StepResult] = field(default_factory=list)
     real_tokens: int = 0
     positions: int = 0
+    shapes: set[tuple[int, int]] = field(default_factory=set)
     paused_s: float = 0.0
     started_s: float = field(default_factory=time.perf_counter)
 
@@ -50,6 +51,7 @@ class Window:
         self.results.append(result)
         self.real_tokens += sum(b.real_tokens for b in batches)
         self.positions += sum(b.inputs.size for b in batches)
+        self.shapes |= {b.inputs.shape for b in batches}
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -152,16 +154,8 @@ def train(
     previous: StepResult | None = None
     model.train()
 
-    def record(new_val_loss: float | None = None) -> Metrics:
-        return _metrics(
-            window,
-            step,
-            taken,
-            consumed / len(plan),
-            guard.total,
-            new_val_loss,
-            begun_s,
-        )
+    def record(gathered: Window, new_val_loss: float | None = None) -> Metrics:
+        return _metrics(gathered, step, taken, consumed / len(plan), guard.total, new_val_loss, begun_s)
 
     def validate() -> None:
         nonlocal val_loss, val_at
@@ -171,7 +165,7 @@ def train(
         value, tokens = mean_loss(model, loss, held_out)
         if tokens and not interrupted():
             val_loss, val_at = value, taken
-            report(record(value))
+            report(record(Window(), value))  # the window goes on: its tokens are counted once, in its own line
 
     with interrupt_flag() as interrupted:
         validate()
@@ -191,7 +185,7 @@ def train(
             if last:
                 gone = guard.diverged(result) or guard.in_a_row == total
             if last or taken % settings.steps_per_report == 0:
-                report(record())
+                report(record(window))
                 window = Window()
             with window.paused():
                 if last or (settings.steps_per_eval and taken % settings.steps_per_eval == 0):
@@ -220,6 +214,7 @@ def _metrics(
     results = window.results
     mx.eval(results)
     spent_s = window.spent_s()
+    supervised_tokens = round(sum(r.tokens.item() for r in results))
     good = [r for r in results if r.applied.item()]
     good_tokens = sum(r.tokens.item() for r in good)
     loss = sum(r.loss_sum.item() for r in good) / good_tokens if good_tokens else math.nan
@@ -230,8 +225,12 @@ def _metrics(
         val_loss=val_loss,
         learning_rate=step.learning_rate,
         grad_norm=results[-1].grad_norm.item() if results else 0.0,
-        supervised_tokens_per_s=sum(r.tokens.item() for r in results) / spent_s,
+        supervised_tokens_per_s=supervised_tokens / spent_s,
         tokens_per_s=window.real_tokens / spent_s,
+        supervised_tokens=supervised_tokens,
+        real_tokens=window.real_tokens,
+        positions=window.positions,
+        shapes=[f"{rows}x{width}" for rows, width in sorted(window.shapes)],
         padding_fraction=1 - window.real_tokens / window.positions if window.positions else 0.0,
         skipped_steps=skipped,
         peak_memory_bytes=mx.get_peak_memory(),

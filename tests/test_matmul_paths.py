@@ -1,0 +1,162 @@
+"""Which product a quantised layer uses: forced, or measured once per shape class and kept."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections import Counter
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import quantised, tiny_model
+from run_cli import run
+
+from mlx_lora import device
+from mlx_lora.cache import cache_dir
+from mlx_lora.config import ModelSettings
+from mlx_lora.errors import InputError
+from mlx_lora.models.load import load_base
+from mlx_lora.models.matmul import use_measured_matmul
+
+
+def operations(model: nn.Module, rows: int) -> Counter[str]:
+    """Count the operations of the model's logits and of their gradient for the first block's input."""
+    text = io.StringIO()
+    mx.eval(model.parameters())
+    hidden = mx.zeros((1, rows, 64))
+    logits, gradients = mx.value_and_grad(lambda h: model.model.embed_tokens.as_linear(blocks(model, h)).sum())(hidden)
+    mx.export_to_dot(text, logits, gradients)
+    return Counter(re.findall(r'label ="(\w+)"', text.getvalue()))
+
+
+def blocks(model: nn.Module, hidden: mx.array) -> mx.array:
+    for block in model.model.layers:
+        hidden = block(hidden, mask=None)
+    return hidden
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_forced_path_is_the_one_taken_forwards_and_backwards(rows):
+    found = {}
+    for path in ("packed", "dense"):
+        model = quantised(tiny_model())
+        paths = use_measured_matmul(model, path)
+        assert paths.describe() == [f"4-bit/32 affine: {path} product, forced"]
+        found[path] = operations(model, rows)
+    products = 2 * (2 * 7 + 1)  # forwards and backwards, of two blocks and the tied head
+    assert found["packed"]["QuantizedMatmul"] == products
+    assert found["dense"]["QuantizedMatmul"] == 0
+    assert found["dense"]["Matmul"] - found["packed"]["Matmul"] == products
+
+
+def test_both_paths_give_the_same_numbers_and_not_the_same_bits():
+    ids = mx.arange(60).reshape(3, 20)
+    found = {}
+    for path in ("packed", "dense"):
+        model = quantised(tiny_model())
+        use_measured_matmul(model, path)
+        found[path] = np.array(model(ids))
+    assert np.allclose(found["packed"], found["dense"], atol=1e-4)
+    assert not np.array_equal(found["packed"], found["dense"])
+
+
+def test_a_second_choice_replaces_the_first():
+    model = quantised(tiny_model())
+    use_measured_matmul(model, "packed")
+    use_measured_matmul(model, "dense")
+    assert model.layers[0].mlp.up_proj.dense_from_rows == 1
+
+
+def test_types_that_have_one_path_are_named():
+    model = quantised(tiny_model())
+    model.experts = nn.QuantizedLinear(64, 64)
+    model.experts.__class__ = type("QuantizedSwitchLinear", (nn.QuantizedLinear,), {})
+    assert use_measured_matmul(model, "dense").describe()[-1].startswith("1 QuantizedSwitchLinear layers: packed")
+    assert len(use_measured_matmul(model, "packed").describe()) == 1
+
+
+def test_forcing_a_path_of_a_float_model_is_refused():
+    with pytest.raises(InputError, match="no quantised linear layer"):
+        use_measured_matmul(tiny_model(), "packed")
+    assert use_measured_matmul(tiny_model()).describe() == []
+
+
+# --- the setting reaches every command that shows it
+
+
+@pytest.mark.parametrize("path", ["packed", "dense"])
+def test_the_setting_reaches_the_layers(tiny_4bit_folder, path):
+    base = load_base(ModelSettings(model=str(tiny_4bit_folder), quantized_matmul=path))
+    assert base.model.layers[0].self_attn.q_proj.dense_from_rows == {"packed": device.NEVER, "dense": 1}[path]
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate"])
+def test_every_command_that_shows_the_option_heeds_it(command, tiny_folder, chats, tmp_path):
+    more = {
+        "train": ("--data", chats, "--adapter-path", tmp_path / "a", "--iters", 1),
+        "evaluate": ("--data", chats),
+        "generate": ("--prompt", "x", "--max-tokens", 1),
+    }[command]
+    ran = run(command, "--model", tiny_folder, *more, "--quantized-matmul", "packed")
+    assert ran.code == 2
+    assert ran.lines[-1].startswith("Error: --quantized-matmul packed: the model has no quantised")
+    assert run(command, "--model", tiny_folder, *more).code == 0
+
+
+def test_the_run_header_says_forced(tiny_4bit_folder, chats, tmp_path):
+    common = ("train", "--model", tiny_4bit_folder, "--data", chats, "--iters", 1, "--val-batches", 0)
+    forced = run(*common, "--adapter-path", tmp_path / "a", "--quantized-matmul", "packed").err
+    measured = run(*common, "--adapter-path", tmp_path / "b").err
+    assert "4-bit/32 affine: packed product, forced" in forced
+    assert "forced" not in measured
+    assert "quantized_matmul: packed" in (tmp_path / "a/run.yaml").read_text()
+
+
+# --- what is measured is kept
+
+
+@pytest.fixture
+def store(monkeypatch, tmp_path):
+    """The measurements' file in a cache of its own."""
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path))
+    return cache_dir("measured") / "dense_matmul_from_rows.json"
+
+
+def measured(shape: tuple[int, int] = (96, 64)) -> int:
+    return device.dense_matmul_from_rows(shape, 4, 32, "affine", mx.float32)
+
+
+def test_a_weight_is_timed_as_its_class():
+    assert device.shape_class((576, 1536)) == (512, 2048)
+    assert device.shape_class((1536, 576)) == (2048, 512)
+    assert device.shape_class((49152, 4096)) == (2048, 2048)
+    assert device.shape_class((1, 64)) == (128, 128)
+
+
+def test_each_class_is_measured_once(store):
+    assert measured() == measured((128, 140))
+    (key,) = json.loads(store.read_text())
+    assert key.endswith("|4|32|affine|mlx.core.float32|128x128")
+    measured((250, 64))
+    assert {k.rsplit("|", 1)[-1] for k in json.loads(store.read_text())} == {"128x128", "256x128"}
+
+
+def test_a_kept_measurement_is_believed(store):
+    measured()
+    (key,) = json.loads(store.read_text())
+    store.write_text(json.dumps({key: device.NEVER}))
+    assert measured() == device.NEVER
+    assert measured((250, 64)) in (*device.ROW_COUNTS, device.NEVER)
+    assert json.loads(store.read_text())[key] == device.NEVER
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1, 2]", b"\xff\xfe", "value"])
+def test_a_damaged_file_is_measured_again(store, content):
+    measured()
+    (key,) = json.loads(store.read_text())
+    store.write_bytes(json.dumps({key: "soon"}).encode() if content == "value" else content)
+    assert measured() in (*device.ROW_COUNTS, device.NEVER)
+    assert list(json.loads(store.read_text())) == [key]
