@@ -220,7 +220,8 @@ OPTIONS = {
 REFUSED = ("revision", "strict", "data_format", "train", "test", "report_to")
 ELSEWHERE = {
     "trust_remote_code": "test_hub.py: which files are fetched",
-    "grad_checkpoint": "test_step.py: memory, not numbers",
+    "grad_checkpoint": "test_checkpointing.py: memory, not numbers",
+    "quantized_matmul": "test_matmul_paths.py: each path is really taken when forced",
     "test_batches": "below: needs a test split",
     "clear_cache_threshold": "above",
     "project_name": "below: needs a logger",

@@ -126,9 +126,9 @@ def attention_gradient(
     d_q: list[mx.array] = []
     d_k, d_v, d_sinks = _KeyGradient(), _KeyGradient(), mx.array(0.0)
     for index, (start, stop, seen) in reversed(list(enumerate(tiles.spans(q, k)))):
-        own = q[:, :, start:stop] * tiles.scale
-        if d_q:
-            own = mx.depends(own, [d_q[-1], *d_k.latest(), *d_v.latest()])
+        # The first too: else compiling may merge it with the forward pass's tile, and keep that.
+        done = [d_q[-1], *d_k.latest(), *d_v.latest()] if d_q else [d_row]
+        own = mx.depends(q[:, :, start:stop] * tiles.scale, done)
         keys, mask = k[:, :, :seen], tiles.tile_mask(start, stop, seen, key_heads)
         weights, sunk = (probabilities[index], None) if probabilities else _probabilities(own, keys, mask, sinks)
         d_own, row = _fold(d_out[:, :, start:stop], key_heads), _fold(d_row[:, :, start:stop], key_heads)

@@ -44,7 +44,10 @@ def dequantised_matmul(x: mx.array, packed: list[mx.array], *, group_size: int, 
     @product.vjp
     def product_vjp(primals, cotangent, _):
         _, *arrays = primals
-        return (cotangent @ dense(tuple(arrays)), *(mx.zeros_like(array) for array in arrays))
+        # After the cotangent: else compiling would merge this dequantisation with the forward pass's, and every
+        # layer's dense weight would wait for the backward pass.
+        again = [mx.depends(array, cotangent) for array in arrays]
+        return (cotangent @ dense(tuple(again)), *(mx.zeros_like(array) for array in arrays))
 
     return product(x, *packed)
 
