@@ -168,7 +168,7 @@ def test_the_dense_weights_do_not_wait_for_the_backward_pass(request):
     old = mx.set_memory_limit(1)
     request.addfinalizer(lambda: mx.set_memory_limit(old))
     layout = {"group_size": 32, "bits": 4, "mode": "affine"}
-    weights = [mx.quantize(mx.random.normal((512, 512)), **layout) for _ in range(8)]
+    weights = [mx.quantize(mx.random.normal((512, 512)), **layout) for _ in range(16)]
 
     def loss(x: mx.array, weights: list[tuple[mx.array, ...]]) -> mx.array:
         for packed in weights:
@@ -182,4 +182,4 @@ def test_the_dense_weights_do_not_wait_for_the_backward_pass(request):
     start = mx.get_active_memory()
     mx.reset_peak_memory()
     mx.eval(step(x, weights))
-    assert mx.get_peak_memory() - start < 3 * 512 * 512 * 4
+    assert mx.get_peak_memory() - start < 6 * 512 * 512 * 4  # what one dequantisation takes in between
