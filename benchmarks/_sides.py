@@ -46,6 +46,12 @@ SIDES = {
     side.name: side
     for side in (
         Side(OURS, None, "python -m mlx_lora.train, batches by token budget"),
+        *(
+            Side(
+                f"{OURS}-{mode}", None, f"the same with --grad-checkpoint {mode}", settings=(("grad_checkpoint", mode),)
+            )
+            for mode in ("2", "selective", "block")
+        ),
         Side("mlx-lm", "mlx_lm_side.py", "mlx_lm.tuner.trainer.train, --batch-size rows"),
         Side("mlx-lm-sorted", "mlx_lm_side.py", "the same on rows sorted by length beforehand", data="sorted"),
         Side("peft-padded", "peft_side.py", "random --batch-size rows", settings=(("batching", "padded"),)),
@@ -105,7 +111,7 @@ def prepare(bench: Bench, data: str, rows: int, as_text: bool, seed: int) -> dic
 def check_loss(bench: Bench, side: Side, adapter: Path) -> dict[str, Any]:
     """Compute the side's loss on the check rows with the factors in `adapter`."""
     if side.script is None:
-        return _check_ours(bench, adapter)
+        return _check_ours(bench, side, adapter)
     return _run_script(bench, side.script, f"{side.name}.check", _job(bench, side, "check", adapter, 0), side.name)[0]
 
 
@@ -114,7 +120,7 @@ def time_run(bench: Bench, side: Side, number: int) -> dict[str, Any]:
     adapter = bench.folder / "initial.safetensors"
     name = f"{side.name}.round{number}"
     if side.script is None:
-        result, ended, command = _train_ours(bench, adapter, name, number)
+        result, ended, command = _train_ours(bench, side, adapter, name, number)
     else:
         result, ended = _run_script(bench, side.script, name, _job(bench, side, "train", adapter, number), side.name)
         command = [bench.pythons.get(side.name, sys.executable), f"benchmarks/sides/{side.script}"]
@@ -177,15 +183,26 @@ def our_command(bench: Bench, data: str, adapter: Path, folder: Path, changes: S
     command = [sys.executable, "-m", "mlx_lora.train"]
     command += [str(part) for pair in flags.items() for part in pair]
     command += ["--grad-checkpoint"] if settings["grad_checkpoint"] else []
-    return [*command, *changes, *shlex.split(bench.ours)]
+    return [*command, *changes]
 
 
-def _check_ours(bench: Bench, adapter: Path) -> dict[str, Any]:
+def _own_flags(bench: Bench, side: Side) -> list[str]:
+    """Return what this side adds to our command, then what the user adds."""
+    mode = dict(side.settings).get("grad_checkpoint")
+    return [*(["--grad-checkpoint", mode] if mode else []), *shlex.split(bench.ours)]
+
+
+def _check_ours(bench: Bench, side: Side, adapter: Path) -> dict[str, Any]:
     """Train one epoch over the check rows at no rate: the very loss and batches that are timed."""
-    folder = bench.folder / f"{OURS}.check"
+    folder = bench.folder / f"{side.name}.check"
     changes = ["--epochs", "1", "--force"]
     # Last, so that flags in --ours cannot let the factors move during the check.
-    command = [*our_command(bench, "check", adapter, folder, changes), "--learning-rate", NO_RATE]
+    command = [
+        *our_command(bench, "check", adapter, folder, changes),
+        *_own_flags(bench, side),
+        "--learning-rate",
+        NO_RATE,
+    ]
     run_child(command, bench.log(folder.name), timeout_s=bench.timeout_s)
     steps = steps_from_metrics(read_metrics(folder))
     return {
@@ -197,10 +214,13 @@ def _check_ours(bench: Bench, adapter: Path) -> dict[str, Any]:
     }
 
 
-def _train_ours(bench: Bench, adapter: Path, name: str, seed: int) -> tuple[dict[str, Any], Ended, list[str]]:
+def _train_ours(
+    bench: Bench, side: Side, adapter: Path, name: str, seed: int
+) -> tuple[dict[str, Any], Ended, list[str]]:
     folder = bench.folder / name
     length = ["--iters", str(bench.steps or ENDLESS)]
     rate = ["--learning-rate", str(bench.settings["learning_rate"])]
     command = our_command(bench, "train", adapter, folder, [*length, *rate, "--seed", str(seed), "--force"])
+    command += _own_flags(bench, side)
     result, ended = train_timed(command, folder, bench.log(name), bench.seconds, bench.timeout_s)
     return result, ended, command
