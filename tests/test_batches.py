@@ -59,7 +59,7 @@ def test_budget_holds_and_little_is_padding(budget):
 @pytest.mark.parametrize("budget", [{"batch_tokens": 1024, "batch_size": None}, {"batch_tokens": 1, "batch_size": 4}])
 def test_shapes_are_few_and_the_same_in_every_epoch(budget):
     plan = BatchPlan(encoded(LENGTHS), seed=0, **budget)
-    assert len(plan.shapes) <= 24
+    assert len(plan.shapes) <= ShapePrice().max_shapes
     for epoch in range(4):
         batches = [plan.batch(epoch, i) for i in range(len(plan))]
         assert {(*b.inputs.shape, len(b.positions)) for b in batches} == plan.shapes

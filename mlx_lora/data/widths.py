@@ -18,8 +18,9 @@ SAMPLED_ROWS = 3000
 class ShapePrice:
     """What a shape and a padded position cost on this device.
 
-    The defaults are a 2-core CPU's with a 135M model (200 tokens/s, a retrace 1.5 s). Only the ratio
-    decides, and it moves little: a faster device also traces faster.
+    The defaults were measured on a 2-core CPU with a 135M model (docs/performance.md): a retrace costs as
+    much as 90 tokens. They are the same for every device, for the plan must not depend on where it is made;
+    a GPU computes far more tokens in the time of a retrace, but pays it once per run and shape.
 
     Attributes:
         retrace_s: seconds to trace and compile the step for one more shape.
@@ -28,10 +29,10 @@ class ShapePrice:
         max_shapes: never more shapes than this.
     """
 
-    retrace_s: float = 1.5
-    tokens_per_s: float = 200.0
+    retrace_s: float = 0.5
+    tokens_per_s: float = 180.0
     epochs: float = 1.0
-    max_shapes: int = 24
+    max_shapes: int = 48
 
     def cost_s(self, positions: np.ndarray | float, shapes: np.ndarray | int) -> np.ndarray | float:
         """Return the seconds that `positions` per epoch in so many shapes cost over the run."""
