@@ -187,6 +187,22 @@ def test_every_optimizer_lowers_the_loss(name):
     assert losses[-1] < losses[0]
 
 
+def test_one_flat_array_gets_the_update_of_many(monkeypatch):
+    runs = {}
+    for flat in (True, False):
+        monkeypatch.setattr("mlx_lora.training.step.ELEMENTWISE", (optim.Adam, optim.SGD) if flat else ())
+        model = adapted(seed=3)
+        step = make_step(model, clip=0.5, weight_decay=0.1)
+        for s in range(4):
+            step([batch(2, 9, seed=s)])
+        runs[flat] = factors(model)
+        assert (set(step.optimizer.state) >= {"flat"}) is flat
+    assert np.allclose(runs[True], runs[False], atol=1e-6)
+    assert not np.allclose(runs[True], factors(adapted(seed=3)), atol=1e-3)
+    muon = make_step(adapted(), optimizer="muon")  # works on matrices: never flat
+    assert "flat" not in muon.optimizer.state
+
+
 def test_schedules_warm_up_peak_and_end():
     def rates(steps, **settings):
         schedule = learning_rate_schedule(OptimizerSettings(learning_rate=1.0, **settings), steps)

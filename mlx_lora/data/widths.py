@@ -19,7 +19,7 @@ class ShapePrice:
     """What a shape and a padded position cost on this device.
 
     The defaults were measured on a 2-core CPU with a 135M model (docs/performance.md): a retrace costs as
-    much as 90 tokens. They are the same for every device, for the plan must not depend on where it is made;
+    much as 27 tokens. They are the same for every device, for the plan must not depend on where it is made;
     a GPU computes far more tokens in the time of a retrace, but pays it once per run and shape.
 
     Attributes:
@@ -29,7 +29,7 @@ class ShapePrice:
         max_shapes: never more shapes than this.
     """
 
-    retrace_s: float = 0.5
+    retrace_s: float = 0.15
     tokens_per_s: float = 180.0
     epochs: float = 1.0
     max_shapes: int = 48

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+from math import prod
+
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.config import OptimizerSettings
 from mlx_lora.errors import InputError
@@ -57,6 +61,55 @@ def build_optimizer(settings: OptimizerSettings, total_steps: int) -> optim.Opti
         "adafactor": lambda: optim.Adafactor(rate, relative_step=False, scale_parameter=False),
     }
     return build[settings.optimizer]()
+
+
+# Optimizers that treat every number alike, whatever array it is in.
+ELEMENTWISE = (optim.Adam, optim.SGD)
+
+
+class Masters:
+    """The trainable parameters as the optimizer sees them.
+
+    An adapter has hundreds of small arrays, and an update of each by itself is some ten operations, as many
+    in all as the backward pass has. An elementwise optimizer gets them as one flat array instead, and the
+    model's parameters are views of it.
+    """
+
+    def __init__(self, model: nn.Module, flat: bool):
+        """Take over the trainable parameters of `model`.
+
+        Args:
+            model: its parameters become views of `arrays` by `hand_out`.
+            flat: hold one array; else each parameter by its own.
+        """
+        self._model = model
+        self._flat = flat
+        self._own = [(name, p.shape, p.dtype) for name, p in tree_flatten(model.trainable_parameters())]
+        # One dict, changed in place: compiled functions capture it.
+        self.arrays = self.gathered(model.trainable_parameters())
+
+    def gathered(self, tree: dict) -> dict:
+        """Return a tree like the model's trainable parameters in the form of `arrays`."""
+        leaves = tree_flatten(tree)
+        if not self._flat:
+            return dict(leaves)
+        return {"flat": mx.concatenate([leaf.astype(mx.float32).reshape(-1) for _, leaf in leaves])}
+
+    def put(self, arrays: dict) -> None:
+        """Exchange the arrays."""
+        self.arrays.update(arrays)
+
+    def hand_out(self) -> None:
+        """Give the model its parameters."""
+        own = list(self.arrays.items())
+        if self._flat:
+            ends = list(accumulate(prod(shape) for _, shape, _ in self._own))
+            parts = mx.split(self.arrays["flat"], ends[:-1])
+            own = [
+                (name, part.reshape(shape).astype(dtype))
+                for (name, shape, dtype), part in zip(self._own, parts, strict=True)
+            ]
+        self._model.update(tree_unflatten(own))
 
 
 def clip_scale(grads: dict, max_norm: float) -> tuple[mx.array, mx.array]:

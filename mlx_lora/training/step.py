@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -15,7 +14,7 @@ from mlx_lora.data.batches import Batch
 from mlx_lora.models.attention import AttentionCall
 from mlx_lora.models.kernels import training_kernels
 from mlx_lora.training.losses import Arrays, LossFunction
-from mlx_lora.training.optim import clip_scale, scaled
+from mlx_lora.training.optim import ELEMENTWISE, Masters, clip_scale, scaled
 
 
 class StepResult(NamedTuple):
@@ -56,34 +55,35 @@ class Step:
         """
         self.model = model
         self.optimizer = optimizer
-        optimizer.init(model.trainable_parameters())
-        self._state = [model.state, optimizer.state, mx.random.state]
+        self._masters = Masters(model, flat=isinstance(optimizer, ELEMENTWISE))
+        optimizer.init(self._masters.arrays)
         gradient = nn.value_and_grad(model, loss)
 
-        def micro(*arrays: mx.array):
+        def micro(*arrays: mx.array) -> tuple[mx.array, mx.array, dict]:
+            parameters = model.trainable_parameters()
             # Around the backward pass as well: checkpointed blocks run again there.
             with training_kernels(model, attend) if attend else nullcontext():
-                return gradient(model, *arrays)
+                (loss_sum, tokens), grads = gradient(model, *arrays)
+            model.update(parameters)  # differentiation leaves its own stand-ins in the model
+            return loss_sum, tokens, self._masters.gathered(grads)
 
         def apply(loss_sum: mx.array, tokens: mx.array, grads: dict) -> StepResult:
             grads = scaled(grads, 1 / mx.maximum(tokens, 1))
             norm, factor = clip_scale(grads, max_grad_norm)
             # No token means no gradient: momentum and decay alone must not move the factors.
             applied = mx.isfinite(loss_sum) & mx.isfinite(norm) & (tokens > 0)
-            parameters, state = model.trainable_parameters(), tree_map(lambda a: a, optimizer.state)
-            optimizer.update(model, scaled(grads, factor))
+            state = tree_map(lambda a: a, optimizer.state)
+            updated = optimizer.apply_gradients(scaled(grads, factor), self._masters.arrays)
             # Chosen on the device: the host need not wait for the answer.
-            model.update(_choose(applied, model.trainable_parameters(), parameters))
+            self._masters.put(_choose(applied, updated, self._masters.arrays))
             # In place: the compiled function captured this very dict.
             optimizer.state.update(_choose(applied, optimizer.state, state))
             return StepResult(loss_sum, tokens, norm, applied)
 
-        def whole(*arrays: mx.array) -> StepResult:
-            (loss_sum, tokens), grads = micro(*arrays)
-            return apply(loss_sum, tokens, grads)
-
-        compiled = partial(mx.compile, inputs=self._state, outputs=self._state)
-        self._whole, self._micro, self._apply = compiled(whole), compiled(micro), compiled(apply)
+        # Two functions: another batch shape traces the first again, never the optimizer.
+        self._micro = mx.compile(micro, inputs=[model.state, mx.random.state], outputs=[mx.random.state])
+        self._state = [self._masters.arrays, optimizer.state]
+        self._apply = mx.compile(apply, inputs=self._state, outputs=self._state)
 
     def __call__(self, batches: list[Batch]) -> StepResult:
         """Take one optimizer step over `batches`, weighted by their trained tokens.
@@ -91,17 +91,15 @@ class Step:
         Returns:
             Lazy results; the update is already under way on the device.
         """
-        if len(batches) == 1:
-            result = self._whole(*Arrays.of(batches[0]))
-        else:
-            total = None
-            for batch in batches:
-                (loss_sum, tokens), grads = self._micro(*Arrays.of(batch))
-                part = [loss_sum, tokens, grads]
-                total = part if total is None else tree_map(mx.add, total, part)
+        total = None
+        for batch in batches:
+            part = list(self._micro(*Arrays.of(batch)))
+            total = part if total is None else tree_map(mx.add, total, part)
+            if len(batches) > 1:
                 mx.async_eval(total)  # one micro-batch's activations at a time, and short command buffers
-            result = self._apply(*total)
-        mx.async_eval(self._state, result)
+        result = self._apply(*total)
+        self._masters.hand_out()
+        mx.async_eval(self._masters.arrays, self.optimizer.state, result)
         return result
 
     @property
