@@ -82,8 +82,8 @@ class Step:
 
         # Two functions: another batch shape traces the first again, never the optimizer.
         self._micro = mx.compile(micro, inputs=[model.state, mx.random.state], outputs=[mx.random.state])
-        self._state = [self._masters.arrays, optimizer.state]
-        self._apply = mx.compile(apply, inputs=self._state, outputs=self._state)
+        self.state = [self._masters.arrays, optimizer.state]
+        self._apply = mx.compile(apply, inputs=self.state, outputs=self.state)
 
     def __call__(self, batches: list[Batch]) -> StepResult:
         """Take one optimizer step over `batches`, weighted by their trained tokens.
@@ -99,7 +99,7 @@ class Step:
                 mx.async_eval(total)  # one micro-batch's activations at a time, and short command buffers
         result = self._apply(*total)
         self._masters.hand_out()
-        mx.async_eval(self._masters.arrays, self.optimizer.state, result)
+        mx.async_eval(self.state, result)
         return result
 
     @property

@@ -1,0 +1,220 @@
+"""Where a training step's time goes: each part of a block timed alone, beside the whole step.
+
+    python benchmarks/profile_step.py --model DIR --rows 5 --width 204
+
+Parts are compiled forward and backward passes on arrays of the model's own shapes, medians of --rounds, times
+the number of blocks. They do not sum to the step exactly: compiled as a whole, neighbours share passes. Then,
+by count, the step's floating-point operations, bytes of activations and launches, and what those would take
+on Macs whose listed ceilings are given: a prediction, not a measurement.
+
+Shapes: B rows, T width, D hidden width, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
+import mlx.core as mx  # isort: skip
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_lora import device
+from mlx_lora.adapters.inject import inject, select_targets
+from mlx_lora.config import ModelSettings, OptimizerSettings
+from mlx_lora.data.batches import Batch
+from mlx_lora.models.activations import lean_swiglu
+from mlx_lora.models.attention import Tiles, tiled_attention
+from mlx_lora.models.head import find_head
+from mlx_lora.models.load import Base, load_base
+from mlx_lora.training.activation_memory import apply_checkpointing
+from mlx_lora.training.fused import fused_cross_entropy
+from mlx_lora.training.losses import Arrays, choose_loss
+from mlx_lora.training.optim import build_optimizer
+from mlx_lora.training.step import Step
+
+# No data moves: these only describe how an array is read.
+FREE = (
+    "Transpose Broadcast Reshape Slice Unflatten Flatten Squeeze ExpandDims Depends CustomTransforms AsStrided Split"
+).split()
+# Chip: float32 TFLOPS and GB/s as published; a launch takes about 5 us of the host's time.
+CHIPS = {"M1 (8 cores)": (2.6, 68), "M3 Pro": (6.4, 150), "M4 Max": (17.4, 546), "M2 Ultra": (27.2, 800)}
+LAUNCH_S = 5e-6
+
+
+def seconds(function: Callable[..., Any], arrays: Sequence[mx.array], rounds: int) -> float:
+    """Return the median time of the compiled forward and backward pass of `function`."""
+    outputs = function(*arrays)
+    cotangent = mx.random.normal(outputs.shape).astype(outputs.dtype)
+    both = mx.compile(lambda d, *a: mx.vjp(lambda *p: [function(*p)], list(a), [d]))
+    mx.eval(both(cotangent, *arrays))
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        mx.eval(both(cotangent, *arrays))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def parts_of_a_block(base: Base, rows: int, width: int, rounds: int) -> dict[str, float]:
+    """Return seconds per part, all blocks together."""
+    config, blocks = base.config, len(base.model.layers)
+    block = base.model.layers[0]
+    heads = config["num_attention_heads"]
+    key_heads = config.get("num_key_value_heads", heads)
+    dims = config.get("head_dim") or config["hidden_size"] // heads
+    dtype = device.compute_dtype()
+
+    def random(*shape: int) -> mx.array:
+        return mx.random.normal(shape).astype(dtype)
+
+    linear: list[tuple[Any, mx.array]] = []
+    for _, layer in block.named_modules():
+        if hasattr(layer, "lora_a"):
+            linear.append((layer, random(rows, width, layer.lora_a.shape[0])))
+    mx.eval([x for _, x in linear])
+    plain = sum(seconds(layer.linear, [x], rounds) for layer, x in linear)
+    adapted = sum(
+        seconds(lambda x, a, b, layer=layer: _with_factors(layer, x, a, b), [x, layer.lora_a, layer.lora_b], rounds)
+        for layer, x in linear
+    )
+    q, k, v = (random(rows, n, width, dims) for n in (heads, key_heads, key_heads))
+    tiles = Tiles(dims**-0.5, "causal")
+    gate, up = random(rows, width, config["intermediate_size"]), random(rows, width, config["intermediate_size"])
+    x = random(rows, width, config["hidden_size"])
+    norm = mx.ones((config["hidden_size"],), dtype)
+    turn = {"dims": dims, "traditional": False, "base": config.get("rope_theta", 1e4), "scale": 1.0, "offset": 0}
+    each = {
+        "products with base weights": plain,
+        "adapter branch": adapted - plain,
+        "attention": seconds(lambda q, k, v: tiled_attention(q, k, v, tiles), [q, k, v], rounds),
+        "gated activation": seconds(
+            lambda g, u: lean_swiglu(device.keep_exponentials(), g, u), [gate, up], rounds
+        ),
+        "two norms": 2 * seconds(lambda x: mx.fast.rms_norm(x, norm, 1e-5), [x], rounds),
+        "rotations of q and k": sum(seconds(lambda a: mx.fast.rope(a, **turn), [a], rounds) for a in (q, k)),
+    }
+    return {name: blocks * value for name, value in each.items()}
+
+
+def _with_factors(layer: Any, x: mx.array, lora_a: mx.array, lora_b: mx.array) -> mx.array:
+    """Call an adapter layer with other factors, so that they too are differentiated; its own are put back."""
+    own = layer.lora_a, layer.lora_b
+    layer.lora_a, layer.lora_b = lora_a, lora_b
+    y = layer(x)
+    layer.lora_a, layer.lora_b = own
+    return y
+
+
+def whole_step(base: Base, batch: Batch, mode: str, rounds: int) -> tuple[float, int, Counter]:
+    """Return the median seconds of a step, MLX's peak bytes, and its operations by name."""
+    loss = choose_loss(base.model, base.config)
+    tape = apply_checkpointing(base.model, mode)
+    attend = tape.attend if tape else tiled_attention
+    step = Step(base.model, build_optimizer(OptimizerSettings(), 100), loss.train, 1.0, attend)
+    times = []
+    mx.reset_peak_memory()
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        mx.eval(step([batch]), step.state)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:]), mx.get_peak_memory(), operations(step, batch)
+
+
+def operations(step: Step, batch: Batch) -> Counter:
+    """Count the operations of one step's compiled graphs, by name."""
+    found: Counter = Counter()
+    gradient = step._micro(*Arrays.of(batch))  # traced, not run
+    # What the update is made of is read off a run of its own, on gradients that are there.
+    for outputs in (gradient, lambda: (mx.eval(gradient), step._apply(*gradient), step.state)[1:]):
+        outputs = outputs() if callable(outputs) else outputs
+        with tempfile.NamedTemporaryFile(suffix=".dot") as file:
+            mx.export_to_dot(file.name, *[a for _, a in tree_flatten(outputs) if isinstance(a, mx.array)])
+            labels = re.findall(r'label ?= ?"([^"]+)"', Path(file.name).read_text())
+        found.update("Compiled" if name.startswith("Compiled") else name for name in labels if len(name) > 3)
+    return found
+
+
+def counted(base: Base, rows: int, width: int, supervised: int) -> dict[str, float]:
+    """Return the step's FLOPs: 4 per base weight and token (no weight gradient), 6 per factor, attention, head."""
+    config, tokens = base.config, rows * width
+    modules = [m for _, m in base.model.named_modules() if hasattr(m, "lora_a")]
+    weights = sum(m.lora_a.shape[0] * m.lora_b.shape[1] for m in modules)
+    factors = sum(m.lora_a.size + m.lora_b.size for m in modules)
+    heads = config["num_attention_heads"]
+    wide = heads * (config.get("head_dim") or config["hidden_size"] // heads)
+    head = find_head(base.model, config)
+    return {
+        "products with base weights": 4.0 * weights * tokens,
+        "adapter branch": 6.0 * factors * tokens,
+        "attention": 12.0 * wide * (width / 2) * tokens * len(base.model.layers),
+        "loss": 4.0 * head.vocabulary * config["hidden_size"] * supervised,
+    }
+
+
+def loss_seconds(base: Base, supervised: int, rounds: int) -> float:
+    """Return the median time of the fused loss on this many positions."""
+    head = find_head(base.model, base.config)
+    hidden = mx.random.normal((supervised, base.config["hidden_size"])).astype(device.compute_dtype())
+    targets, weights = mx.random.randint(0, head.vocabulary, (supervised,)), mx.ones((supervised,))
+    mx.eval(hidden, targets, weights)
+    tile = device.loss_tile_bytes()
+    return seconds(lambda h: fused_cross_entropy(head, h, targets, weights, tile), [hidden], rounds)
+
+
+def report(parts: dict[str, float], step_s: float, flops: dict[str, float], launches: int, peak: int) -> str:
+    """Lay the figures out as Markdown."""
+    lines = ["| part, forward and backward, all blocks | s | share of the step | GFLOP |", "|---|---|---|---|"]
+    for name, value in parts.items():
+        lines.append(f"| {name} | {value:.2f} | {value / step_s:.0%} | {flops.get(name, 0) / 1e9:.0f} |")
+    rest = step_s - sum(parts.values())
+    lines.append(f"| residuals, copies, optimizer, host | {rest:.2f} | {rest / step_s:.0%} | |")
+    total = sum(flops.values())
+    lines.append(f"| the step | {step_s:.2f} | | {total / 1e9:.0f} |")
+    lines += ["", f"Peak {peak / 1e9:.2f} GB, {launches} launches, {total / step_s / 1e9:.0f} GFLOP/s", ""]
+    lines += ["| predicted, not measured | FLOPs s | launches s |", "|---|---|---|"]
+    for chip, (tflops, _) in CHIPS.items():
+        lines.append(f"| {chip} | {total / tflops / 1e12:.3f} | {launches * LAUNCH_S:.3f} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Profile one shape of one model and print Markdown, then one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", required=True, help="Folder of a converted model.")
+    parser.add_argument("--rows", type=int, default=5)
+    parser.add_argument("--width", type=int, default=204)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--supervised", type=float, default=0.76, help="Share of the positions that is trained.")
+    parser.add_argument("--checkpointing", default="none", help="As --grad-checkpoint takes it.")
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args(argv)
+    base = load_base(ModelSettings(model=args.model))
+    inject(base.model, select_targets(base.model).paths, args.rank, 2.0)
+    random = np.random.default_rng(0)
+    ids = random.integers(0, 256, (args.rows, args.width + 1)).astype(np.int32)
+    mask = random.random((args.rows, args.width)) < args.supervised
+    batch = Batch.of(ids[:, :-1], ids[:, 1:], mask, mask.size)
+    supervised = len(batch.positions)
+    parts = parts_of_a_block(base, args.rows, args.width, args.rounds)
+    parts["loss"] = loss_seconds(base, supervised, args.rounds)
+    step_s, peak, found = whole_step(base, batch, args.checkpointing, args.rounds)
+    launches = sum(count for name, count in found.items() if name not in FREE)
+    flops = counted(base, args.rows, args.width, supervised)
+    print(report(parts, step_s, flops, launches, peak))
+    print(json.dumps({"parts_s": parts, "step_s": step_s, "flops": flops, "peak_bytes": peak, "operations": found}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
