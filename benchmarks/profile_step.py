@@ -98,9 +98,7 @@ def parts_of_a_block(base: Base, rows: int, width: int, rounds: int) -> dict[str
         "products with base weights": plain,
         "adapter branch": adapted - plain,
         "attention": seconds(lambda q, k, v: tiled_attention(q, k, v, tiles), [q, k, v], rounds),
-        "gated activation": seconds(
-            lambda g, u: lean_swiglu(device.keep_exponentials(), g, u), [gate, up], rounds
-        ),
+        "gated activation": seconds(lambda g, u: lean_swiglu(device.keep_exponentials(), g, u), [gate, up], rounds),
         "two norms": 2 * seconds(lambda x: mx.fast.rms_norm(x, norm, 1e-5), [x], rounds),
         "rotations of q and k": sum(seconds(lambda a: mx.fast.rope(a, **turn), [a], rounds) for a in (q, k)),
     }

@@ -110,6 +110,9 @@ class LoopSettings:
     clear_cache_threshold: str | None = setting(
         None, "Bound on MLX's buffer cache, as in 2GB (default: a sixteenth of the working set)."
     )
+    short_buffers: bool = setting(
+        False, "Give the GPU up between short command buffers, for a Mac whose display must stay live (slower)."
+    )
     report_to: str | None = setting(None, "Also log to wandb, swanlab or both, by comma.")
     project_name: str | None = setting(None, "Project name for --report-to.")
     seed: int = setting(0, "Seed of data order, initial factors and dropout.")

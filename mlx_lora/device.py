@@ -118,6 +118,21 @@ def wire_working_set() -> None:
         mx.set_wired_limit(current_device().working_set_bytes)
 
 
+# Operations and megabytes per Metal command buffer; mlx's own bounds are 20 to 50 of each, by chip.
+SHORT_BUFFERS = {"MLX_MAX_OPS_PER_BUFFER": "4", "MLX_MAX_MB_PER_BUFFER": "8"}
+
+
+def restart_with_short_buffers() -> None:
+    """On Metal, start this program anew with short command buffers; what the user has set already stays.
+
+    MLX reads these variables once, when it makes its device, which may have happened during an import.
+    macOS kills command buffers that keep the display waiting (mlx#3267). Not measured on a Mac yet.
+    """
+    missing = {name: value for name, value in SHORT_BUFFERS.items() if name not in os.environ}
+    if mx.metal.is_available() and missing:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing})
+
+
 def parse_size(text: str) -> int:
     """Turn `512MB`, `2GB`, `1.5GiB` or plain bytes into a byte count.
 

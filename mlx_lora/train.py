@@ -51,6 +51,8 @@ from mlx_lora.training.trainer import Outcome, mean_loss, total_steps, train
 def main(config_file: str | None, **options: Any) -> int:
     """Train a LoRA adapter on --data over the frozen --model and write it to --adapter-path."""
     settings = train_settings(cli.given(options), config_file)
+    if settings.loop.short_buffers:
+        device.restart_with_short_buffers()
     check_run_folder(settings)
     base = load_base(settings.model)
     if not wants_training(settings):
@@ -123,7 +125,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     loss = choose_loss(base.model, base.config)
     attend, forms = choose_forms(settings, base, plan, loss)
     optimizer = build_optimizer(settings.optimizer, steps)
-    step = Step(base.model, optimizer, loss.train, settings.optimizer.max_grad_norm, attend)
+    step = Step(base.model, optimizer, loss.train, settings.optimizer.max_grad_norm, attend, loop.short_buffers)
     factors = adapter_parameters(base.model)
     adapter_bytes = sum(p.nbytes for p in factors.values())
     checkpoints = steps // loop.save_every if loop.save_every else 0
@@ -216,7 +218,8 @@ def choose_forms(
     )
     tape = apply_checkpointing(model, checkpointing)
     attend = (tape.attend if tape else tiled_attention) if use_kernels else None
-    return attend, [loss.description, kernels, f"checkpointing {checkpointing}"]
+    waits = ["a pause after each micro-batch"] if settings.loop.short_buffers else []
+    return attend, [loss.description, kernels, f"checkpointing {checkpointing}", *waits]
 
 
 def describe_run(

@@ -225,6 +225,7 @@ ELSEWHERE = {
     "test_batches": "below: needs a test split",
     "clear_cache_threshold": "above",
     "project_name": "below: needs a logger",
+    "short_buffers": "test_device.py: when the device is waited for, not numbers",
 }
 
 

@@ -18,18 +18,19 @@ SAMPLED_ROWS = 3000
 class ShapePrice:
     """What a shape and a padded position cost on this device.
 
-    The defaults were measured on a 2-core CPU with a 135M model (docs/performance.md): a retrace costs as
-    much as 27 tokens. They are the same for every device, for the plan must not depend on where it is made;
+    The defaults were measured on a 2-core CPU with a 135M model (docs/performance.md): a new shape costs as
+    much as 110 tokens. They are the same for every device, for the plan must not depend on where it is made;
     a GPU computes far more tokens in the time of a retrace, but pays it once per run and shape.
 
     Attributes:
-        retrace_s: seconds to trace and compile the step for one more shape.
+        retrace_s: seconds that the first step in one more shape takes longer: tracing, and memory that no
+            buffer of another shape could serve.
         tokens_per_s: positions computed per second, padding included.
         epochs: passes over the data that a shape will serve.
         max_shapes: never more shapes than this.
     """
 
-    retrace_s: float = 0.15
+    retrace_s: float = 0.6
     tokens_per_s: float = 180.0
     epochs: float = 1.0
     max_shapes: int = 48

@@ -43,6 +43,7 @@ class Step:
         loss: LossFunction,
         max_grad_norm: float,
         attend: AttentionCall | None = None,
+        wait: bool = False,
     ):
         """Set up the step.
 
@@ -52,8 +53,10 @@ class Step:
             loss: returns (sum, count).
             max_grad_norm: global-norm clip; 0 for none.
             attend: computes the model's attention, with our other training kernels; None leaves all to mlx.
+            wait: let the device run dry after each micro-batch, so that others (a display) get their turn.
         """
         self.model = model
+        self._submit = mx.eval if wait else mx.async_eval
         self.optimizer = optimizer
         self._masters = Masters(model, flat=isinstance(optimizer, ELEMENTWISE))
         optimizer.init(self._masters.arrays)
@@ -89,17 +92,17 @@ class Step:
         """Take one optimizer step over `batches`, weighted by their trained tokens.
 
         Returns:
-            Lazy results; the update is already under way on the device.
+            Lazy results; the update is already under way on the device (with `wait`, done).
         """
         total = None
         for batch in batches:
             part = list(self._micro(*Arrays.of(batch)))
             total = part if total is None else tree_map(mx.add, total, part)
             if len(batches) > 1:
-                mx.async_eval(total)  # one micro-batch's activations at a time, and short command buffers
+                self._submit(total)  # one micro-batch's activations at a time
         result = self._apply(*total)
         self._masters.hand_out()
-        mx.async_eval(self.state, result)
+        self._submit(self.state, result)
         return result
 
     @property

@@ -1,0 +1,72 @@
+"""device.py: short command buffers, and a device that is left to run dry."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import mlx.core as mx
+import pytest
+from run_cli import run
+from test_step import adapted, batch, factors, make_step
+
+from mlx_lora import device
+from mlx_lora.training.losses import plain_loss
+from mlx_lora.training.step import Step
+
+
+@pytest.fixture
+def restarts(monkeypatch):
+    """What a restart would have run: program, arguments, environment."""
+    seen = []
+    monkeypatch.setattr(os, "execve", lambda *call: seen.append(call))
+    for name in device.SHORT_BUFFERS:
+        monkeypatch.delenv(name, raising=False)
+    return seen
+
+
+def test_short_buffers_start_the_program_anew_on_metal_alone(restarts, monkeypatch):
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    device.restart_with_short_buffers()
+    assert restarts == []
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "7")  # the user's own choice stays
+    device.restart_with_short_buffers()
+    [(program, arguments, environment)] = restarts
+    assert (program, arguments[1:]) == (sys.executable, sys.orig_argv[1:])
+    assert environment["MLX_MAX_OPS_PER_BUFFER"] == "7"
+    assert environment["MLX_MAX_MB_PER_BUFFER"] == device.SHORT_BUFFERS["MLX_MAX_MB_PER_BUFFER"]
+    assert environment.items() > device.SHORT_BUFFERS.items() - {("MLX_MAX_OPS_PER_BUFFER", "4")}
+    # Started anew, everything is set, and it goes on.
+    for name in device.SHORT_BUFFERS:
+        monkeypatch.setenv(name, "1")
+    device.restart_with_short_buffers()
+    assert len(restarts) == 1
+
+
+def test_waiting_leaves_nothing_under_way_and_the_same_factors(monkeypatch):
+    submitted = []
+    real = mx.async_eval
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: (submitted.append(arrays), real(*arrays)))
+    plain, waiting = adapted(), adapted()
+    step = make_step(plain)
+    patient = Step(waiting, make_step(waiting).optimizer, plain_loss, 1.0, wait=True)
+    batches = [batch(2, 9, seed) for seed in range(2)]
+    patient(batches)
+    assert not submitted
+    step(batches)
+    assert len(submitted) == 3  # each micro-batch, and the update
+    assert (factors(plain) == factors(waiting)).all()
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_the_flag_reaches_the_step_and_the_header(flag, tiny_folder, chats, tmp_path, monkeypatch):
+    waits = []
+    real = Step.__init__
+    monkeypatch.setattr(Step, "__init__", lambda self, *a: (waits.append(a[-1]), real(self, *a))[1])
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    arguments = ["--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "out", "--iters", 1]
+    ran = run("train", *arguments, "--short-buffers" if flag else "--no-short-buffers")
+    assert ran.code == 0
+    assert waits == [flag]
+    assert any("a pause after each micro-batch" in line for line in ran.lines) is flag
