@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
+
 import mlx.core as mx  # isort: skip
 import numpy as np
 from mlx.utils import tree_flatten
@@ -44,9 +45,20 @@ from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.step import Step
 
 # No data moves: these only describe how an array is read.
-FREE = (
-    "Transpose Broadcast Reshape Slice Unflatten Flatten Squeeze ExpandDims Depends CustomTransforms AsStrided Split"
-).split()
+FREE = [
+    "Transpose",
+    "Broadcast",
+    "Reshape",
+    "Slice",
+    "Unflatten",
+    "Flatten",
+    "Squeeze",
+    "ExpandDims",
+    "Depends",
+    "CustomTransforms",
+    "AsStrided",
+    "Split",
+]
 # Chip: float32 TFLOPS and GB/s as published; a launch takes about 5 us of the host's time.
 CHIPS = {"M1 (8 cores)": (2.6, 68), "M3 Pro": (6.4, 150), "M4 Max": (17.4, 546), "M2 Ultra": (27.2, 800)}
 LAUNCH_S = 5e-6

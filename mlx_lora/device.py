@@ -112,6 +112,17 @@ def keep_exponentials() -> bool:
     return mx.default_device() == mx.Device(mx.cpu)
 
 
+def sigmoid(x: mx.array) -> mx.array:
+    """Return 1 / (1 + exp(-x)), on a CPU in float32 as (1 + tanh(x / 2)) / 2, three times as fast in mlx there.
+
+    The two are equal within 6e-8, the rounding of a float32 near 1; a value near 0 is less exact than that
+    relative to itself.
+    """
+    if mx.default_device() == mx.Device(mx.cpu) and x.dtype == mx.float32:
+        return 0.5 + 0.5 * mx.tanh(0.5 * x)
+    return mx.sigmoid(x)
+
+
 def wire_working_set() -> None:
     """Let Metal keep the model resident (no effect elsewhere), so that weights are not paged out."""
     if mx.metal.is_available():

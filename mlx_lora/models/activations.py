@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_lora import device
+
 
 def lean_swiglu(keep_sigmoid: bool, gate: mx.array, up: mx.array) -> mx.array:
     """Return silu(gate) * up, differentiable in both.
@@ -24,7 +26,7 @@ def lean_swiglu(keep_sigmoid: bool, gate: mx.array, up: mx.array) -> mx.array:
 
     @mx.custom_function
     def forward(gate: mx.array, up: mx.array) -> list[mx.array]:
-        s = mx.sigmoid(gate)
+        s = device.sigmoid(gate)
         return [gate * s * up, s] if keep_sigmoid else [gate * s * up]
 
     @forward.vjp
@@ -32,7 +34,7 @@ def lean_swiglu(keep_sigmoid: bool, gate: mx.array, up: mx.array) -> mx.array:
         d = cotangents[0]
         # After d: else compiling would merge this sigmoid with the forward pass's, and keep it.
         gate, up = mx.depends(list(primals), d)
-        s = outputs[1] if keep_sigmoid else mx.sigmoid(gate)
+        s = outputs[1] if keep_sigmoid else device.sigmoid(gate)
         return [d * up * s * (1 + gate * (1 - s)), d * gate * s]
 
     return forward(gate, up)[0]
