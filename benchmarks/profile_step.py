@@ -4,8 +4,8 @@
 
 Parts are compiled forward and backward passes on arrays of the model's own shapes, medians of --rounds, times
 the number of blocks. They do not sum to the step exactly: compiled as a whole, neighbours share passes. Then,
-by count, the step's floating-point operations, bytes of activations and launches, and what those would take
-on Macs whose listed ceilings are given: a prediction, not a measurement.
+by count (_counts.py), the step's floating-point operations, bytes and launches, and what those would take at
+the listed ceilings of some Macs: a prediction, not a measurement.
 
 Shapes: B rows, T width, D hidden width, F feed-forward width.
 """
@@ -13,6 +13,7 @@ Shapes: B rows, T width, D hidden width, F feed-forward width.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import statistics
@@ -28,6 +29,8 @@ import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
 
 import mlx.core as mx  # isort: skip
 import numpy as np
+from _counts import Count, count_step, predictions
+from _environment import environment
 from mlx.utils import tree_flatten
 
 from mlx_lora import device
@@ -59,9 +62,6 @@ FREE = [
     "AsStrided",
     "Split",
 ]
-# Chip: float32 TFLOPS and GB/s as published; a launch takes about 5 us of the host's time.
-CHIPS = {"M1 (8 cores)": (2.6, 68), "M3 Pro": (6.4, 150), "M4 Max": (17.4, 546), "M2 Ultra": (27.2, 800)}
-LAUNCH_S = 5e-6
 
 
 def seconds(function: Callable[..., Any], arrays: Sequence[mx.array], rounds: int) -> float:
@@ -155,23 +155,6 @@ def operations(step: Step, batch: Batch) -> Counter:
     return found
 
 
-def counted(base: Base, rows: int, width: int, supervised: int) -> dict[str, float]:
-    """Return the step's FLOPs: 4 per base weight and token (no weight gradient), 6 per factor, attention, head."""
-    config, tokens = base.config, rows * width
-    modules = [m for _, m in base.model.named_modules() if hasattr(m, "lora_a")]
-    weights = sum(m.lora_a.shape[0] * m.lora_b.shape[1] for m in modules)
-    factors = sum(m.lora_a.size + m.lora_b.size for m in modules)
-    heads = config["num_attention_heads"]
-    wide = heads * (config.get("head_dim") or config["hidden_size"] // heads)
-    head = find_head(base.model, config)
-    return {
-        "products with base weights": 4.0 * weights * tokens,
-        "adapter branch": 6.0 * factors * tokens,
-        "attention": 12.0 * wide * (width / 2) * tokens * len(base.model.layers),
-        "loss": 4.0 * head.vocabulary * config["hidden_size"] * supervised,
-    }
-
-
 def loss_seconds(base: Base, supervised: int, rounds: int) -> float:
     """Return the median time of the fused loss on this many positions."""
     head = find_head(base.model, base.config)
@@ -182,20 +165,21 @@ def loss_seconds(base: Base, supervised: int, rounds: int) -> float:
     return seconds(lambda h: fused_cross_entropy(head, h, targets, weights, tile), [hidden], rounds)
 
 
-def report(parts: dict[str, float], step_s: float, flops: dict[str, float], launches: int, peak: int) -> str:
+def report(parts: dict[str, float], step_s: float, counts: dict[str, Count], launches: int, peak: int) -> str:
     """Lay the figures out as Markdown."""
-    lines = ["| part, forward and backward, all blocks | s | share of the step | GFLOP |", "|---|---|---|---|"]
-    for name, value in parts.items():
-        lines.append(f"| {name} | {value:.2f} | {value / step_s:.0%} | {flops.get(name, 0) / 1e9:.0f} |")
+    lines = ["| part, forward and backward, all blocks | s | share of the step | GFLOP | GB in 16 bits |"]
+    lines.append("|---|---|---|---|---|")
     rest = step_s - sum(parts.values())
-    lines.append(f"| residuals, copies, optimizer, host | {rest:.2f} | {rest / step_s:.0%} | |")
-    total = sum(flops.values())
-    lines.append(f"| the step | {step_s:.2f} | | {total / 1e9:.0f} |")
-    lines += ["", f"Peak {peak / 1e9:.2f} GB, {launches} launches, {total / step_s / 1e9:.0f} GFLOP/s", ""]
-    lines += ["| predicted, not measured | FLOPs s | launches s |", "|---|---|---|"]
-    for chip, (tflops, _) in CHIPS.items():
-        lines.append(f"| {chip} | {total / tflops / 1e12:.3f} | {launches * LAUNCH_S:.3f} |")
-    return "\n".join(lines)
+    for name, value in {**parts, "residuals": rest}.items():
+        count = counts[name]
+        label = name if name in parts else "residuals, and all else: copies, optimizer, host"
+        lines.append(
+            f"| {label} | {value:.2f} | {value / step_s:.0%} | {count.flops / 1e9:.0f} | {count.moved_bytes / 1e9:.2f} |"
+        )
+    flops, moved = sum(c.flops for c in counts.values()), sum(c.moved_bytes for c in counts.values())
+    lines.append(f"| the step | {step_s:.2f} | | {flops / 1e9:.0f} | {moved / 1e9:.2f} |")
+    lines += ["", f"Peak {peak / 1e9:.2f} GB, {launches} launches, {flops / step_s / 1e9:.0f} GFLOP/s", ""]
+    return "\n".join([*lines, predictions(counts, launches)])
 
 
 def main(argv: Sequence[str]) -> int:
@@ -220,9 +204,11 @@ def main(argv: Sequence[str]) -> int:
     parts["loss"] = loss_seconds(base, supervised, args.rounds)
     step_s, peak, found = whole_step(base, batch, args.checkpointing, args.rounds)
     launches = sum(count for name, count in found.items() if name not in FREE)
-    flops = counted(base, args.rows, args.width, supervised)
-    print(report(parts, step_s, flops, launches, peak))
-    print(json.dumps({"parts_s": parts, "step_s": step_s, "flops": flops, "peak_bytes": peak, "operations": found}))
+    counts = count_step(base.model, base.config, args.rows, args.width, supervised)
+    print(report(parts, step_s, counts, launches, peak))
+    counted = {name: dataclasses.asdict(count) for name, count in counts.items()}
+    result = {"parts_s": parts, "step_s": step_s, "counts": counted, "peak_bytes": peak, "operations": found}
+    print(json.dumps({**environment(), **result}))
     return 0
 
 

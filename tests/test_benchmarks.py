@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import TINY, tiny_model
+
+from mlx_lora.adapters.inject import inject, select_targets
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -211,3 +214,39 @@ def test_scaling_measures_its_curves(tmp_path):
     assert all(row["step_s"] > 0 and row["peak_allocator_bytes"] > row["weights_bytes"] for row in curve)
     # More rank, more memory: the points are not one point measured four times.
     assert curve[-1]["peak_allocator_bytes"] > curve[0]["peak_allocator_bytes"]
+
+
+def test_a_steps_operations_are_counted_by_hand(module):
+    model = tiny_model()
+    inject(model, select_targets(model).paths, 4, 2.0)
+    parts = module("_counts").count_step(model, TINY, rows=3, width=10, supervised=20)
+    # Per block: q and o 64 x 64, k and v 64 x 32, gate, up and down 64 x 96; two blocks, 30 tokens.
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
+    sides = 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))
+    assert parts["products with base weights"].flops == 4 * weights * 30
+    assert parts["products with base weights"].moved_bytes == 2 * 2 * (30 * sides + weights)
+    assert parts["adapter branch"].flops == 6 * sides * 4 * 30
+    assert (
+        parts["attention"].flops == 7 * 2 * (3 * 4 * 10 * 10 / 2) * 16 * 2
+    )  # products, rows x heads x half, d, blocks
+    assert parts["loss"].flops == 4 * 20 * 288 * 64
+
+
+def test_a_part_takes_the_longer_of_computing_and_moving(module):
+    count = module("_counts").Count(flops=2e12, moved_bytes=1e9)
+    assert count.seconds(tflops=1, gb_per_s=1) == 2
+    assert count.seconds(tflops=4, gb_per_s=1) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_profile_times_and_counts_a_step(mode, tiny_folder):
+    command = [sys.executable, BENCHMARKS / "profile_step.py", "--model", tiny_folder, "--width", "70"]
+    ran = subprocess.run(
+        [*map(str, command), "--rounds", "2", "--checkpointing", mode], capture_output=True, text=True, timeout=600
+    )
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(ran.stdout.strip().splitlines()[-1])
+    assert result["step_s"] > 0 < result["peak_bytes"]
+    assert result["counts"].keys() - result["parts_s"].keys() == {"residuals"}
+    assert result["operations"]["Matmul"] > 2 * 7 * 4  # blocks, layers, products with weights and factors
