@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -114,6 +115,7 @@ def inject(
     scale: float,
     dropout: float = 0.0,
     seed: int = 0,
+    shapes: Mapping[str, tuple[int, float]] | None = None,
 ) -> None:
     """Freeze `model` and wrap the layers at `paths`; the factors become its only trainable parameters.
 
@@ -124,14 +126,16 @@ def inject(
         scale: factor on the low-rank product.
         dropout: on the adapter's input.
         seed: of the initial factors.
+        shapes: path -> (rank, scale), where a layer has its own.
     """
     model.freeze()
     modules = dict(model.named_modules())
     wrapped = []
     for path in paths:
         base = modules[path]
-        factors = kaiming_factors(path, *base_dims(base), rank, seed)
-        layer = adapter_class(base).from_base(base, factors, scale, dropout)
+        own_rank, own_scale = (shapes or {}).get(path, (rank, scale))
+        factors = kaiming_factors(path, *base_dims(base), own_rank, seed)
+        layer = adapter_class(base).from_base(base, factors, own_scale, dropout)
         layer.freeze()
         layer.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
         wrapped.append((path, layer))

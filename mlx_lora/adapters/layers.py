@@ -123,7 +123,10 @@ class LoRALinear(nn.Module):
 
 
 class LoRAEmbedding(nn.Module):
-    """A frozen embedding plus scale * A[tokens] B; as a tied output head it adds scale * (x B^T) A^T."""
+    """A frozen embedding plus scale * A[tokens] B; as a tied output head it adds scale * (x B^T) A^T.
+
+    `adapts_head = False` leaves the tied head as it was: PEFT adapts the two apart.
+    """
 
     def __init__(self, embedding: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0):
         """Wrap `embedding`.
@@ -136,6 +139,7 @@ class LoRAEmbedding(nn.Module):
         """
         super().__init__()
         self.embedding = embedding
+        self.adapts_head = True
         self.lora_a = lora_a
         self.lora_b = lora_b
         self.scale = scale
@@ -155,6 +159,8 @@ class LoRAEmbedding(nn.Module):
 
     def as_linear(self, x: mx.array) -> mx.array:
         y = self.embedding.as_linear(x)  # (B, T, vocabulary)
+        if not self.adapts_head:
+            return y
         z = self.dropout(x) @ (self.scale * self.lora_b).T.astype(x.dtype)  # (B, T, r)
         return y + z @ self.lora_a.T.astype(x.dtype)
 

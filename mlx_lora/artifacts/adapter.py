@@ -15,7 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora import __version__
-from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
+from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, select_targets
+from mlx_lora.adapters.layers import LoRAEmbedding
+from mlx_lora.artifacts.peft import PeftAdapter, is_peft, read_peft
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_file
 from mlx_lora.models.load import Base
@@ -72,7 +74,7 @@ def save_adapter(folder: Path, model: nn.Module, info: AdapterInfo) -> None:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Return adapter_config.json.
+    """Return adapter_config.json, mlx-lm's form or PEFT's.
 
     Raises:
         InputError: missing, unreadable, or not an adapter of a kind we load.
@@ -86,6 +88,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give the folder a training run wrote") from None
     except ValueError:
         raise InputError(f"{path}: not JSON; restore it from a checkpoint") from None
+    if isinstance(config, dict) and is_peft(config):
+        return config
     if not isinstance(config, dict) or config.get("fine_tune_type", "lora") != "lora":
         kind = config.get("fine_tune_type") if isinstance(config, dict) else type(config).__name__
         raise InputError(f"{path}: fine_tune_type {kind!r}; this version loads lora")
@@ -121,13 +125,15 @@ def load_adapter(base: Base, folder: Path, ignore_fingerprint: bool = False) -> 
 
     Args:
         base: an unadapted base.
-        folder: ours or one that stock mlx-lm trained.
+        folder: ours, or one that stock mlx-lm or PEFT trained.
         ignore_fingerprint: put it on another base of the same shape anyway.
 
     Raises:
         InputError: another base, or any name or shape that does not fit; all of them in one message.
     """
     config = read_adapter_config(folder)
+    if is_peft(config):
+        return _load_peft(base, read_peft(folder, config, base.model))
     own = config.get("mlx_lora") if isinstance(config.get("mlx_lora"), dict) else {}
     if not ignore_fingerprint:
         check_base(base, config, folder)
@@ -149,6 +155,32 @@ def load_adapter(base: Base, folder: Path, ignore_fingerprint: bool = False) -> 
         base_revision=own.get("base_revision"),
         base_fingerprint=base.fingerprint,
         chat_template=own.get("chat_template"),
+    )
+
+
+def _load_peft(base: Base, adapter: PeftAdapter) -> AdapterInfo:
+    """Put a PEFT adapter onto `base.model`, in place."""
+    paths = tuple(adapter.factors)
+    rank, scale = next(iter(adapter.shapes.values()))
+    inject(base.model, paths, rank, scale, adapter.dropout, shapes=adapter.shapes)
+    for path, layer in adapter_layers(base.model).items():
+        layer.lora_a, layer.lora_b = adapter.factors[path]
+        if isinstance(layer, LoRAEmbedding):
+            layer.adapts_head = not adapter.leaves_head
+    mx.eval(base.model.trainable_parameters())
+    base.model.freeze()
+    base.model.eval()
+    return AdapterInfo(
+        method="lora",
+        rank=rank,
+        alpha=scale * rank,
+        scale=scale,
+        dropout=adapter.dropout,
+        num_layers=len(base.model.layers),
+        keys=paths,
+        base_model=adapter.base_model or base.model_id,
+        base_revision=None,
+        base_fingerprint=base.fingerprint,
     )
 
 
