@@ -66,6 +66,8 @@ ODD = {
     "excluded": {"target_modules": "all-linear", "exclude_modules": ["up_proj"]},
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "head": {"target_modules": ["lm_head", "v_proj"]},
+    "dora": {"target_modules": "all-linear", "use_dora": True},
+    "dora, rank pattern": {"target_modules": "all-linear", "use_dora": True, "rank_pattern": {"k_proj": 2}},
 }
 
 
@@ -82,7 +84,9 @@ def test_adapters_that_peft_made_load_here(name, tied, tiny_folder, untied_folde
     model = peft.get_peft_model(torch_base(folder), peft.LoraConfig(**settings)).eval()
     torch.manual_seed(0)
     for key, value in model.named_parameters():
-        if "lora_" in key:
+        if "magnitude" in key:
+            value.data *= 1 + 0.1 * torch.randn(value.shape)
+        elif "lora_" in key:
             torch.nn.init.normal_(value, std=0.1)
     model.save_pretrained(tmp_path / "a")
     expected = torch_logits(model)
@@ -133,7 +137,7 @@ def test_an_embedding_alone_leaves_the_tied_head(tiny_folder, tmp_path):
 
 
 REFUSED = {
-    "dora": ({"use_dora": True}, "use_dora: DoRA"),
+    "dora without magnitudes": ({"use_dora": True}, "has A and B, not A and B and m"),
     "prefix": ({"peft_type": "PREFIX_TUNING"}, "peft_type PREFIX_TUNING"),
     "saved modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "changed base"),
@@ -168,7 +172,7 @@ def test_foreign_and_misshapen_tensors_are_gathered(tiny_folder, tmp_path):
     message = str(raised.value)
     assert "q_proj.bias is no LoRA factor" in message
     assert "layers.7.self_attn.q_proj is not in the model" in message
-    assert "layers.0.self_attn.q_proj has one factor of two" in message
+    assert "layers.0.self_attn.q_proj has B, not A and B" in message
     assert "layers.1.self_attn.q_proj has factors for 3 -> 64" in message
 
 

@@ -116,6 +116,7 @@ def inject(
     dropout: float = 0.0,
     seed: int = 0,
     shapes: Mapping[str, tuple[int, float]] | None = None,
+    form: str = "lora",
 ) -> None:
     """Freeze `model` and wrap the layers at `paths`; the factors become its only trainable parameters.
 
@@ -127,17 +128,24 @@ def inject(
         dropout: on the adapter's input.
         seed: of the initial factors.
         shapes: path -> (rank, scale), where a layer has its own.
+        form: `lora` or `dora`.
+
+    Raises:
+        InputError: a layer that the form does not fit.
     """
     model.freeze()
     modules = dict(model.named_modules())
+    unfit = [path for path in paths if adapter_class(modules[path], form) is None]
+    if unfit:
+        raise InputError(f"--method {form}: does not fit {', '.join(unfit)}; leave it out of --target-modules")
     wrapped = []
     for path in paths:
         base = modules[path]
         own_rank, own_scale = (shapes or {}).get(path, (rank, scale))
         factors = kaiming_factors(path, *base_dims(base), own_rank, seed)
-        layer = adapter_class(base).from_base(base, factors, own_scale, dropout)
+        layer = adapter_class(base, form).from_base(base, factors, own_scale, dropout)
         layer.freeze()
-        layer.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+        layer.unfreeze(keys=layer.TRAINED, recurse=False)
         wrapped.append((path, layer))
     model.update_modules(tree_unflatten(wrapped))
 

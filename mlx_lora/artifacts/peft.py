@@ -1,7 +1,8 @@
 """PEFT's adapter folder, read and written.
 
 adapter_model.safetensors   base_model.model.<layer>.lora_A.weight (r, in), .lora_B.weight (out, r); for an
-                            embedding .lora_embedding_A (r, vocabulary), .lora_embedding_B (width, r)
+                            embedding .lora_embedding_A (r, vocabulary), .lora_embedding_B (width, r);
+                            for DoRA .lora_magnitude_vector (out,) as well
 adapter_config.json         r, lora_alpha, their patterns by layer, use_rslora, target_modules
 
 Both are the transposes of ours. What an adapter needs and we cannot carry over is an error that names it,
@@ -27,7 +28,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.adapters.layers import LoRAEmbedding, adapter_class, base_dims
+from mlx_lora.adapters.layers import DoRALinear, LoRAEmbedding, adapter_class, base_dims
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_file
 from mlx_lora.sources.safetensors import read_safetensors_header
@@ -36,12 +37,13 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 TENSOR = re.compile(
-    re.escape(PREFIX) + r"(?P<layer>.+)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
+    re.escape(PREFIX)
+    + r"(?P<layer>.+)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<embedding>[AB])"
+    + r"|lora_(?P<magnitude>m)agnitude_vector(?:\.weight)?)"
 )
 
 # Settings that change what the adapter computes, in ways that plain factors do not hold.
 UNSUPPORTED = {
-    "use_dora": "DoRA's magnitudes",
     "modules_to_save": "modules trained in full",
     "trainable_token_indices": "single trained tokens",
     "target_parameters": "adapters on bare parameters (MoE experts)",
@@ -63,6 +65,7 @@ class PeftAdapter:
 
     Attributes:
         factors: path -> (lora_a (in, r), lora_b (r, out)), float32.
+        magnitudes: path -> m (out,), of a DoRA; empty of a LoRA.
         shapes: path -> (rank, scale).
         dropout: of every layer.
         base_model: the id it names.
@@ -70,6 +73,7 @@ class PeftAdapter:
     """
 
     factors: dict[str, tuple[mx.array, mx.array]]
+    magnitudes: dict[str, mx.array]
     shapes: dict[str, tuple[int, float]]
     dropout: float
     base_model: str | None
@@ -102,7 +106,7 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     for name in header:
         match = TENSOR.fullmatch(name.replace(".default.", "."))
         if match:
-            found.setdefault(match["layer"], {})[match["side"] or match["embedding"]] = name
+            found.setdefault(match["layer"], {})[match["side"] or match["embedding"] or match["magnitude"]] = name
         else:
             problems.append(f"tensor {name} is no LoRA factor")
     problems += [] if found else ["it holds no LoRA factors"]
@@ -110,21 +114,29 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     head = found.pop("lm_head", None) if tied else None
     paths = {layer: _own_path(layer, modules) for layer in found}
     problems += [f"layer {layer} is not in the model" for layer, path in paths.items() if path is None]
-    problems += [f"layer {layer} has one factor of two" for layer, sides in found.items() if len(sides) != 2]
+    wanted = {"A", "B", "m"} if config.get("use_dora") else {"A", "B"}
+    problems += [
+        f"layer {layer} has {' and '.join(sorted(sides))}, not {' and '.join(sorted(wanted))}"
+        for layer, sides in found.items()
+        if sides.keys() != wanted
+    ]
     problems += _shape_problems(found, paths, modules, header)
     _refuse(folder, problems)
     stored = mx.load(str(file))
-    factors, shapes = {}, {}
+    factors, magnitudes, shapes = {}, {}, {}
     for layer, sides in found.items():
         a, b = (stored[sides[side]].astype(mx.float32).T for side in "AB")
         factors[paths[layer]] = a, b
         shapes[paths[layer]] = a.shape[1], _scale(config, layer, a.shape[1])
+        if "m" in sides:
+            magnitudes[paths[layer]] = stored[sides["m"]].astype(mx.float32)
     embedding = next((layer for layer in found if layer.endswith("embed_tokens")), None)
     if head is not None:
         _refuse(folder, _tied_problems(config, stored, head, found.get(embedding)))
     is_tied = "lm_head" not in modules
     return PeftAdapter(
         factors,
+        magnitudes,
         shapes,
         float(config.get("lora_dropout") or 0.0),
         config.get("base_model_name_or_path"),
@@ -163,12 +175,15 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float) 
         else:
             tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a.T
             tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b.T
+            if isinstance(layer, DoRALinear):
+                tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.m
+    is_dora = any(isinstance(layer, DoRALinear) for layer in layers.values())
     tensors = {name: mx.contiguous(array.astype(mx.float32)) for name, array in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(folder / PEFT_WEIGHTS) as temporary:
         mx.save_safetensors(str(temporary), tensors, metadata={"format": "pt"})
     with replacing_file(folder / PEFT_CONFIG) as temporary:
-        config = _peft_config(shapes, base_model, dropout)
+        config = {**_peft_config(shapes, base_model, dropout), "use_dora": is_dora}
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -239,14 +254,16 @@ def _shape_problems(
     problems = []
     for layer, sides in found.items():
         base = modules.get(paths[layer] or "")
-        if base is None or len(sides) != 2:
+        if base is None or not {"A", "B"} <= sides.keys():
             continue
-        if adapter_class(base) is None:
-            problems.append(f"layer {layer} is a {type(base).__name__}, which we do not adapt")
+        if adapter_class(base, "dora" if "m" in sides else "lora") is None:
+            problems.append(f"layer {layer} is a {type(base).__name__}, which we do not adapt so")
             continue
         (r, width), (out, other_r) = (tuple(header[sides[side]]["shape"]) for side in "AB")
         if (width, out) != base_dims(base) or r != other_r:
             problems.append(f"layer {layer} has factors for {width} -> {out}, the model needs {base_dims(base)}")
+        if "m" in sides and tuple(header[sides["m"]]["shape"]) != (out,):
+            problems.append(f"layer {layer} has magnitudes of shape {tuple(header[sides['m']]['shape'])}, not {(out,)}")
     return problems
 
 
