@@ -19,9 +19,12 @@ from mlx_lora.training.losses import choose_loss
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.step import Step
 
-pytestmark = pytest.mark.parity
+# PEFT calls what transformers has deprecated.
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
-STEPS, RANK, ALPHA, RATE = 30, 4, 8.0, 5e-3
+STEPS, RANK, ALPHA = 30, 4, 8.0
+# LoRA+ moves B sixteen times as fast.
+RATES = {"lora": 5e-3, "rslora": 5e-3, "dora": 5e-3, "lora-plus": 5e-4}
 PEFT_SETTINGS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}, "lora-plus": {}}
 
 
@@ -35,7 +38,9 @@ def ours(folder, method: str):
     preset = PRESETS[method]
     inject(base.model, select_targets(base.model).paths, RANK, preset.scale_of(ALPHA, RANK), seed=1, form=preset.form)
     initial = {name: np.array(value) for name, value in adapter_parameters(base.model).items()}
-    optimizer = build_optimizer(OptimizerSettings(learning_rate=RATE, lr_schedule="constant", warmup=0.0), STEPS)
+    optimizer = build_optimizer(
+        OptimizerSettings(learning_rate=RATES[method], lr_schedule="constant", warmup=0.0), STEPS
+    )
     loss = choose_loss(base.model, base.config).train
     step = Step(base.model, optimizer, loss, 1.0, tiled_attention, rate_of=rates_of(AdapterSettings(method=method)))
     losses = []
@@ -67,11 +72,18 @@ def in_peft(folder, method: str, initial: dict[str, np.ndarray]):
         else:
             value.data = torch.tensor(initial[name].T.copy())
     if method == "lora-plus":
-        optimizer = peft.optimizers.create_loraplus_optimizer(
-            model, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=16, loraplus_weight_decay=0.01, weight_decay=0.01
+        from peft.optimizers import create_loraplus_optimizer
+
+        optimizer = create_loraplus_optimizer(
+            model,
+            torch.optim.AdamW,
+            lr=RATES[method],
+            loraplus_lr_ratio=16,
+            loraplus_weight_decay=0.01,
+            weight_decay=0.01,
         )
     else:
-        optimizer = torch.optim.AdamW(trained.values(), lr=RATE, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(trained.values(), lr=RATES[method], weight_decay=0.01)
     losses = []
     for b in batches():
         logits = model(torch.tensor(b.inputs.astype(np.int64))).logits
@@ -91,7 +103,7 @@ def test_losses_and_adapters_are_pefts(method, tiny_folder):
     pytest.importorskip("peft")
     losses, initial, final = ours(tiny_folder, method)
     theirs, their_final = in_peft(tiny_folder, method, initial)
-    assert np.allclose(losses, theirs, rtol=1e-4)
+    assert np.abs(np.array(losses) / np.array(theirs) - 1).max() < 1e-4
     assert losses[-1] != pytest.approx(losses[0], rel=1e-3)
     for name, value in final.items():
         one, other = value.ravel().astype(np.float64), their_final[name].ravel().astype(np.float64)

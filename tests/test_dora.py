@@ -47,7 +47,7 @@ def test_value_and_gradients_equal_the_definition(base):
     mx.random.seed(2)
     dora, x, d = layer(base()), mx.random.normal((3, 7, IN)), mx.random.normal((3, 7, OUT))
     dora.freeze()
-    dora.unfreeze(keys=dora.TRAINED, recurse=False)
+    dora.unfreeze(keys=list(dora.TRAINED), recurse=False)
 
     def grads(function):
         return nn.value_and_grad(dora, lambda x: (function(x) * d).sum())(x)

@@ -17,6 +17,9 @@ from mlx_lora.config import ModelSettings
 from mlx_lora.errors import InputError
 from mlx_lora.models.load import load_base
 
+# PEFT calls what transformers has deprecated, and has advice of its own on tied layers.
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "UserWarning")]
+
 CLOSE = 1e-4
 FAR = 1e-2
 
@@ -174,6 +177,21 @@ def test_foreign_and_misshapen_tensors_are_gathered(tiny_folder, tmp_path):
     assert "layers.7.self_attn.q_proj is not in the model" in message
     assert "layers.0.self_attn.q_proj has B, not A and B" in message
     assert "layers.1.self_attn.q_proj has factors for 3 -> 64" in message
+
+
+def test_a_changed_copy_of_the_embedding_is_refused(tiny_folder, tmp_path):
+    make_adapter(tiny_folder, tmp_path / "ours", "embed_tokens")
+    run("export", "--model", tiny_folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p")
+    stored, own = mx.load(str(tmp_path / "p" / PEFT_WEIGHTS)), mx.load(str(tiny_folder / "model.safetensors"))
+    before, weight = our_logits(tiny_folder, tmp_path / "p"), own["model.embed_tokens.weight"]
+    for copy, words in ((weight, None), (weight[:200], "resized"), (weight * 1.1, "trained in full")):
+        stored["base_model.model.model.embed_tokens.base_layer.weight"] = copy
+        mx.save_safetensors(str(tmp_path / "p" / PEFT_WEIGHTS), stored)
+        if words is None:
+            assert np.allclose(our_logits(tiny_folder, tmp_path / "p"), before, atol=1e-6)
+            continue
+        with pytest.raises(InputError, match=words):
+            our_logits(tiny_folder, tmp_path / "p")
 
 
 def test_pickles_are_refused(tiny_folder, tmp_path):

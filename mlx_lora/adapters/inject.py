@@ -145,7 +145,7 @@ def inject(
         factors = kaiming_factors(path, *base_dims(base), own_rank, seed)
         layer = adapter_class(base, form).from_base(base, factors, own_scale, dropout)
         layer.freeze()
-        layer.unfreeze(keys=layer.TRAINED, recurse=False)
+        layer.unfreeze(keys=list(layer.TRAINED), recurse=False)
         wrapped.append((path, layer))
     model.update_modules(tree_unflatten(wrapped))
 

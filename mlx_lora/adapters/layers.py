@@ -164,7 +164,7 @@ class DoRALinear(nn.Module):
         a, b = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.lora_b)
         across = self._without_bias(a.T.astype(dtype)).astype(mx.float32)  # (r, out)
         squares = self._squares + (self.scale * b * (2 * across + self.scale * (a.T @ a) @ b)).sum(axis=0)
-        return mx.sqrt(mx.maximum(squares, mx.finfo(mx.float32).tiny))
+        return mx.sqrt(mx.maximum(squares, 1e-30))
 
     def _without_bias(self, x: mx.array) -> mx.array:
         y = self.linear(x)

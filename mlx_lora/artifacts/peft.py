@@ -20,6 +20,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.adapters.layers import DoRALinear, LoRAEmbedding, adapter_class, base_dims
+from mlx_lora.adapters.layers import QUANTISED, DoRALinear, LoRAEmbedding, adapter_class, base_dims, dense_weight
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_file
+from mlx_lora.models.quantize import relative_error
 from mlx_lora.sources.safetensors import read_safetensors_header
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -41,6 +43,10 @@ TENSOR = re.compile(
     + r"(?P<layer>.+)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<embedding>[AB])"
     + r"|lora_(?P<magnitude>m)agnitude_vector(?:\.weight)?)"
 )
+
+COPY = re.compile(re.escape(PREFIX) + r"(?P<layer>(?:.+\.)?(?:embed_tokens|lm_head))(?:\.base_layer)?\.weight")
+# How far a saved copy of a base weight may be from ours, in 16 bits or quantised.
+FLOAT_COPY, QUANTISED_COPY = 0.02, 0.3
 
 # Settings that change what the adapter computes, in ways that plain factors do not hold.
 UNSUPPORTED = {
@@ -100,15 +106,9 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
         raise InputError(f"{folder}: holds pickled weights only, which can run code; save it with safetensors in PEFT")
     header = read_safetensors_header(file)
-    problems = _unsupported(config)
     modules = dict(model.named_modules())
-    found: dict[str, dict[str, str]] = {}
-    for name in header:
-        match = TENSOR.fullmatch(name.replace(".default.", "."))
-        if match:
-            found.setdefault(match["layer"], {})[match["side"] or match["embedding"] or match["magnitude"]] = name
-        else:
-            problems.append(f"tensor {name} is no LoRA factor")
+    found, copies, strangers = _sorted_tensors(header)
+    problems = _unsupported(config) + [f"tensor {name} is no LoRA factor" for name in strangers]
     problems += [] if found else ["it holds no LoRA factors"]
     tied = "lm_head" not in modules and "lm_head" in found
     head = found.pop("lm_head", None) if tied else None
@@ -123,6 +123,7 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     problems += _shape_problems(found, paths, modules, header)
     _refuse(folder, problems)
     stored = mx.load(str(file))
+    _refuse(folder, _copy_problems(copies, stored, modules))
     factors, magnitudes, shapes = {}, {}, {}
     for layer, sides in found.items():
         a, b = (stored[sides[side]].astype(mx.float32).T for side in "AB")
@@ -142,6 +143,22 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
         config.get("base_model_name_or_path"),
         leaves_head=is_tied and embedding is not None and head is None,
     )
+
+
+def _sorted_tensors(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
+    """Sort tensor names: layer -> {A, B, m: name}; name -> layer of saved copies of the base; and all others."""
+    found: dict[str, dict[str, str]] = {}
+    copies: dict[str, str] = {}
+    strangers = []
+    for name in names:
+        match, copy = TENSOR.fullmatch(name.replace(".default.", ".")), COPY.fullmatch(name)
+        if match:
+            found.setdefault(match["layer"], {})[match["side"] or match["embedding"] or match["magnitude"]] = name
+        elif copy:
+            copies[name] = copy["layer"]
+        else:
+            strangers.append(name)
+    return found, copies, strangers
 
 
 def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float) -> None:
@@ -264,6 +281,22 @@ def _shape_problems(
             problems.append(f"layer {layer} has factors for {width} -> {out}, the model needs {base_dims(base)}")
         if "m" in sides and tuple(header[sides["m"]]["shape"]) != (out,):
             problems.append(f"layer {layer} has magnitudes of shape {tuple(header[sides['m']]['shape'])}, not {(out,)}")
+    return problems
+
+
+def _copy_problems(copies: dict[str, str], stored: dict[str, mx.array], modules: dict[str, nn.Module]) -> list[str]:
+    """PEFT saves adapted embeddings and heads whole as well: fine while they are the base's own."""
+    problems = []
+    for name, layer in copies.items():
+        path = _own_path(layer, modules)
+        # A tied head has no module of its own here.
+        base = modules[path or next(p for p in modules if p.endswith("embed_tokens"))]
+        weight = dense_weight(base)
+        allowed = QUANTISED_COPY if isinstance(base, QUANTISED) else FLOAT_COPY
+        if stored[name].shape != weight.shape:
+            problems.append(f"{name} is {stored[name].shape}, the model's is {weight.shape}: a resized vocabulary")
+        elif relative_error(stored[name], weight) > allowed:
+            problems.append(f"{name} is not the base's own weight: it was trained in full")
     return problems
 
 
