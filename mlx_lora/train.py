@@ -132,8 +132,8 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
         loss.train,
         settings.optimizer.max_grad_norm,
         attend,
-        loop.short_buffers,
-        rates_of(settings.adapter),
+        wait=loop.short_buffers,
+        rate_of=rates_of(settings.adapter),
     )
     factors = adapter_parameters(base.model)
     adapter_bytes = sum(p.nbytes for p in factors.values())
