@@ -19,7 +19,7 @@ FORMATS = ("auto", "alpaca", "sharegpt", "messages", "completions", "text")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "adam", "muon", "sgd", "adafactor")
 SCHEDULES = ("cosine", "linear", "constant")
-METHODS = ("lora", "rslora")
+METHODS = ("lora", "rslora", "dora", "lora-plus")
 CHECKPOINTING = ("none", "auto", "selective", "block")
 QUANTIZED_MATMUL = ("auto", "packed", "dense")
 
@@ -64,6 +64,9 @@ class AdapterSettings:
 
     method: str = setting("lora", "Preset over form, scale, init and optimizer groups.", choices=METHODS)
     fine_tune_type: str | None = setting(None, "mlx-lm's name for --method.", choices=METHODS)
+    loraplus_lr_ratio: float | None = setting(
+        None, "Learning rate of B as a multiple of A's, for --method lora-plus (default 16)."
+    )
     rank: int = setting(16, "Rank r of the two factors.")
     alpha: float = setting(32.0, "Numerator of the scale alpha / r.")
     dropout: float = setting(0.0, "Dropout probability on the adapter's input.")
@@ -244,6 +247,7 @@ _RANGES = {
     "dropout": (0, 0.99, True),
     "num_layers": (-1, 10**6, True),
     "learning_rate": (0, 1e3, False),
+    "loraplus_lr_ratio": (0, 1e6, False),
     "warmup": (0, 1e12, True),
     "weight_decay": (0, 1e3, True),
     "max_grad_norm": (0, 1e9, True),
@@ -282,6 +286,10 @@ def _range_problems(settings: TrainSettings) -> list[str]:
     mode = settings.loop.grad_checkpoint
     if mode not in CHECKPOINTING and not (mode.isdecimal() and 1 <= int(mode) < 10**6):
         problems.append(f"--grad-checkpoint {mode!r}: not one of {', '.join(CHECKPOINTING)}, or a number from 1 on")
+    adapter = settings.adapter
+    method = adapter.fine_tune_type or adapter.method
+    if adapter.loraplus_lr_ratio is not None and method != "lora-plus":
+        problems.append(f"--loraplus-lr-ratio with --method {method}: only lora-plus has one; leave it out")
     if settings.loop.iters is not None and settings.loop.epochs is not None:
         problems.append("--iters and --epochs: both given; keep one")
     return problems

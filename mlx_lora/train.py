@@ -8,6 +8,7 @@ python -m mlx_lora.train --config run.yaml --learning-rate 1e-4
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from mlx_lora.artifacts.adapter import (
     read_adapter_config,
     save_adapter,
 )
-from mlx_lora.config import TrainSettings, train_settings
+from mlx_lora.config import AdapterSettings, TrainSettings, train_settings
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.loading import DataSplits, load_data
@@ -125,7 +126,15 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     loss = choose_loss(base.model, base.config)
     attend, forms = choose_forms(settings, base, plan, loss)
     optimizer = build_optimizer(settings.optimizer, steps)
-    step = Step(base.model, optimizer, loss.train, settings.optimizer.max_grad_norm, attend, loop.short_buffers)
+    step = Step(
+        base.model,
+        optimizer,
+        loss.train,
+        settings.optimizer.max_grad_norm,
+        attend,
+        wait=loop.short_buffers,
+        rate_of=rates_of(settings.adapter),
+    )
     factors = adapter_parameters(base.model)
     adapter_bytes = sum(p.nbytes for p in factors.values())
     checkpoints = steps // loop.save_every if loop.save_every else 0
@@ -162,8 +171,9 @@ def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tup
     adapter = settings.adapter
     method = adapter.fine_tune_type or adapter.method
     targets = select_targets(base.model, adapter.target_modules, adapter.num_layers)
-    scale = PRESETS[method].scale_of(adapter.alpha, adapter.rank)
-    inject(base.model, targets.paths, adapter.rank, scale, adapter.dropout, settings.loop.seed)
+    preset = PRESETS[method]
+    scale = preset.scale_of(adapter.alpha, adapter.rank)
+    inject(base.model, targets.paths, adapter.rank, scale, adapter.dropout, settings.loop.seed, form=preset.form)
     if adapter.resume_adapter_file:
         file = Path(adapter.resume_adapter_file)
         if (file.parent / CONFIG_FILE).exists():
@@ -182,6 +192,13 @@ def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tup
         base_fingerprint=base.fingerprint,
         chat_template=chat_template,
     )
+
+
+def rates_of(adapter: AdapterSettings) -> Callable[[str], float] | None:
+    """Return each parameter's multiple of the learning rate, None when all have the same."""
+    preset = PRESETS[adapter.fine_tune_type or adapter.method]
+    ratio = preset.rate_of_b if adapter.loraplus_lr_ratio is None else adapter.loraplus_lr_ratio
+    return None if ratio == 1 else lambda name: ratio if name.endswith("lora_b") else 1.0
 
 
 def adapt_for_test(settings: TrainSettings, base: Base) -> None:

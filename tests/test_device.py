@@ -64,7 +64,7 @@ def test_waiting_leaves_nothing_under_way_and_the_same_factors(monkeypatch):
 def test_the_flag_reaches_the_step_and_the_header(flag, tiny_folder, chats, tmp_path, monkeypatch):
     waits = []
     real = Step.__init__
-    monkeypatch.setattr(Step, "__init__", lambda self, *a: (waits.append(a[-1]), real(self, *a))[1])
+    monkeypatch.setattr(Step, "__init__", lambda self, *a, **k: (waits.append(k["wait"]), real(self, *a, **k))[1])
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     arguments = ["--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "out", "--iters", 1]
     ran = run("train", *arguments, "--short-buffers" if flag else "--no-short-buffers")

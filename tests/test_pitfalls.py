@@ -188,6 +188,7 @@ OPTIONS = {
     "strict": ("--strict",),
     "method": ("--method", "rslora"),
     "fine_tune_type": ("--fine-tune-type", "rslora"),
+    "loraplus_lr_ratio": ("--method", "lora-plus", "--loraplus-lr-ratio", 4),
     "rank": ("--rank", 3),
     "alpha": ("--alpha", 3),
     "dropout": ("--dropout", 0.4),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -114,6 +115,8 @@ def inject(
     scale: float,
     dropout: float = 0.0,
     seed: int = 0,
+    shapes: Mapping[str, tuple[int, float]] | None = None,
+    form: str = "lora",
 ) -> None:
     """Freeze `model` and wrap the layers at `paths`; the factors become its only trainable parameters.
 
@@ -124,16 +127,25 @@ def inject(
         scale: factor on the low-rank product.
         dropout: on the adapter's input.
         seed: of the initial factors.
+        shapes: path -> (rank, scale), where a layer has its own.
+        form: `lora` or `dora`.
+
+    Raises:
+        InputError: a layer that the form does not fit.
     """
     model.freeze()
     modules = dict(model.named_modules())
+    unfit = [path for path in paths if adapter_class(modules[path], form) is None]
+    if unfit:
+        raise InputError(f"--method {form}: does not fit {', '.join(unfit)}; leave it out of --target-modules")
     wrapped = []
     for path in paths:
         base = modules[path]
-        factors = kaiming_factors(path, *base_dims(base), rank, seed)
-        layer = adapter_class(base).from_base(base, factors, scale, dropout)
+        own_rank, own_scale = (shapes or {}).get(path, (rank, scale))
+        factors = kaiming_factors(path, *base_dims(base), own_rank, seed)
+        layer = adapter_class(base, form).from_base(base, factors, own_scale, dropout)
         layer.freeze()
-        layer.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+        layer.unfreeze(keys=list(layer.TRAINED), recurse=False)
         wrapped.append((path, layer))
     model.update_modules(tree_unflatten(wrapped))
 

@@ -1,4 +1,4 @@
-"""LoRA layers over any frozen base: what is stored, computed, and folded back.
+"""LoRA and DoRA layers over any frozen base: what is stored, computed, and folded back.
 
     before   self_attn.q_proj: Linear | QuantizedLinear
     after    self_attn.q_proj: LoRALinear(linear: the same object, lora_a, lora_b)
@@ -71,6 +71,8 @@ class Dropout(nn.Module):
 class LoRALinear(nn.Module):
     """A frozen linear layer plus scale * (x A) B."""
 
+    TRAINED = ("lora_a", "lora_b")
+
     def __init__(self, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0):
         """Wrap `linear`.
 
@@ -113,17 +115,91 @@ class LoRALinear(nn.Module):
 
     def fuse(self) -> nn.Linear:
         """Return a dense linear layer with the adapter folded in, in the base's float dtype."""
-        weight = dense_weight(self.linear)
-        out_width, in_width = weight.shape
-        fused = nn.Linear(in_width, out_width, bias="bias" in self.linear)
-        fused.weight = (weight.astype(mx.float32) + self.delta()).astype(weight.dtype)
-        if "bias" in self.linear:
-            fused.bias = self.linear.bias
-        return fused
+        return _dense_linear(self.linear, dense_weight(self.linear).astype(mx.float32) + self.delta())
+
+
+class DoRALinear(nn.Module):
+    """A frozen linear layer whose rows turn by a low-rank update and whose row lengths m are trained:
+
+        y = m / |W + D| (W x + D x) + bias,  D = scale (A B)^T
+
+    |W + D| are the row lengths, through which no gradient goes. They come from |W|^2, which never changes, and
+    products with the factors, so neither W nor D is made dense:
+
+        |W + D|^2 = |W|^2 + 2 scale sum_r (W A) B^T + scale^2 sum_r (B^T A^T A) B^T      (each per row)
+
+    Source: DoRA, arXiv 2402.09353, eq. 5 and section 4.3 (no gradient through the length).
+    """
+
+    TRAINED = ("lora_a", "lora_b", "m")
+
+    def __init__(self, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0):
+        """Wrap `linear`; arguments as in LoRALinear. `m` (out,) starts as the rows' own lengths, float32."""
+        super().__init__()
+        self.linear = linear
+        self.lora_a = lora_a
+        self.lora_b = lora_b
+        self.scale = scale
+        self.dropout = Dropout(dropout)
+        self._squares = mx.square(dense_weight(linear).astype(mx.float32)).sum(axis=-1)  # (out,)
+        self.m = mx.sqrt(self._squares)
+        mx.eval(self._squares, self.m)
+
+    @classmethod
+    def from_base(
+        cls, base: nn.Module, factors: tuple[mx.array, mx.array], scale: float, dropout: float = 0.0
+    ) -> DoRALinear:
+        """Wrap `base` with the factors (lora_a, lora_b)."""
+        return cls(base, *factors, scale, dropout)
+
+    def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
+        """Apply the layer; arguments as in LoRALinear."""
+        z = self.dropout(x, key) @ self.lora_a.astype(x.dtype)  # (..., r)
+        y = mx.addmm(self._without_bias(x), z, (self.scale * self.lora_b).astype(x.dtype))  # (..., out)
+        y = y * (self.m / self.row_lengths(x.dtype)).astype(x.dtype)
+        return y + self.linear.bias if "bias" in self.linear else y
+
+    def row_lengths(self, dtype: mx.Dtype) -> mx.array:
+        """Return |W + D|, (out,) float32, without a gradient; the product with W is computed in `dtype`."""
+        a, b = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.lora_b)
+        across = self._without_bias(a.T.astype(dtype)).astype(mx.float32)  # (r, out)
+        squares = self._squares + (self.scale * b * (2 * across + self.scale * (a.T @ a) @ b)).sum(axis=0)
+        return mx.sqrt(mx.maximum(squares, 1e-30))
+
+    def _without_bias(self, x: mx.array) -> mx.array:
+        y = self.linear(x)
+        return y - self.linear.bias if "bias" in self.linear else y
+
+    def _turned(self) -> mx.array:
+        """Return m / |W + D| (W + D), (out, in) float32."""
+        turned = dense_weight(self.linear).astype(mx.float32) + self.scale * (self.lora_a @ self.lora_b).T
+        return turned * (self.m / mx.linalg.norm(turned, axis=-1))[:, None]
+
+    def delta(self) -> mx.array:
+        """Return what the adapter adds to the weight, (out, in) float32."""
+        return self._turned() - dense_weight(self.linear).astype(mx.float32)
+
+    def fuse(self) -> nn.Linear:
+        """Return a dense linear layer with the adapter folded in, in the base's float dtype."""
+        return _dense_linear(self.linear, self._turned())
+
+
+def _dense_linear(base: nn.Module, weight: mx.array) -> nn.Linear:
+    """Return a linear layer with this weight, and the base's bias and float dtype."""
+    dense = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in base)
+    dense.weight = weight.astype(dense_weight(base).dtype)
+    if "bias" in base:
+        dense.bias = base.bias
+    return dense
 
 
 class LoRAEmbedding(nn.Module):
-    """A frozen embedding plus scale * A[tokens] B; as a tied output head it adds scale * (x B^T) A^T."""
+    """A frozen embedding plus scale * A[tokens] B; as a tied output head it adds scale * (x B^T) A^T.
+
+    `adapts_head = False` leaves the tied head as it was: PEFT adapts the two apart.
+    """
+
+    TRAINED = ("lora_a", "lora_b")
 
     def __init__(self, embedding: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0):
         """Wrap `embedding`.
@@ -136,6 +212,7 @@ class LoRAEmbedding(nn.Module):
         """
         super().__init__()
         self.embedding = embedding
+        self.adapts_head = True
         self.lora_a = lora_a
         self.lora_b = lora_b
         self.scale = scale
@@ -155,6 +232,8 @@ class LoRAEmbedding(nn.Module):
 
     def as_linear(self, x: mx.array) -> mx.array:
         y = self.embedding.as_linear(x)  # (B, T, vocabulary)
+        if not self.adapts_head:
+            return y
         z = self.dropout(x) @ (self.scale * self.lora_b).T.astype(x.dtype)  # (B, T, r)
         return y + z @ self.lora_a.T.astype(x.dtype)
 
@@ -170,11 +249,14 @@ class LoRAEmbedding(nn.Module):
         return fused
 
 
-ADAPTERS = (LoRALinear, LoRAEmbedding)
+ADAPTERS = (LoRALinear, DoRALinear, LoRAEmbedding)
+WITH_DROPOUT_KEY = (LoRALinear, DoRALinear)
+FORMS = {"lora": (LoRALinear, LoRAEmbedding), "dora": (DoRALinear, None)}
 
 
-def adapter_class(base: nn.Module) -> type[LoRALinear] | type[LoRAEmbedding] | None:
-    """Return the layer that wraps `base`, or None when no adapter fits it."""
+def adapter_class(base: nn.Module, form: str = "lora") -> type[LoRALinear | DoRALinear | LoRAEmbedding] | None:
+    """Return the layer that wraps `base` in a form of FORMS, or None when none fits it."""
+    linear, embedding = FORMS[form]
     if isinstance(base, LINEAR):
-        return LoRALinear
-    return LoRAEmbedding if isinstance(base, EMBEDDING) else None
+        return linear
+    return embedding if isinstance(base, EMBEDDING) else None

@@ -1,7 +1,8 @@
 """Methods as presets over independent axes; a method is a row of this table, not a layer class.
 
-The axes of today: scale (alpha / r, or alpha / sqrt(r)). Form, init, optimizer groups and events join as
-their methods do. QLoRA is not here: it is LoRA over a quantised base, so a property of the base.
+The axes of today: form (LoRA, DoRA), scale (alpha / r, or alpha / sqrt(r)), and the learning rate of B beside
+A's (LoRA+). Init and events join as their methods do. QLoRA is not here: it is any of these over a quantised
+base, so a property of the base.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ class Method:
     """One preset.
 
     Attributes:
-        scale: `rank` for alpha / r (arXiv 2106.09685), `sqrt_rank` for alpha / sqrt(r) (rsLoRA, 2312.03732).
+        form: `lora` (arXiv 2106.09685) or `dora` (2402.09353): which layer.
+        scale: `rank` for alpha / r (2106.09685), `sqrt_rank` for alpha / sqrt(r) (rsLoRA, 2312.03732).
+        rate_of_b: learning rate of lora_b as a multiple of lora_a's; LoRA+ advises 16 (2402.12354, section 5).
     """
 
-    scale: Literal["rank", "sqrt_rank"]
+    form: Literal["lora", "dora"] = "lora"
+    scale: Literal["rank", "sqrt_rank"] = "rank"
+    rate_of_b: float = 1.0
 
     def scale_of(self, alpha: float, rank: int) -> float:
         """Return the factor on the low-rank product."""
@@ -27,6 +32,8 @@ class Method:
 
 
 PRESETS = {
-    "lora": Method(scale="rank"),
+    "lora": Method(),
     "rslora": Method(scale="sqrt_rank"),
+    "dora": Method(form="dora"),
+    "lora-plus": Method(rate_of_b=16.0),
 }

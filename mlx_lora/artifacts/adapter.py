@@ -15,7 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora import __version__
-from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
+from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, select_targets
+from mlx_lora.adapters.layers import FORMS, LoRAEmbedding
+from mlx_lora.adapters.methods import PRESETS
+from mlx_lora.artifacts.peft import PeftAdapter, is_peft, read_peft
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_file
 from mlx_lora.models.load import Base
@@ -54,7 +57,7 @@ class AdapterInfo:
         """Return adapter_config.json: what stock mlx-lm reads, and ours beside it."""
         shape = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
         return {
-            "fine_tune_type": "lora",
+            "fine_tune_type": PRESETS[self.method].form,
             "num_layers": self.num_layers,
             "lora_parameters": shape,
             "model": self.base_model,
@@ -72,7 +75,7 @@ def save_adapter(folder: Path, model: nn.Module, info: AdapterInfo) -> None:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Return adapter_config.json.
+    """Return adapter_config.json, mlx-lm's form or PEFT's.
 
     Raises:
         InputError: missing, unreadable, or not an adapter of a kind we load.
@@ -86,9 +89,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give the folder a training run wrote") from None
     except ValueError:
         raise InputError(f"{path}: not JSON; restore it from a checkpoint") from None
-    if not isinstance(config, dict) or config.get("fine_tune_type", "lora") != "lora":
+    if isinstance(config, dict) and is_peft(config):
+        return config
+    if not isinstance(config, dict) or config.get("fine_tune_type", "lora") not in FORMS:
         kind = config.get("fine_tune_type") if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"{path}: fine_tune_type {kind!r}; this version loads lora")
+        raise InputError(f"{path}: fine_tune_type {kind!r}; this version loads {' and '.join(FORMS)}")
     shape = config.get("lora_parameters")
     if not isinstance(shape, dict) or not isinstance(config.get("num_layers"), int):
         raise InputError(f"{path}: no lora_parameters and num_layers; it is not an MLX adapter's config")
@@ -121,24 +126,27 @@ def load_adapter(base: Base, folder: Path, ignore_fingerprint: bool = False) -> 
 
     Args:
         base: an unadapted base.
-        folder: ours or one that stock mlx-lm trained.
+        folder: ours, or one that stock mlx-lm or PEFT trained.
         ignore_fingerprint: put it on another base of the same shape anyway.
 
     Raises:
         InputError: another base, or any name or shape that does not fit; all of them in one message.
     """
     config = read_adapter_config(folder)
+    if is_peft(config):
+        return _load_peft(base, read_peft(folder, config, base.model))
     own = config.get("mlx_lora") if isinstance(config.get("mlx_lora"), dict) else {}
     if not ignore_fingerprint:
         check_base(base, config, folder)
     shape = config["lora_parameters"]
     paths = _target_paths(base.model, config, folder)
-    inject(base.model, paths, shape["rank"], float(shape["scale"]), float(shape.get("dropout", 0.0)))
+    form = config.get("fine_tune_type", "lora")
+    inject(base.model, paths, shape["rank"], float(shape["scale"]), float(shape.get("dropout", 0.0)), form=form)
     load_factors(base.model, folder / WEIGHTS_FILE)
     base.model.freeze()
     base.model.eval()
     return AdapterInfo(
-        method=own.get("method", "lora"),
+        method=own.get("method", form),
         rank=shape["rank"],
         alpha=float(own.get("alpha", shape["scale"] * shape["rank"])),
         scale=float(shape["scale"]),
@@ -149,6 +157,35 @@ def load_adapter(base: Base, folder: Path, ignore_fingerprint: bool = False) -> 
         base_revision=own.get("base_revision"),
         base_fingerprint=base.fingerprint,
         chat_template=own.get("chat_template"),
+    )
+
+
+def _load_peft(base: Base, adapter: PeftAdapter) -> AdapterInfo:
+    """Put a PEFT adapter onto `base.model`, in place."""
+    paths = tuple(adapter.factors)
+    rank, scale = next(iter(adapter.shapes.values()))
+    form = "dora" if adapter.magnitudes else "lora"
+    inject(base.model, paths, rank, scale, adapter.dropout, shapes=adapter.shapes, form=form)
+    for path, layer in adapter_layers(base.model).items():
+        layer.lora_a, layer.lora_b = adapter.factors[path]
+        if adapter.magnitudes:
+            layer.m = adapter.magnitudes[path]
+        if isinstance(layer, LoRAEmbedding):
+            layer.adapts_head = not adapter.leaves_head
+    mx.eval(base.model.trainable_parameters())
+    base.model.freeze()
+    base.model.eval()
+    return AdapterInfo(
+        method=form,
+        rank=rank,
+        alpha=scale * rank,
+        scale=scale,
+        dropout=adapter.dropout,
+        num_layers=len(base.model.layers),
+        keys=paths,
+        base_model=adapter.base_model or base.model_id,
+        base_revision=None,
+        base_fingerprint=base.fingerprint,
     )
 
 

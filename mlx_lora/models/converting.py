@@ -266,11 +266,11 @@ def _convert_folder(
     conversion.size_bytes = writer.close()
     config["mlx_lora"] = _provenance(source, conversion)
     mlx_lm.utils.save_config(config, folder / "config.json")
-    _copy_side_files(source.path, folder)
+    copy_side_files(source.path, folder)
     return conversion
 
 
-def _copy_side_files(source: Path, folder: Path) -> None:
+def copy_side_files(source: Path, folder: Path) -> None:
     """Copy tokenizer, templates and licence; a SentencePiece-only tokenizer gets a tokenizer.json as well."""
     for pattern in _SIDE_FILES:
         for file in source.glob(pattern):

@@ -317,6 +317,34 @@ def weight_map(file: GGUFFile, config: dict[str, Any]) -> dict[str, Weight]:
     return {name: places[name] for name in file.tensors if name in places}
 
 
+def gguf_places(config: dict[str, Any]) -> tuple[str, dict[str, tuple[str, int]]]:
+    """Return llama.cpp's name of a model's architecture, and where each of our weights stands in its files.
+
+    Args:
+        config: config.json, from GGUF or Hugging Face.
+
+    Returns:
+        The architecture, and {our parameter: (tensor, heads whose rows are permuted)}.
+
+    Raises:
+        InputError: an architecture that is not in the table.
+    """
+    kind = {"mistral": "llama"}.get(config.get("model_type"), config.get("model_type"))
+    found = [name for name, row in ARCHITECTURES.items() if row.model_type == kind]
+    if not found:
+        known = ", ".join(row.model_type for row in ARCHITECTURES.values())
+        raise InputError(f"{config.get('model_type')}: not among the models we write as GGUF ({known})")
+    row = ARCHITECTURES[found[0]]
+    heads = {"attn_q.weight": config["num_attention_heads"]}
+    heads["attn_k.weight"] = config.get("num_key_value_heads") or config["num_attention_heads"]
+    places = {target: (name, 0) for name, target in _TOP.items()}
+    for layer in range(config["num_hidden_layers"]):
+        for name, target in row.block.items():
+            permuted = heads.get(name, 0) if row.permuted else 0
+            places[f"model.layers.{layer}.{target}"] = f"blk.{layer}.{name}", permuted
+    return found[0], places
+
+
 def _weight(architecture: Architecture, name: str, target: str, config: dict[str, Any]) -> Weight:
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     permuted_heads = heads.get(name.split(".")[0], 0) if architecture.permuted else 0
@@ -339,4 +367,11 @@ def undo_rope_order(rows: np.ndarray, n_heads: int) -> np.ndarray:
     """
     head_dim = len(rows) // n_heads
     split = rows.reshape(n_heads, head_dim // 2, 2, *rows.shape[1:])
+    return split.swapaxes(1, 2).reshape(rows.shape)
+
+
+def redo_rope_order(rows: np.ndarray, n_heads: int) -> np.ndarray:
+    """Put the rows of a q or k weight into llama.cpp's RoPE order: the inverse of `undo_rope_order`."""
+    head_dim = len(rows) // n_heads
+    split = rows.reshape(n_heads, 2, head_dim // 2, *rows.shape[1:])
     return split.swapaxes(1, 2).reshape(rows.shape)

@@ -25,7 +25,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from mlx_lora.adapters.layers import ADAPTERS, LINEAR, LoRALinear
+from mlx_lora.adapters.layers import ADAPTERS, LINEAR, WITH_DROPOUT_KEY
 from mlx_lora.models.attention import Tiles, attention_gradient, tiled_attention
 
 PRODUCTS = (*ADAPTERS, *LINEAR, SwitchLinear, QuantizedSwitchLinear)
@@ -111,7 +111,7 @@ class Kept:
     tape: Tape
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        if isinstance(self, LoRALinear) and self.dropout.active:
+        if isinstance(self, WITH_DROPOUT_KEY) and self.dropout.active:
             kwargs = {**kwargs, "key": self.tape.draw(self.dropout.draw)}
         function, primals = _as_function(self, super().__call__, args, kwargs)
 

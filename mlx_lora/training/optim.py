@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 from math import prod
 
@@ -98,6 +99,16 @@ class Masters:
     def put(self, arrays: dict) -> None:
         """Exchange the arrays."""
         self.arrays.update(arrays)
+
+    def rates(self, rate_of: Callable[[str], float]) -> dict:
+        """Return each number's multiple of the learning rate, as a tree that broadcasts to `arrays`.
+
+        Args:
+            rate_of: parameter name -> multiple.
+        """
+        if not self._flat:
+            return {name: mx.array(rate_of(name)) for name, _, _ in self._own}
+        return {"flat": mx.concatenate([mx.full((prod(shape),), rate_of(name)) for name, shape, _ in self._own])}
 
     def hand_out(self) -> None:
         """Give the model its parameters."""

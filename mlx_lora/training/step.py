@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -44,6 +45,7 @@ class Step:
         max_grad_norm: float,
         attend: AttentionCall | None = None,
         wait: bool = False,
+        rate_of: Callable[[str], float] | None = None,
     ):
         """Set up the step.
 
@@ -54,12 +56,15 @@ class Step:
             max_grad_norm: global-norm clip; 0 for none.
             attend: computes the model's attention, with our other training kernels; None leaves all to mlx.
             wait: let the device run dry after each micro-batch, so that others (a display) get their turn.
+            rate_of: parameter name -> multiple of the learning rate (LoRA+); None: 1 for all.
         """
         self.model = model
         self._submit = mx.eval if wait else mx.async_eval
         self.optimizer = optimizer
         self._masters = Masters(model, flat=isinstance(optimizer, ELEMENTWISE))
         optimizer.init(self._masters.arrays)
+        rates = None if rate_of is None else self._masters.rates(rate_of)
+        mx.eval(rates or {})
         gradient = nn.value_and_grad(model, loss)
 
         def micro(*arrays: mx.array) -> tuple[mx.array, mx.array, dict]:
@@ -77,6 +82,11 @@ class Step:
             applied = mx.isfinite(loss_sum) & mx.isfinite(norm) & (tokens > 0)
             state = tree_map(lambda a: a, optimizer.state)
             updated = optimizer.apply_gradients(scaled(grads, factor), self._masters.arrays)
+            if rates is not None:
+                # Every optimizer of ours moves a number in proportion to its rate, weight decay included.
+                updated = tree_map(
+                    lambda new, old, rate: old + rate * (new - old), updated, self._masters.arrays, rates
+                )
             # Chosen on the device: the host need not wait for the answer.
             self._masters.put(_choose(applied, updated, self._masters.arrays))
             # In place: the compiled function captured this very dict.

@@ -1,0 +1,323 @@
+"""PEFT's adapter folder, read and written.
+
+adapter_model.safetensors   base_model.model.<layer>.lora_A.weight (r, in), .lora_B.weight (out, r); for an
+                            embedding .lora_embedding_A (r, vocabulary), .lora_embedding_B (width, r);
+                            for DoRA .lora_magnitude_vector (out,) as well
+adapter_config.json         r, lora_alpha, their patterns by layer, use_rslora, target_modules
+
+Both are the transposes of ours. What an adapter needs and we cannot carry over is an error that names it,
+never a setting dropped in silence.
+
+A tied head is one weight in two places. Ours adapts both; PEFT adapts `embed_tokens` and `lm_head` apart, so
+ours is written as two adapters that hold the same factors, and PEFT's `embed_tokens` alone leaves our head alone.
+
+Source: huggingface/peft, LoraConfig and get_peft_model_state_dict.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.adapters.layers import QUANTISED, DoRALinear, LoRAEmbedding, adapter_class, base_dims, dense_weight
+from mlx_lora.errors import InputError
+from mlx_lora.files import replacing_file
+from mlx_lora.models.quantize import relative_error
+from mlx_lora.sources.safetensors import read_safetensors_header
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+TENSOR = re.compile(
+    re.escape(PREFIX)
+    + r"(?P<layer>.+)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<embedding>[AB])"
+    + r"|lora_(?P<magnitude>m)agnitude_vector(?:\.weight)?)"
+)
+
+COPY = re.compile(re.escape(PREFIX) + r"(?P<layer>(?:.+\.)?(?:embed_tokens|lm_head))(?:\.base_layer)?\.weight")
+# How far a saved copy of a base weight may be from ours, in 16 bits or quantised.
+FLOAT_COPY, QUANTISED_COPY = 0.02, 0.3
+
+# Settings that change what the adapter computes, in ways that plain factors do not hold.
+UNSUPPORTED = {
+    "modules_to_save": "modules trained in full",
+    "trainable_token_indices": "single trained tokens",
+    "target_parameters": "adapters on bare parameters (MoE experts)",
+    "layer_replication": "repeated layers",
+    "lora_bias": "a bias in lora_B",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal factors",
+    "megatron_config": "Megatron layers",
+    "arrow_config": "routed adapters",
+}
+# Initialisations that change the base as well: such factors fit no base that others have.
+CHANGES_BASE = re.compile(r"pissa.*|olora|loftq|corda|lora_ga")
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """A PEFT LoRA in our terms.
+
+    Attributes:
+        factors: path -> (lora_a (in, r), lora_b (r, out)), float32.
+        magnitudes: path -> m (out,), of a DoRA; empty of a LoRA.
+        shapes: path -> (rank, scale).
+        dropout: of every layer.
+        base_model: the id it names.
+        leaves_head: the tied head is not adapted, though the embedding is.
+    """
+
+    factors: dict[str, tuple[mx.array, mx.array]]
+    magnitudes: dict[str, mx.array]
+    shapes: dict[str, tuple[int, float]]
+    dropout: float
+    base_model: str | None
+    leaves_head: bool
+
+
+def is_peft(config: dict[str, Any]) -> bool:
+    """Tell PEFT's adapter_config.json from mlx-lm's."""
+    return "peft_type" in config
+
+
+def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAdapter:
+    """Read a PEFT LoRA folder for `model`.
+
+    Args:
+        folder: with adapter_model.safetensors.
+        config: its adapter_config.json.
+        model: the unadapted base; decides where layers are.
+
+    Raises:
+        InputError: all that cannot be carried over, in one message.
+    """
+    file = folder / PEFT_WEIGHTS
+    if not file.is_file() and (folder / "adapter_model.bin").is_file():
+        raise InputError(f"{folder}: holds pickled weights only, which can run code; save it with safetensors in PEFT")
+    header = read_safetensors_header(file)
+    modules = dict(model.named_modules())
+    found, copies, strangers = _sorted_tensors(header)
+    problems = _unsupported(config) + [f"tensor {name} is no LoRA factor" for name in strangers]
+    problems += [] if found else ["it holds no LoRA factors"]
+    tied = "lm_head" not in modules and "lm_head" in found
+    head = found.pop("lm_head", None) if tied else None
+    paths = {layer: _own_path(layer, modules) for layer in found}
+    problems += [f"layer {layer} is not in the model" for layer, path in paths.items() if path is None]
+    wanted = {"A", "B", "m"} if config.get("use_dora") else {"A", "B"}
+    problems += [
+        f"layer {layer} has {' and '.join(sorted(sides))}, not {' and '.join(sorted(wanted))}"
+        for layer, sides in found.items()
+        if sides.keys() != wanted
+    ]
+    problems += _shape_problems(found, paths, modules, header)
+    _refuse(folder, problems)
+    stored = mx.load(str(file))
+    _refuse(folder, _copy_problems(copies, stored, modules))
+    factors, magnitudes, shapes = {}, {}, {}
+    for layer, sides in found.items():
+        a, b = (stored[sides[side]].astype(mx.float32).T for side in "AB")
+        factors[paths[layer]] = a, b
+        shapes[paths[layer]] = a.shape[1], _scale(config, layer, a.shape[1])
+        if "m" in sides:
+            magnitudes[paths[layer]] = stored[sides["m"]].astype(mx.float32)
+    embedding = next((layer for layer in found if layer.endswith("embed_tokens")), None)
+    if head is not None:
+        _refuse(folder, _tied_problems(config, stored, head, found.get(embedding)))
+    is_tied = "lm_head" not in modules
+    return PeftAdapter(
+        factors,
+        magnitudes,
+        shapes,
+        float(config.get("lora_dropout") or 0.0),
+        config.get("base_model_name_or_path"),
+        leaves_head=is_tied and embedding is not None and head is None,
+    )
+
+
+def _sorted_tensors(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
+    """Sort tensor names: layer -> {A, B, m: name}; name -> layer of saved copies of the base; and all others."""
+    found: dict[str, dict[str, str]] = {}
+    copies: dict[str, str] = {}
+    strangers = []
+    for name in names:
+        match, copy = TENSOR.fullmatch(name.replace(".default.", ".")), COPY.fullmatch(name)
+        if match:
+            found.setdefault(match["layer"], {})[match["side"] or match["embedding"] or match["magnitude"]] = name
+        elif copy:
+            copies[name] = copy["layer"]
+        else:
+            strangers.append(name)
+    return found, copies, strangers
+
+
+def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float) -> None:
+    """Write the adapter on `model` as a PEFT LoRA folder.
+
+    Args:
+        folder: made if missing.
+        model: adapted.
+        base_model: id or path that PEFT's config names.
+        dropout: for further training in PEFT.
+
+    Raises:
+        InputError: nothing is adapted.
+    """
+    layers = adapter_layers(model)
+    if not layers:
+        raise InputError(f"--out {folder}: the model has no adapter to write")
+    tied = "lm_head" not in dict(model.named_modules())
+    tensors: dict[str, mx.array] = {}
+    shapes: dict[str, tuple[int, float]] = {}
+    for path, layer in layers.items():
+        name = _peft_path(path)
+        shapes[name] = layer.lora_a.shape[1], layer.scale
+        if isinstance(layer, LoRAEmbedding):
+            tensors[f"{PREFIX}{name}.lora_embedding_A"] = layer.lora_a.T
+            tensors[f"{PREFIX}{name}.lora_embedding_B"] = layer.lora_b.T
+            if tied and layer.adapts_head:
+                shapes["lm_head"] = shapes[name]
+                tensors[f"{PREFIX}lm_head.lora_A.weight"] = layer.lora_b
+                tensors[f"{PREFIX}lm_head.lora_B.weight"] = layer.lora_a
+        else:
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a.T
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b.T
+            if isinstance(layer, DoRALinear):
+                tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.m
+    is_dora = any(isinstance(layer, DoRALinear) for layer in layers.values())
+    tensors = {name: mx.contiguous(array.astype(mx.float32)) for name, array in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing_file(folder / PEFT_WEIGHTS) as temporary:
+        mx.save_safetensors(str(temporary), tensors, metadata={"format": "pt"})
+    with replacing_file(folder / PEFT_CONFIG) as temporary:
+        config = {**_peft_config(shapes, base_model, dropout), "use_dora": is_dora}
+        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _peft_config(shapes: dict[str, tuple[int, float]], base_model: str, dropout: float) -> dict[str, Any]:
+    """Return adapter_config.json: the commonest rank and alpha, patterns for layers that have others."""
+    ((rank, scale), _) = Counter(shapes.values()).most_common(1)[0]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _number(scale * rank),
+        "lora_dropout": dropout,
+        "use_rslora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": sorted(shapes),
+        # PEFT reads keys as regular expressions on the end of a layer's name.
+        "rank_pattern": {re.escape(name): r for name, (r, _) in shapes.items() if r != rank},
+        "alpha_pattern": {re.escape(name): _number(s * r) for name, (r, s) in shapes.items() if s * r != scale * rank},
+    }
+
+
+def _number(value: float) -> float | int:
+    return int(value) if value == int(value) else value
+
+
+def _unsupported(config: dict[str, Any]) -> list[str]:
+    if str(config.get("peft_type")).upper() != "LORA":
+        return [f"peft_type {config.get('peft_type')}: LORA is what we read"]
+    problems = [f"{key}: {what} cannot be carried over" for key, what in UNSUPPORTED.items() if config.get(key)]
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and CHANGES_BASE.fullmatch(init):
+        problems.append(
+            f"init_lora_weights {init}: trained on a changed base; save it with path_initial_model_for_weight_conversion"
+        )
+    return problems
+
+
+def _scale(config: dict[str, Any], layer: str, rank: int) -> float:
+    """Return a layer's scale as PEFT computes it: the first pattern that matches the end of its name wins."""
+    alpha = config.get("lora_alpha", 8)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            alpha = value
+            break
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _own_path(layer: str, modules: dict[str, nn.Module]) -> str | None:
+    """Return mlx-lm's path of a layer: the same, or with a multimodal wrapper's two parts exchanged."""
+    other = re.sub(r"^model\.language_model\.", "language_model.model.", layer)
+    return next((path for path in (layer, other) if path in modules), None)
+
+
+def _peft_path(path: str) -> str:
+    return re.sub(r"^language_model\.model\.", "model.language_model.", path)
+
+
+def _shape_problems(
+    found: dict[str, dict[str, str]],
+    paths: dict[str, str | None],
+    modules: dict[str, nn.Module],
+    header: dict[str, Any],
+) -> list[str]:
+    """Name factors whose shapes do not fit their layer, and layers that no adapter of ours fits."""
+    problems = []
+    for layer, sides in found.items():
+        base = modules.get(paths[layer] or "")
+        if base is None or not {"A", "B"} <= sides.keys():
+            continue
+        if adapter_class(base, "dora" if "m" in sides else "lora") is None:
+            problems.append(f"layer {layer} is a {type(base).__name__}, which we do not adapt so")
+            continue
+        (r, width), (out, other_r) = (tuple(header[sides[side]]["shape"]) for side in "AB")
+        if (width, out) != base_dims(base) or r != other_r:
+            problems.append(f"layer {layer} has factors for {width} -> {out}, the model needs {base_dims(base)}")
+        if "m" in sides and tuple(header[sides["m"]]["shape"]) != (out,):
+            problems.append(f"layer {layer} has magnitudes of shape {tuple(header[sides['m']]['shape'])}, not {(out,)}")
+    return problems
+
+
+def _copy_problems(copies: dict[str, str], stored: dict[str, mx.array], modules: dict[str, nn.Module]) -> list[str]:
+    """PEFT saves adapted embeddings and heads whole as well: fine while they are the base's own."""
+    problems = []
+    for name, layer in copies.items():
+        path = _own_path(layer, modules)
+        # A tied head has no module of its own here.
+        base = modules[path or next(p for p in modules if p.endswith("embed_tokens"))]
+        weight = dense_weight(base)
+        allowed = QUANTISED_COPY if isinstance(base, QUANTISED) else FLOAT_COPY
+        if stored[name].shape != weight.shape:
+            problems.append(f"{name} is {stored[name].shape}, the model's is {weight.shape}: a resized vocabulary")
+        elif relative_error(stored[name], weight) > allowed:
+            problems.append(f"{name} is not the base's own weight: it was trained in full")
+    return problems
+
+
+def _tied_problems(
+    config: dict[str, Any], stored: dict[str, mx.array], head: dict[str, str], embedding: dict[str, str] | None
+) -> list[str]:
+    """An adapted tied head is ours only with the embedding's own factors, at its own scale."""
+    advice = "adapts the tied head apart from the embedding, which MLX's tied head cannot"
+    if embedding is None or len(head) != 2:
+        return [f"lm_head {advice}"]
+    same = all(
+        stored[head[one]].shape == stored[embedding[other]].T.shape
+        and mx.array_equal(stored[head[one]], stored[embedding[other]].T)
+        for one, other in (("A", "B"), ("B", "A"))
+    )
+    rank = stored[head["A"]].shape[0]
+    same = same and _scale(config, "lm_head", rank) == _scale(config, "model.embed_tokens", rank)
+    return [] if same else [f"lm_head {advice}"]
+
+
+def _refuse(folder: Path, problems: list[str]) -> None:
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise InputError(f"--adapter-path {folder}: PEFT adapter that does not fit: {shown}")

@@ -1,0 +1,92 @@
+"""Write an adapter, or a model with it, for other programs.
+
+python -m mlx_lora.export --model DIR --adapter-path my-adapter --to peft --out peft-adapter     PEFT, transformers
+python -m mlx_lora.export --model DIR --adapter-path my-adapter --to hf   --out merged           transformers
+python -m mlx_lora.export --model DIR --adapter-path my-adapter --to gguf-adapter --out a.gguf   llama.cpp --lora
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_lora import cli
+from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter
+from mlx_lora.artifacts.fuse import write_fused
+from mlx_lora.artifacts.gguf import write_gguf_adapter
+from mlx_lora.artifacts.peft import write_peft
+from mlx_lora.config import train_settings
+from mlx_lora.errors import InputError
+from mlx_lora.files import check_writable
+from mlx_lora.models.load import Base, load_base
+
+FORMS = ("peft", "hf", "gguf-adapter")
+READERS = {"peft": "PEFT", "hf": "transformers", "gguf-adapter": "llama.cpp (--lora, on the base as GGUF)"}
+# Where mlx-lm keeps transformers' names and layouts; others it renames or stacks (experts) while loading.
+SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+
+
+@click.command(cls=cli.Command)
+@cli.settings_options("model", leave_out=("quantized_matmul",))
+@click.option("--adapter-path", type=str, required=True, help="Adapter folder, ours, mlx-lm's or PEFT's.")
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(FORMS),
+    required=True,
+    help="PEFT adapter, merged Hugging Face folder, or llama.cpp adapter.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder or .gguf file to make.")
+@click.option(
+    "--base-id", type=str, default=None, help="Hub id of the base that a PEFT adapter names [default: its own]."
+)
+@click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
+@click.option("--force", is_flag=True, help="Replace what is in --out.")
+def main(
+    adapter_path: str, form: str, out: Path, base_id: str | None, ignore_fingerprint: bool, force: bool, **options: Any
+) -> None:
+    """Write the adapter on --model in another program's form."""
+    if base_id and form != "peft":
+        raise InputError(f"--base-id with --to {form}: only a PEFT adapter names its base; leave it out")
+    base = load_base(train_settings(cli.given(options)).model)
+    info = load_adapter(base, Path(adapter_path), ignore_fingerprint)
+    if form == "peft":
+        export_peft(base, info, out, base_id, force)
+    elif form == "hf":
+        export_hf(base, info, out, force)
+    else:
+        export_gguf_adapter(base, info, out, force)
+    cli.echo(f"{out}: written for {READERS[form]}")
+
+
+def export_peft(base: Base, info: AdapterInfo, out: Path, base_id: str | None, force: bool) -> None:
+    """Write a PEFT adapter folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
+        raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force")
+    check_writable(out, "--out", needed_bytes=1_000_000)
+    write_peft(out, base.model, base_id or info.base_model, info.dropout)
+
+
+def export_gguf_adapter(base: Base, info: AdapterInfo, out: Path, force: bool) -> None:
+    """Write a LoRA GGUF file."""
+    if out.is_dir() or (out.exists() and not force):
+        raise InputError(f"--out {out}: exists; give a new .gguf file, or --force to replace one")
+    check_writable(out.parent, "--out", needed_bytes=1_000_000)
+    write_gguf_adapter(out, base.model, base.config, info.base_model)
+
+
+def export_hf(base: Base, info: AdapterInfo, out: Path, force: bool) -> None:
+    """Write the merged model in float, under transformers' names."""
+    kind = base.config.get("model_type")
+    if kind not in SAME_LAYOUT:
+        raise InputError(
+            f"--to hf: {kind} models have another layout in MLX than in transformers; we write {', '.join(SAME_LAYOUT)}; "
+            "use --to peft and merge in PEFT"
+        )
+    write_fused(base, out, dequantize=True, force=force, chat_template=info.chat_template)
+
+
+if __name__ == "__main__":
+    main()

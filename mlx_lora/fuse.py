@@ -1,0 +1,67 @@
+"""Fold an adapter into its base model.
+
+python -m mlx_lora.fuse --model DIR --adapter-path my-adapter --out fused
+python -m mlx_lora.fuse --model DIR-4bit --adapter-path my-adapter --out fused --dequantize
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_lora import cli
+from mlx_lora.artifacts.adapter import load_adapter
+from mlx_lora.artifacts.fuse import Survival, write_fused
+from mlx_lora.config import train_settings
+from mlx_lora.models.load import load_base
+
+# Below this share of the update left, a fused model is not the one that was trained.
+FADED = 0.9
+
+
+@click.command(cls=cli.Command)
+@cli.settings_options("model", leave_out=("quantized_matmul",))
+@click.option("--adapter-path", type=str, required=True, help="Adapter folder, ours, mlx-lm's or PEFT's.")
+@click.option("--out", "--save-path", type=click.Path(path_type=Path), required=True, help="Folder to make.")
+@click.option(
+    "--dequantize", is_flag=True, help="Make a float model of a quantised base: nothing of the update is lost."
+)
+@click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
+@click.option("--force", is_flag=True, help="Replace an existing model folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def main(
+    adapter_path: str, out: Path, dequantize: bool, ignore_fingerprint: bool, force: bool, as_json: bool, **options: Any
+) -> None:
+    """Write --model with the adapter folded in, and say how much of the adapter arrived."""
+    base = load_base(train_settings(cli.given(options)).model)
+    info = load_adapter(base, Path(adapter_path), ignore_fingerprint)
+    survival = write_fused(base, out, dequantize=dequantize, force=force, chat_template=info.chat_template)
+    summary = summarise(survival)
+    cli.echo(
+        f"{out}: {summary['layers']} layers fused; of the update {summary['kept_mean']:.1%} arrived "
+        f"(least {summary['kept_least']:.1%}, in {summary['least_layer']}), with {summary['error_mean']:.1%} of its size in rounding"
+    )
+    if summary["kept_least"] < FADED:
+        cli.echo(
+            "  The base's quantisation swallowed part of it: --dequantize keeps all, as does an adapter kept apart"
+        )
+    if as_json:
+        cli.print_json({"out": str(out), "model": base.model_id, "adapter_path": adapter_path, **summary})
+
+
+def summarise(survival: dict[str, Survival]) -> dict[str, Any]:
+    """Return means and the worst layer."""
+    least = min(survival, key=lambda path: survival[path].kept)
+    return {
+        "layers": len(survival),
+        "kept_mean": sum(s.kept for s in survival.values()) / len(survival),
+        "kept_least": survival[least].kept,
+        "least_layer": least,
+        "error_mean": sum(s.error for s in survival.values()) / len(survival),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The LoRA GGUF: names, orientation and permutation, read back; and llama.cpp itself with it."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+
+import gguf
+import mlx.core as mx
+import numpy as np
+import pytest
+from real_models import gemma3_gguf, smollm2_gguf
+from run_cli import run
+from test_adapter_folder import make_adapter
+
+from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, select_targets
+from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
+from mlx_lora.config import ModelSettings
+from mlx_lora.models.gguf_arch import redo_rope_order, undo_rope_order
+from mlx_lora.models.load import load_base
+from mlx_lora.models.perplexity import token_logprobs
+
+
+def export(model, folder):
+    out = folder / "a.gguf"
+    ran = run("export", "--model", model, "--adapter-path", folder / "a", "--to", "gguf-adapter", "--out", out)
+    return ran, out
+
+
+def test_rope_order_there_and_back():
+    rows = np.arange(8 * 6 * 2).reshape(48, 2)
+    assert (undo_rope_order(redo_rope_order(rows, 8), 8) == rows).all()
+    assert (redo_rope_order(rows, 8) != rows).any()
+
+
+def test_the_file_holds_the_update_of_each_tensor(tiny_folder, tmp_path):
+    make_adapter(tiny_folder, tmp_path / "a")
+    ran, out = export(tiny_folder, tmp_path)
+    assert ran.code == 0, ran.err
+    reader = gguf.GGUFReader(out)
+    assert reader.fields["general.type"].contents() == "adapter"
+    assert reader.fields["adapter.type"].contents() == "lora"
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    tensors = {t.name: np.array(t.data) for t in reader.tensors}
+    base = load_base(ModelSettings(model=str(tiny_folder)))
+    load_adapter(base, tmp_path / "a")
+    layers = adapter_layers(base.model)
+    assert len(tensors) == 2 * len(layers)
+    for path, tensor, heads in (
+        ("self_attn.q_proj", "attn_q", 4),
+        ("self_attn.k_proj", "attn_k", 2),
+        ("self_attn.v_proj", "attn_v", 0),
+        ("mlp.down_proj", "ffn_down", 0),
+    ):
+        a, b = (tensors[f"blk.1.{tensor}.weight.lora_{side}"] for side in "ab")
+        update = b @ a * alpha / len(a)
+        update = undo_rope_order(update, heads) if heads else update
+        assert np.allclose(update, layers[f"model.layers.1.{path}"].delta(), atol=1e-5)
+
+
+def test_embeddings_are_refused_by_name(tiny_folder, tmp_path):
+    make_adapter(tiny_folder, tmp_path / "a", "all-linear,embed_tokens")
+    ran, out = export(tiny_folder, tmp_path)
+    assert ran.code == 2
+    assert "model.embed_tokens is an embedding" in ran.err
+    assert not out.exists()
+
+
+def random_adapter(model_path, folder):
+    """Adapt a real model with factors large enough to change what it says."""
+    base = load_base(ModelSettings(model=str(model_path)))
+    chosen = select_targets(base.model)
+    inject(base.model, chosen.paths, 4, 2.0, seed=3)
+    mx.random.seed(11)
+    moved = [
+        (name, 0.02 * mx.random.normal(value.shape))
+        for name, value in adapter_parameters(base.model).items()
+        if name.endswith("lora_b")
+    ]
+    base.model.load_weights(moved, strict=False)
+    info = AdapterInfo("lora", 4, 8.0, 2.0, 0.0, chosen.num_layers, chosen.keys, base.model_id, None, base.fingerprint)
+    save_adapter(folder, base.model, info)
+    return base
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+@pytest.mark.parametrize("model", [smollm2_gguf, gemma3_gguf])
+def test_llamacpp_applies_it_to_the_quantised_base(model, tmp_path):
+    xllamacpp = pytest.importorskip("xllamacpp")
+    path = model()
+    bare = load_base(ModelSettings(model=str(path)))
+    base = random_adapter(path, tmp_path / "a")
+    ran, out = export(path, tmp_path)
+    assert ran.code == 0, ran.err
+
+    def continuation(adapter):
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx, params.n_parallel, params.n_gpu_layers, params.port = 512, 1, 0, 0
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.warmup, params.verbosity = False, -1
+        if adapter:
+            info = xllamacpp.CommonAdapterLoraInfo()
+            info.path, info.scale = str(adapter), 1.0
+            params.lora_adapters = [info]
+        server = xllamacpp.Server(params)
+        body = json.dumps({"content": "Once upon a time, in a village by the sea,", "add_special": True}).encode()
+        request = urllib.request.Request(
+            f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as reply:
+            ids = json.load(reply)["tokens"]
+        settings = {"n_predict": 24, "temperature": 0, "n_probs": 1, "cache_prompt": False}
+        steps = server.handle_completions({"prompt": ids, **settings})["choices"][0]["logprobs"]["content"]
+        return ids, [step["id"] for step in steps], np.array([step["logprob"] for step in steps])
+
+    def apart(ours, ids, new, wanted):
+        return float(np.abs(np.array(token_logprobs(ours, ids + new))[-len(new) :] - wanted).mean())
+
+    plain, adapted = continuation(None), continuation(out)
+    # Within what llama.cpp's rounding makes of the base alone, and the base itself is far away.
+    assert apart(base.model, *adapted) < max(2 * apart(bare.model, *plain), 0.1)
+    assert apart(bare.model, *adapted) > 5 * apart(base.model, *adapted)

@@ -1,0 +1,201 @@
+"""PEFT folders both ways, against PEFT itself on torch."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import tiny_model, write_folder
+from run_cli import run
+from test_adapter_folder import TOKENS, make_adapter
+
+from mlx_lora.artifacts.adapter import load_adapter
+from mlx_lora.artifacts.peft import PEFT_CONFIG, PEFT_WEIGHTS
+from mlx_lora.config import ModelSettings
+from mlx_lora.errors import InputError
+from mlx_lora.models.load import load_base
+
+# PEFT calls what transformers has deprecated, and has advice of its own on tied layers.
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "UserWarning")]
+
+CLOSE = 1e-4
+FAR = 1e-2
+
+
+@pytest.fixture(scope="session")
+def untied_folder(tmp_path_factory):
+    config = {"tie_word_embeddings": False, "architectures": ["LlamaForCausalLM"]}
+    return write_folder(tmp_path_factory.mktemp("untied"), tiny_model(tie_word_embeddings=False), config)
+
+
+def torch_base(folder):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
+
+
+def torch_logits(model) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(np.array(TOKENS))).logits.numpy()
+
+
+def our_logits(folder, adapter=None) -> np.ndarray:
+    base = load_base(ModelSettings(model=str(folder)))
+    if adapter is not None:
+        load_adapter(base, adapter, ignore_fingerprint=True)
+    return np.array(base.model(TOKENS))
+
+
+# Ten adapters with odd settings, as PEFT makes them.
+ODD = {
+    "all-linear": {"target_modules": "all-linear"},
+    "two names": {"target_modules": ["q_proj", "v_proj"], "r": 3, "lora_alpha": 7},
+    "rslora": {"target_modules": ["o_proj", "down_proj"], "r": 5, "use_rslora": True},
+    "rank pattern": {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 9}},
+    "alpha pattern": {"target_modules": "all-linear", "alpha_pattern": {"v_proj": 1, "layers.0.mlp.*": 31}},
+    "both patterns, rslora": {
+        "target_modules": ["k_proj", "gate_proj"],
+        "rank_pattern": {"model.layers.0.self_attn.k_proj": 7},
+        "alpha_pattern": {"gate_proj": 5},
+        "use_rslora": True,
+    },
+    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "regular expression": {"target_modules": r".*\.1\.(self_attn\.[qk]_proj|mlp\.down_proj)"},
+    "excluded": {"target_modules": "all-linear", "exclude_modules": ["up_proj"]},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "head": {"target_modules": ["lm_head", "v_proj"]},
+    "dora": {"target_modules": "all-linear", "use_dora": True},
+    "dora, rank pattern": {"target_modules": "all-linear", "use_dora": True, "rank_pattern": {"k_proj": 2}},
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ODD)
+def test_adapters_that_peft_made_load_here(name, tied, tiny_folder, untied_folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    if tied and name == "head":
+        pytest.skip("a tied head apart from its embedding is refused: below")
+    folder = tiny_folder if tied else untied_folder
+    settings = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **ODD[name]}
+    model = peft.get_peft_model(torch_base(folder), peft.LoraConfig(**settings)).eval()
+    torch.manual_seed(0)
+    for key, value in model.named_parameters():
+        if "magnitude" in key:
+            value.data *= 1 + 0.1 * torch.randn(value.shape)
+        elif "lora_" in key:
+            torch.nn.init.normal_(value, std=0.1)
+    model.save_pretrained(tmp_path / "a")
+    expected = torch_logits(model)
+    assert np.allclose(our_logits(folder, tmp_path / "a"), expected, atol=CLOSE)
+    assert not np.allclose(our_logits(folder), expected, atol=FAR)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [("all-linear", -1), ("q_proj,v_proj", 1), ("all-linear,embed_tokens", -1), ("layers.0.mlp.*,k_proj", -1)],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_our_adapters_load_in_peft_and_come_back(targets, layers, tied, tiny_folder, untied_folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    folder = tiny_folder if tied else untied_folder
+    expected = np.array(make_adapter(folder, tmp_path / "ours", targets, layers))
+    ran = run("export", "--model", folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p")
+    assert ran.code == 0, ran.err
+    model = peft.PeftModel.from_pretrained(torch_base(folder), tmp_path / "p").eval()
+    assert np.allclose(torch_logits(model), expected, atol=CLOSE)
+    assert not np.allclose(torch_logits(torch_base(folder)), expected, atol=FAR)
+    assert np.allclose(our_logits(folder, tmp_path / "p"), expected, atol=1e-5)
+
+
+@pytest.mark.parity
+def test_a_merged_folder_gives_transformers_our_logits(tiny_folder, tmp_path):
+    expected = np.array(make_adapter(tiny_folder, tmp_path / "ours"))
+    ran = run(
+        "export", "--model", tiny_folder, "--adapter-path", tmp_path / "ours", "--to", "hf", "--out", tmp_path / "hf"
+    )
+    assert ran.code == 0, ran.err
+    assert np.allclose(torch_logits(torch_base(tmp_path / "hf")), expected, atol=CLOSE)
+
+
+def test_an_embedding_alone_leaves_the_tied_head(tiny_folder, tmp_path):
+    make_adapter(tiny_folder, tmp_path / "ours", "embed_tokens")
+    run("export", "--model", tiny_folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p")
+    both = our_logits(tiny_folder, tmp_path / "p")
+    stored = mx.load(str(tmp_path / "p" / PEFT_WEIGHTS))
+    kept = {name: value for name, value in stored.items() if "lm_head" not in name}
+    assert len(kept) < len(stored)
+    mx.save_safetensors(str(tmp_path / "p" / PEFT_WEIGHTS), kept)
+    assert not np.allclose(our_logits(tiny_folder, tmp_path / "p"), both, atol=FAR)
+    ran = run("fuse", "--model", tiny_folder, "--adapter-path", tmp_path / "p", "--out", tmp_path / "f")
+    assert ran.code == 2
+    assert "leaves the tied head alone" in ran.err
+
+
+REFUSED = {
+    "dora without magnitudes": ({"use_dora": True}, "has A and B, not A and B and m"),
+    "prefix": ({"peft_type": "PREFIX_TUNING"}, "peft_type PREFIX_TUNING"),
+    "saved modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "pissa": ({"init_lora_weights": "pissa_niter_4"}, "changed base"),
+    "experts": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_carried_over_is_named(name, tiny_folder, tmp_path):
+    make_adapter(tiny_folder, tmp_path / "ours")
+    run("export", "--model", tiny_folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p")
+    config = json.loads((tmp_path / "p" / PEFT_CONFIG).read_text())
+    changes, words = REFUSED[name]
+    (tmp_path / "p" / PEFT_CONFIG).write_text(json.dumps({**config, **changes}))
+    with pytest.raises(InputError, match=words):
+        our_logits(tiny_folder, tmp_path / "p")
+
+
+def test_foreign_and_misshapen_tensors_are_gathered(tiny_folder, tmp_path):
+    make_adapter(tiny_folder, tmp_path / "ours", "q_proj")
+    run("export", "--model", tiny_folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p")
+    stored = mx.load(str(tmp_path / "p" / PEFT_WEIGHTS))
+    first, second = sorted(name for name in stored if "lora_A" in name)
+    stored.pop(first)
+    stored[second] = mx.zeros((4, 3))
+    stored["base_model.model.model.layers.0.self_attn.q_proj.bias"] = mx.zeros((4,))
+    stored["base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"] = mx.zeros((4, 64))
+    stored["base_model.model.lm_head.lora_A.weight"] = mx.zeros((4, 64))
+    mx.save_safetensors(str(tmp_path / "p" / PEFT_WEIGHTS), stored)
+    with pytest.raises(InputError) as raised:
+        our_logits(tiny_folder, tmp_path / "p")
+    message = str(raised.value)
+    assert "q_proj.bias is no LoRA factor" in message
+    assert "layers.7.self_attn.q_proj is not in the model" in message
+    assert "layers.0.self_attn.q_proj has B, not A and B" in message
+    assert "layers.1.self_attn.q_proj has factors for 3 -> 64" in message
+
+
+def test_a_changed_copy_of_the_embedding_is_refused(tiny_folder, tmp_path):
+    make_adapter(tiny_folder, tmp_path / "ours", "embed_tokens")
+    run("export", "--model", tiny_folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p")
+    stored, own = mx.load(str(tmp_path / "p" / PEFT_WEIGHTS)), mx.load(str(tiny_folder / "model.safetensors"))
+    before, weight = our_logits(tiny_folder, tmp_path / "p"), own["model.embed_tokens.weight"]
+    for copy, words in ((weight, None), (weight[:200], "resized"), (weight * 1.1, "trained in full")):
+        stored["base_model.model.model.embed_tokens.base_layer.weight"] = copy
+        mx.save_safetensors(str(tmp_path / "p" / PEFT_WEIGHTS), stored)
+        if words is None:
+            assert np.allclose(our_logits(tiny_folder, tmp_path / "p"), before, atol=1e-6)
+            continue
+        with pytest.raises(InputError, match=words):
+            our_logits(tiny_folder, tmp_path / "p")
+
+
+def test_pickles_are_refused(tiny_folder, tmp_path):
+    (tmp_path / PEFT_CONFIG).write_text(json.dumps({"peft_type": "LORA"}))
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80")
+    with pytest.raises(InputError, match="pickled"):
+        our_logits(tiny_folder, tmp_path)
