@@ -99,9 +99,10 @@ def set_cache_limit(limit: str | None) -> int:
 def loss_tile_bytes() -> int:
     """Return the bytes that one tile of the fused loss's logits may take.
 
-    Small against the working set, and large enough that a tile's products fill the machine.
+    Large enough that a tile's products fill the machine, and small: MLX allocates for some hundred operations
+    ahead of those that run, so about twelve tiles are there at a time, whatever their size.
     """
-    return min(128 << 20, current_device().working_set_bytes // 64)
+    return min(16 << 20, current_device().working_set_bytes // 64)
 
 
 def keep_exponentials() -> bool:

@@ -73,7 +73,7 @@ def random_adapter(model_path, folder):
     inject(base.model, chosen.paths, 4, 2.0, seed=3)
     mx.random.seed(11)
     moved = [
-        (name, 0.02 * mx.random.normal(value.shape))
+        (name, 0.2 * mx.random.normal(value.shape))
         for name, value in adapter_parameters(base.model).items()
         if name.endswith("lora_b")
     ]
