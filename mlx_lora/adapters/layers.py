@@ -143,6 +143,7 @@ class DoRALinear(nn.Module):
         self.dropout = Dropout(dropout)
         self._squares = mx.square(dense_weight(linear).astype(mx.float32)).sum(axis=-1)  # (out,)
         self.m = mx.sqrt(self._squares)
+        self._kept_lengths: mx.array | None = None
         mx.eval(self._squares, self.m)
 
     @classmethod
@@ -156,8 +157,14 @@ class DoRALinear(nn.Module):
         """Apply the layer; arguments as in LoRALinear."""
         z = self.dropout(x, key) @ self.lora_a.astype(x.dtype)  # (..., r)
         y = mx.addmm(self._without_bias(x), z, (self.scale * self.lora_b).astype(x.dtype))  # (..., out)
-        y = y * (self.m / self.row_lengths(x.dtype)).astype(x.dtype)
+        lengths = self.row_lengths(x.dtype) if self._kept_lengths is None else self._kept_lengths
+        y = y * (self.m / lengths).astype(x.dtype)
         return y + self.linear.bias if "bias" in self.linear else y
+
+    def keep_lengths(self) -> None:
+        """Compute |W + D| once and for all, for an adapter that is no longer trained: generation calls per token."""
+        self._kept_lengths = self.row_lengths(mx.float32)
+        mx.eval(self._kept_lengths)
 
     def row_lengths(self, dtype: mx.Dtype) -> mx.array:
         """Return |W + D|, (out,) float32, without a gradient; the product with W is computed in `dtype`."""

@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from mlx_lora import __version__
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, select_targets
-from mlx_lora.adapters.layers import FORMS, LoRAEmbedding
+from mlx_lora.adapters.layers import FORMS, DoRALinear, LoRAEmbedding
 from mlx_lora.adapters.methods import PRESETS
 from mlx_lora.artifacts.peft import PeftAdapter, is_peft, read_peft
 from mlx_lora.errors import InputError
@@ -143,8 +143,7 @@ def load_adapter(base: Base, folder: Path, ignore_fingerprint: bool = False) -> 
     form = config.get("fine_tune_type", "lora")
     inject(base.model, paths, shape["rank"], float(shape["scale"]), float(shape.get("dropout", 0.0)), form=form)
     load_factors(base.model, folder / WEIGHTS_FILE)
-    base.model.freeze()
-    base.model.eval()
+    _finish(base.model)
     return AdapterInfo(
         method=own.get("method", form),
         rank=shape["rank"],
@@ -160,6 +159,15 @@ def load_adapter(base: Base, folder: Path, ignore_fingerprint: bool = False) -> 
     )
 
 
+def _finish(model: nn.Module) -> None:
+    """Make an adapted model ready for use: nothing is trained any more."""
+    for layer in adapter_layers(model).values():
+        if isinstance(layer, DoRALinear):
+            layer.keep_lengths()
+    model.freeze()
+    model.eval()
+
+
 def _load_peft(base: Base, adapter: PeftAdapter) -> AdapterInfo:
     """Put a PEFT adapter onto `base.model`, in place."""
     paths = tuple(adapter.factors)
@@ -173,8 +181,7 @@ def _load_peft(base: Base, adapter: PeftAdapter) -> AdapterInfo:
         if isinstance(layer, LoRAEmbedding):
             layer.adapts_head = not adapter.leaves_head
     mx.eval(base.model.trainable_parameters())
-    base.model.freeze()
-    base.model.eval()
+    _finish(base.model)
     return AdapterInfo(
         method=form,
         rank=rank,
