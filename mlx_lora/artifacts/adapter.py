@@ -91,7 +91,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not JSON; restore it from a checkpoint") from None
     if isinstance(config, dict) and is_peft(config):
         return config
-    if not isinstance(config, dict) or config.get("fine_tune_type", "lora") not in FORMS:
+    if not isinstance(config, dict) or config.get("fine_tune_type", "lora") not in tuple(FORMS):
         kind = config.get("fine_tune_type") if isinstance(config, dict) else type(config).__name__
         raise InputError(f"{path}: fine_tune_type {kind!r}; this version loads {' and '.join(FORMS)}")
     shape = config.get("lora_parameters")
