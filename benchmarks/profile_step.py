@@ -34,7 +34,8 @@ from _environment import environment
 from mlx.utils import tree_flatten
 
 from mlx_lora import device
-from mlx_lora.adapters.inject import inject, select_targets
+from mlx_lora.adapters.inject import inject
+from mlx_lora.adapters.targets import select_targets
 from mlx_lora.config import ModelSettings, OptimizerSettings
 from mlx_lora.data.batches import Batch
 from mlx_lora.models.activations import lean_swiglu

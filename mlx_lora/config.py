@@ -19,7 +19,8 @@ FORMATS = ("auto", "alpaca", "sharegpt", "messages", "completions", "text")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "adam", "muon", "sgd", "adafactor")
 SCHEDULES = ("cosine", "linear", "constant")
-METHODS = ("lora", "rslora", "dora", "lora-plus")
+METHODS = ("lora", "rslora", "dora", "lora-plus", "pissa", "adalora", "relora", "full")
+BIASES = ("none", "lora_only", "all")
 CHECKPOINTING = ("none", "auto", "selective", "block")
 QUANTIZED_MATMUL = ("auto", "packed", "dense")
 
@@ -67,12 +68,37 @@ class AdapterSettings:
     loraplus_lr_ratio: float | None = setting(
         None, "Learning rate of B as a multiple of A's, for --method lora-plus (default 16)."
     )
-    rank: int = setting(16, "Rank r of the two factors.")
+    rank: int = setting(16, "Rank r of the two factors; for adalora the average rank at the end.")
     alpha: float = setting(32.0, "Numerator of the scale alpha / r.")
+    rank_pattern: str | None = setting(None, "Ranks of some layers, as in q_proj=32,*.mlp.*=8; the first match counts.")
+    alpha_pattern: str | None = setting(None, "Alphas of some layers, in the same form.")
+    modules_to_save: str | None = setting(
+        None, "Modules trained in full beside the adapter (lm_head,embed_tokens,*norm), by comma."
+    )
+    bias: str = setting("none", "Biases to train: none, those of adapted layers, or all.", choices=BIASES)
     dropout: float = setting(0.0, "Dropout probability on the adapter's input.")
     target_modules: str = setting("all-linear", "all-linear, or names or patterns (q_proj,*.mlp.*), by comma.")
     num_layers: int = setting(-1, "Adapt only the last N blocks; -1: all.")
+    adalora_init_rank: int | None = setting(None, "adalora: rank of every layer at the start (default 1.5 r).")
+    adalora_tinit: float | None = setting(
+        None, "adalora: first steps without a cut, a share of the run below 1 (default 0.1)."
+    )
+    adalora_tfinal: float | None = setting(
+        None, "adalora: last steps with the ranks fixed, a share below 1 (default 0.3)."
+    )
+    adalora_delta_t: int | None = setting(None, "adalora: steps between cuts (default: a hundredth of the run).")
+    orth_reg_weight: float | None = setting(None, "adalora: weight of the orthogonality penalty (default 0.5).")
+    relora_every: int | None = setting(None, "relora: steps between restarts (default: a quarter of the run).")
+    relora_warmup: int | None = setting(None, "relora: warm-up steps after each restart (default: a tenth of a cycle).")
+    relora_prune_ratio: float | None = setting(
+        None, "relora: share of the optimizer's moments, the smallest, that a restart zeroes (default 0.99)."
+    )
     resume_adapter_file: str | None = setting(None, "Start from the factors in this adapters.safetensors.")
+
+    @property
+    def method_name(self) -> str:
+        """The method, under whichever of its two names it was given."""
+        return self.fine_tune_type or self.method
 
 
 @dataclass(frozen=True)
@@ -223,6 +249,8 @@ def _coerce(cls: type, key: str, value: Any) -> tuple[Any, str | None]:
         return None, None
     if "flag_value" in f.metadata and isinstance(value, bool):  # grad_checkpoint: true, as in mlx-lm
         value = f.metadata["flag_value"] if value else "none"
+    if kind is str and isinstance(value, dict):  # rank_pattern: {q_proj: 32}
+        value = ",".join(f"{name}={number}" for name, number in value.items())
     if kind is str and isinstance(value, list):  # target_modules: [q_proj, v_proj]
         value = ",".join(str(item) for item in value)
     try:
@@ -248,6 +276,14 @@ _RANGES = {
     "num_layers": (-1, 10**6, True),
     "learning_rate": (0, 1e3, False),
     "loraplus_lr_ratio": (0, 1e6, False),
+    "adalora_init_rank": (1, 65536, True),
+    "adalora_tinit": (0, 1e12, True),
+    "adalora_tfinal": (0, 1e12, True),
+    "adalora_delta_t": (1, 10**12, True),
+    "orth_reg_weight": (0, 1e6, True),
+    "relora_every": (1, 10**12, True),
+    "relora_warmup": (0, 10**12, True),
+    "relora_prune_ratio": (0, 1, True),
     "warmup": (0, 1e12, True),
     "weight_decay": (0, 1e3, True),
     "max_grad_norm": (0, 1e9, True),
@@ -286,10 +322,72 @@ def _range_problems(settings: TrainSettings) -> list[str]:
     mode = settings.loop.grad_checkpoint
     if mode not in CHECKPOINTING and not (mode.isdecimal() and 1 <= int(mode) < 10**6):
         problems.append(f"--grad-checkpoint {mode!r}: not one of {', '.join(CHECKPOINTING)}, or a number from 1 on")
-    adapter = settings.adapter
-    method = adapter.fine_tune_type or adapter.method
-    if adapter.loraplus_lr_ratio is not None and method != "lora-plus":
-        problems.append(f"--loraplus-lr-ratio with --method {method}: only lora-plus has one; leave it out")
+    problems += _adapter_problems(settings.adapter)
     if settings.loop.iters is not None and settings.loop.epochs is not None:
         problems.append("--iters and --epochs: both given; keep one")
     return problems
+
+
+# Settings that mean something to one method only.
+_METHODS_OWN = {
+    "lora-plus": ("loraplus_lr_ratio",),
+    "adalora": ("adalora_init_rank", "adalora_tinit", "adalora_tfinal", "adalora_delta_t", "orth_reg_weight"),
+    "relora": ("relora_every", "relora_warmup", "relora_prune_ratio"),
+}
+
+
+def _adapter_problems(adapter: AdapterSettings) -> list[str]:
+    """Name settings that the method does not have: accepted, they would be ignored."""
+    method, problems = adapter.method_name, []
+    for owner, names in _METHODS_OWN.items():
+        given = [name for name in names if getattr(adapter, name) is not None]
+        if given and owner != method:
+            flags = " and ".join(map(flag_of, given))
+            problems.append(f"{flags} with --method {method}: only {owner} has that; leave it out")
+    if method == "full":
+        given = [name for name in ("rank_pattern", "alpha_pattern", "modules_to_save") if getattr(adapter, name)]
+        given += [name for name in ("dropout",) if getattr(adapter, name)]
+        given += ["bias"] if adapter.bias != "none" else []
+        if given:
+            flags = " and ".join(map(flag_of, given))
+            problems.append(f"{flags} with --method full: --target-modules names all that it trains; leave it out")
+    if method in ("pissa", "adalora", "relora") and adapter.resume_adapter_file:
+        problems.append(
+            f"--resume-adapter-file with --method {method}: it does not start from plain factors; "
+            "go on with --method lora at the file's rank"
+        )
+    if method == "adalora" and (adapter.rank_pattern or (adapter.adalora_init_rank or adapter.rank) < adapter.rank):
+        what = "--rank-pattern" if adapter.rank_pattern else f"--adalora-init-rank {adapter.adalora_init_rank}"
+        problems.append(f"{what} with --method adalora: it cuts ranks from one start down to --rank; leave it out")
+    for name in ("rank_pattern", "alpha_pattern"):
+        try:
+            values = parse_pattern(getattr(adapter, name))
+        except ValueError as error:
+            problems.append(f"{flag_of(name)} {error}: write name=number, by comma")
+            continue
+        whole = name == "rank_pattern"
+        bad = [key for key, value in values.items() if not 0 < value < 1e9 or (whole and value != int(value))]
+        if bad:
+            kind = "a whole number from 1 on" if whole else "more than 0"
+            problems.append(f"{flag_of(name)} {', '.join(bad)}: must be {kind}")
+    return problems
+
+
+def parse_pattern(text: str | None) -> dict[str, float]:
+    """Read `q_proj=32,*.mlp.*=8` as name -> number.
+
+    Raises:
+        ValueError: with the part that is not of that form.
+    """
+    values = {}
+    for part in (text or "").split(","):
+        name, equals, number = part.strip().rpartition("=")
+        if not part.strip():
+            continue
+        try:
+            values[name.strip()] = float(number)
+        except ValueError:
+            raise ValueError(repr(part.strip())) from None
+        if not equals or not name.strip():
+            raise ValueError(repr(part.strip()))
+    return values

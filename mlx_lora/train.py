@@ -18,10 +18,12 @@ import yaml
 from mlx.utils import tree_flatten
 
 from mlx_lora import cli, device
-from mlx_lora.adapters.inject import Targets, adapter_parameters, inject, select_targets
+from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.adapters.methods import PRESETS
+from mlx_lora.adapters.setup import Adapted, adapt_model, starting_rank
 from mlx_lora.artifacts.adapter import (
     CONFIG_FILE,
+    WEIGHTS_FILE,
     AdapterInfo,
     check_base,
     load_adapter,
@@ -40,6 +42,7 @@ from mlx_lora.models.attention import AttentionCall, tiled_attention
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.training.activation_memory import apply_checkpointing, choose_checkpointing
 from mlx_lora.training.losses import Loss, choose_kernels, choose_loss
+from mlx_lora.training.method_events import make_events, restart_every, restart_warmup
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.report import Metrics, MetricsFile, make_progress
 from mlx_lora.training.step import Step
@@ -116,7 +119,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     mx.random.seed(loop.seed)
     # Kept with the adapter when it is not the model's own, so that generate renders prompts the same way.
     own_template = splits.chat_template == base.hf_tokenizer.chat_template
-    targets, info = adapt(settings, base, None if own_template else splits.chat_template)
+    adapted, info = adapt(settings, base, None if own_template else splits.chat_template)
     price = ShapePrice(epochs=loop.epochs or 1.0)
     plan = BatchPlan(
         splits.train, batch_tokens=loop.batch_tokens, batch_size=loop.batch_size, seed=loop.seed, price=price
@@ -125,7 +128,9 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     steps = total_steps(plan, loop)
     loss = choose_loss(base.model, base.config)
     attend, forms = choose_forms(settings, base, plan, loss)
-    optimizer = build_optimizer(settings.optimizer, steps)
+    optimizer = build_optimizer(
+        settings.optimizer, steps, restart_every(settings.adapter, steps), restart_warmup(settings.adapter, steps)
+    )
     step = Step(
         base.model,
         optimizer,
@@ -134,6 +139,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
         attend,
         wait=loop.short_buffers,
         rate_of=rates_of(settings.adapter),
+        events=make_events(settings.adapter, base.model, steps, loop.seed),
     )
     factors = adapter_parameters(base.model)
     adapter_bytes = sum(p.nbytes for p in factors.values())
@@ -142,7 +148,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     device.set_cache_limit(loop.clear_cache_threshold)
     device.wire_working_set()
     loggers = reporting_sinks(settings)
-    describe_run(settings, base, targets, factors, plan, steps, forms)
+    describe_run(settings, base, adapted, factors, plan, steps, forms)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # --force: an earlier run's would pass for this one's
     write_settings(folder, settings)
     metrics, progress = MetricsFile(folder / "metrics.jsonl"), make_progress(steps, cli.echo)
@@ -162,41 +168,38 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     finally:
         progress.close()
         metrics.close()
-    say_outcome(folder, outcome, adapter_bytes)
+    say_outcome(folder, outcome)
     return outcome
 
 
-def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tuple[Targets, AdapterInfo]:
-    """Wrap the target layers of the base and say what the adapter is."""
+def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tuple[Adapted, AdapterInfo]:
+    """Adapt the base and say what the adapter is."""
     adapter = settings.adapter
-    method = adapter.fine_tune_type or adapter.method
-    targets = select_targets(base.model, adapter.target_modules, adapter.num_layers)
-    preset = PRESETS[method]
-    scale = preset.scale_of(adapter.alpha, adapter.rank)
-    inject(base.model, targets.paths, adapter.rank, scale, adapter.dropout, settings.loop.seed, form=preset.form)
+    adapted = adapt_model(base.model, adapter, settings.loop.seed)
     if adapter.resume_adapter_file:
         file = Path(adapter.resume_adapter_file)
         if (file.parent / CONFIG_FILE).exists():
             check_base(base, read_adapter_config(file.parent), file)
         load_factors(base.model, file)
-    return targets, AdapterInfo(
-        method=method,
-        rank=adapter.rank,
+    return adapted, AdapterInfo(
+        method=adapter.method_name,
+        rank=adapted.rank,
         alpha=adapter.alpha,
-        scale=scale,
+        scale=adapted.scale,
         dropout=adapter.dropout,
-        num_layers=targets.num_layers,
-        keys=targets.keys,
+        num_layers=adapted.targets.num_layers,
+        keys=adapted.targets.keys,
         base_model=base.model_id,
         base_revision=base.revision,
         base_fingerprint=base.fingerprint,
         chat_template=chat_template,
+        full=adapted.full,
     )
 
 
 def rates_of(adapter: AdapterSettings) -> Callable[[str], float] | None:
     """Return each parameter's multiple of the learning rate, None when all have the same."""
-    preset = PRESETS[adapter.fine_tune_type or adapter.method]
+    preset = PRESETS[adapter.method_name]
     ratio = preset.rate_of_b if adapter.loraplus_lr_ratio is None else adapter.loraplus_lr_ratio
     return None if ratio == 1 else lambda name: ratio if name.endswith("lora_b") else 1.0
 
@@ -239,10 +242,22 @@ def choose_forms(
     return attend, [loss.description, kernels, f"checkpointing {checkpointing}", *waits]
 
 
+def describe_method(adapter: AdapterSettings, steps: int) -> str:
+    """Return the method and its own numbers, for the run header."""
+    if adapter.method_name == "full":
+        return "full"
+    words = f"{adapter.method_name}, rank {adapter.rank}, alpha {adapter.alpha:g}"
+    if adapter.method_name == "adalora":
+        words += f", from rank {starting_rank(adapter)} down"
+    if adapter.method_name == "relora":
+        words += f", a restart every {restart_every(adapter, steps)} steps"
+    return words
+
+
 def describe_run(
     settings: TrainSettings,
     base: Base,
-    targets: Targets,
+    adapted: Adapted,
     factors: dict[str, mx.array],
     plan: BatchPlan,
     steps: int,
@@ -252,10 +267,10 @@ def describe_run(
     trainable = sum(p.size for p in factors.values())
     total = sum(p.size for _, p in tree_flatten(base.model.parameters()))
     adapter, optimizer = settings.adapter, settings.optimizer
-    names = ", ".join(dict.fromkeys(key.rsplit(".", 1)[-1] for key in targets.keys))
+    names = ", ".join(dict.fromkeys(key.rsplit(".", 1)[-1] for key in adapted.targets.keys))
     cli.echo(
-        f"Adapter: {adapter.fine_tune_type or adapter.method}, rank {adapter.rank}, alpha {adapter.alpha:g}, "
-        f"{len(targets.paths)} layers ({names}), {trainable:,} trainable parameters, {trainable * 4 / 1e6:.1f} MB"
+        f"Adapter: {describe_method(adapter, steps)}, "
+        f"{len(adapted.targets.paths)} layers ({names}), {trainable:,} trainable parameters, {trainable * 4 / 1e6:.1f} MB"
         + (f" ({trainable / total:.2%} of what is in memory)" if not base.quantisation else "")
     )
     cli.echo(
@@ -297,10 +312,12 @@ def reporting_sinks(settings: TrainSettings) -> list[Any]:
     return [sink]
 
 
-def say_outcome(folder: Path, outcome: Outcome, adapter_bytes: int) -> None:
+def say_outcome(folder: Path, outcome: Outcome) -> None:
     """Print where the result lies."""
+    file = folder / WEIGHTS_FILE
+    size = f"adapter of {file.stat().st_size / 1e6:.1f} MB" if file.exists() else "nothing to save"
     val = "" if outcome.val_loss is None else f", held-out loss {outcome.val_loss:.4f}"
-    cli.echo(f"{outcome.steps} steps done{val}; adapter of {adapter_bytes / 1e6:.1f} MB in {folder}")
+    cli.echo(f"{outcome.steps} steps done{val}; {size} in {folder}")
 
 
 def report_test_loss(settings: TrainSettings, base: Base, test: EncodedSet) -> None:

@@ -12,7 +12,8 @@ from conftest import quantised, tiny_model, write_folder
 from mlx_lm.utils import load as mlx_lm_load
 from mlx_lm.utils import load_model
 
-from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
+from mlx_lora.adapters.inject import adapter_parameters, inject
+from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, load_adapter, save_adapter
 from mlx_lora.config import ModelSettings
 from mlx_lora.errors import InputError

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import TINY, tiny_model
 
-from mlx_lora.adapters.inject import inject, select_targets
+from mlx_lora.adapters.inject import inject
+from mlx_lora.adapters.targets import select_targets
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -12,7 +12,8 @@ from conftest import TINY, quantised, tiny_model
 from mlx.utils import tree_flatten
 from test_step import adapted, batch, factors, make_step
 
-from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
+from mlx_lora.adapters.inject import adapter_parameters, inject
+from mlx_lora.adapters.targets import select_targets
 from mlx_lora.config import OptimizerSettings
 from mlx_lora.models.kernels import training_kernels
 from mlx_lora.training.activation_memory import activation_bytes, apply_checkpointing, choose_checkpointing

@@ -9,8 +9,9 @@ from mlx.utils import tree_flatten
 from test_peft import torch_base
 from test_step import batch
 
-from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
+from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.methods import PRESETS
+from mlx_lora.adapters.targets import select_targets
 from mlx_lora.config import AdapterSettings, ModelSettings, OptimizerSettings
 from mlx_lora.models.attention import tiled_attention
 from mlx_lora.models.load import load_base

@@ -12,14 +12,16 @@ from mlx_lm.tuner.dora import DoRALinear as MlxLmDoRA
 from mlx_lm.utils import load as mlx_lm_load
 from test_adapter_folder import TOKENS
 
-from mlx_lora.adapters.inject import adapter_layers, inject, select_targets
-from mlx_lora.adapters.layers import DoRALinear, dense_weight
+from mlx_lora.adapters.bases import dense_weight
+from mlx_lora.adapters.dora import DoRAEmbedding, DoRALinear
+from mlx_lora.adapters.inject import adapter_layers, inject
+from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
 from mlx_lora.config import ModelSettings
-from mlx_lora.errors import InputError
 from mlx_lora.models.load import load_base
 
 IN, OUT, R = 64, 33, 5
+TRAINED = ("lora_a", "lora_b", "m")
 BASES = {
     "float": lambda: nn.Linear(IN, OUT, bias=False),
     "bias": lambda: nn.Linear(IN, OUT),
@@ -47,15 +49,15 @@ def test_value_and_gradients_equal_the_definition(base):
     mx.random.seed(2)
     dora, x, d = layer(base()), mx.random.normal((3, 7, IN)), mx.random.normal((3, 7, OUT))
     dora.freeze()
-    dora.unfreeze(keys=list(dora.TRAINED), recurse=False)
+    dora.unfreeze(keys=list(TRAINED), recurse=False)
 
     def grads(function):
         return nn.value_and_grad(dora, lambda x: (function(x) * d).sum())(x)
 
     (value, got), (wanted, expected) = grads(dora), grads(lambda x: by_definition(dora, x))
     assert value.item() == pytest.approx(wanted.item(), rel=1e-4, abs=1e-3)
-    assert {name for name, _ in tree_flatten(got)} == set(DoRALinear.TRAINED)
-    for name in DoRALinear.TRAINED:
+    assert {name for name, _ in tree_flatten(got)} == set(TRAINED)
+    for name in TRAINED:
         assert np.allclose(got[name], expected[name], rtol=1e-3, atol=1e-4 * mx.abs(expected[name]).max().item()), name
     # With a gradient through the length they would be others.
     assert not np.allclose(grads(lambda x: x @ dora.fuse().weight.T)[1]["lora_a"], expected["lora_a"], rtol=1e-2)
@@ -110,7 +112,50 @@ def test_exactly_its_parameters_are_trained_and_the_base_is_not():
     assert len(tree_flatten(model.trainable_parameters())) == 3 * 14
 
 
-def test_embeddings_are_refused():
-    model = tiny_model()
-    with pytest.raises(InputError, match=r"dora: does not fit model\.embed_tokens"):
-        inject(model, select_targets(model, "embed_tokens").paths, 4, 2.0, form="dora")
+@pytest.mark.parametrize("bits", [None, 4])
+def test_an_embeddings_value_gradients_and_fold_are_the_definitions(bits):
+    mx.random.seed(4)
+    base = nn.Embedding(41, IN)
+    if bits:
+        base = nn.QuantizedEmbedding.from_embedding(base, 32, bits)
+    factors = 0.2 * mx.random.normal((41, R)), 0.2 * mx.random.normal((R, IN))
+    dora = DoRAEmbedding.from_base(base, factors, 1.5)
+    dora.m = dora.m * (1 + 0.2 * mx.random.normal((41,)))
+    dora.freeze()
+    dora.unfreeze(keys=list(TRAINED), recurse=False)
+    tokens, x = mx.array([[0, 7, 40, 7]]), mx.random.normal((2, 5, IN))
+    d, e = mx.random.normal((1, 4, IN)), mx.random.normal((2, 5, 41))
+
+    def rows():
+        weight = dense_weight(base) + dora.scale * dora.lora_a @ dora.lora_b
+        return weight * (dora.m / mx.stop_gradient(mx.linalg.norm(weight, axis=1)))[:, None]
+
+    def grads(look_up, head):
+        return nn.value_and_grad(dora, lambda: (look_up() * d).sum() + (head() * e).sum())()
+
+    value, got = grads(lambda: dora(tokens), lambda: dora.as_linear(x))
+    wanted, expected = grads(lambda: rows()[tokens], lambda: x @ rows().T)
+    assert value.item() == pytest.approx(wanted.item(), rel=1e-4, abs=1e-3)
+    for name in TRAINED:
+        assert np.allclose(got[name], expected[name], rtol=1e-3, atol=1e-4 * mx.abs(expected[name]).max().item()), name
+    assert np.allclose(dora.fuse()(tokens), dora(tokens), atol=1e-4)
+    dora.keep_lengths()
+    assert np.allclose(dora.as_linear(x), x @ rows().T, atol=1e-3)
+    assert not np.allclose(dora(tokens), base(tokens), atol=1e-1)
+
+
+def test_an_adapted_embedding_is_mlx_lms(tiny_folder, tmp_path):
+    base = load_base(ModelSettings(model=str(tiny_folder)))
+    chosen = select_targets(base.model, "all-linear,embed_tokens")
+    inject(base.model, chosen.paths, 4, 1.5, form="dora")
+    for wrapped in adapter_layers(base.model).values():
+        wrapped.lora_b = 0.1 * mx.random.normal(wrapped.lora_b.shape)
+    info = AdapterInfo("dora", 4, 6.0, 1.5, 0.0, chosen.num_layers, chosen.keys, base.model_id, None, base.fingerprint)
+    save_adapter(tmp_path, base.model, info)
+    stock, _ = mlx_lm_load(str(tiny_folder), adapter_path=str(tmp_path))
+    expected = base.model(TOKENS)
+    assert np.allclose(stock(TOKENS), expected, atol=1e-3)
+    again = load_base(ModelSettings(model=str(tiny_folder)))
+    assert not np.allclose(again.model(TOKENS), expected, atol=1e-2)
+    load_adapter(again, tmp_path)
+    assert np.allclose(again.model(TOKENS), expected, atol=1e-4)

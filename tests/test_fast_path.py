@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import cohere, gemma2, gemma3_text, granite
 from test_step import batch
 
-from mlx_lora.adapters.inject import inject, select_targets
+from mlx_lora.adapters.inject import inject
+from mlx_lora.adapters.targets import select_targets
 from mlx_lora.data.batches import Batch
 from mlx_lora.models.attention import tiled_attention
 from mlx_lora.models.head import find_head

@@ -11,7 +11,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import cohere, gemma2, granite
 from test_step import adapted, batch, factors, make_step
 
-from mlx_lora.adapters.inject import inject, select_targets
+from mlx_lora.adapters.inject import inject
+from mlx_lora.adapters.targets import select_targets
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.training import fused as fused_module
 from mlx_lora.training.fused import fused_cross_entropy, tile_shape

@@ -13,7 +13,8 @@ from real_models import gemma3_gguf, smollm2_gguf
 from run_cli import run
 from test_adapter_folder import make_adapter
 
-from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, select_targets
+from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
+from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
 from mlx_lora.config import ModelSettings
 from mlx_lora.models.gguf_arch import redo_rope_order, undo_rope_order

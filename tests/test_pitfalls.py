@@ -17,7 +17,8 @@ from conftest import tiny_model
 from run_cli import run
 
 from mlx_lora import config
-from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
+from mlx_lora.adapters.inject import adapter_parameters, inject
+from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.adapter import load_adapter, load_factors
 from mlx_lora.config import LoopSettings, ModelSettings
 from mlx_lora.data.batches import Batch, BatchPlan
@@ -176,6 +177,9 @@ def test_both_memory_figures_are_recorded(tiny_folder, chats, tmp_path):
 
 # mlx-tune, unsloth-zoo: options that are accepted and then ignored. Setting -> flags that must change the run.
 OPTIONS = {
+    "rank_pattern": ("--rank-pattern", "q_proj=3"),
+    "alpha_pattern": ("--alpha-pattern", "*.mlp.*=3"),
+    "modules_to_save": ("--modules-to-save", "*norm"),
     "model": ("--model", "{other_model}"),
     "revision": ("--revision", "main"),
     "dtype": ("--dtype", "bfloat16"),
@@ -227,6 +231,10 @@ ELSEWHERE = {
     "clear_cache_threshold": "above",
     "project_name": "below: needs a logger",
     "short_buffers": "test_device.py: when the device is waited for, not numbers",
+    **dict.fromkeys(
+        ("bias", "adalora_init_rank", "adalora_tinit", "adalora_tfinal", "adalora_delta_t"), "test_methods.py"
+    ),
+    **dict.fromkeys(("orth_reg_weight", "relora_every", "relora_warmup", "relora_prune_ratio"), "test_methods.py"),
 }
 
 

@@ -12,7 +12,8 @@ import pytest
 from conftest import quantised, tiny_model
 from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
+from mlx_lora.adapters.inject import adapter_parameters, inject
+from mlx_lora.adapters.targets import select_targets
 from mlx_lora.config import OptimizerSettings
 from mlx_lora.data.batches import Batch
 from mlx_lora.errors import InputError

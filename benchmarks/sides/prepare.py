@@ -21,7 +21,8 @@ from mlx.utils import tree_flatten
 from shared import read_job, write_result
 
 from mlx_lora import device
-from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
+from mlx_lora.adapters.inject import adapter_parameters, inject
+from mlx_lora.adapters.targets import select_targets
 from mlx_lora.config import DataSettings, ModelSettings
 from mlx_lora.data.encode import EncodedSet, Encoder
 from mlx_lora.data.formats import Completion, Conversation, Example, FormatError, Text, parse_record

@@ -1,4 +1,7 @@
-"""Initial factors: a pure function of seed, layer path and shape, whatever the order of injection."""
+"""Initial factors: a pure function of seed, layer path, shape and, for PiSSA, of the base's weight.
+
+All are made in one orientation: `a` (in, r), `b` (r, out), where an embedding's in is its vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,12 @@ import hashlib
 import math
 
 import mlx.core as mx
+import numpy as np
+
+# The narrower side up to which PiSSA's singular vectors are exact: beyond, an eigendecomposition takes
+# seconds a layer and the subspace iteration below takes products only.
+EXACT_UP_TO = 1024
+OVERSAMPLING, ROUNDS = 16, 16
 
 
 def kaiming_factors(path: str, in_width: int, out_width: int, rank: int, seed: int) -> tuple[mx.array, mx.array]:
@@ -27,6 +36,74 @@ def kaiming_factors(path: str, in_width: int, out_width: int, rank: int, seed: i
     bound = 1 / math.sqrt(in_width)
     lora_a = mx.random.uniform(-bound, bound, (in_width, rank), key=path_key(path, seed))
     return lora_a, mx.zeros((rank, out_width))
+
+
+def normal_factors(path: str, in_width: int, out_width: int, rank: int, seed: int) -> tuple[mx.array, mx.array]:
+    """Return both factors normal with deviation 0.02, for a layer whose gains start at zero.
+
+    Arguments and shapes as in kaiming_factors.
+
+    Source: AdaLoRA, arXiv 2303.10512, section 3.1; the deviation is that of its code and of PEFT's.
+    """
+    a_key, b_key = mx.random.split(path_key(path, seed))
+    return 0.02 * mx.random.normal((in_width, rank), key=a_key), 0.02 * mx.random.normal((rank, out_width), key=b_key)
+
+
+def principal_factors(matrix: mx.array, rank: int, scale: float, key: mx.array) -> tuple[mx.array, mx.array]:
+    """Return factors whose product is the best approximation of `matrix` at this rank:
+
+        scale a b = U_r S_r V_r^T,   a = U_r sqrt(S_r / scale),   b = sqrt(S_r / scale) V_r^T
+
+    Args:
+        matrix: (in, out), float.
+        rank: at most the narrower side.
+        scale: what the product will be multiplied by.
+        key: random key of the subspace iteration, used where the narrower side is above EXACT_UP_TO.
+
+    Returns:
+        (in, r) and (r, out), float32.
+
+    Source: PiSSA, arXiv 2404.02948, eq. 2 to 4; Halko et al., arXiv 0909.4061, algorithm 4.4.
+    """
+    matrix = matrix.astype(mx.float32)
+    if matrix.shape[0] < matrix.shape[1]:
+        b, a = principal_factors(matrix.T, rank, scale, key)
+        return a.T, b.T
+    narrow = matrix.shape[1]
+    directions = _exact_directions(matrix, rank) if narrow <= EXACT_UP_TO else _iterated(matrix, rank, key)
+    images = matrix @ directions  # (in, r) = U_r S_r
+    sizes = mx.maximum(mx.linalg.norm(images, axis=0), 1e-20)  # S_r
+    root = mx.sqrt(sizes / scale)
+    return images / sizes * root, root[:, None] * directions.T
+
+
+def _exact_directions(matrix: mx.array, rank: int) -> mx.array:
+    """Return the leading right singular vectors, (narrow, r), from the Gram matrix in float64 on the host.
+
+    Squaring halves the digits: of float64's sixteen, eight are left, more than float32 has.
+    """
+    tall = np.array(matrix)
+    gram = np.zeros((tall.shape[1], tall.shape[1]))
+    for start in range(0, len(tall), 8192):  # an embedding in float64 at once would be gigabytes
+        part = tall[start : start + 8192].astype(np.float64)
+        gram += part.T @ part
+    _, vectors = np.linalg.eigh(gram)  # ascending
+    return mx.array(np.ascontiguousarray(vectors[:, ::-1][:, :rank]), dtype=mx.float32)
+
+
+def _iterated(matrix: mx.array, rank: int, key: mx.array) -> mx.array:
+    """Return the leading right singular vectors, (narrow, r), by subspace iteration on the device.
+
+    Exact where singular values fall off; a flat spectrum leaves them mixed with those just below rank r.
+    """
+    width = min(matrix.shape[1], rank + OVERSAMPLING)
+    space = mx.random.normal((matrix.shape[1], width), key=key)
+    for _ in range(ROUNDS):
+        space, _ = mx.linalg.qr(matrix.T @ (matrix @ space), stream=mx.cpu)
+        mx.eval(space)
+    images = matrix @ space
+    _, vectors = mx.linalg.eigh(images.T @ images, stream=mx.cpu)
+    return space @ vectors[:, ::-1][:, :rank]
 
 
 def path_key(path: str, seed: int) -> mx.array:

@@ -1,111 +1,20 @@
-"""Where adapters go: choose target layers, wrap them, freeze everything else."""
+"""Put adapters on a model, train modules in full beside them, and freeze everything else."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora.adapters.init import kaiming_factors
-from mlx_lora.adapters.layers import ADAPTERS, LINEAR, adapter_class, base_dims
+from mlx_lora.adapters.bases import EMBEDDING, QUANTISED, base_dims, dense_weight, with_weight
+from mlx_lora.adapters.forms import ADAPTERS, adapter_class, base_of
+from mlx_lora.adapters.init import kaiming_factors, normal_factors, path_key, principal_factors
+from mlx_lora.adapters.layers import TRAINED
 from mlx_lora.errors import InputError
 
-ALL_LINEAR = "all-linear"
-
-
-@dataclass(frozen=True)
-class Targets:
-    """The layers to adapt.
-
-    Attributes:
-        paths: full module paths, in the model's own order.
-        keys: the same set as mlx-lm's `lora_parameters.keys` wants it.
-        num_layers: blocks counted from the last that `keys` applies to.
-    """
-
-    paths: tuple[str, ...]
-    keys: tuple[str, ...]
-    num_layers: int
-
-
-def block_paths(model: nn.Module) -> list[str]:
-    """Return the paths of the model's blocks (`model.layers.0` ...), in order."""
-    by_identity = {id(module): path for path, module in model.named_modules()}
-    return [by_identity[id(block)] for block in model.layers]
-
-
-def select_targets(model: nn.Module, target_modules: str = ALL_LINEAR, num_layers: int = -1) -> Targets:
-    """Choose the layers to adapt.
-
-    Args:
-        model: an mlx-lm model.
-        target_modules: `all-linear` (every linear layer of the blocks; heads and embeddings only by name),
-            or names and shell patterns by comma: `q_proj`, `self_attn.*`, `*.layers.3.mlp.*`, `embed_tokens`.
-            A name matches a whole path or the end of one after a dot, as in PEFT.
-        num_layers: adapt only the last N blocks; 0 or less for all, as in mlx-lm. Layers outside blocks are not filtered.
-
-    Raises:
-        InputError: naming every part that matches nothing, what filtered it, and what exists.
-    """
-    blocks = block_paths(model)
-    if num_layers > len(blocks):
-        raise InputError(
-            f"--num-layers {num_layers}: the model has {len(blocks)} blocks; ask for at most that many, or -1"
-        )
-    chosen_blocks = blocks if num_layers <= 0 else blocks[len(blocks) - num_layers :]
-    adaptable = {path: module for path, module in model.named_modules() if adapter_class(module) is not None}
-    in_block = {path: next((b for b in blocks if path.startswith(b + ".")), None) for path in adaptable}
-    allowed = [p for p in adaptable if in_block[p] is None or in_block[p] in chosen_blocks]
-    picked: set[str] = set()
-    problems = []
-    for wish in (part.strip() for part in target_modules.split(",")):
-        if wish == ALL_LINEAR:
-            found = [p for p in allowed if in_block[p] and isinstance(adaptable[p], LINEAR)]
-        else:
-            found = [p for p in allowed if _matches(p, wish)]
-        picked.update(found)
-        if not found:
-            problems.append(_unmatched(wish, list(adaptable), num_layers))
-    if problems:
-        raise InputError("; ".join(problems))
-    order = [path for path, _ in model.named_modules() if path in picked]
-    paths = tuple(sorted(order, key=_natural))
-    return Targets(paths, _mlx_lm_keys(paths, chosen_blocks), len(chosen_blocks))
-
-
-def _matches(path: str, wish: str) -> bool:
-    return path == wish or path.endswith("." + wish) or fnmatchcase(path, wish) or fnmatchcase(path, "*." + wish)
-
-
-def _natural(path: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
-
-
-def _unmatched(wish: str, adaptable: list[str], num_layers: int) -> str:
-    if any(_matches(path, wish) for path in adaptable):
-        return (
-            f"--target-modules {wish!r}: matches layers only outside the last {num_layers} blocks; raise --num-layers"
-        )
-    names = sorted({path.rsplit(".", 1)[-1] for path in adaptable})
-    close = difflib.get_close_matches(wish, names, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"--target-modules {wish!r}: matches no layer; {hint}there are {', '.join(names)}, or all-linear"
-
-
-def _mlx_lm_keys(paths: tuple[str, ...], chosen_blocks: list[str]) -> tuple[str, ...]:
-    """Write block-relative names when every chosen block has the same targets, else full paths."""
-    relative = {
-        block: tuple(p[len(block) + 1 :] for p in paths if p.startswith(block + ".")) for block in chosen_blocks
-    }
-    outside = [p for p in paths if not any(p.startswith(block + ".") for block in chosen_blocks)]
-    if len(set(relative.values())) == 1:
-        return (*next(iter(relative.values())), *outside)
-    return paths
+BIASES = ("none", "lora_only", "all")
 
 
 def inject(
@@ -117,11 +26,12 @@ def inject(
     seed: int = 0,
     shapes: Mapping[str, tuple[int, float]] | None = None,
     form: str = "lora",
+    init: str = "kaiming",
 ) -> None:
     """Freeze `model` and wrap the layers at `paths`; the factors become its only trainable parameters.
 
     Args:
-        model: changed in place. A fresh adapter leaves its outputs as they were (`lora_b` is zero).
+        model: changed in place. A fresh adapter leaves its outputs as they were, whatever the init.
         paths: full paths from `select_targets`.
         rank: r; larger than a layer's narrower side is allowed but wasteful, as in PEFT.
         scale: factor on the low-rank product.
@@ -129,9 +39,10 @@ def inject(
         seed: of the initial factors.
         shapes: path -> (rank, scale), where a layer has its own.
         form: `lora` or `dora`.
+        init: `kaiming`, `pissa` or `svd` (methods.py); the last two with the form `lora` only.
 
     Raises:
-        InputError: a layer that the form does not fit.
+        InputError: a layer that the form does not fit, or a rank that a layer's principal directions do not reach.
     """
     model.freeze()
     modules = dict(model.named_modules())
@@ -140,14 +51,91 @@ def inject(
         raise InputError(f"--method {form}: does not fit {', '.join(unfit)}; leave it out of --target-modules")
     wrapped = []
     for path in paths:
-        base = modules[path]
         own_rank, own_scale = (shapes or {}).get(path, (rank, scale))
-        factors = kaiming_factors(path, *base_dims(base), own_rank, seed)
-        layer = adapter_class(base, form).from_base(base, factors, own_scale, dropout)
+        layer = _adapted(modules[path], path, own_rank, own_scale, dropout, seed, form, init)
         layer.freeze()
-        layer.unfreeze(keys=list(layer.TRAINED), recurse=False)
+        layer.unfreeze(keys=[name for name in TRAINED if name in layer], recurse=False)
         wrapped.append((path, layer))
     model.update_modules(tree_unflatten(wrapped))
+
+
+def _adapted(
+    base: nn.Module, path: str, rank: int, scale: float, dropout: float, seed: int, form: str, init: str
+) -> nn.Module:
+    """Return one layer, wrapped."""
+    dims = base_dims(base)
+    wrap = adapter_class(base, form).from_base
+    if init == "kaiming":
+        return wrap(base, kaiming_factors(path, *dims, rank, seed), scale, dropout)
+    if init == "svd":
+        layer = wrap(base, normal_factors(path, *dims, rank, seed), scale, dropout)
+        layer.lora_e = mx.zeros((rank,))
+        return layer
+    if rank > min(dims):
+        raise InputError(
+            f"--rank {rank} with --method pissa: {path} has {min(dims)} principal directions; lower it, or use lora"
+        )
+    weight = dense_weight(base)
+    matrix = weight if isinstance(base, EMBEDDING) else weight.T  # (in, out)
+    a, b = principal_factors(matrix, rank, scale, path_key(path, seed))
+    layer = wrap(base, (a, b), scale, dropout)
+    layer.fixed_a, layer.fixed_b = a, -scale * b
+    mx.eval(layer.trainable_parameters())  # a weight at a time is dense, not all of them
+    return layer
+
+
+def fresh_factors(path: str, layer: nn.Module, seed: int) -> tuple[mx.array, mx.array]:
+    """Return new initial factors for an adapted layer, of its own rank and orientation.
+
+    Args:
+        path: names the draw; ReLoRA adds the cycle to it.
+        layer: an adapter layer.
+        seed: of the run.
+    """
+    return kaiming_factors(path, *base_dims(base_of(layer)), layer.lora_a.shape[1], seed)
+
+
+def train_in_full(model: nn.Module, paths: tuple[str, ...]) -> None:
+    """Make all weights of these modules trainable; a quantised one becomes dense, for packed numbers have no gradient.
+
+    Args:
+        model: frozen but for its adapters; changed in place.
+        paths: modules with weights of their own.
+    """
+    modules = dict(model.named_modules())
+    dense = [
+        (path, with_weight(modules[path], dense_weight(modules[path]))) for path in paths if _packed(modules[path])
+    ]
+    model.update_modules(tree_unflatten(dense))
+    modules.update(dense)
+    for path in paths:
+        modules[path].unfreeze(recurse=False)
+
+
+def _packed(module: nn.Module) -> bool:
+    return isinstance(module, QUANTISED)
+
+
+def train_biases(model: nn.Module, which: str) -> None:
+    """Make biases trainable.
+
+    Args:
+        model: adapted; changed in place.
+        which: `none`, `lora_only` (of adapted layers) or `all`, as in PEFT.
+
+    Raises:
+        InputError: there is no such bias.
+    """
+    if which == "none":
+        return
+    holders = [base_of(layer) for layer in adapter_layers(model).values()]
+    if which == "all":
+        holders = model.modules()
+    biased = [holder for holder in holders if isinstance(holder.get("bias"), mx.array)]
+    if not biased:
+        raise InputError(f"--bias {which}: the model has no such bias; leave it out")
+    for holder in biased:
+        holder.unfreeze(keys=["bias"], recurse=False)
 
 
 def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -156,5 +144,11 @@ def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, mx.array]:
-    """Return the factors by their stored names (`model.layers.0.self_attn.q_proj.lora_a`)."""
+    """Return all that is trained by its stored name (`model.layers.0.self_attn.q_proj.lora_a`)."""
     return dict(tree_flatten(model.trainable_parameters()))
+
+
+def full_parameters(model: nn.Module) -> dict[str, mx.array]:
+    """Return what is trained beside the factors: weights of modules in full, and biases."""
+    factors = {f"{path}.{name}" for path in adapter_layers(model) for name in TRAINED}
+    return {name: value for name, value in adapter_parameters(model).items() if name not in factors}

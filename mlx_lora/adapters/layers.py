@@ -1,4 +1,4 @@
-"""LoRA and DoRA layers over any frozen base: what is stored, computed, and folded back.
+"""LoRA layers over any frozen base: what is stored, computed, and folded back.
 
     before   self_attn.q_proj: Linear | QuantizedLinear
     after    self_attn.q_proj: LoRALinear(linear: the same object, lora_a, lora_b)
@@ -8,36 +8,28 @@ mlx-lm's names and orientation, `lora_a` (in, r) and `lora_b` (r, out), so stock
 are cast to the activation's dtype inside the call. Left float32 against bfloat16 activations, as mlx-lm
 has them, they would turn every later activation into float32 at twice the memory traffic.
 
+While a method trains, a layer may hold more:
+
+    lora_e             (r,) trained gains, one per rank: D = scale A diag(e) B (AdaLoRA, arXiv 2303.10512, eq. 3)
+    fixed_a, fixed_b   frozen factors beside the trained ones, their scale in fixed_b: the start that PiSSA takes
+                       away (2404.02948), the cycles that ReLoRA has merged (2307.05695)
+
+`plain_factors` writes all of it as one pair, so what is stored is LoRA whatever the method was.
+
 Source: LoRA, arXiv 2106.09685, eq. 3: h = W0 x + (alpha / r) B A x.
 """
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import mlx.core as mx
 import mlx.nn as nn
 
-LINEAR = (nn.Linear, nn.QuantizedLinear)
-EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
-QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+from mlx_lora.adapters.bases import dense_weight, with_weight
 
-
-def base_dims(base: nn.Module) -> tuple[int, int]:
-    """Return (input width, output width) of a linear or embedding base, quantised or not.
-
-    A packed row holds in * bits / 32 words. The product is taken before the division: mlx-lm's DoRA
-    divides first (`32 // bits`), which is wrong at 3, 5 and 6 bits.
-    """
-    rows, columns = base.weight.shape
-    width = columns * 32 // base.bits if isinstance(base, QUANTISED) else columns
-    return (rows, width) if isinstance(base, EMBEDDING) else (width, rows)
-
-
-def dense_weight(base: nn.Module) -> mx.array:
-    """Return the base's weight as floats, shape (out, in), for an embedding (vocabulary, width)."""
-    if not isinstance(base, QUANTISED):
-        return base.weight
-    layout = {"group_size": base.group_size, "bits": base.bits, "mode": base.mode}
-    return mx.dequantize(base.weight, base.scales, base.get("biases"), **layout)
+# What training changes, wherever a layer has it.
+TRAINED = ("lora_a", "lora_b", "lora_e", "m")
 
 
 class Dropout(nn.Module):
@@ -68,10 +60,43 @@ class Dropout(nn.Module):
         return mx.random.bernoulli(kept, x.shape, key=self.draw() if key is None else key) * x * (1 / kept)
 
 
+def scaled_b(layer: nn.Module) -> mx.array:
+    """Return scale * diag(e) B of a layer whose B is (r, out), float32."""
+    gain = layer.scale * layer.lora_e[:, None] if "lora_e" in layer else layer.scale
+    return gain * layer.lora_b
+
+
+def joined_factors(layer: nn.Module) -> tuple[mx.array, mx.array]:
+    """Return one pair (in, R), (R, out) float32 with scale * A B = all that the layer adds."""
+    a, b = layer.lora_a, layer.lora_b
+    if "lora_e" in layer:
+        b = layer.lora_e[:, None] * b
+    if "fixed_a" in layer:
+        a = mx.concatenate([a, layer.fixed_a], axis=1)
+        b = mx.concatenate([b, layer.fixed_b / layer.scale], axis=0)
+    return a, b
+
+
+def merge_factors(layer: nn.Module, a: mx.array, b: mx.array) -> None:
+    """Join a cycle's factors (in, r), (r, out) to the frozen ones of `layer`.
+
+    Frozen factors wider than the layer itself are written as one product, which is the same function: a
+    run of many cycles does not grow without end.
+    """
+    b = layer.scale * b
+    if "fixed_a" in layer:
+        a = mx.concatenate([layer.fixed_a, a], axis=1)
+        b = mx.concatenate([layer.fixed_b, b], axis=0)
+    if a.shape[1] > min(a.shape[0], b.shape[1]):
+        a, b = (mx.eye(a.shape[0]), a @ b) if a.shape[0] <= b.shape[1] else (a @ b, mx.eye(b.shape[1]))
+    layer.fixed_a, layer.fixed_b = a, b
+    layer.freeze(keys=["fixed_a", "fixed_b"], recurse=False)
+
+
 class LoRALinear(nn.Module):
     """A frozen linear layer plus scale * (x A) B."""
 
-    TRAINED = ("lora_a", "lora_b")
+    RANK_AXES = MappingProxyType({"lora_a": 1, "lora_b": 0})
 
     def __init__(self, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0):
         """Wrap `linear`.
@@ -107,97 +132,27 @@ class LoRALinear(nn.Module):
         y = self.linear(x)  # (..., out)
         z = self.dropout(x, key) @ self.lora_a.astype(x.dtype)  # (..., r)
         # One pass over the output instead of two.
-        return mx.addmm(y, z, (self.scale * self.lora_b).astype(x.dtype))
+        y = mx.addmm(y, z, scaled_b(self).astype(x.dtype))
+        if "fixed_a" not in self:
+            return y
+        return mx.addmm(y, x @ self.fixed_a.astype(x.dtype), self.fixed_b.astype(x.dtype))
 
-    def delta(self) -> mx.array:
-        """Return scale * (A B)^T, (out, in) float32: what the adapter adds to the weight."""
-        return self.scale * (self.lora_a @ self.lora_b).T
+    def plain_factors(self) -> tuple[mx.array, mx.array]:
+        """Return one pair (in, R), (R, out) float32 with delta = scale * (A B)^T."""
+        return joined_factors(self)
 
-    def fuse(self) -> nn.Linear:
-        """Return a dense linear layer with the adapter folded in, in the base's float dtype."""
-        return _dense_linear(self.linear, dense_weight(self.linear).astype(mx.float32) + self.delta())
-
-
-class DoRALinear(nn.Module):
-    """A frozen linear layer whose rows turn by a low-rank update and whose row lengths m are trained:
-
-        y = m / |W + D| (W x + D x) + bias,  D = scale (A B)^T
-
-    |W + D| are the row lengths, through which no gradient goes. They come from |W|^2, which never changes, and
-    products with the factors, so neither W nor D is made dense:
-
-        |W + D|^2 = |W|^2 + 2 scale sum_r (W A) B^T + scale^2 sum_r (B^T A^T A) B^T      (each per row)
-
-    Source: DoRA, arXiv 2402.09353, eq. 5 and section 4.3 (no gradient through the length).
-    """
-
-    TRAINED = ("lora_a", "lora_b", "m")
-
-    def __init__(self, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0):
-        """Wrap `linear`; arguments as in LoRALinear. `m` (out,) starts as the rows' own lengths, float32."""
-        super().__init__()
-        self.linear = linear
-        self.lora_a = lora_a
-        self.lora_b = lora_b
-        self.scale = scale
-        self.dropout = Dropout(dropout)
-        self._squares = mx.square(dense_weight(linear).astype(mx.float32)).sum(axis=-1)  # (out,)
-        self.m = mx.sqrt(self._squares)
-        self._kept_lengths: mx.array | None = None
-        mx.eval(self._squares, self.m)
-
-    @classmethod
-    def from_base(
-        cls, base: nn.Module, factors: tuple[mx.array, mx.array], scale: float, dropout: float = 0.0
-    ) -> DoRALinear:
-        """Wrap `base` with the factors (lora_a, lora_b)."""
-        return cls(base, *factors, scale, dropout)
-
-    def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
-        """Apply the layer; arguments as in LoRALinear."""
-        z = self.dropout(x, key) @ self.lora_a.astype(x.dtype)  # (..., r)
-        y = mx.addmm(self._without_bias(x), z, (self.scale * self.lora_b).astype(x.dtype))  # (..., out)
-        lengths = self.row_lengths(x.dtype) if self._kept_lengths is None else self._kept_lengths
-        y = y * (self.m / lengths).astype(x.dtype)
-        return y + self.linear.bias if "bias" in self.linear else y
-
-    def keep_lengths(self) -> None:
-        """Compute |W + D| once and for all, for an adapter that is no longer trained: generation calls per token."""
-        self._kept_lengths = self.row_lengths(mx.float32)
-        mx.eval(self._kept_lengths)
-
-    def row_lengths(self, dtype: mx.Dtype) -> mx.array:
-        """Return |W + D|, (out,) float32, without a gradient; the product with W is computed in `dtype`."""
-        a, b = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.lora_b)
-        across = self._without_bias(a.T.astype(dtype)).astype(mx.float32)  # (r, out)
-        squares = self._squares + (self.scale * b * (2 * across + self.scale * (a.T @ a) @ b)).sum(axis=0)
-        return mx.sqrt(mx.maximum(squares, 1e-30))
-
-    def _without_bias(self, x: mx.array) -> mx.array:
-        y = self.linear(x)
-        return y - self.linear.bias if "bias" in self.linear else y
-
-    def _turned(self) -> mx.array:
-        """Return m / |W + D| (W + D), (out, in) float32."""
-        turned = dense_weight(self.linear).astype(mx.float32) + self.scale * (self.lora_a @ self.lora_b).T
-        return turned * (self.m / mx.linalg.norm(turned, axis=-1))[:, None]
+    def merge(self, a: mx.array, b: mx.array) -> None:
+        """Freeze a cycle's factors beside the base (ReLoRA)."""
+        merge_factors(self, a, b)
 
     def delta(self) -> mx.array:
         """Return what the adapter adds to the weight, (out, in) float32."""
-        return self._turned() - dense_weight(self.linear).astype(mx.float32)
+        a, b = joined_factors(self)
+        return self.scale * (a @ b).T
 
     def fuse(self) -> nn.Linear:
         """Return a dense linear layer with the adapter folded in, in the base's float dtype."""
-        return _dense_linear(self.linear, self._turned())
-
-
-def _dense_linear(base: nn.Module, weight: mx.array) -> nn.Linear:
-    """Return a linear layer with this weight, and the base's bias and float dtype."""
-    dense = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in base)
-    dense.weight = weight.astype(dense_weight(base).dtype)
-    if "bias" in base:
-        dense.bias = base.bias
-    return dense
+        return with_weight(self.linear, dense_weight(self.linear).astype(mx.float32) + self.delta())
 
 
 class LoRAEmbedding(nn.Module):
@@ -206,7 +161,7 @@ class LoRAEmbedding(nn.Module):
     `adapts_head = False` leaves the tied head as it was: PEFT adapts the two apart.
     """
 
-    TRAINED = ("lora_a", "lora_b")
+    RANK_AXES = MappingProxyType({"lora_a": 1, "lora_b": 0})
 
     def __init__(self, embedding: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0):
         """Wrap `embedding`.
@@ -235,35 +190,32 @@ class LoRAEmbedding(nn.Module):
     def __call__(self, tokens: mx.array) -> mx.array:
         y = self.embedding(tokens)  # (B, T, width)
         z = self.dropout(self.lora_a[tokens].astype(y.dtype))  # (B, T, r)
-        return y + z @ (self.scale * self.lora_b).astype(y.dtype)
+        y = y + z @ scaled_b(self).astype(y.dtype)
+        return y + (self.fixed_a[tokens] @ self.fixed_b).astype(y.dtype) if "fixed_a" in self else y
 
     def as_linear(self, x: mx.array) -> mx.array:
         y = self.embedding.as_linear(x)  # (B, T, vocabulary)
         if not self.adapts_head:
             return y
-        z = self.dropout(x) @ (self.scale * self.lora_b).T.astype(x.dtype)  # (B, T, r)
-        return y + z @ self.lora_a.T.astype(x.dtype)
+        z = self.dropout(x) @ scaled_b(self).T.astype(x.dtype)  # (B, T, r)
+        y = y + z @ self.lora_a.T.astype(x.dtype)
+        if "fixed_a" not in self:
+            return y
+        return y + (x @ self.fixed_b.T.astype(x.dtype)) @ self.fixed_a.T.astype(x.dtype)
+
+    def plain_factors(self) -> tuple[mx.array, mx.array]:
+        """Return one pair (vocabulary, R), (R, width) float32 with delta = scale * A B."""
+        return joined_factors(self)
+
+    def merge(self, a: mx.array, b: mx.array) -> None:
+        """Freeze a cycle's factors beside the base (ReLoRA)."""
+        merge_factors(self, a, b)
 
     def delta(self) -> mx.array:
-        """Return scale * A B, (vocabulary, width) float32."""
-        return self.scale * (self.lora_a @ self.lora_b)
+        """Return what the adapter adds to the weight, (vocabulary, width) float32."""
+        a, b = joined_factors(self)
+        return self.scale * (a @ b)
 
     def fuse(self) -> nn.Embedding:
         """Return a dense embedding with the adapter folded in, in the base's float dtype."""
-        weight = dense_weight(self.embedding)
-        fused = nn.Embedding(*weight.shape)
-        fused.weight = (weight.astype(mx.float32) + self.delta()).astype(weight.dtype)
-        return fused
-
-
-ADAPTERS = (LoRALinear, DoRALinear, LoRAEmbedding)
-WITH_DROPOUT_KEY = (LoRALinear, DoRALinear)
-FORMS = {"lora": (LoRALinear, LoRAEmbedding), "dora": (DoRALinear, None)}
-
-
-def adapter_class(base: nn.Module, form: str = "lora") -> type[LoRALinear | DoRALinear | LoRAEmbedding] | None:
-    """Return the layer that wraps `base` in a form of FORMS, or None when none fits it."""
-    linear, embedding = FORMS[form]
-    if isinstance(base, LINEAR):
-        return linear
-    return embedding if isinstance(base, EMBEDDING) else None
+        return with_weight(self.embedding, dense_weight(self.embedding).astype(mx.float32) + self.delta())

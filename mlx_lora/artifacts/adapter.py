@@ -1,23 +1,29 @@
 """The adapter folder: written atomically in mlx-lm's layout, read back with every mismatch named.
 
-adapters.safetensors   the factors, float32, `model.layers.0.self_attn.q_proj.lora_a` ...
+adapters.safetensors   plain factors, float32, `model.layers.0.self_attn.q_proj.lora_a` ..., whatever the method
+                       was: PiSSA's have rank 2r, ReLoRA's n r, AdaLoRA's each layer's own; every layer at one
+                       scale, so B takes up what alpha patterns make different. Parameters trained in full have
+                       their own names.
 adapter_config.json    mlx-lm's keys (fine_tune_type, num_layers, lora_parameters), ours under "mlx_lora"
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_lora import __version__
-from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, select_targets
-from mlx_lora.adapters.layers import FORMS, DoRALinear, LoRAEmbedding
+from mlx_lora.adapters.forms import DORA, EMBEDDING_ADAPTERS, FORMS
+from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, train_in_full
 from mlx_lora.adapters.methods import PRESETS
+from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.peft import PeftAdapter, is_peft, read_peft
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_file
@@ -34,11 +40,13 @@ class AdapterInfo:
 
     Attributes:
         method: row of methods.PRESETS.
-        rank, alpha, scale, dropout: of every adapted layer; `scale` is what the product is multiplied by.
+        rank, alpha, scale, dropout: of the run; stored layers have ranks of their own, `scale` is what the
+            product of every stored pair is multiplied by.
         num_layers: blocks from the last that `keys` applies to.
         keys: block-relative or full names, as mlx-lm reads them.
         base_model, base_revision, base_fingerprint: the model it was trained on.
         chat_template: the Jinja text it was trained with when that is not the model's own, else None.
+        full: names of parameters trained in full, by themselves or beside the factors.
     """
 
     method: str
@@ -52,10 +60,15 @@ class AdapterInfo:
     base_revision: str | None
     base_fingerprint: str
     chat_template: str | None = None
+    full: tuple[str, ...] = ()
 
-    def to_config(self) -> dict[str, Any]:
-        """Return adapter_config.json: what stock mlx-lm reads, and ours beside it."""
-        shape = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
+    def to_config(self, rank: int) -> dict[str, Any]:
+        """Return adapter_config.json: what stock mlx-lm reads, and ours beside it.
+
+        Args:
+            rank: the largest of the stored layers.
+        """
+        shape = {"rank": rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
         return {
             "fine_tune_type": PRESETS[self.method].form,
             "num_layers": self.num_layers,
@@ -65,13 +78,58 @@ class AdapterInfo:
         }
 
 
-def save_adapter(folder: Path, model: nn.Module, info: AdapterInfo) -> None:
-    """Write the factors of `model` and `info` into `folder`; each file replaces its old self whole."""
+def save_adapter(folder: Path, model: nn.Module, info: AdapterInfo, same_rank: bool = False) -> None:
+    """Write what was trained on `model`, and `info`, into `folder`; each file replaces its old self whole.
+
+    Args:
+        folder: made if missing.
+        model: adapted.
+        info: what the adapter is.
+        same_rank: pad smaller layers with zeros to the largest rank, which stock mlx-lm asks for.
+    """
+    stored = stored_parameters(model, info)
+    ranks = [value.shape[1] for name, value in stored.items() if name.endswith(".lora_a")]
+    rank = max(ranks, default=info.rank)
+    if same_rank:
+        layers = adapter_layers(model)
+        stored = {name: _padded(name, value, rank, layers) for name, value in stored.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(folder / CONFIG_FILE) as temporary:
-        temporary.write_text(json.dumps(info.to_config(), indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(info.to_config(rank), indent=2) + "\n", encoding="utf-8")
     with replacing_file(folder / WEIGHTS_FILE) as temporary:
-        mx.save_safetensors(str(temporary), adapter_parameters(model), metadata={"format": "mlx"})
+        mx.save_safetensors(str(temporary), stored, metadata={"format": "mlx"})
+
+
+def stored_parameters(model: nn.Module, info: AdapterInfo) -> dict[str, mx.array]:
+    """Return what is stored of an adapted model: plain factors at `info.scale`, and parameters trained in full."""
+    stored: dict[str, mx.array] = {}
+    for path, layer in adapter_layers(model).items():
+        a, b = layer.plain_factors()
+        if "lora_e" in layer:
+            a, b = _without_idle_ranks(layer, a, b)
+        stored[f"{path}.lora_a"] = mx.contiguous(a)
+        stored[f"{path}.lora_b"] = mx.contiguous(b if layer.scale == info.scale else b * (layer.scale / info.scale))
+        if isinstance(layer, DORA):
+            stored[f"{path}.m"] = layer.m
+    parameters = dict(tree_flatten(model.parameters()))
+    return {**stored, **{name: parameters[name] for name in info.full}}
+
+
+def _without_idle_ranks(layer: nn.Module, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+    """Leave out the ranks that AdaLoRA switched off; one stays, since no reader knows a rank of zero."""
+    on = layer.lora_e.reshape(-1, layer.lora_e.shape[-1]).any(axis=0).tolist()  # of experts: on in any
+    kept = mx.array([rank for rank, is_on in enumerate(on) if is_on] or [0])
+    return mx.take(a, kept, layer.RANK_AXES["lora_a"]), mx.take(b, kept, layer.RANK_AXES["lora_b"])
+
+
+def _padded(name: str, value: mx.array, rank: int, layers: dict[str, nn.Module]) -> mx.array:
+    """Return a stored factor with its rank axis filled up with zeros."""
+    path, _, leaf = name.rpartition(".")
+    if path not in layers or leaf not in ("lora_a", "lora_b"):
+        return value
+    axis = layers[path].RANK_AXES[leaf]
+    widths = [(0, rank - value.shape[axis] if i == axis else 0) for i in range(value.ndim)]
+    return mx.pad(value, widths)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -91,9 +149,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not JSON; restore it from a checkpoint") from None
     if isinstance(config, dict) and is_peft(config):
         return config
-    if not isinstance(config, dict) or config.get("fine_tune_type", "lora") not in tuple(FORMS):
+    if not isinstance(config, dict) or config.get("fine_tune_type", "lora") not in (*FORMS, "full"):
         kind = config.get("fine_tune_type") if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"{path}: fine_tune_type {kind!r}; this version loads {' and '.join(FORMS)}")
+        raise InputError(f"{path}: fine_tune_type {kind!r}; this version loads {', '.join(FORMS)} and full")
+    if config.get("fine_tune_type") == "full":  # mlx-lm's has nothing else of use
+        return {"num_layers": -1, **config, "lora_parameters": {"rank": 1, "scale": 1.0, "keys": []}}
     shape = config.get("lora_parameters")
     if not isinstance(shape, dict) or not isinstance(config.get("num_layers"), int):
         raise InputError(f"{path}: no lora_parameters and num_layers; it is not an MLX adapter's config")
@@ -139,10 +199,16 @@ def load_adapter(base: Base, folder: Path, ignore_fingerprint: bool = False) -> 
     if not ignore_fingerprint:
         check_base(base, config, folder)
     shape = config["lora_parameters"]
-    paths = _target_paths(base.model, config, folder)
-    form = config.get("fine_tune_type", "lora")
-    inject(base.model, paths, shape["rank"], float(shape["scale"]), float(shape.get("dropout", 0.0)), form=form)
-    load_factors(base.model, folder / WEIGHTS_FILE)
+    form, scale, file = config.get("fine_tune_type", "lora"), float(shape["scale"]), folder / WEIGHTS_FILE
+    header = read_safetensors_header(file)
+    full = tuple(own.get("full", [])) if form != "full" else tuple(header)
+    _check_full(base.model, full, file)
+    if form != "full":
+        paths = _target_paths(base.model, config, folder)
+        shapes = {path: (_stored_rank(header, path, shape["rank"]), scale) for path in paths}
+        inject(base.model, paths, shape["rank"], scale, float(shape.get("dropout") or 0.0), shapes=shapes, form=form)
+    restore_full(base.model, full)
+    load_factors(base.model, file)
     _finish(base.model)
     return AdapterInfo(
         method=own.get("method", form),
@@ -156,13 +222,40 @@ def load_adapter(base: Base, folder: Path, ignore_fingerprint: bool = False) -> 
         base_revision=own.get("base_revision"),
         base_fingerprint=base.fingerprint,
         chat_template=own.get("chat_template"),
+        full=full,
     )
+
+
+def _stored_rank(header: dict[str, Any], path: str, default: int) -> int:
+    """Return a stored layer's rank; of a missing or misshapen one the config's, and load_factors names it."""
+    found = header.get(f"{path}.lora_a", {}).get("shape", [])
+    return found[1] if len(found) > 1 and found[1] > 0 else default
+
+
+def _check_full(model: nn.Module, names: tuple[str, ...], file: Path) -> None:
+    """Refuse parameters trained in full that the model does not have, before anything is changed."""
+    modules = dict(model.named_modules())
+    # An adapted layer's base has a name of its own inside it.
+    outer = [re.sub(r"\.(linear|embedding)(?=\.[^.]+$)", "", name).rpartition(".") for name in names]
+    lost = [".".join((path, leaf)) for path, _, leaf in outer if path not in modules or leaf not in modules[path]]
+    if lost:
+        raise InputError(f"{file}: {', '.join(lost[:5])} is not in the model; give the base it was trained on")
+
+
+def restore_full(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Make room for parameters that were trained in full: their modules are dense, they themselves trainable."""
+    modules = dict(model.named_modules())
+    train_in_full(model, tuple({path for path, _, leaf in (n.rpartition(".") for n in names) if leaf == "weight"}))
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        if leaf != "weight":
+            modules[path].unfreeze(keys=[leaf], recurse=False)
 
 
 def _finish(model: nn.Module) -> None:
     """Make an adapted model ready for use: nothing is trained any more."""
     for layer in adapter_layers(model).values():
-        if isinstance(layer, DoRALinear):
+        if isinstance(layer, DORA):
             layer.keep_lengths()
     model.freeze()
     model.eval()
@@ -178,7 +271,7 @@ def _load_peft(base: Base, adapter: PeftAdapter) -> AdapterInfo:
         layer.lora_a, layer.lora_b = adapter.factors[path]
         if adapter.magnitudes:
             layer.m = adapter.magnitudes[path]
-        if isinstance(layer, LoRAEmbedding):
+        if isinstance(layer, EMBEDDING_ADAPTERS):
             layer.adapts_head = not adapter.leaves_head
     mx.eval(base.model.trainable_parameters())
     _finish(base.model)
@@ -232,5 +325,6 @@ def load_factors(model: nn.Module, file: Path) -> None:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise InputError(f"{file}: does not fit this model: {shown}; give the base it was trained on")
     stored = mx.load(str(file))
-    model.load_weights([(name, stored[name].astype(mx.float32)) for name in wanted], strict=False)
+    # Factors are float32 masters; a parameter trained in full has its model's own dtype.
+    model.load_weights([(name, stored[name].astype(wanted[name].dtype)) for name in wanted], strict=False)
     mx.eval(model.trainable_parameters())

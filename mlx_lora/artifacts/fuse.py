@@ -19,8 +19,9 @@ import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_lora.adapters.bases import QUANTISED, dense_weight
+from mlx_lora.adapters.forms import EMBEDDING_ADAPTERS, base_of
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.adapters.layers import QUANTISED, LoRAEmbedding, dense_weight
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable, replacing_folder
 from mlx_lora.models.converting import copy_side_files
@@ -57,11 +58,11 @@ def fuse_adapter(model: nn.Module, dequantize: bool) -> dict[str, Survival]:
     """
     survival, fused = {}, []
     for path, layer in adapter_layers(model).items():
-        if isinstance(layer, LoRAEmbedding) and not layer.adapts_head and "lm_head" not in model:
+        if isinstance(layer, EMBEDDING_ADAPTERS) and not layer.adapts_head and "lm_head" not in model:
             raise InputError(
                 f"{path}: its adapter leaves the tied head alone, and one weight cannot hold both; keep the adapter apart"
             )
-        base = layer.embedding if isinstance(layer, LoRAEmbedding) else layer.linear
+        base = base_of(layer)
         whole = layer.fuse()
         if isinstance(base, QUANTISED) and not dequantize:
             whole = whole.to_quantized(group_size=base.group_size, bits=base.bits, mode=base.mode)

@@ -28,8 +28,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_lora.adapters.bases import QUANTISED, base_dims, dense_weight
+from mlx_lora.adapters.forms import DORA, EMBEDDING_ADAPTERS, adapter_class
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.adapters.layers import QUANTISED, DoRALinear, LoRAEmbedding, adapter_class, base_dims, dense_weight
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_file
 from mlx_lora.models.quantize import relative_error
@@ -182,7 +183,7 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float) 
     for path, layer in layers.items():
         name = _peft_path(path)
         shapes[name] = layer.lora_a.shape[1], layer.scale
-        if isinstance(layer, LoRAEmbedding):
+        if isinstance(layer, EMBEDDING_ADAPTERS):
             tensors[f"{PREFIX}{name}.lora_embedding_A"] = layer.lora_a.T
             tensors[f"{PREFIX}{name}.lora_embedding_B"] = layer.lora_b.T
             if tied and layer.adapts_head:
@@ -192,9 +193,9 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float) 
         else:
             tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a.T
             tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b.T
-            if isinstance(layer, DoRALinear):
+            if isinstance(layer, DORA):
                 tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.m
-    is_dora = any(isinstance(layer, DoRALinear) for layer in layers.values())
+    is_dora = any(isinstance(layer, DORA) for layer in layers.values())
     tensors = {name: mx.contiguous(array.astype(mx.float32)) for name, array in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(folder / PEFT_WEIGHTS) as temporary:

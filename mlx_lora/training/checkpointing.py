@@ -25,7 +25,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from mlx_lora.adapters.layers import ADAPTERS, LINEAR, WITH_DROPOUT_KEY
+from mlx_lora.adapters.bases import LINEAR
+from mlx_lora.adapters.forms import ADAPTERS, WITH_DROPOUT_KEY
 from mlx_lora.models.attention import Tiles, attention_gradient, tiled_attention
 
 PRODUCTS = (*ADAPTERS, *LINEAR, SwitchLinear, QuantizedSwitchLinear)

@@ -46,13 +46,39 @@ def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> Sch
     return optim.join_schedules([rise, after], [warmup])
 
 
-def build_optimizer(settings: OptimizerSettings, total_steps: int) -> optim.Optimizer:
+def restarted(schedule: Schedule, every: int, warmup: int) -> Schedule:
+    """Return `schedule` with a linear warm-up after each restart (ReLoRA's jagged schedule, arXiv 2307.05695).
+
+    Args:
+        schedule: a rate, or a callable from step to rate.
+        every: steps between restarts.
+        warmup: steps of each warm-up; the first cycle has the schedule's own.
+    """
+
+    def rate(step: mx.array) -> mx.array:
+        whole = schedule(step) if callable(schedule) else mx.array(schedule)
+        rise = mx.minimum(1.0, (step % every + 1) / max(1, warmup))
+        return mx.where(step < every, whole, whole * rise)
+
+    return rate
+
+
+def build_optimizer(
+    settings: OptimizerSettings, total_steps: int, restart_every: int | None = None, restart_warmup: int = 0
+) -> optim.Optimizer:
     """Return the optimizer with its schedule.
+
+    Args:
+        settings: which, and its schedule.
+        total_steps: optimizer steps of the run.
+        restart_every, restart_warmup: see `restarted`; None for a schedule without restarts.
 
     Adam and AdamW correct their bias, as torch's do; mlx leaves that off by default (arXiv 1412.6980,
     algorithm 1; 1711.05101).
     """
     rate = learning_rate_schedule(settings, total_steps)
+    if restart_every:
+        rate = restarted(rate, restart_every, restart_warmup)
     decay = settings.weight_decay
     build = {
         "adamw": lambda: optim.AdamW(rate, weight_decay=decay, bias_correction=True),
@@ -89,12 +115,19 @@ class Masters:
         # One dict, changed in place: compiled functions capture it.
         self.arrays = self.gathered(model.trainable_parameters())
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether `arrays` holds one array, under the name `flat`."""
+        return self._flat
+
     def gathered(self, tree: dict) -> dict:
         """Return a tree like the model's trainable parameters in the form of `arrays`."""
         leaves = tree_flatten(tree)
+        # Float32 whatever the model's own dtype is: a module trained in full may be in 16 bits.
+        leaves = [(name, leaf.astype(mx.float32)) for name, leaf in leaves]
         if not self._flat:
             return dict(leaves)
-        return {"flat": mx.concatenate([leaf.astype(mx.float32).reshape(-1) for _, leaf in leaves])}
+        return {"flat": mx.concatenate([leaf.reshape(-1) for _, leaf in leaves])}
 
     def put(self, arrays: dict) -> None:
         """Exchange the arrays."""
@@ -110,17 +143,27 @@ class Masters:
             return {name: mx.array(rate_of(name)) for name, _, _ in self._own}
         return {"flat": mx.concatenate([mx.full((prod(shape),), rate_of(name)) for name, shape, _ in self._own])}
 
+    def by_name(self, arrays: dict | None = None) -> dict[str, mx.array]:
+        """Return parameter name -> its part of `arrays`, in its own shape.
+
+        Args:
+            arrays: in the form of `self.arrays`, which is the default.
+        """
+        arrays = self.arrays if arrays is None else arrays
+        if not self._flat:
+            return dict(arrays)
+        ends = list(accumulate(prod(shape) for _, shape, _ in self._own))
+        parts = mx.split(arrays["flat"], ends[:-1])
+        return {name: part.reshape(shape) for (name, shape, _), part in zip(self._own, parts, strict=True)}
+
+    def put_by_name(self, parameters: dict[str, mx.array]) -> None:
+        """Exchange all parameters, given by name."""
+        self.put(self.gathered(tree_unflatten([(name, parameters[name]) for name, _, _ in self._own])))
+
     def hand_out(self) -> None:
         """Give the model its parameters."""
-        own = list(self.arrays.items())
-        if self._flat:
-            ends = list(accumulate(prod(shape) for _, shape, _ in self._own))
-            parts = mx.split(self.arrays["flat"], ends[:-1])
-            own = [
-                (name, part.reshape(shape).astype(dtype))
-                for (name, shape, dtype), part in zip(self._own, parts, strict=True)
-            ]
-        self._model.update(tree_unflatten(own))
+        own = self.by_name()
+        self._model.update(tree_unflatten([(name, own[name].astype(dtype)) for name, _, dtype in self._own]))
 
 
 def clip_scale(grads: dict, max_norm: float) -> tuple[mx.array, mx.array]:

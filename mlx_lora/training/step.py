@@ -14,6 +14,7 @@ from mlx.utils import tree_map
 from mlx_lora.data.batches import Batch
 from mlx_lora.models.attention import AttentionCall
 from mlx_lora.models.kernels import training_kernels
+from mlx_lora.training.events import Events
 from mlx_lora.training.losses import Arrays, LossFunction
 from mlx_lora.training.optim import ELEMENTWISE, Masters, clip_scale, scaled
 
@@ -46,6 +47,7 @@ class Step:
         attend: AttentionCall | None = None,
         wait: bool = False,
         rate_of: Callable[[str], float] | None = None,
+        events: Callable[[dict], Events] | None = None,
     ):
         """Set up the step.
 
@@ -57,14 +59,18 @@ class Step:
             attend: computes the model's attention, with our other training kernels; None leaves all to mlx.
             wait: let the device run dry after each micro-batch, so that others (a display) get their turn.
             rate_of: parameter name -> multiple of the learning rate (LoRA+); None: 1 for all.
+            events: makes the method's own part of the step (AdaLoRA, ReLoRA), given Masters.arrays; None for none.
         """
         self.model = model
         self._submit = mx.eval if wait else mx.async_eval
         self.optimizer = optimizer
         self._masters = Masters(model, flat=isinstance(optimizer, ELEMENTWISE))
         optimizer.init(self._masters.arrays)
-        rates = None if rate_of is None else self._masters.rates(rate_of)
-        mx.eval(rates or {})
+        self._rates = None if rate_of is None else self._masters.rates(rate_of)
+        self._max_grad_norm = max_grad_norm
+        self.events = None if events is None else events(self._masters.arrays)
+        self.taken = 0
+        mx.eval(self._rates or {})
         gradient = nn.value_and_grad(model, loss)
 
         def micro(*arrays: mx.array) -> tuple[mx.array, mx.array, dict]:
@@ -75,28 +81,10 @@ class Step:
             model.update(parameters)  # differentiation leaves its own stand-ins in the model
             return loss_sum, tokens, self._masters.gathered(grads)
 
-        def apply(loss_sum: mx.array, tokens: mx.array, grads: dict) -> StepResult:
-            grads = scaled(grads, 1 / mx.maximum(tokens, 1))
-            norm, factor = clip_scale(grads, max_grad_norm)
-            # No token means no gradient: momentum and decay alone must not move the factors.
-            applied = mx.isfinite(loss_sum) & mx.isfinite(norm) & (tokens > 0)
-            state = tree_map(lambda a: a, optimizer.state)
-            updated = optimizer.apply_gradients(scaled(grads, factor), self._masters.arrays)
-            if rates is not None:
-                # Every optimizer of ours moves a number in proportion to its rate, weight decay included.
-                updated = tree_map(
-                    lambda new, old, rate: old + rate * (new - old), updated, self._masters.arrays, rates
-                )
-            # Chosen on the device: the host need not wait for the answer.
-            self._masters.put(_choose(applied, updated, self._masters.arrays))
-            # In place: the compiled function captured this very dict.
-            optimizer.state.update(_choose(applied, optimizer.state, state))
-            return StepResult(loss_sum, tokens, norm, applied)
-
         # Two functions: another batch shape traces the first again, never the optimizer.
         self._micro = mx.compile(micro, inputs=[model.state, mx.random.state], outputs=[mx.random.state])
-        self.state = [self._masters.arrays, optimizer.state]
-        self._apply = mx.compile(apply, inputs=self.state, outputs=self.state)
+        self.state = [self._masters.arrays, optimizer.state, {} if self.events is None else self.events.state]
+        self._apply = mx.compile(self._update, inputs=self.state, outputs=self.state)
 
     def __call__(self, batches: list[Batch]) -> StepResult:
         """Take one optimizer step over `batches`, weighted by their trained tokens.
@@ -111,9 +99,43 @@ class Step:
             if len(batches) > 1:
                 self._submit(total)  # one micro-batch's activations at a time
         result = self._apply(*total)
+        self.taken += 1
+        if self.events is not None:
+            self.events.after(self.taken, self._masters, self.optimizer)
         self._masters.hand_out()
         self._submit(self.state, result)
         return result
+
+    def _with_penalty(self, grads: dict) -> dict:
+        """Return the gradients with that of the method's penalty. The reported loss stays the data's own."""
+        events = self.events
+        if events.penalty(self._masters.by_name()) is None:
+            return grads
+        own = mx.grad(lambda arrays: events.penalty(self._masters.by_name(arrays)))(self._masters.arrays)
+        return tree_map(mx.add, grads, own)
+
+    def _update(self, loss_sum: mx.array, tokens: mx.array, grads: dict) -> StepResult:
+        """Update masters and optimizer by summed gradients; traced once."""
+        optimizer, rates = self.optimizer, self._rates
+        grads = scaled(grads, 1 / mx.maximum(tokens, 1))
+        if self.events is not None:
+            grads = self._with_penalty(grads)
+        norm, factor = clip_scale(grads, self._max_grad_norm)
+        # No token means no gradient: momentum and decay alone must not move the factors.
+        applied = mx.isfinite(loss_sum) & mx.isfinite(norm) & (tokens > 0)
+        state = tree_map(lambda a: a, optimizer.state)
+        grads = scaled(grads, factor)
+        updated = optimizer.apply_gradients(grads, self._masters.arrays)
+        if rates is not None:
+            # Every optimizer of ours moves a number in proportion to its rate, weight decay included.
+            updated = tree_map(lambda new, old, rate: old + rate * (new - old), updated, self._masters.arrays, rates)
+        if self.events is not None:
+            self.events.observe(updated, grads, applied)
+        # Chosen on the device: the host need not wait for the answer.
+        self._masters.put(_choose(applied, updated, self._masters.arrays))
+        # In place: the compiled function captured this very dict.
+        optimizer.state.update(_choose(applied, optimizer.state, state))
+        return StepResult(loss_sum, tokens, norm, applied)
 
     @property
     def learning_rate(self) -> float:

@@ -1,0 +1,156 @@
+"""Which layers a run adapts or trains in full, by name, pattern and depth, and each one's own rank and alpha."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora.adapters.bases import LINEAR
+from mlx_lora.adapters.forms import adapter_class
+from mlx_lora.adapters.methods import Method
+from mlx_lora.errors import InputError
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The layers to adapt.
+
+    Attributes:
+        paths: full module paths, in the model's own order.
+        keys: the same set as mlx-lm's `lora_parameters.keys` wants it.
+        num_layers: blocks counted from the last that `keys` applies to.
+    """
+
+    paths: tuple[str, ...]
+    keys: tuple[str, ...]
+    num_layers: int
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Tell whether a low-rank layer can wrap it."""
+    return adapter_class(module) is not None
+
+
+def has_weights(module: nn.Module) -> bool:
+    """Tell whether a module holds arrays of its own: what can be trained in full."""
+    return any(isinstance(value, mx.array) for name, value in module.items() if not name.startswith("_"))
+
+
+def block_paths(model: nn.Module) -> list[str]:
+    """Return the paths of the model's blocks (`model.layers.0` ...), in order."""
+    by_identity = {id(module): path for path, module in model.named_modules()}
+    return [by_identity[id(block)] for block in model.layers]
+
+
+def select_targets(
+    model: nn.Module,
+    target_modules: str = ALL_LINEAR,
+    num_layers: int = -1,
+    fits: Callable[[nn.Module], bool] = is_adaptable,
+    flag: str = "--target-modules",
+) -> Targets:
+    """Choose layers.
+
+    Args:
+        model: an mlx-lm model.
+        target_modules: `all-linear` (every linear layer of the blocks; heads and embeddings only by name),
+            or names and shell patterns by comma: `q_proj`, `self_attn.*`, `*.layers.3.mlp.*`, `embed_tokens`.
+            A name matches a whole path or the end of one after a dot, as in PEFT.
+        num_layers: take only the last N blocks; 0 or less for all, as in mlx-lm. Layers outside blocks are not filtered.
+        fits: which modules can be chosen at all: `is_adaptable`, or `has_weights` for training in full.
+        flag: what the wish came from, for errors.
+
+    Raises:
+        InputError: naming every part that matches nothing, what filtered it, and what exists.
+    """
+    blocks = block_paths(model)
+    if num_layers > len(blocks):
+        raise InputError(
+            f"--num-layers {num_layers}: the model has {len(blocks)} blocks; ask for at most that many, or -1"
+        )
+    chosen_blocks = blocks if num_layers <= 0 else blocks[len(blocks) - num_layers :]
+    fitting = {path: module for path, module in model.named_modules() if fits(module)}
+    in_block = {path: next((b for b in blocks if path.startswith(b + ".")), None) for path in fitting}
+    allowed = [p for p in fitting if in_block[p] is None or in_block[p] in chosen_blocks]
+    picked: set[str] = set()
+    problems = []
+    for wish in (part.strip() for part in target_modules.split(",")):
+        if wish == ALL_LINEAR:
+            found = [p for p in allowed if in_block[p] and isinstance(fitting[p], LINEAR)]
+        else:
+            found = [p for p in allowed if matches(p, wish)]
+        picked.update(found)
+        if not found:
+            problems.append(_unmatched(flag, wish, list(fitting), num_layers))
+    if problems:
+        raise InputError("; ".join(problems))
+    order = [path for path, _ in model.named_modules() if path in picked]
+    paths = tuple(sorted(order, key=_natural))
+    return Targets(paths, _mlx_lm_keys(paths, chosen_blocks), len(chosen_blocks))
+
+
+def matches(path: str, wish: str) -> bool:
+    """Tell whether a name or pattern means this module path."""
+    return path == wish or path.endswith("." + wish) or fnmatchcase(path, wish) or fnmatchcase(path, "*." + wish)
+
+
+def layer_shapes(
+    paths: tuple[str, ...],
+    method: Method,
+    rank: int,
+    alpha: float,
+    ranks: Mapping[str, float],
+    alphas: Mapping[str, float],
+) -> dict[str, tuple[int, float]]:
+    """Return each layer's (rank, scale).
+
+    Args:
+        paths: the adapted layers.
+        method: says how alpha and rank make the scale.
+        rank, alpha: where no pattern matches.
+        ranks, alphas: name or pattern -> a layer's own; the first that matches counts, as in PEFT.
+
+    Raises:
+        InputError: a pattern that matches no adapted layer.
+    """
+    for flag, patterns in (("--rank-pattern", ranks), ("--alpha-pattern", alphas)):
+        idle = [pattern for pattern in patterns if not any(matches(path, pattern) for path in paths)]
+        if idle:
+            raise InputError(f"{flag} {', '.join(idle)}: matches no adapted layer; mend it, or add to --target-modules")
+    shapes = {}
+    for path in paths:
+        own_rank = int(next((value for pattern, value in ranks.items() if matches(path, pattern)), rank))
+        own_alpha = next((value for pattern, value in alphas.items() if matches(path, pattern)), alpha)
+        shapes[path] = own_rank, method.scale_of(own_alpha, own_rank)
+    return shapes
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
+
+
+def _unmatched(flag: str, wish: str, fitting: list[str], num_layers: int) -> str:
+    if any(matches(path, wish) for path in fitting):
+        return f"{flag} {wish!r}: matches layers only outside the last {num_layers} blocks; raise --num-layers"
+    names = sorted({path.rsplit(".", 1)[-1] for path in fitting})
+    close = difflib.get_close_matches(wish, names, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{flag} {wish!r}: matches no layer; {hint}there are {', '.join(names)}, or all-linear"
+
+
+def _mlx_lm_keys(paths: tuple[str, ...], chosen_blocks: list[str]) -> tuple[str, ...]:
+    """Write block-relative names when every chosen block has the same targets, else full paths."""
+    relative = {
+        block: tuple(p[len(block) + 1 :] for p in paths if p.startswith(block + ".")) for block in chosen_blocks
+    }
+    outside = [p for p in paths if not any(p.startswith(block + ".") for block in chosen_blocks)]
+    if len(set(relative.values())) == 1:
+        return (*next(iter(relative.values())), *outside)
+    return paths
