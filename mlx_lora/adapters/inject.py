@@ -79,7 +79,7 @@ def _adapted(
     matrix = weight if isinstance(base, EMBEDDING) else weight.T  # (in, out)
     a, b = principal_factors(matrix, rank, scale, path_key(path, seed))
     layer = wrap(base, (a, b), scale, dropout)
-    layer.fixed_a, layer.fixed_b = a, -scale * b
+    layer.start_a, layer.start_b = a, b
     mx.eval(layer.trainable_parameters())  # a weight at a time is dense, not all of them
     return layer
 

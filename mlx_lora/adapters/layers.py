@@ -11,8 +11,9 @@ has them, they would turn every later activation into float32 at twice the memor
 While a method trains, a layer may hold more:
 
     lora_e             (r,) trained gains, one per rank: D = scale A diag(e) B (AdaLoRA, arXiv 2303.10512, eq. 3)
-    fixed_a, fixed_b   frozen factors beside the trained ones, their scale in fixed_b: the start that PiSSA takes
-                       away (2404.02948), the cycles that ReLoRA has merged (2307.05695)
+    start_a, start_b   frozen, where A and B began: D = scale (A B - A0 B0) (PiSSA, 2404.02948, over the whole base)
+    fixed_a, fixed_b   frozen factors beside the trained ones, the scale in fixed_b: the cycles that ReLoRA has
+                       merged (2307.05695)
 
 `plain_factors` writes all of it as one pair, so what is stored is LoRA whatever the method was.
 
@@ -60,20 +61,27 @@ class Dropout(nn.Module):
         return mx.random.bernoulli(kept, x.shape, key=self.draw() if key is None else key) * x * (1 / kept)
 
 
-def scaled_b(layer: nn.Module) -> mx.array:
-    """Return scale * diag(e) B of a layer whose B is (r, out), float32."""
-    gain = layer.scale * layer.lora_e[:, None] if "lora_e" in layer else layer.scale
-    return gain * layer.lora_b
+def effective_factors(layer: nn.Module) -> tuple[mx.array, mx.array]:
+    """Return the trained pair as one product, (in, R), (R, out) float32, without the scale and the fixed factors.
+
+    A B - A0 B0 is taken as A (B - B0) + (A - A0) B0: zero at the start in any dtype, and in 16 bits the updates
+    are not lost beside the large factors that they belong to.
+    """
+    a, b = layer.lora_a, layer.lora_b
+    if "start_a" in layer:
+        a = mx.concatenate([a, a - layer.start_a], axis=layer.RANK_AXES["lora_a"])
+        b = mx.concatenate([b - layer.start_b, layer.start_b], axis=layer.RANK_AXES["lora_b"])
+    if "lora_e" in layer:
+        b = mx.expand_dims(layer.lora_e, 1) * b
+    return a, b
 
 
 def joined_factors(layer: nn.Module) -> tuple[mx.array, mx.array]:
     """Return one pair (in, R), (R, out) float32 with scale * A B = all that the layer adds."""
-    a, b = layer.lora_a, layer.lora_b
-    if "lora_e" in layer:
-        b = layer.lora_e[:, None] * b
+    a, b = effective_factors(layer)
     if "fixed_a" in layer:
-        a = mx.concatenate([a, layer.fixed_a], axis=1)
-        b = mx.concatenate([b, layer.fixed_b / layer.scale], axis=0)
+        a = mx.concatenate([a, layer.fixed_a], axis=layer.RANK_AXES["lora_a"])
+        b = mx.concatenate([b, layer.fixed_b / layer.scale], axis=layer.RANK_AXES["lora_b"])
     return a, b
 
 
@@ -130,9 +138,10 @@ class LoRALinear(nn.Module):
             key: of the dropout; drawn here when None.
         """
         y = self.linear(x)  # (..., out)
-        z = self.dropout(x, key) @ self.lora_a.astype(x.dtype)  # (..., r)
+        a, b = effective_factors(self)
+        z = self.dropout(x, key) @ a.astype(x.dtype)  # (..., r)
         # One pass over the output instead of two.
-        y = mx.addmm(y, z, scaled_b(self).astype(x.dtype))
+        y = mx.addmm(y, z, (self.scale * b).astype(x.dtype))
         if "fixed_a" not in self:
             return y
         return mx.addmm(y, x @ self.fixed_a.astype(x.dtype), self.fixed_b.astype(x.dtype))
@@ -189,16 +198,18 @@ class LoRAEmbedding(nn.Module):
 
     def __call__(self, tokens: mx.array) -> mx.array:
         y = self.embedding(tokens)  # (B, T, width)
-        z = self.dropout(self.lora_a[tokens].astype(y.dtype))  # (B, T, r)
-        y = y + z @ scaled_b(self).astype(y.dtype)
+        a, b = effective_factors(self)
+        z = self.dropout(a[tokens].astype(y.dtype))  # (B, T, r)
+        y = y + z @ (self.scale * b).astype(y.dtype)
         return y + (self.fixed_a[tokens] @ self.fixed_b).astype(y.dtype) if "fixed_a" in self else y
 
     def as_linear(self, x: mx.array) -> mx.array:
         y = self.embedding.as_linear(x)  # (B, T, vocabulary)
         if not self.adapts_head:
             return y
-        z = self.dropout(x) @ scaled_b(self).T.astype(x.dtype)  # (B, T, r)
-        y = y + z @ self.lora_a.T.astype(x.dtype)
+        a, b = effective_factors(self)
+        z = self.dropout(x) @ (self.scale * b).T.astype(x.dtype)  # (B, T, r)
+        y = y + z @ a.T.astype(x.dtype)
         if "fixed_a" not in self:
             return y
         return y + (x @ self.fixed_b.T.astype(x.dtype)) @ self.fixed_a.T.astype(x.dtype)
