@@ -1,6 +1,7 @@
 """Write an adapter, or a model with it, for other programs.
 
 python -m mlx_lora.export --model DIR --adapter-path my-adapter --to peft --out peft-adapter     PEFT, transformers
+python -m mlx_lora.export --model DIR --adapter-path my-adapter --to mlx-lm --out mlx-adapter    stock mlx-lm, any method
 python -m mlx_lora.export --model DIR --adapter-path my-adapter --to hf   --out merged           transformers
 python -m mlx_lora.export --model DIR --adapter-path my-adapter --to gguf-adapter --out a.gguf   llama.cpp --lora
 """
@@ -13,7 +14,7 @@ from typing import Any
 import click
 
 from mlx_lora import cli
-from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter
+from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
 from mlx_lora.artifacts.fuse import write_fused
 from mlx_lora.artifacts.gguf import write_gguf_adapter
 from mlx_lora.artifacts.peft import write_peft
@@ -22,8 +23,13 @@ from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable
 from mlx_lora.models.load import Base, load_base
 
-FORMS = ("peft", "hf", "gguf-adapter")
-READERS = {"peft": "PEFT", "hf": "transformers", "gguf-adapter": "llama.cpp (--lora, on the base as GGUF)"}
+FORMS = ("peft", "mlx-lm", "hf", "gguf-adapter")
+READERS = {
+    "peft": "PEFT",
+    "mlx-lm": "stock mlx-lm (--adapter-path)",
+    "hf": "transformers",
+    "gguf-adapter": "llama.cpp (--lora, on the base as GGUF)",
+}
 # Where mlx-lm keeps transformers' names and layouts; others it renames or stacks (experts) while loading.
 SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
@@ -36,7 +42,7 @@ SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
     "form",
     type=click.Choice(FORMS),
     required=True,
-    help="PEFT adapter, merged Hugging Face folder, or llama.cpp adapter.",
+    help="PEFT or stock mlx-lm adapter, merged Hugging Face folder, or llama.cpp adapter.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder or .gguf file to make.")
 @click.option(
@@ -54,6 +60,8 @@ def main(
     info = load_adapter(base, Path(adapter_path), ignore_fingerprint)
     if form == "peft":
         export_peft(base, info, out, base_id, force)
+    elif form == "mlx-lm":
+        export_mlx_lm(base, info, out, force)
     elif form == "hf":
         export_hf(base, info, out, force)
     else:
@@ -61,12 +69,27 @@ def main(
     cli.echo(f"{out}: written for {READERS[form]}")
 
 
-def export_peft(base: Base, info: AdapterInfo, out: Path, base_id: str | None, force: bool) -> None:
-    """Write a PEFT adapter folder."""
+def check_new_folder(out: Path, force: bool) -> None:
+    """Refuse a folder that holds something, or cannot be written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
         raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force")
     check_writable(out, "--out", needed_bytes=1_000_000)
-    write_peft(out, base.model, base_id or info.base_model, info.dropout)
+
+
+def export_peft(base: Base, info: AdapterInfo, out: Path, base_id: str | None, force: bool) -> None:
+    """Write a PEFT adapter folder."""
+    check_new_folder(out, force)
+    write_peft(out, base.model, base_id or info.base_model, info.dropout, info.full)
+
+
+def export_mlx_lm(base: Base, info: AdapterInfo, out: Path, force: bool) -> None:
+    """Write an adapter folder that stock mlx-lm takes: one rank for all layers, factors only."""
+    if info.full and info.method != "full":
+        raise InputError(
+            f"--to mlx-lm: {info.full[0]} was trained in full, which mlx-lm's adapters do not hold; fuse it instead"
+        )
+    check_new_folder(out, force)
+    save_adapter(out, base.model, info, same_rank=True)
 
 
 def export_gguf_adapter(base: Base, info: AdapterInfo, out: Path, force: bool) -> None:
@@ -74,7 +97,7 @@ def export_gguf_adapter(base: Base, info: AdapterInfo, out: Path, force: bool) -
     if out.is_dir() or (out.exists() and not force):
         raise InputError(f"--out {out}: exists; give a new .gguf file, or --force to replace one")
     check_writable(out.parent, "--out", needed_bytes=1_000_000)
-    write_gguf_adapter(out, base.model, base.config, info.base_model)
+    write_gguf_adapter(out, base.model, base.config, info.base_model, info.full)
 
 
 def export_hf(base: Base, info: AdapterInfo, out: Path, force: bool) -> None:

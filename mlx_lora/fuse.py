@@ -39,6 +39,8 @@ def main(
     info = load_adapter(base, Path(adapter_path), ignore_fingerprint)
     survival = write_fused(base, out, dequantize=dequantize, force=force, chat_template=info.chat_template)
     summary = summarise(survival)
+    if info.full:
+        cli.echo(f"{len(info.full)} parameters trained in full are in it as they are, in float")
     cli.echo(
         f"{out}: {summary['layers']} layers fused; of the update {summary['kept_mean']:.1%} arrived "
         f"(least {summary['kept_least']:.1%}, in {summary['least_layer']}), with {summary['error_mean']:.1%} of its size in rounding"
@@ -52,7 +54,9 @@ def main(
 
 
 def summarise(survival: dict[str, Survival]) -> dict[str, Any]:
-    """Return means and the worst layer."""
+    """Return means and the worst layer; with nothing to fold in, all of it arrived."""
+    if not survival:
+        return {"layers": 0, "kept_mean": 1.0, "kept_least": 1.0, "least_layer": None, "error_mean": 0.0}
     least = min(survival, key=lambda path: survival[path].kept)
     return {
         "layers": len(survival),

@@ -9,9 +9,8 @@ from mlx.utils import tree_flatten
 from test_peft import torch_base
 from test_step import batch
 
-from mlx_lora.adapters.inject import adapter_parameters, inject
-from mlx_lora.adapters.methods import PRESETS
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import adapter_parameters
+from mlx_lora.adapters.setup import adapt_model
 from mlx_lora.config import AdapterSettings, ModelSettings, OptimizerSettings
 from mlx_lora.models.attention import tiled_attention
 from mlx_lora.models.load import load_base
@@ -25,8 +24,15 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarn
 
 STEPS, RANK, ALPHA = 30, 4, 8.0
 # LoRA+ moves B sixteen times as fast.
-RATES = {"lora": 5e-3, "rslora": 5e-3, "dora": 5e-3, "lora-plus": 5e-4}
-PEFT_SETTINGS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}, "lora-plus": {}}
+RATES = {"lora": 5e-3, "rslora": 5e-3, "dora": 5e-3, "lora-plus": 5e-4, "pissa": 2e-3, "full": 1e-3}
+# PEFT's PiSSA takes the start out of the weight, ours out of the product: the same function of both factors.
+PEFT_SETTINGS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "lora-plus": {},
+    "pissa": {"init_lora_weights": "pissa"},
+}
 
 
 def batches():
@@ -36,8 +42,7 @@ def batches():
 def ours(folder, method: str):
     """Return losses, the initial factors and the final parameters."""
     base = load_base(ModelSettings(model=str(folder)))
-    preset = PRESETS[method]
-    inject(base.model, select_targets(base.model).paths, RANK, preset.scale_of(ALPHA, RANK), seed=1, form=preset.form)
+    adapt_model(base.model, AdapterSettings(method=method, rank=RANK, alpha=ALPHA), seed=1)
     initial = {name: np.array(value) for name, value in adapter_parameters(base.model).items()}
     optimizer = build_optimizer(
         OptimizerSettings(learning_rate=RATES[method], lr_schedule="constant", warmup=0.0), STEPS
@@ -63,6 +68,14 @@ def in_peft(folder, method: str, initial: dict[str, np.ndarray]):
     import peft
     import torch
 
+    if method == "full":
+        model = torch_base(folder).train()
+        kept = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        trained = {n: v for n, v in model.named_parameters() if n.split(".")[-2] in kept}
+        assert trained.keys() == initial.keys()
+        return trained_in_torch(
+            model, trained, torch.optim.AdamW(trained.values(), lr=RATES[method], weight_decay=0.01)
+        )
     settings = {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0, "target_modules": "all-linear"}
     model = peft.get_peft_model(torch_base(folder), peft.LoraConfig(**settings, **PEFT_SETTINGS[method])).train()
     trained = {name_here(name): value for name, value in model.named_parameters() if value.requires_grad}
@@ -85,6 +98,13 @@ def in_peft(folder, method: str, initial: dict[str, np.ndarray]):
         )
     else:
         optimizer = torch.optim.AdamW(trained.values(), lr=RATES[method], weight_decay=0.01)
+    return trained_in_torch(model, trained, optimizer)
+
+
+def trained_in_torch(model, trained, optimizer):
+    """Return losses and the final parameters, in our orientation."""
+    import torch
+
     losses = []
     for b in batches():
         logits = model(torch.tensor(b.inputs.astype(np.int64))).logits
@@ -96,10 +116,10 @@ def in_peft(folder, method: str, initial: dict[str, np.ndarray]):
         optimizer.step()
         losses.append(loss.item())
     final = {name: value.detach().numpy() for name, value in trained.items()}
-    return losses, {name: value if name.endswith(".m") else value.T for name, value in final.items()}
+    return losses, {name: value.T if ".lora_" in name else value for name, value in final.items()}
 
 
-@pytest.mark.parametrize("method", PEFT_SETTINGS)
+@pytest.mark.parametrize("method", RATES)
 def test_losses_and_adapters_are_pefts(method, tiny_folder):
     pytest.importorskip("peft")
     losses, initial, final = ours(tiny_folder, method)
@@ -112,9 +132,9 @@ def test_losses_and_adapters_are_pefts(method, tiny_folder):
 
 
 def test_the_methods_are_not_each_other(tiny_folder):
-    curves = {method: ours(tiny_folder, method)[0] for method in PEFT_SETTINGS}
+    curves = {method: ours(tiny_folder, method)[0] for method in RATES}
     names = list(curves)
     for i, one in enumerate(names):
         for other in names[i + 1 :]:
             assert not np.allclose(curves[one], curves[other], rtol=1e-3), (one, other)
-    assert mx.array(list(curves.values())).shape == (4, STEPS)
+    assert mx.array(list(curves.values())).shape == (6, STEPS)

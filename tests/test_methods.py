@@ -31,7 +31,7 @@ from mlx_lora.training.step import Step
 RANK = 4
 EVERYWHERE = "all-linear,embed_tokens,lm_head"
 LEAVES = {
-    **dict.fromkeys(("lora", "rslora", "lora-plus", "pissa", "relora"), {"lora_a", "lora_b"}),
+    **{method: {"lora_a", "lora_b"} for method in ("lora", "rslora", "lora-plus", "pissa", "relora")},
     "dora": {"lora_a", "lora_b", "m"},
     "adalora": {"lora_a", "lora_b", "lora_e"},
     "full": {"weight"},

@@ -30,6 +30,13 @@ def untied_folder(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("untied"), tiny_model(tie_word_embeddings=False), config)
 
 
+@pytest.fixture(scope="session")
+def biased_folder(tmp_path_factory):
+    config = {"tie_word_embeddings": False, "attention_bias": True, "architectures": ["LlamaForCausalLM"]}
+    model = tiny_model(tie_word_embeddings=False, attention_bias=True)
+    return write_folder(tmp_path_factory.mktemp("biased"), model, config)
+
+
 def torch_base(folder):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
@@ -139,6 +146,44 @@ def test_an_embedding_alone_leaves_the_tied_head(tiny_folder, tmp_path):
     ran = run("fuse", "--model", tiny_folder, "--adapter-path", tmp_path / "p", "--out", tmp_path / "f")
     assert ran.code == 2
     assert "leaves the tied head alone" in ran.err
+
+
+FULL = {
+    "head in full": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "embedding and norms": {
+        "target_modules": "all-linear",
+        "modules_to_save": ["embed_tokens", "norm", "input_layernorm"],
+    },
+    "all biases": {"target_modules": ["q_proj", "v_proj"], "bias": "all"},
+    "head and biases": {"target_modules": ["k_proj"], "modules_to_save": ["lm_head"], "bias": "all"},
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", FULL)
+def test_what_peft_trained_in_full_loads_here_and_goes_back(name, biased_folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    model = peft.get_peft_model(torch_base(biased_folder), peft.LoraConfig(r=4, lora_alpha=6, **FULL[name])).eval()
+    torch.manual_seed(0)
+    for value in model.parameters():
+        if value.requires_grad:
+            value.data += 0.1 * torch.randn(value.shape)
+    model.save_pretrained(tmp_path / "a")
+    expected = torch_logits(model)
+    assert np.allclose(our_logits(biased_folder, tmp_path / "a"), expected, atol=CLOSE)
+    assert not np.allclose(our_logits(biased_folder), expected, atol=FAR)
+    ran = run(
+        "export", "--model", biased_folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "b"
+    )
+    assert ran.code == 0, ran.err
+    again = peft.PeftModel.from_pretrained(torch_base(biased_folder), tmp_path / "b").eval()
+    assert np.allclose(torch_logits(again), expected, atol=CLOSE)
+    for to in ("mlx-lm", "gguf-adapter"):
+        ran = run(
+            "export", "--model", biased_folder, "--adapter-path", tmp_path / "a", "--to", to, "--out", tmp_path / "c"
+        )
+        assert (ran.code, "trained in full" in ran.err) == (2, True)
 
 
 REFUSED = {

@@ -273,6 +273,7 @@ def _load_peft(base: Base, adapter: PeftAdapter) -> AdapterInfo:
             layer.m = adapter.magnitudes[path]
         if isinstance(layer, EMBEDDING_ADAPTERS):
             layer.adapts_head = not adapter.leaves_head
+    full = _put_full(base.model, adapter.full)
     mx.eval(base.model.trainable_parameters())
     _finish(base.model)
     return AdapterInfo(
@@ -286,7 +287,23 @@ def _load_peft(base: Base, adapter: PeftAdapter) -> AdapterInfo:
         base_model=adapter.base_model or base.model_id,
         base_revision=None,
         base_fingerprint=base.fingerprint,
+        full=full,
     )
+
+
+def _put_full(model: nn.Module, parameters: dict[tuple[str, str], mx.array]) -> tuple[str, ...]:
+    """Put parameters trained in full onto an adapted model; (path, leaf) -> value. Return their names there."""
+    layers = adapter_layers(model)
+    names = {}
+    for (path, leaf), value in parameters.items():
+        inside = (
+            "" if path not in layers else ".embedding" if isinstance(layers[path], EMBEDDING_ADAPTERS) else ".linear"
+        )
+        names[f"{path}{inside}.{leaf}"] = value
+    restore_full(model, tuple(names))
+    own = adapter_parameters(model)
+    model.load_weights([(name, value.astype(own[name].dtype)) for name, value in names.items()], strict=False)
+    return tuple(names)
 
 
 def _target_paths(model: nn.Module, config: dict[str, Any], folder: Path) -> tuple[str, ...]:

@@ -23,7 +23,9 @@ from mlx_lora.files import replacing_file
 from mlx_lora.models.gguf_arch import gguf_places, redo_rope_order
 
 
-def write_gguf_adapter(file: Path, model: nn.Module, config: dict[str, Any], base_name: str) -> None:
+def write_gguf_adapter(
+    file: Path, model: nn.Module, config: dict[str, Any], base_name: str, full: tuple[str, ...] = ()
+) -> None:
     """Write the adapter on `model` as a LoRA GGUF.
 
     Args:
@@ -31,6 +33,7 @@ def write_gguf_adapter(file: Path, model: nn.Module, config: dict[str, Any], bas
         model: adapted.
         config: its config.json.
         base_name: the base's id, for the metadata.
+        full: names of parameters trained in full, which the format has no place for.
 
     Raises:
         InputError: an architecture, or layers, that llama.cpp's adapters do not know.
@@ -40,6 +43,7 @@ def write_gguf_adapter(file: Path, model: nn.Module, config: dict[str, Any], bas
     problems = [f"{path} has no tensor in a {architecture} GGUF" for path in layers if f"{path}.weight" not in places]
     problems += [f"{path} is an embedding" for path, layer in layers.items() if isinstance(layer, EMBEDDING_ADAPTERS)]
     problems += [f"{path} is a DoRA layer" for path, layer in layers.items() if isinstance(layer, DORA)]
+    problems += [f"{name} was trained in full" for name in full]
     problems += [] if layers else ["the model has no adapter"]
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""

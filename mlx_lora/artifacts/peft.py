@@ -3,7 +3,8 @@
 adapter_model.safetensors   base_model.model.<layer>.lora_A.weight (r, in), .lora_B.weight (out, r); for an
                             embedding .lora_embedding_A (r, vocabulary), .lora_embedding_B (width, r);
                             for DoRA .lora_magnitude_vector (out,) as well
-adapter_config.json         r, lora_alpha, their patterns by layer, use_rslora, target_modules
+                            modules_to_save and biases under their own names
+adapter_config.json         r, lora_alpha, their patterns by layer, use_rslora, target_modules, modules_to_save, bias
 
 Both are the transposes of ours. What an adapter needs and we cannot carry over is an error that names it,
 never a setting dropped in silence.
@@ -28,9 +29,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.bases import QUANTISED, base_dims, dense_weight
+from mlx_lora.adapters.bases import EMBEDDING, QUANTISED, base_dims, dense_weight
+from mlx_lora.adapters.dora import DoRAEmbedding
 from mlx_lora.adapters.forms import DORA, EMBEDDING_ADAPTERS, adapter_class
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.artifacts.peft_full import full_for_peft, full_problems, full_tensors
+from mlx_lora.artifacts.peft_names import COPY, PREFIX, TENSOR, own_path, peft_path
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_file
 from mlx_lora.models.quantize import relative_error
@@ -38,20 +42,11 @@ from mlx_lora.sources.safetensors import read_safetensors_header
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
-PREFIX = "base_model.model."
-TENSOR = re.compile(
-    re.escape(PREFIX)
-    + r"(?P<layer>.+)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<embedding>[AB])"
-    + r"|lora_(?P<magnitude>m)agnitude_vector(?:\.weight)?)"
-)
-
-COPY = re.compile(re.escape(PREFIX) + r"(?P<layer>(?:.+\.)?(?:embed_tokens|lm_head))(?:\.base_layer)?\.weight")
 # How far a saved copy of a base weight may be from ours, in 16 bits or quantised.
 FLOAT_COPY, QUANTISED_COPY = 0.02, 0.3
 
 # Settings that change what the adapter computes, in ways that plain factors do not hold.
 UNSUPPORTED = {
-    "modules_to_save": "modules trained in full",
     "trainable_token_indices": "single trained tokens",
     "target_parameters": "adapters on bare parameters (MoE experts)",
     "layer_replication": "repeated layers",
@@ -77,6 +72,7 @@ class PeftAdapter:
         dropout: of every layer.
         base_model: the id it names.
         leaves_head: the tied head is not adapted, though the embedding is.
+        full: (path, name in the module) -> parameter trained in full.
     """
 
     factors: dict[str, tuple[mx.array, mx.array]]
@@ -85,6 +81,7 @@ class PeftAdapter:
     dropout: float
     base_model: str | None
     leaves_head: bool
+    full: dict[tuple[str, str], mx.array]
 
 
 def is_peft(config: dict[str, Any]) -> bool:
@@ -108,12 +105,14 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
         raise InputError(f"{folder}: holds pickled weights only, which can run code; save it with safetensors in PEFT")
     header = read_safetensors_header(file)
     modules = dict(model.named_modules())
-    found, copies, strangers = _sorted_tensors(header)
+    full, others = full_tensors(config, header)
+    found, copies, strangers = _sorted_tensors(others)
     problems = _unsupported(config) + [f"tensor {name} is no LoRA factor" for name in strangers]
+    problems += full_problems(config.get("modules_to_save") or [], full, modules, header)
     problems += [] if found else ["it holds no LoRA factors"]
     tied = "lm_head" not in modules and "lm_head" in found
     head = found.pop("lm_head", None) if tied else None
-    paths = {layer: _own_path(layer, modules) for layer in found}
+    paths = {layer: own_path(layer, modules) for layer in found}
     problems += [f"layer {layer} is not in the model" for layer, path in paths.items() if path is None]
     wanted = {"A", "B", "m"} if config.get("use_dora") else {"A", "B"}
     problems += [
@@ -136,6 +135,8 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     if head is not None:
         _refuse(folder, _tied_problems(config, stored, head, found.get(embedding)))
     is_tied = "lm_head" not in modules
+    whole = {(own_path(layer, modules), leaf): stored[name] for name, (layer, leaf) in full.items()}
+    whole.pop((None, "weight"), None)  # a tied head's, which is the embedding's
     return PeftAdapter(
         factors,
         magnitudes,
@@ -143,6 +144,7 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
         float(config.get("lora_dropout") or 0.0),
         config.get("base_model_name_or_path"),
         leaves_head=is_tied and embedding is not None and head is None,
+        full=whole,
     )
 
 
@@ -162,7 +164,7 @@ def _sorted_tensors(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], di
     return found, copies, strangers
 
 
-def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float) -> None:
+def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float, full: tuple[str, ...] = ()) -> None:
     """Write the adapter on `model` as a PEFT LoRA folder.
 
     Args:
@@ -170,18 +172,24 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float) 
         model: adapted.
         base_model: id or path that PEFT's config names.
         dropout: for further training in PEFT.
+        full: names of parameters trained in full.
 
     Raises:
-        InputError: nothing is adapted.
+        InputError: nothing is adapted, or in a form that PEFT does not have.
     """
     layers = adapter_layers(model)
+    apart = [path for path, layer in layers.items() if isinstance(layer, DoRAEmbedding)]
+    if apart:
+        raise InputError(
+            f"--to peft: {', '.join(apart)} is a DoRA with a length for each token, PEFT's has one for each column; fuse it"
+        )
     if not layers:
         raise InputError(f"--out {folder}: the model has no adapter to write")
     tied = "lm_head" not in dict(model.named_modules())
     tensors: dict[str, mx.array] = {}
     shapes: dict[str, tuple[int, float]] = {}
     for path, layer in layers.items():
-        name = _peft_path(path)
+        name = peft_path(path)
         shapes[name] = layer.lora_a.shape[1], layer.scale
         if isinstance(layer, EMBEDDING_ADAPTERS):
             tensors[f"{PREFIX}{name}.lora_embedding_A"] = layer.lora_a.T
@@ -196,12 +204,15 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float) 
             if isinstance(layer, DORA):
                 tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.m
     is_dora = any(isinstance(layer, DORA) for layer in layers.values())
+    whole, saved, bias = full_for_peft(model, full, tied)
+    tensors |= whole
     tensors = {name: mx.contiguous(array.astype(mx.float32)) for name, array in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(folder / PEFT_WEIGHTS) as temporary:
         mx.save_safetensors(str(temporary), tensors, metadata={"format": "pt"})
     with replacing_file(folder / PEFT_CONFIG) as temporary:
-        config = {**_peft_config(shapes, base_model, dropout), "use_dora": is_dora}
+        config = {**_peft_config(shapes, base_model, dropout), "use_dora": is_dora, "bias": bias}
+        config |= {"modules_to_save": saved} if saved else {}
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -217,7 +228,6 @@ def _peft_config(shapes: dict[str, tuple[int, float]], base_model: str, dropout:
         "lora_alpha": _number(scale * rank),
         "lora_dropout": dropout,
         "use_rslora": False,
-        "bias": "none",
         "fan_in_fan_out": False,
         "target_modules": sorted(shapes),
         # PEFT reads keys as regular expressions on the end of a layer's name.
@@ -252,16 +262,6 @@ def _scale(config: dict[str, Any], layer: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _own_path(layer: str, modules: dict[str, nn.Module]) -> str | None:
-    """Return mlx-lm's path of a layer: the same, or with a multimodal wrapper's two parts exchanged."""
-    other = re.sub(r"^model\.language_model\.", "language_model.model.", layer)
-    return next((path for path in (layer, other) if path in modules), None)
-
-
-def _peft_path(path: str) -> str:
-    return re.sub(r"^language_model\.model\.", "model.language_model.", path)
-
-
 def _shape_problems(
     found: dict[str, dict[str, str]],
     paths: dict[str, str | None],
@@ -280,7 +280,9 @@ def _shape_problems(
         (r, width), (out, other_r) = (tuple(header[sides[side]]["shape"]) for side in "AB")
         if (width, out) != base_dims(base) or r != other_r:
             problems.append(f"layer {layer} has factors for {width} -> {out}, the model needs {base_dims(base)}")
-        if "m" in sides and tuple(header[sides["m"]]["shape"]) != (out,):
+        if "m" in sides and isinstance(base, EMBEDDING):
+            problems.append(f"layer {layer} is a DoRA embedding with a length for each column, ours has one per token")
+        elif "m" in sides and tuple(header[sides["m"]]["shape"]) != (out,):
             problems.append(f"layer {layer} has magnitudes of shape {tuple(header[sides['m']]['shape'])}, not {(out,)}")
     return problems
 
@@ -289,7 +291,7 @@ def _copy_problems(copies: dict[str, str], stored: dict[str, mx.array], modules:
     """PEFT saves adapted embeddings and heads whole as well: fine while they are the base's own."""
     problems = []
     for name, layer in copies.items():
-        path = _own_path(layer, modules)
+        path = own_path(layer, modules)
         # A tied head has no module of its own here.
         base = modules[path or next(p for p in modules if p.endswith("embed_tokens"))]
         weight = dense_weight(base)

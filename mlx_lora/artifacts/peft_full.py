@@ -1,0 +1,79 @@
+"""What PEFT trains in full beside a LoRA: modules_to_save and biases, read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_lora.adapters.bases import QUANTISED, dense_weight
+from mlx_lora.artifacts.peft_names import BIAS, PREFIX, TENSOR, own_path, peft_path
+
+
+def full_tensors(config: dict[str, Any], names: Iterable[str]) -> tuple[dict[str, tuple[str, str]], list[str]]:
+    """Split tensor names: name -> (layer, leaf) of what was trained in full; and all others."""
+    saved = config.get("modules_to_save") or []
+    full, others = {}, []
+    for name in names:
+        layer, _, leaf = name.removeprefix(PREFIX).replace(".modules_to_save.default", "").rpartition(".")
+        bias = BIAS.fullmatch(name)
+        # PEFT's own rule: `norm` is every name that ends so.
+        if any(layer.endswith(module) for module in saved) and not TENSOR.fullmatch(name):
+            full[name] = layer, leaf
+        elif bias and config.get("bias", "none") != "none":
+            full[name] = bias["layer"], "bias"
+        else:
+            others.append(name)
+    return full, others
+
+
+def full_problems(
+    saved: list[str], full: dict[str, tuple[str, str]], modules: dict[str, nn.Module], header: dict[str, Any]
+) -> list[str]:
+    """Name parameters trained in full that the model does not have, or has in another shape."""
+    layers = {layer for layer, _ in full.values()}
+    problems = [
+        f"modules_to_save {module}: it holds no such module"
+        for module in saved
+        if not any(layer.endswith(module) for layer in layers)
+    ]
+    tied = "lm_head" not in modules
+    for name, (layer, leaf) in full.items():
+        path = own_path(layer, modules)
+        if layer == "lm_head" and tied:
+            if not any(other.endswith("embed_tokens") for other in layers):
+                problems.append("modules_to_save lm_head: trained apart from the embedding it is tied to here")
+            continue
+        if path is None or leaf not in modules[path]:
+            problems.append(f"{layer}.{leaf} is not in the model")
+            continue
+        base = modules[path]
+        needed = dense_weight(base).shape if leaf == "weight" and isinstance(base, QUANTISED) else base[leaf].shape
+        if tuple(header[name]["shape"]) != needed:
+            problems.append(f"{layer}.{leaf} is {tuple(header[name]['shape'])}, the model needs {needed}")
+        if tied and layer.endswith("embed_tokens") and "lm_head" not in layers:
+            problems.append(f"modules_to_save {layer}: trained apart from the head that it is tied to here")
+    return problems
+
+
+def full_for_peft(model: nn.Module, full: tuple[str, ...], tied: bool) -> tuple[dict[str, mx.array], list[str], str]:
+    """Return tensors under PEFT's names, its modules_to_save, and its bias setting."""
+    parameters = dict(tree_flatten(model.parameters()))
+    tensors: dict[str, mx.array] = {}
+    weights = {name.rpartition(".")[0] for name in full if name.endswith(".weight")}
+    saved = {peft_path(path) for path in weights}
+    adapted = []
+    for name in full:
+        path, _, leaf = name.rpartition(".")
+        inside = path.endswith((".linear", ".embedding"))
+        adapted.append(inside)
+        own = peft_path(path.rpartition(".")[0]) + ".base_layer" if inside else peft_path(path)
+        tensors[f"{PREFIX}{own}.{leaf}"] = parameters[name]
+        if tied and path.endswith("embed_tokens"):
+            saved.add("lm_head")
+            tensors[f"{PREFIX}lm_head.weight"] = mx.array(parameters[name])
+    biases = [inside for name, inside in zip(full, adapted, strict=True) if name.rpartition(".")[0] not in weights]
+    return tensors, sorted(saved), "none" if not biases else "lora_only" if all(biases) else "all"
