@@ -13,7 +13,8 @@ from mlx_lm.utils import load as mlx_lm_load
 from test_adapter_folder import TOKENS
 
 from mlx_lora.adapters.inject import adapter_layers, inject, select_targets
-from mlx_lora.adapters.layers import DoRALinear, dense_weight
+from mlx_lora.adapters.layers import DoRALinear
+from mlx_lora.adapters.parts import dense_weight
 from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
 from mlx_lora.config import ModelSettings
 from mlx_lora.errors import InputError

@@ -12,10 +12,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.init import kaiming_factors
-from mlx_lora.adapters.layers import ADAPTERS, LINEAR, adapter_class, base_dims
+from mlx_lora.adapters.layers import ADAPTERS, adapter_class
+from mlx_lora.adapters.parts import LINEAR, SWITCH, base_dims
 from mlx_lora.errors import InputError
 
 ALL_LINEAR = "all-linear"
+# What mlx-lm's mixtures call the layers that decide which experts a token goes to.
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,24 @@ def block_paths(model: nn.Module) -> list[str]:
     return [by_identity[id(block)] for block in model.layers]
 
 
-def select_targets(model: nn.Module, target_modules: str = ALL_LINEAR, num_layers: int = -1) -> Targets:
+def select_targets(
+    model: nn.Module, target_modules: str = ALL_LINEAR, num_layers: int = -1, *, routers: bool = False
+) -> Targets:
     """Choose the layers to adapt.
+
+    In a mixture of experts `all-linear` takes the experts and the shared ones: they are most of what a token
+    passes through, mlx-lm takes them too, and "LoRA Without Regret" (2025) finds adapters on attention alone
+    behind. It leaves out the routers, which mlx-lm takes and PEFT does not: a router that moves sends tokens to
+    experts not trained for them, and nothing here balances the load. Name one (`mlp.gate`) to adapt it. Experts
+    are many and each has its factors: `self_attn.*` makes a small adapter.
 
     Args:
         model: an mlx-lm model.
-        target_modules: `all-linear` (every linear layer of the blocks; heads and embeddings only by name),
+        target_modules: `all-linear` (every linear layer of the blocks but routers; heads and embeddings only by name),
             or names and shell patterns by comma: `q_proj`, `self_attn.*`, `*.layers.3.mlp.*`, `embed_tokens`.
             A name matches a whole path or the end of one after a dot, as in PEFT.
         num_layers: adapt only the last N blocks; 0 or less for all, as in mlx-lm. Layers outside blocks are not filtered.
+        routers: count routers among `all-linear`, as mlx-lm means it when an adapter names no keys.
 
     Raises:
         InputError: naming every part that matches nothing, what filtered it, and what exists.
@@ -65,7 +77,8 @@ def select_targets(model: nn.Module, target_modules: str = ALL_LINEAR, num_layer
     problems = []
     for wish in (part.strip() for part in target_modules.split(",")):
         if wish == ALL_LINEAR:
-            found = [p for p in allowed if in_block[p] and isinstance(adaptable[p], LINEAR)]
+            found = [p for p in allowed if in_block[p] and isinstance(adaptable[p], (*LINEAR, *SWITCH))]
+            found = [p for p in found if routers or ROUTERS.isdisjoint(p.split("."))]
         else:
             found = [p for p in allowed if _matches(p, wish)]
         picked.update(found)
@@ -142,7 +155,8 @@ def inject(
     for path in paths:
         base = modules[path]
         own_rank, own_scale = (shapes or {}).get(path, (rank, scale))
-        factors = kaiming_factors(path, *base_dims(base), own_rank, seed)
+        experts = base.num_experts if isinstance(base, SWITCH) else None
+        factors = kaiming_factors(path, *base_dims(base), own_rank, seed, experts)
         layer = adapter_class(base, form).from_base(base, factors, own_scale, dropout)
         layer.freeze()
         layer.unfreeze(keys=list(layer.TRAINED), recurse=False)

@@ -16,56 +16,8 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-LINEAR = (nn.Linear, nn.QuantizedLinear)
-EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
-QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
-
-
-def base_dims(base: nn.Module) -> tuple[int, int]:
-    """Return (input width, output width) of a linear or embedding base, quantised or not.
-
-    A packed row holds in * bits / 32 words. The product is taken before the division: mlx-lm's DoRA
-    divides first (`32 // bits`), which is wrong at 3, 5 and 6 bits.
-    """
-    rows, columns = base.weight.shape
-    width = columns * 32 // base.bits if isinstance(base, QUANTISED) else columns
-    return (rows, width) if isinstance(base, EMBEDDING) else (width, rows)
-
-
-def dense_weight(base: nn.Module) -> mx.array:
-    """Return the base's weight as floats, shape (out, in), for an embedding (vocabulary, width)."""
-    if not isinstance(base, QUANTISED):
-        return base.weight
-    layout = {"group_size": base.group_size, "bits": base.bits, "mode": base.mode}
-    return mx.dequantize(base.weight, base.scales, base.get("biases"), **layout)
-
-
-class Dropout(nn.Module):
-    """Dropout whose random draw can be taken apart from its use, so that it can be used twice.
-
-    A checkpointed block runs again in the backward pass and must drop the same features; mlx's own layer
-    draws anew there, and the gradient is of another function than the loss.
-    """
-
-    def __init__(self, probability: float):
-        super().__init__()
-        self.probability = probability
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is dropped now."""
-        return self.training and self.probability > 0
-
-    def draw(self) -> mx.array:
-        """Return a random key, (2,) uint32."""
-        return mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
-
-    def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
-        """Drop features of `x` by `key`, or by one drawn here."""
-        if not self.active:
-            return x
-        kept = 1 - self.probability
-        return mx.random.bernoulli(kept, x.shape, key=self.draw() if key is None else key) * x * (1 / kept)
+from mlx_lora.adapters.moe import DoRASwitchLinear, LoRASwitchLinear
+from mlx_lora.adapters.parts import EMBEDDING, LINEAR, SWITCH, Dropout, dense_weight
 
 
 class LoRALinear(nn.Module):
@@ -256,14 +208,19 @@ class LoRAEmbedding(nn.Module):
         return fused
 
 
-ADAPTERS = (LoRALinear, DoRALinear, LoRAEmbedding)
-WITH_DROPOUT_KEY = (LoRALinear, DoRALinear)
-FORMS = {"lora": (LoRALinear, LoRAEmbedding), "dora": (DoRALinear, None)}
+ADAPTERS = (LoRALinear, DoRALinear, LoRAEmbedding, LoRASwitchLinear, DoRASwitchLinear)
+WITH_DROPOUT_KEY = (LoRALinear, DoRALinear, LoRASwitchLinear, DoRASwitchLinear)
+# Form -> the layer for a linear base, an embedding, a mixture's experts.
+FORMS = {
+    "lora": (LoRALinear, LoRAEmbedding, LoRASwitchLinear),
+    "dora": (DoRALinear, None, DoRASwitchLinear),
+}
+Adapter = LoRALinear | DoRALinear | LoRAEmbedding | LoRASwitchLinear | DoRASwitchLinear
 
 
-def adapter_class(base: nn.Module, form: str = "lora") -> type[LoRALinear | DoRALinear | LoRAEmbedding] | None:
+def adapter_class(base: nn.Module, form: str = "lora") -> type[Adapter] | None:
     """Return the layer that wraps `base` in a form of FORMS, or None when none fits it."""
-    linear, embedding = FORMS[form]
-    if isinstance(base, LINEAR):
-        return linear
-    return embedding if isinstance(base, EMBEDDING) else None
+    for kinds, layer in zip((LINEAR, EMBEDDING, SWITCH), FORMS[form], strict=True):
+        if isinstance(base, kinds):
+            return layer
+    return None

@@ -18,6 +18,7 @@ from mlx_lora import __version__
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, select_targets
 from mlx_lora.adapters.layers import FORMS, DoRALinear, LoRAEmbedding
 from mlx_lora.adapters.methods import PRESETS
+from mlx_lora.adapters.moe import DoRASwitchLinear
 from mlx_lora.artifacts.peft import PeftAdapter, is_peft, read_peft
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_file
@@ -162,7 +163,7 @@ def load_adapter(base: Base, folder: Path, ignore_fingerprint: bool = False) -> 
 def _finish(model: nn.Module) -> None:
     """Make an adapted model ready for use: nothing is trained any more."""
     for layer in adapter_layers(model).values():
-        if isinstance(layer, DoRALinear):
+        if isinstance(layer, (DoRALinear, DoRASwitchLinear)):
             layer.keep_lengths()
     model.freeze()
     model.eval()
@@ -210,7 +211,7 @@ def _target_paths(model: nn.Module, config: dict[str, Any], folder: Path) -> tup
             f"{folder / CONFIG_FILE}: lora_parameters.keys is no list of names; restore it from a checkpoint"
         )
     wish = ",".join(keys) if keys else "all-linear"
-    return select_targets(model, wish, count or -1).paths
+    return select_targets(model, wish, count or -1, routers=not keys).paths
 
 
 def load_factors(model: nn.Module, file: Path) -> None:

@@ -18,6 +18,7 @@ from gguf import GGUFWriter
 
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.layers import DoRALinear, LoRAEmbedding
+from mlx_lora.adapters.moe import DoRASwitchLinear, LoRASwitchLinear
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_file
 from mlx_lora.models.gguf_arch import gguf_places, redo_rope_order
@@ -39,7 +40,10 @@ def write_gguf_adapter(file: Path, model: nn.Module, config: dict[str, Any], bas
     architecture, places = gguf_places(config)
     problems = [f"{path} has no tensor in a {architecture} GGUF" for path in layers if f"{path}.weight" not in places]
     problems += [f"{path} is an embedding" for path, layer in layers.items() if isinstance(layer, LoRAEmbedding)]
-    problems += [f"{path} is a DoRA layer" for path, layer in layers.items() if isinstance(layer, DoRALinear)]
+    problems += [
+        f"{path} is a DoRA layer" for path, layer in layers.items() if isinstance(layer, (DoRALinear, DoRASwitchLinear))
+    ]
+    problems += [f"{path} adapts experts" for path, layer in layers.items() if isinstance(layer, LoRASwitchLinear)]
     problems += [] if layers else ["the model has no adapter"]
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""

@@ -29,7 +29,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.adapters.layers import QUANTISED, DoRALinear, LoRAEmbedding, adapter_class, base_dims, dense_weight
+from mlx_lora.adapters.layers import DoRALinear, LoRAEmbedding, adapter_class
+from mlx_lora.adapters.parts import QUANTISED, SWITCH, base_dims, dense_weight
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_file
 from mlx_lora.models.quantize import relative_error
@@ -171,11 +172,17 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float) 
         dropout: for further training in PEFT.
 
     Raises:
-        InputError: nothing is adapted.
+        InputError: nothing is adapted, or experts are: transformers keeps those in other tensors.
     """
     layers = adapter_layers(model)
     if not layers:
         raise InputError(f"--out {folder}: the model has no adapter to write")
+    experts = [path for path, layer in layers.items() if layer.lora_a.ndim == 3]
+    if experts:
+        more = f" and {len(experts) - 1} more" if len(experts) > 1 else ""
+        raise InputError(
+            f"--to peft: {experts[0]}{more} adapt experts, which a PEFT adapter of ours cannot hold; fuse them instead"
+        )
     tied = "lm_head" not in dict(model.named_modules())
     tensors: dict[str, mx.array] = {}
     shapes: dict[str, tuple[int, float]] = {}
@@ -273,7 +280,7 @@ def _shape_problems(
         base = modules.get(paths[layer] or "")
         if base is None or not {"A", "B"} <= sides.keys():
             continue
-        if adapter_class(base, "dora" if "m" in sides else "lora") is None:
+        if isinstance(base, SWITCH) or adapter_class(base, "dora" if "m" in sides else "lora") is None:
             problems.append(f"layer {layer} is a {type(base).__name__}, which we do not adapt so")
             continue
         (r, width), (out, other_r) = (tuple(header[sides[side]]["shape"]) for side in "AB")
