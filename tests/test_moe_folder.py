@@ -174,6 +174,37 @@ def test_fused_it_is_quantised_as_its_base_was(folder, tmp_path):
     assert close(logits(stock), logits(fused.model), 1e-4)
 
 
+def test_gpt_oss_as_it_is_published(tmp_path):
+    # One interleaved tensor for gate and up, packed bytes, and Hugging Face's own quantization entry.
+    model, config = with_quantised_experts(*tiny_moe("gpt_oss"))
+    expected = logits(model)
+    weights = dict(tree_flatten(model.parameters()))
+    for block in range(2):
+        experts = f"model.layers.{block}.mlp.experts."
+        for leaf, ending in (("weight", "_blocks"), ("scales", "_scales"), ("bias", "_bias")):
+            gate, up, down = (weights.pop(f"{experts}{name}_proj.{leaf}") for name in ("gate", "up", "down"))
+            both = mx.stack([gate, up], axis=2).flatten(1, 2)  # rows in turns
+            for name, value in (("gate_up_proj", both), ("down_proj", down)):
+                bytes_ = value.view(mx.uint8).reshape(*value.shape[:-1], -1, 16) if leaf == "weight" else value
+                weights[f"{experts}{name}{ending}"] = mx.contiguous(bytes_)
+    config.pop("quantization")
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    folder = write_folder(tmp_path / "published", model, config)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
+    assert close(logits(loaded(folder).model), expected, 1e-4)
+    make_adapter(folder, tmp_path / "a")
+    adapted = loaded(folder)
+    load_adapter(adapted, tmp_path / "a")
+    unfused = logits(adapted.model)
+    _, packed = fuse(folder, tmp_path)
+    fuse_adapter(adapted.model, dequantize=False)
+    assert close(logits(packed.model), logits(adapted.model), 1e-4)
+    assert isinstance(packed.model.layers[0].mlp.experts.up_proj, QuantizedSwitchLinear)
+    _, dense = fuse(folder, tmp_path, "--dequantize", "--force")
+    assert close(logits(dense.model), unfused, 0.05)
+    assert not close(unfused, expected, 0.2)
+
+
 @pytest.mark.parametrize(
     ("form", "words"), [("peft", "switch_mlp"), ("gguf-adapter", "qwen3_moe"), ("hf", "qwen3_moe")]
 )
