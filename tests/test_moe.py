@@ -13,13 +13,14 @@ from test_checkpointing import MODES, assert_equal, gradients
 from test_step import batch, make_step
 from tiny_moe import tiny_moe, with_quantised_experts
 
+from mlx_lora import device
 from mlx_lora.adapters.init import kaiming_factors
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, select_targets
 from mlx_lora.adapters.moe import DoRASwitchLinear, LoRASwitchLinear
 from mlx_lora.adapters.parts import base_dims, dense_weight
 from mlx_lora.errors import InputError
 from mlx_lora.models.fingerprint import weights_checksum
-from mlx_lora.models.matmul import use_measured_matmul
+from mlx_lora.models.matmul import MeasuredQuantizedSwitchLinear, use_measured_matmul
 from mlx_lora.training.losses import Arrays, plain_loss
 
 E, IN, OUT, R = 3, 96, 40, 5
@@ -212,6 +213,43 @@ def test_a_fresh_dora_changes_nothing():
     fresh = DoRASwitchLinear.from_base(base, (mx.random.normal((E, R, IN)), mx.zeros((E, OUT, R))), 2.0)
     x, indices = rows(True)
     assert np.allclose(fresh(x, indices, True), base(x, indices, True), atol=1e-4)
+
+
+@SORTED
+@pytest.mark.parametrize("form", LAYOUTS)
+def test_both_products_with_quantised_experts_are_one(form, is_sorted):
+    mx.random.seed(3)
+    base = base_of(form)
+    x, indices = rows(is_sorted)
+    d = mx.random.normal(base(x, indices).shape)
+
+    def both(experts: nn.Module) -> tuple[mx.array, mx.array]:
+        y = experts(x, indices, is_sorted)
+        return y, mx.grad(lambda x: (experts(x, indices, is_sorted) * d).sum())(x)
+
+    expected = [np.array(value) for value in both(base)]
+    holder = nn.Module()
+    holder.experts = base
+    paths = use_measured_matmul(holder, "dense")
+    assert isinstance(base, MeasuredQuantizedSwitchLinear)
+    assert not paths.others
+    for found, value in zip(both(base), expected, strict=True):
+        assert np.allclose(found, value, rtol=1e-4, atol=1e-3)
+    # Few rows are not sorted, and stay with the packed product.
+    if not is_sorted:
+        assert mx.array_equal(both(base)[0], expected[0])
+
+
+def test_experts_too_large_in_float_stay_packed(monkeypatch):
+    base = base_of("4-bit")
+    x, indices = rows(True)
+    expected = base(x, indices, True)
+    holder = nn.Module()
+    holder.experts = base
+    use_measured_matmul(holder, "dense")
+    assert not mx.array_equal(base(x, indices, True), expected)
+    monkeypatch.setattr(device, "dense_experts_bytes", lambda: E * OUT * IN * 4 - 1)
+    assert mx.array_equal(base(x, indices, True), expected)
 
 
 def test_all_linear_takes_experts_and_shared_ones_but_no_router():
