@@ -30,7 +30,9 @@ import mlx.nn as nn
 
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.layers import DoRALinear, LoRAEmbedding, adapter_class
+from mlx_lora.adapters.moe import LoRASwitchLinear
 from mlx_lora.adapters.parts import QUANTISED, SWITCH, base_dims, dense_weight
+from mlx_lora.artifacts.peft_experts import expert_tensors
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_file
 from mlx_lora.models.quantize import relative_error
@@ -172,21 +174,22 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float) 
         dropout: for further training in PEFT.
 
     Raises:
-        InputError: nothing is adapted, or experts are: transformers keeps those in other tensors.
+        InputError: nothing is adapted, or layers of a mixture that PEFT cannot hold.
     """
     layers = adapter_layers(model)
     if not layers:
         raise InputError(f"--out {folder}: the model has no adapter to write")
-    experts = [path for path, layer in layers.items() if layer.lora_a.ndim == 3]
-    if experts:
-        more = f" and {len(experts) - 1} more" if len(experts) > 1 else ""
-        raise InputError(
-            f"--to peft: {experts[0]}{more} adapt experts, which a PEFT adapter of ours cannot hold; fuse them instead"
-        )
+    experts = expert_tensors(model.model_type, layers)
     tied = "lm_head" not in dict(model.named_modules())
     tensors: dict[str, mx.array] = {}
     shapes: dict[str, tuple[int, float]] = {}
+    for tensor in experts:
+        shapes[tensor.parameter] = tensor.rank, tensor.scale
+        tensors[f"{PREFIX}{tensor.module}.lora_A.weight"] = tensor.a
+        tensors[f"{PREFIX}{tensor.module}.lora_B.weight"] = tensor.b
     for path, layer in layers.items():
+        if isinstance(layer, LoRASwitchLinear):
+            continue
         name = _peft_path(path)
         shapes[name] = layer.lora_a.shape[1], layer.scale
         if isinstance(layer, LoRAEmbedding):
@@ -207,12 +210,18 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float) 
     with replacing_file(folder / PEFT_WEIGHTS) as temporary:
         mx.save_safetensors(str(temporary), tensors, metadata={"format": "pt"})
     with replacing_file(folder / PEFT_CONFIG) as temporary:
-        config = {**_peft_config(shapes, base_model, dropout), "use_dora": is_dora}
+        parameters = [tensor.parameter for tensor in experts]
+        config = {**_peft_config(shapes, base_model, dropout, parameters), "use_dora": is_dora}
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _peft_config(shapes: dict[str, tuple[int, float]], base_model: str, dropout: float) -> dict[str, Any]:
-    """Return adapter_config.json: the commonest rank and alpha, patterns for layers that have others."""
+def _peft_config(
+    shapes: dict[str, tuple[int, float]], base_model: str, dropout: float, parameters: list[str]
+) -> dict[str, Any]:
+    """Return adapter_config.json: the commonest rank and alpha, patterns for layers that have others.
+
+    PEFT has no dropout on `parameters`, bare tensors, and refuses any beside them.
+    """
     ((rank, scale), _) = Counter(shapes.values()).most_common(1)[0]
     return {
         "peft_type": "LORA",
@@ -221,11 +230,12 @@ def _peft_config(shapes: dict[str, tuple[int, float]], base_model: str, dropout:
         "inference_mode": True,
         "r": rank,
         "lora_alpha": _number(scale * rank),
-        "lora_dropout": dropout,
+        "lora_dropout": 0.0 if parameters else dropout,
         "use_rslora": False,
         "bias": "none",
         "fan_in_fan_out": False,
-        "target_modules": sorted(shapes),
+        "target_modules": sorted(shapes.keys() - parameters),
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
         # PEFT reads keys as regular expressions on the end of a layer's name.
         "rank_pattern": {re.escape(name): r for name, (r, _) in shapes.items() if r != rank},
         "alpha_pattern": {re.escape(name): _number(s * r) for name, (r, s) in shapes.items() if s * r != scale * rank},
