@@ -1,4 +1,6 @@
-"""Transformers' logits of a tiny mixture, with or without a PEFT adapter: `judge_moe.py KIND FOLDER IDS.npy OUT.npz [ADAPTER]`.
+"""Transformers' logits of a tiny mixture, alone and with each PEFT adapter.
+
+python judge_moe.py KIND FOLDER IDS.npz OUT.npz ADAPTER...
 
 A program of its own: torch's batched product crashes where another BLAS than its own was loaded first.
 """
@@ -25,6 +27,8 @@ def stacked(gate: torch.Tensor, up: torch.Tensor, in_turns: bool) -> torch.Tenso
 def load(kind: str, folder: Path) -> torch.nn.Module:
     """Return transformers' own model with the folder's weights, put where it has them."""
     config = json.loads((folder / "config.json").read_text())
+    # GPT-OSS's own default there stretches the positions, which ours does not have.
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_theta"]}
     settings = transformers.AutoConfig.for_model(**{k: v for k, v in config.items() if k != "eos_token_id"})
     model = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation="eager")
     weights = load_file(folder / "model.safetensors")
@@ -45,12 +49,15 @@ def load(kind: str, folder: Path) -> torch.nn.Module:
 
 
 def main() -> None:
-    kind, folder, ids, out, *adapter = sys.argv[1:]
-    model = load(kind, Path(folder))
-    if adapter:
-        model = PeftModel.from_pretrained(model, adapter[0]).eval()
-    with torch.no_grad():
-        np.savez(out, *(model(torch.tensor(row[None])).logits.numpy() for row in np.load(ids, allow_pickle=True)))
+    kind, folder, ids, out, *adapters = sys.argv[1:]
+    found = []
+    for adapter in [None, *adapters]:
+        model = load(kind, Path(folder))
+        if adapter:
+            model = PeftModel.from_pretrained(model, adapter).eval()
+        with torch.no_grad(), np.load(ids) as rows:
+            found += [model(torch.tensor(rows[name])).logits.numpy() for name in rows]
+    np.savez(out, *found)
 
 
 if __name__ == "__main__":
