@@ -105,6 +105,11 @@ def loss_tile_bytes() -> int:
     return min(16 << 20, current_device().working_set_bytes // 64)
 
 
+def dense_experts_bytes() -> int:
+    """Return the bytes that one layer's experts may take in float while they are multiplied by."""
+    return current_device().working_set_bytes // 16
+
+
 def keep_exponentials() -> bool:
     """Whether the backward pass should keep exponentials rather than make them again.
 

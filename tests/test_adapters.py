@@ -9,10 +9,10 @@ import pytest
 from conftest import quantised, tiny_model
 from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.bases import base_dims, dense_weight
 from mlx_lora.adapters.init import kaiming_factors
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
 from mlx_lora.adapters.layers import LoRAEmbedding, LoRALinear
+from mlx_lora.adapters.parts import base_dims, dense_weight
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.errors import InputError
 from mlx_lora.models.fingerprint import base_fingerprint, weights_checksum

@@ -12,9 +12,9 @@ from mlx_lm.tuner.dora import DoRALinear as MlxLmDoRA
 from mlx_lm.utils import load as mlx_lm_load
 from test_adapter_folder import TOKENS
 
-from mlx_lora.adapters.bases import dense_weight
 from mlx_lora.adapters.dora import DoRAEmbedding, DoRALinear
 from mlx_lora.adapters.inject import adapter_layers, inject
+from mlx_lora.adapters.parts import dense_weight
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
 from mlx_lora.config import ModelSettings

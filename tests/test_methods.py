@@ -14,10 +14,11 @@ from mlx_lm.utils import load as mlx_lm_load
 from run_cli import run
 from test_adapter_folder import TOKENS
 from test_step import batch
+from tiny_moe import tiny_moe, with_quantised_experts
 
-from mlx_lora.adapters.bases import dense_weight
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters
 from mlx_lora.adapters.methods import PRESETS
+from mlx_lora.adapters.parts import dense_weight
 from mlx_lora.adapters.setup import adapt_model
 from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
 from mlx_lora.config import METHODS, AdapterSettings, ModelSettings, OptimizerSettings, train_settings
@@ -135,8 +136,34 @@ def test_it_learns_and_what_it_stores_is_the_same_model(method, base, tmp_path):
     assert np.allclose(stock(TOKENS), expected, atol=(4e-2 if base == "mxfp4" else 1e-4) * size)
 
 
-@pytest.mark.parametrize("rows", [None, 2])
-def test_pissa_starts_from_the_bases_principal_directions(rows):
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe"])
+def test_it_learns_on_a_mixtures_experts(method, kind, tmp_path):
+    model, config = tiny_moe(kind)
+    if kind == "gpt_oss":
+        model, config = with_quantised_experts(model, config)
+    folder = write_folder(tmp_path / "base", model, config)
+    loaded = load_base(ModelSettings(model=str(folder)))
+    before = loaded.model(TOKENS)
+    settings = AdapterSettings(method=method, rank=RANK, alpha=8.0)
+    setup = adapt_model(loaded.model, settings, seed=1)
+    assert np.allclose(loaded.model(TOKENS), before, atol=(3e-2 if method == "full" else 1e-4) * mx.abs(before).max())
+    losses = train_steps(loaded.model, settings, 24, {"adalora": 5e-2, "full": 1e-3}.get(method, 5e-3))
+    assert losses[-1] < 0.95 * losses[0]
+    info = AdapterInfo(
+        method, setup.rank, 8.0, setup.scale, 0.0, setup.targets.num_layers, setup.targets.keys,
+        loaded.model_id, None, loaded.fingerprint, full=setup.full,
+    )  # fmt: skip
+    save_adapter(tmp_path / "a", loaded.model, info)
+    loaded.model.eval()
+    expected = np.array(loaded.model(TOKENS))
+    again = load_base(ModelSettings(model=str(folder)))
+    load_adapter(again, tmp_path / "a")
+    assert np.allclose(again.model(TOKENS), expected, atol=1e-4 * np.abs(expected).max())
+    assert not np.allclose(before, expected, atol=1e-2 * np.abs(expected).max())
+
+
+def test_pissa_starts_from_the_bases_principal_directions():
     model, _ = adapted("pissa")
     for layer in adapter_layers(model).values():
         inner = layer.linear if isinstance(layer, nn.Module) and "linear" in layer else layer.embedding

@@ -13,8 +13,7 @@ from types import MappingProxyType
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.bases import dense_weight, with_weight
-from mlx_lora.adapters.layers import Dropout
+from mlx_lora.adapters.parts import Dropout, dense_weight, with_weight
 
 
 class DoRALinear(nn.Module):

@@ -1,6 +1,7 @@
 """Initial factors: a pure function of seed, layer path, shape and, for PiSSA, of the base's weight.
 
-All are made in one orientation: `a` (in, r), `b` (r, out), where an embedding's in is its vocabulary.
+`a` is (in, r) and `b` (r, out), where an embedding's in is its vocabulary. Experts' are mlx-lm's (E, r, in) and
+(E, out, r), each expert with a draw of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ EXACT_UP_TO = 1024
 OVERSAMPLING, ROUNDS = 16, 16
 
 
-def kaiming_factors(path: str, in_width: int, out_width: int, rank: int, seed: int) -> tuple[mx.array, mx.array]:
+def kaiming_factors(
+    path: str, in_width: int, out_width: int, rank: int, seed: int, experts: int | None = None
+) -> tuple[mx.array, mx.array]:
     """Return `lora_a` uniform in +-1/sqrt(in) and `lora_b` zero, so that a fresh adapter changes nothing.
 
     PEFT's `kaiming_uniform_(a=sqrt(5))` and mlx-lm draw from this same distribution.
@@ -27,18 +30,24 @@ def kaiming_factors(path: str, in_width: int, out_width: int, rank: int, seed: i
         in_width, out_width: the base's widths (an embedding's input width is its vocabulary).
         rank: r.
         seed: the run's seed.
+        experts: E, for a layer of experts: each gets a draw of its own.
 
     Returns:
-        (in, r) and (r, out), float32.
+        (in, r) and (r, out), float32; with experts (E, r, in) and (E, out, r), mlx-lm's orientation there.
 
     Source: LoRA, arXiv 2106.09685, section 4.1; He et al., arXiv 1502.01852.
     """
     bound = 1 / math.sqrt(in_width)
+    if experts is not None:
+        shape = (experts, rank, in_width)
+        return mx.random.uniform(-bound, bound, shape, key=path_key(path, seed)), mx.zeros((experts, out_width, rank))
     lora_a = mx.random.uniform(-bound, bound, (in_width, rank), key=path_key(path, seed))
     return lora_a, mx.zeros((rank, out_width))
 
 
-def normal_factors(path: str, in_width: int, out_width: int, rank: int, seed: int) -> tuple[mx.array, mx.array]:
+def normal_factors(
+    path: str, in_width: int, out_width: int, rank: int, seed: int, experts: int | None = None
+) -> tuple[mx.array, mx.array]:
     """Return both factors normal with deviation 0.02, for a layer whose gains start at zero.
 
     Arguments and shapes as in kaiming_factors.
@@ -46,7 +55,10 @@ def normal_factors(path: str, in_width: int, out_width: int, rank: int, seed: in
     Source: AdaLoRA, arXiv 2303.10512, section 3.1; the deviation is that of its code and of PEFT's.
     """
     a_key, b_key = mx.random.split(path_key(path, seed))
-    return 0.02 * mx.random.normal((in_width, rank), key=a_key), 0.02 * mx.random.normal((rank, out_width), key=b_key)
+    shapes = ((in_width, rank), (rank, out_width))
+    if experts is not None:
+        shapes = ((experts, rank, in_width), (experts, out_width, rank))
+    return tuple(0.02 * mx.random.normal(shape, key=key) for shape, key in zip(shapes, (a_key, b_key), strict=True))
 
 
 def principal_factors(matrix: mx.array, rank: int, scale: float, key: mx.array) -> tuple[mx.array, mx.array]:

@@ -8,10 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora.adapters.bases import EMBEDDING, QUANTISED, base_dims, dense_weight, with_weight
 from mlx_lora.adapters.forms import ADAPTERS, adapter_class, base_of
 from mlx_lora.adapters.init import kaiming_factors, normal_factors, path_key, principal_factors
 from mlx_lora.adapters.layers import TRAINED
+from mlx_lora.adapters.parts import EMBEDDING, QUANTISED, SWITCH, base_dims, dense_weight, with_weight
 from mlx_lora.errors import InputError
 
 BIASES = ("none", "lora_only", "all")
@@ -63,25 +63,33 @@ def _adapted(
     base: nn.Module, path: str, rank: int, scale: float, dropout: float, seed: int, form: str, init: str
 ) -> nn.Module:
     """Return one layer, wrapped."""
-    dims = base_dims(base)
+    dims, experts = base_dims(base), _experts(base)
     wrap = adapter_class(base, form).from_base
     if init == "kaiming":
-        return wrap(base, kaiming_factors(path, *dims, rank, seed), scale, dropout)
+        return wrap(base, kaiming_factors(path, *dims, rank, seed, experts), scale, dropout)
     if init == "svd":
-        layer = wrap(base, normal_factors(path, *dims, rank, seed), scale, dropout)
-        layer.lora_e = mx.zeros((rank,))
+        layer = wrap(base, normal_factors(path, *dims, rank, seed, experts), scale, dropout)
+        layer.lora_e = mx.zeros((rank,) if experts is None else (experts, rank))
         return layer
     if rank > min(dims):
         raise InputError(
             f"--rank {rank} with --method pissa: {path} has {min(dims)} principal directions; lower it, or use lora"
         )
-    weight = dense_weight(base)
-    matrix = weight if isinstance(base, EMBEDDING) else weight.T  # (in, out)
-    a, b = principal_factors(matrix, rank, scale, path_key(path, seed))
+    weight, key = dense_weight(base), path_key(path, seed)
+    if experts is None:
+        matrix = weight if isinstance(base, EMBEDDING) else weight.T  # (in, out)
+        a, b = principal_factors(matrix, rank, scale, key)
+    else:
+        pairs = [principal_factors(expert, rank, scale, key) for expert in weight]  # (out, r), (r, in)
+        a, b = mx.stack([pair[1] for pair in pairs]), mx.stack([pair[0] for pair in pairs])
     layer = wrap(base, (a, b), scale, dropout)
     layer.start_a, layer.start_b = a, b
     mx.eval(layer.trainable_parameters())  # a weight at a time is dense, not all of them
     return layer
+
+
+def _experts(base: nn.Module) -> int | None:
+    return base.num_experts if isinstance(base, SWITCH) else None
 
 
 def fresh_factors(path: str, layer: nn.Module, seed: int) -> tuple[mx.array, mx.array]:
@@ -92,7 +100,8 @@ def fresh_factors(path: str, layer: nn.Module, seed: int) -> tuple[mx.array, mx.
         layer: an adapter layer.
         seed: of the run.
     """
-    return kaiming_factors(path, *base_dims(base_of(layer)), layer.lora_a.shape[1], seed)
+    base = base_of(layer)
+    return kaiming_factors(path, *base_dims(base), layer.lora_a.shape[1], seed, _experts(base))
 
 
 def train_in_full(model: nn.Module, paths: tuple[str, ...]) -> None:

@@ -27,38 +27,10 @@ from types import MappingProxyType
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.bases import dense_weight, with_weight
+from mlx_lora.adapters.parts import Dropout, dense_weight, with_weight
 
 # What training changes, wherever a layer has it.
 TRAINED = ("lora_a", "lora_b", "lora_e", "m")
-
-
-class Dropout(nn.Module):
-    """Dropout whose random draw can be taken apart from its use, so that it can be used twice.
-
-    A checkpointed block runs again in the backward pass and must drop the same features; mlx's own layer
-    draws anew there, and the gradient is of another function than the loss.
-    """
-
-    def __init__(self, probability: float):
-        super().__init__()
-        self.probability = probability
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is dropped now."""
-        return self.training and self.probability > 0
-
-    def draw(self) -> mx.array:
-        """Return a random key, (2,) uint32."""
-        return mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
-
-    def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
-        """Drop features of `x` by `key`, or by one drawn here."""
-        if not self.active:
-            return x
-        kept = 1 - self.probability
-        return mx.random.bernoulli(kept, x.shape, key=self.draw() if key is None else key) * x * (1 / kept)
 
 
 def effective_factors(layer: nn.Module) -> tuple[mx.array, mx.array]:
@@ -93,10 +65,14 @@ def merge_factors(layer: nn.Module, a: mx.array, b: mx.array) -> None:
     """
     b = layer.scale * b
     if "fixed_a" in layer:
-        a = mx.concatenate([layer.fixed_a, a], axis=1)
-        b = mx.concatenate([layer.fixed_b, b], axis=0)
-    if a.shape[1] > min(a.shape[0], b.shape[1]):
-        a, b = (mx.eye(a.shape[0]), a @ b) if a.shape[0] <= b.shape[1] else (a @ b, mx.eye(b.shape[1]))
+        a = mx.concatenate([layer.fixed_a, a], axis=layer.RANK_AXES["lora_a"])
+        b = mx.concatenate([layer.fixed_b, b], axis=layer.RANK_AXES["lora_b"])
+    wide, tall = (b, a) if a.ndim == 3 else (a, b)  # experts' are stored transposed: the product is B A
+    rows, columns = wide.shape[-2], tall.shape[-1]
+    if wide.shape[-1] > min(rows, columns):
+        unit = mx.broadcast_to(mx.eye(min(rows, columns)), (*wide.shape[:-2], *[min(rows, columns)] * 2))
+        wide, tall = (unit, wide @ tall) if rows <= columns else (wide @ tall, unit)
+        a, b = (tall, wide) if a.ndim == 3 else (wide, tall)
     layer.fixed_a, layer.fixed_b = a, b
     layer.freeze(keys=["fixed_a", "fixed_b"], recurse=False)
 

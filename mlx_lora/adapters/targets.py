@@ -10,12 +10,14 @@ from fnmatch import fnmatchcase
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.bases import LINEAR
 from mlx_lora.adapters.forms import adapter_class
 from mlx_lora.adapters.methods import Method
+from mlx_lora.adapters.parts import LINEAR, SWITCH
 from mlx_lora.errors import InputError
 
 ALL_LINEAR = "all-linear"
+# What mlx-lm's mixtures call the layers that decide which experts a token goes to.
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,25 @@ def select_targets(
     num_layers: int = -1,
     fits: Callable[[nn.Module], bool] = is_adaptable,
     flag: str = "--target-modules",
+    routers: bool = False,
 ) -> Targets:
     """Choose layers.
 
+    In a mixture of experts `all-linear` takes the experts and the shared ones: they are most of what a token
+    passes through, mlx-lm takes them too, and "LoRA Without Regret" (2025) finds adapters on attention alone
+    behind. It leaves out the routers, which mlx-lm takes and PEFT does not: a router that moves sends tokens to
+    experts not trained for them, and nothing here balances the load. Name one (`mlp.gate`) to adapt it. Experts
+    are many and each has its factors: `self_attn.*` makes a small adapter.
+
     Args:
         model: an mlx-lm model.
-        target_modules: `all-linear` (every linear layer of the blocks; heads and embeddings only by name),
+        target_modules: `all-linear` (every linear layer of the blocks but routers; heads and embeddings only by name),
             or names and shell patterns by comma: `q_proj`, `self_attn.*`, `*.layers.3.mlp.*`, `embed_tokens`.
             A name matches a whole path or the end of one after a dot, as in PEFT.
         num_layers: take only the last N blocks; 0 or less for all, as in mlx-lm. Layers outside blocks are not filtered.
         fits: which modules can be chosen at all: `is_adaptable`, or `has_weights` for training in full.
         flag: what the wish came from, for errors.
+        routers: count routers among `all-linear`, as mlx-lm means it when an adapter names no keys.
 
     Raises:
         InputError: naming every part that matches nothing, what filtered it, and what exists.
@@ -83,7 +93,8 @@ def select_targets(
     problems = []
     for wish in (part.strip() for part in target_modules.split(",")):
         if wish == ALL_LINEAR:
-            found = [p for p in allowed if in_block[p] and isinstance(fitting[p], LINEAR)]
+            found = [p for p in allowed if in_block[p] and isinstance(fitting[p], (*LINEAR, *SWITCH))]
+            found = [p for p in found if routers or ROUTERS.isdisjoint(p.split("."))]
         else:
             found = [p for p in allowed if matches(p, wish)]
         picked.update(found)

@@ -320,7 +320,7 @@ def _target_paths(model: nn.Module, config: dict[str, Any], folder: Path) -> tup
             f"{folder / CONFIG_FILE}: lora_parameters.keys is no list of names; restore it from a checkpoint"
         )
     wish = ",".join(keys) if keys else "all-linear"
-    return select_targets(model, wish, count or -1).paths
+    return select_targets(model, wish, count or -1, routers=not keys).paths
 
 
 def load_factors(model: nn.Module, file: Path) -> None:

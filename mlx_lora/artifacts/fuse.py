@@ -19,9 +19,9 @@ import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora.adapters.bases import QUANTISED, dense_weight
 from mlx_lora.adapters.forms import EMBEDDING_ADAPTERS, base_of
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.adapters.parts import QUANTISED, dense_weight
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable, replacing_folder
 from mlx_lora.models.converting import copy_side_files
@@ -65,7 +65,8 @@ def fuse_adapter(model: nn.Module, dequantize: bool) -> dict[str, Survival]:
         base = base_of(layer)
         whole = layer.fuse()
         if isinstance(base, QUANTISED) and not dequantize:
-            whole = whole.to_quantized(group_size=base.group_size, bits=base.bits, mode=base.mode)
+            own_scale = {"global_scale": True} if "global_scale" in base else {}  # of each nvfp4 expert
+            whole = whole.to_quantized(base.group_size, base.bits, base.mode, **own_scale)
         survival[path] = _survival(dense_weight(base), dense_weight(whole), layer.delta())
         fused.append((path, whole))
     model.update_modules(tree_unflatten(fused))

@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from gguf import GGUFWriter
 
-from mlx_lora.adapters.forms import DORA, EMBEDDING_ADAPTERS
+from mlx_lora.adapters.forms import DORA, EMBEDDING_ADAPTERS, EXPERT_ADAPTERS
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_file
@@ -43,6 +43,7 @@ def write_gguf_adapter(
     problems = [f"{path} has no tensor in a {architecture} GGUF" for path in layers if f"{path}.weight" not in places]
     problems += [f"{path} is an embedding" for path, layer in layers.items() if isinstance(layer, EMBEDDING_ADAPTERS)]
     problems += [f"{path} is a DoRA layer" for path, layer in layers.items() if isinstance(layer, DORA)]
+    problems += [f"{path} adapts experts" for path, layer in layers.items() if isinstance(layer, EXPERT_ADAPTERS)]
     problems += [f"{name} was trained in full" for name in full]
     problems += [] if layers else ["the model has no adapter"]
     if problems:

@@ -29,10 +29,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.bases import EMBEDDING, QUANTISED, base_dims, dense_weight
 from mlx_lora.adapters.dora import DoRAEmbedding
-from mlx_lora.adapters.forms import DORA, EMBEDDING_ADAPTERS, adapter_class
+from mlx_lora.adapters.forms import DORA, EMBEDDING_ADAPTERS, EXPERT_ADAPTERS, adapter_class
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.adapters.parts import EMBEDDING, QUANTISED, SWITCH, base_dims, dense_weight
+from mlx_lora.artifacts.peft_experts import expert_tensors
 from mlx_lora.artifacts.peft_full import full_for_peft, full_problems, full_tensors
 from mlx_lora.artifacts.peft_names import COPY, PREFIX, TENSOR, own_path, peft_path
 from mlx_lora.errors import InputError
@@ -185,10 +186,17 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float, 
         )
     if not layers:
         raise InputError(f"--out {folder}: the model has no adapter to write")
+    experts = expert_tensors(model.model_type, layers)
     tied = "lm_head" not in dict(model.named_modules())
     tensors: dict[str, mx.array] = {}
     shapes: dict[str, tuple[int, float]] = {}
+    for tensor in experts:
+        shapes[tensor.parameter] = tensor.rank, tensor.scale
+        tensors[f"{PREFIX}{tensor.module}.lora_A.weight"] = tensor.a
+        tensors[f"{PREFIX}{tensor.module}.lora_B.weight"] = tensor.b
     for path, layer in layers.items():
+        if isinstance(layer, EXPERT_ADAPTERS):
+            continue
         name = peft_path(path)
         shapes[name] = layer.lora_a.shape[1], layer.scale
         if isinstance(layer, EMBEDDING_ADAPTERS):
@@ -211,13 +219,19 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float, 
     with replacing_file(folder / PEFT_WEIGHTS) as temporary:
         mx.save_safetensors(str(temporary), tensors, metadata={"format": "pt"})
     with replacing_file(folder / PEFT_CONFIG) as temporary:
-        config = {**_peft_config(shapes, base_model, dropout), "use_dora": is_dora, "bias": bias}
+        parameters = [tensor.parameter for tensor in experts]
+        config = {**_peft_config(shapes, base_model, dropout, parameters), "use_dora": is_dora, "bias": bias}
         config |= {"modules_to_save": saved} if saved else {}
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _peft_config(shapes: dict[str, tuple[int, float]], base_model: str, dropout: float) -> dict[str, Any]:
-    """Return adapter_config.json: the commonest rank and alpha, patterns for layers that have others."""
+def _peft_config(
+    shapes: dict[str, tuple[int, float]], base_model: str, dropout: float, parameters: list[str]
+) -> dict[str, Any]:
+    """Return adapter_config.json: the commonest rank and alpha, patterns for layers that have others.
+
+    PEFT has no dropout on `parameters`, bare tensors, and refuses any beside them.
+    """
     ((rank, scale), _) = Counter(shapes.values()).most_common(1)[0]
     return {
         "peft_type": "LORA",
@@ -226,10 +240,11 @@ def _peft_config(shapes: dict[str, tuple[int, float]], base_model: str, dropout:
         "inference_mode": True,
         "r": rank,
         "lora_alpha": _number(scale * rank),
-        "lora_dropout": dropout,
+        "lora_dropout": 0.0 if parameters else dropout,
         "use_rslora": False,
         "fan_in_fan_out": False,
-        "target_modules": sorted(shapes),
+        "target_modules": sorted(shapes.keys() - parameters),
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
         # PEFT reads keys as regular expressions on the end of a layer's name.
         "rank_pattern": {re.escape(name): r for name, (r, _) in shapes.items() if r != rank},
         "alpha_pattern": {re.escape(name): _number(s * r) for name, (r, s) in shapes.items() if s * r != scale * rank},
@@ -274,7 +289,7 @@ def _shape_problems(
         base = modules.get(paths[layer] or "")
         if base is None or not {"A", "B"} <= sides.keys():
             continue
-        if adapter_class(base, "dora" if "m" in sides else "lora") is None:
+        if isinstance(base, SWITCH) or adapter_class(base, "dora" if "m" in sides else "lora") is None:
             problems.append(f"layer {layer} is a {type(base).__name__}, which we do not adapt so")
             continue
         (r, width), (out, other_r) = (tuple(header[sides[side]]["shape"]) for side in "AB")

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.bases import QUANTISED, dense_weight
+from mlx_lora.adapters.parts import QUANTISED, dense_weight
 from mlx_lora.artifacts.peft_names import BIAS, PREFIX, TENSOR, own_path, peft_path
 
 

@@ -5,7 +5,8 @@ Dequantise-then-GEMM pays one pass over the weight, then runs the dense kernel: 
 (training), by 100x on an x86 CPU. Where the second starts to win is measured (device.py), never assumed;
 `--quantized-matmul` forces one of them.
 
-Shapes: x (..., in), weight packed (out, in * bits / 32) uint32, scales and biases (out, in / group_size).
+Shapes: x (..., in), weight packed (out, in * bits / 32) uint32, scales and biases (out, in / group_size); the
+weight of E experts has them first.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from mlx_lora import device
 from mlx_lora.errors import InputError
@@ -52,6 +54,41 @@ def dequantised_matmul(x: mx.array, packed: list[mx.array], *, group_size: int, 
     return product(x, *packed)
 
 
+def dequantised_gather_mm(
+    x: mx.array, packed: list[mx.array], indices: mx.array, *, group_size: int, bits: int, mode: str
+) -> mx.array:
+    """Return each row of x times its expert's dequantised weight, keeping no dense weight for the backward pass.
+
+    All experts are dequantised at once: their rows are sorted on the device, so the host cannot tell which are used.
+
+    Args:
+        x: (N, M, in), float.
+        packed: as in `dequantised_matmul`, each with the experts first.
+        indices: (N,), the expert of each, ascending.
+        group_size, bits, mode: as mx.quantize took them.
+
+    Returns:
+        (N, M, out), in x's dtype; differentiable in x, the packed arrays get zero cotangents.
+    """
+
+    def dense(arrays: list[mx.array]) -> mx.array:
+        return mx.dequantize(*arrays, group_size=group_size, bits=bits, mode=mode).astype(x.dtype)  # (E, out, in)
+
+    @mx.custom_function
+    def product(x: mx.array, indices: mx.array, *arrays: mx.array) -> mx.array:
+        transposed = dense(list(arrays)).swapaxes(-1, -2)
+        return mx.gather_mm(x, transposed, rhs_indices=indices, sorted_indices=True)
+
+    @product.vjp
+    def product_vjp(primals, cotangent, _):
+        _, indices, *arrays = primals
+        again = dense([mx.depends(array, cotangent) for array in arrays])  # see `dequantised_matmul`
+        d = mx.gather_mm(cotangent, again, rhs_indices=indices, sorted_indices=True)
+        return (d, mx.zeros_like(indices), *(mx.zeros_like(array) for array in arrays))
+
+    return product(x, indices, *packed)
+
+
 def packed_arrays(layer: nn.Module) -> list[mx.array]:
     """Return a quantised layer's `[weight, scales]`, with `biases` in the affine mode."""
     arrays = [layer["weight"], layer["scales"]]
@@ -81,7 +118,29 @@ class MeasuredQuantizedEmbedding(nn.QuantizedEmbedding):
         return dequantised_matmul(x, packed_arrays(self), group_size=self.group_size, bits=self.bits, mode=self.mode)
 
 
-MEASURED = {nn.QuantizedLinear: MeasuredQuantizedLinear, nn.QuantizedEmbedding: MeasuredQuantizedEmbedding}
+class MeasuredQuantizedSwitchLinear(QuantizedSwitchLinear):
+    """Quantised experts that take the dense path when each has `dense_from_rows` rows on average.
+
+    Only sorted rows do: mlx-lm sorts them when there are many. The bound is the one of a plain product.
+    """
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        many = math.prod(x.shape[:-1]) >= self.dense_from_rows * self.num_experts
+        if not (sorted_indices and many and self._dense_bytes(x.dtype) <= device.dense_experts_bytes()):
+            return super().__call__(x, indices, sorted_indices=sorted_indices)
+        layout = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        y = dequantised_gather_mm(x, packed_arrays(self), indices, **layout)
+        return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
+
+    def _dense_bytes(self, dtype: mx.Dtype) -> int:
+        return self.num_experts * self.output_dims * self.input_dims * dtype.size
+
+
+MEASURED = {
+    nn.QuantizedLinear: MeasuredQuantizedLinear,
+    nn.QuantizedEmbedding: MeasuredQuantizedEmbedding,
+    QuantizedSwitchLinear: MeasuredQuantizedSwitchLinear,
+}
 FORCED_FROM_ROWS = {"packed": device.NEVER, "dense": 1}
 
 
@@ -138,10 +197,11 @@ def use_measured_matmul(model: nn.Module, path: str = "auto") -> MatmulPaths:
     others: Counter[str] = Counter()
     known: dict[tuple, int] = {}  # a model has many layers of a few kinds, and each look-up reads a file
     for _, layer in model.named_modules():
-        if type(layer) not in (*MEASURED, *MEASURED.values()):
+        # Experts with scales of their own (nvfp4) run on a GPU alone, packed.
+        if type(layer) not in (*MEASURED, *MEASURED.values()) or "global_scale" in layer:
             others.update([type(layer).__name__] if "scales" in layer else [])
             continue
-        shape = layer.weight.shape[0], layer.weight.shape[1] * 32 // layer.bits
+        shape = layer.weight.shape[-2], layer.weight.shape[-1] * 32 // layer.bits
         kind = (device.shape_class(shape), layer.bits, layer.group_size, layer.mode, layer.scales.dtype)
         if kind not in known:
             known[kind] = FORCED_FROM_ROWS.get(path) or device.dense_matmul_from_rows(*kind)

@@ -162,7 +162,28 @@ def quantise_model(
     return model, config, skipped, errors
 
 
+def dequantised_weight(layer: nn.Module) -> mx.array:
+    """Return a quantised layer's weight as floats, whatever its bits and mode.
+
+    Args:
+        layer: mlx's QuantizedLinear or QuantizedEmbedding, or mlx-lm's QuantizedSwitchLinear.
+
+    Returns:
+        (out, in), of experts (E, out, in), in the dtype of the scales (bfloat16 for the microscaling modes,
+        float32 where nvfp4 experts have a scale of their own).
+    """
+    layout = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    if "global_scale" not in layer:
+        return mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **layout)
+    own = zip(layer.weight, layer.scales, layer.global_scale, strict=True)
+    return mx.stack([mx.dequantize(weight, scales, global_scale=g, **layout) for weight, scales, g in own])
+
+
 def dequantise_model(model: nn.Module, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """Make a quantised mlx-lm model float; returns it, and its config without `quantization`."""
     plain = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
-    return mlx_lm.utils.dequantize_model(model), plain
+    # mlx-lm's function forgets experts' own scales.
+    scaled = {path: dequantised_weight(layer) for path, layer in model.named_modules() if "global_scale" in layer}
+    model = mlx_lm.utils.dequantize_model(model)
+    model.load_weights([(f"{path}.weight", weight) for path, weight in scaled.items()], strict=False)
+    return model, plain

@@ -11,7 +11,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.bases import LINEAR, base_dims
+from mlx_lora.adapters.parts import LINEAR, base_dims
 from mlx_lora.config import checkpoint_every
 from mlx_lora.training.checkpointing import Tape, checkpoint_blocks
 

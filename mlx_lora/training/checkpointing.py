@@ -23,13 +23,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from mlx_lora.adapters.bases import LINEAR
 from mlx_lora.adapters.forms import ADAPTERS, WITH_DROPOUT_KEY
+from mlx_lora.adapters.parts import LINEAR, SWITCH
 from mlx_lora.models.attention import Tiles, attention_gradient, tiled_attention
 
-PRODUCTS = (*ADAPTERS, *LINEAR, SwitchLinear, QuantizedSwitchLinear)
+PRODUCTS = (*ADAPTERS, *LINEAR, *SWITCH)
 
 Gradient = Callable[[Sequence[mx.array], mx.array, mx.array], Sequence[mx.array]]
 """(primals, cotangent, output) -> cotangents of the primals."""

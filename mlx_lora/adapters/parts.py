@@ -1,0 +1,77 @@
+"""What every adapter layer is made with: the kinds of base, their widths, their weight as floats, and dropout."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+from mlx_lora.models.quantize import dequantised_weight
+
+LINEAR = (nn.Linear, nn.QuantizedLinear)
+EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
+SWITCH = (SwitchLinear, QuantizedSwitchLinear)
+QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
+
+
+def base_dims(base: nn.Module) -> tuple[int, int]:
+    """Return (input width, output width) of a linear, expert or embedding base, quantised or not.
+
+    A packed row holds in * bits / 32 words. The product is taken before the division: mlx-lm's DoRA
+    divides first (`32 // bits`), which is wrong at 3, 5 and 6 bits.
+    """
+    rows, columns = base.weight.shape[-2:]
+    width = columns * 32 // base.bits if isinstance(base, QUANTISED) else columns
+    return (rows, width) if isinstance(base, EMBEDDING) else (width, rows)
+
+
+def dense_weight(base: nn.Module) -> mx.array:
+    """Return the base's weight as floats: (out, in), of experts (E, out, in), of an embedding (vocabulary, width)."""
+    return dequantised_weight(base) if isinstance(base, QUANTISED) else base.weight
+
+
+def with_weight(base: nn.Module, weight: mx.array) -> nn.Module:
+    """Return a dense layer of the base's kind with this weight, and the base's bias and float dtype.
+
+    Args:
+        base: linear, experts or embedding, quantised or not.
+        weight: as dense_weight gives it, any float dtype.
+    """
+    if isinstance(base, EMBEDDING):
+        dense = nn.Embedding(*weight.shape)
+    elif isinstance(base, SWITCH):
+        dense = SwitchLinear(weight.shape[2], weight.shape[1], weight.shape[0], bias="bias" in base)
+    else:
+        dense = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in base)
+    if "bias" in base:
+        dense.bias = base.bias
+    dense.weight = weight.astype(dense_weight(base).dtype)
+    return dense
+
+
+class Dropout(nn.Module):
+    """Dropout whose random draw can be taken apart from its use, so that it can be used twice.
+
+    A checkpointed block runs again in the backward pass and must drop the same features; mlx's own layer
+    draws anew there, and the gradient is of another function than the loss.
+    """
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.probability = probability
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is dropped now."""
+        return self.training and self.probability > 0
+
+    def draw(self) -> mx.array:
+        """Return a random key, (2,) uint32."""
+        return mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
+
+    def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
+        """Drop features of `x` by `key`, or by one drawn here."""
+        if not self.active:
+            return x
+        kept = 1 - self.probability
+        return mx.random.bernoulli(kept, x.shape, key=self.draw() if key is None else key) * x * (1 / kept)
