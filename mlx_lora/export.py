@@ -3,6 +3,10 @@
 python -m mlx_lora.export --model DIR --adapter-path my-adapter --to peft --out peft-adapter     PEFT, transformers
 python -m mlx_lora.export --model DIR --adapter-path my-adapter --to hf   --out merged           transformers
 python -m mlx_lora.export --model DIR --adapter-path my-adapter --to gguf-adapter --out a.gguf   llama.cpp --lora
+python -m mlx_lora.export --model DIR --adapter-path my-adapter --to gguf --out m.gguf           llama.cpp, LM Studio
+python -m mlx_lora.export --model DIR --adapter-path my-adapter --to ollama --out folder         ollama create
+
+The merged GGUF is F16 unless --gguf-type says otherwise; without --adapter-path it is the model itself.
 """
 
 from __future__ import annotations
@@ -16,43 +20,71 @@ from mlx_lora import cli
 from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter
 from mlx_lora.artifacts.fuse import write_fused
 from mlx_lora.artifacts.gguf import write_gguf_adapter
+from mlx_lora.artifacts.gguf_model import DEFAULT_TYPE, TYPES, write_gguf_model
 from mlx_lora.artifacts.peft import write_peft
 from mlx_lora.config import train_settings
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable
 from mlx_lora.models.load import Base, load_base
 
-FORMS = ("peft", "hf", "gguf-adapter")
-READERS = {"peft": "PEFT", "hf": "transformers", "gguf-adapter": "llama.cpp (--lora, on the base as GGUF)"}
+FORMS = ("peft", "hf", "gguf-adapter", "gguf")
+READERS = {
+    "peft": "PEFT",
+    "hf": "transformers",
+    "gguf-adapter": "llama.cpp (--lora, on the base as GGUF)",
+    "gguf": "llama.cpp",
+}
+MERGED_GGUF = ("gguf",)  # what does without an adapter, and has a --gguf-type
 # Where mlx-lm keeps transformers' names and layouts; others it renames or stacks (experts) while loading.
 SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 
 @click.command(cls=cli.Command)
 @cli.settings_options("model", leave_out=("quantized_matmul",))
-@click.option("--adapter-path", type=str, required=True, help="Adapter folder, ours, mlx-lm's or PEFT's.")
+@click.option(
+    "--adapter-path", type=str, default=None, help="Adapter folder, ours, mlx-lm's or PEFT's; --to gguf does without."
+)
 @click.option(
     "--to",
     "form",
     type=click.Choice(FORMS),
     required=True,
-    help="PEFT adapter, merged Hugging Face folder, or llama.cpp adapter.",
+    help="PEFT adapter, merged Hugging Face folder, llama.cpp adapter, or merged GGUF.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder or .gguf file to make.")
 @click.option(
     "--base-id", type=str, default=None, help="Hub id of the base that a PEFT adapter names [default: its own]."
 )
+@click.option(
+    "--gguf-type",
+    type=click.Choice(tuple(TYPES)),
+    default=None,
+    help=f"What the weights of a merged GGUF become; norms and biases stay f32 [default: {DEFAULT_TYPE}].",
+)
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
 @click.option("--force", is_flag=True, help="Replace what is in --out.")
 def main(
-    adapter_path: str, form: str, out: Path, base_id: str | None, ignore_fingerprint: bool, force: bool, **options: Any
+    adapter_path: str | None,
+    form: str,
+    out: Path,
+    base_id: str | None,
+    gguf_type: str | None,
+    ignore_fingerprint: bool,
+    force: bool,
+    **options: Any,
 ) -> None:
     """Write the adapter on --model in another program's form."""
     if base_id and form != "peft":
         raise InputError(f"--base-id with --to {form}: only a PEFT adapter names its base; leave it out")
+    if gguf_type and form not in MERGED_GGUF:
+        raise InputError(f"--gguf-type with --to {form}: only a merged GGUF has one; leave it out")
+    if not adapter_path and form not in MERGED_GGUF:
+        raise InputError(f"--to {form} without --adapter-path: there is nothing to write; give the adapter's folder")
     base = load_base(train_settings(cli.given(options)).model)
-    info = load_adapter(base, Path(adapter_path), ignore_fingerprint)
-    if form == "peft":
+    info = load_adapter(base, Path(adapter_path), ignore_fingerprint) if adapter_path else None
+    if form in MERGED_GGUF:
+        export_gguf(base, info, out, gguf_type or DEFAULT_TYPE, force)
+    elif form == "peft":
         export_peft(base, info, out, base_id, force)
     elif form == "hf":
         export_hf(base, info, out, force)
@@ -75,6 +107,13 @@ def export_gguf_adapter(base: Base, info: AdapterInfo, out: Path, force: bool) -
         raise InputError(f"--out {out}: exists; give a new .gguf file, or --force to replace one")
     check_writable(out.parent, "--out", needed_bytes=1_000_000)
     write_gguf_adapter(out, base.model, base.config, info.base_model)
+
+
+def export_gguf(base: Base, info: AdapterInfo | None, out: Path, gguf_type: str, force: bool) -> None:
+    """Write the merged model as one GGUF file."""
+    if out.is_dir() or (out.exists() and not force):
+        raise InputError(f"--out {out}: exists; give a new .gguf file, or --force to replace one")
+    write_gguf_model(out, base, gguf_type=gguf_type, name=out.stem, chat_template=info and info.chat_template)
 
 
 def export_hf(base: Base, info: AdapterInfo, out: Path, force: bool) -> None:
