@@ -21,20 +21,22 @@ from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter
 from mlx_lora.artifacts.fuse import write_fused
 from mlx_lora.artifacts.gguf import write_gguf_adapter
 from mlx_lora.artifacts.gguf_model import DEFAULT_TYPE, TYPES, write_gguf_model
+from mlx_lora.artifacts.ollama import write_ollama
 from mlx_lora.artifacts.peft import write_peft
 from mlx_lora.config import train_settings
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable
 from mlx_lora.models.load import Base, load_base
 
-FORMS = ("peft", "hf", "gguf-adapter", "gguf")
+FORMS = ("peft", "hf", "gguf-adapter", "gguf", "ollama")
 READERS = {
     "peft": "PEFT",
     "hf": "transformers",
     "gguf-adapter": "llama.cpp (--lora, on the base as GGUF)",
     "gguf": "llama.cpp",
+    "ollama": "Ollama (ollama create NAME -f Modelfile)",
 }
-MERGED_GGUF = ("gguf",)  # what does without an adapter, and has a --gguf-type
+MERGED_GGUF = ("gguf", "ollama")  # what does without an adapter, and has a --gguf-type
 # Where mlx-lm keeps transformers' names and layouts; others it renames or stacks (experts) while loading.
 SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
@@ -42,14 +44,17 @@ SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 @click.command(cls=cli.Command)
 @cli.settings_options("model", leave_out=("quantized_matmul",))
 @click.option(
-    "--adapter-path", type=str, default=None, help="Adapter folder, ours, mlx-lm's or PEFT's; --to gguf does without."
+    "--adapter-path",
+    type=str,
+    default=None,
+    help="Adapter folder, ours, mlx-lm's or PEFT's; gguf and ollama do without.",
 )
 @click.option(
     "--to",
     "form",
     type=click.Choice(FORMS),
     required=True,
-    help="PEFT adapter, merged Hugging Face folder, llama.cpp adapter, or merged GGUF.",
+    help="PEFT adapter, merged Hugging Face folder, llama.cpp adapter, merged GGUF, or Ollama's Modelfile with it.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder or .gguf file to make.")
 @click.option(
@@ -61,6 +66,12 @@ SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
     default=None,
     help=f"What the weights of a merged GGUF become; norms and biases stay f32 [default: {DEFAULT_TYPE}].",
 )
+@click.option(
+    "--ollama-base",
+    type=str,
+    default=None,
+    help="Ollama model or .gguf file that a Modelfile applies the adapter to [default: none, the merged model].",
+)
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
 @click.option("--force", is_flag=True, help="Replace what is in --out.")
 def main(
@@ -69,6 +80,7 @@ def main(
     out: Path,
     base_id: str | None,
     gguf_type: str | None,
+    ollama_base: str | None,
     ignore_fingerprint: bool,
     force: bool,
     **options: Any,
@@ -78,12 +90,21 @@ def main(
         raise InputError(f"--base-id with --to {form}: only a PEFT adapter names its base; leave it out")
     if gguf_type and form not in MERGED_GGUF:
         raise InputError(f"--gguf-type with --to {form}: only a merged GGUF has one; leave it out")
+    if ollama_base and (form != "ollama" or gguf_type or not adapter_path):
+        raise InputError(
+            "--ollama-base: goes with --to ollama and --adapter-path, and without --gguf-type; change those"
+        )
     if not adapter_path and form not in MERGED_GGUF:
         raise InputError(f"--to {form} without --adapter-path: there is nothing to write; give the adapter's folder")
     base = load_base(train_settings(cli.given(options)).model)
     info = load_adapter(base, Path(adapter_path), ignore_fingerprint) if adapter_path else None
-    if form in MERGED_GGUF:
+    if form == "gguf":
         export_gguf(base, info, out, gguf_type or DEFAULT_TYPE, force)
+    elif form == "ollama":
+        for note in write_ollama(
+            out, base, info, gguf_type=gguf_type or DEFAULT_TYPE, ollama_base=ollama_base, force=force
+        ):
+            cli.echo(f"  {note}")
     elif form == "peft":
         export_peft(base, info, out, base_id, force)
     elif form == "hf":

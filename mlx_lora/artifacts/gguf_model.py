@@ -93,7 +93,13 @@ class Planned:
 
 
 def write_gguf_model(
-    file: Path, base: Base, *, gguf_type: str = DEFAULT_TYPE, name: str, chat_template: str | None = None
+    file: Path,
+    base: Base,
+    *,
+    gguf_type: str = DEFAULT_TYPE,
+    name: str,
+    chat_template: str | None = None,
+    asked: Path | None = None,
 ) -> int:
     """Write `base.model` with its adapter, if it has one, as a GGUF model; all or nothing.
 
@@ -105,6 +111,7 @@ def write_gguf_model(
         gguf_type: key of TYPES.
         name: of the model, for the metadata.
         chat_template: the adapter's own, which then is the model's.
+        asked: what --out was, when that is not `file`.
 
     Returns:
         The file's size in bytes.
@@ -119,7 +126,7 @@ def write_gguf_model(
     n_rows = base.model.args.vocab_size
     template = chat_template or own_template(base.hf_tokenizer)
     vocabulary = tokenizer_vocabulary(base.hf_tokenizer, n_rows, sorted(base.tokenizer.eos_token_ids), template)
-    check_writable(file.parent, "--out", sum(tensor.n_bytes for tensor in planned))
+    check_writable(asked or file.parent, "--out", sum(tensor.n_bytes for tensor in planned))
     with replacing_file(file) as temporary:
         writer = GGUFWriter(str(temporary), architecture)
         writer.add_type("model")
