@@ -72,6 +72,8 @@ def tokenizer_vocabulary(
     tokens = _tokens(backend, n_rows)
     special = _special(tokenizer, n_rows)
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    if kind == "gpt2" and not merges:
+        raise InputError("--to gguf: a byte-level tokenizer without merges, which llama.cpp does not load; use --to hf")
     add_bos, add_eos = _framing(tokenizer)
     vocabulary = Vocabulary(
         model=kind,
