@@ -8,6 +8,7 @@ cut a set of probing texts into the same ids as the tokenizer it came from.
 from __future__ import annotations
 
 import json
+import unicodedata
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, pre_tokenizers
@@ -25,7 +26,7 @@ from mlx_lora.sources.gguf_tokenizer import (
     Vocabulary,
     build_tokenizer,
 )
-from mlx_lora.sources.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
+from mlx_lora.sources.pre_tokenizers import PRE_TOKENIZERS, PUBLISHED, PreTokenizer
 
 # Texts on which any two pre-tokenizers of the table differ. All are in Unicode's composed form: Qwen's tokenizer
 # composes first and llama.cpp does not, which is its own converter's choice too.
@@ -191,11 +192,14 @@ def _framing(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
 
 
 def _pre_tokenizer(backend: Tokenizer, ignore_merges: bool) -> str:
-    """Return the name of the pre-tokenizer that cuts texts as this one does.
+    """Return the name of the pre-tokenizer that cuts texts as this one does, or that stands for it in llama.cpp.
 
     Raises:
         InputError: the table has none.
     """
+    spelled = _spelled(backend)
+    if spelled in PUBLISHED:
+        return PUBLISHED[spelled]
     wanted = [_cut(backend.pre_tokenizer, text) for text in PROBES]
     cuts: dict[tuple[str, ...], bool] = {}
     found = []
@@ -211,6 +215,14 @@ def _pre_tokenizer(backend: Tokenizer, ignore_merges: bool) -> str:
         )
     # Where merges reach every token, taking whole words first changes nothing: prefer the name that says the same.
     return next((name for name in found if PRE_TOKENIZERS[name].ignore_merges == ignore_merges), found[0])
+
+
+def _spelled(backend: Tokenizer) -> str | None:
+    """Return the one pattern that a tokenizer.json spells out for its words, or None."""
+    words = json.loads(backend.to_str())["pre_tokenizer"] or {}
+    steps = words.get("pretokenizers", [words])
+    patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
+    return patterns[0] if len(patterns) == 1 else None
 
 
 def _words(recipe: PreTokenizer) -> pre_tokenizers.PreTokenizer:
@@ -236,7 +248,14 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> No
     rebuilt = build_tokenizer(vocabulary)
     step = max(1, len(vocabulary.tokens) // 400)
     words = [vocabulary.tokens[i] for i in range(0, len(vocabulary.tokens), step) if vocabulary.types[i] == NORMAL]
-    for text in (*PROBES, *(tokenizer.convert_tokens_to_string([word]) for word in words)):
+    texts = [*PROBES, *(tokenizer.convert_tokens_to_string([word]) for word in words)]
+    backend = tokenizer.backend_tokenizer
+    approximate = vocabulary.model == "gpt2" and _spelled(backend) in PUBLISHED
+    for text in texts:
+        if not unicodedata.is_normalized("NFC", text):  # see PROBES
+            continue
+        if approximate and _cut(backend.pre_tokenizer, text) != _cut(_words(PRE_TOKENIZERS[vocabulary.pre]), text):
+            continue
         wanted, found = tokenizer(text)["input_ids"], rebuilt.encode(text).ids
         if wanted != found:
             raise InputError(
