@@ -319,12 +319,10 @@ def differences(model, found) -> np.ndarray:
     return np.abs(np.concatenate(apart))
 
 
-def greedy(model, ids, count) -> list[int]:
-    """Return the continuation that the model itself finds likeliest, token by token."""
-    new: list[int] = []
-    for _ in range(count):
-        new.append(model(mx.array([ids + new]))[0, -1].argmax().item())
-    return new
+def says_the_same(model, ids, new) -> bool:
+    """Tell whether greedy decoding here gives `new` too: each token is the likeliest after those before it."""
+    logits = model(mx.array([ids + new[:-1]]))[0, len(ids) - 1 :]
+    return logits.argmax(axis=-1).tolist() == new
 
 
 def next_logprobs(judge, file, prompts) -> list[tuple[list[int], dict[int, float]]]:
@@ -379,9 +377,9 @@ def test_llamacpp_cuts_texts_into_our_ids(folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parity
-@pytest.mark.parametrize(("model", "size"), [(smollm2_gguf, 0.2), (gemma3_gguf, 0.02)])
+@pytest.mark.parametrize(("model", "size"), [(smollm2_gguf, 0.2), (gemma3_gguf, 0.03)])
 def test_llamacpp_says_what_we_say_on_real_models(model, size, judge, tmp_path):
-    """Float32 on both sides: Gemma's log-probabilities are apart by mlx-lm's 16-bit embedding scale, no more."""
+    """Float32 on both sides; what is left for Gemma is mostly mlx-lm's embedding scale, 25.25 for 25.298."""
     convert_model(resolve_model(str(model())), tmp_path / "m", target="float")
     random_adapter(tmp_path / "m", tmp_path / "a", size)
     file = exported(tmp_path / "m", tmp_path / "m.gguf", "--adapter-path", tmp_path / "a", *F32)
@@ -392,7 +390,8 @@ def test_llamacpp_says_what_we_say_on_real_models(model, size, judge, tmp_path):
     apart = differences(base.model, found)
     print(f"{model.__name__}: |d logp| mean {apart.mean():.4f}, max {apart.max():.4f}")
     assert apart.mean() < 0.01
-    assert differences(bare.model, found).mean() > 0.1
+    assert differences(bare.model, found).mean() > 50 * apart.mean()
+    assert not all(says_the_same(bare.model, ids, new) for ids, new, _ in found)
     for prompt, (ids, new, _) in zip(judge.PROMPTS, found, strict=True):
         assert base.hf_tokenizer(prompt)["input_ids"] == ids
-        assert greedy(base.model, ids, len(new)) == new, prompt
+        assert says_the_same(base.model, ids, new), prompt
