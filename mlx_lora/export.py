@@ -134,6 +134,8 @@ def export_gguf(base: Base, info: AdapterInfo | None, out: Path, gguf_type: str,
     """Write the merged model as one GGUF file."""
     if out.is_dir() or (out.exists() and not force):
         raise InputError(f"--out {out}: exists; give a new .gguf file, or --force to replace one")
+    if out.resolve() == Path(base.model_id).expanduser().resolve():
+        raise InputError(f"--out {out}: is the base; give another file")
     write_gguf_model(out, base, gguf_type=gguf_type, name=out.stem, chat_template=info and info.chat_template)
 
 

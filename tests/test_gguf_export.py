@@ -246,6 +246,8 @@ def test_an_existing_file_stays_unless_forced(folder, tmp_path):
     assert (tmp_path / "m.gguf").read_text() == "mine"
     assert export(folder, tmp_path / "m.gguf", "--force").code == 0
     assert read_gguf(tmp_path / "m.gguf").tensors
+    file = exported(folder, tmp_path / "q.gguf", "--gguf-type", "q8_0").path
+    one_line(export(file, file, "--force"), "is the base")
 
 
 def test_what_cannot_be_written_is_named(folder, tiny_folder, tmp_path):

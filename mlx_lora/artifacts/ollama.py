@@ -258,8 +258,9 @@ def _check_folder(out: Path, base: Base, force: bool) -> None:
             raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force to replace it")
         if not (out / MODELFILE).is_file():
             raise InputError(f"--out {out}: --force replaces a folder with a Modelfile only; give another folder")
-    if base.folder.resolve().is_relative_to(out):
-        raise InputError(f"--out {out}: holds the base {base.folder}; give another folder")
+    for place in (base.folder, Path(base.model_id).expanduser()):
+        if place.resolve().is_relative_to(out):
+            raise InputError(f"--out {out}: holds the base {place}; give another folder")
 
 
 def _from(ollama_base: str | None) -> str:
