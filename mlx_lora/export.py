@@ -4,6 +4,10 @@ python -m mlx_lora.export --model DIR --adapter-path my-adapter --to peft --out 
 python -m mlx_lora.export --model DIR --adapter-path my-adapter --to mlx-lm --out mlx-adapter    stock mlx-lm, any method
 python -m mlx_lora.export --model DIR --adapter-path my-adapter --to hf   --out merged           transformers
 python -m mlx_lora.export --model DIR --adapter-path my-adapter --to gguf-adapter --out a.gguf   llama.cpp --lora
+python -m mlx_lora.export --model DIR --adapter-path my-adapter --to gguf --out m.gguf           llama.cpp, LM Studio
+python -m mlx_lora.export --model DIR --adapter-path my-adapter --to ollama --out folder         ollama create
+
+The merged GGUF is F16 unless --gguf-type says otherwise; without --adapter-path it is the model itself.
 """
 
 from __future__ import annotations
@@ -17,48 +21,92 @@ from mlx_lora import cli
 from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
 from mlx_lora.artifacts.fuse import write_fused
 from mlx_lora.artifacts.gguf import write_gguf_adapter
+from mlx_lora.artifacts.gguf_model import DEFAULT_TYPE, TYPES, write_gguf_model
+from mlx_lora.artifacts.ollama import write_ollama
 from mlx_lora.artifacts.peft import write_peft
 from mlx_lora.config import train_settings
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable
 from mlx_lora.models.load import Base, load_base
 
-FORMS = ("peft", "mlx-lm", "hf", "gguf-adapter")
 READERS = {
     "peft": "PEFT",
     "mlx-lm": "stock mlx-lm (--adapter-path)",
     "hf": "transformers",
     "gguf-adapter": "llama.cpp (--lora, on the base as GGUF)",
+    "gguf": "llama.cpp",
+    "ollama": "Ollama (ollama create NAME -f Modelfile)",
 }
+MERGED_GGUF = ("gguf", "ollama")  # what does without an adapter, and has a --gguf-type
 # Where mlx-lm keeps transformers' names and layouts; others it renames or stacks (experts) while loading.
 SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 
 @click.command(cls=cli.Command)
 @cli.settings_options("model", leave_out=("quantized_matmul",))
-@click.option("--adapter-path", type=str, required=True, help="Adapter folder, ours, mlx-lm's or PEFT's.")
+@click.option(
+    "--adapter-path",
+    type=str,
+    default=None,
+    help="Adapter folder, ours, mlx-lm's or PEFT's; gguf and ollama do without.",
+)
 @click.option(
     "--to",
     "form",
-    type=click.Choice(FORMS),
+    type=click.Choice(tuple(READERS)),
     required=True,
-    help="PEFT or stock mlx-lm adapter, merged Hugging Face folder, or llama.cpp adapter.",
+    help="PEFT or stock mlx-lm adapter, merged Hugging Face folder, llama.cpp adapter, merged GGUF, or Ollama's Modelfile.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder or .gguf file to make.")
 @click.option(
     "--base-id", type=str, default=None, help="Hub id of the base that a PEFT adapter names [default: its own]."
 )
+@click.option(
+    "--gguf-type",
+    type=click.Choice(tuple(TYPES)),
+    default=None,
+    help=f"What the weights of a merged GGUF become; norms and biases stay f32 [default: {DEFAULT_TYPE}].",
+)
+@click.option(
+    "--ollama-base",
+    type=str,
+    default=None,
+    help="Ollama model or .gguf file that a Modelfile applies the adapter to [default: none, the merged model].",
+)
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
 @click.option("--force", is_flag=True, help="Replace what is in --out.")
 def main(
-    adapter_path: str, form: str, out: Path, base_id: str | None, ignore_fingerprint: bool, force: bool, **options: Any
+    adapter_path: str | None,
+    form: str,
+    out: Path,
+    base_id: str | None,
+    gguf_type: str | None,
+    ollama_base: str | None,
+    ignore_fingerprint: bool,
+    force: bool,
+    **options: Any,
 ) -> None:
     """Write the adapter on --model in another program's form."""
     if base_id and form != "peft":
         raise InputError(f"--base-id with --to {form}: only a PEFT adapter names its base; leave it out")
+    if gguf_type and form not in MERGED_GGUF:
+        raise InputError(f"--gguf-type with --to {form}: only a merged GGUF has one; leave it out")
+    if ollama_base and (form != "ollama" or gguf_type or not adapter_path):
+        raise InputError(
+            "--ollama-base: goes with --to ollama and --adapter-path, and without --gguf-type; change those"
+        )
+    if not adapter_path and form not in MERGED_GGUF:
+        raise InputError(f"--to {form} without --adapter-path: there is nothing to write; give the adapter's folder")
     base = load_base(train_settings(cli.given(options)).model)
-    info = load_adapter(base, Path(adapter_path), ignore_fingerprint)
-    if form == "peft":
+    info = load_adapter(base, Path(adapter_path), ignore_fingerprint) if adapter_path else None
+    if form == "gguf":
+        export_gguf(base, info, out, gguf_type or DEFAULT_TYPE, force)
+    elif form == "ollama":
+        for note in write_ollama(
+            out, base, info, gguf_type=gguf_type or DEFAULT_TYPE, ollama_base=ollama_base, force=force
+        ):
+            cli.echo(f"  {note}")
+    elif form == "peft":
         export_peft(base, info, out, base_id, force)
     elif form == "mlx-lm":
         export_mlx_lm(base, info, out, force)
@@ -98,6 +146,15 @@ def export_gguf_adapter(base: Base, info: AdapterInfo, out: Path, force: bool) -
         raise InputError(f"--out {out}: exists; give a new .gguf file, or --force to replace one")
     check_writable(out.parent, "--out", needed_bytes=1_000_000)
     write_gguf_adapter(out, base.model, base.config, info.base_model, info.full)
+
+
+def export_gguf(base: Base, info: AdapterInfo | None, out: Path, gguf_type: str, force: bool) -> None:
+    """Write the merged model as one GGUF file."""
+    if out.is_dir() or (out.exists() and not force):
+        raise InputError(f"--out {out}: exists; give a new .gguf file, or --force to replace one")
+    if out.resolve() == Path(base.model_id).expanduser().resolve():
+        raise InputError(f"--out {out}: is the base; give another file")
+    write_gguf_model(out, base, gguf_type=gguf_type, name=out.stem, chat_template=info and info.chat_template)
 
 
 def export_hf(base: Base, info: AdapterInfo, out: Path, force: bool) -> None:

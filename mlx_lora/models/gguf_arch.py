@@ -83,8 +83,8 @@ _QKV_BIASES = {
     "attn_v.bias": "self_attn.v_proj.bias",
 }
 _ATTENTION_BIASES = {**_QKV_BIASES, "attn_output.bias": "self_attn.o_proj.bias"}
-_ROPE_FACTORS = "rope_freqs.weight"  # (head_dim / 2,) divisors of Llama 3's RoPE frequencies
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+ROPE_FACTORS = "rope_freqs.weight"  # (head_dim / 2,) divisors of Llama 3's RoPE frequencies
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 class Settings:
@@ -125,7 +125,7 @@ def _llama_fields(settings: Settings, shared: dict[str, Any]) -> dict[str, Any]:
     fields["attention_bias"] = "blk.0.attn_q.bias" in settings.file.tensors
     if settings.has("attention.sliding_window"):
         fields["sliding_window"] = settings.count("attention.sliding_window")
-    factors = settings.file.tensors.get(_ROPE_FACTORS)
+    factors = settings.file.tensors.get(ROPE_FACTORS)
     if factors is not None:
         fields |= _llama3_scaling(settings, factors.dequantise().ravel(), shared)
     return fields
@@ -138,9 +138,9 @@ def _llama3_scaling(settings: Settings, factors: np.ndarray, shared: dict[str, A
         return {}
     expected = llama3_rope_factors(shared["head_dim"], shared["rope_theta"], factor)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
-        settings.problems.append(f"{_ROPE_FACTORS} is not Llama 3's RoPE scaling by {factor:g}")
+        settings.problems.append(f"{ROPE_FACTORS} is not Llama 3's RoPE scaling by {factor:g}")
         return {}
-    return {"rope_scaling": {"rope_type": "llama3", "factor": factor, **_LLAMA3_ROPE}}
+    return {"rope_scaling": {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}}
 
 
 def llama3_rope_factors(head_dim: int, theta: float, factor: float) -> np.ndarray:
@@ -149,8 +149,8 @@ def llama3_rope_factors(head_dim: int, theta: float, factor: float) -> np.ndarra
     Returns:
         (head_dim / 2,) float64: 1 for short wavelengths, `factor` for long ones, between them in between.
     """
-    low, high = _LLAMA3_ROPE["low_freq_factor"], _LLAMA3_ROPE["high_freq_factor"]
-    context = _LLAMA3_ROPE["original_max_position_embeddings"]
+    low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
+    context = LLAMA3_ROPE["original_max_position_embeddings"]
     wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = np.clip((context / wavelengths - low) / (high - low), 0, 1)
     return 1 / ((1 - smooth) / factor + smooth)
@@ -167,16 +167,20 @@ def _qwen3_fields(settings: Settings, shared: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gemma3_fields(settings: Settings, shared: dict[str, Any]) -> dict[str, Any]:
-    # llama.cpp derives the attention scale from the size class: only the 27B scales by width per head.
-    is_27b = shared["num_hidden_layers"] == 62
-    scalar = shared["hidden_size"] / shared["num_attention_heads"] if is_27b else shared["head_dim"]
     return {
-        "query_pre_attn_scalar": scalar,
+        "query_pre_attn_scalar": gemma3_attention_scalar(shared),
         "sliding_window": settings.count("attention.sliding_window"),
         "sliding_window_pattern": settings.count("attention.sliding_window_pattern", 6),
         "rope_local_base_freq": settings.number("rope.freq_base_swa", 10000.0),
         "hidden_activation": "gelu_pytorch_tanh",
     }
+
+
+def gemma3_attention_scalar(config: dict[str, Any]) -> float:
+    """Return what attention is scaled by (its square root): llama.cpp derives it from the size class."""
+    if config["num_hidden_layers"] == 62:  # only the 27B scales by width per head
+        return config["hidden_size"] / config["num_attention_heads"]
+    return config["head_dim"]
 
 
 ARCHITECTURES = {
@@ -297,17 +301,11 @@ def weight_map(file: GGUFFile, config: dict[str, Any]) -> dict[str, Weight]:
         InputError: naming all tensors that mlx-lm's model has no place for, and all that it lacks.
     """
     architecture = gguf_architecture(file)
-    places = {name: _weight(architecture, name, target, config) for name, target in _TOP.items()}
-    block = dict(architecture.block)
-    if not architecture.biases_optional or config.get("attention_bias"):
-        block |= architecture.biases
-    for layer in range(config["num_hidden_layers"]):
-        for name, target in block.items():
-            place = _weight(architecture, name, f"model.layers.{layer}.{target}", config)
-            places[f"blk.{layer}.{name}"] = place
+    biased = not architecture.biases_optional or bool(config.get("attention_bias"))
+    places = _places(architecture, config, biased)
     if config["tie_word_embeddings"]:
         del places["output.weight"]
-    absorbed = {_ROPE_FACTORS} if config["model_type"] == "llama" else set()
+    absorbed = {ROPE_FACTORS} if config["model_type"] == "llama" else set()
     unknown = [name for name in file.tensors if name not in places and name not in absorbed]
     missing = [name for name in places if name not in file.tensors]
     problems = [f"tensors missing: {_listed(missing)}"] if missing else []
@@ -329,20 +327,40 @@ def gguf_places(config: dict[str, Any]) -> tuple[str, dict[str, tuple[str, int]]
     Raises:
         InputError: an architecture that is not in the table.
     """
+    name, places = gguf_weights(config)
+    return name, {weight.name: (tensor, weight.rope_heads) for tensor, weight in places.items()}
+
+
+def gguf_weights(config: dict[str, Any]) -> tuple[str, dict[str, Weight]]:
+    """Return llama.cpp's name of a model's architecture, and every tensor that its files may have.
+
+    Args:
+        config: config.json, from GGUF or Hugging Face.
+
+    Returns:
+        The architecture, and {GGUF name: Weight} in the order of a file; a model has those it has.
+
+    Raises:
+        InputError: an architecture that is not in the table.
+    """
     kind = {"mistral": "llama"}.get(config.get("model_type"), config.get("model_type"))
     found = [name for name, row in ARCHITECTURES.items() if row.model_type == kind]
     if not found:
         known = ", ".join(row.model_type for row in ARCHITECTURES.values())
         raise InputError(f"{config.get('model_type')}: not among the models we write as GGUF ({known})")
-    row = ARCHITECTURES[found[0]]
-    heads = {"attn_q.weight": config["num_attention_heads"]}
-    heads["attn_k.weight"] = config.get("num_key_value_heads") or config["num_attention_heads"]
-    places = {target: (name, 0) for name, target in _TOP.items()}
+    key_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    return found[0], _places(ARCHITECTURES[found[0]], {**config, "num_key_value_heads": key_heads}, biased=True)
+
+
+def _places(architecture: Architecture, config: dict[str, Any], biased: bool) -> dict[str, Weight]:
+    """Return every tensor of an architecture's files, with or without the biases, and its place."""
+    block = architecture.block | (architecture.biases if biased else {})
+    places = {name: _weight(architecture, name, target, config) for name, target in _TOP.items()}
     for layer in range(config["num_hidden_layers"]):
-        for name, target in row.block.items():
-            permuted = heads.get(name, 0) if row.permuted else 0
-            places[f"model.layers.{layer}.{target}"] = f"blk.{layer}.{name}", permuted
-    return found[0], places
+        for name, target in block.items():
+            place = _weight(architecture, name, f"model.layers.{layer}.{target}", config)
+            places[f"blk.{layer}.{name}"] = place
+    return places
 
 
 def _weight(architecture: Architecture, name: str, target: str, config: dict[str, Any]) -> Weight:

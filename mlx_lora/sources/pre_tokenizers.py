@@ -70,3 +70,14 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
     "seed-coder": PreTokenizer((_SEED_CODER,)),
 }
+
+# Two published spellings that llama.cpp runs as an approximation of its own: combining marks and letters of scripts
+# with cases beyond A-Z are cut otherwise there. They are known by their text, as what they do is not the recipe's.
+_CASED_PUBLISHED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+{C}"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*{C}"
+)
+PUBLISHED = {
+    _CASED_PUBLISHED.replace("{C}", "") + rf"|\p{{N}}|{_CASED_TAIL}": "tekken",
+    _CASED_PUBLISHED.replace("{C}", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?") + rf"|\p{{N}}{{1,3}}|{_CASED_TAIL}": "gpt-4o",
+}

@@ -1,0 +1,253 @@
+"""A model, with the adapter on it folded in, as one GGUF file: what llama.cpp, Ollama and LM Studio run.
+
+    base + adapter, float32, one tensor at a time -> llama.cpp's order and offsets -> the chosen type -> file
+
+Types follow llama.cpp's converter: tensors of one axis (norms, biases) stay F32, and rows that a block type
+cannot divide are F16. In files of 4 and 5 bits the output head, or the embedding tied to it, is Q8_0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFWriter, LlamaFileType
+
+from mlx_lora.adapters.forms import ADAPTERS, EMBEDDING_ADAPTERS, base_of
+from mlx_lora.adapters.parts import EMBEDDING, QUANTISED, base_dims, dense_weight
+from mlx_lora.data.templates import own_template
+from mlx_lora.errors import InputError
+from mlx_lora.files import check_writable, replacing_file
+from mlx_lora.models.gguf_arch import Weight, gguf_weights, redo_rope_order
+from mlx_lora.models.gguf_settings import gguf_settings
+from mlx_lora.models.load import Base
+from mlx_lora.sources.tokenizer_vocabulary import tokenizer_metadata, tokenizer_vocabulary
+
+# --gguf-type: what matrices become, and the number that says so in the file.
+TYPES = {
+    "f32": (Kind.F32, LlamaFileType.ALL_F32),
+    "f16": (Kind.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (Kind.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (Kind.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+    "q4_1": (Kind.Q4_1, LlamaFileType.MOSTLY_Q4_1),
+    "q5_0": (Kind.Q5_0, LlamaFileType.MOSTLY_Q5_0),
+    "q5_1": (Kind.Q5_1, LlamaFileType.MOSTLY_Q5_1),
+}
+DEFAULT_TYPE = "f16"  # as llama.cpp's converter; `llama-quantize` makes K-quants of it
+_COARSE = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One float parameter of an adapted model, not yet computed.
+
+    Attributes:
+        shape: of the values, row-major.
+        values: computes them, float32.
+    """
+
+    shape: tuple[int, ...]
+    values: Callable[[], mx.array]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor of the file: its name, what it is computed from, and how it is stored."""
+
+    name: str
+    source: Source
+    place: Weight
+    kind: Kind
+
+    @property
+    def n_bytes(self) -> int:
+        return int(np.prod(gguf.quant_shape_to_byte_shape(self.source.shape, self.kind)))
+
+    def stored(self) -> np.ndarray:
+        """Compute the tensor as the file holds it.
+
+        Raises:
+            InputError: values that the type cannot hold.
+        """
+        values = np.array(self.source.values())  # a copy of ours: mlx's buffer is freed
+        if self.place.rope_heads:
+            values = redo_rope_order(values, self.place.rope_heads)
+        if self.place.offset:
+            values = values + np.float32(self.place.offset)
+        largest = np.abs(values).max()
+        limit = np.inf if self.kind in (Kind.F32, Kind.BF16) else np.finfo(np.float16).max
+        if not largest < limit:
+            raise InputError(
+                f"--gguf-type: {self.name} holds {largest:g}, which {self.kind.name} cannot; use bf16 or f32"
+                if np.isfinite(largest)
+                else f"--to gguf: {self.name} holds values that are not finite; the adapter or the base is broken"
+            )
+        return np.ascontiguousarray(gguf.quants.quantize(values, self.kind))
+
+
+def write_gguf_model(
+    file: Path,
+    base: Base,
+    *,
+    gguf_type: str = DEFAULT_TYPE,
+    name: str,
+    chat_template: str | None = None,
+    asked: Path | None = None,
+) -> int:
+    """Write `base.model` with its adapter, if it has one, as a GGUF model; all or nothing.
+
+    Memory holds the base and one float tensor beside it.
+
+    Args:
+        file: replaced whole.
+        base: adapted or not; not changed.
+        gguf_type: key of TYPES.
+        name: of the model, for the metadata.
+        chat_template: the adapter's own, which then is the model's.
+        asked: what --out was, when that is not `file`.
+
+    Returns:
+        The file's size in bytes.
+
+    Raises:
+        InputError: an architecture, settings, layers or a tokenizer that llama.cpp does not know, too little room.
+    """
+    kind, file_type = TYPES[gguf_type]
+    architecture, places = gguf_weights(base.config)
+    settings, extra = gguf_settings(base.model, architecture)
+    planned = _plan(base.model, architecture, places, kind)
+    n_rows = base.model.args.vocab_size
+    template = chat_template or own_template(base.hf_tokenizer)
+    vocabulary = tokenizer_vocabulary(base.hf_tokenizer, n_rows, sorted(base.tokenizer.eos_token_ids), template)
+    check_writable(asked or file.parent, "--out", sum(tensor.n_bytes for tensor in planned))
+    with replacing_file(file) as temporary:
+        writer = GGUFWriter(str(temporary), architecture)
+        writer.add_type("model")
+        writer.add_name(name)
+        writer.add_file_type(file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for key, value in settings.items():
+            _add(writer, f"{architecture}.{key}", value)
+        for key, value in tokenizer_metadata(vocabulary).items():
+            _add(writer, key, value)
+        _write_tensors(writer, planned, extra)
+    return file.stat().st_size
+
+
+def _write_tensors(writer: GGUFWriter, planned: list[Planned], extra: dict[str, np.ndarray]) -> None:
+    """Write table and data: the table first, from shapes alone, so that one tensor at a time is computed."""
+    for name, values in extra.items():
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
+    for tensor in planned:
+        writer.add_tensor_info(tensor.name, tensor.source.shape, np.float32, tensor.n_bytes, raw_dtype=tensor.kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    try:
+        for values in extra.values():
+            writer.write_tensor_data(values)
+        for tensor in planned:
+            writer.write_tensor_data(tensor.stored())
+    finally:
+        writer.close()
+
+
+def _plan(model: nn.Module, architecture: str, places: dict[str, Weight], kind: Kind) -> list[Planned]:
+    """Choose a type for every tensor that the model has, in the file's order.
+
+    Raises:
+        InputError: naming what the model has and the file has no place for, or the other way round.
+    """
+    sources = dict(merged_parameters(model))
+    known = {place.name for place in places.values()}
+    homeless = [name for name in sources if name not in known]
+    if homeless:
+        more = f" and {len(homeless) - 3} more" if len(homeless) > 3 else ""
+        raise InputError(
+            f"--to gguf: {', '.join(homeless[:3])}{more} have no tensor in a {architecture} GGUF; use --to peft or hf"
+        )
+    head = "lm_head.weight" if "lm_head.weight" in sources else "model.embed_tokens.weight"
+    return [
+        Planned(name, sources[place.name], place, _kind(sources[place.name].shape, kind, place.name == head))
+        for name, place in places.items()
+        if place.name in sources
+    ]
+
+
+def _kind(shape: tuple[int, ...], wanted: Kind, is_head: bool) -> Kind:
+    """Return how a tensor is stored."""
+    if len(shape) == 1:
+        return Kind.F32
+    kind = Kind.Q8_0 if is_head and wanted in _COARSE else wanted
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
+    return kind if shape[-1] % block == 0 else Kind.F16
+
+
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Source]]:
+    """Yield every parameter under its name without adapter and quantisation; nothing is computed yet.
+
+    Raises:
+        InputError: an embedding whose tied head is not adapted: one weight cannot be both.
+    """
+    adapter = None
+    # In this order an adapter's own parts come right after it.
+    for path, module in sorted(model.named_modules(), key=lambda item: item[0].split(".")):
+        if adapter is not None and path.startswith(f"{adapter}."):
+            continue
+        if isinstance(module, ADAPTERS):
+            adapter = path
+            if isinstance(module, EMBEDDING_ADAPTERS) and not module.adapts_head and "lm_head" not in model:
+                raise InputError(
+                    f"{path}: its adapter leaves the tied head alone, and one weight cannot hold both; "
+                    "keep the adapter apart"
+                )
+            base = base_of(module)
+            yield f"{path}.weight", Source(_weight_shape(base), _merged(base, module))
+            yield from _others(path, base)
+        elif isinstance(module, QUANTISED):
+            yield f"{path}.weight", Source(_weight_shape(module), _merged(module, None))
+            yield from _others(path, module)
+        else:
+            for name, value in module.items():
+                if isinstance(value, mx.array) and not name.startswith("_"):  # RoPE keeps its frequencies so
+                    yield f"{path}.{name}" if path else name, Source(value.shape, _floats(value))
+
+
+def _weight_shape(base: nn.Module) -> tuple[int, int]:
+    width, rows = base_dims(base)
+    return (width, rows) if isinstance(base, EMBEDDING) else (rows, width)
+
+
+def _others(path: str, base: nn.Module) -> Iterator[tuple[str, Source]]:
+    """Yield a layer's bias, when it has one."""
+    if "bias" in base:
+        yield f"{path}.bias", Source(base.bias.shape, _floats(base.bias))
+
+
+def _merged(base: nn.Module, adapter: nn.Module | None) -> Callable[[], mx.array]:
+    def values() -> mx.array:
+        weight = dense_weight(base).astype(mx.float32)
+        return weight if adapter is None else weight + adapter.delta()
+
+    return values
+
+
+def _floats(array: mx.array) -> Callable[[], mx.array]:
+    return lambda: array.astype(mx.float32)
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    """Add one metadata entry; GGUF has a type of its own for each kind of Python value."""
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    else:
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](key, value)

@@ -1,0 +1,264 @@
+"""Read a loaded tokenizer back into a `Vocabulary`, and write that as GGUF metadata.
+
+The judge is what the tokenizer does, not how its file spells it: which pre-tokenizer it has, whether it puts
+bos before a text or a space before the first word is found by encoding, and at the end the vocabulary must
+cut a set of probing texts into the same ids as the tokenizer it came from.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from mlx_lora.errors import InputError
+from mlx_lora.sources.gguf_tokenizer import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Vocabulary,
+    build_tokenizer,
+)
+from mlx_lora.sources.pre_tokenizers import PRE_TOKENIZERS, PUBLISHED, PreTokenizer
+
+# Texts on which any two pre-tokenizers of the table differ. All are in Unicode's composed form: Qwen's tokenizer
+# composes first and llama.cpp does not, which is its own converter's choice too.
+PROBES = (
+    "Hello world, it's a test; they'll DON'T we'VE I'm you'd He's",
+    "def main(args):\n    x = 12345 + 6.78e-9\n\treturn {'a': [1, 22, 333, 4444]}  # don't\n\n\n  end",
+    " leading  double   triple    spaces\t\ttabs \t mixed\r\nline\r\n\r\nends \n \n",
+    "camelCaseWords HTTPServer parseXMLFile ABCdef xY Zz iPhone",
+    "https://example.com/a/b?c=d&e=f//g\n// comment /* x */\n../path/to/file///\n/",
+    '$100 + €20 = <tag> ^~| `code` @user #hash 50% ... !!! ?! --- (a)[b]{c} "q" \\n :) a_b _c',
+    ".word ,word -word !Word ?word 'word \"word (word [word $word +word `word ~~word",
+    "你好，世界！这是一个测试。日本語のテキスト、カタカナ。한국어 문장입니다 中文English混排123数字",
+    "Привет, мир! Ελληνικά γράμματα Ünïcödé naïve café ÀÉÎ ŒUVRE straße",
+    "العربية نَصٌّ مُشَكَّل हिन्दी का पाठ ภาษาไทย תַּנַ״ךְ",
+    "🙂🙃 emoji 👩‍👩‍👧 flags 🇫🇷 — dash … ellipsis « guillemets » “quotes” ‘single’ x² ⅷ ½ №5 ①②",
+    "0 00 000 0000 00000 1a2b3c v1.2.3 3rd 2024-01-31 1,000,000 ٣٤٥ ३४५",
+    "a\nb\n c\n\nd \ne\n\n\nf   g\n    h\t\n",
+    "word\u00a0nbsp em\u2003space\u3000wide",
+)
+_MOST_ENDS = 2  # eot and eom, beside eos
+
+
+def tokenizer_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, n_rows: int, end_ids: list[int], chat_template: str | None
+) -> Vocabulary:
+    """Return what a tokenizer is made of.
+
+    Args:
+        tokenizer: as transformers loaded it.
+        n_rows: of the model's embedding: the vocabulary is filled up, or cut, to that many tokens.
+        end_ids: ids that end a generation.
+        chat_template: Jinja text, for the vocabulary.
+
+    Raises:
+        InputError: a kind of tokenizer that llama.cpp does not have, or one that it would not cut texts as.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError(f"{type(tokenizer).__name__}: no tokenizer.json behind it, and GGUF needs its tables; add one")
+    backend = tokenizer.backend_tokenizer
+    content = json.loads(backend.to_str())
+    model = content["model"]
+    kind = _kind(content)
+    added = {entry["id"]: entry for entry in content["added_tokens"]}
+    tokens = _tokens(backend, n_rows)
+    special = _special(tokenizer, n_rows)
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    if kind == "gpt2" and not merges:
+        raise InputError("--to gguf: a byte-level tokenizer without merges, which llama.cpp does not load; use --to hf")
+    add_bos, add_eos = _framing(tokenizer)
+    vocabulary = Vocabulary(
+        model=kind,
+        tokens=[token if token is not None else f"[PAD{i}]" for i, token in enumerate(tokens)],
+        types=[_type(i, token, kind, added.get(i), special) for i, token in enumerate(tokens)],
+        scores=_scores(tokens, merges) if kind == "llama" else [],
+        merges=merges if kind == "gpt2" else [],
+        pre=_pre_tokenizer(backend, bool(model.get("ignore_merges"))) if kind == "gpt2" else "default",
+        special=special,
+        add_bos=add_bos,
+        add_eos=add_eos,
+        add_space_prefix=kind == "llama" and tokenizer.tokenize("x")[0].startswith(SPACE),
+        chat_template=chat_template,
+    )
+    known = vocabulary.end_ids()  # llama.cpp finds most of them by their text, as we do
+    others = [i for i in end_ids if i not in known and i < n_rows]
+    special.update(zip(("eot", "eom")[:_MOST_ENDS], others, strict=False))
+    _check_ids(tokenizer, vocabulary)
+    return vocabulary
+
+
+def tokenizer_metadata(vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return the vocabulary as GGUF key-value pairs, what `vocabulary_from_metadata` reads."""
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
+    metadata: dict[str, Any] = {
+        "tokenizer.ggml.model": vocabulary.model,
+        "tokenizer.ggml.pre": vocabulary.pre,
+        "tokenizer.ggml.tokens": vocabulary.tokens,
+        "tokenizer.ggml.token_type": vocabulary.types,
+        **{f"tokenizer.ggml.{keys[name]}_token_id": i for name, i in vocabulary.special.items()},
+        "tokenizer.ggml.add_bos_token": vocabulary.add_bos,
+        "tokenizer.ggml.add_eos_token": vocabulary.add_eos,
+        "tokenizer.ggml.add_space_prefix": vocabulary.add_space_prefix,
+    }
+    if vocabulary.model == "llama":
+        metadata["tokenizer.ggml.scores"] = vocabulary.scores
+    else:
+        metadata["tokenizer.ggml.merges"] = [" ".join(pair) for pair in vocabulary.merges]
+    if vocabulary.chat_template:
+        metadata["tokenizer.chat_template"] = vocabulary.chat_template
+    return metadata
+
+
+def _kind(content: dict[str, Any]) -> str:
+    """Return GGUF's name of the kind of tokenizer.
+
+    Raises:
+        InputError: neither byte-level nor SentencePiece BPE.
+    """
+    model = content["model"]
+    if model["type"] == "BPE" and model.get("byte_fallback"):
+        return "llama"
+    if model["type"] == "BPE" and '"ByteLevel"' in json.dumps(content.get("pre_tokenizer")):
+        return "gpt2"
+    raise InputError(
+        f"--to gguf: a tokenizer of kind {model['type']}; we write byte-level BPE and SentencePiece BPE with byte "
+        "fallback, use --to peft or hf"
+    )
+
+
+def _tokens(backend: Tokenizer, n_rows: int) -> list[str | None]:
+    """Return the tokens by id; None where the embedding has a row and the tokenizer no token."""
+    tokens: list[str | None] = [None] * n_rows
+    for token, i in backend.get_vocab(with_added_tokens=True).items():
+        if i < n_rows:  # the model has no embedding of the others (Gemma 3's image token)
+            tokens[i] = token
+    return tokens
+
+
+def _special(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> dict[str, int]:
+    """Return the ids of the named special tokens."""
+    ids = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "unk": tokenizer.unk_token_id,
+        "pad": tokenizer.pad_token_id,
+    }
+    return {name: i for name, i in ids.items() if i is not None and i < n_rows}
+
+
+def _type(i: int, token: str | None, kind: str, added: dict[str, Any] | None, special: dict[str, int]) -> int:
+    """Return a token's type."""
+    if token is None:
+        return UNUSED
+    if kind == "llama" and special.get("unk") == i:
+        return UNKNOWN
+    if added is not None:
+        return CONTROL if added["special"] else USER_DEFINED
+    is_byte = kind == "llama" and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+    return BYTE if is_byte else NORMAL
+
+
+def _scores(tokens: list[str | None], merges: list[tuple[str, ...]]) -> list[float]:
+    """Return SentencePiece scores that give the merges: a token made by an earlier merge scores higher."""
+    ranks = {joined: rank for rank, joined in enumerate(dict.fromkeys(a + b for a, b in merges))}
+    return [-float(ranks.get(token or "", len(ranks))) for token in tokens]
+
+
+def _framing(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+    """Tell whether bos goes before, and eos after, every text.
+
+    Raises:
+        InputError: something else does.
+    """
+    plain = tokenizer("x", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("x")["input_ids"]
+    for bos in (False, True):
+        for eos in (False, True):
+            before = [tokenizer.bos_token_id] if bos else []
+            if before + plain + ([tokenizer.eos_token_id] if eos else []) == framed:
+                return bos, eos
+    raise InputError(
+        "--to gguf: the tokenizer puts other tokens around a text than bos and eos, which GGUF cannot say; use --to hf"
+    )
+
+
+def _pre_tokenizer(backend: Tokenizer, ignore_merges: bool) -> str:
+    """Return the name of the pre-tokenizer that cuts texts as this one does, or that stands for it in llama.cpp.
+
+    Raises:
+        InputError: the table has none.
+    """
+    spelled = _spelled(backend)
+    if spelled in PUBLISHED:
+        return PUBLISHED[spelled]
+    wanted = [_cut(backend.pre_tokenizer, text) for text in PROBES]
+    cuts: dict[tuple[str, ...], bool] = {}
+    found = []
+    for name, recipe in PRE_TOKENIZERS.items():
+        if recipe.patterns not in cuts:
+            cuts[recipe.patterns] = [_cut(_words(recipe), text) for text in PROBES] == wanted
+        if cuts[recipe.patterns]:
+            found.append(name)
+    if not found:
+        raise InputError(
+            f"--to gguf: pre-tokenizer {_shown(backend)} cuts words as none that llama.cpp is known to have "
+            f"({', '.join(sorted(PRE_TOKENIZERS))}); use --to peft or hf"
+        )
+    # Where merges reach every token, taking whole words first changes nothing: prefer the name that says the same.
+    return next((name for name in found if PRE_TOKENIZERS[name].ignore_merges == ignore_merges), found[0])
+
+
+def _spelled(backend: Tokenizer) -> str | None:
+    """Return the one pattern that a tokenizer.json spells out for its words, or None."""
+    words = json.loads(backend.to_str())["pre_tokenizer"] or {}
+    steps = words.get("pretokenizers", [words])
+    patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
+    return patterns[0] if len(patterns) == 1 else None
+
+
+def _words(recipe: PreTokenizer) -> pre_tokenizers.PreTokenizer:
+    words = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in recipe.patterns]
+    return pre_tokenizers.Sequence([*words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _cut(words: pre_tokenizers.PreTokenizer, text: str) -> list[str]:
+    return [piece for piece, _ in words.pre_tokenize_str(text)]
+
+
+def _shown(backend: Tokenizer, limit: int = 160) -> str:
+    text = json.dumps(json.loads(backend.to_str())["pre_tokenizer"], ensure_ascii=False)
+    return text if len(text) <= limit else text[:limit] + " ..."
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
+    """Compare ids on the probing texts, and on texts made of the vocabulary itself.
+
+    Raises:
+        InputError: a text whose ids differ.
+    """
+    rebuilt = build_tokenizer(vocabulary)
+    step = max(1, len(vocabulary.tokens) // 400)
+    words = [vocabulary.tokens[i] for i in range(0, len(vocabulary.tokens), step) if vocabulary.types[i] == NORMAL]
+    texts = [*PROBES, *(tokenizer.convert_tokens_to_string([word]) for word in words)]
+    backend = tokenizer.backend_tokenizer
+    approximate = vocabulary.model == "gpt2" and _spelled(backend) in PUBLISHED
+    for text in texts:
+        if not unicodedata.is_normalized("NFC", text):  # see PROBES
+            continue
+        if approximate and _cut(backend.pre_tokenizer, text) != _cut(_words(PRE_TOKENIZERS[vocabulary.pre]), text):
+            continue
+        wanted, found = tokenizer(text)["input_ids"], rebuilt.encode(text).ids
+        if wanted != found:
+            raise InputError(
+                f"--to gguf: {text[:40]!r} is {wanted[:12]} here and would be {found[:12]} in llama.cpp, by its "
+                f"rules for {vocabulary.pre if vocabulary.model == 'gpt2' else 'SentencePiece'}; use --to peft or hf"
+            )

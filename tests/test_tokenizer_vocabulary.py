@@ -1,0 +1,167 @@
+"""Tokenizers read back as GGUF vocabularies: pre-tokenizers known by what they do, ids unchanged."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from tiny_vocabularies import byte_level_vocabulary, spm_model, spm_vocabulary
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from varied_strings import varied_strings
+
+from mlx_lora.errors import InputError
+from mlx_lora.sources.gguf_tokenizer import build_tokenizer, vocabulary_from_metadata
+from mlx_lora.sources.pre_tokenizers import PRE_TOKENIZERS
+from mlx_lora.sources.pre_tokenizers import PUBLISHED as SPELLED
+from mlx_lora.sources.tokenizer_vocabulary import PROBES, _cut, _words, tokenizer_metadata, tokenizer_vocabulary
+
+# As the published tokenizer.json files spell them.
+_INSENSITIVE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def split(*patterns):
+    words = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    return pre_tokenizers.Sequence([*words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def byte_level(**options):
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, **options)
+
+
+PUBLISHED = {
+    # name: (pre-tokenizer, ignore_merges, normalizer)
+    "gpt-2": (byte_level(), False, None),
+    "smollm": (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level()]), False, None),
+    "llama-bpe": (split(_INSENSITIVE + r"\p{N}{1,3}" + _TAIL), True, None),
+    "dbrx": (split(_INSENSITIVE + r"\p{N}{1,3}" + _TAIL), False, None),
+    "qwen2": (split(_INSENSITIVE + r"\p{N}" + _TAIL), False, normalizers.NFC()),
+    "deepseek-v3": (split(*PRE_TOKENIZERS["deepseek-v3"].patterns), False, None),
+    "falcon": (
+        pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Punctuation("contiguous"),
+                byte_level(),
+                pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+            ]
+        ),
+        False,
+        None,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def entries():
+    return byte_level_vocabulary("gpt-2", n_tokens=1200)
+
+
+def byte_tokenizer(entries, words, ignore_merges=False, normalizer=None, **special) -> PreTrainedTokenizerFast:
+    merges = [tuple(merge.split(" ")) for merge in entries["merges"]]
+    vocab = {token: i for i, token in enumerate(entries["tokens"])}
+    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))
+    backend.pre_tokenizer = words
+    backend.decoder = decoders.ByteLevel()
+    if normalizer:
+        backend.normalizer = normalizer
+    backend.add_special_tokens([AddedToken(token, special=True) for token in entries["tokens"][:3]])
+    named = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", **special}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **named)
+
+
+def test_any_two_pre_tokenizers_differ_on_the_probes():
+    recipes = {recipe.patterns: recipe for recipe in PRE_TOKENIZERS.values()}
+    cuts = [[_cut(_words(recipe), text) for text in PROBES] for recipe in recipes.values()]
+    assert len(cuts) > 10
+    assert all(a != b for a, b in itertools.combinations(cuts, 2))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_spellings_are_known_by_what_they_do(name, entries):
+    tokenizer = byte_tokenizer(entries, *PUBLISHED[name])
+    vocabulary = tokenizer_vocabulary(tokenizer, len(entries["tokens"]), [2], None)
+    assert vocabulary.pre == name
+    rebuilt = build_tokenizer(vocabulary_from_metadata(tokenizer_metadata(vocabulary)))
+    for text in varied_strings(300):
+        if not (normalizer := PUBLISHED[name][2]) or normalizer.normalize_str(text) == text:
+            assert rebuilt.encode(text).ids == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize(("pattern", "name"), SPELLED.items())
+def test_spellings_that_llama_cpp_approximates_are_known_by_their_text(pattern, name, entries):
+    tokenizer = byte_tokenizer(entries, split(pattern), ignore_merges=True)
+    vocabulary = tokenizer_vocabulary(tokenizer, len(entries["tokens"]), [], None)
+    assert vocabulary.pre == name
+    rebuilt = build_tokenizer(vocabulary)
+    plain = [text for text in varied_strings(300) if text.isascii()]
+    assert len(plain) > 50
+    assert all(rebuilt.encode(text).ids == tokenizer(text)["input_ids"] for text in plain)
+    with pytest.raises(InputError, match=r"none that llama\.cpp is known to have"):
+        tokenizer_vocabulary(byte_tokenizer(entries, split(pattern + "|x")), len(entries["tokens"]), [], None)
+
+
+def test_metadata_reads_back_as_the_same_vocabulary(entries):
+    tokenizer = byte_tokenizer(entries, byte_level(), pad_token="<|endoftext|>")
+    vocabulary = tokenizer_vocabulary(tokenizer, len(entries["tokens"]) + 5, [2, 300], "{{ messages }}")
+    assert vocabulary_from_metadata(tokenizer_metadata(vocabulary)) == vocabulary
+    assert vocabulary.special == {"bos": 1, "eos": 2, "pad": 0, "eot": 300}
+    assert vocabulary.tokens[-5:] == [f"[PAD{len(entries['tokens']) + i}]" for i in range(5)]
+    assert vocabulary.types[-5:] == [5] * 5
+    assert vocabulary.types[:4] == [3, 3, 3, 1]
+    cut = tokenizer_vocabulary(tokenizer, len(entries["tokens"]) + 5, [2], None)
+    assert "eot" not in cut.special
+
+
+def test_tokens_beyond_the_embedding_are_left_out(entries):
+    tokenizer = byte_tokenizer(entries, byte_level())
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    vocabulary = tokenizer_vocabulary(tokenizer, len(entries["tokens"]), [], None)
+    assert vocabulary.tokens == entries["tokens"]
+
+
+@pytest.mark.parametrize("add_space_prefix", [True, False])
+def test_sentencepiece_scores_are_found_again(add_space_prefix):
+    entries = spm_vocabulary(spm_model(), add_space_prefix)
+    backend = build_tokenizer(vocabulary_from_metadata({f"tokenizer.ggml.{k}": v for k, v in entries.items()}))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    vocabulary = tokenizer_vocabulary(tokenizer, len(entries["tokens"]), [], None)
+    assert vocabulary.tokens == entries["tokens"]
+    assert vocabulary.types == entries["token_type"]
+    assert (vocabulary.add_bos, vocabulary.add_eos, vocabulary.add_space_prefix) == (True, False, add_space_prefix)
+    rebuilt = build_tokenizer(vocabulary_from_metadata(tokenizer_metadata(vocabulary)))
+    for text in varied_strings(300):
+        assert rebuilt.encode(text).ids == backend.encode(text).ids
+
+
+def test_what_llama_cpp_has_not_is_named(entries):
+    n_tokens = len(entries["tokens"])
+    odd = byte_tokenizer(entries, split("[aeiou]+"))
+    with pytest.raises(
+        InputError, match=r"pre-tokenizer .*\[aeiou\]\+.* none that llama.cpp is known to have \(.*qwen2"
+    ):
+        tokenizer_vocabulary(odd, n_tokens, [], None)
+    lower = byte_tokenizer(entries, byte_level(), False, normalizers.Lowercase())
+    with pytest.raises(InputError, match=r"Hello world.*would be .* by its rules for gpt-2"):
+        tokenizer_vocabulary(lower, n_tokens, [], None)
+    backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁x", -1.0)], unk_id=0))
+    with pytest.raises(InputError, match="kind Unigram"):
+        tokenizer_vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend), 2, [], None)
+
+
+def test_other_tokens_around_a_text_are_refused(entries):
+    tokenizer = byte_tokenizer(entries, byte_level())
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"x": {"id": "x", "ids": [77], "tokens": [entries["tokens"][77]]}},
+    }
+    framed = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)), bos_token="<|im_start|>", eos_token="<|im_end|>"
+    )
+    with pytest.raises(InputError, match="other tokens around a text"):
+        tokenizer_vocabulary(framed, len(entries["tokens"]), [], None)
