@@ -128,7 +128,7 @@ def test_transformers_builds_the_same_model_from_the_folder(name: str, tmp_path:
     model, _ = write_case(name, tmp_path / "m.gguf")
     convert_model(resolve_model(str(tmp_path / "m.gguf")), tmp_path / "out", target="float")
     judge, report = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        tmp_path / "out", dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
     )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
