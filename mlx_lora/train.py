@@ -50,11 +50,17 @@ from mlx_lora.training.trainer import Outcome, mean_loss, total_steps, train
 
 
 @click.command(cls=cli.Command)
-@click.option("-c", "--config", "config_file", type=str, help="YAML file of settings; flags beat it.")
+@click.option(
+    "-c",
+    "--config",
+    "config_file",
+    type=str,
+    help="YAML file of settings, ours, mlx-lm's, Axolotl's or LLaMA-Factory's; flags beat it.",
+)
 @cli.settings_options("model", "data", "adapter", "optimizer", "loop")
 def main(config_file: str | None, **options: Any) -> int:
     """Train a LoRA adapter on --data over the frozen --model and write it to --adapter-path."""
-    settings = train_settings(cli.given(options), config_file)
+    settings = train_settings(cli.given(options), config_file, cli.echo)
     if settings.loop.short_buffers:
         device.restart_with_short_buffers()
     check_run_folder(settings)
