@@ -9,13 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mlx_lora.errors import InputError
-from mlx_lora.migration.migrate import migrate
+from mlx_lora.migration.migrate import read_settings
 
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "completions", "text")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -197,7 +194,7 @@ def train_settings(
     values = dict(flags)
     if config_file:
         beaten = {other for pair in TWO_NAMES for one, other in (pair, pair[::-1]) if one in flags}
-        content = migrate(read_yaml(config_file), known, flags.keys() | beaten, config_file, say)
+        content = read_settings(config_file, known, flags.keys() | beaten, say)
         values = {**{key: value for key, value in content.items() if key not in beaten}, **flags}
     problems = [
         f"{config_file or 'settings'}: unknown setting {key!r}{_near(key, known)}" for key in values if key not in known
@@ -214,23 +211,6 @@ def train_settings(
     if problems:
         raise InputError("; ".join(problems))
     return settings
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """Read a flat YAML settings file; keys come back with underscores.
-
-    Raises:
-        InputError: when the file is missing, not UTF-8 YAML, or not a mapping.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--config {path}: cannot be read ({error.strerror}); give a YAML file") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--config {path}: not YAML ({' '.join(str(error).split())}); mend the file") from None
-    if not isinstance(content, dict):
-        raise InputError(f"--config {path}: holds no settings; write one `flag_name: value` per line")
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
 def flag_of(name: str) -> str:
