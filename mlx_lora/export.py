@@ -22,6 +22,7 @@ from mlx_lora.config import train_settings
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable
 from mlx_lora.models.load import Base, load_base
+from mlx_lora.sources.hub import resolve_adapter
 
 FORMS = ("peft", "mlx-lm", "hf", "gguf-adapter")
 READERS = {
@@ -36,7 +37,7 @@ SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 @click.command(cls=cli.Command)
 @cli.settings_options("model", leave_out=("quantized_matmul",))
-@click.option("--adapter-path", type=str, required=True, help="Adapter folder, ours, mlx-lm's or PEFT's.")
+@click.option("--adapter-path", type=str, required=True, help="Adapter folder or hub id, ours, mlx-lm's or PEFT's.")
 @click.option(
     "--to",
     "form",
@@ -48,16 +49,25 @@ SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 @click.option(
     "--base-id", type=str, default=None, help="Hub id of the base that a PEFT adapter names [default: its own]."
 )
+@click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
 @click.option("--force", is_flag=True, help="Replace what is in --out.")
 def main(
-    adapter_path: str, form: str, out: Path, base_id: str | None, ignore_fingerprint: bool, force: bool, **options: Any
+    adapter_path: str,
+    adapter_revision: str | None,
+    form: str,
+    out: Path,
+    base_id: str | None,
+    ignore_fingerprint: bool,
+    force: bool,
+    **options: Any,
 ) -> None:
     """Write the adapter on --model in another program's form."""
     if base_id and form != "peft":
         raise InputError(f"--base-id with --to {form}: only a PEFT adapter names its base; leave it out")
+    adapter = resolve_adapter(adapter_path, adapter_revision)
     base = load_base(train_settings(cli.given(options)).model)
-    info = load_adapter(base, Path(adapter_path), ignore_fingerprint)
+    info = load_adapter(base, adapter, ignore_fingerprint)
     if form == "peft":
         export_peft(base, info, out, base_id, force)
     elif form == "mlx-lm":
