@@ -15,9 +15,11 @@ import click
 
 from mlx_lora import cli
 from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
+from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
 from mlx_lora.artifacts.fuse import write_fused
 from mlx_lora.artifacts.gguf import write_gguf_adapter
 from mlx_lora.artifacts.peft import write_peft
+from mlx_lora.artifacts.push import check_repo, push
 from mlx_lora.config import train_settings
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable
@@ -31,6 +33,7 @@ READERS = {
     "hf": "transformers",
     "gguf-adapter": "llama.cpp (--lora, on the base as GGUF)",
 }
+CARD_LIBRARIES = {"peft": "peft", "mlx-lm": "mlx"}  # what gets a model card, and the library that it names
 # Where mlx-lm keeps transformers' names and layouts; others it renames or stacks (experts) while loading.
 SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
@@ -52,6 +55,8 @@ SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
 @click.option("--force", is_flag=True, help="Replace what is in --out.")
+@click.option("--push-to-hub", type=str, default=None, help="Upload what was written to this hub id, owner/name.")
+@click.option("--private", is_flag=True, help="Make that repository private.")
 def main(
     adapter_path: str,
     adapter_revision: str | None,
@@ -60,11 +65,14 @@ def main(
     base_id: str | None,
     ignore_fingerprint: bool,
     force: bool,
+    push_to_hub: str | None,
+    private: bool,
     **options: Any,
 ) -> None:
     """Write the adapter on --model in another program's form."""
     if base_id and form != "peft":
         raise InputError(f"--base-id with --to {form}: only a PEFT adapter names its base; leave it out")
+    check_push(push_to_hub, private)
     adapter = resolve_adapter(adapter_path, adapter_revision)
     base = load_base(train_settings(cli.given(options)).model)
     info = load_adapter(base, adapter, ignore_fingerprint)
@@ -76,7 +84,20 @@ def main(
         export_hf(base, info, out, force)
     else:
         export_gguf_adapter(base, info, out, force)
+    if form in CARD_LIBRARIES:
+        card = write_card(out, CARD_LIBRARIES[form], base, info, read_facts(adapter), base_id, push_to_hub)
+        cli.echo(f"{out / CARD_FILE}: {'the model card' if card else 'yours, left as it is'}")
     cli.echo(f"{out}: written for {READERS[form]}")
+    if push_to_hub:
+        cli.echo(f"{push_to_hub}: uploaded, {push(out, push_to_hub, private)}")
+
+
+def check_push(repo: str | None, private: bool) -> None:
+    """Refuse a hub id that cannot be, and --private without one, before the work."""
+    if repo is not None:
+        check_repo(repo)
+    elif private:
+        raise InputError("--private without --push-to-hub: nothing is uploaded; give both, or neither")
 
 
 def check_new_folder(out: Path, force: bool) -> None:

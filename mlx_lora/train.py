@@ -31,6 +31,7 @@ from mlx_lora.artifacts.adapter import (
     read_adapter_config,
     save_adapter,
 )
+from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
 from mlx_lora.config import AdapterSettings, TrainSettings, train_settings
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
@@ -174,7 +175,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     finally:
         progress.close()
         metrics.close()
-    say_outcome(folder, outcome)
+    say_outcome(folder, outcome, base, info)
     return outcome
 
 
@@ -318,9 +319,11 @@ def reporting_sinks(settings: TrainSettings) -> list[Any]:
     return [sink]
 
 
-def say_outcome(folder: Path, outcome: Outcome) -> None:
-    """Print where the result lies."""
+def say_outcome(folder: Path, outcome: Outcome, base: Base, info: AdapterInfo) -> None:
+    """Write the model card, and print where the result lies."""
     file = folder / WEIGHTS_FILE
+    if file.exists() and not write_card(folder, "mlx", base, info, read_facts(folder)):
+        cli.echo(f"{folder / CARD_FILE}: yours, left as it is")
     size = f"adapter of {file.stat().st_size / 1e6:.1f} MB" if file.exists() else "nothing to save"
     val = "" if outcome.val_loss is None else f", held-out loss {outcome.val_loss:.4f}"
     cli.echo(f"{outcome.steps} steps done{val}; {size} in {folder}")

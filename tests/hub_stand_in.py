@@ -58,6 +58,10 @@ class Hub(BaseHTTPRequestHandler):
             **FILES,
             **{name: sorted(p.name for p in folder.iterdir()) for name, folder in self.server.folders.items()},
         }
+        if (name := path.removeprefix("api/models/")) in self.server.repos:
+            return self.answer(
+                {"id": name, "sha": COMMIT, "private": self.server.repos[name]["private"], "siblings": []}
+            )
         repo = max((name for name in listed if name in path), key=len, default=None)
         if repo is None:
             return self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
@@ -94,9 +98,10 @@ class Hub(BaseHTTPRequestHandler):
         if path == "api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            private = asked.get("visibility") == "private" or bool(asked.get("private"))  # newer clients, older ones
             known = name in self.server.repos
-            self.server.repos.setdefault(name, {"private": asked.get("private"), "files": {}})
-            return self.answer({"url": f"http://hub/{name}", "name": name}, 409 if known else 200)
+            self.server.repos.setdefault(name, {"private": private, "files": {}})
+            return self.answer({"url": self.url(name), "name": name}, 409 if known else 200)
         repo = "/".join(path.split("/")[2:4])
         if "/preupload/" in path:
             modes = [

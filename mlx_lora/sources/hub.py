@@ -285,7 +285,7 @@ def _snapshot(
         if isinstance(error, OSError) and error.errno is not None:
             raise RunError(f"{what}: cannot be stored ({error.strerror}); check the cache folder (HF_HOME)") from None
         raise InputError(
-            f"{what}: download failed ({_first_line(error)}); check the connection, then run again"
+            f"{what}: download failed ({first_line(error)}); check the connection, then run again"
         ) from None
     return Path(folder)
 
@@ -294,8 +294,9 @@ def _why_unreachable(error: LocalEntryNotFoundError) -> str:
     cause = error.__cause__
     if isinstance(cause, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it or download the files on a connected machine"
-    return f"the hub cannot be reached ({_first_line(cause or error)}); check the connection"
+    return f"the hub cannot be reached ({first_line(cause or error)}); check the connection"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return an error's first line of text, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
