@@ -142,6 +142,12 @@ def test_a_quantised_base_is_no_base_for_transformers(place, tiny_4bit_folder, t
     assert "OWNER/FLOAT-MODEL" in text
 
 
+def test_layers_of_different_ranks_are_padded_for_mlx_lm(tiny_folder, chats, tmp_path):
+    command = ("train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a", *SHORT)
+    assert run(*command, "--rank-pattern", "v_proj=2").code == 0
+    assert "--to mlx-lm --out mlx-adapter" in (tmp_path / "a" / CARD_FILE).read_text()
+
+
 def test_a_readme_of_the_users_own_stays(tiny_folder, chats, tmp_path):
     folder = tmp_path / "a"
     command = ("train", "--model", tiny_folder, "--data", chats, "--adapter-path", folder, "--max-seq-length", 128)
