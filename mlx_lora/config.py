@@ -7,13 +7,12 @@ options are made from these dataclasses (cli.py), and `run.yaml` writes them bac
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mlx_lora.errors import InputError
+from mlx_lora.migration.migrate import read_settings
 
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "completions", "text")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -155,6 +154,8 @@ SECTIONS = {
     "optimizer": OptimizerSettings,
     "loop": LoopSettings,
 }
+# Two ways to say one thing: the flag's beats whichever the file uses.
+TWO_NAMES = (("iters", "epochs"), ("method", "fine_tune_type"), ("batch_size", "batch_tokens"))
 
 
 @dataclass(frozen=True)
@@ -175,21 +176,26 @@ class TrainSettings:
         return flat
 
 
-def train_settings(flags: dict[str, Any], config_file: str | None = None) -> TrainSettings:
+def train_settings(
+    flags: dict[str, Any], config_file: str | None = None, say: Callable[[str], None] = lambda line: None
+) -> TrainSettings:
     """Resolve settings: a flag beats the YAML file, the YAML file beats the default.
 
     Args:
         flags: flat settings given on the command line (only those given).
-        config_file: YAML file of flat settings, spelled as the flags; hyphens and underscores both work.
+        config_file: YAML file of flat settings, spelled as the flags; hyphens and underscores both work. Or
+            the file of another trainer (migration/).
+        say: takes a line on each thing that another trainer's file says and we read in our own way.
 
     Raises:
         InputError: all unknown keys and bad values together, in the flags' spelling.
     """
-    values = {**read_yaml(config_file), **flags} if config_file else dict(flags)
-    if config_file and len(flags.keys() & {"iters", "epochs"}) == 1:
-        # Two ways to say one thing: the flag's beats whichever the file uses.
-        values.pop("epochs" if "iters" in flags else "iters", None)
     known = {f.name: section for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+    values = dict(flags)
+    if config_file:
+        beaten = {other for pair in TWO_NAMES for one, other in (pair, pair[::-1]) if one in flags}
+        content = read_settings(config_file, known, flags.keys() | beaten, say)
+        values = {**{key: value for key, value in content.items() if key not in beaten}, **flags}
     problems = [
         f"{config_file or 'settings'}: unknown setting {key!r}{_near(key, known)}" for key in values if key not in known
     ]
@@ -205,23 +211,6 @@ def train_settings(flags: dict[str, Any], config_file: str | None = None) -> Tra
     if problems:
         raise InputError("; ".join(problems))
     return settings
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """Read a flat YAML settings file; keys come back with underscores.
-
-    Raises:
-        InputError: when the file is missing, not UTF-8 YAML, or not a mapping.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--config {path}: cannot be read ({error.strerror}); give a YAML file") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--config {path}: not YAML ({' '.join(str(error).split())}); mend the file") from None
-    if not isinstance(content, dict):
-        raise InputError(f"--config {path}: holds no settings; write one `flag_name: value` per line")
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
 def flag_of(name: str) -> str:

@@ -5,7 +5,6 @@ python -m mlx_lora.evaluate --model DIR --adapter-path my-adapter --data data/al
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -17,26 +16,34 @@ from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.loading import load_eval_set
 from mlx_lora.errors import InputError
 from mlx_lora.models.load import load_base
+from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.training.losses import choose_loss
 from mlx_lora.training.trainer import mean_loss
 
 
 @click.command(cls=cli.Command)
 @cli.settings_options("model", "data", leave_out=("valid_fraction",))
-@click.option("--adapter-path", type=str, default=None, help="Adapter folder to put on the model.")
+@click.option("--adapter-path", type=str, default=None, help="Adapter folder, or hub id, to put on the model.")
+@click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
 @click.option("--batch-tokens", type=click.IntRange(min=2), default=None, help="Tokens per batch, padding included.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
-    adapter_path: str | None, ignore_fingerprint: bool, batch_tokens: int | None, as_json: bool, **options: Any
+    adapter_path: str | None,
+    adapter_revision: str | None,
+    ignore_fingerprint: bool,
+    batch_tokens: int | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Print loss, perplexity and the count of supervised tokens of --data."""
     given = cli.given({**options, "batch_tokens": batch_tokens})
     settings = train_settings(given)
     if not settings.data.data:
         raise InputError("--data: missing; give a data file, or a folder with a test or valid split")
+    adapter = resolve_adapter(adapter_path, adapter_revision)
     base = load_base(settings.model)
-    template = load_adapter(base, Path(adapter_path), ignore_fingerprint).chat_template if adapter_path else None
+    template = load_adapter(base, adapter, ignore_fingerprint).chat_template if adapter else None
     if template and not settings.data.chat_template:
         base.hf_tokenizer.chat_template = template
     rows = load_eval_set(settings.data.data, settings.data, base.hf_tokenizer, cli.echo)

@@ -19,15 +19,18 @@ import click
 
 from mlx_lora import cli
 from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
+from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
 from mlx_lora.artifacts.fuse import write_fused
 from mlx_lora.artifacts.gguf import write_gguf_adapter
 from mlx_lora.artifacts.gguf_model import DEFAULT_TYPE, TYPES, write_gguf_model
 from mlx_lora.artifacts.ollama import write_ollama
 from mlx_lora.artifacts.peft import write_peft
+from mlx_lora.artifacts.push import check_repo, push
 from mlx_lora.config import train_settings
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable
 from mlx_lora.models.load import Base, load_base
+from mlx_lora.sources.hub import resolve_adapter
 
 READERS = {
     "peft": "PEFT",
@@ -38,6 +41,7 @@ READERS = {
     "ollama": "Ollama (ollama create NAME -f Modelfile)",
 }
 MERGED_GGUF = ("gguf", "ollama")  # what does without an adapter, and has a --gguf-type
+CARD_LIBRARIES = {"peft": "peft", "mlx-lm": "mlx"}  # what gets a model card, and the library that it names
 # Where mlx-lm keeps transformers' names and layouts; others it renames or stacks (experts) while loading.
 SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
@@ -48,7 +52,7 @@ SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
     "--adapter-path",
     type=str,
     default=None,
-    help="Adapter folder, ours, mlx-lm's or PEFT's; gguf and ollama do without.",
+    help="Adapter folder or hub id, ours, mlx-lm's or PEFT's; gguf and ollama do without.",
 )
 @click.option(
     "--to",
@@ -73,10 +77,14 @@ SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
     default=None,
     help="Ollama model or .gguf file that a Modelfile applies the adapter to [default: none, the merged model].",
 )
+@click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
 @click.option("--force", is_flag=True, help="Replace what is in --out.")
+@click.option("--push-to-hub", type=str, default=None, help="Upload what was written to this hub id, owner/name.")
+@click.option("--private", is_flag=True, help="Make that repository private.")
 def main(
     adapter_path: str | None,
+    adapter_revision: str | None,
     form: str,
     out: Path,
     base_id: str | None,
@@ -84,21 +92,18 @@ def main(
     ollama_base: str | None,
     ignore_fingerprint: bool,
     force: bool,
+    push_to_hub: str | None,
+    private: bool,
     **options: Any,
 ) -> None:
     """Write the adapter on --model in another program's form."""
     if base_id and form != "peft":
         raise InputError(f"--base-id with --to {form}: only a PEFT adapter names its base; leave it out")
-    if gguf_type and form not in MERGED_GGUF:
-        raise InputError(f"--gguf-type with --to {form}: only a merged GGUF has one; leave it out")
-    if ollama_base and (form != "ollama" or gguf_type or not adapter_path):
-        raise InputError(
-            "--ollama-base: goes with --to ollama and --adapter-path, and without --gguf-type; change those"
-        )
-    if not adapter_path and form not in MERGED_GGUF:
-        raise InputError(f"--to {form} without --adapter-path: there is nothing to write; give the adapter's folder")
+    check_push(push_to_hub, private)
+    check_gguf(form, adapter_path, gguf_type, ollama_base)
+    adapter = resolve_adapter(adapter_path, adapter_revision)
     base = load_base(train_settings(cli.given(options)).model)
-    info = load_adapter(base, Path(adapter_path), ignore_fingerprint) if adapter_path else None
+    info = load_adapter(base, adapter, ignore_fingerprint) if adapter else None
     if form == "gguf":
         export_gguf(base, info, out, gguf_type or DEFAULT_TYPE, force)
     elif form == "ollama":
@@ -114,7 +119,32 @@ def main(
         export_hf(base, info, out, force)
     else:
         export_gguf_adapter(base, info, out, force)
+    if form in CARD_LIBRARIES:
+        card = write_card(out, CARD_LIBRARIES[form], base, info, read_facts(adapter), base_id, push_to_hub)
+        cli.echo(f"{out / CARD_FILE}: {'the model card' if card else 'yours, left as it is'}")
     cli.echo(f"{out}: written for {READERS[form]}")
+    if push_to_hub:
+        cli.echo(f"{push_to_hub}: uploaded, {push(out, push_to_hub, private)}")
+
+
+def check_gguf(form: str, adapter_path: str | None, gguf_type: str | None, ollama_base: str | None) -> None:
+    """Refuse settings of a GGUF that the wished form does not have, and a form that needs an adapter without one."""
+    if gguf_type and form not in MERGED_GGUF:
+        raise InputError(f"--gguf-type with --to {form}: only a merged GGUF has one; leave it out")
+    if ollama_base and (form != "ollama" or gguf_type or not adapter_path):
+        raise InputError(
+            "--ollama-base: goes with --to ollama and --adapter-path, and without --gguf-type; change those"
+        )
+    if not adapter_path and form not in MERGED_GGUF:
+        raise InputError(f"--to {form} without --adapter-path: there is nothing to write; give the adapter's folder")
+
+
+def check_push(repo: str | None, private: bool) -> None:
+    """Refuse a hub id that cannot be, and --private without one, before the work."""
+    if repo is not None:
+        check_repo(repo)
+    elif private:
+        raise InputError("--private without --push-to-hub: nothing is uploaded; give both, or neither")
 
 
 def check_new_folder(out: Path, force: bool) -> None:

@@ -16,6 +16,7 @@ from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.artifacts.fuse import Survival, write_fused
 from mlx_lora.config import train_settings
 from mlx_lora.models.load import load_base
+from mlx_lora.sources.hub import resolve_adapter
 
 # Below this share of the update left, a fused model is not the one that was trained.
 FADED = 0.9
@@ -23,20 +24,29 @@ FADED = 0.9
 
 @click.command(cls=cli.Command)
 @cli.settings_options("model", leave_out=("quantized_matmul",))
-@click.option("--adapter-path", type=str, required=True, help="Adapter folder, ours, mlx-lm's or PEFT's.")
+@click.option("--adapter-path", type=str, required=True, help="Adapter folder or hub id, ours, mlx-lm's or PEFT's.")
 @click.option("--out", "--save-path", type=click.Path(path_type=Path), required=True, help="Folder to make.")
 @click.option(
     "--dequantize", is_flag=True, help="Make a float model of a quantised base: nothing of the update is lost."
 )
+@click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
-    adapter_path: str, out: Path, dequantize: bool, ignore_fingerprint: bool, force: bool, as_json: bool, **options: Any
+    adapter_path: str,
+    adapter_revision: str | None,
+    out: Path,
+    dequantize: bool,
+    ignore_fingerprint: bool,
+    force: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Write --model with the adapter folded in, and say how much of the adapter arrived."""
+    adapter = resolve_adapter(adapter_path, adapter_revision)
     base = load_base(train_settings(cli.given(options)).model)
-    info = load_adapter(base, Path(adapter_path), ignore_fingerprint)
+    info = load_adapter(base, adapter, ignore_fingerprint)
     survival = write_fused(base, out, dequantize=dequantize, force=force, chat_template=info.chat_template)
     summary = summarise(survival)
     if info.full:

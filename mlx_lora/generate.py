@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -22,11 +21,13 @@ from mlx_lora.config import train_settings
 from mlx_lora.data.templates import own_template
 from mlx_lora.errors import InputError
 from mlx_lora.models.load import Base, load_base
+from mlx_lora.sources.hub import resolve_adapter
 
 
 @click.command(cls=cli.Command)
 @cli.settings_options("model")
-@click.option("--adapter-path", type=str, default=None, help="Adapter folder to put on the model.")
+@click.option("--adapter-path", type=str, default=None, help="Adapter folder, or hub id, to put on the model.")
+@click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
 @click.option("-p", "--prompt", type=str, required=True, help="The prompt; - reads standard input.")
 @click.option("--system-prompt", type=str, default=None, help="System message for the chat template.")
@@ -42,15 +43,16 @@ from mlx_lora.models.load import Base, load_base
 @click.option("--ignore-chat-template", is_flag=True, help="Give the prompt to the model as it is.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
-    adapter_path: str | None, ignore_fingerprint: bool, prompt: str, system_prompt: str | None, max_tokens: int,
+    adapter_path: str | None, adapter_revision: str | None, ignore_fingerprint: bool, prompt: str, system_prompt: str | None, max_tokens: int,
     temp: float, top_p: float, top_k: int, seed: int | None, ignore_chat_template: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Print the text that follows --prompt."""
     text = read_prompt(prompt)
     if not math.isfinite(temp):
         raise InputError(f"--temp {temp}: not a finite number; give 0 for greedy, or about 0.7")
+    adapter = resolve_adapter(adapter_path, adapter_revision)
     base = load_base(train_settings(cli.given(options)).model)
-    template = load_adapter(base, Path(adapter_path), ignore_fingerprint).chat_template if adapter_path else None
+    template = load_adapter(base, adapter, ignore_fingerprint).chat_template if adapter else None
     tokens = prompt_tokens(base, text, system_prompt, template, ignore_chat_template)
     if seed is not None:
         mx.random.seed(seed)

@@ -31,6 +31,7 @@ from mlx_lora.artifacts.adapter import (
     read_adapter_config,
     save_adapter,
 )
+from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
 from mlx_lora.config import AdapterSettings, TrainSettings, train_settings
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
@@ -50,11 +51,17 @@ from mlx_lora.training.trainer import Outcome, mean_loss, total_steps, train
 
 
 @click.command(cls=cli.Command)
-@click.option("-c", "--config", "config_file", type=str, help="YAML file of settings; flags beat it.")
+@click.option(
+    "-c",
+    "--config",
+    "config_file",
+    type=str,
+    help="YAML file of settings, ours, mlx-lm's, Axolotl's or LLaMA-Factory's; flags beat it.",
+)
 @cli.settings_options("model", "data", "adapter", "optimizer", "loop")
 def main(config_file: str | None, **options: Any) -> int:
     """Train a LoRA adapter on --data over the frozen --model and write it to --adapter-path."""
-    settings = train_settings(cli.given(options), config_file)
+    settings = train_settings(cli.given(options), config_file, cli.echo)
     if settings.loop.short_buffers:
         device.restart_with_short_buffers()
     check_run_folder(settings)
@@ -168,7 +175,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     finally:
         progress.close()
         metrics.close()
-    say_outcome(folder, outcome)
+    say_outcome(folder, outcome, base, info)
     return outcome
 
 
@@ -312,9 +319,11 @@ def reporting_sinks(settings: TrainSettings) -> list[Any]:
     return [sink]
 
 
-def say_outcome(folder: Path, outcome: Outcome) -> None:
-    """Print where the result lies."""
+def say_outcome(folder: Path, outcome: Outcome, base: Base, info: AdapterInfo) -> None:
+    """Write the model card, and print where the result lies."""
     file = folder / WEIGHTS_FILE
+    if file.exists() and not write_card(folder, "mlx", base, info, read_facts(folder)):
+        cli.echo(f"{folder / CARD_FILE}: yours, left as it is")
     size = f"adapter of {file.stat().st_size / 1e6:.1f} MB" if file.exists() else "nothing to save"
     val = "" if outcome.val_loss is None else f", held-out loss {outcome.val_loss:.4f}"
     cli.echo(f"{outcome.steps} steps done{val}; {size} in {folder}")

@@ -3,86 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from hub_stand_in import COMMIT, hub_server, run_with_hub
 
 from mlx_lora.errors import InputError
-from mlx_lora.sources.hub import resolve_model
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-FILES = {
-    "org/model": [
-        "config.json",
-        "tokenizer.json",
-        "model.safetensors",
-        "consolidated.safetensors",
-        "model.bin",
-        "x.py",
-    ],
-    "org/ggufs": ["m.Q4_K_M.gguf", "m.Q8_0.gguf", "mmproj.gguf", "README.md"],
-    "org/pickles": ["config.json", "pytorch_model.bin"],
-    "org/gated": ["config.json", "model.safetensors"],
-    "datasets/org/data": ["data/train.jsonl", "README.md", "dataset_infos.json"],
-    "datasets/org/empty": ["README.md"],
-}
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's API as the client uses for a snapshot."""
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0].strip("/")
-        api = path.startswith("api/")
-        repo = next((name for name in FILES if name in path), None)
-        if repo is None:
-            return self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
-        if "/revision/" in path and path.rsplit("/", 1)[1] not in ("main", "v1", COMMIT):
-            return self.reply(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        if "/tree/" in path:
-            entries = [
-                {"type": "file", "path": n, "size": len(n), "oid": f"{i:040x}"} for i, n in enumerate(FILES[repo])
-            ]
-            return self.reply(200, json.dumps(entries).encode(), {})
-        if api:
-            siblings = [{"rfilename": name} for name in FILES[repo]]
-            name = repo.removeprefix("datasets/")
-            return self.reply(200, json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode(), {})
-        if repo == "org/gated":
-            return self.reply(403, b"", {"X-Error-Code": "GatedRepo"})
-        name = path.split(f"resolve/{COMMIT}/")[1]
-        return self.reply(200, name.encode(), {"ETag": f'"{FILES[repo].index(name):040x}"', "X-Repo-Commit": COMMIT})
-
-    def reply(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
+from mlx_lora.sources.hub import resolve_adapter, resolve_model
 
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with hub_server() as server:
+        yield server.endpoint
 
 
 # The client reads its environment at import, so each setting needs a process of its own; one takes several calls.
@@ -104,15 +38,7 @@ for name, args in json.loads(sys.argv[1]):
 
 def calls(home: Path, endpoint: str, *wanted: tuple, **environment: str) -> list[dict]:
     """Run hub functions in a fresh process against `endpoint`; one result per call."""
-    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
-    done = subprocess.run(
-        [sys.executable, "-c", CALLS, json.dumps(wanted)],
-        env={**kept, **settings},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_with_hub(home, endpoint, ["-c", CALLS, json.dumps(wanted)], **environment)
     assert done.returncode == 0, done.stderr
     assert "Fetching" not in done.stderr  # no progress bars where no terminal is
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -168,6 +94,57 @@ def test_hub_refusals_are_one_line_each(endpoint, tmp_path) -> None:
     assert "no GGUF file matches 'Q2'" in unmatched
     assert "no json, jsonl, csv, parquet or txt" in empty
     assert "dataset 'org/missing'" in no_data
+
+
+def adapter(*args: object) -> tuple:
+    return ("resolve_adapter", args)
+
+
+def test_an_adapter_is_fetched_without_pickles_models_and_checkpoints(endpoint, tmp_path) -> None:
+    wanted = ["README.md", "adapter_config.json", "adapters.safetensors", "chat_template.jinja"]
+    for found in calls(tmp_path, endpoint, adapter("org/adapter"), adapter("org/adapter", "v1")):
+        assert found["files"] == wanted
+    (cached,) = calls(tmp_path, endpoint, adapter("org/adapter"), HF_HUB_OFFLINE="1")
+    assert cached["files"] == wanted
+
+
+def test_refused_adapters_are_one_line_each(endpoint, tmp_path) -> None:
+    results = calls(
+        tmp_path,
+        endpoint,
+        adapter("org/missing"),
+        adapter("org/adapter", "v9"),
+        adapter("org/model"),
+        adapter("org/pickled-adapter"),
+        adapter("org/bare-adapter"),
+        adapter("./here", "v1"),
+        adapter(None, "v1"),
+    )
+    errors = [result["error"] for result in results]
+    assert {result["type"] for result in results} == {"InputError"}
+    assert not any("\n" in error for error in errors)
+    missing, revision, no_adapter, pickles, bare, local, none = errors
+    assert "adapter 'org/missing' (no such folder here): not on the hub, or private" in missing
+    assert "has no revision 'v9'; check --adapter-revision" in revision
+    assert "no adapter_config.json" in no_adapter
+    assert "only adapter_model.bin, which can run code" in pickles
+    assert "no adapters.safetensors in it" in bare
+    assert "--adapter-revision v1: only an adapter on the hub" in local
+    assert local == none
+    offline, unreachable = (
+        calls(tmp_path, endpoint, adapter("org/absent"), HF_HUB_OFFLINE="1"),
+        calls(tmp_path, "http://127.0.0.1:9", adapter("org/absent")),
+    )
+    assert "HF_HUB_OFFLINE" in offline[0]["error"]
+    assert "cannot be reached" in unreachable[0]["error"]
+
+
+def test_an_adapter_folder_here_comes_first(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = touch(tmp_path / "org" / "adapter", "adapter_config.json")
+    assert resolve_adapter("org/adapter").samefile(here)
+    assert resolve_adapter(None) is None
+    assert resolve_adapter("./no/such") == Path("no/such")  # its reader says so
 
 
 def test_offline_uses_the_cache_and_says_what_is_not_there(endpoint, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""Turn what `--model` and `--data` name into local files: a folder, a GGUF file, or a pinned hub snapshot."""
+"""Turn what `--model`, `--data` and `--adapter-path` name into local files: a folder, a GGUF file, a hub snapshot."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ from mlx_lora.errors import InputError, RunError
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<pick>[^:/]+))?")
 CONFIG_AND_TOKENIZER = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
 DATA_FILES = ["*.json", "*.jsonl", "*.csv", "*.parquet", "*.txt"]
+# Named one by one: a repository may hold a merged model beside its adapter.
+ADAPTER_FILES = ["adapters.safetensors", "adapter_model.safetensors", "*.json", "*.jinja", "README.md"]
 NOT_DATA = ["dataset_info*.json", "requirements*.txt", "*LICENSE*", "*README*"]
 
 # What a failed request raises. The client's HTTP library differs by version, but its base error is always
@@ -131,12 +133,12 @@ def _choose(model: str, names: list[str], pick: str | None, join: str) -> str | 
 def _from_hub(repo: str, pick: str | None, revision: str | None, trust_remote_code: bool) -> ModelSource:
     """Download what is needed of a hub repository, and no more."""
     asked = f"{repo}:{pick}" if pick else repo
-    names = _list_files(repo, revision)
+    names = _list_files(repo, revision, f"model {repo!r}")
     if names is None:  # unreachable or refused: no file is asked for, so this finds the cached snapshot or says why
-        cached = _snapshot(repo, "model", revision, [], [])
+        cached = _snapshot(f"model {repo!r}", repo, revision, [], [])
         names = sorted(str(file.relative_to(cached)) for file in cached.rglob("*") if file.is_file())
     chosen = _choose(asked, names, pick, join=":")
-    folder = _snapshot(repo, "model", revision, *_patterns(names, chosen, trust_remote_code))
+    folder = _snapshot(f"model {repo!r}", repo, revision, *_patterns(names, chosen, trust_remote_code))
     commit = folder.name  # the cache names a snapshot's folder by its commit
     if chosen:
         return ModelSource(folder / chosen, "gguf", f"{repo}:{chosen}", commit)
@@ -153,12 +155,57 @@ def _patterns(names: list[str], gguf_file: str | None, trust_remote_code: bool) 
     return [*CONFIG_AND_TOKENIZER, "model*.safetensors" if named else "*.safetensors", *code], ["*/*"]
 
 
-def _list_files(repo: str, revision: str | None) -> list[str] | None:
+def resolve_adapter(adapter: str | None, revision: str | None = None) -> Path | None:
+    """Find an adapter's folder, downloading it when there is no such folder here and `adapter` is a hub id.
+
+    Only factors in safetensors, JSON, Jinja and the README are fetched: never a pickle, and never the whole
+    model that a repository may hold as well.
+
+    Args:
+        adapter: folder, or `owner/name` on the hub; None stays None.
+        revision: hub branch, tag or commit; the default branch when None.
+
+    Returns:
+        The folder; of a path that is no hub id either, the path itself, for its reader to complain of.
+
+    Raises:
+        InputError: the hub will not give it (not found, gated, offline), or there is no adapter in it.
+        RunError: the disk is full.
+    """
+    path = Path(adapter or "").expanduser()
+    found = HUB_ID.fullmatch(adapter or "")
+    on_hub = (
+        bool(adapter) and not path.exists() and found is not None and not found["pick"] and adapter[:1] not in "./~"
+    )
+    if revision is not None and not on_hub:
+        raise InputError(f"--adapter-revision {revision}: only an adapter on the hub has one; leave it out")
+    if not adapter or not on_hub:
+        return path if adapter else None
+    what = f"adapter {adapter!r} (no such folder here)"
+    names = _list_files(adapter, revision, what)
+    if names is not None:
+        _check_adapter(what, names)
+    folder = _snapshot(what, adapter, revision, ADAPTER_FILES, ["*/*"], flag="--adapter-revision")
+    _check_adapter(what, [file.name for file in folder.iterdir()])
+    return folder
+
+
+def _check_adapter(what: str, names: list[str]) -> None:
+    """Refuse a repository that is no adapter, from its file names."""
+    if "adapter_config.json" not in names:
+        raise InputError(f"{what}: no adapter_config.json in that repository; a model is given as --model")
+    if not set(ADAPTER_FILES) & {name for name in names if name.endswith(".safetensors")}:
+        pickles = [name for name in names if name.endswith((".bin", ".pt", ".npz"))]
+        found = f"only {pickles[0]}, which can run code when loaded" if pickles else "no adapters.safetensors in it"
+        raise InputError(f"{what}: {found}; use a copy with .safetensors")
+
+
+def _list_files(repo: str, revision: str | None, what: str) -> list[str] | None:
     """Return the repository's file names, or None when the hub does not answer with them."""
     try:
         info = HfApi().repo_info(repo, revision=revision)
     except HFValidationError as error:
-        raise InputError(f"model {repo!r}: not a hub id ({' '.join(str(error).split())}); use owner/name") from None
+        raise InputError(f"{what}: not a hub id ({' '.join(str(error).split())}); use owner/name") from None
     except REQUEST_ERRORS:
         return None
     return sorted(sibling.rfilename for sibling in info.siblings or [])
@@ -175,7 +222,7 @@ def download_dataset_files(dataset_id: str, revision: str | None = None) -> Path
         InputError: it cannot be had, or holds no json, jsonl, csv, parquet or txt file.
         RunError: the disk is full.
     """
-    folder = _snapshot(dataset_id, "dataset", revision, DATA_FILES, NOT_DATA)
+    folder = _snapshot(f"dataset {dataset_id!r}", dataset_id, revision, DATA_FILES, NOT_DATA, repo_type="dataset")
     if not any(fnmatch(file.name, pattern) for file in folder.rglob("*") for pattern in DATA_FILES):
         raise InputError(
             f"dataset {dataset_id!r}: no json, jsonl, csv, parquet or txt file in it; download and convert it first"
@@ -183,14 +230,30 @@ def download_dataset_files(dataset_id: str, revision: str | None = None) -> Path
     return folder
 
 
-def _snapshot(repo: str, repo_type: str, revision: str | None, allow: list[str], ignore: list[str]) -> Path:
+def _snapshot(
+    what: str,
+    repo: str,
+    revision: str | None,
+    allow: list[str],
+    ignore: list[str],
+    repo_type: str = "model",
+    flag: str = "--revision",
+) -> Path:
     """Bring part of a hub repository into the client's cache; progress bars show on a terminal only.
+
+    Args:
+        what: begins every error.
+        repo: `owner/name`.
+        revision: branch, tag or commit.
+        allow, ignore: patterns of file names.
+        repo_type: `model` or `dataset`.
+        flag: that the revision came from.
 
     Raises:
         InputError: one line per reason the hub has for not giving the files.
         RunError: the disk is full.
     """
-    what, page = f"{repo_type} {repo!r}", f"{'datasets/' if repo_type == 'dataset' else ''}{repo}"
+    page = f"{'datasets/' if repo_type == 'dataset' else ''}{repo}"
     try:
         folder = snapshot_download(
             repo,
@@ -209,7 +272,7 @@ def _snapshot(repo: str, repo_type: str, revision: str | None, allow: list[str],
             f"{what}: not on the hub, or private; check the spelling, or run `hf auth login` if it is yours"
         ) from None
     except RevisionNotFoundError:
-        raise InputError(f"{what}: has no revision {revision!r}; check --revision") from None
+        raise InputError(f"{what}: has no revision {revision!r}; check {flag}") from None
     except HFValidationError as error:
         raise InputError(f"{what}: not a hub id ({' '.join(str(error).split())}); use owner/name") from None
     except LocalEntryNotFoundError as error:
@@ -222,7 +285,7 @@ def _snapshot(repo: str, repo_type: str, revision: str | None, allow: list[str],
         if isinstance(error, OSError) and error.errno is not None:
             raise RunError(f"{what}: cannot be stored ({error.strerror}); check the cache folder (HF_HOME)") from None
         raise InputError(
-            f"{what}: download failed ({_first_line(error)}); check the connection, then run again"
+            f"{what}: download failed ({first_line(error)}); check the connection, then run again"
         ) from None
     return Path(folder)
 
@@ -231,8 +294,9 @@ def _why_unreachable(error: LocalEntryNotFoundError) -> str:
     cause = error.__cause__
     if isinstance(cause, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it or download the files on a connected machine"
-    return f"the hub cannot be reached ({_first_line(cause or error)}); check the connection"
+    return f"the hub cannot be reached ({first_line(cause or error)}); check the connection"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return an error's first line of text, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

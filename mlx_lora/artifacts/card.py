@@ -1,0 +1,236 @@
+"""README.md of an adapter folder: what it is, what it was trained on, and commands that run it.
+
+A file of that name that the user wrote is never replaced: ours has a line that says whose it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from huggingface_hub import ModelCardData
+
+from mlx_lora.adapters.methods import PRESETS
+from mlx_lora.artifacts.adapter import WEIGHTS_FILE, AdapterInfo
+from mlx_lora.files import replacing_file
+from mlx_lora.models.load import Base
+from mlx_lora.sources.hub import HUB_ID
+from mlx_lora.sources.safetensors import read_safetensors_header
+
+CARD_FILE = "README.md"
+MARK = "<!-- Written by mlx_lora, which replaces this file on its next run unless this line is gone. -->"
+FLOAT_MODEL = "OWNER/FLOAT-MODEL"  # stands where only the user knows the name
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run folder tells of its training; None where it does not.
+
+    Attributes:
+        data: as given to --data.
+        steps: optimizer steps.
+        val_loss: held-out loss of the adapter as it is.
+    """
+
+    data: str | None = None
+    steps: int | None = None
+    val_loss: float | None = None
+
+
+def read_facts(folder: Path) -> RunFacts:
+    """Read a run folder's run.yaml and metrics.jsonl, as far as they are there and can be read."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        taken = [(record["step"], record["val_loss"]) for record in map(json.loads, lines)]
+    except (OSError, ValueError, KeyError, TypeError):
+        taken = []
+    try:
+        settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        settings = None
+    steps = max((step for step, _ in taken), default=None)
+    losses = [loss for step, loss in taken if step == steps and loss is not None]
+    data = settings.get("data") if isinstance(settings, dict) else None
+    return RunFacts(data, steps, losses[-1] if losses else None)
+
+
+def write_card(
+    folder: Path,
+    form: Literal["mlx", "peft"],
+    base: Base,
+    info: AdapterInfo,
+    facts: RunFacts,
+    base_id: str | None = None,
+    repo: str | None = None,
+) -> bool:
+    """Write README.md into an adapter folder, unless the user's own is there.
+
+    Args:
+        folder: holds the adapter.
+        form: of the adapter in it.
+        base: that it was trained on, or that stood for it.
+        info: what the adapter is.
+        facts: what is known of its training.
+        base_id: hub id of the base, where the user gave one.
+        repo: hub id that the folder will have, if any; commands name it.
+
+    Returns:
+        Whether it was written.
+    """
+    path = folder / CARD_FILE
+    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        return False
+    # What the user calls the base of a PEFT adapter is a model that PEFT can load.
+    in_float = base_id is not None or not (base.quantisation or _is_gguf(info.base_model))
+    card = _Card(form, base, info, base_id or _hub_base(base, info), in_float, repo or "adapter")
+    text = "\n".join([card.front_matter(), MARK, "", *card.description(facts), *card.usage(_ranks(folder)), ""])
+    with replacing_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return True
+
+
+def _hub_base(base: Base, info: AdapterInfo) -> str | None:
+    """Return the base's hub id, None when it is a folder or file: only what was downloaded is known to be one."""
+    if info.base_revision:
+        return info.base_model
+    return base.model_id if base.revision else None
+
+
+def _is_gguf(model: str) -> bool:
+    return model.lower().endswith(".gguf")
+
+
+def _ranks(folder: Path) -> set[int]:
+    """Return the ranks of an MLX adapter's layers."""
+    file = folder / WEIGHTS_FILE
+    header = read_safetensors_header(file) if file.exists() else {}
+    return {entry["shape"][1] for name, entry in header.items() if name.endswith(".lora_a")}
+
+
+@dataclass(frozen=True)
+class _Card:
+    """One card's text.
+
+    Attributes:
+        form, base, info: as `write_card` has them.
+        hub_base: the base's hub id, if it has one.
+        in_float: whether that is a model for transformers, not one quantised for MLX or a GGUF file.
+        place: of the adapter in commands: a hub id, or a folder's name.
+    """
+
+    form: str
+    base: Base
+    info: AdapterInfo
+    hub_base: str | None
+    in_float: bool
+    place: str
+
+    @property
+    def model(self) -> str:
+        """The base in commands; of a path the last part, since the rest is the author's own disk."""
+        return self.hub_base or (self.info.base_model if HUB_ID.fullmatch(self.info.base_model) else self._file_name())
+
+    def _file_name(self) -> str:
+        return Path(self.info.base_model).name or "base"
+
+    def front_matter(self) -> str:
+        """Return the YAML block that the hub reads."""
+        tags = ["lora", "mlx", "mlx-lora"] if self.form == "mlx" else ["lora", "peft", "mlx-lora"]
+        data = ModelCardData(
+            base_model=self.hub_base.split(":")[0] if self.hub_base else None,
+            library_name=self.form,
+            pipeline_tag="text-generation",
+            tags=tags + [self.info.method] * (self.info.method not in tags),
+        )
+        return f"---\n{data.to_yaml()}\n---"
+
+    def description(self, facts: RunFacts) -> list[str]:
+        """Return the title and the table."""
+        info = self.info
+        names = ", ".join(dict.fromkeys(key.rsplit(".", 1)[-1] for key in info.keys))
+        rows: list[tuple[str, Any]] = [
+            ("base", self.model + (f", revision {info.base_revision}" if info.base_revision else "")),
+            ("method", info.method),
+        ]
+        if PRESETS[info.method].form != "full":
+            rows += [("rank", info.rank), ("alpha", f"{info.alpha:g}"), ("targets", names)]
+        else:
+            rows += [("trained", f"{len(info.full)} weights themselves")]
+        rows += [("data", _shown_data(facts.data)), ("steps", facts.steps)]
+        if facts.val_loss is not None:
+            perplexity = f" (perplexity {math.exp(facts.val_loss):.3f})" if facts.val_loss < 700 else ""
+            rows.append(("held-out loss", f"{facts.val_loss:.4f}{perplexity}"))
+        table = [f"| {name} | {value} |" for name, value in rows if value is not None]
+        return [f"# {info.method} adapter for {self.model}", "", "| | |", "|---|---|", *table, ""]
+
+    def usage(self, ranks: set[int]) -> list[str]:
+        """Return the commands, for each program that reads the adapter."""
+        lines = ["## Use", ""]
+        if self.place == "adapter":
+            lines += ["`adapter` stands for this folder; mlx_lora and PEFT also take a hub id there.", ""]
+        generate = f'python -m mlx_lora.generate --model {self.model} --adapter-path {self.place} --prompt "Hello"'
+        lines += ["### mlx_lora", "", *_block("bash", generate)]
+        return [*lines, "### mlx-lm", "", *self._mlx_lm(ranks), "### PEFT", "", *self._peft()]
+
+    def _mlx_lm(self, ranks: set[int]) -> list[str]:
+        """Return how mlx-lm runs it: as it is where mlx-lm can, else in mlx-lm's form, else fused."""
+        ours = f"--model {self.model} --adapter-path {self.place}"
+        if _is_gguf(self.model) or (self.info.full and self.info.method != "full"):
+            fuse = f"python -m mlx_lora.fuse {ours} --out fused"
+            return _block("bash", fuse, 'mlx_lm.generate --model fused --prompt "Hello"')
+        folder, first = "adapter", []
+        if self.form != "mlx" or len(ranks) > 1:  # mlx-lm's have one rank
+            folder, first = "mlx-adapter", [f"python -m mlx_lora.export {ours} --to mlx-lm --out mlx-adapter"]
+        elif self.place != folder:
+            first = [f"hf download {self.place} --local-dir {folder}"]
+        return _block("bash", *first, f'mlx_lm.generate --model {self.model} --adapter-path {folder} --prompt "Hello"')
+
+    def _peft(self) -> list[str]:
+        """Return how PEFT runs it, exported first where it is ours."""
+        lines, place = [], self.place
+        if PRESETS[self.info.method].form == "full":
+            return ["There are no factors in it for PEFT; `mlx_lora.export --to hf` writes the whole model.", ""]
+        if self.form == "mlx":
+            place = "peft-adapter"
+            export = (
+                f"python -m mlx_lora.export --model {self.model} --adapter-path {self.place} --to peft --out {place}"
+            )
+            lines += _block("bash", export)
+        model = self.model
+        if not self.in_float:
+            model = FLOAT_MODEL
+            lines += [
+                "The base is quantised for MLX here; transformers takes the float model that it was made from:",
+                "",
+            ]
+        return lines + _block("python", *_peft_code(model, place, bool(self.base.hf_tokenizer.chat_template)))
+
+
+def _peft_code(model: str, place: str, is_chat: bool) -> list[str]:
+    """Return a program that generates text in PEFT."""
+    chat = 'tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, '
+    encode = chat + 'return_dict=True, return_tensors="pt")' if is_chat else 'tokenizer("Hello", return_tensors="pt")'
+    return [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{model}")',
+        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "{place}")',
+        f"inputs = {encode}",
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))",
+    ]
+
+
+def _shown_data(data: str | None) -> str | None:
+    """Return a data set's name; of a path the last part."""
+    if data is None or (HUB_ID.fullmatch(data) and not Path(data).exists()):
+        return data
+    return Path(data).name
+
+
+def _block(language: str, *lines: str) -> list[str]:
+    return [f"```{language}", *lines, "```", ""]

@@ -1,0 +1,82 @@
+"""Upload what an export wrote to the hub; whatever happens there, the files here stay."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+
+from mlx_lora.errors import InputError, RunError
+from mlx_lora.sources.hub import HUB_ID, REQUEST_ERRORS, first_line
+
+# What the hub's answer means, and what to do.
+REFUSALS = {
+    401: "no token, or one that the hub does not know; run `hf auth login`, or set HF_TOKEN",
+    403: "the token may not write there; use one with write access to that name",
+    404: "no such user or organisation, or the token may not see it; check the name and `hf auth whoami`",
+}
+
+
+def check_repo(repo: str) -> None:
+    """Refuse, before the work, an id that the hub cannot have.
+
+    Raises:
+        InputError: it is not owner/name.
+    """
+    found = HUB_ID.fullmatch(repo)
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        found = None
+    if found is None or found["pick"]:
+        raise InputError(f"--push-to-hub {repo}: not a hub id; give owner/name")
+
+
+def push(path: Path, repo: str, private: bool) -> str:
+    """Upload a folder or a file into a model repository, which is made if missing.
+
+    Args:
+        path: what was written.
+        repo: `owner/name`.
+        private: a new repository is private, and one that is public already is refused.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        RunError: the hub refuses or cannot be reached; one line with what to do.
+    """
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        if private and not api.model_info(repo).private:
+            raise _failure(repo, path, "is there already, and public; make it private on the hub, or give another name")
+        message = f"Upload {path.name}"
+        if path.is_dir():
+            return api.upload_folder(repo_id=repo, folder_path=path, commit_message=message).commit_url
+        return api.upload_file(
+            repo_id=repo, path_or_fileobj=path, path_in_repo=path.name, commit_message=message
+        ).commit_url
+    except LocalTokenNotFoundError:
+        raise _failure(repo, path, REFUSALS[401]) from None
+    except OfflineModeIsEnabled:
+        raise _failure(repo, path, "HF_HUB_OFFLINE is set; unset it, then push again") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        raise _failure(repo, path, REFUSALS.get(status, f"the hub refuses ({first_line(error)})")) from None
+    except REQUEST_ERRORS as error:
+        raise _failure(repo, path, f"the hub cannot be reached ({first_line(error)}); check the connection") from None
+
+
+def _failure(repo: str, path: Path, reason: str) -> RunError:
+    return RunError(f"--push-to-hub {repo}: {reason}; what was written stays in {path}")

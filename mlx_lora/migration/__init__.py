@@ -1,0 +1,1 @@
+"""YAML files of other trainers, read as ours."""

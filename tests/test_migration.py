@@ -1,0 +1,369 @@
+"""Settings files of Axolotl, LLaMA-Factory and mlx-lm: what each key becomes here, and what is left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from run_cli import run
+
+from mlx_lora import config
+from mlx_lora.config import train_settings
+from mlx_lora.errors import InputError
+from mlx_lora.migration.migrate import DIALECTS, find_dialect, migrate
+
+FOREIGN = Path(__file__).parent / "foreign"
+KNOWN = {f.name for section in config.SECTIONS.values() for f in dataclasses.fields(section)}
+# Of the newest methods: taken where this version has them.
+NEWER = {"modules_to_save", "relora_every", "relora_warmup", "relora_prune_ratio"}
+LEFT_OUT = "no counterpart, left out: "
+
+# File -> what it must become, and every key that it must leave out.
+CASES = {
+    "axolotl-qlora-packed.yml": (
+        {
+            "model": "someone/tiny-llama", "data": "someone/alpaca_2k", "data_format": "alpaca", "chat_template": "alpaca",
+            "valid_fraction": 0.05, "adapter_path": "./outputs/qlora", "method": "lora", "max_seq_length": 4096,
+            "batch_tokens": 8192, "rank": 32, "alpha": 16, "dropout": 0.05, "target_modules": "all-linear", "epochs": 4,
+            "grad_accumulation_steps": 4, "optimizer": "adamw", "lr_schedule": "cosine", "learning_rate": 0.0002,
+            "grad_checkpoint": True, "steps_per_report": 1, "warmup": 0.1, "weight_decay": 0.0,
+        },
+        "model_type tokenizer_type eval_sample_packing tf32 flash_attention evals_per_epoch saves_per_epoch",
+    ),
+    "axolotl-chat-template.yml": (
+        {
+            "model": "someone/llama-3-8b-instruct", "data": "someone/messages", "data_format": "auto", "valid_fraction": 0.1,
+            "adapter_path": "./out", "method": "lora", "rank": 8, "alpha": 16, "target_modules": "q_proj,v_proj",
+            "max_seq_length": 2048, "batch_size": 4, "iters": 300, "optimizer": "adamw", "lr_schedule": "constant",
+            "warmup": 10, "learning_rate": "5e-5", "mask_prompt": False, "max_grad_norm": 0.5, "save_every": 50, "seed": 7,
+            "report_to": "wandb", "project_name": "chats", "weight_decay": 0.0,
+        },
+        "strict datasets.split eval_steps",
+    ),
+    "axolotl-dora-regex.yml": (
+        {
+            "model": "someone/qwen", "data": "rows/train.jsonl", "data_format": "auto", "chat_template": "chatml",
+            "method": "dora", "rank": 16, "alpha": 128.0, "target_modules": "up_proj,down_proj,q_proj", "batch_size": 1,
+            "grad_accumulation_steps": 1, "learning_rate": "1e-4", "lr_schedule": "cosine", "optimizer": "adamw",
+            "max_seq_length": 512, "weight_decay": 0.0, "valid_fraction": 0.0,
+        },
+        "plugins liger_rope",
+    ),
+    "axolotl-loraplus.yml": (
+        {
+            "model": "someone/mistral", "trust_remote_code": True, "revision": "v0.3", "data": "someone/chats@abc123",
+            "data_format": "sharegpt", "method": "lora-plus", "loraplus_lr_ratio": 16, "rank": 64, "alpha": 32,
+            "target_modules": "all-linear", "max_seq_length": 8192, "batch_size": 4, "grad_accumulation_steps": 8,
+            "epochs": 1, "learning_rate": 0.0001, "lr_schedule": "linear", "warmup": 0, "weight_decay": 0.1,
+            "valid_fraction": 0, "val_batches": 0, "save_every": 0,
+        },
+        "test_datasets loraplus_lr_embedding neftune_noise_alpha",
+    ),
+    "axolotl-relora.yml": (
+        {
+            "model": "someone/llama", "data": "someone/instructions", "data_format": "alpaca", "chat_template": "alpaca",
+            "method": "relora", "rank": 8, "alpha": 16, "target_modules": "all-linear",
+            "modules_to_save": ["embed_tokens", "lm_head"], "relora_every": 150, "relora_warmup": 10,
+            "relora_prune_ratio": 0.9, "batch_size": 4, "grad_accumulation_steps": 4, "epochs": 4, "learning_rate": 0.0002,
+            "valid_fraction": 0.05, "max_seq_length": 512, "weight_decay": 0.0,
+        },
+        "relora_cpu_offload",
+    ),
+    "axolotl-full.yaml": (
+        {
+            "model": "someone/llama", "data": "corpus", "data_format": "text", "chat_template": "templates/mine.jinja",
+            "method": "full", "max_seq_length": 8192, "batch_tokens": 8192, "grad_accumulation_steps": 8, "epochs": 1,
+            "optimizer": "adamw", "lr_schedule": "cosine", "learning_rate": "2e-5", "dtype": "float32",
+            "grad_checkpoint": False, "weight_decay": 0.0, "valid_fraction": 0.0,
+        },
+        "lora_dropout",
+    ),
+    "llama-factory-sft.yaml": (
+        {
+            "model": "someone/llama-3-8b-instruct", "trust_remote_code": True, "train": True, "method": "lora", "rank": 8,
+            "alpha": 16, "target_modules": "all-linear", "data": "{folder}/rows.json", "max_seq_length": 2048,
+            "adapter_path": "saves/llama3/lora/sft", "steps_per_report": 10, "save_every": 500, "force": True,
+            "batch_size": 1, "grad_accumulation_steps": 8, "learning_rate": 1e-4, "epochs": 3, "lr_schedule": "cosine",
+            "warmup": 0.1, "valid_fraction": 0.1, "steps_per_eval": 500, "weight_decay": 0.0,
+        },
+        "max_samples overwrite_cache preprocessing_num_workers plot_loss ddp_timeout per_device_eval_batch_size",
+    ),
+    "llama-factory-qlora.yaml": (
+        {
+            "model": "someone/qwen3-4b", "method": "rslora", "rank": 16, "alpha": 16, "dropout": 0.1,
+            "target_modules": "q_proj,v_proj", "modules_to_save": "embed_tokens,lm_head", "data": "someone/hub-rows",
+            "chat_template": "chatml", "adapter_path": "saves/q", "optimizer": "adamw", "iters": 200,
+            "lr_schedule": "cosine", "warmup": 0, "batch_size": 8, "max_seq_length": 2048, "learning_rate": 5e-5,
+            "weight_decay": 0.0, "valid_fraction": 0.0,
+        },
+        "quantization_method report_to",
+    ),
+    "llama-factory-loraplus-defaults.yaml": (
+        {
+            "model": "someone/llama", "method": "lora-plus", "loraplus_lr_ratio": 16, "rank": 8, "alpha": 16,
+            "chat_template": "alpaca", "batch_tokens": 8192, "max_seq_length": 1024, "adapter_path": "saves/plus",
+            "report_to": "swanlab", "project_name": "plus", "epochs": 3, "learning_rate": 5e-5, "lr_schedule": "linear",
+            "warmup": 0, "weight_decay": 0.0, "valid_fraction": 0.0,
+        },
+        "dataset swanlab_mode",
+    ),
+    "llama-factory-pissa.yaml": (
+        {
+            "model": "someone/llama", "method": "pissa", "rank": 8, "alpha": 16, "target_modules": "all-linear",
+            "data": "{folder}/rows.json", "mask_prompt": False, "batch_size": 2, "lr_schedule": "constant", "warmup": 0,
+            "weight_decay": 0.1, "max_grad_norm": 0.3, "val_batches": 0, "grad_checkpoint": False, "seed": 3,
+            "adapter_path": "saves/pissa", "max_seq_length": 2048, "epochs": 3, "learning_rate": 5e-5,
+            "valid_fraction": 0.0,
+        },
+        "pissa_iter pissa_convert",
+    ),
+    "llama-factory-pretrain.yaml": (
+        {
+            "model": "someone/llama", "data_format": "text", "train": True, "method": "dora", "rank": 8, "alpha": 16,
+            "target_modules": "all-linear", "data": "{folder}/text.txt", "max_seq_length": 512, "batch_tokens": 2048,
+            "adapter_path": "saves/pt", "learning_rate": 1e-4, "epochs": 1, "valid_fraction": 0.05, "lr_schedule": "linear",
+            "warmup": 0, "weight_decay": 0.0,
+        },
+        "dataset_info.json|text.columns mask_history",
+    ),
+    "llama-factory-freeze.yaml": (
+        {
+            "model": "someone/llama", "train": True, "method": "full", "num_layers": 8, "target_modules": "all-linear",
+            "data": "{folder}/rows.json", "adapter_path": "saves/freeze", "batch_size": 1, "learning_rate": 1e-5,
+            "epochs": 3, "optimizer": "muon", "max_seq_length": 2048, "lr_schedule": "linear", "warmup": 0,
+            "weight_decay": 0.0, "valid_fraction": 0.0,
+        },
+        "lora_rank use_llama_pro save_strategy",
+    ),
+    "mlx-lm-example.yaml": (
+        {
+            "model": "mlx_model", "train": True, "fine_tune_type": "lora", "optimizer": "adamw", "data": "training/data",
+            "seed": 0, "num_layers": 16, "batch_size": 4, "iters": 1000, "val_batches": 25, "learning_rate": "1e-5",
+            "steps_per_report": 10, "steps_per_eval": 200, "adapter_path": "adapters", "save_every": 100, "test": False,
+            "test_batches": 100, "max_seq_length": 2048, "grad_checkpoint": False, "rank": 8, "alpha": 160.0,
+            "dropout": 0.0, "target_modules": ["self_attn.q_proj", "self_attn.v_proj"], "lr_schedule": "constant",
+            "warmup": 0, "max_grad_norm": 0.0, "mask_prompt": False, "valid_fraction": 0.0,
+        },
+        "",
+    ),
+    "mlx-lm-schedule.yaml": (
+        {
+            "model": "someone/mistral-4bit", "train": True, "data": "data", "num_layers": -1, "iters": 600,
+            "mask_prompt": True, "learning_rate": 1e-4, "lr_schedule": "cosine", "warmup": 100, "rank": 8, "alpha": 160.0,
+            "optimizer": "adam", "batch_size": 4, "max_grad_norm": 0.0, "valid_fraction": 0.0,
+        },
+        "lr_schedule.warmup_init",
+    ),
+    "mlx-lm-dora-config.yaml": (
+        {
+            "model": "someone/phi", "train": True, "test": True, "fine_tune_type": "dora", "data": "data",
+            "optimizer": "adamw", "weight_decay": 0.05, "rank": 16, "alpha": 32.0, "dropout": 0.05,
+            "grad_checkpoint": True, "lr_schedule": "constant", "warmup": 0, "num_layers": 16, "batch_size": 4,
+            "iters": 1000, "learning_rate": 1e-5, "max_grad_norm": 0.0, "mask_prompt": False, "valid_fraction": 0.0,
+        },
+        "optimizer_config.adamw.betas",
+    ),
+    "mlx-lm-hub-data.yaml": (
+        {
+            "model": "someone/phi", "train": True, "data": "someone/summaries", "rank": 8, "alpha": 80.0,
+            "report_to": "wandb", "project_name": "sums", "optimizer": "adam", "lr_schedule": "constant", "warmup": 0,
+            "num_layers": 16, "batch_size": 4, "iters": 1000, "learning_rate": 1e-5, "max_grad_norm": 0.0,
+            "mask_prompt": False, "valid_fraction": 0.0,
+        },
+        "lora_parameters.alpha hf_dataset.train_split hf_dataset.prompt_feature hf_dataset.completion_feature",
+    ),
+    "mlx-lm-accumulation.yaml": (
+        {
+            "model": "someone/phi", "train": True, "data": "data", "optimizer": "sgd", "weight_decay": 0.0, "iters": 100,
+            "grad_accumulation_steps": 8, "steps_per_eval": 10, "save_every": 1, "steps_per_report": 1,
+            "learning_rate": 0.01, "lr_schedule": "constant", "warmup": 0, "num_layers": 8, "rank": 8, "alpha": 160.0,
+            "batch_size": 4, "max_grad_norm": 0.0, "mask_prompt": False, "valid_fraction": 0.0,
+        },
+        "lr_schedule.name",
+    ),
+    "mlx-lm-full.yaml": (
+        {
+            "model": "someone/phi", "train": True, "data": "data", "fine_tune_type": "full", "num_layers": 4,
+            "learning_rate": 1e-5, "lr_schedule": "linear", "warmup": 0, "batch_tokens": 4096, "optimizer": "adam",
+            "batch_size": 4, "iters": 1000, "max_grad_norm": 0.0, "mask_prompt": False, "valid_fraction": 0.0,
+        },
+        "",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A LLaMA-Factory data folder."""
+    table = {
+        "rows": {"file_name": "rows.json"},
+        "hub_rows": {"hf_hub_url": "someone/hub-rows", "split": "train"},
+        "text": {"file_name": "text.txt", "columns": {"prompt": "text"}},
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(table))
+    return tmp_path
+
+
+def read(name: str, folder: Path, known=frozenset(KNOWN | NEWER)) -> tuple[dict, list[str]]:
+    """Migrate a file of tests/foreign; return the settings and what is said."""
+    content = yaml.safe_load((FOREIGN / name).read_text().replace("{folder}", str(folder)))
+    said: list[str] = []
+    return migrate(content, known, (), name, said.append), said
+
+
+def left_out(said: list[str]) -> list[str]:
+    """Return the keys of the one line that lists them."""
+    lines = [line.strip() for line in said if LEFT_OUT in line]
+    assert len(lines) <= 1
+    return lines[0].removeprefix(LEFT_OUT).split(", ") if lines else []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_key_is_mapped_or_listed(name, folder):
+    wanted, without = CASES[name]
+    found, said = read(name, folder)
+    texts = {
+        key: value.replace("{folder}", str(folder)) if isinstance(value, str) else value
+        for key, value in wanted.items()
+    }
+    assert found == texts
+    assert sorted(left_out(said)) == sorted(part.replace("|", " ") for part in without.split())
+    dialect = name.split("-")[0]
+    assert dialect in said[0].lower().replace("llama-factory", "llama").split(" a file of ")[1]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_the_file_becomes_are_valid_settings(name, folder):
+    found, _ = read(name, folder, KNOWN)
+    if found.get("method", found.get("fine_tune_type", "lora")) not in config.METHODS:
+        pytest.skip("a method of a later version")
+    flat = train_settings(found).to_flat()
+    assert flat["model"].startswith(("someone/", "mlx_model"))
+
+
+def test_settings_that_this_version_lacks_are_left_out(folder):
+    found, said = read("axolotl-relora.yml", folder, KNOWN - NEWER)
+    assert not NEWER & found.keys()
+    assert {"lora_modules_to_save", "jagged_restart_steps", "jagged_restart_warmup_steps"} <= set(left_out(said))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("axolotl-qlora-packed.yml", ["load_in_4bit", "convert --bits 4", "bf16", "paged_adamw_32bit", "8192 tokens", "alpaca prompt"]),
+        ("axolotl-chat-template.yml", ["load_in_8bit", "convert --bits 8", "chat_template llama3", "adamw_bnb_8bit"]),
+        ("axolotl-dora-regex.yml", ["2 sets, only the first (rows/train.jsonl)", "peft_use_rslora", "alpha 128", "lion_8bit", "rex"]),
+        ("axolotl-relora.yml", ["val_set_size 200"]),
+        ("axolotl-full.yaml", ["full: what is trained"]),
+        ("llama-factory-sft.yaml", ["2 sets, only the first (rows)", "template llama3", "weight_decay 0"]),
+        ("llama-factory-qlora.yaml", ["quantization_bit", "cosine_with_min_lr", "learning_rate 5e-05"]),
+        ("llama-factory-loraplus-defaults.yaml", ["dataset absent: not in", "--data", "rank 8, alpha 16"]),
+        ("mlx-lm-example.yaml", ["alpha 160", "bias is corrected", "mask_prompt False", "max_grad_norm 0"]),
+        ("mlx-lm-schedule.yaml", ["to 1e-06 in 600 steps", "learning_rate 5e-05: lr_schedule's 0.0001 counts"]),
+        ("mlx-lm-accumulation.yaml", ["exponential_decay", "iters 100"]),
+    ],
+)  # fmt: skip
+def test_changed_meanings_are_told(name, told, folder):
+    said = "\n".join(read(name, folder)[1])
+    for part in told:
+        assert part in said
+
+
+def test_flags_beat_the_file_and_its_trainers_defaults(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: m\ndata: d\nlora_parameters: {rank: 4, scale: 2.0}\nfine_tune_type: dora\nbatch_size: 8\n")
+    said: list[str] = []
+    flags = {"epochs": 2.0, "learning_rate": 1e-3, "method": "rslora", "batch_tokens": 512, "mask_prompt": True}
+    settings = train_settings(flags, str(file), said.append)
+    assert (settings.loop.iters, settings.loop.epochs) == (None, 2.0)
+    assert (settings.adapter.method, settings.adapter.fine_tune_type) == ("rslora", None)
+    assert (settings.loop.batch_size, settings.loop.batch_tokens) == (None, 512)
+    assert (settings.adapter.rank, settings.adapter.alpha) == (4, 8.0)
+    defaults = next(line for line in said if "defaults" in line)
+    for name in ("iters", "learning_rate", "mask_prompt"):
+        assert name not in defaults
+    assert "max_grad_norm 0" in defaults
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: m\ndata: d\niters: 5\nfine_tune_type: lora\nnum_layers: 4\nadapter_path: a\n",  # flags of both: ours
+        "model: m\ndata: d\nlr_schedule: cosine\nrank: 4\n",
+        "model: m\nlora_r: 4\nsequence_len: 5\n",
+        "rank: 4\nlora_r: 4\n",
+        "learning_rate: 1\n",
+        "model_name_or_path: m\nper_device_train_batch_size: 1\nlearning_rate: 1\nlora_r: 8\nuse_peft: true\n",  # TRL's
+    ],
+)
+def test_other_files_are_ours(text):
+    content = yaml.safe_load(text)
+    assert find_dialect(content) is None
+    said: list[str] = []
+    assert migrate(content, KNOWN, (), "f", said.append) == content
+    assert said == []
+
+
+def test_no_dialect_takes_our_own_run_yaml_or_anothers_file(folder):
+    assert find_dialect(train_settings({}).to_flat()) is None
+    for name in CASES:
+        content = yaml.safe_load((FOREIGN / name).read_text())
+        assert sum(dialect.recognises(content) for dialect in DIALECTS) == 1, name
+
+
+def test_our_own_file_stays_strict(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("rank: 4\nlora_alpha: 8\n")
+    with pytest.raises(InputError, match="unknown setting 'lora_alpha'"):
+        train_settings({}, str(file))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base_model: m\ndatasets: [{path: p}]\nrl: dpo\n", "rl dpo: only supervised"),
+        ("base_model: m\nadapter: llama-adapter\n", "adapter llama-adapter"),
+        ("base_model: m\nadapter: lora\nlora_r: many\n", "lora_r 'many': not a number"),
+        ("base_model: m\nadapter: lora\npeft_use_dora: 3\n", "neither true nor false"),
+        ("base_model: m\nadapter: lora\ndatasets: [3]\n", "datasets holds no mappings"),
+        ("model_name_or_path: m\nstage: dpo\n", "stage dpo: only sft and pt"),
+        ("model_name_or_path: m\nfinetuning_type: oft\n", "finetuning_type oft"),
+        ("model_name_or_path: m\nfinetuning_type: freeze\nfreeze_trainable_layers: -2\n", "freeze_trainable_layers -2"),
+        ("model: m\nlr_schedule: {name: cosine_decay}\n", "lr_schedule without arguments"),
+        ("model: m\nlora_parameters: {rank: 8}\ntraining_mode: dpo\n", "training_mode dpo"),
+        ("model: m\nlora_parameters: {rank: 8}\noptimizer_config: [1]\n", "not a mapping"),
+        ("model: m\nlora_parameters: {rank: 8}\nrankk: 8\nlr: 1\nlearning_rate: fast\n", "--learning-rate 'fast'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_one_line(tmp_path, text, message):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError) as caught:
+        train_settings({}, str(file))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_train_runs_an_axolotl_file(tiny_folder, chats, tmp_path):
+    file = tmp_path / "axolotl.yaml"
+    file.write_text(
+        f"base_model: {tiny_folder}\ndatasets:\n  - path: {chats}\n    type: alpaca\nadapter: lora\nlora_r: 4\nlora_alpha: 8\n"
+        f"lora_target_modules: [q_proj, v_proj]\nsequence_len: 320\nmicro_batch_size: 4\nmax_steps: 3\nlearning_rate: 1e-3\n"
+        f"output_dir: {tmp_path / 'run'}\nlogging_steps: 1\nflash_attention: true\nval_set_size: 0.1\n"
+    )
+    ran = run("train", "--config", file, "--learning-rate", "2e-3")
+    assert ran.code == 0, ran.err
+    assert f"{LEFT_OUT}flash_attention" in ran.err
+    assert ran.out == ""
+    written = yaml.safe_load((tmp_path / "run/run.yaml").read_text())
+    assert written["model"] == str(tiny_folder)
+    assert (written["rank"], written["alpha"], written["iters"], written["learning_rate"]) == (4, 8.0, 3, 2e-3)
+    assert written.keys() <= KNOWN
+    again = run("train", "--config", tmp_path / "run/run.yaml", "--adapter-path", tmp_path / "again")
+    assert again.code == 0, again.err
+    assert "counterpart" not in again.err
+    one, two = ((tmp_path / name / "adapters.safetensors").read_bytes() for name in ("run", "again"))
+    assert one == two
