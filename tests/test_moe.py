@@ -390,3 +390,44 @@ def test_training_lowers_the_loss_and_moves_the_factors_alone(name, experts_only
     after = adapter_parameters(model)
     assert not [name for name, value in after.items() if mx.array_equal(value, before[name])]
     assert weights_checksum(model, frozenset({"lora_a", "lora_b", "m"})) == checksum
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa", "svd"])
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_every_start_leaves_a_mixture_as_it_was(model, init):
+    model, ids = model(), mx.array([[1, 2, 3, 4, 5] * 8])
+    before = model(ids)
+    inject(model, select_targets(model).paths, rank=4, scale=2.0, init=init)
+    assert np.allclose(model(ids), before, atol=1e-4)
+    layers = [layer for layer in adapter_layers(model).values() if isinstance(layer, LoRASwitchLinear)]
+    for layer in layers:
+        assert ("start_a" in layer, "lora_e" in layer) == (init == "pissa", init == "svd")
+        layer.lora_a = layer.lora_a + 0.1
+        layer.lora_b = layer.lora_b + 0.1
+        if init == "svd":
+            layer.lora_e = layer.lora_e + 1.0
+    assert not np.allclose(model(ids), before, atol=1e-2)
+
+
+def test_pissa_of_experts_starts_from_each_ones_principal_directions():
+    model = tiny_moe("qwen3_moe")[0]
+    inject(model, select_targets(model, "switch_mlp.up_proj").paths, rank=4, scale=2.0, init="pissa")
+    layer = model.layers[1].mlp.switch_mlp.up_proj
+    found = np.array(2.0 * layer.lora_b @ layer.lora_a)
+    for expert in range(4):
+        u, s, vt = np.linalg.svd(np.array(layer.linear.weight[expert], np.float64))
+        assert np.allclose(found[expert], (u[:, :4] * s[:4]) @ vt[:4], atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "out"), [(96, 8), (8, 40)])
+def test_merged_cycles_of_experts_are_their_sum_and_grow_no_wider_than_the_layer(width, out):
+    base = SwitchLinear(width, out, E)
+    layer = LoRASwitchLinear.from_base(base, (mx.zeros((E, R, width)), mx.zeros((E, out, R))), 0.7)
+    total = mx.zeros((E, out, width))
+    for _ in range(3):
+        a, b = mx.random.normal((E, R, width)), mx.random.normal((E, out, R))
+        layer.merge(a, b)
+        total = total + 0.7 * b @ a
+        assert np.allclose(layer.delta(), total, atol=1e-4)
+    assert layer.fixed_a.shape[1] == min(width, out) == layer.fixed_b.shape[2]
+    assert "fixed_a" not in layer.trainable_parameters()

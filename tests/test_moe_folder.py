@@ -216,7 +216,10 @@ def test_exports_that_cannot_hold_experts_say_so(form, words, tmp_path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("more", [(), ("--method", "dora"), ("--grad-checkpoint", "block", "--dropout", 0.1)])
+METHODS = [("--method", method) for method in ("dora", "pissa", "adalora", "relora")]
+
+
+@pytest.mark.parametrize("more", [(), *METHODS, ("--grad-checkpoint", "block", "--dropout", 0.1)])
 def test_the_train_command_trains_experts(more, chats, tmp_path, tmp_path_factory):
     folder = folder_of("qwen3_moe-4bit", tmp_path_factory)
     ran = run(
@@ -234,6 +237,13 @@ def test_the_train_command_trains_experts(more, chats, tmp_path, tmp_path_factor
     assert ran.code == 0, ran.err
     ran = run("evaluate", "--model", folder, "--adapter-path", tmp_path / "a", "--data", chats, "--json")
     assert json.loads(ran.out)["loss"] < losses[0]
+    if more in METHODS[1:]:  # stored as plain LoRA, which stock mlx-lm loads
+        base = loaded(folder)
+        load_adapter(base, tmp_path / "a")
+        flags = ("--model", folder, "--adapter-path", tmp_path / "a", "--to", "mlx-lm", "--out", tmp_path / "m")
+        assert run("export", *flags).code == 0
+        stock, _ = mlx_lm_load(str(folder), adapter_path=str(tmp_path / "m"))
+        assert close(logits(stock), logits(base.model), 1e-3)
 
 
 def test_another_number_of_experts_is_named(tmp_path, tmp_path_factory):
