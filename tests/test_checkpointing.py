@@ -11,6 +11,7 @@ import pytest
 from conftest import TINY, quantised, tiny_model
 from mlx.utils import tree_flatten
 from test_step import adapted, batch, factors, make_step
+from tiny_moe import tiny_moe
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
@@ -166,3 +167,13 @@ def test_mixture_of_experts_blocks_are_checkpointed_too():
     expected = gradients(model(), "none", kernels=False)
     for mode in MODES:
         assert_equal(gradients(model(), mode), expected)
+
+
+def test_a_mixtures_active_experts_count():
+    model, _ = tiny_moe("qwen3_moe")
+    inject(model, select_targets(model).paths, rank=4, scale=2.0)
+    two = activation_bytes(model, 1000, mx.float32, "none")
+    model.args.num_experts_per_tok = 4
+    # 64 -> 32 twice and 32 -> 64 more for each further expert, in two blocks.
+    extra = 2 * 2 * 3 * (64 + 32) * 1.4 * 1000 * 4
+    assert activation_bytes(model, 1000, mx.float32, "none") - two == pytest.approx(extra, rel=1e-3)

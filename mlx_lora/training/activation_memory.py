@@ -11,7 +11,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.parts import LINEAR, base_dims
+from mlx_lora.adapters.parts import LINEAR, SWITCH, base_dims
 from mlx_lora.config import checkpoint_every
 from mlx_lora.training.checkpointing import Tape, checkpoint_blocks
 
@@ -33,9 +33,11 @@ def activation_bytes(model: nn.Module, positions: int, dtype: mx.Dtype, mode: st
         mode: `none`, `selective`, `block`, or n: every n-th block.
     """
     every = checkpoint_every(mode)
+    # mlx-lm's mixtures all take this name from config.json; a model without it has no experts.
+    active = model.args.num_experts_per_tok if hasattr(model.args, "num_experts_per_tok") else 1
     kept, most = 0.0, 0.0
     for index, block in enumerate(model.layers):
-        everything, selective, ends = _kept_numbers(block)
+        everything, selective, ends = _kept_numbers(block, active)
         again = every is not None and index % every == 0
         # When a block runs again, those after it are done and gone.
         kept += (selective if mode == "selective" else ends) if again else everything
@@ -43,9 +45,15 @@ def activation_bytes(model: nn.Module, positions: int, dtype: mx.Dtype, mode: st
     return int(most * positions * dtype.size)
 
 
-def _kept_numbers(block: nn.Module) -> tuple[float, float, float]:
-    """Return the numbers that a block keeps per position: everything, selective, its ends alone."""
+def _kept_numbers(block: nn.Module, active: int) -> tuple[float, float, float]:
+    """Return the numbers that a block keeps per position: everything, selective, its ends alone.
+
+    Args:
+        block: a block of the model.
+        active: experts that a position goes through, each with rows of its own.
+    """
     dims = [base_dims(layer) for layer in block.modules() if isinstance(layer, LINEAR)]
+    dims += [base_dims(layer) for layer in block.modules() if isinstance(layer, SWITCH)] * (active or 1)
     if not dims:
         return 0.0, 0.0, 0.0
     width = dims[0][0]
