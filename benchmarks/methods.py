@@ -3,8 +3,8 @@
     python benchmarks/methods.py --model DIR --data shakespeare=FILE.txt --data alpaca=FILE.json --seconds 75
     python benchmarks/methods.py --model DIR --data alpaca=FILE.json --methods lora,dora --rates lora=1e-3
 
-Each row is two fresh runs of `python -m mlx_lora.train`: a short one finds out what a step of this method costs,
-and the second takes as many steps as fit into the time, so that schedules, rank budgets and restarts end where
+Each row is a fresh run of `python -m mlx_lora.train`. A short run of each method on the first data finds out what its
+steps cost; the row's own takes as many as fit into the time, so that schedules, rank budgets and restarts end where
 the time does. What is measured is the command's own: metrics.jsonl, the adapter file, the process's peak. The
 time counted is from the first step's start to the last step's end, compiling included, validation left out.
 Ends with one line of JSON.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -34,7 +35,7 @@ RATES = {
     "relora": 1e-3,
     "full": 1e-4,
 }
-CALIBRATION_STEPS = 10
+CALIBRATION_STEPS = 8
 MB = 1e6
 
 
@@ -66,16 +67,24 @@ def step_seconds(records: list[dict[str, Any]]) -> list[float]:
     return [record["supervised_tokens"] / record["supervised_tokens_per_s"] for record in steps]
 
 
-def measure(arguments: argparse.Namespace, data: str, method: str, folder: Path) -> dict[str, Any]:
-    """Return one row: both runs of a method on a data file."""
-    folder.mkdir(parents=True)
-    short = command(arguments, data, method, CALIBRATION_STEPS, folder / "short")
-    run_child(short, folder / "short.log", timeout_s=arguments.timeout)
+def step_costs(arguments: argparse.Namespace, data: str, method: str, folder: Path) -> tuple[float, float]:
+    """Return what compiling costs once, and what a later step costs, in seconds, by a short run."""
+    run_child(
+        command(arguments, data, method, CALIBRATION_STEPS, folder / "short"),
+        folder / "short.log",
+        timeout_s=arguments.timeout,
+    )
     costs = step_seconds(read_metrics(folder / "short"))
-    later = sorted(costs[CALIBRATION_STEPS // 2 :])
-    # What compiling and fresh shapes cost beyond later steps is paid once.
-    once = sum(costs) - len(costs) * later[len(later) // 2]
-    steps = max(CALIBRATION_STEPS, round((arguments.seconds - once) / later[len(later) // 2]))
+    later = statistics.median(costs[len(costs) // 2 :])
+    return sum(costs) - len(costs) * later, later
+
+
+def measure(
+    arguments: argparse.Namespace, data: str, method: str, folder: Path, costs: tuple[float, float]
+) -> dict[str, Any]:
+    """Return one row: a run of a method on a data file for as long as was asked."""
+    once, later = costs
+    steps = max(CALIBRATION_STEPS, round((arguments.seconds - once) / later))
     long = command(arguments, data, method, steps, folder / "long")
     ended = run_child(long, folder / "long.log", timeout_s=arguments.timeout)
     records = read_metrics(folder / "long")
@@ -143,12 +152,17 @@ def main(words: list[str]) -> int:
     """Run all rows and print the tables."""
     arguments = parse(words)
     results: dict[str, list[dict[str, Any]]] = {}
+    costs: dict[str, tuple[float, float]] = {}
     with tempfile.TemporaryDirectory() as place:
         for name, file in arguments.data:
             results[name] = []
             for method in arguments.methods:
+                folder = Path(place) / name / method
+                folder.mkdir(parents=True)
                 try:
-                    row = measure(arguments, file, method, Path(place) / name / method)
+                    if method not in costs:
+                        costs[method] = step_costs(arguments, file, method, folder)
+                    row = measure(arguments, file, method, folder, costs[method])
                 except ChildFailed as error:
                     print(f"{name}, {method}: {error}", file=sys.stderr)
                     continue

@@ -24,7 +24,7 @@ from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
 from mlx_lora.config import METHODS, AdapterSettings, ModelSettings, OptimizerSettings, train_settings
 from mlx_lora.errors import InputError
 from mlx_lora.models.load import load_base
-from mlx_lora.training.losses import choose_loss
+from mlx_lora.training.losses import Arrays, choose_loss, plain_loss
 from mlx_lora.training.method_events import make_events, restart_every, restart_warmup
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.step import Step
@@ -301,3 +301,18 @@ def test_the_bias_setting_reaches_the_run(chats, tmp_path):
 def test_plain_factors_do_not_start_these(method):
     with pytest.raises(InputError, match="it does not start from plain factors"):
         train_settings({"method": method, "resume_adapter_file": "a.safetensors"})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_trained_in_full_gets_its_gradient(tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    name = "embed_tokens" if tied else "lm_head"
+    settings = AdapterSettings(rank=RANK, modules_to_save=name)
+    setup = adapt_model(model, settings, seed=1)
+    assert choose_loss(model, TINY).description == "plain cross-entropy (the head is trained itself)"
+    before = np.array(adapter_parameters(model)[setup.full[0]])
+    arrays = Arrays.of(batch(3, 17, seed=0))
+    _, expected = nn.value_and_grad(model, plain_loss)(model, *arrays)
+    assert all(mx.abs(g).max().item() > 0 for n, g in tree_flatten(expected) if n in setup.full)
+    train_steps(model, settings, 3)
+    assert not np.allclose(np.array(adapter_parameters(model)[setup.full[0]]), before, atol=1e-3)

@@ -246,3 +246,32 @@ def test_pickles_are_refused(tiny_folder, tmp_path):
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80")
     with pytest.raises(InputError, match="pickled"):
         our_logits(tiny_folder, tmp_path)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("method", "extra"),
+    [
+        ("pissa", {}),
+        ("adalora", {"adalora_tinit": 2, "adalora_tfinal": 2, "adalora_delta_t": 1}),
+        ("relora", {"relora_every": 3}),
+        ("lora", {"rank_pattern": "q_proj=2,*.mlp.*=6", "alpha_pattern": "layers.1.*=3", "modules_to_save": "lm_head"}),
+    ],
+)
+def test_every_methods_run_goes_to_peft_as_a_plain_lora(method, extra, untied_folder, chats, tmp_path):
+    peft = pytest.importorskip("peft")
+    flags = [word for name, value in extra.items() for word in (f"--{name.replace('_', '-')}", value)]
+    ran = run(
+        "train", "--model", untied_folder, "--data", chats, "--adapter-path", tmp_path / "ours", "--method", method,
+        "--iters", 8, "--rank", 4, "--batch-tokens", 256, "--learning-rate", 2e-2, "--val-batches", 0, *flags,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    expected = our_logits(untied_folder, tmp_path / "ours")
+    assert not np.allclose(our_logits(untied_folder), expected, atol=1e-3)
+    ran = run(
+        "export", "--model", untied_folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p"
+    )
+    assert ran.code == 0, ran.err
+    model = peft.PeftModel.from_pretrained(torch_base(untied_folder), tmp_path / "p").eval()
+    assert np.allclose(torch_logits(model), expected, atol=2e-4 * max(1, np.abs(expected).max()))
+    assert np.allclose(our_logits(untied_folder, tmp_path / "p"), expected, atol=1e-4)

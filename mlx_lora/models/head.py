@@ -108,5 +108,7 @@ def find_head(model: nn.Module, config: dict[str, Any]) -> Head | str:
         return "the model has neither lm_head nor embed_tokens"
     if not isinstance(layer, FLOAT_HEADS + QUANTISED_HEADS):
         return f"the head is {type(layer).__name__}"
+    if layer.trainable_parameters():
+        return "the head is trained itself"  # the fused loss has no gradient for it
     scale = config.get("logit_scale") or 1 / (config.get("logits_scaling") or 1.0)
     return Head(body, layer, float(scale), config.get("final_logit_softcapping"))
