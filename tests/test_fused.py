@@ -122,6 +122,7 @@ def test_each_familys_head_passes_the_start_up_check(family):
     config = {**TINY, "model_type": family, **changes}
     model = module.Model(module.ModelArgs.from_dict(config))
     model.eval()
+    model.freeze()
     assert choose_loss(model, config).description.startswith("fused")
     # The same model with its family's peculiarity overlooked must be caught.
     for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
@@ -129,11 +130,16 @@ def test_each_familys_head_passes_the_start_up_check(family):
     assert "fused differs" in choose_loss(model, config).description
 
 
+def frozen(model: nn.Module) -> nn.Module:
+    model.freeze()
+    return model
+
+
 def test_untied_quantised_and_multimodal_heads_are_found():
-    assert isinstance(find_head(tiny_model(tie_word_embeddings=False), TINY).layer, nn.Linear)
-    assert isinstance(find_head(quantised(tiny_model()), TINY).layer, nn.QuantizedEmbedding)
+    assert isinstance(find_head(frozen(tiny_model(tie_word_embeddings=False)), TINY).layer, nn.Linear)
+    assert isinstance(find_head(frozen(quantised(tiny_model())), TINY).layer, nn.QuantizedEmbedding)
     wrapper = nn.Module()
-    wrapper.language_model = tiny_model()
+    wrapper.language_model = frozen(tiny_model())
     assert find_head(wrapper, TINY).layer is wrapper.language_model.model.embed_tokens
 
 
