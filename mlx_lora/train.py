@@ -184,10 +184,12 @@ def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tup
     adapter = settings.adapter
     adapted = adapt_model(base.model, adapter, settings.loop.seed)
     if adapter.resume_adapter_file:
-        file = Path(adapter.resume_adapter_file)
+        file, stored_scale = Path(adapter.resume_adapter_file), None
         if (file.parent / CONFIG_FILE).exists():
-            check_base(base, read_adapter_config(file.parent), file)
-        load_factors(base.model, file)
+            config = read_adapter_config(file.parent)
+            check_base(base, config, file)
+            stored_scale = config.get("lora_parameters", {}).get("scale")
+        load_factors(base.model, file, stored_scale)
     return adapted, AdapterInfo(
         method=adapter.method_name,
         rank=adapted.rank,

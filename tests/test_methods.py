@@ -316,3 +316,22 @@ def test_a_head_trained_in_full_gets_its_gradient(tied):
     assert all(mx.abs(g).max().item() > 0 for n, g in tree_flatten(expected) if n in setup.full)
     train_steps(model, settings, 3)
     assert not np.allclose(np.array(adapter_parameters(model)[setup.full[0]]), before, atol=1e-3)
+
+
+def test_a_run_goes_on_from_a_file_whose_layers_had_other_alphas(tiny_folder, chats, tmp_path):
+    common = (
+        "train", "--model", tiny_folder, "--data", chats, "--rank", 4, "--batch-tokens", 256, "--val-batches", -1,
+        "--alpha-pattern", "q_proj=3,*.mlp.*=50", "--valid-fraction", 0.2,
+    )  # fmt: skip
+    assert run(*common, "--iters", 6, "--learning-rate", 1e-2, "--adapter-path", tmp_path / "a").code == 0
+    file = tmp_path / "a" / "adapters.safetensors"
+    ran = run(
+        *common, "--iters", 1, "--learning-rate", 1e-9, "--adapter-path", tmp_path / "b", "--resume-adapter-file", file
+    )
+    assert ran.code == 0, ran.err
+    losses = [
+        [json.loads(line)["val_loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in "ab"
+    ]
+    assert losses[1][0] == pytest.approx(losses[0][-1], rel=1e-5)
+    assert losses[0][-1] < losses[0][0] - 0.1

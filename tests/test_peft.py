@@ -186,6 +186,32 @@ def test_what_peft_trained_in_full_loads_here_and_goes_back(name, biased_folder,
         assert (ran.code, "trained in full" in ran.err) == (2, True)
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("steps", [1, 6])
+def test_an_adalora_that_peft_made_loads_here(steps, untied_folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    config = peft.AdaLoraConfig(
+        init_r=6, target_r=4, tinit=1, tfinal=2, deltaT=1, lora_alpha=32, total_step=6, task_type="CAUSAL_LM",
+        target_modules=["q_proj", "v_proj", "down_proj"],
+    )  # fmt: skip
+    model = peft.get_peft_model(torch_base(untied_folder), config).train()
+    torch.manual_seed(0)
+    trained = [value for value in model.parameters() if value.requires_grad]
+    for value in trained:
+        value.data = 0.3 * torch.randn(value.shape)
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        model(torch.randint(0, 200, (2, 16))).logits.square().mean().backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+    model.eval().save_pretrained(tmp_path / "a")
+    expected = torch_logits(model)
+    assert np.allclose(our_logits(untied_folder, tmp_path / "a"), expected, atol=CLOSE)
+    assert not np.allclose(our_logits(untied_folder), expected, atol=FAR)
+
+
 REFUSED = {
     "dora without magnitudes": ({"use_dora": True}, "has A and B, not A and B and m"),
     "prefix": ({"peft_type": "PREFIX_TUNING"}, "peft_type PREFIX_TUNING"),

@@ -323,8 +323,14 @@ def _target_paths(model: nn.Module, config: dict[str, Any], folder: Path) -> tup
     return select_targets(model, wish, count or -1, routers=not keys).paths
 
 
-def load_factors(model: nn.Module, file: Path) -> None:
+def load_factors(model: nn.Module, file: Path, scale: float | None = None) -> None:
     """Load stored factors into the adapter layers of `model`: exactly those, each of the right shape.
+
+    Args:
+        model: adapted.
+        file: adapters.safetensors.
+        scale: what the stored products are multiplied by; a layer of another scale takes up the difference in B,
+            so that it computes what was stored. None: each layer's own.
 
     Raises:
         InputError: missing, unknown or misshapen tensors, gathered into one message.
@@ -344,4 +350,7 @@ def load_factors(model: nn.Module, file: Path) -> None:
     stored = mx.load(str(file))
     # Factors are float32 masters; a parameter trained in full has its model's own dtype.
     model.load_weights([(name, stored[name].astype(wanted[name].dtype)) for name in wanted], strict=False)
+    for layer in adapter_layers(model).values():
+        if scale is not None and layer.scale != scale:
+            layer.lora_b = layer.lora_b * (scale / layer.scale)
     mx.eval(model.trainable_parameters())

@@ -2,7 +2,8 @@
 
 adapter_model.safetensors   base_model.model.<layer>.lora_A.weight (r, in), .lora_B.weight (out, r); for an
                             embedding .lora_embedding_A (r, vocabulary), .lora_embedding_B (width, r);
-                            for DoRA .lora_magnitude_vector (out,) as well
+                            for DoRA .lora_magnitude_vector (out,) as well; for AdaLoRA .lora_A, .lora_B
+                            and the gains .lora_E (r, 1)
                             modules_to_save and biases under their own names
 adapter_config.json         r, lora_alpha, their patterns by layer, use_rslora, target_modules, modules_to_save, bias
 
@@ -90,6 +91,11 @@ def is_peft(config: dict[str, Any]) -> bool:
     return "peft_type" in config
 
 
+def is_adalora(config: dict[str, Any]) -> bool:
+    """Tell PEFT's AdaLoRA, whose layers have gains, from its LoRA."""
+    return str(config.get("peft_type")).upper() == "ADALORA"
+
+
 def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAdapter:
     """Read a PEFT LoRA folder for `model`.
 
@@ -115,7 +121,7 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     head = found.pop("lm_head", None) if tied else None
     paths = {layer: own_path(layer, modules) for layer in found}
     problems += [f"layer {layer} is not in the model" for layer, path in paths.items() if path is None]
-    wanted = {"A", "B", "m"} if config.get("use_dora") else {"A", "B"}
+    wanted = {"A", "B", *("m" if config.get("use_dora") else ""), *("E" if is_adalora(config) else "")}
     problems += [
         f"layer {layer} has {' and '.join(sorted(sides))}, not {' and '.join(sorted(wanted))}"
         for layer, sides in found.items()
@@ -128,6 +134,8 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     factors, magnitudes, shapes = {}, {}, {}
     for layer, sides in found.items():
         a, b = (stored[sides[side]].astype(mx.float32).T for side in "AB")
+        if "E" in sides:
+            b = stored[sides["E"]].astype(mx.float32) * b  # gains (r, 1)
         factors[paths[layer]] = a, b
         shapes[paths[layer]] = a.shape[1], _scale(config, layer, a.shape[1])
         if "m" in sides:
@@ -157,7 +165,9 @@ def _sorted_tensors(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], di
     for name in names:
         match, copy = TENSOR.fullmatch(name.replace(".default.", ".")), COPY.fullmatch(name)
         if match:
-            found.setdefault(match["layer"], {})[match["side"] or match["embedding"] or match["magnitude"]] = name
+            found.setdefault(match["layer"], {})[
+                match["side"] or match["embedding"] or match["magnitude"] or match["gains"]
+            ] = name
         elif copy:
             copies[name] = copy["layer"]
         else:
@@ -256,8 +266,8 @@ def _number(value: float) -> float | int:
 
 
 def _unsupported(config: dict[str, Any]) -> list[str]:
-    if str(config.get("peft_type")).upper() != "LORA":
-        return [f"peft_type {config.get('peft_type')}: LORA is what we read"]
+    if str(config.get("peft_type")).upper() not in ("LORA", "ADALORA"):
+        return [f"peft_type {config.get('peft_type')}: LORA and ADALORA are what we read"]
     problems = [f"{key}: {what} cannot be carried over" for key, what in UNSUPPORTED.items() if config.get(key)]
     init = config.get("init_lora_weights")
     if isinstance(init, str) and CHANGES_BASE.fullmatch(init):
@@ -270,6 +280,8 @@ def _unsupported(config: dict[str, Any]) -> list[str]:
 def _scale(config: dict[str, Any], layer: str, rank: int) -> float:
     """Return a layer's scale as PEFT computes it: the first pattern that matches the end of its name wins."""
     alpha = config.get("lora_alpha", 8)
+    if is_adalora(config):  # divided by the rank it started with, and what PEFT adds to that
+        return alpha / (config.get("init_r", 12) + 1e-5)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", layer):
             alpha = value

@@ -9,7 +9,7 @@ import mlx.nn as nn
 PREFIX = "base_model.model."
 TENSOR = re.compile(
     re.escape(PREFIX)
-    + r"(?P<layer>.+)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<embedding>[AB])"
+    + r"(?P<layer>.+)\.(?:lora_(?P<side>[AB])(?:\.weight)?|lora_(?P<gains>E)|lora_embedding_(?P<embedding>[AB])"
     + r"|lora_(?P<magnitude>m)agnitude_vector(?:\.weight)?)"
 )
 
