@@ -132,6 +132,13 @@ class LoopSettings:
     steps_per_eval: int = setting(200, "Steps between validations; 0: only at the end.")
     val_batches: int = setting(25, "Validation batches per validation; -1: all, 0: none.")
     save_every: int = setting(100, "Steps between checkpoints; 0: only at the end.")
+    keep: int = setting(3, "Newest checkpoints to keep, beside the one with the lowest validation loss; 0: all.")
+    resume: str | None = setting(
+        None,
+        "Go on from a checkpoint, exactly as if the run had never stopped: a checkpoint folder, or auto (the flag "
+        "alone): the newest whole one in --adapter-path.",
+        flag_value="auto",
+    )
     train: bool | None = setting(None, "Train. On unless only --test is given.")
     test: bool = setting(False, "Measure the loss on the test set (after training, with --train).")
     test_batches: int = setting(500, "Test batches; -1: all.")
@@ -237,6 +244,8 @@ def _coerce(cls: type, key: str, value: Any) -> tuple[Any, str | None]:
     if value is None and "None" in str(f.type):
         return None, None
     if "flag_value" in f.metadata and isinstance(value, bool):  # grad_checkpoint: true, as in mlx-lm
+        if not value and f.default is None:
+            return None, None
         value = f.metadata["flag_value"] if value else "none"
     if kind is str and isinstance(value, dict):  # rank_pattern: {q_proj: 32}
         value = ",".join(f"{name}={number}" for name, number in value.items())
@@ -288,6 +297,7 @@ _RANGES = {
     "val_batches": (-1, 10**12, True),
     "test_batches": (-1, 10**12, True),
     "save_every": (0, 10**12, True),
+    "keep": (0, 10**9, True),
     "seed": (0, 2**63 - 1, True),
 }
 

@@ -7,7 +7,6 @@ python -m mlx_lora.train --config run.yaml --learning-rate 1e-4
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,8 @@ from mlx_lora.artifacts.adapter import (
     save_adapter,
 )
 from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
+from mlx_lora.artifacts.checkpoint import locked
+from mlx_lora.artifacts.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
 from mlx_lora.config import AdapterSettings, TrainSettings, train_settings
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
@@ -46,6 +47,7 @@ from mlx_lora.training.losses import Loss, choose_kernels, choose_loss
 from mlx_lora.training.method_events import make_events, restart_every, restart_warmup
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.report import Metrics, MetricsFile, make_progress
+from mlx_lora.training.state import Position, restore_arrays
 from mlx_lora.training.step import Step
 from mlx_lora.training.trainer import Outcome, mean_loss, total_steps, train
 
@@ -73,7 +75,10 @@ def main(config_file: str | None, **options: Any) -> int:
     cli.echo(device.current_device().header())
     cli.echo(f"Base: {base.model_id}: {base.describe()}")
     cli.echo(splits.report.render(color=cli.wants_color()))
-    outcome = run_training(settings, base, splits) if wants_training(settings) else None
+    outcome = None
+    if wants_training(settings):
+        with locked(Path(settings.loop.adapter_path)):
+            outcome = run_training(settings, base, splits)
     if settings.loop.test and not (outcome and outcome.interrupted):
         report_test_loss(settings, base, splits.test)
     if outcome and outcome.interrupted:
@@ -106,9 +111,9 @@ def check_run_folder(settings: TrainSettings) -> None:
         return
     folder = Path(settings.loop.adapter_path)
     check_writable(folder, "--adapter-path", needed_bytes=1_000_000)
-    if (folder / CONFIG_FILE).exists() and not settings.loop.force:
+    if (folder / CONFIG_FILE).exists() and not settings.loop.force and settings.loop.resume is None:
         raise InputError(
-            f"--adapter-path {folder}: already holds an adapter; choose another folder, or --force to overwrite it"
+            f"--adapter-path {folder}: already holds an adapter; choose another folder, --resume to go on, or --force to overwrite it"
         )
 
 
@@ -127,38 +132,41 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     # Kept with the adapter when it is not the model's own, so that generate renders prompts the same way.
     own_template = splits.chat_template == base.hf_tokenizer.chat_template
     adapted, info = adapt(settings, base, None if own_template else splits.chat_template)
-    price = ShapePrice(epochs=loop.epochs or 1.0)
+    found = find_checkpoint(loop, cli.echo)
+    epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
+    price = ShapePrice(epochs=epochs)
     plan = BatchPlan(
         splits.train, batch_tokens=loop.batch_tokens, batch_size=loop.batch_size, seed=loop.seed, price=price
     )
+    identity = identity_of(settings, base.fingerprint, splits.train.fingerprint, plan, epochs)
     validation = validation_plan(splits.valid, settings)
     steps = total_steps(plan, loop)
+    if found:
+        check_continuation(found, identity)
     loss = choose_loss(base.model, base.config)
     attend, forms = choose_forms(settings, base, plan, loss)
-    optimizer = build_optimizer(
-        settings.optimizer, steps, restart_every(settings.adapter, steps), restart_warmup(settings.adapter, steps)
-    )
-    step = Step(
-        base.model,
-        optimizer,
-        loss.train,
-        settings.optimizer.max_grad_norm,
-        attend,
-        wait=loop.short_buffers,
-        rate_of=rates_of(settings.adapter),
-        events=make_events(settings.adapter, base.model, steps, loop.seed),
-    )
+    step = make_step(settings, base, loss, attend, steps)
     factors = adapter_parameters(base.model)
     adapter_bytes = sum(p.nbytes for p in factors.values())
-    checkpoints = steps // loop.save_every if loop.save_every else 0
-    check_writable(folder, "--adapter-path", adapter_bytes * (checkpoints + 1))
+    checkpoints = min(steps // loop.save_every + 1, loop.keep + 1 if loop.keep else steps) if loop.save_every else 0
+    # A checkpoint holds the adapter, its masters, and for Adam two moments.
+    check_writable(folder, "--adapter-path", adapter_bytes * (4 * checkpoints + 1))
     device.set_cache_limit(loop.clear_cache_threshold)
     device.wire_working_set()
     loggers = reporting_sinks(settings)
     describe_run(settings, base, adapted, factors, plan, steps, forms)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # --force: an earlier run's would pass for this one's
+    run, at = RunFolder(loop, info, identity), found.position if found else Position()
+    if found:
+        restore_arrays(step, base.model, found.arrays)
+        left = "" if at.taken < steps else f"; all {steps} steps are done, raise --iters or --epochs for more"
+        cli.echo(f"Going on from step {at.taken} ({found.folder}){left}")
+        if left:
+            save_adapter(folder, base.model, info)
+    elif loop.resume is None:
+        run.start_anew()
     write_settings(folder, settings)
-    metrics, progress = MetricsFile(folder / "metrics.jsonl"), make_progress(steps, cli.echo)
+    metrics = MetricsFile(folder / "metrics.jsonl", at.taken if found else None)
+    progress = make_progress(steps, cli.echo)
     sinks = [metrics, progress.report, *loggers]
 
     def report(record: Metrics) -> None:
@@ -166,17 +174,32 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
             sink(record)
 
     def save(step_number: int) -> None:
-        save_adapter(folder, base.model, info)
-        if loop.save_every and step_number < steps:
-            save_adapter(folder / "checkpoints" / f"step-{step_number:06d}", base.model, info)
+        run.save(base.model, step, at)
 
     try:
-        outcome = train(base.model, step, loss.measure, plan, validation, loop, report, progress.step, save)
+        outcome = train(base.model, step, loss.measure, plan, validation, loop, report, progress.step, save, at)
     finally:
         progress.close()
         metrics.close()
     say_outcome(folder, outcome, base, info)
     return outcome
+
+
+def make_step(settings: TrainSettings, base: Base, loss: Loss, attend: AttentionCall | None, steps: int) -> Step:
+    """Build the optimizer and the compiled step of a run."""
+    optimizer = build_optimizer(
+        settings.optimizer, steps, restart_every(settings.adapter, steps), restart_warmup(settings.adapter, steps)
+    )
+    return Step(
+        base.model,
+        optimizer,
+        loss.train,
+        settings.optimizer.max_grad_norm,
+        attend,
+        wait=settings.loop.short_buffers,
+        rate_of=rates_of(settings.adapter),
+        events=make_events(settings.adapter, base.model, steps, settings.loop.seed),
+    )
 
 
 def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tuple[Adapted, AdapterInfo]:

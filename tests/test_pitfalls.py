@@ -230,6 +230,8 @@ ELSEWHERE = {
     "test_batches": "below: needs a test split",
     "clear_cache_threshold": "above",
     "project_name": "below: needs a logger",
+    "keep": "test_resume.py",
+    "resume": "test_resume.py: another way to the same bytes",
     "short_buffers": "test_device.py: when the device is waited for, not numbers",
     **dict.fromkeys(
         ("bias", "adalora_init_rank", "adalora_tinit", "adalora_tfinal", "adalora_delta_t"), "test_methods.py"

@@ -44,7 +44,7 @@ def test_run_folder_is_complete(trained):
     assert sorted(p.name for p in out.iterdir()) == [
         "README.md", "adapter_config.json", "adapters.safetensors", "checkpoints", "metrics.jsonl", "run.yaml",
     ]  # fmt: skip
-    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-000005", "step-000010"]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-000005", "step-000010", "step-000012"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     reports = [line for line in lines if line["loss"] is not None]
     assert [line["step"] for line in reports] == [4, 8, 12]

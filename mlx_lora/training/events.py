@@ -35,6 +35,12 @@ class Events(Protocol):
     def after(self, step: int, masters: Masters, optimizer: optim.Optimizer) -> None:
         """Act after step `step` (from 1), perhaps on the parameters in `masters`."""
 
+    def extras(self) -> dict[str, mx.array]:
+        """Return what else a resumed run needs, beside `state`."""
+
+    def restore(self, extras: dict[str, mx.array]) -> None:
+        """Take `extras` back."""
+
 
 class Restarts:
     """ReLoRA: every so often the factors join the frozen ones, and new ones start.
@@ -93,6 +99,14 @@ class Restarts:
             if isinstance(entry, dict):
                 entry.update(self._pruned(name, entry, masters))  # in place: the compiled step captured this dict
         mx.eval(self._model.parameters(), masters.arrays, optimizer.state)
+
+    def extras(self) -> dict[str, mx.array]:
+        """Return the count of cycles, which names the next one's draws."""
+        return {"cycles": mx.array(self.cycles)}
+
+    def restore(self, extras: dict[str, mx.array]) -> None:
+        """Take the count back."""
+        self.cycles = int(extras["cycles"].item())
 
     def _pruned(self, name: str, entry: dict, masters: Masters) -> dict:
         """Return one array's moments with all but the largest of each parameter at zero.

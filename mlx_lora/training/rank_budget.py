@@ -111,6 +111,14 @@ class RankBudget:
             parameters[name] = mx.where(off, 0.0, parameters[name])
         masters.put_by_name(parameters)
 
+    def extras(self) -> dict[str, mx.array]:
+        """Return which ranks are off."""
+        return dict(self._off)
+
+    def restore(self, extras: dict[str, mx.array]) -> None:
+        """Take them back."""
+        self._off = dict(extras)
+
     def _least(self, budget: int, masters: Masters) -> dict[str, mx.array]:
         """Return, by name of gains, which ranks are beyond the budget; nothing when all fit."""
         beyond = self.schedule.initial - budget

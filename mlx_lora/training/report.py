@@ -58,9 +58,17 @@ class Metrics:
 class MetricsFile:
     """Appends records to metrics.jsonl, one flushed line each, so that a killed run keeps its history."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, resumed_at: int | None = None):
+        """Open the file.
+
+        Args:
+            path: metrics.jsonl.
+            resumed_at: keep the lines up to this step, and go on behind them; None: start anew.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [] if resumed_at is None or not path.exists() else _lines_until(path, resumed_at)
         self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(kept)
 
     def __call__(self, metrics: Metrics) -> None:
         # NaN is no JSON: a loss that is not finite is written as null.
@@ -70,6 +78,19 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """Return the lines of steps up to `step`; a line that was cut off by a kill is none."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] <= step and line.endswith("\n"):
+            kept.append(line)
+    return kept
 
 
 def format_metrics(metrics: Metrics, total_steps: int, seconds_left: float) -> str:

@@ -64,11 +64,11 @@ class Step:
         self.model = model
         self._submit = mx.eval if wait else mx.async_eval
         self.optimizer = optimizer
-        self._masters = Masters(model, flat=isinstance(optimizer, ELEMENTWISE))
-        optimizer.init(self._masters.arrays)
-        self._rates = None if rate_of is None else self._masters.rates(rate_of)
+        self.masters = Masters(model, flat=isinstance(optimizer, ELEMENTWISE))
+        optimizer.init(self.masters.arrays)
+        self._rates = None if rate_of is None else self.masters.rates(rate_of)
         self._max_grad_norm = max_grad_norm
-        self.events = None if events is None else events(self._masters.arrays)
+        self.events = None if events is None else events(self.masters.arrays)
         self.taken = 0
         mx.eval(self._rates or {})
         gradient = nn.value_and_grad(model, loss)
@@ -79,11 +79,11 @@ class Step:
             with training_kernels(model, attend) if attend else nullcontext():
                 (loss_sum, tokens), grads = gradient(model, *arrays)
             model.update(parameters)  # differentiation leaves its own stand-ins in the model
-            return loss_sum, tokens, self._masters.gathered(grads)
+            return loss_sum, tokens, self.masters.gathered(grads)
 
         # Two functions: another batch shape traces the first again, never the optimizer.
         self._micro = mx.compile(micro, inputs=[model.state, mx.random.state], outputs=[mx.random.state])
-        self.state = [self._masters.arrays, optimizer.state, {} if self.events is None else self.events.state]
+        self.state = [self.masters.arrays, optimizer.state, {} if self.events is None else self.events.state]
         self._apply = mx.compile(self._update, inputs=self.state, outputs=self.state)
 
     def __call__(self, batches: list[Batch]) -> StepResult:
@@ -101,17 +101,17 @@ class Step:
         result = self._apply(*total)
         self.taken += 1
         if self.events is not None:
-            self.events.after(self.taken, self._masters, self.optimizer)
-        self._masters.hand_out()
+            self.events.after(self.taken, self.masters, self.optimizer)
+        self.masters.hand_out()
         self._submit(self.state, result)
         return result
 
     def _with_penalty(self, grads: dict) -> dict:
         """Return the gradients with that of the method's penalty. The reported loss stays the data's own."""
         events = self.events
-        if events.penalty(self._masters.by_name()) is None:
+        if events.penalty(self.masters.by_name()) is None:
             return grads
-        own = mx.grad(lambda arrays: events.penalty(self._masters.by_name(arrays)))(self._masters.arrays)
+        own = mx.grad(lambda arrays: events.penalty(self.masters.by_name(arrays)))(self.masters.arrays)
         return tree_map(mx.add, grads, own)
 
     def _update(self, loss_sum: mx.array, tokens: mx.array, grads: dict) -> StepResult:
@@ -125,14 +125,14 @@ class Step:
         applied = mx.isfinite(loss_sum) & mx.isfinite(norm) & (tokens > 0)
         state = tree_map(lambda a: a, optimizer.state)
         grads = scaled(grads, factor)
-        updated = optimizer.apply_gradients(grads, self._masters.arrays)
+        updated = optimizer.apply_gradients(grads, self.masters.arrays)
         if rates is not None:
             # Every optimizer of ours moves a number in proportion to its rate, weight decay included.
-            updated = tree_map(lambda new, old, rate: old + rate * (new - old), updated, self._masters.arrays, rates)
+            updated = tree_map(lambda new, old, rate: old + rate * (new - old), updated, self.masters.arrays, rates)
         if self.events is not None:
             self.events.observe(updated, grads, applied)
         # Chosen on the device: the host need not wait for the answer.
-        self._masters.put(_choose(applied, updated, self._masters.arrays))
+        self.masters.put(_choose(applied, updated, self.masters.arrays))
         # In place: the compiled function captured this very dict.
         optimizer.state.update(_choose(applied, optimizer.state, state))
         return StepResult(loss_sum, tokens, norm, applied)

@@ -21,6 +21,7 @@ from mlx_lora.data.batches import Batch, BatchPlan
 from mlx_lora.errors import RunError
 from mlx_lora.training.losses import Arrays, LossFunction
 from mlx_lora.training.report import Metrics
+from mlx_lora.training.state import Position
 from mlx_lora.training.step import Step, StepResult
 
 # This many skipped updates in a row mean that the run has diverged, not that one batch was bad.
@@ -64,17 +65,11 @@ class Window:
         return max(time.perf_counter() - self.started_s - self.paused_s, 1e-9)
 
 
-@dataclass
-class SkipGuard:
-    """Counts skipped updates and says when so many came in a row that the run has diverged."""
-
-    total: int = 0
-    in_a_row: int = 0
-
-    def diverged(self, result: StepResult) -> bool:
-        self.in_a_row = 0 if result.applied.item() else self.in_a_row + 1
-        self.total += self.in_a_row > 0
-        return self.in_a_row >= MAX_SKIPPED_IN_A_ROW
+def diverged(at: Position, result: StepResult) -> bool:
+    """Count a skipped update, and say whether so many came in a row that the run has diverged."""
+    at.skipped_in_a_row = 0 if result.applied.item() else at.skipped_in_a_row + 1
+    at.skipped += at.skipped_in_a_row > 0
+    return at.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
 
 
 def total_steps(plan: BatchPlan, settings: LoopSettings) -> int:
@@ -88,14 +83,14 @@ def _epoch_batches(plan: BatchPlan, settings: LoopSettings) -> int:
     return max(1, math.ceil(len(plan) * (settings.epochs or 1.0)))
 
 
-def micro_batches(plan: BatchPlan, settings: LoopSettings) -> Iterator[Batch]:
-    """Yield batches epoch after epoch: without end for --iters, else exactly those of --epochs.
+def micro_batches(plan: BatchPlan, settings: LoopSettings, start: int = 0) -> Iterator[Batch]:
+    """Yield batches epoch after epoch, from the `start`-th: without end for --iters, else exactly those of --epochs.
 
     The last step of --epochs accumulates what is left, be it less than a full window: rows are neither
     dropped nor borrowed from an epoch nobody asked for.
     """
-    endless = ((epoch, index) for epoch in count() for index in range(len(plan)))
-    places = endless if settings.iters is not None else islice(endless, _epoch_batches(plan, settings))
+    numbers = count(start) if settings.iters is not None else range(start, _epoch_batches(plan, settings))
+    places = (divmod(number, len(plan)) for number in numbers)
     return (plan.batch(epoch, index) for epoch, index in places)
 
 
@@ -126,6 +121,7 @@ def train(
     report: Callable[[Metrics], None],
     on_step: Callable[[int], None],
     save: Callable[[int], None],
+    at: Position | None = None,
 ) -> Outcome:
     """Train until the run's steps are done or it is interrupted.
 
@@ -139,6 +135,7 @@ def train(
         report: takes each Metrics record.
         on_step: takes the step number after each step, for a live display.
         save: takes the step number and writes the adapter.
+        at: where the run stands, kept up to date for `save`; a resumed run's is not at the beginning.
 
     Returns:
         The outcome; after an interruption the adapter has been saved.
@@ -147,62 +144,68 @@ def train(
         RunError: when update after update, or every single one, is skipped because it is not finite.
     """
     total = total_steps(plan, settings)
-    batches = micro_batches(plan, settings)
-    guard, window = SkipGuard(), Window()
+    at = at or Position()
+    batches = micro_batches(plan, settings, at.consumed)
+    window = Window()
     begun_s = time.perf_counter()
-    taken, consumed, val_loss, val_at, saved_at = 0, 0, None, None, None
+    saved_at = at.taken if at.taken else None
+    gone = False
     previous: StepResult | None = None
     model.train()
 
     def record(gathered: Window, new_val_loss: float | None = None) -> Metrics:
-        return _metrics(gathered, step, taken, consumed / len(plan), guard.total, new_val_loss, begun_s)
+        return _metrics(gathered, step, at.taken, at.consumed / len(plan), at.skipped, new_val_loss, begun_s)
 
     def validate() -> None:
-        nonlocal val_loss, val_at
         if validation is None or settings.val_batches == 0:
             return
         held_out = takewhile(lambda _: not interrupted(), validation.batches(settings.val_batches))
         value, tokens = mean_loss(model, loss, held_out)
         if tokens and not interrupted():
-            val_loss, val_at = value, taken
+            at.validated(value)
             report(record(Window(), value))  # the window goes on: its tokens are counted once, in its own line
 
     with interrupt_flag() as interrupted:
-        validate()
+        if not at.taken:
+            validate()
         window = Window()
-        while taken < total and not interrupted():
+        while at.taken < total and not interrupted():
             chosen = list(islice(batches, settings.grad_accumulation_steps))
             result = step(chosen)
             # The device works on this step while the host waits for the one before: one step ahead, no more.
-            if previous is not None and guard.diverged(previous):
-                save(taken)
-                raise _diverged(taken, guard)
+            if previous is not None and diverged(at, previous):
+                save(at.taken)
+                raise _diverged(at)
             previous = result
-            taken, consumed = taken + 1, consumed + len(chosen)
+            at.taken, at.consumed = at.taken + 1, at.consumed + len(chosen)
             window.add(chosen, result)
-            on_step(taken)
-            last = taken == total or interrupted()
+            on_step(at.taken)
+            last = at.taken == total or interrupted()
             if last:
-                gone = guard.diverged(result) or guard.in_a_row == total
-            if last or taken % settings.steps_per_report == 0:
+                gone = diverged(at, result) or at.skipped_in_a_row == total
+            if last or at.taken % settings.steps_per_report == 0:
                 report(record(window))
                 window = Window()
             with window.paused():
-                if last or (settings.steps_per_eval and taken % settings.steps_per_eval == 0):
+                if last or (settings.steps_per_eval and at.taken % settings.steps_per_eval == 0):
                     validate()
-                if last or (settings.save_every and taken % settings.save_every == 0):
-                    save(taken)
-                    saved_at = taken
-        if taken and saved_at != taken:  # interrupted between steps; an untrained adapter is not worth a folder
-            save(taken)
-        if taken == total and gone:
-            raise _diverged(taken, guard)
-        return Outcome(taken, val_loss if val_at == taken else None, interrupted())
+                if last or (settings.save_every and at.taken % settings.save_every == 0):
+                    if previous is not None and not last and diverged(at, previous):
+                        save(at.taken)
+                        raise _diverged(at)
+                    previous = None  # counted: a run that goes on from here does not see it again
+                    save(at.taken)
+                    saved_at = at.taken
+        if at.taken and saved_at != at.taken:  # interrupted between steps; an untrained adapter is not worth a folder
+            save(at.taken)
+        if at.taken == total and gone:
+            raise _diverged(at)
+        return Outcome(at.taken, at.val_loss if at.val_at == at.taken else None, interrupted())
 
 
-def _diverged(taken: int, guard: SkipGuard) -> RunError:
+def _diverged(at: Position) -> RunError:
     return RunError(
-        f"step {taken}: loss or gradient was not finite {guard.in_a_row} times in a row; the adapter as it was "
+        f"step {at.taken}: loss or gradient was not finite {at.skipped_in_a_row} times in a row; the adapter as it was "
         "before them is saved; lower --learning-rate, or try --dtype float32"
     )
 

@@ -1,0 +1,175 @@
+"""Checkpoints: a complete adapter and all that a run needs to go on, whole or not there at all.
+
+    checkpoints/step-000100/   adapters.safetensors, adapter_config.json     the adapter, as anywhere
+                               state.safetensors                             training/state.py's arrays
+                               state.json                                    position, identity, checksums
+
+Each is written under another name, flushed to the disk, and renamed: a kill at any moment leaves the ones before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_lora.errors import InputError
+from mlx_lora.files import replacing_folder
+from mlx_lora.training.state import Position
+
+STATE_FILE, ARRAYS_FILE, LOCK_FILE = "state.json", "state.safetensors", ".lock"
+NAME = re.compile(r"step-(\d{6,})")
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and found whole.
+
+    Attributes:
+        folder: where it lies.
+        position: of the run.
+        identity: what it depends on; see `differences`.
+        arrays: training/state.py's.
+    """
+
+    folder: Path
+    position: Position
+    identity: dict[str, Any]
+    arrays: dict[str, mx.array]
+
+
+def write_checkpoint(
+    folder: Path,
+    position: Position,
+    identity: dict[str, Any],
+    arrays: dict[str, mx.array],
+    save_adapter: Callable[[Path], None],
+) -> None:
+    """Write a checkpoint, all or nothing.
+
+    Args:
+        folder: `checkpoints/step-NNNNNN`; an older one of this name is replaced.
+        position, identity, arrays: see Checkpoint.
+        save_adapter: writes the adapter into a folder.
+    """
+    with replacing_folder(folder) as place:
+        save_adapter(place)
+        mx.save_safetensors(str(place / ARRAYS_FILE), arrays)
+        sums = {path.name: _checksum(path) for path in sorted(place.iterdir())}
+        state = {"version": VERSION, "position": asdict(position), "identity": identity, "sha256": sums}
+        (place / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        for path in (*place.iterdir(), place):
+            _flush(path)
+    _flush(folder.parent)
+
+
+def thin_out(room: Path, keep: int, best_at: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one; 0 keeps all."""
+    found = numbered(room)
+    for number, folder in found[keep:] if keep else []:
+        if number != best_at:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def numbered(room: Path) -> list[tuple[int, Path]]:
+    """Return (step, folder) of the checkpoints in a run folder's `checkpoints`, newest first."""
+    folders = room.iterdir() if room.is_dir() else ()
+    found = [(int(match[1]), path) for path in folders if (match := NAME.fullmatch(path.name))]
+    return sorted(found, reverse=True)
+
+
+def newest_checkpoint(room: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole, None when there is none; damaged ones are named.
+
+    Args:
+        room: a run folder's `checkpoints`.
+        say: takes a line about each that was passed over.
+    """
+    for _, folder in numbered(room):
+        try:
+            return read_checkpoint(folder)
+        except InputError as error:
+            say(f"passed over: {error}")
+    return None
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint and check all of it.
+
+    Raises:
+        InputError: anything missing, changed, or of another version.
+    """
+    try:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        version, sums = state["version"], state["sha256"]
+        position, identity = Position(**state["position"]), dict(state["identity"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{folder}: no checkpoint to go on from ({type(error).__name__} in {STATE_FILE})") from None
+    if version != VERSION:
+        raise InputError(
+            f"{folder}: checkpoint of version {version}, this program reads {VERSION}; use the one it is from"
+        )
+    for name, expected in sums.items():
+        path = folder / Path(name).name
+        if not path.is_file() or _checksum(path) != expected:
+            raise InputError(f"{folder}: {name} is missing or damaged; use an older checkpoint")
+    return Checkpoint(folder, position, identity, mx.load(str(folder / ARRAYS_FILE)))
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return what differs between a checkpoint's identity and this run's, in words."""
+    return [
+        f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
+        for name in dict.fromkeys((*then, *now))
+        if then.get(name) != now.get(name)
+    ]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a run folder; the lock ends with the process, however that ends.
+
+    Raises:
+        InputError: another run holds it.
+    """
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"--adapter-path {folder}: another run is writing there; wait for it, or choose another folder"
+            ) from None
+        try:
+            yield
+        finally:
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Bring a file or a folder's entries to the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

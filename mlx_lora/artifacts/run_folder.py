@@ -1,0 +1,135 @@
+"""A run folder over time: what `--resume` finds in it, whether this run may go on from there, and what each save writes."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_lora.artifacts.adapter import AdapterInfo, save_adapter
+from mlx_lora.artifacts.checkpoint import (
+    Checkpoint,
+    differences,
+    newest_checkpoint,
+    read_checkpoint,
+    thin_out,
+    write_checkpoint,
+)
+from mlx_lora.config import LoopSettings, TrainSettings
+from mlx_lora.data.batches import BatchPlan
+from mlx_lora.errors import InputError
+from mlx_lora.training.state import Position, run_arrays
+from mlx_lora.training.step import Step
+
+# What may change between a run and its continuation: length, cadences, places, and what only moves memory about.
+# Model and data are compared by fingerprint, not by the names they were given.
+FREE = frozenset(
+    [
+        "model",
+        "revision",
+        "data",
+        "adapter_path",
+        "trust_remote_code",
+        "iters",
+        "epochs",
+        "steps_per_report",
+        "steps_per_eval",
+        "val_batches",
+        "save_every",
+        "keep",
+        "resume",
+        "train",
+        "test",
+        "test_batches",
+        "clear_cache_threshold",
+        "short_buffers",
+        "report_to",
+        "project_name",
+        "force",
+        "strict",
+        "resume_adapter_file",
+        "grad_checkpoint",
+    ]
+)
+
+
+def room_of(loop: LoopSettings) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return Path(loop.adapter_path) / "checkpoints"
+
+
+def find_checkpoint(loop: LoopSettings, say: Callable[[str], None]) -> Checkpoint | None:
+    """Return the checkpoint that `--resume` asks for, None when it is not asked for or there is none yet.
+
+    Raises:
+        InputError: a named checkpoint that is damaged or missing.
+    """
+    if loop.resume is None:
+        return None
+    if loop.resume != "auto":
+        return read_checkpoint(Path(loop.resume))
+    found = newest_checkpoint(room_of(loop), say)
+    if found is None:
+        say(f"--resume: no whole checkpoint in {room_of(loop)}; the run starts at the beginning")
+    return found
+
+
+def identity_of(
+    settings: TrainSettings, base_fingerprint: str, data_fingerprint: str, plan: BatchPlan, price_epochs: float
+) -> dict[str, Any]:
+    """Return everything that a continuation must have in common with its run, as JSON can hold it."""
+    own = {name: value for name, value in settings.to_flat().items() if name not in FREE}
+    shapes = hashlib.sha256(repr((len(plan), sorted(plan.shapes))).encode()).hexdigest()[:16]
+    facts = {"base": base_fingerprint, "rows": data_fingerprint, "batches": shapes, "price_epochs": price_epochs}
+    return {**facts, **own}
+
+
+def check_continuation(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
+    """Refuse to go on from a checkpoint of another run than this would be.
+
+    Raises:
+        InputError: with everything that differs.
+    """
+    differ = differences(checkpoint.identity, identity)
+    if differ:
+        raise InputError(
+            f"--resume {checkpoint.folder}: another run than this: {'; '.join(differ)}; use the same settings, or start anew"
+        )
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Writes a run's results.
+
+    Attributes:
+        loop: says where, how often, and how many are kept.
+        info: what the adapter is.
+        identity: of the run.
+    """
+
+    loop: LoopSettings
+    info: AdapterInfo
+    identity: dict[str, Any]
+
+    def start_anew(self) -> None:
+        """Remove an earlier run's checkpoints (--force), which would pass for this one's."""
+        shutil.rmtree(room_of(self.loop), ignore_errors=True)
+
+    def save(self, model: nn.Module, step: Step, at: Position) -> None:
+        """Write the adapter and, with --save-every, a checkpoint of the whole run."""
+        save_adapter(Path(self.loop.adapter_path), model, self.info)
+        if not self.loop.save_every:
+            return
+        write_checkpoint(
+            room_of(self.loop) / f"step-{at.taken:06d}",
+            at,
+            self.identity,
+            run_arrays(step, model),
+            lambda place: save_adapter(place, model, self.info),
+        )
+        thin_out(room_of(self.loop), self.loop.keep, at.best_at)

@@ -1,0 +1,102 @@
+"""All that a run's future depends on: where it stands, and every array that the next step reads.
+
+A run that goes on from these takes the same steps, bit for bit, as one that never stopped: masters, moments and
+the schedule's step count, the method's own state (AdaLoRA's importance, ReLoRA's cycles), the random key of
+dropout, and how many micro-batches were consumed (the plan is a pure function of data, seed and epoch).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.training.step import Step
+
+# Frozen factors that a method keeps beside the trained ones.
+FROZEN = ("start_a", "start_b", "fixed_a", "fixed_b")
+
+
+@dataclass
+class Position:
+    """Where a run stands; the loop keeps it up to date.
+
+    Attributes:
+        taken: optimizer steps.
+        consumed: micro-batches of the plan.
+        skipped, skipped_in_a_row: updates that were not finite.
+        val_loss, val_at: the last validation and its step.
+        best_loss, best_at: the lowest validation so far and its step.
+    """
+
+    taken: int = 0
+    consumed: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    val_loss: float | None = None
+    val_at: int | None = None
+    best_loss: float | None = None
+    best_at: int | None = None
+
+    def validated(self, loss: float) -> None:
+        """Note a validation."""
+        self.val_loss, self.val_at = loss, self.taken
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_loss, self.best_at = loss, self.taken
+
+
+def run_arrays(step: Step, model: nn.Module) -> dict[str, mx.array]:
+    """Return the arrays of a run by flat names.
+
+    Args:
+        step: the compiled step.
+        model: the adapted model.
+    """
+    arrays = {f"masters.{name}": value for name, value in step.masters.arrays.items()}
+    arrays |= {f"optimizer.{name}": value for name, value in tree_flatten(step.optimizer.state)}
+    arrays["random"] = mx.random.state[0]
+    if step.events is not None:
+        arrays |= {f"events.{name}": value for name, value in tree_flatten(step.events.state)}
+        arrays |= {f"extras.{name}": value for name, value in step.events.extras().items()}
+    for path, layer in adapter_layers(model).items():
+        arrays |= {f"layers.{path}.{name}": layer[name] for name in FROZEN if name in layer}
+    return arrays
+
+
+def restore_arrays(step: Step, model: nn.Module, arrays: dict[str, mx.array]) -> None:
+    """Put the arrays of a run back.
+
+    Args:
+        step: a fresh step of the same settings.
+        model: the model, adapted by the same settings.
+        arrays: as `run_arrays` returned them.
+    """
+
+    def part(prefix: str) -> dict[str, mx.array]:
+        return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+    layers = adapter_layers(model)
+    for name, value in part("layers.").items():
+        path, _, leaf = name.rpartition(".")
+        layers[path][leaf] = value
+        layers[path].freeze(keys=[leaf], recurse=False)
+    step.masters.put(part("masters."))
+    # In place, all of it: the compiled functions captured these very containers.
+    step.optimizer.state.update(_filled(step.optimizer.state, part("optimizer.")))
+    # The state takes no array, but a seed is the key's two halves.
+    high, low = arrays["random"].tolist()
+    mx.random.seed(high << 32 | low)
+    if step.events is not None:
+        step.events.state.update(_filled(step.events.state, part("events.")))
+        step.events.restore(part("extras."))
+    step.taken = int(step.optimizer.state["step"].item())
+    step.masters.hand_out()
+    mx.eval(model.parameters(), step.masters.arrays, step.optimizer.state)
+
+
+def _filled(tree: dict, arrays: dict[str, mx.array]) -> dict:
+    """Return a tree of this form with other arrays; names hold dots of their own, so they alone do not tell the form."""
+    return tree_map_with_path(lambda path, _: arrays[path], tree)

@@ -1,0 +1,206 @@
+"""Going on from a checkpoint: the same bytes as a run that never stopped, and nothing taken up that is not whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from run_cli import run
+
+from mlx_lora.artifacts.checkpoint import ARRAYS_FILE, STATE_FILE, locked
+from mlx_lora.errors import InputError
+
+RUNS = {
+    "lora": ("--dropout", 0.1),
+    "dora": ("--method", "dora", "--grad-checkpoint", "block", "--grad-accumulation-steps", 2),
+    "pissa": ("--method", "pissa", "--optimizer", "muon"),
+    "adalora": ("--method", "adalora", "--optimizer", "adafactor"),
+    "relora": ("--method", "relora", "--relora-every", 3),
+    "full": ("--method", "full", "--optimizer", "sgd"),
+}
+STEPS = 12
+
+
+def command(model, data, folder, *extra) -> tuple:
+    return (
+        "train", "--model", model, "--data", data, "--adapter-path", folder, "--iters", STEPS, "--batch-tokens", 384,
+        "--learning-rate", 5e-3, "--rank", 4, "--steps-per-report", 3, "--steps-per-eval", 4, "--val-batches", 2, *extra,
+    )  # fmt: skip
+
+
+def weights(folder) -> bytes:
+    return (folder / "adapters.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder, chats, tmp_path_factory):
+    """A run that never stopped, with checkpoints after steps 5, 10 and 12."""
+    folder = tmp_path_factory.mktemp("finished")
+    ran = run(*command(tiny_folder, chats, folder / "a", "--save-every", 5))
+    assert ran.code == 0, ran.err
+    return folder / "a"
+
+
+def stopped_after(folder, copy, step: int):
+    """Return a copy of a run folder as it was after a checkpoint."""
+    import shutil
+
+    shutil.copytree(folder, copy)
+    for other in (copy / "checkpoints").iterdir():
+        if int(other.name.removeprefix("step-")) > step:
+            shutil.rmtree(other)
+    return copy
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_result_is_the_same_bytes(name, tiny_folder, chats, tmp_path):
+    whole = run(*command(tiny_folder, chats, tmp_path / "whole", "--save-every", 0, *RUNS[name]))
+    assert whole.code == 0, whole.err
+    parts = command(tiny_folder, chats, tmp_path / "parts", *RUNS[name])
+    assert run(*parts, "--save-every", 7).code == 0
+    stopped = stopped_after(tmp_path / "parts", tmp_path / "again", 7)
+    before = weights(stopped / "checkpoints" / "step-000007")
+    parts = command(tiny_folder, chats, stopped, *RUNS[name])
+    # Another cadence of reports, validations and saves.
+    ran = run(*parts, "--save-every", 2, "--steps-per-report", 1, "--steps-per-eval", 5, "--resume")
+    assert ran.code == 0, ran.err
+    assert "Going on from step 7" in ran.err
+    assert weights(stopped) == weights(tmp_path / "whole")
+    assert weights(stopped) != before
+
+
+def test_metrics_go_on_behind_the_checkpoint(finished, tiny_folder, chats, tmp_path):
+    stopped = stopped_after(finished, tmp_path / "a", 5)
+    with (stopped / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "lo')  # a kill in the middle of a line
+    assert run(*command(tiny_folder, chats, stopped, "--save-every", 5, "--resume")).code == 0
+    steps = [json.loads(line)["step"] for line in (stopped / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert steps[-1] == STEPS
+    assert steps.count(0) == 1
+
+
+def test_a_longer_run_goes_on_and_a_finished_one_says_so(finished, tiny_folder, chats, tmp_path):
+    copy = stopped_after(finished, tmp_path / "a", STEPS)
+    (copy / "adapters.safetensors").unlink()
+    ran = run(*command(tiny_folder, chats, copy, "--save-every", 5, "--resume"))
+    assert (ran.code, f"all {STEPS} steps are done" in ran.err) == (0, True)
+    assert weights(copy) == weights(finished)
+    ran = run(*command(tiny_folder, chats, copy, "--save-every", 5, "--resume", "--iters", STEPS + 2))
+    assert ran.code == 0, ran.err
+    assert f"Going on from step {STEPS}" in ran.err
+
+
+DAMAGE = {
+    "cut short": lambda folder: (folder / ARRAYS_FILE).write_bytes((folder / ARRAYS_FILE).read_bytes()[:-100]),
+    "a byte flipped": lambda folder: flip(folder / "adapters.safetensors"),
+    "no state": lambda folder: (folder / STATE_FILE).unlink(),
+    "half a state": lambda folder: (folder / STATE_FILE).write_text('{"version": 1,'),
+    "a file gone": lambda folder: (folder / ARRAYS_FILE).unlink(),
+}
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(kind, finished, tiny_folder, chats, tmp_path):
+    stopped = stopped_after(finished, tmp_path / "a", 10)
+    DAMAGE[kind](stopped / "checkpoints" / "step-000010")
+    named = run(*command(tiny_folder, chats, stopped, "--resume", stopped / "checkpoints" / "step-000010"))
+    assert (named.code, "step-000010" in named.err) == (2, True)
+    ran = run(*command(tiny_folder, chats, stopped, "--save-every", 5, "--resume"))
+    assert ran.code == 0, ran.err
+    assert "passed over" in ran.err
+    assert "Going on from step 5" in ran.err
+    assert weights(stopped) == weights(finished)
+
+
+OTHER = {
+    "rank": ("--rank", 5),
+    "learning_rate": ("--learning-rate", 1e-3),
+    "seed": ("--seed", 7),
+    "batch_tokens": ("--batch-tokens", 512),
+    "rows": ("--valid-fraction", 0.3),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_another_run_is_refused_and_the_difference_named(name, finished, tiny_folder, chats, tmp_path):
+    stopped = stopped_after(finished, tmp_path / "a", 5)
+    before = weights(stopped)
+    ran = run(*command(tiny_folder, chats, stopped, "--resume", *OTHER[name]))
+    assert (ran.code, f"{name} was" in ran.err) == (2, True)
+    assert weights(stopped) == before
+
+
+def test_another_base_is_refused(finished, tiny_4bit_folder, chats, tmp_path):
+    from conftest import tiny_model, write_folder
+
+    stranger = write_folder(tmp_path / "stranger", tiny_model(seed=5))
+    stopped = stopped_after(finished, tmp_path / "a", 5)
+    ran = run(*command(stranger, chats, stopped, "--resume"))
+    assert (ran.code, "base was" in ran.err) == (2, True)
+
+
+def test_without_a_checkpoint_it_starts_at_the_beginning(finished, tiny_folder, chats, tmp_path):
+    ran = run(*command(tiny_folder, chats, tmp_path / "new", "--save-every", 5, "--resume"))
+    assert ran.code == 0, ran.err
+    assert "starts at the beginning" in ran.err
+    assert weights(tmp_path / "new") == weights(finished)
+
+
+def test_the_newest_and_the_best_are_kept(tiny_folder, chats, tmp_path):
+    ran = run(*command(tiny_folder, chats, tmp_path / "a", "--save-every", 1, "--keep", 2, "--steps-per-eval", 1))
+    assert ran.code == 0, ran.err
+    kept = sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir())
+    losses = {}
+    for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["val_loss"] is not None and record["step"]:
+            losses[record["step"]] = record["val_loss"]
+    best = min(losses, key=losses.get)
+    assert kept == sorted({f"step-{best:06d}", "step-000011", "step-000012"})
+
+
+def test_two_runs_do_not_share_a_folder(tiny_folder, chats, tmp_path):
+    with (
+        locked(tmp_path / "a"),
+        pytest.raises(InputError, match="another run is writing there"),
+        locked(tmp_path / "a"),
+    ):
+        pass
+    with locked(tmp_path / "a"):
+        pass
+
+
+def test_killed_at_random_moments_it_ends_the_same(finished, tiny_folder, chats, tmp_path):
+    """A short form of the soak: -9 whenever, then --resume, until a run ends by itself."""
+    folder = tmp_path / "a"
+    words = [str(word) for word in command(tiny_folder, chats, folder, "--save-every", 1, "--resume")]
+    line = [sys.executable, "-m", "mlx_lora", *words]
+    chance, kills = random.Random(3), 0
+    while True:
+        child = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ})
+        try:
+            # The start takes a few seconds; a kill before, in between or after a step, in a save or in an evaluation.
+            _, err = child.communicate(timeout=chance.uniform(2, 7) if kills < 5 else 120)
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+            child.communicate()
+            kills += 1
+            continue
+        assert child.returncode == 0, err
+        break
+    assert kills > 0
+    assert weights(folder) == weights(finished)
+    assert not [path for path in folder.rglob(".step-*") if time.time() - path.stat().st_mtime < 0]
