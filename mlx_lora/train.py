@@ -156,6 +156,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     loggers = reporting_sinks(settings)
     describe_run(settings, base, adapted, factors, plan, steps, forms)
     run, at = RunFolder(loop, info, identity), found.position if found else Position()
+    run.clear_leftovers()
     if found:
         restore_arrays(step, base.model, found.arrays)
         left = "" if at.taken < steps else f"; all {steps} steps are done, raise --iters or --epochs for more"

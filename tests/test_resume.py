@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from run_cli import run
@@ -203,4 +202,4 @@ def test_killed_at_random_moments_it_ends_the_same(finished, tiny_folder, chats,
         break
     assert kills > 0
     assert weights(folder) == weights(finished)
-    assert not [path for path in folder.rglob(".step-*") if time.time() - path.stat().st_mtime < 0]
+    assert not list(folder.rglob(".*"))

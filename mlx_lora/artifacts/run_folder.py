@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_lora.artifacts.adapter import AdapterInfo, save_adapter
+from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, save_adapter
 from mlx_lora.artifacts.checkpoint import (
     Checkpoint,
     differences,
@@ -119,6 +119,15 @@ class RunFolder:
     def start_anew(self) -> None:
         """Remove an earlier run's checkpoints (--force), which would pass for this one's."""
         shutil.rmtree(room_of(self.loop), ignore_errors=True)
+
+    def clear_leftovers(self) -> None:
+        """Remove what killed runs left half written; nobody else writes here while the folder is locked."""
+        folder = Path(self.loop.adapter_path)
+        for path in room_of(self.loop).glob(".step-*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for name in (WEIGHTS_FILE, CONFIG_FILE, "run.yaml"):  # as replacing_file calls them; a user's own files stay
+            for path in folder.glob(f".{name}.*"):
+                path.unlink(missing_ok=True)
 
     def save(self, model: nn.Module, step: Step, at: Position) -> None:
         """Write the adapter and, with --save-every, a checkpoint of the whole run."""
