@@ -92,6 +92,9 @@ def build_optimizer(
 
 # Optimizers that treat every number alike, whatever array it is in.
 ELEMENTWISE = (optim.Adam, optim.SGD)
+# Numbers up to which they get one flat array: modules trained in full are large arrays already, and another copy
+# of all of them would only take memory.
+FLAT_UP_TO = 1 << 25
 
 
 class Masters:
@@ -107,11 +110,11 @@ class Masters:
 
         Args:
             model: its parameters become views of `arrays` by `hand_out`.
-            flat: hold one array; else each parameter by its own.
+            flat: hold one array, unless it were too large; else each parameter by its own.
         """
         self._model = model
-        self._flat = flat
         self._own = [(name, p.shape, p.dtype) for name, p in tree_flatten(model.trainable_parameters())]
+        self._flat = flat and sum(prod(shape) for _, shape, _ in self._own) <= FLAT_UP_TO
         # One dict, changed in place: compiled functions capture it.
         self.arrays = self.gathered(model.trainable_parameters())
 
@@ -156,9 +159,13 @@ class Masters:
         parts = mx.split(arrays["flat"], ends[:-1])
         return {name: part.reshape(shape) for (name, shape, _), part in zip(self._own, parts, strict=True)}
 
+    def from_names(self, values: dict[str, mx.array]) -> dict:
+        """Return one value per parameter, given by name, in the form of `arrays`."""
+        return self.gathered(tree_unflatten([(name, values[name]) for name, _, _ in self._own]))
+
     def put_by_name(self, parameters: dict[str, mx.array]) -> None:
         """Exchange all parameters, given by name."""
-        self.put(self.gathered(tree_unflatten([(name, parameters[name]) for name, _, _ in self._own])))
+        self.put(self.from_names(parameters))
 
     def hand_out(self) -> None:
         """Give the model its parameters."""

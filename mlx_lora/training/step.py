@@ -108,11 +108,12 @@ class Step:
 
     def _with_penalty(self, grads: dict) -> dict:
         """Return the gradients with that of the method's penalty. The reported loss stays the data's own."""
-        events = self.events
-        if events.penalty(self.masters.by_name()) is None:
+        parameters = self.masters.by_name()
+        if self.events.penalty(parameters) is None:
             return grads
-        own = mx.grad(lambda arrays: events.penalty(self.masters.by_name(arrays)))(self.masters.arrays)
-        return tree_map(mx.add, grads, own)
+        # By name: the gradient of cutting up a flat array is as large as the array, once for each parameter.
+        own = mx.grad(self.events.penalty)(parameters)
+        return tree_map(mx.add, grads, self.masters.from_names(own))
 
     def _update(self, loss_sum: mx.array, tokens: mx.array, grads: dict) -> StepResult:
         """Update masters and optimizer by summed gradients; traced once."""
