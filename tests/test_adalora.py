@@ -160,3 +160,24 @@ def test_a_run_without_steps_for_cuts_is_refused():
     adapt_model(model, SETTINGS, seed=1)
     with pytest.raises(InputError, match="5 and 10 steps leave none of 15 for cuts"):
         budget_schedule(SETTINGS, model, 15)
+
+
+def test_the_penalty_takes_no_memory_to_speak_of():
+    # Its gradient through a flat array would be as large as the array, once for each of the parameters.
+    def peak(method: str) -> int:
+        model = tiny_model(num_hidden_layers=8)
+        settings = AdapterSettings(method=method, rank=32, alpha=32.0)
+        adapt_model(model, settings, seed=1)
+        optimizer = build_optimizer(OptimizerSettings(), STEPS)
+        step = Step(
+            model, optimizer, choose_loss(model, TINY).train, 1.0, events=make_events(settings, model, STEPS, seed=0)
+        )
+        mx.synchronize()
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(step([batch(1, 16, seed=0)]))
+        return mx.get_peak_memory() - before
+
+    parameters = 8 * 2 * 32 * (4 * 64 + 2 * 32 + 3 * (64 + 96)) * 4 // 2
+    assert peak("adalora") - peak("lora") < 8 * 1.5 * parameters
