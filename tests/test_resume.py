@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from run_cli import run
@@ -182,24 +181,28 @@ def test_two_runs_do_not_share_a_folder(tiny_folder, chats, tmp_path):
         pass
 
 
-def test_killed_at_random_moments_it_ends_the_same(finished, tiny_folder, chats, tmp_path):
-    """A short form of the soak: -9 whenever, then --resume, until a run ends by itself."""
+def test_killed_in_the_middle_again_and_again_it_ends_the_same(finished, tiny_folder, chats, tmp_path):
+    """A short form of the soak: -9 around saves and steps, then --resume."""
     folder = tmp_path / "a"
     words = [str(word) for word in command(tiny_folder, chats, folder, "--save-every", 1, "--resume")]
     line = [sys.executable, "-m", "mlx_lora", *words]
     chance, kills = random.Random(3), 0
-    while True:
-        child = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ})
-        try:
-            # The start takes a few seconds; a kill before, in between or after a step, in a save or in an evaluation.
-            _, err = child.communicate(timeout=chance.uniform(2, 7) if kills < 5 else 120)
-        except subprocess.TimeoutExpired:
-            child.send_signal(signal.SIGKILL)
-            child.communicate()
-            kills += 1
-            continue
-        assert child.returncode == 0, err
-        break
+    for step in (1, 3, 6, 9):
+        child = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # Steps take milliseconds here, so the kill comes in one of the steps, saves or validations that follow.
+        while child.poll() is None and not reached(folder, step):
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.05))
+        kills += child.poll() is None
+        child.kill()
+        child.wait()
     assert kills > 0
+    ran = run(*command(tiny_folder, chats, folder, "--save-every", 1, "--resume"))
+    assert ran.code == 0, ran.err
     assert weights(folder) == weights(finished)
     assert not list(folder.rglob(".*"))
+
+
+def reached(folder, step: int) -> bool:
+    names = [path.name for path in (folder / "checkpoints").glob("step-*")]
+    return any(int(name.removeprefix("step-")) >= step for name in names)
