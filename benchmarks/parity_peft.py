@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+from _double import in_double
 from _environment import environment
 from _processes import run_child
 from peft.optimizers import create_loraplus_optimizer
@@ -203,30 +204,6 @@ def peft_model(settings: TrainSettings, method: Method, initial: dict[str, np.nd
 def trained_here(model: peft.PeftModel) -> dict[str, torch.nn.Parameter]:
     """Return what PEFT trains by our names, in its own orientation."""
     return {name_here(name): value for name, value in model.named_parameters() if value.requires_grad}
-
-
-def in_double(model: peft.PeftModel) -> peft.PeftModel:
-    """Turn a model into double precision, its norms and rotations too, which transformers computes in float32."""
-    model = model.double()
-    for module in model.modules():
-        kind = type(module).__name__
-        if kind.endswith("RMSNorm"):
-            module.forward = lambda x, norm=module: torch.nn.functional.rms_norm(
-                x, norm.weight.shape, norm.weight, norm.variance_epsilon
-            )
-        elif kind.endswith("RotaryEmbedding"):
-            module.forward = lambda x, position_ids, rotary=module: rotations(rotary, position_ids)
-    return model
-
-
-def rotations(rotary: torch.nn.Module, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosines and sines of default rotary embeddings, (B, T, head width), in double precision."""
-    width = 2 * len(rotary.inv_freq)
-    powers = torch.arange(0, width, 2, dtype=torch.float64) / width
-    theta = rotary.config.rope_parameters["rope_theta"]
-    angles = positions[..., None].double() / theta**powers
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
 
 
 def train_in_peft(
