@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import TINY, tiny_model
 
@@ -251,3 +252,35 @@ def test_profile_times_and_counts_a_step(mode, tiny_folder):
     assert result["step_s"] > 0 < result["peak_bytes"]
     assert result["counts"].keys() - result["parts_s"].keys() == {"residuals"}
     assert result["operations"]["Matmul"] > 2 * 7 * 4  # blocks, layers, products with weights and factors
+
+
+# --- parity with PEFT
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_curves_beside_pefts(module, tiny_folder, chats, capsys):
+    pytest.importorskip("peft")
+    flags = {"--steps": 12, "--batch-tokens": 256, "--learning-rate": 5e-3, "--methods": "lora,dora"}
+    words = [str(word) for pair in flags.items() for word in pair]
+    script = module("parity_peft")
+    code = script.main(["--model", str(tiny_folder), "--data", str(chats), "--float64", *words])
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert (code, result["good"]) == (0, True), result
+    for run in result["results"]:
+        assert run["comparisons"].keys() == {"ours, PEFT", "ours, float64", "PEFT, float64"}
+        assert run["losses"][-1] < 0.9 * run["losses"][0]
+
+
+def test_a_curve_or_an_adapter_apart_is_no_parity(module):
+    pytest.importorskip("peft")
+    script = module("parity_peft")
+    initial = {name: np.ones(3) for name in ("a", "b")}
+    wanted = script.Run(np.array([2.0, 1.0]), {"a": np.array([2.0, 1, 1]), "b": np.array([1.0, 3, 1])}, 0.0)
+    assert script.compare(wanted, wanted, initial).good
+    later = script.compare(script.Run(np.array([2.0, 1.001]), wanted.adapter, 0.0), wanted, initial)
+    assert (later.good, later.step, later.loss) == (False, 2, pytest.approx(1e-3))
+    turned = script.compare(script.Run(wanted.losses, {**wanted.adapter, "b": np.ones(3)}, 0.0), wanted, initial)
+    assert (turned.good, turned.tensor) == (False, "b")
+    assert not script.compare(script.Run(np.array([2.0, np.nan]), wanted.adapter, 0.0), wanted, initial).good
