@@ -78,29 +78,36 @@ def report_error(error: BaseException) -> int:
     Raises:
         BaseException: `error` itself when nobody foresaw it: that is a bug, and it keeps its traceback.
     """
-    if isinstance(error, InputError):
-        message, code = str(error), 2
-    elif isinstance(error, click.exceptions.NoArgsIsHelpError):
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
         click.echo(error.format_message())
         return 2
-    elif isinstance(error, click.ClickException):
-        message, code = f"{error.format_message()} (--help lists the options)", 2
-    elif isinstance(error, RunError):
-        message, code = str(error), 1
-    elif isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError):
         # The reader (`| head`) has what it wants: no message, and no second one when Python flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    elif isinstance(error, OSError) and error.errno is not None:
-        # Disk full, permission, vanished file: the operating system's own words are the plain ones.
-        place = f"{error.filename}: " if error.filename else ""
-        message, code = f"{place}{error.strerror}", 1
-    elif isinstance(error, (KeyboardInterrupt, click.Abort)):
-        message, code = "interrupted", 130
-    else:
+    described = describe_error(error)
+    if described is None:
         raise error
+    message, code = described
     click.echo("Error: " + " ".join(message.split()), err=True)
     return code
+
+
+def describe_error(error: BaseException) -> tuple[str, int] | None:
+    """Return message and exit code of an error we foresaw, None for one that nobody did."""
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, click.ClickException):
+        return f"{error.format_message()} (--help lists the options)", 2
+    if isinstance(error, RunError):
+        return str(error), 1
+    if isinstance(error, OSError) and error.errno is not None:
+        # Disk full, permission, vanished file: the operating system's own words are the plain ones.
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}", 1
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        return "interrupted", 130
+    return None
 
 
 def _quiet_libraries() -> None:

@@ -129,6 +129,14 @@ def sigmoid(x: mx.array) -> mx.array:
     return mx.sigmoid(x)
 
 
+def host_waits_for_peers() -> bool:
+    """Whether the host, not the device, must wait for what other ranks send.
+
+    macOS ends GPU work that waits for some five seconds, and a slower peer may take longer (mlx#4475). A CPU waits.
+    """
+    return mx.default_device() != mx.Device(mx.cpu)
+
+
 def wire_working_set() -> None:
     """Let Metal keep the model resident (no effect elsewhere), so that weights are not paged out."""
     if mx.metal.is_available():

@@ -7,7 +7,9 @@ python -m mlx_lora.train --config run.yaml --learning-rate 1e-4
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +34,25 @@ from mlx_lora.artifacts.adapter import (
 )
 from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
 from mlx_lora.artifacts.checkpoint import locked
-from mlx_lora.artifacts.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
+from mlx_lora.artifacts.run_folder import RunFolder, check_continuation, find_checkpoint, found_by_first, identity_of
 from mlx_lora.config import AdapterSettings, TrainSettings, train_settings
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.loading import DataSplits, load_data
 from mlx_lora.data.widths import ShapePrice
+from mlx_lora.distributed import Ranks, leads, together
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable, replacing_file
 from mlx_lora.models.attention import AttentionCall, tiled_attention
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.training.activation_memory import apply_checkpointing, choose_checkpointing
+from mlx_lora.training.agreement import check_one_run, take_first_ranks
+from mlx_lora.training.loggers import reporting_sinks
 from mlx_lora.training.losses import Loss, choose_kernels, choose_loss
 from mlx_lora.training.method_events import make_events, restart_every, restart_warmup
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.report import Metrics, MetricsFile, make_progress
+from mlx_lora.training.sharing import Sharing
 from mlx_lora.training.state import Position, restore_arrays
 from mlx_lora.training.step import Step
 from mlx_lora.training.trainer import Outcome, mean_loss, total_steps, train
@@ -66,7 +72,13 @@ def main(config_file: str | None, **options: Any) -> int:
     settings = train_settings(cli.given(options), config_file, cli.echo)
     if settings.loop.short_buffers:
         device.restart_with_short_buffers()
-    check_run_folder(settings)
+    with together(cli.describe_error) as ranks:
+        return run(settings, ranks)
+
+
+def run(settings: TrainSettings, ranks: Ranks | None) -> int:
+    """Do what the settings ask for, in this process or as one of several, and return the exit code."""
+    check_run_folder(settings, ranks)
     base = load_base(settings.model)
     if not wants_training(settings):
         adapt_for_test(settings, base)
@@ -77,10 +89,10 @@ def main(config_file: str | None, **options: Any) -> int:
     cli.echo(splits.report.render(color=cli.wants_color()))
     outcome = None
     if wants_training(settings):
-        with locked(Path(settings.loop.adapter_path)):
-            outcome = run_training(settings, base, splits)
+        with locked(Path(settings.loop.adapter_path)) if leads(ranks) else nullcontext():
+            outcome = run_training(settings, base, splits, ranks)
     if settings.loop.test and not (outcome and outcome.interrupted):
-        report_test_loss(settings, base, splits.test)
+        report_test_loss(settings, base, splits.test, ranks)
     if outcome and outcome.interrupted:
         saved = f"the adapter is saved in {settings.loop.adapter_path}" if outcome.steps else "nothing to save yet"
         cli.echo(f"Interrupted after {outcome.steps} steps; {saved}")
@@ -93,7 +105,7 @@ def wants_training(settings: TrainSettings) -> bool:
     return not settings.loop.test if settings.loop.train is None else settings.loop.train
 
 
-def check_run_folder(settings: TrainSettings) -> None:
+def check_run_folder(settings: TrainSettings, ranks: Ranks | None) -> None:
     """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
     needed = {
         "--model": settings.model.model,
@@ -108,6 +120,12 @@ def check_run_folder(settings: TrainSettings) -> None:
     if not wants_training(settings):
         if not settings.loop.test:
             raise InputError("--no-train without --test: nothing to do; give --test, or leave --no-train out")
+        if ranks is not None:
+            raise InputError(
+                f"--test alone in {ranks.size} processes: only training is shared; start it without mlx.launch"
+            )
+        return
+    if not leads(ranks):
         return
     folder = Path(settings.loop.adapter_path)
     check_writable(folder, "--adapter-path", needed_bytes=1_000_000)
@@ -125,14 +143,14 @@ def check_test_split(settings: TrainSettings, splits: DataSplits) -> None:
         )
 
 
-def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Outcome:
+def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks | None) -> Outcome:
     """Adapt the base, train, and write the run folder."""
     loop, folder = settings.loop, Path(settings.loop.adapter_path)
     mx.random.seed(loop.seed)
     # Kept with the adapter when it is not the model's own, so that generate renders prompts the same way.
     own_template = splits.chat_template == base.hf_tokenizer.chat_template
     adapted, info = adapt(settings, base, None if own_template else splits.chat_template)
-    found = find_checkpoint(loop, cli.echo)
+    found = found_by_first(lambda: find_checkpoint(loop, cli.echo), ranks)
     epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
     price = ShapePrice(epochs=epochs)
     plan = BatchPlan(
@@ -144,29 +162,34 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     if found:
         check_continuation(found, identity)
     loss = choose_loss(base.model, base.config)
-    attend, forms = choose_forms(settings, base, plan, loss)
-    step = make_step(settings, base, loss, attend, steps)
+    attend, forms = choose_forms(settings, base, plan, loss, ranks)
+    step = make_step(settings, base, loss, attend, steps, ranks)
     factors = adapter_parameters(base.model)
     adapter_bytes = sum(p.nbytes for p in factors.values())
     checkpoints = min(steps // loop.save_every + 1, loop.keep + 1 if loop.keep else steps) if loop.save_every else 0
     # A checkpoint holds the adapter, its masters, and for Adam two moments.
-    check_writable(folder, "--adapter-path", adapter_bytes * (4 * checkpoints + 1))
+    if leads(ranks):
+        check_writable(folder, "--adapter-path", adapter_bytes * (4 * checkpoints + 1))
+    if ranks is not None:
+        check_one_run(ranks, settings, identity)
+        take_first_ranks(ranks, step, base.model, cli.echo)
     device.set_cache_limit(loop.clear_cache_threshold)
     device.wire_working_set()
-    loggers = reporting_sinks(settings)
+    loggers = reporting_sinks(settings) if leads(ranks) else []
     describe_run(settings, base, adapted, factors, plan, steps, forms)
-    run, at = RunFolder(loop, info, identity), found.position if found else Position()
+    run, at = RunFolder(loop, info, identity, ranks), found.position if found else Position()
     run.clear_leftovers()
     if found:
         restore_arrays(step, base.model, found.arrays)
         left = "" if at.taken < steps else f"; all {steps} steps are done, raise --iters or --epochs for more"
         cli.echo(f"Going on from step {at.taken} ({found.folder}){left}")
-        if left:
+        if left and leads(ranks):
             save_adapter(folder, base.model, info)
     elif loop.resume is None:
         run.start_anew()
-    write_settings(folder, settings)
-    metrics = MetricsFile(folder / "metrics.jsonl", at.taken if found else None)
+    if leads(ranks):
+        write_settings(folder, settings)
+    metrics = MetricsFile(folder / "metrics.jsonl" if leads(ranks) else Path(os.devnull), at.taken if found else None)
     progress = make_progress(steps, cli.echo)
     sinks = [metrics, progress.report, *loggers]
 
@@ -175,18 +198,28 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
             sink(record)
 
     def save(step_number: int) -> None:
+        if ranks is not None:
+            take_first_ranks(ranks, step, base.model, cli.echo)
         run.save(base.model, step, at)
 
     try:
-        outcome = train(base.model, step, loss.measure, plan, validation, loop, report, progress.step, save, at)
+        outcome = train(base.model, step, loss.measure, plan, validation, loop, report, progress.step, save, at, ranks)
     finally:
         progress.close()
         metrics.close()
-    say_outcome(folder, outcome, base, info)
+    if leads(ranks):
+        say_outcome(folder, outcome, base, info)
     return outcome
 
 
-def make_step(settings: TrainSettings, base: Base, loss: Loss, attend: AttentionCall | None, steps: int) -> Step:
+def make_step(
+    settings: TrainSettings,
+    base: Base,
+    loss: Loss,
+    attend: AttentionCall | None,
+    steps: int,
+    ranks: Ranks | None = None,
+) -> Step:
     """Build the optimizer and the compiled step of a run."""
     optimizer = build_optimizer(
         settings.optimizer, steps, restart_every(settings.adapter, steps), restart_warmup(settings.adapter, steps)
@@ -200,6 +233,7 @@ def make_step(settings: TrainSettings, base: Base, loss: Loss, attend: Attention
         wait=settings.loop.short_buffers,
         rate_of=rates_of(settings.adapter),
         events=make_events(settings.adapter, base.model, steps, settings.loop.seed),
+        sharing=None if ranks is None else Sharing(ranks, settings.loop.seed),
     )
 
 
@@ -252,27 +286,28 @@ def validation_plan(rows: EncodedSet | None, settings: TrainSettings) -> BatchPl
 
 
 def choose_forms(
-    settings: TrainSettings, base: Base, plan: BatchPlan, loss: Loss
+    settings: TrainSettings, base: Base, plan: BatchPlan, loss: Loss, ranks: Ranks | None = None
 ) -> tuple[AttentionCall | None, list[str]]:
     """Choose checkpointing and kernels for this model and these batches, and apply them.
 
     Returns:
         What computes attention in the step, None for the model's own; and words for the run header.
     """
-    model = base.model
+    model, size = base.model, ranks.size if ranks else 1
     use_kernels, kernels = choose_kernels(model, base.config, loss)
     held = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
     checkpointing = choose_checkpointing(
         settings.loop.grad_checkpoint,
         model,
-        max(rows * width for rows, width, _ in plan.shapes),
+        max(-(-rows // size) * width for rows, width, _ in plan.shapes),
         device.compute_dtype(settings.model.dtype),
         device.current_device().working_set_bytes - held,
     )
     tape = apply_checkpointing(model, checkpointing)
     attend = (tape.attend if tape else tiled_attention) if use_kernels else None
-    waits = ["a pause after each micro-batch"] if settings.loop.short_buffers else []
-    return attend, [loss.description, kernels, f"checkpointing {checkpointing}", *waits]
+    notes = ["a pause after each micro-batch"] if settings.loop.short_buffers else []
+    notes += [f"rows shared by {size} processes"] if ranks else []
+    return attend, [loss.description, kernels, f"checkpointing {checkpointing}", *notes]
 
 
 def describe_method(adapter: AdapterSettings, steps: int) -> str:
@@ -320,31 +355,6 @@ def write_settings(folder: Path, settings: TrainSettings) -> None:
         temporary.write_text(yaml.safe_dump(settings.to_flat(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def reporting_sinks(settings: TrainSettings) -> list[Any]:
-    """Return sinks for --report-to, through mlx-lm's own wandb and swanlab callbacks."""
-    if not settings.loop.report_to:
-        return []
-    from mlx_lm.tuner.callbacks import get_reporting_callbacks
-
-    folder, name = settings.loop.adapter_path, settings.loop.project_name
-    try:
-        callback = get_reporting_callbacks(
-            settings.loop.report_to, project_name=name, log_dir=folder, config=settings.to_flat()
-        )
-    except (ImportError, ValueError) as error:
-        raise InputError(f"--report-to {settings.loop.report_to}: {error}; install it, or leave the flag out") from None
-
-    def sink(record: Metrics) -> None:
-        if record.val_loss is not None:
-            callback.on_val_loss_report({"iteration": record.step, "val_loss": record.val_loss})
-        if record.loss is not None:
-            callback.on_train_loss_report(
-                {"iteration": record.step, "train_loss": record.loss, "learning_rate": record.learning_rate}
-            )
-
-    return [sink]
-
-
 def say_outcome(folder: Path, outcome: Outcome, base: Base, info: AdapterInfo) -> None:
     """Write the model card, and print where the result lies."""
     file = folder / WEIGHTS_FILE
@@ -355,12 +365,11 @@ def say_outcome(folder: Path, outcome: Outcome, base: Base, info: AdapterInfo) -
     cli.echo(f"{outcome.steps} steps done{val}; {size} in {folder}")
 
 
-def report_test_loss(settings: TrainSettings, base: Base, test: EncodedSet) -> None:
+def report_test_loss(settings: TrainSettings, base: Base, test: EncodedSet, ranks: Ranks | None) -> None:
     """Measure and print the loss on the test split."""
     plan = validation_plan(test, settings)
-    loss, tokens = mean_loss(
-        base.model, choose_loss(base.model, base.config).measure, plan.batches(settings.loop.test_batches)
-    )
+    batches = plan.batches(settings.loop.test_batches)
+    loss, tokens = mean_loss(base.model, choose_loss(base.model, base.config).measure, batches, ranks)
     cli.echo(f"Test loss {loss:.4f}, perplexity {cli.perplexity(loss):.3f}, {tokens} supervised tokens")
 
 

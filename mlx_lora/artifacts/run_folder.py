@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from mlx_lora.artifacts.checkpoint import (
 )
 from mlx_lora.config import LoopSettings, TrainSettings
 from mlx_lora.data.batches import BatchPlan
+from mlx_lora.distributed import Ranks, leads
 from mlx_lora.errors import InputError
 from mlx_lora.training.state import Position, run_arrays
 from mlx_lora.training.step import Step
@@ -79,6 +80,28 @@ def find_checkpoint(loop: LoopSettings, say: Callable[[str], None]) -> Checkpoin
     return found
 
 
+def found_by_first(find: Callable[[], Checkpoint | None], ranks: Ranks | None) -> Checkpoint | None:
+    """Return what rank 0 finds, arrays included: the other machines need not hold the run folder.
+
+    Args:
+        find: looks for a checkpoint on this machine.
+        ranks: who wants it; None for a single process.
+
+    Raises:
+        InputError: whatever `find` raises, on rank 0.
+    """
+    if ranks is None:
+        return find()
+    found = find() if ranks.leads else None
+    facts = ranks.from_first(found and [str(found.folder), asdict(found.position), found.identity])
+    if facts is None:
+        return None
+    folder, position, identity = facts
+    return Checkpoint(
+        Path(folder), Position(**position), identity, ranks.arrays_from_first(found.arrays if found else {})
+    )
+
+
 def identity_of(
     settings: TrainSettings, base_fingerprint: str, data_fingerprint: str, plan: BatchPlan, price_epochs: float
 ) -> dict[str, Any]:
@@ -110,18 +133,23 @@ class RunFolder:
         loop: says where, how often, and how many are kept.
         info: what the adapter is.
         identity: of the run.
+        ranks: of which only the first writes, while the others wait; None for a single process.
     """
 
     loop: LoopSettings
     info: AdapterInfo
     identity: dict[str, Any]
+    ranks: Ranks | None = None
 
     def start_anew(self) -> None:
         """Remove an earlier run's checkpoints (--force), which would pass for this one's."""
-        shutil.rmtree(room_of(self.loop), ignore_errors=True)
+        if leads(self.ranks):
+            shutil.rmtree(room_of(self.loop), ignore_errors=True)
 
     def clear_leftovers(self) -> None:
         """Remove what killed runs left half written; nobody else writes here while the folder is locked."""
+        if not leads(self.ranks):
+            return
         folder = Path(self.loop.adapter_path)
         for path in room_of(self.loop).glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -131,6 +159,12 @@ class RunFolder:
 
     def save(self, model: nn.Module, step: Step, at: Position) -> None:
         """Write the adapter and, with --save-every, a checkpoint of the whole run."""
+        if leads(self.ranks):
+            self._write(model, step, at)
+        if self.ranks is not None:
+            self.ranks.meet()  # what is saved is on the disk before any rank goes on, or ends
+
+    def _write(self, model: nn.Module, step: Step, at: Position) -> None:
         save_adapter(Path(self.loop.adapter_path), model, self.info)
         if not self.loop.save_every:
             return

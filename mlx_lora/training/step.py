@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from mlx_lora.models.kernels import training_kernels
 from mlx_lora.training.events import Events
 from mlx_lora.training.losses import Arrays, LossFunction
 from mlx_lora.training.optim import ELEMENTWISE, Masters, clip_scale, scaled
+from mlx_lora.training.sharing import Sharing
 
 
 class StepResult(NamedTuple):
@@ -27,12 +28,14 @@ class StepResult(NamedTuple):
         tokens: trained tokens.
         grad_norm: global norm of the mean gradient before the clip.
         applied: False when the update was skipped because loss or gradient was not finite.
+        asked: how many ranks had been asked to stop when they took the step; None for a single process.
     """
 
     loss_sum: mx.array
     tokens: mx.array
     grad_norm: mx.array
     applied: mx.array
+    asked: mx.array | None = None
 
 
 class Step:
@@ -48,6 +51,7 @@ class Step:
         wait: bool = False,
         rate_of: Callable[[str], float] | None = None,
         events: Callable[[dict], Events] | None = None,
+        sharing: Sharing | None = None,
     ):
         """Set up the step.
 
@@ -60,6 +64,7 @@ class Step:
             wait: let the device run dry after each micro-batch, so that others (a display) get their turn.
             rate_of: parameter name -> multiple of the learning rate (LoRA+); None: 1 for all.
             events: makes the method's own part of the step (AdaLoRA, ReLoRA), given Masters.arrays; None for none.
+            sharing: divides steps among ranks; None for a single process.
         """
         self.model = model
         self._submit = mx.eval if wait else mx.async_eval
@@ -70,6 +75,7 @@ class Step:
         self._max_grad_norm = max_grad_norm
         self.events = None if events is None else events(self.masters.arrays)
         self.taken = 0
+        self._sharing = sharing
         mx.eval(self._rates or {})
         gradient = nn.value_and_grad(model, loss)
 
@@ -86,25 +92,43 @@ class Step:
         self.state = [self.masters.arrays, optimizer.state, {} if self.events is None else self.events.state]
         self._apply = mx.compile(self._update, inputs=self.state, outputs=self.state)
 
-    def __call__(self, batches: list[Batch]) -> StepResult:
+    def __call__(self, batches: list[Batch], asked: bool = False) -> StepResult:
         """Take one optimizer step over `batches`, weighted by their trained tokens.
+
+        Args:
+            batches: micro-batches, all ranks' together.
+            asked: whether this rank has been asked to stop; the result tells every rank.
 
         Returns:
             Lazy results; the update is already under way on the device (with `wait`, done).
         """
-        total = None
-        for batch in batches:
-            part = list(self._micro(*Arrays.of(batch)))
-            total = part if total is None else tree_map(mx.add, total, part)
-            if len(batches) > 1:
-                self._submit(total)  # one micro-batch's activations at a time
-        result = self._apply(*total)
+        if self._sharing is None:
+            total, said = self._sum(map(Arrays.of, batches), len(batches) > 1), None
+        else:
+            self._sharing.reseed(self.taken)
+            own = self._sum(self._sharing.own(batches), len(batches) > 1)
+            total, said = self._sharing.sums(own or self._nothing(), asked)
+        result = self._apply(*total)._replace(asked=said)
         self.taken += 1
         if self.events is not None:
             self.events.after(self.taken, self.masters, self.optimizer)
         self.masters.hand_out()
         self._submit(self.state, result)
         return result
+
+    def _sum(self, micro_batches: Iterator[Arrays], several: bool) -> list | None:
+        """Return summed loss, tokens and gradients of micro-batches, None without any."""
+        total = None
+        for arrays in micro_batches:
+            part = list(self._micro(*arrays))
+            total = part if total is None else tree_map(mx.add, total, part)
+            if several:
+                self._submit(total)  # one micro-batch's activations at a time
+        return total
+
+    def _nothing(self) -> list:
+        """Return what a rank without rows adds to a step."""
+        return [mx.array(0.0), mx.array(0.0), tree_map(mx.zeros_like, self.masters.arrays)]
 
     def _with_penalty(self, grads: dict) -> dict:
         """Return the gradients with that of the method's penalty. The reported loss stays the data's own."""

@@ -18,7 +18,9 @@ import mlx.nn as nn
 from mlx_lora import device
 from mlx_lora.config import LoopSettings
 from mlx_lora.data.batches import Batch, BatchPlan
+from mlx_lora.distributed import Ranks
 from mlx_lora.errors import RunError
+from mlx_lora.training.agreement import Agreement
 from mlx_lora.training.losses import Arrays, LossFunction
 from mlx_lora.training.report import Metrics
 from mlx_lora.training.state import Position
@@ -94,11 +96,15 @@ def micro_batches(plan: BatchPlan, settings: LoopSettings, start: int = 0) -> It
     return (plan.batch(epoch, index) for epoch, index in places)
 
 
-def mean_loss(model: nn.Module, loss: LossFunction, batches: Iterable[Batch]) -> tuple[float, int]:
+def mean_loss(
+    model: nn.Module, loss: LossFunction, batches: Iterable[Batch], ranks: Ranks | None = None
+) -> tuple[float, int]:
     """Return the mean loss per trained token over `batches`, and the count of those tokens.
 
-    The model is put in eval mode (no dropout) for it and back afterwards. Without tokens: (nan, 0).
+    The model is put in eval mode (no dropout) for it and back afterwards. Without tokens: (nan, 0). Several ranks
+    take turns at the batches, and all get the mean over all of them.
     """
+    batches = batches if ranks is None else islice(batches, ranks.rank, None, ranks.size)
     training = model.training
     model.eval()
     total, count = mx.array(0.0), mx.array(0.0)
@@ -106,6 +112,8 @@ def mean_loss(model: nn.Module, loss: LossFunction, batches: Iterable[Batch]) ->
         part, tokens = loss(model, *Arrays.of(batch))
         total, count = total + part, count + tokens
         mx.eval(total, count)
+    if ranks is not None:
+        total, count = ranks.sum(mx.stack([total, count]))
     model.train(training)
     tokens = int(count.item())
     return (total.item() / tokens if tokens else math.nan), tokens
@@ -122,6 +130,7 @@ def train(
     on_step: Callable[[int], None],
     save: Callable[[int], None],
     at: Position | None = None,
+    ranks: Ranks | None = None,
 ) -> Outcome:
     """Train until the run's steps are done or it is interrupted.
 
@@ -136,6 +145,7 @@ def train(
         on_step: takes the step number after each step, for a live display.
         save: takes the step number and writes the adapter.
         at: where the run stands, kept up to date for `save`; a resumed run's is not at the beginning.
+        ranks: processes that take the same steps together, each with the whole plan; None for a single one.
 
     Returns:
         The outcome; after an interruption the adapter has been saved.
@@ -159,20 +169,23 @@ def train(
     def validate() -> None:
         if validation is None or settings.val_batches == 0:
             return
-        held_out = takewhile(lambda _: not interrupted(), validation.batches(settings.val_batches))
-        value, tokens = mean_loss(model, loss, held_out)
+        held_out = takewhile(lambda _: not asked(), validation.batches(settings.val_batches))
+        value, tokens = mean_loss(model, loss, held_out, ranks)
+        interrupted.ask_all()
         if tokens and not interrupted():
             at.validated(value)
             report(record(Window(), value))  # the window goes on: its tokens are counted once, in its own line
 
-    with interrupt_flag() as interrupted:
+    with interrupt_flag(ranks) as asked:
+        interrupted = Agreement(asked, ranks)
         if not at.taken:
             validate()
         window = Window()
         while at.taken < total and not interrupted():
             chosen = list(islice(batches, settings.grad_accumulation_steps))
-            result = step(chosen)
+            result = step(chosen) if ranks is None else step(chosen, asked())
             # The device works on this step while the host waits for the one before: one step ahead, no more.
+            interrupted.hear(previous)
             if previous is not None and diverged(at, previous):
                 save(at.taken)
                 raise _diverged(at)
@@ -190,6 +203,7 @@ def train(
                 if last or (settings.steps_per_eval and at.taken % settings.steps_per_eval == 0):
                     validate()
                 if last or (settings.save_every and at.taken % settings.save_every == 0):
+                    interrupted.hear(previous)
                     if previous is not None and not last and diverged(at, previous):
                         save(at.taken)
                         raise _diverged(at)
@@ -243,18 +257,30 @@ def _metrics(
 
 
 @contextmanager
-def interrupt_flag() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a flag the loop reads; the second ends the process at once."""
+def interrupt_flag(ranks: Ranks | None = None) -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a flag the loop reads; the second ends the process at once.
+
+    With several ranks SIGHUP is one as well: an ssh session that is interrupted ends with it on the other machine.
+
+    Args:
+        ranks: only rank 0 says what it does.
+    """
     seen = []
 
     def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:  # the terminal is gone, and writing to it would be an error
+            for descriptor in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         if seen:
             raise KeyboardInterrupt
         seen.append(number)
+        if ranks is not None and not ranks.leads:
+            return
         # os.write, not print: a handler may come in the middle of another write to the same stream.
         os.write(2, b"\nStopping after this step, then saving; once more ends at once, without saving\n")
 
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM] + ([] if ranks is None else [signal.SIGHUP])
+    old = {number: signal.signal(number, note) for number in numbers}
     try:
         yield lambda: bool(seen)
     finally:

@@ -1,0 +1,211 @@
+"""A line between rank 0 and every other rank that says: alive, failed with these words, done.
+
+mlx's collectives wait for a peer forever (mlx#3862, and since its fix still where work was submitted ahead), so a rank
+that was killed would leave the others hanging. One TCP connection per rank tells: the kernel closes it when its
+process dies, and a machine that vanishes falls silent. One JSON object per line: {"beat"}, {"end": [rank, code,
+words]}, {"bye"}. Rank 0 passes an end on to all. No training data goes over it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import select
+import socket
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+BEAT_S = 2.0
+SILENCE_S = 20.0  # a process that dies is noticed at once; this is for a machine or a cable
+CONNECT_S = 30.0
+FIRST_S = 2.0  # what fails on every rank is left to rank 0 to say
+LINE_BYTES = 1 << 16
+
+
+class Link:
+    """A connection to one other rank."""
+
+    def __init__(self, rank: int, name: str, connection: socket.socket):
+        """Take over a connection.
+
+        Args:
+            rank: of the other end.
+            name: its machine.
+            connection: connected.
+        """
+        self.rank, self.name, self.socket = rank, name, connection
+        self.heard_s = time.monotonic()
+        self.done = False
+        self._buffer = b""
+        self._sending = threading.Lock()
+        connection.settimeout(SILENCE_S)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message; a dead link is noticed where it is read."""
+        try:
+            with self._sending:
+                self.socket.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            pass
+
+    def receive(self) -> list[dict[str, Any]] | None:
+        """Return the messages that have come, None when the other end is gone."""
+        try:
+            content = self.socket.recv(LINE_BYTES)
+        except OSError:
+            return None
+        if not content:
+            return None
+        self.heard_s = time.monotonic()
+        *lines, self._buffer = (self._buffer + content).split(b"\n")
+        if len(self._buffer) > LINE_BYTES:
+            return None
+        return [json.loads(line) for line in lines if line]
+
+
+def listen() -> tuple[socket.socket, str]:
+    """Return rank 0's listening socket, and the word that a rank must say to be let in."""
+    return socket.create_server(("", 0), backlog=64), secrets.token_hex(16)
+
+
+def connect(
+    rank: int, size: int, server: socket.socket | None, addresses: list[str], port: int, token: str, name: str
+) -> tuple[list[Link], str]:
+    """Connect rank 0 and all others.
+
+    Args:
+        rank, size: this one's, and how many there are.
+        server: rank 0's; None on others.
+        addresses, port, token: rank 0's, which the others got from it.
+        name: of this machine.
+
+    Returns:
+        The links (rank 0: one to each other rank; the others: one to rank 0), and what went wrong, if anything.
+    """
+    if server is None:
+        return _reach(rank, addresses, port, token, name)
+    links: list[Link] = []
+    deadline = time.monotonic() + CONNECT_S
+    with server:
+        while len(links) < size - 1 and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
+            try:
+                connection, _ = server.accept()
+                connection.settimeout(5.0)
+                hello = json.loads(connection.makefile("rb").readline(LINE_BYTES))
+                if not secrets.compare_digest(str(hello["token"]), token):
+                    raise ValueError
+                links.append(Link(int(hello["rank"]), str(hello["name"]), connection))
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # a stranger, or the time is over
+    return links, ""
+
+
+def _reach(rank: int, addresses: list[str], port: int, token: str, name: str) -> tuple[list[Link], str]:
+    for address in addresses:
+        try:
+            connection = socket.create_connection((address, port), timeout=CONNECT_S / (len(addresses) + 1))
+        except OSError:
+            continue
+        link = Link(0, address, connection)
+        link.send({"token": token, "rank": rank, "name": name})
+        return [link], ""
+    return [], (
+        f"rank {rank} ({name}) cannot reach rank 0 at {' or '.join(addresses)} port {port}; let Python accept "
+        "connections there (macOS: System Settings, Network, Firewall)"
+    )
+
+
+class Heartbeat:
+    """Watches the links in a thread of its own, and ends this process when another rank has ended badly."""
+
+    def __init__(self, rank: int, links: list[Link]):
+        """Start watching.
+
+        Args:
+            rank: this one's.
+            links: from `connect`.
+        """
+        self._rank, self._links = rank, links
+        self._all_done = threading.Event()
+        self._ending = threading.Lock()
+        threading.Thread(target=self._watch, daemon=True, name="heartbeat").start()
+
+    def fail(self, words: str, code: int) -> NoReturn:
+        """End every rank with these words, printed once, and this code."""
+        if self._rank == 0:
+            self._end(0, words, code)
+        self.wait_for_the_end(FIRST_S)
+        self._links[0].send({"end": [self._rank, code, words]})
+        self.wait_for_the_end(10.0)  # rank 0 prints it and answers
+        self._end(self._rank, words, code)
+
+    def finish(self) -> None:
+        """Tell the others that this rank is done, and wait until all are.
+
+        Rank 0 is the last: a launcher that sees another exit code than 0 ends whoever still runs.
+        """
+        if self._rank:
+            self._links[0].send({"bye": 1})
+            self._all_done.wait()
+            return
+        self._all_done.wait()
+        for link in self._links:
+            link.send({"bye": 1})
+
+    def wait_for_the_end(self, seconds: float) -> None:
+        """Give the watching thread time to end this process."""
+        time.sleep(seconds)
+
+    def _watch(self) -> None:
+        next_beat_s = 0.0
+        while not self._all_done.is_set():
+            now = time.monotonic()
+            if now >= next_beat_s:
+                next_beat_s = now + BEAT_S
+                for link in self._links:
+                    link.send({"beat": 1})
+            open_links = [link for link in self._links if not link.done]
+            ready, _, _ = select.select([link.socket for link in open_links], [], [], BEAT_S / 2)
+            # A thread that could not run itself has not listened either: what came meanwhile counts first.
+            late = time.monotonic() - now > SILENCE_S / 2
+            for link in open_links:
+                if link.socket in ready:
+                    self._read(link)
+                elif not late and time.monotonic() - link.heard_s > SILENCE_S:
+                    self._lost(link, f"said nothing for {SILENCE_S:.0f} s: its machine or the connection is gone")
+            if all(link.done for link in self._links):
+                self._all_done.set()
+
+    def _read(self, link: Link) -> None:
+        messages = link.receive()
+        if messages is None:
+            self._lost(link, "ended without a word: killed, out of memory, or its machine is gone")
+            return
+        for message in messages:
+            if "bye" in message:
+                link.done = True
+            elif "end" in message:
+                rank, code, words = message["end"]
+                self._end(rank, words, code)
+
+    def _lost(self, link: Link, what: str) -> NoReturn:
+        words = f"rank {link.rank} ({link.name}) {what}; the last checkpoint is whole, go on from it with --resume"
+        self._end(None, words, 1)
+
+    def _end(self, rank: int | None, words: str, code: int) -> NoReturn:
+        """End this process; rank 0 tells the others and prints, the others print only what rank 0 cannot."""
+        self._ending.acquire()  # the first end is the one that counts
+        if self._rank == 0:
+            for link in self._links:
+                link.send({"end": [rank, code, words]})
+        if self._rank == 0 or rank is None or rank == self._rank:
+            whose = f"rank {rank}: " if rank else ""
+            shown = "\x1b[?25h" if sys.__stderr__.isatty() else ""  # a live bar has hidden the cursor
+            print(f"{shown}Error: {whose}{' '.join(words.split())}", file=sys.__stderr__, flush=True)
+        sys.stdout.flush()
+        os._exit(code)

@@ -1,0 +1,34 @@
+"""Other places that a run's reports go to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_lora.config import TrainSettings
+from mlx_lora.errors import InputError
+from mlx_lora.training.report import Metrics
+
+
+def reporting_sinks(settings: TrainSettings) -> list[Any]:
+    """Return sinks for --report-to, through mlx-lm's own wandb and swanlab callbacks."""
+    if not settings.loop.report_to:
+        return []
+    from mlx_lm.tuner.callbacks import get_reporting_callbacks
+
+    folder, name = settings.loop.adapter_path, settings.loop.project_name
+    try:
+        callback = get_reporting_callbacks(
+            settings.loop.report_to, project_name=name, log_dir=folder, config=settings.to_flat()
+        )
+    except (ImportError, ValueError) as error:
+        raise InputError(f"--report-to {settings.loop.report_to}: {error}; install it, or leave the flag out") from None
+
+    def sink(record: Metrics) -> None:
+        if record.val_loss is not None:
+            callback.on_val_loss_report({"iteration": record.step, "val_loss": record.val_loss})
+        if record.loss is not None:
+            callback.on_train_loss_report(
+                {"iteration": record.step, "train_loss": record.loss, "learning_rate": record.learning_rate}
+            )
+
+    return [sink]

@@ -1,0 +1,126 @@
+"""One optimizer step over several ranks: each computes some rows of every micro-batch, and all add up what they have.
+
+The batch plan is the same as one process's, on every rank: every rank lays out the whole step, takes its rows, and
+sums of losses, tokens and gradients over the ranks are those of the whole batch. So neither the order of the data nor
+where a run stands depends on how many ranks there are.
+
+Shapes: B rows, T columns, P places for trained targets of a micro-batch; N ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import accumulate
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_lora import device
+from mlx_lora.data.batches import PLACES_STEP, Batch
+from mlx_lora.distributed import Ranks
+from mlx_lora.training.losses import Arrays
+
+# Rooms for a share's targets go up by this part of an even share: few shapes, little of the head's work wasted.
+ROOM_STEP = 1 / 16
+
+
+def deal_rows(batches: list[Batch], size: int) -> list[list[np.ndarray]]:
+    """Deal the rows of a step's micro-batches to ranks, so that all have about the same work.
+
+    Every rank gets as many rows of a micro-batch as any other or one more; who gets one more is whoever has the fewest
+    positions of the step so far. Among those rows, targets are evened out.
+
+    Args:
+        batches: micro-batches of one step.
+        size: N.
+
+    Returns:
+        For each micro-batch, for each rank, (rows,) row numbers in rising order; none for a rank without work.
+    """
+    positions = np.zeros(size, np.int64)
+    dealt = []
+    for batch in batches:
+        rows, width = batch.inputs.shape
+        quota = np.full(size, rows // size)
+        quota[np.argsort(positions, kind="stable")[: rows % size]] += 1
+        positions += quota * width
+        counts = batch.mask.sum(axis=1)
+        targets = np.zeros(size, np.int64)
+        own: list[list[int]] = [[] for _ in range(size)]
+        for row in np.argsort(-counts, kind="stable"):
+            open_ranks = [rank for rank in range(size) if len(own[rank]) < quota[rank]]
+            rank = min(open_ranks, key=lambda r: targets[r])
+            own[rank].append(int(row))
+            targets[rank] += counts[row]
+        dealt.append([np.array(sorted(rows_of), np.int64) for rows_of in own])
+    return dealt
+
+
+def share_of(batch: Batch, rows: np.ndarray) -> Batch:
+    """Return some rows of a micro-batch as one of their own.
+
+    Args:
+        batch: (B, T) with P places.
+        rows: which of the B.
+    """
+    mask = batch.mask[rows]
+    most, count = mask.size, int(mask.sum())
+    even = len(batch.positions) * len(rows) / len(batch.mask)
+    steps = max(0, int(np.ceil((count / even - 1) / ROOM_STEP))) if even else 0
+    room = int(np.ceil(even * (1 + steps * ROOM_STEP) / PLACES_STEP)) * PLACES_STEP
+    real_tokens = batch.real_tokens * len(rows) // len(batch.mask)  # nobody reads a share's; the whole batch counts
+    return Batch.of(batch.inputs[rows], batch.targets[rows], mask, real_tokens, min(max(room, count), most))
+
+
+class Sharing:
+    """A step's work divided among ranks, and its sums brought together."""
+
+    def __init__(self, ranks: Ranks, seed: int):
+        """Set up.
+
+        Args:
+            ranks: all of them.
+            seed: of the run; dropout draws from (seed, step, rank).
+        """
+        self._ranks, self._seed = ranks, seed
+
+    def own(self, batches: list[Batch]) -> Iterator[Arrays]:
+        """Yield this rank's part of each micro-batch that has one for it."""
+        for batch, dealt in zip(batches, deal_rows(batches, self._ranks.size), strict=True):
+            rows = dealt[self._ranks.rank]
+            if len(rows):
+                yield Arrays.of(share_of(batch, rows))
+
+    def reseed(self, step: int) -> None:
+        """Give this rank random numbers of its own for a step.
+
+        A function of the step's number, so that a resumed run needs no other rank's random key: with as many ranks
+        as before it draws the same dropout.
+        """
+        digest = hashlib.sha256(f"{self._seed} {step} {self._ranks.rank}".encode()).digest()
+        mx.random.seed(int.from_bytes(digest[:8], "little"))
+
+    def sums(self, total: list, flag: bool) -> tuple[list, mx.array]:
+        """Add up every rank's part of a step, in one message.
+
+        Args:
+            total: loss_sum, tokens (float32 scalars) and gradients (a dict of float32 arrays).
+            flag: a yes or no of this rank.
+
+        Returns:
+            The same, summed; and how many ranks said yes.
+        """
+        loss_sum, tokens, grads = total
+        names, leaves = zip(*grads.items(), strict=True)
+        parts = [mx.stack([loss_sum, tokens, mx.array(float(flag))]), *(leaf.reshape(-1) for leaf in leaves)]
+        message = mx.concatenate(parts)
+        if device.host_waits_for_peers():
+            mx.eval(message)
+        message = self._ranks.sum(message)
+        if device.host_waits_for_peers():
+            mx.eval(message)
+        ends = list(accumulate(part.size for part in parts))
+        scalars, *flat = mx.split(message, ends[:-1])
+        summed = {name: part.reshape(leaf.shape) for name, part, leaf in zip(names, flat, leaves, strict=True)}
+        return [scalars[0], scalars[1], summed], scalars[2]
