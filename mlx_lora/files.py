@@ -39,6 +39,25 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Let one process at a time make `path`, be it a file or a folder; the others wait, and then find it made.
+
+    Where the folder around it cannot be written, nobody waits: whoever writes there will say so.
+    """
+    import fcntl
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock").open("w")
+    except OSError:
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, however that ends
+        yield
+
+
 def check_writable(folder: Path, flag: str, needed_bytes: int) -> None:
     """Fail before the work, not after it, when `folder` cannot take what will be written.
 

@@ -191,19 +191,25 @@ class Heartbeat:
                 link.done = True
             elif "end" in message:
                 rank, code, words = message["end"]
-                self._end(rank, words, code)
+                self._end(rank, words, code, said=self._rank != 0)
 
     def _lost(self, link: Link, what: str) -> NoReturn:
-        words = f"rank {link.rank} ({link.name}) {what}; the last checkpoint is whole, go on from it with --resume"
+        words = f"rank {link.rank} ({link.name}) {what}; start all ranks again, with --resume to go on from the last checkpoint"
         self._end(None, words, 1)
 
-    def _end(self, rank: int | None, words: str, code: int) -> NoReturn:
-        """End this process; rank 0 tells the others and prints, the others print only what rank 0 cannot."""
+    def _end(self, rank: int | None, words: str, code: int, said: bool = False) -> NoReturn:
+        """End this process; rank 0 tells the others.
+
+        Args:
+            rank: whose failure it is; None for one that another rank noticed.
+            words, code: of the failure.
+            said: rank 0 has printed the words.
+        """
         self._ending.acquire()  # the first end is the one that counts
         if self._rank == 0:
             for link in self._links:
                 link.send({"end": [rank, code, words]})
-        if self._rank == 0 or rank is None or rank == self._rank:
+        if not said:
             whose = f"rank {rank}: " if rank else ""
             shown = "\x1b[?25h" if sys.__stderr__.isatty() else ""  # a live bar has hidden the cursor
             print(f"{shown}Error: {whose}{' '.join(words.split())}", file=sys.__stderr__, flush=True)

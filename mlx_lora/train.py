@@ -7,9 +7,8 @@ python -m mlx_lora.train --config run.yaml --learning-rate 1e-4
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from mlx_lora.artifacts.adapter import (
     save_adapter,
 )
 from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
-from mlx_lora.artifacts.checkpoint import locked
+from mlx_lora.artifacts.checkpoint import Checkpoint, locked
 from mlx_lora.artifacts.run_folder import RunFolder, check_continuation, find_checkpoint, found_by_first, identity_of
 from mlx_lora.config import AdapterSettings, TrainSettings, train_settings
 from mlx_lora.data.batches import BatchPlan
@@ -175,21 +174,48 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
         take_first_ranks(ranks, step, base.model, cli.echo)
     device.set_cache_limit(loop.clear_cache_threshold)
     device.wire_working_set()
-    loggers = reporting_sinks(settings) if leads(ranks) else []
     describe_run(settings, base, adapted, factors, plan, steps, forms)
     run, at = RunFolder(loop, info, identity, ranks), found.position if found else Position()
-    run.clear_leftovers()
-    if found:
-        restore_arrays(step, base.model, found.arrays)
-        left = "" if at.taken < steps else f"; all {steps} steps are done, raise --iters or --epochs for more"
-        cli.echo(f"Going on from step {at.taken} ({found.folder}){left}")
-        if left and leads(ranks):
-            save_adapter(folder, base.model, info)
-    elif loop.resume is None:
-        run.start_anew()
+    begin(run, found, base, step, steps)
     if leads(ranks):
         write_settings(folder, settings)
-    metrics = MetricsFile(folder / "metrics.jsonl" if leads(ranks) else Path(os.devnull), at.taken if found else None)
+
+    def save(step_number: int) -> None:
+        if ranks is not None:
+            take_first_ranks(ranks, step, base.model, cli.echo)
+        run.save(base.model, step, at)
+
+    with reporting(settings, steps, at.taken if found else None, ranks) as (report, on_step):
+        outcome = train(base.model, step, loss.measure, plan, validation, loop, report, on_step, save, at, ranks)
+    if leads(ranks):
+        say_outcome(folder, outcome, base, info)
+    return outcome
+
+
+def begin(run: RunFolder, found: Checkpoint | None, base: Base, step: Step, steps: int) -> None:
+    """Go on from the checkpoint that was found, or start in a folder without another run's checkpoints."""
+    run.clear_leftovers()
+    if found:
+        taken = found.position.taken
+        restore_arrays(step, base.model, found.arrays)
+        left = "" if taken < steps else f"; all {steps} steps are done, raise --iters or --epochs for more"
+        cli.echo(f"Going on from step {taken} ({found.folder}){left}")
+        if left and leads(run.ranks):
+            save_adapter(Path(run.loop.adapter_path), base.model, run.info)
+    elif run.loop.resume is None:
+        run.start_anew()
+
+
+@contextmanager
+def reporting(
+    settings: TrainSettings, steps: int, resumed_at: int | None, ranks: Ranks | None
+) -> Iterator[tuple[Callable[[Metrics], None], Callable[[int], None]]]:
+    """Open where a run's records go: metrics.jsonl, the display, --report-to; yield what takes a record, and a step."""
+    if not leads(ranks):
+        yield lambda record: None, lambda step: None
+        return
+    loggers = reporting_sinks(settings)
+    metrics = MetricsFile(Path(settings.loop.adapter_path) / "metrics.jsonl", resumed_at)
     progress = make_progress(steps, cli.echo)
     sinks = [metrics, progress.report, *loggers]
 
@@ -197,19 +223,11 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
         for sink in sinks:
             sink(record)
 
-    def save(step_number: int) -> None:
-        if ranks is not None:
-            take_first_ranks(ranks, step, base.model, cli.echo)
-        run.save(base.model, step, at)
-
     try:
-        outcome = train(base.model, step, loss.measure, plan, validation, loop, report, progress.step, save, at, ranks)
+        yield report, progress.step
     finally:
         progress.close()
         metrics.close()
-    if leads(ranks):
-        say_outcome(folder, outcome, base, info)
-    return outcome
 
 
 def make_step(

@@ -20,6 +20,7 @@ from mlx_lora.data.split import content_key, cut_text, hold_out
 from mlx_lora.data.store import entry_folder, read_entry, write_entry
 from mlx_lora.data.templates import resolve_template
 from mlx_lora.errors import InputError
+from mlx_lora.files import one_at_a_time
 from mlx_lora.sources.records import BadRow, check_file, read_records
 from mlx_lora.sources.splits import find_splits
 
@@ -89,6 +90,18 @@ def load_data(
     if "train" not in files:
         raise InputError(f"--data {settings.data} has no train file, only {', '.join(files)}; add train.jsonl")
     folder = entry_folder("splits", files, settings, tokenizer, seed)
+    with one_at_a_time(folder):  # ranks on one machine encode once
+        return _read_or_make_splits(folder, files, settings, tokenizer, seed, say)
+
+
+def _read_or_make_splits(
+    folder: Path,
+    files: dict[str, tuple[Path, ...]],
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    say: Callable[[str], None],
+) -> DataSplits:
     if entry := read_entry(folder):
         sets, details = entry
         report = replace(DataReport.from_dict(details["report"]), data=settings.data)

@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.cache import cache_dir
 from mlx_lora.errors import InputError
-from mlx_lora.files import check_writable, replacing_folder
+from mlx_lora.files import check_writable, one_at_a_time, replacing_folder
 from mlx_lora.models.folder import load_weights
 from mlx_lora.models.gguf_arch import model_config, weight_map
 from mlx_lora.models.gguf_weights import Imported, Target, check_shapes, import_weights
@@ -143,9 +143,10 @@ def cached_gguf_folder(source: ModelSource) -> Path:
     stat = source.path.stat()
     key = f"{_FORMAT}|{source.path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
     folder = cache_dir("converted") / f"{source.path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    if not (folder / "config.json").is_file():
-        check_writable(folder, f"MLX_LORA_CACHE: converting {source.path.name} into", stat.st_size)
-        convert_model(source, folder, target="carry")
+    with one_at_a_time(folder):
+        if not (folder / "config.json").is_file():
+            check_writable(folder, f"MLX_LORA_CACHE: converting {source.path.name} into", stat.st_size)
+            convert_model(source, folder, target="carry")
     return folder
 
 

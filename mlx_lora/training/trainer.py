@@ -176,7 +176,7 @@ def train(
             at.validated(value)
             report(record(Window(), value))  # the window goes on: its tokens are counted once, in its own line
 
-    with interrupt_flag(ranks) as asked:
+    with interrupt_flag() as asked:
         interrupted = Agreement(asked, ranks)
         if not at.taken:
             validate()
@@ -257,30 +257,18 @@ def _metrics(
 
 
 @contextmanager
-def interrupt_flag(ranks: Ranks | None = None) -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a flag the loop reads; the second ends the process at once.
-
-    With several ranks SIGHUP is one as well: an ssh session that is interrupted ends with it on the other machine.
-
-    Args:
-        ranks: only rank 0 says what it does.
-    """
+def interrupt_flag() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a flag the loop reads; the second ends the process at once."""
     seen = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:  # the terminal is gone, and writing to it would be an error
-            for descriptor in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         if seen:
             raise KeyboardInterrupt
         seen.append(number)
-        if ranks is not None and not ranks.leads:
-            return
         # os.write, not print: a handler may come in the middle of another write to the same stream.
         os.write(2, b"\nStopping after this step, then saving; once more ends at once, without saving\n")
 
-    numbers = [signal.SIGINT, signal.SIGTERM] + ([] if ranks is None else [signal.SIGHUP])
-    old = {number: signal.signal(number, note) for number in numbers}
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(seen)
     finally:

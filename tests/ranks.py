@@ -1,0 +1,96 @@
+"""Starts a training command as several ranks on this machine, without a launcher that would end them for us."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+TIMEOUT_S = 240.0
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens on right now."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def rank_environment() -> dict[str, str]:
+    paths = [str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OPENBLAS_NUM_THREADS": "1"}
+
+
+@dataclass
+class Ended:
+    """How each rank ended: exit codes and standard errors, by rank."""
+
+    codes: list[int]
+    errs: list[str]
+
+
+class Started:
+    """Ranks that run."""
+
+    def __init__(self, commands: Sequence[Sequence[object]], folder: Path, prefixes: Sequence[Sequence[str]] = ()):
+        """Start one process per command.
+
+        Args:
+            commands: arguments of `python`, by rank.
+            folder: takes host file and logs.
+            prefixes: words before `python`, by rank (to enter a network namespace), and then two addresses.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        hosts = [[f"127.0.0.1:{port}"] for port in free_ports(len(commands))]
+        if prefixes:
+            hosts = [[f"10.231.7.{rank + 1}:5{rank}000"] for rank in range(len(commands))]
+        (folder / "hosts.json").write_text(json.dumps(hosts))
+        environment = {**rank_environment(), "MLX_HOSTFILE": str(folder / "hosts.json")}
+        self.logs = [folder / f"rank{rank}.log" for rank in range(len(commands))]
+        self.processes = []
+        for rank, command in enumerate(commands):
+            with self.logs[rank].open("w") as log:
+                self.processes.append(
+                    subprocess.Popen(
+                        [*(prefixes[rank] if prefixes else ()), sys.executable, *map(str, command)],
+                        stdout=subprocess.DEVNULL,
+                        stderr=log,
+                        env={**environment, "MLX_RANK": str(rank)},
+                    )
+                )
+
+    def wait_for(self, path: Path) -> None:
+        """Wait until a path is there, while all ranks run."""
+        start = time.monotonic()
+        while not path.exists():
+            assert all(p.poll() is None for p in self.processes), self.texts()
+            assert time.monotonic() - start < TIMEOUT_S, self.texts()
+            time.sleep(0.01)
+
+    def signal(self, rank: int, number: int) -> None:
+        self.processes[rank].send_signal(number)
+
+    def texts(self) -> list[str]:
+        return [log.read_text() for log in self.logs]
+
+    def wait(self, timeout_s: float = TIMEOUT_S) -> Ended:
+        """Wait until all have ended; kill them when that takes too long."""
+        end = time.monotonic() + timeout_s
+        try:
+            codes = [p.wait(max(0.1, end - time.monotonic())) for p in self.processes]
+        finally:
+            for process in self.processes:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGKILL)
+                    process.wait()
+        return Ended(codes, self.texts())
