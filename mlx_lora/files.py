@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mlx_lora.cache import cache_dir
 from mlx_lora.errors import InputError
 
 
@@ -43,13 +45,14 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 def one_at_a_time(path: Path) -> Iterator[None]:
     """Let one process at a time make `path`, be it a file or a folder; the others wait, and then find it made.
 
-    Where the folder around it cannot be written, nobody waits: whoever writes there will say so.
+    Where the cache cannot be written, nobody waits.
     """
     import fcntl
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_name(f".{path.name}.lock").open("w")
+        room = cache_dir("locks")
+        room.mkdir(parents=True, exist_ok=True)
+        lock = (room / hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:32]).open("w")
     except OSError:
         yield
         return

@@ -91,29 +91,19 @@ def test_batch_size_is_rows_per_batch():
     assert plan.padding_fraction < 0.06
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("rows", [1000, 7, 1])
-def test_ranks_share_an_epoch_in_equal_steps(world_size, rows):
+def test_every_row_comes_once_per_epoch(rows):
     data = encoded(LENGTHS[:rows])
-
-    def plan(rank, seed=5):
-        return BatchPlan(data, batch_tokens=1024, batch_size=None, seed=seed, world_size=world_size, rank=rank)
-
-    plans = [plan(rank) for rank in range(world_size)]
-    assert len({len(p) for p in plans}) == 1
+    plan = BatchPlan(data, batch_tokens=1024, batch_size=None, seed=5)
     for epoch in (0, 1):
-        steps = [[p.batch(epoch, i) for p in plans] for i in range(len(plans[0]))]
-        batches = [b for step in steps for b in step]
+        batches = [plan.batch(epoch, i) for i in range(len(plan))]
         seen = sorted(tuple(r[r > 0]) for b in batches for r in b.inputs if r.any())
         assert seen == sorted(tuple(data.row(i)[0][:-1]) for i in range(len(data)))
         assert sum(float(b.weights.sum()) for b in batches) == data.supervised_tokens
-        assert sum(not b.inputs.any() for b in batches) < world_size
-        unequal = sum(len({b.inputs.shape for b in step}) > 1 for step in steps)
-        assert unequal <= 2 * len(plans[0].shapes) / world_size + 1
-        assert {(*b.inputs.shape, len(b.positions)) for b in batches} == plans[0].shapes
-    assert [p.padding_fraction for p in plans] == [plans[0].padding_fraction] * world_size
+        assert all(b.inputs.any() for b in batches)
+        assert {(*b.inputs.shape, len(b.positions)) for b in batches} == plan.shapes
     real, positions = sum(b.real_tokens for b in batches), sum(b.inputs.size for b in batches)
-    assert plans[0].padding_fraction == pytest.approx(1 - real / positions)
+    assert plan.padding_fraction == pytest.approx(1 - real / positions)
 
 
 def test_windows_of_one_length_need_two_shapes_at_most():

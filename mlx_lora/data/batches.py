@@ -1,7 +1,8 @@
 """Rows of token ids -> a batch plan: which rows go together, at which width, in which order.
 
-The plan is a pure function of (data, seed, epoch, world size), so a run is repeatable and a position in it
-is two integers (epoch, batch). Every row comes exactly once per epoch, over all ranks together.
+The plan is a pure function of (data, seed, epoch), so a run is repeatable and a position in it is two integers
+(epoch, batch). Every row comes exactly once per epoch. Several ranks have the same plan and share each batch's rows
+(training/sharing.py), so a run may go on with another number of them.
 
 Rows of similar length share a batch, so little of it is padding; batches are shuffled, so no order of
 lengths shows in the loss. Padding stands on the right: under a causal mask it cannot reach a real token,
@@ -86,7 +87,7 @@ class WidthClass:
 
 
 class BatchPlan:
-    """Batches of one encoded set under a row or token budget; one rank's share of them."""
+    """Batches of one encoded set under a row or token budget."""
 
     def __init__(
         self,
@@ -95,8 +96,6 @@ class BatchPlan:
         batch_tokens: int,
         batch_size: int | None,
         seed: int,
-        world_size: int = 1,
-        rank: int = 0,
         price: ShapePrice = ShapePrice(),  # noqa: B008 (frozen)
     ):
         """Plan batches.
@@ -106,14 +105,10 @@ class BatchPlan:
             batch_tokens: width x rows stays within this, one row at the least.
             batch_size: rows per batch instead, as in mlx-lm.
             seed: of the shuffles.
-            world_size: ranks that share the epoch, each with the same number of batches.
-            rank: whose share this is.
             price: what a shape costs against padding; it decides how many widths there are.
         """
         self.rows = rows
         self.seed = seed
-        self.world_size = world_size
-        self.rank = rank
         # A row of n tokens has n - 1 (input, target) pairs.
         self._lengths = rows.lengths - 1
         self._counts = np.append(rows.supervised_counts, 0)  # so that EMPTY, the last, counts 0
@@ -122,23 +117,22 @@ class BatchPlan:
         self._epoch_cache: tuple[int, list[tuple[WidthClass, np.ndarray]]] | None = None
 
     def __len__(self) -> int:
-        """Batches per epoch on each rank: the same in every epoch."""
-        return -(-sum(len(part.dealt) for part in self.classes) // self.world_size)
+        """Batches per epoch: the same in every epoch."""
+        return sum(len(part.dealt) for part in self.classes)
 
     @property
     def shapes(self) -> set[tuple[int, int, int]]:
-        """All (B, T, P) that ever occur, on any rank."""
+        """All (B, T, P) that ever occur."""
         return {part.shape for part in self.classes}
 
     @property
     def padding_fraction(self) -> float:
-        """Share of an epoch's positions that hold no token, over all ranks; 0 without rows."""
+        """Share of an epoch's positions that hold no token; 0 without rows."""
         positions = sum(part.dealt.size * part.width for part in self.classes)
-        positions += self._empty_batches * (self.classes[-1].count * self.classes[-1].width if self.classes else 0)
         return 1 - int(self._lengths.sum()) / positions if positions else 0.0
 
     def batch(self, epoch: int, index: int) -> Batch:
-        """Return batch `index` of `epoch` on this rank."""
+        """Return batch `index` of `epoch`."""
         part, numbers = self._epoch(epoch)[index]
         return collate(self.rows, numbers, part.width, part.places)
 
@@ -146,11 +140,6 @@ class BatchPlan:
         """Yield the first `limit` batches of epoch 0 (-1: all): the fixed sample a validation uses."""
         count = len(self) if limit < 0 else min(limit, len(self))
         return (self.batch(0, i) for i in range(count))
-
-    @property
-    def _empty_batches(self) -> int:
-        """Batches without a row, which even out the ranks' steps."""
-        return len(self) * self.world_size - sum(len(part.dealt) for part in self.classes)
 
     def _make_classes(self, widths: np.ndarray, batch_tokens: int, batch_size: int | None) -> list[WidthClass]:
         """Give each width its rows, from the widest down.
@@ -192,23 +181,12 @@ class BatchPlan:
         return self._epoch_cache[1]
 
     def _make_epoch(self, epoch: int) -> list[tuple[WidthClass, np.ndarray]]:
-        """Return class and row numbers of each of this rank's batches of one epoch, shuffled.
-
-        At each step all ranks have batches of one class where there are enough of it: they finish together.
-        """
+        """Return class and row numbers of each batch of one epoch, shuffled."""
         random = np.random.default_rng([self.seed, epoch])
-        together: list[tuple[WidthClass, np.ndarray]] = []
-        left: list[tuple[WidthClass, np.ndarray]] = []
-        for part in self.classes:
-            dealt = [(part, numbers) for numbers in random.permutation(self._deal_again(part, random))]
-            whole = len(dealt) // self.world_size * self.world_size
-            together += dealt[:whole]
-            left += dealt[whole:]
-        if self._empty_batches:
-            smallest = self.classes[-1]
-            left += [(smallest, np.full(smallest.count, EMPTY))] * self._empty_batches
-        batches = together + left
-        return [batches[step * self.world_size + self.rank] for step in random.permutation(len(self))]
+        batches = [
+            (part, numbers) for part in self.classes for numbers in random.permutation(self._deal_again(part, random))
+        ]
+        return [batches[i] for i in random.permutation(len(self))]
 
     def _deal_again(self, part: WidthClass, random: np.random.Generator) -> np.ndarray:
         """Deal a class's rows anew so that the targets fit into P; the known deal where chance does not."""
