@@ -164,7 +164,7 @@ def test_a_rank_that_fails_in_the_middle_ends_all_with_its_words(error, code, ti
     assert ended.codes == [code, code], ended.errs
     said = "the disk of rank 1 is full" if "RunError" in error else "ValueError: a bug"
     assert ended.errs[0].splitlines()[-1] == f"Error: rank 1: {said}"
-    assert "Error: " not in ended.errs[1]
+    assert "\nError: " not in ended.errs[1]
     assert ("Traceback" in ended.errs[1]) == ("RunError" not in error)
     assert (tmp_path / "a" / "checkpoints" / "step-000003").exists()
 

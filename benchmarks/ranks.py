@@ -1,0 +1,153 @@
+"""What several processes gain: tokens/s of N one-thread ranks against one one-thread process, same run.
+
+    python benchmarks/ranks.py --model DIR --data FILE.json --rounds 5 --out ranks.json
+
+Rounds alternate (1, N, N, 1, 1, N ...) on the same cores, one thread and one core per process (taskset where there is
+one), the ring on loopback. Every run takes the same steps over the same rows; the losses of the two must agree. The
+first step of each shape traces and is slow on both sides: `steady` leaves such steps out. Ends with one line of JSON.
+
+A machine that does other work as well gives each process only a part of its core, and the two sides different parts.
+So beside the wall clock stands what the processes were given: `cpu_share`, processor seconds by core seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from _environment import environment
+from _figures import paired_ratio, run_figures, steps_from_metrics
+from _ours import read_metrics
+from _processes import ChildFailed, child_environment, last_lines
+
+FIGURES = ("tokens_per_s", "supervised_tokens_per_s", "steady_tokens_per_s")
+
+
+def command(args: argparse.Namespace, folder: Path) -> list[str]:
+    """Return the run that both sides take."""
+    words = [sys.executable, "-m", "mlx_lora.train", "--model", args.model, "--data", args.data]
+    words += ["--adapter-path", str(folder / "run"), "--rank", "8", "--iters", str(args.steps)]
+    words += ["--batch-tokens", str(args.batch_tokens), "--steps-per-report", "1", "--save-every", "0"]
+    return [*words, "--valid-fraction", "0", "--val-batches", "0", *shlex.split(args.ours)]
+
+
+def run_ranks(args: argparse.Namespace, count: int, folder: Path) -> dict[str, Any]:
+    """Train in `count` processes of one thread each and return the run's figures.
+
+    Raises:
+        ChildFailed: a rank ended with an error, or the time ran out.
+    """
+    folder.mkdir(parents=True)
+    hosts = [[f"127.0.0.1:{args.port + rank}"] for rank in range(count)]
+    (folder / "hosts.json").write_text(json.dumps(hosts), encoding="utf-8")
+    one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "VECLIB_MAXIMUM")}
+    children = []
+    started_unix_s = time.time()
+    for rank in range(count):
+        ring = {"MLX_HOSTFILE": str(folder / "hosts.json"), "MLX_RANK": str(rank)} if count > 1 else {}
+        core = ["taskset", "-c", str(args.cores[rank])] if shutil.which("taskset") else []
+        with (folder / f"rank{rank}.log").open("w") as log:
+            environment_of = {**child_environment(), **one_thread, **ring}
+            children.append(
+                subprocess.Popen([*core, *command(args, folder)], stdout=log, stderr=log, env=environment_of)
+            )
+    cpu_s = 0.0
+    try:
+        for rank, child in enumerate(children):
+            while True:
+                ended, status, usage = os.wait4(child.pid, os.WNOHANG)
+                if ended:
+                    break
+                if time.time() - started_unix_s > args.timeout:
+                    raise ChildFailed(f"{count} ranks took longer than {args.timeout:.0f} s (--timeout)")
+                time.sleep(0.05)
+            child.returncode = os.waitstatus_to_exitcode(status)
+            cpu_s += usage.ru_utime + usage.ru_stime
+            if child.returncode:
+                raise ChildFailed(
+                    f"rank {rank} of {count} ended with {child.returncode}:\n{last_lines(folder / f'rank{rank}.log')}"
+                )
+    finally:
+        for child in children:
+            if child.returncode is None:
+                child.send_signal(signal.SIGKILL)
+                child.wait()
+    wall_s = time.time() - started_unix_s
+    records = read_metrics(folder / "run")
+    figures = run_figures(steps_from_metrics(records), records[0]["elapsed_s"])
+    losses = [r["loss"] for r in records if r["loss"] is not None]
+    return {**figures, "losses": losses, "cpu_share": cpu_s / (wall_s * count), "wall_s": wall_s}
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", required=True, help="Folder of the base model.")
+    parser.add_argument("--data", required=True, help="Data file.")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--cores", default="", help="Cores by comma, one per rank (default: the first ones).")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--port", type=int, default=34300)
+    parser.add_argument("--ours", default="", help="Extra flags of `python -m mlx_lora.train`, in one string.")
+    parser.add_argument("--timeout", type=float, default=1800, help="Seconds any one run may take.")
+    parser.add_argument("--out", help="JSON file of everything.")
+    args = parser.parse_args(argv)
+    args.cores = [int(core) for core in args.cores.split(",")] if args.cores else list(range(args.ranks))
+    if len(args.cores) != args.ranks or args.steps < 3 or args.ranks < 2:
+        parser.error("give --ranks 2 or more, a core for each, and --steps 3 or more")
+    return args
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure all rounds; 0 done, 1 when a run failed or the losses parted."""
+    args = arguments(argv)
+    sides: dict[int, list[dict[str, Any]]] = {1: [], args.ranks: []}
+    for number in range(args.rounds):
+        for count in sorted(sides, reverse=bool(number % 2)):
+            with tempfile.TemporaryDirectory(prefix="ranks-") as temporary:
+                try:
+                    figures = run_ranks(args, count, Path(temporary) / "one")
+                except ChildFailed as error:
+                    print(f"Error: {error}", file=sys.stderr)
+                    return 1
+            sides[count].append(figures)
+            print(
+                f"round {number + 1}: {count} x 1 thread, {figures['tokens_per_s']:.1f} tokens/s, "
+                f"steady {figures['steady_tokens_per_s'] or 0:.1f} supervised/s, cpu share {figures['cpu_share']:.2f}",
+                file=sys.stderr,
+            )
+    apart = max(
+        abs(a - b) / a
+        for one, more in zip(sides[1], sides[args.ranks], strict=True)
+        for a, b in zip(one["losses"], more["losses"], strict=True)
+    )
+    ratios = {}
+    for name in FIGURES:
+        one, more = ([figures[name] for figures in sides[count]] for count in (1, args.ranks))
+        if None not in (*one, *more):
+            ratios[name] = paired_ratio(more, one)
+            print(f"{name}: {statistics.median(one):.1f} -> {statistics.median(more):.1f}, {ratios[name]}")
+    print(f"largest relative difference of a step's loss: {apart:.1e}")
+    result = {**environment(), "arguments": vars(args), "ratios": ratios, "loss_difference": apart, "sides": sides}
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    print(json.dumps({key: result[key] for key in ("date", "commit", "versions", "ratios", "loss_difference")}))
+    return 0 if apart < 1e-5 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
