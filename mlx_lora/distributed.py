@@ -174,67 +174,6 @@ class Ranks:
         return len(set(mx.distributed.all_gather(total.reshape(1), group=self._group).tolist())) == 1
 
 
-def leads(self) -> bool:
-        """Whether this is rank 0, the one that prints and writes."""
-        return self.rank == 0
-
-    def sum(self, array: mx.array) -> mx.array:
-        """Return the sum of every rank's `array`, lazily; all get the same bits from mlx's ring."""
-        return mx.distributed.all_sum(array, group=self._group)
-
-    def any(self, flag: bool) -> bool:
-        """Return whether any rank says yes."""
-        return self.sum(mx.array(float(flag))).item() > 0
-
-    def meet(self) -> None:
-        """Wait until every rank has come here."""
-        mx.eval(self.sum(mx.array(1.0)))
-
-    def everyone(self, value: Any) -> list[Any]:
-        """Return every rank's value, by rank.
-
-        Args:
-            value: anything JSON can hold.
-        """
-        content = json.dumps(value).encode()
-        lengths = mx.distributed.all_gather(mx.array([len(content)], mx.int32), group=self._group).tolist()
-        padded = mx.array(list(content.ljust(max(lengths))), mx.uint8)
-        every = bytes(mx.distributed.all_gather(padded[None], group=self._group).reshape(-1).tolist())
-        return [json.loads(every[i * max(lengths) :][:length]) for i, length in enumerate(lengths)]
-
-    def from_first(self, value: Any) -> Any:
-        """Return rank 0's value; what the others give does not matter."""
-        return self.everyone(value if self.leads else None)[0]
-
-    def arrays_from_first(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Return rank 0's arrays, bit for bit.
-
-        Args:
-            arrays: any shapes and dtypes; only rank 0's matter.
-        """
-        forms = self.from_first([(name, a.shape, str(a.dtype)) for name, a in arrays.items()])
-        result = {}
-        for name, shape, dtype in forms:
-            kind = DTYPES[dtype]
-            count = kind.size
-            for length in shape:
-                count *= length
-            own = arrays[name].reshape(-1).view(mx.uint8) if self.leads else mx.zeros((count,), mx.uint8)
-            # Bytes, not numbers: x + 0 is not x when x is a negative zero.
-            result[name] = self.sum(own).view(kind).reshape(shape)
-            mx.eval(result[name])  # one after the other: the order must be the same everywhere
-        return result
-
-    def same_bits(self, arrays: dict[str, mx.array]) -> bool:
-        """Return whether every rank holds the same numbers, by a sum of their bits.
-
-        Args:
-            arrays: float32.
-        """
-        total = sum((a.view(mx.uint32).sum() for a in arrays.values() if a.ndim), mx.array(0, mx.uint32))
-        return len(set(mx.distributed.all_gather(total.reshape(1), group=self._group).tolist())) == 1
-
-
 def leads(ranks: Ranks | None) -> bool:
     """Return whether this process prints and writes: rank 0, or the only one."""
     return ranks is None or ranks.leads

@@ -14,12 +14,10 @@ from typing import Any
 
 import click
 import mlx.core as mx
-import yaml
 from mlx.utils import tree_flatten
 
 from mlx_lora import cli, device
 from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.adapters.methods import PRESETS
 from mlx_lora.adapters.setup import Adapted, adapt_model, starting_rank
 from mlx_lora.artifacts.adapter import (
     CONFIG_FILE,
@@ -33,7 +31,15 @@ from mlx_lora.artifacts.adapter import (
 )
 from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
 from mlx_lora.artifacts.checkpoint import Checkpoint, locked
-from mlx_lora.artifacts.run_folder import RunFolder, check_continuation, find_checkpoint, found_by_first, identity_of
+from mlx_lora.artifacts.run_folder import (
+    RunFolder,
+    check_continuation,
+    check_room,
+    find_checkpoint,
+    found_by_first,
+    identity_of,
+    write_settings,
+)
 from mlx_lora.config import AdapterSettings, TrainSettings, train_settings
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
@@ -41,18 +47,20 @@ from mlx_lora.data.loading import DataSplits, load_data
 from mlx_lora.data.widths import ShapePrice
 from mlx_lora.distributed import Ranks, leads, together
 from mlx_lora.errors import InputError
-from mlx_lora.files import check_writable, replacing_file
+from mlx_lora.files import check_writable
 from mlx_lora.models.attention import AttentionCall, tiled_attention
 from mlx_lora.models.load import Base, load_base
+from mlx_lora.supervise import run_supervised
 from mlx_lora.training.activation_memory import apply_checkpointing, choose_checkpointing
 from mlx_lora.training.agreement import check_one_run, take_first_ranks
+from mlx_lora.training.guard import MemoryGuard
 from mlx_lora.training.loggers import reporting_sinks
 from mlx_lora.training.losses import Loss, choose_kernels, choose_loss
-from mlx_lora.training.method_events import make_events, restart_every, restart_warmup
+from mlx_lora.training.method_events import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.report import Metrics, MetricsFile, make_progress
 from mlx_lora.training.sharing import Sharing
-from mlx_lora.training.state import Position, restore_arrays
+from mlx_lora.training.state import Diverged, Position, restore_arrays
 from mlx_lora.training.step import Step
 from mlx_lora.training.trainer import Outcome, mean_loss, total_steps, train
 
@@ -69,6 +77,8 @@ from mlx_lora.training.trainer import Outcome, mean_loss, total_steps, train
 def main(config_file: str | None, **options: Any) -> int:
     """Train a LoRA adapter on --data over the frozen --model and write it to --adapter-path."""
     settings = train_settings(cli.given(options), config_file, cli.echo)
+    if settings.loop.max_restarts:
+        run_supervised(settings.loop.max_restarts)
     if settings.loop.short_buffers:
         device.restart_with_short_buffers()
     with together(cli.describe_error) as ranks:
@@ -112,6 +122,12 @@ def check_run_folder(settings: TrainSettings, ranks: Ranks | None) -> None:
         "--adapter-path": settings.loop.adapter_path,
     }
     missing = [flag for flag, value in needed.items() if not value]
+    alone = [flag for flag, asked in (("--no-train", not wants_training(settings)),
+                                      ("--max-restarts", settings.loop.max_restarts)) if asked and ranks]  # fmt: skip
+    if alone:
+        raise InputError(
+            f"{' and '.join(alone)} in {ranks.size} processes: for a single one; start it without a launcher"
+        )
     if missing:
         raise InputError(
             f"{' and '.join(missing)}: missing; give a model, a data file and a folder (--help lists the forms)"
@@ -119,10 +135,6 @@ def check_run_folder(settings: TrainSettings, ranks: Ranks | None) -> None:
     if not wants_training(settings):
         if not settings.loop.test:
             raise InputError("--no-train without --test: nothing to do; give --test, or leave --no-train out")
-        if ranks is not None:
-            raise InputError(
-                f"--test alone in {ranks.size} processes: only training is shared; start it without mlx.launch"
-            )
         return
     if not leads(ranks):
         return
@@ -163,15 +175,12 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
     loss = choose_loss(base.model, base.config)
     attend, forms = choose_forms(settings, base, plan, loss, ranks)
     step = make_step(settings, base, loss, attend, steps, ranks)
-    factors = adapter_parameters(base.model)
-    adapter_bytes = sum(p.nbytes for p in factors.values())
-    checkpoints = min(steps // loop.save_every + 1, loop.keep + 1 if loop.keep else steps) if loop.save_every else 0
-    # A checkpoint holds the adapter, its masters, and for Adam two moments.
-    if leads(ranks):
-        check_writable(folder, "--adapter-path", adapter_bytes * (4 * checkpoints + 1))
     if ranks is not None:
         check_one_run(ranks, settings, identity)
         take_first_ranks(ranks, step, base.model, cli.echo)
+    factors = adapter_parameters(base.model)
+    if leads(ranks):
+        check_room(loop, steps, sum(p.nbytes for p in factors.values()))
     device.set_cache_limit(loop.clear_cache_threshold)
     device.wire_working_set()
     describe_run(settings, base, adapted, factors, plan, steps, forms)
@@ -179,16 +188,26 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
     begin(run, found, base, step, steps)
     if leads(ranks):
         write_settings(folder, settings)
+    at.parts = max(at.parts, loop.batch_parts)
+    guard = MemoryGuard(at, device.current_device().working_set_bytes, cli.echo)
 
     def save(step_number: int) -> None:
         if ranks is not None:
             take_first_ranks(ranks, step, base.model, cli.echo)
         run.save(base.model, step, at)
 
-    with reporting(settings, steps, at.taken if found else None, ranks) as (report, on_step):
-        outcome = train(base.model, step, loss.measure, plan, validation, loop, report, on_step, save, at, ranks)
+    try:
+        with run.kept_if_it_fails(), reporting(settings, steps, at.taken if found else None, ranks) as (report, shown):
+            outcome = train(
+                base.model, step, loss.measure, plan, validation, loop, report, shown, save, at, guard, ranks
+            )
+            best = None if outcome.interrupted else run.put_best(base.model, step, at)
+            if ranks is not None:
+                take_first_ranks(ranks, step, base.model)  # who has the best put back is rank 0
+    except Diverged as diverged:
+        raise run.roll_back(base.model, step, diverged) from diverged
     if leads(ranks):
-        say_outcome(folder, outcome, base, info)
+        say_outcome(folder, outcome, base, info, best)
     return outcome
 
 
@@ -231,12 +250,7 @@ def reporting(
 
 
 def make_step(
-    settings: TrainSettings,
-    base: Base,
-    loss: Loss,
-    attend: AttentionCall | None,
-    steps: int,
-    ranks: Ranks | None = None,
+    settings: TrainSettings, base: Base, loss: Loss, attend: AttentionCall | None, steps: int, ranks: Ranks | None
 ) -> Step:
     """Build the optimizer and the compiled step of a run."""
     optimizer = build_optimizer(
@@ -282,13 +296,6 @@ def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tup
     )
 
 
-def rates_of(adapter: AdapterSettings) -> Callable[[str], float] | None:
-    """Return each parameter's multiple of the learning rate, None when all have the same."""
-    preset = PRESETS[adapter.method_name]
-    ratio = preset.rate_of_b if adapter.loraplus_lr_ratio is None else adapter.loraplus_lr_ratio
-    return None if ratio == 1 else lambda name: ratio if name.endswith("lora_b") else 1.0
-
-
 def adapt_for_test(settings: TrainSettings, base: Base) -> None:
     """Put the trained adapter of --adapter-path on the base, for --test alone, and its chat template."""
     template = load_adapter(base, Path(settings.loop.adapter_path)).chat_template
@@ -304,7 +311,7 @@ def validation_plan(rows: EncodedSet | None, settings: TrainSettings) -> BatchPl
 
 
 def choose_forms(
-    settings: TrainSettings, base: Base, plan: BatchPlan, loss: Loss, ranks: Ranks | None = None
+    settings: TrainSettings, base: Base, plan: BatchPlan, loss: Loss, ranks: Ranks | None
 ) -> tuple[AttentionCall | None, list[str]]:
     """Choose checkpointing and kernels for this model and these batches, and apply them.
 
@@ -367,20 +374,15 @@ def describe_run(
     cli.echo("Step: " + "; ".join([*forms, *base.matmul_paths.describe()]))
 
 
-def write_settings(folder: Path, settings: TrainSettings) -> None:
-    """Write run.yaml: every resolved setting; `--config run.yaml` repeats the run."""
-    with replacing_file(folder / "run.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(settings.to_flat(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def say_outcome(folder: Path, outcome: Outcome, base: Base, info: AdapterInfo) -> None:
+def say_outcome(folder: Path, outcome: Outcome, base: Base, info: AdapterInfo, best: str | None) -> None:
     """Write the model card, and print where the result lies."""
     file = folder / WEIGHTS_FILE
     if file.exists() and not write_card(folder, "mlx", base, info, read_facts(folder)):
         cli.echo(f"{folder / CARD_FILE}: yours, left as it is")
     size = f"adapter of {file.stat().st_size / 1e6:.1f} MB" if file.exists() else "nothing to save"
     val = "" if outcome.val_loss is None else f", held-out loss {outcome.val_loss:.4f}"
-    cli.echo(f"{outcome.steps} steps done{val}; {size} in {folder}")
+    early = ", ended early: the held-out loss no longer falls" if outcome.stopped_early else ""
+    cli.echo(f"{outcome.steps} steps done{early}{val}; {size} in {folder}{f'; {best}' if best else ''}")
 
 
 def report_test_loss(settings: TrainSettings, base: Base, test: EncodedSet, ranks: Ranks | None) -> None:

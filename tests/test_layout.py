@@ -9,7 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mlx_lora"
 STAGES = ("sources", "data", "models", "adapters", "training", "artifacts", "serving")
-SHARED = ("blas", "cache", "config", "device", "distributed", "errors", "files", "heartbeat", "migration")
+SHARED = ("blas", "cache", "config", "config_checks", "device", "distributed", "errors", "files", "heartbeat",
+          "migration", "supervise")  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 TRAIN_LOOP = "train"  # may have 150 lines; it reads top to bottom
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+import yaml
 
 from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, save_adapter
 from mlx_lora.artifacts.checkpoint import (
     Checkpoint,
     differences,
     newest_checkpoint,
+    numbered,
     read_checkpoint,
     thin_out,
     write_checkpoint,
@@ -23,8 +27,9 @@ from mlx_lora.artifacts.checkpoint import (
 from mlx_lora.config import LoopSettings, TrainSettings
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.distributed import Ranks, leads
-from mlx_lora.errors import InputError
-from mlx_lora.training.state import Position, run_arrays
+from mlx_lora.errors import InputError, RunError
+from mlx_lora.files import check_writable, replacing_file
+from mlx_lora.training.state import Diverged, Position, finite, restore_arrays, run_arrays
 from mlx_lora.training.step import Step
 
 # What may change between a run and its continuation: length, cadences, places, and what only moves memory about.
@@ -43,6 +48,11 @@ FREE = frozenset(
         "val_batches",
         "save_every",
         "keep",
+        "keep_best",
+        "early_stopping_patience",
+        "early_stopping_threshold",
+        "batch_parts",
+        "max_restarts",
         "resume",
         "train",
         "test",
@@ -97,9 +107,8 @@ def found_by_first(find: Callable[[], Checkpoint | None], ranks: Ranks | None) -
     if facts is None:
         return None
     folder, position, identity = facts
-    return Checkpoint(
-        Path(folder), Position(**position), identity, ranks.arrays_from_first(found.arrays if found else {})
-    )
+    arrays = ranks.arrays_from_first(found.arrays if found else {})
+    return Checkpoint(Path(folder), Position(**position), identity, arrays)
 
 
 def identity_of(
@@ -123,6 +132,18 @@ def check_continuation(checkpoint: Checkpoint, identity: dict[str, Any]) -> None
         raise InputError(
             f"--resume {checkpoint.folder}: another run than this: {'; '.join(differ)}; use the same settings, or start anew"
         )
+
+
+def check_room(loop: LoopSettings, steps: int, adapter_bytes: int) -> None:
+    """Refuse a disk that cannot take the run's checkpoints: each holds adapter, masters, and for Adam two moments."""
+    checkpoints = min(steps // loop.save_every + 1, loop.keep + 1 if loop.keep else steps) if loop.save_every else 0
+    check_writable(Path(loop.adapter_path), "--adapter-path", adapter_bytes * (4 * checkpoints + 1))
+
+
+def write_settings(folder: Path, settings: TrainSettings) -> None:
+    """Write run.yaml: every resolved setting; `--config run.yaml` repeats the run."""
+    with replacing_file(folder / "run.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(settings.to_flat(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -157,8 +178,39 @@ class RunFolder:
             for path in folder.glob(f".{name}.*"):
                 path.unlink(missing_ok=True)
 
+    @contextmanager
+    def kept_if_it_fails(self) -> Iterator[None]:
+        """Say what is left when writing fails: a full disk, a folder that became read-only or went away.
+
+        Raises:
+            RunError: in place of what the operating system reported.
+        """
+        if not leads(self.ranks):
+            yield  # what is left is rank 0's to say
+            return
+        try:
+            yield
+        except Diverged:
+            raise
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            raise RunError(f"{place}{error.strerror or error}; {self._kept()}") from error
+        except RunError as error:
+            raise RunError(f"{error}; {self._kept()}") from error
+
+    def _kept(self) -> str:
+        for _, folder in numbered(room_of(self.loop)):
+            return f"{folder} is whole: mend the cause, then go on from it with --resume"
+        return "no checkpoint was written before"
+
     def save(self, model: nn.Module, step: Step, at: Position) -> None:
-        """Write the adapter and, with --save-every, a checkpoint of the whole run."""
+        """Write the adapter and, with --save-every, a checkpoint of the whole run.
+
+        Raises:
+            Diverged: a parameter is not finite: what is saved never is.
+        """
+        if not finite(step):
+            raise Diverged(at)
         if leads(self.ranks):
             self._write(model, step, at)
         if self.ranks is not None:
@@ -176,3 +228,48 @@ class RunFolder:
             lambda place: save_adapter(place, model, self.info),
         )
         thin_out(room_of(self.loop), self.loop.keep, at.best_at)
+
+    def roll_back(self, model: nn.Module, step: Step, diverged: Diverged) -> RunError:
+        """Put the last good checkpoint's adapter back after a divergence, and return the error that ends the run.
+
+        Checkpoints behind it are removed, so that `--resume` finds it. Where there is none, the parameters from before
+        the skipped updates are saved, if they are finite.
+        """
+        if not leads(self.ranks):
+            self.ranks.meet()
+            return RunError(str(diverged))
+        try:
+            return self._roll_back(model, step, diverged)
+        finally:
+            if self.ranks is not None:
+                self.ranks.meet()
+
+    def _roll_back(self, model: nn.Module, step: Step, diverged: Diverged) -> RunError:
+        advice = "nothing was lowered: start anew with a lower --learning-rate, or --dtype float32"
+        for _, folder in numbered(room_of(self.loop)):
+            try:
+                good = read_checkpoint(folder)
+            except InputError:
+                continue
+            if good.position.skipped_in_a_row or not all(mx.isfinite(a).all().item() for a in good.arrays.values()):
+                shutil.rmtree(folder)
+                continue
+            restore_arrays(step, model, good.arrays)
+            save_adapter(Path(self.loop.adapter_path), model, self.info)
+            return RunError(f"{diverged}; the adapter of step {good.position.taken} ({folder}) is put back; {advice}")
+        if finite(step):
+            save_adapter(Path(self.loop.adapter_path), model, self.info)
+            return RunError(f"{diverged}; the adapter as it was before them is saved; {advice}")
+        return RunError(f"{diverged}, and no checkpoint was written before; no adapter is saved; {advice}")
+
+    def put_best(self, model: nn.Module, step: Step, at: Position) -> str | None:
+        """Put the adapter of the lowest validation loss back (--keep-best), and return words on it."""
+        if not self.loop.keep_best or not leads(self.ranks):
+            return None
+        if not at.best_at:
+            return "no validation was better than before the training: the last adapter is kept"
+        if at.best_at != at.taken:
+            best = read_checkpoint(room_of(self.loop) / f"step-{at.best_at:06d}")
+            restore_arrays(step, model, best.arrays)
+            save_adapter(Path(self.loop.adapter_path), model, self.info)
+        return f"the adapter is that of step {at.best_at}, with the lowest held-out loss, {at.best_loss:.4f}"

@@ -34,6 +34,8 @@ OWN_WAY = frozenset(
         "short_buffers",
         "report_to",
         "project_name",
+        "max_restarts",
+        "batch_parts",
     ]
 )
 
@@ -55,7 +57,9 @@ def check_one_run(ranks: Ranks, settings: TrainSettings, identity: dict[str, Any
     check_same(ranks, {**versions, "compute dtype": str(device.compute_dtype(settings.model.dtype)), **facts, **own})
 
 
-def take_first_ranks(ranks: Ranks, step: Step, model: nn.Module, say: Callable[[str], None]) -> None:
+def take_first_ranks(
+    ranks: Ranks, step: Step, model: nn.Module, say: Callable[[str], None] = lambda line: None
+) -> None:
     """Give every rank the arrays of rank 0's run, unless all have the same already.
 
     They start equal and stay so, since all apply the same sums: where a backend adds in another order on each rank,

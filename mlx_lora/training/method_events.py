@@ -83,3 +83,10 @@ def make_events(
         weight = 0.5 if settings.orth_reg_weight is None else settings.orth_reg_weight
         return lambda arrays: RankBudget(model, arrays, schedule, weight)
     return None
+
+
+def rates_of(adapter: AdapterSettings) -> Callable[[str], float] | None:
+    """Return each parameter's multiple of the learning rate, None when all have the same."""
+    preset = PRESETS[adapter.method_name]
+    ratio = preset.rate_of_b if adapter.loraplus_lr_ratio is None else adapter.loraplus_lr_ratio
+    return None if ratio == 1 else lambda name: ratio if name.endswith("lora_b") else 1.0

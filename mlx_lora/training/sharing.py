@@ -10,7 +10,7 @@ Shapes: B rows, T columns, P places for trained targets of a micro-batch; N rank
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 
 import mlx.core as mx
@@ -85,12 +85,17 @@ class Sharing:
         """
         self._ranks, self._seed = ranks, seed
 
-    def own(self, batches: list[Batch]) -> Iterator[Arrays]:
-        """Yield this rank's part of each micro-batch that has one for it."""
+    def own(self, batches: list[Batch], divide: Callable[[list[Batch]], list[Batch]]) -> Iterator[Arrays]:
+        """Yield this rank's part of each micro-batch that has one for it.
+
+        Args:
+            batches: of all ranks together.
+            divide: cuts this rank's part further, to save memory.
+        """
         for batch, dealt in zip(batches, deal_rows(batches, self._ranks.size), strict=True):
             rows = dealt[self._ranks.rank]
             if len(rows):
-                yield Arrays.of(share_of(batch, rows))
+                yield from map(Arrays.of, divide([share_of(batch, rows)]))
 
     def reseed(self, step: int) -> None:
         """Give this rank random numbers of its own for a step.

@@ -92,12 +92,18 @@ class Step:
         self.state = [self.masters.arrays, optimizer.state, {} if self.events is None else self.events.state]
         self._apply = mx.compile(self._update, inputs=self.state, outputs=self.state)
 
-    def __call__(self, batches: list[Batch], asked: bool = False) -> StepResult:
+    def __call__(
+        self,
+        batches: list[Batch],
+        asked: bool = False,
+        divide: Callable[[list[Batch]], list[Batch]] = list,
+    ) -> StepResult:
         """Take one optimizer step over `batches`, weighted by their trained tokens.
 
         Args:
             batches: micro-batches, all ranks' together.
-            asked: whether this rank has been asked to stop; the result tells every rank.
+            asked: whether this rank, one of several, has been asked to stop; the result tells every rank.
+            divide: cuts the part of this rank, one of several, into smaller batches.
 
         Returns:
             Lazy results; the update is already under way on the device (with `wait`, done).
@@ -106,7 +112,7 @@ class Step:
             total, said = self._sum(map(Arrays.of, batches), len(batches) > 1), None
         else:
             self._sharing.reseed(self.taken)
-            own = self._sum(self._sharing.own(batches), len(batches) > 1)
+            own = self._sum(self._sharing.own(batches, divide), several=True)
             total, said = self._sharing.sums(own or self._nothing(), asked)
         result = self._apply(*total)._replace(asked=said)
         self.taken += 1
