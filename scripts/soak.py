@@ -44,7 +44,8 @@ def prepare(root: Path) -> tuple[Path, Path]:
     """Write the model and the data."""
     from conftest import tiny_model, write_folder
 
-    model = write_folder(root / "model", tiny_model(hidden_size=128, intermediate_size=384))
+    size = {"hidden_size": 128, "intermediate_size": 384}
+    model = write_folder(root / "model", tiny_model(**size), size)
     rows = [{"instruction": f"Say {n}.", "input": "", "output": "abc" * (5 + n % 40)} for n in range(400)]
     data = root / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
