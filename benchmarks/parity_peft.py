@@ -47,7 +47,7 @@ from mlx_lora.data.batches import Batch, BatchPlan
 from mlx_lora.data.loading import load_data
 from mlx_lora.data.widths import ShapePrice
 from mlx_lora.models.load import load_base
-from mlx_lora.train import adapt
+from mlx_lora.runs.setup import adapt
 from mlx_lora.training.trainer import micro_batches
 
 LOSS_BAR = 1e-4

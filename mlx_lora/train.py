@@ -7,29 +7,19 @@ python -m mlx_lora.train --config run.yaml --learning-rate 1e-4
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from mlx_lora import cli, device
 from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.adapters.setup import Adapted, adapt_model, starting_rank
 from mlx_lora.artifacts.adapter import (
     CONFIG_FILE,
-    WEIGHTS_FILE,
-    AdapterInfo,
-    check_base,
-    load_adapter,
-    load_factors,
-    read_adapter_config,
     save_adapter,
 )
-from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
 from mlx_lora.artifacts.checkpoint import Checkpoint, locked
 from mlx_lora.artifacts.run_folder import (
     RunFolder,
@@ -40,7 +30,7 @@ from mlx_lora.artifacts.run_folder import (
     identity_of,
     write_settings,
 )
-from mlx_lora.config import AdapterSettings, TrainSettings, train_settings
+from mlx_lora.config import TrainSettings, train_settings
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.loading import DataSplits, load_data
@@ -48,18 +38,14 @@ from mlx_lora.data.widths import ShapePrice
 from mlx_lora.distributed import Ranks, leads, together
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable
-from mlx_lora.models.attention import AttentionCall, tiled_attention
 from mlx_lora.models.load import Base, load_base
+from mlx_lora.runs.reporting import leave_card, reporting
+from mlx_lora.runs.setup import adapt, adapt_for_test, choose_forms, make_step, validation_plan
+from mlx_lora.runs.words import describe_run, outcome_line
 from mlx_lora.supervise import run_supervised
-from mlx_lora.training.activation_memory import apply_checkpointing, choose_checkpointing
 from mlx_lora.training.agreement import check_one_run, take_first_ranks
 from mlx_lora.training.guard import MemoryGuard
-from mlx_lora.training.loggers import reporting_sinks
-from mlx_lora.training.losses import Loss, choose_kernels, choose_loss
-from mlx_lora.training.method_events import make_events, rates_of, restart_every, restart_warmup
-from mlx_lora.training.optim import build_optimizer
-from mlx_lora.training.report import Metrics, MetricsFile, make_progress
-from mlx_lora.training.sharing import Sharing
+from mlx_lora.training.losses import choose_loss
 from mlx_lora.training.state import Diverged, Position, restore_arrays
 from mlx_lora.training.step import Step
 from mlx_lora.training.trainer import Outcome, mean_loss, total_steps, train
@@ -183,7 +169,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
         check_room(loop, steps, sum(p.nbytes for p in factors.values()))
     device.set_cache_limit(loop.clear_cache_threshold)
     device.wire_working_set()
-    describe_run(settings, base, adapted, factors, plan, steps, forms)
+    cli.echo("\n".join(describe_run(settings, base, adapted, factors, plan, steps, forms)))
     run, at = RunFolder(loop, info, identity, ranks), found.position if found else Position()
     begin(run, found, base, step, steps)
     if leads(ranks):
@@ -197,7 +183,10 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
         run.save(base.model, step, at)
 
     try:
-        with run.kept_if_it_fails(), reporting(settings, steps, at.taken if found else None, ranks) as (report, shown):
+        with (
+            run.kept_if_it_fails(),
+            reporting(settings, steps, at.taken if found else None, ranks, cli.echo) as (report, shown),
+        ):
             outcome = train(
                 base.model, step, loss.measure, plan, validation, loop, report, shown, save, at, guard, ranks
             )
@@ -207,7 +196,8 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
     except Diverged as diverged:
         raise run.roll_back(base.model, step, diverged) from diverged
     if leads(ranks):
-        say_outcome(folder, outcome, base, info, best)
+        leave_card(folder, base, info, cli.echo)
+        cli.echo(outcome_line(folder, outcome, best))
     return outcome
 
 
@@ -223,166 +213,6 @@ def begin(run: RunFolder, found: Checkpoint | None, base: Base, step: Step, step
             save_adapter(Path(run.loop.adapter_path), base.model, run.info)
     elif run.loop.resume is None:
         run.start_anew()
-
-
-@contextmanager
-def reporting(
-    settings: TrainSettings, steps: int, resumed_at: int | None, ranks: Ranks | None
-) -> Iterator[tuple[Callable[[Metrics], None], Callable[[int], None]]]:
-    """Open where a run's records go: metrics.jsonl, the display, --report-to; yield what takes a record, and a step."""
-    if not leads(ranks):
-        yield lambda record: None, lambda step: None
-        return
-    loggers = reporting_sinks(settings)
-    metrics = MetricsFile(Path(settings.loop.adapter_path) / "metrics.jsonl", resumed_at)
-    progress = make_progress(steps, cli.echo)
-    sinks = [metrics, progress.report, *loggers]
-
-    def report(record: Metrics) -> None:
-        for sink in sinks:
-            sink(record)
-
-    try:
-        yield report, progress.step
-    finally:
-        progress.close()
-        metrics.close()
-
-
-def make_step(
-    settings: TrainSettings, base: Base, loss: Loss, attend: AttentionCall | None, steps: int, ranks: Ranks | None
-) -> Step:
-    """Build the optimizer and the compiled step of a run."""
-    optimizer = build_optimizer(
-        settings.optimizer, steps, restart_every(settings.adapter, steps), restart_warmup(settings.adapter, steps)
-    )
-    return Step(
-        base.model,
-        optimizer,
-        loss.train,
-        settings.optimizer.max_grad_norm,
-        attend,
-        wait=settings.loop.short_buffers,
-        rate_of=rates_of(settings.adapter),
-        events=make_events(settings.adapter, base.model, steps, settings.loop.seed),
-        sharing=None if ranks is None else Sharing(ranks, settings.loop.seed),
-    )
-
-
-def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tuple[Adapted, AdapterInfo]:
-    """Adapt the base and say what the adapter is."""
-    adapter = settings.adapter
-    adapted = adapt_model(base.model, adapter, settings.loop.seed)
-    if adapter.resume_adapter_file:
-        file, stored_scale = Path(adapter.resume_adapter_file), None
-        if (file.parent / CONFIG_FILE).exists():
-            config = read_adapter_config(file.parent)
-            check_base(base, config, file)
-            stored_scale = config.get("lora_parameters", {}).get("scale")
-        load_factors(base.model, file, stored_scale)
-    return adapted, AdapterInfo(
-        method=adapter.method_name,
-        rank=adapted.rank,
-        alpha=adapter.alpha,
-        scale=adapted.scale,
-        dropout=adapter.dropout,
-        num_layers=adapted.targets.num_layers,
-        keys=adapted.targets.keys,
-        base_model=base.model_id,
-        base_revision=base.revision,
-        base_fingerprint=base.fingerprint,
-        chat_template=chat_template,
-        full=adapted.full,
-    )
-
-
-def adapt_for_test(settings: TrainSettings, base: Base) -> None:
-    """Put the trained adapter of --adapter-path on the base, for --test alone, and its chat template."""
-    template = load_adapter(base, Path(settings.loop.adapter_path)).chat_template
-    if template and not settings.data.chat_template:
-        base.hf_tokenizer.chat_template = template
-
-
-def validation_plan(rows: EncodedSet | None, settings: TrainSettings) -> BatchPlan | None:
-    """Plan held-out batches; the seed is fixed so that every validation sees the same ones."""
-    if rows is None or len(rows) == 0:
-        return None
-    return BatchPlan(rows, batch_tokens=settings.loop.batch_tokens, batch_size=settings.loop.batch_size, seed=0)
-
-
-def choose_forms(
-    settings: TrainSettings, base: Base, plan: BatchPlan, loss: Loss, ranks: Ranks | None
-) -> tuple[AttentionCall | None, list[str]]:
-    """Choose checkpointing and kernels for this model and these batches, and apply them.
-
-    Returns:
-        What computes attention in the step, None for the model's own; and words for the run header.
-    """
-    model, size = base.model, ranks.size if ranks else 1
-    use_kernels, kernels = choose_kernels(model, base.config, loss)
-    held = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
-    checkpointing = choose_checkpointing(
-        settings.loop.grad_checkpoint,
-        model,
-        max(-(-rows // size) * width for rows, width, _ in plan.shapes),
-        device.compute_dtype(settings.model.dtype),
-        device.current_device().working_set_bytes - held,
-    )
-    tape = apply_checkpointing(model, checkpointing)
-    attend = (tape.attend if tape else tiled_attention) if use_kernels else None
-    notes = ["a pause after each micro-batch"] if settings.loop.short_buffers else []
-    notes += [f"rows shared by {size} processes"] if ranks else []
-    return attend, [loss.description, kernels, f"checkpointing {checkpointing}", *notes]
-
-
-def describe_method(adapter: AdapterSettings, steps: int) -> str:
-    """Return the method and its own numbers, for the run header."""
-    if adapter.method_name == "full":
-        return "full"
-    words = f"{adapter.method_name}, rank {adapter.rank}, alpha {adapter.alpha:g}"
-    if adapter.method_name == "adalora":
-        words += f", from rank {starting_rank(adapter)} down"
-    if adapter.method_name == "relora":
-        words += f", a restart every {restart_every(adapter, steps)} steps"
-    return words
-
-
-def describe_run(
-    settings: TrainSettings,
-    base: Base,
-    adapted: Adapted,
-    factors: dict[str, mx.array],
-    plan: BatchPlan,
-    steps: int,
-    forms: list[str],
-) -> None:
-    """Print what will be trained, before the first step."""
-    trainable = sum(p.size for p in factors.values())
-    total = sum(p.size for _, p in tree_flatten(base.model.parameters()))
-    adapter, optimizer = settings.adapter, settings.optimizer
-    names = ", ".join(dict.fromkeys(key.rsplit(".", 1)[-1] for key in adapted.targets.keys))
-    cli.echo(
-        f"Adapter: {describe_method(adapter, steps)}, "
-        f"{len(adapted.targets.paths)} layers ({names}), {trainable:,} trainable parameters, {trainable * 4 / 1e6:.1f} MB"
-        + (f" ({trainable / total:.2%} of what is in memory)" if not base.quantisation else "")
-    )
-    cli.echo(
-        f"Run: {steps} steps, {len(plan)} batches per epoch, {optimizer.optimizer}, lr {optimizer.learning_rate:g} "
-        f"{optimizer.lr_schedule}, warm-up {optimizer.warmup:g}, clip {optimizer.max_grad_norm:g}, seed {settings.loop.seed}"
-    )
-    forms = [*forms, f"{len(plan.shapes)} batch shapes", f"{plan.padding_fraction:.1%} padding"]
-    cli.echo("Step: " + "; ".join([*forms, *base.matmul_paths.describe()]))
-
-
-def say_outcome(folder: Path, outcome: Outcome, base: Base, info: AdapterInfo, best: str | None) -> None:
-    """Write the model card, and print where the result lies."""
-    file = folder / WEIGHTS_FILE
-    if file.exists() and not write_card(folder, "mlx", base, info, read_facts(folder)):
-        cli.echo(f"{folder / CARD_FILE}: yours, left as it is")
-    size = f"adapter of {file.stat().st_size / 1e6:.1f} MB" if file.exists() else "nothing to save"
-    val = "" if outcome.val_loss is None else f", held-out loss {outcome.val_loss:.4f}"
-    early = ", ended early: the held-out loss no longer falls" if outcome.stopped_early else ""
-    cli.echo(f"{outcome.steps} steps done{early}{val}; {size} in {folder}{f'; {best}' if best else ''}")
 
 
 def report_test_loss(settings: TrainSettings, base: Base, test: EncodedSet, ranks: Ranks | None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mlx_lora"
-STAGES = ("sources", "data", "models", "adapters", "training", "artifacts", "serving")
+STAGES = ("sources", "data", "models", "adapters", "training", "artifacts", "runs", "serving")
 SHARED = ("blas", "cache", "config", "config_checks", "device", "distributed", "errors", "files", "heartbeat",
           "migration", "supervise")  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))

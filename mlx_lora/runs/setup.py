@@ -1,0 +1,116 @@
+"""What a run computes with: the adapted model, the step, the held-out batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx.utils import tree_flatten
+
+from mlx_lora import device
+from mlx_lora.adapters.setup import Adapted, adapt_model
+from mlx_lora.artifacts.adapter import (
+    CONFIG_FILE,
+    AdapterInfo,
+    check_base,
+    load_adapter,
+    load_factors,
+    read_adapter_config,
+)
+from mlx_lora.config import TrainSettings
+from mlx_lora.data.batches import BatchPlan
+from mlx_lora.data.encode import EncodedSet
+from mlx_lora.distributed import Ranks
+from mlx_lora.models.attention import AttentionCall, tiled_attention
+from mlx_lora.models.load import Base
+from mlx_lora.training.activation_memory import apply_checkpointing, choose_checkpointing
+from mlx_lora.training.losses import Loss, choose_kernels
+from mlx_lora.training.method_events import make_events, rates_of, restart_every, restart_warmup
+from mlx_lora.training.optim import build_optimizer
+from mlx_lora.training.sharing import Sharing
+from mlx_lora.training.step import Step
+
+
+def make_step(
+    settings: TrainSettings, base: Base, loss: Loss, attend: AttentionCall | None, steps: int, ranks: Ranks | None
+) -> Step:
+    """Build the optimizer and the compiled step of a run."""
+    optimizer = build_optimizer(
+        settings.optimizer, steps, restart_every(settings.adapter, steps), restart_warmup(settings.adapter, steps)
+    )
+    return Step(
+        base.model,
+        optimizer,
+        loss.train,
+        settings.optimizer.max_grad_norm,
+        attend,
+        wait=settings.loop.short_buffers,
+        rate_of=rates_of(settings.adapter),
+        events=make_events(settings.adapter, base.model, steps, settings.loop.seed),
+        sharing=None if ranks is None else Sharing(ranks, settings.loop.seed),
+    )
+
+
+def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tuple[Adapted, AdapterInfo]:
+    """Adapt the base and say what the adapter is."""
+    adapter = settings.adapter
+    adapted = adapt_model(base.model, adapter, settings.loop.seed)
+    if adapter.resume_adapter_file:
+        file, stored_scale = Path(adapter.resume_adapter_file), None
+        if (file.parent / CONFIG_FILE).exists():
+            config = read_adapter_config(file.parent)
+            check_base(base, config, file)
+            stored_scale = config.get("lora_parameters", {}).get("scale")
+        load_factors(base.model, file, stored_scale)
+    return adapted, AdapterInfo(
+        method=adapter.method_name,
+        rank=adapted.rank,
+        alpha=adapter.alpha,
+        scale=adapted.scale,
+        dropout=adapter.dropout,
+        num_layers=adapted.targets.num_layers,
+        keys=adapted.targets.keys,
+        base_model=base.model_id,
+        base_revision=base.revision,
+        base_fingerprint=base.fingerprint,
+        chat_template=chat_template,
+        full=adapted.full,
+    )
+
+
+def adapt_for_test(settings: TrainSettings, base: Base) -> None:
+    """Put the trained adapter of --adapter-path on the base, for --test alone, and its chat template."""
+    template = load_adapter(base, Path(settings.loop.adapter_path)).chat_template
+    if template and not settings.data.chat_template:
+        base.hf_tokenizer.chat_template = template
+
+
+def validation_plan(rows: EncodedSet | None, settings: TrainSettings) -> BatchPlan | None:
+    """Plan held-out batches; the seed is fixed so that every validation sees the same ones."""
+    if rows is None or len(rows) == 0:
+        return None
+    return BatchPlan(rows, batch_tokens=settings.loop.batch_tokens, batch_size=settings.loop.batch_size, seed=0)
+
+
+def choose_forms(
+    settings: TrainSettings, base: Base, plan: BatchPlan, loss: Loss, ranks: Ranks | None
+) -> tuple[AttentionCall | None, list[str]]:
+    """Choose checkpointing and kernels for this model and these batches, and apply them.
+
+    Returns:
+        What computes attention in the step, None for the model's own; and words for the run header.
+    """
+    model, size = base.model, ranks.size if ranks else 1
+    use_kernels, kernels = choose_kernels(model, base.config, loss)
+    held = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
+    checkpointing = choose_checkpointing(
+        settings.loop.grad_checkpoint,
+        model,
+        max(-(-rows // size) * width for rows, width, _ in plan.shapes),
+        device.compute_dtype(settings.model.dtype),
+        device.current_device().working_set_bytes - held,
+    )
+    tape = apply_checkpointing(model, checkpointing)
+    attend = (tape.attend if tape else tiled_attention) if use_kernels else None
+    notes = ["a pause after each micro-batch"] if settings.loop.short_buffers else []
+    notes += [f"rows shared by {size} processes"] if ranks else []
+    return attend, [loss.description, kernels, f"checkpointing {checkpointing}", *notes]

@@ -1,0 +1,72 @@
+"""What a run says of itself before its first step and after its last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_lora.adapters.setup import Adapted, starting_rank
+from mlx_lora.artifacts.adapter import (
+    WEIGHTS_FILE,
+)
+from mlx_lora.config import AdapterSettings, TrainSettings
+from mlx_lora.data.batches import BatchPlan
+from mlx_lora.models.load import Base
+from mlx_lora.training.method_events import restart_every
+from mlx_lora.training.trainer import Outcome
+
+
+def describe_method(adapter: AdapterSettings, steps: int) -> str:
+    """Return the method and its own numbers, for the run header."""
+    if adapter.method_name == "full":
+        return "full"
+    words = f"{adapter.method_name}, rank {adapter.rank}, alpha {adapter.alpha:g}"
+    if adapter.method_name == "adalora":
+        words += f", from rank {starting_rank(adapter)} down"
+    if adapter.method_name == "relora":
+        words += f", a restart every {restart_every(adapter, steps)} steps"
+    return words
+
+
+def describe_run(
+    settings: TrainSettings,
+    base: Base,
+    adapted: Adapted,
+    factors: dict[str, mx.array],
+    plan: BatchPlan,
+    steps: int,
+    forms: list[str],
+) -> list[str]:
+    """Return lines on what will be trained: the adapter, the run, the step."""
+    trainable = sum(p.size for p in factors.values())
+    total = sum(p.size for _, p in tree_flatten(base.model.parameters()))
+    adapter, optimizer = settings.adapter, settings.optimizer
+    names = ", ".join(dict.fromkeys(key.rsplit(".", 1)[-1] for key in adapted.targets.keys))
+    what = (
+        f"Adapter: {describe_method(adapter, steps)}, "
+        f"{len(adapted.targets.paths)} layers ({names}), {trainable:,} trainable parameters, {trainable * 4 / 1e6:.1f} MB"
+        + (f" ({trainable / total:.2%} of what is in memory)" if not base.quantisation else "")
+    )
+    run = (
+        f"Run: {steps} steps, {len(plan)} batches per epoch, {optimizer.optimizer}, lr {optimizer.learning_rate:g} "
+        f"{optimizer.lr_schedule}, warm-up {optimizer.warmup:g}, clip {optimizer.max_grad_norm:g}, seed {settings.loop.seed}"
+    )
+    forms = [*forms, f"{len(plan.shapes)} batch shapes", f"{plan.padding_fraction:.1%} padding"]
+    return [what, run, "Step: " + "; ".join([*forms, *base.matmul_paths.describe()])]
+
+
+def outcome_line(folder: Path, outcome: Outcome, best: str | None) -> str:
+    """Return what came of a run, and where it lies.
+
+    Args:
+        folder: of the run.
+        outcome: how it ended.
+        best: words on the adapter that --keep-best put back.
+    """
+    file = folder / WEIGHTS_FILE
+    size = f"adapter of {file.stat().st_size / 1e6:.1f} MB" if file.exists() else "nothing to save"
+    val = "" if outcome.val_loss is None else f", held-out loss {outcome.val_loss:.4f}"
+    early = ", ended early: the held-out loss no longer falls" if outcome.stopped_early else ""
+    return f"{outcome.steps} steps done{early}{val}; {size} in {folder}{f'; {best}' if best else ''}"
