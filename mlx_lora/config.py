@@ -156,6 +156,9 @@ class LoopSettings:
         "alone): the newest whole one in --adapter-path.",
         flag_value="auto",
     )
+    sample_tokens: int = setting(
+        48, "Length of the texts in report.html, made before the first step and after the last; 0: none."
+    )
     train: bool | None = setting(None, "Train. On unless only --test is given.")
     test: bool = setting(False, "Measure the loss on the test set (after training, with --train).")
     test_batches: int = setting(500, "Test batches; -1: all.")

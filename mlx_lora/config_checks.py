@@ -46,6 +46,7 @@ _RANGES = {
     "save_every": (0, 10**12, True),
     "batch_parts": (1, 10**6, True),
     "max_restarts": (0, 100, True),
+    "sample_tokens": (0, 10**5, True),
     "keep": (0, 10**9, True),
     "early_stopping_patience": (1, 10**9, True),
     "early_stopping_threshold": (0, 1e9, True),

@@ -31,16 +31,15 @@ from mlx_lora.artifacts.run_folder import (
     write_settings,
 )
 from mlx_lora.config import TrainSettings, train_settings
-from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.loading import DataSplits, load_data
-from mlx_lora.data.widths import ShapePrice
 from mlx_lora.distributed import Ranks, leads, together
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable
 from mlx_lora.models.load import Base, load_base
+from mlx_lora.runs.page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
-from mlx_lora.runs.setup import adapt, adapt_for_test, choose_forms, make_step, validation_plan
+from mlx_lora.runs.setup import adapt, adapt_for_test, choose_forms, make_step, training_plan, validation_plan
 from mlx_lora.runs.words import describe_run, outcome_line
 from mlx_lora.supervise import run_supervised
 from mlx_lora.training.agreement import check_one_run, take_first_ranks
@@ -148,11 +147,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
     own_template = splits.chat_template == base.hf_tokenizer.chat_template
     adapted, info = adapt(settings, base, None if own_template else splits.chat_template)
     found = found_by_first(lambda: find_checkpoint(loop, cli.echo), ranks)
-    epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
-    price = ShapePrice(epochs=epochs)
-    plan = BatchPlan(
-        splits.train, batch_tokens=loop.batch_tokens, batch_size=loop.batch_size, seed=loop.seed, price=price
-    )
+    plan, epochs = training_plan(loop, splits.train, found)
     identity = identity_of(settings, base.fingerprint, splits.train.fingerprint, plan, epochs)
     validation = validation_plan(splits.valid, settings)
     steps = total_steps(plan, loop)
@@ -169,7 +164,9 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
         check_room(loop, steps, sum(p.nbytes for p in factors.values()))
     device.set_cache_limit(loop.clear_cache_threshold)
     device.wire_working_set()
-    cli.echo("\n".join(describe_run(settings, base, adapted, factors, plan, steps, forms)))
+    words = describe_run(settings, base, adapted, factors, plan, steps, forms)
+    cli.echo("\n".join(words))
+    page = RunPage.begin(settings, base, splits, words[0], goes_on=bool(found)) if leads(ranks) else None
     run, at = RunFolder(loop, info, identity, ranks), found.position if found else Position()
     begin(run, found, base, step, steps)
     if leads(ranks):
@@ -181,6 +178,8 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
         if ranks is not None:
             take_first_ranks(ranks, step, base.model, cli.echo)
         run.save(base.model, step, at)
+        if page is not None:
+            page.write()
 
     try:
         with (
@@ -195,7 +194,8 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
                 take_first_ranks(ranks, step, base.model)  # who has the best put back is rank 0
     except Diverged as diverged:
         raise run.roll_back(base.model, step, diverged) from diverged
-    if leads(ranks):
+    if page is not None:
+        page.end()
         leave_card(folder, base, info, cli.echo)
         cli.echo(outcome_line(folder, outcome, best))
     return outcome

@@ -236,6 +236,7 @@ ELSEWHERE = {
         "test_faults.py",
     ),
     "resume": "test_resume.py: another way to the same bytes",
+    "sample_tokens": "test_run_report.py",
     "short_buffers": "test_device.py: when the device is waited for, not numbers",
     **dict.fromkeys(
         ("bias", "adalora_init_rank", "adalora_tinit", "adalora_tfinal", "adalora_delta_t"), "test_methods.py"

@@ -5,12 +5,22 @@ from __future__ import annotations
 import json
 import math
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from browser import look
+from byte_tokenizer import byte_tokenizer
+from conftest import tiny_model
+from mlx_lora.training.samples import greedy_text, held_out_beginning
+from run_cli import run
 
+from mlx_lora.adapters.inject import inject
+from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.plots import MOST_POINTS, Series, line_chart, number, ticks
 from mlx_lora.artifacts.run_report import RunReport, Sample, elapsed_s, tiles
+from mlx_lora.data.encode import EncodedSet
+from mlx_lora.training.activation_memory import apply_checkpointing
 
 EVIL = "<script>alert(1)</script> & \"'"
 
@@ -109,3 +119,46 @@ def test_in_a_browser(folder, width, dark):
     assert seen.found["clipped"] == 0
     light = "rgb(253, 253, 251)"
     assert (seen.found["paper"] == light) is not dark
+
+
+def test_a_run_leaves_a_page_with_texts_before_and_after(tiny_folder, chats, tmp_path):
+    words = ("train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a", "--iters", 12)
+    words += ("--learning-rate", 2e-2, "--batch-tokens", 384, "--save-every", 5)
+    assert run(*words, "--sample-tokens", 12).code == 0
+    (sample,) = json.loads((tmp_path / "a" / "report.json").read_text())["samples"]
+    assert sample["before"] != sample["after"]
+    assert "Say" in sample["prompt"]
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert page.count('<svg class="chart"') == 5
+    assert "learning_rate" in page
+    # Going on: the text from before the first step is still that; without texts, the page has none.
+    assert run(*words, "--sample-tokens", 12, "--resume", "--iters", 14).code == 0
+    (again,) = json.loads((tmp_path / "a" / "report.json").read_text())["samples"]
+    assert again["before"] == sample["before"]
+    plain = tmp_path / "b"
+    assert run(*words, "--adapter-path", plain, "--sample-tokens", 0).code == 0
+    assert "Before and after" not in (plain / "report.html").read_text()
+    first = tmp_path / "a" / "checkpoints" / "step-000010" / "adapters.safetensors"
+    assert first.read_bytes() == (plain / "checkpoints" / "step-000010" / "adapters.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("mode", ["none", "block", "selective"])
+def test_a_checkpointed_model_generates_as_any_other(mode):
+    model, prompt = tiny_model(), [5, 6, 7]
+    tokenizer = byte_tokenizer()
+    base = SimpleNamespace(model=model, tokenizer=tokenizer)
+    inject(model, select_targets(model).paths, 4, 2.0)
+    plain = greedy_text(base, prompt, 8)
+    apply_checkpointing(model, mode)
+    assert greedy_text(base, prompt, 8) == plain
+
+
+def test_the_beginning_is_what_comes_before_the_first_trained_token():
+    row, other = np.arange(100, 130), np.arange(5)
+    mask = np.zeros(30, bool)
+    mask[20:] = True
+    assert held_out_beginning(EncodedSet.from_rows([(row, mask)])) == list(range(100, 120))
+    assert held_out_beginning(EncodedSet.from_rows([(row, np.arange(30) > 0)])) == list(range(100, 124))
+    assert held_out_beginning(EncodedSet.from_rows([(other, np.arange(5) > 0)])) == [0, 1, 2, 3]
+    long = np.arange(1000)
+    assert held_out_beginning(EncodedSet.from_rows([(long, long > 900)])) == list(range(645, 901))

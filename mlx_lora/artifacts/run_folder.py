@@ -49,6 +49,7 @@ FREE = frozenset(
         "save_every",
         "keep",
         "keep_best",
+        "sample_tokens",
         "early_stopping_patience",
         "early_stopping_threshold",
         "batch_parts",

@@ -16,9 +16,11 @@ from mlx_lora.artifacts.adapter import (
     load_factors,
     read_adapter_config,
 )
-from mlx_lora.config import TrainSettings
+from mlx_lora.artifacts.checkpoint import Checkpoint
+from mlx_lora.config import LoopSettings, TrainSettings
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
+from mlx_lora.data.widths import ShapePrice
 from mlx_lora.distributed import Ranks
 from mlx_lora.models.attention import AttentionCall, tiled_attention
 from mlx_lora.models.load import Base
@@ -82,6 +84,18 @@ def adapt_for_test(settings: TrainSettings, base: Base) -> None:
     template = load_adapter(base, Path(settings.loop.adapter_path)).chat_template
     if template and not settings.data.chat_template:
         base.hf_tokenizer.chat_template = template
+
+
+def training_plan(loop: LoopSettings, rows: EncodedSet, found: Checkpoint | None) -> tuple[BatchPlan, float]:
+    """Plan the batches; return them and the epochs that a new shape's price was weighed against.
+
+    A run that goes on for longer keeps the shapes it began with.
+    """
+    epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
+    price = ShapePrice(epochs=epochs)
+    return BatchPlan(
+        rows, batch_tokens=loop.batch_tokens, batch_size=loop.batch_size, seed=loop.seed, price=price
+    ), epochs
 
 
 def validation_plan(rows: EncodedSet | None, settings: TrainSettings) -> BatchPlan | None:
