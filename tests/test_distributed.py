@@ -334,6 +334,64 @@ def test_a_frozen_machine_is_noticed(tiny_folder, chats, tmp_path):
     assert "said nothing for 20 s" in ended.errs[0]
 
 
+NAN = """
+import mlx_lora.training.sharing as sharing
+whole = sharing.Sharing.sums
+def sums(self, total, flag):
+    self.times = getattr(self, "times", 0) + 1
+    return whole(self, [total[0] * float("nan"), *total[1:]] if self.times in {steps} else total, flag)
+sharing.Sharing.sums = sums
+from mlx_lora.train import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_rolled_back_once(tiny_folder, chats, tmp_path):
+    words = command(tiny_folder, chats, tmp_path / "a", "--iters", 30)
+    ended = Started([train(*words), ["-c", NAN.format(steps="[2]"), *words]], tmp_path / "one bad").wait()
+    assert ended.codes == [0, 0], ended.errs
+    assert records(tmp_path / "a")[-1]["skipped_steps"] == 1
+    words = command(tiny_folder, chats, tmp_path / "b", "--iters", 30)
+    ended = Started([train(*words), ["-c", NAN.format(steps="range(5, 99)"), *words]], tmp_path / "all bad").wait()
+    assert ended.codes == [1, 1], ended.errs
+    assert "the adapter of step 4" in ended.errs[0].splitlines()[-1]
+    assert ended.errs[0].count("Error: ") == 1
+    assert "Error: " not in ended.errs[1]
+    assert weights(tmp_path / "b") == weights(tmp_path / "b" / "checkpoints" / "step-000004")
+
+
+@pytest.mark.slow
+def test_the_best_adapter_is_put_back_and_tested_on_all_ranks(tiny_folder, chats, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("train", "test"):
+        shutil.copy(chats, data / f"{name}.jsonl")
+    extra = ("--keep-best", "--steps-per-eval", 1, "--learning-rate", 0.05, "--test", "--train")
+    alone = run("train", *command(tiny_folder, data, tmp_path / "one", *extra))
+    assert alone.code == 0, alone.err
+    words = train(*command(tiny_folder, data, tmp_path / "two", *extra, "--batch-parts", 2))
+    ended = Started([words, words], tmp_path / "ranks").wait()
+    assert ended.codes == [0, 0], ended.errs
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    lines = [[line for line in text.splitlines() if line.startswith("Test loss")] for text in (alone.err, *ended.errs)]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 1
+    assert not lines[2]
+
+
+def test_what_is_for_a_single_process_is_refused_in_several():
+    from types import SimpleNamespace
+
+    from mlx_lora.config import train_settings
+    from mlx_lora.train import check_run_folder
+
+    flags = {"model": "m", "data": "d", "test": True}
+    for more in ({}, {"train": True, "max_restarts": 2}):
+        with pytest.raises(InputError, match="in 2 processes"):
+            check_run_folder(train_settings({**flags, **more}), SimpleNamespace(size=2, leads=True))
+
+
 @pytest.fixture
 def namespaces():
     """Two network namespaces joined by a veth pair, 10.231.7.1 and .2; skipped where the kernel does not allow it."""
