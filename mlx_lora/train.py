@@ -155,6 +155,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     device.wire_working_set()
     loggers = reporting_sinks(settings)
     describe_run(settings, base, adapted, factors, plan, steps, forms)
+    del factors  # the step has its own from here on, and these would stay in memory beside them
     run, at = RunFolder(loop, info, identity), found.position if found else Position()
     run.clear_leftovers()
     if found:
