@@ -9,7 +9,21 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mlx_lora"
 STAGES = ("sources", "data", "models", "adapters", "training", "artifacts", "serving")
-SHARED = ("blas", "cache", "config", "config_checks", "device", "errors", "files", "migration")
+SHARED = (
+    "blas",
+    "cache",
+    "ceilings",
+    "chips",
+    "config",
+    "config_checks",
+    "device",
+    "errors",
+    "files",
+    "memory",
+    "migration",
+    "shape",
+    "speed",
+)
 FILES = sorted(PACKAGE.rglob("*.py"))
 TRAIN_LOOP = "train"  # may have 150 lines; it reads top to bottom
 
