@@ -119,7 +119,7 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
         "optimizer": moments * masters,
     }
     kept, attention, most = _kept_by_blocks(shape, run, machine)
-    activations = {"activations": kept, "attention": attention}
+    activations = {"activations": kept, "attention": attention, "gradients": masters * run.accumulates}
     ahead = _backward_window(shape, run, machine)
     one_block = max((block_numbers(block, run, machine) for block in shape.blocks), default=0) * run.positions * numbers
     again = 0 if run.checkpointing == "none" else most

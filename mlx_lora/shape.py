@@ -190,6 +190,7 @@ class Run:
         optimizer: its name.
         form: `lora` or `dora`.
         dropout: whether the adapters' inputs are dropped from.
+        accumulates: whether a step has several micro-batches, whose gradients are added up.
     """
 
     rows: int
@@ -199,6 +200,7 @@ class Run:
     optimizer: str = "adamw"
     form: str = "lora"
     dropout: bool = False
+    accumulates: bool = False
 
     @property
     def positions(self) -> int:

@@ -20,7 +20,6 @@ from mlx_lora import cli, device
 from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.adapters.methods import PRESETS
 from mlx_lora.adapters.setup import Adapted, adapt_model, starting_rank
-from mlx_lora.adapters.shape import model_shape
 from mlx_lora.artifacts.adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -48,7 +47,7 @@ from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.losses import Loss, choose_kernels, choose_loss
 from mlx_lora.training.method_events import make_events, restart_every, restart_warmup
 from mlx_lora.training.optim import build_optimizer
-from mlx_lora.training.planning import check_base_fits, fit_run, gigabytes
+from mlx_lora.training.planning import adapted_shape, check_base_fits, fit_run, gigabytes
 from mlx_lora.training.report import Metrics, MetricsFile, make_progress
 from mlx_lora.training.state import Position, restore_arrays
 from mlx_lora.training.step import Step
@@ -137,7 +136,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     # Kept with the adapter when it is not the model's own, so that generate renders prompts the same way.
     own_template = splits.chat_template == base.hf_tokenizer.chat_template
     adapted, info = adapt(settings, base, None if own_template else splits.chat_template)
-    settings, memory = fit_run(settings, model_shape(base.model, base.config), splits.train)
+    settings, memory = fit_run(settings, adapted_shape(base.model, base.config, settings), splits.train)
     loop = settings.loop
     found = find_checkpoint(loop, cli.echo)
     epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0

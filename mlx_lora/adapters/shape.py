@@ -22,14 +22,14 @@ from mlx_lora.shape import Block, Layer, ModelShape
 FROZEN = ("start_a", "start_b", "fixed_a", "fixed_b")
 
 
-def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int = 0, pissa: bool = False) -> ModelShape:
+def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int = 0, copies: int = 0) -> ModelShape:
     """Return the shape of a model with its adapter.
 
     Args:
         model: an mlx-lm model, adapters in place or not; its arrays may not be computed yet.
         config: its config.json.
         source_bytes: see `ModelShape`.
-        pissa: count the copies of the factors that PiSSA starts from, where the model has none yet.
+        copies: of the factors that the method will keep frozen beside them, where the model has none yet.
     """
     text = {**config, **config.get("text_config", {})}
     head = find_head(model, dict(config))
@@ -48,7 +48,7 @@ def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int =
         base_bytes=sum(p.nbytes for _, p in frozen) - beside + narrow,
         trained=numbers,
         trained_arrays=len(trained),
-        frozen_adapter_bytes=beside or (4 * numbers if pissa else 0),
+        frozen_adapter_bytes=max(beside, 4 * numbers * copies),
         first_trained=_first_trained(model, trained),
         head_packed=whole and isinstance(head.layer, QUANTISED),
         plain_loss=not whole,

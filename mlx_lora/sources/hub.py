@@ -92,11 +92,16 @@ def resolve_config(model: str, revision: str | None = None) -> Path:
     path = Path(model).expanduser()
     if path.suffix == ".json" and path.is_file():
         return path
+    if path.is_dir() and (path / "config.json").is_file():
+        return path  # whether or not its weights are there
     found = HUB_ID.fullmatch(model)
-    if path.exists() or not found or found["pick"] or model.endswith(".gguf") or model[:1] in "./~":
-        if path.is_dir() and (path / "config.json").is_file():
-            return path  # weights may be missing
+    if path.exists() or not found or model.endswith(".gguf") or model[:1] in "./~":
         return resolve_model(model, revision).path
+    if found["pick"]:
+        raise InputError(
+            f"model {model!r}: a GGUF file on the hub; its header can be read once it is here: download it, "
+            "or give the id of the model that it was made from"
+        )
     folder = _snapshot(f"model {model!r}", model, revision, ["config.json", "*.safetensors.index.json"], ["*/*"])
     if not (folder / "config.json").is_file():
         raise InputError(

@@ -5,8 +5,11 @@ The arithmetic is memory.py's and speed.py's; here it is asked again and again w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.nn as nn
 
 from mlx_lora import device
 from mlx_lora.adapters.methods import PRESETS
@@ -23,6 +26,8 @@ from mlx_lora.shape import Machine, ModelShape, Run
 # Fastest first. Checkpointing changes no number of the run, fewer tokens a step do: it is tried before them.
 AUTO_MODES = ("none", "selective", "block")
 SMALLEST_BATCH = 64
+# Copies of the factors that a method keeps frozen: PiSSA's start, and the cycles that ReLoRA has merged by its last.
+FROZEN_COPIES = {"pissa": 1, "relora": 3}
 LONGEST_SEQUENCE = 1 << 20
 
 
@@ -56,6 +61,7 @@ def run_of(settings: TrainSettings, rows: int, width: int, mode: str, places: in
         optimizer=settings.optimizer.optimizer,
         form=PRESETS[settings.adapter.method_name].form,
         dropout=settings.adapter.dropout > 0,
+        accumulates=settings.loop.grad_accumulation_steps > 1,
     )
 
 
@@ -131,11 +137,18 @@ def outlined_shape(outline: Outline, settings: TrainSettings) -> ModelShape:
     Raises:
         InputError: the adapter does not fit the model.
     """
-    adapter, pissa = settings.adapter, settings.adapter.method_name == "pissa"
-    if pissa:  # its start is computed from the weights, which an outline does not have; the shapes are LoRA's
+    adapter = settings.adapter
+    if adapter.method_name == "pissa":  # its start is computed from weights, which an outline does not have
         adapter = replace(adapter, method="lora", fine_tune_type=None)
     adapt_model(outline.model, adapter, settings.loop.seed)
-    return model_shape(outline.model, outline.config, outline.cast_bytes, pissa)
+    return adapted_shape(outline.model, outline.config, settings, outline.cast_bytes)
+
+
+def adapted_shape(
+    model: nn.Module, config: Mapping[str, Any], settings: TrainSettings, source_bytes: int = 0
+) -> ModelShape:
+    """Return the shape of an adapted model, with all that its method will hold in the course of the run."""
+    return model_shape(model, config, source_bytes, FROZEN_COPIES.get(settings.adapter.method_name, 0))
 
 
 def quantised_shape(outline: Outline, settings: TrainSettings) -> ModelShape | None:
@@ -269,16 +282,3 @@ def _flags(before: LoopSettings, after: LoopSettings, found: Fitted, width: int 
 def gigabytes(size_bytes: float) -> str:
     """Write a size for people."""
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes < 1e11 else f"{size_bytes / 1e9:.0f} GB"
-
-
-def worst(
-    settings: TrainSettings,
-    shape: ModelShape,
-    machine: Machine,
-    mode: str,
-    shapes: Sequence[tuple[int, int, int]],
-) -> MemoryPlan:
-    """Return the plan of the most demanding of a run's batch shapes (rows, width, trained positions)."""
-    budget = budget_of(settings.loop, machine)
-    plans = [plan_memory(shape, run_of(settings, *batch[:2], mode, batch[2]), machine, budget) for batch in shapes]
-    return max(plans, key=lambda plan: plan.peak_bytes)
