@@ -127,6 +127,14 @@ class LoopSettings:
         "where the planner finds that it does not fit).",
     )
     grad_accumulation_steps: int = setting(1, "Micro-batches per optimizer step, weighted by their tokens.")
+    batch_parts: int = setting(
+        1,
+        "Run each micro-batch in this many parts of its rows: the same update in less memory. Grows by itself when "
+        "memory runs short.",
+    )
+    max_restarts: int = setting(
+        0, "Go on from the last checkpoint, in smaller parts, when the process dies for want of memory; this often."
+    )
     grad_checkpoint: str = setting(
         "auto",
         "Recompute in the backward pass to save memory: none, selective (all but products), block (all; also the "
@@ -142,6 +150,15 @@ class LoopSettings:
     val_batches: int = setting(25, "Validation batches per validation; -1: all, 0: none.")
     save_every: int = setting(100, "Steps between checkpoints; 0: only at the end.")
     keep: int = setting(3, "Newest checkpoints to keep, beside the one with the lowest validation loss; 0: all.")
+    keep_best: bool = setting(
+        False, "End with the adapter of the lowest validation loss, not with the last (needs --save-every)."
+    )
+    early_stopping_patience: int | None = setting(
+        None, "End after this many validations in a row without a better one (default: never)."
+    )
+    early_stopping_threshold: float = setting(
+        0.0, "An improvement of the validation loss counts when it is more than this."
+    )
     resume: str | None = setting(
         None,
         "Go on from a checkpoint, exactly as if the run had never stopped: a checkpoint folder, or auto (the flag "

@@ -45,7 +45,11 @@ _RANGES = {
     "val_batches": (-1, 10**12, True),
     "test_batches": (-1, 10**12, True),
     "save_every": (0, 10**12, True),
+    "batch_parts": (1, 10**6, True),
+    "max_restarts": (0, 100, True),
     "keep": (0, 10**9, True),
+    "early_stopping_patience": (1, 10**9, True),
+    "early_stopping_threshold": (0, 1e9, True),
     "seed": (0, 2**63 - 1, True),
 }
 
@@ -77,6 +81,24 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
     problems += _adapter_problems(settings)
     if settings["iters"] is not None and settings["epochs"] is not None:
         problems.append("--iters and --epochs: both given; keep one")
+    return problems + _validation_problems(settings)
+
+
+def _validation_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Name settings that need a validation or a checkpoint in a run that has none: accepted, they would be ignored."""
+    problems = []
+    asking = [name for name in ("keep_best", "early_stopping_patience") if settings[name]]
+    for flag in map(flag_of, asking):
+        if settings["val_batches"] == 0:
+            problems.append(f"{flag} with --val-batches 0: nothing is validated; leave one of them out")
+        elif settings["steps_per_eval"] == 0:
+            problems.append(f"{flag} with --steps-per-eval 0: only the end is validated; give a number of steps")
+    if settings["keep_best"] and settings["save_every"] == 0:
+        problems.append(
+            "--keep-best with --save-every 0: no checkpoint is written to go back to; leave one of them out"
+        )
+    if settings["early_stopping_threshold"] and not settings["early_stopping_patience"]:
+        problems.append("--early-stopping-threshold without --early-stopping-patience: nothing stops early; give both")
     return problems
 
 

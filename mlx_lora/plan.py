@@ -161,7 +161,7 @@ def predict(
     run = run_of(settings, rows, columns, fitted.checkpointing)
     seconds, parts = step_seconds(shape, run, machine, ceilings)
     tokens_per_s = run.positions / seconds
-    tokens = tokens_of(settings, run.positions)
+    tokens = tokens_of(settings, rows * columns)
     return {
         "note": "predicted, not measured",
         "ceilings": ceilings.source,

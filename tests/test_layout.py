@@ -23,6 +23,7 @@ SHARED = (
     "migration",
     "shape",
     "speed",
+    "supervise",
 )
 FILES = sorted(PACKAGE.rglob("*.py"))
 TRAIN_LOOP = "train"  # may have 150 lines; it reads top to bottom

@@ -233,6 +233,10 @@ ELSEWHERE = {
     "memory_budget": "test_plan_command.py: other settings are chosen, or the run is refused",
     "memory_check": "test_plan_command.py",
     "keep": "test_resume.py",
+    **dict.fromkeys(
+        ("keep_best", "early_stopping_patience", "early_stopping_threshold", "batch_parts", "max_restarts"),
+        "test_faults.py",
+    ),
     "resume": "test_resume.py: another way to the same bytes",
     "short_buffers": "test_device.py: when the device is waited for, not numbers",
     **dict.fromkeys(

@@ -24,6 +24,7 @@ import mlx.core as mx
 
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_folder
+from mlx_lora.models.saving import save_tensors
 from mlx_lora.training.state import Position
 
 STATE_FILE, ARRAYS_FILE, LOCK_FILE = "state.json", "state.safetensors", ".lock"
@@ -64,7 +65,7 @@ def write_checkpoint(
     """
     with replacing_folder(folder) as place:
         save_adapter(place)
-        mx.save_safetensors(str(place / ARRAYS_FILE), arrays)
+        save_tensors(place / ARRAYS_FILE, arrays)
         sums = {path.name: _checksum(path) for path in sorted(place.iterdir())}
         state = {"version": VERSION, "position": asdict(position), "identity": identity, "sha256": sums}
         (place / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")

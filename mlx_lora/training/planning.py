@@ -53,15 +53,16 @@ def largest_batch(width: int, loop: LoopSettings, batch_tokens: int) -> tuple[in
 
 def run_of(settings: TrainSettings, rows: int, width: int, mode: str, places: int | None = None) -> Run:
     """Return what of the settings decides memory, for one batch shape."""
+    loop = settings.loop
     return Run(
-        rows=rows,
+        rows=-(-rows // loop.batch_parts),
         width=width,
         trained_positions=places,
         checkpointing=mode,
         optimizer=settings.optimizer.optimizer,
         form=PRESETS[settings.adapter.method_name].form,
         dropout=settings.adapter.dropout > 0,
-        accumulates=settings.loop.grad_accumulation_steps > 1,
+        accumulates=loop.grad_accumulation_steps * loop.batch_parts > 1,
     )
 
 
