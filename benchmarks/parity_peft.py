@@ -170,7 +170,7 @@ def beginnings(settings: TrainSettings) -> tuple[list[Batch], dict[str, np.ndarr
     plan = BatchPlan(
         splits.train, batch_tokens=loop.batch_tokens, batch_size=loop.batch_size, seed=loop.seed, price=price
     )
-    adapt(settings, base, None)
+    adapt(settings, base, base.hf_tokenizer.chat_template)
     factors = {name: np.array(value) for name, value in adapter_parameters(base.model).items()}
     return list(islice(micro_batches(plan, loop), loop.iters)), factors
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_lora import cli, device
 from mlx_lora.adapters.inject import adapter_parameters
@@ -45,6 +46,7 @@ from mlx_lora.supervise import run_supervised
 from mlx_lora.training.agreement import check_one_run, take_first_ranks
 from mlx_lora.training.guard import MemoryGuard
 from mlx_lora.training.losses import choose_loss
+from mlx_lora.training.planning import adapted_shape, check_base_fits, fit_run
 from mlx_lora.training.state import Diverged, Position, restore_arrays
 from mlx_lora.training.step import Step
 from mlx_lora.training.trainer import Outcome, mean_loss, total_steps, train
@@ -73,6 +75,8 @@ def main(config_file: str | None, **options: Any) -> int:
 def run(settings: TrainSettings, ranks: Ranks | None) -> int:
     """Do what the settings ask for, in this process or as one of several, and return the exit code."""
     check_run_folder(settings, ranks)
+    if wants_training(settings):
+        check_base_fits(settings)
     base = load_base(settings.model)
     if not wants_training(settings):
         adapt_for_test(settings, base)
@@ -141,11 +145,11 @@ def check_test_split(settings: TrainSettings, splits: DataSplits) -> None:
 
 def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks | None) -> Outcome:
     """Adapt the base, train, and write the run folder."""
-    loop, folder = settings.loop, Path(settings.loop.adapter_path)
-    mx.random.seed(loop.seed)
-    # Kept with the adapter when it is not the model's own, so that generate renders prompts the same way.
-    own_template = splits.chat_template == base.hf_tokenizer.chat_template
-    adapted, info = adapt(settings, base, None if own_template else splits.chat_template)
+    folder = Path(settings.loop.adapter_path)
+    mx.random.seed(settings.loop.seed)
+    adapted, info = adapt(settings, base, splits.chat_template)
+    settings, memory = fit_run(settings, adapted_shape(base.model, base.config, settings), splits.train)
+    loop = settings.loop
     found = found_by_first(lambda: find_checkpoint(loop, cli.echo), ranks)
     plan, epochs = training_plan(loop, splits.train, found)
     identity = identity_of(settings, base.fingerprint, splits.train.fingerprint, plan, epochs)
@@ -154,29 +158,27 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
     if found:
         check_continuation(found, identity)
     loss = choose_loss(base.model, base.config)
-    attend, forms = choose_forms(settings, base, plan, loss, ranks)
+    attend, forms = choose_forms(settings, base, loss, memory, ranks)
     step = make_step(settings, base, loss, attend, steps, ranks)
-    if ranks is not None:
-        check_one_run(ranks, settings, identity)
-        take_first_ranks(ranks, step, base.model, cli.echo)
-    factors = adapter_parameters(base.model)
+    agree(ranks, settings, identity, step, base.model)
     if leads(ranks):
-        check_room(loop, steps, sum(p.nbytes for p in factors.values()))
-    device.set_cache_limit(loop.clear_cache_threshold)
+        check_room(loop, steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
+    device.set_cache_limit(loop.clear_cache_threshold, memory.budget_bytes)
     device.wire_working_set()
-    words = describe_run(settings, base, adapted, factors, plan, steps, forms)
+    words = describe_run(settings, base, adapted, plan, steps, forms)
     cli.echo("\n".join(words))
-    page = RunPage.begin(settings, base, splits, words[0], goes_on=bool(found)) if leads(ranks) else None
+    page = None
+    if leads(ranks):
+        page = RunPage.begin(settings, base, splits, words[0], memory.peak_bytes, goes_on=bool(found))
     run, at = RunFolder(loop, info, identity, ranks), found.position if found else Position()
     begin(run, found, base, step, steps)
     if leads(ranks):
         write_settings(folder, settings)
     at.parts = max(at.parts, loop.batch_parts)
-    guard = MemoryGuard(at, device.current_device().working_set_bytes, cli.echo)
+    guard = MemoryGuard(at, memory.budget_bytes, cli.echo)
 
     def save(step_number: int) -> None:
-        if ranks is not None:
-            take_first_ranks(ranks, step, base.model, cli.echo)
+        take_first_ranks(ranks, step, base.model, cli.echo)
         run.save(base.model, step, at)
         if page is not None:
             page.write()
@@ -190,8 +192,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
                 base.model, step, loss.measure, plan, validation, loop, report, shown, save, at, guard, ranks
             )
             best = None if outcome.interrupted else run.put_best(base.model, step, at)
-            if ranks is not None:
-                take_first_ranks(ranks, step, base.model)  # who has the best put back is rank 0
+            take_first_ranks(ranks, step, base.model)  # who has the best put back is rank 0
     except Diverged as diverged:
         raise run.roll_back(base.model, step, diverged) from diverged
     if page is not None:
@@ -199,6 +200,13 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
         leave_card(folder, base, info, cli.echo)
         cli.echo(outcome_line(folder, outcome, best))
     return outcome
+
+
+def agree(ranks: Ranks | None, settings: TrainSettings, identity: dict[str, Any], step: Step, model: nn.Module) -> None:
+    """See that several processes are one run, and give all of them rank 0's parameters; nothing for one process."""
+    if ranks is not None:
+        check_one_run(ranks, settings, identity)
+        take_first_ranks(ranks, step, model, cli.echo)
 
 
 def begin(run: RunFolder, found: Checkpoint | None, base: Base, step: Step, steps: int) -> None:

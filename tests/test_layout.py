@@ -9,8 +9,24 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mlx_lora"
 STAGES = ("sources", "data", "models", "adapters", "training", "artifacts", "runs", "serving")
-SHARED = ("blas", "cache", "config", "config_checks", "device", "distributed", "errors", "files", "heartbeat",
-          "migration", "supervise")  # fmt: skip
+SHARED = (
+    "blas",
+    "cache",
+    "ceilings",
+    "chips",
+    "config",
+    "config_checks",
+    "device",
+    "distributed",
+    "errors",
+    "files",
+    "heartbeat",
+    "memory",
+    "migration",
+    "shape",
+    "speed",
+    "supervise",
+)
 FILES = sorted(PACKAGE.rglob("*.py"))
 TRAIN_LOOP = "train"  # may have 150 lines; it reads top to bottom
 

@@ -12,7 +12,6 @@ import pytest
 from browser import look
 from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model
-from mlx_lora.training.samples import greedy_text, held_out_beginning
 from run_cli import run
 
 from mlx_lora.adapters.inject import inject
@@ -20,7 +19,8 @@ from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.plots import MOST_POINTS, Series, line_chart, number, ticks
 from mlx_lora.artifacts.run_report import RunReport, Sample, elapsed_s, tiles
 from mlx_lora.data.encode import EncodedSet
-from mlx_lora.training.activation_memory import apply_checkpointing
+from mlx_lora.training.checkpointing import apply_checkpointing
+from mlx_lora.training.samples import greedy_text, held_out_beginning
 
 EVIL = "<script>alert(1)</script> & \"'"
 

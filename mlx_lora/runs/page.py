@@ -35,7 +35,15 @@ class RunPage:
     report: RunReport
 
     @classmethod
-    def begin(cls, settings: TrainSettings, base: Base, splits: DataSplits, adapter: str, goes_on: bool) -> RunPage:
+    def begin(
+        cls,
+        settings: TrainSettings,
+        base: Base,
+        splits: DataSplits,
+        adapter: str,
+        planned_peak_bytes: int,
+        goes_on: bool,
+    ) -> RunPage:
         """Make the text before the training, unless the run goes on and has one.
 
         Args:
@@ -43,6 +51,7 @@ class RunPage:
             base: with the fresh adapter on it, which changes nothing yet.
             splits: its data.
             adapter: words on what is trained.
+            planned_peak_bytes: the planner's.
             goes_on: from a checkpoint.
         """
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm"))
@@ -60,6 +69,7 @@ class RunPage:
                 adapter=adapter,
                 versions=f"mlx_lora {__version__}, {versions}",
                 data=splits.report.to_dict(),
+                planned_peak_bytes=planned_peak_bytes,
             ),
         )
         kept = goes_on and page.report.keep_samples_of(page.folder)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlx.utils import tree_flatten
-
-from mlx_lora import device
 from mlx_lora.adapters.setup import Adapted, adapt_model
 from mlx_lora.artifacts.adapter import (
     CONFIG_FILE,
@@ -17,17 +14,19 @@ from mlx_lora.artifacts.adapter import (
     read_adapter_config,
 )
 from mlx_lora.artifacts.checkpoint import Checkpoint
-from mlx_lora.config import LoopSettings, TrainSettings
+from mlx_lora.config import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.widths import ShapePrice
 from mlx_lora.distributed import Ranks
+from mlx_lora.memory import MemoryPlan
 from mlx_lora.models.attention import AttentionCall, tiled_attention
 from mlx_lora.models.load import Base
-from mlx_lora.training.activation_memory import apply_checkpointing, choose_checkpointing
+from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.losses import Loss, choose_kernels
 from mlx_lora.training.method_events import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.training.optim import build_optimizer
+from mlx_lora.training.planning import gigabytes
 from mlx_lora.training.sharing import Sharing
 from mlx_lora.training.step import Step
 
@@ -53,7 +52,15 @@ def make_step(
 
 
 def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tuple[Adapted, AdapterInfo]:
-    """Adapt the base and say what the adapter is."""
+    """Adapt the base and say what the adapter is.
+
+    Args:
+        settings: of the run.
+        base: gets adapter layers.
+        chat_template: that the data were rendered with; kept with the adapter when it is not the model's own, so that
+            generate renders prompts the same way.
+    """
+    own_template = chat_template == base.hf_tokenizer.chat_template
     adapter = settings.adapter
     adapted = adapt_model(base.model, adapter, settings.loop.seed)
     if adapter.resume_adapter_file:
@@ -74,7 +81,7 @@ def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tup
         base_model=base.model_id,
         base_revision=base.revision,
         base_fingerprint=base.fingerprint,
-        chat_template=chat_template,
+        chat_template=None if own_template else chat_template,
         full=adapted.full,
     )
 
@@ -102,29 +109,22 @@ def validation_plan(rows: EncodedSet | None, settings: TrainSettings) -> BatchPl
     """Plan held-out batches; the seed is fixed so that every validation sees the same ones."""
     if rows is None or len(rows) == 0:
         return None
-    return BatchPlan(rows, batch_tokens=settings.loop.batch_tokens, batch_size=settings.loop.batch_size, seed=0)
+    tokens = settings.loop.batch_tokens or DEFAULT_BATCH_TOKENS
+    return BatchPlan(rows, batch_tokens=tokens, batch_size=settings.loop.batch_size, seed=0)
 
 
 def choose_forms(
-    settings: TrainSettings, base: Base, plan: BatchPlan, loss: Loss, ranks: Ranks | None
+    settings: TrainSettings, base: Base, loss: Loss, memory: MemoryPlan, ranks: Ranks | None
 ) -> tuple[AttentionCall | None, list[str]]:
-    """Choose checkpointing and kernels for this model and these batches, and apply them.
+    """Choose kernels for this model, apply them and the checkpointing.
 
     Returns:
         What computes attention in the step, None for the model's own; and words for the run header.
     """
-    model, size = base.model, ranks.size if ranks else 1
-    use_kernels, kernels = choose_kernels(model, base.config, loss)
-    held = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
-    checkpointing = choose_checkpointing(
-        settings.loop.grad_checkpoint,
-        model,
-        max(-(-rows // size) * width for rows, width, _ in plan.shapes),
-        device.compute_dtype(settings.model.dtype),
-        device.current_device().working_set_bytes - held,
-    )
-    tape = apply_checkpointing(model, checkpointing)
+    use_kernels, kernels = choose_kernels(base.model, base.config, loss)
+    tape = apply_checkpointing(base.model, settings.loop.grad_checkpoint)
     attend = (tape.attend if tape else tiled_attention) if use_kernels else None
-    notes = ["a pause after each micro-batch"] if settings.loop.short_buffers else []
-    notes += [f"rows shared by {size} processes"] if ranks else []
-    return attend, [loss.description, kernels, f"checkpointing {checkpointing}", *notes]
+    notes = [f"{gigabytes(memory.peak_bytes)} planned at the peak, of {gigabytes(memory.budget_bytes)}"]
+    notes += ["a pause after each micro-batch"] if settings.loop.short_buffers else []
+    notes += [f"rows shared by {ranks.size} processes"] if ranks else []
+    return attend, [loss.description, kernels, f"checkpointing {settings.loop.grad_checkpoint}", *notes]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.adapters.setup import Adapted, starting_rank
 from mlx_lora.artifacts.adapter import (
     WEIGHTS_FILE,
@@ -34,13 +34,12 @@ def describe_run(
     settings: TrainSettings,
     base: Base,
     adapted: Adapted,
-    factors: dict[str, mx.array],
     plan: BatchPlan,
     steps: int,
     forms: list[str],
 ) -> list[str]:
     """Return lines on what will be trained: the adapter, the run, the step."""
-    trainable = sum(p.size for p in factors.values())
+    trainable = sum(p.size for p in adapter_parameters(base.model).values())
     total = sum(p.size for _, p in tree_flatten(base.model.parameters()))
     adapter, optimizer = settings.adapter, settings.optimizer
     names = ", ".join(dict.fromkeys(key.rsplit(".", 1)[-1] for key in adapted.targets.keys))

@@ -36,6 +36,9 @@ OWN_WAY = frozenset(
         "project_name",
         "max_restarts",
         "batch_parts",
+        "memory_budget",
+        "memory_check",
+        "sample_tokens",
     ]
 )
 
@@ -58,7 +61,7 @@ def check_one_run(ranks: Ranks, settings: TrainSettings, identity: dict[str, Any
 
 
 def take_first_ranks(
-    ranks: Ranks, step: Step, model: nn.Module, say: Callable[[str], None] = lambda line: None
+    ranks: Ranks | None, step: Step, model: nn.Module, say: Callable[[str], None] = lambda line: None
 ) -> None:
     """Give every rank the arrays of rank 0's run, unless all have the same already.
 
@@ -66,9 +69,11 @@ def take_first_ranks(
     or initial factors were computed by different processors, rounding may part them.
 
     Args:
-        ranks, step, model: of this run.
+        ranks, step, model: of this run; None for a single process, which agrees with itself.
         say: takes a line when there was something to do.
     """
+    if ranks is None:
+        return
     arrays = run_arrays(step, model)
     del arrays["random"]  # each rank's own
     if ranks.same_bits(arrays):
