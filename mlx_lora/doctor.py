@@ -1,0 +1,205 @@
+"""Look at this machine before a training does: memory, versions, arithmetic, speed, disk, hub.
+
+python -m mlx_lora.doctor
+python -m mlx_lora.doctor --json --no-hub
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shutil
+import tempfile
+import urllib.request
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Literal
+
+import click
+from huggingface_hub import constants
+
+from mlx_lora import BLAS, __version__, cli, device
+from mlx_lora.cache import cache_dir
+from mlx_lora.ceilings import measure_ceilings
+from mlx_lora.models.self_test import self_test
+
+GIB = 1024**3
+PACKAGES = ("mlx", "mlx-metal", "mlx-lm", "transformers", "tokenizers", "huggingface-hub", "numpy", "gguf")
+# Package, versions below this, what is wrong with them. The self-test finds faults of versions nobody has listed.
+KNOWN_BAD = (
+    ("mlx", (0, 32, 0), "quantised products of more than 32,768 rows are wrong on Metal (mflux#489)"),
+    ("mlx", (0, 32, 1), "nvfp4 products with few rows are wrong on Metal (mlx#3854)"),
+    ("mlx-lm", (0, 32), "older than what adapters and models here are built on"),
+)
+ROOM_BYTES = 20e9  # a 7B model in float16, its 4-bit form and checkpoints
+HUB_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the screen: what was looked at, how it is, what was found, and what to do about it."""
+
+    name: str
+    status: Literal["ok", "warning", "failed"]
+    found: str
+    advice: str = ""
+
+
+@click.command(cls=cli.Command)
+@click.option("--hub/--no-hub", default=True, help="Try to reach the hub.", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def main(hub: bool, as_json: bool) -> int:
+    """Check this machine for training; ends with 1 when something is wrong."""
+    here, versions = device.current_device(), installed_versions()
+    checks = [*check_versions(versions), check_memory(here), check_blas(here), *check_arithmetic()]
+    rates, speed = check_speed(here)
+    checks += [*speed, check_cache(), *([check_hub()] if hub else [])]
+    if as_json:
+        cli.print_json(
+            {
+                "device": here.name,
+                "backend": here.backend,
+                "memory_bytes": here.memory_bytes,
+                "working_set_bytes": here.working_set_bytes,
+                "blas": BLAS.name,
+                "versions": versions,
+                "ceilings": rates,
+                "checks": [dataclasses.asdict(check) for check in checks],
+            }
+        )
+    else:
+        click.echo("\n".join(screen(here, versions, checks)))
+    return 1 if any(check.status == "failed" for check in checks) else 0
+
+
+def screen(here: device.Device, versions: dict[str, str | None], checks: list[Check]) -> list[str]:
+    """Return the lines for a person."""
+    installed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    lines = [f"{here.header()}; {platform.platform()}", installed, ""]
+    for check in checks:
+        mark = {"ok": "ok     ", "warning": "warning", "failed": "FAILED "}[check.status]
+        lines.append(f"{mark}  {check.name:<12} {check.found}")
+        if check.advice:
+            lines.append(f"{'':<22} -> {check.advice}")
+    bad = sum(check.status == "failed" for check in checks)
+    doubtful = sum(check.status == "warning" for check in checks)
+    return [*lines, "", f"{len(checks)} checks: {bad} failed, {doubtful} with a warning"]
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Return the versions that matter, None for what is not installed."""
+    versions: dict[str, str | None] = {"mlx-lora": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def check_versions(versions: dict[str, str | None]) -> list[Check]:
+    """Compare with the versions that are known to be wrong."""
+    bad = [
+        Check("versions", "failed", f"{name} {versions[name]}: {why}", f"pip install -U {name}")
+        for name, below, why in KNOWN_BAD
+        if versions[name] and _parts(versions[name]) < below
+    ]
+    return bad or [Check("versions", "ok", "none that is known to be wrong")]
+
+
+def _parts(version: str) -> tuple[int, ...]:
+    """Return 0.32.2.dev1 as (0, 32, 2)."""
+    numbers = []
+    for part in version.split("."):
+        if not part.isdecimal():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def check_memory(here: device.Device) -> Check:
+    """Say what a run may use."""
+    found = f"{here.memory_bytes / GIB:.0f} GiB, of which a run may use {here.working_set_bytes / GIB:.1f}"
+    if here.working_set_bytes < 4 * GIB:
+        advice = "enough for models up to 1B in 4 bits with --grad-checkpoint block"
+        return Check("memory", "warning", found, advice)
+    return Check("memory", "ok", found)
+
+
+def check_blas(here: device.Device) -> Check:
+    """Say what multiplies on a CPU."""
+    if here.backend != "cpu":
+        return Check("BLAS", "ok", f"{BLAS.name}; products run on the GPU")
+    return Check("BLAS", "ok" if BLAS.fast else "warning", BLAS.name, BLAS.advice)
+
+
+def check_arithmetic() -> list[Check]:
+    """Run the self-test; each wrong product is a line of its own."""
+    findings = list(self_test())
+    bad = [
+        Check(
+            "arithmetic",
+            "failed",
+            f"{one.what}: off by {one.error:.1e} of the largest number, {one.bound:.0e} is rounding",
+            "do not train here with that dtype or form; another mlx version may be right: tell mlx's authors",
+        )
+        for one in findings
+        if not one.good
+    ]
+    worst = max(findings, key=lambda one: one.error / one.bound)
+    good = (
+        f"{len(findings)} products and attention as in float64; nearest to its bound: {worst.what}, {worst.error:.1e}"
+    )
+    return bad or [Check("arithmetic", "ok", good)]
+
+
+def check_speed(here: device.Device) -> tuple[dict[str, dict[str, float]], list[Check]]:
+    """Measure products per dtype and memory, and compare the dtype a run takes with the others."""
+    rates = {}
+    for name in ("float32", "bfloat16", "float16"):
+        ceilings = measure_ceilings(name, rounds=3)
+        rates[name] = {"flops_per_s": ceilings.flops_per_s, "bytes_per_s": ceilings.bytes_per_s}
+    taken = str(device.compute_dtype()).rpartition(".")[2]
+    products = ", ".join(f"{name} {one['flops_per_s'] / 1e9:,.0f}" for name, one in rates.items())
+    found = f"{products} GFLOP/s in products; memory {rates[taken]['bytes_per_s'] / 1e9:.1f} GB/s; runs take {taken}"
+    best = max(("float32", "bfloat16"), key=lambda name: rates[name]["flops_per_s"])
+    if rates[best]["flops_per_s"] > 1.5 * rates[taken]["flops_per_s"]:
+        return rates, [Check("speed", "warning", found, f"--dtype {best} multiplies faster here, with other memory")]
+    return rates, [Check("speed", "ok", found)]
+
+
+def check_cache() -> Check:
+    """See whether downloads and converted models have a place."""
+    folder = cache_dir("models").parent
+    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        return Check(
+            "disk", "failed", f"{folder}: cannot write there ({error.strerror})", "set MLX_LORA_CACHE to a folder"
+        )
+    free = shutil.disk_usage(place).free
+    found = f"{folder}: {free / 1e9:.0f} GB free"
+    return (
+        Check("disk", "ok", found)
+        if free > ROOM_BYTES
+        else Check("disk", "warning", found, "a 7B model takes 20 GB in all")
+    )
+
+
+def check_hub() -> Check:
+    """Ask the hub whether it is there."""
+    if constants.HF_HUB_OFFLINE:
+        return Check("hub", "warning", "HF_HUB_OFFLINE is set", "unset it to download models")
+    try:
+        with urllib.request.urlopen(f"{constants.ENDPOINT}/api/models/gpt2", timeout=HUB_TIMEOUT_S):
+            return Check("hub", "ok", f"{constants.ENDPOINT} answers")
+    except (OSError, ValueError) as error:
+        why = str(getattr(error, "reason", error)) or type(error).__name__
+        advice = "models on this disk still work; check the connection, a proxy (HTTPS_PROXY) or HF_ENDPOINT"
+        return Check("hub", "warning", f"{constants.ENDPOINT} cannot be reached ({why})", advice)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Does this machine compute what it should? Products of a training step at the shapes where faults were found.
+
+Small probes pass on machines where a model's own shapes return garbage, so these are the shapes of the reports:
+
+    mlx#3797   half-precision products with a long inner side, from M N = 2048^2 on (M5)
+    mlx#4411   float32 products with 11 bits (M5): two rows and more, never one
+    mlx#4201   a quantised product whose weight is not transposed: the backward pass of every quantised base
+    mlx#3586   a 6-bit product of 720 rows
+    mlx#3854   nvfp4 with few rows and a long inner side
+    mlx#3585   attention over more than eight positions
+
+Each is compared with numpy in float64 on a sample of its rows. Shapes: (M, K) by (K, N).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_lora import device
+
+SAMPLED_ROWS = 32
+# Of the largest exact number: a few roundings of the dtype; float32 with 11 bits is at 5e-4.
+TOLERANCE = {mx.float32: 2e-5, mx.bfloat16: 2e-2, mx.float16: 3e-3}
+# Products above this many operations are for a GPU: mlx's CPU has no fast 16-bit kernel.
+MOST_CPU_OPERATIONS = 4e9
+MOST_CPU_HALF_OPERATIONS = 4e8
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison: what, the largest error in parts of the largest exact number, and the bound it must keep."""
+
+    what: str
+    error: float
+    bound: float
+
+    @property
+    def good(self) -> bool:
+        return self.error <= self.bound
+
+
+def self_test() -> Iterator[Finding]:
+    """Run all comparisons that this backend can do in seconds."""
+    on_cpu = device.current_device().backend == "cpu"
+    key = mx.random.key(0)  # a key of our own: the run's random numbers stay as they are
+    for m, k, n in ((8, 256, 1024), (720, 2048, 2048), (1024, 12288, 4096), (2048, 576, 1536)):
+        for dtype in (mx.float32, mx.bfloat16, mx.float16):
+            most = MOST_CPU_OPERATIONS if dtype == mx.float32 else MOST_CPU_HALF_OPERATIONS
+            if not on_cpu or 2 * m * k * n <= most:
+                yield _product(m, k, n, dtype, key)
+    rows = 64 if on_cpu else 720
+    for bits, group_size, mode in (
+        (4, 64, "affine"),
+        (6, 64, "affine"),
+        (8, 32, "affine"),
+        (4, 32, "mxfp4"),
+        (4, 16, "nvfp4"),
+    ):
+        for transpose in (True, False):
+            yield _quantised(rows, 2048 if not on_cpu else 512, bits, group_size, mode, transpose, key)
+    yield _quantised(4, 4096 if not on_cpu else 1024, 4, 16, "nvfp4", True, key)
+    yield _attention(key)
+
+
+def _product(m: int, k: int, n: int, dtype: mx.Dtype, key: mx.array) -> Finding:
+    one, other = mx.random.split(key)
+    x, w = _normal((m, k), dtype, one), _normal((n, k), dtype, other)
+    return _compare(
+        f"{m} x {k} by {k} x {n}, {_name(dtype)}", x @ w.T, lambda rows: _exact(x)[rows] @ _exact(w).T, TOLERANCE[dtype]
+    )
+
+
+def _quantised(m: int, side: int, bits: int, group_size: int, mode: str, transpose: bool, key: mx.array) -> Finding:
+    dtype = device.compute_dtype()
+    one, other = mx.random.split(key)
+    x, w = _normal((m, side), dtype, one), _normal((side, side), dtype, other)
+    packed = mx.quantize(w, group_size=group_size, bits=bits, mode=mode)
+    form = {"group_size": group_size, "bits": bits, "mode": mode}
+    dense = mx.dequantize(*packed, **form, dtype=dtype)
+    made = mx.quantized_matmul(x, *packed, transpose=transpose, **form)
+    what = f"{m} x {side} by {side} x {side}, {bits}-bit {mode}, {'forward' if transpose else 'backward'}"
+
+    def exact(rows: np.ndarray) -> np.ndarray:
+        return _exact(x)[rows] @ (_exact(dense).T if transpose else _exact(dense))
+
+    return _compare(what, made, exact, max(TOLERANCE[dtype], 1e-4))
+
+
+def _attention(key: mx.array, heads: int = 2, length: int = 128, width: int = 64) -> Finding:
+    dtype = device.compute_dtype()
+    q, k, v = (_normal((1, heads, length, width), dtype, key) for key in mx.random.split(key, 3))
+    made = mx.fast.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(width), mask="causal")
+
+    def exact(rows: np.ndarray) -> np.ndarray:
+        scores = _exact(q) @ _exact(k).swapaxes(-1, -2) / math.sqrt(width)
+        scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        return (weights / weights.sum(-1, keepdims=True) @ _exact(v)).reshape(-1, width)[rows]
+
+    return _compare(
+        f"causal attention over {length} positions, {_name(dtype)}", made.reshape(-1, width), exact, TOLERANCE[dtype]
+    )
+
+
+def _compare(what: str, made: mx.array, exact: Callable[[np.ndarray], np.ndarray], bound: float) -> Finding:
+    rows = np.unique(np.linspace(0, len(made) - 1, SAMPLED_ROWS).astype(int))
+    wanted = exact(rows)
+    error = np.abs(_exact(made)[rows] - wanted).max() / np.abs(wanted).max()
+    return Finding(what, float(error) if np.isfinite(error) else math.inf, bound)
+
+
+def _normal(shape: tuple[int, ...], dtype: mx.Dtype, key: mx.array) -> mx.array:
+    return mx.random.normal(shape, key=key).astype(dtype)
+
+
+def _exact(array: mx.array) -> np.ndarray:
+    return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]
