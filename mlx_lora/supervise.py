@@ -5,7 +5,7 @@ CPU (139), or is killed by the system (137). So a process outside it goes on fro
 smaller parts, then also with every block checkpointed: both give the same updates. An end with an exit code, right or
 wrong, is the run's own and stays.
 
-Run as a file, so that only the standard library is in memory beside the training. The training has a process group
+Run as a file, so that only the standard library is in memory beside the training. The training has a session
 of its own: a Ctrl-C reaches it once, through here, and not a second time from the terminal.
 """
 
@@ -50,7 +50,7 @@ def run(command: list[str], max_restarts: int) -> int:
 
 def run_once(command: list[str]) -> int:
     """Run a command to its end and return its exit code, minus the signal's number if it died of one."""
-    child = subprocess.Popen(command, env={**os.environ, SUPERVISOR: str(os.getpid())}, process_group=0)
+    child = subprocess.Popen(command, env={**os.environ, SUPERVISOR: str(os.getpid())}, start_new_session=True)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         child.send_signal(number)

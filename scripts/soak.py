@@ -27,15 +27,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-STEPS = 24
+STEPS = 12
 
 
 def command(model: Path, data: Path, folder: Path) -> list[str]:
     """Return the training command; it goes on from whatever is in the folder."""
     words = (
-        "train", "--model", model, "--data", data, "--adapter-path", folder, "--iters", STEPS, "--batch-tokens", 2048,
+        "train", "--model", model, "--data", data, "--adapter-path", folder, "--iters", STEPS, "--batch-tokens", 512,
         "--grad-accumulation-steps", 2, "--dropout", 0.1, "--rank", 8, "--steps-per-report", 1, "--steps-per-eval", 2,
-        "--val-batches", 4, "--save-every", 1, "--keep", 2, "--resume",
+        "--val-batches", 2, "--save-every", 1, "--keep", 2, "--resume",
     )  # fmt: skip
     return [sys.executable, "-m", "mlx_lora", *(str(word) for word in words)]
 
@@ -44,8 +44,9 @@ def prepare(root: Path) -> tuple[Path, Path]:
     """Write the model and the data."""
     from conftest import tiny_model, write_folder
 
-    model = write_folder(root / "model", tiny_model(hidden_size=128, intermediate_size=384))
-    rows = [{"instruction": f"Say {n}.", "input": "", "output": "abc" * (5 + n % 40)} for n in range(400)]
+    size = {"hidden_size": 128, "intermediate_size": 384}
+    model = write_folder(root / "model", tiny_model(**size), size)
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": "abc" * (5 + n % 20)} for n in range(120)]
     data = root / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return model, data
