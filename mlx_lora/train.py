@@ -45,6 +45,7 @@ from mlx_lora.runs.words import describe_run, outcome_line
 from mlx_lora.supervise import run_supervised
 from mlx_lora.training.agreement import check_one_run, take_first_ranks
 from mlx_lora.training.guard import MemoryGuard
+from mlx_lora.training.loggers import reporting_sinks
 from mlx_lora.training.losses import choose_loss
 from mlx_lora.training.planning import adapted_shape, check_base_fits, fit_run
 from mlx_lora.training.state import Diverged, Position, restore_arrays
@@ -165,6 +166,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
         check_room(loop, steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
     device.set_cache_limit(loop.clear_cache_threshold, memory.budget_bytes)
     device.wire_working_set()
+    loggers = reporting_sinks(settings) if leads(ranks) else []
     words = describe_run(settings, base, adapted, plan, steps, forms)
     cli.echo("\n".join(words))
     page = None
@@ -186,7 +188,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
     try:
         with (
             run.kept_if_it_fails(),
-            reporting(settings, steps, at.taken if found else None, ranks, cli.echo) as (report, shown),
+            reporting(loop, steps, at.taken if found else None, ranks, loggers, cli.echo) as (report, shown),
         ):
             outcome = train(
                 base.model, step, loss.measure, plan, validation, loop, report, shown, save, at, guard, ranks

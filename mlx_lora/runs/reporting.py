@@ -8,23 +8,26 @@ from pathlib import Path
 
 from mlx_lora.artifacts.adapter import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
-from mlx_lora.config import TrainSettings
+from mlx_lora.config import LoopSettings
 from mlx_lora.distributed import Ranks, leads
 from mlx_lora.models.load import Base
-from mlx_lora.training.loggers import reporting_sinks
 from mlx_lora.training.report import Metrics, MetricsFile, make_progress
 
 
 @contextmanager
 def reporting(
-    settings: TrainSettings, steps: int, resumed_at: int | None, ranks: Ranks | None, say: Callable[[str], None]
+    loop: LoopSettings,
+    steps: int,
+    resumed_at: int | None,
+    ranks: Ranks | None,
+    loggers: list[Callable[[Metrics], None]],
+    say: Callable[[str], None],
 ) -> Iterator[tuple[Callable[[Metrics], None], Callable[[int], None]]]:
-    """Open where a run's records go: metrics.jsonl, the display, --report-to; yield what takes a record, and a step."""
+    """Open where a run's records go: metrics.jsonl, the display, `loggers`; yield what takes a record, and a step."""
     if not leads(ranks):
         yield lambda record: None, lambda step: None
         return
-    loggers = reporting_sinks(settings)
-    metrics = MetricsFile(Path(settings.loop.adapter_path) / "metrics.jsonl", resumed_at)
+    metrics = MetricsFile(Path(loop.adapter_path) / "metrics.jsonl", resumed_at)
     progress = make_progress(steps, say)
     sinks = [metrics, progress.report, *loggers]
 
