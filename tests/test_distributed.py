@@ -34,7 +34,7 @@ def command(model, data, folder, *extra) -> list:
     return [
         "--model", model, "--data", data, "--adapter-path", folder, "--iters", STEPS, "--batch-tokens", 240,
         "--learning-rate", 5e-3, "--rank", 4, "--steps-per-report", 1, "--steps-per-eval", 4, "--val-batches", 3,
-        "--save-every", 3, *extra,
+        "--save-every", 3, "--keep", 0, *extra,
     ]  # fmt: skip
 
 
@@ -286,6 +286,7 @@ def test_two_resume_bit_for_bit_with_dropout(tiny_folder, chats, tmp_path):
         words = train(*command(tiny_folder, chats, tmp_path / name, "--dropout", 0.2, *extra))
         ended = Started([words, words], tmp_path / f"{name} ranks").wait()
         assert ended.codes == [0, 0], ended.errs
+        assert ("Going on from step 3" in ended.errs[0]) == ("--resume" in extra)
         return tmp_path / name
 
     whole = go("whole")
