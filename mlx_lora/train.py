@@ -41,7 +41,7 @@ from mlx_lora.data.widths import ShapePrice
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable, replacing_file
 from mlx_lora.models.attention import AttentionCall, tiled_attention
-from mlx_lora.models.load import Base, load_base
+from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.training.activation_memory import apply_checkpointing, choose_checkpointing
 from mlx_lora.training.losses import Loss, choose_kernels, choose_loss
 from mlx_lora.training.method_events import make_events, restart_every, restart_warmup
@@ -72,6 +72,8 @@ def main(config_file: str | None, **options: Any) -> int:
         adapt_for_test(settings, base)
     splits = load_data(settings.data, base.hf_tokenizer, settings.loop.seed, cli.echo)
     check_test_split(settings, splits)
+    for rows in filter(None, (splits.train, splits.valid, splits.test)):
+        check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {settings.data.data}")
     cli.echo(device.current_device().header())
     cli.echo(f"Base: {base.model_id}: {base.describe()}")
     cli.echo(splits.report.render(color=cli.wants_color()))

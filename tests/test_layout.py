@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mlx_lora"
 STAGES = ("sources", "data", "models", "adapters", "training", "artifacts", "serving")
-SHARED = ("blas", "cache", "config", "device", "errors", "files", "migration")
+SHARED = ("blas", "cache", "config", "device", "errors", "files", "migration", "parsing")
 FILES = sorted(PACKAGE.rglob("*.py"))
 TRAIN_LOOP = "train"  # may have 150 lines; it reads top to bottom
 

@@ -11,13 +11,12 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mlx_lora.errors import InputError
 from mlx_lora.migration.axolotl import AXOLOTL
 from mlx_lora.migration.llama_factory import LLAMA_FACTORY
 from mlx_lora.migration.mlx_lm import MLX_LM
 from mlx_lora.migration.sheet import Dialect, Sheet
+from mlx_lora.parsing import parse_yaml
 
 DIALECTS = (AXOLOTL, LLAMA_FACTORY, MLX_LM)
 
@@ -40,10 +39,10 @@ def read_yaml(path: str) -> dict[str, Any]:
         InputError: when the file is missing, not UTF-8 YAML, or not a mapping.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"--config {path}: cannot be read ({error.strerror}); give a YAML file") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except ValueError as error:  # not UTF-8 either
         raise InputError(f"--config {path}: not YAML ({' '.join(str(error).split())}); mend the file") from None
     if not isinstance(content, dict):
         raise InputError(f"--config {path}: holds no settings; write one `flag_name: value` per line")

@@ -66,6 +66,25 @@ class Base:
         return f"{self.config.get('model_type')}, {len(self.model.layers)} blocks, {size_mb:.0f} MB in memory, {form}, {'/'.join(sorted(floats))}"
 
 
+def check_token_ids(base: Base, highest: int, source: str) -> None:
+    """Refuse token ids that the embedding has no row for: MLX would read whatever lies behind it in memory.
+
+    Args:
+        base: the model.
+        highest: token id.
+        source: what the ids are of, for the message.
+
+    Raises:
+        InputError: tokenizer and model do not belong together.
+    """
+    rows = vars(base.model.args).get("vocab_size")
+    if isinstance(rows, int) and highest >= rows:
+        raise InputError(
+            f"{source}: holds token {highest}, and --model {base.model_id} has {rows}; its tokenizer is another "
+            "model's, or has tokens that only other inputs than text use"
+        )
+
+
 def load_base(settings: ModelSettings) -> Base:
     """Load the model that `settings.model` names, cast to the compute dtype and frozen.
 

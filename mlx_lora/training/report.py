@@ -13,6 +13,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mlx_lora.parsing import parse_json
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -83,12 +85,12 @@ class MetricsFile:
 def _lines_until(path: Path, step: int) -> list[str]:
     """Return the lines of steps up to `step`; a line that was cut off by a kill is none."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            record = json.loads(line)
-        except ValueError:
+            at = parse_json(line)["step"]
+        except (ValueError, TypeError, KeyError):
             continue
-        if record["step"] <= step and line.endswith("\n"):
+        if isinstance(at, int) and at <= step and line.endswith("\n"):
             kept.append(line)
     return kept
 
