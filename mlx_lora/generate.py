@@ -18,6 +18,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lora import cli
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.config import train_settings
+from mlx_lora.data.panics import tokenizer_panics
 from mlx_lora.data.sandbox import render_chat
 from mlx_lora.data.templates import own_template
 from mlx_lora.errors import InputError
@@ -113,7 +114,8 @@ def prompt_tokens(
     if ignore_chat_template or not template:
         if system_prompt:
             raise InputError("--system-prompt: there is no chat template in use; put the text into --prompt")
-        return base.hf_tokenizer.encode(text)
+        with tokenizer_panics("--prompt"):
+            return base.hf_tokenizer.encode(text)
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages.append({"role": "user", "content": text})
     # Rendered first, encoded without special tokens: the template already wrote its own BOS.
@@ -123,7 +125,8 @@ def prompt_tokens(
         raise InputError(
             f"the chat template refuses this prompt ({error}); leave --system-prompt out, or give --ignore-chat-template"
         ) from None
-    return base.hf_tokenizer.encode(rendered, add_special_tokens=False)
+    with tokenizer_panics("--prompt"):
+        return base.hf_tokenizer.encode(rendered, add_special_tokens=False)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import yaml
 from mlx_lora.errors import InputError
 
 MAX_DEPTH = 100  # chat templates, tools and configs nest about ten deep
+MAX_JSON_BYTES = 256 << 20  # the largest tokenizer.json have 35 MB
 MAX_YAML_CHARACTERS = 1 << 20
 MAX_YAML_NODES = 100_000  # with every alias counted as what it stands for
 MAX_NUMBER = 10**30  # more than any setting; the largest in use says "no limit" (tokenizers' model_max_length)
@@ -67,7 +68,11 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
         InputError: it cannot be read, or holds no such object.
     """
     try:
-        value = parse_json(path.read_bytes())
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES >> 20} MiB")
+        value = parse_json(data)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); {advice}") from None
     except ValueError as error:

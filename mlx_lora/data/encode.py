@@ -17,6 +17,7 @@ from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlx_lora.data.formats import Completion, Conversation, Example, FormatError, Text
+from mlx_lora.data.panics import tokenizer_panics
 from mlx_lora.data.render import Rendered, Renderer
 from mlx_lora.data.templates import prefix_tokens
 from mlx_lora.errors import InputError
@@ -194,7 +195,9 @@ class Encoder:
         found: _Found,
     ) -> None:
         """Turn one batch's encodings into rows of `found`."""
-        for (number, text), encoding in zip(rendered, encodings.result(), strict=True):
+        with tokenizer_panics("the data"):
+            found_encodings = encodings.result()
+        for (number, text), encoding in zip(rendered, found_encodings, strict=True):
             example = examples[number]
             tokens, mask = self._row(text, encoding, plain=self._is_plain(example))
             if isinstance(example, Text):

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,6 +99,20 @@ class BoundedSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
                     _check(len(sequence) * count, MAX_SIZE)
         return super().call_binop(context, operator, left, right)
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """Return a sandboxed `format` whose widths are bounded; None for anything else."""
+        inner = super().wrap_str_format(value)
+        if inner is None:
+            return None
+
+        @functools.wraps(inner)
+        def checked(*args: Any, **kwargs: Any) -> str:
+            _check_format(value.__self__)
+            _check_counts((*args, *kwargs.values()))
+            return inner(*args, **kwargs)
+
+        return checked
+
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a function or method, if what it makes is of a sane size."""
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
@@ -139,10 +153,8 @@ def _bounded(name: str, function: Callable) -> Callable:
 
 
 def _check_text_method(text: str | bytes, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
-    if name in ("ljust", "rjust", "center", "zfill", "expandtabs", "format", "format_map"):
+    if name in ("ljust", "rjust", "center", "zfill", "expandtabs"):
         _check_counts((*args, *kwargs.values()))
-    if name in ("format", "format_map"):
-        _check_format(text)
     if name == "replace" and len(args) > 1:
         _check_replace(text, args[0], args[1])
     if name == "join" and args and hasattr(args[0], "__len__"):
@@ -151,10 +163,12 @@ def _check_text_method(text: str | bytes, name: str, args: tuple, kwargs: dict[s
         raise jinja2.exceptions.SecurityError("translate is not allowed in a chat template")
 
 
-def _check_counts(values: tuple) -> None:
+def _check_counts(values: Iterable[Any]) -> None:
     for value in values:
         if isinstance(value, int):
             _check(abs(value), MAX_COUNT)
+        elif isinstance(value, dict):  # of format_map
+            _check_counts(value.values())
 
 
 def _check_format(text: str | bytes) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.data.sandbox import render_chat
+from mlx_lora.data.sandbox import MAX_TEMPLATE_CHARACTERS, render_chat
 from mlx_lora.errors import InputError
 
 BUILT_IN = ("alpaca", "chatml")
@@ -85,6 +85,7 @@ def _read(name: str) -> str:
     if not path.is_file():
         raise InputError(f"--chat-template {name}: no such file, and no built-in ({', '.join(BUILT_IN)})")
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            return file.read(MAX_TEMPLATE_CHARACTERS + 1)  # one more is too long, and said so when it is rendered
     except UnicodeDecodeError as error:
         raise InputError(f"--chat-template {name} is not UTF-8; save it as UTF-8") from error

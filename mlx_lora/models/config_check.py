@@ -56,7 +56,9 @@ def _model_type_problems(config: dict[str, Any]) -> list[str]:
 def _number_problems(config: dict[str, Any], n_tensors: int) -> list[str]:
     problems = []
     for key, value in config.items():
-        if key in WHOLE and value is not None and (type(value) is not int or value < 1):
+        if "layer" in key and isinstance(value, list) and len(value) > min(n_tensors, MOST_BLOCKS):
+            problems.append(f"{key} lists {len(value)} layers, with {n_tensors} tensors in the weights")
+        elif key in WHOLE and value is not None and (type(value) is not int or value < 1):
             problems.append(f"{key} is {str(value)[:40]}, not a whole number from 1 on")
         elif type(value) is not int or value < 0:
             continue

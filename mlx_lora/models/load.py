@@ -17,8 +17,9 @@ from mlx_lora.config import ModelSettings
 from mlx_lora.errors import InputError
 from mlx_lora.models.converting import cached_gguf_folder
 from mlx_lora.models.fingerprint import base_fingerprint
-from mlx_lora.models.folder import load_folder_tokenizer, load_weights
+from mlx_lora.models.folder import load_weights
 from mlx_lora.models.matmul import MatmulPaths, use_measured_matmul
+from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.sources.hub import resolve_model
 
 

@@ -125,11 +125,8 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         ("ggml.tokens", "ggml.merges"),
         (lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of texts"),
     ),
-    "ggml.token_type": (lambda value: isinstance(value, np.ndarray) and value.dtype.kind in "iu", "whole numbers"),
-    "ggml.scores": (
-        lambda value: isinstance(value, np.ndarray) and value.dtype.kind in "iuf" and bool(np.isfinite(value).all()),
-        "finite numbers",
-    ),
+    "ggml.token_type": (lambda value: _is_numbers(value, "iu"), "whole numbers"),
+    "ggml.scores": (lambda value: _is_numbers(value, "iuf") and bool(np.isfinite(value).all()), "finite numbers"),
     **dict.fromkeys(
         (f"ggml.{key}_token_id" for key in ("bos", "eos", "unknown", "padding", "eot", "eom")),
         (lambda value: isinstance(value, int), "a token id"),
@@ -139,6 +136,13 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         (lambda value: isinstance(value, int), "true or false"),
     ),
 }
+
+
+def _is_numbers(value: Any, kinds: str) -> bool:
+    """Tell an array of numbers, as GGUF files hold it or as a plain list; `kinds` are numpy's letters."""
+    if isinstance(value, list):
+        value = np.array(value) if all(type(item) in (int, float) for item in value) else None
+    return isinstance(value, np.ndarray) and value.ndim == 1 and (not value.size or value.dtype.kind in kinds)
 
 
 def _kind_problems(metadata: dict[str, Any]) -> list[str]:

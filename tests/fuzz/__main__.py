@@ -7,15 +7,17 @@ python -m fuzz --kind GGUF --number 17        one case
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
 from fuzz.kinds import KINDS, plan_cases
-from fuzz.runner import run_cases
+from fuzz.runner import describe, is_fault, run_cases
 
 
 @click.command()
@@ -24,8 +26,9 @@ from fuzz.runner import run_cases
 @click.option("--kind", type=click.Choice(list(KINDS)), default=None, help="Only this kind.")
 @click.option("--number", type=int, default=None, help="Only this case of --kind.")
 @click.option("--nasties", is_flag=True, help="Only the hand-made ones.")
+@click.option("--show", is_flag=True, help="Print every case's outcome.")
 @click.option("--keep", is_flag=True, help="Leave the folder with the faulty cases.")
-def main(cases: int, seed: int, kind: str | None, number: int | None, nasties: bool, keep: bool) -> None:
+def main(cases: int, seed: int, kind: str | None, number: int | None, nasties: bool, show: bool, keep: bool) -> None:
     """Feed bad inputs to the commands; exit 1 when one does what it must not."""
     plan = [
         case
@@ -35,7 +38,13 @@ def main(cases: int, seed: int, kind: str | None, number: int | None, nasties: b
     if number is not None:
         plan = [(kind, number)]
     start, root = time.monotonic(), Path(tempfile.mkdtemp(prefix="fuzz-"))
-    report = run_cases(root, plan, seed, lambda line: click.echo(line, err=True))
+    os.environ["MLX_LORA_CACHE"] = str(root / "cache")
+
+    def tell(kind: str, number: int, result: dict[str, Any]) -> None:
+        if show or is_fault(result):
+            click.echo(describe(kind, number, result), err=True)
+
+    report = run_cases(root, plan, seed, tell)
     click.echo(report.table())
     click.echo(f"{report.cases} cases, seed {seed}, {time.monotonic() - start:.0f} s, {len(report.faults)} faults")
     if keep:

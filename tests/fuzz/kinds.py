@@ -17,9 +17,10 @@ from typing import Any
 
 import yaml
 
-from fuzz import nasty
+from fuzz import nasty_adapters, nasty_data, nasty_models
 from fuzz.gguf_pieces import read_pieces, spoiled_gguf
 from fuzz.mutate import json_bytes, spoiled_bytes, spoiled_json, spoiled_safetensors, spoiled_text, spoiled_tree
+from fuzz.nasty import Nasty, resumed
 from fuzz.seeds import ROWS, SETTINGS, TEMPLATE, Seeds
 
 Command = tuple[object, ...]
@@ -50,7 +51,7 @@ def data_tables(place: Path, seeds: Seeds, rng: random.Random) -> Command:
     elif kind == "txt":
         content = spoiled_text("Some text.\nMore of it.\n" * 5, rng)
     else:
-        content = spoiled_bytes(nasty.parquet([{"prompt": "a", "completion": "b"}] * 5), rng)
+        content = spoiled_bytes(nasty_data.parquet([{"prompt": "a", "completion": "b"}] * 5), rng)
     return evaluated(put(place / "in" / f"d.{kind}", content), seeds)
 
 
@@ -112,10 +113,8 @@ def gguf_file(place: Path, seeds: Seeds, rng: random.Random) -> Command:
 def settings_file(place: Path, seeds: Seeds, rng: random.Random) -> Command:
     """--config: ours, and the three other trainers'."""
     text = rng.choice([SETTINGS, *(file.read_text() for file in sorted(FOREIGN.iterdir()))])
-    if rng.random() < 0.3:
-        content = spoiled_text(text, rng)
-    else:
-        content = json_bytes(spoiled_tree(yaml.safe_load(text), rng))  # JSON is YAML
+    tree = spoiled_tree(yaml.safe_load(text), rng)
+    content = spoiled_text(text, rng) if rng.random() < 0.3 else json_bytes(tree)  # JSON is YAML
     return ("settings", "--config", put(place / "in" / "c.yaml", content))
 
 
@@ -153,19 +152,19 @@ def run_folder(place: Path, seeds: Seeds, rng: random.Random) -> Command:
 
 
 # Kind -> (mutation, hand-made ones, share of the cases).
-KINDS: dict[str, tuple[Callable[[Path, Seeds, random.Random], Command], list[nasty.Nasty], int]] = {
-    "data: json, jsonl": (data_json_lines, nasty.DATA, 14),
-    "data: csv, parquet, txt": (data_tables, nasty.TABLES, 8),
-    "model config": (model_config, nasty.CONFIGS, 14),
-    "model safetensors": (model_weights, nasty.WEIGHTS, 12),
-    "tokenizer files": (tokenizer_files, nasty.TOKENIZERS, 8),
-    "adapter folder": (adapter_folder, nasty.ADAPTERS, 12),
-    "PEFT folder": (peft_folder, nasty.PEFTS, 10),
-    "GGUF": (gguf_file, nasty.GGUFS, 12),
-    "settings YAML": (settings_file, nasty.SETTINGS, 12),
-    "checkpoint": (checkpoint, nasty.CHECKPOINTS, 6),
-    "chat template": (chat_template, nasty.TEMPLATES, 6),
-    "run folder": (run_folder, nasty.RUNS, 4),
+KINDS: dict[str, tuple[Callable[[Path, Seeds, random.Random], Command], list[Nasty], int]] = {
+    "data: json, jsonl": (data_json_lines, nasty_data.DATA, 14),
+    "data: csv, parquet, txt": (data_tables, nasty_data.TABLES, 8),
+    "model config": (model_config, nasty_models.CONFIGS, 14),
+    "model safetensors": (model_weights, nasty_models.WEIGHTS, 12),
+    "tokenizer files": (tokenizer_files, nasty_models.TOKENIZERS, 8),
+    "adapter folder": (adapter_folder, nasty_adapters.ADAPTERS, 12),
+    "PEFT folder": (peft_folder, nasty_adapters.PEFTS, 10),
+    "GGUF": (gguf_file, nasty_models.GGUFS, 12),
+    "settings YAML": (settings_file, nasty_data.SETTINGS, 12),
+    "checkpoint": (checkpoint, nasty_adapters.CHECKPOINTS, 6),
+    "chat template": (chat_template, nasty_data.TEMPLATES, 6),
+    "run folder": (run_folder, nasty_adapters.RUNS, 4),
 }
 
 
@@ -215,14 +214,6 @@ def adapted(folder: Path, weights: str, seeds: Seeds, rng: random.Random) -> Com
     else:
         put(folder / "adapter_config.json", spoiled_json((folder / "adapter_config.json").read_bytes(), rng))
     return generated(seeds.model, "--adapter-path", folder)
-
-
-def resumed(folder: Path, seeds: Seeds, at: object) -> Command:
-    """The command that goes on from a checkpoint."""
-    return (
-        "train", "--model", seeds.model, "--data", seeds.root / "data.jsonl", "--iters", 3, "--rank", 2,
-        "--batch-tokens", 256, "--adapter-path", folder, "--save-every", 1, "--resume", at,
-    )  # fmt: skip
 
 
 _pieces: dict[Path, dict[str, Any]] = {}

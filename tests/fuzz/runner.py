@@ -20,7 +20,10 @@ from fuzz.seeds import make_seeds
 
 CASE_S = 60.0  # of a case that takes 0.2 s: MLX compiles kernels on the way, and the machine may be busy
 START_S = 120.0  # imports
+RENDER_S = 2.0  # for a chat template, which has 10 outside of tests
 MOST_BYTES = 1 << 30  # a case may add this much to the process
+
+Tell = Callable[[str, int, dict[str, Any]], None]
 
 
 @dataclass
@@ -49,8 +52,7 @@ class Report:
         row.over_memory += result.get("grown_bytes", 0) > MOST_BYTES
         row.peak_bytes = max(row.peak_bytes, result.get("grown_bytes", 0))
         row.slowest_s = max(row.slowest_s, result.get("elapsed_s", 0.0))
-        good = result["outcome"] in ("accepted", "refused", "failed")
-        if not good or result.get("outside") or result.get("grown_bytes", 0) > MOST_BYTES:
+        if is_fault(result):
             self.faults.append({"kind": kind, "number": number, **result})
 
     @property
@@ -94,7 +96,7 @@ def _line(name: str, row: Row) -> str:
 
 
 def run_cases(
-    root: Path, cases: list[tuple[str, int]], seed: int, say: Callable[[str], None] = lambda line: None
+    root: Path, cases: list[tuple[str, int]], seed: int, tell: Tell = lambda kind, number, result: None
 ) -> Report:
     """Run cases in child processes, one after another.
 
@@ -102,16 +104,15 @@ def run_cases(
         root: an empty folder for seeds, cases and caches.
         cases: (kind, number), as from `plan_cases`.
         seed: of the mutations.
-        say: takes a line about each fault as it is found.
+        tell: takes each case and its result, as it is done.
     """
     for name in ("world", "tmp", "cache", "outside"):
         (root / name).mkdir(parents=True)
-    os.environ["MLX_LORA_CACHE"] = str(root / "cache")
     seeds = make_seeds(root / "seeds")
     _lay_out(root / "outside", seeds.model)
     report, left = Report(), list(enumerate(cases))
     while left:
-        reached = _run_some(root, left, seed, report, say)
+        reached = _run_some(root, left, seed, report, tell)
         left = left[reached:]
     return report
 
@@ -129,10 +130,10 @@ def _lay_out(folder: Path, model: Path) -> None:
     )
 
 
-def _run_some(root: Path, left: list[tuple[int, Any]], seed: int, report: Report, say: Callable[[str], None]) -> int:
+def _run_some(root: Path, left: list[tuple[int, Any]], seed: int, report: Report, tell: Tell) -> int:
     """Run cases in one worker until all are done, or one kills or stops it; returns how many are done with."""
     plan = root / "plan.json"
-    plan.write_text(json.dumps({"root": str(root), "seed": seed, "cases": left}))
+    plan.write_text(json.dumps({"root": str(root), "seed": seed, "cases": left, "render_s": RENDER_S}))
     process = _started(root, plan)
     done, running, text, patience_s = 0, False, b"", START_S
     while done < len(left):
@@ -145,7 +146,7 @@ def _run_some(root: Path, left: list[tuple[int, Any]], seed: int, report: Report
             running, patience_s = word == "start", CASE_S if word == "start" else START_S
             if word == "done":
                 result = json.loads(rest.partition(" ")[2])
-                _tell(say, left[done][1], result)
+                tell(*left[done][1], result)
                 report.add(*left[done][1], result)
                 done += 1
         if not piece:
@@ -160,7 +161,7 @@ def _run_some(root: Path, left: list[tuple[int, Any]], seed: int, report: Report
     outcome = "hang" if ready == [] else "crash"
     words = f"exit {code}: {(root / 'worker.log').read_text(errors='replace')[-3000:]}"
     result = {"outcome": outcome, "note": words, "elapsed_s": CASE_S if outcome == "hang" else 0.0}
-    _tell(say, left[done][1], result)
+    tell(*left[done][1], result)
     report.add(*left[done][1], result)
     return done + 1
 
@@ -199,18 +200,20 @@ def _stopped(process: subprocess.Popen) -> int:
     return process.wait()
 
 
-def _tell(say: Callable[[str], None], case: tuple[str, int], result: dict[str, Any]) -> None:
-    kind, number = case
-    nasties = len(KINDS[kind][1])
-    if (
-        result["outcome"] not in ("accepted", "refused", "failed")
-        or result.get("outside")
-        or result.get("grown_bytes", 0) > MOST_BYTES
-    ):
-        note = _gist(str(result.get("note", "")))
-        say(
-            f"{kind} {number}{' (nasty)' if number < nasties else ''}: {result['outcome']} {result.get('outside') or ''} {result.get('grown_bytes', 0) / 1e6:.0f} MB: {note}"
-        )
+def describe(kind: str, number: int, result: dict[str, Any]) -> str:
+    """Return one line about a case."""
+    made = "hand-made" if number < len(KINDS[kind][1]) else "mutated"
+    grown = result.get("grown_bytes", 0) / 1e6
+    words = [f"{kind} {number} ({made}): {result['outcome']}", *result.get("outside", []), f"{grown:.0f} MB"]
+    return ", ".join([*words, _gist(str(result.get("note", "")))])
+
+
+def is_fault(result: dict[str, Any]) -> bool:
+    """Tell whether a case did what it must not."""
+    grown = result.get("grown_bytes", 0)
+    return (
+        result["outcome"] not in ("accepted", "refused", "failed") or bool(result.get("outside")) or grown > MOST_BYTES
+    )
 
 
 def _gist(note: str) -> str:

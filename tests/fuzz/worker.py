@@ -30,6 +30,7 @@ import click
 from fuzz.kinds import Command, make_case
 from fuzz.seeds import Seeds
 from mlx_lora import cli, config
+from mlx_lora.data import sandbox
 
 MEMORY_BYTES = 6 << 30  # address space beyond what the process has at its start: a lie that is believed dies here
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -50,7 +51,7 @@ class Watch:
         if self.place is None:
             return
         if event == "open":
-            path, mode, flags = arguments
+            path, _mode, flags = arguments
             if isinstance(path, (str, bytes, os.PathLike)):
                 self._file(os.fsdecode(path), bool(flags & WRITES))
         elif event in CHANGES:
@@ -81,6 +82,7 @@ def main(plan_file: str) -> None:
     root, seeds = Path(plan["root"]), Seeds(Path(plan["root"]) / "seeds")
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what native code prints is not part of the talk
+    sandbox.RENDER_S = plan["render_s"]
     watch = Watch(root)
     _bound_memory()
     for index, (kind, number) in plan["cases"]:
@@ -99,16 +101,15 @@ def run_case(command: Command, place: Path, root: Path, watch: Watch) -> dict[st
     _reset_peak()
     start_bytes, start_s = peak_bytes(), time.monotonic()
     watch.seen, watch.place = [], str(place)
-    code, out, err, trace = called(command)
+    code, _out, err, trace = called(command)
     watch.place = None
     elapsed_s, grown_bytes = time.monotonic() - start_s, peak_bytes() - start_bytes
     os.chdir(root)
     broken = list(watch.seen)
     broken += [f"appeared outside: {name}" for name in sorted(listed(root / "world", place).keys() - beside.keys())[:3]]
     if command[0] not in ("train", "export"):
-        broken += [f"input changed: {name}" for name, stat in before.items() if listed(place / "in").get(name) != stat][
-            :3
-        ]
+        changed = dict(listed(place / "in").items() ^ before.items())
+        broken += [f"input changed: {name}" for name in sorted(changed)[:3]]
     broken += ["pwned"] if (place / "pwned").exists() else []
     outcome, note = judged(code, err, trace, place)
     if outcome not in ("traceback", "bad message") and not broken:
