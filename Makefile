@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all fuzz parity lint format bench clean
+.PHONY: setup demo test test-all fuzz parity lint format bench soak clean
 
 # Made again whenever the dependency list changes.
 $(VENV)/.ready: pyproject.toml
@@ -49,6 +49,11 @@ MODEL ?= demo/SmolLM2-135M-Instruct
 DATA ?= data/alpaca/train.jsonl
 bench: setup
 	$(BIN)/python benchmarks/versus.py --model $(MODEL) --data $(DATA) --out versus.json
+
+# 200 times kill -9 at moments drawn by chance; after each, --resume; the adapters must come out byte for byte the same.
+KILLS ?= 200
+soak: setup
+	$(BIN)/python scripts/soak.py --kills $(KILLS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_lora.config_checks import flag_of, settings_problems
 from mlx_lora.errors import InputError
 from mlx_lora.migration.migrate import read_settings
 
@@ -20,7 +21,6 @@ OPTIMIZERS = ("adamw", "adam", "muon", "sgd", "adafactor")
 SCHEDULES = ("cosine", "linear", "constant")
 METHODS = ("lora", "rslora", "dora", "lora-plus", "pissa", "adalora", "relora", "full")
 BIASES = ("none", "lora_only", "all")
-CHECKPOINTING = ("none", "auto", "selective", "block")
 QUANTIZED_MATMUL = ("auto", "packed", "dense")
 
 
@@ -122,6 +122,14 @@ class LoopSettings:
     batch_size: int | None = setting(None, "Rows per micro-batch; default: as many as --batch-tokens holds.")
     batch_tokens: int = setting(2048, "Tokens per micro-batch, padding included, unless --batch-size is given.")
     grad_accumulation_steps: int = setting(1, "Micro-batches per optimizer step, weighted by their tokens.")
+    batch_parts: int = setting(
+        1,
+        "Run each micro-batch in this many parts of its rows: the same update in less memory. Grows by itself when "
+        "memory runs short.",
+    )
+    max_restarts: int = setting(
+        0, "Go on from the last checkpoint, in smaller parts, when the process dies for want of memory; this often."
+    )
     grad_checkpoint: str = setting(
         "auto",
         "Recompute in the backward pass to save memory: none, selective (all but products), block (all; also the "
@@ -133,6 +141,15 @@ class LoopSettings:
     val_batches: int = setting(25, "Validation batches per validation; -1: all, 0: none.")
     save_every: int = setting(100, "Steps between checkpoints; 0: only at the end.")
     keep: int = setting(3, "Newest checkpoints to keep, beside the one with the lowest validation loss; 0: all.")
+    keep_best: bool = setting(
+        False, "End with the adapter of the lowest validation loss, not with the last (needs --save-every)."
+    )
+    early_stopping_patience: int | None = setting(
+        None, "End after this many validations in a row without a better one (default: never)."
+    )
+    early_stopping_threshold: float = setting(
+        0.0, "An improvement of the validation loss counts when it is more than this."
+    )
     resume: str | None = setting(
         None,
         "Go on from a checkpoint, exactly as if the run had never stopped: a checkpoint folder, or auto (the flag "
@@ -214,15 +231,10 @@ def train_settings(
             problems += [problem] if problem else []
     if not problems:
         settings = TrainSettings(**{name: cls(**sections[name]) for name, cls in SECTIONS.items()})
-        problems = _range_problems(settings)
+        problems = settings_problems(settings.to_flat())
     if problems:
         raise InputError("; ".join(problems))
     return settings
-
-
-def flag_of(name: str) -> str:
-    """Spell a field as its flag."""
-    return "--" + name.replace("_", "-")
 
 
 def _near(key: str, known: dict[str, str]) -> str:
@@ -264,129 +276,3 @@ def _coerce(cls: type, key: str, value: Any) -> tuple[Any, str | None]:
     if choices and coerced not in choices:
         return value, f"{flag_of(key)} {value!r}: not one of {', '.join(choices)}"
     return coerced, None
-
-
-# Field, smallest and largest allowed value, and whether the smallest itself is allowed.
-_RANGES = {
-    "rank": (1, 65536, True),
-    "alpha": (0, 1e9, False),
-    "dropout": (0, 0.99, True),
-    "num_layers": (-1, 10**6, True),
-    "learning_rate": (0, 1e3, False),
-    "loraplus_lr_ratio": (0, 1e6, False),
-    "adalora_init_rank": (1, 65536, True),
-    "adalora_tinit": (0, 1e12, True),
-    "adalora_tfinal": (0, 1e12, True),
-    "adalora_delta_t": (1, 10**12, True),
-    "orth_reg_weight": (0, 1e6, True),
-    "relora_every": (1, 10**12, True),
-    "relora_warmup": (0, 10**12, True),
-    "relora_prune_ratio": (0, 1, True),
-    "warmup": (0, 1e12, True),
-    "weight_decay": (0, 1e3, True),
-    "max_grad_norm": (0, 1e9, True),
-    "max_seq_length": (2, 10**8, True),
-    "valid_fraction": (0, 0.9, True),
-    "iters": (1, 10**12, True),
-    "epochs": (0, 1e9, False),
-    "batch_size": (1, 10**6, True),
-    "batch_tokens": (2, 10**9, True),
-    "grad_accumulation_steps": (1, 10**6, True),
-    "steps_per_report": (1, 10**12, True),
-    "steps_per_eval": (0, 10**12, True),
-    "val_batches": (-1, 10**12, True),
-    "test_batches": (-1, 10**12, True),
-    "save_every": (0, 10**12, True),
-    "keep": (0, 10**9, True),
-    "seed": (0, 2**63 - 1, True),
-}
-
-
-def checkpoint_every(mode: str) -> int | None:
-    """Return n when every n-th block is recomputed, 1 for all of them, None for none."""
-    if mode == "none":
-        return None
-    return int(mode) if mode.isdecimal() else 1
-
-
-def _range_problems(settings: TrainSettings) -> list[str]:
-    problems = []
-    for key, value in settings.to_flat().items():
-        if key in _RANGES and value is not None:
-            low, high, closed = _RANGES[key]
-            inside = (low <= value if closed else low < value) and value <= high
-            if not inside:  # NaN lands here too
-                bound = "at least" if closed else "more than"
-                problems.append(f"{flag_of(key)} {value}: must be {bound} {low} and at most {high:g}")
-    mode = settings.loop.grad_checkpoint
-    if mode not in CHECKPOINTING and not (mode.isdecimal() and 1 <= int(mode) < 10**6):
-        problems.append(f"--grad-checkpoint {mode!r}: not one of {', '.join(CHECKPOINTING)}, or a number from 1 on")
-    problems += _adapter_problems(settings.adapter)
-    if settings.loop.iters is not None and settings.loop.epochs is not None:
-        problems.append("--iters and --epochs: both given; keep one")
-    return problems
-
-
-# Settings that mean something to one method only.
-_METHODS_OWN = {
-    "lora-plus": ("loraplus_lr_ratio",),
-    "adalora": ("adalora_init_rank", "adalora_tinit", "adalora_tfinal", "adalora_delta_t", "orth_reg_weight"),
-    "relora": ("relora_every", "relora_warmup", "relora_prune_ratio"),
-}
-
-
-def _adapter_problems(adapter: AdapterSettings) -> list[str]:
-    """Name settings that the method does not have: accepted, they would be ignored."""
-    method, problems = adapter.method_name, []
-    for owner, names in _METHODS_OWN.items():
-        given = [name for name in names if getattr(adapter, name) is not None]
-        if given and owner != method:
-            flags = " and ".join(map(flag_of, given))
-            problems.append(f"{flags} with --method {method}: only {owner} has that; leave it out")
-    if method == "full":
-        given = [name for name in ("rank_pattern", "alpha_pattern", "modules_to_save") if getattr(adapter, name)]
-        given += [name for name in ("dropout",) if getattr(adapter, name)]
-        given += ["bias"] if adapter.bias != "none" else []
-        if given:
-            flags = " and ".join(map(flag_of, given))
-            problems.append(f"{flags} with --method full: --target-modules names all that it trains; leave it out")
-    if method in ("pissa", "adalora", "relora") and adapter.resume_adapter_file:
-        problems.append(
-            f"--resume-adapter-file with --method {method}: it does not start from plain factors; "
-            "go on with --method lora at the file's rank"
-        )
-    if method == "adalora" and (adapter.rank_pattern or (adapter.adalora_init_rank or adapter.rank) < adapter.rank):
-        what = "--rank-pattern" if adapter.rank_pattern else f"--adalora-init-rank {adapter.adalora_init_rank}"
-        problems.append(f"{what} with --method adalora: it cuts ranks from one start down to --rank; leave it out")
-    for name in ("rank_pattern", "alpha_pattern"):
-        try:
-            values = parse_pattern(getattr(adapter, name))
-        except ValueError as error:
-            problems.append(f"{flag_of(name)} {error}: write name=number, by comma")
-            continue
-        whole = name == "rank_pattern"
-        bad = [key for key, value in values.items() if not 0 < value < 1e9 or (whole and value != int(value))]
-        if bad:
-            kind = "a whole number from 1 on" if whole else "more than 0"
-            problems.append(f"{flag_of(name)} {', '.join(bad)}: must be {kind}")
-    return problems
-
-
-def parse_pattern(text: str | None) -> dict[str, float]:
-    """Read `q_proj=32,*.mlp.*=8` as name -> number.
-
-    Raises:
-        ValueError: with the part that is not of that form.
-    """
-    values = {}
-    for part in (text or "").split(","):
-        name, equals, number = part.strip().rpartition("=")
-        if not part.strip():
-            continue
-        try:
-            values[name.strip()] = float(number)
-        except ValueError:
-            raise ValueError(repr(part.strip())) from None
-        if not equals or not name.strip():
-            raise ValueError(repr(part.strip()))
-    return values

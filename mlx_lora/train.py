@@ -7,7 +7,8 @@ python -m mlx_lora.train --config run.yaml --learning-rate 1e-4
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from mlx_lora.artifacts.adapter import (
     save_adapter,
 )
 from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
-from mlx_lora.artifacts.checkpoint import locked
+from mlx_lora.artifacts.checkpoint import Checkpoint, locked
 from mlx_lora.artifacts.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
 from mlx_lora.config import AdapterSettings, TrainSettings, train_settings
 from mlx_lora.data.batches import BatchPlan
@@ -42,12 +43,14 @@ from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable, replacing_file
 from mlx_lora.models.attention import AttentionCall, tiled_attention
 from mlx_lora.models.load import Base, check_token_ids, load_base
+from mlx_lora.supervise import run_supervised
 from mlx_lora.training.activation_memory import apply_checkpointing, choose_checkpointing
+from mlx_lora.training.guard import MemoryGuard
 from mlx_lora.training.losses import Loss, choose_kernels, choose_loss
 from mlx_lora.training.method_events import make_events, restart_every, restart_warmup
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.report import Metrics, MetricsFile, make_progress
-from mlx_lora.training.state import Position, restore_arrays
+from mlx_lora.training.state import Diverged, Position, restore_arrays
 from mlx_lora.training.step import Step
 from mlx_lora.training.trainer import Outcome, mean_loss, total_steps, train
 
@@ -64,6 +67,8 @@ from mlx_lora.training.trainer import Outcome, mean_loss, total_steps, train
 def main(config_file: str | None, **options: Any) -> int:
     """Train a LoRA adapter on --data over the frozen --model and write it to --adapter-path."""
     settings = train_settings(cli.given(options), config_file, cli.echo)
+    if settings.loop.max_restarts:
+        run_supervised(settings.loop.max_restarts)
     if settings.loop.short_buffers:
         device.restart_with_short_buffers()
     check_run_folder(settings)
@@ -155,20 +160,47 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     check_writable(folder, "--adapter-path", adapter_bytes * (4 * checkpoints + 1))
     device.set_cache_limit(loop.clear_cache_threshold)
     device.wire_working_set()
-    loggers = reporting_sinks(settings)
     describe_run(settings, base, adapted, factors, plan, steps, forms)
     run, at = RunFolder(loop, info, identity), found.position if found else Position()
+    begin(run, found, base, step, steps)
+    write_settings(folder, settings)
+    at.parts = max(at.parts, loop.batch_parts)
+    guard = MemoryGuard(at, device.current_device().working_set_bytes, cli.echo)
+
+    def save(step_number: int) -> None:
+        run.save(base.model, step, at)
+
+    try:
+        with run.kept_if_it_fails(), reporting(settings, steps, at.taken if found else None) as (report, on_step):
+            outcome = train(base.model, step, loss.measure, plan, validation, loop, report, on_step, save, at, guard)
+            best = None if outcome.interrupted else run.put_best(base.model, step, at)
+    except Diverged as diverged:
+        raise run.roll_back(base.model, step, diverged) from diverged
+    say_outcome(folder, outcome, base, info, best)
+    return outcome
+
+
+def begin(run: RunFolder, found: Checkpoint | None, base: Base, step: Step, steps: int) -> None:
+    """Go on from the checkpoint that was found, or start in a folder without another run's checkpoints."""
     run.clear_leftovers()
     if found:
+        taken = found.position.taken
         restore_arrays(step, base.model, found.arrays)
-        left = "" if at.taken < steps else f"; all {steps} steps are done, raise --iters or --epochs for more"
-        cli.echo(f"Going on from step {at.taken} ({found.folder}){left}")
+        left = "" if taken < steps else f"; all {steps} steps are done, raise --iters or --epochs for more"
+        cli.echo(f"Going on from step {taken} ({found.folder}){left}")
         if left:
-            save_adapter(folder, base.model, info)
-    elif loop.resume is None:
+            save_adapter(Path(run.loop.adapter_path), base.model, run.info)
+    elif run.loop.resume is None:
         run.start_anew()
-    write_settings(folder, settings)
-    metrics = MetricsFile(folder / "metrics.jsonl", at.taken if found else None)
+
+
+@contextmanager
+def reporting(
+    settings: TrainSettings, steps: int, resumed_at: int | None
+) -> Iterator[tuple[Callable[[Metrics], None], Callable[[int], None]]]:
+    """Open where a run's records go: metrics.jsonl, the display, --report-to; yield what takes a record, and a step."""
+    loggers = reporting_sinks(settings)
+    metrics = MetricsFile(Path(settings.loop.adapter_path) / "metrics.jsonl", resumed_at)
     progress = make_progress(steps, cli.echo)
     sinks = [metrics, progress.report, *loggers]
 
@@ -176,16 +208,11 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
         for sink in sinks:
             sink(record)
 
-    def save(step_number: int) -> None:
-        run.save(base.model, step, at)
-
     try:
-        outcome = train(base.model, step, loss.measure, plan, validation, loop, report, progress.step, save, at)
+        yield report, progress.step
     finally:
         progress.close()
         metrics.close()
-    say_outcome(folder, outcome, base, info)
-    return outcome
 
 
 def make_step(settings: TrainSettings, base: Base, loss: Loss, attend: AttentionCall | None, steps: int) -> Step:
@@ -347,14 +374,15 @@ def reporting_sinks(settings: TrainSettings) -> list[Any]:
     return [sink]
 
 
-def say_outcome(folder: Path, outcome: Outcome, base: Base, info: AdapterInfo) -> None:
+def say_outcome(folder: Path, outcome: Outcome, base: Base, info: AdapterInfo, best: str | None) -> None:
     """Write the model card, and print where the result lies."""
     file = folder / WEIGHTS_FILE
     if file.exists() and not write_card(folder, "mlx", base, info, read_facts(folder)):
         cli.echo(f"{folder / CARD_FILE}: yours, left as it is")
     size = f"adapter of {file.stat().st_size / 1e6:.1f} MB" if file.exists() else "nothing to save"
     val = "" if outcome.val_loss is None else f", held-out loss {outcome.val_loss:.4f}"
-    cli.echo(f"{outcome.steps} steps done{val}; {size} in {folder}")
+    early = ", ended early: the held-out loss no longer falls" if outcome.stopped_early else ""
+    cli.echo(f"{outcome.steps} steps done{early}{val}; {size} in {folder}{f'; {best}' if best else ''}")
 
 
 def report_test_loss(settings: TrainSettings, base: Base, test: EncodedSet) -> None:

@@ -9,7 +9,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mlx_lora"
 STAGES = ("sources", "data", "models", "adapters", "training", "artifacts", "serving")
-SHARED = ("blas", "cache", "config", "device", "errors", "files", "migration", "parsing")
+SHARED = (
+    "blas", "cache", "config", "config_checks", "device", "errors", "files", "migration", "parsing", "supervise",
+)  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 TRAIN_LOOP = "train"  # may have 150 lines; it reads top to bottom
 

@@ -231,6 +231,10 @@ ELSEWHERE = {
     "clear_cache_threshold": "above",
     "project_name": "below: needs a logger",
     "keep": "test_resume.py",
+    **dict.fromkeys(
+        ("keep_best", "early_stopping_patience", "early_stopping_threshold", "batch_parts", "max_restarts"),
+        "test_faults.py",
+    ),
     "resume": "test_resume.py: another way to the same bytes",
     "short_buffers": "test_device.py: when the device is waited for, not numbers",
     **dict.fromkeys(

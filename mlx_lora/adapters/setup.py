@@ -9,7 +9,8 @@ import mlx.nn as nn
 from mlx_lora.adapters.inject import full_parameters, inject, train_biases, train_in_full
 from mlx_lora.adapters.methods import PRESETS, Method
 from mlx_lora.adapters.targets import Targets, has_weights, layer_shapes, select_targets
-from mlx_lora.config import AdapterSettings, parse_pattern
+from mlx_lora.config import AdapterSettings
+from mlx_lora.config_checks import parse_pattern
 from mlx_lora.errors import InputError
 
 

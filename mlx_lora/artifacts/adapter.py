@@ -30,6 +30,7 @@ from mlx_lora.artifacts.peft import PeftAdapter, is_peft, read_peft
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_file
 from mlx_lora.models.load import Base
+from mlx_lora.models.saving import save_tensors
 from mlx_lora.parsing import read_json
 from mlx_lora.sources.safetensors import read_safetensors_header
 
@@ -100,7 +101,7 @@ def save_adapter(folder: Path, model: nn.Module, info: AdapterInfo, same_rank: b
     with replacing_file(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(info.to_config(rank), indent=2) + "\n", encoding="utf-8")
     with replacing_file(folder / WEIGHTS_FILE) as temporary:
-        mx.save_safetensors(str(temporary), stored, metadata={"format": "mlx"})
+        save_tensors(temporary, stored)
 
 
 def stored_parameters(model: nn.Module, info: AdapterInfo) -> dict[str, mx.array]:

@@ -24,6 +24,7 @@ import mlx.core as mx
 
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_folder
+from mlx_lora.models.saving import save_tensors
 from mlx_lora.parsing import read_json
 from mlx_lora.sources.safetensors import read_safetensors_header
 from mlx_lora.training.state import Position
@@ -31,7 +32,7 @@ from mlx_lora.training.state import Position
 STATE_FILE, ARRAYS_FILE, LOCK_FILE = "state.json", "state.safetensors", ".lock"
 NAME = re.compile(r"step-(\d{6,})")
 VERSION = 1
-MAX_EPOCHS = 1e9  # --epochs' own bound
+MAX_EPOCHS, MAX_PARTS = 1e9, 10**6  # --epochs' own bound, and that of rows in a batch
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def write_checkpoint(
     """
     with replacing_folder(folder) as place:
         save_adapter(place)
-        mx.save_safetensors(str(place / ARRAYS_FILE), arrays)
+        save_tensors(place / ARRAYS_FILE, arrays)
         sums = {path.name: _checksum(path) for path in sorted(place.iterdir())}
         state = {"version": VERSION, "position": asdict(position), "identity": identity, "sha256": sums}
         (place / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
@@ -142,7 +143,9 @@ def _position_problems(position: Position) -> list[str]:
     wrong = []
     for name, value in asdict(position).items():
         if name.endswith("_loss"):
-            fits = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+            fits = value is None or isinstance(value, float)
+        elif name == "parts":
+            fits = type(value) is int and 1 <= value <= MAX_PARTS
         else:
             fits = (value is None and name.endswith("_at")) or (type(value) is int and 0 <= value < 2**53)
         wrong += [] if fits else [name]

@@ -42,6 +42,7 @@ from mlx_lora.artifacts.peft_names import COPY, PREFIX, TENSOR, own_path, peft_p
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_file
 from mlx_lora.models.quantize import relative_error
+from mlx_lora.models.saving import save_tensors
 from mlx_lora.sources.safetensors import read_safetensors_header
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -231,7 +232,7 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float, 
     tensors = {name: mx.contiguous(array.astype(mx.float32)) for name, array in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(folder / PEFT_WEIGHTS) as temporary:
-        mx.save_safetensors(str(temporary), tensors, metadata={"format": "pt"})
+        save_tensors(temporary, tensors, "pt")
     with replacing_file(folder / PEFT_CONFIG) as temporary:
         parameters = [tensor.parameter for tensor in experts]
         config = {**_peft_config(shapes, base_model, dropout, parameters), "use_dora": is_dora, "bias": bias}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, save_adapter
@@ -16,14 +18,15 @@ from mlx_lora.artifacts.checkpoint import (
     Checkpoint,
     differences,
     newest_checkpoint,
+    numbered,
     read_checkpoint,
     thin_out,
     write_checkpoint,
 )
 from mlx_lora.config import LoopSettings, TrainSettings
 from mlx_lora.data.batches import BatchPlan
-from mlx_lora.errors import InputError
-from mlx_lora.training.state import Position, run_arrays
+from mlx_lora.errors import InputError, RunError
+from mlx_lora.training.state import Diverged, Position, finite, restore_arrays, run_arrays
 from mlx_lora.training.step import Step
 
 # What may change between a run and its continuation: length, cadences, places, and what only moves memory about.
@@ -42,6 +45,11 @@ FREE = frozenset(
         "val_batches",
         "save_every",
         "keep",
+        "keep_best",
+        "early_stopping_patience",
+        "early_stopping_threshold",
+        "batch_parts",
+        "max_restarts",
         "resume",
         "train",
         "test",
@@ -129,8 +137,36 @@ class RunFolder:
             for path in folder.glob(f".{name}.*"):
                 path.unlink(missing_ok=True)
 
+    @contextmanager
+    def kept_if_it_fails(self) -> Iterator[None]:
+        """Say what is left when writing fails: a full disk, a folder that became read-only or went away.
+
+        Raises:
+            RunError: in place of what the operating system reported.
+        """
+        try:
+            yield
+        except Diverged:
+            raise
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            raise RunError(f"{place}{error.strerror or error}; {self._kept()}") from error
+        except RunError as error:
+            raise RunError(f"{error}; {self._kept()}") from error
+
+    def _kept(self) -> str:
+        for _, folder in numbered(room_of(self.loop)):
+            return f"{folder} is whole: mend the cause, then go on from it with --resume"
+        return "no checkpoint was written before"
+
     def save(self, model: nn.Module, step: Step, at: Position) -> None:
-        """Write the adapter and, with --save-every, a checkpoint of the whole run."""
+        """Write the adapter and, with --save-every, a checkpoint of the whole run.
+
+        Raises:
+            Diverged: a parameter is not finite: what is saved never is.
+        """
+        if not finite(step):
+            raise Diverged(at)
         save_adapter(Path(self.loop.adapter_path), model, self.info)
         if not self.loop.save_every:
             return
@@ -142,3 +178,38 @@ class RunFolder:
             lambda place: save_adapter(place, model, self.info),
         )
         thin_out(room_of(self.loop), self.loop.keep, at.best_at)
+
+    def roll_back(self, model: nn.Module, step: Step, diverged: Diverged) -> RunError:
+        """Put the last good checkpoint's adapter back after a divergence, and return the error that ends the run.
+
+        Checkpoints behind it are removed, so that `--resume` finds it. Where there is none, the parameters from before
+        the skipped updates are saved, if they are finite.
+        """
+        advice = "nothing was lowered: start anew with a lower --learning-rate, or --dtype float32"
+        for _, folder in numbered(room_of(self.loop)):
+            try:
+                good = read_checkpoint(folder)
+            except InputError:
+                continue
+            if good.position.skipped_in_a_row or not all(mx.isfinite(a).all().item() for a in good.arrays.values()):
+                shutil.rmtree(folder)
+                continue
+            restore_arrays(step, model, good.arrays)
+            save_adapter(Path(self.loop.adapter_path), model, self.info)
+            return RunError(f"{diverged}; the adapter of step {good.position.taken} ({folder}) is put back; {advice}")
+        if finite(step):
+            save_adapter(Path(self.loop.adapter_path), model, self.info)
+            return RunError(f"{diverged}; the adapter as it was before them is saved; {advice}")
+        return RunError(f"{diverged}, and no checkpoint was written before; no adapter is saved; {advice}")
+
+    def put_best(self, model: nn.Module, step: Step, at: Position) -> str | None:
+        """Put the adapter of the lowest validation loss back (--keep-best), and return words on it."""
+        if not self.loop.keep_best:
+            return None
+        if not at.best_at:
+            return "no validation was better than before the training: the last adapter is kept"
+        if at.best_at != at.taken:
+            best = read_checkpoint(room_of(self.loop) / f"step-{at.best_at:06d}")
+            restore_arrays(step, model, best.arrays)
+            save_adapter(Path(self.loop.adapter_path), model, self.info)
+        return f"the adapter is that of step {at.best_at}, with the lowest held-out loss, {at.best_loss:.4f}"

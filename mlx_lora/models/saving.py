@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,6 +12,27 @@ from mlx_lora.errors import InputError, RunError
 from mlx_lora.sources.safetensors import read_safetensors_header
 
 MAX_SHARD_BYTES = 5 << 30  # what mlx-lm and the hub use
+
+
+def save_tensors(path: Path, tensors: dict[str, mx.array], form: str = "mlx") -> None:
+    """Write a safetensors file, and see that all of it is there.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        form: its "format" entry: mlx, or pt for files that PEFT and transformers read.
+
+    Raises:
+        RunError: the disk is full, or went away.
+    """
+    mx.eval(tensors)
+    try:
+        mx.save_safetensors(str(path), tensors, metadata={"format": form})
+        read_safetensors_header(path)  # a disk that filled up leaves a short file
+    except (RuntimeError, InputError) as error:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        raise RunError(f"{path}: writing {size / 1e6:.1f} MB failed, {free / 1e6:.1f} MB are free ({error})") from error
 
 
 class ShardWriter:
@@ -48,12 +70,7 @@ class ShardWriter:
         return self.total_bytes
 
     def _write(self) -> None:
-        path = self.folder / f"part-{len(self.names)}.safetensors"
-        try:
-            mx.save_safetensors(str(path), self.shard, metadata={"format": "mlx"})
-            read_safetensors_header(path)  # a disk that filled up leaves a short file
-        except (RuntimeError, InputError) as error:
-            raise RunError(f"{path.parent}: writing {self.shard_bytes} bytes of weights failed ({error})") from error
+        save_tensors(self.folder / f"part-{len(self.names)}.safetensors", self.shard)
         self.names.append(list(self.shard))
         self.shard, self.shard_bytes = {}, 0
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.adapters.parts import LINEAR, SWITCH, base_dims
-from mlx_lora.config import checkpoint_every
+from mlx_lora.config_checks import checkpoint_every
 from mlx_lora.training.checkpointing import Tape, checkpoint_blocks
 
 # Numbers kept per position without checkpointing, as a multiple of the widths into and out of the linear

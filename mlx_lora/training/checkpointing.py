@@ -127,6 +127,9 @@ class Checkpointed:
     tape: Tape
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Generation: nothing is differentiated, and what a cache does is no function of arrays.
+        if any(hasattr(one, "update_and_fetch") for one in (*args, *kwargs.values())):
+            return super().__call__(*args, **kwargs)
         function, primals = _as_function(self, super().__call__, args, kwargs)
         shape: list[Any] = []  # of what the block returns
 

@@ -7,6 +7,7 @@ dropout, and how many micro-batches were consumed (the plan is a pure function o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -14,8 +15,17 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.errors import InputError
+from mlx_lora.errors import InputError, RunError
 from mlx_lora.training.step import Step
+
+
+class Diverged(RunError):
+    """Update after update was not finite: the run ends, and `at` says where."""
+
+    def __init__(self, at: Position):
+        super().__init__(f"step {at.taken}: loss or gradient was not finite {at.skipped_in_a_row} times in a row")
+        self.at = at
+
 
 # Frozen factors that a method keeps beside the trained ones.
 FROZEN = ("start_a", "start_b", "fixed_a", "fixed_b")
@@ -31,6 +41,8 @@ class Position:
         skipped, skipped_in_a_row: updates that were not finite.
         val_loss, val_at: the last validation and its step.
         best_loss, best_at: the lowest validation so far and its step.
+        worse: validations since then that were not better by the early stopping threshold.
+        parts: in how many parts of its rows each batch runs.
     """
 
     taken: int = 0
@@ -41,12 +53,24 @@ class Position:
     val_at: int | None = None
     best_loss: float | None = None
     best_at: int | None = None
+    worse: int = 0
+    parts: int = 1
 
-    def validated(self, loss: float) -> None:
-        """Note a validation."""
+    def validated(self, loss: float, threshold: float = 0.0) -> bool:
+        """Note a validation, and return whether it is the best so far.
+
+        Args:
+            loss: mean per trained token.
+            threshold: an improvement up to this does not count for early stopping, as in transformers'
+                EarlyStoppingCallback.
+        """
         self.val_loss, self.val_at = loss, self.taken
-        if self.best_loss is None or loss < self.best_loss:
+        finite, first = math.isfinite(loss), self.best_loss is None
+        self.worse = 0 if finite and (first or self.best_loss - loss > threshold) else self.worse + 1
+        better = finite and (first or loss < self.best_loss)
+        if better:
             self.best_loss, self.best_at = loss, self.taken
+        return better
 
 
 def run_arrays(step: Step, model: nn.Module) -> dict[str, mx.array]:
@@ -65,6 +89,11 @@ def run_arrays(step: Step, model: nn.Module) -> dict[str, mx.array]:
     for path, layer in adapter_layers(model).items():
         arrays |= {f"layers.{path}.{name}": layer[name] for name in FROZEN if name in layer}
     return arrays
+
+
+def finite(step: Step) -> bool:
+    """Return whether all that is trained is finite."""
+    return bool(mx.all(mx.stack([mx.isfinite(value).all() for value in step.masters.arrays.values()])).item())
 
 
 def restore_arrays(step: Step, model: nn.Module, arrays: dict[str, mx.array]) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, islice, takewhile
-from types import FrameType
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,10 +15,11 @@ import mlx.nn as nn
 from mlx_lora import device
 from mlx_lora.config import LoopSettings
 from mlx_lora.data.batches import Batch, BatchPlan
-from mlx_lora.errors import RunError
+from mlx_lora.training.guard import MemoryGuard
+from mlx_lora.training.interrupts import interrupt_flag
 from mlx_lora.training.losses import Arrays, LossFunction
 from mlx_lora.training.report import Metrics
-from mlx_lora.training.state import Position
+from mlx_lora.training.state import Diverged, Position
 from mlx_lora.training.step import Step, StepResult
 
 # This many skipped updates in a row mean that the run has diverged, not that one batch was bad.
@@ -30,11 +28,19 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: steps taken, the validation loss at its end if one was taken, and whether it was interrupted."""
+    """How a run ended.
+
+    Attributes:
+        steps: taken.
+        val_loss: at its end, if one was taken.
+        interrupted: by a signal.
+        stopped_early: the validation loss no longer fell.
+    """
 
     steps: int
     val_loss: float | None
     interrupted: bool
+    stopped_early: bool = False
 
 
 @dataclass
@@ -122,8 +128,9 @@ def train(
     on_step: Callable[[int], None],
     save: Callable[[int], None],
     at: Position | None = None,
+    guard: MemoryGuard | None = None,
 ) -> Outcome:
-    """Train until the run's steps are done or it is interrupted.
+    """Train until the run's steps are done, the validation loss no longer falls, or it is interrupted.
 
     Args:
         model: its trainable parameters are the adapter.
@@ -134,84 +141,95 @@ def train(
         settings: cadences and length.
         report: takes each Metrics record.
         on_step: takes the step number after each step, for a live display.
-        save: takes the step number and writes the adapter.
+        save: takes the step number and writes the adapter, and a checkpoint with --save-every.
         at: where the run stands, kept up to date for `save`; a resumed run's is not at the beginning.
+        guard: watches memory; None: nothing is watched.
 
     Returns:
         The outcome; after an interruption the adapter has been saved.
 
     Raises:
-        RunError: when update after update, or every single one, is skipped because it is not finite.
+        Diverged: update after update, or every single one, was skipped because it was not finite; nothing is saved.
     """
     total = total_steps(plan, settings)
     at = at or Position()
+    guard = guard or MemoryGuard(at)
     batches = micro_batches(plan, settings, at.consumed)
     window = Window()
     begun_s = time.perf_counter()
     saved_at = at.taken if at.taken else None
-    gone = False
     previous: StepResult | None = None
     model.train()
 
     def record(gathered: Window, new_val_loss: float | None = None) -> Metrics:
-        return _metrics(gathered, step, at.taken, at.consumed / len(plan), at.skipped, new_val_loss, begun_s)
+        peak = guard.peak_bytes
+        return _metrics(gathered, step, at.taken, at.consumed / len(plan), at.skipped, new_val_loss, peak, begun_s)
 
-    def validate() -> None:
+    def validate() -> bool:
         if validation is None or settings.val_batches == 0:
-            return
+            return False
         held_out = takewhile(lambda _: not interrupted(), validation.batches(settings.val_batches))
         value, tokens = mean_loss(model, loss, held_out)
-        if tokens and not interrupted():
-            at.validated(value)
-            report(record(Window(), value))  # the window goes on: its tokens are counted once, in its own line
+        if not tokens or interrupted():
+            return False
+        report(record(Window(), value))  # the window goes on: its tokens are counted once, in its own line
+        return at.validated(value, settings.early_stopping_threshold)
+
+    def stopped_early() -> bool:
+        return bool(settings.early_stopping_patience) and at.worse >= settings.early_stopping_patience
 
     with interrupt_flag() as interrupted:
         if not at.taken:
             validate()
         window = Window()
-        while at.taken < total and not interrupted():
+        while at.taken < total and not interrupted() and not stopped_early():
             chosen = list(islice(batches, settings.grad_accumulation_steps))
-            result = step(chosen)
+            parts = guard.divide(chosen)
+            result = step(parts)
             # The device works on this step while the host waits for the one before: one step ahead, no more.
             if previous is not None and diverged(at, previous):
-                save(at.taken)
-                raise _diverged(at)
+                raise Diverged(at)
             previous = result
             at.taken, at.consumed = at.taken + 1, at.consumed + len(chosen)
-            window.add(chosen, result)
+            window.add(parts, result)
             on_step(at.taken)
+            guard.watch(max(len(part.inputs) for part in parts))
             last = at.taken == total or interrupted()
-            if last:
+            to_report, to_validate, to_save = (
+                last or (every and at.taken % every == 0)
+                for every in (settings.steps_per_report, settings.steps_per_eval, settings.save_every)
+            )
+            gone = False
+            if to_report or to_validate or to_save:
                 gone = diverged(at, result) or at.skipped_in_a_row == total
-            if last or at.taken % settings.steps_per_report == 0:
+                previous = None  # counted: a run that goes on from here does not see it again
+            if to_report:
                 report(record(window))
                 window = Window()
+            if gone:
+                raise Diverged(at)
             with window.paused():
-                if last or (settings.steps_per_eval and at.taken % settings.steps_per_eval == 0):
-                    validate()
-                if last or (settings.save_every and at.taken % settings.save_every == 0):
-                    if previous is not None and not last and diverged(at, previous):
-                        save(at.taken)
-                        raise _diverged(at)
-                    previous = None  # counted: a run that goes on from here does not see it again
+                best = to_validate and validate()
+                if to_save or stopped_early() or (best and settings.save_every):
                     save(at.taken)
                     saved_at = at.taken
+        if window.results:
+            report(record(window))
         if at.taken and saved_at != at.taken:  # interrupted between steps; an untrained adapter is not worth a folder
             save(at.taken)
-        if at.taken == total and gone:
-            raise _diverged(at)
-        return Outcome(at.taken, at.val_loss if at.val_at == at.taken else None, interrupted())
-
-
-def _diverged(at: Position) -> RunError:
-    return RunError(
-        f"step {at.taken}: loss or gradient was not finite {at.skipped_in_a_row} times in a row; the adapter as it was "
-        "before them is saved; lower --learning-rate, or try --dtype float32"
-    )
+        val_loss = at.val_loss if at.val_at == at.taken else None
+        return Outcome(at.taken, val_loss, interrupted(), stopped_early())
 
 
 def _metrics(
-    window: Window, step: Step, taken: int, epoch: float, skipped: int, val_loss: float | None, begun_s: float
+    window: Window,
+    step: Step,
+    taken: int,
+    epoch: float,
+    skipped: int,
+    val_loss: float | None,
+    peak_bytes: int,
+    begun_s: float,
 ) -> Metrics:
     """Read the window's scalars, once per report, and make its record."""
     results = window.results
@@ -236,27 +254,7 @@ def _metrics(
         shapes=[f"{rows}x{width}" for rows, width in sorted(window.shapes)],
         padding_fraction=1 - window.real_tokens / window.positions if window.positions else 0.0,
         skipped_steps=skipped,
-        peak_memory_bytes=mx.get_peak_memory(),
+        peak_memory_bytes=peak_bytes,
         process_peak_bytes=device.process_peak_bytes(),
         elapsed_s=round(time.perf_counter() - begun_s, 3),
     )
-
-
-@contextmanager
-def interrupt_flag() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a flag the loop reads; the second ends the process at once."""
-    seen = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-        # os.write, not print: a handler may come in the middle of another write to the same stream.
-        os.write(2, b"\nStopping after this step, then saving; once more ends at once, without saving\n")
-
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

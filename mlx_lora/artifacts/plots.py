@@ -1,0 +1,137 @@
+"""Line charts as SVG text, for pages that need no network and no script.
+
+Colours, fonts and the dark form come from the page's style sheet, by class: a page has one look.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 640, 260
+LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 34
+MOST_POINTS = 400  # per series; more are averaged
+MOST_DOTS = 60  # a series of more points is a bare line
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart.
+
+    Attributes:
+        name: for the legend.
+        points: (x, y), x rising; points that are not finite leave a gap.
+        dashed: drawn dashed: a prediction or a limit, not a measurement.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    dashed: bool = False
+
+
+def line_chart(
+    title: str, series: Sequence[Series], unit: str = "", from_zero: bool = False, along: str = "step"
+) -> str:
+    """Return an SVG element with axes, the lines, and each point's values as its tooltip.
+
+    Args:
+        title: what is drawn, for readers who do not see it.
+        series: at least one finite point among them; else the chart says that there is nothing.
+        unit: behind the numbers of the y axis.
+        from_zero: let the y axis begin at zero.
+        along: what x is.
+    """
+    shown = [Series(one.name, _thinned(one.points), one.dashed) for one in series]
+    points = [point for one in shown for point in one.points if math.isfinite(point[1])]
+    opening = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+    if not points:
+        return f'{opening}<text x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle">nothing recorded</text></svg>'
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    x_ticks, y_ticks = ticks(min(xs), max(xs), 6), ticks(0 if from_zero else min(ys), max(ys), 5)
+    low_x, high_x = min(xs), max(max(xs), min(xs) + 1e-9)
+    low_y, high_y = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
+        up = (y - low_y) / ((high_y - low_y) or 1) * (HEIGHT - TOP - BOTTOM)
+        return round(LEFT + across, 1), round(HEIGHT - BOTTOM - up, 1)
+
+    parts = [opening, *_grid(x_ticks, y_ticks, low_x, high_x, unit, place)]
+    parts.append(f'<text class="tick" x="{LEFT - 8}" y="{HEIGHT - 12}" text-anchor="end">{escape(along)}</text>')
+    for number, one in enumerate(shown):
+        parts += _line(one, number, unit, place)
+    return "".join([*parts, "</svg>"])
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Return up to `most` + 1 round numbers that begin at or below `low` and reach `high`, in steps of 1, 2 or 5."""
+    if not high > low:
+        low, high = (
+            (low - 0.5, low + 0.5) if abs(low) < 1 else (low * 0.9, low * 1.1) if low > 0 else (low * 1.1, low * 0.9)
+        )
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def number(value: float) -> str:
+    """Return a number as an axis has it: 1,200, 0.25, 2e-05."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.1e}".replace("e-0", "e-")
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Average neighbours until there are few enough points to draw."""
+    size = math.ceil(len(points) / MOST_POINTS) if points else 1
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def _grid(
+    x_ticks: list[float], y_ticks: list[float], low_x: float, high_x: float, unit: str, place: Callable
+) -> list[str]:
+    parts = []
+    for tick in y_ticks:
+        _, y = place(low_x, tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(
+            f'<text class="tick" x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{number(tick)}{escape(unit)}</text>'
+        )
+    for tick in x_ticks:
+        x, _ = place(tick, y_ticks[0])
+        if LEFT + 20 <= x <= WIDTH - RIGHT:
+            anchor = "end" if x > WIDTH - RIGHT - 20 else "middle"
+            parts.append(f'<text class="tick" x="{x}" y="{HEIGHT - 12}" text-anchor="{anchor}">{number(tick)}</text>')
+    return parts
+
+
+def _line(one: Series, index: int, unit: str, place: Callable) -> list[str]:
+    runs: list[list[tuple[float, float]]] = [[]]
+    for point in one.points:
+        if math.isfinite(point[1]):
+            runs[-1].append(point)
+        elif runs[-1]:
+            runs.append([])
+    style = f"line s{index}{' dashed' if one.dashed else ''}"
+    parts = []
+    for run in runs:
+        corners = " ".join(f"{x},{y}" for x, y in (place(*point) for point in run))
+        if len(run) > 1:
+            parts.append(f'<polyline class="{style}" points="{corners}"/>')
+    finite = [point for run in runs for point in run]
+    if len(finite) <= MOST_DOTS and not one.dashed:
+        for point in finite:
+            x, y = place(*point)
+            words = f"{one.name}, {number(point[0])}: {number(point[1])}{unit}"
+            parts.append(
+                f'<circle class="dot s{index}" cx="{x}" cy="{y}" r="3"><title>{escape(words)}</title></circle>'
+            )
+    return parts

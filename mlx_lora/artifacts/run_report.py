@@ -1,0 +1,184 @@
+"""report.html of a run folder: one page, no network, no script, from metrics.jsonl, run.yaml and report.json.
+
+report.json holds what the other two do not: the command, the machine, what the data were, texts before and after.
+The page is written again at every save, so a run that was killed has one as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from mlx_lora.artifacts.plots import Series, line_chart, number
+from mlx_lora.files import replacing_file
+
+REPORT_FILE, FACTS_FILE = "report.html", "report.json"
+PAGES = Path(__file__).parent / "pages"
+
+
+@dataclass
+class Sample:
+    """A held-out beginning and the greedy text after it, by the model as it was and as it became (None: not yet)."""
+
+    prompt: str
+    before: str
+    after: str | None = None
+
+
+@dataclass
+class RunReport:
+    """What a page tells that metrics and settings do not.
+
+    Attributes:
+        command: as it was given.
+        device, base, adapter, versions: a line each.
+        data: DataReport.to_dict().
+        planned_peak_bytes: what the planner expected, None where nothing was planned.
+        samples: texts.
+    """
+
+    command: str
+    device: str
+    base: str
+    adapter: str
+    versions: str
+    data: dict[str, Any]
+    planned_peak_bytes: int | None = None
+    samples: list[Sample] = field(default_factory=list)
+
+    def keep_samples_of(self, folder: Path) -> bool:
+        """Take over the texts of the run that this one goes on from, and return whether there are any."""
+        try:
+            earlier = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))["samples"]
+            self.samples = [Sample(**one) for one in earlier]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return bool(self.samples)
+
+    def write(self, folder: Path) -> None:
+        """Write report.json and report.html into a run folder that has metrics.jsonl and run.yaml."""
+        with replacing_file(folder / FACTS_FILE) as temporary:
+            temporary.write_text(
+                json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+        records = read_records(folder / "metrics.jsonl")
+        settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+        page = _template("run_report.html").render(
+            name=folder.resolve().name,
+            facts=self,
+            css=(PAGES / "page.css").read_text(encoding="utf-8"),
+            tiles=tiles(records),
+            charts=charts(records, self.planned_peak_bytes),
+            settings=settings,
+            date=_today(),
+        )
+        with replacing_file(folder / REPORT_FILE) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl; a line that a kill cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def tiles(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return the run in a few numbers: (label, value)."""
+    validations = [r["val_loss"] for r in records if r["val_loss"] is not None]
+    trained = [r for r in records if r["loss"] is not None or r["supervised_tokens"]]
+    speeds = sorted(r["supervised_tokens_per_s"] for r in trained)
+    shown = [("steps", f"{max((r['step'] for r in records), default=0):,}")]
+    if validations:
+        ends = validations[:1] if len(validations) == 1 else [validations[0], validations[-1]]
+        shown.append(("held-out loss", " → ".join(f"{loss:.3f}" for loss in ends)))
+        shown.append(("held-out perplexity", " → ".join(_perplexity(loss) for loss in ends)))
+    if trained:
+        # The first report holds the first compilations.
+        steady = sorted(r["supervised_tokens_per_s"] for r in trained[1:]) or speeds
+        shown.append(("trained tokens/s, median", number(steady[len(steady) // 2])))
+        shown.append(("trained tokens", f"{sum(r['supervised_tokens'] for r in trained):,}"))
+        shown.append(("peak memory, MLX", f"{max(r['peak_memory_bytes'] for r in records) / 1e9:.2f} GB"))
+        shown.append(("peak memory, process", f"{max(r['process_peak_bytes'] for r in records) / 1e9:.2f} GB"))
+        shown.append(("time", _duration(elapsed_s(records))))
+    skipped = max((r["skipped_steps"] for r in records), default=0)
+    if skipped:
+        shown.append(("updates skipped, not finite", f"{skipped:,}"))
+    return shown
+
+
+def elapsed_s(records: list[dict[str, Any]]) -> float:
+    """Return the time of all the run's parts: each process that went on counts from zero."""
+    total = last = 0.0
+    for record in records:
+        if record["elapsed_s"] < last:
+            total += last
+        last = record["elapsed_s"]
+    return total + last
+
+
+def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> list[dict[str, Any]]:
+    """Return the page's charts: title, series, and SVG text."""
+    trained = [r for r in records if r["loss"] is not None or r["supervised_tokens"]]
+
+    def of(name: str, key: str, rows: list[dict[str, Any]], scale: float = 1.0) -> Series:
+        points = [(r["step"], math.nan if r[key] is None else r[key] * scale) for r in rows]
+        return Series(name, points)
+
+    held_out = [r for r in records if r["val_loss"] is not None]
+    memory = [
+        of("MLX's buffers, peak", "peak_memory_bytes", trained, 1e-9),
+        of("process, peak", "process_peak_bytes", trained, 1e-9),
+    ]
+    if planned_peak_bytes and trained:
+        ends = (trained[0]["step"], trained[-1]["step"])
+        memory.append(Series("planned", [(step, planned_peak_bytes / 1e9) for step in ends], dashed=True))
+    tokens = [of("trained tokens", "supervised_tokens_per_s", trained), of("all real tokens", "tokens_per_s", trained)]
+    wanted = [
+        ("Loss per trained token", [of("training", "loss", trained), of("held out", "val_loss", held_out)], "", False),
+        ("Tokens per second", tokens, "", True),
+        ("Memory", memory, " GB", True),
+        ("Learning rate", [of("learning rate", "learning_rate", trained)], "", True),
+        ("Gradient norm, before the clip", [of("gradient norm", "grad_norm", trained)], "", True),
+    ]
+    return [
+        {"title": title, "series": series, "svg": line_chart(title, series, unit, from_zero)}
+        for title, series, unit, from_zero in wanted
+    ]
+
+
+@cache
+def _template(name: str) -> jinja2.Template:
+    # SVG is our own and marked so below; everything else is escaped: samples and data are anybody's text.
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template(name)
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):.4g}" if loss < 700 else "∞"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _today() -> str:
+    from datetime import date
+
+    return date.today().isoformat()

@@ -1,0 +1,168 @@
+"""What values settings may have, alone and together: every fault is found before anything is loaded, and named at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+CHECKPOINTING = ("none", "auto", "selective", "block")
+
+
+def flag_of(name: str) -> str:
+    """Spell a field as its flag."""
+    return "--" + name.replace("_", "-")
+
+
+# Field, smallest and largest allowed value, and whether the smallest itself is allowed.
+_RANGES = {
+    "rank": (1, 65536, True),
+    "alpha": (0, 1e9, False),
+    "dropout": (0, 0.99, True),
+    "num_layers": (-1, 10**6, True),
+    "learning_rate": (0, 1e3, False),
+    "loraplus_lr_ratio": (0, 1e6, False),
+    "adalora_init_rank": (1, 65536, True),
+    "adalora_tinit": (0, 1e12, True),
+    "adalora_tfinal": (0, 1e12, True),
+    "adalora_delta_t": (1, 10**12, True),
+    "orth_reg_weight": (0, 1e6, True),
+    "relora_every": (1, 10**12, True),
+    "relora_warmup": (0, 10**12, True),
+    "relora_prune_ratio": (0, 1, True),
+    "warmup": (0, 1e12, True),
+    "weight_decay": (0, 1e3, True),
+    "max_grad_norm": (0, 1e9, True),
+    "max_seq_length": (2, 10**8, True),
+    "valid_fraction": (0, 0.9, True),
+    "iters": (1, 10**12, True),
+    "epochs": (0, 1e9, False),
+    "batch_size": (1, 10**6, True),
+    "batch_tokens": (2, 10**9, True),
+    "grad_accumulation_steps": (1, 10**6, True),
+    "steps_per_report": (1, 10**12, True),
+    "steps_per_eval": (0, 10**12, True),
+    "val_batches": (-1, 10**12, True),
+    "test_batches": (-1, 10**12, True),
+    "save_every": (0, 10**12, True),
+    "batch_parts": (1, 10**6, True),
+    "max_restarts": (0, 100, True),
+    "keep": (0, 10**9, True),
+    "early_stopping_patience": (1, 10**9, True),
+    "early_stopping_threshold": (0, 1e9, True),
+    "seed": (0, 2**63 - 1, True),
+}
+
+
+def checkpoint_every(mode: str) -> int | None:
+    """Return n when every n-th block is recomputed, 1 for all of them, None for none."""
+    if mode == "none":
+        return None
+    return int(mode) if mode.isdecimal() else 1
+
+
+def settings_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return every fault of a run's settings, in the flags' spelling.
+
+    Args:
+        settings: all of them by field name, each of its own type.
+    """
+    problems = []
+    for key, value in settings.items():
+        if key in _RANGES and value is not None:
+            low, high, closed = _RANGES[key]
+            inside = (low <= value if closed else low < value) and value <= high
+            if not inside:  # NaN lands here too
+                bound = "at least" if closed else "more than"
+                problems.append(f"{flag_of(key)} {value}: must be {bound} {low} and at most {high:g}")
+    mode = settings["grad_checkpoint"]
+    if mode not in CHECKPOINTING and not (mode.isdecimal() and 1 <= int(mode) < 10**6):
+        problems.append(f"--grad-checkpoint {mode!r}: not one of {', '.join(CHECKPOINTING)}, or a number from 1 on")
+    problems += _adapter_problems(settings)
+    if settings["iters"] is not None and settings["epochs"] is not None:
+        problems.append("--iters and --epochs: both given; keep one")
+    return problems + _validation_problems(settings)
+
+
+def _validation_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Name settings that need a validation or a checkpoint in a run that has none: accepted, they would be ignored."""
+    problems = []
+    asking = [name for name in ("keep_best", "early_stopping_patience") if settings[name]]
+    for flag in map(flag_of, asking):
+        if settings["val_batches"] == 0:
+            problems.append(f"{flag} with --val-batches 0: nothing is validated; leave one of them out")
+        elif settings["steps_per_eval"] == 0:
+            problems.append(f"{flag} with --steps-per-eval 0: only the end is validated; give a number of steps")
+    if settings["keep_best"] and settings["save_every"] == 0:
+        problems.append(
+            "--keep-best with --save-every 0: no checkpoint is written to go back to; leave one of them out"
+        )
+    if settings["early_stopping_threshold"] and not settings["early_stopping_patience"]:
+        problems.append("--early-stopping-threshold without --early-stopping-patience: nothing stops early; give both")
+    return problems
+
+
+# Settings that mean something to one method only.
+_METHODS_OWN = {
+    "lora-plus": ("loraplus_lr_ratio",),
+    "adalora": ("adalora_init_rank", "adalora_tinit", "adalora_tfinal", "adalora_delta_t", "orth_reg_weight"),
+    "relora": ("relora_every", "relora_warmup", "relora_prune_ratio"),
+}
+
+
+def _adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
+    """Name settings that the method does not have: accepted, they would be ignored."""
+    method, problems = adapter["fine_tune_type"] or adapter["method"], []
+    for owner, names in _METHODS_OWN.items():
+        given = [name for name in names if adapter[name] is not None]
+        if given and owner != method:
+            flags = " and ".join(map(flag_of, given))
+            problems.append(f"{flags} with --method {method}: only {owner} has that; leave it out")
+    if method == "full":
+        given = [name for name in ("rank_pattern", "alpha_pattern", "modules_to_save") if adapter[name]]
+        given += [name for name in ("dropout",) if adapter[name]]
+        given += ["bias"] if adapter["bias"] != "none" else []
+        if given:
+            flags = " and ".join(map(flag_of, given))
+            problems.append(f"{flags} with --method full: --target-modules names all that it trains; leave it out")
+    if method in ("pissa", "adalora", "relora") and adapter["resume_adapter_file"]:
+        problems.append(
+            f"--resume-adapter-file with --method {method}: it does not start from plain factors; "
+            "go on with --method lora at the file's rank"
+        )
+    if method == "adalora" and (
+        adapter["rank_pattern"] or (adapter["adalora_init_rank"] or adapter["rank"]) < adapter["rank"]
+    ):
+        what = "--rank-pattern" if adapter["rank_pattern"] else f"--adalora-init-rank {adapter['adalora_init_rank']}"
+        problems.append(f"{what} with --method adalora: it cuts ranks from one start down to --rank; leave it out")
+    for name in ("rank_pattern", "alpha_pattern"):
+        try:
+            values = parse_pattern(adapter[name])
+        except ValueError as error:
+            problems.append(f"{flag_of(name)} {error}: write name=number, by comma")
+            continue
+        whole = name == "rank_pattern"
+        bad = [key for key, value in values.items() if not 0 < value < 1e9 or (whole and value != int(value))]
+        if bad:
+            kind = "a whole number from 1 on" if whole else "more than 0"
+            problems.append(f"{flag_of(name)} {', '.join(bad)}: must be {kind}")
+    return problems
+
+
+def parse_pattern(text: str | None) -> dict[str, float]:
+    """Read `q_proj=32,*.mlp.*=8` as name -> number.
+
+    Raises:
+        ValueError: with the part that is not of that form.
+    """
+    values = {}
+    for part in (text or "").split(","):
+        name, equals, number = part.strip().rpartition("=")
+        if not part.strip():
+            continue
+        try:
+            values[name.strip()] = float(number)
+        except ValueError:
+            raise ValueError(repr(part.strip())) from None
+        if not equals or not name.strip():
+            raise ValueError(repr(part.strip()))
+    return values

@@ -1,0 +1,96 @@
+"""The memory guard: when a run nears its limit, its batches go on in parts, which changes no update.
+
+A loss is a sum over trained tokens and is divided once, after all parts: two halves give the gradient of the whole.
+What the guard cannot catch is an allocation that fails outright: MLX ends the process then, on every backend.
+supervise.py starts it anew from the last checkpoint, in smaller parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_lora.data.batches import PLACES_STEP, Batch
+from mlx_lora.training.state import Position
+
+# Room for a part's targets comes in this many sizes, so that unevenly spread targets do not trace ever new shapes.
+SIZES = 8
+
+
+def split_rows(batch: Batch, parts: int) -> list[Batch]:
+    """Cut a batch (B, T) into up to `parts` batches of ceil(B / parts) rows, all of one shape.
+
+    Args:
+        batch: to cut; with one row or one part it is returned as it is.
+        parts: at least 1.
+
+    Returns:
+        Batches whose trained tokens together are the batch's; the last may end in rows of padding.
+    """
+    rows = len(batch.inputs)
+    count = math.ceil(rows / parts)
+    if count == rows:
+        return [batch]
+    starts = range(0, rows, count)
+    missing = count * len(starts) - rows
+
+    def cut(array: np.ndarray) -> list[np.ndarray]:
+        filled = np.pad(array, ((0, missing), (0, 0)))
+        return [filled[start : start + count] for start in starts]
+
+    masks = cut(batch.mask)
+    needed = max(int(mask.sum()) for mask in masks)
+    sizes = [math.ceil(len(batch.positions) * n / SIZES / PLACES_STEP) * PLACES_STEP for n in range(1, SIZES + 1)]
+    places = next(size for size in sizes if size >= needed)
+    # Which of the real tokens lie where is not known here; they only count together.
+    real = [batch.real_tokens, *[0] * (len(masks) - 1)]
+    return [
+        Batch.of(inputs, targets, mask, tokens, places)
+        for inputs, targets, mask, tokens in zip(cut(batch.inputs), cut(batch.targets), masks, real, strict=True)
+    ]
+
+
+class MemoryGuard:
+    """Watches a run's memory, and says in how many parts its batches run."""
+
+    def __init__(self, at: Position, limit_bytes: int | None = None, say: Callable[[str], None] = lambda line: None):
+        """Begin to watch.
+
+        Args:
+            at: of the run; `at.parts` is kept here, so that a resumed run goes on in as many.
+            limit_bytes: for MLX's buffers in use, None for no limit; those it keeps for reuse have a bound of their own.
+            say: takes a line about each change.
+        """
+        self.at, self.limit_bytes, self.say = at, limit_bytes, say
+        self._told, self._earlier_peak_bytes = False, 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak of MLX's buffers in use since the process began."""
+        return max(self._earlier_peak_bytes, mx.get_peak_memory())
+
+    def divide(self, batches: list[Batch]) -> list[Batch]:
+        """Return the batches of one optimizer step, in parts."""
+        return [part for batch in batches for part in split_rows(batch, self.at.parts)]
+
+    def watch(self, rows: int) -> None:
+        """Double the parts when the peak since the last change is over the limit.
+
+        Args:
+            rows: of the largest batch in parts; a single row cannot be cut.
+        """
+        peak = mx.get_peak_memory()
+        if self.limit_bytes is None or peak <= self.limit_bytes:
+            return
+        over = f"step {self.at.taken}: {peak / 1e9:.2f} GB in use, the limit is {self.limit_bytes / 1e9:.2f} GB"
+        if rows > 1:
+            self.at.parts *= 2
+            self.say(f"{over}; batches run in {self.at.parts} parts from here, with the same updates")
+            self._earlier_peak_bytes = self.peak_bytes
+            mx.reset_peak_memory()
+        elif not self._told:
+            self.say(f"{over}, one row at a time; --grad-checkpoint block or a smaller --max-seq-length takes less")
+            self._told = True

@@ -1,0 +1,138 @@
+"""Kill a training run with -9 again and again, resume it, and compare what comes out with a run that was left alone.
+
+    python scripts/soak.py [--kills 200] [--per-run 5]
+
+A run of the tests' tiny model, with dropout, accumulation, a validation every 2nd and a checkpoint every step, is
+killed `--per-run` times at moments drawn by chance, then left to finish: its adapter must be, byte for byte, that of
+the run nobody touched. Then the next run starts. Moments are drawn over the whole life of the process, start-up
+included, and every third one waits for a save or a validation to be under way. Prints where the kills fell,
+and one JSON line; ends with 1 when any adapter differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+STEPS = 12
+
+
+def command(model: Path, data: Path, folder: Path) -> list[str]:
+    """Return the training command; it goes on from whatever is in the folder."""
+    words = (
+        "train", "--model", model, "--data", data, "--adapter-path", folder, "--iters", STEPS, "--batch-tokens", 512,
+        "--grad-accumulation-steps", 2, "--dropout", 0.1, "--rank", 8, "--steps-per-report", 1, "--steps-per-eval", 2,
+        "--val-batches", 2, "--save-every", 1, "--keep", 2, "--resume",
+    )  # fmt: skip
+    return [sys.executable, "-m", "mlx_lora", *(str(word) for word in words)]
+
+
+def prepare(root: Path) -> tuple[Path, Path]:
+    """Write the model and the data."""
+    from conftest import tiny_model, write_folder
+
+    size = {"hidden_size": 128, "intermediate_size": 384}
+    model = write_folder(root / "model", tiny_model(**size), size)
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": "abc" * (5 + n % 20)} for n in range(120)]
+    data = root / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return model, data
+
+
+def checksum(folder: Path) -> str:
+    return hashlib.sha256((folder / "adapters.safetensors").read_bytes()).hexdigest()
+
+
+def saving(folder: Path) -> bool:
+    """Whether a checkpoint is being written."""
+    return any((folder / "checkpoints").glob(".step-*"))
+
+
+def validating(folder: Path) -> bool:
+    """Whether the last line of the metrics is of a step after which a validation comes."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    try:
+        last = json.loads(lines[-1])
+    except (IndexError, ValueError):
+        return False
+    return last["val_loss"] is None and last["step"] % 2 == 0
+
+
+def place(folder: Path) -> str:
+    """Return what the run was doing, as far as its folder tells."""
+    if saving(folder):
+        return "in a save"
+    if validating(folder):
+        return "in a validation"
+    if not (folder / "metrics.jsonl").exists():
+        return "before the first step"
+    return "in a step, or starting again"
+
+
+def kill_once(line: list[str], folder: Path, chance: random.Random, usual_s: float) -> str | None:
+    """Start the run, kill it, and return where; None when it had ended before."""
+    child = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(chance.uniform(0.3, 1) * usual_s)
+    wanted = chance.choice([saving, validating, None, None])
+    while wanted and child.poll() is None and not wanted(folder):
+        time.sleep(0.0005)
+    where = place(folder)
+    alive = child.poll() is None
+    child.kill()
+    child.wait()
+    return where if alive else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--per-run", type=int, default=5, help="kills before a run may finish")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    chance, places, bad, runs = random.Random(options.seed), Counter(), 0, 0
+    with tempfile.TemporaryDirectory() as root_name:
+        root = Path(root_name)
+        os.environ["MLX_LORA_CACHE"] = str(root / "cache")
+        model, data = prepare(root)
+        began_s = time.perf_counter()
+        subprocess.run(command(model, data, root / "whole"), check=True, stderr=subprocess.DEVNULL)
+        usual_s, expected = time.perf_counter() - began_s, checksum(root / "whole")
+        while sum(places.values()) < options.kills:
+            folder = root / f"run-{runs}"
+            if runs % 3 == 0:  # so that some kills fall into the encoding of the data
+                shutil.rmtree(root / "cache", ignore_errors=True)
+            line = command(model, data, folder)
+            for _ in range(3 * options.per_run):
+                where = kill_once(line, folder, chance, usual_s)
+                if where is None:
+                    break
+                places[where] += 1
+                if sum(places.values()) % options.per_run == 0:
+                    break
+            code = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
+            same = code == 0 and checksum(folder) == expected
+            bad += not same
+            runs += 1
+            print(f"run {runs}: {sum(places.values())} kills, {'same bytes' if same else 'DIFFERENT'}", flush=True)
+            shutil.rmtree(folder)
+    print("; ".join(f"{where}: {count}" for where, count in places.most_common()))
+    print(json.dumps({"kills": sum(places.values()), "runs": runs, "different": bad, "places": dict(places)}))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

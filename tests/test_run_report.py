@@ -1,0 +1,111 @@
+"""report.html: right numbers, nothing of the data runs as markup, no network, and readable in a browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+from browser import look
+
+from mlx_lora.artifacts.plots import MOST_POINTS, Series, line_chart, number, ticks
+from mlx_lora.artifacts.run_report import RunReport, Sample, elapsed_s, tiles
+
+EVIL = "<script>alert(1)</script> & \"'"
+
+
+def record(step: int, loss: float | None, val_loss: float | None = None, elapsed: float | None = None) -> dict:
+    return {
+        "step": step, "loss": loss, "val_loss": val_loss, "learning_rate": 1e-4, "grad_norm": 0.5,
+        "supervised_tokens_per_s": 100.0 + step, "tokens_per_s": 150.0, "supervised_tokens": 0 if loss is None else 10,
+        "peak_memory_bytes": 2 * 10**9, "process_peak_bytes": 3 * 10**9, "skipped_steps": 1, "elapsed_s": elapsed or step * 2.0,
+    }  # fmt: skip
+
+
+RECORDS = [record(0, None, 4.0), *(record(n, 4 - n / 10) for n in range(1, 11)), record(10, None, 3.0)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in RECORDS) + '{"step": 11, "lo')
+    (tmp_path / "run.yaml").write_text(f"model: {json.dumps(EVIL)}\nalpha: null\n")
+    split = {"rows": 9, "tokens": 90, "supervised_tokens": 50, "median_length": 10, "max_length": 12}
+    data = {
+        "data": EVIL, "rows_read": 10, "splits": {"train": split}, "valid_source": "held out", "template": "none",
+        "truncated": 0, "duplicates": 0, "empty": 0, "dropped": 1, "notes": [EVIL], "example": [(EVIL, True), (EVIL, False)],
+    }  # fmt: skip
+    RunReport(EVIL, EVIL, EVIL, EVIL, EVIL, data, 2_500_000_000, [Sample(EVIL, EVIL, EVIL)]).write(tmp_path)
+    return tmp_path
+
+
+def test_the_page_has_its_charts_and_nothing_from_elsewhere(folder):
+    page = (folder / "report.html").read_text()
+    assert page.count('<svg class="chart"') == 5
+    assert len(re.findall("<polyline", page)) == 2 + 2 + 3 + 1 + 1
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert not re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?(?!data:)[a-z/]", page)
+    assert "dashed" in page
+
+
+def test_tiles_are_the_metrics():
+    shown = dict(tiles(RECORDS))
+    assert shown["steps"] == "10"
+    assert shown["held-out loss"] == "4.000 → 3.000"
+    assert shown["trained tokens"] == "100"
+    assert shown["trained tokens/s, median"] == "106"
+    assert shown["peak memory, MLX"] == "2.00 GB"
+    assert shown["updates skipped, not finite"] == "1"
+    assert shown["time"] == "20.0 s"
+    assert tiles([]) == [("steps", "0")]
+
+
+def test_time_counts_every_part_of_a_resumed_run():
+    assert elapsed_s([record(n, 1.0, elapsed=float(n)) for n in (1, 5, 9)]) == 9
+    assert elapsed_s([record(n, 1.0, elapsed=s) for n, s in ((1, 4.0), (5, 20.0), (6, 3.0), (9, 12.0))]) == 32
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (3.2, 3.9), (1e-5, 2e-4), (0, 123456), (-3, 5), (7, 7), (0, 0), (-2, -2)]
+)
+def test_ticks_are_round_and_reach_over(low, high):
+    found = ticks(low, high, 5)
+    assert 2 <= len(found) <= 8
+    assert found[0] <= low + 1e-12
+    assert found[-1] >= high - 1e-12
+    step = found[1] - found[0]
+    assert round(step / 10 ** math.floor(math.log10(step) + 1e-9), 6) in (1, 2, 5)
+
+
+def test_long_and_broken_series():
+    long = line_chart("x", [Series("a", [(n, n) for n in range(10_001)])])
+    assert len(long.split('points="')[1].split('"')[0].split()) <= MOST_POINTS
+    gap = line_chart("x", [Series("a", [(0, 1), (1, 2), (2, math.nan), (3, 1), (4, 2)])])
+    assert gap.count("<polyline") == 2
+    assert "nothing recorded" in line_chart("x", [Series("a", [(0, math.nan)]), Series("b", [])])
+    assert "<polyline" not in line_chart("x", [Series("a", [(3, 1)])])
+    assert "NaN" not in line_chart("x", [Series("a", [(3, 1)])])
+    assert [number(v) for v in (0, 1234.5, 0.25, 2e-5)] == ["0", "1,234", "0.25", "2.0e-5"]
+
+
+def test_texts_of_the_run_before_are_kept(folder, tmp_path):
+    facts = json.loads((folder / "report.json").read_text())
+    report = RunReport("", "", "", "", "", facts["data"])
+    assert report.keep_samples_of(folder)
+    assert report.samples == [Sample(EVIL, EVIL, EVIL)]
+    assert not RunReport("", "", "", "", "", {}).keep_samples_of(folder / "nowhere")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("dark", [False, True])
+def test_in_a_browser(folder, width, dark):
+    seen = look(folder / "report.html", width, dark)
+    assert not seen.console
+    assert seen.found["charts"] == 5
+    assert seen.found["lines"] == 9
+    assert seen.found["needed"] <= max(width, seen.found["width"])
+    assert seen.found["clipped"] == 0
+    light = "rgb(253, 253, 251)"
+    assert (seen.found["paper"] == light) is not dark
