@@ -16,7 +16,7 @@ from typing import Any
 from mlx_lora.errors import InputError
 from mlx_lora.migration import hf
 from mlx_lora.migration.sheet import Dialect, Sheet
-from mlx_lora.parsing import read_json
+from mlx_lora.parsing import hashable, read_json
 
 # Its own words; those of transformers' trainer (per_device_train_batch_size) would fit other tools as well.
 MARKS = (
@@ -172,7 +172,7 @@ def read_loggers(sheet: Sheet) -> None:
     names = asked if isinstance(asked, list) else [] if asked is None else [asked]
     if sheet.switch("use_swanlab"):
         names = [*names, "swanlab"]
-    if ours := [name for name in names if name in LOGGERS]:
+    if ours := [name for name in names if hashable(name) in LOGGERS]:
         sheet.put("report_to", ",".join(ours), "report_to")
     if any(name not in (*LOGGERS, "none") for name in names):
         sheet.left_out.append("report_to")

@@ -87,10 +87,13 @@ def _lines_until(path: Path, step: int) -> list[str]:
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            at = parse_json(line)["step"]
-        except (ValueError, TypeError, KeyError):
+            record = parse_json(line)
+        except ValueError:
             continue
-        if isinstance(at, int) and at <= step and line.endswith("\n"):
+        if not line.endswith("\n") or not isinstance(record, dict) or type(record.get("step")) is not int:
+            continue
+        numbers = all(value is None or type(value) in (int, float) for value in record.values())
+        if numbers and {"loss", "val_loss"} <= record.keys() and record["step"] <= step:
             kept.append(line)
     return kept
 
