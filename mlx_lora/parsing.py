@@ -57,12 +57,13 @@ def check_value(value: Any, text: str) -> None:
         check_characters(value)
 
 
-def read_json(path: Path, advice: str) -> dict[str, Any]:
+def read_json(path: Path, advice: str, check: bool = True) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Args:
         path: the file.
         advice: ends every error: what to do.
+        check: look at depth and characters of all of it; a tokenizer.json of a million entries takes a second.
 
     Raises:
         InputError: it cannot be read, or holds no such object.
@@ -72,7 +73,9 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
             data = file.read(MAX_JSON_BYTES + 1)
         if len(data) > MAX_JSON_BYTES:
             raise ValueError(f"more than {MAX_JSON_BYTES >> 20} MiB")
-        value = parse_json(data)
+        value = parse_json(data) if check else json.loads(data.decode("utf-8-sig"))
+    except RecursionError:
+        raise InputError(f"{path}: not JSON that can be used ({_too_deep()}); {advice}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); {advice}") from None
     except ValueError as error:

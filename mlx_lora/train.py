@@ -163,7 +163,6 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     describe_run(settings, base, adapted, factors, plan, steps, forms)
     run, at = RunFolder(loop, info, identity), found.position if found else Position()
     begin(run, found, base, step, steps)
-    write_settings(folder, settings)
     at.parts = max(at.parts, loop.batch_parts)
     guard = MemoryGuard(at, device.current_device().working_set_bytes, cli.echo)
 
@@ -172,6 +171,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
 
     try:
         with run.kept_if_it_fails(), reporting(settings, steps, at.taken if found else None) as (report, on_step):
+            write_settings(folder, settings)  # a logger that is not there has been refused by now
             outcome = train(base.model, step, loss.measure, plan, validation, loop, report, on_step, save, at, guard)
             best = None if outcome.interrupted else run.put_best(base.model, step, at)
     except Diverged as diverged:

@@ -59,7 +59,7 @@ def render_chat(
     if len(template) > MAX_TEMPLATE_CHARACTERS:
         raise InputError(f"the chat template has {len(template)} characters; use another with --chat-template")
     try:
-        with _our_sandbox(), _clock():
+        with _SWAPPED, CLOCK:
             text = tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
@@ -188,45 +188,74 @@ def _check(size: int, limit: int) -> None:
         raise jinja2.exceptions.SecurityError(f"a result of size {size:.3g} is not allowed in a chat template")
 
 
-@contextmanager
-def _our_sandbox() -> Iterator[None]:
-    """Put our sandbox where transformers takes its own from, while it may compile a template."""
-    places = [place for place in (chat_template_utils, jinja2.sandbox) if hasattr(place, _SANDBOX)]
-    theirs = [getattr(place, _SANDBOX) for place in places]
-    for place in places:
-        setattr(place, _SANDBOX, BoundedSandbox)
-    try:
-        yield
-    finally:
-        for place, sandbox in zip(places, theirs, strict=True):
+class _OurSandbox:
+    """Puts our sandbox where transformers takes its own from, while it may compile a template."""
+
+    def __init__(self) -> None:
+        places = (chat_template_utils, jinja2.sandbox)
+        self._theirs = [(place, getattr(place, _SANDBOX)) for place in places if hasattr(place, _SANDBOX)]
+
+    def __enter__(self) -> None:
+        for place, _ in self._theirs:
+            setattr(place, _SANDBOX, BoundedSandbox)
+
+    def __exit__(self, *error: object) -> None:
+        for place, sandbox in self._theirs:
             setattr(place, _SANDBOX, sandbox)
 
 
-@contextmanager
-def _clock() -> Iterator[None]:
-    """Stop what runs too long or grows too large.
+class _Clock:
+    """Stops what runs too long or grows too large: one per process, as the timer is.
 
     Signals reach the main thread only, where training and generation render; in another thread nothing is watched.
+    Entered again while it runs it counts anew, which costs a microsecond where setting it up costs forty.
     """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-    began, held = time.monotonic(), _peak_bytes()
 
-    def look(number: int, frame: Any) -> None:
-        if time.monotonic() - began > RENDER_S or _peak_bytes() - held > RENDER_BYTES:
+    def __init__(self) -> None:
+        self._depth, self._is_held = 0, False
+
+    def __enter__(self) -> None:
+        if not self._is_ours():
+            return
+        self._began, self._held = time.monotonic(), _peak_bytes()
+        self._depth += 1
+        if self._depth == 1:
+            self._before = signal.signal(signal.SIGALRM, self._look)
+            signal.setitimer(signal.ITIMER_REAL, TICK_S, TICK_S)
+
+    def __exit__(self, *error: object) -> None:
+        if not self._is_ours():
+            return
+        self._depth -= 1
+        if self._depth == 0:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._before)
+
+    def _is_ours(self) -> bool:
+        return hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+
+    def _look(self, number: int, frame: Any) -> None:
+        # Only in a rendering: what stands around several has no bound of its own.
+        if self._depth < 1 + self._is_held:
+            return
+        if time.monotonic() - self._began > RENDER_S or _peak_bytes() - self._held > RENDER_BYTES:
             raise InputError(
                 f"the chat template takes more than {RENDER_S:g} s or {RENDER_BYTES >> 20} MB for one conversation; "
                 "use another with --chat-template"
             )
 
-    before = signal.signal(signal.SIGALRM, look)
-    signal.setitimer(signal.ITIMER_REAL, TICK_S, TICK_S)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the timer running over several renderings."""
+        with self:
+            self._is_held = True
+            try:
+                yield
+            finally:
+                self._is_held = False
+
+
+CLOCK, _SWAPPED = _Clock(), _OurSandbox()
 
 
 def _peak_bytes() -> int:

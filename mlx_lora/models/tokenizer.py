@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mlx_lora.data.panics import tokenizer_panics
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_folder
 from mlx_lora.models.folder import FOREIGN_ERRORS, inside, short
-from mlx_lora.parsing import read_json
+from mlx_lora.parsing import MAX_DEPTH, read_json
 from mlx_lora.sources.spm_tokenizer import write_tokenizer_from_spm
 
 # How much longer a normalizer may make a text: published ones at most threefold, one character at a time.
@@ -83,19 +84,21 @@ def check_tokenizer_file(file: Path) -> None:
     """
     if not file.is_file():
         return
-    growth = _growth(read_json(file, "download the model again").get("normalizer"))
+    growth = _growth(read_json(file, "download the model again", check=False).get("normalizer"))
     if growth > MOST_GROWTH:
         raise InputError(f"{file}: its normalizer makes texts {growth:.2g} times as long; download the model again")
 
 
-def _growth(normalizer: Any) -> float:
-    """Return by how much a normalizer can lengthen a text of one character."""
+def _growth(normalizer: Any, depth: int = 0) -> float:
+    """Return by how much a normalizer can lengthen a text of one character; one nested without end: by too much."""
     if not isinstance(normalizer, dict):
         return 1.0
+    if depth > MAX_DEPTH:
+        return math.inf
     if isinstance(normalizer.get("normalizers"), list):
         growth = 1.0
         for step in normalizer["normalizers"]:
-            growth = min(growth * _growth(step), 1e18)
+            growth = min(growth * _growth(step, depth + 1), 1e18)
         return growth
     pattern, put = normalizer.get("pattern"), normalizer.get("content", normalizer.get("prepend", ""))
     taken = pattern.get("String") if isinstance(pattern, dict) else None  # a regular expression takes one at least

@@ -121,7 +121,10 @@ def _string(text: str, length: int | None = None) -> bytes:
 def _value(kind: int, item: int | None, value: Any, lies: dict[str, int]) -> bytes:
     if kind == STRING:
         return _string(str(value), lies.get("string"))
+    if kind in (6, 12):
+        return struct.pack(SCALARS[kind], float(value))
     if kind != ARRAY:
-        return struct.pack(SCALARS[kind], float(value) if kind in (6, 12) else int(value))
+        size = struct.calcsize(SCALARS[kind])
+        return (int(value) % 256**size).to_bytes(size, "little")
     head = struct.pack("<IQ", item, lies.get("array", len(value)))
     return head + b"".join(_value(item, None, one, {}) for one in value)
