@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all parity lint format bench soak clean
+.PHONY: setup demo test test-all fuzz parity lint format bench soak clean
 
 # Made again whenever the dependency list changes.
 $(VENV)/.ready: pyproject.toml
@@ -29,6 +29,12 @@ test-all: setup
 	$(BIN)/python scripts/get_models.py
 	$(BIN)/python scripts/get_models.py --gemma
 	$(BIN)/python -m pytest -m "not metal and not cuda"
+
+# More than a thousand bad inputs through the commands, and a table of what became of them (docs/security.md).
+CASES ?= 1200
+SEED ?= 0
+fuzz: setup
+	PYTHONPATH=tests $(BIN)/python -m fuzz --cases $(CASES) --seed $(SEED)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -15,6 +15,8 @@ import click
 from mlx_lora import config
 from mlx_lora.errors import InputError, RunError
 
+MOST_CHARACTERS = 880  # of an error's one line
+
 
 def echo(text: str = "") -> None:
     """Print progress and reports on standard error, so that standard output stays the result's."""
@@ -89,7 +91,7 @@ def report_error(error: BaseException) -> int:
     if described is None:
         raise error
     message, code = described
-    click.echo("Error: " + " ".join(message.split()), err=True)
+    click.echo("Error: " + printable(message), err=True)
     return code
 
 
@@ -108,6 +110,13 @@ def describe_error(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         return "interrupted", 130
     return None
+
+
+def printable(text: str, limit: int = MOST_CHARACTERS) -> str:
+    """Return text on one line that no terminal obeys: names from files may hold its commands, and be endless."""
+    line = " ".join(text.split())
+    line = line if len(line) <= limit else f"{line[: limit * 3 // 4]} ... {line[-limit // 4 :]}"
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
 
 
 def _quiet_libraries() -> None:

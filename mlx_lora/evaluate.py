@@ -15,7 +15,7 @@ from mlx_lora.config import DEFAULT_BATCH_TOKENS, train_settings
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.loading import load_eval_set
 from mlx_lora.errors import InputError
-from mlx_lora.models.load import load_base
+from mlx_lora.models.load import check_token_ids, load_base
 from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.training.losses import choose_loss
 from mlx_lora.training.trainer import mean_loss
@@ -46,6 +46,7 @@ def main(
     if template and not settings.data.chat_template:
         base.hf_tokenizer.chat_template = template
     rows = load_eval_set(settings.data.data, settings.data, base.hf_tokenizer, cli.echo)
+    check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {settings.data.data}")
     plan = BatchPlan(rows, batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)
     loss, tokens = mean_loss(base.model, choose_loss(base.model, base.config).measure, plan.batches())
     result = {"loss": loss, "perplexity": cli.perplexity(loss), "supervised_tokens": tokens, "rows": len(rows)}

@@ -18,9 +18,11 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lora import cli
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.config import train_settings
+from mlx_lora.data.panics import tokenizer_panics
+from mlx_lora.data.sandbox import render_chat
 from mlx_lora.data.templates import own_template
 from mlx_lora.errors import InputError
-from mlx_lora.models.load import Base, load_base
+from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.sources.hub import resolve_adapter
 
 
@@ -54,6 +56,7 @@ def main(
     base = load_base(train_settings(cli.given(options)).model)
     template = load_adapter(base, adapter, ignore_fingerprint).chat_template if adapter else None
     tokens = prompt_tokens(base, text, system_prompt, template, ignore_chat_template)
+    check_token_ids(base, max(tokens, default=0), "--prompt")
     if seed is not None:
         mx.random.seed(seed)
     # mlx-lm takes a top_k below the vocabulary's size only; as many or more are all of them, its 0.
@@ -111,19 +114,19 @@ def prompt_tokens(
     if ignore_chat_template or not template:
         if system_prompt:
             raise InputError("--system-prompt: there is no chat template in use; put the text into --prompt")
-        return base.hf_tokenizer.encode(text)
+        with tokenizer_panics("--prompt"):
+            return base.hf_tokenizer.encode(text)
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages.append({"role": "user", "content": text})
     # Rendered first, encoded without special tokens: the template already wrote its own BOS.
     try:
-        rendered = base.hf_tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
-    except jinja2.TemplateError as error:
+        rendered = render_chat(base.hf_tokenizer, messages, template, add_generation_prompt=True)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise InputError(
             f"the chat template refuses this prompt ({error}); leave --system-prompt out, or give --ignore-chat-template"
         ) from None
-    return base.hf_tokenizer.encode(rendered, add_special_tokens=False)
+    with tokenizer_panics("--prompt"):
+        return base.hf_tokenizer.encode(rendered, add_special_tokens=False)
 
 
 if __name__ == "__main__":

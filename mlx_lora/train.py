@@ -37,7 +37,7 @@ from mlx_lora.data.loading import DataSplits, load_data
 from mlx_lora.distributed import Ranks, leads, together
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable
-from mlx_lora.models.load import Base, load_base
+from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.runs.page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
 from mlx_lora.runs.setup import adapt, adapt_for_test, choose_forms, make_step, training_plan, validation_plan
@@ -83,6 +83,8 @@ def run(settings: TrainSettings, ranks: Ranks | None) -> int:
         adapt_for_test(settings, base)
     splits = load_data(settings.data, base.hf_tokenizer, settings.loop.seed, cli.echo)
     check_test_split(settings, splits)
+    for rows in filter(None, (splits.train, splits.valid, splits.test)):
+        check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {settings.data.data}")
     cli.echo(device.current_device().header())
     cli.echo(f"Base: {base.model_id}: {base.describe()}")
     cli.echo(splits.report.render(color=cli.wants_color()))

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -41,6 +42,16 @@ FILES = {
     "org/bare-adapter": ["adapter_config.json"],
     "datasets/org/data": ["data/train.jsonl", "README.md", "dataset_infos.json"],
     "datasets/org/empty": ["README.md"],
+    # Names that no honest hub has: a file must never land outside the client's cache.
+    "org/climbing": [
+        "config.json",
+        "model.safetensors",
+        "../../../../../escaped.json",
+        "/escaped.json",
+        "a/../../x.json",
+    ],
+    "org/climbing-gguf": ["../../../../../escaped.gguf"],
+    "datasets/org/climbing": ["../../../../../../escaped.jsonl", "train.jsonl"],
 }
 TOKENS = {"hf_write": 200, "hf_read": 403}  # what a commit with this token is answered; any other: 401
 
@@ -79,8 +90,8 @@ class Hub(BaseHTTPRequestHandler):
             return self.reply(200, json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode(), {})
         if repo == "org/gated":
             return self.reply(403, b"", {"X-Error-Code": "GatedRepo"})
-        name = path.split(f"resolve/{COMMIT}/")[1]
-        headers = {"ETag": f'"{listed[repo].index(name):040x}"', "X-Repo-Commit": COMMIT}
+        name = unquote(path.split(f"resolve/{COMMIT}/")[1])
+        headers = {"ETag": f'"{len(name):040x}"', "X-Repo-Commit": COMMIT}
         return self.reply(200, self.content(repo, name), headers)
 
     def content(self, repo: str, name: str) -> bytes:

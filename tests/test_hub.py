@@ -197,3 +197,12 @@ def test_unusable_folders_say_why(tmp_path, names, message) -> None:
 def test_paths_that_do_not_exist_are_not_asked_of_the_hub(name) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
         resolve_model(name)
+
+
+def test_names_from_the_hub_stay_in_its_cache(endpoint, tmp_path) -> None:
+    home = tmp_path / "a" / "b" / "c" / "home"
+    found = calls(
+        home, endpoint, model("org/climbing"), model("org/climbing-gguf"), ("download_dataset_files", ("org/climbing",))
+    )
+    assert all("error" in one and one["type"] == "InputError" for one in found), found
+    assert not [path for path in tmp_path.rglob("*escaped*") if path.is_file()]

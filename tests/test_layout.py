@@ -23,6 +23,7 @@ SHARED = (
     "heartbeat",
     "memory",
     "migration",
+    "parsing",
     "shape",
     "speed",
     "supervise",

@@ -75,3 +75,8 @@ class Dropout(nn.Module):
             return x
         kept = 1 - self.probability
         return mx.random.bernoulli(kept, x.shape, key=self.draw() if key is None else key) * x * (1 / kept)
+
+
+def is_parameter(module: nn.Module | None, name: str) -> bool:
+    """Tell whether a module has an array of its own under a name; a file may name anything."""
+    return module is not None and isinstance(module.get(name), mx.array)

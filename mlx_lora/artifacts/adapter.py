@@ -23,12 +23,15 @@ from mlx_lora import __version__
 from mlx_lora.adapters.forms import DORA, EMBEDDING_ADAPTERS, FORMS
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, train_in_full
 from mlx_lora.adapters.methods import PRESETS
+from mlx_lora.adapters.parts import is_parameter
 from mlx_lora.adapters.targets import select_targets
+from mlx_lora.artifacts.adapter_config import own_problems, shape_problems
 from mlx_lora.artifacts.peft import PeftAdapter, is_peft, read_peft
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_file
 from mlx_lora.models.load import Base
 from mlx_lora.models.saving import save_tensors
+from mlx_lora.parsing import read_json
 from mlx_lora.sources.safetensors import read_safetensors_header
 
 WEIGHTS_FILE = "adapters.safetensors"
@@ -142,28 +145,22 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not folder.is_dir():
         raise InputError(f"--adapter-path {folder}: no such folder; give the folder a training run wrote")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give the folder a training run wrote") from None
-    except ValueError:
-        raise InputError(f"{path}: not JSON; restore it from a checkpoint") from None
-    if isinstance(config, dict) and is_peft(config):
+    if not path.is_file():
+        raise InputError(f"{path}: cannot be read (no such file); give the folder a training run wrote")
+    config = read_json(path, "restore it from a checkpoint")
+    if is_peft(config):
         return config
-    if not isinstance(config, dict) or config.get("fine_tune_type", "lora") not in (*FORMS, "full"):
-        kind = config.get("fine_tune_type") if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"{path}: fine_tune_type {kind!r}; this version loads {', '.join(FORMS)} and full")
-    if config.get("fine_tune_type") == "full":  # mlx-lm's has nothing else of use
-        return {"num_layers": -1, **config, "lora_parameters": {"rank": 1, "scale": 1.0, "keys": []}}
-    shape = config.get("lora_parameters")
-    if not isinstance(shape, dict) or not isinstance(config.get("num_layers"), int):
+    form = config.get("fine_tune_type", "lora")
+    if form not in (*FORMS, "full"):
+        raise InputError(f"{path}: fine_tune_type {str(form)[:40]!r}; this version loads {', '.join(FORMS)} and full")
+    problems = own_problems(config)
+    if form == "full":  # mlx-lm's has nothing else of use
+        config = {"num_layers": -1, **config, "lora_parameters": {"rank": 1, "scale": 1.0, "keys": []}}
+    elif not isinstance(config.get("lora_parameters"), dict) or type(config.get("num_layers")) is not int:
         raise InputError(f"{path}: no lora_parameters and num_layers; it is not an MLX adapter's config")
-    numbers = {"rank": int, "scale": (int, float)}
-    wrong = [key for key, kind in numbers.items() if not isinstance(shape.get(key), kind) or shape[key] <= 0]
-    if wrong:
-        raise InputError(
-            f"{path}: lora_parameters without a positive {' and '.join(wrong)}; restore it from a checkpoint"
-        )
+    problems += shape_problems(config["lora_parameters"])
+    if problems:
+        raise InputError(f"{path}: {'; '.join(problems)}; restore it from a checkpoint")
     return config
 
 
@@ -238,7 +235,7 @@ def _check_full(model: nn.Module, names: tuple[str, ...], file: Path) -> None:
     modules = dict(model.named_modules())
     # An adapted layer's base has a name of its own inside it.
     outer = [re.sub(r"\.(linear|embedding)(?=\.[^.]+$)", "", name).rpartition(".") for name in names]
-    lost = [".".join((path, leaf)) for path, _, leaf in outer if path not in modules or leaf not in modules[path]]
+    lost = [".".join((path, leaf)) for path, _, leaf in outer if not is_parameter(modules.get(path), leaf)]
     if lost:
         raise InputError(f"{file}: {', '.join(lost[:5])} is not in the model; give the base it was trained on")
 
@@ -316,12 +313,8 @@ def _target_paths(model: nn.Module, config: dict[str, Any], folder: Path) -> tup
             f"--adapter-path {folder}: adapts {count} blocks, --model has {blocks}; give the base it was trained on"
         )
     keys = config["lora_parameters"].get("keys")
-    if keys and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
-        raise InputError(
-            f"{folder / CONFIG_FILE}: lora_parameters.keys is no list of names; restore it from a checkpoint"
-        )
     wish = ",".join(keys) if keys else "all-linear"
-    return select_targets(model, wish, count or -1, routers=not keys).paths
+    return select_targets(model, wish, count or -1, flag=f"{folder / CONFIG_FILE}: key", routers=not keys).paths
 
 
 def load_factors(model: nn.Module, file: Path, scale: float | None = None) -> None:

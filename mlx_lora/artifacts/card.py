@@ -5,19 +5,19 @@ A file of that name that the user wrote is never replaced: ours has a line that 
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from huggingface_hub import ModelCardData
 
 from mlx_lora.adapters.methods import PRESETS
 from mlx_lora.artifacts.adapter import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.files import replacing_file
 from mlx_lora.models.load import Base
+from mlx_lora.parsing import parse_json, parse_yaml
 from mlx_lora.sources.hub import HUB_ID
 from mlx_lora.sources.safetensors import read_safetensors_header
 
@@ -45,16 +45,18 @@ def read_facts(folder: Path) -> RunFacts:
     """Read a run folder's run.yaml and metrics.jsonl, as far as they are there and can be read."""
     try:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        taken = [(record["step"], record["val_loss"]) for record in map(json.loads, lines)]
+        taken = [(record["step"], record["val_loss"]) for record in map(parse_json, lines)]
     except (OSError, ValueError, KeyError, TypeError):
         taken = []
+    taken = [(step, loss) for step, loss in taken if type(step) is int and (loss is None or isinstance(loss, float))]
     try:
-        settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        settings = parse_yaml((folder / "run.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         settings = None
     steps = max((step for step, _ in taken), default=None)
     losses = [loss for step, loss in taken if step == steps and loss is not None]
     data = settings.get("data") if isinstance(settings, dict) else None
+    data = data if isinstance(data, str) else None
     return RunFacts(data, steps, losses[-1] if losses else None)
 
 
@@ -132,16 +134,14 @@ class _Card:
     @property
     def model(self) -> str:
         """The base in commands; of a path the last part, since the rest is the author's own disk."""
-        return self.hub_base or (self.info.base_model if HUB_ID.fullmatch(self.info.base_model) else self._file_name())
-
-    def _file_name(self) -> str:
-        return Path(self.info.base_model).name or "base"
+        named = self.hub_base or self.info.base_model
+        return plain(named if HUB_ID.fullmatch(named) else Path(named).name) or "base"
 
     def front_matter(self) -> str:
         """Return the YAML block that the hub reads."""
         tags = ["lora", "mlx", "mlx-lora"] if self.form == "mlx" else ["lora", "peft", "mlx-lora"]
         data = ModelCardData(
-            base_model=self.hub_base.split(":")[0] if self.hub_base else None,
+            base_model=plain(self.hub_base.split(":")[0]) if self.hub_base else None,
             library_name=self.form,
             pipeline_tag="text-generation",
             tags=tags + [self.info.method] * (self.info.method not in tags),
@@ -151,9 +151,9 @@ class _Card:
     def description(self, facts: RunFacts) -> list[str]:
         """Return the title and the table."""
         info = self.info
-        names = ", ".join(dict.fromkeys(key.rsplit(".", 1)[-1] for key in info.keys))
+        names = ", ".join(dict.fromkeys(plain(key.rsplit(".", 1)[-1]) for key in info.keys))
         rows: list[tuple[str, Any]] = [
-            ("base", self.model + (f", revision {info.base_revision}" if info.base_revision else "")),
+            ("base", self.model + (f", revision {plain(info.base_revision)}" if info.base_revision else "")),
             ("method", info.method),
         ]
         if PRESETS[info.method].form != "full":
@@ -229,7 +229,12 @@ def _shown_data(data: str | None) -> str | None:
     """Return a data set's name; of a path the last part."""
     if data is None or (HUB_ID.fullmatch(data) and not Path(data).exists()):
         return data
-    return Path(data).name
+    return plain(Path(data).name)
+
+
+def plain(name: str) -> str:
+    """Return a name as it may stand in a command, a program or a table: an adapter's file could have said anything."""
+    return re.sub(r"[^\w.:/@*+ -]", "_", name)[:200]
 
 
 def _block(language: str, *lines: str) -> list[str]:

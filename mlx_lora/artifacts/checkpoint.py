@@ -25,11 +25,14 @@ import mlx.core as mx
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_folder
 from mlx_lora.models.saving import save_tensors
+from mlx_lora.parsing import read_json
+from mlx_lora.sources.safetensors import read_safetensors_header
 from mlx_lora.training.state import Position
 
 STATE_FILE, ARRAYS_FILE, LOCK_FILE = "state.json", "state.safetensors", ".lock"
 NAME = re.compile(r"step-(\d{6,})")
 VERSION = 1
+MAX_EPOCHS, MAX_PARTS = 1e9, 10**6  # --epochs' own bound, and that of rows in a batch
 
 
 @dataclass(frozen=True)
@@ -110,21 +113,43 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         InputError: anything missing, changed, or of another version.
     """
+    if not (folder / STATE_FILE).is_file():
+        raise InputError(f"{folder}: no checkpoint to go on from (no {STATE_FILE}); give a step-NNNNNN folder")
+    state = read_json(folder / STATE_FILE, "use an older checkpoint")
     try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        version, sums = state["version"], state["sha256"]
+        version, sums = state["version"], dict(state["sha256"])
         position, identity = Position(**state["position"]), dict(state["identity"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{folder}: no checkpoint to go on from ({type(error).__name__} in {STATE_FILE})") from None
     if version != VERSION:
         raise InputError(
             f"{folder}: checkpoint of version {version}, this program reads {VERSION}; use the one it is from"
         )
-    for name, expected in sums.items():
+    wrong = _position_problems(position)
+    epochs = identity.get("price_epochs", 1.0)
+    wrong += [] if isinstance(epochs, (int, float)) and 0 < epochs <= MAX_EPOCHS else ["price_epochs"]
+    if wrong:
+        raise InputError(f"{folder}: no number that {', '.join(wrong)} can be in {STATE_FILE}; use an older checkpoint")
+    for name, expected in {ARRAYS_FILE: None, **sums}.items():
         path = folder / Path(name).name
         if not path.is_file() or _checksum(path) != expected:
             raise InputError(f"{folder}: {name} is missing or damaged; use an older checkpoint")
+    read_safetensors_header(folder / ARRAYS_FILE)
     return Checkpoint(folder, position, identity, mx.load(str(folder / ARRAYS_FILE)))
+
+
+def _position_problems(position: Position) -> list[str]:
+    """Name the fields of a position that hold what a run never writes."""
+    wrong = []
+    for name, value in asdict(position).items():
+        if name.endswith("_loss"):
+            fits = value is None or isinstance(value, float)
+        elif name == "parts":
+            fits = type(value) is int and 1 <= value <= MAX_PARTS
+        else:
+            fits = (value is None and name.endswith("_at")) or (type(value) is int and 0 <= value < 2**53)
+        wrong += [] if fits else [name]
+    return wrong
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from mlx_lora.artifacts.adapter import AdapterInfo
 from mlx_lora.artifacts.gguf import write_gguf_adapter
 from mlx_lora.artifacts.gguf_model import write_gguf_model
+from mlx_lora.data.sandbox import render_chat
 from mlx_lora.data.templates import own_template, prefix_tokens
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_folder
@@ -162,10 +163,8 @@ def recognise(tokenizer: PreTrainedTokenizerBase, template: str) -> Chat | None:
 
     def render(messages: Messages) -> str | None:
         try:
-            return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, chat_template=template
-            )
-        except (jinja2.TemplateError, TypeError):
+            return render_chat(tokenizer, messages, template, add_generation_prompt=True)
+        except (jinja2.TemplateError, TypeError, ValueError):
             return None  # many refuse a system turn
 
     # As it is first: ChatML's <|im_start|> is the bos of some models, and belongs to the turn.
@@ -282,7 +281,9 @@ def _chat_lines(tokenizer: PreTrainedTokenizerBase, template: str | None) -> tup
     if template is None:
         return [], ["the model has no chat template, so the Modelfile has none: Ollama passes prompts on as they are"]
     chat = recognise(tokenizer, template)
-    if chat is None or '"""' in (chat.system or ""):
+    # Ollama runs what stands in {{ }}, and three quotes end a text: a tokenizer's own tokens must hold neither.
+    parts = () if chat is None else (chat.system or "", chat.eos, chat.before)
+    if chat is None or any(mark in part for mark in ('"""', "{{", "}}") for part in parts):
         names = ", ".join(family.name for family in FAMILIES)
         return [], [
             f"the chat template renders none of the forms we write for Ollama ({names}): TEMPLATE is left out, and Ollama "

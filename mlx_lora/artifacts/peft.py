@@ -29,11 +29,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import regex
 
 from mlx_lora.adapters.dora import DoRAEmbedding
 from mlx_lora.adapters.forms import DORA, EMBEDDING_ADAPTERS, EXPERT_ADAPTERS, adapter_class
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.parts import EMBEDDING, QUANTISED, SWITCH, base_dims, dense_weight
+from mlx_lora.artifacts.adapter_config import peft_problems
 from mlx_lora.artifacts.peft_experts import expert_tensors
 from mlx_lora.artifacts.peft_full import full_for_peft, full_problems, full_tensors
 from mlx_lora.artifacts.peft_names import COPY, PREFIX, TENSOR, own_path, peft_path
@@ -47,6 +49,7 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 # How far a saved copy of a base weight may be from ours, in 16 bits or quantised.
 FLOAT_COPY, QUANTISED_COPY = 0.02, 0.3
+PATTERN_S = 1.0  # to match one of a config's patterns with one layer's name; it takes microseconds
 
 # Settings that change what the adapter computes, in ways that plain factors do not hold.
 UNSUPPORTED = {
@@ -111,6 +114,7 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     file = folder / PEFT_WEIGHTS
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
         raise InputError(f"{folder}: holds pickled weights only, which can run code; save it with safetensors in PEFT")
+    _refuse(folder, peft_problems(config))
     header = read_safetensors_header(file)
     modules = dict(model.named_modules())
     full, others = full_tensors(config, header)
@@ -280,14 +284,28 @@ def _unsupported(config: dict[str, Any]) -> list[str]:
 
 def _scale(config: dict[str, Any], layer: str, rank: int) -> float:
     """Return a layer's scale as PEFT computes it: the first pattern that matches the end of its name wins."""
-    alpha = config.get("lora_alpha", 8)
+    alpha = config.get("lora_alpha") or 8
     if is_adalora(config):  # divided by the rank it started with, and what PEFT adds to that
-        return alpha / (config.get("init_r", 12) + 1e-5)
+        return alpha / ((config.get("init_r") or 12) + 1e-5)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
+        if _names(pattern, layer):
             alpha = value
             break
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _names(pattern: str, layer: str) -> bool:
+    """Tell whether a pattern of PEFT's means a layer.
+
+    Raises:
+        InputError: it is no regular expression, or one that takes for ever (`(.*)*x`): Python's own matcher cannot
+            be stopped, so the `regex` package's is used.
+    """
+    try:
+        return regex.match(rf"(.*\.)?({pattern})$", layer, timeout=PATTERN_S) is not None
+    except (regex.error, TimeoutError, RecursionError, OverflowError, MemoryError) as error:
+        reason = "takes too long" if isinstance(error, TimeoutError) else str(error)
+        raise InputError(f"alpha_pattern {pattern[:80]!r}: {reason}; write the layer's name") from None
 
 
 def _shape_problems(
@@ -305,7 +323,13 @@ def _shape_problems(
         if isinstance(base, SWITCH) or adapter_class(base, "dora" if "m" in sides else "lora") is None:
             problems.append(f"layer {layer} is a {type(base).__name__}, which we do not adapt so")
             continue
-        (r, width), (out, other_r) = (tuple(header[sides[side]]["shape"]) for side in "AB")
+        shapes = [tuple(header[sides[side]]["shape"]) for side in "AB"]
+        if [len(shape) for shape in shapes] != [2, 2] or 0 in (*shapes[0], *shapes[1]):
+            problems.append(f"layer {layer} has factors of shapes {shapes[0]} and {shapes[1]}, not two matrices")
+            continue
+        (r, width), (out, other_r) = shapes
+        if "E" in sides and tuple(header[sides["E"]]["shape"]) != (r, 1):
+            problems.append(f"layer {layer} has gains of shape {tuple(header[sides['E']]['shape'])}, not {(r, 1)}")
         if (width, out) != base_dims(base) or r != other_r:
             problems.append(f"layer {layer} has factors for {width} -> {out}, the model needs {base_dims(base)}")
         if "m" in sides and isinstance(base, EMBEDDING):

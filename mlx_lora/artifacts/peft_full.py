@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.parts import QUANTISED, dense_weight
+from mlx_lora.adapters.parts import QUANTISED, dense_weight, is_parameter
 from mlx_lora.artifacts.peft_names import BIAS, PREFIX, TENSOR, own_path, peft_path
 
 
@@ -47,7 +47,7 @@ def full_problems(
             if not any(other.endswith("embed_tokens") for other in layers):
                 problems.append("modules_to_save lm_head: trained apart from the embedding it is tied to here")
             continue
-        if path is None or leaf not in modules[path]:
+        if path is None or not is_parameter(modules[path], leaf):
             problems.append(f"{layer}.{leaf} is not in the model")
             continue
         base = modules[path]

@@ -17,7 +17,9 @@ from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlx_lora.data.formats import Completion, Conversation, Example, FormatError, Text
+from mlx_lora.data.panics import tokenizer_panics
 from mlx_lora.data.render import Rendered, Renderer
+from mlx_lora.data.sandbox import CLOCK
 from mlx_lora.data.templates import prefix_tokens
 from mlx_lora.errors import InputError
 
@@ -179,11 +181,12 @@ class Encoder:
     def _render_batch(self, examples: Sequence[Example], first: int, found: _Found) -> list[tuple[int, Rendered]]:
         """Return (number, text) of the examples that render; the others are dropped with the reason."""
         rendered = []
-        for number, example in enumerate(examples, first):
-            try:
-                rendered.append((number, self._render(example)))
-            except FormatError as error:
-                found.dropped[number] = str(error)
+        with CLOCK.held():
+            for number, example in enumerate(examples, first):
+                try:
+                    rendered.append((number, self._render(example)))
+                except FormatError as error:
+                    found.dropped[number] = str(error)
         return rendered
 
     def _add_rows(
@@ -194,7 +197,9 @@ class Encoder:
         found: _Found,
     ) -> None:
         """Turn one batch's encodings into rows of `found`."""
-        for (number, text), encoding in zip(rendered, encodings.result(), strict=True):
+        with tokenizer_panics("the data"):
+            found_encodings = encodings.result()
+        for (number, text), encoding in zip(rendered, found_encodings, strict=True):
             example = examples[number]
             tokens, mask = self._row(text, encoding, plain=self._is_plain(example))
             if isinstance(example, Text):

@@ -6,10 +6,11 @@ which keys were found and what was expected; the caller adds the line number.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from mlx_lora.parsing import parse_json
 
 Record = dict[str, Any]
 Message = dict[str, Any]
@@ -265,7 +266,7 @@ def _parsed(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return parse_json(value)
     except ValueError as error:
         raise FormatError(f"{what} is not valid JSON: {error}") from error
 

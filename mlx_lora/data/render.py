@@ -22,6 +22,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.formats import Conversation, EmptyRecord, FormatError, Message
+from mlx_lora.data.sandbox import render_chat
 from mlx_lora.data.templates import PROBE
 
 Span = tuple[int, int]  # characters [start, end)
@@ -90,9 +91,7 @@ class Renderer:
             raise FormatError(f"the chat template refuses it: {reason}") from error
 
     def _apply(self, messages: list[Message], tools: list[dict] | None, prompt: bool) -> str:
-        return self._tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=prompt, chat_template=self._template
-        )
+        return render_chat(self._tokenizer, messages, self._template, tools, prompt)
 
     def _find_generation_prompt(self) -> str:
         """Return the text the template adds for the model to go on from; empty when it adds none."""

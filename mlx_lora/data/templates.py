@@ -8,6 +8,7 @@ from pathlib import Path
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from mlx_lora.data.sandbox import MAX_TEMPLATE_CHARACTERS, render_chat
 from mlx_lora.errors import InputError
 
 BUILT_IN = ("alpaca", "chatml")
@@ -35,8 +36,8 @@ def resolve_template(name_or_file: str | None, tokenizer: PreTrainedTokenizerBas
     else:
         text, origin = _read(name_or_file), name_or_file
     try:
-        tokenizer.apply_chat_template(PROBE, tokenize=False, add_generation_prompt=True, chat_template=text)
-    except (jinja2.TemplateError, TypeError) as error:
+        render_chat(tokenizer, PROBE, text, add_generation_prompt=True)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
         # A template may refuse a chat without a system turn or such; only one Jinja cannot parse is hopeless.
         if isinstance(error, jinja2.TemplateSyntaxError):
             raise InputError(f"chat template ({origin}), line {error.lineno}: {error.message}") from error
@@ -62,9 +63,11 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     chat_template: str | dict[str, str] | None = tokenizer.chat_template
     if chat_template is None or isinstance(chat_template, str):
         return chat_template
+    if not isinstance(chat_template, dict) or not all(isinstance(part, str) for part in chat_template.values()):
+        raise InputError("the model's chat template is no text; give one with --chat-template")
     if "default" in chat_template:
         return chat_template["default"]
-    names = ", ".join(chat_template)
+    names = ", ".join(map(str, chat_template))
     raise InputError(f"the model has several chat templates ({names}), none of them default; give --chat-template")
 
 
@@ -82,6 +85,7 @@ def _read(name: str) -> str:
     if not path.is_file():
         raise InputError(f"--chat-template {name}: no such file, and no built-in ({', '.join(BUILT_IN)})")
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            return file.read(MAX_TEMPLATE_CHARACTERS + 1)  # one more is too long, and said so when it is rendered
     except UnicodeDecodeError as error:
         raise InputError(f"--chat-template {name} is not UTF-8; save it as UTF-8") from error

@@ -12,6 +12,7 @@ from typing import Any
 
 from mlx_lora.migration import hf
 from mlx_lora.migration.sheet import Dialect, Sheet, is_empty
+from mlx_lora.parsing import hashable
 
 # None of them is a setting of ours, nor an argument of transformers' trainer, which other tools share.
 MARKS = (
@@ -153,7 +154,7 @@ def read_anyway(name: str, value: Any) -> bool:
     """Tell what a dataset says of its records and we find out by looking."""
     if name == "roles" and isinstance(value, dict):
         told = [*value, *(role for roles in value.values() if isinstance(roles, list) for role in roles)]
-        return ROLES.issuperset(told)
+        return ROLES.issuperset(map(hashable, told))
     if name == "message_property_mappings" and isinstance(value, dict):
         return all(pair in PROPERTIES for pair in value.items())
     return (name, value) in READ_ANYWAY
@@ -162,7 +163,7 @@ def read_anyway(name: str, value: Any) -> bool:
 def data_path(dataset: dict[str, Any]) -> str | None:
     """Take what names the files of a dataset: a path, or the one file beside the name of its format."""
     path, files = dataset.pop("path", None), dataset.get("data_files")
-    files = [files] if isinstance(files, str) else files
+    files = [files] if isinstance(files, str) else files if isinstance(files, list) else []
     if path in ("json", "csv", "parquet", "text") and files:
         if len(files) == 1:
             dataset.pop("data_files")

@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from mlx_lora.migration.sheet import Sheet
+from mlx_lora.parsing import hashable
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
 OPTIMIZERS = {
@@ -41,7 +42,7 @@ def read_length(sheet: Sheet, epochs: str) -> None:
 def read_warmup(sheet: Sheet, schedule: str) -> None:
     """Set schedule and warm-up; a count of steps beats a share of them, as there."""
     steps, share = sheet.number("warmup_steps"), sheet.number("warmup_ratio")
-    name = sheet.take(schedule)
+    name = hashable(sheet.take(schedule))
     warmup = steps if steps or share is None else share
     if warmup is not None:
         sheet.put("warmup", warmup, "warmup_ratio" if warmup == share else "warmup_steps")

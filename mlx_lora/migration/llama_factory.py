@@ -9,7 +9,6 @@ table is read where it is found, as there from the working folder; without it th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from mlx_lora.errors import InputError
 from mlx_lora.migration import hf
 from mlx_lora.migration.sheet import Dialect, Sheet
+from mlx_lora.parsing import hashable, read_json
 
 # Its own words; those of transformers' trainer (per_device_train_batch_size) would fit other tools as well.
 MARKS = (
@@ -128,18 +128,16 @@ def find_dataset(sheet: Sheet, name: str, folder: Path) -> str | None:
     table = folder / "dataset_info.json"
     if not table.is_file():
         return None
-    try:
-        entry = json.loads(table.read_text(encoding="utf-8")).get(name)
-    except (ValueError, AttributeError):
-        raise InputError(f"{table}: not a JSON object of datasets; mend it, or give --data") from None
+    entry = read_json(table, "mend it, or give --data").get(name)
     if not isinstance(entry, dict):
         return None
     for key in ("columns", "tags", "subset", "split", "num_samples"):
         if entry.get(key) and (key, entry[key]) != ("split", "train"):
             sheet.left_out.append(f"dataset_info.json {name}.{key}")
-    if entry.get("file_name"):
-        return str(folder / entry["file_name"])
-    return entry.get("hf_hub_url")
+    place = entry.get("file_name") or entry.get("hf_hub_url")
+    if place is not None and not isinstance(place, str):
+        raise InputError(f"{table}: the place of {name} is no text; mend it, or give --data")
+    return str(folder / place) if entry.get("file_name") else place
 
 
 def read_prompts(sheet: Sheet) -> None:
@@ -174,7 +172,7 @@ def read_loggers(sheet: Sheet) -> None:
     names = asked if isinstance(asked, list) else [] if asked is None else [asked]
     if sheet.switch("use_swanlab"):
         names = [*names, "swanlab"]
-    if ours := [name for name in names if name in LOGGERS]:
+    if ours := [name for name in names if hashable(name) in LOGGERS]:
         sheet.put("report_to", ",".join(ours), "report_to")
     if any(name not in (*LOGGERS, "none") for name in names):
         sheet.left_out.append("report_to")

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_lora.migration.sheet import Dialect, Sheet
+from mlx_lora.parsing import hashable
 
 MAPPINGS = ("lora_parameters", "lr_schedule", "optimizer_config")
 # Schedules that we have, under the first word of their name -> what follows the rate in `arguments`.
@@ -63,7 +64,7 @@ def read_schedule(sheet: Sheet) -> None:
         sheet.assume("lr_schedule", "constant")
         sheet.assume("warmup", 0)
         return
-    name, arguments = schedule.take("name"), schedule.take("arguments")
+    name, arguments = hashable(schedule.take("name")), schedule.take("arguments")
     if not isinstance(arguments, list) or not arguments:
         raise sheet.refusal("lr_schedule without arguments, a list with the learning rate first; mend the file")
     stated = Sheet(sheet.file, dict(zip(("rate", *ARGUMENTS.get(name, ())), arguments, strict=False)), sheet.known)

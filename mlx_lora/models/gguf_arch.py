@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.errors import InputError
+from mlx_lora.models.config_check import MOST_BLOCKS
 from mlx_lora.sources.gguf import GGUFFile
 
 
@@ -219,10 +220,11 @@ def gguf_architecture(file: GGUFFile) -> Architecture:
         InputError: for an architecture without one, or one part of a split file.
     """
     name = file.metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise InputError(f"{file.path}: architecture {name!r}, known from GGUF are {known}; use its Hugging Face form")
-    if file.metadata.get("split.count", 0) not in (0, 1):
+        shown = f"{str(name)[:40]!r}"
+        raise InputError(f"{file.path}: architecture {shown}, known from GGUF are {known}; use its Hugging Face form")
+    if str(file.metadata.get("split.count", 0)) not in ("0", "1"):
         raise InputError(f"{file.path}: one part of a split model; join the parts with llama-gguf-split --merge")
     return ARCHITECTURES[name]
 
@@ -255,7 +257,7 @@ def _shared_fields(settings: Settings) -> dict[str, Any]:
     if settings.has("expert_count"):
         settings.problems.append(f"{settings.architecture}.expert_count: mixtures of experts are not read from GGUF")
     n_layers = settings.count("block_count")
-    if n_layers > len(settings.file.tensors):
+    if n_layers > min(len(settings.file.tensors), MOST_BLOCKS):
         settings.problems.append(f"{settings.architecture}.block_count is {n_layers}, more than the file's tensors")
     embedding = settings.file.tensors.get("token_embd.weight")
     tokens = {key: settings.file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos")}
@@ -271,7 +273,7 @@ def _shared_fields(settings: Settings) -> dict[str, Any]:
         "max_position_embeddings": settings.count("context_length"),
         "rope_theta": settings.number("rope.freq_base", 10000.0),
         "tie_word_embeddings": "output.weight" not in settings.file.tensors,
-        **{f"{key}_token_id": int(number) for key, number in tokens.items() if number is not None},
+        **{f"{key}_token_id": number for key, number in tokens.items() if isinstance(number, int)},
     }
 
 

@@ -17,8 +17,9 @@ from mlx_lora.config import ModelSettings
 from mlx_lora.errors import InputError
 from mlx_lora.models.converting import cached_gguf_folder
 from mlx_lora.models.fingerprint import base_fingerprint
-from mlx_lora.models.folder import load_folder_tokenizer, load_weights
+from mlx_lora.models.folder import load_weights
 from mlx_lora.models.matmul import MatmulPaths, use_measured_matmul
+from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.sources.hub import resolve_model
 
 
@@ -64,6 +65,25 @@ class Base:
         q = self.quantisation
         form = f"{q['bits']}-bit {q.get('mode', 'affine')} (group {q['group_size']})" if q else "not quantised"
         return f"{self.config.get('model_type')}, {len(self.model.layers)} blocks, {size_mb:.0f} MB in memory, {form}, {'/'.join(sorted(floats))}"
+
+
+def check_token_ids(base: Base, highest: int, source: str) -> None:
+    """Refuse token ids that the embedding has no row for: MLX would read whatever lies behind it in memory.
+
+    Args:
+        base: the model.
+        highest: token id.
+        source: what the ids are of, for the message.
+
+    Raises:
+        InputError: tokenizer and model do not belong together.
+    """
+    rows = vars(base.model.args).get("vocab_size")
+    if isinstance(rows, int) and highest >= rows:
+        raise InputError(
+            f"{source}: holds token {highest}, and --model {base.model_id} has {rows}; its tokenizer is another "
+            "model's, or has tokens that only other inputs than text use"
+        )
 
 
 def load_base(settings: ModelSettings) -> Base:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from mlx_lora.errors import InputError
@@ -19,6 +21,8 @@ from mlx_lora.sources.pre_tokenizers import PRE_TOKENIZERS
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+MAX_TOKEN_CHARACTERS = 4096  # published vocabularies stay below 300
 
 SPACE = "▁"  # how SentencePiece writes a space
 
@@ -83,8 +87,11 @@ def vocabulary_from_metadata(metadata: dict[str, Any]) -> Vocabulary:
     Raises:
         InputError: all problems found, together.
     """
-    model = str(metadata.get("tokenizer.ggml.model", "none"))
-    pre = str(metadata.get("tokenizer.ggml.pre", "default"))
+    problems = _kind_problems(metadata)
+    if problems:
+        raise InputError("GGUF tokenizer: " + "; ".join(problems))
+    model = metadata.get("tokenizer.ggml.model", "none")
+    pre = metadata.get("tokenizer.ggml.pre", "default")
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(metadata.get("tokenizer.ggml.tokens", ()))]
     types = [int(kind) for kind in metadata.get("tokenizer.ggml.token_type", ())] or [NORMAL] * len(tokens)
     scores = [float(score) for score in metadata.get("tokenizer.ggml.scores", ())]
@@ -111,6 +118,43 @@ def vocabulary_from_metadata(metadata: dict[str, Any]) -> Vocabulary:
     )
 
 
+# What each entry of the metadata must be, where it is there.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("ggml.model", "ggml.pre", "chat_template"), (lambda value: isinstance(value, str), "a text")),
+    **dict.fromkeys(
+        ("ggml.tokens", "ggml.merges"),
+        (lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of texts"),
+    ),
+    "ggml.token_type": (lambda value: _is_numbers(value, "iu"), "whole numbers"),
+    "ggml.scores": (lambda value: _is_numbers(value, "iuf") and bool(np.isfinite(value).all()), "finite numbers"),
+    **dict.fromkeys(
+        (f"ggml.{key}_token_id" for key in ("bos", "eos", "unknown", "padding", "eot", "eom")),
+        (lambda value: isinstance(value, int), "a token id"),
+    ),
+    **dict.fromkeys(
+        ("ggml.add_bos_token", "ggml.add_eos_token", "ggml.add_space_prefix"),
+        (lambda value: isinstance(value, int), "true or false"),
+    ),
+}
+
+
+def _is_numbers(value: Any, kinds: str) -> bool:
+    """Tell an array of numbers, as GGUF files hold it or as a plain list; `kinds` are numpy's letters."""
+    if isinstance(value, list):
+        value = np.array(value) if all(type(item) in (int, float) for item in value) else None
+    return isinstance(value, np.ndarray) and value.ndim == 1 and (not value.size or value.dtype.kind in kinds)
+
+
+def _kind_problems(metadata: dict[str, Any]) -> list[str]:
+    """Name the entries that are of another kind than tokenizers have."""
+    found = {key: metadata.get(f"tokenizer.{key}") for key in _KINDS}
+    return [
+        f"tokenizer.{key} is not {words}; convert the file again"
+        for key, (fits, words) in _KINDS.items()
+        if found[key] is not None and not fits(found[key])
+    ]
+
+
 def _pair(merge: str) -> tuple[str, str]:
     """Split a merge at its space; the first character may itself be one."""
     at = merge.find(" ", 1)
@@ -135,6 +179,9 @@ def _problems(
     if len(set(tokens)) != len(tokens):
         repeated, _ = Counter(tokens).most_common(1)[0]
         problems.append(f"token {repeated!r} appears twice; convert the file again")
+    longest = max(map(len, tokens), default=0)
+    if longest > MAX_TOKEN_CHARACTERS:  # every way to cut it in two is looked at
+        problems.append(f"a token of {longest} characters; convert the file again")
     if len(types) != len(tokens):
         problems.append(f"{len(types)} token types for {len(tokens)} tokens; convert the file again")
     if model == "llama" and len(scores) != len(tokens):

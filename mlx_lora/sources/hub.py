@@ -238,7 +238,13 @@ def _list_files(repo: str, revision: str | None, what: str) -> list[str] | None:
         raise InputError(f"{what}: not a hub id ({' '.join(str(error).split())}); use owner/name") from None
     except REQUEST_ERRORS:
         return None
-    return sorted(sibling.rfilename for sibling in info.siblings or [])
+    names = sorted(sibling.rfilename for sibling in info.siblings or [])
+    climbing = [
+        name for name in names if ".." in name.split("/") or name.startswith("/") or "\\" in name or "\0" in name
+    ]
+    if climbing:
+        raise InputError(f"{what}: lists {climbing[0][:80]!r}, a file outside its own folder; do not use it")
+    return names
 
 
 def download_dataset_files(dataset_id: str, revision: str | None = None) -> Path:
@@ -307,6 +313,8 @@ def _snapshot(
         raise InputError(f"{what}: not a hub id ({' '.join(str(error).split())}); use owner/name") from None
     except LocalEntryNotFoundError as error:
         raise InputError(f"{what}: not all of it is in the cache, and {_why_unreachable(error)}") from None
+    except ValueError as error:  # a file name that would leave the cache: the client refuses it
+        raise InputError(f"{what}: {first_line(error)}") from None
     except REQUEST_ERRORS as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise RunError(

@@ -12,12 +12,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from mlx_lora.errors import InputError
+from mlx_lora.parsing import check_value, parse_json
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 MAX_LINE_BYTES = 64 * 1024 * 1024  # one record longer than this is surely a broken file
+# Real texts pack to a tenth, at most; repeated ones to less.
+LEAST_UNPACKED_BYTES, MOST_UNPACKED, LEAST_ROWS = 256 * 2**20, 100, 10_000
 
 
 @dataclass(frozen=True)
@@ -95,25 +98,28 @@ def _skip_line(file: BinaryIO, part: bytes) -> None:
 
 def _parse_line(number: int, line: bytes) -> Record | BadRow:
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = parse_json(line)
     except UnicodeDecodeError as error:
         return BadRow(number, f"not UTF-8: byte {line[error.start]:#04x} at byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
         return BadRow(number, f"not JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:  # an integer or a nesting beyond Python's limits
+    except ValueError as error:  # half a character, a number or a nesting beyond the limits
         return BadRow(number, f"not usable JSON: {error}")
-    return _as_record(number, value, may_hold_surrogates=b"\\ud" in line or b"\\uD" in line)
+    return _as_record(number, value)
 
 
-def _as_record(number: int, value: Any, may_hold_surrogates: bool) -> Record | BadRow:
+def _as_record(number: int, value: Any) -> Record | BadRow:
     if not isinstance(value, dict):
         return BadRow(number, f"a JSON {_json_type(value)}, not an object")
-    if may_hold_surrogates:
-        try:  # JSON may spell half a character (\ud83d alone), which no tokenizer can encode
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            return BadRow(number, "holds half of a surrogate pair, which is no character")
     return Record(number, value)
+
+
+def _checked(number: int, value: Any, text: str) -> Record | BadRow:
+    try:
+        check_value(value, text)
+    except ValueError as error:
+        return BadRow(number, f"not usable JSON: {error}")
+    return _as_record(number, value)
 
 
 def _json_type(value: Any) -> str:
@@ -131,13 +137,12 @@ def _json(path: Path) -> Iterator[Record | BadRow]:
         return
     if text[start] != "[":
         raise InputError(f"{path} is not a JSON list of objects; write [{{...}}, ...] or one object per line as .jsonl")
-    surrogates = "\\ud" in text or "\\uD" in text
     decoder, position, line, counted = json.JSONDecoder(), _next_char(text, start + 1), 1, 0
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
-        value, position = _decode_element(path, text, position, line, decoder)
-        yield _as_record(line, value, surrogates)
-        position = _next_char(text, position)
+        value, end = _decode_element(path, text, position, line, decoder)
+        yield _checked(line, value, text[position:end])
+        position = _next_char(text, end)
         mark = text[position : position + 1]
         if mark == ",":
             position = _next_char(text, position + 1)
@@ -170,9 +175,9 @@ def _json_objects(path: Path, text: str) -> Iterator[Record | BadRow]:
         yield from _jsonl(path)
         return
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not usable JSON: {error}") from error
+        raise InputError(f"{path} is not usable JSON: {error}") from None
     if len(text.splitlines()) == 1:
-        yield _as_record(1, whole, may_hold_surrogates=True)
+        yield _checked(1, whole, text)
         return
     keys = ", ".join(list(whole)[:5])
     raise InputError(f"{path} is one JSON object (keys: {keys}), not a list of objects; write [{{...}}, ...]")
@@ -189,10 +194,10 @@ def _csv(path: Path) -> Iterator[Record | BadRow]:
     old_limit = csv.field_size_limit(MAX_LINE_BYTES)  # Python's own limit, 128 KiB, is below one long text
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, strict=True)
+            rows = csv.reader(_bounded_lines(path, file), strict=True)
             header = next(rows, [])
             if not any(header) or len(set(header)) != len(header):
-                raise InputError(f"{path}: the first line must name each column once, found {header}")
+                raise InputError(f"{path}: the first line must name each column once, found {str(header)[:300]}")
             end = rows.line_num
             for row in rows:
                 line, end = end + 1, rows.line_num  # a quoted field may span lines: name the first
@@ -208,6 +213,16 @@ def _csv(path: Path) -> Iterator[Record | BadRow]:
         csv.field_size_limit(old_limit)
 
 
+def _bounded_lines(path: Path, file: TextIO) -> Iterator[str]:
+    """Yield a file's lines without ever holding one that is longer than a record may be."""
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES):
+        number += 1
+        if len(line) == MAX_LINE_BYTES:
+            raise InputError(f"{path}, line {number} is longer than {MAX_LINE_BYTES // 2**20} MiB; is it a CSV file?")
+        yield line
+
+
 def _parquet(path: Path) -> Iterator[Record | BadRow]:
     try:
         import pyarrow
@@ -217,13 +232,50 @@ def _parquet(path: Path) -> Iterator[Record | BadRow]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Record(number, value)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
+            allowance = _Allowance(path, file.metadata.num_rows)
+            # Texts told many times stay told once until a row is taken out.
+            texts = [
+                c.path for c in map(file.schema.column, range(len(file.schema))) if c.physical_type == "BYTE_ARRAY"
+            ]
+            with parquet.ParquetFile(path, read_dictionary=texts) as file:
+                for batch in file.iter_batches(batch_size=256):
+                    for row in range(batch.num_rows):
+                        number += 1
+                        (value,) = batch.slice(row, 1).to_pylist()
+                        yield allowance.record(number, value)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} is not a readable parquet file: {reason}") from error
+
+
+class _Allowance:
+    """How much a compressed file may unpack to: some kilobytes of it can stand for terabytes."""
+
+    def __init__(self, path: Path, rows: int):
+        """Refuse a file that says it has more rows than bytes."""
+        self._path, size = path, path.stat().st_size
+        self._left = LEAST_UNPACKED_BYTES + size * MOST_UNPACKED
+        if rows > size + LEAST_ROWS:
+            raise InputError(f"{path}: {size} bytes that say they hold {rows} rows; download it again")
+
+    def record(self, number: int, value: dict[str, Any]) -> Record | BadRow:
+        """Return a row, counted against what is left.
+
+        Raises:
+            InputError: nothing is left.
+        """
+        try:
+            text = json.dumps(value, ensure_ascii=False)
+        except (TypeError, ValueError):
+            return BadRow(
+                number, "holds a value that JSON has no form for (bytes, a date); keep texts, numbers and lists"
+            )
+        if len(text) > MAX_LINE_BYTES:
+            return BadRow(number, f"row longer than {MAX_LINE_BYTES // 2**20} MiB")
+        self._left -= len(text)
+        if self._left < 0:
+            raise InputError(f"{self._path} unpacks to more than {MOST_UNPACKED} times its size; is it what it says?")
+        return _checked(number, value, text)
 
 
 def _txt(path: Path) -> Iterator[Record | BadRow]:

@@ -7,7 +7,6 @@ model file itself says what to do.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -18,6 +17,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from mlx_lora.errors import InputError
+from mlx_lora.parsing import read_json
 from mlx_lora.sources.gguf_tokenizer import (
     CONTROL,
     NORMAL,
@@ -64,12 +64,7 @@ def write_tokenizer_from_spm(model_file: Path, folder: Path, out: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); download it again") from None
+    return read_json(path, "download it again") if path.is_file() else {}
 
 
 def _added_tokens(folder: Path, config: dict[str, Any], n_pieces: int) -> list[str]:
@@ -78,8 +73,11 @@ def _added_tokens(folder: Path, config: dict[str, Any], n_pieces: int) -> list[s
     Raises:
         InputError: when ids are left out between them.
     """
-    by_id = {int(i): token["content"] for i, token in config.get("added_tokens_decoder", {}).items()}
-    by_id.update({i: token for token, i in _read_json(folder / "added_tokens.json").items()})
+    try:
+        by_id = {int(i): str(token["content"]) for i, token in config.get("added_tokens_decoder", {}).items()}
+        by_id.update({int(i): token for token, i in _read_json(folder / "added_tokens.json").items()})
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(f"{folder}: its added tokens are not as tokenizers have them; download it again") from None
     ids = sorted(i for i in by_id if i >= n_pieces)
     if ids != list(range(n_pieces, n_pieces + len(ids))):
         raise InputError(
@@ -97,8 +95,8 @@ def _vocabulary(proto: Any, config: dict[str, Any], added: list[str]) -> Vocabul
     special = {"bos": spec.bos_id, "eos": spec.eos_id, "unk": spec.unk_id, "pad": spec.pad_id}
     for name in special:
         named = config.get(f"{name}_token")
-        text = named["content"] if isinstance(named, dict) else named
-        special[name] = ids.get(text, special[name])
+        text = named.get("content") if isinstance(named, dict) else named
+        special[name] = ids.get(text, special[name]) if isinstance(text, str) else special[name]
     special = {name: i for name, i in special.items() if 0 <= i < len(tokens)}
     template = config.get("chat_template")
     return Vocabulary(

@@ -13,6 +13,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mlx_lora.parsing import parse_json
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -83,12 +85,15 @@ class MetricsFile:
 def _lines_until(path: Path, step: int) -> list[str]:
     """Return the lines of steps up to `step`; a line that was cut off by a kill is none."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             continue
-        if record["step"] <= step and line.endswith("\n"):
+        if not line.endswith("\n") or not isinstance(record, dict) or type(record.get("step")) is not int:
+            continue
+        numbers = all(value is None or type(value) in (int, float) for value in record.values())
+        if numbers and {"loss", "val_loss"} <= record.keys() and record["step"] <= step:
             kept.append(line)
     return kept
 

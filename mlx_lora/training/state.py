@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.errors import RunError
+from mlx_lora.errors import InputError, RunError
 from mlx_lora.training.step import Step
 
 
@@ -103,7 +103,11 @@ def restore_arrays(step: Step, model: nn.Module, arrays: dict[str, mx.array]) ->
         step: a fresh step of the same settings.
         model: the model, adapted by the same settings.
         arrays: as `run_arrays` returned them.
+
+    Raises:
+        InputError: they are not this run's: another name, shape or type.
     """
+    _check_arrays(run_arrays(step, model), arrays, adapter_layers(model))
 
     def part(prefix: str) -> dict[str, mx.array]:
         return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
@@ -125,6 +129,28 @@ def restore_arrays(step: Step, model: nn.Module, arrays: dict[str, mx.array]) ->
     step.taken = int(step.optimizer.state["step"].item())
     step.masters.hand_out()
     mx.eval(model.parameters(), step.masters.arrays, step.optimizer.state)
+
+
+def _check_arrays(own: dict[str, mx.array], stored: dict[str, mx.array], layers: dict[str, nn.Module]) -> None:
+    """Refuse arrays that do not take the place of the run's own; what a method adds as it goes has no place yet."""
+    added = [name for name in stored if name not in own]
+    strange = [name for name in added if not name.startswith("extras.") and not _is_frozen(name, layers)]
+    wrong = [
+        name
+        for name, value in own.items()
+        if not _is_frozen(name, layers)
+        and (name not in stored or (stored[name].shape, stored[name].dtype) != (value.shape, value.dtype))
+    ]
+    if wrong or strange:
+        raise InputError(
+            f"--resume: the checkpoint's state is not this run's: {', '.join((wrong + strange)[:3])}; "
+            "use an older checkpoint, or start anew"
+        )
+
+
+def _is_frozen(name: str, layers: dict[str, nn.Module]) -> bool:
+    path, _, leaf = name.removeprefix("layers.").rpartition(".")
+    return name.startswith("layers.") and path in layers and leaf in FROZEN
 
 
 def _filled(tree: dict, arrays: dict[str, mx.array]) -> dict:

@@ -1,0 +1,263 @@
+"""Renders chat templates, which come from model and adapter folders: programs that others wrote.
+
+transformers renders them in jinja2's sandbox, where no template reaches Python's objects. What that sandbox does not
+bound is cost: two nested loops run for hours, `'a' * 10**10` takes ten gigabytes in one operation. So the sandbox
+here refuses single operations that make something huge, and a clock looks every few milliseconds at time and memory,
+which bounds all that is made step by step.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
+
+from mlx_lora.errors import InputError
+
+MAX_TEMPLATE_CHARACTERS = 500_000  # the longest published ones have 30,000
+MAX_SIZE = 10_000_000  # characters or items that one operation may make
+MAX_COUNT = 100_000  # a width, an indent, a precision
+MAX_BITS = 10_000  # of a whole number
+RENDER_S = 10.0  # for one conversation, of which a millisecond is usual
+RENDER_BYTES = 512 << 20
+TICK_S = 0.05
+_SANDBOX = "ImmutableSandboxedEnvironment"
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    template: str,
+    tools: list[dict[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+) -> str:
+    """Return a conversation as text, by transformers' own rules.
+
+    Args:
+        tokenizer: for its special tokens.
+        messages, tools: plain data.
+        template: Jinja text.
+        add_generation_prompt: end with what the model answers to.
+
+    Raises:
+        jinja2.TemplateError: the template is none, refuses the conversation, or does what the sandbox does not allow.
+        TypeError, ValueError: it stumbles over the conversation.
+        InputError: it takes more time or memory than any template needs.
+    """
+    if len(template) > MAX_TEMPLATE_CHARACTERS:
+        raise InputError(f"the chat template has {len(template)} characters; use another with --chat-template")
+    try:
+        with _SWAPPED, CLOCK:
+            text = tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                chat_template=template,
+            )
+    except RecursionError:
+        raise jinja2.TemplateRuntimeError("it calls itself without end") from None
+    except (ArithmeticError, LookupError, AttributeError, MemoryError, SyntaxError) as error:
+        # What a template's own operations raise: a division by zero, a table without that key.
+        raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
+    text.encode()  # half a character, which Jinja can spell and no tokenizer takes, is a ValueError here
+    return text
+
+
+class BoundedSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """jinja2's sandbox, without operations whose result is out of all proportion to a chat."""
+
+    intercepted_binops = frozenset(["*", "**", "%"])
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.filters = _BoundedFilters(self.filters)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Compute one of the operators above, if its result is of a sane size."""
+        if operator == "%" and isinstance(left, (str, bytes)):
+            _check_format(left)
+        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+            _check(right * max(1, left.bit_length()), MAX_BITS)
+        elif operator == "*" and isinstance(left, int) and isinstance(right, int):
+            _check(left.bit_length() + right.bit_length(), MAX_BITS)
+        elif operator == "*":
+            for sequence, count in ((left, right), (right, left)):
+                if isinstance(count, int) and hasattr(sequence, "__len__"):
+                    _check(len(sequence) * count, MAX_SIZE)
+        return super().call_binop(context, operator, left, right)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """Return a sandboxed `format` whose widths are bounded; None for anything else."""
+        inner = super().wrap_str_format(value)
+        if inner is None:
+            return None
+
+        @functools.wraps(inner)
+        def checked(*args: Any, **kwargs: Any) -> str:
+            _check_format(value.__self__)
+            _check_counts((*args, *kwargs.values()))
+            return inner(*args, **kwargs)
+
+        return checked
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a function or method, if what it makes is of a sane size."""
+        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        if isinstance(owner, (str, bytes)):
+            _check_text_method(owner, name, args, kwargs)
+        return super().call(__context, __obj, *args, **kwargs)
+
+
+class _BoundedFilters(dict):
+    """jinja2's filters, each with its counts checked; transformers adds its own to them later."""
+
+    def __init__(self, filters: dict[str, Callable]):
+        super().__init__({name: _bounded(name, function) for name, function in filters.items()})
+
+    def __setitem__(self, name: str, function: Callable) -> None:
+        super().__setitem__(name, _bounded(name, function))
+
+
+def _bounded(name: str, function: Callable) -> Callable:
+    """Wrap a filter; what jinja2 passes first (its context), the wrapper carries over with the function's marks."""
+    first = 1 if hasattr(function, "jinja_pass_arg") else 0
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        values = list(args)
+        _check_counts((*values[first + 1 :], *kwargs.values()))
+        if name == "format" and isinstance(values[first], str):
+            _check_format(values[first])
+        if name == "replace" and len(values) > first + 2:
+            _check_replace(str(values[first]), str(values[first + 1]), str(values[first + 2]))
+        if name == "join" and (len(values) > first + 1 or "d" in kwargs):
+            values[first] = list(values[first])
+            between = kwargs.get("d", values[first + 1] if len(values) > first + 1 else "")
+            _check(len(values[first]) * len(str(between)), MAX_SIZE)
+        return function(*values, **kwargs)
+
+    return checked
+
+
+def _check_text_method(text: str | bytes, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
+    if name in ("ljust", "rjust", "center", "zfill", "expandtabs"):
+        _check_counts((*args, *kwargs.values()))
+    if name == "replace" and len(args) > 1:
+        _check_replace(text, args[0], args[1])
+    if name == "join" and args and hasattr(args[0], "__len__"):
+        _check(len(args[0]) * len(text), MAX_SIZE)
+    if name == "translate":
+        raise jinja2.exceptions.SecurityError("translate is not allowed in a chat template")
+
+
+def _check_counts(values: Iterable[Any]) -> None:
+    for value in values:
+        if isinstance(value, int):
+            _check(abs(value), MAX_COUNT)
+        elif isinstance(value, dict):  # of format_map
+            _check_counts(value.values())
+
+
+def _check_format(text: str | bytes) -> None:
+    """A width in a format (`%9999d`) makes as many characters; `*` takes it from the values."""
+    words = text if isinstance(text, str) else text.decode("latin-1")
+    if re.search(r"\d{5}|%[-+ #0]*\*", words):
+        raise jinja2.exceptions.SecurityError("a format of that width is not allowed in a chat template")
+
+
+def _check_replace(text: Any, old: Any, new: Any) -> None:
+    if isinstance(text, (str, bytes)) and type(text) is type(old) is type(new):
+        _check(len(text) + text.count(old) * len(new), MAX_SIZE)
+
+
+def _check(size: int, limit: int) -> None:
+    if size > limit:
+        raise jinja2.exceptions.SecurityError(f"a result of size {size:.3g} is not allowed in a chat template")
+
+
+class _OurSandbox:
+    """Puts our sandbox where transformers takes its own from, while it may compile a template."""
+
+    def __init__(self) -> None:
+        places = (chat_template_utils, jinja2.sandbox)
+        self._theirs = [(place, getattr(place, _SANDBOX)) for place in places if hasattr(place, _SANDBOX)]
+
+    def __enter__(self) -> None:
+        for place, _ in self._theirs:
+            setattr(place, _SANDBOX, BoundedSandbox)
+
+    def __exit__(self, *error: object) -> None:
+        for place, sandbox in self._theirs:
+            setattr(place, _SANDBOX, sandbox)
+
+
+class _Clock:
+    """Stops what runs too long or grows too large: one per process, as the timer is.
+
+    Signals reach the main thread only, where training and generation render; in another thread nothing is watched.
+    Entered again while it runs it counts anew, which costs a microsecond where setting it up costs forty.
+    """
+
+    def __init__(self) -> None:
+        self._depth, self._is_held = 0, False
+
+    def __enter__(self) -> None:
+        if not self._is_ours():
+            return
+        self._began, self._held = time.monotonic(), _peak_bytes()
+        self._depth += 1
+        if self._depth == 1:
+            self._before = signal.signal(signal.SIGALRM, self._look)
+            signal.setitimer(signal.ITIMER_REAL, TICK_S, TICK_S)
+
+    def __exit__(self, *error: object) -> None:
+        if not self._is_ours():
+            return
+        self._depth -= 1
+        if self._depth == 0:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._before)
+
+    def _is_ours(self) -> bool:
+        return hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+
+    def _look(self, number: int, frame: Any) -> None:
+        # Only in a rendering: what stands around several has no bound of its own.
+        if self._depth < 1 + self._is_held:
+            return
+        if time.monotonic() - self._began > RENDER_S or _peak_bytes() - self._held > RENDER_BYTES:
+            raise InputError(
+                f"the chat template takes more than {RENDER_S:g} s or {RENDER_BYTES >> 20} MB for one conversation; "
+                "use another with --chat-template"
+            )
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the timer running over several renderings."""
+        with self:
+            self._is_held = True
+            try:
+                yield
+            finally:
+                self._is_held = False
+
+
+CLOCK, _SWAPPED = _Clock(), _OurSandbox()
+
+
+def _peak_bytes() -> int:
+    """Return the largest size of the process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,122 @@
+"""Loads a folder's tokenizer through transformers; its files are looked at first, since they decide what that does."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
+
+from mlx_lora.cache import cache_dir
+from mlx_lora.data.panics import tokenizer_panics
+from mlx_lora.errors import InputError
+from mlx_lora.files import replacing_folder
+from mlx_lora.models.folder import FOREIGN_ERRORS, inside, short
+from mlx_lora.parsing import MAX_DEPTH, read_json
+from mlx_lora.sources.spm_tokenizer import write_tokenizer_from_spm
+
+# How much longer a normalizer may make a text: published ones at most threefold, one character at a time.
+MOST_GROWTH = 1000
+
+
+def load_folder_tokenizer(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> TokenizerWrapper:
+    """Load a folder's tokenizer through transformers.
+
+    Args:
+        folder: the model's.
+        config: its config.json, for the end tokens.
+        trust_remote_code: let the repository's own tokenizer code run.
+
+    Raises:
+        InputError: it cannot be loaded, or needs code that was not allowed.
+    """
+    check_tokenizer_config(folder, trust_remote_code)
+    check_tokenizer_file(folder / "tokenizer.json")
+    # Said in so many words: left out, transformers asks on the terminal whether to run the code.
+    extra = {"trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = load_tokenizer(_tokenizer_folder(folder), extra, eos_token_ids=config.get("eos_token_id"))
+        with tokenizer_panics("one letter"):
+            tokenizer._tokenizer("x")
+    except InputError:
+        raise
+    except Exception as error:
+        # The tokenizers library raises plain Exception; anything more special than that, and foreign, is a bug.
+        if not isinstance(error, FOREIGN_ERRORS) and type(error) is not Exception:
+            raise
+        raise InputError(
+            f"{folder}: its tokenizer cannot be loaded ({short(error)}); it needs tokenizer.json or tokenizer.model"
+        ) from error
+    return tokenizer
+
+
+def check_tokenizer_config(folder: Path, trust_remote_code: bool) -> None:
+    """Look at the tokenizer's settings before transformers acts on them.
+
+    Raises:
+        InputError: they ask for code that was not allowed, or name files outside their folder.
+    """
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return
+    settings = read_json(file, "download the model again")
+    own_code = isinstance(settings.get("auto_map"), (dict, list)) and settings["auto_map"]
+    if own_code and not trust_remote_code and not (folder / "tokenizer.json").is_file():
+        raise InputError(f"{file}: the tokenizer needs code of its own; read it, then give --trust-remote-code")
+    named = {key: value for key, value in settings.items() if key.endswith("_file") and isinstance(value, str)}
+    versions = settings.get("fast_tokenizer_files")
+    for number, name in enumerate(versions if isinstance(versions, list) else []):
+        named[f"fast_tokenizer_files[{number}]"] = name
+    # Many published files name a path of their author's machine, which says nothing; one that exists here would be read.
+    outside = [key for key, name in named.items() if not inside(folder, name) and (folder / str(name)).exists()]
+    if outside:
+        raise InputError(f"{file}: {outside[0]} names a file outside the folder; remove the key")
+
+
+def check_tokenizer_file(file: Path) -> None:
+    """Refuse a tokenizer.json whose normalizer blows texts up: forty doublings make a terabyte of one letter.
+
+    Raises:
+        InputError: it does, or the file is no JSON.
+    """
+    if not file.is_file():
+        return
+    growth = _growth(read_json(file, "download the model again", check=False).get("normalizer"))
+    if growth > MOST_GROWTH:
+        raise InputError(f"{file}: its normalizer makes texts {growth:.2g} times as long; download the model again")
+
+
+def _growth(normalizer: Any, depth: int = 0) -> float:
+    """Return by how much a normalizer can lengthen a text of one character; one nested without end: by too much."""
+    if not isinstance(normalizer, dict):
+        return 1.0
+    if depth > MAX_DEPTH:
+        return math.inf
+    if isinstance(normalizer.get("normalizers"), list):
+        growth = 1.0
+        for step in normalizer["normalizers"]:
+            growth = min(growth * _growth(step, depth + 1), 1e18)
+        return growth
+    pattern, put = normalizer.get("pattern"), normalizer.get("content", normalizer.get("prepend", ""))
+    taken = pattern.get("String") if isinstance(pattern, dict) else None  # a regular expression takes one at least
+    size = len(put) if isinstance(put, str) else 0
+    if normalizer.get("type") == "Prepend":
+        return 1.0 + size / 100  # once per text
+    return max(1.0, size / max(1, len(taken) if isinstance(taken, str) else 1) + (taken == ""))
+
+
+def _tokenizer_folder(folder: Path) -> Path:
+    """Return `folder`, or a cached rebuild of its SentencePiece tokenizer: transformers' own is not id-exact."""
+    model_file = folder / "tokenizer.model"
+    if (folder / "tokenizer.json").exists() or not model_file.exists():
+        return folder
+    stat = model_file.stat()
+    key = f"{model_file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    rebuilt = cache_dir("converted") / f"tokenizer-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if not rebuilt.exists():
+        with replacing_folder(rebuilt) as temporary:
+            write_tokenizer_from_spm(model_file, folder, temporary)
+    return rebuilt

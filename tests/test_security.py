@@ -1,0 +1,151 @@
+"""What files from elsewhere cannot do here; the fuzzer (test_fuzz.py) has many more of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import jinja2
+import pytest
+from byte_tokenizer import TEMPLATES, byte_tokenizer
+from run_cli import run
+
+from mlx_lora.artifacts import peft
+from mlx_lora.artifacts.card import plain
+from mlx_lora.artifacts.peft import _names
+from mlx_lora.data import sandbox
+from mlx_lora.data.sandbox import render_chat
+from mlx_lora.errors import InputError
+from mlx_lora.parsing import parse_json, parse_yaml
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+
+
+@pytest.mark.parametrize("file", sorted(TEMPLATES.iterdir()), ids=lambda file: file.stem)
+def test_the_sandbox_renders_as_transformers_does(file):
+    tokenizer, text = byte_tokenizer(), file.read_text()
+    for prompt in (False, True):
+        wanted = tokenizer.apply_chat_template(
+            TURNS, tokenize=False, add_generation_prompt=prompt, chat_template=text + "{# theirs #}"
+        )
+        assert render_chat(tokenizer, TURNS, text, add_generation_prompt=prompt) == wanted
+
+
+COSTLY = {
+    "power": "{{ 9 ** (9 ** 9) }}",
+    "repetition": "{{ 'a' * 10 ** 10 }}",
+    "list": "{{ [0] * 9999999999 }}",
+    "width": "{{ '%09999999999d' % 1 }}",
+    "format": "{{ '{:>{n}}'.format(1, n=9999999999) }}",
+    "method": "{{ 'a'.ljust(9999999999) }}",
+    "filter": "{{ 'a' | center(9999999999) }}",
+    "indent": "{{ messages | tojson(indent=9999999999) }}",
+    "replace": "{{ ('a' * 9999).replace('a', 'b' * 9999) }}",
+    "join": "{{ range(99999) | join('b' * 9999) }}",
+    "objects": "{{ ''.__class__.__mro__ }}",
+    "files": "{% include '/etc/passwd' %}",
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_templates_cannot_make_huge_things_or_reach_out(name):
+    with pytest.raises((jinja2.TemplateError, TypeError), match=r"not allowed|unsafe|no loader"):
+        render_chat(byte_tokenizer(), TURNS, COSTLY[name])
+
+
+def test_what_templates_do_need_is_allowed():
+    text = (
+        "{{ '  ' * 3 }}{{ '%s-%5d' % ('a', 2) }}{{ 'a' | center(5) }}{{ ['a', 'b'] | join(', ') }}{{ 7 % 2 + 3 ** 2 }}"
+    )
+    assert render_chat(byte_tokenizer(), TURNS, text) == "      a-    2  a  a, b10"
+
+
+@pytest.mark.parametrize("loop", ["{% for j in range(99999) %}{% endfor %}", "{% set ns.x = ns.x ~ ns.x %}"])
+def test_templates_are_stopped(loop, monkeypatch):
+    monkeypatch.setattr(sandbox, "RENDER_S", 0.3)
+    monkeypatch.setattr(sandbox, "RENDER_BYTES", 64 << 20)
+    start = time.monotonic()
+    with pytest.raises(InputError, match="takes more than"):
+        render_chat(
+            byte_tokenizer(),
+            TURNS,
+            "{% set ns = namespace(x='aaaa') %}{% for i in range(99999) %}" + loop + "{% endfor %}",
+        )
+    assert time.monotonic() - start < 20
+
+
+def test_remote_code_is_never_asked_about(tiny_folder, tmp_path, monkeypatch):
+    """Left to itself transformers asks on the terminal, and a yes runs the code."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "own.py").write_text("import pathlib\npathlib.Path('ran').touch()\nclass Own: ...\n")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    monkeypatch.chdir(tmp_path)
+    ran = run("generate", "--model", folder, "--prompt", "x", "--max-tokens", 1)
+    assert ran.code == 2
+    assert not list(tmp_path.rglob("ran"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "model_file": "../own.py"}))
+    assert "--trust-remote-code" in run("generate", "--model", folder, "--prompt", "x").lines[-1]
+    ran = run("generate", "--model", folder, "--prompt", "x", "--trust-remote-code")
+    assert "not in that folder" in ran.lines[-1]
+
+
+def test_token_ids_beyond_the_embedding_are_not_looked_up(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    last = content["added_tokens"][-1]
+    content["added_tokens"] += [{**last, "id": last["id"] + n, "content": f"Q{n:02}Q"} for n in range(1, 41)]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert run("generate", "--model", folder, "--prompt", "x", "--max-tokens", 1).code == 0
+    ran = run("generate", "--model", folder, "--prompt", "Q40Q", "--max-tokens", 1)
+    assert ran.code == 2
+    assert "holds token" in ran.lines[-1]
+
+
+def test_patterns_that_never_end_are_given_up(monkeypatch):
+    monkeypatch.setattr(peft, "PATTERN_S", 0.01)
+    layer = "model.layers.0.self_attn.q_proj"
+    assert _names("q_proj", layer)
+    assert not _names("k_proj", layer)
+    with pytest.raises(InputError, match="alpha_pattern"):
+        _names(r"(\w|\w\w|\w\w\w|\.)+\.q_pro", layer)
+
+
+def test_names_in_a_card_are_no_commands():
+    assert plain("org/model-1.5:Q4_K_M.gguf") == "org/model-1.5:Q4_K_M.gguf"
+    assert plain('x"); import os; os.system("rm') == "x__; import os; os.system__rm".replace(";", "_")
+    assert plain("a`b$(c)\n| d") == "a_b__c___ d"
+
+
+def test_parsed_text_is_bounded():
+    assert parse_json(b'\xef\xbb\xbf{"a": "[[[["}') == {"a": "[[[["}
+    assert parse_json("[" * 100 + "]" * 100)
+    for text in ("[" * 101 + "]" * 101, "[" * 50_000, '"\\ud800"', '{"\\udc00": 1}', b"\xff", "9" * 5000):
+        with pytest.raises(ValueError, match=r"."):
+            parse_json(text)
+    assert parse_yaml("a: &x [1, 2]\nb: *x\n<<: {c: 3}") == {"a": [1, 2], "b": [1, 2], "c": 3}
+    laughs = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+    for text in (laughs, "a: &a [*a]", "a: !!bool x", "a: 2001-99-99", "[" * 20_000, "a: 0x" + "f" * 6000, 'a: "\\0"'):
+        with pytest.raises(ValueError, match=r"."):
+            parse_yaml(text)
+
+
+def test_an_error_is_one_printable_line(tmp_path):
+    ran = run("train", "--model", "m", "--data", "d", "--config", tmp_path / ("\x1b[2Jx\u202ey" + "z" * 2000))
+    assert ran.code == 2
+    assert "\\x1b[2Jx\\x202ey" in ran.lines[-1]
+    assert all(c.isprintable() for c in ran.lines[-1])
+    assert len(ran.lines[-1]) < 950
+
+
+def test_links_of_a_hub_cache_are_followed(tiny_folder, tmp_path):
+    snapshot = Path(shutil.copytree(tiny_folder, tmp_path / "snapshots" / "c0ffee"))
+    (tmp_path / "blobs").mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(tmp_path / "blobs" / str(number))
+        file.symlink_to(f"../../blobs/{number}")
+    assert run("generate", "--model", snapshot, "--prompt", "x", "--max-tokens", 1).code == 0
