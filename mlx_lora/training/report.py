@@ -92,7 +92,9 @@ def _lines_until(path: Path, step: int) -> list[str]:
             continue
         if not line.endswith("\n") or not isinstance(record, dict) or type(record.get("step")) is not int:
             continue
-        numbers = all(value is None or type(value) in (int, float) for value in record.values())
+        numbers = all(
+            value is None or type(value) in (int, float) for name, value in record.items() if name != "shapes"
+        )
         if numbers and {"loss", "val_loss"} <= record.keys() and record["step"] <= step:
             kept.append(line)
     return kept
