@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mlx_lora"
-STAGES = ("sources", "data", "models", "adapters", "training", "artifacts", "serving")
+STAGES = ("sources", "data", "models", "adapters", "training", "artifacts", "serving", "suite")
 SHARED = ("blas", "cache", "config", "config_checks", "device", "errors", "files", "migration", "supervise")
 FILES = sorted(PACKAGE.rglob("*.py"))
 TRAIN_LOOP = "train"  # may have 150 lines; it reads top to bottom
