@@ -24,6 +24,7 @@ class Bar:
         low, high: spread, drawn as a whisker; None without.
         color: which of the page's colours.
         note: added to the tooltip.
+        words: stand behind the bar instead of its value.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Bar:
     high: float | None = None
     color: int = 0
     note: str = ""
+    words: str = ""
 
 
 def bar_chart(title: str, bars: Sequence[Bar], unit: str = "") -> str:
@@ -66,7 +68,7 @@ def bar_chart(title: str, bars: Sequence[Bar], unit: str = "") -> str:
             middle = top + BAR / 2
             parts.append(f'<line class="whisker" x1="{left}" x2="{right}" y1="{middle}" y2="{middle}"/>')
             end = max(end, right - LABELS)
-        value = f"{number(float(f'{bar.value:.3g}'))}{unit}"
+        value = bar.words or f"{number(float(f'{bar.value:.3g}'))}{unit}"
         parts.append(f'<text class="value" x="{LABELS + end + 6}" y="{top + BAR - 3}">{escape(value)}</text></g>')
     return "".join([*parts, "</svg>"])
 

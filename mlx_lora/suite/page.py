@@ -170,9 +170,10 @@ def _memory_chart(table: Table, workload: Workload | None) -> dict[str, Any]:
                 Bar("by the plan", planned / 1e9, predicted=True, note=f"{row.label}, MLX's allocator"),
             ]
     for size, one in _sizes(workload):
-        fits = f"may use {one['working_set_bytes'] / 1e9:.1f} GB" + ("" if one["fits"] else ": does not fit")
-        name = f"Mac, {size} GB" + ("" if one["fits"] else ": too small")
-        bars.append(Bar(name, one["peak_memory_bytes"] / 1e9, predicted=True, note=fits))
+        needed, most = one["needed_bytes"] / 1e9, one["working_set_bytes"] / 1e9
+        words = f"{needed:.2g} of {most:.0f} GB" if one["fits"] else f"{needed:.3g} GB: too much"
+        note = f"with the buffer cache; the GPU may use {most:.1f} GB"
+        bars.append(Bar(f"Mac, {size} GB", needed, predicted=True, note=note, words=words))
     return _chart("Peak memory", bar_chart(f"{table.name}: peak memory", bars, " GB"), bars)
 
 

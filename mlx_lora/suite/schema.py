@@ -7,7 +7,7 @@ a list, one ending in `{}` for each value of a mapping.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,8 +198,13 @@ def problems_of(content: Any) -> list[str]:
         return [f"schema version {version}, {age} than {VERSION}, which is read here; {advice}"]
     found = [line for fields in (TOP, MACHINE, DEVICE, SOFTWARE, RATES) for line in _check(content, fields)]
     for number, entry in enumerate(content["results"] if isinstance(content.get("results"), list) else []):
-        found += [f"results[{number}].{line}" for line in _entry_problems(entry)]
+        found += _under(f"results[{number}]", _entry_problems(entry))
     return found
+
+
+def _under(path: str, lines: Iterable[str]) -> list[str]:
+    """Put a path before what is wrong below it, or with the thing itself (`is missing`)."""
+    return [f"{path} {line}" if line.startswith("is ") else f"{path}.{line}" for line in lines]
 
 
 def _entry_problems(entry: Any) -> Iterator[str]:
@@ -211,7 +216,7 @@ def _entry_problems(entry: Any) -> Iterator[str]:
     yield from _check(entry, own)
     for moment in ("power_before", "power_after"):
         if isinstance(entry.get(moment), dict):
-            yield from (f"{moment}.{line}" for line in _check(entry[moment], POWER))
+            yield from _under(moment, _check(entry[moment], POWER))
     workload = entry.get("workload")
     if isinstance(workload, dict) and workload.get("digest") != digest_of(workload):
         yield "workload.digest does not belong to the definition: it was edited"
@@ -221,7 +226,7 @@ def _entry_problems(entry: Any) -> Iterator[str]:
     if status == "measured":
         for part, fields in (("figures", FIGURES), ("predicted", PREDICTED)):
             content = entry.get(part)
-            yield from (f"{part}.{line}" for line in (_check(content, fields) if content else ["is missing"]))
+            yield from _under(part, _check(content, fields) if content else ["is missing"])
     elif status in STATUSES and not entry.get("reason"):
         yield "reason is missing"
     figures = entry.get("figures")
