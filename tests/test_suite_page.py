@@ -85,6 +85,8 @@ def test_in_a_browser(page, width, dark):
     assert not seen.console
     assert seen.found["charts"] == 6
     assert seen.found["lines"] >= 2 * 5
-    assert seen.found["needed"] <= max(width, seen.found["width"])
+    assert seen.found["needed"] <= width == seen.found["width"]
+    assert seen.found["outside"] == []
+    assert seen.found["smallest"] >= 9
     assert seen.found["clipped"] == 0
     assert (seen.found["paper"] == "rgb(253, 253, 251)") is not dark

@@ -8,7 +8,8 @@ from html import escape
 
 from mlx_lora.artifacts.plots import WIDTH, number
 
-LABELS, VALUES = 205, 105  # widths of the columns beside the bars
+LABELS = 205  # width of the column of names
+LETTER = 12.5  # of a value, at the size that a phone's width gives it
 ROW, BAR, TOP = 28, 16, 6
 MOST_LETTERS = 20
 
@@ -49,10 +50,11 @@ def bar_chart(title: str, bars: Sequence[Bar], unit: str = "") -> str:
     opening = f'<svg class="chart bars" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
     if not bars:
         return f'{opening}<text x="{WIDTH / 2}" y="{height / 2}" text-anchor="middle">nothing measured</text></svg>'
-    room = WIDTH - LABELS - VALUES
+    values = [bar.words or f"{number(float(f'{bar.value:.3g}'))}{unit}" for bar in bars]
+    room = WIDTH - LABELS - 10 - LETTER * max(len(value) for value in values)
     most = max(max(bar.value, bar.high or 0) for bar in bars) or 1
     parts = [opening, f'<line class="grid" x1="{LABELS}" x2="{LABELS}" y1="{TOP}" y2="{height - TOP}"/>']
-    for row, bar in enumerate(bars):
+    for row, (bar, value) in enumerate(zip(bars, values, strict=True)):
         top = TOP + ROW * row + (ROW - BAR) / 2
         length = round(max(1.0, bar.value / most * room), 1)
         kind = "predicted" if bar.predicted else "measured"
@@ -68,7 +70,6 @@ def bar_chart(title: str, bars: Sequence[Bar], unit: str = "") -> str:
             middle = top + BAR / 2
             parts.append(f'<line class="whisker" x1="{left}" x2="{right}" y1="{middle}" y2="{middle}"/>')
             end = max(end, right - LABELS)
-        value = bar.words or f"{number(float(f'{bar.value:.3g}'))}{unit}"
         parts.append(f'<text class="value" x="{LABELS + end + 6}" y="{top + BAR - 3}">{escape(value)}</text></g>')
     return "".join([*parts, "</svg>"])
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 260
-LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 34
+LEFT, RIGHT, TOP, BOTTOM = 88, 12, 12, 34
 MOST_POINTS = 400  # per series; more are averaged
 MOST_DOTS = 60  # a series of more points is a bare line
 
