@@ -110,7 +110,7 @@ def compare_command(paths: tuple[Path, ...], markdown: bool, across_versions: bo
     """Print result files, or folders of them, side by side; the first is the reference of ratios."""
     results, problems = read_results(paths)
     for line in problems:
-        cli.echo(f"Left out: {line}")
+        cli.echo(line)
     tables = compare(results, across_versions)
     if as_json:
         cli.print_json({**to_json(tables), "left_out": problems})
@@ -130,7 +130,7 @@ def report_command(paths: tuple[Path, ...], out: Path, across_versions: bool) ->
         raise InputError(f"no result named, and no {RESULTS} here; name files or folders")
     results, problems = read_results(paths or (RESULTS,))
     for line in problems:
-        cli.echo(f"Left out: {line}")
+        cli.echo(line)
     write_page(out, results, problems, across_versions)
     cli.echo(f"{len(results)} results in {out}")
 

@@ -11,7 +11,7 @@ from made_results import made_rates
 from run_cli import run
 
 from mlx_lora.suite import machine, running
-from mlx_lora.suite.energy import EnergyMeter
+from mlx_lora.suite.energy import POWER, EnergyMeter
 from mlx_lora.suite.figures import run_figures, spread
 from mlx_lora.suite.models import MODELS
 from mlx_lora.suite.prediction import (
@@ -152,6 +152,9 @@ def test_power_of_a_mac_is_read():
     assert machine.mac_low_power("System-wide power settings:\n lowpowermode         1\n sleep 1") is True
     assert machine.mac_low_power(" powermode            2\n") is False
     assert machine.mac_low_power(" sleep                1\n") is None
+    assert machine.gpu_core_count('+-o AGXAcceleratorG13X  <class AGX>\n  {\n    "gpu-core-count" = 16\n') == 16
+    assert machine.gpu_core_count("") is None
+    assert POWER.search("Combined Power (CPU + GPU + ANE): 12345 mW")[1] == "12345"
     assert [machine.thermal_state(one) for one in ("0", "3", "9", "", None)] == [
         "nominal",
         "critical",

@@ -58,17 +58,22 @@ def memory_bytes() -> int:
 
 def _mac() -> dict[str, Any]:
     """Ask macOS."""
-    cores = re.search(r'"gpu-core-count" = (\d+)', answer("ioreg", "-rc", "AGXAccelerator", "-d", "1") or "")
     return {
         "chip": answer("sysctl", "-n", "machdep.cpu.brand_string"),
         "model": answer("sysctl", "-n", "hw.model"),
-        "gpu_cores": int(cores[1]) if cores else None,
+        "gpu_cores": gpu_core_count(answer("ioreg", "-rc", "AGXAccelerator", "-d", "1") or ""),
         "performance_cores": _whole(answer("sysctl", "-n", "hw.perflevel0.physicalcpu")),
         "efficiency_cores": _whole(answer("sysctl", "-n", "hw.perflevel1.physicalcpu")),
         "system": "macOS",
         "system_version": answer("sw_vers", "-productVersion"),
         "system_build": answer("sw_vers", "-buildVersion"),
     }
+
+
+def gpu_core_count(registry: str) -> int | None:
+    """Read the GPU's entry of `ioreg`."""
+    found = re.search(r'"gpu-core-count" = (\d+)', registry)
+    return int(found[1]) if found else None
 
 
 def _linux() -> dict[str, Any]:

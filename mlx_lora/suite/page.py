@@ -170,10 +170,10 @@ def _memory_chart(table: Table, workload: Workload | None) -> dict[str, Any]:
                 Bar("by the plan", planned / 1e9, predicted=True, note=f"{row.label}, MLX's allocator"),
             ]
     for size, one in _sizes(workload):
-        needed, most = one["needed_bytes"] / 1e9, one["working_set_bytes"] / 1e9
-        words = f"{needed:.2g} of {most:.0f} GB" if one["fits"] else f"{needed:.3g} GB: too much"
-        note = f"with the buffer cache; the GPU may use {most:.1f} GB"
-        bars.append(Bar(f"Mac, {size} GB", needed, predicted=True, note=note, words=words))
+        peak, most = one["peak_memory_bytes"] / 1e9, one["working_set_bytes"] / 1e9
+        words = f"{peak:.3g} of {most:.0f} GB" if one["fits"] else f"{peak:.3g} GB: too much"
+        note = f"MLX's allocator; the GPU may use {most:.1f} GB"
+        bars.append(Bar(f"Mac, {size} GB", peak, predicted=True, note=note, words=words))
     return _chart("Peak memory", bar_chart(f"{table.name}: peak memory", bars, " GB"), bars)
 
 
