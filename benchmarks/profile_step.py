@@ -42,7 +42,7 @@ from mlx_lora.models.activations import lean_swiglu
 from mlx_lora.models.attention import Tiles, tiled_attention
 from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.training.activation_memory import apply_checkpointing
+from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.fused import fused_cross_entropy
 from mlx_lora.training.losses import Arrays, choose_loss
 from mlx_lora.training.optim import build_optimizer

@@ -10,6 +10,7 @@ from mlx_lora import cli
 
 COMMANDS = {
     "convert": "Turn a hub model, a folder or a GGUF file into an MLX folder, quantised or not.",
+    "plan": "Say whether a run will fit, with which settings, and how fast.",
     "train": "Train an adapter.",
     "evaluate": "Measure loss and perplexity on a data file.",
     "generate": "Generate text.",

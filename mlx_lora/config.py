@@ -21,6 +21,7 @@ OPTIMIZERS = ("adamw", "adam", "muon", "sgd", "adafactor")
 SCHEDULES = ("cosine", "linear", "constant")
 METHODS = ("lora", "rslora", "dora", "lora-plus", "pissa", "adalora", "relora", "full")
 BIASES = ("none", "lora_only", "all")
+DEFAULT_BATCH_TOKENS = 2048
 QUANTIZED_MATMUL = ("auto", "packed", "dense")
 
 
@@ -120,7 +121,11 @@ class LoopSettings:
     iters: int | None = setting(None, "Optimizer steps; default: --epochs over the data.")
     epochs: float | None = setting(None, "Passes over the data (default 1).")
     batch_size: int | None = setting(None, "Rows per micro-batch; default: as many as --batch-tokens holds.")
-    batch_tokens: int = setting(2048, "Tokens per micro-batch, padding included, unless --batch-size is given.")
+    batch_tokens: int | None = setting(
+        None,
+        f"Tokens per micro-batch, padding included, unless --batch-size is given (default: {DEFAULT_BATCH_TOKENS}, or less "
+        "where the planner finds that it does not fit).",
+    )
     grad_accumulation_steps: int = setting(1, "Micro-batches per optimizer step, weighted by their tokens.")
     batch_parts: int = setting(
         1,
@@ -136,6 +141,10 @@ class LoopSettings:
         "flag alone), N (all, in every N-th block), or auto: the fastest that fits.",
         flag_value="block",
     )
+    memory_budget: float | None = setting(
+        None, "GB (10^9 bytes) that the run may use (default: what the device recommends)."
+    )
+    memory_check: bool = setting(True, "Refuse a run that does not fit by the plan; --no-memory-check tries it.")
     steps_per_report: int = setting(10, "Steps between reports.")
     steps_per_eval: int = setting(200, "Steps between validations; 0: only at the end.")
     val_batches: int = setting(25, "Validation batches per validation; -1: all, 0: none.")

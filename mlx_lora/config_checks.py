@@ -38,6 +38,7 @@ _RANGES = {
     "epochs": (0, 1e9, False),
     "batch_size": (1, 10**6, True),
     "batch_tokens": (2, 10**9, True),
+    "memory_budget": (0, 1e6, False),
     "grad_accumulation_steps": (1, 10**6, True),
     "steps_per_report": (1, 10**12, True),
     "steps_per_eval": (0, 10**12, True),

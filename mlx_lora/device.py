@@ -21,8 +21,7 @@ import mlx.core as mx
 from mlx_lora import BLAS
 from mlx_lora.cache import cache_dir
 from mlx_lora.errors import InputError
-
-GIB = 1024**3
+from mlx_lora.shape import GIB, Machine
 
 
 @dataclass(frozen=True)
@@ -84,30 +83,38 @@ def compute_dtype(name: str = "auto") -> mx.Dtype:
     return dtypes[name]
 
 
-def set_cache_limit(limit: str | None) -> int:
+def current_machine(dtype: str = "auto") -> Machine:
+    """Describe this device as the planner wants it.
+
+    Args:
+        dtype: --dtype of the run.
+    """
+    here = current_device()
+    return Machine(here.name, here.backend, here.memory_bytes, here.working_set_bytes, compute_dtype(dtype).size)
+
+
+def set_cache_limit(limit: str | None, budget_bytes: int | None = None) -> int:
     """Bound MLX's buffer cache once for the whole run and return the bound in bytes.
 
     Args:
-        limit: a size such as `2GB`, or None for a sixteenth of the working set: batches of many shapes leave
+        limit: a size such as `2GB`, or None for a sixteenth of what the run may use: batches of many shapes leave
             buffers that fit no later one, and they count in the process all the same.
+        budget_bytes: what the run may use; None: the working set.
     """
-    bound = current_device().working_set_bytes // 16 if limit is None else parse_size(limit)
+    share = (budget_bytes or current_device().working_set_bytes) // 16
+    bound = share if limit is None else parse_size(limit)
     mx.set_cache_limit(bound)
     return bound
 
 
 def loss_tile_bytes() -> int:
-    """Return the bytes that one tile of the fused loss's logits may take.
-
-    Large enough that a tile's products fill the machine, and small: MLX allocates for some hundred operations
-    ahead of those that run, so about twelve tiles are there at a time, whatever their size.
-    """
-    return min(16 << 20, current_device().working_set_bytes // 64)
+    """Return the bytes that one tile of the fused loss's logits may take."""
+    return current_machine().tile_bytes
 
 
 def dense_experts_bytes() -> int:
     """Return the bytes that one layer's experts may take in float while they are multiplied by."""
-    return current_device().working_set_bytes // 16
+    return current_machine().dense_experts_bytes
 
 
 def keep_exponentials() -> bool:

@@ -11,7 +11,7 @@ import click
 
 from mlx_lora import cli
 from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.config import train_settings
+from mlx_lora.config import DEFAULT_BATCH_TOKENS, train_settings
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.loading import load_eval_set
 from mlx_lora.errors import InputError
@@ -37,8 +37,7 @@ def main(
     **options: Any,
 ) -> None:
     """Print loss, perplexity and the count of supervised tokens of --data."""
-    given = cli.given({**options, "batch_tokens": batch_tokens})
-    settings = train_settings(given)
+    settings = train_settings(cli.given(options))
     if not settings.data.data:
         raise InputError("--data: missing; give a data file, or a folder with a test or valid split")
     adapter = resolve_adapter(adapter_path, adapter_revision)
@@ -47,7 +46,7 @@ def main(
     if template and not settings.data.chat_template:
         base.hf_tokenizer.chat_template = template
     rows = load_eval_set(settings.data.data, settings.data, base.hf_tokenizer, cli.echo)
-    plan = BatchPlan(rows, batch_tokens=settings.loop.batch_tokens, batch_size=None, seed=0)
+    plan = BatchPlan(rows, batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)
     loss, tokens = mean_loss(base.model, choose_loss(base.model, base.config).measure, plan.batches())
     result = {"loss": loss, "perplexity": cli.perplexity(loss), "supervised_tokens": tokens, "rows": len(rows)}
     if as_json:

@@ -34,21 +34,23 @@ from mlx_lora.artifacts.adapter import (
 from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
 from mlx_lora.artifacts.checkpoint import Checkpoint, locked
 from mlx_lora.artifacts.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
-from mlx_lora.config import AdapterSettings, TrainSettings, train_settings
+from mlx_lora.config import DEFAULT_BATCH_TOKENS, AdapterSettings, LoopSettings, TrainSettings, train_settings
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.loading import DataSplits, load_data
 from mlx_lora.data.widths import ShapePrice
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable, replacing_file
+from mlx_lora.memory import MemoryPlan
 from mlx_lora.models.attention import AttentionCall, tiled_attention
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.supervise import run_supervised
-from mlx_lora.training.activation_memory import apply_checkpointing, choose_checkpointing
+from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.guard import MemoryGuard
 from mlx_lora.training.losses import Loss, choose_kernels, choose_loss
 from mlx_lora.training.method_events import make_events, restart_every, restart_warmup
 from mlx_lora.training.optim import build_optimizer
+from mlx_lora.training.planning import adapted_shape, check_base_fits, fit_run, gigabytes
 from mlx_lora.training.report import Metrics, MetricsFile, make_progress
 from mlx_lora.training.state import Diverged, Position, restore_arrays
 from mlx_lora.training.step import Step
@@ -72,6 +74,8 @@ def main(config_file: str | None, **options: Any) -> int:
     if settings.loop.short_buffers:
         device.restart_with_short_buffers()
     check_run_folder(settings)
+    if wants_training(settings):
+        check_base_fits(settings)
     base = load_base(settings.model)
     if not wants_training(settings):
         adapt_for_test(settings, base)
@@ -132,11 +136,13 @@ def check_test_split(settings: TrainSettings, splits: DataSplits) -> None:
 
 def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Outcome:
     """Adapt the base, train, and write the run folder."""
-    loop, folder = settings.loop, Path(settings.loop.adapter_path)
-    mx.random.seed(loop.seed)
+    folder = Path(settings.loop.adapter_path)
+    mx.random.seed(settings.loop.seed)
     # Kept with the adapter when it is not the model's own, so that generate renders prompts the same way.
     own_template = splits.chat_template == base.hf_tokenizer.chat_template
     adapted, info = adapt(settings, base, None if own_template else splits.chat_template)
+    settings, memory = fit_run(settings, adapted_shape(base.model, base.config, settings), splits.train)
+    loop = settings.loop
     found = find_checkpoint(loop, cli.echo)
     epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
     price = ShapePrice(epochs=epochs)
@@ -149,21 +155,19 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     if found:
         check_continuation(found, identity)
     loss = choose_loss(base.model, base.config)
-    attend, forms = choose_forms(settings, base, plan, loss)
+    attend, forms = choose_forms(settings, base, loss, memory)
     step = make_step(settings, base, loss, attend, steps)
     factors = adapter_parameters(base.model)
-    adapter_bytes = sum(p.nbytes for p in factors.values())
-    checkpoints = min(steps // loop.save_every + 1, loop.keep + 1 if loop.keep else steps) if loop.save_every else 0
-    # A checkpoint holds the adapter, its masters, and for Adam two moments.
-    check_writable(folder, "--adapter-path", adapter_bytes * (4 * checkpoints + 1))
-    device.set_cache_limit(loop.clear_cache_threshold)
+    check_room(loop, sum(p.nbytes for p in factors.values()), steps)
+    device.set_cache_limit(loop.clear_cache_threshold, memory.budget_bytes)
     device.wire_working_set()
     describe_run(settings, base, adapted, factors, plan, steps, forms)
+    del factors  # the step has its own from here on, and these would stay in memory beside them
     run, at = RunFolder(loop, info, identity), found.position if found else Position()
     begin(run, found, base, step, steps)
     write_settings(folder, settings)
     at.parts = max(at.parts, loop.batch_parts)
-    guard = MemoryGuard(at, device.current_device().working_set_bytes, cli.echo)
+    guard = MemoryGuard(at, memory.budget_bytes, cli.echo)
 
     def save(step_number: int) -> None:
         run.save(base.model, step, at)
@@ -211,6 +215,12 @@ def reporting(
     finally:
         progress.close()
         metrics.close()
+
+
+def check_room(loop: LoopSettings, adapter_bytes: int, steps: int) -> None:
+    """Refuse a run whose checkpoints the disk will not hold: each has the adapter, its masters, and Adam's moments."""
+    checkpoints = min(steps // loop.save_every + 1, loop.keep + 1 if loop.keep else steps) if loop.save_every else 0
+    check_writable(Path(loop.adapter_path), "--adapter-path", adapter_bytes * (4 * checkpoints + 1))
 
 
 def make_step(settings: TrainSettings, base: Base, loss: Loss, attend: AttentionCall | None, steps: int) -> Step:
@@ -275,31 +285,24 @@ def validation_plan(rows: EncodedSet | None, settings: TrainSettings) -> BatchPl
     """Plan held-out batches; the seed is fixed so that every validation sees the same ones."""
     if rows is None or len(rows) == 0:
         return None
-    return BatchPlan(rows, batch_tokens=settings.loop.batch_tokens, batch_size=settings.loop.batch_size, seed=0)
+    tokens = settings.loop.batch_tokens or DEFAULT_BATCH_TOKENS
+    return BatchPlan(rows, batch_tokens=tokens, batch_size=settings.loop.batch_size, seed=0)
 
 
 def choose_forms(
-    settings: TrainSettings, base: Base, plan: BatchPlan, loss: Loss
+    settings: TrainSettings, base: Base, loss: Loss, memory: MemoryPlan
 ) -> tuple[AttentionCall | None, list[str]]:
-    """Choose checkpointing and kernels for this model and these batches, and apply them.
+    """Choose kernels for this model, apply them and the checkpointing.
 
     Returns:
         What computes attention in the step, None for the model's own; and words for the run header.
     """
-    model = base.model
-    use_kernels, kernels = choose_kernels(model, base.config, loss)
-    held = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
-    checkpointing = choose_checkpointing(
-        settings.loop.grad_checkpoint,
-        model,
-        max(rows * width for rows, width, _ in plan.shapes),
-        device.compute_dtype(settings.model.dtype),
-        device.current_device().working_set_bytes - held,
-    )
-    tape = apply_checkpointing(model, checkpointing)
+    use_kernels, kernels = choose_kernels(base.model, base.config, loss)
+    tape = apply_checkpointing(base.model, settings.loop.grad_checkpoint)
     attend = (tape.attend if tape else tiled_attention) if use_kernels else None
-    waits = ["a pause after each micro-batch"] if settings.loop.short_buffers else []
-    return attend, [loss.description, kernels, f"checkpointing {checkpointing}", *waits]
+    notes = [f"{gigabytes(memory.peak_bytes)} planned at the peak, of {gigabytes(memory.budget_bytes)}"]
+    notes += ["a pause after each micro-batch"] if settings.loop.short_buffers else []
+    return attend, [loss.description, kernels, f"checkpointing {settings.loop.grad_checkpoint}", *notes]
 
 
 def describe_method(adapter: AdapterSettings, steps: int) -> str:

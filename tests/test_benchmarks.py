@@ -284,3 +284,21 @@ def test_a_curve_or_an_adapter_apart_is_no_parity(module):
     turned = script.compare(script.Run(wanted.losses, {**wanted.adapter, "b": np.ones(3)}, 0.0), wanted, initial)
     assert (turned.good, turned.tensor) == (False, "b")
     assert not script.compare(script.Run(np.array([2.0, np.nan]), wanted.adapter, 0.0), wanted, initial).good
+
+
+def test_planned_peaks_lie_beside_measured_ones(tiny_folder, tmp_path, capsys):
+    script = module("plan_memory")
+    out = tmp_path / "measured.jsonl"
+    few = ["--lengths", "64", "--ranks", "4", "--checkpointing", "block", "--batch-tokens", "128", "--iters", "1"]
+    measure = ["measure", "--model", f"tiny={tiny_folder}", "--out", str(out), *few]
+    assert script.main(measure) == script.main(measure) == 0
+    (case,) = script.read_measured(out)  # the second call found it there
+    assert case["peak_memory_bytes"] > 0
+    assert script.main(["table", "--out", str(out)]) == 0
+    assert f"| {case['peak_memory_bytes'] / 1e6:.0f} |" in capsys.readouterr().out
+
+
+def test_published_figures_lie_beside_predictions(capsys):
+    assert module("plan_published").main() == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| m")]
+    assert len(rows) == len(module("plan_published").FIGURES)

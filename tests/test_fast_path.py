@@ -21,7 +21,7 @@ from mlx_lora.models.attention import tiled_attention
 from mlx_lora.models.head import find_head
 from mlx_lora.models.kernels import training_kernels
 from mlx_lora.models.matmul import use_measured_matmul
-from mlx_lora.training.activation_memory import apply_checkpointing
+from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.losses import Arrays, fused_loss, plain_loss
 
 TOLERANCE = 1e-5

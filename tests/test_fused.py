@@ -14,7 +14,6 @@ from test_step import adapted, batch, factors, make_step
 from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.models.head import Head, find_head
-from mlx_lora.training import fused as fused_module
 from mlx_lora.training.fused import fused_cross_entropy, tile_shape
 from mlx_lora.training.losses import Arrays, choose_loss, fused_loss, plain_loss
 from mlx_lora.training.step import Step
@@ -49,7 +48,7 @@ def by_definition(head: Head, h: mx.array, targets: mx.array, weights: mx.array)
 @pytest.mark.parametrize("layer", HEADS.values(), ids=HEADS)
 def test_value_and_gradient_equal_the_definition(layer, scale, cap, tile, monkeypatch):
     budget, most_rows = tile
-    monkeypatch.setattr(fused_module, "MAX_ROWS", most_rows)
+    monkeypatch.setattr("mlx_lora.memory.MAX_ROWS", most_rows)
     head = Head(nn.Module(), layer(), scale, cap)
     h, targets = 2 * mx.random.normal((P, D)), mx.random.randint(0, V, (P,))
     weights = (mx.random.uniform(shape=(P,)) < 0.7).astype(mx.float32)

@@ -9,7 +9,22 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mlx_lora"
 STAGES = ("sources", "data", "models", "adapters", "training", "artifacts", "serving", "suite")
-SHARED = ("blas", "cache", "config", "config_checks", "device", "errors", "files", "migration", "supervise")
+SHARED = (
+    "blas",
+    "cache",
+    "ceilings",
+    "chips",
+    "config",
+    "config_checks",
+    "device",
+    "errors",
+    "files",
+    "memory",
+    "migration",
+    "shape",
+    "speed",
+    "supervise",
+)
 FILES = sorted(PACKAGE.rglob("*.py"))
 TRAIN_LOOP = "train"  # may have 150 lines; it reads top to bottom
 

@@ -230,6 +230,8 @@ ELSEWHERE = {
     "test_batches": "below: needs a test split",
     "clear_cache_threshold": "above",
     "project_name": "below: needs a logger",
+    "memory_budget": "test_plan_command.py: other settings are chosen, or the run is refused",
+    "memory_check": "test_plan_command.py",
     "keep": "test_resume.py",
     **dict.fromkeys(
         ("keep_best", "early_stopping_patience", "early_stopping_threshold", "batch_parts", "max_restarts"),

@@ -40,6 +40,8 @@ FREE = frozenset(
         "trust_remote_code",
         "iters",
         "epochs",
+        "memory_budget",
+        "memory_check",
         "steps_per_report",
         "steps_per_eval",
         "val_batches",

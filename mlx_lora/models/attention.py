@@ -21,13 +21,7 @@ from itertools import pairwise
 import mlx.core as mx
 
 from mlx_lora import device
-
-# Small enough that half of the scores lie above the diagonal and are left out even in short rows, large
-# enough that a tile's products fill the machine.
-TILE_QUERIES = 64
-# Where exponentials are dear (device.py), rows up to so many keys keep their probabilities: then these are no
-# more than the block's other activations.
-MAX_KEPT_KEYS = 512
+from mlx_lora.memory import MAX_KEPT_KEYS, TILE_QUERIES
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,7 @@ def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.D
         if tensor.form is not None:
             layouts[places[tensor.source].name.removesuffix(".weight")] = tensor.form
     conversion.size_bytes = writer.close()
-    config |= _quantisation_entries(layouts)
+    config |= quantisation_entries(layouts)
     config["torch_dtype"] = str(dtype).removeprefix("mlx.core.")
     config["mlx_lora"] = _provenance(source, conversion) | {"sha256": _sha256(source.path)}
     write_json(folder / "config.json", config)
@@ -226,7 +226,7 @@ def _count(conversion: Conversion, tensor: Imported, could_pack: bool) -> None:
         conversion.errors.setdefault(tensor.source_type, []).append(tensor.error)
 
 
-def _quantisation_entries(layouts: dict[str, Quantisation]) -> dict[str, Any]:
+def quantisation_entries(layouts: dict[str, Quantisation]) -> dict[str, Any]:
     """Return config.json's `quantization`: the commonest form, then every layer's own."""
     if not layouts:
         return {}

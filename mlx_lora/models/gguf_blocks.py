@@ -29,6 +29,11 @@ FLOAT = frozenset({Kind.F32, Kind.F16, Kind.BF16, Kind.F64})
 _CHUNK_BYTES = 1 << 25  # packed bytes unpacked at a time: temporaries stay at a few hundred MB
 
 
+def block_form(kind: Kind) -> Quantisation:
+    """Return MLX's form of a type in LOSSLESS."""
+    return Quantisation(_BITS[kind], GROUP)
+
+
 def carry_blocks(tensor: GGUFTensor, dtype: mx.Dtype) -> PackedWeight:
     """Repack a tensor of a type in LOSSLESS without touching its codes.
 

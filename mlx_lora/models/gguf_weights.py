@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_lora.errors import InputError
 from mlx_lora.models.gguf_arch import Weight, undo_rope_order
-from mlx_lora.models.gguf_blocks import FLOAT, LOSSLESS, carry_blocks
+from mlx_lora.models.gguf_blocks import FLOAT, LOSSLESS, block_form, carry_blocks
 from mlx_lora.models.quantize import PackedWeight, Quantisation, quantise_weight, relative_error
 from mlx_lora.sources.gguf import GGUFTensor
 
@@ -78,6 +78,13 @@ def _import_tensor(tensor: GGUFTensor, place: Weight, target: Target, dtype: mx.
     error = relative_error(packed.dequantise(), values)
     parameters = packed.parameters(place.name.removesuffix(".weight"))
     return Imported(tensor.name, tensor.type.name, parameters, n_values, form, lossless=False, error=error)
+
+
+def carried_form(tensor: GGUFTensor) -> Quantisation | None:
+    """Return how a tensor is packed when GGUF's blocks are carried over; None: it is float. Reads no weight."""
+    if len(tensor.shape) == 2 and tensor.type in LOSSLESS:
+        return block_form(tensor.type)
+    return _form_for(tensor, "carry")
 
 
 def _form_for(tensor: GGUFTensor, target: Target) -> Quantisation | None:

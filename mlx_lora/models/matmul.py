@@ -41,7 +41,8 @@ def dequantised_matmul(x: mx.array, packed: list[mx.array], *, group_size: int, 
 
     @mx.custom_function
     def product(x: mx.array, *arrays: mx.array) -> mx.array:
-        return x @ dense(arrays).T
+        # After x: a checkpointed block's second pass begins from another x, and is not merged with the first.
+        return x @ dense(tuple(mx.depends(array, x) for array in arrays)).T
 
     @product.vjp
     def product_vjp(primals, cotangent, _):
@@ -76,7 +77,7 @@ def dequantised_gather_mm(
 
     @mx.custom_function
     def product(x: mx.array, indices: mx.array, *arrays: mx.array) -> mx.array:
-        transposed = dense(list(arrays)).swapaxes(-1, -2)
+        transposed = dense([mx.depends(array, x) for array in arrays]).swapaxes(-1, -2)  # see `dequantised_matmul`
         return mx.gather_mm(x, transposed, rhs_indices=indices, sorted_indices=True)
 
     @product.vjp

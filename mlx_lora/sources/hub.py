@@ -80,6 +80,36 @@ def resolve_model(model: str, revision: str | None = None, *, trust_remote_code:
     return _from_hub(found["repo"], found["pick"], revision, trust_remote_code)
 
 
+def resolve_config(model: str, revision: str | None = None) -> Path:
+    """Find what tells a model's shape, downloading no weights: a folder, a config.json, or a .gguf file.
+
+    Args:
+        model, revision: as `resolve_model` takes them, or the path of a config.json.
+
+    Raises:
+        InputError: nothing of the kind is there, or the hub will not give it.
+    """
+    path = Path(model).expanduser()
+    if path.suffix == ".json" and path.is_file():
+        return path
+    if path.is_dir() and (path / "config.json").is_file():
+        return path  # whether or not its weights are there
+    found = HUB_ID.fullmatch(model)
+    if path.exists() or not found or model.endswith(".gguf") or model[:1] in "./~":
+        return resolve_model(model, revision).path
+    if found["pick"]:
+        raise InputError(
+            f"model {model!r}: a GGUF file on the hub; its header can be read once it is here: download it, "
+            "or give the id of the model that it was made from"
+        )
+    folder = _snapshot(f"model {model!r}", model, revision, ["config.json", "*.safetensors.index.json"], ["*/*"])
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"model {model!r}: no config.json in that repository; of GGUF files name one, as owner/name:PICK"
+        )
+    return folder
+
+
 def _local(path: Path, model: str) -> ModelSource:
     """Tell a model folder from a GGUF file, or from a folder that holds one."""
     if path.is_file():

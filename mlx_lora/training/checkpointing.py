@@ -26,6 +26,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.adapters.forms import ADAPTERS, WITH_DROPOUT_KEY
 from mlx_lora.adapters.parts import LINEAR, SWITCH
+from mlx_lora.config_checks import checkpoint_every
 from mlx_lora.models.attention import Tiles, attention_gradient, tiled_attention
 
 PRODUCTS = (*ADAPTERS, *LINEAR, *SWITCH)
@@ -150,6 +151,13 @@ class Checkpointed:
 
         outputs = run(*primals)
         return _with_arrays(shape[0], outputs)
+
+
+def apply_checkpointing(model: nn.Module, mode: str) -> Tape | None:
+    """Checkpoint the model's blocks by `mode` (`none`, `selective`, `block` or n) and return their tape."""
+    if mode == "none":
+        return None
+    return checkpoint_blocks(model.layers[:: checkpoint_every(mode)], products=mode == "selective")
 
 
 def checkpoint_blocks(blocks: list[nn.Module], products: bool) -> Tape:

@@ -19,12 +19,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_lora.memory import tile_shape
 from mlx_lora.models.head import Head
-
-# On Metal a product over a 256k inner dimension has aborted the process (mlx#1363, Gemma).
-MAX_SLICE = 32768
-# Rows beyond this fill no machine better, and would make the slices, whose products are cut there, narrow.
-MAX_ROWS = 2048
 
 
 def fused_cross_entropy(
@@ -67,18 +63,6 @@ def fused_cross_entropy(
         return (dh, *(mx.zeros_like(array) for array in rest))
 
     return forward(hidden, targets, weights, *head.arrays)[0]
-
-
-def tile_shape(positions: int, vocabulary: int, tile_bytes: int) -> tuple[int, int]:
-    """Return (rows, columns) of a tile: within the byte budget, and all tiles about equal."""
-    rows = _even(positions, MAX_ROWS)
-    return rows, _even(vocabulary, min(MAX_SLICE, tile_bytes // (4 * rows)))
-
-
-def _even(length: int, most: int) -> int:
-    """Return the size of the fewest equal parts of `length` that are no larger than `most`."""
-    parts = max(1, -(-length // max(1, most)))
-    return max(1, -(-length // parts))
 
 
 def _rows_loss(

@@ -22,12 +22,10 @@ from mlx.utils import tree_flatten
 
 from mlx_lora import device
 from mlx_lora.data.batches import Batch
+from mlx_lora.memory import CHECK_TOKENS
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.kernels import training_kernels
 from mlx_lora.training.fused import fused_cross_entropy
-
-# Two tiles of attention.
-CHECK_TOKENS = 128
 
 
 class Arrays(NamedTuple):

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.config import OptimizerSettings
 from mlx_lora.errors import InputError
+from mlx_lora.memory import FLAT_UP_TO
 
 Schedule = object  # a float, or a callable from step to learning rate
 
@@ -92,9 +93,6 @@ def build_optimizer(
 
 # Optimizers that treat every number alike, whatever array it is in.
 ELEMENTWISE = (optim.Adam, optim.SGD)
-# Numbers up to which they get one flat array: modules trained in full are large arrays already, and another copy
-# of all of them would only take memory.
-FLAT_UP_TO = 1 << 25
 
 
 class Masters:

@@ -1,0 +1,150 @@
+"""Measure the peak memory of real training runs, and lay it beside what the planner says beforehand.
+
+    python benchmarks/plan_memory.py measure --model smol=DIR --model smol-4bit=DIR --out measured.jsonl
+    python benchmarks/plan_memory.py table --out measured.jsonl
+
+`measure` runs `mlx_lora.train` for each combination of model, length, rank and checkpointing that the file does not
+hold yet, each in a process of its own: --iters steps on made-up text that fills every row, all tokens trained, and
+takes MLX's peak of the whole process (load, checks and steps) from the run's last report. `table` asks
+`mlx_lora.plan --json` with the same flags and prints both as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from _environment import environment
+from _processes import child_environment, run_child
+
+TIMEOUT_S = 3600.0
+WORDS = [
+    "time",
+    "year",
+    "people",
+    "way",
+    "day",
+    "man",
+    "thing",
+    "woman",
+    "life",
+    "child",
+    "world",
+    "school",
+    "state",
+    "family",
+    "student",
+    "group",
+    "country",
+]
+
+
+def write_text(path: Path, words: int = 60_000) -> None:
+    """Write text of which any window is full: words at random, the same ones always."""
+    chosen = random.Random(0).choices(WORDS, k=words)
+    path.write_text(" ".join(chosen), encoding="utf-8")
+
+
+def flags_of(case: dict[str, Any]) -> list[str]:
+    """Return the flags that train and plan share; a row of n + 1 tokens has n positions."""
+    return [
+        "--model", case["folder"], "--rank", str(case["rank"]), "--grad-checkpoint", case["checkpointing"],
+        "--max-seq-length", str(case["length"] + 1), "--batch-tokens", str(max(case["length"], case["batch_tokens"])),
+        "--no-mask-prompt", "--method", case["method"],
+    ]  # fmt: skip
+
+
+def measure(case: dict[str, Any], iters: int) -> dict[str, Any]:
+    """Train for a few steps in a fresh process and return its last report."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_text(folder / "text.txt")
+        command = [sys.executable, "-m", "mlx_lora.train", *flags_of(case), "--data", str(folder / "text.txt")]
+        command += ["--valid-fraction", "0", "--val-batches", "0", "--save-every", "0", "--steps-per-report", "1"]
+        command += ["--iters", str(iters), "--adapter-path", str(folder / "run")]
+        run_child(command, folder / "log", timeout_s=TIMEOUT_S)
+        lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    report = json.loads(lines[-1])
+    return {name: report[name] for name in ("peak_memory_bytes", "process_peak_bytes", "shapes", "supervised_tokens")}
+
+
+def planned(case: dict[str, Any]) -> dict[str, Any]:
+    """Ask the planner, for this machine."""
+    command = [sys.executable, "-m", "mlx_lora.plan", *flags_of(case), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), check=True)
+    return json.loads(done.stdout)
+
+
+def key_of(case: dict[str, Any]) -> tuple:
+    """Tell cases apart, whatever else is recorded with them."""
+    return tuple(case[name] for name in ("model", "method", "length", "batch_tokens", "rank", "checkpointing"))
+
+
+def read_measured(path: Path) -> list[dict[str, Any]]:
+    """Return what has been measured so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    """Measure what is missing, shortest rows first, and add each to the file as soon as it is there."""
+    known = {key_of(case) for case in read_measured(args.out)}
+    models = dict(pair.split("=", 1) for pair in args.model)
+    for length, rank, mode, name in itertools.product(args.lengths, args.ranks, args.checkpointing, models):
+        case = {"model": name, "folder": models[name], "method": args.method, "length": length}
+        case |= {"batch_tokens": args.batch_tokens, "rank": rank, "checkpointing": mode}
+        if key_of(case) in known:
+            continue
+        result = {**case, "iters": args.iters, **measure(case, args.iters), "environment": environment()}
+        with args.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+        print(f"{name} {length} rank {rank} {mode}: {result['peak_memory_bytes'] / 1e6:.0f} MB", file=sys.stderr)
+
+
+def table(cases: list[dict[str, Any]]) -> str:
+    """Lay planned and measured peaks out as Markdown; the last line sums up."""
+    lines = ["| model | method | row x rows | rank | checkpointing | planned MB | measured MB | planned / measured |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    ratios = []
+    for case in cases:
+        found, plan = case["peak_memory_bytes"], planned(case)
+        ratios.append(plan["peak_bytes"] / found)
+        rows = max(1, case["batch_tokens"] // case["length"])
+        lines.append(
+            f"| {case['model']} | {case['method']} | {case['length']} x {rows} | {case['rank']} | {case['checkpointing']} "
+            f"| {plan['peak_bytes'] / 1e6:.0f} | {found / 1e6:.0f} | {ratios[-1]:.3f} |"
+        )
+    within = sum(0.95 <= ratio <= 1.10 for ratio in ratios)
+    lines.append(f"\n{within} of {len(ratios)} within -5 % and +10 %; from {min(ratios):.3f} to {max(ratios):.3f}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, or print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("action", choices=("measure", "table"))
+    parser.add_argument("--out", type=Path, required=True, help="File of results, one JSON object a line.")
+    parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER, once for each.")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--checkpointing", nargs="+", default=["none", "block"])
+    parser.add_argument("--method", default="lora")
+    parser.add_argument("--iters", type=int, default=2)
+    args = parser.parse_args(argv)
+    if args.action == "measure":
+        measure_all(args)
+    else:
+        print(table(read_measured(args.out)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

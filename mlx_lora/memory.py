@@ -1,0 +1,269 @@
+"""(model shape, run, machine) -> the bytes that training will hold at its peak, by part. No mlx: arithmetic alone.
+
+A run passes through phases, and its peak is the largest of them:
+
+    load       the weights, and what casts and checks hold for a moment
+    check      the plain loss on a few tokens, whose logits are whole (training/losses.py)
+    loss       all that the blocks have kept, and tiles of logits (training/fused.py)
+    backward   all that the blocks have kept, and the gradients of one block on their way
+    last       the adapter's gradients, and one block
+    update     gradients and the new optimizer state beside the old
+
+Throughout: the base, the adapter's float32 masters, the optimizer's moments. What a block keeps is counted from
+the kernels that train it (models/attention.py, models/activations.py, training/checkpointing.py), array by array. MLX
+allocates for some hundred operations ahead of those that run and frees nothing of them meanwhile; what that
+window holds was fitted to small random models on a CPU. docs/planner.md has predicted beside measured.
+
+Shapes: T positions of a batch (rows x width), P trained positions, D model width, V vocabulary, A trained numbers.
+Source: arXiv 2205.05198, section 4 (activations of a block).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mlx_lora.config_checks import checkpoint_every
+from mlx_lora.shape import Block, Layer, Machine, ModelShape, Run
+
+SINGLE = 4  # bytes of a float32
+# Tokens of the check of losses and kernels before the first step (two tiles of attention).
+CHECK_TOKENS = 128
+# On Metal a product over a 256k inner dimension has aborted the process (mlx#1363, Gemma).
+MAX_SLICE = 32768
+# Rows of a tile beyond this fill no machine better, and would make its slices of the vocabulary narrow.
+MAX_ROWS = 2048
+# Queries of one tile of attention: small enough that half of the scores lie above the diagonal and are left out even
+# in short rows, large enough that a tile's products fill the machine.
+TILE_QUERIES = 64
+# Where exponentials are dear (device.py), rows up to so many keys keep their probabilities: then these are no
+# more than the block's other activations.
+MAX_KEPT_KEYS = 512
+
+# What MLX has allocated at a time, of work it has not run: fitted on a CPU, see the module's docstring.
+TILES_AHEAD = 6.1  # tiles of a float head's loss
+PACKED_TILES_AHEAD = 3.2  # of a quantised head's: dequantising a slice is operations too
+BACKWARD_AHEAD = 1.45  # of a block's layers, widths in and out summed, per position
+ATTENTION_AHEAD = 30.0  # tile-sized arrays of scores
+
+# Fitted likewise: what mlx's own operations keep, in arrays of their width.
+GATE_ARRAYS = 3.1  # of a gated activation that is not the lean one (GELU by tanh), beside inputs and product
+NORM_ARRAYS = 2.0  # of a norm behind a branch
+HEAD_NORM_ARRAYS = 2.5  # of the norms of queries and keys
+DROPPED_ARRAYS = 1.2  # of a dropped input: what is left of it, and its mask
+# Trained numbers up to which an elementwise optimizer gets them as one flat array: modules trained in full are large
+# arrays already, and another copy of all of them would only take memory.
+FLAT_UP_TO = 1 << 25
+# Per optimizer: copies of the trained numbers that it keeps, copies that one update allocates beside them and the
+# gradient, and whether it may be elementwise. The update's were measured, on arrays of a megabyte and more.
+OPTIMIZERS = {
+    "adamw": (2, 9.0, True),
+    "adam": (2, 9.0, True),
+    "sgd": (1, 4.0, True),
+    "muon": (1, 8.5, False),
+    "adafactor": (0, 5.5, False),
+}
+ARRAYS_AHEAD = 23  # updated at a time where each is updated by itself
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The peak and what it is made of.
+
+    Attributes:
+        phase: in which the peak falls.
+        parts: part -> bytes at that moment; they sum to the peak.
+        phases: phase -> its own peak.
+        cache_bytes: what MLX's buffer cache may hold beside the peak.
+        budget_bytes: what the run may use.
+    """
+
+    phase: str
+    parts: dict[str, int]
+    phases: dict[str, int] = field(default_factory=dict)
+    cache_bytes: int = 0
+    budget_bytes: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """What MLX's allocator will have handed out at the most: `peak_memory_bytes` of a run's reports."""
+        return sum(self.parts.values())
+
+    @property
+    def needed_bytes(self) -> int:
+        """The peak and the buffer cache."""
+        return self.peak_bytes + self.cache_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is within the budget."""
+        return self.needed_bytes <= self.budget_bytes
+
+
+def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int | None = None) -> MemoryPlan:
+    """Plan one run.
+
+    Args:
+        shape: the model with its adapter.
+        run: its largest batch and settings.
+        machine: where it will run.
+        budget_bytes: what it may use; default: the machine's working set.
+    """
+    numbers, masters = machine.number_bytes, SINGLE * shape.trained
+    moments, copies, elementwise = OPTIMIZERS[run.optimizer]
+    if not elementwise or shape.trained > FLAT_UP_TO:
+        copies *= min(1.0, ARRAYS_AHEAD / max(1, shape.trained_arrays))
+    budget = machine.working_set_bytes if budget_bytes is None else min(budget_bytes, machine.working_set_bytes)
+    held = {
+        "base": shape.base_bytes,
+        "adapter": masters + shape.frozen_adapter_bytes,
+        "optimizer": moments * masters,
+    }
+    kept, attention, most = _kept_by_blocks(shape, run, machine)
+    activations = {"activations": kept, "attention": attention, "gradients": masters * run.accumulates}
+    ahead = _backward_window(shape, run, machine)
+    one_block = max((block_numbers(block, run, machine) for block in shape.blocks), default=0) * run.positions * numbers
+    again = 0 if run.checkpointing == "none" else most
+    last_tile = 0 if shape.plain_loss else min(2 * machine.tile_bytes, 2 * SINGLE * run.places * shape.vocabulary)
+    phases = {
+        "load": {"base": shape.base_bytes, "weights being cast": _load_window(shape)},
+        "check": {**held, "optimizer": 0, "logits": _check_bytes(shape, machine)},
+        "loss": {**held, **activations, "logits": _loss_window(shape, run, machine)},
+        "backward": {**held, **activations, "block": again, "work ahead": ahead + (0 if again else last_tile)},
+        "last": {**held, "gradients": masters, "block": one_block, "work ahead": ahead},
+        "update": {**held, "gradients": masters, "new state": int(copies * masters)},
+    }
+    sums = {name: sum(parts.values()) for name, parts in phases.items()}
+    peak = max(sums, key=sums.__getitem__)
+    parts = {name: size for name, size in phases[peak].items() if size}
+    return MemoryPlan(peak, parts, sums, min(machine.cache_bytes, budget // 16), budget)
+
+
+def block_numbers(block: Block, run: Run, machine: Machine) -> float:
+    """Return the numbers per position that a block keeps for the backward pass when nothing is repeated.
+
+    The residual stream twice; of each layer its input once for all that share it, its output unless that only
+    goes on to the residual stream; attention's output twice, in its own order and in the next layer's; of a gated
+    activation its exponential; of further norms their inputs.
+    """
+    kept = 2.0 * _width(block)
+    for parent in dict.fromkeys(layer.parent for layer in block.layers):
+        layers = [layer for layer in block.layers if layer.parent == parent]
+        first = [layer for layer in layers if not layer.is_end]
+        kept += max((layer.inputs * layer.active for layer in first), default=0)
+        kept += sum(layer.outputs * layer.active for layer in first)
+        kept += sum(layer.inputs * layer.active for layer in layers if layer.is_end)
+        # Experts' outputs are weighted, and the weights have a gradient; then they are put back in order.
+        kept += sum(2 * layer.outputs * layer.active for layer in layers if layer.is_end and layer.active > 1)
+        if len(first) > 1 and "attn" not in parent and "attention" not in parent:
+            kept += first[0].outputs * first[0].active * _activation_arrays(block, machine)
+        # DoRA also keeps the product that it scales, dropout what it left of each input.
+        kept += sum(
+            layer.active * (layer.rank + layer.outputs * (run.form == "dora")) for layer in layers if layer.rank
+        )
+        kept += DROPPED_ARRAYS * sum(layer.active * layer.inputs for layer in layers if layer.rank and run.dropout)
+    kept += block.heads * block.head_width
+    return kept + _norm_numbers(block)
+
+
+def _activation_arrays(block: Block, machine: Machine) -> float:
+    """Return what a gated activation keeps beside its two inputs and its product, in arrays of its width."""
+    return GATE_ARRAYS if block.gated == "other" else float(machine.keeps_exponentials)
+
+
+def _norm_numbers(block: Block) -> float:
+    """Return what norms beyond the two at the branches' starts keep."""
+    width = _width(block)
+    further = max(0, sum(norm == width for norm in block.norms) - 2) * width
+    heads = any(norm == block.head_width != width for norm in block.norms)
+    return NORM_ARRAYS * further + HEAD_NORM_ARRAYS * heads * (block.heads + block.key_heads) * block.head_width
+
+
+def _width(block: Block) -> int:
+    """Return D: what the branches start from."""
+    return block.layers[0].inputs if block.layers else 0
+
+
+def probabilities(block: Block, run: Run, machine: Machine) -> float:
+    """Return attention's probabilities of one row and layer, where they are kept: tiles of 64 queries by what they see."""
+    if not machine.keeps_exponentials or run.width > MAX_KEPT_KEYS:
+        return 0.0
+    tiles = max(1, round(run.width / TILE_QUERIES))
+    return block.heads * run.width * run.width * (tiles + 1) / (2 * tiles)
+
+
+def _kept_by_blocks(shape: ModelShape, run: Run, machine: Machine) -> tuple[int, int, int]:
+    """Return the bytes that all blocks keep, of these attention's probabilities apart, and one repeated block's own."""
+    every, size = checkpoint_every(run.checkpointing), machine.number_bytes
+    kept, scores, most = 0.0, 0.0, 0.0
+    for index, block in enumerate(shape.blocks):
+        if index < shape.first_trained:
+            continue
+        everything = block_numbers(block, run, machine) * run.positions
+        if every is None or index % every:
+            kept += everything
+            scores += probabilities(block, run, machine) * run.rows
+            continue
+        # Its input, and attention's output; selective: every layer's output as well.
+        ends = _width(block) + block.heads * block.head_width
+        if run.checkpointing == "selective":  # the block's last product is not needed again
+            ends += sum(layer.outputs * layer.active for layer in block.layers) - _width(block)
+        kept += ends * run.positions
+        most = max(most, everything)
+    return int(kept * size), int(scores * size), int(most * size)
+
+
+def _backward_window(shape: ModelShape, run: Run, machine: Machine) -> int:
+    """Return what a block's backward pass has allocated at a time, beside what the blocks have kept."""
+    size, most = machine.number_bytes, 0.0
+    for block in shape.blocks:
+        layers = BACKWARD_AHEAD * block.widths * run.positions * size
+        scores = ATTENTION_AHEAD * run.rows * block.heads * min(TILE_QUERIES, run.width) * run.width * size
+        packed = sum(layer.numbers for layer in block.layers if layer.packed and _dense_path(layer, machine))
+        most = max(most, layers + packed * size, scores)
+    return int(most)
+
+
+def _dense_path(layer: Layer, machine: Machine) -> bool:
+    """Whether a quantised layer is multiplied by as floats: experts only where all of them together are small."""
+    return layer.experts == 1 or layer.numbers * machine.number_bytes <= machine.dense_experts_bytes
+
+
+def _loss_window(shape: ModelShape, run: Run, machine: Machine) -> int:
+    """Return the bytes of the loss: tiles of logits and exponentials, slices of the head, sums of the gradient."""
+    places, size = run.places, machine.number_bytes
+    if shape.plain_loss:
+        # Logits, their gradient and what the softmax makes of them.
+        return int(run.positions * shape.vocabulary * (3 * SINGLE + (size if size < SINGLE else 0)))
+    if not places:
+        return 0
+    rows, columns = tile_shape(places, shape.vocabulary, machine.tile_bytes)
+    tiles = -(-places // rows) * -(-shape.vocabulary // columns)
+    logits = rows * columns * (2 * SINGLE + (2 * size if size < SINGLE else 0))
+    pulled = 2 * rows * shape.width * SINGLE
+    dense = columns * shape.width * size * machine.dense_copies if shape.head_packed else 0
+    ahead = min(tiles, PACKED_TILES_AHEAD if shape.head_packed else TILES_AHEAD)
+    return int(ahead * (logits + pulled + dense) + 2 * places * shape.width * size)
+
+
+def _check_bytes(shape: ModelShape, machine: Machine) -> int:
+    """Return what the plain loss on the check's tokens takes: whole logits, and a quantised head as floats."""
+    dense = shape.vocabulary * shape.width * machine.number_bytes * machine.dense_copies if shape.head_packed else 0
+    logits = CHECK_TOKENS * shape.vocabulary * (SINGLE + (machine.number_bytes if machine.number_bytes < SINGLE else 0))
+    return dense + logits
+
+
+def _load_window(shape: ModelShape) -> int:
+    """Return the stored weights that wait for their cast: about a third of them, MLX reading ahead."""
+    return shape.source_bytes // 3
+
+
+def tile_shape(positions: int, vocabulary: int, tile_bytes: int) -> tuple[int, int]:
+    """Return (rows, columns) of a tile of the fused loss: within the byte budget, and all tiles about equal."""
+    rows = _even(positions, MAX_ROWS)
+    return rows, _even(vocabulary, min(MAX_SLICE, tile_bytes // (4 * rows)))
+
+
+def _even(length: int, most: int) -> int:
+    """Return the size of the fewest equal parts of `length` that are no larger than `most`."""
+    parts = max(1, -(-length // max(1, most)))
+    return max(1, -(-length // parts))

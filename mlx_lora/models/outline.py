@@ -1,0 +1,163 @@
+"""A model without its weights: built from a config alone, for the planner.
+
+MLX's arrays are computed when they are read, and nobody reads these: a 70B model's outline takes no memory to speak of.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora.errors import InputError
+from mlx_lora.models.converting import build_model, cast_model, quantisation_entries
+from mlx_lora.models.gguf_arch import model_config, weight_map
+from mlx_lora.models.gguf_weights import carried_form
+from mlx_lora.models.quantize import Quantisation
+from mlx_lora.sources.gguf import is_gguf, read_gguf
+from mlx_lora.sources.hub import resolve_config
+from mlx_lora.sources.safetensors import read_safetensors_header
+
+# safetensors' names of the floats that models are stored in.
+STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model's modules, shapes and dtypes.
+
+    Attributes:
+        model: an mlx-lm model whose arrays nobody must read: they hold noise, and whole models of it.
+        config: its config.json, or what a GGUF file's header says.
+        cast_bytes: of stored floats that loading casts to another dtype.
+    """
+
+    model: nn.Module
+    config: dict[str, Any]
+    cast_bytes: int = 0
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the base is quantised."""
+        return bool(_quantisation(self.config))
+
+
+def outline_of(model: str, revision: str | None = None, dtype: mx.Dtype = mx.bfloat16) -> Outline:
+    """Outline the model that `model` names: hub id, folder, config.json or .gguf file.
+
+    Args:
+        model, revision: as --model and --revision take them.
+        dtype: in which it will be loaded.
+
+    Raises:
+        InputError: no such model, a config that is none, or an architecture that mlx-lm does not have.
+    """
+    path = resolve_config(model, revision)
+    if path.is_file() and is_gguf(path):
+        return _of_gguf(path, dtype)
+    file = path if path.is_file() else path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); give a config.json or its folder") from None
+    except ValueError:
+        raise InputError(f"{file}: not JSON; download it again") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError(f"{file}: names no model_type; give a language model's config.json")
+    names, cast_bytes = _stored(file.parent, dtype) if path.is_dir() else (None, 0)
+    return outline_of_config(config, dtype, names, cast_bytes)
+
+
+def outline_of_config(
+    config: dict[str, Any], dtype: mx.Dtype, names: frozenset[str] | None = None, cast_bytes: int = 0
+) -> Outline:
+    """Outline a model from its config.
+
+    Args:
+        config: config.json.
+        dtype: of its floats.
+        names: of its stored tensors, which tell the layers that are quantised; None: all that can be.
+        cast_bytes: see `Outline`.
+    """
+    built = build_model(config)
+    cast_model(built, dtype)
+    quantisation = _quantisation(config)
+    if quantisation:
+        _quantise(built, quantisation, names)
+        cast_model(built, dtype)  # scales too
+    return Outline(built, config, cast_bytes)
+
+
+def with_quantisation(outline: Outline, form: Quantisation, dtype: mx.Dtype) -> Outline:
+    """Return a float model's outline as it would be quantised, for advice."""
+    return outline_of_config({**outline.config, "quantization": form.layout}, dtype)
+
+
+def _quantisation(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the config's quantisation in mlx-lm's form."""
+    if config.get("quantization"):
+        return config["quantization"]
+    stored = config.get("quantization_config") or {}
+    if stored.get("quant_method") == "mxfp4":  # GPT-OSS as it is published
+        return {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    if stored.get("bits"):
+        return {"group_size": stored.get("group_size", 64), "bits": stored["bits"]}
+    return None
+
+
+def _quantise(model: nn.Module, quantisation: dict[str, Any], names: frozenset[str] | None) -> None:
+    """Quantise lazily, layer by layer as mlx-lm's loader does."""
+    own = model.quant_predicate if hasattr(model, "quant_predicate") else lambda path, module: True
+    mxfp4_experts = quantisation.get("mode") == "mxfp4" and names is None
+
+    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if path in quantisation:
+            return quantisation[path]
+        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % quantisation["group_size"]:
+            return False
+        if names is not None:
+            return f"{path}.scales" in names
+        if mxfp4_experts:  # the published files hold nothing but experts in this form
+            return "experts" in path or "switch" in path
+        return own(path, module)
+
+    nn.quantize(
+        model,
+        group_size=quantisation["group_size"],
+        bits=quantisation["bits"],
+        mode=quantisation.get("mode", "affine"),
+        class_predicate=predicate,
+    )
+
+
+def _stored(folder: Path, dtype: mx.Dtype) -> tuple[frozenset[str] | None, int]:
+    """Return the names of a folder's tensors, None where it holds none, and the bytes that loading casts."""
+    names: set[str] = set()
+    cast = 0
+    for file in sorted(folder.glob("model*.safetensors")):
+        header = read_safetensors_header(file)
+        names |= header.keys()
+        for entry in header.values():
+            if entry["dtype"] in STORED and STORED[entry["dtype"]] != dtype:
+                cast += entry["data_offsets"][1] - entry["data_offsets"][0]
+    for file in [] if names else folder.glob("*.safetensors.index.json"):
+        try:
+            names |= json.loads(file.read_text(encoding="utf-8"))["weight_map"].keys()
+        except (ValueError, KeyError, AttributeError):
+            raise InputError(f"{file}: not an index of safetensors; download it again") from None
+    return (frozenset(names) or None), cast
+
+
+def _of_gguf(path: Path, dtype: mx.Dtype) -> Outline:
+    """Outline a GGUF file from its header, as `convert` carries it over."""
+    file = read_gguf(path)
+    config = model_config(file)
+    places = weight_map(file, config)
+    forms = {name: carried_form(file.tensors[name]) for name in places}
+    layouts = {places[name].name.removesuffix(".weight"): form for name, form in forms.items() if form is not None}
+    names = frozenset(f"{layer}.scales" for layer in layouts)
+    return outline_of_config({**config, **quantisation_entries(layouts)}, dtype, names)

@@ -1,0 +1,258 @@
+"""Say before a download whether a training run will fit, what it should be set to, and how fast it may be.
+
+python -m mlx_lora.plan --model Qwen/Qwen3-4B --chip "M2 Pro" --memory-gb 16
+python -m mlx_lora.plan --model smollm2 --rank 64 --max-seq-length 4096 --json
+python -m mlx_lora.plan --model config.json --all-chips
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_lora import cli, device
+from mlx_lora.ceilings import measure_ceilings
+from mlx_lora.chips import CHIPS, Chip, find_chip, known_chip
+from mlx_lora.config import TrainSettings, train_settings
+from mlx_lora.errors import InputError
+from mlx_lora.memory import plan_memory
+from mlx_lora.models.outline import outline_of
+from mlx_lora.shape import Machine, ModelShape
+from mlx_lora.speed import Ceilings, count_step, listed_ceilings, step_seconds
+from mlx_lora.training.planning import (
+    AUTO_MODES,
+    Fitted,
+    advice,
+    budget_of,
+    fit,
+    gigabytes,
+    largest_batch,
+    largest_rows,
+    largest_sequence,
+    outlined_shape,
+    quantised_shape,
+    run_of,
+)
+
+CHARACTERS_PER_TOKEN = 4  # of English, roughly: what a data file's size says about its tokens
+
+
+@click.command(cls=cli.Command)
+@click.option("-c", "--config", "config_file", type=str, help="YAML file of settings, as train takes it.")
+@click.option("--chip", type=str, default=None, help='Plan for this chip ("M2 Pro") instead of this machine.')
+@click.option(
+    "--memory-gb", type=click.IntRange(1, 4096), default=None, help="Memory of the --chip (default: the least sold)."
+)
+@click.option("--all-chips", is_flag=True, help="Plan for every chip and memory size of the table.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@cli.settings_options("model", "data", "adapter", "optimizer", "loop")
+def main(
+    config_file: str | None, chip: str | None, memory_gb: int | None, all_chips: bool, as_json: bool, **options: Any
+) -> None:
+    """Plan the memory and predict the speed of `train` with these flags; no weights are read."""
+    settings = train_settings(cli.given(options), config_file, cli.echo)
+    if not settings.model.model:
+        raise InputError("--model: missing; give a hub id, a folder, a config.json or a .gguf file")
+    machine, ceilings = choose_machine(settings, chip, memory_gb)
+    # What a GPU computes in has 16 bits, whatever this machine would.
+    dtype = settings.model.dtype
+    if dtype == "auto":
+        dtype = "float32" if machine.number_bytes == 4 else "bfloat16"
+    outline = outline_of(settings.model.model, settings.model.revision, device.compute_dtype(dtype))
+    shape = outlined_shape(outline, settings)
+    settings_of_base = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
+    result = plan(settings, shape, machine, ceilings)
+    if not result["fits"]:
+        width = settings.data.max_seq_length - 1
+        result["advice"] = advice(settings, shape, machine, width, lambda: quantised_shape(outline, settings_of_base))
+    if all_chips:
+        if machine.backend != "metal":
+            outline = outline_of(settings.model.model, settings.model.revision, device.compute_dtype("bfloat16"))
+            shape = outlined_shape(outline, settings)
+        result["chips"] = list(for_all_chips(settings, shape))
+    if as_json:
+        cli.print_json(result)
+    elif all_chips:
+        click.echo(render_chips(result["chips"]))
+    else:
+        click.echo(render(result))
+
+
+def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | None) -> tuple[Machine, Ceilings]:
+    """Return the machine to plan for, and its ceilings: measured for this one, listed for another."""
+    number_bytes = 4 if settings.model.dtype == "float32" else 2
+    if chip is not None:
+        found = find_chip(chip)
+        return found.machine(memory_gb, number_bytes), listed_ceilings(found, number_bytes)
+    here = device.current_machine(settings.model.dtype)
+    if memory_gb is None:
+        return here, measure_ceilings(settings.model.dtype)
+    known = known_chip(here.name)
+    if known is None:
+        raise InputError(f"--memory-gb {memory_gb}: {here.name} is not in the table of chips; name one with --chip")
+    return known.machine(memory_gb, number_bytes), listed_ceilings(known, number_bytes)
+
+
+def plan(settings: TrainSettings, shape: ModelShape, machine: Machine, ceilings: Ceilings) -> dict[str, Any]:
+    """Plan one machine; the JSON form."""
+    width = settings.data.max_seq_length - 1
+    fitted = fit(settings, shape, machine, width)
+    memory, budget = fitted.memory, budget_of(settings.loop, machine)
+    rows, columns = largest_batch(width, settings.loop, fitted.batch_tokens)
+    modes = {
+        mode: plan_memory(shape, run_of(settings, rows, columns, mode), machine, budget).peak_bytes
+        for mode in dict.fromkeys([*AUTO_MODES, fitted.checkpointing])
+    }
+    return {
+        "fits": memory.fits,
+        "peak_bytes": memory.peak_bytes,
+        "parts": memory.parts,
+        "cache_bytes": memory.cache_bytes,
+        "needed_bytes": memory.needed_bytes,
+        "budget_bytes": memory.budget_bytes,
+        "phase": memory.phase,
+        "phases": memory.phases,
+        "peak_bytes_by_checkpointing": modes,
+        "settings": chosen_settings(settings, fitted, rows),
+        "largest_sequence": {
+            mode: largest_sequence(settings, shape, machine, mode)
+            for mode in dict.fromkeys([fitted.checkpointing, "block"])
+        },
+        "largest_batch_size": {
+            mode: largest_rows(settings, shape, machine, mode, width)
+            for mode in dict.fromkeys([fitted.checkpointing, "block"])
+        },
+        "predicted": predict(settings, shape, machine, ceilings, fitted),
+        "machine": dataclasses.asdict(machine),
+        "model": {
+            "model_type": shape.model_type,
+            "blocks": len(shape.blocks),
+            "parameters": shape.numbers,
+            "trained_parameters": shape.trained,
+            "base_bytes": shape.base_bytes,
+        },
+    }
+
+
+def chosen_settings(settings: TrainSettings, fitted: Fitted, rows: int) -> dict[str, Any]:
+    """Return what the run would be set to, as `train` would choose it."""
+    return {
+        "batch_tokens": fitted.batch_tokens,
+        "rows": rows,
+        "grad_checkpoint": fitted.checkpointing,
+        "max_seq_length": settings.data.max_seq_length,
+        "method": settings.adapter.method_name,
+        "rank": settings.adapter.rank,
+        "optimizer": settings.optimizer.optimizer,
+        "dtype": settings.model.dtype,
+    }
+
+
+def predict(
+    settings: TrainSettings, shape: ModelShape, machine: Machine, ceilings: Ceilings, fitted: Fitted
+) -> dict[str, Any]:
+    """Predict the speed: tokens per second of full rows, and the hours of the run as far as its length is known."""
+    width = settings.data.max_seq_length - 1
+    rows, columns = largest_batch(width, settings.loop, fitted.batch_tokens)
+    run = run_of(settings, rows, columns, fitted.checkpointing)
+    seconds, parts = step_seconds(shape, run, machine, ceilings)
+    tokens_per_s = run.positions / seconds
+    tokens = tokens_of(settings, rows * columns)
+    return {
+        "note": "predicted, not measured",
+        "ceilings": ceilings.source,
+        "tokens_per_s": tokens_per_s,
+        "step_s": seconds,
+        "parts_s": parts,
+        "gflop_per_step": sum(count.flops for count in count_step(shape, run, machine).values()) / 1e9,
+        "hours": None if tokens is None else tokens / tokens_per_s / 3600,
+        "hours_per_million_tokens": 1e6 / tokens_per_s / 3600,
+    }
+
+
+def tokens_of(settings: TrainSettings, positions: int) -> float | None:
+    """Return about how many tokens the run trains on: by --iters, or by the size of a data file that is here."""
+    loop, data = settings.loop, settings.data.data
+    if loop.iters is not None:
+        return float(loop.iters * loop.grad_accumulation_steps * positions)
+    if data is None or not Path(data).is_file():
+        return None
+    return Path(data).stat().st_size / CHARACTERS_PER_TOKEN * (loop.epochs or 1.0)
+
+
+def for_all_chips(settings: TrainSettings, shape: ModelShape) -> Iterator[dict[str, Any]]:
+    """Yield one row for each chip and memory size."""
+    number_bytes = 4 if settings.model.dtype == "float32" else 2
+    width = settings.data.max_seq_length - 1
+    for chip in CHIPS:
+        for memory_gib in chip.memory_gib:
+            machine = chip.machine(memory_gib, number_bytes)
+            fitted = fit(settings, shape, machine, width)
+            yield _chip_row(settings, shape, chip, machine, fitted)
+
+
+def _chip_row(
+    settings: TrainSettings, shape: ModelShape, chip: Chip, machine: Machine, fitted: Fitted
+) -> dict[str, Any]:
+    number_bytes = machine.number_bytes
+    speed = predict(settings, shape, machine, listed_ceilings(chip, number_bytes), fitted)
+    return {
+        "chip": chip.name,
+        "memory_bytes": machine.memory_bytes,
+        "budget_bytes": fitted.memory.budget_bytes,
+        "fits": fitted.memory.fits,
+        "peak_bytes": fitted.memory.peak_bytes,
+        "batch_tokens": fitted.batch_tokens,
+        "grad_checkpoint": fitted.checkpointing,
+        "largest_sequence": largest_sequence(settings, shape, machine, "block"),
+        "tokens_per_s": speed["tokens_per_s"] if fitted.memory.fits else None,
+        "ceilings": chip.status,
+    }
+
+
+def render(result: dict[str, Any]) -> str:
+    """Lay a plan out for the terminal."""
+    machine, chosen, speed = result["machine"], result["settings"], result["predicted"]
+    verdict = "fits" if result["fits"] else "does not fit"
+    lines = [
+        f"{machine['name']}: {verdict}, {gigabytes(result['needed_bytes'])} of {gigabytes(result['budget_bytes'])}, "
+        f"peak in phase {result['phase']}",
+        *(f"  {gigabytes(size):>10}  {name}" for name, size in result["parts"].items()),
+        f"  {gigabytes(result['peak_bytes']):>10}  peak (MLX's allocator), and {gigabytes(result['cache_bytes'])} of buffer cache beside it",
+        "Checkpointing: "
+        + ", ".join(f"{mode} {gigabytes(size)}" for mode, size in result["peak_bytes_by_checkpointing"].items()),
+        f"Settings: --batch-tokens {chosen['batch_tokens']} ({chosen['rows']} x {chosen['max_seq_length']}) "
+        f"--grad-checkpoint {chosen['grad_checkpoint']} --rank {chosen['rank']}",
+        "Largest: "
+        + "; ".join(
+            f"checkpointing {mode}: one row of {result['largest_sequence'][mode]:,} tokens, "
+            f"{rows:,} rows of {chosen['max_seq_length']:,}"
+            for mode, rows in result["largest_batch_size"].items()
+        ),
+        f"Predicted (ceilings {speed['ceilings']}): {speed['tokens_per_s']:,.0f} tokens/s, "
+        f"{speed['hours_per_million_tokens']:.2f} hours per million tokens"
+        + (f", about {speed['hours']:.2f} hours for this run" if speed["hours"] is not None else ""),
+    ]
+    return "\n".join([*lines, *([f"To fit: {result['advice']}"] if "advice" in result else [])])
+
+
+def render_chips(chips: list[dict[str, Any]]) -> str:
+    """Lay the table of chips out as Markdown."""
+    lines = ["| chip | GB | may use | peak | batch tokens | checkpointing | longest row | tokens/s, predicted |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for row in chips:
+        speed = f"{row['tokens_per_s']:,.0f}" if row["fits"] else "does not fit"
+        lines.append(
+            f"| {row['chip']} | {row['memory_bytes'] >> 30} | {gigabytes(row['budget_bytes'])} "
+            f"| {gigabytes(row['peak_bytes'])} | {row['batch_tokens']} | {row['grad_checkpoint']} "
+            f"| {row['largest_sequence']:,} | {speed} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

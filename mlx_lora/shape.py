@@ -1,0 +1,213 @@
+"""The records that planning is done with: a model's shape, a machine, a run's largest batch. No mlx.
+
+Filled in from a module tree by adapters/shape.py, from a device by device.py, from a table by chips.py.
+
+Shapes: T positions of a batch (rows x width), P trained positions, D model width, V vocabulary, A trained numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One matrix of a block.
+
+    Attributes:
+        parent: path of the module it stands in, within the block (`self_attn`).
+        name: `q_proj`.
+        inputs, outputs: widths.
+        experts: how many matrices of this shape there are; 1 for a plain layer.
+        active: how many of them a position goes through.
+        packed: whether it is quantised.
+        rank: of its adapter; 0 without one.
+    """
+
+    parent: str
+    name: str
+    inputs: int
+    outputs: int
+    experts: int = 1
+    active: int = 1
+    packed: bool = False
+    rank: int = 0
+
+    @property
+    def numbers(self) -> int:
+        """Weights of all its matrices."""
+        return self.inputs * self.outputs * self.experts
+
+    @property
+    def is_end(self) -> bool:
+        """Whether its output goes straight to the residual stream: nothing keeps it."""
+        return self.name in BRANCH_ENDS
+
+
+# How mlx-lm's architectures name the last layer of a branch.
+BRANCH_ENDS = frozenset(
+    [
+        "o_proj",
+        "out_proj",
+        "wo",
+        "dense",
+        "down_proj",
+        "w2",
+        "c_proj",
+        "fc2",
+        "fc_out",
+        "dense_4h_to_h",
+        "linear_out",
+        "output_linear",
+        "ff_out",
+        "proj_out",
+    ]
+)
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of the model.
+
+    Attributes:
+        layers: its matrices.
+        norms: widths of its norms, each as often as it occurs.
+        heads, key_heads, head_width: of its attention; 0 heads for a block without one that we know.
+        gated: `silu` (our lean kernel) or `other` (mlx's own operations).
+        window: keys a query sees at the most; None for all before it.
+    """
+
+    layers: tuple[Layer, ...]
+    norms: tuple[int, ...] = ()
+    heads: int = 0
+    key_heads: int = 0
+    head_width: int = 0
+    gated: str = "silu"
+    window: int | None = None
+
+    @property
+    def widths(self) -> int:
+        """Widths in and out of the matrices a position goes through, summed."""
+        return sum((layer.inputs + layer.outputs) * layer.active for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a model and its adapter decides memory and speed.
+
+    Attributes:
+        model_type: mlx-lm's.
+        width: D.
+        vocabulary: V.
+        blocks: in order.
+        base_bytes: frozen parameters, as they will lie in memory.
+        trained: A, numbers that are trained.
+        trained_arrays: how many arrays they are.
+        frozen_adapter_bytes: what a method keeps beside them (PiSSA's start).
+        first_trained: the first block that the backward pass goes through; all before keep nothing.
+        head_packed: whether the output head is quantised.
+        plain_loss: whether the model's own logits are needed whole, for all positions.
+        source_bytes: the weights as they are stored, where they are cast on loading; else 0.
+    """
+
+    model_type: str
+    width: int
+    vocabulary: int
+    blocks: tuple[Block, ...]
+    base_bytes: int
+    trained: int
+    trained_arrays: int = 1
+    frozen_adapter_bytes: int = 0
+    first_trained: int = 0
+    head_packed: bool = False
+    plain_loss: bool = False
+    source_bytes: int = 0
+
+    @property
+    def numbers(self) -> int:
+        """Weights of the blocks and one output head."""
+        return sum(layer.numbers for block in self.blocks for layer in block.layers) + self.width * self.vocabulary
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What of a machine decides memory.
+
+    Attributes:
+        name: chip or processor.
+        backend: `cpu`, `metal` or `cuda`.
+        memory_bytes: of the machine.
+        working_set_bytes: what a run should stay under.
+        number_bytes: of an activation: 4 on a CPU, 2 on a GPU, unless --dtype says otherwise.
+    """
+
+    name: str
+    backend: str
+    memory_bytes: int
+    working_set_bytes: int
+    number_bytes: int
+
+    @property
+    def keeps_exponentials(self) -> bool:
+        """Whether exponentials are kept for the backward pass: they are dear on mlx's CPU backend alone."""
+        return self.backend == "cpu"
+
+    @property
+    def dense_copies(self) -> int:
+        """Arrays of a whole weight that dequantising it takes: a kernel of its own on a GPU, operations on a CPU."""
+        return 2 if self.backend == "cpu" else 1
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of one tile of the fused loss's logits.
+
+        Large enough that a tile's products fill the machine, and small, since several are there at a time.
+        """
+        return min(16 << 20, self.working_set_bytes // 64)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bound on MLX's buffer cache: batches of many shapes leave buffers that fit no later one."""
+        return self.working_set_bytes // 16
+
+    @property
+    def dense_experts_bytes(self) -> int:
+        """Bytes that one layer's experts may take in float while they are multiplied by."""
+        return self.working_set_bytes // 16
+
+
+@dataclass(frozen=True)
+class Run:
+    """What of a run's settings decides memory.
+
+    Attributes:
+        rows, width: of the largest batch; T is their product.
+        trained_positions: P at the most; None: all.
+        checkpointing: `none`, `selective`, `block` or n.
+        optimizer: its name.
+        form: `lora` or `dora`.
+        dropout: whether the adapters' inputs are dropped from.
+        accumulates: whether a step has several micro-batches, whose gradients are added up.
+    """
+
+    rows: int
+    width: int
+    trained_positions: int | None = None
+    checkpointing: str = "none"
+    optimizer: str = "adamw"
+    form: str = "lora"
+    dropout: bool = False
+    accumulates: bool = False
+
+    @property
+    def positions(self) -> int:
+        """T."""
+        return self.rows * self.width
+
+    @property
+    def places(self) -> int:
+        """P."""
+        return self.positions if self.trained_positions is None else min(self.trained_positions, self.positions)

@@ -1,0 +1,285 @@
+"""From a run's settings and a model's shape to what will fit: the choice of settings, and advice where nothing does.
+
+The arithmetic is memory.py's and speed.py's; here it is asked again and again with other settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_lora import device
+from mlx_lora.adapters.methods import PRESETS
+from mlx_lora.adapters.setup import adapt_model
+from mlx_lora.adapters.shape import model_shape
+from mlx_lora.config import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
+from mlx_lora.data.encode import EncodedSet
+from mlx_lora.errors import InputError
+from mlx_lora.memory import MemoryPlan, plan_memory
+from mlx_lora.models.outline import Outline, outline_of, with_quantisation
+from mlx_lora.models.quantize import choose_quantisation
+from mlx_lora.shape import Machine, ModelShape, Run
+
+# Fastest first. Checkpointing changes no number of the run, fewer tokens a step do: it is tried before them.
+AUTO_MODES = ("none", "selective", "block")
+SMALLEST_BATCH = 64
+# Copies of the factors that a method keeps frozen: PiSSA's start, and the cycles that ReLoRA has merged by its last.
+FROZEN_COPIES = {"pissa": 1, "relora": 3}
+LONGEST_SEQUENCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Settings that were chosen, and what they need.
+
+    Attributes:
+        batch_tokens: of a micro-batch.
+        checkpointing: mode.
+        memory: the plan of the largest batch.
+    """
+
+    batch_tokens: int
+    checkpointing: str
+    memory: MemoryPlan
+
+
+def largest_batch(width: int, loop: LoopSettings, batch_tokens: int) -> tuple[int, int]:
+    """Return (rows, width) of the largest batch whose longest row has `width` positions."""
+    return loop.batch_size or max(1, batch_tokens // width), width
+
+
+def run_of(settings: TrainSettings, rows: int, width: int, mode: str, places: int | None = None) -> Run:
+    """Return what of the settings decides memory, for one batch shape."""
+    loop = settings.loop
+    return Run(
+        rows=-(-rows // loop.batch_parts),
+        width=width,
+        trained_positions=places,
+        checkpointing=mode,
+        optimizer=settings.optimizer.optimizer,
+        form=PRESETS[settings.adapter.method_name].form,
+        dropout=settings.adapter.dropout > 0,
+        accumulates=loop.grad_accumulation_steps * loop.batch_parts > 1,
+    )
+
+
+def budget_of(loop: LoopSettings, machine: Machine) -> int:
+    """Return the bytes a run may use: --memory-budget, at most the machine's working set."""
+    given = machine.working_set_bytes if loop.memory_budget is None else int(loop.memory_budget * 1e9)
+    return min(given, machine.working_set_bytes)
+
+
+def fit(settings: TrainSettings, shape: ModelShape, machine: Machine, width: int) -> Fitted:
+    """Choose batch tokens and checkpointing where the settings leave them open.
+
+    The first that fits: 2,048 tokens or halves of it, and for each the fastest mode. Where nothing fits, the
+    smallest is returned, whose plan says so.
+
+    Args:
+        settings: --batch-tokens and --grad-checkpoint may be open (None, auto).
+        shape, machine: the model and where it runs.
+        width: positions of the longest row.
+    """
+    loop = settings.loop
+    budget = budget_of(loop, machine)
+    for tokens, mode in _choices(loop, width):
+        rows, columns = largest_batch(width, loop, tokens)
+        found = Fitted(tokens, mode, plan_memory(shape, run_of(settings, rows, columns, mode), machine, budget))
+        if found.memory.fits:
+            break
+    return found
+
+
+def fit_run(settings: TrainSettings, shape: ModelShape, rows: EncodedSet) -> tuple[TrainSettings, MemoryPlan]:
+    """Return a run's settings with what was open chosen, and what they need here; refuse a run that does not fit.
+
+    Args:
+        settings: of the run.
+        shape: the adapted model.
+        rows: training data; its longest row is what must fit.
+
+    Raises:
+        InputError: see `check_fits`.
+    """
+    machine = device.current_machine(settings.model.dtype)
+    width = max(1, int(rows.lengths.max(initial=2)) - 1)
+    fitted = fit(settings, shape, machine, width)
+    check_fits(settings, fitted, shape, machine, width)
+    loop = replace(settings.loop, batch_tokens=fitted.batch_tokens, grad_checkpoint=fitted.checkpointing)
+    return replace(settings, loop=loop), fitted.memory
+
+
+def check_base_fits(settings: TrainSettings) -> None:
+    """Refuse, before weights are loaded or downloaded, a model with which not even the shortest row fits.
+
+    Raises:
+        InputError: see `check_fits`.
+    """
+    if not settings.loop.memory_check:
+        return
+    dtype = device.compute_dtype(settings.model.dtype)
+    try:
+        outline = outline_of(settings.model.model, settings.model.revision, dtype)
+        shape = outlined_shape(outline, settings)
+    except InputError:
+        return  # loading says what is wrong with the model itself, in its own words
+    machine = device.current_machine(settings.model.dtype)
+    short = replace(settings, loop=replace(settings.loop, batch_size=1, grad_checkpoint="block"))
+    fitted = fit(short, shape, machine, SMALLEST_BATCH)
+    check_fits(settings, fitted, shape, machine, SMALLEST_BATCH, lambda: quantised_shape(outline, settings))
+
+
+def outlined_shape(outline: Outline, settings: TrainSettings) -> ModelShape:
+    """Return an outline's shape with the adapter of the settings put on it.
+
+    Raises:
+        InputError: the adapter does not fit the model.
+    """
+    adapter = settings.adapter
+    if adapter.method_name == "pissa":  # its start is computed from weights, which an outline does not have
+        adapter = replace(adapter, method="lora", fine_tune_type=None)
+    adapt_model(outline.model, adapter, settings.loop.seed)
+    return adapted_shape(outline.model, outline.config, settings, outline.cast_bytes)
+
+
+def adapted_shape(
+    model: nn.Module, config: Mapping[str, Any], settings: TrainSettings, source_bytes: int = 0
+) -> ModelShape:
+    """Return the shape of an adapted model, with all that its method will hold in the course of the run."""
+    return model_shape(model, config, source_bytes, FROZEN_COPIES.get(settings.adapter.method_name, 0))
+
+
+def quantised_shape(outline: Outline, settings: TrainSettings) -> ModelShape | None:
+    """Return the shape of a float model with a 4-bit base, None for one that is quantised."""
+    if outline.is_quantised:
+        return None
+    form = choose_quantisation(4, None, None)
+    return outlined_shape(with_quantisation(outline, form, device.compute_dtype(settings.model.dtype)), settings)
+
+
+def _choices(loop: LoopSettings, width: int) -> Iterator[tuple[int, str]]:
+    """Yield (batch tokens, mode), the preferred first."""
+    modes = AUTO_MODES if loop.grad_checkpoint == "auto" else (loop.grad_checkpoint,)
+    tokens = loop.batch_tokens or DEFAULT_BATCH_TOKENS
+    while True:
+        yield from ((tokens, mode) for mode in modes)
+        if loop.batch_tokens or loop.batch_size or tokens // 2 < max(SMALLEST_BATCH, width):
+            return  # a row longer than the budget stands alone anyway
+        tokens //= 2
+
+
+def largest_that_fits(fits: Callable[[int], bool], most: int, step: int = 32) -> int:
+    """Return the largest multiple of `step` up to `most` that fits, 0 for none; what fits must be monotone."""
+    low, high = 0, most // step
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle * step) else (low, middle - 1)
+    return low * step
+
+
+def largest_sequence(
+    settings: TrainSettings, shape: ModelShape, machine: Machine, mode: str, most: int = LONGEST_SEQUENCE
+) -> int:
+    """Return the longest single row that fits, in positions."""
+    budget = budget_of(settings.loop, machine)
+    return largest_that_fits(
+        lambda width: plan_memory(shape, run_of(settings, 1, width, mode), machine, budget).fits, most
+    )
+
+
+def largest_rows(settings: TrainSettings, shape: ModelShape, machine: Machine, mode: str, width: int) -> int:
+    """Return how many rows of `width` fit into one batch."""
+    budget = budget_of(settings.loop, machine)
+    return largest_that_fits(
+        lambda rows: plan_memory(shape, run_of(settings, rows, width, mode), machine, budget).fits,
+        max(1, LONGEST_SEQUENCE // width),
+        step=1,
+    )
+
+
+def check_fits(
+    settings: TrainSettings,
+    fitted: Fitted,
+    shape: ModelShape,
+    machine: Machine,
+    width: int,
+    quantised: Callable[[], ModelShape | None] = lambda: None,
+) -> None:
+    """Refuse a run that does not fit, unless it is forced.
+
+    Args:
+        settings: of the run.
+        fitted: what `fit` chose.
+        shape, machine, width: as in `fit`.
+        quantised: returns the shape with a 4-bit base, None where it is quantised already.
+
+    Raises:
+        InputError: with the nearest settings that do fit.
+    """
+    memory = fitted.memory
+    if memory.fits or not settings.loop.memory_check:
+        return
+    limit = "--memory-budget" if settings.loop.memory_budget else f"the working set of {machine.name}"
+    raise InputError(
+        f"this run: needs {gigabytes(memory.needed_bytes)} at its peak by the plan, and {limit} is "
+        f"{gigabytes(memory.budget_bytes)}; {advice(settings, shape, machine, width, quantised)}, or --no-memory-check "
+        "to try it all the same"
+    )
+
+
+def advice(
+    settings: TrainSettings,
+    shape: ModelShape,
+    machine: Machine,
+    width: int,
+    quantised: Callable[[], ModelShape | None] = lambda: None,
+) -> str:
+    """Return the nearest settings that fit, as flags: what changes the run least comes first."""
+    for model, words in ((lambda: shape, []), (quantised, ["a 4-bit base"])):
+        found = model()
+        if found is None:
+            continue
+        flags = _nearest(settings, found, machine, width)
+        if flags is not None:
+            return "try " + " and ".join(filter(None, [*words, " ".join(flags)]))
+    return "no sequence or batch is small enough: choose a smaller model"
+
+
+def _nearest(settings: TrainSettings, shape: ModelShape, machine: Machine, width: int) -> list[str] | None:
+    """Return flags with which the run fits, None where there are none; empty: as it is."""
+    widths = [width]
+    while widths[-1] > SMALLEST_BATCH:
+        widths.append(max(SMALLEST_BATCH, widths[-1] // 2))
+    for columns in widths:
+        for loop in _easier(settings.loop, columns):
+            eased = replace(settings, loop=loop)
+            found = fit(eased, shape, machine, columns)
+            if found.memory.fits:
+                return _flags(settings.loop, loop, found, columns if columns < width else None)
+    return None
+
+
+def _easier(loop: LoopSettings, width: int) -> Iterator[LoopSettings]:
+    """Yield the settings with ever fewer rows to a batch and more repeated."""
+    yield replace(loop, grad_checkpoint="auto")
+    yield replace(loop, grad_checkpoint="auto", batch_size=None, batch_tokens=None)
+    yield replace(loop, grad_checkpoint="block", batch_size=None, batch_tokens=max(2, min(width, SMALLEST_BATCH)))
+
+
+def _flags(before: LoopSettings, after: LoopSettings, found: Fitted, width: int | None) -> list[str]:
+    flags = []
+    if before.grad_checkpoint not in ("auto", found.checkpointing):
+        flags.append(f"--grad-checkpoint {found.checkpointing}")
+    if (before.batch_size, before.batch_tokens) != (after.batch_size, after.batch_tokens):
+        flags.append(f"--batch-tokens {found.batch_tokens}")
+    if width is not None:
+        flags.append(f"--max-seq-length {width + 1}")
+    return flags
+
+
+def gigabytes(size_bytes: float) -> str:
+    """Write a size for people."""
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes < 1e11 else f"{size_bytes / 1e9:.0f} GB"

@@ -1,0 +1,193 @@
+"""The planner's arithmetic: parts sum up, more work takes no less, and every Mac of the table has a sane answer."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from mlx_lora import chips, memory, shape, speed
+from mlx_lora.chips import CHIPS, find_chip, known_chip, working_set
+from mlx_lora.errors import InputError
+from mlx_lora.memory import plan_memory
+from mlx_lora.shape import GIB, Block, Layer, Machine, ModelShape, Run
+from mlx_lora.speed import Ceilings, count_step, listed_ceilings, step_seconds
+
+CPU = Machine("a CPU", "cpu", 24 * GIB, 22 * GIB, 4)
+M2 = find_chip("M2").machine(16)
+
+
+def llama(blocks: int = 32, width: int = 4096, feed: int = 14336, packed: bool = True, rank: int = 16) -> ModelShape:
+    """The shape of Llama 3 8B, or of another model of its family, in 4 bits or 16."""
+    kv = width // 4
+    attention = [("q_proj", width, width), ("k_proj", width, kv), ("v_proj", width, kv), ("o_proj", width, width)]
+    mlp = [("gate_proj", width, feed), ("up_proj", width, feed), ("down_proj", feed, width)]
+    layers = [
+        Layer(parent, name, i, o, packed=packed, rank=rank)
+        for parent, group in (("self_attn", attention), ("mlp", mlp))
+        for name, i, o in group
+    ]
+    block = Block(tuple(layers), (width, width), width // 128, width // 512, 128)
+    numbers = sum(layer.numbers for layer in layers) * blocks + 2 * 128256 * width
+    trained = rank * sum(layer.inputs + layer.outputs for layer in layers) * blocks
+    stored = numbers * 9 // 16 if packed else 2 * numbers  # 4 bits, and a scale and a bias of 16 for each 64
+    return ModelShape("llama", width, 128256, (block,) * blocks, stored, trained, 14 * blocks)
+
+
+SHAPE = llama()
+RUN = Run(1, 2048)
+
+
+@pytest.mark.parametrize("module", [memory, shape, speed, chips])
+def test_the_arithmetic_needs_no_mlx(module):
+    tree = ast.parse(inspect.getsource(module))
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert not [name for name in names if name == "mlx" or name.startswith("mlx.")]
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "block", "3"])
+@pytest.mark.parametrize("machine", [CPU, M2])
+def test_parts_sum_to_the_peak_which_is_the_largest_phase(machine, mode):
+    plan = plan_memory(SHAPE, replace(RUN, checkpointing=mode), machine)
+    assert plan.peak_bytes == sum(plan.parts.values()) == pytest.approx(max(plan.phases.values()), abs=len(plan.parts))
+    assert plan.parts["base"] == SHAPE.base_bytes
+    assert plan.needed_bytes == plan.peak_bytes + plan.cache_bytes
+    assert plan.fits == (plan.needed_bytes <= machine.working_set_bytes)
+
+
+def peak(model: ModelShape = SHAPE, machine: Machine = M2, **changes: object) -> int:
+    return plan_memory(model, replace(RUN, **changes), machine).peak_bytes
+
+
+@pytest.mark.parametrize("machine", [CPU, M2])
+@pytest.mark.parametrize("mode", ["none", "selective", "block"])
+def test_longer_rows_and_more_of_them_take_more(machine, mode):
+    widths = [peak(machine=machine, width=width, checkpointing=mode) for width in (512, 2048, 8192, 32768)]
+    assert all(a < b for a, b in pairwise(widths))
+    rows = [peak(machine=machine, rows=rows, checkpointing=mode) for rows in (1, 2, 4, 16)]
+    assert all(a < b for a, b in pairwise(rows))
+
+
+def test_each_thing_that_takes_memory_does():
+    assert peak(checkpointing="block") < peak(checkpointing="selective") < peak()
+    assert peak(checkpointing="block") < peak(checkpointing="4") < peak(checkpointing="16") < peak()
+    assert peak(llama(packed=True)) < peak(llama(packed=False))
+    assert peak(llama(rank=8)) < peak(llama(rank=128))
+    assert peak(llama(2, 512, 1024), trained_positions=64) < peak(llama(2, 512, 1024), trained_positions=2048)
+    assert peak(optimizer="sgd") < peak(optimizer="adamw")
+    assert peak() < peak(dropout=True)
+    assert peak(accumulates=True) - peak() == 4 * SHAPE.trained
+    assert peak() < peak(form="dora")
+    assert peak() < peak(replace(SHAPE, plain_loss=True))
+    assert peak(replace(SHAPE, first_trained=24)) < peak()  # --num-layers 8: what lies below keeps nothing
+    assert peak(machine=replace(M2, number_bytes=4)) > 1.3 * peak()
+    silu = SHAPE.blocks[0]
+    assert peak(replace(SHAPE, blocks=(replace(silu, gated="other"),) * 32)) > peak()
+    assert peak(replace(SHAPE, blocks=(replace(silu, norms=(4096,) * 4),) * 32)) > peak()
+
+
+def test_experts_count_by_how_many_a_position_goes_through():
+    dense = SHAPE.blocks[0]
+
+    def mixture(active: int) -> ModelShape:
+        layers = tuple(
+            replace(layer, experts=16, active=active) if layer.parent == "mlp" else layer for layer in dense.layers
+        )
+        return replace(SHAPE, blocks=(replace(dense, layers=layers),) * 32)
+
+    assert peak(mixture(1)) < peak(mixture(2)) < peak(mixture(8))
+
+
+def test_all_that_is_trained_may_be_what_decides():
+    much = llama(2, 1024, 4096, rank=512)
+    plan = plan_memory(much, Run(1, 64, checkpointing="block"), M2)
+    assert plan.phase == "update"
+    assert plan.parts["optimizer"] == 2 * plan.parts["adapter"] == 8 * much.trained
+    # One flat array is updated at once, many arrays a few at a time.
+    by_itself = plan_memory(replace(much, trained_arrays=448), Run(1, 64, optimizer="muon"), M2)
+    assert by_itself.phases["update"] < plan.phases["update"]
+
+
+def faked() -> list[Machine]:
+    """Every Mac of the table, M1 with 8 GB to M3 Ultra with 512, by memory."""
+    machines = [chip.machine(size) for chip in CHIPS for size in chip.memory_gib]
+    return sorted(machines, key=lambda machine: machine.memory_bytes)
+
+
+def test_more_memory_holds_no_less_on_every_mac():
+    machines = faked()
+    assert machines[0].name == "M1, 8 GB"
+    assert machines[-1].name == "M3 Ultra, 512 GB"
+    for model in (SHAPE, llama(packed=False), llama(16, 2048, 8192), llama(80, 8192, 28672)):
+        for run in (RUN, Run(4, 2048, checkpointing="block"), Run(1, 16384)):
+            plans = [plan_memory(model, run, machine) for machine in machines]
+            assert all(a.fits <= b.fits for a, b in pairwise(plans))
+            # The same run takes the same memory on each of them, but for the loss's tiles.
+            assert max(p.peak_bytes for p in plans) < 1.02 * min(p.peak_bytes for p in plans)
+
+
+def test_known_models_fit_where_they_are_known_to():
+    block = Run(1, 2048, checkpointing="block")
+
+    def fits(model: ModelShape, chip: str, memory_gb: int, run: Run = block) -> bool:
+        return plan_memory(model, run, find_chip(chip).machine(memory_gb)).fits
+
+    small, seventy = llama(16, 2048, 8192), llama(80, 8192, 28672)
+    assert fits(small, "M1", 8)  # 1B in 4 bits
+    assert fits(SHAPE, "M1", 16)  # 8B in 4 bits
+    assert not fits(SHAPE, "M1", 8, Run(1, 2048))
+    assert not fits(llama(packed=False), "M1", 16, block)  # 8B in 16 bits: the weights alone are larger
+    assert fits(seventy, "M2 Ultra", 128)
+    assert not fits(seventy, "M1 Pro", 32)
+    assert fits(llama(80, 8192, 28672, packed=False), "M3 Ultra", 512)
+
+
+def test_the_working_set_grows_with_memory_and_stays_below_it():
+    sets = [working_set(size * GIB) for size in (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)]
+    assert all(a < b for a, b in pairwise(sets))
+    assert all(0.6 < working_set(size * GIB) / (size * GIB) < 0.8 for size in (8, 36, 48, 512))
+
+
+@pytest.mark.parametrize("name", ["M2 Pro", "m2 pro", "Apple M2 Pro", "M2Pro", "m2-pro"])
+def test_chips_are_found_however_they_are_spelled(name):
+    assert find_chip(name).name == "M2 Pro"
+    assert known_chip(name) is find_chip(name)
+
+
+def test_an_unknown_chip_names_those_that_are_known():
+    with pytest.raises(InputError, match=r"did you mean M2 Pro.*M3 Ultra"):
+        find_chip("M2 Por")
+    assert known_chip("AMD EPYC") is None
+
+
+def seconds(chip: str, run: Run = RUN, model: ModelShape = SHAPE) -> float:
+    found = find_chip(chip)
+    return step_seconds(model, run, found.machine(), listed_ceilings(found))[0]
+
+
+def test_a_faster_chip_is_predicted_to_be_faster():
+    for generation in ("M1", "M2", "M3"):
+        times = [seconds(f"{generation}{kind}") for kind in ("", " Pro", " Max", " Ultra")]
+        assert all(a > b for a, b in pairwise(times))
+    assert seconds("M4") > seconds("M5")
+
+
+def test_predicted_time_is_the_products_and_more():
+    counts = count_step(SHAPE, RUN, M2)
+    weights = sum(layer.numbers for block in SHAPE.blocks for layer in block.layers)
+    assert counts["products"].flops == 4 * weights * 2048  # output and input gradient
+    again = count_step(SHAPE, replace(RUN, checkpointing="block"), M2)
+    assert again["products"].flops == 6 * weights * 2048
+    part = count_step(replace(SHAPE, first_trained=24), RUN, M2)
+    assert part["products"].flops == (2 + 2 * 8 / 32) * weights * 2048
+    total, parts = step_seconds(SHAPE, RUN, M2, Ceilings(1e13, 1e11))
+    assert total == pytest.approx(sum(parts.values()))
+    assert total > counts["products"].flops / 1e13
+    # A step too small to keep the device busy takes what the host needs to launch it.
+    tiny, waits = step_seconds(SHAPE, Run(1, 2), M2, Ceilings(1e18, 1e18, launch_s=5e-6))
+    assert tiny == pytest.approx(5e-6 * 160 * 32)
+    assert "waiting for launches" in waits
