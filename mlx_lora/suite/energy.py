@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_lora.suite.machine import answer
@@ -82,3 +84,13 @@ class EnergyMeter:
 
     def _range(self) -> int:
         return int((self._counter / "max_energy_range_uj").read_text())
+
+
+@contextmanager
+def energy_meter() -> Iterator[EnergyMeter]:
+    """Yield a meter that is stopped at the end, also of a run that failed."""
+    meter = EnergyMeter()
+    try:
+        yield meter
+    finally:
+        meter.close()

@@ -16,7 +16,7 @@ from typing import Any
 from mlx_lora.config import flag_of
 from mlx_lora.errors import InputError, RunError
 from mlx_lora.sources.embedded import SMOLLM2, embedded_model
-from mlx_lora.suite.energy import EnergyMeter
+from mlx_lora.suite.energy import EnergyMeter, energy_meter
 from mlx_lora.suite.figures import LEAST_STEPS, counted_records, run_figures
 from mlx_lora.suite.machine import describe_power
 from mlx_lora.suite.models import MODELS
@@ -142,30 +142,16 @@ def run_workload(
     folder = work / workload.name
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "train.jsonl"
-    text = workload.shape.rows.text()
-    data.write_text(text, encoding="utf-8")
-    entry: dict[str, Any] = {
-        "workload": workload.definition(),
-        "status": "not run",
-        "reason": None,
-        "shortened": length.changed,
-        "data_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "base": None,
-        "power_before": describe_power(),
-        "power_after": None,
-        "figures": None,
-        "predicted": None,
-    }
+    entry = _new_entry(workload, length, data)
     try:
         source = model or _model_of(workload, work, say)
     except (InputError, RunError) as error:
-        return {**entry, "reason": str(error)}
+        return {**entry, "reason": _without_home(str(error))}
     run = folder / "run"
-    meter = EnergyMeter()
-    watch = Watch(run / "metrics.jsonl", length.seconds, meter)
-    ended = run_process(train_command(workload, source, data, run, length), folder / "log.txt", watch)
-    joules = meter.joules()
-    meter.close()
+    with energy_meter() as meter:
+        watch = Watch(run / "metrics.jsonl", length.seconds, meter)
+        ended = run_process(train_command(workload, source, data, run, length), folder / "log.txt", watch)
+        joules = meter.joules()
     entry["power_after"] = describe_power()
     if ended.code not in (0, INTERRUPTED) or watch.first_step_s is None:
         return {**entry, **_failure(ended)}
@@ -177,12 +163,24 @@ def run_workload(
     figures["energy_j"] = None if joules is None or watch.joules is None else joules - watch.joules
     figures["energy_source"] = meter.source
     predicted = _against_plan(workload, machine, records, figures)
+    return {**entry, "status": "measured", "base": _base_of(run, workload), "figures": figures, "predicted": predicted}
+
+
+def _new_entry(workload: Workload, length: Length, data: Path) -> dict[str, Any]:
+    """Write the training data, and return an entry for a workload that has not run."""
+    text = workload.shape.rows.text()
+    data.write_text(text, encoding="utf-8")
     return {
-        **entry,
-        "status": "measured",
-        "base": _base_of(run, workload),
-        "figures": figures,
-        "predicted": predicted,
+        "workload": workload.definition(),
+        "status": "not run",
+        "reason": None,
+        "shortened": length.changed,
+        "data_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "base": None,
+        "power_before": describe_power(),
+        "power_after": None,
+        "figures": None,
+        "predicted": None,
     }
 
 
@@ -197,9 +195,14 @@ def _model_of(workload: Workload, work: Path, say: Callable[[str], None]) -> str
 def _failure(ended: Ended) -> dict[str, Any]:
     """Return why a run gave no figures: refused before it began, or failed."""
     if ended.code == BAD_INPUT:
-        return {"status": "not run", "reason": ended.last_words}
+        return {"status": "not run", "reason": _without_home(ended.last_words)}
     how = f"signal {-ended.code}" if ended.code < 0 else f"code {ended.code}"
-    return {"status": "failed", "reason": f"train ended with {how}: {ended.last_words}"}
+    return {"status": "failed", "reason": f"train ended with {how}: {_without_home(ended.last_words)}"}
+
+
+def _without_home(text: str) -> str:
+    """Results are published: a path in an error must not tell whose machine it is."""
+    return text.replace(str(Path.home()), "~")
 
 
 def _base_of(run: Path, workload: Workload) -> dict[str, Any]:
