@@ -7,7 +7,7 @@ import json
 
 import pytest
 from conftest import write_folder
-from made_results import made_rates
+from made_results import made_entry, made_rates
 from run_cli import run
 
 from mlx_lora.suite import machine, running
@@ -278,6 +278,25 @@ def test_a_run_is_measured_recorded_and_read_again(tiny_folder, tmp_path, monkey
     assert hub["status"] == "not run"
     assert "HF_HUB_OFFLINE" in hub["reason"]
     assert "not run: model" in ran.err
+
+
+def test_an_interrupted_run_keeps_what_is_done(tmp_path, monkeypatch):
+    def one(workload, probe, folder, length):
+        if workload is HUB:
+            raise KeyboardInterrupt
+        return made_entry(workload)
+
+    monkeypatch.setattr("mlx_lora.bench.measure_rates", lambda work: PROBE)
+    monkeypatch.setattr("mlx_lora.bench.run_one", one)
+    ran = run("bench", "run", "--workload", CHAT.name, "--workload", HUB.name, "--out", tmp_path / "mine.json")
+    assert ran.code == 130
+    assert [entry["workload"]["name"] for entry in read_result(tmp_path / "mine.json").content["results"]] == [
+        CHAT.name
+    ]
+    assert "interrupted" in ran.err
+    nothing = run("bench", "run", "--workload", HUB.name, "--out", tmp_path / "none.json")
+    assert nothing.code == 130
+    assert not (tmp_path / "none.json").exists()
 
 
 def test_a_model_that_cannot_be_trained_is_an_entry(tmp_path):
