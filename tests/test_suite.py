@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+import sys
 
 import pytest
 from conftest import write_folder
@@ -24,6 +26,7 @@ from mlx_lora.suite.prediction import (
     predict_sizes,
     typical_batches,
 )
+from mlx_lora.suite.processes import run_process
 from mlx_lora.suite.rates import measure_rates
 from mlx_lora.suite.result import read_result
 from mlx_lora.suite.running import Length, run_workload, train_command
@@ -297,6 +300,23 @@ def test_an_interrupted_run_keeps_what_is_done(tmp_path, monkeypatch):
     nothing = run("bench", "run", "--workload", HUB.name, "--out", tmp_path / "none.json")
     assert nothing.code == 130
     assert not (tmp_path / "none.json").exists()
+
+
+def test_an_interrupted_process_is_ended(tmp_path, monkeypatch):
+    children = []
+
+    def interrupt(child):
+        children.append(child)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_process([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", interrupt)
+    assert children[0].poll() == -signal.SIGKILL
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    shown = "import os, sys; print(os.environ.get('OPENBLAS_CORETYPE')); sys.exit('Error: so it is')"
+    ended = run_process([sys.executable, "-c", shown], tmp_path / "log")
+    assert (ended.code, ended.last_words) == (1, "so it is")
+    assert ended.log.startswith("None")
 
 
 def test_a_model_that_cannot_be_trained_is_an_entry(tmp_path):
