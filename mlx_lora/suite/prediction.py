@@ -48,22 +48,6 @@ class Batch:
     real: int
 
 
-def flags_of(workload: Workload) -> dict[str, Any]:
-    """Return the settings of train that make a workload, by name."""
-    return {
-        "method": "lora",
-        "rank": workload.rank,
-        "alpha": 2.0 * workload.rank,
-        "target_modules": "all-linear",
-        "max_seq_length": workload.shape.max_seq_length,
-        "batch_tokens": workload.batch_tokens,
-        "grad_checkpoint": workload.checkpointing,
-        "optimizer": "adamw",
-        "learning_rate": 1e-4,
-        "seed": 0,
-    }
-
-
 @cache
 def model_shape_of(workload: Workload, dtype: str = "bfloat16") -> ModelShape:
     """Return a workload's model with its adapter, from the suite's own list: nothing is read or downloaded.
@@ -81,7 +65,7 @@ def model_shape_of(workload: Workload, dtype: str = "bfloat16") -> ModelShape:
 
 @cache
 def _settings(workload: Workload) -> TrainSettings:
-    return train_settings(flags_of(workload))
+    return train_settings(workload.flags())
 
 
 def typical_batches(workload: Workload) -> list[Batch]:

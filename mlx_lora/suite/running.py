@@ -19,8 +19,7 @@ from mlx_lora.sources.embedded import SMOLLM2, embedded_model
 from mlx_lora.suite.energy import EnergyMeter, energy_meter
 from mlx_lora.suite.figures import LEAST_STEPS, counted_records, run_figures
 from mlx_lora.suite.machine import describe_power
-from mlx_lora.suite.models import MODELS
-from mlx_lora.suite.prediction import batches_of, flags_of, listed_flops, measured_machine, predict
+from mlx_lora.suite.prediction import batches_of, listed_flops, measured_machine, predict
 from mlx_lora.suite.processes import Ended, run_process
 from mlx_lora.suite.workloads import Workload
 
@@ -109,7 +108,7 @@ def train_command(workload: Workload, model: str, data: Path, folder: Path, leng
         "model": model,
         "data": data,
         "adapter_path": folder,
-        **flags_of(workload),
+        **workload.flags(),
         "valid_fraction": 0,
         "val_batches": 0,
         "steps_per_eval": 0,
@@ -186,10 +185,7 @@ def _new_entry(workload: Workload, length: Length, data: Path) -> dict[str, Any]
 
 def _model_of(workload: Workload, work: Path, say: Callable[[str], None]) -> str:
     """Return what --model is given."""
-    if workload.tier == "embedded":
-        return str(prepare_embedded(workload.packed, work, say))
-    found = MODELS[workload.model]
-    return (found.packed_id if workload.packed else found.float_id) or ""
+    return str(prepare_embedded(workload.packed, work, say)) if workload.tier == "embedded" else workload.source
 
 
 def _failure(ended: Ended) -> dict[str, Any]:
@@ -208,9 +204,8 @@ def _without_home(text: str) -> str:
 def _base_of(run: Path, workload: Workload) -> dict[str, Any]:
     """Return which weights were trained on, as the adapter knows its base."""
     config = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))["mlx_lora"]
-    name = f"{SMOLLM2.file_name}, sha256 {SMOLLM2.sha256[:12]}"
     return {
-        "model": name if workload.tier == "embedded" else config["base_model"],
+        "model": workload.source if workload.tier == "embedded" else config["base_model"],
         "revision": config["base_revision"],
         "fingerprint": config["base_fingerprint"],
     }

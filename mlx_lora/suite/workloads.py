@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_lora.errors import InputError
+from mlx_lora.sources.embedded import SMOLLM2 as EMBEDDED
 from mlx_lora.suite.models import (
     GEMMA3_1B,
     GPT_OSS_20B,
     LLAMA_1B,
     LLAMA_3B,
+    MODELS,
     QWEN3_4B,
     QWEN3_8B,
     SMOLLM2,
@@ -112,6 +114,29 @@ class Workload:
         """Its form's lengths."""
         return FORMS[self.form]
 
+    @property
+    def source(self) -> str:
+        """Hub id of its model, or the file that the embedded one comes from."""
+        if self.tier == "embedded":
+            return f"{EMBEDDED.file_name}, sha256 {EMBEDDED.sha256[:12]}"
+        found = MODELS[self.model]
+        return (found.packed_id if self.packed else found.float_id) or ""
+
+    def flags(self) -> dict[str, Any]:
+        """Return the settings of train that make it, by name."""
+        return {
+            "method": "lora",
+            "rank": self.rank,
+            "alpha": 2.0 * self.rank,
+            "target_modules": "all-linear",
+            "max_seq_length": self.shape.max_seq_length,
+            "batch_tokens": self.batch_tokens,
+            "grad_checkpoint": self.checkpointing,
+            "optimizer": "adamw",
+            "learning_rate": 1e-4,
+            "seed": 0,
+        }
+
     def definition(self) -> dict[str, Any]:
         """Return everything that makes it this workload, as JSON values."""
         rows = dataclasses.asdict(self.shape.rows)
@@ -119,7 +144,8 @@ class Workload:
             "name": self.name,
             **dataclasses.asdict(self),
             "rows": {key: list(value) if isinstance(value, tuple) else value for key, value in rows.items()},
-            "max_seq_length": self.shape.max_seq_length,
+            "source": self.source,
+            "flags": self.flags(),
         }
         return {**content, "digest": digest_of(content)}
 
