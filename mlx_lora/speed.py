@@ -1,8 +1,7 @@
 """(model shape, run, ceilings) -> seconds of a training step, by part: a roofline, so a prediction.
 
-Per part: floating-point operations, bytes of its passes over memory, exponentials; each at the machine's own rate. A
-part takes the longer of computing and moving, and its exponentials on top where those are no faster than the rest
-(a CPU). Parts follow one another. Real kernels do worse than listed peaks: chips.py has the share that they reach.
+Per part: floating-point operations, bytes of its passes over memory, exponentials; each at the machine's own rate. On a
+GPU a part takes the longer of computing and moving, on a CPU all three one after the other. Parts follow one another. Real kernels do worse than listed peaks: chips.py has the share that they reach.
 
 Shapes: T positions, D width, F width of the gated activation, P trained positions, V vocabulary, A trained numbers.
 Source: roofline, Williams et al. 2009 (CACM 52:4).
@@ -11,6 +10,7 @@ Source: roofline, Williams et al. 2009 (CACM 52:4).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 from mlx_lora.chips import REACHED_BANDWIDTH, REACHED_FLOPS, Chip
 from mlx_lora.config_checks import checkpoint_every
@@ -62,8 +62,11 @@ class Count:
 
     def seconds(self, ceilings: Ceilings) -> float:
         """Return how long it takes."""
-        busy = max(self.flops / ceilings.flops_per_s, self.moved_bytes / ceilings.bytes_per_s)
-        return busy + self.exponentials / ceilings.exponentials_per_s
+        computing, moving = self.flops / ceilings.flops_per_s, self.moved_bytes / ceilings.bytes_per_s
+        if isfinite(ceilings.exponentials_per_s):
+            # A CPU does one thing after the other: products on all cores, passes and exponentials on one.
+            return computing + moving + self.exponentials / ceilings.exponentials_per_s
+        return max(computing, moving)
 
 
 def count_step(shape: ModelShape, run: Run, machine: Machine) -> dict[str, Count]:
@@ -92,8 +95,8 @@ def count_step(shape: ModelShape, run: Run, machine: Machine) -> dict[str, Count
         kept = bool(probabilities(block, run, machine)) and not again
         attention += 2 * block.head_width * scores * (2 + trained * (4 + (not kept)))
         scores_exp += scores * (1 + trained * (not kept))
-        scores_bytes += scores * size * (4 + 8 * trained)
-        gate, passes = _gate_width(block), 4 + 6 * trained + 4 * again
+        scores_bytes += scores * size * (8 + 12 * trained)
+        gate, passes = _gate_width(block), 6 + 9 * trained + 6 * again
         gate_exp += gate * tokens * (1 + again)
         moved += passes * (gate + 4 * (block.layers[0].inputs if block.layers else 0) + block.heads * block.head_width)
     logits = run.places * shape.vocabulary
@@ -102,7 +105,7 @@ def count_step(shape: ModelShape, run: Run, machine: Machine) -> dict[str, Count
         "adapters": Count(adapter, size * tokens * adapter_bytes),
         "attention": Count(attention, scores_bytes, scores_exp),
         "elementwise": Count(0.0, size * tokens * moved, gate_exp),
-        "loss": Count(4 * logits * shape.width, SINGLE * 5 * logits, logits),
+        "loss": Count(4 * logits * shape.width, SINGLE * 9 * logits, logits),
         "optimizer": Count(0.0, SINGLE * 14 * shape.trained),
     }
 

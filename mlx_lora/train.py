@@ -165,7 +165,6 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
     del factors  # the step has its own from here on, and these would stay in memory beside them
     run, at = RunFolder(loop, info, identity), found.position if found else Position()
     begin(run, found, base, step, steps)
-    write_settings(folder, settings)
     at.parts = max(at.parts, loop.batch_parts)
     guard = MemoryGuard(at, memory.budget_bytes, cli.echo)
 
@@ -174,6 +173,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits) -> Out
 
     try:
         with run.kept_if_it_fails(), reporting(settings, steps, at.taken if found else None) as (report, on_step):
+            write_settings(folder, settings)
             outcome = train(base.model, step, loss.measure, plan, validation, loop, report, on_step, save, at, guard)
             best = None if outcome.interrupted else run.put_best(base.model, step, at)
     except Diverged as diverged:

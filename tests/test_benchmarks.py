@@ -286,7 +286,7 @@ def test_a_curve_or_an_adapter_apart_is_no_parity(module):
     assert not script.compare(script.Run(np.array([2.0, np.nan]), wanted.adapter, 0.0), wanted, initial).good
 
 
-def test_planned_peaks_lie_beside_measured_ones(tiny_folder, tmp_path, capsys):
+def test_planned_peaks_lie_beside_measured_ones(module, tiny_folder, tmp_path, capsys):
     script = module("plan_memory")
     out = tmp_path / "measured.jsonl"
     few = ["--lengths", "64", "--ranks", "4", "--checkpointing", "block", "--batch-tokens", "128", "--iters", "1"]
@@ -298,7 +298,7 @@ def test_planned_peaks_lie_beside_measured_ones(tiny_folder, tmp_path, capsys):
     assert f"| {case['peak_memory_bytes'] / 1e6:.0f} |" in capsys.readouterr().out
 
 
-def test_published_figures_lie_beside_predictions(capsys):
+def test_published_figures_lie_beside_predictions(module, capsys):
     assert module("plan_published").main() == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| m")]
     assert len(rows) == len(module("plan_published").FIGURES)

@@ -86,12 +86,12 @@ def test_mixed_types_get_their_own_entries(tmp_path: Path) -> None:
     assert {t.tensor_type for t in reader.tensors} == {Kind.Q5_0, Kind.F32}
     convert_model(resolve_model(str(path)), tmp_path / "five")
     assert json.loads((tmp_path / "five" / "config.json").read_text())["quantization"]["bits"] == 5
-    entries = converting._quantisation_entries(
+    entries = converting.quantisation_entries(
         {"a": Quantisation(4, 32), "b": Quantisation(4, 32), "c": Quantisation(8, 64)}
     )
     wanted = {"group_size": 32, "bits": 4, "mode": "affine", "c": {"group_size": 64, "bits": 8, "mode": "affine"}}
     assert entries == {"quantization": wanted, "quantization_config": wanted}
-    assert converting._quantisation_entries({}) == {}
+    assert converting.quantisation_entries({}) == {}
 
 
 def test_folder_default_is_four_bits(tiny_folder: Path, tmp_path: Path) -> None:
