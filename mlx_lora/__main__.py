@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "Train an adapter.",
     "evaluate": "Measure loss and perplexity on a data file.",
     "generate": "Generate text.",
+    "bench": "Measure training with fixed workloads, and compare machines.",
     "fuse": "Fold an adapter into its base model.",
     "doctor": "Check this machine for training.",
     "export": "Write an adapter, or a model with it, for PEFT and transformers.",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mlx_lora"
-STAGES = ("sources", "data", "models", "adapters", "training", "artifacts", "runs", "serving")
+STAGES = ("sources", "data", "models", "adapters", "training", "artifacts", "runs", "serving", "suite")
 SHARED = (
     "blas",
     "cache",

@@ -115,7 +115,9 @@ def test_in_a_browser(folder, width, dark):
     assert not seen.console
     assert seen.found["charts"] == 5
     assert seen.found["lines"] == 9
-    assert seen.found["needed"] <= max(width, seen.found["width"])
+    assert seen.found["needed"] <= width == seen.found["width"]
+    assert seen.found["outside"] == []
+    assert seen.found["smallest"] >= 9
     assert seen.found["clipped"] == 0
     light = "rgb(253, 253, 251)"
     assert (seen.found["paper"] == light) is not dark

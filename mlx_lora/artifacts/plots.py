@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 260
-LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 34
+LEFT, RIGHT, TOP, BOTTOM = 88, 12, 12, 34
 MOST_POINTS = 400  # per series; more are averaged
 MOST_DOTS = 60  # a series of more points is a bare line
 
@@ -88,6 +88,11 @@ def number(value: float) -> str:
     return f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.1e}".replace("e-0", "e-")
 
 
+def _short(value: float) -> str:
+    """Return a number as an axis has room for it at a phone's width: 40k for 40,000."""
+    return f"{value / 1000:g}k" if abs(value) >= 10_000 else number(value)
+
+
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Average neighbours until there are few enough points to draw."""
     size = math.ceil(len(points) / MOST_POINTS) if points else 1
@@ -103,13 +108,13 @@ def _grid(
         _, y = place(low_x, tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(
-            f'<text class="tick" x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{number(tick)}{escape(unit)}</text>'
+            f'<text class="tick" x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{_short(tick)}{escape(unit)}</text>'
         )
     for tick in x_ticks:
         x, _ = place(tick, y_ticks[0])
         if LEFT + 20 <= x <= WIDTH - RIGHT:
             anchor = "end" if x > WIDTH - RIGHT - 20 else "middle"
-            parts.append(f'<text class="tick" x="{x}" y="{HEIGHT - 12}" text-anchor="{anchor}">{number(tick)}</text>')
+            parts.append(f'<text class="tick" x="{x}" y="{HEIGHT - 12}" text-anchor="{anchor}">{_short(tick)}</text>')
     return parts
 
 

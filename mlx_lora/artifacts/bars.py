@@ -1,0 +1,78 @@
+"""Bar charts as SVG text, beside the line charts of plots.py and in the same style: measured bars full, predicted hollow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from mlx_lora.artifacts.plots import WIDTH, number
+
+LABELS = 205  # width of the column of names
+LETTER = 12.5  # of a value, at the size that a phone's width gives it
+ROW, BAR, TOP = 28, 16, 6
+MOST_LETTERS = 20
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar.
+
+    Attributes:
+        name: at its left.
+        value: its length.
+        predicted: drawn hollow and dashed: nobody measured it.
+        low, high: spread, drawn as a whisker; None without.
+        color: which of the page's colours.
+        note: added to the tooltip.
+        words: stand behind the bar instead of its value.
+    """
+
+    name: str
+    value: float
+    predicted: bool = False
+    low: float | None = None
+    high: float | None = None
+    color: int = 0
+    note: str = ""
+    words: str = ""
+
+
+def bar_chart(title: str, bars: Sequence[Bar], unit: str = "") -> str:
+    """Return an SVG element with a row per bar: name, bar from zero, value; each row's words as its tooltip.
+
+    Args:
+        title: what is drawn, for readers who do not see it.
+        bars: from the top down, values not negative.
+        unit: behind the numbers.
+    """
+    height = 2 * TOP + ROW * max(1, len(bars))
+    opening = f'<svg class="chart bars" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
+    if not bars:
+        return f'{opening}<text x="{WIDTH / 2}" y="{height / 2}" text-anchor="middle">nothing measured</text></svg>'
+    values = [bar.words or f"{number(float(f'{bar.value:.3g}'))}{unit}" for bar in bars]
+    room = WIDTH - LABELS - 10 - LETTER * max(len(value) for value in values)
+    most = max(max(bar.value, bar.high or 0) for bar in bars) or 1
+    parts = [opening, f'<line class="grid" x1="{LABELS}" x2="{LABELS}" y1="{TOP}" y2="{height - TOP}"/>']
+    for row, (bar, value) in enumerate(zip(bars, values, strict=True)):
+        top = TOP + ROW * row + (ROW - BAR) / 2
+        length = round(max(1.0, bar.value / most * room), 1)
+        kind = "predicted" if bar.predicted else "measured"
+        words = f"{bar.name}: {number(bar.value)}{unit}, {kind}{f'; {bar.note}' if bar.note else ''}"
+        parts.append(f"<g><title>{escape(words)}</title>")
+        parts.append(f'<text x="{LABELS - 8}" y="{top + BAR - 3}" text-anchor="end">{escape(_cut(bar.name))}</text>')
+        parts.append(
+            f'<rect class="bar s{bar.color} {kind}" x="{LABELS}" y="{top}" width="{length}" height="{BAR}" rx="2"/>'
+        )
+        end = length
+        if bar.low is not None and bar.high is not None:
+            left, right = (round(LABELS + value / most * room, 1) for value in (bar.low, bar.high))
+            middle = top + BAR / 2
+            parts.append(f'<line class="whisker" x1="{left}" x2="{right}" y1="{middle}" y2="{middle}"/>')
+            end = max(end, right - LABELS)
+        parts.append(f'<text class="value" x="{LABELS + end + 6}" y="{top + BAR - 3}">{escape(value)}</text></g>')
+    return "".join([*parts, "</svg>"])
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 1]}…"

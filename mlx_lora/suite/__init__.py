@@ -1,0 +1,1 @@
+"""The benchmark suite: fixed workloads, what a run of them records, and how results of several machines compare."""

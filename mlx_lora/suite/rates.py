@@ -1,0 +1,124 @@
+"""Micro-benchmarks of what a machine can do at most, in a process of their own: `python -m mlx_lora.suite.rates`.
+
+Prints one JSON object: the device as MLX has it, and rates. Each is the best of several rounds, since another program's
+load only slows. Products grow until one takes long enough to be timed well, so that a slow dtype costs no minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_lora import device
+from mlx_lora.ceilings import measure_ceilings
+
+SIDES = (512, 1024, 2048, 4096)
+ENOUGH_S = 0.1
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+QUANTISED_SIDE = 2048
+# Beyond every cache of a GPU; on a CPU MLX takes large outputs from the system anew, and their page faults
+# would be measured.
+PASS_BYTES, CPU_PASS_BYTES = 256 << 20, 16 << 20
+LAYOUT = {"group_size": 64, "bits": 4}
+
+
+def measure_rates(rounds: int = 5, sides: tuple[int, ...] = SIDES, pass_bytes: int | None = None) -> dict[str, Any]:
+    """Return the rates of this machine.
+
+    Args:
+        rounds: of each measurement.
+        sides: of the square products, smallest first.
+        pass_bytes: of the array that bandwidth is measured on; default: 256 MB, on a CPU 16 MB.
+
+    Returns:
+        `gemm_flops_per_s` by dtype; `quantised_matmul_flops_per_s` of 4-bit weights by rows (`1`: reading weights
+        is the limit; `1024`: computing is) and of `dequantise_then_gemm`; `copy_bytes_per_s` and
+        `triad_bytes_per_s` (read and written); `ceilings`: what predictions are made from (mlx_lora/ceilings.py).
+    """
+    kind = device.compute_dtype()
+    on_cpu = device.current_device().backend == "cpu"
+    pass_bytes = pass_bytes or (CPU_PASS_BYTES if on_cpu else PASS_BYTES)
+    ceilings = measure_ceilings(rounds=rounds)
+    return {
+        "gemm_flops_per_s": {name: _gemm(dtype, rounds, sides) for name, dtype in DTYPES.items()},
+        "quantised_matmul_flops_per_s": _quantised(kind, rounds, min(QUANTISED_SIDE, max(sides))),
+        "copy_bytes_per_s": _pass(lambda a, b: a + 1, 2, kind, rounds, pass_bytes),
+        "triad_bytes_per_s": _pass(lambda a, b: a + b, 3, kind, rounds, pass_bytes),
+        "ceilings": {
+            "dtype": str(kind).removeprefix("mlx.core."),
+            "flops_per_s": ceilings.flops_per_s,
+            "bytes_per_s": ceilings.bytes_per_s,
+            # On a GPU they hide behind the reading of their argument; JSON has no infinity.
+            "exponentials_per_s": ceilings.exponentials_per_s if math.isfinite(ceilings.exponentials_per_s) else None,
+            "launch_s": ceilings.launch_s,
+        },
+    }
+
+
+def describe_device() -> dict[str, Any]:
+    """Return the default device as MLX has it."""
+    here = device.current_device()
+    return {
+        "name": here.name,
+        "backend": here.backend,
+        "memory_bytes": here.memory_bytes,
+        "working_set_bytes": here.working_set_bytes,
+        "blas": here.blas or None,
+        "compute_dtype": str(device.compute_dtype()).removeprefix("mlx.core."),
+    }
+
+
+def _gemm(dtype: mx.Dtype, rounds: int, sides: tuple[int, ...]) -> float:
+    """Return the best rate over square products, in floating-point operations per second."""
+    best = 0.0
+    for side in sides:
+        a, b = (mx.random.normal((side, side), key=mx.random.key(n)).astype(dtype) for n in (0, 1))
+        mx.eval(a, b)
+        spent = _best_s(lambda a=a, b=b: a @ b, rounds)
+        best = max(best, 2 * side**3 / spent)
+        if spent > ENOUGH_S:
+            break
+    return best
+
+
+def _quantised(dtype: mx.Dtype, rounds: int, side: int) -> dict[str, float]:
+    """Return the rates of both ways to multiply by a 4-bit weight of (side, side)."""
+    packed = mx.quantize(mx.random.normal((side, side), key=mx.random.key(0)).astype(dtype), **LAYOUT)
+    mx.eval(packed)
+    rates = {}
+    for rows in (1, 1024):
+        x = mx.random.normal((rows, side), key=mx.random.key(1)).astype(dtype)
+        mx.eval(x)
+        # The packed kernel of a CPU needs a second for 1,024 rows: fewer tell its rate as well.
+        few = x[:64] if rows > 1 and device.current_device().backend == "cpu" else x
+        spent = _best_s(lambda x=few: mx.quantized_matmul(x, *packed, transpose=True, **LAYOUT), rounds)
+        rates[str(rows)] = 2 * len(few) * side**2 / spent
+    spent = _best_s(lambda x=x: x @ mx.dequantize(*packed, **LAYOUT).T, rounds)
+    rates["dequantise_then_gemm"] = 2 * len(x) * side**2 / spent
+    return rates
+
+
+def _pass(make: Callable, passes: int, dtype: mx.Dtype, rounds: int, pass_bytes: int) -> float:
+    """Return the bytes per second of an elementwise operation over `pass_bytes`."""
+    a, b = (mx.random.normal((pass_bytes // dtype.size,), key=mx.random.key(n)).astype(dtype) for n in (0, 1))
+    mx.eval(a, b)
+    return passes * a.nbytes / _best_s(lambda: make(a, b), rounds)
+
+
+def _best_s(make: Callable[[], mx.array], rounds: int) -> float:
+    mx.eval(make())  # pays for compilation
+    best = math.inf
+    for _ in range(rounds):
+        start = time.perf_counter()
+        mx.eval(make())
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+if __name__ == "__main__":
+    print(json.dumps({"device": describe_device(), "rates": measure_rates()}))

