@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "Train an adapter.",
     "evaluate": "Measure loss and perplexity on a data file.",
     "generate": "Generate text.",
+    "serve": "Serve a base and many adapters over OpenAI's HTTP interface.",
     "fuse": "Fold an adapter into its base model.",
     "export": "Write an adapter, or a model with it, for PEFT and transformers.",
 }

@@ -50,7 +50,14 @@ class Answer:
 
 
 @pytest.fixture(scope="module")
-def adapters(tiny_folder, tmp_path_factory):
+def folder(tmp_path_factory):
+    """A model with a head of its own: a tied one repeats its prompt's last token, whatever the adapter."""
+    model = tiny_model(tie_word_embeddings=False)
+    return write_folder(tmp_path_factory.mktemp("untied"), model, {"tie_word_embeddings": False})
+
+
+@pytest.fixture(scope="module")
+def adapters(folder, tmp_path_factory):
     """Adapters of every served kind, by name."""
     root = tmp_path_factory.mktemp("adapters")
     kinds = {
@@ -62,7 +69,7 @@ def adapters(tiny_folder, tmp_path_factory):
         "peft": {"rank": 3, "seed": 6, "peft": True},
         "embedding": {"rank": 4, "seed": 7, "targets": "all-linear,embed_tokens", "strength": 0.1},
     }
-    return {name: make_adapter(tiny_folder, root / name, **kind) for name, kind in kinds.items()}
+    return {name: make_adapter(folder, root / name, **kind) for name, kind in kinds.items()}
 
 
 def started(folder, named=(), **limits) -> Engine:
@@ -72,8 +79,8 @@ def started(folder, named=(), **limits) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_folder, adapters):
-    engine = started(tiny_folder, adapters)
+def engine(folder, adapters):
+    engine = started(folder, adapters)
     yield engine
     engine.close()
 
@@ -90,7 +97,9 @@ PROMPT = "O Romeo, wherefore art thou"
 def generated(folder, adapter, prompt=PROMPT, count=24) -> str:
     """What the command says."""
     extra = ("--adapter-path", adapter) if adapter else ()
-    ran = run("generate", "--model", folder, *extra, "--prompt", prompt, "-m", count, "--ignore-chat-template", "--json")
+    ran = run(
+        "generate", "--model", folder, *extra, "--prompt", prompt, "-m", count, "--ignore-chat-template", "--json"
+    )
     import json
 
     return json.loads(ran.out)["text"]
@@ -100,9 +109,9 @@ def asked(name, prompt=PROMPT, count=24, **changes) -> Request:
     return Request(tokens_of(prompt), name, count, **{"sampling": GREEDY, **changes})
 
 
-def test_alone_and_mixed_every_adapter_says_what_generate_says(engine, tiny_folder, adapters):
+def test_alone_and_mixed_every_adapter_says_what_generate_says(engine, folder, adapters):
     names = [None, *adapters]
-    meant = {name: generated(tiny_folder, adapters.get(name)) for name in names}
+    meant = {name: generated(folder, adapters.get(name)) for name in names}
     assert len(set(meant.values())) == len(names), "the adapters must differ for this to show anything"
     assert {name: Answer(engine, asked(name)).text for name in names} == meant
     mixed = [(name, Answer(engine, asked(name))) for name in [*names, *reversed(names)]]

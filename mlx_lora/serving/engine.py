@@ -203,7 +203,7 @@ class Engine:
                 "holds no batch; use mlx_lora.generate for it"
             )
         logits = base.model(mx.array([[0]]))
-        self._vocabulary, self._eos = logits.shape[-1], frozenset(base.tokenizer.eos_token_ids)
+        self.vocabulary, self._eos = logits.shape[-1], frozenset(base.tokenizer.eos_token_ids)
         routing = Routing()
         self.prompt_cache = PromptCache(self.limits.prompt_cache_bytes)
         self.store = AdapterStore(
@@ -261,7 +261,7 @@ class Engine:
         number = resident.number if resident else None
         caches, cached = self.prompt_cache.find(number, request.tokens)
         work = _Work(ticket, resident, TextStream(self._tokenizer.detokenizer, request.stops), cached)
-        row = Row(work, number, Sampler(request.sampling, self._vocabulary), request.tokens[:cached])
+        row = Row(work, number, Sampler(request.sampling, self.vocabulary), request.tokens[:cached])
         self._prefill = Prefill(self._model, self._routing, row, request.tokens[cached:], caches)
         self.counts.prompt_tokens += len(request.tokens) - cached
 
