@@ -50,8 +50,7 @@ class Kind(NamedTuple):
     adapts_head: bool
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Rows of a batch that one pool serves.
 
     Attributes:

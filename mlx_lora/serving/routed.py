@@ -12,6 +12,7 @@ Shapes: B rows, T tokens, n rows of one pool, r rank; in and out are the base's 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -147,20 +148,22 @@ def unrouted_twin(model: nn.Module) -> nn.Module:
     An adapter can be put on it by the code that every command uses, with all its checks, while the served
     model works on.
     """
-    twins: dict[int, nn.Module] = {}
+    return _twin(model, {})
 
-    def twin(value):
-        if isinstance(value, ROUTED):
-            return twin(value.embedding if isinstance(value, RoutedEmbedding) else value.linear)
-        if isinstance(value, nn.Module):
-            if id(value) not in twins:
-                twins[id(value)] = own = copy.copy(value)
-                own._no_grad = set(value._no_grad)
-                for name, child in value.items():
-                    own[name] = twin(child)
-            return twins[id(value)]
-        if isinstance(value, list):
-            return [twin(child) for child in value]
-        return {name: twin(child) for name, child in value.items()} if isinstance(value, dict) else value
 
-    return twin(model)
+def _twin(value: Any, twins: dict[int, nn.Module]) -> Any:
+    """Return a module, or what a module holds, anew; arrays stay. A closure over itself would be a cycle that keeps
+    the last adapter's arrays until Python looks for cycles.
+    """
+    if isinstance(value, ROUTED):
+        return _twin(value.embedding if isinstance(value, RoutedEmbedding) else value.linear, twins)
+    if isinstance(value, nn.Module):
+        if id(value) not in twins:
+            twins[id(value)] = own = copy.copy(value)
+            own._no_grad = set(value._no_grad)
+            for name, child in value.items():
+                own[name] = _twin(child, twins)
+        return twins[id(value)]
+    if isinstance(value, list):
+        return [_twin(child, twins) for child in value]
+    return {name: _twin(child, twins) for name, child in value.items()} if isinstance(value, dict) else value
