@@ -158,8 +158,10 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
     cli.echo(f"ready  {address} (Ctrl-C ends it)")
     # uvicorn raises the signal it was ended by once more; for a server that is its ordinary end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    server = uvicorn.Server(config)
+    engine.on_failure = lambda: setattr(server, "should_exit", True)
     with socket, contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run([socket])
+        server.run([socket])
     if engine.failure is not None:
         raise RunError(f"the engine failed: {engine.failure!r}")
     cli.echo("ended")

@@ -199,6 +199,16 @@ def test_a_prompt_longer_than_the_context_is_refused(client):
     assert error.value.code == "context_length_exceeded"
 
 
+def test_mlx_lms_own_examples(http):
+    """The two calls of mlx-lm's SERVER.md: no model, no max_tokens but what keeps this short."""
+    chat = {"messages": [{"role": "user", "content": "Say this is a test!"}], "temperature": 0.7}
+    answer = http.post("/v1/chat/completions", json={**chat, "max_tokens": 5}).json()
+    assert (answer["object"], answer["model"]) == ("chat.completion", "tiny")
+    assert answer["choices"][0]["message"]["role"] == "assistant"
+    models = http.get("/v1/models", headers={"Content-Type": "application/json"}).json()
+    assert {"id", "created"} <= models["data"][0].keys()
+
+
 # --- adapters
 
 

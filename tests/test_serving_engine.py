@@ -302,6 +302,21 @@ def test_a_full_queue_refuses_and_the_end_tells_everyone(folder):
         Answer(engine, asked(None))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_defect_ends_the_engine_and_nobody_waits_for_ever(folder):
+    engine = started(folder)
+    told = []
+    engine.on_failure = lambda: told.append(True)
+    running = Answer(engine, asked(None, count=100_000, ignore_eos=True)).first()
+    with pytest.raises(ZeroDivisionError):
+        engine.call(lambda store: 1 // 0).result(60)
+    assert isinstance(running.wait().end.error, Stopped)
+    assert isinstance(engine.failure, ZeroDivisionError)
+    assert (engine.alive, told) == (False, [True])
+    with pytest.raises(Stopped):
+        engine.call(lambda store: None)
+
+
 def test_long_prompts_do_not_hold_up_running_rows(folder):
     engine = started(folder, prefill_tokens=8)
     running = Answer(engine, asked(None, count=1000, ignore_eos=True)).first()

@@ -43,12 +43,12 @@ class Adapters:
     def routes(self) -> list[Route]:
         """Return their routes."""
         return [
-            Route("/v1/adapters", self.list, methods=["GET"]),
+            Route("/v1/adapters", self.listing, methods=["GET"]),
             Route("/v1/adapters", self.load, methods=["POST"]),
             Route("/v1/adapters/{name}", self.unload, methods=["DELETE"]),
         ]
 
-    async def list(self, request: HttpRequest) -> Response:
+    async def listing(self, request: HttpRequest) -> Response:
         """GET /v1/adapters."""
         store = self._engine.store
         data = [_described(card) for card in store.cards.values()]

@@ -98,6 +98,7 @@ class Engine:
         self._lock = threading.Lock()
         self._stopping = False
         self.failure: BaseException | None = None
+        self.on_failure: Callable[[], None] = lambda: None
         self._waiting: deque[Ticket] = deque()
         self._prefill: Prefill | None = None
         ready: Future[Base] = Future()
@@ -188,6 +189,7 @@ class Engine:
                 self._drop_cancelled()
         except BaseException as error:
             self.failure = error
+            self.on_failure()
             raise
         finally:
             with self._lock:
