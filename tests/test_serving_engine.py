@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import shutil
+import threading
 
 import pytest
 from byte_tokenizer import byte_tokenizer
@@ -302,8 +303,9 @@ def test_a_full_queue_refuses_and_the_end_tells_everyone(folder):
         Answer(engine, asked(None))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_defect_ends_the_engine_and_nobody_waits_for_ever(folder):
+def test_a_defect_ends_the_engine_and_nobody_waits_for_ever(folder, monkeypatch):
+    shown = []
+    monkeypatch.setattr(threading, "excepthook", lambda defect: shown.append(defect.exc_type))
     engine = started(folder)
     told = []
     engine.on_failure = lambda: told.append(True)
@@ -315,6 +317,8 @@ def test_a_defect_ends_the_engine_and_nobody_waits_for_ever(folder):
     assert (engine.alive, told) == (False, [True])
     with pytest.raises(Stopped):
         engine.call(lambda store: None)
+    engine.close()
+    assert shown == [ZeroDivisionError], "with its traceback on standard error"
 
 
 def test_long_prompts_do_not_hold_up_running_rows(folder):
