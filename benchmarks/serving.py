@@ -8,7 +8,8 @@ Makes --adapters adapters of random factors over all linear layers, serves them 
     agreement   greedy text and log-probabilities of every adapter, in mixed batches, against the adapter put on the
                 model as `generate` puts it
     speed       tokens/s of a batch whose rows use one adapter, all different ones, and none: rounds in turn, so that
-                a busy machine slows all alike; the ratio is the median of each round's own
+                a busy machine slows all alike; the ratio is the median of each round's own. The same by CPU time,
+                which other processes disturb less: with OPENBLAS_NUM_THREADS=1, for waiting threads count too
     switching   what a batch's change of adapters adds: the index arrays of all layers, and a whole step with new
                 adapters less a step with known ones
     memory      MLX's active bytes with all adapters, less the base's, over the adapters' own bytes
@@ -154,17 +155,23 @@ def speed(serving: Serving, batch: int, tokens: int, rounds: int) -> dict[str, A
         "base": [None] * batch,
     }
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    work: dict[str, list[float]] = {kind: [] for kind in kinds}
     for turn in range(rounds + 1):
         order = list(kinds) if turn % 2 else list(kinds)[::-1]
         for kind in order:
+            before = time.process_time()
             seconds, _ = serving.run(kinds[kind], tokens)
             if turn:  # the first fills caches
                 times[kind].append(seconds)
+                work[kind].append(time.process_time() - before)
             print(f"round {turn} {kind}: {batch * tokens / seconds:.1f} tokens/s", file=sys.stderr, flush=True)
     ratios = {
         f"{kind}_over_one": statistics.median(o / k for o, k in zip(times["one"], times[kind], strict=True))
         for kind in ("mixed", "base")
     }
+    ratios["mixed_over_one_by_cpu_time"] = statistics.median(
+        o / k for o, k in zip(work["one"], work["mixed"], strict=True)
+    )
     per_s = {f"{kind}_tokens_per_s": batch * tokens / statistics.median(t) for kind, t in times.items()}
     return {**per_s, **ratios, "rounds": rounds, "ratio_of_each_round": [
         round(o / m, 3) for o, m in zip(times["one"], times["mixed"], strict=True)]}  # fmt: skip
