@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "Measure loss and perplexity on a data file.",
     "generate": "Generate text.",
     "bench": "Measure training with fixed workloads, and compare machines.",
+    "serve": "Serve a base and many adapters over OpenAI's HTTP interface.",
     "fuse": "Fold an adapter into its base model.",
     "doctor": "Check this machine for training.",
     "export": "Write an adapter, or a model with it, for PEFT and transformers.",

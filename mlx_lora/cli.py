@@ -133,13 +133,13 @@ def settings_options(*sections: str, leave_out: tuple[str, ...] = ()) -> Callabl
     and the default stays in config.py alone.
 
     Args:
-        sections: keys of config.SECTIONS.
+        sections: keys of config.SECTIONS or config.COMMAND_SECTIONS.
         leave_out: fields that mean nothing to this command: no flag is accepted and then ignored.
     """
 
     def decorate(function: Callable) -> Callable:
         for section in reversed(sections):
-            for f in reversed(dataclasses.fields(config.SECTIONS[section])):
+            for f in reversed(dataclasses.fields((config.SECTIONS | config.COMMAND_SECTIONS)[section])):
                 function = function if f.name in leave_out else _option(f)(function)
         return function
 

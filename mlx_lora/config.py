@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_lora.config_checks import flag_of, settings_problems
+from mlx_lora.config_checks import flag_of, range_problems, settings_problems
 from mlx_lora.errors import InputError
 from mlx_lora.migration.migrate import read_settings
 
@@ -183,6 +183,36 @@ class LoopSettings:
     force: bool = setting(False, "Write into a run folder that already holds an adapter.")
 
 
+@dataclass(frozen=True)
+class ServeSettings:
+    """What a server offers, to whom, and how much of it."""
+
+    host: str = setting("127.0.0.1", "Address to listen on; any but this machine's own needs an API key.")
+    port: int = setting(8080, "Port to listen on; 0: any free one.")
+    api_key: str | None = setting(
+        None,
+        "Key that clients must send as a bearer token; the environment's MLX_LORA_API_KEY shows in no process list.",
+    )
+    allow_origin: str | None = setting(
+        None, "Web origins whose pages may use the server (https://example.org), by comma; its own may always."
+    )
+    adapters_from: str | None = setting(None, "Folder from whose subfolders clients may load adapters; default: none.")
+    allow_hub: bool = setting(False, "Let clients load adapters from the hub.")
+    adapter_memory: str | None = setting(
+        None, "Bound on adapters in memory, as in 2GB; the least recently used leave (default: no bound)."
+    )
+    prompt_cache: str = setting("256MB", "Bound on the keys and values kept of earlier prompts.")
+    max_batch: int = setting(16, "Requests that generate at once.")
+    max_waiting: int = setting(64, "Requests that wait for a place; more get 429.")
+    max_tokens: int = setting(2048, "Most new tokens that a request may ask for.")
+    max_context: int | None = setting(
+        None, "Most tokens of prompt and answer together (default: the model's own bound)."
+    )
+    max_body: str = setting("1MB", "Largest request body.")
+    read_timeout: float = setting(10.0, "Seconds in which a request must have arrived.")
+    request_timeout: float = setting(300.0, "Seconds in which a request must be answered.")
+
+
 SECTIONS = {
     "model": ModelSettings,
     "data": DataSettings,
@@ -190,6 +220,8 @@ SECTIONS = {
     "optimizer": OptimizerSettings,
     "loop": LoopSettings,
 }
+# Of commands that do not train: no key of a training run's file.
+COMMAND_SECTIONS = {"serve": ServeSettings}
 # Two ways to say one thing: the flag's beats whichever the file uses.
 TWO_NAMES = (("iters", "epochs"), ("method", "fine_tune_type"), ("batch_size", "batch_tokens"))
 
@@ -247,6 +279,21 @@ def train_settings(
     if problems:
         raise InputError("; ".join(problems))
     return settings
+
+
+def serve_settings(flags: dict[str, Any]) -> tuple[ModelSettings, ServeSettings]:
+    """Resolve a server's settings from its flags.
+
+    Raises:
+        InputError: all bad values together.
+    """
+    own = {f.name for f in dataclasses.fields(ServeSettings)}
+    model = train_settings({key: value for key, value in flags.items() if key not in own}).model
+    settings = ServeSettings(**{key: value for key, value in flags.items() if key in own})
+    problems = range_problems(dataclasses.asdict(settings))
+    if problems:
+        raise InputError("; ".join(problems))
+    return model, settings
 
 
 def _near(key: str, known: dict[str, str]) -> str:

@@ -52,6 +52,13 @@ _RANGES = {
     "early_stopping_patience": (1, 10**9, True),
     "early_stopping_threshold": (0, 1e9, True),
     "seed": (0, 2**63 - 1, True),
+    "port": (0, 65535, True),
+    "max_batch": (1, 1024, True),
+    "max_waiting": (0, 10**6, True),
+    "max_tokens": (1, 10**8, True),
+    "max_context": (2, 10**8, True),
+    "read_timeout": (0, 10**6, False),
+    "request_timeout": (0, 10**6, False),
 }
 
 
@@ -68,6 +75,18 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
     Args:
         settings: all of them by field name, each of its own type.
     """
+    problems = range_problems(settings)
+    mode = settings["grad_checkpoint"]
+    if mode not in CHECKPOINTING and not (mode.isdecimal() and 1 <= int(mode) < 10**6):
+        problems.append(f"--grad-checkpoint {mode!r}: not one of {', '.join(CHECKPOINTING)}, or a number from 1 on")
+    problems += _adapter_problems(settings)
+    if settings["iters"] is not None and settings["epochs"] is not None:
+        problems.append("--iters and --epochs: both given; keep one")
+    return problems + _validation_problems(settings)
+
+
+def range_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return the numbers that are out of their ranges, in the flags' spelling."""
     problems = []
     for key, value in settings.items():
         if key in _RANGES and value is not None:
@@ -76,13 +95,7 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
             if not inside:  # NaN lands here too
                 bound = "at least" if closed else "more than"
                 problems.append(f"{flag_of(key)} {value}: must be {bound} {low} and at most {high:g}")
-    mode = settings["grad_checkpoint"]
-    if mode not in CHECKPOINTING and not (mode.isdecimal() and 1 <= int(mode) < 10**6):
-        problems.append(f"--grad-checkpoint {mode!r}: not one of {', '.join(CHECKPOINTING)}, or a number from 1 on")
-    problems += _adapter_problems(settings)
-    if settings["iters"] is not None and settings["epochs"] is not None:
-        problems.append("--iters and --epochs: both given; keep one")
-    return problems + _validation_problems(settings)
+    return problems
 
 
 def _validation_problems(settings: Mapping[str, Any]) -> list[str]:

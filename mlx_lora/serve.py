@@ -1,0 +1,171 @@
+"""Serve one base and many adapters over OpenAI's HTTP interface.
+
+python -m mlx_lora.serve --model DIR --adapter bard=runs/bard --adapter tutor=runs/tutor
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_lora import cli, device
+from mlx_lora.config import ServeSettings, serve_settings
+from mlx_lora.errors import InputError, RunError
+from mlx_lora.models.load import load_base
+from mlx_lora.serving.engine import Engine, Limits
+from mlx_lora.serving.store import NoRoom, Source
+from mlx_lora.sources.hub import resolve_adapter
+
+KEY_VARIABLE = "MLX_LORA_API_KEY"
+# A model that does not say what it was made for.
+DEFAULT_CONTEXT = 8192
+# Answers in flight get this long when the server is told to end.
+SHUTDOWN_S = 5
+
+
+@click.command(cls=cli.Command)
+@cli.settings_options("model", "serve")
+@click.option(
+    "--adapter", "adapters", multiple=True, help="NAME=DIR or NAME=OWNER/NAME of the hub; any number of them."
+)
+@click.option("--blend", "blends", multiple=True, help="NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT ... of loaded adapters.")
+@click.option("--ignore-fingerprint", is_flag=True, help="Take adapters of another base of the same shape.")
+def main(adapters: tuple[str, ...], blends: tuple[str, ...], ignore_fingerprint: bool, **options: Any) -> None:
+    """Serve --model, by itself and with every --adapter, until interrupted."""
+    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"serve: {' and '.join(missing)} not installed; pip install 'mlx-lora[serve]'")
+    # Imported here, for what they need may be missing.
+    from mlx_lora.serving.app import base_name
+    from mlx_lora.serving.guard import is_local
+
+    model, settings = serve_settings(cli.given(options))
+    key = settings.api_key or os.environ.get(KEY_VARIABLE) or None
+    if not is_local(settings.host) and not key:
+        raise InputError(
+            f"--host {settings.host}: reachable from other machines and no API key; set {KEY_VARIABLE}, or use 127.0.0.1"
+        )
+    if settings.adapters_from and not Path(settings.adapters_from).expanduser().is_dir():
+        raise InputError(f"--adapters-from {settings.adapters_from}: no such folder; make it, or leave it out")
+    sources = adapter_sources(adapters, blends)
+    limits = Limits(
+        max_batch=settings.max_batch,
+        max_waiting=settings.max_waiting,
+        adapter_bytes=device.parse_size(settings.adapter_memory) if settings.adapter_memory else None,
+        prompt_cache_bytes=device.parse_size(settings.prompt_cache),
+    )
+    body_bytes = device.parse_size(settings.max_body)
+    engine = Engine(lambda: load_base(model), limits, ignore_fingerprint)
+    try:
+        if base_name(engine.base) in sources:
+            raise InputError(f"--adapter {base_name(engine.base)}: that is the base's own name; choose another")
+        cards = engine.call(lambda store: store.add(sources)).result()
+        cli.echo(f"base   {base_name(engine.base)}: {engine.base.describe()}")
+        for card in cards:
+            cli.echo(f"model  {card.name}: {card.method}, rank {card.rank}, {card.nbytes / 1e6:.1f} MB, {card.source}")
+        run_server(engine, settings, key, body_bytes)
+    except NoRoom:
+        raise InputError("--adapter-memory: too small for all --adapter; raise it") from None
+    finally:
+        engine.close()
+
+
+def adapter_sources(adapters: tuple[str, ...], blends: tuple[str, ...]) -> dict[str, Source]:
+    """Read --adapter and --blend.
+
+    Raises:
+        InputError: not of their form, a name given twice, or a hub id that cannot be had.
+    """
+    sources: dict[str, Source] = {}
+    for flag, given in (("--adapter", adapters), ("--blend", blends)):
+        for text in given:
+            name, equals, value = text.partition("=")
+            if not equals or not name or not value:
+                form = "NAME=DIR" if flag == "--adapter" else "NAME=ADAPTER:WEIGHT,..."
+                raise InputError(f"{flag} {text}: write it as {form}")
+            if name in sources:
+                raise InputError(f"{flag} {name}: given twice; choose another name")
+            sources[name] = (
+                Source(folder=resolve_adapter(value)) if flag == "--adapter" else Source(blend=weights(text))
+            )
+    return sources
+
+
+def weights(text: str) -> dict[str, float]:
+    """Read NAME=a:0.7,b:0.3 as adapter -> weight.
+
+    Raises:
+        InputError: not of that form.
+    """
+    found = {}
+    for part in text.partition("=")[2].split(","):
+        name, _, number = part.strip().rpartition(":")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            name = ""
+        if not name or not abs(found[name]) <= 100:
+            raise InputError(
+                f"--blend {text}: write it as NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT, weights from -100 to 100"
+            )
+    return found
+
+
+def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_bytes: int) -> None:
+    """Listen until interrupted.
+
+    Raises:
+        InputError: the address cannot be had.
+        RunError: the engine has failed.
+    """
+    import uvicorn
+
+    from mlx_lora.serving.adapters_api import Adapters
+    from mlx_lora.serving.app import AnswerLimits, base_name, context_of, make_app
+    from mlx_lora.serving.connections import timed_protocol
+    from mlx_lora.serving.guard import GuardLimits, is_local
+    from mlx_lora.serving.listening import listen
+
+    folder = Path(settings.adapters_from).expanduser() if settings.adapters_from else None
+    origins = tuple(origin.strip() for origin in (settings.allow_origin or "").split(",") if origin.strip())
+    context = settings.max_context or context_of(engine.base.config) or DEFAULT_CONTEXT
+    app = make_app(
+        engine,
+        GuardLimits(key, is_local(settings.host), origins, body_bytes, settings.read_timeout),
+        AnswerLimits(settings.max_tokens, context, settings.request_timeout),
+        int(time.time()),
+        Adapters(engine, base_name(engine.base), folder, settings.allow_hub).routes(),
+    )
+    config = uvicorn.Config(
+        app,
+        http=timed_protocol(settings.read_timeout),
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+        limit_concurrency=settings.max_batch + settings.max_waiting + 64,
+    )
+    socket, address = listen(settings.host, settings.port)
+    cli.echo(f"ready  {address} (Ctrl-C ends it)")
+    # uvicorn raises the signal it was ended by once more; for a server that is its ordinary end.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    server = uvicorn.Server(config)
+    engine.on_failure = lambda: setattr(server, "should_exit", True)
+    with socket, contextlib.suppress(KeyboardInterrupt):
+        server.run([socket])
+    if engine.failure is not None:
+        raise RunError(f"the engine failed: {engine.failure!r}")
+    cli.echo("ended")
+
+
+if __name__ == "__main__":
+    main()

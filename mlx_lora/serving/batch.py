@@ -1,0 +1,135 @@
+"""Rows that generate together, each with its own adapter, joining and leaving between steps.
+
+mlx-lm's caches hold the rows; its BatchGenerator does not tell the model which rows a call is for, and layers
+have to know, so the loop is our own. Like there, step n + 1 is computed while the host reads step n.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_lora.serving.pools import Routing
+from mlx_lora.serving.sampling import Likelihoods, Sampler, sample_rows
+
+
+@dataclass(eq=False)
+class Row:
+    """One sequence.
+
+    Attributes:
+        owner: whom its tokens are for.
+        adapter: number of its adapter, None for the base.
+        sampler: draws its tokens.
+        tokens: those whose keys and values its cache holds.
+        fresh: its next known token is the prompt's last, which is nobody's news.
+    """
+
+    owner: Any
+    adapter: int | None
+    sampler: Sampler
+    tokens: list[int] = field(default_factory=list)
+    fresh: bool = True
+
+
+class Prefill:
+    """A prompt on its way through the model, a part at a time, so that running rows wait for no long prompt."""
+
+    def __init__(self, model: nn.Module, routing: Routing, row: Row, tokens: list[int], caches: list[Any] | None):
+        """Begin.
+
+        Args:
+            model: the routed model.
+            routing: where its layers look.
+            row: the sequence; `row.tokens` are those that `caches` holds.
+            tokens: the rest of the prompt, at least one.
+            caches: of one sequence; None makes empty ones.
+        """
+        self._model, self._routing = model, routing
+        self.row = row
+        self.rest = tokens
+        self.caches = make_prompt_cache(model) if caches is None else caches
+
+    @property
+    def done(self) -> bool:
+        """Whether only the last token is left, which the batch's next step takes."""
+        return len(self.rest) == 1
+
+    def advance(self, most: int) -> None:
+        """Compute up to `most` tokens of the prompt."""
+        part, self.rest = self.rest[: min(most, len(self.rest) - 1)], self.rest[min(most, len(self.rest) - 1) :]
+        self._routing.rows = (self.row.adapter,)
+        self._model(mx.array([part]), cache=self.caches)
+        mx.eval([cache.state for cache in self.caches])
+        self.row.tokens += part
+
+
+class Batch:
+    """The rows that generate."""
+
+    def __init__(self, model: nn.Module, routing: Routing):
+        self._model, self._routing = model, routing
+        self.rows: list[Row] = []
+        self._caches: list[Any] = []
+        self._next: mx.array | None = None  # (B,) each row's next token, computed or on its way
+        self._reports: list[Likelihoods | None] = []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the rows' keys and values."""
+        return sum(cache.nbytes for cache in self._caches)
+
+    def join(self, prefill: Prefill) -> None:
+        """Take in a row whose prompt is computed but for its last token."""
+        merged = [cache.merge([cache]) for cache in prefill.caches]
+        if self._caches:
+            for own, new in zip(self._caches, merged, strict=True):
+                own.extend(new)
+        else:
+            self._caches = merged
+        last = mx.array(prefill.rest, mx.uint32)
+        self._next = last if self._next is None else mx.concatenate([self._next.astype(mx.uint32), last])
+        self.rows.append(prefill.row)
+        self._reports.append(None)
+
+    def step(self) -> list[tuple[Row, int, Likelihoods | None]]:
+        """Begin every row's next token, and return the tokens begun by the step before."""
+        known, reports = self._next, self._reports
+        self._routing.rows = tuple(row.adapter for row in self.rows)
+        logits = self._model(known[:, None], cache=self._caches)[:, -1]  # (B, V)
+        self._next, self._reports = sample_rows(logits, [row.sampler for row in self.rows])
+        mx.async_eval(self._next, [array for report in self._reports if report for array in report.arrays()])
+        news = []
+        for row, token, report in zip(self.rows, known.tolist(), reports, strict=True):
+            row.tokens.append(token)
+            if row.fresh:
+                row.fresh = False
+            else:
+                news.append((row, token, report))
+        return news
+
+    def extract(self, row: Row) -> list[Any]:
+        """Return a row's caches, of one sequence, for the prompt cache."""
+        return [cache.extract(self.rows.index(row)) for cache in self._caches]
+
+    def leave(self, leaving: list[Row]) -> None:
+        """Take rows out."""
+        keep = [index for index, row in enumerate(self.rows) if row not in leaving]
+        self.rows = [self.rows[index] for index in keep]
+        self._reports = [self._reports[index] for index in keep]
+        if not keep:
+            self._caches, self._next = [], None
+            return
+        chosen = mx.array(keep)
+        for cache in self._caches:
+            cache.filter(chosen)
+        self._next = self._next[chosen]

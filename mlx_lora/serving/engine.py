@@ -1,0 +1,350 @@
+"""One thread that owns the model: requests come in, tokens go out, adapters come and go between steps.
+
+    submit -> waiting -> Prefill (a part of a prompt at a time) -> Batch (one token per row and step) -> Event
+
+Everything that touches MLX runs in this thread, the loading of the base included.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_lora import device
+from mlx_lora.errors import InputError
+from mlx_lora.models.load import Base
+from mlx_lora.serving.batch import Batch, Prefill, Row
+from mlx_lora.serving.pools import Routing
+from mlx_lora.serving.prompt_cache import PromptCache
+from mlx_lora.serving.requests import Event, QueueFull, Request, Stopped, Ticket, Usage
+from mlx_lora.serving.sampling import Likelihoods, Sampler
+from mlx_lora.serving.store import AdapterStore, NoRoom, Resident, UnknownAdapter
+from mlx_lora.serving.text import Piece, TextStream, TokenReport
+
+T = TypeVar("T")
+# Steps between two returns of unused buffers, as in mlx-lm.
+STEPS_PER_CLEARING = 512
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much an engine takes on.
+
+    Attributes:
+        max_batch: rows that generate at once.
+        max_waiting: requests that wait for a row.
+        prefill_tokens: of a prompt computed between two steps of the batch.
+        adapter_bytes: for adapters in memory; None: no bound.
+        prompt_cache_bytes: for keys and values of earlier prompts.
+    """
+
+    max_batch: int = 16
+    max_waiting: int = 64
+    prefill_tokens: int = 512
+    adapter_bytes: int | None = None
+    prompt_cache_bytes: int = 256 * 10**6
+
+
+@dataclass
+class Counts:
+    """What an engine has done since it started; read by other threads, written by its own."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+
+
+@dataclass(eq=False)
+class _Work:
+    """A ticket that has a row."""
+
+    ticket: Ticket
+    resident: Resident | None
+    text: TextStream
+    cached: int
+    made: int = 0
+    ended: bool = field(default=False)
+
+
+class Engine:
+    """Serves many adapters of one base."""
+
+    def __init__(self, load: Callable[[], Base], limits: Limits, ignore_fingerprint: bool = False):
+        """Start the thread and wait for the base.
+
+        Args:
+            load: loads it; runs in the engine's thread.
+            limits: on what is taken on.
+            ignore_fingerprint: take adapters of another base of the same shape.
+
+        Raises:
+            InputError: from `load`, or a base whose caches cannot hold several rows.
+        """
+        self.limits, self.counts = limits, Counts()
+        self._inbox: queue.SimpleQueue[Ticket | Callable[[], None] | None] = queue.SimpleQueue()
+        self._ignore_fingerprint = ignore_fingerprint
+        self._pending = 0
+        self._lock = threading.Lock()
+        self._stopping = False
+        self.failure: BaseException | None = None
+        self.on_failure: Callable[[], None] = lambda: None
+        self._waiting: deque[Ticket] = deque()
+        self._prefill: Prefill | None = None
+        ready: Future[Base] = Future()
+        self._thread = threading.Thread(target=self._run, args=(load, ready), name="mlx-lora-engine", daemon=True)
+        self._thread.start()
+        self.base = ready.result()
+
+    # --- from any thread
+
+    def submit(self, request: Request, emit: Callable[[Event], None]) -> Ticket:
+        """Queue a request; `emit` gets its events.
+
+        Raises:
+            QueueFull: too many wait already.
+            Stopped: the engine ends, or has failed.
+        """
+        with self._lock:
+            if self._stopping:
+                raise Stopped("the engine has stopped")
+            if self._pending >= self.limits.max_waiting + self.limits.max_batch:
+                raise QueueFull(f"{self.limits.max_waiting} requests wait already")
+            self._pending += 1
+        ticket = Ticket(request, emit)
+        self._inbox.put(ticket)
+        return ticket
+
+    def call(self, function: Callable[[AdapterStore], T]) -> Future[T]:
+        """Run `function` with the adapters, between two steps of the engine.
+
+        Raises:
+            Stopped: the engine ends, or has failed.
+        """
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(self.store))
+                except Exception as error:
+                    future.set_exception(error)
+                    if not isinstance(error, (UnknownAdapter, NoRoom, InputError, OSError)):
+                        raise
+
+        with self._lock:
+            if self._stopping:
+                raise Stopped("the engine has stopped")
+            self._inbox.put(run)
+        return future
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Give up what runs and waits, and end the thread."""
+        with self._lock:
+            self._stopping = True
+        self._inbox.put(None)
+        self._thread.join(timeout_s)
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are served."""
+        return self._thread.is_alive() and not self._stopping
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that wait or run."""
+        return self._pending
+
+    @property
+    def running(self) -> int:
+        """Rows that generate now."""
+        return len(self.batch)
+
+    # --- in the engine's thread
+
+    def _run(self, load: Callable[[], Base], ready: Future[Base]) -> None:
+        """Load the base, then serve until told to end; a defect ends it, and every request is told."""
+        try:
+            base = load()
+            self._prepare(base)
+        except BaseException as error:
+            ready.set_exception(error)
+            return
+        ready.set_result(base)
+        try:
+            while self._take_messages():
+                self._admit()
+                if len(self.batch):
+                    self._step()
+                self._drop_cancelled()
+        except BaseException as error:
+            self.failure = error
+            self.on_failure()
+            raise
+        finally:
+            with self._lock:
+                self._stopping = True
+            self._give_up()
+
+    def _prepare(self, base: Base) -> None:
+        device.set_cache_limit(None)
+        rowless = [cache for cache in make_prompt_cache(base.model) if not hasattr(cache, "merge")]
+        if rowless:
+            raise InputError(
+                f"--model {base.model_id}: mlx-lm keeps its keys and values in a {type(rowless[0]).__name__}, which "
+                "holds no batch; use mlx_lora.generate for it"
+            )
+        logits = base.model(mx.array([[0]]))
+        self.vocabulary, self._eos = logits.shape[-1], frozenset(base.tokenizer.eos_token_ids)
+        routing = Routing()
+        self.prompt_cache = PromptCache(self.limits.prompt_cache_bytes)
+        self.store = AdapterStore(
+            base, routing, logits.dtype, self.limits.adapter_bytes, self._ignore_fingerprint, self.prompt_cache.drop
+        )
+        self.batch = Batch(base.model, routing)
+        self._model, self._routing, self._tokenizer = base.model, routing, base.tokenizer
+
+    def _take_messages(self) -> bool:
+        """Take what has come in, waiting for it when there is nothing else to do; False to end."""
+        idle = not len(self.batch) and self._prefill is None and not self._waiting
+        while True:
+            try:
+                message = self._inbox.get(block=idle)
+            except queue.Empty:
+                return True
+            idle = False
+            if message is None:
+                return False
+            if isinstance(message, Ticket):
+                self._waiting.append(message)
+            else:
+                message()
+
+    def _admit(self) -> None:
+        """Begin a waiting prompt when a row is free, or go on with the one begun."""
+        if self._prefill is None and self._waiting and len(self.batch) < self.limits.max_batch:
+            ticket = self._waiting.popleft()
+            if ticket.cancelled.is_set():
+                self._close(ticket, None, cancelled=True)
+            else:
+                self._begin(ticket)
+        if self._prefill is None:
+            return
+        if not self._prefill.done:
+            self._prefill.advance(self.limits.prefill_tokens)
+        if self._prefill.done:
+            row = self._prefill.row
+            self.batch.join(self._prefill)
+            self.prompt_cache.keep(row.adapter, row.tokens, self._prefill.caches)
+            self._prefill = None
+
+    def _begin(self, ticket: Ticket) -> None:
+        """Give a ticket its adapter and begin its prompt."""
+        request = ticket.request
+        try:
+            resident = self.store.acquire(request.adapter) if request.adapter else None
+        except NoRoom:
+            self._waiting.appendleft(ticket)  # rows in flight hold all adapters; one of them will end
+            return
+        except (UnknownAdapter, InputError, OSError) as error:
+            self.counts.failed += 1
+            self._close(ticket, None, Event(Piece(""), error=error))
+            return
+        number = resident.number if resident else None
+        caches, cached = self.prompt_cache.find(number, request.tokens)
+        work = _Work(ticket, resident, TextStream(self._tokenizer.detokenizer, request.stops), cached)
+        row = Row(work, number, Sampler(request.sampling, self.vocabulary), request.tokens[:cached])
+        self._prefill = Prefill(self._model, self._routing, row, request.tokens[cached:], caches)
+        self.counts.prompt_tokens += len(request.tokens) - cached
+
+    def _step(self) -> None:
+        leaving = []
+        for row, token, likelihoods in self.batch.step():
+            if row.owner.ticket.cancelled.is_set():
+                continue
+            event = self._event(row.owner, token, likelihoods)
+            self.counts.generated_tokens += 1
+            if event.last:
+                leaving.append((row, event))
+            elif event.piece.text or event.piece.reports:
+                row.owner.ticket.emit(event)
+        for row, event in leaving:
+            self.prompt_cache.keep(row.adapter, row.tokens, self.batch.extract(row))
+            self.counts.finished += 1
+            self._close(row.owner.ticket, row.owner, event)
+        if leaving:
+            self.batch.leave([row for row, _ in leaving])
+        self.counts.steps += 1
+        if self.counts.steps % STEPS_PER_CLEARING == 0:
+            mx.clear_cache()
+
+    def _event(self, work: _Work, token: int, likelihoods: Likelihoods | None) -> Event:
+        """Return what a new token means for its request."""
+        request = work.ticket.request
+        if token in self._eos and not request.ignore_eos:
+            return Event(work.text.finish(), "stop", self._usage(work))
+        work.made += 1
+        piece = work.text.add(token, self._report(token, likelihoods))
+        if not piece.stopped and work.made < request.max_tokens:
+            return Event(piece)
+        if not piece.stopped:
+            rest = work.text.finish()
+            piece = Piece(piece.text + rest.text, piece.reports + rest.reports, rest.stopped)
+        return Event(piece, "stop" if piece.stopped else "length", self._usage(work))
+
+    def _report(self, token: int, likelihoods: Likelihoods | None) -> TokenReport | None:
+        if likelihoods is None:
+            return None
+        top = tuple((self._tokenizer.decode([other]), value) for other, value in likelihoods.top())
+        return TokenReport(self._tokenizer.decode([token]), likelihoods.token.item(), top)
+
+    def _usage(self, work: _Work) -> Usage:
+        return Usage(len(work.ticket.request.tokens), work.cached, work.made)
+
+    def _drop_cancelled(self) -> None:
+        """Free the rows of clients that went away."""
+        gone = [row for row in self.batch.rows if row.owner.ticket.cancelled.is_set()]
+        if gone:
+            self.batch.leave(gone)
+        if self._prefill is not None and self._prefill.row.owner.ticket.cancelled.is_set():
+            gone.append(self._prefill.row)
+            self._prefill = None
+        for row in gone:
+            self._close(row.owner.ticket, row.owner, cancelled=True)
+        for ticket in [ticket for ticket in self._waiting if ticket.cancelled.is_set()]:
+            self._waiting.remove(ticket)
+            self._close(ticket, None, cancelled=True)
+
+    def _close(self, ticket: Ticket, work: _Work | None, event: Event | None = None, cancelled: bool = False) -> None:
+        """End a request: its adapter and its place in the queue are free."""
+        if work is not None and work.resident is not None:
+            self.store.release(work.resident)
+        self.counts.cancelled += cancelled
+        with self._lock:
+            self._pending -= 1
+        if event is not None:
+            ticket.emit(event)
+
+    def _give_up(self) -> None:
+        """Tell everyone who still waits that there will be no answer."""
+        works: list[Any] = [row.owner for row in self.batch.rows]
+        works += [self._prefill.row.owner] if self._prefill is not None else []
+        tickets = [work.ticket for work in works] + list(self._waiting)
+        while not self._inbox.empty():
+            message = self._inbox.get()
+            if isinstance(message, Ticket):
+                tickets.append(message)
+            elif message is not None:
+                message()
+        for ticket in tickets:
+            ticket.emit(Event(Piece(""), error=Stopped("the server is shutting down")))

@@ -1,0 +1,118 @@
+"""Reads an adapter into factors that a row of a batch can have, and blends several into one.
+
+What cannot be a row's own is refused with a reason: parameters trained in full and a mixture's experts (`fuse`
+folds them in, and the result can be a base), DoRA on embeddings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora.adapters.dora import DoRAEmbedding, DoRALinear
+from mlx_lora.adapters.forms import EMBEDDING_ADAPTERS, EXPERT_ADAPTERS
+from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.artifacts.adapter import load_adapter
+from mlx_lora.errors import InputError
+from mlx_lora.models.load import Base
+from mlx_lora.serving.pools import LayerFactors
+from mlx_lora.serving.routed import unrouted_twin
+
+
+@dataclass(frozen=True)
+class AdapterFactors:
+    """An adapter, ready to be served.
+
+    Attributes:
+        layers: path -> its factors there.
+        method: what trained it.
+        chat_template: the Jinja text that it was trained with when that is not the base's own.
+    """
+
+    layers: dict[str, LayerFactors]
+    method: str
+    chat_template: str | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its factors."""
+        return sum(layer.nbytes for layer in self.layers.values())
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its layers."""
+        return max(layer.a.shape[1] for layer in self.layers.values())
+
+
+def read_factors(base: Base, folder: Path, dtype: mx.Dtype, ignore_fingerprint: bool = False) -> AdapterFactors:
+    """Read an adapter folder of ours, of mlx-lm's or of PEFT's.
+
+    Args:
+        base: the served base; its model may be routed, and is not changed.
+        folder: of the adapter.
+        dtype: of the activations, to which the factors are rounded as `generate` rounds them in each call.
+        ignore_fingerprint: take one that was trained on another base of the same shape.
+
+    Raises:
+        InputError: it does not fit this base, or cannot be a row's own.
+    """
+    twin = dataclasses.replace(base, model=unrouted_twin(base.model))
+    info = load_adapter(twin, folder, ignore_fingerprint)
+    layers = adapter_layers(twin.model)
+    problems = []
+    if info.full:
+        problems.append(f"trains {len(info.full)} parameters in full ({info.full[0]} ...)")
+    if any(isinstance(layer, EXPERT_ADAPTERS) for layer in layers.values()):
+        problems.append("adapts a mixture's experts")
+    if any(isinstance(layer, DoRAEmbedding) for layer in layers.values()):
+        problems.append("is a DoRA over an embedding")
+    if problems:
+        raise InputError(
+            f"{folder}: {' and '.join(problems)}, which a row of a batch cannot have by itself; "
+            "fold it in with mlx_lora.fuse and serve the result as a base"
+        )
+    factors = {path: _layer_factors(layer, dtype) for path, layer in layers.items()}
+    mx.eval([(f.a, f.b) if f.gain is None else (f.a, f.b, f.gain) for f in factors.values()])
+    return AdapterFactors(factors, info.method, info.chat_template)
+
+
+def _layer_factors(layer: nn.Module, dtype: mx.Dtype) -> LayerFactors:
+    a, b = layer.plain_factors()
+    a, b = mx.contiguous(a.astype(dtype)), mx.contiguous((layer.scale * b).astype(dtype))
+    if isinstance(layer, DoRALinear):
+        return LayerFactors(a, b, (layer.m / layer.row_lengths(mx.float32)).astype(dtype))
+    if isinstance(layer, EMBEDDING_ADAPTERS):
+        return LayerFactors(a, b, adapts_head=layer.adapts_head)
+    return LayerFactors(a, b)
+
+
+def blend_factors(parts: Sequence[tuple[str, AdapterFactors, float]]) -> AdapterFactors:
+    """Return the adapter that adds sum_i w_i D_i: factors side by side, the weights in B. Ranks add up.
+
+    Args:
+        parts: name, adapter and weight of each.
+
+    Raises:
+        InputError: a DoRA, whose update is not a sum; embeddings that differ in what they adapt; nothing to blend.
+    """
+    if not parts:
+        raise InputError("a blend of nothing; name adapters and their weights")
+    doras = [name for name, part, _ in parts if any(layer.gain is not None for layer in part.layers.values())]
+    if doras:
+        raise InputError(f"blend with {', '.join(doras)}: a DoRA's update is not a sum; blend LoRA adapters")
+    layers: dict[str, LayerFactors] = {}
+    for path in {path: None for _, part, _ in parts for path in part.layers}:
+        own = [(part.layers[path], weight) for _, part, weight in parts if path in part.layers]
+        if len({layer.adapts_head for layer, _ in own}) > 1:
+            raise InputError(f"blend: {path} is adapted as the output head by some and not by others; leave one out")
+        a = mx.concatenate([layer.a for layer, _ in own], axis=1)
+        b = mx.concatenate([weight * layer.b for layer, weight in own], axis=0)
+        layers[path] = LayerFactors(a, b, adapts_head=own[0][0].adapts_head)
+    mx.eval([(layer.a, layer.b) for layer in layers.values()])
+    templates = {part.chat_template for _, part, _ in parts}
+    return AdapterFactors(layers, "blend", templates.pop() if len(templates) == 1 else None)

@@ -1,0 +1,166 @@
+"""Stands before the server's routes: who may ask, from where, how much, how slowly.
+
+A server on this machine's own address is open to every program here, and by the browser to every web page:
+so requests of other origins' pages are refused, names that are not this machine's too (DNS rebinding), and
+bodies must be declared as JSON, which no page can send elsewhere unasked.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import json
+from collections import Counter
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import anyio
+
+from mlx_lora.serving.asking import ApiError
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+# Says no more than that the server lives; what watches over servers has no key.
+OPEN_PATHS = ("/health",)
+
+
+@dataclass(frozen=True)
+class GuardLimits:
+    """What is let through.
+
+    Attributes:
+        api_key: clients must send it; None: none is needed.
+        local: only this machine's own names are answered to.
+        origins: of other web pages that may ask.
+        max_body_bytes: of a request.
+        read_timeout_s: in which its body must have come.
+    """
+
+    api_key: str | None
+    local: bool
+    origins: tuple[str, ...] = ()
+    max_body_bytes: int = 10**6
+    read_timeout_s: float = 10.0
+
+
+def is_local(host: str) -> bool:
+    """Tell whether a host name or address means this machine alone."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class Guard:
+    """ASGI middleware; also counts answers by path and status."""
+
+    def __init__(self, app: App, limits: GuardLimits, answers: Counter[tuple[str, int]]):
+        self._app, self._limits, self._answers = app, limits, answers
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Answer, or pass the request on with its whole body."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._answers[scope["path"], message["status"]] += 1
+            await send(message)
+
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        try:
+            self._check(scope, headers)
+            body = await self._body(headers, receive)
+        except ApiError as error:
+            await send_error(counted, error, close=True)
+            return
+        await self._app(scope, _replayed(body, receive), counted)
+
+    def _check(self, scope: MutableMapping[str, Any], headers: dict[str, str]) -> None:
+        """Refuse by what the head of a request says.
+
+        Raises:
+            ApiError: 403 another name or origin, 401 no or another key, 415 no JSON.
+        """
+        host = headers.get("host", "")
+        if self._limits.local and not is_local(urlsplit(f"//{host}").hostname or ""):
+            raise ApiError(403, f"Host {host!r} is not this machine; use 127.0.0.1 or localhost", "wrong_host")
+        origin = headers.get("origin")
+        own = urlsplit(origin or "").netloc == host
+        if origin is not None and not own and origin not in self._limits.origins:
+            raise ApiError(403, f"pages of {origin} may not use this server; see --allow-origin", "cross_origin")
+        # An image or a script of another page has no Origin, but browsers say where it comes from.
+        if origin is None and headers.get("sec-fetch-site", "none") in ("cross-site", "same-site"):
+            raise ApiError(403, "other sites' pages may not use this server; see --allow-origin", "cross_origin")
+        if self._limits.api_key and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
+            kind, _, key = headers.get("authorization", "").partition(" ")
+            if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._limits.api_key.encode()):
+                raise ApiError(401, "no or another API key; send it as Authorization: Bearer KEY", "invalid_api_key")
+        if scope["method"] == "POST" and headers.get("content-type", "").split(";")[0].strip() != "application/json":
+            raise ApiError(415, "the body's Content-Type must be application/json", "unsupported_media_type")
+
+    async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
+        """Read the whole body.
+
+        Raises:
+            ApiError: 413 too large, 408 too slow, 400 the client went away.
+        """
+        most = self._limits.max_body_bytes
+        too_large = ApiError(413, f"the body is larger than {most} bytes; send less", "body_too_large")
+        declared = headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared[:20]) > most:
+            raise too_large
+        body = bytearray()
+        with anyio.move_on_after(self._limits.read_timeout_s) as timer:
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ApiError(400, "the client closed the connection", "disconnected")
+                body += message.get("body", b"")
+                if len(body) > most:
+                    raise too_large
+                if not message.get("more_body", False):
+                    break
+        if timer.cancelled_caught:
+            wait = f"{self._limits.read_timeout_s:g}"
+            raise ApiError(408, f"the body did not arrive within {wait} s; send it at once", "request_timeout")
+        return bytes(body)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that gives the body in one message, and then what the connection has to say."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+async def send_error(send: Send, error: ApiError, close: bool = False) -> None:
+    """Send an error as the whole answer.
+
+    Args:
+        send: ASGI's.
+        error: its status and body.
+        close: end the connection, whose rest of a body nobody reads.
+    """
+    content = json.dumps(error.body()).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    headers += [(b"connection", b"close")] if close else []
+    headers += [(b"www-authenticate", b"Bearer")] if error.status == 401 else []
+    headers += [(b"retry-after", str(error.retry_after_s).encode())] if error.retry_after_s else []
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})

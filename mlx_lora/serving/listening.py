@@ -1,0 +1,28 @@
+"""Opens the server's socket, so that a taken port is known before anything says it is ready."""
+
+from __future__ import annotations
+
+import socket
+
+from mlx_lora.errors import InputError
+
+
+def listen(host: str, port: int) -> tuple[socket.socket, str]:
+    """Open a listening socket and return it with its URL.
+
+    Args:
+        host: name or address of this machine.
+        port: 0 for any free one.
+
+    Raises:
+        InputError: it cannot be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        opened = socket.create_server((host, port), family=family, backlog=256)
+    except OSError as error:
+        raise InputError(
+            f"--host {host} --port {port}: cannot listen there ({error.strerror or error}); choose another"
+        ) from None
+    shown = f"[{host}]" if ":" in host else host
+    return opened, f"http://{shown}:{opened.getsockname()[1]}"

@@ -1,0 +1,117 @@
+"""Draws a row's next token with a random stream of its own, and reports log-probabilities.
+
+A request's tokens depend on its prompt, adapter, settings and seed, not on who shares the batch.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx_lm.sample_utils import apply_top_k, apply_top_p
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a request's tokens are drawn.
+
+    Attributes:
+        temperature: 0 takes the likeliest token.
+        top_p: nucleus of this mass, before the temperature as in `generate`; 1 is off.
+        top_k: of the k likeliest; 0 is off.
+        seed: of the request's own random stream; None draws one.
+        top_logprobs: report the token's log-probability and this many likeliest; None reports none.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    top_logprobs: int | None = None
+
+
+class Sampler:
+    """One request's random stream."""
+
+    def __init__(self, settings: Sampling, vocabulary: int):
+        """Start the stream.
+
+        Args:
+            settings: the request's.
+            vocabulary: width of the logits; a larger top_k means all of them.
+        """
+        self.settings = settings
+        self.top_k = settings.top_k if settings.top_k < vocabulary else 0
+        if settings.temperature > 0:
+            self._key = mx.random.key(secrets.randbits(63) if settings.seed is None else settings.seed)
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        """Return a token (1,) for log-probabilities (1, V) float32; every call goes on in the stream."""
+        if self.settings.temperature == 0:
+            return mx.argmax(logprobs, axis=-1)
+        if self.settings.top_p < 1:
+            logprobs = apply_top_p(logprobs, self.settings.top_p)
+        if self.top_k:
+            logprobs = apply_top_k(logprobs, self.top_k)
+        self._key, key = mx.random.split(self._key)
+        return mx.random.categorical(logprobs / self.settings.temperature, key=key)
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """What a row reports beside its token, as arrays that are computed with it.
+
+    Attributes:
+        token: () float32, the drawn token's log-probability.
+        ids, values: (k,) the likeliest tokens, in no order, and theirs.
+    """
+
+    token: mx.array
+    ids: mx.array | None
+    values: mx.array | None
+
+    def arrays(self) -> list[mx.array]:
+        """Return the arrays to evaluate."""
+        return [array for array in (self.token, self.ids, self.values) if array is not None]
+
+    def top(self) -> list[tuple[int, float]]:
+        """Return the likeliest tokens, best first."""
+        if self.ids is None:
+            return []
+        return sorted(zip(self.ids.tolist(), self.values.tolist(), strict=True), key=lambda pair: -pair[1])
+
+
+def sample_rows(logits: mx.array, samplers: list[Sampler]) -> tuple[mx.array, list[Likelihoods | None]]:
+    """Draw every row's next token.
+
+    Args:
+        logits: (B, V) of any float dtype.
+        samplers: of the rows.
+
+    Returns:
+        Tokens (B,), and for rows that report them their likelihoods.
+    """
+    reporting = [sampler.settings.top_logprobs is not None for sampler in samplers]
+    greedy = [sampler.settings.temperature == 0 for sampler in samplers]
+    if all(greedy) and not any(reporting):
+        return mx.argmax(logits, axis=-1), [None] * len(samplers)
+    logits = logits.astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    tokens = (
+        mx.argmax(logprobs, axis=-1)
+        if all(greedy)
+        else mx.concatenate([sampler(logprobs[row : row + 1]) for row, sampler in enumerate(samplers)])
+    )
+    reports = [
+        _likelihoods(logprobs[row], tokens[row], sampler.settings.top_logprobs) if reporting[row] else None
+        for row, sampler in enumerate(samplers)
+    ]
+    return tokens, reports
+
+
+def _likelihoods(logprobs: mx.array, token: mx.array, count: int) -> Likelihoods:
+    if count == 0:
+        return Likelihoods(logprobs[token], None, None)
+    ids = mx.argpartition(-logprobs, count - 1)[:count]
+    return Likelihoods(logprobs[token], ids, logprobs[ids])

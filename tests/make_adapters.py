@@ -1,0 +1,59 @@
+"""Adapters of random factors, written as training runs write them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_lora.adapters.inject import adapter_parameters, inject
+from mlx_lora.adapters.targets import select_targets
+from mlx_lora.artifacts.adapter import AdapterInfo, save_adapter
+from mlx_lora.artifacts.peft import write_peft
+from mlx_lora.config import ModelSettings
+from mlx_lora.models.load import load_base
+
+
+def make_adapter(
+    model: Path,
+    folder: Path,
+    *,
+    rank: int = 4,
+    seed: int = 1,
+    form: str = "lora",
+    targets: str = "all-linear",
+    num_layers: int = -1,
+    strength: float = 0.8,
+    peft: bool = False,
+    chat_template: str | None = None,
+) -> Path:
+    """Write an adapter that moves the model's answers, and return its folder.
+
+    Args:
+        model: folder of the base.
+        folder: to write.
+        rank, form, targets, num_layers: of the adapter.
+        seed: of its factors.
+        strength: standard deviation of lora_b.
+        peft: write PEFT's form.
+        chat_template: that it claims to have been trained with.
+    """
+    base = load_base(ModelSettings(model=str(model)))
+    chosen = select_targets(base.model, targets, num_layers)
+    inject(base.model, chosen.paths, rank, 1.5, seed=seed, form=form)
+    mx.random.seed(seed)
+    moved = [
+        (name, value * (1 + 0.5 * mx.random.normal(value.shape)) if name.endswith(".m") else
+         strength * mx.random.normal(value.shape))
+        for name, value in adapter_parameters(base.model).items() if not name.endswith("lora_a")
+    ]  # fmt: skip
+    base.model.load_weights(moved, strict=False)
+    if peft:
+        write_peft(folder, base.model, "some/base", 0.0)
+        return folder
+    info = AdapterInfo(
+        form, rank, 1.5 * rank, 1.5, 0.0, chosen.num_layers, chosen.keys, base.model_id, None, base.fingerprint,
+        chat_template,
+    )  # fmt: skip
+    save_adapter(folder, base.model, info)
+    return folder

@@ -1,0 +1,57 @@
+"""A server in a process of its own, as a user starts it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+class Server:
+    """`python -m mlx_lora.serve` on a free port, until the block ends."""
+
+    def __init__(self, *arguments: object, log: Path, environment: dict[str, str] | None = None):
+        self.log = log
+        with open(log, "w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mlx_lora.serve", *map(str, arguments), "--port", "0"],
+                cwd=ROOT,
+                stderr=out,
+                stdout=out,
+                env={**os.environ, **(environment or {})},
+            )
+
+    def __enter__(self) -> Server:
+        for _ in range(1200):
+            ready = [line.split() for line in self.text.splitlines() if line.startswith("ready")]
+            if ready:
+                self.url = ready[0][1]
+                return self
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.1)
+        self.process.kill()
+        raise AssertionError(f"the server did not start: {self.text}")
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> int:
+        """End it as a user does, and return its exit code."""
+        self.process.send_signal(how)
+        return self.process.wait(timeout=60)

@@ -1,0 +1,227 @@
+"""What each kind of unwelcome request gets: the table of docs/serving.md, row by row."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+from make_adapters import make_adapter
+from serving_process import Server
+
+KEY = "correct horse"
+GOOD = {"model": "bard", "prompt": "x", "max_tokens": 1}
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters") / "offered"
+    make_adapter(tiny_folder, root / "bard")
+    outside = make_adapter(tiny_folder, root.parent / "outside")
+    os.symlink(outside, root / "link")
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(tiny_folder, adapters, tmp_path_factory):
+    arguments = ("--model", tiny_folder, "--adapter", f"bard={adapters / 'bard'}", "--adapters-from", adapters)
+    limits = (
+        "--max-body",
+        "4KB",
+        "--read-timeout",
+        1,
+        "--request-timeout",
+        20,
+        "--allow-origin",
+        "https://friend.example",
+    )
+    limits += ("--max-batch", 2, "--max-waiting", 1, "--max-tokens", 10**6, "--max-context", 10**7)
+    log = tmp_path_factory.mktemp("log") / "log"
+    with Server(*arguments, *limits, log=log, environment={"MLX_LORA_API_KEY": KEY}) as server:
+        yield server
+        assert server.stop() == 0
+        assert "Traceback" not in server.text, server.text
+
+
+@pytest.fixture
+def http(server):
+    with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30) as client:
+        yield client
+
+
+def code(answer: httpx.Response) -> tuple[int, str]:
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+def test_a_wrong_or_missing_key_gets_401(http, server):
+    assert http.post("/v1/completions", json=GOOD).status_code == 200
+    for headers in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": KEY},
+        {"Authorization": "Bearer " + KEY * 9},
+    ):
+        for path in ("/v1/models", "/v1/adapters", "/metrics", "/nothing"):
+            answer = httpx.get(server.url + path, headers=headers)
+            assert code(answer) == (401, "invalid_api_key")
+            assert answer.headers["www-authenticate"] == "Bearer"
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}, "open, and says no more than that"
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc/passwd", "a/b", "..", "a\\b", "", "x" * 65, "a\0b", "né", 7, None]
+)
+def test_an_adapters_name_is_no_path(http, name):
+    assert code(http.post("/v1/adapters", json={"name": name, "path": "bard"})) == (400, "invalid_value")
+    if isinstance(name, str) and name:
+        assert http.post("/v1/completions", json={**GOOD, "model": name}).status_code == 404
+        from urllib.parse import quote
+
+        assert http.delete(f"/v1/adapters/{quote(name, safe='')}").status_code in (404, 405)
+
+
+@pytest.mark.parametrize("path", ["../outside", "link", "/etc", ".", "bard/..", "bard/../../outside"])
+def test_a_path_outside_the_offered_folder_gets_403(http, path):
+    assert code(http.post("/v1/adapters", json={"name": "x", "path": path})) == (403, "path_outside")
+
+
+def test_other_paths_that_lead_nowhere(http):
+    assert code(http.post("/v1/adapters", json={"name": "x", "path": "none"})) == (404, "not_found")
+    assert code(http.post("/v1/adapters", json={"name": "x", "path": "a\0b"})) == (400, "invalid_value")
+    assert code(http.post("/v1/adapters", json={"name": "x", "hub": "owner/name"})) == (403, "hub_off")
+
+
+def test_without_an_offered_folder_nothing_on_disk_can_be_loaded(tiny_folder, adapters, tmp_path):
+    with Server("--model", tiny_folder, log=tmp_path / "log") as server:
+        answer = httpx.post(f"{server.url}/v1/adapters", json={"name": "x", "path": str(adapters / "bard")})
+        assert code(answer) == (403, "path_off")
+        rebound = httpx.get(f"{server.url}/v1/models", headers={"Host": "evil.example"})
+        assert code(rebound) == (403, "wrong_host"), "a name that was pointed at this machine"
+        assert httpx.get(f"{server.url}/v1/models", headers={"Host": f"localhost:{server.port}"}).status_code == 200
+
+
+def test_an_oversize_body_gets_413_declared_or_not(http):
+    large = json.dumps({**GOOD, "prompt": "x" * 5000}).encode()
+    headers = {"Content-Type": "application/json"}
+    assert code(http.post("/v1/completions", content=large, headers=headers)) == (413, "body_too_large")
+    chunks = iter([large[:3000], large[3000:]])
+    assert code(http.post("/v1/completions", content=chunks, headers=headers)) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe", b'{"prompt": NaN}', b"[" * 4000, b'{"prompt": "\\ud800"}',
+    b'{"prompt": {"a": 1}}', b'{"prompt": "x", "max_tokens": 1e400}', b'{"prompt": "x", "max_tokens": true}',
+    b'{"prompt": "x", "seed": 99999999999999999999999}', b'{"prompt": [-1]}', b'{"prompt": [1.5]}',
+    b'{"prompt": ["a", "b"]}', b'{"messages": [{"role": "user"}]}',
+])  # fmt: skip
+def test_malformed_bodies_get_400(http, body):
+    headers = {"Content-Type": "application/json"}
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/adapters"):
+        assert http.post(path, content=body, headers=headers).status_code == 400
+
+
+def test_other_pages_get_403_and_friends_are_let_in(http):
+    for origin in ("https://evil.example", "null", "http://127.0.0.1:1"):
+        assert code(http.post("/v1/completions", json=GOOD, headers={"Origin": origin})) == (403, "cross_origin")
+    image = http.get("/v1/models", headers={"Sec-Fetch-Site": "cross-site"})
+    assert code(image) == (403, "cross_origin")
+    form = http.post("/v1/completions", content=json.dumps(GOOD), headers={"Content-Type": "text/plain"})
+    assert code(form) == (415, "unsupported_media_type"), "what a page can send without asking"
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    evil = http.options("/v1/completions", headers={**preflight, "Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in evil.headers
+    friend = http.options("/v1/completions", headers={**preflight, "Origin": "https://friend.example"})
+    assert friend.headers["access-control-allow-origin"] == "https://friend.example"
+    assert http.post("/v1/completions", json=GOOD, headers={"Origin": "https://friend.example"}).status_code == 200
+    own = str(http.base_url).rstrip("/")
+    assert http.post("/v1/completions", json=GOOD, headers={"Origin": own}).status_code == 200
+
+
+def received(connection: socket.socket) -> bytes:
+    connection.settimeout(10)
+    parts = []
+    while part := connection.recv(65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def test_a_slow_head_is_cut_off(server):
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        start = time.monotonic()
+        for byte in b"POST /v1/compl":
+            connection.sendall(bytes([byte]))
+            time.sleep(0.05)
+        assert received(connection) == b""
+        assert time.monotonic() - start < 8
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        assert received(connection) == b"", "a connection that says nothing"
+
+
+def test_a_slow_body_gets_408(server):
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {KEY}\r\n"
+        "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    )
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head.encode())
+        answer = received(connection)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"request_timeout" in answer
+
+
+def test_a_full_queue_gets_429_and_a_client_that_does_not_read_is_cut_off(http, server):
+    endless = json.dumps({"prompt": "x", "max_tokens": 10**6, "ignore_eos": True, "stream": True})
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {KEY}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(endless)}\r\n\r\n{endless}"
+    )
+    connections = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
+    for connection in connections:
+        connection.sendall(head.encode())
+    for _ in range(100):
+        answer = http.post("/v1/completions", json=GOOD)
+        if answer.status_code == 429:
+            break
+        time.sleep(0.02)
+    assert code(answer) == (429, "queue_full")
+    assert answer.headers["retry-after"] == "1"
+    # Nobody reads; after --request-timeout the places are free all the same.
+    deadline = time.monotonic() + 40
+    while http.post("/v1/completions", json=GOOD).status_code == 429 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert http.post("/v1/completions", json=GOOD).status_code == 200
+    for connection in connections:
+        connection.close()
+
+
+def test_an_answer_that_takes_too_long_gets_504(tiny_folder, tmp_path):
+    limits = ("--request-timeout", 1, "--max-tokens", 10**6, "--max-context", 10**7)
+    endless = {"prompt": "x", "max_tokens": 10**6, "ignore_eos": True}
+    with Server("--model", tiny_folder, *limits, log=tmp_path / "log") as server:
+        assert code(httpx.post(f"{server.url}/v1/completions", json=endless, timeout=30)) == (504, "timeout")
+        with httpx.stream(
+            "POST", f"{server.url}/v1/completions", json={**endless, "stream": True}, timeout=30
+        ) as stream:
+            last = [line for line in stream.iter_lines() if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+        assert httpx.get(f"{server.url}/metrics").text.count("mlx_lora_unfinished 0") == 1
+
+
+def test_unknown_paths_and_methods_are_json_too(http):
+    assert code(http.get("/nothing")) == (404, "not_found")
+    assert code(http.get("/v1/completions")) == (405, "method_not_allowed")
+
+
+def test_clients_on_many_connections_do_not_disturb_each_other(http, server):
+    idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(20)]
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(http.post("/v1/completions", json=GOOD).status_code))
+    thread.start()
+    thread.join(20)
+    assert answers == [200]
+    for connection in idle:
+        connection.close()
