@@ -18,6 +18,7 @@ from mlx_lora.artifacts.peft import _names
 from mlx_lora.data import sandbox
 from mlx_lora.data.sandbox import render_chat
 from mlx_lora.errors import InputError
+from mlx_lora.models.config_check import check_config
 from mlx_lora.parsing import parse_json, parse_yaml
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
@@ -149,3 +150,21 @@ def test_links_of_a_hub_cache_are_followed(tiny_folder, tmp_path):
         file.rename(tmp_path / "blobs" / str(number))
         file.symlink_to(f"../../blobs/{number}")
     assert run("generate", "--model", snapshot, "--prompt", "x", "--max-tokens", 1).code == 0
+
+
+def test_configs_of_published_models_pass():
+    published = {
+        "model_type": "qwen3_moe", "num_hidden_layers": 94, "num_experts": 128, "num_attention_heads": 64, "n_vocab": 151_936,
+        "vocab_size": 262_208, "max_position_embeddings": 10_485_760, "n_positions": 1_048_576, "sliding_window": 2**31 - 1,
+        "eos_token_id": [151_645, 151_643], "head_dim": None, "moe_intermediate_size": 1536, "rope_theta": 10**9,
+        "text_config": {"num_hidden_layers": 94, "layer_types": ["full_attention"] * 94}, "decoder_sparse_step": 1,
+    }  # fmt: skip
+    check_config(published, Path("config.json"), n_tensors=1000)
+    for wrong in (
+        {"num_hidden_layers": 1001},
+        {"num_experts": 10**9},
+        {"text_config": {"n_layer": 5000}},
+        {"vocab_size": "9"},
+    ):
+        with pytest.raises(InputError, match=next(iter(wrong.get("text_config", wrong)))):
+            check_config({**published, **wrong}, Path("config.json"), n_tensors=1000)

@@ -16,8 +16,8 @@ MOST_BLOCKS = 4096  # the deepest published models have a few hundred
 MOST_REPEATS = 1 << 16  # of experts, groups, heads: what mlx-lm counts through
 # Numbers of blocks, under all names that mlx-lm's architectures have for them.
 BLOCKS = re.compile(r"(n|num)_(\w+_)?layers?|(n|num)_loops|loop_num")
-# Other numbers of things.
-REPEATS = re.compile(r"(n|num|moe_num)_\w+|\w+_groups|\w+_freq|\w+_interval|\w+_period|\w+_step|\w+_pattern")
+# Other numbers of things, not sizes: vocabularies and contexts may have a million.
+REPEATS = re.compile(r"\w*(experts?|heads?|groups?)(_\w+)?|\w+_(freq|interval|period|step|pattern)")
 # What every model must have as one whole number, where it has it at all.
 WHOLE = ("hidden_size", "num_hidden_layers", "num_layers", "n_layers", "n_layer", "vocab_size", "head_dim")
 PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -71,4 +71,4 @@ def _number_problems(config: dict[str, Any], n_tensors: int) -> list[str]:
 
 def _is_ids(value: Any) -> bool:
     ids = value if isinstance(value, list) else [value]
-    return value is None or all(type(i) is int and 0 <= i < 2**31 for i in ids)
+    return value is None or all(type(i) is int and -1 <= i < 2**31 for i in ids)
