@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -181,12 +180,6 @@ def parse_size(text: str) -> int:
     if not 0 <= size < 2**63:
         raise InputError(f"size {text!r}: out of range; write it as 512MB or 2GB")
     return int(size)
-
-
-def process_peak_bytes() -> int:
-    """Peak resident size of this process: what the operating system sees, beside MLX's own count."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 ROW_COUNTS = (1, 4, 16, 64, 256, 1024)

@@ -17,19 +17,20 @@ from typing import Literal
 
 import click
 from huggingface_hub import constants
+from packaging.version import Version
 
 from mlx_lora import BLAS, __version__, cli, device
 from mlx_lora.cache import cache_dir
 from mlx_lora.ceilings import measure_ceilings
 from mlx_lora.models.self_test import self_test
+from mlx_lora.shape import GIB
 
-GIB = 1024**3
 PACKAGES = ("mlx", "mlx-metal", "mlx-lm", "transformers", "tokenizers", "huggingface-hub", "numpy", "gguf")
 # Package, versions below this, what is wrong with them. The self-test finds faults of versions nobody has listed.
 KNOWN_BAD = (
-    ("mlx", (0, 32, 0), "quantised products of more than 32,768 rows are wrong on Metal (mflux#489)"),
-    ("mlx", (0, 32, 1), "nvfp4 products with few rows are wrong on Metal (mlx#3854)"),
-    ("mlx-lm", (0, 32), "older than what adapters and models here are built on"),
+    ("mlx", "0.32.0", "quantised products of more than 32,768 rows are wrong on Metal (mflux#489)"),
+    ("mlx", "0.32.1", "nvfp4 products with few rows are wrong on Metal (mlx#3854)"),
+    ("mlx-lm", "0.32", "older than what adapters and models here are built on"),
 )
 ROOM_BYTES = 20e9  # a 7B model in float16, its 4-bit form and checkpoints
 HUB_TIMEOUT_S = 5.0
@@ -102,19 +103,9 @@ def check_versions(versions: dict[str, str | None]) -> list[Check]:
     bad = [
         Check("versions", "failed", f"{name} {versions[name]}: {why}", f"pip install -U {name}")
         for name, below, why in KNOWN_BAD
-        if versions[name] and _parts(versions[name]) < below
+        if versions[name] and Version(versions[name]) < Version(below)
     ]
     return bad or [Check("versions", "ok", "none that is known to be wrong")]
-
-
-def _parts(version: str) -> tuple[int, ...]:
-    """Return 0.32.2.dev1 as (0, 32, 2)."""
-    numbers = []
-    for part in version.split("."):
-        if not part.isdecimal():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
 
 
 def check_memory(here: device.Device) -> Check:

@@ -11,3 +11,8 @@ class InputError(Exception):
 
 class RunError(Exception):
     """A failure while running (full disk, divergence): one line, exit code 1, earlier results kept."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's first line of text, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -88,3 +88,12 @@ def check_writable(folder: Path, flag: str, needed_bytes: int) -> None:
         raise InputError(
             f"{flag} {folder}: needs {needed_bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; free some or choose another disk"
         )
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal, read a piece at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -17,10 +17,7 @@ import mlx.nn as nn
 
 from mlx_lora import cli, device
 from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.artifacts.adapter import (
-    CONFIG_FILE,
-    save_adapter,
-)
+from mlx_lora.artifacts.adapter import CONFIG_FILE, save_adapter
 from mlx_lora.artifacts.checkpoint import Checkpoint, locked
 from mlx_lora.artifacts.run_folder import (
     RunFolder,
@@ -200,7 +197,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
     except Diverged as diverged:
         raise run.roll_back(base.model, step, diverged) from diverged
     if page is not None:
-        page.end()
+        page.end(outcome.interrupted)
         leave_card(folder, base, info, cli.echo)
         cli.echo(outcome_line(folder, outcome, best))
     return outcome

@@ -24,6 +24,7 @@ SHARED = (
     "memory",
     "migration",
     "parsing",
+    "process",
     "shape",
     "speed",
     "supervise",

@@ -9,7 +9,6 @@ Each is written under another name, flushed to the disk, and renamed: a kill at 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lora.errors import InputError
-from mlx_lora.files import replacing_folder
+from mlx_lora.files import replacing_folder, sha256_of
 from mlx_lora.models.saving import save_tensors
 from mlx_lora.parsing import read_json
 from mlx_lora.sources.safetensors import read_safetensors_header
@@ -69,7 +68,7 @@ def write_checkpoint(
     with replacing_folder(folder) as place:
         save_adapter(place)
         save_tensors(place / ARRAYS_FILE, arrays)
-        sums = {path.name: _checksum(path) for path in sorted(place.iterdir())}
+        sums = {path.name: sha256_of(path) for path in sorted(place.iterdir())}
         state = {"version": VERSION, "position": asdict(position), "identity": identity, "sha256": sums}
         (place / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         for path in (*place.iterdir(), place):
@@ -132,7 +131,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise InputError(f"{folder}: no number that {', '.join(wrong)} can be in {STATE_FILE}; use an older checkpoint")
     for name, expected in {ARRAYS_FILE: None, **sums}.items():
         path = folder / Path(name).name
-        if not path.is_file() or _checksum(path) != expected:
+        if not path.is_file() or sha256_of(path) != expected:
             raise InputError(f"{folder}: {name} is missing or damaged; use an older checkpoint")
     read_safetensors_header(folder / ARRAYS_FILE)
     return Checkpoint(folder, position, identity, mx.load(str(folder / ARRAYS_FILE)))
@@ -182,14 +181,6 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             (folder / LOCK_FILE).unlink(missing_ok=True)
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -14,8 +14,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
-from mlx_lora.errors import InputError, RunError
-from mlx_lora.sources.hub import HUB_ID, REQUEST_ERRORS, first_line
+from mlx_lora.errors import InputError, RunError, first_line
+from mlx_lora.sources.hub import HUB_ID, REQUEST_ERRORS
 
 # What the hub's answer means, and what to do.
 REFUSALS = {

@@ -10,13 +10,13 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from functools import cache
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 
+from mlx_lora.artifacts.page_template import render_page
 from mlx_lora.artifacts.plots import Series, line_chart, number
 from mlx_lora.files import replacing_file
 
@@ -71,14 +71,15 @@ class RunReport:
             )
         records = read_records(folder / "metrics.jsonl")
         settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-        page = _template("run_report.html").render(
+        page = render_page(
+            PAGES,
+            "run_report.html",
             name=folder.resolve().name,
             facts=self,
-            css=(PAGES / "page.css").read_text(encoding="utf-8"),
             tiles=tiles(records),
             charts=charts(records, self.planned_peak_bytes),
             settings=settings,
-            date=_today(),
+            date=date.today().isoformat(),
         )
         with replacing_file(folder / REPORT_FILE) as temporary:
             temporary.write_text(page, encoding="utf-8")
@@ -159,15 +160,6 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
     ]
 
 
-@cache
-def _template(name: str) -> jinja2.Template:
-    # SVG is our own and marked so below; everything else is escaped: samples and data are anybody's text.
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGES), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.get_template(name)
-
-
 def _perplexity(loss: float) -> str:
     return f"{math.exp(loss):.4g}" if loss < 700 else "∞"
 
@@ -176,9 +168,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-
-
-def _today() -> str:
-    from datetime import date
-
-    return date.today().isoformat()

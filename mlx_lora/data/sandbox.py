@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +22,7 @@ import jinja2.sandbox
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
+from mlx_lora import process
 from mlx_lora.errors import InputError
 
 MAX_TEMPLATE_CHARACTERS = 500_000  # the longest published ones have 30,000
@@ -217,7 +216,7 @@ class _Clock:
     def __enter__(self) -> None:
         if not self._is_ours():
             return
-        self._began, self._held = time.monotonic(), _peak_bytes()
+        self._began, self._held = time.monotonic(), process.peak_bytes()
         self._depth += 1
         if self._depth == 1:
             self._before = signal.signal(signal.SIGALRM, self._look)
@@ -238,7 +237,7 @@ class _Clock:
         # Only in a rendering: what stands around several has no bound of its own.
         if self._depth < 1 + self._is_held:
             return
-        if time.monotonic() - self._began > RENDER_S or _peak_bytes() - self._held > RENDER_BYTES:
+        if time.monotonic() - self._began > RENDER_S or process.peak_bytes() - self._held > RENDER_BYTES:
             raise InputError(
                 f"the chat template takes more than {RENDER_S:g} s or {RENDER_BYTES >> 20} MB for one conversation; "
                 "use another with --chat-template"
@@ -256,8 +255,3 @@ class _Clock:
 
 
 CLOCK, _SWAPPED = _Clock(), _OurSandbox()
-
-
-def _peak_bytes() -> int:
-    """Return the largest size of the process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.cache import cache_dir
 from mlx_lora.errors import InputError
-from mlx_lora.files import check_writable, one_at_a_time, replacing_folder
+from mlx_lora.files import check_writable, one_at_a_time, replacing_folder, sha256_of
 from mlx_lora.models.folder import FOREIGN_ERRORS, load_weights
 from mlx_lora.models.gguf_arch import model_config, weight_map
 from mlx_lora.models.gguf_weights import Imported, Target, check_shapes, import_weights
@@ -209,7 +209,7 @@ def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.D
     conversion.size_bytes = writer.close()
     config |= quantisation_entries(layouts)
     config["torch_dtype"] = str(dtype).removeprefix("mlx.core.")
-    config["mlx_lora"] = _provenance(source, conversion) | {"sha256": _sha256(source.path)}
+    config["mlx_lora"] = _provenance(source, conversion) | {"sha256": sha256_of(source.path)}
     write_json(folder / "config.json", config)
     return conversion
 
@@ -292,11 +292,3 @@ def _provenance(source: ModelSource, conversion: Conversion) -> dict[str, Any]:
             "float": conversion.floats,
         },
     }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -82,8 +82,12 @@ class RunPage:
         """Write the page as the run stands."""
         self.report.write(self.folder)
 
-    def end(self) -> None:
-        """Make the text after the training, and write the page for the last time."""
-        for sample in self.report.samples if self.prompt else []:
+    def end(self, interrupted: bool) -> None:
+        """Make the text after the training, and write the page for the last time.
+
+        Args:
+            interrupted: then there is no text: who asked for the end does not wait for it, and the run may go on.
+        """
+        for sample in self.report.samples if self.prompt and not interrupted else []:
             sample.after = greedy_text(self.base, self.prompt, self.max_tokens)
         self.write()

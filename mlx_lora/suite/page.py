@@ -14,11 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from mlx_lora.artifacts.bars import Bar, bar_chart
+from mlx_lora.artifacts.page_template import render_page
 from mlx_lora.artifacts.plots import Series, line_chart
-from mlx_lora.artifacts.run_report import PAGES
 from mlx_lora.chips import CHIPS
 from mlx_lora.files import replacing_file
 from mlx_lora.suite.compare import Table, compare, labels_of
@@ -27,7 +25,7 @@ from mlx_lora.suite.result import ResultFile
 from mlx_lora.suite.tables import COLUMNS, cells_of, number, remarks_of
 from mlx_lora.suite.workloads import TIERS, WORKLOADS, Workload
 
-OWN_PAGES = Path(__file__).parent / "pages"
+PAGES = Path(__file__).parent / "pages"
 KNOWN = {one.name: one for one in WORKLOADS}
 
 
@@ -62,8 +60,9 @@ def write_page(
     """
     tables = compare(results, across_versions)
     measured = [table for table in tables if table.reference]
-    page = _template().render(
-        css=(PAGES / "page.css").read_text(encoding="utf-8"),
+    page = render_page(
+        PAGES,
+        "bench.html",
         date=date.today().isoformat(),
         tiles=_tiles(results, measured),
         problems=problems,
@@ -235,11 +234,3 @@ def _sizes(workload: Workload | None) -> list[tuple[int, dict[str, Any]]]:
 
 def _or_dash(value: Any) -> str:
     return "–" if value is None else str(value)
-
-
-@cache
-def _template() -> jinja2.Template:
-    # SVG is our own and marked so in the template; everything else is escaped: results are anybody's text.
-    loader = jinja2.FileSystemLoader(OWN_PAGES)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.get_template("bench.html")

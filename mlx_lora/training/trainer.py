@@ -12,7 +12,7 @@ from itertools import count, islice, takewhile
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora import device
+from mlx_lora import process
 from mlx_lora.config import LoopSettings
 from mlx_lora.data.batches import Batch, BatchPlan
 from mlx_lora.distributed import Ranks
@@ -270,6 +270,6 @@ def _metrics(
         padding_fraction=1 - window.real_tokens / window.positions if window.positions else 0.0,
         skipped_steps=skipped,
         peak_memory_bytes=peak_bytes,
-        process_peak_bytes=device.process_peak_bytes(),
+        process_peak_bytes=process.peak_bytes(),
         elapsed_s=round(time.perf_counter() - begun_s, 3),
     )
