@@ -206,3 +206,15 @@ def test_killed_in_the_middle_again_and_again_it_ends_the_same(finished, tiny_fo
 def reached(folder, step: int) -> bool:
     names = [path.name for path in (folder / "checkpoints").glob("step-*")]
     return any(int(name.removeprefix("step-")) >= step for name in names)
+
+
+def test_what_kills_left_half_written_goes_and_the_users_own_files_stay(finished, tiny_folder, chats, tmp_path):
+    stopped = stopped_after(finished, tmp_path / "a", 10)
+    ours = ("adapters.safetensors", "adapter_config.json", "run.yaml", "report.html", "report.json", "README.md")
+    halves = [stopped / f".{name}.123.{name.rpartition('.')[2]}" for name in ours]
+    for half in halves:
+        half.write_text("half")
+    (stopped / "checkpoints" / ".step-000011.abc").mkdir()
+    (stopped / ".notes.txt").write_text("mine")
+    assert run(*command(tiny_folder, chats, stopped, "--save-every", 5, "--resume")).code == 0
+    assert [path.name for path in stopped.rglob(".*")] == [".notes.txt"]

@@ -11,16 +11,15 @@ import jinja2
 COMMON = Path(__file__).parent / "pages"
 
 
-def render_page(folder: Path, name: str, **values: Any) -> str:
+def render_page(folder: Path, template: str, /, **values: Any) -> str:
     """Return a page's text.
 
     Args:
-        folder: of the template, which extends page.html.
-        name: of the template.
+        folder, template: where it lies and its name; it extends page.html.
         values: for it. What is not marked `safe` in the template, as our own SVG is, gets escaped.
     """
     css = (COMMON / "page.css").read_text(encoding="utf-8")
-    return _environment(folder).get_template(name).render(css=css, **values)
+    return _environment(folder).get_template(template).render(css=css, **values)
 
 
 @cache

@@ -15,6 +15,7 @@ import mlx.nn as nn
 import yaml
 
 from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, save_adapter
+from mlx_lora.artifacts.card import CARD_FILE
 from mlx_lora.artifacts.checkpoint import (
     Checkpoint,
     differences,
@@ -24,6 +25,7 @@ from mlx_lora.artifacts.checkpoint import (
     thin_out,
     write_checkpoint,
 )
+from mlx_lora.artifacts.run_report import FACTS_FILE, REPORT_FILE
 from mlx_lora.config import LoopSettings, TrainSettings
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.distributed import Ranks, leads
@@ -177,7 +179,8 @@ class RunFolder:
         folder = Path(self.loop.adapter_path)
         for path in room_of(self.loop).glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
-        for name in (WEIGHTS_FILE, CONFIG_FILE, "run.yaml"):  # as replacing_file calls them; a user's own files stay
+        # As replacing_file calls them; a user's own files stay.
+        for name in (WEIGHTS_FILE, CONFIG_FILE, "run.yaml", REPORT_FILE, FACTS_FILE, CARD_FILE):
             for path in folder.glob(f".{name}.*"):
                 path.unlink(missing_ok=True)
 
