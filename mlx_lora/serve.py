@@ -65,7 +65,7 @@ def main(adapters: tuple[str, ...], blends: tuple[str, ...], ignore_fingerprint:
         cards = engine.call(lambda store: store.add(sources)).result()
         cli.echo(f"base   {base_name(engine.base)}: {engine.base.describe()}")
         for card in cards:
-            cli.echo(f"model  {card.name}: {card.method}, rank {card.rank}, {card.nbytes / 1e6:.1f} MB, {card.source}")
+            cli.echo(f"model  {card.name}: {card.describe()}")
         run_server(engine, settings, key, body_bytes)
     except NoRoom:
         raise InputError("--adapter-memory: too small for all --adapter; raise it") from None
@@ -110,7 +110,7 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
         limit_concurrency=settings.max_batch + settings.max_waiting + 64,
     )
     socket, address = listen(settings.host, settings.port)
-    cli.echo(f"ready  {address} (Ctrl-C ends it)")
+    cli.echo(f"ready  {address} (a page to try it; OpenAI's interface under /v1; Ctrl-C ends it)")
     # uvicorn raises the signal it was ended by once more; for a server that is its ordinary end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = uvicorn.Server(config)

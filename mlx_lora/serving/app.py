@@ -1,4 +1,4 @@
-"""The server's routes: OpenAI's completions, the models, health and metrics.
+"""The server's routes: OpenAI's completions, the models, health, metrics and the page.
 
 Guard (who, how much) -> routes -> asking (checked) -> prompts (tokens) -> engine -> answering -> client
 """
@@ -26,6 +26,7 @@ from mlx_lora.serving.asking import ApiError, Ask, read_chat, read_completion, r
 from mlx_lora.serving.engine import Engine
 from mlx_lora.serving.guard import Guard, GuardLimits, send_error
 from mlx_lora.serving.metrics import metrics_text
+from mlx_lora.serving.page import page_route
 from mlx_lora.serving.prompts import prompt_tokens
 from mlx_lora.serving.replies import ChatReply, CompletionReply
 from mlx_lora.serving.requests import Request
@@ -177,6 +178,7 @@ def make_app(
     )
     return Starlette(
         routes=[
+            page_route(),
             Route("/v1/chat/completions", completions.chat, methods=["POST"]),
             Route("/v1/completions", completions.completion, methods=["POST"]),
             Route("/v1/models", completions.models),
