@@ -7,12 +7,11 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.data.sandbox import TooMuch, render_chat
 from mlx_lora.data.templates import own_template
 from mlx_lora.serving.asking import ApiError, Ask
 
-# What a template can raise on a client's messages: its own words, Python's where it does arithmetic on them, or ours.
-RENDERING = (jinja2.TemplateError, TypeError, ValueError, TooMuch)
+# What a template can raise on a client's messages: its own words, or Python's where it does arithmetic on them.
+RENDERING = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, ask: Ask, template: str | None, vocabulary: int) -> list[int]:
@@ -50,7 +49,9 @@ def _chat_tokens(
     if tools and "tools" not in template:
         raise ApiError(400, "tools: this model's chat template does not show them; leave them out", "no_tools", "tools")
     try:
-        rendered = render_chat(tokenizer, messages, template, tools, add_generation_prompt=True)
+        rendered = tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
     except RENDERING as error:
         raise ApiError(400, f"messages: the chat template refuses them ({error})", "template", "messages") from None
     # The template wrote its own BOS.
