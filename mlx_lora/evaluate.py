@@ -1,22 +1,29 @@
-"""Measure the loss of a model, with or without an adapter, on a data file.
+"""Measure the loss of a model, with or without an adapter, on a data file; or what an adapter made it forget.
 
 python -m mlx_lora.evaluate --model DIR --adapter-path my-adapter --data data/alpaca/valid.jsonl --json
+python -m mlx_lora.evaluate --model DIR --adapter-path my-adapter --data my-data --forgetting --report forgetting.html
 """
 
 from __future__ import annotations
 
+import shlex
+import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
-from mlx_lora import cli
+from mlx_lora import cli, device
 from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.config import DEFAULT_BATCH_TOKENS, train_settings
+from mlx_lora.artifacts.forgetting_page import verdict_rows, write_page
+from mlx_lora.config import DEFAULT_BATCH_TOKENS, TrainSettings, train_settings
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.loading import load_eval_set
 from mlx_lora.errors import InputError
 from mlx_lora.models.load import check_token_ids, load_base
+from mlx_lora.runs.forgetting import CHAT, TEXT, measure_forgetting
 from mlx_lora.sources.hub import resolve_adapter
+from mlx_lora.training.forgetting import NO_CHANGE, SMALL_CHANGE
 from mlx_lora.training.losses import choose_loss
 from mlx_lora.training.trainer import mean_loss
 
@@ -27,20 +34,72 @@ from mlx_lora.training.trainer import mean_loss
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
 @click.option("--batch-tokens", type=click.IntRange(min=2), default=None, help="Tokens per batch, padding included.")
+@click.option("--forgetting", is_flag=True, help="Compare with the base on --data, general text, general chat, probes.")
+@click.option("--against", multiple=True, help="With --forgetting: another adapter to measure beside it; repeatable.")
+@click.option("--general-text", type=str, default=None, help="With --forgetting: data in place of the built-in texts.")
+@click.option("--general-chat", type=str, default=None, help="With --forgetting: data in place of the built-in chats.")
+@click.option("--report", type=str, default=None, help="With --forgetting: write a page with pictures to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
-    adapter_path: str | None,
-    adapter_revision: str | None,
-    ignore_fingerprint: bool,
-    batch_tokens: int | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Print loss, perplexity and the count of supervised tokens of --data."""
+    adapter_path: str | None, adapter_revision: str | None, ignore_fingerprint: bool, batch_tokens: int | None,
+    forgetting: bool, against: tuple[str, ...], general_text: str | None, general_chat: str | None,
+    report: str | None, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Print loss, perplexity and the count of supervised tokens of --data, or with --forgetting a verdict."""
     settings = train_settings(cli.given(options))
     if not settings.data.data:
         raise InputError("--data: missing; give a data file, or a folder with a test or valid split")
-    adapter = resolve_adapter(adapter_path, adapter_revision)
+    general = {name: place for name, place in ((TEXT, general_text), (CHAT, general_chat)) if place}
+    if not forgetting:
+        only = {
+            "--against": against,
+            "--general-text": general_text,
+            "--general-chat": general_chat,
+            "--report": report,
+        }
+        if given := [flag for flag, value in only.items() if value]:
+            raise InputError(f"{', '.join(given)}: only with --forgetting; add it")
+        adapter = resolve_adapter(adapter_path, adapter_revision)
+        result = evaluate(settings, adapter, ignore_fingerprint, batch_tokens)
+        if as_json:
+            cli.print_json({**result, "adapter_path": adapter_path, "data": settings.data.data})
+        else:
+            loss, perplexity, tokens, rows = (result[k] for k in ("loss", "perplexity", "supervised_tokens", "rows"))
+            click.echo(f"loss {loss:.4f}, perplexity {perplexity:.3f}, {tokens} supervised tokens in {rows} rows")
+        return
+    if not adapter_path:
+        raise InputError("--forgetting: no adapter; give --adapter-path")
+    page = Path(report).expanduser() if report else None
+    if page is not None and (page.is_dir() or not page.parent.is_dir()):
+        raise InputError(f"--report {report}: not a file in a folder that is there; name one, as in forgetting.html")
+    adapters = [resolve_adapter(adapter_path, adapter_revision), *(resolve_adapter(other, None) for other in against)]
+    base = load_base(settings.model)
+    found = measure_forgetting(base, adapters, settings.data, general, ignore_fingerprint, batch_tokens, cli.echo)
+    facts = found.to_dict()
+    if page is not None:
+        command = shlex.join(["python", *sys.orig_argv[1:]])
+        write_page(page, facts, (NO_CHANGE, SMALL_CHANGE), command, device.current_device().header())
+        cli.echo(f"page   {page}")
+    if as_json:
+        cli.print_json(facts)
+    else:
+        print_table(verdict_rows(facts))
+
+
+def evaluate(
+    settings: TrainSettings, adapter: Path | None, ignore_fingerprint: bool, batch_tokens: int | None
+) -> dict[str, Any]:
+    """Return loss, perplexity, supervised_tokens, rows and model.
+
+    Args:
+        settings: model and data.
+        adapter: folder to put on the model.
+        ignore_fingerprint: as for load_adapter.
+        batch_tokens: positions per batch; None: the default.
+
+    Raises:
+        InputError: model, adapter or data that cannot be used.
+    """
     base = load_base(settings.model)
     template = load_adapter(base, adapter, ignore_fingerprint).chat_template if adapter else None
     if template and not settings.data.chat_template:
@@ -49,13 +108,15 @@ def main(
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {settings.data.data}")
     plan = BatchPlan(rows, batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)
     loss, tokens = mean_loss(base.model, choose_loss(base.model, base.config).measure, plan.batches())
-    result = {"loss": loss, "perplexity": cli.perplexity(loss), "supervised_tokens": tokens, "rows": len(rows)}
-    if as_json:
-        cli.print_json({**result, "model": base.model_id, "adapter_path": adapter_path, "data": settings.data.data})
-    else:
-        click.echo(
-            f"loss {loss:.4f}, perplexity {result['perplexity']:.3f}, {tokens} supervised tokens in {len(rows)} rows"
-        )
+    counts = {"supervised_tokens": tokens, "rows": len(rows)}
+    return {"loss": loss, "perplexity": cli.perplexity(loss), **counts, "model": base.model_id}
+
+
+def print_table(rows: list[dict[str, str]]) -> None:
+    """Print rows of equal columns, each as wide as its widest cell."""
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    for cells in ({name: name for name in rows[0]}, *rows):
+        click.echo("  ".join(cells[name].ljust(width) for name, width in widths.items()).rstrip())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import sys
 from typing import Any
 
 import click
-import jinja2
 import mlx.core as mx
 from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
@@ -18,11 +17,10 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lora import cli
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.config import train_settings
-from mlx_lora.data.panics import tokenizer_panics
-from mlx_lora.data.sandbox import render_chat
+from mlx_lora.data.prompts import encode_prompt
 from mlx_lora.data.templates import own_template
 from mlx_lora.errors import InputError
-from mlx_lora.models.load import Base, check_token_ids, load_base
+from mlx_lora.models.load import check_token_ids, load_base
 from mlx_lora.sources.hub import resolve_adapter
 
 
@@ -55,7 +53,8 @@ def main(
     adapter = resolve_adapter(adapter_path, adapter_revision)
     base = load_base(train_settings(cli.given(options)).model)
     template = load_adapter(base, adapter, ignore_fingerprint).chat_template if adapter else None
-    tokens = prompt_tokens(base, text, system_prompt, template, ignore_chat_template)
+    template = None if ignore_chat_template else template or own_template(base.hf_tokenizer)
+    tokens = encode_prompt(base.hf_tokenizer, text, template, system_prompt)
     check_token_ids(base, max(tokens, default=0), "--prompt")
     if seed is not None:
         mx.random.seed(seed)
@@ -92,41 +91,6 @@ def read_prompt(prompt: str) -> str:
     if not text:
         raise InputError("--prompt: empty; give some text")
     return text
-
-
-def prompt_tokens(
-    base: Base, text: str, system_prompt: str | None, template: str | None, ignore_chat_template: bool
-) -> list[int]:
-    """Encode the prompt as a chat turn when there is a template, else as plain text with the tokenizer's BOS.
-
-    Args:
-        base: the loaded model.
-        text: the user's prompt.
-        system_prompt: a system message before it, for templates that take one.
-        template: the adapter's own template, which beats the model's.
-        ignore_chat_template: take the prompt as plain text.
-
-    Raises:
-        InputError: a system prompt that nothing can show, or a template that refuses these turns.
-    """
-    if not ignore_chat_template:
-        template = template or own_template(base.hf_tokenizer)
-    if ignore_chat_template or not template:
-        if system_prompt:
-            raise InputError("--system-prompt: there is no chat template in use; put the text into --prompt")
-        with tokenizer_panics("--prompt"):
-            return base.hf_tokenizer.encode(text)
-    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    messages.append({"role": "user", "content": text})
-    # Rendered first, encoded without special tokens: the template already wrote its own BOS.
-    try:
-        rendered = render_chat(base.hf_tokenizer, messages, template, add_generation_prompt=True)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise InputError(
-            f"the chat template refuses this prompt ({error}); leave --system-prompt out, or give --ignore-chat-template"
-        ) from None
-    with tokenizer_panics("--prompt"):
-        return base.hf_tokenizer.encode(rendered, add_special_tokens=False)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from byte_tokenizer import byte_tokenizer
 from conftest import TINY, tiny_model, write_folder
 from hub_stand_in import hub_server, run_with_hub
 from mlx.utils import tree_flatten
+from mlx_lm.models import gemma3_text
 from real_models import smollm2_gguf
 from run_cli import run
 from tiny_gguf import write_tiny_gguf
@@ -102,6 +103,23 @@ def test_dense_tied_and_untied_shapes(tiny_folder, tmp_path):
     assert untied.base_bytes - tied.base_bytes == 4 * TINY["hidden_size"] * TINY["vocab_size"]
     assert not tied.head_packed
     assert {layer.name for layer in tied.blocks[0].layers if layer.is_end} == {"o_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("ties", [True, False])
+def test_a_gemmas_head_is_tied_unless_one_is_stored(ties, tmp_path):
+    config = {**TINY, "model_type": "gemma3_text", "head_dim": 16, "sliding_window": 64, "sliding_window_pattern": 2}
+    config.pop("tie_word_embeddings")
+    model = gemma3_text.Model(gemma3_text.ModelArgs.from_dict(config))
+    if ties:
+        model.sanitize({})
+    path = write_folder(tmp_path / "g", model)
+    (path / "config.json").write_text(json.dumps(config))
+    shape = same(path)
+    alone = outlined_shape(
+        outline_of_config({**config, **({} if ties else {"tie_word_embeddings": False})}, mx.float32),
+        settings_of(rank=4),
+    )
+    assert alone == shape
 
 
 def test_quantised_shapes(tiny_folder, tiny_4bit_folder):

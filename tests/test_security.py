@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jinja2
@@ -63,18 +65,36 @@ def test_what_templates_do_need_is_allowed():
     assert render_chat(byte_tokenizer(), TURNS, text) == "      a-    2  a  a, b10"
 
 
+@pytest.mark.parametrize("where", ["main thread", "another thread"])  # a server renders in another
 @pytest.mark.parametrize("loop", ["{% for j in range(99999) %}{% endfor %}", "{% set ns.x = ns.x ~ ns.x %}"])
-def test_templates_are_stopped(loop, monkeypatch):
+def test_templates_are_stopped(loop, where, monkeypatch):
     monkeypatch.setattr(sandbox, "RENDER_S", 0.3)
     monkeypatch.setattr(sandbox, "RENDER_BYTES", 64 << 20)
     start = time.monotonic()
-    with pytest.raises(InputError, match="takes more than"):
-        render_chat(
-            byte_tokenizer(),
-            TURNS,
-            "{% set ns = namespace(x='aaaa') %}{% for i in range(99999) %}" + loop + "{% endfor %}",
-        )
+    template = "{% set ns = namespace(x='aaaa') %}{% for i in range(99999) %}" + loop + "{% endfor %}"
+    with ThreadPoolExecutor(1) as threads:
+        elsewhere = lambda *given: threads.submit(render_chat, *given).result()  # noqa: E731
+        render = render_chat if where == "main thread" else elsewhere
+        with pytest.raises(InputError, match="takes more than"):
+            render(byte_tokenizer(), TURNS, template)
     assert time.monotonic() - start < 20
+
+
+def test_a_watch_in_another_thread_ends_with_its_rendering(monkeypatch):
+    monkeypatch.setattr(sandbox, "RENDER_S", 0.1)
+
+    def render_and_stay() -> str:
+        texts = {render_chat(byte_tokenizer(), TURNS, "x") for _ in range(20)}
+        with sandbox.CLOCK.held():
+            texts.add(render_chat(byte_tokenizer(), TURNS, "x"))
+            for _ in range(30):
+                time.sleep(0.01)  # where an exception that comes late would be raised
+        return " ".join(texts)
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(render_and_stay).result() == "x"
+    time.sleep(2 * sandbox.TICK_S)
+    assert not [thread for thread in threading.enumerate() if thread.name == "mlx-lora-template"]
 
 
 def test_remote_code_is_never_asked_about(tiny_folder, tmp_path, monkeypatch):

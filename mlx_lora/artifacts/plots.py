@@ -88,6 +88,11 @@ def number(value: float) -> str:
     return f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.1e}".replace("e-0", "e-")
 
 
+def perplexity(loss: float) -> str:
+    """Return exp(loss) in words, of a loss in nats per token."""
+    return f"{math.exp(loss):.4g}" if loss < 700 else "∞"
+
+
 def _short(value: float) -> str:
     """Return a number as an axis has room for it at a phone's width: 40k for 40,000."""
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else number(value)

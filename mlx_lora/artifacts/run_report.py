@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from mlx_lora.artifacts.page_template import render_page
-from mlx_lora.artifacts.plots import Series, line_chart, number
+from mlx_lora.artifacts.plots import Series, line_chart, number, perplexity
 from mlx_lora.files import replacing_file
 
 REPORT_FILE, FACTS_FILE = "report.html", "report.json"
@@ -105,7 +105,7 @@ def tiles(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     if validations:
         ends = validations[:1] if len(validations) == 1 else [validations[0], validations[-1]]
         shown.append(("held-out loss", " → ".join(f"{loss:.3f}" for loss in ends)))
-        shown.append(("held-out perplexity", " → ".join(_perplexity(loss) for loss in ends)))
+        shown.append(("held-out perplexity", " → ".join(perplexity(loss) for loss in ends)))
     if trained:
         # The first report holds the first compilations.
         steady = sorted(r["supervised_tokens_per_s"] for r in trained[1:]) or speeds
@@ -158,10 +158,6 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
         {"title": title, "series": series, "svg": line_chart(title, series, unit, from_zero)}
         for title, series, unit, from_zero in wanted
     ]
-
-
-def _perplexity(loss: float) -> str:
-    return f"{math.exp(loss):.4g}" if loss < 700 else "∞"
 
 
 def _duration(seconds: float) -> str:

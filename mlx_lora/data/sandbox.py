@@ -8,6 +8,7 @@ which bounds all that is made step by step.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import re
 import signal
@@ -203,18 +204,31 @@ class _OurSandbox:
             setattr(place, _SANDBOX, sandbox)
 
 
-class _Clock:
-    """Stops what runs too long or grows too large: one per process, as the timer is.
+class TooMuch(InputError):
+    """A template that takes more time or memory than any needs."""
 
-    Signals reach the main thread only, where training and generation render; in another thread nothing is watched.
-    Entered again while it runs it counts anew, which costs a microsecond where setting it up costs forty.
+    def __init__(self) -> None:  # without arguments, for it may be raised in another thread by its class
+        super().__init__(
+            f"the chat template takes more than {RENDER_S:g} s or {RENDER_BYTES >> 20} MB for one conversation; "
+            "use another with --chat-template"
+        )
+
+
+class _Clock:
+    """Stops what runs too long or grows too large, in the main thread: one per process, as the timer is.
+
+    Entered again while it runs it counts anew, which costs a microsecond where setting it up costs forty. Signals
+    reach the main thread only, where training and generation render; in another thread, as a server's, a watching
+    thread of its own looks after each rendering.
     """
 
     def __init__(self) -> None:
         self._depth, self._is_held = 0, False
+        self._elsewhere = threading.local()
 
     def __enter__(self) -> None:
         if not self._is_ours():
+            self._elsewhere.watch = _Watch()
             return
         self._began, self._held = time.monotonic(), process.peak_bytes()
         self._depth += 1
@@ -224,6 +238,7 @@ class _Clock:
 
     def __exit__(self, *error: object) -> None:
         if not self._is_ours():
+            self._elsewhere.watch.end()
             return
         self._depth -= 1
         if self._depth == 0:
@@ -237,21 +252,53 @@ class _Clock:
         # Only in a rendering: what stands around several has no bound of its own.
         if self._depth < 1 + self._is_held:
             return
-        if time.monotonic() - self._began > RENDER_S or process.peak_bytes() - self._held > RENDER_BYTES:
-            raise InputError(
-                f"the chat template takes more than {RENDER_S:g} s or {RENDER_BYTES >> 20} MB for one conversation; "
-                "use another with --chat-template"
-            )
+        if _over(self._began, self._held):
+            raise TooMuch
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep the timer running over several renderings."""
+        """Keep the timer running over several renderings; in another thread, each has its own watch anyway."""
+        if not self._is_ours():
+            yield
+            return
         with self:
             self._is_held = True
             try:
                 yield
             finally:
                 self._is_held = False
+
+
+class _Watch:
+    """Looks after one rendering in a thread that gets no signals, and raises TooMuch there."""
+
+    def __init__(self) -> None:
+        self._began, self._held, self._thread = time.monotonic(), process.peak_bytes(), threading.get_ident()
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        threading.Thread(target=self._look, name="mlx-lora-template", daemon=True).start()
+
+    def end(self) -> None:
+        """Stop looking; what was raised and has not arrived yet is taken back."""
+        with self._lock:
+            self._ended.set()
+            _raise_in(self._thread, None)
+
+    def _look(self) -> None:
+        while not self._ended.wait(TICK_S):
+            if _over(self._began, self._held):
+                with self._lock:
+                    if not self._ended.is_set():
+                        _raise_in(self._thread, TooMuch)
+                return
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Raise an exception in a thread, at its next step of Python; None takes back one that has not arrived."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error and ctypes.py_object(error))
+
+
+def _over(began_s: float, held_bytes: int) -> bool:
+    return time.monotonic() - began_s > RENDER_S or process.peak_bytes() - held_bytes > RENDER_BYTES
 
 
 CLOCK, _SWAPPED = _Clock(), _OurSandbox()

@@ -74,9 +74,24 @@ class Head:
             products: (R, S) float32.
             columns: which tokens the columns are: a slice of the vocabulary, or each row's own ids (R, 1).
         """
-        logits = products
         if self.bias is not None:
-            logits = logits + self.bias[columns].astype(logits.dtype)
+            products = products + self.bias[columns].astype(products.dtype)
+        return self._scaled(products)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Return all logits of hidden states, through the layer as the model itself uses it.
+
+        Args:
+            hidden: (..., D).
+
+        Returns:
+            (..., V) float32.
+        """
+        embeds = isinstance(self.layer, (nn.Embedding, nn.QuantizedEmbedding))
+        products = self.layer.as_linear(hidden) if embeds else self.layer(hidden)  # a linear layer adds its own bias
+        return self._scaled(products.astype(mx.float32))
+
+    def _scaled(self, logits: mx.array) -> mx.array:
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.soft_cap is not None:

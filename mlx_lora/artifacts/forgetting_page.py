@@ -1,0 +1,119 @@
+"""What `evaluate --forgetting` measured as one page: bars, verdicts, everybody's answers; no network, no script."""
+
+from __future__ import annotations
+
+import math
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from mlx_lora.artifacts.bars import Bar, bar_chart
+from mlx_lora.artifacts.page_template import COMMON, render_page
+from mlx_lora.artifacts.plots import perplexity
+from mlx_lora.files import replacing_file
+
+
+def verdict_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
+    """Return the table's rows, a set and an adapter each, the probes last: column -> cell.
+
+    Args:
+        facts: Forgetting.to_dict().
+    """
+    rows = []
+    for where, one in facts["sets"].items():
+        for name, drift in one["adapters"].items():
+            rows.append(
+                {
+                    "set": where,
+                    "adapter": name,
+                    "tokens": f"{drift['tokens']:,}",
+                    "base perplexity": perplexity(drift["base_loss"]),
+                    "perplexity": perplexity(drift["loss"]),
+                    "change": f"{drift['change']:+.4f} ± {drift['change_error']:.4f}",
+                    "KL": f"{drift['kl']:.4f} ± {drift['kl_error']:.4f}",
+                    "same likeliest token": f"{drift['same_top']:.1%}",
+                    "verdict": drift["verdict"],
+                }
+            )
+    right, asked = facts["probes"]["right"], facts["probes"]["questions"]
+    for name in facts["adapters"]:
+        counts = {"base perplexity": f"{right['base']} right", "perplexity": f"{right[name]} right"}
+        rows.append(
+            {**dict.fromkeys(rows[0], ""), "set": "probes", "adapter": name, "tokens": f"{asked} asked", **counts}
+        )
+    return rows
+
+
+def charts(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the page's charts: perplexity, KL and probes, a bar for each model and set."""
+    names = list(facts["adapters"])
+    perplexities, moves = [], []
+    for where, one in facts["sets"].items():
+        drifts = one["adapters"]
+        base_loss = next(iter(drifts.values()))["base_loss"]
+        perplexities.append(Bar(f"{where}: base", _capped(base_loss), words=perplexity(base_loss), color=2))
+        for place, name in enumerate(names):
+            drift = drifts[name]
+            words, error = f"{where}: {name}", drift["kl_error"] if math.isfinite(drift["kl_error"] or 0) else 0
+            perplexities.append(
+                Bar(
+                    words,
+                    _capped(drift["loss"]),
+                    words=perplexity(drift["loss"]),
+                    color=place % 2,
+                    note=drift["verdict"],
+                )
+            )
+            kl = max(drift["kl"], 0.0)
+            moves.append(Bar(words, kl, low=max(kl - error, 0.0), high=kl + error, color=place % 2))
+    right = facts["probes"]["right"]
+    answers = [Bar(name, right[name], color=2 if name == "base" else names.index(name) % 2) for name in right]
+    keys = [(place % 2, name) for place, name in enumerate(names)]
+    with_base = [(2, "base"), *keys]
+    asked = facts["probes"]["questions"]
+    return [
+        {"title": "Perplexity", "keys": with_base, "svg": bar_chart("Perplexity per set and model", perplexities)},
+        {"title": "KL from the base, nats per token", "keys": keys, "svg": bar_chart("KL from the base", moves)},
+        {
+            "title": f"Right answers of {asked}",
+            "keys": with_base,
+            "svg": bar_chart("Probe questions answered", answers),
+        },
+    ]
+
+
+def write_page(path: Path, facts: dict[str, Any], thresholds: tuple[float, float], command: str, device: str) -> None:
+    """Write the page.
+
+    Args:
+        path: its file; replaced whole.
+        facts: Forgetting.to_dict().
+        thresholds: rises in loss up to which the verdict is kept, and slightly forgotten.
+        command: that measured it.
+        device: a line on the machine.
+    """
+    names = list(facts["adapters"])
+    page = render_page(
+        COMMON,
+        "forgetting.html",
+        facts=facts,
+        names=names,
+        charts=charts(facts),
+        rows=verdict_rows(facts),
+        small=thresholds,
+        sources={where: one["source"] for where, one in facts["sets"].items()},
+        probes=[
+            {"question": probe["question"], "said": [(probe["said"][n], probe["right"][n]) for n in ("base", *names)]}
+            for probe in facts["probes"]["texts"]
+        ],
+        command=command,
+        device=device,
+        date=date.today().isoformat(),
+    )
+    with replacing_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _capped(loss: float) -> float:
+    """Return the perplexity as a bar's length: a diverged adapter's has one, too."""
+    return math.exp(min(loss, 30.0))
