@@ -308,6 +308,19 @@ def test_no_web_server_is_needed(folder):
     assert done.stdout.strip("\n")
 
 
+def test_a_reader_that_leaves_ends_it(folder):
+    command = [sys.executable, "-m", "mlx_lora.chat", "--model", str(folder), "-m", "400"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        process.stdout.close()
+        process.stdin.write(f"{FIRST}\n".encode() * 50)
+        process.stdin.close()
+        told = process.stderr.read().decode()
+        assert "Error" not in told
+        assert "Traceback" not in told
+        assert process.wait(60) == 1
+
+
 class Terminal:
     """The command on a terminal of its own."""
 

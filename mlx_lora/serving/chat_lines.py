@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from mlx_lora.errors import InputError
+from mlx_lora.errors import InputError, RunError
 from mlx_lora.serving.conversation import Answer, Conversation
+from mlx_lora.serving.requests import Stopped
 from mlx_lora.serving.setup import check_names, named_source
 from mlx_lora.serving.store import UnknownAdapter
 
@@ -89,7 +90,7 @@ class ChatLines:
             self._question(line[1:] if line.startswith("//") else line)
         except UnknownAdapter as error:
             self._screen.complain(f"adapter {error}: no longer there; /adapters lists them")
-        except (InputError, OSError) as error:
+        except InputError as error:
             self._screen.complain(str(error))
         return True
 
@@ -168,9 +169,14 @@ class ChatLines:
             self._screen.say(f"{'*' if name == self._chat.name else ' '} {name}: {about}")
 
     def _load(self, rest: str) -> None:
-        name, source = named_source("/load", rest)
-        check_names("/load", [name], self._chat.base_names)
-        card = self._chat.engine.call(lambda store: store.add({name: source})).result()[0]
+        try:
+            name, source = named_source("/load", rest)
+            check_names("/load", [name], self._chat.base_names)
+            card = self._chat.engine.call(lambda store: store.add({name: source})).result()[0]
+        except (OSError, RunError) as error:  # the disk or the hub; the chat has no part in it
+            raise InputError(f"/load {rest}: {error}") from None
+        except Stopped:
+            raise RunError(f"the engine failed: {self._chat.engine.failure!r}") from None
         self._screen.say(f"{name}: {card.describe()}; /adapter {name} lets it answer")
 
     def _system(self, text: str) -> None:

@@ -68,7 +68,7 @@ class Answer:
         """Yield its text piece by piece, until it ends or is stopped.
 
         Raises:
-            UnknownAdapter, InputError, OSError: the adapter cannot be had any more.
+            UnknownAdapter, InputError: the adapter cannot be had any more.
             RunError: the engine has failed.
         """
         while self.finish is None:
@@ -79,6 +79,8 @@ class Answer:
                 return
             if isinstance(event.error, Stopped):
                 raise RunError(f"the engine failed: {event.error}")
+            if isinstance(event.error, OSError):
+                raise InputError(f"{self.name}: {event.error}")
             if event.error is not None:
                 raise event.error
             self._last_s = time.monotonic()

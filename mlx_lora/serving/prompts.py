@@ -27,15 +27,8 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, ask: Ask, template: str | 
         ApiError: no template for a chat, one that refuses it or shows no tools, token ids that do not exist.
     """
     if ask.messages is not None:
-        template = template or own_template(tokenizer)
-        if not template:
-            raise ApiError(400, "this model has no chat template; use /v1/completions", "no_chat_template", "messages")
-        if ask.tools and "tools" not in template:
-            raise ApiError(
-                400, "tools: this model's chat template does not show them; leave them out", "no_tools", "tools"
-            )
         try:
-            return chat_tokens(tokenizer, ask.messages, template, vocabulary, ask.tools)
+            return _chat_tokens(tokenizer, ask, template or own_template(tokenizer), vocabulary)
         except InputError as error:
             raise ApiError(400, f"messages: {error}", "template", "messages") from None
     tokens = tokenizer.encode(ask.prompt) if isinstance(ask.prompt, str) else ask.prompt
@@ -44,6 +37,15 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, ask: Ask, template: str | 
     if not all(0 <= token < vocabulary for token in tokens):
         raise ApiError(400, f"prompt: token ids are 0 to {vocabulary - 1}", "invalid_value", "prompt")
     return tokens
+
+
+def _chat_tokens(tokenizer: PreTrainedTokenizerBase, ask: Ask, template: str | None, vocabulary: int) -> list[int]:
+    if not template:
+        raise ApiError(400, "this model has no chat template; use /v1/completions", "no_chat_template", "messages")
+    if ask.tools and "tools" not in template:
+        message = "tools: this model's chat template does not show them; leave them out"
+        raise ApiError(400, message, "no_tools", "tools")
+    return chat_tokens(tokenizer, ask.messages, template, vocabulary, ask.tools)
 
 
 def chat_tokens(
