@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "Train an adapter.",
     "evaluate": "Measure loss and perplexity on a data file.",
     "generate": "Generate text.",
+    "chat": "Talk to a base and its adapters in the terminal.",
     "bench": "Measure training with fixed workloads, and compare machines.",
     "serve": "Serve a base and many adapters over OpenAI's HTTP interface.",
     "fuse": "Fold an adapter into its base model.",

@@ -20,12 +20,10 @@ from mlx_lora.config import ServeSettings, serve_settings
 from mlx_lora.errors import InputError, RunError
 from mlx_lora.models.load import load_base
 from mlx_lora.serving.engine import Engine, Limits
-from mlx_lora.serving.store import NoRoom, Source
-from mlx_lora.sources.hub import resolve_adapter
+from mlx_lora.serving.setup import DEFAULT_CONTEXT, adapter_sources, base_name, check_names, context_of
+from mlx_lora.serving.store import NoRoom
 
 KEY_VARIABLE = "MLX_LORA_API_KEY"
-# A model that does not say what it was made for.
-DEFAULT_CONTEXT = 8192
 # Answers in flight get this long when the server is told to end.
 SHUTDOWN_S = 5
 
@@ -43,7 +41,6 @@ def main(adapters: tuple[str, ...], blends: tuple[str, ...], ignore_fingerprint:
     if missing:
         raise InputError(f"serve: {' and '.join(missing)} not installed; pip install 'mlx-lora[serve]'")
     # Imported here, for what they need may be missing.
-    from mlx_lora.serving.app import base_name
     from mlx_lora.serving.guard import is_local
 
     model, settings = serve_settings(cli.given(options))
@@ -64,58 +61,16 @@ def main(adapters: tuple[str, ...], blends: tuple[str, ...], ignore_fingerprint:
     body_bytes = device.parse_size(settings.max_body)
     engine = Engine(lambda: load_base(model), limits, ignore_fingerprint)
     try:
-        if base_name(engine.base) in sources:
-            raise InputError(f"--adapter {base_name(engine.base)}: that is the base's own name; choose another")
+        check_names("--adapter", sources, (base_name(engine.base),))
         cards = engine.call(lambda store: store.add(sources)).result()
         cli.echo(f"base   {base_name(engine.base)}: {engine.base.describe()}")
         for card in cards:
-            cli.echo(f"model  {card.name}: {card.method}, rank {card.rank}, {card.nbytes / 1e6:.1f} MB, {card.source}")
+            cli.echo(f"model  {card.name}: {card.describe()}")
         run_server(engine, settings, key, body_bytes)
     except NoRoom:
         raise InputError("--adapter-memory: too small for all --adapter; raise it") from None
     finally:
         engine.close()
-
-
-def adapter_sources(adapters: tuple[str, ...], blends: tuple[str, ...]) -> dict[str, Source]:
-    """Read --adapter and --blend.
-
-    Raises:
-        InputError: not of their form, a name given twice, or a hub id that cannot be had.
-    """
-    sources: dict[str, Source] = {}
-    for flag, given in (("--adapter", adapters), ("--blend", blends)):
-        for text in given:
-            name, equals, value = text.partition("=")
-            if not equals or not name or not value:
-                form = "NAME=DIR" if flag == "--adapter" else "NAME=ADAPTER:WEIGHT,..."
-                raise InputError(f"{flag} {text}: write it as {form}")
-            if name in sources:
-                raise InputError(f"{flag} {name}: given twice; choose another name")
-            sources[name] = (
-                Source(folder=resolve_adapter(value)) if flag == "--adapter" else Source(blend=weights(text))
-            )
-    return sources
-
-
-def weights(text: str) -> dict[str, float]:
-    """Read NAME=a:0.7,b:0.3 as adapter -> weight.
-
-    Raises:
-        InputError: not of that form.
-    """
-    found = {}
-    for part in text.partition("=")[2].split(","):
-        name, _, number = part.strip().rpartition(":")
-        try:
-            found[name] = float(number)
-        except ValueError:
-            name = ""
-        if not name or not abs(found[name]) <= 100:
-            raise InputError(
-                f"--blend {text}: write it as NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT, weights from -100 to 100"
-            )
-    return found
 
 
 def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_bytes: int) -> None:
@@ -128,7 +83,7 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
     import uvicorn
 
     from mlx_lora.serving.adapters_api import Adapters
-    from mlx_lora.serving.app import AnswerLimits, base_name, context_of, make_app
+    from mlx_lora.serving.app import AnswerLimits, make_app
     from mlx_lora.serving.connections import timed_protocol
     from mlx_lora.serving.guard import GuardLimits, is_local
     from mlx_lora.serving.listening import listen
@@ -155,7 +110,7 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
         limit_concurrency=settings.max_batch + settings.max_waiting + 64,
     )
     socket, address = listen(settings.host, settings.port)
-    cli.echo(f"ready  {address} (Ctrl-C ends it)")
+    cli.echo(f"ready  {address} (a page to try it; OpenAI's interface under /v1; Ctrl-C ends it)")
     # uvicorn raises the signal it was ended by once more; for a server that is its ordinary end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = uvicorn.Server(config)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import socket
 import threading
 import time
+from html.parser import HTMLParser
 
 import httpx
 import pytest
@@ -139,6 +142,76 @@ def test_other_pages_get_403_and_friends_are_let_in(http):
     assert http.post("/v1/completions", json=GOOD, headers={"Origin": "https://friend.example"}).status_code == 200
     own = str(http.base_url).rstrip("/")
     assert http.post("/v1/completions", json=GOOD, headers={"Origin": own}).status_code == 200
+
+
+def test_the_page_needs_no_key_and_is_the_servers_own_alone(http, server, tiny_folder, adapters, tmp_path):
+    page = httpx.get(server.url + "/")
+    assert page.status_code == 200
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert httpx.head(server.url + "/").status_code == 200
+    assert KEY not in page.text
+    for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}):
+        assert code(httpx.get(server.url + "/", headers=headers)) == (403, "cross_origin")
+    for kind in ("empty", "image", "script", "iframe", "object"):
+        other = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": kind}
+        assert code(httpx.get(server.url + "/", headers=other)) == (403, "cross_origin"), kind
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "document", "Sec-Fetch-Mode": "navigate"}
+    assert httpx.get(server.url + "/", headers=link).status_code == 200, "a link may lead to it"
+    assert code(http.get("/v1/models", headers=link)) == (403, "cross_origin"), "and to nothing else"
+    assert httpx.post(server.url + "/", json={}).status_code == 405
+    with Server("--model", tiny_folder, log=tmp_path / "log") as local:
+        assert code(httpx.get(local.url + "/", headers={"Host": "evil.example"})) == (403, "wrong_host")
+    # What the page itself sends.
+    own = {"Origin": server.url, "Sec-Fetch-Site": "same-origin", "Sec-Fetch-Dest": "empty"}
+    assert http.post("/v1/completions", json=GOOD, headers=own).status_code == 200
+    assert http.get("/v1/models", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
+
+
+def test_the_pages_policy_lets_its_own_script_and_style_run_and_nothing_else(server):
+    page = httpx.get(server.url + "/")
+    rules = dict(rule.split(" ", 1) for rule in page.headers["content-security-policy"].split("; "))
+    for name in ("default-src", "frame-ancestors", "base-uri", "form-action"):
+        assert rules[name] == "'none'"
+    assert rules["connect-src"] == "'self'"
+    assert "unsafe" not in page.headers["content-security-policy"]
+    inside = Inside()
+    inside.feed(page.text)
+    assert inside.attributes.keys().isdisjoint({"src", "srcset", "style", "action", "onclick", "onload"})
+    assert inside.attributes["href"] == ["data:,"]
+    for tag in ("script", "style"):
+        (text,) = inside.texts[tag]
+        assert rules[f"{tag}-src"] == f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert page.headers["referrer-policy"] == "no-referrer"
+
+
+class Inside(HTMLParser):
+    """Collects what scripts and styles a page has, and its attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.texts, self.attributes, self._open = {"script": [], "style": []}, {}, None
+
+    def handle_starttag(self, tag, attrs):
+        self._open = tag
+        for name, value in attrs:
+            self.attributes.setdefault(name, []).append(value)
+
+    def handle_data(self, data):
+        if self._open in self.texts:
+            self.texts[self._open].append(data)
+
+    def handle_endtag(self, tag):
+        self._open = None
+
+
+def test_a_template_that_makes_something_huge_gets_400(tmp_path, tiny_folder):
+    bomb = make_adapter(tiny_folder, tmp_path / "bomb", chat_template="{{ 'a' * 10**10 }}")
+    ask = {"model": "bomb", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    with Server("--model", tiny_folder, "--adapter", f"bomb={bomb}", log=tmp_path / "log") as server:
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=ask, timeout=60)
+        assert code(answer) == (400, "template")
+        assert "is not allowed in a chat template" in answer.text
 
 
 def received(connection: socket.socket) -> bytes:

@@ -1,4 +1,4 @@
-"""The server's routes: OpenAI's completions, the models, health and metrics.
+"""The server's routes: OpenAI's completions, the models, health, metrics and the page.
 
 Guard (who, how much) -> routes -> asking (checked) -> prompts (tokens) -> engine -> answering -> client
 """
@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -22,15 +21,16 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from mlx_lora.models.load import Base
 from mlx_lora.serving.answering import Answer, ClientGone, Reply, send_stream, send_whole
 from mlx_lora.serving.asking import ApiError, Ask, read_chat, read_completion, read_json
 from mlx_lora.serving.engine import Engine
 from mlx_lora.serving.guard import Guard, GuardLimits, send_error
 from mlx_lora.serving.metrics import metrics_text
+from mlx_lora.serving.page import page_route
 from mlx_lora.serving.prompts import prompt_tokens
 from mlx_lora.serving.replies import ChatReply, CompletionReply
 from mlx_lora.serving.requests import Request
+from mlx_lora.serving.setup import base_name
 from mlx_lora.serving.store import Card
 
 
@@ -47,19 +47,6 @@ class AnswerLimits:
     max_tokens: int
     max_context: int
     timeout_s: float
-
-
-def base_name(base: Base) -> str:
-    """Return the base's model id: the hub's, or a local folder's or file's own name, not where it lies."""
-    path = Path(base.model_id).expanduser()
-    return (path.stem if path.is_file() else path.resolve().name) if path.exists() else base.model_id
-
-
-def context_of(config: dict[str, Any]) -> int | None:
-    """Return the tokens that a model was made for, if its config says."""
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    found = config.get("max_position_embeddings") or text.get("max_position_embeddings")
-    return found if isinstance(found, int) and found > 0 else None
 
 
 class Completions:
@@ -191,6 +178,7 @@ def make_app(
     )
     return Starlette(
         routes=[
+            page_route(),
             Route("/v1/chat/completions", completions.chat, methods=["POST"]),
             Route("/v1/completions", completions.completion, methods=["POST"]),
             Route("/v1/models", completions.models),

@@ -25,8 +25,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-# Says no more than that the server lives; what watches over servers has no key.
-OPEN_PATHS = ("/health",)
+PAGE = "/"
+# One says no more than that the server lives, and what watches over servers has no key; the other holds no secrets,
+# and asks for the key.
+OPEN_PATHS = ("/health", PAGE)
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,10 @@ class Guard:
         own = urlsplit(origin or "").netloc == host
         if origin is not None and not own and origin not in self._limits.origins:
             raise ApiError(403, f"pages of {origin} may not use this server; see --allow-origin", "cross_origin")
-        # An image or a script of another page has no Origin, but browsers say where it comes from.
-        if origin is None and headers.get("sec-fetch-site", "none") in ("cross-site", "same-site"):
+        # An image or a script of another page has no Origin, but browsers say where it comes from. A link to the page
+        # may be followed: it opens as a document of its own, which the other page cannot look into.
+        linked = (scope["method"], scope["path"], headers.get("sec-fetch-dest")) == ("GET", PAGE, "document")
+        if origin is None and not linked and headers.get("sec-fetch-site", "none") in ("cross-site", "same-site"):
             raise ApiError(403, "other sites' pages may not use this server; see --allow-origin", "cross_origin")
         if self._limits.api_key and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
             kind, _, key = headers.get("authorization", "").partition(" ")

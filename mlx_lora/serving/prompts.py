@@ -1,4 +1,4 @@
-"""Makes a request's prompt into tokens as `generate` makes its own: same template, same encoding."""
+"""Makes a request's prompt into tokens as `generate` makes its own: same template, same sandbox, same encoding."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from mlx_lora.data.panics import tokenizer_panics
+from mlx_lora.data.sandbox import render_chat
 from mlx_lora.data.templates import own_template
+from mlx_lora.errors import InputError
 from mlx_lora.serving.asking import ApiError, Ask
-
-# What a template can raise on a client's messages: its own words, or Python's where it does arithmetic on them.
-RENDERING = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, ask: Ask, template: str | None, vocabulary: int) -> list[int]:
@@ -27,35 +27,55 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, ask: Ask, template: str | 
         ApiError: no template for a chat, one that refuses it or shows no tools, token ids that do not exist.
     """
     if ask.messages is not None:
-        return _chat_tokens(tokenizer, ask.messages, ask.tools, template or own_template(tokenizer))
-    if isinstance(ask.prompt, str):
-        tokens = tokenizer.encode(ask.prompt)
-        if not tokens:
-            raise ApiError(400, "prompt: encodes to no token; give some text", "invalid_value", "prompt")
-        return tokens
-    if not all(0 <= token < vocabulary for token in ask.prompt):
+        template = template or own_template(tokenizer)
+        if not template:
+            raise ApiError(400, "this model has no chat template; use /v1/completions", "no_chat_template", "messages")
+        if ask.tools and "tools" not in template:
+            raise ApiError(
+                400, "tools: this model's chat template does not show them; leave them out", "no_tools", "tools"
+            )
+        try:
+            return chat_tokens(tokenizer, ask.messages, template, vocabulary, ask.tools)
+        except InputError as error:
+            raise ApiError(400, f"messages: {error}", "template", "messages") from None
+    tokens = tokenizer.encode(ask.prompt) if isinstance(ask.prompt, str) else ask.prompt
+    if not tokens:
+        raise ApiError(400, "prompt: encodes to no token; give some text", "invalid_value", "prompt")
+    if not all(0 <= token < vocabulary for token in tokens):
         raise ApiError(400, f"prompt: token ids are 0 to {vocabulary - 1}", "invalid_value", "prompt")
-    return ask.prompt
+    return tokens
 
 
-def _chat_tokens(
+def chat_tokens(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
-    tools: list[dict[str, Any]] | None,
-    template: str | None,
+    template: str,
+    vocabulary: int,
+    tools: list[dict[str, Any]] | None = None,
 ) -> list[int]:
-    if not template:
-        raise ApiError(400, "this model has no chat template; use /v1/completions", "no_chat_template", "messages")
-    if tools and "tools" not in template:
-        raise ApiError(400, "tools: this model's chat template does not show them; leave them out", "no_tools", "tools")
+    """Return a conversation's tokens, up to where the model answers.
+
+    Args:
+        tokenizer: the base's.
+        messages, tools: plain data, of strangers.
+        template: Jinja text.
+        vocabulary: token ids are below this.
+
+    Raises:
+        InputError: the template refuses the conversation or makes nothing of it, or there is a token that the model
+            has no row for.
+    """
     try:
-        rendered = tokenizer.apply_chat_template(
-            messages, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
-    except RENDERING as error:
-        raise ApiError(400, f"messages: the chat template refuses them ({error})", "template", "messages") from None
+        rendered = render_chat(tokenizer, messages, template, tools, add_generation_prompt=True)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise InputError(f"the chat template refuses the conversation ({error})") from None
     # The template wrote its own BOS.
-    tokens = tokenizer.encode(rendered, add_special_tokens=False)
+    with tokenizer_panics("the conversation"):
+        tokens = tokenizer.encode(rendered, add_special_tokens=False)
     if not tokens:
-        raise ApiError(400, "messages: rendered to nothing; give some text", "invalid_value", "messages")
+        raise InputError("the chat template renders the conversation to nothing; give some text")
+    if max(tokens) >= vocabulary:
+        raise InputError(
+            f"token {max(tokens)} is in it, and the model has {vocabulary}; its tokenizer is another model's"
+        )
     return tokens

@@ -71,6 +71,10 @@ class Card:
     resident: bool
     created: int
 
+    def describe(self) -> str:
+        """Return method, rank, size and source in a few words."""
+        return f"{self.method}, rank {self.rank}, {self.nbytes / 1e6:.1f} MB, {self.source}"
+
 
 @dataclass(eq=False)
 class Resident:

@@ -1,0 +1,158 @@
+"""Chat with a base and its adapters in a terminal, without a server.
+
+python -m mlx_lora.chat --model DIR --adapter bard=runs/bard --adapter tutor=runs/tutor
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+from mlx_lora import cli
+from mlx_lora.config import train_settings
+from mlx_lora.errors import InputError
+from mlx_lora.models.load import load_base
+from mlx_lora.serving.chat_lines import ChatLines, Screen
+from mlx_lora.serving.conversation import BASE, AnswerSettings, Conversation
+from mlx_lora.serving.engine import Engine, Limits
+from mlx_lora.serving.sampling import Sampling
+from mlx_lora.serving.setup import DEFAULT_CONTEXT, adapter_sources, base_name, check_names, context_of
+
+# One comparison may ask more adapters than generate at once; the rest wait for a row.
+WAITING = 4096
+
+
+@click.command(cls=cli.Command)
+@cli.settings_options("model")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    help="NAME=DIR or NAME=OWNER/NAME of the hub; any number of them, and the first answers first.",
+)
+@click.option("--blend", "blends", multiple=True, help="NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT ... of loaded adapters.")
+@click.option("--ignore-fingerprint", is_flag=True, help="Take adapters of another base of the same shape.")
+@click.option("--system-prompt", type=str, default=None, help="System message before the conversation.")
+@click.option(
+    "-m", "--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Most tokens of an answer."
+)
+@click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Temperature; 0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1), default=1.0, show_default=True, help="Nucleus sampling.")
+@click.option(
+    "--seed", type=click.IntRange(min=0, max=2**63 - 1), default=None, help="Seed of every answer's sampling."
+)
+def main(
+    adapters: tuple[str, ...], blends: tuple[str, ...], ignore_fingerprint: bool, system_prompt: str | None,
+    max_tokens: int, temp: float, top_p: float, seed: int | None, **options: Any,
+) -> None:  # fmt: skip
+    """Talk to --model and its --adapter; /help in the chat lists what can be typed."""
+    if not math.isfinite(temp):
+        raise InputError(f"--temp {temp}: not a finite number; give 0 for greedy, or about 0.7")
+    model = train_settings(cli.given(options)).model
+    sources = adapter_sources(adapters, blends)
+    sampling = Sampling(temperature=temp, top_p=top_p or 1.0, seed=seed)  # 0 is mlx-lm's word for off
+    engine = Engine(lambda: load_base(model), Limits(max_waiting=WAITING), ignore_fingerprint)
+    try:
+        check_names("--adapter", sources, (BASE, base_name(engine.base)))
+        cards = engine.call(lambda store: store.add(sources)).result()
+        context = context_of(engine.base.config) or DEFAULT_CONTEXT
+        chat = Conversation(engine, AnswerSettings(max_tokens, context, sampling), system_prompt)
+        chat.adapter = next(iter(sources), None)
+        check(chat)
+        cli.echo(f"base   {base_name(engine.base)}: {engine.base.describe()}")
+        for card in cards:
+            cli.echo(f"model  {card.name}: {card.describe()}")
+        talk(ChatLines(chat, screen()), chat)
+    finally:
+        engine.close()
+
+
+def check(chat: Conversation) -> None:
+    """See before the first question that somebody can answer, and with the system prompt.
+
+    Raises:
+        InputError: nobody has a chat template, or it does not take the system prompt.
+    """
+    if not any(chat.has_template(name) for name in chat.names):
+        raise InputError("--model: has no chat template, and no --adapter brings one; use mlx_lora.generate")
+    if chat.system and chat.has_template(chat.name):
+        try:
+            chat.check_system()
+        except InputError as error:
+            raise InputError(f"--system-prompt: {error}") from None
+
+
+def talk(lines: ChatLines, chat: Conversation) -> None:
+    """Take lines until they end, with Ctrl-D or Ctrl-C at the prompt, or with the file on standard input."""
+    read = reader()
+    cli.echo(f"{chat.name} answers; /help lists the commands")
+    with contextlib.suppress(EOFError, KeyboardInterrupt), interrupts(lines.interrupt):
+        while lines.take(read(f"{chat.name}> ")):
+            pass
+        return
+    if sys.stdin.isatty():
+        cli.echo()  # the shell's prompt begins a line of its own
+
+
+@contextlib.contextmanager
+def interrupts(stop: Callable[[], bool]) -> Iterator[None]:
+    """Give Ctrl-C to `stop` while it has something to stop; otherwise it is the usual KeyboardInterrupt."""
+
+    def handle(number: int, frame: Any) -> None:
+        if not stop():
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:  # who started us in the background may have chosen that
+        signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def reader() -> Callable[[str], str]:
+    """Return what asks for a line: with a prompt and line editing on a terminal, by itself from a pipe."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  gives input() its editing and history
+        return input
+
+    def read(prompt: str) -> str:
+        if sys.stdin.isatty():
+            click.echo(prompt, nl=False, err=True)
+        line = sys.stdin.buffer.readline()
+        if not line:
+            raise EOFError
+        return line.decode(errors="surrogateescape").rstrip("\r\n")
+
+    return read
+
+
+def screen() -> Screen:
+    """Return standard output for answers, as they are in a pipe, and standard error for everything else."""
+    terminal = sys.stdout.isatty()
+
+    def write(text: str) -> None:
+        click.echo(shown(text) if terminal else text, nl=False)
+
+    def figures(line: str) -> None:
+        if sys.stderr.isatty():
+            cli.echo(click.style(line, dim=True) if cli.wants_color() else line)
+
+    return Screen(write, cli.echo, lambda line: cli.echo("Error: " + cli.printable(line)), figures)
+
+
+def shown(text: str) -> str:
+    """Return a model's text without what a terminal would obey."""
+    return "".join(c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else f"\\x{ord(c):02x}" for c in text)
+
+
+if __name__ == "__main__":
+    main()

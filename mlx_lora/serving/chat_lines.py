@@ -1,0 +1,190 @@
+"""What a user types into a chat, line by line: questions, and commands that begin with a slash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from mlx_lora.errors import InputError
+from mlx_lora.serving.conversation import Answer, Conversation
+from mlx_lora.serving.setup import check_names, named_source
+from mlx_lora.serving.store import UnknownAdapter
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Where things are shown.
+
+    Attributes:
+        write: takes pieces of answers, line ends included.
+        say: takes a line about the chat.
+        complain: takes the line of an error.
+        figures: takes a line of counts and speed, which not every screen shows.
+    """
+
+    write: Callable[[str], None]
+    say: Callable[[str], None]
+    complain: Callable[[str], None]
+    figures: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        form: how it is written.
+        words: what it does.
+        run: takes what stands behind its name; True ends the chat.
+        wants: whether something must stand behind its name, may (None), or must not.
+    """
+
+    form: str
+    words: str
+    run: Callable[[str], bool | None]
+    wants: bool | None
+
+
+class ChatLines:
+    """Does what each line says."""
+
+    def __init__(self, conversation: Conversation, screen: Screen):
+        self._chat, self._screen = conversation, screen
+        self._answering = self._stopped = False
+        self._answers: list[Answer] = []
+        self._commands = {
+            "adapter": Command("/adapter NAME", "NAME answers from here on, base for the base", self._adapter, True),
+            "adapters": Command("/adapters", "who can answer", self._list, False),
+            "compare": Command(
+                "/compare TEXT",
+                "base and all adapters answer TEXT at once, and the chat goes on as if nobody had; "
+                "@NAME ... before TEXT picks some",
+                self._compare,
+                True,
+            ),
+            "load": Command("/load NAME=DIR", "loads an adapter, or another in its place", self._load, True),
+            "system": Command("/system TEXT", "sets the system prompt; without TEXT there is none", self._system, None),
+            "reset": Command("/reset", "forgets what was said", self._reset, False),
+            "help": Command("/help", "this", self._help, False),
+            "quit": Command("/quit", "ends the chat, as Ctrl-D does; Ctrl-C stops an answer", self._quit, False),
+        }
+
+    def take(self, line: str) -> bool:
+        """Do what a line says; False when it ends the chat.
+
+        Raises:
+            RunError: the engine has failed.
+        """
+        try:
+            line.encode()
+        except UnicodeEncodeError:  # bytes that are no UTF-8 arrive as lone surrogates
+            self._screen.complain("the line is not UTF-8; set the terminal, or save the file, as UTF-8")
+            return True
+        if not line.strip():
+            return True
+        try:
+            if line.startswith("/") and not line.startswith("//"):
+                return not self._command(*line[1:].strip().partition(" ")[::2])
+            self._question(line[1:] if line.startswith("//") else line)
+        except UnknownAdapter as error:
+            self._screen.complain(f"adapter {error}: no longer there; /adapters lists them")
+        except (InputError, OSError) as error:
+            self._screen.complain(str(error))
+        return True
+
+    def interrupt(self) -> bool:
+        """Stop what is being answered; False when nothing is. Made for a signal handler."""
+        if not self._answering:
+            return False
+        self._stopped = True
+        for answer in self._answers:
+            answer.stop()
+        return True
+
+    def _command(self, name: str, rest: str) -> bool | None:
+        command, rest = self._commands.get(name), rest.strip()
+        if command is None:
+            raise InputError(f"/{name}: no such command; /help lists them, and //{name} says it to the model")
+        if command.wants is not None and command.wants != bool(rest):
+            raise InputError(f"/{name} {rest}".strip() + f": write it as {command.form}")
+        return command.run(rest)
+
+    def _question(self, text: str) -> None:
+        with self._answers_of(text, [self._chat.adapter]) as (answer,):
+            self._show(answer)
+            self._chat.keep(text, answer)
+
+    def _compare(self, rest: str) -> None:
+        names = []
+        while rest.startswith("@"):
+            word, _, rest = rest.partition(" ")
+            names.append(word[1:])
+            rest = rest.lstrip()
+        if not rest:
+            raise InputError("/compare: nothing to answer; write it as /compare TEXT, or /compare @NAME @NAME TEXT")
+        names = names or [name for name in self._chat.names if self._chat.has_template(name)]
+        adapters = [self._chat.adapter_named(name) for name in names]
+        with self._answers_of(rest, list(dict.fromkeys(adapters))) as answers:
+            for answer in answers:
+                if self._stopped:
+                    break
+                self._screen.write(f"[{answer.name}]\n")
+                self._show(answer)
+                self._screen.write("\n")
+
+    @contextmanager
+    def _answers_of(self, text: str, adapters: list[str | None]) -> Iterator[list[Answer]]:
+        """Begin the answers of all of `adapters`, which are made in one batch; leaving the block ends them."""
+        self._answering, self._stopped = True, False
+        try:
+            for adapter in adapters:
+                self._answers.append(self._chat.ask(text, adapter))
+            if self._stopped:  # before they were there to be stopped
+                self.interrupt()
+            yield self._answers
+        finally:
+            for answer in self._answers:
+                answer.cancel()
+            self._answering, self._answers = False, []
+
+    def _show(self, answer: Answer) -> None:
+        try:
+            for piece in answer:
+                self._screen.write(piece)
+        finally:
+            self._screen.write("\n")
+        self._screen.figures(answer.figures())
+        if answer.finish == "length" and answer.cut_by_context:
+            self._screen.say("(the answer ends where the model's context does; /reset empties the conversation)")
+
+    def _adapter(self, name: str) -> None:
+        self._chat.adapter = self._chat.adapter_named(name)
+
+    def _list(self, rest: str) -> None:
+        for name in self._chat.names:
+            card = self._chat.engine.store.cards.get(name)
+            about = card.describe() if card else self._chat.base_names[-1]
+            self._screen.say(f"{'*' if name == self._chat.name else ' '} {name}: {about}")
+
+    def _load(self, rest: str) -> None:
+        name, source = named_source("/load", rest)
+        check_names("/load", [name], self._chat.base_names)
+        card = self._chat.engine.call(lambda store: store.add({name: source})).result()[0]
+        self._screen.say(f"{name}: {card.describe()}; /adapter {name} lets it answer")
+
+    def _system(self, text: str) -> None:
+        self._chat.system = text or None
+        self._screen.say("the system prompt is set" if text else "there is no system prompt")
+
+    def _reset(self, rest: str) -> None:
+        self._chat.turns.clear()
+        self._screen.say("nothing has been said yet")
+
+    def _help(self, rest: str) -> None:
+        width = max(len(command.form) for command in self._commands.values())
+        for command in self._commands.values():
+            self._screen.say(f"{command.form:{width}}  {command.words}")
+
+    def _quit(self, rest: str) -> bool:
+        return True

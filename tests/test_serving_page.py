@@ -1,0 +1,298 @@
+"""The server's page in a browser: two models side by side, as a person uses it."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import httpx
+import pytest
+from browser import Live
+from conftest import tiny_model, write_folder
+from make_adapters import make_adapter
+from serving_process import Server
+
+pytestmark = pytest.mark.slow
+KEY = "correct horse"
+FIRST, SECOND = "Wherefore art thou?", "And who am I?"
+COUNT = 20
+DONE = "!document.querySelector('[aria-busy]') && document.getElementById('stop').disabled"
+TEXTS = "[...document.querySelectorAll('.text')].map(e => e.textContent)"
+FIGURES = "[...document.querySelectorAll('.figures')].map(e => e.textContent)"
+ERRORS = "[...document.querySelectorAll('.error')].map(e => e.textContent).filter(Boolean)"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    model = tiny_model(tie_word_embeddings=False)
+    config = {"tie_word_embeddings": False, "max_position_embeddings": 10**6}
+    return write_folder(tmp_path_factory.mktemp("page") / "tiny", model, config)
+
+
+@pytest.fixture(scope="module")
+def arguments(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    made = {name: make_adapter(folder, root / name, seed=n + 1) for n, name in enumerate(("bard", "tutor"))}
+    return ("--model", folder, *(flag for name in made for flag in ("--adapter", f"{name}={made[name]}")))
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory):
+    with Live(tmp_path_factory.mktemp("profile")) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def server(arguments, tmp_path_factory):
+    with Server(*arguments, "--max-tokens", 10**5, log=tmp_path_factory.mktemp("log") / "log") as server:
+        yield server
+        assert server.stop() == 0
+        assert "Traceback" not in server.text, server.text
+
+
+@pytest.fixture
+def page(live, server):
+    """The page, with models to choose from."""
+    live.open(server.url)
+    live.wait("document.getElementById('model-b').length")
+    yield live
+    live.no_more_answers()
+
+
+def fill(live: Live, **values: object) -> None:
+    for name, value in values.items():
+        live.run(f"document.getElementById('{name.replace('_', '-')}').value = {json.dumps(str(value))}")
+
+
+def ask(live: Live, question: str) -> None:
+    """Ask as a person does, with the keyboard."""
+    live.run("document.getElementById('question').focus()")
+    live.type(question)
+    live.press("Enter")
+
+
+def told(server: Server, model: str, *turns: str, count: int = COUNT) -> str:
+    """What the server says to a whole conversation."""
+    messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": count}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+    return answer.json()["choices"][0]["message"]["content"]
+
+
+def stream_of(*texts: str) -> str:
+    """A stream of an answer, as the server sends one."""
+    chunks = [{"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts]
+    end = [{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}]
+    end.append({"choices": [], "usage": {"completion_tokens": len(texts)}})
+    return "".join(f"data: {json.dumps(one)}\n\n" for one in chunks + end) + "data: [DONE]\n\n"
+
+
+def test_it_loads_from_the_server_alone_and_without_a_complaint(page, server):
+    assert page.problems == []
+    assert {url for _, url, _ in page.requests} <= {f"{server.url}/", f"{server.url}/v1/models", "data:,"}
+    names = "[...document.getElementById('model-{}').options].map(o => o.textContent)"
+    assert page.run(names.replace("{}", "a")) == ["tiny", "bard", "tutor"]
+    assert page.run(names.replace("{}", "b")) == ["tiny", "bard", "tutor", "nobody"]
+    assert page.run("[document.getElementById('model-a').value, document.getElementById('model-b').value]") == [
+        "tiny",
+        "bard",
+    ]
+    unnamed = "[...document.querySelectorAll('input,select,textarea,button')].filter(e => !(e.labels && e.labels.length) && !e.textContent.trim()).length"
+    assert page.run(unnamed) == 0, "every control has a name for screen readers"
+    assert page.run("document.documentElement.lang") == "en"
+
+
+def test_two_models_answer_side_by_side_and_remember(page, server):
+    fill(page, model_a="bard", model_b="tutor", temperature=0, most=COUNT)
+    ask(page, FIRST)
+    page.wait(f"document.querySelectorAll('.text').length === 2 && {DONE}")
+    first = page.run(TEXTS)
+    assert first == [told(server, name, FIRST) for name in ("bard", "tutor")]
+    assert first[0] != first[1]
+    assert page.run("[...document.querySelectorAll('.answer h2')].map(e => e.textContent)") == ["bard", "tutor"]
+    assert all(line.startswith(f"{COUNT} tokens, ") for line in page.run(FIGURES)), page.run(FIGURES)
+    assert all(" tokens/s, first after " in line and "cut at" in line for line in page.run(FIGURES))
+    # The left side goes on with another model, and each side with its own history.
+    fill(page, model_a="tiny")
+    ask(page, SECOND)
+    page.wait(f"document.querySelectorAll('.text').length === 4 && {DONE}")
+    meant = [told(server, name, FIRST, text, SECOND) for name, text in zip(("tiny", "tutor"), first, strict=True)]
+    assert page.run(TEXTS)[2:] == meant
+    assert page.problems == []
+
+
+def test_one_model_alone_and_reset(page, server):
+    fill(page, model_a="bard", model_b="", temperature=0, most=COUNT)
+    for _ in range(2):
+        ask(page, FIRST)
+        page.wait(f"document.querySelectorAll('.text').length === 1 && {DONE}")
+        assert page.run(TEXTS) == [told(server, "bard", FIRST)], "after a reset nothing is remembered"
+        page.run("document.getElementById('reset').click()")
+        assert page.run("document.querySelectorAll('.turn').length") == 0
+        assert page.run("document.getElementById('hint').hidden") is False
+    assert page.run("document.activeElement.id") == "question"
+
+
+@pytest.mark.parametrize("how", ["Escape", "button"])
+def test_stop_keeps_what_was_said(page, server, how):
+    fill(page, model_a="bard", model_b="tutor", temperature=0, most=10**5)
+    ask(page, FIRST)
+    page.wait(f"{TEXTS}.every(text => text.length > 30)")
+    live_rates = page.run(FIGURES)
+    assert all("tokens/s" in line for line in live_rates), "while it comes"
+    if how == "Escape":
+        page.press("Escape")
+    else:
+        page.run("document.getElementById('stop').click()")
+    page.wait(DONE)
+    parts = page.run(TEXTS)
+    assert all(line.endswith(", stopped") for line in page.run(FIGURES))
+    deadline = time.monotonic() + 30
+    while "mlx_lora_unfinished 0" not in httpx.get(f"{server.url}/metrics").text and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert "mlx_lora_unfinished 0" in httpx.get(f"{server.url}/metrics").text, "the server's rows are free"
+    assert page.run(TEXTS) == parts, "nothing comes after it"
+    fill(page, most=COUNT)
+    ask(page, SECOND)
+    page.wait(f"document.querySelectorAll('.text').length === 4 && {DONE}")
+    meant = [told(server, name, FIRST, text, SECOND) for name, text in zip(("bard", "tutor"), parts, strict=True)]
+    assert page.run(TEXTS)[2:] == meant
+
+
+def test_reset_while_it_answers(page, server):
+    fill(page, model_a="bard", model_b="", temperature=0, most=10**5)
+    ask(page, FIRST)
+    page.wait(f"{TEXTS}.every(text => text.length > 30)")
+    page.run("document.getElementById('reset').click()")
+    page.wait(DONE)
+    fill(page, most=COUNT)
+    ask(page, FIRST)
+    page.wait(f"document.querySelectorAll('.text').length === 1 && {DONE}")
+    assert page.run(TEXTS) == [told(server, "bard", FIRST)]
+
+
+def test_an_error_is_one_line_and_the_question_is_not_lost(page, server):
+    fill(page, model_a="bard", model_b="tutor", temperature=0, most=10**6)
+    ask(page, FIRST)
+    page.wait(f"document.querySelectorAll('.answer').length === 2 && {DONE}")
+    assert page.run(ERRORS) == ["Error: max_tokens 1000000: at most 100000 here"] * 2
+    assert page.run("document.getElementById('question').value") == FIRST
+    fill(page, most=COUNT)
+    page.press("Enter")
+    page.wait(f"document.querySelectorAll('.answer').length === 4 && {DONE}")
+    assert page.run(TEXTS)[2:] == [told(server, name, FIRST) for name in ("bard", "tutor")], "it was no turn"
+    # In the middle of a stream, and one that ends without its end.
+    error = json.dumps({"error": {"message": "not done within 5 s"}})
+    begun = stream_of("ab").split("\n\n")[0] + "\n\n"
+    for body, words in ((f"data: {error}\n\n", "not done within 5 s"), ("", "the answer broke off")):
+        page.answer_for("/v1/chat/completions", 200, "text/event-stream", begun + body)
+        ask(page, SECOND)
+        page.wait(f"{DONE} && {ERRORS}.slice(-2).every(text => text === 'Error: {words}')")
+        assert page.run(TEXTS)[-2:] == ["ab", "ab"], "what had come stays"
+        page.no_more_answers()
+
+
+def test_what_a_model_says_is_text(page):
+    evil = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script><b>bold</b>"
+    page.answer_for("/v1/chat/completions", 200, "text/event-stream", stream_of(evil, evil))
+    fill(page, model_a="bard", model_b="tutor")
+    ask(page, evil)
+    page.wait(f"document.querySelectorAll('.text').length === 2 && {DONE}")
+    assert page.run(TEXTS) == [evil * 2] * 2
+    assert page.run("document.querySelector('.question').textContent") == evil
+    assert page.run("document.querySelectorAll('#log img, #log script, #log b').length") == 0
+    assert page.run("document.title") == "mlx_lora chat"
+    assert page.problems == []
+
+
+def test_the_policy_stops_what_is_not_the_pages_own(page):
+    tries = {
+        "document.body.innerHTML = '<b>x</b>'": "TypeError",
+        "eval('1')": "Error",
+        "fetch('http://127.0.0.1:1/')": "TypeError",
+    }
+    for code, error in tries.items():
+        caught = f"(async () => {{ try {{ await ({code}); return 'done' }} catch (error) {{ return error.name }} }})()"
+        assert error in page.run(caught), code
+    page.run("document.body.append(Object.assign(document.createElement('img'), {src: '/health'}))")
+    page.run("document.body.append(Object.assign(document.createElement('iframe'), {src: '/'}))")
+    page.run(
+        "document.body.append(Object.assign(document.createElement('style'), {textContent: 'body { color: red }'}))"
+    )
+    assert page.run("getComputedStyle(document.body).color") != "rgb(255, 0, 0)"
+    page.wait("true")
+    for rule in ("connect-src", "img-src", "default-src", "style-src"):
+        assert any(rule in line for line in page.problems), (rule, page.problems)
+
+
+def test_a_key_stays_in_memory(live, arguments, tmp_path):
+    with Server(*arguments, log=tmp_path / "log", environment={"MLX_LORA_API_KEY": KEY}) as server:
+        live.open(server.url)
+        live.wait("!document.getElementById('key-form').hidden")
+        assert live.run("document.activeElement.id") == "key"
+        assert live.run(ERRORS) == ["Error: the server wants an API key"]
+        for typed, outcome in (("wrong", "Error: the server does not take this API key"), (KEY, None)):
+            live.type(typed)
+            live.press("Enter")
+            if outcome:
+                live.wait(f"{ERRORS}.includes({json.dumps(outcome)})")
+        live.wait("document.getElementById('model-b').length === 4")
+        assert live.run(ERRORS) == []
+        assert live.run("document.getElementById('key-form').hidden")
+        fill(live, temperature=0, most=COUNT)
+        ask(live, FIRST)
+        live.wait(f"document.querySelectorAll('.text').length === 2 && {DONE}")
+        assert all(live.run(TEXTS))
+        kept = "[localStorage.length, sessionStorage.length, document.cookie, location.href, document.getElementById('key').value]"
+        assert live.run(kept) == [0, 0, "", f"{server.url}/", ""]
+        assert KEY not in live.run("document.documentElement.outerHTML")
+        assert not any(KEY.split()[0] in url for _, url, _ in live.requests)
+        live.open(server.url)
+        live.wait("!document.getElementById('key-form').hidden")
+        assert server.stop() == 0
+        live.run("document.getElementById('reset').click()")
+        live.wait(f"{ERRORS}.includes('Error: the server does not answer; is it still running?')")
+
+
+def test_everything_can_be_reached_with_the_keyboard(page):
+    page.run("document.activeElement.blur()")
+    reached = []
+    for _ in range(7):
+        page.press("Tab")
+        reached.append(page.run("document.activeElement.id"))
+    assert reached == ["model-a", "model-b", "temperature", "most", "question", "send", "reset"]
+    fill(page, most=1, temperature=0, model_b="")
+    page.run("document.getElementById('question').focus()")
+    page.type("one")
+    page.press("Enter", shift=True)
+    page.type("two")
+    assert page.run("document.getElementById('question').value") == "one\ntwo"
+    page.press("Enter")
+    page.wait(f"document.querySelectorAll('.text').length === 1 && {DONE}")
+    assert page.run("document.activeElement.id") == "question", "the next question can be typed at once"
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("dark", [False, True])
+def test_wide_and_narrow_light_and_dark(live, server, width, dark):
+    live.open(server.url, width, 844, dark)
+    live.wait("document.getElementById('model-b').length")
+    live.answer_for("/v1/chat/completions", 200, "text/event-stream", stream_of("word " * 80, "x" * 400))
+    fill(live, model_a="bard", model_b="tutor")
+    ask(live, "y" * 300)
+    live.wait(f"document.querySelectorAll('.text').length === 2 && {DONE}")
+    live.no_more_answers()
+    assert live.run("innerWidth") == width
+    assert live.run("document.documentElement.scrollWidth") <= width
+    clipped = "[...document.querySelectorAll('h1,h2,p,label,button,select')].filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display != 'inline').length"
+    assert live.run(clipped) == 0
+    left, right = live.run(
+        "[...document.querySelectorAll('.answer')].map(e => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.bottom]; })"
+    )
+    if width == 390:
+        assert right[1] >= left[2], "one under the other"
+    else:
+        assert right[1] == left[1]
+        assert right[0] > left[0]
+    assert (live.run("getComputedStyle(document.body).backgroundColor") == "rgb(253, 253, 251)") is not dark
+    assert live.problems == []
