@@ -247,8 +247,10 @@ def test_adapters_by_hub_id_at_the_start_and_while_it_runs(folder, adapters, tmp
         online = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf")}
         online |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         start = ("--model", folder, "--adapter", "bard=me/bard", "--allow-hub")
-        with Server(*start, log=tmp_path / "log", environment=online) as server:
-            http = httpx.Client(base_url=server.url, timeout=60)
+        with (
+            Server(*start, log=tmp_path / "log", environment=online) as server,
+            httpx.Client(base_url=server.url, timeout=60) as http,
+        ):
             loaded = http.post("/v1/adapters", json={"name": "clerk", "hub": "me/clerk", "revision": "main"})
             assert loaded.status_code == 200, loaded.text
             for name in ("bard", "clerk"):
