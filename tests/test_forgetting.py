@@ -229,7 +229,7 @@ def test_the_page_shows_it_and_runs_nothing(measured):
     facts, page, _, _ = measured
     text = page.read_text()
     assert "<script" not in text
-    assert text.count('<svg class="chart bars"') == 3
+    assert text.count('<svg class="chart bars"') == 7
     for drift in facts["sets"]["task"]["adapters"].values():
         assert f"{drift['change']:+.4f}" in text
     assert not re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?(?!data:)[a-z/]", text)
@@ -240,7 +240,7 @@ def test_the_page_in_a_browser_at_phone_width(measured, dark):
     seen = look(measured[1], width=390, dark=dark)
     assert seen.console == []
     assert seen.found["needed"] <= 390
-    assert (seen.found["charts"], seen.found["clipped"], seen.found["outside"]) == (3, 0, [])
+    assert (seen.found["charts"], seen.found["clipped"], seen.found["outside"]) == (7, 0, [])
     assert seen.found["smallest"] >= 9
 
 

@@ -12,6 +12,7 @@ import openai
 import pytest
 from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model, write_folder
+from hub_stand_in import hub_server
 from make_adapters import make_adapter
 from run_cli import run
 from serving_process import Server
@@ -238,6 +239,35 @@ def test_an_adapter_that_does_not_fit_leaves_everything_as_it_was(http, adapters
     assert answer.status_code == 400
     assert str(broken.parent) not in answer.text, "where adapters lie is not told"
     assert http.get("/v1/adapters").json() == before
+
+
+def test_adapters_by_hub_id_at_the_start_and_while_it_runs(folder, adapters, tmp_path):
+    with hub_server() as hub:
+        hub.folders.update({"me/bard": adapters["bard"], "me/clerk": adapters["clerk"]})
+        online = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf")}
+        online |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        start = ("--model", folder, "--adapter", "bard=me/bard", "--allow-hub")
+        with (
+            Server(*start, log=tmp_path / "log", environment=online) as server,
+            httpx.Client(base_url=server.url, timeout=60) as http,
+        ):
+            loaded = http.post("/v1/adapters", json={"name": "clerk", "hub": "me/clerk", "revision": "main"})
+            assert loaded.status_code == 200, loaded.text
+            for name in ("bard", "clerk"):
+                body = {"model": name, "messages": TURN, "max_tokens": 20, "temperature": 0}
+                answer = http.post("/v1/chat/completions", json=body).json()
+                assert answer["choices"][0]["message"]["content"] == said(folder, adapters[name])
+            for asked in (
+                {"hub": "me/nobody"},
+                {"hub": "me/clerk", "revision": "lost"},
+                {"hub": "org/pickled-adapter"},
+            ):
+                refused = http.post("/v1/adapters", json={"name": "x", **asked})
+                assert refused.status_code == 400, asked
+                assert refused.json()["error"]["param"] == "hub"
+            assert {one["name"] for one in http.get("/v1/adapters").json()["data"]} == {"bard", "clerk"}
+            assert server.stop() == 0
+    assert "Traceback" not in server.text
 
 
 def test_health_and_metrics(http):

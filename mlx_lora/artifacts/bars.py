@@ -11,7 +11,8 @@ from mlx_lora.artifacts.plots import WIDTH, number
 LABELS = 205  # width of the column of names
 LETTER = 12.5  # of a value, at the size that a phone's width gives it
 ROW, BAR, TOP = 28, 16, 6
-MOST_LETTERS = 20
+MOST_LETTERS = 18
+WIDE = 1.5
 
 
 @dataclass(frozen=True)
@@ -75,4 +76,9 @@ def bar_chart(title: str, bars: Sequence[Bar], unit: str = "") -> str:
 
 
 def _cut(name: str) -> str:
-    return name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 1]}…"
+    """Return as much of a name as its column holds, by a rough measure of its letters."""
+    widths = [WIDE if letter in "<>=+~%@#&mwMW" else 1.0 for letter in name]
+    if sum(widths) <= MOST_LETTERS:
+        return name
+    kept = next(n for n in range(len(name)) if sum(widths[: n + 1]) > MOST_LETTERS - 1)
+    return f"{name[:kept]}…"

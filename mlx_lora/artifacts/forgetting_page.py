@@ -45,41 +45,32 @@ def verdict_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def charts(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the page's charts: perplexity, KL and probes, a bar for each model and set."""
+    """Return the page's charts: perplexity and KL of each set, and the probes; a bar for each model.
+
+    Args:
+        facts: Forgetting.to_dict().
+    """
     names = list(facts["adapters"])
-    perplexities, moves = [], []
+    drawn = []
     for where, one in facts["sets"].items():
         drifts = one["adapters"]
-        base_loss = next(iter(drifts.values()))["base_loss"]
-        perplexities.append(Bar(f"{where}: base", _capped(base_loss), words=perplexity(base_loss), color=2))
+        base_loss = drifts[names[0]]["base_loss"]
+        bars = [Bar("base", _capped(base_loss), words=perplexity(base_loss), color=2)]
         for place, name in enumerate(names):
-            drift = drifts[name]
-            words, error = f"{where}: {name}", drift["kl_error"] if math.isfinite(drift["kl_error"] or 0) else 0
-            perplexities.append(
-                Bar(
-                    words,
-                    _capped(drift["loss"]),
-                    words=perplexity(drift["loss"]),
-                    color=place % 2,
-                    note=drift["verdict"],
-                )
-            )
-            kl = max(drift["kl"], 0.0)
-            moves.append(Bar(words, kl, low=max(kl - error, 0.0), high=kl + error, color=place % 2))
+            loss = drifts[name]["loss"]
+            bars.append(Bar(name, _capped(loss), words=perplexity(loss), color=place % 2, note=drifts[name]["verdict"]))
+        drawn.append((f"Perplexity, {where}", bars))
+    for where, one in facts["sets"].items():
+        bars = []
+        for place, name in enumerate(names):
+            drift = one["adapters"][name]
+            kl, error = max(drift["kl"], 0.0), drift["kl_error"] if math.isfinite(drift["kl_error"]) else 0.0
+            bars.append(Bar(name, kl, low=max(kl - error, 0.0), high=kl + error, color=place % 2))
+        drawn.append((f"KL from the base, {where}", bars))
     right = facts["probes"]["right"]
     answers = [Bar(name, right[name], color=2 if name == "base" else names.index(name) % 2) for name in right]
-    keys = [(place % 2, name) for place, name in enumerate(names)]
-    with_base = [(2, "base"), *keys]
-    asked = facts["probes"]["questions"]
-    return [
-        {"title": "Perplexity", "keys": with_base, "svg": bar_chart("Perplexity per set and model", perplexities)},
-        {"title": "KL from the base, nats per token", "keys": keys, "svg": bar_chart("KL from the base", moves)},
-        {
-            "title": f"Right answers of {asked}",
-            "keys": with_base,
-            "svg": bar_chart("Probe questions answered", answers),
-        },
-    ]
+    drawn.append((f"Right answers to {facts['probes']['questions']} probes", answers))
+    return [{"title": title, "svg": bar_chart(title, bars)} for title, bars in drawn]
 
 
 def write_page(path: Path, facts: dict[str, Any], thresholds: tuple[float, float], command: str, device: str) -> None:

@@ -1,0 +1,79 @@
+"""The recipes: their files say what train understands, their rows are whole, and no split holds another's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from run_cli import run
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+SPLITS = {"train": 100, "valid": 12, "test": 16}
+
+
+def rows(name: str, split: str) -> list[dict]:
+    return [json.loads(line) for line in (RECIPES / name / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def question(row: dict) -> str:
+    if "messages" in row:
+        return " / ".join(turn["content"] for turn in row["messages"] if turn["role"] == "user")
+    return f"{row['instruction']} / {row['input']}"
+
+
+def answers(row: dict) -> list[str]:
+    if "messages" in row:
+        return [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
+    return [row["output"]]
+
+
+def test_there_are_five():
+    assert NAMES == ["bard", "code-style", "customer-service", "legal-summary", "tutor"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_question_stands_twice(name):
+    asked = [question(row) for split in SPLITS for row in rows(name, split)]
+    assert len(set(asked)) == len(asked)
+    for split, least in SPLITS.items():
+        assert len(rows(name, split)) >= least
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_recipe_trains_and_drops_no_row(name, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(RECIPES.parent)
+    settings = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    ran = run(
+        "train", "--config", f"recipes/{name}.yaml", "--model", tiny_folder, "--adapter-path", tmp_path / "a",
+        "--iters", 2, "--val-batches", 1, "--max-seq-length", 2048, "--batch-tokens", 2048,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    written = yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())
+    for key in ("rank", "alpha", "learning_rate", "data", "keep_best"):
+        assert written[key] == settings[key], key
+    data = json.loads((tmp_path / "a" / "report.json").read_text())["data"]
+    assert (data["dropped"], data["truncated"], data["empty"], data["duplicates"]) == (0, 0, 0, 0)
+    assert data["rows_read"] == sum(len(rows(name, split)) for split in SPLITS)
+    assert data["valid_source"] == "file"
+
+
+def test_answers_have_the_form_that_each_recipe_teaches():
+    for split in SPLITS:
+        for row in rows("legal-summary", split):
+            lines = answers(row)[0].splitlines()
+            starts = ("**In short:** ", "- You must: ", "- You may: ", "- Watch out: ")
+            assert len(lines) == 4
+            assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True)), row
+        for row in rows("code-style", split):
+            first, *body, last = answers(row)[0].splitlines()
+            assert (first, last) == ("```python", "```")
+            compile("\n".join(body), "answer", "exec")
+        for row in rows("customer-service", split):
+            assert answers(row)[-1].endswith("Anything else I can help with?"), row
+        for row in rows("bard", split):
+            assert len(answers(row)[0].splitlines()) in (4, 6), row
+        for row in rows("tutor", split):
+            assert all(("?" in text) != text.startswith("You've got it!") for text in answers(row)), row
