@@ -6,6 +6,7 @@ import json
 import queue
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 from byte_tokenizer import byte_tokenizer
@@ -330,6 +331,18 @@ def test_long_prompts_do_not_hold_up_running_rows(folder):
     assert engine.counts.steps - steps >= 300 // 8 - 1, "a step of the batch after every part of the prompt"
     running.ticket.cancel()
     engine.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system's threads are in /proc on Linux")
+def test_a_closed_engine_has_no_thread_of_the_systems_left(folder):
+    """Python forgets a thread before the system does, and exiting in between aborts the process."""
+    for _ in range(5):
+        engine = started(folder)
+        Answer(engine, asked(None, count=3)).wait()
+        thread = Path("/proc/self/task", str(engine._thread.native_id))
+        assert thread.exists()
+        engine.close()
+        assert not thread.exists()
 
 
 def test_loading_fails_as_a_command_fails(tmp_path):
