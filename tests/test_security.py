@@ -81,13 +81,14 @@ def test_templates_are_stopped(loop, where, monkeypatch):
 
 
 def test_a_watch_in_another_thread_ends_with_its_rendering(monkeypatch):
-    monkeypatch.setattr(sandbox, "RENDER_S", 0.1)
+    render_chat(byte_tokenizer(), TURNS, "x")  # the first imports and compiles
+    monkeypatch.setattr(sandbox, "RENDER_S", 2.0)
 
     def render_and_stay() -> str:
         texts = {render_chat(byte_tokenizer(), TURNS, "x") for _ in range(20)}
         with sandbox.CLOCK.held():
             texts.add(render_chat(byte_tokenizer(), TURNS, "x"))
-            for _ in range(30):
+            for _ in range(250):
                 time.sleep(0.01)  # where an exception that comes late would be raised
         return " ".join(texts)
 

@@ -26,13 +26,13 @@ def verdict_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
                 {
                     "set": where,
                     "adapter": name,
+                    "verdict": drift["verdict"],
                     "tokens": f"{drift['tokens']:,}",
                     "base perplexity": perplexity(drift["base_loss"]),
                     "perplexity": perplexity(drift["loss"]),
                     "change": f"{drift['change']:+.4f} ± {drift['change_error']:.4f}",
                     "KL": f"{drift['kl']:.4f} ± {drift['kl_error']:.4f}",
                     "same likeliest token": f"{drift['same_top']:.1%}",
-                    "verdict": drift["verdict"],
                 }
             )
     right, asked = facts["probes"]["right"], facts["probes"]["questions"]

@@ -33,6 +33,7 @@ MAX_BITS = 10_000  # of a whole number
 RENDER_S = 10.0  # for one conversation, of which a millisecond is usual
 RENDER_BYTES = 512 << 20
 TICK_S = 0.05
+AGAIN_S = 1.0  # Python drops an exception that arrives in a finalizer; then it is raised once more
 _SANDBOX = "ImmutableSandboxedEnvironment"
 
 
@@ -284,12 +285,13 @@ class _Watch:
             _raise_in(self._thread, None)
 
     def _look(self) -> None:
-        while not self._ended.wait(TICK_S):
+        pause_s = TICK_S
+        while not self._ended.wait(pause_s):
             if _over(self._began, self._held):
                 with self._lock:
                     if not self._ended.is_set():
                         _raise_in(self._thread, TooMuch)
-                return
+                pause_s = AGAIN_S
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:

@@ -178,6 +178,7 @@ class Engine:
             base = load()
             self._prepare(base)
         except BaseException as error:
+            device.end_thread()
             ready.set_exception(error)
             return
         ready.set_result(base)
@@ -195,6 +196,7 @@ class Engine:
             with self._lock:
                 self._stopping = True
             self._give_up()
+            device.end_thread()
 
     def _prepare(self, base: Base) -> None:
         device.set_cache_limit(None)
