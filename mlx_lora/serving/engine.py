@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_lora import device, process
+from mlx_lora import device
 from mlx_lora.errors import InputError
 from mlx_lora.models.load import Base
 from mlx_lora.serving.batch import Batch, Prefill, Row
@@ -153,7 +153,7 @@ class Engine:
         with self._lock:
             self._stopping = True
         self._inbox.put(None)
-        process.join_thread(self._thread, timeout_s)
+        self._thread.join(timeout_s)
 
     @property
     def alive(self) -> bool:
