@@ -287,6 +287,7 @@ def test_an_engine_that_failed_is_a_failure(chat, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda defect: None)
     with pytest.raises(ZeroDivisionError):
         chat.engine.call(lambda store: 1 // 0).result(60)
+    chat.engine._thread.join(60)  # before the hook above is taken away again
     with pytest.raises(RunError, match="the engine failed"):
         chat.ask(FIRST, "bard")
 
