@@ -73,7 +73,7 @@ def test_bars():
     assert "10 GB" in svg
     assert "5 of 9" in svg
     assert "b" * 40 in svg  # in the tooltip
-    assert f">{'b' * 17}…<" in svg
+    assert f">{'b' * 11}…{'b' * 6}<" in svg
     assert "nothing measured" in bar_chart("x", [])
 
 

@@ -13,6 +13,7 @@ LETTER = 12.5  # of a value, at the size that a phone's width gives it
 ROW, BAR, TOP = 28, 16, 6
 MOST_LETTERS = 18
 WIDE = 1.5
+ENDING = 6  # letters of a long name's end that stay: names of a family differ there
 
 
 @dataclass(frozen=True)
@@ -80,5 +81,6 @@ def _cut(name: str) -> str:
     widths = [WIDE if letter in "<>=+~%@#&mwMW" else 1.0 for letter in name]
     if sum(widths) <= MOST_LETTERS:
         return name
-    kept = next(n for n in range(len(name)) if sum(widths[: n + 1]) > MOST_LETTERS - 1)
-    return f"{name[:kept]}…"
+    room = MOST_LETTERS - 1 - sum(widths[-ENDING:])
+    kept = next(n for n in range(len(name)) if sum(widths[: n + 1]) > room)
+    return f"{name[:kept]}…{name[-ENDING:]}"
