@@ -80,6 +80,13 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def long_context_folder(tmp_path_factory) -> Path:
+    """A tiny model with a head of its own, made for a million tokens, so that answers go on until they are stopped."""
+    config = {"tie_word_embeddings": False, "max_position_embeddings": 10**6}
+    return write_folder(tmp_path_factory.mktemp("long") / "tiny", tiny_model(tie_word_embeddings=False), config)
+
+
+@pytest.fixture(scope="session")
 def tiny_4bit_folder(tmp_path_factory) -> Path:
     """The same model in 4-bit."""
     config = {"quantization": {"group_size": 32, "bits": 4, "mode": "affine"}}

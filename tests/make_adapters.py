@@ -57,3 +57,15 @@ def make_adapter(
     )  # fmt: skip
     save_adapter(folder, base.model, info)
     return folder
+
+
+OWN_TEMPLATE = "{% for message in messages %}[{{ message.role }}: {{ message.content }}]{% endfor %}"
+
+
+def make_three(model: Path, root: Path) -> dict[str, Path]:
+    """Write three unlike adapters: of two ranks, one with a template of its own, one in PEFT's form."""
+    return {
+        "bard": make_adapter(model, root / "bard", seed=1),
+        "tutor": make_adapter(model, root / "tutor", rank=7, seed=2, chat_template=OWN_TEMPLATE),
+        "clerk": make_adapter(model, root / "clerk", rank=3, seed=3, peft=True),
+    }

@@ -14,7 +14,7 @@ import time
 import pytest
 from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model, write_folder
-from make_adapters import make_adapter
+from make_adapters import OWN_TEMPLATE, make_three
 from run_cli import Ran, run
 from serving_process import ROOT
 
@@ -27,26 +27,18 @@ from mlx_lora.serving.engine import Engine, Limits
 from mlx_lora.serving.sampling import Sampling
 from mlx_lora.serving.store import Source
 
-OWN_TEMPLATE = "{% for message in messages %}[{{ message.role }}: {{ message.content }}]{% endfor %}"
 FIRST, SECOND = "Wherefore art thou?", "And who am I?"
 COUNT = 20
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    model = tiny_model(tie_word_embeddings=False)
-    config = {"tie_word_embeddings": False, "max_position_embeddings": 10**6}
-    return write_folder(tmp_path_factory.mktemp("talks") / "tiny", model, config)
+def folder(long_context_folder):
+    return long_context_folder
 
 
 @pytest.fixture(scope="module")
 def adapters(folder, tmp_path_factory):
-    root = tmp_path_factory.mktemp("adapters")
-    return {
-        "bard": make_adapter(folder, root / "bard", seed=1),
-        "tutor": make_adapter(folder, root / "tutor", rank=7, seed=2, chat_template=OWN_TEMPLATE),
-        "clerk": make_adapter(folder, root / "clerk", rank=3, seed=3, peft=True),
-    }
+    return make_three(folder, tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from mlx_lora.config import ModelSettings
 from mlx_lora.data.batches import Batch
 from mlx_lora.models.load import load_base
 from mlx_lora.runs.forgetting import GENERAL, Probe, adapter_names
-from mlx_lora.training.forgetting import Drift, Readout, measure_drift
+from mlx_lora.training.forgetting import Drift, Readout, measure_drifts
 
 EVIL = "<script>alert(1)</script>"
 # Head kinds: what Readout has to cut, or has to leave whole.
@@ -46,6 +46,15 @@ def some_batches(vocabulary: int) -> list[Batch]:
         mask[:, -1] = True
         batches.append(Batch.of(ids[:, :-1], ids[:, 1:], mask, rows * width))
     return batches
+
+
+def drift_of(base, tuned, batches) -> Drift:
+    """Measure a tuned model beside the base itself, which must not disturb it and must not have moved."""
+    readouts = {name: Readout(one.model, one.config) for name, one in (("base", base), ("tuned", tuned))}
+    found = measure_drifts(readouts["base"], readouts, batches, TINY["vocab_size"])
+    assert (found["base"].change, found["base"].same_top) == (0.0, 1.0)
+    assert found["base"].kl == 0.0
+    return found["tuned"]
 
 
 def log_probabilities(model, inputs) -> np.ndarray:
@@ -109,9 +118,7 @@ def test_figures_are_the_definitions(adapted, kind, adapter, monkeypatch):
     base, tuned = adapted(kind, adapter)
     monkeypatch.setattr("mlx_lora.device.loss_tile_bytes", lambda: 4 * TINY["vocab_size"] * 7)  # several tiles a batch
     batches = some_batches(TINY["vocab_size"])
-    found = measure_drift(
-        Readout(base.model, base.config), Readout(tuned.model, tuned.config), batches, TINY["vocab_size"]
-    )
+    found = drift_of(base, tuned, batches)
     wanted = expected(base.model, tuned.model, batches)
     assert found.rows == 6
     assert found.tokens == sum(int(batch.mask.sum()) for batch in batches)
@@ -130,9 +137,7 @@ def test_an_adapter_that_does_nothing_changes_nothing(tiny_folder, tmp_path):
     tuned = dataclasses.replace(base, model=copy.deepcopy(base.model))
     load_adapter(tuned, make_adapter(tiny_folder, tmp_path / "a", strength=0.0))
     batches = some_batches(TINY["vocab_size"])
-    found = measure_drift(
-        Readout(base.model, base.config), Readout(tuned.model, tuned.config), batches, TINY["vocab_size"]
-    )
+    found = drift_of(base, tuned, batches)
     assert (found.change, found.kl, found.same_top) == (0.0, pytest.approx(0.0, abs=1e-7), 1.0)
     assert found.verdict(learned=False) == "kept"
     assert found.verdict(learned=True) == "not learned"
@@ -152,7 +157,9 @@ def test_copies_of_the_base_hold_no_memory_of_their_own(tiny_folder):
         (-0.5, 0.01, True, "learned"),
         (0.5, 0.01, True, "worse than the base"),
         (-0.5, 0.3, True, "not learned"),
-        (0.5, 0.3, False, "kept"),
+        (0.5, 0.3, False, "unclear, too few rows"),
+        (0.05, 0.06, False, "unclear, too few rows"),
+        (0.02, 0.03, False, "kept"),
         (0.015, 0.001, False, "kept"),
         (-0.015, 0.001, False, "kept"),
         (-0.3, 0.001, False, "better than the base"),

@@ -13,7 +13,7 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model, write_folder
 from hub_stand_in import hub_server
-from make_adapters import make_adapter
+from make_adapters import make_adapter, make_three
 from run_cli import run
 from serving_process import Server
 
@@ -24,17 +24,9 @@ def folder(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("served") / "tiny", model, {"tie_word_embeddings": False})
 
 
-OWN_TEMPLATE = "{% for message in messages %}[{{ message.role }}: {{ message.content }}]{% endfor %}"
-
-
 @pytest.fixture(scope="module")
 def adapters(folder, tmp_path_factory):
-    root = tmp_path_factory.mktemp("adapters")
-    return {
-        "bard": make_adapter(folder, root / "bard", seed=1),
-        "tutor": make_adapter(folder, root / "tutor", rank=7, seed=2, chat_template=OWN_TEMPLATE),
-        "clerk": make_adapter(folder, root / "clerk", rank=3, seed=3, peft=True),
-    }
+    return make_three(folder, tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import time
 import httpx
 import pytest
 from browser import Live
-from conftest import tiny_model, write_folder
 from make_adapters import make_adapter
 from serving_process import Server
 
@@ -23,10 +22,8 @@ ERRORS = "[...document.querySelectorAll('.error')].map(e => e.textContent).filte
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    model = tiny_model(tie_word_embeddings=False)
-    config = {"tie_word_embeddings": False, "max_position_embeddings": 10**6}
-    return write_folder(tmp_path_factory.mktemp("page") / "tiny", model, config)
+def folder(long_context_folder):
+    return long_context_folder
 
 
 @pytest.fixture(scope="module")

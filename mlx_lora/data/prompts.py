@@ -1,6 +1,8 @@
-"""One prompt as a chat turn, or as plain text where there is no template."""
+"""Prompts and conversations as tokens, by a chat template, or as plain text where there is none."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -31,12 +33,33 @@ def encode_prompt(
             return tokenizer.encode(text)
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages.append({"role": "user", "content": text})
-    # Rendered first, encoded without special tokens: the template already wrote its own BOS.
+    return encode_chat(
+        tokenizer, messages, template, advice="; leave --system-prompt out, or give --ignore-chat-template"
+    )
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    template: str,
+    tools: list[dict[str, Any]] | None = None,
+    advice: str = "",
+) -> list[int]:
+    """Return a conversation's tokens, up to where the model answers.
+
+    Args:
+        tokenizer: the base's.
+        messages, tools: plain data, of strangers.
+        template: Jinja text.
+        advice: ends the error of a template that refuses.
+
+    Raises:
+        InputError: the template refuses the conversation, or takes more time or memory than any needs.
+    """
     try:
-        rendered = render_chat(tokenizer, messages, template, add_generation_prompt=True)
+        rendered = render_chat(tokenizer, messages, template, tools, add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise InputError(
-            f"the chat template refuses this prompt ({error}); leave --system-prompt out, or give --ignore-chat-template"
-        ) from None
-    with tokenizer_panics("--prompt"):
+        raise InputError(f"the chat template refuses the conversation ({error}){advice}") from None
+    # Encoded without special tokens: the template already wrote its own BOS.
+    with tokenizer_panics("the conversation"):
         return tokenizer.encode(rendered, add_special_tokens=False)

@@ -27,7 +27,7 @@ from mlx_lora.data.prompts import encode_prompt
 from mlx_lora.data.templates import own_template, resolve_template
 from mlx_lora.errors import InputError
 from mlx_lora.models.load import Base, check_token_ids
-from mlx_lora.training.forgetting import Drift, Readout, measure_drift
+from mlx_lora.training.forgetting import Drift, Readout, measure_drifts
 from mlx_lora.training.samples import greedy_text
 
 GENERAL = Path(__file__).parents[1] / "data" / "general"
@@ -140,13 +140,11 @@ def measure_forgetting(
         rows = load_eval_set(str(place), form, base.hf_tokenizer, say)
         check_token_ids(base, int(rows.tokens.max(initial=0)), str(place))
         plan = BatchPlan(rows, batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)
-        sets[where] = {}
-        for name, readout in readouts.items():
-            say(f"{where}: {name}, {int(rows.supervised_counts.sum())} tokens of {len(rows)} rows")
-            try:
-                sets[where][name] = measure_drift(own, readout, plan.batches(), vocabulary)
-            except ValueError as error:
-                raise InputError(f"--data {place}: {error}; give rows with something to answer") from None
+        say(f"{where}: {int(rows.supervised_counts.sum())} tokens of {len(rows)} rows")
+        try:
+            sets[where] = measure_drifts(own, readouts, plan.batches(), vocabulary)
+        except ValueError as error:
+            raise InputError(f"--data {place}: {error}; give rows with something to answer") from None
     say(f"probes: {len(models) + 1} models")
     probes = ask_probes({"base": base, **models}, _chat_template(base, settings))
     shown = {where: str(place) if where == TASK or where in general else "built in" for where, place in places.items()}

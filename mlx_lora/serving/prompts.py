@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.data.panics import tokenizer_panics
-from mlx_lora.data.sandbox import render_chat
+from mlx_lora.data.prompts import encode_chat
 from mlx_lora.data.templates import own_template
 from mlx_lora.errors import InputError
 from mlx_lora.serving.asking import ApiError, Ask
@@ -67,13 +65,7 @@ def chat_tokens(
         InputError: the template refuses the conversation or makes nothing of it, or there is a token that the model
             has no row for.
     """
-    try:
-        rendered = render_chat(tokenizer, messages, template, tools, add_generation_prompt=True)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise InputError(f"the chat template refuses the conversation ({error})") from None
-    # The template wrote its own BOS.
-    with tokenizer_panics("the conversation"):
-        tokens = tokenizer.encode(rendered, add_special_tokens=False)
+    tokens = encode_chat(tokenizer, messages, template, tools)
     if not tokens:
         raise InputError("the chat template renders the conversation to nothing; give some text")
     if max(tokens) >= vocabulary:

@@ -5,8 +5,8 @@ For each trained token x of the held-out rows, given what stands before it:
     change = log p_base(x) - log p_tuned(x)                          nats; above 0: the tuned model does worse
     KL     = sum over the vocabulary of p_base (log p_base - log p_tuned)    nats; how far the tuned model has moved
 
-The KL from the base to the tuned model is what forgetting goes with across methods (2509.04259); that LoRA forgets less
-than full fine-tuning, and learns less, is 2405.09673's finding. Errors are standard errors of a ratio of sums over rows,
+Measured on the new task, this KL goes with forgetting across methods (2509.04259); that LoRA forgets less than full
+fine-tuning, and learns less, is 2405.09673's finding. Errors are standard errors of a ratio of sums over rows,
 since the tokens of one row are not independent.
 
 Shapes: B rows, T columns, P trained positions, R of them at a time, D width, V vocabulary.
@@ -15,7 +15,7 @@ Shapes: B rows, T columns, P trained positions, R of them at a time, D width, V 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,9 @@ class Drift:
             learned: the set is what was trained for, so a fall is what was wanted.
         """
         if abs(self.change) <= 2 * self.change_error:
-            return "not learned" if learned else "kept"
+            if learned:
+                return "not learned"
+            return "kept" if self.change + 2 * self.change_error <= SMALL_CHANGE else "unclear, too few rows"
         if learned:
             return "learned" if self.change < 0 else "worse than the base"
         if self.change <= NO_CHANGE:
@@ -103,11 +105,14 @@ class Readout:
         return states.astype(mx.float32) if self._head is None else self._head.logits(states)
 
 
-def measure_drift(base: Readout, tuned: Readout, batches: Iterable[Batch], vocabulary: int) -> Drift:
-    """Read the same batches with both models.
+def measure_drifts(
+    base: Readout, tuned: Mapping[str, Readout], batches: Iterable[Batch], vocabulary: int
+) -> dict[str, Drift]:
+    """Read the same batches with the base, once, and with every tuned model.
 
     Args:
-        base, tuned: over one vocabulary.
+        base: what all are compared with.
+        tuned: name -> model, over the same vocabulary.
         batches: held-out rows, each once.
         vocabulary: V, for the number of positions that are looked at together.
 
@@ -115,22 +120,37 @@ def measure_drift(base: Readout, tuned: Readout, batches: Iterable[Batch], vocab
         ValueError: not one trained token.
     """
     step = max(1, device.loss_tile_bytes() // (4 * vocabulary))
-    columns, places = [], []
-    for number, batch in enumerate(batches):
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in tuned}
+    rows, row_count = [], 0
+    for batch in batches:
         trained_at = np.flatnonzero(batch.mask)
         inputs, targets = mx.array(batch.inputs), mx.array(batch.targets.reshape(-1)[trained_at])
         positions = mx.array(trained_at)
-        of_base, of_tuned = base.states(inputs, positions), tuned.states(inputs, positions)
+        of_base = base.states(inputs, positions)
+        of_tuned = {name: readout.states(inputs, positions) for name, readout in tuned.items()}
         mx.eval(of_base, of_tuned)
         for start in range(0, len(trained_at), step):
             tile = slice(start, start + step)
-            both = _compare(base.logits(of_base[tile]), tuned.logits(of_tuned[tile]), targets[tile])
-            columns.append(np.array(both))  # (4, R)
-        places.append(trained_at // batch.mask.shape[1] + number * 1_000_000)
-    if not columns or not sum(column.shape[1] for column in columns):
+            base_logs = _log_probabilities(base.logits(of_base[tile]))
+            for name, readout in tuned.items():
+                tuned_logs = _log_probabilities(readout.logits(of_tuned[name][tile]))
+                columns[name].append(np.array(_compare(base_logs, tuned_logs, targets[tile])))  # (4, R)
+        rows.append(trained_at // batch.mask.shape[1] + row_count)
+        row_count += len(batch.mask)
+    if not sum(map(len, rows)):
         raise ValueError("no trained token in the set")
-    base_losses, losses, kls, same = np.concatenate(columns, axis=1).astype(np.float64)
-    rows = np.unique(np.concatenate(places), return_inverse=True)[1]
+    numbers = np.unique(np.concatenate(rows), return_inverse=True)[1]
+    return {name: _drift(np.concatenate(parts, axis=1).astype(np.float64), numbers) for name, parts in columns.items()}
+
+
+def _drift(columns: np.ndarray, rows: np.ndarray) -> Drift:
+    """Sum up what `_compare` gave.
+
+    Args:
+        columns: (4, tokens).
+        rows: (tokens,) which row each token is of, from 0.
+    """
+    base_losses, losses, kls, same = columns
     return Drift(
         rows=int(rows.max()) + 1,
         tokens=len(rows),
@@ -143,14 +163,16 @@ def measure_drift(base: Readout, tuned: Readout, batches: Iterable[Batch], vocab
     )
 
 
-def _compare(base: mx.array, tuned: mx.array, targets: mx.array) -> mx.array:
+def _log_probabilities(logits: mx.array) -> mx.array:
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)  # (R, V)
+
+
+def _compare(base_logs: mx.array, tuned_logs: mx.array, targets: mx.array) -> mx.array:
     """Return (4, R) float32: the base's loss, the tuned model's, the KL, and whether the likeliest token is the same."""
-    base_logs = base - mx.logsumexp(base, axis=-1, keepdims=True)  # (R, V)
-    tuned_logs = tuned - mx.logsumexp(tuned, axis=-1, keepdims=True)
     at = targets[:, None]
     losses = [-mx.take_along_axis(logs, at, axis=-1).squeeze(-1) for logs in (base_logs, tuned_logs)]
     kl = (mx.exp(base_logs) * (base_logs - tuned_logs)).sum(axis=-1)
-    same = (base.argmax(axis=-1) == tuned.argmax(axis=-1)).astype(mx.float32)
+    same = (base_logs.argmax(axis=-1) == tuned_logs.argmax(axis=-1)).astype(mx.float32)
     return mx.stack([*losses, kl, same])
 
 
