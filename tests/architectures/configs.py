@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pkgutil
 
 from mlx_lm import models

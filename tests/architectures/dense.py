@@ -63,10 +63,12 @@ DENSE = {
     },
     "phi": config("phi", layer_norm_eps=1e-5, partial_rotary_factor=0.5, num_key_value_heads=4),
     "phi3": config("phi3", original_max_position_embeddings=512, partial_rotary_factor=1.0),
+    # mlx-lm writes into logits 100,256 to 100,351 of it, whatever the vocabulary: a smaller one lets it write past them.
     "phi3small": config(
         "phi3small", ff_intermediate_size=96, dense_attention_every_n_layers=2, gegelu_limit=20.0,
         layer_norm_epsilon=1e-5, mup_width_multiplier=4.0, mup_embedding_multiplier=4.0, rope_embedding_base=10000,
         blocksparse_block_size=32, blocksparse_num_local_blocks=1, blocksparse_vert_stride=2,
+        vocab_size=100352,
         without=("intermediate_size", "rms_norm_eps"),
     ),
     "plamo": config("plamo", n_shared_head=2, without=("num_key_value_heads",)),
