@@ -17,7 +17,7 @@ from mlx_lora.errors import InputError
 from mlx_lora.models.converting import build_model, cast_model, quantisation_entries
 from mlx_lora.models.gguf_arch import model_config, weight_map
 from mlx_lora.models.gguf_weights import carried_form
-from mlx_lora.models.quantize import Quantisation
+from mlx_lora.models.quantize import Quantisation, layer_choice
 from mlx_lora.sources.gguf import is_gguf, read_gguf
 from mlx_lora.sources.hub import resolve_config
 from mlx_lora.sources.safetensors import read_safetensors_header
@@ -111,7 +111,7 @@ def _quantisation(config: dict[str, Any]) -> dict[str, Any] | None:
 
 def _quantise(model: nn.Module, quantisation: dict[str, Any], names: frozenset[str] | None) -> None:
     """Quantise lazily, layer by layer as mlx-lm's loader does."""
-    own = model.quant_predicate if hasattr(model, "quant_predicate") else lambda path, module: True
+    own = layer_choice(model)
     mxfp4_experts = quantisation.get("mode") == "mxfp4" and names is None
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
