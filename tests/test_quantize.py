@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm.models
 import pytest
 from conftest import TINY, tiny_model
 from mlx.utils import tree_flatten
+from tiny_families import family_config, save_family
 
 from mlx_lora.errors import InputError
+from mlx_lora.models.converting import convert_model
+from mlx_lora.models.folder import load_weights
+from mlx_lora.models.outline import outline_of_config
 from mlx_lora.models.quantize import (
     FIXED_MODES,
+    HEADS_FROM_STORED,
     Quantisation,
     choose_quantisation,
     dequantise_model,
@@ -18,6 +27,7 @@ from mlx_lora.models.quantize import (
     quantise_weight,
     relative_error,
 )
+from mlx_lora.sources.hub import resolve_model
 
 IDS = mx.array([[1, 2, 3, 4, 5]])
 
@@ -96,3 +106,29 @@ def test_layers_that_do_not_divide_are_skipped_and_named(capsys: pytest.CaptureF
     assert isinstance(model.layers[0].mlp.down_proj, nn.Linear)
     assert isinstance(model.layers[0].mlp.up_proj, nn.QuantizedLinear)
     assert capsys.readouterr().out == ""  # standard output belongs to the command
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "seed_oss"])
+def test_families_with_their_own_ideas_of_quantisation_convert(kind, tmp_path):
+    """A dense Qwen3.5's `quant_predicate` is None; a tied Seed-OSS multiplies by its embedding as it is stored."""
+    source = save_family(tmp_path / "float", family_config(kind))
+    out = tmp_path / "packed"
+    conversion = convert_model(resolve_model(str(source)), out, target=Quantisation(4, 32))
+    assert conversion.requantised
+    model, _ = load_weights(out, trust_remote_code=False)
+    reference, _ = load_weights(source, trust_remote_code=False)
+    ids = mx.array([[5, 9, 250, 3]])
+    assert relative_error(model(ids), reference(ids)) < 0.5
+    packed = {name for name, _ in tree_flatten(model.parameters()) if name.endswith(".scales")}
+    outlined = tree_flatten(
+        outline_of_config(json.loads((out / "config.json").read_text()), mx.float32).model.parameters()
+    )
+    assert {name for name, _ in outlined if name.endswith(".scales")} == packed
+    assert any("embed_tokens" in name for name in packed) == (kind == "qwen3_5")
+
+
+def test_heads_that_multiply_by_the_stored_embedding_are_known():
+    """Of a new mlx-lm too."""
+    files = Path(mlx_lm.models.__path__[0]).glob("*.py")
+    found = {file.stem for file in files if "@ self.model.embed_tokens.weight.T" in file.read_text(encoding="utf-8")}
+    assert found == set(HEADS_FROM_STORED)

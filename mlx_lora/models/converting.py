@@ -41,6 +41,8 @@ _SIDE_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "chat_template*", "*.jinja", "*.tiktoken", "generation_config.json", "LICENSE*", "NOTICE*", "*.py",
 )  # fmt: skip
+# mlx-lm's architectures whose `sanitize` takes the head away when the weights hold none.
+TIED_BY_WEIGHTS = ("gemma3_text", "recurrent_gemma")
 
 
 @dataclass
@@ -165,8 +167,12 @@ def load_float_model(source: ModelSource, dtype: mx.Dtype, trust_remote_code: bo
     return model
 
 
-def build_model(config: dict[str, Any]) -> nn.Module:
+def build_model(config: dict[str, Any], names: frozenset[str] | None = None) -> nn.Module:
     """Build mlx-lm's model of a config, its parameters not yet computed.
+
+    Args:
+        config: config.json.
+        names: of the stored tensors, where they are known: they tell whether the head is one of its own.
 
     Raises:
         InputError: when mlx-lm cannot build it.
@@ -176,9 +182,26 @@ def build_model(config: dict[str, Any]) -> nn.Module:
         model = model_class(args_class.from_dict(config))
     except FOREIGN_ERRORS as error:
         raise InputError(f"{config.get('model_type')}: mlx-lm cannot build this model ({error})") from error
-    if config.get("tie_word_embeddings"):
-        model.sanitize({})  # Gemma drops its own head here when the weights have none
+    _drop_tied_head(model, config, names)
     return model
+
+
+def _drop_tied_head(model: nn.Module, config: dict[str, Any], names: frozenset[str] | None) -> None:
+    """Take away the head that a few families are built with and lose as soon as mlx-lm sees weights without one.
+
+    All others are built as their config says. The stored names decide, as they do for mlx-lm; without them the
+    config does, whose silence means tied: that is transformers' default for these families.
+    """
+    owner = model.get("language_model", model)  # multimodal wrappers
+    if type(owner).__module__.rsplit(".", 1)[-1] not in TIED_BY_WEIGHTS or "lm_head" not in owner:
+        return
+    if names is not None:
+        tied = not any(name.endswith("lm_head.weight") for name in names)
+    else:
+        tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", True))
+    if tied:
+        owner.tie_word_embeddings = True
+        owner.pop("lm_head")
 
 
 def cast_model(model: nn.Module, dtype: mx.Dtype) -> None:

@@ -9,6 +9,7 @@ Shapes: B batch, T time, D width, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ class Head:
     """An output head: logits = cap(scale * (h W^T + bias)).
 
     Attributes:
-        body: maps (B, T) ids to (B, T, D) hidden states.
+        body: maps (B, T) ids to (B, T, D) hidden states; called through `hidden`.
         layer: the module that holds W: a linear layer, or the embedding it is tied to; quantised or not.
         scale: factor on the logits.
         soft_cap: logits become cap * tanh(logits / cap); None for most families.
@@ -36,6 +37,11 @@ class Head:
     layer: nn.Module
     scale: float = 1.0
     soft_cap: float | None = None
+
+    def hidden(self, inputs: mx.array) -> mx.array:
+        """Return the body's hidden states, (B, T) -> (B, T, D); some bodies cannot do without a `cache` argument."""
+        cache = inspect.signature(type(self.body).__call__).parameters.get("cache")
+        return self.body(inputs, cache=None) if cache and cache.default is cache.empty else self.body(inputs)
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -118,9 +124,11 @@ def find_head(model: nn.Module, config: dict[str, Any]) -> Head | str:
     body = model.get("model")
     if body is None:
         return "the model has no part named `model`"
-    layer = model.get("lm_head") or body.get("embed_tokens")
+    layer = body.get("embed_tokens") if model.get("lm_head") is None else model["lm_head"]
     if layer is None:
         return "the model has neither lm_head nor embed_tokens"
+    if isinstance(layer, mx.array):
+        return "the head is a bare array"
     if not isinstance(layer, FLOAT_HEADS + QUANTISED_HEADS):
         return f"the head is {type(layer).__name__}"
     if layer.trainable_parameters():

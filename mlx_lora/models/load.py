@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mlx_lora.models.fingerprint import base_fingerprint
 from mlx_lora.models.folder import load_weights
 from mlx_lora.models.matmul import MatmulPaths, use_measured_matmul
 from mlx_lora.models.tokenizer import load_folder_tokenizer
+from mlx_lora.models.vocabulary import embedding_rows
 from mlx_lora.sources.hub import resolve_model
 
 
@@ -57,6 +59,11 @@ class Base:
         """The config's quantization entry, None for a float model."""
         return self.config.get("quantization")
 
+    @cached_property
+    def token_rows(self) -> int | None:
+        """Token ids that the embedding has rows for, None where nobody can tell."""
+        return embedding_rows(self.model, self.config)
+
     def describe(self) -> str:
         """One line for the run header: type, parameters, stored size, quantisation, dtype."""
         parameters = [p for _, p in tree_flatten(self.model.parameters())]
@@ -78,8 +85,8 @@ def check_token_ids(base: Base, highest: int, source: str) -> None:
     Raises:
         InputError: tokenizer and model do not belong together.
     """
-    rows = vars(base.model.args).get("vocab_size")
-    if isinstance(rows, int) and highest >= rows:
+    rows = base.token_rows
+    if rows is not None and highest >= rows:
         raise InputError(
             f"{source}: holds token {highest}, and --model {base.model_id} has {rows}; its tokenizer is another "
             "model's, or has tokens that only other inputs than text use"

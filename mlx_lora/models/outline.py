@@ -17,7 +17,7 @@ from mlx_lora.errors import InputError
 from mlx_lora.models.converting import build_model, cast_model, quantisation_entries
 from mlx_lora.models.gguf_arch import model_config, weight_map
 from mlx_lora.models.gguf_weights import carried_form
-from mlx_lora.models.quantize import Quantisation
+from mlx_lora.models.quantize import Quantisation, layer_choice
 from mlx_lora.sources.gguf import is_gguf, read_gguf
 from mlx_lora.sources.hub import resolve_config
 from mlx_lora.sources.safetensors import read_safetensors_header
@@ -83,30 +83,13 @@ def outline_of_config(
         names: of its stored tensors, which tell the layers that are quantised; None: all that can be.
         cast_bytes: see `Outline`.
     """
-    built = build_model(config)
-    _tie_head(built, config, names)
+    built = build_model(config, names)
     cast_model(built, dtype)
     quantisation = _quantisation(config)
     if quantisation:
         _quantise(built, quantisation, names)
         cast_model(built, dtype)  # scales too
     return Outline(built, config, cast_bytes)
-
-
-def _tie_head(model: nn.Module, config: dict[str, Any], names: frozenset[str] | None) -> None:
-    """Take away the head that mlx-lm gives a Gemma until it sees that the weights hold none.
-
-    Their configs say nothing of it: tied is transformers' default for them.
-    """
-    if not config["model_type"].startswith(("gemma3", "recurrent_gemma")):
-        return
-    tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
-    if tied is None:
-        tied = names is None or not any(name.endswith("lm_head.weight") for name in names)
-    owner = model.get("language_model", model)
-    if tied and "lm_head" in owner:
-        owner.tie_word_embeddings = True
-        owner.pop("lm_head")
 
 
 def with_quantisation(outline: Outline, form: Quantisation, dtype: mx.Dtype) -> Outline:
@@ -128,7 +111,7 @@ def _quantisation(config: dict[str, Any]) -> dict[str, Any] | None:
 
 def _quantise(model: nn.Module, quantisation: dict[str, Any], names: frozenset[str] | None) -> None:
     """Quantise lazily, layer by layer as mlx-lm's loader does."""
-    own = model.quant_predicate if hasattr(model, "quant_predicate") else lambda path, module: True
+    own = layer_choice(model)
     mxfp4_experts = quantisation.get("mode") == "mxfp4" and names is None
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
@@ -176,5 +159,5 @@ def _of_gguf(path: Path, dtype: mx.Dtype) -> Outline:
     places = weight_map(file, config)
     forms = {name: carried_form(file.tensors[name]) for name in places}
     layouts = {places[name].name.removesuffix(".weight"): form for name, form in forms.items() if form is not None}
-    names = frozenset(f"{layer}.scales" for layer in layouts)
+    names = frozenset(place.name for place in places.values()) | {f"{layer}.scales" for layer in layouts}
     return outline_of_config({**config, **quantisation_entries(layouts)}, dtype, names)

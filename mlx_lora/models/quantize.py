@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ AFFINE_GROUPS = (32, 64, 128)
 # The microscaling modes fix both: (bits, group size).
 FIXED_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 MODES = ("affine", *FIXED_MODES)
+# mlx-lm's architectures whose tied head is `h @ embed_tokens.weight.T`, which a packed weight does not fit.
+HEADS_FROM_STORED = ("llama4_text", "minicpm", "seed_oss")
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def quantise_model(
         (model, config with its `quantization`, layers skipped because their width does not divide into
         groups, relative error by layer when measured).
     """
-    own_predicate = model.quant_predicate if hasattr(model, "quant_predicate") else lambda path, module: True
+    own_predicate = layer_choice(model)
     skipped = [
         path
         for path, module in model.named_modules()
@@ -160,6 +163,24 @@ def quantise_model(
             model, config, form.group_size, form.bits, mode=form.mode, quant_predicate=predicate
         )
     return model, config, skipped, errors
+
+
+def layer_choice(model: nn.Module) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
+    """Return which layers a model allows to be quantised and how.
+
+    That is its own `quant_predicate`, or all where it has none; but not an embedding that mlx-lm's head multiplies by
+    as it is stored.
+    """
+    own = model.quant_predicate if hasattr(model, "quant_predicate") else None
+    owner = model.get("language_model", model)  # multimodal wrappers
+    reads_stored = type(owner).__module__.rsplit(".", 1)[-1] in HEADS_FROM_STORED and "lm_head" not in owner
+
+    def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if reads_stored and path.endswith("embed_tokens"):
+            return False
+        return True if own is None else own(path, module)  # a dense Qwen3.5 has a predicate that is None
+
+    return choose
 
 
 def dequantised_weight(layer: nn.Module) -> mx.array:

@@ -9,12 +9,13 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
+from transformers import AutoConfig
 
 from mlx_lora.cache import cache_dir
 from mlx_lora.data.panics import tokenizer_panics
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_folder
-from mlx_lora.models.folder import FOREIGN_ERRORS, inside, short
+from mlx_lora.models.folder import CONFIG_FILE, FOREIGN_ERRORS, inside, short
 from mlx_lora.parsing import MAX_DEPTH, read_json
 from mlx_lora.sources.spm_tokenizer import write_tokenizer_from_spm
 
@@ -47,10 +48,24 @@ def load_folder_tokenizer(folder: Path, config: dict[str, Any], trust_remote_cod
         # The tokenizers library raises plain Exception; anything more special than that, and foreign, is a bug.
         if not isinstance(error, FOREIGN_ERRORS) and type(error) is not Exception:
             raise
+        if _is_about_the_config(folder, trust_remote_code, error):
+            raise InputError(
+                f"{folder / CONFIG_FILE}: transformers refuses it ({short(error)}); mend that field, or download the "
+                "model again"
+            ) from error
         raise InputError(
             f"{folder}: its tokenizer cannot be loaded ({short(error)}); it needs tokenizer.json or tokenizer.model"
         ) from error
     return tokenizer
+
+
+def _is_about_the_config(folder: Path, trust_remote_code: bool, error: Exception) -> bool:
+    """Tell whether transformers failed at the model's config, which it reads on the way to the tokenizer."""
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except FOREIGN_ERRORS as of_config:
+        return str(of_config) == str(error)
+    return False
 
 
 def check_tokenizer_config(folder: Path, trust_remote_code: bool) -> None:

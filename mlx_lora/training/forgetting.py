@@ -86,7 +86,7 @@ class Readout:
             config: its config.json.
         """
         head = find_head(model, config)
-        self._body, self._head = (head.body, head) if isinstance(head, Head) else (model, None)
+        self._body, self._head = (head.hidden, head) if isinstance(head, Head) else (model, None)
         if self._head is None:
             return
         ids = mx.arange(CHECK_TOKENS)[None]  # (1, T)

@@ -96,7 +96,7 @@ def fused_loss(head: Head, tile_bytes: int) -> Loss:
             positions: mx.array,
             weights: mx.array,
         ) -> tuple[mx.array, mx.array]:
-            hidden = head.body(inputs)  # (B, T, D)
+            hidden = head.hidden(inputs)  # (B, T, D)
             chosen = hidden.reshape(-1, hidden.shape[-1])[positions]  # (P, D)
             total = fused_cross_entropy(head, chosen, targets.reshape(-1)[positions], weights, tile_bytes, gradient)
             return total, weights.sum()
