@@ -62,6 +62,60 @@ def test_value_and_gradient_equal_the_definition(layer, scale, cap, tile, monkey
     assert no_gradient.item() == pytest.approx(value.item(), rel=1e-5)
 
 
+def in_float64(head: Head, h: mx.array, targets: mx.array) -> tuple[np.ndarray, np.ndarray]:
+    """Each token's loss (P,) and its gradient (P, D), from the same 16-bit numbers."""
+    w = np.array(head.dense(head.arrays, h.dtype).astype(mx.float32), np.float64)
+    logits = np.array(h.astype(mx.float32), np.float64) @ w.T
+    logits = (logits if head.bias is None else logits + np.array(head.bias.astype(mx.float32))) * head.scale
+    slopes = np.ones_like(logits)
+    if head.soft_cap:
+        tanh = np.tanh(logits / head.soft_cap)
+        logits, slopes = head.soft_cap * tanh, 1 - tanh**2
+    own, powers = (np.arange(len(logits)), np.array(targets)), np.exp(logits - logits.max(-1, keepdims=True))
+    shares = powers / powers.sum(-1, keepdims=True)
+    losses = -np.log(shares[own])
+    shares[own] -= 1
+    return losses, (shares * slopes) @ w * head.scale
+
+
+@pytest.mark.parametrize("sure", [False, True])
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, 30.0)])
+@pytest.mark.parametrize("layer", HEADS.values(), ids=HEADS)
+def test_in_bfloat16_no_tokens_loss_is_negative_and_all_are_near_float64(layer, scale, cap, sure):
+    mx.random.seed(7)
+    head = Head(nn.Module(), layer(), scale, cap)
+    head.layer.set_dtype(mx.bfloat16)
+    targets = mx.random.randint(0, V, (P,))
+    rows = head.dense(head.arrays, mx.float32)[targets]
+    own = 18 * mx.random.uniform(0.3, 1.2, (P, 1)) * rows / mx.square(rows).sum(-1, keepdims=True)
+    noise = 2 * mx.random.normal((P, D)) / mx.linalg.norm(rows, axis=-1, keepdims=True)
+    h = ((own + noise if sure else noise) / scale).astype(mx.bfloat16)
+    expected, slopes = in_float64(head, h, targets)
+    assert (expected.min() < 1e-3) == sure
+
+    found = np.array(mx.stack([fused_cross_entropy(head, h, targets, w, 4 * P * 50, False) for w in mx.eye(P)]))
+    assert found.min() >= 0
+    # A logit of 8 is rounded by up to 0.03; of the others a token's loss has a mean.
+    assert np.sqrt(np.mean((found - expected) ** 2)) < 6e-3
+    assert np.abs(found - expected)[expected < 1e-2].max(initial=0) < 1e-3
+    weights = mx.ones((P,))
+    got = mx.grad(lambda x: fused_cross_entropy(head, x, targets, weights, 4 * P * 50))(h)
+    errors = np.linalg.norm(np.array(got.astype(mx.float32)) - slopes, axis=-1)
+    assert (errors < 3e-2 * np.linalg.norm(slopes, axis=-1)).all()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_tokens_beyond_all_doubt_give_zero_not_nan(dtype):
+    head = Head(nn.Module(), nn.Embedding(V, D))
+    head.layer.set_dtype(dtype)
+    targets = mx.arange(P)
+    h = 3e3 * head.layer.weight[targets] / mx.square(head.layer.weight[targets]).sum(-1, keepdims=True)
+    value, grad = mx.value_and_grad(lambda x: fused_cross_entropy(head, x, targets, mx.ones((P,)), 4 * P * 50))(h)
+    assert (value.item(), mx.abs(grad).max().item()) == (0, 0)
+    wrong = mx.arange(1, P + 1)
+    assert fused_cross_entropy(head, h, wrong, mx.ones((P,)), 4 * P * 50).item() > 1000
+
+
 def test_vocabulary_beyond_the_widest_slice():
     head = Head(nn.Module(), nn.Embedding(70000, 32))
     h, targets, weights = mx.random.normal((5, 32)), mx.random.randint(0, 70000, (5,)), mx.ones((5,))

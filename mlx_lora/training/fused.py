@@ -2,14 +2,18 @@
 
 Only the supervised positions come in. Their logits are made a tile at a time, some rows by a slice of the
 vocabulary; each tile is exponentiated once, against the largest logit met so far, adds to both the loss and
-the gradient, and is gone before the next tile starts:
+the gradient, and is gone before the next tile starts. The target's own logit x is left out of these sums:
 
-    m' = max(m, max l),  a = exp(m - m'),  e = exp(l - m')
+    m' = max(m, max l),  a = exp(m - m'),  e = exp(l - m'), 0 for the target
     s' = a s + sum e,    g' = a g + e W
-    in the end           loss = log s + m - l[target],  dh = g / s - W[target]
+    in the end           loss = log(1 + exp(log s + m - x)),  dh = (g - s W[target]) / (s + exp(x - m))
 
-so neither the probabilities nor a one-hot array is ever made, a quantised head is dequantised a slice at a
-time, and the backward pass only scales dh.
+x is made once more, in float32, from the target's row. The tiles' logits are rounded where h has 16 bits: with
+the target among them, a token that the model is sure of would have a loss of that rounding, often below zero.
+Without, the loss of no token is negative, and loss and gradient of a sure token are as exact as they are small.
+
+Neither the probabilities nor a one-hot array is ever made, a quantised head is dequantised a slice at a time,
+and the backward pass only scales dh.
 
 Shapes: P supervised positions, R rows and S columns of a tile, D width, V vocabulary.
 Source: online softmax, arXiv 1805.02867, algorithm 3; the loss in chunks, arXiv 2410.10989 (Liger Kernel).
@@ -88,7 +92,7 @@ def _rows_loss(
         if before is not None:
             largest = mx.maximum(before, largest)
             shrink = mx.exp(before - largest)  # (R, 1)
-        powers = mx.exp(logits - largest)
+        powers = _other_powers(logits, largest, targets[:, None] - start)
         mass = powers.sum(axis=-1, keepdims=True)
         total = mass if before is None else total * shrink + mass
         if gradient:
@@ -97,10 +101,23 @@ def _rows_loss(
             pulled = pull if before is None else pulled * shrink + pull
     own_rows = head.dense([array[targets] for array in arrays], h.dtype).astype(mx.float32)  # (R, D)
     own = head.finish((h.astype(mx.float32) * own_rows).sum(axis=-1, keepdims=True), targets[:, None])  # (R, 1)
-    loss = ((mx.log(total) + largest - own) * weights[:, None]).sum()
+    losses = mx.logaddexp(mx.array(0.0), mx.log(total) + largest - own)
+    loss = (losses * weights[:, None]).sum()
     if not gradient:
         return loss, mx.zeros((0,))
-    if head.soft_cap is not None:
-        own_rows = own_rows * head.slope(own)
-    dh = pulled / total - own_rows
+    others = total if head.soft_cap is None else total * head.slope(own)
+    # Where all others underflow, rounding may have put x far below m as well: 0 / 0 without the least float.
+    dh = (pulled - others * own_rows) / (total + mx.exp(own - largest) + mx.finfo(mx.float32).smallest_normal)
     return loss, (dh * (head.scale * weights[:, None])).astype(h.dtype)
+
+
+@mx.compile
+def _other_powers(logits: mx.array, largest: mx.array, own: mx.array) -> mx.array:
+    """Return exp(logits - largest) with 0 at each row's target, as one kernel.
+
+    Args:
+        logits: (R, S).
+        largest: (R, 1).
+        own: (R, 1) int, the target's column; outside of 0..S-1 when it is in another tile.
+    """
+    return mx.where(mx.arange(logits.shape[1]) == own, 0.0, mx.exp(logits - largest))
