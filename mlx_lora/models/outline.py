@@ -174,7 +174,7 @@ def _of_gguf(path: Path, dtype: mx.Dtype) -> Outline:
     file = read_gguf(path)
     config = model_config(file)
     places = weight_map(file, config)
-    forms = {name: carried_form(file.tensors[name]) for name in places}
-    layouts = {places[name].name.removesuffix(".weight"): form for name, form in forms.items() if form is not None}
+    forms = {name: carried_form(file.tensors[name], place) for name, place in places.items()}
+    layouts = {layer: form for name, form in forms.items() if form is not None for layer in places[name].layers}
     names = frozenset(f"{layer}.scales" for layer in layouts)
     return outline_of_config({**config, **quantisation_entries(layouts)}, dtype, names)
