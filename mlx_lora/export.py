@@ -175,7 +175,7 @@ def export_gguf_adapter(base: Base, info: AdapterInfo, out: Path, force: bool) -
     if out.is_dir() or (out.exists() and not force):
         raise InputError(f"--out {out}: exists; give a new .gguf file, or --force to replace one")
     check_writable(out.parent, "--out", needed_bytes=1_000_000)
-    write_gguf_adapter(out, base.model, base.config, info.base_model, info.full)
+    write_gguf_adapter(out, base.model, info.base_model, info.full)
 
 
 def export_gguf(base: Base, info: AdapterInfo | None, out: Path, gguf_type: str, force: bool) -> None:

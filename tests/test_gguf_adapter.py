@@ -17,7 +17,7 @@ from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
 from mlx_lora.config import ModelSettings
-from mlx_lora.models.gguf_arch import redo_rope_order, undo_rope_order
+from mlx_lora.models.gguf_places import redo_rope_order, undo_rope_order
 from mlx_lora.models.load import load_base
 from mlx_lora.models.perplexity import token_logprobs
 

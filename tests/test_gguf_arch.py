@@ -18,7 +18,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_lora.errors import InputError
 from mlx_lora.models.converting import convert_model
-from mlx_lora.models.gguf_arch import llama3_rope_factors, model_config
+from mlx_lora.models.gguf_arch import model_config
+from mlx_lora.models.gguf_scaling import llama3_rope_factors
 from mlx_lora.sources.gguf import read_gguf
 from mlx_lora.sources.hub import resolve_model
 
@@ -207,7 +208,10 @@ def test_settings_the_model_cannot_express_are_refused(extra, words, tmp_path: P
 
 def test_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
     path = changed(tmp_path, lambda t: None, architecture="rwkv7")
-    with pytest.raises(InputError, match=r"rwkv7.*llama, qwen2, qwen3, gemma3"):
+    with pytest.raises(
+        InputError,
+        match=r"rwkv7.*llama, qwen2, qwen3, qwen3moe, qwen35, qwen35moe, gemma3, gemma4, gpt-oss, lfm2, phi3",
+    ):
         convert_model(resolve_model(str(path)), tmp_path / "out")
 
 

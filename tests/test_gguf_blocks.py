@@ -9,8 +9,8 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from mlx_lora.errors import InputError
-from mlx_lora.models.gguf_arch import Weight
 from mlx_lora.models.gguf_blocks import LOSSLESS, carry_blocks, pack_codes
+from mlx_lora.models.gguf_places import Weight
 from mlx_lora.models.gguf_weights import import_weights
 from mlx_lora.models.quantize import Quantisation
 from mlx_lora.sources.gguf import GGUFTensor

@@ -27,7 +27,8 @@ from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.artifacts.gguf_model import TYPES
 from mlx_lora.config import ModelSettings
 from mlx_lora.models.converting import convert_model
-from mlx_lora.models.gguf_arch import model_config, redo_rope_order, weight_map
+from mlx_lora.models.gguf_arch import model_config, weight_map
+from mlx_lora.models.gguf_places import redo_rope_order
 from mlx_lora.models.gguf_weights import import_weights
 from mlx_lora.models.load import load_base
 from mlx_lora.models.perplexity import token_logprobs
@@ -289,7 +290,7 @@ def test_parts_without_a_tensor_and_other_architectures_are_named(tmp_path):
 
     model = cohere.Model(cohere.ModelArgs.from_dict(config))
     mx.save_safetensors(str(folder / "model.safetensors"), flat(model), {"format": "mlx"})
-    one_line(export(folder, tmp_path / "m.gguf"), "cohere", "llama, qwen2, qwen3, gemma3_text")
+    one_line(export(folder, tmp_path / "m.gguf"), "cohere", "llama, qwen2, qwen3, qwen3_moe", "gpt_oss, lfm2, phi3")
 
 
 def flat(model) -> dict[str, mx.array]:

@@ -1,7 +1,8 @@
 """An adapter as a GGUF file that llama.cpp applies to the base GGUF (`llama-cli -m base.gguf --lora FILE`).
 
-Tensors are named after the base's, `blk.0.attn_q.weight.lora_a` (r, in) and `.lora_b` (out, r), both float32.
-llama.cpp multiplies their product by alpha / r; rows of B move with the base's where it permuted q and k.
+Tensors are named after the base's, `blk.0.attn_q.weight.lora_a` (r, in) and `.lora_b` (out, r), both float32; those of
+experts have the experts' axis before. llama.cpp multiplies their product by alpha / r; rows of B and columns of A move
+with the base's.
 
 Source: ggml-org/llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp.
 """
@@ -9,7 +10,6 @@ Source: ggml-org/llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,18 +20,16 @@ from mlx_lora.adapters.forms import DORA, EMBEDDING_ADAPTERS, EXPERT_ADAPTERS
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_file
-from mlx_lora.models.gguf_arch import gguf_places, redo_rope_order
+from mlx_lora.models.gguf_arch import gguf_weights
+from mlx_lora.models.gguf_places import Weight
 
 
-def write_gguf_adapter(
-    file: Path, model: nn.Module, config: dict[str, Any], base_name: str, full: tuple[str, ...] = ()
-) -> None:
+def write_gguf_adapter(file: Path, model: nn.Module, base_name: str, full: tuple[str, ...] = ()) -> None:
     """Write the adapter on `model` as a LoRA GGUF.
 
     Args:
         file: replaced whole.
         model: adapted.
-        config: its config.json.
         base_name: the base's id, for the metadata.
         full: names of parameters trained in full, which the format has no place for.
 
@@ -39,11 +37,11 @@ def write_gguf_adapter(
         InputError: an architecture, or layers, that llama.cpp's adapters do not know.
     """
     layers = adapter_layers(model)
-    architecture, places = gguf_places(config)
+    architecture, tensors = gguf_weights(model)
+    places = {place.name: (tensor, place) for tensor, place in tensors.items()}
     problems = [f"{path} has no tensor in a {architecture} GGUF" for path in layers if f"{path}.weight" not in places]
     problems += [f"{path} is an embedding" for path, layer in layers.items() if isinstance(layer, EMBEDDING_ADAPTERS)]
     problems += [f"{path} is a DoRA layer" for path, layer in layers.items() if isinstance(layer, DORA)]
-    problems += [f"{path} adapts experts" for path, layer in layers.items() if isinstance(layer, EXPERT_ADAPTERS)]
     problems += [f"{name} was trained in full" for name in full]
     problems += [] if layers else ["the model has no adapter"]
     if problems:
@@ -59,12 +57,22 @@ def write_gguf_adapter(
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", 0.0 if alpha is None else alpha)  # 0: multiply by 1
         for path, layer in layers.items():
-            name, heads = places[f"{path}.weight"]
-            a = np.array(layer.lora_a.T.astype(mx.float32))  # (r, in)
-            b = np.array((layer.lora_b * (layer.scale if alpha is None else 1.0)).T.astype(mx.float32))  # (out, r)
-            writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a))
-            writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(redo_rope_order(b, heads) if heads else b))
+            name, place = places[f"{path}.weight"]
+            a, b = _factors(layer, 1.0 if alpha is not None else layer.scale, place)
+            writer.add_tensor(f"{name}.lora_a", a)
+            writer.add_tensor(f"{name}.lora_b", b)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def _factors(layer: nn.Module, scale: float, place: Weight) -> tuple[np.ndarray, np.ndarray]:
+    """Return A (r, in) and B (out, r) float32 in the base's order, of experts (E, r, in) and (E, out, r)."""
+    a, b = layer.lora_a, layer.lora_b * scale
+    if not isinstance(layer, EXPERT_ADAPTERS):
+        a, b = a.T, b.T
+    a, b = np.array(a.astype(mx.float32)), np.array(b.astype(mx.float32))
+    a = a if place.columns is None else a[..., place.columns.to_file(a.shape[-1])]
+    b = b if place.rows is None else b[place.rows.to_file(len(b))]
+    return np.ascontiguousarray(a), np.ascontiguousarray(b)

@@ -2,8 +2,9 @@
 
     base + adapter, float32, one tensor at a time -> llama.cpp's order and offsets -> the chosen type -> file
 
-Types follow llama.cpp's converter: tensors of one axis (norms, biases) stay F32, and rows that a block type
-cannot divide are F16. In files of 4 and 5 bits the output head, or the embedding tied to it, is Q8_0.
+Types follow llama.cpp's converter: tensors of one axis (norms, biases), routers and convolutions stay F32, and rows
+that a block type cannot divide are F16. In files of 4 and 5 bits the output head, or the embedding tied to it, is
+Q8_0. MXFP4 weights that no adapter changed stay what they are, bit for bit, in every file but f32's.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ from mlx_lora.adapters.parts import EMBEDDING, QUANTISED, base_dims, dense_weigh
 from mlx_lora.data.templates import own_template
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable, replacing_file
-from mlx_lora.models.gguf_arch import Weight, gguf_weights, redo_rope_order
+from mlx_lora.models.gguf_arch import gguf_weights, text_model
+from mlx_lora.models.gguf_blocks import MXFP4, mxfp4_blocks
+from mlx_lora.models.gguf_places import Weight
 from mlx_lora.models.gguf_settings import gguf_settings
 from mlx_lora.models.load import Base
+from mlx_lora.models.quantize import PackedWeight
 from mlx_lora.sources.tokenizer_vocabulary import tokenizer_metadata, tokenizer_vocabulary
 
 # --gguf-type: what matrices become, and the number that says so in the file.
@@ -52,10 +56,12 @@ class Source:
     Attributes:
         shape: of the values, row-major.
         values: computes them, float32.
+        packed: the same values as MXFP4, where the model holds them so.
     """
 
     shape: tuple[int, ...]
     values: Callable[[], mx.array]
+    packed: PackedWeight | None = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,12 @@ class Planned:
     kind: Kind
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return self.place.file_shape(self.source.shape)
+
+    @property
     def n_bytes(self) -> int:
-        return int(np.prod(gguf.quant_shape_to_byte_shape(self.source.shape, self.kind)))
+        return int(np.prod(gguf.quant_shape_to_byte_shape(self.shape, self.kind)))
 
     def stored(self) -> np.ndarray:
         """Compute the tensor as the file holds it.
@@ -77,11 +87,9 @@ class Planned:
         Raises:
             InputError: values that the type cannot hold.
         """
-        values = np.array(self.source.values())  # a copy of ours: mlx's buffer is freed
-        if self.place.rope_heads:
-            values = redo_rope_order(values, self.place.rope_heads)
-        if self.place.offset:
-            values = values + np.float32(self.place.offset)
+        if self.kind is Kind.MXFP4:
+            return mxfp4_blocks(self.source.packed)
+        values = self.place.to_file(np.array(self.source.values()))  # a copy of ours: mlx's buffer is freed
         largest = np.abs(values).max()
         limit = np.inf if self.kind in (Kind.F32, Kind.BF16) else np.finfo(np.float16).max
         if not largest < limit:
@@ -121,10 +129,10 @@ def write_gguf_model(
         InputError: an architecture, settings, layers or a tokenizer that llama.cpp does not know, too little room.
     """
     kind, file_type = TYPES[gguf_type]
-    architecture, places = gguf_weights(base.config)
+    architecture, places = gguf_weights(base.model)
     settings, extra = gguf_settings(base.model, architecture)
     planned = _plan(base.model, architecture, places, kind)
-    n_rows = base.model.args.vocab_size
+    n_rows = text_model(base.model)[1].args.vocab_size
     template = chat_template or own_template(base.hf_tokenizer)
     vocabulary = tokenizer_vocabulary(base.hf_tokenizer, n_rows, sorted(base.tokenizer.eos_token_ids), template)
     check_writable(asked or file.parent, "--out", sum(tensor.n_bytes for tensor in planned))
@@ -147,7 +155,7 @@ def _write_tensors(writer: GGUFWriter, planned: list[Planned], extra: dict[str, 
     for name, values in extra.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     for tensor in planned:
-        writer.add_tensor_info(tensor.name, tensor.source.shape, np.float32, tensor.n_bytes, raw_dtype=tensor.kind)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.float32, tensor.n_bytes, raw_dtype=tensor.kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -174,19 +182,23 @@ def _plan(model: nn.Module, architecture: str, places: dict[str, Weight], kind: 
         raise InputError(
             f"--to gguf: {', '.join(homeless[:3])}{more} have no tensor in a {architecture} GGUF; use --to peft or hf"
         )
-    head = "lm_head.weight" if "lm_head.weight" in sources else "model.embed_tokens.weight"
+    prefix, _ = text_model(model)
+    head = next(name for name in ("lm_head.weight", "model.embed_tokens.weight") if prefix + name in sources)
     return [
-        Planned(name, sources[place.name], place, _kind(sources[place.name].shape, kind, place.name == head))
+        Planned(name, sources[place.name], place, _kind(sources[place.name], place, kind, prefix + head))
         for name, place in places.items()
         if place.name in sources
     ]
 
 
-def _kind(shape: tuple[int, ...], wanted: Kind, is_head: bool) -> Kind:
+def _kind(source: Source, place: Weight, wanted: Kind, head: str) -> Kind:
     """Return how a tensor is stored."""
-    if len(shape) == 1:
+    shape = place.file_shape(source.shape)
+    if len(shape) == 1 or place.exact:
         return Kind.F32
-    kind = Kind.Q8_0 if is_head and wanted in _COARSE else wanted
+    if source.packed is not None and wanted is not Kind.F32 and not place.moves:
+        return Kind.MXFP4
+    kind = Kind.Q8_0 if place.name == head and wanted in _COARSE else wanted
     block, _ = gguf.GGML_QUANT_SIZES[kind]
     return kind if shape[-1] % block == 0 else Kind.F16
 
@@ -204,7 +216,11 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Source]]:
             continue
         if isinstance(module, ADAPTERS):
             adapter = path
-            if isinstance(module, EMBEDDING_ADAPTERS) and not module.adapts_head and "lm_head" not in model:
+            if (
+                isinstance(module, EMBEDDING_ADAPTERS)
+                and not module.adapts_head
+                and "lm_head" not in text_model(model)[1]
+            ):
                 raise InputError(
                     f"{path}: its adapter leaves the tied head alone, and one weight cannot hold both; "
                     "keep the adapter apart"
@@ -213,7 +229,7 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Source]]:
             yield f"{path}.weight", Source(_weight_shape(base), _merged(base, module))
             yield from _others(path, base)
         elif isinstance(module, QUANTISED):
-            yield f"{path}.weight", Source(_weight_shape(module), _merged(module, None))
+            yield f"{path}.weight", Source(_weight_shape(module), _merged(module, None), _mxfp4(module))
             yield from _others(path, module)
         else:
             for name, value in module.items():
@@ -221,9 +237,16 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Source]]:
                     yield f"{path}.{name}" if path else name, Source(value.shape, _floats(value))
 
 
-def _weight_shape(base: nn.Module) -> tuple[int, int]:
+def _weight_shape(base: nn.Module) -> tuple[int, ...]:
     width, rows = base_dims(base)
-    return (width, rows) if isinstance(base, EMBEDDING) else (rows, width)
+    shape = (width, rows) if isinstance(base, EMBEDDING) else (rows, width)
+    return (*base.weight.shape[:-2], *shape)  # experts have an axis before
+
+
+def _mxfp4(base: nn.Module) -> PackedWeight | None:
+    """Return a layer's weight as it is packed, when GGUF has that form too."""
+    is_mxfp4 = (base.mode, base.group_size) == (MXFP4.mode, MXFP4.group_size)
+    return PackedWeight([base.weight, base.scales], MXFP4) if is_mxfp4 else None
 
 
 def _others(path: str, base: nn.Module) -> Iterator[tuple[str, Source]]:
@@ -247,7 +270,7 @@ def _floats(array: mx.array) -> Callable[[], mx.array]:
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
     """Add one metadata entry; GGUF has a type of its own for each kind of Python value."""
     if isinstance(value, list):
-        writer.add_array(key, value)
+        writer.add_array(key, value)  # of int32, bool or text: what GGUF makes of the first
     else:
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add[type(value)](key, value)

@@ -237,7 +237,7 @@ def write_ollama(
                 folder / "model.gguf", base, gguf_type=gguf_type, name=out.name, chat_template=own, asked=out
             )
         else:
-            write_gguf_adapter(folder / "adapter.gguf", base.model, base.config, info.base_model, info.full)
+            write_gguf_adapter(folder / "adapter.gguf", base.model, info.base_model, info.full)
         lines, notes = [f"FROM {source}"], []
         lines += ["ADAPTER ./adapter.gguf"] if ollama_base else []
         inherits = ollama_base is not None and not source.endswith(".gguf") and own is None

@@ -226,9 +226,11 @@ def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.D
     layouts: dict[str, Quantisation] = {}
     for tensor in import_weights(file.tensors, places, target, dtype):
         writer.add(tensor.parameters)
-        _count(conversion, tensor, len(file.tensors[tensor.source].shape) == 2 and target != "float")
+        place = places[tensor.source]
+        could_pack = len(file.tensors[tensor.source].shape) > 1 and target != "float" and not place.exact
+        _count(conversion, tensor, could_pack)
         if tensor.form is not None:
-            layouts[places[tensor.source].name.removesuffix(".weight")] = tensor.form
+            layouts |= dict.fromkeys(place.layers, tensor.form)
     conversion.size_bytes = writer.close()
     config |= quantisation_entries(layouts)
     config["torch_dtype"] = str(dtype).removeprefix("mlx.core.")

@@ -3,12 +3,14 @@
 MLX keeps a quantised (out, in) weight as w = scale * q + bias over groups of the last axis:
     weight (out, in * bits / 32) uint32, q packed as one little-endian stream of bits
     scales, biases (out, in / group)
-Six ggml types are such a form already, in groups of 32:
+These ggml types are such a form already, in groups of 32:
     Q4_0 Q5_0 Q8_0      d * (q - 2^(bits-1))        scale = d,       bias = -2^(bits-1) * d
     Q4_1 Q5_1           d * q + m                   scale = d,       bias = m
     Q4_K Q5_K           d * sc * q - dmin * mn      scale = d * sc,  bias = -dmin * mn
+    MXFP4            2^(e - 127) * code, a microscaling form that MLX has too, scale e and code for code
 Their codes carry over unchanged. Scales and biases are exact in float32 (the two K products are rounded
 once, as ggml itself rounds them); a 16-bit dtype rounds them once more.
+A 3-axis tensor of experts is the same, expert by expert.
 Q6_K, Q3_K, Q2_K and the IQ types have 16-wide groups or code books: they are requantised at 8 bits.
 """
 
@@ -24,26 +26,29 @@ from mlx_lora.sources.gguf import GGUFTensor
 
 GROUP = 32
 _BITS = {Kind.Q4_0: 4, Kind.Q4_1: 4, Kind.Q4_K: 4, Kind.Q5_0: 5, Kind.Q5_1: 5, Kind.Q5_K: 5, Kind.Q8_0: 8}
-LOSSLESS = frozenset(_BITS)
+LOSSLESS = frozenset((*_BITS, Kind.MXFP4))
+MXFP4 = Quantisation(4, GROUP, "mxfp4")
 FLOAT = frozenset({Kind.F32, Kind.F16, Kind.BF16, Kind.F64})
 _CHUNK_BYTES = 1 << 25  # packed bytes unpacked at a time: temporaries stay at a few hundred MB
 
 
 def block_form(kind: Kind) -> Quantisation:
     """Return MLX's form of a type in LOSSLESS."""
-    return Quantisation(_BITS[kind], GROUP)
+    return MXFP4 if kind is Kind.MXFP4 else Quantisation(_BITS[kind], GROUP)
 
 
 def carry_blocks(tensor: GGUFTensor, dtype: mx.Dtype) -> PackedWeight:
     """Repack a tensor of a type in LOSSLESS without touching its codes.
 
     Args:
-        tensor: (out, in).
-        dtype: of scales and biases.
+        tensor: (out, in), of experts (E, out, in).
+        dtype: of scales and biases; MXFP4's scales are exponents and stay bytes.
 
     Returns:
         The same values, group 32.
     """
+    if tensor.type is Kind.MXFP4:
+        return _carry_mxfp4(tensor)
     bits, (n_rows, row_bytes) = _BITS[tensor.type], tensor.data.shape
     width = tensor.shape[-1]
     packed = np.empty((n_rows, width * bits // 32), np.uint32)
@@ -55,8 +60,39 @@ def carry_blocks(tensor: GGUFTensor, dtype: mx.Dtype) -> PackedWeight:
         codes, scale, bias = _unpack(tensor.type, tensor.data[rows])
         packed[rows] = pack_codes(codes.reshape(len(codes), width), bits)
         scales[rows], biases[rows] = scale, bias
-    arrays = [mx.array(packed), mx.array(scales).astype(dtype), mx.array(biases).astype(dtype)]
-    return PackedWeight(arrays, Quantisation(bits, GROUP))
+    shaped = [mx.array(array.reshape(*tensor.shape[:-1], -1)) for array in (packed, scales, biases)]
+    return PackedWeight([shaped[0], *(array.astype(dtype) for array in shaped[1:])], Quantisation(bits, GROUP))
+
+
+_MXFP4_BYTES = 17  # e1 qs16: code i in the low half of byte i, code 16 + i in the high half
+
+
+def _carry_mxfp4(tensor: GGUFTensor) -> PackedWeight:
+    """Repack MXFP4: ggml's codes of a block lie 16 apart in a byte, MLX's are neighbours."""
+    blocks = tensor.data.reshape(-1, _MXFP4_BYTES)
+    packed = np.empty((len(blocks), GROUP // 8), np.uint32)
+    step = _CHUNK_BYTES // _MXFP4_BYTES
+    for start in range(0, len(blocks), step):
+        quarters = blocks[start : start + step, 1:]
+        packed[start : start + step] = pack_codes(np.concatenate([quarters & 15, quarters >> 4], axis=1), 4)
+    arrays = [packed, np.ascontiguousarray(blocks[:, 0])]
+    return PackedWeight([mx.array(array.reshape(*tensor.shape[:-1], -1)) for array in arrays], MXFP4)
+
+
+def mxfp4_blocks(packed: PackedWeight) -> np.ndarray:
+    """Return a weight of MLX's mxfp4 as ggml's blocks, bit for bit: the way back of `carry_blocks`.
+
+    Args:
+        packed: (..., in) in groups of 32.
+
+    Returns:
+        (..., in / 32 * 17) uint8.
+    """
+    weight, scales = (np.array(array) for array in packed.arrays)
+    pairs = weight.reshape(-1, GROUP // 8).view(np.uint8)  # (blocks, 16), code 2 i in the low half of byte i
+    codes = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(-1, GROUP)
+    blocks = np.concatenate([scales.reshape(-1, 1), codes[:, :16] | codes[:, 16:] << 4], axis=1)
+    return blocks.reshape(*scales.shape[:-1], -1)
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:

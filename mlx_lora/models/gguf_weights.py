@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_lora.errors import InputError
-from mlx_lora.models.gguf_arch import Weight, undo_rope_order
-from mlx_lora.models.gguf_blocks import FLOAT, LOSSLESS, block_form, carry_blocks
+from mlx_lora.models.gguf_blocks import FLOAT, GROUP, LOSSLESS, block_form, carry_blocks
+from mlx_lora.models.gguf_places import Weight
 from mlx_lora.models.quantize import PackedWeight, Quantisation, quantise_weight, relative_error
 from mlx_lora.sources.gguf import GGUFTensor
 
@@ -62,34 +62,62 @@ def import_weights(
 
 def _import_tensor(tensor: GGUFTensor, place: Weight, target: Target, dtype: mx.Dtype) -> Imported:
     n_values = int(np.prod(tensor.shape))
-    if len(tensor.shape) == 2 and target == "carry" and tensor.type in LOSSLESS:
-        packed = carry_blocks(_reordered(tensor, place), dtype)
+    if target == "carry" and _carries(tensor, place):
+        packed = _carried(tensor, place, dtype)
         _check_range(tensor, packed.arrays[1:])
-        parameters = packed.parameters(place.name.removesuffix(".weight"))
+        parameters = _split_packed(packed, place)
         return Imported(tensor.name, tensor.type.name, parameters, n_values, packed.form, lossless=True)
     values = _float_values(tensor, place)
-    form = _form_for(tensor, target)
+    form = _form_for(tensor, place, target)
     if form is None:
-        kept = values.astype(dtype)
+        kept = values if place.values != "plain" else values.astype(dtype)  # what mlx-lm too keeps in float32
         _check_range(tensor, [kept])
-        return Imported(tensor.name, tensor.type.name, {place.name: kept}, n_values, None, lossless=True)
+        parts = [kept] if not place.then else mx.split(kept, len(place.names), axis=-2)
+        parameters = dict(zip(place.names, parts, strict=True))
+        return Imported(tensor.name, tensor.type.name, parameters, n_values, None, lossless=True)
     packed = _cast_scales(quantise_weight(values, form), dtype)
     _check_range(tensor, packed.arrays[1:])
     error = relative_error(packed.dequantise(), values)
-    parameters = packed.parameters(place.name.removesuffix(".weight"))
+    parameters = _split_packed(packed, place)
     return Imported(tensor.name, tensor.type.name, parameters, n_values, form, lossless=False, error=error)
 
 
-def carried_form(tensor: GGUFTensor) -> Quantisation | None:
+def _split_packed(packed: PackedWeight, place: Weight) -> dict[str, mx.array]:
+    """Return a packed weight's arrays under its parameters' names; joined ones are cut by rows."""
+    pieces = [mx.split(array, len(place.names), axis=-2) for array in packed.arrays]
+    return {
+        name: array
+        for i, layer in enumerate(place.layers)
+        for name, array in PackedWeight([piece[i] for piece in pieces], packed.form).parameters(layer).items()
+    }
+
+
+def _carries(tensor: GGUFTensor, place: Weight) -> bool:
+    """Tell whether a tensor's blocks stay as they are, up to moving them."""
+    movable = place.columns is None or place.columns.in_groups(GROUP) is not None
+    return len(tensor.shape) in (2, 3) and tensor.type in LOSSLESS and not place.exact and movable
+
+
+def _carried(tensor: GGUFTensor, place: Weight, dtype: mx.Dtype) -> PackedWeight:
+    packed = carry_blocks(_reordered(tensor, place), dtype)
+    if place.columns is None:
+        return packed
+    order = place.columns.in_groups(GROUP)
+    n_groups = tensor.shape[-1] // GROUP
+    index = mx.array(order.from_file(n_groups))
+    groups = [array.reshape(*array.shape[:-1], n_groups, -1) for array in packed.arrays]
+    moved = [mx.flatten(mx.take(array, index, axis=-2), -2) for array in groups]
+    return PackedWeight(moved, packed.form)
+
+
+def carried_form(tensor: GGUFTensor, place: Weight) -> Quantisation | None:
     """Return how a tensor is packed when GGUF's blocks are carried over; None: it is float. Reads no weight."""
-    if len(tensor.shape) == 2 and tensor.type in LOSSLESS:
-        return block_form(tensor.type)
-    return _form_for(tensor, "carry")
+    return block_form(tensor.type) if _carries(tensor, place) else _form_for(tensor, place, "carry")
 
 
-def _form_for(tensor: GGUFTensor, target: Target) -> Quantisation | None:
+def _form_for(tensor: GGUFTensor, place: Weight, target: Target) -> Quantisation | None:
     """Choose how a tensor that is not carried over is packed; None: kept as float."""
-    if len(tensor.shape) != 2 or target == "float":
+    if len(tensor.shape) not in (2, 3) or target == "float" or place.exact:
         return None
     width = tensor.shape[-1]
     if isinstance(target, Quantisation):
@@ -101,22 +129,19 @@ def _form_for(tensor: GGUFTensor, target: Target) -> Quantisation | None:
 
 
 def _reordered(tensor: GGUFTensor, place: Weight) -> GGUFTensor:
-    """Undo the RoPE permutation on the packed rows: bytes move, nothing is rounded."""
-    if not place.rope_heads:
+    """Undo the order of packed rows: bytes move, nothing is rounded."""
+    if place.rows is None:
         return tensor
-    rows = undo_rope_order(tensor.data, place.rope_heads)
+    rows = tensor.data[place.rows.from_file(len(tensor.data))]
     return GGUFTensor(tensor.name, tensor.type, tensor.shape, rows)
 
 
 def _float_values(tensor: GGUFTensor, place: Weight) -> mx.array:
     """Return the tensor's values in mlx-lm's order and convention, float32."""
-    if len(tensor.shape) == 2:
-        tensor = _reordered(tensor, place)
-        if tensor.type in LOSSLESS:
-            return carry_blocks(tensor, mx.float32).dequantise()  # same values as ggml's, much faster
-        return mx.array(tensor.dequantise())
-    values = tensor.dequantise() - np.float32(place.offset)
-    return mx.array(undo_rope_order(values, place.rope_heads) if place.rope_heads else values)
+    if _carries(tensor, place):  # same values as ggml's, much faster; MXFP4's come as bfloat16, which holds them
+        return _carried(tensor, place, mx.float32).dequantise().astype(mx.float32)
+    with np.errstate(invalid="ignore", divide="ignore"):  # what is not finite is refused by name
+        return mx.array(np.ascontiguousarray(place.from_file(tensor.dequantise())))
 
 
 def _cast_scales(packed: PackedWeight, dtype: mx.Dtype) -> PackedWeight:
@@ -150,11 +175,14 @@ def check_shapes(
     Raises:
         InputError: naming the tensors that differ.
     """
-    wrong = [
-        f"{name} is {tensors[name].shape}, the model needs {tuple(expected.get(place.name, ()))}"
-        for name, place in places.items()
-        if tuple(expected.get(place.name, ())) != tensors[name].shape
-    ]
+    wrong = []
+    for name, place in places.items():
+        ours = [tuple(expected.get(part, ())) for part in place.names]
+        wanted = place.file_shape(ours[0]) if ours[0] else ()
+        if place.then and all(shape == ours[0] for shape in ours) and len(wanted) > 1:
+            wanted = (*wanted[:-2], len(ours) * wanted[-2], wanted[-1])
+        if wanted != tensors[name].shape:
+            wrong.append(f"{name} is {tensors[name].shape}, the model needs {wanted}")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise InputError(f"{path}: {'; '.join(wrong[:3])}{more}; its metadata and tensors disagree, download it again")

@@ -157,7 +157,8 @@ def _of_gguf(path: Path, dtype: mx.Dtype) -> Outline:
     file = read_gguf(path)
     config = model_config(file)
     places = weight_map(file, config)
-    forms = {name: carried_form(file.tensors[name]) for name in places}
-    layouts = {places[name].name.removesuffix(".weight"): form for name, form in forms.items() if form is not None}
-    names = frozenset(place.name for place in places.values()) | {f"{layer}.scales" for layer in layouts}
+    forms = {name: carried_form(file.tensors[name], place) for name, place in places.items()}
+    layouts = {layer: form for name, form in forms.items() if form is not None for layer in places[name].layers}
+    names = frozenset(name for place in places.values() for name in place.names)
+    names |= {f"{layer}.scales" for layer in layouts}
     return outline_of_config({**config, **quantisation_entries(layouts)}, dtype, names)

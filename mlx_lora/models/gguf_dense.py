@@ -1,0 +1,203 @@
+"""GGUF's llama, qwen2, qwen3, gemma3 and phi3: blocks of attention and one feed-forward layer.
+
+llama.cpp's converter changes two things that are undone here:
+    llama   rows of q and k are permuted within each head, from [half, pair] to [pair, half] order
+    gemma3  norm weights carry +1, where mlx-lm's norms multiply by (1 + w)
+Phi-3's joined q, k, v and joined gate, up stay joined in both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_lora.models.gguf_family import (
+    ATTENTION,
+    ATTENTION_BIASES,
+    HEAD_NORMS,
+    MLP,
+    POST_NORM,
+    QKV_BIASES,
+    Block,
+    Family,
+    Written,
+    plain,
+)
+from mlx_lora.models.gguf_keys import Settings, feed_forward, same_key_heads, whole_heads_rotate
+from mlx_lora.models.gguf_places import Weight, rope_order
+from mlx_lora.models.gguf_scaling import (
+    LONG_FACTORS,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    kind_of,
+    llama3_factors,
+    read_llama3_scaling,
+    read_longrope,
+    read_scaling,
+    write_longrope,
+    write_scaling,
+)
+
+Config = dict[str, Any]
+
+
+def dense_fields(settings: Settings, config: Config) -> Config:
+    """Read what these architectures share: one width, one number of key heads, RoPE over whole heads."""
+    if settings.has("expert_count"):
+        settings.problems.append(
+            f"{settings.architecture}.expert_count: of this architecture mixtures of experts are not read from GGUF"
+        )
+    whole_heads_rotate(settings, config)
+    same_key_heads(settings, config)
+    return feed_forward(settings)
+
+
+def _llama_block(config: Config, layer: int) -> Block:
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    names = ATTENTION | POST_NORM | MLP | (ATTENTION_BIASES if config.get("attention_bias") else {})
+    orders = {kind: rope_order(count) for kind, count in heads.items()}
+    return {tensor: Weight(name, rows=orders.get(tensor.split(".")[0])) for tensor, name in names.items()}
+
+
+def _llama_fields(settings: Settings, config: Config) -> Config:
+    fields: Config = dense_fields(settings, config) | {"rope_traditional": False, "mlp_bias": False}
+    fields["attention_bias"] = "blk.0.attn_q.bias" in settings.file.tensors
+    if settings.has("attention.sliding_window"):
+        fields["sliding_window"] = settings.count("attention.sliding_window")
+    return fields | read_scaling(settings) | read_llama3_scaling(settings, config)
+
+
+def _llama_settings(args: Config, problems: list[str]) -> Written:
+    settings = _window(args, problems)
+    if kind_of(args) == "llama3":
+        return settings, llama3_factors(args, problems)
+    return settings | write_scaling(args, problems), {}
+
+
+def _qwen_settings(args: Config, problems: list[str]) -> Written:
+    return _window(args, problems) | write_scaling(args, problems), {}
+
+
+def _window(args: Config, problems: list[str]) -> Config:
+    """Return the window that mlx-lm's llama carries without using it; one it does use is a problem."""
+    if "sliding_attention" in (args.get("layer_types") or ()):
+        problems.append("sliding attention in some layers")
+    if args.get("rope_traditional"):
+        problems.append("rope_traditional")
+    return {"attention.sliding_window": args["sliding_window"]} if args.get("sliding_window") else {}
+
+
+def _qwen2_fields(settings: Settings, config: Config) -> Config:
+    if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
+        settings.problems.append(f"{settings.architecture} heads of {config['head_dim']} do not make up the width")
+    return dense_fields(settings, config) | read_scaling(settings) | {"rope_traditional": False}
+
+
+def _qwen3_fields(settings: Settings, config: Config) -> Config:
+    return dense_fields(settings, config) | read_scaling(settings)
+
+
+GEMMA_NORMS = {
+    "post_attention_norm.weight": "post_attention_layernorm.weight",
+    "ffn_norm.weight": "pre_feedforward_layernorm.weight",
+    "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
+}
+
+
+def _gemma3_fields(settings: Settings, config: Config) -> Config:
+    return {
+        **dense_fields(settings, config),
+        **read_scaling(settings),
+        "query_pre_attn_scalar": gemma3_attention_scalar(config),
+        "sliding_window": settings.count("attention.sliding_window"),
+        "sliding_window_pattern": settings.count("attention.sliding_window_pattern", 6),
+        "rope_local_base_freq": settings.number("rope.freq_base_swa", 10000.0),
+        "hidden_activation": "gelu_pytorch_tanh",
+    }
+
+
+def _gemma3_settings(args: Config, problems: list[str]) -> Written:
+    wanted = gemma3_attention_scalar(args)
+    if args["query_pre_attn_scalar"] != wanted:
+        problems.append(f"query_pre_attn_scalar {args['query_pre_attn_scalar']:g}, not {wanted:g}")
+    settings = {
+        "attention.sliding_window": args["sliding_window"],
+        "attention.sliding_window_pattern": args["sliding_window_pattern"],
+        "rope.freq_base_swa": float(args["rope_local_base_freq"]),
+    }
+    return settings | write_scaling(args, problems), {}
+
+
+def gemma3_attention_scalar(config: Config) -> float:
+    """Return what attention is scaled by (its square root): llama.cpp derives it from the size class."""
+    if config["num_hidden_layers"] == 62:  # only the 27B scales by width per head
+        return config["hidden_size"] / config["num_attention_heads"]
+    return config["head_dim"]
+
+
+_PHI3_BLOCK = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_qkv.weight": "self_attn.qkv_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    **POST_NORM,
+    "ffn_up.weight": "mlp.gate_up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
+
+
+def _phi3_fields(settings: Settings, config: Config) -> Config:
+    if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
+        settings.problems.append(f"{settings.architecture} heads of {config['head_dim']} do not make up the width")
+    same_key_heads(settings, config)
+    turned = settings.count("rope.dimension_count", config["head_dim"])
+    window = settings.count("attention.sliding_window", 0, zero=True)
+    return {
+        **feed_forward(settings),
+        **read_longrope(settings, config),
+        "partial_rotary_factor": turned / config["head_dim"],
+        "sliding_window": window or None,  # neither mlx-lm nor llama.cpp uses it
+        "rope_traditional": False,
+        # Their defaults in transformers are ids of Phi-3's own vocabulary, which a smaller one does not have.
+        "pad_token_id": settings.file.metadata.get("tokenizer.ggml.padding_token_id"),
+    }
+
+
+def _phi3_settings(args: Config, problems: list[str]) -> Written:
+    if args["rope_traditional"]:
+        problems.append("rope_traditional")
+    settings, factors = write_longrope(args, problems)
+    turned = int(args["head_dim"] * args["partial_rotary_factor"])
+    return settings | {"rope.dimension_count": turned, "attention.sliding_window": 0}, factors
+
+
+LLAMA = Family("llama", "LlamaForCausalLM", _llama_block, _llama_fields, _llama_settings, absorbed=(ROPE_FACTORS,),
+               also=("mistral",))  # fmt: skip
+QWEN2 = Family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    lambda config, layer: plain(ATTENTION | POST_NORM | MLP | QKV_BIASES),
+    _qwen2_fields,
+    _qwen_settings,
+)
+QWEN3 = Family(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    lambda config, layer: plain(ATTENTION | POST_NORM | MLP | HEAD_NORMS),
+    _qwen3_fields,
+    _qwen_settings,
+)
+GEMMA3 = Family(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    lambda config, layer: plain(ATTENTION | MLP | HEAD_NORMS | GEMMA_NORMS),
+    _gemma3_fields,
+    _gemma3_settings,
+    norm_offset=1.0,
+)
+PHI3 = Family(
+    "phi3",
+    "Phi3ForCausalLM",
+    lambda config, layer: plain(_PHI3_BLOCK),
+    _phi3_fields,
+    _phi3_settings,
+    absorbed=(SHORT_FACTORS, LONG_FACTORS),
+)

@@ -1,0 +1,82 @@
+"""What the table of GGUF architectures has a row of: a family's tensors and settings, in both directions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlx_lora.models.gguf_keys import Settings
+from mlx_lora.models.gguf_places import Weight
+
+Block = dict[str, Weight]
+Written = tuple[dict[str, Any], dict[str, np.ndarray]]
+
+TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+ATTENTION = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+}
+MLP = {
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
+POST_NORM = {"ffn_norm.weight": "post_attention_layernorm.weight"}
+HEAD_NORMS = {
+    "attn_q_norm.weight": "self_attn.q_norm.weight",
+    "attn_k_norm.weight": "self_attn.k_norm.weight",
+}
+QKV_BIASES = {
+    "attn_q.bias": "self_attn.q_proj.bias",
+    "attn_k.bias": "self_attn.k_proj.bias",
+    "attn_v.bias": "self_attn.v_proj.bias",
+}
+ATTENTION_BIASES = {**QKV_BIASES, "attn_output.bias": "self_attn.o_proj.bias"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table.
+
+    Attributes:
+        model_type: mlx-lm's.
+        model_class: transformers' class, which tells llama.cpp's converter and others what the folder holds.
+        block: (config, layer) -> the block's tensors, without `blk.N.`, to mlx-lm's parameters within the block.
+        fields: (settings, config so far) -> config fields beyond the shared ones.
+        settings: (model's arguments, problems) -> GGUF settings beyond, or instead of, the shared ones, and tensors
+            that stand for settings.
+        top: tensors outside of blocks, to mlx-lm's parameters.
+        prefix: of all of mlx-lm's names.
+        norm_offset: what the file added to norm weights.
+        absorbed: tensors that `fields` turned into config.
+        spare: (config, tensor) -> whether it is one that a file may have and mlx-lm's model does without.
+        also: further model types that the same files stand for.
+    """
+
+    model_type: str
+    model_class: str
+    block: Callable[[dict[str, Any], int], Block]
+    fields: Callable[[Settings, dict[str, Any]], dict[str, Any]]
+    settings: Callable[[dict[str, Any], list[str]], Written]
+    top: dict[str, str] = dataclasses.field(default_factory=lambda: TOP)
+    prefix: str = ""
+    norm_offset: float = 0.0
+    absorbed: tuple[str, ...] = ()
+    spare: Callable[[dict[str, Any], str], bool] = lambda config, tensor: False
+    also: tuple[str, ...] = ()
+
+
+def plain(names: dict[str, str], **how: Any) -> Block:
+    """Return weights whose values the file holds as they are, or as `how` says for all of them."""
+    return {tensor: Weight(name, **how) for tensor, name in names.items()}
