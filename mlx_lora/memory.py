@@ -118,10 +118,10 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
         "adapter": masters + shape.frozen_adapter_bytes,
         "optimizer": moments * masters,
     }
-    kept, attention, most = _kept_by_blocks(shape, run, machine)
-    activations = {"activations": kept, "attention": attention, "gradients": masters * run.accumulates}
+    kept, most = _kept_by_blocks(shape, run, machine)
+    activations = {"activations": kept, "gradients": masters * run.accumulates}
     ahead = _backward_window(shape, run, machine)
-    one_block = max((block_numbers(block, run, machine) for block in shape.blocks), default=0) * run.positions * numbers
+    one_block = max((_kept(block, run, machine) for block in shape.blocks), default=0)
     again = 0 if run.checkpointing == "none" else most
     last_tile = 0 if shape.plain_loss else min(2 * machine.tile_bytes, 2 * SINGLE * run.places * shape.vocabulary)
     phases = {
@@ -136,6 +136,21 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
     peak = max(sums, key=sums.__getitem__)
     parts = {name: size for name, size in phases[peak].items() if size}
     return MemoryPlan(peak, parts, sums, min(machine.cache_bytes, budget // 16), budget)
+
+
+def _kept(block: Block, run: Run, machine: Machine) -> float:
+    """Return the bytes that a block keeps for the backward pass when nothing is repeated, attention's probabilities included."""
+    if block.memory is not None:
+        return block.memory.at(run.rows, run.width).kept
+    own = block_numbers(block, run, machine) * run.positions + probabilities(block, run, machine) * run.rows
+    return own * machine.number_bytes
+
+
+def _ends(block: Block, run: Run, machine: Machine) -> float:
+    """Return the bytes of a block's input and of attention's output."""
+    if block.memory is not None:
+        return block.memory.at(run.rows, run.width).ends
+    return (_width(block) + block.heads * block.head_width) * run.positions * machine.number_bytes
 
 
 def block_numbers(block: Block, run: Run, machine: Machine) -> float:
@@ -191,36 +206,38 @@ def probabilities(block: Block, run: Run, machine: Machine) -> float:
     return block.heads * run.width * run.width * (tiles + 1) / (2 * tiles)
 
 
-def _kept_by_blocks(shape: ModelShape, run: Run, machine: Machine) -> tuple[int, int, int]:
-    """Return the bytes that all blocks keep, of these attention's probabilities apart, and one repeated block's own."""
-    every, size = checkpoint_every(run.checkpointing), machine.number_bytes
-    kept, scores, most = 0.0, 0.0, 0.0
+def _kept_by_blocks(shape: ModelShape, run: Run, machine: Machine) -> tuple[int, int]:
+    """Return the bytes that all blocks keep, and the most that one repeated block makes again."""
+    every = checkpoint_every(run.checkpointing)
+    kept, most = 0.0, 0.0
     for index, block in enumerate(shape.blocks):
         if index < shape.first_trained:
             continue
-        everything = block_numbers(block, run, machine) * run.positions
+        everything = _kept(block, run, machine)
         if every is None or index % every:
             kept += everything
-            scores += probabilities(block, run, machine) * run.rows
             continue
-        # Its input, and attention's output; selective: every layer's output as well.
-        ends = _width(block) + block.heads * block.head_width
-        if run.checkpointing == "selective":  # the block's last product is not needed again
-            ends += sum(layer.outputs * layer.active for layer in block.layers) - _width(block)
-        kept += ends * run.positions
+        kept += _ends(block, run, machine)
+        if run.checkpointing == "selective":  # every layer's output too, but the last product is not needed again
+            products = sum(layer.outputs * layer.active for layer in block.layers) - _width(block)
+            kept += products * run.positions * machine.number_bytes
         most = max(most, everything)
-    return int(kept * size), int(scores * size), int(most * size)
+    return int(kept), int(most)
 
 
 def _backward_window(shape: ModelShape, run: Run, machine: Machine) -> int:
     """Return what a block's backward pass has allocated at a time, beside what the blocks have kept."""
-    size, most = machine.number_bytes, 0.0
-    for block in shape.blocks:
-        layers = BACKWARD_AHEAD * block.widths * run.positions * size
-        scores = ATTENTION_AHEAD * run.rows * block.heads * min(TILE_QUERIES, run.width) * run.width * size
-        packed = sum(layer.numbers for layer in block.layers if layer.packed and _dense_path(layer, machine))
-        most = max(most, layers + packed * size, scores)
-    return int(most)
+    return int(max((_window(block, run, machine) for block in shape.blocks), default=0))
+
+
+def _window(block: Block, run: Run, machine: Machine) -> float:
+    if block.memory is not None:
+        return block.memory.at(run.rows, run.width).window
+    size = machine.number_bytes
+    layers = BACKWARD_AHEAD * block.widths * run.positions * size
+    scores = ATTENTION_AHEAD * run.rows * block.heads * min(TILE_QUERIES, run.width) * run.width * size
+    packed = sum(layer.numbers for layer in block.layers if layer.packed and _dense_path(layer, machine))
+    return max(layers + packed * size, scores)
 
 
 def _dense_path(layer: Layer, machine: Machine) -> bool:

@@ -7,7 +7,8 @@ Shapes: T positions of a batch (rows x width), P trained positions, D model widt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
+from typing import Protocol
 
 GIB = 1 << 30
 
@@ -68,6 +69,46 @@ BRANCH_ENDS = frozenset(
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 
+class NotKnown(Exception):
+    """What a block takes cannot be told; the message says which block and why."""
+
+
+@dataclass(frozen=True)
+class BlockBytes:
+    """What one block takes for one batch.
+
+    Attributes:
+        kept: from its forward to its backward pass, when nothing is repeated.
+        window: of its backward pass at its peak, beside that.
+        ends: its input and attention's output: what a checkpointed block keeps.
+        nodes: operations of its graph.
+    """
+
+    kept: float
+    window: float
+    ends: float
+    nodes: float = 0
+
+    def plus(self, other: BlockBytes) -> BlockBytes:
+        """Add, field by field."""
+        return BlockBytes(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def times(self, factor: float) -> BlockBytes:
+        """Multiply each field."""
+        return BlockBytes(*(factor * a for a in astuple(self)))
+
+    def minus(self, other: BlockBytes) -> BlockBytes:
+        """Subtract, field by field; never below zero."""
+        return BlockBytes(*(max(0.0, a - b) for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+class BlockMemory(Protocol):
+    """Tells what a block takes for a batch."""
+
+    def at(self, rows: int, width: int) -> BlockBytes:
+        """Return it, or raise NotKnown."""
+
+
 @dataclass(frozen=True)
 class Block:
     """One block of the model.
@@ -78,6 +119,7 @@ class Block:
         heads, key_heads, head_width: of its attention; 0 heads for a block without one that we know.
         gated: `silu` (our lean kernel) or `other` (mlx's own operations).
         window: keys a query sees at the most; None for all before it.
+        memory: what it takes, read from its graph; None: counted from its matrices, as those of a llama.
     """
 
     layers: tuple[Layer, ...]
@@ -87,6 +129,7 @@ class Block:
     head_width: int = 0
     gated: str = "silu"
     window: int | None = None
+    memory: BlockMemory | None = field(default=None, compare=False)
 
     @property
     def widths(self) -> int:
@@ -111,6 +154,7 @@ class ModelShape:
         head_packed: whether the output head is quantised.
         plain_loss: whether the model's own logits are needed whole, for all positions.
         source_bytes: the weights as they are stored, where they are cast on loading; else 0.
+        not_known: kinds of blocks whose memory could not be read, each with the reason.
     """
 
     model_type: str
@@ -125,6 +169,7 @@ class ModelShape:
     head_packed: bool = False
     plain_loss: bool = False
     source_bytes: int = 0
+    not_known: tuple[str, ...] = ()
 
     @property
     def numbers(self) -> int:

@@ -19,9 +19,11 @@ from mlx_lora.config import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.errors import InputError
 from mlx_lora.memory import MemoryPlan, plan_memory
+from mlx_lora.models.matmul import use_measured_matmul
 from mlx_lora.models.outline import Outline, outline_of, with_quantisation
 from mlx_lora.models.quantize import choose_quantisation
 from mlx_lora.shape import Machine, ModelShape, Run
+from mlx_lora.training.block_memory import with_block_memory
 
 # Fastest first. Checkpointing changes no number of the run, fewer tokens a step do: it is tried before them.
 AUTO_MODES = ("none", "selective", "block")
@@ -142,6 +144,8 @@ def outlined_shape(outline: Outline, settings: TrainSettings) -> ModelShape:
     if adapter.method_name == "pissa":  # its start is computed from weights, which an outline does not have
         adapter = replace(adapter, method="lora", fine_tune_type=None)
     adapt_model(outline.model, adapter, settings.loop.seed)
+    if outline.is_quantised:
+        use_measured_matmul(outline.model, "dense")  # which takes more: what is faster here is not measured for a plan
     return adapted_shape(outline.model, outline.config, settings, outline.cast_bytes)
 
 
@@ -149,7 +153,8 @@ def adapted_shape(
     model: nn.Module, config: Mapping[str, Any], settings: TrainSettings, source_bytes: int = 0
 ) -> ModelShape:
     """Return the shape of an adapted model, with all that its method will hold in the course of the run."""
-    return model_shape(model, config, source_bytes, FROZEN_COPIES.get(settings.adapter.method_name, 0))
+    shape = model_shape(model, config, source_bytes, FROZEN_COPIES.get(settings.adapter.method_name, 0))
+    return with_block_memory(shape, model, dict(config))
 
 
 def quantised_shape(outline: Outline, settings: TrainSettings) -> ModelShape | None:

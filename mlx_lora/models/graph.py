@@ -1,0 +1,325 @@
+"""The graph of a function and its gradient, with the shape of every array, though nothing is computed.
+
+MLX builds graphs lazily and can list one (`mx.export_function`), but not the functions that bring a backward pass
+of their own (`mx.custom_function`). Each call of such a function is therefore cut out: what it returns becomes
+an input of the rest, and what its backward pass returns becomes a cotangent of the rest.
+
+    inputs -> rest -> p_1 | f_1 | o_1 -> rest -> p_2 | f_2 | o_2 -> rest -> outputs
+
+One gradient of the rest, with the o and the cotangents of the p as inputs, and every f and its backward pass are listed
+together; afterwards the cuts are joined again by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+Arrays = list[mx.array]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation.
+
+    Attributes:
+        name: MLX's, such as `Matmul`.
+        arguments: what it was made with, such as axes.
+        inputs, outputs: names of arrays.
+    """
+
+    name: str
+    arguments: list[Any]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ArrayInfo:
+    """An array that is not there: its shape, and the bytes of one of its numbers."""
+
+    shape: Shape
+    number_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its numbers."""
+        return math.prod(self.shape) * self.number_bytes
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A function and its gradient.
+
+    Attributes:
+        nodes: in an order in which they can be computed.
+        arrays: name -> shape and size, of inputs, constants and all that nodes make.
+        inputs: names of what is given from outside.
+        returned: names of what the function itself returns.
+        gradients: names of the gradients.
+    """
+
+    nodes: list[Node]
+    arrays: dict[str, ArrayInfo]
+    inputs: tuple[str, ...]
+    returned: tuple[str, ...]
+    gradients: tuple[str, ...]
+
+
+def gradient_graph(function: Callable[[Arrays, Arrays], Arrays], varied: Arrays, fixed: Arrays) -> Graph:
+    """Return the graph of `function(varied, fixed)` and of its gradient for `varied`.
+
+    Args:
+        function: returns float arrays; called several times with arrays that hold nothing.
+        varied: what is differentiated for; only shapes and dtypes are read.
+        fixed: all else that the function reads. An array that it takes from elsewhere joins the graph with all that
+            makes it.
+
+    Raises:
+        ValueError, RuntimeError: the function looks at numbers, or uses what MLX cannot list.
+    """
+    with _cutting() as cuts:
+        cuts.begin(None)
+        returned = function(varied, fixed)
+        made = [[_like(array) for array in call.outputs] for call in cuts.calls]
+        pulled = [[_like(array) for array in call.primals] for call in cuts.calls]
+        groups = [varied, fixed, [_like(array) for array in returned], _flat(made), _flat(pulled)]
+
+        def whole(*arrays: mx.array) -> Arrays:
+            varied, fixed, cotangents, made_, pulled_ = _parts(arrays, groups)
+            return _differentiated(function, varied, fixed, cotangents, _parts(made_, made), _parts(pulled_, pulled), cuts)
+
+        listing = _Listing()
+        mx.export_function(listing.add, whole, *_flat(groups))
+    cut = len(groups[0]) + len(groups[1]) + len(groups[2])
+    return _joined(listing, cut, len(returned), len(varied))
+
+
+@dataclass
+class _Call:
+    """One call of a custom function: the function with its backward pass, its inputs and outputs."""
+
+    function: _CustomFunction
+    primals: Arrays
+    outputs: Arrays
+    is_list: bool
+
+
+@dataclass
+class _Cuts:
+    """The calls of custom functions, in order, while a graph is listed."""
+
+    calls: list[_Call] = field(default_factory=list)
+    stand_ins: list[Arrays] | None = None
+    returns_list: list[bool] = field(default_factory=list)
+    inside: bool = False
+
+    def begin(self, stand_ins: list[Arrays] | None) -> None:
+        """Start a pass over the function; with what each call shall return in it, or None to call it."""
+        if self.stand_ins is None:
+            self.returns_list = [call.is_list for call in self.calls]
+        self.calls, self.stand_ins = [], stand_ins
+
+    def enter(self, function: _CustomFunction, primals: Sequence[Any]) -> Any:
+        """Take a call of a custom function; one inside another is plain operations."""
+        if self.inside:
+            return function.forward(*primals)
+        if self.stand_ins is None:
+            made = self.uncut(function.forward, *primals)
+            is_list = isinstance(made, (list, tuple))
+            outputs = list(made) if is_list else [made]
+        else:
+            outputs, is_list = self.stand_ins[len(self.calls)], self.returns_list[len(self.calls)]
+        self.calls.append(_Call(function, list(primals), outputs, is_list))
+        return _one_or_all(list(outputs), is_list)
+
+    def uncut(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a custom function's own parts."""
+        self.inside = True
+        try:
+            return function(*arguments)
+        finally:
+            self.inside = False
+
+
+class _CustomFunction:
+    """Stands in for `mx.custom_function` while a graph is listed."""
+
+    cuts: _Cuts
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward, self.backward = forward, forward
+
+    def vjp(self, backward: Callable[..., Any]) -> _CustomFunction:
+        """Take the backward pass, as mlx's decorator does."""
+        self.backward = backward
+        return self
+
+    def __call__(self, *primals: Any) -> Any:
+        return self.cuts.enter(self, primals)
+
+
+@contextmanager
+def _cutting() -> Iterator[_Cuts]:
+    """Exchange `mx.custom_function` for as long as a graph is listed; functions make theirs when they are called."""
+    cuts = _Cuts()
+    cut_function = type("_CutFunction", (_CustomFunction,), {"cuts": cuts})
+    theirs = {name: vars(mx)[name] for name in ("custom_function", "gather_mm")}
+    mx.custom_function = cut_function
+    mx.gather_mm = partial(_gather_mm, theirs["gather_mm"], cut_function)
+    try:
+        yield cuts
+    finally:
+        for name, own in theirs.items():
+            setattr(mx, name, own)
+
+
+def _gather_mm(
+    theirs: Callable[..., mx.array], cut_function: type[_CustomFunction], a: mx.array, b: mx.array, *indices: Any, **named: Any
+) -> mx.array:
+    """Multiply as `mx.gather_mm` does; its gradient for the matrices is an operation that MLX cannot list.
+
+    Here that gradient is an array of its shape which needs the same inputs: what memory is counted from.
+    """
+    product = cut_function(lambda a, b: theirs(a, b, *indices, **named))
+
+    def backward(primals: Arrays, cotangent: mx.array, _: mx.array) -> Arrays:
+        a, b = primals
+        d_a = theirs(cotangent, b.swapaxes(-1, -2), *indices, **named)
+        return [d_a.reshape(a.shape) if d_a.size == a.size else mx.depends(_like(a), d_a), mx.depends(_like(b), [a, cotangent])]
+
+    return product.vjp(backward)(a, b)
+
+
+def _differentiated(
+    function: Callable[[Arrays, Arrays], Arrays],
+    varied: Arrays,
+    fixed: Arrays,
+    cotangents: Arrays,
+    made: list[Arrays],
+    pulled: list[Arrays],
+    cuts: _Cuts,
+) -> Arrays:
+    """Return outputs, gradients, and for each cut what its function and its backward pass return."""
+
+    def rest(*arrays: mx.array) -> Arrays:
+        own, stand_ins = _parts(arrays, [varied, _flat(made)])
+        cuts.begin(_parts(stand_ins, made))
+        returned = function(own, fixed)
+        return [*returned, *_flat([call.primals for call in cuts.calls])]
+
+    outputs, gradients = mx.vjp(rest, [*varied, *_flat(made)], [*cotangents, *_flat(pulled)])
+    returned, primals = _parts(outputs, [cotangents, _flat(pulled)])
+    own, asked = _parts(gradients, [varied, _flat(made)])
+    forward: Arrays = []
+    backward: Arrays = []
+    calls = zip(cuts.calls, _parts(primals, pulled), _parts(asked, made), made, strict=True)
+    for call, inputs, d_outputs, outputs_ in calls:
+        again = cuts.uncut(call.function.forward, *inputs)
+        forward += list(again) if call.is_list else [again]
+        # mlx hands a single array over as itself, several as a list.
+        given = (_one_or_all(part, call.is_list) for part in (d_outputs, outputs_))
+        pulled_back = cuts.uncut(call.function.backward, inputs[0] if len(inputs) == 1 else inputs, *given)
+        backward += list(pulled_back) if isinstance(pulled_back, (list, tuple)) else [pulled_back]
+    return [*returned, *own, *forward, *backward]
+
+
+@dataclass
+class _Listing:
+    """What `mx.export_function` calls back with."""
+
+    arrays: dict[str, ArrayInfo] = field(default_factory=dict)
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+
+    def add(self, part: dict[str, Any]) -> None:
+        """Take one part of the listing."""
+        kind = part["type"]
+        if kind == "inputs":
+            self.inputs = [self._named(entry) for entry in part["inputs"]]
+        elif kind == "outputs":
+            self.outputs = [self._named(entry) for entry in part["outputs"]]
+        elif kind == "constants":
+            for name, array in part["constants"]:
+                self.arrays[name] = ArrayInfo(tuple(array.shape), array.dtype.size)
+        elif kind == "primitive":
+            ends = (tuple(map(self._named, part[side])) for side in ("inputs", "outputs"))
+            self.nodes.append(Node(part["name"], part["arguments"], *ends))
+
+    def _named(self, entry: tuple[str, Shape, mx.Dtype]) -> str:
+        name, shape, dtype = entry
+        self.arrays[name] = ArrayInfo(tuple(shape), dtype.size)
+        return name
+
+
+def _joined(listing: _Listing, first_cut: int, returned: int, varied: int) -> Graph:
+    """Join the cuts, leave out what nothing needs, and merge what is computed twice, as compiling does."""
+    real = returned + varied
+    names = dict(zip(listing.inputs[first_cut:], listing.outputs[real:], strict=True))
+
+    def name_of(array: str) -> str:
+        while array in names:
+            array = names[array]
+        return array
+
+    outputs = [name_of(array) for array in listing.outputs[:real]]
+    maker = {array: node for node in listing.nodes for array in node.outputs}
+    seen: dict[tuple, tuple[str, ...]] = {}
+    nodes: list[Node] = []
+    for node in _in_order(outputs, maker, name_of):
+        inputs = tuple(name_of(array) for array in node.inputs)
+        shapes = tuple(listing.arrays[array] for array in node.outputs)
+        key = (node.name, repr(node.arguments), inputs, shapes)
+        if key in seen and node.name != "RandomBits":
+            names.update((a, b) for a, b in zip(node.outputs, seen[key], strict=True) if a != b)
+            continue
+        seen[key] = node.outputs
+        nodes.append(Node(node.name, node.arguments, inputs, node.outputs))
+    outputs = [name_of(array) for array in outputs]
+    return Graph(
+        nodes, listing.arrays, tuple(listing.inputs[:first_cut]), tuple(outputs[:returned]), tuple(outputs[returned:])
+    )
+
+
+def _in_order(outputs: list[str], maker: dict[str, Node], name_of: Callable[[str], str]) -> Iterator[Node]:
+    """Yield the nodes that `outputs` need, inputs first."""
+    done: set[int] = set()
+    for output in outputs:
+        waiting = [maker[output]] if output in maker else []
+        while waiting:
+            node = waiting[-1]
+            before = [maker[name] for name in map(name_of, node.inputs) if name in maker and id(maker[name]) not in done]
+            if id(node) in done:
+                waiting.pop()
+            elif before:
+                waiting += before[::-1]
+            else:
+                done.add(id(waiting.pop()))
+                yield node
+
+
+def _like(array: mx.array) -> mx.array:
+    """Return an array of that shape and dtype, of which only these will be read."""
+    return mx.zeros(array.shape, array.dtype)
+
+
+def _one_or_all(arrays: Arrays, is_list: bool) -> Any:
+    return arrays if is_list else arrays[0]
+
+
+def _flat(groups: Sequence[Arrays]) -> Arrays:
+    return [array for group in groups for array in group]
+
+
+def _parts(arrays: Sequence[mx.array], like: Sequence[Sequence[Any]]) -> list[Arrays]:
+    """Cut a list into parts as long as those of `like`."""
+    rest = iter(arrays)
+    return [[next(rest) for _ in group] for group in like]

@@ -1,0 +1,277 @@
+"""What a graph holds in memory: which arrays get a buffer, what the backward pass needs of the forward pass, the peak.
+
+MLX's own rules, by array names alone:
+
+    views        reshape, transpose, slice, split ... share their input's buffer, where strides allow it
+    fusion       of a chain of elementwise operations that compiling makes one, only what others read is stored
+    donation     an elementwise result takes over the buffer of an input that nothing else reads
+    lag          MLX prepares operations ahead of those that run, and frees an input when the operation that read it
+                 last has run: up to `lag` operations later
+
+Sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mlx_lora.models.graph import Graph, Node, Shape
+
+UNARY = (
+    "Abs ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTanh AsType BitwiseInvert Ceil Conjugate Cos Cosh Erf ErfInv Exp Expm1 Floor "
+    "Log Log1p LogicalNot Negative Round Rsqrt Sigmoid Sign Sin Sinh Sqrt Square Tan Tanh"
+).split()
+SEVERAL = (
+    "Add ArcTan2 BitwiseBinary Divide Equal Greater GreaterEqual Less LessEqual LogAddExp LogicalAnd LogicalOr Maximum Minimum "
+    "Multiply NotEqual Power Remainder Select Subtract"
+).split()
+ELEMENTWISE = frozenset(UNARY + SEVERAL)
+RESHAPES = frozenset("Copy ExpandDims Flatten Reshape Squeeze StopGradient Unflatten".split())
+DONATES = ELEMENTWISE | {"Softmax", "SliceUpdate", "Scatter", "ScatterAxis"}
+PRODUCTS = frozenset("AddMM GatherMM Matmul".split())
+DEEPEST_FUSION = 11  # mlx's bound on a chain
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one differentiated function takes.
+
+    Attributes:
+        kept_bytes: made by the forward pass and read by the backward pass.
+        window_bytes: what the backward pass holds beyond that at its peak.
+    """
+
+    kept_bytes: int
+    window_bytes: int
+
+
+def count_memory(graph: Graph, lag: int) -> Kept:
+    """Count a graph's memory.
+
+    Args:
+        graph: a function with its gradient.
+        lag: see the module's docstring.
+    """
+    buffers = _Buffers(graph)
+    forward = _before(graph, graph.returned)
+    kept = {
+        buffers.of[name]
+        for number, node in enumerate(graph.nodes)
+        if number not in forward
+        for name in node.inputs
+        if buffers.maker.get(buffers.of[name], -1) in forward or buffers.of[name] in graph.inputs
+    }
+    kept_bytes = sum(buffers.size.get(name, 0) for name in kept)
+    start = max(forward, default=-1)
+    peak = max((live for number, live in _live(graph, buffers, lag) if number > start), default=kept_bytes)
+    return Kept(kept_bytes, max(0, peak - kept_bytes))
+
+
+def _before(graph: Graph, names: tuple[str, ...]) -> set[int]:
+    """Return the numbers of the nodes that some arrays come from."""
+    needed, found = set(names), set()
+    for number in reversed(range(len(graph.nodes))):
+        node = graph.nodes[number]
+        if not needed.isdisjoint(node.outputs):
+            found.add(number)
+            needed.update(node.inputs)
+    return found
+
+
+class _Buffers:
+    """Which buffer each array lies in.
+
+    Attributes:
+        of: array -> the array whose buffer it shares (itself for most).
+        size: buffer -> bytes; inputs and constants have none, they are there anyway.
+        maker: buffer -> number of the node that makes it.
+        copied: node -> bytes of inputs that it has to copy first.
+        last_reader: buffer -> number of the last node that reads it.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.arrays = graph.arrays
+        self.of = {name: name for name in graph.arrays}
+        self.strides = {name: _row_strides(info.shape) for name, info in graph.arrays.items()}
+        self.size: dict[str, int] = {}
+        self.maker: dict[str, int] = {}
+        self.copied: dict[int, int] = defaultdict(int)
+        self.last_reader: dict[str, int] = {}
+        inner = _fused_away(graph)
+        for number, node in enumerate(graph.nodes):
+            for index, name in enumerate(node.outputs):
+                view = self._view(node, index)
+                if view is None:
+                    self.size[name], self.maker[name] = (0 if name in inner else self.arrays[name].nbytes), number
+                else:
+                    self.of[name], self.strides[name] = self.of[view[0]], view[1]
+            if node.name in PRODUCTS:
+                self.copied[number] = sum(self.arrays[a].nbytes for a in node.inputs[:2] if not self._multiplies(a))
+            for name in (*node.inputs, *node.outputs):
+                self.last_reader[self.of[name]] = number
+        for name in (*graph.returned, *graph.gradients):
+            self.last_reader[self.of[name]] = len(graph.nodes)
+
+    def _view(self, node: Node, index: int) -> tuple[str, Shape] | None:
+        """Return whose buffer an output shares, and its strides; None for a buffer of its own."""
+        if not node.inputs:
+            return None
+        source, shape = node.inputs[0], self.arrays[node.outputs[index]].shape
+        if node.name == "Depends":
+            source = node.inputs[index]
+            return source, self.strides[source]
+        strides = self.strides[source]
+        if node.name in RESHAPES:
+            strides = _reshaped(self.arrays[source].shape, strides, shape)
+            return None if strides is None else (source, strides)
+        if node.name == "Transpose":
+            return source, tuple(strides[axis] for axis in node.arguments[0])
+        if node.name in ("Broadcast", "BroadcastAxes"):
+            missing = len(shape) - len(strides)
+            before = (1,) * missing + self.arrays[source].shape
+            padded = (0,) * missing + strides
+            return source, tuple(s if a == b else 0 for a, b, s in zip(before, shape, padded, strict=True))
+        if node.name == "Slice":
+            return source, tuple(a * b for a, b in zip(strides, node.arguments[2], strict=True))
+        if node.name == "Split":
+            return source, strides
+        return None
+
+    def _multiplies(self, name: str) -> bool:
+        """Whether a product can read a matrix as it lies."""
+        shape, strides = self.arrays[name].shape, self.strides[name]
+        return len(shape) < 2 or strides[-2:] in ((shape[-1], 1), (1, shape[-2]))
+
+
+def _fused_away(graph: Graph) -> set[str]:
+    """Return the arrays that lie inside chains of elementwise operations and are never stored."""
+    maker = {name: number for number, node in enumerate(graph.nodes) for name in node.outputs}
+    readers: dict[str, list[int]] = defaultdict(list)
+    for number, node in enumerate(graph.nodes):
+        for name in node.inputs:
+            readers[name].append(number)
+    ends = {*graph.returned, *graph.gradients}
+    chain: dict[int, int] = {}
+    for last in reversed(range(len(graph.nodes))):
+        if last not in chain and graph.nodes[last].name in ELEMENTWISE:
+            for number in _chain(graph, last, maker, readers, ends, chain):
+                chain[number] = last
+    # What a broadcast in between reads belongs to the chain that reads the broadcast.
+    inner = set()
+    for number, own in chain.items():
+        name = graph.nodes[number].outputs[0]
+        into = [r for reader in readers[name] for r in _behind_broadcast(graph, reader, readers)]
+        if name not in ends and into and all(chain.get(reader) == own for reader in into):
+            inner.add(name)
+    return inner
+
+
+def _behind_broadcast(graph: Graph, reader: int, readers: dict[str, list[int]]) -> list[int]:
+    node = graph.nodes[reader]
+    return readers[node.outputs[0]] if node.name == "Broadcast" else [reader]
+
+
+def _chain(
+    graph: Graph,
+    last: int,
+    maker: dict[str, int],
+    readers: dict[str, list[int]],
+    ends: set[str],
+    taken: dict[int, int],
+) -> set[int]:
+    """Return the elementwise nodes that compiling makes one operation with node `last`."""
+    found: set[int] = set()
+    passed: set[int] = set()
+    waiting = [(last, 0)]
+    while waiting:
+        number, depth = waiting.pop()
+        node = graph.nodes[number]
+        is_broadcast = node.name == "Broadcast"
+        if number in taken or number in passed or depth >= DEEPEST_FUSION or not (is_broadcast or node.name in ELEMENTWISE):
+            continue
+        name = node.outputs[0]
+        if depth and not is_broadcast and (name in ends or not passed.issuperset(readers[name])):
+            continue
+        passed.add(number)
+        if not is_broadcast:
+            found.add(number)
+        waiting += [(maker[source], depth + 1) for source in node.inputs if source in maker]
+    return found
+
+
+def _live(graph: Graph, buffers: _Buffers, lag: int) -> Iterator[tuple[int, int]]:
+    """Yield each node's number and the bytes that are allocated while it is prepared."""
+    live, operations = 0, 0
+    waiting: list[tuple[int, int]] = []  # (operation whose end frees it, bytes)
+    readers_so_far: dict[str, int] = defaultdict(int)
+    donated: set[str] = set()
+    for number, node in enumerate(graph.nodes):
+        while waiting and waiting[0][0] + lag <= operations:
+            live -= heapq.heappop(waiting)[1]
+        made = [name for name in node.outputs if buffers.of[name] == name and buffers.size.get(name)]
+        for name in made:
+            given = _donor(node, name, number, buffers, readers_so_far)
+            if given is not None:
+                donated.add(given)
+                live -= buffers.size[given]
+            live += buffers.size[name]
+        if buffers.copied[number]:
+            live += buffers.copied[number]
+            heapq.heappush(waiting, (operations, buffers.copied[number]))
+        yield number, live
+        for buffer in {buffers.of[name] for name in (*node.inputs, *made)}:
+            readers_so_far[buffer] += buffer not in made
+            ends_here = buffers.last_reader[buffer] == number
+            if ends_here and buffer not in donated and buffers.size.get(buffer):
+                heapq.heappush(waiting, (operations, buffers.size[buffer]))
+        operations += bool(made)
+
+
+def _donor(node: Node, name: str, number: int, buffers: _Buffers, readers_so_far: dict[str, int]) -> str | None:
+    """Return the buffer that a result can take over from an input, if there is one."""
+    if node.name not in DONATES:
+        return None
+    for source in node.inputs:
+        buffer = buffers.of[source]
+        alone = buffers.last_reader[buffer] == number and not readers_so_far[buffer]
+        if alone and buffers.size.get(buffer) == buffers.size[name]:
+            return buffer
+    return None
+
+
+def _row_strides(shape: Shape) -> Shape:
+    """Return the strides of an array that lies row by row, in numbers."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def _reshaped(shape: Shape, strides: Shape, new: Shape) -> Shape | None:
+    """Return the strides with which an array can be seen in another shape, None where it must be copied."""
+    old = [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]
+    found = [0] * len(new)
+    axes = [axis for axis, size in enumerate(new) if size != 1]
+    if math.prod(shape) == 0:
+        return _row_strides(new)
+    while axes:
+        if not old:
+            return None
+        group, size = [old.pop(0)], new[axes[0]]
+        together = [axes.pop(0)]
+        total = group[0][0]
+        while total != size:
+            if total < size:
+                if not old or group[-1][1] != old[0][0] * old[0][1]:
+                    return None
+                group.append(old.pop(0))
+                total *= group[-1][0]
+            else:
+                together.append(axes.pop(0))
+                size *= new[together[-1]]
+        stride = group[-1][1]
+        for axis in reversed(together):
+            found[axis] = stride
+            stride *= new[axis]
+    return tuple(found)

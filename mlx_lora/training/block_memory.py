@@ -1,0 +1,224 @@
+"""What each block of a model keeps for the backward pass, read from the block's own graph.
+
+The planner knows no layer types: recurrent states, latent attention, windows, shared keys and experts are whatever the
+block's own operations say. A block is called once inside its model, to learn with what; then its gradient's graph is
+listed at a few widths (models/graph.py), and what lies between is interpolated. Nothing is computed.
+
+Shapes: B rows, T positions of a row, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_lora.models.attention import Tiles, tiled_attention
+from mlx_lora.models.folder import FOREIGN_ERRORS
+from mlx_lora.models.graph import gradient_graph
+from mlx_lora.models.head import Head, find_head
+from mlx_lora.models.kernels import training_kernels
+from mlx_lora.models.liveness import count_memory
+from mlx_lora.shape import BlockBytes, ModelShape, NotKnown
+
+# Where blocks are read. Between 512 and 640, rows stop keeping attention's probabilities; beyond the last, growth goes on as
+# it was at the end.
+WIDTHS = (32, 64, 128, 256, 512, 640, 1024, 2048, 4096)
+# A block that MLX runs a position at a time has a graph that grows with the row: it is read in short ones alone.
+LOOP_WIDTHS = (16, 32)
+LOOP_NODES = 1500
+# Operations that MLX prepares ahead of those that run: fitted to peaks measured on a CPU (docs/planner.md).
+LAG = 40
+
+
+@dataclass
+class TracedBlock:
+    """One kind of block, read at whatever widths the planner asks for.
+
+    Attributes:
+        call: width, rows -> the block's memory.
+    """
+
+    call: Callable[[int, int], BlockBytes]
+    _known: dict[tuple[int, int], BlockBytes] = field(default_factory=dict)
+
+    def at(self, rows: int, width: int) -> BlockBytes:
+        """Return what the block takes for a batch.
+
+        Args:
+            rows: B.
+            width: T.
+
+        Raises:
+            NotKnown: the block's graph cannot be read.
+        """
+        one = self._between(1, width)
+        if rows == 1:
+            return one
+        # What does not grow with the rows (dense copies of packed weights) is counted once.
+        further = self._between(2, width).minus(one)
+        return one.plus(further.times(rows - 1))
+
+    def _between(self, rows: int, width: int) -> BlockBytes:
+        """Interpolate bytes per position: exact for what grows with the width and with its square."""
+        widths = LOOP_WIDTHS if self._read(1, LOOP_WIDTHS[-1]).nodes > LOOP_NODES else WIDTHS
+        upper = min(max(bisect_left(widths, width), 1), len(widths) - 1)
+        low, high = widths[upper - 1], widths[upper]
+        first, last = self._read(rows, low), self._read(rows, high)
+        if width == low:
+            return first
+        share = (width - low) / (high - low)
+        per_position = first.times(1 / low).times(1 - share).plus(last.times(1 / high).times(share))
+        return per_position.times(width)
+
+    def _read(self, rows: int, width: int) -> BlockBytes:
+        if (rows, width) not in self._known:
+            self._known[rows, width] = self.call(rows, width)
+        return self._known[rows, width]
+
+
+def with_block_memory(shape: ModelShape, model: nn.Module, config: dict[str, Any]) -> ModelShape:
+    """Return the shape with every block's memory, as far as it can be read.
+
+    Args:
+        shape: of this model.
+        model: an mlx-lm model, adapters in place; its arrays may not be computed yet.
+        config: its config.json.
+    """
+    found, reasons = [], []
+    for block, traced in zip(shape.blocks, trace_blocks(model, config), strict=True):
+        try:
+            traced.at(1, WIDTHS[0])
+        except NotKnown as error:
+            reasons.append(str(error))
+            traced = None
+        found.append(replace(block, memory=traced))
+    return replace(shape, blocks=tuple(found), not_known=tuple(dict.fromkeys(reasons)))
+
+
+def trace_blocks(model: nn.Module, config: dict[str, Any]) -> list[TracedBlock]:
+    """Return what each block of an adapted model takes; blocks of a kind share one."""
+    head = find_head(model, config)
+    body = head.body if isinstance(head, Head) else model
+    calls = _Calls(body, model.layers)
+    kinds: dict[tuple, TracedBlock] = {}
+    return [
+        kinds.setdefault(_kind(block), TracedBlock(_reader(block, number, calls)))
+        for number, block in enumerate(model.layers)
+    ]
+
+
+def _kind(block: nn.Module) -> tuple:
+    """Return what makes two blocks of a model alike: types, shapes, and plain settings other than their number."""
+    parameters = tuple((name, p.shape, p.dtype) for name, p in tree_flatten(block.parameters()))
+    trained = tuple(name for name, _ in tree_flatten(block.trainable_parameters()))
+    settings = tuple(
+        (path, name, value)
+        for path, module in block.named_modules()
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, (bool, str)) or (isinstance(value, (int, float)) and "idx" not in name and "index" not in name)
+    )
+    return tuple(type(m) for m in block.modules()), parameters, trained, settings
+
+
+def _reader(block: nn.Module, number: int, calls: _Calls) -> Callable[[int, int], BlockBytes]:
+    def read(rows: int, width: int) -> BlockBytes:
+        try:
+            return _read_block(block, *calls.of(number, rows, width))
+        except FOREIGN_ERRORS as error:
+            raise NotKnown(f"{type(block).__name__}: {' '.join(str(error).split())[:120]}") from error
+
+    return read
+
+
+def _read_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockBytes:
+    """List a block's graph and count its memory."""
+    own = tree_flatten(block.parameters())
+    trained = [name for name, _ in tree_flatten(block.trainable_parameters())]
+    frozen = [name for name, _ in own if name not in set(trained)]
+    of = dict(own)
+    leaves = [leaf for _, leaf in tree_flatten((args, kwargs)) if isinstance(leaf, mx.array)]
+    floats = [leaf for leaf in leaves if _is_float(leaf)]
+    others = [leaf for leaf in leaves if not _is_float(leaf)]
+    attended: list[int] = []
+
+    def function(varied: list[mx.array], fixed: list[mx.array]) -> list[mx.array]:
+        values = zip(trained + frozen, varied[len(floats) :] + fixed[len(others) :], strict=True)
+        block.update(tree_unflatten(list(values)))
+        given = iter(varied[: len(floats)]), iter(fixed[: len(others)])
+        new_args, new_kwargs = tree_map(
+            lambda leaf: next(given[not _is_float(leaf)]) if isinstance(leaf, mx.array) else leaf, (args, kwargs)
+        )
+        attended.clear()
+        returned = tree_flatten([block(*new_args, **new_kwargs)])
+        return [leaf for _, leaf in returned if _is_float(leaf)]
+
+    def attend(q: mx.array, k: mx.array, v: mx.array, tiles: Tiles, sinks: mx.array | None = None) -> mx.array:
+        out = tiled_attention(q, k, v, tiles, sinks)
+        attended.append(out.nbytes)
+        return out
+
+    was_training = block.training
+    block.train()  # dropout, and whatever a model does differently in training
+    try:
+        with training_kernels(block, attend):
+            graph = gradient_graph(function, floats + [of[n] for n in trained], others + [of[n] for n in frozen])
+    finally:
+        block.train(was_training)
+        block.update(tree_unflatten(own))
+    counted = count_memory(graph, LAG)
+    inputs = sum(leaf.nbytes for leaf in floats[:1])
+    return BlockBytes(inputs + counted.kept_bytes, counted.window_bytes, inputs + sum(attended), len(graph.nodes))
+
+
+@dataclass
+class _Calls:
+    """With what a model calls its blocks, by batch shape; the arrays hold nothing."""
+
+    body: nn.Module
+    blocks: list[nn.Module]
+    _found: dict[tuple[int, int], dict[int, tuple[tuple, dict]]] = field(default_factory=dict)
+
+    def of(self, number: int, rows: int, width: int) -> tuple[tuple, dict]:
+        """Return block `number`'s arguments for a batch of token ids (rows, width)."""
+        if (rows, width) not in self._found:
+            with training_kernels(self.body), _recorded(self.blocks) as found:
+                self.body(mx.zeros((rows, width), mx.int32))
+            self._found[rows, width] = {
+                index: tree_map(lambda leaf: mx.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, mx.array) else leaf, call)
+                for index, call in found.items()
+            }
+        return self._found[rows, width][number]
+
+
+@contextmanager
+def _recorded(blocks: list[nn.Module]) -> Iterator[dict[int, tuple[tuple, dict]]]:
+    """Note what each block is called with."""
+    found: dict[int, tuple[tuple, dict]] = {}
+    types = [type(block) for block in blocks]
+    for number, block in enumerate(blocks):
+        block.__class__ = _recording(types[number], number, found)
+    try:
+        yield found
+    finally:
+        for block, own in zip(blocks, types, strict=True):
+            block.__class__ = own
+
+
+def _recording(base: type, number: int, found: dict[int, tuple[tuple, dict]]) -> type:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        found[number] = (args, kwargs)
+        return base.__call__(self, *args, **kwargs)
+
+    return type(f"Recorded{base.__name__}", (base,), {"__call__": call})
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
