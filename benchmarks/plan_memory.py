@@ -62,14 +62,14 @@ def flags_of(case: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def measure(case: dict[str, Any], iters: int) -> dict[str, Any]:
-    """Train for a few steps in a fresh process and return its last report."""
+def measure(case: dict[str, Any], iters: int, more: Sequence[str] = ()) -> dict[str, Any]:
+    """Train for a few steps in a fresh process, with further flags, and return its last report."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_text(folder / "text.txt")
         command = [sys.executable, "-m", "mlx_lora.train", *flags_of(case), "--data", str(folder / "text.txt")]
         command += ["--valid-fraction", "0", "--val-batches", "0", "--save-every", "0", "--steps-per-report", "1"]
-        command += ["--iters", str(iters), "--adapter-path", str(folder / "run")]
+        command += ["--iters", str(iters), "--adapter-path", str(folder / "run"), *more]
         run_child(command, folder / "log", timeout_s=TIMEOUT_S)
         lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     report = json.loads(lines[-1])
