@@ -66,7 +66,9 @@ def measure_all(args: argparse.Namespace) -> None:
 
 def table(cases: list[dict[str, Any]]) -> str:
     """Lay planned and measured peaks out as Markdown; the last line sums up."""
-    lines = ["| architecture | rows x length | checkpointing | decided by | planned MB | measured MB | planned / measured |"]
+    lines = [
+        "| architecture | rows x length | checkpointing | decided by | planned MB | measured MB | planned / measured |"
+    ]
     lines.append("|---|---|---|---|---|---|---|")
     ratios, unknown = [], []
     for case in cases:

@@ -106,6 +106,11 @@ def set_cache_limit(limit: str | None, budget_bytes: int | None = None) -> int:
     return bound
 
 
+def on_gpu() -> bool:
+    """Whether this is a GPU."""
+    return mx.default_device() != mx.Device(mx.cpu)
+
+
 def loss_tile_bytes() -> int:
     """Return the bytes that one tile of the fused loss's logits may take."""
     return current_machine().tile_bytes

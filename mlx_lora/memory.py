@@ -75,6 +75,7 @@ class MemoryPlan:
         phases: phase -> its own peak.
         cache_bytes: what MLX's buffer cache may hold beside the peak.
         budget_bytes: what the run may use.
+        not_known: kinds of blocks of which this is a rough count only, each with the reason.
     """
 
     phase: str
@@ -82,6 +83,7 @@ class MemoryPlan:
     phases: dict[str, int] = field(default_factory=dict)
     cache_bytes: int = 0
     budget_bytes: int = 0
+    not_known: tuple[str, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
@@ -108,7 +110,7 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
         machine: where it will run.
         budget_bytes: what it may use; default: the machine's working set.
     """
-    numbers, masters = machine.number_bytes, SINGLE * shape.trained
+    masters = SINGLE * shape.trained
     moments, copies, elementwise = OPTIMIZERS[run.optimizer]
     if not elementwise or shape.trained > FLAT_UP_TO:
         copies *= min(1.0, ARRAYS_AHEAD / max(1, shape.trained_arrays))
@@ -135,13 +137,13 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
     sums = {name: sum(parts.values()) for name, parts in phases.items()}
     peak = max(sums, key=sums.__getitem__)
     parts = {name: size for name, size in phases[peak].items() if size}
-    return MemoryPlan(peak, parts, sums, min(machine.cache_bytes, budget // 16), budget)
+    return MemoryPlan(peak, parts, sums, min(machine.cache_bytes, budget // 16), budget, shape.not_known)
 
 
 def _kept(block: Block, run: Run, machine: Machine) -> float:
     """Return the bytes that a block keeps for the backward pass when nothing is repeated, attention's probabilities included."""
     if block.memory is not None:
-        return block.memory.at(run.rows, run.width).kept
+        return block.memory.at(run.rows, run.width, machine.backend != "cpu").kept
     own = block_numbers(block, run, machine) * run.positions + probabilities(block, run, machine) * run.rows
     return own * machine.number_bytes
 
@@ -149,7 +151,7 @@ def _kept(block: Block, run: Run, machine: Machine) -> float:
 def _ends(block: Block, run: Run, machine: Machine) -> float:
     """Return the bytes of a block's input and of attention's output."""
     if block.memory is not None:
-        return block.memory.at(run.rows, run.width).ends
+        return block.memory.at(run.rows, run.width, machine.backend != "cpu").ends
     return (_width(block) + block.heads * block.head_width) * run.positions * machine.number_bytes
 
 
@@ -232,7 +234,7 @@ def _backward_window(shape: ModelShape, run: Run, machine: Machine) -> int:
 
 def _window(block: Block, run: Run, machine: Machine) -> float:
     if block.memory is not None:
-        return block.memory.at(run.rows, run.width).window
+        return block.memory.at(run.rows, run.width, machine.backend != "cpu").window
     size = machine.number_bytes
     layers = BACKWARD_AHEAD * block.widths * run.positions * size
     scores = ATTENTION_AHEAD * run.rows * block.heads * min(TILE_QUERIES, run.width) * run.width * size

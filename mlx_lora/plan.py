@@ -109,6 +109,7 @@ def plan(settings: TrainSettings, shape: ModelShape, machine: Machine, ceilings:
     }
     return {
         "fits": memory.fits,
+        "not_known": list(shape.not_known),
         "peak_bytes": memory.peak_bytes,
         "parts": memory.parts,
         "cache_bytes": memory.cache_bytes,
@@ -218,6 +219,8 @@ def render(result: dict[str, Any]) -> str:
     """Lay a plan out for the terminal."""
     machine, chosen, speed = result["machine"], result["settings"], result["predicted"]
     verdict = "fits" if result["fits"] else "does not fit"
+    if result["not_known"]:
+        verdict = f"nobody knows whether it fits; a rough count says that it {verdict}"
     lines = [
         f"{machine['name']}: {verdict}, {gigabytes(result['needed_bytes'])} of {gigabytes(result['budget_bytes'])}, "
         f"peak in phase {result['phase']}",
@@ -237,6 +240,7 @@ def render(result: dict[str, Any]) -> str:
         f"{speed['hours_per_million_tokens']:.2f} hours per million tokens"
         + (f", about {speed['hours']:.2f} hours for this run" if speed["hours"] is not None else ""),
     ]
+    lines += [f"Not known: what this model's blocks keep in memory ({reason})" for reason in result["not_known"]]
     return "\n".join([*lines, *([f"To fit: {result['advice']}"] if "advice" in result else [])])
 
 

@@ -105,7 +105,7 @@ class BlockBytes:
 class BlockMemory(Protocol):
     """Tells what a block takes for a batch."""
 
-    def at(self, rows: int, width: int) -> BlockBytes:
+    def at(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
         """Return it, or raise NotKnown."""
 
 

@@ -21,6 +21,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_lora import device
+
 Arrays = list[mx.array]
 Shape = tuple[int, ...]
 
@@ -94,7 +96,9 @@ def gradient_graph(function: Callable[[Arrays, Arrays], Arrays], varied: Arrays,
 
         def whole(*arrays: mx.array) -> Arrays:
             varied, fixed, cotangents, made_, pulled_ = _parts(arrays, groups)
-            return _differentiated(function, varied, fixed, cotangents, _parts(made_, made), _parts(pulled_, pulled), cuts)
+            return _differentiated(
+                function, varied, fixed, cotangents, _parts(made_, made), _parts(pulled_, pulled), cuts
+            )
 
         listing = _Listing()
         mx.export_function(listing.add, whole, *_flat(groups))
@@ -183,7 +187,12 @@ def _cutting() -> Iterator[_Cuts]:
 
 
 def _gather_mm(
-    theirs: Callable[..., mx.array], cut_function: type[_CustomFunction], a: mx.array, b: mx.array, *indices: Any, **named: Any
+    theirs: Callable[..., mx.array],
+    cut_function: type[_CustomFunction],
+    a: mx.array,
+    b: mx.array,
+    *indices: Any,
+    **named: Any,
 ) -> mx.array:
     """Multiply as `mx.gather_mm` does; its gradient for the matrices is an operation that MLX cannot list.
 
@@ -194,9 +203,55 @@ def _gather_mm(
     def backward(primals: Arrays, cotangent: mx.array, _: mx.array) -> Arrays:
         a, b = primals
         d_a = theirs(cotangent, b.swapaxes(-1, -2), *indices, **named)
-        return [d_a.reshape(a.shape) if d_a.size == a.size else mx.depends(_like(a), d_a), mx.depends(_like(b), [a, cotangent])]
+        return [d_a.reshape(a.shape) if d_a.size == a.size else _kernel(a, d_a), _kernel(b, a, cotangent)]
 
     return product.vjp(backward)(a, b)
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """List graphs on a CPU as a GPU would have them: single kernels there are many operations on a CPU."""
+    keep, dequantize, norm, rotate = device.keep_exponentials, mx.dequantize, mx.fast.rms_norm, mx.fast.rope
+    device.keep_exponentials = lambda: False
+    mx.dequantize, mx.fast.rms_norm, mx.fast.rope = _dequantized, _normed, _rotated
+    try:
+        yield
+    finally:
+        device.keep_exponentials = keep
+        mx.dequantize, mx.fast.rms_norm, mx.fast.rope = dequantize, norm, rotate
+
+
+def _kernel(like: mx.array | tuple[Shape, mx.Dtype], *reads: mx.array) -> mx.array:
+    """Return what stands for one kernel's result: an array of that form, made from these inputs."""
+    shape, dtype = like if isinstance(like, tuple) else (like.shape, like.dtype)
+    first, *others = reads
+    made = mx.full(shape, first[(0,) * first.ndim].astype(dtype))
+    return mx.depends(made, others) if others else made
+
+
+def _dequantized(
+    weight: mx.array, scales: mx.array, *arrays: Any, bits: int | None = None, dtype: mx.Dtype | None = None, **_: Any
+) -> mx.array:
+    shape = (*weight.shape[:-1], weight.shape[-1] * 32 // (bits or 4))
+    made = dtype or (scales.dtype if mx.issubdtype(scales.dtype, mx.floating) else mx.bfloat16)
+    return _kernel((shape, made), weight, scales)
+
+
+def _normed(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
+    norm = mx.custom_function(lambda x, *weights: _kernel(x, x, *weights))
+
+    def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Arrays:
+        x, *weights = primals if isinstance(primals, (list, tuple)) else [primals]
+        return [_kernel(x, cotangent, x), *map(_like, weights)]
+
+    norm.vjp(backward)
+    return norm(x) if weight is None else norm(x, weight)
+
+
+def _rotated(x: mx.array, *_: Any, **__: Any) -> mx.array:
+    rotation = mx.custom_function(lambda x: _kernel(x, x))
+    rotation.vjp(lambda primal, cotangent, _: _kernel(primal, cotangent))
+    return rotation(x)
 
 
 def _differentiated(
@@ -297,7 +352,9 @@ def _in_order(outputs: list[str], maker: dict[str, Node], name_of: Callable[[str
         waiting = [maker[output]] if output in maker else []
         while waiting:
             node = waiting[-1]
-            before = [maker[name] for name in map(name_of, node.inputs) if name in maker and id(maker[name]) not in done]
+            before = [
+                maker[name] for name in map(name_of, node.inputs) if name in maker and id(maker[name]) not in done
+            ]
             if id(node) in done:
                 waiting.pop()
             elif before:

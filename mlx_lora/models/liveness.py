@@ -21,18 +21,66 @@ from dataclasses import dataclass
 
 from mlx_lora.models.graph import Graph, Node, Shape
 
-UNARY = (
-    "Abs ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTanh AsType BitwiseInvert Ceil Conjugate Cos Cosh Erf ErfInv Exp Expm1 Floor "
-    "Log Log1p LogicalNot Negative Round Rsqrt Sigmoid Sign Sin Sinh Sqrt Square Tan Tanh"
-).split()
-SEVERAL = (
-    "Add ArcTan2 BitwiseBinary Divide Equal Greater GreaterEqual Less LessEqual LogAddExp LogicalAnd LogicalOr Maximum Minimum "
-    "Multiply NotEqual Power Remainder Select Subtract"
-).split()
+UNARY = [
+    "Abs",
+    "ArcCos",
+    "ArcCosh",
+    "ArcSin",
+    "ArcSinh",
+    "ArcTan",
+    "ArcTanh",
+    "AsType",
+    "BitwiseInvert",
+    "Ceil",
+    "Conjugate",
+    "Cos",
+    "Cosh",
+    "Erf",
+    "ErfInv",
+    "Exp",
+    "Expm1",
+    "Floor",
+    "Log",
+    "Log1p",
+    "LogicalNot",
+    "Negative",
+    "Round",
+    "Rsqrt",
+    "Sigmoid",
+    "Sign",
+    "Sin",
+    "Sinh",
+    "Sqrt",
+    "Square",
+    "Tan",
+    "Tanh",
+]
+SEVERAL = [
+    "Add",
+    "ArcTan2",
+    "BitwiseBinary",
+    "Divide",
+    "Equal",
+    "Greater",
+    "GreaterEqual",
+    "Less",
+    "LessEqual",
+    "LogAddExp",
+    "LogicalAnd",
+    "LogicalOr",
+    "Maximum",
+    "Minimum",
+    "Multiply",
+    "NotEqual",
+    "Power",
+    "Remainder",
+    "Select",
+    "Subtract",
+]
 ELEMENTWISE = frozenset(UNARY + SEVERAL)
-RESHAPES = frozenset("Copy ExpandDims Flatten Reshape Squeeze StopGradient Unflatten".split())
+RESHAPES = frozenset(["Copy", "ExpandDims", "Flatten", "Reshape", "Squeeze", "StopGradient", "Unflatten"])
 DONATES = ELEMENTWISE | {"Softmax", "SliceUpdate", "Scatter", "ScatterAxis"}
-PRODUCTS = frozenset("AddMM GatherMM Matmul".split())
+PRODUCTS = frozenset(["AddMM", "GatherMM", "Matmul"])
 DEEPEST_FUSION = 11  # mlx's bound on a chain
 
 
@@ -191,7 +239,12 @@ def _chain(
         number, depth = waiting.pop()
         node = graph.nodes[number]
         is_broadcast = node.name == "Broadcast"
-        if number in taken or number in passed or depth >= DEEPEST_FUSION or not (is_broadcast or node.name in ELEMENTWISE):
+        if (
+            number in taken
+            or number in passed
+            or depth >= DEEPEST_FUSION
+            or not (is_broadcast or node.name in ELEMENTWISE)
+        ):
             continue
         name = node.outputs[0]
         if depth and not is_broadcast and (name in ends or not passed.issuperset(readers[name])):

@@ -26,7 +26,7 @@ from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.losses import Loss, choose_kernels
 from mlx_lora.training.method_events import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.training.optim import build_optimizer
-from mlx_lora.training.planning import gigabytes
+from mlx_lora.training.planning import planned_words
 from mlx_lora.training.sharing import Sharing
 from mlx_lora.training.step import Step
 
@@ -124,7 +124,7 @@ def choose_forms(
     use_kernels, kernels = choose_kernels(base.model, base.config, loss)
     tape = apply_checkpointing(base.model, settings.loop.grad_checkpoint)
     attend = (tape.attend if tape else tiled_attention) if use_kernels else None
-    notes = [f"{gigabytes(memory.peak_bytes)} planned at the peak, of {gigabytes(memory.budget_bytes)}"]
+    notes = [planned_words(memory)]
     notes += ["a pause after each micro-batch"] if settings.loop.short_buffers else []
     notes += [f"rows shared by {ranks.size} processes"] if ranks else []
     return attend, [loss.description, kernels, f"checkpointing {settings.loop.grad_checkpoint}", *notes]

@@ -9,10 +9,9 @@ Shapes: B rows, T positions of a row, D width.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,9 +19,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_lora import device
 from mlx_lora.models.attention import Tiles, tiled_attention
 from mlx_lora.models.folder import FOREIGN_ERRORS
-from mlx_lora.models.graph import gradient_graph
+from mlx_lora.models.graph import as_on_gpu, gradient_graph
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.kernels import training_kernels
 from mlx_lora.models.liveness import count_memory
@@ -43,45 +43,47 @@ class TracedBlock:
     """One kind of block, read at whatever widths the planner asks for.
 
     Attributes:
-        call: width, rows -> the block's memory.
+        call: rows, width, whether on a GPU -> the block's memory.
     """
 
-    call: Callable[[int, int], BlockBytes]
-    _known: dict[tuple[int, int], BlockBytes] = field(default_factory=dict)
+    call: Callable[[int, int, bool], BlockBytes]
+    _known: dict[tuple[int, int, bool], BlockBytes] = field(default_factory=dict)
 
-    def at(self, rows: int, width: int) -> BlockBytes:
+    def at(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
         """Return what the block takes for a batch.
 
         Args:
             rows: B.
             width: T.
+            on_gpu: whether it runs on a GPU.
 
         Raises:
             NotKnown: the block's graph cannot be read.
         """
-        one = self._between(1, width)
+        one = self._between(1, width, on_gpu)
         if rows == 1:
             return one
         # What does not grow with the rows (dense copies of packed weights) is counted once.
-        further = self._between(2, width).minus(one)
+        further = self._between(2, width, on_gpu).minus(one)
         return one.plus(further.times(rows - 1))
 
-    def _between(self, rows: int, width: int) -> BlockBytes:
+    def _between(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
         """Interpolate bytes per position: exact for what grows with the width and with its square."""
-        widths = LOOP_WIDTHS if self._read(1, LOOP_WIDTHS[-1]).nodes > LOOP_NODES else WIDTHS
+        widths = LOOP_WIDTHS if self._read(1, LOOP_WIDTHS[-1], on_gpu).nodes > LOOP_NODES else WIDTHS
         upper = min(max(bisect_left(widths, width), 1), len(widths) - 1)
         low, high = widths[upper - 1], widths[upper]
-        first, last = self._read(rows, low), self._read(rows, high)
+        first, last = self._read(rows, low, on_gpu), self._read(rows, high, on_gpu)
         if width == low:
             return first
         share = (width - low) / (high - low)
         per_position = first.times(1 / low).times(1 - share).plus(last.times(1 / high).times(share))
         return per_position.times(width)
 
-    def _read(self, rows: int, width: int) -> BlockBytes:
-        if (rows, width) not in self._known:
-            self._known[rows, width] = self.call(rows, width)
-        return self._known[rows, width]
+    def _read(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
+        case = (rows, width, on_gpu)
+        if case not in self._known:
+            self._known[case] = self.call(*case)
+        return self._known[case]
 
 
 def with_block_memory(shape: ModelShape, model: nn.Module, config: dict[str, Any]) -> ModelShape:
@@ -95,7 +97,7 @@ def with_block_memory(shape: ModelShape, model: nn.Module, config: dict[str, Any
     found, reasons = [], []
     for block, traced in zip(shape.blocks, trace_blocks(model, config), strict=True):
         try:
-            traced.at(1, WIDTHS[0])
+            traced.at(1, WIDTHS[0], on_gpu=device.on_gpu())
         except NotKnown as error:
             reasons.append(str(error))
             traced = None
@@ -123,15 +125,17 @@ def _kind(block: nn.Module) -> tuple:
         (path, name, value)
         for path, module in block.named_modules()
         for name, value in sorted(vars(module).items())
-        if isinstance(value, (bool, str)) or (isinstance(value, (int, float)) and "idx" not in name and "index" not in name)
+        if isinstance(value, (bool, str))
+        or (isinstance(value, (int, float)) and "idx" not in name and "index" not in name)
     )
     return tuple(type(m) for m in block.modules()), parameters, trained, settings
 
 
-def _reader(block: nn.Module, number: int, calls: _Calls) -> Callable[[int, int], BlockBytes]:
-    def read(rows: int, width: int) -> BlockBytes:
+def _reader(block: nn.Module, number: int, calls: _Calls) -> Callable[[int, int, bool], BlockBytes]:
+    def read(rows: int, width: int, on_gpu: bool) -> BlockBytes:
         try:
-            return _read_block(block, *calls.of(number, rows, width))
+            with as_on_gpu() if on_gpu and not device.on_gpu() else nullcontext():
+                return _read_block(block, *calls.of(number, rows, width))
         except FOREIGN_ERRORS as error:
             raise NotKnown(f"{type(block).__name__}: {' '.join(str(error).split())[:120]}") from error
 
@@ -192,9 +196,13 @@ class _Calls:
             with training_kernels(self.body), _recorded(self.blocks) as found:
                 self.body(mx.zeros((rows, width), mx.int32))
             self._found[rows, width] = {
-                index: tree_map(lambda leaf: mx.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, mx.array) else leaf, call)
+                index: tree_map(
+                    lambda leaf: mx.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, mx.array) else leaf, call
+                )
                 for index, call in found.items()
             }
+        if number not in self._found[rows, width]:
+            raise ValueError("its model does not call it as a whole")
         return self._found[rows, width][number]
 
 

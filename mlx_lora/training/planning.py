@@ -205,6 +205,14 @@ def largest_rows(settings: TrainSettings, shape: ModelShape, machine: Machine, m
     )
 
 
+def planned_words(memory: MemoryPlan) -> str:
+    """Say in the run's header what was planned, or that nothing could be promised."""
+    if memory.not_known:
+        limit = gigabytes(memory.budget_bytes)
+        return f"memory not known beforehand, watched against {limit} while it runs ({memory.not_known[0]})"
+    return f"{gigabytes(memory.peak_bytes)} planned at the peak, of {gigabytes(memory.budget_bytes)}"
+
+
 def check_fits(
     settings: TrainSettings,
     fitted: Fitted,
@@ -225,8 +233,8 @@ def check_fits(
         InputError: with the nearest settings that do fit.
     """
     memory = fitted.memory
-    if memory.fits or not settings.loop.memory_check:
-        return
+    if memory.fits or not settings.loop.memory_check or shape.not_known:
+        return  # what is not known is watched while it runs (training/guard.py)
     limit = "--memory-budget" if settings.loop.memory_budget else f"the working set of {machine.name}"
     raise InputError(
         f"this run: needs {gigabytes(memory.needed_bytes)} at its peak by the plan, and {limit} is "
