@@ -101,6 +101,11 @@ def write_results(file: Path, results: Iterable[Result]) -> None:
     file.write_text(json.dumps([asdict(result) for result in ordered], indent=1), encoding="utf-8")
 
 
+def asked_for(names: Iterable[str]) -> list[str]:
+    """Return the architectures to try: those named, or all installed ones that have a tiny configuration."""
+    return [name for name in names or architecture_modules() if name in CONFIGS]
+
+
 def sweep(names: list[str], say: Any = lambda text: None) -> list[Result]:
     """Try architectures, a few to a process; a process that dies is what became of its architecture then."""
     trials = [(name, tied) for name in names for tied in ways(name)]
@@ -160,8 +165,7 @@ def main(out: Path, worker: bool, names: tuple[str, ...]) -> None:
             for name, tied in (asked.split(":") for asked in names):
                 print(json.dumps(asdict(try_architecture(name, bool(int(tied))))), file=file, flush=True)
         return
-    known = [name for name in names or architecture_modules() if name in CONFIGS]
-    found = sweep(known, lambda text: click.echo(text, err=True))
+    found = sweep(asked_for(names), lambda text: click.echo(text, err=True))
     kept = read_results(out) if out.exists() else {}
     fresh = {(result.name, result.tied): result for result in found}
     write_results(out, {**kept, **fresh}.values())
