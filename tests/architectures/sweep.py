@@ -24,7 +24,7 @@ from architectures.configs import CONFIGS, architecture_modules, ways
 from mlx_lora.errors import InputError
 
 # A fresh process now and then: compiled functions of a hundred models would pile up in one.
-AT_ONCE = 12
+AT_ONCE = 8
 LONGEST_TRIAL_S = 600
 
 
@@ -106,8 +106,14 @@ def asked_for(names: Iterable[str]) -> list[str]:
     return [name for name in names or architecture_modules() if name in CONFIGS]
 
 
-def sweep(names: list[str], say: Any = lambda text: None) -> list[Result]:
-    """Try architectures, a few to a process; a process that dies is what became of its architecture then."""
+def sweep(names: list[str], say: Any = lambda text: None, keep: Any = lambda results: None) -> list[Result]:
+    """Try architectures, a few to a process; a process that dies is what became of its architecture then.
+
+    Args:
+        names: of architectures.
+        say: gets a line for each result.
+        keep: gets the results so far after each process.
+    """
     trials = [(name, tied) for name in names for tied in ways(name)]
     results: list[Result] = []
     while trials:
@@ -117,7 +123,8 @@ def sweep(names: list[str], say: Any = lambda text: None) -> list[Result]:
         if died:
             results.append(died)
             trials = part[len(done) + 1 :] + trials
-        for result in done:
+        keep(results)
+        for result in done + ([died] if died else []):
             bad = [
                 f"{stage} {found.outcome}: {found.text}"
                 for stage, found in result.stages.items()
@@ -165,10 +172,12 @@ def main(out: Path, worker: bool, names: tuple[str, ...]) -> None:
             for name, tied in (asked.split(":") for asked in names):
                 print(json.dumps(asdict(try_architecture(name, bool(int(tied))))), file=file, flush=True)
         return
-    found = sweep(asked_for(names), lambda text: click.echo(text, err=True))
     kept = read_results(out) if out.exists() else {}
-    fresh = {(result.name, result.tied): result for result in found}
-    write_results(out, {**kept, **fresh}.values())
+
+    def keep(results: list[Result]) -> None:
+        write_results(out, {**kept, **{(result.name, result.tied): result for result in results}}.values())
+
+    sweep(asked_for(names), lambda text: click.echo(text, err=True), keep)
 
 
 if __name__ == "__main__":
