@@ -21,6 +21,8 @@ from typing import Any
 import click
 
 from architectures.configs import CONFIGS, architecture_modules, ways
+from architectures.stages import STAGES
+from architectures.trial import NotRun, Refused, Trial, Wrong
 from mlx_lora.errors import InputError
 
 # A fresh process now and then: compiled functions of a hundred models would pile up in one.
@@ -55,26 +57,24 @@ class Result:
 
 def try_architecture(name: str, tied: bool, stages: Iterable[str] | None = None) -> Result:
     """Take one architecture through the stages, each tried whatever became of those before it."""
-    from architectures import trial as trials
-
     result = Result(name, tied)
     with tempfile.TemporaryDirectory() as work:
-        trial = trials.Trial(name, tied, Path(work), facts=result.facts)
-        for stage in stages or trials.STAGES:
+        trial = Trial(name, tied, Path(work), facts=result.facts)
+        for stage in stages or STAGES:
             print(f"{name} {'tied' if tied else 'untied'} {stage}", file=sys.stderr, flush=True)
-            result.stages[stage] = _try_stage(trials, trial, stage)
+            result.stages[stage] = _try_stage(trial, stage)
     return result
 
 
-def _try_stage(trials: Any, trial: Any, stage: str) -> Stage:
+def _try_stage(trial: Trial, stage: str) -> Stage:
     started = time.perf_counter()
     try:
-        outcome, text = "right", trials.STAGES[stage](trial) or ""
-    except (trials.Refused, InputError) as error:
+        outcome, text = "right", STAGES[stage](trial) or ""
+    except (Refused, InputError) as error:
         outcome, text = "refused", _one_line(error, trial.work)
-    except trials.NotRun as error:
+    except NotRun as error:
         outcome, text = "not run", str(error)
-    except trials.Wrong as error:
+    except Wrong as error:
         outcome, text = "fails", _one_line(error, trial.work)
     except (Exception, SystemExit) as error:  # the point of a sweep: whatever it is, it is written down
         outcome, text = "fails", f"{type(error).__name__}: {_one_line(error, trial.work)}"
