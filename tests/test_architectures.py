@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
+import run_cli
 from architectures import stages, sweep, table, trial
 from architectures.build import tiny_architecture, tiny_config, write_architecture
 from architectures.configs import CONFIGS, PARTS, architecture_modules, ways
@@ -15,6 +17,9 @@ from byte_tokenizer import byte_tokenizer
 from mlx.utils import tree_flatten, tree_map
 from transformers import CONFIG_MAPPING, AutoTokenizer
 
+from mlx_lora.config import ModelSettings
+from mlx_lora.models.load import load_base
+from mlx_lora.models.quantize import fitting_choice
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 
 # One of each kind: dense, windows, parallel blocks, sinks and experts, delta rule, state space, latent attention, wrappers.
@@ -154,6 +159,40 @@ def test_a_tokenizer_loads_beside_a_config_that_transformers_does_not_know(tmp_p
     tokenizer = load_folder_tokenizer(folder, config, trust_remote_code=False)
     assert tokenizer._tokenizer.encode("hello") == byte_tokenizer().encode("hello")
     assert tokenizer.eos_token_ids == {config["eos_token_id"]}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "width", "found"),
+    [
+        (True, 96, True),
+        (False, 96, False),
+        ({"bits": 8, "group_size": 64}, 128, {"bits": 8, "group_size": 64}),
+        ({"bits": 8, "group_size": 64}, 96, {"bits": 8, "group_size": 32}),
+        ({"bits": 8}, 32, {"bits": 8, "group_size": 32}),
+        ({"bits": 8}, 48, False),
+        ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, 96, {"bits": 4, "group_size": 32, "mode": "mxfp4"}),
+    ],
+)
+def test_a_models_wish_for_a_layer_fits_its_width(wanted, width, found):
+    assert fitting_choice(wanted, width) == found
+
+
+@pytest.mark.parametrize("name", ["granite", "rwkv7"])
+def test_models_with_wishes_for_some_layers_are_converted_in_small_groups(name, tmp_path):
+    """Both ended in a traceback: a layer of 96 inputs, or of 32, and groups of 64."""
+    folder, out = write_architecture(tmp_path / "model", name), tmp_path / "out"
+    assert run_cli.run("convert", "--model", folder, "--out", out, "--bits", 4, "--group-size", 32).code == 0
+    layouts = json.loads((out / "config.json").read_text())["quantization"]
+    assert {"group_size": 32, "bits": 8} in layouts.values()
+    model = load_base(ModelSettings(model=str(out), dtype="float32")).model
+    assert {layer.bits for layer in model.modules() if isinstance(layer, nn.QuantizedLinear)} == {4, 8}
+
+
+@pytest.mark.parametrize("name", ["stablelm", "phixtral"])
+def test_attention_with_queries_in_another_dtype_than_values(name, uncompiled):
+    """A ValueError in bfloat16, a Mac's dtype: these models bring float32 queries and bfloat16 values."""
+    found = sweep.try_architecture(name, False, ("load", "bfloat16")).stages["bfloat16"]
+    assert (found.outcome, found.text) == ("right", "")
 
 
 @pytest.mark.slow
