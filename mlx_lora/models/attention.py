@@ -133,7 +133,9 @@ def attention_gradient(
         d_v.add(weights.swapaxes(-1, -2) @ d_own)
         if sinks:
             d_sinks = d_sinks - _fold_back(sunk * row, heads).sum(axis=(0, 2, 3))  # (H,)
-    gradients = mx.concatenate(d_q[::-1], axis=2), d_k.whole(), d_v.whole()
+    # StableLM and Phixtral bring queries and keys in float32, and values in the model's dtype.
+    wholes = mx.concatenate(d_q[::-1], axis=2), d_k.whole(), d_v.whole()
+    gradients = tuple(whole.astype(primal.dtype) for whole, primal in zip(wholes, (q, k, v), strict=True))
     return (*gradients, d_sinks.astype(sinks[0].dtype)) if sinks else gradients
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm.utils
 from huggingface_hub.errors import StrictDataclassError
 from mlx_lm.utils import load_model
 
@@ -47,6 +50,7 @@ def load_weights(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict
         )
     n_tensors = sum(len(read_safetensors_header(file)) for file in files)
     check_config(config, folder / CONFIG_FILE, n_tensors)
+    import_architecture(config)
     try:
         model, config = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
         # Builds the graph of two tokens and computes nothing: settings that no weight shows (heads, RoPE, norms) are
@@ -54,9 +58,33 @@ def load_weights(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict
         model(mx.zeros((1, 2), mx.int32))
     except FOREIGN_ERRORS as error:
         # An unknown model type, a config without a needed field or with one of another kind, foreign tensors.
+        if "No Metal back-end" in str(error):
+            raise InputError(
+                f"{folder}: mlx-lm computes {config['model_type']} models with Metal alone, which this machine does not "
+                "have; use a Mac with Apple silicon, or choose another model"
+            ) from error
         raise InputError(f"{folder}: mlx-lm cannot build this {config['model_type']} model ({short(error)})") from error
     check_config(config, folder / GENERATION_FILE, n_tensors)  # mlx-lm takes the end ids from there
     return model, config
+
+
+def import_architecture(config: dict[str, Any]) -> None:
+    """Import mlx-lm's module of a model, since one of them ends the process where a package is missing (OLMo 1).
+
+    Raises:
+        InputError: it did.
+    """
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said):
+            mlx_lm.utils._get_classes(config)
+    except SystemExit as end:
+        raise InputError(
+            f"mlx-lm's {config.get('model_type')}: cannot be used here ({short(ValueError(said.getvalue()))}); install "
+            "what it asks for, or choose another model"
+        ) from end
+    except FOREIGN_ERRORS:
+        return  # whoever builds the model says what is wrong with it
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:

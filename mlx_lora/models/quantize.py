@@ -16,6 +16,7 @@ from mlx_lora.errors import InputError
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
+DEFAULT_GROUP = 64  # mlx's, where an affine layer's is not said
 # The microscaling modes fix both: (bits, group size).
 FIXED_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 MODES = ("affine", *FIXED_MODES)
@@ -178,9 +179,33 @@ def layer_choice(model: nn.Module) -> Callable[[str, nn.Module], bool | dict[str
     def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if reads_stored and path.endswith("embed_tokens"):
             return False
-        return True if own is None else own(path, module)  # a dense Qwen3.5 has a predicate that is None
+        if own is None:  # a dense Qwen3.5 has a predicate that is None
+            return True
+        return fitting_choice(own(path, module), module.weight.shape[-1])
 
     return choose
+
+
+def fitting_choice(wanted: bool | dict[str, Any], width: int) -> bool | dict[str, Any]:
+    """Return a model's wish for a layer in a form that its width allows.
+
+    Granite wants 8 bits in groups of 64 for some layers, RWKV-7 names no group at all: mlx then takes 64, whatever was
+    asked for the rest of the model.
+
+    Args:
+        wanted: what a `quant_predicate` returned.
+        width: of the layer's input.
+
+    Returns:
+        The wish, with the largest smaller group that divides the width; False where none does.
+    """
+    if not isinstance(wanted, dict) or wanted.get("mode", "affine") != "affine":
+        return wanted
+    asked = wanted.get("group_size", DEFAULT_GROUP)
+    if width % asked == 0:
+        return wanted
+    smaller = [group for group in AFFINE_GROUPS if group < asked and width % group == 0]
+    return {**wanted, "group_size": max(smaller)} if smaller else False
 
 
 def dequantised_weight(layer: nn.Module) -> mx.array:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from mlx_lora.cache import cache_dir
 from mlx_lora.data.panics import tokenizer_panics
@@ -37,7 +37,12 @@ def load_folder_tokenizer(folder: Path, config: dict[str, Any], trust_remote_cod
     check_tokenizer_config(folder, trust_remote_code)
     check_tokenizer_file(folder / "tokenizer.json")
     # Said in so many words: left out, transformers asks on the terminal whether to run the code.
-    extra = {"trust_remote_code": trust_remote_code}
+    extra: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    unknown = config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code
+    if unknown and (folder / "tokenizer.json").is_file():
+        # transformers does not know the model, reads its config all the same on the way to the tokenizer, and trips over
+        # a rotation with YaRN in one. One that holds nothing else is enough.
+        extra["config"] = PreTrainedConfig(tokenizer_class=config.get("tokenizer_class"))
     try:
         tokenizer = load_tokenizer(_tokenizer_folder(folder), extra, eos_token_ids=config.get("eos_token_id"))
         with tokenizer_panics("one letter"):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +23,7 @@ from architectures.configs import CONFIGS, TIED_BY_THE_WEIGHTS
 
 # Standard deviations of what is not a product's weight: enough to tell places apart, too little to saturate.
 SPREAD = 0.1
+PACKAGES = {"olmo": "hf_olmo"}
 # Softplus of these is a time step of about 0.1 to 0.5: a state that remembers, and forgets.
 TIME_STEP_BIAS = (-2.0, -0.5)
 
@@ -49,7 +55,8 @@ def tiny_architecture(name: str, tied: bool = False, seed: int = 0, config: dict
         config: another one than `tiny_config`'s, such as `scaled` returns.
     """
     config = config or tiny_config(name, tied)
-    model_class, args_class = mlx_lm.utils._get_classes(config)
+    with package_of(name):
+        model_class, args_class = mlx_lm.utils._get_classes(config)
     mx.random.seed(seed)
     model = model_class(args_class.from_dict(copy.deepcopy(config)))
     weights = dict(tree_flatten(model.parameters()))
@@ -60,6 +67,21 @@ def tiny_architecture(name: str, tied: bool = False, seed: int = 0, config: dict
     model.eval()
     mx.eval(model.parameters())
     return model
+
+
+@contextmanager
+def package_of(name: str) -> Iterator[None]:
+    """Stand in for the package that mlx-lm's module asks for and does not use (OLMo 1), for as long as it is imported."""
+    package = PACKAGES.get(name)
+    if package is None or package in sys.modules or importlib.util.find_spec(package):
+        yield
+        return
+    sys.modules[package] = ModuleType(package)
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+        sys.modules.pop(f"mlx_lm.models.{name}", None)
 
 
 def _random(name: str, value: mx.array) -> mx.array:

@@ -39,7 +39,7 @@ DENSE = {
     "helium": config("helium", attention_bias=False, head_dim=16, mlp_bias=False),
     "hunyuan_v1_dense": config("hunyuan_v1_dense", head_dim=16, use_qk_norm=True, rope_scaling=None),
     "internlm2": config("internlm2", bias=False),
-    "internlm3": config("internlm3", bias=False, qkv_bias=True),
+    "internlm3": config("internlm3", bias=False, qkv_bias=False),
     "iquestloopcoder": config("iquestloopcoder", head_dim=16, loop_num=2, loop_window_size=8),
     "lille-130m": {
         "model_type": "lille-130m", "block_size": 512, "layer_norm_eps": 1e-5, "n_embd": 64, "n_head": 4,

@@ -53,7 +53,7 @@ WINDOWS = {
         sliding_window=8, conv_L_cache=3, rope_local_base_freq=10000.0,
     ),
     "gemma2": config(
-        "gemma2", head_dim=16, attn_logit_softcapping=50.0, final_logit_softcapping=30.0, query_pre_attn_scalar=16.0,
+        "gemma2", head_dim=16, attn_logit_softcapping=50.0, final_logit_softcapping=30.0, query_pre_attn_scalar=16,
         sliding_window=8,
     ),
     "gemma3_text": GEMMA3_TEXT,

@@ -1,0 +1,168 @@
+"""Writes docs/models.md from a sweep's results.
+
+PYTHONPATH=tests python -m architectures.table --results sweep.json
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+
+from architectures.configs import CONFIGS, architecture_modules
+from architectures.names import MODELS
+from architectures.sweep import Result, read_results
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+UNTRIED = "not yet tried"
+ORDER = ("right", "right, with a note", "in part", "refused", "fails", UNTRIED)
+# Without these there is nothing to train: a refusal here is one of the whole architecture.
+NEEDED = ("load", "train")
+
+
+class Row(NamedTuple):
+    """One architecture of the page.
+
+    Attributes:
+        name: of mlx-lm's module.
+        verdict: one of ORDER.
+        text: notes, the refusal's line, or the failure.
+    """
+
+    name: str
+    verdict: str
+    text: str
+
+
+def row_of(name: str, results: Iterable[Result]) -> Row:
+    """Sum up an architecture's results, those of its tied and its untied form."""
+    results = list(results)
+    if not results:
+        return Row(name, UNTRIED, "")
+    found = [(stage, told) for result in results for stage, told in result.stages.items()]
+    failures = [(stage, told.text) for stage, told in found if told.outcome == "fails"]
+    refusals = [(stage, told.text) for stage, told in found if told.outcome == "refused"]
+    notes = [told.text for _, told in found if told.outcome == "right" and told.text]
+    if failures:
+        return Row(name, "fails", "; ".join(dict.fromkeys(f"{stage}: {text}" for stage, text in failures)))
+    trained = any(result.stages.get("train") and result.stages["train"].outcome == "right" for result in results)
+    if refusals and not trained:
+        needed = [text for stage, text in refusals if stage in NEEDED]
+        return Row(name, "refused", _quoted(dict.fromkeys(needed[-1:])))
+    if refusals:
+        halves = {result.tied: _refused_whole(result) for result in results}
+        if any(halves.values()):  # one form of it cannot be loaded at all; say which
+            form = "tied embeddings" if halves.get(True) else "a head of its own"
+            notes = [f"with {form}: {_quoted(dict.fromkeys(text for _, text in refusals[:1]))}", *notes]
+            return Row(name, "right, with a note", "; ".join(dict.fromkeys(notes)))
+        parts = dict.fromkeys(f"{stage}: {_quoted([text])}" for stage, text in refusals)
+        return Row(name, "in part", "; ".join([*parts, *dict.fromkeys(notes)]))
+    return Row(name, "right, with a note" if notes else "right", "; ".join(dict.fromkeys(notes)))
+
+
+def _refused_whole(result: Result) -> bool:
+    return result.stages["load"].outcome == "refused"
+
+
+def _quoted(lines: Iterable[str]) -> str:
+    return "; ".join(f"`Error: {line}`" for line in lines)
+
+
+def rows(modules: Iterable[str], results: Mapping[tuple[str, bool], Result]) -> list[Row]:
+    """Return a row for each module; one that the sweep does not know is not yet tried."""
+    return [row_of(name, (result for key, result in results.items() if key[0] == name)) for name in modules]
+
+
+def page(table: list[Row], results: Mapping[tuple[str, bool], Result]) -> str:
+    """Return the text of docs/models.md."""
+    counts = Counter(row.verdict for row in table)
+    summary = "\n".join(f"| {verdict} | {counts[verdict]} |" for verdict in ORDER if counts[verdict])
+    errors = [result.facts["worst_factor_error"] for result in results.values() if "worst_factor_error" in result.facts]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm", "transformers"))
+    lines = [f"| {row.name} | {MODELS.get(row.name, '')} | {row.verdict} | {_cell(row.text)} |" for row in table]
+    forms = sum(1 for row in table for key in results if key[0] == row.name)
+    return TEXT.format(
+        modules=len(table), forms=forms, versions=versions, summary=summary, worst=f"{max(errors, default=0):.0e}",
+        table="\n".join(lines), untried=UNTRIED,
+    )  # fmt: skip
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def verdicts(text: str) -> dict[str, str]:
+    """Return architecture -> verdict as a page has them."""
+    cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| ")]
+    return {row[1]: row[3] for row in cells if len(row) >= 6 and row[3] in ORDER}
+
+
+TEXT = """\
+# Which models can be trained
+
+mlx-lm has a module for each model architecture, and a config.json names the one it needs in `model_type`. This page says what came
+of trying all {modules} of them here. It is generated, never edited:
+
+    PYTHONPATH=tests python -m architectures.sweep --out sweep.json
+    PYTHONPATH=tests python -m architectures.table --results sweep.json
+
+Each architecture was tried with a tiny random model of two to four blocks that has every kind of block the architecture knows, saved
+as a folder as it would be published. Where an architecture can share its output head with its embedding, it was tried both ways:
+{forms} models in all. No real weights took part, so this page speaks of correctness, not of how well a model learns. Versions:
+{versions}; float32 on an x86 CPU, no Mac.
+
+## What "right" means
+
+Every one of these stages passed:
+
+| stage | what must hold |
+|---|---|
+| load | the folder loads, and its logits are finite |
+| plan | the memory planner reads the architecture, as `train` does before it loads a model |
+| adapt | a LoRA of rank 4 goes on every linear layer of the blocks |
+| gradients | loss and the gradient of every factor equal those of a naive cross-entropy with mlx-lm's own layers, within 1e-4 relative; worst seen: {worst} |
+| checkpointing | `selective` and `block` give the same loss and gradients as `none` |
+| train | three steps of the `train` command; every loss is finite and reported |
+| reload | `evaluate` with the stored adapter gives the run's last validation loss, and another one without the adapter |
+| stock | mlx-lm itself loads the adapter folder and gives the same logits |
+| fuse | the folder that `fuse` writes gives the logits of base and adapter |
+| quantized | `convert` to 4 bits (group 32), the same check of the loss, and a QLoRA step |
+| bfloat16 | the loss in bfloat16 is within 5% of the float32 one, and every gradient is finite |
+| generate | greedy text of the `generate` command equals that of a loop over mlx-lm's model |
+
+MLX has no bfloat16 products of experts on a CPU. For mixtures of experts the bfloat16 stage computes these products in float32 and
+rounds the result, which tests all that surrounds them.
+
+"Right, with a note" passed as well; the note says what is special. "In part" trains, and a later stage refuses in one line. "Refused"
+cannot be trained, and `train` says why in the line quoted. "{untried}" is an architecture of a newer mlx-lm that has no tiny
+configuration here yet: it may well work.
+
+| verdict | architectures |
+|---|---|
+{summary}
+
+## The table
+
+| architecture | models it serves | verdict | note, or what `train` says |
+|---|---|---|---|
+{table}
+"""
+
+
+@click.command()
+@click.option("--results", type=click.Path(path_type=Path, exists=True), required=True, help="What a sweep wrote.")
+def main(results: Path) -> None:
+    """Write docs/models.md."""
+    found = read_results(results)
+    table = rows(architecture_modules(), found)
+    PAGE.write_text(page(table, {key: result for key, result in found.items() if key[0] in CONFIGS}), encoding="utf-8")
+    for verdict, count in Counter(row.verdict for row in table).items():
+        click.echo(f"{verdict}: {count}")
+
+
+if __name__ == "__main__":
+    main()
