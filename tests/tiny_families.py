@@ -39,6 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "d_model": 64, "n_layers": 2, "n_heads": 4,
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000},
+        "tie_word_embeddings": False,
     },
     "deepseek_v32": {
         "index_head_dim": 16, "index_n_heads": 2, "index_topk": 4, "moe_intermediate_size": 32, "n_shared_experts": 1,
@@ -48,10 +49,13 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "ernie4_5": {"use_bias": False},
     "exaone": {"num_layers": 2, "layer_norm_epsilon": 1e-5},
-    "exaone4": {"rope_scaling": None, "sliding_window": 8, "sliding_window_pattern": "LG"},
+    "exaone4": {
+        "rope_scaling": None, "sliding_window": 8, "sliding_window_pattern": "LG",
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "falcon_h1": {**MAMBA},
     "gemma": {},
-    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma2": {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "gemma3_text": {"sliding_window": 8, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16},
     "gemma3n": {"text_config": {
         **COMMON, "model_type": "gemma3n", "num_hidden_layers": 4, "num_kv_shared_layers": 2,
