@@ -65,8 +65,7 @@ def load_weights(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict
     check_config(config, folder / CONFIG_FILE, n_tensors)
     try:
         model, config = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
-        if not hasattr(model, "_no_grad"):
-            nn.Module.__init__(model)  # mlx-lm's Griffin forgets it, and cannot be frozen then
+        complete_module(model)
         # Builds the graph of two tokens and computes nothing: settings that no weight shows (heads, RoPE, norms) are
         # looked at here, not in the middle of a run.
         model(mx.zeros((1, 2), mx.int32))
@@ -75,6 +74,12 @@ def load_weights(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict
         raise InputError(f"{folder}: mlx-lm cannot build this {config['model_type']} model ({short(error)})") from error
     check_config(config, folder / GENERATION_FILE, n_tensors)  # mlx-lm takes the end ids from there
     return model, config
+
+
+def complete_module(model: nn.Module) -> None:
+    """Make up for a class that forgets `nn.Module.__init__`, as mlx-lm's Griffin does: it could not be frozen."""
+    if not hasattr(model, "_no_grad"):
+        nn.Module.__init__(model)
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
