@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from run_cli import run
 
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.errors import InputError
+from mlx_lora.models.converting import build_model
+from mlx_lora.models.folder import load_weights
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.runs import page
 
@@ -80,3 +84,32 @@ def test_families_train_by_the_command(kind, chats, tmp_path):
     losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(loss) for loss in losses if loss is not None)
     assert ("not compiled" in ran.err) is (kind == "dbrx")
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_16_bit_experts_on_a_cpu_are_refused_in_one_line(command, chats, tmp_path):
+    folder = write_architecture(tmp_path / "moe", "qwen3_moe")
+    words = ("--model", folder, "--data", chats, "--dtype", "bfloat16")
+    words += ("--adapter-path", tmp_path / "a", "--iters", 1) if command == "train" else ()
+    ran = run(command, *words)
+    assert ran.code == 2
+    assert "a mixture of experts in bfloat16, which mlx computes on a GPU alone; give --dtype float32" in ran.err
+    # Packed ones have a product of their own there; an adapter's factors have none.
+    packed = tmp_path / "packed"
+    assert run("convert", "--model", folder, "--out", packed, "--bits", 4, "--group-size", 32).code == 0
+    ran = run(command, *words, "--model", packed)
+    assert ran.code == (2 if command == "train" else 0), ran.err
+    assert "give --dtype float32, or choose another model" in ran.err or command == "evaluate"
+
+
+def test_an_architecture_whose_package_is_missing_is_refused_in_one_line(tmp_path, tiny_folder):
+    """mlx-lm's OLMo ends the process itself."""
+    if importlib.util.find_spec("hf_olmo"):
+        pytest.skip("the package is here")
+    folder = shutil.copytree(tiny_folder, tmp_path / "olmo")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "olmo"}))
+    with pytest.raises(InputError, match="mlx-lm cannot build this"):
+        load_weights(folder, trust_remote_code=False)
+    with pytest.raises(InputError, match="mlx-lm cannot build this"):
+        build_model({**config, "model_type": "olmo"})

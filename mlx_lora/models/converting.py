@@ -180,7 +180,7 @@ def build_model(config: dict[str, Any], names: frozenset[str] | None = None) -> 
     try:
         model_class, args_class = mlx_lm.utils._get_classes(config)
         model = model_class(args_class.from_dict(config))
-    except FOREIGN_ERRORS as error:
+    except (*FOREIGN_ERRORS, SystemExit) as error:  # mlx-lm's OLMo ends the process where its package is missing
         raise InputError(f"{config.get('model_type')}: mlx-lm cannot build this model ({error})") from error
     complete_module(model)
     _drop_tied_head(model, config, names)

@@ -69,7 +69,7 @@ def load_weights(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict
         # Builds the graph of two tokens and computes nothing: settings that no weight shows (heads, RoPE, norms) are
         # looked at here, not in the middle of a run.
         model(mx.zeros((1, 2), mx.int32))
-    except FOREIGN_ERRORS as error:
+    except (*FOREIGN_ERRORS, SystemExit) as error:  # mlx-lm's OLMo ends the process where its package is missing
         # An unknown model type, a config without a needed field or with one of another kind, foreign tensors.
         raise InputError(f"{folder}: mlx-lm cannot build this {config['model_type']} model ({short(error)})") from error
     check_config(config, folder / GENERATION_FILE, n_tensors)  # mlx-lm takes the end ids from there

@@ -128,7 +128,7 @@ def choose_loss(model: nn.Module, config: dict[str, Any]) -> Loss:
         if not is_foreign(error):
             raise
         raise InputError(
-            f"mlx-lm's {config.get('model_type')}: its forward pass fails here ({short(error, 200)}); choose another model"
+            f"mlx-lm's {config.get('model_type')}: its forward pass fails here ({short(error, 200)}); {way_out(model)}"
         ) from error
     try:
         found = _check_value(model, fused.measure, head.vocabulary)
@@ -187,11 +187,21 @@ def check_arrays(vocabulary: int, tokens: int) -> Arrays:
     return Arrays(ids[:, :-1], ids[:, 1:], mx.ones((1, tokens), mx.bool_), mx.arange(tokens), mx.ones((tokens,)))
 
 
+def way_out(model: nn.Module) -> str:
+    """Return what to do about a model that fails: on a CPU mlx lacks a few products in 16 bits."""
+    if _has_halves(model) and not device.multiplies_16_bit_experts():
+        return "give --dtype float32, or choose another model"
+    return "choose another model"
+
+
 def _difference(one: float, other: float) -> float:
     return abs(other - one) / max(abs(one), 1e-6)
 
 
 def _tolerance(model: nn.Module) -> float:
     """float32 sums in another order, or 16-bit logits: what two right answers may differ by."""
-    halves = any(p.dtype in (mx.bfloat16, mx.float16) for _, p in tree_flatten(model.parameters()))
-    return 1e-2 if halves else 1e-4
+    return 1e-2 if _has_halves(model) else 1e-4
+
+
+def _has_halves(model: nn.Module) -> bool:
+    return any(p.dtype in (mx.bfloat16, mx.float16) for _, p in tree_flatten(model.parameters()))

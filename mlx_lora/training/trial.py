@@ -22,7 +22,7 @@ from mlx_lora.errors import InputError
 from mlx_lora.models.attention import AttentionCall
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.vocabulary import embedding_rows
-from mlx_lora.training.losses import PLAIN, Arrays, Loss, check_arrays
+from mlx_lora.training.losses import PLAIN, Arrays, Loss, check_arrays, way_out
 from mlx_lora.training.step import compiled_over, differentiation
 
 TRIAL_TOKENS = 8
@@ -68,7 +68,7 @@ def choose_step_form(
         problems.append(problem)
     raise InputError(
         f"--model {name}: mlx-lm's {config.get('model_type')} cannot be trained here ({short(problems[-1], 200)}); "
-        "choose another model"
+        f"{way_out(model)}"
     ) from problems[-1]
 
 
