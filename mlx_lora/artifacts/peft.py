@@ -127,13 +127,7 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     tied = "lm_head" not in modules and "lm_head" in found
     head = found.pop("lm_head", None) if tied else None
     paths = {layer: own_path(layer, modules) for layer in found}
-    problems += [f"layer {layer} is not in the model" for layer, path in paths.items() if path is None]
-    wanted = {"A", "B", *("m" if config.get("use_dora") else ""), *("E" if is_adalora(config) else "")}
-    problems += [
-        f"layer {layer} has {' and '.join(sorted(sides))}, not {' and '.join(sorted(wanted))}"
-        for layer, sides in found.items()
-        if sides.keys() != wanted
-    ]
+    problems += _missing_problems(config, found, paths)
     problems += _shape_problems(found, paths, modules, header)
     _refuse(folder, problems)
     stored = mx.load(str(file))
@@ -313,6 +307,18 @@ def _names(pattern: str, layer: str) -> bool:
     except (regex.error, TimeoutError, RecursionError, OverflowError, MemoryError) as error:
         reason = "takes too long" if isinstance(error, TimeoutError) else str(error)
         raise InputError(f"alpha_pattern {pattern[:80]!r}: {reason}; write the layer's name") from None
+
+
+def _missing_problems(
+    config: dict[str, Any], found: dict[str, dict[str, str]], paths: dict[str, str | None]
+) -> list[str]:
+    """Name layers that the model does not have, and those that have more or fewer tensors than the adapter's kind."""
+    wanted = {"A", "B", *("m" if config.get("use_dora") else ""), *("E" if is_adalora(config) else "")}
+    return [f"layer {layer} is not in the model" for layer, path in paths.items() if path is None] + [
+        f"layer {layer} has {' and '.join(sorted(sides))}, not {' and '.join(sorted(wanted))}"
+        for layer, sides in found.items()
+        if sides.keys() != wanted
+    ]
 
 
 def _shape_problems(
