@@ -121,6 +121,11 @@ def dense_experts_bytes() -> int:
     return current_machine().dense_experts_bytes
 
 
+def multiplies_16_bit_experts() -> bool:
+    """Tell whether mlx has a product with a mixture's experts in 16 bits here: on a CPU it has one in float32."""
+    return mx.default_device() != mx.Device(mx.cpu)
+
+
 def keep_exponentials() -> bool:
     """Whether the backward pass should keep exponentials rather than make them again.
 

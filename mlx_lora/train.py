@@ -157,9 +157,8 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
     steps = total_steps(plan, loop)
     if found:
         check_continuation(found, identity)
-    loss = choose_loss(base.model, base.config)
-    attend, forms = choose_forms(settings, base, loss, memory, ranks)
-    step = make_step(settings, base, loss, attend, steps, ranks)
+    form, forms = choose_forms(settings, base, memory, ranks)
+    step = make_step(settings, base, form, steps, ranks)
     agree(ranks, settings, identity, step, base.model)
     if leads(ranks):
         check_room(loop, steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
@@ -190,7 +189,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
             reporting(loop, steps, at.taken if found else None, ranks, loggers, cli.echo) as (report, shown),
         ):
             outcome = train(
-                base.model, step, loss.measure, plan, validation, loop, report, shown, save, at, guard, ranks
+                base.model, step, form.loss.measure, plan, validation, loop, report, shown, save, at, guard, ranks
             )
             best = None if outcome.interrupted else run.put_best(base.model, step, at)
             take_first_ranks(ranks, step, base.model)  # who has the best put back is rank 0

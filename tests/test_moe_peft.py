@@ -17,9 +17,10 @@ from test_adapter_folder import make_adapter
 from test_moe_folder import FEW, MANY, close, loaded, logits
 from tiny_moe import tiny_moe
 
+from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.moe import DoRASwitchLinear, LoRASwitchLinear
 from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.artifacts.peft import PEFT_CONFIG
+from mlx_lora.artifacts.peft import PEFT_CONFIG, PEFT_WEIGHTS
 from mlx_lora.artifacts.peft_experts import THEIRS, expert_tensors
 from mlx_lora.errors import InputError
 
@@ -107,3 +108,51 @@ def test_routers_are_refused_by_name(kind, tmp_path):
     assert ran.code == 2
     assert f".{router} and 1 more" in ran.err
     assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("targets", ["all-linear", "*.up_proj", "*.down_proj,q_proj", "layers.1.*.gate_proj"])
+def test_our_exports_of_experts_can_be_read_back(kind, targets, tmp_path):
+    model, config = tiny_moe(kind)
+    folder = write_folder(tmp_path / "base", model, config)
+    make_adapter(folder, tmp_path / "a", targets)
+    ours, back, bare = loaded(folder), loaded(folder), loaded(folder)
+    load_adapter(ours, tmp_path / "a")
+    ran = run("export", "--model", folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "p")
+    assert ran.code == 0, ran.err
+    load_adapter(back, tmp_path / "p")
+    expected = adapter_layers(ours.model)
+    assert adapter_layers(back.model).keys() == expected.keys()
+    for path, layer in adapter_layers(back.model).items():
+        assert mx.allclose(layer.delta(), expected[path].delta(), atol=1e-5)
+        assert layer.lora_a.shape == expected[path].lora_a.shape
+    assert close(logits(back.model), logits(ours.model), CLOSE)
+    assert not close(logits(back.model), logits(bare.model), FAR)
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe"])
+def test_pairs_that_peft_trained_together_are_read(kind, tmp_path):
+    """There every rank serves the gate and up; a pair for another width is refused."""
+    model, config = tiny_moe(kind)
+    folder = write_folder(tmp_path / "base", model, config)
+    make_adapter(folder, tmp_path / "a", "layers.0.*.up_proj")
+    run("export", "--model", folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "p")
+    stored = mx.load(str(tmp_path / "p" / PEFT_WEIGHTS))
+    ((name_a, a), (name_b, b)) = sorted(stored.items())
+    b = mx.random.normal(b.shape)
+    mx.save_safetensors(str(tmp_path / "p" / PEFT_WEIGHTS), {name_a: a, name_b: b})
+    base = loaded(folder)
+    load_adapter(base, tmp_path / "p")
+    layers = {path.rsplit(".", 1)[-1]: layer for path, layer in adapter_layers(base.model).items()}
+    assert layers.keys() == {"gate_proj", "up_proj"}
+    rank = layers["up_proj"].lora_a.shape[1]
+    theirs_a, theirs_b = np.array(a).reshape(4, rank, -1), np.array(b).reshape(-1, rank, 4)  # as PEFT reads them
+    delta = layers["up_proj"].scale * np.einsum("ore,eri->eoi", theirs_b, theirs_a)
+    half = delta.shape[1] // 2
+    parts = (delta[:, 0::2], delta[:, 1::2]) if kind == "gpt_oss" else (delta[:, :half], delta[:, half:])
+    for layer, expected in zip((layers["gate_proj"], layers["up_proj"]), parts, strict=True):
+        assert np.allclose(layer.delta(), expected, atol=1e-4)
+    assert not np.allclose(parts[0], parts[1], atol=1e-2)
+    mx.save_safetensors(str(tmp_path / "p" / PEFT_WEIGHTS), {name_a: a[:, 1:], name_b: b})
+    with pytest.raises(InputError, match="has factors that fit none of the model's experts"):
+        load_adapter(loaded(folder), tmp_path / "p")

@@ -9,9 +9,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models
 import pytest
+from architectures.build import write_architecture
 from conftest import TINY, tiny_model
 from mlx.utils import tree_flatten
-from tiny_families import family_config, save_family
 
 from mlx_lora.errors import InputError
 from mlx_lora.models.converting import convert_model
@@ -111,7 +111,7 @@ def test_layers_that_do_not_divide_are_skipped_and_named(capsys: pytest.CaptureF
 @pytest.mark.parametrize("kind", ["qwen3_5", "seed_oss"])
 def test_families_with_their_own_ideas_of_quantisation_convert(kind, tmp_path):
     """A dense Qwen3.5's `quant_predicate` is None; a tied Seed-OSS multiplies by its embedding as it is stored."""
-    source = save_family(tmp_path / "float", family_config(kind))
+    source = write_architecture(tmp_path / "float", kind, tied=True)
     out = tmp_path / "packed"
     conversion = convert_model(resolve_model(str(source)), out, target=Quantisation(4, 32))
     assert conversion.requantised

@@ -7,7 +7,7 @@ import mlx.nn as nn
 from mlx_lora.adapters.dora import DoRAEmbedding, DoRALinear
 from mlx_lora.adapters.layers import LoRAEmbedding, LoRALinear
 from mlx_lora.adapters.moe import DoRASwitchLinear, LoRASwitchLinear
-from mlx_lora.adapters.parts import EMBEDDING, LINEAR, SWITCH
+from mlx_lora.adapters.parts import EMBEDDING, LINEAR, SWITCH, is_exactly
 
 Adapter = LoRALinear | LoRAEmbedding | LoRASwitchLinear | DoRALinear | DoRAEmbedding | DoRASwitchLinear
 
@@ -27,7 +27,7 @@ FORMS = {
 def adapter_class(base: nn.Module, form: str = "lora") -> type[Adapter] | None:
     """Return the layer that wraps `base` in a form of FORMS, or None when none fits it."""
     for kinds, layer in zip((LINEAR, EMBEDDING, SWITCH), FORMS[form], strict=True):
-        if isinstance(base, kinds):
+        if is_exactly(base, kinds):
             return layer
     return None
 

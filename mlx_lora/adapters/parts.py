@@ -6,12 +6,24 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from mlx_lora.models.matmul import MEASURED
 from mlx_lora.models.quantize import dequantised_weight
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 SWITCH = (SwitchLinear, QuantizedSwitchLinear)
 QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
+
+
+_PLAIN = {measured: plain for plain, measured in MEASURED.items()}
+
+
+def is_exactly(module: nn.Module, kinds: tuple[type, ...]) -> bool:
+    """Tell whether a module is of one of the kinds itself, or our measured form of it.
+
+    A subclass may do anything: mlx-lm's AFM has a linear layer that returns a list.
+    """
+    return _PLAIN.get(type(module), type(module)) in kinds
 
 
 def base_dims(base: nn.Module) -> tuple[int, int]:

@@ -18,6 +18,14 @@ from mlx_lora.errors import InputError
 ALL_LINEAR = "all-linear"
 # What mlx-lm's mixtures call the layers that decide which experts a token goes to.
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+# Parts of mlx-lm's models whose layers an adapter cannot train, and why.
+OUT_OF_REACH = {
+    "indexer": "it picks positions by top-k, which has no gradient",
+    "altup": "mlx-lm reads its weights past any adapter",
+    "self_attention_res_proj": "mlx-lm reads its weight past any adapter",
+    "mlp_res_proj": "mlx-lm reads its weight past any adapter",
+    "output_attn_res_proj": "mlx-lm reads its weight past any adapter",
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ def select_targets(
     num_layers: int = -1,
     fits: Callable[[nn.Module], bool] = is_adaptable,
     flag: str = "--target-modules",
-    routers: bool = False,
+    stored: bool = False,
 ) -> Targets:
     """Choose layers.
 
@@ -75,10 +83,11 @@ def select_targets(
         num_layers: take only the last N blocks; 0 or less for all, as in mlx-lm. Layers outside blocks are not filtered.
         fits: which modules can be chosen at all: `is_adaptable`, or `has_weights` for training in full.
         flag: what the wish came from, for errors.
-        routers: count routers among `all-linear`, as mlx-lm means it when an adapter names no keys.
+        stored: the wish is that of a stored adapter, which may have layers that we would not train; `all-linear`
+            counts routers then, as mlx-lm means it when an adapter names no keys.
 
     Raises:
-        InputError: naming every part that matches nothing, what filtered it, and what exists.
+        InputError: naming every part that matches nothing that can be trained, what filtered it, and what exists.
     """
     blocks = block_paths(model)
     if num_layers > len(blocks):
@@ -89,12 +98,14 @@ def select_targets(
     fitting = {path: module for path, module in model.named_modules() if fits(module)}
     in_block = {path: next((b for b in blocks if path.startswith(b + ".")), None) for path in fitting}
     allowed = [p for p in fitting if in_block[p] is None or in_block[p] in chosen_blocks]
+    if not stored and fits is is_adaptable:
+        allowed = [p for p in allowed if OUT_OF_REACH.keys().isdisjoint(p.split("."))]
     picked: set[str] = set()
     problems = []
     for wish in (part.strip() for part in target_modules.split(",")):
         if wish == ALL_LINEAR:
             found = [p for p in allowed if in_block[p] and isinstance(fitting[p], (*LINEAR, *SWITCH))]
-            found = [p for p in found if routers or ROUTERS.isdisjoint(p.split("."))]
+            found = [p for p in found if stored or ROUTERS.isdisjoint(p.split("."))]
         else:
             found = [p for p in allowed if matches(p, wish)]
         picked.update(found)
@@ -148,7 +159,11 @@ def _natural(path: str) -> list[tuple[int, str]]:
 
 
 def _unmatched(flag: str, wish: str, fitting: list[str], num_layers: int) -> str:
-    if any(matches(path, wish) for path in fitting):
+    meant = [path for path in fitting if matches(path, wish)]
+    for part, why in OUT_OF_REACH.items():
+        if meant and all(part in path.split(".") for path in meant):
+            return f"{flag} {wish!r}: an adapter in {part} would learn nothing, for {why}; leave it out"
+    if meant:
         return f"{flag} {wish!r}: matches layers only outside the last {num_layers} blocks; raise --num-layers"
     names = sorted({path.rsplit(".", 1)[-1] for path in fitting})
     close = difflib.get_close_matches(wish, names, n=1)

@@ -314,7 +314,7 @@ def _target_paths(model: nn.Module, config: dict[str, Any], folder: Path) -> tup
         )
     keys = config["lora_parameters"].get("keys")
     wish = ",".join(keys) if keys else "all-linear"
-    return select_targets(model, wish, count or -1, flag=f"{folder / CONFIG_FILE}: key", routers=not keys).paths
+    return select_targets(model, wish, count or -1, flag=f"{folder / CONFIG_FILE}: key", stored=True).paths
 
 
 def load_factors(model: nn.Module, file: Path, scale: float | None = None) -> None:

@@ -24,6 +24,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from mlx_lora.adapters.forms import DORA, EMBEDDING_ADAPTERS, EXPERT_ADAPTERS, a
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.parts import EMBEDDING, QUANTISED, SWITCH, base_dims, dense_weight
 from mlx_lora.artifacts.adapter_config import peft_problems
-from mlx_lora.artifacts.peft_experts import expert_tensors
+from mlx_lora.artifacts.peft_experts import PLACES, expert_tensors, take_experts
 from mlx_lora.artifacts.peft_full import full_for_peft, full_problems, full_tensors
 from mlx_lora.artifacts.peft_names import COPY, PREFIX, TENSOR, own_path, peft_path
 from mlx_lora.errors import InputError
@@ -54,7 +55,6 @@ PATTERN_S = 1.0  # to match one of a config's patterns with one layer's name; it
 # Settings that change what the adapter computes, in ways that plain factors do not hold.
 UNSUPPORTED = {
     "trainable_token_indices": "single trained tokens",
-    "target_parameters": "adapters on bare parameters (MoE experts)",
     "layer_replication": "repeated layers",
     "lora_bias": "a bias in lora_B",
     "alora_invocation_tokens": "activated LoRA",
@@ -72,7 +72,7 @@ class PeftAdapter:
     """A PEFT LoRA in our terms.
 
     Attributes:
-        factors: path -> (lora_a (in, r), lora_b (r, out)), float32.
+        factors: path -> (lora_a (in, r), lora_b (r, out)), float32; of experts (E, r, in) and (E, out, r).
         magnitudes: path -> m (out,), of a DoRA; empty of a LoRA.
         shapes: path -> (rank, scale).
         dropout: of every layer.
@@ -119,19 +119,15 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     modules = dict(model.named_modules())
     full, others = full_tensors(config, header)
     found, copies, strangers = _sorted_tensors(others)
-    problems = _unsupported(config) + [f"tensor {name} is no LoRA factor" for name in strangers]
+    problems = _unsupported(config, model.model_type) + [f"tensor {name} is no LoRA factor" for name in strangers]
     problems += full_problems(config.get("modules_to_save") or [], full, modules, header)
-    problems += [] if found else ["it holds no LoRA factors"]
+    experts, unfit = take_experts(model.model_type, found, header, modules)
+    problems += unfit
+    problems += [] if found or experts else ["it holds no LoRA factors"]
     tied = "lm_head" not in modules and "lm_head" in found
     head = found.pop("lm_head", None) if tied else None
     paths = {layer: own_path(layer, modules) for layer in found}
-    problems += [f"layer {layer} is not in the model" for layer, path in paths.items() if path is None]
-    wanted = {"A", "B", *("m" if config.get("use_dora") else ""), *("E" if is_adalora(config) else "")}
-    problems += [
-        f"layer {layer} has {' and '.join(sorted(sides))}, not {' and '.join(sorted(wanted))}"
-        for layer, sides in found.items()
-        if sides.keys() != wanted
-    ]
+    problems += _missing_problems(config, found, paths)
     problems += _shape_problems(found, paths, modules, header)
     _refuse(folder, problems)
     stored = mx.load(str(file))
@@ -145,6 +141,9 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
         shapes[paths[layer]] = a.shape[1], _scale(config, layer, a.shape[1])
         if "m" in sides:
             magnitudes[paths[layer]] = stored[sides["m"]].astype(mx.float32)
+    for one in experts:
+        for path, (a, b, scale) in one.factors(stored, partial(_scale, config)).items():
+            factors[path], shapes[path] = (a, b), (a.shape[1], scale)
     embedding = next((layer for layer in found if layer.endswith("embed_tokens")), None)
     if head is not None:
         _refuse(folder, _tied_problems(config, stored, head, found.get(embedding)))
@@ -270,10 +269,12 @@ def _number(value: float) -> float | int:
     return int(value) if value == int(value) else value
 
 
-def _unsupported(config: dict[str, Any]) -> list[str]:
+def _unsupported(config: dict[str, Any], kind: str) -> list[str]:
     if str(config.get("peft_type")).upper() not in ("LORA", "ADALORA"):
         return [f"peft_type {config.get('peft_type')}: LORA and ADALORA are what we read"]
     problems = [f"{key}: {what} cannot be carried over" for key, what in UNSUPPORTED.items() if config.get(key)]
+    if config.get("target_parameters") and kind not in PLACES:
+        problems.append(f"target_parameters: we read experts of {', '.join(PLACES)}, not of {kind}")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and CHANGES_BASE.fullmatch(init):
         problems.append(
@@ -306,6 +307,18 @@ def _names(pattern: str, layer: str) -> bool:
     except (regex.error, TimeoutError, RecursionError, OverflowError, MemoryError) as error:
         reason = "takes too long" if isinstance(error, TimeoutError) else str(error)
         raise InputError(f"alpha_pattern {pattern[:80]!r}: {reason}; write the layer's name") from None
+
+
+def _missing_problems(
+    config: dict[str, Any], found: dict[str, dict[str, str]], paths: dict[str, str | None]
+) -> list[str]:
+    """Name layers that the model does not have, and those that have more or fewer tensors than the adapter's kind."""
+    wanted = {"A", "B", *("m" if config.get("use_dora") else ""), *("E" if is_adalora(config) else "")}
+    return [f"layer {layer} is not in the model" for layer, path in paths.items() if path is None] + [
+        f"layer {layer} has {' and '.join(sorted(sides))}, not {' and '.join(sorted(wanted))}"
+        for layer, sides in found.items()
+        if sides.keys() != wanted
+    ]
 
 
 def _shape_problems(

@@ -15,12 +15,16 @@ Source: huggingface/peft, lora/layer.py, ParamWrapper.get_delta_weight.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.adapters.moe import LoRASwitchLinear
+from mlx_lora.adapters.parts import base_dims
 from mlx_lora.errors import InputError
 
 
@@ -134,3 +138,110 @@ def _joined(layers: list[LoRASwitchLinear | None], in_turns: bool) -> tuple[mx.a
         parts.append(b)
     b = mx.stack(parts, axis=2).flatten(1, 2) if in_turns else mx.concatenate(parts, axis=1)
     return a, b, scale
+
+
+@dataclass(frozen=True)
+class StoredExperts:
+    """One bare tensor's adapter as a PEFT folder holds it, and where it belongs.
+
+    Attributes:
+        parameter: its name in transformers.
+        paths: our layers that it adapts: down, or gate and up.
+        a, b: the stored tensors' names.
+        experts, rank: E and R.
+        in_turns: whether rows of the gate and of up alternate.
+    """
+
+    parameter: str
+    paths: tuple[str, ...]
+    a: str
+    b: str
+    experts: int
+    rank: int
+    in_turns: bool
+
+    def factors(
+        self, stored: dict[str, mx.array], scale_of: Callable[[str, int], float]
+    ) -> dict[str, tuple[mx.array, mx.array, float]]:
+        """Return our layers' factors and scale: path -> (E, r, in), (E, out, r), scale.
+
+        Ranks of a joined pair that only the other one uses are left out, and a layer that uses none is not adapted,
+        unless nothing is: a fresh adapter's B is zero.
+
+        Args:
+            stored: tensors by name.
+            scale_of: the scale of a named parameter's adapter of rank R.
+        """
+        scale = scale_of(self.parameter, self.rank)
+        a = stored[self.a].astype(mx.float32).reshape(self.experts, self.rank, -1)
+        b = stored[self.b].astype(mx.float32).reshape(-1, self.rank, self.experts).transpose(2, 0, 1)  # (E, out, R)
+        if len(self.paths) == 1:
+            return {self.paths[0]: (a, b, scale)}
+        half = b.shape[1] // 2
+        parts = (b[:, 0::2], b[:, 1::2]) if self.in_turns else (b[:, :half], b[:, half:])
+        used = [[i for i, some in enumerate(mx.any(part != 0, axis=(0, 1)).tolist()) if some] for part in parts]
+        if not any(used):
+            used = [list(range(self.rank))] * 2
+        return {
+            path: (a[:, mx.array(ranks)], part[..., mx.array(ranks)], scale)
+            for path, part, ranks in zip(self.paths, parts, used, strict=True)
+            if ranks
+        }
+
+
+def take_experts(
+    kind: str, found: dict[str, dict[str, str]], header: dict[str, Any], modules: dict[str, nn.Module]
+) -> tuple[list[StoredExperts], list[str]]:
+    """Take the adapters of bare expert tensors out of a PEFT folder's factors.
+
+    Args:
+        kind: the config's model_type.
+        found: layer -> side (A, B) -> tensor name; those of experts are taken out.
+        header: of the folder's tensors.
+        modules: the model's, by path.
+
+    Returns:
+        The adapters, and what is wrong with those that do not fit.
+    """
+    place = PLACES.get(kind)
+    layers = [layer for layer in found if re.sub(r"(\.base_layer)+$", "", layer).endswith(f".{THEIRS}")]
+    if place is None or not layers:
+        return [], []
+    taken, problems = [], []
+    for layer in layers:
+        sides = found.pop(layer)
+        module = re.sub(r"(\.base_layer)+$", "", layer)
+        own = module.removesuffix(THEIRS) + place.ours
+        fits = None
+        if sides.keys() == {"A", "B"} and f"{own}.down_proj" in modules:
+            shapes = [tuple(header[sides[side]]["shape"]) for side in "AB"]
+            fits = _fitting(module, own, shapes, sides, place, modules)
+        if fits is None:
+            problems.append(f"layer {layer} has factors that fit none of the model's experts")
+        else:
+            taken.append(fits)
+    names = [one.parameter for one in taken]
+    problems += [f"{name} is adapted twice" for name in sorted(set(names)) if names.count(name) > 1]
+    return taken, problems
+
+
+def _fitting(
+    module: str,
+    own: str,
+    shapes: list[tuple[int, ...]],
+    sides: dict[str, str],
+    place: Place,
+    modules: dict[str, nn.Module],
+) -> StoredExperts | None:
+    """Return which of a module's tensors a pair of factors adapts, by its shapes, which no two tensors share."""
+    for name, parts in PROJECTIONS.items():
+        bases = [modules[f"{own}.{part}"] for part in parts]
+        experts = bases[0].num_experts
+        width, out = base_dims(bases[0])
+        if any(len(shape) != 2 for shape in shapes) or not shapes[0][0] or shapes[0][0] % experts:
+            return None
+        rank = shapes[0][0] // experts
+        if shapes == [(experts * rank, width), (out * len(parts), rank * experts)]:
+            paths = tuple(f"{own}.{part}" for part in parts)
+            return StoredExperts(f"{module}.{name}", paths, sides["A"], sides["B"], experts, rank, place.in_turns)
+    return None

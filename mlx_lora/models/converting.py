@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lora.cache import cache_dir
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable, one_at_a_time, replacing_folder, sha256_of
-from mlx_lora.models.folder import FOREIGN_ERRORS, import_architecture, load_weights
+from mlx_lora.models.folder import FOREIGN_ERRORS, complete_module, import_architecture, load_weights
 from mlx_lora.models.gguf_arch import model_config, weight_map
 from mlx_lora.models.gguf_weights import Imported, Target, check_shapes, import_weights
 from mlx_lora.models.quantize import Quantisation, dequantise_model, quantise_model
@@ -181,8 +181,9 @@ def build_model(config: dict[str, Any], names: frozenset[str] | None = None) -> 
     try:
         model_class, args_class = mlx_lm.utils._get_classes(config)
         model = model_class(args_class.from_dict(config))
-    except FOREIGN_ERRORS as error:
+    except (*FOREIGN_ERRORS, SystemExit) as error:  # mlx-lm's OLMo ends the process where its package is missing
         raise InputError(f"{config.get('model_type')}: mlx-lm cannot build this model ({error})") from error
+    complete_module(model)
     _drop_tied_head(model, config, names)
     return model
 

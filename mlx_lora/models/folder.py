@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import traceback
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,36 @@ import mlx_lm.utils
 from huggingface_hub.errors import StrictDataclassError
 from mlx_lm.utils import load_model
 
+import mlx_lora
 from mlx_lora.errors import InputError
 from mlx_lora.models.config_check import check_config
 from mlx_lora.parsing import read_json
 from mlx_lora.sources.safetensors import read_safetensors_header
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+OURS = Path(mlx_lora.__file__).parent
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 # What third-party code that builds a model or a tokenizer from files raises when the files are not as it expects:
-# the errors of ordinary Python on data of another form. Only around those two calls.
+# the errors of ordinary Python on data of another form. Only around those two calls, and around a model's own code
+# when something of ours is tried on it that has a fallback (with `is_foreign`).
 FOREIGN_ERRORS = (
     ValueError, LookupError, TypeError, AttributeError, NameError, ArithmeticError, AssertionError, RuntimeError,
     ImportError, OSError, StrictDataclassError,
 )  # fmt: skip
+
+
+def is_foreign(error: BaseException) -> bool:
+    """Tell whether one of FOREIGN_ERRORS can have come from elsewhere than a slip in our own code.
+
+    mlx raises ValueError and RuntimeError for shapes, types and gradients that it does not have, wherever it is called
+    from. Of the others the place tells.
+    """
+    if isinstance(error, (ValueError, RuntimeError, OSError)) or error.__traceback__ is None:
+        return True
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return not Path(innermost.f_code.co_filename).is_relative_to(OURS)
 
 
 def load_weights(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
@@ -53,6 +69,7 @@ def load_weights(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict
     import_architecture(config)
     try:
         model, config = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+        complete_module(model)
         # Builds the graph of two tokens and computes nothing: settings that no weight shows (heads, RoPE, norms) are
         # looked at here, not in the middle of a run.
         model(mx.zeros((1, 2), mx.int32))
@@ -85,6 +102,12 @@ def import_architecture(config: dict[str, Any]) -> None:
         ) from end
     except FOREIGN_ERRORS:
         return  # whoever builds the model says what is wrong with it
+
+
+def complete_module(model: nn.Module) -> None:
+    """Make up for a class that forgets `nn.Module.__init__`, as mlx-lm's Griffin does: it could not be frozen."""
+    if not hasattr(model, "_no_grad"):
+        nn.Module.__init__(model)
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:

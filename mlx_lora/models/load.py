@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
@@ -109,11 +110,28 @@ def load_base(settings: ModelSettings) -> Base:
     # Before the cast: float32 norms rounded to float16 and then to bfloat16 are not those rounded once.
     fingerprint = base_fingerprint(model, config)
     _cast_floats(model, device.compute_dtype(settings.dtype))
+    _check_experts(model, source.model_id)
     matmul_paths = use_measured_matmul(model, settings.quantized_matmul)
     model.freeze()
     mx.eval(model.parameters())
     tokenizer = load_folder_tokenizer(folder, config, settings.trust_remote_code)
     return Base(model, tokenizer, config, folder, source.model_id, source.revision, fingerprint, matmul_paths)
+
+
+def _check_experts(model: nn.Module, model_id: str) -> None:
+    """Refuse 16-bit experts on a CPU, where mlx has their product in float32 alone; packed ones have one of their own.
+
+    Raises:
+        InputError: naming the dtype that works.
+    """
+    experts = [module for module in model.modules() if isinstance(module, SwitchLinear)]
+    dtypes = {module.weight.dtype for module in experts} - {mx.float32}
+    if dtypes and not device.multiplies_16_bit_experts():
+        found = str(dtypes.pop()).removeprefix("mlx.core.")
+        raise InputError(
+            f"--model {model_id}: a mixture of experts in {found}, which mlx computes on a GPU alone; "
+            "give --dtype float32, or leave --dtype out"
+        )
 
 
 def _cast_floats(model: nn.Module, dtype: mx.Dtype) -> None:

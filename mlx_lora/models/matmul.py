@@ -127,7 +127,9 @@ class MeasuredQuantizedSwitchLinear(QuantizedSwitchLinear):
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         many = math.prod(x.shape[:-1]) >= self.dense_from_rows * self.num_experts
-        if not (sorted_indices and many and self._dense_bytes(x.dtype) <= device.dense_experts_bytes()):
+        has_product = x.dtype == mx.float32 or device.multiplies_16_bit_experts()
+        few_bytes = self._dense_bytes(x.dtype) <= device.dense_experts_bytes()
+        if not (sorted_indices and many and has_product and few_bytes):
             return super().__call__(x, indices, sorted_indices=sorted_indices)
         layout = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
         y = dequantised_gather_mm(x, packed_arrays(self), indices, **layout)

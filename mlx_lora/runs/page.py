@@ -12,6 +12,7 @@ from mlx_lora import __version__, device
 from mlx_lora.artifacts.run_report import RunReport, Sample
 from mlx_lora.config import TrainSettings
 from mlx_lora.data.loading import DataSplits
+from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import Base
 from mlx_lora.training.samples import greedy_text, held_out_beginning
 
@@ -75,8 +76,17 @@ class RunPage:
         kept = goes_on and page.report.keep_samples_of(page.folder)
         if page.prompt and not kept:
             prompt = base.hf_tokenizer.decode(page.prompt)
-            page.report.samples.append(Sample(prompt, greedy_text(base, page.prompt, tokens)))
+            page.report.samples.append(Sample(prompt, page._text()))
         return page
+
+    def _text(self) -> str:
+        """Return what the model goes on with, or why it cannot: a run does not end for want of a text."""
+        try:
+            return greedy_text(self.base, self.prompt, self.max_tokens)
+        except FOREIGN_ERRORS as error:
+            if not is_foreign(error):
+                raise
+            return f"(no text could be made: generation fails with this model: {short(error, 200)})"
 
     def write(self) -> None:
         """Write the page as the run stands."""
@@ -89,5 +99,5 @@ class RunPage:
             interrupted: then there is no text: who asked for the end does not wait for it, and the run may go on.
         """
         for sample in self.report.samples if self.prompt and not interrupted else []:
-            sample.after = greedy_text(self.base, self.prompt, self.max_tokens)
+            sample.after = self._text()
         self.write()

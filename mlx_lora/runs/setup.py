@@ -20,20 +20,19 @@ from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.widths import ShapePrice
 from mlx_lora.distributed import Ranks
 from mlx_lora.memory import MemoryPlan
-from mlx_lora.models.attention import AttentionCall, tiled_attention
+from mlx_lora.models.attention import tiled_attention
 from mlx_lora.models.load import Base
 from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.losses import Loss, choose_kernels
+from mlx_lora.training.losses import choose_kernels, choose_loss
 from mlx_lora.training.method_events import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.planning import planned_words
 from mlx_lora.training.sharing import Sharing
 from mlx_lora.training.step import Step
+from mlx_lora.training.trial import StepForm, choose_step_form
 
 
-def make_step(
-    settings: TrainSettings, base: Base, loss: Loss, attend: AttentionCall | None, steps: int, ranks: Ranks | None
-) -> Step:
+def make_step(settings: TrainSettings, base: Base, form: StepForm, steps: int, ranks: Ranks | None) -> Step:
     """Build the optimizer and the compiled step of a run."""
     optimizer = build_optimizer(
         settings.optimizer, steps, restart_every(settings.adapter, steps), restart_warmup(settings.adapter, steps)
@@ -41,13 +40,14 @@ def make_step(
     return Step(
         base.model,
         optimizer,
-        loss.train,
+        form.loss.train,
         settings.optimizer.max_grad_norm,
-        attend,
+        form.attend,
         wait=settings.loop.short_buffers,
         rate_of=rates_of(settings.adapter),
         events=make_events(settings.adapter, base.model, steps, settings.loop.seed),
         sharing=None if ranks is None else Sharing(ranks, settings.loop.seed),
+        compiled=form.compiled,
     )
 
 
@@ -114,17 +114,22 @@ def validation_plan(rows: EncodedSet | None, settings: TrainSettings) -> BatchPl
 
 
 def choose_forms(
-    settings: TrainSettings, base: Base, loss: Loss, memory: MemoryPlan, ranks: Ranks | None
-) -> tuple[AttentionCall | None, list[str]]:
-    """Choose kernels for this model, apply them and the checkpointing.
+    settings: TrainSettings, base: Base, memory: MemoryPlan, ranks: Ranks | None
+) -> tuple[StepForm, list[str]]:
+    """Choose loss and kernels for this model, apply the checkpointing, and try all of it on a few tokens.
 
     Returns:
-        What computes attention in the step, None for the model's own; and words for the run header.
+        What the step computes with, and words for the run header.
+
+    Raises:
+        InputError: the model cannot be trained.
     """
+    loss = choose_loss(base.model, base.config)
     use_kernels, kernels = choose_kernels(base.model, base.config, loss)
     tape = apply_checkpointing(base.model, settings.loop.grad_checkpoint)
     attend = (tape.attend if tape else tiled_attention) if use_kernels else None
-    notes = [planned_words(memory)]
+    form = choose_step_form(base.model, base.config, loss, attend, base.model_id)
+    notes = [*form.notes, planned_words(memory)]
     notes += ["a pause after each micro-batch"] if settings.loop.short_buffers else []
     notes += [f"rows shared by {ranks.size} processes"] if ranks else []
-    return attend, [loss.description, kernels, f"checkpointing {settings.loop.grad_checkpoint}", *notes]
+    return form, [loss.description, kernels, f"checkpointing {settings.loop.grad_checkpoint}", *notes]

@@ -25,11 +25,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.adapters.forms import ADAPTERS, WITH_DROPOUT_KEY
-from mlx_lora.adapters.parts import LINEAR, SWITCH
+from mlx_lora.adapters.parts import LINEAR, SWITCH, is_exactly
 from mlx_lora.config_checks import checkpoint_every
 from mlx_lora.models.attention import Tiles, attention_gradient, tiled_attention
 
-PRODUCTS = (*ADAPTERS, *LINEAR, *SWITCH)
+PRODUCTS = (*LINEAR, *SWITCH)
 
 Gradient = Callable[[Sequence[mx.array], mx.array, mx.array], Sequence[mx.array]]
 """(primals, cotangent, output) -> cotangents of the primals."""
@@ -177,7 +177,8 @@ def checkpoint_blocks(blocks: list[nn.Module], products: bool) -> Tape:
     for block in blocks:
         inside = {id(part) for m in block.modules() if isinstance(m, ADAPTERS) for part in m.modules() if part is not m}
         for layer in block.modules():
-            if isinstance(layer, PRODUCTS) and id(layer) not in inside:
+            is_product = isinstance(layer, (Kept, *ADAPTERS)) or is_exactly(layer, PRODUCTS)
+            if is_product and id(layer) not in inside:
                 _mix_in(Kept, layer, tape)
         _mix_in(Checkpointed, block, tape)
     return tape

@@ -22,7 +22,9 @@ from mlx.utils import tree_flatten
 
 from mlx_lora import device
 from mlx_lora.data.batches import Batch
+from mlx_lora.errors import InputError
 from mlx_lora.memory import CHECK_TOKENS
+from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.kernels import training_kernels
 from mlx_lora.training.fused import fused_cross_entropy
@@ -112,12 +114,29 @@ def choose_loss(model: nn.Module, config: dict[str, Any]) -> Loss:
     Args:
         model: the model to train, adapters in place.
         config: its config.json.
+
+    Raises:
+        InputError: the model's own forward pass fails.
     """
     head = find_head(model, config)
     if isinstance(head, str):
         return Loss(plain_loss, plain_loss, f"plain cross-entropy ({head})")
     fused = fused_loss(head, device.loss_tile_bytes())
-    expected, found = (_check_value(model, form, head.vocabulary) for form in (plain_loss, fused.measure))
+    try:
+        expected = _check_value(model, plain_loss, head.vocabulary)
+    except FOREIGN_ERRORS as error:
+        if not is_foreign(error):
+            raise
+        raise InputError(
+            f"mlx-lm's {config.get('model_type')}: its forward pass fails here ({short(error, 200)}); {way_out(model)}"
+        ) from error
+    try:
+        found = _check_value(model, fused.measure, head.vocabulary)
+    except FOREIGN_ERRORS as error:
+        if not is_foreign(error):
+            raise
+        reason = f"fused fails on it: {short(error, 100)}"
+        return Loss(plain_loss, plain_loss, f"plain cross-entropy ({reason})", expected)
     difference = _difference(expected, found)
     if difference > _tolerance(model):
         reason = f"fused differs by {difference:.1e} on {CHECK_TOKENS} tokens"
@@ -135,8 +154,13 @@ def choose_kernels(model: nn.Module, config: dict[str, Any], loss: Loss) -> tupl
     """
     head = find_head(model, config)
     vocabulary = config.get("vocab_size", 256) if isinstance(head, str) else head.vocabulary
-    with training_kernels(model) as exchanged:
-        ours = _check_value(model, loss.measure, vocabulary)
+    try:
+        with training_kernels(model) as exchanged:
+            ours = _check_value(model, loss.measure, vocabulary)
+    except FOREIGN_ERRORS as error:
+        if not is_foreign(error):
+            raise
+        return False, f"the model's own attention (tiled fails on it: {short(error, 100)})"
     if not exchanged:
         return False, "the model's own attention"
     own = _check_value(model, loss.measure, vocabulary) if loss.checked is None else loss.checked
@@ -150,12 +174,24 @@ def _check_value(model: nn.Module, loss: LossFunction, vocabulary: int) -> float
     """Return the loss on a few tokens, always the same ones, dropout off."""
     training = model.training
     model.eval()
-    ids = mx.random.randint(0, vocabulary, (1, CHECK_TOKENS + 1), key=mx.random.key(0))
-    mask = mx.ones((1, CHECK_TOKENS), mx.bool_)
-    positions, weights = mx.arange(CHECK_TOKENS), mx.ones((CHECK_TOKENS,))
-    value, _ = loss(model, *Arrays(ids[:, :-1], ids[:, 1:], mask, positions, weights))
-    model.train(training)
-    return value.item()
+    try:
+        value, _ = loss(model, *check_arrays(vocabulary, CHECK_TOKENS))
+        return value.item()
+    finally:
+        model.train(training)
+
+
+def check_arrays(vocabulary: int, tokens: int) -> Arrays:
+    """Return a row of so many random tokens, always the same ones, all of them trained."""
+    ids = mx.random.randint(0, vocabulary, (1, tokens + 1), key=mx.random.key(0))
+    return Arrays(ids[:, :-1], ids[:, 1:], mx.ones((1, tokens), mx.bool_), mx.arange(tokens), mx.ones((tokens,)))
+
+
+def way_out(model: nn.Module) -> str:
+    """Return what to do about a model that fails: on a CPU mlx lacks a few products in 16 bits."""
+    if _has_halves(model) and not device.multiplies_16_bit_experts():
+        return "give --dtype float32, or choose another model"
+    return "choose another model"
 
 
 def _difference(one: float, other: float) -> float:
@@ -164,5 +200,8 @@ def _difference(one: float, other: float) -> float:
 
 def _tolerance(model: nn.Module) -> float:
     """float32 sums in another order, or 16-bit logits: what two right answers may differ by."""
-    halves = any(p.dtype in (mx.bfloat16, mx.float16) for _, p in tree_flatten(model.parameters()))
-    return 1e-2 if halves else 1e-4
+    return 1e-2 if _has_halves(model) else 1e-4
+
+
+def _has_halves(model: nn.Module) -> bool:
+    return any(p.dtype in (mx.bfloat16, mx.float16) for _, p in tree_flatten(model.parameters()))

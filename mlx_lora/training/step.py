@@ -38,6 +38,33 @@ class StepResult(NamedTuple):
     asked: mx.array | None = None
 
 
+Differentiation = Callable[..., tuple[mx.array, mx.array, dict]]
+"""(*Arrays) -> (loss sum, tokens, gradients of the trainable parameters)."""
+
+
+def differentiation(model: nn.Module, loss: LossFunction, attend: AttentionCall | None) -> Differentiation:
+    """Return the loss of a micro-batch with its gradient, as `Step` takes them; not compiled."""
+    gradient = nn.value_and_grad(model, loss)
+
+    def differentiate(*arrays: mx.array) -> tuple[mx.array, mx.array, dict]:
+        # All of them: mlx-lm's Gemma 3n overwrites frozen ones as it goes, with what only this trace knows.
+        parameters = model.parameters()
+        try:
+            # Around the backward pass as well: checkpointed blocks run again there.
+            with training_kernels(model, attend) if attend else nullcontext():
+                (loss_sum, tokens), grads = gradient(model, *arrays)
+        finally:
+            model.update(parameters)  # differentiation leaves its own stand-ins in the model
+        return loss_sum, tokens, grads
+
+    return differentiate
+
+
+def compiled_over(model: nn.Module, function: Differentiation) -> Differentiation:
+    """Compile a function of batches that reads the model and draws random numbers."""
+    return mx.compile(function, inputs=[model.state, mx.random.state], outputs=[mx.random.state])
+
+
 class Step:
     """Runs optimizer steps on `model`; compiled once per batch shape."""
 
@@ -52,6 +79,7 @@ class Step:
         rate_of: Callable[[str], float] | None = None,
         events: Callable[[dict], Events] | None = None,
         sharing: Sharing | None = None,
+        compiled: bool = True,
     ):
         """Set up the step.
 
@@ -65,6 +93,7 @@ class Step:
             rate_of: parameter name -> multiple of the learning rate (LoRA+); None: 1 for all.
             events: makes the method's own part of the step (AdaLoRA, ReLoRA), given Masters.arrays; None for none.
             sharing: divides steps among ranks; None for a single process.
+            compiled: compile the loss and its gradient; a model that computes values on its way cannot be.
         """
         self.model = model
         self._submit = mx.eval if wait else mx.async_eval
@@ -77,18 +106,14 @@ class Step:
         self.taken = 0
         self._sharing = sharing
         mx.eval(self._rates or {})
-        gradient = nn.value_and_grad(model, loss)
+        differentiate = differentiation(model, loss, attend)
 
         def micro(*arrays: mx.array) -> tuple[mx.array, mx.array, dict]:
-            parameters = model.trainable_parameters()
-            # Around the backward pass as well: checkpointed blocks run again there.
-            with training_kernels(model, attend) if attend else nullcontext():
-                (loss_sum, tokens), grads = gradient(model, *arrays)
-            model.update(parameters)  # differentiation leaves its own stand-ins in the model
+            loss_sum, tokens, grads = differentiate(*arrays)
             return loss_sum, tokens, self.masters.gathered(grads)
 
         # Two functions: another batch shape traces the first again, never the optimizer.
-        self._micro = mx.compile(micro, inputs=[model.state, mx.random.state], outputs=[mx.random.state])
+        self._micro = compiled_over(model, micro) if compiled else micro
         self.state = [self.masters.arrays, optimizer.state, {} if self.events is None else self.events.state]
         self._apply = mx.compile(self._update, inputs=self.state, outputs=self.state)
 
