@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_lora.errors import InputError
 from mlx_lora.models.config_check import MOST_BLOCKS
+from mlx_lora.models.fingerprint import FUSED_KEY
 from mlx_lora.sources.gguf import GGUFFile
 
 
@@ -241,6 +242,8 @@ def model_config(file: GGUFFile) -> dict[str, Any]:
     config |= {"model_type": architecture.model_type, "architectures": [architecture.model_class]}
     config |= _rope_scaling(settings)
     config |= architecture.fields(settings, config)
+    if FUSED_KEY in file.metadata:
+        config["mlx_lora"] = {"fused": file.metadata[FUSED_KEY]}
     if settings.problems:
         raise InputError(f"{file.path}: {'; '.join(settings.problems)}; use the model's Hugging Face form")
     return config
