@@ -102,7 +102,8 @@ def main(
     check_push(push_to_hub, private)
     check_gguf(form, adapter_path, gguf_type, ollama_base)
     adapter = resolve_adapter(adapter_path, adapter_revision)
-    base = load_base(train_settings(cli.given(options)).model)
+    settings = train_settings(cli.given(options)).model
+    base = load_base(settings)
     info = load_adapter(base, adapter, ignore_fingerprint) if adapter else None
     if form == "gguf":
         export_gguf(base, info, out, gguf_type or DEFAULT_TYPE, force)
@@ -116,7 +117,7 @@ def main(
     elif form == "mlx-lm":
         export_mlx_lm(base, info, out, force)
     elif form == "hf":
-        export_hf(base, info, out, force)
+        export_hf(base, info, out, force, keep_dtype=settings.dtype != "auto")
     else:
         export_gguf_adapter(base, info, out, force)
     if form in CARD_LIBRARIES:
@@ -187,7 +188,7 @@ def export_gguf(base: Base, info: AdapterInfo | None, out: Path, gguf_type: str,
     write_gguf_model(out, base, gguf_type=gguf_type, name=out.stem, chat_template=info and info.chat_template)
 
 
-def export_hf(base: Base, info: AdapterInfo, out: Path, force: bool) -> None:
+def export_hf(base: Base, info: AdapterInfo, out: Path, force: bool, keep_dtype: bool) -> None:
     """Write the merged model in float, under transformers' names."""
     kind = base.config.get("model_type")
     if kind not in SAME_LAYOUT:
@@ -195,7 +196,15 @@ def export_hf(base: Base, info: AdapterInfo, out: Path, force: bool) -> None:
             f"--to hf: {kind} models have another layout in MLX than in transformers; we write {', '.join(SAME_LAYOUT)}; "
             "use --to peft and merge in PEFT"
         )
-    write_fused(base, out, dequantize=True, force=force, chat_template=info.chat_template)
+    write_fused(
+        base,
+        out,
+        dequantize=True,
+        force=force,
+        chat_template=info.chat_template,
+        full=info.full,
+        keep_dtype=keep_dtype,
+    )
 
 
 if __name__ == "__main__":

@@ -45,9 +45,18 @@ def main(
 ) -> None:
     """Write --model with the adapter folded in, and say how much of the adapter arrived."""
     adapter = resolve_adapter(adapter_path, adapter_revision)
-    base = load_base(train_settings(cli.given(options)).model)
+    settings = train_settings(cli.given(options)).model
+    base = load_base(settings)
     info = load_adapter(base, adapter, ignore_fingerprint)
-    survival = write_fused(base, out, dequantize=dequantize, force=force, chat_template=info.chat_template)
+    survival = write_fused(
+        base,
+        out,
+        dequantize=dequantize,
+        force=force,
+        chat_template=info.chat_template,
+        full=info.full,
+        keep_dtype=settings.dtype != "auto",
+    )
     summary = summarise(survival)
     if info.full:
         cli.echo(f"{len(info.full)} parameters trained in full are in it as they are, in float")

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from byte_tokenizer import byte_tokenizer
+from conftest import quantised, tiny_model, write_folder
+from make_adapters import make_adapter as shared_adapter
 from run_cli import run
 from test_adapter_folder import TOKENS, make_adapter
 
-from mlx_lora.artifacts.adapter import WEIGHTS_FILE
+from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from mlx_lora.config import ModelSettings
+from mlx_lora.errors import InputError
 from mlx_lora.models.load import load_base
 
 
@@ -57,3 +62,129 @@ def test_a_fused_folder_trains_and_generates(tiny_folder, chats, tmp_path):
     make_adapter(tiny_folder, tmp_path / "a")
     fuse(tiny_folder, tmp_path)
     assert run("generate", "--model", tmp_path / "f", "--prompt", "Say 1.", "--max-tokens", 3).code == 0
+
+
+def test_a_module_trained_in_full_loses_its_layers_own_quantisation(tiny_folder, chats, tmp_path):
+    layout = {"group_size": 32, "bits": 4, "mode": "affine"}
+    own = {**layout, "bits": 8}
+    model = tiny_model(tie_word_embeddings=False)
+    nn.quantize(
+        model,
+        **layout,
+        class_predicate=lambda path, m: hasattr(m, "to_quantized") and (own if path == "lm_head" else True),
+    )
+    entries = {"quantization": {**layout, "lm_head": own}, "tie_word_embeddings": False}
+    base = write_folder(tmp_path / "base", model, entries)
+    ran = run(
+        "train", "--model", base, "--data", chats, "--adapter-path", tmp_path / "a", "--iters", 4, "--rank", 4,
+        "--batch-tokens", 256, "--learning-rate", 2e-2, "--val-batches", 0, "--modules-to-save", "lm_head",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    adapted = load_base(ModelSettings(model=str(base)))
+    load_adapter(adapted, tmp_path / "a")
+    _, found = fuse(base, tmp_path)
+    assert json.loads((tmp_path / "f" / "config.json").read_text())["quantization"] == layout
+    # The other layers are quantised anew, the head is not: it gives the trained one's logits of the same states.
+    fused = load_base(ModelSettings(model=str(tmp_path / "f")))
+    states = mx.random.normal((1, 5, 64))
+    assert np.allclose(fused.model.lm_head(states), adapted.model.lm_head(states), atol=1e-5)
+    assert not np.allclose(
+        fused.model.lm_head(states), load_base(ModelSettings(model=str(base))).model.lm_head(states), atol=1e-3
+    )
+    assert np.isfinite(found).all()
+
+
+def test_what_cannot_be_read_back_is_not_left_behind(tiny_folder, tmp_path, monkeypatch):
+    make_adapter(tiny_folder, tmp_path / "a")
+    # A family whose loading changes weights that were loaded before.
+    shifted = lambda self, weights: {n: p + (1 if n.endswith("norm.weight") else 0) for n, p in weights.items()}  # noqa: E731
+    monkeypatch.setattr("mlx_lm.models.llama.Model.sanitize", shifted)
+    ran = run(
+        "fuse",
+        "--model",
+        tiny_folder,
+        "--adapter-path",
+        tmp_path / "a",
+        "--out",
+        tmp_path / "f",
+        "--ignore-fingerprint",
+    )
+    assert (ran.code, "otherwise than it was written" in ran.err) == (1, True)
+    assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_the_files_dtypes_are_kept_and_untouched_layers_bit_for_bit(stored, tmp_path):
+    model = quantised(tiny_model())
+    model.set_dtype(getattr(mx, stored))
+    model.model.norm.weight = model.model.norm.weight.astype(mx.float32)
+    base = write_folder(tmp_path / "base", model, {"quantization": {"group_size": 32, "bits": 4, "mode": "affine"}})
+    before = mx.load(str(base / "model.safetensors"))
+    for name, dtype in (("kept", ()), ("asked", ("--dtype", "bfloat16" if stored == "float16" else "float16"))):
+        make_adapter(base, tmp_path / "a", "q_proj")
+        ran = run("fuse", "--model", base, "--adapter-path", tmp_path / "a", "--out", tmp_path / name, *dtype)
+        assert ran.code == 0, ran.err
+        after = mx.load(str(tmp_path / name / "model.safetensors"))
+        same = [n for n, p in before.items() if p.dtype == after[n].dtype and mx.array_equal(p, after[n])]
+        assert {n.rpartition(".")[2] for n in before.keys() - set(same)} >= {"weight", "scales", "biases"}
+        untouched = [n for n in before if "q_proj" not in n]
+        assert (set(untouched) <= set(same)) == (name == "kept")
+        assert (
+            before.keys() == after.keys(),
+            {p.dtype for p in after.values()} == {p.dtype for p in before.values()},
+        ) == (True, name == "kept")
+
+
+FUSED_FORMS = {
+    "float": ("fuse", ()),
+    "hf": ("export", ("--to", "hf")),
+    "gguf": ("export", ("--to", "gguf", "--gguf-type", "q8_0")),
+}
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("form", FUSED_FORMS)
+def test_an_adapter_is_not_put_on_its_own_fused_model(form, marked, tmp_path, monkeypatch):
+    base = write_folder(tmp_path / "base", tiny_model())
+    byte_tokenizer(merges=(("a", "b"), ("Ġ", "t"), ("ab", "c"))).save_pretrained(base)  # GGUF knows none without
+    adapter = shared_adapter(base, tmp_path / "a", strength=0.1)
+    command, flags = FUSED_FORMS[form]
+    out = tmp_path / ("f.gguf" if form == "gguf" else "f")
+    if not marked:  # as another program writes it
+        monkeypatch.setattr("mlx_lora.models.fingerprint.fused_mark", lambda config: "")
+        monkeypatch.setattr("mlx_lora.models.converting.fused_mark", lambda config: "")
+    ran = run(command, "--model", base, "--adapter-path", adapter, "--out", out, *flags)
+    assert ran.code == 0, ran.err
+    models = [out]
+    if form == "float":
+        ran = run("convert", "--model", out, "--out", tmp_path / "f4", "--bits", 4, "--group-size", 32)
+        assert ran.code == 0, ran.err
+        models.append(tmp_path / "f4")
+    said = "an adapter fused into it" if marked else "holds this adapter already"
+    for model in models:
+        with pytest.raises(InputError, match=said):
+            load_adapter(load_base(ModelSettings(model=str(model))), adapter)
+        load_adapter(load_base(ModelSettings(model=str(model))), adapter, ignore_fingerprint=True)
+    # One base all the same: another adapter's mark is another, that of the quantised model is its float form's.
+    if form == "float" and marked:
+        marks = [load_base(ModelSettings(model=str(model))).fingerprint for model in (base, *models)]
+        assert marks[1] == marks[2] != marks[0] == marks[1].partition("+")[0]
+
+
+def test_an_adapter_trained_on_a_fused_model_by_an_earlier_version_still_loads(tiny_folder, tmp_path):
+    fused = tmp_path / "f"
+    first = shared_adapter(tiny_folder, tmp_path / "a", strength=0.1)
+    assert run("fuse", "--model", tiny_folder, "--adapter-path", first, "--out", fused).code == 0
+    second = shared_adapter(fused, tmp_path / "b", seed=5, strength=0.1)
+    load_adapter(load_base(ModelSettings(model=str(fused))), second)
+    with pytest.raises(InputError, match="another model"):
+        load_adapter(load_base(ModelSettings(model=str(tiny_folder))), second)
+    config = json.loads((second / CONFIG_FILE).read_text())
+    del config["mlx_lora"]["overlap"]
+    config["mlx_lora"]["base_fingerprint"] = config["mlx_lora"]["base_fingerprint"].partition("+")[0]
+    (second / CONFIG_FILE).write_text(json.dumps(config))
+    load_adapter(load_base(ModelSettings(model=str(fused))), second)
+    config["mlx_lora"]["base_model"] = str(tiny_folder)
+    (second / CONFIG_FILE).write_text(json.dumps(config))
+    with pytest.raises(InputError, match="an adapter fused into it"):
+        load_adapter(load_base(ModelSettings(model=str(fused))), second)

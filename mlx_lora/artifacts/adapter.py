@@ -26,9 +26,11 @@ from mlx_lora.adapters.methods import PRESETS
 from mlx_lora.adapters.parts import is_parameter
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.adapter_config import own_problems, shape_problems
+from mlx_lora.artifacts.overlap import PRESENT, measure_overlap, share_present
 from mlx_lora.artifacts.peft import PeftAdapter, is_peft, read_peft
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_file
+from mlx_lora.models.fingerprint import without_mark
 from mlx_lora.models.load import Base
 from mlx_lora.models.saving import save_tensors
 from mlx_lora.parsing import read_json
@@ -97,9 +99,11 @@ def save_adapter(folder: Path, model: nn.Module, info: AdapterInfo, same_rank: b
     if same_rank:
         layers = adapter_layers(model)
         stored = {name: _padded(name, value, rank, layers) for name, value in stored.items()}
+    config = info.to_config(rank)
+    config["mlx_lora"]["overlap"] = measure_overlap(model)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(folder / CONFIG_FILE) as temporary:
-        temporary.write_text(json.dumps(info.to_config(rank), indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     with replacing_file(folder / WEIGHTS_FILE) as temporary:
         save_tensors(temporary, stored)
 
@@ -172,7 +176,14 @@ def check_base(base: Base, config: dict[str, Any], place: Path) -> None:
     """
     own = config.get("mlx_lora") if isinstance(config.get("mlx_lora"), dict) else {}
     trained_on = own.get("base_fingerprint")
+    if "overlap" not in own and own.get("base_model") == base.model_id:  # of a version that did not know fused bases
+        trained_on = trained_on if trained_on != without_mark(base.fingerprint) else base.fingerprint
     if trained_on and trained_on != base.fingerprint:
+        if trained_on == without_mark(base.fingerprint):
+            raise InputError(
+                f"{place}: trained on {own.get('base_model')}, but --model {base.model_id} is that model with an adapter "
+                "fused into it; give the base, or --ignore-fingerprint to put the adapter on top"
+            )
         raise InputError(
             f"{place}: trained on {own.get('base_model')} (fingerprint {trained_on}), but --model {base.model_id} "
             f"is another model ({base.fingerprint}); give that base, or --ignore-fingerprint to use it anyway"
@@ -207,6 +218,8 @@ def load_adapter(base: Base, folder: Path, ignore_fingerprint: bool = False) -> 
         inject(base.model, paths, shape["rank"], scale, float(shape.get("dropout") or 0.0), shapes=shapes, form=form)
     restore_full(base.model, full)
     load_factors(base.model, file)
+    if not ignore_fingerprint:
+        _check_not_fused(base, own, folder)
     _finish(base.model)
     return AdapterInfo(
         method=own.get("method", form),
@@ -222,6 +235,16 @@ def load_adapter(base: Base, folder: Path, ignore_fingerprint: bool = False) -> 
         chat_template=own.get("chat_template"),
         full=full,
     )
+
+
+def _check_not_fused(base: Base, own: dict[str, Any], place: Path) -> None:
+    """Refuse an adapter whose update is in the base's weights already; that of another program has no record of it."""
+    share = share_present(base.model, own.get("overlap") or {})
+    if share is not None and share > PRESENT:
+        raise InputError(
+            f"{place}: --model {base.model_id} holds this adapter already ({share:.0%} of its update is in the weights); "
+            f"use the model as it is, or give {own.get('base_model')}, or --ignore-fingerprint to add it once more"
+        )
 
 
 def _stored_rank(header: dict[str, Any], path: str, default: int) -> int:

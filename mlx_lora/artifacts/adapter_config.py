@@ -60,6 +60,7 @@ def own_problems(config: dict[str, Any]) -> list[str]:
         "method": (lambda value: isinstance(value, str) and value in PRESETS, "a method of this version"),
         "alpha": (is_number, "a number"),
         "full": (is_names, "a list of names"),
+        "overlap": (_is_overlap, "what this version measures"),
     }
     return problems_of(own, checks, "mlx_lora.")
 
@@ -79,6 +80,13 @@ def peft_problems(config: dict[str, Any]) -> list[str]:
         "alpha_pattern": (_is_numbers, "a table of numbers"),
     }
     return problems_of(config, checks, "")
+
+
+def _is_overlap(value: Any) -> bool:
+    names = {"inner", "size", "weights"}
+    return isinstance(value, dict) and (
+        not value or (value.keys() == names and all(is_number(value[name]) for name in names) and value["size"] > 0)
+    )
 
 
 def _is_numbers(value: Any) -> bool:

@@ -6,6 +6,9 @@ for each layer what arrived is compared with what was meant:
     D = scale B A,  R = stored(W + D) - W
     kept  = <R, D> / <D, D>        1 when the update arrived, 0 when none of it did
     error = |R - D| / |D|          rounding noise beside it
+
+The folder keeps the dtypes of the base's own files: a run's compute dtype is this machine's affair. Before it takes
+its place it is read back as mlx-lm will read it.
 """
 
 from __future__ import annotations
@@ -22,9 +25,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lora.adapters.forms import EMBEDDING_ADAPTERS, base_of
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.parts import QUANTISED, dense_weight
-from mlx_lora.errors import InputError
+from mlx_lora.errors import InputError, RunError
 from mlx_lora.files import check_writable, replacing_folder
 from mlx_lora.models.converting import copy_side_files
+from mlx_lora.models.fingerprint import merge_mark
+from mlx_lora.models.folder import load_weights
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import dequantise_model
 from mlx_lora.models.saving import ShardWriter, check_out
@@ -83,7 +88,14 @@ def _survival(before: mx.array, after: mx.array, update: mx.array) -> Survival:
 
 
 def write_fused(
-    base: Base, out: Path, *, dequantize: bool, force: bool, chat_template: str | None
+    base: Base,
+    out: Path,
+    *,
+    dequantize: bool,
+    force: bool,
+    chat_template: str | None,
+    full: tuple[str, ...] = (),
+    keep_dtype: bool = False,
 ) -> dict[str, Survival]:
     """Fuse the adapter on `base.model` and write the result as a model folder, all or nothing.
 
@@ -93,9 +105,13 @@ def write_fused(
         dequantize: make the whole model float.
         force: replace an existing model folder.
         chat_template: the adapter's own, which then is the model's.
+        full: names of parameters trained in full.
+        keep_dtype: write the dtype that the base was cast to, as somebody asked for it, not that of its files. A
+            quantised base made float has no dtype of its own, and keeps it in any case.
 
     Raises:
         InputError: `out` must not be written.
+        RunError: what was written cannot be read back.
     """
     out = out.resolve()
     check_out(out, force=force)
@@ -103,6 +119,9 @@ def write_fused(
     check_writable(out, "--out", stored)
     if base.folder.resolve().is_relative_to(out):
         raise InputError(f"--out {out}: holds the base {base.folder}; give another folder")
+    mark = merge_mark(base.model, base.config)
+    if not keep_dtype and not (dequantize and base.quantisation):
+        _take_stored_dtypes(base, full)
     survival = fuse_adapter(base.model, dequantize)
     model, config = base.model, dict(base.config)
     if dequantize:
@@ -112,13 +131,84 @@ def write_fused(
         for name, array in tree_flatten(model.parameters()):
             writer.add({name: array})
         writer.close()
-        mlx_lm.utils.save_config(_config(config, base), folder / "config.json")
+        config = {**_with_true_layouts(config, model), "mlx_lora": _provenance(base, mark)}
+        mlx_lm.utils.save_config(config, folder / "config.json")
         copy_side_files(base.folder, folder)
         if chat_template:
             (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        _check_written(folder, model, out, trust_remote_code=_has_own_code(base))
     return survival
 
 
-def _config(config: dict[str, Any], base: Base) -> dict[str, Any]:
-    """Return config.json of the fused model: it says what it was made of."""
-    return {**config, "mlx_lora": {"fused": True, "base_model": base.model_id, "base_revision": base.revision}}
+def _has_own_code(base: Base) -> bool:
+    """Whether the base's folder brought Python of its own, which whoever loaded it has allowed."""
+    return base.config.get("model_file") is not None
+
+
+def _take_stored_dtypes(base: Base, full: tuple[str, ...]) -> None:
+    """Put the base's arrays back as its files hold them; parameters trained in full get the dtype of those they replace.
+
+    Loading casts to the compute dtype: on a Mac, float16 scales and float32 norms to bfloat16.
+    """
+    untouched, _ = load_weights(base.folder, trust_remote_code=_has_own_code(base))
+    stored = {name: p for name, p in tree_flatten(untouched.parameters()) if mx.issubdtype(p.dtype, mx.floating)}
+    sizes: dict[mx.Dtype, int] = {}
+    for p in stored.values():
+        sizes[p.dtype] = sizes.get(p.dtype, 0) + p.nbytes
+    usual = max(sizes, key=sizes.__getitem__)
+    changed = []
+    for name, p in tree_flatten(base.model.parameters()):
+        plain = name.replace(".linear.", ".").replace(".embedding.", ".")  # an adapted layer's own
+        if name in full:
+            changed.append((name, p.astype(stored[plain].dtype if plain in stored else usual)))
+        elif plain in stored and stored[plain].shape == p.shape and stored[plain].dtype != p.dtype:
+            changed.append((name, stored[plain]))
+    base.model.load_weights(changed, strict=False)
+
+
+def _with_true_layouts(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return the config without layouts of layers that are quantised no longer: what was trained in full is float."""
+    if "quantization" not in config:
+        return config
+    modules = dict(model.named_modules())
+    if not any(isinstance(module, QUANTISED) for module in modules.values()):
+        return {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+    kept = {
+        key: value
+        for key, value in config["quantization"].items()
+        if key not in modules or isinstance(modules[key], QUANTISED)
+    }
+    return {**config, "quantization": kept, "quantization_config": kept}
+
+
+def _check_written(folder: Path, model: nn.Module, out: Path, *, trust_remote_code: bool) -> None:
+    """Read a folder back as mlx-lm does: every name, shape and dtype, and the values of all vectors.
+
+    mlx-lm changes some families' weights while it loads them (shifted norms, transposed convolutions); on weights
+    that it has loaded once, that must do nothing.
+
+    Raises:
+        RunError: naming what differs; the folder is not kept.
+    """
+    try:
+        found, _ = load_weights(folder, trust_remote_code)
+    except InputError as error:
+        raise RunError(f"--out {out}: not written, mlx-lm cannot load what fusing made ({error})") from error
+    wanted, read = dict(tree_flatten(model.parameters())), dict(tree_flatten(found.parameters()))
+    differ = sorted(wanted.keys() ^ read.keys()) or [
+        name
+        for name, p in wanted.items()
+        if (p.shape, p.dtype) != (read[name].shape, read[name].dtype)
+        or (p.ndim == 1 and not mx.array_equal(p, read[name], equal_nan=True).item())
+    ]
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise RunError(
+            f"--out {out}: not written, mlx-lm reads {', '.join(differ[:3])}{more} back otherwise than it was written; "
+            "keep the adapter apart"
+        )
+
+
+def _provenance(base: Base, mark: str) -> dict[str, Any]:
+    """Return what config.json says of where the fused model came from; `fused` makes it another base than that."""
+    return {"fused": mark, "base_model": base.model_id, "base_revision": base.revision}

@@ -22,10 +22,12 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter, LlamaFileType
 
 from mlx_lora.adapters.forms import ADAPTERS, EMBEDDING_ADAPTERS, base_of
+from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.parts import EMBEDDING, QUANTISED, base_dims, dense_weight
 from mlx_lora.data.templates import own_template
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable, replacing_file
+from mlx_lora.models.fingerprint import FUSED_KEY, fused_mark, merge_mark
 from mlx_lora.models.gguf_arch import gguf_weights, text_model
 from mlx_lora.models.gguf_blocks import MXFP4, mxfp4_blocks
 from mlx_lora.models.gguf_places import Weight
@@ -146,6 +148,9 @@ def write_gguf_model(
             _add(writer, f"{architecture}.{key}", value)
         for key, value in tokenizer_metadata(vocabulary).items():
             _add(writer, key, value)
+        mark = merge_mark(base.model, base.config) if adapter_layers(base.model) else fused_mark(base.config)
+        if mark:
+            writer.add_string(FUSED_KEY, mark)
         _write_tensors(writer, planned, extra)
     return file.stat().st_size
 

@@ -24,6 +24,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lora.cache import cache_dir
 from mlx_lora.errors import InputError
 from mlx_lora.files import check_writable, one_at_a_time, replacing_folder, sha256_of
+from mlx_lora.models.fingerprint import fused_mark
 from mlx_lora.models.folder import FOREIGN_ERRORS, complete_module, import_architecture, load_weights
 from mlx_lora.models.gguf_arch import model_config, weight_map
 from mlx_lora.models.gguf_weights import Imported, Target, check_shapes, import_weights
@@ -181,7 +182,7 @@ def build_model(config: dict[str, Any], names: frozenset[str] | None = None) -> 
     try:
         model_class, args_class = mlx_lm.utils._get_classes(config)
         model = model_class(args_class.from_dict(config))
-    except (*FOREIGN_ERRORS, SystemExit) as error:  # mlx-lm's OLMo ends the process where its package is missing
+    except FOREIGN_ERRORS as error:
         raise InputError(f"{config.get('model_type')}: mlx-lm cannot build this model ({error})") from error
     complete_module(model)
     _drop_tied_head(model, config, names)
@@ -236,7 +237,7 @@ def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.D
     conversion.size_bytes = writer.close()
     config |= quantisation_entries(layouts)
     config["torch_dtype"] = str(dtype).removeprefix("mlx.core.")
-    config["mlx_lora"] = _provenance(source, conversion) | {"sha256": sha256_of(source.path)}
+    config["mlx_lora"] = _provenance(source, conversion, config) | {"sha256": sha256_of(source.path)}
     write_json(folder / "config.json", config)
     return conversion
 
@@ -292,7 +293,7 @@ def _convert_folder(
     for name in list(parameters):  # handed over one by one, so that a written shard's arrays are freed
         writer.add({name: parameters.pop(name)})
     conversion.size_bytes = writer.close()
-    config["mlx_lora"] = _provenance(source, conversion)
+    config["mlx_lora"] = _provenance(source, conversion, config)
     mlx_lm.utils.save_config(config, folder / "config.json")
     copy_side_files(source.path, folder)
     return conversion
@@ -308,9 +309,11 @@ def copy_side_files(source: Path, folder: Path) -> None:
         write_tokenizer_from_spm(folder / "tokenizer.model", source, folder)
 
 
-def _provenance(source: ModelSource, conversion: Conversion) -> dict[str, Any]:
+def _provenance(source: ModelSource, conversion: Conversion, config: dict[str, Any]) -> dict[str, Any]:
     """Return what config.json says about where the weights came from; mlx-lm ignores the key."""
+    mark = fused_mark(config)
     return {
+        **({"fused": mark} if mark else {}),
         "source": source.model_id,
         "revision": source.revision,
         "carried": {

@@ -1,4 +1,8 @@
-"""Names a base model by what no quantisation touches, so that a QLoRA adapter still knows its float base."""
+"""Names a base model by what no quantisation touches, so that a QLoRA adapter still knows its float base.
+
+0123456789abcdef               a model as it was published, at any quantisation and dtype
+0123456789abcdef+89abcdef      with an adapter fused into it: its vectors are the base's, its matrices are not
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+FUSED_KEY = "mlx_lora.fused"  # in a GGUF file's metadata
+
 
 def base_fingerprint(model: nn.Module, config: dict[str, Any]) -> str:
-    """Return 16 hex digits that are equal for one model at every quantisation and dtype.
+    """Return 16 hex digits that are equal for one model at every quantisation and dtype, and what is fused into it.
 
     Hashed are the model type and every one-dimensional float parameter (norm weights, biases of norms)
     rounded to bfloat16: converters quantise matrices and leave these. Two fine-tunes of one base differ
@@ -30,7 +36,36 @@ def base_fingerprint(model: nn.Module, config: dict[str, Any]) -> str:
         rounded = value.astype(mx.bfloat16).view(mx.uint16)
         digest.update(name.replace(".linear.", ".").encode())  # an adapted layer holds its bias one level down
         digest.update(np.array(rounded).tobytes())
-    return digest.hexdigest()[:16]
+    mark = fused_mark(config)
+    return digest.hexdigest()[:16] + (f"+{mark}" if mark else "")
+
+
+def without_mark(fingerprint: str) -> str:
+    """Return the fingerprint as versions wrote it that did not look for fused adapters."""
+    return fingerprint.partition("+")[0]
+
+
+def fused_mark(config: dict[str, Any]) -> str:
+    """Return what config.json says is fused into the model, empty for a model as it was published."""
+    own = config.get("mlx_lora")
+    mark = own.get("fused") if isinstance(own, dict) else None
+    return mark[:40] if isinstance(mark, str) else "fused" if mark else ""  # earlier versions wrote true
+
+
+def merge_mark(model: nn.Module, config: dict[str, Any]) -> str:
+    """Return 8 hex digits for what will be fused: the adapter on `model`, and what its base had in it before.
+
+    Args:
+        model: adapted.
+        config: its base's config.json.
+    """
+    digest = hashlib.sha256(fused_mark(config).encode())
+    for path, layer in model.named_modules():
+        for name in ("lora_a", "lora_b", "m"):
+            if isinstance(layer.get(name), mx.array):
+                digest.update(f"{path}.{name}".encode())
+                digest.update(np.array(layer[name].astype(mx.float32)).tobytes())
+    return digest.hexdigest()[:8]
 
 
 def weights_checksum(model: nn.Module, skip: frozenset[str] = frozenset()) -> str:

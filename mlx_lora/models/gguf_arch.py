@@ -11,6 +11,7 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_lora.errors import InputError
+from mlx_lora.models.fingerprint import FUSED_KEY
 from mlx_lora.models.gguf_dense import GEMMA3, LLAMA, PHI3, QWEN2, QWEN3
 from mlx_lora.models.gguf_experts import GPT_OSS, QWEN3_MOE
 from mlx_lora.models.gguf_family import Family
@@ -64,6 +65,8 @@ def model_config(file: GGUFFile) -> dict[str, Any]:
     config = shared_fields(settings)
     config |= {"model_type": family.model_type, "architectures": [family.model_class]}
     config |= family.fields(settings, config)
+    if FUSED_KEY in file.metadata:
+        config["mlx_lora"] = {"fused": file.metadata[FUSED_KEY]}
     if settings.problems:
         raise InputError(f"{file.path}: {'; '.join(settings.problems)}; use the model's Hugging Face form")
     return config
