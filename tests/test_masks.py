@@ -87,7 +87,7 @@ def conversation(draw: random.Random, system: bool, calls: str, thinking: str) -
                 message["weight"] = draw.choice([0, 0, 1])
     if draw.random() < 0.2:
         messages.append({"role": "user", "content": "one more"})
-    tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("add", "look_up", "7")]
+    tools = [{"type": "function", "function": {"name": name, "description": f"{name} it", "parameters": {"type": "object", "properties": {}, "required": []}}} for name in ("add", "look_up", "7")]
     return {"messages": messages, "parallel_tool_calls": True} | ({"tools": tools} if calls != "none" else {})
 
 

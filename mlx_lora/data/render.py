@@ -42,6 +42,8 @@ from mlx_lora.data.templates import PROBE
 from mlx_lora.data.turns import Span, Specials, Turns
 
 A_CALL = {"id": "aaaaaaaaa", "type": "function", "function": {"name": "qzx", "arguments": {}}}
+NOTHING = {"type": "object", "properties": {}, "required": []}
+A_TOOL = {"type": "function", "function": {"name": "qzx", "description": "x", "parameters": NOTHING}}
 ADVICE = "; use --chat-template chatml, which has tools"
 
 
@@ -176,14 +178,15 @@ class Renderer:
 
     @cached_property
     def _moves_tools(self) -> bool:
-        return self._comes_late([], [A_CALL])
+        return self._comes_late([], [A_TOOL])
 
     def _comes_late(self, system: list[Message], tools: list[dict] | None) -> bool:
         """Return whether `qzx` stands before a first answer at inference, and not so in a chat that went on."""
         question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "wvw"}
+        another = {"role": "user", "content": "y"}
         try:
             at_inference = self._text([*system, question], tools, prompt=True)
-            later = self._text([*system, question, answer, question, answer], tools)
+            later = self._text([*system, question, answer, another, answer], tools)
         except FormatError:
             return False
         return "qzx" in at_inference and "qzx" not in later[: later.find("wvw")]
@@ -194,7 +197,7 @@ class Renderer:
         call = {"role": "assistant", "content": "", "tool_calls": [A_CALL]}
         for form in FORMS:
             try:
-                if "qzx" in self._text(form([*PROBE, call]), [A_CALL]):
+                if "qzx" in self._text(form([*PROBE, call]), None):
                     return True
             except FormatError:
                 continue

@@ -53,9 +53,14 @@ class Specials:
         """Return the special token that a text ends with, or nothing."""
         return next((special for special in self._texts if text.endswith(special)), "")
 
-    def begin_at(self, text: str, start: int) -> bool:
-        """Return whether a special token begins at `start`."""
-        return self._closing.match(text, start) is not None
+    def closing_at(self, text: str, start: int) -> str:
+        """Return the special token that begins at `start`, or nothing."""
+        found = self._closing.match(text, start)
+        return found[0] if found else ""
+
+    def are_all(self, text: str) -> bool:
+        """Return whether a text holds special tokens and white space only."""
+        return not self._any.sub("", text).strip()
 
     def tail(self, text: str) -> str:
         """Return a text from its last special token on; nothing where there is none."""
@@ -169,9 +174,12 @@ class Turns:
         start, end = len(turn.prompt), len(turn.prompt) + len(turn.body)
         if not text.startswith(turn.prompt + turn.body):
             return None
-        if text.startswith(turn.closing, end):
+        if turn.closing and text.startswith(turn.closing, end):
             return start, end + len(turn.closing)
-        return (start, end) if self._specials.begin_at(text, end) else None
+        closed = self._specials.closing_at(text, end)
+        if not turn.closing:  # what ends a turn is the token that begins the next one (GLM)
+            return start, end + len(closed)
+        return (start, end) if closed else None
 
     def _turn(self, number: int) -> Turn | None:
         """Return a turn as at inference; None where the template refuses to show it as the last."""
@@ -222,15 +230,15 @@ class Turns:
         return prompt if opened >= 0 and prompt.endswith(opening) else last[:start], start
 
     def _end(self, last: str, start: int, content: str) -> tuple[int, str]:
-        """Return where a last turn ends, and the special token that ends it."""
+        """Return where a last turn ends, and the special token that ends it; a template may add the end of the text."""
+        place = last.rfind(content.strip(), start) if content.strip() else -1
+        if place >= 0:
+            closed = self._specials.end_after(last, place + len(content.strip()))
+            if closed is not None and self._specials.are_all(last[closed:]):
+                return closed, self._specials.closing(last[:closed])
         trimmed = last.rstrip()
-        place = last.rfind(content.strip(), start)
-        content_end = place + len(content.strip()) if place >= 0 else start
         if (closing := self._specials.closing(trimmed)) and len(trimmed) - len(closing) >= start:
             return len(trimmed), closing
-        closed = self._specials.end_after(last, content_end)
-        if closed is not None:
-            return closed, self._specials.closing(last[:closed])
         place = last.rfind(content, start)
         return max(len(trimmed), place + len(content) if place >= 0 else start), ""
 
@@ -246,7 +254,7 @@ class Turns:
             text = self._render([*self._messages[: turn.number], message])
             shown = sum(mark in text for mark in marks)
         if shown < len(names):
-            raise FormatError(f"the chat template shows {shown} of the {len(names)} tool calls of message {turn.number + 1}")
+            raise FormatError(f"the chat template shows {shown} of the {len(names)} tool calls of message {turn.number + 1}; write one call per turn")
 
     def _shared(self, turn: Turn) -> Span | None:
         """Return the turn's calls, where the full rendering shows the tools' answers before the rest of it (Gemma 4)."""
