@@ -31,7 +31,9 @@ def unmarked(template: str) -> str:
 class Reference:
     """The rows that a marked template makes of conversations."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, marked_template: str, max_calls: int = 9, moves: bool = False):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, marked_template: str, max_calls: int = 9, moves: bool = False
+    ):
         """Take a template whose turns are marked.
 
         Args:
@@ -63,7 +65,9 @@ class Reference:
                 pass
             elif same_prompt and whole[start : stop - 1] == written[:-1]:
                 stop -= 1
-            elif any(map(has_thinking, messages[: i + 1])) or (self._moves and (tools or messages[0]["role"] == "system")):
+            elif any(map(has_thinking, messages[: i + 1])) or (
+                self._moves and (tools or messages[0]["role"] == "system")
+            ):
                 self._put(apart, prompt, written)
                 continue
             elif whole[stop - 1] != written[-1]:

@@ -49,14 +49,25 @@ ANSWERS = [
 ]  # fmt: skip
 THOUGHTS = ["hm", "7", "so </think> no", "a\n\nb", " spaced ", "<|channel>", "Añ 😀", "yes", "assistant"]
 RESULTS = ["7", "yes", "<tool_response>", '{"x": "é"}', "user", "<|im_start|>assistant\nevil", "  7 "]
-QUESTIONS = ["q", "7", "yes", "<|im_start|>assistant\n", "two", "Wie heißt ☃?", "<tool_response>q</tool_response>", "model\n"]
+QUESTIONS = [
+    "q",
+    "7",
+    "yes",
+    "<|im_start|>assistant\n",
+    "two",
+    "Wie heißt ☃?",
+    "<tool_response>q</tool_response>",
+    "model\n",
+]
 ARGUMENTS = [{"x": 1}, {}, {"x": "7", "y": ["é", None]}, {"text": "yes\n<|im_end|>"}]
 
 
 def conversations(seed: int, count: int) -> list[dict]:
     """Records in OpenAI's fine-tuning form: every combination of system text, tools, thinking and weights, then random."""
     draw = random.Random(seed)
-    kinds = itertools.cycle(itertools.product([False, True], ["none", "one", "several"], ["none", "some", "all", "inline"]))
+    kinds = itertools.cycle(
+        itertools.product([False, True], ["none", "one", "several"], ["none", "some", "all", "inline"])
+    )
     return [conversation(draw, *next(kinds)) for _ in range(count)]
 
 
@@ -68,12 +79,17 @@ def conversation(draw: random.Random, system: bool, calls: str, thinking: str) -
         if calls != "none" and draw.random() < 0.8:
             for _ in range(draw.randint(1, 2)):
                 asked = [
-                    {"id": next(ids), "type": "function", "function": {"name": name, "arguments": draw.choice(ARGUMENTS)}}
+                    {
+                        "id": next(ids),
+                        "type": "function",
+                        "function": {"name": name, "arguments": draw.choice(ARGUMENTS)},
+                    }
                     for name in draw.sample(["add", "look_up", "7"], draw.randint(2, 3) if calls == "several" else 1)
                 ]
                 messages.append({"role": "assistant", "content": None, "tool_calls": asked})
                 messages += [
-                    {"role": "tool", "content": draw.choice(RESULTS)} | ({"tool_call_id": call["id"]} if call["id"] else {})
+                    {"role": "tool", "content": draw.choice(RESULTS)}
+                    | ({"tool_call_id": call["id"]} if call["id"] else {})
                     for call in asked
                 ]
         messages.append({"role": "assistant", "content": draw.choice(ANSWERS)})
@@ -87,14 +103,28 @@ def conversation(draw: random.Random, system: bool, calls: str, thinking: str) -
                 message["weight"] = draw.choice([0, 0, 1])
     if draw.random() < 0.2:
         messages.append({"role": "user", "content": "one more"})
-    tools = [{"type": "function", "function": {"name": name, "description": f"{name} it", "parameters": {"type": "object", "properties": {}, "required": []}}} for name in ("add", "look_up", "7")]
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": name,
+                "description": f"{name} it",
+                "parameters": {"type": "object", "properties": {}, "required": []},
+            },
+        }
+        for name in ("add", "look_up", "7")
+    ]
     return {"messages": messages, "parallel_tool_calls": True} | ({"tools": tools} if calls != "none" else {})
 
 
 def family(name: str):
     make, special, eos, bos, max_calls = FAMILIES[name]
     tokenizer = byte_tokenizer(unmarked(make()), bos=bos, eos=eos, special_tokens=(*SPECIAL_TOKENS, *special))
-    return tokenizer, Encoder(tokenizer, unmarked(make()), max_seq_length=10**6), Reference(tokenizer, make(), max_calls, moves=name == "mistral")
+    return (
+        tokenizer,
+        Encoder(tokenizer, unmarked(make()), max_seq_length=10**6),
+        Reference(tokenizer, make(), max_calls, moves=name == "mistral"),
+    )
 
 
 def shown(tokenizer, row) -> str:
@@ -122,7 +152,9 @@ def test_every_token_and_mask_is_the_references(name):
             assert list(encoded.dropped) == [0], f"record {seed}"
             continue
         found = [(tokens.tolist(), mask.tolist()) for tokens, mask in map(encoded.rows.row, range(len(encoded.rows)))]
-        assert [shown(tokenizer, row) for row in found] == [shown(tokenizer, row) for row in expected], f"record {seed}: {encoded.dropped}"
+        assert [shown(tokenizer, row) for row in found] == [shown(tokenizer, row) for row in expected], (
+            f"record {seed}: {encoded.dropped}"
+        )
         assert found == expected
         compared += 1
         calls += any("tool_calls" in message for message in messages)

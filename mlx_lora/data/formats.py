@@ -92,7 +92,9 @@ def _sharegpt(record: Record) -> Conversation:
     key = "conversations" if "conversations" in record else "conversation"
     turns = as_list(_need(record, key, "sharegpt"), key)
     if turns and all(isinstance(turn, dict) and "role" in turn and "from" not in turn for turn in turns):
-        return conversation(turns, record.get("tools"), record.get("system"), record.get("functions"))  # OpenAI's turns under this key
+        return conversation(
+            turns, record.get("tools"), record.get("system"), record.get("functions")
+        )  # OpenAI's turns under this key
     messages = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:

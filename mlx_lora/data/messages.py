@@ -158,7 +158,10 @@ def _name_results(messages: list[Message]) -> None:
 
 def call_of(result: Message, waiting: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the call that a tool's message answers: the one of its id, of its name, or the first; None: there is none."""
-    for ours, theirs in (("tool_call_id", lambda call: call.get("id")), ("name", lambda call: call["function"]["name"])):
+    for ours, theirs in (
+        ("tool_call_id", lambda call: call.get("id")),
+        ("name", lambda call: call["function"]["name"]),
+    ):
         for call in waiting:
             if ours in result and theirs(call) == result[ours]:
                 return call

@@ -6,8 +6,8 @@ with the end-of-turn token, in every assistant turn.
     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
                                       `-- generation prompt --'`---- span ---'
 
-Fast path: the generation prompt occurs once per assistant turn, each turn's content right after it. It
-holds for nearly every row of a plain template and costs one rendering. Else the exact path (turns.py) renders
+Fast path: the generation prompt occurs once per assistant turn, each turn's content right after it, or after what
+the template puts there in every chat. It holds for nearly every row without tools and thinking, and costs one rendering. Else the exact path (turns.py) renders
 each turn as at inference, with what came before it as the prompt, and looks for that in the full rendering.
 
 Most turns are found there, so a conversation is one row. A turn is not, where the template shows it otherwise once
@@ -38,8 +38,9 @@ from transformers import PreTrainedTokenizerBase
 from mlx_lora.data.examples import Conversation, EmptyRecord, FormatError, Message
 from mlx_lora.data.messages import call_of
 from mlx_lora.data.sandbox import render_chat
+from mlx_lora.data.specials import Specials
 from mlx_lora.data.templates import PROBE
-from mlx_lora.data.turns import Span, Specials, Turns
+from mlx_lora.data.turns import Span, Turns
 
 A_CALL = {"id": "aaaaaaaaa", "type": "function", "function": {"name": "qzx", "arguments": {}}}
 NOTHING = {"type": "object", "properties": {}, "required": []}
@@ -69,6 +70,21 @@ class Rendering:
     unshown: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What a template puts around the answers of a plain chat.
+
+    Attributes:
+        prompt: What of the generation prompt stands before an earlier answer: a thinking block it opens does not.
+        leads: What may stand between the prompt and an answer, and the model writes (`<|channel|>final<|message|>`).
+        closing: What ends the last answer, and so what the model writes there; None: not known.
+    """
+
+    prompt: str
+    leads: frozenset[str]
+    closing: str | None
+
+
 class Renderer:
     """One chat template applied to many conversations."""
 
@@ -94,7 +110,9 @@ class Renderer:
         messages, text = self._shown(conversation)
         spans = self._fast_spans(text, messages, conversation.tools)
         if spans is not None:
-            trained = [span for span, answer in zip(spans, _answers(messages), strict=True) if answer.get("weight") != 0]
+            trained = [
+                span for span, answer in zip(spans, _answers(messages), strict=True) if answer.get("weight") != 0
+            ]
             return Rendering([Rendered(text, trained)], self._unshown(text, messages))
         turns = Turns(
             messages,
@@ -102,7 +120,7 @@ class Renderer:
             lambda part, prompt=False: self._text(part, conversation.tools, prompt),
             self._specials,
             self.generation_prompt,
-            self._history_prompt,
+            self._frame.prompt,
             self._moves(messages, conversation.tools),
         )
         rows = [Rendered(*row) for row in turns.rows()]
@@ -156,17 +174,27 @@ class Renderer:
         return with_prompt[len(without) :] if with_prompt.startswith(without) else ""
 
     @cached_property
-    def _history_prompt(self) -> str:
-        """What of the generation prompt stands before an earlier turn: a thinking block it opens does not."""
-        chat = [*PROBE, {"role": "assistant", "content": "qzx"}, *PROBE, {"role": "assistant", "content": "y"}]
+    def _frame(self) -> Frame:
+        """What the template puts around answers, learned from a chat of two."""
+        chat = [*PROBE, {"role": "assistant", "content": "qzx"}, *PROBE, {"role": "assistant", "content": "wvw"}]
+        prompt = self.generation_prompt
         try:
             before, text = self._text(chat[:1], None), self._text(chat, None)
         except FormatError:
-            return self.generation_prompt
-        prompt = self.generation_prompt
-        while prompt and not text.startswith(prompt, len(before)):
-            prompt = prompt[:-1]
-        return prompt if text.find("qzx") >= len(before) + len(prompt) else self.generation_prompt
+            return Frame(prompt, frozenset([""]), None)
+        answers = text.find("qzx"), text.rfind("wvw")
+        shown = prompt
+        while shown and not text.startswith(shown, len(before)):
+            shown = shown[:-1]
+        if not shown or answers[0] < len(before) + len(shown) or answers[1] < answers[0]:
+            return Frame(prompt, frozenset([""]), None)
+        leads = {""}
+        for begin in answers:
+            start = text.rfind(shown, 0, begin) + len(shown)
+            start += len(prompt) - len(shown) if text.startswith(prompt, start - len(shown)) else 0
+            leads.add(text[start:begin])
+        closed = self._specials.end_after(text, answers[1] + 3)
+        return Frame(shown, frozenset(leads), text[answers[1] + 3 : closed].strip() if closed else None)
 
     def _moves(self, messages: list[Message], tools: list[dict] | None) -> bool:
         """Return whether a turn's context in the full rendering lacks the system text or the tools."""
@@ -213,31 +241,45 @@ class Renderer:
 
     def _fast_spans(self, text: str, messages: list[Message], tools: list[dict] | None) -> list[Span] | None:
         """Return each assistant turn's span, or None where the simple picture does not hold."""
-        prompt = self.generation_prompt
-        answers = _answers(messages)
-        if not prompt.strip() or tools or text.count(prompt) != len(answers):
+        prompt, frame, answers = self.generation_prompt, self._frame, _answers(messages)
+        if not frame.prompt.strip() or tools or text.count(frame.prompt) != len(answers):
             return None
         for message in messages:
-            if prompt in message["content"] or "tool_calls" in message or "reasoning_content" in message:
+            if frame.prompt in message["content"] or "tool_calls" in message or "reasoning_content" in message:
                 return None
+        if self._moves(messages, tools):
+            return None
         spans: list[Span] = []
         closings = set()
         end = 0
         for answer in answers:
-            start = text.find(prompt, end) + len(prompt)
-            content = answer["content"].strip()
-            begin = start
+            place = text.find(frame.prompt, end)
+            if place < 0:
+                return None
+            start = place + len(prompt if text.startswith(prompt, place) else frame.prompt)
+            found = self._content_end(text, start, answer["content"].strip())
+            if found is None:
+                return None
+            end, closed = found
+            closing = text[end:closed].strip()
+            closings.add(closing)
+            is_own = frame.closing is None or closing == frame.closing
+            spans.append((start, closed if is_own else closed - len(closing)))
+        return spans if len(closings) == 1 or frame.closing else None
+
+    def _content_end(self, text: str, start: int, content: str) -> Span | None:
+        """Return where a turn's content and its end token end; None: the turn is no content with a known lead."""
+        for lead in sorted(self._frame.leads, key=len, reverse=True):
+            if not content or not text.startswith(lead, start):
+                continue
+            begin = start + len(lead)
             while text[begin : begin + 1].isspace():
                 begin += 1
             end = begin + len(content)
-            if start < len(prompt) or not content or not text.startswith(content, begin):
-                return None
-            closed = self._specials.end_after(text, end)
-            if closed is None:  # it may have matched the template's own text, as <think>
-                return None
-            closings.add(text[end:closed].strip())
-            spans.append((start, closed))
-        return spans if len(closings) == 1 else None
+            closed = self._specials.end_after(text, end) if text.startswith(content, begin) else None
+            if closed is not None:  # else it may have matched the template's own text, as <think>
+                return end, closed
+        return None
 
     def _unshown(self, text: str, messages: list[Message]) -> frozenset[str]:
         """Return which names and instructions the rendering does not hold."""

@@ -13,67 +13,15 @@ model, as Gemma 4's does.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
 from mlx_lora.data.examples import FormatError, Message
+from mlx_lora.data.specials import Specials
 
 Span = tuple[int, int]  # characters [start, end)
 THINKING = ("</think>", "<channel|>", "[/THINK]", "</thinking>", "</seed:think>")  # what ends it in a content
 PRIVATE = range(0xE000, 0xF900)  # characters that mean nothing, and so occur nowhere
-
-
-class Specials:
-    """The texts of a tokenizer's special tokens."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        """Read them off a tokenizer."""
-        texts = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        texts |= set(tokenizer.all_special_tokens)
-        ordered = sorted(texts, key=len, reverse=True)
-        closing = [text for text in ordered if text != tokenizer.bos_token or text == tokenizer.eos_token]
-        self._any = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
-        self._closing = re.compile("|".join(map(re.escape, closing)) or r"(?!)")
-        self._texts = closing
-
-    def end_after(self, text: str, end: int) -> int | None:
-        """Return the end of the special token that closes a turn whose content ends at `end`."""
-        for special in self._any.finditer(text, max(0, end - 64), end + 64):
-            if special.start() < end < special.end():  # two end tokens that share their last letters
-                return special.end()
-        while text[end : end + 1].isspace():
-            end += 1
-        match = self._closing.match(text, end)
-        return match.end() if match else None
-
-    def closing(self, text: str) -> str:
-        """Return the special token that a text ends with, or nothing."""
-        return next((special for special in self._texts if text.endswith(special)), "")
-
-    def closing_at(self, text: str, start: int) -> str:
-        """Return the special token that begins at `start`, or nothing."""
-        found = self._closing.match(text, start)
-        return found[0] if found else ""
-
-    def are_all(self, text: str) -> bool:
-        """Return whether a text holds special tokens and white space only."""
-        return not self._any.sub("", text).strip()
-
-    def tail(self, text: str) -> str:
-        """Return a text from its last special token on; nothing where there is none."""
-        return text[max((found.start() for found in self._any.finditer(text)), default=len(text)) :]
-
-    def last_end(self, text: str) -> int:
-        """Return where the last special token ends; 0 where there is none."""
-        return max((found.end() for found in self._any.finditer(text)), default=0)
-
-    def next_in(self, text: str, start: int) -> int:
-        """Return where the next special token begins, or the text's end."""
-        found = self._any.search(text, start)
-        return found.start() if found else len(text)
 
 
 @dataclass(frozen=True)
@@ -254,7 +202,9 @@ class Turns:
             text = self._render([*self._messages[: turn.number], message])
             shown = sum(mark in text for mark in marks)
         if shown < len(names):
-            raise FormatError(f"the chat template shows {shown} of the {len(names)} tool calls of message {turn.number + 1}; write one call per turn")
+            raise FormatError(
+                f"the chat template shows {shown} of the {len(names)} tool calls of message {turn.number + 1}; write one call per turn"
+            )
 
     def _shared(self, turn: Turn) -> Span | None:
         """Return the turn's calls, where the full rendering shows the tools' answers before the rest of it (Gemma 4)."""
@@ -269,12 +219,15 @@ class Turns:
     def _standing(self, number: int, turn: Turn | None) -> Span | None:
         """Return what of turn `number` stands in the full rendering, where that shows it in another way than at inference."""
         text = self._text
+        if turn and (span := self._end_of(turn)):
+            return span
         region = self._region(text, self._messages, number)
         if region is None:
             return None
         if turn:
             for written in (turn.written, turn.body):
-                for place in _places(text, written, region):
+                place = text.find(written, max(0, region[1] - len(written))) if written else -1
+                if 0 <= place <= region[0]:
                     return place, place + len(written)
         end = self._specials.end_after(text, region[1])
         if end is None and turn and turn.tail and text.startswith(turn.tail, region[1]):
@@ -284,11 +237,28 @@ class Turns:
         start = opened + len(self._history_prompt) if opened >= 0 else region[0]
         if opened < 0 and turn:
             start = min(start, end - common_prefix(text[:end][::-1], turn.written[::-1]))
-        span = self._without_foreign_text(number, (start, end), region)
+        span = (start, end)
+        if turn is None or text[start:end] not in turn.written:
+            span = self._without_foreign_text(number, span, region)
         closing = self._specials.closing(text[span[0] : span[1]])
         if turn and turn.closing and closing and closing != turn.closing:
             span = (span[0], span[1] - len(closing))
         return span
+
+    def _end_of(self, turn: Turn) -> Span | None:
+        """Return where the full rendering shows a turn without what it begins with, as an empty thinking block."""
+        history = turn.prompt
+        if self._prompt and history.endswith(self._prompt):
+            history = history.removesuffix(self._prompt) + self._history_prompt
+        if not self._text.startswith(history):
+            return None
+        start = len(history)
+        for skipped in _places(turn.written, self._text[start : start + 16]):
+            if skipped >= len(turn.body):
+                break
+            if self._text.startswith(turn.written[skipped:], start):
+                return start, start + len(turn.written) - skipped
+        return None
 
     def _region(self, text: str, messages: list[Message], number: int) -> Span | None:
         """Return where a turn's content (or the name of its call) stands in `text`; None: nowhere.
@@ -306,9 +276,7 @@ class Turns:
                 end = self._specials.next_in(text, end)
             prompts = text.count(self._prompt, start, end) if self._prompt else 0
             if prompts > messages[number]["content"].count(self._prompt) and not has_thinking(messages[number]):
-                raise FormatError(
-                    f"the chat template renders other turns differently because of message {number + 1}"
-                )
+                raise FormatError(f"the chat template renders other turns differently because of message {number + 1}")
             return start, end
         return None
 
@@ -372,8 +340,10 @@ def _with(messages: list[Message], number: int, message: Message) -> list[Messag
     return [*messages[:number], message, *messages[number + 1 :]]
 
 
-def _places(text: str, part: str, region: Span) -> Iterator[int]:
-    """Yield where `part` stands in `text` so that it covers the region."""
-    place = text.find(part, max(0, region[1] - len(part)))
-    if part and 0 <= place <= region[0]:
+def _places(text: str, beginning: str) -> Iterator[int]:
+    """Yield where the rest of `text` may begin as another text does."""
+    place = text.find(beginning)
+    while place >= 0:
         yield place
+        place = text.find(beginning, place + 1)
+    yield from range(max(0, len(text) - len(beginning) + 1), len(text))
