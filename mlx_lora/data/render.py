@@ -126,8 +126,8 @@ class Renderer:
         rows = [Rendered(*row) for row in turns.rows()]
         if not rows:
             raise EmptyRecord("the chat template shows no assistant turn of it")
-        hidden = [conversation.reasoning_field] if turns.hides_thinking else []
-        return Rendering(rows, self._unshown(text, messages).union(hidden))
+        hidden = {conversation.reasoning_field if name == "reasoning_content" else name for name in turns.unshown}
+        return Rendering(rows, self._unshown(text, messages) | hidden)
 
     def shows_tools(self, conversation: Conversation) -> bool:
         """Return whether the conversation's tool list changes the rendering at all."""

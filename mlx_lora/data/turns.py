@@ -75,7 +75,7 @@ class Turns:
         self._messages, self._text, self._render, self._specials = messages, text, render, specials
         self._prompt, self._history_prompt, self._moves_text = prompt, history_prompt, moves_text
         self._mark = next(chr(code) for code in PRIVATE if chr(code) not in text)
-        self.hides_thinking = False
+        self.unshown: set[str] = set()
 
     def rows(self) -> list[tuple[str, list[Span], bool]]:
         """Return (text, trained spans, does the end token follow) of each row, the full rendering last.
@@ -151,9 +151,13 @@ class Turns:
         end, closing = self._end(last, start, message["content"])
         turn = Turn(number, prompt, last[start:end], closing, last[end:].rstrip())
         self._check_calls(turn)
-        self.hides_thinking |= message.get("reasoning_content", "").strip() not in turn.written
-        shows_nothing = not turn.body.strip() and message["content"].strip()
-        return None if shows_nothing else turn
+        if message.get("reasoning_content", "").strip() not in turn.written:
+            self.unshown.add("reasoning_content")
+        if message["content"].strip() not in turn.written and "tool_calls" in message:
+            self.unshown.add("text beside a tool call")
+        elif message["content"].strip() not in turn.written and not has_thinking(message):
+            raise FormatError(f"the chat template does not show the text of message {number + 1}")
+        return turn
 
     def _after_marks(self, last: str, number: int, prompt: str) -> tuple[str, int] | None:
         """Return prompt and start of a last turn that does not begin with its own prompt.
