@@ -21,6 +21,7 @@ from mlx_lora.data.specials import Specials
 
 Span = tuple[int, int]  # characters [start, end)
 THINKING = ("</think>", "<channel|>", "[/THINK]", "</thinking>", "</seed:think>")  # what ends it in a content
+BESIDE_A_CALL = "text beside a tool call"
 PRIVATE = range(0xE000, 0xF900)  # characters that mean nothing, and so occur nowhere
 
 
@@ -154,7 +155,7 @@ class Turns:
         if message.get("reasoning_content", "").strip() not in turn.written:
             self.unshown.add("reasoning_content")
         if message["content"].strip() not in turn.written and "tool_calls" in message:
-            self.unshown.add("text beside a tool call")
+            self.unshown.add(BESIDE_A_CALL)
         elif message["content"].strip() not in turn.written and not has_thinking(message):
             raise FormatError(f"the chat template does not show the text of message {number + 1}")
         return turn
@@ -218,7 +219,11 @@ class Turns:
         start = len(turn.prompt)
         shared = turn.body[: common_prefix(self._text[start:], turn.body)]
         end = self._specials.last_end(shared)
-        return (start, start + end) if all(call["function"]["name"] in shared[:end] for call in calls) else None
+        if not all(call["function"]["name"] in shared[:end] for call in calls):
+            return None
+        if self._messages[turn.number]["content"].strip() not in shared[:end]:
+            self.unshown.add(BESIDE_A_CALL)
+        return start, start + end
 
     def _standing(self, number: int, turn: Turn | None) -> Span | None:
         """Return what of turn `number` stands in the full rendering, where that shows it in another way than at inference."""
