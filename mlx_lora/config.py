@@ -55,6 +55,9 @@ class DataSettings:
     max_seq_length: int = setting(2048, "Longest sequence in tokens; longer chats are cut, text is windowed.")
     mask_prompt: bool = setting(True, "Train on assistant turns only; --no-mask-prompt trains on all tokens.")
     chat_template: str | None = setting(None, "Jinja file, or built-in name (alpaca, chatml), to use instead.")
+    chat_date: str | None = setting(
+        None, "Day that a chat template shows as today, as in 2026-11-26 (default: the day the run began)."
+    )
     valid_fraction: float = setting(0.05, "Share of rows held out when there is no validation file.")
     strict: bool = setting(False, "Stop at the first report of bad rows instead of skipping them.")
 

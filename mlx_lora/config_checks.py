@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import date
 from typing import Any
 
 CHECKPOINTING = ("none", "auto", "selective", "block")
@@ -11,6 +12,14 @@ CHECKPOINTING = ("none", "auto", "selective", "block")
 def flag_of(name: str) -> str:
     """Spell a field as its flag."""
     return "--" + name.replace("_", "-")
+
+
+def is_day(text: str) -> bool:
+    """Return whether a text is a day of the calendar, as in 2026-11-26."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 # Field, smallest and largest allowed value, and whether the smallest itself is allowed.
@@ -79,6 +88,8 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
     mode = settings["grad_checkpoint"]
     if mode not in CHECKPOINTING and not (mode.isdecimal() and 1 <= int(mode) < 10**6):
         problems.append(f"--grad-checkpoint {mode!r}: not one of {', '.join(CHECKPOINTING)}, or a number from 1 on")
+    if settings["chat_date"] is not None and not is_day(settings["chat_date"]):
+        problems.append(f"--chat-date {settings['chat_date']!r}: not a day; write it as in 2026-11-26")
     problems += _adapter_problems(settings)
     if settings["iters"] is not None and settings["epochs"] is not None:
         problems.append("--iters and --epochs: both given; keep one")

@@ -8,6 +8,7 @@ python -m mlx_lora.train --config run.yaml --learning-rate 1e-4
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mlx_lora.artifacts.run_folder import (
     check_continuation,
     check_room,
     find_checkpoint,
+    first_day,
     found_by_first,
     identity_of,
     write_settings,
@@ -78,7 +80,10 @@ def run(settings: TrainSettings, ranks: Ranks | None) -> int:
     base = load_base(settings.model)
     if not wants_training(settings):
         adapt_for_test(settings, base)
-    splits = load_data(settings.data, base.hf_tokenizer, settings.loop.seed, cli.echo)
+    today = first_day(settings.loop, ranks)
+    splits = load_data(settings.data, base.hf_tokenizer, settings.loop.seed, cli.echo, today)
+    if splits.chat_day:  # for run.yaml, and so for --resume on another day
+        settings = replace(settings, data=replace(settings.data, chat_date=splits.chat_day.isoformat()))
     check_test_split(settings, splits)
     for rows in filter(None, (splits.train, splits.valid, splits.test)):
         check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {settings.data.data}")

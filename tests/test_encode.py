@@ -110,16 +110,24 @@ def test_system_text_folded_into_the_user_turn():
     assert trained(tokenizer, encoded) == ["a<end_of_turn>"]
 
 
-def test_thinking_that_the_template_removed_is_not_trained():
+def test_thinking_that_the_history_loses_is_trained_where_the_model_writes_it():
     tokenizer = FAMILIES["qwen3_thinking"][0]()
     thought = "<think>\nhm\n</think>\n\n"
     example = chat("q", thought + "one", "q2", thought + "two")
     encoded = encoder(tokenizer).encode([example])
-    assert trained(tokenizer, encoded) == ["one<|im_end|>", thought + "two<|im_end|>"]
+    assert trained(tokenizer, encoded, 0) == [thought + "one<|im_end|>"]
+    assert trained(tokenizer, encoded, 1) == [thought + "two<|im_end|>"]
+    assert "assistant\none<|im_end|>" in whole(tokenizer, encoded, 1)  # as context it has none
+    assert whole(tokenizer, encoded, 1).count("hm") == 1
+    assert encoded.divided == [0]
+    assert encoded.source.tolist() == [0, 0]
     apart = chat("q", "one", "q2", "two", reasoning_content="hm")
     apart.messages[1]["reasoning_content"] = "hm"
-    assert np.array_equal(encoder(tokenizer).encode([apart]).rows.mask, encoded.rows.mask)
-    assert whole(tokenizer, encoded).count("hm") == 1
+    assert encoder(tokenizer).encode([apart]).rows.fingerprint == encoded.rows.fingerprint
+    # The paired inequality: without thinking the history shows what the model wrote, and one row is enough.
+    plain = encoder(tokenizer).encode([chat("q", "one", "q2", "two")])
+    assert plain.divided == []
+    assert trained(tokenizer, plain) == ["one<|im_end|>", "<think>\n\n</think>\n\ntwo<|im_end|>"]
 
 
 def test_an_answer_that_equals_the_templates_own_text():
@@ -182,7 +190,9 @@ def test_rows_a_template_cannot_show_are_dropped_with_the_reason():
         0: "the chat template refuses it: Conversation roles must alternate user/assistant/user/assistant/..."
     }
     assert encoded.source.tolist() == [1]
-    assert encoder(chatml).encode([tool_chat()]).dropped == {0: "the chat template does not show tool calls"}
+    assert encoder(chatml).encode([tool_chat()]).dropped == {
+        0: "the chat template does not show tool calls; use --chat-template chatml, which has tools"
+    }
 
 
 def test_a_template_without_end_tokens_gets_one_at_the_very_end():

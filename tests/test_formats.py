@@ -64,7 +64,7 @@ def test_sharegpt_tools_calls_and_system():
         {"role": "system", "content": "s"},
         USER,
         {"role": "assistant", "content": "", "tool_calls": [CALL]},
-        {"role": "tool", "content": "2"},
+        {"role": "tool", "content": "2", "name": "sum"},
         ASSISTANT,
     ]
     as_list = {**record, "tools": [TOOL]}
@@ -86,7 +86,7 @@ def test_messages_with_calls_parts_and_nulls():
     assert example.messages == [
         {"role": "user", "content": "q!"},
         {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", **CALL}]},
-        {"role": "tool", "content": "2", "tool_call_id": "c1"},
+        {"role": "tool", "content": "2", "tool_call_id": "c1", "name": "sum"},
         {"role": "assistant", "content": "a", "reasoning_content": "r"},
     ]
 

@@ -233,6 +233,7 @@ ELSEWHERE = {
     "memory_budget": "test_plan_command.py: other settings are chosen, or the run is refused",
     "memory_check": "test_plan_command.py",
     "keep": "test_resume.py",
+    "chat_date": "test_chat_date.py",
     **dict.fromkeys(
         ("keep_best", "early_stopping_patience", "early_stopping_threshold", "batch_parts", "max_restarts"),
         "test_faults.py",

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from mlx_lora.artifacts.checkpoint import (
 )
 from mlx_lora.artifacts.run_report import FACTS_FILE, REPORT_FILE
 from mlx_lora.config import LoopSettings, TrainSettings
+from mlx_lora.config_checks import is_day
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.distributed import Ranks, leads
 from mlx_lora.errors import InputError, RunError
 from mlx_lora.files import check_writable, replacing_file
+from mlx_lora.parsing import parse_yaml
 from mlx_lora.training.state import Diverged, Position, finite, restore_arrays, run_arrays
 from mlx_lora.training.step import Step
 
@@ -41,6 +44,7 @@ FREE = frozenset(
         "model",
         "revision",
         "data",
+        "chat_date",  # the rows' fingerprint holds what it changes
         "adapter_path",
         "trust_remote_code",
         "iters",
@@ -93,6 +97,23 @@ def find_checkpoint(loop: LoopSettings, say: Callable[[str], None]) -> Checkpoin
     if found is None:
         say(f"--resume: no whole checkpoint in {room_of(loop)}; the run starts at the beginning")
     return found
+
+
+def first_day(loop: LoopSettings, ranks: Ranks | None = None) -> date:
+    """Return what chat templates take for today: the day that the run to go on with began, else today.
+
+    Rank 0's word counts: its clock, and its run folder.
+    """
+    day = date.today().isoformat()
+    if loop.resume is not None and leads(ranks):
+        folder = Path(loop.adapter_path) if loop.resume == "auto" else Path(loop.resume).parent.parent
+        try:
+            settings = parse_yaml((folder / "run.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            settings = None  # no run yet, or of another kind; what else is wrong is found by find_checkpoint
+        known = str(settings.get("chat_date")) if isinstance(settings, dict) else ""
+        day = known if is_day(known) else day
+    return date.fromisoformat(ranks.from_first(day) if ranks else day)
 
 
 def found_by_first(find: Callable[[], Checkpoint | None], ranks: Ranks | None) -> Checkpoint | None:

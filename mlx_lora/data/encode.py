@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import date
 from functools import cached_property
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mlx_lora.data.formats import Completion, Conversation, Example, FormatError, Text
+from mlx_lora.data.examples import Completion, Conversation, Example, FormatError, Text
 from mlx_lora.data.panics import tokenizer_panics
-from mlx_lora.data.render import Rendered, Renderer
+from mlx_lora.data.render import Rendered, Renderer, Rendering
 from mlx_lora.data.sandbox import CLOCK
 from mlx_lora.data.templates import prefix_tokens
 from mlx_lora.errors import InputError
@@ -91,25 +92,40 @@ class Encoded:
 
     Attributes:
         rows: the encoded set.
-        source: (R,) int64, the example a row came from (a long text gives several rows).
+        source: (R,) int64, the example a row came from (a long text gives several rows, and so does a chat whose
+            template hides the thinking of earlier turns).
         dropped: example number -> why it gave no row.
         truncated: numbers of the examples that were cut at the longest length.
+        unshown: field with content that the chat template does not show -> numbers of its examples.
+        divided: numbers of the chats that gave several rows.
     """
 
     rows: EncodedSet
     source: np.ndarray
     dropped: dict[int, str]
     truncated: list[int]
+    unshown: dict[str, list[int]]
+    divided: list[int]
 
 
 @dataclass
 class _Found:
-    """What has been encoded so far: rows, the example of each, and the examples dropped and cut."""
+    """What has been encoded so far: rows, the example of each, and what became of the examples."""
 
-    rows: list[tuple[np.ndarray, np.ndarray]]
-    source: list[int]
-    dropped: dict[int, str]
-    truncated: list[int]
+    rows: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    source: list[int] = field(default_factory=list)
+    dropped: dict[int, str] = field(default_factory=dict)
+    truncated: set[int] = field(default_factory=set)
+    unshown: dict[str, list[int]] = field(default_factory=dict)
+    divided: list[int] = field(default_factory=list)
+
+    def result(self) -> Encoded:
+        """Return the whole; an example is dropped when none of its rows is left."""
+        for number in set(self.source) & self.dropped.keys():
+            del self.dropped[number]
+        rows, source = EncodedSet.from_rows(self.rows), np.array(self.source, np.int64)
+        dropped, truncated = dict(sorted(self.dropped.items())), sorted(self.truncated)
+        return Encoded(rows, source, dropped, truncated, self.unshown, self.divided)
 
 
 class Encoder:
@@ -123,6 +139,7 @@ class Encoder:
         max_seq_length: int,
         mask_prompt: bool = True,
         plain_completions: bool = False,
+        day: date | None = None,
     ):
         """Prepare to encode.
 
@@ -132,6 +149,7 @@ class Encoder:
             max_seq_length: Tokens per row at the most.
             mask_prompt: Train assistant turns and completions only; else every token but the first.
             plain_completions: Join prompt and completion as they are, for models without a template.
+            day: What a template that shows the date takes for today; None: today.
 
         Raises:
             InputError: the tokenizer gives no offsets, or the length leaves no room for a target.
@@ -144,7 +162,7 @@ class Encoder:
         self.prefix = prefix_tokens(tokenizer)
         if max_seq_length < len(self.prefix) + 2:
             raise InputError(f"--max-seq-length {max_seq_length} leaves no token to train; use 2 or more")
-        self.renderer = None if template is None else Renderer(tokenizer, template)
+        self.renderer = None if template is None else Renderer(tokenizer, template, day)
         self._max_tokens = max_seq_length
         self._mask_prompt = mask_prompt
         self._plain_completions = plain_completions
@@ -161,7 +179,7 @@ class Encoder:
         Returns:
             Every row has at least one trained target; examples without any are in `dropped`.
         """
-        found = _Found([], [], {}, [])
+        found = _Found()
         # The tokenizer works on all cores without Python's lock, so the next batch is rendered meanwhile.
         with ThreadPoolExecutor(max_workers=1) as pool:
             waiting: tuple[list[tuple[int, Rendered]], Future[list[Encoding]]] | None = None
@@ -175,8 +193,7 @@ class Encoder:
                 waiting = rendered, ahead
             if waiting:
                 self._add_rows(examples, *waiting, found)
-        dropped = dict(sorted(found.dropped.items()))
-        return Encoded(EncodedSet.from_rows(found.rows), np.array(found.source, np.int64), dropped, found.truncated)
+        return found.result()
 
     def _render_batch(self, examples: Sequence[Example], first: int, found: _Found) -> list[tuple[int, Rendered]]:
         """Return (number, text) of the examples that render; the others are dropped with the reason."""
@@ -184,9 +201,15 @@ class Encoder:
         with CLOCK.held():
             for number, example in enumerate(examples, first):
                 try:
-                    rendered.append((number, self._render(example)))
+                    rendering = self._render(example)
                 except FormatError as error:
                     found.dropped[number] = str(error)
+                    continue
+                rendered += [(number, row) for row in rendering.rows]
+                if len(rendering.rows) > 1:
+                    found.divided.append(number)
+                for name in rendering.unshown:
+                    found.unshown.setdefault(name, []).append(number)
         return rendered
 
     def _add_rows(
@@ -207,7 +230,7 @@ class Encoder:
             else:
                 pieces = [(tokens[: self._max_tokens], mask[: self._max_tokens])]
                 if len(tokens) > self._max_tokens:
-                    found.truncated.append(number)
+                    found.truncated.add(number)
             pieces = [piece for piece in pieces if piece[1].any()]
             if not pieces:
                 found.dropped[number] = f"no trained token among the first {self._max_tokens} (--max-seq-length)"
@@ -221,14 +244,14 @@ class Encoder:
     def _is_plain(self, example: Example) -> bool:
         return isinstance(example, Text) or (isinstance(example, Completion) and self._plain_completions)
 
-    def _render(self, example: Example) -> Rendered:
+    def _render(self, example: Example) -> Rendering:
         if isinstance(example, Text):
-            return Rendered(example.text, [(0, len(example.text))], append_eos=example.ends)
+            return Rendering([Rendered(example.text, [(0, len(example.text))], append_eos=example.ends)])
         if isinstance(example, Completion):
             prompt, completion = example.prompt, example.completion
             if self._plain_completions:
                 text = prompt + completion
-                return Rendered(text, [(len(prompt), len(text))], append_eos=True)
+                return Rendering([Rendered(text, [(len(prompt), len(text))], append_eos=True)])
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
             example = Conversation(turns)
         if self.renderer is None:

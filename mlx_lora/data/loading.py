@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.config import DataSettings
 from mlx_lora.data.encode import Encoded, EncodedSet, Encoder
-from mlx_lora.data.formats import Completion, Conversation, EmptyRecord, Example, FormatError, Text, parse_record
+from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, Example, FormatError, Text
+from mlx_lora.data.formats import parse_record
 from mlx_lora.data.report import MAX_LISTED, DataReport, DroppedRow, SplitReport, example_pieces
 from mlx_lora.data.split import content_key, cut_text, hold_out
 from mlx_lora.data.store import entry_folder, read_entry, write_entry
-from mlx_lora.data.templates import resolve_template
+from mlx_lora.data.templates import resolve_template, shows_date
 from mlx_lora.errors import InputError
 from mlx_lora.files import one_at_a_time
 from mlx_lora.sources.records import BadRow, check_file, read_records
@@ -36,6 +38,7 @@ class DataSplits:
         train, valid, test: Encoded sets; None where there is none.
         report: What was read, kept and dropped.
         chat_template: Jinja text the chats were rendered with; None when nothing was rendered.
+        chat_day: The day it shows as today; None when it shows none.
     """
 
     train: EncodedSet
@@ -43,6 +46,7 @@ class DataSplits:
     test: EncodedSet | None
     report: DataReport
     chat_template: str | None
+    chat_day: date | None = None
 
 
 @dataclass
@@ -68,6 +72,7 @@ def load_data(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     say: Callable[[str], None] = lambda line: None,
+    today: date | None = None,
 ) -> DataSplits:
     """Read, encode and split the data of a run, or take it from the cache of an earlier run.
 
@@ -76,6 +81,7 @@ def load_data(
         tokenizer: A fast tokenizer, not mlx-lm's wrapper.
         seed: Of the held-out split.
         say: Takes a line now and then while a long encoding goes on.
+        today: For templates that show the date, unless the settings name a day; None: today.
 
     Returns:
         The sets and the report. Without a validation file, `valid_fraction` of the rows (of one long text:
@@ -89,9 +95,23 @@ def load_data(
     files = _files_of(settings.data)
     if "train" not in files:
         raise InputError(f"--data {settings.data} has no train file, only {', '.join(files)}; add train.jsonl")
-    folder = entry_folder("splits", files, settings, tokenizer, seed)
+    day = _day(settings, tokenizer, today)
+    folder = entry_folder("splits", files, settings, tokenizer, seed, day)
     with one_at_a_time(folder):  # ranks on one machine encode once
-        return _read_or_make_splits(folder, files, settings, tokenizer, seed, say)
+        return replace(_read_or_make_splits(folder, files, settings, tokenizer, seed, say, day), chat_day=day)
+
+
+def _day(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, today: date | None) -> date | None:
+    """Return the day that the chat template shows; None where it shows none.
+
+    Raises:
+        InputError: a day is asked for, and the template shows none.
+    """
+    if shows_date(settings.chat_template, tokenizer):
+        return date.fromisoformat(settings.chat_date) if settings.chat_date else today or date.today()
+    if settings.chat_date:
+        raise InputError(f"--chat-date {settings.chat_date}: the chat template shows no date; leave it out")
+    return None
 
 
 def _read_or_make_splits(
@@ -101,12 +121,13 @@ def _read_or_make_splits(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     say: Callable[[str], None],
+    day: date | None,
 ) -> DataSplits:
     if entry := read_entry(folder):
         sets, details = entry
         report = replace(DataReport.from_dict(details["report"]), data=settings.data)
         return DataSplits(sets["train"], sets.get("valid"), sets.get("test"), report, details["chat_template"])
-    splits = _make_splits(files, settings, tokenizer, seed, say)
+    splits = _make_splits(files, settings, tokenizer, seed, say, day)
     sets = {"train": splits.train, "valid": splits.valid, "test": splits.test}
     details = {"report": splits.report.to_dict(), "chat_template": splits.chat_template}
     _keep(folder, {name: rows for name, rows in sets.items() if rows is not None}, details, say)
@@ -136,11 +157,12 @@ def _make_splits(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     say: Callable[[str], None],
+    day: date | None,
 ) -> DataSplits:
     parts = {name: _read(paths, settings.data_format) for name, paths in files.items()}
     if "valid" not in parts:
         parts |= _cut_single_text(parts["train"], settings.valid_fraction)
-    encoder, template, origin = _make_encoder(parts.values(), settings, tokenizer)
+    encoder, template, origin = _make_encoder(parts.values(), settings, tokenizer, day)
     encoded = {name: _encode(rows, encoder, say) for name, rows in parts.items()}
     _check(settings, parts, encoded)
 
@@ -165,7 +187,7 @@ def _make_splits(
         duplicates=len(keys["train"]) - len(set(keys["train"])),
         dropped=sum(len(rows.dropped) for rows in parts.values()),
         dropped_rows=[row for rows in parts.values() for row in rows.dropped][:MAX_LISTED],
-        notes=_notes(parts, encoded, keys, encoder),
+        notes=_notes(parts, encoded, keys, encoder, day if template else None),
         example=example_pieces(sets["train"], tokenizer),
     )
     return DataSplits(sets["train"], sets.get("valid"), sets.get("test"), report, template)
@@ -192,13 +214,14 @@ def load_eval_set(
     name = next(name for name in ("test", "valid", "train") if name in files)
     if name == "train" and len(files["train"]) == 1 and Path(data).is_dir():
         raise InputError(f"--data {data} has neither a test nor a validation file; name a file inside it")
-    folder = entry_folder("evaluation", {name: files[name]}, settings, tokenizer, seed=0)
+    day = _day(settings, tokenizer, None)
+    folder = entry_folder("evaluation", {name: files[name]}, settings, tokenizer, 0, day)
     if entry := read_entry(folder):
         for line in entry[1]["notes"]:
             say(line)
         return entry[0][name]
     parts = {name: _read(files[name], settings.data_format)}
-    encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer)
+    encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer, day)
     encoded = {name: _encode(parts[name], encoder, say)}
     _check(settings, parts, encoded)
     notes = _evaluation_notes(parts[name], encoded[name])
@@ -241,7 +264,7 @@ def _cut_single_text(train: _Rows, fraction: float) -> dict[str, _Rows]:
 
 
 def _make_encoder(
-    parts: Sequence[_Rows], settings: DataSettings, tokenizer: PreTrainedTokenizerBase
+    parts: Sequence[_Rows], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, day: date | None
 ) -> tuple[Encoder, str | None, str]:
     """Return the encoder, the template's text and its origin; no template when only plain text is read."""
     plain_completions = settings.chat_template is None and not tokenizer.chat_template
@@ -259,6 +282,7 @@ def _make_encoder(
         max_seq_length=settings.max_seq_length,
         mask_prompt=settings.mask_prompt,
         plain_completions=plain_completions,
+        day=day,
     )
     return encoder, template, origin
 
@@ -318,7 +342,11 @@ def _hold_out(encoded: Encoded, keys: list[str], fraction: float, seed: int) -> 
 
 
 def _notes(
-    parts: dict[str, _Rows], encoded: dict[str, Encoded], keys: dict[str, list[str]], encoder: Encoder
+    parts: dict[str, _Rows],
+    encoded: dict[str, Encoded],
+    keys: dict[str, list[str]],
+    encoder: Encoder,
+    day: date | None,
 ) -> list[str]:
     notes = []
     for name in ("valid", "test"):
@@ -326,7 +354,29 @@ def _notes(
         if shared:
             notes.append(f"{shared:,} {name} rows are also training rows; the {name} loss will flatter")
     kept = [parts[name].examples[i] for name, part in encoded.items() for i in set(part.source.tolist())]
-    with_tools = [example for example in kept if isinstance(example, Conversation) and example.tools]
+    chats = [example for example in kept if isinstance(example, Conversation)]
+    with_tools = [chat for chat in chats if chat.tools]
     if with_tools and not encoder.shows_tools(with_tools[0]):
         notes.append(f"the chat template does not show the tools of {len(with_tools):,} rows to the model")
+    unshown: Counter[str] = Counter()
+    for part in encoded.values():
+        unshown.update({name: len(numbers) for name, numbers in part.unshown.items()})
+    for name, count in sorted(unshown.items()):
+        notes.append(f"{_rows_have(count)} {name}, which the chat template does not show; it is not trained")
+    unread = Counter(name for chat in chats for name in chat.unread)
+    if unread:
+        named = ", ".join(f"{name} ({count:,} rows)" for name, count in unread.most_common(8))
+        notes.append(f"fields of messages that are not read: {named}")
+    divided = sum(len(part.divided) for part in encoded.values())
+    if divided:
+        notes.append(
+            f"{divided:,} chats are several rows each: the chat template hides their earlier thinking or tools later on, "
+            "and each turn is trained as the model writes it"
+        )
+    if day and chats:
+        notes.append(f"the chat template shows a date: {day.isoformat()}, kept for --resume (--chat-date)")
     return notes
+
+
+def _rows_have(count: int) -> str:
+    return "1 row has" if count == 1 else f"{count:,} rows have"

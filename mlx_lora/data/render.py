@@ -1,31 +1,51 @@
-"""Conversation -> rendered text and the character spans of it that are trained.
+"""Conversation -> rendered texts and the character spans of them that are trained.
 
 Trained is what the model writes itself at inference: what stands after the generation prompt, up to and
-with the end-of-turn token, in every assistant turn. Templates trim, fold, rewrite and drop, so a span is
-never taken from a prefix that is assumed: it is found in the full rendering.
+with the end-of-turn token, in every assistant turn.
 
     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
                                       `-- generation prompt --'`---- span ---'
 
-Fast path: the generation prompt occurs once per assistant turn, each turn's content right after it. It
-holds for nearly every row of a plain template and costs one rendering. Else the exact path renders again
-for each turn with its content replaced by a character that occurs nowhere; what differs is the turn.
+Fast path: the generation prompt occurs once per assistant turn, each turn's content right after it, or after what
+the template puts there in every chat. It holds for nearly every row without tools and thinking, and costs one rendering. Else the exact path (turns.py) renders
+each turn as at inference, with what came before it as the prompt, and looks for that in the full rendering.
+
+Most turns are found there, so a conversation is one row. A turn is not, where the template shows it otherwise once
+others have followed. Two cases:
+
+- The full rendering lacks text that the model sees or writes at inference: thinking, of the turn or of one before it, that the
+  template takes out of the history (Qwen3, GPT-OSS, Gemma 4), or a system text or tools that it shows at the last
+  question only (Mistral). Trained on the history's form, the model would unlearn to think, and call tools it was not
+  told of. So such a turn gets a row of its own: the prompt as at inference, and what the model writes.
+- Anything else, as an empty thinking block that only the last turn has: the turn is trained as it stands in the full
+  rendering, but no token there that the model would not write: GPT-OSS ends an answer with <|return|>, and the
+  history shows <|end|>.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.data.formats import Conversation, EmptyRecord, FormatError, Message
+from mlx_lora.data.examples import Conversation, EmptyRecord, FormatError, Message
+from mlx_lora.data.messages import call_of
 from mlx_lora.data.sandbox import render_chat
+from mlx_lora.data.specials import Specials
 from mlx_lora.data.templates import PROBE
+from mlx_lora.data.turns import Span, Turns
 
-Span = tuple[int, int]  # characters [start, end)
+A_CALL = {"id": "aaaaaaaaa", "type": "function", "function": {"name": "qzx", "arguments": {}}}
+NOTHING = {"type": "object", "properties": {}, "required": []}
+A_TOOL = {"type": "function", "function": {"name": "qzx", "description": "x", "parameters": NOTHING}}
+ADVICE = "; use --chat-template chatml, which has tools"
 
 
 @dataclass(frozen=True)
@@ -37,61 +57,113 @@ class Rendered:
     append_eos: bool = False
 
 
+@dataclass(frozen=True)
+class Rendering:
+    """The rows of one conversation, one unless the template hides earlier thinking, and what the template does not show.
+
+    Attributes:
+        rows: At least one.
+        unshown: Names of fields with content that no row shows.
+    """
+
+    rows: list[Rendered]
+    unshown: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a template puts around the answers of a plain chat.
+
+    Attributes:
+        prompt: What of the generation prompt stands before an earlier answer: a thinking block it opens does not.
+        leads: What may stand between the prompt and an answer, and the model writes (`<|channel|>final<|message|>`).
+        closing: What ends the last answer, and so what the model writes there; None: not known.
+    """
+
+    prompt: str
+    leads: frozenset[str]
+    closing: str | None
+
+
 class Renderer:
     """One chat template applied to many conversations."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, day: date | None = None):
         """Learn the template's generation prompt and the tokenizer's special tokens.
 
         Args:
             tokenizer: Renders templates in transformers' sandbox.
             template: Jinja text.
+            day: What the template takes for today; None: today.
         """
-        self._tokenizer = tokenizer
-        self._template = template
-        self._special, self._end_of_turn = _special_patterns(tokenizer)
+        self._tokenizer, self._template, self._day = tokenizer, template, day
+        self._specials = Specials(tokenizer)
+        self._form = 0  # the one that the last conversation with calls needed
         self.generation_prompt = self._find_generation_prompt()
 
-    def render(self, conversation: Conversation) -> Rendered:
+    def render(self, conversation: Conversation) -> Rendering:
         """Render one conversation and find the trained spans.
 
         Raises:
             FormatError: the template refuses the conversation, or does not show what is to be trained.
         """
-        text = self._text(conversation.messages, conversation.tools)
-        bodies = self._fast_bodies(text, conversation) or self._exact_bodies(text, conversation)
-        last_is_answer = conversation.messages[-1]["role"] == "assistant"
-        spans, append_eos = self._with_ends(text, bodies, last_is_answer)
-        answers = [message for message in conversation.messages if message["role"] == "assistant"]
-        spans = [
-            span
-            for span, answer in zip(spans, answers, strict=True)
-            if span and span[0] < span[1] and answer.get("weight") != 0
-        ]
-        if not spans:
+        messages, text = self._shown(conversation)
+        spans = self._fast_spans(text, messages, conversation.tools)
+        if spans is not None:
+            trained = [
+                span for span, answer in zip(spans, _answers(messages), strict=True) if answer.get("weight") != 0
+            ]
+            return Rendering([Rendered(text, trained)], self._unshown(text, messages))
+        turns = Turns(
+            messages,
+            text,
+            lambda part, prompt=False: self._text(part, conversation.tools, prompt),
+            self._specials,
+            self.generation_prompt,
+            self._frame.prompt,
+            self._moves(messages, conversation.tools),
+        )
+        rows = [Rendered(*row) for row in turns.rows()]
+        if not rows:
             raise EmptyRecord("the chat template shows no assistant turn of it")
-        return Rendered(text, spans, append_eos and spans[-1][1] == len(text))
+        hidden = {conversation.reasoning_field if name == "reasoning_content" else name for name in turns.unshown}
+        return Rendering(rows, self._unshown(text, messages) | hidden)
 
     def shows_tools(self, conversation: Conversation) -> bool:
         """Return whether the conversation's tool list changes the rendering at all."""
-        return self._text(conversation.messages, conversation.tools) != self._text(conversation.messages, None)
+        messages, text = self._shown(conversation)
+        return text != self._text(messages, None)
+
+    def _shown(self, conversation: Conversation) -> tuple[list[Message], str]:
+        """Return the turns in the form that the template takes, and the full rendering."""
+        messages = conversation.messages
+        if not self._knows_developer:
+            messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+        if not _has_calls(messages):
+            return messages, self._text(messages, conversation.tools)
+        refusals = []
+        for number in sorted(range(len(FORMS)), key=lambda number: (number != self._form, number)):
+            try:
+                formed = FORMS[number](messages)
+                text = self._text(formed, conversation.tools)
+            except FormatError as error:
+                refusals.append((number, error))
+                continue
+            self._form = number
+            if not self._has_calls:
+                raise FormatError(f"the chat template does not show tool calls{ADVICE}")
+            return formed, text
+        refusal = min(refusals, key=lambda one: one[0])[1]
+        raise FormatError(str(refusal) + ("" if self._has_calls else ADVICE)) from refusal
 
     def _text(self, messages: list[Message], tools: list[dict] | None, prompt: bool = False) -> str:
         """Render; with `prompt`, as at inference, with the generation prompt at the end."""
+        messages = [_with_thinking(message) if "reasoning_content" in message else message for message in messages]
         try:
-            try:
-                return self._apply(messages, tools, prompt)
-            except TypeError:
-                # Some templates join the arguments as text (DeepSeek's), most take the object.
-                if not any("tool_calls" in message for message in messages):
-                    raise
-                return self._apply([_with_text_arguments(message) for message in messages], tools, prompt)
+            return render_chat(self._tokenizer, messages, self._template, tools, prompt, self._day)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise FormatError(f"the chat template refuses it: {reason}") from error
-
-    def _apply(self, messages: list[Message], tools: list[dict] | None, prompt: bool) -> str:
-        return render_chat(self._tokenizer, messages, self._template, tools, prompt)
 
     def _find_generation_prompt(self) -> str:
         """Return the text the template adds for the model to go on from; empty when it adds none."""
@@ -101,167 +173,183 @@ class Renderer:
             return ""
         return with_prompt[len(without) :] if with_prompt.startswith(without) else ""
 
-    def _fast_bodies(self, text: str, conversation: Conversation) -> list[Span | None] | None:
-        """Return each assistant turn's content span, or None where the simple picture does not hold."""
+    @cached_property
+    def _frame(self) -> Frame:
+        """What the template puts around answers, learned from a chat of two."""
+        chat = [*PROBE, {"role": "assistant", "content": "qzx"}, *PROBE, {"role": "assistant", "content": "wvw"}]
         prompt = self.generation_prompt
-        answers = [message for message in conversation.messages if message["role"] == "assistant"]
-        if not prompt.strip() or conversation.tools or text.count(prompt) != len(answers):
+        try:
+            before, text = self._text(chat[:1], None), self._text(chat, None)
+        except FormatError:
+            return Frame(prompt, frozenset([""]), None)
+        answers = text.find("qzx"), text.rfind("wvw")
+        shown = prompt
+        while shown and not text.startswith(shown, len(before)):
+            shown = shown[:-1]
+        if not shown or answers[0] < len(before) + len(shown) or answers[1] < answers[0]:
+            return Frame(prompt, frozenset([""]), None)
+        leads = {""}
+        for begin in answers:
+            start = text.rfind(shown, 0, begin) + len(shown)
+            start += len(prompt) - len(shown) if text.startswith(prompt, start - len(shown)) else 0
+            leads.add(text[start:begin])
+        closed = self._specials.end_after(text, answers[1] + 3)
+        return Frame(shown, frozenset(leads), text[answers[1] + 3 : closed].strip() if closed else None)
+
+    def _moves(self, messages: list[Message], tools: list[dict] | None) -> bool:
+        """Return whether a turn's context in the full rendering lacks the system text or the tools."""
+        return (messages[0]["role"] == "system" and self._moves_system) or (bool(tools) and self._moves_tools)
+
+    @cached_property
+    def _moves_system(self) -> bool:
+        return self._comes_late([{"role": "system", "content": "qzx"}], None)
+
+    @cached_property
+    def _moves_tools(self) -> bool:
+        return self._comes_late([], [A_TOOL])
+
+    def _comes_late(self, system: list[Message], tools: list[dict] | None) -> bool:
+        """Return whether `qzx` stands before a first answer at inference, and not so in a chat that went on."""
+        question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "wvw"}
+        another = {"role": "user", "content": "y"}
+        try:
+            at_inference = self._text([*system, question], tools, prompt=True)
+            later = self._text([*system, question, answer, another, answer], tools)
+        except FormatError:
+            return False
+        return "qzx" in at_inference and "qzx" not in later[: later.find("wvw")]
+
+    @cached_property
+    def _has_calls(self) -> bool:
+        """Whether the template shows tool calls, in any of the forms."""
+        call = {"role": "assistant", "content": "", "tool_calls": [A_CALL]}
+        for form in FORMS:
+            try:
+                if "qzx" in self._text(form([*PROBE, call]), None):
+                    return True
+            except FormatError:
+                continue
+        return False
+
+    @cached_property
+    def _knows_developer(self) -> bool:
+        """Whether the template shows a developer message; else it is shown as the system message it replaced."""
+        try:
+            return "qzx" in self._text([{"role": "developer", "content": "qzx"}, *PROBE], None)
+        except FormatError:
+            return False
+
+    def _fast_spans(self, text: str, messages: list[Message], tools: list[dict] | None) -> list[Span] | None:
+        """Return each assistant turn's span, or None where the simple picture does not hold."""
+        prompt, frame, answers = self.generation_prompt, self._frame, _answers(messages)
+        if not frame.prompt.strip() or tools or text.count(frame.prompt) != len(answers):
             return None
-        for message in conversation.messages:
-            if prompt in message["content"] or "tool_calls" in message or "reasoning_content" in message:
+        for message in messages:
+            if frame.prompt in message["content"] or "tool_calls" in message or "reasoning_content" in message:
                 return None
-        bodies: list[Span | None] = []
+        if self._moves(messages, tools):
+            return None
+        spans: list[Span] = []
+        closings = set()
         end = 0
         for answer in answers:
-            start = text.find(prompt, end) + len(prompt)
-            content = answer["content"].strip()
-            begin = start
+            place = text.find(frame.prompt, end)
+            if place < 0:
+                return None
+            start = place + len(prompt if text.startswith(prompt, place) else frame.prompt)
+            found = self._content_end(text, start, answer["content"].strip())
+            if found is None:
+                return None
+            end, closed = found
+            closing = text[end:closed].strip()
+            closings.add(closing)
+            is_own = frame.closing is None or closing == frame.closing
+            spans.append((start, closed if is_own else closed - len(closing)))
+        return spans if len(closings) == 1 or frame.closing else None
+
+    def _content_end(self, text: str, start: int, content: str) -> Span | None:
+        """Return where a turn's content and its end token end; None: the turn is no content with a known lead."""
+        for lead in sorted(self._frame.leads, key=len, reverse=True):
+            if not content or not text.startswith(lead, start):
+                continue
+            begin = start + len(lead)
             while text[begin : begin + 1].isspace():
                 begin += 1
             end = begin + len(content)
-            if start < len(prompt) or not content or not text.startswith(content, begin):
-                return None
-            if self._end_after(text, end) is None:  # it may have matched the template's own text, as <think>
-                return None
-            bodies.append((start, end))
-        return bodies
+            closed = self._specials.end_after(text, end) if text.startswith(content, begin) else None
+            if closed is not None:  # else it may have matched the template's own text, as <think>
+                return end, closed
+        return None
 
-    def _exact_bodies(self, text: str, conversation: Conversation) -> list[Span | None]:
-        """Return each assistant turn's span from generation prompt to content end; None: not rendered."""
-        mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
-        bodies: list[Span | None] = []
-        reached = 0
-        for index, message in enumerate(conversation.messages):
-            if message["role"] != "assistant":
-                continue
-            body = self._marked_body(text, conversation, index, mark)
-            if body is not None:
-                body = (self._turn_start(text, conversation, index, body), body[1])
-                if body[0] < reached:
-                    raise FormatError(f"the chat template renders message {index + 1} out of order")
-                reached = body[1]
-            if "tool_calls" in message:
-                name = message["tool_calls"][0]["function"]["name"]
-                if body is None or name not in text[body[0] : body[1]]:
-                    raise FormatError("the chat template does not show tool calls")
-            bodies.append(body)
-        return bodies
-
-    def _marked_body(self, text: str, conversation: Conversation, index: int, mark: str) -> Span | None:
-        """Return where turn `index` stands in `text`, by a rendering with `mark` in its place."""
-        message = conversation.messages[index]
-        by_name = False
-        try:
-            variant = self._variant(conversation, index, {"role": "assistant", "content": mark})
-        except FormatError:
-            if "tool_calls" not in message:
-                raise
-            # A tool message may follow calls only: keep one call and mark its name.
-            call = message["tool_calls"][0]
-            marked = {**call, "function": {"name": mark, "arguments": {}}}
-            variant = self._variant(conversation, index, {**message, "content": "", "tool_calls": [marked]})
-            by_name = True
-        if mark not in variant:
-            return None
-        if variant.count(mark) != 1:
-            raise FormatError(f"the chat template repeats message {index + 1}")
-        start = _common_prefix(text, variant)
-        end = len(text) - min(_common_prefix(text[::-1], variant[::-1]), len(text) - start)
-        if by_name and self._special is not None:
-            following = self._special.search(text, end)
-            end = following.start() if following else len(text)
-        prompt = self.generation_prompt
-        if prompt and text.count(prompt, start, end) > message["content"].count(prompt):
-            raise FormatError(f"the chat template renders other turns differently because of message {index + 1}")
-        return start, end
-
-    def _variant(self, conversation: Conversation, index: int, message: Message) -> str:
-        messages = conversation.messages
-        return self._text([*messages[:index], message, *messages[index + 1 :]], conversation.tools)
-
-    def _turn_start(self, text: str, conversation: Conversation, index: int, body: Span) -> int:
-        """Move a content's start back to where the model begins to write: right after the prompt."""
-        prompt = self.generation_prompt
-        if prompt and text.endswith(prompt, 0, body[0]):
-            return body[0]
-        try:
-            seen = self._text(conversation.messages[:index], conversation.tools, prompt=True) if index else ""
-        except (FormatError, IndexError):
-            seen = ""
-        if seen and len(seen) <= body[1] and text.startswith(seen):
-            return len(seen)
-        # The template rewrote an earlier turn since: take the nearest prompt, if only its own text follows.
-        nearest = text.rfind(prompt, 0, body[0]) if prompt else -1
-        between = text[nearest + len(prompt) : body[0]]
-        if nearest < 0 or (self._special and self._special.search(between)):
-            return body[0]
-        return body[0] if self._has_foreign_text(conversation, index, between) else nearest + len(prompt)
-
-    def _has_foreign_text(self, conversation: Conversation, index: int, text: str) -> bool:
-        """Return whether `text` holds the content of a message other than number `index`."""
-        others = [message["content"].strip() for i, message in enumerate(conversation.messages) if i != index]
-        return any(content and content in text for content in others)
-
-    def _with_ends(self, text: str, bodies: list[Span | None], last_is_answer: bool) -> tuple[list[Span | None], bool]:
-        """Extend each span over its end-of-turn token; without one, the end token has to be appended."""
-        ended: list[Span | None] = []
-        open_ends: list[int] = []
-        for body in bodies:
-            end = self._end_after(text, body[1]) if body else None
-            if body and end is None:
-                open_ends.append(len(ended))
-            ended.append((body[0], end) if body and end else body)
-        if not last_is_answer or not open_ends or open_ends[-1] != len(bodies) - 1:
-            return ended, False
-        # What the template itself writes after an answer, be it ordinary text, ends the turn.
-        tail = text[bodies[-1][1] :].rstrip()
-        for number in open_ends[:-1]:
-            start, end = bodies[number]
-            if tail and text.startswith(tail, end):
-                ended[number] = (start, end + len(tail))
-        ended[-1] = (bodies[-1][0], len(text))
-        return ended, True
-
-    def _end_after(self, text: str, end: int) -> int | None:
-        """Return the end of the special token that closes a turn whose content ends at `end`."""
-        if self._special is None:
-            return None
-        for special in self._special.finditer(text, max(0, end - 64), end + 64):
-            if special.start() < end < special.end():  # two end tokens that share their last letters
-                return special.end()
-        match = self._end_of_turn.match(text, end)
-        return match.end() if match else None
+    def _unshown(self, text: str, messages: list[Message]) -> frozenset[str]:
+        """Return which names and instructions the rendering does not hold."""
+        found = set()
+        for message in messages:
+            if message["role"] in ("system", "user") and not _holds(text, message["content"].strip()):
+                found.add(f"a {message['role']} message")
+            if "name" in message and message["role"] != "tool" and not _holds(text, message["name"]):
+                found.add("name")
+        return frozenset(found)
 
 
-def _special_patterns(tokenizer: PreTrainedTokenizerBase) -> tuple[re.Pattern | None, re.Pattern | None]:
-    """Return patterns of any special token, and of one that can close a turn after white space."""
-    texts = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    texts |= set(tokenizer.all_special_tokens)
-    if not texts:
-        return None, None
-    ordered = sorted(texts, key=len, reverse=True)
-    closing = [text for text in ordered if text != tokenizer.bos_token or text == tokenizer.eos_token]
-    any_special = "|".join(map(re.escape, ordered))
-    return re.compile(any_special), re.compile(rf"\s*(?:{'|'.join(map(re.escape, closing))})" if closing else r"(?!)")
+def _answers(messages: list[Message]) -> list[Message]:
+    return [message for message in messages if message["role"] == "assistant"]
 
 
-def _common_prefix(a: str, b: str) -> int:
-    """Return how many characters two texts share at their start, by halving (slices compare fast)."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def _has_calls(messages: list[Message]) -> bool:
+    return any("tool_calls" in message or message["role"] == "tool" for message in messages)
 
 
-def _with_text_arguments(message: Message) -> Message:
-    if "tool_calls" not in message:
-        return message
-    calls = [
-        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
-        for call in message["tool_calls"]
-    ]
-    return {**message, "tool_calls": calls}
+def _holds(text: str, content: str) -> bool:
+    """Return whether a rendering shows a text, as it is or as JSON."""
+    return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
+
+
+def _with_thinking(message: Message) -> Message:
+    """Give thinking the names that templates read, as transformers does since 5.0."""
+    return {"thinking": message["reasoning_content"], **message}
+
+
+def _as_it_is(messages: list[Message]) -> list[Message]:
+    return messages
+
+
+def _with_text_arguments(messages: list[Message]) -> list[Message]:
+    """Write arguments as JSON text: some templates join them as text (DeepSeek's), most take the object."""
+
+    def mend(call: dict) -> dict:
+        return {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+
+    return [{**m, "tool_calls": [mend(call) for call in m["tool_calls"]]} if "tool_calls" in m else m for m in messages]
+
+
+def _with_short_ids(messages: list[Message]) -> list[Message]:
+    """Give every call and its result an id of nine letters and digits, the only kind that Mistral's templates take."""
+    found = []
+    waiting: list[dict] = []
+    for number, message in enumerate(messages):
+        if "tool_calls" in message:
+            calls = [
+                {**call, "id": _short_id(call.get("id") or f"{number} {place}")}
+                for place, call in enumerate(message["tool_calls"])
+            ]
+            waiting = [{**call, "short": new["id"]} for call, new in zip(message["tool_calls"], calls, strict=True)]
+            message = {**message, "tool_calls": calls}
+        elif message["role"] == "tool" and (call := call_of(message, waiting)):
+            waiting.remove(call)
+            message = {**message, "tool_call_id": call["short"]}
+        found.append(message)
+    return found
+
+
+def _short_id(known: str) -> str:
+    return known if re.fullmatch(r"[a-zA-Z0-9]{9}", known) else hashlib.sha256(known.encode()).hexdigest()[:9]
+
+
+# How calls are written, the usual way first.
+FORMS: tuple[Callable[[list[Message]], list[Message]], ...] = (
+    _as_it_is,
+    _with_text_arguments,
+    _with_short_ids,
+    lambda messages: _with_text_arguments(_with_short_ids(messages)),
+)

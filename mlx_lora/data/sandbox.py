@@ -16,6 +16,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import date, datetime
+from datetime import time as time_of_day
 from typing import Any
 
 import jinja2
@@ -35,6 +38,8 @@ RENDER_BYTES = 512 << 20
 TICK_S = 0.05
 AGAIN_S = 1.0  # Python drops an exception that arrives in a finalizer; then it is raised once more
 _SANDBOX = "ImmutableSandboxedEnvironment"
+DATE_FUNCTION = "strftime_now"  # how a template asks for today's date
+_DAY: ContextVar[date | None] = ContextVar("the day that templates show", default=None)
 
 
 def render_chat(
@@ -43,6 +48,7 @@ def render_chat(
     template: str,
     tools: list[dict[str, Any]] | None = None,
     add_generation_prompt: bool = False,
+    day: date | None = None,
 ) -> str:
     """Return a conversation as text, by transformers' own rules.
 
@@ -51,6 +57,7 @@ def render_chat(
         messages, tools: plain data.
         template: Jinja text.
         add_generation_prompt: end with what the model answers to.
+        day: what a template that shows the date takes for today; None: today.
 
     Raises:
         jinja2.TemplateError: the template is none, refuses the conversation, or does what the sandbox does not allow.
@@ -59,6 +66,7 @@ def render_chat(
     """
     if len(template) > MAX_TEMPLATE_CHARACTERS:
         raise InputError(f"the chat template has {len(template)} characters; use another with --chat-template")
+    token = _DAY.set(day)
     try:
         with _SWAPPED, CLOCK:
             text = tokenizer.apply_chat_template(
@@ -73,6 +81,8 @@ def render_chat(
     except (ArithmeticError, LookupError, AttributeError, MemoryError, SyntaxError) as error:
         # What a template's own operations raise: a division by zero, a table without that key.
         raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
+    finally:
+        _DAY.reset(token)
     text.encode()  # half a character, which Jinja can spell and no tokenizer takes, is a ValueError here
     return text
 
@@ -85,6 +95,7 @@ class BoundedSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.filters = _BoundedFilters(self.filters)
+        self.globals = _DatedGlobals(self.globals)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Compute one of the operators above, if its result is of a sane size."""
@@ -130,6 +141,20 @@ class _BoundedFilters(dict):
 
     def __setitem__(self, name: str, function: Callable) -> None:
         super().__setitem__(name, _bounded(name, function))
+
+
+class _DatedGlobals(dict):
+    """What a template may call; transformers adds its own later, and of these the clock is ours."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, _strftime if name == DATE_FUNCTION else value)
+
+
+def _strftime(form: str) -> str:
+    """Return the day of this rendering in a form such as `%d %b %Y`; a day that was given begins at midnight."""
+    _check_format(form)
+    day = _DAY.get()
+    return (datetime.combine(day, time_of_day()) if day else datetime.now()).strftime(form)
 
 
 def _bounded(name: str, function: Callable) -> Callable:

@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import date
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def entry_folder(
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
+    day: date | None = None,
 ) -> Path:
     """Return the folder for this data, encoded in this way; it need not exist.
 
@@ -51,11 +53,12 @@ def entry_folder(
         settings: What is trained of them; `data` itself does not count, only what the files hold.
         tokenizer: A fast tokenizer, with its chat template.
         seed: Of the held-out split.
+        day: That the chat template shows; None where it shows none.
     """
     parts = {
         "kind": kind,
         "files": {name: [(path.name, _file_hash(path)) for path in paths] for name, paths in files.items()},
-        "settings": {**asdict(settings), "data": None},
+        "settings": {**asdict(settings), "data": None, "chat_date": day and day.isoformat()},
         "template": _template_hash(settings.chat_template),
         "tokenizer": _tokenizer_hash(tokenizer),
         "seed": seed,

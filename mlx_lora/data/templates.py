@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.data.sandbox import MAX_TEMPLATE_CHARACTERS, render_chat
+from mlx_lora.data.sandbox import DATE_FUNCTION, MAX_TEMPLATE_CHARACTERS, render_chat
 from mlx_lora.errors import InputError
 
 BUILT_IN = ("alpaca", "chatml")
@@ -42,6 +42,18 @@ def resolve_template(name_or_file: str | None, tokenizer: PreTrainedTokenizerBas
         if isinstance(error, jinja2.TemplateSyntaxError):
             raise InputError(f"chat template ({origin}), line {error.lineno}: {error.message}") from error
     return text, origin
+
+
+def shows_date(name_or_file: str | None, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the template that `resolve_template` would choose asks for today's date.
+
+    Args:
+        name_or_file, tokenizer: As there.
+    """
+    if name_or_file is None:
+        return DATE_FUNCTION in str(tokenizer.chat_template)
+    path = Path(name_or_file).expanduser()
+    return name_or_file not in BUILT_IN and path.is_file() and DATE_FUNCTION in _read(name_or_file)
 
 
 def prefix_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

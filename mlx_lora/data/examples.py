@@ -1,0 +1,56 @@
+"""What a record becomes: a conversation, a completion or plain text; or the reason why it cannot be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Record = dict[str, Any]
+Message = dict[str, Any]
+
+
+class FormatError(ValueError):
+    """One record cannot be used; the message is the reason, on one line."""
+
+
+class EmptyRecord(FormatError):
+    """The record has the right keys, but nothing in it to learn from."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns in OpenAI's shape; a turn's `weight` 0 keeps it as context only (all others are trained).
+
+    Each message has `role` (one of ROLES) and `content` (a string), and may have `tool_calls` (arguments
+    as a dict), `reasoning_content`, `name` and `tool_call_id`.
+
+    Attributes:
+        messages: The turns.
+        tools: What the model may call, each `{type, function: {name, ...}}`; None: nothing.
+        reasoning_field: What the record itself calls `reasoning_content`.
+        unread: Fields of its messages that are not looked at.
+    """
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    reasoning_field: str = field(default="reasoning_content", compare=False)
+    unread: frozenset[str] = field(default=frozenset(), compare=False)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt and what is to follow it."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text, every token of it trained; `ends` is False for the first part of a text cut in two."""
+
+    text: str
+    ends: bool = True
+
+
+Example = Conversation | Completion | Text

@@ -1,0 +1,289 @@
+"""Masks, token by token, against what the templates' own marks say: seven families, 40 conversations each."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+
+import pytest
+from byte_tokenizer import SPECIAL_TOKENS, byte_tokenizer, template
+from mask_reference import Reference, unmarked
+
+from mlx_lora.data.encode import Encoder
+from mlx_lora.data.examples import EmptyRecord
+from mlx_lora.data.formats import parse_record
+from mlx_lora.data.templates import resolve_template
+
+HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>", "<|constrain|>")
+GEMMA = ("<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')  # fmt: skip
+MISTRAL = ("[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")
+
+
+def marked_chatml() -> str:
+    """The built-in chatml with its assistant turns marked."""
+    text, _ = resolve_template("chatml", byte_tokenizer())
+    before = "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
+    after = "{{- '<|im_end|>\\n' }}\n    {%- endif %}"
+    assert text.count(before) == text.count(after) == 1
+    start = "{% if message['role'] == 'assistant' %}"
+    # A mark cannot stand in a condition of its own: the turn is written twice, once marked.
+    head, tail = text.split(before)
+    middle, tail = tail.split(after)
+    plain = "{{- message['content'] }}" + middle + "{{- '<|im_end|>' }}"
+    both = f"{start}{{% generation %}}{plain}{{% endgeneration %}}{{% else %}}{plain}{{% endif %}}"
+    return head + "{{- '<|im_start|>' + message['role'] + '\\n' }}" + both + "{{- '\\n' }}\n    {%- endif %}" + tail
+
+
+# name -> marked template, its special tokens, end token, has it a BOS, calls it shows of one turn
+FAMILIES = {
+    "chatml": (marked_chatml, (), "<|im_end|>", False, 9),
+    "qwen3": (lambda: template("qwen3_thinking"), (), "<|im_end|>", False, 9),
+    "qwen3_5": (lambda: template("qwen3_5"), (), "<|im_end|>", False, 9),
+    "gemma4": (lambda: template("gemma4"), GEMMA, "<turn|>", True, 9),
+    "llama3_2": (lambda: template("llama3_2"), (), "<|eot_id|>", True, 1),
+    "mistral": (lambda: template("mistral_tools"), MISTRAL, "</s>", True, 9),
+    "harmony": (lambda: template("harmony"), HARMONY, "<|return|>", False, 1),
+}
+ANSWERS = [
+    "yes", "user", "7", "Añ 😀 swer\n", " two  ", "<|im_start|>assistant\nyes", "<tool_call>\n{}\n</tool_call>",
+    "model", "system", "say <|im_end|>", '{"name": "add"}', "a\n\nb\n", "response:add{}",
+]  # fmt: skip
+THOUGHTS = ["hm", "7", "so </think> no", "a\n\nb", " spaced ", "<|channel>", "Añ 😀", "yes", "assistant"]
+RESULTS = ["7", "yes", "<tool_response>", '{"x": "é"}', "user", "<|im_start|>assistant\nevil", "  7 "]
+QUESTIONS = [
+    "q",
+    "7",
+    "yes",
+    "<|im_start|>assistant\n",
+    "two",
+    "Wie heißt ☃?",
+    "<tool_response>q</tool_response>",
+    "model\n",
+]
+ARGUMENTS = [{"x": 1}, {}, {"x": "7", "y": ["é", None]}, {"text": "yes\n<|im_end|>"}]
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": '{"x": 7}'}}
+ASKED = {"role": "user", "content": "add"}
+# By hand: what has misled mask finders before.
+HANDMADE = [
+    # A tool's result is what the model then answers; the call has no content; a question repeats an answer.
+    [ASKED, {"role": "assistant", "tool_calls": [{"id": "c00000001", **CALL}]},
+     {"role": "tool", "content": "it is 7", "tool_call_id": "c00000001"}, {"role": "assistant", "content": "it is 7"},
+     {"role": "user", "content": "it is 7"}, {"role": "assistant", "content": "it is 7"}],
+    # Thinking that holds the end of thinking, and an answer that is the thinking.
+    [ASKED, {"role": "assistant", "content": "a </think> b", "thinking": "a </think> b"},
+     ASKED, {"role": "assistant", "content": "a </think> b", "reasoning": "a </think> b", "weight": 0},
+     ASKED, {"role": "assistant", "content": "7", "reasoning_content": "7"}],
+    # An answer that is the template's own text, and white space at both ends of everything.
+    [{"role": "user", "content": " \n q \n"}, {"role": "assistant", "content": "\n\n <|im_end|>\n<|im_start|>assistant\n \n"},
+     {"role": "user", "content": "\t"}, {"role": "assistant", "content": " ☃\u00a0 \n"}],
+    # All turns before the last are context; the last is a question.
+    [ASKED, {"role": "assistant", "content": "one", "weight": 0}, ASKED, {"role": "assistant", "content": "one", "weight": 1}, ASKED],
+    # A call after an answer with thinking, then thinking between calls.
+    [ASKED, {"role": "assistant", "content": "7", "thinking": "hm"},
+     ASKED, {"role": "assistant", "content": None, "thinking": "call it", "tool_calls": [{"id": "c00000001", **CALL}]},
+     {"role": "tool", "content": "hm", "tool_call_id": "c00000001"},
+     {"role": "assistant", "content": "", "reasoning": "again", "tool_calls": [{"id": "c00000002", **CALL}]},
+     {"role": "tool", "content": "call it", "tool_call_id": "c00000002"},
+     {"role": "assistant", "content": "hm", "thinking": "so"}],
+]  # fmt: skip
+
+
+def conversations(seed: int, count: int, always_ids: bool = False) -> list[dict]:
+    """Records in OpenAI's fine-tuning form: every combination of system text, calls and thinking in turn, then by hand."""
+    draw = random.Random(seed)
+    kinds = itertools.cycle(
+        itertools.product([False, True], ["none", "one", "several"], ["none", "some", "all", "inline"])
+    )
+    made = [conversation(draw, *next(kinds), always_ids) for _ in range(count)]
+    return made + [{"messages": messages, "tools": TOOLS} for messages in HANDMADE]
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": name, "description": f"{name} it", "parameters": {"type": "object", "properties": {}}}}
+    for name in ("add", "look_up", "7")
+]  # fmt: skip
+
+
+def conversation(draw: random.Random, system: bool, calls: str, thinking: str, always_ids: bool) -> dict:
+    messages = [{"role": "system", "content": draw.choice(["be brief", "7", " é "])}] if system else []
+    has_ids = draw.random() < 0.5 or always_ids
+    numbers = itertools.count()
+    for _ in range(draw.randint(1, 3)):
+        messages.append({"role": "user", "content": draw.choice(QUESTIONS)})
+        if calls != "none" and draw.random() < 0.8:
+            for _ in range(draw.randint(1, 2)):
+                asked = [
+                    {"type": "function", "function": {"name": name, "arguments": draw.choice(ARGUMENTS)}}
+                    for name in draw.sample(["add", "look_up", "7"], draw.randint(2, 3) if calls == "several" else 1)
+                ]
+                results = [{"role": "tool", "content": draw.choice(RESULTS)} for _ in asked]
+                if has_ids:
+                    for call, result in zip(asked, results, strict=True):
+                        call["id"] = result["tool_call_id"] = f"c{next(numbers):08d}"
+                messages += [{"role": "assistant", "content": None, "tool_calls": asked}, *results]
+        messages.append({"role": "assistant", "content": draw.choice(ANSWERS)})
+    for message in messages:
+        if message["role"] == "assistant":
+            if thinking == "all" or (thinking == "some" and draw.random() < 0.5):
+                message[draw.choice(["reasoning_content", "thinking", "reasoning"])] = draw.choice(THOUGHTS)
+            if thinking == "inline" and message["content"] and draw.random() < 0.6:
+                message["content"] = f"<think>\n{draw.choice(['hm', '7'])}\n</think>\n\n" + message["content"]
+            if draw.random() < 0.3:
+                message["weight"] = draw.choice([0, 0, 1])
+    if draw.random() < 0.2:
+        messages.append({"role": "user", "content": "one more"})
+    return {"messages": messages, "parallel_tool_calls": True} | ({"tools": TOOLS} if calls != "none" else {})
+
+
+def family(name: str):
+    make, special, eos, bos, max_calls = FAMILIES[name]
+    tokenizer = byte_tokenizer(unmarked(make()), bos=bos, eos=eos, special_tokens=(*SPECIAL_TOKENS, *special))
+    return (
+        tokenizer,
+        Encoder(tokenizer, unmarked(make()), max_seq_length=10**6),
+        Reference(tokenizer, make(), max_calls, moves=name == "mistral"),
+    )
+
+
+def shown(tokenizer, row) -> str:
+    """A row as text, what is trained between marks."""
+    return "".join(
+        tokenizer.decode([token for token, _ in part]).join("⟦⟧" if on else ("", ""))
+        for on, part in itertools.groupby(zip(*row, strict=True), key=lambda pair: bool(pair[1]))
+    )
+
+
+def rows_of(encoded):
+    return [(tokens.tolist(), mask.tolist()) for tokens, mask in map(encoded.rows.row, range(len(encoded.rows)))]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_token_and_mask_is_the_references(name):
+    tokenizer, encoder, reference = family(name)
+    compared, divided, calls, thoughts, context = 0, 0, 0, 0, 0
+    count = 64 if FAMILIES[name][-1] == 1 else 44  # a third has several calls in one turn, which not all show
+    for number, record in enumerate(conversations(7, count, always_ids=name == "mistral")):
+        try:
+            _, example = parse_record(record)
+        except EmptyRecord:  # every turn of it has weight 0
+            continue
+        expected = reference.rows(example.messages, example.tools)
+        encoded = encoder.encode([example])
+        if expected is None:
+            assert list(encoded.dropped) == [0], f"record {number}"
+            continue
+        found = rows_of(encoded)
+        words = [[shown(tokenizer, row) for row in rows] for rows in (found, expected)]
+        assert words[0] == words[1], f"record {number}: {encoded.dropped}"
+        assert found == expected
+        compared += 1
+        divided += len(found) > 1
+        calls += any("tool_calls" in message for message in example.messages)
+        thoughts += any("reasoning_content" in message for message in example.messages)
+        context += any(message.get("weight") == 0 for message in example.messages)
+    assert compared >= 40
+    assert min(calls, thoughts, context) >= 10
+    shows_all = ("chatml", "llama3_2")  # these rewrite nothing
+    assert (divided == 0) == (name in shows_all)
+
+
+def test_the_comparison_sees_one_wrong_token():
+    tokenizer, encoder, reference = family("gemma4")
+    _, example = parse_record({"messages": HANDMADE[0], "tools": TOOLS})
+    ((tokens, mask),) = rows_of(encoder.encode([example]))
+    assert [(tokens, mask)] == reference.rows(example.messages, example.tools)
+    text = tokenizer.decode(tokens)
+    start = len(tokenizer.encode(text[: text.index("response:add")], add_special_tokens=False))
+    assert not mask[start]
+    assert mask[start - 1]  # the token that asks for the tool's answer
+    # As it once was: from the call to the end of the turn, the tool's answer with it.
+    once = [*mask[:start], *[True] * mask[start:].index(True), *mask[start + mask[start:].index(True) :]]
+    assert (tokens, once) != (tokens, mask)
+    assert "it is 7" in shown(tokenizer, (tokens, once)).split("⟧")[0]
+    assert "it is 7" not in shown(tokenizer, (tokens, mask)).split("⟧")[0]
+
+
+def test_a_call_is_cut_where_the_tools_answer_begins():
+    """Gemma 4 shows the text beside a call behind the tool's answer: what stands there is not what the model wrote."""
+    tokenizer, encoder, _ = family("gemma4")
+    call = {"role": "assistant", "content": "I will add.", "tool_calls": [CALL]}
+    messages = [ASKED, call, {"role": "tool", "content": "SECRET"}, {"role": "assistant", "content": "it is 7"}]
+    encoded = encoder.encode([parse_record({"messages": messages, "tools": TOOLS})[1]])
+    (row,) = rows_of(encoded)
+    trained = [part.split("⟧")[0] for part in shown(tokenizer, row).split("⟦")[1:]]
+    assert trained == ["<|tool_call>call:add{x:7}<tool_call|><|tool_response>", "it is 7<turn|>"]
+    assert "SECRET" in shown(tokenizer, row)
+    assert encoded.unshown == {"text beside a tool call": [0]}
+
+
+def test_text_of_another_message_within_a_turn_refuses_the_row():
+    inside = (
+        "{% for m in messages %}{% if m.role == 'user' %}<s>{{ m.content }}</s>{% elif m.role == 'assistant' %}"
+        "{{ m.content[:2] }}{% if not loop.last %}{{ messages[loop.index].content }}{% endif %}{{ m.content[2:] }}</s>"
+        "{% endif %}{% endfor %}"
+    )
+    tokenizer = byte_tokenizer(inside, eos="</s>")
+    encoder = Encoder(tokenizer, inside, max_seq_length=999)
+    talk = [
+        ASKED,
+        {"role": "assistant", "content": "once"},
+        {"role": "user", "content": "SECRET"},
+        {"role": "assistant", "content": "more"},
+    ]
+    encoded = encoder.encode([parse_record({"messages": talk})[1], parse_record({"messages": talk[:2]})[1]])
+    assert encoded.dropped == {0: "the chat template puts message 3 into message 2"}
+    assert encoded.source.tolist() == [1]
+
+
+def test_calls_get_ids_of_the_kind_that_mistral_takes():
+    tokenizer, encoder, _ = family("mistral")
+    long = [{"id": f"call_{n}_of_openai", **CALL} for n in range(2)]
+    messages = [ASKED, {"role": "assistant", "content": None, "tool_calls": long},
+                {"role": "tool", "content": "2nd", "tool_call_id": "call_1_of_openai"},
+                {"role": "tool", "content": "1st", "tool_call_id": "call_0_of_openai"}, {"role": "assistant", "content": "7"}]  # fmt: skip
+    without = [{key: value for key, value in message.items() if key != "tool_call_id"} for message in messages]
+    without[1] = {**without[1], "tool_calls": [CALL]}
+    without = [*without[:3], without[4]]
+    for turns in (messages, without):
+        (row,) = rows_of(encoder.encode([parse_record({"messages": turns, "tools": TOOLS})[1]]))
+        text = shown(tokenizer, row)
+        asked = re.findall(r'"id": "(\w{9})"', text)
+        answered = re.findall(r'"call_id": "(\w{9})"', text)
+        assert sorted(asked) == sorted(answered)
+        assert len(set(asked)) == len(turns[1]["tool_calls"])
+        if turns is messages:
+            assert answered == asked[::-1]
+
+
+def test_a_template_that_shows_the_first_of_several_calls_refuses_them():
+    _, encoder, _ = family("harmony")
+    two = {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]}
+    result = {"role": "tool", "content": "7"}
+    messages = [ASKED, two, result, result, {"role": "assistant", "content": "7"}]
+    encoded = encoder.encode([parse_record({"messages": messages, "tools": TOOLS})[1]])
+    assert encoded.dropped == {0: "the chat template shows 1 of the 2 tool calls of message 2; write one call per turn"}
+
+
+def test_harmony_by_its_own_words():
+    """The three channels, written out: earlier thinking is gone, and no turn is trained to end with <|end|>."""
+    tokenizer, encoder, _ = family("harmony")
+    _, example = parse_record({"messages": HANDMADE[4], "tools": TOOLS})
+    trained = [
+        part.split("⟧")[0]
+        for row in rows_of(encoder.encode([example]))
+        for part in shown(tokenizer, row).split("⟦")[1:]
+    ]
+    to_add = " to=functions.add<|channel|>commentary json<|message|>"
+    assert trained == [
+        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>7<|return|>",
+        f'<|channel|>analysis<|message|>call it<|end|><|start|>assistant{to_add}{{"x": 7}}<|call|>',
+        f'<|channel|>analysis<|message|>again<|end|><|start|>assistant{to_add}{{"x": 7}}<|call|>',
+        "<|channel|>analysis<|message|>so<|end|><|start|>assistant<|channel|>final<|message|>hm<|return|>",
+    ]
+    plain = [ASKED, {"role": "assistant", "content": "one"}, ASKED, {"role": "assistant", "content": "two"}]
+    (row,) = rows_of(encoder.encode([parse_record({"messages": plain})[1]]))
+    trained = [part.split("⟧")[0] for part in shown(tokenizer, row).split("⟦")[1:]]
+    assert trained == ["<|channel|>final<|message|>one", "<|channel|>final<|message|>two<|return|>"]
