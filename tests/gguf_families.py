@@ -112,7 +112,9 @@ def tiny_family(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
     mx.random.seed(seed)
     # As a head, embeddings of this size leave the likeliest token to what the blocks add to the last one.
     tied = config["tie_word_embeddings"]
-    values = [(key, _random(key, value.shape, 0.06 if tied else 1.0)) for key, value in tree_flatten(model.parameters())]
+    values = [
+        (key, _random(key, value.shape, 0.06 if tied else 1.0)) for key, value in tree_flatten(model.parameters())
+    ]
     last = ("model.norm.weight", "embedding_norm.weight")
     values = [(key, 6 * value if tied and key.endswith(last) else value) for key, value in values]
     model.update(tree_unflatten(values))
@@ -130,7 +132,8 @@ def _random(name: str, shape: tuple[int, ...], embedding: float) -> mx.array:
     if len(shape) == 1:
         around = 0.0 if name.endswith(("bias", "sinks", "A_log")) else 1.0
         return around + 0.2 * noise
-    return noise * (1.2 / shape[-1] ** 0.5)
+    # A router's decisions must not hang on the last bits.
+    return noise * ((6.0 if name.endswith(("router.proj.weight", "mlp.gate.weight")) else 1.2) / shape[-1] ** 0.5)
 
 
 def write_family(name: str, folder: Path, model: nn.Module | None = None, more: dict[str, Any] | None = None) -> Path:

@@ -32,7 +32,6 @@ _PER_LAYER = {
     "post_norm.weight": "post_per_layer_input_norm.weight",
 }
 _EXPERTS = {
-    "ffn_down_exps.weight": "experts.switch_glu.down_proj.weight",
     "ffn_gate_inp.scale": "router.scale",
     "ffn_down_exps.scale": "router.per_expert_scale",
     "pre_ffw_norm_2.weight": "pre_feedforward_layernorm_2.weight",
@@ -53,8 +52,11 @@ def _block(config: Config, layer: int) -> Block:
     if not config["enable_moe_block"]:
         return plain(names)
     gate, up = (f"experts.switch_glu.{part}_proj.weight" for part in ("gate", "up"))
-    joined = {"ffn_gate_up_exps.weight": Weight(gate, then=(up,))}
-    return plain(names | _EXPERTS) | joined | {"ffn_gate_inp.weight": Weight("router.proj.weight", exact=True)}
+    return plain(names | _EXPERTS) | {
+        "ffn_gate_up_exps.weight": Weight(gate, then=(up,)),
+        "ffn_down_exps.weight": Weight("experts.switch_glu.down_proj.weight", scaled=True),
+        "ffn_gate_inp.weight": Weight("router.proj.weight", exact=True),
+    }
 
 
 def _shares_keys(config: Config, layer: int) -> bool:
