@@ -102,12 +102,12 @@ def architecture(name: str) -> str:
     return name.split()[0]
 
 
-def tiny_family(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
+def tiny_family(name: str, seed: int = 0, changes: dict[str, Any] | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """Return a float32 model whose outputs keep to a few units, and its config.
 
     Every weight is random: norms of one, biases and sinks of zero would hide that they went astray.
     """
-    config = json.loads(json.dumps(FAMILIES[name]))
+    config = json.loads(json.dumps(FAMILIES[name] | (changes or {})))
     model = build_model(json.loads(json.dumps(config)))
     mx.random.seed(seed)
     # As a head, embeddings of this size leave the likeliest token to what the blocks add to the last one.
