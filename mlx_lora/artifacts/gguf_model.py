@@ -134,7 +134,8 @@ def write_gguf_model(
     planned = _plan(base.model, architecture, places, kind)
     n_rows = text_model(base.model)[1].args.vocab_size
     template = chat_template or own_template(base.hf_tokenizer)
-    vocabulary = tokenizer_vocabulary(base.hf_tokenizer, n_rows, sorted(base.tokenizer.eos_token_ids), template)
+    ends = sorted(base.tokenizer.eos_token_ids)
+    vocabulary = tokenizer_vocabulary(base.hf_tokenizer, n_rows, ends, template, architecture)
     check_writable(asked or file.parent, "--out", sum(tensor.n_bytes for tensor in planned))
     with replacing_file(file) as temporary:
         writer = GGUFWriter(str(temporary), architecture)
