@@ -43,14 +43,26 @@ PROMPTS = (
 NEW_TOKENS = 24
 
 
-def start_llamacpp(path: Path) -> xllamacpp.Server:
-    """Load a GGUF file on the CPU with a float32 cache; one thread, since its threads spin while they wait."""
+def start_llamacpp(path: Path, adapter: Path | None = None, *, flash_attention: bool = True) -> xllamacpp.Server:
+    """Load a GGUF file on the CPU with a float32 cache; one thread, since its threads spin while they wait.
+
+    Args:
+        path: the model.
+        adapter: a LoRA GGUF to apply.
+        flash_attention: let llama.cpp choose it, which rounds queries to 16 bits; without it attention is float32.
+    """
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_ctx, params.n_parallel, params.n_gpu_layers, params.port = 1024, 1, 0, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.warmup, params.verbosity = False, -1
+    if not flash_attention:
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if adapter is not None:
+        lora = xllamacpp.CommonAdapterLoraInfo()
+        lora.path, lora.scale = str(adapter), 1.0
+        params.lora_adapters = [lora]
     return xllamacpp.Server(params)
 
 

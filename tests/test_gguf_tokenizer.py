@@ -80,7 +80,7 @@ def test_generation_ends_at_eos_and_at_end_of_turn(byte_level, tmp_path) -> None
 def test_what_is_not_known_is_named(byte_level, pieces) -> None:
     with pytest.raises(InputError, match=r"pre-tokenizer 'novel' is not known \(.*llama-bpe.*qwen2"):
         vocabulary_from_metadata(metadata(byte_level, pre="novel"))
-    with pytest.raises(InputError, match=r"kind 't5' is not supported \(known: gpt2, llama\)"):
+    with pytest.raises(InputError, match=r"kind 't5' is not supported \(known: gpt2, llama, gemma4\)"):
         vocabulary_from_metadata(metadata(byte_level, model="t5"))
     with pytest.raises(InputError, match="kind 'none'"):
         vocabulary_from_metadata({})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import urllib.request
 from collections.abc import Iterator
@@ -11,11 +12,15 @@ from pathlib import Path
 import pytest
 from real_models import gemma3_gguf, smollm2_gguf
 from tiny_gguf import write_tiny_gguf
-from tiny_vocabularies import byte_level_vocabulary, spm_model, spm_vocabulary
+from tiny_vocabularies import byte_level_vocabulary, gemma4_vocabulary, spm_model, spm_vocabulary
 from varied_strings import varied_strings
 
 from mlx_lora.sources.gguf import read_gguf
-from mlx_lora.sources.gguf_tokenizer import build_tokenizer, vocabulary_from_metadata, write_tokenizer
+from mlx_lora.sources.gguf_tokenizer import (
+    build_tokenizer,
+    vocabulary_from_metadata,
+    write_tokenizer,
+)
 
 pytestmark = pytest.mark.parity
 COUNT = 2500
@@ -90,3 +95,14 @@ def test_sentencepiece_ids_equal_llama_cpp(add_space_prefix, tmp_path) -> None:
     write_tiny_gguf(tmp_path / "tiny.gguf", vocabulary)
     tokenizer = build_tokenizer(vocabulary_from_metadata(read_gguf(tmp_path / "tiny.gguf").metadata))
     assert differing(tmp_path / "tiny.gguf", tokenizer, varied_strings(1000, seed=3)) == []
+
+
+def test_gemma4_ids_equal_llama_cpp(tmp_path) -> None:
+    vocabulary = gemma4_vocabulary()
+    write_tiny_gguf(tmp_path / "tiny.gguf", vocabulary)
+    read = vocabulary_from_metadata(read_gguf(tmp_path / "tiny.gguf").metadata)
+    strings = [*varied_strings(1000, seed=3), "a\n\n\nb", "x\n \n y", "a\n\n\n\n b", "\n" * 9]
+    assert differing(tmp_path / "tiny.gguf", build_tokenizer(read), strings) == []
+    assert (
+        len(differing(tmp_path / "tiny.gguf", build_tokenizer(dataclasses.replace(read, model="llama")), strings)) > 50
+    )

@@ -6,13 +6,13 @@ import itertools
 import json
 
 import pytest
-from tiny_vocabularies import byte_level_vocabulary, spm_model, spm_vocabulary
+from tiny_vocabularies import byte_level_vocabulary, gemma4_vocabulary, spm_model, spm_vocabulary
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from varied_strings import varied_strings
 
 from mlx_lora.errors import InputError
-from mlx_lora.sources.gguf_tokenizer import build_tokenizer, vocabulary_from_metadata
+from mlx_lora.sources.gguf_tokenizer import build_tokenizer, vocabulary_from_metadata, write_folder
 from mlx_lora.sources.pre_tokenizers import PRE_TOKENIZERS
 from mlx_lora.sources.pre_tokenizers import PUBLISHED as SPELLED
 from mlx_lora.sources.tokenizer_vocabulary import PROBES, _cut, _words, tokenizer_metadata, tokenizer_vocabulary
@@ -165,3 +165,21 @@ def test_other_tokens_around_a_text_are_refused(entries):
     )
     with pytest.raises(InputError, match="other tokens around a text"):
         tokenizer_vocabulary(framed, len(entries["tokens"]), [], None)
+
+
+def test_gemma4_keeps_its_merges_there_and_back(tmp_path):
+    entries = gemma4_vocabulary()
+    read = vocabulary_from_metadata({f"tokenizer.ggml.{key}": value for key, value in entries.items()})
+    assert read.add_bos
+    write_folder(read, build_tokenizer(read), tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    rows, ends = len(entries["tokens"]), [entries["eos_token_id"]]
+    metadata = tokenizer_metadata(tokenizer_vocabulary(tokenizer, rows, ends, None, "gemma4"))
+    assert metadata["tokenizer.ggml.model"] == "gemma4"
+    assert metadata["tokenizer.ggml.merges"] == entries["merges"]
+    assert metadata["tokenizer.ggml.tokens"] == entries["tokens"]
+    again = build_tokenizer(vocabulary_from_metadata(metadata))
+    for text in varied_strings(100, seed=4):
+        assert again.encode(text).ids == tokenizer(text)["input_ids"]
+    with pytest.raises(InputError, match="SentencePiece"):  # scores alone cut newlines otherwise
+        tokenizer_vocabulary(tokenizer, rows, ends, None, "gemma3")

@@ -10,6 +10,8 @@ import sentencepiece
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from varied_strings import varied_strings
 
+from mlx_lora.sources.gguf_tokenizer import BYTE, NORMAL, UNUSED, merges_from_scores, vocabulary_from_metadata
+
 
 def byte_level_vocabulary(pre: str, n_tokens: int = 2500) -> dict[str, Any]:
     """Train byte-level BPE over whole lines, so that every missing or surplus word boundary shows in the ids."""
@@ -79,4 +81,20 @@ def spm_vocabulary(model: bytes, add_space_prefix: bool) -> dict[str, Any]:
         "eos_token_id": 2,
         "unknown_token_id": 0,
         "add_space_prefix": add_space_prefix,
+    }
+
+
+def gemma4_vocabulary() -> dict[str, Any]:
+    """Return a SentencePiece vocabulary in the form of Gemma 4's files: merges, and tokens that newlines are part of."""
+    entries = spm_vocabulary(spm_model(user_defined_symbols=["<div>"]), add_space_prefix=False)
+    content = vocabulary_from_metadata({f"tokenizer.ggml.{key}": value for key, value in entries.items()})
+    merges = [" ".join(pair) for pair in merges_from_scores(content, (NORMAL, UNUSED, BYTE))]
+    newlines = ["\n", "\n\n", "\n▁", "a\n", "\n\n\n"]
+    return {
+        **entries,
+        "model": "gemma4",
+        "tokens": entries["tokens"] + newlines,
+        "token_type": entries["token_type"] + [NORMAL] * len(newlines),
+        "scores": entries["scores"] + [-1e6] * len(newlines),
+        "merges": ["\n \n", "\n ▁", "a \n", "\n\n \n", *merges],
     }

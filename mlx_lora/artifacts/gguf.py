@@ -18,6 +18,7 @@ from gguf import GGUFWriter
 
 from mlx_lora.adapters.forms import DORA, EMBEDDING_ADAPTERS, EXPERT_ADAPTERS
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.artifacts.peft_experts import joined_experts
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_file
 from mlx_lora.models.gguf_arch import gguf_weights
@@ -38,8 +39,15 @@ def write_gguf_adapter(file: Path, model: nn.Module, base_name: str, full: tuple
     """
     layers = adapter_layers(model)
     architecture, tensors = gguf_weights(model)
-    places = {place.name: (tensor, place) for tensor, place in tensors.items()}
-    problems = [f"{path} has no tensor in a {architecture} GGUF" for path in layers if f"{path}.weight" not in places]
+    known = {layer for place in tensors.values() for layer in place.layers}
+    problems = [f"{path} has no tensor in a {architecture} GGUF" for path in layers if path not in known]
+    # Its newer versions scale the base's product before they add the adapter's, its older ones the sum.
+    scaled = {layer for place in tensors.values() if place.scaled for layer in place.layers}
+    problems += [
+        f"{path} is scaled expert by expert, its adapter by some of llama.cpp's versions"
+        for path in layers
+        if path in scaled
+    ]
     problems += [f"{path} is an embedding" for path, layer in layers.items() if isinstance(layer, EMBEDDING_ADAPTERS)]
     problems += [f"{path} is a DoRA layer" for path, layer in layers.items() if isinstance(layer, DORA)]
     problems += [f"{name} was trained in full" for name in full]
@@ -56,22 +64,32 @@ def write_gguf_adapter(file: Path, model: nn.Module, base_name: str, full: tuple
         writer.add_name(base_name)
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", 0.0 if alpha is None else alpha)  # 0: multiply by 1
-        for path, layer in layers.items():
-            name, place = places[f"{path}.weight"]
-            a, b = _factors(layer, 1.0 if alpha is not None else layer.scale, place)
-            writer.add_tensor(f"{name}.lora_a", a)
-            writer.add_tensor(f"{name}.lora_b", b)
+        for name, place in tensors.items():
+            own = [layers.get(path) for path in place.layers]
+            if name.endswith(".weight") and any(layer is not None for layer in own):
+                a, b = _factors(own, alpha, place)
+                writer.add_tensor(f"{name}.lora_a", a)
+                writer.add_tensor(f"{name}.lora_b", b)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
 
 
-def _factors(layer: nn.Module, scale: float, place: Weight) -> tuple[np.ndarray, np.ndarray]:
-    """Return A (r, in) and B (out, r) float32 in the base's order, of experts (E, r, in) and (E, out, r)."""
-    a, b = layer.lora_a, layer.lora_b * scale
-    if not isinstance(layer, EXPERT_ADAPTERS):
-        a, b = a.T, b.T
+def _factors(layers: list[nn.Module | None], alpha: float | None, place: Weight) -> tuple[np.ndarray, np.ndarray]:
+    """Return A (r, in) and B (out, r) float32 in the base's order, of experts (E, r, in) and (E, out, r).
+
+    Args:
+        layers: the adapters of the tensor's parts.
+        alpha: the file's; None: B carries the scale.
+        place: the tensor's.
+    """
+    if isinstance(next(layer for layer in layers if layer is not None), EXPERT_ADAPTERS):
+        a, b, scale = joined_experts(layers, in_turns=False)
+    else:
+        (layer,) = layers
+        a, b, scale = layer.lora_a.T, layer.lora_b.T, layer.scale
+    b = b * (scale if alpha is None else scale * a.shape[-2] / alpha)
     a, b = np.array(a.astype(mx.float32)), np.array(b.astype(mx.float32))
     a = a if place.columns is None else a[..., place.columns.to_file(a.shape[-1])]
     b = b if place.rows is None else b[place.rows.to_file(len(b))]

@@ -136,7 +136,8 @@ def write_gguf_model(
     planned = _plan(base.model, architecture, places, kind)
     n_rows = text_model(base.model)[1].args.vocab_size
     template = chat_template or own_template(base.hf_tokenizer)
-    vocabulary = tokenizer_vocabulary(base.hf_tokenizer, n_rows, sorted(base.tokenizer.eos_token_ids), template)
+    ends = sorted(base.tokenizer.eos_token_ids)
+    vocabulary = tokenizer_vocabulary(base.hf_tokenizer, n_rows, ends, template, architecture)
     check_writable(asked or file.parent, "--out", sum(tensor.n_bytes for tensor in planned))
     with replacing_file(file) as temporary:
         writer = GGUFWriter(str(temporary), architecture)
@@ -180,7 +181,7 @@ def _plan(model: nn.Module, architecture: str, places: dict[str, Weight], kind: 
         InputError: naming what the model has and the file has no place for, or the other way round.
     """
     sources = dict(merged_parameters(model))
-    known = {place.name for place in places.values()}
+    known = {name for place in places.values() for name in place.names}
     homeless = [name for name in sources if name not in known]
     if homeless:
         more = f" and {len(homeless) - 3} more" if len(homeless) > 3 else ""
@@ -190,10 +191,22 @@ def _plan(model: nn.Module, architecture: str, places: dict[str, Weight], kind: 
     prefix, _ = text_model(model)
     head = next(name for name in ("lm_head.weight", "model.embed_tokens.weight") if prefix + name in sources)
     return [
-        Planned(name, sources[place.name], place, _kind(sources[place.name], place, kind, prefix + head))
+        Planned(name, source, place, _kind(source, place, kind, prefix + head))
         for name, place in places.items()
-        if place.name in sources
+        if (source := _source(place, sources)) is not None
     ]
+
+
+def _source(place: Weight, sources: dict[str, Source]) -> Source | None:
+    """Return what a tensor is computed from: one parameter, or several whose rows follow each other."""
+    parts = [sources[name] for name in place.names if name in sources]
+    if len(parts) != len(place.names):
+        return None
+    if len(parts) == 1:
+        return parts[0]
+    *before, rows, width = parts[0].shape
+    shape = (*before, rows * len(parts), width)
+    return Source(shape, lambda: mx.concatenate([part.values() for part in parts], axis=-2))
 
 
 def _kind(source: Source, place: Weight, wanted: Kind, head: str) -> Kind:

@@ -105,7 +105,7 @@ def _of_module(path: str, layers: dict[str, LoRASwitchLinear], place: Place) -> 
     present = [name for name, parts in PROJECTIONS.items() if any(part in layers for part in parts)]
     tensors = []
     for depth, name in zip(reversed(range(len(present))), present, strict=True):
-        a, b, scale = _joined([layers.get(part) for part in PROJECTIONS[name]], place.in_turns)
+        a, b, scale = joined_experts([layers.get(part) for part in PROJECTIONS[name]], place.in_turns)
         rank = a.shape[1]
         tensors.append(
             ExpertTensor(
@@ -120,7 +120,7 @@ def _of_module(path: str, layers: dict[str, LoRASwitchLinear], place: Place) -> 
     return tensors
 
 
-def _joined(layers: list[LoRASwitchLinear | None], in_turns: bool) -> tuple[mx.array, mx.array, float]:
+def joined_experts(layers: list[LoRASwitchLinear | None], in_turns: bool) -> tuple[mx.array, mx.array, float]:
     """Return one adapter (E, R, in), (E, out, R) and its scale for layers whose rows are stored together."""
     scale = next(layer.scale for layer in layers if layer is not None)
     pairs = [None if layer is None else (*layer.plain_factors(), layer.scale / scale) for layer in layers]

@@ -86,7 +86,7 @@ def weight_map(file: GGUFFile, config: dict[str, Any]) -> dict[str, Weight]:
         InputError: naming all tensors that mlx-lm's model has no place for, and all that it lacks.
     """
     family = gguf_architecture(file)
-    places = _join(_places(family, config, family.prefix), file)
+    places = _as_in_file(_places(family, config, family.prefix), file)
     if config["tie_word_embeddings"]:
         places.pop("output.weight", None)
     unknown = [
@@ -102,20 +102,19 @@ def weight_map(file: GGUFFile, config: dict[str, Any]) -> dict[str, Weight]:
     return {name: places[name] for name in file.tensors if name in places}
 
 
-def _join(places: dict[str, Weight], file: GGUFFile) -> dict[str, Weight]:
-    """Put one place where the file has one tensor for two."""
-    joined = {}
-    for name, place in places.items():
-        stem, _, last = name.rpartition("ffn_")
-        whole = next(
-            (one for one, parts in JOINED.items() if f"ffn_{last}" in parts and stem + one in file.tensors), None
-        )
-        if whole is None:
-            joined[name] = place
-        elif stem + whole not in joined:
-            first, second = (places[stem + part].name for part in JOINED[whole])
-            joined[stem + whole] = Weight(first, then=(second,))
-    return joined
+def _as_in_file(places: dict[str, Weight], file: GGUFFile) -> dict[str, Weight]:
+    """Put one place where the file has one tensor for two, and two where it has two for one."""
+    found = dict(places)
+    for layer in {name.rpartition(".ffn_")[0] for name in places if ".ffn_" in name}:
+        for whole, parts in JOINED.items():
+            joined, (first, second) = f"{layer}.{whole}", (f"{layer}.{part}" for part in parts)
+            if joined in places and joined not in file.tensors and first in file.tensors:
+                found |= {first: Weight(places[joined].name), second: Weight(*places[joined].then)}
+                del found[joined]
+            elif first in places and first not in file.tensors and joined in file.tensors:
+                found[joined] = Weight(places[first].name, then=(places[second].name,))
+                del found[first], found[second]
+    return found
 
 
 def _left_out(family: Family, config: dict[str, Any], name: str) -> bool:
@@ -164,13 +163,13 @@ def _places(family: Family, config: dict[str, Any], prefix: str) -> dict[str, We
     """Return every tensor of an architecture's files, and its place."""
     places = {
         name: Weight(prefix + ours, offset=family.norm_offset if "norm" in name else 0.0)
-        for name, ours in family.top.items()
+        for name, ours in family.top(config).items()
     }
     for layer in range(config["num_hidden_layers"]):
         for name, place in family.block(config, layer).items():
             offset = family.norm_offset if "norm" in name else place.offset
-            whole = f"{prefix}model.layers.{layer}.{place.name}"
-            places[f"blk.{layer}.{name}"] = dataclasses.replace(place, name=whole, offset=offset)
+            whole, *then = (f"{prefix}model.layers.{layer}.{part}" for part in place.names)
+            places[f"blk.{layer}.{name}"] = dataclasses.replace(place, name=whole, then=tuple(then), offset=offset)
     return places
 
 

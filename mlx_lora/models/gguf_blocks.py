@@ -71,7 +71,7 @@ def _carry_mxfp4(tensor: GGUFTensor) -> PackedWeight:
     """Repack MXFP4: ggml's codes of a block lie 16 apart in a byte, MLX's are neighbours."""
     blocks = tensor.data.reshape(-1, _MXFP4_BYTES)
     packed = np.empty((len(blocks), GROUP // 8), np.uint32)
-    step = _CHUNK_BYTES // _MXFP4_BYTES
+    step = max(1, _CHUNK_BYTES // _MXFP4_BYTES)
     for start in range(0, len(blocks), step):
         quarters = blocks[start : start + step, 1:]
         packed[start : start + step] = pack_codes(np.concatenate([quarters & 15, quarters >> 4], axis=1), 4)

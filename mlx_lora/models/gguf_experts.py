@@ -72,14 +72,18 @@ _GPT_OSS_BLOCK = {
     "attn_sinks.weight": "self_attn.sinks",
     "post_attention_norm.weight": "post_attention_layernorm.weight",
     **expert_names("mlp.experts"),
-    **{name.replace("weight", "bias"): ours.replace("weight", "bias") for name, ours in expert_names("mlp.experts").items()},
     "ffn_gate_inp.bias": "mlp.router.bias",
-}  # fmt: skip
+}
+# Biases of experts have two axes, as weights have, and stay float all the same.
+_GPT_OSS_FLOATS = {
+    "ffn_gate_inp.weight": "mlp.router.weight",
+    **{f"ffn_{part}_exps.bias": f"mlp.experts.{part}_proj.bias" for part in ("gate", "up", "down")},
+}
 _TURNS = ["sliding_attention", "full_attention"]
 
 
 def _gpt_oss_block(config: Config, layer: int) -> Block:
-    return plain(_GPT_OSS_BLOCK) | plain({"ffn_gate_inp.weight": "mlp.router.weight"}, exact=True)
+    return plain(_GPT_OSS_BLOCK) | plain(_GPT_OSS_FLOATS, exact=True)
 
 
 def _gpt_oss_fields(settings: Settings, config: Config) -> Config:

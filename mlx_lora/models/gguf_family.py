@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +55,7 @@ class Family:
         fields: (settings, config so far) -> config fields beyond the shared ones.
         settings: (model's arguments, problems) -> GGUF settings beyond, or instead of, the shared ones, and tensors
             that stand for settings.
-        top: tensors outside of blocks, to mlx-lm's parameters.
+        top: config -> tensors outside of blocks, to mlx-lm's parameters.
         prefix: of all of mlx-lm's names.
         norm_offset: what the file added to norm weights.
         absorbed: tensors that `fields` turned into config.
@@ -69,7 +68,7 @@ class Family:
     block: Callable[[dict[str, Any], int], Block]
     fields: Callable[[Settings, dict[str, Any]], dict[str, Any]]
     settings: Callable[[dict[str, Any], list[str]], Written]
-    top: dict[str, str] = dataclasses.field(default_factory=lambda: TOP)
+    top: Callable[[dict[str, Any]], dict[str, str]] = lambda config: TOP
     prefix: str = ""
     norm_offset: float = 0.0
     absorbed: tuple[str, ...] = ()

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.models.gguf_dense import GEMMA_NORMS
-from mlx_lora.models.gguf_experts import expert_names
 from mlx_lora.models.gguf_family import ATTENTION, HEAD_NORMS, MLP, TOP, Block, Family, Written, plain
 from mlx_lora.models.gguf_keys import Settings, experts
 from mlx_lora.models.gguf_places import Weight
@@ -22,8 +21,7 @@ from mlx_lora.models.gguf_scaling import ROPE_FACTORS, refuse_scaling
 Config = dict[str, Any]
 SLIDING, FULL = "sliding_attention", "full_attention"
 _STILL = 1e30  # the divisor of frequencies that do not turn
-_TOP = {
-    **TOP,
+_PER_LAYER_TOP = {
     "per_layer_token_embd.weight": "model.embed_tokens_per_layer.weight",
     "per_layer_model_proj.weight": "model.per_layer_model_projection.weight",
     "per_layer_proj_norm.weight": "model.per_layer_projection_norm.weight",
@@ -34,7 +32,6 @@ _PER_LAYER = {
     "post_norm.weight": "post_per_layer_input_norm.weight",
 }
 _EXPERTS = {
-    **expert_names("experts.switch_glu"),
     "ffn_gate_inp.scale": "router.scale",
     "ffn_down_exps.scale": "router.per_expert_scale",
     "pre_ffw_norm_2.weight": "pre_feedforward_layernorm_2.weight",
@@ -54,7 +51,12 @@ def _block(config: Config, layer: int) -> Block:
         names = names | _PER_LAYER
     if not config["enable_moe_block"]:
         return plain(names)
-    return plain(names | _EXPERTS) | {"ffn_gate_inp.weight": Weight("router.proj.weight", exact=True)}
+    gate, up = (f"experts.switch_glu.{part}_proj.weight" for part in ("gate", "up"))
+    return plain(names | _EXPERTS) | {
+        "ffn_gate_up_exps.weight": Weight(gate, then=(up,)),
+        "ffn_down_exps.weight": Weight("experts.switch_glu.down_proj.weight", scaled=True),
+        "ffn_gate_inp.weight": Weight("router.proj.weight", exact=True),
+    }
 
 
 def _shares_keys(config: Config, layer: int) -> bool:
@@ -219,8 +221,8 @@ GEMMA4 = Family(
     _block,
     _fields,
     _settings,
-    top=_TOP,
+    top=lambda config: TOP | (_PER_LAYER_TOP if config["hidden_size_per_layer_input"] else {}),
     absorbed=(ROPE_FACTORS,),
     spare=_spare,
-    also=("gemma4",),
+    also=("gemma4", "gemma4_unified"),
 )

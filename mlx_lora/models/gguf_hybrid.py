@@ -255,7 +255,7 @@ LFM2 = Family(
     _lfm2_block,
     _lfm2_fields,
     _lfm2_settings,
-    top={
+    top=lambda config: {
         "token_embd.weight": "model.embed_tokens.weight",
         "token_embd_norm.weight": "model.embedding_norm.weight",
     },

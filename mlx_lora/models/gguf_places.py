@@ -62,7 +62,8 @@ class Weight:
         offset: what the file added to the values (1 for Gemma's norms).
         axis: of length one, which ours has and the file's lacks.
         values: `plain`, or `minus_exp` where the file holds -exp of ours.
-        exact: whether it always stays float: routers and convolutions.
+        exact: whether it always stays float: routers, convolutions, biases of experts.
+        scaled: whether another tensor multiplies what comes out of it.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Weight:
     axis: int | None = None
     values: Literal["plain", "minus_exp"] = "plain"
     exact: bool = False
+    scaled: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

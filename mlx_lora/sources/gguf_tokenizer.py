@@ -1,7 +1,8 @@
 """Rebuild a fast tokenizer from a GGUF file's metadata, id by id as llama.cpp tokenizes.
 
-Two kinds exist: byte-level BPE (`gpt2`: merges and a named pre-tokenizer) and SentencePiece (`llama`:
-scores, byte fallback). Both become one `tokenizers` BPE model, so transformers and mlx-lm load the folder.
+Three kinds exist: byte-level BPE (`gpt2`: merges and a named pre-tokenizer), SentencePiece (`llama`: scores, byte
+fallback) and Gemma 4's (`gemma4`: SentencePiece's letters with merges instead of scores, runs of newlines apart).
+All become one `tokenizers` BPE model, so transformers and mlx-lm load the folder.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ END_TOKENS = frozenset(
 class Vocabulary:
     """What a tokenizer is made of, whatever file it came from; list positions are token ids."""
 
-    model: str  # "gpt2" (byte-level BPE) or "llama" (SentencePiece)
+    model: str  # "gpt2" (byte-level BPE), "llama" (SentencePiece) or "gemma4"
     tokens: list[str]
     types: list[int]
     scores: list[float]  # SentencePiece only; a higher score merges first
-    merges: list[tuple[str, str]]  # byte-level BPE only
+    merges: list[tuple[str, str]]  # all but SentencePiece
     pre: str
     special: dict[str, int]  # "bos", "eos", "unk", "pad", "eot", "eom" -> token id, where known
     add_bos: bool
@@ -111,9 +112,10 @@ def vocabulary_from_metadata(metadata: dict[str, Any]) -> Vocabulary:
         merges=merges,
         pre=pre,
         special=special,
-        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)) and "bos" in special,
+        # llama.cpp puts it before Gemma 4's texts whatever the file says.
+        add_bos=(model == "gemma4" or bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))) and "bos" in special,
         add_eos=bool(metadata.get("tokenizer.ggml.add_eos_token", False)) and "eos" in special,
-        add_space_prefix=not byte_level and bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
+        add_space_prefix=model == "llama" and bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
         chat_template=metadata.get("tokenizer.chat_template"),
     )
 
@@ -171,8 +173,10 @@ def _problems(
     model: str, pre: str, tokens: list[str], types: list[int], scores: list[float], merges: list[tuple[str, str]]
 ) -> list[str]:
     """List what keeps this vocabulary from becoming a tokenizer."""
-    if model not in ("gpt2", "llama"):
-        return [f"kind {model!r} is not supported (known: gpt2, llama); give the model's original folder instead"]
+    if model not in ("gpt2", "llama", "gemma4"):
+        return [
+            f"kind {model!r} is not supported (known: gpt2, llama, gemma4); give the model's original folder instead"
+        ]
     problems = []
     if not tokens:
         problems.append("no tokens; give a complete model file")
@@ -189,7 +193,7 @@ def _problems(
     if model == "gpt2" and pre not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))
         problems.append(f"pre-tokenizer {pre!r} is not known ({known}); give the model's original folder instead")
-    if model == "gpt2":
+    if model != "llama":
         known_tokens = set(tokens)
         lost = [f"{a} {b}" for a, b in merges if not {a, b, a + b} <= known_tokens]
         if lost or not merges:
@@ -278,18 +282,16 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
-    """Build SentencePiece BPE: the whole text is one word, characters without a token become bytes."""
+    """Build SentencePiece BPE: the whole text is one word, characters without a token become bytes.
+
+    Gemma 4's cuts at runs of newlines.
+    """
     vocab = {token: i for i, token in enumerate(vocabulary.tokens)}
     unk = vocabulary.text("unk")
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab,
-            merges_from_scores(vocabulary, (NORMAL, UNUSED, BYTE)),
-            unk_token=unk,
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
+    merges = vocabulary.merges or merges_from_scores(vocabulary, (NORMAL, UNUSED, BYTE))
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
+    if vocabulary.model == "gemma4":
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+"), "isolated")
     steps = [normalizers.Prepend(SPACE)] if vocabulary.add_space_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     strip = [decoders.Strip(" ", 1, 0)] if vocabulary.add_space_prefix else []

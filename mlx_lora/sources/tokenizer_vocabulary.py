@@ -50,7 +50,11 @@ _MOST_ENDS = 2  # eot and eom, beside eos
 
 
 def tokenizer_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, n_rows: int, end_ids: list[int], chat_template: str | None
+    tokenizer: PreTrainedTokenizerBase,
+    n_rows: int,
+    end_ids: list[int],
+    chat_template: str | None,
+    architecture: str = "",
 ) -> Vocabulary:
     """Return what a tokenizer is made of.
 
@@ -59,6 +63,7 @@ def tokenizer_vocabulary(
         n_rows: of the model's embedding: the vocabulary is filled up, or cut, to that many tokens.
         end_ids: ids that end a generation.
         chat_template: Jinja text, for the vocabulary.
+        architecture: llama.cpp's name of the model's: Gemma 4's files keep a SentencePiece tokenizer's merges.
 
     Raises:
         InputError: a kind of tokenizer that llama.cpp does not have, or one that it would not cut texts as.
@@ -76,17 +81,20 @@ def tokenizer_vocabulary(
     if kind == "gpt2" and not merges:
         raise InputError("--to gguf: a byte-level tokenizer without merges, which llama.cpp does not load; use --to hf")
     add_bos, add_eos = _framing(tokenizer)
+    space_prefix = kind == "llama" and tokenizer.tokenize("x")[0].startswith(SPACE)
+    if kind == "llama" and architecture == "gemma4" and add_bos and merges and not space_prefix:
+        kind = "gemma4"
     vocabulary = Vocabulary(
         model=kind,
         tokens=[token if token is not None else f"[PAD{i}]" for i, token in enumerate(tokens)],
         types=[_type(i, token, kind, added.get(i), special) for i, token in enumerate(tokens)],
         scores=_scores(tokens, merges) if kind == "llama" else [],
-        merges=merges if kind == "gpt2" else [],
+        merges=merges if kind != "llama" else [],
         pre=_pre_tokenizer(backend, bool(model.get("ignore_merges"))) if kind == "gpt2" else "default",
         special=special,
         add_bos=add_bos,
         add_eos=add_eos,
-        add_space_prefix=kind == "llama" and tokenizer.tokenize("x")[0].startswith(SPACE),
+        add_space_prefix=space_prefix,
         chat_template=chat_template,
     )
     known = vocabulary.end_ids()  # llama.cpp finds most of them by their text, as we do
@@ -159,11 +167,11 @@ def _type(i: int, token: str | None, kind: str, added: dict[str, Any] | None, sp
     """Return a token's type."""
     if token is None:
         return UNUSED
-    if kind == "llama" and special.get("unk") == i:
+    if kind != "gpt2" and special.get("unk") == i:
         return UNKNOWN
     if added is not None:
         return CONTROL if added["special"] else USER_DEFINED
-    is_byte = kind == "llama" and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+    is_byte = kind != "gpt2" and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
     return BYTE if is_byte else NORMAL
 
 
