@@ -233,7 +233,7 @@ class _Cut:
         if missing := -tokens % self.chunk:
             x = mx.pad(x, [(0, 0), (0, missing), (0, 0), (0, 0)])
         x = x.reshape(batch, -1, self.chunk, self.key_heads, heads // self.key_heads, width)
-        return x.transpose(0, 3, 4, 1, 2, 5)
+        return mx.contiguous(x.transpose(0, 3, 4, 1, 2, 5))
 
     def join(self, x: mx.array, tokens: int, dtype: mx.Dtype) -> mx.array:
         """(B, K, G or 1, n, C, width) to (B, tokens, heads, width)."""
