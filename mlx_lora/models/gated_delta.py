@@ -1,0 +1,360 @@
+"""The gated delta rule for training: products over chunks of tokens, and nothing kept per token.
+
+Qwen3.5, Qwen3-Next, Kimi-Linear and OLMo hybrid carry one matrix S per head from token to token:
+
+    S_t = S_{t-1} diag(g_t) + u_t k_t^T,   u_t = beta_t (v_t - S_{t-1} diag(g_t) k_t),   y_t = S_t q_t
+
+mlx-lm trains this with a loop over tokens, and autodiff keeps about three S of each. Within a chunk of C tokens
+the u solve one triangular system, so a chunk is a few products; only S goes from chunk to chunk:
+
+    (I + A) U = diag(beta) (V - K_seen S^T),   A_ti = beta_t (k_t decayed . k_i) for i < t
+    Y = Q_seen S^T + P U,                      P_ti = q_t decayed . k_i for i <= t
+    S' = S diag(decay of the chunk) + U^T K_left
+
+"seen" is decayed from the chunk's start, "left" up to its end. The backward pass makes all of it again, a segment
+of a few chunks at a time: kept are the inputs and one S per segment. Every decay is the exponential of a sum of
+logarithms over just the tokens that it spans: never of a positive number, and no difference of long sums.
+
+Shapes: B batch, T tokens, K key heads, G value heads per key head (mlx-lm: Hk = K, Hv = K G), n chunks, C tokens of
+a chunk, k and v head widths. A gate has width 1 (one per head) or k (one per channel): written g.
+Source: arXiv 2412.06464 (gated delta rule, equation 10), 2406.06484 section 3 (the WY form), 2510.26692 (a gate per
+channel).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora.models.decay import Decay, lower_triangle, unit_lower_inverse
+
+CHUNK = 64
+# Tokens of all heads and rows whose intermediates are alive at once: more makes fewer, larger products.
+SEGMENT_HEAD_TOKENS = 8192
+# Head widths, of keys and of values, that MLX's fused kernels have (mlx 0.32.4).
+FUSED_WIDTH = 128
+
+
+def chunked_gated_delta_update(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    a: mx.array,
+    b: mx.array,
+    A_log: mx.array,
+    dt_bias: mx.array,
+    state: mx.array | None = None,
+    mask: mx.array | None = None,
+    *,
+    use_kernel: bool = True,
+    lower_bound: float | None = None,
+    allow_neg_eigval: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """Return what mlx-lm's `gated_delta_update` returns, differentiable at a memory that is linear in the length.
+
+    Args:
+        q, k: (B, T, Hk, Dk) float, normalized by mlx-lm's `normalize_qk`, which folds the scale into q.
+        v: (B, T, Hv, Dv) float, Hk dividing Hv.
+        a: (B, T, Hv) or (B, T, Hv, Dk) float, what the gates are made of.
+        b: (B, T, Hv) float, what beta is made of.
+        A_log, dt_bias: broadcast to a.
+        state: (B, Hv, Dv, Dk) float32, or None for zeros.
+        mask: (B, T) bool, False where a token leaves the state alone; its output is 0.
+        use_kernel: mlx-lm's word for "not training"; this function is the same in both.
+        lower_bound: of the gates' logarithms (Kimi K3), or None.
+        allow_neg_eigval: beta reaches up to 2, not 1.
+
+    Returns:
+        (B, T, Hv, Dv) in q's dtype, and the state after the last token, (B, Hv, Dv, Dk) float32.
+    """
+    batch, _, _, width = k.shape
+    if state is None:
+        state = mx.zeros((batch, *v.shape[2:], width), mx.float32)
+
+    def gates(*of: mx.array) -> list[mx.array]:
+        return log_gates(*of, mask, lower_bound, allow_neg_eigval)
+
+    @mx.custom_function
+    def forward(*primals: mx.array) -> list[mx.array]:
+        q, k, v, state, *of_gates = primals
+        return gated_delta(q, k, v, *gates(*of_gates), state)
+
+    @forward.vjp
+    def forward_vjp(primals, cotangents, outputs):
+        q, k, v, state, *of_gates = primals
+        # Not before the backward pass has come this far, nor shared with the forward pass.
+        of_gates = mx.depends(of_gates, [cotangents[0]])
+        made = gates(*of_gates)
+        d_q, d_k, d_v, *d_gates, d_state = gated_delta_gradient(
+            q, k, v, *made, outputs[2:], cotangents[0], cotangents[1]
+        )
+        return d_q, d_k, d_v, d_state.astype(state.dtype), *mx.vjp(gates, of_gates, d_gates)[1]
+
+    y, last, *_ = forward(q, k, v, state, a, b, A_log, dt_bias)
+    return y if mask is None else mx.where(mask[..., None, None], y, 0), last
+
+
+def fused_gated_delta_update(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    a: mx.array,
+    b: mx.array,
+    A_log: mx.array,
+    dt_bias: mx.array,
+    state: mx.array | None = None,
+    mask: mx.array | None = None,
+    *,
+    use_kernel: bool = True,
+    lower_bound: float | None = None,
+    allow_neg_eigval: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """Return what `chunked_gated_delta_update` returns, through MLX's own kernel where that has one.
+
+    MLX's Metal kernels take heads of 128 channels, one gate per head, and no mask; for anything else, and on other
+    devices, `mx.fast.gated_delta_update` is the loop over tokens, so here it is the chunked form. The kernels read
+    gates in q's dtype, and a decay near 1 has three digits in bfloat16: all goes in as float32.
+    """
+    options = {"lower_bound": lower_bound, "allow_neg_eigval": allow_neg_eigval}
+    if mask is not None or a.ndim == 4 or (k.shape[-1], v.shape[-1]) != (FUSED_WIDTH, FUSED_WIDTH):
+        return chunked_gated_delta_update(q, k, v, a, b, A_log, dt_bias, state, mask, **options)
+    log_g, beta = log_gates(a, b, A_log, dt_bias, None, **options)
+    wide = (x.astype(mx.float32) for x in (q, k, v))
+    y, last = mx.fast.gated_delta_update(*wide, mx.exp(log_g), beta, state)
+    return y.astype(q.dtype), last
+
+
+def log_gates(
+    a: mx.array,
+    b: mx.array,
+    A_log: mx.array,
+    dt_bias: mx.array,
+    mask: mx.array | None,
+    lower_bound: float | None,
+    allow_neg_eigval: bool,
+) -> list[mx.array]:
+    """Return the gates' logarithms, (B, T, Hv) or (B, T, Hv, Dk), and beta, (B, T, Hv), both float32."""
+    rate = mx.exp(A_log.astype(mx.float32))
+    raw = a.astype(mx.float32) + dt_bias.astype(mx.float32)
+    log_g = -rate * nn.softplus(raw) if lower_bound is None else lower_bound * mx.sigmoid(rate * raw)
+    beta = mx.sigmoid(b.astype(mx.float32)) * (2.0 if allow_neg_eigval else 1.0)
+    if mask is None:
+        return [log_g, beta]
+    kept = mask[..., None]
+    return [mx.where(kept if log_g.ndim == 3 else kept[..., None], log_g, 0.0), mx.where(kept, beta, 0.0)]
+
+
+def gated_delta(
+    q: mx.array, k: mx.array, v: mx.array, log_g: mx.array, beta: mx.array, state: mx.array
+) -> list[mx.array]:
+    """Run the rule over the sequence.
+
+    Args:
+        q, k, v, state: as in `chunked_gated_delta_update`.
+        log_g, beta: as from `log_gates`.
+
+    Returns:
+        y (B, T, Hv, Dv) in q's dtype, the last state, and the state at each segment's start.
+    """
+    cut = _Cut.of(q, v, log_g)
+    now = cut.split_state(state)
+    parts, starts = [], []
+    for start, stop in cut.segments():
+        starts.append(now)
+        # Force the order, or the intermediates of all segments may be alive at once.
+        own = mx.depends([x[:, start:stop] for x in (q, k, v, log_g, beta)], [now, *parts[-1:]])
+        chunks = _Chunks.of(cut, *own)
+        deltas, begun, now = chunks.run(now)
+        y = chunks.q_seen @ begun.swapaxes(-1, -2) + chunks.reads @ deltas
+        parts.append(cut.join(y, stop - start, q.dtype))
+    return [_whole(parts), cut.join_state(now), *starts]
+
+
+def gated_delta_gradient(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    log_g: mx.array,
+    beta: mx.array,
+    starts: Sequence[mx.array],
+    d_y: mx.array,
+    d_last: mx.array,
+) -> list[mx.array]:
+    """Return the cotangents of `gated_delta`'s arguments, each in its argument's shape and dtype.
+
+    Args:
+        q, k, v, log_g, beta: as there.
+        starts: the state at each segment's start, as it returned them.
+        d_y, d_last: cotangents of y and of the last state.
+    """
+    cut = _Cut.of(q, v, log_g)
+    given = (q, k, v, log_g, beta)
+    d_now = cut.split_state(d_last)
+    parts: list[list[mx.array]] = []
+    for (start, stop), begin in reversed(list(zip(cut.segments(), starts, strict=True))):
+        done = [d_now, *(parts[-1] if parts else [d_y])]
+        *own, d_own = mx.depends([x[:, start:stop] for x in (*given, d_y)], done)
+        d_parts, d_now = _Chunks.of(cut, *own).gradient(begin, cut.split(d_own), d_now)
+        parts.append([cut.join(d, stop - start, x.dtype) for d, x in zip(d_parts, given, strict=True)])
+    whole = [_whole(list(pieces)) for pieces in zip(*parts[::-1], strict=True)]
+    return [*(d.reshape(x.shape) for d, x in zip(whole, given, strict=True)), cut.join_state(d_now)]
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How (B, T, heads, width) is cut into (B, K, G, n, C, width), float32."""
+
+    key_heads: int
+    group: int
+    tokens: int
+    chunk: int
+    segment: int
+
+    @classmethod
+    def of(cls, q: mx.array, v: mx.array, log_g: mx.array) -> _Cut:
+        batch, tokens, key_heads, _ = q.shape
+        chunk = min(CHUNK, 1 << (tokens - 1).bit_length())  # halves are halved again, so a power of two
+        chunks = max(1, SEGMENT_HEAD_TOKENS // (batch * v.shape[2] * chunk))
+        return cls(key_heads, v.shape[2] // key_heads, tokens, chunk, chunks * chunk)
+
+    def segments(self) -> Iterator[tuple[int, int]]:
+        """Return (first token, token after the last) of each segment."""
+        return pairwise([*range(0, self.tokens, self.segment), self.tokens])
+
+    def split(self, x: mx.array) -> mx.array:
+        """(B, t, heads[, width]) to (B, K, G or 1, n, C, width or 1); what fills the last chunk changes no state."""
+        x = x.astype(mx.float32)
+        x = x[..., None] if x.ndim == 3 else x
+        batch, tokens, heads, width = x.shape
+        if missing := -tokens % self.chunk:
+            x = mx.pad(x, [(0, 0), (0, missing), (0, 0), (0, 0)])
+        x = x.reshape(batch, -1, self.chunk, self.key_heads, heads // self.key_heads, width)
+        return mx.contiguous(x.transpose(0, 3, 4, 1, 2, 5))
+
+    def join(self, x: mx.array, tokens: int, dtype: mx.Dtype) -> mx.array:
+        """(B, K, G or 1, n, C, width) to (B, tokens, heads, width)."""
+        x = x.astype(dtype).transpose(0, 3, 4, 1, 2, 5)
+        return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4], x.shape[5])[:, :tokens]
+
+    def split_state(self, state: mx.array) -> mx.array:
+        """(B, Hv, Dv, Dk) to (B, K, G, Dv, Dk), float32."""
+        return state.astype(mx.float32).reshape(state.shape[0], self.key_heads, self.group, *state.shape[2:])
+
+    def join_state(self, state: mx.array) -> mx.array:
+        return state.reshape(state.shape[0], -1, *state.shape[3:])
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """All of a segment's chunks at once: what does not depend on the state.
+
+    Attributes:
+        q, k, v, beta: (B, K, G or 1, n, C, width).
+        decay: of the gates.
+        q_seen, k_seen, k_left: (B, K, G, n, C, k), decayed from the chunk's start, or up to its end.
+        reads: (B, K, G, n, C, C), P.
+        own: (B, K, G, n, C, C), A without beta.
+        inverse: (B, K, G, n, C, C), of I + A.
+        fresh: (B, K, G, n, C, v), U for a state of zeros.
+        erases: (B, K, G, n, C, k), what the state is multiplied by and taken off from U.
+    """
+
+    q: mx.array
+    k: mx.array
+    v: mx.array
+    beta: mx.array
+    decay: Decay
+    q_seen: mx.array
+    k_seen: mx.array
+    k_left: mx.array
+    reads: mx.array
+    own: mx.array
+    inverse: mx.array
+    fresh: mx.array
+    erases: mx.array
+
+    @classmethod
+    def of(cls, cut: _Cut, *given: mx.array) -> _Chunks:
+        """Prepare a segment from its part of q, k, v, log_g and beta."""
+        q, k, v, log_g, beta = (cut.split(x) for x in given)
+        decay = Decay.of(log_g)
+        products = decay.products(mx.stack([q, k]), k)
+        reads, own = lower_triangle(products[0]), lower_triangle(products[1], strict=True)
+        inverse = unit_lower_inverse(beta * own)
+        k_seen = k * decay.seen
+        fresh, erases = inverse @ (beta * v), inverse @ (beta * k_seen)
+        return cls(q, k, v, beta, decay, q * decay.seen, k_seen, k * decay.left, reads, own, inverse, fresh, erases)
+
+    def run(self, state: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Go through the chunks.
+
+        Args:
+            state: (B, K, G, v, k) at the first's start.
+
+        Returns:
+            U (B, K, G, n, C, v), the state at each chunk's start (B, K, G, n, v, k), and the one at the end.
+        """
+        deltas, begun = [], []
+        for i in range(self.fresh.shape[3]):
+            begun.append(state)
+            deltas.append(self.fresh[:, :, :, i] - self.erases[:, :, :, i] @ state.swapaxes(-1, -2))
+            state = state * self.decay.whole[:, :, :, i] + deltas[-1].swapaxes(-1, -2) @ self.k_left[:, :, :, i]
+        return mx.stack(deltas, axis=3), mx.stack(begun, axis=3), state
+
+    def gradient(self, state: mx.array, d_y: mx.array, d_state: mx.array) -> tuple[list[mx.array], mx.array]:
+        """Go back through the chunks.
+
+        Args:
+            state: (B, K, G, v, k) at the first's start.
+            d_y: (B, K, G, n, C, v).
+            d_state: (B, K, G, v, k), cotangent of the state at the last's end.
+
+        Returns:
+            Cotangents of q, k, v, log_g and beta as they were cut, and of `state`.
+        """
+        deltas, begun, _ = self.run(state)
+        d_deltas, d_ends, d_state = self._run_back(d_y, d_state)
+        solved = self.inverse.swapaxes(-1, -2) @ d_deltas  # (B, K, G, n, C, v), of beta (V - K_seen S^T)
+        d_scaled = -(solved @ begun)  # (B, K, G, n, C, k), of beta K_seen
+        d_own = -lower_triangle(solved @ deltas.swapaxes(-1, -2), strict=True)  # (B, K, G, n, C, C), of A
+        d_reads = lower_triangle(d_y @ deltas.swapaxes(-1, -2))
+        d_q_seen, d_k_seen, d_k_left = d_y @ begun, self.beta * d_scaled, deltas @ d_ends
+        d_rows, d_columns, d_pairs = self.decay.gradient(
+            mx.stack([self.q, self.k]), self.k, mx.stack([d_reads, self.beta * d_own])
+        )
+        d_q = d_q_seen * self.decay.seen + d_rows[0]
+        d_k = d_k_seen * self.decay.seen + d_k_left * self.decay.left + d_rows[1] + d_columns.sum(axis=0)
+        d_beta = solved * self.v, d_scaled * self.k_seen, d_own * self.own
+        d_log = self.decay.log_gradient(
+            d_q_seen * self.q_seen + d_k_seen * self.k_seen,
+            d_k_left * self.k_left,
+            (d_ends * begun).sum(axis=-2, keepdims=True) * self.decay.whole,
+        )
+        # Value heads that share a key head add to its gradient.
+        return [
+            d_q.sum(axis=2, keepdims=True),
+            d_k.sum(axis=2, keepdims=True),
+            self.beta * solved,
+            d_log + d_pairs.sum(axis=0),
+            sum(part.sum(axis=-1, keepdims=True) for part in d_beta),
+        ], d_state
+
+    def _run_back(self, d_y: mx.array, d_state: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Return the cotangents of U, of the state at each chunk's end, and of the state at the first's start."""
+        by_reads = self.reads.swapaxes(-1, -2) @ d_y
+        by_y = d_y.swapaxes(-1, -2) @ self.q_seen  # (B, K, G, n, v, k)
+        d_deltas, d_ends = [], []
+        for i in reversed(range(d_y.shape[3])):
+            d_ends.append(d_state)
+            d_deltas.append(by_reads[:, :, :, i] + self.k_left[:, :, :, i] @ d_state.swapaxes(-1, -2))
+            d_state = d_state * self.decay.whole[:, :, :, i] + by_y[:, :, :, i]
+            d_state = d_state - d_deltas[-1].swapaxes(-1, -2) @ self.erases[:, :, :, i]
+        return mx.stack(d_deltas[::-1], axis=3), mx.stack(d_ends[::-1], axis=3), d_state
+
+
+def _whole(parts: Sequence[mx.array]) -> mx.array:
+    return mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
