@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +21,7 @@ from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.models import recurrent_layers, spans, state_space
 from mlx_lora.models.kernels import training_kernels
-from mlx_lora.models.recurrent_layers import recurrent_kernels
+from mlx_lora.models.recurrent_layers import EXCHANGES, recurrent_kernels
 from mlx_lora.models.spans import in_lanes, linear_scan, out_of_lanes
 from mlx_lora.models.state_space import selective_scan, state_space_dual
 from mlx_lora.training.checkpointing import apply_checkpointing
@@ -94,13 +97,13 @@ def test_dual_in_its_own_chunks_and_compiled():
 
 
 def test_dual_reads_its_decay_and_its_state(small_spans):
-    primals = dual_inputs(*DUAL_SHAPES["groups"])
+    primals = dual_inputs(*DUAL_SHAPES["groups"], strength=0.01)
     y, last = ours_dual(*primals)
     for place in (1, 7):  # A_log, state
         changed = [array + 0.1 if index == place else array for index, array in enumerate(primals)]
         other, other_last = ours_dual(*changed)
         assert difference(other, y) > 1e-3
-        assert difference(other_last, last) > 1e-6
+        assert difference(other_last, last) > 1e-3
 
 
 def test_a_weak_decay_behind_a_strong_one_is_not_lost():
@@ -139,18 +142,22 @@ def test_selective_scan_equals_its_definition(shape, strength, small_spans):
     assert worst(selective_scan, naive_scan, scan_inputs(*shape, strength)) < 1e-5
 
 
-def test_selective_scan_in_its_own_spans_and_compiled():
-    assert worst(selective_scan, naive_scan, scan_inputs(1, 280, 3, 2), compiled=True) < 1e-5
+def test_selective_scan_in_its_own_spans():
+    assert worst(selective_scan, naive_scan, scan_inputs(1, 280, 3, 2)) < 1e-5
+
+
+def test_selective_scan_compiled(small_spans):
+    assert worst(selective_scan, naive_scan, scan_inputs(*SCAN_SHAPES["odd"]), compiled=True) < 1e-5
 
 
 def test_selective_scan_reads_its_decay_and_its_state(small_spans):
-    primals = scan_inputs(*SCAN_SHAPES["odd"])
+    primals = scan_inputs(*SCAN_SHAPES["odd"], strength=0.01)
     y, last = selective_scan(*primals)
     for place in (2, 6):  # a, state
-        changed = [array - 0.1 if index == place else array for index, array in enumerate(primals)]
+        changed = [1.1 * array if index == place else array for index, array in enumerate(primals)]
         other, other_last = selective_scan(*changed)
         assert difference(other, y) > 1e-3
-        assert difference(other_last, last) > 1e-9
+        assert difference(other_last, last) > 1e-3
 
 
 @pytest.mark.parametrize("lanes", [1, 3, 5, 23])
@@ -233,23 +240,33 @@ def test_every_model_has_the_gradients_of_mlx_lms_own_layers(kind, small_spans):
             assert difference(got[name], value) < 3e-5, (mode, name)
 
 
+def homes(model: nn.Module) -> dict[tuple[Any, str], FunctionType]:
+    """Return where the functions of EXCHANGES stand, in the model's classes and their modules, and what stands there."""
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    owners = [*classes, *(sys.modules[cls.__module__] for cls in classes)]
+    found = [(owner, name, value) for owner in owners for name, value in vars(owner).items()]
+    return {
+        (owner, name): value
+        for owner, name, value in found
+        if isinstance(value, FunctionType) and (value.__module__, value.__qualname__) in EXCHANGES
+    }
+
+
 def test_each_of_mlx_lms_functions_is_exchanged_and_put_back():
     counts: dict[str, int] = {}
     for kind in RECURRENT:
         model, _ = recurrent_model(kind)
-        owners = {cls for module in model.modules() for cls in type(module).__mro__}
-        before = {owner: dict(vars(owner)) for owner in owners}
-        with pytest.raises(ZeroDivisionError), recurrent_kernels(model) as names:
-            assert any(dict(vars(owner)) != before[owner] for owner in owners) or names in (
-                ["ssm_update"],
-                ["rnn_scan"],
-                ["recurrent_gla"],
-            )
-            raise ZeroDivisionError
-        assert all(dict(vars(owner)) == before[owner] for owner in owners)
+        before = homes(model)
+        with recurrent_kernels(model) as names:
+            assert not homes(model)
+        assert {name for _, name in before} == set(names)
+        assert homes(model) == before
         for name in names:
             counts[name] = counts.get(name, 0) + 1
     assert counts == MLX_LMS
+    with pytest.raises(ZeroDivisionError), recurrent_kernels(model):
+        1 / 0  # noqa: B018
+    assert homes(model) == before
 
 
 @pytest.mark.parametrize("kind", RECURRENT)
@@ -276,11 +293,12 @@ def test_the_check_before_a_run_accepts_them_and_finds_a_wrong_one(kind, monkeyp
 
     def wrong(*args, **kwargs):
         out, last = own(*args, **kwargs)
-        return 1.1 * out, last
+        return out + 0.3 * mx.abs(out), last
 
     monkeypatch.setattr(state_space, "run_in_spans", wrong)
     taken, note = choose_kernels(model, config, loss)
-    assert not taken and "differs" in note
+    assert not taken
+    assert "differs" in note
 
 
 def test_memory_grows_with_a_tenth_of_what_a_state_per_token_takes(request):
@@ -305,5 +323,5 @@ def test_memory_grows_with_a_tenth_of_what_a_state_per_token_takes(request):
     def scan(t: int) -> list[mx.array]:
         return scan_inputs(1, t, 128, 16)
 
-    assert slope(ours_dual, dual, 1024, 4096) < 0.1 * slope(theirs_dual, dual, 512, 1024)
-    assert slope(selective_scan, scan, 1024, 3072) < 0.1 * slope(naive_scan, scan, 64, 192)
+    assert slope(ours_dual, dual, 1024, 2048) < 0.1 * slope(theirs_dual, dual, 512, 1024)
+    assert slope(selective_scan, scan, 512, 1536) < 0.1 * slope(naive_scan, scan, 32, 96)

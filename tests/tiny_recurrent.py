@@ -73,6 +73,8 @@ def recurrent_model(kind: str, seed: int = 0, **changes: Any) -> tuple[nn.Module
     mx.random.seed(seed)
     model_class, args_class = mlx_lm.utils._get_classes(config)
     model = model_class(args_class.from_dict(config))
+    if kind == "recurrent_gemma":  # mlx-lm's class leaves this out, and nothing can be frozen without it
+        nn.Module.__init__(model)
     drawn = [(name, _spread(name, value)) for name, value in tree_flatten(model.parameters())]
     model.load_weights(drawn, strict=True)
     model.eval()

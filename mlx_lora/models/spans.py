@@ -50,7 +50,7 @@ def run_in_spans(
         """Return the state before each span but the first."""
         states: list[mx.array] = []
         for start, stop in list(pairwise(edges))[:-1]:
-            state = span(_cut(inputs, start, stop, states[-1:]), weights, state)[1]
+            state = span(_cut(inputs, start, stop, states[-1:]), weights, state)[1] * 1
             states.append(state)
         return states
 
@@ -63,6 +63,7 @@ def run_in_spans(
             # Force the order, or the work of all spans may be alive at once.
             part, state = span(_cut(own, start, stop, parts[-1:]), shared, state)
             parts.append(part)
+            state = state * 1  # a copy: a view would keep the work of the whole span alive
             states.append(state)
         return [_joined(parts), state, *(states[:-1] if keep_states else [])]
 
