@@ -145,6 +145,19 @@ def sigmoid(x: mx.array) -> mx.array:
     return mx.sigmoid(x)
 
 
+def exponential(x: mx.array) -> mx.array:
+    """Return exp(x), on a CPU in float32 as 2^(x log2 e), three times as fast in mlx there.
+
+    Its error relative to itself is |x| roundings of a float32 rather than one: meant for decays, where x is at most 0.
+    """
+    if mx.default_device() != mx.Device(mx.cpu) or x.dtype != mx.float32:
+        return mx.exp(x)
+    # A gradient of its own: mlx's gradient of a power takes the logarithm of every base.
+    power = mx.custom_function(lambda x: mx.power(2.0, x * math.log2(math.e)))
+    power.vjp(lambda x, d, result: d * result)
+    return power(x)
+
+
 def host_waits_for_peers() -> bool:
     """Whether the host, not the device, must wait for what other ranks send.
 

@@ -109,7 +109,7 @@ def test_an_architecture_whose_package_is_missing_is_refused_in_one_line(tmp_pat
     folder = shutil.copytree(tiny_folder, tmp_path / "olmo")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "olmo"}))
-    with pytest.raises(InputError, match="olmo: cannot be used here .*install what it asks for"):
+    with pytest.raises(InputError, match=r"olmo: cannot be used here .*install what it asks for"):
         load_weights(folder, trust_remote_code=False)
     with pytest.raises(InputError, match="olmo: cannot be used here"):
         build_model({**config, "model_type": "olmo"})

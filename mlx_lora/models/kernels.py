@@ -3,7 +3,7 @@
 mlx-lm's architectures share one attention function, one gated activation and one gated delta rule, which each
 imports by name.
 Those names are exchanged in the modules of this model's classes for as long as the step is traced, and put
-back: no class is changed, generation and evaluation never see it.
+back: generation and evaluation never see it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from mlx_lora import device
 from mlx_lora.models.activations import lean_swiglu
 from mlx_lora.models.attention import AttentionCall, Tiles, tiled_attention
 from mlx_lora.models.gated_delta import chunked_gated_delta_update
+from mlx_lora.models.recurrent_layers import recurrent_kernels
 
 
 @contextmanager
 def training_kernels(model: nn.Module, attend: AttentionCall = tiled_attention) -> Iterator[bool]:
-    """Let the model's layers use our attention, activation and gated delta rule inside the block.
+    """Let the model's layers use our attention, activation, gated delta rule and scans inside the block.
 
     Args:
         model: any mlx-lm model; layers that do not use the shared functions keep their own.
         attend: computes attention.
 
     Yields:
-        Whether any layer of the model uses a shared function.
+        Whether any layer of the model uses an exchanged function.
     """
     ours = {
         "scaled_dot_product_attention": (base.scaled_dot_product_attention, _with_mlx_lm_signature(attend)),
@@ -45,7 +46,8 @@ def training_kernels(model: nn.Module, attend: AttentionCall = tiled_attention) 
     for home, name in exchanged:
         home[name] = ours[name][1]
     try:
-        yield bool(exchanged)
+        with recurrent_kernels(model) as recurrent:
+            yield bool(exchanged or recurrent)
     finally:
         for home, name in exchanged:
             home[name] = ours[name][0]

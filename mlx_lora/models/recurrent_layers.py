@@ -1,0 +1,200 @@
+"""The recurrent layers of mlx-lm's architectures, computed by our scans while a training step is traced.
+
+Each function here makes what takes the place of one of mlx-lm's, with its signature; EXCHANGES says which. What generation
+hands over (a state, a mask of padded prompts) goes to mlx-lm's own.
+
+Shapes: B batch, T tokens, H heads, W channels.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import ssm
+
+from mlx_lora.models.spans import in_lanes, linear_scan, out_of_lanes, run_in_spans
+from mlx_lora.models.state_space import lanes_for, scan_tokens, selective_scan, state_space_dual
+
+WKV_TOKENS = 32  # of a span of RWKV-7's: its states live within a span, and one stays for each
+
+WithState = tuple[mx.array, mx.array]
+"""(output, state after the last token)."""
+
+
+@contextmanager
+def recurrent_kernels(model: nn.Module) -> Iterator[list[str]]:
+    """Let the model's recurrent layers use our scans inside the block.
+
+    A function is exchanged where its callers find it: in the module that imported it, or in the class whose method it is.
+
+    Args:
+        model: any mlx-lm model.
+
+    Yields:
+        The names of the exchanged functions.
+    """
+    classes = {cls for kind in {type(module) for module in model.modules()} for cls in kind.__mro__}
+    owners = [*classes, *{sys.modules[cls.__module__] for cls in classes}]
+    exchanged = [
+        (owner, name, own)
+        for owner in owners
+        for name, own in vars(owner).items()
+        if isinstance(own, FunctionType) and (own.__module__, own.__qualname__) in EXCHANGES
+    ]
+    for owner, name, own in exchanged:
+        setattr(owner, name, EXCHANGES[own.__module__, own.__qualname__](own))
+    try:
+        yield sorted({name for _, name, _ in exchanged})
+    finally:
+        for owner, name, own in exchanged:
+            setattr(owner, name, own)
+
+
+def dual(own: Callable[..., WithState]) -> Callable[..., WithState]:
+    """Return mlx-lm's `ssm_update`, Mamba-2's recurrence."""
+
+    def ssm_update(
+        hidden_states: mx.array,
+        A_log: mx.array,
+        B: mx.array,
+        C: mx.array,
+        D: mx.array,
+        dt: mx.array,
+        dt_bias: mx.array,
+        state: mx.array | None = None,
+        time_step_limit: tuple[float, float] = (0.001, 100.0),
+        mask: mx.array | None = None,
+        lengths: mx.array | None = None,
+    ) -> WithState:
+        if state is not None or mask is not None or lengths is not None:
+            return own(hidden_states, A_log, B, C, D, dt, dt_bias, state, time_step_limit, mask=mask, lengths=lengths)
+        dt = ssm.compute_dt(dt, dt_bias, time_step_limit)  # (B, T, H) float32
+        return state_space_dual(hidden_states, dt, dt * -mx.exp(A_log.astype(mx.float32)), B, C, D)
+
+    return ssm_update
+
+
+def mamba_sequence(own: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `MambaBlock._process_sequence`, which projects a token at a time, for all tokens together."""
+
+    def process_sequence(
+        block: nn.Module, x: mx.array, conv_cache: mx.array | None, state_cache: mx.array | None
+    ) -> tuple[mx.array, WithState]:
+        if conv_cache is not None or state_cache is not None:
+            return own(block, x, conv_cache, state_cache)
+        x, z = mx.split(block.in_proj(x), 2, axis=-1)  # (B, T, W)
+        padded = mx.pad(x, [(0, 0), (block.conv_kernel_size - 1, 0), (0, 0)])
+        x = nn.silu(block.conv1d(padded))
+        rank, numbers = block.time_step_rank, block.ssm_state_size
+        dt, b, c = mx.split(block.x_proj(x), [rank, rank + numbers], axis=-1)
+        if block.use_bcdt_rms:
+            dt, b, c = (mx.fast.rms_norm(part, weight=None, eps=block.args.mixer_rms_eps) for part in (dt, b, c))
+        y, state = selective_scan(x, nn.softplus(block.dt_proj(dt)), -mx.exp(block.A_log), b, c, block.D)
+        # The activation under mlx-lm's name for it, which may stand for ours.
+        out = block.out_proj(own.__globals__["swiglu"](z, y))
+        return out, (padded[:, -(block.conv_kernel_size - 1) :], state)
+
+    return process_sequence
+
+
+def jamba_scan(own: Callable[..., WithState]) -> Callable[..., WithState]:
+    """Return `JambaMambaMixer.ssm_step`."""
+
+    def ssm_step(mixer: nn.Module, x: mx.array, A: mx.array, state: mx.array | None = None) -> WithState:
+        if state is not None:
+            return own(mixer, x, A, state)
+        rank, numbers = mixer.time_step_rank, mixer.ssm_state_size
+        dt, b, c = mx.split(mixer.x_proj(x), [rank, rank + numbers], axis=-1)
+        dt, b, c = mixer.dt_layernorm(dt), mixer.b_layernorm(b), mixer.c_layernorm(c)
+        return selective_scan(x, nn.softplus(mixer.dt_proj(dt)), A, b, c, mixer.D)
+
+    return ssm_step
+
+
+def lightning(own: Callable[..., WithState]) -> Callable[..., WithState]:
+    """Return Bailing's `recurrent_gla`: Mamba-2's recurrence with one decay for all tokens of a head."""
+
+    def recurrent_gla(
+        q: mx.array, k: mx.array, v: mx.array, g: mx.array, scale: float, h: mx.array | None = None, **rest: Any
+    ) -> WithState:
+        if h is not None or any(value is not None for value in rest.values()):
+            return own(q, k, v, g, scale=scale, h=h, **rest)
+        q, k, v = (array.swapaxes(1, 2) for array in (q * scale, k, v))  # (B, T, H, width)
+        log_decay = mx.broadcast_to(g.astype(mx.float32), v.shape[:3])
+        y, state = state_space_dual(v, mx.ones_like(log_decay), log_decay, k, q, mx.zeros(g.shape, v.dtype))
+        return y.swapaxes(1, 2), state.swapaxes(-1, -2)
+
+    return recurrent_gla
+
+
+def gated_recurrence(own: Callable[..., WithState]) -> Callable[..., WithState]:
+    """Return RecurrentGemma's `rnn_scan`: h_t = a_t h_(t-1) + x_t."""
+
+    def span(inputs: list[mx.array], weights: list[mx.array], state: mx.array) -> WithState:
+        length = inputs[0].shape[1]
+        decay, added = (in_lanes(array.astype(mx.float32), lanes_for(length, state.size)) for array in inputs)
+        h = out_of_lanes(linear_scan(decay, added, state), length)
+        return h.astype(inputs[0].dtype), h[:, -1]
+
+    def rnn_scan(x: mx.array, a: mx.array, h0: mx.array | None) -> WithState:
+        if h0 is not None:
+            return own(x, a, h0)
+        state = mx.zeros((x.shape[0], x.shape[2]), mx.float32)
+        y, last = run_in_spans(span, [a, x], [], state, scan_tokens(state.size), keep_states=True)
+        return y, last.astype(x.dtype)
+
+    return rnn_scan
+
+
+def rwkv7_scan(own: Callable[..., WithState]) -> Callable[..., WithState]:
+    """Return `Rwkv7TimeMixing._wkv7`: S_t = S_(t-1) (diag(w_t) + a_t b_t^T) + v_t k_t^T, y_t = S_t r_t."""
+
+    def span(inputs: list[mx.array], weights: list[mx.array], state: mx.array) -> WithState:
+        # Split, not indexed: the gradient of an index is an array as large as all tokens.
+        tokens = [mx.split(array.astype(mx.float32).swapaxes(1, 2), array.shape[1], axis=2) for array in inputs]
+        outputs = []
+        for r, w, k, v, a, b in zip(*tokens, strict=True):  # (B, H, 1, width)
+            r, v, a = (array.swapaxes(-1, -2) for array in (r, v, a))  # columns
+            state = state * w + v @ k + (state @ a) @ b
+            outputs.append((state @ r).swapaxes(-1, -2))
+        return mx.concatenate(outputs, axis=2).swapaxes(1, 2).astype(inputs[0].dtype), state
+
+    def _wkv7(
+        layer: nn.Module,
+        r: mx.array,
+        w: mx.array,
+        k: mx.array,
+        v: mx.array,
+        a: mx.array,
+        b: mx.array,
+        state: mx.array | None,
+    ) -> WithState:
+        if state is not None:
+            return own(layer, r, w, k, v, a, b, state)
+        batch, _, heads, width = r.shape
+        zeros = mx.zeros((batch, heads, width, width), mx.float32)
+        y, last = run_in_spans(span, [r, w, k, v, a, b], [], zeros, WKV_TOKENS, keep_states=True)
+        return y, last.astype(r.dtype)
+
+    return _wkv7
+
+
+# By the module and name that a function was defined under. Nothing is imported for it: an architecture's module is there
+# when a model of it is.
+EXCHANGES: dict[tuple[str, str], Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    # Mamba-2, Falcon-H1, Nemotron-H, Granite hybrid, PLaMo 2
+    ("mlx_lm.models.ssm", "ssm_update"): dual,
+    # Mamba, Falcon Mamba
+    ("mlx_lm.models.mamba", "MambaBlock._process_sequence"): mamba_sequence,
+    ("mlx_lm.models.jamba", "JambaMambaMixer.ssm_step"): jamba_scan,
+    ("mlx_lm.models.bailing_moe_linear", "recurrent_gla"): lightning,
+    ("mlx_lm.models.bailing_hybrid", "recurrent_gla"): lightning,
+    ("mlx_lm.models.recurrent_gemma", "rnn_scan"): gated_recurrence,
+    ("mlx_lm.models.rwkv7", "Rwkv7TimeMixing._wkv7"): rwkv7_scan,
+}

@@ -1,0 +1,154 @@
+"""State-space layers for training: Mamba-2's (one decay per head) as products, Mamba's (one per state) as a scan.
+
+Both are the recurrence  h_t = decay_t h_(t-1) + dt_t x_t B_t^T,  y_t = h_t C_t + D x_t.  mlx-lm computes the first in
+pieces of 256 tokens whose T x T matrices are kept for the backward pass, and the second a token at a time, keeping
+every state. Here tokens are taken in spans (models/spans.py), so neither is kept.
+
+Shapes: B batch, T tokens, H heads of width P, G groups of heads, N numbers of a state (per channel), W channels,
+K chunks of L tokens in a span.
+Source: arXiv 2405.21060, section 6 and listing 1 (Mamba-2); arXiv 2312.00752, section 3 (Mamba).
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+
+from mlx_lora.device import exponential
+from mlx_lora.models.spans import in_lanes, linear_scan, out_of_lanes, run_in_spans
+
+CHUNK = 64  # tokens of a chunk: within it the recurrence is products of matrices
+MAX_CHUNKS = 16  # of a span
+SPAN_NUMBERS = 1 << 20  # of the largest array of a span's work, 4 MiB
+SCAN_TOKENS = (16, 256)  # fewest and most tokens of a span of the selective scan; fewer would keep too many states
+STEP_NUMBERS = 1 << 15  # that keep a device busy in one step of a scan
+
+
+def state_space_dual(
+    x: mx.array,
+    dt: mx.array,
+    log_decay: mx.array,
+    b: mx.array,
+    c: mx.array,
+    skip: mx.array,
+    state: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Return Mamba-2's y and last state: h_t = exp(log_decay_t) h_(t-1) + dt_t x_t b_t^T, y_t = h_t c_t + skip x_t.
+
+    Args:
+        x: (B, T, H, P) float.
+        dt: (B, T, H) float32, the weight of each token's input.
+        log_decay: (B, T, H) float32, at most 0.
+        b, c: (B, T, G, N) float, G dividing H.
+        skip: (H,) float.
+        state: (B, H, P, N) float32, h_0; None for zeros.
+
+    Returns:
+        (B, T, H, P) of x's dtype and (B, H, P, N) float32, differentiable in all arguments.
+    """
+    batch, _, heads, width = x.shape
+    if state is None:
+        state = mx.zeros((batch, heads, width, b.shape[-1]), mx.float32)
+    chunks = min(max(SPAN_NUMBERS // (batch * heads * CHUNK * CHUNK), 1), MAX_CHUNKS)
+    return run_in_spans(_dual_span, [x, dt, log_decay, b, c], [skip], state, chunks * CHUNK, keep_states=False)
+
+
+def _dual_span(inputs: list[mx.array], weights: list[mx.array], state: mx.array) -> tuple[mx.array, mx.array]:
+    """Compute a span of `state_space_dual`: within chunks by products, from chunk to chunk through states."""
+    given, dt, log_decay, b, c = inputs
+    batch, length, heads, width = given.shape
+    groups, numbers = b.shape[2:]
+    per_group, size = heads // groups, min(length, CHUNK)
+    chunks = -(-length // size)
+
+    def in_chunks(array: mx.array, *rest: int) -> mx.array:
+        """(B, t, ...) to (B, K, G, L, *rest) in float32; what is missing at the end changes no state."""
+        pad = [(0, 0), (0, chunks * size - length), *((0, 0) for _ in array.shape[2:])]
+        array = mx.pad(array, pad) if chunks * size > length else array
+        return (
+            array.astype(mx.float32)
+            .reshape(batch, chunks, size, groups, -1)
+            .swapaxes(2, 3)
+            .reshape(batch, chunks, groups, size, *rest)
+        )
+
+    b, c = in_chunks(b, numbers), in_chunks(c, numbers)
+    x = in_chunks(given.astype(mx.float32) * dt[..., None], per_group, width)  # (B, K, G, L, H/G, P)
+    log_decay = in_chunks(log_decay, per_group).swapaxes(-1, -2)  # (B, K, G, H/G, L)
+    # What each chunk adds to the state, as its end sees it.
+    to_end = exponential(mx.cumsum(log_decay, axis=-1, reverse=True, inclusive=False)).swapaxes(-1, -2)
+    faded = (x * to_end[..., None]).flatten(-2)  # (B, K, G, L, H/G P)
+    added = (faded.swapaxes(-1, -2) @ b).reshape(batch, chunks, heads, width * numbers)
+    # States before the chunks, and after the last: a chunk is to the span what a token is to a chunk.
+    added = mx.concatenate([state.reshape(batch, 1, heads, -1), added], axis=1).swapaxes(1, 2)  # (B, H, 1 + K, P N)
+    whole = log_decay.sum(axis=-1).reshape(batch, chunks, heads).swapaxes(1, 2)
+    states = _decay_between(mx.pad(whole, [(0, 0), (0, 0), (1, 0)])) @ added
+    after = states[:, :, -1].reshape(state.shape)
+    before = states[:, :, :-1].swapaxes(1, 2).reshape(batch, chunks, groups, per_group * width, numbers)
+
+    within = (c @ b.swapaxes(-1, -2))[:, :, :, None] * _decay_between(log_decay)  # (B, K, G, H/G, L, L)
+    y = (within @ x.swapaxes(-2, -3)).swapaxes(-2, -3)  # (B, K, G, L, H/G, P)
+    from_start = exponential(mx.cumsum(log_decay, axis=-1)).swapaxes(-1, -2)[..., None]
+    y = y + (c @ before.swapaxes(-1, -2)).reshape(y.shape) * from_start
+    y = y.swapaxes(2, 3).reshape(batch, chunks * size, heads, width)[:, :length]
+    return (y + given * weights[0][:, None]).astype(given.dtype), after
+
+
+def _decay_between(log_decay: mx.array) -> mx.array:
+    """Return exp(sum of log_decay over j+1 .. i) for all i >= j, 0 above the diagonal: (..., L) to (..., L, L).
+
+    Summed for each j by itself: differences of one running sum lose a weak decay behind a strong one.
+    """
+    size = log_decay.shape[-1]
+    below = mx.tril(mx.ones((size, size), mx.float32), -1)  # (i, j), 1 where i > j
+    return mx.tril(exponential(mx.cumsum(log_decay[..., None] * below, axis=-2)))
+
+
+def selective_scan(
+    x: mx.array,
+    dt: mx.array,
+    a: mx.array,
+    b: mx.array,
+    c: mx.array,
+    skip: mx.array,
+    state: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Return Mamba's y and last state: h_t = exp(dt_t a) h_(t-1) + dt_t x_t b_t^T, y_t = h_t c_t + skip x_t.
+
+    Args:
+        x: (B, T, W) float.
+        dt: (B, T, W) float, positive.
+        a: (W, N) float, negative.
+        b, c: (B, T, N) float.
+        skip: (W,) float.
+        state: (B, W, N) float, h_0; None for zeros.
+
+    Returns:
+        (B, T, W) of x's dtype and (B, W, N) float32, differentiable in all arguments.
+    """
+    state = mx.zeros((x.shape[0], *a.shape), mx.float32) if state is None else state.astype(mx.float32)
+    return run_in_spans(_selective_span, [x, dt, b, c], [a, skip], state, scan_tokens(state.size), keep_states=True)
+
+
+def _selective_span(inputs: list[mx.array], weights: list[mx.array], state: mx.array) -> tuple[mx.array, mx.array]:
+    """Compute a span of `selective_scan`, whose states (B, t, W, N) live as long as the span's work."""
+    lanes = lanes_for(inputs[0].shape[1], state.size)
+    # A token that is missing at the end has dt = 0: it changes no state.
+    x, dt, b, c = (in_lanes(array.astype(mx.float32), lanes) for array in inputs)  # (steps, lanes, B, W or N)
+    a, skip = (array.astype(mx.float32) for array in weights)
+    decay = exponential(dt[..., None] * a)  # (steps, lanes, B, W, N)
+    h = linear_scan(decay, (dt * x)[..., None] * b[..., None, :], state)
+    y = (h @ c[..., None]).squeeze(-1) + skip * x
+    return out_of_lanes(y, inputs[0].shape[1]).astype(inputs[0].dtype), h[-1, -1]
+
+
+def scan_tokens(numbers: int) -> int:
+    """Return the tokens of a span of a scan whose states have so many numbers, all rows together."""
+    fewest, most = SCAN_TOKENS
+    return min(max(SPAN_NUMBERS // numbers, fewest), most)
+
+
+def lanes_for(length: int, numbers: int) -> int:
+    """Return how many lanes suit a scan over `length` tokens with states of so many numbers."""
+    return max(1, min(-(-STEP_NUMBERS // numbers), math.isqrt(length)))
