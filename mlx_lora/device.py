@@ -10,7 +10,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -109,6 +110,17 @@ def set_cache_limit(limit: str | None, budget_bytes: int | None = None) -> int:
 def on_gpu() -> bool:
     """Whether this is a GPU."""
     return mx.default_device() != mx.Device(mx.cpu)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Call functions as they are instead of compiling them; afterwards it is as the user's environment has it."""
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        if "MLX_DISABLE_COMPILE" not in os.environ:
+            mx.enable_compile()
 
 
 def loss_tile_bytes() -> int:

@@ -108,8 +108,7 @@ def with_block_memory(shape: ModelShape, model: nn.Module, config: dict[str, Any
 def trace_blocks(model: nn.Module, config: dict[str, Any]) -> list[TracedBlock]:
     """Return what each block of an adapted model takes; blocks of a kind share one."""
     head = find_head(model, config)
-    body = head.body if isinstance(head, Head) else model
-    calls = _Calls(body, model.layers)
+    calls = _Calls(model, head.hidden if isinstance(head, Head) else model)
     kinds: dict[tuple, TracedBlock] = {}
     return [
         kinds.setdefault(_kind(block), TracedBlock(_reader(block, number, calls)))
@@ -186,15 +185,15 @@ def _read_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 class _Calls:
     """With what a model calls its blocks, by batch shape; the arrays hold nothing."""
 
-    body: nn.Module
-    blocks: list[nn.Module]
+    model: nn.Module
+    run: Callable[[mx.array], mx.array]
     _found: dict[tuple[int, int], dict[int, tuple[tuple, dict]]] = field(default_factory=dict)
 
     def of(self, number: int, rows: int, width: int) -> tuple[tuple, dict]:
         """Return block `number`'s arguments for a batch of token ids (rows, width)."""
         if (rows, width) not in self._found:
-            with training_kernels(self.body), _recorded(self.blocks) as found:
-                self.body(mx.zeros((rows, width), mx.int32))
+            with training_kernels(self.model), _recorded(self.model.layers) as found, device.uncompiled():
+                self.run(mx.zeros((rows, width), mx.int32))
             self._found[rows, width] = {
                 index: tree_map(
                     lambda leaf: mx.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, mx.array) else leaf, call
