@@ -20,6 +20,7 @@ from mlx_lora.config import train_settings
 from mlx_lora.data.prompts import encode_prompt
 from mlx_lora.data.templates import own_template
 from mlx_lora.errors import InputError
+from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import check_token_ids, load_base
 from mlx_lora.sources.hub import resolve_adapter
 
@@ -62,10 +63,18 @@ def main(
     top_k = top_k if top_k < len(base.hf_tokenizer) else 0
     sampler = make_sampler(temp=temp, top_p=top_p if top_p < 1 else 0.0, top_k=top_k)
     pieces, last = [], None
-    for last in stream_generate(base.model, base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler):
-        pieces.append(last.text)
-        if not as_json:
-            click.echo(last.text, nl=False)
+    try:
+        for last in stream_generate(base.model, base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler):
+            pieces.append(last.text)
+            if not as_json:
+                click.echo(last.text, nl=False)
+    except FOREIGN_ERRORS as error:
+        if not is_foreign(error):
+            raise
+        raise InputError(
+            f"--model {base.model_id}: mlx-lm's {base.config.get('model_type')} cannot generate here ({short(error)}); "
+            "choose another model"
+        ) from error
     if as_json:
         speed = {
             "tokens": last.generation_tokens,

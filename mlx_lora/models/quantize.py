@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -154,6 +155,9 @@ def quantise_model(
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
         wanted = own_predicate(path, module)
+        if wanted is True and "mode" not in inspect.signature(module.to_quantized).parameters:
+            # AFM 7B's fused layers know the affine mode alone, and cannot be told of it.
+            wanted = form.mode == "affine" and {"group_size": form.group_size, "bits": form.bits}
         if measure and wanted:
             layer_form = Quantisation(**{**form.layout, **wanted}) if isinstance(wanted, dict) else form
             errors[path] = relative_error(quantise_weight(module.weight, layer_form).dequantise(), module.weight)
@@ -179,9 +183,8 @@ def layer_choice(model: nn.Module) -> Callable[[str, nn.Module], bool | dict[str
     def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if reads_stored and path.endswith("embed_tokens"):
             return False
-        if own is None:  # a dense Qwen3.5 has a predicate that is None
-            return True
-        return fitting_choice(own(path, module), module.weight.shape[-1])
+        wanted = True if own is None else own(path, module)  # a dense Qwen3.5 has a predicate that is None
+        return fitting_choice(wanted, module.weight.shape[-1])
 
     return choose
 

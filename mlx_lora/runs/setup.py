@@ -130,6 +130,7 @@ def choose_forms(
     attend = (tape.attend if tape else tiled_attention) if use_kernels else None
     form = choose_step_form(base.model, base.config, loss, attend, base.model_id)
     notes = [*form.notes, planned_words(memory)]
+    notes += ["blocks that share a state keep everything"] if tape is not None and tape.left_out else []
     notes += ["a pause after each micro-batch"] if settings.loop.short_buffers else []
     notes += [f"rows shared by {ranks.size} processes"] if ranks else []
     return form, [loss.description, kernels, f"checkpointing {settings.loop.grad_checkpoint}", *notes]

@@ -31,6 +31,8 @@ from mlx_lora.models.attention import Tiles, attention_gradient, tiled_attention
 
 PRODUCTS = (*LINEAR, *SWITCH)
 
+STATELESS = (mx.array, str, bool, int, float, type(None))
+
 Gradient = Callable[[Sequence[mx.array], mx.array, mx.array], Sequence[mx.array]]
 """(primals, cotangent, output) -> cotangents of the primals."""
 
@@ -40,6 +42,10 @@ class Tape:
 
     Blocks run one after the other, so one tape serves a model: each block records its forward pass, takes
     the outputs away with it, and brings them back for its backward pass.
+
+    Attributes:
+        products: whether the outputs of linear layers are kept, not only attention's.
+        left_out: whether a block ran without checkpointing, since it is no function of arrays.
     """
 
     def __init__(self, products: bool) -> None:
@@ -49,6 +55,7 @@ class Tape:
             products: keep the outputs of linear layers, not only attention's.
         """
         self.products = products
+        self.left_out = False
         self._recorded: list[mx.array] | None = None
         self._replayed: Iterator[mx.array] | None = None
 
@@ -128,8 +135,10 @@ class Checkpointed:
     tape: Tape
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Generation: nothing is differentiated, and what a cache does is no function of arrays.
-        if any(hasattr(one, "update_and_fetch") for one in (*args, *kwargs.values())):
+        # Generation: nothing is differentiated, and what a cache does is no function of arrays. Nor is what Kimi K3 and
+        # DeepSeek V4.1 do: their blocks write into an object that the next one reads.
+        if not all(map(_is_stateless, (*args, *kwargs.values()))):
+            self.tape.left_out = True
             return super().__call__(*args, **kwargs)
         function, primals = _as_function(self, super().__call__, args, kwargs)
         shape: list[Any] = []  # of what the block returns
@@ -212,6 +221,11 @@ def _as_function(
             module.update(tree_unflatten(list(zip(names, own, strict=True))))
 
     return function, [*own, *_arrays((args, kwargs))]
+
+
+def _is_stateless(value: Any) -> bool:
+    """Tell whether a block can do nothing with an argument but read it."""
+    return isinstance(value, STATELESS) or (isinstance(value, tuple) and all(map(_is_stateless, value)))
 
 
 def _is_float(leaf: Any) -> bool:

@@ -32,6 +32,7 @@ from architectures.trial import (
     check_equal,
     command,
     experts_in_float32,
+    form_of,
     greedy,
     loaded,
     naive_loss,
@@ -48,7 +49,6 @@ from mlx_lora.config import AdapterSettings, ModelSettings
 from mlx_lora.memory import plan_memory
 from mlx_lora.models.load import load_base
 from mlx_lora.models.outline import outline_of
-from mlx_lora.training.losses import choose_loss
 from mlx_lora.training.planning import check_base_fits, outlined_shape, run_of
 
 
@@ -95,7 +95,7 @@ def gradients(trial: Trial) -> str | None:
     arrays = batch(vocabulary_of(base))
     expected, expected_grads = nn.value_and_grad(base.model, naive_loss)(base.model, arrays)
     mx.eval(expected, expected_grads)
-    loss = choose_loss(base.model, base.config)
+    form = form_of(base, "none")
     found, grads = trained_gradients(base, arrays, "none")
     check_equal(found, expected, FACTOR_BAR, "losses")
     wanted, got = dict(tree_flatten(expected_grads)), dict(tree_flatten(grads))
@@ -106,12 +106,12 @@ def gradients(trial: Trial) -> str | None:
     worst = ("", 0.0)
     for name in wanted.keys() - set(idle):
         worst = max(worst, (name, relative(got[name], wanted[name])), key=lambda pair: pair[1])
-    trial.facts.update(loss=found.item(), worst_factor_error=worst[1], loss_form=loss.description)
+    trial.facts.update(loss=found.item(), worst_factor_error=worst[1], loss_form=form.loss.description)
     if not worst[1] <= FACTOR_BAR:
         raise Wrong(f"gradient of {worst[0]}: differs by {worst[1]:.1e}, allowed {FACTOR_BAR:.0e}")
     if still := [name for name in idle if mx.abs(got[name]).max().item() > 10 * max(floor, 1e-12)]:
         raise Wrong(f"gradient of {still[0]}: not zero where mlx-lm's is")
-    notes = [] if loss.description.startswith("fused") else [loss.description]
+    notes = [*([] if form.loss.description.startswith("fused") else [form.loss.description]), *form.notes]
     if idle:
         layers = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in idle})
         notes.append(
@@ -216,12 +216,12 @@ def bfloat16(trial: Trial) -> None:
     """Load in bfloat16: the loss is finite and near the float32 one."""
     if not trial.model.is_dir():
         raise NotRun("no model folder")
-    base = load_base(ModelSettings(model=str(trial.model), dtype="bfloat16"))
-    adapt_model(base.model, AdapterSettings(rank=RANK), seed=0)
-    arrays = batch(vocabulary_of(base))
-    whole = load_base(ModelSettings(model=str(trial.model), dtype="float32")).model
-    expected = naive_loss(whole, arrays)
+    whole = load_base(ModelSettings(model=str(trial.model), dtype="float32"))
+    arrays = batch(vocabulary_of(whole))
+    expected = naive_loss(whole.model, arrays)
     with experts_in_float32():
+        base = load_base(ModelSettings(model=str(trial.model), dtype="bfloat16"))
+        adapt_model(base.model, AdapterSettings(rank=RANK), seed=0)
         found, grads = trained_gradients(base, arrays, "none")
     check_equal(found, expected, HALF_BAR, "losses in bfloat16")
     if not all(mx.isfinite(value).all().item() for _, value in tree_flatten(grads)):

@@ -22,6 +22,7 @@ import pytest
 import run_cli
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_lora import device
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.config import ModelSettings, TrainSettings, train_settings
@@ -31,6 +32,7 @@ from mlx_lora.models.kernels import training_kernels
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.losses import Arrays, choose_kernels, choose_loss
+from mlx_lora.training.trial import StepForm, choose_step_form
 
 ROWS, WIDTH = 2, 21  # longer than the tiny models' windows and their indexers' choices, and odd
 RANK = 4
@@ -172,6 +174,7 @@ def experts_in_float32() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mx, "gather_mm", rounded)
+        patch.setattr(device, "multiplies_16_bit_experts", lambda: True)  # else the loader refuses
         yield
 
 
@@ -185,18 +188,28 @@ def vocabulary_of(base: Base) -> int:
     return min(256, base.model(mx.array([[1, 2]])).shape[-1])
 
 
-def trained_gradients(base: Base, arrays: Arrays, mode: str) -> tuple[mx.array, dict[str, Any]]:
-    """Return mean loss and its gradient as the step takes them: chosen loss, chosen kernels, a checkpointing mode."""
+def form_of(base: Base, mode: str) -> StepForm:
+    """Choose what the step computes with, as `train` does, for a checkpointing mode.
+
+    Raises:
+        InputError: the model cannot be trained.
+    """
     loss = choose_loss(base.model, base.config)
     use_kernels, _ = choose_kernels(base.model, base.config, loss)
     tape = apply_checkpointing(base.model, mode)
-    attend = tape.attend if tape else tiled_attention
+    attend = (tape.attend if tape else tiled_attention) if use_kernels else None
+    return choose_step_form(base.model, base.config, loss, attend, base.model_id)
+
+
+def trained_gradients(base: Base, arrays: Arrays, mode: str) -> tuple[mx.array, dict[str, Any]]:
+    """Return mean loss and its gradient as the step takes them: chosen loss, chosen kernels, a checkpointing mode."""
+    form = form_of(base, mode)
 
     def mean(model: nn.Module, *arrays: mx.array) -> mx.array:
-        total, count = loss.train(model, *arrays)
+        total, count = form.loss.train(model, *arrays)
         return total / count
 
-    with training_kernels(base.model, attend) if use_kernels else nullcontext():
+    with training_kernels(base.model, form.attend) if form.attend else nullcontext():
         value, grads = nn.value_and_grad(base.model, mean)(base.model, *arrays)
         mx.eval(value, grads)
     return value, grads
