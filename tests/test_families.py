@@ -12,7 +12,7 @@ from architectures.build import tiny_architecture, tiny_config, write_architectu
 from architectures.configs import ways
 from run_cli import run
 
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.targets import has_weights, select_targets
 from mlx_lora.errors import InputError
 from mlx_lora.models.converting import build_model
 from mlx_lora.models.folder import load_weights
@@ -44,8 +44,11 @@ def test_layers_out_of_reach_are_left_alone_and_refused_by_name(kind, part, name
     paths = select_targets(model).paths
     assert paths
     assert not [path for path in paths if part in path.split(".")]
-    with pytest.raises(InputError, match=rf"--target-modules '{name}': an adapter in {part} .*{why}"):
+    with pytest.raises(InputError, match=rf"--target-modules '{name}': {part} would learn nothing, .*{why}"):
         select_targets(model, name)
+    # Training in full reaches what mlx-lm reads itself, and still nothing without a gradient.
+    whole = select_targets(model, fits=has_weights).paths
+    assert any(part in path.split(".") for path in whole) is (part == "altup")
     # What an adapter has that was made elsewhere can be read all the same.
     assert [path for path in select_targets(model, name, stored=True).paths if part in path.split(".")]
 
