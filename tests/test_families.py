@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -14,8 +12,6 @@ from run_cli import run
 
 from mlx_lora.adapters.targets import has_weights, select_targets
 from mlx_lora.errors import InputError
-from mlx_lora.models.converting import build_model
-from mlx_lora.models.folder import load_weights
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.runs import page
 
@@ -103,16 +99,3 @@ def test_16_bit_experts_on_a_cpu_are_refused_in_one_line(command, chats, tmp_pat
     ran = run(command, *words, "--model", packed)
     assert ran.code == (2 if command == "train" else 0), ran.err
     assert "give --dtype float32, or choose another model" in ran.err or command == "evaluate"
-
-
-def test_an_architecture_whose_package_is_missing_is_refused_in_one_line(tmp_path, tiny_folder):
-    """mlx-lm's OLMo ends the process itself."""
-    if importlib.util.find_spec("hf_olmo"):
-        pytest.skip("the package is here")
-    folder = shutil.copytree(tiny_folder, tmp_path / "olmo")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "olmo"}))
-    with pytest.raises(InputError, match=r"olmo: cannot be used here .*install what it asks for"):
-        load_weights(folder, trust_remote_code=False)
-    with pytest.raises(InputError, match="olmo: cannot be used here"):
-        build_model({**config, "model_type": "olmo"})
