@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 import mlx.core as mx
 from mlx_lm import stream_generate
+from mlx_lm.generate import GenerationResponse
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_lora import cli
@@ -21,7 +23,7 @@ from mlx_lora.data.prompts import encode_prompt
 from mlx_lora.data.templates import own_template
 from mlx_lora.errors import InputError
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
-from mlx_lora.models.load import check_token_ids, load_base
+from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.sources.hub import resolve_adapter
 
 
@@ -63,18 +65,10 @@ def main(
     top_k = top_k if top_k < len(base.hf_tokenizer) else 0
     sampler = make_sampler(temp=temp, top_p=top_p if top_p < 1 else 0.0, top_k=top_k)
     pieces, last = [], None
-    try:
-        for last in stream_generate(base.model, base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler):
-            pieces.append(last.text)
-            if not as_json:
-                click.echo(last.text, nl=False)
-    except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
-        raise InputError(
-            f"--model {base.model_id}: mlx-lm's {base.config.get('model_type')} cannot generate here ({short(error)}); "
-            "choose another model"
-        ) from error
+    for last in generated(base, tokens, max_tokens, sampler):
+        pieces.append(last.text)
+        if not as_json:
+            click.echo(last.text, nl=False)
     if as_json:
         speed = {
             "tokens": last.generation_tokens,
@@ -84,6 +78,25 @@ def main(
         cli.print_json({"text": "".join(pieces), **speed, "prompt_tokens": len(tokens), "model": base.model_id})
     else:
         click.echo()
+
+
+def generated(
+    base: Base, tokens: list[int], max_tokens: int, sampler: Callable[[mx.array], mx.array]
+) -> Iterator[GenerationResponse]:
+    """Yield what mlx-lm generates.
+
+    Raises:
+        InputError: it cannot, with this model: a few can be trained and not sampled from.
+    """
+    try:
+        yield from stream_generate(base.model, base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler)
+    except FOREIGN_ERRORS as error:
+        if not is_foreign(error):
+            raise
+        raise InputError(
+            f"--model {base.model_id}: mlx-lm's {base.config.get('model_type')} cannot generate here ({short(error)}); "
+            "try a newer mlx-lm, or choose another model"
+        ) from error
 
 
 def read_prompt(prompt: str) -> str:

@@ -108,9 +108,11 @@ def test_layers_that_do_not_divide_are_skipped_and_named(capsys: pytest.CaptureF
     assert capsys.readouterr().out == ""  # standard output belongs to the command
 
 
-@pytest.mark.parametrize("kind", ["qwen3_5", "seed_oss"])
+@pytest.mark.parametrize("kind", ["afm7", "qwen3_5", "seed_oss"])
 def test_families_with_their_own_ideas_of_quantisation_convert(kind, tmp_path):
-    """A dense Qwen3.5's `quant_predicate` is None; a tied Seed-OSS multiplies by its embedding as it is stored."""
+    """A dense Qwen3.5's `quant_predicate` is None, a tied Seed-OSS multiplies by its embedding as it is stored, and
+    AFM's joined layer takes no mode.
+    """
     source = write_architecture(tmp_path / "float", kind, tied=True)
     out = tmp_path / "packed"
     conversion = convert_model(resolve_model(str(source)), out, target=Quantisation(4, 32))
@@ -125,6 +127,7 @@ def test_families_with_their_own_ideas_of_quantisation_convert(kind, tmp_path):
     )
     assert {name for name, _ in outlined if name.endswith(".scales")} == packed
     assert any("embed_tokens" in name for name in packed) == (kind == "qwen3_5")
+    assert not any("qkv_proj" in name for name in packed) or kind == "qwen3_5"
 
 
 def test_heads_that_multiply_by_the_stored_embedding_are_known():

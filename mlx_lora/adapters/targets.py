@@ -18,13 +18,15 @@ from mlx_lora.errors import InputError
 ALL_LINEAR = "all-linear"
 # What mlx-lm's mixtures call the layers that decide which experts a token goes to.
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
-# Parts of mlx-lm's models whose layers an adapter cannot train, and why.
+NO_GRADIENT = "it picks positions by top-k, which has no gradient"
+READ_PAST = "mlx-lm reads its weight past any adapter"
+# Parts of mlx-lm's models that cannot be trained (NO_GRADIENT), or not by an adapter.
 OUT_OF_REACH = {
-    "indexer": "it picks positions by top-k, which has no gradient",
-    "altup": "mlx-lm reads its weights past any adapter",
-    "self_attention_res_proj": "mlx-lm reads its weight past any adapter",
-    "mlp_res_proj": "mlx-lm reads its weight past any adapter",
-    "output_attn_res_proj": "mlx-lm reads its weight past any adapter",
+    "indexer": NO_GRADIENT,
+    "altup": READ_PAST,
+    "self_attention_res_proj": READ_PAST,
+    "mlp_res_proj": READ_PAST,
+    "output_attn_res_proj": READ_PAST,
 }
 
 
@@ -98,8 +100,9 @@ def select_targets(
     fitting = {path: module for path, module in model.named_modules() if fits(module)}
     in_block = {path: next((b for b in blocks if path.startswith(b + ".")), None) for path in fitting}
     allowed = [p for p in fitting if in_block[p] is None or in_block[p] in chosen_blocks]
-    if not stored and fits is is_adaptable:
-        allowed = [p for p in allowed if OUT_OF_REACH.keys().isdisjoint(p.split("."))]
+    if not stored:
+        beyond = {part for part, why in OUT_OF_REACH.items() if fits is is_adaptable or why is NO_GRADIENT}
+        allowed = [p for p in allowed if beyond.isdisjoint(p.split("."))]
     picked: set[str] = set()
     problems = []
     for wish in (part.strip() for part in target_modules.split(",")):
@@ -162,7 +165,7 @@ def _unmatched(flag: str, wish: str, fitting: list[str], num_layers: int) -> str
     meant = [path for path in fitting if matches(path, wish)]
     for part, why in OUT_OF_REACH.items():
         if meant and all(part in path.split(".") for path in meant):
-            return f"{flag} {wish!r}: an adapter in {part} would learn nothing, for {why}; leave it out"
+            return f"{flag} {wish!r}: {part} would learn nothing, for {why}; leave it out"
     if meant:
         return f"{flag} {wish!r}: matches layers only outside the last {num_layers} blocks; raise --num-layers"
     names = sorted({path.rsplit(".", 1)[-1] for path in fitting})

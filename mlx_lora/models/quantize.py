@@ -174,7 +174,7 @@ def layer_choice(model: nn.Module) -> Callable[[str, nn.Module], bool | dict[str
     """Return which layers a model allows to be quantised and how.
 
     That is its own `quant_predicate`, or all where it has none; but not an embedding that mlx-lm's head multiplies by
-    as it is stored.
+    as it is stored, nor a layer that takes no mode, which mlx then cannot quantise (AFM's).
     """
     own = model.quant_predicate if hasattr(model, "quant_predicate") else None
     owner = model.get("language_model", model)  # multimodal wrappers
@@ -182,6 +182,8 @@ def layer_choice(model: nn.Module) -> Callable[[str, nn.Module], bool | dict[str
 
     def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if reads_stored and path.endswith("embed_tokens"):
+            return False
+        if "mode" not in inspect.signature(module.to_quantized).parameters:
             return False
         wanted = True if own is None else own(path, module)  # a dense Qwen3.5 has a predicate that is None
         return fitting_choice(wanted, module.weight.shape[-1])

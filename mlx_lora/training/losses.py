@@ -122,14 +122,7 @@ def choose_loss(model: nn.Module, config: dict[str, Any]) -> Loss:
     if isinstance(head, str):
         return Loss(plain_loss, plain_loss, f"plain cross-entropy ({head})")
     fused = fused_loss(head, device.loss_tile_bytes())
-    try:
-        expected = _check_value(model, plain_loss, head.vocabulary)
-    except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
-        raise InputError(
-            f"mlx-lm's {config.get('model_type')}: its forward pass fails here ({short(error, 200)}); {way_out(model)}"
-        ) from error
+    expected = _own_value(model, config, plain_loss, head.vocabulary)
     try:
         found = _check_value(model, fused.measure, head.vocabulary)
     except FOREIGN_ERRORS as error:
@@ -151,6 +144,9 @@ def choose_kernels(model: nn.Module, config: dict[str, Any], loss: Loss) -> tupl
         model: the model to train, adapters in place.
         config: its config.json.
         loss: any that was chosen for it.
+
+    Raises:
+        InputError: the model's own forward pass fails.
     """
     head = find_head(model, config)
     vocabulary = config.get("vocab_size", 256) if isinstance(head, str) else head.vocabulary
@@ -160,10 +156,11 @@ def choose_kernels(model: nn.Module, config: dict[str, Any], loss: Loss) -> tupl
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise
+        _own_value(model, config, loss.measure, vocabulary)
         return False, f"the model's own attention (tiled fails on it: {short(error, 100)})"
     if not exchanged:
         return False, "the model's own attention"
-    own = _check_value(model, loss.measure, vocabulary) if loss.checked is None else loss.checked
+    own = _own_value(model, config, loss.measure, vocabulary) if loss.checked is None else loss.checked
     difference = _difference(own, ours)
     if difference > _tolerance(model):
         return False, f"the model's own attention (tiled differs by {difference:.1e} on {CHECK_TOKENS} tokens)"
@@ -179,6 +176,18 @@ def _check_value(model: nn.Module, loss: LossFunction, vocabulary: int) -> float
         return value.item()
     finally:
         model.train(training)
+
+
+def _own_value(model: nn.Module, config: dict[str, Any], loss: LossFunction, vocabulary: int) -> float:
+    """Return the loss with nothing of ours in the model's way: what fails then has no fallback."""
+    try:
+        return _check_value(model, loss, vocabulary)
+    except FOREIGN_ERRORS as error:
+        if not is_foreign(error):
+            raise
+        raise InputError(
+            f"mlx-lm's {config.get('model_type')}: its forward pass fails here ({short(error, 200)}); {way_out(model)}"
+        ) from error
 
 
 def check_arrays(vocabulary: int, tokens: int) -> Arrays:
