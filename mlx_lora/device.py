@@ -179,8 +179,12 @@ def host_waits_for_peers() -> bool:
 
 
 def wire_working_set() -> None:
-    """Let Metal keep the model resident (no effect elsewhere), so that weights are not paged out."""
-    if mx.metal.is_available():
+    """Let Metal keep the model resident (no effect elsewhere), so that weights are not paged out.
+
+    With the CPU as MLX's device on a Mac nothing is wired either: what a run may use there is nearly all memory, which
+    is more than Metal lets anybody wire.
+    """
+    if mx.metal.is_available() and mx.default_device() != mx.Device(mx.cpu):
         mx.set_wired_limit(current_device().working_set_bytes)
 
 

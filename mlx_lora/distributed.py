@@ -23,6 +23,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_lora import device
 from mlx_lora.errors import InputError
 from mlx_lora.heartbeat import Heartbeat, connect, listen
 
@@ -115,8 +116,17 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, array: mx.array) -> mx.array:
-        """Return the sum of every rank's `array`, lazily; all get the same bits from mlx's ring."""
-        return mx.distributed.all_sum(array, group=self._group)
+        """Return the sum of every rank's `array`; all get the same bits from mlx's ring.
+
+        Lazily on a CPU. Elsewhere the host computes its own part, then waits for the others here: GPU work that is
+        queued behind a collective waits on the device, and macOS ends what waits there for seconds.
+        """
+        if not device.host_waits_for_peers():
+            return mx.distributed.all_sum(array, group=self._group)
+        mx.eval(array)
+        total = mx.distributed.all_sum(array, group=self._group)
+        mx.eval(total)
+        return total
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank says yes."""

@@ -22,7 +22,7 @@ from packaging.version import Version
 from mlx_lora import BLAS, __version__, cli, device
 from mlx_lora.cache import cache_dir
 from mlx_lora.ceilings import measure_ceilings
-from mlx_lora.models.self_test import self_test
+from mlx_lora.models.self_test import changing_gradients, self_test
 from mlx_lora.shape import GIB
 
 PACKAGES = ("mlx", "mlx-metal", "mlx-lm", "transformers", "tokenizers", "huggingface-hub", "numpy", "gguf")
@@ -52,7 +52,7 @@ class Check:
 def main(hub: bool, as_json: bool) -> int:
     """Check this machine for training; ends with 1 when something is wrong."""
     here, versions = device.current_device(), installed_versions()
-    checks = [*check_versions(versions), check_memory(here), check_blas(here), *check_arithmetic()]
+    checks = [*check_versions(versions), check_memory(here), check_blas(here), *check_arithmetic(), check_repeats()]
     rates, speed = check_speed(here)
     checks += [*speed, check_cache(), *([check_hub()] if hub else [])]
     if as_json:
@@ -142,6 +142,15 @@ def check_arithmetic() -> list[Check]:
         f"{len(findings)} products and attention as in float64; nearest to its bound: {worst.what}, {worst.error:.1e}"
     )
     return bad or [Check("arithmetic", "ok", good)]
+
+
+def check_repeats() -> Check:
+    """See whether the same step gives the same bits each time."""
+    changing = changing_gradients()
+    if changing:
+        found = f"gradients of {' and '.join(changing)} change in their last bits from one time to the next"
+        return Check("repeats", "warning", found, "two runs with one seed will agree to rounding, not bit for bit")
+    return Check("repeats", "ok", "gradients of embeddings and experts have the same bits each time")
 
 
 def check_speed(here: device.Device) -> tuple[dict[str, dict[str, float]], list[Check]]:

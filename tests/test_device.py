@@ -12,8 +12,10 @@ from run_cli import run
 from test_step import adapted, batch, factors, make_step
 
 from mlx_lora import device
+from mlx_lora.distributed import Ranks
 from mlx_lora.training.losses import plain_loss
 from mlx_lora.training.step import Step
+from mlx_lora.training.trainer import mean_loss
 
 
 @pytest.fixture
@@ -80,3 +82,33 @@ def test_sigmoid_is_the_definition_to_float32s_rounding():
     assert np.abs(np.array(mx.tanh(mx.array(x))) - expected).max() > 0.1
     half = mx.array(x).astype(mx.bfloat16)
     assert (device.sigmoid(half) == mx.sigmoid(half)).all()
+
+
+def test_nothing_is_wired_with_the_cpu_as_the_device_of_a_mac(monkeypatch):
+    wired = []
+    monkeypatch.setattr(mx, "set_wired_limit", wired.append)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(device, "current_device", lambda: device.Device("metal", "M9", 16, 12, ""))
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    device.wire_working_set()
+    assert wired == []
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    device.wire_working_set()
+    assert wired == [12]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_validations_sum_over_ranks_is_waited_for_by_the_host_alone(waits, monkeypatch):
+    done = []
+    real = mx.eval
+    monkeypatch.setattr(device, "host_waits_for_peers", lambda: waits)
+    monkeypatch.setattr(mx, "eval", lambda *arrays: (done.append("computed"), real(*arrays)))
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda array, group: (done.append("sent"), 2 * array)[1])
+
+    class Two:
+        rank, size = (lambda self: 0), (lambda self: 2)
+
+    found, tokens = mean_loss(adapted(), plain_loss, [batch(2, 9, 0)], Ranks(Two()))
+    assert done == (["computed", "computed", "sent", "computed"] if waits else ["computed", "sent"])
+    alone, own = mean_loss(adapted(), plain_loss, [batch(2, 9, 0)])
+    assert (found, tokens) == (pytest.approx(alone), 2 * own)

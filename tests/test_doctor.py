@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 from run_cli import run
 
-from mlx_lora.doctor import check_hub, check_versions
+from mlx_lora.doctor import check_hub, check_repeats, check_versions
 from mlx_lora.models import self_test
 
 
@@ -24,7 +24,15 @@ def test_json_is_one_object_with_all_that_was_promised(asked):
     found = json.loads(asked.out)
     assert {"device", "memory_bytes", "blas", "versions", "checks", "ceilings", "working_set_bytes"} <= set(found)
     assert found["memory_bytes"] >= found["working_set_bytes"] > 0
-    assert {check["name"] for check in found["checks"]} == {"versions", "memory", "BLAS", "arithmetic", "speed", "disk"}
+    assert {check["name"] for check in found["checks"]} == {
+        "versions",
+        "memory",
+        "BLAS",
+        "arithmetic",
+        "repeats",
+        "speed",
+        "disk",
+    }
     assert all(check["status"] != "failed" for check in found["checks"])
     for rates in found["ceilings"].values():
         assert all(rate > 0 for rate in rates.values())
@@ -78,3 +86,11 @@ def test_a_hub_that_is_away_is_a_warning(monkeypatch):
     assert (check.status, "127.0.0.1:9" in check.found) == ("warning", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in check_hub().found
+
+
+def test_gradients_that_change_from_time_to_time_are_a_warning(monkeypatch):
+    assert check_repeats().status == "ok"
+    noise, right = iter(range(1, 100)), mx.grad
+    monkeypatch.setattr(mx, "grad", lambda loss: lambda weight: right(loss)(weight) * (1 + 1e-6 * next(noise)))
+    check = check_repeats()
+    assert (check.status, "embeddings and experts change" in check.found) == ("warning", True)

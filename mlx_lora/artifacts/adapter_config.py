@@ -83,7 +83,7 @@ def peft_problems(config: dict[str, Any]) -> list[str]:
 
 
 def _is_overlap(value: Any) -> bool:
-    names = {"inner", "size", "weights"}
+    names = {"inner", "size", "noise"}
     return isinstance(value, dict) and (
         not value or (value.keys() == names and all(is_number(value[name]) for name in names) and value["size"] > 0)
     )

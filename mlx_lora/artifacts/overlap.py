@@ -23,17 +23,19 @@ from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.parts import QUANTISED
 
 LAYERS, ROWS = 8, 1024  # looked at, of each adapter: next to nothing to compute
-PRESENT = 0.7  # of the update in the weights; quantised bases swallow some of it
-COARSE_NOISE = 0.35  # of two bits, relative to the weights
-MOST_DEVIATION = 0.1  # of the share by noise; seven of these are PRESENT
+PRESENT = 0.5  # of the update in the weights; quantised bases swallow some of it
+# Of a quantised weight, relative to its size, by bits; a float one may have been quantised to four in between.
+NOISE = {2: 0.45, 3: 0.2}
+LEAST_NOISE = 0.1
+MOST_DEVIATION = 0.1  # of the share by noise; five of these are PRESENT
 
 
 def measure_overlap(model: nn.Module) -> dict[str, float]:
     """Return how an adapted model's weights lie along its update.
 
     Returns:
-        `inner` <W, D> and `size` <D, D>, `weights` the mean square of W, all over the sampled rows, to six digits;
-        empty without linear layers whose update is not zero.
+        `inner` <W, D> and `size` <D, D>, and `noise`, the mean square of what quantising may have added to W, all over
+        the sampled rows, to six digits; empty without linear layers whose update is not zero.
     """
     layers = [
         layer
@@ -44,14 +46,14 @@ def measure_overlap(model: nn.Module) -> dict[str, float]:
     if not chosen:
         return {}
     sums = mx.stack([_sums(layer) for layer in chosen]).sum(axis=0)
-    inner, size, weights, numbers = sums.tolist()
+    inner, size, noise, numbers = sums.tolist()
     if not size > 0:  # nor of one that is not finite
         return {}
-    return {"inner": _digits(inner), "size": _digits(size), "weights": _digits(weights / numbers)}
+    return {"inner": _digits(inner), "size": _digits(size), "noise": _digits(noise / numbers)}
 
 
 def _sums(layer: nn.Module) -> mx.array:
-    """Return <W, D>, <D, D>, <W, W> and the count of numbers, of one layer's first rows."""
+    """Return <W, D>, <D, D>, the noise's square and the count of numbers, of one layer's first rows."""
     base = layer.linear
     names = [name for name in ("weight", "scales", "biases") if name in base]
     rows = [base[name][:ROWS] for name in names]
@@ -62,7 +64,9 @@ def _sums(layer: nn.Module) -> mx.array:
     weight = weight.astype(mx.float32)  # (n, in)
     a, b = layer.plain_factors()  # (in, r), (r, out)
     update = layer.scale * (b.T[: len(weight)] @ a.T)  # (n, in)
-    return mx.stack([(weight * update).sum(), mx.square(update).sum(), mx.square(weight).sum(), mx.array(weight.size)])
+    noise = NOISE.get(base.bits, LEAST_NOISE) if isinstance(base, QUANTISED) else LEAST_NOISE
+    squares = noise**2 * mx.square(weight).sum()
+    return mx.stack([(weight * update).sum(), mx.square(update).sum(), squares, mx.array(float(weight.size))])
 
 
 def _digits(value: float) -> float:
@@ -82,7 +86,7 @@ def share_present(model: nn.Module, stored: dict[str, Any]) -> float | None:
     found = measure_overlap(model)
     if not found or not stored or abs(found["size"] - stored["size"]) > 1e-3 * stored["size"]:
         return None
-    deviation = COARSE_NOISE * (max(found["weights"], stored["weights"]) / found["size"]) ** 0.5
+    deviation = (max(found["noise"], stored["noise"]) / found["size"]) ** 0.5
     if deviation > MOST_DEVIATION:
         return None
     return (found["inner"] - stored["inner"]) / found["size"]

@@ -38,7 +38,8 @@ from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.parts import EMBEDDING, QUANTISED, SWITCH, base_dims, dense_weight
 from mlx_lora.artifacts.adapter_config import peft_problems
 from mlx_lora.artifacts.peft_experts import PLACES, expert_tensors, take_experts
-from mlx_lora.artifacts.peft_full import full_for_peft, full_problems, full_tensors
+from mlx_lora.artifacts.peft_families import check_reached, folded_rows
+from mlx_lora.artifacts.peft_full import full_for_peft, full_problems, full_tensors, full_values
 from mlx_lora.artifacts.peft_names import COPY, PREFIX, TENSOR, own_path, peft_path
 from mlx_lora.errors import InputError
 from mlx_lora.files import replacing_file
@@ -124,7 +125,7 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     experts, unfit = take_experts(model.model_type, found, header, modules)
     problems += unfit
     problems += [] if found or experts else ["it holds no LoRA factors"]
-    tied = "lm_head" not in modules and "lm_head" in found
+    tied = own_path("lm_head", modules) is None and "lm_head" in found
     head = found.pop("lm_head", None) if tied else None
     paths = {layer: own_path(layer, modules) for layer in found}
     problems += _missing_problems(config, found, paths)
@@ -137,19 +138,19 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
         a, b = (stored[sides[side]].astype(mx.float32).T for side in "AB")
         if "E" in sides:
             b = stored[sides["E"]].astype(mx.float32) * b  # gains (r, 1)
-        factors[paths[layer]] = a, b
+        folded = folded_rows(model, paths[layer], b.shape[1])
+        factors[paths[layer]] = a, b if folded is None else b * folded[:, 0]
         shapes[paths[layer]] = a.shape[1], _scale(config, layer, a.shape[1])
         if "m" in sides:
-            magnitudes[paths[layer]] = stored[sides["m"]].astype(mx.float32)
+            m = stored[sides["m"]].astype(mx.float32)
+            magnitudes[paths[layer]] = m if folded is None else m * folded[:, 0]
     for one in experts:
         for path, (a, b, scale) in one.factors(stored, partial(_scale, config)).items():
             factors[path], shapes[path] = (a, b), (a.shape[1], scale)
     embedding = next((layer for layer in found if layer.endswith("embed_tokens")), None)
     if head is not None:
         _refuse(folder, _tied_problems(config, stored, head, found.get(embedding)))
-    is_tied = "lm_head" not in modules
-    whole = {(own_path(layer, modules), leaf): stored[name] for name, (layer, leaf) in full.items()}
-    whole.pop((None, "weight"), None)  # a tied head's, which is the embedding's
+    is_tied = own_path("lm_head", modules) is None
     return PeftAdapter(
         factors,
         magnitudes,
@@ -157,7 +158,7 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
         float(config.get("lora_dropout") or 0.0),
         config.get("base_model_name_or_path"),
         leaves_head=is_tied and embedding is not None and head is None,
-        full=whole,
+        full=full_values(full, stored, model),
     )
 
 
@@ -200,6 +201,7 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float, 
         )
     if not layers:
         raise InputError(f"--out {folder}: the model has no adapter to write")
+    check_reached(model.model_type, [*layers, *(name.rpartition(".")[0] for name in full if name.endswith(".weight"))])
     experts = expert_tensors(model.model_type, layers)
     tied = "lm_head" not in dict(model.named_modules())
     tensors: dict[str, mx.array] = {}
@@ -211,24 +213,25 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float, 
     for path, layer in layers.items():
         if isinstance(layer, EXPERT_ADAPTERS):
             continue
-        name = peft_path(path)
+        name = peft_path(path, model.model_type)
         shapes[name] = layer.lora_a.shape[1], layer.scale
+        folded = folded_rows(model, path, layer.lora_b.shape[1])
+        b = layer.lora_b.T if folded is None else layer.lora_b.T / folded  # (out, r)
         if isinstance(layer, EMBEDDING_ADAPTERS):
             tensors[f"{PREFIX}{name}.lora_embedding_A"] = layer.lora_a.T
-            tensors[f"{PREFIX}{name}.lora_embedding_B"] = layer.lora_b.T
+            tensors[f"{PREFIX}{name}.lora_embedding_B"] = b
             if tied and layer.adapts_head:
                 shapes["lm_head"] = shapes[name]
-                tensors[f"{PREFIX}lm_head.lora_A.weight"] = layer.lora_b
+                tensors[f"{PREFIX}lm_head.lora_A.weight"] = b.T
                 tensors[f"{PREFIX}lm_head.lora_B.weight"] = layer.lora_a
         else:
             tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a.T
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b.T
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = b
             if isinstance(layer, DORA):
-                tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.m
+                tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.m if folded is None else layer.m / folded[:, 0]
     is_dora = any(isinstance(layer, DORA) for layer in layers.values())
     whole, saved, bias = full_for_peft(model, full, tied)
-    tensors |= whole
-    tensors = {name: mx.contiguous(array.astype(mx.float32)) for name, array in tensors.items()}
+    tensors = {name: mx.contiguous(array.astype(mx.float32)) for name, array in (tensors | whole).items()}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(folder / PEFT_WEIGHTS) as temporary:
         save_tensors(temporary, tensors, "pt")
@@ -358,12 +361,13 @@ def _copy_problems(copies: dict[str, str], stored: dict[str, mx.array], modules:
     for name, layer in copies.items():
         path = own_path(layer, modules)
         # A tied head has no module of its own here.
-        base = modules[path or next(p for p in modules if p.endswith("embed_tokens"))]
-        weight = dense_weight(base)
+        path = path or next(p for p in modules if p.endswith("embed_tokens"))
+        base, copied = modules[path], stored[name]
+        weight, folded = dense_weight(base), folded_rows(modules[""], path, len(copied))
         allowed = QUANTISED_COPY if isinstance(base, QUANTISED) else FLOAT_COPY
-        if stored[name].shape != weight.shape:
-            problems.append(f"{name} is {stored[name].shape}, the model's is {weight.shape}: a resized vocabulary")
-        elif relative_error(stored[name], weight) > allowed:
+        if copied.shape != weight.shape:
+            problems.append(f"{name} is {copied.shape}, the model's is {weight.shape}: a resized vocabulary")
+        elif relative_error(copied if folded is None else copied * folded, weight) > allowed:
             problems.append(f"{name} is not the base's own weight: it was trained in full")
     return problems
 

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.parts import QUANTISED, dense_weight, is_parameter
+from mlx_lora.artifacts.peft_families import folded_rows
 from mlx_lora.artifacts.peft_names import BIAS, PREFIX, TENSOR, own_path, peft_path
 
 
@@ -59,21 +60,45 @@ def full_problems(
     return problems
 
 
+def full_values(
+    full: dict[str, tuple[str, str]], stored: dict[str, mx.array], model: nn.Module
+) -> dict[tuple[str, str], mx.array]:
+    """Return (our path, leaf) -> what was trained in full, as our model holds it.
+
+    Args:
+        full: as `full_tensors` gives it.
+        stored: tensors of the file.
+        model: the base.
+    """
+    modules, values = dict(model.named_modules()), {}
+    for name, (layer, leaf) in full.items():
+        path = own_path(layer, modules)
+        if path is None:  # a tied head's weight, which is the embedding's
+            continue
+        folded = folded_rows(model, path, len(stored[name])) if leaf == "weight" else None
+        values[path, leaf] = stored[name] if folded is None else stored[name] * folded
+    return values
+
+
 def full_for_peft(model: nn.Module, full: tuple[str, ...], tied: bool) -> tuple[dict[str, mx.array], list[str], str]:
     """Return tensors under PEFT's names, its modules_to_save, and its bias setting."""
     parameters = dict(tree_flatten(model.parameters()))
     tensors: dict[str, mx.array] = {}
     weights = {name.rpartition(".")[0] for name in full if name.endswith(".weight")}
-    saved = {peft_path(path) for path in weights}
+    kind = model.model_type
+    saved = {peft_path(path, kind) for path in weights}
     adapted = []
     for name in full:
         path, _, leaf = name.rpartition(".")
         inside = path.endswith((".linear", ".embedding"))
         adapted.append(inside)
-        own = peft_path(path.rpartition(".")[0]) + ".base_layer" if inside else peft_path(path)
-        tensors[f"{PREFIX}{own}.{leaf}"] = parameters[name]
+        plain = path.rpartition(".")[0] if inside else path
+        own = peft_path(plain, kind) + (".base_layer" if inside else "")
+        value = parameters[name]
+        folded = folded_rows(model, plain, len(value)) if leaf == "weight" else None
+        tensors[f"{PREFIX}{own}.{leaf}"] = value if folded is None else value / folded
         if tied and path.endswith("embed_tokens"):
             saved.add("lm_head")
-            tensors[f"{PREFIX}lm_head.weight"] = mx.array(parameters[name])
+            tensors[f"{PREFIX}lm_head.weight"] = mx.array(tensors[f"{PREFIX}{own}.{leaf}"])
     biases = [inside for name, inside in zip(full, adapted, strict=True) if name.rpartition(".")[0] not in weights]
     return tensors, sorted(saved), "none" if not biases else "lora_only" if all(biases) else "all"

@@ -17,12 +17,35 @@ BIAS = re.compile(re.escape(PREFIX) + r"(?P<layer>.+?)(?:\.base_layer)?\.bias")
 COPY = re.compile(re.escape(PREFIX) + r"(?P<layer>(?:.+\.)?(?:embed_tokens|lm_head))(?:\.base_layer)?\.weight")
 
 
+# model_type -> beginnings of paths, mlx-lm's and transformers' own; the first that fits counts.
+RENAMED = {
+    "gptj": (("model.", "transformer."),),
+    "gpt2": (("model.", "transformer."),),
+    "gpt_neox": (("model.h.", "gpt_neox.layers."), ("model.embed_out", "lm_head"), ("model.", "gpt_neox.")),
+    "nemotron_h": (("backbone.", "model."),),
+}
+
+
 def own_path(layer: str, modules: dict[str, nn.Module]) -> str | None:
-    """Return mlx-lm's path of a layer: the same, or with a multimodal wrapper's two parts exchanged."""
+    """Return mlx-lm's path of a layer: the same, a family's own name, or with a multimodal wrapper's parts exchanged."""
     other = re.sub(r"^model\.language_model\.", "language_model.model.", layer)
-    return next((path for path in (layer, other) if path in modules), None)
+    renamed = [
+        ours + layer.removeprefix(theirs)
+        for pairs in RENAMED.values()
+        for ours, theirs in pairs
+        if layer.startswith(theirs)
+    ]
+    return next((path for path in (layer, other, *renamed) if path in modules), None)
 
 
-def peft_path(path: str) -> str:
-    """Return transformers' path of a layer, the other way."""
+def peft_path(path: str, kind: str) -> str:
+    """Return transformers' path of a layer, the other way.
+
+    Args:
+        path: mlx-lm's.
+        kind: the config's model_type.
+    """
+    for ours, theirs in RENAMED.get(kind, ()):
+        if path.startswith(ours):
+            return theirs + path.removeprefix(ours)
     return re.sub(r"^language_model\.model\.", "model.language_model.", path)

@@ -124,3 +124,32 @@ def _exact(array: mx.array) -> np.ndarray:
 
 def _name(dtype: mx.Dtype) -> str:
     return str(dtype).rpartition(".")[2]
+
+
+def changing_gradients(rounds: int = 4) -> list[str]:
+    """Compute gradients that are summed by scattering a few times, and name those whose bits change.
+
+    Embeddings and a mixture's experts add many positions' gradients to one row. A GPU may do that in any order, and
+    then two runs with one seed agree to rounding only.
+    """
+    dtype = device.compute_dtype()
+    one, two, three, four = mx.random.split(mx.random.key(1), 4)
+    rows, places = _normal((64, 256), dtype, one), mx.random.randint(0, 64, (4096,), key=two)
+    pulls = _normal((4096, 256), dtype, three)
+    experts, chosen = _normal((4, 32, 256), dtype, four), mx.sort(places[:512] % 4)
+
+    def embedded(weight: mx.array) -> mx.array:
+        return (weight[places] * pulls).astype(mx.float32).sum()
+
+    def mixed(weight: mx.array) -> mx.array:
+        states = pulls[:512, None, :32]  # (N, 1, in)
+        made = mx.gather_mm(states, weight, rhs_indices=chosen, sorted_indices=True)
+        return (made * pulls[:512, None]).astype(mx.float32).sum()
+
+    changing = []
+    for name, loss, weight in (("embeddings", embedded, rows), ("experts", mixed, experts)):
+        gradients = [mx.grad(loss)(weight) for _ in range(rounds)]
+        mx.eval(gradients)
+        if not all(mx.array_equal(gradients[0], other).item() for other in gradients[1:]):
+            changing.append(name)
+    return changing

@@ -16,7 +16,6 @@ from itertools import accumulate
 import mlx.core as mx
 import numpy as np
 
-from mlx_lora import device
 from mlx_lora.data.batches import PLACES_STEP, Batch
 from mlx_lora.distributed import Ranks
 from mlx_lora.training.losses import Arrays
@@ -120,11 +119,7 @@ class Sharing:
         names, leaves = zip(*grads.items(), strict=True)
         parts = [mx.stack([loss_sum, tokens, mx.array(float(flag))]), *(leaf.reshape(-1) for leaf in leaves)]
         message = mx.concatenate(parts)
-        if device.host_waits_for_peers():
-            mx.eval(message)
         message = self._ranks.sum(message)
-        if device.host_waits_for_peers():
-            mx.eval(message)
         ends = list(accumulate(part.size for part in parts))
         scalars, *flat = mx.split(message, ends[:-1])
         summed = {name: part.reshape(leaf.shape) for name, part, leaf in zip(names, flat, leaves, strict=True)}

@@ -119,6 +119,7 @@ def mean_loss(
         total, count = total + part, count + tokens
         mx.eval(total, count)
     if ranks is not None:
+        # Each rank ends when it ends: on a GPU, the host must do the waiting for the others, see `Ranks.sum`.
         total, count = ranks.sum(mx.stack([total, count]))
     model.train(training)
     tokens = int(count.item())
