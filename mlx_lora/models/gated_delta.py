@@ -34,7 +34,7 @@ from mlx_lora.models.decay import Decay, lower_triangle, unit_lower_inverse
 
 CHUNK = 64
 # Tokens of all heads and rows whose intermediates are alive at once: more makes fewer, larger products.
-SEGMENT_HEAD_TOKENS = 8192
+SEGMENT_HEAD_TOKENS = 4096
 # Head widths, of keys and of values, that MLX's fused kernels have (mlx 0.32.4).
 FUSED_WIDTH = 128
 
