@@ -92,6 +92,7 @@ def test_dual_equals_mlx_lms(shape, strength, small_spans):
     assert worst(ours_dual, theirs_dual, dual_inputs(*shape, strength)) < 1e-5
 
 
+@pytest.mark.slow  # MLX has a compiler make some thirty kernels
 def test_dual_in_its_own_chunks_and_compiled():
     assert worst(ours_dual, theirs_dual, dual_inputs(1, 150, 2, 8, 1, 4), compiled=True) < 1e-5
 
@@ -146,6 +147,7 @@ def test_selective_scan_in_its_own_spans():
     assert worst(selective_scan, naive_scan, scan_inputs(1, 280, 3, 2)) < 1e-5
 
 
+@pytest.mark.slow
 def test_selective_scan_compiled(small_spans):
     assert worst(selective_scan, naive_scan, scan_inputs(*SCAN_SHAPES["odd"]), compiled=True) < 1e-5
 
