@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from byte_tokenizer import CHATML, byte_tokenizer
+from byte_tokenizer import CHATML, byte_tokenizer, template
 
 from mlx_lora.config import DataSettings
 from mlx_lora.data.loading import load_data
@@ -93,6 +93,70 @@ def test_tools_a_template_does_not_show_are_noted(tmp_path):
     assert report(tmp_path, [CHAT], valid_fraction=0.0).notes == []
     shown = report(tmp_path, [{**CHAT, "tools": [{"name": "f"}]}], valid_fraction=0.0, chat_template="chatml")
     assert shown.notes == []
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
+ASKED = [
+    {"role": "user", "content": "f?"},
+    CALL,
+    {"role": "tool", "content": "2"},
+    {"role": "assistant", "content": "two"},
+]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_thinking_a_template_does_not_show_is_counted_under_its_name(name, tmp_path):
+    thinking = {"messages": [CHAT["messages"][0], {"role": "assistant", "content": "1", name: "hm"}]}
+    found = report(tmp_path, [thinking, CHAT, thinking], valid_fraction=0.0)
+    assert found.notes == [f"2 rows have {name}, which the chat template does not show; it is not trained"]
+    assert f"note       2 rows have {name}" in found.render()
+    (tmp_path / "shows.jinja").write_text(template("think_prompt"))
+    shown = report(tmp_path, [thinking, CHAT], valid_fraction=0.0, chat_template=str(tmp_path / "shows.jinja"))
+    assert shown.notes == []
+
+
+def test_fields_that_are_not_read_and_chats_that_are_divided_are_counted(tmp_path):
+    turns = [{**message, "id": n} for n, message in enumerate(CHAT["messages"])]
+    turns[1] = {**turns[1], "thinking": "hm"}
+    (tmp_path / "qwen.jinja").write_text(template("qwen3_thinking"))
+    found = report(tmp_path, [{"messages": turns}], valid_fraction=0.0, chat_template=str(tmp_path / "qwen.jinja"))
+    assert found.notes[0] == "fields of messages that are not read: id (1 row)"
+    assert found.notes[1].startswith("1 chat gives several rows")
+    assert found.splits["train"].rows == 2
+
+
+def test_rows_with_tool_calls_name_a_template_that_has_tools_and_train_with_it(tmp_path):
+    """As in a Glaive set: some rows call tools, the others talk."""
+    rows = [{"messages": [{"role": "system", "content": "help"}, *ASKED], "tools": [{"name": "f"}]}, CHAT] * 6
+    found = report(tmp_path, rows, valid_fraction=0.0)
+    assert found.dropped == 6
+    assert {row.why for row in found.dropped_rows} == {
+        "the chat template does not show tool calls; use --chat-template chatml, which has tools"
+    }
+    alpaca = report(tmp_path, rows, valid_fraction=0.0, chat_template="alpaca")
+    assert all(row.why.endswith("; use --chat-template chatml, which has tools") for row in alpaca.dropped_rows)
+    chatml = report(tmp_path, rows, valid_fraction=0.0, chat_template="chatml")
+    assert chatml.dropped == 0
+    assert chatml.splits["train"].rows == 12
+    assert chatml.notes == []
+    one = report(tmp_path, rows[:1], valid_fraction=0.0, chat_template="chatml")
+    assert [text.split("\n")[0] for text, is_trained in one.example if is_trained] == ["<tool_call>", "two<|im_end|>"]
+
+
+def test_instructions_a_template_does_not_show_are_counted(tmp_path):
+    (tmp_path / "deaf.jinja").write_text(CHATML.replace("{{ '<|im_start|>' + m", "{% if message.role != 'system' %}{{ '<|im_start|>' + m").replace("{% endfor %}", "{% endif %}{% endfor %}", 1))  # fmt: skip
+    told = {"messages": [{"role": "system", "content": "be brief"}, *CHAT["messages"]]}
+    told["messages"][1] = {**told["messages"][1], "name": "Ann"}
+    deaf = report(tmp_path, [told], valid_fraction=0.0, chat_template=str(tmp_path / "deaf.jinja"))
+    assert deaf.notes == [
+        "1 row has a system message, which the chat template does not show; it is not trained",
+        "1 row has name, which the chat template does not show; it is not trained",
+    ]
+    developer = {"messages": [{"role": "developer", "content": "be brief"}, *CHAT["messages"]]}
+    (tmp_path / "qwen.jinja").write_text(template("qwen3_5"))  # knows system only
+    heard = report(tmp_path, [developer], valid_fraction=0.0, chat_template=str(tmp_path / "qwen.jinja"))
+    assert (heard.dropped, heard.notes) == (0, [])
+    assert "be brief" in heard.render()
 
 
 def test_to_dict_is_plain(tmp_path):

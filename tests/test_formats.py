@@ -150,3 +150,91 @@ def test_reasons_on_one_line(record, message):
 def test_nothing_to_learn_is_told_apart(record):
     with pytest.raises(EmptyRecord):
         parse_record(record)
+
+
+def assistant(**fields):
+    return parse_record({"messages": [USER, {"role": "assistant", "content": "a", **fields}]})[1]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_thinking_has_several_names_and_one_here(name):
+    example = assistant(**{name: "hm"})
+    assert example.messages[1] == {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+    assert example.reasoning_field == name
+    assert not example.unread
+    assert "reasoning_content" not in assistant(**{name: " "}).messages[1]
+    copies = assistant(**{name: "hm", "reasoning_content": "hm"})
+    assert copies.messages == example.messages
+    with pytest.raises(FormatError, match=r"message 2: \w+ is a list, not a string"):
+        assistant(**{name: ["hm"]})
+
+
+def test_thinking_that_contradicts_itself_is_refused():
+    with pytest.raises(FormatError, match="message 2 has reasoning_content and thinking, and they differ; keep one"):
+        assistant(reasoning_content="hm", thinking="ah")
+
+
+def test_thinking_as_a_content_part():
+    for thought in ("hm", [{"type": "text", "text": "hm"}]):
+        parts = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": "a"}]
+        assert assistant(content=parts).messages == assistant(thinking="hm").messages
+
+
+def test_harmonys_channels_become_one_turn():
+    def say(channel, content, **more):
+        return {"role": "assistant", "channel": channel, "content": content, **more}
+
+    asked = {"role": "tool", "name": "functions.sum", "content": "2"}
+    turns = [
+        USER,
+        say("analysis", "hm"),
+        say("commentary", "I will add."),
+        say("commentary", '{"x": 1}', recipient="functions.sum"),
+        asked,
+        say("analysis", "so"),
+        say("analysis", "yes"),
+        say("final", "a", weight=0),
+        USER,
+        say("final", "b"),
+    ]
+    example = parse_record({"messages": turns})[1]
+    assert example.messages == [
+        USER,
+        {"role": "assistant", "content": "I will add.", "reasoning_content": "hm", "tool_calls": [CALL]},
+        {"role": "tool", "content": "2", "name": "sum"},
+        {"role": "assistant", "content": "a", "reasoning_content": "so\nyes", "weight": 0},
+        USER,
+        {"role": "assistant", "content": "b"},
+    ]
+    for left_over in ([USER, say("analysis", "hm")], [USER, say("commentary", "hm"), USER, say("final", "a")]):
+        with pytest.raises(FormatError, match="channel analysis or commentary is followed by no answer and no call"):
+            parse_record({"messages": left_over})
+    with pytest.raises(FormatError, match="message 2 has channel 'secret'; expected one of analysis"):
+        parse_record({"messages": [USER, say("secret", "hm")]})
+
+
+def test_openais_older_functions():
+    call = {"role": "assistant", "content": None, "function_call": {"name": "sum", "arguments": '{"x": 1}'}}
+    result = {"role": "function", "name": "sum", "content": "2"}
+    old = parse_record({"messages": [USER, call, result, ASSISTANT], "functions": [TOOL["function"]]})[1]
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    new = parse_record({"messages": [USER, call, {**result, "role": "tool"}, ASSISTANT], "tools": [TOOL]})[1]
+    assert old == new
+
+
+def test_results_are_named_by_id_or_place():
+    calls = [{"id": f"c{n}", "type": "function", "function": {"name": n, "arguments": {}}} for n in "ab"]
+    asked = {"role": "assistant", "content": "", "tool_calls": calls}
+    by_id = [{"role": "tool", "content": name, "tool_call_id": f"c{name}"} for name in "ba"]
+    example = parse_record({"messages": [USER, asked, *by_id, ASSISTANT]})[1]
+    assert [m["name"] for m in example.messages[2:4]] == ["b", "a"]
+    by_place = [{"role": "tool", "content": name} for name in "xy"]
+    example = parse_record({"messages": [USER, asked, *by_place, ASSISTANT]})[1]
+    assert [m["name"] for m in example.messages[2:4]] == ["a", "b"]
+
+
+def test_what_is_not_read_is_named():
+    turns = [{**USER, "time": 3, "thinking": "hm"}, {**ASSISTANT, "refusal": "no", "audio": None, "annotations": []}]
+    assert parse_record({"messages": turns})[1].unread == {"time", "thinking", "refusal"}
+    shared = [{"from": "human", "value": "q", "mood": 1}, {"from": "gpt", "value": "a", "weight": 1}]
+    assert parse_record({"conversations": shared})[1].unread == {"mood"}

@@ -219,6 +219,24 @@ def test_a_call_is_cut_where_the_tools_answer_begins():
     assert encoded.unshown == {"text beside a tool call": [0]}
 
 
+@pytest.mark.parametrize("weight", [0, 1])
+def test_a_turn_that_changes_what_stands_before_it_begins_behind_the_tools_answer(weight):
+    """Gemma 4's template of July 2026 closes the model's turn behind text beside a call, and only at inference."""
+    once = "{{ message.content | trim + '<turn|>\\n' }}"
+    at_the_end = "{{ message.content | trim + ('<turn|>\\n' if loop.index + results.count == turns | length else '') }}"
+    text = unmarked(template("gemma4"))
+    assert text.count(once) == 1
+    tokenizer = byte_tokenizer(
+        text.replace(once, at_the_end), bos=True, eos="<turn|>", special_tokens=(*SPECIAL_TOKENS, *GEMMA)
+    )
+    encoder = Encoder(tokenizer, text.replace(once, at_the_end), max_seq_length=10**6)
+    call = {"role": "assistant", "content": "I will add.", "tool_calls": [CALL], "weight": weight}
+    messages = [ASKED, call, {"role": "tool", "content": "SECRET"}, {"role": "assistant", "content": "it is 7"}]
+    (row,) = rows_of(encoder.encode([parse_record({"messages": messages, "tools": TOOLS})[1]]))
+    trained = [part.split("⟧")[0] for part in shown(tokenizer, row).split("⟦")[1:]]
+    assert trained == ["<|tool_call>call:add{x:7}<tool_call|><|tool_response>"] * weight + ["it is 7<turn|>"]
+
+
 def test_text_of_another_message_within_a_turn_refuses_the_row():
     inside = (
         "{% for m in messages %}{% if m.role == 'user' %}<s>{{ m.content }}</s>{% elif m.role == 'assistant' %}"

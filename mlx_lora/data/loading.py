@@ -362,21 +362,22 @@ def _notes(
     for part in encoded.values():
         unshown.update({name: len(numbers) for name, numbers in part.unshown.items()})
     for name, count in sorted(unshown.items()):
-        notes.append(f"{_rows_have(count)} {name}, which the chat template does not show; it is not trained")
+        have = "has" if count == 1 else "have"
+        notes.append(f"{_count(count, 'row')} {have} {name}, which the chat template does not show; it is not trained")
     unread = Counter(name for chat in chats for name in chat.unread)
     if unread:
-        named = ", ".join(f"{name} ({count:,} rows)" for name, count in unread.most_common(8))
+        named = ", ".join(f"{name} ({_count(count, 'row')})" for name, count in unread.most_common(8))
         notes.append(f"fields of messages that are not read: {named}")
     divided = sum(len(part.divided) for part in encoded.values())
     if divided:
         notes.append(
-            f"{divided:,} chats are several rows each: the chat template hides their earlier thinking or tools later on, "
-            "and each turn is trained as the model writes it"
+            f"{_count(divided, 'chat')} {'gives' if divided == 1 else 'give'} several rows: the chat template hides "
+            "earlier thinking or tools later on, and each turn is trained as the model writes it"
         )
     if day and chats:
         notes.append(f"the chat template shows a date: {day.isoformat()}, kept for --resume (--chat-date)")
     return notes
 
 
-def _rows_have(count: int) -> str:
-    return "1 row has" if count == 1 else f"{count:,} rows have"
+def _count(count: int, of: str) -> str:
+    return f"{count:,} {of}" + ("" if count == 1 else "s")

@@ -180,7 +180,8 @@ class Turns:
         opening = self._prompt or self._specials.tail(prompt)  # what stands right before a turn
         opened = last.rfind(opening, 0, region[0]) if opening else -1
         start = opened + len(opening) if opened >= 0 else region[0]
-        return prompt if opened >= 0 and prompt.endswith(opening) else last[:start], start
+        kept = self._without_foreign_text(last, messages, number, (start, region[1]), region)[0]
+        return prompt if opened >= 0 and kept == start and prompt.endswith(opening) else last[:kept], kept
 
     def _end(self, last: str, start: int, content: str) -> tuple[int, str]:
         """Return where a last turn ends, and the special token that ends it; a template may add the end of the text."""
@@ -248,7 +249,7 @@ class Turns:
             start = min(start, end - common_prefix(text[:end][::-1], turn.written[::-1]))
         span = (start, end)
         if turn is None or text[start:end] not in turn.written:
-            span = self._without_foreign_text(number, span, region)
+            span = self._without_foreign_text(text, self._messages, number, span, region)
         closing = self._specials.closing(text[span[0] : span[1]])
         if turn and turn.closing and closing and closing != turn.closing:
             span = (span[0], span[1] - len(closing))
@@ -303,27 +304,35 @@ class Turns:
         named = {**call, "function": {"name": self._mark, "arguments": {}}}
         yield self._render(_with(messages, number, {**message, "content": "", "tool_calls": [named]})), True
 
-    def _without_foreign_text(self, number: int, span: Span, region: Span) -> Span:
-        """Cut a span where another message's text stands in it: that is what changes when that message does.
+    def _without_foreign_text(self, text: str, messages: list[Message], number: int, span: Span, region: Span) -> Span:
+        """Cut a span down to the turn's own region on a side where another message's text stands.
+
+        That is what changes when that message does.
 
         Raises:
             FormatError: the other text stands within the turn's own.
         """
-        for other in range(len(self._messages)):
-            message = self._messages[other]
-            if other == number or not message["content"].strip():
+        start, end = span
+        for other, message in enumerate(messages):
+            content = message["content"].strip()
+            if other == number or not content or not (text[start : region[0]] + text[region[1] : end]).strip():
                 continue
             try:
-                variant = self._render(_with(self._messages, other, {**message, "content": self._mark}))
-            except FormatError:
-                continue
-            start = common_prefix(self._text, variant)
-            end = len(self._text) - min(common_prefix(self._text[::-1], variant[::-1]), len(self._text) - start)
-            if start < region[1] and end > region[0]:
+                first, last = self._difference(text, _with(messages, other, {**message, "content": self._mark}))
+            except FormatError:  # it is refused with another text, so its own has to do
+                first = text.find(content, start, end)
+                last = text.rfind(content, start, end) + len(content)
+            if first < region[1] and last > region[0]:
                 raise FormatError(f"the chat template puts message {other + 1} into message {number + 1}")
-            if start < span[1] and end > span[0]:
-                span = (max(span[0], end), span[1]) if end <= region[0] else (span[0], min(span[1], start))
-        return span
+            start = region[0] if first < region[0] and last > start else start
+            end = region[1] if last > region[1] and first < end else end
+        return start, end
+
+    def _difference(self, text: str, messages: list[Message]) -> Span:
+        """Return what of a text is another in a rendering of some messages."""
+        variant = self._render(messages)
+        start = common_prefix(text, variant)
+        return start, len(text) - min(common_prefix(text[::-1], variant[::-1]), len(text) - start)
 
 
 def has_thinking(message: Message) -> bool:
