@@ -20,6 +20,7 @@ from test_adapter_folder import make_adapter
 from test_gguf_blocks import random_tensor
 from tiny_moe import with_quantised_experts
 
+from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.artifacts.gguf import write_gguf_adapter
 from mlx_lora.artifacts.gguf_model import write_gguf_model
@@ -337,6 +338,39 @@ def test_an_adapted_expert_is_no_mxfp4_any_more_and_f32_is_f32(mxfp4_folder, tmp
     write_gguf_model(tmp_path / "f.gguf", base, gguf_type="f32", name="m")
     assert {tensor.type for tensor in read_gguf(tmp_path / "f.gguf").tensors.values()} == {Kind.F32}
     assert mx.allclose(load(tmp_path / "f.gguf").model(IDS), base.model(IDS), rtol=1e-4, atol=1e-4)
+
+
+# --- adapters
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "tensor", "parts"),
+    [
+        ("qwen3moe", "down_proj", "ffn_down_exps", ["mlp.switch_mlp.down_proj"]),
+        (
+            "gemma4 experts",
+            "gate_proj,up_proj",
+            "ffn_gate_up_exps",
+            ["experts.switch_glu.gate_proj", "experts.switch_glu.up_proj"],
+        ),
+        ("gemma4 experts", "up_proj", "ffn_gate_up_exps", ["", "experts.switch_glu.up_proj"]),
+        ("phi3", "qkv_proj", "attn_qkv", ["self_attn.qkv_proj"]),
+    ],
+)
+def test_an_adapter_file_holds_the_update_of_each_tensor(name, targets, tensor, parts, tmp_path):
+    folder = write_family(name, tmp_path / "m")
+    make_adapter(folder, tmp_path / "a", targets)
+    base = load(folder)
+    load_adapter(base, tmp_path / "a")
+    write_gguf_adapter(tmp_path / "a.gguf", base.model, "m")
+    file = read_gguf(tmp_path / "a.gguf")
+    a, b = (file.tensors[f"blk.1.{tensor}.weight.lora_{side}"].dequantise() for side in "ab")
+    update = b @ a * file.metadata["adapter.lora.alpha"] / a.shape[-2]
+    deltas = [np.array(adapter_layers(base.model)[f"model.layers.1.{part}"].delta()) for part in parts if part]
+    if len(parts) > len(deltas):
+        deltas = [np.zeros_like(deltas[0]), *deltas]
+    np.testing.assert_allclose(update, np.concatenate(deltas, axis=-2), rtol=1e-4, atol=1e-5)
+    assert np.abs(update).max() > 0.01
 
 
 # --- refusals
