@@ -71,6 +71,17 @@ def test_bfloat16_scales_round_once(kind: Kind) -> None:
         assert mx.array_equal(a if kind is Kind.MXFP4 else a.astype(mx.bfloat16), b)
 
 
+@pytest.mark.parametrize("kind", sorted(LOSSLESS), ids=lambda kind: kind.name)
+def test_experts_are_carried_one_after_the_other(kind: Kind) -> None:
+    whole = random_tensor(kind)
+    experts = GGUFTensor("t", kind, (2, ROWS // 2, WIDTH), whole.data)
+    found, wanted = carry_blocks(experts, mx.float32), carry_blocks(whole, mx.float32)
+    for a, b in zip(found.arrays, wanted.arrays, strict=True):
+        assert a.shape[:2] == (2, ROWS // 2)
+        assert mx.array_equal(a[1], b[ROWS // 2 :])
+        assert not mx.array_equal(a[0], b[ROWS // 2 :])
+
+
 @pytest.mark.parametrize("bits", [4, 5, 8])
 def test_codes_come_back_from_mlx(bits: int) -> None:
     codes = np.random.default_rng(0).integers(0, 2**bits, (3, 96)).astype(np.uint8)

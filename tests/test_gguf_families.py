@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,18 @@ from test_adapter_folder import make_adapter
 from test_gguf_blocks import random_tensor
 from tiny_moe import with_quantised_experts
 
+from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.artifacts.gguf import write_gguf_adapter
 from mlx_lora.artifacts.gguf_model import write_gguf_model
 from mlx_lora.config import ModelSettings
 from mlx_lora.errors import InputError
-from mlx_lora.models.converting import convert_model
+from mlx_lora.models.converting import build_model, convert_model
 from mlx_lora.models.gguf_arch import ARCHITECTURES, model_config, weight_map
 from mlx_lora.models.gguf_blocks import carry_blocks, mxfp4_blocks
 from mlx_lora.models.gguf_places import Order, Weight
 from mlx_lora.models.gguf_settings import gguf_settings
-from mlx_lora.models.gguf_weights import import_weights
+from mlx_lora.models.gguf_weights import check_shapes, import_weights
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.models.outline import outline_of
 from mlx_lora.models.quantize import Quantisation
@@ -132,6 +134,20 @@ def test_routers_and_kernels_stay_float_whatever_is_asked(written, tmp_path):
     for tensor in ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1d.weight", "ssm_a", "ssm_dt.bias"):
         assert tensors[f"blk.0.{tensor}"].type is Kind.F32
     assert tensors["blk.0.ffn_up_exps.weight"].type is Kind.Q4_0
+
+
+@pytest.mark.parametrize(("name", "wrapper"), [("gemma4", "gemma4"), ("qwen35", "qwen3_5")])
+def test_a_multimodal_models_text_part_is_the_same_file(name, wrapper, written, tmp_path):
+    model, config = tiny_family(name)
+    prefix = "language_model." if name == "gemma4" else ""  # the other's names have it already
+    weights = {prefix + key: value for key, value in parameters(model).items()}
+    folder = write_family(name, tmp_path / "m")
+    nested = {"model_type": wrapper, "text_config": config, "vocab_size": 288}
+    eos = json.loads((folder / "config.json").read_text())["eos_token_id"]
+    (folder / "config.json").write_text(json.dumps(nested | {"eos_token_id": eos}))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    write_gguf_model(tmp_path / "m.gguf", load(folder), gguf_type="f32", name="m")
+    assert (tmp_path / "m.gguf").read_bytes() == written(name)[1].read_bytes()
 
 
 # --- orders
@@ -324,6 +340,39 @@ def test_an_adapted_expert_is_no_mxfp4_any_more_and_f32_is_f32(mxfp4_folder, tmp
     assert mx.allclose(load(tmp_path / "f.gguf").model(IDS), base.model(IDS), rtol=1e-4, atol=1e-4)
 
 
+# --- adapters
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "tensor", "parts"),
+    [
+        ("qwen3moe", "down_proj", "ffn_down_exps", ["mlp.switch_mlp.down_proj"]),
+        (
+            "gemma4 experts",
+            "gate_proj,up_proj",
+            "ffn_gate_up_exps",
+            ["experts.switch_glu.gate_proj", "experts.switch_glu.up_proj"],
+        ),
+        ("gemma4 experts", "up_proj", "ffn_gate_up_exps", ["", "experts.switch_glu.up_proj"]),
+        ("phi3", "qkv_proj", "attn_qkv", ["self_attn.qkv_proj"]),
+    ],
+)
+def test_an_adapter_file_holds_the_update_of_each_tensor(name, targets, tensor, parts, tmp_path):
+    folder = write_family(name, tmp_path / "m")
+    make_adapter(folder, tmp_path / "a", targets)
+    base = load(folder)
+    load_adapter(base, tmp_path / "a")
+    write_gguf_adapter(tmp_path / "a.gguf", base.model, "m")
+    file = read_gguf(tmp_path / "a.gguf")
+    a, b = (file.tensors[f"blk.1.{tensor}.weight.lora_{side}"].dequantise() for side in "ab")
+    update = b @ a * file.metadata["adapter.lora.alpha"] / a.shape[-2]
+    deltas = [np.array(adapter_layers(base.model)[f"model.layers.1.{part}"].delta()) for part in parts if part]
+    if len(parts) > len(deltas):
+        deltas = [np.zeros_like(deltas[0]), *deltas]
+    np.testing.assert_allclose(update, np.concatenate(deltas, axis=-2), rtol=1e-4, atol=1e-5)
+    assert np.abs(update).max() > 0.01
+
+
 # --- refusals
 
 CANNOT_WRITE = [
@@ -368,6 +417,32 @@ def test_files_that_mlx_lm_cannot_express_are_refused(name, changes, words, writ
     file.metadata.update({f"{architecture(name)}.{key}": value for key, value in changes.items()})
     with pytest.raises(InputError, match=words):
         model_config(file)
+
+
+NASTY = [0, 1, 3, 2**40, -1, -0.5, float("nan"), True, "text", [], ["a"], np.zeros(0, np.int32), np.array([1, 2])]
+NASTY += [np.array([2**31 - 1] * 64), np.array([0.5] * 64), np.array([True, False] * 32), None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_setting_leads_to_anything_but_one_line(name, written):
+    file = read_gguf(written(name)[1])
+    whole, told = dict(file.metadata), []
+    for key in [key for key in whole if key.startswith(f"{architecture(name)}.")]:
+        for value in NASTY:
+            file.metadata.clear()
+            file.metadata.update(
+                whole | {key: value} if value is not None else {k: v for k, v in whole.items() if k != key}
+            )
+            try:
+                config = model_config(file)
+                places = weight_map(file, config)
+                shapes = {ours: array.shape for ours, array in parameters(build_model(config)).items()}
+                check_shapes("m.gguf", file.tensors, places, shapes)
+            except InputError as error:
+                told.append(str(error))
+    assert len(told) > 100
+    assert not [line for line in told if "\n" in line or len(line) > 1500]
 
 
 def test_an_adapter_of_what_is_scaled_expert_by_expert_is_refused(tmp_path):

@@ -163,12 +163,14 @@ def _qwen35_fields(settings: Settings, config: Config) -> Config:
     if layers < interval or interval < 2:
         settings.problems.append(f"{settings.architecture}: attention in every {interval} of {layers} layers")
     turned = settings.count("rope.dimension_count", config["head_dim"])
-    sections = settings.file.metadata.get(f"{settings.architecture}.rope.dimension_sections")
+    sections = settings.per_layer("rope.dimension_sections", 3)
+    if sections is None and settings.has("rope.dimension_sections"):
+        settings.problems.append(f"{settings.architecture}.rope.dimension_sections is not a list of whole numbers")
     rope = {
         "rope_type": "default",
         "rope_theta": config["rope_theta"],
         "partial_rotary_factor": turned / config["head_dim"],
-        "mrope_section": [int(size) for size in sections[:3]] if sections is not None else [11, 11, 10],
+        "mrope_section": sections or [11, 11, 10],
         "mrope_interleaved": True,
     }
     fields = {"full_attention_interval": interval, "layer_types": kinds, "rope_parameters": rope}

@@ -118,6 +118,9 @@ def read_longrope(settings: Settings, config: dict[str, Any]) -> dict[str, Any]:
     if short is None and long is None:
         return fields
     pairs = settings.count("rope.dimension_count", config["head_dim"]) // 2
+    if original < 2:
+        settings.problems.append(f"{settings.architecture}.rope.scaling.original_context_length is {original}")
+        return fields
     if short is None or long is None or not len(short) == len(long) == pairs:
         settings.problems.append(f"{SHORT_FACTORS} and {LONG_FACTORS} are not {pairs} numbers each")
         return fields
