@@ -8,7 +8,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten
-from tiny_families import COMMON, KINDS
+
+COMMON = {
+    "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5, "vocab_size": 288, "rope_theta": 1e4,
+    "max_position_embeddings": 512, "attention_bias": False, "tie_word_embeddings": True,
+}  # fmt: skip
 
 BARE = {"vocab_size": 288, "hidden_size": 64, "num_hidden_layers": 2, "tie_word_embeddings": False}
 MAMBA = {
@@ -42,7 +47,8 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "time_step_limit": [0.0, 100.0], "intermediate_size": 128,
     },
     "falcon_h1": {
-        **COMMON, **KINDS["falcon_h1"], "model_type": "falcon_h1", "mamba_n_groups": 2, "tie_word_embeddings": False,
+        **COMMON, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_state": 16, "mamba_n_heads": 4,
+        "mamba_d_conv": 4, "mamba_chunk_size": 16, "model_type": "falcon_h1", "mamba_n_groups": 2, "tie_word_embeddings": False,
     },
     "nemotron_h": {**COMMON, **NEMOTRON, "model_type": "nemotron_h", "tie_word_embeddings": False},
     "granitemoehybrid": {
@@ -52,10 +58,19 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "mamba_d_head": 16, "mamba_proj_bias": False, "mamba_d_state": 16, "mamba_d_conv": 4, "mamba_n_groups": 1,
         "mamba_conv_bias": True, "position_embedding_type": "nope", "tie_word_embeddings": False,
     },
-    "plamo2": {**COMMON, **KINDS["plamo2"], "model_type": "plamo2"},
+    "plamo2": {
+        **COMMON, "model_type": "plamo2", "mamba_d_state": 16, "mamba_num_heads": 4, "mamba_step": 2, "mamba_d_conv": 4,
+        "mamba_dt_min": 0.001, "hidden_size_per_head": 16, "attention_window_size": 8, "full_attention_idx": [],
+    },
     "bailing_moe_linear": {**COMMON, **BAILING, "model_type": "bailing_moe_linear", "tie_word_embeddings": False},
-    "recurrent_gemma": {**COMMON, **KINDS["recurrent_gemma"], "model_type": "recurrent_gemma"},
-    "rwkv7": {**COMMON, **KINDS["rwkv7"], "model_type": "rwkv7"},
+    "recurrent_gemma": {
+        **COMMON, "model_type": "recurrent_gemma", "conv1d_width": 4, "logits_soft_cap": 30.0, "attention_window_size": 8,
+        "num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"],
+    },
+    "rwkv7": {
+        **COMMON, "model_type": "rwkv7", "a_low_rank_dim": 8, "v_low_rank_dim": 8, "gate_low_rank_dim": 8,
+        "decay_low_rank_dim": 8, "norm_eps": 1e-5, "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 # Softplus of these is a time step of about 0.1 to 0.5: a state that remembers, and forgets.
 TIME_STEP_BIAS = (-2.0, -0.5)
