@@ -24,7 +24,15 @@ def test_json_is_one_object_with_all_that_was_promised(asked):
     found = json.loads(asked.out)
     assert {"device", "memory_bytes", "blas", "versions", "checks", "ceilings", "working_set_bytes"} <= set(found)
     assert found["memory_bytes"] >= found["working_set_bytes"] > 0
-    assert {check["name"] for check in found["checks"]} == {"versions", "memory", "BLAS", "arithmetic", "speed", "disk"}
+    assert {check["name"] for check in found["checks"]} == {
+        "versions",
+        "memory",
+        "BLAS",
+        "arithmetic",
+        "speed",
+        "kernels",
+        "disk",
+    }
     assert all(check["status"] != "failed" for check in found["checks"])
     for rates in found["ceilings"].values():
         assert all(rate > 0 for rate in rates.values())

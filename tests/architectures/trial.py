@@ -27,10 +27,11 @@ from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.config import ModelSettings, TrainSettings, train_settings
 from mlx_lora.data.batches import Batch
 from mlx_lora.models.attention import tiled_attention
+from mlx_lora.models.kernel_choice import choose_model_kernels
 from mlx_lora.models.kernels import training_kernels
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.losses import Arrays, choose_kernels, choose_loss
+from mlx_lora.training.losses import Arrays, check_kernels, choose_loss
 
 ROWS, WIDTH = 2, 21  # longer than the tiny models' windows and their indexers' choices, and odd
 RANK = 4
@@ -188,7 +189,8 @@ def vocabulary_of(base: Base) -> int:
 def trained_gradients(base: Base, arrays: Arrays, mode: str) -> tuple[mx.array, dict[str, Any]]:
     """Return mean loss and its gradient as the step takes them: chosen loss, chosen kernels, a checkpointing mode."""
     loss = choose_loss(base.model, base.config)
-    use_kernels, _ = choose_kernels(base.model, base.config, loss)
+    choice = choose_model_kernels(base.model, [16], "ours", mx.float32)
+    use_kernels, _ = check_kernels(base.model, base.config, loss, choice)
     tape = apply_checkpointing(base.model, mode)
     attend = tape.attend if tape else tiled_attention
 
