@@ -25,7 +25,7 @@ from mlx_lora.cache import cache_dir
 # `0` measures no kernel: what is not in the cache is taken to be as the first candidate of ours (tests, repeatable runs).
 SWITCH = "MLX_LORA_MEASURE_KERNELS"
 # What a right answer may be off by, in parts of the exact one: float32 sums in another order, 16-bit roundings.
-TOLERANCE = {mx.float32: 1e-4, mx.bfloat16: 3e-2, mx.float16: 5e-3}
+TOLERANCE = {mx.float32: 1e-4, mx.bfloat16: 5e-2, mx.float16: 5e-3}
 # The rule of `choose`, in words there.
 LAYERS = 16  # of a model, as far as memory is weighed
 MOST_MEMORY = 1.5

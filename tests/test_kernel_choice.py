@@ -11,10 +11,12 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import yaml
+from architectures.build import tiny_architecture
 from conftest import TINY, tiny_model
 from mlx.utils import tree_flatten
 from run_cli import run
 from test_step import adapted, batch
+from tiny_recurrent import recurrent_model
 
 from mlx_lora import device
 from mlx_lora.measuring import SWITCH, TOLERANCE, Figures, Trial, choose, keep_figures, measure, read_figures
@@ -105,6 +107,10 @@ SHAPES = [
     ("attention", attention_class(2, 2, 16, 16, 64, "none")),
     ("attention", attention_class(4, 2, 16, 16, 64, "causal", sinks=True)),
     ("gated activation", activation_class(96)),
+    ("gated delta", (64, 2, 4, 32, 16, "a gate per head")),
+    ("gated delta", (64, 2, 2, 32, 32, "a gate per channel")),
+    ("state space", (64, 4, 16, 2, 8)),
+    ("state space", (64, 6, 8, 1, 16)),
 ]
 
 
@@ -117,7 +123,8 @@ def test_every_candidate_is_right_and_a_slightly_wrong_one_is_not(name, shape, d
     trial, reference = row.trial(shape, dtype)
 
     def wrong(*args, **kwargs):
-        return 1.2 * row.theirs(*args, **kwargs)
+        made = row.theirs(*args, **kwargs)
+        return (1.2 * made[0], made[1]) if isinstance(made, tuple) else 1.2 * made
 
     found = measure({**row.candidates, "wrong": wrong}, trial, reference, compiled=False)
     assert {one for one, figures in found.items() if not figures.correct} == {"wrong"}
@@ -443,3 +450,22 @@ def test_the_doctor_shows_the_table(own_cache, monkeypatch):
     marked = [line for line in shown.splitlines() if line.startswith("* attention, 128 keys, 4/2 heads of 16, float32")]
     assert len(marked) == 1
     assert " mlx " in marked[0]
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "mamba2"])
+def test_a_recurrence_runs_in_the_form_that_was_chosen(kind, own_cache, monkeypatch):
+    monkeypatch.setenv(SWITCH, "0")
+    model = recurrent_model(kind)[0] if kind == "mamba2" else tiny_architecture(kind)
+    ids = mx.arange(1, 41)[None]
+    expected, name = model(ids), {"qwen3_5": "gated delta", "mamba2": "state space"}[kind]
+    choice = choose_model_kernels(model, [40], "auto", mx.float32)
+    [(_, shape)] = [key for key in choice.classes if key[0] == name]
+    ours = choice.classes[name, shape]
+    assert f"{ours} {name} (not measured)" in choice.describe()
+    fast = {one: Figures(1.0 if one == ours else 1e-3, 10, 20, 10, 0.0, 1e-4) for one in ROWS[name].candidates}
+    keep_figures(figures_key(name, shape, mx.float32), fast)
+    other = choose_model_kernels(model, [40], "auto", mx.float32)
+    assert other.classes[name, shape] == MLX
+    for one in (choice, other):
+        with training_kernels(model, choose=one):
+            assert np.allclose(model(ids), expected, atol=1e-4)

@@ -1,7 +1,6 @@
 """The rows of the table of kernels for recurrences: the gated delta rule and Mamba-2's state space.
 
-A class is tried in short rows: mlx-lm's own forms are a loop over tokens, or keep T x T matrices, and lose ground with the
-length. Their memory is the planner's affair without terms of ours: it reads the graph of whatever was chosen.
+A class is tried in short rows with few heads: all of these are linear in both from there. Their memory is the planner's affair without terms of ours: it reads the graph of whatever was chosen.
 
 Shapes: B batch, T tokens, K key heads, H heads (value heads), k and v head widths, P width of a head, G groups, N numbers
 of a state.
@@ -21,7 +20,8 @@ from mlx_lora.models.kernel_row import MLX, Kernel, ShapeClass, size_class
 from mlx_lora.models.recurrent_layers import dual
 from mlx_lora.shape import KernelTerms
 
-SHORTEST, LONGEST = 64, 128  # tokens of a trial
+SHORTEST, LONGEST = 64, 128  # tokens of a trial of the gated delta rule, whose every token mlx-lm's loop keeps
+LONGEST_SPACE = 256  # of a state space: a piece of mlx-lm's
 MOST_HEADS = 4  # of a trial, at the model's ratio
 
 
@@ -125,12 +125,12 @@ def _space_class(
     if state is not None or mask is not None or lengths is not None:  # generation
         return None
     (_, tokens, heads, width), (groups, numbers) = hidden_states.shape, B.shape[2:]
-    return size_class(tokens, SHORTEST, LONGEST), heads, width, groups, numbers
+    return size_class(tokens, SHORTEST, LONGEST_SPACE), heads, width, groups, numbers
 
 
 def _space_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs]:
     tokens, heads, width, groups, numbers = shape
-    ratio = heads // groups
+    ratio = min(heads // groups, MOST_HEADS)  # heads of a group have nothing to do with each other
     g = max(1, min(groups, MOST_HEADS // ratio))
     h, keys = g * ratio, iter(mx.random.split(mx.random.key(0), 7))
 
