@@ -31,6 +31,7 @@ LAYERS = 16  # of a model, as far as memory is weighed
 MOST_MEMORY = 1.5
 MUCH_FASTER = 2.0
 HOPELESS = 4.0
+TOO_LONG_S = 1.5
 
 Outputs = Callable[..., list[mx.array]]
 
@@ -118,7 +119,7 @@ def measure(
     bound = math.inf if compiled else HOPELESS * min(one.seconds for one in first)
     again = [number for number, one in enumerate(first) if one.seconds <= bound]
     makers = [_both_passes(functions[number], trial, compiled) for number in again]
-    times = dict(zip(again, best_s(makers, warm=compiled), strict=True))
+    times = dict(zip(again, best_s(makers, warm=compiled, least_rounds=3), strict=True))
     tolerance, inputs = TOLERANCE[trial.arrays[0].dtype], sum(array.nbytes for array in trial.arrays)
     return {
         name: Figures(times.get(number, one.seconds), one.kept_bytes, one.peak_bytes, inputs, one.error, tolerance)
@@ -182,7 +183,11 @@ def _finite(error: mx.array) -> float:
 
 
 def best_s(
-    makers: Sequence[Callable[[], list[mx.array]]], rounds: int = 20, enough_s: float = 0.1, warm: bool = True
+    makers: Sequence[Callable[[], list[mx.array]]],
+    rounds: int = 20,
+    enough_s: float = 0.1,
+    warm: bool = True,
+    least_rounds: int = 1,
 ) -> list[float]:
     """Return each maker's shortest time; they take turns, so that another program's load meets all of them.
 
@@ -191,18 +196,20 @@ def best_s(
         rounds: at the most.
         enough_s: no further round after so long, all makers together.
         warm: call each once beforehand: the first call pays for kernel compilation.
+        least_rounds: not fewer, unless they take longer than `TOO_LONG_S`.
     """
     if warm:
         for make in makers:
             mx.eval(make())
     best = [math.inf] * len(makers)
     begun = time.perf_counter()
-    for _ in range(rounds):
+    for done in range(1, rounds + 1):
         for number, make in enumerate(makers):
             start = time.perf_counter()
             mx.eval(make())
             best[number] = min(best[number], time.perf_counter() - start)
-        if time.perf_counter() - begun > enough_s:
+        spent = time.perf_counter() - begun
+        if spent > enough_s and (done >= least_rounds or spent > TOO_LONG_S):
             break
     return best
 

@@ -435,6 +435,7 @@ def test_the_doctor_shows_the_table(own_cache, monkeypatch):
     prefer(MLX, loss="tiles")
     for name in ("ATTENTION", "ACTIVATION"):
         monkeypatch.setattr(f"mlx_lora.training.kernel_report.{name}", ())
+    monkeypatch.setattr("mlx_lora.training.kernel_report.RECURRENT", {})
     monkeypatch.setattr("mlx_lora.training.kernel_report.HEAD", (300, 32))
     monkeypatch.setattr(device, "trial_flops", lambda: 1e5)
     for slow, found in (("arithmetic", []), ("speed", ({}, []))):  # test_doctor.py has them

@@ -17,10 +17,11 @@ from mlx_lora.models.kernel_row import ShapeClass
 from mlx_lora.models.kernel_table import activation_class, attention_class, kernel_rows
 from mlx_lora.training.loss_choice import NAME, choose_form, head_words, loss_figures
 
-# What `doctor --kernels` measures: widths of SmolLM2-135M, and the heads of Llama 3.
+# What `doctor --kernels` measures: widths of SmolLM2-135M, heads of Llama 3, recurrences of Qwen3.5 and Mamba-2.
 ATTENTION = ((9, 3, 64, 256), (9, 3, 64, 1024), (32, 8, 128, 1024))
 ACTIVATION = (1536, 8192)
 HEAD = (49152, 576)
+RECURRENT = {"gated delta": (128, 16, 32, 128, 128, "a gate per head"), "state space": (256, 24, 64, 1, 128)}
 
 
 def measure_usual(say: Callable[[str], None]) -> None:
@@ -35,6 +36,7 @@ def measure_usual(say: Callable[[str], None]) -> None:
         for heads, key_heads, width, keys in ATTENTION
     ]
     calls += [(rows["gated activation"], activation_class(width)) for width in ACTIVATION]
+    calls += [(rows[name], shape) for name, shape in RECURRENT.items()]
     choose_among(calls, "auto", dtype, say)
     head = nn.Embedding(*HEAD)
     head.weight = head.weight.astype(dtype)
@@ -69,14 +71,14 @@ def known_table() -> list[dict[str, Any]]:
 
 def table_lines(table: list[dict[str, Any]]) -> list[str]:
     """Lay the table out for a person: one line for each candidate, the chosen one marked."""
-    lines = [f"{'':2}{'kernel and shape':<58}{'candidate':<10}{'ms':>9}{'kept MB':>9}{'peak MB':>9}{'error':>9}"]
+    lines = [f"{'':2}{'kernel and shape':<75}{'candidate':<10}{'ms':>9}{'kept MB':>9}{'peak MB':>9}{'error':>9}"]
     for row in table:
         title = f"{row['kernel']}, {row['shape']}, {row['dtype']}"
         for name, one in row["candidates"].items():
             mark = "*" if name == row["chosen"] else " "
             figures = Figures(**{key: value for key, value in one.items() if key != "correct"})
             lines.append(
-                f"{mark} {title:<58}{name:<10}{figures.seconds * 1e3:>9.2f}{figures.kept_bytes / 1e6:>9.2f}"
+                f"{mark} {title:<75}{name:<10}{figures.seconds * 1e3:>9.2f}{figures.kept_bytes / 1e6:>9.2f}"
                 f"{figures.peak_bytes / 1e6:>9.2f}{figures.error:>9.0e}{'' if figures.correct else '  wrong'}"
             )
             title = ""

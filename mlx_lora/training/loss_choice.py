@@ -68,8 +68,14 @@ def loss_figures(head: Head, dtype: mx.Dtype, say: Callable[[str], None] | None)
 
 
 def choose_form(figures: Mapping[str, Figures] | None) -> str:
-    """Return the form to use: ours where nothing was measured; a model has one head, not many."""
-    return TILES if figures is None else choose(figures, layers=1) or PLAIN_LOGITS
+    """Return the form to use: tiles where nothing was measured.
+
+    Plain is measured for comparison, and taken where both others are wrong: what it holds grows with all positions of a
+    batch, trained or not, and the trial has few.
+    """
+    if figures is None:
+        return TILES
+    return choose({name: figures[name] for name in FORMS}, layers=1) or PLAIN_LOGITS  # a model has one head
 
 
 def measure_loss(head: Head, dtype: mx.Dtype) -> dict[str, Figures]:
