@@ -23,6 +23,7 @@ METHODS = ("lora", "rslora", "dora", "lora-plus", "pissa", "adalora", "relora", 
 BIASES = ("none", "lora_only", "all")
 DEFAULT_BATCH_TOKENS = 2048
 QUANTIZED_MATMUL = ("auto", "packed", "dense")
+KERNELS = ("auto", "mlx", "ours")
 
 
 def setting(default: Any, help: str, **meta: Any) -> Any:
@@ -143,6 +144,12 @@ class LoopSettings:
         "Recompute in the backward pass to save memory: none, selective (all but products), block (all; also the "
         "flag alone), N (all, in every N-th block), or auto: the fastest that fits.",
         flag_value="block",
+    )
+    kernels: str = setting(
+        "auto",
+        "Kernels for attention, activations and the loss; auto: the best as measured on this machine, mlx: the model's "
+        "own, ours: ours wherever there is one.",
+        choices=KERNELS,
     )
     memory_budget: float | None = setting(
         None, "GB (10^9 bytes) that the run may use (default: what the device recommends)."

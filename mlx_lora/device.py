@@ -5,22 +5,19 @@ Everything else is written against mlx's API alone and asks here.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_lora import BLAS
-from mlx_lora.cache import cache_dir
 from mlx_lora.errors import InputError
+from mlx_lora.measuring import best_s, read_store, write_store
 from mlx_lora.shape import GIB, Machine
 
 
@@ -146,6 +143,16 @@ def keep_exponentials() -> bool:
     return mx.default_device() == mx.Device(mx.cpu)
 
 
+def compiling_is_cheap() -> bool:
+    """Whether a measurement may compile what it tries: mlx's CPU backend asks g++, half a second a kernel."""
+    return mx.default_device() != mx.Device(mx.cpu)
+
+
+def trial_flops() -> float:
+    """Operations that one pass of a trial may take: enough to fill the machine, a tenth of a second or so."""
+    return 2e9 if mx.default_device() == mx.Device(mx.cpu) else 1e12
+
+
 def sigmoid(x: mx.array) -> mx.array:
     """Return 1 / (1 + exp(-x)), on a CPU in float32 as (1 + tanh(x / 2)) / 2, three times as fast in mlx there.
 
@@ -241,13 +248,17 @@ def dense_matmul_from_rows(shape: tuple[int, int], bits: int, group_size: int, m
     compute = dtype if mx.issubdtype(dtype, mx.floating) else compute_dtype()
     out, width = shape_class(shape)
     layout = f"{bits}|{group_size}|{mode}|{compute}"
-    key = f"{current_device().name}|mlx {version('mlx')}|{BLAS.name}|{layout}|{out}x{width}"
-    store = cache_dir("measured") / "dense_matmul_from_rows.json"
-    known = _read_measured(store)
+    key = f"{measured_on()}|{layout}|{out}x{width}"
+    known = read_store("dense_matmul_from_rows")
     if known.get(key) not in (*ROW_COUNTS, NEVER):  # unknown, or scribbled over
         known = {**known, key: _measure_dense_matmul((out, width), bits, group_size, mode, compute)}
-        _write_measured(store, known)
+        write_store("dense_matmul_from_rows", known)
     return known[key]
+
+
+def measured_on() -> str:
+    """What measurements of this machine are kept under: another mlx, chip or BLAS is measured anew."""
+    return f"{current_device().name}|mlx {version('mlx')}|{BLAS.name}"
 
 
 def shape_class(shape: tuple[int, int]) -> tuple[int, int]:
@@ -278,44 +289,10 @@ def _measure_dense_matmul(shape: tuple[int, int], bits: int, group_size: int, mo
     for rows in ROW_COUNTS:
         cotangent, x = (mx.random.normal((rows, side), key=mx.random.key(1)).astype(dtype) for side in shape)
         mx.eval(x, cotangent, packed)
-        quantised_s, dense_s = _best_s([lambda f=f, x=x, c=cotangent: f(x, c) for f in (quantised, dense)])
+        quantised_s, dense_s = best_s([lambda f=f, x=x, c=cotangent: f(x, c) for f in (quantised, dense)])
         if dense_s < quantised_s:
             return rows
     return NEVER
-
-
-def _best_s(makers: list[Callable[[], list[mx.array]]], rounds: int = 20, enough_s: float = 0.1) -> list[float]:
-    """Return each maker's shortest time; they take turns, so that another program's load meets all of them."""
-    for make in makers:
-        mx.eval(make())  # the first call pays for kernel compilation
-    best = [math.inf] * len(makers)
-    begun = time.perf_counter()
-    for _ in range(rounds):
-        for number, make in enumerate(makers):
-            start = time.perf_counter()
-            mx.eval(make())
-            best[number] = min(best[number], time.perf_counter() - start)
-        if time.perf_counter() - begun > enough_s:
-            break
-    return best
-
-
-def _read_measured(store: Path) -> dict[str, int]:
-    try:
-        content = json.loads(store.read_text())
-    except (OSError, ValueError):  # missing, or damaged: measure again
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _write_measured(store: Path, known: dict[str, int]) -> None:
-    try:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        temporary = store.with_name(f"{store.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(known, indent=1))
-        temporary.replace(store)
-    except OSError:  # a cache that cannot be written costs a measurement next time, no more
-        return
 
 
 def end_thread() -> None:

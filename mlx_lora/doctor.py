@@ -2,6 +2,7 @@
 
 python -m mlx_lora.doctor
 python -m mlx_lora.doctor --json --no-hub
+python -m mlx_lora.doctor --kernels
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import platform
 import shutil
 import tempfile
 import urllib.request
+from collections import Counter
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Literal
+from typing import Any, Literal
 
 import click
 from huggingface_hub import constants
@@ -24,6 +26,7 @@ from mlx_lora.cache import cache_dir
 from mlx_lora.ceilings import measure_ceilings
 from mlx_lora.models.self_test import changing_gradients, self_test
 from mlx_lora.shape import GIB
+from mlx_lora.training.kernel_report import known_table, measure_usual, table_lines
 
 PACKAGES = ("mlx", "mlx-metal", "mlx-lm", "transformers", "tokenizers", "huggingface-hub", "numpy", "gguf")
 # Package, versions below this, what is wrong with them. The self-test finds faults of versions nobody has listed.
@@ -48,13 +51,19 @@ class Check:
 
 @click.command(cls=cli.Command)
 @click.option("--hub/--no-hub", default=True, help="Try to reach the hub.", show_default=True)
+@click.option(
+    "--kernels", "show_kernels", is_flag=True, help="Measure the training kernels in usual shapes and show the table."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def main(hub: bool, as_json: bool) -> int:
+def main(hub: bool, show_kernels: bool, as_json: bool) -> int:
     """Check this machine for training; ends with 1 when something is wrong."""
     here, versions = device.current_device(), installed_versions()
     checks = [*check_versions(versions), check_memory(here), check_blas(here), *check_arithmetic(), check_repeats()]
     rates, speed = check_speed(here)
-    checks += [*speed, check_cache(), *([check_hub()] if hub else [])]
+    if show_kernels:
+        measure_usual(cli.echo)
+    table = known_table()
+    checks += [*speed, check_kernels(table), check_cache(), *([check_hub()] if hub else [])]
     if as_json:
         cli.print_json(
             {
@@ -65,11 +74,12 @@ def main(hub: bool, as_json: bool) -> int:
                 "blas": BLAS.name,
                 "versions": versions,
                 "ceilings": rates,
+                "kernels": table,
                 "checks": [dataclasses.asdict(check) for check in checks],
             }
         )
     else:
-        click.echo("\n".join(screen(here, versions, checks)))
+        click.echo("\n".join([*screen(here, versions, checks), *(["", *table_lines(table)] if show_kernels else [])]))
     return 1 if any(check.status == "failed" for check in checks) else 0
 
 
@@ -166,6 +176,20 @@ def check_speed(here: device.Device) -> tuple[dict[str, dict[str, float]], list[
     if rates[best]["flops_per_s"] > 1.5 * rates[taken]["flops_per_s"]:
         return rates, [Check("speed", "warning", found, f"--dtype {best} multiplies faster here, with other memory")]
     return rates, [Check("speed", "ok", found)]
+
+
+def check_kernels(table: list[dict[str, Any]]) -> Check:
+    """Say which training kernels were measured here, and which of them are used; a wrong one is not used."""
+    if not table:
+        return Check("kernels", "ok", "none measured here yet: the first training does, or --kernels")
+    counts = Counter((row["kernel"], row["chosen"]) for row in table)
+    found = ", ".join(f"{kernel} {name} in {count}" for (kernel, name), count in sorted(counts.items()))
+    wrong = sorted(
+        {f"{row['kernel']} {name}" for row in table for name, one in row["candidates"].items() if not one["correct"]}
+    )
+    if wrong:
+        return Check("kernels", "warning", f"shapes measured: {found}", f"wrong here and not used: {', '.join(wrong)}")
+    return Check("kernels", "ok", f"shapes measured: {found}")
 
 
 def check_cache() -> Check:

@@ -3,7 +3,7 @@
 A run passes through phases, and its peak is the largest of them:
 
     load       the weights, and what casts and checks hold for a moment
-    check      the plain loss on a few tokens, whose logits are whole (training/losses.py)
+    check      the plain loss and its gradient on a few tokens, whose logits are whole (training/losses.py)
     loss       all that the blocks have kept, and tiles of logits (training/fused.py)
     backward   all that the blocks have kept, and the gradients of one block on their way
     last       the adapter's gradients, and one block
@@ -42,6 +42,8 @@ MAX_KEPT_KEYS = 512
 # What MLX has allocated at a time, of work it has not run: fitted on a CPU, see the module's docstring.
 TILES_AHEAD = 6.1  # tiles of a float head's loss
 PACKED_TILES_AHEAD = 3.2  # of a quantised head's: dequantising a slice is operations too
+ROW_ARRAYS = 5.0  # of a chunk's logits where they are made by whole rows,
+PACKED_COPIES = 3  # and of a quantised head as floats
 BACKWARD_AHEAD = 1.45  # of a block's layers, widths in and out summed, per position
 ATTENTION_AHEAD = 30.0  # tile-sized arrays of scores
 
@@ -124,11 +126,12 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
     activations = {"activations": kept, "gradients": masters * run.accumulates}
     ahead = _backward_window(shape, run, machine)
     one_block = max((_kept(block, run, machine) for block in shape.blocks), default=0)
+    check = sum(_kept_by_blocks(shape, Run(1, CHECK_TOKENS), machine))
     again = 0 if run.checkpointing == "none" else most
     last_tile = 0 if shape.plain_loss else min(2 * machine.tile_bytes, 2 * SINGLE * run.places * shape.vocabulary)
     phases = {
         "load": {"base": shape.base_bytes, "weights being cast": _load_window(shape)},
-        "check": {**held, "optimizer": 0, "logits": _check_bytes(shape, machine)},
+        "check": {**held, "optimizer": 0, "activations": check, "logits": _check_bytes(shape, machine)},
         "loss": {**held, **activations, "logits": _loss_window(shape, run, machine)},
         "backward": {**held, **activations, "block": again, "work ahead": ahead + (0 if again else last_tile)},
         "last": {**held, "gradients": masters, "block": one_block, "work ahead": ahead},
@@ -184,7 +187,10 @@ def block_numbers(block: Block, run: Run, machine: Machine) -> float:
 
 def _activation_arrays(block: Block, machine: Machine) -> float:
     """Return what a gated activation keeps beside its two inputs and its product, in arrays of its width."""
-    return GATE_ARRAYS if block.gated == "other" else float(machine.keeps_exponentials)
+    if block.gated == "other":
+        return GATE_ARRAYS
+    chosen = machine.kernels.gate_arrays
+    return float(machine.keeps_exponentials) if chosen is None else chosen
 
 
 def _norm_numbers(block: Block) -> float:
@@ -201,7 +207,13 @@ def _width(block: Block) -> int:
 
 
 def probabilities(block: Block, run: Run, machine: Machine) -> float:
-    """Return attention's probabilities of one row and layer, where they are kept: tiles of 64 queries by what they see."""
+    """Return attention's probabilities of one row and layer, where they are kept: tiles of 64 queries by what they see.
+
+    mlx's own attention keeps what it was measured to: on a CPU about all scores.
+    """
+    own = machine.kernels.scores(run.width)
+    if own is not None:
+        return own[0] * block.heads * run.width * run.width
     if not machine.keeps_exponentials or run.width > MAX_KEPT_KEYS:
         return 0.0
     tiles = max(1, round(run.width / TILE_QUERIES))
@@ -237,9 +249,18 @@ def _window(block: Block, run: Run, machine: Machine) -> float:
         return block.memory.at(run.rows, run.width, machine.backend != "cpu").window
     size = machine.number_bytes
     layers = BACKWARD_AHEAD * block.widths * run.positions * size
-    scores = ATTENTION_AHEAD * run.rows * block.heads * min(TILE_QUERIES, run.width) * run.width * size
+    scores = _scores_ahead(run, machine) * run.rows * block.heads * run.width * size
     packed = sum(layer.numbers for layer in block.layers if layer.packed and _dense_path(layer, machine))
     return max(layers + packed * size, scores)
+
+
+def _scores_ahead(run: Run, machine: Machine) -> float:
+    """Return the scores of each key that attention's backward pass has allocated at a time."""
+    own = machine.kernels.scores(run.width)
+    if own is None:
+        return ATTENTION_AHEAD * min(TILE_QUERIES, run.width)
+    kept, ahead = own
+    return (ahead if run.checkpointing == "none" else kept + ahead) * run.width
 
 
 def _dense_path(layer: Layer, machine: Machine) -> bool:
@@ -255,6 +276,10 @@ def _loss_window(shape: ModelShape, run: Run, machine: Machine) -> int:
         return int(run.positions * shape.vocabulary * (3 * SINGLE + (size if size < SINGLE else 0)))
     if not places:
         return 0
+    if machine.kernels.loss == "rows":
+        rows = chunk_rows(places, shape.vocabulary, machine.tile_bytes)
+        dense = PACKED_COPIES * shape.vocabulary * shape.width * size if shape.head_packed else 0
+        return int(ROW_ARRAYS * rows * shape.vocabulary * SINGLE + dense + 2 * places * shape.width * size)
     rows, columns = tile_shape(places, shape.vocabulary, machine.tile_bytes)
     tiles = -(-places // rows) * -(-shape.vocabulary // columns)
     logits = rows * columns * (2 * SINGLE + (2 * size if size < SINGLE else 0))
@@ -280,6 +305,11 @@ def tile_shape(positions: int, vocabulary: int, tile_bytes: int) -> tuple[int, i
     """Return (rows, columns) of a tile of the fused loss: within the byte budget, and all tiles about equal."""
     rows = _even(positions, MAX_ROWS)
     return rows, _even(vocabulary, min(MAX_SLICE, tile_bytes // (4 * rows)))
+
+
+def chunk_rows(positions: int, vocabulary: int, tile_bytes: int) -> int:
+    """Return the rows of a chunk of the loss that makes whole rows of logits (training/row_loss.py)."""
+    return _even(positions, min(MAX_ROWS, tile_bytes // (4 * vocabulary)))
 
 
 def _even(length: int, most: int) -> int:

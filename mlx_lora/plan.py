@@ -20,6 +20,7 @@ from mlx_lora.chips import CHIPS, Chip, find_chip, known_chip
 from mlx_lora.config import TrainSettings, train_settings
 from mlx_lora.errors import InputError
 from mlx_lora.memory import plan_memory
+from mlx_lora.models.kernel_choice import KernelChoice
 from mlx_lora.models.outline import outline_of
 from mlx_lora.shape import Machine, ModelShape
 from mlx_lora.speed import Ceilings, count_step, listed_ceilings, step_seconds
@@ -36,6 +37,7 @@ from mlx_lora.training.planning import (
     outlined_shape,
     quantised_shape,
     run_of,
+    with_kernels,
 )
 
 CHARACTERS_PER_TOKEN = 4  # of English, roughly: what a data file's size says about its tokens
@@ -63,16 +65,22 @@ def main(
     if dtype == "auto":
         dtype = "float32" if machine.number_bytes == 4 else "bfloat16"
     outline = outline_of(settings.model.model, settings.model.revision, device.compute_dtype(dtype))
-    shape = outlined_shape(outline, settings)
+    # Nobody has measured kernels on a machine that is not here: as asked for, or ours.
+    elsewhere = KernelChoice(settings.loop.kernels)
+    kernels = None if chip is None and memory_gb is None else elsewhere
+    shape = outlined_shape(outline, settings, kernels)
+    machine = with_kernels(settings, shape, machine, kernels)
     settings_of_base = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
     result = plan(settings, shape, machine, ceilings)
     if not result["fits"]:
         width = settings.data.max_seq_length - 1
-        result["advice"] = advice(settings, shape, machine, width, lambda: quantised_shape(outline, settings_of_base))
+        result["advice"] = advice(
+            settings, shape, machine, width, lambda: quantised_shape(outline, settings_of_base, kernels)
+        )
     if all_chips:
-        if machine.backend != "metal":
+        if machine.backend != "metal" or kernels is None:
             outline = outline_of(settings.model.model, settings.model.revision, device.compute_dtype("bfloat16"))
-            shape = outlined_shape(outline, settings)
+            shape = outlined_shape(outline, settings, elsewhere)
         result["chips"] = list(for_all_chips(settings, shape))
     if as_json:
         cli.print_json(result)

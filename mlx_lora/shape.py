@@ -178,6 +178,40 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class KernelTerms:
+    """What of the kernels that a run trains with decides memory; the default: ours (models/kernel_choice.py).
+
+    Attributes:
+        attention: (keys, kept, ahead) of each size of rows that mlx's attention takes: arrays of scores, one number for
+            each query and key of each head, that a block keeps for the backward pass, and that this allocates beside them.
+        tiled: sizes of rows that our attention takes.
+        gate_arrays: what a gated activation keeps beside its inputs and its product, in arrays of its width; None: one
+            where exponentials are dear, else none.
+        loss: `tiles` or `rows`, how logits are made (training/loss_choice.py).
+    """
+
+    attention: tuple[tuple[int, float, float], ...] = ()
+    tiled: tuple[int, ...] = ()
+    gate_arrays: float | None = None
+    loss: str = "tiles"
+
+    @classmethod
+    def of_mlx(cls, backend: str) -> KernelTerms:
+        """Return the terms of mlx's own kernels where nobody measured them.
+
+        On a CPU attention keeps about all scores, as measured on one; a GPU's backward pass is blocked since mlx 0.32.4
+        and keeps none (predicted: no Mac has measured it).
+        """
+        return cls(attention=((1024, 1.1, 2.3) if backend == "cpu" else (1024, 0.0, 0.0),), gate_arrays=2.0)
+
+    def scores(self, width: int) -> tuple[float, float] | None:
+        """Return (kept, ahead) where mlx's attention takes rows of this width, None where ours does: the nearest size's."""
+        ours = [(abs(keys - width), None) for keys in self.tiled]
+        theirs = [(abs(keys - width), (kept, ahead)) for keys, kept, ahead in self.attention]
+        return min([*theirs, *ours], key=lambda one: one[0], default=(0, None))[1]
+
+
+@dataclass(frozen=True)
 class Machine:
     """What of a machine decides memory.
 
@@ -187,6 +221,7 @@ class Machine:
         memory_bytes: of the machine.
         working_set_bytes: what a run should stay under.
         number_bytes: of an activation: 4 on a CPU, 2 on a GPU, unless --dtype says otherwise.
+        kernels: what the kernels that were chosen there take.
     """
 
     name: str
@@ -194,6 +229,7 @@ class Machine:
     memory_bytes: int
     working_set_bytes: int
     number_bytes: int
+    kernels: KernelTerms = KernelTerms()
 
     @property
     def keeps_exponentials(self) -> bool:

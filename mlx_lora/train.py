@@ -39,14 +39,23 @@ from mlx_lora.files import check_writable
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.runs.page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
-from mlx_lora.runs.setup import adapt, adapt_for_test, choose_forms, make_step, training_plan, validation_plan
+from mlx_lora.runs.setup import (
+    adapt,
+    adapt_for_test,
+    choose_forms,
+    choose_step,
+    make_step,
+    shape_to_plan,
+    training_plan,
+    validation_plan,
+)
 from mlx_lora.runs.words import describe_run, outcome_line
 from mlx_lora.supervise import run_supervised
 from mlx_lora.training.agreement import check_one_run, take_first_ranks
 from mlx_lora.training.guard import MemoryGuard
 from mlx_lora.training.loggers import reporting_sinks
 from mlx_lora.training.losses import choose_loss
-from mlx_lora.training.planning import adapted_shape, check_base_fits, fit_run
+from mlx_lora.training.planning import check_base_fits, fit_run
 from mlx_lora.training.state import Diverged, Position, restore_arrays
 from mlx_lora.training.step import Step
 from mlx_lora.training.trainer import Outcome, mean_loss, total_steps, train
@@ -153,7 +162,8 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
     folder = Path(settings.loop.adapter_path)
     mx.random.seed(settings.loop.seed)
     adapted, info = adapt(settings, base, splits.chat_template)
-    settings, memory = fit_run(settings, adapted_shape(base.model, base.config, settings), splits.train)
+    forms = choose_forms(settings, base, splits.train, cli.echo)
+    settings, memory = fit_run(settings, shape_to_plan(settings, base, forms), splits.train, forms.terms)
     loop = settings.loop
     found = found_by_first(lambda: find_checkpoint(loop, cli.echo), ranks)
     plan, epochs = training_plan(loop, splits.train, found)
@@ -162,7 +172,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
     steps = total_steps(plan, loop)
     if found:
         check_continuation(found, identity)
-    form, forms = choose_forms(settings, base, memory, ranks)
+    form, notes = choose_step(settings, base, forms, memory, ranks)
     step = make_step(settings, base, form, steps, ranks)
     agree(ranks, settings, identity, step, base.model)
     if leads(ranks):
@@ -170,7 +180,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
     device.set_cache_limit(loop.clear_cache_threshold, memory.budget_bytes)
     device.wire_working_set()
     loggers = reporting_sinks(settings) if leads(ranks) else []
-    words = describe_run(settings, base, adapted, plan, steps, forms)
+    words = describe_run(settings, base, adapted, plan, steps, notes)
     cli.echo("\n".join(words))
     page = None
     if leads(ranks):
@@ -232,7 +242,8 @@ def report_test_loss(settings: TrainSettings, base: Base, test: EncodedSet, rank
     """Measure and print the loss on the test split."""
     plan = validation_plan(test, settings)
     batches = plan.batches(settings.loop.test_batches)
-    loss, tokens = mean_loss(base.model, choose_loss(base.model, base.config).measure, batches, ranks)
+    chosen = choose_loss(base.model, base.config, settings.loop.kernels)
+    loss, tokens = mean_loss(base.model, chosen.measure, batches, ranks)
     cli.echo(f"Test loss {loss:.4f}, perplexity {cli.perplexity(loss):.3f}, {tokens} supervised tokens")
 
 

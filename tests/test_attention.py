@@ -12,8 +12,9 @@ from test_step import adapted
 
 from mlx_lora.models.activations import lean_swiglu
 from mlx_lora.models.attention import Tiles, tiled_attention
+from mlx_lora.models.kernel_choice import choose_model_kernels
 from mlx_lora.models.kernels import training_kernels
-from mlx_lora.training.losses import PLAIN, choose_kernels
+from mlx_lora.training.losses import PLAIN, check_kernels
 
 T, S, WIDTH = 37, 37, 16
 SHAPES = {"grouped": (2, 6, 2), "one key head": (1, 4, 1), "every head its own": (3, 2, 2)}  # B, H, N
@@ -135,7 +136,9 @@ def test_kernels_are_used_inside_agree_and_are_put_back(family, monkeypatch):
     config = {**TINY, "model_type": "llama" if family == "llama" else "gemma3_text", **changes}
     model = module.Model(module.ModelArgs.from_dict(config))
     before = {name: vars(module)[name] for name in ("scaled_dot_product_attention",)}
-    assert choose_kernels(model, config, PLAIN) == (True, "tiled attention")
+    choice, words = check_kernels(model, config, PLAIN, choose_model_kernels(model, [128], "ours", mx.float32))
+    assert choice is not None
+    assert words.startswith("tiled attention (--kernels ours)")
     assert {name: vars(module)[name] for name in before} == before
     # A wrong kernel is caught, so the right one was really called.
     monkeypatch.setattr("mlx_lora.models.attention.TILE_QUERIES", 8)
@@ -148,10 +151,12 @@ def test_kernels_are_used_inside_agree_and_are_put_back(family, monkeypatch):
 
 def test_a_disagreeing_kernel_is_not_used(monkeypatch):
     model = adapted()
-    monkeypatch.setattr("mlx_lora.models.kernels.lean_swiglu", lambda keep, gate, up: gate * up)
-    use, words = choose_kernels(model, TINY, PLAIN)
-    assert not use
-    assert "tiled differs by" in words
+    choice = choose_model_kernels(model, [128], "ours", mx.float32)
+    assert check_kernels(model, TINY, PLAIN, choice)[0] is choice
+    monkeypatch.setattr("mlx_lora.models.kernel_table.lean_swiglu", lambda keep, gate, up: gate * up)
+    use, words = check_kernels(model, TINY, PLAIN, choice)
+    assert use is None
+    assert "tiled attention differs by" in words
 
 
 def test_a_model_with_kernels_of_its_own_keeps_them():
@@ -159,7 +164,9 @@ def test_a_model_with_kernels_of_its_own_keeps_them():
         def __call__(self, ids):
             return mx.zeros((*ids.shape, 288))
 
-    assert choose_kernels(Own(), {"vocab_size": 288}, PLAIN) == (False, "the model's own attention")
+    choice = choose_model_kernels(Own(), [128], "ours", mx.float32)
+    assert choice.classes == {}
+    assert check_kernels(Own(), {"vocab_size": 288}, PLAIN, choice) == (None, "the model's own kernels")
 
 
 def test_another_models_module_is_left_alone():

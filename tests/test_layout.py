@@ -21,6 +21,7 @@ SHARED = (
     "errors",
     "files",
     "heartbeat",
+    "measuring",
     "memory",
     "migration",
     "parsing",

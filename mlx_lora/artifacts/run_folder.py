@@ -74,6 +74,7 @@ FREE = frozenset(
         "strict",
         "resume_adapter_file",
         "grad_checkpoint",
+        "kernels",
     ]
 )
 

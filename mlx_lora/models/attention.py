@@ -1,9 +1,9 @@
 """Attention for training: memory linear in the sequence, and no work above the diagonal.
 
-mlx trains through its unfused attention: the scores of every query with every key are made in every head,
-masked, and kept for the backward pass (B H T S numbers per block; half of them above the diagonal). Here
-queries are taken a tile at a time, each against only the keys it may see; in long rows no score is kept,
-and the backward pass makes each tile's probabilities again:
+mlx's own backward pass makes the scores of every query with every key in every head, masks them and keeps them (B H T S
+numbers per block; half of them above the diagonal); on Metal only until mlx 0.32.4, which has a blocked one. Which of the
+two is better where is measured (models/kernel_choice.py). Here queries are taken a tile at a time, each against only the
+keys it may see; in long rows no score is kept, and the backward pass makes each tile's probabilities again:
 
     P = softmax(scale Q K^T),  O = P V
     dP = dO V^T,  dS = P (dP - rowsum(dO O)),  dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO
@@ -32,11 +32,13 @@ class Tiles:
         scale: factor on the scores.
         mask: `causal`, None, or a bool array that broadcasts to (B, H, T, S), False where hidden.
         queries: queries at a time.
+        kernel: `tiled`, or `mlx` for mx.fast.scaled_dot_product_attention with its own gradient and no tiles.
     """
 
     scale: float
     mask: mx.array | str | None
     queries: int = TILE_QUERIES
+    kernel: str = "tiled"
 
     def spans(self, q: mx.array, k: mx.array) -> list[tuple[int, int, int]]:
         """Return (first query, query after the last, keys seen) of each tile; about even."""
@@ -56,6 +58,28 @@ class Tiles:
         mask = mask[:, :, start:stop] if mask.shape[2] > 1 else mask
         batch, heads, *rest = mask.shape
         return mask.reshape(batch, *((1, 1) if heads == 1 else (key_heads, heads // key_heads)), *rest)
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array, tiles: Tiles, sinks: mx.array | None = None) -> mx.array:
+    """Return attention by the kernel that `tiles` names; shapes as in `tiled_attention`."""
+    if tiles.kernel == "tiled":
+        return tiled_attention(q, k, v, tiles, sinks)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=tiles.scale, mask=tiles.mask, sinks=sinks)
+
+
+def attend_gradient(tiles: Tiles, primals: Sequence[mx.array], d_out: mx.array, out: mx.array) -> Sequence[mx.array]:
+    """Return the cotangents of q, k, v (and sinks) by the kernel that `tiles` names, given the output.
+
+    Ours starts from the output; mlx's makes it again on the way, since nothing but the output was kept.
+    """
+    if tiles.kernel == "tiled":
+        return attention_gradient(tiles, primals, d_out, out)
+
+    def again(q: mx.array, k: mx.array, v: mx.array, *sinks: mx.array) -> list[mx.array]:
+        return [attend(q, k, v, tiles, *sinks)]
+
+    # After the cotangent: else compiling would merge this with the forward pass's, and keep what lies between.
+    return mx.vjp(again, mx.depends(list(primals), d_out), [d_out])[1]
 
 
 def tiled_attention(q: mx.array, k: mx.array, v: mx.array, tiles: Tiles, sinks: mx.array | None = None) -> mx.array:

@@ -1,9 +1,11 @@
-"""Where a model's own layers get our training kernels from, while a step is traced.
+"""Where a model's own layers get other kernels from, while a step is traced.
 
-mlx-lm's architectures share one attention function, one gated activation and one gated delta rule, which each
-imports by name.
-Those names are exchanged in the modules of this model's classes for as long as the step is traced, and put
-back: generation and evaluation never see it.
+mlx-lm's architectures share one attention function, one gated activation and one form of each usual recurrence, which
+each imports by name. Those names are exchanged in the modules of this model's classes for as long as the step is traced,
+and put back: generation and evaluation never see it. Which function takes a call is decided by its shapes.
+
+Recurrences that one architecture has for itself (models/recurrent_layers.py) have no row in the table: they are ours
+wherever anything is.
 """
 
 from __future__ import annotations
@@ -11,84 +13,59 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import activations, base, gated_delta
 
-from mlx_lora import device
-from mlx_lora.models.activations import lean_swiglu
-from mlx_lora.models.attention import AttentionCall, Tiles, tiled_attention
-from mlx_lora.models.gated_delta import chunked_gated_delta_update
+from mlx_lora.models.attention import AttentionCall, attend
+from mlx_lora.models.kernel_row import Kernel, ShapeClass
+from mlx_lora.models.kernel_table import kernel_rows
 from mlx_lora.models.recurrent_layers import recurrent_kernels
+
+Choose = Callable[[Kernel, ShapeClass], str]
+"""(row of the table, class of a call) -> name of the candidate that takes it."""
+
+
+def assumed(kernel: Kernel, shape: ShapeClass) -> str:
+    """Choose ours wherever there is one."""
+    return kernel.assumed
 
 
 @contextmanager
-def training_kernels(model: nn.Module, attend: AttentionCall = tiled_attention) -> Iterator[bool]:
-    """Let the model's layers use our attention, activation, gated delta rule and scans inside the block.
+def training_kernels(model: nn.Module, attend: AttentionCall = attend, choose: Choose = assumed) -> Iterator[list[str]]:
+    """Let the model's layers use the chosen kernels inside the block.
 
     Args:
         model: any mlx-lm model; layers that do not use the shared functions keep their own.
-        attend: computes attention.
+        attend: computes attention by the kernel it is told.
+        choose: says which kernel.
 
     Yields:
-        Whether any layer of the model uses an exchanged function.
+        The names of the kernels that any layer of the model uses, those of the table first.
     """
-    ours = {
-        "scaled_dot_product_attention": (base.scaled_dot_product_attention, _with_mlx_lm_signature(attend)),
-        "swiglu": (activations.swiglu, partial(lean_swiglu, device.keep_exponentials())),
-        "gated_delta_update": (gated_delta.gated_delta_update, _unless_generating(chunked_gated_delta_update)),
-    }
+    rows = {row.shared: row for row in kernel_rows(attend)}
     homes = [vars(sys.modules[name]) for name in {type(module).__module__ for module in model.modules()}]
-    exchanged = [(home, name) for home in homes for name, (theirs, _) in ours.items() if home.get(name) is theirs]
+    exchanged = [(home, name) for home in homes for name, row in rows.items() if home.get(name) is row.theirs]
     for home, name in exchanged:
-        home[name] = ours[name][1]
+        home[name] = _by_shape(rows[name], choose)
     try:
         with recurrent_kernels(model) as recurrent:
-            yield bool(exchanged or recurrent)
+            yield [
+                *(row.name for name, row in rows.items() if any(name == other for _, other in exchanged)),
+                *recurrent,
+            ]
     finally:
         for home, name in exchanged:
-            home[name] = ours[name][0]
+            home[name] = rows[name].theirs
 
 
-def _with_mlx_lm_signature(attend: AttentionCall) -> Callable[..., mx.array]:
-    """Return `attend` as mlx-lm calls its attention."""
+def _by_shape(row: Kernel, choose: Choose) -> Callable[..., Any]:
+    """Return a function in the place of the row's own: each call goes to the candidate that its shapes call for."""
 
-    def attention(
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        cache: Any,
-        scale: float,
-        mask: mx.array | str | None,
-        sinks: mx.array | None = None,
-    ) -> mx.array:
-        # A float mask may carry a gradient (DeepSeek's position scores); a cache means generation.
-        if cache is not None or (isinstance(mask, mx.array) and mask.dtype != mx.bool_):
-            return base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
-        return attend(queries, keys, values, Tiles(scale, mask), sinks)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        shape = row.class_of(*args, **kwargs)
+        if shape is None:
+            return row.theirs(*args, **kwargs)
+        return row.candidates[choose(row, shape)](*args, **kwargs)
 
-    return attention
-
-
-def _unless_generating(update: Callable[..., tuple[mx.array, mx.array]]) -> Callable[..., tuple[mx.array, mx.array]]:
-    """Return `update` with mlx-lm's signature of it, which a state from a cache leaves to mlx-lm's own."""
-
-    def gated_delta_update(
-        q: mx.array,
-        k: mx.array,
-        v: mx.array,
-        a: mx.array,
-        b: mx.array,
-        A_log: mx.array,
-        dt_bias: mx.array,
-        state: mx.array | None = None,
-        mask: mx.array | None = None,
-        **options: Any,
-    ) -> tuple[mx.array, mx.array]:
-        own = update if state is None else gated_delta.gated_delta_update
-        return own(q, k, v, a, b, A_log, dt_bias, state, mask, **options)
-
-    return gated_delta_update
+    return call

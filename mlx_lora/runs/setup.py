@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mlx_lora import device
 from mlx_lora.adapters.setup import Adapted, adapt_model
 from mlx_lora.artifacts.adapter import (
     CONFIG_FILE,
@@ -20,16 +23,38 @@ from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.widths import ShapePrice
 from mlx_lora.distributed import Ranks
 from mlx_lora.memory import MemoryPlan
-from mlx_lora.models.attention import tiled_attention
+from mlx_lora.models.attention import attend
+from mlx_lora.models.kernel_choice import KernelChoice, choose_model_kernels
+from mlx_lora.models.kernel_row import MLX
+from mlx_lora.models.kernels import assumed
 from mlx_lora.models.load import Base
+from mlx_lora.shape import KernelTerms, ModelShape
 from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.losses import choose_kernels, choose_loss
+from mlx_lora.training.loss_choice import PLAIN_LOGITS
+from mlx_lora.training.losses import Loss, check_kernels, choose_loss
 from mlx_lora.training.method_events import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.training.optim import build_optimizer
-from mlx_lora.training.planning import planned_words
+from mlx_lora.training.planning import adapted_shape, planned_words
 from mlx_lora.training.sharing import Sharing
 from mlx_lora.training.step import Step
 from mlx_lora.training.trial import StepForm, choose_step_form
+
+
+@dataclass(frozen=True)
+class Forms:
+    """What computes a run's numbers.
+
+    Attributes:
+        loss: of the supervised positions.
+        kernels: of the model's layers; None: its own.
+        terms: what they take, for the planner.
+        words: on the kernels, for the run header.
+    """
+
+    loss: Loss
+    kernels: KernelChoice | None
+    terms: KernelTerms
+    words: str
 
 
 def make_step(settings: TrainSettings, base: Base, form: StepForm, steps: int, ranks: Ranks | None) -> Step:
@@ -48,6 +73,7 @@ def make_step(settings: TrainSettings, base: Base, form: StepForm, steps: int, r
         events=make_events(settings.adapter, base.model, steps, settings.loop.seed),
         sharing=None if ranks is None else Sharing(ranks, settings.loop.seed),
         compiled=form.compiled,
+        choose=form.choose,
     )
 
 
@@ -113,10 +139,36 @@ def validation_plan(rows: EncodedSet | None, settings: TrainSettings) -> BatchPl
     return BatchPlan(rows, batch_tokens=tokens, batch_size=settings.loop.batch_size, seed=0)
 
 
-def choose_forms(
-    settings: TrainSettings, base: Base, memory: MemoryPlan, ranks: Ranks | None
+def choose_forms(settings: TrainSettings, base: Base, rows: EncodedSet, say: Callable[[str], None]) -> Forms:
+    """Choose loss and kernels: the best that were measured here, and that agree with the model's own on this model.
+
+    Args:
+        settings: of the run.
+        base: adapted.
+        rows: training data, whose lengths the kernels are chosen for.
+        say: takes a line before something is measured.
+    """
+    asked = settings.loop.kernels
+    loss = choose_loss(base.model, base.config, asked, say)
+    dtype = device.compute_dtype(settings.model.dtype)
+    lengths = sorted({max(1, int(length) - 1) for length in rows.lengths})
+    choice = choose_model_kernels(base.model, lengths, asked, dtype, say)
+    kernels, words = check_kernels(base.model, base.config, loss, choice)
+    terms = replace((kernels or choice.of_mlx()).terms(), loss=loss.form)
+    return Forms(loss, kernels, terms, words)
+
+
+def shape_to_plan(settings: TrainSettings, base: Base, forms: Forms) -> ModelShape:
+    """Return the adapted model's shape, its logits whole where the loss makes them so."""
+    kernels = forms.kernels or KernelChoice(MLX)
+    shape = adapted_shape(base.model, base.config, settings, kernels=kernels)
+    return replace(shape, plain_loss=forms.loss.form == PLAIN_LOGITS)
+
+
+def choose_step(
+    settings: TrainSettings, base: Base, forms: Forms, memory: MemoryPlan, ranks: Ranks | None
 ) -> tuple[StepForm, list[str]]:
-    """Choose loss and kernels for this model, apply the checkpointing, and try all of it on a few tokens.
+    """Apply the checkpointing, and try all that was chosen on a few tokens.
 
     Returns:
         What the step computes with, and words for the run header.
@@ -124,13 +176,11 @@ def choose_forms(
     Raises:
         InputError: the model cannot be trained.
     """
-    loss = choose_loss(base.model, base.config)
-    use_kernels, kernels = choose_kernels(base.model, base.config, loss)
     tape = apply_checkpointing(base.model, settings.loop.grad_checkpoint)
-    attend = (tape.attend if tape else tiled_attention) if use_kernels else None
-    form = choose_step_form(base.model, base.config, loss, attend, base.model_id)
+    attention = (tape.attend if tape else attend) if forms.kernels else None
+    form = choose_step_form(base.model, base.config, forms.loss, attention, base.model_id, forms.kernels or assumed)
     notes = [*form.notes, planned_words(memory)]
     notes += ["blocks that share a state keep everything"] if tape is not None and tape.left_out else []
     notes += ["a pause after each micro-batch"] if settings.loop.short_buffers else []
     notes += [f"rows shared by {ranks.size} processes"] if ranks else []
-    return form, [loss.description, kernels, f"checkpointing {settings.loop.grad_checkpoint}", *notes]
+    return form, [forms.loss.description, forms.words, f"checkpointing {settings.loop.grad_checkpoint}", *notes]

@@ -28,6 +28,7 @@ OWN_WAY = frozenset(
         "resume_adapter_file",
         "adapter_path",
         "grad_checkpoint",
+        "kernels",
         "resume",
         "force",
         "clear_cache_threshold",

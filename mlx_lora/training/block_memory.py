@@ -20,11 +20,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora import device
-from mlx_lora.models.attention import Tiles, tiled_attention
+from mlx_lora.models.attention import Tiles, attend
 from mlx_lora.models.folder import FOREIGN_ERRORS
 from mlx_lora.models.graph import as_on_gpu, gradient_graph
 from mlx_lora.models.head import Head, find_head
-from mlx_lora.models.kernels import training_kernels
+from mlx_lora.models.kernels import Choose, assumed, training_kernels
 from mlx_lora.models.liveness import count_memory
 from mlx_lora.shape import BlockBytes, ModelShape, NotKnown
 
@@ -86,16 +86,19 @@ class TracedBlock:
         return self._known[case]
 
 
-def with_block_memory(shape: ModelShape, model: nn.Module, config: dict[str, Any]) -> ModelShape:
+def with_block_memory(
+    shape: ModelShape, model: nn.Module, config: dict[str, Any], choose: Choose = assumed
+) -> ModelShape:
     """Return the shape with every block's memory, as far as it can be read.
 
     Args:
         shape: of this model.
         model: an mlx-lm model, adapters in place; its arrays may not be computed yet.
         config: its config.json.
+        choose: says which kernels it trains with, by shape.
     """
     found, reasons = [], []
-    for block, traced in zip(shape.blocks, trace_blocks(model, config), strict=True):
+    for block, traced in zip(shape.blocks, trace_blocks(model, config, choose), strict=True):
         try:
             traced.at(1, WIDTHS[0], on_gpu=device.on_gpu())
         except NotKnown as error:
@@ -105,13 +108,13 @@ def with_block_memory(shape: ModelShape, model: nn.Module, config: dict[str, Any
     return replace(shape, blocks=tuple(found), not_known=tuple(dict.fromkeys(reasons)))
 
 
-def trace_blocks(model: nn.Module, config: dict[str, Any]) -> list[TracedBlock]:
+def trace_blocks(model: nn.Module, config: dict[str, Any], choose: Choose = assumed) -> list[TracedBlock]:
     """Return what each block of an adapted model takes; blocks of a kind share one."""
     head = find_head(model, config)
     calls = _Calls(model, head.hidden if isinstance(head, Head) else model)
     kinds: dict[tuple, TracedBlock] = {}
     return [
-        kinds.setdefault(_kind(block), TracedBlock(_reader(block, number, calls)))
+        kinds.setdefault(_kind(block), TracedBlock(_reader(block, number, calls, choose)))
         for number, block in enumerate(model.layers)
     ]
 
@@ -130,18 +133,18 @@ def _kind(block: nn.Module) -> tuple:
     return tuple(type(m) for m in block.modules()), parameters, trained, settings
 
 
-def _reader(block: nn.Module, number: int, calls: _Calls) -> Callable[[int, int, bool], BlockBytes]:
+def _reader(block: nn.Module, number: int, calls: _Calls, choose: Choose) -> Callable[[int, int, bool], BlockBytes]:
     def read(rows: int, width: int, on_gpu: bool) -> BlockBytes:
         try:
             with as_on_gpu() if on_gpu and not device.on_gpu() else nullcontext():
-                return _read_block(block, *calls.of(number, rows, width))
+                return _read_block(block, choose, *calls.of(number, rows, width))
         except FOREIGN_ERRORS as error:
             raise NotKnown(f"{type(block).__name__}: {' '.join(str(error).split())[:120]}") from error
 
     return read
 
 
-def _read_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockBytes:
+def _read_block(block: nn.Module, choose: Choose, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockBytes:
     """List a block's graph and count its memory."""
     own = tree_flatten(block.parameters())
     trained = [name for name, _ in tree_flatten(block.trainable_parameters())]
@@ -163,15 +166,15 @@ def _read_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         returned = tree_flatten([block(*new_args, **new_kwargs)])
         return [leaf for _, leaf in returned if _is_float(leaf)]
 
-    def attend(q: mx.array, k: mx.array, v: mx.array, tiles: Tiles, sinks: mx.array | None = None) -> mx.array:
-        out = tiled_attention(q, k, v, tiles, sinks)
+    def noted(q: mx.array, k: mx.array, v: mx.array, tiles: Tiles, sinks: mx.array | None = None) -> mx.array:
+        out = attend(q, k, v, tiles, sinks)
         attended.append(out.nbytes)
         return out
 
     was_training = block.training
     block.train()  # dropout, and whatever a model does differently in training
     try:
-        with training_kernels(block, attend):
+        with training_kernels(block, noted, choose):
             graph = gradient_graph(function, floats + [of[n] for n in trained], others + [of[n] for n in frozen])
     finally:
         block.train(was_training)

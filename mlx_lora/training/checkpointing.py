@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lora.adapters.forms import ADAPTERS, WITH_DROPOUT_KEY
 from mlx_lora.adapters.parts import LINEAR, SWITCH, is_exactly
 from mlx_lora.config_checks import checkpoint_every
-from mlx_lora.models.attention import Tiles, attention_gradient, tiled_attention
+from mlx_lora.models.attention import Tiles, attend, attend_gradient
 
 PRODUCTS = (*LINEAR, *SWITCH)
 
@@ -107,8 +107,8 @@ class Tape:
         """Compute attention (models/attention.py) and keep its output."""
         primals = (q, k, v) if sinks is None else (q, k, v, sinks)
         return self.keep(
-            lambda q, k, v, *sinks: tiled_attention(q, k, v, tiles, *sinks),
-            partial(attention_gradient, tiles),
+            lambda q, k, v, *sinks: attend(q, k, v, tiles, *sinks),
+            partial(attend_gradient, tiles),
             *primals,
         )
 

@@ -30,7 +30,14 @@ from mlx_lora.models.head import Head
 def fused_cross_entropy(
     head: Head, hidden: mx.array, targets: mx.array, weights: mx.array, tile_bytes: int, gradient: bool = True
 ) -> mx.array:
-    """Return sum_p weights[p] * cross_entropy(hidden[p], targets[p]), never holding P x V logits.
+    """Return the sum of `fused_token_losses`, a float32 scalar."""
+    return fused_token_losses(head, hidden, targets, weights, tile_bytes, gradient).sum()
+
+
+def fused_token_losses(
+    head: Head, hidden: mx.array, targets: mx.array, weights: mx.array, tile_bytes: int, gradient: bool = True
+) -> mx.array:
+    """Return weights[p] * cross_entropy(hidden[p], targets[p]) for every p, never holding P x V logits.
 
     Args:
         head: W and what is done to its logits.
@@ -41,13 +48,13 @@ def fused_cross_entropy(
         gradient: also make the gradient, for a call that will be differentiated; without it the vjp is zero.
 
     Returns:
-        A float32 scalar, differentiable in `hidden` alone: the head is frozen by construction.
+        (P,) float32, differentiable in `hidden` alone: the head is frozen by construction.
     """
     rows, columns = tile_shape(len(targets), head.vocabulary, tile_bytes)
 
     @mx.custom_function
     def forward(hidden: mx.array, targets: mx.array, weights: mx.array, *arrays: mx.array):
-        total, parts, done = mx.array(0.0), [], None
+        losses, parts, done = [], [], None
         for start in range(0, len(targets), rows):
             stop = min(start + rows, len(targets))
             h, t, w = hidden[start:stop], targets[start:stop], weights[start:stop]
@@ -55,15 +62,17 @@ def fused_cross_entropy(
                 # The loss counts as well: left for later it would keep its own tiles.
                 h = mx.depends(h, done)
             loss, dh = _rows_loss(head, list(arrays), h, t, w, columns, gradient)
-            total = total + loss
+            losses.append(loss)
             parts.append(dh)
             done = [loss, dh] if gradient else [loss]
-        return total, mx.concatenate(parts) if gradient and parts else mx.zeros_like(hidden)
+        if not losses:
+            return mx.zeros((0,)), mx.zeros_like(hidden)
+        return mx.concatenate(losses), mx.concatenate(parts) if gradient else mx.zeros_like(hidden)
 
     @forward.vjp
     def forward_vjp(primals, cotangents, outputs):
         hidden, *rest = primals
-        dh = (cotangents[0] * outputs[1]).astype(hidden.dtype)
+        dh = (cotangents[0][:, None] * outputs[1]).astype(hidden.dtype)
         return (dh, *(mx.zeros_like(array) for array in rest))
 
     return forward(hidden, targets, weights, *head.arrays)[0]
@@ -78,7 +87,7 @@ def _rows_loss(
     columns: int,
     gradient: bool,
 ) -> tuple[mx.array, mx.array]:
-    """Return these rows' weighted loss, a scalar, and its gradient (R, D) in h's dtype (empty without)."""
+    """Return these rows' weighted losses (R,), and their gradient (R, D) in h's dtype (empty without)."""
     largest = total = pulled = None
     for start in range(0, head.vocabulary, columns):
         if largest is not None:
@@ -102,7 +111,7 @@ def _rows_loss(
     own_rows = head.dense([array[targets] for array in arrays], h.dtype).astype(mx.float32)  # (R, D)
     own = head.finish((h.astype(mx.float32) * own_rows).sum(axis=-1, keepdims=True), targets[:, None])  # (R, 1)
     losses = mx.logaddexp(mx.array(0.0), mx.log(total) + largest - own)
-    loss = (losses * weights[:, None]).sum()
+    loss = (losses * weights[:, None]).squeeze(-1)  # (R,)
     if not gradient:
         return loss, mx.zeros((0,))
     others = total if head.soft_cap is None else total * head.slope(own)

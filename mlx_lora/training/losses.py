@@ -12,8 +12,11 @@ Shapes: B batch, T time, P supervised positions (padded), D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -26,8 +29,11 @@ from mlx_lora.errors import InputError
 from mlx_lora.memory import CHECK_TOKENS
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.head import Head, find_head
+from mlx_lora.models.kernel_choice import AUTO, OURS, KernelChoice
+from mlx_lora.models.kernel_row import MLX
 from mlx_lora.models.kernels import training_kernels
-from mlx_lora.training.fused import fused_cross_entropy
+from mlx_lora.training.loss_choice import FORMS, PLAIN_LOGITS, ROWS, TILES, choose_form, loss_figures
+from mlx_lora.training.probe import Probe, disagreement, has_halves, probe
 
 
 class Arrays(NamedTuple):
@@ -52,6 +58,8 @@ class Arrays(NamedTuple):
         return cls(*(mx.array(getattr(batch, name)) for name in cls._fields))
 
 
+TokenLosses = Callable[..., mx.array]
+"""(model, *Arrays) -> (P,) float32 losses of the positions, 0 for padding."""
 LossFunction = Callable[..., tuple[mx.array, mx.array]]
 """(model, *Arrays) -> (sum, count), float32 scalars. An empty mask gives (0, 0): nothing is divided, so no NaN."""
 
@@ -64,130 +72,179 @@ class Loss:
         train: to be differentiated.
         measure: for validation and evaluation; makes no gradient.
         description: for the run header.
-        checked: what `measure` gave on the check tokens, where that is known.
+        tokens: the same loss position by position, to be differentiated: what checks compare.
+        form: of loss_choice.py; `plain` makes the model's own logits, of all positions at once.
     """
 
     train: LossFunction
     measure: LossFunction
     description: str
-    checked: float | None = None
+    tokens: TokenLosses
+    form: str = PLAIN_LOGITS
 
 
 def plain_loss(
     model: nn.Module, inputs: mx.array, targets: mx.array, mask: mx.array, positions: mx.array, weights: mx.array
 ) -> tuple[mx.array, mx.array]:
     """Return the summed next-token cross-entropy and its token count from the model's (B, T, V) logits."""
-    logits = model(inputs).astype(mx.float32)  # (B, T, V)
-    losses = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
+    losses = _plain_losses(model, inputs, targets)
     # where, not a product: a masked position may hold inf, and 0 * inf is NaN.
     return mx.where(mask, losses, 0.0).sum(), mask.astype(mx.float32).sum()
 
 
-PLAIN = Loss(plain_loss, plain_loss, "plain cross-entropy")
+def plain_token_losses(
+    model: nn.Module, inputs: mx.array, targets: mx.array, mask: mx.array, positions: mx.array, weights: mx.array
+) -> mx.array:
+    """Return the cross-entropy at the positions, (P,), from the model's logits."""
+    losses = _plain_losses(model, inputs, targets).reshape(-1)[positions]
+    return mx.where(weights > 0, losses * weights, 0.0)
+
+
+def _plain_losses(model: nn.Module, inputs: mx.array, targets: mx.array) -> mx.array:
+    logits = model(inputs).astype(mx.float32)  # (B, T, V)
+    return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
+
+
+def plain(description: str) -> Loss:
+    """Return the loss from the model's own logits."""
+    return Loss(plain_loss, plain_loss, description, plain_token_losses)
+
+
+PLAIN = plain("plain cross-entropy")
 
 
 def fused_loss(head: Head, tile_bytes: int) -> Loss:
     """Return the loss that brings only supervised positions to `head`, a tile of logits at a time."""
-
-    def make(gradient: bool) -> LossFunction:
-        def loss(
-            model: nn.Module,
-            inputs: mx.array,
-            targets: mx.array,
-            mask: mx.array,
-            positions: mx.array,
-            weights: mx.array,
-        ) -> tuple[mx.array, mx.array]:
-            hidden = head.hidden(inputs)  # (B, T, D)
-            chosen = hidden.reshape(-1, hidden.shape[-1])[positions]  # (P, D)
-            total = fused_cross_entropy(head, chosen, targets.reshape(-1)[positions], weights, tile_bytes, gradient)
-            return total, weights.sum()
-
-        return loss
-
-    return Loss(make(True), make(False), f"fused cross-entropy, {tile_bytes / 2**20:.0f} MiB tiles")
+    return head_loss(head, TILES, tile_bytes)
 
 
-def choose_loss(model: nn.Module, config: dict[str, Any]) -> Loss:
-    """Return the fused loss when it can be had and agrees with the plain one on this model, else plain.
+def head_loss(head: Head, form: str, tile_bytes: int) -> Loss:
+    """Return a loss of the supervised positions' hidden states alone.
 
     Args:
-        model: the model to train, adapters in place.
+        head: takes them to logits.
+        form: of loss_choice.FORMS.
+        tile_bytes: of logits that are there at a time.
+    """
+    words = {TILES: f"fused cross-entropy, {tile_bytes / 2**20:.0f} MiB tiles", ROWS: "mx.fast.cross_entropy by rows"}
+    token_losses = partial(FORMS[form], tile_bytes=tile_bytes)
+
+    def tokens(gradient: bool, _: nn.Module, *batch: mx.array) -> mx.array:
+        inputs, targets, _, positions, weights = batch
+        hidden = head.hidden(inputs)  # (B, T, D)
+        chosen = hidden.reshape(-1, hidden.shape[-1])[positions]  # (P, D)
+        return token_losses(head, chosen, targets.reshape(-1)[positions], weights, gradient=gradient)
+
+    def loss(gradient: bool, model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array]:
+        return tokens(gradient, model, *batch).sum(), batch[-1].sum()
+
+    return Loss(partial(loss, True), partial(loss, False), words[form], partial(tokens, True), form)
+
+
+def choose_loss(
+    model: nn.Module, config: dict[str, Any], asked: str = AUTO, say: Callable[[str], None] | None = None
+) -> Loss:
+    """Return the best loss that can be had and agrees with the plain one on this model, else plain.
+
+    Args:
+        model: the model to train, adapters in place, or one to measure.
         config: its config.json.
+        asked: --kernels; `mlx` is the model's own logits.
+        say: takes a line before something is measured; None: nothing is, and what is not known yet is ours.
 
     Raises:
         InputError: the model's own forward pass fails.
     """
+    if asked == MLX:
+        return plain(f"plain cross-entropy (--kernels {MLX})")
     head = find_head(model, config)
     if isinstance(head, str):
-        return Loss(plain_loss, plain_loss, f"plain cross-entropy ({head})")
-    fused = fused_loss(head, device.loss_tile_bytes())
-    expected = _own_value(model, config, plain_loss, head.vocabulary)
-    try:
-        found = _check_value(model, fused.measure, head.vocabulary)
-    except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
-        reason = f"fused fails on it: {short(error, 100)}"
-        return Loss(plain_loss, plain_loss, f"plain cross-entropy ({reason})", expected)
-    difference = _difference(expected, found)
-    if difference > _tolerance(model):
-        reason = f"fused differs by {difference:.1e} on {CHECK_TOKENS} tokens"
-        return Loss(plain_loss, plain_loss, f"plain cross-entropy ({reason})", expected)
-    return replace(fused, checked=found)
+        return plain(f"plain cross-entropy ({head})")
+    figures = None if asked == OURS else loss_figures(head, _dtype(model), say)
+    form = choose_form(figures)
+    if form == PLAIN_LOGITS:
+        return plain("plain cross-entropy (measured)")
+    expected, reasons = _own_probe(model, config, PLAIN, head.vocabulary), []
+    for name in (form, *(other for other in FORMS if other != form)):
+        loss = head_loss(head, name, device.loss_tile_bytes())
+        problem = _problem(model, expected, loss, head.vocabulary)
+        if problem is None:
+            return loss
+        reasons.append(f"{'fused' if name == TILES else name} {problem}")
+    return plain(f"plain cross-entropy ({'; '.join(reasons)})")
 
 
-def choose_kernels(model: nn.Module, config: dict[str, Any], loss: Loss) -> tuple[bool, str]:
-    """Return whether our training kernels give this model the loss that its own do, and a note for the header.
+def _dtype(model: nn.Module) -> mx.Dtype:
+    """Return the dtype that most of a model's numbers lie in: its activations'."""
+    sizes: Counter[mx.Dtype] = Counter()
+    for _, p in tree_flatten(model.parameters()):
+        if mx.issubdtype(p.dtype, mx.floating):
+            sizes[p.dtype] += p.size
+    return sizes.most_common(1)[0][0]
+
+
+def check_kernels(
+    model: nn.Module, config: dict[str, Any], loss: Loss, choice: KernelChoice
+) -> tuple[KernelChoice | None, str]:
+    """Return the kernels if the model computes with them what it does with its own, else None; and words for the header.
 
     Args:
         model: the model to train, adapters in place.
         config: its config.json.
         loss: any that was chosen for it.
-
-    Raises:
-        InputError: the model's own forward pass fails.
+        choice: the kernels that were chosen for it.
     """
+    if choice.asked == MLX:
+        return None, f"the model's own kernels (--kernels {MLX})"
     head = find_head(model, config)
     vocabulary = config.get("vocab_size", 256) if isinstance(head, str) else head.vocabulary
+    expected = None
+    for variant in choice.variants():
+        with training_kernels(model, choose=variant) as exchanged:
+            if not exchanged:
+                return None, "the model's own kernels"
+        expected = expected or _own_probe(model, config, loss, vocabulary)
+        problem = _problem(model, expected, loss, vocabulary, variant)
+        if problem:
+            names = " and ".join(variant.names()) or "ours"
+            return None, f"the model's own kernels ({names} {problem})"
+    others = [name for name in exchanged if name not in {kernel for kernel, _ in choice.classes}]
+    return choice, "; ".join([*choice.describe(), *(f"ours for {name}" for name in others)])
+
+
+def _own_probe(model: nn.Module, config: dict[str, Any], loss: Loss, vocabulary: int) -> Probe:
+    """Try a loss with the model's own kernels.
+
+    Raises:
+        InputError: that fails.
+    """
     try:
-        with training_kernels(model) as exchanged:
-            ours = _check_value(model, loss.measure, vocabulary)
-    except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
-        _own_value(model, config, loss.measure, vocabulary)
-        return False, f"the model's own attention (tiled fails on it: {short(error, 100)})"
-    if not exchanged:
-        return False, "the model's own attention"
-    own = _own_value(model, config, loss.measure, vocabulary) if loss.checked is None else loss.checked
-    difference = _difference(own, ours)
-    if difference > _tolerance(model):
-        return False, f"the model's own attention (tiled differs by {difference:.1e} on {CHECK_TOKENS} tokens)"
-    return True, "tiled attention"
-
-
-def _check_value(model: nn.Module, loss: LossFunction, vocabulary: int) -> float:
-    """Return the loss on a few tokens, always the same ones, dropout off."""
-    training = model.training
-    model.eval()
-    try:
-        value, _ = loss(model, *check_arrays(vocabulary, CHECK_TOKENS))
-        return value.item()
-    finally:
-        model.train(training)
-
-
-def _own_value(model: nn.Module, config: dict[str, Any], loss: LossFunction, vocabulary: int) -> float:
-    """Return the loss with nothing of ours in the model's way: what fails then has no fallback."""
-    try:
-        return _check_value(model, loss, vocabulary)
+        return _probe(model, loss, vocabulary)
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise
         raise InputError(
             f"mlx-lm's {config.get('model_type')}: its forward pass fails here ({short(error, 200)}); {way_out(model)}"
         ) from error
+
+
+def _problem(
+    model: nn.Module, expected: Probe, loss: Loss, vocabulary: int, choose: KernelChoice | None = None
+) -> str | None:
+    """Say in a few words what is wrong with a loss, or with kernels under it, on this model; None: nothing."""
+    try:
+        with nullcontext() if choose is None else training_kernels(model, choose=choose):
+            found = _probe(model, loss, vocabulary)
+    except FOREIGN_ERRORS as error:
+        if not is_foreign(error):
+            raise
+        return f"fails on it: {short(error, 100)}"
+    return disagreement(model, expected, found)
+
+
+def _probe(model: nn.Module, loss: Loss, vocabulary: int) -> Probe:
+    batch = check_arrays(vocabulary, CHECK_TOKENS)
+    return probe(model, lambda model: loss.tokens(model, *batch))
 
 
 def check_arrays(vocabulary: int, tokens: int) -> Arrays:
@@ -198,19 +255,6 @@ def check_arrays(vocabulary: int, tokens: int) -> Arrays:
 
 def way_out(model: nn.Module) -> str:
     """Return what to do about a model that fails: on a CPU mlx lacks a few products in 16 bits."""
-    if _has_halves(model) and not device.multiplies_16_bit_experts():
+    if has_halves(model) and not device.multiplies_16_bit_experts():
         return "give --dtype float32, or choose another model"
     return "choose another model"
-
-
-def _difference(one: float, other: float) -> float:
-    return abs(other - one) / max(abs(one), 1e-6)
-
-
-def _tolerance(model: nn.Module) -> float:
-    """float32 sums in another order, or 16-bit logits: what two right answers may differ by."""
-    return 1e-2 if _has_halves(model) else 1e-4
-
-
-def _has_halves(model: nn.Module) -> bool:
-    return any(p.dtype in (mx.bfloat16, mx.float16) for _, p in tree_flatten(model.parameters()))

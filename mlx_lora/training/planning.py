@@ -19,10 +19,12 @@ from mlx_lora.config import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.errors import InputError
 from mlx_lora.memory import MemoryPlan, plan_memory
+from mlx_lora.models.kernel_choice import KernelChoice, planned_kernels
+from mlx_lora.models.kernel_row import MLX
 from mlx_lora.models.matmul import use_measured_matmul
 from mlx_lora.models.outline import Outline, outline_of, with_quantisation
 from mlx_lora.models.quantize import choose_quantisation
-from mlx_lora.shape import Machine, ModelShape, Run
+from mlx_lora.shape import KernelTerms, Machine, ModelShape, Run
 from mlx_lora.training.block_memory import with_block_memory
 
 # Fastest first. Checkpointing changes no number of the run, fewer tokens a step do: it is tried before them.
@@ -95,18 +97,21 @@ def fit(settings: TrainSettings, shape: ModelShape, machine: Machine, width: int
     return found
 
 
-def fit_run(settings: TrainSettings, shape: ModelShape, rows: EncodedSet) -> tuple[TrainSettings, MemoryPlan]:
+def fit_run(
+    settings: TrainSettings, shape: ModelShape, rows: EncodedSet, kernels: KernelTerms
+) -> tuple[TrainSettings, MemoryPlan]:
     """Return a run's settings with what was open chosen, and what they need here; refuse a run that does not fit.
 
     Args:
         settings: of the run.
         shape: the adapted model.
         rows: training data; its longest row is what must fit.
+        kernels: what the chosen kernels take.
 
     Raises:
         InputError: see `check_fits`.
     """
-    machine = device.current_machine(settings.model.dtype)
+    machine = replace(device.current_machine(settings.model.dtype), kernels=kernels)
     width = max(1, int(rows.lengths.max(initial=2)) - 1)
     fitted = fit(settings, shape, machine, width)
     check_fits(settings, fitted, shape, machine, width)
@@ -128,14 +133,14 @@ def check_base_fits(settings: TrainSettings) -> None:
         shape = outlined_shape(outline, settings)
     except InputError:
         return  # loading says what is wrong with the model itself, in its own words
-    machine = device.current_machine(settings.model.dtype)
+    machine = with_kernels(settings, shape, device.current_machine(settings.model.dtype))
     short = replace(settings, loop=replace(settings.loop, batch_size=1, grad_checkpoint="block"))
     fitted = fit(short, shape, machine, SMALLEST_BATCH)
     check_fits(settings, fitted, shape, machine, SMALLEST_BATCH, lambda: quantised_shape(outline, settings))
 
 
-def outlined_shape(outline: Outline, settings: TrainSettings) -> ModelShape:
-    """Return an outline's shape with the adapter of the settings put on it.
+def outlined_shape(outline: Outline, settings: TrainSettings, kernels: KernelChoice | None = None) -> ModelShape:
+    """Return an outline's shape with the adapter of the settings put on it; kernels as in `adapted_shape`.
 
     Raises:
         InputError: the adapter does not fit the model.
@@ -146,23 +151,53 @@ def outlined_shape(outline: Outline, settings: TrainSettings) -> ModelShape:
     adapt_model(outline.model, adapter, settings.loop.seed)
     if outline.is_quantised:
         use_measured_matmul(outline.model, "dense")  # which takes more: what is faster here is not measured for a plan
-    return adapted_shape(outline.model, outline.config, settings, outline.cast_bytes)
+    return adapted_shape(outline.model, outline.config, settings, outline.cast_bytes, kernels)
 
 
 def adapted_shape(
-    model: nn.Module, config: Mapping[str, Any], settings: TrainSettings, source_bytes: int = 0
+    model: nn.Module,
+    config: Mapping[str, Any],
+    settings: TrainSettings,
+    source_bytes: int = 0,
+    kernels: KernelChoice | None = None,
 ) -> ModelShape:
-    """Return the shape of an adapted model, with all that its method will hold in the course of the run."""
+    """Return the shape of an adapted model, with all that its method will hold in the course of the run.
+
+    Args:
+        model, config: an mlx-lm model and its config.json.
+        settings: of the run.
+        source_bytes: see `ModelShape`.
+        kernels: that it trains with; None: by what is known of this machine.
+    """
     shape = model_shape(model, config, source_bytes, FROZEN_COPIES.get(settings.adapter.method_name, 0))
-    return with_block_memory(shape, model, dict(config))
+    shape = replace(shape, plain_loss=shape.plain_loss or settings.loop.kernels == MLX)
+    choice = known_kernels(settings, shape) if kernels is None else kernels
+    return with_block_memory(shape, model, dict(config), choice)
 
 
-def quantised_shape(outline: Outline, settings: TrainSettings) -> ModelShape | None:
+def known_kernels(settings: TrainSettings, shape: ModelShape) -> KernelChoice:
+    """Return the kernels that a run would take by what was measured on this machine, ours where nothing was."""
+    return planned_kernels(shape, settings.loop.kernels, device.compute_dtype(settings.model.dtype))
+
+
+def with_kernels(
+    settings: TrainSettings, shape: ModelShape, machine: Machine, kernels: KernelChoice | None = None
+) -> Machine:
+    """Return a machine with what kernels take on it; None: by what is known of this one."""
+    if kernels is None:
+        return replace(machine, kernels=known_kernels(settings, shape).terms())
+    return replace(machine, kernels=KernelTerms.of_mlx(machine.backend) if kernels.asked == MLX else KernelTerms())
+
+
+def quantised_shape(
+    outline: Outline, settings: TrainSettings, kernels: KernelChoice | None = None
+) -> ModelShape | None:
     """Return the shape of a float model with a 4-bit base, None for one that is quantised."""
     if outline.is_quantised:
         return None
     form = choose_quantisation(4, None, None)
-    return outlined_shape(with_quantisation(outline, form, device.compute_dtype(settings.model.dtype)), settings)
+    quantised = with_quantisation(outline, form, device.compute_dtype(settings.model.dtype))
+    return outlined_shape(quantised, settings, kernels)
 
 
 def _choices(loop: LoopSettings, width: int) -> Iterator[tuple[int, str]]:

@@ -13,7 +13,7 @@ from mlx.utils import tree_map
 
 from mlx_lora.data.batches import Batch
 from mlx_lora.models.attention import AttentionCall
-from mlx_lora.models.kernels import training_kernels
+from mlx_lora.models.kernels import Choose, assumed, training_kernels
 from mlx_lora.training.events import Events
 from mlx_lora.training.losses import Arrays, LossFunction
 from mlx_lora.training.optim import ELEMENTWISE, Masters, clip_scale, scaled
@@ -42,7 +42,9 @@ Differentiation = Callable[..., tuple[mx.array, mx.array, dict]]
 """(*Arrays) -> (loss sum, tokens, gradients of the trainable parameters)."""
 
 
-def differentiation(model: nn.Module, loss: LossFunction, attend: AttentionCall | None) -> Differentiation:
+def differentiation(
+    model: nn.Module, loss: LossFunction, attend: AttentionCall | None, choose: Choose = assumed
+) -> Differentiation:
     """Return the loss of a micro-batch with its gradient, as `Step` takes them; not compiled."""
     gradient = nn.value_and_grad(model, loss)
 
@@ -51,7 +53,7 @@ def differentiation(model: nn.Module, loss: LossFunction, attend: AttentionCall 
         parameters = model.parameters()
         try:
             # Around the backward pass as well: checkpointed blocks run again there.
-            with training_kernels(model, attend) if attend else nullcontext():
+            with training_kernels(model, attend, choose) if attend else nullcontext():
                 (loss_sum, tokens), grads = gradient(model, *arrays)
         finally:
             model.update(parameters)  # differentiation leaves its own stand-ins in the model
@@ -80,6 +82,7 @@ class Step:
         events: Callable[[dict], Events] | None = None,
         sharing: Sharing | None = None,
         compiled: bool = True,
+        choose: Choose = assumed,
     ):
         """Set up the step.
 
@@ -88,12 +91,13 @@ class Step:
             optimizer: initialised here on those parameters.
             loss: returns (sum, count).
             max_grad_norm: global-norm clip; 0 for none.
-            attend: computes the model's attention, with our other training kernels; None leaves all to mlx.
+            attend: computes the model's attention where it is exchanged; None leaves all kernels to mlx.
             wait: let the device run dry after each micro-batch, so that others (a display) get their turn.
             rate_of: parameter name -> multiple of the learning rate (LoRA+); None: 1 for all.
             events: makes the method's own part of the step (AdaLoRA, ReLoRA), given Masters.arrays; None for none.
             sharing: divides steps among ranks; None for a single process.
             compiled: compile the loss and its gradient; a model that computes values on its way cannot be.
+            choose: says which kernels are used, by shape (models/kernel_choice.py).
         """
         self.model = model
         self._submit = mx.eval if wait else mx.async_eval
@@ -106,7 +110,7 @@ class Step:
         self.taken = 0
         self._sharing = sharing
         mx.eval(self._rates or {})
-        differentiate = differentiation(model, loss, attend)
+        differentiate = differentiation(model, loss, attend, choose)
 
         def micro(*arrays: mx.array) -> tuple[mx.array, mx.array, dict]:
             loss_sum, tokens, grads = differentiate(*arrays)

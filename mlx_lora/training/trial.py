@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lora.errors import InputError
 from mlx_lora.models.attention import AttentionCall
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
+from mlx_lora.models.kernels import Choose, assumed
 from mlx_lora.models.vocabulary import embedding_rows
 from mlx_lora.training.losses import PLAIN, Arrays, Loss, check_arrays, way_out
 from mlx_lora.training.step import compiled_over, differentiation
@@ -35,18 +36,25 @@ class StepForm:
     Attributes:
         loss: fused or plain.
         attend: our attention, None for the model's own kernels.
+        choose: says which kernels are used, by shape.
         compiled: whether loss and gradient are compiled.
         notes: for the run header, on what had to be left out.
     """
 
     loss: Loss
     attend: AttentionCall | None
+    choose: Choose = assumed
     compiled: bool = True
     notes: tuple[str, ...] = ()
 
 
 def choose_step_form(
-    model: nn.Module, config: dict[str, Any], loss: Loss, attend: AttentionCall | None, name: str
+    model: nn.Module,
+    config: dict[str, Any],
+    loss: Loss,
+    attend: AttentionCall | None,
+    name: str,
+    choose: Choose = assumed,
 ) -> StepForm:
     """Return the fastest form of the step that this model can be differentiated with.
 
@@ -55,13 +63,14 @@ def choose_step_form(
         config: its config.json.
         loss, attend: what was chosen for it.
         name: of the model, for the error.
+        choose: says which kernels are used, by shape.
 
     Raises:
         InputError: it cannot be differentiated at all.
     """
     batch = check_arrays(embedding_rows(model, config) or 256, TRIAL_TOKENS)
     problems: list[Exception] = []
-    for form in _forms(loss, attend):
+    for form in _forms(loss, attend, choose):
         problem = _problem_of(model, form, batch)
         if problem is None:
             return replace(form, notes=(_note(form, loss, attend, problems[0]),)) if problems else form
@@ -72,13 +81,13 @@ def choose_step_form(
     ) from problems[-1]
 
 
-def _forms(loss: Loss, attend: AttentionCall | None) -> Iterator[StepForm]:
+def _forms(loss: Loss, attend: AttentionCall | None, choose: Choose) -> Iterator[StepForm]:
     """Yield the forms of a step, the fastest first."""
     kernels = [attend] if attend is None else [attend, None]
     choices = [(loss, own) for own in kernels]
     if loss.train is not PLAIN.train:
         choices.append((PLAIN, None))
-    yield from (StepForm(*choice, compiled) for choice in choices for compiled in (True, False))
+    yield from (StepForm(*choice, choose, compiled) for choice in choices for compiled in (True, False))
 
 
 def _note(form: StepForm, loss: Loss, attend: AttentionCall | None, problem: Exception) -> str:
@@ -101,7 +110,7 @@ def _problem_of(model: nn.Module, form: StepForm, batch: Arrays) -> Exception | 
     high, low = mx.random.state[0].tolist()
     training = model.training
     model.train()
-    step = differentiation(model, form.loss.train, form.attend)
+    step = differentiation(model, form.loss.train, form.attend, form.choose)
     try:
         (compiled_over(model, step) if form.compiled else step)(*batch)
     except FOREIGN_ERRORS as error:

@@ -27,11 +27,12 @@ from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.config import ModelSettings, TrainSettings, train_settings
 from mlx_lora.data.batches import Batch
-from mlx_lora.models.attention import tiled_attention
-from mlx_lora.models.kernels import training_kernels
+from mlx_lora.models.attention import attend
+from mlx_lora.models.kernel_choice import choose_model_kernels
+from mlx_lora.models.kernels import assumed, training_kernels
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.losses import Arrays, choose_kernels, choose_loss
+from mlx_lora.training.losses import Arrays, check_kernels, choose_loss
 from mlx_lora.training.trial import StepForm, choose_step_form
 
 ROWS, WIDTH = 2, 21  # longer than the tiny models' windows and their indexers' choices, and odd
@@ -195,10 +196,11 @@ def form_of(base: Base, mode: str) -> StepForm:
         InputError: the model cannot be trained.
     """
     loss = choose_loss(base.model, base.config)
-    use_kernels, _ = choose_kernels(base.model, base.config, loss)
+    choice = choose_model_kernels(base.model, [16], "ours", mx.float32)
+    kernels, _ = check_kernels(base.model, base.config, loss, choice)
     tape = apply_checkpointing(base.model, mode)
-    attend = (tape.attend if tape else tiled_attention) if use_kernels else None
-    return choose_step_form(base.model, base.config, loss, attend, base.model_id)
+    attention = (tape.attend if tape else attend) if kernels else None
+    return choose_step_form(base.model, base.config, loss, attention, base.model_id, kernels or assumed)
 
 
 def trained_gradients(base: Base, arrays: Arrays, mode: str) -> tuple[mx.array, dict[str, Any]]:
@@ -209,7 +211,7 @@ def trained_gradients(base: Base, arrays: Arrays, mode: str) -> tuple[mx.array, 
         total, count = form.loss.train(model, *arrays)
         return total / count
 
-    with training_kernels(base.model, form.attend) if form.attend else nullcontext():
+    with training_kernels(base.model, form.attend, form.choose) if form.attend else nullcontext():
         value, grads = nn.value_and_grad(base.model, mean)(base.model, *arrays)
         mx.eval(value, grads)
     return value, grads

@@ -1,0 +1,209 @@
+"""The kernels of a model's layers that training may exchange, and the candidates for each: one row per kernel.
+
+A row says which of mlx-lm's shared functions it stands for, which functions may take its place, how a call is classed by
+shape, and on what such a class is tried. What is chosen is measured (models/kernel_choice.py) and put into the model's
+modules while a step is traced (models/kernels.py). The loss has candidates too, of another form: training/loss_kernels.py.
+
+Norms and rotations have no row: mx.fast.rms_norm and mx.fast.rope are what the models call, and nothing of ours would
+do better (docs/decisions.md).
+
+Shapes: B batch, H query heads, N key heads, T positions, d head width, F width of the gated activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import activations, base
+
+from mlx_lora import device
+from mlx_lora.measuring import Figures, Outputs, Trial
+from mlx_lora.models.activations import lean_swiglu
+from mlx_lora.models.attention import AttentionCall, Tiles, attend
+from mlx_lora.models.kernel_row import MLX, Kernel, ShapeClass, size_class
+from mlx_lora.models.recurrent_table import gated_delta_row, state_space_row
+from mlx_lora.shape import KernelTerms
+
+TRIAL_POSITIONS = 1024
+TRIAL_NUMBERS = 1 << 20  # of one array of an elementwise trial
+LONGEST = 1024  # keys of a trial; what both kernels cost grows alike from there
+
+
+def kernel_rows(attend: AttentionCall = attend) -> tuple[Kernel, ...]:
+    """Return the table.
+
+    Args:
+        attend: computes attention by the kernel that its `Tiles` name; a checkpointing tape has its own.
+    """
+    return (
+        Kernel(
+            name="attention",
+            shared="scaled_dot_product_attention",
+            theirs=base.scaled_dot_product_attention,
+            candidates={kernel: partial(_attention, attend, kernel) for kernel in (MLX, "tiled")},
+            assumed="tiled",
+            class_of=_attention_class,
+            trial=_attention_trial,
+            words=_attention_words,
+            count=_count_attention,
+        ),
+        Kernel(
+            name="gated activation",
+            shared="swiglu",
+            theirs=activations.swiglu,
+            candidates={
+                MLX: activations.swiglu,
+                "lean": partial(lean_swiglu, True),
+                "leanest": partial(lean_swiglu, False),
+            },
+            assumed="lean" if device.keep_exponentials() else "leanest",
+            class_of=lambda gate, up: activation_class(gate.shape[-1]),
+            trial=_swiglu_trial,
+            words=lambda shape: f"{shape[0]:,} wide",
+            count=_count_swiglu,
+        ),
+        gated_delta_row(),
+        state_space_row(),
+    )
+
+
+def _attention(
+    attend: AttentionCall,
+    kernel: str,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Compute attention as mlx-lm calls it; only calls that have a class come here."""
+    return attend(queries, keys, values, Tiles(scale, mask, kernel=kernel), sinks)
+
+
+def attention_class(
+    heads: int, key_heads: int, width: int, value_width: int, keys: int, mask: str = "causal", sinks: bool = False
+) -> ShapeClass:
+    """Return the class of an attention.
+
+    Args:
+        heads, key_heads: H and N.
+        width, value_width: d of queries and keys, and of values.
+        keys: of the longest row.
+        mask: `causal`, `array` or `none`.
+        sinks: whether logits without a value take part in the softmax.
+    """
+    return size_class(keys, 64, LONGEST), heads, key_heads, width, value_width, mask, "sinks" if sinks else ""
+
+
+def activation_class(width: int) -> ShapeClass:
+    """Return the class of a gated activation F wide."""
+    return (size_class(width, 256, 8192),)
+
+
+def _attention_class(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None = None,
+) -> ShapeClass | None:
+    # A float mask may carry a gradient (DeepSeek's position scores); a cache means generation.
+    if cache is not None or (isinstance(mask, mx.array) and mask.dtype != mx.bool_):
+        return None
+    kind = "array" if isinstance(mask, mx.array) else mask or "none"
+    (_, heads, _, width), (_, key_heads, seen, _) = queries.shape, keys.shape
+    return attention_class(heads, key_heads, width, values.shape[-1], seen, kind, sinks is not None)
+
+
+def _attention_words(shape: ShapeClass) -> str:
+    keys, heads, key_heads, width, value_width, mask, sinks = shape
+    wide = f"{width}" if width == value_width else f"{width}/{value_width}"
+    extra = {"causal": "", "array": ", windowed", "none": ", all keys seen"}[mask] + (", sinks" if sinks else "")
+    return f"{keys:,} keys, {heads}/{key_heads} heads of {wide}{extra}"
+
+
+def _attention_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs]:
+    """Make rows of the class's length."""
+    length, heads, key_heads, width, value_width, mask, sinks = shape
+    group, (rows, n) = heads // key_heads, _trial_rows(shape)
+    h, scale = n * group, width**-0.5
+    keys = mx.random.split(mx.random.key(0), 5)
+    sizes = [(rows, h, length, width), (rows, n, length, width), (rows, n, length, value_width)] + [(h,)] * bool(sinks)
+    arrays = [mx.random.normal(size, key=key).astype(dtype) for size, key in zip(sizes, keys, strict=False)]
+    cotangent = mx.random.normal((rows, h, length, value_width), key=keys[4]).astype(dtype)
+    before = mx.arange(length)[:, None] - mx.arange(length)
+    seen = {"none": before == before, "causal": before >= 0, "array": (before >= 0) & (before < max(1, length // 2))}[
+        mask
+    ]
+    given = {"none": None, "causal": "causal", "array": seen}[mask]
+
+    def wrap(function: Callable[..., mx.array]) -> Outputs:
+        return lambda q, k, v, *s: [function(q, k, v, None, scale, given, *s)]
+
+    return Trial(arrays, [cotangent], wrap), partial(_naive_attention, scale, seen)
+
+
+def _trial_rows(shape: ShapeClass) -> tuple[int, int]:
+    """Return rows and key heads of a trial: as many as `device.trial_flops` allows, heads at their ratio."""
+    length, heads, key_heads, width, value_width, *_ = shape
+    # Forward, and a backward pass that makes the scores again.
+    one = 7 * (heads // key_heads) * length**2 * (width + value_width)
+    products = max(1, int(device.trial_flops() / one))
+    n = min(key_heads, products)
+    return min(max(1, TRIAL_POSITIONS // length), max(1, products // n)), n
+
+
+def _count_attention(terms: KernelTerms, shape: ShapeClass, name: str, figures: Figures | None) -> KernelTerms:
+    """Ours is counted by the tile (memory.py); mlx's by the arrays of scores that it was seen to keep and to work with."""
+    if name != MLX:
+        return replace(terms, tiled=(*terms.tiled, shape[0]))
+    if figures is None:
+        [(_, *arrays)] = KernelTerms.of_mlx(device.current_device().backend).attention
+        return replace(terms, attention=(*terms.attention, (shape[0], *arrays)))
+    length, heads, key_heads, width, value_width, *_ = shape
+    rows, n = _trial_rows(shape)
+    group = heads // key_heads
+    number_bytes = figures.input_bytes / (rows * n * length * (group * width + width + value_width))
+    scores = rows * n * group * length**2 * number_bytes
+    output = rows * n * group * length * value_width * number_bytes
+    kept = max(0.0, figures.kept_bytes - output) / scores
+    ahead = (figures.peak_bytes - figures.kept_bytes) / scores
+    return replace(terms, attention=(*terms.attention, (shape[0], kept, ahead)))
+
+
+def _count_swiglu(terms: KernelTerms, shape: ShapeClass, name: str, figures: Figures | None) -> KernelTerms:
+    """Count what is kept beside gate, up and the product, in arrays of their width; the most of all classes."""
+    by_form = {MLX: 2.0, "lean": 1.0, "leanest": 0.0}[name]
+    arrays = by_form if figures is None else max(0.0, 2 * figures.kept_bytes / figures.input_bytes - 1)
+    return replace(terms, gate_arrays=max(arrays, terms.gate_arrays or 0.0))
+
+
+def _naive_attention(
+    scale: float, seen: mx.array, q: mx.array, k: mx.array, v: mx.array, sinks: mx.array | None = None
+) -> list[mx.array]:
+    """The definition: softmax(scale Q K^T) V where `seen` (T, S), a sink one more logit of each row."""
+    k, v = (mx.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+    scores = mx.where(seen, scale * q @ k.swapaxes(-1, -2), -mx.inf)  # (B, H, T, S)
+    if sinks is not None:
+        sunk = mx.broadcast_to(sinks[None, :, None, None], (*scores.shape[:3], 1))
+        scores = mx.concatenate([scores, sunk], axis=-1)
+    return [mx.softmax(scores, axis=-1)[..., : k.shape[2]] @ v]
+
+
+def _swiglu_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs]:
+    width = shape[0]
+    rows = max(1, min(TRIAL_POSITIONS, TRIAL_NUMBERS // width))
+    *arrays, cotangent = (3 * mx.random.normal((rows, width), key=mx.random.key(n)).astype(dtype) for n in range(3))
+
+    def naive(gate: mx.array, up: mx.array) -> list[mx.array]:
+        return [gate / (1 + mx.exp(-gate)) * up]
+
+    return Trial(arrays, [cotangent], lambda function: lambda gate, up: [function(gate, up)]), naive

@@ -1,0 +1,103 @@
+"""Which form the loss is computed in here: measured on this model's own head, once per (device, mlx, dtype, head).
+
+    tiles   some rows by a slice of the vocabulary, our own (fused.py)
+    rows    whole rows of logits through mx.fast.cross_entropy (row_loss.py)
+    plain   all logits at once, as the model makes them (losses.py)
+
+Shapes: P positions, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import mlx.core as mx
+
+from mlx_lora import device
+from mlx_lora.measuring import Figures, Trial, choose, keep_figures, may_measure, measure, read_figures
+from mlx_lora.models.head import QUANTISED_HEADS, Head
+from mlx_lora.models.kernel_choice import figures_key
+from mlx_lora.models.kernel_row import ShapeClass
+from mlx_lora.training.fused import fused_token_losses
+from mlx_lora.training.row_loss import row_token_losses
+
+TILES, ROWS, PLAIN_LOGITS = "tiles", "rows", "plain"
+NAME = "cross-entropy"
+FEWEST, MOST = 64, 1024  # positions of a trial
+
+TokenLosses = Callable[..., mx.array]
+"""(head, hidden (P, D), targets (P,), weights (P,), tile_bytes=, gradient=) -> (P,) weighted losses."""
+FORMS: Mapping[str, TokenLosses] = {TILES: fused_token_losses, ROWS: row_token_losses}
+
+
+def head_class(head: Head) -> ShapeClass:
+    """Return what a head's figures are kept under: V, D, how its weight is stored, and what is done to its logits."""
+    layer, width = head.layer, 0
+    stored = "float"
+    if isinstance(layer, QUANTISED_HEADS):
+        stored = f"{layer.bits}-bit/{layer.group_size} {layer.mode}"
+        width = layer.weight.shape[-1] * 32 // layer.bits
+    extras = [name for name, has in (("cap", head.soft_cap is not None), ("bias", head.bias is not None)) if has]
+    return head.vocabulary, width or layer.weight.shape[-1], " ".join([stored, *extras])
+
+
+def head_words(shape: ShapeClass) -> str:
+    """Tell a head's class to people."""
+    return f"{shape[0]:,} tokens by {shape[1]:,} ({shape[2]})"
+
+
+def loss_figures(head: Head, dtype: mx.Dtype, say: Callable[[str], None] | None) -> Mapping[str, Figures] | None:
+    """Return the figures of the forms for a head, None when they are not known and are not to be measured.
+
+    Args:
+        head: its own weight is what is measured with.
+        dtype: of the hidden states.
+        say: takes a line before measuring; None: what is not known stays so.
+    """
+    shape = head_class(head)
+    key = figures_key(NAME, shape, dtype)
+    found = read_figures(key)
+    if found is not None and found.keys() == {*FORMS, PLAIN_LOGITS}:
+        return found
+    if say is None or not may_measure():
+        return None
+    say(f"Measuring {NAME} for {head_words(shape)}, once on this machine")
+    figures = measure_loss(head, dtype)
+    keep_figures(key, figures)
+    return figures
+
+
+def choose_form(figures: Mapping[str, Figures] | None) -> str:
+    """Return the form to use: tiles where nothing was measured.
+
+    Plain is measured for comparison, and taken where both others are wrong: what it holds grows with all positions of a
+    batch, trained or not, and the trial has few.
+    """
+    if figures is None:
+        return TILES
+    return choose({name: figures[name] for name in FORMS}, layers=1) or PLAIN_LOGITS  # a model has one head
+
+
+def measure_loss(head: Head, dtype: mx.Dtype) -> dict[str, Figures]:
+    """Measure all forms on a head."""
+    vocabulary, width, _ = head_class(head)
+    positions = int(min(max(device.trial_flops() / (4 * vocabulary * width), FEWEST), MOST))
+    hidden = mx.random.normal((positions, width), key=mx.random.key(0)).astype(dtype)
+    targets = mx.random.randint(0, vocabulary, (positions,), key=mx.random.key(1))
+    weights, tile_bytes = mx.ones((positions,)), device.loss_tile_bytes()
+
+    def exactly(hidden: mx.array) -> mx.array:
+        dense = head.dense(head.arrays, mx.float32)
+        return _plain(head.finish(hidden.astype(mx.float32) @ dense.T, slice(None)), targets)
+
+    candidates = {
+        name: lambda hidden, form=form: form(head, hidden, targets, weights, tile_bytes=tile_bytes)
+        for name, form in FORMS.items()
+    }
+    candidates[PLAIN_LOGITS] = lambda hidden: _plain(head.logits(hidden), targets)
+    trial = Trial([hidden], [mx.ones((positions, 1))], lambda function: lambda h: [function(h)[:, None]])
+    return measure(candidates, trial, lambda h: [exactly(h)[:, None]], device.compiling_is_cheap())
+
+
+def _plain(logits: mx.array, targets: mx.array) -> mx.array:
+    return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)

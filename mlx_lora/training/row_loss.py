@@ -1,0 +1,83 @@
+"""Linear cross-entropy over `mx.fast.cross_entropy`: whole rows of logits, some rows at a time.
+
+mlx's kernel takes finished logits and is fused on Metal and CUDA. So a chunk's logits are whole rows of the vocabulary, made
+once; the kernel gives the losses and their gradient, which is multiplied by the head at once: like fused.py, nothing is
+kept but the gradient of the hidden states. Which of the two is better where is measured (training/loss_choice.py).
+
+Shapes: P supervised positions, R rows of a chunk, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlx_lora.memory import MAX_SLICE, chunk_rows
+from mlx_lora.models.head import Head
+
+
+def row_token_losses(
+    head: Head, hidden: mx.array, targets: mx.array, weights: mx.array, tile_bytes: int, gradient: bool = True
+) -> mx.array:
+    """Return weights[p] * cross_entropy(hidden[p], targets[p]) for every p, holding the logits of R of them at a time.
+
+    Args:
+        head: W and what is done to its logits.
+        hidden: (P, D).
+        targets: (P,) int.
+        weights: (P,) float32; 0 for padding.
+        tile_bytes: bound on a chunk's float32 logits; a single row may exceed it.
+        gradient: also make the gradient, for a call that will be differentiated; without it the vjp is zero.
+
+    Returns:
+        (P,) float32, differentiable in `hidden` alone: the head is frozen by construction.
+    """
+    rows = chunk_rows(len(targets), head.vocabulary, tile_bytes)
+
+    @mx.custom_function
+    def forward(hidden: mx.array, targets: mx.array, weights: mx.array, *arrays: mx.array):
+        losses, parts = [], []
+        for start in range(0, len(targets), rows):
+            stop = start + rows
+            h, t, w = hidden[start:stop], targets[start:stop], weights[start:stop]
+            if losses:  # one chunk at a time
+                h = mx.depends(h, [losses[-1], *parts[-1:]])
+            loss, dh = _chunk_loss(head, list(arrays), h, t, w, gradient)
+            losses.append(loss)
+            parts += [dh] if gradient else []
+        if not losses:
+            return mx.zeros((0,)), mx.zeros_like(hidden)
+        return mx.concatenate(losses), mx.concatenate(parts) if gradient else mx.zeros_like(hidden)
+
+    @forward.vjp
+    def forward_vjp(primals, cotangents, outputs):
+        hidden, *rest = primals
+        dh = (cotangents[0][:, None] * outputs[1]).astype(hidden.dtype)
+        return (dh, *(mx.zeros_like(array) for array in rest))
+
+    return forward(hidden, targets, weights, *head.arrays)[0]
+
+
+def _chunk_loss(
+    head: Head, arrays: list[mx.array], h: mx.array, targets: mx.array, weights: mx.array, gradient: bool
+) -> tuple[mx.array, mx.array]:
+    """Return these rows' weighted losses (R,), and their gradient (R, D) in h's dtype (empty without)."""
+    # In slices of the vocabulary: a quantised head is dequantised a slice at a time, and no inner side is 262k long.
+    slices = [slice(start, start + MAX_SLICE) for start in range(0, head.vocabulary, MAX_SLICE)]
+    after = [mx.depends(array, h) for array in arrays]
+    parts = [
+        head.finish((h @ head.dense([array[kept] for array in after], h.dtype).T).astype(mx.float32), kept)
+        for kept in slices
+    ]
+    logits = mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]  # (R, V)
+    if not gradient:
+        return mx.fast.cross_entropy(logits, targets) * weights, mx.zeros((0,))
+    [losses], [d_logits] = mx.vjp(lambda x: [mx.fast.cross_entropy(x, targets)], [logits], [weights])
+    if head.soft_cap is not None:
+        d_logits = d_logits * head.slope(logits)
+    # After the logits: a quantised slice is dequantised again rather than kept.
+    after = [mx.depends(array, d_logits) for array in arrays]
+    pulls = [
+        (d_logits[:, kept].astype(h.dtype) @ head.dense([array[kept] for array in after], h.dtype)).astype(mx.float32)
+        for kept in slices
+    ]
+    return losses * weights, (sum(pulls[1:], pulls[0]) * head.scale).astype(h.dtype)
