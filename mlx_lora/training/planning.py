@@ -19,6 +19,7 @@ from mlx_lora.config import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.errors import InputError
 from mlx_lora.memory import MemoryPlan, plan_memory
+from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.kernel_choice import KernelChoice, planned_kernels
 from mlx_lora.models.kernel_row import MLX
 from mlx_lora.models.matmul import use_measured_matmul
@@ -131,7 +132,9 @@ def check_base_fits(settings: TrainSettings) -> None:
     try:
         outline = outline_of(settings.model.model, settings.model.revision, dtype)
         shape = outlined_shape(outline, settings)
-    except InputError:
+    except (InputError, *FOREIGN_ERRORS) as error:
+        if not isinstance(error, InputError) and not is_foreign(error):
+            raise
         return  # loading says what is wrong with the model itself, in its own words
     machine = with_kernels(settings, shape, device.current_machine(settings.model.dtype))
     short = replace(settings, loop=replace(settings.loop, batch_size=1, grad_checkpoint="block"))
