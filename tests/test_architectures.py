@@ -21,6 +21,7 @@ from mlx_lora.config import ModelSettings
 from mlx_lora.models.load import load_base
 from mlx_lora.models.quantize import fitting_choice
 from mlx_lora.models.tokenizer import load_folder_tokenizer
+from mlx_lora.training.checkpointing import apply_checkpointing
 
 # One of each kind: dense, windows, parallel blocks, sinks and experts, delta rule, state space, latent attention, wrappers.
 FAMILIES = [
@@ -193,6 +194,24 @@ def test_attention_with_queries_in_another_dtype_than_values(name, uncompiled):
     """A ValueError in bfloat16, a Mac's dtype: these models bring float32 queries and bfloat16 values."""
     found = sweep.try_architecture(name, False, ("load", "bfloat16")).stages["bfloat16"]
     assert (found.outcome, found.text) == ("right", "")
+
+
+def test_recurrent_gemma_has_gradients_in_bfloat16(uncompiled):
+    """All of them were NaN."""
+    found = sweep.try_architecture("recurrent_gemma", True, ("load", "bfloat16")).stages["bfloat16"]
+    assert (found.outcome, found.text) == ("right", "")
+
+
+def test_blocks_that_write_into_a_shared_state_are_not_checkpointed(uncompiled):
+    """Kimi K3's blocks ran twice over the same object: gradients off by their own size."""
+    stages = ("load", "adapt", "checkpointing")
+    found = sweep.try_architecture("kimi_k3", False, stages).stages["checkpointing"]
+    assert (found.outcome, found.text) == ("right", "")
+    for name, left_out in (("kimi_k3", True), ("deepseek_v41", True), ("gemma4_text", False)):
+        model = tiny_architecture(name)
+        tape = apply_checkpointing(model, "block")
+        model(mx.array([[1, 2, 3]]))
+        assert tape.left_out is left_out, name
 
 
 @pytest.mark.slow

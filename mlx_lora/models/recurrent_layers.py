@@ -152,6 +152,21 @@ def gated_recurrence(own: Callable[..., WithState]) -> Callable[..., WithState]:
     return rnn_scan
 
 
+def gates_in_float32(own: Callable[..., WithState]) -> Callable[..., WithState]:
+    """Return RecurrentGemma's `RGLRU.__call__`, its gates in float32.
+
+    In 16 bits a decay near one squares to one, and sqrt(1 - a^2) has no slope there: every gradient becomes NaN.
+    """
+
+    def call(layer: nn.Module, x: mx.array, cache: mx.array | None = None) -> WithState:
+        if cache is not None:
+            return own(layer, x, cache)
+        y, last = own(layer, x.astype(mx.float32), cache)
+        return y.astype(x.dtype), last.astype(x.dtype)
+
+    return call
+
+
 def rwkv7_scan(own: Callable[..., WithState]) -> Callable[..., WithState]:
     """Return `Rwkv7TimeMixing._wkv7`: S_t = S_(t-1) (diag(w_t) + a_t b_t^T) + v_t k_t^T, y_t = S_t r_t."""
 
@@ -196,5 +211,6 @@ EXCHANGES: dict[tuple[str, str], Callable[[Callable[..., Any]], Callable[..., An
     ("mlx_lm.models.bailing_moe_linear", "recurrent_gla"): lightning,
     ("mlx_lm.models.bailing_hybrid", "recurrent_gla"): lightning,
     ("mlx_lm.models.recurrent_gemma", "rnn_scan"): gated_recurrence,
+    ("mlx_lm.models.recurrent_gemma", "RGLRU.__call__"): gates_in_float32,
     ("mlx_lm.models.rwkv7", "Rwkv7TimeMixing._wkv7"): rwkv7_scan,
 }
