@@ -20,6 +20,7 @@ import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import jamba, kimi_linear, mamba, mamba2, qwen3_5, rwkv7
+from mlx_lm.models.ssm import ssm_update
 
 from mlx_lora.models.kernels import training_kernels
 
@@ -95,6 +96,30 @@ def ssd(heads: int, width: int, hidden: int) -> nn.Module:
     return Called(mamba2.Mamba2Block(args, 0), None)
 
 
+class Alone(nn.Module):
+    """Mamba-2's recurrence without the layer around it: all that it reads is cut out of its input."""
+
+    def __init__(self, heads: int, width: int):
+        super().__init__()
+        self.shape = (heads, width)
+        self.A_log = mx.log(mx.linspace(1.0, 4.0, heads))
+        self.D = mx.ones((heads,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        heads, width = self.shape
+        b, c = x[:, :, None, :128], x[:, :, None, -128:]  # one group
+        channels, dt = x[..., : heads * width], x[..., :heads] - 2.0
+        y, _ = ssm_update(
+            channels.reshape(*x.shape[:2], heads, width), self.A_log, b, c, self.D, dt, mx.zeros((heads,))
+        )
+        return y.flatten(2)
+
+
+def ssd_alone(heads: int, width: int, hidden: int) -> nn.Module:
+    """Return Mamba-2's recurrence; `hidden` is heads x width."""
+    return Alone(heads, width)
+
+
 def selective_scan(heads: int, width: int, hidden: int) -> nn.Module:
     """Return Mamba's layer, heads x width channels wide: a state of 16 numbers per channel, each with its decay."""
     args = mamba.ModelArgs(
@@ -164,6 +189,7 @@ KINDS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "gated-delta": gated_delta,
     "kimi-delta": kimi_delta,
     "ssd": ssd,
+    "ssd-alone": ssd_alone,
     "selective-scan": selective_scan,
     "jamba-scan": jamba_scan,
     "wkv7": wkv7,
