@@ -2,11 +2,14 @@
 
     python benchmarks/recurrent.py --kind gated-delta                              heads as Qwen3.5-0.8B has them
     python benchmarks/recurrent.py --kind gated-delta --heads 4 --width 64         that the loop can hold at 4,096 tokens
+    python benchmarks/recurrent.py --kind ssd --heads 16 --width 64 --hidden 512   Mamba-2
+    python benchmarks/recurrent.py --kind ssd-alone --heads 16 --width 64 --hidden 1024   its recurrence alone
+    python benchmarks/recurrent.py --kind selective-scan --heads 8 --width 64 --hidden 256    Mamba, 512 channels
 
 Every point is a fresh process that runs one layer of mlx-lm's, once with its own loop and once with our kernels. Memory is
 the allocator's peak above weights and inputs; time is the median of --rounds, in wall and in processor seconds (the latter
-are the fairer where other programs run). Points of the loop that would take more than --loop-limit-gb, by three
-float32 states per token, are left out. Also checked is that both sides computed the same. Ends with one line of JSON.
+are the fairer where other programs run). Points of the loop that would take more than --loop-limit-gb, by what it
+keeps per token, are left out. Also checked is that both sides computed the same. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -45,8 +48,16 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def loop_bytes(args: argparse.Namespace, tokens: int) -> int:
-    """Return about what the loop keeps: three float32 states per token."""
-    return 3 * 4 * tokens * args.heads * args.width**2
+    """Return about what the loop keeps: float32 states per token, or Mamba-2's scores, in pieces of 256 tokens."""
+    channels = args.heads * args.width
+    numbers = {
+        "ssd": 20 * 256 * args.heads,
+        "ssd-alone": 20 * 256 * args.heads,
+        "selective-scan": 10 * 16 * channels,
+        # It writes each state into an array of all, which makes another one.
+        "jamba-scan": 2 * 16 * 2 * args.hidden * tokens,
+    }
+    return 4 * tokens * numbers.get(args.kind, 3 * channels * args.width)
 
 
 def measure(args: argparse.Namespace, side: str, tokens: int, folder: Path) -> dict[str, Any]:

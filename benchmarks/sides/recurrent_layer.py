@@ -19,7 +19,8 @@ from mlx_lora import device  # loads the BLAS, so it comes before mlx
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models import kimi_linear, qwen3_5
+from mlx_lm.models import jamba, kimi_linear, mamba, mamba2, qwen3_5, rwkv7
+from mlx_lm.models.ssm import ssm_update
 
 from mlx_lora.models.kernels import training_kernels
 
@@ -60,7 +61,139 @@ def kimi_delta(heads: int, width: int, hidden: int) -> nn.Module:
     return kimi_linear.KimiDeltaAttention(args, 0)
 
 
-KINDS: dict[str, Callable[[int, int, int], nn.Module]] = {"gated-delta": gated_delta, "kimi-delta": kimi_delta}
+class Called(nn.Module):
+    """A layer that is called with more than its input."""
+
+    def __init__(self, layer: nn.Module, *more: Any):
+        super().__init__()
+        self.layer = layer
+        self.more = more
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.layer(x, *self.more)
+
+
+def ssd(heads: int, width: int, hidden: int) -> nn.Module:
+    """Return Mamba-2's layer: a state of 128 numbers per channel, one decay per head."""
+    args = mamba2.ModelArgs(
+        model_type="mamba2",
+        num_heads=heads,
+        head_dim=width,
+        vocab_size=64,
+        hidden_size=hidden,
+        intermediate_size=heads * width,
+        state_size=128,
+        num_hidden_layers=1,
+        layer_norm_epsilon=1e-5,
+        conv_kernel=4,
+        n_groups=1,
+        use_bias=False,
+        use_conv_bias=True,
+        tie_word_embeddings=True,
+        time_step_limit=(0.0, 100.0),
+        time_step_rank=8,
+    )
+    return Called(mamba2.Mamba2Block(args, 0), None)
+
+
+class Alone(nn.Module):
+    """Mamba-2's recurrence without the layer around it: all that it reads is cut out of its input."""
+
+    def __init__(self, heads: int, width: int):
+        super().__init__()
+        self.shape = (heads, width)
+        self.A_log = mx.log(mx.linspace(1.0, 4.0, heads))
+        self.D = mx.ones((heads,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        heads, width = self.shape
+        b, c = x[:, :, None, :128], x[:, :, None, -128:]  # one group
+        channels, dt = x[..., : heads * width], x[..., :heads] - 2.0
+        y, _ = ssm_update(
+            channels.reshape(*x.shape[:2], heads, width), self.A_log, b, c, self.D, dt, mx.zeros((heads,))
+        )
+        return y.flatten(2)
+
+
+def ssd_alone(heads: int, width: int, hidden: int) -> nn.Module:
+    """Return Mamba-2's recurrence; `hidden` is heads x width."""
+    return Alone(heads, width)
+
+
+def selective_scan(heads: int, width: int, hidden: int) -> nn.Module:
+    """Return Mamba's layer, heads x width channels wide: a state of 16 numbers per channel, each with its decay."""
+    args = mamba.ModelArgs(
+        model_type="mamba",
+        vocab_size=64,
+        hidden_size=hidden,
+        intermediate_size=heads * width,
+        state_size=16,
+        num_hidden_layers=1,
+        conv_kernel=4,
+        use_bias=False,
+        use_conv_bias=True,
+        time_step_rank="auto",
+    )
+    return Called(mamba.MambaBlock(args), None)
+
+
+def jamba_scan(heads: int, width: int, hidden: int) -> nn.Module:
+    """Return Jamba's layer, twice `hidden` channels wide."""
+    args = jamba.ModelArgs.from_dict(
+        {
+            "model_type": "jamba",
+            "hidden_size": hidden,
+            "intermediate_size": hidden,
+            "num_hidden_layers": 1,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "attn_layer_offset": 1,
+            "attn_layer_period": 2,
+            "expert_layer_offset": 1,
+            "expert_layer_period": 2,
+            "mamba_d_conv": 4,
+            "mamba_d_state": 16,
+            "mamba_expand": 2,
+            "mamba_dt_rank": "auto",
+            "num_experts": 1,
+            "num_experts_per_tok": 1,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "vocab_size": 64,
+        }
+    )
+    return Called(jamba.JambaMambaMixer(args), None)
+
+
+class Wkv(nn.Module):
+    """RWKV-7's layer, which returns its values as well."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.layer(x, None, None)[0]
+
+
+def wkv7(heads: int, width: int, hidden: int) -> nn.Module:
+    """Return RWKV-7's layer, `hidden` being heads x width."""
+    args = rwkv7.ModelArgs("rwkv7", 64, heads * width, heads * width, 1e-5, width, 1, 64, 32, 128, 64)
+    layer = rwkv7.Rwkv7TimeMixing(args, 0)
+    # It starts with zeros where a key's length is divided by.
+    layer.k_k, layer.k_a, layer.r_k = (mx.ones(layer.k_k.shape) for _ in range(3))
+    return Wkv(layer)
+
+
+KINDS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "gated-delta": gated_delta,
+    "kimi-delta": kimi_delta,
+    "ssd": ssd,
+    "ssd-alone": ssd_alone,
+    "selective-scan": selective_scan,
+    "jamba-scan": jamba_scan,
+    "wkv7": wkv7,
+}
 """(heads, head width, hidden width) -> a layer of mlx-lm's, (B, T, D) to (B, T, D)."""
 
 
