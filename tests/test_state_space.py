@@ -20,12 +20,13 @@ from tiny_recurrent import RECURRENT, recurrent_model
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.models import recurrent_layers, spans, state_space
+from mlx_lora.models.kernel_choice import choose_model_kernels
 from mlx_lora.models.kernels import training_kernels
 from mlx_lora.models.recurrent_layers import EXCHANGES, recurrent_kernels
 from mlx_lora.models.spans import in_lanes, linear_scan, out_of_lanes
 from mlx_lora.models.state_space import selective_scan, state_space_dual
 from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.losses import Arrays, choose_kernels, choose_loss, plain_loss
+from mlx_lora.training.losses import Arrays, check_kernels, choose_loss, plain_loss
 
 Arrayed = Callable[..., Sequence[mx.array]]
 MLX_LMS = {"ssm_update": 5, "_process_sequence": 2, "ssm_step": 1, "recurrent_gla": 1, "rnn_scan": 1, "_wkv7": 1}
@@ -290,7 +291,8 @@ def test_generation_is_mlx_lms_own(kind):
 def test_the_check_before_a_run_accepts_them_and_finds_a_wrong_one(kind, monkeypatch):
     model, config = recurrent_model(kind)
     loss = choose_loss(model, config)
-    assert choose_kernels(model, config, loss)[0]
+    choice = choose_model_kernels(model, [29], "ours", mx.float32)
+    assert check_kernels(model, config, loss, choice)[0]
     own = spans.run_in_spans
 
     def wrong(*args, **kwargs):
@@ -298,7 +300,7 @@ def test_the_check_before_a_run_accepts_them_and_finds_a_wrong_one(kind, monkeyp
         return out + 0.3 * mx.abs(out), last
 
     monkeypatch.setattr(state_space, "run_in_spans", wrong)
-    taken, note = choose_kernels(model, config, loss)
+    taken, note = check_kernels(model, config, loss, choice)
     assert not taken
     assert "differs" in note
 
