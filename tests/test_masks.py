@@ -190,6 +190,25 @@ def test_every_token_and_mask_is_the_references(name):
     assert (divided == 0) == (name in shows_all)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_trained_token_is_of_another_message(name):
+    """Without a reference: what others say is marked, and the mark is in every row and in no trained text."""
+    tokenizer, encoder, _ = family(name)
+    rows = 0
+    for record in conversations(23, 18, always_ids=True):
+        messages = [
+            message if message["role"] == "assistant" else {**message, "content": f"SECRET {message['content']}"}
+            for message in record["messages"]
+        ]
+        encoded = encoder.encode([parse_record({**record, "messages": messages})[1]])
+        for row in rows_of(encoded):
+            text = shown(tokenizer, row)
+            assert "SECRET" in text
+            assert not any("SECRET" in part.split("⟧")[0] for part in text.split("⟦")[1:])
+            rows += 1
+    assert rows >= 12
+
+
 def test_the_comparison_sees_one_wrong_token():
     tokenizer, encoder, reference = family("gemma4")
     _, example = parse_record({"messages": HANDMADE[0], "tools": TOOLS})
