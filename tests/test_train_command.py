@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import mlx.core as mx
 import pytest
@@ -264,3 +265,38 @@ def test_resume_file_of_another_base_is_refused(trained, chats, tmp_path):
     )
     assert ran.code == 2
     assert "another model" in ran.lines[-1]
+
+
+def contents(folder) -> dict:
+    """Every file of a folder, by its name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_forced_run_that_is_interrupted_before_its_first_step_leaves_the_earlier_one(
+    tiny_folder, chats, tmp_path, monkeypatch
+):
+    out = tmp_path / "adapter"
+    arguments = ("train", "--model", tiny_folder, "--data", chats, "--adapter-path", out, *QUICK[2:], "--iters", 2)
+    assert run(*arguments, "--save-every", 1).code == 0
+    before = contents(out)
+
+    with monkeypatch.context() as at_once:
+        at_once.setattr("mlx_lora.training.trainer.interrupt_flag", lambda: nullcontext(lambda: True))
+        interrupted = run(*arguments, "--seed", 1, "--force")
+    assert interrupted.code == 130
+    assert contents(out) == before
+    assert (
+        f"Interrupted after 0 steps; nothing to save yet; the earlier adapter in {out} is unchanged" in interrupted.err
+    )
+    assert "0 steps done; nothing to save" in interrupted.err
+
+    # What a killed run left aside is the next one's to put back, or to replace.
+    (out / "earlier-run").mkdir()
+    (out / "adapters.safetensors").rename(out / "earlier-run" / "adapters.safetensors")
+    again = run(*arguments, "--seed", 1, "--force")
+    assert again.code == 0, again.err
+    after = contents(out)
+    assert not [name for name in after if name.startswith("earlier-run")]
+    assert sorted(name for name in after if "/" not in name) == sorted(name for name in before if "/" not in name)
+    assert after["adapters.safetensors"] != before["adapters.safetensors"]
+    assert not [name for name in after if "step-000001" in name]  # of the run before
