@@ -16,7 +16,9 @@ import yaml
 from conftest import tiny_model, write_folder
 from run_cli import run
 
+from mlx_lora.config import LoopSettings
 from mlx_lora.training.interrupts import interrupt_flag
+from mlx_lora.training.trainer import report_interval
 
 QUICK = (
     "--iters",
@@ -276,8 +278,10 @@ def test_a_forced_run_that_is_interrupted_before_its_first_step_leaves_the_earli
     tiny_folder, chats, tmp_path, monkeypatch
 ):
     out = tmp_path / "adapter"
-    arguments = ("train", "--model", tiny_folder, "--data", chats, "--adapter-path", out, *QUICK[2:], "--iters", 2)
+    arguments = ("train", "--model", tiny_folder, "--data", chats, "--adapter-path", out, *QUICK[2:-2], "--iters", 2)
     assert run(*arguments, "--save-every", 1).code == 0
+    reported = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in reported if line["loss"] is not None] == [1, 2]
     before = contents(out)
 
     with monkeypatch.context() as at_once:
@@ -300,3 +304,9 @@ def test_a_forced_run_that_is_interrupted_before_its_first_step_leaves_the_earli
     assert sorted(name for name in after if "/" not in name) == sorted(name for name in before if "/" not in name)
     assert after["adapters.safetensors"] != before["adapters.safetensors"]
     assert not [name for name in after if "step-000001" in name]  # of the run before
+
+
+def test_a_run_of_any_length_reports_about_twenty_times_unless_told_how_often():
+    intervals = {total: report_interval(total, LoopSettings()) for total in (1, 6, 39, 40, 200, 500, 10_000)}
+    assert intervals == {1: 1, 6: 1, 39: 1, 40: 2, 200: 10, 500: 25, 10_000: 25}
+    assert report_interval(6, LoopSettings(steps_per_report=10)) == 10
