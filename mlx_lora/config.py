@@ -155,7 +155,9 @@ class LoopSettings:
         None, "GB (10^9 bytes) that the run may use (default: what the device recommends)."
     )
     memory_check: bool = setting(True, "Refuse a run that does not fit by the plan; --no-memory-check tries it.")
-    steps_per_report: int = setting(10, "Steps between reports.")
+    steps_per_report: int | None = setting(
+        None, "Steps between reports (default: a twentieth of the run, and 25 at the most)."
+    )
     steps_per_eval: int = setting(200, "Steps between validations; 0: only at the end.")
     val_batches: int = setting(25, "Validation batches per validation; -1: all, 0: none.")
     save_every: int = setting(100, "Steps between checkpoints; 0: only at the end.")

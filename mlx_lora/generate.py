@@ -22,6 +22,7 @@ from mlx_lora.config import train_settings
 from mlx_lora.data.prompts import encode_prompt
 from mlx_lora.data.templates import own_template
 from mlx_lora.errors import InputError
+from mlx_lora.models.continuation import continued
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.sources.hub import resolve_adapter
@@ -65,7 +66,8 @@ def main(
     top_k = top_k if top_k < len(base.hf_tokenizer) else 0
     sampler = make_sampler(temp=temp, top_p=top_p if top_p < 1 else 0.0, top_k=top_k)
     pieces, last = [], None
-    for last in generated(base, tokens, max_tokens, sampler):
+    responses = generated(base, tokens, max_tokens, sampler)
+    for last in responses if template else continued(responses, base.tokenizer):
         pieces.append(last.text)
         if not as_json:
             click.echo(last.text, nl=False)

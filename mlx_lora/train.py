@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx_lora import cli, device
 from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.artifacts.adapter import CONFIG_FILE, save_adapter
-from mlx_lora.artifacts.checkpoint import Checkpoint, locked
+from mlx_lora.artifacts.checkpoint import Checkpoint
 from mlx_lora.artifacts.run_folder import (
     RunFolder,
     check_continuation,
@@ -28,6 +28,7 @@ from mlx_lora.artifacts.run_folder import (
     first_day,
     found_by_first,
     identity_of,
+    own_folder,
     write_settings,
 )
 from mlx_lora.config import TrainSettings, train_settings
@@ -49,7 +50,7 @@ from mlx_lora.runs.setup import (
     training_plan,
     validation_plan,
 )
-from mlx_lora.runs.words import describe_run, outcome_line
+from mlx_lora.runs.words import describe_run, interrupted_line, outcome_line
 from mlx_lora.supervise import run_supervised
 from mlx_lora.training.agreement import check_one_run, take_first_ranks
 from mlx_lora.training.guard import MemoryGuard
@@ -101,13 +102,12 @@ def run(settings: TrainSettings, ranks: Ranks | None) -> int:
     cli.echo(splits.report.render(color=cli.wants_color()))
     outcome = None
     if wants_training(settings):
-        with locked(Path(settings.loop.adapter_path)) if leads(ranks) else nullcontext():
+        with own_folder(Path(settings.loop.adapter_path)) if leads(ranks) else nullcontext():
             outcome = run_training(settings, base, splits, ranks)
     if settings.loop.test and not (outcome and outcome.interrupted):
         report_test_loss(settings, base, splits.test, ranks)
     if outcome and outcome.interrupted:
-        saved = f"the adapter is saved in {settings.loop.adapter_path}" if outcome.steps else "nothing to save yet"
-        cli.echo(f"Interrupted after {outcome.steps} steps; {saved}")
+        cli.echo(interrupted_line(settings.loop.adapter_path, outcome))
         return 130
     return 0
 

@@ -238,3 +238,32 @@ def test_what_is_not_read_is_named():
     assert parse_record({"messages": turns})[1].unread == {"time", "thinking", "refusal"}
     shared = [{"from": "human", "value": "q", "mood": 1}, {"from": "gpt", "value": "a", "weight": 1}]
     assert parse_record({"conversations": shared})[1].unread == {"mood"}
+
+
+PREFERENCES = [
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "human", "value": "r"}],
+     "chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"}},
+    {"prompt": "q", "chosen": "good", "rejected": "bad"},
+    {"messages": [USER, ASSISTANT], "chosen_response": "good", "rejected_response": "bad"},
+    {"prompt": "q", "completion": "a", "label": False},
+    {"prompt": [USER], "completion": [ASSISTANT], "label": True},
+    {"prompt": "q", "completion": "a", "label": "False"},
+    {"messages": [USER, ASSISTANT], "kto_tag": False},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("record", PREFERENCES)
+def test_rows_that_compare_or_rate_answers_are_refused(record):
+    with pytest.raises(FormatError, match="preference training is not available; ") as refusal:
+        parse_record(record)
+    assert "\n" not in str(refusal.value)
+
+
+def test_rows_with_half_of_such_columns_are_not_preferences():
+    both = {"prompt": "q", "completion": "a"}
+    for other in ({"label": "sports"}, {"label": None}, {"chosen": "a"}, {"chosen": "a", "rejected": None}):
+        assert parse_record({**both, **other}) == ("completions", Completion("q", "a"))
+    assert parse_record({"text": "t", "label": 1}) == ("text", Text("t"))
+    # Naming the format says which columns are meant.
+    compared = {"messages": [USER, ASSISTANT], "chosen": [ASSISTANT], "rejected": [USER]}
+    assert parse_record(compared, "messages") == ("messages", Conversation([USER, ASSISTANT]))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import mlx.core as mx
 import pytest
@@ -15,7 +16,9 @@ import yaml
 from conftest import tiny_model, write_folder
 from run_cli import run
 
+from mlx_lora.config import LoopSettings
 from mlx_lora.training.interrupts import interrupt_flag
+from mlx_lora.training.trainer import report_interval
 
 QUICK = (
     "--iters",
@@ -264,3 +267,46 @@ def test_resume_file_of_another_base_is_refused(trained, chats, tmp_path):
     )
     assert ran.code == 2
     assert "another model" in ran.lines[-1]
+
+
+def contents(folder) -> dict:
+    """Every file of a folder, by its name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_forced_run_that_is_interrupted_before_its_first_step_leaves_the_earlier_one(
+    tiny_folder, chats, tmp_path, monkeypatch
+):
+    out = tmp_path / "adapter"
+    arguments = ("train", "--model", tiny_folder, "--data", chats, "--adapter-path", out, *QUICK[2:-2], "--iters", 2)
+    assert run(*arguments, "--save-every", 1).code == 0
+    reported = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in reported if line["loss"] is not None] == [1, 2]
+    before = contents(out)
+
+    with monkeypatch.context() as at_once:
+        at_once.setattr("mlx_lora.training.trainer.interrupt_flag", lambda: nullcontext(lambda: True))
+        interrupted = run(*arguments, "--seed", 1, "--force")
+    assert interrupted.code == 130
+    assert contents(out) == before
+    assert (
+        f"Interrupted after 0 steps; nothing to save yet; the earlier adapter in {out} is unchanged" in interrupted.err
+    )
+    assert "0 steps done; nothing to save" in interrupted.err
+
+    # What a killed run left aside is the next one's to put back, or to replace.
+    (out / "earlier-run").mkdir()
+    (out / "adapters.safetensors").rename(out / "earlier-run" / "adapters.safetensors")
+    again = run(*arguments, "--seed", 1, "--force")
+    assert again.code == 0, again.err
+    after = contents(out)
+    assert not [name for name in after if name.startswith("earlier-run")]
+    assert sorted(name for name in after if "/" not in name) == sorted(name for name in before if "/" not in name)
+    assert after["adapters.safetensors"] != before["adapters.safetensors"]
+    assert not [name for name in after if "step-000001" in name]  # of the run before
+
+
+def test_a_run_of_any_length_reports_about_twenty_times_unless_told_how_often():
+    intervals = {total: report_interval(total, LoopSettings()) for total in (1, 6, 39, 40, 200, 500, 10_000)}
+    assert intervals == {1: 1, 6: 1, 39: 1, 40: 2, 200: 10, 500: 25, 10_000: 25}
+    assert report_interval(6, LoopSettings(steps_per_report=10)) == 10

@@ -20,6 +20,7 @@ from mlx_lora.artifacts.card import CARD_FILE
 from mlx_lora.artifacts.checkpoint import (
     Checkpoint,
     differences,
+    locked,
     newest_checkpoint,
     numbered,
     read_checkpoint,
@@ -77,6 +78,50 @@ FREE = frozenset(
         "kernels",
     ]
 )
+
+
+# What a run leaves in its folder, and where an earlier run's lies until this one has saved something of its own.
+RESULTS = (WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", REPORT_FILE, FACTS_FILE, "checkpoints")
+ASIDE = "earlier-run"
+
+
+@contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a run folder; where this run ends before it saves anything, put the earlier one's back."""
+    with locked(folder):
+        try:
+            yield
+        finally:
+            _end_aside(folder)
+
+
+def _set_aside(folder: Path) -> None:
+    """Move an earlier run's results out of the way, unless they are: a run that was killed had saved nothing."""
+    if (folder / ASIDE).exists() and not (folder / WEIGHTS_FILE).exists():
+        _remove_results(folder)
+        return
+    shutil.rmtree(folder / ASIDE, ignore_errors=True)
+    found = [name for name in RESULTS if (folder / name).exists()]
+    if found:
+        (folder / ASIDE).mkdir()
+    for name in found:
+        (folder / name).rename(folder / ASIDE / name)
+
+
+def _remove_results(folder: Path) -> None:
+    for path in (folder / name for name in RESULTS):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _end_aside(folder: Path) -> None:
+    """Remove an earlier run's results where this run has an adapter, else put them back."""
+    if not (folder / ASIDE).exists():
+        return
+    if not (folder / WEIGHTS_FILE).exists():
+        _remove_results(folder)
+        for path in (folder / ASIDE).iterdir():
+            path.replace(folder / path.name)
+    shutil.rmtree(folder / ASIDE, ignore_errors=True)
 
 
 def room_of(loop: LoopSettings) -> Path:
@@ -190,9 +235,9 @@ class RunFolder:
     ranks: Ranks | None = None
 
     def start_anew(self) -> None:
-        """Remove an earlier run's checkpoints (--force), which would pass for this one's."""
+        """Set an earlier run's results aside (--force), which would pass for this one's."""
         if leads(self.ranks):
-            shutil.rmtree(room_of(self.loop), ignore_errors=True)
+            _set_aside(Path(self.loop.adapter_path))
 
     def clear_leftovers(self) -> None:
         """Remove what killed runs left half written; nobody else writes here while the folder is locked."""
@@ -247,6 +292,7 @@ class RunFolder:
     def _write(self, model: nn.Module, step: Step, at: Position) -> None:
         save_adapter(Path(self.loop.adapter_path), model, self.info)
         if not self.loop.save_every:
+            _end_aside(Path(self.loop.adapter_path))
             return
         write_checkpoint(
             room_of(self.loop) / f"step-{at.taken:06d}",
@@ -256,6 +302,7 @@ class RunFolder:
             lambda place: save_adapter(place, model, self.info),
         )
         thin_out(room_of(self.loop), self.loop.keep, at.best_at)
+        _end_aside(Path(self.loop.adapter_path))
 
     def roll_back(self, model: nn.Module, step: Step, diverged: Diverged) -> RunError:
         """Put the last good checkpoint's adapter back after a divergence, and return the error that ends the run.

@@ -23,6 +23,10 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
+# Columns of which a row holds both where it compares two answers.
+PREFERENCE_PAIRS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
+# Columns that say whether an answer is good, beside the columns that hold a question and its answer.
+RATING_COLUMNS, ANSWERED = ("label", "kto_tag"), ({"prompt", "completion"}, {"messages"}, {"conversations"})
 EXPECTED = {
     "alpaca": "instruction, output (and optionally input, system, history)",
     "sharegpt": "conversations: [{from, value}, ...] (and optionally system, tools)",
@@ -51,7 +55,12 @@ def parse_record(record: Record, data_format: str = "auto") -> tuple[str, Exampl
 
 
 def detect_format(record: Record) -> str:
-    """Return the name of the format whose keys the record has."""
+    """Return the name of the format whose keys the record has.
+
+    Raises:
+        FormatError: none has them, or the row is made for preference training, where an answer may be a bad one.
+    """
+    _refuse_preference(record)
     if "messages" in record:
         return "messages"
     if "conversations" in record or "conversation" in record:
@@ -63,6 +72,27 @@ def detect_format(record: Record) -> str:
     if "text" in record:  # last: Alpaca's own set repeats each row as one text
         return "text"
     raise FormatError(f"found {keys_of(record)}; expected one of: {'; '.join(EXPECTED.values())}")
+
+
+def _refuse_preference(record: Record) -> None:
+    """Refuse a row that compares or rates answers: read as a chat, bad answers would be trained as good ones."""
+    for pair in PREFERENCE_PAIRS:
+        if record.keys() >= set(pair):
+            raise FormatError(
+                f"a preference row ({' and '.join(pair)}), and preference training is not available; to train on the "
+                f"{pair[0]} answers, save them as prompt and completion"
+            )
+    for name in RATING_COLUMNS:
+        if _is_rating(record.get(name)) and any(record.keys() >= keys for keys in ANSWERED):
+            raise FormatError(
+                f"a row with a rated answer ({name}: {record[name]}), and preference training is not available; keep "
+                f"the rows with good answers and remove {name}, or name the format with --data-format"
+            )
+
+
+def _is_rating(value: object) -> bool:
+    """Return whether a value says good or bad: true, 1, or the text that a CSV file has for them."""
+    return str(value).strip().lower() in ("true", "false", "0", "1")
 
 
 def _alpaca(record: Record) -> Conversation:

@@ -18,6 +18,11 @@ from mlx_lora.training.method_events import restart_every
 from mlx_lora.training.trainer import Outcome
 
 
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """Write 1 step, 2 steps."""
+    return f"{number} {one if number == 1 else several or one + 's'}"
+
+
 def describe_method(adapter: AdapterSettings, steps: int) -> str:
     """Return the method and its own numbers, for the run header."""
     if adapter.method_name == "full":
@@ -45,14 +50,14 @@ def describe_run(
     names = ", ".join(dict.fromkeys(key.rsplit(".", 1)[-1] for key in adapted.targets.keys))
     what = (
         f"Adapter: {describe_method(adapter, steps)}, "
-        f"{len(adapted.targets.paths)} layers ({names}), {trainable:,} trainable parameters, {trainable * 4 / 1e6:.1f} MB"
+        f"{counted(len(adapted.targets.paths), 'layer')} ({names}), {trainable:,} trainable parameters, {trainable * 4 / 1e6:.1f} MB"
         + (f" ({trainable / total:.2%} of what is in memory)" if not base.quantisation else "")
     )
     run = (
-        f"Run: {steps} steps, {len(plan)} batches per epoch, {optimizer.optimizer}, lr {optimizer.learning_rate:g} "
+        f"Run: {counted(steps, 'step')}, {counted(len(plan), 'batch', 'batches')} per epoch, {optimizer.optimizer}, lr {optimizer.learning_rate:g} "
         f"{optimizer.lr_schedule}, warm-up {optimizer.warmup:g}, clip {optimizer.max_grad_norm:g}, seed {settings.loop.seed}"
     )
-    forms = [*forms, f"{len(plan.shapes)} batch shapes", f"{plan.padding_fraction:.1%} padding"]
+    forms = [*forms, counted(len(plan.shapes), "batch shape"), f"{plan.padding_fraction:.1%} padding"]
     return [what, run, "Step: " + "; ".join([*forms, *base.matmul_paths.describe()])]
 
 
@@ -68,4 +73,14 @@ def outcome_line(folder: Path, outcome: Outcome, best: str | None) -> str:
     size = f"adapter of {file.stat().st_size / 1e6:.1f} MB" if file.exists() else "nothing to save"
     val = "" if outcome.val_loss is None else f", held-out loss {outcome.val_loss:.4f}"
     early = ", ended early: the held-out loss no longer falls" if outcome.stopped_early else ""
-    return f"{outcome.steps} steps done{early}{val}; {size} in {folder}{f'; {best}' if best else ''}"
+    return f"{counted(outcome.steps, 'step')} done{early}{val}; {size} in {folder}{f'; {best}' if best else ''}"
+
+
+def interrupted_line(folder: str, outcome: Outcome) -> str:
+    """Return what an interrupted run leaves in its folder, which may be an earlier run's adapter."""
+    if outcome.steps:
+        left = f"the adapter is saved in {folder}"
+    else:
+        left = "nothing to save yet"
+        left += f"; the earlier adapter in {folder} is unchanged" if (Path(folder) / WEIGHTS_FILE).exists() else ""
+    return f"Interrupted after {counted(outcome.steps, 'step')}; {left}"

@@ -84,6 +84,7 @@ class Completions:
             sampling=ask.sampling,
             stops=ask.stops,
             ignore_eos=ask.ignore_eos,
+            continues=ask.messages is None,
         )
         return Answering(
             self._engine, request, form(card.name if card else self._base_name), ask, self._limits.timeout_s

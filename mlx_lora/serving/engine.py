@@ -20,6 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_lora import device
 from mlx_lora.errors import InputError
+from mlx_lora.models.continuation import Continuation
 from mlx_lora.models.load import Base
 from mlx_lora.serving.batch import Batch, Prefill, Row
 from mlx_lora.serving.pools import Routing
@@ -264,7 +265,8 @@ class Engine:
             return
         number = resident.number if resident else None
         caches, cached = self.prompt_cache.find(number, request.tokens)
-        work = _Work(ticket, resident, TextStream(self._tokenizer.detokenizer, request.stops), cached)
+        words = Continuation(self._tokenizer) if request.continues else self._tokenizer.detokenizer
+        work = _Work(ticket, resident, TextStream(words, request.stops), cached)
         row = Row(work, number, Sampler(request.sampling, self.vocabulary), request.tokens[:cached])
         self._prefill = Prefill(self._model, self._routing, row, request.tokens[cached:], caches)
         self.counts.prompt_tokens += len(request.tokens) - cached

@@ -28,6 +28,7 @@ class Request:
         max_tokens: at most this many new ones.
         sampling: how they are drawn.
         stops: texts before which the answer ends.
+        continues: the text goes on from the prompt, as a completion does; a chat's answer begins anew.
         ignore_eos: go on after an end token (for measuring).
     """
 
@@ -37,6 +38,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stops: tuple[str, ...] = ()
     ignore_eos: bool = False
+    continues: bool = False
 
 
 @dataclass(frozen=True)

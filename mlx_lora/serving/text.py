@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from mlx_lm.tokenizer_utils import StreamingDetokenizer
 
+from mlx_lora.models.continuation import Continuation
+
 
 @dataclass(frozen=True)
 class TokenReport:
@@ -43,7 +45,7 @@ class Piece:
 class TextStream:
     """One request's text."""
 
-    def __init__(self, detokenizer: StreamingDetokenizer, stops: tuple[str, ...]):
+    def __init__(self, detokenizer: StreamingDetokenizer | Continuation, stops: tuple[str, ...]):
         """Begin.
 
         Args:

@@ -6,6 +6,7 @@ import numpy as np
 from mlx_lm import stream_generate
 
 from mlx_lora.data.encode import EncodedSet
+from mlx_lora.models.continuation import continued
 from mlx_lora.models.load import Base
 
 MOST_PROMPT_TOKENS = 256
@@ -43,6 +44,6 @@ def greedy_text(base: Base, prompt: list[int], max_tokens: int) -> str:
     base.model.eval()
     try:
         made = stream_generate(base.model, base.tokenizer, prompt, max_tokens=max_tokens)
-        return "".join(piece.text for piece in made)
+        return "".join(piece.text for piece in continued(made, base.tokenizer))
     finally:
         base.model.train(training)

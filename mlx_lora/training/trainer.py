@@ -26,6 +26,8 @@ from mlx_lora.training.step import Step, StepResult
 
 # This many skipped updates in a row mean that the run has diverged, not that one batch was bad.
 MAX_SKIPPED_IN_A_ROW = 10
+# Where --steps-per-report is not given: reports in a run, and steps from one to the next in a long run.
+REPORTS, MOST_BETWEEN_REPORTS = 20, 25
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ def total_steps(plan: BatchPlan, settings: LoopSettings) -> int:
     if settings.iters is not None:
         return settings.iters
     return math.ceil(_epoch_batches(plan, settings) / settings.grad_accumulation_steps)
+
+
+def report_interval(total: int, settings: LoopSettings) -> int:
+    """Return the steps between reports: --steps-per-report, or so many that a run of any length shows its loss early."""
+    return settings.steps_per_report or max(1, min(total // REPORTS, MOST_BETWEEN_REPORTS))
 
 
 def _epoch_batches(plan: BatchPlan, settings: LoopSettings) -> int:
@@ -163,6 +170,7 @@ def train(
         Diverged: update after update, or every single one, was skipped because it was not finite; nothing is saved.
     """
     total = total_steps(plan, settings)
+    report_every = report_interval(total, settings)
     at = at or Position()
     guard = guard or MemoryGuard(at)
     batches = micro_batches(plan, settings, at.consumed)
@@ -212,7 +220,7 @@ def train(
             last = at.taken == total or interrupted()
             to_report, to_validate, to_save = (
                 last or (every and at.taken % every == 0)
-                for every in (settings.steps_per_report, settings.steps_per_eval, settings.save_every)
+                for every in (report_every, settings.steps_per_eval, settings.save_every)
             )
             gone = False
             if to_report or to_validate or to_save:
