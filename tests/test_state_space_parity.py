@@ -18,7 +18,7 @@ from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.config import OptimizerSettings
 from mlx_lora.models import state_space
-from mlx_lora.models.attention import tiled_attention
+from mlx_lora.models.attention import attend
 from mlx_lora.models.kernels import training_kernels
 from mlx_lora.training.losses import Arrays, plain_loss
 from mlx_lora.training.optim import build_optimizer
@@ -182,7 +182,7 @@ def test_thirty_steps_of_lora_equal_transformers(family, tmp_path):
     adapt(modules, factors, scale)
     optimizer = torch.optim.AdamW(factors.values(), lr=RATE, weight_decay=0.0)
     settings = OptimizerSettings(learning_rate=RATE, lr_schedule="constant", warmup=0.0, weight_decay=0.0)
-    step = Step(ours, build_optimizer(settings, STEPS), plain_loss, 0.0, attend=tiled_attention)
+    step = Step(ours, build_optimizer(settings, STEPS), plain_loss, 0.0, attend=attend)
     pairs = []
     for number in range(STEPS):
         one = batch(ROWS, WIDTH, seed=number % 3)

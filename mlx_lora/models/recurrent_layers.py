@@ -37,7 +37,7 @@ def recurrent_kernels(model: nn.Module) -> Iterator[list[str]]:
         model: any mlx-lm model.
 
     Yields:
-        The names of the exchanged functions.
+        What was exchanged, in words for the run's header.
     """
     classes = {cls for kind in {type(module) for module in model.modules()} for cls in kind.__mro__}
     owners = [*classes, *{sys.modules[cls.__module__] for cls in classes}]
@@ -48,9 +48,10 @@ def recurrent_kernels(model: nn.Module) -> Iterator[list[str]]:
         if isinstance(own, FunctionType) and (own.__module__, own.__qualname__) in EXCHANGES
     ]
     for owner, name, own in exchanged:
-        setattr(owner, name, EXCHANGES[own.__module__, own.__qualname__](own))
+        _, make = EXCHANGES[own.__module__, own.__qualname__]
+        setattr(owner, name, make(own))
     try:
-        yield sorted({name for _, name, _ in exchanged})
+        yield sorted({EXCHANGES[own.__module__, own.__qualname__][0] for _, _, own in exchanged})
     finally:
         for owner, name, own in exchanged:
             setattr(owner, name, own)
@@ -202,15 +203,16 @@ def rwkv7_scan(own: Callable[..., WithState]) -> Callable[..., WithState]:
 
 # By the module and name that a function was defined under. Nothing is imported for it: an architecture's module is there
 # when a model of it is.
-EXCHANGES: dict[tuple[str, str], Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+EXCHANGES: dict[tuple[str, str], tuple[str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
     # Mamba-2, Falcon-H1, Nemotron-H, Granite hybrid, PLaMo 2
-    ("mlx_lm.models.ssm", "ssm_update"): dual,
+    ("mlx_lm.models.ssm", "ssm_update"): ("state space", dual),
     # Mamba, Falcon Mamba
-    ("mlx_lm.models.mamba", "MambaBlock._process_sequence"): mamba_sequence,
-    ("mlx_lm.models.jamba", "JambaMambaMixer.ssm_step"): jamba_scan,
-    ("mlx_lm.models.bailing_moe_linear", "recurrent_gla"): lightning,
-    ("mlx_lm.models.bailing_hybrid", "recurrent_gla"): lightning,
-    ("mlx_lm.models.recurrent_gemma", "rnn_scan"): gated_recurrence,
-    ("mlx_lm.models.recurrent_gemma", "RGLRU.__call__"): gates_in_float32,
-    ("mlx_lm.models.rwkv7", "Rwkv7TimeMixing._wkv7"): rwkv7_scan,
+    ("mlx_lm.models.mamba", "MambaBlock._process_sequence"): ("selective scan", mamba_sequence),
+    ("mlx_lm.models.jamba", "JambaMambaMixer.ssm_step"): ("selective scan", jamba_scan),
+    ("mlx_lm.models.bailing_moe_linear", "recurrent_gla"): ("lightning attention", lightning),
+    ("mlx_lm.models.bailing_hybrid", "recurrent_gla"): ("lightning attention", lightning),
+    ("mlx_lm.models.recurrent_gemma", "rnn_scan"): ("gated recurrence", gated_recurrence),
+    ("mlx_lm.models.recurrent_gemma", "RGLRU.__call__"): ("gated recurrence", gates_in_float32),
+    ("mlx_lm.models.rwkv7", "Rwkv7TimeMixing._wkv7"): ("RWKV-7's recurrence", rwkv7_scan),
 }
+"""(module, qualified name) -> words for the header, and what makes ours from mlx-lm's own."""

@@ -46,22 +46,14 @@ def run_in_spans(
     length, count = inputs[0].shape[1], len(inputs)
     edges = [*range(0, length, tokens), length]
 
-    def forward_states(inputs: list[mx.array], weights: list[mx.array], state: mx.array) -> list[mx.array]:
-        """Return the state before each span but the first."""
-        states: list[mx.array] = []
-        for start, stop in list(pairwise(edges))[:-1]:
-            state = span(_cut(inputs, start, stop, states[-1:]), weights, state)[1] * 1
-            states.append(state)
-        return states
-
     @mx.custom_function
     def forward(*primals: mx.array) -> list[mx.array]:
-        own, (*shared, state) = list(primals[:count]), primals[count:]
+        given, (*shared, state) = list(primals[:count]), primals[count:]
         parts: list[mx.array] = []
         states: list[mx.array] = []
         for start, stop in pairwise(edges):
             # Force the order, or the work of all spans may be alive at once.
-            part, state = span(_cut(own, start, stop, parts[-1:]), shared, state)
+            part, state = span(_cut(given, start, stop, parts[-1:]), shared, state)
             parts.append(part)
             state = state * 1  # a copy: a view would keep the work of the whole span alive
             states.append(state)
@@ -71,27 +63,50 @@ def run_in_spans(
     def forward_vjp(primals, cotangents, outputs):
         # After the cotangents: otherwise compiling may merge this with the forward pass, and keep its work.
         primals = mx.depends(list(primals), list(cotangents[:2]))
-        own, (*shared, state) = primals[:count], primals[count:]
-        kept = outputs[2:] if keep_states else forward_states(own, shared, state)
-        states = [state, *kept]
-        d_out, d_state = cotangents[:2]
-        d_parts: list[list[mx.array]] = []
-        d_shared = [mx.zeros_like(weight) for weight in shared]
-        done: list[mx.array] = []
-        for (start, stop), before in reversed(list(zip(pairwise(edges), states, strict=True))):
-            # All that this span adds to must be made before the next one starts.
-            given = [*_cut(own, start, stop, done), *shared, before]
-            d_span = [*_cut([d_out], start, stop, done), d_state]
-            *d_given, d_state = mx.vjp(lambda *p: list(span(list(p[:count]), list(p[count:-1]), p[-1])), given, d_span)[
-                1
-            ]
-            d_parts.append(d_given[:count])
-            d_shared = [total + part for total, part in zip(d_shared, d_given[count:], strict=True)]
-            done = [*d_given[:count], *d_shared, d_state]
-        return [*(_joined(list(parts)[::-1]) for parts in zip(*d_parts, strict=True)), *d_shared, d_state]
+        given, (*shared, state) = primals[:count], primals[count:]
+        states = [state, *outputs[2:]] if keep_states else _states_before(span, edges, given, shared, state)
+        return _gradient(span, edges, given, shared, states, cotangents[:2])
 
     out, last, *_ = forward(*inputs, *weights, state)
     return out, last
+
+
+def _states_before(
+    span: Span, edges: list[int], inputs: list[mx.array], weights: list[mx.array], state: mx.array
+) -> list[mx.array]:
+    """Return the state before each span."""
+    states = [state]
+    for start, stop in list(pairwise(edges))[:-1]:
+        states.append(span(_cut(inputs, start, stop, states[1:][-1:]), weights, states[-1])[1] * 1)  # a copy, as above
+    return states
+
+
+def _gradient(
+    span: Span,
+    edges: list[int],
+    inputs: list[mx.array],
+    weights: list[mx.array],
+    states: list[mx.array],
+    cotangents: Sequence[mx.array],
+) -> list[mx.array]:
+    """Return the cotangents of inputs, weights and first state, from the states before the spans and those of the outputs."""
+    count = len(inputs)
+    d_out, d_state = cotangents
+    d_parts: list[list[mx.array]] = []
+    d_weights = [mx.zeros_like(weight) for weight in weights]
+    done: list[mx.array] = []
+
+    def again(*given: mx.array) -> list[mx.array]:
+        return list(span(list(given[:count]), list(given[count:-1]), given[-1]))
+
+    for (start, stop), before in reversed(list(zip(pairwise(edges), states, strict=True))):
+        # All that this span adds to must be made before the next one starts.
+        given = [*_cut(inputs, start, stop, done), *weights, before]
+        *d_given, d_state = mx.vjp(again, given, [*_cut([d_out], start, stop, done), d_state])[1]
+        d_parts.append(d_given[:count])
+        d_weights = [total + part for total, part in zip(d_weights, d_given[count:], strict=True)]
+        done = [*d_given[:count], *d_weights, d_state]
+    return [*(_joined(list(parts)[::-1]) for parts in zip(*d_parts, strict=True)), *d_weights, d_state]
 
 
 def linear_scan(decay: mx.array, added: mx.array, state: mx.array) -> mx.array:
