@@ -126,12 +126,12 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
     activations = {"activations": kept, "gradients": masters * run.accumulates}
     ahead = _backward_window(shape, run, machine)
     one_block = max((_kept(block, run, machine) for block in shape.blocks), default=0)
-    check = sum(_kept_by_blocks(shape, Run(1, CHECK_TOKENS), machine))
+    check, logits = sum(_kept_by_blocks(shape, Run(1, CHECK_TOKENS), machine)), _check_bytes(shape, machine)
     again = 0 if run.checkpointing == "none" else most
     last_tile = 0 if shape.plain_loss else min(2 * machine.tile_bytes, 2 * SINGLE * run.places * shape.vocabulary)
     phases = {
         "load": {"base": shape.base_bytes, "weights being cast": _load_window(shape)},
-        "check": {**held, "optimizer": 0, "activations": check, "logits": _check_bytes(shape, machine)},
+        "check": {**held, "optimizer": 0, "activations": check, "gradients": 2 * masters, "logits": logits},
         "loss": {**held, **activations, "logits": _loss_window(shape, run, machine)},
         "backward": {**held, **activations, "block": again, "work ahead": ahead + (0 if again else last_tile)},
         "last": {**held, "gradients": masters, "block": one_block, "work ahead": ahead},
@@ -290,9 +290,11 @@ def _loss_window(shape: ModelShape, run: Run, machine: Machine) -> int:
 
 
 def _check_bytes(shape: ModelShape, machine: Machine) -> int:
-    """Return what the plain loss on the check's tokens takes: whole logits, and a quantised head as floats."""
+    """Return what the plain loss on the check's tokens and its gradient take: whole logits twice, a quantised head as floats."""
     dense = shape.vocabulary * shape.width * machine.number_bytes * machine.dense_copies if shape.head_packed else 0
-    logits = CHECK_TOKENS * shape.vocabulary * (SINGLE + (machine.number_bytes if machine.number_bytes < SINGLE else 0))
+    logits = (
+        2 * CHECK_TOKENS * shape.vocabulary * (SINGLE + (machine.number_bytes if machine.number_bytes < SINGLE else 0))
+    )
     return dense + logits
 
 

@@ -14,8 +14,9 @@ from test_step import adapted, batch, factors, make_step
 from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.models.head import Head, find_head
-from mlx_lora.training.fused import fused_cross_entropy, tile_shape
+from mlx_lora.training.fused import fused_cross_entropy, fused_token_losses, tile_shape
 from mlx_lora.training.losses import Arrays, choose_loss, fused_loss, plain_loss
+from mlx_lora.training.row_loss import row_token_losses
 from mlx_lora.training.step import Step
 
 V, D, P = 301, 64, 37
@@ -114,6 +115,28 @@ def test_tokens_beyond_all_doubt_give_zero_not_nan(dtype):
     assert (value.item(), mx.abs(grad).max().item()) == (0, 0)
     wrong = mx.arange(1, P + 1)
     assert fused_cross_entropy(head, h, wrong, mx.ones((P,)), 4 * P * 50).item() > 1000
+
+
+@pytest.mark.parametrize("rows", [5, 2048])
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (2.0, 5.0)])
+@pytest.mark.parametrize("layer", HEADS.values(), ids=HEADS)
+def test_losses_by_whole_rows_equal_the_definition(layer, scale, cap, rows, monkeypatch):
+    monkeypatch.setattr("mlx_lora.training.row_loss.MAX_SLICE", 77)
+    head = Head(nn.Module(), layer(), scale, cap)
+    h, targets = 2 * mx.random.normal((P, D)), mx.random.randint(0, V, (P,))
+    weights, d = (mx.random.uniform(shape=(P,)) < 0.7).astype(mx.float32), mx.random.normal((P,))
+
+    def own(x: mx.array) -> list[mx.array]:
+        return [row_token_losses(head, x, targets, weights, 4 * V * rows)]
+
+    [got], [got_grad] = mx.vjp(own, [h], [d])
+    expected = [by_definition(head, h[p : p + 1], targets[p : p + 1], weights[p : p + 1]).item() for p in range(P)]
+    grad = mx.grad(lambda x: by_definition(head, x, targets, weights * d))(h)
+    assert np.allclose(got, expected, rtol=1e-5, atol=1e-6)
+    assert np.allclose(got_grad, grad, rtol=1e-4, atol=1e-5 * mx.abs(grad).max().item())
+    tiled = fused_token_losses(head, h, targets, weights, 4 * V * 5)
+    assert np.allclose(tiled, expected, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(tiled, expected[::-1], rtol=1e-2)
 
 
 def test_vocabulary_beyond_the_widest_slice():

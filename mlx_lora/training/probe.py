@@ -73,7 +73,8 @@ def _probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], trai
             gradients = dict(tree_flatten(tree))
         else:
             _, losses = total(model)
-        mx.eval(losses, gradients)
+        mx.eval(losses)  # before the gradients: a quantised head is not dequantised for both at a time
+        mx.eval(gradients)
     finally:
         model.update(parameters)  # differentiation leaves its own stand-ins in the model
         model.train(training)
