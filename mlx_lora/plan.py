@@ -18,11 +18,15 @@ from mlx_lora import cli, device
 from mlx_lora.ceilings import measure_ceilings
 from mlx_lora.chips import CHIPS, Chip, find_chip, known_chip
 from mlx_lora.config import TrainSettings, train_settings
+from mlx_lora.data.loading import load_data
 from mlx_lora.errors import InputError
 from mlx_lora.memory import plan_memory
 from mlx_lora.models.kernel_choice import KernelChoice
 from mlx_lora.models.outline import outline_of
+from mlx_lora.models.tokenizer import load_folder_tokenizer
+from mlx_lora.parsing import read_json
 from mlx_lora.shape import Machine, ModelShape
+from mlx_lora.sources.hub import resolve_config
 from mlx_lora.speed import Ceilings, count_step, listed_ceilings, step_seconds
 from mlx_lora.training.planning import (
     AUTO_MODES,
@@ -41,6 +45,22 @@ from mlx_lora.training.planning import (
 )
 
 CHARACTERS_PER_TOKEN = 4  # of English, roughly: what a data file's size says about its tokens
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSize:
+    """What of the data decides a plan.
+
+    Attributes:
+        rows: to train on.
+        longest: tokens of the longest row.
+        tokens: of all rows.
+    """
+
+    rows: int
+    longest: int
+    tokens: int
 
 
 @click.command(cls=cli.Command)
@@ -70,24 +90,45 @@ def main(
     kernels = None if chip is None and memory_gb is None else elsewhere
     shape = outlined_shape(outline, settings, kernels)
     machine = with_kernels(settings, shape, machine, kernels)
+    size = measure_data(settings)
+    if size is not None:
+        settings = dataclasses.replace(
+            settings, data=dataclasses.replace(settings.data, max_seq_length=max(2, size.longest))
+        )
     settings_of_base = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
-    result = plan(settings, shape, machine, ceilings)
+    result = plan(settings, shape, machine, ceilings, size)
     if not result["fits"]:
         width = settings.data.max_seq_length - 1
         result["advice"] = advice(
-            settings, shape, machine, width, lambda: quantised_shape(outline, settings_of_base, kernels)
+            settings,
+            shape,
+            machine,
+            width,
+            lambda: quantised_shape(outline, settings_of_base, kernels),
+            size and size.rows,
         )
     if all_chips:
         if machine.backend != "metal" or kernels is None:
             outline = outline_of(settings.model.model, settings.model.revision, device.compute_dtype("bfloat16"))
             shape = outlined_shape(outline, settings, elsewhere)
-        result["chips"] = list(for_all_chips(settings, shape))
+        result["chips"] = list(for_all_chips(settings, shape, size))
     if as_json:
         cli.print_json(result)
     elif all_chips:
         click.echo(render_chips(result["chips"]))
     else:
         click.echo(render(result))
+
+
+def measure_data(settings: TrainSettings) -> DataSize | None:
+    """Return the size of --data in tokens; None without data here, or without a tokenizer beside the model's config."""
+    data, folder = settings.data.data, resolve_config(settings.model.model, settings.model.revision)
+    if data is None or not Path(data).exists() or not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    config = read_json(folder / "config.json", "download the model again")
+    tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)
+    rows = load_data(settings.data, tokenizer._tokenizer, settings.loop.seed, cli.echo).train
+    return DataSize(len(rows), int(rows.lengths.max(initial=2)), len(rows.tokens))
 
 
 def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | None) -> tuple[Machine, Ceilings]:
@@ -105,12 +146,14 @@ def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | N
     return known.machine(memory_gb, number_bytes), listed_ceilings(known, number_bytes)
 
 
-def plan(settings: TrainSettings, shape: ModelShape, machine: Machine, ceilings: Ceilings) -> dict[str, Any]:
+def plan(
+    settings: TrainSettings, shape: ModelShape, machine: Machine, ceilings: Ceilings, size: DataSize | None
+) -> dict[str, Any]:
     """Plan one machine; the JSON form."""
     width = settings.data.max_seq_length - 1
-    fitted = fit(settings, shape, machine, width)
+    fitted = fit(settings, shape, machine, width, size and size.rows)
     memory, budget = fitted.memory, budget_of(settings.loop, machine)
-    rows, columns = largest_batch(width, settings.loop, fitted.batch_tokens)
+    rows, columns = largest_batch(width, settings.loop, fitted.batch_tokens, size and size.rows)
     modes = {
         mode: plan_memory(shape, run_of(settings, rows, columns, mode), machine, budget).peak_bytes
         for mode in dict.fromkeys([*AUTO_MODES, fitted.checkpointing])
@@ -135,7 +178,8 @@ def plan(settings: TrainSettings, shape: ModelShape, machine: Machine, ceilings:
             mode: largest_rows(settings, shape, machine, mode, width)
             for mode in dict.fromkeys([fitted.checkpointing, "block"])
         },
-        "predicted": predict(settings, shape, machine, ceilings, fitted),
+        "predicted": predict(settings, shape, machine, ceilings, fitted, size),
+        "data": size and dataclasses.asdict(size),
         "machine": dataclasses.asdict(machine),
         "model": {
             "model_type": shape.model_type,
@@ -162,15 +206,20 @@ def chosen_settings(settings: TrainSettings, fitted: Fitted, rows: int) -> dict[
 
 
 def predict(
-    settings: TrainSettings, shape: ModelShape, machine: Machine, ceilings: Ceilings, fitted: Fitted
+    settings: TrainSettings,
+    shape: ModelShape,
+    machine: Machine,
+    ceilings: Ceilings,
+    fitted: Fitted,
+    size: DataSize | None,
 ) -> dict[str, Any]:
     """Predict the speed: tokens per second of full rows, and the hours of the run as far as its length is known."""
     width = settings.data.max_seq_length - 1
-    rows, columns = largest_batch(width, settings.loop, fitted.batch_tokens)
+    rows, columns = largest_batch(width, settings.loop, fitted.batch_tokens, size and size.rows)
     run = run_of(settings, rows, columns, fitted.checkpointing)
     seconds, parts = step_seconds(shape, run, machine, ceilings)
     tokens_per_s = run.positions / seconds
-    tokens = tokens_of(settings, rows * columns)
+    tokens = tokens_of(settings, rows * columns, size)
     return {
         "note": "predicted, not measured",
         "ceilings": ceilings.source,
@@ -183,32 +232,34 @@ def predict(
     }
 
 
-def tokens_of(settings: TrainSettings, positions: int) -> float | None:
-    """Return about how many tokens the run trains on: by --iters, or by the size of a data file that is here."""
+def tokens_of(settings: TrainSettings, positions: int, size: DataSize | None) -> float | None:
+    """Return about how many tokens the run trains on: by --iters, or by the size of the data that are here."""
     loop, data = settings.loop, settings.data.data
     if loop.iters is not None:
         return float(loop.iters * loop.grad_accumulation_steps * positions)
+    if size is not None:
+        return size.tokens * (loop.epochs or 1.0)
     if data is None or not Path(data).is_file():
         return None
     return Path(data).stat().st_size / CHARACTERS_PER_TOKEN * (loop.epochs or 1.0)
 
 
-def for_all_chips(settings: TrainSettings, shape: ModelShape) -> Iterator[dict[str, Any]]:
+def for_all_chips(settings: TrainSettings, shape: ModelShape, size: DataSize | None) -> Iterator[dict[str, Any]]:
     """Yield one row for each chip and memory size."""
     number_bytes = 4 if settings.model.dtype == "float32" else 2
     width = settings.data.max_seq_length - 1
     for chip in CHIPS:
         for memory_gib in chip.memory_gib:
             machine = chip.machine(memory_gib, number_bytes)
-            fitted = fit(settings, shape, machine, width)
-            yield _chip_row(settings, shape, chip, machine, fitted)
+            fitted = fit(settings, shape, machine, width, size and size.rows)
+            yield _chip_row(settings, shape, chip, machine, fitted, size)
 
 
 def _chip_row(
-    settings: TrainSettings, shape: ModelShape, chip: Chip, machine: Machine, fitted: Fitted
+    settings: TrainSettings, shape: ModelShape, chip: Chip, machine: Machine, fitted: Fitted, size: DataSize | None
 ) -> dict[str, Any]:
     number_bytes = machine.number_bytes
-    speed = predict(settings, shape, machine, listed_ceilings(chip, number_bytes), fitted)
+    speed = predict(settings, shape, machine, listed_ceilings(chip, number_bytes), fitted, size)
     return {
         "chip": chip.name,
         "memory_bytes": machine.memory_bytes,
@@ -245,11 +296,23 @@ def render(result: dict[str, Any]) -> str:
             for mode, rows in result["largest_batch_size"].items()
         ),
         f"Predicted (ceilings {speed['ceilings']}): {speed['tokens_per_s']:,.0f} tokens/s, "
-        f"{speed['hours_per_million_tokens']:.2f} hours per million tokens"
-        + (f", about {speed['hours']:.2f} hours for this run" if speed["hours"] is not None else ""),
+        f"{time_words(speed['hours_per_million_tokens'])} per million tokens"
+        + (f", about {time_words(speed['hours'])} for this run" if speed["hours"] is not None else ""),
     ]
+    if result["data"]:
+        size = result["data"]
+        lines.insert(1, f"Data: {size['rows']:,} rows, {size['tokens']:,} tokens, the longest row {size['longest']:,}")
     lines += [f"Not known: what this model's blocks keep in memory ({reason})" for reason in result["not_known"]]
     return "\n".join([*lines, *([f"To fit: {result['advice']}"] if "advice" in result else [])])
+
+
+def time_words(hours: float) -> str:
+    """Write a predicted time for people, in the unit that they would use."""
+    for unit, size in (("hour", 1.0), ("minute", 1 / 60)):
+        if hours >= 1.5 * size:
+            return f"{hours / size:,.0f} {unit}s" if hours >= 10 * size else f"{hours / size:.1f} {unit}s"
+    seconds = max(1, round(hours * 3600))
+    return f"{seconds} second{'s' if seconds > 1 else ''}"
 
 
 def render_chips(chips: list[dict[str, Any]]) -> str:

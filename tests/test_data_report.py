@@ -10,6 +10,7 @@ from byte_tokenizer import CHATML, byte_tokenizer, template
 
 from mlx_lora.config import DataSettings
 from mlx_lora.data.loading import load_data
+from mlx_lora.data.report import DataReport
 
 TOKENIZER = byte_tokenizer(CHATML)
 EXAMPLES = Path(__file__).parents[1] / "data"
@@ -43,6 +44,7 @@ def test_counts(tmp_path):
     assert found.formats == {"alpaca": 2, "completions": 1, "messages": 1}
     assert (found.truncated, found.empty, found.duplicates, found.dropped) == (1, 1, 1, 2)
     assert [row.line for row in found.dropped_rows] == [3, 5]
+    assert (found.truncated_rows, found.duplicate_rows) == ([("d.jsonl", 4)], [("d.jsonl", 2)])
     train = found.splits["train"]
     assert train.rows == 4
     assert train.max_length == 150
@@ -52,6 +54,7 @@ def test_counts(tmp_path):
     assert "6 (2 alpaca, 1 completions, 1 messages)" in text
     assert "truncated 1, duplicate 1, empty 1, dropped 2" in text
     assert "d.jsonl line 5: not JSON" in text
+    assert "  truncated: d.jsonl line 4\n  duplicate: d.jsonl line 2\n" in text
     assert "the model's own" in text
 
 
@@ -69,6 +72,18 @@ def test_the_example_marks_exactly_what_is_trained(tmp_path):
     assert "\x1b[31m" not in colored
     everything = report(tmp_path, [CHAT], valid_fraction=0.0, mask_prompt=False).render()
     assert "<|im_start|>⟦user↵" in everything
+
+
+def test_lines_of_cut_and_doubled_rows_are_named_up_to_ten(tmp_path):
+    rows = [{"prompt": "p", "completion": "c" * 300}] * 13 + [{"prompt": "q", "completion": "c"}]
+    found = report(tmp_path, rows, max_seq_length=150, valid_fraction=0.0)
+    assert (found.truncated, found.duplicates) == (13, 12)
+    text = found.render()
+    assert "  truncated: d.jsonl lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 3 more" in text
+    assert "  duplicate: d.jsonl lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 more" in text
+    assert DataReport.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    none = report(tmp_path, rows[-1:], valid_fraction=0.0)
+    assert "truncated:" not in none.render()
 
 
 def test_long_rows_and_many_bad_ones_stay_short(tmp_path):

@@ -26,6 +26,7 @@ from mlx_lora.chips import CHIPS
 from mlx_lora.config import AdapterSettings, ModelSettings, TrainSettings, train_settings
 from mlx_lora.models.load import load_base
 from mlx_lora.models.outline import outline_of, outline_of_config
+from mlx_lora.plan import time_words
 from mlx_lora.shape import ModelShape
 from mlx_lora.training.planning import fit, largest_rows, largest_sequence, largest_that_fits, outlined_shape
 
@@ -270,6 +271,35 @@ def test_hours_follow_iters_and_a_data_file(tiny_folder, chats):
     assert all(p["hours"] == pytest.approx(n * p["step_s"] / 3600) for p, n in zip(iters, (10, 1000), strict=True))
     assert planned("--model", tiny_folder, "--data", chats)["predicted"]["hours"] > 0
     assert planned("--model", tiny_folder)["predicted"]["hours"] is None
+
+
+def test_the_rows_of_the_data_are_planned_and_no_more(tiny_folder, tmp_path):
+    """Five short rows are one small batch, whatever --max-seq-length allows."""
+    data = tmp_path / "five.jsonl"
+    rows = [{"instruction": f"Say {n}.", "output": "abc" * n} for n in range(1, 6)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    without = planned("--model", tiny_folder, "--max-seq-length", 512)
+    found = planned("--model", tiny_folder, "--max-seq-length", 512, "--data", data, "--valid-fraction", 0)
+    assert found["data"]["rows"] == found["settings"]["rows"] == 5
+    assert found["settings"]["max_seq_length"] == found["data"]["longest"] < 100
+    assert found["data"]["tokens"] <= 5 * found["data"]["longest"]
+    assert found["peak_bytes"] < 0.5 * without["peak_bytes"]
+    assert without["data"] is None
+    # `train` plans the same, and chooses no checkpointing where the rows fit without.
+    budget = 0.6 * without["peak_bytes"] / 1e9
+    ran = run(
+        "train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / "a", "--iters", 1,
+        "--max-seq-length", 512, "--valid-fraction", 0, "--memory-budget", budget,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    settings = yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())
+    assert (settings["grad_checkpoint"], settings["batch_tokens"]) == ("none", 2048)
+
+
+def test_a_predicted_time_is_written_as_people_do():
+    hours = {1 / 3600: "1 second", 0.001: "4 seconds", 0.04: "2.4 minutes", 0.5: "30 minutes", 1.25: "75 minutes"}
+    hours |= {2.04: "2.0 hours", 1234.0: "1,234 hours"}
+    assert {value: time_words(value) for value in hours} == hours
 
 
 def train(folder: Path, chats: Path, out: Path, *more: object):

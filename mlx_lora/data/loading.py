@@ -58,7 +58,7 @@ class _Rows:
     formats: Counter[str] = field(default_factory=Counter)
     dropped: list[DroppedRow] = field(default_factory=list)
     empty: int = 0
-    truncated: int = 0
+    truncated: list[tuple[str, int]] = field(default_factory=list)
     unread: int = 0
 
     @property
@@ -166,10 +166,12 @@ def _make_splits(
     encoded = {name: _encode(rows, encoder, say) for name, rows in parts.items()}
     _check(settings, parts, encoded)
 
+    truncated = [place for rows in parts.values() for place in rows.truncated]
     keys = {
         name: [content_key(parts[name].examples[i]) for i in dict.fromkeys(encoded[name].source.tolist())]
         for name in encoded
     }
+    doubled = _doubled(parts["train"], encoded["train"], keys["train"])
     sets = {name: part.rows for name, part in encoded.items() if len(part.rows)}
     valid_source = "file" if "valid" in files else "held out"
     if "valid" not in encoded:
@@ -182,11 +184,13 @@ def _make_splits(
         valid_source=valid_source if "valid" in sets else "none",
         template=origin,
         max_seq_length=settings.max_seq_length,
-        truncated=sum(rows.truncated for rows in parts.values()),
+        truncated=len(truncated),
         empty=sum(rows.empty for rows in parts.values()),
-        duplicates=len(keys["train"]) - len(set(keys["train"])),
+        duplicates=len(doubled),
         dropped=sum(len(rows.dropped) for rows in parts.values()),
         dropped_rows=[row for rows in parts.values() for row in rows.dropped][:MAX_LISTED],
+        truncated_rows=truncated[:MAX_LISTED],
+        duplicate_rows=doubled[:MAX_LISTED],
         notes=_notes(parts, encoded, keys, encoder, day if template else None),
         example=example_pieces(sets["train"], tokenizer),
     )
@@ -299,8 +303,19 @@ def _encode(rows: _Rows, encoder: Encoder, say: Callable[[str], None]) -> Encode
     encoded = encoder.encode(rows.examples, tell)
     rows.dropped += [DroppedRow(*rows.places[number], why) for number, why in encoded.dropped.items()]
     rows.dropped.sort(key=lambda row: (row.file, row.line))
-    rows.truncated = len(encoded.truncated)
+    rows.truncated = [rows.places[number] for number in encoded.truncated]
     return encoded
+
+
+def _doubled(rows: _Rows, encoded: Encoded, keys: list[str]) -> list[tuple[str, int]]:
+    """Return where rows stand that say what an earlier one says; `keys` are those of the examples that gave rows."""
+    seen: set[str] = set()
+    found = []
+    for number, key in zip(dict.fromkeys(encoded.source.tolist()), keys, strict=True):
+        if key in seen:
+            found.append(rows.places[number])
+        seen.add(key)
+    return found
 
 
 def _check(settings: DataSettings, parts: dict[str, _Rows], encoded: dict[str, Encoded]) -> None:

@@ -68,6 +68,7 @@ class DataReport:
         max_seq_length: Longest row allowed, tokens.
         truncated, empty, duplicates, dropped: Rows; empty ones are among the dropped, duplicates are kept.
         dropped_rows: The first of the dropped.
+        truncated_rows, duplicate_rows: The first of these, (file, line).
         notes: Other things a person should know, a sentence each.
         example: Decoded pieces of one training row, (text, trained).
     """
@@ -84,6 +85,8 @@ class DataReport:
     duplicates: int
     dropped: int
     dropped_rows: list[DroppedRow] = field(default_factory=list)
+    truncated_rows: list[tuple[str, int]] = field(default_factory=list)
+    duplicate_rows: list[tuple[str, int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     example: list[tuple[str, bool]] = field(default_factory=list)
 
@@ -97,6 +100,8 @@ class DataReport:
         made = {
             "splits": {name: SplitReport(**split) for name, split in values["splits"].items()},
             "dropped_rows": [DroppedRow(**row) for row in values["dropped_rows"]],
+            "truncated_rows": [(file, line) for file, line in values["truncated_rows"]],
+            "duplicate_rows": [(file, line) for file, line in values["duplicate_rows"]],
             "example": [(text, trained) for text, trained in values["example"]],
         }
         return cls(**{**values, **made})
@@ -124,6 +129,8 @@ class DataReport:
         )
         counts = f"truncated {self.truncated:,}, duplicate {self.duplicates:,}, empty {self.empty:,}"
         lines.append(_line("rows", f"{counts}, dropped {self.dropped:,}"))
+        lines += _where("truncated", self.truncated_rows, self.truncated)
+        lines += _where("duplicate", self.duplicate_rows, self.duplicates)
         lines += [f"  {row.file} line {row.line}: {_clean(row.why)}"[:200] for row in self.dropped_rows]
         if self.dropped > len(self.dropped_rows):
             lines.append(f"  and {self.dropped - len(self.dropped_rows):,} more")
@@ -168,6 +175,20 @@ def example_pieces(rows: EncodedSet, tokenizer: PreTrainedTokenizerBase) -> list
 
 def _line(name: str, text: str) -> str:
     return f"{name:<10} {_clean(text)}"
+
+
+def _where(what: str, places: list[tuple[str, int]], count: int) -> list[str]:
+    """Return a line on where rows stand that were cut or are there twice; none for no rows."""
+    if not places:
+        return []
+    by_file: dict[str, list[str]] = {}
+    for file, line in places:
+        by_file.setdefault(file, []).append(str(line))
+    named = "; ".join(
+        f"{file} line{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}" for file, numbers in by_file.items()
+    )
+    more = f" and {count - len(places):,} more" if count > len(places) else ""
+    return [f"  {what}: {_clean(named)}{more}"]
 
 
 def _clean(text: str) -> str:

@@ -51,9 +51,17 @@ class Fitted:
     memory: MemoryPlan
 
 
-def largest_batch(width: int, loop: LoopSettings, batch_tokens: int) -> tuple[int, int]:
-    """Return (rows, width) of the largest batch whose longest row has `width` positions."""
-    return loop.batch_size or max(1, batch_tokens // width), width
+def largest_batch(width: int, loop: LoopSettings, batch_tokens: int, most_rows: int | None = None) -> tuple[int, int]:
+    """Return (rows, width) of the largest batch whose longest row has `width` positions.
+
+    Args:
+        width: positions of the longest row.
+        loop: may name the rows of a batch.
+        batch_tokens: of a batch, where it does not.
+        most_rows: in all the data; None: not known.
+    """
+    rows = loop.batch_size or max(1, batch_tokens // width)
+    return (rows if most_rows is None else max(1, min(rows, most_rows))), width
 
 
 def run_of(settings: TrainSettings, rows: int, width: int, mode: str, places: int | None = None) -> Run:
@@ -77,7 +85,9 @@ def budget_of(loop: LoopSettings, machine: Machine) -> int:
     return min(given, machine.working_set_bytes)
 
 
-def fit(settings: TrainSettings, shape: ModelShape, machine: Machine, width: int) -> Fitted:
+def fit(
+    settings: TrainSettings, shape: ModelShape, machine: Machine, width: int, most_rows: int | None = None
+) -> Fitted:
     """Choose batch tokens and checkpointing where the settings leave them open.
 
     The first that fits: 2,048 tokens or halves of it, and for each the fastest mode. Where nothing fits, the
@@ -87,11 +97,12 @@ def fit(settings: TrainSettings, shape: ModelShape, machine: Machine, width: int
         settings: --batch-tokens and --grad-checkpoint may be open (None, auto).
         shape, machine: the model and where it runs.
         width: positions of the longest row.
+        most_rows: in all the data; None: not known.
     """
     loop = settings.loop
     budget = budget_of(loop, machine)
     for tokens, mode in _choices(loop, width):
-        rows, columns = largest_batch(width, loop, tokens)
+        rows, columns = largest_batch(width, loop, tokens, most_rows)
         found = Fitted(tokens, mode, plan_memory(shape, run_of(settings, rows, columns, mode), machine, budget))
         if found.memory.fits:
             break
@@ -106,7 +117,7 @@ def fit_run(
     Args:
         settings: of the run.
         shape: the adapted model.
-        rows: training data; its longest row is what must fit.
+        rows: training data: as many as there are, each as long as the longest, are what must fit at the most.
         kernels: what the chosen kernels take.
 
     Raises:
@@ -114,8 +125,8 @@ def fit_run(
     """
     machine = replace(device.current_machine(settings.model.dtype), kernels=kernels)
     width = max(1, int(rows.lengths.max(initial=2)) - 1)
-    fitted = fit(settings, shape, machine, width)
-    check_fits(settings, fitted, shape, machine, width)
+    fitted = fit(settings, shape, machine, width, len(rows))
+    check_fits(settings, fitted, shape, machine, width, most_rows=len(rows))
     loop = replace(settings.loop, batch_tokens=fitted.batch_tokens, grad_checkpoint=fitted.checkpointing)
     return replace(settings, loop=loop), fitted.memory
 
@@ -258,13 +269,14 @@ def check_fits(
     machine: Machine,
     width: int,
     quantised: Callable[[], ModelShape | None] = lambda: None,
+    most_rows: int | None = None,
 ) -> None:
     """Refuse a run that does not fit, unless it is forced.
 
     Args:
         settings: of the run.
         fitted: what `fit` chose.
-        shape, machine, width: as in `fit`.
+        shape, machine, width, most_rows: as in `fit`.
         quantised: returns the shape with a 4-bit base, None where it is quantised already.
 
     Raises:
@@ -276,8 +288,8 @@ def check_fits(
     limit = "--memory-budget" if settings.loop.memory_budget else f"the working set of {machine.name}"
     raise InputError(
         f"this run: needs {gigabytes(memory.needed_bytes)} at its peak by the plan, and {limit} is "
-        f"{gigabytes(memory.budget_bytes)}; {advice(settings, shape, machine, width, quantised)}, or --no-memory-check "
-        "to try it all the same"
+        f"{gigabytes(memory.budget_bytes)}; {advice(settings, shape, machine, width, quantised, most_rows)}, or "
+        "--no-memory-check to try it all the same"
     )
 
 
@@ -287,19 +299,22 @@ def advice(
     machine: Machine,
     width: int,
     quantised: Callable[[], ModelShape | None] = lambda: None,
+    most_rows: int | None = None,
 ) -> str:
     """Return the nearest settings that fit, as flags: what changes the run least comes first."""
     for model, words in ((lambda: shape, []), (quantised, ["a 4-bit base"])):
         found = model()
         if found is None:
             continue
-        flags = _nearest(settings, found, machine, width)
+        flags = _nearest(settings, found, machine, width, most_rows)
         if flags is not None:
             return "try " + " and ".join(filter(None, [*words, " ".join(flags)]))
     return "no sequence or batch is small enough: choose a smaller model"
 
 
-def _nearest(settings: TrainSettings, shape: ModelShape, machine: Machine, width: int) -> list[str] | None:
+def _nearest(
+    settings: TrainSettings, shape: ModelShape, machine: Machine, width: int, most_rows: int | None
+) -> list[str] | None:
     """Return flags with which the run fits, None where there are none; empty: as it is."""
     widths = [width]
     while widths[-1] > SMALLEST_BATCH:
@@ -307,7 +322,7 @@ def _nearest(settings: TrainSettings, shape: ModelShape, machine: Machine, width
     for columns in widths:
         for loop in _easier(settings.loop, columns):
             eased = replace(settings, loop=loop)
-            found = fit(eased, shape, machine, columns)
+            found = fit(eased, shape, machine, columns, most_rows)
             if found.memory.fits:
                 return _flags(settings.loop, loop, found, columns if columns < width else None)
     return None

@@ -106,7 +106,9 @@ def disagreement(model: nn.Module, expected: Probe, found: Probe) -> str | None:
         return "has no gradient on it"
     # RecurrentGemma's own gradients are NaN in 16 bits, ours are not: what is not a number there is no reference.
     squares = [
-        mx.where(mx.isfinite(one).all(), mx.stack([mx.square(found.gradients[name] - one).sum(), mx.square(one).sum()]), 0)
+        mx.where(
+            mx.isfinite(one).all(), mx.stack([mx.square(found.gradients[name] - one).sum(), mx.square(one).sum()]), 0
+        )
         for name, one in expected.gradients.items()
     ]
     difference, whole = mx.sqrt(mx.stack(squares).sum(axis=0)).tolist()
