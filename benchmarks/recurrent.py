@@ -2,8 +2,8 @@
 
     python benchmarks/recurrent.py --kind gated-delta                              heads as Qwen3.5-0.8B has them
     python benchmarks/recurrent.py --kind gated-delta --heads 4 --width 64         that the loop can hold at 4,096 tokens
-    python benchmarks/recurrent.py --kind ssd --heads 16 --width 64 --hidden 512   Mamba-2
-    python benchmarks/recurrent.py --kind ssd-alone --heads 16 --width 64 --hidden 1024   its recurrence alone
+    python benchmarks/recurrent.py --kind ssd --heads 24 --width 64 --hidden 768   Mamba-2
+    python benchmarks/recurrent.py --kind ssd-alone --heads 24 --width 64 --hidden 1816   its recurrence alone
     python benchmarks/recurrent.py --kind selective-scan --heads 8 --width 64 --hidden 256    Mamba, 512 channels
 
 Every point is a fresh process that runs one layer of mlx-lm's, once with its own loop and once with our kernels. Memory is

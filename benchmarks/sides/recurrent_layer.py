@@ -97,7 +97,7 @@ def ssd(heads: int, width: int, hidden: int) -> nn.Module:
 
 
 class Alone(nn.Module):
-    """Mamba-2's recurrence without the layer around it: all that it reads is cut out of its input."""
+    """Mamba-2's recurrence without the layer around it: its input holds all that it reads."""
 
     def __init__(self, heads: int, width: int):
         super().__init__()
@@ -107,16 +107,22 @@ class Alone(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         heads, width = self.shape
-        b, c = x[:, :, None, :128], x[:, :, None, -128:]  # one group
-        channels, dt = x[..., : heads * width], x[..., :heads] - 2.0
+        channels = heads * width
+        x, b, c, dt = mx.split(x, [channels, channels + 128, channels + 256], axis=-1)
         y, _ = ssm_update(
-            channels.reshape(*x.shape[:2], heads, width), self.A_log, b, c, self.D, dt, mx.zeros((heads,))
+            x.reshape(*x.shape[:2], heads, width),
+            self.A_log,
+            b[:, :, None],  # one group
+            c[:, :, None],
+            self.D,
+            dt - 2.0,
+            mx.zeros((heads,)),
         )
-        return y.flatten(2)
+        return mx.concatenate([y.flatten(2), b, c, dt], axis=-1)
 
 
 def ssd_alone(heads: int, width: int, hidden: int) -> nn.Module:
-    """Return Mamba-2's recurrence; `hidden` is heads x width."""
+    """Return Mamba-2's recurrence; `hidden` is heads x width + 256 + heads."""
     return Alone(heads, width)
 
 

@@ -19,8 +19,11 @@ from mlx_lora.device import exponential
 from mlx_lora.models.spans import in_lanes, linear_scan, out_of_lanes, run_in_spans
 
 CHUNK = 64  # tokens of a chunk: within it the recurrence is products of matrices
-MAX_CHUNKS = 16  # of a span
-SPAN_NUMBERS = 1 << 20  # of the largest array of a span's work, 4 MiB
+# Of a span: chunks, and numbers of the largest array of its work, of which some 40 are alive in the backward pass. More
+# would make fewer, larger products; these keep a span's work near 80 MB, and were as fast on a CPU as any.
+MAX_CHUNKS = 16
+DUAL_NUMBERS = 1 << 19
+SCAN_NUMBERS = 1 << 20
 SCAN_TOKENS = (16, 256)  # fewest and most tokens of a span of the selective scan; fewer would keep too many states
 STEP_NUMBERS = 1 << 15  # that keep a device busy in one step of a scan
 
@@ -50,7 +53,7 @@ def state_space_dual(
     batch, _, heads, width = x.shape
     if state is None:
         state = mx.zeros((batch, heads, width, b.shape[-1]), mx.float32)
-    chunks = min(max(SPAN_NUMBERS // (batch * heads * CHUNK * CHUNK), 1), MAX_CHUNKS)
+    chunks = min(max(DUAL_NUMBERS // (batch * heads * CHUNK * CHUNK), 1), MAX_CHUNKS)
     return run_in_spans(_dual_span, [x, dt, log_decay, b, c], [skip], state, chunks * CHUNK, keep_states=False)
 
 
@@ -146,7 +149,7 @@ def _selective_span(inputs: list[mx.array], weights: list[mx.array], state: mx.a
 def scan_tokens(numbers: int) -> int:
     """Return the tokens of a span of a scan whose states have so many numbers, all rows together."""
     fewest, most = SCAN_TOKENS
-    return min(max(SPAN_NUMBERS // numbers, fewest), most)
+    return min(max(SCAN_NUMBERS // numbers, fewest), most)
 
 
 def lanes_for(length: int, numbers: int) -> int:
