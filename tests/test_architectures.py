@@ -17,8 +17,11 @@ from byte_tokenizer import byte_tokenizer
 from mlx.utils import tree_flatten, tree_map
 from transformers import CONFIG_MAPPING, AutoTokenizer
 
-from mlx_lora.config import ModelSettings
+from mlx_lora.adapters.setup import adapt_model
+from mlx_lora.config import AdapterSettings, ModelSettings
+from mlx_lora.errors import InputError
 from mlx_lora.models.load import load_base
+from mlx_lora.models.outline import outline_of_config
 from mlx_lora.models.quantize import fitting_choice
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.training.checkpointing import apply_checkpointing
@@ -212,6 +215,13 @@ def test_blocks_that_write_into_a_shared_state_are_not_checkpointed(uncompiled):
         tape = apply_checkpointing(model, "block")
         model(mx.array([[1, 2, 3]]))
         assert tape.left_out is left_out, name
+
+
+def test_a_model_without_a_layer_to_adapt_is_told_so():
+    """BitNet's layers are packed in a form of their own."""
+    outline = outline_of_config(tiny_config("bitnet"), mx.float32)
+    with pytest.raises(InputError, match="the model's blocks hold no linear layer that an adapter fits"):
+        adapt_model(outline.model, AdapterSettings(), seed=0)
 
 
 @pytest.mark.slow

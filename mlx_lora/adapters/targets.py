@@ -169,6 +169,9 @@ def _unmatched(flag: str, wish: str, fitting: list[str], num_layers: int) -> str
     if meant:
         return f"{flag} {wish!r}: matches layers only outside the last {num_layers} blocks; raise --num-layers"
     names = sorted({path.rsplit(".", 1)[-1] for path in fitting})
+    if wish == ALL_LINEAR:
+        found = f"there are {', '.join(names)}" if names else "choose another model"
+        return f"{flag} {wish}: the model's blocks hold no linear layer that an adapter fits; {found}"
     close = difflib.get_close_matches(wish, names, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"{flag} {wish!r}: matches no layer; {hint}there are {', '.join(names)}, or all-linear"

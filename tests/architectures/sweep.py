@@ -26,7 +26,7 @@ from architectures.trial import NotRun, Refused, Trial, Wrong
 from mlx_lora.errors import InputError
 
 # A fresh process now and then: compiled functions of a hundred models would pile up in one.
-AT_ONCE = 8
+AT_ONCE = 6
 LONGEST_TRIAL_S = 600
 
 

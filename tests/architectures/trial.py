@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ FACTOR_BAR = 1e-4
 LOGIT_BAR = 1e-4
 # bfloat16 has 8 bits of mantissa; the losses are about 6.
 HALF_BAR = 0.05
+# What the run's header says where ours could not be used, with the reason after it.
+OWN_KERNELS = "the model's own kernels ("
 PROMPT = "The sea was calm and"
 NEW_TOKENS = 8
 
@@ -195,12 +197,14 @@ def form_of(base: Base, mode: str) -> StepForm:
     Raises:
         InputError: the model cannot be trained.
     """
-    loss = choose_loss(base.model, base.config)
+    # Ours throughout: what `auto` would measure on one machine says nothing of another.
+    loss = choose_loss(base.model, base.config, "ours")
     choice = choose_model_kernels(base.model, [16], "ours", mx.float32)
-    kernels, _ = check_kernels(base.model, base.config, loss, choice)
+    kernels, words = check_kernels(base.model, base.config, loss, choice)
     tape = apply_checkpointing(base.model, mode)
     attention = (tape.attend if tape else attend) if kernels else None
-    return choose_step_form(base.model, base.config, loss, attention, base.model_id, kernels or assumed)
+    form = choose_step_form(base.model, base.config, loss, attention, base.model_id, kernels or assumed)
+    return replace(form, notes=(*form.notes, words)) if words.startswith(OWN_KERNELS) else form
 
 
 def trained_gradients(base: Base, arrays: Arrays, mode: str) -> tuple[mx.array, dict[str, Any]]:
