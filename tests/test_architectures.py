@@ -14,7 +14,7 @@ from architectures.configs import CONFIGS, PARTS, architecture_modules, ways
 from architectures.scaling import scaled
 from architectures.sweep import Result, Stage
 from byte_tokenizer import byte_tokenizer
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from transformers import CONFIG_MAPPING, AutoTokenizer
 
 from mlx_lora.adapters.setup import adapt_model
@@ -24,6 +24,7 @@ from mlx_lora.models.load import load_base
 from mlx_lora.models.outline import outline_of_config
 from mlx_lora.models.quantize import fitting_choice
 from mlx_lora.models.tokenizer import load_folder_tokenizer
+from mlx_lora.models.unchanged import left_unchanged
 from mlx_lora.training.checkpointing import apply_checkpointing
 
 # One of each kind: dense, windows, parallel blocks, sinks and experts, delta rule, state space, latent attention, wrappers.
@@ -222,6 +223,32 @@ def test_a_model_without_a_layer_to_adapt_is_told_so():
     outline = outline_of_config(tiny_config("bitnet"), mx.float32)
     with pytest.raises(InputError, match="the model's blocks hold no linear layer that an adapter fits"):
         adapt_model(outline.model, AdapterSettings(), seed=0)
+
+
+def test_what_a_model_remembers_between_passes_is_no_stand_in(uncompiled):
+    """Kimi K3 keeps products of its weights under private names; a traced pass left its own arrays there."""
+    model = tiny_architecture("kimi_k3")
+    ids = mx.array([[1, 2, 3]])
+    expected = model(ids)
+
+    names, own = zip(*tree_flatten(model.parameters()), strict=True)
+
+    def whole(*arrays: mx.array) -> mx.array:
+        model.update(tree_unflatten(list(zip(names, arrays, strict=True))))
+        return model(ids)
+
+    def trace() -> None:
+        model.train()
+        mx.export_function(lambda listed: None, whole, *own)
+        model.update(tree_unflatten(list(zip(names, own, strict=True))))
+        model.eval()
+
+    with left_unchanged(model):
+        trace()
+    assert mx.array_equal(model(ids), expected).item()
+    trace()
+    with pytest.raises(RuntimeError, match="without a primitive"):
+        mx.eval(model(ids))
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from mlx_lora.models.graph import as_on_gpu, gradient_graph
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.kernels import Choose, assumed, training_kernels
 from mlx_lora.models.liveness import count_memory
+from mlx_lora.models.unchanged import left_unchanged
 from mlx_lora.shape import BlockBytes, ModelShape, NotKnown
 
 # Where blocks are read. Between 512 and 640, rows stop keeping attention's probabilities; beyond the last, growth goes on as
@@ -174,11 +175,10 @@ def _read_block(block: nn.Module, choose: Choose, args: tuple[Any, ...], kwargs:
     was_training = block.training
     block.train()  # dropout, and whatever a model does differently in training
     try:
-        with training_kernels(block, noted, choose):
+        with left_unchanged(block), training_kernels(block, noted, choose):
             graph = gradient_graph(function, floats + [of[n] for n in trained], others + [of[n] for n in frozen])
     finally:
         block.train(was_training)
-        block.update(tree_unflatten(own))
     counted = count_memory(graph, LAG)
     inputs = sum(leaf.nbytes for leaf in floats[:1])
     return BlockBytes(inputs + counted.kept_bytes, counted.window_bytes, inputs + sum(attended), len(graph.nodes))

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.parts import Dropout
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
+from mlx_lora.models.unchanged import left_unchanged
 
 # What two right answers may differ by: float32 sums in another order, or 16-bit roundings of logits of some ten.
 LOSS_TOLERANCE, HALVES_LOSS_TOLERANCE = 1e-4, 1e-1
@@ -54,8 +55,7 @@ def probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array]) -> Pr
 
 
 def _probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], trains: bool) -> Probe:
-    # All of them: mlx-lm's Gemma 3n overwrites frozen ones as it goes, with what only this trace knows.
-    training, parameters = model.training, model.parameters()
+    training = model.training
     # With a gradient as in training: some models run a kernel without one otherwise.
     model.train(trains)
     for module in model.modules():
@@ -68,15 +68,15 @@ def _probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], trai
 
     gradients: dict[str, mx.array] = {}
     try:
-        if trains:
-            (_, losses), tree = nn.value_and_grad(model, total)(model)
-            gradients = dict(tree_flatten(tree))
-        else:
-            _, losses = total(model)
-        mx.eval(losses)  # before the gradients: a quantised head is not dequantised for both at a time
-        mx.eval(gradients)
+        with left_unchanged(model):
+            if trains:
+                (_, losses), tree = nn.value_and_grad(model, total)(model)
+                gradients = dict(tree_flatten(tree))
+            else:
+                _, losses = total(model)
+            mx.eval(losses)  # before the gradients: a quantised head is not dequantised for both at a time
+            mx.eval(gradients)
     finally:
-        model.update(parameters)  # differentiation leaves its own stand-ins in the model
         model.train(training)
     return Probe(losses, gradients)
 

@@ -14,6 +14,7 @@ from mlx.utils import tree_map
 from mlx_lora.data.batches import Batch
 from mlx_lora.models.attention import AttentionCall
 from mlx_lora.models.kernels import Choose, assumed, training_kernels
+from mlx_lora.models.unchanged import left_unchanged
 from mlx_lora.training.events import Events
 from mlx_lora.training.losses import Arrays, LossFunction
 from mlx_lora.training.optim import ELEMENTWISE, Masters, clip_scale, scaled
@@ -49,14 +50,9 @@ def differentiation(
     gradient = nn.value_and_grad(model, loss)
 
     def differentiate(*arrays: mx.array) -> tuple[mx.array, mx.array, dict]:
-        # All of them: mlx-lm's Gemma 3n overwrites frozen ones as it goes, with what only this trace knows.
-        parameters = model.parameters()
-        try:
-            # Around the backward pass as well: checkpointed blocks run again there.
-            with training_kernels(model, attend, choose) if attend else nullcontext():
-                (loss_sum, tokens), grads = gradient(model, *arrays)
-        finally:
-            model.update(parameters)  # differentiation leaves its own stand-ins in the model
+        # The kernels around the backward pass as well: checkpointed blocks run again there.
+        with left_unchanged(model), training_kernels(model, attend, choose) if attend else nullcontext():
+            (loss_sum, tokens), grads = gradient(model, *arrays)
         return loss_sum, tokens, grads
 
     return differentiate

@@ -31,6 +31,7 @@ from mlx_lora.models.attention import attend
 from mlx_lora.models.kernel_choice import choose_model_kernels
 from mlx_lora.models.kernels import assumed, training_kernels
 from mlx_lora.models.load import Base, load_base
+from mlx_lora.models.unchanged import left_unchanged
 from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.losses import Arrays, check_kernels, choose_loss
 from mlx_lora.training.trial import StepForm, choose_step_form
@@ -215,7 +216,8 @@ def trained_gradients(base: Base, arrays: Arrays, mode: str) -> tuple[mx.array, 
         total, count = form.loss.train(model, *arrays)
         return total / count
 
-    with training_kernels(base.model, form.attend, form.choose) if form.attend else nullcontext():
+    kernels = training_kernels(base.model, form.attend, form.choose) if form.attend else nullcontext()
+    with left_unchanged(base.model), kernels:
         value, grads = nn.value_and_grad(base.model, mean)(base.model, *arrays)
         mx.eval(value, grads)
     return value, grads
