@@ -38,9 +38,8 @@ class Family:
         settings: of the config.
         for_mlx_lm: what its config.json needs beside what transformers writes.
         names: (part of our layer's path, transformers'), each replaced in turn.
-        own_form: whether the published folders hold the weights as transformers' model has them, where it would
-            save them in an older form.
-        stored: (part of a tensor's name as transformers saves it, as published), each replaced in turn.
+        own_form: whether mlx-lm reads the weights as transformers' model has them, and not as it saves them.
+        stored: (part of a tensor's name as transformers saves it, as mlx-lm reads it), each replaced in turn.
     """
 
     config: str
