@@ -8,6 +8,9 @@ from typing import Any
 VOCABULARY = 288
 SHARED = {"vocab_size": VOCABULARY, "hidden_size": 32, "max_position_embeddings": 256, "pad_token_id": None}
 ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+# An output of the first tokens is small where q and k are almost at right angles; a norm with the usual 1e-6 would make its
+# rounding a thousand times larger, on either side, in heads of this few channels.
+WIDE_EPS = {"rms_norm_eps": 1e-4}
 DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -35,9 +38,8 @@ class Family:
         settings: of the config.
         for_mlx_lm: what its config.json needs beside what transformers writes.
         names: (part of our layer's path, transformers'), each replaced in turn.
-        own_form: whether the published folders hold the weights as transformers' model has them, where it would
-            save them in an older form.
-        stored: (part of a tensor's name as transformers saves it, as published), each replaced in turn.
+        own_form: whether mlx-lm reads the weights as transformers' model has them, and not as it saves them.
+        stored: (part of a tensor's name as transformers saves it, as mlx-lm reads it), each replaced in turn.
     """
 
     config: str
@@ -60,14 +62,14 @@ FAMILIES = {
     "qwen3_5": Family(
         "Qwen3_5TextConfig",
         "Qwen3_5ForCausalLM",
-        {**SHARED, **ATTENTION, **DELTA, "intermediate_size": 48},
+        {**SHARED, **ATTENTION, **DELTA, **WIDE_EPS, "intermediate_size": 48},
         {"model_type": "qwen3_5", **EVERY_SECOND},
         WRAPPED,
     ),
     "qwen3_5_moe": Family(
         "Qwen3_5MoeTextConfig",
         "Qwen3_5MoeForCausalLM",
-        {**SHARED, **ATTENTION, **DELTA, **EXPERTS},
+        {**SHARED, **ATTENTION, **DELTA, **WIDE_EPS, **EXPERTS},
         {"model_type": "qwen3_5_moe", **EVERY_SECOND},
         WRAPPED,
         own_form=True,
@@ -75,7 +77,7 @@ FAMILIES = {
     "qwen3_next": Family(
         "Qwen3NextConfig",
         "Qwen3NextForCausalLM",
-        {**SHARED, **ATTENTION, **DELTA, **EXPERTS, "intermediate_size": 48},
+        {**SHARED, **ATTENTION, **DELTA, **WIDE_EPS, **EXPERTS, "intermediate_size": 48},
         {**EVERY_SECOND, "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "mlp_only_layers": []},
     ),
     "olmo_hybrid": Family(

@@ -2,7 +2,7 @@
 
     python benchmarks/parity_transformers.py [--families qwen3_5,gpt_oss] [--steps 30]
 
-Transformers makes each model and writes its folder as it does; we load that as a user's download. Every linear layer that both
+Transformers makes each model and writes its folder; we load that as a user's download. Every linear layer that both
 have gets the same low-rank factors, B not zero; experts, routers, convolutions and norms stay as they are, and gradients pass
 through them. Compared are the first batch's logits, every factor's gradient, and the losses of 30 AdamW steps, with
 rows of 83 tokens: more than one chunk of the gated delta rule, more than one window. Bars: losses within 1e-4 relative at every

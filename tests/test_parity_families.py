@@ -27,7 +27,7 @@ def test_first_steps_are_transformers(family, program, tmp_path):
     assert found["good"], {name: value for name, value in found.items() if name != "losses"}
     assert found["loss"] < program.BAR
     assert found["more_scale"] > 10 * program.BAR
-    assert found["losses"][-1] != pytest.approx(found["losses"][0], rel=1e-3)
+    assert not found["without_gradient"]
 
 
 def test_every_family_is_tried(program):

@@ -37,8 +37,8 @@ def random_model(family: Family) -> torch.nn.Module:
     return model
 
 
-def as_published(family: Family, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the weights under the names, and in the layout, in which the family is published."""
+def as_mlx_lm_reads(family: Family, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights under the names, and in the layout, that mlx-lm reads."""
     named = {}
     for name, value in weights.items():
         for part, other in family.stored:
@@ -52,7 +52,7 @@ def as_published(family: Family, weights: dict[str, torch.Tensor]) -> dict[str, 
 
 
 def _gpt_oss_expert(name: str, value: torch.Tensor) -> tuple[str, torch.Tensor | dict[str, torch.Tensor]]:
-    """Return an expert tensor as mlx-lm's conversions publish it: (E, out, in), gate and up apart."""
+    """Return an expert tensor as mlx-lm's own conversions have it: (E, out, in), gate and up apart."""
     kind = "bias" if name.endswith("_bias") else "weight"
     name = name.removesuffix("_bias")
     value = value if kind == "bias" else value.transpose(1, 2)
@@ -70,12 +70,12 @@ def _three_convolutions(family: Family, name: str, value: torch.Tensor) -> dict[
 
 
 def make(job: dict[str, Any]) -> dict[str, Any]:
-    """Write the model's folder as transformers does, with a tokenizer of bytes; say which linear layers it has."""
+    """Write the model's folder as a user would download it, with a tokenizer of bytes; say which linear layers it has."""
     family, folder = FAMILIES[job["family"]], Path(job["folder"])
     model = random_model(family)
     model.save_pretrained(folder)
     weights = model.state_dict() if family.own_form else load_file(folder / "model.safetensors")
-    save_file(as_published(family, weights), folder / "model.safetensors", {"format": "pt"})
+    save_file(as_mlx_lm_reads(family, weights), folder / "model.safetensors", {"format": "pt"})
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
