@@ -16,6 +16,7 @@ from mlx_lora import config
 from mlx_lora.errors import InputError, RunError
 
 MOST_CHARACTERS = 880  # of an error's one line
+LONGEST_WORD = 40  # that is not cut there
 
 
 def echo(text: str = "") -> None:
@@ -115,7 +116,13 @@ def describe_error(error: BaseException) -> tuple[str, int] | None:
 def printable(text: str, limit: int = MOST_CHARACTERS) -> str:
     """Return text on one line that no terminal obeys: names from files may hold its commands, and be endless."""
     line = " ".join(text.split())
-    line = line if len(line) <= limit else f"{line[: limit * 3 // 4]} ... {line[-limit // 4 :]}"
+    if len(line) > limit:
+        # The middle goes, from word to word where words are near; the end says what to do.
+        start, end = limit * 3 // 4, len(line) - limit // 4
+        space = line.rfind(" ", start - LONGEST_WORD, start + 1)
+        start = space if space > 0 else start
+        end = line.find(" ", end - 1, end + LONGEST_WORD) + 1 or end
+        line = f"{line[:start]} ... {line[end:]}"
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
 
 

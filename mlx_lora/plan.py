@@ -122,8 +122,10 @@ def main(
 
 def measure_data(settings: TrainSettings) -> DataSize | None:
     """Return the size of --data in tokens; None without data here, or without a tokenizer beside the model's config."""
-    data, folder = settings.data.data, resolve_config(settings.model.model, settings.model.revision)
-    if data is None or not Path(data).exists() or not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if settings.data.data is None or not Path(settings.data.data).exists():
+        return None
+    folder = resolve_config(settings.model.model, settings.model.revision)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     config = read_json(folder / "config.json", "download the model again")
     tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)

@@ -149,7 +149,7 @@ CASES = {
     "iters and epochs": (lambda p: p.train("--epochs", 1), "keep one"),
     "unknown optimizer": (lambda p: p.train("--optimizer", "lion"), "'lion' is not one of"),
     "unknown dtype": (lambda p: p.train("--dtype", "int8"), "'int8' is not one of"),
-    "warm-up longer than the run": (lambda p: p.train("--warmup", 50), "--warmup 50: the run has 1 steps"),
+    "warm-up longer than the run": (lambda p: p.train("--warmup", 50), "--warmup 50: the run has 1 step;"),
     "target that matches nothing": (lambda p: p.train("--target-modules", "qproj"), "did you mean q_proj"),
     "more layers than there are": (lambda p: p.train("--num-layers", 9), "the model has 2 blocks"),
     "cache limit in words": (lambda p: p.train("--clear-cache-threshold", "lots"), "write it as 512MB"),

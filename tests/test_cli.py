@@ -78,6 +78,18 @@ def test_color_on_terminals_that_want_it(monkeypatch, terminal, variables, color
     assert cli.wants_color() is colored
 
 
+def test_a_long_error_loses_its_middle_between_words():
+    words = " ".join(f"word{number}" for number in range(300))
+    shown = cli.printable(words, 200)
+    assert len(shown) <= 205
+    first, last = shown.split(" ... ")
+    assert set(first.split()) | set(last.split()) < set(words.split())
+    assert words.startswith(first)
+    assert words.endswith(last)
+    assert cli.printable("x" * 300, 200) == "x" * 150 + " ... " + "x" * 50
+    assert cli.printable("x" * 200, 200) == "x" * 200
+
+
 def test_a_reader_that_leaves_gets_no_complaint(tiny_folder):
     command = [
         sys.executable,

@@ -10,7 +10,7 @@ from byte_tokenizer import CHATML, byte_tokenizer, template
 
 from mlx_lora.config import DataSettings
 from mlx_lora.data.loading import load_data
-from mlx_lora.data.report import DataReport
+from mlx_lora.data.report import DataReport, DroppedRow, Place, cut, reasons
 
 TOKENIZER = byte_tokenizer(CHATML)
 EXAMPLES = Path(__file__).parents[1] / "data"
@@ -44,7 +44,7 @@ def test_counts(tmp_path):
     assert found.formats == {"alpaca": 2, "completions": 1, "messages": 1}
     assert (found.truncated, found.empty, found.duplicates, found.dropped) == (1, 1, 1, 2)
     assert [row.line for row in found.dropped_rows] == [3, 5]
-    assert (found.truncated_rows, found.duplicate_rows) == ([("d.jsonl", 4)], [("d.jsonl", 2)])
+    assert (found.truncated_rows, found.duplicate_rows) == ([Place("d.jsonl", 4)], [Place("d.jsonl", 2)])
     train = found.splits["train"]
     assert train.rows == 4
     assert train.max_length == 150
@@ -86,6 +86,33 @@ def test_lines_of_cut_and_doubled_rows_are_named_up_to_ten(tmp_path):
     assert "truncated:" not in none.render()
 
 
+def test_rows_of_a_file_without_lines_are_counted(tmp_path):
+    rows = [{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": ""}, {"prompt": "p", "completion": "c"}]
+    for name, content, place in (
+        ("one.json", json.dumps(rows), "one.json row {}"),
+        ("spread.json", json.dumps(rows, indent=1), "spread.json line {}"),
+    ):
+        (tmp_path / name).write_text(content)
+        settings = DataSettings(data=str(tmp_path / name), valid_fraction=0.0)
+        text = load_data(settings, TOKENIZER, seed=0).report.render()
+        dropped, doubled = (2, 3) if name == "one.json" else (6, 10)
+        assert f"  {place.format(dropped)}: empty completion" in text
+        assert f"  duplicate: {place.format(doubled)}" in text
+
+
+def test_a_reason_is_told_once_and_cut_between_words():
+    dropped = [DroppedRow("d.jsonl", line, "not good") for line in (1, 2, 5)]
+    assert reasons(dropped) == "d.jsonl line 1 and 2 more: not good"
+    others = [DroppedRow("e.json", line, f"bad {line}", "row") for line in range(1, 5)]
+    assert reasons([*dropped, *others]) == (
+        "d.jsonl line 1 and 2 more: not good; e.json row 1: bad 1; e.json row 2: bad 2; and 2 more"
+    )
+    words = "word " * 60
+    assert cut(words, 200) == "word " * 39 + "…"
+    assert len(cut("x" * 300, 200)) == 200
+    assert cut("short", 200) == "short"
+
+
 def test_long_rows_and_many_bad_ones_stay_short(tmp_path):
     long = {
         "messages": [
@@ -104,7 +131,7 @@ def test_long_rows_and_many_bad_ones_stay_short(tmp_path):
 
 def test_tools_a_template_does_not_show_are_noted(tmp_path):
     found = report(tmp_path, [{**CHAT, "tools": [{"name": "f"}]}, CHAT], valid_fraction=0.0)
-    assert found.notes == ["the chat template does not show the tools of 1 rows to the model"]
+    assert found.notes == ["the chat template does not show the tools of 1 row to the model"]
     assert report(tmp_path, [CHAT], valid_fraction=0.0).notes == []
     shown = report(tmp_path, [{**CHAT, "tools": [{"name": "f"}]}], valid_fraction=0.0, chat_template="chatml")
     assert shown.notes == []

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mlx_lora"
+PROJECT = (PACKAGE.parent / "pyproject.toml").read_text()
+OLDEST = (3, int(re.search(r'requires-python = ">=3\.(\d+)"', PROJECT)[1]))
 STAGES = ("sources", "data", "models", "adapters", "training", "artifacts", "runs", "serving", "suite")
 SHARED = (
     "blas",
@@ -78,6 +81,33 @@ def test_files_and_functions_stay_short(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             limit = 150 if node.name == TRAIN_LOOP else 60
             assert node.end_lineno - node.lineno + 1 <= limit, node.name
+
+
+# What Python's standard library got after 3.11, of that which is used in programs like this one.
+NEWER = frozenset(
+    ["sumprod", "batched", "override", "is_junction", "process_cpu_count", "onexc", "walk_up", "case_sensitive"]
+)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_oldest_python_that_is_promised_has_all_that_is_used(path):
+    tree = ast.parse(path.read_text(), feature_version=OLDEST)
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    used |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    used |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword) if node.arg}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            used |= {alias.name for alias in node.names}
+    assert OLDEST == (3, 11)
+    assert not used & NEWER
+
+
+def test_files_that_the_package_declares_are_there():
+    declared = re.search(r"^mlx_lora = \[(.*?)\]", PROJECT, re.M | re.S)[1]
+    patterns = re.findall(r'"(.+?)"', declared)
+    assert "py.typed" in patterns
+    assert all(list(PACKAGE.glob(pattern)) for pattern in patterns)
+    assert not list(PACKAGE.glob("*.typo"))
 
 
 def test_no_file_imports_in_a_circle():

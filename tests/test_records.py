@@ -44,7 +44,7 @@ def test_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
-    assert list(read_records(tmp_path / "a.parquet")) == [Record(1, ROWS[0]), Record(2, ROWS[1])]
+    assert list(read_records(tmp_path / "a.parquet")) == [Record(1, ROWS[0], "row"), Record(2, ROWS[1], "row")]
     with pytest.raises(InputError, match="not a readable parquet"):
         read(tmp_path / "b.parquet", b"PAR1 no")
 

@@ -17,7 +17,7 @@ from mlx_lora.config import DataSettings
 from mlx_lora.data.encode import Encoded, EncodedSet, Encoder
 from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, Example, FormatError, Text
 from mlx_lora.data.formats import parse_record
-from mlx_lora.data.report import MAX_LISTED, DataReport, DroppedRow, SplitReport, example_pieces
+from mlx_lora.data.report import MAX_LISTED, DataReport, DroppedRow, Place, SplitReport, example_pieces, reasons
 from mlx_lora.data.split import content_key, cut_text, hold_out
 from mlx_lora.data.store import entry_folder, read_entry, write_entry
 from mlx_lora.data.templates import resolve_template, shows_date
@@ -54,11 +54,11 @@ class _Rows:
     """The usable rows of one split, where each stands, and the rows that are not usable."""
 
     examples: list[Example] = field(default_factory=list)
-    places: list[tuple[str, int]] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
     dropped: list[DroppedRow] = field(default_factory=list)
     empty: int = 0
-    truncated: list[tuple[str, int]] = field(default_factory=list)
+    truncated: list[Place] = field(default_factory=list)
     unread: int = 0
 
     @property
@@ -241,18 +241,18 @@ def _read(paths: Sequence[Path], data_format: str) -> _Rows:
         for record in read_records(path):
             if isinstance(record, BadRow):
                 rows.unread += 1
-                rows.dropped.append(DroppedRow(path.name, record.line, record.why))
+                rows.dropped.append(DroppedRow(path.name, record.line, record.why, record.unit))
                 continue
             try:
                 name, example = parse_record(record.value, data_format)
             except FormatError as error:
                 rows.unread += 1
                 rows.empty += isinstance(error, EmptyRecord)
-                rows.dropped.append(DroppedRow(path.name, record.line, str(error)))
+                rows.dropped.append(DroppedRow(path.name, record.line, str(error), record.unit))
                 continue
             rows.formats[name] += 1
             rows.examples.append(example)
-            rows.places.append((path.name, record.line))
+            rows.places.append(Place(path.name, record.line, record.unit))
     return rows
 
 
@@ -301,13 +301,15 @@ def _encode(rows: _Rows, encoder: Encoder, say: Callable[[str], None]) -> Encode
             next_s = time.monotonic() + TELL_EVERY_S
 
     encoded = encoder.encode(rows.examples, tell)
-    rows.dropped += [DroppedRow(*rows.places[number], why) for number, why in encoded.dropped.items()]
+    for number, why in encoded.dropped.items():
+        place = rows.places[number]
+        rows.dropped.append(DroppedRow(place.file, place.line, why, place.unit))
     rows.dropped.sort(key=lambda row: (row.file, row.line))
     rows.truncated = [rows.places[number] for number in encoded.truncated]
     return encoded
 
 
-def _doubled(rows: _Rows, encoded: Encoded, keys: list[str]) -> list[tuple[str, int]]:
+def _doubled(rows: _Rows, encoded: Encoded, keys: list[str]) -> list[Place]:
     """Return where rows stand that say what an earlier one says; `keys` are those of the examples that gave rows."""
     seen: set[str] = set()
     found = []
@@ -324,21 +326,18 @@ def _check(settings: DataSettings, parts: dict[str, _Rows], encoded: dict[str, E
         if len(encoded[name].rows) and not (settings.strict and rows.dropped):
             continue
         found = len(rows.dropped)
-        first = "; ".join(f"{row.file} line {row.line}: {row.why}" for row in rows.dropped[:3])
-        more = f"; and {found - 3} more" if found > 3 else ""
         if not found:
             raise InputError(f"the {name} data holds no record; it needs at least one")
         if len(encoded[name].rows):
-            raise InputError(f"--strict: {found} unusable {name} rows: {first}{more}; mend or remove them")
-        raise InputError(f"no usable row in the {name} data, {found} refused: {first}{more}")
+            raise InputError(f"--strict: {found} unusable {name} rows: {reasons(rows.dropped)}; mend or remove them")
+        raise InputError(f"no usable row in the {name} data, {found} refused: {reasons(rows.dropped)}")
 
 
 def _evaluation_notes(rows: _Rows, encoded: Encoded) -> list[str]:
     """Say what an evaluation left out or cut: a loss over fewer rows than were given is another loss."""
     notes = []
     if rows.dropped:
-        first = "; ".join(f"{row.file} line {row.line}: {row.why}" for row in rows.dropped[:3])
-        notes.append(f"Note: {len(rows.dropped)} unusable rows left out: {first}")
+        notes.append(f"Note: {len(rows.dropped)} unusable rows left out: {reasons(rows.dropped)}")
     if encoded.truncated:
         notes.append(f"Note: {len(encoded.truncated)} rows cut at --max-seq-length")
     return notes
@@ -372,7 +371,7 @@ def _notes(
     chats = [example for example in kept if isinstance(example, Conversation)]
     with_tools = [chat for chat in chats if chat.tools]
     if with_tools and not encoder.shows_tools(with_tools[0]):
-        notes.append(f"the chat template does not show the tools of {len(with_tools):,} rows to the model")
+        notes.append(f"the chat template does not show the tools of {_count(len(with_tools), 'row')} to the model")
     unshown: Counter[str] = Counter()
     for part in encoded.values():
         unshown.update({name: len(numbers) for name, numbers in part.unshown.items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from mlx_lora.data.encode import EncodedSet
 
 MAX_LISTED = 10  # dropped rows that are named one by one
+MAX_REASONS = 3  # that an error names
+MAX_REASON_CHARS = 200
 MAX_SEGMENT_CHARS = 360
 MAX_EXAMPLE_LINES = 12
 MAX_LINE_CHARS = 110
@@ -22,11 +24,25 @@ GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 @dataclass(frozen=True)
 class DroppedRow:
-    """A row that is not trained, where it stands and why."""
+    """A row that is not trained, where it stands (`unit` says what `line` counts) and why."""
 
     file: str
     line: int
     why: str
+    unit: str = "line"
+
+    @property
+    def place(self) -> str:
+        """Where it stands, in words."""
+        return f"{self.file} {self.unit} {self.line}"
+
+
+class Place(NamedTuple):
+    """Where a row stands: `unit` says what `line` counts."""
+
+    file: str
+    line: int
+    unit: str = "line"
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,7 @@ class DataReport:
         max_seq_length: Longest row allowed, tokens.
         truncated, empty, duplicates, dropped: Rows; empty ones are among the dropped, duplicates are kept.
         dropped_rows: The first of the dropped.
-        truncated_rows, duplicate_rows: The first of these, (file, line).
+        truncated_rows, duplicate_rows: The first of these.
         notes: Other things a person should know, a sentence each.
         example: Decoded pieces of one training row, (text, trained).
     """
@@ -85,8 +101,8 @@ class DataReport:
     duplicates: int
     dropped: int
     dropped_rows: list[DroppedRow] = field(default_factory=list)
-    truncated_rows: list[tuple[str, int]] = field(default_factory=list)
-    duplicate_rows: list[tuple[str, int]] = field(default_factory=list)
+    truncated_rows: list[Place] = field(default_factory=list)
+    duplicate_rows: list[Place] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     example: list[tuple[str, bool]] = field(default_factory=list)
 
@@ -100,8 +116,8 @@ class DataReport:
         made = {
             "splits": {name: SplitReport(**split) for name, split in values["splits"].items()},
             "dropped_rows": [DroppedRow(**row) for row in values["dropped_rows"]],
-            "truncated_rows": [(file, line) for file, line in values["truncated_rows"]],
-            "duplicate_rows": [(file, line) for file, line in values["duplicate_rows"]],
+            "truncated_rows": [Place(*place) for place in values["truncated_rows"]],
+            "duplicate_rows": [Place(*place) for place in values["duplicate_rows"]],
             "example": [(text, trained) for text, trained in values["example"]],
         }
         return cls(**{**values, **made})
@@ -131,7 +147,7 @@ class DataReport:
         lines.append(_line("rows", f"{counts}, dropped {self.dropped:,}"))
         lines += _where("truncated", self.truncated_rows, self.truncated)
         lines += _where("duplicate", self.duplicate_rows, self.duplicates)
-        lines += [f"  {row.file} line {row.line}: {_clean(row.why)}"[:200] for row in self.dropped_rows]
+        lines += [cut(f"  {row.place}: {_clean(row.why)}", MAX_REASON_CHARS) for row in self.dropped_rows]
         if self.dropped > len(self.dropped_rows):
             lines.append(f"  and {self.dropped - len(self.dropped_rows):,} more")
         lines += [_line("note", note) for note in self.notes]
@@ -177,15 +193,37 @@ def _line(name: str, text: str) -> str:
     return f"{name:<10} {_clean(text)}"
 
 
-def _where(what: str, places: list[tuple[str, int]], count: int) -> list[str]:
+def reasons(dropped: list[DroppedRow]) -> str:
+    """Return why rows were dropped, for one line: the first reasons, each once, and of each the first row."""
+    by_reason: dict[str, list[DroppedRow]] = {}
+    for row in dropped:
+        by_reason.setdefault(row.why, []).append(row)
+    told = list(by_reason.items())[:MAX_REASONS]
+    parts = []
+    for why, rows in told:
+        as_well = f" and {len(rows) - 1:,} more" if len(rows) > 1 else ""
+        parts.append(f"{rows[0].place}{as_well}: {cut(why, MAX_REASON_CHARS)}")
+    left = len(dropped) - sum(len(rows) for _, rows in told)
+    return "; ".join(parts) + (f"; and {left:,} more" if left else "")
+
+
+def cut(text: str, limit: int) -> str:
+    """Return a text of at most `limit` characters; one that is longer ends behind a word, with an ellipsis."""
+    if len(text) <= limit:
+        return text
+    end = text.rfind(" ", limit // 2, limit - 1)
+    return f"{text[: end if end > 0 else limit - 2]} …"
+
+
+def _where(what: str, places: list[Place], count: int) -> list[str]:
     """Return a line on where rows stand that were cut or are there twice; none for no rows."""
     if not places:
         return []
     by_file: dict[str, list[str]] = {}
-    for file, line in places:
-        by_file.setdefault(file, []).append(str(line))
+    for file, line, unit in places:
+        by_file.setdefault(f"{file} {unit}", []).append(str(line))
     named = "; ".join(
-        f"{file} line{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}" for file, numbers in by_file.items()
+        f"{file}{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}" for file, numbers in by_file.items()
     )
     more = f" and {count - len(places):,} more" if count > len(places) else ""
     return [f"  {what}: {_clean(named)}{more}"]

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from mlx_lora.cache import cache_dir
 from mlx_lora.config import DataSettings
 from mlx_lora.data.encode import EncodedSet
-from mlx_lora.files import replacing_folder
+from mlx_lora.files import replacing_folder, sha256_of
 
 MAX_ENTRIES = 20
 MAX_BYTES = 4 * 10**9
@@ -57,7 +57,7 @@ def entry_folder(
     """
     parts = {
         "kind": kind,
-        "files": {name: [(path.name, _file_hash(path)) for path in paths] for name, paths in files.items()},
+        "files": {name: [(path.name, sha256_of(path)) for path in paths] for name, paths in files.items()},
         "settings": {**asdict(settings), "data": None, "chat_date": day and day.isoformat()},
         "template": _template_hash(settings.chat_template),
         "tokenizer": _tokenizer_hash(tokenizer),
@@ -136,15 +136,10 @@ def _evict(room: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _template_hash(name_or_file: str | None) -> str | None:
     """Return a hash of the template file's text; None for a built-in, which is part of the code."""
     path = Path(name_or_file).expanduser() if name_or_file else None
-    return _file_hash(path) if path and path.is_file() else None
+    return sha256_of(path) if path and path.is_file() else None
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

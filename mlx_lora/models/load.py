@@ -39,6 +39,7 @@ class Base:
         revision: the hub commit, if it came from the hub.
         fingerprint: see fingerprint.py.
         matmul_paths: which product its quantised layers use.
+        size_bytes: of its parameters, without any adapter.
     """
 
     model: nn.Module
@@ -49,6 +50,7 @@ class Base:
     revision: str | None
     fingerprint: str
     matmul_paths: MatmulPaths
+    size_bytes: int
 
     @property
     def hf_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -68,11 +70,10 @@ class Base:
     def describe(self) -> str:
         """One line for the run header: type, parameters, stored size, quantisation, dtype."""
         parameters = [p for _, p in tree_flatten(self.model.parameters())]
-        size_mb = sum(p.nbytes for p in parameters) / 1e6
         floats = {str(p.dtype).removeprefix("mlx.core.") for p in parameters if mx.issubdtype(p.dtype, mx.floating)}
         q = self.quantisation
         form = f"{q['bits']}-bit {q.get('mode', 'affine')} (group {q['group_size']})" if q else "not quantised"
-        return f"{self.config.get('model_type')}, {len(self.model.layers)} blocks, {size_mb:.0f} MB in memory, {form}, {'/'.join(sorted(floats))}"
+        return f"{self.config.get('model_type')}, {len(self.model.layers)} blocks, {self.size_bytes / 1e6:.0f} MB in memory, {form}, {'/'.join(sorted(floats))}"
 
 
 def check_token_ids(base: Base, highest: int, source: str) -> None:
@@ -115,7 +116,10 @@ def load_base(settings: ModelSettings) -> Base:
     model.freeze()
     mx.eval(model.parameters())
     tokenizer = load_folder_tokenizer(folder, config, settings.trust_remote_code)
-    return Base(model, tokenizer, config, folder, source.model_id, source.revision, fingerprint, matmul_paths)
+    size_bytes = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
+    return Base(
+        model, tokenizer, config, folder, source.model_id, source.revision, fingerprint, matmul_paths, size_bytes
+    )
 
 
 def _check_experts(model: nn.Module, model_id: str) -> None:

@@ -25,18 +25,26 @@ LEAST_UNPACKED_BYTES, MOST_UNPACKED, LEAST_ROWS = 256 * 2**20, 100, 10_000
 
 @dataclass(frozen=True)
 class Record:
-    """One record of a file and the line it starts on (.parquet: its row number; both count from 1)."""
+    """One record of a file, and where it stands there.
+
+    Attributes:
+        line: that it starts on, from 1.
+        value: what it holds.
+        unit: what `line` counts: `line`, or `row` where a file has no lines, or all on one.
+    """
 
     line: int
     value: dict[str, Any]
+    unit: str = "line"
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A line that holds no usable record, and why."""
+    """A line that holds no usable record, and why; `line` and `unit` as of a record."""
 
     line: int
     why: str
+    unit: str = "line"
 
 
 def read_records(path: Path) -> Iterator[Record | BadRow]:
@@ -108,18 +116,18 @@ def _parse_line(number: int, line: bytes) -> Record | BadRow:
     return _as_record(number, value)
 
 
-def _as_record(number: int, value: Any) -> Record | BadRow:
+def _as_record(number: int, value: Any, unit: str = "line") -> Record | BadRow:
     if not isinstance(value, dict):
-        return BadRow(number, f"a JSON {_json_type(value)}, not an object")
-    return Record(number, value)
+        return BadRow(number, f"a JSON {_json_type(value)}, not an object", unit)
+    return Record(number, value, unit)
 
 
-def _checked(number: int, value: Any, text: str) -> Record | BadRow:
+def _checked(number: int, value: Any, text: str, unit: str) -> Record | BadRow:
     try:
         check_value(value, text)
     except ValueError as error:
-        return BadRow(number, f"not usable JSON: {error}")
-    return _as_record(number, value)
+        return BadRow(number, f"not usable JSON: {error}", unit)
+    return _as_record(number, value, unit)
 
 
 def _json_type(value: Any) -> str:
@@ -137,11 +145,14 @@ def _json(path: Path) -> Iterator[Record | BadRow]:
         return
     if text[start] != "[":
         raise InputError(f"{path} is not a JSON list of objects; write [{{...}}, ...] or one object per line as .jsonl")
+    # In a file of one line, its number says nothing: records are counted.
+    unit, rows = ("line" if "\n" in text.strip() else "row"), 0
     decoder, position, line, counted = json.JSONDecoder(), _next_char(text, start + 1), 1, 0
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
+        rows += 1
         value, end = _decode_element(path, text, position, line, decoder)
-        yield _checked(line, value, text[position:end])
+        yield _checked(line if unit == "line" else rows, value, text[position:end], unit)
         position = _next_char(text, end)
         mark = text[position : position + 1]
         if mark == ",":
@@ -177,7 +188,7 @@ def _json_objects(path: Path, text: str) -> Iterator[Record | BadRow]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not usable JSON: {error}") from None
     if len(text.splitlines()) == 1:
-        yield _checked(1, whole, text)
+        yield _checked(1, whole, text, "line")
         return
     keys = ", ".join(list(whole)[:5])
     raise InputError(f"{path} is one JSON object (keys: {keys}), not a list of objects; write [{{...}}, ...]")
@@ -268,14 +279,14 @@ class _Allowance:
             text = json.dumps(value, ensure_ascii=False)
         except (TypeError, ValueError):
             return BadRow(
-                number, "holds a value that JSON has no form for (bytes, a date); keep texts, numbers and lists"
+                number, "holds a value that JSON has no form for (bytes, a date); keep texts, numbers and lists", "row"
             )
         if len(text) > MAX_LINE_BYTES:
-            return BadRow(number, f"row longer than {MAX_LINE_BYTES // 2**20} MiB")
+            return BadRow(number, f"row longer than {MAX_LINE_BYTES // 2**20} MiB", "row")
         self._left -= len(text)
         if self._left < 0:
             raise InputError(f"{self._path} unpacks to more than {MOST_UNPACKED} times its size; is it what it says?")
-        return _checked(number, value, text)
+        return _checked(number, value, text, "row")
 
 
 def _txt(path: Path) -> Iterator[Record | BadRow]:

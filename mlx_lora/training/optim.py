@@ -32,7 +32,7 @@ def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> Sch
     warmup = round(settings.warmup * total_steps) if settings.warmup < 1 else round(settings.warmup)
     if warmup > total_steps:
         raise InputError(
-            f"--warmup {settings.warmup:g}: the run has {total_steps} steps; give a share below 1 or fewer steps"
+            f"--warmup {settings.warmup:g}: the run has {total_steps} step{'s' * (total_steps != 1)}; give a share below 1 or fewer steps"
         )
     rest = max(1, total_steps - warmup)
     after = {
