@@ -41,6 +41,10 @@ RANK = 4
 STEPS = 3
 FACTOR_BAR = 1e-4
 LOGIT_BAR = 1e-4
+# Products of float16 weights and scales are rounded to 10 bits, however they are summed.
+HALF_FACTOR_BAR = 1e-3
+# Exit codes of a refusal in one line: fusing and converting read back what they wrote, and write nothing if that fails.
+REFUSALS = {"fuse": (1, 2), "convert": (1, 2)}
 # bfloat16 has 8 bits of mantissa; the losses are about 6.
 HALF_BAR = 0.05
 # What the run's header says where ours could not be used, with the reason after it.
@@ -123,12 +127,12 @@ def command(name: str, *arguments: object) -> run_cli.Ran:
     """Run a command.
 
     Raises:
-        Refused: it ended with one `Error:` line and exit code 2.
+        Refused: it ended with one `Error:` line and an exit code that says so.
         Wrong: any other end but 0.
     """
     ran = run_cli.run(name, *arguments)
     errors = [line for line in ran.lines if line.startswith("Error:")]
-    if ran.code == 2 and len(errors) == 1:
+    if ran.code in REFUSALS.get(name, (2,)) and len(errors) == 1:
         raise Refused(errors[0].removeprefix("Error: "))
     if ran.code:
         raise Wrong(f"{name} ended with {ran.code}: {(errors or ran.lines or ['nothing said'])[-1]}")
