@@ -91,6 +91,10 @@ def _random(name: str, value: mx.array) -> mx.array:
     case in every cell: they get a spread around it.
     """
     last = name.rpartition(".")[2]
+    if value.dtype == mx.uint32:  # packed codes
+        return mx.random.randint(0, 2**31 - 1, value.shape).astype(mx.uint32)
+    if last in ("scales", "biases"):
+        return 0.03 * mx.random.normal(value.shape).astype(value.dtype)
     if not mx.issubdtype(value.dtype, mx.floating):
         return value
     if last == "A_log":

@@ -3,7 +3,7 @@
 MODELS = {
     "afm7": "Apple Foundation Model 7B", "afmoe": "Arcee Trinity", "apertus": "Apertus 8B, 70B",
     "baichuan_m1": "Baichuan-M1 14B", "bailing_hybrid": "Ring 2.5, Ling 2.5", "bailing_moe": "Ling, Ling 2.0, Ring",
-    "bailing_moe_linear": "Ring-linear 2.0", "bailing_moe_v3": "Ling 3", "bitnet": "BitNet b1.58 2B4T",
+    "bailing_moe_linear": "Ring-linear 2.0", "bailing_moe_v3": "Bailing MoE V3", "bitnet": "BitNet b1.58 2B4T",
     "cohere": "Command R, R+, Aya 23", "cohere2": "Command R7B, Command A, Aya Expanse", "dbrx": "DBRX",
     "deepseek": "DeepSeek MoE 16B", "deepseek_v2": "DeepSeek V2, V2-Lite, Coder V2",
     "deepseek_v3": "DeepSeek V3, R1, V3.1; Kimi K2; Moonlight", "deepseek_v32": "DeepSeek V3.2",

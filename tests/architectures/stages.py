@@ -18,7 +18,6 @@ from architectures.build import write_architecture
 from architectures.trial import (
     FACTOR_BAR,
     HALF_BAR,
-    HALF_FACTOR_BAR,
     LOGIT_BAR,
     NEW_TOKENS,
     PROMPT,
@@ -52,7 +51,6 @@ from mlx_lora.models.load import load_base
 from mlx_lora.models.outline import outline_of
 from mlx_lora.models.unchanged import left_unchanged
 from mlx_lora.training.planning import check_base_fits, outlined_shape, run_of
-from mlx_lora.training.probe import has_halves
 
 
 def load(trial: Trial) -> None:
@@ -111,9 +109,8 @@ def gradients(trial: Trial) -> str | None:
     for name in wanted.keys() - set(idle):
         worst = max(worst, (name, relative(got[name], wanted[name])), key=lambda pair: pair[1])
     trial.facts.update(loss=found.item(), worst_factor_error=worst[1], loss_form=form.loss.description)
-    bar = HALF_FACTOR_BAR if has_halves(base.model) else FACTOR_BAR
-    if not worst[1] <= bar:
-        raise Wrong(f"gradient of {worst[0]}: differs by {worst[1]:.1e}, allowed {bar:.0e}")
+    if not worst[1] <= FACTOR_BAR:
+        raise Wrong(f"gradient of {worst[0]}: differs by {worst[1]:.1e}, allowed {FACTOR_BAR:.0e}")
     if still := [name for name in idle if mx.abs(got[name]).max().item() > 10 * max(floor, 1e-12)]:
         raise Wrong(f"gradient of {still[0]}: not zero where mlx-lm's is")
     notes = [*([] if form.loss.description.startswith("fused") else [form.loss.description]), *form.notes]

@@ -41,8 +41,6 @@ RANK = 4
 STEPS = 3
 FACTOR_BAR = 1e-4
 LOGIT_BAR = 1e-4
-# Products of float16 weights and scales are rounded to 10 bits, however they are summed.
-HALF_FACTOR_BAR = 1e-3
 # Exit codes of a refusal in one line: fusing and converting read back what they wrote, and write nothing if that fails.
 REFUSALS = {"fuse": (1, 2), "convert": (1, 2)}
 # bfloat16 has 8 bits of mantissa; the losses are about 6.
