@@ -10,7 +10,7 @@ def cache_dir(room: str) -> Path:
     """Return the folder of one kind of cached thing; it may not exist yet.
 
     Args:
-        room: `models`, `data`, `converted`, `encoded`, `blas`, `measured` or `locks`.
+        room: `models`, `data`, `converted`, `encoded`, `blas`, `bin`, `measured` or `locks`.
 
     Returns:
         `$MLX_LORA_CACHE/<room>`, by default `~/.cache/mlx_lora/<room>`.

@@ -71,7 +71,12 @@ def _run(main: Callable[..., Any], standalone_mode: bool, *args: Any, **kwargs: 
     try:
         result = main(*args, standalone_mode=False, **kwargs)
     except (Exception, KeyboardInterrupt) as error:
-        sys.exit(report_error(error))
+        try:
+            code = report_error(error)
+        except KeyboardInterrupt as interrupt:
+            # Ctrl-C ended a compiler that MLX had started: its failure is here first, the interruption right after.
+            code = report_error(interrupt)
+        sys.exit(code)
     sys.exit(result if isinstance(result, int) else 0)
 
 

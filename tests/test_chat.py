@@ -22,7 +22,7 @@ from mlx_lora.chat import shown
 from mlx_lora.config import ModelSettings
 from mlx_lora.errors import RunError
 from mlx_lora.models.load import load_base
-from mlx_lora.serving.conversation import AnswerSettings, Conversation
+from mlx_lora.serving.conversation import AnswerSettings, Conversation, figures_together
 from mlx_lora.serving.engine import Engine, Limits
 from mlx_lora.serving.sampling import Sampling
 from mlx_lora.serving.store import Source
@@ -65,7 +65,7 @@ def said(folder, adapters):
         text = byte_tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template)
         extra = ("--adapter-path", adapters[adapter]) if adapter else ()
         ran = run("generate", "--model", folder, *extra, "-p", text, "-m", count, "--ignore-chat-template", "--json")
-        return json.loads(ran.out)["text"]
+        return json.loads(ran.out)["text"].removeprefix(" ")  # an answer begins anew, a continuation does not
 
     return said
 
@@ -244,6 +244,18 @@ def test_earlier_turns_are_not_computed_again(chat):
     assert f"{COUNT} tokens, " in second.figures()
     assert f"{second.usage.cached} of them known" in second.figures()
     assert finished(chat.ask(SECOND, None))[1].usage.cached == 0, "another adapter's keys are of no use"
+
+
+def test_rates_of_answers_that_are_made_at_once_are_those_of_all_together(chat):
+    answers = [chat.ask(FIRST, adapter) for adapter in ("bard", None)]
+    time.sleep(0.5)  # read later than they came, as a second answer is
+    for answer in answers:
+        finished(answer)
+        assert answer.figures(alone=False).startswith(f"{answer.name}: {COUNT} tokens; ")
+        assert " tokens/s; " in answer.figures()
+    (first_a, last_a), (first_b, last_b) = (answer.span_s for answer in answers)
+    rate = (2 * COUNT - 2) / (max(last_a, last_b) - min(first_a, first_b))
+    assert figures_together(answers) == f"2 answers at once: {2 * COUNT} tokens, {rate:.1f} tokens/s together"
 
 
 def test_an_answer_stopped_before_its_first_word_is_not_kept(chat):

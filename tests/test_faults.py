@@ -218,6 +218,86 @@ def test_a_second_run_in_a_folder_is_refused(tiny_folder, chats, tmp_path):
     assert (ran.code, "another run is writing there" in ran.err) == (2, True)
 
 
+SPARED = """
+import os, pathlib, subprocess, sys
+from mlx_lora.training.interrupts import interrupt_flag
+slow = pathlib.Path(sys.argv[1])
+slow.joinpath("g++").write_text("#!/bin/sh\\necho ready\\nsleep 1\\necho done $1\\n")
+slow.joinpath("g++").chmod(0o755)
+os.environ["PATH"] = path = f"{slow}:{os.environ['PATH']}"
+with interrupt_flag() as interrupted:
+    subprocess.call("g++ 'a b' 2>&1", shell=True)  # as MLX does
+    print(interrupted(), flush=True)
+assert os.environ["PATH"] == path
+try:
+    subprocess.call("g++ 'a b' 2>&1", shell=True)
+except KeyboardInterrupt:
+    print("ended", flush=True)
+"""
+
+
+def test_ctrl_c_spares_the_compiler_that_a_step_waits_for(tmp_path):
+    """A terminal's Ctrl-C reaches the whole process group, and MLX's g++ is in it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SPARED, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        for expected in (["done a b", "True"], ["ended"]):
+            assert process.stdout.readline().strip() == "ready"
+            os.killpg(process.pid, signal.SIGINT)
+            assert [process.stdout.readline().strip() for _ in expected] == expected
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("signalled", [True, False])
+def test_a_compilation_that_a_signal_ended_is_an_interruption(signalled):
+    def fail(words):
+        with interrupt_flag():
+            if signalled:
+                os.kill(os.getpid(), signal.SIGINT)
+            raise RuntimeError(words)
+
+    with pytest.raises(KeyboardInterrupt if signalled else RuntimeError):
+        fail("Could not load C++ shared library /tmp/a.so: No such file or directory")
+    with pytest.raises(RuntimeError):
+        fail("another")
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_kernels_are_compiled_saves_and_ends(tiny_folder, chats, tmp_path):
+    """An empty folder for kernels, a compiler that takes its time, and Ctrl-C while the first step waits for it."""
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "bin").mkdir()
+    slow = tmp_path / "bin" / "g++"
+    slow.write_text(f'#!/bin/sh\necho "$$" >> {tmp_path}/compiles\nsleep 0.3\nexec {shutil.which("g++")} "$@"\n')
+    slow.chmod(0o755)
+    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp"), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    out = tmp_path / "adapter"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlx_lora.train", "--model", str(tiny_folder), "--data", str(chats), "--adapter-path", str(out),
+         "--iters", "50", "--max-seq-length", "64", "--val-batches", "0", "--sample-tokens", "0"],
+        stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+    )  # fmt: skip
+    try:
+        for line in process.stderr:
+            if line.startswith("Run: "):  # the loop begins
+                break
+        before = (tmp_path / "compiles").read_text()
+        while (tmp_path / "compiles").read_text() == before:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        rest = process.communicate(timeout=300)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130, rest
+    assert "Traceback" not in rest
+    assert "Interrupted after 1 step; the adapter is saved" in rest
+    assert (out / "adapters.safetensors").is_file()
+
+
 def test_a_closed_terminal_is_an_interruption_unless_nohup_says_otherwise():
     def hang_up() -> bool:
         with interrupt_flag() as interrupted:

@@ -106,7 +106,7 @@ def generated(folder, adapter, prompt=PROMPT, count=24) -> str:
 
 
 def asked(name, prompt=PROMPT, count=24, **changes) -> Request:
-    return Request(tokens_of(prompt), name, count, **{"sampling": GREEDY, **changes})
+    return Request(tokens_of(prompt), name, count, **{"sampling": GREEDY, "continues": True, **changes})
 
 
 def test_alone_and_mixed_every_adapter_says_what_generate_says(engine, folder, adapters):

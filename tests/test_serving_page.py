@@ -108,7 +108,9 @@ def test_two_models_answer_side_by_side_and_remember(page, server):
     assert first[0] != first[1]
     assert page.run("[...document.querySelectorAll('.answer h2')].map(e => e.textContent)") == ["bard", "tutor"]
     assert all(line.startswith(f"{COUNT} tokens, ") for line in page.run(FIGURES)), page.run(FIGURES)
-    assert all(" tokens/s, first after " in line and "cut at" in line for line in page.run(FIGURES))
+    assert all(
+        " tokens/s with 2 answers at once, first after " in line and "cut at" in line for line in page.run(FIGURES)
+    )
     # The left side goes on with another model, and each side with its own history.
     fill(page, model_a="tiny")
     ask(page, SECOND)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mlx_lora.errors import InputError, RunError
-from mlx_lora.serving.conversation import Answer, Conversation
+from mlx_lora.serving.conversation import Answer, Conversation, figures_together
 from mlx_lora.serving.requests import Stopped
 from mlx_lora.serving.setup import check_names, named_source
 from mlx_lora.serving.store import UnknownAdapter
@@ -59,7 +59,7 @@ class ChatLines:
             "adapters": Command("/adapters", "who can answer", self._list, False),
             "compare": Command(
                 "/compare TEXT",
-                "base and all adapters answer TEXT at once, and the chat goes on as if nobody had; "
+                "base and all adapters answer TEXT at once, and their answers are not added to the chat; "
                 "@NAME ... before TEXT picks some",
                 self._compare,
                 True,
@@ -131,8 +131,10 @@ class ChatLines:
                 if self._stopped:
                     break
                 self._screen.write(f"[{answer.name}]\n")
-                self._show(answer)
+                self._show(answer, alone=len(answers) == 1)
                 self._screen.write("\n")
+            if len(answers) > 1 and not self._stopped:
+                self._screen.figures(figures_together(answers))
 
     @contextmanager
     def _answers_of(self, text: str, adapters: list[str | None]) -> Iterator[list[Answer]]:
@@ -149,13 +151,13 @@ class ChatLines:
                 answer.cancel()
             self._answering, self._answers = False, []
 
-    def _show(self, answer: Answer) -> None:
+    def _show(self, answer: Answer, alone: bool = True) -> None:
         try:
             for piece in answer:
                 self._screen.write(piece)
         finally:
             self._screen.write("\n")
-        self._screen.figures(answer.figures())
+        self._screen.figures(answer.figures(alone))
         if answer.finish == "length" and answer.cut_by_context:
             self._screen.say("(the answer ends where the model's context does; /reset empties the conversation)")
 

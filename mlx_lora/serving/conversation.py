@@ -62,7 +62,13 @@ class Answer:
         self._stopping = False
         self._first_s = self._last_s = 0.0
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._ticket = engine.submit(request, self._events.put)
+        self._ticket = engine.submit(request, self._take)
+
+    def _take(self, event: Event) -> None:
+        """Take an event in the engine's thread: when it came counts, not when somebody had time to read it."""
+        self._last_s = time.monotonic()
+        self._first_s = self._first_s or self._last_s
+        self._events.put(event)
 
     def __iter__(self) -> Iterator[str]:
         """Yield its text piece by piece, until it ends or is stopped.
@@ -83,8 +89,6 @@ class Answer:
                 raise InputError(f"{self.name}: {event.error}")
             if event.error is not None:
                 raise event.error
-            self._last_s = time.monotonic()
-            self._first_s = self._first_s or self._last_s
             self.text += event.piece.text
             self.finish, self.usage = event.finish, event.usage
             if event.piece.text:
@@ -100,16 +104,35 @@ class Answer:
         if self.finish is None:
             self._ticket.cancel()
 
-    def figures(self) -> str:
-        """Return one line: how long it was, how fast, how much of the prompt was known from earlier turns."""
+    def figures(self, alone: bool = True) -> str:
+        """Return one line: how long it was, how fast, how much of the prompt was known from earlier turns.
+
+        Args:
+            alone: nothing else was answered at the same time; else its rate would say little, and is left out.
+        """
         usage: Usage | None = self.usage
         if usage is None:
             return f"{self.name}: stopped"
         speed = ""
-        if usage.completion > 1 and self._last_s > self._first_s:
+        if alone and usage.completion > 1 and self._last_s > self._first_s:
             speed = f", {(usage.completion - 1) / (self._last_s - self._first_s):.1f} tokens/s"
         prompt = f"{usage.prompt} tokens of prompt, {usage.cached} of them known"
         return f"{self.name}: {usage.completion} tokens{speed}; {prompt}"
+
+    @property
+    def span_s(self) -> tuple[float, float]:
+        """When its first and its last event came, on the monotonic clock."""
+        return self._first_s, self._last_s
+
+
+def figures_together(answers: list[Answer]) -> str:
+    """Return one line on answers that were made at the same time: how many tokens in all, and how fast."""
+    done = [answer for answer in answers if answer.usage is not None]
+    tokens = sum(answer.usage.completion for answer in done)
+    line = f"{len(done)} answers at once: {tokens} tokens"
+    spans = [answer.span_s for answer in done]
+    seconds = max((last for _, last in spans), default=0.0) - min((first for first, _ in spans), default=0.0)
+    return line + (f", {(tokens - len(done)) / seconds:.1f} tokens/s together" if seconds > 0 else "")
 
 
 class Conversation:
