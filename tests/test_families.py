@@ -32,6 +32,8 @@ def test_a_config_that_transformers_refuses_is_not_blamed_on_the_tokenizer(tmp_p
     ("kind", "part", "name", "why"),
     [
         ("deepseek_v32", "indexer", "indexer.wq_b", "top-k, which has no gradient"),
+        ("minimax_m3_vl", "index_q_proj", "index_q_proj", "top-k, which has no gradient"),
+        ("minimax_m3_vl", "index_k_proj", "index_k_proj", "top-k, which has no gradient"),
         ("gemma3n", "altup", "prediction_coefs", "past any adapter"),
     ],
 )

@@ -22,7 +22,8 @@ NO_GRADIENT = "it picks positions by top-k, which has no gradient"
 READ_PAST = "mlx-lm reads its weight past any adapter"
 # Parts of mlx-lm's models that cannot be trained (NO_GRADIENT), or not by an adapter.
 OUT_OF_REACH = {
-    "indexer": NO_GRADIENT,
+    "indexer": NO_GRADIENT,  # DeepSeek V3.2, GLM-5
+    **dict.fromkeys(("index_q_proj", "index_k_proj", "index_q_norm", "index_k_norm"), NO_GRADIENT),  # MiniMax M3
     "altup": READ_PAST,
     "self_attention_res_proj": READ_PAST,
     "mlp_res_proj": READ_PAST,

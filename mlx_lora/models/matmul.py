@@ -183,6 +183,12 @@ def _describe_rows(rows: set[int]) -> str:
     return f"dense product from {span} rows" + (" by shape" if len(rows) > 1 else "")
 
 
+def has_two_ways(layer: nn.Module) -> bool:
+    """Tell whether a layer's product can be computed both ways."""
+    # Experts with scales of their own (nvfp4) run on a GPU alone, packed.
+    return type(layer) in (*MEASURED, *MEASURED.values()) and "global_scale" not in layer
+
+
 def use_measured_matmul(model: nn.Module, path: str = "auto") -> MatmulPaths:
     """Give every quantised layer of `model` the faster of the two paths for each row count, or a forced one.
 
@@ -200,8 +206,7 @@ def use_measured_matmul(model: nn.Module, path: str = "auto") -> MatmulPaths:
     others: Counter[str] = Counter()
     known: dict[tuple, int] = {}  # a model has many layers of a few kinds, and each look-up reads a file
     for _, layer in model.named_modules():
-        # Experts with scales of their own (nvfp4) run on a GPU alone, packed.
-        if type(layer) not in (*MEASURED, *MEASURED.values()) or "global_scale" in layer:
+        if not has_two_ways(layer):
             others.update([type(layer).__name__] if "scales" in layer else [])
             continue
         shape = layer.weight.shape[-2], layer.weight.shape[-1] * 32 // layer.bits

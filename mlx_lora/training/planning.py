@@ -22,7 +22,7 @@ from mlx_lora.memory import MemoryPlan, plan_memory
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.kernel_choice import KernelChoice, planned_kernels
 from mlx_lora.models.kernel_row import MLX
-from mlx_lora.models.matmul import use_measured_matmul
+from mlx_lora.models.matmul import has_two_ways, use_measured_matmul
 from mlx_lora.models.outline import Outline, outline_of, with_quantisation
 from mlx_lora.models.quantize import choose_quantisation
 from mlx_lora.shape import KernelTerms, Machine, ModelShape, Run
@@ -163,7 +163,7 @@ def outlined_shape(outline: Outline, settings: TrainSettings, kernels: KernelCho
     if adapter.method_name == "pissa":  # its start is computed from weights, which an outline does not have
         adapter = replace(adapter, method="lora", fine_tune_type=None)
     adapt_model(outline.model, adapter, settings.loop.seed)
-    if outline.is_quantised:
+    if any(has_two_ways(layer) for layer in outline.model.modules()):  # a packed model may have only layers of its own
         use_measured_matmul(outline.model, "dense")  # which takes more: what is faster here is not measured for a plan
     return adapted_shape(outline.model, outline.config, settings, outline.cast_bytes, kernels)
 
