@@ -27,7 +27,7 @@ QUANTISED_HEADS = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 EMBEDDING_HEADS = (nn.Embedding, nn.QuantizedEmbedding)
 
 # What mlx-lm's families call their parts: the first that a model has is taken.
-BODIES = ("model", "transformer", "backbone")
+BODIES = ("model.language_model", "model", "transformer", "backbone")
 HEADS = ("lm_head", "output")
 # The head of a model that has none of its own, in its body.
 EMBEDDINGS = ("embed_tokens", "wte", "embeddings", "word_embeddings", "embedding", "tok_embeddings", "token_embeddings")
@@ -179,18 +179,19 @@ def find_head(model: nn.Module, config: dict[str, Any]) -> Head | str:
     Returns:
         The head, or in a few words why there is none: the caller then uses the plain loss and says so.
     """
+    config = {**config, **(config.get("text_config") or {})}
+    head = _first(model, HEADS)
     for wrapper in ("language_model", "model.language_model"):  # multimodal wrappers pass text straight through
-        inside = _part(model, wrapper)
+        inside = None if head is not None else _part(model, wrapper)
         if inside is not None:
-            return find_head(inside, {**config, **config.get("text_config", {})})
+            return find_head(inside, config)
     layer, body = _first(model, INNER_HEADS), model
     inner = layer is not None
     if not inner:
         body = _first(model, BODIES)
         if body is None:
             return f"the model has no part named {' or '.join(f'`{name}`' for name in BODIES)}"
-        layer = _first(model, HEADS)
-        layer = _first(body, EMBEDDINGS) if layer is None else layer
+        layer = _first(body, EMBEDDINGS) if head is None else head
     if layer is None:
         return "its head and its embedding have names that are not known"
     if isinstance(layer, mx.array):
