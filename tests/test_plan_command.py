@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import yaml
+from architectures.build import write_architecture
 from byte_tokenizer import byte_tokenizer
 from conftest import TINY, tiny_model, write_folder
 from hub_stand_in import hub_server, run_with_hub
@@ -143,6 +144,13 @@ def test_mixture_shapes(kind, packed, tmp_path):
     assert {layer.active for layer in experts} == {2}
     assert {layer.packed for layer in experts} == {packed}
     assert shape.blocks[0].window == config.get("sliding_window")
+
+
+def test_a_packed_model_whose_layers_are_all_its_own_has_a_shape(tmp_path):
+    """No layer of it has two ways to multiply, so none can be forced."""
+    shape = outlined_shape(outline_of(str(write_architecture(tmp_path / "p", "prism_hadamard_qwen35"))), settings_of())
+    assert all(block.layers for block in shape.blocks)
+    assert shape.trained > 0
 
 
 def test_gguf_shapes_from_the_header(tmp_path):
