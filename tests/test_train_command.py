@@ -266,7 +266,7 @@ def test_resume_file_of_another_base_is_refused(trained, chats, tmp_path):
         out / "adapters.safetensors",
     )
     assert ran.code == 2
-    assert "another model" in ran.lines[-1]
+    assert "a different base" in ran.lines[-1]
 
 
 def contents(folder) -> dict:
