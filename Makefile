@@ -36,13 +36,16 @@ SEED ?= 0
 fuzz: setup
 	PYTHONPATH=tests $(BIN)/python -m fuzz --cases $(CASES) --seed $(SEED)
 
+# What is ours: a run folder that lies in the checkout has a README.md with code in it, too.
+LINTED := benchmarks data docs mlx_lora recipes scripts tests README.md CHANGELOG.md CONTRIBUTING.md
+
 lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check $(LINTED)
+	$(BIN)/ruff format --check $(LINTED)
 
 format: setup
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix $(LINTED)
+	$(BIN)/ruff format $(LINTED)
 
 # make bench MODEL=folder DATA=file: our trainer against mlx-lm's, same work, alternating fresh processes.
 MODEL ?= demo/SmolLM2-135M-Instruct

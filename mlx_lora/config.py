@@ -107,7 +107,7 @@ class AdapterSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW as torch has it (bias corrected), 3 % warm-up, cosine to zero, global-norm clip 1.0."""
+    """AdamW as torch has it (bias corrected), 3% warm-up, cosine to zero, global-norm clip 1.0."""
 
     optimizer: str = setting("adamw", "Optimizer.", choices=OPTIMIZERS)
     learning_rate: float = setting(2e-4, "Peak learning rate.")
@@ -137,7 +137,8 @@ class LoopSettings:
         "memory runs short.",
     )
     max_restarts: int = setting(
-        0, "Go on from the last checkpoint, in smaller parts, when the process dies for want of memory; this often."
+        0,
+        "Restarts allowed after running out of memory; each goes on from the last checkpoint, in smaller parts.",
     )
     grad_checkpoint: str = setting(
         "auto",
@@ -211,7 +212,7 @@ class ServeSettings:
     adapters_from: str | None = setting(None, "Folder from whose subfolders clients may load adapters; default: none.")
     allow_hub: bool = setting(False, "Let clients load adapters from the hub.")
     adapter_memory: str | None = setting(
-        None, "Bound on adapters in memory, as in 2GB; the least recently used leave (default: no bound)."
+        None, "Bound on adapters in memory, as in 2GB; the least recently used are evicted (default: no bound)."
     )
     prompt_cache: str = setting("256MB", "Bound on the keys and values kept of earlier prompts.")
     max_batch: int = setting(16, "Requests that generate at once.")

@@ -105,8 +105,13 @@ def range_problems(settings: Mapping[str, Any]) -> list[str]:
             inside = (low <= value if closed else low < value) and value <= high
             if not inside:  # NaN lands here too
                 bound = "at least" if closed else "more than"
-                problems.append(f"{flag_of(key)} {value}: must be {bound} {low} and at most {high:g}")
+                problems.append(f"{flag_of(key)} {value}: must be {bound} {low} and at most {_plain(high)}")
     return problems
+
+
+def _plain(number: float) -> str:
+    """Write a bound as people do: whole numbers without an exponent."""
+    return f"{int(number)}" if number == int(number) else f"{number:g}"
 
 
 def _validation_problems(settings: Mapping[str, Any]) -> list[str]:

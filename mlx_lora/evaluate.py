@@ -48,7 +48,7 @@ def main(
     """Print loss, perplexity and the count of supervised tokens of --data, or with --forgetting a verdict."""
     settings = train_settings(cli.given(options))
     if not settings.data.data:
-        raise InputError("--data: missing; give a data file, or a folder with a test or valid split")
+        raise InputError("--data is required: a data file, or a folder with a test or valid split")
     general = {name: place for name, place in ((TEXT, general_text), (CHAT, general_chat)) if place}
     if not forgetting:
         only = {

@@ -43,7 +43,7 @@ def main(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Write --model with the adapter folded in, and say how much of the adapter arrived."""
+    """Write --model with the adapter folded in, and say how much of the adapter's effect survived."""
     adapter = resolve_adapter(adapter_path, adapter_revision)
     settings = train_settings(cli.given(options)).model
     base = load_base(settings)
@@ -60,20 +60,13 @@ def main(
     summary = summarise(survival)
     if info.full:
         cli.echo(f"{len(info.full)} parameters trained in full are in it as they are, in float")
-    cli.echo(
-        f"{out}: {summary['layers']} layers fused; of the update {summary['kept_mean']:.1%} arrived "
-        f"(least {summary['kept_least']:.1%}, in {summary['least_layer']}), with {summary['error_mean']:.1%} of its size in rounding"
-    )
-    if summary["kept_least"] < FADED:
-        cli.echo(
-            "  The base's quantisation swallowed part of it: --dequantize keeps all, as does an adapter kept apart"
-        )
+    cli.echo(f"{out}: {words(summary)}")
     if as_json:
         cli.print_json({"out": str(out), "model": base.model_id, "adapter_path": adapter_path, **summary})
 
 
 def summarise(survival: dict[str, Survival]) -> dict[str, Any]:
-    """Return means and the worst layer; with nothing to fold in, all of it arrived."""
+    """Return means and the worst layer; with nothing to fold in, all of it survived."""
     if not survival:
         return {"layers": 0, "kept_mean": 1.0, "kept_least": 1.0, "least_layer": None, "error_mean": 0.0}
     least = min(survival, key=lambda path: survival[path].kept)
@@ -84,6 +77,20 @@ def summarise(survival: dict[str, Survival]) -> dict[str, Any]:
         "least_layer": least,
         "error_mean": sum(s.error for s in survival.values()) / len(survival),
     }
+
+
+def words(summary: dict[str, Any]) -> str:
+    """Return what became of the adapter, and what to do where too little of it is left."""
+    worst = f" (worst layer: {summary['kept_least']:.0%}, {summary['least_layer']})" if summary["layers"] else ""
+    error = summary["error_mean"]
+    size = f"{error:.0f}x" if error >= 9.95 else f"{error:.1f}x" if error >= 1 else f"{error:.1%} of"
+    line = (
+        f"{summary['layers']} layers fused; {summary['kept_mean']:.0%} of the adapter's effect survived{worst}. "
+        f"Rounding error is {size} the update"
+    )
+    if summary["kept_least"] < FADED:
+        line += "; use --dequantize, or keep the adapter as a file of its own"
+    return line
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def main(
     """Plan the memory and predict the speed of `train` with these flags; no weights are read."""
     settings = train_settings(cli.given(options), config_file, cli.echo)
     if not settings.model.model:
-        raise InputError("--model: missing; give a hub id, a folder, a config.json or a .gguf file")
+        raise InputError("--model is required: a hub id, a folder, a config.json or a .gguf file")
     machine, ceilings = choose_machine(settings, chip, memory_gb)
     # What a GPU computes in has 16 bits, whatever this machine would.
     dtype = settings.model.dtype

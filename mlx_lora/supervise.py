@@ -40,7 +40,7 @@ def run(command: list[str], max_restarts: int) -> int:
             return 128 - code
         if restarts < max_restarts:
             more = " ".join(smaller(restarts + 1))
-            say(f"The training process died ({name}), most often for want of memory; going on with {more}")
+            say(f"The training process died ({name}), most often because memory ran out; going on with {more}")
     say(
         f"Error: the training process died {max_restarts + 1} times (last: {name}); shorten --max-seq-length, take a "
         "4-bit base, or close other programs; on a Mac whose display froze before: --short-buffers"

@@ -133,7 +133,8 @@ def check_run_folder(settings: TrainSettings, ranks: Ranks | None) -> None:
         )
     if missing:
         raise InputError(
-            f"{' and '.join(missing)}: missing; give a model, a data file and a folder (--help lists the forms)"
+            f"{', '.join(missing[:-1])}{' and ' if missing[1:] else ''}{missing[-1]} "
+            f"{'are' if missing[1:] else 'is'} required (--help says what each takes)"
         )
     if not wants_training(settings):
         if not settings.loop.test:

@@ -136,10 +136,12 @@ def truncated_adapter(place: Place) -> Path:
 # name: (command line, words the one line must hold)
 CASES = {
     # the command line
-    "no model": (lambda p: ("train", "--data", p.data), "--model: missing"),
-    "no data": (lambda p: ("train", "--model", p.model), "--data: missing"),
+    "no model": (lambda p: ("train", "--data", p.data), "--model is required"),
+    "no data": (lambda p: ("train", "--model", p.model), "--data is required"),
+    "neither": (lambda p: ("train",), "--model and --data are required"),
     "unknown flag": (lambda p: p.train("--learning-rat", 1), "No such option.*--learning-rate"),
     "flag without value": (lambda p: p.train("--rank"), "--rank"),
+    "a seed beyond all seeds": (lambda p: p.train("--seed", 2**63), "at most 9223372036854775807"),
     "rank of zero": (lambda p: p.train("--rank", 0), "--rank 0: must be at least 1"),
     "rank in words": (lambda p: p.train("--rank", "eight"), "'eight' is not a valid integer"),
     "negative learning rate": (lambda p: p.train("--learning-rate", -1), "--learning-rate -1.0: must be more than 0"),

@@ -234,7 +234,7 @@ def test_refused_uploads_are_one_line_and_leave_the_files(exported, tmp_path):
         server.repos["me/tuned"] = {"private": False, "files": {}}
         assert "there already, and public" in attempt(server.endpoint, "private", HF_TOKEN="hf_write")
         assert server.repos["me/tuned"]["files"] == {}
-    assert "cannot be reached" in attempt("http://127.0.0.1:9", HF_TOKEN="hf_write")
+    assert "Hugging Face is unreachable" in attempt("http://127.0.0.1:9", HF_TOKEN="hf_write")
     assert {p.name: p.read_bytes() for p in exported.iterdir()} == before
 
 

@@ -136,7 +136,7 @@ def test_refused_adapters_are_one_line_each(endpoint, tmp_path) -> None:
         calls(tmp_path, "http://127.0.0.1:9", adapter("org/absent")),
     )
     assert "HF_HUB_OFFLINE" in offline[0]["error"]
-    assert "cannot be reached" in unreachable[0]["error"]
+    assert "Hugging Face is unreachable" in unreachable[0]["error"]
 
 
 def test_an_adapter_folder_here_comes_first(tmp_path, monkeypatch) -> None:
@@ -157,7 +157,7 @@ def test_offline_uses_the_cache_and_says_what_is_not_there(endpoint, tmp_path) -
 
     cached, _, absent = calls(tmp_path, "http://127.0.0.1:9", *wanted)
     assert cached["made"] == ["folder", "org/model", COMMIT, COMMIT]
-    assert "cannot be reached" in absent["error"]
+    assert "Hugging Face is unreachable" in absent["error"]
     assert "refused" in absent["error"]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,20 @@ def test_files_that_the_package_declares_are_there():
     assert "py.typed" in patterns
     assert all(list(PACKAGE.glob(pattern)) for pattern in patterns)
     assert not list(PACKAGE.glob("*.typo"))
+
+
+def test_the_linter_sees_all_that_is_ours_and_nothing_else():
+    """Run folders may lie anywhere in a checkout, and what they hold is nobody's code."""
+    root = PACKAGE.parent
+    listed = subprocess.run(["git", "ls-files", "*.py", "*.md"], cwd=root, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("no git checkout")
+    linted = re.search(r"^LINTED := (.+)$", (root / "Makefile").read_text(), re.M)[1].split()
+    assert {line.split("/")[0] for line in listed.stdout.splitlines()} == set(linted)
+    pinned = re.search(r'"ruff==(\d+\.\d+)\.\*"', PROJECT)[1]
+    hook = re.search(r"rev: v(\d+\.\d+)\.\d+", (root / ".pre-commit-config.yaml").read_text())[1]
+    assert hook == pinned == ".".join(metadata.version("ruff").split(".")[:2])
+    assert "make lint" in (root / ".ci" / "run").read_text()
 
 
 def test_no_file_imports_in_a_circle():

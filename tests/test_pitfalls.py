@@ -211,7 +211,7 @@ OPTIONS = {
     "batch_size": ("--batch-size", 1),
     "batch_tokens": ("--batch-tokens", 64),
     "grad_accumulation_steps": ("--grad-accumulation-steps", 2),
-    "steps_per_report": ("--steps-per-report", 1),
+    "steps_per_report": ("--steps-per-report", 2),
     "steps_per_eval": ("--steps-per-eval", 1),
     "val_batches": ("--val-batches", 0),
     "save_every": ("--save-every", 1),
@@ -351,7 +351,7 @@ def test_loggers_get_the_project_name_and_every_report(place, tmp_path, monkeypa
     monkeypatch.setattr(callbacks, "get_reporting_callbacks", make)
     logged = ("--report-to", "wandb", "--project-name", "mine", "--adapter-path", tmp_path / "a")
     assert run("train", *place[1], *logged).code == 0
-    assert told == [("wandb", "mine", 16), ("val", 0), ("train", 2), ("val", 2)]
+    assert told == [("wandb", "mine", 16), ("val", 0), ("train", 1), ("train", 2), ("val", 2)]
 
 
 def test_top_k_of_the_whole_vocabulary_and_more_is_all_of_it(tiny_folder):

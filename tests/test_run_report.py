@@ -12,6 +12,7 @@ import pytest
 from browser import look
 from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from run_cli import run
 
 from mlx_lora.adapters.inject import inject
@@ -151,7 +152,7 @@ def test_a_run_leaves_a_page_with_texts_before_and_after(tiny_folder, chats, tmp
 @pytest.mark.parametrize("mode", ["none", "block", "selective"])
 def test_a_checkpointed_model_generates_as_any_other(mode):
     model, prompt = tiny_model(), [5, 6, 7]
-    tokenizer = byte_tokenizer()
+    tokenizer = TokenizerWrapper(byte_tokenizer())
     base = SimpleNamespace(model=model, tokenizer=tokenizer)
     inject(model, select_targets(model).paths, 4, 2.0)
     plain = greedy_text(base, prompt, 8)

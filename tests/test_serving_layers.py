@@ -125,7 +125,7 @@ def test_a_failed_load_changes_nothing(folder, adapters):
     config = json.loads((adapters["dora"] / "adapter_config.json").read_text())
     config["mlx_lora"]["base_fingerprint"] = "0" * 16
     (adapters["dora"] / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="is another model"):
+    with pytest.raises(InputError, match="was trained on a different base"):
         store.add({"narrow": Source(adapters["narrow"]), "dora": Source(adapters["dora"])})
     assert store.cards == cards
     assert [id(module) for module in base.model.modules()] == modules

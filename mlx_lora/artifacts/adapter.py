@@ -185,8 +185,8 @@ def check_base(base: Base, config: dict[str, Any], place: Path) -> None:
                 "fused into it; give the base, or --ignore-fingerprint to put the adapter on top"
             )
         raise InputError(
-            f"{place}: trained on {own.get('base_model')} (fingerprint {trained_on}), but --model {base.model_id} "
-            f"is another model ({base.fingerprint}); give that base, or --ignore-fingerprint to use it anyway"
+            f"{place}: was trained on a different base, {own.get('base_model')} (fingerprint {trained_on}; --model "
+            f"{base.model_id} has {base.fingerprint}); pass that one, or --ignore-fingerprint to use it anyway"
         )
 
 

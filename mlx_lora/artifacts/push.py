@@ -75,7 +75,7 @@ def push(path: Path, repo: str, private: bool) -> str:
         status = error.response.status_code
         raise _failure(repo, path, REFUSALS.get(status, f"the hub refuses ({first_line(error)})")) from None
     except REQUEST_ERRORS as error:
-        raise _failure(repo, path, f"the hub cannot be reached ({first_line(error)}); check the connection") from None
+        raise _failure(repo, path, f"Hugging Face is unreachable ({first_line(error)}); check the connection") from None
 
 
 def _failure(repo: str, path: Path, reason: str) -> RunError:

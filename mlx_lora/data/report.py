@@ -139,7 +139,7 @@ class DataReport:
         lines.append(
             _line(
                 "length",
-                f"min {train.min_length:,}, median {train.median_length:,}, 95 % {train.p95_length:,}, "
+                f"min {train.min_length:,}, median {train.median_length:,}, 95% {train.p95_length:,}, "
                 f"max {train.max_length:,} tokens (limit {self.max_seq_length:,})",
             )
         )
@@ -165,7 +165,7 @@ class DataReport:
         return _line(
             name,
             f"{split.rows:,} rows, {split.tokens:,} tokens, {split.supervised_tokens:,} trained "
-            f"({100 * split.supervised_share:.0f} %){source}",
+            f"({100 * split.supervised_share:.0f}%){source}",
         )
 
 

@@ -60,7 +60,7 @@ def render_chat(
         day: what a template that shows the date takes for today; None: today.
 
     Raises:
-        jinja2.TemplateError: the template is none, refuses the conversation, or does what the sandbox does not allow.
+        jinja2.TemplateError: the template is invalid, refuses the conversation, or does what the sandbox does not allow.
         TypeError, ValueError: it stumbles over the conversation.
         InputError: it takes more time or memory than any template needs.
     """

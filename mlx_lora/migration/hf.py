@@ -119,7 +119,7 @@ def read_held_out(sheet: Sheet, key: str) -> None:
         sheet.put("valid_fraction", share, key)
     elif share is not None:
         sheet.put("valid_fraction", 0.05, key)
-        sheet.note(f"{key} {share}: a count of rows has no counterpart, 5 % are held out")
+        sheet.note(f"{key} {share}: a count of rows has no counterpart, 5% are held out")
     sheet.assume("valid_fraction", 0.0)
 
 

@@ -104,7 +104,7 @@ def load_base(settings: ModelSettings) -> Base:
         InputError: unknown model, architecture or dtype, damaged files, or a matmul path forced on a float model.
     """
     if not settings.model:
-        raise InputError("--model: missing; give a hub id, a folder or a .gguf file")
+        raise InputError("--model is required: a hub id, a folder or a .gguf file")
     source = resolve_model(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
     folder = cached_gguf_folder(source) if source.kind == "gguf" else source.path
     model, config = load_weights(folder, settings.trust_remote_code)

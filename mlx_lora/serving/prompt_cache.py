@@ -21,7 +21,7 @@ class _Entry:
 
 
 class PromptCache:
-    """The least recently used leave first."""
+    """The least recently used are evicted first."""
 
     def __init__(self, budget_bytes: int):
         self.budget_bytes = budget_bytes

@@ -1,6 +1,6 @@
 """The adapters a server knows, and which of them are in memory.
 
-Known adapters are read again when a request names them; the least recently used leave when the budget is full.
+Known adapters are read again when a request names them; the least recently used are evicted when the budget is full.
 One that is replaced or unloaded while rows use it stays for those rows alone, under its own number.
 
 Everything here runs in the engine's thread; other threads read `cards`, which is replaced whole.

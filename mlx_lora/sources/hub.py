@@ -312,7 +312,7 @@ def _snapshot(
     except HFValidationError as error:
         raise InputError(f"{what}: not a hub id ({' '.join(str(error).split())}); use owner/name") from None
     except LocalEntryNotFoundError as error:
-        raise InputError(f"{what}: not all of it is in the cache, and {_why_unreachable(error)}") from None
+        raise InputError(f"{what}: not downloaded yet, and {_why_unreachable(error)}") from None
     except ValueError as error:  # a file name that would leave the cache: the client refuses it
         raise InputError(f"{what}: {first_line(error)}") from None
     except REQUEST_ERRORS as error:
@@ -332,4 +332,4 @@ def _why_unreachable(error: LocalEntryNotFoundError) -> str:
     cause = error.__cause__
     if isinstance(cause, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it or download the files on a connected machine"
-    return f"the hub cannot be reached ({first_line(cause or error)}); check the connection"
+    return f"Hugging Face is unreachable ({first_line(cause or error)}); check the connection"

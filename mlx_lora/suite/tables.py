@@ -10,7 +10,7 @@ from mlx_lora.suite.compare import Row, Table
 COLUMNS = (
     "machine",
     "tokens/s",
-    "10-90 %",
+    "10-90%",
     "ratio",
     "peak GB",
     "ratio",
