@@ -18,9 +18,9 @@ from mlx_lora.adapters.targets import select_targets
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.errors import InputError
+from mlx_lora.memory import tile_shape
 from mlx_lora.models.attention import tiled_attention
 from mlx_lora.models.folder import is_foreign
-from mlx_lora.models.head import find_head
 from mlx_lora.training.losses import PLAIN, Arrays, choose_loss, plain_loss
 from mlx_lora.training.step import Step
 from mlx_lora.training.trial import choose_step_form
@@ -149,12 +149,12 @@ def test_a_forward_pass_that_fails_is_told_in_one_line(monkeypatch):
 
 def test_our_own_slips_are_not_taken_for_a_models():
     with pytest.raises(TypeError) as ours:
-        find_head(None, {})
+        tile_shape(None, 8, 8)
     assert not is_foreign(ours.value)
     with pytest.raises(AttributeError) as theirs:
         nn.Linear(2, 2).nothing  # noqa: B018
     assert is_foreign(theirs.value)
     model = adapted(tiny_model())
-    broken = replace(choose_loss(model, TINY), train=lambda *_: (find_head(None, {}), None))
+    broken = replace(choose_loss(model, TINY), train=lambda *_: (tile_shape(None, 8, 8), None))
     with pytest.raises(TypeError):
         choose_step_form(model, TINY, broken, tiled_attention, "tiny")

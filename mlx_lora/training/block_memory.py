@@ -49,9 +49,10 @@ class TracedBlock:
 
     call: Callable[[int, int, bool], BlockBytes]
     _known: dict[tuple[int, int, bool], BlockBytes] = field(default_factory=dict)
+    _answers: dict[tuple[int, int, bool], BlockBytes] = field(default_factory=dict)
 
     def at(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
-        """Return what the block takes for a batch.
+        """Return what the block takes for a batch; a search for settings asks the same for each block of a kind.
 
         Args:
             rows: B.
@@ -61,6 +62,12 @@ class TracedBlock:
         Raises:
             NotKnown: the block's graph cannot be read.
         """
+        case = (rows, width, on_gpu)
+        if case not in self._answers:
+            self._answers[case] = self._of_rows(*case)
+        return self._answers[case]
+
+    def _of_rows(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
         one = self._between(1, width, on_gpu)
         if rows == 1:
             return one
