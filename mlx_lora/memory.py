@@ -28,6 +28,8 @@ from mlx_lora.shape import Block, Layer, Machine, ModelShape, Run
 SINGLE = 4  # bytes of a float32
 # Tokens of the check of losses and kernels before the first step (two tiles of attention).
 CHECK_TOKENS = 128
+# Of them, those whose gradient mlx-lm's own recurrences make: it keeps several states for each.
+RECURRENT_CHECK_TOKENS = 8
 # On Metal a product over a 256k inner dimension has aborted the process (mlx#1363, Gemma).
 MAX_SLICE = 32768
 # Rows of a tile beyond this fill no machine better, and would make its slices of the vocabulary narrow.

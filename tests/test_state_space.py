@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from architectures.build import tiny_architecture, tiny_config
 from mlx.utils import tree_flatten
 from mlx_lm.models import ssm
 from mlx_lm.models.cache import make_prompt_cache
@@ -19,6 +20,7 @@ from tiny_recurrent import RECURRENT, recurrent_model
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
+from mlx_lora.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
 from mlx_lora.models import recurrent_layers, spans, state_space
 from mlx_lora.models.kernel_choice import choose_model_kernels
 from mlx_lora.models.kernels import training_kernels
@@ -26,7 +28,7 @@ from mlx_lora.models.recurrent_layers import EXCHANGES, recurrent_kernels
 from mlx_lora.models.spans import in_lanes, linear_scan, out_of_lanes
 from mlx_lora.models.state_space import selective_scan, state_space_dual
 from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.losses import PLAIN, Arrays, check_kernels, plain_loss
+from mlx_lora.training.losses import PLAIN, Arrays, check_kernels, choose_loss, plain_loss
 
 Arrayed = Callable[..., Sequence[mx.array]]
 WORDS = {
@@ -331,3 +333,22 @@ def test_memory_grows_with_a_tenth_of_what_a_state_per_token_takes(request):
 
     assert slope(ours_dual, dual, 1024, 2048) < 0.1 * slope(theirs_dual, dual, 512, 1024)
     assert slope(selective_scan, scan, 512, 1536) < 0.1 * slope(naive_scan, scan, 32, 96)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "llama"])
+def test_the_check_differentiates_a_loop_over_few_tokens(kind, monkeypatch):
+    """mlx-lm's own loop keeps states of each token: over a real model's layers, 128 tokens would take gigabytes."""
+    model, config = (tiny_architecture("llama"), tiny_config("llama")) if kind == "llama" else recurrent_model(kind)
+    model.freeze()
+    inject(model, select_targets(model).paths, rank=4, scale=2.0, seed=0)
+    own, seen = type(model).__call__, []
+    monkeypatch.setattr(
+        type(model),
+        "__call__",
+        lambda self, ids, *rest: seen.append((self.training, ids.shape[1])) or own(self, ids, *rest),
+    )
+    choose_loss(model, config)
+    assert {length for trains, length in seen if trains} == {
+        CHECK_TOKENS if kind == "llama" else RECURRENT_CHECK_TOKENS
+    }
+    assert CHECK_TOKENS in {length for _, length in seen}

@@ -22,6 +22,9 @@ from mlx_lora.models.kernel_row import Kernel, ShapeClass
 from mlx_lora.models.kernel_table import kernel_rows
 from mlx_lora.models.recurrent_layers import recurrent_kernels
 
+# Kernels without a state that goes from token to token.
+POSITIONWISE = frozenset({"attention", "gated activation"})
+
 Choose = Callable[[Kernel, ShapeClass], str]
 """(row of the table, class of a call) -> name of the candidate that takes it."""
 
@@ -57,6 +60,12 @@ def training_kernels(model: nn.Module, attend: AttentionCall = attend, choose: C
     finally:
         for home, name in exchanged:
             home[name] = rows[name].theirs
+
+
+def has_recurrence(model: nn.Module) -> bool:
+    """Tell whether any layer carries a state from token to token, by a function that we have one for."""
+    with training_kernels(model) as names:
+        return not {*names} <= POSITIONWISE
 
 
 def _by_shape(row: Kernel, choose: Choose) -> Callable[..., Any]:

@@ -26,12 +26,12 @@ from mlx.utils import tree_flatten
 from mlx_lora import device
 from mlx_lora.data.batches import Batch
 from mlx_lora.errors import InputError
-from mlx_lora.memory import CHECK_TOKENS
+from mlx_lora.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.kernel_choice import AUTO, OURS, KernelChoice
 from mlx_lora.models.kernel_row import MLX
-from mlx_lora.models.kernels import training_kernels
+from mlx_lora.models.kernels import has_recurrence, training_kernels
 from mlx_lora.training.loss_choice import FORMS, PLAIN_LOGITS, ROWS, TILES, choose_form, loss_figures
 from mlx_lora.training.probe import Probe, disagreement, has_halves, probe
 
@@ -219,7 +219,7 @@ def _own_probe(model: nn.Module, config: dict[str, Any], loss: Loss, vocabulary:
         InputError: that fails.
     """
     try:
-        return _probe(model, loss, vocabulary)
+        return _probe(model, loss, vocabulary, has_recurrence(model))
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise
@@ -232,9 +232,10 @@ def _problem(
     model: nn.Module, expected: Probe, loss: Loss, vocabulary: int, choose: KernelChoice | None = None
 ) -> str | None:
     """Say in a few words what is wrong with a loss, or with kernels under it, on this model; None: nothing."""
+    recurrent = has_recurrence(model)  # asked of the model's own functions, before ours take their place
     try:
         with nullcontext() if choose is None else training_kernels(model, choose=choose):
-            found = _probe(model, loss, vocabulary)
+            found = _probe(model, loss, vocabulary, recurrent)
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise
@@ -242,9 +243,21 @@ def _problem(
     return disagreement(model, expected, found)
 
 
-def _probe(model: nn.Module, loss: Loss, vocabulary: int) -> Probe:
-    batch = check_arrays(vocabulary, CHECK_TOKENS)
-    return probe(model, lambda model: loss.tokens(model, *batch))
+def _probe(model: nn.Module, loss: Loss, vocabulary: int, recurrent: bool) -> Probe:
+    """Try a loss on CHECK_TOKENS tokens.
+
+    mlx-lm differentiates a recurrence a token at a time and keeps several states of each, gigabytes over a whole model:
+    there the gradient is of RECURRENT_CHECK_TOKENS alone, and the longer row is a forward pass.
+    """
+
+    def on(tokens: int, gradient: bool) -> Probe:
+        batch = check_arrays(vocabulary, tokens)
+        return probe(model, lambda model: loss.tokens(model, *batch), gradient)
+
+    if not recurrent:
+        return on(CHECK_TOKENS, True)
+    long, short_row = on(CHECK_TOKENS, False), on(RECURRENT_CHECK_TOKENS, True)
+    return Probe(mx.concatenate([long.losses, short_row.losses]), short_row.gradients)
 
 
 def check_arrays(vocabulary: int, tokens: int) -> Arrays:

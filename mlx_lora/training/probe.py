@@ -36,7 +36,7 @@ class Probe:
     gradients: dict[str, mx.array]
 
 
-def probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array]) -> Probe:
+def probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], gradient: bool = True) -> Probe:
     """Return the losses and, where anything is trained, the gradient of their sum; dropout off.
 
     A model whose own code has no gradient gives its losses alone: whether it trains is another question (trial.py).
@@ -44,8 +44,9 @@ def probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array]) -> Pr
     Args:
         model: left as it is.
         token_losses: takes the model and returns (P,).
+        gradient: whether to make one.
     """
-    if tree_flatten(model.trainable_parameters()):
+    if gradient and tree_flatten(model.trainable_parameters()):
         try:
             return _probe(model, token_losses, trains=True)
         except FOREIGN_ERRORS as error:
