@@ -37,6 +37,8 @@ LOOP_WIDTHS = (16, 32)
 LOOP_NODES = 1500
 # Operations that MLX prepares ahead of those that run: fitted to peaks measured on a CPU (docs/planner.md).
 LAG = 40
+# A scan over tokens is thousands of small operations, and MLX is further ahead of them: fitted to Mamba alone.
+SCAN_NODES, SCAN_LAG = 4000, 80
 
 
 @dataclass
@@ -186,7 +188,7 @@ def _read_block(block: nn.Module, choose: Choose, args: tuple[Any, ...], kwargs:
             graph = gradient_graph(function, floats + [of[n] for n in trained], others + [of[n] for n in frozen])
     finally:
         block.train(was_training)
-    counted = count_memory(graph, LAG)
+    counted = count_memory(graph, LAG if len(graph.nodes) < SCAN_NODES else SCAN_LAG)
     inputs = sum(leaf.nbytes for leaf in floats[:1])
     return BlockBytes(inputs + counted.kept_bytes, counted.window_bytes, inputs + sum(attended), len(graph.nodes))
 
