@@ -186,6 +186,7 @@ def test_a_data_file_that_goes_away_is_missed_only_by_the_next_run(tiny_folder, 
     assert "rows.jsonl" in ran.err
 
 
+@pytest.mark.slow
 def test_a_storm_of_signals_leaves_nothing_half_written(tiny_folder, chats, tmp_path):
     whole = run(*command(tiny_folder, chats, tmp_path / "whole", "--iters", 300, "--save-every", 5, "--keep", 2))
     assert whole.code == 0

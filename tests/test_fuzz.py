@@ -30,6 +30,7 @@ def short_plan() -> list[tuple[str, int]]:
     return plan
 
 
+@pytest.mark.slow
 def test_two_hundred_bad_inputs(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     report = run_cases(tmp_path / "fuzz", short_plan(), seed=7)
