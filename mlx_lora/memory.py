@@ -9,10 +9,10 @@ A run passes through phases, and its peak is the largest of them:
     last       the adapter's gradients, and one block
     update     gradients and the new optimizer state beside the old
 
-Throughout: the base, the adapter's float32 masters, the optimizer's moments. What a block keeps is counted from
-the kernels that train it (models/attention.py, models/activations.py, training/checkpointing.py), array by array. MLX
-allocates for some hundred operations ahead of those that run and frees nothing of them meanwhile; what that
-window holds was fitted to small random models on a CPU. docs/planner.md has predicted beside measured.
+Throughout: the base, the adapter's float32 masters, the optimizer's moments. What a block keeps, and what its backward
+pass has allocated at a time, is read from the block's own graph (training/block_memory.py) and comes in as
+`Block.memory`. The formulas here count blocks whose graph cannot be read, as those of a llama, and the plan then says
+that it does not know. docs/planner.md has predicted beside measured.
 
 Shapes: T positions of a batch (rows x width), P trained positions, D model width, V vocabulary, A trained numbers.
 Source: arXiv 2205.05198, section 4 (activations of a block).
