@@ -90,7 +90,7 @@ class Bench:
         return self.folder / f"{name}.log"
 
 
-def why_skipped(side: Side, quantised: bool, pythons: dict[str, str]) -> str | None:
+def why_skipped(side: Side, quantized: bool, pythons: dict[str, str]) -> str | None:
     """Say why a side cannot run here, or None."""
     if side.name == "unsloth-zoo" and side.name not in pythons:
         return "give --python unsloth-zoo=PATH, a Python with unsloth-zoo and mlx-lm; docs/benchmarks.md says how"
@@ -99,7 +99,7 @@ def why_skipped(side: Side, quantised: bool, pythons: dict[str, str]) -> str | N
     missing = [name for name in ("torch", "peft", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         return f"not installed: {', '.join(missing)}"
-    return "torch cannot hold this folder's quantised weights" if quantised else None
+    return "torch cannot hold this folder's quantized weights" if quantized else None
 
 
 def prepare(bench: Bench, data: str, rows: int, as_text: bool, seed: int) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Compare a GGUF file in llama.cpp with the same file converted for MLX, by log-probability.
 
-    python benchmarks/parity_llamacpp.py [--dequantised] FILE.gguf ...
+    python benchmarks/parity_llamacpp.py [--dequantized] FILE.gguf ...
 
 llama.cpp continues five prompts greedily, 24 tokens each; the converted model (float32) is given the same
 tokens and must find them as likely. llama.cpp rounds activations to 8 bits before each product with a
-quantised weight and MLX does not, so the two differ by a few hundredths of a nat even when both are right.
---dequantised shows that this is all: both get a float32 copy of the same weights, and the difference falls
+quantized weight and MLX does not, so the two differ by a few hundredths of a nat even when both are right.
+--dequantized shows that this is all: both get a float32 copy of the same weights, and the difference falls
 to about a thousandth (measured: SmolLM2-135M Q4_1 0.040 -> 0.0005, Gemma 3 270M Q4_K_M 0.039 -> 0.0011).
 Prints one line per model and ends with one JSON line. Needs `pip install .[parity]`.
 """
@@ -25,13 +25,13 @@ import gguf
 import numpy as np
 import xllamacpp
 
-from mlx_lora import device
-from mlx_lora.config import ModelSettings
 from mlx_lora.models.converting import convert_model
 from mlx_lora.models.load import load_base
 from mlx_lora.models.perplexity import token_logprobs
-from mlx_lora.sources.gguf import read_gguf
+from mlx_lora.settings.config import ModelSettings
+from mlx_lora.sources.gguf_reader import read_gguf
 from mlx_lora.sources.hub import resolve_model
+from mlx_lora.system import device
 
 PROMPTS = (
     "The capital of France is",
@@ -88,7 +88,7 @@ def write_float_copy(path: Path, out: Path) -> Path:
             kind, is_array = entry.types[0], entry.types[0] is gguf.GGUFValueType.ARRAY
             writer.add_key_value(key, entry.contents(), kind, sub_type=entry.types[-1] if is_array else None)
     for name, tensor in file.tensors.items():
-        writer.add_tensor(name, tensor.dequantise())
+        writer.add_tensor(name, tensor.dequantize())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -126,12 +126,12 @@ def compare(path: Path, folder: Path) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     """Print one line per file, then the JSON line."""
-    paths, results = [argument for argument in arguments if argument != "--dequantised"], []
+    paths, results = [argument for argument in arguments if argument != "--dequantized"], []
     print(f"{'file':<40} tokens  |d logp| mean    p90     max   convert s")
     for path in paths:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(path)
-            if "--dequantised" in arguments:
+            if "--dequantized" in arguments:
                 file = write_float_copy(file, Path(folder) / f"{file.stem}.float32.gguf")
             row = compare(file, Path(folder) / "model")
         figures = f"{row['tokens']:6d}  {row['mean']:13.4f} {row['p90']:7.4f} {row['max']:7.4f} {row['convert_s']:8.1f}"

@@ -38,16 +38,16 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from mlx_lora import device
 from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.adapters.methods import PRESETS
 from mlx_lora.artifacts.adapter import WEIGHTS_FILE
-from mlx_lora.config import OptimizerSettings, TrainSettings, train_settings
 from mlx_lora.data.batches import Batch, BatchPlan
 from mlx_lora.data.loading import load_data
 from mlx_lora.data.widths import ShapePrice
 from mlx_lora.models.load import load_base
-from mlx_lora.runs.setup import adapt
+from mlx_lora.runs.composition import adapt
+from mlx_lora.settings.config import OptimizerSettings, TrainSettings, train_settings
+from mlx_lora.settings.methods import PRESETS
+from mlx_lora.system import device
 from mlx_lora.training.trainer import micro_batches
 
 LOSS_BAR = 1e-4

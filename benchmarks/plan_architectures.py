@@ -24,12 +24,14 @@ from architectures.configs import CONFIGS
 from architectures.scaling import scaled
 from plan_memory import measure, read_measured
 
-from mlx_lora import device
-from mlx_lora.config import train_settings
-from mlx_lora.errors import InputError
-from mlx_lora.memory import MemoryPlan, plan_memory
 from mlx_lora.models.outline import outline_of_config
-from mlx_lora.training.planning import outlined_shape, run_of
+from mlx_lora.planner.fitting import run_of
+from mlx_lora.planner.memory import MemoryPlan, plan_memory
+from mlx_lora.planner.this_machine import this_machine
+from mlx_lora.settings.config import train_settings
+from mlx_lora.system import device
+from mlx_lora.system.errors import InputError
+from mlx_lora.training.run_fit import outlined_shape
 
 KEY = ("architecture", "length", "rows", "checkpointing", "width", "layers")
 
@@ -40,7 +42,7 @@ def planned(case: dict[str, Any]) -> tuple[MemoryPlan, tuple[str, ...]]:
     settings = train_settings({"model": "x", "rank": case["rank"], "grad_checkpoint": case["checkpointing"]})
     shape = outlined_shape(outline_of_config(config, device.compute_dtype()), settings)
     run = run_of(settings, case["rows"], case["length"], case["checkpointing"])
-    return plan_memory(shape, run, device.current_machine()), shape.not_known
+    return plan_memory(shape, run, this_machine()), shape.not_known
 
 
 def measure_all(args: argparse.Namespace) -> None:

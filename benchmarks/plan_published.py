@@ -15,12 +15,13 @@ import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
 
 import mlx.core as mx  # isort: skip
 
-from mlx_lora.chips import find_chip
-from mlx_lora.config import train_settings
-from mlx_lora.memory import plan_memory
 from mlx_lora.models.outline import outline_of_config
-from mlx_lora.speed import listed_ceilings, step_seconds
-from mlx_lora.training.planning import outlined_shape, run_of
+from mlx_lora.planner.chips import find_chip
+from mlx_lora.planner.fitting import run_of
+from mlx_lora.planner.memory import plan_memory
+from mlx_lora.planner.speed import listed_ceilings, step_seconds
+from mlx_lora.settings.config import train_settings
+from mlx_lora.training.run_fit import outlined_shape
 
 PACKED = {"quantization": {"group_size": 64, "bits": 4}}
 

@@ -21,6 +21,8 @@ from typing import Any
 from _environment import environment
 from _processes import child_environment
 
+from mlx_lora.planner.this_machine import this_machine
+
 
 def one(
     folder: str, rows: int, width: int, rank: int, mode: str, share: float, rounds: int, cpu_clock: bool
@@ -32,16 +34,16 @@ def one(
     import mlx.core as mx  # isort: skip
     import numpy as np
 
-    from mlx_lora import device
-    from mlx_lora.adapters.setup import adapt_model
-    from mlx_lora.adapters.shape import model_shape
-    from mlx_lora.ceilings import measure_ceilings
-    from mlx_lora.config import AdapterSettings, ModelSettings, OptimizerSettings
+    from mlx_lora.adapters.adapt import adapt_model
+    from mlx_lora.adapters.model_shape import model_shape
     from mlx_lora.data.batches import Batch
     from mlx_lora.models.attention import tiled_attention
     from mlx_lora.models.load import load_base
-    from mlx_lora.shape import Run
-    from mlx_lora.speed import Ceilings, step_seconds
+    from mlx_lora.planner.ceilings import measure_ceilings
+    from mlx_lora.planner.shapes import Run
+    from mlx_lora.planner.speed import Ceilings, step_seconds
+    from mlx_lora.settings.config import AdapterSettings, ModelSettings, OptimizerSettings
+    from mlx_lora.system import device
     from mlx_lora.training.checkpointing import apply_checkpointing
     from mlx_lora.training.losses import choose_loss
     from mlx_lora.training.optim import build_optimizer
@@ -58,7 +60,7 @@ def one(
     ids = random.integers(0, 256, (rows, width + 1)).astype(np.int32)
     mask = random.random((rows, width)) < share
     batch = Batch.of(ids[:, :-1], ids[:, 1:], mask, mask.size)
-    shape, machine = model_shape(base.model, base.config), device.current_machine()
+    shape, machine = model_shape(base.model, base.config), this_machine()
     run = Run(rows, width, len(batch.positions), mode)
     mx.eval(step([batch]), step.state)
     measured, predicted, found = [], [], []

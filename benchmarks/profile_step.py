@@ -3,7 +3,7 @@
     python benchmarks/profile_step.py --model DIR --rows 5 --width 204
 
 Parts are compiled forward and backward passes on arrays of the model's own shapes, medians of --rounds, times
-the number of blocks. They do not sum to the step exactly: compiled as a whole, neighbours share passes. Then,
+the number of blocks. They do not sum to the step exactly: compiled as a whole, neighbors share passes. Then,
 by count (_counts.py), the step's floating-point operations, bytes and launches, and what those would take at
 the listed ceilings of some Macs: a prediction, not a measurement.
 
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
+from mlx_lora.planner.this_machine import loss_tile_bytes
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -33,15 +34,15 @@ from _counts import Count, count_step, predictions
 from _environment import environment
 from mlx.utils import tree_flatten
 
-from mlx_lora import device
 from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.config import ModelSettings, OptimizerSettings
 from mlx_lora.data.batches import Batch
 from mlx_lora.models.activations import lean_swiglu
 from mlx_lora.models.attention import Tiles, tiled_attention
 from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base, load_base
+from mlx_lora.settings.config import ModelSettings, OptimizerSettings
+from mlx_lora.system import device
 from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.fused import fused_cross_entropy
 from mlx_lora.training.losses import Arrays, choose_loss
@@ -162,7 +163,7 @@ def loss_seconds(base: Base, supervised: int, rounds: int) -> float:
     hidden = mx.random.normal((supervised, base.config["hidden_size"])).astype(device.compute_dtype())
     targets, weights = mx.random.randint(0, head.vocabulary, (supervised,)), mx.ones((supervised,))
     mx.eval(hidden, targets, weights)
-    tile = device.loss_tile_bytes()
+    tile = loss_tile_bytes()
     return seconds(lambda h: fused_cross_entropy(head, h, targets, weights, tile), [hidden], rounds)
 
 

@@ -219,7 +219,7 @@ async def run(arguments: argparse.Namespace, url: str, adapters: dict[str, Path]
         "answer_s_median": statistics.median(times) if times else None,
         "answer_s_p95": times[int(0.95 * len(times))] if times else None,
         "generated_tokens": after["mlx_lora_generated_tokens_total"] - before["mlx_lora_generated_tokens_total"],
-        "cancelled": after["mlx_lora_cancelled_total"],
+        "canceled": after["mlx_lora_canceled_total"],
         "loads": after["mlx_lora_adapter_loads_total"],
         "memory_mb_first_and_last_third": [statistics.median(p) / 1e6 for p in (memory[:third], memory[-third:])],
         "process_mb_first_and_last_third": [statistics.median(p) / 1e6 for p in (process[:third], process[-third:])]

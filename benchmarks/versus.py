@@ -115,7 +115,7 @@ def check_agreement(checks: dict[str, dict[str, Any]], reference: str, tolerance
         raise Disagreement("; ".join(problems))
 
 
-def summarise(rounds: dict[str, list[dict[str, Any]]], reference: str) -> dict[str, Any]:
+def summarize(rounds: dict[str, list[dict[str, Any]]], reference: str) -> dict[str, Any]:
     """Return spreads of every figure per side, and of the round-by-round ratios to the reference."""
     summary = {}
     for name, runs in rounds.items():
@@ -151,7 +151,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """
     bench = make_bench(args, folder)
     facts = prepare(bench, args.data, args.rows, args.as_text, args.seed)
-    reasons = {name: why_skipped(SIDES[name], facts["quantised"], args.pythons) for name in args.sides}
+    reasons = {name: why_skipped(SIDES[name], facts["quantized"], args.pythons) for name in args.sides}
     skipped = {name: reason for name, reason in reasons.items() if reason}
     sides = [SIDES[name] for name in args.sides if name not in skipped]
     checks = {}
@@ -172,7 +172,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "tolerance": TOLERANCE,
         "regimes": {side.name: side.regime for side in sides},
         "skipped": skipped,
-        "summary": summarise(rounds, args.reference),
+        "summary": summarize(rounds, args.reference),
         "rounds": rounds,
     }
 

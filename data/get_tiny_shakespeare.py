@@ -5,7 +5,7 @@ Training does this by itself: `python -m mlx_lora.train --data tiny-shakespeare 
 
 import sys
 
-from mlx_lora.errors import InputError
+from mlx_lora.system.errors import InputError
 from mlx_lora.sources.shakespeare import tiny_shakespeare
 
 if __name__ == "__main__":

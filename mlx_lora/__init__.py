@@ -1,6 +1,6 @@
 """LoRA and QLoRA training on MLX, for Apple silicon."""
 
-from mlx_lora.blas import load_fast_blas
+from mlx_lora.system.blas import load_fast_blas
 
 __version__ = "0.1.0"
 

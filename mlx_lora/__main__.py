@@ -6,10 +6,10 @@ import importlib
 
 import click
 
-from mlx_lora import cli
+from mlx_lora.system import console
 
 COMMANDS = {
-    "convert": "Turn a hub model, a folder or a GGUF file into an MLX folder, quantised or not.",
+    "convert": "Turn a hub model, a folder or a GGUF file into an MLX folder, quantized or not.",
     "plan": "Say whether a run will fit, with which settings, and how fast.",
     "train": "Train an adapter.",
     "evaluate": "Measure loss and perplexity on a data file.",
@@ -23,7 +23,7 @@ COMMANDS = {
 }
 
 
-class LazyGroup(cli.Group):
+class LazyGroup(console.Group):
     """Imports a command's module only when it runs, so that --help is instant."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

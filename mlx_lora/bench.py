@@ -14,26 +14,26 @@ from typing import Any
 
 import click
 
-from mlx_lora import cli
-from mlx_lora.errors import InputError
 from mlx_lora.suite.compare import compare
-from mlx_lora.suite.machine import describe_machine, describe_power, describe_software
-from mlx_lora.suite.page import write_page
+from mlx_lora.suite.machine_facts import describe_machine, describe_power, describe_software
 from mlx_lora.suite.result import default_path, new_result, read_results, write_result
+from mlx_lora.suite.results_page import write_page
 from mlx_lora.suite.running import Length, measure_rates, run_workload
 from mlx_lora.suite.tables import number, render_tables, to_json
 from mlx_lora.suite.workloads import TIERS, Workload, choose_workloads
+from mlx_lora.system import console
+from mlx_lora.system.errors import InputError
 
 RESULTS = Path("benchmarks/results")
 BUSY_LOAD = 1.0  # per core
 
 
-@click.group(cls=cli.Group)
+@click.group(cls=console.Group)
 def main() -> None:
     """Measure training with fixed workloads, and compare machines."""
 
 
-@main.command("run", cls=cli.Command)
+@main.command("run", cls=console.Command)
 @click.option(
     "--tier",
     "tiers",
@@ -59,12 +59,12 @@ def run_command(
     created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     machine, power = describe_machine(), describe_power()
     if power["load_average"] > BUSY_LOAD * (machine["cpu_cores"] or 1):
-        cli.echo(f"Other programs are running (load {power['load_average']:g}): the figures will be too low")
+        console.echo(f"Other programs are running (load {power['load_average']:g}): the figures will be too low")
     if power["source"] == "battery" or power["low_power_mode"]:
-        cli.echo("On battery or in low-power mode: the figures will be too low, and are marked")
+        console.echo("On battery or in low-power mode: the figures will be too low, and are marked")
     code = 0
     with tempfile.TemporaryDirectory(prefix="mlx-lora-bench-") as folder:
-        cli.echo("Micro-benchmarks")
+        console.echo("Micro-benchmarks")
         probe = measure_rates(Path(folder))
         result = new_result(created, tiers, machine, describe_software(), probe)
         try:
@@ -73,26 +73,26 @@ def run_command(
         except KeyboardInterrupt:
             code = 130
     if not result["results"]:
-        cli.echo("Interrupted before the first workload ended; nothing to write")
+        console.echo("Interrupted before the first workload ended; nothing to write")
         return 130
     path = Path(out) if out.endswith(".json") else default_path(result, Path(out))
     write_result(path, result)
-    cli.echo(f"Written to {path}{' (interrupted: workloads are missing)' if code else ''}")
+    console.echo(f"Written to {path}{' (interrupted: workloads are missing)' if code else ''}")
     if as_json:
-        cli.print_json(result)
+        console.print_json(result)
     return code
 
 
 def run_one(workload: Workload, probe: dict[str, Any], folder: Path, length: Length) -> dict[str, Any]:
     """Run a workload, and say what came of it."""
-    cli.echo(f"{workload.name} ...")
-    entry = run_workload(workload, probe, folder, length, cli.echo)
+    console.echo(f"{workload.name} ...")
+    entry = run_workload(workload, probe, folder, length, console.echo)
     figures = entry["figures"]
     if figures is None:
-        cli.echo(f"  {entry['status']}: {entry['reason']}")
+        console.echo(f"  {entry['status']}: {entry['reason']}")
         return entry
     speed, predicted = figures["tokens_per_s"], entry["predicted"]
-    cli.echo(
+    console.echo(
         f"  {number(speed['median'])} tokens/s ({number(speed['p10'])}-{number(speed['p90'])}), predicted "
         f"{number(predicted['tokens_per_s'])}; peak {figures['peak_memory_bytes'] / 1e9:.2f} GB, predicted "
         f"{predicted['peak_memory_bytes'] / 1e9:.2f}; first step after {figures['first_step_s']:.1f} s; "
@@ -101,7 +101,7 @@ def run_one(workload: Workload, probe: dict[str, Any], folder: Path, length: Len
     return entry
 
 
-@main.command("compare", cls=cli.Command)
+@main.command("compare", cls=console.Command)
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--markdown", is_flag=True, help="Print Markdown tables.")
 @click.option("--across-versions", is_flag=True, help="Give ratios also where versions of mlx or mlx_lora differ.")
@@ -110,15 +110,15 @@ def compare_command(paths: tuple[Path, ...], markdown: bool, across_versions: bo
     """Print result files, or folders of them, side by side; the first is the reference of ratios."""
     results, problems = read_results(paths)
     for line in problems:
-        cli.echo(line)
+        console.echo(line)
     tables = compare(results, across_versions)
     if as_json:
-        cli.print_json({**to_json(tables), "left_out": problems})
+        console.print_json({**to_json(tables), "left_out": problems})
     else:
         click.echo(render_tables(tables, markdown))
 
 
-@main.command("report", cls=cli.Command)
+@main.command("report", cls=console.Command)
 @click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("bench-report.html"), show_default=True
@@ -130,9 +130,9 @@ def report_command(paths: tuple[Path, ...], out: Path, across_versions: bool) ->
         raise InputError(f"no result named, and no {RESULTS} here; name files or folders")
     results, problems = read_results(paths or (RESULTS,))
     for line in problems:
-        cli.echo(line)
+        console.echo(line)
     write_page(out, results, problems, across_versions)
-    cli.echo(f"{len(results)} results in {out}")
+    console.echo(f"{len(results)} results in {out}")
 
 
 if __name__ == "__main__":

@@ -14,22 +14,23 @@ from typing import Any
 
 import click
 
-from mlx_lora import cli
-from mlx_lora.config import train_settings
-from mlx_lora.errors import InputError
 from mlx_lora.models.load import load_base
+from mlx_lora.serving.adapter_names import DEFAULT_CONTEXT, adapter_sources, base_name, check_names, context_of
 from mlx_lora.serving.chat_lines import ChatLines, Screen
 from mlx_lora.serving.conversation import BASE, AnswerSettings, Conversation
 from mlx_lora.serving.engine import Engine, Limits
 from mlx_lora.serving.sampling import Sampling
-from mlx_lora.serving.setup import DEFAULT_CONTEXT, adapter_sources, base_name, check_names, context_of
+from mlx_lora.settings import flags
+from mlx_lora.settings.config import train_settings
+from mlx_lora.system import console
+from mlx_lora.system.errors import InputError
 
 # One comparison may ask more adapters than generate at once; the rest wait for a row.
 WAITING = 4096
 
 
-@click.command(cls=cli.Command)
-@cli.settings_options("model")
+@click.command(cls=console.Command)
+@flags.settings_options("model")
 @click.option(
     "--adapter",
     "adapters",
@@ -54,7 +55,7 @@ def main(
     """Talk to --model and its --adapter; /help in the chat lists what can be typed."""
     if not math.isfinite(temp):
         raise InputError(f"--temp {temp}: not a finite number; give 0 for greedy, or about 0.7")
-    model = train_settings(cli.given(options)).model
+    model = train_settings(flags.given(options)).model
     sources = adapter_sources(adapters, blends)
     sampling = Sampling(temperature=temp, top_p=top_p or 1.0, seed=seed)  # 0 is mlx-lm's word for off
     engine = Engine(lambda: load_base(model), Limits(max_waiting=WAITING), ignore_fingerprint)
@@ -65,9 +66,9 @@ def main(
         chat = Conversation(engine, AnswerSettings(max_tokens, context, sampling), system_prompt)
         chat.adapter = next(iter(sources), None)
         check(chat)
-        cli.echo(f"base   {base_name(engine.base)}: {engine.base.describe()}")
+        console.echo(f"base   {base_name(engine.base)}: {engine.base.describe()}")
         for card in cards:
-            cli.echo(f"model  {card.name}: {card.describe()}")
+            console.echo(f"model  {card.name}: {card.describe()}")
         talk(ChatLines(chat, screen()), chat)
     finally:
         engine.close()
@@ -91,13 +92,13 @@ def check(chat: Conversation) -> None:
 def talk(lines: ChatLines, chat: Conversation) -> None:
     """Take lines until they end, with Ctrl-D or Ctrl-C at the prompt, or with the file on standard input."""
     read = reader()
-    cli.echo(f"{chat.name} answers; /help lists the commands")
+    console.echo(f"{chat.name} answers; /help lists the commands")
     with contextlib.suppress(EOFError, KeyboardInterrupt), interrupts(lines.interrupt):
         while lines.take(read(f"{chat.name}> ")):
             pass
         return
     if sys.stdin.isatty():
-        cli.echo()  # the shell's prompt begins a line of its own
+        console.echo()  # the shell's prompt begins a line of its own
 
 
 @contextlib.contextmanager
@@ -144,9 +145,9 @@ def screen() -> Screen:
 
     def figures(line: str) -> None:
         if sys.stderr.isatty():
-            cli.echo(click.style(line, dim=True) if cli.wants_color() else line)
+            console.echo(click.style(line, dim=True) if console.wants_color() else line)
 
-    return Screen(write, cli.echo, lambda line: cli.echo("Error: " + cli.printable(line)), figures)
+    return Screen(write, console.echo, lambda line: console.echo("Error: " + console.printable(line)), figures)
 
 
 def shown(text: str) -> str:

@@ -13,22 +13,23 @@ from typing import Any
 
 import click
 
-from mlx_lora import cli, config
-from mlx_lora.device import compute_dtype
-from mlx_lora.errors import InputError
 from mlx_lora.models.conversion_report import REPORT_TOKENS, compare_on_text
 from mlx_lora.models.converting import Conversion, convert_model
 from mlx_lora.models.gguf_weights import Target
-from mlx_lora.models.quantize import MODES, choose_quantisation
+from mlx_lora.models.quantize import MODES, choose_quantization
+from mlx_lora.settings import config
 from mlx_lora.sources.hub import resolve_model
+from mlx_lora.system import console
+from mlx_lora.system.device import compute_dtype
+from mlx_lora.system.errors import InputError
 
 
-@click.command(cls=cli.Command)
+@click.command(cls=console.Command)
 @click.option("--model", required=True, help="Hub id, local folder or .gguf file.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
-@click.option("--bits", type=int, help="Quantise at 2, 3, 4, 5, 6 or 8 bits [default: 4; GGUF: as it is].")
+@click.option("--bits", type=int, help="Quantize at 2, 3, 4, 5, 6 or 8 bits [default: 4; GGUF: as it is].")
 @click.option("--group-size", type=int, help="Weights per scale: 32, 64 or 128 [default: 64].")
-@click.option("--mode", type=click.Choice(MODES), help="Form of quantisation [default: affine].")
+@click.option("--mode", type=click.Choice(MODES), help="Form of quantization [default: affine].")
 @click.option("--no-quantize", is_flag=True, help="Write all weights in --dtype.")
 @click.option(
     "--dtype",
@@ -67,7 +68,7 @@ def main(model: str, out: Path, revision: str | None, report: Path | None, **fla
         result["perplexity"] = compare_on_text(source, out, text, trust)
         _print_perplexity(report, result["perplexity"])
     if flags["as_json"]:
-        cli.print_json(result)
+        console.print_json(result)
 
 
 def _target(flags: dict[str, Any]) -> Target | None:
@@ -76,7 +77,7 @@ def _target(flags: dict[str, Any]) -> Target | None:
         if given:
             raise InputError(f"--no-quantize with {', '.join(map(config.flag_of, given))}: keep one of the two")
         return "float"
-    return choose_quantisation(flags["bits"], flags["group_size"], flags["mode"]) if given else None
+    return choose_quantization(flags["bits"], flags["group_size"], flags["mode"]) if given else None
 
 
 def _read_text(path: Path | None) -> str | None:
@@ -94,20 +95,20 @@ def _read_text(path: Path | None) -> str | None:
 
 
 def _print_summary(out: Path, conversion: Conversion) -> None:
-    counts = f"{conversion.lossless} carried over, {conversion.requantised} quantised, {conversion.floats} float"
+    counts = f"{conversion.lossless} carried over, {conversion.requantized} quantized, {conversion.floats} float"
     size = f"{conversion.size_bytes / 1e6:.1f} MB, {conversion.bits_per_weight:.2f} bits per weight"
-    cli.echo(f"{out}: {conversion.model_type}, tensors: {counts}; {size}; {conversion.elapsed_s:.1f} s")
+    console.echo(f"{out}: {conversion.model_type}, tensors: {counts}; {size}; {conversion.elapsed_s:.1f} s")
     for kind, errors in conversion.summary()["errors"].items():
         figures = f"mean {errors['mean']:.2%}, max {errors['max']:.2%}"
-        cli.echo(f"  {kind} quantised anew: {errors['tensors']} tensors, relative error {figures}")
+        console.echo(f"  {kind} quantized anew: {errors['tensors']} tensors, relative error {figures}")
     if conversion.skipped:
         shown = ", ".join(conversion.skipped[:4]) + (" ..." if len(conversion.skipped) > 4 else "")
-        cli.echo(f"  left in float, width not a multiple of the group: {len(conversion.skipped)} ({shown})")
+        console.echo(f"  left in float, width not a multiple of the group: {len(conversion.skipped)} ({shown})")
 
 
 def _print_perplexity(report: Path | None, figures: dict[str, Any]) -> None:
     change = figures["converted"] / figures["source"] - 1
-    cli.echo(
+    console.echo(
         f"  perplexity on {figures['tokens']} tokens of {report}: "
         f"{figures['source']:.4f} source in float, {figures['converted']:.4f} converted ({change:+.2%})"
     )

@@ -21,17 +21,18 @@ import click
 from huggingface_hub import constants
 from packaging.version import Version
 
-from mlx_lora import BLAS, __version__, cli, device
-from mlx_lora.cache import cache_dir
-from mlx_lora.ceilings import measure_ceilings
+from mlx_lora import BLAS, __version__
 from mlx_lora.models.self_test import changing_gradients, self_test
-from mlx_lora.shape import GIB
+from mlx_lora.planner.ceilings import measure_ceilings
+from mlx_lora.system import console, device
+from mlx_lora.system.cache import cache_dir
+from mlx_lora.system.units import GIB
 from mlx_lora.training.kernel_report import known_table, measure_usual, table_lines
 
 PACKAGES = ("mlx", "mlx-metal", "mlx-lm", "transformers", "tokenizers", "huggingface-hub", "numpy", "gguf")
 # Package, versions below this, what is wrong with them. The self-test finds faults of versions nobody has listed.
 KNOWN_BAD = (
-    ("mlx", "0.32.0", "quantised products of more than 32,768 rows are wrong on Metal (mflux#489)"),
+    ("mlx", "0.32.0", "quantized products of more than 32,768 rows are wrong on Metal (mflux#489)"),
     ("mlx", "0.32.1", "nvfp4 products with few rows are wrong on Metal (mlx#3854)"),
     ("mlx-lm", "0.32", "older than what adapters and models here are built on"),
 )
@@ -49,7 +50,7 @@ class Check:
     advice: str = ""
 
 
-@click.command(cls=cli.Command)
+@click.command(cls=console.Command)
 @click.option("--hub/--no-hub", default=True, help="Try to reach the hub.", show_default=True)
 @click.option(
     "--kernels", "show_kernels", is_flag=True, help="Measure the training kernels in usual shapes and show the table."
@@ -61,11 +62,11 @@ def main(hub: bool, show_kernels: bool, as_json: bool) -> int:
     checks = [*check_versions(versions), check_memory(here), check_blas(here), *check_arithmetic(), check_repeats()]
     rates, speed = check_speed(here)
     if show_kernels:
-        measure_usual(cli.echo)
+        measure_usual(console.echo)
     table = known_table()
     checks += [*speed, check_kernels(table), check_cache(), *([check_hub()] if hub else [])]
     if as_json:
-        cli.print_json(
+        console.print_json(
             {
                 "device": here.name,
                 "backend": here.backend,

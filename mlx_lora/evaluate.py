@@ -13,23 +13,24 @@ from typing import Any
 
 import click
 
-from mlx_lora import cli, device
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.artifacts.forgetting_page import verdict_rows, write_page
-from mlx_lora.config import DEFAULT_BATCH_TOKENS, TrainSettings, train_settings
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.loading import load_eval_set
-from mlx_lora.errors import InputError
 from mlx_lora.models.load import check_token_ids, load_base
-from mlx_lora.runs.forgetting import CHAT, TEXT, measure_forgetting
+from mlx_lora.runs.forgetting_test import CHAT, TEXT, measure_forgetting
+from mlx_lora.settings import flags
+from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, TrainSettings, train_settings
 from mlx_lora.sources.hub import resolve_adapter
-from mlx_lora.training.forgetting import NO_CHANGE, SMALL_CHANGE
+from mlx_lora.system import console, device
+from mlx_lora.system.errors import InputError
+from mlx_lora.training.drift import NO_CHANGE, SMALL_CHANGE
 from mlx_lora.training.losses import choose_loss
 from mlx_lora.training.trainer import mean_loss
 
 
-@click.command(cls=cli.Command)
-@cli.settings_options("model", "data", leave_out=("valid_fraction",))
+@click.command(cls=console.Command)
+@flags.settings_options("model", "data", leave_out=("valid_fraction",))
 @click.option("--adapter-path", type=str, default=None, help="Adapter folder, or hub id, to put on the model.")
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
@@ -46,7 +47,7 @@ def main(
     report: str | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Print loss, perplexity and the count of supervised tokens of --data, or with --forgetting a verdict."""
-    settings = train_settings(cli.given(options))
+    settings = train_settings(flags.given(options))
     if not settings.data.data:
         raise InputError("--data is required: a data file, or a folder with a test or valid split")
     general = {name: place for name, place in ((TEXT, general_text), (CHAT, general_chat)) if place}
@@ -62,7 +63,7 @@ def main(
         adapter = resolve_adapter(adapter_path, adapter_revision)
         result = evaluate(settings, adapter, ignore_fingerprint, batch_tokens)
         if as_json:
-            cli.print_json({**result, "adapter_path": adapter_path, "data": settings.data.data})
+            console.print_json({**result, "adapter_path": adapter_path, "data": settings.data.data})
         else:
             loss, perplexity, tokens, rows = (result[k] for k in ("loss", "perplexity", "supervised_tokens", "rows"))
             click.echo(f"loss {loss:.4f}, perplexity {perplexity:.3f}, {tokens} supervised tokens in {rows} rows")
@@ -74,14 +75,14 @@ def main(
         raise InputError(f"--report {report}: not a file in a folder that is there; name one, as in forgetting.html")
     adapters = [resolve_adapter(adapter_path, adapter_revision), *(resolve_adapter(other, None) for other in against)]
     base = load_base(settings.model)
-    found = measure_forgetting(base, adapters, settings.data, general, ignore_fingerprint, batch_tokens, cli.echo)
+    found = measure_forgetting(base, adapters, settings.data, general, ignore_fingerprint, batch_tokens, console.echo)
     facts = found.to_dict()
     if page is not None:
         command = shlex.join(["python", *sys.orig_argv[1:]])
         write_page(page, facts, (NO_CHANGE, SMALL_CHANGE), command, device.current_device().header())
-        cli.echo(f"page   {page}")
+        console.echo(f"page   {page}")
     if as_json:
-        cli.print_json(facts)
+        console.print_json(facts)
     else:
         print_table(verdict_rows(facts))
 
@@ -104,12 +105,12 @@ def evaluate(
     template = load_adapter(base, adapter, ignore_fingerprint).chat_template if adapter else None
     if template and not settings.data.chat_template:
         base.hf_tokenizer.chat_template = template
-    rows = load_eval_set(settings.data.data, settings.data, base.hf_tokenizer, cli.echo)
+    rows = load_eval_set(settings.data.data, settings.data, base.hf_tokenizer, console.echo)
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {settings.data.data}")
     plan = BatchPlan(rows, batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)
     loss, tokens = mean_loss(base.model, choose_loss(base.model, base.config).measure, plan.batches())
     counts = {"supervised_tokens": tokens, "rows": len(rows)}
-    return {"loss": loss, "perplexity": cli.perplexity(loss), **counts, "model": base.model_id}
+    return {"loss": loss, "perplexity": console.perplexity(loss), **counts, "model": base.model_id}
 
 
 def print_table(rows: list[dict[str, str]]) -> None:

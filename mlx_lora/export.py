@@ -17,20 +17,21 @@ from typing import Any
 
 import click
 
-from mlx_lora import cli
 from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
 from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
-from mlx_lora.artifacts.fuse import write_fused
-from mlx_lora.artifacts.gguf import write_gguf_adapter
+from mlx_lora.artifacts.fused_model import write_fused
+from mlx_lora.artifacts.gguf_adapter import write_gguf_adapter
 from mlx_lora.artifacts.gguf_model import DEFAULT_TYPE, TYPES, write_gguf_model
 from mlx_lora.artifacts.ollama import write_ollama
 from mlx_lora.artifacts.peft import write_peft
 from mlx_lora.artifacts.push import check_repo, push
-from mlx_lora.config import train_settings
-from mlx_lora.errors import InputError
-from mlx_lora.files import check_writable
 from mlx_lora.models.load import Base, load_base
+from mlx_lora.settings import flags
+from mlx_lora.settings.config import train_settings
 from mlx_lora.sources.hub import resolve_adapter
+from mlx_lora.system import console
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.files import check_writable
 
 READERS = {
     "peft": "PEFT",
@@ -46,8 +47,8 @@ CARD_LIBRARIES = {"peft": "peft", "mlx-lm": "mlx"}  # what gets a model card, an
 SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 
-@click.command(cls=cli.Command)
-@cli.settings_options("model", leave_out=("quantized_matmul",))
+@click.command(cls=console.Command)
+@flags.settings_options("model", leave_out=("quantized_matmul",))
 @click.option(
     "--adapter-path",
     type=str,
@@ -102,7 +103,7 @@ def main(
     check_push(push_to_hub, private)
     check_gguf(form, adapter_path, gguf_type, ollama_base)
     adapter = resolve_adapter(adapter_path, adapter_revision)
-    settings = train_settings(cli.given(options)).model
+    settings = train_settings(flags.given(options)).model
     base = load_base(settings)
     info = load_adapter(base, adapter, ignore_fingerprint) if adapter else None
     if form == "gguf":
@@ -111,7 +112,7 @@ def main(
         for note in write_ollama(
             out, base, info, gguf_type=gguf_type or DEFAULT_TYPE, ollama_base=ollama_base, force=force
         ):
-            cli.echo(f"  {note}")
+            console.echo(f"  {note}")
     elif form == "peft":
         export_peft(base, info, out, base_id, force)
     elif form == "mlx-lm":
@@ -122,10 +123,10 @@ def main(
         export_gguf_adapter(base, info, out, force)
     if form in CARD_LIBRARIES:
         card = write_card(out, CARD_LIBRARIES[form], base, info, read_facts(adapter), base_id, push_to_hub)
-        cli.echo(f"{out / CARD_FILE}: {'the model card' if card else 'yours, left as it is'}")
-    cli.echo(f"{out}: written for {READERS[form]}")
+        console.echo(f"{out / CARD_FILE}: {'the model card' if card else 'yours, left as it is'}")
+    console.echo(f"{out}: written for {READERS[form]}")
     if push_to_hub:
-        cli.echo(f"{push_to_hub}: uploaded, {push(out, push_to_hub, private)}")
+        console.echo(f"{push_to_hub}: uploaded, {push(out, push_to_hub, private)}")
 
 
 def check_gguf(form: str, adapter_path: str | None, gguf_type: str | None, ollama_base: str | None) -> None:

@@ -11,23 +11,24 @@ from typing import Any
 
 import click
 
-from mlx_lora import cli
 from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.artifacts.fuse import Survival, write_fused
-from mlx_lora.config import train_settings
+from mlx_lora.artifacts.fused_model import Survival, write_fused
 from mlx_lora.models.load import load_base
+from mlx_lora.settings import flags
+from mlx_lora.settings.config import train_settings
 from mlx_lora.sources.hub import resolve_adapter
+from mlx_lora.system import console
 
 # Below this share of the update left, a fused model is not the one that was trained.
 FADED = 0.9
 
 
-@click.command(cls=cli.Command)
-@cli.settings_options("model", leave_out=("quantized_matmul",))
+@click.command(cls=console.Command)
+@flags.settings_options("model", leave_out=("quantized_matmul",))
 @click.option("--adapter-path", type=str, required=True, help="Adapter folder or hub id, ours, mlx-lm's or PEFT's.")
 @click.option("--out", "--save-path", type=click.Path(path_type=Path), required=True, help="Folder to make.")
 @click.option(
-    "--dequantize", is_flag=True, help="Make a float model of a quantised base: nothing of the update is lost."
+    "--dequantize", is_flag=True, help="Make a float model of a quantized base: nothing of the update is lost."
 )
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
@@ -45,7 +46,7 @@ def main(
 ) -> None:
     """Write --model with the adapter folded in, and say how much of the adapter's effect survived."""
     adapter = resolve_adapter(adapter_path, adapter_revision)
-    settings = train_settings(cli.given(options)).model
+    settings = train_settings(flags.given(options)).model
     base = load_base(settings)
     info = load_adapter(base, adapter, ignore_fingerprint)
     survival = write_fused(
@@ -57,15 +58,15 @@ def main(
         full=info.full,
         keep_dtype=settings.dtype != "auto",
     )
-    summary = summarise(survival)
+    summary = summarize(survival)
     if info.full:
-        cli.echo(f"{len(info.full)} parameters trained in full are in it as they are, in float")
-    cli.echo(f"{out}: {words(summary)}")
+        console.echo(f"{len(info.full)} parameters trained in full are in it as they are, in float")
+    console.echo(f"{out}: {words(summary)}")
     if as_json:
-        cli.print_json({"out": str(out), "model": base.model_id, "adapter_path": adapter_path, **summary})
+        console.print_json({"out": str(out), "model": base.model_id, "adapter_path": adapter_path, **summary})
 
 
-def summarise(survival: dict[str, Survival]) -> dict[str, Any]:
+def summarize(survival: dict[str, Survival]) -> dict[str, Any]:
     """Return means and the worst layer; with nothing to fold in, all of it survived."""
     if not survival:
         return {"layers": 0, "kept_mean": 1.0, "kept_least": 1.0, "least_layer": None, "error_mean": 0.0}

@@ -16,20 +16,21 @@ from mlx_lm import stream_generate
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.sample_utils import make_sampler
 
-from mlx_lora import cli
 from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.config import train_settings
 from mlx_lora.data.prompts import encode_prompt
 from mlx_lora.data.templates import own_template
-from mlx_lora.errors import InputError
 from mlx_lora.models.continuation import continued
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import Base, check_token_ids, load_base
+from mlx_lora.settings import flags
+from mlx_lora.settings.config import train_settings
 from mlx_lora.sources.hub import resolve_adapter
+from mlx_lora.system import console
+from mlx_lora.system.errors import InputError
 
 
-@click.command(cls=cli.Command)
-@cli.settings_options("model")
+@click.command(cls=console.Command)
+@flags.settings_options("model")
 @click.option("--adapter-path", type=str, default=None, help="Adapter folder, or hub id, to put on the model.")
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
@@ -55,7 +56,7 @@ def main(
     if not math.isfinite(temp):
         raise InputError(f"--temp {temp}: not a finite number; give 0 for greedy, or about 0.7")
     adapter = resolve_adapter(adapter_path, adapter_revision)
-    base = load_base(train_settings(cli.given(options)).model)
+    base = load_base(train_settings(flags.given(options)).model)
     template = load_adapter(base, adapter, ignore_fingerprint).chat_template if adapter else None
     template = None if ignore_chat_template else template or own_template(base.hf_tokenizer)
     tokens = encode_prompt(base.hf_tokenizer, text, template, system_prompt)
@@ -77,7 +78,7 @@ def main(
             "tokens_per_s": last.generation_tps,
             "finish_reason": last.finish_reason,
         }
-        cli.print_json({"text": "".join(pieces), **speed, "prompt_tokens": len(tokens), "model": base.model_id})
+        console.print_json({"text": "".join(pieces), **speed, "prompt_tokens": len(tokens), "model": base.model_id})
     else:
         click.echo()
 

@@ -14,35 +14,35 @@ from typing import Any
 
 import click
 
-from mlx_lora import cli, device
-from mlx_lora.ceilings import measure_ceilings
-from mlx_lora.chips import CHIPS, Chip, find_chip, known_chip
-from mlx_lora.config import TrainSettings, train_settings
 from mlx_lora.data.loading import load_data
-from mlx_lora.errors import InputError
-from mlx_lora.memory import plan_memory
 from mlx_lora.models.kernel_choice import KernelChoice
 from mlx_lora.models.outline import outline_of
 from mlx_lora.models.tokenizer import load_folder_tokenizer
-from mlx_lora.parsing import read_json
-from mlx_lora.shape import Machine, ModelShape
-from mlx_lora.sources.hub import resolve_config
-from mlx_lora.speed import Ceilings, count_step, listed_ceilings, step_seconds
-from mlx_lora.training.planning import (
+from mlx_lora.planner.ceilings import measure_ceilings
+from mlx_lora.planner.chips import CHIPS, Chip, find_chip, known_chip
+from mlx_lora.planner.fitting import (
     AUTO_MODES,
     Fitted,
     advice,
     budget_of,
     fit,
-    gigabytes,
     largest_batch,
     largest_rows,
     largest_sequence,
-    outlined_shape,
-    quantised_shape,
     run_of,
-    with_kernels,
 )
+from mlx_lora.planner.memory import plan_memory
+from mlx_lora.planner.shapes import Machine, ModelShape
+from mlx_lora.planner.speed import Ceilings, count_step, listed_ceilings, step_seconds
+from mlx_lora.planner.this_machine import this_machine
+from mlx_lora.settings import flags
+from mlx_lora.settings.config import TrainSettings, train_settings
+from mlx_lora.sources.hub import resolve_config
+from mlx_lora.system import console, device
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.parsing import read_json
+from mlx_lora.system.units import gigabytes
+from mlx_lora.training.run_fit import outlined_shape, quantized_shape, with_kernels
 
 CHARACTERS_PER_TOKEN = 4  # of English, roughly: what a data file's size says about its tokens
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -63,7 +63,7 @@ class DataSize:
     tokens: int
 
 
-@click.command(cls=cli.Command)
+@click.command(cls=console.Command)
 @click.option("-c", "--config", "config_file", type=str, help="YAML file of settings, as train takes it.")
 @click.option("--chip", type=str, default=None, help='Plan for this chip ("M2 Pro") instead of this machine.')
 @click.option(
@@ -71,12 +71,12 @@ class DataSize:
 )
 @click.option("--all-chips", is_flag=True, help="Plan for every chip and memory size of the table.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@cli.settings_options("model", "data", "adapter", "optimizer", "loop")
+@flags.settings_options("model", "data", "adapter", "optimizer", "loop")
 def main(
     config_file: str | None, chip: str | None, memory_gb: int | None, all_chips: bool, as_json: bool, **options: Any
 ) -> None:
     """Plan the memory and predict the speed of `train` with these flags; no weights are read."""
-    settings = train_settings(cli.given(options), config_file, cli.echo)
+    settings = train_settings(flags.given(options), config_file, console.echo)
     if not settings.model.model:
         raise InputError("--model is required: a hub id, a folder, a config.json or a .gguf file")
     machine, ceilings = choose_machine(settings, chip, memory_gb)
@@ -104,7 +104,7 @@ def main(
             shape,
             machine,
             width,
-            lambda: quantised_shape(outline, settings_of_base, kernels),
+            lambda: quantized_shape(outline, settings_of_base, kernels),
             size and size.rows,
         )
     if all_chips:
@@ -113,7 +113,7 @@ def main(
             shape = outlined_shape(outline, settings, elsewhere)
         result["chips"] = list(for_all_chips(settings, shape, size))
     if as_json:
-        cli.print_json(result)
+        console.print_json(result)
     elif all_chips:
         click.echo(render_chips(result["chips"]))
     else:
@@ -129,7 +129,7 @@ def measure_data(settings: TrainSettings) -> DataSize | None:
         return None
     config = read_json(folder / "config.json", "download the model again")
     tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)
-    rows = load_data(settings.data, tokenizer._tokenizer, settings.loop.seed, cli.echo).train
+    rows = load_data(settings.data, tokenizer._tokenizer, settings.loop.seed, console.echo).train
     return DataSize(len(rows), int(rows.lengths.max(initial=2)), len(rows.tokens))
 
 
@@ -139,7 +139,7 @@ def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | N
     if chip is not None:
         found = find_chip(chip)
         return found.machine(memory_gb, number_bytes), listed_ceilings(found, number_bytes)
-    here = device.current_machine(settings.model.dtype)
+    here = this_machine(settings.model.dtype)
     if memory_gb is None:
         return here, measure_ceilings(settings.model.dtype)
     known = known_chip(here.name)

@@ -15,21 +15,23 @@ from typing import Any
 
 import click
 
-from mlx_lora import cli, device
-from mlx_lora.config import ServeSettings, serve_settings
-from mlx_lora.errors import InputError, RunError
 from mlx_lora.models.load import load_base
+from mlx_lora.serving.adapter_names import DEFAULT_CONTEXT, adapter_sources, base_name, check_names, context_of
+from mlx_lora.serving.adapter_store import NoRoom
 from mlx_lora.serving.engine import Engine, Limits
-from mlx_lora.serving.setup import DEFAULT_CONTEXT, adapter_sources, base_name, check_names, context_of
-from mlx_lora.serving.store import NoRoom
+from mlx_lora.settings import flags
+from mlx_lora.settings.config import ServeSettings, serve_settings
+from mlx_lora.system import console
+from mlx_lora.system.errors import InputError, RunError
+from mlx_lora.system.units import parse_size
 
 KEY_VARIABLE = "MLX_LORA_API_KEY"
 # Answers in flight get this long when the server is told to end.
 SHUTDOWN_S = 5
 
 
-@click.command(cls=cli.Command)
-@cli.settings_options("model", "serve")
+@click.command(cls=console.Command)
+@flags.settings_options("model", "serve")
 @click.option(
     "--adapter", "adapters", multiple=True, help="NAME=DIR or NAME=OWNER/NAME of the hub; any number of them."
 )
@@ -41,9 +43,9 @@ def main(adapters: tuple[str, ...], blends: tuple[str, ...], ignore_fingerprint:
     if missing:
         raise InputError(f"serve: {' and '.join(missing)} not installed; pip install 'mlx-lora[serve]'")
     # Imported here, for what they need may be missing.
-    from mlx_lora.serving.guard import is_local
+    from mlx_lora.serving.request_guard import is_local
 
-    model, settings = serve_settings(cli.given(options))
+    model, settings = serve_settings(flags.given(options))
     key = settings.api_key or os.environ.get(KEY_VARIABLE) or None
     if not is_local(settings.host) and not key:
         raise InputError(
@@ -55,17 +57,17 @@ def main(adapters: tuple[str, ...], blends: tuple[str, ...], ignore_fingerprint:
     limits = Limits(
         max_batch=settings.max_batch,
         max_waiting=settings.max_waiting,
-        adapter_bytes=device.parse_size(settings.adapter_memory) if settings.adapter_memory else None,
-        prompt_cache_bytes=device.parse_size(settings.prompt_cache),
+        adapter_bytes=parse_size(settings.adapter_memory) if settings.adapter_memory else None,
+        prompt_cache_bytes=parse_size(settings.prompt_cache),
     )
-    body_bytes = device.parse_size(settings.max_body)
+    body_bytes = parse_size(settings.max_body)
     engine = Engine(lambda: load_base(model), limits, ignore_fingerprint)
     try:
         check_names("--adapter", sources, (base_name(engine.base),))
         cards = engine.call(lambda store: store.add(sources)).result()
-        cli.echo(f"base   {base_name(engine.base)}: {engine.base.describe()}")
+        console.echo(f"base   {base_name(engine.base)}: {engine.base.describe()}")
         for card in cards:
-            cli.echo(f"model  {card.name}: {card.describe()}")
+            console.echo(f"model  {card.name}: {card.describe()}")
         run_server(engine, settings, key, body_bytes)
     except NoRoom:
         raise InputError("--adapter-memory: too small for all --adapter; raise it") from None
@@ -85,8 +87,8 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
     from mlx_lora.serving.adapters_api import Adapters
     from mlx_lora.serving.app import AnswerLimits, make_app
     from mlx_lora.serving.connections import timed_protocol
-    from mlx_lora.serving.guard import GuardLimits, is_local
     from mlx_lora.serving.listening import listen
+    from mlx_lora.serving.request_guard import GuardLimits, is_local
 
     folder = Path(settings.adapters_from).expanduser() if settings.adapters_from else None
     origins = tuple(origin.strip() for origin in (settings.allow_origin or "").split(",") if origin.strip())
@@ -110,7 +112,7 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
         limit_concurrency=settings.max_batch + settings.max_waiting + 64,
     )
     socket, address = listen(settings.host, settings.port)
-    cli.echo(f"ready  {address} (a page to try it; OpenAI's interface under /v1; Ctrl-C ends it)")
+    console.echo(f"ready  {address} (a page to try it; OpenAI's interface under /v1; Ctrl-C ends it)")
     # uvicorn raises the signal it was ended by once more; for a server that is its ordinary end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = uvicorn.Server(config)
@@ -119,7 +121,7 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
         server.run([socket])
     if engine.failure is not None:
         raise RunError(f"the engine failed: {engine.failure!r}")
-    cli.echo("ended")
+    console.echo("ended")
 
 
 if __name__ == "__main__":

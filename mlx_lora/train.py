@@ -16,7 +16,6 @@ import click
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora import cli, device
 from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.artifacts.adapter import CONFIG_FILE, save_adapter
 from mlx_lora.artifacts.checkpoint import Checkpoint
@@ -31,16 +30,10 @@ from mlx_lora.artifacts.run_folder import (
     own_folder,
     write_settings,
 )
-from mlx_lora.config import TrainSettings, train_settings
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.loading import DataSplits, load_data
-from mlx_lora.distributed import Ranks, leads, together
-from mlx_lora.errors import InputError
-from mlx_lora.files import check_writable
 from mlx_lora.models.load import Base, check_token_ids, load_base
-from mlx_lora.runs.page import RunPage
-from mlx_lora.runs.reporting import leave_card, reporting
-from mlx_lora.runs.setup import (
+from mlx_lora.runs.composition import (
     adapt,
     adapt_for_test,
     choose_forms,
@@ -50,19 +43,27 @@ from mlx_lora.runs.setup import (
     training_plan,
     validation_plan,
 )
+from mlx_lora.runs.report_page import RunPage
+from mlx_lora.runs.reporting import leave_card, reporting
 from mlx_lora.runs.words import describe_run, interrupted_line, outcome_line
-from mlx_lora.supervise import run_supervised
+from mlx_lora.settings import flags
+from mlx_lora.settings.config import TrainSettings, train_settings
+from mlx_lora.system import console, device
+from mlx_lora.system.distributed import Ranks, leads, together
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.files import check_writable
+from mlx_lora.system.supervise import run_supervised
 from mlx_lora.training.agreement import check_one_run, take_first_ranks
-from mlx_lora.training.guard import MemoryGuard
 from mlx_lora.training.loggers import reporting_sinks
 from mlx_lora.training.losses import choose_loss
-from mlx_lora.training.planning import check_base_fits, fit_run
+from mlx_lora.training.memory_guard import MemoryGuard
+from mlx_lora.training.run_fit import check_base_fits, fit_run
 from mlx_lora.training.state import Diverged, Position, restore_arrays
 from mlx_lora.training.step import Step
 from mlx_lora.training.trainer import Outcome, mean_loss, total_steps, train
 
 
-@click.command(cls=cli.Command)
+@click.command(cls=console.Command)
 @click.option(
     "-c",
     "--config",
@@ -70,15 +71,15 @@ from mlx_lora.training.trainer import Outcome, mean_loss, total_steps, train
     type=str,
     help="YAML file of settings, ours, mlx-lm's, Axolotl's or LLaMA-Factory's; flags beat it.",
 )
-@cli.settings_options("model", "data", "adapter", "optimizer", "loop")
+@flags.settings_options("model", "data", "adapter", "optimizer", "loop")
 def main(config_file: str | None, **options: Any) -> int:
     """Train a LoRA adapter on --data over the frozen --model and write it to --adapter-path."""
-    settings = train_settings(cli.given(options), config_file, cli.echo)
+    settings = train_settings(flags.given(options), config_file, console.echo)
     if settings.loop.max_restarts:
         run_supervised(settings.loop.max_restarts)
     if settings.loop.short_buffers:
         device.restart_with_short_buffers()
-    with together(cli.describe_error) as ranks:
+    with together(console.describe_error) as ranks:
         return run(settings, ranks)
 
 
@@ -91,15 +92,15 @@ def run(settings: TrainSettings, ranks: Ranks | None) -> int:
     if not wants_training(settings):
         adapt_for_test(settings, base)
     today = first_day(settings.loop, ranks)
-    splits = load_data(settings.data, base.hf_tokenizer, settings.loop.seed, cli.echo, today)
+    splits = load_data(settings.data, base.hf_tokenizer, settings.loop.seed, console.echo, today)
     if splits.chat_day:  # for run.yaml, and so for --resume on another day
         settings = replace(settings, data=replace(settings.data, chat_date=splits.chat_day.isoformat()))
     check_test_split(settings, splits)
     for rows in filter(None, (splits.train, splits.valid, splits.test)):
         check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {settings.data.data}")
-    cli.echo(device.current_device().header())
-    cli.echo(f"Base: {base.model_id}: {base.describe()}")
-    cli.echo(splits.report.render(color=cli.wants_color()))
+    console.echo(device.current_device().header())
+    console.echo(f"Base: {base.model_id}: {base.describe()}")
+    console.echo(splits.report.render(color=console.wants_color()))
     outcome = None
     if wants_training(settings):
         with own_folder(Path(settings.loop.adapter_path)) if leads(ranks) else nullcontext():
@@ -107,7 +108,7 @@ def run(settings: TrainSettings, ranks: Ranks | None) -> int:
     if settings.loop.test and not (outcome and outcome.interrupted):
         report_test_loss(settings, base, splits.test, ranks)
     if outcome and outcome.interrupted:
-        cli.echo(interrupted_line(settings.loop.adapter_path, outcome))
+        console.echo(interrupted_line(settings.loop.adapter_path, outcome))
         return 130
     return 0
 
@@ -163,10 +164,10 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
     folder = Path(settings.loop.adapter_path)
     mx.random.seed(settings.loop.seed)
     adapted, info = adapt(settings, base, splits.chat_template)
-    forms = choose_forms(settings, base, splits.train, cli.echo)
+    forms = choose_forms(settings, base, splits.train, console.echo)
     settings, memory = fit_run(settings, shape_to_plan(settings, base, forms), splits.train, forms.terms)
     loop = settings.loop
-    found = found_by_first(lambda: find_checkpoint(loop, cli.echo), ranks)
+    found = found_by_first(lambda: find_checkpoint(loop, console.echo), ranks)
     plan, epochs = training_plan(loop, splits.train, found)
     identity = identity_of(settings, base.fingerprint, splits.train.fingerprint, plan, epochs)
     validation = validation_plan(splits.valid, settings)
@@ -182,7 +183,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
     device.wire_working_set()
     loggers = reporting_sinks(settings) if leads(ranks) else []
     words = describe_run(settings, base, adapted, plan, steps, notes)
-    cli.echo("\n".join(words))
+    console.echo("\n".join(words))
     page = None
     if leads(ranks):
         page = RunPage.begin(settings, base, splits, words[0], memory.peak_bytes, goes_on=bool(found))
@@ -191,10 +192,10 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
     if leads(ranks):
         write_settings(folder, settings)
     at.parts = max(at.parts, loop.batch_parts)
-    guard = MemoryGuard(at, memory.budget_bytes, cli.echo)
+    guard = MemoryGuard(at, memory.budget_bytes, console.echo)
 
     def save(step_number: int) -> None:
-        take_first_ranks(ranks, step, base.model, cli.echo)
+        take_first_ranks(ranks, step, base.model, console.echo)
         run.save(base.model, step, at)
         if page is not None:
             page.write()
@@ -202,7 +203,7 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
     try:
         with (
             run.kept_if_it_fails(),
-            reporting(loop, steps, at.taken if found else None, ranks, loggers, cli.echo) as (report, shown),
+            reporting(loop, steps, at.taken if found else None, ranks, loggers, console.echo) as (report, shown),
         ):
             outcome = train(
                 base.model, step, form.loss.measure, plan, validation, loop, report, shown, save, at, guard, ranks
@@ -213,8 +214,8 @@ def run_training(settings: TrainSettings, base: Base, splits: DataSplits, ranks:
         raise run.roll_back(base.model, step, diverged) from diverged
     if page is not None:
         page.end(outcome.interrupted)
-        leave_card(folder, base, info, cli.echo)
-        cli.echo(outcome_line(folder, outcome, best))
+        leave_card(folder, base, info, console.echo)
+        console.echo(outcome_line(folder, outcome, best))
     return outcome
 
 
@@ -222,7 +223,7 @@ def agree(ranks: Ranks | None, settings: TrainSettings, identity: dict[str, Any]
     """See that several processes are one run, and give all of them rank 0's parameters; nothing for one process."""
     if ranks is not None:
         check_one_run(ranks, settings, identity)
-        take_first_ranks(ranks, step, model, cli.echo)
+        take_first_ranks(ranks, step, model, console.echo)
 
 
 def begin(run: RunFolder, found: Checkpoint | None, base: Base, step: Step, steps: int) -> None:
@@ -232,7 +233,7 @@ def begin(run: RunFolder, found: Checkpoint | None, base: Base, step: Step, step
         taken = found.position.taken
         restore_arrays(step, base.model, found.arrays)
         left = "" if taken < steps else f"; all {steps} steps are done, raise --iters or --epochs for more"
-        cli.echo(f"Going on from step {taken} ({found.folder}){left}")
+        console.echo(f"Going on from step {taken} ({found.folder}){left}")
         if left and leads(run.ranks):
             save_adapter(Path(run.loop.adapter_path), base.model, run.info)
     elif run.loop.resume is None:
@@ -245,7 +246,7 @@ def report_test_loss(settings: TrainSettings, base: Base, test: EncodedSet, rank
     batches = plan.batches(settings.loop.test_batches)
     chosen = choose_loss(base.model, base.config, settings.loop.kernels)
     loss, tokens = mean_loss(base.model, chosen.measure, batches, ranks)
-    cli.echo(f"Test loss {loss:.4f}, perplexity {cli.perplexity(loss):.3f}, {tokens} supervised tokens")
+    console.echo(f"Test loss {loss:.4f}, perplexity {console.perplexity(loss):.3f}, {tokens} supervised tokens")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from mlx_lora.cache import cache_dir
-from mlx_lora.errors import InputError
 from mlx_lora.sources.embedded import GEMMA3, SMOLLM2, embedded_model
+from mlx_lora.system.cache import cache_dir
+from mlx_lora.system.errors import InputError
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ class Seen:
     """What a page was in the browser: what the probe measured, and the lines of the console.
 
     `found` has the window's `width` and the width `needed`; counts of `charts`, `lines` and `clipped` elements; texts that
-    stand `outside` their chart; the `smallest` size of a chart's text, in pixels; colours of `ink` and `paper`.
+    stand `outside` their chart; the `smallest` size of a chart's text, in pixels; colors of `ink` and `paper`.
     """
 
     found: dict
@@ -132,7 +132,7 @@ class Live:
         return answer["result"]
 
     def open(self, url: str, width: int = 1200, height: int = 900, dark: bool = False) -> None:
-        """Load a page in a window of a size and colour scheme."""
+        """Load a page in a window of a size and color scheme."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
         self.call(

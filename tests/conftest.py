@@ -8,8 +8,8 @@ from pathlib import Path
 
 # First of all: it loads the fast BLAS, which must come before mlx.core.
 # isort: off
-from mlx_lora.cache import cache_dir
-from mlx_lora.measuring import SWITCH
+from mlx_lora.system.cache import cache_dir
+from mlx_lora.system.measuring import SWITCH
 
 # isort: on
 import mlx.core as mx
@@ -57,8 +57,8 @@ def tiny_model(seed: int = 0, **changes) -> llama.Model:
     return model
 
 
-def quantised(model: nn.Module, bits: int = 4, group_size: int = 32, mode: str = "affine") -> nn.Module:
-    """Quantise in place and return the model."""
+def quantized(model: nn.Module, bits: int = 4, group_size: int = 32, mode: str = "affine") -> nn.Module:
+    """Quantize in place and return the model."""
     nn.quantize(model, group_size, bits, mode=mode)
     return model
 
@@ -93,7 +93,7 @@ def long_context_folder(tmp_path_factory) -> Path:
 def tiny_4bit_folder(tmp_path_factory) -> Path:
     """The same model in 4-bit."""
     config = {"quantization": {"group_size": 32, "bits": 4, "mode": "affine"}}
-    return write_folder(tmp_path_factory.mktemp("tiny4"), quantised(tiny_model()), config)
+    return write_folder(tmp_path_factory.mktemp("tiny4"), quantized(tiny_model()), config)
 
 
 @pytest.fixture(scope="session")

@@ -109,7 +109,7 @@ def made_rates(dtype: str = "bfloat16") -> dict[str, Any]:
     """Return rates."""
     return {
         "gemm_flops_per_s": {"float32": 5e12, "bfloat16": 5e12, "float16": 5e12},
-        "quantised_matmul_flops_per_s": {"1": 1e11, "1024": 4e12, "dequantise_then_gemm": 4e12},
+        "quantized_matmul_flops_per_s": {"1": 1e11, "1024": 4e12, "dequantize_then_gemm": 4e12},
         "copy_bytes_per_s": 1.5e11,
         "triad_bytes_per_s": 1.5e11,
         "ceilings": {

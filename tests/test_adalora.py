@@ -12,14 +12,14 @@ from conftest import TINY, tiny_model
 from test_peft import torch_base
 from test_step import batch
 
+from mlx_lora.adapters.adapt import adapt_model
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters
-from mlx_lora.adapters.setup import adapt_model
 from mlx_lora.artifacts.adapter import AdapterInfo, stored_parameters
-from mlx_lora.config import AdapterSettings, ModelSettings, OptimizerSettings
-from mlx_lora.errors import InputError
 from mlx_lora.models.load import load_base
+from mlx_lora.settings.config import AdapterSettings, ModelSettings, OptimizerSettings
+from mlx_lora.system.errors import InputError
+from mlx_lora.training.hooks_from_settings import budget_schedule, make_events
 from mlx_lora.training.losses import choose_loss
-from mlx_lora.training.method_events import budget_schedule, make_events
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.rank_budget import BudgetSchedule
 from mlx_lora.training.step import Step

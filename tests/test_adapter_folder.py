@@ -8,16 +8,16 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import quantised, tiny_model, write_folder
+from conftest import quantized, tiny_model, write_folder
 from mlx_lm.utils import load as mlx_lm_load
 from mlx_lm.utils import load_model
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, load_adapter, save_adapter
-from mlx_lora.config import ModelSettings
-from mlx_lora.errors import InputError
 from mlx_lora.models.load import load_base
+from mlx_lora.settings.config import ModelSettings
+from mlx_lora.system.errors import InputError
 
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -117,7 +117,7 @@ def test_the_compute_dtype_does_not_make_it_another_base(tiny_folder):
 
 
 def test_float16_scales_are_cast_once_at_load(tmp_path):
-    model = quantised(tiny_model())
+    model = quantized(tiny_model())
     model.set_dtype(mx.float16)
     config = {"quantization": {"group_size": 32, "bits": 4, "mode": "affine"}}
     folder = write_folder(tmp_path / "half", model, config)

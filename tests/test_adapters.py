@@ -6,16 +6,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import quantised, tiny_model
+from conftest import quantized, tiny_model
 from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.init import kaiming_factors
+from mlx_lora.adapters.initial_factors import kaiming_factors
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
 from mlx_lora.adapters.layers import LoRAEmbedding, LoRALinear
 from mlx_lora.adapters.parts import base_dims, dense_weight
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.errors import InputError
 from mlx_lora.models.fingerprint import base_fingerprint, weights_checksum
+from mlx_lora.system.errors import InputError
 
 ALL = "all-linear,embed_tokens"
 
@@ -88,7 +88,7 @@ def test_float32_masters_do_not_promote_activations(dtype):
 def test_fresh_adapter_changes_nothing_and_a_moved_one_does(bits):
     model = tiny_model()
     if bits:
-        quantised(model, bits)
+        quantized(model, bits)
     tokens = mx.array([[1, 2, 3, 4, 5]])
     before, checksum = model(tokens), weights_checksum(model)
     inject(model, select_targets(model, ALL).paths, rank=4, scale=2.0)
@@ -100,7 +100,7 @@ def test_fresh_adapter_changes_nothing_and_a_moved_one_does(bits):
 
 
 def test_trainable_set_is_exactly_the_factors():
-    model = quantised(tiny_model())
+    model = quantized(tiny_model())
     targets = select_targets(model)
     inject(model, targets.paths, rank=4, scale=1.0)
     names = set(adapter_parameters(model))
@@ -147,10 +147,10 @@ def test_every_unmatched_target_is_named_with_what_exists():
         select_targets(model, "all-linear", num_layers=3)
 
 
-def test_fingerprint_survives_quantisation_and_dtype_but_not_another_model():
+def test_fingerprint_survives_quantization_and_dtype_but_not_another_model():
     config = {"model_type": "llama"}
     mark = base_fingerprint(tiny_model(), config)
-    assert base_fingerprint(quantised(tiny_model()), config) == mark
+    assert base_fingerprint(quantized(tiny_model()), config) == mark
     half = tiny_model()
     half.set_dtype(mx.bfloat16)
     assert base_fingerprint(half, config) == mark

@@ -42,7 +42,7 @@ def close(got: mx.array, expected: mx.array, tolerance: float) -> bool:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("keep", [False, True])
 def test_attention_and_its_gradients_equal_mlx(keep, shape, mask, sunk, tile, monkeypatch):
-    monkeypatch.setattr("mlx_lora.device.keep_exponentials", lambda: keep)
+    monkeypatch.setattr("mlx_lora.system.device.keep_exponentials", lambda: keep)
     batch, heads, key_heads = shape
     q, d = (mx.random.normal((batch, heads, T, WIDTH)) for _ in range(2))
     k, v = (mx.random.normal((batch, key_heads, S, WIDTH)) for _ in range(2))

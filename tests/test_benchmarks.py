@@ -129,9 +129,9 @@ def test_bad_arguments_are_refused(module, arguments, words, capsys):
 
 def test_sides_that_cannot_run_say_why(module):
     sides = module("_sides")
-    assert sides.why_skipped(sides.SIDES["peft-packed"], quantised=True, pythons={})
-    assert sides.why_skipped(sides.SIDES["unsloth-zoo"], quantised=False, pythons={})
-    assert sides.why_skipped(sides.SIDES["mlx-lm"], quantised=True, pythons={}) is None
+    assert sides.why_skipped(sides.SIDES["peft-packed"], quantized=True, pythons={})
+    assert sides.why_skipped(sides.SIDES["unsloth-zoo"], quantized=False, pythons={})
+    assert sides.why_skipped(sides.SIDES["mlx-lm"], quantized=True, pythons={}) is None
 
 
 # --- whole comparisons, in fresh processes

@@ -10,16 +10,18 @@ import mlx.nn as nn
 import pytest
 from architectures.build import tiny_config
 
-from mlx_lora import device
-from mlx_lora.adapters.setup import adapt_model
-from mlx_lora.config import AdapterSettings, train_settings
-from mlx_lora.memory import plan_memory
+from mlx_lora.adapters.adapt import adapt_model
 from mlx_lora.models.graph import gradient_graph
 from mlx_lora.models.liveness import count_memory
 from mlx_lora.models.outline import outline_of_config
-from mlx_lora.shape import NotKnown, Run
+from mlx_lora.planner.fitting import planned_words
+from mlx_lora.planner.memory import plan_memory
+from mlx_lora.planner.shapes import NotKnown, Run
+from mlx_lora.planner.this_machine import this_machine
+from mlx_lora.settings.config import AdapterSettings, train_settings
+from mlx_lora.system import device
 from mlx_lora.training.block_memory import trace_blocks
-from mlx_lora.training.planning import adapted_shape, outlined_shape, planned_words
+from mlx_lora.training.run_fit import adapted_shape, outlined_shape
 
 X = mx.zeros((8, 16))
 W = mx.zeros((16, 32))
@@ -137,9 +139,9 @@ def test_a_block_that_looks_at_numbers_is_not_known_and_the_plan_says_so():
         trace_blocks(outline.model, outline.config)[0].at(1, 32, on_gpu=False)
     shape = adapted_shape(outline.model, outline.config, settings)
     assert len(shape.not_known) == 1
-    plan = plan_memory(shape, Run(1, 64), device.current_machine())
+    plan = plan_memory(shape, Run(1, 64), this_machine())
     assert "not known" in planned_words(plan)
-    assert "not known" not in planned_words(plan_memory(shape_of("llama"), Run(1, 64), device.current_machine()))
+    assert "not known" not in planned_words(plan_memory(shape_of("llama"), Run(1, 64), this_machine()))
 
 
 def test_reading_changes_nothing_of_the_model():
@@ -159,8 +161,8 @@ sys.path[:0] = ["tests"]
 import mlx.core as mx
 from architectures.build import tiny_architecture
 from architectures.scaling import scaled
-from mlx_lora.adapters.setup import adapt_model
-from mlx_lora.config import AdapterSettings
+from mlx_lora.adapters.adapt import adapt_model
+from mlx_lora.settings.config import AdapterSettings
 from mlx_lora.models.head import find_head
 from mlx_lora.models.kernels import training_kernels
 import mlx.nn as nn

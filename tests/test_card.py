@@ -134,7 +134,7 @@ def test_a_named_base_and_repository_are_in_card_and_commands(place, tiny_4bit_f
     assert 'from_pretrained("someone/base"), "me/tuned")' in text
 
 
-def test_a_quantised_base_is_no_base_for_transformers(place, tiny_4bit_folder, tmp_path):
+def test_a_quantized_base_is_no_base_for_transformers(place, tiny_4bit_folder, tmp_path):
     command = ("export", "--model", tiny_4bit_folder, "--adapter-path", place / "adapter", "--ignore-fingerprint")
     assert run(*command, "--to", "peft", "--out", tmp_path / "out").code == 0
     text = (tmp_path / "out" / CARD_FILE).read_text()
@@ -207,7 +207,7 @@ PUSH = """
 import sys
 from pathlib import Path
 from mlx_lora.artifacts.push import push
-from mlx_lora.errors import RunError
+from mlx_lora.system.errors import RunError
 try:
     print(push(Path(sys.argv[1]), "me/tuned", sys.argv[2] == "private"))
 except RunError as error:

@@ -19,13 +19,13 @@ from run_cli import Ran, run
 from serving_process import ROOT
 
 from mlx_lora.chat import shown
-from mlx_lora.config import ModelSettings
-from mlx_lora.errors import RunError
 from mlx_lora.models.load import load_base
+from mlx_lora.serving.adapter_store import Source
 from mlx_lora.serving.conversation import AnswerSettings, Conversation, figures_together
 from mlx_lora.serving.engine import Engine, Limits
 from mlx_lora.serving.sampling import Sampling
-from mlx_lora.serving.store import Source
+from mlx_lora.settings.config import ModelSettings
+from mlx_lora.system.errors import RunError
 
 FIRST, SECOND = "Wherefore art thou?", "And who am I?"
 COUNT = 20

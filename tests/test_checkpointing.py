@@ -8,15 +8,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import TINY, quantised, tiny_model
+from conftest import TINY, quantized, tiny_model
 from mlx.utils import tree_flatten
 from test_step import adapted, batch, factors, make_step
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.config import OptimizerSettings
 from mlx_lora.models.kernels import training_kernels
 from mlx_lora.models.matmul import use_measured_matmul
+from mlx_lora.settings.config import OptimizerSettings
 from mlx_lora.training.checkpointing import Checkpointed, apply_checkpointing, checkpoint_blocks
 from mlx_lora.training.losses import Arrays, plain_loss
 from mlx_lora.training.optim import build_optimizer
@@ -136,7 +136,7 @@ def test_mixture_of_experts_blocks_are_checkpointed_too():
     def model() -> nn.Module:
         mx.random.seed(3)
         made = qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(config))
-        quantised(made)
+        quantized(made)
         inject(made, select_targets(made).paths, rank=4, scale=2.0, seed=1)
         mx.random.seed(4)
         for name, value in adapter_parameters(made).items():
@@ -149,8 +149,8 @@ def test_mixture_of_experts_blocks_are_checkpointed_too():
 
 
 def compiled_peak_bytes(blocks: int, mode: str) -> int:
-    """Return the peak of a compiled gradient over a quantised model whose weights outweigh its activations."""
-    model = quantised(tiny_model(num_hidden_layers=blocks, hidden_size=256, intermediate_size=512))
+    """Return the peak of a compiled gradient over a quantized model whose weights outweigh its activations."""
+    model = quantized(tiny_model(num_hidden_layers=blocks, hidden_size=256, intermediate_size=512))
     use_measured_matmul(model, "dense")
     inject(model, select_targets(model).paths, rank=4, scale=2.0)
     tape = apply_checkpointing(model, mode)
@@ -167,8 +167,8 @@ def compiled_peak_bytes(blocks: int, mode: str) -> int:
 
 
 @pytest.mark.parametrize("mode", ["block", "selective"])
-def test_a_checkpointed_quantised_block_keeps_no_dense_weight(mode):
-    # Compiling merged the second pass's dequantisation with the first's, and every block's weights were kept.
+def test_a_checkpointed_quantized_block_keeps_no_dense_weight(mode):
+    # Compiling merged the second pass's dequantization with the first's, and every block's weights were kept.
     dense_bytes = 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 512)
     growth = (compiled_peak_bytes(12, mode) - compiled_peak_bytes(4, mode)) / 8
     assert growth < 0.2 * dense_bytes

@@ -1,4 +1,4 @@
-"""Settings and what all commands share: precedence, JSON, colour, pipes."""
+"""Settings and what all commands share: precedence, JSON, color, pipes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from conftest import tiny_model, write_folder
 from mlx.utils import tree_flatten
 from run_cli import run
 
-from mlx_lora import cli
-from mlx_lora.config import train_settings
-from mlx_lora.errors import InputError
+from mlx_lora.settings.config import train_settings
+from mlx_lora.system import console
+from mlx_lora.system.errors import InputError
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def test_json_is_json_even_of_a_broken_model(tmp_path, chats):
         raise AssertionError(f"{word} is no JSON")
 
     assert json.loads(ran.out, parse_constant=refuse)["loss"] is None
-    assert cli.perplexity(1000.0) == math.inf
-    assert cli.perplexity(1.0) == pytest.approx(math.e)
+    assert console.perplexity(1000.0) == math.inf
+    assert console.perplexity(1.0) == pytest.approx(math.e)
 
 
 @pytest.mark.parametrize(("terminal", "variables", "colored"), [
@@ -74,20 +74,20 @@ def test_color_on_terminals_that_want_it(monkeypatch, terminal, variables, color
     monkeypatch.setenv("TERM", "xterm")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: terminal, raising=False)
-    assert cli.wants_color() is colored
+    monkeypatch.setattr(console.sys.stderr, "isatty", lambda: terminal, raising=False)
+    assert console.wants_color() is colored
 
 
 def test_a_long_error_loses_its_middle_between_words():
     words = " ".join(f"word{number}" for number in range(300))
-    shown = cli.printable(words, 200)
+    shown = console.printable(words, 200)
     assert len(shown) <= 205
     first, last = shown.split(" ... ")
     assert set(first.split()) | set(last.split()) < set(words.split())
     assert words.startswith(first)
     assert words.endswith(last)
-    assert cli.printable("x" * 300, 200) == "x" * 150 + " ... " + "x" * 50
-    assert cli.printable("x" * 200, 200) == "x" * 200
+    assert console.printable("x" * 300, 200) == "x" * 150 + " ... " + "x" * 50
+    assert console.printable("x" * 200, 200) == "x" * 200
 
 
 def test_a_reader_that_leaves_gets_no_complaint(tiny_folder):

@@ -18,13 +18,13 @@ from real_models import gemma3_gguf, smollm2_gguf
 from test_gguf_arch import IDS, write_case
 
 from mlx_lora.convert import main
-from mlx_lora.errors import InputError, RunError
 from mlx_lora.models import converting
 from mlx_lora.models.converting import cached_gguf_folder, convert_model
 from mlx_lora.models.perplexity import measure_text_loss
-from mlx_lora.models.quantize import Quantisation
+from mlx_lora.models.quantize import Quantization
 from mlx_lora.models.saving import ShardWriter
 from mlx_lora.sources.hub import resolve_model
+from mlx_lora.system.errors import InputError, RunError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -47,7 +47,7 @@ def test_gguf_default_carries_blocks(gguf_file: Path, tmp_path: Path) -> None:
     result = run("--model", gguf_file, "--out", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    assert (report["lossless"], report["requantised"], report["floats"]) == (23, 0, 7)
+    assert (report["lossless"], report["requantized"], report["floats"]) == (23, 0, 7)
     assert report["bits_per_weight"] == pytest.approx(6, abs=0.5)  # 4-bit codes, two float32 per group of 32
     assert "23 carried over" in result.stderr
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -55,7 +55,7 @@ def test_gguf_default_carries_blocks(gguf_file: Path, tmp_path: Path) -> None:
     ours = config["mlx_lora"]
     assert ours["source"] == str(gguf_file)
     assert len(ours["sha256"]) == 64
-    assert ours["carried"] == {"lossless": 23, "requantised": 0, "float": 7}
+    assert ours["carried"] == {"lossless": 23, "requantized": 0, "float": 7}
     model, _ = mlx_lm.load(str(tmp_path / "out"))
     assert model(IDS).shape == (1, IDS.shape[1], 288)
 
@@ -66,7 +66,7 @@ def test_gguf_no_quantize_and_bits(gguf_file: Path, tmp_path: Path) -> None:
     assert "quantization" not in json.loads((tmp_path / "f" / "config.json").read_text())
     result = run("--model", gguf_file, "--out", tmp_path / "b", "--bits", 3, "--group-size", 32, "--json")
     report = json.loads(result.stdout)
-    assert report["requantised"] == 23
+    assert report["requantized"] == 23
     assert 0 < report["errors"]["Q4_1"]["mean"] <= report["errors"]["Q4_1"]["max"] < 0.3
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     assert config["quantization"]["bits"] == 3
@@ -86,12 +86,12 @@ def test_mixed_types_get_their_own_entries(tmp_path: Path) -> None:
     assert {t.tensor_type for t in reader.tensors} == {Kind.Q5_0, Kind.F32}
     convert_model(resolve_model(str(path)), tmp_path / "five")
     assert json.loads((tmp_path / "five" / "config.json").read_text())["quantization"]["bits"] == 5
-    entries = converting.quantisation_entries(
-        {"a": Quantisation(4, 32), "b": Quantisation(4, 32), "c": Quantisation(8, 64)}
+    entries = converting.quantization_entries(
+        {"a": Quantization(4, 32), "b": Quantization(4, 32), "c": Quantization(8, 64)}
     )
     wanted = {"group_size": 32, "bits": 4, "mode": "affine", "c": {"group_size": 64, "bits": 8, "mode": "affine"}}
     assert entries == {"quantization": wanted, "quantization_config": wanted}
-    assert converting.quantisation_entries({}) == {}
+    assert converting.quantization_entries({}) == {}
 
 
 def test_folder_default_is_four_bits(tiny_folder: Path, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_microscaling_modes_load_in_mlx_lm(mode: str, tiny_folder: Path, tmp_pat
     assert mlx_lm.load(str(tmp_path / "out"))[0].layers[0].self_attn.q_proj.mode == mode
 
 
-def test_quantised_folder_can_be_made_float_and_quantised_anew(tiny_4bit_folder: Path, tmp_path: Path) -> None:
+def test_quantized_folder_can_be_made_float_and_quantized_anew(tiny_4bit_folder: Path, tmp_path: Path) -> None:
     assert run("--model", tiny_4bit_folder, "--out", tmp_path / "f", "--no-quantize").exit_code == 0
     a, b = (mlx_lm.load(str(folder))[0](IDS) for folder in (tiny_4bit_folder, tmp_path / "f"))
     np.testing.assert_allclose(np.array(a), np.array(b), atol=1e-4)
@@ -127,10 +127,10 @@ def test_quantised_folder_can_be_made_float_and_quantised_anew(tiny_4bit_folder:
     assert mlx_lm.load(str(tmp_path / "e"))[0].layers[0].mlp.up_proj.bits == 8
 
 
-def test_quantised_folder_needs_to_be_told(tiny_4bit_folder: Path, tmp_path: Path) -> None:
+def test_quantized_folder_needs_to_be_told(tiny_4bit_folder: Path, tmp_path: Path) -> None:
     result = run("--model", tiny_4bit_folder, "--out", tmp_path / "out")
     assert result.exit_code == 2
-    assert "already quantised" in result.stderr
+    assert "already quantized" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

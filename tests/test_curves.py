@@ -9,13 +9,13 @@ from mlx.utils import tree_flatten
 from test_peft import torch_base
 from test_step import batch
 
+from mlx_lora.adapters.adapt import adapt_model
 from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.adapters.setup import adapt_model
-from mlx_lora.config import AdapterSettings, ModelSettings, OptimizerSettings
 from mlx_lora.models.attention import tiled_attention
 from mlx_lora.models.load import load_base
+from mlx_lora.settings.config import AdapterSettings, ModelSettings, OptimizerSettings
+from mlx_lora.training.hooks_from_settings import rates_of
 from mlx_lora.training.losses import choose_loss
-from mlx_lora.training.method_events import rates_of
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.step import Step
 

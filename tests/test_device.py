@@ -11,8 +11,8 @@ import pytest
 from run_cli import run
 from test_step import adapted, batch, factors, make_step
 
-from mlx_lora import device
-from mlx_lora.distributed import Ranks
+from mlx_lora.system import device
+from mlx_lora.system.distributed import Ranks
 from mlx_lora.training.losses import plain_loss
 from mlx_lora.training.step import Step
 from mlx_lora.training.trainer import mean_loss

@@ -20,8 +20,8 @@ from run_cli import run
 
 from mlx_lora.data.batches import Batch, BatchPlan
 from mlx_lora.data.encode import EncodedSet
-from mlx_lora.distributed import find_launch
-from mlx_lora.errors import InputError
+from mlx_lora.system.distributed import find_launch
+from mlx_lora.system.errors import InputError
 from mlx_lora.training.losses import Arrays, plain_loss
 from mlx_lora.training.sharing import deal_rows, share_of
 
@@ -140,7 +140,7 @@ def test_a_killed_rank_ends_the_others(killed, tiny_folder, chats, tmp_path):
 
 FAILING = """
 import mlx_lora.training.step as step
-from mlx_lora.errors import RunError
+from mlx_lora.system.errors import RunError
 whole = step.Step.__call__
 def call(self, *words):
     if self.taken == 4:
@@ -389,7 +389,7 @@ def test_the_best_adapter_is_put_back_and_tested_on_all_ranks(tiny_folder, chats
 def test_what_is_for_a_single_process_is_refused_in_several():
     from types import SimpleNamespace
 
-    from mlx_lora.config import train_settings
+    from mlx_lora.settings.config import train_settings
     from mlx_lora.train import check_run_folder
 
     flags = {"model": "m", "data": "d", "test": True}

@@ -1,4 +1,4 @@
-"""DoRA layers: the definition, its gradient without the length's, quantised bases, folding and mlx-lm."""
+"""DoRA layers: the definition, its gradient without the length's, quantized bases, folding and mlx-lm."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import quantised, tiny_model
+from conftest import quantized, tiny_model
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.dora import DoRALinear as MlxLmDoRA
 from mlx_lm.utils import load as mlx_lm_load
@@ -17,8 +17,8 @@ from mlx_lora.adapters.inject import adapter_layers, inject
 from mlx_lora.adapters.parts import dense_weight
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
-from mlx_lora.config import ModelSettings
 from mlx_lora.models.load import load_base
+from mlx_lora.settings.config import ModelSettings
 
 IN, OUT, R = 64, 33, 5
 TRAINED = ("lora_a", "lora_b", "m")
@@ -105,7 +105,7 @@ def test_round_trip_here_and_in_stock_mlx_lm(folder, request, tmp_path):
 
 
 def test_exactly_its_parameters_are_trained_and_the_base_is_not():
-    model = quantised(tiny_model())
+    model = quantized(tiny_model())
     inject(model, select_targets(model).paths, 4, 2.0, form="dora")
     kinds = {name.rsplit(".", 1)[1] for name, _ in tree_flatten(model.trainable_parameters())}
     assert kinds == {"lora_a", "lora_b", "m"}

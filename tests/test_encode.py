@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from mlx_lora.data.encode import EncodedSet, Encoder, windows
 from mlx_lora.data.formats import Completion, Conversation, Text
 from mlx_lora.data.templates import prefix_tokens, resolve_template
-from mlx_lora.errors import InputError
+from mlx_lora.system.errors import InputError
 
 
 def chat(*contents, system=None, **last):
@@ -368,7 +368,7 @@ def test_the_real_smollm2(tmp_path):
     from real_models import smollm2_gguf
     from transformers import AutoTokenizer
 
-    from mlx_lora.sources.gguf import read_gguf
+    from mlx_lora.sources.gguf_reader import read_gguf
     from mlx_lora.sources.gguf_tokenizer import write_tokenizer
 
     write_tokenizer(read_gguf(smollm2_gguf()).metadata, tmp_path)

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import TINY, quantised, tiny_model
+from conftest import TINY, quantized, tiny_model
 from mlx.utils import tree_flatten
 from mlx_lm.models import cohere, gemma2, gemma3_text, granite
 from test_step import batch
@@ -44,8 +44,8 @@ GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16}
 MODELS = {
     "tied": lambda: (tiny_model(), TINY),
     "untied": lambda: (tiny_model(tie_word_embeddings=False), TINY),
-    "4-bit, tied": lambda: (measured(quantised(tiny_model())), TINY),
-    "8-bit, untied": lambda: (measured(quantised(tiny_model(tie_word_embeddings=False), 8)), TINY),
+    "4-bit, tied": lambda: (measured(quantized(tiny_model())), TINY),
+    "8-bit, untied": lambda: (measured(quantized(tiny_model(tie_word_embeddings=False), 8)), TINY),
     "soft cap": lambda: family(gemma2, "gemma2", final_logit_softcapping=2.0, **GEMMA),
     "sliding window": lambda: family(gemma3_text, "gemma3_text", sliding_window=9, sliding_window_pattern=2, **GEMMA),
     "logit scale": lambda: family(cohere, "cohere", logit_scale=0.3, layer_norm_eps=1e-5),

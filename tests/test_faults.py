@@ -19,11 +19,11 @@ from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model, write_folder
 from run_cli import run
 
-from mlx_lora import device, supervise
 from mlx_lora.artifacts.checkpoint import read_checkpoint
 from mlx_lora.data.batches import Batch
-from mlx_lora.training.guard import MemoryGuard, split_rows
+from mlx_lora.system import device, supervise
 from mlx_lora.training.interrupts import interrupt_flag
+from mlx_lora.training.memory_guard import MemoryGuard, split_rows
 from mlx_lora.training.state import Position
 
 POISON = "Q"

@@ -12,16 +12,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from browser import look
-from conftest import TINY, quantised, tiny_model, write_folder
+from conftest import TINY, quantized, tiny_model, write_folder
 from make_adapters import make_adapter
 from run_cli import run
 
 from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.config import ModelSettings
 from mlx_lora.data.batches import Batch
 from mlx_lora.models.load import load_base
-from mlx_lora.runs.forgetting import GENERAL, Probe, adapter_names
-from mlx_lora.training.forgetting import Drift, Readout, measure_drifts
+from mlx_lora.runs.forgetting_test import GENERAL, Probe, adapter_names
+from mlx_lora.settings.config import ModelSettings
+from mlx_lora.training.drift import Drift, Readout, measure_drifts
 
 EVIL = "<script>alert(1)</script>"
 # Head kinds: what Readout has to cut, or has to leave whole.
@@ -98,7 +98,7 @@ def adapted(tmp_path_factory):
             model = tiny_model(**changes)
             config = dict(changes)
             if bits:
-                quantised(model, bits)
+                quantized(model, bits)
                 config["quantization"] = {"group_size": 32, "bits": bits, "mode": "affine"}
             write_folder(folder, model, config)
             adapter_folder = make_adapter(folder, folder.parent / "a", strength=0.1, **ADAPTERS[adapter])
@@ -116,7 +116,9 @@ def adapted(tmp_path_factory):
 )
 def test_figures_are_the_definitions(adapted, kind, adapter, monkeypatch):
     base, tuned = adapted(kind, adapter)
-    monkeypatch.setattr("mlx_lora.device.loss_tile_bytes", lambda: 4 * TINY["vocab_size"] * 7)  # several tiles a batch
+    monkeypatch.setattr(
+        "mlx_lora.system.device.loss_tile_bytes", lambda: 4 * TINY["vocab_size"] * 7
+    )  # several tiles a batch
     batches = some_batches(TINY["vocab_size"])
     found = drift_of(base, tuned, batches)
     wanted = expected(base.model, tuned.model, batches)

@@ -1,4 +1,4 @@
-"""fuse: the same outputs in one model, and a true account of what quantising again swallowed."""
+"""fuse: the same outputs in one model, and a true account of what quantizing again swallowed."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
-from conftest import quantised, tiny_model, write_folder
+from conftest import quantized, tiny_model, write_folder
 from make_adapters import make_adapter as shared_adapter
 from run_cli import run
 from test_adapter_folder import TOKENS, make_adapter
 
 from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
-from mlx_lora.config import ModelSettings
-from mlx_lora.errors import InputError
-from mlx_lora.fuse import summarise, words
+from mlx_lora.fuse import summarize, words
 from mlx_lora.models.load import load_base
+from mlx_lora.settings.config import ModelSettings
+from mlx_lora.system.errors import InputError
 
 
 def fuse(model, folder, *extra):
@@ -65,7 +65,7 @@ def test_a_fused_folder_trains_and_generates(tiny_folder, chats, tmp_path):
     assert run("generate", "--model", tmp_path / "f", "--prompt", "Say 1.", "--max-tokens", 3).code == 0
 
 
-def test_a_module_trained_in_full_loses_its_layers_own_quantisation(tiny_folder, chats, tmp_path):
+def test_a_module_trained_in_full_loses_its_layers_own_quantization(tiny_folder, chats, tmp_path):
     layout = {"group_size": 32, "bits": 4, "mode": "affine"}
     own = {**layout, "bits": 8}
     model = tiny_model(tie_word_embeddings=False)
@@ -85,7 +85,7 @@ def test_a_module_trained_in_full_loses_its_layers_own_quantisation(tiny_folder,
     load_adapter(adapted, tmp_path / "a")
     _, found = fuse(base, tmp_path)
     assert json.loads((tmp_path / "f" / "config.json").read_text())["quantization"] == layout
-    # The other layers are quantised anew, the head is not: it gives the trained one's logits of the same states.
+    # The other layers are quantized anew, the head is not: it gives the trained one's logits of the same states.
     fused = load_base(ModelSettings(model=str(tmp_path / "f")))
     states = mx.random.normal((1, 5, 64))
     assert np.allclose(fused.model.lm_head(states), adapted.model.lm_head(states), atol=1e-5)
@@ -116,7 +116,7 @@ def test_what_cannot_be_read_back_is_not_left_behind(tiny_folder, tmp_path, monk
 
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
 def test_the_files_dtypes_are_kept_and_untouched_layers_bit_for_bit(stored, tmp_path):
-    model = quantised(tiny_model())
+    model = quantized(tiny_model())
     model.set_dtype(getattr(mx, stored))
     model.model.norm.weight = model.model.norm.weight.astype(mx.float32)
     base = write_folder(tmp_path / "base", model, {"quantization": {"group_size": 32, "bits": 4, "mode": "affine"}})
@@ -166,7 +166,7 @@ def test_an_adapter_is_not_put_on_its_own_fused_model(form, marked, tmp_path, mo
         with pytest.raises(InputError, match=said):
             load_adapter(load_base(ModelSettings(model=str(model))), adapter)
         load_adapter(load_base(ModelSettings(model=str(model))), adapter, ignore_fingerprint=True)
-    # One base all the same: another adapter's mark is another, that of the quantised model is its float form's.
+    # One base all the same: another adapter's mark is another, that of the quantized model is its float form's.
     if form == "float" and marked:
         marks = [load_base(ModelSettings(model=str(model))).fingerprint for model in (base, *models)]
         assert marks[1] == marks[2] != marks[0] == marks[1].partition("+")[0]
@@ -203,6 +203,6 @@ def test_what_became_of_an_adapter_is_said_in_plain_words():
         "update"
     )
     assert (
-        words(summarise({}))
+        words(summarize({}))
         == "0 layers fused; 100% of the adapter's effect survived. Rounding error is 0.0% of the update"
     )

@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import TINY, quantised, tiny_model
+from conftest import TINY, quantized, tiny_model
 from mlx.utils import tree_flatten
 from mlx_lm.models import cohere, gemma2, granite
 from test_step import adapted, batch, factors, make_step
@@ -49,7 +49,7 @@ def by_definition(head: Head, h: mx.array, targets: mx.array, weights: mx.array)
 @pytest.mark.parametrize("layer", HEADS.values(), ids=HEADS)
 def test_value_and_gradient_equal_the_definition(layer, scale, cap, tile, monkeypatch):
     budget, most_rows = tile
-    monkeypatch.setattr("mlx_lora.memory.MAX_ROWS", most_rows)
+    monkeypatch.setattr("mlx_lora.planner.memory.MAX_ROWS", most_rows)
     head = Head(nn.Module(), layer(), scale, cap)
     h, targets = 2 * mx.random.normal((P, D)), mx.random.randint(0, V, (P,))
     weights = (mx.random.uniform(shape=(P,)) < 0.7).astype(mx.float32)
@@ -211,9 +211,9 @@ def frozen(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_untied_quantised_and_multimodal_heads_are_found():
+def test_untied_quantized_and_multimodal_heads_are_found():
     assert isinstance(find_head(frozen(tiny_model(tie_word_embeddings=False)), TINY).layer, nn.Linear)
-    assert isinstance(find_head(frozen(quantised(tiny_model())), TINY).layer, nn.QuantizedEmbedding)
+    assert isinstance(find_head(frozen(quantized(tiny_model())), TINY).layer, nn.QuantizedEmbedding)
     wrapper = nn.Module()
     wrapper.language_model = frozen(tiny_model())
     assert find_head(wrapper, TINY).layer is wrapper.language_model.model.embed_tokens

@@ -16,10 +16,10 @@ from test_adapter_folder import make_adapter
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
-from mlx_lora.config import ModelSettings
 from mlx_lora.models.gguf_places import redo_rope_order, undo_rope_order
 from mlx_lora.models.load import load_base
 from mlx_lora.models.perplexity import token_logprobs
+from mlx_lora.settings.config import ModelSettings
 
 
 def export(model, folder):
@@ -87,7 +87,7 @@ def random_adapter(model_path, folder, size):
 @pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize(("model", "size"), [(smollm2_gguf, 0.2), (gemma3_gguf, 0.02)])
-def test_llamacpp_applies_it_to_the_quantised_base(model, size, tmp_path):
+def test_llamacpp_applies_it_to_the_quantized_base(model, size, tmp_path):
     xllamacpp = pytest.importorskip("xllamacpp")
     path = model()
     bare = load_base(ModelSettings(model=str(path)))

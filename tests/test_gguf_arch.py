@@ -16,12 +16,12 @@ from gguf import GGMLQuantizationType as Kind
 from hf_to_gguf import gguf_tensors, write_gguf
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_lora.errors import InputError
 from mlx_lora.models.converting import convert_model
 from mlx_lora.models.gguf_arch import model_config
 from mlx_lora.models.gguf_scaling import llama3_rope_factors
-from mlx_lora.sources.gguf import read_gguf
+from mlx_lora.sources.gguf_reader import read_gguf
 from mlx_lora.sources.hub import resolve_model
+from mlx_lora.system.errors import InputError
 
 SHARED = {
     "hidden_size": 64,
@@ -148,7 +148,7 @@ def test_the_file_differs_from_the_model_where_it_should(name: str, tmp_path: Pa
     pairs["llama biased"] = ("blk.0.attn_k.bias", "self_attn.k_proj.bias")
     pairs["gemma3"] = ("blk.0.attn_norm.weight", "input_layernorm.weight")
     there, here = pairs[name]
-    assert np.abs(file.tensors[there].dequantise() - np.array(own[f"model.layers.0.{here}"])).max() > 0.1
+    assert np.abs(file.tensors[there].dequantize() - np.array(own[f"model.layers.0.{here}"])).max() > 0.1
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0], ids=lambda k: k.name)
@@ -157,7 +157,7 @@ def test_carried_blocks_give_the_logits_of_the_float_form(kind: Kind, tmp_path: 
     source = resolve_model(str(tmp_path / "m.gguf"))
     kept = convert_model(source, tmp_path / "kept")
     convert_model(source, tmp_path / "float", target="float")
-    assert (kept.lossless, kept.requantised) == (23, 0)
+    assert (kept.lossless, kept.requantized) == (23, 0)
     a, b = (mlx_lm.load(str(tmp_path / folder))[0](IDS) for folder in ("kept", "float"))
     np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-3, atol=1e-3)
 

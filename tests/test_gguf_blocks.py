@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from mlx_lora.errors import InputError
 from mlx_lora.models.gguf_blocks import LOSSLESS, carry_blocks, pack_codes
 from mlx_lora.models.gguf_places import Weight
 from mlx_lora.models.gguf_weights import import_weights
-from mlx_lora.models.quantize import PackedWeight, Quantisation
-from mlx_lora.sources.gguf import GGUFTensor
+from mlx_lora.models.quantize import PackedWeight, Quantization
+from mlx_lora.sources.gguf_reader import GGUFTensor
+from mlx_lora.system.errors import InputError
 
 ROWS, WIDTH = 6, 512
 K_TYPES = {Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K}
@@ -36,14 +36,14 @@ def random_tensor(kind: Kind, seed: int = 0) -> GGUFTensor:
 
 def values_of(packed: PackedWeight) -> np.ndarray:
     """Return a packed weight's values; numpy has no bfloat16."""
-    return np.array(packed.dequantise().astype(mx.float32))
+    return np.array(packed.dequantize().astype(mx.float32))
 
 
 @pytest.mark.parametrize("kind", sorted(LOSSLESS), ids=lambda kind: kind.name)
 def test_values_are_kept(kind: Kind) -> None:
     tensor = random_tensor(kind)
     packed = carry_blocks(tensor, mx.float32)
-    found, wanted = values_of(packed), tensor.dequantise()
+    found, wanted = values_of(packed), tensor.dequantize()
     if kind is Kind.MXFP4:  # a power of two times a code: nothing to round
         np.testing.assert_array_equal(found, wanted)
         return
@@ -98,29 +98,29 @@ def test_many_rows_are_unpacked_in_chunks(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("kind", [Kind.Q2_K, Kind.Q3_K, Kind.Q6_K, Kind.F16], ids=lambda kind: kind.name)
-def test_other_types_are_requantised_or_kept_float(kind: Kind) -> None:
+def test_other_types_are_requantized_or_kept_float(kind: Kind) -> None:
     tensor = random_tensor(kind)
     (imported,) = import_weights({"t": tensor}, {"t": Weight("x.weight")}, "carry", mx.float32)
     if kind is Kind.F16:
         assert (imported.form, imported.lossless) == (None, True)
-        np.testing.assert_array_equal(np.array(imported.parameters["x.weight"]), tensor.dequantise())
+        np.testing.assert_array_equal(np.array(imported.parameters["x.weight"]), tensor.dequantize())
         return
-    assert imported.form == Quantisation(8, 64)
+    assert imported.form == Quantization(8, 64)
     found = mx.dequantize(*imported.parameters.values(), **imported.form.layout)
-    error = np.linalg.norm(np.array(found) - tensor.dequantise()) / np.linalg.norm(tensor.dequantise())
+    error = np.linalg.norm(np.array(found) - tensor.dequantize()) / np.linalg.norm(tensor.dequantize())
     assert 0 < imported.error < 0.01
     assert imported.error == pytest.approx(error, rel=1e-3)
 
 
-def test_quantise_anew_and_float_targets() -> None:
+def test_quantize_anew_and_float_targets() -> None:
     tensor = random_tensor(Kind.Q4_0)
     place = {"t": Weight("x.weight")}
     (as_float,) = import_weights({"t": tensor}, place, "float", mx.float32)
-    np.testing.assert_array_equal(np.array(as_float.parameters["x.weight"]), tensor.dequantise())
-    (three,) = import_weights({"t": tensor}, place, Quantisation(3, 32), mx.float32)
-    (six,) = import_weights({"t": tensor}, place, Quantisation(6, 32), mx.float32)
+    np.testing.assert_array_equal(np.array(as_float.parameters["x.weight"]), tensor.dequantize())
+    (three,) = import_weights({"t": tensor}, place, Quantization(3, 32), mx.float32)
+    (six,) = import_weights({"t": tensor}, place, Quantization(6, 32), mx.float32)
     assert three.error > six.error > 0
-    (kept,) = import_weights({"t": random_tensor(Kind.F32)}, place, Quantisation(4, 1024), mx.float32)
+    (kept,) = import_weights({"t": random_tensor(Kind.F32)}, place, Quantization(4, 1024), mx.float32)
     assert kept.form is None  # 512 columns do not divide into groups of 1024
 
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
-from conftest import quantised, tiny_model, write_folder
+from conftest import quantized, tiny_model, write_folder
 from gguf import GGMLQuantizationType as Kind
 from real_models import gemma3_gguf, smollm2_gguf
 from run_cli import run
@@ -25,14 +25,14 @@ from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.parts import dense_weight
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.artifacts.gguf_model import TYPES
-from mlx_lora.config import ModelSettings
 from mlx_lora.models.converting import convert_model
 from mlx_lora.models.gguf_arch import model_config, weight_map
 from mlx_lora.models.gguf_places import redo_rope_order
 from mlx_lora.models.gguf_weights import import_weights
 from mlx_lora.models.load import load_base
 from mlx_lora.models.perplexity import token_logprobs
-from mlx_lora.sources.gguf import read_gguf
+from mlx_lora.settings.config import ModelSettings
+from mlx_lora.sources.gguf_reader import read_gguf
 from mlx_lora.sources.hub import resolve_model
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -55,7 +55,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def folder_4bit(tmp_path_factory) -> Path:
     config = {"quantization": {"group_size": 32, "bits": 4, "mode": "affine"}}
-    return folder_of(tmp_path_factory.mktemp("packed"), quantised(tiny_model()), config)
+    return folder_of(tmp_path_factory.mktemp("packed"), quantized(tiny_model()), config)
 
 
 def export(model, out, *more):
@@ -145,7 +145,7 @@ def test_every_type_holds_base_and_adapter(kind, source, tmp_path, request):
         assert file.tensors[name].type is wanted_kind
         stored = gguf.quants.quantize(wanted, wanted_kind)
         assert (file.tensors[name].data == stored.view(np.uint8)).all(), name
-        found, largest = file.tensors[name].dequantise(), np.abs(wanted).max()
+        found, largest = file.tensors[name].dequantize(), np.abs(wanted).max()
         assert np.abs(found - wanted).max() <= STEPS[kind] * largest
     norms = [tensor for tensor in file.tensors.values() if len(tensor.shape) == 1]
     assert len(norms) == 5

@@ -18,14 +18,12 @@ from gguf_families import FAMILIES, architecture, tiny_family, write_family
 from mlx.utils import tree_flatten
 from test_adapter_folder import make_adapter
 from test_gguf_blocks import random_tensor
-from tiny_moe import with_quantised_experts
+from tiny_moe import with_quantized_experts
 
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.artifacts.gguf import write_gguf_adapter
+from mlx_lora.artifacts.gguf_adapter import write_gguf_adapter
 from mlx_lora.artifacts.gguf_model import write_gguf_model
-from mlx_lora.config import ModelSettings
-from mlx_lora.errors import InputError
 from mlx_lora.models.converting import build_model, convert_model
 from mlx_lora.models.gguf_arch import ARCHITECTURES, model_config, weight_map
 from mlx_lora.models.gguf_blocks import carry_blocks, mxfp4_blocks
@@ -34,9 +32,11 @@ from mlx_lora.models.gguf_settings import gguf_settings
 from mlx_lora.models.gguf_weights import check_shapes, import_weights
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.models.outline import outline_of
-from mlx_lora.models.quantize import Quantisation
-from mlx_lora.sources.gguf import GGUFFile, GGUFTensor, read_gguf
+from mlx_lora.models.quantize import Quantization
+from mlx_lora.settings.config import ModelSettings
+from mlx_lora.sources.gguf_reader import GGUFFile, GGUFTensor, read_gguf
 from mlx_lora.sources.hub import resolve_model
+from mlx_lora.system.errors import InputError
 
 IDS = mx.array([[3, 250, 17, 99, 42, 7, 7, 201, 5, 88, 31, 60, 2, 140]])
 
@@ -114,7 +114,7 @@ def test_carried_blocks_give_the_logits_of_the_float_form(name, kind, written, t
     kept = convert_model(source, tmp_path / "kept")
     convert_model(source, tmp_path / "float", target="float")
     assert kept.lossless > 10
-    assert kept.requantised == 0
+    assert kept.requantized == 0
     a, b = (np.array(load(tmp_path / folder).model(IDS)) for folder in ("kept", "float"))
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
     assert np.abs(a - np.array(base.model(IDS))).max() > 1e-3  # the blocks did round
@@ -122,7 +122,7 @@ def test_carried_blocks_give_the_logits_of_the_float_form(name, kind, written, t
 
 def test_routers_and_kernels_stay_float_whatever_is_asked(written, tmp_path):
     base, path = written("qwen35moe")
-    convert_model(resolve_model(str(path)), tmp_path / "four", target=Quantisation(4, 32))
+    convert_model(resolve_model(str(path)), tmp_path / "four", target=Quantization(4, 32))
     names = {
         name.rsplit(".", 1)[0] for name in mx.load(str(tmp_path / "four" / "model.safetensors")) if "scales" in name
     }
@@ -161,8 +161,8 @@ def test_value_heads_of_one_key_head_stand_apart_in_the_file(written):
     qkv, z = (np.array(ours[f"{block}.in_proj_{part}.weight"]) for part in ("qkv", "z"))
     out, a_log = np.array(ours[f"{block}.out_proj.weight"]), np.array(ours[f"{block}.A_log"])
     kernel = np.array(ours[f"{block}.conv1d.weight"])
-    theirs = {name: tensors[f"blk.0.{name}"].dequantise() for name in ("attn_qkv.weight", "attn_gate.weight")}
-    theirs |= {name: tensors[f"blk.0.{name}"].dequantise() for name in ("ssm_out.weight", "ssm_a", "ssm_conv1d.weight")}
+    theirs = {name: tensors[f"blk.0.{name}"].dequantize() for name in ("attn_qkv.weight", "attn_gate.weight")}
+    theirs |= {name: tensors[f"blk.0.{name}"].dequantize() for name in ("ssm_out.weight", "ssm_a", "ssm_conv1d.weight")}
     assert (theirs["attn_qkv.weight"][:start] == qkv[:start]).all()
     for key in range(key_heads):
         for nth in range(per_key):
@@ -181,13 +181,13 @@ def test_value_heads_of_one_key_head_stand_apart_in_the_file(written):
 def test_columns_move_in_whole_groups_or_are_packed_anew(kind, inner):
     tensor = random_tensor(kind)  # (6, 512)
     place = Weight("x.weight", columns=Order(1, 2, 256 // inner, inner))
-    wanted = tensor.dequantise()[:, place.columns.from_file(512)]
+    wanted = tensor.dequantize()[:, place.columns.from_file(512)]
     (found,) = import_weights({"t": tensor}, {"t": place}, "carry", mx.float32)
     values = np.array(mx.dequantize(*found.parameters.values(), **found.form.layout))
     assert found.lossless == (kind is not Kind.Q6_K and inner % 32 == 0)
     error = np.linalg.norm(values - wanted) / np.linalg.norm(wanted)
     assert error < (1e-6 if found.lossless else 0.01)
-    assert np.linalg.norm(values - tensor.dequantise()) > 0.5 * np.linalg.norm(wanted)
+    assert np.linalg.norm(values - tensor.dequantize()) > 0.5 * np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize("order", [Order(3, 2, -1, 1), Order(1, 2, 3, -1, start=6), Order(1, 4, 2, 1)])
@@ -221,9 +221,9 @@ def test_experts_are_read_joined_or_apart(written):
         held, both = read_gguf(path).tensors, {}
         joined, apart = "blk.1.ffn_gate_up_exps.weight", ("blk.1.ffn_gate_exps.weight", "blk.1.ffn_up_exps.weight")
         if joined in held:
-            both = dict(zip(apart, np.split(held[joined].dequantise(), 2, axis=1), strict=True)) | {joined: None}
+            both = dict(zip(apart, np.split(held[joined].dequantize(), 2, axis=1), strict=True)) | {joined: None}
         else:
-            both = {joined: np.concatenate([held[part].dequantise() for part in apart], axis=1)}
+            both = {joined: np.concatenate([held[part].dequantize() for part in apart], axis=1)}
             both |= dict.fromkeys(apart)
         file = changed(path, **both)
         places = weight_map(file, model_config(file))
@@ -269,12 +269,12 @@ def test_mxfp4_is_carried_bit_for_bit_and_means_the_same():
     packed = carry_blocks(tensor, mx.float32)
     assert [str(array.dtype) for array in packed.arrays] == ["mlx.core.uint32", "mlx.core.uint8"]
     assert (mxfp4_blocks(packed) == tensor.data).all()
-    found, wanted = np.array(packed.dequantise().astype(mx.float32)), tensor.dequantise()
+    found, wanted = np.array(packed.dequantize().astype(mx.float32)), tensor.dequantize()
     assert (found == wanted).all()
     assert len(np.unique(np.abs(wanted))) > 250
     other = dataclasses.replace(tensor, data=tensor.data.copy())
     other.data[40, 3] ^= 0x10
-    differing = np.argwhere(np.array(carry_blocks(other, mx.float32).dequantise().astype(mx.float32)) != found)
+    differing = np.argwhere(np.array(carry_blocks(other, mx.float32).dequantize().astype(mx.float32)) != found)
     assert differing.tolist() == [[40, 18]]  # the high half of byte 2 of the first block: code 16 + 2
 
 
@@ -302,7 +302,7 @@ def test_published_gpt_oss_blocks_become_ggml_blocks_of_the_same_values():
 
 @pytest.fixture(scope="module")
 def mxfp4_folder(tmp_path_factory) -> Path:
-    model, config = with_quantised_experts(*tiny_family("gpt-oss"))
+    model, config = with_quantized_experts(*tiny_family("gpt-oss"))
     return write_family(
         "gpt-oss", tmp_path_factory.mktemp("mxfp4") / "m", model, {"quantization": config["quantization"]}
     )
@@ -318,7 +318,7 @@ def test_mxfp4_experts_stay_as_they_are_from_folder_to_file_and_back(mxfp4_folde
     assert file.tensors["blk.2.attn_q.weight"].type is Kind.F16
     layer = base.model.layers[2].mlp.experts.up_proj
     wanted = np.array(mx.dequantize(layer.weight, layer.scales, group_size=32, bits=4, mode="mxfp4").astype(mx.float32))
-    assert (file.tensors["blk.2.ffn_up_exps.weight"].dequantise() == wanted).all()
+    assert (file.tensors["blk.2.ffn_up_exps.weight"].dequantize() == wanted).all()
     ours, theirs = parameters(base.model), parameters(load(tmp_path / "m.gguf").model)
     packed = [key for key in ours if ".experts." in key and not key.endswith("bias")]
     assert len(packed) == 4 * 3 * 2
@@ -364,7 +364,7 @@ def test_an_adapter_file_holds_the_update_of_each_tensor(name, targets, tensor, 
     load_adapter(base, tmp_path / "a")
     write_gguf_adapter(tmp_path / "a.gguf", base.model, "m")
     file = read_gguf(tmp_path / "a.gguf")
-    a, b = (file.tensors[f"blk.1.{tensor}.weight.lora_{side}"].dequantise() for side in "ab")
+    a, b = (file.tensors[f"blk.1.{tensor}.weight.lora_{side}"].dequantize() for side in "ab")
     update = b @ a * file.metadata["adapter.lora.alpha"] / a.shape[-2]
     deltas = [np.array(adapter_layers(base.model)[f"model.layers.1.{part}"].delta()) for part in parts if part]
     if len(parts) > len(deltas):

@@ -11,18 +11,18 @@ from gguf_families import FAMILIES, tiny_family, write_family
 from gguf_judge import Verdict, compare, judge, listen, prompts  # noqa: F401
 from mlx_lm.models import gemma4_text
 from test_adapter_folder import make_adapter
-from tiny_moe import with_quantised_experts
+from tiny_moe import with_quantized_experts
 
 from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.artifacts.gguf import write_gguf_adapter
+from mlx_lora.artifacts.gguf_adapter import write_gguf_adapter
 from mlx_lora.artifacts.gguf_model import write_gguf_model
-from mlx_lora.config import ModelSettings
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.sources.gguf import read_gguf
+from mlx_lora.settings.config import ModelSettings
+from mlx_lora.sources.gguf_reader import read_gguf
 
 pytestmark = pytest.mark.parity
 # llama.cpp looks GELU up in a table of 16-bit floats, and Gemma 4 has it in every block. With the same table here what
-# is left are inputs that round to the other neighbour.
+# is left are inputs that round to the other neighbor.
 BARS = {name: 0.02 if name.startswith("gemma4") else 5e-4 for name in FAMILIES}
 
 
@@ -91,7 +91,7 @@ def rounded(capsys, what: str, found: Verdict) -> None:
 
 def test_mxfp4_experts_say_the_same(judge, tmp_path, capsys):  # noqa: F811
     """The blocks as they are, and the same values in F32, where nothing rounds activations."""
-    model, config = with_quantised_experts(*tiny_family("gpt-oss"))
+    model, config = with_quantized_experts(*tiny_family("gpt-oss"))
     base = load(write_family("gpt-oss", tmp_path / "m", model, {"quantization": config["quantization"]}))
     plain = load(write_family("gpt-oss", tmp_path / "plain"))
     write_gguf_model(tmp_path / "m.gguf", base, gguf_type="bf16", name="m")
@@ -105,10 +105,10 @@ def test_mxfp4_experts_say_the_same(judge, tmp_path, capsys):  # noqa: F811
     judged(capsys, "gpt-oss, MXFP4 experts as F32", base, plain, heard, 5e-4)
 
 
-QUANTISED = ["qwen3moe", "phi3", "gpt-oss", "lfm2", "qwen35", "qwen35moe", "gemma4", "gemma4 experts"]
+QUANTIZED = ["qwen3moe", "phi3", "gpt-oss", "lfm2", "qwen35", "qwen35moe", "gemma4", "gemma4 experts"]
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_carried_blocks_say_the_same(name, judge, tmp_path, capsys):  # noqa: F811
     """llama.cpp loads a Q4_0 file of ours; unpacked by the gguf package, it says what the carried blocks say here."""
     plain = load(write_family(name, tmp_path / "m"))

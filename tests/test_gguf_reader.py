@@ -10,8 +10,8 @@ import gguf
 import numpy as np
 import pytest
 
-from mlx_lora.errors import InputError
-from mlx_lora.sources.gguf import is_gguf, read_gguf
+from mlx_lora.sources.gguf_reader import is_gguf, read_gguf
+from mlx_lora.system.errors import InputError
 
 
 def write_sample(path: Path) -> Path:
@@ -64,7 +64,7 @@ def test_values_and_tensors(sample: Path) -> None:
     assert file.metadata["a.floats"].dtype == np.float32
     assert file.metadata["a.bools"].tolist() == [True, False]
     rng = np.random.default_rng(0)
-    np.testing.assert_array_equal(file.tensors["dense"].dequantise(), rng.normal(size=(3, 5)).astype(np.float32))
+    np.testing.assert_array_equal(file.tensors["dense"].dequantize(), rng.normal(size=(3, 5)).astype(np.float32))
     assert file.tensors["half"].shape == (4,)
     assert file.tensors["packed"].shape == (2, 64)
     assert file.tensors["packed"].data.shape == (2, 68)  # two blocks of 34 bytes per row

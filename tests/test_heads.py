@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.models.folder import complete_module
-from mlx_lora.models.head import QUANTISED_HEADS, Head, find_head
+from mlx_lora.models.head import QUANTIZED_HEADS, Head, find_head
 from mlx_lora.models.matmul import use_measured_matmul
 from mlx_lora.training.losses import PLAIN, Arrays, check_arrays, choose_loss, fused_loss
 from mlx_lora.training.probe import disagreement, probe
@@ -121,7 +121,7 @@ def test_so_does_a_packed_head(name, tied):
     nn.quantize(model, 32, 4, class_predicate=lambda _, module: module is head)
     use_measured_matmul(model, "dense")
     found = find_head(model, config)
-    assert isinstance(found.layer, QUANTISED_HEADS)
+    assert isinstance(found.layer, QUANTIZED_HEADS)
     assert choose_loss(model, config).description.startswith("fused")
     batch = odd_batch(found.vocabulary)
     own = losses(model, PLAIN.tokens, batch)

@@ -18,9 +18,6 @@ from run_cli import run
 from test_step import adapted, batch
 from tiny_recurrent import recurrent_model
 
-from mlx_lora import device
-from mlx_lora.measuring import SWITCH, TOLERANCE, Figures, Trial, choose, keep_figures, measure, read_figures
-from mlx_lora.memory import plan_memory
 from mlx_lora.models import kernel_choice
 from mlx_lora.models.attention import Tiles, attend, tiled_attention
 from mlx_lora.models.head import find_head
@@ -28,8 +25,12 @@ from mlx_lora.models.kernel_choice import KernelChoice, choose_model_kernels, fi
 from mlx_lora.models.kernel_row import MLX
 from mlx_lora.models.kernel_table import activation_class, attention_class, kernel_rows
 from mlx_lora.models.kernels import training_kernels
-from mlx_lora.shape import GIB, Block, KernelTerms, Layer, Machine, ModelShape, Run
-from mlx_lora.speed import Ceilings
+from mlx_lora.planner.memory import plan_memory
+from mlx_lora.planner.shapes import Block, KernelTerms, Layer, Machine, ModelShape, Run
+from mlx_lora.planner.speed import Ceilings
+from mlx_lora.system import device
+from mlx_lora.system.measuring import SWITCH, TOLERANCE, Figures, Trial, choose, keep_figures, measure, read_figures
+from mlx_lora.system.units import GIB
 from mlx_lora.training import loss_choice
 from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.losses import Arrays, choose_loss, plain_loss
@@ -71,7 +72,7 @@ def test_errors_that_cancel_in_a_sum_are_found():
     """One summed scalar, forward only, would pass both of these."""
     right = mx.exp
 
-    def cancelling(x):
+    def canceling(x):
         y = right(x)
         return mx.concatenate([y[:1] * 1.01, y[1:2] - 0.01 * y[:1], y[2:]])
 
@@ -80,12 +81,12 @@ def test_errors_that_cancel_in_a_sum_are_found():
         return right(x)
 
     without_gradient.vjp(lambda x, d, y: 1.01 * d * y)
-    assert cancelling(trial_of().arrays[0]).sum().item() == pytest.approx(right(trial_of().arrays[0]).sum().item())
-    candidates = {"right": right, "cancelling": cancelling, "without gradient": without_gradient}
+    assert canceling(trial_of().arrays[0]).sum().item() == pytest.approx(right(trial_of().arrays[0]).sum().item())
+    candidates = {"right": right, "canceling": canceling, "without gradient": without_gradient}
     found = measure(candidates, trial_of(), lambda x: [right(x)], compiled=False)
     assert found["right"].correct
-    assert not found["cancelling"].correct
-    assert found["cancelling"].error == pytest.approx(0.01, rel=0.5)
+    assert not found["canceling"].correct
+    assert found["canceling"].error == pytest.approx(0.01, rel=0.5)
     assert not found["without gradient"].correct
     assert found["without gradient"].error == pytest.approx(0.01, rel=0.01)
 
@@ -216,7 +217,7 @@ def test_the_kernels_of_a_device_that_prefers_the_others_run_and_the_numbers_agr
         used.append(tiles.kernel)
         return attend(q, k, v, tiles, sinks)
 
-    monkeypatch.setattr("mlx_lora.runs.setup.attend", noted)
+    monkeypatch.setattr("mlx_lora.runs.composition.attend", noted)
     common = ("--model", tiny_folder, "--data", chats, *SHORT, "--grad-checkpoint", "none")
     ran, curves = {}, {}
     for name, loss in (("tiled", "tiles"), (MLX, "rows")):

@@ -14,27 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "mlx_lora"
 PROJECT = (PACKAGE.parent / "pyproject.toml").read_text()
 OLDEST = (3, int(re.search(r'requires-python = ">=3\.(\d+)"', PROJECT)[1]))
 STAGES = ("sources", "data", "models", "adapters", "training", "artifacts", "runs", "serving", "suite")
-SHARED = (
-    "blas",
-    "cache",
-    "ceilings",
-    "chips",
-    "config",
-    "config_checks",
-    "device",
-    "distributed",
-    "errors",
-    "files",
-    "heartbeat",
-    "measuring",
-    "memory",
-    "migration",
-    "parsing",
-    "process",
-    "shape",
-    "speed",
-    "supervise",
-)
+BELOW = ("system", "settings", "planner")  # of all stages; each imports only from its own left as well
+COMMANDS = ("train", "convert", "generate", "evaluate", "fuse", "export", "plan", "bench", "chat", "serve", "doctor")
 FILES = sorted(PACKAGE.rglob("*.py"))
 TRAIN_LOOP = "train"  # may have 150 lines; it reads top to bottom
 
@@ -51,19 +32,37 @@ def imported_parts(path: Path) -> set[str]:
     return parts
 
 
+def test_the_root_holds_the_commands_and_nothing_else():
+    assert {p.stem for p in PACKAGE.glob("*.py")} == {*COMMANDS, "__init__", "__main__"}
+    assert {p.name for p in PACKAGE.iterdir() if p.is_dir() and list(p.glob("*.py"))} == {*STAGES, *BELOW}
+
+
+def test_no_two_files_have_the_same_name():
+    names = [p.stem for p in FILES if p.stem != "__init__"]
+    assert sorted(names) == sorted(set(names))
+    rooms = {p.parent.name for p in FILES} - {PACKAGE.name}
+    assert rooms.isdisjoint(names)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_left(path):
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    modules = {p.stem for p in PACKAGE.glob("*.py")} | {p.name for p in PACKAGE.iterdir() if p.is_dir()}
-    used = imported_parts(path) & modules
-    commands = modules - set(STAGES) - set(SHARED) - {"__init__"}
-    if room in STAGES:
-        allowed = {*STAGES[: STAGES.index(room) + 1], *SHARED}
+    room, used = path.relative_to(PACKAGE).parts[0].removesuffix(".py"), imported_parts(path)
+    rooms = (*BELOW, *STAGES)
+    used &= {*rooms, *COMMANDS}
+    if room in rooms:
+        allowed = set(rooms[: rooms.index(room) + 1])
         assert used <= allowed, f"{room} imports {used - allowed}"
-    elif room in SHARED:
-        assert used <= set(SHARED), f"{room} imports {used - set(SHARED)}"
-    elif room not in ("__init__", "__main__"):
-        assert used.isdisjoint(commands - {"cli"}), f"{room} imports another command: {used & commands}"
+    elif room != "__main__":
+        assert used.isdisjoint(COMMANDS), f"{room} imports another command: {used & set(COMMANDS)}"
+
+
+def test_the_planner_is_arithmetic():
+    """Only what measures or describes this very machine knows MLX."""
+    for path in (PACKAGE / "planner").glob("*.py"):
+        names = [n.module or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+        names += [a.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import) for a in n.names]
+        asks = [name for name in names if name.startswith("mlx.") or name == "mlx_lora.system.device"]
+        assert not asks or path.stem in ("ceilings", "this_machine"), path
 
 
 def test_sources_and_data_need_no_mlx():

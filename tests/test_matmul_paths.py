@@ -1,4 +1,4 @@
-"""Which product a quantised layer uses: forced, or measured once per shape class and kept."""
+"""Which product a quantized layer uses: forced, or measured once per shape class and kept."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import quantised, tiny_model
+from conftest import quantized, tiny_model
 from run_cli import run
 
-from mlx_lora import device
-from mlx_lora.cache import cache_dir
-from mlx_lora.config import ModelSettings
-from mlx_lora.errors import InputError
 from mlx_lora.models.load import load_base
-from mlx_lora.models.matmul import dequantised_matmul, use_measured_matmul
+from mlx_lora.models.matmul import dequantized_matmul, use_measured_matmul
+from mlx_lora.settings.config import ModelSettings
+from mlx_lora.system import device
+from mlx_lora.system.cache import cache_dir
+from mlx_lora.system.errors import InputError
 
 
 def operations(model: nn.Module, rows: int) -> Counter[str]:
@@ -42,7 +42,7 @@ def blocks(model: nn.Module, hidden: mx.array) -> mx.array:
 def test_a_forced_path_is_the_one_taken_forwards_and_backwards(rows):
     found = {}
     for path in ("packed", "dense"):
-        model = quantised(tiny_model())
+        model = quantized(tiny_model())
         paths = use_measured_matmul(model, path)
         assert paths.describe() == [f"4-bit/32 affine: {path} product, forced"]
         found[path] = operations(model, rows)
@@ -56,7 +56,7 @@ def test_both_paths_give_the_same_numbers_and_not_the_same_bits():
     ids = mx.arange(60).reshape(3, 20)
     found = {}
     for path in ("packed", "dense"):
-        model = quantised(tiny_model())
+        model = quantized(tiny_model())
         use_measured_matmul(model, path)
         found[path] = np.array(model(ids))
     assert np.allclose(found["packed"], found["dense"], atol=1e-4)
@@ -64,14 +64,14 @@ def test_both_paths_give_the_same_numbers_and_not_the_same_bits():
 
 
 def test_a_second_choice_replaces_the_first():
-    model = quantised(tiny_model())
+    model = quantized(tiny_model())
     use_measured_matmul(model, "packed")
     use_measured_matmul(model, "dense")
     assert model.layers[0].mlp.up_proj.dense_from_rows == 1
 
 
 def test_types_that_have_one_path_are_named():
-    model = quantised(tiny_model())
+    model = quantized(tiny_model())
     model.experts = nn.QuantizedLinear(64, 64)
     model.experts.__class__ = type("QuantizedSwitchLinear", (nn.QuantizedLinear,), {})
     assert use_measured_matmul(model, "dense").describe()[-1].startswith("1 QuantizedSwitchLinear layers: packed")
@@ -79,7 +79,7 @@ def test_types_that_have_one_path_are_named():
 
 
 def test_forcing_a_path_of_a_float_model_is_refused():
-    with pytest.raises(InputError, match="no quantised linear layer"):
+    with pytest.raises(InputError, match="no quantized linear layer"):
         use_measured_matmul(tiny_model(), "packed")
     assert use_measured_matmul(tiny_model()).describe() == []
 
@@ -102,7 +102,7 @@ def test_every_command_that_shows_the_option_heeds_it(command, tiny_folder, chat
     }[command]
     ran = run(command, "--model", tiny_folder, *more, "--quantized-matmul", "packed")
     assert ran.code == 2
-    assert ran.lines[-1].startswith("Error: --quantized-matmul packed: the model has no quantised")
+    assert ran.lines[-1].startswith("Error: --quantized-matmul packed: the model has no quantized")
     assert run(command, "--model", tiny_folder, *more).code == 0
 
 
@@ -163,7 +163,7 @@ def test_a_damaged_file_is_measured_again(store, content):
 
 
 def test_the_dense_weights_do_not_wait_for_the_backward_pass(request):
-    # Compiling merges equal operations: a second dequantisation that is not tied to the backward pass would be
+    # Compiling merges equal operations: a second dequantization that is not tied to the backward pass would be
     # merged with the first, and every layer's dense weight kept, which is all that a 4-bit base saves.
     old = mx.set_memory_limit(1)
     request.addfinalizer(lambda: mx.set_memory_limit(old))
@@ -172,7 +172,7 @@ def test_the_dense_weights_do_not_wait_for_the_backward_pass(request):
 
     def loss(x: mx.array, weights: list[tuple[mx.array, ...]]) -> mx.array:
         for packed in weights:
-            x = mx.tanh(dequantised_matmul(x, list(packed), **layout))
+            x = mx.tanh(dequantized_matmul(x, list(packed), **layout))
         return x.sum()
 
     x = mx.random.normal((4, 512))
@@ -182,4 +182,4 @@ def test_the_dense_weights_do_not_wait_for_the_backward_pass(request):
     start = mx.get_active_memory()
     mx.reset_peak_memory()
     mx.eval(step(x, weights))
-    assert mx.get_peak_memory() - start < 6 * 512 * 512 * 4  # what one dequantisation takes in between
+    assert mx.get_peak_memory() - start < 6 * 512 * 512 * 4  # what one dequantization takes in between

@@ -8,24 +8,24 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import TINY, quantised, tiny_model, write_folder
+from conftest import TINY, quantized, tiny_model, write_folder
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load as mlx_lm_load
 from run_cli import run
 from test_adapter_folder import TOKENS
 from test_step import batch
-from tiny_moe import tiny_moe, with_quantised_experts
+from tiny_moe import tiny_moe, with_quantized_experts
 
+from mlx_lora.adapters.adapt import adapt_model
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters
-from mlx_lora.adapters.methods import PRESETS
 from mlx_lora.adapters.parts import dense_weight
-from mlx_lora.adapters.setup import adapt_model
 from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
-from mlx_lora.config import METHODS, AdapterSettings, ModelSettings, OptimizerSettings, train_settings
-from mlx_lora.errors import InputError
 from mlx_lora.models.load import load_base
+from mlx_lora.settings.config import METHODS, AdapterSettings, ModelSettings, OptimizerSettings, train_settings
+from mlx_lora.settings.methods import PRESETS
+from mlx_lora.system.errors import InputError
+from mlx_lora.training.hooks_from_settings import make_events, restart_every, restart_warmup
 from mlx_lora.training.losses import Arrays, choose_loss, plain_loss
-from mlx_lora.training.method_events import make_events, restart_every, restart_warmup
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.step import Step
 
@@ -40,8 +40,8 @@ LEAVES = {
 LOW_RANK = [method for method in METHODS if method != "full"]
 BASES = {
     "float": lambda model: model,
-    **{f"{bits}-bit": lambda model, bits=bits: quantised(model, bits) for bits in (2, 3, 4, 5, 6, 8)},
-    "mxfp4": lambda model: quantised(model, 4, 32, "mxfp4"),
+    **{f"{bits}-bit": lambda model, bits=bits: quantized(model, bits) for bits in (2, 3, 4, 5, 6, 8)},
+    "mxfp4": lambda model: quantized(model, 4, 32, "mxfp4"),
 }
 
 
@@ -129,7 +129,7 @@ def test_it_learns_and_what_it_stores_is_the_same_model(method, base, tmp_path):
     # An mxfp4 embedding gives bfloat16, where the order of additions shows.
     assert np.allclose(again.model(TOKENS), expected, atol=(1e-2 if base == "mxfp4" else 2e-5) * size)
     if base != "float" and method in ("full", "dora"):
-        return  # mlx-lm puts no dense weights into quantised layers (fuse first), and has no DoRA on a quantised embedding
+        return  # mlx-lm puts no dense weights into quantized layers (fuse first), and has no DoRA on a quantized embedding
     save_adapter(tmp_path / "b", loaded.model, info, same_rank=True)
     stock, _ = mlx_lm_load(str(folder), adapter_path=str(tmp_path / "b"))
     # Its mxfp4 embedding gives bfloat16, and all that follows is computed in it.
@@ -141,7 +141,7 @@ def test_it_learns_and_what_it_stores_is_the_same_model(method, base, tmp_path):
 def test_it_learns_on_a_mixtures_experts(method, kind, tmp_path):
     model, config = tiny_moe(kind)
     if kind == "gpt_oss":
-        model, config = with_quantised_experts(model, config)
+        model, config = with_quantized_experts(model, config)
     folder = write_folder(tmp_path / "base", model, config)
     loaded = load_base(ModelSettings(model=str(folder)))
     before = loaded.model(TOKENS)
@@ -182,7 +182,7 @@ def test_pissa_starts_from_the_bases_principal_directions():
 
 
 def test_pissas_subspace_iteration_finds_them_too(monkeypatch):
-    from mlx_lora.adapters import init
+    from mlx_lora.adapters import initial_factors as init
 
     rng = np.random.default_rng(0)
     u, v = (np.linalg.qr(rng.normal(size=(n, 96)))[0] for n in (200, 96))
@@ -224,7 +224,7 @@ def test_modules_in_full_beside_the_adapter_are_stored_and_loaded(tmp_path):
     model = tiny_model(tie_word_embeddings=False, attention_bias=True)
     config = {"tie_word_embeddings": False, "attention_bias": True}
     folder = write_folder(
-        tmp_path / "base", quantised(model), {**config, "quantization": {"group_size": 32, "bits": 4}}
+        tmp_path / "base", quantized(model), {**config, "quantization": {"group_size": 32, "bits": 4}}
     )
     loaded = load_base(ModelSettings(model=str(folder)))
     settings = AdapterSettings(rank=RANK, alpha=8.0, modules_to_save="lm_head,model.norm", bias="lora_only")

@@ -10,10 +10,10 @@ import pytest
 import yaml
 from run_cli import run
 
-from mlx_lora import config
-from mlx_lora.config import train_settings
-from mlx_lora.errors import InputError
-from mlx_lora.migration.migrate import DIALECTS, find_dialect, migrate
+from mlx_lora.settings import config
+from mlx_lora.settings.config import train_settings
+from mlx_lora.settings.migration.migrate import DIALECTS, find_dialect, migrate
+from mlx_lora.system.errors import InputError
 
 FOREIGN = Path(__file__).parent / "foreign"
 KNOWN = {f.name for section in config.SECTIONS.values() for f in dataclasses.fields(section)}
@@ -311,7 +311,7 @@ def test_no_dialect_takes_our_own_run_yaml_or_anothers_file(folder):
     assert find_dialect(train_settings({}).to_flat()) is None
     for name in CASES:
         content = yaml.safe_load((FOREIGN / name).read_text())
-        assert sum(dialect.recognises(content) for dialect in DIALECTS) == 1, name
+        assert sum(dialect.recognizes(content) for dialect in DIALECTS) == 1, name
 
 
 def test_our_own_file_stays_strict(tmp_path):

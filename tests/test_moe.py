@@ -6,21 +6,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import quantised
+from conftest import quantized
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 from test_checkpointing import MODES, assert_equal, gradients
 from test_step import batch, make_step
-from tiny_moe import tiny_moe, with_quantised_experts
+from tiny_moe import tiny_moe, with_quantized_experts
 
-from mlx_lora import device
-from mlx_lora.adapters.init import kaiming_factors
+from mlx_lora.adapters.initial_factors import kaiming_factors
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
 from mlx_lora.adapters.moe import DoRASwitchLinear, LoRASwitchLinear
 from mlx_lora.adapters.parts import base_dims, dense_weight
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.models.fingerprint import weights_checksum
 from mlx_lora.models.matmul import MeasuredQuantizedSwitchLinear, use_measured_matmul
+from mlx_lora.system import device
 from mlx_lora.training.losses import Arrays, plain_loss
 
 E, IN, OUT, R = 3, 96, 40, 5
@@ -31,10 +31,10 @@ LAYOUTS = {
     "nvfp4": (16, 4, "nvfp4"),
 }
 MODELS = {
-    "gpt_oss-mxfp4": lambda: with_quantised_experts(*tiny_moe("gpt_oss"))[0],
+    "gpt_oss-mxfp4": lambda: with_quantized_experts(*tiny_moe("gpt_oss"))[0],
     "qwen3_moe": lambda: tiny_moe("qwen3_moe")[0],
-    "qwen3_moe-4bit": lambda: quantised(tiny_moe("qwen3_moe")[0]),
-    "mixtral-3bit": lambda: quantised(tiny_moe("mixtral")[0], 3),
+    "qwen3_moe-4bit": lambda: quantized(tiny_moe("qwen3_moe")[0]),
+    "mixtral-3bit": lambda: quantized(tiny_moe("mixtral")[0], 3),
 }
 SORTED = pytest.mark.parametrize("is_sorted", [False, True])
 
@@ -217,7 +217,7 @@ def test_a_fresh_dora_changes_nothing():
 
 @SORTED
 @pytest.mark.parametrize("form", LAYOUTS)
-def test_both_products_with_quantised_experts_are_one(form, is_sorted):
+def test_both_products_with_quantized_experts_are_one(form, is_sorted):
     mx.random.seed(3)
     base = base_of(form)
     x, indices = rows(is_sorted)

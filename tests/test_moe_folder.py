@@ -7,7 +7,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import quantised, write_folder
+from conftest import quantized, write_folder
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -15,16 +15,16 @@ from mlx_lm.utils import load as mlx_lm_load
 from mlx_lm.utils import load_model
 from run_cli import run
 from test_adapter_folder import make_adapter
-from tiny_moe import tiny_moe, with_quantised_experts
+from tiny_moe import tiny_moe, with_quantized_experts
 
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
 from mlx_lora.adapters.moe import DoRASwitchLinear, LoRASwitchLinear
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, load_adapter, save_adapter
-from mlx_lora.artifacts.fuse import fuse_adapter
-from mlx_lora.config import ModelSettings
-from mlx_lora.errors import InputError
+from mlx_lora.artifacts.fused_model import fuse_adapter
 from mlx_lora.models.load import Base, load_base
+from mlx_lora.settings.config import ModelSettings
+from mlx_lora.system.errors import InputError
 
 # 36 rows for the experts, and 72, which mlx-lm sorts.
 FEW, MANY = mx.array([[3, 1, 4, 1, 5, 9, 2, 6] * 2 + [7, 8]]), mx.array([[3, 1, 4, 1, 5, 9, 2, 6] * 4 + [5, 3, 5, 8]])
@@ -36,10 +36,10 @@ def folder_of(kind: str, tmp_path_factory):
     model, config = tiny_moe(name)
     if form in ("mxfp4", "nvfp4"):
         layout = {"mxfp4": {"group_size": 32, "bits": 4}, "nvfp4": {"group_size": 16, "bits": 4}}[form]
-        model, config = with_quantised_experts(model, config, {**layout, "mode": form})
+        model, config = with_quantized_experts(model, config, {**layout, "mode": form})
     elif form:
         config = {**config, "quantization": FORM_4BIT}
-        quantised(model)
+        quantized(model)
     return write_folder(tmp_path_factory.mktemp(kind), model, config)
 
 
@@ -134,7 +134,7 @@ def fuse(model, folder, *extra):
     return json.loads(ran.out), loaded(folder / "f")
 
 
-def test_fused_and_dequantised_it_gives_the_adapters_logits(folder, tmp_path):
+def test_fused_and_dequantized_it_gives_the_adapters_logits(folder, tmp_path):
     make_adapter(folder, tmp_path / "a")
     adapted = loaded(folder)
     bare = logits(adapted.model)
@@ -153,7 +153,7 @@ def test_fused_and_dequantised_it_gives_the_adapters_logits(folder, tmp_path):
     assert not any(isinstance(module, QuantizedSwitchLinear) for module in fused.model.modules())
 
 
-def test_fused_it_is_quantised_as_its_base_was(folder, tmp_path):
+def test_fused_it_is_quantized_as_its_base_was(folder, tmp_path):
     make_adapter(folder, tmp_path / "a")
     base, adapted = loaded(folder), loaded(folder)
     load_adapter(adapted, tmp_path / "a")
@@ -177,7 +177,7 @@ def test_fused_it_is_quantised_as_its_base_was(folder, tmp_path):
 
 def test_gpt_oss_as_it_is_published(tmp_path):
     # One interleaved tensor for gate and up, packed bytes, and Hugging Face's own quantization entry.
-    model, config = with_quantised_experts(*tiny_moe("gpt_oss"))
+    model, config = with_quantized_experts(*tiny_moe("gpt_oss"))
     expected = logits(model)
     weights = dict(tree_flatten(model.parameters()))
     for block in range(2):

@@ -22,7 +22,7 @@ from mlx_lora.adapters.moe import DoRASwitchLinear, LoRASwitchLinear
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.artifacts.peft import PEFT_CONFIG, PEFT_WEIGHTS
 from mlx_lora.artifacts.peft_experts import THEIRS, expert_tensors
-from mlx_lora.errors import InputError
+from mlx_lora.system.errors import InputError
 
 KINDS = ["gpt_oss", "qwen3_moe", "qwen2_moe", "mixtral"]
 EXPERTS = {"gpt_oss": "mlp.experts", "mixtral": "block_sparse_moe.switch_mlp"}

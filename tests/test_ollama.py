@@ -16,8 +16,8 @@ from test_adapter_folder import make_adapter
 from test_gguf_export import MERGES, folder_of, one_line
 
 import mlx_lora.data
-from mlx_lora.artifacts.ollama import FAMILIES, Chat, recognise
-from mlx_lora.sources.gguf import read_gguf
+from mlx_lora.artifacts.ollama import FAMILIES, Chat, recognize
+from mlx_lora.sources.gguf_reader import read_gguf
 
 BUILT_IN = Path(mlx_lora.data.__file__).parent / "templates"
 CHATML_GO = (
@@ -58,7 +58,7 @@ def export(model, out, *more):
     ],
 )
 def test_known_forms_are_told_by_what_they_render(text, family, system, bos):
-    chat = recognise(byte_tokenizer(text, bos=bos), text)
+    chat = recognize(byte_tokenizer(text, bos=bos), text)
     assert chat.family.name == family
     assert (chat.system or "").startswith(system or "")
     assert (chat.system is None) == (system is None)
@@ -70,13 +70,13 @@ def test_other_forms_are_not_guessed():
     changes = [template("plain"), altered, "x" + CHATML, template("gemma").replace("\\n\\n", "\\n")]
     for text in changes:
         assert text != CHATML
-        assert recognise(byte_tokenizer(text), text) is None
+        assert recognize(byte_tokenizer(text), text) is None
 
 
 def test_a_bos_that_the_tokenizer_does_not_add_is_the_templates():
     tokenizer = byte_tokenizer(template("llama3"))
     tokenizer.bos_token = "<s>"
-    chat = recognise(tokenizer, template("llama3"))
+    chat = recognize(tokenizer, template("llama3"))
     assert chat.before == "<s>"
     assert chat.go_template().startswith("<s>{{ range")
 
@@ -104,7 +104,7 @@ def test_the_merged_model_with_its_template(folder, tmp_path):
     bare = run("export", "--model", folder, "--to", "gguf", "--gguf-type", "q8_0", "--out", tmp_path / "bare.gguf")
     assert bare.code == 0
     name = "blk.0.attn_v.weight"
-    there, without = file.tensors[name].dequantise(), read_gguf(tmp_path / "bare.gguf").tensors[name].dequantise()
+    there, without = file.tensors[name].dequantize(), read_gguf(tmp_path / "bare.gguf").tensors[name].dequantize()
     assert abs(there - without).max() > 0.1
 
 

@@ -15,7 +15,7 @@ from tiny_gguf import write_tiny_gguf
 from tiny_vocabularies import byte_level_vocabulary, gemma4_vocabulary, spm_model, spm_vocabulary
 from varied_strings import varied_strings
 
-from mlx_lora.sources.gguf import read_gguf
+from mlx_lora.sources.gguf_reader import read_gguf
 from mlx_lora.sources.gguf_tokenizer import (
     build_tokenizer,
     vocabulary_from_metadata,

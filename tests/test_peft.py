@@ -13,9 +13,9 @@ from test_adapter_folder import TOKENS, make_adapter
 
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.artifacts.peft import PEFT_CONFIG, PEFT_WEIGHTS
-from mlx_lora.config import ModelSettings
-from mlx_lora.errors import InputError
 from mlx_lora.models.load import load_base
+from mlx_lora.settings.config import ModelSettings
+from mlx_lora.system.errors import InputError
 
 # PEFT calls what transformers has deprecated, and has advice of its own on tied layers.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "UserWarning")]

@@ -16,8 +16,8 @@ from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.artifacts.peft import PEFT_WEIGHTS
 from mlx_lora.artifacts.peft_families import folded_rows
 from mlx_lora.artifacts.peft_names import own_path, peft_path
-from mlx_lora.config import ModelSettings
 from mlx_lora.models.load import load_base
+from mlx_lora.settings.config import ModelSettings
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "UserWarning")]
 

@@ -16,15 +16,15 @@ import pytest
 from conftest import tiny_model
 from run_cli import run
 
-from mlx_lora import config
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.adapter import load_adapter, load_factors
-from mlx_lora.config import LoopSettings, ModelSettings
 from mlx_lora.data.batches import Batch, BatchPlan
 from mlx_lora.data.encode import EncodedSet
-from mlx_lora.errors import RunError
 from mlx_lora.models.load import load_base
+from mlx_lora.settings import config
+from mlx_lora.settings.config import LoopSettings, ModelSettings
+from mlx_lora.system.errors import RunError
 from mlx_lora.training.step import StepResult
 from mlx_lora.training.trainer import MAX_SKIPPED_IN_A_ROW, micro_batches, total_steps, train
 

@@ -17,19 +17,20 @@ from mlx_lm.models import gemma3_text
 from real_models import smollm2_gguf
 from run_cli import run
 from tiny_gguf import write_tiny_gguf
-from tiny_moe import CONFIGS, MXFP4, tiny_moe, with_quantised_experts
+from tiny_moe import CONFIGS, MXFP4, tiny_moe, with_quantized_experts
 
-from mlx_lora import device
+from mlx_lora.adapters.adapt import adapt_model
 from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.adapters.setup import adapt_model
-from mlx_lora.adapters.shape import model_shape
-from mlx_lora.chips import CHIPS
-from mlx_lora.config import AdapterSettings, ModelSettings, TrainSettings, train_settings
+from mlx_lora.adapters.model_shape import model_shape
 from mlx_lora.models.load import load_base
 from mlx_lora.models.outline import outline_of, outline_of_config
 from mlx_lora.plan import time_words
-from mlx_lora.shape import ModelShape
-from mlx_lora.training.planning import fit, largest_rows, largest_sequence, largest_that_fits, outlined_shape
+from mlx_lora.planner.chips import CHIPS
+from mlx_lora.planner.fitting import fit, largest_rows, largest_sequence, largest_that_fits
+from mlx_lora.planner.shapes import ModelShape
+from mlx_lora.settings.config import AdapterSettings, ModelSettings, TrainSettings, train_settings
+from mlx_lora.system import device
+from mlx_lora.training.run_fit import outlined_shape
 
 LLAMA_8B = {
     **TINY, "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336, "num_attention_heads": 32,
@@ -124,7 +125,7 @@ def test_a_gemmas_head_is_tied_unless_one_is_stored(ties, tmp_path):
     assert alone == shape
 
 
-def test_quantised_shapes(tiny_folder, tiny_4bit_folder):
+def test_quantized_shapes(tiny_folder, tiny_4bit_folder):
     packed, dense = same(tiny_4bit_folder), same(tiny_folder)
     assert packed.base_bytes < 0.4 * dense.base_bytes
     assert packed.head_packed
@@ -137,7 +138,7 @@ def test_quantised_shapes(tiny_folder, tiny_4bit_folder):
 def test_mixture_shapes(kind, packed, tmp_path):
     model, config = tiny_moe(kind)
     if packed:
-        model, config = with_quantised_experts(model, config, MXFP4)
+        model, config = with_quantized_experts(model, config, MXFP4)
     shape = same(write_folder(tmp_path / kind, model, config))
     experts = [layer for layer in shape.blocks[0].layers if layer.experts > 1]
     assert {layer.experts for layer in experts} == {4}
@@ -348,7 +349,7 @@ def test_train_takes_its_defaults_from_the_plan(tiny_folder, chats, tmp_path):
     assert chosen("own", "--batch-tokens", 128, "--grad-checkpoint", "block") == (128, "block")
 
 
-def test_a_plan_of_a_quantised_base_needs_less(big):
+def test_a_plan_of_a_quantized_base_needs_less(big):
     config = {**LLAMA_8B, "quantization": {"bits": 4, "group_size": 64}}
     shapes = [outlined_shape(outline_of_config(c, mx.bfloat16), settings_of()) for c in (LLAMA_8B, config)]
     assert 0.25 < shapes[1].base_bytes / shapes[0].base_bytes < 0.32

@@ -1,4 +1,4 @@
-"""The forms of quantisation, and quantising an mlx-lm model."""
+"""The forms of quantization, and quantizing an mlx-lm model."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from architectures.build import write_architecture
 from conftest import TINY, tiny_model
 from mlx.utils import tree_flatten
 
-from mlx_lora.errors import InputError
 from mlx_lora.models.converting import convert_model
 from mlx_lora.models.folder import load_weights
 from mlx_lora.models.outline import outline_of_config
 from mlx_lora.models.quantize import (
     FIXED_MODES,
     HEADS_FROM_STORED,
-    Quantisation,
-    choose_quantisation,
-    dequantise_model,
-    quantise_model,
-    quantise_weight,
+    Quantization,
+    choose_quantization,
+    dequantize_model,
+    quantize_model,
+    quantize_weight,
     relative_error,
 )
 from mlx_lora.sources.hub import resolve_model
+from mlx_lora.system.errors import InputError
 
 IDS = mx.array([[1, 2, 3, 4, 5]])
 
 
 def test_defaults_and_fixed_modes() -> None:
-    assert choose_quantisation(None, None, None) == Quantisation(4, 64, "affine")
-    assert choose_quantisation(3, 32, "affine") == Quantisation(3, 32)
-    assert choose_quantisation(None, None, "mxfp4") == Quantisation(4, 32, "mxfp4")
-    assert choose_quantisation(8, None, "mxfp8") == Quantisation(8, 32, "mxfp8")
-    assert choose_quantisation(None, 16, "nvfp4") == Quantisation(4, 16, "nvfp4")
+    assert choose_quantization(None, None, None) == Quantization(4, 64, "affine")
+    assert choose_quantization(3, 32, "affine") == Quantization(3, 32)
+    assert choose_quantization(None, None, "mxfp4") == Quantization(4, 32, "mxfp4")
+    assert choose_quantization(8, None, "mxfp8") == Quantization(8, 32, "mxfp8")
+    assert choose_quantization(None, 16, "nvfp4") == Quantization(4, 16, "nvfp4")
 
 
 @pytest.mark.parametrize(
@@ -54,23 +54,23 @@ def test_defaults_and_fixed_modes() -> None:
 )
 def test_forms_mlx_lacks_are_refused(flags, words) -> None:
     with pytest.raises(InputError, match=words):
-        choose_quantisation(*flags)
+        choose_quantization(*flags)
 
 
 @pytest.mark.parametrize("mode", FIXED_MODES)
 def test_fixed_modes_are_what_this_mlx_makes(mode: str) -> None:
-    form = choose_quantisation(None, None, mode)
+    form = choose_quantization(None, None, mode)
     weight = mx.random.normal((8, 128), key=mx.random.key(0))
-    packed = quantise_weight(weight, form)
+    packed = quantize_weight(weight, form)
     assert packed.arrays[0].shape == (8, 128 * form.bits // 32)
     assert packed.arrays[1].shape == (8, 128 // form.group_size)
-    assert 0 < relative_error(packed.dequantise(), weight) < 0.15
+    assert 0 < relative_error(packed.dequantize(), weight) < 0.15
 
 
 def test_more_bits_lose_less() -> None:
     weight = mx.random.normal((8, 128), key=mx.random.key(0))
     errors = [
-        relative_error(quantise_weight(weight, Quantisation(bits, 32)).dequantise(), weight)
+        relative_error(quantize_weight(weight, Quantization(bits, 32)).dequantize(), weight)
         for bits in (2, 3, 4, 5, 6, 8)
     ]
     assert errors == sorted(errors, reverse=True)
@@ -79,12 +79,12 @@ def test_more_bits_lose_less() -> None:
 
 @pytest.mark.parametrize(
     "form",
-    [Quantisation(3, 32), Quantisation(8, 32), *(Quantisation(*v, k) for k, v in FIXED_MODES.items())],
+    [Quantization(3, 32), Quantization(8, 32), *(Quantization(*v, k) for k, v in FIXED_MODES.items())],
     ids=str,
 )
-def test_quantised_model_is_close_to_the_float_one(form: Quantisation) -> None:
+def test_quantized_model_is_close_to_the_float_one(form: Quantization) -> None:
     wanted = tiny_model()(IDS)
-    model, config, skipped, errors = quantise_model(tiny_model(), TINY, form, measure=True)
+    model, config, skipped, errors = quantize_model(tiny_model(), TINY, form, measure=True)
     assert skipped == []
     assert config["quantization"] == config["quantization_config"] == form.layout
     assert "quantization" not in TINY
@@ -94,14 +94,14 @@ def test_quantised_model_is_close_to_the_float_one(form: Quantisation) -> None:
     assert all(0 < error < 0.3 for error in errors.values())
     distance = relative_error(model(IDS), wanted)
     assert 0 < distance < 0.5
-    back, plain = dequantise_model(model, config)
+    back, plain = dequantize_model(model, config)
     assert "quantization" not in plain
     assert "quantization_config" not in plain
     assert relative_error(back(IDS), model(IDS)) < 0.05
 
 
 def test_layers_that_do_not_divide_are_skipped_and_named(capsys: pytest.CaptureFixture[str]) -> None:
-    model, _, skipped, _ = quantise_model(tiny_model(), TINY, Quantisation(4, 64))
+    model, _, skipped, _ = quantize_model(tiny_model(), TINY, Quantization(4, 64))
     assert sorted(skipped) == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
     assert isinstance(model.layers[0].mlp.down_proj, nn.Linear)
     assert isinstance(model.layers[0].mlp.up_proj, nn.QuantizedLinear)
@@ -109,14 +109,14 @@ def test_layers_that_do_not_divide_are_skipped_and_named(capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("kind", ["afm7", "qwen3_5", "seed_oss"])
-def test_families_with_their_own_ideas_of_quantisation_convert(kind, tmp_path):
+def test_families_with_their_own_ideas_of_quantization_convert(kind, tmp_path):
     """A dense Qwen3.5's `quant_predicate` is None, a tied Seed-OSS multiplies by its embedding as it is stored, and
     AFM's joined layer takes no mode.
     """
     source = write_architecture(tmp_path / "float", kind, tied=True)
     out = tmp_path / "packed"
-    conversion = convert_model(resolve_model(str(source)), out, target=Quantisation(4, 32))
-    assert conversion.requantised
+    conversion = convert_model(resolve_model(str(source)), out, target=Quantization(4, 32))
+    assert conversion.requantized
     model, _ = load_weights(out, trust_remote_code=False)
     reference, _ = load_weights(source, trust_remote_code=False)
     ids = mx.array([[5, 9, 250, 3]])

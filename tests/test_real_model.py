@@ -14,9 +14,9 @@ from mlx_lm.utils import load as mlx_lm_load
 from real_models import smollm2_gguf
 from run_cli import run
 
-from mlx_lora.config import ModelSettings
 from mlx_lora.models.fingerprint import weights_checksum
 from mlx_lora.models.load import load_base
+from mlx_lora.settings.config import ModelSettings
 
 pytestmark = pytest.mark.slow
 DATA = Path(__file__).parents[1] / "data"
@@ -45,7 +45,7 @@ def test_lora_and_qlora_lower_held_out_loss_and_leave_the_base(folders, form, tm
     assert values[-1] < values[0] * 0.97, values
     assert {p.name: p.read_bytes() for p in model.iterdir()} == files
     assert weights_checksum(load_base(ModelSettings(model=str(model))).model) == checksum
-    for prompt in ("Name three colours.", "What is the capital of France?"):
+    for prompt in ("Name three colors.", "What is the capital of France?"):
         ours = run(
             "generate", "--model", model, "--adapter-path", adapter, "--prompt", prompt, "--max-tokens", 24, "--json"
         )

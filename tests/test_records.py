@@ -11,10 +11,10 @@ import tarfile
 
 import pytest
 
-from mlx_lora.errors import InputError
 from mlx_lora.sources import records, shakespeare
 from mlx_lora.sources.records import BadRow, Record, read_records
 from mlx_lora.sources.splits import find_splits
+from mlx_lora.system.errors import InputError
 
 ROWS = [{"text": "one"}, {"text": "zwei ü 😀"}]
 

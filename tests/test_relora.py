@@ -7,18 +7,18 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import TINY, quantised, tiny_model
+from conftest import TINY, quantized, tiny_model
 from mlx.utils import tree_flatten, tree_map
 from test_adapter_folder import TOKENS
 from test_step import batch
 
+from mlx_lora.adapters.adapt import adapt_model
 from mlx_lora.adapters.inject import adapter_layers, fresh_factors, inject
-from mlx_lora.adapters.setup import adapt_model
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.adapter import AdapterInfo, stored_parameters
-from mlx_lora.config import AdapterSettings, OptimizerSettings
+from mlx_lora.settings.config import AdapterSettings, OptimizerSettings
+from mlx_lora.training.hooks_from_settings import make_events, restart_every, restart_warmup
 from mlx_lora.training.losses import Arrays, choose_loss, plain_loss
-from mlx_lora.training.method_events import make_events, restart_every, restart_warmup
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.step import Step
 
@@ -82,7 +82,7 @@ def test_it_equals_merging_into_the_weights():
 @pytest.mark.parametrize("base", ["float", "4-bit"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd", "adafactor"])
 def test_a_restart_changes_no_output_and_the_sum_is_stored(base, optimizer):
-    model = tiny_model() if base == "float" else quantised(tiny_model())
+    model = tiny_model() if base == "float" else quantized(tiny_model())
     before = {name: np.array(value) for name, value in tree_flatten(model.parameters())}
     setup = adapt_model(model, settings(target_modules="all-linear,embed_tokens"), seed=1)
     step = make_step(model, settings(), optimizer)

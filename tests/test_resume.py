@@ -12,7 +12,7 @@ import pytest
 from run_cli import run
 
 from mlx_lora.artifacts.checkpoint import ARRAYS_FILE, STATE_FILE, locked
-from mlx_lora.errors import InputError
+from mlx_lora.system.errors import InputError
 
 RUNS = {
     "lora": ("--dropout", 0.1),

@@ -19,9 +19,9 @@ from mlx_lora.artifacts.card import plain
 from mlx_lora.artifacts.peft import _names
 from mlx_lora.data import sandbox
 from mlx_lora.data.sandbox import render_chat
-from mlx_lora.errors import InputError
 from mlx_lora.models.config_check import check_config
-from mlx_lora.parsing import parse_json, parse_yaml
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.parsing import parse_json, parse_yaml
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
 

@@ -273,21 +273,21 @@ def test_health_and_metrics(http):
 
 
 def test_a_client_that_leaves_frees_its_place(http, client):
-    def cancelled() -> int:
+    def canceled() -> int:
         lines = http.get("/metrics").text.splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("mlx_lora_cancelled_total "))
+        return next(int(line.split()[1]) for line in lines if line.startswith("mlx_lora_canceled_total "))
 
-    before = cancelled()
+    before = canceled()
     body = {"model": "bard", "prompt": "x", "max_tokens": 100_000, "ignore_eos": True}
     with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as stream:
         next(stream.iter_lines())
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{http.base_url}/v1/completions", json=body, timeout=0.5)
     for _ in range(200):
-        if cancelled() == before + 2:
+        if canceled() == before + 2:
             break
         time.sleep(0.05)
-    assert cancelled() == before + 2
+    assert canceled() == before + 2
     assert chat(client, "bard", 3).usage.completion_tokens == 3
 
 

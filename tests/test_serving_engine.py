@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 from byte_tokenizer import byte_tokenizer
-from conftest import quantised, tiny_model, write_folder
+from conftest import quantized, tiny_model, write_folder
 from make_adapters import make_adapter
 from run_cli import run
 
-from mlx_lora.config import ModelSettings
-from mlx_lora.errors import InputError
 from mlx_lora.models.load import load_base
+from mlx_lora.serving.adapter_store import Source, UnknownAdapter
 from mlx_lora.serving.engine import Engine, Limits
 from mlx_lora.serving.requests import QueueFull, Request, Stopped
 from mlx_lora.serving.sampling import Sampling
-from mlx_lora.serving.store import Source, UnknownAdapter
+from mlx_lora.settings.config import ModelSettings
+from mlx_lora.system.errors import InputError
 
 GREEDY = Sampling(temperature=0)
 
@@ -118,9 +118,9 @@ def test_alone_and_mixed_every_adapter_says_what_generate_says(engine, folder, a
     assert [(name, answer.text) for name, answer in mixed] == [(name, meant[name]) for name, _ in mixed]
 
 
-def test_a_quantised_base_answers_as_generate_does(tmp_path):
+def test_a_quantized_base_answers_as_generate_does(tmp_path):
     config = {"tie_word_embeddings": False, "quantization": {"group_size": 32, "bits": 4, "mode": "affine"}}
-    folder = write_folder(tmp_path / "base", quantised(tiny_model(tie_word_embeddings=False)), config)
+    folder = write_folder(tmp_path / "base", quantized(tiny_model(tie_word_embeddings=False)), config)
     named = {
         "lora": make_adapter(folder, tmp_path / "lora", rank=3),
         "dora": make_adapter(folder, tmp_path / "dora", form="dora", strength=4.0),
@@ -284,13 +284,13 @@ def write_rows(tmp_path):
     return path
 
 
-def test_a_cancelled_request_frees_its_row(folder, adapters):
+def test_a_canceled_request_frees_its_row(folder, adapters):
     engine = started(folder, {"four": adapters["four"]}, max_batch=1)
     long = Answer(engine, asked("four", count=100_000, ignore_eos=True)).first()
     short = Answer(engine, asked("four", count=2))
     long.ticket.cancel()
     assert short.wait().end.finish == "length"
-    assert (engine.counts.cancelled, engine.unfinished) == (1, 0)
+    assert (engine.counts.canceled, engine.unfinished) == (1, 0)
     engine.close()
 
 

@@ -6,20 +6,20 @@ import json
 
 import mlx.core as mx
 import pytest
-from conftest import quantised, tiny_model, write_folder
+from conftest import quantized, tiny_model, write_folder
 from make_adapters import make_adapter
 from mlx.utils import tree_flatten
 
 from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.config import ModelSettings
-from mlx_lora.errors import InputError
 from mlx_lora.models.load import load_base
+from mlx_lora.serving.adapter_store import AdapterStore, Source, UnknownAdapter
 from mlx_lora.serving.factors import read_factors
 from mlx_lora.serving.pools import LayerFactors, LayerPools, Routing
 from mlx_lora.serving.routed import ROUTED, route, unrouted_twin
 from mlx_lora.serving.sampling import Sampler, Sampling, sample_rows
-from mlx_lora.serving.store import AdapterStore, Source, UnknownAdapter
 from mlx_lora.serving.text import TextStream, TokenReport
+from mlx_lora.settings.config import ModelSettings
+from mlx_lora.system.errors import InputError
 
 TOKENS = mx.array([[3, 1, 4], [1, 5, 9], [2, 6, 5], [3, 5, 8], [9, 7, 9]])
 
@@ -33,7 +33,7 @@ def folder(request, tmp_path):
     model = tiny_model(**changes)
     for layer in model.layers:
         layer.self_attn.q_proj.bias = mx.random.normal(layer.self_attn.q_proj.bias.shape)
-    return write_folder(tmp_path / "base", quantised(model), config)
+    return write_folder(tmp_path / "base", quantized(model), config)
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from byte_tokenizer import CHATML, byte_tokenizer
 
-from mlx_lora.config import DataSettings
 from mlx_lora.data.formats import Conversation, Text
 from mlx_lora.data.loading import load_data, load_eval_set
 from mlx_lora.data.split import content_key, cut_text, hold_out
-from mlx_lora.errors import InputError
+from mlx_lora.settings.config import DataSettings
+from mlx_lora.system.errors import InputError
 
 TOKENIZER = byte_tokenizer(CHATML)
 

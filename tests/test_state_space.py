@@ -20,13 +20,13 @@ from tiny_recurrent import RECURRENT, recurrent_model
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
 from mlx_lora.models import recurrent_layers, spans, state_space
 from mlx_lora.models.kernel_choice import choose_model_kernels
 from mlx_lora.models.kernels import training_kernels
 from mlx_lora.models.recurrent_layers import EXCHANGES, recurrent_kernels
 from mlx_lora.models.spans import in_lanes, linear_scan, out_of_lanes
 from mlx_lora.models.state_space import selective_scan, state_space_dual
+from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
 from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.losses import PLAIN, Arrays, check_kernels, choose_loss, plain_loss
 
@@ -122,7 +122,7 @@ def test_a_weak_decay_behind_a_strong_one_is_not_lost():
 
 
 def naive_scan(x, dt, a, b, c, skip, state):
-    """The definition (arXiv 2312.00752, equation 2 with the discretisation of mlx-lm's Mamba), a token at a time."""
+    """The definition (arXiv 2312.00752, equation 2 with the discretization of mlx-lm's Mamba), a token at a time."""
     ys = []
     for t in range(x.shape[1]):
         state = mx.exp(dt[:, t, :, None] * a) * state + (dt[:, t] * x[:, t])[..., None] * b[:, t, None]

@@ -16,10 +16,10 @@ from test_step import batch
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.config import OptimizerSettings
 from mlx_lora.models import state_space
 from mlx_lora.models.attention import attend
 from mlx_lora.models.kernels import training_kernels
+from mlx_lora.settings.config import OptimizerSettings
 from mlx_lora.training.losses import Arrays, plain_loss
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.step import Step

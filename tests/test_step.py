@@ -9,16 +9,16 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import quantised, tiny_model
+from conftest import quantized, tiny_model
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.config import OptimizerSettings
 from mlx_lora.data.batches import Batch
-from mlx_lora.errors import InputError
 from mlx_lora.models.fingerprint import weights_checksum
 from mlx_lora.models.matmul import MeasuredQuantizedLinear, use_measured_matmul
+from mlx_lora.settings.config import OptimizerSettings
+from mlx_lora.system.errors import InputError
 from mlx_lora.training.losses import Arrays, plain_loss
 from mlx_lora.training.optim import build_optimizer, clip_scale, learning_rate_schedule
 from mlx_lora.training.step import Step
@@ -29,7 +29,7 @@ FACTORS = frozenset({"lora_a", "lora_b"})
 def adapted(bits: int | None = None, seed: int = 0, move_b: bool = True) -> nn.Module:
     model = tiny_model(seed)
     if bits:
-        quantised(model, bits)
+        quantized(model, bits)
         use_measured_matmul(model)
     inject(model, select_targets(model).paths, rank=4, scale=2.0, seed=seed)
     if move_b:  # a zero lora_b hides every gradient of lora_a
@@ -224,7 +224,7 @@ def test_schedules_warm_up_peak_and_end():
         rates(10, warmup=20)
 
 
-def test_quantised_paths_agree_in_value_and_gradient():
+def test_quantized_paths_agree_in_value_and_gradient():
     for bits, mode, group in (
         (2, "affine", 32),
         (3, "affine", 64),

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
 
-from mlx_lora.config import DataSettings
-from mlx_lora.data import encode, loading, store
+from mlx_lora.data import encode, loading
+from mlx_lora.data import encoded_cache as store
 from mlx_lora.data.encode import EncodedSet, Encoder
+from mlx_lora.data.encoded_cache import entry_folder, read_entry, write_entry
 from mlx_lora.data.loading import load_data, load_eval_set
-from mlx_lora.data.store import entry_folder, read_entry, write_entry
-from mlx_lora.errors import InputError
+from mlx_lora.settings.config import DataSettings
+from mlx_lora.system.errors import InputError
 
 
 @pytest.fixture

@@ -12,10 +12,11 @@ from conftest import write_folder
 from made_results import made_entry, made_rates
 from run_cli import run
 
-from mlx_lora.suite import machine, running
+from mlx_lora.suite import machine_facts as machine
+from mlx_lora.suite import running
 from mlx_lora.suite.energy import POWER, EnergyMeter
 from mlx_lora.suite.figures import run_figures, spread
-from mlx_lora.suite.models import MODELS
+from mlx_lora.suite.fresh_process import run_process
 from mlx_lora.suite.prediction import (
     batches_of,
     listed_flops,
@@ -26,11 +27,11 @@ from mlx_lora.suite.prediction import (
     predict_sizes,
     typical_batches,
 )
-from mlx_lora.suite.processes import run_process
 from mlx_lora.suite.rates import measure_rates
 from mlx_lora.suite.result import read_result
 from mlx_lora.suite.running import Length, run_workload, train_command
 from mlx_lora.suite.schema import RATES, _check
+from mlx_lora.suite.workload_models import MODELS
 from mlx_lora.suite.workloads import FORMS, TIERS, WORKLOADS, choose_workloads, digest_of
 
 BY_NAME = {one.name: one for one in WORKLOADS}
@@ -119,7 +120,7 @@ def test_larger_chips_are_predicted_to_be_faster():
     assert too_large["M1 Max"]["fits"]
 
 
-def test_utilisation_counts_no_repeats_and_no_padding():
+def test_utilization_counts_no_repeats_and_no_padding():
     where, ceilings = measured_machine(DEVICE, PROBE["rates"]["ceilings"])
     batches = typical_batches(CHAT)
     plain = predict(CHAT, where, ceilings, batches)["flops_per_token"]

@@ -10,8 +10,8 @@ from made_results import made_entry, made_result, write
 from run_cli import run
 
 from mlx_lora.artifacts.bars import Bar, bar_chart
-from mlx_lora.suite.page import write_page
 from mlx_lora.suite.result import read_results
+from mlx_lora.suite.results_page import write_page
 from mlx_lora.suite.workloads import WORKLOADS
 
 EVIL = "<script>alert(1)</script> & \"'"

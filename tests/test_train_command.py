@@ -16,7 +16,7 @@ import yaml
 from conftest import tiny_model, write_folder
 from run_cli import run
 
-from mlx_lora.config import LoopSettings
+from mlx_lora.settings.config import LoopSettings
 from mlx_lora.training.interrupts import interrupt_flag
 from mlx_lora.training.trainer import report_interval
 

@@ -17,10 +17,10 @@ from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
-from mlx_lora.errors import InputError
-from mlx_lora.memory import tile_shape
 from mlx_lora.models.attention import tiled_attention
 from mlx_lora.models.folder import is_foreign
+from mlx_lora.planner.memory import tile_shape
+from mlx_lora.system.errors import InputError
 from mlx_lora.training.losses import PLAIN, Arrays, choose_loss, plain_loss
 from mlx_lora.training.step import Step
 from mlx_lora.training.trial import choose_step_form

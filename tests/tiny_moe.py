@@ -37,8 +37,8 @@ def tiny_moe(kind: str, seed: int = 0) -> tuple[nn.Module, dict]:
     return model, config
 
 
-def with_quantised_experts(model: nn.Module, config: dict, layout: dict | None = None) -> tuple[nn.Module, dict]:
-    """Quantise the experts alone, as GPT-OSS is published; returns the model and its config."""
+def with_quantized_experts(model: nn.Module, config: dict, layout: dict | None = None) -> tuple[nn.Module, dict]:
+    """Quantize the experts alone, as GPT-OSS is published; returns the model and its config."""
     layout = layout or MXFP4
     nn.quantize(model, **layout, class_predicate=lambda path, module: isinstance(module, SwitchLinear))
     return model, {**config, "quantization": layout}

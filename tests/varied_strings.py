@@ -56,7 +56,7 @@ FIXED = (
 )
 
 # Blocks for random code points; surrogates are no characters. The unassigned planes 4 to 13 are left out: SmolLM2
-# has no token for their first byte, and where llama.cpp keeps a hole the `tokenizers` BPE joins its neighbours.
+# has no token for their first byte, and where llama.cpp keeps a hole the `tokenizers` BPE joins its neighbors.
 BLOCKS = (
     (0x20, 0x7E),
     (0x00, 0x2FF),

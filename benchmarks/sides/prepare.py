@@ -20,18 +20,18 @@ import numpy as np
 from mlx.utils import tree_flatten
 from shared import read_job, write_result
 
-from mlx_lora import device
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.config import DataSettings, ModelSettings
 from mlx_lora.data.encode import EncodedSet, Encoder
 from mlx_lora.data.formats import Completion, Conversation, Example, FormatError, Text, parse_record
 from mlx_lora.data.loading import load_data
 from mlx_lora.data.templates import resolve_template
-from mlx_lora.errors import InputError
 from mlx_lora.models.load import load_base
+from mlx_lora.settings.config import DataSettings, ModelSettings
 from mlx_lora.sources.records import BadRow, read_records
 from mlx_lora.sources.splits import find_splits
+from mlx_lora.system import device
+from mlx_lora.system.errors import InputError
 
 # Large enough that a factor lost, swapped or scaled wrongly moves the loss far past the tolerance.
 PERTURBATION = 0.05
@@ -139,7 +139,7 @@ def main() -> None:
     machine = device.current_device()
     facts = {
         "model": base.describe(),
-        "quantised": base.quantisation is not None,
+        "quantized": base.quantization is not None,
         "parameters_bytes": sum(p.nbytes for p in parameters),
         "device": {"name": machine.name, "backend": machine.backend, "memory_bytes": machine.memory_bytes},
         "blas": {"name": mlx_lora.BLAS.name, "fast": mlx_lora.BLAS.fast, "gemm_gflops": gemm_gflops()},

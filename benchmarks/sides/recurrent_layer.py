@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from mlx_lora import device  # loads the BLAS, so it comes before mlx
+from mlx_lora.system import device  # `mlx_lora` loads the BLAS, so it comes before mlx
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn

@@ -9,10 +9,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.forms import ADAPTERS, adapter_class, base_of
-from mlx_lora.adapters.init import kaiming_factors, normal_factors, path_key, principal_factors
+from mlx_lora.adapters.initial_factors import kaiming_factors, normal_factors, path_key, principal_factors
 from mlx_lora.adapters.layers import TRAINED
-from mlx_lora.adapters.parts import EMBEDDING, QUANTISED, SWITCH, base_dims, dense_weight, with_weight
-from mlx_lora.errors import InputError
+from mlx_lora.adapters.parts import EMBEDDING, QUANTIZED, SWITCH, base_dims, dense_weight, with_weight
+from mlx_lora.system.errors import InputError
 
 BIASES = ("none", "lora_only", "all")
 
@@ -105,7 +105,7 @@ def fresh_factors(path: str, layer: nn.Module, seed: int) -> tuple[mx.array, mx.
 
 
 def train_in_full(model: nn.Module, paths: tuple[str, ...]) -> None:
-    """Make all weights of these modules trainable; a quantised one becomes dense, for packed numbers have no gradient.
+    """Make all weights of these modules trainable; a quantized one becomes dense, for packed numbers have no gradient.
 
     Args:
         model: frozen but for its adapters; changed in place.
@@ -122,7 +122,7 @@ def train_in_full(model: nn.Module, paths: tuple[str, ...]) -> None:
 
 
 def _packed(module: nn.Module) -> bool:
-    return isinstance(module, QUANTISED)
+    return isinstance(module, QUANTIZED)
 
 
 def train_biases(model: nn.Module, which: str) -> None:

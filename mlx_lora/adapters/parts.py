@@ -7,12 +7,12 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_lora.models.matmul import MEASURED
-from mlx_lora.models.quantize import dequantised_weight
+from mlx_lora.models.quantize import dequantized_weight
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 SWITCH = (SwitchLinear, QuantizedSwitchLinear)
-QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
+QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 
 
 _PLAIN = {measured: plain for plain, measured in MEASURED.items()}
@@ -27,26 +27,26 @@ def is_exactly(module: nn.Module, kinds: tuple[type, ...]) -> bool:
 
 
 def base_dims(base: nn.Module) -> tuple[int, int]:
-    """Return (input width, output width) of a linear, expert or embedding base, quantised or not.
+    """Return (input width, output width) of a linear, expert or embedding base, quantized or not.
 
     A packed row holds in * bits / 32 words. The product is taken before the division: mlx-lm's DoRA
     divides first (`32 // bits`), which is wrong at 3, 5 and 6 bits.
     """
     rows, columns = base.weight.shape[-2:]
-    width = columns * 32 // base.bits if isinstance(base, QUANTISED) else columns
+    width = columns * 32 // base.bits if isinstance(base, QUANTIZED) else columns
     return (rows, width) if isinstance(base, EMBEDDING) else (width, rows)
 
 
 def dense_weight(base: nn.Module) -> mx.array:
     """Return the base's weight as floats: (out, in), of experts (E, out, in), of an embedding (vocabulary, width)."""
-    return dequantised_weight(base) if isinstance(base, QUANTISED) else base.weight
+    return dequantized_weight(base) if isinstance(base, QUANTIZED) else base.weight
 
 
 def with_weight(base: nn.Module, weight: mx.array) -> nn.Module:
     """Return a dense layer of the base's kind with this weight, and the base's bias and float dtype.
 
     Args:
-        base: linear, experts or embedding, quantised or not.
+        base: linear, experts or embedding, quantized or not.
         weight: as dense_weight gives it, any float dtype.
     """
     if isinstance(base, EMBEDDING):

@@ -11,9 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.adapters.forms import adapter_class
-from mlx_lora.adapters.methods import Method
 from mlx_lora.adapters.parts import LINEAR, SWITCH
-from mlx_lora.errors import InputError
+from mlx_lora.settings.methods import Method
+from mlx_lora.system.errors import InputError
 
 ALL_LINEAR = "all-linear"
 # What mlx-lm's mixtures call the layers that decide which experts a token goes to.

@@ -22,19 +22,19 @@ from mlx.utils import tree_flatten
 from mlx_lora import __version__
 from mlx_lora.adapters.forms import DORA, EMBEDDING_ADAPTERS, FORMS
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, train_in_full
-from mlx_lora.adapters.methods import PRESETS
 from mlx_lora.adapters.parts import is_parameter
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.adapter_config import own_problems, shape_problems
 from mlx_lora.artifacts.overlap import PRESENT, measure_overlap, share_present
 from mlx_lora.artifacts.peft import PeftAdapter, is_peft, read_peft
-from mlx_lora.errors import InputError
-from mlx_lora.files import replacing_file
 from mlx_lora.models.fingerprint import without_mark
 from mlx_lora.models.load import Base
 from mlx_lora.models.saving import save_tensors
-from mlx_lora.parsing import read_json
+from mlx_lora.settings.methods import PRESETS
 from mlx_lora.sources.safetensors import read_safetensors_header
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.files import replacing_file
+from mlx_lora.system.parsing import read_json
 
 WEIGHTS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"

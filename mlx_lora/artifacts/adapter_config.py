@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from mlx_lora.adapters.methods import PRESETS
+from mlx_lora.settings.methods import PRESETS
 
 MAX_RANK = 65536  # --rank's own bound
 MAX_KEYS = 10_000

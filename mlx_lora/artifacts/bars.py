@@ -25,7 +25,7 @@ class Bar:
         value: its length.
         predicted: drawn hollow and dashed: nobody measured it.
         low, high: spread, drawn as a whisker; None without.
-        color: which of the page's colours.
+        color: which of the page's colors.
         note: added to the tooltip.
         words: stand behind the bar instead of its value.
     """

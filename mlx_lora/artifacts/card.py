@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCardData
 
-from mlx_lora.adapters.methods import PRESETS
 from mlx_lora.artifacts.adapter import WEIGHTS_FILE, AdapterInfo
-from mlx_lora.files import replacing_file
 from mlx_lora.models.load import Base
-from mlx_lora.parsing import parse_json, parse_yaml
+from mlx_lora.settings.methods import PRESETS
 from mlx_lora.sources.hub import HUB_ID
 from mlx_lora.sources.safetensors import read_safetensors_header
+from mlx_lora.system.files import replacing_file
+from mlx_lora.system.parsing import parse_json, parse_yaml
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by mlx_lora, which replaces this file on its next run unless this line is gone. -->"
@@ -87,7 +87,7 @@ def write_card(
     if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return False
     # What the user calls the base of a PEFT adapter is a model that PEFT can load.
-    in_float = base_id is not None or not (base.quantisation or _is_gguf(info.base_model))
+    in_float = base_id is not None or not (base.quantization or _is_gguf(info.base_model))
     card = _Card(form, base, info, base_id or _hub_base(base, info), in_float, repo or "adapter")
     text = "\n".join([card.front_matter(), MARK, "", *card.description(facts), *card.usage(_ranks(folder)), ""])
     with replacing_file(path) as temporary:
@@ -120,7 +120,7 @@ class _Card:
     Attributes:
         form, base, info: as `write_card` has them.
         hub_base: the base's hub id, if it has one.
-        in_float: whether that is a model for transformers, not one quantised for MLX or a GGUF file.
+        in_float: whether that is a model for transformers, not one quantized for MLX or a GGUF file.
         place: of the adapter in commands: a hub id, or a folder's name.
     """
 
@@ -204,7 +204,7 @@ class _Card:
         if not self.in_float:
             model = FLOAT_MODEL
             lines += [
-                "The base is quantised for MLX here; transformers takes the float model that it was made from:",
+                "The base is quantized for MLX here; transformers takes the float model that it was made from:",
                 "",
             ]
         return lines + _block("python", *_peft_code(model, place, bool(self.base.hf_tokenizer.chat_template)))

@@ -21,11 +21,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora.errors import InputError
-from mlx_lora.files import replacing_folder, sha256_of
 from mlx_lora.models.saving import save_tensors
-from mlx_lora.parsing import read_json
 from mlx_lora.sources.safetensors import read_safetensors_header
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.files import replacing_folder, sha256_of
+from mlx_lora.system.parsing import read_json
 from mlx_lora.training.state import Position
 
 STATE_FILE, ARRAYS_FILE, LOCK_FILE = "state.json", "state.safetensors", ".lock"

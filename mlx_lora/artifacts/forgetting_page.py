@@ -10,7 +10,7 @@ from typing import Any
 from mlx_lora.artifacts.bars import Bar, bar_chart
 from mlx_lora.artifacts.page_template import COMMON, render_page
 from mlx_lora.artifacts.plots import perplexity
-from mlx_lora.files import replacing_file
+from mlx_lora.system.files import replacing_file
 
 
 def verdict_rows(facts: dict[str, Any]) -> list[dict[str, str]]:

@@ -23,10 +23,8 @@ from gguf import GGUFWriter, LlamaFileType
 
 from mlx_lora.adapters.forms import ADAPTERS, EMBEDDING_ADAPTERS, base_of
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.adapters.parts import EMBEDDING, QUANTISED, base_dims, dense_weight
+from mlx_lora.adapters.parts import EMBEDDING, QUANTIZED, base_dims, dense_weight
 from mlx_lora.data.templates import own_template
-from mlx_lora.errors import InputError
-from mlx_lora.files import check_writable, replacing_file
 from mlx_lora.models.fingerprint import FUSED_KEY, fused_mark, merge_mark
 from mlx_lora.models.gguf_arch import gguf_weights, text_model
 from mlx_lora.models.gguf_blocks import MXFP4, mxfp4_blocks
@@ -35,6 +33,8 @@ from mlx_lora.models.gguf_settings import gguf_settings
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import PackedWeight
 from mlx_lora.sources.tokenizer_vocabulary import tokenizer_metadata, tokenizer_vocabulary
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.files import check_writable, replacing_file
 
 # --gguf-type: what matrices become, and the number that says so in the file.
 TYPES = {
@@ -222,7 +222,7 @@ def _kind(source: Source, place: Weight, wanted: Kind, head: str) -> Kind:
 
 
 def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Source]]:
-    """Yield every parameter under its name without adapter and quantisation; nothing is computed yet.
+    """Yield every parameter under its name without adapter and quantization; nothing is computed yet.
 
     Raises:
         InputError: an embedding whose tied head is not adapted: one weight cannot be both.
@@ -246,7 +246,7 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Source]]:
             base = base_of(module)
             yield f"{path}.weight", Source(_weight_shape(base), _merged(base, module))
             yield from _others(path, base)
-        elif isinstance(module, QUANTISED):
+        elif isinstance(module, QUANTIZED):
             yield f"{path}.weight", Source(_weight_shape(module), _merged(module, None), _mxfp4(module))
             yield from _others(path, module)
         else:

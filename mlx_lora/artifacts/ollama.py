@@ -17,13 +17,13 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.artifacts.adapter import AdapterInfo
-from mlx_lora.artifacts.gguf import write_gguf_adapter
+from mlx_lora.artifacts.gguf_adapter import write_gguf_adapter
 from mlx_lora.artifacts.gguf_model import write_gguf_model
 from mlx_lora.data.sandbox import render_chat
 from mlx_lora.data.templates import own_template, prefix_tokens
-from mlx_lora.errors import InputError
-from mlx_lora.files import replacing_folder
 from mlx_lora.models.load import Base
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.files import replacing_folder
 
 Messages = list[dict[str, str]]
 MODELFILE = "Modelfile"
@@ -106,7 +106,7 @@ _PROBES: tuple[Messages, ...] = (_TURNS[:1], _TURNS)
 
 @dataclass(frozen=True)
 class Chat:
-    """A recognised chat template.
+    """A recognized chat template.
 
     Attributes:
         family: its form.
@@ -153,7 +153,7 @@ class Chat:
         return content.join(part.replace("{eos}", self.eos) for part in form.split("{}"))
 
 
-def recognise(tokenizer: PreTrainedTokenizerBase, template: str) -> Chat | None:
+def recognize(tokenizer: PreTrainedTokenizerBase, template: str) -> Chat | None:
     """Return the well-known form that a Jinja chat template renders, or None.
 
     Args:
@@ -280,7 +280,7 @@ def _chat_lines(tokenizer: PreTrainedTokenizerBase, template: str | None) -> tup
     """Return the Modelfile's lines about chats, and what to tell the user."""
     if template is None:
         return [], ["the model has no chat template, so the Modelfile has none: Ollama passes prompts on as they are"]
-    chat = recognise(tokenizer, template)
+    chat = recognize(tokenizer, template)
     # Ollama runs what stands in {{ }}, and three quotes end a text: a tokenizer's own tokens must hold neither.
     parts = () if chat is None else (chat.system or "", chat.eos, chat.before)
     if chat is None or any(mark in part for mark in ('"""', "{{", "}}") for part in parts):

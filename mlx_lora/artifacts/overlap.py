@@ -1,11 +1,11 @@
-"""Finds out whether an adapter is in its base already, whoever put it there and however it was quantised since.
+"""Finds out whether an adapter is in its base already, whoever put it there and however it was quantized since.
 
 Norms and biases name a base (models/fingerprint.py), and fusing changes neither; a folder that another program fused
 carries no mark. But the update D itself is known. With the adapter its base's share along D is stored:
 
     share(W) = <W, D> / <D, D>          share(W + D) = share(W) + 1
 
-Rounding and quantising W add noise that knows nothing of D: of standard deviation s / |D| for a noise of s per
+Rounding and quantizing W add noise that knows nothing of D: of standard deviation s / |D| for a noise of s per
 number, a few thousandths over the rows sampled here. An update too small to tell from that noise is not judged.
 
 Shapes: n rows of a layer, r rank.
@@ -20,11 +20,11 @@ import mlx.nn as nn
 
 from mlx_lora.adapters.forms import EMBEDDING_ADAPTERS, EXPERT_ADAPTERS
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.adapters.parts import QUANTISED
+from mlx_lora.adapters.parts import QUANTIZED
 
 LAYERS, ROWS = 8, 1024  # looked at, of each adapter: next to nothing to compute
-PRESENT = 0.5  # of the update in the weights; quantised bases swallow some of it
-# Of a quantised weight, relative to its size, by bits; a float one may have been quantised to four in between.
+PRESENT = 0.5  # of the update in the weights; quantized bases swallow some of it
+# Of a quantized weight, relative to its size, by bits; a float one may have been quantized to four in between.
 NOISE = {2: 0.45, 3: 0.2}
 LEAST_NOISE = 0.1
 MOST_DEVIATION = 0.1  # of the share by noise; five of these are PRESENT
@@ -34,7 +34,7 @@ def measure_overlap(model: nn.Module) -> dict[str, float]:
     """Return how an adapted model's weights lie along its update.
 
     Returns:
-        `inner` <W, D> and `size` <D, D>, and `noise`, the mean square of what quantising may have added to W, all over
+        `inner` <W, D> and `size` <D, D>, and `noise`, the mean square of what quantizing may have added to W, all over
         the sampled rows, to six digits; empty without linear layers whose update is not zero.
     """
     layers = [
@@ -57,14 +57,14 @@ def _sums(layer: nn.Module) -> mx.array:
     base = layer.linear
     names = [name for name in ("weight", "scales", "biases") if name in base]
     rows = [base[name][:ROWS] for name in names]
-    if isinstance(base, QUANTISED):
+    if isinstance(base, QUANTIZED):
         weight = mx.dequantize(*rows, group_size=base.group_size, bits=base.bits, mode=base.mode)
     else:
         weight = rows[0]
     weight = weight.astype(mx.float32)  # (n, in)
     a, b = layer.plain_factors()  # (in, r), (r, out)
     update = layer.scale * (b.T[: len(weight)] @ a.T)  # (n, in)
-    noise = NOISE.get(base.bits, LEAST_NOISE) if isinstance(base, QUANTISED) else LEAST_NOISE
+    noise = NOISE.get(base.bits, LEAST_NOISE) if isinstance(base, QUANTIZED) else LEAST_NOISE
     squares = noise**2 * mx.square(weight).sum()
     return mx.stack([(weight * update).sum(), mx.square(update).sum(), squares, mx.array(float(weight.size))])
 

@@ -35,22 +35,22 @@ import regex
 from mlx_lora.adapters.dora import DoRAEmbedding
 from mlx_lora.adapters.forms import DORA, EMBEDDING_ADAPTERS, EXPERT_ADAPTERS, adapter_class
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.adapters.parts import EMBEDDING, QUANTISED, SWITCH, base_dims, dense_weight
+from mlx_lora.adapters.parts import EMBEDDING, QUANTIZED, SWITCH, base_dims, dense_weight
 from mlx_lora.artifacts.adapter_config import peft_problems
 from mlx_lora.artifacts.peft_experts import PLACES, expert_tensors, take_experts
 from mlx_lora.artifacts.peft_families import check_reached, folded_rows
 from mlx_lora.artifacts.peft_full import full_for_peft, full_problems, full_tensors, full_values
 from mlx_lora.artifacts.peft_names import COPY, PREFIX, TENSOR, own_path, peft_path
-from mlx_lora.errors import InputError
-from mlx_lora.files import replacing_file
 from mlx_lora.models.quantize import relative_error
 from mlx_lora.models.saving import save_tensors
 from mlx_lora.sources.safetensors import read_safetensors_header
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.files import replacing_file
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
-# How far a saved copy of a base weight may be from ours, in 16 bits or quantised.
-FLOAT_COPY, QUANTISED_COPY = 0.02, 0.3
+# How far a saved copy of a base weight may be from ours, in 16 bits or quantized.
+FLOAT_COPY, QUANTIZED_COPY = 0.02, 0.3
 PATTERN_S = 1.0  # to match one of a config's patterns with one layer's name; it takes microseconds
 
 # Settings that change what the adapter computes, in ways that plain factors do not hold.
@@ -64,7 +64,7 @@ UNSUPPORTED = {
     "megatron_config": "Megatron layers",
     "arrow_config": "routed adapters",
 }
-# Initialisations that change the base as well: such factors fit no base that others have.
+# Initializations that change the base as well: such factors fit no base that others have.
 CHANGES_BASE = re.compile(r"pissa.*|olora|loftq|corda|lora_ga")
 
 
@@ -364,7 +364,7 @@ def _copy_problems(copies: dict[str, str], stored: dict[str, mx.array], modules:
         path = path or next(p for p in modules if p.endswith("embed_tokens"))
         base, copied = modules[path], stored[name]
         weight, folded = dense_weight(base), folded_rows(modules[""], path, len(copied))
-        allowed = QUANTISED_COPY if isinstance(base, QUANTISED) else FLOAT_COPY
+        allowed = QUANTIZED_COPY if isinstance(base, QUANTIZED) else FLOAT_COPY
         if copied.shape != weight.shape:
             problems.append(f"{name} is {copied.shape}, the model's is {weight.shape}: a resized vocabulary")
         elif relative_error(copied if folded is None else copied * folded, weight) > allowed:

@@ -25,7 +25,7 @@ import mlx.nn as nn
 
 from mlx_lora.adapters.moe import LoRASwitchLinear
 from mlx_lora.adapters.parts import base_dims
-from mlx_lora.errors import InputError
+from mlx_lora.system.errors import InputError
 
 
 @dataclass(frozen=True)

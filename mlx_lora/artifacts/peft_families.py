@@ -17,7 +17,7 @@ from collections.abc import Iterable
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.errors import InputError
+from mlx_lora.system.errors import InputError
 
 _DIRECT = "transformers multiplies by its weight directly, where an adapter of PEFT's is not seen"
 _SPLIT = "it is part of a larger matrix in transformers"

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.parts import QUANTISED, dense_weight, is_parameter
+from mlx_lora.adapters.parts import QUANTIZED, dense_weight, is_parameter
 from mlx_lora.artifacts.peft_families import folded_rows
 from mlx_lora.artifacts.peft_names import BIAS, PREFIX, TENSOR, own_path, peft_path
 
@@ -52,7 +52,7 @@ def full_problems(
             problems.append(f"{layer}.{leaf} is not in the model")
             continue
         base = modules[path]
-        needed = dense_weight(base).shape if leaf == "weight" and isinstance(base, QUANTISED) else base[leaf].shape
+        needed = dense_weight(base).shape if leaf == "weight" and isinstance(base, QUANTIZED) else base[leaf].shape
         if tuple(header[name]["shape"]) != needed:
             problems.append(f"{layer}.{leaf} is {tuple(header[name]['shape'])}, the model needs {needed}")
         if tied and layer.endswith("embed_tokens") and "lm_head" not in layers:

@@ -1,6 +1,6 @@
 """Line charts as SVG text, for pages that need no network and no script.
 
-Colours, fonts and the dark form come from the page's style sheet, by class: a page has one look.
+Colors, fonts and the dark form come from the page's style sheet, by class: a page has one look.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _short(value: float) -> str:
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Average neighbours until there are few enough points to draw."""
+    """Average neighbors until there are few enough points to draw."""
     size = math.ceil(len(points) / MOST_POINTS) if points else 1
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]

@@ -14,14 +14,14 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
-from mlx_lora.errors import InputError, RunError, first_line
 from mlx_lora.sources.hub import HUB_ID, REQUEST_ERRORS
+from mlx_lora.system.errors import InputError, RunError, first_line
 
 # What the hub's answer means, and what to do.
 REFUSALS = {
     401: "no token, or one that the hub does not know; run `hf auth login`, or set HF_TOKEN",
     403: "the token may not write there; use one with write access to that name",
-    404: "no such user or organisation, or the token may not see it; check the name and `hf auth whoami`",
+    404: "no such user or organization, or the token may not see it; check the name and `hf auth whoami`",
 }
 
 

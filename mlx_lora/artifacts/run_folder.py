@@ -28,13 +28,13 @@ from mlx_lora.artifacts.checkpoint import (
     write_checkpoint,
 )
 from mlx_lora.artifacts.run_report import FACTS_FILE, REPORT_FILE
-from mlx_lora.config import LoopSettings, TrainSettings
-from mlx_lora.config_checks import is_day
 from mlx_lora.data.batches import BatchPlan
-from mlx_lora.distributed import Ranks, leads
-from mlx_lora.errors import InputError, RunError
-from mlx_lora.files import check_writable, replacing_file
-from mlx_lora.parsing import parse_yaml
+from mlx_lora.settings.checks import is_day
+from mlx_lora.settings.config import LoopSettings, TrainSettings
+from mlx_lora.system.distributed import Ranks, leads
+from mlx_lora.system.errors import InputError, RunError
+from mlx_lora.system.files import check_writable, replacing_file
+from mlx_lora.system.parsing import parse_yaml
 from mlx_lora.training.state import Diverged, Position, finite, restore_arrays, run_arrays
 from mlx_lora.training.step import Step
 

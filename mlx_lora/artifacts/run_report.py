@@ -18,7 +18,7 @@ import yaml
 
 from mlx_lora.artifacts.page_template import render_page
 from mlx_lora.artifacts.plots import Series, line_chart, number, perplexity
-from mlx_lora.files import replacing_file
+from mlx_lora.system.files import replacing_file
 
 REPORT_FILE, FACTS_FILE = "report.html", "report.json"
 PAGES = Path(__file__).parent / "pages"

@@ -1,6 +1,6 @@
 """Examples -> token ids and an exact loss mask, as flat arrays.
 
-Shapes: N tokens of all rows together, R rows. Each text is tokenised once, whole, and character spans
+Shapes: N tokens of all rows together, R rows. Each text is tokenized once, whole, and character spans
 become token masks by the tokenizer's own alignment; a token that holds any trained character is trained.
 """
 
@@ -22,7 +22,7 @@ from mlx_lora.data.panics import tokenizer_panics
 from mlx_lora.data.render import Rendered, Renderer, Rendering
 from mlx_lora.data.sandbox import CLOCK
 from mlx_lora.data.templates import prefix_tokens
-from mlx_lora.errors import InputError
+from mlx_lora.system.errors import InputError
 
 BATCH_ROWS = 1000
 
@@ -320,7 +320,7 @@ def token_range(encoding: Encoding, span: tuple[int, int], text_chars: int) -> t
         text_chars: Length of the text.
     """
     start, end = span
-    # A normaliser may drop characters, which then belong to no token: go on to the next one.
+    # A normalizer may drop characters, which then belong to no token: go on to the next one.
     held = (token for char in range(start, end) if (token := encoding.char_to_token(char)) is not None)
     first = next(held, None)
     if first is None:

@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.config import DataSettings
+from mlx_lora.data.data_report import MAX_LISTED, DataReport, DroppedRow, Place, SplitReport, example_pieces, reasons
 from mlx_lora.data.encode import Encoded, EncodedSet, Encoder
+from mlx_lora.data.encoded_cache import entry_folder, read_entry, write_entry
 from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, Example, FormatError, Text
 from mlx_lora.data.formats import parse_record
-from mlx_lora.data.report import MAX_LISTED, DataReport, DroppedRow, Place, SplitReport, example_pieces, reasons
 from mlx_lora.data.split import content_key, cut_text, hold_out
-from mlx_lora.data.store import entry_folder, read_entry, write_entry
 from mlx_lora.data.templates import resolve_template, shows_date
-from mlx_lora.errors import InputError
-from mlx_lora.files import one_at_a_time
+from mlx_lora.settings.config import DataSettings
 from mlx_lora.sources.records import BadRow, check_file, read_records
 from mlx_lora.sources.splits import find_splits
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.files import one_at_a_time
 
 TELL_AFTER_S = 2.0  # a shorter encoding needs no word
 TELL_EVERY_S = 10.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mlx_lora.errors import InputError
+from mlx_lora.system.errors import InputError
 
 
 @contextmanager

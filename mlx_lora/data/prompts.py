@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.panics import tokenizer_panics
 from mlx_lora.data.sandbox import render_chat
-from mlx_lora.errors import InputError
+from mlx_lora.system.errors import InputError
 
 
 def encode_prompt(

@@ -50,7 +50,7 @@ ADVICE = "; use --chat-template chatml, which has tools"
 
 @dataclass(frozen=True)
 class Rendered:
-    """A text to tokenise, what of it is trained, and whether the end token is to follow (and be trained)."""
+    """A text to tokenize, what of it is trained, and whether the end token is to follow (and be trained)."""
 
     text: str
     spans: list[Span]

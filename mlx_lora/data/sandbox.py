@@ -26,8 +26,8 @@ import jinja2.sandbox
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from mlx_lora import process
-from mlx_lora.errors import InputError
+from mlx_lora.system import process
+from mlx_lora.system.errors import InputError
 
 MAX_TEMPLATE_CHARACTERS = 500_000  # the longest published ones have 30,000
 MAX_SIZE = 10_000_000  # characters or items that one operation may make

@@ -9,7 +9,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.sandbox import DATE_FUNCTION, MAX_TEMPLATE_CHARACTERS, render_chat
-from mlx_lora.errors import InputError
+from mlx_lora.system.errors import InputError
 
 BUILT_IN = ("alpaca", "chatml")
 PROBE = [{"role": "user", "content": "x"}]

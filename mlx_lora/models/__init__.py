@@ -1,1 +1,1 @@
-"""The only door to mlx-lm's architectures: loading, heads, quantised weights."""
+"""The only door to mlx-lm's architectures: loading, heads, quantized weights."""

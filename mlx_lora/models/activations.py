@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_lora import device
+from mlx_lora.system import device
 
 
 def lean_swiglu(keep_sigmoid: bool, gate: mx.array, up: mx.array) -> mx.array:

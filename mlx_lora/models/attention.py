@@ -20,8 +20,8 @@ from itertools import pairwise
 
 import mlx.core as mx
 
-from mlx_lora import device
-from mlx_lora.memory import MAX_KEPT_KEYS, TILE_QUERIES
+from mlx_lora.planner.memory import MAX_KEPT_KEYS, TILE_QUERIES
+from mlx_lora.system import device
 
 
 @dataclass(frozen=True)

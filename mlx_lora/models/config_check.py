@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.errors import InputError
+from mlx_lora.system.errors import InputError
 
 MOST_BLOCKS = 4096  # the deepest published models have a few hundred
 MOST_REPEATS = 1 << 16  # of experts, groups, heads: what mlx-lm counts through

@@ -8,14 +8,14 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_lora.device import compute_dtype
-from mlx_lora.errors import InputError
 from mlx_lora.models.converting import cast_model, load_float_model
 from mlx_lora.models.folder import load_weights
 from mlx_lora.models.matmul import use_measured_matmul
 from mlx_lora.models.perplexity import measure_text_loss
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.sources.hub import ModelSource
+from mlx_lora.system.device import compute_dtype
+from mlx_lora.system.errors import InputError
 
 REPORT_TOKENS = 2048
 

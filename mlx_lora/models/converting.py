@@ -2,7 +2,7 @@
 
     source -> what to make of its weights -> weights, config, tokenizer in a temporary folder -> out
 
-GGUF blocks are carried over as they are unless told otherwise; a Hugging Face model is quantised to 4 bits.
+GGUF blocks are carried over as they are unless told otherwise; a Hugging Face model is quantized to 4 bits.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora.cache import cache_dir
-from mlx_lora.errors import InputError
-from mlx_lora.files import check_writable, one_at_a_time, replacing_folder, sha256_of
 from mlx_lora.models.fingerprint import fused_mark
 from mlx_lora.models.folder import FOREIGN_ERRORS, complete_module, import_architecture, load_weights
 from mlx_lora.models.gguf_arch import model_config, weight_map
 from mlx_lora.models.gguf_weights import Imported, Target, check_shapes, import_weights
-from mlx_lora.models.quantize import Quantisation, dequantise_model, quantise_model
+from mlx_lora.models.quantize import Quantization, dequantize_model, quantize_model
 from mlx_lora.models.saving import ShardWriter, check_out, write_json
-from mlx_lora.sources.gguf import read_gguf
+from mlx_lora.sources.gguf_reader import read_gguf
 from mlx_lora.sources.gguf_tokenizer import write_tokenizer
 from mlx_lora.sources.hub import ModelSource
 from mlx_lora.sources.spm_tokenizer import write_tokenizer_from_spm
+from mlx_lora.system.cache import cache_dir
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.files import check_writable, one_at_a_time, replacing_folder, sha256_of
 
 # Part of the cache key of converted GGUF files: raise it when the same file would convert differently.
 _FORMAT = 1
-# Everything beside weights and config that a model folder needs or owes: tokenizer, templates, licence.
+# Everything beside weights and config that a model folder needs or owes: tokenizer, templates, license.
 _SIDE_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "chat_template*", "*.jinja", "*.tiktoken", "generation_config.json", "LICENSE*", "NOTICE*", "*.py",
@@ -52,8 +52,8 @@ class Conversion:
 
     Attributes:
         model_type: mlx-lm's.
-        lossless, requantised, floats: tensors (layers, for a Hugging Face source) by treatment.
-        errors: source type -> relative error of each tensor quantised anew.
+        lossless, requantized, floats: tensors (layers, for a Hugging Face source) by treatment.
+        errors: source type -> relative error of each tensor quantized anew.
         skipped: layers left in float because their width does not divide into groups.
         size_bytes: of all tensors written.
         n_values: weights, as counted before packing.
@@ -62,7 +62,7 @@ class Conversion:
 
     model_type: str
     lossless: int = 0
-    requantised: int = 0
+    requantized: int = 0
     floats: int = 0
     errors: dict[str, list[float]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
@@ -103,7 +103,7 @@ def convert_model(
         target: what to make of the weights; None: a GGUF file's own blocks, else 4 bits in groups of 64.
         dtype: of float weights, norms, scales and biases.
         force: replace an existing model folder.
-        measure: compute quantisation errors for a Hugging Face source too (reads all weights into memory).
+        measure: compute quantization errors for a Hugging Face source too (reads all weights into memory).
         trust_remote_code: let a Hugging Face folder run its own model code.
 
     Raises:
@@ -133,8 +133,8 @@ def _least_bytes(source: ModelSource, target: Target | None) -> int:
     """Return a lower bound of what will be written, from file sizes alone: a float source holds 32 bits at most."""
     files = [source.path] if source.path.is_file() else source.path.glob("*.safetensors")
     size = sum(file.stat().st_size for file in files)
-    bits = target.bits if isinstance(target, Quantisation) else 4 if target is None else 32
-    return size * bits // 32 if source.kind == "folder" or isinstance(target, Quantisation) else size
+    bits = target.bits if isinstance(target, Quantization) else 4 if target is None else 32
+    return size * bits // 32 if source.kind == "folder" or isinstance(target, Quantization) else size
 
 
 def cached_gguf_folder(source: ModelSource) -> Path:
@@ -154,7 +154,7 @@ def cached_gguf_folder(source: ModelSource) -> Path:
 
 
 def load_float_model(source: ModelSource, dtype: mx.Dtype, trust_remote_code: bool = False) -> nn.Module:
-    """Load a source's weights unquantised, whatever it holds: the reference of a conversion."""
+    """Load a source's weights unquantized, whatever it holds: the reference of a conversion."""
     if source.kind == "gguf":
         file = read_gguf(source.path)
         config = model_config(file)
@@ -163,7 +163,7 @@ def load_float_model(source: ModelSource, dtype: mx.Dtype, trust_remote_code: bo
         model.load_weights([item for tensor in imported for item in tensor.parameters.items()])
         return model
     model, config = load_weights(source.path, trust_remote_code)
-    model, _ = dequantise_model(model, config)
+    model, _ = dequantize_model(model, config)
     cast_model(model, dtype)
     return model
 
@@ -226,7 +226,7 @@ def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.D
     check_shapes(str(file.path), file.tensors, places, shapes)
     write_tokenizer(file.metadata, folder)
     conversion, writer = Conversion(config["model_type"]), ShardWriter(folder)
-    layouts: dict[str, Quantisation] = {}
+    layouts: dict[str, Quantization] = {}
     for tensor in import_weights(file.tensors, places, target, dtype):
         writer.add(tensor.parameters)
         place = places[tensor.source]
@@ -235,7 +235,7 @@ def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.D
         if tensor.form is not None:
             layouts |= dict.fromkeys(place.layers, tensor.form)
     conversion.size_bytes = writer.close()
-    config |= quantisation_entries(layouts)
+    config |= quantization_entries(layouts)
     config["torch_dtype"] = str(dtype).removeprefix("mlx.core.")
     config["mlx_lora"] = _provenance(source, conversion, config) | {"sha256": sha256_of(source.path)}
     write_json(folder / "config.json", config)
@@ -251,11 +251,11 @@ def _count(conversion: Conversion, tensor: Imported, could_pack: bool) -> None:
     elif tensor.lossless:
         conversion.lossless += 1
     else:
-        conversion.requantised += 1
+        conversion.requantized += 1
         conversion.errors.setdefault(tensor.source_type, []).append(tensor.error)
 
 
-def quantisation_entries(layouts: dict[str, Quantisation]) -> dict[str, Any]:
+def quantization_entries(layouts: dict[str, Quantization]) -> dict[str, Any]:
     """Return config.json's `quantization`: the commonest form, then every layer's own."""
     if not layouts:
         return {}
@@ -275,19 +275,19 @@ def _convert_folder(
     model, config = load_weights(source.path, trust_remote_code)
     if target is None:
         if "quantization" in config or "quantization_config" in config:
-            choice = "give --bits to quantise it anew, or --no-quantize to make it float"
-            raise InputError(f"{source.path}: already quantised; {choice}")
-        target = Quantisation(4, 64)
-    model, config = dequantise_model(model, config)
+            choice = "give --bits to quantize it anew, or --no-quantize to make it float"
+            raise InputError(f"{source.path}: already quantized; {choice}")
+        target = Quantization(4, 64)
+    model, config = dequantize_model(model, config)
     cast_model(model, dtype)
     names = tree_flatten(model.parameters())
     conversion = Conversion(config["model_type"], n_values=sum(array.size for _, array in names))
-    if isinstance(target, Quantisation):
-        model, config, conversion.skipped, errors = quantise_model(model, config, target, measure=measure)
+    if isinstance(target, Quantization):
+        model, config, conversion.skipped, errors = quantize_model(model, config, target, measure=measure)
         conversion.errors = {"float": list(errors.values())} if errors else {}
     parameters = dict(tree_flatten(model.parameters()))
-    conversion.requantised = sum(name.endswith(".scales") for name in parameters)
-    conversion.floats = len(names) - conversion.requantised
+    conversion.requantized = sum(name.endswith(".scales") for name in parameters)
+    conversion.floats = len(names) - conversion.requantized
     writer = ShardWriter(folder)
     del model, names
     for name in list(parameters):  # handed over one by one, so that a written shard's arrays are freed
@@ -300,7 +300,7 @@ def _convert_folder(
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, templates and licence; a SentencePiece-only tokenizer gets a tokenizer.json as well."""
+    """Copy tokenizer, templates and license; a SentencePiece-only tokenizer gets a tokenizer.json as well."""
     for pattern in _SIDE_FILES:
         for file in source.glob(pattern):
             if file.is_file():
@@ -318,7 +318,7 @@ def _provenance(source: ModelSource, conversion: Conversion, config: dict[str, A
         "revision": source.revision,
         "carried": {
             "lossless": conversion.lossless,
-            "requantised": conversion.requantised,
+            "requantized": conversion.requantized,
             "float": conversion.floats,
         },
     }

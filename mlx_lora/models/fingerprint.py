@@ -1,6 +1,6 @@
-"""Names a base model by what no quantisation touches, so that a QLoRA adapter still knows its float base.
+"""Names a base model by what no quantization touches, so that a QLoRA adapter still knows its float base.
 
-0123456789abcdef               a model as it was published, at any quantisation and dtype
+0123456789abcdef               a model as it was published, at any quantization and dtype
 0123456789abcdef+89abcdef      with an adapter fused into it: its vectors are the base's, its matrices are not
 """
 
@@ -18,10 +18,10 @@ FUSED_KEY = "mlx_lora.fused"  # in a GGUF file's metadata
 
 
 def base_fingerprint(model: nn.Module, config: dict[str, Any]) -> str:
-    """Return 16 hex digits that are equal for one model at every quantisation and dtype, and what is fused into it.
+    """Return 16 hex digits that are equal for one model at every quantization and dtype, and what is fused into it.
 
     Hashed are the model type and every one-dimensional float parameter (norm weights, biases of norms)
-    rounded to bfloat16: converters quantise matrices and leave these. Two fine-tunes of one base differ
+    rounded to bfloat16: converters quantize matrices and leave these. Two fine-tunes of one base differ
     in them, so their adapters are kept apart. Adapter factors are two-dimensional and do not count.
 
     Args:

@@ -15,10 +15,10 @@ from huggingface_hub.errors import StrictDataclassError
 from mlx_lm.utils import load_model
 
 import mlx_lora
-from mlx_lora.errors import InputError
 from mlx_lora.models.config_check import check_config
-from mlx_lora.parsing import read_json
 from mlx_lora.sources.safetensors import read_safetensors_header
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.parsing import read_json
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 OURS = Path(mlx_lora.__file__).parent

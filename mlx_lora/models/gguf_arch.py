@@ -10,7 +10,6 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_lora.errors import InputError
 from mlx_lora.models.fingerprint import FUSED_KEY
 from mlx_lora.models.gguf_dense import GEMMA3, LLAMA, PHI3, QWEN2, QWEN3
 from mlx_lora.models.gguf_experts import GPT_OSS, QWEN3_MOE
@@ -19,7 +18,8 @@ from mlx_lora.models.gguf_gemma4 import GEMMA4
 from mlx_lora.models.gguf_hybrid import LFM2, QWEN35, QWEN35_MOE
 from mlx_lora.models.gguf_keys import Settings, shared_fields
 from mlx_lora.models.gguf_places import Weight
-from mlx_lora.sources.gguf import GGUFFile
+from mlx_lora.sources.gguf_reader import GGUFFile
+from mlx_lora.system.errors import InputError
 
 ARCHITECTURES: dict[str, Family] = {
     "llama": LLAMA,
@@ -55,7 +55,7 @@ def gguf_architecture(file: GGUFFile) -> Family:
 
 
 def model_config(file: GGUFFile) -> dict[str, Any]:
-    """Return the config.json that mlx-lm builds this file's model from, without quantisation.
+    """Return the config.json that mlx-lm builds this file's model from, without quantization.
 
     Raises:
         InputError: naming every setting that is missing or that mlx-lm's model cannot express.

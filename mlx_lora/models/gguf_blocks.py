@@ -1,6 +1,6 @@
-"""Unpack GGUF blocks into MLX's affine layout, or requantise the ones MLX cannot hold.
+"""Unpack GGUF blocks into MLX's affine layout, or requantize the ones MLX cannot hold.
 
-MLX keeps a quantised (out, in) weight as w = scale * q + bias over groups of the last axis:
+MLX keeps a quantized (out, in) weight as w = scale * q + bias over groups of the last axis:
     weight (out, in * bits / 32) uint32, q packed as one little-endian stream of bits
     scales, biases (out, in / group)
 These ggml types are such a form already, in groups of 32:
@@ -11,7 +11,7 @@ These ggml types are such a form already, in groups of 32:
 Their codes carry over unchanged. Scales and biases are exact in float32 (the two K products are rounded
 once, as ggml itself rounds them); a 16-bit dtype rounds them once more.
 A 3-axis tensor of experts is the same, expert by expert.
-Q6_K, Q3_K, Q2_K and the IQ types have 16-wide groups or code books: they are requantised at 8 bits.
+Q6_K, Q3_K, Q2_K and the IQ types have 16-wide groups or code books: they are requantized at 8 bits.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import Q4_K
 
-from mlx_lora.models.quantize import PackedWeight, Quantisation
-from mlx_lora.sources.gguf import GGUFTensor
+from mlx_lora.models.quantize import PackedWeight, Quantization
+from mlx_lora.sources.gguf_reader import GGUFTensor
 
 GROUP = 32
 _BITS = {Kind.Q4_0: 4, Kind.Q4_1: 4, Kind.Q4_K: 4, Kind.Q5_0: 5, Kind.Q5_1: 5, Kind.Q5_K: 5, Kind.Q8_0: 8}
 LOSSLESS = frozenset((*_BITS, Kind.MXFP4))
-MXFP4 = Quantisation(4, GROUP, "mxfp4")
+MXFP4 = Quantization(4, GROUP, "mxfp4")
 FLOAT = frozenset({Kind.F32, Kind.F16, Kind.BF16, Kind.F64})
 _CHUNK_BYTES = 1 << 25  # packed bytes unpacked at a time: temporaries stay at a few hundred MB
 
 
-def block_form(kind: Kind) -> Quantisation:
+def block_form(kind: Kind) -> Quantization:
     """Return MLX's form of a type in LOSSLESS."""
-    return MXFP4 if kind is Kind.MXFP4 else Quantisation(_BITS[kind], GROUP)
+    return MXFP4 if kind is Kind.MXFP4 else Quantization(_BITS[kind], GROUP)
 
 
 def carry_blocks(tensor: GGUFTensor, dtype: mx.Dtype) -> PackedWeight:
@@ -61,14 +61,14 @@ def carry_blocks(tensor: GGUFTensor, dtype: mx.Dtype) -> PackedWeight:
         packed[rows] = pack_codes(codes.reshape(len(codes), width), bits)
         scales[rows], biases[rows] = scale, bias
     shaped = [mx.array(array.reshape(*tensor.shape[:-1], -1)) for array in (packed, scales, biases)]
-    return PackedWeight([shaped[0], *(array.astype(dtype) for array in shaped[1:])], Quantisation(bits, GROUP))
+    return PackedWeight([shaped[0], *(array.astype(dtype) for array in shaped[1:])], Quantization(bits, GROUP))
 
 
 _MXFP4_BYTES = 17  # e1 qs16: code i in the low half of byte i, code 16 + i in the high half
 
 
 def _carry_mxfp4(tensor: GGUFTensor) -> PackedWeight:
-    """Repack MXFP4: ggml's codes of a block lie 16 apart in a byte, MLX's are neighbours."""
+    """Repack MXFP4: ggml's codes of a block lie 16 apart in a byte, MLX's are neighbors."""
     blocks = tensor.data.reshape(-1, _MXFP4_BYTES)
     packed = np.empty((len(blocks), GROUP // 8), np.uint32)
     step = max(1, _CHUNK_BYTES // _MXFP4_BYTES)

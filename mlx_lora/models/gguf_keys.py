@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.models.config_check import MOST_BLOCKS
-from mlx_lora.sources.gguf import GGUFFile
+from mlx_lora.sources.gguf_reader import GGUFFile
 
 
 class Settings:
@@ -62,7 +62,7 @@ class Settings:
     def values(self, tensor: str) -> np.ndarray | None:
         """Return a tensor that stands for a setting, flat float32; None where the file has none."""
         found = self.file.tensors.get(tensor)
-        return None if found is None else found.dequantise().ravel()
+        return None if found is None else found.dequantize().ravel()
 
     def same(self, key: str, value: int, default: int | None = None) -> None:
         """Note a problem where a key says something else than `value`."""

@@ -11,8 +11,8 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.errors import InputError
 from mlx_lora.models.gguf_arch import ARCHITECTURES, text_arguments
+from mlx_lora.system.errors import InputError
 
 
 def gguf_settings(model: nn.Module, architecture: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

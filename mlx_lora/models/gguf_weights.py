@@ -9,14 +9,14 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from mlx_lora.errors import InputError
 from mlx_lora.models.gguf_blocks import FLOAT, GROUP, LOSSLESS, block_form, carry_blocks
 from mlx_lora.models.gguf_places import Weight
-from mlx_lora.models.quantize import PackedWeight, Quantisation, quantise_weight, relative_error
-from mlx_lora.sources.gguf import GGUFTensor
+from mlx_lora.models.quantize import PackedWeight, Quantization, quantize_weight, relative_error
+from mlx_lora.sources.gguf_reader import GGUFTensor
+from mlx_lora.system.errors import InputError
 
-# What is made of the weights: GGUF's blocks as they are, all float, or all quantised anew in one form.
-Target = Literal["carry", "float"] | Quantisation
+# What is made of the weights: GGUF's blocks as they are, all float, or all quantized anew in one form.
+Target = Literal["carry", "float"] | Quantization
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Imported:
         n_values: how many weights it holds.
         form: how it is packed now; None: float.
         lossless: whether it holds the file's values, up to the rounding of the compute dtype.
-        error: relative error made by quantising anew; 0 when lossless.
+        error: relative error made by quantizing anew; 0 when lossless.
     """
 
     source: str
     source_type: str
     parameters: dict[str, mx.array]
     n_values: int
-    form: Quantisation | None
+    form: Quantization | None
     lossless: bool
     error: float = 0.0
 
@@ -50,7 +50,7 @@ def import_weights(
     Args:
         tensors: the file's.
         places: from `weight_map`.
-        target: `carry`, `float`, or how to quantise.
+        target: `carry`, `float`, or how to quantize.
         dtype: of float weights, norms, scales and biases.
 
     Raises:
@@ -75,9 +75,9 @@ def _import_tensor(tensor: GGUFTensor, place: Weight, target: Target, dtype: mx.
         parts = [kept] if not place.then else mx.split(kept, len(place.names), axis=-2)
         parameters = dict(zip(place.names, parts, strict=True))
         return Imported(tensor.name, tensor.type.name, parameters, n_values, None, lossless=True)
-    packed = _cast_scales(quantise_weight(values, form), dtype)
+    packed = _cast_scales(quantize_weight(values, form), dtype)
     _check_range(tensor, packed.arrays[1:])
-    error = relative_error(packed.dequantise(), values)
+    error = relative_error(packed.dequantize(), values)
     parameters = _split_packed(packed, place)
     return Imported(tensor.name, tensor.type.name, parameters, n_values, form, lossless=False, error=error)
 
@@ -110,22 +110,22 @@ def _carried(tensor: GGUFTensor, place: Weight, dtype: mx.Dtype) -> PackedWeight
     return PackedWeight(moved, packed.form)
 
 
-def carried_form(tensor: GGUFTensor, place: Weight) -> Quantisation | None:
+def carried_form(tensor: GGUFTensor, place: Weight) -> Quantization | None:
     """Return how a tensor is packed when GGUF's blocks are carried over; None: it is float. Reads no weight."""
     return block_form(tensor.type) if _carries(tensor, place) else _form_for(tensor, place, "carry")
 
 
-def _form_for(tensor: GGUFTensor, place: Weight, target: Target) -> Quantisation | None:
+def _form_for(tensor: GGUFTensor, place: Weight, target: Target) -> Quantization | None:
     """Choose how a tensor that is not carried over is packed; None: kept as float."""
     if len(tensor.shape) not in (2, 3) or target == "float" or place.exact:
         return None
     width = tensor.shape[-1]
-    if isinstance(target, Quantisation):
+    if isinstance(target, Quantization):
         return target if target.fits(width) else None
     if tensor.type in FLOAT:
         return None
     # A type MLX has no form for: 8 bits lose little, and the caller reports how little.
-    return next((form for form in (Quantisation(8, 64), Quantisation(8, 32)) if form.fits(width)), None)
+    return next((form for form in (Quantization(8, 64), Quantization(8, 32)) if form.fits(width)), None)
 
 
 def _reordered(tensor: GGUFTensor, place: Weight) -> GGUFTensor:
@@ -139,9 +139,9 @@ def _reordered(tensor: GGUFTensor, place: Weight) -> GGUFTensor:
 def _float_values(tensor: GGUFTensor, place: Weight) -> mx.array:
     """Return the tensor's values in mlx-lm's order and convention, float32."""
     if _carries(tensor, place):  # same values as ggml's, much faster; MXFP4's come as bfloat16, which holds them
-        return _carried(tensor, place, mx.float32).dequantise().astype(mx.float32)
+        return _carried(tensor, place, mx.float32).dequantize().astype(mx.float32)
     with np.errstate(invalid="ignore", divide="ignore"):  # what is not finite is refused by name
-        return mx.array(np.ascontiguousarray(place.from_file(tensor.dequantise())))
+        return mx.array(np.ascontiguousarray(place.from_file(tensor.dequantize())))
 
 
 def _cast_scales(packed: PackedWeight, dtype: mx.Dtype) -> PackedWeight:

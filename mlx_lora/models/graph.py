@@ -21,7 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora import device
+from mlx_lora.system import device
 
 Arrays = list[mx.array]
 Shape = tuple[int, ...]

@@ -23,7 +23,7 @@ import mlx.nn as nn
 from mlx_lora.models.matmul import packed_arrays
 
 FLOAT_HEADS = (nn.Linear, nn.Embedding)
-QUANTISED_HEADS = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+QUANTIZED_HEADS = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 EMBEDDING_HEADS = (nn.Embedding, nn.QuantizedEmbedding)
 
 # What mlx-lm's families call their parts: the first that a model has is taken.
@@ -50,7 +50,7 @@ class Head:
 
     Attributes:
         body: maps (B, T) ids to (B, T, D) hidden states; called through `hidden`.
-        layer: the module that holds W: a linear layer, or the embedding it is tied to; quantised or not.
+        layer: the module that holds W: a linear layer, or the embedding it is tied to; quantized or not.
         scale: factor on the logits.
         soft_cap: logits become cap * tanh(logits / cap); None for most families.
         inner: whether the body calls the layer itself and returns logits.
@@ -78,7 +78,7 @@ class Head:
     @property
     def arrays(self) -> list[mx.array]:
         """The head's weight as it is stored: `[weight]`, or packed `[weight, scales(, biases)]`."""
-        return packed_arrays(self.layer) if isinstance(self.layer, QUANTISED_HEADS) else [self.layer.weight]
+        return packed_arrays(self.layer) if isinstance(self.layer, QUANTIZED_HEADS) else [self.layer.weight]
 
     @property
     def bias(self) -> mx.array | None:
@@ -100,7 +100,7 @@ class Head:
         Returns:
             (rows, D).
         """
-        if not isinstance(self.layer, QUANTISED_HEADS):
+        if not isinstance(self.layer, QUANTIZED_HEADS):
             return arrays[0].astype(dtype)
         layout = {"group_size": self.layer.group_size, "bits": self.layer.bits, "mode": self.layer.mode}
         return mx.dequantize(*arrays, **layout).astype(dtype)
@@ -196,7 +196,7 @@ def find_head(model: nn.Module, config: dict[str, Any]) -> Head | str:
         return "its head and its embedding have names that are not known"
     if isinstance(layer, mx.array):
         return "the head is a bare array"
-    if not isinstance(layer, FLOAT_HEADS + QUANTISED_HEADS):
+    if not isinstance(layer, FLOAT_HEADS + QUANTIZED_HEADS):
         return f"the head is {type(layer).__name__}"
     if layer.trainable_parameters():
         return "the head is trained itself"  # the fused loss has no gradient for it

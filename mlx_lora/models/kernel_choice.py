@@ -15,13 +15,13 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora import device
-from mlx_lora.measuring import Figures, choose, keep_figures, may_measure, measure, read_figures
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.kernel_row import MLX, Kernel, ShapeClass, size_class
 from mlx_lora.models.kernel_table import LONGEST, activation_class, attention_class, kernel_rows
 from mlx_lora.models.kernels import training_kernels
-from mlx_lora.shape import KernelTerms, ModelShape
+from mlx_lora.planner.shapes import KernelTerms, ModelShape
+from mlx_lora.system import device
+from mlx_lora.system.measuring import Figures, choose, keep_figures, may_measure, measure, read_figures
 
 AUTO, OURS = "auto", "ours"
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora.measuring import Figures, Outputs, Trial
-from mlx_lora.shape import KernelTerms
+from mlx_lora.planner.shapes import KernelTerms
+from mlx_lora.system.measuring import Figures, Outputs, Trial
 
 ShapeClass = tuple[int | str, ...]
 MLX = "mlx"

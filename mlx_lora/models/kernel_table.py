@@ -20,13 +20,13 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import activations, base
 
-from mlx_lora import device
-from mlx_lora.measuring import Figures, Outputs, Trial
 from mlx_lora.models.activations import lean_swiglu
 from mlx_lora.models.attention import AttentionCall, Tiles, attend
 from mlx_lora.models.kernel_row import MLX, Kernel, ShapeClass, size_class
 from mlx_lora.models.recurrent_table import gated_delta_row, state_space_row
-from mlx_lora.shape import KernelTerms
+from mlx_lora.planner.shapes import KernelTerms
+from mlx_lora.system import device
+from mlx_lora.system.measuring import Figures, Outputs, Trial
 
 TRIAL_POSITIONS = 1024
 TRIAL_NUMBERS = 1 << 20  # of one array of an elementwise trial

@@ -14,16 +14,16 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora import device
-from mlx_lora.config import ModelSettings
-from mlx_lora.errors import InputError
 from mlx_lora.models.converting import cached_gguf_folder
 from mlx_lora.models.fingerprint import base_fingerprint
 from mlx_lora.models.folder import load_weights
 from mlx_lora.models.matmul import MatmulPaths, use_measured_matmul
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.models.vocabulary import embedding_rows
+from mlx_lora.settings.config import ModelSettings
 from mlx_lora.sources.hub import resolve_model
+from mlx_lora.system import device
+from mlx_lora.system.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Base:
         model_id: what the user named: hub id, folder or file.
         revision: the hub commit, if it came from the hub.
         fingerprint: see fingerprint.py.
-        matmul_paths: which product its quantised layers use.
+        matmul_paths: which product its quantized layers use.
         size_bytes: of its parameters, without any adapter.
     """
 
@@ -58,7 +58,7 @@ class Base:
         return self.tokenizer._tokenizer
 
     @property
-    def quantisation(self) -> dict[str, Any] | None:
+    def quantization(self) -> dict[str, Any] | None:
         """The config's quantization entry, None for a float model."""
         return self.config.get("quantization")
 
@@ -68,11 +68,11 @@ class Base:
         return embedding_rows(self.model, self.config)
 
     def describe(self) -> str:
-        """One line for the run header: type, parameters, stored size, quantisation, dtype."""
+        """One line for the run header: type, parameters, stored size, quantization, dtype."""
         parameters = [p for _, p in tree_flatten(self.model.parameters())]
         floats = {str(p.dtype).removeprefix("mlx.core.") for p in parameters if mx.issubdtype(p.dtype, mx.floating)}
-        q = self.quantisation
-        form = f"{q['bits']}-bit {q.get('mode', 'affine')} (group {q['group_size']})" if q else "not quantised"
+        q = self.quantization
+        form = f"{q['bits']}-bit {q.get('mode', 'affine')} (group {q['group_size']})" if q else "not quantized"
         return f"{self.config.get('model_type')}, {len(self.model.layers)} blocks, {self.size_bytes / 1e6:.0f} MB in memory, {form}, {'/'.join(sorted(floats))}"
 
 
@@ -141,7 +141,7 @@ def _check_experts(model: nn.Module, model_id: str) -> None:
 def _cast_floats(model: nn.Module, dtype: mx.Dtype) -> None:
     """Cast the model's float parameters to the compute dtype, once.
 
-    Scales and biases of quantised weights count: published 4-bit files often hold float16 ones, which
+    Scales and biases of quantized weights count: published 4-bit files often hold float16 ones, which
     would otherwise decide the activations' dtype. What a 16-bit model keeps in float32 on purpose stays,
     as does what mlx-lm's own `cast_predicate` protects. Integer scales (mxfp4 and kin) are not floats.
     """

@@ -1,7 +1,7 @@
-"""Two ways to multiply by a quantised weight, and the choice between them per call.
+"""Two ways to multiply by a quantized weight, and the choice between them per call.
 
 `mx.quantized_matmul` reads packed weights once per row block: best for few rows (generation).
-Dequantise-then-GEMM pays one pass over the weight, then runs the dense kernel: best for many rows
+Dequantize-then-GEMM pays one pass over the weight, then runs the dense kernel: best for many rows
 (training), by 100x on an x86 CPU. Where the second starts to win is measured (device.py), never assumed;
 `--quantized-matmul` forces one of them.
 
@@ -19,12 +19,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-from mlx_lora import device
-from mlx_lora.errors import InputError
+from mlx_lora.planner.this_machine import dense_experts_bytes
+from mlx_lora.system import device
+from mlx_lora.system.errors import InputError
 
 
-def dequantised_matmul(x: mx.array, packed: list[mx.array], *, group_size: int, bits: int, mode: str) -> mx.array:
-    """Return `x @ dequantise(packed).T`, keeping no dense weight between forward and backward.
+def dequantized_matmul(x: mx.array, packed: list[mx.array], *, group_size: int, bits: int, mode: str) -> mx.array:
+    """Return `x @ dequantize(packed).T`, keeping no dense weight between forward and backward.
 
     Args:
         x: (..., in), float.
@@ -32,7 +33,7 @@ def dequantised_matmul(x: mx.array, packed: list[mx.array], *, group_size: int, 
         group_size, bits, mode: as mx.quantize took them.
 
     Returns:
-        (..., out), in x's dtype. Its vjp with respect to x dequantises again; the packed arrays are
+        (..., out), in x's dtype. Its vjp with respect to x dequantizes again; the packed arrays are
         frozen by construction and get zero cotangents.
     """
 
@@ -47,7 +48,7 @@ def dequantised_matmul(x: mx.array, packed: list[mx.array], *, group_size: int, 
     @product.vjp
     def product_vjp(primals, cotangent, _):
         _, *arrays = primals
-        # After the cotangent: else compiling would merge this dequantisation with the forward pass's, and every
+        # After the cotangent: else compiling would merge this dequantization with the forward pass's, and every
         # layer's dense weight would wait for the backward pass.
         again = [mx.depends(array, cotangent) for array in arrays]
         return (cotangent @ dense(tuple(again)), *(mx.zeros_like(array) for array in arrays))
@@ -55,16 +56,16 @@ def dequantised_matmul(x: mx.array, packed: list[mx.array], *, group_size: int, 
     return product(x, *packed)
 
 
-def dequantised_gather_mm(
+def dequantized_gather_mm(
     x: mx.array, packed: list[mx.array], indices: mx.array, *, group_size: int, bits: int, mode: str
 ) -> mx.array:
-    """Return each row of x times its expert's dequantised weight, keeping no dense weight for the backward pass.
+    """Return each row of x times its expert's dequantized weight, keeping no dense weight for the backward pass.
 
-    All experts are dequantised at once: their rows are sorted on the device, so the host cannot tell which are used.
+    All experts are dequantized at once: their rows are sorted on the device, so the host cannot tell which are used.
 
     Args:
         x: (N, M, in), float.
-        packed: as in `dequantised_matmul`, each with the experts first.
+        packed: as in `dequantized_matmul`, each with the experts first.
         indices: (N,), the expert of each, ascending.
         group_size, bits, mode: as mx.quantize took them.
 
@@ -77,13 +78,13 @@ def dequantised_gather_mm(
 
     @mx.custom_function
     def product(x: mx.array, indices: mx.array, *arrays: mx.array) -> mx.array:
-        transposed = dense([mx.depends(array, x) for array in arrays]).swapaxes(-1, -2)  # see `dequantised_matmul`
+        transposed = dense([mx.depends(array, x) for array in arrays]).swapaxes(-1, -2)  # see `dequantized_matmul`
         return mx.gather_mm(x, transposed, rhs_indices=indices, sorted_indices=True)
 
     @product.vjp
     def product_vjp(primals, cotangent, _):
         _, indices, *arrays = primals
-        again = dense([mx.depends(array, cotangent) for array in arrays])  # see `dequantised_matmul`
+        again = dense([mx.depends(array, cotangent) for array in arrays])  # see `dequantized_matmul`
         d = mx.gather_mm(cotangent, again, rhs_indices=indices, sorted_indices=True)
         return (d, mx.zeros_like(indices), *(mx.zeros_like(array) for array in arrays))
 
@@ -91,7 +92,7 @@ def dequantised_gather_mm(
 
 
 def packed_arrays(layer: nn.Module) -> list[mx.array]:
-    """Return a quantised layer's `[weight, scales]`, with `biases` in the affine mode."""
+    """Return a quantized layer's `[weight, scales]`, with `biases` in the affine mode."""
     arrays = [layer["weight"], layer["scales"]]
     return arrays if layer.get("biases") is None else [*arrays, layer["biases"]]
 
@@ -106,7 +107,7 @@ class MeasuredQuantizedLinear(nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
         if not _many_rows(self, x):
             return super().__call__(x)
-        y = dequantised_matmul(x, packed_arrays(self), group_size=self.group_size, bits=self.bits, mode=self.mode)
+        y = dequantized_matmul(x, packed_arrays(self), group_size=self.group_size, bits=self.bits, mode=self.mode)
         return y + self["bias"] if "bias" in self else y
 
 
@@ -116,11 +117,11 @@ class MeasuredQuantizedEmbedding(nn.QuantizedEmbedding):
     def as_linear(self, x: mx.array) -> mx.array:
         if not _many_rows(self, x):
             return super().as_linear(x)
-        return dequantised_matmul(x, packed_arrays(self), group_size=self.group_size, bits=self.bits, mode=self.mode)
+        return dequantized_matmul(x, packed_arrays(self), group_size=self.group_size, bits=self.bits, mode=self.mode)
 
 
 class MeasuredQuantizedSwitchLinear(QuantizedSwitchLinear):
-    """Quantised experts that take the dense path when each has `dense_from_rows` rows on average.
+    """Quantized experts that take the dense path when each has `dense_from_rows` rows on average.
 
     Only sorted rows do: mlx-lm sorts them when there are many. The bound is the one of a plain product.
     """
@@ -128,11 +129,11 @@ class MeasuredQuantizedSwitchLinear(QuantizedSwitchLinear):
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         many = math.prod(x.shape[:-1]) >= self.dense_from_rows * self.num_experts
         has_product = x.dtype == mx.float32 or device.multiplies_16_bit_experts()
-        few_bytes = self._dense_bytes(x.dtype) <= device.dense_experts_bytes()
+        few_bytes = self._dense_bytes(x.dtype) <= dense_experts_bytes()
         if not (sorted_indices and many and has_product and few_bytes):
             return super().__call__(x, indices, sorted_indices=sorted_indices)
         layout = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-        y = dequantised_gather_mm(x, packed_arrays(self), indices, **layout)
+        y = dequantized_gather_mm(x, packed_arrays(self), indices, **layout)
         return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
 
     def _dense_bytes(self, dtype: mx.Dtype) -> int:
@@ -149,13 +150,13 @@ FORCED_FROM_ROWS = {"packed": device.NEVER, "dense": 1}
 
 @dataclass(frozen=True)
 class MatmulPaths:
-    """Which product a model's quantised layers use.
+    """Which product a model's quantized layers use.
 
     Attributes:
         path: `auto`, `packed` or `dense`, as asked for.
         dense_from_rows: kind of weight (`4-bit/64 affine`) -> the rows from which its layers take the dense
             product, of every shape class; device.NEVER: they do not.
-        others: quantised layers of other types, which always take the packed product: type -> count.
+        others: quantized layers of other types, which always take the packed product: type -> count.
     """
 
     path: str
@@ -190,7 +191,7 @@ def has_two_ways(layer: nn.Module) -> bool:
 
 
 def use_measured_matmul(model: nn.Module, path: str = "auto") -> MatmulPaths:
-    """Give every quantised layer of `model` the faster of the two paths for each row count, or a forced one.
+    """Give every quantized layer of `model` the faster of the two paths for each row count, or a forced one.
 
     The layers keep their place, names and parameters: only the instance's class changes, so another
     model in this process is not touched.
@@ -200,7 +201,7 @@ def use_measured_matmul(model: nn.Module, path: str = "auto") -> MatmulPaths:
         path: `packed` or `dense` for that product whatever the row count; `auto` for the faster.
 
     Raises:
-        InputError: a path is forced on a model without a quantised layer of the types that have both.
+        InputError: a path is forced on a model without a quantized layer of the types that have both.
     """
     dense_from_rows: dict[str, set[int]] = {}
     others: Counter[str] = Counter()
@@ -218,6 +219,6 @@ def use_measured_matmul(model: nn.Module, path: str = "auto") -> MatmulPaths:
         dense_from_rows.setdefault(f"{layer.bits}-bit/{layer.group_size} {layer.mode}", set()).add(known[kind])
     if path != "auto" and not dense_from_rows:
         raise InputError(
-            f"--quantized-matmul {path}: the model has no quantised linear layer; give a quantised model, or leave it out"
+            f"--quantized-matmul {path}: the model has no quantized linear layer; give a quantized model, or leave it out"
         )
     return MatmulPaths(path, dense_from_rows, dict(others))

@@ -13,14 +13,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.errors import InputError
-from mlx_lora.models.converting import build_model, cast_model, quantisation_entries
+from mlx_lora.models.converting import build_model, cast_model, quantization_entries
 from mlx_lora.models.gguf_arch import model_config, weight_map
 from mlx_lora.models.gguf_weights import carried_form
-from mlx_lora.models.quantize import Quantisation, layer_choice
-from mlx_lora.sources.gguf import is_gguf, read_gguf
+from mlx_lora.models.quantize import Quantization, layer_choice
+from mlx_lora.sources.gguf_reader import is_gguf, read_gguf
 from mlx_lora.sources.hub import resolve_config
 from mlx_lora.sources.safetensors import read_safetensors_header
+from mlx_lora.system.errors import InputError
 
 # safetensors' names of the floats that models are stored in.
 STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
@@ -41,9 +41,9 @@ class Outline:
     cast_bytes: int = 0
 
     @property
-    def is_quantised(self) -> bool:
-        """Whether the base is quantised."""
-        return bool(_quantisation(self.config))
+    def is_quantized(self) -> bool:
+        """Whether the base is quantized."""
+        return bool(_quantization(self.config))
 
 
 def outline_of(model: str, revision: str | None = None, dtype: mx.Dtype = mx.bfloat16) -> Outline:
@@ -80,25 +80,25 @@ def outline_of_config(
     Args:
         config: config.json.
         dtype: of its floats.
-        names: of its stored tensors, which tell the layers that are quantised; None: all that can be.
+        names: of its stored tensors, which tell the layers that are quantized; None: all that can be.
         cast_bytes: see `Outline`.
     """
     built = build_model(config, names)
     cast_model(built, dtype)
-    quantisation = _quantisation(config)
-    if quantisation:
-        _quantise(built, quantisation, names)
+    quantization = _quantization(config)
+    if quantization:
+        _quantize(built, quantization, names)
         cast_model(built, dtype)  # scales too
     return Outline(built, config, cast_bytes)
 
 
-def with_quantisation(outline: Outline, form: Quantisation, dtype: mx.Dtype) -> Outline:
-    """Return a float model's outline as it would be quantised, for advice."""
+def with_quantization(outline: Outline, form: Quantization, dtype: mx.Dtype) -> Outline:
+    """Return a float model's outline as it would be quantized, for advice."""
     return outline_of_config({**outline.config, "quantization": form.layout}, dtype)
 
 
-def _quantisation(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the config's quantisation in mlx-lm's form."""
+def _quantization(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the config's quantization in mlx-lm's form."""
     if config.get("quantization"):
         return config["quantization"]
     stored = config.get("quantization_config") or {}
@@ -109,15 +109,15 @@ def _quantisation(config: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _quantise(model: nn.Module, quantisation: dict[str, Any], names: frozenset[str] | None) -> None:
-    """Quantise lazily, layer by layer as mlx-lm's loader does."""
+def _quantize(model: nn.Module, quantization: dict[str, Any], names: frozenset[str] | None) -> None:
+    """Quantize lazily, layer by layer as mlx-lm's loader does."""
     own = layer_choice(model)
-    mxfp4_experts = quantisation.get("mode") == "mxfp4" and names is None
+    mxfp4_experts = quantization.get("mode") == "mxfp4" and names is None
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if path in quantisation:
-            return quantisation[path]
-        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % quantisation["group_size"]:
+        if path in quantization:
+            return quantization[path]
+        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % quantization["group_size"]:
             return False
         if names is not None:
             return f"{path}.scales" in names
@@ -127,9 +127,9 @@ def _quantise(model: nn.Module, quantisation: dict[str, Any], names: frozenset[s
 
     nn.quantize(
         model,
-        group_size=quantisation["group_size"],
-        bits=quantisation["bits"],
-        mode=quantisation.get("mode", "affine"),
+        group_size=quantization["group_size"],
+        bits=quantization["bits"],
+        mode=quantization.get("mode", "affine"),
         class_predicate=predicate,
     )
 
@@ -161,4 +161,4 @@ def _of_gguf(path: Path, dtype: mx.Dtype) -> Outline:
     layouts = {layer: form for name, form in forms.items() if form is not None for layer in places[name].layers}
     names = frozenset(name for place in places.values() for name in place.names)
     names |= {f"{layer}.scales" for layer in layouts}
-    return outline_of_config({**config, **quantisation_entries(layouts)}, dtype, names)
+    return outline_of_config({**config, **quantization_entries(layouts)}, dtype, names)

@@ -1,4 +1,4 @@
-"""Quantise weights and mlx-lm models: which forms MLX has, and what a layer loses by one."""
+"""Quantize weights and mlx-lm models: which forms MLX has, and what a layer loses by one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 
-from mlx_lora.errors import InputError
+from mlx_lora.system.errors import InputError
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
@@ -26,8 +26,8 @@ HEADS_FROM_STORED = ("llama4_text", "minicpm", "seed_oss")
 
 
 @dataclass(frozen=True)
-class Quantisation:
-    """How a weight is quantised, as `mx.quantize` takes it.
+class Quantization:
+    """How a weight is quantized, as `mx.quantize` takes it.
 
     Attributes:
         bits: per code.
@@ -63,20 +63,20 @@ class PackedWeight:
     """
 
     arrays: list[mx.array]
-    form: Quantisation
+    form: Quantization
 
-    def dequantise(self) -> mx.array:
+    def dequantize(self) -> mx.array:
         """Return (out, in) in the dtype of the scales (bfloat16 for the microscaling modes)."""
         return mx.dequantize(*self.arrays, **self.form.layout)
 
     def parameters(self, layer: str) -> dict[str, mx.array]:
-        """Return the arrays under the names that mlx's quantised layers give them."""
+        """Return the arrays under the names that mlx's quantized layers give them."""
         return {
             f"{layer}.{name}": array for name, array in zip(("weight", "scales", "biases"), self.arrays, strict=False)
         }
 
 
-def choose_quantisation(bits: int | None, group_size: int | None, mode: str | None) -> Quantisation:
+def choose_quantization(bits: int | None, group_size: int | None, mode: str | None) -> Quantization:
     """Resolve the three flags; affine is 4 bits in groups of 64 unless told otherwise.
 
     Raises:
@@ -86,7 +86,7 @@ def choose_quantisation(bits: int | None, group_size: int | None, mode: str | No
     if mode not in MODES:
         raise InputError(f"--mode {mode}: not a form MLX has; use {', '.join(MODES)}")
     if mode in FIXED_MODES:
-        form = Quantisation(*FIXED_MODES[mode], mode)
+        form = Quantization(*FIXED_MODES[mode], mode)
         problems = [
             f"{flag} {given}: {mode} has {fixed}; leave {flag} out"
             for flag, given, fixed in (
@@ -96,7 +96,7 @@ def choose_quantisation(bits: int | None, group_size: int | None, mode: str | No
             if given not in (None, fixed)
         ]
     else:
-        form = Quantisation(4 if bits is None else bits, 64 if group_size is None else group_size)
+        form = Quantization(4 if bits is None else bits, 64 if group_size is None else group_size)
         problems = [
             f"{flag} {value}: not one of {', '.join(map(str, allowed))}"
             for flag, value, allowed in (
@@ -110,8 +110,8 @@ def choose_quantisation(bits: int | None, group_size: int | None, mode: str | No
     return form
 
 
-def quantise_weight(weight: mx.array, form: Quantisation) -> PackedWeight:
-    """Quantise one weight.
+def quantize_weight(weight: mx.array, form: Quantization) -> PackedWeight:
+    """Quantize one weight.
 
     Args:
         weight: (..., in), float; `form.fits(in)`.
@@ -128,10 +128,10 @@ def relative_error(found: mx.array, wanted: mx.array) -> float:
     return difference / size if size else difference
 
 
-def quantise_model(
-    model: nn.Module, config: dict[str, Any], form: Quantisation, *, measure: bool = False
+def quantize_model(
+    model: nn.Module, config: dict[str, Any], form: Quantization, *, measure: bool = False
 ) -> tuple[nn.Module, dict[str, Any], list[str], dict[str, float]]:
-    """Quantise every layer of an unquantised mlx-lm model that the form and the model allow.
+    """Quantize every layer of an unquantized mlx-lm model that the form and the model allow.
 
     Lazy weights stay lazy, unless measured.
 
@@ -159,8 +159,8 @@ def quantise_model(
             # AFM 7B's fused layers know the affine mode alone, and cannot be told of it.
             wanted = form.mode == "affine" and {"group_size": form.group_size, "bits": form.bits}
         if measure and wanted:
-            layer_form = Quantisation(**{**form.layout, **wanted}) if isinstance(wanted, dict) else form
-            errors[path] = relative_error(quantise_weight(module.weight, layer_form).dequantise(), module.weight)
+            layer_form = Quantization(**{**form.layout, **wanted}) if isinstance(wanted, dict) else form
+            errors[path] = relative_error(quantize_weight(module.weight, layer_form).dequantize(), module.weight)
         return wanted
 
     with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints; standard output is the command's
@@ -171,10 +171,10 @@ def quantise_model(
 
 
 def layer_choice(model: nn.Module) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
-    """Return which layers a model allows to be quantised and how.
+    """Return which layers a model allows to be quantized and how.
 
     That is its own `quant_predicate`, or all where it has none; but not an embedding that mlx-lm's head multiplies by
-    as it is stored, nor a layer that takes no mode, which mlx then cannot quantise (AFM's).
+    as it is stored, nor a layer that takes no mode, which mlx then cannot quantize (AFM's).
     """
     own = model.quant_predicate if hasattr(model, "quant_predicate") else None
     owner = model.get("language_model", model)  # multimodal wrappers
@@ -213,8 +213,8 @@ def fitting_choice(wanted: bool | dict[str, Any], width: int) -> bool | dict[str
     return {**wanted, "group_size": max(smaller)} if smaller else False
 
 
-def dequantised_weight(layer: nn.Module) -> mx.array:
-    """Return a quantised layer's weight as floats, whatever its bits and mode.
+def dequantized_weight(layer: nn.Module) -> mx.array:
+    """Return a quantized layer's weight as floats, whatever its bits and mode.
 
     Args:
         layer: mlx's QuantizedLinear or QuantizedEmbedding, or mlx-lm's QuantizedSwitchLinear.
@@ -230,11 +230,11 @@ def dequantised_weight(layer: nn.Module) -> mx.array:
     return mx.stack([mx.dequantize(weight, scales, global_scale=g, **layout) for weight, scales, g in own])
 
 
-def dequantise_model(model: nn.Module, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """Make a quantised mlx-lm model float; returns it, and its config without `quantization`."""
+def dequantize_model(model: nn.Module, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """Make a quantized mlx-lm model float; returns it, and its config without `quantization`."""
     plain = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
     # mlx-lm's function forgets experts' own scales.
-    scaled = {path: dequantised_weight(layer) for path, layer in model.named_modules() if "global_scale" in layer}
+    scaled = {path: dequantized_weight(layer) for path, layer in model.named_modules() if "global_scale" in layer}
     model = mlx_lm.utils.dequantize_model(model)
     model.load_weights([(f"{path}.weight", weight) for path, weight in scaled.items()], strict=False)
     return model, plain

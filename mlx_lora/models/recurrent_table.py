@@ -14,11 +14,11 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import gated_delta, ssm
 
-from mlx_lora.measuring import Figures, Outputs, Trial
 from mlx_lora.models.gated_delta import chunked_gated_delta_update, fused_gated_delta_update
 from mlx_lora.models.kernel_row import MLX, Kernel, ShapeClass, size_class
 from mlx_lora.models.recurrent_layers import dual
-from mlx_lora.shape import KernelTerms
+from mlx_lora.planner.shapes import KernelTerms
+from mlx_lora.system.measuring import Figures, Outputs, Trial
 
 SHORTEST, LONGEST = 64, 128  # tokens of a trial of the gated delta rule, whose every token mlx-lm's loop keeps
 LONGEST_SPACE = 256  # of a state space: a piece of mlx-lm's

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_lora.errors import InputError, RunError
 from mlx_lora.sources.safetensors import read_safetensors_header
+from mlx_lora.system.errors import InputError, RunError
 
 MAX_SHARD_BYTES = 5 << 30  # what mlx-lm and the hub use
 

@@ -4,7 +4,7 @@ Small probes pass on machines where a model's own shapes return garbage, so thes
 
     mlx#3797   half-precision products with a long inner side, from M N = 2048^2 on (M5)
     mlx#4411   float32 products with 11 bits (M5): two rows and more, never one
-    mlx#4201   a quantised product whose weight is not transposed: the backward pass of every quantised base
+    mlx#4201   a quantized product whose weight is not transposed: the backward pass of every quantized base
     mlx#3586   a 6-bit product of 720 rows
     mlx#3854   nvfp4 with few rows and a long inner side
     mlx#3585   attention over more than eight positions
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_lora import device
+from mlx_lora.system import device
 
 SAMPLED_ROWS = 32
 # Of the largest exact number: a few roundings of the dtype; float32 with 11 bits is at 5e-4.
@@ -62,8 +62,8 @@ def self_test() -> Iterator[Finding]:
         (4, 16, "nvfp4"),
     ):
         for transpose in (True, False):
-            yield _quantised(rows, 2048 if not on_cpu else 512, bits, group_size, mode, transpose, key)
-    yield _quantised(4, 4096 if not on_cpu else 1024, 4, 16, "nvfp4", True, key)
+            yield _quantized(rows, 2048 if not on_cpu else 512, bits, group_size, mode, transpose, key)
+    yield _quantized(4, 4096 if not on_cpu else 1024, 4, 16, "nvfp4", True, key)
     yield _attention(key)
 
 
@@ -75,7 +75,7 @@ def _product(m: int, k: int, n: int, dtype: mx.Dtype, key: mx.array) -> Finding:
     )
 
 
-def _quantised(m: int, side: int, bits: int, group_size: int, mode: str, transpose: bool, key: mx.array) -> Finding:
+def _quantized(m: int, side: int, bits: int, group_size: int, mode: str, transpose: bool, key: mx.array) -> Finding:
     dtype = device.compute_dtype()
     one, other = mx.random.split(key)
     x, w = _normal((m, side), dtype, one), _normal((side, side), dtype, other)

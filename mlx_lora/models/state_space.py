@@ -15,8 +15,8 @@ import math
 
 import mlx.core as mx
 
-from mlx_lora.device import exponential
 from mlx_lora.models.spans import in_lanes, linear_scan, out_of_lanes, run_in_spans
+from mlx_lora.system.device import exponential
 
 CHUNK = 64  # tokens of a chunk: within it the recurrence is products of matrices
 # Of a span: chunks, and numbers of the largest array of its work, of which some 40 are alive in the backward pass. More

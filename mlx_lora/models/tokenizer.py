@@ -11,13 +11,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from mlx_lora.cache import cache_dir
 from mlx_lora.data.panics import tokenizer_panics
-from mlx_lora.errors import InputError
-from mlx_lora.files import replacing_folder
 from mlx_lora.models.folder import CONFIG_FILE, FOREIGN_ERRORS, inside, short
-from mlx_lora.parsing import MAX_DEPTH, read_json
 from mlx_lora.sources.spm_tokenizer import write_tokenizer_from_spm
+from mlx_lora.system.cache import cache_dir
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.files import replacing_folder
+from mlx_lora.system.parsing import MAX_DEPTH, read_json
 
 # How much longer a normalizer may make a text: published ones at most threefold, one character at a time.
 MOST_GROWTH = 1000

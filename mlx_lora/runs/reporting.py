@@ -8,10 +8,10 @@ from pathlib import Path
 
 from mlx_lora.artifacts.adapter import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
-from mlx_lora.config import LoopSettings
-from mlx_lora.distributed import Ranks, leads
 from mlx_lora.models.load import Base
-from mlx_lora.training.report import Metrics, MetricsFile, make_progress
+from mlx_lora.settings.config import LoopSettings
+from mlx_lora.system.distributed import Ranks, leads
+from mlx_lora.training.progress import Metrics, MetricsFile, make_progress
 
 
 @contextmanager

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from mlx.utils import tree_flatten
 
+from mlx_lora.adapters.adapt import Adapted, starting_rank
 from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.adapters.setup import Adapted, starting_rank
 from mlx_lora.artifacts.adapter import (
     WEIGHTS_FILE,
 )
-from mlx_lora.config import AdapterSettings, TrainSettings
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.models.load import Base
-from mlx_lora.training.method_events import restart_every
+from mlx_lora.settings.config import AdapterSettings, TrainSettings
+from mlx_lora.training.hooks_from_settings import restart_every
 from mlx_lora.training.trainer import Outcome
 
 
@@ -51,7 +51,7 @@ def describe_run(
     what = (
         f"Adapter: {describe_method(adapter, steps)}, "
         f"{counted(len(adapted.targets.paths), 'layer')} ({names}), {trainable:,} trainable parameters, {trainable * 4 / 1e6:.1f} MB"
-        + (f" ({trainable / total:.2%} of what is in memory)" if not base.quantisation else "")
+        + (f" ({trainable / total:.2%} of what is in memory)" if not base.quantization else "")
     )
     run = (
         f"Run: {counted(steps, 'step')}, {counted(len(plan), 'batch', 'batches')} per epoch, {optimizer.optimizer}, lr {optimizer.learning_rate:g} "

@@ -15,13 +15,13 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from mlx_lora.errors import InputError, RunError
+from mlx_lora.serving.adapter_store import NAME, Card, NoRoom, Source, UnknownAdapter
 from mlx_lora.serving.answering import api_error
 from mlx_lora.serving.asking import ApiError, read_json
 from mlx_lora.serving.engine import Engine
 from mlx_lora.serving.requests import Stopped
-from mlx_lora.serving.store import NAME, Card, NoRoom, Source, UnknownAdapter
 from mlx_lora.sources.hub import resolve_adapter
+from mlx_lora.system.errors import InputError, RunError
 
 FIELDS = {"name", "path", "hub", "revision", "blend"}
 

@@ -8,12 +8,12 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from mlx_lora.errors import InputError
+from mlx_lora.serving.adapter_store import NoRoom, UnknownAdapter
 from mlx_lora.serving.asking import ApiError
 from mlx_lora.serving.engine import Engine
 from mlx_lora.serving.replies import ChatReply, CompletionReply
 from mlx_lora.serving.requests import Event, QueueFull, Request, Stopped
-from mlx_lora.serving.store import NoRoom, UnknownAdapter
+from mlx_lora.system.errors import InputError
 
 Reply = ChatReply | CompletionReply
 RETRY_AFTER_S = 1

@@ -21,17 +21,17 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from mlx_lora.serving.adapter_names import base_name
+from mlx_lora.serving.adapter_store import Card
 from mlx_lora.serving.answering import Answer, ClientGone, Reply, send_stream, send_whole
 from mlx_lora.serving.asking import ApiError, Ask, read_chat, read_completion, read_json
+from mlx_lora.serving.chat_page import page_route
 from mlx_lora.serving.engine import Engine
-from mlx_lora.serving.guard import Guard, GuardLimits, send_error
 from mlx_lora.serving.metrics import metrics_text
-from mlx_lora.serving.page import page_route
-from mlx_lora.serving.prompts import prompt_tokens
 from mlx_lora.serving.replies import ChatReply, CompletionReply
+from mlx_lora.serving.request_guard import Guard, GuardLimits, send_error
+from mlx_lora.serving.request_prompts import prompt_tokens
 from mlx_lora.serving.requests import Request
-from mlx_lora.serving.setup import base_name
-from mlx_lora.serving.store import Card
 
 
 @dataclass(frozen=True)

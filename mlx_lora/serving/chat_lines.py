@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from mlx_lora.errors import InputError, RunError
+from mlx_lora.serving.adapter_names import check_names, named_source
+from mlx_lora.serving.adapter_store import UnknownAdapter
 from mlx_lora.serving.conversation import Answer, Conversation, figures_together
 from mlx_lora.serving.requests import Stopped
-from mlx_lora.serving.setup import check_names, named_source
-from mlx_lora.serving.store import UnknownAdapter
+from mlx_lora.system.errors import InputError, RunError
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mlx_lora.data.templates import own_template
-from mlx_lora.errors import InputError, RunError
+from mlx_lora.serving.adapter_names import base_name
 from mlx_lora.serving.engine import Engine
-from mlx_lora.serving.prompts import chat_tokens
+from mlx_lora.serving.request_prompts import chat_tokens
 from mlx_lora.serving.requests import Event, Request, Stopped, Usage
 from mlx_lora.serving.sampling import Sampling
-from mlx_lora.serving.setup import base_name
+from mlx_lora.system.errors import InputError, RunError
 
 BASE = "base"  # what the base is called beside its own name
 

@@ -18,17 +18,17 @@ from typing import Any, TypeVar
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_lora import device
-from mlx_lora.errors import InputError
 from mlx_lora.models.continuation import Continuation
 from mlx_lora.models.load import Base
+from mlx_lora.serving.adapter_store import AdapterStore, NoRoom, Resident, UnknownAdapter
 from mlx_lora.serving.batch import Batch, Prefill, Row
 from mlx_lora.serving.pools import Routing
 from mlx_lora.serving.prompt_cache import PromptCache
 from mlx_lora.serving.requests import Event, QueueFull, Request, Stopped, Ticket, Usage
 from mlx_lora.serving.sampling import Likelihoods, Sampler
-from mlx_lora.serving.store import AdapterStore, NoRoom, Resident, UnknownAdapter
 from mlx_lora.serving.text import Piece, TextStream, TokenReport
+from mlx_lora.system import device
+from mlx_lora.system.errors import InputError
 
 T = TypeVar("T")
 # Steps between two returns of unused buffers, as in mlx-lm.
@@ -62,7 +62,7 @@ class Counts:
     generated_tokens: int = 0
     steps: int = 0
     finished: int = 0
-    cancelled: int = 0
+    canceled: int = 0
     failed: int = 0
 
 
@@ -188,7 +188,7 @@ class Engine:
                 self._admit()
                 if len(self.batch):
                     self._step()
-                self._drop_cancelled()
+                self._drop_canceled()
         except BaseException as error:
             self.failure = error
             self.on_failure()
@@ -237,8 +237,8 @@ class Engine:
         """Begin a waiting prompt when a row is free, or go on with the one begun."""
         if self._prefill is None and self._waiting and len(self.batch) < self.limits.max_batch:
             ticket = self._waiting.popleft()
-            if ticket.cancelled.is_set():
-                self._close(ticket, None, cancelled=True)
+            if ticket.canceled.is_set():
+                self._close(ticket, None, canceled=True)
             else:
                 self._begin(ticket)
         if self._prefill is None:
@@ -274,7 +274,7 @@ class Engine:
     def _step(self) -> None:
         leaving = []
         for row, token, likelihoods in self.batch.step():
-            if row.owner.ticket.cancelled.is_set():
+            if row.owner.ticket.canceled.is_set():
                 continue
             event = self._event(row.owner, token, likelihoods)
             self.counts.generated_tokens += 1
@@ -315,25 +315,25 @@ class Engine:
     def _usage(self, work: _Work) -> Usage:
         return Usage(len(work.ticket.request.tokens), work.cached, work.made)
 
-    def _drop_cancelled(self) -> None:
+    def _drop_canceled(self) -> None:
         """Free the rows of clients that went away."""
-        gone = [row for row in self.batch.rows if row.owner.ticket.cancelled.is_set()]
+        gone = [row for row in self.batch.rows if row.owner.ticket.canceled.is_set()]
         if gone:
             self.batch.leave(gone)
-        if self._prefill is not None and self._prefill.row.owner.ticket.cancelled.is_set():
+        if self._prefill is not None and self._prefill.row.owner.ticket.canceled.is_set():
             gone.append(self._prefill.row)
             self._prefill = None
         for row in gone:
-            self._close(row.owner.ticket, row.owner, cancelled=True)
-        for ticket in [ticket for ticket in self._waiting if ticket.cancelled.is_set()]:
+            self._close(row.owner.ticket, row.owner, canceled=True)
+        for ticket in [ticket for ticket in self._waiting if ticket.canceled.is_set()]:
             self._waiting.remove(ticket)
-            self._close(ticket, None, cancelled=True)
+            self._close(ticket, None, canceled=True)
 
-    def _close(self, ticket: Ticket, work: _Work | None, event: Event | None = None, cancelled: bool = False) -> None:
+    def _close(self, ticket: Ticket, work: _Work | None, event: Event | None = None, canceled: bool = False) -> None:
         """End a request: its adapter and its place in the queue are free."""
         if work is not None and work.resident is not None:
             self.store.release(work.resident)
-        self.counts.cancelled += cancelled
+        self.counts.canceled += canceled
         with self._lock:
             self._pending -= 1
         if event is not None:

@@ -18,10 +18,10 @@ from mlx_lora.adapters.dora import DoRAEmbedding, DoRALinear
 from mlx_lora.adapters.forms import EMBEDDING_ADAPTERS, EXPERT_ADAPTERS
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.errors import InputError
 from mlx_lora.models.load import Base
 from mlx_lora.serving.pools import LayerFactors
 from mlx_lora.serving.routed import unrouted_twin
+from mlx_lora.system.errors import InputError
 
 
 @dataclass(frozen=True)

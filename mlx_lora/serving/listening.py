@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from mlx_lora.errors import InputError
+from mlx_lora.system.errors import InputError
 
 
 def listen(host: str, port: int) -> tuple[socket.socket, str]:

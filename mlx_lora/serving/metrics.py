@@ -34,7 +34,7 @@ def metrics_text(engine: Engine, answers: Counter[tuple[str, int]]) -> str:
         "generated_tokens": counts.generated_tokens,
         "steps": counts.steps,
         "finished": counts.finished,
-        "cancelled": counts.cancelled,
+        "canceled": counts.canceled,
         "failed": counts.failed,
         "adapter_loads": store.loads,
         "adapter_evictions": store.evictions,

@@ -79,13 +79,13 @@ class Ticket:
     Attributes:
         request: what was asked.
         emit: is called with every event, in the engine's thread; must not block.
-        cancelled: nobody waits for it any more.
+        canceled: nobody waits for it any more.
     """
 
     request: Request
     emit: Callable[[Event], None]
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    canceled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
         """Give the row up at the next step; no more events follow that matter."""
-        self.cancelled.set()
+        self.canceled.set()

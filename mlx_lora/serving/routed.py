@@ -123,7 +123,7 @@ def route(model: nn.Module, paths: list[str], routing: Routing) -> dict[str, nn.
 
     Args:
         model: the served model.
-        paths: linear layers and embeddings, quantised or not.
+        paths: linear layers and embeddings, quantized or not.
         routing: what all of them look at.
     """
     modules = dict(model.named_modules())

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from mlx_lora.cache import cache_dir
-from mlx_lora.errors import InputError
-from mlx_lora.files import sha256_of
+from mlx_lora.system.cache import cache_dir
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.files import sha256_of
 
 CHUNK_BYTES = 1 << 20
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from mlx_lora.errors import InputError
 from mlx_lora.sources.pre_tokenizers import PRE_TOKENIZERS
+from mlx_lora.system.errors import InputError
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -304,7 +304,7 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
 def merges_from_scores(vocabulary: Vocabulary, kinds: tuple[int, ...]) -> list[tuple[str, str]]:
     """Turn SentencePiece scores into ranked BPE merges.
 
-    SentencePiece joins the two neighbours whose joined text is the token of the best score. So every split of
+    SentencePiece joins the two neighbors whose joined text is the token of the best score. So every split of
     a token into two tokens is a merge, and the merges are ordered by the joined token's score. Tokens that
     are matched before BPE (control, user-defined) never arise from one.
 

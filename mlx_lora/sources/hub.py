@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
-from mlx_lora.errors import InputError, RunError, first_line
+from mlx_lora.system.errors import InputError, RunError, first_line
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<pick>[^:/]+))?")
 CONFIG_AND_TOKENIZER = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
@@ -301,7 +301,7 @@ def _snapshot(
         )
     except GatedRepoError:
         raise InputError(
-            f"{what}: gated on the hub; accept the licence at https://huggingface.co/{page}, then run `hf auth login`"
+            f"{what}: gated on the hub; accept the license at https://huggingface.co/{page}, then run `hf auth login`"
         ) from None
     except RepositoryNotFoundError:
         raise InputError(

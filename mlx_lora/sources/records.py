@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from mlx_lora.errors import InputError
-from mlx_lora.parsing import check_value, parse_json
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.parsing import check_value, parse_json
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 MAX_LINE_BYTES = 64 * 1024 * 1024  # one record longer than this is surely a broken file

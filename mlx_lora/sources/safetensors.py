@@ -11,8 +11,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.errors import InputError
-from mlx_lora.parsing import check_value, refuse_constant
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.parsing import check_value, refuse_constant
 
 MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
 MAX_DIM = 2**31 - 1  # MLX's shapes are 32-bit

@@ -19,8 +19,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from mlx_lora.cache import cache_dir
-from mlx_lora.errors import InputError, first_line
+from mlx_lora.system.cache import cache_dir
+from mlx_lora.system.errors import InputError, first_line
 
 REAL_NAME, REAL_SHA256 = (
     "tinyshakespeare.txt",

@@ -6,9 +6,9 @@ import difflib
 import re
 from pathlib import Path
 
-from mlx_lora.errors import InputError
 from mlx_lora.sources.records import SUFFIXES
 from mlx_lora.sources.shakespeare import tiny_shakespeare
+from mlx_lora.system.errors import InputError
 
 SPLIT_NAMES = {
     "train": "train",

@@ -16,8 +16,6 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from mlx_lora.errors import InputError
-from mlx_lora.parsing import read_json
 from mlx_lora.sources.gguf_tokenizer import (
     CONTROL,
     NORMAL,
@@ -30,6 +28,8 @@ from mlx_lora.sources.gguf_tokenizer import (
     merges_from_scores,
     write_folder,
 )
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.parsing import read_json
 
 BPE = 2  # trainer_spec.model_type
 
@@ -115,7 +115,7 @@ def _vocabulary(proto: Any, config: dict[str, Any], added: list[str]) -> Vocabul
 
 
 def _build(vocabulary: Vocabulary, proto: Any) -> Tokenizer:
-    """Build the pipeline that SentencePiece itself runs: normalise, keep user-defined symbols whole, merge."""
+    """Build the pipeline that SentencePiece itself runs: normalize, keep user-defined symbols whole, merge."""
     vocab = {token: i for i, token in enumerate(vocabulary.tokens)}
     user_defined = [t for t, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == USER_DEFINED]
     # A user-defined symbol is cut out as a word of its own; ignore_merges then takes it whole.
@@ -151,7 +151,7 @@ def _build(vocabulary: Vocabulary, proto: Any) -> Tokenizer:
 
 
 def _normalizer(spec: Any) -> normalizers.Sequence:
-    """Return SentencePiece's normalisation: character map, spaces squeezed, dummy prefix, spaces escaped."""
+    """Return SentencePiece's normalization: character map, spaces squeezed, dummy prefix, spaces escaped."""
     steps: list[Any] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))

@@ -14,7 +14,6 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mlx_lora.errors import InputError
 from mlx_lora.sources.gguf_tokenizer import (
     BYTE,
     CONTROL,
@@ -27,6 +26,7 @@ from mlx_lora.sources.gguf_tokenizer import (
     build_tokenizer,
 )
 from mlx_lora.sources.pre_tokenizers import PRE_TOKENIZERS, PUBLISHED, PreTokenizer
+from mlx_lora.system.errors import InputError
 
 # Texts on which any two pre-tokenizers of the table differ. All are in Unicode's composed form: Qwen's tokenizer
 # composes first and llama.cpp does not, which is its own converter's choice too.

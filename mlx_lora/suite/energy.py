@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mlx_lora.suite.machine import answer
+from mlx_lora.suite.machine_facts import answer
 
 PACKAGE_COUNTER = Path("/sys/class/powercap/intel-rapl:0")
 SAMPLE_MS = 500

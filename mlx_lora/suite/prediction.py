@@ -13,19 +13,20 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora.chips import CHIPS, Chip, known_chip
-from mlx_lora.config import TrainSettings, train_settings
-from mlx_lora.memory import plan_memory
 from mlx_lora.models.outline import outline_of_config
-from mlx_lora.shape import Machine, ModelShape
-from mlx_lora.speed import Ceilings, count_step, listed_ceilings, step_seconds
-from mlx_lora.suite.models import MODELS
+from mlx_lora.planner.chips import CHIPS, Chip, known_chip
+from mlx_lora.planner.fitting import run_of
+from mlx_lora.planner.memory import plan_memory
+from mlx_lora.planner.shapes import Machine, ModelShape
+from mlx_lora.planner.speed import Ceilings, count_step, listed_ceilings, step_seconds
+from mlx_lora.settings.config import TrainSettings, train_settings
+from mlx_lora.suite.workload_models import MODELS
 from mlx_lora.suite.workloads import TIERS, Workload
-from mlx_lora.training.planning import outlined_shape, run_of
+from mlx_lora.training.run_fit import outlined_shape
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # The embedded model as its GGUF file carries it: Q4_1, and Q8_0 for the embedding that is also the head.
-EMBEDDED_QUANTISATION = {
+EMBEDDED_QUANTIZATION = {
     "group_size": 32,
     "bits": 4,
     "mode": "affine",
@@ -57,8 +58,8 @@ def model_shape_of(workload: Workload, dtype: str = "bfloat16") -> ModelShape:
         dtype: of the floats.
     """
     model = MODELS[workload.model]
-    quantisation = EMBEDDED_QUANTISATION if workload.tier == "embedded" else model.quantisation
-    config = {**model.config, **({"quantization": quantisation} if workload.packed else {})}
+    quantization = EMBEDDED_QUANTIZATION if workload.tier == "embedded" else model.quantization
+    config = {**model.config, **({"quantization": quantization} if workload.packed else {})}
     outline = outline_of_config(config, getattr(mx, dtype))
     return outlined_shape(outline, _settings(workload))
 

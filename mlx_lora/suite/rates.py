@@ -14,13 +14,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora import device
-from mlx_lora.ceilings import measure_ceilings
+from mlx_lora.planner.ceilings import measure_ceilings
+from mlx_lora.system import device
 
 SIDES = (512, 1024, 2048, 4096)
 ENOUGH_S = 0.1
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-QUANTISED_SIDE = 2048
+QUANTIZED_SIDE = 2048
 # Beyond every cache of a GPU; on a CPU MLX takes large outputs from the system anew, and their page faults
 # would be measured.
 PASS_BYTES, CPU_PASS_BYTES = 256 << 20, 16 << 20
@@ -36,9 +36,9 @@ def measure_rates(rounds: int = 5, sides: tuple[int, ...] = SIDES, pass_bytes: i
         pass_bytes: of the array that bandwidth is measured on; default: 256 MB, on a CPU 16 MB.
 
     Returns:
-        `gemm_flops_per_s` by dtype; `quantised_matmul_flops_per_s` of 4-bit weights by rows (`1`: reading weights
-        is the limit; `1024`: computing is) and of `dequantise_then_gemm`; `copy_bytes_per_s` and
-        `triad_bytes_per_s` (read and written); `ceilings`: what predictions are made from (mlx_lora/ceilings.py).
+        `gemm_flops_per_s` by dtype; `quantized_matmul_flops_per_s` of 4-bit weights by rows (`1`: reading weights
+        is the limit; `1024`: computing is) and of `dequantize_then_gemm`; `copy_bytes_per_s` and
+        `triad_bytes_per_s` (read and written); `ceilings`: what predictions are made from (mlx_lora/planner/ceilings.py).
     """
     kind = device.compute_dtype()
     on_cpu = device.current_device().backend == "cpu"
@@ -46,7 +46,7 @@ def measure_rates(rounds: int = 5, sides: tuple[int, ...] = SIDES, pass_bytes: i
     ceilings = measure_ceilings(rounds=rounds)
     return {
         "gemm_flops_per_s": {name: _gemm(dtype, rounds, sides) for name, dtype in DTYPES.items()},
-        "quantised_matmul_flops_per_s": _quantised(kind, rounds, min(QUANTISED_SIDE, max(sides))),
+        "quantized_matmul_flops_per_s": _quantized(kind, rounds, min(QUANTIZED_SIDE, max(sides))),
         "copy_bytes_per_s": _pass(lambda a, b: a + 1, 2, kind, rounds, pass_bytes),
         "triad_bytes_per_s": _pass(lambda a, b: a + b, 3, kind, rounds, pass_bytes),
         "ceilings": {
@@ -86,7 +86,7 @@ def _gemm(dtype: mx.Dtype, rounds: int, sides: tuple[int, ...]) -> float:
     return best
 
 
-def _quantised(dtype: mx.Dtype, rounds: int, side: int) -> dict[str, float]:
+def _quantized(dtype: mx.Dtype, rounds: int, side: int) -> dict[str, float]:
     """Return the rates of both ways to multiply by a 4-bit weight of (side, side)."""
     packed = mx.quantize(mx.random.normal((side, side), key=mx.random.key(0)).astype(dtype), **LAYOUT)
     mx.eval(packed)
@@ -99,7 +99,7 @@ def _quantised(dtype: mx.Dtype, rounds: int, side: int) -> dict[str, float]:
         spent = _best_s(lambda x=few: mx.quantized_matmul(x, *packed, transpose=True, **LAYOUT), rounds)
         rates[str(rows)] = 2 * len(few) * side**2 / spent
     spent = _best_s(lambda x=x: x @ mx.dequantize(*packed, **LAYOUT).T, rounds)
-    rates["dequantise_then_gemm"] = 2 * len(x) * side**2 / spent
+    rates["dequantize_then_gemm"] = 2 * len(x) * side**2 / spent
     return rates
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.errors import InputError
-from mlx_lora.files import replacing_file
 from mlx_lora.suite.schema import SCHEMA, VERSION, problems_of
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.files import replacing_file
 
 MOST_BYTES = 10_000_000
 SHOWN_PROBLEMS = 3

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.config import flag_of
-from mlx_lora.errors import InputError, RunError
+from mlx_lora.settings.config import flag_of
 from mlx_lora.sources.embedded import SMOLLM2, embedded_model
 from mlx_lora.suite.energy import EnergyMeter, energy_meter
 from mlx_lora.suite.figures import LEAST_STEPS, counted_records, run_figures
-from mlx_lora.suite.machine import describe_power
+from mlx_lora.suite.fresh_process import Ended, run_process
+from mlx_lora.suite.machine_facts import describe_power
 from mlx_lora.suite.prediction import batches_of, listed_flops, measured_machine, predict
-from mlx_lora.suite.processes import Ended, run_process
 from mlx_lora.suite.workloads import Workload
+from mlx_lora.system.errors import InputError, RunError
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -214,7 +214,7 @@ def _base_of(run: Path, workload: Workload) -> dict[str, Any]:
 def _against_plan(
     workload: Workload, machine: dict[str, Any], records: Sequence[dict[str, Any]], figures: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the planner's figures for the steps that were counted, and put the utilisation into the measured ones."""
+    """Return the planner's figures for the steps that were counted, and put the utilization into the measured ones."""
     _, counted = counted_records(records)
     where, ceilings = measured_machine(machine["device"], machine["rates"]["ceilings"])
     expected = predict(workload, where, ceilings, batches_of(counted))

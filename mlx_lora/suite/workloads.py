@@ -13,9 +13,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_lora.errors import InputError
 from mlx_lora.sources.embedded import SMOLLM2 as EMBEDDED
-from mlx_lora.suite.models import (
+from mlx_lora.suite.rows import chat_rows
+from mlx_lora.suite.workload_models import (
     GEMMA3_1B,
     GPT_OSS_20B,
     LLAMA_1B,
@@ -26,7 +26,7 @@ from mlx_lora.suite.models import (
     SMOLLM2,
     SuiteModel,
 )
-from mlx_lora.suite.rows import chat_rows
+from mlx_lora.system.errors import InputError
 
 TIERS = ("embedded", "8", "16", "32", "64", "128")
 
@@ -83,7 +83,7 @@ class Workload:
 
     Attributes:
         tier: a memory size in GB, or `embedded`: a model from PyPI, no hub.
-        model: a name in suite/models.py.
+        model: a name in suite/workload_models.py.
         form: `chat` (short rows), `2k` or `8k` (full rows).
         packed: 4-bit base (QLoRA), else floats (LoRA).
         batch_tokens: positions per step at the most.

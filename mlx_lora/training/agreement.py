@@ -9,9 +9,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora import __version__, device
-from mlx_lora.config import TrainSettings
-from mlx_lora.distributed import Ranks, check_same
+from mlx_lora import __version__
+from mlx_lora.settings.config import TrainSettings
+from mlx_lora.system import device
+from mlx_lora.system.distributed import Ranks, check_same
 from mlx_lora.training.state import restore_arrays, run_arrays
 from mlx_lora.training.step import Step, StepResult
 

@@ -19,7 +19,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_lora import device
 from mlx_lora.models.attention import Tiles, attend
 from mlx_lora.models.folder import FOREIGN_ERRORS
 from mlx_lora.models.graph import as_on_gpu, gradient_graph
@@ -27,7 +26,8 @@ from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.kernels import Choose, assumed, training_kernels
 from mlx_lora.models.liveness import count_memory
 from mlx_lora.models.unchanged import left_unchanged
-from mlx_lora.shape import BlockBytes, ModelShape, NotKnown
+from mlx_lora.planner.shapes import BlockBytes, ModelShape, NotKnown
+from mlx_lora.system import device
 
 # Where blocks are read. Between 512 and 640, rows stop keeping attention's probabilities; beyond the last, growth goes on as
 # it was at the end.

@@ -26,8 +26,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.adapters.forms import ADAPTERS, WITH_DROPOUT_KEY
 from mlx_lora.adapters.parts import LINEAR, SWITCH, is_exactly
-from mlx_lora.config_checks import checkpoint_every
 from mlx_lora.models.attention import Tiles, attend, attend_gradient
+from mlx_lora.settings.checks import checkpoint_every
 
 PRODUCTS = (*LINEAR, *SWITCH)
 

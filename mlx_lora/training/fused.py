@@ -12,7 +12,7 @@ x is made once more, in float32, from the target's row. The tiles' logits are ro
 the target among them, a token that the model is sure of would have a loss of that rounding, often below zero.
 Without, the loss of no token is negative, and loss and gradient of a sure token are as exact as they are small.
 
-Neither the probabilities nor a one-hot array is ever made, a quantised head is dequantised a slice at a time,
+Neither the probabilities nor a one-hot array is ever made, a quantized head is dequantized a slice at a time,
 and the backward pass only scales dh.
 
 Shapes: P supervised positions, R rows and S columns of a tile, D width, V vocabulary.
@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_lora.memory import tile_shape
 from mlx_lora.models.head import Head
+from mlx_lora.planner.memory import tile_shape
 
 
 def fused_cross_entropy(

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from mlx_lora.cache import cache_dir
-from mlx_lora.files import replacing_file
-from mlx_lora.supervise import SUPERVISOR
+from mlx_lora.system.cache import cache_dir
+from mlx_lora.system.files import replacing_file
+from mlx_lora.system.supervise import SUPERVISOR
 
 WORDS = b"\nStopping after this step, then saving; press Ctrl-C again to quit without saving\n"
 

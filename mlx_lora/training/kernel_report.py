@@ -9,12 +9,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora import device
-from mlx_lora.measuring import Figures, choose, read_figures, read_store
 from mlx_lora.models.head import Head
 from mlx_lora.models.kernel_choice import choose_among
 from mlx_lora.models.kernel_row import ShapeClass
 from mlx_lora.models.kernel_table import activation_class, attention_class, kernel_rows
+from mlx_lora.system import device
+from mlx_lora.system.measuring import Figures, choose, read_figures, read_store
 from mlx_lora.training.loss_choice import NAME, choose_form, head_words, loss_figures
 
 # What `doctor --kernels` measures: widths of SmolLM2-135M, heads of Llama 3, recurrences of Qwen3.5 and Mamba-2.

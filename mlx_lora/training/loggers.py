@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_lora.config import TrainSettings
-from mlx_lora.errors import InputError
-from mlx_lora.training.report import Metrics
+from mlx_lora.settings.config import TrainSettings
+from mlx_lora.system.errors import InputError
+from mlx_lora.training.progress import Metrics
 
 
 def reporting_sinks(settings: TrainSettings) -> list[Any]:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 
-from mlx_lora import device
-from mlx_lora.measuring import Figures, Trial, choose, keep_figures, may_measure, measure, read_figures
-from mlx_lora.models.head import QUANTISED_HEADS, Head
+from mlx_lora.models.head import QUANTIZED_HEADS, Head
 from mlx_lora.models.kernel_choice import figures_key
 from mlx_lora.models.kernel_row import ShapeClass
+from mlx_lora.planner.this_machine import loss_tile_bytes
+from mlx_lora.system import device
+from mlx_lora.system.measuring import Figures, Trial, choose, keep_figures, may_measure, measure, read_figures
 from mlx_lora.training.fused import fused_token_losses
 from mlx_lora.training.row_loss import row_token_losses
 
@@ -34,7 +35,7 @@ def head_class(head: Head) -> ShapeClass:
     """Return what a head's figures are kept under: V, D, how its weight is stored, and what is done to its logits."""
     layer, width = head.layer, 0
     stored = "float"
-    if isinstance(layer, QUANTISED_HEADS):
+    if isinstance(layer, QUANTIZED_HEADS):
         stored = f"{layer.bits}-bit/{layer.group_size} {layer.mode}"
         width = layer.weight.shape[-1] * 32 // layer.bits
     extras = [name for name, has in (("cap", head.soft_cap is not None), ("bias", head.bias is not None)) if has]
@@ -84,7 +85,7 @@ def measure_loss(head: Head, dtype: mx.Dtype) -> dict[str, Figures]:
     positions = int(min(max(device.trial_flops() / (4 * vocabulary * width), FEWEST), MOST))
     hidden = mx.random.normal((positions, width), key=mx.random.key(0)).astype(dtype)
     targets = mx.random.randint(0, vocabulary, (positions,), key=mx.random.key(1))
-    weights, tile_bytes = mx.ones((positions,)), device.loss_tile_bytes()
+    weights, tile_bytes = mx.ones((positions,)), loss_tile_bytes()
 
     def exactly(hidden: mx.array) -> mx.array:
         dense = head.dense(head.arrays, mx.float32)

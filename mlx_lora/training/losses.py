@@ -23,15 +23,16 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_lora import device
 from mlx_lora.data.batches import Batch
-from mlx_lora.errors import InputError
-from mlx_lora.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.kernel_choice import AUTO, OURS, KernelChoice
 from mlx_lora.models.kernel_row import MLX
 from mlx_lora.models.kernels import has_recurrence, training_kernels
+from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
+from mlx_lora.planner.this_machine import loss_tile_bytes
+from mlx_lora.system import device
+from mlx_lora.system.errors import InputError
 from mlx_lora.training.loss_choice import FORMS, PLAIN_LOGITS, ROWS, TILES, choose_form, loss_figures
 from mlx_lora.training.probe import Probe, disagreement, has_halves, probe
 
@@ -166,7 +167,7 @@ def choose_loss(
         return plain("plain cross-entropy (measured)")
     expected, reasons = _own_probe(model, config, PLAIN, head.vocabulary), []
     for name in (form, *(other for other in FORMS if other != form)):
-        loss = head_loss(head, name, device.loss_tile_bytes())
+        loss = head_loss(head, name, loss_tile_bytes())
         problem = _problem(model, expected, loss, head.vocabulary)
         if problem is None:
             return loss

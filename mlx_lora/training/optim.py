@@ -11,9 +11,9 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_lora.config import OptimizerSettings
-from mlx_lora.errors import InputError
-from mlx_lora.memory import FLAT_UP_TO
+from mlx_lora.planner.memory import FLAT_UP_TO
+from mlx_lora.settings.config import OptimizerSettings
+from mlx_lora.system.errors import InputError
 
 Schedule = object  # a float, or a callable from step to learning rate
 

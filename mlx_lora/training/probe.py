@@ -75,7 +75,7 @@ def _probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], trai
                 gradients = dict(tree_flatten(tree))
             else:
                 _, losses = total(model)
-            mx.eval(losses)  # before the gradients: a quantised head is not dequantised for both at a time
+            mx.eval(losses)  # before the gradients: a quantized head is not dequantized for both at a time
             mx.eval(gradients)
     finally:
         model.train(training)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_lora.memory import MAX_SLICE, chunk_rows
 from mlx_lora.models.head import Head
+from mlx_lora.planner.memory import MAX_SLICE, chunk_rows
 
 
 def row_token_losses(
@@ -61,7 +61,7 @@ def _chunk_loss(
     head: Head, arrays: list[mx.array], h: mx.array, targets: mx.array, weights: mx.array, gradient: bool
 ) -> tuple[mx.array, mx.array]:
     """Return these rows' weighted losses (R,), and their gradient (R, D) in h's dtype (empty without)."""
-    # In slices of the vocabulary: a quantised head is dequantised a slice at a time, and no inner side is 262k long.
+    # In slices of the vocabulary: a quantized head is dequantized a slice at a time, and no inner side is 262k long.
     slices = [slice(start, start + MAX_SLICE) for start in range(0, head.vocabulary, MAX_SLICE)]
     after = [mx.depends(array, h) for array in arrays]
     parts = [
@@ -74,7 +74,7 @@ def _chunk_loss(
     [losses], [d_logits] = mx.vjp(lambda x: [mx.fast.cross_entropy(x, targets)], [logits], [weights])
     if head.soft_cap is not None:
         d_logits = d_logits * head.slope(logits)
-    # After the logits: a quantised slice is dequantised again rather than kept.
+    # After the logits: a quantized slice is dequantized again rather than kept.
     after = [mx.depends(array, d_logits) for array in arrays]
     pulls = [
         (d_logits[:, kept].astype(h.dtype) @ head.dense([array[kept] for array in after], h.dtype)).astype(mx.float32)

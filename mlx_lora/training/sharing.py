@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_lora.data.batches import PLACES_STEP, Batch
-from mlx_lora.distributed import Ranks
+from mlx_lora.system.distributed import Ranks
 from mlx_lora.training.losses import Arrays
 
 # Rooms for a share's targets go up by this part of an even share: few shapes, little of the head's work wasted.

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.errors import InputError, RunError
+from mlx_lora.system.errors import InputError, RunError
 from mlx_lora.training.step import Step
 
 

@@ -15,8 +15,8 @@ from mlx_lora.data.batches import Batch
 from mlx_lora.models.attention import AttentionCall
 from mlx_lora.models.kernels import Choose, assumed, training_kernels
 from mlx_lora.models.unchanged import left_unchanged
-from mlx_lora.training.events import Events
 from mlx_lora.training.losses import Arrays, LossFunction
+from mlx_lora.training.method_hooks import Events
 from mlx_lora.training.optim import ELEMENTWISE, Masters, clip_scale, scaled
 from mlx_lora.training.sharing import Sharing
 
@@ -84,7 +84,7 @@ class Step:
 
         Args:
             model: its trainable parameters are what is trained.
-            optimizer: initialised here on those parameters.
+            optimizer: initialized here on those parameters.
             loss: returns (sum, count).
             max_grad_norm: global-norm clip; 0 for none.
             attend: computes the model's attention where it is exchanged; None leaves all kernels to mlx.

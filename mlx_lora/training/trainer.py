@@ -12,15 +12,15 @@ from itertools import count, islice, takewhile
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora import process
-from mlx_lora.config import LoopSettings
 from mlx_lora.data.batches import Batch, BatchPlan
-from mlx_lora.distributed import Ranks
+from mlx_lora.settings.config import LoopSettings
+from mlx_lora.system import process
+from mlx_lora.system.distributed import Ranks
 from mlx_lora.training.agreement import Agreement
-from mlx_lora.training.guard import MemoryGuard
 from mlx_lora.training.interrupts import interrupt_flag
 from mlx_lora.training.losses import Arrays, LossFunction
-from mlx_lora.training.report import Metrics
+from mlx_lora.training.memory_guard import MemoryGuard
+from mlx_lora.training.progress import Metrics
 from mlx_lora.training.state import Diverged, Position
 from mlx_lora.training.step import Step, StepResult
 

@@ -18,11 +18,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora.errors import InputError
 from mlx_lora.models.attention import AttentionCall
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.kernels import Choose, assumed
 from mlx_lora.models.vocabulary import embedding_rows
+from mlx_lora.system.errors import InputError
 from mlx_lora.training.losses import PLAIN, Arrays, Loss, check_arrays, way_out
 from mlx_lora.training.step import compiled_over, differentiation
 

@@ -42,15 +42,16 @@ from architectures.trial import (
     vocabulary_of,
     write_data,
 )
-from mlx_lora import device
+from mlx_lora.adapters.adapt import adapt_model
 from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.adapters.setup import adapt_model
-from mlx_lora.config import AdapterSettings, ModelSettings
-from mlx_lora.memory import plan_memory
 from mlx_lora.models.load import load_base
 from mlx_lora.models.outline import outline_of
 from mlx_lora.models.unchanged import left_unchanged
-from mlx_lora.training.planning import check_base_fits, outlined_shape, run_of
+from mlx_lora.planner.fitting import run_of
+from mlx_lora.planner.memory import plan_memory
+from mlx_lora.planner.this_machine import this_machine
+from mlx_lora.settings.config import AdapterSettings, ModelSettings
+from mlx_lora.training.run_fit import check_base_fits, outlined_shape
 
 
 def load(trial: Trial) -> None:
@@ -67,7 +68,7 @@ def plan(trial: Trial) -> None:
     """Outline the model and plan its memory, as `train` does before it loads anything."""
     settings = settings_of(trial)
     shape = outlined_shape(outline_of(str(trial.model), dtype=mx.float32), settings)
-    machine = device.current_machine("float32")
+    machine = this_machine("float32")
     planned = plan_memory(shape, run_of(settings, ROWS, WIDTH, "none"), machine, machine.working_set_bytes)
     if not planned.peak_bytes > 0:
         raise Wrong(f"planned peak {planned.peak_bytes}")

@@ -22,16 +22,16 @@ import pytest
 import run_cli
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_lora import device
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.config import ModelSettings, TrainSettings, train_settings
 from mlx_lora.data.batches import Batch
 from mlx_lora.models.attention import attend
 from mlx_lora.models.kernel_choice import choose_model_kernels
 from mlx_lora.models.kernels import assumed, training_kernels
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.models.unchanged import left_unchanged
+from mlx_lora.settings.config import ModelSettings, TrainSettings, train_settings
+from mlx_lora.system import device
 from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.losses import Arrays, check_kernels, choose_loss
 from mlx_lora.training.trial import StepForm, choose_step_form

@@ -56,7 +56,7 @@ def data_tables(place: Path, seeds: Seeds, rng: random.Random) -> Command:
 
 
 def model_config(place: Path, seeds: Seeds, rng: random.Random) -> Command:
-    """config.json and its fellows, of a float and of a quantised model."""
+    """config.json and its fellows, of a float and of a quantized model."""
     folder = copied(rng.choice((seeds.model, seeds.model4)), place)
     file = folder / rng.choice(("config.json", "config.json", "config.json", "model.safetensors.index.json"))
     if not file.exists():

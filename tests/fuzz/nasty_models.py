@@ -143,7 +143,7 @@ DOUBLED = {"type": "Replace", "pattern": {"String": "x"}, "content": "xx"}
 
 
 def tokenizer_json(change: Callable[[dict], None]) -> Nasty:
-    """Change the tokenizer's own file; the prompt is forty times its favourite letter."""
+    """Change the tokenizer's own file; the prompt is forty times its favorite letter."""
 
     def make(place: Path, seeds: Seeds) -> tuple:
         copy = Path(shutil.copytree(seeds.model, place / "in" / "folder"))

@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import Any
 
 # First of all, as everywhere: the fast BLAS comes before mlx.core.
-import mlx_lora.device  # noqa: F401  isort: skip
+import mlx_lora.system.device  # noqa: F401  isort: skip
 
 import click
 
 from fuzz.kinds import Command, make_case
 from fuzz.seeds import Seeds
-from mlx_lora import cli, config
 from mlx_lora.data import sandbox
+from mlx_lora.settings import config
+from mlx_lora.system import console
 
 MEMORY_BYTES = 6 << 30  # address space beyond what the process has at its start: a lie that is believed dies here
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -69,11 +70,11 @@ class Watch:
             self.seen.append(f"{'wrote' if writes else 'read'} {full}")
 
 
-@click.command(cls=cli.Command)
+@click.command(cls=console.Command)
 @click.option("--config", "file")
 def settings(file: str) -> None:
     """Resolve a settings file, as `train` does before anything else."""
-    click.echo(config.train_settings({}, file, cli.echo).to_flat())
+    click.echo(config.train_settings({}, file, console.echo).to_flat())
 
 
 def main(plan_file: str) -> None:

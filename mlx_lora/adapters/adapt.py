@@ -1,0 +1,81 @@
+"""From a run's adapter settings to an adapted model: targets, shapes, form, init, and what is trained in full."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.nn as nn
+
+from mlx_lora.adapters.inject import full_parameters, inject, train_biases, train_in_full
+from mlx_lora.adapters.targets import Targets, has_weights, layer_shapes, select_targets
+from mlx_lora.settings.checks import parse_pattern
+from mlx_lora.settings.config import AdapterSettings
+from mlx_lora.settings.methods import PRESETS, Method
+from mlx_lora.system.errors import InputError
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What was put on a model.
+
+    Attributes:
+        method: the preset.
+        targets: adapted layers; for `full` the modules trained.
+        rank, scale: of layers without a pattern; AdaLoRA's rank is the one it starts with.
+        full: names of parameters trained beside the factors.
+    """
+
+    method: Method
+    targets: Targets
+    rank: int
+    scale: float
+    full: tuple[str, ...]
+
+
+def starting_rank(settings: AdapterSettings) -> int:
+    """Return the rank that layers start with: AdaLoRA has half as much again to cut from (arXiv 2303.10512, 4.1)."""
+    if settings.method_name != "adalora":
+        return settings.rank
+    return settings.adalora_init_rank or -(-3 * settings.rank // 2)
+
+
+def adapt_model(model: nn.Module, settings: AdapterSettings, seed: int) -> Adapted:
+    """Freeze `model`, adapt it as the settings say, and make trainable what is trained in full.
+
+    Args:
+        model: an unadapted mlx-lm model; changed in place.
+        settings: checked ones.
+        seed: of the initial factors.
+
+    Raises:
+        InputError: targets, patterns, modules or biases that the model does not have, or that exclude each other.
+    """
+    method = PRESETS[settings.method_name]
+    model.freeze()
+    rank = starting_rank(settings)
+    scale = method.scale_of(settings.alpha, rank)
+    if method.form == "full":
+        targets = select_targets(model, settings.target_modules, settings.num_layers, has_weights)
+        train_in_full(model, targets.paths)
+        return Adapted(method, targets, rank, scale, tuple(full_parameters(model)))
+    targets = select_targets(model, settings.target_modules, settings.num_layers)
+    whole: tuple[str, ...] = ()
+    if settings.modules_to_save:
+        whole = select_targets(model, settings.modules_to_save, -1, has_weights, "--modules-to-save").paths
+        both = [path for path in whole if path in targets.paths]
+        if both:
+            raise InputError(
+                f"--modules-to-save {', '.join(both)}: also in --target-modules; train it in full or adapt it, not both"
+            )
+    shapes = layer_shapes(
+        targets.paths,
+        method,
+        rank,
+        settings.alpha,
+        parse_pattern(settings.rank_pattern),
+        parse_pattern(settings.alpha_pattern),
+    )
+    inject(model, targets.paths, rank, scale, settings.dropout, seed, shapes, method.form, method.init)
+    train_in_full(model, whole)
+    train_biases(model, settings.bias)
+    return Adapted(method, targets, rank, scale, tuple(full_parameters(model)))

@@ -1,0 +1,122 @@
+"""Read a model's shape for the planner: from the module tree, so every architecture of mlx-lm's has one.
+
+Nothing is computed: MLX arrays know their shape before they exist, so a model built from config.json alone will do.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models import activations
+
+from mlx_lora.adapters.forms import ADAPTERS, base_of
+from mlx_lora.adapters.parts import LINEAR, QUANTIZED, SWITCH, base_dims
+from mlx_lora.models.head import Head, find_head
+from mlx_lora.planner.shapes import Block, Layer, ModelShape
+
+# What a method keeps frozen beside the factors it trains.
+FROZEN = ("start_a", "start_b", "fixed_a", "fixed_b")
+
+
+def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int = 0, copies: int = 0) -> ModelShape:
+    """Return the shape of a model with its adapter.
+
+    Args:
+        model: an mlx-lm model, adapters in place or not; its arrays may not be computed yet.
+        config: its config.json.
+        source_bytes: see `ModelShape`.
+        copies: of the factors that the method will keep frozen beside them, where the model has none yet.
+    """
+    text = {**config, **config.get("text_config", {})}
+    head = find_head(model, dict(config))
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    frozen = [(name, p) for name, p in tree_flatten(model.parameters()) if name not in trained]
+    beside = sum(p.nbytes for name, p in frozen if name.rsplit(".", 1)[-1] in FROZEN)
+    numbers = sum(p.size for p in trained.values())
+    # What is trained in full and was never float32 has a copy in its own dtype beside the float32 master.
+    narrow = sum(p.nbytes for p in trained.values() if p.dtype.size < 4)
+    whole = isinstance(head, Head)
+    return ModelShape(
+        model_type=str(config.get("model_type")),
+        width=text.get("hidden_size") or _first_width(model),
+        vocabulary=head.vocabulary if whole else text.get("vocab_size", 0),
+        blocks=tuple(_block(block, text) for block in model.layers),
+        base_bytes=sum(p.nbytes for _, p in frozen) - beside + narrow,
+        trained=numbers,
+        trained_arrays=len(trained),
+        frozen_adapter_bytes=max(beside, 4 * numbers * copies),
+        first_trained=_first_trained(model, trained),
+        head_packed=whole and isinstance(head.layer, QUANTIZED),
+        plain_loss=not whole,
+        source_bytes=source_bytes,
+    )
+
+
+def _first_width(model: nn.Module) -> int:
+    return next((base_dims(m)[0] for m in model.layers[0].modules() if isinstance(m, LINEAR)), 0)
+
+
+def _first_trained(model: nn.Module, trained: Mapping[str, Any]) -> int:
+    """Return the first block that a gradient must reach; 0 where something before the blocks is trained."""
+    with_own = [index for index, block in enumerate(model.layers) if tree_flatten(block.trainable_parameters())]
+    in_blocks = sum(len(tree_flatten(block.trainable_parameters())) for block in model.layers)
+    outside = [name for name in trained if ".layers." not in name and not name.startswith("layers.")]
+    before = len(trained) != in_blocks and any("embed" in name for name in outside)
+    return 0 if before else min(with_own, default=len(model.layers))
+
+
+def _block(block: nn.Module, config: Mapping[str, Any]) -> Block:
+    """Return one block's shape."""
+    ranks = {id(base_of(m)): _rank(m) for m in block.modules() if isinstance(m, ADAPTERS)}
+    active = config.get("num_experts_per_tok") or config.get("moe_topk") or 1
+    layers = []
+    for path, module in block.named_modules():
+        if not isinstance(module, (*LINEAR, *SWITCH)):
+            continue
+        parent, _, name = path.removesuffix(".linear").rpartition(".")
+        experts = module.weight.shape[0] if isinstance(module, SWITCH) else 1
+        layers.append(
+            Layer(
+                parent,
+                name,
+                *base_dims(module),
+                experts=experts,
+                active=active if experts > 1 else 1,
+                packed=isinstance(module, QUANTIZED),
+                rank=ranks.get(id(module), 0),
+            )
+        )
+    layers.sort(key=lambda layer: layer.is_end)  # a branch's end last, whatever order the module lists them in
+    attends = any("attn" in layer.parent or "attention" in layer.parent for layer in layers)
+    heads = int(config.get("num_attention_heads") or 0) if attends else 0
+    norms = [m.weight.size for m in block.modules() if type(m).__name__.endswith("Norm") and "weight" in m]
+    return Block(
+        layers=tuple(layers),
+        norms=tuple(norms),
+        heads=heads,
+        key_heads=int(config.get("num_key_value_heads") or heads) if attends else 0,
+        head_width=_head_width(config, heads),
+        gated="silu" if _has_lean_activation(block) else "other",
+        window=config.get("sliding_window") if attends else None,
+    )
+
+
+def _rank(layer: nn.Module) -> int:
+    """Return an adapter's rank; experts' factors are stored (E, r, in)."""
+    return layer.lora_a.shape[1]
+
+
+def _head_width(config: Mapping[str, Any], heads: int) -> int:
+    if not heads:
+        return 0
+    return int(config.get("head_dim") or config.get("v_head_dim") or config.get("hidden_size", 0) // heads)
+
+
+def _has_lean_activation(block: nn.Module) -> bool:
+    """Whether the block's modules use the gated activation that training exchanges (models/kernels.py)."""
+    homes = (vars(sys.modules[type(module).__module__]) for module in block.modules())
+    return any(home.get("swiglu") is activations.swiglu for home in homes)

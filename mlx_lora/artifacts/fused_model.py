@@ -1,0 +1,214 @@
+"""Fold an adapter into its base, and say how much of it is left when the result is quantized or rounded.
+
+A quantized weight moves in steps of its scale; an update smaller than half a step vanishes (mlx-lm#1172). So
+for each layer what arrived is compared with what was meant:
+
+    D = scale B A,  R = stored(W + D) - W
+    kept  = <R, D> / <D, D>        1 when the update arrived, 0 when none of it did
+    error = |R - D| / |D|          rounding noise beside it
+
+The folder keeps the dtypes of the base's own files: a run's compute dtype is this machine's affair. Before it takes
+its place it is read back as mlx-lm will read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_lora.adapters.forms import EMBEDDING_ADAPTERS, base_of
+from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.adapters.parts import QUANTIZED, dense_weight
+from mlx_lora.models.converting import copy_side_files
+from mlx_lora.models.fingerprint import merge_mark
+from mlx_lora.models.folder import load_weights
+from mlx_lora.models.load import Base
+from mlx_lora.models.quantize import dequantize_model
+from mlx_lora.models.saving import ShardWriter, check_out
+from mlx_lora.system.errors import InputError, RunError
+from mlx_lora.system.files import check_writable, replacing_folder
+
+
+@dataclass(frozen=True)
+class Survival:
+    """What became of one layer's update.
+
+    Attributes:
+        kept: share of the update that arrived.
+        error: what arrived beside it, relative to the update.
+    """
+
+    kept: float
+    error: float
+
+
+def fuse_adapter(model: nn.Module, dequantize: bool) -> dict[str, Survival]:
+    """Replace every adapter layer of `model` by one layer that holds base and adapter.
+
+    Args:
+        model: adapted; changed in place, its base object too.
+        dequantize: leave fused layers in float; else a quantized base's are quantized as it was.
+
+    Returns:
+        path -> what became of the update. A zero update arrives whole.
+
+    Raises:
+        InputError: an embedding whose tied head is not adapted: one weight cannot be both.
+    """
+    survival, fused = {}, []
+    for path, layer in adapter_layers(model).items():
+        if isinstance(layer, EMBEDDING_ADAPTERS) and not layer.adapts_head and "lm_head" not in model:
+            raise InputError(
+                f"{path}: its adapter leaves the tied head alone, and one weight cannot hold both; keep the adapter apart"
+            )
+        base = base_of(layer)
+        whole = layer.fuse()
+        if isinstance(base, QUANTIZED) and not dequantize:
+            own_scale = {"global_scale": True} if "global_scale" in base else {}  # of each nvfp4 expert
+            whole = whole.to_quantized(base.group_size, base.bits, base.mode, **own_scale)
+        survival[path] = _survival(dense_weight(base), dense_weight(whole), layer.delta())
+        fused.append((path, whole))
+    model.update_modules(tree_unflatten(fused))
+    return survival
+
+
+def _survival(before: mx.array, after: mx.array, update: mx.array) -> Survival:
+    arrived = after.astype(mx.float32) - before.astype(mx.float32)
+    size = mx.square(update).sum().item()
+    if size == 0:
+        return Survival(1.0, 0.0)
+    kept = (arrived * update).sum().item() / size
+    return Survival(kept, (mx.square(arrived - update).sum().item() / size) ** 0.5)
+
+
+def write_fused(
+    base: Base,
+    out: Path,
+    *,
+    dequantize: bool,
+    force: bool,
+    chat_template: str | None,
+    full: tuple[str, ...] = (),
+    keep_dtype: bool = False,
+) -> dict[str, Survival]:
+    """Fuse the adapter on `base.model` and write the result as a model folder, all or nothing.
+
+    Args:
+        base: adapted; not usable as that base afterwards.
+        out: the folder to make.
+        dequantize: make the whole model float.
+        force: replace an existing model folder.
+        chat_template: the adapter's own, which then is the model's.
+        full: names of parameters trained in full.
+        keep_dtype: write the dtype that the base was cast to, as somebody asked for it, not that of its files. A
+            quantized base made float has no dtype of its own, and keeps it in any case.
+
+    Raises:
+        InputError: `out` must not be written.
+        RunError: what was written cannot be read back.
+    """
+    out = out.resolve()
+    check_out(out, force=force)
+    stored = sum(p.nbytes for _, p in tree_flatten(base.model.parameters()))
+    check_writable(out, "--out", stored)
+    if base.folder.resolve().is_relative_to(out):
+        raise InputError(f"--out {out}: holds the base {base.folder}; give another folder")
+    mark = merge_mark(base.model, base.config)
+    if not keep_dtype and not (dequantize and base.quantization):
+        _take_stored_dtypes(base, full)
+    survival = fuse_adapter(base.model, dequantize)
+    model, config = base.model, dict(base.config)
+    if dequantize:
+        model, config = dequantize_model(model, config)
+    with replacing_folder(out) as folder:
+        writer = ShardWriter(folder)
+        for name, array in tree_flatten(model.parameters()):
+            writer.add({name: array})
+        writer.close()
+        config = {**_with_true_layouts(config, model), "mlx_lora": _provenance(base, mark)}
+        mlx_lm.utils.save_config(config, folder / "config.json")
+        copy_side_files(base.folder, folder)
+        if chat_template:
+            (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        _check_written(folder, model, out, trust_remote_code=_has_own_code(base))
+    return survival
+
+
+def _has_own_code(base: Base) -> bool:
+    """Whether the base's folder brought Python of its own, which whoever loaded it has allowed."""
+    return base.config.get("model_file") is not None
+
+
+def _take_stored_dtypes(base: Base, full: tuple[str, ...]) -> None:
+    """Put the base's arrays back as its files hold them; parameters trained in full get the dtype of those they replace.
+
+    Loading casts to the compute dtype: on a Mac, float16 scales and float32 norms to bfloat16.
+    """
+    untouched, _ = load_weights(base.folder, trust_remote_code=_has_own_code(base))
+    stored = {name: p for name, p in tree_flatten(untouched.parameters()) if mx.issubdtype(p.dtype, mx.floating)}
+    sizes: dict[mx.Dtype, int] = {}
+    for p in stored.values():
+        sizes[p.dtype] = sizes.get(p.dtype, 0) + p.nbytes
+    usual = max(sizes, key=sizes.__getitem__)
+    changed = []
+    for name, p in tree_flatten(base.model.parameters()):
+        plain = name.replace(".linear.", ".").replace(".embedding.", ".")  # an adapted layer's own
+        if name in full:
+            changed.append((name, p.astype(stored[plain].dtype if plain in stored else usual)))
+        elif plain in stored and stored[plain].shape == p.shape and stored[plain].dtype != p.dtype:
+            changed.append((name, stored[plain]))
+    base.model.load_weights(changed, strict=False)
+
+
+def _with_true_layouts(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return the config without layouts of layers that are quantized no longer: what was trained in full is float."""
+    if "quantization" not in config:
+        return config
+    modules = dict(model.named_modules())
+    if not any(isinstance(module, QUANTIZED) for module in modules.values()):
+        return {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+    kept = {
+        key: value
+        for key, value in config["quantization"].items()
+        if key not in modules or isinstance(modules[key], QUANTIZED)
+    }
+    return {**config, "quantization": kept, "quantization_config": kept}
+
+
+def _check_written(folder: Path, model: nn.Module, out: Path, *, trust_remote_code: bool) -> None:
+    """Read a folder back as mlx-lm does: every name, shape and dtype, and the values of all vectors.
+
+    mlx-lm changes some families' weights while it loads them (shifted norms, transposed convolutions); on weights
+    that it has loaded once, that must do nothing.
+
+    Raises:
+        RunError: naming what differs; the folder is not kept.
+    """
+    try:
+        found, _ = load_weights(folder, trust_remote_code)
+    except InputError as error:
+        raise RunError(f"--out {out}: not written, mlx-lm cannot load what fusing made ({error})") from error
+    wanted, read = dict(tree_flatten(model.parameters())), dict(tree_flatten(found.parameters()))
+    differ = sorted(wanted.keys() ^ read.keys()) or [
+        name
+        for name, p in wanted.items()
+        if (p.shape, p.dtype) != (read[name].shape, read[name].dtype)
+        or (p.ndim == 1 and not mx.array_equal(p, read[name], equal_nan=True).item())
+    ]
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise RunError(
+            f"--out {out}: not written, mlx-lm reads {', '.join(differ[:3])}{more} back otherwise than it was written; "
+            "keep the adapter apart"
+        )
+
+
+def _provenance(base: Base, mark: str) -> dict[str, Any]:
+    """Return what config.json says of where the fused model came from; `fused` makes it another base than that."""
+    return {"fused": mark, "base_model": base.model_id, "base_revision": base.revision}

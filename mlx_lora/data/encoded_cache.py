@@ -1,0 +1,161 @@
+"""Encoded data on disk, so that the same data is encoded once and later runs start at once.
+
+    <cache>/encoded/<key>/entry.json                 sizes, fingerprints, and what the caller wants to keep
+                          train.tokens.npy ...       the arrays of each set, mapped into memory when read
+
+The key covers all that decides the arrays: the data files' bytes, tokenizer, templates, settings, seed, and
+this stage's own code. An entry appears whole or not at all, and one that does not read back as it was
+written counts as absent. At most MAX_ENTRIES entries and MAX_BYTES are kept, the last used ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import date
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from mlx_lora.data.encode import EncodedSet
+from mlx_lora.settings.config import DataSettings
+from mlx_lora.system.cache import cache_dir
+from mlx_lora.system.files import replacing_folder, sha256_of
+
+MAX_ENTRIES = 20
+MAX_BYTES = 4 * 10**9
+STALE_S = 24 * 3600.0  # a temporary folder this old belongs to a process that was killed
+ARRAYS = {"tokens": np.int32, "mask": np.bool_, "offsets": np.int64}
+ENTRY_FILE = "entry.json"
+
+
+def entry_folder(
+    kind: str,
+    files: dict[str, Sequence[Path]],
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    day: date | None = None,
+) -> Path:
+    """Return the folder for this data, encoded in this way; it need not exist.
+
+    Args:
+        kind: What is made of the data: a training run's splits or one evaluation set.
+        files: Split name -> its data files.
+        settings: What is trained of them; `data` itself does not count, only what the files hold.
+        tokenizer: A fast tokenizer, with its chat template.
+        seed: Of the held-out split.
+        day: That the chat template shows; None where it shows none.
+    """
+    parts = {
+        "kind": kind,
+        "files": {name: [(path.name, sha256_of(path)) for path in paths] for name, paths in files.items()},
+        "settings": {**asdict(settings), "data": None, "chat_date": day and day.isoformat()},
+        "template": _template_hash(settings.chat_template),
+        "tokenizer": _tokenizer_hash(tokenizer),
+        "seed": seed,
+        "code": _code_hash(),
+        "packages": [metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")],
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return cache_dir("encoded") / key[:32]
+
+
+def read_entry(folder: Path) -> tuple[dict[str, EncodedSet], dict[str, Any]] | None:
+    """Return the sets, mapped into memory, and the details of an entry; None when absent or damaged.
+
+    Args:
+        folder: From `entry_folder`.
+    """
+    try:
+        entry = json.loads((folder / ENTRY_FILE).read_text(encoding="utf-8"))
+        sets = {name: _read_set(folder, name) for name in entry["fingerprints"]}
+        if {name: rows.fingerprint for name, rows in sets.items()} != entry["fingerprints"]:
+            return None
+        os.utime(folder)  # the last used ones are kept
+        return sets, entry["details"]
+    except (OSError, ValueError, KeyError, TypeError, EOFError):  # what a cut or scribbled file can raise
+        return None
+
+
+def write_entry(folder: Path, sets: dict[str, EncodedSet], details: dict[str, Any]) -> None:
+    """Write an entry, whole or not at all, and remove the entries that are too many.
+
+    Args:
+        folder: From `entry_folder`.
+        sets: Name -> encoded set.
+        details: Plain values for JSON, handed back by `read_entry`.
+
+    Raises:
+        OSError: no room, or no permission.
+    """
+    with replacing_folder(folder) as temporary:
+        for name, rows in sets.items():
+            for array, kind in ARRAYS.items():
+                np.save(temporary / f"{name}.{array}.npy", np.asarray(_array(rows, array), kind))
+        entry = {"fingerprints": {name: rows.fingerprint for name, rows in sets.items()}, "details": details}
+        (temporary / ENTRY_FILE).write_text(json.dumps(entry), encoding="utf-8")
+    _evict(folder.parent)
+
+
+def _array(rows: EncodedSet, name: str) -> np.ndarray:
+    return {"tokens": rows.tokens, "mask": rows.mask, "offsets": rows.offsets}[name]
+
+
+def _read_set(folder: Path, name: str) -> EncodedSet:
+    # A plain view: each slice of a memmap object would cost more than the row it cuts out.
+    parts = {array: np.load(folder / f"{name}.{array}.npy", mmap_mode="r").view(np.ndarray) for array in ARRAYS}
+    for array, kind in ARRAYS.items():
+        if parts[array].dtype != kind or parts[array].ndim != 1:
+            raise ValueError(f"{name}.{array} holds another kind of array")
+    return EncodedSet(**parts)
+
+
+def _evict(room: Path) -> None:
+    """Remove what a killed process left, and the entries used longest ago beyond the limits."""
+    now = time.time()
+    entries = []
+    for path in room.iterdir():
+        modified = path.stat().st_mtime
+        if not path.name.startswith("."):
+            entries.append((modified, path))
+        elif now - modified > STALE_S:
+            shutil.rmtree(path, ignore_errors=True)
+    kept_bytes = 0
+    for number, (_, path) in enumerate(sorted(entries, reverse=True)):
+        kept_bytes += sum(file.stat().st_size for file in path.iterdir())
+        if number and (number >= MAX_ENTRIES or kept_bytes > MAX_BYTES):  # the one just written always stays
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _template_hash(name_or_file: str | None) -> str | None:
+    """Return a hash of the template file's text; None for a built-in, which is part of the code."""
+    path = Path(name_or_file).expanduser() if name_or_file else None
+    return sha256_of(path) if path and path.is_file() else None
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash of all of a tokenizer that ids, masks and rendered chats depend on."""
+    core = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else type(tokenizer).__name__
+    special = [tokenizer.special_tokens_map, tokenizer.all_special_tokens, tokenizer.eos_token_id]
+    content = json.dumps([core, tokenizer.chat_template, special], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _code_hash() -> str:
+    """Return a hash of the code that reads and encodes: a changed rule must not meet yesterday's arrays."""
+    digest = hashlib.sha256()
+    for package, suffix in (("mlx_lora.sources", ".py"), ("mlx_lora.data", ".py"), ("mlx_lora.data", ".jinja")):
+        folder = resources.files(package)
+        for file in (folder / "templates" if suffix == ".jinja" else folder).iterdir():
+            if file.name.endswith(suffix):
+                digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The planner: will a run fit, and how fast is it? Arithmetic, no MLX arrays."""

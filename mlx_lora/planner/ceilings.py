@@ -1,0 +1,58 @@
+"""Measure what this machine can do at most: the ceilings that predicted speed is counted against.
+
+Seconds of work in all; each rate is the best of several rounds, since another program's load only slows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from mlx_lora.planner.speed import Ceilings
+from mlx_lora.system import device
+
+# Products of a training step: this many positions by a block's widths.
+ROWS, INNER, OUTER = 1024, 576, 1536
+ELEMENTS = 1 << 22  # 16 MB in float32: beyond any cache that a pass could live in
+
+
+def measure_ceilings(dtype: str = "auto", rounds: int = 5, clock: Callable[[], float] = time.perf_counter) -> Ceilings:
+    """Return this machine's rates in the run's compute dtype.
+
+    Args:
+        dtype: --dtype of the run.
+        rounds: of each measurement; the best counts.
+        clock: returns seconds; `time.process_time` on a machine that others use as well.
+    """
+    kind = device.compute_dtype(dtype)
+    x, w = mx.random.normal((ROWS, INNER)).astype(kind), mx.random.normal((INNER, OUTER)).astype(kind)
+    a, b = mx.random.normal((ELEMENTS,)).astype(kind), mx.random.normal((ELEMENTS,)).astype(kind)
+    mx.eval(x, w, a, b)
+    flops = 2 * ROWS * INNER * OUTER / _best_s(lambda: x @ w, rounds, clock)
+    # What a step's passes are: elementwise, into another order (heads), and along rows (norms, softmax). mlx's CPU backend
+    # does the three at 20, 9 and 5 GB/s; a GPU hardly tells them apart.
+    rows = a.reshape(1, -1, 16, 64)
+    passes = (
+        (3, lambda: a * b),
+        (2, lambda: mx.contiguous(rows.swapaxes(1, 2))),
+        (1, lambda: a.reshape(-1, 1024).sum(-1)),
+    )
+    times = [_best_s(make, rounds, clock) for _, make in passes]
+    moved = sum(arrays for arrays, _ in passes) * ELEMENTS * kind.size / sum(times)
+    # An exponential reads and writes as a product does.
+    spent = _best_s(lambda: mx.exp(a), rounds, clock) - 2 / 3 * times[0]
+    on_cpu = device.current_device().backend == "cpu"
+    exponentials = ELEMENTS / max(spent, 1e-9) if on_cpu else float("inf")
+    return Ceilings(flops, moved, exponentials, 0.0 if on_cpu else 5e-6, "measured here")
+
+
+def _best_s(make: Callable[[], mx.array], rounds: int, clock: Callable[[], float]) -> float:
+    mx.eval(make())
+    best = float("inf")
+    for _ in range(rounds):
+        start = clock()
+        mx.eval(make())
+        best = min(best, clock() - start)
+    return best

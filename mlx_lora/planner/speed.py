@@ -1,0 +1,133 @@
+"""(model shape, run, ceilings) -> seconds of a training step, by part: a roofline, so a prediction.
+
+Per part: floating-point operations, bytes of its passes over memory, exponentials; each at the machine's own rate. On a
+GPU a part takes the longer of computing and moving, on a CPU all three one after the other. Parts follow one another. Real kernels do worse than listed peaks: chips.py has the share that they reach.
+
+Shapes: T positions, D width, F width of the gated activation, P trained positions, V vocabulary, A trained numbers.
+Source: roofline, Williams et al. 2009 (CACM 52:4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+
+from mlx_lora.planner.chips import REACHED_BANDWIDTH, REACHED_FLOPS, Chip
+from mlx_lora.planner.memory import SINGLE, TILE_QUERIES, probabilities
+from mlx_lora.planner.shapes import Block, Machine, ModelShape, Run
+from mlx_lora.settings.checks import checkpoint_every
+
+LAUNCH_S = 5e-6  # of the host's time for one operation on a GPU
+LAUNCHES_PER_BLOCK = 160  # forward and backward, counted in docs/performance.md: 4,832 for 30 blocks
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a machine can do at most.
+
+    Attributes:
+        flops_per_s: of a large product in the compute dtype.
+        bytes_per_s: of an elementwise pass.
+        exponentials_per_s: infinite on a GPU, where they hide behind the reading of their argument.
+        launch_s: of each operation.
+        source: `measured here` or `listed`.
+    """
+
+    flops_per_s: float
+    bytes_per_s: float
+    exponentials_per_s: float = float("inf")
+    launch_s: float = 0.0
+    source: str = "listed"
+
+
+def listed_ceilings(chip: Chip, number_bytes: int = 2) -> Ceilings:
+    """Return a chip's listed peaks times the share that real work reaches."""
+    rate = chip.half_rate if number_bytes == 2 else 1.0
+    return Ceilings(
+        chip.tflops * 1e12 * rate * REACHED_FLOPS, chip.gb_per_s * 1e9 * REACHED_BANDWIDTH, launch_s=LAUNCH_S
+    )
+
+
+@dataclass(frozen=True)
+class Count:
+    """One part of a step.
+
+    Attributes:
+        flops, moved_bytes, exponentials: of all blocks, forward and backward.
+    """
+
+    flops: float = 0.0
+    moved_bytes: float = 0.0
+    exponentials: float = 0.0
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        """Return how long it takes."""
+        computing, moving = self.flops / ceilings.flops_per_s, self.moved_bytes / ceilings.bytes_per_s
+        if isfinite(ceilings.exponentials_per_s):
+            # A CPU does one thing after the other: products on all cores, passes and exponentials on one.
+            return computing + moving + self.exponentials / ceilings.exponentials_per_s
+        return max(computing, moving)
+
+
+def count_step(shape: ModelShape, run: Run, machine: Machine) -> dict[str, Count]:
+    """Count a step.
+
+    A frozen weight is multiplied twice per position (output, input gradient), a factor three times; a checkpointed
+    block's forward pass runs again. Blocks below the first adapted layer have no backward pass.
+    """
+    size, tokens = machine.number_bytes, run.positions
+    every = checkpoint_every(run.checkpointing)
+    base = adapter = attention = scores_exp = scores_bytes = dense = gate_exp = 0.0
+    moved = adapter_bytes = 0.0
+    for index, block in enumerate(shape.blocks):
+        trained = index >= shape.first_trained
+        again = trained and every is not None and index % every == 0
+        products = 1 + trained + (again and run.checkpointing != "selective")
+        weights = sum(layer.inputs * layer.outputs * layer.active for layer in block.layers)
+        factors = sum((layer.inputs + layer.outputs) * layer.rank * layer.active for layer in block.layers)
+        base += 2 * weights * tokens * products
+        dense += products * sum(layer.numbers for layer in block.layers if layer.packed)
+        adapter += 2 * factors * tokens * (1 + 2 * trained + again)
+        adapter_bytes += (2 + 2 * trained) * sum(
+            (layer.inputs + layer.outputs) * layer.active for layer in block.layers if layer.rank
+        )
+        scores = _scores(block, run)
+        kept = bool(probabilities(block, run, machine)) and not again
+        attention += 2 * block.head_width * scores * (2 + trained * (4 + (not kept)))
+        scores_exp += scores * (1 + trained * (not kept))
+        scores_bytes += scores * size * (8 + 12 * trained)
+        gate, passes = _gate_width(block), 6 + 9 * trained + 6 * again
+        gate_exp += gate * tokens * (1 + again)
+        moved += passes * (gate + 4 * (block.layers[0].inputs if block.layers else 0) + block.heads * block.head_width)
+    logits = run.places * shape.vocabulary
+    return {
+        "products": Count(base, size * dense * 3),
+        "adapters": Count(adapter, size * tokens * adapter_bytes),
+        "attention": Count(attention, scores_bytes, scores_exp),
+        "elementwise": Count(0.0, size * tokens * moved, gate_exp),
+        "loss": Count(4 * logits * shape.width, SINGLE * 9 * logits, logits),
+        "optimizer": Count(0.0, SINGLE * 14 * shape.trained),
+    }
+
+
+def _scores(block: Block, run: Run) -> float:
+    """Return the scores that attention makes: half a square, or a whole one behind a sliding window's mask."""
+    if block.window and run.width > block.window:
+        return run.rows * block.heads * run.width**2
+    return run.rows * block.heads * run.width * (run.width + TILE_QUERIES) / 2
+
+
+def _gate_width(block: Block) -> int:
+    """Return F: the width of the activation between up and down, of all active experts."""
+    return max((layer.inputs * layer.active for layer in block.layers if layer.is_end), default=0)
+
+
+def step_seconds(shape: ModelShape, run: Run, machine: Machine, ceilings: Ceilings) -> tuple[float, dict[str, float]]:
+    """Return the predicted seconds of a step and of each part."""
+    parts = {name: count.seconds(ceilings) for name, count in count_step(shape, run, machine).items()}
+    if ceilings.launch_s:
+        parts["launches"] = ceilings.launch_s * LAUNCHES_PER_BLOCK * len(shape.blocks)
+    # The host prepares launches while the device computes: only what it cannot hide behind counts.
+    hidden = parts.pop("launches", 0.0)
+    total = sum(parts.values())
+    return max(total, hidden), {**parts, **({"waiting for launches": hidden - total} if hidden > total else {})}

@@ -1,0 +1,26 @@
+"""This machine as the planner describes machines."""
+
+from __future__ import annotations
+
+from mlx_lora.planner.shapes import Machine
+from mlx_lora.system.device import compute_dtype, current_device
+
+
+def this_machine(dtype: str = "auto") -> Machine:
+    """Describe this device as the planner wants it.
+
+    Args:
+        dtype: --dtype of the run.
+    """
+    here = current_device()
+    return Machine(here.name, here.backend, here.memory_bytes, here.working_set_bytes, compute_dtype(dtype).size)
+
+
+def loss_tile_bytes() -> int:
+    """Return the bytes that one tile of the fused loss's logits may take."""
+    return this_machine().tile_bytes
+
+
+def dense_experts_bytes() -> int:
+    """Return the bytes that one layer's experts may take in float while they are multiplied by."""
+    return this_machine().dense_experts_bytes

@@ -1,0 +1,207 @@
+"""`evaluate --forgetting`: base and adapters on the task, on general text, on general chat, and on probe questions.
+
+    base ----------------------------+
+    base + adapter (shares arrays) --+--> the same tokens --> Drift per set --> table, JSON, page
+
+The general sets come with the package (data/general), written after the models they judge; others can be named.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_lora.artifacts.adapter import load_adapter
+from mlx_lora.data.batches import BatchPlan
+from mlx_lora.data.loading import load_eval_set
+from mlx_lora.data.prompts import encode_prompt
+from mlx_lora.data.templates import own_template, resolve_template
+from mlx_lora.models.load import Base, check_token_ids
+from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, DataSettings
+from mlx_lora.system.errors import InputError
+from mlx_lora.training.drift import Drift, Readout, measure_drifts
+from mlx_lora.training.samples import greedy_text
+
+GENERAL = Path(__file__).parents[1] / "data" / "general"
+TASK, TEXT, CHAT = "task", "general text", "general chat"
+PROBE_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question with a known answer, and what each model said; models by name, the base first.
+
+    Attributes:
+        question: as it was put.
+        answers: words, any of which is right.
+        said: name -> greedy text.
+    """
+
+    question: str
+    answers: tuple[str, ...]
+    said: dict[str, str]
+
+    def right(self, name: str) -> bool:
+        """Whether a model's text holds an answer as a whole word, in any case."""
+        words = "|".join(re.escape(answer) for answer in self.answers)
+        return re.search(rf"(?<!\w)(?:{words})(?!\w)", self.said[name], re.IGNORECASE) is not None
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """What was measured.
+
+    Attributes:
+        base: its model id.
+        adapters: name -> method and rank in words.
+        sets: set -> adapter -> Drift.
+        sources: set -> the file or id it came from.
+        probes: with everybody's answers.
+    """
+
+    base: str
+    adapters: dict[str, str]
+    sets: dict[str, dict[str, Drift]]
+    sources: dict[str, str]
+    probes: list[Probe]
+
+    def right(self, name: str) -> int:
+        """Probes that a model got right; `base` is one."""
+        return sum(probe.right(name) for probe in self.probes)
+
+    def verdict(self, where: str, name: str) -> str:
+        """Return what became of an adapter on a set, in words."""
+        return self.sets[where][name].verdict(learned=where == TASK)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        sets = {
+            where: {
+                "source": self.sources[where],
+                "adapters": {
+                    name: {**dataclasses.asdict(drift), "change": drift.change, "verdict": self.verdict(where, name)}
+                    for name, drift in drifts.items()
+                },
+            }
+            for where, drifts in self.sets.items()
+        }
+        probes = {
+            "questions": len(self.probes),
+            "right": {name: self.right(name) for name in ("base", *self.adapters)},
+            "texts": [
+                {**dataclasses.asdict(probe), "right": {name: probe.right(name) for name in probe.said}}
+                for probe in self.probes
+            ],
+        }
+        return {"model": self.base, "adapters": self.adapters, "sets": sets, "probes": probes}
+
+
+def measure_forgetting(
+    base: Base,
+    folders: Sequence[Path],
+    settings: DataSettings,
+    general: dict[str, str],
+    ignore_fingerprint: bool,
+    batch_tokens: int | None,
+    say: Callable[[str], None],
+) -> Forgetting:
+    """Measure every adapter against the base.
+
+    Args:
+        base: unadapted; it stays so.
+        folders: of adapters.
+        settings: of the task's data; its template and lengths are used for the general sets as well.
+        general: set -> file or id, in place of the package's.
+        ignore_fingerprint: as for load_adapter.
+        batch_tokens: positions per batch; None: the default.
+        say: takes a line of progress.
+
+    Raises:
+        InputError: an adapter that does not fit, adapters trained with different templates, data without a token.
+    """
+    models, adapters, template = _put_adapters(base, folders, ignore_fingerprint)
+    if template and not settings.chat_template:
+        base.hf_tokenizer.chat_template = template
+    places = {TASK: settings.data, TEXT: GENERAL / "text.jsonl", CHAT: GENERAL / "chat.jsonl", **general}
+    own = Readout(base.model, base.config)
+    readouts = {name: Readout(model.model, model.config) for name, model in models.items()}
+    vocabulary = base.model(mx.array([[0]])).shape[-1]
+    sets: dict[str, dict[str, Drift]] = {}
+    for where, place in places.items():
+        form = settings if where == TASK else dataclasses.replace(settings, data_format="auto")
+        rows = load_eval_set(str(place), form, base.hf_tokenizer, say)
+        check_token_ids(base, int(rows.tokens.max(initial=0)), str(place))
+        plan = BatchPlan(rows, batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)
+        say(f"{where}: {int(rows.supervised_counts.sum())} tokens of {len(rows)} rows")
+        try:
+            sets[where] = measure_drifts(own, readouts, plan.batches(), vocabulary)
+        except ValueError as error:
+            raise InputError(f"--data {place}: {error}; give rows with something to answer") from None
+    say(f"probes: {len(models) + 1} models")
+    probes = ask_probes({"base": base, **models}, _chat_template(base, settings))
+    shown = {where: str(place) if where == TASK or where in general else "built in" for where, place in places.items()}
+    return Forgetting(base.model_id, adapters, sets, shown, probes)
+
+
+def _put_adapters(
+    base: Base, folders: Sequence[Path], ignore_fingerprint: bool
+) -> tuple[dict[str, Base], dict[str, str], str | None]:
+    """Return name -> adapted model that shares the base's arrays, name -> words, and the template they share."""
+    models, words, templates = {}, {}, {}
+    for folder, name in zip(folders, adapter_names(folders), strict=True):
+        adapted = dataclasses.replace(base, model=copy.deepcopy(base.model))  # copies modules, not what they hold
+        info = load_adapter(adapted, folder, ignore_fingerprint)
+        models[name], templates[name] = adapted, info.chat_template
+        words[name] = info.method if info.method == "full" else f"{info.method}, rank {info.rank}"
+    if len(set(templates.values())) > 1:
+        raise InputError(
+            f"--against: {', '.join(templates)} were trained with different chat templates; measure them one by one"
+        )
+    return models, words, next(iter(templates.values()))
+
+
+def adapter_names(folders: Sequence[Path]) -> list[str]:
+    """Return a short name for each: the folder's own, or as much of its path as tells it from the others."""
+    parts = [folder.resolve().parts for folder in folders]
+    names = []
+    for own in parts:
+        others = [other for other in parts if other is not own]
+        depth = next((n for n in range(1, len(own)) if all(o[-n:] != own[-n:] for o in others)), len(own) - 1)
+        names.append("/".join(own[-depth:]))
+    if len(set(names)) < len(names):
+        raise InputError(f"--against {folders[-1]}: an adapter is named twice; give others")
+    return names
+
+
+def _chat_template(base: Base, settings: DataSettings) -> str | None:
+    """Return the template that probes are asked with, None for a base model that has none."""
+    if settings.chat_template:
+        return resolve_template(settings.chat_template, base.hf_tokenizer)[0]
+    return own_template(base.hf_tokenizer)
+
+
+def ask_probes(models: dict[str, Base], template: str | None) -> list[Probe]:
+    """Put every probe question to every model.
+
+    Args:
+        models: name -> model.
+        template: Jinja text for questions, or None: the models complete sentences instead.
+    """
+    probes = []
+    for line in (GENERAL / "probes.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        prompt = row["question"] if template else row["completion"]
+        said = {}
+        for name, model in models.items():
+            tokens = encode_prompt(model.hf_tokenizer, prompt, template)
+            said[name] = greedy_text(model, tokens, PROBE_TOKENS).strip()
+        probes.append(Probe(prompt, tuple(row["answers"]), said))
+    return probes

@@ -1,0 +1,104 @@
+"""report.html while a run goes on: a text before the first step, the page at every save, the text after the last."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from mlx_lora import __version__
+from mlx_lora.artifacts.run_report import RunReport, Sample
+from mlx_lora.data.loading import DataSplits
+from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
+from mlx_lora.models.load import Base
+from mlx_lora.settings.config import TrainSettings
+from mlx_lora.system import device
+from mlx_lora.training.samples import greedy_text, held_out_beginning
+
+
+@dataclass(frozen=True)
+class RunPage:
+    """Keeps a run folder's report.html.
+
+    Attributes:
+        folder: of the run.
+        base: the model that is trained.
+        prompt: token ids of the held-out beginning; empty for no texts.
+        max_tokens: of each text.
+        report: what the page tells beside metrics and settings.
+    """
+
+    folder: Path
+    base: Base
+    prompt: list[int]
+    max_tokens: int
+    report: RunReport
+
+    @classmethod
+    def begin(
+        cls,
+        settings: TrainSettings,
+        base: Base,
+        splits: DataSplits,
+        adapter: str,
+        planned_peak_bytes: int,
+        goes_on: bool,
+    ) -> RunPage:
+        """Make the text before the training, unless the run goes on and has one.
+
+        Args:
+            settings: of the run.
+            base: with the fresh adapter on it, which changes nothing yet.
+            splits: its data.
+            adapter: words on what is trained.
+            planned_peak_bytes: the planner's.
+            goes_on: from a checkpoint.
+        """
+        versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm"))
+        rows = splits.valid if splits.valid is not None and len(splits.valid) else splits.train
+        tokens = settings.loop.sample_tokens
+        page = cls(
+            Path(settings.loop.adapter_path),
+            base,
+            held_out_beginning(rows) if tokens else [],
+            tokens,
+            RunReport(
+                command=shlex.join(["python", *sys.orig_argv[1:]]),
+                device=device.current_device().header(),
+                base=f"{base.model_id}: {base.describe()}",
+                adapter=adapter,
+                versions=f"mlx_lora {__version__}, {versions}",
+                data=splits.report.to_dict(),
+                planned_peak_bytes=planned_peak_bytes,
+            ),
+        )
+        kept = goes_on and page.report.keep_samples_of(page.folder)
+        if page.prompt and not kept:
+            prompt = base.hf_tokenizer.decode(page.prompt)
+            page.report.samples.append(Sample(prompt, page._text()))
+        return page
+
+    def _text(self) -> str:
+        """Return what the model goes on with, or why it cannot: a run does not end for want of a text."""
+        try:
+            return greedy_text(self.base, self.prompt, self.max_tokens)
+        except FOREIGN_ERRORS as error:
+            if not is_foreign(error):
+                raise
+            return f"(no text could be made: generation fails with this model: {short(error, 200)})"
+
+    def write(self) -> None:
+        """Write the page as the run stands."""
+        self.report.write(self.folder)
+
+    def end(self, interrupted: bool) -> None:
+        """Make the text after the training, and write the page for the last time.
+
+        Args:
+            interrupted: then there is no text: who asked for the end does not wait for it, and the run may go on.
+        """
+        for sample in self.report.samples if self.prompt and not interrupted else []:
+            sample.after = self._text()
+        self.write()

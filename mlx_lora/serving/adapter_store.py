@@ -1,0 +1,303 @@
+"""The adapters a server knows, and which of them are in memory.
+
+Known adapters are read again when a request names them; the least recently used are evicted when the budget is full.
+One that is replaced or unloaded while rows use it stays for those rows alone, under its own number.
+
+Everything here runs in the engine's thread; other threads read `cards`, which is replaced whole.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+import mlx.core as mx
+
+from mlx_lora.models.load import Base
+from mlx_lora.serving.factors import AdapterFactors, blend_factors, read_factors
+from mlx_lora.serving.pools import Routing
+from mlx_lora.serving.routed import route
+from mlx_lora.system.errors import InputError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class UnknownAdapter(Exception):
+    """No adapter of this name is known."""
+
+
+class NoRoom(Exception):
+    """Every adapter in memory is in use and the budget is full: wait for a row to finish."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an adapter comes from: a folder, or other adapters with weights."""
+
+    folder: Path | None = None
+    blend: Mapping[str, float] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """One word for lists; a folder by its last part, for clients need not know the rest."""
+        return (
+            self.folder.name if self.folder else "+".join(f"{weight:g}*{name}" for name, weight in self.blend.items())
+        )
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of an adapter.
+
+    Attributes:
+        name: under which requests ask for it.
+        source: described.
+        method, rank, nbytes: of its factors.
+        chat_template: its own, if any.
+        resident: in memory now.
+        created: UNIX time of its first loading.
+    """
+
+    name: str
+    source: str
+    method: str
+    rank: int
+    nbytes: int
+    chat_template: str | None
+    resident: bool
+    created: int
+
+    def describe(self) -> str:
+        """Return method, rank, size and source in a few words."""
+        return f"{self.method}, rank {self.rank}, {self.nbytes / 1e6:.1f} MB, {self.source}"
+
+
+@dataclass(eq=False)
+class Resident:
+    """An adapter in memory.
+
+    Attributes:
+        number: names its factors in the layers.
+        name: under which it was asked for.
+        factors: its description; the arrays lie in the layers.
+        uses: rows that have it.
+        retired: nobody new gets it; it leaves with its last row.
+    """
+
+    number: int
+    name: str
+    paths: tuple[str, ...]
+    nbytes: int
+    uses: int = 0
+    retired: bool = False
+
+
+class AdapterStore:
+    """Known and resident adapters of one base."""
+
+    def __init__(
+        self,
+        base: Base,
+        routing: Routing,
+        dtype: mx.Dtype,
+        budget_bytes: int | None,
+        ignore_fingerprint: bool = False,
+        dropped: Callable[[int], None] = lambda number: None,
+    ):
+        """Begin with none.
+
+        Args:
+            base: its model's layers become routed as adapters need them.
+            routing: what they look at.
+            dtype: of the activations.
+            budget_bytes: for all adapters in memory; None: no bound.
+            ignore_fingerprint: take adapters of another base of the same shape.
+            dropped: is told the number of each adapter that leaves memory.
+        """
+        self._base, self._routing, self._dtype = base, routing, dtype
+        self._ignore_fingerprint, self._dropped = ignore_fingerprint, dropped
+        self.budget_bytes = budget_bytes
+        self.cards: Mapping[str, Card] = MappingProxyType({})
+        self.evictions = self.loads = 0
+        self._sources: dict[str, Source] = {}
+        self._residents: dict[str, Resident] = {}  # the least recently used first
+        self._retired: list[Resident] = []
+        self._numbers = itertools.count()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all adapters in memory."""
+        return sum(resident.nbytes for resident in (*self._residents.values(), *self._retired))
+
+    def add(self, named: Mapping[str, Source]) -> list[Card]:
+        """Read adapters into memory under new names or in place of what has them; all or none.
+
+        Raises:
+            InputError: a bad name, an adapter that does not fit, or one larger than the budget.
+            NoRoom: the rest of the budget is in use.
+        """
+        read = {}
+        for name, source in named.items():
+            if not NAME.fullmatch(name):
+                raise InputError(f"adapter name {name!r}: letters, digits, . _ - and at most 64 of them")
+            self._check_blend(name, source, {**self._sources, **named})
+            read[name] = self._read(source, read)
+        self._make_room(sum(factors.nbytes for factors in read.values()))
+        for name in named:
+            self._retire(name)
+            self._sources[name] = named[name]
+        self._install(read)
+        return [self.cards[name] for name in named]
+
+    def reload(self, name: str) -> Card:
+        """Read an adapter again from where it came from; rows in flight keep the old one.
+
+        Raises:
+            UnknownAdapter, InputError, NoRoom: as for `add`.
+        """
+        if name not in self._sources:
+            raise UnknownAdapter(name)
+        return self.add({name: self._sources[name]})[0]
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; rows in flight keep it to their end.
+
+        Raises:
+            UnknownAdapter: there is none.
+        """
+        if name not in self._sources:
+            raise UnknownAdapter(name)
+        del self._sources[name]
+        self._retire(name)
+        self.cards = MappingProxyType({other: card for other, card in self.cards.items() if other != name})
+
+    def acquire(self, name: str) -> Resident:
+        """Return an adapter for one more row, read again if it had left memory.
+
+        Raises:
+            UnknownAdapter, InputError, NoRoom: as for `add`; the files may have changed since.
+        """
+        if name not in self._sources:
+            raise UnknownAdapter(name)
+        if name not in self._residents:
+            factors = self._read(self._sources[name], {})
+            self._make_room(factors.nbytes)
+            self._install({name: factors})
+        resident = self._residents[name] = self._residents.pop(name)
+        resident.uses += 1
+        return resident
+
+    def release(self, resident: Resident) -> None:
+        """Give back what `acquire` gave."""
+        resident.uses -= 1
+        if resident.retired and resident.uses == 0:
+            self._retired.remove(resident)
+            self._drop(resident)
+
+    def _check_blend(self, name: str, source: Source, sources: Mapping[str, Source]) -> None:
+        """Refuse a blend of what is not known, or of blends: none can then come to blend itself."""
+        for part in source.blend:
+            if part not in sources:
+                raise InputError(f"adapter {name!r}: blends {part!r}, which is not loaded; load it first")
+            if sources[part].blend:
+                raise InputError(f"adapter {name!r}: blends {part!r}, a blend itself; name that one's parts")
+
+    def _read(self, source: Source, beside: Mapping[str, AdapterFactors]) -> AdapterFactors:
+        """Return an adapter's factors, from its folder or from the adapters that it blends.
+
+        Args:
+            source: the adapter's.
+            beside: adapters that are read together with it, by name.
+        """
+        if source.folder is not None:
+            return read_factors(self._base, source.folder, self._dtype, self._ignore_fingerprint)
+        parts = [(part, self._current(part, beside), weight) for part, weight in source.blend.items()]
+        return blend_factors(parts)
+
+    def _current(self, name: str, beside: Mapping[str, AdapterFactors]) -> AdapterFactors:
+        """Return the factors of a known adapter, without bringing it into memory for that."""
+        if name in beside:
+            return beside[name]
+        if name not in self._sources:
+            raise UnknownAdapter(name)
+        if name not in self._residents:
+            return self._read(self._sources[name], beside)
+        resident, modules = self._residents[name], dict(self._base.model.named_modules())
+        layers = {path: modules[path].pools.get(resident.number) for path in resident.paths}
+        return AdapterFactors(layers, self.cards[name].method, self.cards[name].chat_template)
+
+    def _make_room(self, needed_bytes: int) -> None:
+        """Evict the least recently used idle adapters until `needed_bytes` more fit the budget."""
+        if self.budget_bytes is None:
+            return
+        if needed_bytes > self.budget_bytes:
+            raise InputError(
+                f"the adapter takes {needed_bytes / 1e6:.1f} MB, the budget for adapters is "
+                f"{self.budget_bytes / 1e6:.1f} MB; raise --adapter-memory"
+            )
+        idle = [name for name, resident in self._residents.items() if resident.uses == 0]
+        free = self.budget_bytes - self.nbytes
+        if free + sum(self._residents[name].nbytes for name in idle) < needed_bytes:
+            raise NoRoom("all adapters in memory are in use")
+        for name in idle:
+            if free >= needed_bytes:
+                break
+            free += self._residents[name].nbytes
+            self._retire(name)
+            self.evictions += 1
+            self._set_card(name, resident=False)
+
+    def _install(self, read: Mapping[str, AdapterFactors]) -> None:
+        """Put factors into the layers, which are routed as needed."""
+        touched = {}
+        for name, factors in read.items():
+            number = next(self._numbers)
+            layers = route(self._base.model, list(factors.layers), self._routing)
+            for path, layer in layers.items():
+                layer.pools.put(number, factors.layers[path])
+            touched |= layers
+            self._residents[name] = Resident(number, name, tuple(factors.layers), factors.nbytes)
+            self.loads += 1
+        for layer in touched.values():
+            layer.pools.settle()
+        mx.clear_cache()
+        for name, factors in read.items():
+            known = self.cards.get(name)
+            card = Card(
+                name,
+                self._sources[name].describe(),
+                factors.method,
+                factors.rank,
+                factors.nbytes,
+                factors.chat_template,
+                resident=True,
+                created=known.created if known else int(time.time()),
+            )
+            self.cards = MappingProxyType({**self.cards, name: card})
+
+    def _retire(self, name: str) -> None:
+        """Take an adapter from memory: now, or with its last row."""
+        resident = self._residents.pop(name, None)
+        if resident is None:
+            return
+        resident.retired = True
+        if resident.uses:
+            self._retired.append(resident)
+        else:
+            self._drop(resident)
+
+    def _drop(self, resident: Resident) -> None:
+        modules = dict(self._base.model.named_modules())
+        for path in resident.paths:
+            modules[path].pools.drop(resident.number)
+        self._dropped(resident.number)
+        mx.clear_cache()
+
+    def _set_card(self, name: str, resident: bool) -> None:
+        card = self.cards[name]
+        changed = Card(**{**vars(card), "resident": resident})
+        self.cards = MappingProxyType({**self.cards, name: changed})

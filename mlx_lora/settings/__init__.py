@@ -1,0 +1,1 @@
+"""Settings: one row each, how they are read and checked."""

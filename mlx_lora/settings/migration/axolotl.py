@@ -1,0 +1,258 @@
+"""Axolotl's file.
+
+Its defaults hold for what the file leaves out and that changes the result: sequence_len 512, one row per
+micro-batch, no weight decay, nothing held out, one epoch. Rank and alpha have no default there, so ours stand.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_lora.settings.migration import hf
+from mlx_lora.settings.migration.sheet import Dialect, Sheet, is_empty
+from mlx_lora.system.parsing import hashable
+
+# None of them is a setting of ours, nor an argument of transformers' trainer, which other tools share.
+MARKS = (
+    "base_model",
+    "micro_batch_size",
+    "sequence_len",
+    "sample_packing",
+    "num_epochs",
+    "val_set_size",
+    "lora_r",
+    "lora_target_linear",
+    "adapter",
+    "datasets",
+)
+# First word of a dataset's type -> our format.
+FORMATS = {
+    "alpaca": "alpaca",
+    "alpaca_chat": "alpaca",
+    "sharegpt": "sharegpt",
+    "completion": "text",
+    "pretrain": "text",
+    "chat_template": "auto",
+}
+# What a dataset may say of its own keys that we find out by looking.
+READ_ANYWAY = [
+    ("ds_type", kind) for kind in ("json", "parquet", "csv", "text", "arrow")
+] + [
+    ("split", "train"),
+    ("field", "text"),
+    ("text_column", "text"),
+    ("field_messages", "messages"),
+    ("field_messages", "conversations"),
+    ("message_field_role", "role"),
+    ("message_field_role", "from"),
+    ("message_field_content", "content"),
+    ("message_field_content", "value"),
+    ("roles_to_train", ["assistant"]),
+    ("roles_to_train", ["gpt"]),
+    ("roles_to_train", ["gpt", "assistant"]),
+    ("train_on_eos", "turn"),
+    ("chat_template", "tokenizer_default"),
+]  # fmt: skip
+PROPERTIES = [("role", "role"), ("role", "from"), ("content", "content"), ("content", "value")]
+ROLES = {"system", "user", "human", "assistant", "gpt", "model", "chatgpt", "tool"}
+
+
+def recognizes(content: Mapping[str, Any]) -> bool:
+    """Tell Axolotl's file by two of its own words, and by not having our word for the model."""
+    return "model" not in content and sum(key in content for key in MARKS) >= 2
+
+
+def read_kind(sheet: Sheet) -> None:
+    """Refuse what is not supervised training of one model."""
+    for key in ("rl", "reward_model", "process_reward_model"):
+        asked = sheet.take(key)
+        if asked:
+            raise sheet.refusal(f"{key} {asked}: only supervised training is here; use Axolotl for it")
+
+
+def read_method(sheet: Sheet) -> None:
+    """Set rank, alpha and method; an empty `adapter` trains the model itself, as there."""
+    adapter = sheet.take("adapter")
+    if adapter not in (None, "lora", "qlora"):
+        raise sheet.refusal(f"adapter {adapter}: not here; use lora or qlora")
+    for key, name in (("lora_r", "rank"), ("lora_alpha", "alpha")):
+        if adapter and key in sheet.rest:
+            sheet.put(name, sheet.number(key), key)
+    ratio, init = sheet.number("loraplus_lr_ratio"), sheet.take("peft_init_lora_weights")
+    restarts = {key: sheet.number(key) for key in ("relora_steps", "jagged_restart_steps")}
+    on = {
+        "dora": "peft_use_dora" if sheet.switch("peft_use_dora") else None,
+        "rslora": "peft_use_rslora" if sheet.switch("peft_use_rslora") else None,
+        "pissa": "peft_init_lora_weights" if str(init).startswith("pissa") else None,
+        "relora": "relora" if sheet.switch("relora") or restarts["relora_steps"] else None,
+        "lora-plus": "loraplus_lr_ratio" if ratio is not None else None,
+        "full": None if adapter else "adapter",
+    }
+    if init not in (None, True) and not on["pissa"]:
+        sheet.left_out.append("peft_init_lora_weights")
+    hf.choose_method(sheet, {method: key for method, key in on.items() if key})
+    if sheet.found.get("method") == "lora-plus":
+        sheet.put("loraplus_lr_ratio", ratio, "loraplus_lr_ratio")
+    read_restarts(sheet, restarts)
+    quantized = {"load_in_4bit": 4, "load_in_8bit": 8}
+    asked = [key for key in quantized if sheet.switch(key)] or (["adapter: qlora"] if adapter == "qlora" else [])
+    if asked:
+        hf.say_quantized(sheet, asked[0], quantized.get(asked[0], 4))
+
+
+def read_restarts(sheet: Sheet, restarts: dict[str, int | float | None]) -> None:
+    """Set ReLoRA's cycle; jagged restarts without ReLoRA are another schedule, which is not here."""
+    settings = {
+        "relora_every": restarts,
+        "relora_warmup": {key: sheet.number(key) for key in ("relora_warmup_steps", "jagged_restart_warmup_steps")},
+        "relora_prune_ratio": {"relora_prune_ratio": sheet.number("relora_prune_ratio")},
+    }
+    for name, stated in settings.items():
+        for key, value in stated.items():
+            if value is not None and sheet.found.get("method") == "relora":
+                sheet.put(name, value, key)
+            elif value is not None:
+                sheet.left_out.append(key)
+
+
+def read_targets(sheet: Sheet) -> None:
+    """Set the target layers; lora_target_linear adds to names, so it is all of them."""
+    if sheet.switch("lora_target_linear"):
+        sheet.take("lora_target_modules")
+        sheet.put("target_modules", "all-linear", "lora_target_linear")
+    hf.read_targets(sheet, "lora_target_modules", ("all-linear",))
+    if sheet.rest.get("lora_modules_to_save"):
+        names = sheet.take("lora_modules_to_save")
+        sheet.put("modules_to_save", names, "lora_modules_to_save")
+
+
+def read_data(sheet: Sheet) -> None:
+    """Set data, format and template from the first dataset."""
+    key = "datasets" if "datasets" in sheet.rest else "pretraining_dataset"
+    asked = sheet.take(key)
+    sets = asked if isinstance(asked, list) else [] if asked is None else [asked]
+    sets = [{"path": one} if isinstance(one, str) else one for one in sets]
+    if not all(isinstance(one, dict) for one in sets):
+        raise sheet.refusal(f"{key} holds no mappings with a path; mend the file")
+    first = {name: value for name, value in (sets[0] if sets else {}).items() if not is_empty(value)}
+    path = data_path(first)
+    if path:
+        sheet.put("data", path, f"{key}.path")
+    if len(sets) > 1:
+        sheet.note(f"{key}: {len(sets)} sets, only the first ({path}) is used; join them in one file for all")
+    kind = first.pop("type", "pretrain" if key == "pretraining_dataset" and sets else None)
+    read_format(sheet, kind, f"{key}.type")
+    own_template = first.get("chat_template")
+    if own_template and kind == "chat_template":
+        sheet.rest["chat_template"] = first.pop("chat_template")
+    sheet.left_out += [f"{key}.{name}" for name, value in first.items() if not read_anyway(name, value)]
+
+
+def read_anyway(name: str, value: Any) -> bool:
+    """Tell what a dataset says of its records and we find out by looking."""
+    if name == "roles" and isinstance(value, dict):
+        told = [*value, *(role for roles in value.values() if isinstance(roles, list) for role in roles)]
+        return ROLES.issuperset(map(hashable, told))
+    if name == "message_property_mappings" and isinstance(value, dict):
+        return all(pair in PROPERTIES for pair in value.items())
+    return (name, value) in READ_ANYWAY
+
+
+def data_path(dataset: dict[str, Any]) -> str | None:
+    """Take what names the files of a dataset: a path, or the one file beside the name of its format."""
+    path, files = dataset.pop("path", None), dataset.get("data_files")
+    files = [files] if isinstance(files, str) else files if isinstance(files, list) else []
+    if path in ("json", "csv", "parquet", "text") and files:
+        if len(files) == 1:
+            dataset.pop("data_files")
+        return str(files[0])
+    revision = dataset.pop("revision", None)
+    return f"{path}@{revision}" if path and revision else path
+
+
+def read_format(sheet: Sheet, kind: Any, key: str) -> None:
+    """Set the record format; alpaca rows keep the alpaca prompt, which Axolotl writes whatever the model is."""
+    if kind is None:
+        return
+    word = re.split("[:.]", kind)[0] if isinstance(kind, str) else None
+    if word not in FORMATS:
+        sheet.left_out.append(key)
+        sheet.note(f"{key}: not a format of ours; records are told apart by their keys")
+        return
+    sheet.put("data_format", FORMATS[word], key)
+    if kind == "alpaca":
+        sheet.put("chat_template", "alpaca", key)
+        sheet.take("chat_template")
+        sheet.note(f"{key} alpaca: rows are written with the alpaca prompt, as there; --chat-template sets another")
+    elif word in ("alpaca", "alpaca_chat", "sharegpt"):
+        sheet.note(f"{key} {kind}: rows are chats here, written with the model's own template")
+
+
+def read_template(sheet: Sheet) -> None:
+    """Set the chat template; Jinja text inside the file would need a file of its own."""
+    jinja = sheet.take("chat_template_jinja")
+    if jinja and re.search(r"[{\n]", str(jinja)):
+        sheet.left_out.append("chat_template_jinja")
+        sheet.note("chat_template_jinja: put the text into a file and give it as --chat-template")
+    elif jinja:
+        sheet.put("chat_template", jinja, "chat_template_jinja")
+    if jinja:
+        sheet.take("chat_template")
+    name = str(sheet.rest.get("chat_template") or "")
+    if name.startswith("tokenizer_default_fallback_"):
+        sheet.take("chat_template")
+        sheet.note(f"chat_template {name}: the model's own template, else alpaca")
+    hf.read_template(sheet, "chat_template", ("tokenizer_default",))
+
+
+def read_prompts(sheet: Sheet) -> None:
+    """Set mask_prompt, the opposite of train_on_inputs."""
+    if "train_on_inputs" in sheet.rest:
+        sheet.put("mask_prompt", not sheet.switch("train_on_inputs"), "train_on_inputs")
+
+
+def read_loop(sheet: Sheet) -> None:
+    """Set length, batch, schedule, optimizer, intervals."""
+    hf.read_length(sheet, "num_epochs")
+    rows = sheet.rest.get("micro_batch_size")
+    if "gradient_accumulation_steps" in sheet.rest or not isinstance(rows, int) or rows < 1:
+        sheet.leave("batch_size")  # of the whole step; the other two say it
+    elif "batch_size" in sheet.rest:
+        sheet.put("grad_accumulation_steps", max(1, round(sheet.number("batch_size") / rows)), "batch_size")
+    hf.read_batch(sheet, "micro_batch_size", "sequence_len", "sample_packing", defaults=(1, 512))
+    hf.read_warmup(sheet, "lr_scheduler")
+    hf.read_optimizer(sheet, "optimizer")
+    hf.read_held_out(sheet, "val_set_size")
+    hf.read_intervals(sheet)
+    hf.read_precision(sheet)
+    if sheet.rest.get("evals_per_epoch") == 0:
+        sheet.take("evals_per_epoch")
+        sheet.put("val_batches", 0, "evals_per_epoch")
+    checkpointing = sheet.take("gradient_checkpointing")
+    if checkpointing is not None:
+        sheet.put("grad_checkpoint", bool(checkpointing), "gradient_checkpointing")
+    if sheet.rest.get("wandb_project"):
+        sheet.put("report_to", "wandb", "wandb_project")
+
+
+AXOLOTL = Dialect(
+    name="Axolotl",
+    recognizes=recognizes,
+    rules=(read_kind, read_method, read_targets, read_data, read_template, read_prompts, read_loop),
+    names={
+        "base_model": "model",
+        "revision_of_model": "revision",
+        "trust_remote_code": "trust_remote_code",
+        "lora_dropout": "dropout",
+        "learning_rate": "learning_rate",
+        "weight_decay": "weight_decay",
+        "max_grad_norm": "max_grad_norm",
+        "gradient_accumulation_steps": "grad_accumulation_steps",
+        "output_dir": "adapter_path",
+        "wandb_project": "project_name",
+        "seed": "seed",
+    },
+    defaults={"weight_decay": 0.0},
+)

@@ -1,0 +1,207 @@
+"""What Axolotl and LLaMA-Factory have in common: both sit on transformers' trainer and PEFT.
+
+Each function reads the keys of one theme, under the names it is given, and sets ours.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from mlx_lora.settings.migration.sheet import Sheet
+from mlx_lora.system.parsing import hashable
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
+OPTIMIZERS = {
+    "adamw": "adamw",
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "sgd": "sgd",
+    "adafactor": "adafactor",
+    "muon": "muon",
+}
+# Chat templates that we have under the same name and with the same text.
+TEMPLATES = ("alpaca", "chatml")
+HALF_PRECISION = ("bf16", "fp16", "bfloat16", "float16", "pure_bf16")
+# Method -> what turns it on beside others; the first that is on is the method.
+PRECEDENCE = ("full", "dora", "pissa", "relora", "lora-plus", "rslora")
+# The last part of a regular expression on layer names: (up|down)_proj, ([qkv]_proj) is beyond it.
+LAST_NAMES = re.compile(r"(?:.*[.)*+])?(?P<before>\w*)\((?P<names>\w+(?:\|\w+)*)\)(?P<after>\w*)\$?")
+
+
+def read_length(sheet: Sheet, epochs: str) -> None:
+    """Set iters from max_steps, which beats epochs there as well, else epochs."""
+    steps, passes = sheet.number("max_steps"), sheet.number(epochs)
+    if steps is not None and steps > 0:
+        sheet.put("iters", steps, "max_steps")
+    elif passes is not None:
+        sheet.put("epochs", passes, epochs)
+
+
+def read_warmup(sheet: Sheet, schedule: str) -> None:
+    """Set schedule and warm-up; a count of steps beats a share of them, as there."""
+    steps, share = sheet.number("warmup_steps"), sheet.number("warmup_ratio")
+    name = hashable(sheet.take(schedule))
+    warmup = steps if steps or share is None else share
+    if warmup is not None:
+        sheet.put("warmup", warmup, "warmup_ratio" if warmup == share else "warmup_steps")
+    if name in SCHEDULES:
+        sheet.put("lr_schedule", SCHEDULES[name], schedule)
+    elif name is not None:
+        shape = "linear" if "linear" in str(name) or "polynomial" in str(name) else "cosine"
+        sheet.put("lr_schedule", shape, schedule)
+        sheet.note(f"{schedule} {name}: {shape} to zero instead")
+    if name == "constant":  # transformers' has no warm-up, whatever the file says of one
+        sheet.found["warmup"] = 0
+
+
+def read_optimizer(sheet: Sheet, key: str) -> None:
+    """Set the optimizer; the 8-bit and paged forms of AdamW differ in what they store, not in what they do."""
+    name = sheet.take(key)
+    if name is None:
+        return
+    known = OPTIMIZERS.get(str(name))
+    sheet.put("optimizer", known or "adamw", key)
+    if known is None and "adamw" in str(name):
+        sheet.note(f"{key} {name}: adamw; its state is float32 here, as small as the adapter")
+    elif known is None:
+        sheet.note(f"{key} {name}: not here, adamw instead; mind the learning rate")
+
+
+def read_precision(sheet: Sheet) -> None:
+    """Leave the dtype to the device, and say so."""
+    asked = [key for key in HALF_PRECISION if sheet.take(key) not in (None, False)]
+    if sheet.switch("float32"):
+        sheet.put("dtype", "float32", "float32")
+    elif asked:
+        sheet.note(f"{' and '.join(asked)}: dtype auto, bfloat16 on a GPU and float32 on a CPU; --dtype sets it")
+
+
+def say_quantized(sheet: Sheet, key: str, bits: Any) -> None:
+    """Say how a quantized base is had here."""
+    sheet.note(
+        f"{key}: training quantizes nothing; make a {bits}-bit base with mlx_lora.convert --bits {bits}, "
+        "and give its folder as --model"
+    )
+
+
+def read_batch(sheet: Sheet, rows: str, length: str, packing: str, defaults: tuple[int, int]) -> None:
+    """Set the longest sequence and rows per micro-batch; packed rows become a budget of as many tokens, unpacked.
+
+    Args:
+        sheet: read and written.
+        rows: key of rows per micro-batch.
+        length: key of the longest sequence in tokens.
+        packing: key that is true when rows are packed to that length.
+        defaults: that trainer's rows and length.
+    """
+    count, tokens, packed = sheet.number(rows), sheet.number(length), sheet.switch(packing)
+    if tokens is not None:
+        sheet.put("max_seq_length", tokens, length)
+    sheet.assume("max_seq_length", defaults[1])
+    if packed:
+        budget = (count or defaults[0]) * (tokens or defaults[1])
+        sheet.put("batch_tokens", budget, packing)
+        sheet.note(
+            f"{packing}: rows of like length share a batch of {budget} tokens instead; no row is joined to another"
+        )
+    elif count is not None:
+        sheet.put("batch_size", count, rows)
+    else:
+        sheet.assume("batch_size", defaults[0])
+
+
+def read_held_out(sheet: Sheet, key: str) -> None:
+    """Set the share of rows held out; a count of rows has no counterpart."""
+    share = sheet.number(key)
+    if share is not None and share < 1:
+        sheet.put("valid_fraction", share, key)
+    elif share is not None:
+        sheet.put("valid_fraction", 0.05, key)
+        sheet.note(f"{key} {share}: a count of rows has no counterpart, 5% are held out")
+    sheet.assume("valid_fraction", 0.0)
+
+
+def read_intervals(sheet: Sheet) -> None:
+    """Set the steps between reports, validations and checkpoints; shares of the run have no counterpart."""
+    for key, name in (
+        ("logging_steps", "steps_per_report"),
+        ("eval_steps", "steps_per_eval"),
+        ("save_steps", "save_every"),
+    ):
+        steps = sheet.number(key)
+        if steps is not None and steps >= 1:
+            sheet.put(name, steps, key)
+        elif steps is not None:
+            sheet.left_out.append(key)
+    for keys, name in ((("eval_strategy", "evaluation_strategy"), "val_batches"), (("save_strategy",), "save_every")):
+        for key in keys:
+            when = sheet.take(key)
+            if when in ("no", False):  # YAML 1.1 reads an unquoted no as false
+                sheet.put(name, 0, key)
+            elif when not in (None, "steps"):
+                sheet.left_out.append(key)
+
+
+def read_targets(sheet: Sheet, key: str, all_names: tuple[str, ...]) -> None:
+    """Set the target layers from names, or from the last part of a regular expression."""
+    asked = sheet.take(key)
+    names = (
+        asked if isinstance(asked, list) else [] if asked is None else [part.strip() for part in str(asked).split(",")]
+    )
+    if not names:
+        return
+    if any(name in all_names for name in names):
+        sheet.put("target_modules", "all-linear", key)
+    elif all(re.fullmatch(r"[\w.]+", str(name)) for name in names):
+        sheet.put("target_modules", ",".join(map(str, names)), key)
+    elif match := LAST_NAMES.fullmatch(str(asked[0] if isinstance(asked, list) else asked)):
+        layers = ",".join(match["before"] + name + match["after"] for name in match["names"].split("|"))
+        sheet.put("target_modules", layers, key)
+        sheet.note(f"{key}: a regular expression, read as {layers} wherever they are")
+    else:
+        sheet.left_out.append(key)
+        sheet.note(f"{key}: a regular expression that is not ours; all-linear unless --target-modules says else")
+
+
+def read_template(sheet: Sheet, key: str, own: tuple[str, ...]) -> None:
+    """Set the chat template where we have it; else the model's own stands for the trainer's copy of it.
+
+    Args:
+        sheet: read and written.
+        key: of the template's name.
+        own: names that mean the model's own.
+    """
+    name = sheet.take(key)
+    if name in TEMPLATES:
+        sheet.put("chat_template", name, key)
+    elif name is not None and name not in own:
+        sheet.note(f"{key} {name}: chats are rendered with the model's own template; --chat-template sets another")
+
+
+def choose_method(sheet: Sheet, on: dict[str, str]) -> None:
+    """Set the method from the switches that are on; two at once are one here, where that can be.
+
+    rsLoRA is a scale, alpha / sqrt(r) for alpha / r, so beside another method it becomes that method's alpha.
+
+    Args:
+        sheet: rank and alpha are in it already.
+        on: method -> the key that turned it on.
+    """
+    method = next((name for name in PRECEDENCE if name in on), "lora")
+    sheet.put("method", method, on.get(method, "method"))
+    for other, key in on.items():
+        if other == method:
+            continue
+        rank, alpha = sheet.found.get("rank"), sheet.found.get("alpha")
+        if other == "rslora" and method != "full" and rank and alpha:
+            sheet.found["alpha"] = alpha * rank**0.5
+            sheet.note(
+                f"{key}: beside {method}, alpha {alpha:g} / sqrt({rank}) is alpha {sheet.found['alpha']:g} / {rank}"
+            )
+        else:
+            sheet.left_out.append(key)
+    if method == "full":
+        sheet.leave("lora_r", "lora_rank", "lora_alpha", "lora_dropout", "lora_modules_to_save", "additional_target")
+        sheet.note("full: what is trained are the layers that --target-modules names, all-linear by default")

@@ -1,0 +1,200 @@
+"""LLaMA-Factory's file.
+
+Its defaults hold for what the file leaves out and that changes the result: rank 8, alpha twice the rank, 8 rows
+per micro-batch, three epochs at 5e-5 falling linearly without warm-up, no weight decay, nothing held out.
+
+A dataset is a name there, which dataset_info.json in dataset_dir (`data`) turns into a file or a hub id. That
+table is read where it is found, as there from the working folder; without it the data must be given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_lora.settings.migration import hf
+from mlx_lora.settings.migration.sheet import Dialect, Sheet
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.parsing import hashable, read_json
+
+# Its own words; those of transformers' trainer (per_device_train_batch_size) would fit other tools as well.
+MARKS = (
+    "model_name_or_path",
+    "stage",
+    "finetuning_type",
+    "template",
+    "cutoff_len",
+    "lora_rank",
+    "lora_target",
+    "dataset",
+    "dataset_dir",
+    "quantization_bit",
+)
+LOGGERS = ("wandb", "swanlab")
+
+
+def recognizes(content: Mapping[str, Any]) -> bool:
+    """Tell LLaMA-Factory's file by two of its own words, and by not having our word for the model."""
+    return "model" not in content and sum(key in content for key in MARKS) >= 2
+
+
+def read_kind(sheet: Sheet) -> None:
+    """Refuse what is not supervised training or training on plain text."""
+    stage = sheet.take("stage")
+    if stage not in (None, "sft", "pt"):
+        raise sheet.refusal(f"stage {stage}: only sft and pt are here; use LLaMA-Factory for it")
+    if stage == "pt":
+        sheet.put("data_format", "text", "stage")
+        sheet.rest.setdefault("packing", True)  # its default in this stage
+    if "do_train" in sheet.rest:
+        sheet.put("train", sheet.switch("do_train"), "do_train")
+
+
+def read_method(sheet: Sheet) -> None:
+    """Set rank, alpha = twice the rank unless given, and method."""
+    kind = sheet.take("finetuning_type") or "lora"
+    if kind not in ("lora", "full", "freeze"):
+        raise sheet.refusal(f"finetuning_type {kind}: not here; use lora, freeze or full")
+    ratio = sheet.number("loraplus_lr_ratio")
+    if kind == "lora":
+        for key, name in (("lora_rank", "rank"), ("lora_alpha", "alpha")):
+            if key in sheet.rest:
+                sheet.put(name, sheet.number(key), key)
+        sheet.assume("rank", 8)
+        sheet.assume("alpha", 2 * sheet.found["rank"])
+    on = {
+        "dora": "use_dora" if sheet.switch("use_dora") else None,
+        "rslora": "use_rslora" if sheet.switch("use_rslora") else None,
+        "pissa": "pissa_init" if sheet.switch("pissa_init") else None,
+        "lora-plus": "loraplus_lr_ratio" if ratio is not None else None,
+        "full": None if kind == "lora" else "finetuning_type",
+    }
+    hf.choose_method(sheet, {method: key for method, key in on.items() if key})
+    if sheet.found.get("method") == "lora-plus":
+        sheet.put("loraplus_lr_ratio", ratio, "loraplus_lr_ratio")
+    if kind == "freeze":
+        read_freeze(sheet)
+    bits = sheet.take("quantization_bit")
+    if bits:
+        hf.say_quantized(sheet, "quantization_bit", bits)
+    if sheet.switch("use_muon"):
+        sheet.put("optimizer", "muon", "use_muon")
+
+
+def read_freeze(sheet: Sheet) -> None:
+    """Set the blocks that freeze-tuning trains in full: the last n."""
+    blocks = sheet.number("freeze_trainable_layers")
+    blocks = 2 if blocks is None else blocks
+    if blocks < 1:
+        raise sheet.refusal(f"freeze_trainable_layers {blocks}: the first blocks alone cannot be trained here")
+    sheet.put("num_layers", blocks, "freeze_trainable_layers")
+    hf.read_targets(sheet, "freeze_trainable_modules", ("all",))
+
+
+def read_targets(sheet: Sheet) -> None:
+    """Set the target layers, and modules trained in full beside them."""
+    hf.read_targets(sheet, "lora_target", ("all",))
+    if sheet.rest.get("additional_target"):
+        names = sheet.take("additional_target")
+        sheet.put("modules_to_save", names, "additional_target")
+
+
+def read_data(sheet: Sheet) -> None:
+    """Set data from the first dataset's name."""
+    asked, folder = sheet.take("dataset"), Path(str(sheet.take("dataset_dir") or "data"))
+    names = asked if isinstance(asked, list) else [name.strip() for name in str(asked or "").split(",") if name.strip()]
+    if not names:
+        return
+    if len(names) > 1:
+        sheet.note(f"dataset: {len(names)} sets, only the first ({names[0]}) is used; join them in one file for all")
+    path = find_dataset(sheet, str(names[0]), folder)
+    if path:
+        sheet.put("data", path, "dataset")
+    else:
+        sheet.left_out.append("dataset")
+        sheet.note(f"dataset {names[0]}: not in {folder / 'dataset_info.json'}; give the file itself as --data")
+
+
+def find_dataset(sheet: Sheet, name: str, folder: Path) -> str | None:
+    """Look a dataset up in dataset_info.json.
+
+    Returns:
+        A file or a hub id; None when the table or the entry is missing.
+
+    Raises:
+        InputError: the table is no JSON object.
+    """
+    table = folder / "dataset_info.json"
+    if not table.is_file():
+        return None
+    entry = read_json(table, "mend it, or give --data").get(name)
+    if not isinstance(entry, dict):
+        return None
+    for key in ("columns", "tags", "subset", "split", "num_samples"):
+        if entry.get(key) and (key, entry[key]) != ("split", "train"):
+            sheet.left_out.append(f"dataset_info.json {name}.{key}")
+    place = entry.get("file_name") or entry.get("hf_hub_url")
+    if place is not None and not isinstance(place, str):
+        raise InputError(f"{table}: the place of {name} is no text; mend it, or give --data")
+    return str(folder / place) if entry.get("file_name") else place
+
+
+def read_prompts(sheet: Sheet) -> None:
+    """Set mask_prompt, the opposite of train_on_prompt, and the chat template."""
+    if "train_on_prompt" in sheet.rest:
+        sheet.put("mask_prompt", not sheet.switch("train_on_prompt"), "train_on_prompt")
+    hf.read_template(sheet, "template", ("empty",) if sheet.found.get("data_format") == "text" else ())
+
+
+def read_loop(sheet: Sheet) -> None:
+    """Set length, batch, schedule, optimizer, intervals."""
+    hf.read_length(sheet, "num_train_epochs")
+    if "iters" not in sheet.found:
+        sheet.assume("epochs", 3.0)
+    if sheet.switch("neat_packing"):
+        sheet.rest["packing"] = True
+    hf.read_batch(sheet, "per_device_train_batch_size", "cutoff_len", "packing", defaults=(8, 2048))
+    hf.read_warmup(sheet, "lr_scheduler_type")
+    hf.read_optimizer(sheet, "optim")
+    hf.read_held_out(sheet, "val_size")
+    hf.read_intervals(sheet)
+    hf.read_precision(sheet)
+    if "gradient_checkpointing" in sheet.rest:
+        sheet.put("grad_checkpoint", sheet.switch("gradient_checkpointing"), "gradient_checkpointing")
+    if sheet.switch("disable_gradient_checkpointing"):
+        sheet.put("grad_checkpoint", False, "disable_gradient_checkpointing")
+
+
+def read_loggers(sheet: Sheet) -> None:
+    """Set the loggers that are here; others are left out."""
+    asked = sheet.take("report_to")
+    names = asked if isinstance(asked, list) else [] if asked is None else [asked]
+    if sheet.switch("use_swanlab"):
+        names = [*names, "swanlab"]
+    if ours := [name for name in names if hashable(name) in LOGGERS]:
+        sheet.put("report_to", ",".join(ours), "report_to")
+    if any(name not in (*LOGGERS, "none") for name in names):
+        sheet.left_out.append("report_to")
+
+
+LLAMA_FACTORY = Dialect(
+    name="LLaMA-Factory",
+    recognizes=recognizes,
+    rules=(read_kind, read_method, read_targets, read_data, read_prompts, read_loop, read_loggers),
+    names={
+        "model_name_or_path": "model",
+        "model_revision": "revision",
+        "trust_remote_code": "trust_remote_code",
+        "lora_dropout": "dropout",
+        "learning_rate": "learning_rate",
+        "weight_decay": "weight_decay",
+        "max_grad_norm": "max_grad_norm",
+        "gradient_accumulation_steps": "grad_accumulation_steps",
+        "output_dir": "adapter_path",
+        "overwrite_output_dir": "force",
+        "swanlab_project": "project_name",
+        "seed": "seed",
+    },
+    defaults={"learning_rate": 5e-5, "lr_schedule": "linear", "warmup": 0, "weight_decay": 0.0},
+)

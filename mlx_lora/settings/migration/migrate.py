@@ -1,0 +1,98 @@
+"""`--config` takes the YAML file of Axolotl, LLaMA-Factory or mlx-lm as well.
+
+A migrated file means here what it meant there: where a default of its trainer differs from ours and changes the
+result, that default holds for what the file leaves out, and is printed. Flags beat the file, and run.yaml holds
+the outcome in our names. A file of none of the three stays ours, where an unknown key is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from mlx_lora.settings.migration.axolotl import AXOLOTL
+from mlx_lora.settings.migration.llama_factory import LLAMA_FACTORY
+from mlx_lora.settings.migration.mlx_lm import MLX_LM
+from mlx_lora.settings.migration.sheet import Dialect, Sheet
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.parsing import MAX_YAML_CHARACTERS, parse_yaml
+
+DIALECTS = (AXOLOTL, LLAMA_FACTORY, MLX_LM)
+
+
+def read_settings(
+    path: str, known: Collection[str], given: Collection[str], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Read a settings file, ours or another trainer's, in our names; `migrate` has the arguments.
+
+    Raises:
+        InputError: when the file is missing, not UTF-8 YAML, not a mapping, or cannot be read as ours.
+    """
+    return migrate(read_yaml(path), known, given, path, say)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read a flat YAML settings file; keys come back with underscores.
+
+    Raises:
+        InputError: when the file is missing, not UTF-8 YAML, or not a mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = parse_yaml(file.read(MAX_YAML_CHARACTERS + 1))
+    except OSError as error:
+        raise InputError(f"--config {path}: cannot be read ({error.strerror}); give a YAML file") from None
+    except ValueError as error:  # not UTF-8 either
+        raise InputError(f"--config {path}: not YAML ({' '.join(str(error).split())}); mend the file") from None
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path}: holds no settings; write one `flag_name: value` per line")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def migrate(
+    content: dict[str, Any],
+    known: Collection[str],
+    given: Collection[str],
+    file: str,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Return a settings file in our names; our own as it is.
+
+    Args:
+        content: as read, keys with underscores.
+        known: names of our settings.
+        given: settings given as flags; of these no default of the other trainer is told.
+        file: named in what is said.
+        say: takes each line of the account: what it was read as, what changes its meaning, what has no counterpart.
+
+    Raises:
+        InputError: the file asks for another kind of training, or holds a value that cannot be read.
+    """
+    dialect = find_dialect(content)
+    if dialect is None:
+        return content
+    sheet = dialect.read(content, known, file)
+    for line in account(sheet, dialect, given, file):
+        say(line)
+    return sheet.found
+
+
+def find_dialect(content: dict[str, Any]) -> Dialect | None:
+    """Tell whose file it is; None: ours."""
+    return next((dialect for dialect in DIALECTS if dialect.recognizes(content)), None)
+
+
+def account(sheet: Sheet, dialect: Dialect, given: Collection[str], file: str) -> list[str]:
+    """Return the lines to print on a migrated file."""
+    lines = [f"{file}: a file of {dialect.name}, read as ours"]
+    lines += [f"  {note}" for note in sheet.notes]
+    told = [
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in sheet.assumed.items()
+        if name not in given
+    ]
+    if told:
+        lines.append(f"  {dialect.name}'s defaults where it says nothing: {', '.join(told)}")
+    if sheet.left_out:
+        lines.append(f"  no counterpart, left out: {', '.join(dict.fromkeys(sheet.left_out))}")
+    return lines

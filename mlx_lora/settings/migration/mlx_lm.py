@@ -1,0 +1,168 @@
+"""mlx-lm's `lora --config` file.
+
+Most of its keys are flags of ours with the same meaning, so a file of those alone is simply ours, defaults
+included. It is mlx-lm's when it has a mapping that only mlx-lm reads: lora_parameters, lr_schedule,
+optimizer_config, hf_dataset. Then mlx-lm's defaults hold for what it leaves out, as they differ much: rank 8 and
+scale 20, learning rate 1e-5 and constant, no clip, 16 blocks, prompts trained, Adam, 1,000 iterations of 4 rows,
+nothing held out of the training file. Model and data have no default here.
+
+A setting of ours beside them is taken as it is: mlx-lm reads over it, so one file can serve both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_lora.settings.migration.sheet import Dialect, Sheet
+from mlx_lora.system.parsing import hashable
+
+MAPPINGS = ("lora_parameters", "lr_schedule", "optimizer_config")
+# Schedules that we have, under the first word of their name -> what follows the rate in `arguments`.
+ARGUMENTS = {"cosine_decay": ("steps", "end"), "linear_schedule": ("end", "steps")}
+DEFAULT_RANK, DEFAULT_SCALE, DEFAULT_ITERS = 8, 20.0, 1000
+COUNTED_IN_MICRO_BATCHES = ("iters", "steps_per_report", "steps_per_eval", "save_every")
+COUNTED_DEFAULTS = {"iters": DEFAULT_ITERS, "steps_per_report": 10, "steps_per_eval": 200, "save_every": 100}
+
+
+def recognizes(content: Mapping[str, Any]) -> bool:
+    """Tell a file that only mlx-lm can have written from one of ours."""
+    return any(isinstance(content.get(key), dict) for key in MAPPINGS) or bool(content.get("hf_dataset"))
+
+
+def read_shape(sheet: Sheet) -> None:
+    """Set rank, alpha = scale * rank, dropout and targets from lora_parameters."""
+    if sheet.rest.get("fine_tune_type") == "full":  # reads none of it there
+        sheet.take("lora_parameters")
+        sheet.note("full: what is trained are the layers that --target-modules names, all-linear by default")
+        return
+    shape = sheet.part("lora_parameters")
+    rank, scale, keys = shape.number("rank"), shape.number("scale"), shape.take("keys")
+    alpha = (DEFAULT_SCALE if scale is None else scale) * (rank or DEFAULT_RANK)
+    if rank is not None:
+        sheet.put("rank", rank, "lora_parameters.rank")
+    sheet.assume("rank", DEFAULT_RANK)
+    if scale is not None:
+        sheet.put("alpha", alpha, "lora_parameters.scale")
+        sheet.note(f"lora_parameters.scale {scale:g}: alpha {alpha:g}, as alpha / rank is the scale here")
+    sheet.assume("alpha", alpha)
+    if shape.rest.get("dropout") is not None:
+        sheet.put("dropout", shape.take("dropout"), "lora_parameters.dropout")
+    if keys:
+        sheet.put("target_modules", keys, "lora_parameters.keys")
+    sheet.left_out += [f"lora_parameters.{key}" for key in shape.rest]
+    if sheet.switch("use_dora"):  # before fine_tune_type was there
+        sheet.put("method", "dora", "use_dora")
+
+
+def read_schedule(sheet: Sheet) -> None:
+    """Set schedule, peak rate and warm-up; without lr_schedule the rate is constant."""
+    if isinstance(sheet.rest.get("lr_schedule"), str):  # ours
+        return
+    schedule = sheet.part("lr_schedule")
+    if not schedule.rest:
+        sheet.assume("lr_schedule", "constant")
+        sheet.assume("warmup", 0)
+        return
+    name, arguments = hashable(schedule.take("name")), schedule.take("arguments")
+    if not isinstance(arguments, list) or not arguments:
+        raise sheet.refusal("lr_schedule without arguments, a list with the learning rate first; mend the file")
+    stated = Sheet(sheet.file, dict(zip(("rate", *ARGUMENTS.get(name, ())), arguments, strict=False)), sheet.known)
+    rate, asked = stated.number("rate"), sheet.number("learning_rate")
+    sheet.put("learning_rate", rate, "lr_schedule.arguments")
+    if asked not in (None, rate):
+        sheet.note(f"learning_rate {asked:g}: lr_schedule's {rate:g} counts, as there")
+    sheet.put("warmup", schedule.number("warmup") or 0, "lr_schedule.warmup")
+    sheet.left_out += [f"lr_schedule.{key}" for key, value in schedule.rest.items() if value]
+    if name not in ARGUMENTS:
+        sheet.put("lr_schedule", "constant", "lr_schedule")
+        sheet.left_out.append("lr_schedule.name")
+        sheet.note(f"lr_schedule {name}: not here; the rate stays at {rate:g} after the warm-up")
+        return
+    ours = name.split("_")[0]
+    sheet.put("lr_schedule", ours, "lr_schedule")
+    sheet.note(
+        f"lr_schedule {name} to {stated.number('end') or 0:g} in {stated.number('steps')} steps: {ours} to 0 at the run's end"
+    )
+
+
+def read_optimizer(sheet: Sheet) -> None:
+    """Set optimizer and weight decay; of optimizer_config only the chosen optimizer's part counts, as there."""
+    name = str(sheet.take("optimizer") or "").lower()
+    if name:
+        sheet.put("optimizer", name, "optimizer")
+    sheet.assume("optimizer", "adam")
+    chosen = sheet.found["optimizer"]
+    part = sheet.part("optimizer_config").part(chosen)
+    corrected, decay = part.switch("bias_correction"), part.take("weight_decay")
+    if decay is not None:
+        sheet.put("weight_decay", decay, f"optimizer_config.{chosen}.weight_decay")
+    sheet.left_out += [f"optimizer_config.{chosen}.{key}" for key in part.rest]
+    if chosen in ("adam", "adamw") and not corrected:
+        sheet.note(f"optimizer {chosen}: its bias is corrected here, as in torch; in mlx-lm only on request")
+    if chosen == "sgd":
+        sheet.assume("weight_decay", 0.0)
+
+
+def read_data(sheet: Sheet) -> None:
+    """Set data from hf_dataset, the first where there are several."""
+    asked = sheet.take("hf_dataset")
+    if not asked:
+        return
+    sets = asked if isinstance(asked, list) else [asked]
+    if not all(isinstance(one, dict) for one in sets):
+        raise sheet.refusal("hf_dataset is no mapping with a path; mend the file")
+    first = dict(sets[0])
+    path = first.pop("path", None) or first.pop("name", None)
+    if path and "data" not in sheet.rest:
+        sheet.put("data", path, "hf_dataset.path")
+    sheet.left_out += [f"hf_dataset.{key}" for key in first]
+    if len(sets) > 1:
+        sheet.note(f"hf_dataset: {len(sets)} sets, only the first ({path}) is used; join them in one file for all")
+
+
+def read_counts(sheet: Sheet) -> None:
+    """Turn counts of micro-batches, which mlx-lm counts in, into counts of optimizer steps."""
+    window = sheet.number("grad_accumulation_steps")
+    if window is None or window <= 1:
+        return
+    sheet.put("grad_accumulation_steps", window, "grad_accumulation_steps")
+    for name in COUNTED_IN_MICRO_BATCHES:
+        stated = sheet.number(name)
+        steps = max(1, round((COUNTED_DEFAULTS[name] if stated is None else stated) / window))
+        if stated is None:
+            sheet.assume(name, steps)
+        else:
+            sheet.put(name, steps, name)
+    sheet.note(
+        f"grad_accumulation_steps {window}: iters and intervals count optimizer steps here, so they are divided by it "
+        f"(iters {sheet.found['iters']})"
+    )
+
+
+def read_ours(sheet: Sheet) -> None:
+    """Take what has the same name and meaning in both, and settings of ours."""
+    mode = sheet.take("training_mode")
+    if mode not in (None, "normal"):
+        raise sheet.refusal(f"training_mode {mode}: only supervised training is here; use its own trainer")
+    if sheet.rest.get("clear_cache_threshold") == 0:  # its word for "never"
+        sheet.take("clear_cache_threshold")
+    for key in [key for key in sheet.rest if key in sheet.known]:
+        sheet.put(key, sheet.take(key), key)
+
+
+MLX_LM = Dialect(
+    name="mlx-lm",
+    recognizes=recognizes,
+    rules=(read_shape, read_schedule, read_optimizer, read_data, read_counts, read_ours),
+    names={"lora_layers": "num_layers"},  # its name until 2024
+    defaults={
+        "num_layers": 16,
+        "batch_size": 4,
+        "iters": DEFAULT_ITERS,
+        "learning_rate": 1e-5,
+        "max_grad_norm": 0.0,
+        "mask_prompt": False,
+        "valid_fraction": 0.0,
+    },
+)

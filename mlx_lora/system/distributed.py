@@ -1,0 +1,285 @@
+"""Several processes as one run, on mx.distributed: who takes part, sums over all, and one end for all.
+
+mlx.launch (or mpirun) starts the same command once per rank and says in the environment how ranks meet. Ring over
+TCP, JACCL over Thunderbolt, MPI and NCCL are mlx's; nothing here moves data by itself. Every rank calls the same
+collectives in the same order; a rank that fails or dies ends the others through heartbeat.py.
+
+Without a launcher there is no `Ranks`, and no collective is ever built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_lora.system import device
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.heartbeat import Heartbeat, connect, listen
+
+MEET_S = 300  # how long a rank waits for the others to start
+DTYPES = {str(dtype): dtype for dtype in (mx.float32, mx.float16, mx.bfloat16, mx.uint32, mx.int32, mx.uint64, mx.int64,
+                                         mx.uint8, mx.int8, mx.uint16, mx.int16, mx.bool_)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher left in the environment.
+
+    Attributes:
+        backend: mlx's name of it.
+        size: processes.
+        first: addresses under which rank 0 may be reached; empty when only its own name is known.
+        hint: where the other ranks are expected, for messages.
+    """
+
+    backend: str
+    size: int
+    first: list[str]
+    hint: str
+
+
+def find_launch(environment: dict[str, str]) -> Launch | None:
+    """Return what the launcher said, None for a process that is on its own.
+
+    Args:
+        environment: os.environ, or one like it.
+
+    Raises:
+        InputError: a host file that is not there or says nothing of use.
+    """
+    if "MLX_HOSTFILE" in environment and "MLX_RANK" in environment:
+        hosts = _read_list(environment["MLX_HOSTFILE"], "MLX_HOSTFILE")
+        first = [address.rsplit(":", 1)[0] for address in hosts[0]] if hosts else []
+        launch = Launch("ring", len(hosts), first, ", ".join(str(host[0]) for host in hosts if host))
+    elif "MLX_JACCL_COORDINATOR" in environment and "MLX_RANK" in environment:
+        coordinator = environment["MLX_JACCL_COORDINATOR"]
+        size = len(_read_list(environment.get("MLX_IBV_DEVICES", ""), "MLX_IBV_DEVICES"))
+        launch = Launch("jaccl", size, [coordinator.rsplit(":", 1)[0]], coordinator)
+    elif "NCCL_HOST_IP" in environment and "MLX_RANK" in environment:
+        host = environment["NCCL_HOST_IP"]
+        launch = Launch("nccl", _number(environment, "MLX_WORLD_SIZE"), [host], host)
+    else:
+        size = next((_number(environment, n) for n in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if n in environment), 1)
+        launch = Launch("mpi", size, [], "mpirun's hosts")
+    return launch if launch.size > 1 else None
+
+
+def _read_list(file: str, name: str) -> list:
+    """Read a JSON list from the file that an environment variable names; an empty file is an empty list."""
+    try:
+        text = Path(file).read_text(encoding="utf-8").strip()
+        value = json.loads(text) if text else []
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{name}={file}: {type(error).__name__} while reading the ranks; start through mlx.launch, or unset it"
+        ) from None
+    if not isinstance(value, list) or not all(isinstance(item, list) for item in value):
+        raise InputError(f"{name}={file}: not a list of one list per rank; write it as mlx.launch does")
+    return value
+
+
+def _number(environment: dict[str, str], name: str) -> int:
+    text = environment.get(name, "1")
+    if not text.isdecimal():
+        raise InputError(f"{name}={text}: not a number of processes; start through the launcher, or unset it")
+    return int(text)
+
+
+class Ranks:
+    """All processes of a run, seen from one of them."""
+
+    def __init__(self, group: mx.distributed.Group, heartbeat: Heartbeat | None = None):
+        """Wrap mlx's group.
+
+        Args:
+            group: of more than one process.
+            heartbeat: tells the others of a failure; None in tests of the sums alone.
+        """
+        self._group = group
+        self._heartbeat = heartbeat
+        self.rank, self.size = group.rank(), group.size()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, the one that prints and writes."""
+        return self.rank == 0
+
+    def sum(self, array: mx.array) -> mx.array:
+        """Return the sum of every rank's `array`; all get the same bits from mlx's ring.
+
+        Lazily on a CPU. Elsewhere the host computes its own part, then waits for the others here: GPU work that is
+        queued behind a collective waits on the device, and macOS ends what waits there for seconds.
+        """
+        if not device.host_waits_for_peers():
+            return mx.distributed.all_sum(array, group=self._group)
+        mx.eval(array)
+        total = mx.distributed.all_sum(array, group=self._group)
+        mx.eval(total)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """Return whether any rank says yes."""
+        return self.sum(mx.array(float(flag))).item() > 0
+
+    def meet(self) -> None:
+        """Wait until every rank has come here."""
+        mx.eval(self.sum(mx.array(1.0)))
+
+    def everyone(self, value: Any) -> list[Any]:
+        """Return every rank's value, by rank.
+
+        Args:
+            value: anything JSON can hold.
+        """
+        content = json.dumps(value).encode()
+        lengths = mx.distributed.all_gather(mx.array([len(content)], mx.int32), group=self._group).tolist()
+        padded = mx.array(list(content.ljust(max(lengths))), mx.uint8)
+        every = bytes(mx.distributed.all_gather(padded[None], group=self._group).reshape(-1).tolist())
+        return [json.loads(every[i * max(lengths) :][:length]) for i, length in enumerate(lengths)]
+
+    def from_first(self, value: Any) -> Any:
+        """Return rank 0's value; what the others give does not matter."""
+        return self.everyone(value if self.leads else None)[0]
+
+    def arrays_from_first(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Return rank 0's arrays, bit for bit.
+
+        Args:
+            arrays: any shapes and dtypes; only rank 0's matter.
+        """
+        forms = self.from_first([(name, a.shape, str(a.dtype)) for name, a in arrays.items()])
+        result = {}
+        for name, shape, dtype in forms:
+            kind = DTYPES[dtype]
+            count = kind.size
+            for length in shape:
+                count *= length
+            own = arrays[name].reshape(-1).view(mx.uint8) if self.leads else mx.zeros((count,), mx.uint8)
+            # Bytes, not numbers: x + 0 is not x when x is a negative zero.
+            result[name] = self.sum(own).view(kind).reshape(shape)
+            mx.eval(result[name])  # one after the other: the order must be the same everywhere
+        return result
+
+    def same_bits(self, arrays: dict[str, mx.array]) -> bool:
+        """Return whether every rank holds the same numbers, by a sum of their bits.
+
+        Args:
+            arrays: any shapes and dtypes.
+        """
+        total = mx.array(0, mx.uint32)
+        for array in arrays.values():
+            words = mx.uint32 if array.dtype.size % 4 == 0 else mx.uint8
+            total = total + array.reshape(-1).view(words).astype(mx.uint32).sum()
+        return len(set(mx.distributed.all_gather(total.reshape(1), group=self._group).tolist())) == 1
+
+
+def leads(ranks: Ranks | None) -> bool:
+    """Return whether this process prints and writes: rank 0, or the only one."""
+    return ranks is None or ranks.leads
+
+
+def check_same(ranks: Ranks, facts: dict[str, Any]) -> None:
+    """Refuse to train together what is not one run.
+
+    Args:
+        ranks: all of them.
+        facts: what must be equal everywhere, as JSON can hold it.
+
+    Raises:
+        InputError: on every rank, with everything that differs between rank 0 and the first rank unlike it.
+    """
+    first, *others = ranks.everyone(facts)
+    for rank, other in enumerate(others, start=1):
+        differ = [f"{name} is {first.get(name)!r} on rank 0, {other.get(name)!r} there" for name in {**first, **other}
+                  if first.get(name) != other.get(name)]  # fmt: skip
+        if differ:
+            raise InputError(
+                f"rank {rank} is not in the same run: {'; '.join(differ)}; give every machine the same model, data, "
+                "settings and versions"
+            )
+
+
+@contextlib.contextmanager
+def together(describe: Callable[[BaseException], tuple[str, int] | None]) -> Iterator[Ranks | None]:
+    """Join the other processes, if a launcher started several, and see to it that all end as one.
+
+    While this lasts, only rank 0 has a standard error. An exception on one rank is printed once, by rank 0 with the
+    rank's number where it is another's, and ends every rank with that rank's exit code: the process does not come
+    back from here, for a collective that waits for a dead peer cannot be waited for.
+
+    Args:
+        describe: error -> its message and exit code, or None for one nobody foresaw.
+
+    Yields:
+        The ranks, None for a single process.
+
+    Raises:
+        InputError: ranks that do not find each other.
+    """
+    launch = find_launch(dict(os.environ))
+    if launch is None:
+        yield None
+        return
+    ranks, heartbeat = _join(launch)
+    with open(os.devnull, "w") as nowhere:
+        quiet = contextlib.nullcontext() if ranks.leads else contextlib.redirect_stderr(nowhere)
+        try:
+            with quiet:
+                yield ranks
+        except BaseException as error:
+            foreseen = describe(error)
+            if foreseen is None:
+                # A peer that died fails mlx's collectives here as well: let the heartbeat say it first.
+                heartbeat.wait_for_the_end(3.0)
+                traceback.print_exception(error, file=sys.__stderr__)
+                foreseen = f"{type(error).__name__}: {error}", 1
+            heartbeat.fail(*foreseen)
+    heartbeat.finish()
+
+
+def _join(launch: Launch) -> tuple[Ranks, Heartbeat]:
+    """Start mlx's group, then the heartbeat between rank 0 and each other rank."""
+    print(f"Joining {launch.size} processes over {launch.backend} ({launch.hint})", file=sys.stderr, flush=True)
+    # mlx waits inside one C call: no Python handler runs, so both signals must end the process by themselves.
+    interrupt, alarm = signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(MEET_S)
+    try:
+        group = mx.distributed.init(strict=True, backend=launch.backend)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"{launch.size} processes over {launch.backend}: {error}; see that every rank runs and that its address "
+            "can be reached (docs/distributed.md)"
+        ) from None
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGALRM, alarm)
+    ranks = Ranks(group)
+    server, token = listen() if ranks.leads else (None, "")
+    own = [*launch.first, *_own_addresses()]
+    place = ranks.from_first([own, server.getsockname()[1] if server else 0, token])
+    links, problem = connect(ranks.rank, ranks.size, server, *place, name=socket.gethostname())
+    problems = [p for p in ranks.everyone(problem) if p]
+    if problems:
+        raise InputError("; ".join(problems))
+    return ranks, Heartbeat(ranks.rank, links)
+
+
+def _own_addresses() -> list[str]:
+    """Return addresses of this machine, for launchers that name none (mpirun)."""
+    try:
+        found = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
+    except OSError:
+        found = []
+    return list(dict.fromkeys([*(str(entry[4][0]) for entry in found), "127.0.0.1"]))

@@ -1,0 +1,30 @@
+"""Sizes in bytes: read from text, and written for people."""
+
+from __future__ import annotations
+
+from mlx_lora.system.errors import InputError
+
+GIB = 1 << 30
+
+
+def parse_size(text: str) -> int:
+    """Turn `512MB`, `2GB`, `1.5GiB` or plain bytes into a byte count.
+
+    Raises:
+        InputError: when the text is no size.
+    """
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    digits = text.strip().rstrip("KMGIBkmgib ")
+    unit = text.strip()[len(digits) :].strip().upper()
+    try:
+        size = float(digits) * units[unit]
+    except (ValueError, KeyError):
+        raise InputError(f"size {text!r}: not a number of bytes; write it as 512MB or 2GB") from None
+    if not 0 <= size < 2**63:
+        raise InputError(f"size {text!r}: out of range; write it as 512MB or 2GB")
+    return int(size)
+
+
+def gigabytes(size_bytes: float) -> str:
+    """Write a size for people."""
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes < 1e11 else f"{size_bytes / 1e9:.0f} GB"

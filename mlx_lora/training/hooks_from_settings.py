@@ -1,0 +1,92 @@
+"""From a run's settings to its method's events: budgets and restarts in steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora.adapters.inject import adapter_layers, fresh_factors
+from mlx_lora.settings.config import AdapterSettings
+from mlx_lora.settings.methods import PRESETS
+from mlx_lora.system.errors import InputError
+from mlx_lora.training.method_hooks import Events, Restarts
+from mlx_lora.training.rank_budget import BudgetSchedule, RankBudget
+
+
+def restart_every(settings: AdapterSettings, total_steps: int) -> int | None:
+    """Return the steps between ReLoRA's restarts, a quarter of the run unless given; None for other methods."""
+    if PRESETS[settings.method_name].events != "restarts":
+        return None
+    return settings.relora_every or max(1, -(-total_steps // 4))
+
+
+def restart_warmup(settings: AdapterSettings, total_steps: int) -> int:
+    """Return the warm-up steps after each restart, a tenth of a cycle unless given; 0 for other methods."""
+    if settings.relora_warmup is not None:
+        return settings.relora_warmup
+    return (restart_every(settings, total_steps) or 0) // 10
+
+
+def budget_schedule(settings: AdapterSettings, model: nn.Module, total_steps: int) -> BudgetSchedule:
+    """Return AdaLoRA's budget over the run.
+
+    Args:
+        settings: with shares of the run or steps.
+        model: adapted with gains.
+        total_steps: of the run.
+
+    Raises:
+        InputError: no step is left between the phase before the cuts and the one after them.
+    """
+    gains = [layer.lora_e for layer in adapter_layers(model).values()]
+    initial = sum(gain.size for gain in gains)
+    target = sum(settings.rank * gain.size // gain.shape[-1] for gain in gains)
+
+    def steps(value: float | None, default: float) -> int:
+        value = default if value is None else value
+        return round(value * total_steps) if value < 1 else round(value)
+
+    warmup, final = steps(settings.adalora_tinit, 0.1), steps(settings.adalora_tfinal, 0.3)
+    if warmup + final >= total_steps:
+        raise InputError(
+            f"--adalora-tinit and --adalora-tfinal: {warmup} and {final} steps leave none of {total_steps} for cuts; "
+            "lower them, or train longer"
+        )
+    every = settings.adalora_delta_t or max(1, total_steps // 100)
+    return BudgetSchedule(initial, target, total_steps, warmup, final, every)
+
+
+def make_events(
+    settings: AdapterSettings, model: nn.Module, total_steps: int, seed: int
+) -> Callable[[dict], Events] | None:
+    """Return what makes the method's events for a step, or None when it has none.
+
+    Args:
+        settings: of the adapter.
+        model: adapted.
+        total_steps: of the run.
+        seed: of the factors that ReLoRA starts anew.
+    """
+    kind = PRESETS[settings.method_name].events
+    if kind == "restarts":
+        every = restart_every(settings, total_steps)
+        prune = 0.99 if settings.relora_prune_ratio is None else settings.relora_prune_ratio
+
+        def fresh(path: str, layer: nn.Module, cycle: int) -> tuple[mx.array, mx.array]:
+            return fresh_factors(f"{path}#{cycle}", layer, seed)
+
+        return lambda arrays: Restarts(model, every, total_steps, prune, fresh)
+    if kind == "rank-budget":
+        schedule = budget_schedule(settings, model, total_steps)
+        weight = 0.5 if settings.orth_reg_weight is None else settings.orth_reg_weight
+        return lambda arrays: RankBudget(model, arrays, schedule, weight)
+    return None
+
+
+def rates_of(adapter: AdapterSettings) -> Callable[[str], float] | None:
+    """Return each parameter's multiple of the learning rate, None when all have the same."""
+    preset = PRESETS[adapter.method_name]
+    ratio = preset.rate_of_b if adapter.loraplus_lr_ratio is None else adapter.loraplus_lr_ratio
+    return None if ratio == 1 else lambda name: ratio if name.endswith("lora_b") else 1.0

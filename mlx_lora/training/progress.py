@@ -1,0 +1,190 @@
+"""What a run says while it runs: one record per report, to metrics.jsonl, a live bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mlx_lora.system.parsing import parse_json
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """One line of metrics.jsonl: a mean since the last report, or a validation.
+
+    Attributes:
+        step: optimizer steps taken.
+        epoch: passes over the data so far, as a fraction.
+        loss: mean over the trained tokens since the last report; None in a pure validation line.
+        val_loss: when one was taken.
+        learning_rate: of the last step.
+        grad_norm: of the last step, before the clip.
+        supervised_tokens_per_s, tokens_per_s: trained tokens and all real tokens by wall-clock time, data
+            and host work included, validation and saving not.
+        supervised_tokens, real_tokens, positions: trained tokens, tokens that are not padding and batch positions
+            (padding included) since the last report; summed over the lines they are the run's.
+        shapes: distinct micro-batch shapes since the last report, `ROWSxWIDTH`.
+        padding_fraction: of those positions.
+        skipped_steps: updates skipped since the start because something was not finite.
+        peak_memory_bytes: MLX's allocator; process_peak_bytes: the operating system's figure.
+        elapsed_s: since the first step.
+    """
+
+    step: int
+    epoch: float
+    loss: float | None
+    val_loss: float | None
+    learning_rate: float
+    grad_norm: float
+    supervised_tokens_per_s: float
+    tokens_per_s: float
+    supervised_tokens: int
+    real_tokens: int
+    positions: int
+    shapes: list[str]
+    padding_fraction: float
+    skipped_steps: int
+    peak_memory_bytes: int
+    process_peak_bytes: int
+    elapsed_s: float
+
+
+class MetricsFile:
+    """Appends records to metrics.jsonl, one flushed line each, so that a killed run keeps its history."""
+
+    def __init__(self, path: Path, resumed_at: int | None = None):
+        """Open the file.
+
+        Args:
+            path: metrics.jsonl.
+            resumed_at: keep the lines up to this step, and go on behind them; None: start anew.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [] if resumed_at is None or not path.exists() else _lines_until(path, resumed_at)
+        self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(kept)
+
+    def __call__(self, metrics: Metrics) -> None:
+        # NaN is no JSON: a loss that is not finite is written as null.
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(metrics).items()}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """Return the lines of steps up to `step`; a line that was cut off by a kill is none."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            record = parse_json(line)
+        except ValueError:
+            continue
+        if not line.endswith("\n") or not isinstance(record, dict) or type(record.get("step")) is not int:
+            continue
+        numbers = all(
+            value is None or type(value) in (int, float) for name, value in record.items() if name != "shapes"
+        )
+        if numbers and {"loss", "val_loss"} <= record.keys() and record["step"] <= step:
+            kept.append(line)
+    return kept
+
+
+def format_metrics(metrics: Metrics, total_steps: int, seconds_left: float) -> str:
+    """One plain line, for pipes and log files."""
+    parts = [f"step {metrics.step}/{total_steps}"]
+    if metrics.loss is not None:
+        parts.append(f"loss {metrics.loss:.4f}")
+    if metrics.val_loss is not None:
+        parts.append(f"val loss {metrics.val_loss:.4f}")
+    if metrics.loss is not None:
+        parts += [
+            f"lr {metrics.learning_rate:.2e}",
+            f"grad norm {metrics.grad_norm:.3f}",
+            f"{metrics.supervised_tokens_per_s:.0f} supervised tok/s",
+            f"{metrics.tokens_per_s:.0f} tok/s",
+            f"peak {metrics.peak_memory_bytes / 1e9:.2f} GB",
+            f"{format_duration(seconds_left)} left",
+        ]
+    if metrics.skipped_steps:
+        parts.append(f"{metrics.skipped_steps} steps skipped (not finite)")
+    return ", ".join(parts)
+
+
+def format_duration(seconds: float) -> str:
+    """Write 75 as 1m15s."""
+    minutes, rest = divmod(round(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+class PlainProgress:
+    """Prints one line per report on standard error."""
+
+    def __init__(self, total_steps: int, say: Callable[[str], None]):
+        self._total, self._say, self._start = total_steps, say, time.perf_counter()
+
+    def step(self, step: int) -> None:
+        """Say once how long a step takes: the first report may be many slow steps away."""
+        if step == 2 and self._total > 2:  # the second step is under way, so the first is done
+            spent = time.perf_counter() - self._start
+            self._say(f"step 1/{self._total} done {format_duration(spent)} after the start, compiling included")
+
+    def report(self, metrics: Metrics) -> None:
+        spent = time.perf_counter() - self._start
+        self._say(format_metrics(metrics, self._total, spent / max(metrics.step, 1) * (self._total - metrics.step)))
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+class LiveProgress:
+    """A live bar on a terminal, with the last report beside it."""
+
+    def __init__(self, total_steps: int):
+        columns = (
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=Console(stderr=True))
+        self._task = self._bar.add_task("first step (compiling)", total=total_steps)
+        self._loss = self._val = self._rest = ""
+        self._bar.start()
+
+    def step(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def report(self, metrics: Metrics) -> None:
+        if metrics.val_loss is not None:
+            self._val = f"val {metrics.val_loss:.4f}"
+            self._bar.console.print(f"step {metrics.step}: val loss {metrics.val_loss:.4f}")
+        if metrics.loss is not None:
+            self._loss = f"loss {metrics.loss:.4f}"
+            self._rest = f"{metrics.supervised_tokens_per_s:.0f} tok/s · {metrics.peak_memory_bytes / 1e9:.2f} GB"
+            if metrics.skipped_steps:
+                self._rest += f" · {metrics.skipped_steps} skipped"
+        if self._loss:
+            text = " · ".join(filter(None, (self._loss, self._val, self._rest)))
+            self._bar.update(self._task, description=text, completed=metrics.step)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def make_progress(total_steps: int, say: Callable[[str], None]) -> PlainProgress | LiveProgress:
+    """Return a live bar for a terminal, plain lines for a pipe or file."""
+    return LiveProgress(total_steps) if sys.stderr.isatty() else PlainProgress(total_steps, say)

@@ -1,0 +1,135 @@
+"""Does this run fit? From its model, as outlined or as loaded, to what the planner asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_lora.adapters.adapt import adapt_model
+from mlx_lora.adapters.model_shape import model_shape
+from mlx_lora.data.encode import EncodedSet
+from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
+from mlx_lora.models.kernel_choice import KernelChoice, planned_kernels
+from mlx_lora.models.kernel_row import MLX
+from mlx_lora.models.matmul import has_two_ways, use_measured_matmul
+from mlx_lora.models.outline import Outline, outline_of, with_quantization
+from mlx_lora.models.quantize import choose_quantization
+from mlx_lora.planner.fitting import SMALLEST_BATCH, check_fits, fit
+from mlx_lora.planner.memory import MemoryPlan
+from mlx_lora.planner.shapes import KernelTerms, Machine, ModelShape
+from mlx_lora.planner.this_machine import this_machine
+from mlx_lora.settings.config import TrainSettings
+from mlx_lora.system import device
+from mlx_lora.system.errors import InputError
+from mlx_lora.training.block_memory import with_block_memory
+
+# Copies of the factors that a method keeps frozen: PiSSA's start, and the cycles that ReLoRA has merged by its last.
+FROZEN_COPIES = {"pissa": 1, "relora": 3}
+
+
+def fit_run(
+    settings: TrainSettings, shape: ModelShape, rows: EncodedSet, kernels: KernelTerms
+) -> tuple[TrainSettings, MemoryPlan]:
+    """Return a run's settings with what was open chosen, and what they need here; refuse a run that does not fit.
+
+    Args:
+        settings: of the run.
+        shape: the adapted model.
+        rows: training data: as many as there are, each as long as the longest, are what must fit at the most.
+        kernels: what the chosen kernels take.
+
+    Raises:
+        InputError: see `check_fits`.
+    """
+    machine = replace(this_machine(settings.model.dtype), kernels=kernels)
+    width = max(1, int(rows.lengths.max(initial=2)) - 1)
+    fitted = fit(settings, shape, machine, width, len(rows))
+    check_fits(settings, fitted, shape, machine, width, most_rows=len(rows))
+    loop = replace(settings.loop, batch_tokens=fitted.batch_tokens, grad_checkpoint=fitted.checkpointing)
+    return replace(settings, loop=loop), fitted.memory
+
+
+def check_base_fits(settings: TrainSettings) -> None:
+    """Refuse, before weights are loaded or downloaded, a model with which not even the shortest row fits.
+
+    Raises:
+        InputError: see `check_fits`.
+    """
+    if not settings.loop.memory_check:
+        return
+    dtype = device.compute_dtype(settings.model.dtype)
+    try:
+        outline = outline_of(settings.model.model, settings.model.revision, dtype)
+        shape = outlined_shape(outline, settings)
+    except (InputError, *FOREIGN_ERRORS) as error:
+        if not isinstance(error, InputError) and not is_foreign(error):
+            raise
+        return  # loading says what is wrong with the model itself, in its own words
+    machine = with_kernels(settings, shape, this_machine(settings.model.dtype))
+    short = replace(settings, loop=replace(settings.loop, batch_size=1, grad_checkpoint="block"))
+    fitted = fit(short, shape, machine, SMALLEST_BATCH)
+    check_fits(settings, fitted, shape, machine, SMALLEST_BATCH, lambda: quantized_shape(outline, settings))
+
+
+def outlined_shape(outline: Outline, settings: TrainSettings, kernels: KernelChoice | None = None) -> ModelShape:
+    """Return an outline's shape with the adapter of the settings put on it; kernels as in `adapted_shape`.
+
+    Raises:
+        InputError: the adapter does not fit the model.
+    """
+    adapter = settings.adapter
+    if adapter.method_name == "pissa":  # its start is computed from weights, which an outline does not have
+        adapter = replace(adapter, method="lora", fine_tune_type=None)
+    adapt_model(outline.model, adapter, settings.loop.seed)
+    if any(has_two_ways(layer) for layer in outline.model.modules()):  # a packed model may have only layers of its own
+        use_measured_matmul(outline.model, "dense")  # which takes more: what is faster here is not measured for a plan
+    return adapted_shape(outline.model, outline.config, settings, outline.cast_bytes, kernels)
+
+
+def adapted_shape(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    settings: TrainSettings,
+    source_bytes: int = 0,
+    kernels: KernelChoice | None = None,
+) -> ModelShape:
+    """Return the shape of an adapted model, with all that its method will hold in the course of the run.
+
+    Args:
+        model, config: an mlx-lm model and its config.json.
+        settings: of the run.
+        source_bytes: see `ModelShape`.
+        kernels: that it trains with; None: by what is known of this machine.
+    """
+    shape = model_shape(model, config, source_bytes, FROZEN_COPIES.get(settings.adapter.method_name, 0))
+    shape = replace(shape, plain_loss=shape.plain_loss or settings.loop.kernels == MLX)
+    choice = known_kernels(settings, shape) if kernels is None else kernels
+    return with_block_memory(shape, model, dict(config), choice)
+
+
+def known_kernels(settings: TrainSettings, shape: ModelShape) -> KernelChoice:
+    """Return the kernels that a run would take by what was measured on this machine, ours where nothing was."""
+    return planned_kernels(shape, settings.loop.kernels, device.compute_dtype(settings.model.dtype))
+
+
+def with_kernels(
+    settings: TrainSettings, shape: ModelShape, machine: Machine, kernels: KernelChoice | None = None
+) -> Machine:
+    """Return a machine with what kernels take on it; None: by what is known of this one."""
+    if kernels is None:
+        return replace(machine, kernels=known_kernels(settings, shape).terms())
+    return replace(machine, kernels=KernelTerms.of_mlx(machine.backend) if kernels.asked == MLX else KernelTerms())
+
+
+def quantized_shape(
+    outline: Outline, settings: TrainSettings, kernels: KernelChoice | None = None
+) -> ModelShape | None:
+    """Return the shape of a float model with a 4-bit base, None for one that is quantized."""
+    if outline.is_quantized:
+        return None
+    form = choose_quantization(4, None, None)
+    quantized = with_quantization(outline, form, device.compute_dtype(settings.model.dtype))
+    return outlined_shape(quantized, settings, kernels)
