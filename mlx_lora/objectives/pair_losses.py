@@ -223,7 +223,7 @@ def _smoothed(margin: mx.array, options: PairOptions) -> mx.array:
 def _sorted(values: mx.array, real: mx.array) -> mx.array:
     """Return values of real pairs in ascending order at the positions of real pairs, padding unchanged."""
     # Padding is sorted to the end, then each real pair, in order, takes its rank's value.
-    order = mx.argsort(mx.where(real > 0, values, mx.inf))
+    order = mx.argsort(mx.stop_gradient(mx.where(real > 0, values, mx.inf)))
     rank = mx.cumsum(real).astype(mx.int32) - 1
     return mx.where(real > 0, values[order][mx.maximum(rank, 0)], values)
 
