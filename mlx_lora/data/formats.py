@@ -7,6 +7,7 @@ which keys were found and what was expected; the caller adds the line number.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, Example, FormatError, Message, Record, Text
 from mlx_lora.data.messages import as_list, as_string, conversation, keys_of
@@ -125,8 +126,17 @@ def _sharegpt(record: Record) -> Conversation:
         return conversation(
             turns, record.get("tools"), record.get("system"), record.get("functions")
         )  # OpenAI's turns under this key
+    return conversation(sharegpt_messages(turns), record.get("tools"), record.get("system"), record.get("functions"))
+
+
+def sharegpt_messages(turns: Any) -> list[Message]:
+    """Return ShareGPT's turns, {from, value}, as messages.
+
+    Raises:
+        FormatError: a turn has other keys, or an unknown speaker.
+    """
     messages = []
-    for number, turn in enumerate(turns, 1):
+    for number, turn in enumerate(as_list(turns, "conversations"), 1):
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
             raise FormatError(f"turn {number} has {keys_of(turn)}; expected from, value")
         name = turn["from"]
@@ -137,7 +147,7 @@ def _sharegpt(record: Record) -> Conversation:
         if name == "function_call":
             message |= {"content": "", "tool_calls": turn["value"]}
         messages.append(message)
-    return conversation(messages, record.get("tools"), record.get("system"), record.get("functions"))
+    return messages
 
 
 def _messages(record: Record) -> Conversation:
