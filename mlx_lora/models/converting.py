@@ -221,21 +221,21 @@ def cast_model(model: nn.Module, dtype: mx.Dtype) -> None:
 def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.Dtype) -> Conversion:
     file = read_gguf(source.path)
     config = model_config(file)
-    places = weight_map(file, config)
+    mappings = weight_map(file, config)
     shapes = {name: array.shape for name, array in tree_flatten(build_model(config).parameters())}
-    check_shapes(str(file.path), file.tensors, places, shapes)
+    check_shapes(str(file.path), file.tensors, mappings, shapes)
     write_tokenizer(file.metadata, folder)
     conversion, writer = Conversion(config["model_type"]), ShardWriter(folder)
-    layouts: dict[str, Quantization] = {}
-    for tensor in import_weights(file.tensors, places, target, dtype):
+    quantizations: dict[str, Quantization] = {}
+    for tensor in import_weights(file.tensors, mappings, target, dtype):
         writer.add(tensor.parameters)
-        place = places[tensor.source]
-        could_pack = len(file.tensors[tensor.source].shape) > 1 and target != "float" and not place.exact
+        mapping = mappings[tensor.source]
+        could_pack = len(file.tensors[tensor.source].shape) > 1 and target != "float" and not mapping.exact
         _count(conversion, tensor, could_pack)
-        if tensor.form is not None:
-            layouts |= dict.fromkeys(place.layers, tensor.form)
+        if tensor.quantization is not None:
+            quantizations |= dict.fromkeys(mapping.layers, tensor.quantization)
     conversion.size_bytes = writer.close()
-    config |= quantization_entries(layouts)
+    config |= quantization_entries(quantizations)
     config["torch_dtype"] = str(dtype).removeprefix("mlx.core.")
     config["mlx_lora"] = _provenance(source, conversion, config) | {"sha256": sha256_of(source.path)}
     write_json(folder / "config.json", config)
@@ -244,7 +244,7 @@ def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.D
 
 def _count(conversion: Conversion, tensor: Imported, could_pack: bool) -> None:
     conversion.n_values += tensor.n_values
-    if tensor.form is None:
+    if tensor.quantization is None:
         conversion.floats += 1
         if could_pack and tensor.source_type not in ("F32", "F16", "BF16"):
             conversion.skipped.append(tensor.source)
@@ -255,12 +255,12 @@ def _count(conversion: Conversion, tensor: Imported, could_pack: bool) -> None:
         conversion.errors.setdefault(tensor.source_type, []).append(tensor.error)
 
 
-def quantization_entries(layouts: dict[str, Quantization]) -> dict[str, Any]:
+def quantization_entries(quantizations: dict[str, Quantization]) -> dict[str, Any]:
     """Return config.json's `quantization`: the commonest form, then every layer's own."""
-    if not layouts:
+    if not quantizations:
         return {}
-    ((commonest, _),) = Counter(layouts.values()).most_common(1)
-    entries = commonest.layout | {layer: form.layout for layer, form in layouts.items() if form != commonest}
+    ((commonest, _),) = Counter(quantizations.values()).most_common(1)
+    entries = commonest.layout | {layer: own.layout for layer, own in quantizations.items() if own != commonest}
     return {"quantization": entries, "quantization_config": entries}
 
 

@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from mlx_lora.models.converting import build_model, cast_model, quantization_entries
 from mlx_lora.models.gguf_arch import model_config, weight_map
-from mlx_lora.models.gguf_weights import carried_form
+from mlx_lora.models.gguf_weights import carried_quantization
 from mlx_lora.models.quantize import Quantization, layer_choice
 from mlx_lora.sources.gguf_reader import is_gguf, read_gguf
 from mlx_lora.sources.hub import resolve_config
@@ -92,9 +92,9 @@ def outline_of_config(
     return Outline(built, config, cast_bytes)
 
 
-def with_quantization(outline: Outline, form: Quantization, dtype: mx.Dtype) -> Outline:
+def with_quantization(outline: Outline, quantization: Quantization, dtype: mx.Dtype) -> Outline:
     """Return a float model's outline as it would be quantized, for advice."""
-    return outline_of_config({**outline.config, "quantization": form.layout}, dtype)
+    return outline_of_config({**outline.config, "quantization": quantization.layout}, dtype)
 
 
 def _quantization(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -156,9 +156,13 @@ def _of_gguf(path: Path, dtype: mx.Dtype) -> Outline:
     """Outline a GGUF file from its header, as `convert` carries it over."""
     file = read_gguf(path)
     config = model_config(file)
-    places = weight_map(file, config)
-    forms = {name: carried_form(file.tensors[name], place) for name, place in places.items()}
-    layouts = {layer: form for name, form in forms.items() if form is not None for layer in places[name].layers}
-    names = frozenset(name for place in places.values() for name in place.names)
-    names |= {f"{layer}.scales" for layer in layouts}
-    return outline_of_config({**config, **quantization_entries(layouts)}, dtype, names)
+    mappings = weight_map(file, config)
+    quantizations = {
+        layer: quantization
+        for name, mapping in mappings.items()
+        if (quantization := carried_quantization(file.tensors[name], mapping)) is not None
+        for layer in mapping.layers
+    }
+    names = frozenset(name for mapping in mappings.values() for name in mapping.names)
+    names |= {f"{layer}.scales" for layer in quantizations}
+    return outline_of_config({**config, **quantization_entries(quantizations)}, dtype, names)

@@ -63,11 +63,11 @@ class PackedWeight:
     """
 
     arrays: list[mx.array]
-    form: Quantization
+    quantization: Quantization
 
     def dequantize(self) -> mx.array:
         """Return (out, in) in the dtype of the scales (bfloat16 for the microscaling modes)."""
-        return mx.dequantize(*self.arrays, **self.form.layout)
+        return mx.dequantize(*self.arrays, **self.quantization.layout)
 
     def parameters(self, layer: str) -> dict[str, mx.array]:
         """Return the arrays under the names that mlx's quantized layers give them."""
@@ -86,38 +86,38 @@ def choose_quantization(bits: int | None, group_size: int | None, mode: str | No
     if mode not in MODES:
         raise InputError(f"--mode {mode}: not a form MLX has; use {', '.join(MODES)}")
     if mode in FIXED_MODES:
-        form = Quantization(*FIXED_MODES[mode], mode)
+        quantization = Quantization(*FIXED_MODES[mode], mode)
         problems = [
             f"{flag} {given}: {mode} has {fixed}; leave {flag} out"
             for flag, given, fixed in (
-                ("--bits", bits, form.bits),
-                ("--group-size", group_size, form.group_size),
+                ("--bits", bits, quantization.bits),
+                ("--group-size", group_size, quantization.group_size),
             )
             if given not in (None, fixed)
         ]
     else:
-        form = Quantization(4 if bits is None else bits, 64 if group_size is None else group_size)
+        quantization = Quantization(4 if bits is None else bits, 64 if group_size is None else group_size)
         problems = [
             f"{flag} {value}: not one of {', '.join(map(str, allowed))}"
             for flag, value, allowed in (
-                ("--bits", form.bits, AFFINE_BITS),
-                ("--group-size", form.group_size, AFFINE_GROUPS),
+                ("--bits", quantization.bits, AFFINE_BITS),
+                ("--group-size", quantization.group_size, AFFINE_GROUPS),
             )
             if value not in allowed
         ]
     if problems:
         raise InputError("; ".join(problems))
-    return form
+    return quantization
 
 
-def quantize_weight(weight: mx.array, form: Quantization) -> PackedWeight:
+def quantize_weight(weight: mx.array, quantization: Quantization) -> PackedWeight:
     """Quantize one weight.
 
     Args:
         weight: (..., in), float; `form.fits(in)`.
         form: how. Affine scales get the weight's dtype.
     """
-    return PackedWeight(list(mx.quantize(weight, **form.layout)), form)
+    return PackedWeight(list(mx.quantize(weight, **quantization.layout)), quantization)
 
 
 def relative_error(found: mx.array, wanted: mx.array) -> float:
@@ -129,7 +129,7 @@ def relative_error(found: mx.array, wanted: mx.array) -> float:
 
 
 def quantize_model(
-    model: nn.Module, config: dict[str, Any], form: Quantization, *, measure: bool = False
+    model: nn.Module, config: dict[str, Any], quantization: Quantization, *, measure: bool = False
 ) -> tuple[nn.Module, dict[str, Any], list[str], dict[str, float]]:
     """Quantize every layer of an unquantized mlx-lm model that the form and the model allow.
 
@@ -149,24 +149,26 @@ def quantize_model(
     skipped = [
         path
         for path, module in model.named_modules()
-        if hasattr(module, "to_quantized") and not form.fits(module.weight.shape[-1])
+        if hasattr(module, "to_quantized") and not quantization.fits(module.weight.shape[-1])
     ]
+    layout = quantization.layout
     errors: dict[str, float] = {}
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
         wanted = own_predicate(path, module)
         if wanted is True and "mode" not in inspect.signature(module.to_quantized).parameters:
-            # AFM 7B's fused layers know the affine mode alone, and cannot be told of it.
-            wanted = form.mode == "affine" and {"group_size": form.group_size, "bits": form.bits}
+            # AFM 7B's fused layers only know the affine mode and take no `mode` argument.
+            wanted = quantization.mode == "affine" and {
+                "group_size": quantization.group_size,
+                "bits": quantization.bits,
+            }
         if measure and wanted:
-            layer_form = Quantization(**{**form.layout, **wanted}) if isinstance(wanted, dict) else form
-            errors[path] = relative_error(quantize_weight(module.weight, layer_form).dequantize(), module.weight)
+            own = Quantization(**{**layout, **wanted}) if isinstance(wanted, dict) else quantization
+            errors[path] = relative_error(quantize_weight(module.weight, own).dequantize(), module.weight)
         return wanted
 
-    with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints; standard output is the command's
-        model, config = mlx_lm.utils.quantize_model(
-            model, config, form.group_size, form.bits, mode=form.mode, quant_predicate=predicate
-        )
+    with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints, but standard output belongs to the command
+        model, config = mlx_lm.utils.quantize_model(model, config, **layout, quant_predicate=predicate)
     return model, config, skipped, errors
 
 

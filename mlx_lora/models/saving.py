@@ -14,7 +14,7 @@ from mlx_lora.system.errors import InputError, RunError
 MAX_SHARD_BYTES = 5 << 30  # what mlx-lm and the hub use
 
 
-def save_tensors(path: Path, tensors: dict[str, mx.array], form: str = "mlx") -> None:
+def save_tensors(path: Path, tensors: dict[str, mx.array], file_format: str = "mlx") -> None:
     """Write a safetensors file, and see that all of it is there.
 
     Args:
@@ -27,7 +27,7 @@ def save_tensors(path: Path, tensors: dict[str, mx.array], form: str = "mlx") ->
     """
     mx.eval(tensors)
     try:
-        mx.save_safetensors(str(path), tensors, metadata={"format": form})
+        mx.save_safetensors(str(path), tensors, metadata={"format": file_format})
         read_safetensors_header(path)  # a disk that filled up leaves a short file
     except (RuntimeError, InputError) as error:
         size = sum(tensor.nbytes for tensor in tensors.values())

@@ -80,9 +80,9 @@ def _quantized(m: int, side: int, bits: int, group_size: int, mode: str, transpo
     one, other = mx.random.split(key)
     x, w = _normal((m, side), dtype, one), _normal((side, side), dtype, other)
     packed = mx.quantize(w, group_size=group_size, bits=bits, mode=mode)
-    form = {"group_size": group_size, "bits": bits, "mode": mode}
-    dense = mx.dequantize(*packed, **form, dtype=dtype)
-    made = mx.quantized_matmul(x, *packed, transpose=transpose, **form)
+    quantization = {"group_size": group_size, "bits": bits, "mode": mode}
+    dense = mx.dequantize(*packed, **quantization, dtype=dtype)
+    made = mx.quantized_matmul(x, *packed, transpose=transpose, **quantization)
     what = f"{m} x {side} by {side} x {side}, {bits}-bit {mode}, {'forward' if transpose else 'backward'}"
 
     def exact(rows: np.ndarray) -> np.ndarray:
