@@ -309,7 +309,7 @@ def test_a_head_trained_in_full_gets_its_gradient(tied):
     name = "embed_tokens" if tied else "lm_head"
     settings = AdapterSettings(rank=RANK, modules_to_save=name)
     setup = adapt_model(model, settings, seed=1)
-    assert choose_loss(model, TINY).description == "plain cross-entropy (the head is trained itself)"
+    assert choose_loss(model, TINY).description == "plain cross-entropy (the head itself is trained)"
     before = np.array(adapter_parameters(model)[setup.full[0]])
     arrays = Arrays.of(batch(3, 17, seed=0))
     _, expected = nn.value_and_grad(model, plain_loss)(model, *arrays)
