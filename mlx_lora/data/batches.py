@@ -8,7 +8,9 @@ Rows of similar length share a batch, so there is little padding; batches are sh
 order that would show in the loss. Padding is on the right: under a causal mask it cannot affect a real token, so no
 attention mask is needed.
 
-Shapes: B rows, T columns, P slots for trained targets. A class holds the rows with one shape. These are fixed, and each
+An example may have several rows (a pair's two answers): they are dealt together, next to each other.
+
+Shapes: E examples, K rows of each, B = E K rows, T columns, P slots for trained targets. A class holds the rows with one shape. These are fixed, and each
 epoch distributes them to the class's batches anew, with about the same number of targets in each batch.
 """
 
@@ -16,13 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.widths import ShapePrice, choose_widths, rows_per_batch
 
-EMPTY = -1  # the number of a row that is all padding
+EMPTY = -1  # the number of an example that is all padding
 SLOTS_STEP = 8  # P is a multiple of this
 DEALS = 4  # tries at a distribution whose targets fit into P
 
@@ -38,6 +41,9 @@ class Batch:
         real_tokens: targets that are not padding, trained or not.
         positions: (P,) int32, row * T + column of each trained target, then zeros.
         weights: (P,) float32, 1 for each trained target, then zeros.
+        group: rows per example, K.
+        labels: (B,) float32, of the encoded set; None: it has none.
+        numbers: (B,) row numbers in the encoded set, EMPTY for padding; None: not from a set.
     """
 
     inputs: np.ndarray
@@ -46,22 +52,31 @@ class Batch:
     real_tokens: int
     positions: np.ndarray
     weights: np.ndarray
+    group: int = 1
+    labels: np.ndarray | None = None
+    numbers: np.ndarray | None = None
 
     @classmethod
     def of(
-        cls, inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray, real_tokens: int, slots: int | None = None
+        cls,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        mask: np.ndarray,
+        real_tokens: int,
+        slots: int | None = None,
+        **more: Any,
     ) -> Batch:
         """Return a batch, with positions and weights computed from the mask.
 
         Args:
-            inputs, targets, mask, real_tokens: as the attributes.
+            inputs, targets, mask, real_tokens, more: as the attributes.
             slots: P, at least the number of trained targets, which is the default.
         """
         trained_at = np.flatnonzero(mask)
         padding = (0, (len(trained_at) if slots is None else slots) - len(trained_at))
         positions = np.pad(trained_at.astype(np.int32), padding)
         weights = np.pad(np.ones(len(trained_at), np.float32), padding)
-        return cls(inputs, targets, mask, real_tokens, positions, weights)
+        return cls(inputs, targets, mask, real_tokens, positions, weights, **more)
 
 
 @dataclass(frozen=True)
@@ -70,20 +85,22 @@ class WidthClass:
 
     Attributes:
         width: columns, T.
-        count: rows per batch, B.
+        count: examples per batch, E.
         slots: the number of slots for trained targets, P.
-        dealt: (batches, B) row numbers, or EMPTY, of a distribution whose targets fit into P.
+        dealt: (batches, E) example numbers, or EMPTY, of a distribution whose targets fit into P.
+        group: rows per example, K.
     """
 
     width: int
     count: int
     slots: int
     dealt: np.ndarray
+    group: int = 1
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape (B, T, P)."""
-        return self.count, self.width, self.slots
+        return self.count * self.group, self.width, self.slots
 
 
 class BatchPlan:
@@ -103,17 +120,20 @@ class BatchPlan:
         Args:
             rows: the encoded set; rows shorter than two tokens hold no target and must not be in it.
             batch_tokens: the limit for width x rows of a batch, which has at least one row.
-            batch_size: rows per batch instead, as in mlx-lm.
+            batch_size: examples per batch instead, as in mlx-lm and TRL.
             seed: of the shuffles.
             price: what a shape costs compared to padding, which decides the number of widths.
         """
         self.rows = rows
         self.seed = seed
-        # A row of n tokens has n - 1 (input, target) pairs.
-        self._lengths = rows.lengths - 1
-        self._counts = np.append(rows.supervised_counts, 0)  # EMPTY, which is -1, gets the last entry, 0
-        widths = choose_widths(self._lengths, batch_tokens, batch_size, price) if len(rows) else np.zeros(0, int)
-        self.classes = self._make_classes(widths, batch_tokens, batch_size)
+        group = rows.group
+        # A row of n tokens has n - 1 (input, target) pairs; an example is as long as its longest row.
+        self._lengths = (rows.lengths - 1).reshape(-1, group).max(axis=1)
+        counts = rows.supervised_counts.reshape(-1, group).sum(axis=1)
+        self._counts = np.append(counts, 0)  # EMPTY, which is -1, gets the last entry, 0
+        budget = max(1, batch_tokens // group)
+        widths = choose_widths(self._lengths, budget, batch_size, price) if len(rows) else np.zeros(0, int)
+        self.classes = self._make_classes(widths, budget, batch_size)
         self._epoch_cache: tuple[int, list[tuple[WidthClass, np.ndarray]]] | None = None
 
     def __len__(self) -> int:
@@ -128,8 +148,8 @@ class BatchPlan:
     @property
     def padding_fraction(self) -> float:
         """The fraction of an epoch's positions that hold no token; 0 without rows."""
-        positions = sum(part.dealt.size * part.width for part in self.classes)
-        return 1 - int(self._lengths.sum()) / positions if positions else 0.0
+        positions = sum(part.dealt.size * part.group * part.width for part in self.classes)
+        return 1 - int((self.rows.lengths - 1).sum()) / positions if positions else 0.0
 
     def batch(self, epoch: int, index: int) -> Batch:
         """Return batch `index` of `epoch`."""
@@ -161,7 +181,7 @@ class BatchPlan:
             taken = order[start : start + room]
             taken = np.append(taken, np.full(room - len(taken), EMPTY))
             slots, dealt = self._fix_slots(taken, count, width)
-            classes.append(WidthClass(width, count, slots, dealt))
+            classes.append(WidthClass(width, count, slots, dealt, self.rows.group))
             start += room
         return classes
 
@@ -173,7 +193,7 @@ class BatchPlan:
         # Take the median: with the smallest P, most epochs would have to fall back on that one distribution.
         middle = int(np.argsort(most, kind="stable")[DEALS // 2])
         slots = -(-max(1, most[middle]) // SLOTS_STEP) * SLOTS_STEP
-        return min(slots, count * width), deals[middle]
+        return min(slots, count * self.rows.group * width), deals[middle]
 
     def _epoch(self, epoch: int) -> list[tuple[WidthClass, np.ndarray]]:
         if self._epoch_cache is None or self._epoch_cache[0] != epoch:
@@ -228,14 +248,16 @@ def deal(counts: np.ndarray, taken: np.ndarray, count: int, random: np.random.Ge
 
 
 def collate(rows: EncodedSet, numbers: np.ndarray, width: int, slots: int) -> Batch:
-    """Return rows as one right-padded batch of `width` columns; padding is never a target.
+    """Return examples as one right-padded batch of `width` columns; padding is never a target.
 
     Args:
         rows: the encoded set.
-        numbers: (B,) row numbers; EMPTY gives a row of padding.
+        numbers: (E,) example numbers; EMPTY gives rows of padding.
         width: columns, T.
         slots: P, at least the number of trained targets of these rows.
     """
+    own_rows = numbers[:, None] * rows.group + np.arange(rows.group)  # (E, K)
+    numbers = np.where(numbers[:, None] == EMPTY, EMPTY, own_rows).ravel()  # (B,)
     inputs = np.zeros((len(numbers), width), np.int32)
     targets = np.zeros((len(numbers), width), np.int32)
     mask = np.zeros((len(numbers), width), bool)
@@ -249,4 +271,6 @@ def collate(rows: EncodedSet, numbers: np.ndarray, width: int, slots: int) -> Ba
         targets[i, :n] = tokens[1:]
         mask[i, :n] = trained[1:]
         real_tokens += n
-    return Batch.of(inputs, targets, mask, real_tokens, slots)
+    labels = None if rows.labels is None else np.where(numbers == EMPTY, 0, rows.labels[numbers]).astype(np.float32)
+    more = {"group": rows.group, "labels": labels, "numbers": numbers}
+    return Batch.of(inputs, targets, mask, real_tokens, slots, **more)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
 
@@ -35,11 +35,15 @@ class EncodedSet:
         tokens: (N,) int32 token ids.
         mask: (N,) bool, True: this token is a target that is trained. A row's first token never is one.
         offsets: (R + 1,) int64; row i is tokens[offsets[i]:offsets[i + 1]].
+        group: Rows per example, K: the two answers of a pair are rows 2 i and 2 i + 1. Batches keep them together.
+        labels: (R,) float32, what the data says of a row beside its tokens; None: nothing.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
     offsets: np.ndarray
+    group: int = 1
+    labels: np.ndarray | None = None
 
     @classmethod
     def from_rows(cls, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> EncodedSet:
@@ -63,9 +67,20 @@ class EncodedSet:
         part = slice(self.offsets[i], self.offsets[i + 1])
         return self.tokens[part], self.mask[part]
 
-    def select(self, rows: Sequence[int] | np.ndarray) -> EncodedSet:
-        """Return the set of these rows, in this order."""
-        return EncodedSet.from_rows([self.row(int(i)) for i in rows])
+    def select(self, examples: Sequence[int] | np.ndarray) -> EncodedSet:
+        """Return the set of these examples, in this order."""
+        rows = (np.asarray(examples, np.int64)[:, None] * self.group + np.arange(self.group)).ravel()
+        chosen = EncodedSet.from_rows([self.row(int(i)) for i in rows])
+        return chosen.grouped(self.group, None if self.labels is None else self.labels[rows])
+
+    @property
+    def examples(self) -> int:
+        """Number of examples, R / K."""
+        return len(self) // self.group
+
+    def grouped(self, group: int, labels: np.ndarray | None = None) -> EncodedSet:
+        """Return the same rows as examples of `group` rows each, with labels (R,)."""
+        return replace(self, group=group, labels=None if labels is None else labels.astype(np.float32))
 
     @cached_property
     def supervised_counts(self) -> np.ndarray:
@@ -83,6 +98,9 @@ class EncodedSet:
         digest = hashlib.sha256()
         for array, kind in ((self.tokens, "<i4"), (self.mask, "?"), (self.offsets, "<i8")):
             digest.update(np.ascontiguousarray(array, kind).data)
+        if self.group > 1 or self.labels is not None:
+            labels = np.zeros(0) if self.labels is None else self.labels
+            digest.update(str(self.group).encode() + np.ascontiguousarray(labels, "<f4").data)
         return digest.hexdigest()
 
 

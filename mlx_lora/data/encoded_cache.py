@@ -33,7 +33,7 @@ from mlx_lora.system.files import replacing_folder, sha256_of
 MAX_ENTRIES = 20
 MAX_BYTES = 4 * 10**9
 STALE_S = 24 * 3600.0  # a temporary folder this old belongs to a process that was killed
-ARRAYS = {"tokens": np.int32, "mask": np.bool_, "offsets": np.int64}
+ARRAYS = {"tokens": np.int32, "mask": np.bool_, "offsets": np.int64, "labels": np.float32}  # labels may be absent
 ENTRY_FILE = "entry.json"
 
 
@@ -77,7 +77,7 @@ def read_entry(folder: Path) -> tuple[dict[str, EncodedSet], dict[str, Any]] | N
     """
     try:
         entry = json.loads((folder / ENTRY_FILE).read_text(encoding="utf-8"))
-        sets = {name: _read_set(folder, name) for name in entry["fingerprints"]}
+        sets = {name: _read_set(folder, name, entry["groups"][name]) for name in entry["fingerprints"]}
         if {name: rows.fingerprint for name, rows in sets.items()} != entry["fingerprints"]:
             return None
         os.utime(folder)  # the entries used last are kept
@@ -100,23 +100,28 @@ def write_entry(folder: Path, sets: dict[str, EncodedSet], details: dict[str, An
     with replacing_folder(folder) as temporary:
         for name, rows in sets.items():
             for array, kind in ARRAYS.items():
-                np.save(temporary / f"{name}.{array}.npy", np.asarray(_array(rows, array), kind))
-        entry = {"fingerprints": {name: rows.fingerprint for name, rows in sets.items()}, "details": details}
+                if (values := getattr(rows, array)) is not None:
+                    np.save(temporary / f"{name}.{array}.npy", np.asarray(values, kind))
+        entry = {
+            "fingerprints": {name: rows.fingerprint for name, rows in sets.items()},
+            "groups": {name: rows.group for name, rows in sets.items()},
+            "details": details,
+        }
         (temporary / ENTRY_FILE).write_text(json.dumps(entry), encoding="utf-8")
     _evict(folder.parent)
 
 
-def _array(rows: EncodedSet, name: str) -> np.ndarray:
-    return {"tokens": rows.tokens, "mask": rows.mask, "offsets": rows.offsets}[name]
-
-
-def _read_set(folder: Path, name: str) -> EncodedSet:
+def _read_set(folder: Path, name: str, group: int) -> EncodedSet:
     # Use a plain array: each slice of a memmap object would cost more than reading the row.
-    parts = {array: np.load(folder / f"{name}.{array}.npy", mmap_mode="r").view(np.ndarray) for array in ARRAYS}
-    for array, kind in ARRAYS.items():
-        if parts[array].dtype != kind or parts[array].ndim != 1:
+    parts = {
+        array: np.load(file, mmap_mode="r").view(np.ndarray)
+        for array in ARRAYS
+        if (file := folder / f"{name}.{array}.npy").exists() or array != "labels"
+    }
+    for array, values in parts.items():
+        if values.dtype != ARRAYS[array] or values.ndim != 1:
             raise ValueError(f"{name}.{array} is another kind of array")
-    return EncodedSet(**parts)
+    return EncodedSet(**parts, group=group)
 
 
 def _evict(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from mlx_lora.data.answers import answers_of, encode_entries
 from mlx_lora.data.data_report import MAX_LISTED, DataReport, DroppedRow, Location, SplitReport, example_pieces, reasons
 from mlx_lora.data.encode import Encoded, EncodedSet, Encoder
 from mlx_lora.data.encoded_cache import entry_folder, read_entry, write_entry
-from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, Example, FormatError, Text
-from mlx_lora.data.formats import parse_record
+from mlx_lora.data.examples import Completion, Conversation, Text
+from mlx_lora.data.reading import Rows, read_rows
 from mlx_lora.data.split import content_key, cut_text, hold_out
 from mlx_lora.data.templates import resolve_template, shows_date
 from mlx_lora.settings.config import DataSettings
-from mlx_lora.sources.records import BadRow, check_file, read_records
+from mlx_lora.sources.records import check_file
 from mlx_lora.sources.splits import find_splits
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import one_at_a_time
@@ -49,30 +50,13 @@ class DataSplits:
     chat_day: date | None = None
 
 
-@dataclass
-class _Rows:
-    """The usable rows of one split, their locations, and the unusable rows."""
-
-    examples: list[Example] = field(default_factory=list)
-    locations: list[Location] = field(default_factory=list)
-    formats: Counter[str] = field(default_factory=Counter)
-    dropped: list[DroppedRow] = field(default_factory=list)
-    empty: int = 0
-    truncated: list[Location] = field(default_factory=list)
-    unread: int = 0
-
-    @property
-    def rows_read(self) -> int:
-        """The number of records in the files, bad ones included."""
-        return sum(self.formats.values()) + self.unread
-
-
 def load_data(
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     say: Callable[[str], None] = lambda line: None,
     today: date | None = None,
+    records: str = "examples",
 ) -> DataSplits:
     """Return the data of a run, encoded and split, or taken from the cache of an earlier run.
 
@@ -82,6 +66,7 @@ def load_data(
         seed: Of the held-out split.
         say: Called with a line from time to time during a long encoding.
         today: The day for templates that show the date, unless the settings name one; None: today.
+        records: `examples`, `pairs` or `rated`: what the run's objective trains on.
 
     Returns:
         The sets and the report. Without a validation file, `valid_fraction` of the rows, or the last part of a single
@@ -96,9 +81,9 @@ def load_data(
     if "train" not in files:
         raise InputError(f"--data {settings.data} has no train file, only {', '.join(files)}; add train.jsonl")
     day = _day(settings, tokenizer, today)
-    folder = entry_folder("splits", files, settings, tokenizer, seed, day)
+    folder = entry_folder(f"{records} splits", files, settings, tokenizer, seed, day)
     with one_at_a_time(folder):  # ranks on one machine encode once
-        return replace(_read_or_make_splits(folder, files, settings, tokenizer, seed, say, day), chat_day=day)
+        return replace(_read_or_make_splits(folder, files, settings, tokenizer, seed, say, day, records), chat_day=day)
 
 
 def _day(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, today: date | None) -> date | None:
@@ -122,12 +107,13 @@ def _read_or_make_splits(
     seed: int,
     say: Callable[[str], None],
     day: date | None,
+    records: str,
 ) -> DataSplits:
     if entry := read_entry(folder):
         sets, details = entry
         report = replace(DataReport.from_dict(details["report"]), data=settings.data)
         return DataSplits(sets["train"], sets.get("valid"), sets.get("test"), report, details["chat_template"])
-    splits = _make_splits(files, settings, tokenizer, seed, say, day)
+    splits = _make_splits(files, settings, tokenizer, seed, say, day, records)
     sets = {"train": splits.train, "valid": splits.valid, "test": splits.test}
     details = {"report": splits.report.to_dict(), "chat_template": splits.chat_template}
     _keep(folder, {name: rows for name, rows in sets.items() if rows is not None}, details, say)
@@ -158,8 +144,9 @@ def _make_splits(
     seed: int,
     say: Callable[[str], None],
     day: date | None,
+    records: str,
 ) -> DataSplits:
-    parts = {name: _read(paths, settings.data_format) for name, paths in files.items()}
+    parts = {name: read_rows(paths, settings.data_format, records) for name, paths in files.items()}
     if "valid" not in parts:
         parts |= _cut_single_text(parts["train"], settings.valid_fraction)
     encoder, template, origin = _make_encoder(parts.values(), settings, tokenizer, day)
@@ -168,7 +155,7 @@ def _make_splits(
 
     truncated = [location for rows in parts.values() for location in rows.truncated]
     keys = {
-        name: [content_key(parts[name].examples[i]) for i in dict.fromkeys(encoded[name].source.tolist())]
+        name: [content_key(*answers_of(parts[name].entries[i])) for i in dict.fromkeys(encoded[name].source.tolist())]
         for name in encoded
     }
     doubled = _doubled(parts["train"], encoded["train"], keys["train"])
@@ -202,6 +189,7 @@ def load_eval_set(
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     say: Callable[[str], None] = lambda line: None,
+    records: str = "examples",
 ) -> EncodedSet:
     """Return the encoded set for `evaluate --data`: all rows of a file, or a folder's test or else validation file.
 
@@ -209,7 +197,7 @@ def load_eval_set(
         data: As `--data`.
         settings: Format, template, length and mask; its `data` is ignored.
         tokenizer: A fast tokenizer.
-        say: As for `load_data`.
+        say, records: As for `load_data`.
 
     Raises:
         InputError: as for `load_data`.
@@ -219,12 +207,12 @@ def load_eval_set(
     if name == "train" and len(files["train"]) == 1 and Path(data).is_dir():
         raise InputError(f"--data {data} has neither a test nor a validation file; name a file inside it")
     day = _day(settings, tokenizer, None)
-    folder = entry_folder("evaluation", {name: files[name]}, settings, tokenizer, 0, day)
+    folder = entry_folder(f"{records} evaluation", {name: files[name]}, settings, tokenizer, 0, day)
     if entry := read_entry(folder):
         for line in entry[1]["notes"]:
             say(line)
         return entry[0][name]
-    parts = {name: _read(files[name], settings.data_format)}
+    parts = {name: read_rows(files[name], settings.data_format, records)}
     encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer, day)
     encoded = {name: _encode(parts[name], encoder, say)}
     _check(settings, parts, encoded)
@@ -235,46 +223,25 @@ def load_eval_set(
     return encoded[name].rows
 
 
-def _read(paths: Sequence[Path], data_format: str) -> _Rows:
-    rows = _Rows()
-    for path in paths:
-        for record in read_records(path):
-            if isinstance(record, BadRow):
-                rows.unread += 1
-                rows.dropped.append(DroppedRow(path.name, record.line, record.why, record.unit))
-                continue
-            try:
-                name, example = parse_record(record.value, data_format)
-            except FormatError as error:
-                rows.unread += 1
-                rows.empty += isinstance(error, EmptyRecord)
-                rows.dropped.append(DroppedRow(path.name, record.line, str(error), record.unit))
-                continue
-            rows.formats[name] += 1
-            rows.examples.append(example)
-            rows.locations.append(Location(path.name, record.line, record.unit))
-    return rows
-
-
-def _cut_single_text(train: _Rows, fraction: float) -> dict[str, _Rows]:
+def _cut_single_text(train: Rows, fraction: float) -> dict[str, Rows]:
     """Cut the training data in two if it is a single long text, and return the part to validate on."""
-    if len(train.examples) != 1 or not isinstance(train.examples[0], Text):
+    if len(train.entries) != 1 or not isinstance(train.entries[0], Text):
         return {}
-    parts = cut_text(train.examples[0], fraction)
+    parts = cut_text(train.entries[0], fraction)
     if parts is None:
         return {}
-    train.examples[0] = parts[0]
-    return {"valid": _Rows([parts[1]], list(train.locations))}
+    train.entries[0] = parts[0]
+    return {"valid": Rows([parts[1]], list(train.locations))}
 
 
 def _make_encoder(
-    parts: Sequence[_Rows], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, day: date | None
+    parts: Sequence[Rows], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, day: date | None
 ) -> tuple[Encoder, str | None, str]:
     """Return the encoder, the template's text (None if all data is plain text), and the template's origin."""
     plain_completions = settings.chat_template is None and not tokenizer.chat_template
     rendered = (Conversation,) if plain_completions else (Conversation, Completion)
     template, origin = None, "none (plain text)"
-    if any(isinstance(example, rendered) for rows in parts for example in rows.examples):
+    if any(isinstance(answer, rendered) for rows in parts for entry in rows.entries for answer in answers_of(entry)):
         template, origin = resolve_template(settings.chat_template, tokenizer)
         if origin == "model":
             origin = "the model's own"
@@ -291,16 +258,16 @@ def _make_encoder(
     return encoder, template, origin
 
 
-def _encode(rows: _Rows, encoder: Encoder, say: Callable[[str], None]) -> Encoded:
+def _encode(rows: Rows, encoder: Encoder, say: Callable[[str], None]) -> Encoded:
     next_s = time.monotonic() + TELL_AFTER_S
 
     def tell(done: int) -> None:
         nonlocal next_s
         if time.monotonic() > next_s:
-            say(f"Encoding: {done:,} of {len(rows.examples):,} records")
+            say(f"Encoding: {done:,} of {len(rows.entries):,} records")
             next_s = time.monotonic() + TELL_EVERY_S
 
-    encoded = encoder.encode(rows.examples, tell)
+    encoded = encode_entries(encoder, rows.entries, tell)
     for number, why in encoded.dropped.items():
         location = rows.locations[number]
         rows.dropped.append(DroppedRow(location.file, location.line, why, location.unit))
@@ -309,7 +276,7 @@ def _encode(rows: _Rows, encoder: Encoder, say: Callable[[str], None]) -> Encode
     return encoded
 
 
-def _doubled(rows: _Rows, encoded: Encoded, keys: list[str]) -> list[Location]:
+def _doubled(rows: Rows, encoded: Encoded, keys: list[str]) -> list[Location]:
     """Return the locations of duplicate rows; `keys` are those of the examples that gave rows."""
     seen: set[str] = set()
     found = []
@@ -320,7 +287,7 @@ def _doubled(rows: _Rows, encoded: Encoded, keys: list[str]) -> list[Location]:
     return found
 
 
-def _check(settings: DataSettings, parts: dict[str, _Rows], encoded: dict[str, Encoded]) -> None:
+def _check(settings: DataSettings, parts: dict[str, Rows], encoded: dict[str, Encoded]) -> None:
     """Raise if a split has no row, or, with `strict`, if any row was dropped."""
     for name, rows in parts.items():
         if len(encoded[name].rows) and not (settings.strict and rows.dropped):
@@ -333,7 +300,7 @@ def _check(settings: DataSettings, parts: dict[str, _Rows], encoded: dict[str, E
         raise InputError(f"no usable row in the {name} data, {found} refused: {reasons(rows.dropped)}")
 
 
-def _evaluation_notes(rows: _Rows, encoded: Encoded) -> list[str]:
+def _evaluation_notes(rows: Rows, encoded: Encoded) -> list[str]:
     """Return notes on what an evaluation left out or cut, because that changes the loss."""
     notes = []
     if rows.dropped:
@@ -356,7 +323,7 @@ def _hold_out(encoded: Encoded, keys: list[str], fraction: float, seed: int) -> 
 
 
 def _notes(
-    parts: dict[str, _Rows],
+    parts: dict[str, Rows],
     encoded: dict[str, Encoded],
     keys: dict[str, list[str]],
     encoder: Encoder,
@@ -367,7 +334,12 @@ def _notes(
         shared = len(set(keys.get(name, [])) & set(keys["train"]))
         if shared:
             notes.append(f"{shared:,} {name} rows are also training rows; the {name} loss will be too low")
-    kept = [parts[name].examples[i] for name, part in encoded.items() for i in set(part.source.tolist())]
+    kept = [
+        answer
+        for name, part in encoded.items()
+        for i in set(part.source.tolist())
+        for answer in answers_of(parts[name].entries[i])
+    ]
     chats = [example for example in kept if isinstance(example, Conversation)]
     with_tools = [chat for chat in chats if chat.tools]
     if with_tools and not encoder.shows_tools(with_tools[0]):

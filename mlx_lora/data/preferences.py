@@ -13,7 +13,6 @@ templates, masks and limits are those of every other example.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -261,6 +260,3 @@ def _answer_text(answer: Answer) -> str:
         return answer.completion
     trained = [message for message in answer.messages if message.get("weight", 1) and message["role"] == "assistant"]
     return "\n".join(f"{message.get('content') or ''}{message.get('tool_calls') or ''}" for message in trained)
-
-
-PREFERENCE_PARSERS: dict[str, Callable[[Record], list]] = {"pairs": parse_pairs, "rated": parse_rated}

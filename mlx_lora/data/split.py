@@ -11,14 +11,16 @@ import numpy as np
 from mlx_lora.data.formats import Completion, Conversation, Example, Text
 
 
-def content_key(example: Example) -> str:
-    """Return a hash of an example's content, which is equal for duplicate rows in any format."""
-    if isinstance(example, Conversation):
-        content = [example.messages, example.tools]
-    elif isinstance(example, Completion):
-        content = [example.prompt, example.completion]
-    else:
-        content = [example.text]
+def content_key(*examples: Example) -> str:
+    """Return a hash of the content of a record's examples, which is equal for duplicate rows in any format."""
+    content: list = []
+    for example in examples:
+        if isinstance(example, Conversation):
+            content += [example.messages, example.tools]
+        elif isinstance(example, Completion):
+            content += [example.prompt, example.completion]
+        else:
+            content += [example.text]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,0 +1,108 @@
+"""Encode what a record becomes, one answer or several, and keep the answers of a record together.
+
+example   one row
+pair      two rows: the chosen answer, then the rejected one; their label is the margin
+rated     two rows: the answer, then another record's answer to the same prompt, which tells how far the policy is
+          from the reference (KTO, arXiv 2402.01306, section 4.2); the label is 1 for a good answer and 0 for a bad one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from mlx_lora.data.encode import Encoded, EncodedSet, Encoder
+from mlx_lora.data.examples import Example
+from mlx_lora.data.preferences import Pair, Rated, parse_pairs, parse_rated
+
+Entry = Example | Pair | Rated
+"""What one record holds, in canonical form."""
+
+
+def answers_of(entry: Entry) -> list[Example]:
+    """Return the examples of an entry, each of which becomes a row."""
+    if isinstance(entry, Pair):
+        return [entry.chosen, entry.rejected]
+    return [entry.answer] if isinstance(entry, Rated) else [entry]
+
+
+def encode_entries(
+    encoder: Encoder, entries: Sequence[Entry], on_rows: Callable[[int], None] = lambda done: None
+) -> Encoded:
+    """Encode entries of one kind.
+
+    Args:
+        encoder: how.
+        entries: all examples, all pairs or all rated answers.
+        on_rows: as in `Encoder.encode`.
+
+    Returns:
+        As `Encoder.encode`, with numbers of entries. A pair of which one answer gave no row is dropped.
+    """
+    size = 2 if entries and isinstance(entries[0], Pair) else 1
+    answers = [answer for entry in entries for answer in answers_of(entry)]
+    encoded = encoder.encode(answers, lambda done: on_rows(done // size))
+    if entries and isinstance(entries[0], Pair):
+        return _as_pairs(encoded, entries)
+    return _as_rated(encoded, entries) if entries and isinstance(entries[0], Rated) else encoded
+
+
+def _as_pairs(encoded: Encoded, pairs: Sequence[Pair]) -> Encoded:
+    """Put two rows of the same pair side by side, and number what happened by pairs."""
+    rows_of: dict[int, list[int]] = {}
+    for row, answer in enumerate(encoded.source.tolist()):
+        rows_of.setdefault(answer, []).append(row)
+    dropped = {}
+    for answer, why in sorted(encoded.dropped.items(), reverse=True):  # the chosen answer's reason counts
+        dropped[answer // 2] = f"{'rejected' if answer % 2 else 'chosen'} answer: {why}"
+    rows, source, equal = [], [], []
+    for pair in range(len(pairs)):
+        both = [rows_of.get(2 * pair + side, []) for side in range(2)]
+        if pair in dropped or not all(both):
+            continue
+        found = [encoded.rows.row(side[-1]) for side in both]  # its last row: earlier ones show the prompt's turns
+        if np.array_equal(found[0][0], found[1][0]):
+            equal.append(pair)  # equal within --max-seq-length
+            continue
+        rows += found
+        source.append(pair)
+    dropped |= dict.fromkeys(equal, "equal answers, after the cut at --max-seq-length")
+    margins = np.array([value for pair in source for value in (pairs[pair].margin, 0.0)], np.float32)
+    return _numbered(encoded, EncodedSet.from_rows(rows).grouped(2, margins), source, dropped, 2)
+
+
+def _as_rated(encoded: Encoded, rated: Sequence[Rated]) -> Encoded:
+    """Put behind each answer the next record's answer, with this record's prompt before it."""
+    last = {answer: row for row, answer in enumerate(encoded.source.tolist())}
+    source = sorted(last)
+    rows = [encoded.rows.row(last[number]) for number in source]
+    starts = [int(np.argmax(mask)) for _, mask in rows]  # the first token of each answer
+    joined = []
+    for i, (tokens, mask) in enumerate(rows):
+        joined.append((tokens, mask))
+        other_tokens, other_mask = rows[(i + 1) % len(rows)]
+        other = starts[(i + 1) % len(rows)]
+        together = np.concatenate([tokens[: starts[i]], other_tokens[other:]])
+        trained = np.concatenate([np.zeros(starts[i], bool), other_mask[other:]])
+        joined.append((together, trained))
+    labels = np.array([value for number in source for value in (float(rated[number].good), 0.0)], np.float32)
+    return _numbered(encoded, EncodedSet.from_rows(joined).grouped(2, labels), source, dict(encoded.dropped), 1)
+
+
+def _numbered(encoded: Encoded, rows: EncodedSet, source: list[int], dropped: dict[int, str], size: int) -> Encoded:
+    """Return the result with numbers of entries instead of answers, `size` answers per entry."""
+    return replace(
+        encoded,
+        rows=rows,
+        source=np.array(source, np.int64),
+        dropped=dict(sorted(dropped.items())),
+        truncated=sorted({number // size for number in encoded.truncated}),
+        unshown={name: sorted({n // size for n in numbers}) for name, numbers in encoded.unshown.items()},
+        divided=sorted({number // size for number in encoded.divided}),
+    )
+
+
+RECORD_PARSERS: dict[str, Callable[..., list]] = {"pairs": parse_pairs, "rated": parse_rated}
+"""Kind of record an objective needs -> its parser; plain examples have `formats.parse_record`."""
