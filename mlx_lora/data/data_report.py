@@ -19,6 +19,7 @@ MAX_SEGMENT_CHARS = 360
 MAX_EXAMPLE_LINES = 12
 MAX_LINE_CHARS = 110
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that could control the terminal
+UNITS = {"examples": "rows", "pairs": "pairs", "rated": "rated answers"}
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
@@ -47,7 +48,7 @@ class Location(NamedTuple):
 
 @dataclass(frozen=True)
 class SplitReport:
-    """The size of one encoded split; lengths are in tokens."""
+    """The size of one encoded split; lengths are in tokens, of single rows."""
 
     rows: int
     tokens: int
@@ -62,7 +63,7 @@ class SplitReport:
         """Return the sizes of an encoded set."""
         lengths = rows.lengths if len(rows) else np.zeros(1, np.int64)
         low, middle, high, top = np.percentile(lengths, [0, 50, 95, 100], method="nearest")
-        return cls(len(rows), len(rows.tokens), rows.supervised_tokens, int(low), int(middle), int(high), int(top))
+        return cls(rows.examples, len(rows.tokens), rows.supervised_tokens, int(low), int(middle), int(high), int(top))
 
     @property
     def supervised_share(self) -> float:
@@ -86,7 +87,9 @@ class DataReport:
         dropped_rows: The first dropped rows.
         truncated_rows, duplicate_rows: Locations of the first of these rows.
         notes: Other things to know, a sentence each.
-        example: Decoded pieces of one training row, (text, trained).
+        example: Decoded pieces of one training row, (text, trained); of a pair, the chosen row's.
+        rejected: Decoded pieces of the pair's other answer; empty for other data.
+        records: `examples`, `pairs` or `rated`.
     """
 
     data: str
@@ -105,6 +108,8 @@ class DataReport:
     duplicate_rows: list[Location] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     example: list[tuple[str, bool]] = field(default_factory=list)
+    rejected: list[tuple[str, bool]] = field(default_factory=list)
+    records: str = "examples"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values for JSON."""
@@ -119,6 +124,7 @@ class DataReport:
             "truncated_rows": [Location(*location) for location in values["truncated_rows"]],
             "duplicate_rows": [Location(*location) for location in values["duplicate_rows"]],
             "example": [(text, trained) for text, trained in values["example"]],
+            "rejected": [(text, trained) for text, trained in values["rejected"]],
         }
         return cls(**{**values, **made})
 
@@ -153,8 +159,14 @@ class DataReport:
         lines += [_line("note", note) for note in self.notes]
         if self.example:
             mark = "in green" if color else "between ⟦ and ⟧"
-            lines.append(_line("example", f"one training row, what is trained {mark}; ↵ is a line end"))
+            what = (
+                "one pair, the chosen answer first, the answers"
+                if self.rejected
+                else "one training row, what is trained"
+            )
+            lines.append(_line("example", f"{what} {mark}; ↵ is a line end"))
             lines += _example_lines(self.example, color)
+            lines += ["  rejected:", *_example_lines(self.rejected, color)] if self.rejected else []
         return "\n".join(lines)
 
     def _split_line(self, name: str) -> str:
@@ -164,23 +176,27 @@ class DataReport:
         source = f", {self.valid_source}" if name == "valid" else ""
         return _line(
             name,
-            f"{split.rows:,} rows, {split.tokens:,} tokens, {split.supervised_tokens:,} trained "
+            f"{split.rows:,} {UNITS[self.records]}, {split.tokens:,} tokens, {split.supervised_tokens:,} trained "
             f"({100 * split.supervised_share:.0f}%){source}",
         )
 
 
-def example_pieces(rows: EncodedSet, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """Return a typical row (of the first 25, that of median length) as decoded pieces, each trained or not.
+def example_pieces(rows: EncodedSet, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, bool]]]:
+    """Return the rows of a typical example (of the first 25, that of median length) as decoded pieces.
 
     Args:
-        rows: At least one row.
+        rows: At least one example.
         tokenizer: The tokenizer that the rows were encoded with.
 
     Returns:
-        (text, trained) pieces in order.
+        For each row of the example, (text, trained) pieces in order.
     """
-    first = np.argsort(rows.lengths[:25], kind="stable")
-    tokens, mask = rows.row(int(first[len(first) // 2]))
+    first = np.argsort(rows.lengths[: 25 * rows.group : rows.group], kind="stable")
+    number = int(first[len(first) // 2]) * rows.group
+    return [_pieces(*rows.row(row), tokenizer) for row in range(number, number + rows.group)]
+
+
+def _pieces(tokens: np.ndarray, mask: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     edges = np.flatnonzero(np.diff(mask)) + 1
     pieces = []
     for start, stop in zip([0, *edges], [*edges, len(tokens)], strict=True):

@@ -163,6 +163,7 @@ def _make_splits(
     valid_source = "file" if "valid" in files else "held out"
     if "valid" not in encoded:
         sets |= _hold_out(encoded["train"], keys["train"], settings.valid_fraction, seed)
+    pieces = example_pieces(sets["train"], tokenizer)
     report = DataReport(
         data=settings.data,
         rows_read=sum(rows.rows_read for rows in parts.values()),
@@ -179,7 +180,9 @@ def _make_splits(
         truncated_rows=truncated[:MAX_LISTED],
         duplicate_rows=doubled[:MAX_LISTED],
         notes=_notes(parts, encoded, keys, encoder, day if template else None),
-        example=example_pieces(sets["train"], tokenizer),
+        example=pieces[0],
+        rejected=[piece for piece in pieces[1] if piece[1]] if records == "pairs" else [],
+        records=records,
     )
     return DataSplits(sets["train"], sets.get("valid"), sets.get("test"), report, template)
 
