@@ -389,13 +389,13 @@ def test_the_best_adapter_is_put_back_and_tested_on_all_ranks(tiny_folder, chats
 def test_what_is_for_a_single_process_is_refused_in_several():
     from types import SimpleNamespace
 
+    from mlx_lora.runs.training_run import check_request
     from mlx_lora.settings.config import train_settings
-    from mlx_lora.train import check_run_folder
 
     flags = {"model": "m", "data": "d", "test": True}
     for more in ({}, {"train": True, "max_restarts": 2}):
         with pytest.raises(InputError, match="in 2 processes"):
-            check_run_folder(train_settings({**flags, **more}), SimpleNamespace(size=2, leads=True))
+            check_request(train_settings({**flags, **more}), SimpleNamespace(size=2, leads=True))
 
 
 @pytest.fixture
