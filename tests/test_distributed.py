@@ -389,7 +389,7 @@ def test_the_best_adapter_is_put_back_and_tested_on_all_ranks(tiny_folder, chats
 def test_what_is_for_a_single_process_is_refused_in_several():
     from types import SimpleNamespace
 
-    from mlx_lora.settings.config import train_settings
+    from mlx_lora.settings.resolve import train_settings
     from mlx_lora.train import check_run_folder
 
     flags = {"model": "m", "data": "d", "test": True}
