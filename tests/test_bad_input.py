@@ -139,7 +139,7 @@ CASES = {
     "no model": (lambda p: ("train", "--data", p.data), "--model is required"),
     "no data": (lambda p: ("train", "--model", p.model), "--data is required"),
     "neither": (lambda p: ("train",), "--model and --data are required"),
-    "unknown flag": (lambda p: p.train("--learning-rat", 1), "No such option.*--learning-rate"),
+    "unknown flag": (lambda p: p.train("--learning-rat", 1), "--learning-rat: no such option here; did you mean --learning-rate\\?"),
     "flag without value": (lambda p: p.train("--rank"), "--rank"),
     "a seed beyond all seeds": (lambda p: p.train("--seed", 2**63), "at most 9223372036854775807"),
     "rank of zero": (lambda p: p.train("--rank", 0), "--rank 0: must be at least 1"),

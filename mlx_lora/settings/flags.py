@@ -29,7 +29,7 @@ class Command(console.LongCommand):
             }
             asked = error.option_name.lstrip("-").replace("-", "_")
             advice = instead_of(asked, spelled, spelled.__getitem__)
-            raise InputError(f"No such option {error.option_name}: {advice}") from None
+            raise InputError(f"{error.option_name}: no such option here; {advice}") from None
 
 
 def settings_options(*sections: str, leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:

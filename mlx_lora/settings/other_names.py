@@ -51,7 +51,7 @@ _NAMES = {
 # Another trainer's name -> ours.
 OTHER_NAMES = {theirs: ours for ours, names in _NAMES.items() for theirs in names.split()}
 
-_FOUR_BITS = "make a 4-bit base with mlx-lora convert --bits 4, or take one that is 4-bit, and give it as --model"
+_FOUR_BITS = "give a 4-bit model as --model; mlx-lora convert --bits 4 makes one"
 # What is no setting of its own here -> what to do.
 _OTHER_WAYS = {
     "load_in_4bit": _FOUR_BITS,
@@ -62,11 +62,11 @@ _OTHER_WAYS = {
     "bf16": "use --dtype bfloat16, which is what auto takes on a GPU",
     "fp16": "use --dtype float16",
     "train_on_inputs": "use --no-mask-prompt to train on prompts too",
-    "packing": "leave it out: rows of like length share a batch of --batch-tokens",
+    "packing": "leave it out; rows of like length share a batch of --batch-tokens",
 }
 # Values of a setting that has choices -> what to do.
 OTHER_VALUES = {
-    "qlora": f"QLoRA is LoRA over a 4-bit base: use lora, and {_FOUR_BITS}",
+    "qlora": f"QLoRA is LoRA over a 4-bit base; use --method lora, and {_FOUR_BITS}",
     "bf16": "use bfloat16",
     "fp16": "use float16",
     "fp32": "use float32",
@@ -84,6 +84,6 @@ def instead_of(name: str, known: Collection[str], spell: Callable[[str], str]) -
     if name in _OTHER_WAYS:
         return _OTHER_WAYS[name]
     if OTHER_NAMES.get(name) in known:
-        return f"here it is {spell(OTHER_NAMES[name])}"
+        return f"use {spell(OTHER_NAMES[name])}"
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {spell(close[0])}?" if close else "leave it out; --help-all lists all"
+    return f"did you mean {spell(close[0])}?" if close else "leave it out (--help-all lists the options)"

@@ -116,7 +116,7 @@ class Group(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         close = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
         if close and close[0] != args[0]:
-            raise InputError(f"No such command {args[0]}: did you mean {close[0]}?")
+            raise InputError(f"{args[0]}: no such command; did you mean {close[0]}?")
         return super().resolve_command(ctx, args)
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
