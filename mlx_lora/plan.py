@@ -36,7 +36,7 @@ from mlx_lora.planner.shapes import Machine, ModelShape
 from mlx_lora.planner.speed import Ceilings, count_step, listed_ceilings, step_seconds
 from mlx_lora.planner.this_machine import this_machine
 from mlx_lora.settings import flags
-from mlx_lora.settings.config import MODEL, TrainSettings
+from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.sources.hub import resolve_config
@@ -66,15 +66,7 @@ class DataSize:
 
 
 @click.command(cls=flags.Command)
-@click.option(
-    "-c",
-    "--config",
-    "config_file",
-    cls=console.Option,
-    group=MODEL,
-    metavar="FILE",
-    help="YAML file of settings, as train takes it.",
-)
+@flags.config_option
 @click.option("--chip", type=str, default=None, help='Plan for this chip ("M2 Pro") instead of this machine.')
 @click.option(
     "--memory-gb", type=click.IntRange(1, 4096), default=None, help="Memory of the --chip (default: the least sold)."

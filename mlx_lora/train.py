@@ -47,7 +47,7 @@ from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
 from mlx_lora.runs.words import describe_run, interrupted_line, outcome_line
 from mlx_lora.settings import flags
-from mlx_lora.settings.config import MODEL, TrainSettings
+from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.system import console, device
@@ -66,15 +66,7 @@ from mlx_lora.training.trainer import Outcome, mean_loss, total_steps, train
 
 
 @click.command(cls=flags.Command)
-@click.option(
-    "-c",
-    "--config",
-    "config_file",
-    cls=console.Option,
-    group=MODEL,
-    metavar="FILE",
-    help="YAML file of settings, ours, mlx-lm's, Axolotl's or LLaMA-Factory's; flags beat it.",
-)
+@flags.config_option
 @flags.settings_options("model", "data", "adapter", "optimizer", "loop")
 def main(config_file: str | None, **options: Any) -> int:
     """Train a LoRA adapter on --data over the frozen --model and write it to --adapter-path."""

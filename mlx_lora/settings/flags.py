@@ -1,4 +1,4 @@
-"""Click options made from the settings: one per row."""
+"""The command line of the settings: one click option per row, and answers to options that there are not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mlx_lora.settings.config import COMMAND_SECTIONS, SECTIONS
+from mlx_lora.settings.config import COMMAND_SECTIONS, MODEL, SECTIONS
 from mlx_lora.settings.other_names import instead_of
 from mlx_lora.settings.setting_row import Row, field_type, flag_of, row_of
 from mlx_lora.system import console
@@ -30,6 +30,17 @@ class Command(console.LongCommand):
             asked = error.option_name.lstrip("-").replace("-", "_")
             advice = instead_of(asked, spelled, spelled.__getitem__)
             raise InputError(f"{error.option_name}: no such option here; {advice}") from None
+
+
+config_option = click.option(
+    "-c",
+    "--config",
+    "config_file",
+    cls=console.Option,
+    group=MODEL,
+    metavar="FILE",
+    help="YAML file of settings, ours, mlx-lm's, Axolotl's or LLaMA-Factory's; flags beat it.",
+)
 
 
 def settings_options(*sections: str, leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
