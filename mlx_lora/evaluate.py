@@ -20,7 +20,8 @@ from mlx_lora.models.load import check_token_ids, load_base
 from mlx_lora.runs.composition import put_adapter
 from mlx_lora.runs.forgetting_test import CHAT, TEXT, measure_forgetting
 from mlx_lora.settings import flags
-from mlx_lora.settings.config import TrainSettings, train_settings
+from mlx_lora.settings.config import TrainSettings
+from mlx_lora.settings.resolve import train_settings
 from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system import console, device
 from mlx_lora.system.errors import InputError

@@ -36,7 +36,9 @@ from mlx_lora.planner.shapes import Machine, ModelShape
 from mlx_lora.planner.speed import Ceilings, count_step, listed_ceilings, step_seconds
 from mlx_lora.planner.this_machine import this_machine
 from mlx_lora.settings import flags
-from mlx_lora.settings.config import TrainSettings, train_settings
+from mlx_lora.settings.config import TrainSettings
+from mlx_lora.settings.resolve import train_settings
+from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.sources.hub import resolve_config
 from mlx_lora.system import console, device
 from mlx_lora.system.errors import InputError
@@ -62,8 +64,8 @@ class DataSize:
     tokens: int
 
 
-@click.command(cls=console.Command)
-@click.option("-c", "--config", "config_file", type=str, help="YAML file of settings, as train takes it.")
+@click.command(cls=flags.Command)
+@flags.config_option
 @click.option("--chip", type=str, default=None, help='Plan for this chip ("M2 Pro") instead of this machine.')
 @click.option(
     "--memory-gb", type=click.IntRange(1, 4096), default=None, help="Memory of the --chip (default: the least sold)."
@@ -75,7 +77,8 @@ def main(
     config_file: str | None, chip: str | None, memory_gb: int | None, all_chips: bool, as_json: bool, **options: Any
 ) -> None:
     """Plan the memory and predict the speed of `train` with these flags; no weights are read."""
-    settings = train_settings(flags.given(options), config_file, console.echo)
+    given = flags.given(options)
+    settings = train_settings(given, read_settings(config_file, given, console.echo))
     if not settings.model.model:
         raise InputError("--model is required: a hub id, a folder, a config.json or a .gguf file")
     machine, ceilings = choose_machine(settings, chip, memory_gb)

@@ -15,24 +15,20 @@ import click
 from mlx_lora.runs.training_run import train_run
 from mlx_lora.runs.words import interrupted_line
 from mlx_lora.settings import flags
-from mlx_lora.settings.config import train_settings
+from mlx_lora.settings.resolve import train_settings
+from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.system import console, device
 from mlx_lora.system.distributed import together
 from mlx_lora.system.supervise import run_supervised
 
 
-@click.command(cls=console.Command)
-@click.option(
-    "-c",
-    "--config",
-    "config_file",
-    type=str,
-    help="YAML file of settings, ours, mlx-lm's, Axolotl's or LLaMA-Factory's; flags beat it.",
-)
+@click.command(cls=flags.Command)
+@flags.config_option
 @flags.settings_options("model", "data", "adapter", "optimizer", "loop")
 def main(config_file: str | None, **options: Any) -> int:
     """Train a LoRA adapter on --data over the frozen --model and write it to --adapter-path."""
-    settings = train_settings(flags.given(options), config_file, console.echo)
+    given = flags.given(options)
+    settings = train_settings(given, read_settings(config_file, given, console.echo))
     if settings.loop.max_restarts:
         run_supervised(settings.loop.max_restarts)
     if settings.loop.short_buffers:

@@ -390,7 +390,7 @@ def test_what_is_for_a_single_process_is_refused_in_several():
     from types import SimpleNamespace
 
     from mlx_lora.runs.training_run import check_request
-    from mlx_lora.settings.config import train_settings
+    from mlx_lora.settings.resolve import train_settings
 
     flags = {"model": "m", "data": "d", "test": True}
     for more in ({}, {"train": True, "max_restarts": 2}):

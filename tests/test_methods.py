@@ -21,8 +21,9 @@ from mlx_lora.adapters.inject import adapter_layers, adapter_parameters
 from mlx_lora.adapters.parts import dense_weight
 from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
 from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import METHODS, AdapterSettings, ModelSettings, OptimizerSettings, train_settings
+from mlx_lora.settings.config import METHODS, AdapterSettings, ModelSettings, OptimizerSettings
 from mlx_lora.settings.methods import PRESETS
+from mlx_lora.settings.resolve import train_settings
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.hooks_from_settings import make_events, restart_every, restart_warmup
 from mlx_lora.training.losses import Arrays, choose_loss, plain_loss

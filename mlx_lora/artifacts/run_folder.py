@@ -29,55 +29,13 @@ from mlx_lora.artifacts.checkpoint import (
 from mlx_lora.artifacts.run_report import FACTS_FILE, REPORT_FILE
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.settings.checks import is_day
-from mlx_lora.settings.config import LoopSettings, TrainSettings
+from mlx_lora.settings.config import ROWS, LoopSettings, TrainSettings
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.system.errors import InputError, RunError
 from mlx_lora.system.files import check_writable, replacing_file
 from mlx_lora.system.parsing import parse_yaml
 from mlx_lora.training.state import Diverged, Position, finite, restore_arrays, run_arrays
 from mlx_lora.training.step import Step
-
-# What may change between a run and its continuation: length, cadences, places, and what only moves memory about.
-# Model and data are compared by fingerprint, not by the names they were given.
-FREE = frozenset(
-    [
-        "model",
-        "revision",
-        "data",
-        "chat_date",  # the rows' fingerprint holds what it changes
-        "adapter_path",
-        "trust_remote_code",
-        "iters",
-        "epochs",
-        "memory_budget",
-        "memory_check",
-        "steps_per_report",
-        "steps_per_eval",
-        "val_batches",
-        "save_every",
-        "keep",
-        "keep_best",
-        "sample_tokens",
-        "early_stopping_patience",
-        "early_stopping_threshold",
-        "batch_parts",
-        "max_restarts",
-        "resume",
-        "train",
-        "test",
-        "test_batches",
-        "clear_cache_threshold",
-        "short_buffers",
-        "report_to",
-        "project_name",
-        "force",
-        "strict",
-        "resume_adapter_file",
-        "grad_checkpoint",
-        "kernels",
-    ]
-)
-
 
 CHECKPOINTS = "checkpoints"
 # What a run leaves in its folder, and where an earlier run's lies until this one has saved something of its own.
@@ -170,7 +128,7 @@ def identity_of(
     settings: TrainSettings, base_fingerprint: str, data_fingerprint: str, plan: BatchPlan, price_epochs: float
 ) -> dict[str, Any]:
     """Return everything that a continuation must have in common with its run, as JSON can hold it."""
-    own = {name: value for name, value in settings.to_flat().items() if name not in FREE}
+    own = {name: value for name, value in settings.to_flat().items() if not ROWS[name].may_change}
     shapes = hashlib.sha256(repr((len(plan), sorted(plan.shapes))).encode()).hexdigest()[:16]
     facts = {"base": base_fingerprint, "rows": data_fingerprint, "batches": shapes, "price_epochs": price_epochs}
     return {**facts, **own}

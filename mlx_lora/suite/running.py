@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.settings.config import flag_of
+from mlx_lora.settings.setting_row import flag_of
 from mlx_lora.sources.embedded import SMOLLM2, embedded_model
 from mlx_lora.suite.energy import EnergyMeter, energy_meter
 from mlx_lora.suite.figures import LEAST_STEPS, counted_records, run_figures

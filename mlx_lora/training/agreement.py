@@ -10,40 +10,12 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lora import __version__
-from mlx_lora.settings.config import TrainSettings
+from mlx_lora.settings.config import ROWS, TrainSettings
 from mlx_lora.system import device
 from mlx_lora.system.distributed import Ranks
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.state import restore_arrays, run_arrays
 from mlx_lora.training.step import Step, StepResult
-
-# What each machine may have its own way: places (what lies there is compared by fingerprint), memory, rank 0's affairs.
-OWN_WAY = frozenset(
-    [
-        "model",
-        "revision",
-        "trust_remote_code",
-        "quantized_matmul",
-        "data",
-        "chat_template",
-        "strict",
-        "resume_adapter_file",
-        "adapter_path",
-        "grad_checkpoint",
-        "kernels",
-        "resume",
-        "force",
-        "clear_cache_threshold",
-        "short_buffers",
-        "report_to",
-        "project_name",
-        "max_restarts",
-        "batch_parts",
-        "memory_budget",
-        "memory_check",
-        "sample_tokens",
-    ]
-)
 
 
 def check_one_run(ranks: Ranks, settings: TrainSettings, identity: dict[str, Any]) -> None:
@@ -59,7 +31,8 @@ def check_one_run(ranks: Ranks, settings: TrainSettings, identity: dict[str, Any
     """
     versions = {"mlx": mx.__version__, "mlx_lm": version("mlx-lm"), "mlx_lora": __version__}
     facts = {**versions, "compute dtype": str(device.compute_dtype(settings.model.dtype))}
-    facts |= {name: value for name, value in {**identity, **settings.to_flat()}.items() if name not in OWN_WAY}
+    facts |= {name: value for name, value in identity.items() if name not in ROWS}
+    facts |= {name: value for name, value in settings.to_flat().items() if not ROWS[name].per_machine}
     first, *others = ranks.everyone(facts)
     for rank, other in enumerate(others, start=1):
         differ = [f"{name} is {first.get(name)!r} on rank 0, {other.get(name)!r} there" for name in {**first, **other}

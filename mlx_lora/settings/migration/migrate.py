@@ -14,39 +14,8 @@ from mlx_lora.settings.migration.axolotl import AXOLOTL
 from mlx_lora.settings.migration.llama_factory import LLAMA_FACTORY
 from mlx_lora.settings.migration.mlx_lm import MLX_LM
 from mlx_lora.settings.migration.sheet import Dialect, Sheet
-from mlx_lora.system.errors import InputError
-from mlx_lora.system.parsing import MAX_YAML_CHARACTERS, parse_yaml
 
 DIALECTS = (AXOLOTL, LLAMA_FACTORY, MLX_LM)
-
-
-def read_settings(
-    path: str, known: Collection[str], given: Collection[str], say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Read a settings file, ours or another trainer's, in our names; `migrate` has the arguments.
-
-    Raises:
-        InputError: when the file is missing, not UTF-8 YAML, not a mapping, or cannot be read as ours.
-    """
-    return migrate(read_yaml(path), known, given, path, say)
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """Read a flat YAML settings file; keys come back with underscores.
-
-    Raises:
-        InputError: when the file is missing, not UTF-8 YAML, or not a mapping.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = parse_yaml(file.read(MAX_YAML_CHARACTERS + 1))
-    except OSError as error:
-        raise InputError(f"--config {path}: cannot be read ({error.strerror}); give a YAML file") from None
-    except ValueError as error:  # not UTF-8 either
-        raise InputError(f"--config {path}: not YAML ({' '.join(str(error).split())}); mend the file") from None
-    if not isinstance(content, dict):
-        raise InputError(f"--config {path}: holds no settings; write one `flag_name: value` per line")
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
 def migrate(
