@@ -42,8 +42,10 @@ class Batch:
         positions: (P,) int32, row * T + column of each trained target, then zeros.
         weights: (P,) float32, 1 for each trained target, then zeros.
         group: rows per example, K.
-        labels: (B,) float32, of the encoded set; None: it has none.
+        labels, reference: (B,) float32, as in `EncodedSet`; None: it has none.
         numbers: (B,) row numbers in the encoded set, EMPTY for padding; None: not from a set.
+        answers: (B, T) bool, the trained targets that belong to an answer; None: all of them.
+        shares: what the objective weighs this batch with beside the rows' own numbers (objectives/objective.py).
     """
 
     inputs: np.ndarray
@@ -54,7 +56,10 @@ class Batch:
     weights: np.ndarray
     group: int = 1
     labels: np.ndarray | None = None
+    reference: np.ndarray | None = None
     numbers: np.ndarray | None = None
+    answers: np.ndarray | None = None
+    shares: tuple[float, ...] = ()
 
     @classmethod
     def of(
@@ -77,6 +82,29 @@ class Batch:
         positions = np.pad(trained_at.astype(np.int32), padding)
         weights = np.pad(np.ones(len(trained_at), np.float32), padding)
         return cls(inputs, targets, mask, real_tokens, positions, weights, **more)
+
+    def take(self, rows: np.ndarray, slots: int, real_tokens: int, group: int | None = None) -> Batch:
+        """Return some rows as a batch of their own.
+
+        Args:
+            rows: (rows,) row numbers in this batch; EMPTY gives a row of padding.
+            slots: P of the new batch.
+            real_tokens: to count for it.
+            group: rows per example of the new batch; None: as in this one.
+        """
+
+        def of(array: np.ndarray | None) -> np.ndarray | None:
+            if array is None:
+                return None
+            taken = array[rows]
+            taken[rows == EMPTY] = EMPTY if array is self.numbers else 0
+            return taken
+
+        parts = {name: of(getattr(self, name)) for name in ("labels", "reference", "numbers", "answers")}
+        return Batch.of(
+            of(self.inputs), of(self.targets), of(self.mask), real_tokens, slots,
+            group=group or self.group, shares=self.shares, **parts,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -261,6 +289,7 @@ def collate(rows: EncodedSet, numbers: np.ndarray, width: int, slots: int) -> Ba
     inputs = np.zeros((len(numbers), width), np.int32)
     targets = np.zeros((len(numbers), width), np.int32)
     mask = np.zeros((len(numbers), width), bool)
+    answers = None if rows.answers is None else np.zeros_like(mask)
     real_tokens = 0
     for i, number in enumerate(numbers):
         if number == EMPTY:
@@ -270,7 +299,14 @@ def collate(rows: EncodedSet, numbers: np.ndarray, width: int, slots: int) -> Ba
         inputs[i, :n] = tokens[:-1]
         targets[i, :n] = tokens[1:]
         mask[i, :n] = trained[1:]
+        if answers is not None:
+            answers[i, :n] = rows.answers[rows.offsets[number] + 1 : rows.offsets[number + 1]]
         real_tokens += n
-    labels = None if rows.labels is None else np.where(numbers == EMPTY, 0, rows.labels[numbers]).astype(np.float32)
-    more = {"group": rows.group, "labels": labels, "numbers": numbers}
-    return Batch.of(inputs, targets, mask, real_tokens, slots, **more)
+
+    def of_rows(values: np.ndarray | None) -> np.ndarray | None:
+        return None if values is None else np.where(numbers == EMPTY, 0, values[numbers]).astype(np.float32)
+
+    more = {"labels": of_rows(rows.labels), "reference": of_rows(rows.reference)}
+    return Batch.of(
+        inputs, targets, mask, real_tokens, slots, group=rows.group, numbers=numbers, answers=answers, **more
+    )

@@ -37,6 +37,9 @@ class EncodedSet:
         offsets: (R + 1,) int64; row i is tokens[offsets[i]:offsets[i + 1]].
         group: Rows per example, K: the two answers of a pair are rows 2 i and 2 i + 1. Batches keep them together.
         labels: (R,) float32, what the data says of a row beside its tokens; None: nothing.
+        answers: (N,) bool, the trained targets that belong to an answer; None: all of them.
+        reference: (R,) float32, log-probability of each row's answer under the reference; None: not computed. It follows
+            from the other arrays and the base, and is no part of the fingerprint.
     """
 
     tokens: np.ndarray
@@ -44,6 +47,8 @@ class EncodedSet:
     offsets: np.ndarray
     group: int = 1
     labels: np.ndarray | None = None
+    answers: np.ndarray | None = None
+    reference: np.ndarray | None = None
 
     @classmethod
     def from_rows(cls, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> EncodedSet:
@@ -82,6 +87,13 @@ class EncodedSet:
         """Return the same rows as examples of `group` rows each, with labels (R,)."""
         return replace(self, group=group, labels=None if labels is None else labels.astype(np.float32))
 
+    def with_whole_rows(self) -> EncodedSet:
+        """Return the same set with the first row of each example trained whole, its prompt included; answers stay marked."""
+        mask = self.mask.copy()
+        for row in range(0, len(self), self.group):
+            mask[self.offsets[row] + 1 : self.offsets[row + 1]] = True
+        return replace(self, mask=mask, answers=self.mask)
+
     @cached_property
     def supervised_counts(self) -> np.ndarray:
         """The number of trained targets of each row, (R,) int64."""
@@ -101,6 +113,8 @@ class EncodedSet:
         if self.group > 1 or self.labels is not None:
             labels = np.zeros(0) if self.labels is None else self.labels
             digest.update(str(self.group).encode() + np.ascontiguousarray(labels, "<f4").data)
+        if self.answers is not None:
+            digest.update(np.ascontiguousarray(self.answers, "?").data)
         return digest.hexdigest()
 
 

@@ -25,6 +25,7 @@ DEFAULT_BATCH_TOKENS = 2048
 # Headings of the help.
 MODEL, ADAPTER, ONE_METHOD, TRAINING = "Model and data", "Adapter", "Settings of one method", "Training"
 OUTPUT, MEMORY, VALIDATION = "Output", "Memory and speed", "Validation and test"
+OBJECTIVE = "Objective"
 SERVER, LIMITS = "Server", "Limits"
 
 
@@ -117,6 +118,38 @@ class AdapterSettings:
     def method_name(self) -> str:
         """The method, under whichever of its two names it was given."""
         return self.fine_tune_type or self.method
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """What the run trains toward. Names and defaults are TRL's."""
+
+    objective: str = setting("sft",
+        "What to train toward. sft: imitate answers; dpo, orpo, simpo, cpo: prefer the chosen answer of each pair; "
+        "kto: answers rated good or bad.", OBJECTIVE, common=True)
+    loss_type: str = setting("sigmoid",
+        "dpo: loss on the pairs, as TRL names them (sigmoid, hinge, ipo, apo_zero ...); several by comma are added. "
+        "kto: kto or apo_zero_unpaired.", OBJECTIVE)
+    loss_weights: str | None = setting(None, "dpo: weights of several --loss-type, by comma (default 1 each).",
+        OBJECTIVE)
+    beta: float = setting(0.1, "How strongly the policy is held to the reference; for orpo, the weight of the pairs.",
+        OBJECTIVE, more_than=0, at_most=1000)
+    label_smoothing: float = setting(0.0, "Share of pairs assumed to be labeled the wrong way round (exo_pair, robust, "
+        "aot, cpo, simpo).", OBJECTIVE, at_least=0, at_most=0.49)
+    rpo_alpha: float = setting(0.0, "dpo: weight of the chosen answers' likelihood, added to the loss (RPO).",
+        OBJECTIVE, at_least=0, at_most=1000)
+    length_normalize: bool = setting(False, "dpo: log-ratios per token, as --loss-type sigmoid_norm.", OBJECTIVE)
+    discopop_tau: float = setting(0.05, "dpo: temperature of --loss-type discopop.",
+        OBJECTIVE, more_than=0, at_most=1000)
+    simpo_gamma: float = setting(0.5, "simpo: margin that the chosen answer must have.",
+        OBJECTIVE, at_least=0, at_most=1000)
+    cpo_alpha: float = setting(1.0, "cpo: weight of the chosen answers' likelihood.",
+        OBJECTIVE, at_least=0, at_most=1000)
+    desirable_weight: float = setting(1.0, "kto: weight of good answers.", OBJECTIVE, at_least=0, at_most=1000)
+    undesirable_weight: float = setting(1.0, "kto: weight of bad answers.", OBJECTIVE, at_least=0, at_most=1000)
+    reference_adapter: str | None = setting(None,
+        "Adapter folder whose model is the reference (default: the model as the run starts).",
+        OBJECTIVE, may_change=True, per_machine=True)
 
 
 @dataclass(frozen=True)
@@ -252,6 +285,7 @@ SECTIONS = {
     "model": ModelSettings,
     "data": DataSettings,
     "adapter": AdapterSettings,
+    "objective": ObjectiveSettings,
     "optimizer": OptimizerSettings,
     "loop": LoopSettings,
 }
@@ -268,6 +302,7 @@ class TrainSettings:
     model: ModelSettings
     data: DataSettings
     adapter: AdapterSettings
+    objective: ObjectiveSettings
     optimizer: OptimizerSettings
     loop: LoopSettings
 

@@ -75,6 +75,7 @@ class Loss:
         description: for the run header.
         tokens: the same loss position by position, to be differentiated: what checks compare.
         form: of loss_choice.py; `plain` makes the model's own logits, of all positions at once.
+        measure_tokens: `tokens` without a gradient; None: `tokens` serves.
     """
 
     train: LossFunction
@@ -82,6 +83,7 @@ class Loss:
     description: str
     tokens: TokenLosses
     form: str = PLAIN_LOGITS
+    measure_tokens: TokenLosses | None = None
 
 
 def plain_loss(
@@ -139,7 +141,8 @@ def head_loss(head: Head, form: str, tile_bytes: int) -> Loss:
     def loss(gradient: bool, model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array]:
         return tokens(gradient, model, *batch).sum(), batch[-1].sum()
 
-    return Loss(partial(loss, True), partial(loss, False), words[form], partial(tokens, True), form)
+    of_tokens = partial(tokens, True), form, partial(tokens, False)
+    return Loss(partial(loss, True), partial(loss, False), words[form], *of_tokens)
 
 
 def choose_loss(

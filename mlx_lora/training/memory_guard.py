@@ -13,7 +13,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from mlx_lora.data.batches import SLOTS_STEP, Batch
+from mlx_lora.data.batches import EMPTY, SLOTS_STEP, Batch
 from mlx_lora.training.state import Position
 
 # Room for a part's targets comes in this many sizes, so that unevenly spread targets do not trace ever new shapes.
@@ -21,7 +21,7 @@ SIZES = 8
 
 
 def split_rows(batch: Batch, parts: int) -> list[Batch]:
-    """Cut a batch (B, T) into up to `parts` batches of ceil(B / parts) rows, all of one shape.
+    """Cut a batch (B, T) into up to `parts` batches of ceil(B / parts) rows, all of one shape; the rows of an example stay together.
 
     Args:
         batch: to cut; with one row or one part it is returned as it is.
@@ -31,26 +31,16 @@ def split_rows(batch: Batch, parts: int) -> list[Batch]:
         Batches whose trained tokens together are the batch's; the last may end in rows of padding.
     """
     rows = len(batch.inputs)
-    count = math.ceil(rows / parts)
+    count = math.ceil(rows / batch.group / parts) * batch.group
     if count == rows:
         return [batch]
     starts = range(0, rows, count)
-    missing = count * len(starts) - rows
-
-    def cut(array: np.ndarray) -> list[np.ndarray]:
-        filled = np.pad(array, ((0, missing), (0, 0)))
-        return [filled[start : start + count] for start in starts]
-
-    masks = cut(batch.mask)
-    needed = max(int(mask.sum()) for mask in masks)
+    numbers = np.pad(np.arange(rows), (0, count * len(starts) - rows), constant_values=EMPTY)
+    needed = max(int(batch.mask[start : start + count].sum()) for start in starts)
     sizes = [math.ceil(len(batch.positions) * n / SIZES / SLOTS_STEP) * SLOTS_STEP for n in range(1, SIZES + 1)]
-    places = next(size for size in sizes if size >= needed)
+    slots = next(size for size in sizes if size >= needed)
     # Which of the real tokens lie where is not known here; they only count together.
-    real = [batch.real_tokens, *[0] * (len(masks) - 1)]
-    return [
-        Batch.of(inputs, targets, mask, tokens, places)
-        for inputs, targets, mask, tokens in zip(cut(batch.inputs), cut(batch.targets), masks, real, strict=True)
-    ]
+    return [batch.take(numbers[start : start + count], slots, 0 if start else batch.real_tokens) for start in starts]
 
 
 class MemoryGuard:

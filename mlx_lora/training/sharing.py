@@ -18,7 +18,6 @@ import numpy as np
 
 from mlx_lora.data.batches import SLOTS_STEP, Batch
 from mlx_lora.system.distributed import Ranks
-from mlx_lora.training.losses import Arrays
 
 # Rooms for a share's targets go up by this part of an even share: few shapes, little of the head's work wasted.
 ROOM_STEP = 1 / 16
@@ -27,8 +26,8 @@ ROOM_STEP = 1 / 16
 def deal_rows(batches: list[Batch], size: int) -> list[list[np.ndarray]]:
     """Deal the rows of a step's micro-batches to ranks, so that all have about the same work.
 
-    Every rank gets as many rows of a micro-batch as any other or one more; who gets one more is whoever has the fewest
-    positions of the step so far. Among those rows, targets are evened out.
+    The rows of an example stay together. Every rank gets as many examples of a micro-batch as any other or one more;
+    the rank with the fewest positions in the step so far gets one more. Among these, targets are evened out.
 
     Args:
         batches: micro-batches of one step.
@@ -40,19 +39,21 @@ def deal_rows(batches: list[Batch], size: int) -> list[list[np.ndarray]]:
     positions = np.zeros(size, np.int64)
     dealt = []
     for batch in batches:
-        rows, width = batch.inputs.shape
-        quota = np.full(size, rows // size)
-        quota[np.argsort(positions, kind="stable")[: rows % size]] += 1
-        positions += quota * width
-        counts = batch.mask.sum(axis=1)
+        group, (rows, width) = batch.group, batch.inputs.shape
+        examples = rows // group
+        quota = np.full(size, examples // size)
+        quota[np.argsort(positions, kind="stable")[: examples % size]] += 1
+        positions += quota * group * width
+        counts = batch.mask.reshape(examples, -1).sum(axis=1)
         targets = np.zeros(size, np.int64)
         own: list[list[int]] = [[] for _ in range(size)]
-        for row in np.argsort(-counts, kind="stable"):
+        for example in np.argsort(-counts, kind="stable"):
             open_ranks = [rank for rank in range(size) if len(own[rank]) < quota[rank]]
             rank = min(open_ranks, key=lambda r: targets[r])
-            own[rank].append(int(row))
-            targets[rank] += counts[row]
-        dealt.append([np.array(sorted(rows_of), np.int64) for rows_of in own])
+            own[rank].append(int(example))
+            targets[rank] += counts[example]
+        numbers = [np.array(sorted(examples_of), np.int64) for examples_of in own]
+        dealt.append([(of[:, None] * group + np.arange(group)).ravel() for of in numbers])
     return dealt
 
 
@@ -69,7 +70,7 @@ def share_of(batch: Batch, rows: np.ndarray) -> Batch:
     steps = max(0, int(np.ceil((count / even - 1) / ROOM_STEP))) if even else 0
     room = int(np.ceil(even * (1 + steps * ROOM_STEP) / SLOTS_STEP)) * SLOTS_STEP
     real_tokens = batch.real_tokens * len(rows) // len(batch.mask)  # nobody reads a share's; the whole batch counts
-    return Batch.of(batch.inputs[rows], batch.targets[rows], mask, real_tokens, min(max(room, count), most))
+    return batch.take(rows, min(max(room, count), most), real_tokens)
 
 
 class Sharing:
@@ -84,7 +85,7 @@ class Sharing:
         """
         self._ranks, self._seed = ranks, seed
 
-    def own(self, batches: list[Batch], divide: Callable[[list[Batch]], list[Batch]]) -> Iterator[Arrays]:
+    def own(self, batches: list[Batch], divide: Callable[[list[Batch]], list[Batch]]) -> Iterator[Batch]:
         """Yield this rank's part of each micro-batch that has one for it.
 
         Args:
@@ -94,7 +95,7 @@ class Sharing:
         for batch, dealt in zip(batches, deal_rows(batches, self._ranks.size), strict=True):
             rows = dealt[self._ranks.rank]
             if len(rows):
-                yield from map(Arrays.of, divide([share_of(batch, rows)]))
+                yield from divide([share_of(batch, rows)])
 
     def reseed(self, step: int) -> None:
         """Give this rank random numbers of its own for a step.
@@ -109,18 +110,20 @@ class Sharing:
         """Add up every rank's part of a step, in one message.
 
         Args:
-            total: loss_sum, tokens (float32 scalars) and gradients (a dict of float32 arrays).
+            total: loss_sum, tokens (float32 scalars), reports (a dict of them) and gradients (a dict of float32 arrays).
             flag: a yes or no of this rank.
 
         Returns:
             The same, summed; and how many ranks said yes.
         """
-        loss_sum, tokens, grads = total
+        loss_sum, tokens, reports, grads = total
         names, leaves = zip(*grads.items(), strict=True)
-        parts = [mx.stack([loss_sum, tokens, mx.array(float(flag))]), *(leaf.reshape(-1) for leaf in leaves)]
+        scalars = mx.stack([loss_sum, tokens, mx.array(float(flag)), *reports.values()])
+        parts = [scalars, *(leaf.reshape(-1) for leaf in leaves)]
         message = mx.concatenate(parts)
         message = self._ranks.sum(message)
         ends = list(accumulate(part.size for part in parts))
         scalars, *flat = mx.split(message, ends[:-1])
         summed = {name: part.reshape(leaf.shape) for name, part, leaf in zip(names, flat, leaves, strict=True)}
-        return [scalars[0], scalars[1], summed], scalars[2]
+        reported = {name: scalars[3 + i] for i, name in enumerate(reports)}
+        return [scalars[0], scalars[1], reported, summed], scalars[2]

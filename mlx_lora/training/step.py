@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -25,10 +25,11 @@ class StepResult(NamedTuple):
     """What one optimizer step reports; lazy scalars, so that asking costs nothing until they are read.
 
     Attributes:
-        loss_sum: summed loss of the trained tokens.
-        tokens: trained tokens.
+        loss_sum: summed loss.
+        tokens: what it is a sum over: trained tokens, or examples where the objective says so.
         grad_norm: global norm of the mean gradient before the clip.
         applied: False when the update was skipped because loss or gradient was not finite.
+        reports: sums of what the objective reports.
         asked: how many ranks had been asked to stop when they took the step; None for a single process.
     """
 
@@ -36,11 +37,12 @@ class StepResult(NamedTuple):
     tokens: mx.array
     grad_norm: mx.array
     applied: mx.array
+    reports: dict[str, mx.array]
     asked: mx.array | None = None
 
 
-Differentiation = Callable[..., tuple[mx.array, mx.array, dict]]
-"""(*Arrays) -> (loss sum, tokens, gradients of the trainable parameters)."""
+Differentiation = Callable[..., tuple[mx.array, mx.array, dict, dict]]
+"""(*Arrays) -> (loss sum, tokens, sums to report, gradients of the trainable parameters)."""
 
 
 def differentiation(
@@ -49,11 +51,11 @@ def differentiation(
     """Return the loss of a micro-batch with its gradient, as `Step` takes them; not compiled."""
     gradient = nn.value_and_grad(model, loss)
 
-    def differentiate(*arrays: mx.array) -> tuple[mx.array, mx.array, dict]:
+    def differentiate(*arrays: mx.array) -> tuple[mx.array, mx.array, dict, dict]:
         # The kernels around the backward pass as well: checkpointed blocks run again there.
         with left_unchanged(model), training_kernels(model, attend, choose) if attend else nullcontext():
-            (loss_sum, tokens), grads = gradient(model, *arrays)
-        return loss_sum, tokens, grads
+            (loss_sum, tokens, *reports), grads = gradient(model, *arrays)
+        return loss_sum, tokens, reports[0] if reports else {}, grads
 
     return differentiate
 
@@ -79,13 +81,16 @@ class Step:
         sharing: Sharing | None = None,
         compiled: bool = True,
         choose: Choose = assumed,
+        prepare: Callable[[list[Batch]], list[Batch]] = list,
+        arrays_of: Callable[[Batch], tuple[mx.array, ...]] = Arrays.of,
+        reports: tuple[str, ...] = (),
     ):
         """Set up the step.
 
         Args:
             model: its trainable parameters are what is trained.
             optimizer: initialized here on those parameters.
-            loss: returns (sum, count).
+            loss: returns (sum, count), and where an objective reports more, a dict of sums.
             max_grad_norm: global-norm clip; 0 for none.
             attend: computes the model's attention where it is exchanged; None leaves all kernels to mlx.
             wait: let the device run dry after each micro-batch, so that others (a display) get their turn.
@@ -94,7 +99,11 @@ class Step:
             sharing: divides steps among ranks; None for a single process.
             compiled: compile the loss and its gradient; a model that computes values on its way cannot be.
             choose: says which kernels are used, by shape (models/kernel_choice.py).
+            prepare: brings the batches of a whole step into the form that the loss takes.
+            arrays_of: the arguments of the loss for a batch, on the device.
+            reports: names of what the loss reports beside sum and count.
         """
+        self._prepare, self._arrays_of, self._report_names = prepare, arrays_of, reports
         self.model = model
         self._submit = mx.eval if wait else mx.async_eval
         self.optimizer = optimizer
@@ -108,9 +117,9 @@ class Step:
         mx.eval(self._rates or {})
         differentiate = differentiation(model, loss, attend, choose)
 
-        def micro(*arrays: mx.array) -> tuple[mx.array, mx.array, dict]:
-            loss_sum, tokens, grads = differentiate(*arrays)
-            return loss_sum, tokens, self.masters.gathered(grads)
+        def micro(*arrays: mx.array) -> tuple[mx.array, mx.array, dict, dict]:
+            loss_sum, tokens, reports, grads = differentiate(*arrays)
+            return loss_sum, tokens, reports, self.masters.gathered(grads)
 
         # Two functions: another batch shape traces the first again, never the optimizer.
         self._micro = compiled_over(model, micro) if compiled else micro
@@ -133,11 +142,12 @@ class Step:
         Returns:
             Lazy results; the update is already under way on the device (with `wait`, done).
         """
+        batches = self._prepare(batches)
         if self._sharing is None:
-            total, said = self._sum(map(Arrays.of, batches), len(batches) > 1), None
+            total, said = self._sum(map(self._arrays_of, batches), len(batches) > 1), None
         else:
             self._sharing.reseed(self.taken)
-            own = self._sum(self._sharing.own(batches, divide), several=True)
+            own = self._sum(map(self._arrays_of, self._sharing.own(batches, divide)), several=True)
             total, said = self._sharing.sums(own or self._nothing(), asked)
         result = self._apply(*total)._replace(asked=said)
         self.taken += 1
@@ -147,7 +157,7 @@ class Step:
         self._submit(self.state, result)
         return result
 
-    def _sum(self, micro_batches: Iterator[Arrays], several: bool) -> list | None:
+    def _sum(self, micro_batches: Iterable[tuple[mx.array, ...]], several: bool) -> list | None:
         """Return summed loss, tokens and gradients of micro-batches, None without any."""
         total = None
         for arrays in micro_batches:
@@ -159,7 +169,8 @@ class Step:
 
     def _nothing(self) -> list:
         """Return what a rank without rows adds to a step."""
-        return [mx.array(0.0), mx.array(0.0), tree_map(mx.zeros_like, self.masters.arrays)]
+        zero = mx.array(0.0)
+        return [zero, zero, dict.fromkeys(self._report_names, zero), tree_map(mx.zeros_like, self.masters.arrays)]
 
     def _with_penalty(self, grads: dict) -> dict:
         """Return the gradients with that of the method's penalty. The reported loss stays the data's own."""
@@ -170,7 +181,7 @@ class Step:
         own = mx.grad(self.events.penalty)(parameters)
         return tree_map(mx.add, grads, self.masters.from_names(own))
 
-    def _update(self, loss_sum: mx.array, tokens: mx.array, grads: dict) -> StepResult:
+    def _update(self, loss_sum: mx.array, tokens: mx.array, reports: dict, grads: dict) -> StepResult:
         """Update masters and optimizer by summed gradients; traced once."""
         optimizer, rates = self.optimizer, self._rates
         grads = scaled(grads, 1 / mx.maximum(tokens, 1))
@@ -191,7 +202,7 @@ class Step:
         self.masters.put(_choose(applied, updated, self.masters.arrays))
         # In place: the compiled function captured this very dict.
         optimizer.state.update(_choose(applied, optimizer.state, state))
-        return StepResult(loss_sum, tokens, norm, applied)
+        return StepResult(loss_sum, tokens, norm, applied, reports)
 
     @property
     def learning_rate(self) -> float:

@@ -1,0 +1,188 @@
+"""The objectives by name: from a run's settings to an `Objective`. A new one is a row of `OBJECTIVES`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from difflib import get_close_matches
+
+import mlx.core as mx
+
+from mlx_lora.objectives import pair_losses, rated_losses
+from mlx_lora.objectives.objective import AnswerSums, Objective
+from mlx_lora.objectives.pair_losses import PAIR_LOSSES, PairLoss, PairOptions, Pairs
+from mlx_lora.objectives.rated_losses import RATED_LOSSES, RatedOptions, Ratings
+from mlx_lora.settings.config import ObjectiveSettings
+from mlx_lora.system.errors import InputError
+
+RATED_REPORTS = ("rewards_good", "rewards_bad", "good", "divergence")
+PAIR_REPORTS = ("accuracy", "margin", "rewards_chosen", "rewards_rejected", "logps_chosen", "logps_rejected")
+
+
+def objective_of(settings: ObjectiveSettings) -> Objective:
+    """Return the objective that the settings ask for.
+
+    Raises:
+        InputError: an unknown objective or loss type, or an option that the objective does not have.
+    """
+    build = OBJECTIVES.get(settings.objective)
+    if build is None:
+        raise InputError(f"--objective {settings.objective!r}: {_instead(settings.objective, OBJECTIVES)}")
+    _refuse_foreign(settings)
+    return build(settings)
+
+
+def _sft(settings: ObjectiveSettings) -> Objective:
+    return Objective("sft")
+
+
+def _dpo(settings: ObjectiveSettings) -> Objective:
+    names = _names(settings.loss_type, PAIR_LOSSES)
+    if settings.length_normalize:
+        if names != ["sigmoid"]:
+            raise InputError(f"--length-normalize with --loss-type {settings.loss_type}: only sigmoid has such a form")
+        names = ["sigmoid_norm"]
+    weights = _weights(settings.loss_weights, names)
+    if "exo_pair" in names and not settings.label_smoothing:
+        raise InputError("--loss-type exo_pair requires --label-smoothing above 0 (the paper takes 0.001)")
+    if settings.rpo_alpha:
+        names, weights = [*names, "sft"], [*weights, settings.rpo_alpha]
+    parts = [(weight, PAIR_LOSSES[name]) for name, weight in zip(names, weights, strict=True)]
+    words = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(names, weights, strict=True))
+    return _pairwise("dpo", settings, words, parts, reference=True, likelihood="answers" if "sft" in names else "none")
+
+
+def _orpo(settings: ObjectiveSettings) -> Objective:
+    parts = [(1.0, pair_losses.odds_ratio), (1.0, pair_losses.sft)]
+    return _pairwise("orpo", settings, "odds ratio and likelihood", parts, likelihood="rows", per_token=True)
+
+
+def _simpo(settings: ObjectiveSettings) -> Objective:
+    return _pairwise("simpo", settings, f"margin {settings.simpo_gamma:g}", [(1.0, pair_losses.simpo)], per_token=True)
+
+
+def _cpo(settings: ObjectiveSettings) -> Objective:
+    parts = [(1.0, pair_losses.cpo)] + ([(settings.cpo_alpha, pair_losses.sft)] if settings.cpo_alpha else [])
+    words = f"likelihood weight {settings.cpo_alpha:g}"
+    return _pairwise("cpo", settings, words, parts, likelihood="answers" if settings.cpo_alpha else "none")
+
+
+def _kto(settings: ObjectiveSettings) -> Objective:
+    [name] = _names("kto" if settings.loss_type == "sigmoid" else settings.loss_type, RATED_LOSSES)[:1]
+    options = RatedOptions(settings.beta, settings.desirable_weight, settings.undesirable_weight)
+    function = RATED_LOSSES[name]
+
+    def loss(sums: AnswerSums) -> tuple[mx.array, dict[str, mx.array]]:
+        ratings = Ratings(sums.logps - sums.reference, sums.labels, sums.divergence)
+        rewards = options.beta * ratings.ratio
+        divergence = mx.broadcast_to(sums.divergence, rewards.shape)
+        reports = (rewards * sums.labels, rewards * (1 - sums.labels), sums.labels, divergence)
+        return function(ratings, options), dict(zip(RATED_REPORTS, reports, strict=True))
+
+    words = f"kto: {name}, beta {settings.beta:g}"
+    return Objective("kto", "rated", words, loss, True, divergence=name == "kto", reports=RATED_REPORTS, finish=_rated_means)
+
+
+def _rated_means(means: dict[str, float]) -> dict[str, float]:
+    """Return the rewards of good and of bad answers as means over these, from means over all."""
+    good = means["good"]
+    chosen = means["rewards_good"] / good if good else math.nan
+    rejected = means["rewards_bad"] / (1 - good) if good < 1 else math.nan
+    return {
+        "margin": chosen - rejected,
+        "rewards_chosen": chosen,
+        "rewards_rejected": rejected,
+        "divergence": means["divergence"],
+    }
+
+
+OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Objective]] = {
+    "sft": _sft,
+    "dpo": _dpo,
+    "orpo": _orpo,
+    "simpo": _simpo,
+    "cpo": _cpo,
+    "kto": _kto,
+}
+# Options that only some objectives have: given to another, they would be ignored.
+OWN_OPTIONS = {
+    "loss_type": ("dpo", "kto"),
+    "loss_weights": ("dpo",),
+    "beta": ("dpo", "orpo", "simpo", "cpo", "kto"),
+    "label_smoothing": ("dpo", "simpo", "cpo"),
+    "rpo_alpha": ("dpo",),
+    "length_normalize": ("dpo",),
+    "discopop_tau": ("dpo",),
+    "simpo_gamma": ("simpo",),
+    "cpo_alpha": ("cpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+    "reference_adapter": ("dpo", "kto"),
+}
+
+
+def _pairwise(
+    name: str,
+    settings: ObjectiveSettings,
+    words: str,
+    parts: list[tuple[float, PairLoss]],
+    reference: bool = False,
+    likelihood: str = "none",
+    per_token: bool = False,
+) -> Objective:
+    """Return an objective whose loss is a weighted sum of pairwise ones; with `per_token` rewards are means of tokens."""
+    options = PairOptions(settings.beta, settings.label_smoothing, settings.simpo_gamma, settings.discopop_tau)
+
+    def loss(sums: AnswerSums) -> tuple[mx.array, dict[str, mx.array]]:
+        chosen, rejected = sums.side(0), sums.side(1)
+        pairs = Pairs(
+            chosen.logps, rejected.logps, chosen.reference, rejected.reference, chosen.tokens, rejected.tokens,
+            chosen.likelihood, chosen.real,
+        )  # fmt: skip
+        losses = [weight * function(pairs, options) for weight, function in parts]
+        good, bad = pairs.chosen_ratio, pairs.rejected_ratio
+        if per_token:
+            good, bad = good / mx.maximum(pairs.chosen_tokens, 1), bad / mx.maximum(pairs.rejected_tokens, 1)
+        good, bad = options.beta * good, options.beta * bad
+        reports = (good > bad, good - bad, good, bad, pairs.chosen, pairs.rejected)
+        named = {name: report.astype(mx.float32) for name, report in zip(PAIR_REPORTS, reports, strict=True)}
+        return sum(losses[1:], losses[0]), named
+
+    description = f"{name}: {words}, beta {settings.beta:g}"
+    return Objective(name, "pairs", description, loss, reference, likelihood, reports=PAIR_REPORTS)
+
+
+def _names(text: str, known: dict) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise InputError(f"--loss-type {name!r}: {_instead(name, known)}")
+    if not names:
+        raise InputError(f"--loss-type is empty; give one of {', '.join(known)}")
+    return names
+
+
+def _instead(name: str, known: dict) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"not one of {', '.join(known)}"
+
+
+def _weights(text: str | None, names: list[str]) -> list[float]:
+    if text is None:
+        return [1.0] * len(names)
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--loss-weights {text!r}: write numbers by comma, as in 0.8,0.2") from None
+    if len(weights) != len(names) or not all(0 <= weight < 1e6 for weight in weights):
+        raise InputError(f"--loss-weights {text!r}: give {len(names)} numbers of at least 0, one for each --loss-type")
+    return weights
+
+
+def _refuse_foreign(settings: ObjectiveSettings) -> None:
+    """Refuse options that the objective does not have."""
+    defaults = ObjectiveSettings()
+    for name, owners in OWN_OPTIONS.items():
+        if settings.objective not in owners and getattr(settings, name) != getattr(defaults, name):
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} with --objective {settings.objective}: only {', '.join(owners)} has it; leave it out")
