@@ -17,8 +17,10 @@ import click
 from mlx_lora.artifacts.forgetting_page import verdict_rows, write_page
 from mlx_lora.data.loading import load_eval_set
 from mlx_lora.models.load import check_token_ids, load_base
-from mlx_lora.runs.composition import put_adapter
+from mlx_lora.objectives.registry import objective_of
+from mlx_lora.runs.composition import adapter_template, put_adapter
 from mlx_lora.runs.forgetting_test import CHAT, TEXT, measure_forgetting
+from mlx_lora.runs.reference import with_reference
 from mlx_lora.settings import flags
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.resolve import train_settings
@@ -30,7 +32,7 @@ from mlx_lora.training.trainer import held_out_loss
 
 
 @click.command(cls=console.Command)
-@flags.settings_options("model", "data", leave_out=("valid_fraction",))
+@flags.settings_options("model", "data", "objective", leave_out=("valid_fraction",))
 @click.option("--adapter-path", type=str, default=None, help="Adapter folder, or hub id, to put on the model.")
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
@@ -65,8 +67,9 @@ def main(
         if as_json:
             console.print_json({**result, "adapter_path": adapter_path, "data": settings.data.data})
         else:
-            loss, perplexity, tokens, rows = (result[k] for k in ("loss", "perplexity", "supervised_tokens", "rows"))
-            click.echo(f"loss {loss:.4f}, perplexity {perplexity:.3f}, {tokens} supervised tokens in {rows} rows")
+            *means, tokens, rows, _ = result.items()
+            words = ", ".join(f"{name} {value:.{3 if name == 'perplexity' else 4}f}" for name, value in means)
+            click.echo(f"{words}, {tokens[1]} supervised tokens in {rows[1]} rows")
         return
     if not adapter_path:
         raise InputError("--forgetting: no adapter; give --adapter-path")
@@ -101,14 +104,24 @@ def evaluate(
     Raises:
         InputError: model, adapter or data that cannot be used.
     """
+    objective = objective_of(settings.objective)
+    settings = replace(settings, loop=replace(settings.loop, batch_tokens=batch_tokens, test_batches=-1))
     base = load_base(settings.model)
+    data = settings.data
+    if not data.chat_template and (template := adapter_template(adapter)):
+        base.hf_tokenizer.chat_template = template
+    rows = load_eval_set(data.data, data, base.hf_tokenizer, console.echo, objective.records)
+    check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
+    if objective.likelihood == "rows":
+        rows = rows.with_whole_rows()
+    if objective.reference:
+        rows = with_reference(settings, base, {"rows": rows}, console.echo)["rows"]
     if adapter:
-        put_adapter(base, adapter, settings.data, ignore_fingerprint)
-    rows = load_eval_set(settings.data.data, settings.data, base.hf_tokenizer, console.echo)
-    check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {settings.data.data}")
-    loss, tokens = held_out_loss(base, rows, replace(settings.loop, batch_tokens=batch_tokens, test_batches=-1))
-    counts = {"supervised_tokens": tokens, "rows": len(rows)}
-    return {"loss": loss, "perplexity": console.perplexity(loss), **counts, "model": base.model_id}
+        put_adapter(base, adapter, data, ignore_fingerprint)
+    found = held_out_loss(base, rows, settings.loop, objective)
+    means = found.reports or {"perplexity": console.perplexity(found.loss)}
+    counts = {"supervised_tokens": rows.supervised_tokens, "rows": rows.examples}
+    return {"loss": found.loss, **means, **counts, "model": base.model_id}
 
 
 def print_table(rows: list[dict[str, str]]) -> None:

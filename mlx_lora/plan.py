@@ -72,7 +72,7 @@ class DataSize:
 )
 @click.option("--all-chips", is_flag=True, help="Plan for every chip and memory size of the table.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@flags.settings_options("model", "data", "adapter", "optimizer", "loop")
+@flags.settings_options("model", "data", "adapter", "objective", "optimizer", "loop")
 def main(
     config_file: str | None, chip: str | None, memory_gb: int | None, all_chips: bool, as_json: bool, **options: Any
 ) -> None:
@@ -156,7 +156,7 @@ def plan(
     width = settings.data.max_seq_length - 1
     fitted = fit(settings, shape, machine, width, size and size.rows)
     memory, budget = fitted.memory, budget_of(settings.loop, machine)
-    rows, columns = largest_batch(width, settings.loop, fitted.batch_tokens, size and size.rows)
+    rows, columns = largest_batch(width, settings, fitted.batch_tokens, size and size.rows)
     modes = {
         mode: plan_memory(shape, run_of(settings, rows, columns, mode), machine, budget).peak_bytes
         for mode in dict.fromkeys([*AUTO_MODES, fitted.checkpointing])
@@ -218,7 +218,7 @@ def predict(
 ) -> dict[str, Any]:
     """Predict the speed: tokens per second of full rows, and the hours of the run as far as its length is known."""
     width = settings.data.max_seq_length - 1
-    rows, columns = largest_batch(width, settings.loop, fitted.batch_tokens, size and size.rows)
+    rows, columns = largest_batch(width, settings, fitted.batch_tokens, size and size.rows)
     run = run_of(settings, rows, columns, fitted.checkpointing)
     seconds, parts = step_seconds(shape, run, machine, ceilings)
     tokens_per_s = run.positions / seconds

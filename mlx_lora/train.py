@@ -24,7 +24,7 @@ from mlx_lora.system.supervise import run_supervised
 
 @click.command(cls=flags.Command)
 @flags.config_option
-@flags.settings_options("model", "data", "adapter", "optimizer", "loop")
+@flags.settings_options("model", "data", "adapter", "objective", "optimizer", "loop")
 def main(config_file: str | None, **options: Any) -> int:
     """Train a LoRA adapter on --data over the frozen --model and write it to --adapter-path."""
     given = flags.given(options)

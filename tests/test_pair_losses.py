@@ -110,3 +110,21 @@ def test_sure_answers_give_finite_losses_and_gradients():
     assert np.isfinite(value.item())
     assert np.isfinite(np.array(gradient)).all()
     assert np.abs(np.array(gradient)).max() > 0
+
+
+def test_padding_takes_no_part_in_any_loss():
+    """A pair of nothing has zeros everywhere: no loss may make a NaN of it, in value or gradient."""
+    zeros = mx.zeros((2,))
+    one = mx.array([0.0, 1.0])
+    functions = [*PAIR_LOSSES.values(), pair_losses.simpo, pair_losses.cpo, pair_losses.odds_ratio]
+    for function in functions:
+
+        def loss(x, function=function):
+            pairs = Pairs(x, 2 * x, zeros, zeros, 3 * one, 4 * one, zeros, one)
+            return (function(pairs, PairOptions(label_smoothing=0.1)) * pairs.real).sum()
+
+        value, gradient = mx.value_and_grad(loss)(mx.array([0.0, -2.0]))
+        assert np.isfinite(value.item()), function
+        assert np.isfinite(np.array(gradient)).all(), function
+        assert function is pair_losses.sft or abs(gradient[1].item()) > 0, function
+        assert gradient[0].item() == 0, function

@@ -152,6 +152,11 @@ def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if isinstance(module, ADAPTERS)}
 
 
+def remove_adapters(model: nn.Module) -> None:
+    """Put the frozen layers back in place of the adapter layers around them."""
+    model.update_modules(tree_unflatten([(path, base_of(layer)) for path, layer in adapter_layers(model).items()]))
+
+
 def adapter_parameters(model: nn.Module) -> dict[str, mx.array]:
     """Return all that is trained by its stored name (`model.layers.0.self_attn.q_proj.lora_a`)."""
     return dict(tree_flatten(model.trainable_parameters()))

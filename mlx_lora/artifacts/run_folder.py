@@ -29,7 +29,7 @@ from mlx_lora.artifacts.checkpoint import (
 from mlx_lora.artifacts.run_report import FACTS_FILE, REPORT_FILE
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.settings.checks import is_day
-from mlx_lora.settings.config import ROWS, LoopSettings, TrainSettings
+from mlx_lora.settings.config import FIELDS, ROWS, LoopSettings, TrainSettings
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.system.errors import InputError, RunError
 from mlx_lora.system.files import check_writable, replacing_file
@@ -140,7 +140,9 @@ def check_continuation(checkpoint: Checkpoint, identity: dict[str, Any]) -> None
     Raises:
         InputError: with everything that differs.
     """
-    differ = differences(checkpoint.identity, identity)
+    # A setting that the checkpoint's version did not have yet was at its default.
+    then = {name: FIELDS[name].default for name in identity.keys() & ROWS.keys()} | checkpoint.identity
+    differ = differences(then, identity)
     if differ:
         raise InputError(
             f"--resume {checkpoint.folder}: another run than this: {'; '.join(differ)}; use the same settings, or start anew"

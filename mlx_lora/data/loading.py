@@ -49,6 +49,11 @@ class DataSplits:
     chat_template: str | None
     chat_day: date | None = None
 
+    def changed(self, change: Callable[[dict[str, EncodedSet]], dict[str, EncodedSet]]) -> DataSplits:
+        """Return the same data with its sets changed; `change` takes and returns those that are there, by name."""
+        parts = {name: getattr(self, name) for name in ("train", "valid", "test")}
+        return replace(self, **change({name: rows for name, rows in parts.items() if rows}))
+
 
 def load_data(
     settings: DataSettings,

@@ -188,8 +188,9 @@ def cpo(pairs: Pairs, options: PairOptions) -> mx.array:
 
 def odds_ratio(pairs: Pairs, options: PairOptions) -> mx.array:
     """Log-odds ratio of the answers' mean probabilities, times beta (ORPO, arXiv 2403.07691, eq. 4 and 7)."""
-    chosen = pairs.chosen / _at_least_one(pairs.chosen_tokens)
-    rejected = pairs.rejected / _at_least_one(pairs.rejected_tokens)
+    # Padding has a probability of 1, whose odds are infinite, and 0 * inf is NaN.
+    chosen = mx.where(pairs.real > 0, pairs.chosen / _at_least_one(pairs.chosen_tokens), -1.0)
+    rejected = mx.where(pairs.real > 0, pairs.rejected / _at_least_one(pairs.rejected_tokens), -1.0)
     log_odds = chosen - rejected - (_log_one_minus_exp(chosen) - _log_one_minus_exp(rejected))
     return -options.beta * nn.log_sigmoid(log_odds)
 
@@ -229,7 +230,8 @@ def _sorted(values: mx.array, real: mx.array) -> mx.array:
 
 
 def _log_one_minus_exp(x: mx.array) -> mx.array:
-    """Return log(1 - exp(x)) for x < 0, without cancellation near 0."""
+    """Return log(1 - exp(x)) for x <= 0, without cancellation near 0; at 0, that of the nearest float32 below."""
+    x = mx.minimum(x, -1e-7)
     near = x > -math.log(2)
     # Each branch gets an argument that is safe for it: the gradient of the other branch would be 0 * inf.
     by_expm1 = mx.log(-mx.expm1(mx.where(near, x, -1.0)))

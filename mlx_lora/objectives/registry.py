@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 import mlx.core as mx
 
-from mlx_lora.objectives import pair_losses, rated_losses
+from mlx_lora.objectives import pair_losses
 from mlx_lora.objectives.objective import AnswerSums, Objective
 from mlx_lora.objectives.pair_losses import PAIR_LOSSES, PairLoss, PairOptions, Pairs
 from mlx_lora.objectives.rated_losses import RATED_LOSSES, RatedOptions, Ratings
@@ -48,7 +48,9 @@ def _dpo(settings: ObjectiveSettings) -> Objective:
     if settings.rpo_alpha:
         names, weights = [*names, "sft"], [*weights, settings.rpo_alpha]
     parts = [(weight, PAIR_LOSSES[name]) for name, weight in zip(names, weights, strict=True)]
-    words = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(names, weights, strict=True))
+    words = " + ".join(
+        name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(names, weights, strict=True)
+    )
     return _pairwise("dpo", settings, words, parts, reference=True, likelihood="answers" if "sft" in names else "none")
 
 
@@ -80,7 +82,9 @@ def _kto(settings: ObjectiveSettings) -> Objective:
         return function(ratings, options), dict(zip(RATED_REPORTS, reports, strict=True))
 
     words = f"kto: {name}, beta {settings.beta:g}"
-    return Objective("kto", "rated", words, loss, True, divergence=name == "kto", reports=RATED_REPORTS, finish=_rated_means)
+    return Objective(
+        "kto", "rated", words, loss, True, divergence=name == "kto", reports=RATED_REPORTS, finish=_rated_means
+    )
 
 
 def _rated_means(means: dict[str, float]) -> dict[str, float]:
@@ -185,4 +189,6 @@ def _refuse_foreign(settings: ObjectiveSettings) -> None:
     for name, owners in OWN_OPTIONS.items():
         if settings.objective not in owners and getattr(settings, name) != getattr(defaults, name):
             flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} with --objective {settings.objective}: only {', '.join(owners)} has it; leave it out")
+            raise InputError(
+                f"{flag} with --objective {settings.objective}: only {', '.join(owners)} has it; leave it out"
+            )

@@ -36,16 +36,19 @@ class Fitted:
     memory: MemoryPlan
 
 
-def largest_batch(width: int, loop: LoopSettings, batch_tokens: int, most_rows: int | None = None) -> tuple[int, int]:
+def largest_batch(
+    width: int, settings: TrainSettings, batch_tokens: int, most_rows: int | None = None
+) -> tuple[int, int]:
     """Return (rows, width) of the largest batch whose longest row has `width` positions.
 
     Args:
         width: positions of the longest row.
-        loop: may name the rows of a batch.
+        settings: may name the examples of a batch, and say how many rows an example has.
         batch_tokens: of a batch, where it does not.
         most_rows: in all the data; None: not known.
     """
-    rows = loop.batch_size or max(1, batch_tokens // width)
+    group = settings.objective.rows_per_example
+    rows = group * (settings.loop.batch_size or max(1, batch_tokens // (group * width)))
     return (rows if most_rows is None else max(1, min(rows, most_rows))), width
 
 
@@ -87,7 +90,7 @@ def fit(
     loop = settings.loop
     budget = budget_of(loop, machine)
     for tokens, mode in _choices(loop, width):
-        rows, columns = largest_batch(width, loop, tokens, most_rows)
+        rows, columns = largest_batch(width, settings, tokens, most_rows)
         found = Fitted(tokens, mode, plan_memory(shape, run_of(settings, rows, columns, mode), machine, budget))
         if found.memory.fits:
             break

@@ -28,9 +28,12 @@ from mlx_lora.models.kernel_choice import KernelChoice, choose_model_kernels
 from mlx_lora.models.kernel_row import MLX
 from mlx_lora.models.kernels import assumed
 from mlx_lora.models.load import Base
+from mlx_lora.objectives.objective import Objective
+from mlx_lora.objectives.registry import objective_of
 from mlx_lora.planner.fitting import planned_words
 from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.planner.shapes import KernelTerms
+from mlx_lora.runs.reference import with_reference
 from mlx_lora.runs.words import describe_run
 from mlx_lora.settings.config import DataSettings, LoopSettings, TrainSettings
 from mlx_lora.system import device
@@ -40,6 +43,7 @@ from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.hooks_from_settings import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.training.loss_choice import PLAIN_LOGITS
 from mlx_lora.training.losses import Loss, check_kernels, choose_loss
+from mlx_lora.training.objective_loss import Task, task_of
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.run_fit import adapted_shape, fit_run
 from mlx_lora.training.sharing import Sharing
@@ -55,7 +59,7 @@ class Composed:
 
     Attributes:
         folder: writes the results; its settings are the run's own, in which nothing is open.
-        loss: in the step.
+        task: what step and validation take of the objective.
         plan, validation: the batches to train on, and the held-out ones.
         steps: of the whole run.
         found: the checkpoint to go on from, if there is one.
@@ -64,7 +68,7 @@ class Composed:
     """
 
     folder: RunFolder
-    loss: Loss
+    task: Task
     plan: BatchPlan
     validation: BatchPlan | None
     steps: int
@@ -104,8 +108,14 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
         InputError: an adapter that does not fit the base, a run that does not fit the machine, a checkpoint of another
             run, ranks that are not one run, or a model that cannot be trained.
     """
+    objective = objective_of(asked.objective)
+    other_reference = bool(objective.reference and asked.objective.reference_adapter)
+    if other_reference:
+        splits = splits.changed(lambda sets: with_reference(asked, base, sets, say, ranks))
     mx.random.seed(asked.loop.seed)
     adapted, info = adapt(asked, base, splits.chat_template)
+    if objective.reference and not other_reference:
+        splits = splits.changed(lambda sets: with_reference(asked, base, sets, say, ranks))
     chosen = choose_loss_and_kernels(asked, base, splits.train, say)
     settings, memory = fit_settings(asked, base, splits, chosen)
     loop = settings.loop
@@ -116,14 +126,14 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     identity = identity_of(settings, base.fingerprint, splits.train.fingerprint, plan, epochs)
     if found:
         check_continuation(found, identity)
-    step, loss, notes = make_step(settings, base, chosen, memory, steps, ranks)
+    step, task, notes = make_step(settings, base, chosen, objective, memory, steps, ranks)
     check_one_run(ranks, settings, identity)
     take_first_ranks(ranks, step, say)
     at = found.position if found else Position()
     at.parts = max(at.parts, loop.batch_parts)
     words = describe_run(settings, base, adapted, plan, steps, notes)
     folder = RunFolder(settings, info, identity, ranks, step, at)
-    return Composed(folder, loss, plan, validation, steps, found, memory, words)
+    return Composed(folder, task, plan, validation, steps, found, memory, words)
 
 
 def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tuple[Adapted, AdapterInfo]:
@@ -159,6 +169,12 @@ def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tup
         chat_template=None if own_template else chat_template,
         full=adapted.full,
     )
+
+
+def adapter_template(folder: Path | None) -> str | None:
+    """Return the chat template that an adapter was trained with, None where it is the model's own."""
+    own = read_adapter_config(folder).get("mlx_lora") if folder else None
+    return own.get("chat_template") if isinstance(own, dict) else None
 
 
 def put_adapter(base: Base, folder: Path, data: DataSettings, ignore_fingerprint: bool = False) -> None:
@@ -221,12 +237,18 @@ def training_plan(loop: LoopSettings, rows: EncodedSet, found: Checkpoint | None
 
 
 def make_step(
-    settings: TrainSettings, base: Base, chosen: LossAndKernels, memory: MemoryPlan, steps: int, ranks: Ranks
-) -> tuple[Step, Loss, list[str]]:
+    settings: TrainSettings,
+    base: Base,
+    chosen: LossAndKernels,
+    objective: Objective,
+    memory: MemoryPlan,
+    steps: int,
+    ranks: Ranks,
+) -> tuple[Step, Task, list[str]]:
     """Apply the checkpointing, try all that was chosen on a few tokens, and make the compiled step.
 
     Returns:
-        The step, the loss in it, and words for the run header.
+        The step, what it takes of the objective, and words for the run header.
 
     Raises:
         InputError: the model cannot be trained.
@@ -235,10 +257,11 @@ def make_step(
     tape = apply_checkpointing(model, loop.grad_checkpoint)
     attention = (tape.attend if tape else attend) if chosen.kernels else None
     form = choose_step_form(model, base.config, chosen.loss, attention, base.model_id, chosen.kernels or assumed)
+    task = task_of(objective, form.loss, model)
     step = Step(
         model,
         build_optimizer(settings.optimizer, steps, restart_every(adapter, steps), restart_warmup(adapter, steps)),
-        form.loss.train,
+        task.loss.train,
         settings.optimizer.max_grad_norm,
         form.attend,
         wait=loop.short_buffers,
@@ -247,9 +270,12 @@ def make_step(
         sharing=Sharing(ranks, loop.seed) if ranks.size > 1 else None,
         compiled=form.compiled,
         choose=form.choose,
+        prepare=lambda batches: task.prepare(batches, ranks),
+        arrays_of=task.arrays_of,
+        reports=task.reports,
     )
     notes = [*form.notes, planned_words(memory)]
     notes += ["blocks that share a state keep everything"] if tape is not None and tape.left_out else []
     notes += ["a pause after each micro-batch"] if loop.short_buffers else []
     notes += [f"rows shared by {ranks.size} processes"] if ranks.size > 1 else []
-    return step, form.loss, [chosen.loss.description, chosen.words, f"checkpointing {loop.grad_checkpoint}", *notes]
+    return step, task, [task.loss.description, chosen.words, f"checkpointing {loop.grad_checkpoint}", *notes]

@@ -10,10 +10,11 @@ from mlx_lora.artifacts.adapter import CONFIG_FILE
 from mlx_lora.artifacts.run_folder import check_room, first_day, own_folder
 from mlx_lora.data.loading import DataSplits, load_data
 from mlx_lora.models.load import Base, check_token_ids, load_base
+from mlx_lora.objectives.registry import objective_of
 from mlx_lora.runs.composition import Composed, compose, put_adapter
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
-from mlx_lora.runs.words import outcome_line
+from mlx_lora.runs.words import loss_words, outcome_line
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.system import console, device
 from mlx_lora.system.distributed import ALONE, Ranks
@@ -55,8 +56,8 @@ def train_run(
         with own_folder(folder, ranks):
             outcome = take_steps(compose(settings, base, splits, ranks, say), base, splits, say, live)
     if settings.loop.test and not outcome.interrupted:
-        loss, tokens = held_out_loss(base, splits.test, settings.loop, ranks)
-        say(f"Test loss {loss:.4f}, perplexity {console.perplexity(loss):.3f}, {tokens} supervised tokens")
+        found = held_out_loss(base, splits.test, settings.loop, objective_of(settings.objective), ranks)
+        say(f"Test {loss_words(found)}")
     return outcome
 
 
@@ -67,6 +68,7 @@ def wants_training(settings: TrainSettings) -> bool:
 
 def check_request(settings: TrainSettings, ranks: Ranks) -> None:
     """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
+    objective_of(settings.objective)
     loop, trains = settings.loop, wants_training(settings)
     needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}
     missing = [flag for flag, value in needed.items() if not value]
@@ -100,7 +102,10 @@ def read_data(
         InputError: no usable data, --test without a test split, or tokens that the base does not have.
     """
     data, loop = settings.data, settings.loop
-    splits = load_data(data, base.hf_tokenizer, loop.seed, say, first_day(loop, ranks))
+    objective = objective_of(settings.objective)
+    splits = load_data(data, base.hf_tokenizer, loop.seed, say, first_day(loop, ranks), objective.records)
+    if objective.likelihood == "rows":
+        splits = splits.changed(lambda sets: {name: rows.with_whole_rows() for name, rows in sets.items()})
     if loop.test and splits.test is None:  # said before the training, not after it
         raise InputError(f"--test: {data.data} has no test split; add a test file to the folder, or leave --test out")
     for rows in filter(None, (splits.train, splits.valid, splits.test)):
@@ -144,7 +149,7 @@ def take_steps(run: Composed, base: Base, splits: DataSplits, say: Callable[[str
     try:
         with folder.kept_if_it_fails(), reporting(run, loggers, say, live) as (report, shown):
             outcome = train(
-                base.model, step, run.loss.measure, run.plan, run.validation, settings.loop,
+                base.model, step, run.task, run.plan, run.validation, settings.loop,
                 report, shown, save, at, guard, ranks,
             )  # fmt: skip
             best = None if outcome.interrupted else folder.put_best()

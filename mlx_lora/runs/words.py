@@ -14,8 +14,9 @@ from mlx_lora.artifacts.adapter import (
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.models.load import Base
 from mlx_lora.settings.config import AdapterSettings, TrainSettings
+from mlx_lora.system import console
 from mlx_lora.training.hooks_from_settings import restart_every
-from mlx_lora.training.trainer import Outcome
+from mlx_lora.training.trainer import Measured, Outcome
 
 
 def counted(number: int, one: str, several: str | None = None) -> str:
@@ -59,6 +60,15 @@ def describe_run(
     )
     forms = [*forms, counted(len(plan.shapes), "batch shape"), f"{plan.padding_fraction:.1%} padding"]
     return [what, run, "Step: " + "; ".join([*forms, *base.matmul_paths.describe()])]
+
+
+def loss_words(measured: Measured) -> str:
+    """Write a loss on data that were not trained on."""
+    if measured.reports:
+        reports = ", ".join(f"{name} {value:.4f}" for name, value in measured.reports.items())
+        return f"loss {measured.loss:.4f}, {reports}, over {measured.count} examples"
+    perplexity = console.perplexity(measured.loss)
+    return f"loss {measured.loss:.4f}, perplexity {perplexity:.3f}, {measured.count} supervised tokens"
 
 
 def outcome_line(folder: Path, outcome: Outcome, best: str | None) -> str:

@@ -151,6 +151,11 @@ class ObjectiveSettings:
         "Adapter folder whose model is the reference (default: the model as the run starts).",
         OBJECTIVE, may_change=True, per_machine=True)
 
+    @property
+    def rows_per_example(self) -> int:
+        """Rows that are trained together: the two answers of a pair, or one."""
+        return 1 if self.objective in ("sft", "kto") else 2
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:

@@ -9,9 +9,8 @@ Shapes: B rows, K rows per example, E examples, T columns, P positions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -79,14 +78,37 @@ def answer_sums(losses: mx.array, width: int, arrays: Arrays, answers: AnswerArr
     )
 
 
-def with_objective(loss: Loss, objective: Objective, group: int) -> Loss:
-    """Return a loss whose sums are an objective's: over examples, with what it reports.
+@dataclass(frozen=True)
+class Task:
+    """What a step and a validation take of a run's objective.
+
+    Attributes:
+        loss: sum and count over what the objective's loss is a mean over.
+        arrays_of: the loss's arguments for a batch.
+        prepare: brings all batches of a step into the form that the loss takes.
+        reports: names of the sums that the loss returns beside its own.
+        finish: see `Objective`.
+    """
+
+    loss: Loss
+    arrays_of: Callable[[Batch], tuple[mx.array, ...]] = Arrays.of
+    prepare: Callable[[list[Batch], Ranks], list[Batch]] = lambda batches, ranks: batches
+    reports: tuple[str, ...] = ()
+    finish: Callable[[dict[str, float]], dict[str, float]] = dict
+
+
+def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
+    """Return the task of an objective on a model.
 
     Args:
-        loss: of tokens; its own kernels stay.
-        objective: with a loss of answers.
-        group: K of the batches that come in.
+        objective: its loss is of answers, or None for imitation.
+        loss: of tokens; its kernels stay.
+        model: trained or measured.
     """
+    if objective.loss is None:
+        return Task(loss)
+    group = 1 if objective.records == "rated" else 2
+    measure_tokens = loss.measure_tokens or loss.tokens
 
     def of(tokens: TokenLosses) -> LossFunction:
         def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
@@ -98,39 +120,33 @@ def with_objective(loss: Loss, objective: Objective, group: int) -> Loss:
 
         return summed
 
-    measure = of(loss.measure_tokens or loss.tokens)
-    return replace(loss, train=of(loss.tokens), measure=measure, description=f"{objective.description}; {loss.description}")
+    def prepare(batches: list[Batch], ranks: Ranks) -> list[Batch]:
+        return _prepared(objective, measure_tokens, model, batches, ranks)
+
+    words = f"{objective.description}; {loss.description}"
+    whole = replace(loss, train=of(loss.tokens), measure=of(measure_tokens), description=words)
+    return Task(whole, arrays_of, prepare, objective.reports, objective.finish)
 
 
-def prepare_batches(
-    objective: Objective, measure_tokens: TokenLosses, model: nn.Module, ranks: Ranks = ALONE
-) -> Callable[[list[Batch]], list[Batch]]:
-    """Return what brings the batches of a step into the form that the objective's loss takes.
+def _prepared(
+    objective: Objective, measure_tokens: TokenLosses, model: nn.Module, batches: list[Batch], ranks: Ranks
+) -> list[Batch]:
+    """Set what depends on the whole step, so that parts of it and ranks give the sums of the whole.
 
-    It sets what depends on the whole step, so that parts of it and ranks give the sums of the whole: the factor that
-    makes the likelihood a mean over the step's tokens, and the divergence, which the second rows are there for.
-
-    Args:
-        objective: with a loss of answers.
-        measure_tokens: the losses of tokens, without a gradient.
-        model: trained.
-        ranks: they share the work, and all get the same numbers.
+    That is the factor that makes the likelihood a mean over the step's tokens, and the divergence, for which rated
+    answers have a second row. All ranks get the same numbers.
     """
-
-    def prepared(batches: list[Batch]) -> list[Batch]:
-        share = divergence = 0.0
-        if objective.likelihood != "none":
-            examples = sum(int((b.numbers != EMPTY).sum()) // b.group for b in batches)
-            tokens = sum(int(b.mask[FIRST :: b.group].sum()) for b in batches)
-            share = examples / max(1, tokens)
-        if objective.divergence:
-            others = (_only(batch, SECOND) for batch in batches)
-            divergence = mean_log_ratio(model, measure_tokens, others, ranks)
-        if objective.records == "rated":
-            batches = [_only(batch, FIRST) for batch in batches]
-        return [replace(batch, shares=(share, divergence)) for batch in batches]
-
-    return prepared
+    share = divergence = 0.0
+    if objective.likelihood != "none":
+        examples = sum(int((b.numbers != EMPTY).sum()) // b.group for b in batches)
+        tokens = sum(int(b.mask[FIRST :: b.group].sum()) for b in batches)
+        share = examples / max(1, tokens)
+    if objective.divergence:
+        others = (_only(batch, SECOND) for batch in batches)
+        divergence = mean_log_ratio(model, measure_tokens, others, ranks)
+    if objective.records == "rated":
+        batches = [_only(batch, FIRST) for batch in batches]
+    return [replace(batch, shares=(share, divergence)) for batch in batches]
 
 
 def _only(batch: Batch, row: int) -> Batch:
@@ -141,9 +157,7 @@ def _only(batch: Batch, row: int) -> Batch:
     return batch.take(rows, slots, batch.real_tokens if row == FIRST else 0, group=1)
 
 
-def mean_log_ratio(
-    model: nn.Module, tokens: TokenLosses, batches: Iterable[Batch], ranks: Ranks = ALONE
-) -> float:
+def mean_log_ratio(model: nn.Module, tokens: TokenLosses, batches: Iterable[Batch], ranks: Ranks = ALONE) -> float:
     """Return the mean log-ratio of policy to reference over rows, at least 0 (KTO's estimate of the divergence)."""
     total, count = mx.array(0.0), mx.array(0.0)
     training = model.training
@@ -195,8 +209,3 @@ def row_log_probabilities(
 def _sums(model: nn.Module, tokens: TokenLosses, batch: Batch) -> AnswerSums:
     arrays, answers = Arrays.of(batch), AnswerArrays.of(batch)
     return answer_sums(tokens(model, *arrays), arrays.inputs.shape[1], arrays, answers)
-
-
-def mean(total: float, count: float) -> float:
-    """Return total / count, NaN without any."""
-    return total / count if count else math.nan

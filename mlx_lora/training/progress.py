@@ -6,13 +6,17 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_lora.system.parsing import parse_json
+
+# Of what an objective reports, shown in each line.
+SHOWN = ("accuracy", "margin")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Metrics:
         skipped_steps: updates skipped since the start because something was not finite.
         peak_memory_bytes: MLX's allocator; process_peak_bytes: the operating system's figure.
         elapsed_s: since the first step.
+        reports: what the objective reports beside the loss, means over its examples; in metrics.jsonl, names of their own.
     """
 
     step: int
@@ -54,6 +59,12 @@ class Metrics:
     peak_memory_bytes: int
     process_peak_bytes: int
     elapsed_s: float
+    reports: dict[str, float] = field(default_factory=dict)
+
+    def to_flat(self) -> dict[str, Any]:
+        """Return all names and values, the objective's among them."""
+        flat = asdict(self)
+        return flat | flat.pop("reports")
 
 
 class MetricsFile:
@@ -73,7 +84,8 @@ class MetricsFile:
 
     def __call__(self, metrics: Metrics) -> None:
         # NaN is no JSON: a loss that is not finite is written as null.
-        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(metrics).items()}
+        flat = metrics.to_flat().items()
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in flat}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
@@ -106,6 +118,7 @@ def format_metrics(metrics: Metrics, total_steps: int, seconds_left: float) -> s
         parts.append(f"loss {metrics.loss:.4f}")
     if metrics.val_loss is not None:
         parts.append(f"val loss {metrics.val_loss:.4f}")
+    parts += [f"{name} {metrics.reports[name]:.3f}" for name in SHOWN if name in metrics.reports]
     if metrics.loss is not None:
         parts += [
             f"lr {metrics.learning_rate:.2e}",

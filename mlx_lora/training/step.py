@@ -26,7 +26,7 @@ class StepResult(NamedTuple):
 
     Attributes:
         loss_sum: summed loss.
-        tokens: what it is a sum over: trained tokens, or examples where the objective says so.
+        count: what it is a sum over: trained tokens, or examples where the objective says so.
         grad_norm: global norm of the mean gradient before the clip.
         applied: False when the update was skipped because loss or gradient was not finite.
         reports: sums of what the objective reports.
@@ -34,7 +34,7 @@ class StepResult(NamedTuple):
     """
 
     loss_sum: mx.array
-    tokens: mx.array
+    count: mx.array
     grad_norm: mx.array
     applied: mx.array
     reports: dict[str, mx.array]
@@ -181,15 +181,15 @@ class Step:
         own = mx.grad(self.events.penalty)(parameters)
         return tree_map(mx.add, grads, self.masters.from_names(own))
 
-    def _update(self, loss_sum: mx.array, tokens: mx.array, reports: dict, grads: dict) -> StepResult:
+    def _update(self, loss_sum: mx.array, count: mx.array, reports: dict, grads: dict) -> StepResult:
         """Update masters and optimizer by summed gradients; traced once."""
         optimizer, rates = self.optimizer, self._rates
-        grads = scaled(grads, 1 / mx.maximum(tokens, 1))
+        grads = scaled(grads, 1 / mx.maximum(count, 1))
         if self.events is not None:
             grads = self._with_penalty(grads)
         norm, factor = clip_scale(grads, self._max_grad_norm)
-        # No token means no gradient: momentum and decay alone must not move the factors.
-        applied = mx.isfinite(loss_sum) & mx.isfinite(norm) & (tokens > 0)
+        # Nothing to count means no gradient: momentum and decay alone must not move the factors.
+        applied = mx.isfinite(loss_sum) & mx.isfinite(norm) & (count > 0)
         state = tree_map(lambda a: a, optimizer.state)
         grads = scaled(grads, factor)
         updated = optimizer.apply_gradients(grads, self.masters.arrays)
@@ -202,7 +202,7 @@ class Step:
         self.masters.put(_choose(applied, updated, self.masters.arrays))
         # In place: the compiled function captured this very dict.
         optimizer.state.update(_choose(applied, optimizer.state, state))
-        return StepResult(loss_sum, tokens, norm, applied, reports)
+        return StepResult(loss_sum, count, norm, applied, reports)
 
     @property
     def learning_rate(self) -> float:

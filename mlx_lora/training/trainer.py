@@ -15,13 +15,15 @@ import mlx.nn as nn
 from mlx_lora.data.batches import Batch, BatchPlan
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.models.load import Base
+from mlx_lora.objectives.objective import Objective
 from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, LoopSettings
 from mlx_lora.system import process
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.training.agreement import Agreement
 from mlx_lora.training.interrupts import interrupt_flag
-from mlx_lora.training.losses import Arrays, LossFunction, choose_loss
+from mlx_lora.training.losses import choose_loss
 from mlx_lora.training.memory_guard import MemoryGuard
+from mlx_lora.training.objective_loss import Task, task_of
 from mlx_lora.training.progress import Metrics
 from mlx_lora.training.state import Diverged, Position
 from mlx_lora.training.step import Step, StepResult
@@ -55,6 +57,7 @@ class Window:
 
     results: list[StepResult] = field(default_factory=list)
     real_tokens: int = 0
+    supervised_tokens: int = 0
     positions: int = 0
     shapes: set[tuple[int, int]] = field(default_factory=set)
     paused_s: float = 0.0
@@ -63,6 +66,7 @@ class Window:
     def add(self, batches: list[Batch], result: StepResult) -> None:
         self.results.append(result)
         self.real_tokens += sum(b.real_tokens for b in batches)
+        self.supervised_tokens += sum(int(b.mask.sum()) for b in batches)
         self.positions += sum(b.inputs.size for b in batches)
         self.shapes |= {b.inputs.shape for b in batches}
 
@@ -111,26 +115,43 @@ def micro_batches(plan: BatchPlan, settings: LoopSettings, start: int = 0) -> It
     return (plan.batch(epoch, index) for epoch, index in places)
 
 
-def mean_loss(
-    model: nn.Module, loss: LossFunction, batches: Iterable[Batch], ranks: Ranks = ALONE
-) -> tuple[float, int]:
-    """Return the mean loss per trained token over `batches`, and the count of those tokens.
+@dataclass(frozen=True)
+class Measured:
+    """A loss on data that are not trained on.
 
-    The model is put in eval mode (no dropout) for it and back afterwards. Without tokens: (nan, 0). Several ranks
-    take turns at the batches, and all get the mean over all of them.
+    Attributes:
+        loss: mean over `count`; NaN without any.
+        count: trained tokens, or examples where the objective's loss is a mean over these.
+        reports: what the objective reports, means over `count`.
+    """
+
+    loss: float
+    count: int
+    reports: dict[str, float] = field(default_factory=dict)
+
+
+def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ranks = ALONE) -> Measured:
+    """Return the mean loss over `batches`.
+
+    The model is put in eval mode (no dropout) for it and back afterwards. Several ranks take turns at the batches, and
+    all get the mean over all of them.
     """
     training = model.training
     model.eval()
-    total, count = mx.array(0.0), mx.array(0.0)
+    sums = mx.zeros((2 + len(task.reports),))
     for batch in islice(batches, ranks.rank, None, ranks.size):
-        part, tokens = loss(model, *Arrays.of(batch))
-        total, count = total + part, count + tokens
-        mx.eval(total, count)
+        for part in task.prepare([batch], ALONE):
+            loss, count, *reports = task.loss.measure(model, *task.arrays_of(part))
+            named = reports[0] if reports else {}
+            sums = sums + mx.stack([loss, count, *(named[name] for name in task.reports)])
+            mx.eval(sums)
     # Each rank ends when it ends: on a GPU, the host must do the waiting for the others, see `SeveralRanks.sum`.
-    total, count = ranks.sum(mx.stack([total, count]))
+    total, count, *reported = ranks.sum(sums).tolist()
     model.train(training)
-    tokens = int(count.item())
-    return (total.item() / tokens if tokens else math.nan), tokens
+    if not count:
+        return Measured(math.nan, 0)
+    means = {name: value / count for name, value in zip(task.reports, reported, strict=True)}
+    return Measured(total / count, int(count), task.finish(means))
 
 
 def held_out_plan(rows: EncodedSet, settings: LoopSettings) -> BatchPlan:
@@ -139,16 +160,18 @@ def held_out_plan(rows: EncodedSet, settings: LoopSettings) -> BatchPlan:
     return BatchPlan(rows, batch_tokens=tokens, batch_size=settings.batch_size, seed=0)
 
 
-def held_out_loss(base: Base, rows: EncodedSet, settings: LoopSettings, ranks: Ranks = ALONE) -> tuple[float, int]:
-    """Return the mean loss per trained token of the first --test-batches batches, and the count of those tokens."""
-    loss = choose_loss(base.model, base.config, settings.kernels)
-    return mean_loss(base.model, loss.measure, held_out_plan(rows, settings).batches(settings.test_batches), ranks)
+def held_out_loss(
+    base: Base, rows: EncodedSet, settings: LoopSettings, objective: Objective, ranks: Ranks = ALONE
+) -> Measured:
+    """Return the mean loss of the first --test-batches batches."""
+    task = task_of(objective, choose_loss(base.model, base.config, settings.kernels), base.model)
+    return mean_loss(base.model, task, held_out_plan(rows, settings).batches(settings.test_batches), ranks)
 
 
 def train(
     model: nn.Module,
     step: Step,
-    loss: LossFunction,
+    task: Task,
     plan: BatchPlan,
     validation: BatchPlan | None,
     settings: LoopSettings,
@@ -164,7 +187,7 @@ def train(
     Args:
         model: its trainable parameters are the adapter.
         step: the compiled step over `model`.
-        loss: for validation; the step holds its own.
+        task: for validation, and for what is reported; the step holds its own loss.
         plan: training batches.
         validation: held-out batches, or None.
         settings: cadences and length.
@@ -192,20 +215,20 @@ def train(
     previous: StepResult | None = None
     model.train()
 
-    def record(gathered: Window, new_val_loss: float | None = None) -> Metrics:
-        peak = guard.peak_bytes
-        return _metrics(gathered, step, at.taken, at.consumed / len(plan), at.skipped, new_val_loss, peak, begun_s)
+    def record(gathered: Window, measured: Measured | None = None) -> Metrics:
+        peak, epoch = guard.peak_bytes, at.consumed / len(plan)
+        return _metrics(gathered, step, task, at.taken, epoch, at.skipped, measured, peak, begun_s)
 
     def validate() -> bool:
         if validation is None or settings.val_batches == 0:
             return False
         held_out = takewhile(lambda _: not asked(), validation.batches(settings.val_batches))
-        value, tokens = mean_loss(model, loss, held_out, ranks)
+        measured = mean_loss(model, task, held_out, ranks)
         interrupted.ask_all()
-        if not tokens or interrupted():
+        if not measured.count or interrupted():
             return False
-        report(record(Window(), value))  # the window goes on: its tokens are counted once, in its own line
-        return at.validated(value, settings.early_stopping_threshold)
+        report(record(Window(), measured))  # the window goes on: its tokens are counted once, in its own line
+        return at.validated(measured.loss, settings.early_stopping_threshold)
 
     def stopped_early() -> bool:
         return bool(settings.early_stopping_patience) and at.worse >= settings.early_stopping_patience
@@ -259,10 +282,11 @@ def train(
 def _metrics(
     window: Window,
     step: Step,
+    task: Task,
     taken: int,
     epoch: float,
     skipped: int,
-    val_loss: float | None,
+    measured: Measured | None,
     peak_bytes: int,
     begun_s: float,
 ) -> Metrics:
@@ -270,20 +294,21 @@ def _metrics(
     results = window.results
     mx.eval(results)
     spent_s = window.spent_s()
-    supervised_tokens = round(sum(r.tokens.item() for r in results))
     good = [r for r in results if r.applied.item()]
-    good_tokens = sum(r.tokens.item() for r in good)
-    loss = sum(r.loss_sum.item() for r in good) / good_tokens if good_tokens else math.nan
+    count = sum(r.count.item() for r in good)
+    loss = sum(r.loss_sum.item() for r in good) / count if count else math.nan
+    reports = {name: sum(r.reports[name].item() for r in good) / count for name in task.reports} if count else {}
+    reports = task.finish(reports) if reports else measured.reports if measured else {}
     return Metrics(
         step=taken,
         epoch=round(epoch, 4),
         loss=loss if results else None,
-        val_loss=val_loss,
+        val_loss=measured.loss if measured else None,
         learning_rate=step.learning_rate,
         grad_norm=results[-1].grad_norm.item() if results else 0.0,
-        supervised_tokens_per_s=supervised_tokens / spent_s,
+        supervised_tokens_per_s=window.supervised_tokens / spent_s,
         tokens_per_s=window.real_tokens / spent_s,
-        supervised_tokens=supervised_tokens,
+        supervised_tokens=window.supervised_tokens,
         real_tokens=window.real_tokens,
         positions=window.positions,
         shapes=[f"{rows}x{width}" for rows, width in sorted(window.shapes)],
@@ -292,4 +317,5 @@ def _metrics(
         peak_memory_bytes=peak_bytes,
         process_peak_bytes=process.peak_bytes(),
         elapsed_s=round(time.perf_counter() - begun_s, 3),
+        reports=reports,
     )

@@ -1,0 +1,124 @@
+"""The reference of preference training: the log-probability of each answer under the model as the run starts, or another.
+
+It is computed once, before the first step, and kept on disk, so that no second model is in memory and a second run starts
+at once. A fresh adapter changes nothing, so the model with it is the base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_lora.adapters.inject import remove_adapters
+from mlx_lora.artifacts.adapter import WEIGHTS_FILE, load_adapter
+from mlx_lora.data.encode import EncodedSet
+from mlx_lora.models.load import Base
+from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, TrainSettings
+from mlx_lora.system import device
+from mlx_lora.system.cache import cache_dir
+from mlx_lora.system.distributed import ALONE, Ranks
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.files import replacing_file, sha256_of
+from mlx_lora.training.losses import choose_loss
+from mlx_lora.training.objective_loss import row_log_probabilities
+
+TELL_EVERY_S = 10.0
+
+
+def with_reference(
+    settings: TrainSettings,
+    base: Base,
+    sets: dict[str, EncodedSet],
+    say: Callable[[str], None],
+    ranks: Ranks = ALONE,
+) -> dict[str, EncodedSet]:
+    """Return the sets with each answer's log-probability under the reference.
+
+    Args:
+        settings: of the run; --reference-adapter names another reference than the model as it is.
+        base: not yet adapted where there is a --reference-adapter, else adapted and not yet trained.
+        sets: pairs or rated answers.
+        say: takes lines of progress.
+        ranks: rank 0 computes, and all get the same numbers.
+
+    Raises:
+        InputError: a reference adapter that does not fit the base, or that trained more than factors.
+    """
+    folder = settings.objective.reference_adapter
+    if folder:
+        info = load_adapter(base, Path(folder))
+        if info.full:
+            raise InputError(
+                f"--reference-adapter {folder}: trained {info.full[0]} in full, which cannot be taken off the base "
+                "again; fuse it and train on the fused model"
+            )
+    found = {name: replace(rows, reference=_of(settings, base, rows, ranks, say)) for name, rows in sets.items()}
+    if folder:
+        remove_adapters(base.model)
+    return found
+
+
+def _of(settings: TrainSettings, base: Base, rows: EncodedSet, ranks: Ranks, say: Callable[[str], None]) -> np.ndarray:
+    """Return the reference's log-probabilities of rows, (R,) float32, from the cache or computed."""
+    logps = np.zeros(len(rows), np.float32)
+    if ranks.leads:
+        file = cache_dir("reference") / f"{_key(settings, base, rows)}.npy"
+        kept = _read(file, len(rows))
+        logps = _compute(settings, base, rows, say) if kept is None else kept
+        if kept is None:
+            _keep(file, logps, say)
+    return np.array(ranks.arrays_from_first({"logps": mx.array(logps)})["logps"])
+
+
+def _compute(settings: TrainSettings, base: Base, rows: EncodedSet, say: Callable[[str], None]) -> np.ndarray:
+    loss = choose_loss(base.model, base.config, settings.loop.kernels, say)
+    next_s = time.monotonic() + TELL_EVERY_S
+
+    def tell(done: int) -> None:
+        nonlocal next_s
+        if time.monotonic() > next_s:
+            say(f"Reference: {done:,} of {len(rows):,} answers")
+            next_s = time.monotonic() + TELL_EVERY_S
+
+    tokens = settings.loop.batch_tokens or DEFAULT_BATCH_TOKENS
+    try:
+        return row_log_probabilities(base.model, loss.measure_tokens or loss.tokens, rows, tokens, tell)
+    except ArithmeticError as error:
+        raise InputError(f"the reference cannot be computed: {error}; try --dtype float32, or another base") from None
+
+
+def _key(settings: TrainSettings, base: Base, rows: EncodedSet) -> str:
+    """Return a name for everything that the numbers depend on."""
+    adapter, files = settings.adapter, []
+    if settings.objective.reference_adapter:
+        files = [sha256_of(Path(settings.objective.reference_adapter) / WEIGHTS_FILE)]
+    elif adapter.resume_adapter_file:
+        files = [sha256_of(Path(adapter.resume_adapter_file)), adapter.rank, adapter.alpha]
+    facts = [base.fingerprint, base.describe(), rows.fingerprint, str(device.compute_dtype(settings.model.dtype))]
+    facts += [settings.loop.kernels, adapter.method_name, device.measured_on(), *files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+def _read(file: Path, rows: int) -> np.ndarray | None:
+    """Return what an earlier run kept, None if it is absent or damaged."""
+    try:
+        found = np.load(file)
+    except (OSError, ValueError, EOFError):
+        return None
+    return found if found.shape == (rows,) and found.dtype == np.float32 and np.isfinite(found).all() else None
+
+
+def _keep(file: Path, logps: np.ndarray, say: Callable[[str], None]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_file(file) as temporary, temporary.open("wb") as out:
+            np.save(out, logps)
+    except OSError as error:
+        say(f"Note: the reference is not kept for the next run: {file.parent}: {error.strerror}")
