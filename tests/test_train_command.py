@@ -17,7 +17,8 @@ from conftest import tiny_model, write_folder
 from run_cli import run
 
 from mlx_lora.runs.training_run import train_run
-from mlx_lora.settings.config import LoopSettings, train_settings
+from mlx_lora.settings.config import LoopSettings
+from mlx_lora.settings.resolve import train_settings
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.interrupts import interrupt_flag
 from mlx_lora.training.trainer import Outcome, report_interval
