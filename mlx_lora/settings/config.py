@@ -13,11 +13,11 @@ from typing import Any
 
 from mlx_lora.settings.checks import flag_of, range_problems, settings_problems
 from mlx_lora.settings.migration.migrate import read_settings
+from mlx_lora.settings.optimizers import OPTIMIZERS
 from mlx_lora.system.errors import InputError
 
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "completions", "text")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-OPTIMIZERS = ("adamw", "adam", "muon", "sgd", "adafactor")
 SCHEDULES = ("cosine", "linear", "constant")
 METHODS = ("lora", "rslora", "dora", "lora-plus", "pissa", "adalora", "relora", "full")
 BIASES = ("none", "lora_only", "all")
@@ -109,7 +109,7 @@ class AdapterSettings:
 class OptimizerSettings:
     """AdamW as torch has it (bias corrected), 3% warm-up, cosine to zero, global-norm clip 1.0."""
 
-    optimizer: str = setting("adamw", "Optimizer.", choices=OPTIMIZERS)
+    optimizer: str = setting("adamw", "Optimizer.", choices=tuple(OPTIMIZERS))
     learning_rate: float = setting(2e-4, "Peak learning rate.")
     lr_schedule: str = setting("cosine", "Shape after the warm-up.", choices=SCHEDULES)
     warmup: float = setting(0.03, "Warm-up: a share of all steps below 1, a count of steps from 1 on.")
