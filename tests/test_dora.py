@@ -63,6 +63,16 @@ def test_value_and_gradients_equal_the_definition(base):
     assert not np.allclose(grads(lambda x: x @ dora.fuse().weight.T)[1]["lora_a"], expected["lora_a"], rtol=1e-2)
 
 
+def test_a_row_of_zeros_stays_one_when_fused():
+    """Padded vocabularies have such rows; without a length they have no direction."""
+    linear = nn.Linear(IN, OUT, bias=False)
+    linear.weight[3] = 0
+    fused = DoRALinear.from_base(linear, (mx.random.normal((IN, R)), mx.zeros((R, OUT))), 2.0).fuse()
+    assert not fused.weight[3].any()
+    assert np.allclose(fused.weight, linear.weight, atol=1e-6)
+    assert fused.weight[4].any()
+
+
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 def test_a_fresh_one_changes_nothing_and_a_fused_one_is_the_same(base):
     linear, x = base(), mx.random.normal((2, IN))
