@@ -40,7 +40,7 @@ def make_adapter(
     """
     base = load_base(ModelSettings(model=str(model)))
     chosen = select_targets(base.model, targets, num_layers)
-    inject(base.model, chosen.paths, rank, 1.5, seed=seed, form=form)
+    inject(base.model, chosen.paths, rank, 1.5, seed=seed, layer_type=form)
     mx.random.seed(seed)
     moved = [
         (name, value * (1 + 0.5 * mx.random.normal(value.shape)) if name.endswith(".m") else

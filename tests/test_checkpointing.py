@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from test_step import adapted, batch, factors, make_step
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
+from mlx_lora.adapters.layers import LoRAEmbedding
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.models.kernels import training_kernels
 from mlx_lora.models.matmul import use_measured_matmul
@@ -69,6 +70,33 @@ def test_dropout_drops_the_same_features_in_both_passes(mode):
     assert_equal(drawn(mode, 7), expected)
     other = drawn(mode, 8)
     assert any(not np.allclose(other[name], value, rtol=0.05) for name, value in expected.items())
+
+
+class Lookup(nn.Module):
+    """A block with an embedding of its own."""
+
+    def __init__(self):
+        super().__init__()
+        mx.random.seed(1)
+        factors = mx.random.normal((20, 4)), mx.random.normal((4, 8))
+        self.embed = LoRAEmbedding.from_base(nn.Embedding(20, 8), factors, 1.0, dropout=0.5)
+
+    def __call__(self, x: mx.array, tokens: mx.array) -> mx.array:
+        return mx.square(x + self.embed(tokens))
+
+
+@pytest.mark.parametrize("products", [False, True])
+def test_so_does_that_of_an_embedding_in_a_block(products):
+    def gradient(checkpointed: bool, seed: int) -> mx.array:
+        block = Lookup()
+        if checkpointed:
+            checkpoint_blocks([block], products)
+        mx.random.seed(seed)
+        loss = nn.value_and_grad(block, lambda x, tokens: block(x, tokens).sum())
+        return loss(mx.ones((1, 6, 8)), mx.array([[3, 1, 4, 1, 5, 9]]))[1]["embed"]["lora_b"]
+
+    assert mx.allclose(gradient(True, 7), gradient(False, 7))
+    assert not mx.allclose(gradient(True, 7), gradient(False, 8))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -66,7 +66,7 @@ def by_definition(x: mx.array, indices: mx.array, weight: mx.array, base: nn.Mod
 def adapted(model: nn.Module, form: str = "lora", targets: str = "all-linear") -> nn.Module:
     """Adapt `model` and move the factors away from where they start."""
     use_measured_matmul(model)
-    inject(model, select_targets(model, targets).paths, rank=4, scale=2.0, seed=1, form=form)
+    inject(model, select_targets(model, targets).paths, rank=4, scale=2.0, seed=1, layer_type=form)
     mx.random.seed(4)
     for name, value in adapter_parameters(model).items():
         moved = value * 1.1 if name.endswith(".m") else 0.05 * mx.random.normal(value.shape)
@@ -204,7 +204,7 @@ def test_dora_and_its_gradients_equal_the_definition(form, is_sorted):
     fused = dora.fuse()(x, indices, is_sorted)
     assert np.allclose(fused, defined(x), atol=1e-3 if fused.dtype == base.bias.dtype and form != "mxfp4" else 3e-2)
     expected_value = np.array(dora(x, indices, is_sorted))
-    dora.keep_lengths()
+    dora.finish()
     assert np.allclose(dora(x, indices, is_sorted), expected_value, atol=1e-4)
 
 
@@ -340,7 +340,7 @@ def test_gradients_equal_finite_differences(model, form, width):
     flat, start = dict(tree_flatten(grads)), adapter_parameters(model)
     for layer in adapter_layers(model).values():
         if form == "dora":
-            layer.keep_lengths()  # no gradient goes through them, so they stand still here too
+            layer.finish()  # no gradient goes through them, so they stand still here too
     experts = [name for name in start if start[name].ndim == 3 or ("switch_mlp" in name or "experts" in name)]
     assert len(experts) == 2 * 3 * (3 if form == "dora" else 2)
     for seed in range(6):
@@ -382,7 +382,7 @@ def test_training_lowers_the_loss_and_moves_the_factors_alone(name, experts_only
     model = MODELS[name]()
     checksum = weights_checksum(model)
     experts = "experts.*" if name.startswith("gpt_oss") else "switch_mlp.*"
-    inject(model, select_targets(model, experts if experts_only else "all-linear").paths, 4, scale=2.0, form=form)
+    inject(model, select_targets(model, experts if experts_only else "all-linear").paths, 4, scale=2.0, layer_type=form)
     before = adapter_parameters(model)
     step, b = make_step(model), batch(2, 40, seed=5)
     losses = [step([b]).loss_sum.item() / b.mask.sum() for _ in range(12)]

@@ -114,7 +114,7 @@ def test_dora_of_experts_round_trips(folder, tmp_path):
     base = loaded(folder)
     bare = logits(base.model)
     chosen = select_targets(base.model)
-    inject(base.model, chosen.paths, 4, 1.5, form="dora")
+    inject(base.model, chosen.paths, 4, 1.5, layer_type="dora")
     for wrapped in adapter_layers(base.model).values():
         wrapped.lora_b = 0.1 * mx.random.normal(wrapped.lora_b.shape)
         wrapped.m = wrapped.m * 1.1

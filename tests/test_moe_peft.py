@@ -17,10 +17,10 @@ from test_adapter_folder import make_adapter
 from test_moe_folder import FEW, MANY, close, loaded, logits
 from tiny_moe import tiny_moe
 
-from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.adapters.moe import DoRASwitchLinear, LoRASwitchLinear
+from mlx_lora.adapters.inject import adapter_layers, inject
+from mlx_lora.adapters.moe import LoRASwitchLinear
 from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.artifacts.peft import PEFT_CONFIG, PEFT_WEIGHTS
+from mlx_lora.artifacts.peft import PEFT_CONFIG, PEFT_WEIGHTS, write_peft
 from mlx_lora.artifacts.peft_experts import THEIRS, expert_tensors
 from mlx_lora.system.errors import InputError
 
@@ -88,12 +88,14 @@ def test_joined_gate_and_up_hold_gains_fixed_factors_and_scales(in_turns):
         assert np.allclose(delta[:, part], expected, atol=1e-4)
 
 
-def test_dora_and_unknown_families_are_refused_by_name():
+def test_dora_and_unknown_families_are_refused_by_name(tmp_path):
     factors = mx.random.normal((4, 3, 32)), mx.random.normal((4, 24, 3))
     base, path = SwitchLinear(32, 24, 4), "model.layers.0.mlp.switch_mlp.up_proj"
-    with pytest.raises(InputError, match=rf"{path}: PEFT adapts experts without DoRA"):
-        expert_tensors("qwen3_moe", {path: DoRASwitchLinear.from_base(base, factors, 1.0)})
-    with pytest.raises(InputError, match=rf"{path}: .* we write gpt_oss"):
+    model, _ = tiny_moe("qwen3_moe")
+    inject(model, (path, path.replace("0", "1")), 3, 1.0, layer_type="dora")
+    with pytest.raises(InputError, match=r"switch_mlp.up_proj is a DoRA over experts, .* \(and 1 more\)"):
+        write_peft(tmp_path, model, "some/base", 0.0)
+    with pytest.raises(InputError, match=rf"{path}: .* we write experts of gpt_oss"):
         expert_tensors("olmoe", {path: LoRASwitchLinear.from_base(base, factors, 1.0)})
     assert expert_tensors("qwen3_moe", {path: LoRASwitchLinear.from_base(base, factors, 1.0)})
 

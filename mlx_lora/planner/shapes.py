@@ -23,6 +23,7 @@ class Layer:
         active: how many of them a position goes through.
         packed: whether it is quantized.
         rank: of its adapter; 0 without one.
+        keeps_product: whether its adapter also keeps the output that it scales, as DoRA does.
     """
 
     parent: str
@@ -33,6 +34,7 @@ class Layer:
     active: int = 1
     packed: bool = False
     rank: int = 0
+    keeps_product: bool = False
 
     @property
     def numbers(self) -> int:
@@ -267,7 +269,6 @@ class Run:
         trained_positions: P at the most; None: all.
         checkpointing: `none`, `selective`, `block` or n.
         optimizer: its name.
-        form: `lora` or `dora`.
         dropout: whether the adapters' inputs are dropped from.
         accumulates: whether a step has several micro-batches, whose gradients are added up.
     """
@@ -277,7 +278,6 @@ class Run:
     trained_positions: int | None = None
     checkpointing: str = "none"
     optimizer: str = "adamw"
-    form: str = "lora"
     dropout: bool = False
     accumulates: bool = False
 
