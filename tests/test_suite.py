@@ -61,7 +61,7 @@ def test_workloads_are_as_they_were():
     assert hashlib.sha256(digests.encode()).hexdigest()[:16] == DEFINITIONS, digests
 
 
-@pytest.mark.parametrize("form", ROW_SHAPES)
+@pytest.mark.parametrize("row_shape", ROW_SHAPES)
 def test_data_are_the_same_bytes_everywhere(row_shape):
     text = ROW_SHAPES[row_shape].rows.text()
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == DATA[row_shape]
