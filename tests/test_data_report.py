@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from byte_tokenizer import CHATML, byte_tokenizer, template
 
-from mlx_lora.data.data_report import DataReport, DroppedRow, Place, cut, reasons
+from mlx_lora.data.data_report import DataReport, DroppedRow, Location, cut, reasons
 from mlx_lora.data.loading import load_data
 from mlx_lora.settings.config import DataSettings
 
@@ -44,7 +44,7 @@ def test_counts(tmp_path):
     assert found.formats == {"alpaca": 2, "completions": 1, "messages": 1}
     assert (found.truncated, found.empty, found.duplicates, found.dropped) == (1, 1, 1, 2)
     assert [row.line for row in found.dropped_rows] == [3, 5]
-    assert (found.truncated_rows, found.duplicate_rows) == ([Place("d.jsonl", 4)], [Place("d.jsonl", 2)])
+    assert (found.truncated_rows, found.duplicate_rows) == ([Location("d.jsonl", 4)], [Location("d.jsonl", 2)])
     train = found.splits["train"]
     assert train.rows == 4
     assert train.max_length == 150
@@ -88,7 +88,7 @@ def test_lines_of_cut_and_doubled_rows_are_named_up_to_ten(tmp_path):
 
 def test_rows_of_a_file_without_lines_are_counted(tmp_path):
     rows = [{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": ""}, {"prompt": "p", "completion": "c"}]
-    for name, content, place in (
+    for name, content, location in (
         ("one.json", json.dumps(rows), "one.json row {}"),
         ("spread.json", json.dumps(rows, indent=1), "spread.json line {}"),
     ):
@@ -96,8 +96,8 @@ def test_rows_of_a_file_without_lines_are_counted(tmp_path):
         settings = DataSettings(data=str(tmp_path / name), valid_fraction=0.0)
         text = load_data(settings, TOKENIZER, seed=0).report.render()
         dropped, doubled = (2, 3) if name == "one.json" else (6, 10)
-        assert f"  {place.format(dropped)}: empty completion" in text
-        assert f"  duplicate: {place.format(doubled)}" in text
+        assert f"  {location.format(dropped)}: empty completion" in text
+        assert f"  duplicate: {location.format(doubled)}" in text
 
 
 def test_a_reason_is_told_once_and_cut_between_words():

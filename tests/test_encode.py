@@ -330,7 +330,7 @@ def test_offsets_trimmed_by_the_tokenizer_do_not_matter():
 
 def test_settings_that_cannot_work(tmp_path):
     tokenizer = byte_tokenizer(None, eos=None)
-    with pytest.raises(InputError, match="needs an end token"):
+    with pytest.raises(InputError, match="requires an end token"):
         resolve_template(None, tokenizer)
     with pytest.raises(InputError, match=r"no such file, and no built-in \(alpaca, chatml\)"):
         resolve_template("chatlm", tokenizer)
@@ -339,7 +339,7 @@ def test_settings_that_cannot_work(tmp_path):
         resolve_template(str(tmp_path / "bad.jinja"), tokenizer)
     with pytest.raises(InputError, match="--max-seq-length 1 leaves no token"):
         encoder(byte_tokenizer(CHATML), max_seq_length=1)
-    with pytest.raises(InputError, match="needs a fast tokenizer"):
+    with pytest.raises(InputError, match="requires a fast tokenizer"):
         Encoder(object(), None, max_seq_length=9)
 
 

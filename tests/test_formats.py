@@ -32,7 +32,7 @@ def test_formats_are_found_and_can_be_named(record, name, example):
 
 
 def test_a_named_format_is_binding():
-    with pytest.raises(FormatError, match="found keys text; the alpaca format needs instruction, output"):
+    with pytest.raises(FormatError, match="found keys text; the alpaca format requires instruction, output"):
         parse_record({"text": "t"}, "alpaca")
     both = {"text": "t", "prompt": "p", "completion": "c"}
     assert parse_record(both)[0] == "completions"
@@ -119,7 +119,7 @@ def test_only_the_completion_of_two_message_lists_is_trained():
         ({"messages": [USER, {"role": "assistant", "tool_calls": [{"name": 1}]}]}, "expected function: name"),
         (
             {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
-            "no JSON object",
+            "not a JSON object",
         ),
         ({"messages": [USER, ASSISTANT], "tools": 3}, "tools must be a list"),
         ({"conversations": [{"from": "alien", "value": "q"}]}, "from 'alien'; expected one of human"),

@@ -16,7 +16,7 @@ from test_adapter_folder import make_adapter
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
-from mlx_lora.models.gguf_places import redo_rope_order, undo_rope_order
+from mlx_lora.models.gguf_mapping import redo_rope_order, undo_rope_order
 from mlx_lora.models.load import load_base
 from mlx_lora.models.perplexity import token_logprobs
 from mlx_lora.settings.config import ModelSettings

@@ -9,7 +9,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from mlx_lora.models.gguf_blocks import LOSSLESS, carry_blocks, pack_codes
-from mlx_lora.models.gguf_places import Weight
+from mlx_lora.models.gguf_mapping import TensorMapping
 from mlx_lora.models.gguf_weights import import_weights
 from mlx_lora.models.quantize import PackedWeight, Quantization
 from mlx_lora.sources.gguf_reader import GGUFTensor
@@ -28,9 +28,9 @@ def random_tensor(kind: Kind, seed: int = 0) -> GGUFTensor:
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     blocks = rng.integers(0, 256, (ROWS * WIDTH // block, block_bytes)).astype(np.uint8)
     at_end = {Kind.Q2_K: (-4, -2), Kind.Q3_K: (-2,), Kind.Q6_K: (-2,)}
-    for place in at_end.get(kind, (0, 2)):
+    for offset in at_end.get(kind, (0, 2)):
         scales = rng.normal(0, 0.01, (len(blocks), 1)).astype("<f2").view(np.uint8)
-        blocks[:, place % block_bytes : place % block_bytes + 2] = scales
+        blocks[:, offset % block_bytes : offset % block_bytes + 2] = scales
     return GGUFTensor("t", kind, (ROWS, WIDTH), blocks.reshape(ROWS, -1))
 
 
@@ -47,8 +47,8 @@ def test_values_are_kept(kind: Kind) -> None:
     if kind is Kind.MXFP4:  # a power of two times a code: nothing to round
         np.testing.assert_array_equal(found, wanted)
         return
-    scales = np.repeat(np.abs(np.array(packed.arrays[1])), packed.form.group_size, axis=1)
-    largest = np.abs(wanted) + scales * 2**packed.form.bits  # what one rounding of scale * code is relative to
+    scales = np.repeat(np.abs(np.array(packed.arrays[1])), packed.quantization.group_size, axis=1)
+    largest = np.abs(wanted) + scales * 2**packed.quantization.bits  # what one rounding of scale * code is relative to
     assert (np.abs(found - wanted) <= largest * 2.0**-23).all()
 
 
@@ -100,13 +100,13 @@ def test_many_rows_are_unpacked_in_chunks(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("kind", [Kind.Q2_K, Kind.Q3_K, Kind.Q6_K, Kind.F16], ids=lambda kind: kind.name)
 def test_other_types_are_requantized_or_kept_float(kind: Kind) -> None:
     tensor = random_tensor(kind)
-    (imported,) = import_weights({"t": tensor}, {"t": Weight("x.weight")}, "carry", mx.float32)
+    (imported,) = import_weights({"t": tensor}, {"t": TensorMapping("x.weight")}, "carry", mx.float32)
     if kind is Kind.F16:
-        assert (imported.form, imported.lossless) == (None, True)
+        assert (imported.quantization, imported.lossless) == (None, True)
         np.testing.assert_array_equal(np.array(imported.parameters["x.weight"]), tensor.dequantize())
         return
-    assert imported.form == Quantization(8, 64)
-    found = mx.dequantize(*imported.parameters.values(), **imported.form.layout)
+    assert imported.quantization == Quantization(8, 64)
+    found = mx.dequantize(*imported.parameters.values(), **imported.quantization.layout)
     error = np.linalg.norm(np.array(found) - tensor.dequantize()) / np.linalg.norm(tensor.dequantize())
     assert 0 < imported.error < 0.01
     assert imported.error == pytest.approx(error, rel=1e-3)
@@ -114,17 +114,17 @@ def test_other_types_are_requantized_or_kept_float(kind: Kind) -> None:
 
 def test_quantize_anew_and_float_targets() -> None:
     tensor = random_tensor(Kind.Q4_0)
-    place = {"t": Weight("x.weight")}
-    (as_float,) = import_weights({"t": tensor}, place, "float", mx.float32)
+    mapping = {"t": TensorMapping("x.weight")}
+    (as_float,) = import_weights({"t": tensor}, mapping, "float", mx.float32)
     np.testing.assert_array_equal(np.array(as_float.parameters["x.weight"]), tensor.dequantize())
-    (three,) = import_weights({"t": tensor}, place, Quantization(3, 32), mx.float32)
-    (six,) = import_weights({"t": tensor}, place, Quantization(6, 32), mx.float32)
+    (three,) = import_weights({"t": tensor}, mapping, Quantization(3, 32), mx.float32)
+    (six,) = import_weights({"t": tensor}, mapping, Quantization(6, 32), mx.float32)
     assert three.error > six.error > 0
-    (kept,) = import_weights({"t": random_tensor(Kind.F32)}, place, Quantization(4, 1024), mx.float32)
-    assert kept.form is None  # 512 columns do not divide into groups of 1024
+    (kept,) = import_weights({"t": random_tensor(Kind.F32)}, mapping, Quantization(4, 1024), mx.float32)
+    assert kept.quantization is None  # 512 columns do not divide into groups of 1024
 
 
 def test_values_that_overflow_are_refused() -> None:
     tensor = GGUFTensor("big", Kind.F32, (1, 1), np.array([[1e30]], "<f4").view(np.uint8))
     with pytest.raises(InputError, match=r"big.*float16"):
-        list(import_weights({"big": tensor}, {"big": Weight("x.weight")}, "float", mx.float16))
+        list(import_weights({"big": tensor}, {"big": TensorMapping("x.weight")}, "float", mx.float16))

@@ -27,7 +27,7 @@ from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.artifacts.gguf_model import TYPES
 from mlx_lora.models.converting import convert_model
 from mlx_lora.models.gguf_arch import model_config, weight_map
-from mlx_lora.models.gguf_places import redo_rope_order
+from mlx_lora.models.gguf_mapping import redo_rope_order
 from mlx_lora.models.gguf_weights import import_weights
 from mlx_lora.models.load import load_base
 from mlx_lora.models.perplexity import token_logprobs

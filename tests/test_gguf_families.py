@@ -27,7 +27,7 @@ from mlx_lora.artifacts.gguf_model import write_gguf_model
 from mlx_lora.models.converting import build_model, convert_model
 from mlx_lora.models.gguf_arch import ARCHITECTURES, model_config, weight_map
 from mlx_lora.models.gguf_blocks import carry_blocks, mxfp4_blocks
-from mlx_lora.models.gguf_places import Order, Weight
+from mlx_lora.models.gguf_mapping import Order, TensorMapping
 from mlx_lora.models.gguf_settings import gguf_settings
 from mlx_lora.models.gguf_weights import check_shapes, import_weights
 from mlx_lora.models.load import Base, load_base
@@ -180,10 +180,10 @@ def test_value_heads_of_one_key_head_stand_apart_in_the_file(written):
 @pytest.mark.parametrize("inner", [64, 16])
 def test_columns_move_in_whole_groups_or_are_packed_anew(kind, inner):
     tensor = random_tensor(kind)  # (6, 512)
-    place = Weight("x.weight", columns=Order(1, 2, 256 // inner, inner))
-    wanted = tensor.dequantize()[:, place.columns.from_file(512)]
-    (found,) = import_weights({"t": tensor}, {"t": place}, "carry", mx.float32)
-    values = np.array(mx.dequantize(*found.parameters.values(), **found.form.layout))
+    mapping = TensorMapping("x.weight", columns=Order(1, 2, 256 // inner, inner))
+    wanted = tensor.dequantize()[:, mapping.columns.from_file(512)]
+    (found,) = import_weights({"t": tensor}, {"t": mapping}, "carry", mx.float32)
+    values = np.array(mx.dequantize(*found.parameters.values(), **found.quantization.layout))
     assert found.lossless == (kind is not Kind.Q6_K and inner % 32 == 0)
     error = np.linalg.norm(values - wanted) / np.linalg.norm(wanted)
     assert error < (1e-6 if found.lossless else 0.01)
@@ -226,8 +226,8 @@ def test_experts_are_read_joined_or_apart(written):
             both = {joined: np.concatenate([held[part].dequantize() for part in apart], axis=1)}
             both |= dict.fromkeys(apart)
         file = changed(path, **both)
-        places = weight_map(file, model_config(file))
-        own = {part: places[part] for part in (joined, *apart) if part in places}
+        mappings = weight_map(file, model_config(file))
+        own = {part: mappings[part] for part in (joined, *apart) if part in mappings}
         found = {
             key: value
             for one in import_weights(file.tensors, own, "float", mx.float32)
@@ -398,7 +398,7 @@ def test_settings_that_llamacpp_lacks_are_refused(name, changes, words):
 
 CANNOT_READ = [
     ("qwen3moe", {"expert_count": 10**9}, "expert_count"),
-    ("qwen3moe", {"rope.scaling.type": "yarn"}, "scales nothing"),
+    ("qwen3moe", {"rope.scaling.type": "yarn"}, "has no scaling"),
     ("phi3 longrope", {"rope.scaling.attn_factor": 2.0}, "attn_factor"),
     ("gpt-oss", {"expert_used_count": 7}, "of which 7 are used"),
     ("lfm2", {"attention.head_count_kv": np.array([0, 2, 0, 1])}, "head_count_kv"),
@@ -436,9 +436,9 @@ def test_no_setting_leads_to_anything_but_one_line(name, written):
             )
             try:
                 config = model_config(file)
-                places = weight_map(file, config)
+                mappings = weight_map(file, config)
                 shapes = {ours: array.shape for ours, array in parameters(build_model(config)).items()}
-                check_shapes("m.gguf", file.tensors, places, shapes)
+                check_shapes("m.gguf", file.tensors, mappings, shapes)
             except InputError as error:
                 told.append(str(error))
     assert len(told) > 100
@@ -458,5 +458,5 @@ def test_an_adapter_of_what_is_scaled_expert_by_expert_is_refused(tmp_path):
 def test_an_unknown_architecture_lists_what_is_known(written):
     file = read_gguf(written("phi3")[1])
     file.metadata["general.architecture"] = "rwkv7"
-    with pytest.raises(InputError, match="'rwkv7', known from GGUF are " + ", ".join(ARCHITECTURES)):
+    with pytest.raises(InputError, match="'rwkv7' cannot be read from GGUF, only " + ", ".join(ARCHITECTURES)):
         model_config(file)

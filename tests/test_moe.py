@@ -18,9 +18,9 @@ from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
 from mlx_lora.adapters.moe import DoRASwitchLinear, LoRASwitchLinear
 from mlx_lora.adapters.parts import base_dims, dense_weight
 from mlx_lora.adapters.targets import select_targets
+from mlx_lora.models import matmul
 from mlx_lora.models.fingerprint import weights_checksum
 from mlx_lora.models.matmul import MeasuredQuantizedSwitchLinear, use_measured_matmul
-from mlx_lora.system import device
 from mlx_lora.training.losses import Arrays, plain_loss
 
 E, IN, OUT, R = 3, 96, 40, 5
@@ -248,7 +248,7 @@ def test_experts_too_large_in_float_stay_packed(monkeypatch):
     holder.experts = base
     use_measured_matmul(holder, "dense")
     assert not mx.array_equal(base(x, indices, True), expected)
-    monkeypatch.setattr(device, "dense_experts_bytes", lambda: E * OUT * IN * 4 - 1)
+    monkeypatch.setattr(matmul, "dense_experts_bytes", lambda: E * OUT * IN * 4 - 1)
     assert mx.array_equal(base(x, indices, True), expected)
 
 

@@ -87,10 +87,10 @@ def test_a_huge_line_is_skipped_in_pieces(tmp_path, monkeypatch):
     [
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl", "{}".encode("utf-16"), "UTF-16"),
-        ("a.json", b" \n", "only white space"),
+        ("a.json", b" \n", "only has white space"),
         ("a.json", b'[{"a": 1},\n{"a" 2}]', "line 2, column 6"),
-        ("a.json", b'[{"a": 1}\n', "breaks off"),
-        ("a.json", b'[{"a": 1} {"a": 2}]', "breaks off"),
+        ("a.json", b'[{"a": 1}\n', "is cut off"),
+        ("a.json", b'[{"a": 1} {"a": 2}]', "is cut off"),
         ("a.json", b'"text"', "not a JSON list"),
         ("a.json", b'{"data":\n [{"text": "a"}]}', "keys: data"),
         ("a.json", b'[{"a": "\xff"}]', "not UTF-8"),
@@ -158,7 +158,7 @@ def test_find_splits_in_the_hub_layouts(tmp_path):
 
 def test_a_missing_file_names_what_lies_near(tmp_path):
     write(tmp_path / "alpaca_data.jsonl", "x")
-    with pytest.raises(InputError, match=r"close to it: alpaca_data.jsonl"):
+    with pytest.raises(InputError, match=r"similar names: alpaca_data.jsonl"):
         find_splits(str(tmp_path / "alpaca_dat.jsonl"))
     with pytest.raises(InputError, match="no such file or folder"):
         find_splits("tiny-shakspear")

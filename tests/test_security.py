@@ -125,7 +125,7 @@ def test_token_ids_beyond_the_embedding_are_not_looked_up(tiny_folder, tmp_path)
     assert run("generate", "--model", folder, "--prompt", "x", "--max-tokens", 1).code == 0
     ran = run("generate", "--model", folder, "--prompt", "Q40Q", "--max-tokens", 1)
     assert ran.code == 2
-    assert "holds token" in ran.lines[-1]
+    assert "has token" in ran.lines[-1]
 
 
 def test_patterns_that_never_end_are_given_up(monkeypatch):

@@ -103,7 +103,7 @@ def test_files_of_a_folder_are_used_as_they_are(tmp_path):
     splits = load_data(DataSettings(data=str(tmp_path)), TOKENIZER, seed=0)
     assert (len(splits.train), len(splits.valid), len(splits.test)) == (5, 2, 3)
     assert splits.report.valid_source == "file"
-    assert splits.report.notes == ["1 valid rows are also training rows; the valid loss will flatter"]
+    assert splits.report.notes == ["1 valid rows are also training rows; the valid loss will be too low"]
     assert len(load_eval_set(str(tmp_path), DataSettings(), TOKENIZER)) == 3
     (tmp_path / "test.jsonl").unlink()
     assert len(load_eval_set(str(tmp_path), DataSettings(), TOKENIZER)) == 2
@@ -145,7 +145,7 @@ def test_nothing_usable_is_an_error_with_reasons(tmp_path):
     with pytest.raises(InputError, match=r"no usable row in the train data, 4 refused: d.jsonl line 1: .*and 1 more"):
         load_data(DataSettings(data=str(data)), TOKENIZER, seed=0)
     data.write_text("\n \n")
-    with pytest.raises(InputError, match="holds no record"):
+    with pytest.raises(InputError, match="has no record"):
         load_data(DataSettings(data=str(data)), TOKENIZER, seed=0)
     with pytest.raises(InputError, match="no data given"):
         load_data(DataSettings(), TOKENIZER, seed=0)

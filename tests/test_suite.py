@@ -32,7 +32,7 @@ from mlx_lora.suite.result import read_result
 from mlx_lora.suite.running import Length, run_workload, train_command
 from mlx_lora.suite.schema import RATES, _check
 from mlx_lora.suite.workload_models import MODELS
-from mlx_lora.suite.workloads import FORMS, TIERS, WORKLOADS, choose_workloads, digest_of
+from mlx_lora.suite.workloads import ROW_SHAPES, TIERS, WORKLOADS, choose_workloads, digest_of
 
 BY_NAME = {one.name: one for one in WORKLOADS}
 CHAT = BY_NAME["embedded-smollm2-135m-chat-qlora"]
@@ -61,16 +61,16 @@ def test_workloads_are_as_they_were():
     assert hashlib.sha256(digests.encode()).hexdigest()[:16] == DEFINITIONS, digests
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_data_are_the_same_bytes_everywhere(form):
-    text = FORMS[form].rows.text()
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == DATA[form]
+@pytest.mark.parametrize("row_shape", ROW_SHAPES)
+def test_data_are_the_same_bytes_everywhere(row_shape):
+    text = ROW_SHAPES[row_shape].rows.text()
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == DATA[row_shape]
     rows = [json.loads(line) for line in text.splitlines()]
-    assert len(rows) == FORMS[form].rows.count
+    assert len(rows) == ROW_SHAPES[row_shape].rows.count
     assert len({row["messages"][1]["content"] for row in rows}) == len(rows)
-    if form != "chat":  # every tokenizer makes at least a token of a word: all rows are cut to one length
+    if row_shape != "chat":  # every tokenizer makes at least a token of a word: all rows are cut to one length
         words = [len(row["messages"][1]["content"].split()) for row in rows]
-        assert min(words) > FORMS[form].max_seq_length
+        assert min(words) > ROW_SHAPES[row_shape].max_seq_length
 
 
 def test_a_definition_has_a_digest_that_a_change_would_miss():
@@ -240,7 +240,7 @@ def test_the_first_pass_and_new_shapes_are_left_out_of_the_medians():
 def test_a_run_that_was_cut_short_leaves_out_its_first_step():
     figures = run_figures([step(n, n * 1.0, epoch=n / 10) for n in (1, 2, 3, 4)], 2.0)
     assert (figures["warmup_steps"], figures["counted_steps"]) == (1, 3)
-    with pytest.raises(ValueError, match="2 after the warm-up are the least"):
+    with pytest.raises(ValueError, match="at least 2 are needed after the warm-up"):
         run_figures([step(1, 1.0), step(2, 2.0)], 1.0)
 
 

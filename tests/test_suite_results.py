@@ -54,7 +54,7 @@ def test_a_whole_result_is_valid():
         ("machine.memory_bytes", "16 GB", "machine.memory_bytes is '16 GB', not a whole"),
         ("rates.gemm_flops_per_s.float32", -1, "rates.gemm_flops_per_s.float32 is -1, not a number"),
         ("results", {}, "results is {}, not a list"),
-        ("results.0", 7, "results[0] is no mapping"),
+        ("results.0", 7, "results[0] is not a mapping"),
         ("results.0.status", "great", "results[0].status is 'great', not one of"),
         ("results.0.status", "failed", "results[0].reason is missing"),
         ("results.0.shortened", 1, "results[0].shortened is 1, not yes/no"),

@@ -21,7 +21,7 @@ def test_ids_without_a_row_are_refused(kind, tmp_path):
             part["vocab_size"] = 280
     base = load_base(ModelSettings(model=str(write_architecture(tmp_path / kind, kind, config=config))))
     check_token_ids(base, 279, "--data x")
-    with pytest.raises(InputError, match=r"holds token 280, and --model .* has 280"):
+    with pytest.raises(InputError, match=r"has token 280, and --model .* only has 280"):
         check_token_ids(base, 280, "--data x")
 
 

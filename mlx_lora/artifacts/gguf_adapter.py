@@ -20,7 +20,7 @@ from mlx_lora.adapters.adapter_layer import AdapterLayer
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.artifacts.peft_experts import joined_experts
 from mlx_lora.models.gguf_arch import gguf_weights
-from mlx_lora.models.gguf_places import Weight
+from mlx_lora.models.gguf_mapping import TensorMapping
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import replacing_file
 
@@ -75,7 +75,9 @@ def write_gguf_adapter(file: Path, model: nn.Module, base_name: str, full: tuple
         writer.close()
 
 
-def _factors(layers: list[AdapterLayer | None], alpha: float | None, place: Weight) -> tuple[np.ndarray, np.ndarray]:
+def _factors(
+    layers: list[AdapterLayer | None], alpha: float | None, place: TensorMapping
+) -> tuple[np.ndarray, np.ndarray]:
     """Return A (r, in) and B (out, r) float32 in the base's order, of experts (E, r, in) and (E, out, r).
 
     Args:

@@ -27,7 +27,7 @@ from mlx_lora.data.templates import own_template
 from mlx_lora.models.fingerprint import FUSED_KEY, fused_mark, merge_mark
 from mlx_lora.models.gguf_arch import gguf_weights, text_model
 from mlx_lora.models.gguf_blocks import MXFP4, mxfp4_blocks
-from mlx_lora.models.gguf_places import Weight
+from mlx_lora.models.gguf_mapping import TensorMapping
 from mlx_lora.models.gguf_settings import gguf_settings
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import PackedWeight
@@ -71,7 +71,7 @@ class Planned:
 
     name: str
     source: Source
-    place: Weight
+    place: TensorMapping
     kind: Kind
 
     @property
@@ -173,7 +173,7 @@ def _write_tensors(writer: GGUFWriter, planned: list[Planned], extra: dict[str, 
         writer.close()
 
 
-def _plan(model: nn.Module, architecture: str, places: dict[str, Weight], kind: Kind) -> list[Planned]:
+def _plan(model: nn.Module, architecture: str, places: dict[str, TensorMapping], kind: Kind) -> list[Planned]:
     """Choose a type for every tensor that the model has, in the file's order.
 
     Raises:
@@ -196,7 +196,7 @@ def _plan(model: nn.Module, architecture: str, places: dict[str, Weight], kind: 
     ]
 
 
-def _source(place: Weight, sources: dict[str, Source]) -> Source | None:
+def _source(place: TensorMapping, sources: dict[str, Source]) -> Source | None:
     """Return what a tensor is computed from: one parameter, or several whose rows follow each other."""
     parts = [sources[name] for name in place.names if name in sources]
     if len(parts) != len(place.names):
@@ -208,7 +208,7 @@ def _source(place: Weight, sources: dict[str, Source]) -> Source | None:
     return Source(shape, lambda: mx.concatenate([part.values() for part in parts], axis=-2))
 
 
-def _kind(source: Source, place: Weight, wanted: Kind, head: str) -> Kind:
+def _kind(source: Source, place: TensorMapping, wanted: Kind, head: str) -> Kind:
     """Return how a tensor is stored."""
     shape = place.file_shape(source.shape)
     if len(shape) == 1 or place.exact:

@@ -1,1 +1,1 @@
-"""Records -> token ids and loss mask -> batches."""
+"""Turns records into token ids with a loss mask, and these into batches."""

@@ -1,15 +1,15 @@
-"""Rows of token ids -> a batch plan: which rows go together, at which width, in which order.
+"""Plan batches: which rows of token ids share a batch, at which width, in which order.
 
 The plan is a pure function of (data, seed, epoch), so a run is repeatable and a position in it is two integers
-(epoch, batch). Every row comes exactly once per epoch. Several ranks have the same plan and share each batch's rows
-(training/sharing.py), so a run may go on with another number of them.
+(epoch, batch). Every row occurs exactly once per epoch. Several ranks have the same plan and share each batch's rows
+(training/sharing.py), so a run may be resumed with another number of ranks.
 
-Rows of similar length share a batch, so little of it is padding; batches are shuffled, so no order of
-lengths shows in the loss. Padding stands on the right: under a causal mask it cannot reach a real token,
-so no attention mask is needed.
+Rows of similar length share a batch, so there is little padding; batches are shuffled, so that lengths do not follow an
+order that would show in the loss. Padding is on the right: under a causal mask it cannot affect a real token, so no
+attention mask is needed.
 
-Shapes: B rows, T columns, P places for trained targets. A class is what has one shape; its rows are fixed,
-and each epoch deals them to its batches anew, so that each batch has about the same number of targets.
+Shapes: B rows, T columns, P slots for trained targets. A class holds the rows with one shape. These are fixed, and each
+epoch distributes them to the class's batches anew, with about the same number of targets in each batch.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import numpy as np
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.widths import ShapePrice, choose_widths, rows_per_batch
 
-EMPTY = -1  # stands for a row that is all padding
-PLACES_STEP = 8  # P is a multiple of this
-DEALS = 4  # tries at a deal whose targets fit into P
+EMPTY = -1  # the number of a row that is all padding
+SLOTS_STEP = 8  # P is a multiple of this
+DEALS = 4  # tries at a distribution whose targets fit into P
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ class Batch:
 
     @classmethod
     def of(
-        cls, inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray, real_tokens: int, places: int | None = None
+        cls, inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray, real_tokens: int, slots: int | None = None
     ) -> Batch:
-        """Make a batch; its positions and weights follow from the mask.
+        """Return a batch, with positions and weights computed from the mask.
 
         Args:
             inputs, targets, mask, real_tokens: as the attributes.
-            places: P, at least the trained targets, which it is by default.
+            slots: P, at least the number of trained targets, which is the default.
         """
         trained_at = np.flatnonzero(mask)
-        padding = (0, (len(trained_at) if places is None else places) - len(trained_at))
+        padding = (0, (len(trained_at) if slots is None else slots) - len(trained_at))
         positions = np.pad(trained_at.astype(np.int32), padding)
         weights = np.pad(np.ones(len(trained_at), np.float32), padding)
         return cls(inputs, targets, mask, real_tokens, positions, weights)
@@ -71,19 +71,19 @@ class WidthClass:
     Attributes:
         width: columns, T.
         count: rows per batch, B.
-        places: room for trained targets, P.
-        dealt: (batches, B) row numbers of the deal that fits into P, EMPTY among them.
+        slots: the number of slots for trained targets, P.
+        dealt: (batches, B) row numbers, or EMPTY, of a distribution whose targets fit into P.
     """
 
     width: int
     count: int
-    places: int
+    slots: int
     dealt: np.ndarray
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(B, T, P)."""
-        return self.count, self.width, self.places
+        """The shape (B, T, P)."""
+        return self.count, self.width, self.slots
 
 
 class BatchPlan:
@@ -102,50 +102,50 @@ class BatchPlan:
 
         Args:
             rows: the encoded set; rows shorter than two tokens hold no target and must not be in it.
-            batch_tokens: width x rows stays within this, one row at the least.
+            batch_tokens: the limit for width x rows of a batch, which has at least one row.
             batch_size: rows per batch instead, as in mlx-lm.
             seed: of the shuffles.
-            price: what a shape costs against padding; it decides how many widths there are.
+            price: what a shape costs compared to padding, which decides the number of widths.
         """
         self.rows = rows
         self.seed = seed
         # A row of n tokens has n - 1 (input, target) pairs.
         self._lengths = rows.lengths - 1
-        self._counts = np.append(rows.supervised_counts, 0)  # so that EMPTY, the last, counts 0
+        self._counts = np.append(rows.supervised_counts, 0)  # EMPTY, which is -1, gets the last entry, 0
         widths = choose_widths(self._lengths, batch_tokens, batch_size, price) if len(rows) else np.zeros(0, int)
         self.classes = self._make_classes(widths, batch_tokens, batch_size)
         self._epoch_cache: tuple[int, list[tuple[WidthClass, np.ndarray]]] | None = None
 
     def __len__(self) -> int:
-        """Batches per epoch: the same in every epoch."""
+        """Return the number of batches per epoch, which is the same in every epoch."""
         return sum(len(part.dealt) for part in self.classes)
 
     @property
     def shapes(self) -> set[tuple[int, int, int]]:
-        """All (B, T, P) that ever occur."""
+        """All (B, T, P) that occur."""
         return {part.shape for part in self.classes}
 
     @property
     def padding_fraction(self) -> float:
-        """Share of an epoch's positions that hold no token; 0 without rows."""
+        """The fraction of an epoch's positions that hold no token; 0 without rows."""
         positions = sum(part.dealt.size * part.width for part in self.classes)
         return 1 - int(self._lengths.sum()) / positions if positions else 0.0
 
     def batch(self, epoch: int, index: int) -> Batch:
         """Return batch `index` of `epoch`."""
         part, numbers = self._epoch(epoch)[index]
-        return collate(self.rows, numbers, part.width, part.places)
+        return collate(self.rows, numbers, part.width, part.slots)
 
     def batches(self, limit: int = -1) -> Iterator[Batch]:
-        """Yield the first `limit` batches of epoch 0 (-1: all): the fixed sample a validation uses."""
+        """Yield the first `limit` batches of epoch 0 (-1: all), the fixed sample that validation uses."""
         count = len(self) if limit < 0 else min(limit, len(self))
         return (self.batch(0, i) for i in range(count))
 
     def _make_classes(self, widths: np.ndarray, batch_tokens: int, batch_size: int | None) -> list[WidthClass]:
-        """Give each width its rows, from the widest down.
+        """Return the class of each width, from the widest to the narrowest.
 
-        A class takes whole batches: the last one is filled up with the longest rows of the next class,
-        which wastes less than empty rows. Only the narrowest class may need those.
+        A class has whole batches: its last batch is filled with the longest rows of the next class, which wastes less
+        than empty rows. Only the narrowest class may need empty rows.
         """
         order = np.argsort(-self._lengths, kind="stable")
         ordered = self._lengths[order]
@@ -160,20 +160,20 @@ class BatchPlan:
             room = -(-(end - start) // count) * count
             taken = order[start : start + room]
             taken = np.append(taken, np.full(room - len(taken), EMPTY))
-            places, dealt = self._fix_places(taken, count, width)
-            classes.append(WidthClass(width, count, places, dealt))
+            slots, dealt = self._fix_slots(taken, count, width)
+            classes.append(WidthClass(width, count, slots, dealt))
             start += room
         return classes
 
-    def _fix_places(self, taken: np.ndarray, count: int, width: int) -> tuple[int, np.ndarray]:
-        """Return P of a class, and the deal that is known to fit it."""
+    def _fix_slots(self, taken: np.ndarray, count: int, width: int) -> tuple[int, np.ndarray]:
+        """Return P of a class, and a distribution of its rows that fits into P."""
         random = np.random.default_rng([self.seed, width])
         deals = [deal(self._counts, taken, count, random) for _ in range(DEALS)]
         most = [int(self._counts[dealt].sum(axis=1).max()) for dealt in deals]
-        # The middle one: the least would be so tight that most epochs had to fall back on that one deal.
+        # Take the median: with the smallest P, most epochs would have to fall back on that one distribution.
         middle = int(np.argsort(most, kind="stable")[DEALS // 2])
-        places = -(-max(1, most[middle]) // PLACES_STEP) * PLACES_STEP
-        return min(places, count * width), deals[middle]
+        slots = -(-max(1, most[middle]) // SLOTS_STEP) * SLOTS_STEP
+        return min(slots, count * width), deals[middle]
 
     def _epoch(self, epoch: int) -> list[tuple[WidthClass, np.ndarray]]:
         if self._epoch_cache is None or self._epoch_cache[0] != epoch:
@@ -181,7 +181,7 @@ class BatchPlan:
         return self._epoch_cache[1]
 
     def _make_epoch(self, epoch: int) -> list[tuple[WidthClass, np.ndarray]]:
-        """Return class and row numbers of each batch of one epoch, shuffled."""
+        """Return the class and the row numbers of each batch of one epoch, shuffled."""
         random = np.random.default_rng([self.seed, epoch])
         batches = [
             (part, numbers) for part in self.classes for numbers in random.permutation(self._deal_again(part, random))
@@ -189,19 +189,19 @@ class BatchPlan:
         return [batches[i] for i in random.permutation(len(self))]
 
     def _deal_again(self, part: WidthClass, random: np.random.Generator) -> np.ndarray:
-        """Deal a class's rows anew so that the targets fit into P; the known deal where chance does not."""
+        """Return a new distribution of a class's rows whose targets fit into P, or the known one if none is found."""
         for _ in range(DEALS):
             dealt = deal(self._counts, part.dealt.ravel(), part.count, random)
-            if self._counts[dealt].sum(axis=1).max() <= part.places:
+            if self._counts[dealt].sum(axis=1).max() <= part.slots:
                 return dealt
         return part.dealt
 
 
 def deal(counts: np.ndarray, taken: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
-    """Deal rows to batches so that all batches have about the same number of trained targets.
+    """Distribute rows over batches so that all batches have about the same number of trained targets.
 
-    Rows are sorted by their targets, roughly, and cut into `count` strata; each batch gets one row of each,
-    the batch with the fewest targets so far the row with the most.
+    Rows are roughly sorted by their number of targets and divided into `count` strata. Each batch gets one row of each
+    stratum; the batch with the fewest targets so far gets the row with the most.
 
     Args:
         counts: trained targets by row number; the last entry, EMPTY's, is 0.
@@ -214,7 +214,7 @@ def deal(counts: np.ndarray, taken: np.ndarray, count: int, random: np.random.Ge
     """
     batches = len(taken) // count
     targets = counts[taken]
-    # Blurred by a stratum's span: who meets whom changes from deal to deal.
+    # Blur by the span of a stratum, so that each epoch combines other rows.
     blur = max(1.0, np.ptp(targets) / count)
     strata = taken[np.argsort(targets + blur * random.random(len(taken)))[::-1]].reshape(count, batches)
     sums = np.zeros(batches, np.int64)
@@ -227,14 +227,14 @@ def deal(counts: np.ndarray, taken: np.ndarray, count: int, random: np.random.Ge
     return dealt.T
 
 
-def collate(rows: EncodedSet, numbers: np.ndarray, width: int, places: int) -> Batch:
-    """Lay rows out as one right-padded batch of `width` columns; padding is never a target.
+def collate(rows: EncodedSet, numbers: np.ndarray, width: int, slots: int) -> Batch:
+    """Return rows as one right-padded batch of `width` columns; padding is never a target.
 
     Args:
         rows: the encoded set.
         numbers: (B,) row numbers; EMPTY gives a row of padding.
         width: columns, T.
-        places: P, room for the trained targets of all these rows.
+        slots: P, at least the number of trained targets of these rows.
     """
     inputs = np.zeros((len(numbers), width), np.int32)
     targets = np.zeros((len(numbers), width), np.int32)
@@ -249,4 +249,4 @@ def collate(rows: EncodedSet, numbers: np.ndarray, width: int, places: int) -> B
         targets[i, :n] = tokens[1:]
         mask[i, :n] = trained[1:]
         real_tokens += n
-    return Batch.of(inputs, targets, mask, real_tokens, places)
+    return Batch.of(inputs, targets, mask, real_tokens, slots)

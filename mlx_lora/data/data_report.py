@@ -1,4 +1,4 @@
-"""What the data turned out to be, for a person to check before any time is spent on training."""
+"""Report what the data contains, so that a person can check it before training."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.encode import EncodedSet
 
-MAX_LISTED = 10  # dropped rows that are named one by one
-MAX_REASONS = 3  # that an error names
+MAX_LISTED = 10  # dropped rows that are listed one by one
+MAX_REASONS = 3  # reasons that an error lists
 MAX_REASON_CHARS = 200
 MAX_SEGMENT_CHARS = 360
 MAX_EXAMPLE_LINES = 12
 MAX_LINE_CHARS = 110
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # such a character could drive the terminal
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that could control the terminal
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
 @dataclass(frozen=True)
 class DroppedRow:
-    """A row that is not trained, where it stands (`unit` says what `line` counts) and why."""
+    """A row that is not trained: its location (`unit` says what `line` counts) and the reason."""
 
     file: str
     line: int
@@ -32,13 +32,13 @@ class DroppedRow:
     unit: str = "line"
 
     @property
-    def place(self) -> str:
-        """Where it stands, in words."""
+    def location(self) -> str:
+        """The location in words."""
         return f"{self.file} {self.unit} {self.line}"
 
 
-class Place(NamedTuple):
-    """Where a row stands: `unit` says what `line` counts."""
+class Location(NamedTuple):
+    """A row's location; `unit` says what `line` counts."""
 
     file: str
     line: int
@@ -47,7 +47,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class SplitReport:
-    """Size of one encoded split; lengths in tokens."""
+    """The size of one encoded split; lengths are in tokens."""
 
     rows: int
     tokens: int
@@ -59,33 +59,33 @@ class SplitReport:
 
     @classmethod
     def of(cls, rows: EncodedSet) -> SplitReport:
-        """Measure an encoded set."""
+        """Return the sizes of an encoded set."""
         lengths = rows.lengths if len(rows) else np.zeros(1, np.int64)
         low, middle, high, top = np.percentile(lengths, [0, 50, 95, 100], method="nearest")
         return cls(len(rows), len(rows.tokens), rows.supervised_tokens, int(low), int(middle), int(high), int(top))
 
     @property
     def supervised_share(self) -> float:
-        """Trained targets per token."""
+        """The number of trained targets per token."""
         return self.supervised_tokens / max(1, self.tokens)
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """Counts over all files read, sizes of the splits, and one example.
+    """Counts over all files, sizes of the splits, and one example.
 
     Attributes:
-        data: What `--data` named.
+        data: The value of `--data`.
         rows_read: Records in all files, bad ones included.
         formats: Format name -> rows.
         splits: `train`, `valid`, `test` -> sizes.
         valid_source: `file`, `held out` or `none`.
-        template: Where the chat template came from; `none` for plain text.
-        max_seq_length: Longest row allowed, tokens.
-        truncated, empty, duplicates, dropped: Rows; empty ones are among the dropped, duplicates are kept.
-        dropped_rows: The first of the dropped.
-        truncated_rows, duplicate_rows: The first of these.
-        notes: Other things a person should know, a sentence each.
+        template: Where the chat template comes from; `none` for plain text.
+        max_seq_length: Longest row allowed, in tokens.
+        truncated, empty, duplicates, dropped: Numbers of rows; `dropped` includes empty ones, duplicates are kept.
+        dropped_rows: The first dropped rows.
+        truncated_rows, duplicate_rows: Locations of the first of these rows.
+        notes: Other things to know, a sentence each.
         example: Decoded pieces of one training row, (text, trained).
     """
 
@@ -101,8 +101,8 @@ class DataReport:
     duplicates: int
     dropped: int
     dropped_rows: list[DroppedRow] = field(default_factory=list)
-    truncated_rows: list[Place] = field(default_factory=list)
-    duplicate_rows: list[Place] = field(default_factory=list)
+    truncated_rows: list[Location] = field(default_factory=list)
+    duplicate_rows: list[Location] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     example: list[tuple[str, bool]] = field(default_factory=list)
 
@@ -112,12 +112,12 @@ class DataReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DataReport:
-        """Rebuild a report from `to_dict`'s values, also after a way through JSON."""
+        """Return a report from the values of `to_dict`, which may have been stored as JSON."""
         made = {
             "splits": {name: SplitReport(**split) for name, split in values["splits"].items()},
             "dropped_rows": [DroppedRow(**row) for row in values["dropped_rows"]],
-            "truncated_rows": [Place(*place) for place in values["truncated_rows"]],
-            "duplicate_rows": [Place(*place) for place in values["duplicate_rows"]],
+            "truncated_rows": [Location(*location) for location in values["truncated_rows"]],
+            "duplicate_rows": [Location(*location) for location in values["duplicate_rows"]],
             "example": [(text, trained) for text, trained in values["example"]],
         }
         return cls(**{**values, **made})
@@ -126,7 +126,7 @@ class DataReport:
         """Return the report as lines of text.
 
         Args:
-            color: Mark the trained part in green (ANSI) instead of between ⟦ and ⟧.
+            color: Show the trained part in green (ANSI) instead of between ⟦ and ⟧.
         """
         formats = ", ".join(f"{count:,} {name}" for name, count in sorted(self.formats.items()))
         lines = [
@@ -147,7 +147,7 @@ class DataReport:
         lines.append(_line("rows", f"{counts}, dropped {self.dropped:,}"))
         lines += _where("truncated", self.truncated_rows, self.truncated)
         lines += _where("duplicate", self.duplicate_rows, self.duplicates)
-        lines += [cut(f"  {row.place}: {_clean(row.why)}", MAX_REASON_CHARS) for row in self.dropped_rows]
+        lines += [cut(f"  {row.location}: {_clean(row.why)}", MAX_REASON_CHARS) for row in self.dropped_rows]
         if self.dropped > len(self.dropped_rows):
             lines.append(f"  and {self.dropped - len(self.dropped_rows):,} more")
         lines += [_line("note", note) for note in self.notes]
@@ -170,11 +170,11 @@ class DataReport:
 
 
 def example_pieces(rows: EncodedSet, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """Decode a typical row (the middle one by length of the first 25) in runs of equal mask.
+    """Return a typical row (of the first 25, that of median length) as decoded pieces, each trained or not.
 
     Args:
         rows: At least one row.
-        tokenizer: The one it was encoded with.
+        tokenizer: The tokenizer that the rows were encoded with.
 
     Returns:
         (text, trained) pieces in order.
@@ -194,7 +194,7 @@ def _line(name: str, text: str) -> str:
 
 
 def reasons(dropped: list[DroppedRow]) -> str:
-    """Return why rows were dropped, for one line: the first reasons, each once, and of each the first row."""
+    """Return one line with the first reasons why rows were dropped, each with its first row."""
     by_reason: dict[str, list[DroppedRow]] = {}
     for row in dropped:
         by_reason.setdefault(row.why, []).append(row)
@@ -202,30 +202,30 @@ def reasons(dropped: list[DroppedRow]) -> str:
     parts = []
     for why, rows in told:
         as_well = f" and {len(rows) - 1:,} more" if len(rows) > 1 else ""
-        parts.append(f"{rows[0].place}{as_well}: {cut(why, MAX_REASON_CHARS)}")
+        parts.append(f"{rows[0].location}{as_well}: {cut(why, MAX_REASON_CHARS)}")
     left = len(dropped) - sum(len(rows) for _, rows in told)
     return "; ".join(parts) + (f"; and {left:,} more" if left else "")
 
 
 def cut(text: str, limit: int) -> str:
-    """Return a text of at most `limit` characters; one that is longer ends behind a word, with an ellipsis."""
+    """Return a text of at most `limit` characters; a longer one is cut after a word and ends with an ellipsis."""
     if len(text) <= limit:
         return text
     end = text.rfind(" ", limit // 2, limit - 1)
     return f"{text[: end if end > 0 else limit - 2]} …"
 
 
-def _where(what: str, places: list[Place], count: int) -> list[str]:
-    """Return a line on where rows stand that were cut or are there twice; none for no rows."""
-    if not places:
+def _where(what: str, locations: list[Location], count: int) -> list[str]:
+    """Return a line with the locations of truncated or duplicate rows; nothing if there are none."""
+    if not locations:
         return []
     by_file: dict[str, list[str]] = {}
-    for file, line, unit in places:
+    for file, line, unit in locations:
         by_file.setdefault(f"{file} {unit}", []).append(str(line))
     named = "; ".join(
         f"{file}{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}" for file, numbers in by_file.items()
     )
-    more = f" and {count - len(places):,} more" if count > len(places) else ""
+    more = f" and {count - len(locations):,} more" if count > len(locations) else ""
     return [f"  {what}: {_clean(named)}{more}"]
 
 
@@ -254,7 +254,7 @@ def _example_lines(pieces: list[tuple[str, bool]], color: bool) -> list[str]:
 
 
 def _shorten(text: str) -> str:
-    """Cut the middle out of a long piece, and of each long line."""
+    """Return the text without the middle of a long piece, and of each long line."""
     if len(text) > MAX_SEGMENT_CHARS:
         half = MAX_SEGMENT_CHARS // 2
         text = f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[-half:]}"
@@ -265,6 +265,6 @@ def _shorten(text: str) -> str:
 
 
 def _visible(text: str) -> str:
-    """Show line ends, tabs and spaces at a line's end."""
+    """Return the text with visible line ends, tabs, and spaces at the end of lines."""
     text = re.sub(r" +(?=\n|$)", lambda spaces: "␣" * len(spaces[0]), text.replace("\t", "→"))
     return CONTROL.sub("·", text.replace("\n", "↵\n"))

@@ -1,7 +1,7 @@
-"""Examples -> token ids and an exact loss mask, as flat arrays.
+"""Encode examples as token ids with an exact loss mask, in flat arrays.
 
-Shapes: N tokens of all rows together, R rows. Each text is tokenized once, whole, and character spans
-become token masks by the tokenizer's own alignment; a token that holds any trained character is trained.
+Shapes: N tokens of all rows together, R rows. Each text is tokenized once as a whole, and the tokenizer's alignment turns
+character spans into token masks; a token that holds any trained character is trained.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ BATCH_ROWS = 1000
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """Encoded rows, end to end.
+    """Encoded rows, one after another.
 
     Attributes:
         tokens: (N,) int32 token ids.
-        mask: (N,) bool, True: this token is a target that is trained. A row's first token never is.
+        mask: (N,) bool, True: this token is a target that is trained. A row's first token never is one.
         offsets: (R + 1,) int64; row i is tokens[offsets[i]:offsets[i + 1]].
     """
 
@@ -43,7 +43,7 @@ class EncodedSet:
 
     @classmethod
     def from_rows(cls, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> EncodedSet:
-        """Join (tokens, mask) rows."""
+        """Return the set of these (tokens, mask) rows."""
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum([len(tokens) for tokens, _ in rows], out=offsets[1:])
         tokens = np.concatenate([np.zeros(0, np.int32), *(tokens for tokens, _ in rows)])
@@ -55,7 +55,7 @@ class EncodedSet:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(R,) int64 tokens of each row."""
+        """The number of tokens of each row, (R,) int64."""
         return np.diff(self.offsets)
 
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -69,17 +69,17 @@ class EncodedSet:
 
     @cached_property
     def supervised_counts(self) -> np.ndarray:
-        """(R,) int64 trained targets of each row."""
+        """The number of trained targets of each row, (R,) int64."""
         return np.add.reduceat(self.mask, self.offsets[:-1], dtype=np.int64) if len(self) else np.zeros(0, np.int64)
 
     @cached_property
     def supervised_tokens(self) -> int:
-        """Targets that are trained."""
+        """The number of trained targets."""
         return int(self.mask.sum())
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the three arrays, in hex: the identity of the data for resuming."""
+        """The SHA-256 of the three arrays in hex, which identifies the data for --resume."""
         digest = hashlib.sha256()
         for array, kind in ((self.tokens, "<i4"), (self.mask, "?"), (self.offsets, "<i8")):
             digest.update(np.ascontiguousarray(array, kind).data)
@@ -88,15 +88,15 @@ class EncodedSet:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The rows of some examples, and what became of each example.
+    """The rows of some examples, and what happened to each example.
 
     Attributes:
         rows: the encoded set.
-        source: (R,) int64, the example a row came from (a long text gives several rows, and so does a chat whose
+        source: (R,) int64, the example that a row comes from (a long text gives several rows, and so does a chat whose
             template hides the thinking of earlier turns).
         dropped: example number -> why it gave no row.
-        truncated: numbers of the examples that were cut at the longest length.
-        unshown: field with content that the chat template does not show -> numbers of its examples.
+        truncated: numbers of the examples that were cut at the maximum length.
+        unshown: field with content that the chat template does not show -> numbers of the examples that have it.
         divided: numbers of the chats that gave several rows.
     """
 
@@ -110,7 +110,7 @@ class Encoded:
 
 @dataclass
 class _Found:
-    """What has been encoded so far: rows, the example of each, and what became of the examples."""
+    """The rows that were encoded so far, the example of each, and what happened to the examples."""
 
     rows: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     source: list[int] = field(default_factory=list)
@@ -120,7 +120,7 @@ class _Found:
     divided: list[int] = field(default_factory=list)
 
     def result(self) -> Encoded:
-        """Return the whole; an example is dropped when none of its rows is left."""
+        """Return the result; an example only counts as dropped if none of its rows is left."""
         for number in set(self.source) & self.dropped.keys():
             del self.dropped[number]
         rows, source = EncodedSet.from_rows(self.rows), np.array(self.source, np.int64)
@@ -129,7 +129,7 @@ class _Found:
 
 
 class Encoder:
-    """A tokenizer, a template and the settings that decide what is trained."""
+    """Encodes examples with a tokenizer, a template and the settings that decide what is trained."""
 
     def __init__(
         self,
@@ -145,19 +145,19 @@ class Encoder:
 
         Args:
             tokenizer: A fast tokenizer (one with offsets), not mlx-lm's wrapper.
-            template: Chat template, Jinja text; None when only plain text will be encoded.
-            max_seq_length: Tokens per row at the most.
-            mask_prompt: Train assistant turns and completions only; else every token but the first.
+            template: Chat template, Jinja text; None if only plain text will be encoded.
+            max_seq_length: The most tokens per row.
+            mask_prompt: Only train assistant turns and completions; otherwise every token but the first.
             plain_completions: Join prompt and completion as they are, for models without a template.
-            day: What a template that shows the date takes for today; None: today.
+            day: The day that a template shows as today; None: today.
 
         Raises:
             InputError: the tokenizer gives no offsets, or the length leaves no room for a target.
         """
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise InputError(
-                f"the tokenizer is a {type(tokenizer).__name__}, which cannot say where a token stands in the "
-                "text; training needs a fast tokenizer (a tokenizer.json)"
+                f"the tokenizer is a {type(tokenizer).__name__}, which does not tell the positions of tokens in the "
+                "text; training requires a fast tokenizer (a tokenizer.json)"
             )
         self.prefix = prefix_tokens(tokenizer)
         if max_seq_length < len(self.prefix) + 2:
@@ -174,13 +174,13 @@ class Encoder:
 
         Args:
             examples: What to encode.
-            on_rows: Called now and then with the count of examples done.
+            on_rows: Called from time to time with the number of examples done.
 
         Returns:
             Every row has at least one trained target; examples without any are in `dropped`.
         """
         found = _Found()
-        # The tokenizer works on all cores without Python's lock, so the next batch is rendered meanwhile.
+        # The tokenizer uses all cores without Python's lock, so the next batch can be rendered at the same time.
         with ThreadPoolExecutor(max_workers=1) as pool:
             waiting: tuple[list[tuple[int, Rendered]], Future[list[Encoding]]] | None = None
             for start in range(0, len(examples), BATCH_ROWS):
@@ -196,7 +196,7 @@ class Encoder:
         return found.result()
 
     def _render_batch(self, examples: Sequence[Example], first: int, found: _Found) -> list[tuple[int, Rendered]]:
-        """Return (number, text) of the examples that render; the others are dropped with the reason."""
+        """Return (number, text) of the examples that can be rendered; drop the others with the reason."""
         rendered = []
         with CLOCK.held():
             for number, example in enumerate(examples, first):
@@ -238,7 +238,7 @@ class Encoder:
             found.source += [number] * len(pieces)
 
     def shows_tools(self, conversation: Conversation) -> bool:
-        """Return whether the template tells the model which tools it has."""
+        """Tell whether the template shows the conversation's tools to the model."""
         return self.renderer is not None and self.renderer.shows_tools(conversation)
 
     def _is_plain(self, example: Example) -> bool:
@@ -255,11 +255,11 @@ class Encoder:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
             example = Conversation(turns)
         if self.renderer is None:
-            raise InputError("conversations need a chat template, and none was given")
+            raise InputError("conversations require a chat template, and none was given")
         return self.renderer.render(example)
 
     def _row(self, rendered: Rendered, encoding: Encoding, plain: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Return (n,) tokens and mask of one text, before any cut."""
+        """Return the tokens and mask (n,) of one text, before it is cut."""
         ids = np.array(encoding.ids, np.int32)
         mask = np.zeros(len(ids), bool)
         for span in rendered.spans:
@@ -268,7 +268,7 @@ class Encoder:
         if rendered.append_eos and self._eos is not None and eos_missing:
             ids, mask = np.append(ids, np.int32(self._eos)), np.append(mask, True)
         if plain and self.prefix:
-            # The text may begin with the BOS text itself; a chat has it from its template, or not at all.
+            # A plain text may itself begin with the BOS text. A chat only has a BOS if its template writes one.
             have = ids[: len(self.prefix)].tolist() == self.prefix
             prefix = np.array([] if have else self.prefix, np.int32)
             ids = np.concatenate([prefix, ids])
@@ -283,16 +283,16 @@ class Encoder:
 def windows(
     tokens: np.ndarray, mask: np.ndarray, max_tokens: int, prefix: int = 0
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Cut a long row into full windows that lose no target.
+    """Return a long row as windows that together keep every target.
 
-    Each window repeats the row's `prefix` first tokens (a BOS), then the last token of the window before
-    as context for its first target; neither is a target there.
+    Each window repeats the row's first `prefix` tokens (a BOS), then the last token of the window before it as context
+    for its first target; neither is a target there.
 
     Args:
         tokens: (n,) int32.
         mask: (n,) bool.
         max_tokens: Tokens per window.
-        prefix: Tokens at the row's start that every window repeats.
+        prefix: Number of tokens at the row's start that every window repeats.
 
     Returns:
         (tokens, mask) per window; together they hold each of the row's targets once.
@@ -315,12 +315,12 @@ def token_range(encoding: Encoding, span: tuple[int, int], text_chars: int) -> t
     """Return the range of tokens that hold any character of `span`.
 
     Args:
-        encoding: Of the whole text, with untrimmed offsets.
+        encoding: The encoding of the whole text, with untrimmed offsets.
         span: Characters [start, end).
         text_chars: Length of the text.
     """
     start, end = span
-    # A normalizer may drop characters, which then belong to no token: go on to the next one.
+    # A normalizer may remove characters, which then belong to no token: try the next character.
     held = (token for char in range(start, end) if (token := encoding.char_to_token(char)) is not None)
     first = next(held, None)
     if first is None:
@@ -333,9 +333,9 @@ def token_range(encoding: Encoding, span: tuple[int, int], text_chars: int) -> t
 
 
 def _offset_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """Return a copy of the tokenizer's core that neither adds, cuts nor pads, with true offsets.
+    """Return a copy of the tokenizer's core that neither adds, cuts nor pads, with exact offsets.
 
-    The post-processor goes: GPT-2's trims white space from offsets, so "\\n" would stand nowhere.
+    The post-processor is removed: GPT-2's trims white space from offsets, so that "\\n" would have no position.
     """
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.post_processor = None

@@ -1,11 +1,11 @@
-"""Encoded data on disk, so that the same data is encoded once and later runs start at once.
+"""Cache encoded data on disk, so that the same data is only encoded once.
 
-    <cache>/encoded/<key>/entry.json                 sizes, fingerprints, and what the caller wants to keep
+    <cache>/encoded/<key>/entry.json                 fingerprints, and details that the caller stores
                           train.tokens.npy ...       the arrays of each set, mapped into memory when read
 
-The key covers all that decides the arrays: the data files' bytes, tokenizer, templates, settings, seed, and
-this stage's own code. An entry appears whole or not at all, and one that does not read back as it was
-written counts as absent. At most MAX_ENTRIES entries and MAX_BYTES are kept, the last used ones.
+The key covers everything that decides the arrays: the data files' bytes, tokenizer, templates, settings, seed, and this
+stage's code. An entry is written completely or not at all, and a damaged entry counts as absent. At most MAX_ENTRIES
+entries and MAX_BYTES are kept, those used last.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ def entry_folder(
     seed: int,
     day: date | None = None,
 ) -> Path:
-    """Return the folder for this data, encoded in this way; it need not exist.
+    """Return the folder for this data, encoded in this way; it may not exist yet.
 
     Args:
-        kind: What is made of the data: a training run's splits or one evaluation set.
+        kind: The purpose of the data: a training run's splits or one evaluation set.
         files: Split name -> its data files.
-        settings: What is trained of them; `data` itself does not count, only what the files hold.
+        settings: How to encode them; `data` itself does not count, only the content of the files.
         tokenizer: A fast tokenizer, with its chat template.
         seed: Of the held-out split.
-        day: That the chat template shows; None where it shows none.
+        day: The day that the chat template shows; None if it shows none.
     """
     parts = {
         "kind": kind,
@@ -70,7 +70,7 @@ def entry_folder(
 
 
 def read_entry(folder: Path) -> tuple[dict[str, EncodedSet], dict[str, Any]] | None:
-    """Return the sets, mapped into memory, and the details of an entry; None when absent or damaged.
+    """Return an entry's sets, mapped into memory, and its details; None if it is absent or damaged.
 
     Args:
         folder: From `entry_folder`.
@@ -80,22 +80,22 @@ def read_entry(folder: Path) -> tuple[dict[str, EncodedSet], dict[str, Any]] | N
         sets = {name: _read_set(folder, name) for name in entry["fingerprints"]}
         if {name: rows.fingerprint for name, rows in sets.items()} != entry["fingerprints"]:
             return None
-        os.utime(folder)  # the last used ones are kept
+        os.utime(folder)  # the entries used last are kept
         return sets, entry["details"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError):  # what a cut or scribbled file can raise
+    except (OSError, ValueError, KeyError, TypeError, EOFError):  # what a damaged file can raise
         return None
 
 
 def write_entry(folder: Path, sets: dict[str, EncodedSet], details: dict[str, Any]) -> None:
-    """Write an entry, whole or not at all, and remove the entries that are too many.
+    """Write an entry, completely or not at all, and remove the entries beyond the limits.
 
     Args:
         folder: From `entry_folder`.
         sets: Name -> encoded set.
-        details: Plain values for JSON, handed back by `read_entry`.
+        details: Plain values for JSON, returned by `read_entry`.
 
     Raises:
-        OSError: no room, or no permission.
+        OSError: there is no space or no permission.
     """
     with replacing_folder(folder) as temporary:
         for name, rows in sets.items():
@@ -111,19 +111,19 @@ def _array(rows: EncodedSet, name: str) -> np.ndarray:
 
 
 def _read_set(folder: Path, name: str) -> EncodedSet:
-    # A plain view: each slice of a memmap object would cost more than the row it cuts out.
+    # Use a plain array: each slice of a memmap object would cost more than reading the row.
     parts = {array: np.load(folder / f"{name}.{array}.npy", mmap_mode="r").view(np.ndarray) for array in ARRAYS}
     for array, kind in ARRAYS.items():
         if parts[array].dtype != kind or parts[array].ndim != 1:
-            raise ValueError(f"{name}.{array} holds another kind of array")
+            raise ValueError(f"{name}.{array} is another kind of array")
     return EncodedSet(**parts)
 
 
-def _evict(room: Path) -> None:
-    """Remove what a killed process left, and the entries used longest ago beyond the limits."""
+def _evict(folder: Path) -> None:
+    """Remove what a killed process left, and, beyond the limits, the entries that were used longest ago."""
     now = time.time()
     entries = []
-    for path in room.iterdir():
+    for path in folder.iterdir():
         modified = path.stat().st_mtime
         if not path.name.startswith("."):
             entries.append((modified, path))
@@ -132,18 +132,18 @@ def _evict(room: Path) -> None:
     kept_bytes = 0
     for number, (_, path) in enumerate(sorted(entries, reverse=True)):
         kept_bytes += sum(file.stat().st_size for file in path.iterdir())
-        if number and (number >= MAX_ENTRIES or kept_bytes > MAX_BYTES):  # the one just written always stays
+        if number and (number >= MAX_ENTRIES or kept_bytes > MAX_BYTES):  # the newest entry always stays
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _template_hash(name_or_file: str | None) -> str | None:
-    """Return a hash of the template file's text; None for a built-in, which is part of the code."""
+    """Return a hash of the template file; None for a built-in template, which is part of the code."""
     path = Path(name_or_file).expanduser() if name_or_file else None
     return sha256_of(path) if path and path.is_file() else None
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of all of a tokenizer that ids, masks and rendered chats depend on."""
+    """Return a hash of everything in a tokenizer that ids, masks and rendered chats depend on."""
     core = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else type(tokenizer).__name__
     special = [tokenizer.special_tokens_map, tokenizer.all_special_tokens, tokenizer.eos_token_id]
     content = json.dumps([core, tokenizer.chat_template, special], sort_keys=True, default=str)
@@ -151,7 +151,7 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _code_hash() -> str:
-    """Return a hash of the code that reads and encodes: a changed rule must not meet yesterday's arrays."""
+    """Return a hash of the code that reads and encodes data: if it changes, old arrays must not be used."""
     digest = hashlib.sha256()
     for package, suffix in (("mlx_lora.sources", ".py"), ("mlx_lora.data", ".py"), ("mlx_lora.data", ".jinja")):
         folder = resources.files(package)

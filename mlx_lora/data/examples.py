@@ -1,4 +1,4 @@
-"""What a record becomes: a conversation, a completion or plain text; or the reason why it cannot be used."""
+"""The types that a record is turned into: a conversation, a completion or plain text, or an error with the reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Message = dict[str, Any]
 
 
 class FormatError(ValueError):
-    """One record cannot be used; the message is the reason, on one line."""
+    """A record cannot be used; the message is the reason, on one line."""
 
 
 class EmptyRecord(FormatError):
@@ -19,16 +19,16 @@ class EmptyRecord(FormatError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in OpenAI's shape; a turn's `weight` 0 keeps it as context only (all others are trained).
+    """Turns in OpenAI's format; a turn with `weight` 0 is only context (all others are trained).
 
     Each message has `role` (one of ROLES) and `content` (a string), and may have `tool_calls` (arguments
     as a dict), `reasoning_content`, `name` and `tool_call_id`.
 
     Attributes:
         messages: The turns.
-        tools: What the model may call, each `{type, function: {name, ...}}`; None: nothing.
-        reasoning_field: What the record itself calls `reasoning_content`.
-        unread: Fields of its messages that are not looked at.
+        tools: The tools that the model may call, each `{type, function: {name, ...}}`; None: no tools.
+        reasoning_field: The record's own name for `reasoning_content`.
+        unread: Fields of its messages that are ignored.
     """
 
     messages: list[Message]
@@ -39,7 +39,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and what is to follow it."""
+    """A prompt and the text that follows it."""
 
     prompt: str
     completion: str
@@ -47,7 +47,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text, every token of it trained; `ends` is False for the first part of a text cut in two."""
+    """Plain text, of which every token is trained; `ends` is False for the first part of a text cut in two."""
 
     text: str
     ends: bool = True

@@ -1,4 +1,4 @@
-"""Records of the usual instruction formats -> one canonical form.
+"""Parse records of the usual instruction formats.
 
 A record becomes a Conversation, a Completion or a Text, or is refused with a FormatError that says
 which keys were found and what was expected; the caller adds the line number.
@@ -23,9 +23,9 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
-# Columns of which a row holds both where it compares two answers.
+# A row that has both columns of a pair compares two answers.
 PREFERENCE_PAIRS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
-# Columns that say whether an answer is good, beside the columns that hold a question and its answer.
+# Columns that rate an answer, and the columns that hold a question and its answer.
 RATING_COLUMNS, ANSWERED = ("label", "kto_tag"), ({"prompt", "completion"}, {"messages"}, {"conversations"})
 EXPECTED = {
     "alpaca": "instruction, output (and optionally input, system, history)",
@@ -37,17 +37,17 @@ EXPECTED = {
 
 
 def parse_record(record: Record, data_format: str = "auto") -> tuple[str, Example]:
-    """Bring one record into canonical form.
+    """Return a record's format and the example that it holds.
 
     Args:
-        record: As read from the file; None stands for an absent value.
-        data_format: `alpaca`, `sharegpt`, `messages`, `completions`, `text`, or `auto` to look at the keys.
+        record: As read from the file; a value of None counts as absent.
+        data_format: `alpaca`, `sharegpt`, `messages`, `completions`, `text`, or `auto` to choose by the keys.
 
     Returns:
         The format's name and the example.
 
     Raises:
-        FormatError: the record does not have that shape (EmptyRecord: it has, with nothing to train).
+        FormatError: the record does not have that format (EmptyRecord: it has, but there is nothing to train).
     """
     record = {key: value for key, value in record.items() if value is not None}
     name = detect_format(record) if data_format == "auto" else data_format
@@ -58,7 +58,7 @@ def detect_format(record: Record) -> str:
     """Return the name of the format whose keys the record has.
 
     Raises:
-        FormatError: none has them, or the row is made for preference training, where an answer may be a bad one.
+        FormatError: no format has these keys, or the row is meant for preference training, where an answer may be bad.
     """
     _refuse_preference(record)
     if "messages" in record:
@@ -75,7 +75,7 @@ def detect_format(record: Record) -> str:
 
 
 def _refuse_preference(record: Record) -> None:
-    """Refuse a row that compares or rates answers: read as a chat, bad answers would be trained as good ones."""
+    """Refuse a row that compares or rates answers: as a chat, it would train bad answers as if they were good."""
     for pair in PREFERENCE_PAIRS:
         if record.keys() >= set(pair):
             raise FormatError(
@@ -91,7 +91,7 @@ def _refuse_preference(record: Record) -> None:
 
 
 def _is_rating(value: object) -> bool:
-    """Return whether a value says good or bad: true, 1, or the text that a CSV file has for them."""
+    """Tell whether a value means good or bad: a bool, 0 or 1, or its text in a CSV file."""
     return str(value).strip().lower() in ("true", "false", "0", "1")
 
 
@@ -152,7 +152,7 @@ def _completions(record: Record) -> Conversation | Completion:
             raise EmptyRecord("empty completion")
         return Completion(prompt, completion)
     if isinstance(prompt, list) and isinstance(completion, list):
-        # TRL's conversational form: only the completion is trained, whatever roles the prompt holds.
+        # TRL's conversational format: only the completion is trained, whatever roles the prompt has.
         context = [{**turn, "weight": 0} if isinstance(turn, dict) else turn for turn in prompt]
         return conversation(context + completion, record.get("tools"), None, record.get("functions"))
     raise FormatError("prompt and completion must both be strings, or both lists of messages")
@@ -176,7 +176,7 @@ PARSERS: dict[str, Callable[[Record], Example]] = {
 
 def _need(record: Record, key: str, name: str) -> object:
     if key not in record:
-        raise FormatError(f"found {keys_of(record)}; the {name} format needs {EXPECTED[name]}")
+        raise FormatError(f"found {keys_of(record)}; the {name} format requires {EXPECTED[name]}")
     return record[key]
 
 

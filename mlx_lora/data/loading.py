@@ -1,4 +1,4 @@
-"""`--data` -> encoded training, validation and test sets, and the report on them."""
+"""Load `--data`: read, encode and split it into training, validation and test sets, and report on them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.data.data_report import MAX_LISTED, DataReport, DroppedRow, Place, SplitReport, example_pieces, reasons
+from mlx_lora.data.data_report import MAX_LISTED, DataReport, DroppedRow, Location, SplitReport, example_pieces, reasons
 from mlx_lora.data.encode import Encoded, EncodedSet, Encoder
 from mlx_lora.data.encoded_cache import entry_folder, read_entry, write_entry
 from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, Example, FormatError, Text
@@ -26,19 +26,19 @@ from mlx_lora.sources.splits import find_splits
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import one_at_a_time
 
-TELL_AFTER_S = 2.0  # a shorter encoding needs no word
+TELL_AFTER_S = 2.0  # a shorter encoding is not reported
 TELL_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
 class DataSplits:
-    """Everything a run needs of its data.
+    """The data of a run.
 
     Attributes:
-        train, valid, test: Encoded sets; None where there is none.
+        train, valid, test: Encoded sets, or None.
         report: What was read, kept and dropped.
-        chat_template: Jinja text the chats were rendered with; None when nothing was rendered.
-        chat_day: The day it shows as today; None when it shows none.
+        chat_template: Jinja text that the chats were rendered with; None if nothing was rendered.
+        chat_day: The day that it shows as today; None if it shows none.
     """
 
     train: EncodedSet
@@ -51,19 +51,19 @@ class DataSplits:
 
 @dataclass
 class _Rows:
-    """The usable rows of one split, where each stands, and the rows that are not usable."""
+    """The usable rows of one split, their locations, and the unusable rows."""
 
     examples: list[Example] = field(default_factory=list)
-    places: list[Place] = field(default_factory=list)
+    locations: list[Location] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
     dropped: list[DroppedRow] = field(default_factory=list)
     empty: int = 0
-    truncated: list[Place] = field(default_factory=list)
+    truncated: list[Location] = field(default_factory=list)
     unread: int = 0
 
     @property
     def rows_read(self) -> int:
-        """Records in the files, bad ones included."""
+        """The number of records in the files, bad ones included."""
         return sum(self.formats.values()) + self.unread
 
 
@@ -74,21 +74,21 @@ def load_data(
     say: Callable[[str], None] = lambda line: None,
     today: date | None = None,
 ) -> DataSplits:
-    """Read, encode and split the data of a run, or take it from the cache of an earlier run.
+    """Return the data of a run, encoded and split, or taken from the cache of an earlier run.
 
     Args:
         settings: `--data` and what to train of it.
         tokenizer: A fast tokenizer, not mlx-lm's wrapper.
         seed: Of the held-out split.
-        say: Takes a line now and then while a long encoding goes on.
-        today: For templates that show the date, unless the settings name a day; None: today.
+        say: Called with a line from time to time during a long encoding.
+        today: The day for templates that show the date, unless the settings name one; None: today.
 
     Returns:
-        The sets and the report. Without a validation file, `valid_fraction` of the rows (of one long text:
-        its last part) is held out of training.
+        The sets and the report. Without a validation file, `valid_fraction` of the rows, or the last part of a single
+        long text, is held out of training.
 
     Raises:
-        InputError: no data, no usable row, or with `strict` any unusable one.
+        InputError: there is no data or no usable row, or, with `strict`, any unusable one.
     """
     if settings.data is None:
         raise InputError("no data given; name a file, a folder, a hub dataset or tiny-shakespeare with --data")
@@ -102,10 +102,10 @@ def load_data(
 
 
 def _day(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, today: date | None) -> date | None:
-    """Return the day that the chat template shows; None where it shows none.
+    """Return the day that the chat template shows, or None if it shows none.
 
     Raises:
-        InputError: a day is asked for, and the template shows none.
+        InputError: the settings name a day, but the template shows none.
     """
     if shows_date(settings.chat_template, tokenizer):
         return date.fromisoformat(settings.chat_date) if settings.chat_date else today or date.today()
@@ -135,7 +135,7 @@ def _read_or_make_splits(
 
 
 def _files_of(data: str) -> dict[str, tuple[Path, ...]]:
-    """Return the files of each split, each of them looked at: it is there and can be read."""
+    """Return the files of each split, after checking that each exists and can be read."""
     files = find_splits(data)
     for paths in files.values():
         for path in paths:
@@ -144,7 +144,7 @@ def _files_of(data: str) -> dict[str, tuple[Path, ...]]:
 
 
 def _keep(folder: Path, sets: dict[str, EncodedSet], details: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Put what was encoded into the cache; a run that cannot is no worse for it."""
+    """Write the encoded sets to the cache; if that fails, say so and go on."""
     try:
         write_entry(folder, sets, details)
     except OSError as error:
@@ -166,7 +166,7 @@ def _make_splits(
     encoded = {name: _encode(rows, encoder, say) for name, rows in parts.items()}
     _check(settings, parts, encoded)
 
-    truncated = [place for rows in parts.values() for place in rows.truncated]
+    truncated = [location for rows in parts.values() for location in rows.truncated]
     keys = {
         name: [content_key(parts[name].examples[i]) for i in dict.fromkeys(encoded[name].source.tolist())]
         for name in encoded
@@ -203,11 +203,11 @@ def load_eval_set(
     tokenizer: PreTrainedTokenizerBase,
     say: Callable[[str], None] = lambda line: None,
 ) -> EncodedSet:
-    """Read and encode what `evaluate --data` names: all rows of a file; of a folder, test, else valid.
+    """Return the encoded set for `evaluate --data`: all rows of a file, or a folder's test or else validation file.
 
     Args:
         data: As `--data`.
-        settings: Format, template, length and mask; its own `data` is not looked at.
+        settings: Format, template, length and mask; its `data` is ignored.
         tokenizer: A fast tokenizer.
         say: As for `load_data`.
 
@@ -252,25 +252,25 @@ def _read(paths: Sequence[Path], data_format: str) -> _Rows:
                 continue
             rows.formats[name] += 1
             rows.examples.append(example)
-            rows.places.append(Place(path.name, record.line, record.unit))
+            rows.locations.append(Location(path.name, record.line, record.unit))
     return rows
 
 
 def _cut_single_text(train: _Rows, fraction: float) -> dict[str, _Rows]:
-    """Return new train and valid parts when all there is to train on is one long text."""
+    """Cut the training data in two if it is a single long text, and return the part to validate on."""
     if len(train.examples) != 1 or not isinstance(train.examples[0], Text):
         return {}
     parts = cut_text(train.examples[0], fraction)
     if parts is None:
         return {}
     train.examples[0] = parts[0]
-    return {"valid": _Rows([parts[1]], list(train.places))}
+    return {"valid": _Rows([parts[1]], list(train.locations))}
 
 
 def _make_encoder(
     parts: Sequence[_Rows], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, day: date | None
 ) -> tuple[Encoder, str | None, str]:
-    """Return the encoder, the template's text and its origin; no template when only plain text is read."""
+    """Return the encoder, the template's text (None if all data is plain text), and the template's origin."""
     plain_completions = settings.chat_template is None and not tokenizer.chat_template
     rendered = (Conversation,) if plain_completions else (Conversation, Completion)
     template, origin = None, "none (plain text)"
@@ -302,39 +302,39 @@ def _encode(rows: _Rows, encoder: Encoder, say: Callable[[str], None]) -> Encode
 
     encoded = encoder.encode(rows.examples, tell)
     for number, why in encoded.dropped.items():
-        place = rows.places[number]
-        rows.dropped.append(DroppedRow(place.file, place.line, why, place.unit))
+        location = rows.locations[number]
+        rows.dropped.append(DroppedRow(location.file, location.line, why, location.unit))
     rows.dropped.sort(key=lambda row: (row.file, row.line))
-    rows.truncated = [rows.places[number] for number in encoded.truncated]
+    rows.truncated = [rows.locations[number] for number in encoded.truncated]
     return encoded
 
 
-def _doubled(rows: _Rows, encoded: Encoded, keys: list[str]) -> list[Place]:
-    """Return where rows stand that say what an earlier one says; `keys` are those of the examples that gave rows."""
+def _doubled(rows: _Rows, encoded: Encoded, keys: list[str]) -> list[Location]:
+    """Return the locations of duplicate rows; `keys` are those of the examples that gave rows."""
     seen: set[str] = set()
     found = []
     for number, key in zip(dict.fromkeys(encoded.source.tolist()), keys, strict=True):
         if key in seen:
-            found.append(rows.places[number])
+            found.append(rows.locations[number])
         seen.add(key)
     return found
 
 
 def _check(settings: DataSettings, parts: dict[str, _Rows], encoded: dict[str, Encoded]) -> None:
-    """Raise for a split without a single row, and with `strict` for any dropped row."""
+    """Raise if a split has no row, or, with `strict`, if any row was dropped."""
     for name, rows in parts.items():
         if len(encoded[name].rows) and not (settings.strict and rows.dropped):
             continue
         found = len(rows.dropped)
         if not found:
-            raise InputError(f"the {name} data holds no record; it needs at least one")
+            raise InputError(f"the {name} data has no record; it needs at least one")
         if len(encoded[name].rows):
-            raise InputError(f"--strict: {found} unusable {name} rows: {reasons(rows.dropped)}; mend or remove them")
+            raise InputError(f"--strict: {found} unusable {name} rows: {reasons(rows.dropped)}; fix or remove them")
         raise InputError(f"no usable row in the {name} data, {found} refused: {reasons(rows.dropped)}")
 
 
 def _evaluation_notes(rows: _Rows, encoded: Encoded) -> list[str]:
-    """Say what an evaluation left out or cut: a loss over fewer rows than were given is another loss."""
+    """Return notes on what an evaluation left out or cut, because that changes the loss."""
     notes = []
     if rows.dropped:
         notes.append(f"Note: {len(rows.dropped)} unusable rows left out: {reasons(rows.dropped)}")
@@ -347,7 +347,7 @@ def _hold_out(encoded: Encoded, keys: list[str], fraction: float, seed: int) -> 
     held = hold_out(keys, fraction, seed)
     if not held.any():
         return {}
-    _, example = np.unique(encoded.source, return_inverse=True)  # keys are of the examples that gave rows
+    _, example = np.unique(encoded.source, return_inverse=True)  # there is a key for each example that gave rows
     in_valid = held[example]
     return {
         "train": encoded.rows.select(np.flatnonzero(~in_valid)),
@@ -366,7 +366,7 @@ def _notes(
     for name in ("valid", "test"):
         shared = len(set(keys.get(name, [])) & set(keys["train"]))
         if shared:
-            notes.append(f"{shared:,} {name} rows are also training rows; the {name} loss will flatter")
+            notes.append(f"{shared:,} {name} rows are also training rows; the {name} loss will be too low")
     kept = [parts[name].examples[i] for name, part in encoded.items() for i in set(part.source.tolist())]
     chats = [example for example in kept if isinstance(example, Conversation)]
     with_tools = [chat for chat in chats if chat.tools]
@@ -386,7 +386,7 @@ def _notes(
     if divided:
         notes.append(
             f"{_count(divided, 'chat')} {'gives' if divided == 1 else 'give'} several rows: the chat template hides "
-            "earlier thinking or tools later on, and each turn is trained as the model writes it"
+            "thinking or tools of earlier turns, and each turn is trained as the model writes it"
         )
     if day and chats:
         notes.append(f"the chat template shows a date: {day.isoformat()}, kept for --resume (--chat-date)")

@@ -1,11 +1,11 @@
-"""Turns as data sets write them -> turns in one form, OpenAI's.
+"""Convert the turns of data sets to OpenAI's format.
 
-Three things have several names or shapes in the wild, and one here:
+Three things have several names in data sets, and one here:
 
-- what a model thinks before it answers: `reasoning_content` (Qwen, DeepSeek), `thinking` (GPT-OSS), `reasoning`
-  (vLLM, Gemma), a content part of type `thinking`, or harmony's own message of `channel: analysis`;
+- the thinking before an answer: `reasoning_content` (Qwen, DeepSeek), `thinking` (GPT-OSS), `reasoning` (vLLM, Gemma),
+  a content part of type `thinking`, or harmony's message of `channel: analysis`;
 - a call: `tool_calls`, OpenAI's older `function_call`, or harmony's `channel: commentary` with a `recipient`;
-- what a call gave back: role `tool` or `function`, named by an id, by a name, or by nothing but its place.
+- the result of a call: role `tool` or `function`, identified by an id, by a name, or only by its position.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def conversation(turns: Any, tools: Any, system: Any, functions: Any = None) -> 
 
     Args:
         turns: A list of messages, or such a list as JSON text.
-        tools: What the model may call: a list of objects, or such a list as JSON text; None: nothing.
-        system: A system text that stands outside of the turns, or None.
+        tools: The tools that the model may call: a list of objects, or such a list as JSON text; None: no tools.
+        system: A system text from outside of the turns, or None.
         functions: OpenAI's older name of `tools`.
 
     Raises:
-        FormatError: with the first thing that is wrong (EmptyRecord: nothing in it is to be trained).
+        FormatError: with the first thing that is wrong (EmptyRecord: there is nothing to train).
     """
     turns = as_list(turns, "messages")
     messages = _joined([_message(turn, number) for number, turn in enumerate(turns, 1)])
@@ -49,7 +49,7 @@ def conversation(turns: Any, tools: Any, system: Any, functions: Any = None) -> 
 
 
 def _unread(turns: list[dict[str, Any]]) -> frozenset[str]:
-    """Return the names of fields that hold something and are not looked at."""
+    """Return the names of fields that have content but are ignored."""
     found = set()
     for turn in turns:
         known = READ_OF_ASSISTANT if turn["role"] == "assistant" else READ
@@ -58,7 +58,7 @@ def _unread(turns: list[dict[str, Any]]) -> frozenset[str]:
 
 
 def _message(turn: Any, number: int) -> Message:
-    """Return one turn in OpenAI's shape; an assistant's may still have `channel` and `recipient`."""
+    """Return one turn in OpenAI's format; an assistant's turn may still have `channel` and `recipient`."""
     if not isinstance(turn, dict) or "role" not in turn:
         raise FormatError(f"message {number} has {keys_of(turn)}; expected role, content")
     turn = {key: value for key, value in turn.items() if value is not None}
@@ -71,7 +71,7 @@ def _message(turn: Any, number: int) -> Message:
         if key in turn:
             message[key] = as_string(turn[key], f"message {number}: {key}")
     if turn.get("weight", 1) not in (0, 1):
-        raise FormatError(f"message {number} has weight {turn['weight']!r}; only 0 and 1 are known")
+        raise FormatError(f"message {number} has weight {turn['weight']!r}; only 0 and 1 are allowed")
     if turn.get("weight", 1) == 0:
         message["weight"] = 0
     if role == "assistant":
@@ -82,7 +82,7 @@ def _message(turn: Any, number: int) -> Message:
 
 
 def _assistants_own(turn: dict[str, Any], thought: str, number: int) -> Message:
-    """Return what only an assistant's turn has: thinking, calls, a harmony channel."""
+    """Return the fields that only an assistant's turn has: thinking, calls, a harmony channel."""
     found: Message = {}
     if reasoning := _reasoning(turn, thought, number):
         found["reasoning_content"] = reasoning
@@ -98,7 +98,7 @@ def _assistants_own(turn: dict[str, Any], thought: str, number: int) -> Message:
 
 
 def _reasoning(turn: dict[str, Any], thought: str, number: int) -> str:
-    """Return a turn's thinking, under whichever name it stands; copies of it under several names are one."""
+    """Return a turn's thinking under any of its names; equal copies under several names count once."""
     found = {name: as_string(turn[name], f"message {number}: {name}") for name in REASONING if name in turn}
     found = {"a content part": thought, **found}
     found = {name: text for name, text in found.items() if text.strip()}
@@ -108,7 +108,7 @@ def _reasoning(turn: dict[str, Any], thought: str, number: int) -> str:
 
 
 def _joined(messages: list[Message]) -> list[Message]:
-    """Return the turns with harmony's messages of one turn (analysis, then commentary or final) made one."""
+    """Return the turns, with harmony's messages of one turn (analysis, then commentary or final) joined."""
     found: list[Message] = []
     thoughts: list[str] = []
     preamble = ""
@@ -141,7 +141,7 @@ def _joined(messages: list[Message]) -> list[Message]:
 
 
 def _name_results(messages: list[Message]) -> None:
-    """Give each call's result the call's name: by its id, else by its place among the results."""
+    """Give each call's result the call's name, found by its id or else by its position among the results."""
     waiting: list[dict[str, Any]] = []
     for message in messages:
         if message["role"] == "assistant":
@@ -157,7 +157,7 @@ def _name_results(messages: list[Message]) -> None:
 
 
 def call_of(result: Message, waiting: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the call that a tool's message answers: the one of its id, of its name, or the first; None: there is none."""
+    """Return the call that a tool's message answers: that with its id or its name, or the first; None if none waits."""
     for ours, theirs in (
         ("tool_call_id", lambda call: call.get("id")),
         ("name", lambda call: call["function"]["name"]),
@@ -169,7 +169,7 @@ def call_of(result: Message, waiting: list[dict[str, Any]]) -> dict[str, Any] | 
 
 
 def _content(content: Any, number: int) -> tuple[str, str]:
-    """Return a message's text and its thinking; OpenAI's list of text parts is joined."""
+    """Return a message's text and its thinking; a list of text parts is joined."""
     if isinstance(content, str):
         return content, ""
     if not isinstance(content, list):
@@ -178,7 +178,7 @@ def _content(content: Any, number: int) -> tuple[str, str]:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         value = part.get(kind) if isinstance(part, dict) and kind in texts else None
-        if isinstance(value, list):  # Mistral's: the thinking is a list of text parts itself
+        if isinstance(value, list):  # Mistral's thinking is itself a list of text parts
             value = _content(value, number)[0]
         if not isinstance(value, str):
             raise FormatError(f"message {number} has a content part of type {kind!r}; only text is trained")
@@ -187,7 +187,7 @@ def _content(content: Any, number: int) -> tuple[str, str]:
 
 
 def _tool_calls(calls: Any, number: int) -> list[dict[str, Any]]:
-    """Return calls as `{type, function: {name, arguments: dict}}`, the shape chat templates expect."""
+    """Return calls as `{type, function: {name, arguments: dict}}`, as chat templates expect them."""
     calls = parsed(calls, f"message {number}: tool call")
     found = []
     for call in calls if isinstance(calls, list) else [calls]:
@@ -197,7 +197,7 @@ def _tool_calls(calls: Any, number: int) -> list[dict[str, Any]]:
         arguments = function.get("arguments")
         arguments = parsed({} if arguments in (None, "") else arguments, f"message {number}: arguments")
         if not isinstance(arguments, dict):
-            raise FormatError(f"message {number}: a tool call's arguments are no JSON object")
+            raise FormatError(f"message {number}: a tool call's arguments are not a JSON object")
         kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         found.append({**kept, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return found
@@ -213,7 +213,7 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
 
 
 def parsed(value: Any, what: str) -> Any:
-    """Return `value`, decoded first when it is JSON in a string (as tables and some sets hold it)."""
+    """Return `value`, decoded if it is a string of JSON, as in tables and some data sets."""
     if not isinstance(value, str):
         return value
     try:
@@ -223,7 +223,7 @@ def parsed(value: Any, what: str) -> Any:
 
 
 def as_list(value: Any, what: str) -> list[Any]:
-    """Return `value` as a list, decoded when it is JSON text."""
+    """Return `value` as a list, decoded if it is JSON text."""
     value = parsed(value, what)
     if not isinstance(value, list):
         raise FormatError(f"{what} is a {type(value).__name__}, not a list")
@@ -231,7 +231,7 @@ def as_list(value: Any, what: str) -> list[Any]:
 
 
 def as_string(value: Any, what: str) -> str:
-    """Return `value` if it is a string, else raise."""
+    """Return `value` if it is a string, otherwise raise."""
     if not isinstance(value, str):
         raise FormatError(f"{what} is a {type(value).__name__}, not a string")
     return value

@@ -1,4 +1,4 @@
-"""Turns a crash inside the tokenizers library into an error with words."""
+"""Turn a crash inside the tokenizers library into an error with a message."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from mlx_lora.system.errors import InputError
 
 @contextmanager
 def tokenizer_panics(what: str) -> Iterator[None]:
-    """Name a tokenizer that breaks: a pattern of its own that never ends is given up there with a Rust panic.
+    """Report a tokenizer that crashes: the library panics if one of its patterns takes too long.
 
     Args:
-        what: was being encoded.
+        what: what is being encoded.
 
     Raises:
         InputError: instead of the panic.
@@ -21,7 +21,7 @@ def tokenizer_panics(what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # The class is made by pyo3 at run time; no module has it, and it is no Exception.
+        # pyo3 makes this class at run time, so it cannot be imported; it does not derive from Exception.
         if type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:200]

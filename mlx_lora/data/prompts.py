@@ -1,4 +1,4 @@
-"""Prompts and conversations as tokens, by a chat template, or as plain text where there is none."""
+"""Encode prompts and conversations with a chat template, or as plain text if there is none."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from mlx_lora.system.errors import InputError
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, text: str, template: str | None, system_prompt: str | None = None
 ) -> list[int]:
-    """Encode a prompt as a chat turn with a template, without one as plain text with the tokenizer's BOS.
+    """Return a prompt's tokens: as a chat turn if there is a template, else as plain text with the tokenizer's BOS.
 
     Args:
-        tokenizer: the base's, not mlx-lm's wrapper.
+        tokenizer: the base's tokenizer, not mlx-lm's wrapper.
         text: the user's prompt.
         template: Jinja text, or None.
-        system_prompt: a system message before it, for templates that take one.
+        system_prompt: a system message before it, for templates that support one.
 
     Raises:
-        InputError: a system prompt that nothing can show, or a template that refuses these turns.
+        InputError: there is a system prompt but no template, or the template refuses these turns.
     """
     if not template:
         if system_prompt:
-            raise InputError("--system-prompt: there is no chat template in use; put the text into --prompt")
+            raise InputError("--system-prompt: no chat template is in use; put the text into --prompt")
         with tokenizer_panics("--prompt"):
             return tokenizer.encode(text)
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
@@ -48,18 +48,18 @@ def encode_chat(
     """Return a conversation's tokens, up to where the model answers.
 
     Args:
-        tokenizer: the base's.
-        messages, tools: plain data, of strangers.
+        tokenizer: the base's tokenizer.
+        messages, tools: plain data, which may be untrusted.
         template: Jinja text.
-        advice: ends the error of a template that refuses.
+        advice: ends the error message if the template refuses the conversation.
 
     Raises:
-        InputError: the template refuses the conversation, or takes more time or memory than any needs.
+        InputError: the template refuses the conversation, or takes too much time or memory.
     """
     try:
         rendered = render_chat(tokenizer, messages, template, tools, add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise InputError(f"the chat template refuses the conversation ({error}){advice}") from None
-    # Encoded without special tokens: the template already wrote its own BOS.
+    # Encode without special tokens: the template has already written its BOS.
     with tokenizer_panics("the conversation"):
         return tokenizer.encode(rendered, add_special_tokens=False)

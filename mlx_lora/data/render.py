@@ -1,25 +1,26 @@
-"""Conversation -> rendered texts and the character spans of them that are trained.
+"""Render a conversation as texts, and find the character spans of them that are trained.
 
-Trained is what the model writes itself at inference: what stands after the generation prompt, up to and
-with the end-of-turn token, in every assistant turn.
+The trained spans are what the model itself writes at inference: in every assistant turn, the text after the generation
+prompt, up to and including the end-of-turn token.
 
     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
                                       `-- generation prompt --'`---- span ---'
 
-Fast path: the generation prompt occurs once per assistant turn, each turn's content right after it, or after what
-the template puts there in every chat. It holds for nearly every row without tools and thinking, and costs one rendering. Else the exact path (turns.py) renders
-each turn as at inference, with what came before it as the prompt, and looks for that in the full rendering.
+Fast path: the generation prompt occurs once per assistant turn, with each turn's content right after it, or after what
+the template puts there in every chat. This holds for nearly every row without tools and thinking, and takes one
+rendering. Otherwise the exact path (turns.py) renders each turn as at inference, with the messages before it as the
+prompt, and searches the full rendering for the result.
 
-Most turns are found there, so a conversation is one row. A turn is not, where the template shows it otherwise once
-others have followed. Two cases:
+Most turns are found there, so a conversation is one row. A turn is not found if the template shows it differently once
+other turns follow. There are two cases:
 
-- The full rendering lacks text that the model sees or writes at inference: thinking, of the turn or of one before it, that the
-  template takes out of the history (Qwen3, GPT-OSS, Gemma 4), or a system text or tools that it shows at the last
-  question only (Mistral). Trained on the history's form, the model would unlearn to think, and call tools it was not
-  told of. So such a turn gets a row of its own: the prompt as at inference, and what the model writes.
-- Anything else, as an empty thinking block that only the last turn has: the turn is trained as it stands in the full
-  rendering, but no token there that the model would not write: GPT-OSS ends an answer with <|return|>, and the
-  history shows <|end|>.
+- The full rendering lacks text that the model sees or writes at inference: thinking, of the turn or of one before it,
+  that the template removes from the history (Qwen3, GPT-OSS, Gemma 4), or a system text or tools that it only shows at
+  the last question (Mistral). Trained on the history, the model would learn not to think, and to call tools that it was
+  not told about. So such a turn gets a row of its own: the prompt as at inference, and what the model writes.
+- Anything else, such as an empty thinking block that only the last turn has: the turn is trained as in the full
+  rendering, without tokens that the model would not write. GPT-OSS, for example, ends an answer with <|return|>, but
+  the history shows <|end|>.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ ADVICE = "; use --chat-template chatml, which has tools"
 
 @dataclass(frozen=True)
 class Rendered:
-    """A text to tokenize, what of it is trained, and whether the end token is to follow (and be trained)."""
+    """A text to tokenize, its trained spans, and whether the end token must follow (and is trained)."""
 
     text: str
     spans: list[Span]
@@ -59,10 +60,10 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Rendering:
-    """The rows of one conversation, one unless the template hides earlier thinking, and what the template does not show.
+    """The rows of one conversation.
 
     Attributes:
-        rows: At least one.
+        rows: One, or several if the template hides text of earlier turns.
         unshown: Names of fields with content that no row shows.
     """
 
@@ -72,12 +73,12 @@ class Rendering:
 
 @dataclass(frozen=True)
 class Frame:
-    """What a template puts around the answers of a plain chat.
+    """The text that a template puts around the answers of a plain chat.
 
     Attributes:
-        prompt: What of the generation prompt stands before an earlier answer: a thinking block it opens does not.
-        leads: What may stand between the prompt and an answer, and the model writes (`<|channel|>final<|message|>`).
-        closing: What ends the last answer, and so what the model writes there; None: not known.
+        prompt: The part of the generation prompt that precedes earlier answers, without a thinking block that it opens.
+        leads: Texts that the model may write between the prompt and an answer (`<|channel|>final<|message|>`).
+        closing: The text that ends the last answer, which the model writes; None: not known.
     """
 
     prompt: str
@@ -86,7 +87,7 @@ class Frame:
 
 
 class Renderer:
-    """One chat template applied to many conversations."""
+    """Renders conversations with one chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, day: date | None = None):
         """Learn the template's generation prompt and the tokenizer's special tokens.
@@ -94,18 +95,18 @@ class Renderer:
         Args:
             tokenizer: Renders templates in transformers' sandbox.
             template: Jinja text.
-            day: What the template takes for today; None: today.
+            day: The day that the template shows as today; None: today.
         """
         self._tokenizer, self._template, self._day = tokenizer, template, day
         self._specials = Specials(tokenizer)
-        self._form = 0  # the one that the last conversation with calls needed
+        self._call_format = 0  # the number of the format that the last conversation with calls needed
         self.generation_prompt = self._find_generation_prompt()
 
     def render(self, conversation: Conversation) -> Rendering:
         """Render one conversation and find the trained spans.
 
         Raises:
-            FormatError: the template refuses the conversation, or does not show what is to be trained.
+            FormatError: the template refuses the conversation, or does not show what should be trained.
         """
         messages, text = self._shown(conversation)
         spans = self._fast_spans(text, messages, conversation.tools)
@@ -130,34 +131,34 @@ class Renderer:
         return Rendering(rows, self._unshown(text, messages) | hidden)
 
     def shows_tools(self, conversation: Conversation) -> bool:
-        """Return whether the conversation's tool list changes the rendering at all."""
+        """Tell whether the conversation's tools change the rendering."""
         messages, text = self._shown(conversation)
         return text != self._text(messages, None)
 
     def _shown(self, conversation: Conversation) -> tuple[list[Message], str]:
-        """Return the turns in the form that the template takes, and the full rendering."""
+        """Return the turns in the format that the template accepts, and the full rendering."""
         messages = conversation.messages
         if not self._knows_developer:
             messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
         if not _has_calls(messages):
             return messages, self._text(messages, conversation.tools)
         refusals = []
-        for number in sorted(range(len(FORMS)), key=lambda number: (number != self._form, number)):
+        for number in sorted(range(len(CALL_FORMATS)), key=lambda number: (number != self._call_format, number)):
             try:
-                formed = FORMS[number](messages)
-                text = self._text(formed, conversation.tools)
+                converted = CALL_FORMATS[number](messages)
+                text = self._text(converted, conversation.tools)
             except FormatError as error:
                 refusals.append((number, error))
                 continue
-            self._form = number
+            self._call_format = number
             if not self._has_calls:
                 raise FormatError(f"the chat template does not show tool calls{ADVICE}")
-            return formed, text
+            return converted, text
         refusal = min(refusals, key=lambda one: one[0])[1]
         raise FormatError(str(refusal) + ("" if self._has_calls else ADVICE)) from refusal
 
     def _text(self, messages: list[Message], tools: list[dict] | None, prompt: bool = False) -> str:
-        """Render; with `prompt`, as at inference, with the generation prompt at the end."""
+        """Return a rendering; with `prompt`, it ends with the generation prompt, as at inference."""
         messages = [_with_thinking(message) if "reasoning_content" in message else message for message in messages]
         try:
             return render_chat(self._tokenizer, messages, self._template, tools, prompt, self._day)
@@ -166,7 +167,7 @@ class Renderer:
             raise FormatError(f"the chat template refuses it: {reason}") from error
 
     def _find_generation_prompt(self) -> str:
-        """Return the text the template adds for the model to go on from; empty when it adds none."""
+        """Return the text that the template adds before the model's answer; empty if it adds none."""
         try:
             without, with_prompt = self._text(PROBE, None), self._text(PROBE, None, prompt=True)
         except FormatError:
@@ -175,7 +176,7 @@ class Renderer:
 
     @cached_property
     def _frame(self) -> Frame:
-        """What the template puts around answers, learned from a chat of two."""
+        """The text that the template puts around answers, found in a chat with two answers."""
         chat = [*PROBE, {"role": "assistant", "content": "qzx"}, *PROBE, {"role": "assistant", "content": "wvw"}]
         prompt = self.generation_prompt
         try:
@@ -197,7 +198,7 @@ class Renderer:
         return Frame(shown, frozenset(leads), text[answers[1] + 3 : closed].strip() if closed else None)
 
     def _moves(self, messages: list[Message], tools: list[dict] | None) -> bool:
-        """Return whether a turn's context in the full rendering lacks the system text or the tools."""
+        """Tell whether a turn's context in the full rendering lacks the system text or the tools."""
         return (messages[0]["role"] == "system" and self._moves_system) or (bool(tools) and self._moves_tools)
 
     @cached_property
@@ -209,7 +210,7 @@ class Renderer:
         return self._comes_late([], [A_TOOL])
 
     def _comes_late(self, system: list[Message], tools: list[dict] | None) -> bool:
-        """Return whether `qzx` stands before a first answer at inference, and not so in a chat that went on."""
+        """Tell whether `qzx` precedes a first answer at inference, but not in a chat that continues."""
         question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "wvw"}
         another = {"role": "user", "content": "y"}
         try:
@@ -221,11 +222,11 @@ class Renderer:
 
     @cached_property
     def _has_calls(self) -> bool:
-        """Whether the template shows tool calls, in any of the forms."""
+        """Whether the template shows tool calls in any of CALL_FORMATS."""
         call = {"role": "assistant", "content": "", "tool_calls": [A_CALL]}
-        for form in FORMS:
+        for convert in CALL_FORMATS:
             try:
-                if "qzx" in self._text(form([*PROBE, call]), None):
+                if "qzx" in self._text(convert([*PROBE, call]), None):
                     return True
             except FormatError:
                 continue
@@ -233,14 +234,14 @@ class Renderer:
 
     @cached_property
     def _knows_developer(self) -> bool:
-        """Whether the template shows a developer message; else it is shown as the system message it replaced."""
+        """Whether the template shows a developer message; if not, it is rendered as a system message."""
         try:
             return "qzx" in self._text([{"role": "developer", "content": "qzx"}, *PROBE], None)
         except FormatError:
             return False
 
     def _fast_spans(self, text: str, messages: list[Message], tools: list[dict] | None) -> list[Span] | None:
-        """Return each assistant turn's span, or None where the simple picture does not hold."""
+        """Return each assistant turn's span, or None if the fast path does not apply."""
         prompt, frame, answers = self.generation_prompt, self._frame, _answers(messages)
         if not frame.prompt.strip() or tools or text.count(frame.prompt) != len(answers):
             return None
@@ -253,10 +254,10 @@ class Renderer:
         closings = set()
         end = 0
         for answer in answers:
-            place = text.find(frame.prompt, end)
-            if place < 0:
+            position = text.find(frame.prompt, end)
+            if position < 0:
                 return None
-            start = place + len(prompt if text.startswith(prompt, place) else frame.prompt)
+            start = position + len(prompt if text.startswith(prompt, position) else frame.prompt)
             found = self._content_end(text, start, answer["content"].strip())
             if found is None:
                 return None
@@ -268,7 +269,7 @@ class Renderer:
         return spans if len(closings) == 1 or frame.closing else None
 
     def _content_end(self, text: str, start: int, content: str) -> Span | None:
-        """Return where a turn's content and its end token end; None: the turn is no content with a known lead."""
+        """Return where a turn's content and its end token end; None if it is not a known lead and the content."""
         for lead in sorted(self._frame.leads, key=len, reverse=True):
             if not content or not text.startswith(lead, start):
                 continue
@@ -277,12 +278,12 @@ class Renderer:
                 begin += 1
             end = begin + len(content)
             closed = self._specials.end_after(text, end) if text.startswith(content, begin) else None
-            if closed is not None:  # else it may have matched the template's own text, as <think>
+            if closed is not None:  # otherwise it may have matched the template's own text, such as <think>
                 return end, closed
         return None
 
     def _unshown(self, text: str, messages: list[Message]) -> frozenset[str]:
-        """Return which names and instructions the rendering does not hold."""
+        """Return which names and instructions are not in the rendering."""
         found = set()
         for message in messages:
             if message["role"] in ("system", "user") and not _holds(text, message["content"].strip()):
@@ -301,12 +302,12 @@ def _has_calls(messages: list[Message]) -> bool:
 
 
 def _holds(text: str, content: str) -> bool:
-    """Return whether a rendering shows a text, as it is or as JSON."""
+    """Tell whether a rendering shows a text, as it is or as JSON."""
     return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
 
 
 def _with_thinking(message: Message) -> Message:
-    """Give thinking the names that templates read, as transformers does since 5.0."""
+    """Return the message with its thinking under both names that templates read, as in transformers since 5.0."""
     return {"thinking": message["reasoning_content"], **message}
 
 
@@ -315,23 +316,25 @@ def _as_it_is(messages: list[Message]) -> list[Message]:
 
 
 def _with_text_arguments(messages: list[Message]) -> list[Message]:
-    """Write arguments as JSON text: some templates join them as text (DeepSeek's), most take the object."""
+    """Return messages with arguments as JSON text, which some templates require (DeepSeek's); most take an object."""
 
-    def mend(call: dict) -> dict:
+    def with_text(call: dict) -> dict:
         return {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
 
-    return [{**m, "tool_calls": [mend(call) for call in m["tool_calls"]]} if "tool_calls" in m else m for m in messages]
+    return [
+        {**m, "tool_calls": [with_text(call) for call in m["tool_calls"]]} if "tool_calls" in m else m for m in messages
+    ]
 
 
 def _with_short_ids(messages: list[Message]) -> list[Message]:
-    """Give every call and its result an id of nine letters and digits, the only kind that Mistral's templates take."""
+    """Return messages whose calls and results have ids of nine letters and digits, as Mistral's templates require."""
     found = []
     waiting: list[dict] = []
     for number, message in enumerate(messages):
         if "tool_calls" in message:
             calls = [
-                {**call, "id": _short_id(call.get("id") or f"{number} {place}")}
-                for place, call in enumerate(message["tool_calls"])
+                {**call, "id": _short_id(call.get("id") or f"{number} {position}")}
+                for position, call in enumerate(message["tool_calls"])
             ]
             waiting = [{**call, "short": new["id"]} for call, new in zip(message["tool_calls"], calls, strict=True)]
             message = {**message, "tool_calls": calls}
@@ -346,8 +349,8 @@ def _short_id(known: str) -> str:
     return known if re.fullmatch(r"[a-zA-Z0-9]{9}", known) else hashlib.sha256(known.encode()).hexdigest()[:9]
 
 
-# How calls are written, the usual way first.
-FORMS: tuple[Callable[[list[Message]], list[Message]], ...] = (
+# The formats of calls that templates accept, the usual one first.
+CALL_FORMATS: tuple[Callable[[list[Message]], list[Message]], ...] = (
     _as_it_is,
     _with_text_arguments,
     _with_short_ids,

@@ -1,9 +1,9 @@
-"""Renders chat templates, which come from model and adapter folders: programs that others wrote.
+"""Render chat templates, which are programs from model and adapter folders, with bounds on time and memory.
 
-transformers renders them in jinja2's sandbox, where no template reaches Python's objects. What that sandbox does not
-bound is cost: two nested loops run for hours, `'a' * 10**10` takes ten gigabytes in one operation. So the sandbox
-here refuses single operations that make something huge, and a clock looks every few milliseconds at time and memory,
-which bounds all that is made step by step.
+transformers renders them in jinja2's sandbox, where no template can reach Python's objects. That sandbox does not limit
+cost: two nested loops can run for hours, and `'a' * 10**10` takes ten gigabytes in one operation. So the sandbox here
+refuses single operations that make something huge, and a clock checks time and memory every few milliseconds, which
+bounds everything else.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ MAX_TEMPLATE_CHARACTERS = 500_000  # the longest published ones have 30,000
 MAX_SIZE = 10_000_000  # characters or items that one operation may make
 MAX_COUNT = 100_000  # a width, an indent, a precision
 MAX_BITS = 10_000  # of a whole number
-RENDER_S = 10.0  # for one conversation, of which a millisecond is usual
+RENDER_S = 10.0  # for one conversation, which usually takes a millisecond
 RENDER_BYTES = 512 << 20
 TICK_S = 0.05
-AGAIN_S = 1.0  # Python drops an exception that arrives in a finalizer; then it is raised once more
+AGAIN_S = 1.0  # until an exception is raised again: Python drops one that arrives in a finalizer
 _SANDBOX = "ImmutableSandboxedEnvironment"
-DATE_FUNCTION = "strftime_now"  # how a template asks for today's date
+DATE_FUNCTION = "strftime_now"  # the function that returns today's date in a template
 _DAY: ContextVar[date | None] = ContextVar("the day that templates show", default=None)
 
 
@@ -50,19 +50,19 @@ def render_chat(
     add_generation_prompt: bool = False,
     day: date | None = None,
 ) -> str:
-    """Return a conversation as text, by transformers' own rules.
+    """Return a conversation as text, rendered by transformers.
 
     Args:
         tokenizer: for its special tokens.
         messages, tools: plain data.
         template: Jinja text.
-        add_generation_prompt: end with what the model answers to.
-        day: what a template that shows the date takes for today; None: today.
+        add_generation_prompt: end with the generation prompt.
+        day: the day that a template shows as today; None: today.
 
     Raises:
         jinja2.TemplateError: the template is invalid, refuses the conversation, or does what the sandbox does not allow.
-        TypeError, ValueError: it stumbles over the conversation.
-        InputError: it takes more time or memory than any template needs.
+        TypeError, ValueError: it fails on the conversation.
+        InputError: it takes too much time or memory.
     """
     if len(template) > MAX_TEMPLATE_CHARACTERS:
         raise InputError(f"the chat template has {len(template)} characters; use another with --chat-template")
@@ -79,16 +79,16 @@ def render_chat(
     except RecursionError:
         raise jinja2.TemplateRuntimeError("it calls itself without end") from None
     except (ArithmeticError, LookupError, AttributeError, MemoryError, SyntaxError) as error:
-        # What a template's own operations raise: a division by zero, a table without that key.
+        # A template's own operations raise these: a division by zero, a missing key.
         raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
     finally:
         _DAY.reset(token)
-    text.encode()  # half a character, which Jinja can spell and no tokenizer takes, is a ValueError here
+    text.encode()  # raises ValueError for half a surrogate pair, which Jinja can write and no tokenizer accepts
     return text
 
 
 class BoundedSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """jinja2's sandbox, without operations whose result is out of all proportion to a chat."""
+    """jinja2's sandbox without operations that make huge results."""
 
     intercepted_binops = frozenset(["*", "**", "%"])
 
@@ -98,7 +98,7 @@ class BoundedSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.globals = _DatedGlobals(self.globals)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Compute one of the operators above, if its result is of a sane size."""
+        """Compute one of the operators above if its result is not too large."""
         if operator == "%" and isinstance(left, (str, bytes)):
             _check_format(left)
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
@@ -112,7 +112,7 @@ class BoundedSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Return a sandboxed `format` whose widths are bounded; None for anything else."""
+        """Return a sandboxed `format` with bounded widths; None for anything else."""
         inner = super().wrap_str_format(value)
         if inner is None:
             return None
@@ -126,7 +126,7 @@ class BoundedSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return checked
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call a function or method, if what it makes is of a sane size."""
+        """Call a function or method if its result is not too large."""
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, (str, bytes)):
             _check_text_method(owner, name, args, kwargs)
@@ -134,7 +134,7 @@ class BoundedSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _BoundedFilters(dict):
-    """jinja2's filters, each with its counts checked; transformers adds its own to them later."""
+    """jinja2's filters, and those that transformers adds later, with their counts checked."""
 
     def __init__(self, filters: dict[str, Callable]):
         super().__init__({name: _bounded(name, function) for name, function in filters.items()})
@@ -144,21 +144,21 @@ class _BoundedFilters(dict):
 
 
 class _DatedGlobals(dict):
-    """What a template may call; transformers adds its own later, and of these the clock is ours."""
+    """The functions that a template may call; of those that transformers adds later, the date function is replaced."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(name, _strftime if name == DATE_FUNCTION else value)
 
 
-def _strftime(form: str) -> str:
-    """Return the day of this rendering in a form such as `%d %b %Y`; a day that was given begins at midnight."""
-    _check_format(form)
+def _strftime(date_format: str) -> str:
+    """Return the day of this rendering in a format such as `%d %b %Y`; the time of a given day is midnight."""
+    _check_format(date_format)
     day = _DAY.get()
-    return (datetime.combine(day, time_of_day()) if day else datetime.now()).strftime(form)
+    return (datetime.combine(day, time_of_day()) if day else datetime.now()).strftime(date_format)
 
 
 def _bounded(name: str, function: Callable) -> Callable:
-    """Wrap a filter; what jinja2 passes first (its context), the wrapper carries over with the function's marks."""
+    """Return a filter with its counts checked; `functools.wraps` keeps jinja2's marks, such as that for a context."""
     first = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @functools.wraps(function)
@@ -198,7 +198,7 @@ def _check_counts(values: Iterable[Any]) -> None:
 
 
 def _check_format(text: str | bytes) -> None:
-    """A width in a format (`%9999d`) makes as many characters; `*` takes it from the values."""
+    """Refuse a format with a large width (`%99999d`), or with `*`, which takes the width from the values."""
     words = text if isinstance(text, str) else text.decode("latin-1")
     if re.search(r"\d{5}|%[-+ #0]*\*", words):
         raise jinja2.exceptions.SecurityError("a format of that width is not allowed in a chat template")
@@ -215,25 +215,25 @@ def _check(size: int, limit: int) -> None:
 
 
 class _OurSandbox:
-    """Puts our sandbox where transformers takes its own from, while it may compile a template."""
+    """A context in which transformers compiles templates in our sandbox."""
 
     def __init__(self) -> None:
-        places = (chat_template_utils, jinja2.sandbox)
-        self._theirs = [(place, getattr(place, _SANDBOX)) for place in places if hasattr(place, _SANDBOX)]
+        modules = (chat_template_utils, jinja2.sandbox)
+        self._theirs = [(module, getattr(module, _SANDBOX)) for module in modules if hasattr(module, _SANDBOX)]
 
     def __enter__(self) -> None:
-        for place, _ in self._theirs:
-            setattr(place, _SANDBOX, BoundedSandbox)
+        for module, _ in self._theirs:
+            setattr(module, _SANDBOX, BoundedSandbox)
 
     def __exit__(self, *error: object) -> None:
-        for place, sandbox in self._theirs:
-            setattr(place, _SANDBOX, sandbox)
+        for module, sandbox in self._theirs:
+            setattr(module, _SANDBOX, sandbox)
 
 
 class TooMuch(InputError):
-    """A template that takes more time or memory than any needs."""
+    """A template takes too much time or memory."""
 
-    def __init__(self) -> None:  # without arguments, for it may be raised in another thread by its class
+    def __init__(self) -> None:  # without arguments, because another thread can only raise the class
         super().__init__(
             f"the chat template takes more than {RENDER_S:g} s or {RENDER_BYTES >> 20} MB for one conversation; "
             "use another with --chat-template"
@@ -241,11 +241,11 @@ class TooMuch(InputError):
 
 
 class _Clock:
-    """Stops what runs too long or grows too large, in the main thread: one per process, as the timer is.
+    """Stops a rendering that takes too much time or memory; there is one clock per process, as there is one timer.
 
-    Entered again while it runs it counts anew, which costs a microsecond where setting it up costs forty. Signals
-    reach the main thread only, where training and generation render; in another thread, as a server's, a watching
-    thread of its own looks after each rendering.
+    Entering it again while it runs restarts the count, which takes a microsecond instead of the 40 for setting the timer.
+    Signals only reach the main thread, where training and generation render. In another thread, such as a server's,
+    each rendering gets a watching thread.
     """
 
     def __init__(self) -> None:
@@ -275,7 +275,7 @@ class _Clock:
         return hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
 
     def _look(self, number: int, frame: Any) -> None:
-        # Only in a rendering: what stands around several has no bound of its own.
+        # Only bound renderings, not the code between those that `held` covers.
         if self._depth < 1 + self._is_held:
             return
         if _over(self._began, self._held):
@@ -283,7 +283,7 @@ class _Clock:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep the timer running over several renderings; in another thread, each has its own watch anyway."""
+        """Keep the timer running over several renderings; in other threads, each rendering has its own watch."""
         if not self._is_ours():
             yield
             return
@@ -296,7 +296,7 @@ class _Clock:
 
 
 class _Watch:
-    """Looks after one rendering in a thread that gets no signals, and raises TooMuch there."""
+    """Watches one rendering in a thread that gets no signals, and raises TooMuch there."""
 
     def __init__(self) -> None:
         self._began, self._held, self._thread = time.monotonic(), process.peak_bytes(), threading.get_ident()
@@ -304,7 +304,7 @@ class _Watch:
         threading.Thread(target=self._look, name="mlx-lora-template", daemon=True).start()
 
     def end(self) -> None:
-        """Stop looking; what was raised and has not arrived yet is taken back."""
+        """Stop watching, and cancel an exception that was raised but has not arrived yet."""
         with self._lock:
             self._ended.set()
             _raise_in(self._thread, None)
@@ -320,7 +320,7 @@ class _Watch:
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Raise an exception in a thread, at its next step of Python; None takes back one that has not arrived."""
+    """Raise an exception in a thread at its next Python instruction; None cancels one that has not arrived."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error and ctypes.py_object(error))
 
 

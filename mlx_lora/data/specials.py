@@ -1,4 +1,4 @@
-"""A tokenizer's special tokens as texts: where they stand in a rendering, and which of them ends a turn."""
+"""Find a tokenizer's special tokens in rendered text, and which of them end a turn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Specials:
     """The texts of a tokenizer's special tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        """Read them off a tokenizer."""
+        """Read them from a tokenizer."""
         texts = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         texts |= set(tokenizer.all_special_tokens)
         ordered = sorted(texts, key=len, reverse=True)
@@ -31,24 +31,24 @@ class Specials:
         return match.end() if match else None
 
     def closing(self, text: str) -> str:
-        """Return the special token that a text ends with, or nothing."""
+        """Return the special token that a text ends with, or an empty string."""
         return next((special for special in self._texts if text.endswith(special)), "")
 
     def closing_at(self, text: str, start: int) -> str:
-        """Return the special token that begins at `start`, or nothing."""
+        """Return the special token that begins at `start`, or an empty string."""
         found = self._closing.match(text, start)
         return found[0] if found else ""
 
     def are_all(self, text: str) -> bool:
-        """Return whether a text holds special tokens and white space only."""
+        """Tell whether a text only has special tokens and white space."""
         return not self._any.sub("", text).strip()
 
     def tail(self, text: str) -> str:
-        """Return a text from its last special token on; nothing where there is none."""
+        """Return a text from its last special token on; an empty string if it has none."""
         return text[max((found.start() for found in self._any.finditer(text)), default=len(text)) :]
 
     def last_end(self, text: str) -> int:
-        """Return where the last special token ends; 0 where there is none."""
+        """Return where the last special token ends; 0 if there is none."""
         return max((found.end() for found in self._any.finditer(text)), default=0)
 
     def next_in(self, text: str, start: int) -> int:

@@ -1,4 +1,4 @@
-"""A validation split for data that brings none: repeatable, and disjoint from the training rows."""
+"""Split off validation rows if the data has none: repeatable, and disjoint from the training rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mlx_lora.data.formats import Completion, Conversation, Example, Text
 
 
 def content_key(example: Example) -> str:
-    """Return a hash of what an example says, equal for duplicate rows in whatever format."""
+    """Return a hash of an example's content, which is equal for duplicate rows in any format."""
     if isinstance(example, Conversation):
         content = [example.messages, example.tools]
     elif isinstance(example, Completion):
@@ -25,17 +25,16 @@ def content_key(example: Example) -> str:
 def hold_out(keys: Sequence[str], fraction: float, seed: int) -> np.ndarray:
     """Choose the rows to validate on.
 
-    Rows are ordered by a hash of (seed, content), and the first ones are held out, with all their
-    duplicates, so that none of them is also trained on. Neither file order nor other rows matter.
+    Rows are ordered by a hash of (seed, content). The first ones are held out, with all their duplicates, so that none
+    of them is also trained on. Neither the order in the file nor other rows matter.
 
     Args:
         keys: `content_key` of each row.
-        fraction: Share of rows to hold out; 0: none.
+        fraction: The fraction of rows to hold out; 0: none.
         seed: Another seed holds out other rows.
 
     Returns:
-        (rows,) bool, True: held out. At least one row when there are two different ones and fraction > 0;
-        never all rows.
+        (rows,) bool, True: held out. At least one row if there are two different ones and fraction > 0; never all rows.
     """
     held = np.zeros(len(keys), bool)
     groups: dict[str, list[int]] = {}
@@ -48,17 +47,17 @@ def hold_out(keys: Sequence[str], fraction: float, seed: int) -> np.ndarray:
         if held.sum() >= wanted:
             break
         if held.any() and held.sum() + len(groups[key]) > 2 * wanted:
-            continue  # a row repeated very often would swallow far more than its share
+            continue  # a row that is repeated very often would take far more than the fraction
         held[groups[key]] = True
     return held
 
 
 def cut_text(example: Text, fraction: float) -> tuple[Text, Text] | None:
-    """Cut one long text: its last `fraction` is held out.
+    """Cut one long text in two, to hold out its last `fraction`.
 
     Returns:
-        The part to train on, which goes on and so gets no end token, and the part held out; None when
-        one of them would hold nothing. The cut is at the end of a line or sentence where one is near.
+        The part to train on, which gets no end token since the text continues, and the part held out; None if
+        one of them would be empty. The cut is at the end of a line or sentence if one is near.
     """
     text = example.text
     at = len(text) - round(fraction * len(text))

@@ -1,4 +1,4 @@
-"""Which chat template renders the conversations, and where it came from."""
+"""Choose the chat template that renders the conversations."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ PROBE = [{"role": "user", "content": "x"}]
 
 
 def resolve_template(name_or_file: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Choose the chat template: the one asked for, else the model's own, else the built-in alpaca.
+    """Return the chat template that was asked for, else the model's own, else the built-in alpaca.
 
     Args:
         name_or_file: A built-in name (alpaca, chatml), a Jinja file, or None.
-        tokenizer: Its `chat_template` is the model's own; None in most base models.
+        tokenizer: Has the model's own `chat_template`, which is None in most base models.
 
     Returns:
         The Jinja text, and its origin: `model`, `built-in alpaca`, `built-in chatml` or the file's path.
 
     Raises:
-        InputError: no such file, or Jinja cannot parse it or render one user turn with it.
+        InputError: there is no such file, or Jinja cannot parse it.
     """
     if name_or_file is None and tokenizer.chat_template:
         text, origin = own_template(tokenizer), "model"
@@ -38,17 +38,17 @@ def resolve_template(name_or_file: str | None, tokenizer: PreTrainedTokenizerBas
     try:
         render_chat(tokenizer, PROBE, text, add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
-        # A template may refuse a chat without a system turn or such; only one Jinja cannot parse is hopeless.
+        # A template may refuse this chat, for example without a system turn. Only a syntax error makes it unusable.
         if isinstance(error, jinja2.TemplateSyntaxError):
             raise InputError(f"chat template ({origin}), line {error.lineno}: {error.message}") from error
     return text, origin
 
 
 def shows_date(name_or_file: str | None, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the template that `resolve_template` would choose asks for today's date.
+    """Tell whether the template that `resolve_template` would choose shows today's date.
 
     Args:
-        name_or_file, tokenizer: As there.
+        name_or_file, tokenizer: As for `resolve_template`.
     """
     if name_or_file is None:
         return DATE_FUNCTION in str(tokenizer.chat_template)
@@ -57,7 +57,7 @@ def shows_date(name_or_file: str | None, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def prefix_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token ids the tokenizer itself puts before every text (a BOS, or nothing)."""
+    """Return the token ids that the tokenizer puts before every text (a BOS, or nothing)."""
     with_special = tokenizer("x", add_special_tokens=True)["input_ids"]
     plain = tokenizer("x", add_special_tokens=False)["input_ids"]
     for start in range(len(with_special) - len(plain) + 1):
@@ -67,16 +67,16 @@ def prefix_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the model's own chat template, of several the one named default; None when it has none.
+    """Return the model's own chat template, or of several that named `default`; None if it has none.
 
     Raises:
-        InputError: it has several, and none is the default.
+        InputError: it has several, and none is named `default`.
     """
     chat_template: str | dict[str, str] | None = tokenizer.chat_template
     if chat_template is None or isinstance(chat_template, str):
         return chat_template
     if not isinstance(chat_template, dict) or not all(isinstance(part, str) for part in chat_template.values()):
-        raise InputError("the model's chat template is no text; give one with --chat-template")
+        raise InputError("the model's chat template is not a text; give one with --chat-template")
     if "default" in chat_template:
         return chat_template["default"]
     names = ", ".join(map(str, chat_template))
@@ -85,9 +85,9 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def _built_in(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if name == "alpaca" and tokenizer.eos_token is None:
-        raise InputError("the built-in alpaca template needs an end token and the tokenizer names none; use chatml")
+        raise InputError("the built-in alpaca template requires an end token, and the tokenizer has none; use chatml")
     text = (resources.files("mlx_lora.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
-    # A model trained with a BOS before every text needs it here too, and a chat is encoded as rendered.
+    # A chat is encoded as rendered, so the template must write the BOS that the tokenizer puts before a text.
     prefix = prefix_tokens(tokenizer)
     return "{{- bos_token }}" + text if prefix and prefix == [tokenizer.bos_token_id] else text
 
@@ -98,6 +98,6 @@ def _read(name: str) -> str:
         raise InputError(f"--chat-template {name}: no such file, and no built-in ({', '.join(BUILT_IN)})")
     try:
         with path.open(encoding="utf-8") as file:
-            return file.read(MAX_TEMPLATE_CHARACTERS + 1)  # one more is too long, and said so when it is rendered
+            return file.read(MAX_TEMPLATE_CHARACTERS + 1)  # one more is refused when it is rendered
     except UnicodeDecodeError as error:
         raise InputError(f"--chat-template {name} is not UTF-8; save it as UTF-8") from error

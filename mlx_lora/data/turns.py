@@ -1,9 +1,9 @@
-"""Where the turns of a conversation stand in its rendering, found by rendering it as at inference.
+"""Find the turns of a conversation in its rendering, by rendering each turn as at inference.
 
-For turn i, the prompt is what the template makes of the messages before it, with the generation prompt; what the
-model writes is what stands behind that when the turn is the last. Both are of the messages up to i only, so what
-the model writes holds no other message's text: not a tool's answer, even where the template puts both into one turn of the
-model, as Gemma 4's does.
+For turn i, the prompt is the rendering of the messages before it, with the generation prompt; what the model writes is
+what follows the prompt when the turn is the last one. Both only depend on the messages up to i, so what the model writes
+contains no other message's text: not a tool's answer either, even if the template puts both into one turn of the model,
+as Gemma 4's does.
 
     prompt    ... <|turn>model\\n
     last      ... <|turn>model\\n<|tool_call>call:add{x:1}<tool_call|><|tool_response>
@@ -20,9 +20,15 @@ from mlx_lora.data.examples import FormatError, Message
 from mlx_lora.data.specials import Specials
 
 Span = tuple[int, int]  # characters [start, end)
-THINKING = ("</think>", "<channel|>", "[/THINK]", "</thinking>", "</seed:think>")  # what ends it in a content
+THINKING = (
+    "</think>",
+    "<channel|>",
+    "[/THINK]",
+    "</thinking>",
+    "</seed:think>",
+)  # texts that end thinking in a content
 BESIDE_A_CALL = "text beside a tool call"
-PRIVATE = range(0xE000, 0xF900)  # characters that mean nothing, and so occur nowhere
+PRIVATE = range(0xE000, 0xF900)  # private-use characters, which should not occur in data
 
 
 @dataclass(frozen=True)
@@ -30,11 +36,11 @@ class Turn:
     """One assistant turn as at inference.
 
     Attributes:
-        number: Of the message.
-        prompt: What the model has seen.
-        written: What it writes, with the token that ends the turn.
-        closing: That token; empty where nothing special ends a turn.
-        tail: Ordinary text that the template puts behind it.
+        number: The number of its message.
+        prompt: The text that the model has seen.
+        written: The text that it writes, with the token that ends the turn.
+        closing: The special token that ends the turn; may be empty.
+        tail: Ordinary text that the template adds after the turn.
     """
 
     number: int
@@ -45,7 +51,7 @@ class Turn:
 
     @property
     def body(self) -> str:
-        """What it writes, without the token that ends the turn."""
+        """The text that the model writes, without the token that ends the turn."""
         return self.written.removesuffix(self.closing) if self.closing else self.written
 
 
@@ -62,16 +68,17 @@ class Turns:
         history_prompt: str,
         moves_text: bool,
     ):
-        """Prepare to look for them.
+        """Prepare to find them.
 
         Args:
-            messages: In the form that the template takes.
+            messages: The messages in the format that the template accepts.
             text: The full rendering.
-            render: Renders some of the messages; with True, the generation prompt after them.
-            specials: Of the tokenizer.
+            render: Renders some of the messages; with True, followed by the generation prompt.
+            specials: The tokenizer's special tokens.
             prompt: The generation prompt; may be empty.
-            history_prompt: What of it stands before an earlier turn.
-            moves_text: The full rendering shows the system text or the tools in another place than at inference.
+            history_prompt: The part of it that precedes an earlier turn.
+            moves_text: Whether the full rendering shows the system text or the tools at another position than at
+                inference.
         """
         self._messages, self._text, self._render, self._specials = messages, text, render, specials
         self._prompt, self._history_prompt, self._moves_text = prompt, history_prompt, moves_text
@@ -79,13 +86,13 @@ class Turns:
         self.unshown: set[str] = set()
 
     def rows(self) -> list[tuple[str, list[Span], bool]]:
-        """Return (text, trained spans, does the end token follow) of each row, the full rendering last.
+        """Return (text, trained spans, whether the end token must follow) of each row, the full rendering last.
 
         Raises:
-            FormatError: the template does not show, or mixes with other text, what is to be trained.
+            FormatError: the template does not show what should be trained, or mixes it with other text.
         """
         whole: list[Span] = []
-        apart: list[tuple[Turn, list[Span]]] = []  # rows of their own, the last turn's first
+        apart: list[tuple[Turn, list[Span]]] = []  # turns with rows of their own, the last one first
         closed = True
         for number in reversed(self._trained()):
             turn = self._turn(number)
@@ -111,7 +118,7 @@ class Turns:
         return [i for i, message in messages if message["role"] == "assistant" and message.get("weight") != 0]
 
     def _put_apart(self, turn: Turn, apart: list[tuple[Turn, list[Span]]]) -> None:
-        """Give a turn a row, or a place in the row of a later turn that shows it as at inference."""
+        """Give a turn a row of its own, or add its span to the row of a later turn that shows it as at inference."""
         for later, spans in apart:
             if span := self._in(later.prompt, turn):
                 spans.append(span)
@@ -119,19 +126,22 @@ class Turns:
         apart.append((turn, [(len(turn.prompt), len(turn.prompt) + len(turn.written))]))
 
     def _in(self, text: str, turn: Turn) -> Span | None:
-        """Return where a rendering holds the turn as at inference; without its end if another token ends it there."""
+        """Return the span of the turn in a rendering that shows it as at inference; None if it does not.
+
+        The span excludes the end token if the rendering has another one.
+        """
         start, end = len(turn.prompt), len(turn.prompt) + len(turn.body)
         if not text.startswith(turn.prompt + turn.body):
             return None
         if turn.closing and text.startswith(turn.closing, end):
             return start, end + len(turn.closing)
         closed = self._specials.closing_at(text, end)
-        if not turn.closing:  # what ends a turn is the token that begins the next one (GLM)
+        if not turn.closing:  # the token that begins the next turn also ends this one (GLM)
             return start, end + len(closed)
         return (start, end) if closed else None
 
     def _turn(self, number: int) -> Turn | None:
-        """Return a turn as at inference; None where the template refuses to show it as the last."""
+        """Return a turn as at inference; None if the template refuses to show it as the last one."""
         message, before = self._messages[number], self._messages[:number]
         try:
             is_last = number == len(self._messages) - 1
@@ -161,10 +171,10 @@ class Turns:
         return turn
 
     def _after_marks(self, last: str, number: int, prompt: str) -> tuple[str, int] | None:
-        """Return prompt and start of a last turn that does not begin with its own prompt.
+        """Return the prompt and the start of a last turn that does not begin with its own prompt.
 
-        Either the prompt says more than the turn shows (it opens or closes a thinking block), and what they share is
-        what stands; or the turn changed what is shown of those before it, and the prompt is right.
+        Either the prompt has more text than the turn shows (it opens or closes a thinking block), and what they share is
+        the prompt; or the turn changes how those before it are shown, and the prompt stays as it is.
         """
         messages = self._messages[: number + 1]
         region = self._region(last, messages, number)
@@ -177,31 +187,31 @@ class Turns:
         if history and prompt.startswith(history) and last.startswith(history):
             start = min(common_prefix(prompt, last), region[0])
             return last[:start], start
-        opening = self._prompt or self._specials.tail(prompt)  # what stands right before a turn
+        opening = self._prompt or self._specials.tail(prompt)  # the text right before a turn
         opened = last.rfind(opening, 0, region[0]) if opening else -1
         start = opened + len(opening) if opened >= 0 else region[0]
         kept = self._without_foreign_text(last, messages, number, (start, region[1]), region)[0]
         return prompt if opened >= 0 and kept == start and prompt.endswith(opening) else last[:kept], kept
 
     def _end(self, last: str, start: int, content: str) -> tuple[int, str]:
-        """Return where a last turn ends, and the special token that ends it; a template may add the end of the text."""
-        place = last.rfind(content.strip(), start) if content.strip() else -1
-        if place >= 0:
-            closed = self._specials.end_after(last, place + len(content.strip()))
+        """Return where a last turn ends, and the special token that ends it, without text that the template adds."""
+        position = last.rfind(content.strip(), start) if content.strip() else -1
+        if position >= 0:
+            closed = self._specials.end_after(last, position + len(content.strip()))
             if closed is not None and self._specials.are_all(last[closed:]):
                 return closed, self._specials.closing(last[:closed])
         trimmed = last.rstrip()
         if (closing := self._specials.closing(trimmed)) and len(trimmed) - len(closing) >= start:
             return len(trimmed), closing
-        place = last.rfind(content, start)
-        return max(len(trimmed), place + len(content) if place >= 0 else start), ""
+        position = last.rfind(content, start)
+        return max(len(trimmed), position + len(content) if position >= 0 else start), ""
 
     def _check_calls(self, turn: Turn) -> None:
         """Raise unless the turn shows each of its calls."""
         calls = self._messages[turn.number].get("tool_calls", [])
         names = [call["function"]["name"] for call in calls]
         shown = sum(name in turn.written for name in names)
-        if len(names) > 1:  # of several with one name, each must be there: give them names of their own
+        if len(names) > 1:  # several may have one name: rename each, to find every one
             marks = [chr(code) for code in PRIVATE if chr(code) not in self._text][: len(names)]
             renamed = [{**c, "function": {**c["function"], "name": m}} for c, m in zip(calls, marks, strict=True)]
             message = {**self._messages[turn.number], "tool_calls": renamed}
@@ -213,7 +223,7 @@ class Turns:
             )
 
     def _shared(self, turn: Turn) -> Span | None:
-        """Return the turn's calls, where the full rendering shows the tools' answers before the rest of it (Gemma 4)."""
+        """Return the span of the turn's calls if the full rendering puts the tools' answers into the turn (Gemma 4)."""
         calls = self._messages[turn.number].get("tool_calls")
         if not calls or not self._text.startswith(turn.prompt):
             return None
@@ -227,7 +237,7 @@ class Turns:
         return start, start + end
 
     def _standing(self, number: int, turn: Turn | None) -> Span | None:
-        """Return what of turn `number` stands in the full rendering, where that shows it in another way than at inference."""
+        """Return the span of turn `number` in a full rendering that shows it differently than at inference."""
         text = self._text
         if turn and (span := self._end_of(turn)):
             return span
@@ -236,9 +246,9 @@ class Turns:
             return None
         if turn:
             for written in (turn.written, turn.body):
-                place = text.find(written, max(0, region[1] - len(written))) if written else -1
-                if 0 <= place <= region[0]:
-                    return place, place + len(written)
+                position = text.find(written, max(0, region[1] - len(written))) if written else -1
+                if 0 <= position <= region[0]:
+                    return position, position + len(written)
         end = self._specials.end_after(text, region[1])
         if end is None and turn and turn.tail and text.startswith(turn.tail, region[1]):
             end = region[1] + len(turn.tail)
@@ -256,14 +266,14 @@ class Turns:
         return span
 
     def _end_of(self, turn: Turn) -> Span | None:
-        """Return where the full rendering shows a turn without what it begins with, as an empty thinking block."""
+        """Return the span of a turn that the full rendering shows without its beginning, such as an empty thinking block."""
         history = turn.prompt
         if self._prompt and history.endswith(self._prompt):
             history = history.removesuffix(self._prompt) + self._history_prompt
         if not self._text.startswith(history):
             return None
         start = len(history)
-        for skipped in _places(turn.written, self._text[start : start + 16]):
+        for skipped in _starts(turn.written, self._text[start : start + 16]):
             if skipped >= len(turn.body):
                 break
             if self._text.startswith(turn.written[skipped:], start):
@@ -271,9 +281,9 @@ class Turns:
         return None
 
     def _region(self, text: str, messages: list[Message], number: int) -> Span | None:
-        """Return where a turn's content (or the name of its call) stands in `text`; None: nowhere.
+        """Return the span of a turn's content (or of the name of its call) in `text`; None if it is not shown.
 
-        It is what differs from a rendering with a character in its place that occurs nowhere else.
+        It is found by rendering again with a character that occurs nowhere else instead.
         """
         for variant, by_name in self._variants(messages, number):
             if self._mark not in variant:
@@ -291,7 +301,10 @@ class Turns:
         return None
 
     def _variants(self, messages: list[Message], number: int) -> Iterator[tuple[str, bool]]:
-        """Yield a rendering with the mark in place of a turn's content, or, where tools' answers must follow calls, of a name."""
+        """Yield (rendering, False) with the mark as a turn's content, or (rendering, True) with it as a call's name.
+
+        The second is for templates that refuse the first because tools' answers must follow calls.
+        """
         message = messages[number]
         try:
             yield self._render(_with(messages, number, {"role": "assistant", "content": self._mark})), False
@@ -305,12 +318,12 @@ class Turns:
         yield self._render(_with(messages, number, {**message, "content": "", "tool_calls": [named]})), True
 
     def _without_foreign_text(self, text: str, messages: list[Message], number: int, span: Span, region: Span) -> Span:
-        """Cut a span down to the turn's own region on a side where another message's text stands.
+        """Return a span, cut down to the turn's own region on a side that has another message's text.
 
-        That is what changes when that message does.
+        That text is what changes in the rendering if that message changes.
 
         Raises:
-            FormatError: the other text stands within the turn's own.
+            FormatError: the other text is within the turn's own.
         """
         start, end = span
         for other, message in enumerate(messages):
@@ -319,7 +332,7 @@ class Turns:
                 continue
             try:
                 first, last = self._difference(text, _with(messages, other, {**message, "content": self._mark}))
-            except FormatError:  # it is refused with another text, so its own has to do
+            except FormatError:  # the template refuses a changed message: search for its text instead
                 first = text.find(content, start, end)
                 last = text.rfind(content, start, end) + len(content)
             if first < region[1] and last > region[0]:
@@ -329,21 +342,21 @@ class Turns:
         return start, end
 
     def _difference(self, text: str, messages: list[Message]) -> Span:
-        """Return what of a text is another in a rendering of some messages."""
+        """Return the span of a text that differs in a rendering of other messages."""
         variant = self._render(messages)
         start = common_prefix(text, variant)
         return start, len(text) - min(common_prefix(text[::-1], variant[::-1]), len(text) - start)
 
 
 def has_thinking(message: Message) -> bool:
-    """Return whether an assistant's turn has thinking, in a field or within its content."""
+    """Tell whether an assistant's turn has thinking, in a field or in its content."""
     if message["role"] != "assistant":
         return False
     return "reasoning_content" in message or any(end in message["content"] for end in THINKING)
 
 
 def common_prefix(a: str, b: str) -> int:
-    """Return how many characters two texts share at their start, by halving (slices compare fast)."""
+    """Return how many characters two texts share at their start, by bisection (comparing slices is fast)."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -358,10 +371,10 @@ def _with(messages: list[Message], number: int, message: Message) -> list[Messag
     return [*messages[:number], message, *messages[number + 1 :]]
 
 
-def _places(text: str, beginning: str) -> Iterator[int]:
-    """Yield where the rest of `text` may begin as another text does."""
-    place = text.find(beginning)
-    while place >= 0:
-        yield place
-        place = text.find(beginning, place + 1)
+def _starts(text: str, beginning: str) -> Iterator[int]:
+    """Yield the positions from which `text` may continue with `beginning`, cut off at the end of `text`."""
+    position = text.find(beginning)
+    while position >= 0:
+        yield position
+        position = text.find(beginning, position + 1)
     yield from range(max(0, len(text) - len(beginning) + 1), len(text))

@@ -1,7 +1,7 @@
-"""Row lengths -> the few widths that batches are padded to.
+"""Choose the few widths that batches are padded to, from the lengths of rows.
 
 Every width is another shape, and every shape is traced and compiled once; every position of padding is
-computed once per epoch. Both cost seconds, and what costs least in sum is chosen.
+computed once per epoch. The widths are chosen so that both together cost the least time.
 """
 
 from __future__ import annotations
@@ -10,24 +10,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# The search looks at this many rows at most, evenly spaced by length: 0.2 s, and within 0.1 % of all rows.
+# The search uses at most this many rows, evenly spaced by length: 0.2 s, and within 0.1 % of the result for all rows.
 SAMPLED_ROWS = 3000
 
 
 @dataclass(frozen=True)
 class ShapePrice:
-    """What a shape and a padded position cost on this device.
+    """What a shape and a padded position cost.
 
     The defaults were measured on a 2-core CPU with a 135M model (docs/performance.md): a new shape costs as
-    much as 110 tokens. They are the same for every device, for the plan must not depend on where it is made;
-    a GPU computes far more tokens in the time of a retrace, but pays it once per run and shape.
+    much as 110 tokens. They are the same for every device, because the plan must not depend on the device;
+    a GPU computes far more tokens in the time of a retrace, but pays it only once per run and shape.
 
     Attributes:
-        retrace_s: seconds that the first step in one more shape takes longer: tracing, and memory that no
-            buffer of another shape could serve.
+        retrace_s: seconds that the first step with a new shape takes longer, for tracing and for new buffers.
         tokens_per_s: positions computed per second, padding included.
-        epochs: passes over the data that a shape will serve.
-        max_shapes: never more shapes than this.
+        epochs: passes over the data in which a shape is used.
+        max_shapes: the most shapes allowed.
     """
 
     retrace_s: float = 0.6
@@ -36,12 +35,12 @@ class ShapePrice:
     max_shapes: int = 48
 
     def cost_s(self, positions: np.ndarray | float, shapes: np.ndarray | int) -> np.ndarray | float:
-        """Return the seconds that `positions` per epoch in so many shapes cost over the run."""
+        """Return the seconds that `positions` per epoch, in this many shapes, cost over the run."""
         return positions / self.tokens_per_s * self.epochs + shapes * self.retrace_s
 
 
 def rows_per_batch(width: int, batch_tokens: int, batch_size: int | None) -> int:
-    """Return how many rows of `width` one batch holds: `batch_size`, or what the token budget allows, 1 at least."""
+    """Return how many rows of `width` one batch has: `batch_size`, or what the token budget allows, but at least 1."""
     return batch_size or max(1, batch_tokens // int(width))
 
 
@@ -55,16 +54,16 @@ def choose_widths(
 
     Args:
         lengths: (R,) positions of each row, 1 or more.
-        batch_tokens: Positions per batch at the most; a longer row stands alone.
+        batch_tokens: The most positions per batch; a longer row gets a batch of its own.
         batch_size: Rows per batch instead.
         price: What shapes and positions cost.
 
     Returns:
-        (k,) int64 widths, ascending, each of them some row's length; the last is the longest row's.
+        (k,) int64 widths, ascending; each is the length of some row, the last of the longest row.
     """
     ordered = np.sort(lengths)[::-1].astype(np.int64)
     sample = ordered[:: -(-len(ordered) // SAMPLED_ROWS)]
-    shapes = min(price.max_shapes, len(np.unique(sample)) + 1)  # one more may hold the rows left over
+    shapes = min(price.max_shapes, len(np.unique(sample)) + 1)  # one more for the rows that are left over
     positions, step_to = _fewest_positions(sample, batch_tokens, batch_size, shapes)
     scale = len(ordered) / len(sample)
     k = int(np.argmin(price.cost_s(positions[0] * scale, np.arange(shapes + 1))))
@@ -79,16 +78,15 @@ def choose_widths(
 def _fewest_positions(
     ordered: np.ndarray, batch_tokens: int, batch_size: int | None, shapes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Find, by dynamic programming, the fewest positions that hold the rows from each one on.
+    """Find, by dynamic programming, the fewest positions for the rows from each row on.
 
-    Rows are taken from the longest down. A shape starts at some row, is as wide as that row, and takes one
-    or more whole batches; the last batch of all may be filled up with nothing.
+    Rows are taken from the longest to the shortest. A shape starts at some row, is as wide as that row, and has one or
+    more whole batches; only the very last batch may have empty rows.
 
     Args:
         ordered: (n,) lengths, descending.
-        batch_tokens: As in `choose_widths`.
-        batch_size: As in `choose_widths`.
-        shapes: Shapes at the most, K.
+        batch_tokens, batch_size: As in `choose_widths`.
+        shapes: The most shapes, K.
 
     Returns:
         (n + 1, K + 1) positions for the rows from i on in exactly k shapes (inf: impossible), and the row

@@ -1,11 +1,11 @@
-"""The gated activation for training: silu(gate) * up, keeping less for the backward pass.
+"""Compute the gated activation silu(gate) * up for training, and keep less for the backward pass.
 
-mlx keeps gate, up, sigmoid, silu and the product, five arrays of the widest layer; three or four do:
+mlx keeps gate, up, sigmoid, silu and the product, five arrays of the widest layer; three or four are enough:
 
     s = sigmoid(g),  y = g s u
     dg = dy u s (1 + g (1 - s)),  du = dy g s
 
-Shapes: any; gate and up alike.
+Shapes: any, the same for gate and up.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def lean_swiglu(keep_sigmoid: bool, gate: mx.array, up: mx.array) -> mx.array:
     """Return silu(gate) * up, differentiable in both.
 
     Args:
-        keep_sigmoid: keep s for the backward pass; else it is made again there, which saves memory and,
-            where an exponential costs no more than reading a number (a GPU), time.
+        keep_sigmoid: keep s for the backward pass; otherwise it is computed again, which saves memory, and
+            time on a GPU, where an exponential costs no more than reading a number.
         gate, up: float, of one shape and dtype.
     """
 
@@ -32,7 +32,7 @@ def lean_swiglu(keep_sigmoid: bool, gate: mx.array, up: mx.array) -> mx.array:
     @forward.vjp
     def forward_vjp(primals, cotangents, outputs):
         d = cotangents[0]
-        # After d: else compiling would merge this sigmoid with the forward pass's, and keep it.
+        # Depend on d: otherwise compiling would merge this sigmoid with the forward pass's, and keep it.
         gate, up = mx.depends(list(primals), d)
         s = outputs[1] if keep_sigmoid else device.sigmoid(gate)
         return [d * up * s * (1 + gate * (1 - s)), d * gate * s]

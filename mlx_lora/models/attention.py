@@ -1,9 +1,9 @@
-"""Attention for training: memory linear in the sequence, and no work above the diagonal.
+"""Compute attention for training with memory that is linear in the sequence, and no work above the diagonal.
 
-mlx's own backward pass makes the scores of every query with every key in every head, masks them and keeps them (B H T S
-numbers per block; half of them above the diagonal); on Metal only until mlx 0.32.4, which has a blocked one. Which of the
-two is better where is measured (models/kernel_choice.py). Here queries are taken a tile at a time, each against only the
-keys it may see; in long rows no score is kept, and the backward pass makes each tile's probabilities again:
+mlx's own backward pass computes the scores of every query with every key in every head, masks them and keeps them (B H T
+S numbers per block, half of them above the diagonal); on Metal, mlx 0.32.4 has a blocked one. Which of the two is better
+is measured (models/kernel_choice.py). This one takes a tile of queries at a time, against only the keys that they may
+see. For long rows it keeps no scores, and the backward pass computes each tile's probabilities again:
 
     P = softmax(scale Q K^T),  O = P V
     dP = dO V^T,  dS = P (dP - rowsum(dO O)),  dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO
@@ -26,12 +26,12 @@ from mlx_lora.system import device
 
 @dataclass(frozen=True)
 class Tiles:
-    """How one attention is computed: everything about it that is not differentiated.
+    """How one attention is computed: all its arguments that are not differentiated.
 
     Attributes:
         scale: factor on the scores.
-        mask: `causal`, None, or a bool array that broadcasts to (B, H, T, S), False where hidden.
-        queries: queries at a time.
+        mask: `causal`, None, or a bool array that broadcasts to (B, H, T, S), False where a key is hidden.
+        queries: about how many queries a tile has.
         kernel: `tiled`, or `mlx` for mx.fast.scaled_dot_product_attention with its own gradient and no tiles.
     """
 
@@ -41,7 +41,7 @@ class Tiles:
     kernel: str = "tiled"
 
     def spans(self, q: mx.array, k: mx.array) -> list[tuple[int, int, int]]:
-        """Return (first query, query after the last, keys seen) of each tile; about even."""
+        """Return (first query, query after the last, keys seen) of each tile; tiles are about equally large."""
         queries, keys = q.shape[2], k.shape[2]
         count = max(1, round(queries / self.queries))
         edges = [queries * i // count for i in range(count + 1)]
@@ -52,7 +52,7 @@ class Tiles:
         """Return the mask of a tile, broadcasting to (B, N, G, t, seen)."""
         if self.mask is None:
             return None
-        if isinstance(self.mask, str):  # the tile's last query sees all of its keys
+        if isinstance(self.mask, str):  # the tile's last query sees all keys of the tile
             return mx.arange(seen) <= mx.arange(seen - (stop - start), seen)[:, None]
         mask = self.mask.reshape((1,) * (4 - self.mask.ndim) + self.mask.shape)
         mask = mask[:, :, start:stop] if mask.shape[2] > 1 else mask
@@ -61,16 +61,16 @@ class Tiles:
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, tiles: Tiles, sinks: mx.array | None = None) -> mx.array:
-    """Return attention by the kernel that `tiles` names; shapes as in `tiled_attention`."""
+    """Return attention, computed by the kernel that `tiles` names; shapes as in `tiled_attention`."""
     if tiles.kernel == "tiled":
         return tiled_attention(q, k, v, tiles, sinks)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=tiles.scale, mask=tiles.mask, sinks=sinks)
 
 
 def attend_gradient(tiles: Tiles, primals: Sequence[mx.array], d_out: mx.array, out: mx.array) -> Sequence[mx.array]:
-    """Return the cotangents of q, k, v (and sinks) by the kernel that `tiles` names, given the output.
+    """Return the cotangents of q, k, v (and sinks), computed by the kernel that `tiles` names.
 
-    Ours starts from the output; mlx's makes it again on the way, since nothing but the output was kept.
+    Our kernel starts from the output; mlx's computes the output again, since nothing else was kept.
     """
     if tiles.kernel == "tiled":
         return attention_gradient(tiles, primals, d_out, out)
@@ -78,17 +78,17 @@ def attend_gradient(tiles: Tiles, primals: Sequence[mx.array], d_out: mx.array, 
     def again(q: mx.array, k: mx.array, v: mx.array, *sinks: mx.array) -> list[mx.array]:
         return [attend(q, k, v, tiles, *sinks)]
 
-    # After the cotangent: else compiling would merge this with the forward pass's, and keep what lies between.
+    # Depend on the cotangent: otherwise compiling would merge this with the forward pass, and keep what is in between.
     return mx.vjp(again, mx.depends(list(primals), d_out), [d_out])[1]
 
 
 def tiled_attention(q: mx.array, k: mx.array, v: mx.array, tiles: Tiles, sinks: mx.array | None = None) -> mx.array:
-    """Return softmax(scale Q K^T + mask) V, keeping no scores for the backward pass.
+    """Return softmax(scale Q K^T + mask) V, and keep no scores of long rows for the backward pass.
 
     Args:
         q: (B, H, T, d) float.
         k, v: (B, N, S, d) float, N dividing H; v's width may differ from k's.
-        tiles: scale, mask, and how it is cut.
+        tiles: scale, mask, and the size of a tile.
         sinks: (H,) logits that take part in the softmax without a value (GPT-OSS), or None.
 
     Returns:
@@ -110,11 +110,11 @@ def tiled_attention(q: mx.array, k: mx.array, v: mx.array, tiles: Tiles, sinks: 
 
 
 def attention(tiles: Tiles, q: mx.array, k: mx.array, v: mx.array, *sinks: mx.array) -> tuple[mx.array, list[mx.array]]:
-    """Compute `tiled_attention`, a tile after the other; return each tile's P (B, N, G t, seen) as well."""
+    """Return the output of `tiled_attention`, computed tile by tile, and each tile's P (B, N, G t, seen)."""
     parts: list[mx.array] = []
     probabilities: list[mx.array] = []
     for start, stop, seen in tiles.spans(q, k):
-        # Force the order, or all tiles may be alive at once.
+        # Force the order: otherwise all tiles may be in memory at once.
         own = mx.depends(q[:, :, start:stop], parts[-1:]) if parts else q[:, :, start:stop]
         mask = tiles.tile_mask(start, stop, seen, k.shape[1])
         weights, _ = _probabilities(own * tiles.scale, k[:, :, :seen], mask, sinks)
@@ -136,7 +136,7 @@ def attention_gradient(
         tiles: as in the forward pass.
         primals: q, k, v (and sinks).
         d_out, out: (B, H, T, width), the output's cotangent and the output.
-        probabilities: each tile's P if the forward pass kept them; else they are made again.
+        probabilities: each tile's P if the forward pass kept them; otherwise they are computed again.
     """
     q, k, v, *sinks = primals
     heads, key_heads = q.shape[1], k.shape[1]
@@ -144,7 +144,7 @@ def attention_gradient(
     d_q: list[mx.array] = []
     d_k, d_v, d_sinks = _KeyGradient(), _KeyGradient(), mx.array(0.0)
     for index, (start, stop, seen) in reversed(list(enumerate(tiles.spans(q, k)))):
-        # The first too: else compiling may merge it with the forward pass's tile, and keep that.
+        # The first tile too: otherwise compiling may merge it with the forward pass's, and keep that.
         done = [d_q[-1], *d_k.latest(), *d_v.latest()] if d_q else [d_row]
         own = mx.depends(q[:, :, start:stop] * tiles.scale, done)
         keys, mask = k[:, :, :seen], tiles.tile_mask(start, stop, seen, key_heads)
@@ -157,7 +157,7 @@ def attention_gradient(
         d_v.add(weights.swapaxes(-1, -2) @ d_own)
         if sinks:
             d_sinks = d_sinks - _fold_back(sunk * row, heads).sum(axis=(0, 2, 3))  # (H,)
-    # StableLM and Phixtral bring queries and keys in float32, and values in the model's dtype.
+    # StableLM and Phixtral pass queries and keys in float32, and values in the model's dtype.
     wholes = mx.concatenate(d_q[::-1], axis=2), d_k.whole(), d_v.whole()
     gradients = tuple(whole.astype(primal.dtype) for whole, primal in zip(wholes, (q, k, v), strict=True))
     return (*gradients, d_sinks.astype(sinks[0].dtype)) if sinks else gradients
@@ -167,7 +167,7 @@ AttentionCall = Callable[[mx.array, mx.array, mx.array, Tiles, mx.array | None],
 
 
 class _KeyGradient:
-    """Sums gradients of ever shorter beginnings of the keys, longest first, without padding any."""
+    """A sum of gradients of prefixes of the keys, added from the longest to the shortest, without padding."""
 
     def __init__(self) -> None:
         self.head: mx.array | None = None
@@ -184,7 +184,7 @@ class _KeyGradient:
         self.head = self.head[:, :, :seen] + part
 
     def latest(self) -> list[mx.array]:
-        """Return what the last addition made."""
+        """Return the arrays that the last addition made."""
         return [self.head, *self._tails[-1:]]
 
     def whole(self) -> mx.array:
@@ -193,12 +193,12 @@ class _KeyGradient:
 
 
 def _fold(x: mx.array, key_heads: int) -> mx.array:
-    """(B, H, t, d) to (B, N, G t, d): the queries of all heads that share a key head in one product."""
+    """Reshape (B, H, t, d) to (B, N, G t, d), for one product of all heads that share a key head."""
     return x.reshape(x.shape[0], key_heads, -1, x.shape[3])
 
 
 def _fold_back(x: mx.array, heads: int) -> mx.array:
-    """(B, N, G t, d) to (B, H, t, d)."""
+    """Reshape (B, N, G t, d) to (B, H, t, d)."""
     return x.reshape(x.shape[0], heads, -1, x.shape[3])
 
 

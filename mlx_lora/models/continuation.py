@@ -1,7 +1,7 @@
-"""Text that goes on from a prompt, its first space included.
+"""Decode text that continues a prompt, and keep its first space.
 
-mlx-lm's detokenizers take the first space off what they make, which is right for an answer of its own (SentencePiece
-puts one before every text) and wrong after a prompt that breaks off between two words.
+mlx-lm's detokenizers remove a text's first space. That is right for a separate answer (SentencePiece puts a space before
+every text) and wrong after a prompt that ends between two words.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
 class Continuation:
-    """A detokenizer of tokens that follow others; used as mlx-lm's own are."""
+    """A detokenizer for tokens that follow others, with the interface of mlx-lm's detokenizers."""
 
     def __init__(self, tokenizer: TokenizerWrapper):
-        """Begin.
+        """Decode one letter first, so that the detokenizer does not treat the text as the start.
 
         Args:
-            tokenizer: mlx-lm's wrapper, whose detokenizer is made to believe that a letter stands before the text.
+            tokenizer: mlx-lm's wrapper.
         """
         self._detokenizer = tokenizer.detokenizer
         for token in tokenizer.encode("a", add_special_tokens=False):
@@ -28,11 +28,11 @@ class Continuation:
         self._start = self._told = len(self._detokenizer.text)
 
     def add_token(self, token: int) -> None:
-        """Take the next token."""
+        """Add the next token."""
         self._detokenizer.add_token(token)
 
     def finalize(self) -> None:
-        """Give out what was held back for want of more tokens."""
+        """Release the text that was held back until more tokens came."""
         self._detokenizer.finalize()
 
     @property
@@ -49,7 +49,7 @@ class Continuation:
 
 
 def continued(responses: Iterable[GenerationResponse], tokenizer: TokenizerWrapper) -> Iterator[GenerationResponse]:
-    """Yield what mlx-lm's `stream_generate` yields, with its text as one that goes on from the prompt."""
+    """Yield the responses of mlx-lm's `stream_generate`, with text that continues the prompt."""
     text = Continuation(tokenizer)
     for response in responses:
         if response.finish_reason != "stop":  # then its token is the end token, which has no text

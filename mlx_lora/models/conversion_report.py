@@ -1,4 +1,4 @@
-"""What a conversion cost, on a text: perplexity of the source in float and of the result."""
+"""Measure what a conversion cost: the perplexity of the float source and of the result on a text."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ REPORT_TOKENS = 2048
 
 
 def compare_on_text(source: ModelSource, out: Path, text: str, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Measure both models on the text's first REPORT_TOKENS tokens, one model in memory at a time.
+    """Measure both models on the text's first REPORT_TOKENS tokens, with one model in memory at a time.
 
-    Both compute in this device's dtype, so that the difference is the weights'.
+    Both compute in this device's dtype, so that only their weights differ.
 
     Args:
         source: what was converted.
-        out: its converted folder, whose tokenizer cuts the text.
+        out: the converted folder, whose tokenizer splits the text.
         text: at least two tokens.
 
     Returns:
-        {"source", "converted": perplexities, "tokens": predicted}.
+        {"source": perplexity, "converted": perplexity, "tokens": how many were predicted}.
 
     Raises:
-        InputError: when the text is too short.
+        InputError: the text is too short.
     """
     converted, config = load_weights(out, trust_remote_code)
     ids, bos_id = _encode(load_folder_tokenizer(out, config, trust_remote_code), text)
@@ -48,7 +48,7 @@ def compare_on_text(source: ModelSource, out: Path, text: str, trust_remote_code
 
 
 def _encode(tokenizer: TokenizerWrapper, text: str) -> tuple[list[int], int | None]:
-    """Return the first tokens of a text and the BOS that the tokenizer itself would put before it."""
+    """Return the first tokens of a text, and the BOS that the tokenizer puts before a text, if any."""
     ids = tokenizer.encode(text, add_special_tokens=False)[:REPORT_TOKENS]
     if len(ids) < 2:
         raise InputError(f"--report: the text has {len(ids)} tokens; give a longer one")

@@ -1,8 +1,8 @@
 """Convert a model, from GGUF or from a Hugging Face folder, into a folder that mlx-lm loads.
 
-    source -> what to make of its weights -> weights, config, tokenizer in a temporary folder -> out
+    source, target -> weights, config, tokenizer in a temporary folder -> out
 
-GGUF blocks are carried over as they are unless told otherwise; a Hugging Face model is quantized to 4 bits.
+By default, GGUF blocks are carried over as they are, and a Hugging Face model is quantized to 4 bits.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ from mlx_lora.system.files import check_writable, one_at_a_time, replacing_folde
 
 # Part of the cache key of converted GGUF files: raise it when the same file would convert differently.
 _FORMAT = 1
-# Everything beside weights and config that a model folder needs or owes: tokenizer, templates, license.
+# The files beside weights and config that belong to a model folder: tokenizer, templates, license.
 _SIDE_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "chat_template*", "*.jinja", "*.tiktoken", "generation_config.json", "LICENSE*", "NOTICE*", "*.py",
 )  # fmt: skip
-# mlx-lm's architectures whose `sanitize` takes the head away when the weights hold none.
+# mlx-lm's architectures whose `sanitize` removes the head if the weights hold none.
 TIED_BY_WEIGHTS = ("gemma3_text", "recurrent_gemma")
 
 
 @dataclass
 class Conversion:
-    """What became of the weights.
+    """The result of a conversion.
 
     Attributes:
         model_type: mlx-lm's.
-        lossless, requantized, floats: tensors (layers, for a Hugging Face source) by treatment.
+        lossless, requantized, floats: how many tensors (layers, for a Hugging Face source) were treated in each way.
         errors: source type -> relative error of each tensor quantized anew.
         skipped: layers left in float because their width does not divide into groups.
         size_bytes: of all tensors written.
-        n_values: weights, as counted before packing.
-        elapsed_s: wall clock.
+        n_values: the number of weights, counted before packing.
+        elapsed_s: wall-clock time.
     """
 
     model_type: str
@@ -76,7 +76,7 @@ class Conversion:
         return 8 * self.size_bytes / self.n_values
 
     def summary(self) -> dict[str, Any]:
-        """Return the JSON form; errors as count, mean and maximum per source type."""
+        """Return the fields for JSON output, with errors as count, mean and maximum per source type."""
         plain = dataclasses.asdict(self) | {"bits_per_weight": round(self.bits_per_weight, 3)}
         plain["errors"] = {
             kind: {"tensors": len(values), "mean": sum(values) / len(values), "max": max(values)}
@@ -95,20 +95,20 @@ def convert_model(
     measure: bool = False,
     trust_remote_code: bool = False,
 ) -> Conversion:
-    """Write `source` as a model folder; nothing half-written remains on any error.
+    """Write `source` as a model folder; an error leaves nothing half-written.
 
     Args:
         source: from `resolve_model`.
         out: the folder to make.
-        target: what to make of the weights; None: a GGUF file's own blocks, else 4 bits in groups of 64.
+        target: how to store the weights; None: a GGUF file's own blocks, else 4 bits in groups of 64.
         dtype: of float weights, norms, scales and biases.
         force: replace an existing model folder.
         measure: compute quantization errors for a Hugging Face source too (reads all weights into memory).
         trust_remote_code: let a Hugging Face folder run its own model code.
 
     Raises:
-        InputError: unusable source, or `out` that must not be written.
-        RunError: when writing failed.
+        InputError: the source cannot be used, or `out` must not be written.
+        RunError: writing failed.
     """
     out, start = out.resolve(), time.perf_counter()
     if target is None and source.kind == "gguf":
@@ -124,13 +124,13 @@ def convert_model(
             conversion = _convert_gguf(source, folder, target, dtype)
         else:
             conversion = _convert_folder(source, folder, target, dtype, measure, trust_remote_code)
-        load_weights(folder, trust_remote_code)  # mlx-lm must build it before anyone is told that it is there
+        load_weights(folder, trust_remote_code)  # check that mlx-lm can load it before it appears at `out`
     conversion.elapsed_s = time.perf_counter() - start
     return conversion
 
 
 def _least_bytes(source: ModelSource, target: Target | None) -> int:
-    """Return a lower bound of what will be written, from file sizes alone: a float source holds 32 bits at most."""
+    """Return a lower bound of the bytes to write, from file sizes; a float source has at most 32 bits per weight."""
     files = [source.path] if source.path.is_file() else source.path.glob("*.safetensors")
     size = sum(file.stat().st_size for file in files)
     bits = target.bits if isinstance(target, Quantization) else 4 if target is None else 32
@@ -138,10 +138,10 @@ def _least_bytes(source: ModelSource, target: Target | None) -> int:
 
 
 def cached_gguf_folder(source: ModelSource) -> Path:
-    """Return the converted form of a GGUF file, making it on first use.
+    """Return the cached folder that a GGUF file converts to; the first call converts it.
 
     Blocks are carried over with float32 scales, so the folder does not depend on the compute dtype.
-    The key is the file's path, size and time of change.
+    The cache key is the file's path, size and modification time.
     """
     stat = source.path.stat()
     key = f"{_FORMAT}|{source.path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
@@ -154,7 +154,7 @@ def cached_gguf_folder(source: ModelSource) -> Path:
 
 
 def load_float_model(source: ModelSource, dtype: mx.Dtype, trust_remote_code: bool = False) -> nn.Module:
-    """Load a source's weights unquantized, whatever it holds: the reference of a conversion."""
+    """Return a source's model with float weights, as the reference that a conversion is compared with."""
     if source.kind == "gguf":
         file = read_gguf(source.path)
         config = model_config(file)
@@ -169,14 +169,14 @@ def load_float_model(source: ModelSource, dtype: mx.Dtype, trust_remote_code: bo
 
 
 def build_model(config: dict[str, Any], names: frozenset[str] | None = None) -> nn.Module:
-    """Build mlx-lm's model of a config, its parameters not yet computed.
+    """Return mlx-lm's model for a config; its parameters are not computed yet.
 
     Args:
         config: config.json.
-        names: of the stored tensors, where they are known: they tell whether the head is one of its own.
+        names: of the stored tensors, if known; they tell whether the model has a head of its own.
 
     Raises:
-        InputError: when mlx-lm cannot build it.
+        InputError: mlx-lm cannot build it.
     """
     import_architecture(config)
     try:
@@ -190,10 +190,10 @@ def build_model(config: dict[str, Any], names: frozenset[str] | None = None) -> 
 
 
 def _drop_tied_head(model: nn.Module, config: dict[str, Any], names: frozenset[str] | None) -> None:
-    """Take away the head that a few families are built with and lose as soon as mlx-lm sees weights without one.
+    """Remove the head of the few families (TIED_BY_WEIGHTS) that mlx-lm always builds with one.
 
-    All others are built as their config says. The stored names decide, as they do for mlx-lm; without them the
-    config does, whose silence means tied: that is transformers' default for these families.
+    mlx-lm removes it when it loads weights without a head, so the stored names decide here too. If they are not known,
+    the config decides; its default is tied, as in transformers for these families.
     """
     owner = model.get("language_model", model)  # multimodal wrappers
     if type(owner).__module__.rsplit(".", 1)[-1] not in TIED_BY_WEIGHTS or "lm_head" not in owner:
@@ -208,7 +208,7 @@ def _drop_tied_head(model: nn.Module, config: dict[str, Any], names: frozenset[s
 
 
 def cast_model(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Cast float parameters, except those the model protects (`cast_predicate`, as mlx-lm's converter does)."""
+    """Cast float parameters, except those that the model's `cast_predicate` protects, as mlx-lm's converter does."""
     may_cast = model.cast_predicate if hasattr(model, "cast_predicate") else lambda _: True
     cast = [
         (name, array.astype(dtype))
@@ -221,21 +221,21 @@ def cast_model(model: nn.Module, dtype: mx.Dtype) -> None:
 def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.Dtype) -> Conversion:
     file = read_gguf(source.path)
     config = model_config(file)
-    places = weight_map(file, config)
+    mappings = weight_map(file, config)
     shapes = {name: array.shape for name, array in tree_flatten(build_model(config).parameters())}
-    check_shapes(str(file.path), file.tensors, places, shapes)
+    check_shapes(str(file.path), file.tensors, mappings, shapes)
     write_tokenizer(file.metadata, folder)
     conversion, writer = Conversion(config["model_type"]), ShardWriter(folder)
-    layouts: dict[str, Quantization] = {}
-    for tensor in import_weights(file.tensors, places, target, dtype):
+    quantizations: dict[str, Quantization] = {}
+    for tensor in import_weights(file.tensors, mappings, target, dtype):
         writer.add(tensor.parameters)
-        place = places[tensor.source]
-        could_pack = len(file.tensors[tensor.source].shape) > 1 and target != "float" and not place.exact
+        mapping = mappings[tensor.source]
+        could_pack = len(file.tensors[tensor.source].shape) > 1 and target != "float" and not mapping.exact
         _count(conversion, tensor, could_pack)
-        if tensor.form is not None:
-            layouts |= dict.fromkeys(place.layers, tensor.form)
+        if tensor.quantization is not None:
+            quantizations |= dict.fromkeys(mapping.layers, tensor.quantization)
     conversion.size_bytes = writer.close()
-    config |= quantization_entries(layouts)
+    config |= quantization_entries(quantizations)
     config["torch_dtype"] = str(dtype).removeprefix("mlx.core.")
     config["mlx_lora"] = _provenance(source, conversion, config) | {"sha256": sha256_of(source.path)}
     write_json(folder / "config.json", config)
@@ -244,7 +244,7 @@ def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.D
 
 def _count(conversion: Conversion, tensor: Imported, could_pack: bool) -> None:
     conversion.n_values += tensor.n_values
-    if tensor.form is None:
+    if tensor.quantization is None:
         conversion.floats += 1
         if could_pack and tensor.source_type not in ("F32", "F16", "BF16"):
             conversion.skipped.append(tensor.source)
@@ -255,12 +255,12 @@ def _count(conversion: Conversion, tensor: Imported, could_pack: bool) -> None:
         conversion.errors.setdefault(tensor.source_type, []).append(tensor.error)
 
 
-def quantization_entries(layouts: dict[str, Quantization]) -> dict[str, Any]:
-    """Return config.json's `quantization`: the commonest form, then every layer's own."""
-    if not layouts:
+def quantization_entries(quantizations: dict[str, Quantization]) -> dict[str, Any]:
+    """Return config.json's `quantization`: the most common one, then that of each layer that differs."""
+    if not quantizations:
         return {}
-    ((commonest, _),) = Counter(layouts.values()).most_common(1)
-    entries = commonest.layout | {layer: form.layout for layer, form in layouts.items() if form != commonest}
+    ((commonest, _),) = Counter(quantizations.values()).most_common(1)
+    entries = commonest.layout | {layer: own.layout for layer, own in quantizations.items() if own != commonest}
     return {"quantization": entries, "quantization_config": entries}
 
 
@@ -290,7 +290,7 @@ def _convert_folder(
     conversion.floats = len(names) - conversion.requantized
     writer = ShardWriter(folder)
     del model, names
-    for name in list(parameters):  # handed over one by one, so that a written shard's arrays are freed
+    for name in list(parameters):  # one by one, so that the arrays of a written shard are freed
         writer.add({name: parameters.pop(name)})
     conversion.size_bytes = writer.close()
     config["mlx_lora"] = _provenance(source, conversion, config)
@@ -300,17 +300,17 @@ def _convert_folder(
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, templates and license; a SentencePiece-only tokenizer gets a tokenizer.json as well."""
+    """Copy tokenizer, templates and license, and write a tokenizer.json if the source only has a SentencePiece model."""
     for pattern in _SIDE_FILES:
         for file in source.glob(pattern):
             if file.is_file():
-                shutil.copyfile(file, folder / file.name)  # follows the hub cache's links
+                shutil.copyfile(file, folder / file.name)  # follows links, which the hub cache uses
     if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
         write_tokenizer_from_spm(folder / "tokenizer.model", source, folder)
 
 
 def _provenance(source: ModelSource, conversion: Conversion, config: dict[str, Any]) -> dict[str, Any]:
-    """Return what config.json says about where the weights came from; mlx-lm ignores the key."""
+    """Return config.json's `mlx_lora` entry, which records where the weights come from; mlx-lm ignores it."""
     mark = fused_mark(config)
     return {
         **({"fused": mark} if mark else {}),

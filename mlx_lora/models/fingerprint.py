@@ -1,7 +1,7 @@
-"""Names a base model by what no quantization touches, so that a QLoRA adapter still knows its float base.
+"""Compute a base model's fingerprint from what no quantization changes, so that a QLoRA adapter fits its float base.
 
 0123456789abcdef               a model as it was published, at any quantization and dtype
-0123456789abcdef+89abcdef      with an adapter fused into it: its vectors are the base's, its matrices are not
+0123456789abcdef+89abcdef      the same with an adapter fused into it, which changes its matrices but not its vectors
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ FUSED_KEY = "mlx_lora.fused"  # in a GGUF file's metadata
 
 
 def base_fingerprint(model: nn.Module, config: dict[str, Any]) -> str:
-    """Return 16 hex digits that are equal for one model at every quantization and dtype, and what is fused into it.
+    """Return 16 hex digits that are the same at every quantization and dtype, and the mark of what is fused into it.
 
-    Hashed are the model type and every one-dimensional float parameter (norm weights, biases of norms)
-    rounded to bfloat16: converters quantize matrices and leave these. Two fine-tunes of one base differ
-    in them, so their adapters are kept apart. Adapter factors are two-dimensional and do not count.
+    The hash covers the model type and every one-dimensional float parameter (norm weights, biases of norms), rounded
+    to bfloat16: converters quantize matrices and leave these alone. Two fine-tunes of one base differ in them, so their
+    adapters are told apart. Adapter factors are two-dimensional and not included.
 
     Args:
         model: an mlx-lm model, adapted or not.
@@ -34,26 +34,26 @@ def base_fingerprint(model: nn.Module, config: dict[str, Any]) -> str:
     ]
     for name, value in sorted(vectors):
         rounded = value.astype(mx.bfloat16).view(mx.uint16)
-        digest.update(name.replace(".linear.", ".").encode())  # an adapted layer holds its bias one level down
+        digest.update(name.replace(".linear.", ".").encode())  # an adapted layer holds its bias one level deeper
         digest.update(np.array(rounded).tobytes())
     mark = fused_mark(config)
     return digest.hexdigest()[:16] + (f"+{mark}" if mark else "")
 
 
 def without_mark(fingerprint: str) -> str:
-    """Return the fingerprint as versions wrote it that did not look for fused adapters."""
+    """Return the fingerprint without the mark, as earlier versions wrote it."""
     return fingerprint.partition("+")[0]
 
 
 def fused_mark(config: dict[str, Any]) -> str:
-    """Return what config.json says is fused into the model, empty for a model as it was published."""
+    """Return config.json's mark of what is fused into the model, empty for a model as it was published."""
     own = config.get("mlx_lora")
     mark = own.get("fused") if isinstance(own, dict) else None
     return mark[:40] if isinstance(mark, str) else "fused" if mark else ""  # earlier versions wrote true
 
 
 def merge_mark(model: nn.Module, config: dict[str, Any]) -> str:
-    """Return 8 hex digits for what will be fused: the adapter on `model`, and what its base had in it before.
+    """Return 8 hex digits that identify the adapter on `model` and whatever was fused into its base before.
 
     Args:
         model: adapted.
@@ -69,7 +69,7 @@ def merge_mark(model: nn.Module, config: dict[str, Any]) -> str:
 
 
 def weights_checksum(model: nn.Module, skip: frozenset[str] = frozenset()) -> str:
-    """Return the SHA-256 of every parameter's name and bytes: the proof that a base did not change.
+    """Return the SHA-256 of every parameter's name and bytes, which proves that a base did not change.
 
     Args:
         model: any module.

@@ -1,4 +1,4 @@
-"""Reads a model folder: its files checked first, then mlx-lm's model built from them."""
+"""Read a model folder: check its files, then build mlx-lm's model from them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ OURS = Path(mlx_lora.__file__).parent
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-# What third-party code that builds a model or a tokenizer from files raises when the files are not as it expects:
-# the errors of ordinary Python on data of another form. Only around those two calls, and around a model's own code
-# when something of ours is tried on it that has a fallback (with `is_foreign`).
+# What third-party code raises when it builds a model or a tokenizer from files that are not as it expects: Python's
+# ordinary errors on unexpected data. Catch them only around such calls, or, with `is_foreign`, around a model's own code
+# where we have a fallback.
 FOREIGN_ERRORS = (
     ValueError, LookupError, TypeError, AttributeError, NameError, ArithmeticError, AssertionError, RuntimeError,
     ImportError, OSError, StrictDataclassError,
@@ -35,10 +35,10 @@ FOREIGN_ERRORS = (
 
 
 def is_foreign(error: BaseException) -> bool:
-    """Tell whether one of FOREIGN_ERRORS can have come from elsewhere than a slip in our own code.
+    """Tell whether one of FOREIGN_ERRORS may come from other code than ours, and so may not be a bug of ours.
 
-    mlx raises ValueError and RuntimeError for shapes, types and gradients that it does not have, wherever it is called
-    from. Of the others the place tells.
+    mlx raises ValueError and RuntimeError for shapes, types and gradients that it does not support, whoever calls it.
+    For the others, the traceback tells which file raised them.
     """
     if isinstance(error, (ValueError, RuntimeError, OSError)) or error.__traceback__ is None:
         return True
@@ -47,14 +47,14 @@ def is_foreign(error: BaseException) -> bool:
 
 
 def load_weights(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """Check the folder's files, then let mlx-lm build the model lazily.
+    """Check the folder's files, then return mlx-lm's model, with lazy weights, and its config.
 
     Args:
         folder: with config.json and model*.safetensors.
-        trust_remote_code: let the folder's own Python build the model.
+        trust_remote_code: let the folder's own Python code build the model.
 
     Raises:
-        InputError: a file that is missing, damaged, or does not fit the others.
+        InputError: a file is missing or damaged, or does not fit the others.
     """
     config = read_config(folder, trust_remote_code)
     files = sorted(folder.glob("model*.safetensors"))
@@ -70,26 +70,26 @@ def load_weights(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict
     try:
         model, config = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
         complete_module(model)
-        # Builds the graph of two tokens and computes nothing: settings that no weight shows (heads, RoPE, norms) are
-        # looked at here, not in the middle of a run.
+        # Build the graph for two tokens and compute nothing: this finds wrong settings that no weight's shape shows
+        # (heads, RoPE, norms) now, not in the middle of a run.
         model(mx.zeros((1, 2), mx.int32))
     except FOREIGN_ERRORS as error:
-        # An unknown model type, a config without a needed field or with one of another kind, foreign tensors.
+        # An unknown model type, a config with a field missing or of another type, or tensors of another model.
         if "No Metal back-end" in str(error):
             raise InputError(
-                f"{folder}: mlx-lm computes {config['model_type']} models with Metal alone, which this machine does not "
-                "have; use a Mac with Apple silicon, or choose another model"
+                f"{folder}: mlx-lm needs Metal for {config['model_type']} models, and this machine does not have it; "
+                "use a Mac with Apple silicon, or choose another model"
             ) from error
         raise InputError(f"{folder}: mlx-lm cannot build this {config['model_type']} model ({short(error)})") from error
-    check_config(config, folder / GENERATION_FILE, n_tensors)  # mlx-lm takes the end ids from there
+    check_config(config, folder / GENERATION_FILE, n_tensors)  # mlx-lm has merged that file's end ids into the config
     return model, config
 
 
 def import_architecture(config: dict[str, Any]) -> None:
-    """Import mlx-lm's module of a model, since one of them ends the process where a package is missing (OLMo 1).
+    """Import mlx-lm's module of a model; OLMo 1's ends the process if a package is missing, which is caught here.
 
     Raises:
-        InputError: it did.
+        InputError: the module tried to end the process.
     """
     said = io.StringIO()
     try:
@@ -101,11 +101,11 @@ def import_architecture(config: dict[str, Any]) -> None:
             "what it asks for, or choose another model"
         ) from end
     except FOREIGN_ERRORS:
-        return  # whoever builds the model says what is wrong with it
+        return  # building the model raises the same error, and is reported there
 
 
 def complete_module(model: nn.Module) -> None:
-    """Make up for a class that forgets `nn.Module.__init__`, as mlx-lm's Griffin does: it could not be frozen."""
+    """Call `nn.Module.__init__` if the model's class did not, as in mlx-lm's Griffin, which could not be frozen."""
     if not hasattr(model, "_no_grad"):
         nn.Module.__init__(model)
 
@@ -114,29 +114,27 @@ def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     """Return config.json.
 
     Raises:
-        InputError: it is not there, is no model's, or asks for code of its own that was not allowed.
+        InputError: it is missing, is not a model's, or asks for code that was not allowed.
     """
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise InputError(f"{file}: cannot be read (no such file); give a folder with config.json and *.safetensors")
     config = read_json(file, "download the model again")
     if "model_type" not in config:
-        raise InputError(f"{file}: names no model_type; give a language model's folder")
+        raise InputError(f"{file}: has no model_type; give a language model's folder")
     if config.get("model_file") is not None:
         if not trust_remote_code:
             raise InputError(
-                f"{file}: the model needs code of its own ({str(config['model_file'])[:80]}); read it, then give "
+                f"{file}: the model requires its own code ({str(config['model_file'])[:80]}); read it, then give "
                 "--trust-remote-code"
             )
         if not inside(folder, config["model_file"]):
-            raise InputError(
-                f"{file}: model_file {str(config['model_file'])[:80]} is not in that folder; mend the file"
-            )
+            raise InputError(f"{file}: model_file {str(config['model_file'])[:80]} is not in that folder; fix the file")
     return config
 
 
 def inside(folder: Path, name: Any) -> bool:
-    """Tell whether a name that a file gives is that of a file in the folder, and of none elsewhere."""
+    """Tell whether a name read from a file is a plain file name, which cannot point outside the folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
 
 

@@ -1,24 +1,24 @@
-"""The gated delta rule for training: products over chunks of tokens, and nothing kept per token.
+"""Compute the gated delta rule for training, by products over chunks of tokens, and keep nothing per token.
 
 Qwen3.5, Qwen3-Next, Kimi-Linear and OLMo hybrid carry one matrix S per head from token to token:
 
     S_t = S_{t-1} diag(g_t) + u_t k_t^T,   u_t = beta_t (v_t - S_{t-1} diag(g_t) k_t),   y_t = S_t q_t
 
-mlx-lm trains this with a loop over tokens, and autodiff keeps about three S of each. Within a chunk of C tokens
-the u solve one triangular system, so a chunk is a few products; only S goes from chunk to chunk:
+mlx-lm trains this with a loop over tokens, and autodiff keeps about three matrices like S for each. Within a chunk of C
+tokens the u solve one triangular system, so a chunk is a few products; only S passes from chunk to chunk:
 
     (I + A) U = diag(beta) (V - K_seen S^T),   A_ti = beta_t (k_t decayed . k_i) for i < t
     Y = Q_seen S^T + P U,                      P_ti = q_t decayed . k_i for i <= t
     S' = S diag(decay of the chunk) + U^T K_left
 
-"seen" is decayed from the chunk's start, "left" up to its end. The backward pass makes all of it again, a segment
-of a few chunks at a time: kept are the inputs and one S per segment. Every decay is the exponential of a sum of
-logarithms over just the tokens that it spans: never of a positive number, and no difference of long sums.
+"seen" is decayed from the chunk's start, "left" up to its end. Only the inputs and one S per segment of a few chunks are
+kept; the backward pass computes the rest again, one segment at a time. Every decay is the exponential of a sum of
+logarithms over exactly the tokens that it spans: never of a positive number, and never of a difference of long sums.
 
 Shapes: B batch, T tokens, K key heads, G value heads per key head (mlx-lm: Hk = K, Hv = K G), n chunks, C tokens of
 a chunk, k and v head widths. A gate has width 1 (one per head) or k (one per channel): written g.
-Source: arXiv 2412.06464 (gated delta rule, equation 10), 2406.06484 section 3 (the WY form), 2510.26692 (a gate per
-channel).
+Source: arXiv 2412.06464 (gated delta rule, equation 10), 2406.06484 section 3 (the WY representation), 2510.26692 (a gate
+per channel).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import mlx.nn as nn
 from mlx_lora.models.decay import Decay, lower_triangle, unit_lower_inverse
 
 CHUNK = 64
-# Tokens of all heads and rows whose intermediates are alive at once: more makes fewer, larger products.
+# Tokens, over all heads and rows, whose intermediates are in memory at once; more makes fewer, larger products.
 SEGMENT_HEAD_TOKENS = 4096
 # Head widths, of keys and of values, that MLX's fused kernels have (mlx 0.32.4).
 FUSED_WIDTH = 128
@@ -54,19 +54,19 @@ def chunked_gated_delta_update(
     lower_bound: float | None = None,
     allow_neg_eigval: bool = False,
 ) -> tuple[mx.array, mx.array]:
-    """Return what mlx-lm's `gated_delta_update` returns, differentiable at a memory that is linear in the length.
+    """Return what mlx-lm's `gated_delta_update` returns; its gradient takes memory that is linear in the length.
 
     Args:
         q, k: (B, T, Hk, Dk) float, normalized by mlx-lm's `normalize_qk`, which folds the scale into q.
         v: (B, T, Hv, Dv) float, Hk dividing Hv.
-        a: (B, T, Hv) or (B, T, Hv, Dk) float, what the gates are made of.
-        b: (B, T, Hv) float, what beta is made of.
+        a: (B, T, Hv) or (B, T, Hv, Dk) float, from which the gates are computed.
+        b: (B, T, Hv) float, from which beta is computed.
         A_log, dt_bias: broadcast to a.
         state: (B, Hv, Dv, Dk) float32, or None for zeros.
         mask: (B, T) bool, False where a token leaves the state alone; its output is 0.
-        use_kernel: mlx-lm's word for "not training"; this function is the same in both.
+        use_kernel: mlx-lm's flag for "not training"; it makes no difference here.
         lower_bound: of the gates' logarithms (Kimi K3), or None.
-        allow_neg_eigval: beta reaches up to 2, not 1.
+        allow_neg_eigval: whether beta may reach 2 instead of 1.
 
     Returns:
         (B, T, Hv, Dv) in q's dtype, and the state after the last token, (B, Hv, Dv, Dk) float32.
@@ -86,7 +86,7 @@ def chunked_gated_delta_update(
     @forward.vjp
     def forward_vjp(primals, cotangents, outputs):
         q, k, v, state, *of_gates = primals
-        # Not before the backward pass has come this far, nor shared with the forward pass.
+        # Computed when the backward pass gets here, and not merged with the forward pass.
         of_gates = mx.depends(of_gates, [cotangents[0]])
         made = gates(*of_gates)
         d_q, d_k, d_v, *d_gates, d_state = gated_delta_gradient(
@@ -113,11 +113,11 @@ def fused_gated_delta_update(
     lower_bound: float | None = None,
     allow_neg_eigval: bool = False,
 ) -> tuple[mx.array, mx.array]:
-    """Return what `chunked_gated_delta_update` returns, through MLX's own kernel where that has one.
+    """Return what `chunked_gated_delta_update` returns, computed by MLX's fused kernel if that supports the arguments.
 
-    MLX's Metal kernels take heads of 128 channels, one gate per head, and no mask; for anything else, and on other
-    devices, `mx.fast.gated_delta_update` is the loop over tokens, so here it is the chunked form. The kernels read
-    gates in q's dtype, and a decay near 1 has three digits in bfloat16: all goes in as float32.
+    MLX's Metal kernels support heads of 128 channels, one gate per head, and no mask. For other shapes
+    `mx.fast.gated_delta_update` is a loop over tokens, so the chunked function is used instead. The kernels read gates in
+    q's dtype, and bfloat16 keeps three digits of a decay near 1, so all arguments are passed as float32.
     """
     options = {"lower_bound": lower_bound, "allow_neg_eigval": allow_neg_eigval}
     if mask is not None or a.ndim == 4 or (k.shape[-1], v.shape[-1]) != (FUSED_WIDTH, FUSED_WIDTH):
@@ -151,7 +151,7 @@ def log_gates(
 def gated_delta(
     q: mx.array, k: mx.array, v: mx.array, log_g: mx.array, beta: mx.array, state: mx.array
 ) -> list[mx.array]:
-    """Run the rule over the sequence.
+    """Compute the gated delta rule over the sequence.
 
     Args:
         q, k, v, state: as in `chunked_gated_delta_update`.
@@ -165,7 +165,7 @@ def gated_delta(
     parts, starts = [], []
     for start, stop in cut.segments():
         starts.append(now)
-        # Force the order, or the intermediates of all segments may be alive at once.
+        # Force the order: otherwise the intermediates of all segments may be in memory at once.
         own = mx.depends([x[:, start:stop] for x in (q, k, v, log_g, beta)], [now, *parts[-1:]])
         chunks = _Chunks.of(cut, *own)
         deltas, begun, now = chunks.run(now)
@@ -187,7 +187,7 @@ def gated_delta_gradient(
     """Return the cotangents of `gated_delta`'s arguments, each in its argument's shape and dtype.
 
     Args:
-        q, k, v, log_g, beta: as there.
+        q, k, v, log_g, beta: as given to it.
         starts: the state at each segment's start, as it returned them.
         d_y, d_last: cotangents of y and of the last state.
     """
@@ -206,7 +206,7 @@ def gated_delta_gradient(
 
 @dataclass(frozen=True)
 class _Cut:
-    """How (B, T, heads, width) is cut into (B, K, G, n, C, width), float32."""
+    """How (B, T, heads, width) is split into (B, K, G, n, C, width), float32."""
 
     key_heads: int
     group: int
@@ -226,7 +226,7 @@ class _Cut:
         return pairwise([*range(0, self.tokens, self.segment), self.tokens])
 
     def split(self, x: mx.array) -> mx.array:
-        """(B, t, heads[, width]) to (B, K, G or 1, n, C, width or 1); what fills the last chunk changes no state."""
+        """Split (B, t, heads[, width]) into (B, K, G or 1, n, C, width or 1); padding tokens do not change the state."""
         x = x.astype(mx.float32)
         x = x[..., None] if x.ndim == 3 else x
         batch, tokens, heads, width = x.shape
@@ -236,12 +236,12 @@ class _Cut:
         return mx.contiguous(x.transpose(0, 3, 4, 1, 2, 5))
 
     def join(self, x: mx.array, tokens: int, dtype: mx.Dtype) -> mx.array:
-        """(B, K, G or 1, n, C, width) to (B, tokens, heads, width)."""
+        """Join (B, K, G or 1, n, C, width) to (B, tokens, heads, width)."""
         x = x.astype(dtype).transpose(0, 3, 4, 1, 2, 5)
         return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4], x.shape[5])[:, :tokens]
 
     def split_state(self, state: mx.array) -> mx.array:
-        """(B, Hv, Dv, Dk) to (B, K, G, Dv, Dk), float32."""
+        """Reshape (B, Hv, Dv, Dk) to (B, K, G, Dv, Dk), float32."""
         return state.astype(mx.float32).reshape(state.shape[0], self.key_heads, self.group, *state.shape[2:])
 
     def join_state(self, state: mx.array) -> mx.array:
@@ -250,17 +250,17 @@ class _Cut:
 
 @dataclass(frozen=True)
 class _Chunks:
-    """All of a segment's chunks at once: what does not depend on the state.
+    """The arrays of all chunks of a segment that do not depend on the state.
 
     Attributes:
         q, k, v, beta: (B, K, G or 1, n, C, width).
-        decay: of the gates.
+        decay: the decay by the gates.
         q_seen, k_seen, k_left: (B, K, G, n, C, k), decayed from the chunk's start, or up to its end.
         reads: (B, K, G, n, C, C), P.
         own: (B, K, G, n, C, C), A without beta.
-        inverse: (B, K, G, n, C, C), of I + A.
+        inverse: (B, K, G, n, C, C), the inverse of I + A.
         fresh: (B, K, G, n, C, v), U for a state of zeros.
-        erases: (B, K, G, n, C, k), what the state is multiplied by and taken off from U.
+        erases: (B, K, G, n, C, k), whose product with the state is subtracted from `fresh` to get U.
     """
 
     q: mx.array
@@ -279,7 +279,7 @@ class _Chunks:
 
     @classmethod
     def of(cls, cut: _Cut, *given: mx.array) -> _Chunks:
-        """Prepare a segment from its part of q, k, v, log_g and beta."""
+        """Return the chunks of a segment, from its part of q, k, v, log_g and beta."""
         q, k, v, log_g, beta = (cut.split(x) for x in given)
         decay = Decay.of(log_g)
         products = decay.products(mx.stack([q, k]), k)
@@ -290,13 +290,13 @@ class _Chunks:
         return cls(q, k, v, beta, decay, q * decay.seen, k_seen, k * decay.left, reads, own, inverse, fresh, erases)
 
     def run(self, state: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Go through the chunks.
+        """Compute U and the states, chunk by chunk.
 
         Args:
-            state: (B, K, G, v, k) at the first's start.
+            state: (B, K, G, v, k) at the start of the first chunk.
 
         Returns:
-            U (B, K, G, n, C, v), the state at each chunk's start (B, K, G, n, v, k), and the one at the end.
+            U (B, K, G, n, C, v), the state at each chunk's start (B, K, G, n, v, k), and the state at the end.
         """
         deltas, begun = [], []
         for i in range(self.fresh.shape[3]):
@@ -306,15 +306,15 @@ class _Chunks:
         return mx.stack(deltas, axis=3), mx.stack(begun, axis=3), state
 
     def gradient(self, state: mx.array, d_y: mx.array, d_state: mx.array) -> tuple[list[mx.array], mx.array]:
-        """Go back through the chunks.
+        """Compute the cotangents, from the last chunk to the first.
 
         Args:
-            state: (B, K, G, v, k) at the first's start.
+            state: (B, K, G, v, k) at the start of the first chunk.
             d_y: (B, K, G, n, C, v).
-            d_state: (B, K, G, v, k), cotangent of the state at the last's end.
+            d_state: (B, K, G, v, k), cotangent of the state at the end of the last chunk.
 
         Returns:
-            Cotangents of q, k, v, log_g and beta as they were cut, and of `state`.
+            Cotangents of q, k, v, log_g and beta, split into chunks, and of `state`.
         """
         deltas, begun, _ = self.run(state)
         d_deltas, d_ends, d_state = self._run_back(d_y, d_state)
@@ -344,7 +344,7 @@ class _Chunks:
         ], d_state
 
     def _run_back(self, d_y: mx.array, d_state: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Return the cotangents of U, of the state at each chunk's end, and of the state at the first's start."""
+        """Return the cotangents of U, of the state at each chunk's end, and of the state at the first chunk's start."""
         by_reads = self.reads.swapaxes(-1, -2) @ d_y
         by_y = d_y.swapaxes(-1, -2) @ self.q_seen  # (B, K, G, n, v, k)
         d_deltas, d_ends = [], []

@@ -1,6 +1,7 @@
-"""The architectures that are read from GGUF and written as it, and what each tensor of their files is to mlx-lm.
+"""The table of architectures that can be read from and written to GGUF, and lookups in it.
 
-One row per name that llama.cpp has; what a row says is in the family's own file.
+Each row is one of llama.cpp's architecture names; the rows are defined in gguf_dense.py, gguf_experts.py, gguf_hybrid.py
+and gguf_gemma4.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from mlx_lora.models.gguf_family import Family
 from mlx_lora.models.gguf_gemma4 import GEMMA4
 from mlx_lora.models.gguf_hybrid import LFM2, QWEN35, QWEN35_MOE
 from mlx_lora.models.gguf_keys import Settings, shared_fields
-from mlx_lora.models.gguf_places import Weight
+from mlx_lora.models.gguf_mapping import TensorMapping
 from mlx_lora.sources.gguf_reader import GGUFFile
 from mlx_lora.system.errors import InputError
 
@@ -34,7 +35,7 @@ ARCHITECTURES: dict[str, Family] = {
     "lfm2": LFM2,
     "phi3": PHI3,
 }
-# One tensor that some files have for two: the second's rows after the first's.
+# Some files join two tensors in one: the rows of the second follow those of the first.
 JOINED = {"ffn_gate_up_exps.weight": ("ffn_gate_exps.weight", "ffn_up_exps.weight")}
 
 
@@ -42,23 +43,25 @@ def gguf_architecture(file: GGUFFile) -> Family:
     """Return the table's row for a file.
 
     Raises:
-        InputError: for an architecture without one, or one part of a split file.
+        InputError: the table has no such architecture, or the file is one part of a split model.
     """
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         shown = f"{str(name)[:40]!r}"
-        raise InputError(f"{file.path}: architecture {shown}, known from GGUF are {known}; use its Hugging Face form")
+        raise InputError(
+            f"{file.path}: architecture {shown} cannot be read from GGUF, only {known}; use its Hugging Face weights"
+        )
     if str(file.metadata.get("split.count", 0)) not in ("0", "1"):
         raise InputError(f"{file.path}: one part of a split model; join the parts with llama-gguf-split --merge")
     return ARCHITECTURES[name]
 
 
 def model_config(file: GGUFFile) -> dict[str, Any]:
-    """Return the config.json that mlx-lm builds this file's model from, without quantization.
+    """Return the config.json that mlx-lm builds this file's model from, without its quantization.
 
     Raises:
-        InputError: naming every setting that is missing or that mlx-lm's model cannot express.
+        InputError: naming every setting that is missing or that mlx-lm's model does not support.
     """
     family = gguf_architecture(file)
     settings = Settings(file, file.metadata["general.architecture"])
@@ -68,69 +71,69 @@ def model_config(file: GGUFFile) -> dict[str, Any]:
     if FUSED_KEY in file.metadata:
         config["mlx_lora"] = {"fused": file.metadata[FUSED_KEY]}
     if settings.problems:
-        raise InputError(f"{file.path}: {'; '.join(settings.problems)}; use the model's Hugging Face form")
+        raise InputError(f"{file.path}: {'; '.join(settings.problems)}; use the model's Hugging Face weights")
     return config
 
 
-def weight_map(file: GGUFFile, config: dict[str, Any]) -> dict[str, Weight]:
-    """Return where each tensor of the file goes.
+def weight_map(file: GGUFFile, config: dict[str, Any]) -> dict[str, TensorMapping]:
+    """Return the mapping of each tensor of the file to mlx-lm's parameters.
 
     Args:
         file: the GGUF file.
         config: from `model_config`.
 
     Returns:
-        {GGUF name: Weight}, in the file's order; tensors already turned into config are left out.
+        {GGUF name: mapping}, in the file's order, without the tensors that `model_config` turned into settings.
 
     Raises:
-        InputError: naming all tensors that mlx-lm's model has no place for, and all that it lacks.
+        InputError: naming all tensors that mlx-lm's model does not have, and all that the file lacks.
     """
     family = gguf_architecture(file)
-    places = _as_in_file(_places(family, config, family.prefix), file)
+    mappings = _as_in_file(_mappings(family, config, family.prefix), file)
     if config["tie_word_embeddings"]:
-        places.pop("output.weight", None)
+        mappings.pop("output.weight", None)
     unknown = [
         name
         for name in file.tensors
-        if name not in places and name not in family.absorbed and not _left_out(family, config, name)
+        if name not in mappings and name not in family.absorbed and not _left_out(family, config, name)
     ]
-    missing = [name for name in places if name not in file.tensors]
+    missing = [name for name in mappings if name not in file.tensors]
     problems = [f"tensors missing: {_listed(missing)}"] if missing else []
     problems += [f"tensors unknown to {family.model_type}: {_listed(unknown)}"] if unknown else []
     if problems:
-        raise InputError(f"{file.path}: {'; '.join(problems)}; download it again or use its Hugging Face form")
-    return {name: places[name] for name in file.tensors if name in places}
+        raise InputError(f"{file.path}: {'; '.join(problems)}; download it again or use its Hugging Face weights")
+    return {name: mappings[name] for name in file.tensors if name in mappings}
 
 
-def _as_in_file(places: dict[str, Weight], file: GGUFFile) -> dict[str, Weight]:
-    """Put one place where the file has one tensor for two, and two where it has two for one."""
-    found = dict(places)
-    for layer in {name.rpartition(".ffn_")[0] for name in places if ".ffn_" in name}:
+def _as_in_file(mappings: dict[str, TensorMapping], file: GGUFFile) -> dict[str, TensorMapping]:
+    """Return the mappings with tensors joined or split as the file has them (see JOINED)."""
+    found = dict(mappings)
+    for layer in {name.rpartition(".ffn_")[0] for name in mappings if ".ffn_" in name}:
         for whole, parts in JOINED.items():
             joined, (first, second) = f"{layer}.{whole}", (f"{layer}.{part}" for part in parts)
-            if joined in places and joined not in file.tensors and first in file.tensors:
-                found |= {first: Weight(places[joined].name), second: Weight(*places[joined].then)}
+            if joined in mappings and joined not in file.tensors and first in file.tensors:
+                found |= {first: TensorMapping(mappings[joined].name), second: TensorMapping(*mappings[joined].then)}
                 del found[joined]
-            elif first in places and first not in file.tensors and joined in file.tensors:
-                found[joined] = Weight(places[first].name, then=(places[second].name,))
+            elif first in mappings and first not in file.tensors and joined in file.tensors:
+                found[joined] = TensorMapping(mappings[first].name, then=(mappings[second].name,))
                 del found[first], found[second]
     return found
 
 
 def _left_out(family: Family, config: dict[str, Any], name: str) -> bool:
-    """Tell whether a file may have a tensor that mlx-lm's model does without."""
+    """Tell whether a tensor is allowed in a file although mlx-lm's model does not use it."""
     number = name.split(".")[1] if name.startswith("blk.") else ""
-    # Layers after the last predict further tokens in one step: llama.cpp's extra, no part of the model's answer.
+    # Layers after the last one predict further tokens in one step, which only llama.cpp uses.
     return (number.isdigit() and int(number) >= config["num_hidden_layers"]) or family.spare(config, name)
 
 
 def text_model(model: nn.Module) -> tuple[str, nn.Module]:
-    """Return the part of a model that reads text, and the prefix of its parameters' names."""
+    """Return the prefix of the text model's parameter names, and the text model (all of it, unless multimodal)."""
     return ("language_model.", model["language_model"]) if "language_model" in model else ("", model)
 
 
 def text_arguments(model: nn.Module) -> dict[str, Any]:
-    """Return what mlx-lm built a model from, defaults filled in: of a multimodal one, its text part."""
+    """Return the arguments that mlx-lm built the text model from, with defaults filled in."""
     args = dataclasses.asdict(text_model(model)[1].args)
     heads = args["num_attention_heads"]
     args["num_key_value_heads"] = args.get("num_key_value_heads") or heads
@@ -138,39 +141,39 @@ def text_arguments(model: nn.Module) -> dict[str, Any]:
     return args
 
 
-def gguf_weights(model: nn.Module) -> tuple[str, dict[str, Weight]]:
+def gguf_weights(model: nn.Module) -> tuple[str, dict[str, TensorMapping]]:
     """Return llama.cpp's name of a model's architecture, and every tensor that its files may have.
 
     Args:
         model: an mlx-lm model, adapted or not.
 
     Returns:
-        The architecture, and {GGUF name: Weight} in the order of a file; a model has those it has.
+        The architecture, and {GGUF name: mapping} in a file's order; a single model may lack some of them.
 
     Raises:
-        InputError: an architecture that is not in the table.
+        InputError: the architecture is not in the table.
     """
     kind = model.args.model_type
     found = [name for name, family in ARCHITECTURES.items() if kind in (family.model_type, *family.also)]
     if not found:
         known = ", ".join(family.model_type for family in ARCHITECTURES.values())
-        raise InputError(f"{kind}: not among the models we write as GGUF ({known})")
+        raise InputError(f"{kind}: cannot be written as GGUF, only {known} can")
     prefix, _ = text_model(model)
-    return found[0], _places(ARCHITECTURES[found[0]], text_arguments(model), prefix)
+    return found[0], _mappings(ARCHITECTURES[found[0]], text_arguments(model), prefix)
 
 
-def _places(family: Family, config: dict[str, Any], prefix: str) -> dict[str, Weight]:
-    """Return every tensor of an architecture's files, and its place."""
-    places = {
-        name: Weight(prefix + ours, offset=family.norm_offset if "norm" in name else 0.0)
+def _mappings(family: Family, config: dict[str, Any], prefix: str) -> dict[str, TensorMapping]:
+    """Return every tensor of an architecture's files, with its full names."""
+    mappings = {
+        name: TensorMapping(prefix + ours, offset=family.norm_offset if "norm" in name else 0.0)
         for name, ours in family.top(config).items()
     }
     for layer in range(config["num_hidden_layers"]):
-        for name, place in family.block(config, layer).items():
-            offset = family.norm_offset if "norm" in name else place.offset
-            whole, *then = (f"{prefix}model.layers.{layer}.{part}" for part in place.names)
-            places[f"blk.{layer}.{name}"] = dataclasses.replace(place, name=whole, then=tuple(then), offset=offset)
-    return places
+        for name, mapping in family.block(config, layer).items():
+            offset = family.norm_offset if "norm" in name else mapping.offset
+            whole, *then = (f"{prefix}model.layers.{layer}.{part}" for part in mapping.names)
+            mappings[f"blk.{layer}.{name}"] = dataclasses.replace(mapping, name=whole, then=tuple(then), offset=offset)
+    return mappings
 
 
 def _listed(names: list[str], most: int = 6) -> str:

@@ -3,11 +3,11 @@
 MLX keeps a quantized (out, in) weight as w = scale * q + bias over groups of the last axis:
     weight (out, in * bits / 32) uint32, q packed as one little-endian stream of bits
     scales, biases (out, in / group)
-These ggml types are such a form already, in groups of 32:
+These ggml types have that layout already, in groups of 32:
     Q4_0 Q5_0 Q8_0      d * (q - 2^(bits-1))        scale = d,       bias = -2^(bits-1) * d
     Q4_1 Q5_1           d * q + m                   scale = d,       bias = m
     Q4_K Q5_K           d * sc * q - dmin * mn      scale = d * sc,  bias = -dmin * mn
-    MXFP4            2^(e - 127) * code, a microscaling form that MLX has too, scale e and code for code
+    MXFP4            2^(e - 127) * code, a microscaling format that MLX has too, with the same scales and codes
 Their codes carry over unchanged. Scales and biases are exact in float32 (the two K products are rounded
 once, as ggml itself rounds them); a 16-bit dtype rounds them once more.
 A 3-axis tensor of experts is the same, expert by expert.
@@ -32,8 +32,8 @@ FLOAT = frozenset({Kind.F32, Kind.F16, Kind.BF16, Kind.F64})
 _CHUNK_BYTES = 1 << 25  # packed bytes unpacked at a time: temporaries stay at a few hundred MB
 
 
-def block_form(kind: Kind) -> Quantization:
-    """Return MLX's form of a type in LOSSLESS."""
+def block_quantization(kind: Kind) -> Quantization:
+    """Return MLX's quantization that is equal to a type in LOSSLESS."""
     return MXFP4 if kind is Kind.MXFP4 else Quantization(_BITS[kind], GROUP)
 
 
@@ -41,7 +41,7 @@ def carry_blocks(tensor: GGUFTensor, dtype: mx.Dtype) -> PackedWeight:
     """Repack a tensor of a type in LOSSLESS without touching its codes.
 
     Args:
-        tensor: (out, in), of experts (E, out, in).
+        tensor: (out, in), or (E, out, in) for experts.
         dtype: of scales and biases; MXFP4's scales are exponents and stay bytes.
 
     Returns:
@@ -80,7 +80,7 @@ def _carry_mxfp4(tensor: GGUFTensor) -> PackedWeight:
 
 
 def mxfp4_blocks(packed: PackedWeight) -> np.ndarray:
-    """Return a weight of MLX's mxfp4 as ggml's blocks, bit for bit: the way back of `carry_blocks`.
+    """Return a weight in MLX's mxfp4 as ggml's blocks, bit for bit: the inverse of `carry_blocks`.
 
     Args:
         packed: (..., in) in groups of 32.
@@ -96,7 +96,7 @@ def mxfp4_blocks(packed: PackedWeight) -> np.ndarray:
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Pack codes as MLX does: one little-endian stream of bits per row.
+    """Return codes packed as MLX does: one little-endian stream of bits per row.
 
     Args:
         codes: (rows, width) uint8 below 2^bits; width a multiple of 32.
@@ -120,7 +120,7 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _unpack(kind: Kind, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Split rows of blocks into codes (rows, groups, 32) uint8, scales and biases (rows, groups) float32."""
+    """Return codes (rows, groups, 32) uint8, scales and biases (rows, groups) float32 of rows of blocks."""
     n_rows = len(data)
     if kind in (Kind.Q4_K, Kind.Q5_K):
         codes, scales, biases = _unpack_k(kind, data)
@@ -149,7 +149,10 @@ def _unpack_legacy(kind: Kind, data: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _unpack_k(kind: Kind, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Q4_K: d2 dmin2 scales12 qs128; Q5_K: d2 dmin2 scales12 qh32 qs128; 256 values in 8 groups of 32."""
+    """Unpack blocks of 256 values in 8 groups of 32.
+
+    In bytes: Q4_K d2 dmin2 scales12 qs128 | Q5_K d2 dmin2 scales12 qh32 qs128
+    """
     blocks = data.reshape(-1, 144 if kind is Kind.Q4_K else 176)
     scale_codes, minimum_codes = Q4_K.get_scale_min(np.ascontiguousarray(blocks[:, 4:16]))  # (blocks, 8) each
     scales = _halves(blocks[:, 0:2])[:, None] * scale_codes.astype(np.float32)
@@ -164,5 +167,5 @@ def _unpack_k(kind: Kind, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def _halves(pairs: np.ndarray) -> np.ndarray:
-    """Read little-endian float16 values from (n, 2) bytes; returns (n,) float32."""
+    """Return (n,) float32 read from (n, 2) bytes of little-endian float16."""
     return np.ascontiguousarray(pairs).view("<f2")[:, 0].astype(np.float32)

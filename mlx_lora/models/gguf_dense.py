@@ -1,9 +1,9 @@
-"""GGUF's llama, qwen2, qwen3, gemma3 and phi3: blocks of attention and one feed-forward layer.
+"""GGUF's llama, qwen2, qwen3, gemma3 and phi3, whose blocks have attention and one feed-forward layer.
 
-llama.cpp's converter changes two things that are undone here:
+llama.cpp's converter changes two things, which are undone here:
     llama   rows of q and k are permuted within each head, from [half, pair] to [pair, half] order
     gemma3  norm weights carry +1, where mlx-lm's norms multiply by (1 + w)
-Phi-3's joined q, k, v and joined gate, up stay joined in both.
+Phi-3's joined q, k, v and joined gate, up are joined in mlx-lm too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mlx_lora.models.gguf_family import (
     plain,
 )
 from mlx_lora.models.gguf_keys import Settings, feed_forward, same_key_heads, whole_heads_rotate
-from mlx_lora.models.gguf_places import Weight, rope_order
+from mlx_lora.models.gguf_mapping import TensorMapping, rope_order
 from mlx_lora.models.gguf_scaling import (
     LONG_FACTORS,
     ROPE_FACTORS,
@@ -41,10 +41,10 @@ Config = dict[str, Any]
 
 
 def dense_fields(settings: Settings, config: Config) -> Config:
-    """Read what these architectures share: one width, one number of key heads, RoPE over whole heads."""
+    """Return the fields that these architectures share: one width, one number of key heads, RoPE over whole heads."""
     if settings.has("expert_count"):
         settings.problems.append(
-            f"{settings.architecture}.expert_count: of this architecture mixtures of experts are not read from GGUF"
+            f"{settings.architecture}.expert_count: mixtures of experts of this architecture cannot be read from GGUF"
         )
     whole_heads_rotate(settings, config)
     same_key_heads(settings, config)
@@ -55,7 +55,7 @@ def _llama_block(config: Config, layer: int) -> Block:
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     names = ATTENTION | POST_NORM | MLP | (ATTENTION_BIASES if config.get("attention_bias") else {})
     orders = {kind: rope_order(count) for kind, count in heads.items()}
-    return {tensor: Weight(name, rows=orders.get(tensor.split(".")[0])) for tensor, name in names.items()}
+    return {tensor: TensorMapping(name, rows=orders.get(tensor.split(".")[0])) for tensor, name in names.items()}
 
 
 def _llama_fields(settings: Settings, config: Config) -> Config:
@@ -78,7 +78,7 @@ def _qwen_settings(args: Config, problems: list[str]) -> Written:
 
 
 def _window(args: Config, problems: list[str]) -> Config:
-    """Return the window that mlx-lm's llama carries without using it; one it does use is a problem."""
+    """Return the sliding window that mlx-lm's llama keeps but ignores; note a problem if layers use one."""
     if "sliding_attention" in (args.get("layer_types") or ()):
         problems.append("sliding attention in some layers")
     if args.get("rope_traditional"):
@@ -128,8 +128,8 @@ def _gemma3_settings(args: Config, problems: list[str]) -> Written:
 
 
 def gemma3_attention_scalar(config: Config) -> float:
-    """Return what attention is scaled by (its square root): llama.cpp derives it from the size class."""
-    if config["num_hidden_layers"] == 62:  # only the 27B scales by width per head
+    """Return the number whose inverse square root scales attention, as llama.cpp derives it from the model's size."""
+    if config["num_hidden_layers"] == 62:  # only the 27B model scales by hidden size per head
         return config["hidden_size"] / config["num_attention_heads"]
     return config["head_dim"]
 
@@ -156,7 +156,7 @@ def _phi3_fields(settings: Settings, config: Config) -> Config:
         "partial_rotary_factor": turned / config["head_dim"],
         "sliding_window": window or None,  # neither mlx-lm nor llama.cpp uses it
         "rope_traditional": False,
-        # Their defaults in transformers are ids of Phi-3's own vocabulary, which a smaller one does not have.
+        # The default in transformers is an id of Phi-3's own vocabulary, which a smaller vocabulary lacks.
         "pad_token_id": settings.file.metadata.get("tokenizer.ggml.padding_token_id"),
     }
 

@@ -1,7 +1,7 @@
-"""GGUF's qwen3moe and gpt-oss: attention in every block, and experts instead of one feed-forward layer.
+"""GGUF's qwen3moe and gpt-oss, whose blocks have attention, and experts instead of one feed-forward layer.
 
-Experts are one tensor (E, out, in) in both. GPT-OSS' come as MXFP4 blocks, which MLX has a form for; see
-gguf_blocks.py.
+All experts of a projection are one tensor (E, out, in), in GGUF and in mlx-lm. GPT-OSS' are MXFP4 blocks, a format that
+MLX has too; see gguf_blocks.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Config = dict[str, Any]
 
 
 def expert_names(module: str) -> dict[str, str]:
-    """Return where the three projections of a block's experts are in mlx-lm."""
+    """Return {GGUF name: mlx-lm's name} of the three projections of a block's experts."""
     return {f"ffn_{part}_exps.weight": f"{module}.{part}_proj.weight" for part in ("gate", "up", "down")}
 
 
@@ -45,7 +45,7 @@ def _qwen3_fields(settings: Settings, config: Config) -> Config:
         "num_experts": n_experts,
         "num_experts_per_tok": used,
         "moe_intermediate_size": width,
-        # llama.cpp has no other form of the architecture.
+        # llama.cpp supports no other values for this architecture.
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
@@ -74,7 +74,7 @@ _GPT_OSS_BLOCK = {
     **expert_names("mlp.experts"),
     "ffn_gate_inp.bias": "mlp.router.bias",
 }
-# Biases of experts have two axes, as weights have, and stay float all the same.
+# Biases of experts have two axes, as weights do, but stay float.
 _GPT_OSS_FLOATS = {
     "ffn_gate_inp.weight": "mlp.router.weight",
     **{f"ffn_{part}_exps.bias": f"mlp.experts.{part}_proj.bias" for part in ("gate", "up", "down")},
@@ -97,7 +97,7 @@ def _gpt_oss_fields(settings: Settings, config: Config) -> Config:
     layers = config["num_hidden_layers"]
     if layers < len(_TURNS):
         settings.problems.append(
-            f"{settings.architecture}.block_count is {layers}, and its two kinds of layers take turns"
+            f"{settings.architecture}.block_count is {layers}, and its two kinds of layers alternate"
         )
     if config["tie_word_embeddings"]:
         settings.problems.append("output.weight is missing")

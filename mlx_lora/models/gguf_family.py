@@ -1,4 +1,4 @@
-"""What the table of GGUF architectures has a row of: a family's tensors and settings, in both directions."""
+"""The row type of the table of GGUF architectures: a family's tensors and settings, in both directions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.models.gguf_keys import Settings
-from mlx_lora.models.gguf_places import Weight
+from mlx_lora.models.gguf_mapping import TensorMapping
 
-Block = dict[str, Weight]
+Block = dict[str, TensorMapping]
 Written = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 TOP = {
@@ -51,16 +51,16 @@ class Family:
     Attributes:
         model_type: mlx-lm's.
         model_class: transformers' class, which tells llama.cpp's converter and others what the folder holds.
-        block: (config, layer) -> the block's tensors, without `blk.N.`, to mlx-lm's parameters within the block.
-        fields: (settings, config so far) -> config fields beyond the shared ones.
-        settings: (model's arguments, problems) -> GGUF settings beyond, or instead of, the shared ones, and tensors
-            that stand for settings.
-        top: config -> tensors outside of blocks, to mlx-lm's parameters.
+        block: (config, layer) -> {GGUF name without `blk.N.`: mapping to parameters within the block}.
+        fields: (settings, config so far) -> config fields that add to the shared ones.
+        settings: (model's arguments, problems) -> GGUF settings that add to or replace the shared ones, and tensors
+            that hold settings.
+        top: config -> {GGUF name: mlx-lm's parameter} outside of blocks.
         prefix: of all of mlx-lm's names.
-        norm_offset: what the file added to norm weights.
-        absorbed: tensors that `fields` turned into config.
-        spare: (config, tensor) -> whether it is one that a file may have and mlx-lm's model does without.
-        also: further model types that the same files stand for.
+        norm_offset: what the file adds to norm weights.
+        absorbed: tensors that `fields` turns into config fields.
+        spare: (config, tensor) -> whether a file may have a tensor that mlx-lm's model does not use.
+        also: further model types with the same files.
     """
 
     model_type: str
@@ -77,5 +77,5 @@ class Family:
 
 
 def plain(names: dict[str, str], **how: Any) -> Block:
-    """Return weights whose values the file holds as they are, or as `how` says for all of them."""
-    return {tensor: Weight(name, **how) for tensor, name in names.items()}
+    """Return a mapping for each {GGUF name: mlx-lm's name}, all with the same further attributes `how`."""
+    return {tensor: TensorMapping(name, **how) for tensor, name in names.items()}

@@ -1,9 +1,9 @@
-"""GGUF's gemma4: heads of two widths, keys shared by the last layers, inputs of each layer's own, experts beside.
+"""GGUF's gemma4, which has heads of two widths and may have shared keys, per-layer inputs and experts.
 
-The same files stand for all sizes: the small ones have per-layer embeddings and share keys, the large ones take keys
-for values in full attention, and one has experts. Norms are stored as they are, unlike Gemma 3's.
-RoPE of full attention turns the first pairs of each head only: `rope_freqs.weight` holds 1 for those and a divisor so
-large for the others that they stand still.
+One architecture name covers all sizes: the small ones have per-layer embeddings and share the keys of their last layers,
+the large ones use keys as values in full attention, and one has experts. Unlike Gemma 3's, norms have no offset.
+RoPE in full attention only rotates the first pairs of each head: `rope_freqs.weight` holds 1 for those, and for the
+others a divisor so large that they do not rotate.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 from mlx_lora.models.gguf_dense import GEMMA_NORMS
 from mlx_lora.models.gguf_family import ATTENTION, HEAD_NORMS, MLP, TOP, Block, Family, Written, plain
 from mlx_lora.models.gguf_keys import Settings, experts
-from mlx_lora.models.gguf_places import Weight
+from mlx_lora.models.gguf_mapping import TensorMapping
 from mlx_lora.models.gguf_scaling import ROPE_FACTORS, refuse_scaling
 
 Config = dict[str, Any]
 SLIDING, FULL = "sliding_attention", "full_attention"
-_STILL = 1e30  # the divisor of frequencies that do not turn
+_STILL = 1e30  # the divisor for pairs that do not rotate
 _PER_LAYER_TOP = {
     "per_layer_token_embd.weight": "model.embed_tokens_per_layer.weight",
     "per_layer_model_proj.weight": "model.per_layer_model_projection.weight",
@@ -53,9 +53,9 @@ def _block(config: Config, layer: int) -> Block:
         return plain(names)
     gate, up = (f"experts.switch_glu.{part}_proj.weight" for part in ("gate", "up"))
     return plain(names | _EXPERTS) | {
-        "ffn_gate_up_exps.weight": Weight(gate, then=(up,)),
-        "ffn_down_exps.weight": Weight("experts.switch_glu.down_proj.weight", scaled=True),
-        "ffn_gate_inp.weight": Weight("router.proj.weight", exact=True),
+        "ffn_gate_up_exps.weight": TensorMapping(gate, then=(up,)),
+        "ffn_down_exps.weight": TensorMapping("experts.switch_glu.down_proj.weight", scaled=True),
+        "ffn_gate_inp.weight": TensorMapping("router.proj.weight", exact=True),
     }
 
 
@@ -64,7 +64,7 @@ def _shares_keys(config: Config, layer: int) -> bool:
 
 
 def _spare(config: Config, tensor: str) -> bool:
-    """Tell whether a tensor is one of keys that a layer has and never uses: published weights hold them."""
+    """Tell whether a tensor is a key or value weight of a layer that shares keys: published files have these unused."""
     _, layer, name = tensor.split(".", 2) if tensor.startswith("blk.") else ("", "", "")
     return name in _KEYS and layer.isdigit() and _shares_keys(config, int(layer))
 
@@ -103,12 +103,12 @@ def _fields(settings: Settings, config: Config) -> Config:
     embedded = settings.file.tensors.get("per_layer_token_embd.weight")
     fields["vocab_size_per_layer_input"] = embedded.shape[0] if embedded and embedded.shape else config["vocab_size"]
     if fields["num_kv_shared_layers"] >= layers:
-        settings.problems.append(f"{settings.architecture}.attention.shared_kv_layers is all {layers} of them")
+        settings.problems.append(f"{settings.architecture}.attention.shared_kv_layers covers all {layers} layers")
     return fields | _key_heads(settings, kinds) | _widths(settings, fields, layers) | _mixture(settings)
 
 
 def _turning_share(settings: Settings, head_dim: int, needed: bool) -> float:
-    """Return which part of each head turns in full attention."""
+    """Return the part of each head that RoPE rotates in full attention."""
     factors = settings.values(ROPE_FACTORS)
     if factors is None:
         if needed:
@@ -122,7 +122,7 @@ def _turning_share(settings: Settings, head_dim: int, needed: bool) -> float:
 
 
 def _key_heads(settings: Settings, kinds: list[str]) -> Config:
-    """Return the numbers of key heads, and whether values are keys in full attention."""
+    """Return the fields for the numbers of key heads and for whether full attention uses keys as values."""
     counts = settings.per_layer("attention.head_count_kv", len(kinds))
     if counts is None:
         counts = [settings.count("attention.head_count_kv")] * len(kinds)
@@ -140,7 +140,7 @@ def _key_heads(settings: Settings, kinds: list[str]) -> Config:
 
 
 def _widths(settings: Settings, fields: Config, layers: int) -> Config:
-    """Return the width of feed-forward layers, which may double where keys are shared."""
+    """Return the fields for the feed-forward width, which may be double in layers that share keys."""
     widths = settings.per_layer("feed_forward_length", layers) or [settings.count("feed_forward_length")] * layers
     shared = fields["num_kv_shared_layers"]
     double = bool(shared) and widths[-1] == 2 * widths[0]
@@ -211,7 +211,7 @@ def _check_rope(args: Config, full: Config, sliding: Config, problems: list[str]
         problems.append(f"rope_parameters {kinds['sliding']} in sliding attention")
     if args["rope_traditional"]:
         problems.append("rope_traditional")
-    if kinds["full"] == "default":  # mlx-lm then turns whole heads
+    if kinds["full"] == "default":  # mlx-lm then rotates whole heads
         full["partial_rotary_factor"] = 1.0
 
 

@@ -1,9 +1,9 @@
-"""GGUF's lfm2, qwen35 and qwen35moe: blocks of attention among blocks that keep a state instead.
+"""GGUF's lfm2, qwen35 and qwen35moe, which mix attention blocks with recurrent or convolutional blocks.
 
-LFM2's short convolutions and Qwen3.5's gated delta nets lose the axis of length one of their kernels. In Qwen3.5 a key
-head serves several value heads; we have value heads grouped by key head, llama.cpp takes the first of every group,
-then the second of every group, so rows, and columns of the output projection, move. Its `ssm_a` is -exp(A_log). Its
-norms need no offset: mlx-lm adds the 1 when it reads the original weights, and llama.cpp's converter does too.
+llama.cpp drops the axis of length one from the kernels of LFM2's short convolutions and Qwen3.5's gated delta nets. In
+Qwen3.5 a key head serves several value heads. mlx-lm groups value heads by key head; llama.cpp stores the first of every
+group, then the second of every group, so rows, and columns of the output projection, are reordered. Its `ssm_a` is
+-exp(A_log). Its norms need no offset: mlx-lm and llama.cpp's converter both add 1 to the original weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from mlx_lora.models.gguf_experts import expert_names
 from mlx_lora.models.gguf_family import ATTENTION, HEAD_NORMS, MLP, Block, Family, Written, plain
 from mlx_lora.models.gguf_keys import Settings, experts, feed_forward, same_key_heads, whole_heads_rotate
-from mlx_lora.models.gguf_places import Order, Weight
+from mlx_lora.models.gguf_mapping import Order, TensorMapping
 from mlx_lora.models.gguf_scaling import kind_of, refuse_scaling
 
 Config = dict[str, Any]
@@ -45,7 +45,7 @@ _LFM2_CONV = {
 def _lfm2_block(config: Config, layer: int) -> Block:
     if layer in config["full_attn_idxs"]:
         return plain(_LFM2_BLOCK | _LFM2_ATTENTION)
-    kernel = {"shortconv.conv.weight": Weight("conv.conv.weight", axis=-1, exact=True)}  # ours (C, K, 1)
+    kernel = {"shortconv.conv.weight": TensorMapping("conv.conv.weight", axis=-1, exact=True)}  # ours (C, K, 1)
     return plain(_LFM2_BLOCK | _LFM2_CONV) | kernel
 
 
@@ -61,14 +61,14 @@ def _lfm2_fields(settings: Settings, config: Config) -> Config:
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         settings.problems.append(f"{settings.architecture} heads of {config['head_dim']} do not make up the width")
     if not config["tie_word_embeddings"]:
-        settings.problems.append("output.weight: mlx-lm's lfm2 takes the embedding for its head")
+        settings.problems.append("output.weight: mlx-lm's lfm2 uses the embedding as its head")
     width = settings.count("feed_forward_length")
     return {
         "norm_eps": config["rms_norm_eps"],
         "conv_bias": False,
         "conv_L_cache": settings.count("shortconv.l_cache"),
         "block_dim": config["hidden_size"],
-        # The file holds the width that these once were made into.
+        # The file holds the final width, so that nothing is left to adjust.
         "block_ff_dim": width,
         "intermediate_size": width,
         "block_multiple_of": 1,
@@ -94,7 +94,7 @@ def _lfm2_settings(args: Config, problems: list[str]) -> Written:
 
 
 def _lfm2_width(args: Config) -> int:
-    """Return the width of LFM2's feed-forward layers, which its config may state as a number to compute it from."""
+    """Return the width of LFM2's feed-forward layers, computed from the config's base width as mlx-lm does."""
     width = args["block_ff_dim"]
     if not args["block_auto_adjust_ff_dim"]:
         return width
@@ -125,29 +125,29 @@ def _qwen35_block(config: Config, layer: int) -> Block:
 def _mixture() -> Block:
     return {
         **plain(expert_names("mlp.switch_mlp") | _SHARED_EXPERT),
-        "ffn_gate_inp.weight": Weight("mlp.gate.weight", exact=True),
-        "ffn_gate_inp_shexp.weight": Weight("mlp.shared_expert_gate.weight", axis=0, exact=True),  # ours (1, D)
+        "ffn_gate_inp.weight": TensorMapping("mlp.gate.weight", exact=True),
+        "ffn_gate_inp_shexp.weight": TensorMapping("mlp.shared_expert_gate.weight", axis=0, exact=True),  # ours (1, D)
     }
 
 
 def _delta_net(config: Config) -> Block:
     key_heads, value_heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
     width, per_key = config["linear_value_head_dim"], value_heads // key_heads
-    start = 2 * key_heads * config["linear_key_head_dim"]  # queries and keys come first, in their own order
+    start = 2 * key_heads * config["linear_key_head_dim"]  # queries and keys come first and are not reordered
 
     def order(inner: int, start: int = 0) -> Order | None:
         return Order(1, key_heads, per_key, inner, start) if per_key > 1 else None
 
     return {
-        "attn_qkv.weight": Weight(f"{_DELTA}in_proj_qkv.weight", rows=order(width, start)),
-        "attn_gate.weight": Weight(f"{_DELTA}in_proj_z.weight", rows=order(width)),
-        "ssm_beta.weight": Weight(f"{_DELTA}in_proj_b.weight", rows=order(1)),
-        "ssm_alpha.weight": Weight(f"{_DELTA}in_proj_a.weight", rows=order(1)),
-        "ssm_conv1d.weight": Weight(f"{_DELTA}conv1d.weight", rows=order(width, start), axis=-1, exact=True),
-        "ssm_dt.bias": Weight(f"{_DELTA}dt_bias", rows=order(1)),
-        "ssm_a": Weight(f"{_DELTA}A_log", rows=order(1), values="minus_exp"),
-        "ssm_norm.weight": Weight(f"{_DELTA}norm.weight"),
-        "ssm_out.weight": Weight(f"{_DELTA}out_proj.weight", columns=order(width)),
+        "attn_qkv.weight": TensorMapping(f"{_DELTA}in_proj_qkv.weight", rows=order(width, start)),
+        "attn_gate.weight": TensorMapping(f"{_DELTA}in_proj_z.weight", rows=order(width)),
+        "ssm_beta.weight": TensorMapping(f"{_DELTA}in_proj_b.weight", rows=order(1)),
+        "ssm_alpha.weight": TensorMapping(f"{_DELTA}in_proj_a.weight", rows=order(1)),
+        "ssm_conv1d.weight": TensorMapping(f"{_DELTA}conv1d.weight", rows=order(width, start), axis=-1, exact=True),
+        "ssm_dt.bias": TensorMapping(f"{_DELTA}dt_bias", rows=order(1)),
+        "ssm_a": TensorMapping(f"{_DELTA}A_log", rows=order(1), values="minus_exp"),
+        "ssm_norm.weight": TensorMapping(f"{_DELTA}norm.weight"),
+        "ssm_out.weight": TensorMapping(f"{_DELTA}out_proj.weight", columns=order(width)),
     }
 
 
@@ -221,7 +221,7 @@ def _qwen35_settings(args: Config, problems: list[str]) -> Written:
     pairs = int(args["head_dim"] * args["partial_rotary_factor"]) // 2
     settings = {
         "rope.dimension_count": 2 * pairs,
-        # llama.cpp wants them; positions of text are the same in all, as long as every pair is in one.
+        # llama.cpp requires sections; for text, all have the same positions, so any that cover every pair will do.
         "rope.dimension_sections": _sections((args["rope_parameters"] or {}).get("mrope_section"), pairs),
         "full_attention_interval": args["full_attention_interval"],
         "ssm.conv_kernel": args["linear_conv_kernel_dim"],
@@ -244,7 +244,7 @@ def _qwen35_settings(args: Config, problems: list[str]) -> Written:
 
 
 def _sections(given: list[int] | None, pairs: int) -> list[int]:
-    """Return how many pairs of RoPE each of time, height and width has, and none for the fourth that text leaves 0."""
+    """Return the number of RoPE pairs for time, height and width, and 0 for the fourth section."""
     if given and len(given) == 3 and sum(given) >= pairs:
         return [*given, 0]
     third = -(-pairs // 3)

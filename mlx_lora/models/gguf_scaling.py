@@ -1,4 +1,4 @@
-"""How RoPE is stretched for long contexts: GGUF's settings and tensors of it, and config.json's, both ways.
+"""Convert RoPE scaling for long contexts between GGUF's settings and tensors and config.json's fields.
 
 linear, YaRN   settings under rope.scaling
 Llama 3        rope_freqs.weight, (head_dim / 2,) divisors of the frequencies
@@ -17,14 +17,14 @@ from mlx_lora.models.gguf_keys import Settings
 ROPE_FACTORS = "rope_freqs.weight"
 SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-# YaRN's fields that llama.cpp has these values for; GGUF files do not carry others. `truncate` is GPT-OSS': neither
-# mlx-lm nor llama.cpp heeds it.
+# llama.cpp fixes these fields of YaRN to these values, and GGUF files have no keys for them. GPT-OSS' `truncate` is not
+# here because neither mlx-lm nor llama.cpp reads it.
 YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "mscale": 1, "mscale_all_dim": 0, "attention_factor": None}
 Values = dict[str, Any]
 
 
 def read_scaling(settings: Settings) -> dict[str, Any]:
-    """Return RoPE's scaling as the config has it: linear or YaRN."""
+    """Return the config's field for linear or YaRN scaling, {} if the file has none."""
     kind = settings.text("rope.scaling.type", "none")
     if kind == "none":
         return {}
@@ -37,22 +37,22 @@ def read_scaling(settings: Settings) -> dict[str, Any]:
 
 
 def refuse_scaling(settings: Settings, model_type: str) -> None:
-    """Note a problem where the file scales RoPE and mlx-lm's model of that type would not."""
+    """Note a problem if the file scales RoPE, for a model type that does not support it in mlx-lm."""
     kind = settings.text("rope.scaling.type", "none")
     if kind != "none":
         settings.problems.append(
-            f"{settings.architecture}.rope.scaling.type is {kind!r}, and mlx-lm's {model_type} scales nothing"
+            f"{settings.architecture}.rope.scaling.type is {kind!r}, and mlx-lm's {model_type} has no scaling"
         )
 
 
 def kind_of(args: Values) -> str:
-    """Return the kind of scaling that a model's arguments ask for; `default` for none."""
+    """Return the kind of scaling in a model's arguments, `default` if there is none."""
     scaling = args.get("rope_scaling") or {}
     return scaling.get("type") or scaling.get("rope_type") or "default"
 
 
 def write_scaling(args: Values, problems: list[str]) -> Values:
-    """Return linear scaling or YaRN as settings; another kind is a problem."""
+    """Return linear or YaRN scaling as GGUF settings; note a problem for another kind."""
     kind, scaling = kind_of(args), args.get("rope_scaling") or {}
     if kind == "default":
         return {}
@@ -61,7 +61,7 @@ def write_scaling(args: Values, problems: list[str]) -> Values:
         return {}
     settings = {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling["factor"])}
     if kind == "yarn":
-        # mlx-lm's own default where the config is silent.
+        # mlx-lm's default if the config has none.
         settings["rope.scaling.original_context_length"] = scaling.get("original_max_position_embeddings", 4096)
         problems += [
             f"rope_scaling.{key} {scaling[key]}"
@@ -72,7 +72,7 @@ def write_scaling(args: Values, problems: list[str]) -> Values:
 
 
 def read_llama3_scaling(settings: Settings, config: dict[str, Any]) -> dict[str, Any]:
-    """Turn the file's frequency divisors back into the config they were computed from."""
+    """Return the config's field for Llama 3's scaling, derived from the file's frequency divisors."""
     factors = settings.values(ROPE_FACTORS)
     if factors is None or (factors == 1).all():
         return {}
@@ -85,7 +85,7 @@ def read_llama3_scaling(settings: Settings, config: dict[str, Any]) -> dict[str,
 
 
 def llama3_factors(args: Values, problems: list[str]) -> dict[str, np.ndarray]:
-    """Return Llama 3's scaling as the tensor of its frequency divisors."""
+    """Return Llama 3's scaling as {tensor name: frequency divisors}."""
     scaling = args["rope_scaling"]
     problems += [
         f"rope_scaling.{key} {scaling[key]}, not {value:g}"
@@ -97,10 +97,10 @@ def llama3_factors(args: Values, problems: list[str]) -> dict[str, np.ndarray]:
 
 
 def llama3_rope_factors(head_dim: int, theta: float, factor: float) -> np.ndarray:
-    """Return what llama.cpp's converter stores as rope_freqs.weight for Llama 3's scaling.
+    """Return the divisors that llama.cpp's converter stores as rope_freqs.weight for Llama 3's scaling.
 
     Returns:
-        (head_dim / 2,) float64: 1 for short wavelengths, `factor` for long ones, between them in between.
+        (head_dim / 2,) float64: 1 for short wavelengths, `factor` for long ones, and a smooth transition between.
     """
     low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
     context = LLAMA3_ROPE["original_max_position_embeddings"]
@@ -110,7 +110,7 @@ def llama3_rope_factors(head_dim: int, theta: float, factor: float) -> np.ndarra
 
 
 def read_longrope(settings: Settings, config: dict[str, Any]) -> dict[str, Any]:
-    """Return LongRoPE's factors as Phi-3's config has them; without any, the context they start from alone."""
+    """Return Phi-3's config fields for LongRoPE: the original context, and the factors if the file has any."""
     short, long = settings.values(SHORT_FACTORS), settings.values(LONG_FACTORS)
     whole = config["max_position_embeddings"]
     original = settings.count("rope.scaling.original_context_length", whole)
@@ -128,7 +128,7 @@ def read_longrope(settings: Settings, config: dict[str, Any]) -> dict[str, Any]:
     found = settings.number("rope.scaling.attn_factor", 1.0)
     if not math.isclose(found, wanted, rel_tol=1e-4):
         settings.problems.append(f"{settings.architecture}.rope.scaling.attn_factor is {found}, not {wanted:.6g}")
-    # float32's shortest spelling is the number that the factors were written as.
+    # float32's shortest decimal is the number that the config had.
     lists = {
         name: [float(str(value)) for value in values]
         for name, values in (("short_factor", short), ("long_factor", long))
@@ -137,7 +137,7 @@ def read_longrope(settings: Settings, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_longrope(args: Values, problems: list[str]) -> tuple[Values, dict[str, np.ndarray]]:
-    """Return LongRoPE as settings and the two tensors of factors; no scaling at all is fine too."""
+    """Return LongRoPE as GGUF settings and the two tensors of factors (none without scaling)."""
     original, whole = args["original_max_position_embeddings"], args["max_position_embeddings"]
     settings: Values = {"rope.scaling.original_context_length": original}
     kind, scaling = kind_of(args), args.get("rope_scaling") or {}
@@ -152,7 +152,7 @@ def write_longrope(args: Values, problems: list[str]) -> tuple[Values, dict[str,
 
 
 def longrope_attention_factor(whole: int, original: int) -> float:
-    """Return what queries and keys are multiplied by in a model stretched from `original` to `whole` positions.
+    """Return the factor for queries and keys in a model extended from `original` to `whole` positions.
 
     Source: LongRoPE, arXiv 2402.13753; the factor is that of Phi-3's published code.
     """

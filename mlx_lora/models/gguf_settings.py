@@ -1,7 +1,7 @@
-"""A model's settings as GGUF metadata: the way back of `gguf_arch.model_config`.
+"""Write a model's settings as GGUF metadata: the inverse of `gguf_arch.model_config`.
 
-What is written is what mlx-lm built the model from (its `args`, defaults filled in), so that llama.cpp runs the
-same model whatever config.json left out.
+The settings come from the arguments that mlx-lm built the model from, defaults filled in, so that llama.cpp runs the
+same model even if config.json left something out.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from mlx_lora.system.errors import InputError
 
 
 def gguf_settings(model: nn.Module, architecture: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return what llama.cpp must know of a model beside its weights and tokenizer.
+    """Return the settings that llama.cpp needs beside a model's weights and tokenizer.
 
     Args:
-        model: an mlx-lm model of an architecture of the table in gguf_arch.py.
+        model: an mlx-lm model of an architecture in gguf_arch.py's table.
         architecture: llama.cpp's name of it.
 
     Returns:
-        {key without the architecture's prefix: value, or a list of one per layer}, and tensors that stand for settings.
+        {key without the architecture's prefix: value, or a list of one per layer}, and tensors that hold settings.
 
     Raises:
-        InputError: naming every setting that llama.cpp's form of the architecture cannot express.
+        InputError: naming every setting that llama.cpp does not support for the architecture.
     """
     args = text_arguments(model)
     problems: list[str] = []
@@ -39,10 +39,10 @@ def gguf_settings(model: nn.Module, architecture: str) -> tuple[dict[str, Any], 
 
 
 def _shared(args: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of all architectures; a family's own go before them, and may stand in for missing ones."""
+    """Return the settings that all architectures have; a family's own settings override them."""
     settings: dict[str, Any] = {
         "block_count": args["num_hidden_layers"],
-        # llama.cpp wants one; mlx-lm's llama does without.
+        # llama.cpp requires a context length; mlx-lm's llama may have none.
         "context_length": args["max_position_embeddings"] if args.get("max_position_embeddings") else 2048,
         "embedding_length": args["hidden_size"],
         "attention.head_count": args["num_attention_heads"],

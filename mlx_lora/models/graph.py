@@ -1,13 +1,13 @@
-"""The graph of a function and its gradient, with the shape of every array, though nothing is computed.
+"""List the graph of a function and its gradient, with the shape of every array, without computing anything.
 
-MLX builds graphs lazily and can list one (`mx.export_function`), but not the functions that bring a backward pass
-of their own (`mx.custom_function`). Each call of such a function is therefore cut out: what it returns becomes
-an input of the rest, and what its backward pass returns becomes a cotangent of the rest.
+MLX builds graphs lazily and can list one (`mx.export_function`), but not the functions that have their own backward pass
+(`mx.custom_function`). Each call of such a function is therefore cut out: its outputs become inputs of the rest, and what
+its backward pass returns becomes a cotangent of the rest.
 
     inputs -> rest -> p_1 | f_1 | o_1 -> rest -> p_2 | f_2 | o_2 -> rest -> outputs
 
-One gradient of the rest, with the o and the cotangents of the p as inputs, and every f and its backward pass are listed
-together; afterwards the cuts are joined again by name.
+The gradient of the rest, with the o and the cotangents of the p as inputs, is listed together with every f and its
+backward pass; then the cuts are joined by name.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Node:
 
     Attributes:
         name: MLX's, such as `Matmul`.
-        arguments: what it was made with, such as axes.
+        arguments: its parameters, such as axes.
         inputs, outputs: names of arrays.
     """
 
@@ -45,7 +45,7 @@ class Node:
 
 @dataclass(frozen=True)
 class ArrayInfo:
-    """An array that is not there: its shape, and the bytes of one of its numbers."""
+    """The shape of an array and the bytes per number."""
 
     shape: Shape
     number_bytes: int
@@ -62,9 +62,9 @@ class Graph:
 
     Attributes:
         nodes: in an order in which they can be computed.
-        arrays: name -> shape and size, of inputs, constants and all that nodes make.
-        inputs: names of what is given from outside.
-        returned: names of what the function itself returns.
+        arrays: name -> shape and size, of inputs, constants and the outputs of nodes.
+        inputs: names of the function's arguments.
+        returned: names of the function's outputs.
         gradients: names of the gradients.
     """
 
@@ -76,16 +76,16 @@ class Graph:
 
 
 def gradient_graph(function: Callable[[Arrays, Arrays], Arrays], varied: Arrays, fixed: Arrays) -> Graph:
-    """Return the graph of `function(varied, fixed)` and of its gradient for `varied`.
+    """Return the graph of `function(varied, fixed)` and of its gradient with respect to `varied`.
 
     Args:
-        function: returns float arrays; called several times with arrays that hold nothing.
-        varied: what is differentiated for; only shapes and dtypes are read.
-        fixed: all else that the function reads. An array that it takes from elsewhere joins the graph with all that
-            makes it.
+        function: returns float arrays; it is called several times with arrays that have no values.
+        varied: the arrays to differentiate for; only shapes and dtypes are read.
+        fixed: the other arrays that the function reads. If it reads an array that is not given here, the graph includes
+            the operations that make that array.
 
     Raises:
-        ValueError, RuntimeError: the function looks at numbers, or uses what MLX cannot list.
+        ValueError, RuntimeError: the function reads values, or uses an operation that MLX cannot list.
     """
     with _cutting() as cuts:
         cuts.begin(None)
@@ -118,7 +118,7 @@ class _Call:
 
 @dataclass
 class _Cuts:
-    """The calls of custom functions, in order, while a graph is listed."""
+    """Records the calls of custom functions, in order, while a graph is listed."""
 
     calls: list[_Call] = field(default_factory=list)
     stand_ins: list[Arrays] | None = None
@@ -126,13 +126,17 @@ class _Cuts:
     inside: bool = False
 
     def begin(self, stand_ins: list[Arrays] | None) -> None:
-        """Start a pass over the function; with what each call shall return in it, or None to call it."""
+        """Start a pass over the function.
+
+        Args:
+            stand_ins: what each call returns in this pass; None: each custom function is called.
+        """
         if self.stand_ins is None:
             self.returns_list = [call.is_list for call in self.calls]
         self.calls, self.stand_ins = [], stand_ins
 
     def enter(self, function: _CustomFunction, primals: Sequence[Any]) -> Any:
-        """Take a call of a custom function; one inside another is plain operations."""
+        """Record a call of a custom function; a call inside another one counts as plain operations."""
         if self.inside:
             return function.forward(*primals)
         if self.stand_ins is None:
@@ -145,7 +149,7 @@ class _Cuts:
         return _one_or_all(list(outputs), is_list)
 
     def uncut(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a custom function's own parts."""
+        """Call a function without cutting out the custom functions inside it."""
         self.inside = True
         try:
             return function(*arguments)
@@ -154,7 +158,7 @@ class _Cuts:
 
 
 class _CustomFunction:
-    """Stands in for `mx.custom_function` while a graph is listed."""
+    """A replacement for `mx.custom_function` while a graph is listed."""
 
     cuts: _Cuts
 
@@ -162,7 +166,7 @@ class _CustomFunction:
         self.forward, self.backward = forward, forward
 
     def vjp(self, backward: Callable[..., Any]) -> _CustomFunction:
-        """Take the backward pass, as mlx's decorator does."""
+        """Set the backward pass, as mlx's decorator does."""
         self.backward = backward
         return self
 
@@ -172,7 +176,7 @@ class _CustomFunction:
 
 @contextmanager
 def _cutting() -> Iterator[_Cuts]:
-    """Exchange `mx.custom_function` for as long as a graph is listed; functions make theirs when they are called."""
+    """Replace `mx.custom_function` inside the block; functions that use it look it up when they are called."""
     cuts = _Cuts()
     cut_function = type("_CutFunction", (_CustomFunction,), {"cuts": cuts})
     theirs = {name: vars(mx)[name] for name in ("custom_function", "gather_mm", "contiguous")}
@@ -180,7 +184,7 @@ def _cutting() -> Iterator[_Cuts]:
     mx.gather_mm = partial(_gather_mm, theirs["gather_mm"], cut_function)
     mx.contiguous = lambda array, *_, **__: array * 1  # a copy that MLX can list
     try:
-        with device.uncompiled():  # nor can it list what was compiled by itself
+        with device.uncompiled():  # MLX cannot list separately compiled functions either
             yield cuts
     finally:
         for name, own in theirs.items():
@@ -195,9 +199,9 @@ def _gather_mm(
     *indices: Any,
     **named: Any,
 ) -> mx.array:
-    """Multiply as `mx.gather_mm` does; its gradient for the matrices is an operation that MLX cannot list.
+    """Multiply as `mx.gather_mm` does, with a gradient for the matrices that MLX can list.
 
-    Here that gradient is an array of its shape which needs the same inputs: what memory is counted from.
+    That gradient is an array of the right shape which reads the same inputs; this is enough to count memory.
     """
     product = cut_function(lambda a, b: theirs(a, b, *indices, **named))
 
@@ -211,7 +215,7 @@ def _gather_mm(
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """List graphs on a CPU as a GPU would have them: single kernels there are many operations on a CPU."""
+    """List graphs on a CPU as they are on a GPU, where single kernels replace several operations."""
     keep, dequantize, norm, rotate = device.keep_exponentials, mx.dequantize, mx.fast.rms_norm, mx.fast.rope
     device.keep_exponentials = lambda: False
     mx.dequantize, mx.fast.rms_norm, mx.fast.rope = _dequantized, _normed, _rotated
@@ -223,7 +227,7 @@ def as_on_gpu() -> Iterator[None]:
 
 
 def _kernel(like: mx.array | tuple[Shape, mx.Dtype], *reads: mx.array) -> mx.array:
-    """Return what stands for one kernel's result: an array of that form, made from these inputs."""
+    """Return an array that stands for one kernel's result: it has the shape of `like`, and depends on `reads`."""
     shape, dtype = like if isinstance(like, tuple) else (like.shape, like.dtype)
     first, *others = reads
     made = mx.full(shape, first[(0,) * first.ndim].astype(dtype))
@@ -264,7 +268,7 @@ def _differentiated(
     pulled: list[Arrays],
     cuts: _Cuts,
 ) -> Arrays:
-    """Return outputs, gradients, and for each cut what its function and its backward pass return."""
+    """Return outputs, gradients, and, for each cut, what its function and its backward pass return."""
 
     def rest(*arrays: mx.array) -> Arrays:
         own, stand_ins = _parts(arrays, [varied, _flat(made)])
@@ -281,7 +285,7 @@ def _differentiated(
     for call, inputs, d_outputs, outputs_ in calls:
         again = cuts.uncut(call.function.forward, *inputs)
         forward += list(again) if call.is_list else [again]
-        # mlx hands a single array over as itself, several as a list.
+        # mlx passes a single array as it is, several as a list.
         given = (_one_or_all(part, call.is_list) for part in (d_outputs, outputs_))
         pulled_back = cuts.uncut(call.function.backward, inputs[0] if len(inputs) == 1 else inputs, *given)
         backward += list(pulled_back) if isinstance(pulled_back, (list, tuple)) else [pulled_back]
@@ -290,7 +294,7 @@ def _differentiated(
 
 @dataclass
 class _Listing:
-    """What `mx.export_function` calls back with."""
+    """Collects what `mx.export_function` reports."""
 
     arrays: dict[str, ArrayInfo] = field(default_factory=dict)
     inputs: list[str] = field(default_factory=list)
@@ -298,7 +302,7 @@ class _Listing:
     nodes: list[Node] = field(default_factory=list)
 
     def add(self, part: dict[str, Any]) -> None:
-        """Take one part of the listing."""
+        """Add one part of the listing."""
         kind = part["type"]
         if kind == "inputs":
             self.inputs = [self._named(entry) for entry in part["inputs"]]
@@ -318,7 +322,7 @@ class _Listing:
 
 
 def _joined(listing: _Listing, first_cut: int, returned: int, varied: int) -> Graph:
-    """Join the cuts, leave out what nothing needs, and merge what is computed twice, as compiling does."""
+    """Return the graph with cuts joined, unused nodes removed, and repeated computations merged, as compiling does."""
     real = returned + varied
     names = dict(zip(listing.inputs[first_cut:], listing.outputs[real:], strict=True))
 
@@ -366,7 +370,7 @@ def _in_order(outputs: list[str], maker: dict[str, Node], name_of: Callable[[str
 
 
 def _like(array: mx.array) -> mx.array:
-    """Return an array of that shape and dtype, of which only these will be read."""
+    """Return an array of the same shape and dtype, whose values are never read."""
     return mx.zeros(array.shape, array.dtype)
 
 
@@ -379,6 +383,6 @@ def _flat(groups: Sequence[Arrays]) -> Arrays:
 
 
 def _parts(arrays: Sequence[mx.array], like: Sequence[Sequence[Any]]) -> list[Arrays]:
-    """Cut a list into parts as long as those of `like`."""
+    """Split a list into parts that are as long as those of `like`."""
     rest = iter(arrays)
     return [[next(rest) for _ in group] for group in like]

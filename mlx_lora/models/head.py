@@ -1,10 +1,9 @@
-"""A model cut in two: the body that makes hidden states, and the output head with all that is done to its logits.
+"""Split a model into the body, which computes hidden states, and the output head, with what is done to its logits.
 
-mlx-lm's models return logits of every position. Loss without logits needs the hidden states instead, and
-must then do itself what each family does after the head: scale (Cohere, Granite), soft cap (Gemma 2), bias.
-What the parts are called and which settings hold the factors is read from the tables below. A family that
-they do not know, or know wrongly, costs only memory: the cut is checked against the model's own logits
-before it is used (training/losses.py).
+mlx-lm's models return logits of every position. A loss without logits needs the hidden states instead, and must
+apply what each family does after the head: scale (Cohere, Granite), soft cap (Gemma 2), bias. The tables below list the
+names of the parts and the settings that hold the factors. If a family is missing or wrong there, only memory is lost:
+the split is checked against the model's own logits before it is used (training/losses.py).
 
 Shapes: B batch, T time, D width, V vocabulary.
 """
@@ -26,21 +25,21 @@ FLOAT_HEADS = (nn.Linear, nn.Embedding)
 QUANTIZED_HEADS = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 EMBEDDING_HEADS = (nn.Embedding, nn.QuantizedEmbedding)
 
-# What mlx-lm's families call their parts: the first that a model has is taken.
+# The names that mlx-lm's families have for their parts; the first that a model has is used.
 BODIES = ("model.language_model", "model", "transformer", "backbone")
 HEADS = ("lm_head", "output")
-# The head of a model that has none of its own, in its body.
+# The embedding in the body, which is the head of a model without a separate one.
 EMBEDDINGS = ("embed_tokens", "wte", "embeddings", "word_embeddings", "embedding", "tok_embeddings", "token_embeddings")
 # Heads that the body itself applies: GPT-NeoX and Pythia, Lille, Gemma 3n.
 INNER_HEADS = ("model.embed_out", "transformer.tok_embeddings", "embed_tokens")
-# Settings that multiply the logits, and that divide them.
+# Settings that multiply the logits, and settings that divide them.
 FACTORS = ("logit_scale", "output_multiplier")
 DIVISORS = ("logits_scaling",)
-# (factor, divisor) that count only where the head is the embedding (Falcon-H1), or only where it is not (MiniCPM).
+# (factor, divisor) that only apply if the head is the embedding (Falcon-H1), or only if it is not (MiniCPM).
 TIED_RATIO = ("lm_head_multiplier", "embedding_multiplier")
 UNTIED_RATIO = ("dim_model_base", "hidden_size")
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
-# Soft caps that stand in mlx-lm's code and in no config, by `model_type`.
+# Soft caps that are fixed in mlx-lm's code and not in any config, by `model_type`.
 FIXED_SOFT_CAPS = {"nanochat": 15.0}
 
 
@@ -53,7 +52,7 @@ class Head:
         layer: the module that holds W: a linear layer, or the embedding it is tied to; quantized or not.
         scale: factor on the logits.
         soft_cap: logits become cap * tanh(logits / cap); None for most families.
-        inner: whether the body calls the layer itself and returns logits.
+        inner: whether the body itself calls the layer and returns logits.
     """
 
     body: nn.Module
@@ -63,15 +62,15 @@ class Head:
     inner: bool = False
 
     def hidden(self, inputs: mx.array) -> mx.array:
-        """Return the hidden states that the layer makes logits of, (B, T) -> (B, T, D)."""
+        """Return the hidden states that the layer turns into logits, (B, T) -> (B, T, D)."""
         if not self.inner:
             return self._run(inputs)
         with _intercepted(self.layer) as seen:
-            out = self._run(inputs)  # what becomes of the states after the layer is never computed
+            out = self._run(inputs)  # lazy: what follows the layer is never computed
         return seen[-1] if seen else out
 
     def _run(self, inputs: mx.array) -> mx.array:
-        """Call the body; some bodies cannot do without a `cache` argument."""
+        """Call the body; some bodies require a `cache` argument."""
         cache = inspect.signature(type(self.body).__call__).parameters.get("cache")
         return self.body(inputs, cache=None) if cache and cache.default is cache.empty else self.body(inputs)
 
@@ -82,19 +81,19 @@ class Head:
 
     @property
     def bias(self) -> mx.array | None:
-        """(V,) or None."""
+        """The bias, (V,), or None."""
         return self.layer.get("bias")
 
     @property
     def vocabulary(self) -> int:
-        """V."""
+        """The number of tokens, V."""
         return self.layer.weight.shape[0]
 
     def dense(self, arrays: list[mx.array], dtype: mx.Dtype) -> mx.array:
         """Return rows of W as floats.
 
         Args:
-            arrays: `self.arrays`, or any same selection of rows of each.
+            arrays: `self.arrays`, or the same selection of rows of each.
             dtype: of the result.
 
         Returns:
@@ -106,18 +105,18 @@ class Head:
         return mx.dequantize(*arrays, **layout).astype(dtype)
 
     def finish(self, products: mx.array, columns: slice | mx.array) -> mx.array:
-        """Turn products h W^T into logits: bias, scale, soft cap.
+        """Return the logits for products h W^T, by adding bias, scale and soft cap.
 
         Args:
             products: (R, S) float32.
-            columns: which tokens the columns are: a slice of the vocabulary, or each row's own ids (R, 1).
+            columns: the tokens of the columns: a slice of the vocabulary, or an id per row (R, 1).
         """
         if self.bias is not None:
             products = products + self.bias[columns].astype(products.dtype)
         return self._scaled(products)
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """Return all logits of hidden states, through the layer as the model itself uses it.
+        """Return all logits of hidden states, computed by the layer as in the model itself.
 
         Args:
             hidden: (..., D).
@@ -137,12 +136,12 @@ class Head:
         return logits
 
     def slope(self, logits: mx.array) -> mx.array:
-        """Return the soft cap's derivative, by what it made of its input: 1 - (l / cap)^2."""
+        """Return the soft cap's derivative for its output l: 1 - (l / cap)^2."""
         return 1 - mx.square(logits / self.soft_cap)
 
 
 class _Intercepted:
-    """Mixed in front of a head's class: notes the hidden states that come in, and lets them through as they are."""
+    """A mix-in for a head's class that records the hidden states and returns them unchanged."""
 
     def as_linear(self, hidden: mx.array) -> mx.array:
         self.seen.append(hidden)
@@ -150,7 +149,7 @@ class _Intercepted:
 
 
 class _InterceptedLinear(_Intercepted):
-    """The same for a linear layer; an embedding's call still embeds."""
+    """The same for a linear layer; an embedding's `__call__` must still embed."""
 
     def __call__(self, hidden: mx.array) -> mx.array:
         return self.as_linear(hidden)
@@ -158,7 +157,7 @@ class _InterceptedLinear(_Intercepted):
 
 @contextmanager
 def _intercepted(layer: nn.Module) -> Iterator[list[mx.array]]:
-    """Keep a head from making logits inside the block; only the instance's class changes, and changes back."""
+    """Keep a head from computing logits inside the block, by changing the class of this instance for its duration."""
     seen: list[mx.array] = []
     own = type(layer)
     mixed = _Intercepted if isinstance(layer, EMBEDDING_HEADS) else _InterceptedLinear
@@ -170,14 +169,14 @@ def _intercepted(layer: nn.Module) -> Iterator[list[mx.array]]:
 
 
 def find_head(model: nn.Module, config: dict[str, Any]) -> Head | str:
-    """Cut `model` into body and head.
+    """Return the head of `model`, or a short reason why there is none.
 
     Args:
         model: an mlx-lm model, adapted or not.
-        config: its config.json; a multimodal one keeps the text part under `text_config`.
+        config: its config.json; a multimodal one has the text part under `text_config`.
 
     Returns:
-        The head, or in a few words why there is none: the caller then uses the plain loss and says so.
+        The head, or a reason, with which the caller explains why it uses the plain loss.
     """
     config = {**config, **(config.get("text_config") or {})}
     head = _first(model, HEADS)
@@ -193,18 +192,18 @@ def find_head(model: nn.Module, config: dict[str, Any]) -> Head | str:
             return f"the model has no part named {' or '.join(f'`{name}`' for name in BODIES)}"
         layer = _first(body, EMBEDDINGS) if head is None else head
     if layer is None:
-        return "its head and its embedding have names that are not known"
+        return "its head and its embedding have unknown names"
     if isinstance(layer, mx.array):
         return "the head is a bare array"
     if not isinstance(layer, FLOAT_HEADS + QUANTIZED_HEADS):
         return f"the head is {type(layer).__name__}"
     if layer.trainable_parameters():
-        return "the head is trained itself"  # the fused loss has no gradient for it
+        return "the head itself is trained"  # the fused loss has no gradient for it
     return Head(body, layer, _scale(config, isinstance(layer, EMBEDDING_HEADS)), _soft_cap(config), inner)
 
 
 def _part(module: nn.Module, path: str) -> nn.Module | mx.array | None:
-    """Return what lies at a dotted path of names, None where nothing does."""
+    """Return the part at a dotted path of names, None if there is none."""
     part: Any = module
     for name in path.split("."):
         part = part.get(name) if isinstance(part, nn.Module) else None
@@ -212,12 +211,12 @@ def _part(module: nn.Module, path: str) -> nn.Module | mx.array | None:
 
 
 def _first(module: nn.Module, paths: tuple[str, ...]) -> nn.Module | mx.array | None:
-    """Return the first part that a module has."""
+    """Return the first of these parts that a module has, None if it has none."""
     return next((part for part in (_part(module, path) for path in paths) if part is not None), None)
 
 
 def _scale(config: dict[str, Any], tied: bool) -> float:
-    """Return the factor on the logits; a setting that is absent, null or 0 has none."""
+    """Return the factor on the logits; a setting that is absent, null or 0 does not count."""
     factor, divisor = TIED_RATIO if tied else UNTIED_RATIO
     ratio = (factor, divisor) if config.get(factor) else ()
     scale = 1.0
@@ -229,6 +228,6 @@ def _scale(config: dict[str, Any], tied: bool) -> float:
 
 
 def _soft_cap(config: dict[str, Any]) -> float | None:
-    """Return the bound on the logits, None for none."""
+    """Return the soft cap of the logits, None if there is none."""
     caps = [config[name] for name in SOFT_CAPS if config.get(name)]
     return caps[0] if caps else FIXED_SOFT_CAPS.get(config.get("model_type", ""))

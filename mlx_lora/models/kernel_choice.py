@@ -1,10 +1,10 @@
-"""Which kernels a model trains with here: measured once per (device, mlx, dtype, class of shapes), then known.
+"""Choose the kernels that a model trains with, by measuring once per (device, mlx version, dtype, shape class).
 
-    recorded   the model is traced, not computed, at each length the data have: which kernels does it call, in which shapes
-    measured   every candidate of every such class that is not in the cache yet (measuring.py)
-    chosen     by the rule of `measuring.choose`
+    record     trace the model, without computing it, at each length of the data, to find the kernels and shapes it uses
+    measure    all candidates for every shape class that is not in the cache yet (measuring.py)
+    choose     by the rule of `measuring.choose`
 
-`--kernels ours` takes the table's own without asking the clock, `--kernels mlx` leaves everything to mlx and mlx-lm.
+`--kernels ours` uses the table's `assumed` candidates without measuring; `--kernels mlx` uses those of mlx and mlx-lm.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ AUTO, OURS = "auto", "ours"
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """What was chosen for one model.
+    """The kernels chosen for one model.
 
     Attributes:
         asked: `auto`, `mlx` or `ours`.
-        figures: (kernel's name, class) -> candidates' figures, where they were measured, here or in an earlier run.
-        classes: (kernel's name, class) that the model has -> the candidate chosen.
+        figures: (kernel's name, shape class) -> the candidates' figures, if measured now or in an earlier run.
+        classes: (kernel's name, shape class) that the model uses -> the candidate chosen.
     """
 
     asked: str
@@ -41,7 +41,7 @@ class KernelChoice:
     classes: Mapping[tuple[str, ShapeClass], str] = field(default_factory=dict)
 
     def __call__(self, kernel: Kernel, shape: ShapeClass) -> str:
-        """Return the candidate for a call: its class's, or that of the same kind whose size is nearest."""
+        """Return the candidate for a call: that of its class, or of the class that only differs in size, and least."""
         if self.asked == MLX:
             return MLX
         alike = [known for name, known in self.classes if name == kernel.name and known[1:] == shape[1:]]
@@ -50,7 +50,7 @@ class KernelChoice:
         return self.classes[kernel.name, min(alike, key=lambda known: (abs(known[0] - shape[0]), known))]
 
     def terms(self) -> KernelTerms:
-        """Return what the planner counts for the chosen kernels."""
+        """Return the planner's terms for the chosen kernels."""
         terms, rows = KernelTerms(), {row.name: row for row in kernel_rows()}
         for (kernel, shape), name in self.classes.items():
             known = self.figures.get((kernel, shape), {})
@@ -58,13 +58,13 @@ class KernelChoice:
         return terms
 
     def of_mlx(self) -> KernelChoice:
-        """Return the same with mlx's own kernels throughout."""
+        """Return the same choice with mlx's kernels everywhere."""
         return replace(self, asked=MLX, classes=dict.fromkeys(self.classes, MLX))
 
     def variants(self) -> list[KernelChoice]:
-        """Return choices in which each kernel has one candidate for all shapes, so that each chosen one occurs.
+        """Return choices with one candidate per kernel for all shapes, which together have every chosen candidate.
 
-        A check on a few tokens has few shapes; this is how it meets every candidate that the run will use.
+        A check on a few tokens has few shapes; with these choices it tests every candidate that the run will use.
         """
         names: dict[str, list[str]] = {}
         for (kernel, _), name in self.classes.items():
@@ -80,11 +80,11 @@ class KernelChoice:
         ]
 
     def names(self) -> list[str]:
-        """Return `tiled attention` and so on, each once."""
+        """Return the chosen kernels' names, such as `tiled attention`, each once."""
         return sorted({f"{name} {kernel}" for (kernel, _), name in self.classes.items()})
 
     def describe(self) -> list[str]:
-        """Return words for the run header, one for each kernel that the model has."""
+        """Return descriptions for the run header, one for each kernel that the model uses."""
         words = []
         for kernel in kernel_rows():
             chosen = {shape: name for (other, shape), name in self.classes.items() if other == kernel.name}
@@ -109,14 +109,14 @@ def choose_model_kernels(
     dtype: mx.Dtype,
     say: Callable[[str], None] = lambda line: None,
 ) -> KernelChoice:
-    """Return the kernels that a model trains with on this device; what is not known yet is measured.
+    """Return the kernels that a model trains with on this device, after measuring what is not in the cache.
 
     Args:
-        model: adapters in place or not; nothing of it is computed.
-        lengths: of the rows it will see, in positions.
+        model: with or without adapters; it is not computed.
+        lengths: of the rows it will be trained on, in positions.
         asked: --kernels.
         dtype: of its activations.
-        say: takes a line before something is measured.
+        say: called with a line before each measurement.
     """
     return choose_among(recorded_calls(model, lengths), asked, dtype, say)
 
@@ -124,13 +124,13 @@ def choose_model_kernels(
 def choose_among(
     calls: Iterable[tuple[Kernel, ShapeClass]], asked: str, dtype: mx.Dtype, say: Callable[[str], None] | None = None
 ) -> KernelChoice:
-    """Return the kernels for some classes of shapes.
+    """Return the kernels for some shape classes.
 
     Args:
-        calls: rows of the table, with classes.
-        asked: --kernels; `mlx` is measured as well, for the planner to know what it takes.
+        calls: rows of the table, with shape classes.
+        asked: --kernels; with `mlx` kernels are measured too, because the planner needs their memory.
         dtype: of the activations.
-        say: takes a line before something is measured; None: nothing is.
+        say: called with a line before each measurement; None: nothing is measured.
     """
     figures: dict[tuple[str, ShapeClass], Mapping[str, Figures]] = {}
     classes: dict[tuple[str, ShapeClass], str] = {}
@@ -147,7 +147,7 @@ def choose_among(
 
 
 def planned_kernels(model: ModelShape, asked: str, dtype: mx.Dtype) -> KernelChoice:
-    """Return the kernels of a model that is not loaded, by what is known of this machine; nothing is measured.
+    """Return the kernels of a model that is not loaded, from figures in the cache; nothing is measured.
 
     Args:
         model: its shape.
@@ -168,7 +168,7 @@ def planned_kernels(model: ModelShape, asked: str, dtype: mx.Dtype) -> KernelCho
 
 
 def recorded_calls(model: nn.Module, lengths: Iterable[int]) -> list[tuple[Kernel, ShapeClass]]:
-    """Return each kernel and class of shapes that the model calls on rows of these lengths."""
+    """Return each kernel and shape class that the model uses on rows of these lengths."""
     found: dict[tuple[str, ShapeClass], Kernel] = {}
 
     def record(kernel: Kernel, shape: ShapeClass) -> str:
@@ -179,10 +179,10 @@ def recorded_calls(model: nn.Module, lengths: Iterable[int]) -> list[tuple[Kerne
     for length in lengths:
         size = size_class(length, 64, LONGEST)
         longest[size] = max(longest.get(size, 1), length)
-    # The model stays as it is: some overwrite weights as they go, dropout draws.
+    # Restore the model afterwards: some overwrite weights in a forward pass, and dropout draws random numbers.
     training, parameters = model.training, model.parameters()
     high, low = mx.random.state[0].tolist()
-    model.train()  # some models have a path of their own for it
+    model.train()  # some models compute differently in training
     try:
         with training_kernels(model, choose=record):
             for length in longest.values():
@@ -190,7 +190,7 @@ def recorded_calls(model: nn.Module, lengths: Iterable[int]) -> list[tuple[Kerne
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise
-        return []  # what fails in which form is found out by the checks before the run
+        return []  # the checks before the run find out what fails
     finally:
         model.update(parameters)
         mx.random.seed(high << 32 | low)
@@ -199,13 +199,13 @@ def recorded_calls(model: nn.Module, lengths: Iterable[int]) -> list[tuple[Kerne
 
 
 def known_figures(kernel: Kernel, shape: ShapeClass, dtype: mx.Dtype) -> Mapping[str, Figures] | None:
-    """Return what the cache holds of a class, None when that is nothing, or not of all candidates of today."""
+    """Return a class's figures from the cache, None if they are not there for exactly the current candidates."""
     figures = read_figures(figures_key(kernel.name, shape, dtype))
     return figures if figures is not None and figures.keys() == kernel.candidates.keys() else None
 
 
 def measured_figures(kernel: Kernel, shape: ShapeClass, dtype: mx.Dtype) -> Mapping[str, Figures]:
-    """Measure a class's candidates now, and keep the figures."""
+    """Measure a class's candidates, store their figures in the cache, and return them."""
     trial, reference = kernel.trial(shape, dtype)
     figures = measure(kernel.candidates, trial, reference, device.compiling_is_cheap())
     keep_figures(figures_key(kernel.name, shape, dtype), figures)
@@ -213,6 +213,6 @@ def measured_figures(kernel: Kernel, shape: ShapeClass, dtype: mx.Dtype) -> Mapp
 
 
 def figures_key(name: str, shape: ShapeClass, dtype: mx.Dtype) -> str:
-    """Return what a class's figures are kept under."""
+    """Return the cache key of a class's figures."""
     of = ",".join(map(str, shape))
     return f"{device.measured_on()}|{str(dtype).rpartition('.')[2]}|{name}|{of}"

@@ -1,6 +1,6 @@
-"""One row of the table of kernels (models/kernel_table.py): what it stands for, its candidates, on what they are tried.
+"""The row type of the table of kernels (models/kernel_table.py).
 
-A class of shapes is (size, ...): the size rounded to a power of two, then what must be equal.
+A shape class is (size, ...): a size rounded to a power of two, then properties that must be equal.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ class Kernel:
     """One row of the table.
 
     Attributes:
-        name: for people, and in the cache.
+        name: shown to users, and used in the cache's keys.
         shared: the name under which mlx-lm's architectures import the function.
         theirs: mlx-lm's own function.
-        candidates: name -> function of the same signature; `mlx` computes as theirs does.
-        assumed: the candidate of ours that is used where nothing was measured.
-        class_of: takes a call's arguments and returns its class; None for a call that is always left to `theirs`.
-        trial: makes what a class is tried on, in a dtype, and the exact float32 outputs of it.
-        words: tells a class to people.
-        count: adds to the planner's terms what a class's chosen candidate takes, by its figures or, without, by the table.
+        candidates: name -> function of the same signature; `mlx` is the same as `theirs`.
+        assumed: the candidate of ours that is used if nothing was measured.
+        class_of: takes a call's arguments and returns its shape class, or None if the call always uses `theirs`.
+        trial: takes a shape class and a dtype, returns the trial to measure and a function for its exact float32 outputs.
+        words: describes a shape class to users.
+        count: adds a candidate's memory for a shape class to the planner's terms, from its figures, or defaults if None.
     """
 
     name: str

@@ -1,11 +1,11 @@
-"""The kernels of a model's layers that training may exchange, and the candidates for each: one row per kernel.
+"""The table of kernels that training may replace in a model's layers: one row per kernel, with its candidates.
 
-A row says which of mlx-lm's shared functions it stands for, which functions may take its place, how a call is classed by
-shape, and on what such a class is tried. What is chosen is measured (models/kernel_choice.py) and put into the model's
-modules while a step is traced (models/kernels.py). The loss has candidates too, of another form: training/loss_kernels.py.
+A row names one of mlx-lm's shared functions and the functions that may replace it, and tells how to classify a call by
+its shapes and how to try out a class. Candidates are chosen by measurement (models/kernel_choice.py) and put into the
+model's modules while a step is traced (models/kernels.py). The loss has candidates of its own: training/loss_kernels.py.
 
-Norms and rotations have no row: mx.fast.rms_norm and mx.fast.rope are what the models call, and nothing of ours would
-do better (docs/decisions.md).
+Norms and rotations have no row: models call mx.fast.rms_norm and mx.fast.rope, and ours would not be faster
+(docs/decisions.md).
 
 Shapes: B batch, H query heads, N key heads, T positions, d head width, F width of the gated activation.
 """
@@ -30,7 +30,7 @@ from mlx_lora.system.measuring import Figures, Outputs, Trial
 
 TRIAL_POSITIONS = 1024
 TRIAL_NUMBERS = 1 << 20  # of one array of an elementwise trial
-LONGEST = 1024  # keys of a trial; what both kernels cost grows alike from there
+LONGEST = 1024  # keys of a trial; beyond that, the costs of both kernels grow at the same rate
 
 
 def kernel_rows(attend: AttentionCall = attend) -> tuple[Kernel, ...]:
@@ -82,19 +82,19 @@ def _attention(
     mask: mx.array | str | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """Compute attention as mlx-lm calls it; only calls that have a class come here."""
+    """Return attention for mlx-lm's signature; only calls that have a shape class get here."""
     return attend(queries, keys, values, Tiles(scale, mask, kernel=kernel), sinks)
 
 
 def attention_class(
     heads: int, key_heads: int, width: int, value_width: int, keys: int, mask: str = "causal", sinks: bool = False
 ) -> ShapeClass:
-    """Return the class of an attention.
+    """Return the shape class of an attention.
 
     Args:
         heads, key_heads: H and N.
         width, value_width: d of queries and keys, and of values.
-        keys: of the longest row.
+        keys: the number of keys of the longest row.
         mask: `causal`, `array` or `none`.
         sinks: whether logits without a value take part in the softmax.
     """
@@ -102,7 +102,7 @@ def attention_class(
 
 
 def activation_class(width: int) -> ShapeClass:
-    """Return the class of a gated activation F wide."""
+    """Return the shape class of a gated activation of width F."""
     return (size_class(width, 256, 8192),)
 
 
@@ -131,7 +131,7 @@ def _attention_words(shape: ShapeClass) -> str:
 
 
 def _attention_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs]:
-    """Make rows of the class's length."""
+    """Return a trial with rows of the class's length, and its exact outputs."""
     length, heads, key_heads, width, value_width, mask, sinks = shape
     group, (rows, n) = heads // key_heads, _trial_rows(shape)
     h, scale = n * group, width**-0.5
@@ -152,9 +152,9 @@ def _attention_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs
 
 
 def _trial_rows(shape: ShapeClass) -> tuple[int, int]:
-    """Return rows and key heads of a trial: as many as `device.trial_flops` allows, heads at their ratio."""
+    """Return the rows and key heads of a trial, as many as `device.trial_flops` allows."""
     length, heads, key_heads, width, value_width, *_ = shape
-    # Forward, and a backward pass that makes the scores again.
+    # The forward pass, and a backward pass that computes the scores again.
     one = 7 * (heads // key_heads) * length**2 * (width + value_width)
     products = max(1, int(device.trial_flops() / one))
     n = min(key_heads, products)
@@ -162,7 +162,7 @@ def _trial_rows(shape: ShapeClass) -> tuple[int, int]:
 
 
 def _count_attention(terms: KernelTerms, shape: ShapeClass, name: str, figures: Figures | None) -> KernelTerms:
-    """Ours is counted by the tile (memory.py); mlx's by the arrays of scores that it was seen to keep and to work with."""
+    """Count our kernel by the tile (memory.py), mlx's by the arrays of scores that it kept and used when measured."""
     if name != MLX:
         return replace(terms, tiled=(*terms.tiled, shape[0]))
     if figures is None:
@@ -180,16 +180,16 @@ def _count_attention(terms: KernelTerms, shape: ShapeClass, name: str, figures: 
 
 
 def _count_swiglu(terms: KernelTerms, shape: ShapeClass, name: str, figures: Figures | None) -> KernelTerms:
-    """Count what is kept beside gate, up and the product, in arrays of their width; the most of all classes."""
-    by_form = {MLX: 2.0, "lean": 1.0, "leanest": 0.0}[name]
-    arrays = by_form if figures is None else max(0.0, 2 * figures.kept_bytes / figures.input_bytes - 1)
+    """Count the arrays that are kept beside gate, up and the product; the most of all classes counts."""
+    assumed = {MLX: 2.0, "lean": 1.0, "leanest": 0.0}[name]
+    arrays = assumed if figures is None else max(0.0, 2 * figures.kept_bytes / figures.input_bytes - 1)
     return replace(terms, gate_arrays=max(arrays, terms.gate_arrays or 0.0))
 
 
 def _naive_attention(
     scale: float, seen: mx.array, q: mx.array, k: mx.array, v: mx.array, sinks: mx.array | None = None
 ) -> list[mx.array]:
-    """The definition: softmax(scale Q K^T) V where `seen` (T, S), a sink one more logit of each row."""
+    """Return attention by its definition: softmax(scale Q K^T) V where `seen` (T, S); a sink adds a logit per row."""
     k, v = (mx.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     scores = mx.where(seen, scale * q @ k.swapaxes(-1, -2), -mx.inf)  # (B, H, T, S)
     if sinks is not None:

@@ -1,11 +1,10 @@
-"""Where a model's own layers get other kernels from, while a step is traced.
+"""Replace the kernels of a model's layers while a training step is traced.
 
-mlx-lm's architectures share one attention function, one gated activation and one form of each usual recurrence, which
-each imports by name. Those names are exchanged in the modules of this model's classes for as long as the step is traced,
-and put back: generation and evaluation never see it. Which function takes a call is decided by its shapes.
+mlx-lm's architectures share one attention function, one gated activation and one function for each common recurrence,
+which each imports by name. These names are replaced in the modules of this model's classes while the step is traced, and
+then restored, so generation and evaluation do not change. A call's shapes decide which function takes it.
 
-Recurrences that one architecture has for itself (models/recurrent_layers.py) have no row in the table: they are ours
-wherever anything is.
+Recurrences of a single architecture (models/recurrent_layers.py) have no row in the table: ours always replace them.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from mlx_lora.models.kernel_row import Kernel, ShapeClass
 from mlx_lora.models.kernel_table import kernel_rows
 from mlx_lora.models.recurrent_layers import recurrent_kernels
 
-# Kernels without a state that goes from token to token.
+# Kernels without a state that passes from token to token.
 POSITIONWISE = frozenset({"attention", "gated activation"})
 
 Choose = Callable[[Kernel, ShapeClass], str]
-"""(row of the table, class of a call) -> name of the candidate that takes it."""
+"""(row of the table, shape class of a call) -> name of the candidate that takes the call."""
 
 
 def assumed(kernel: Kernel, shape: ShapeClass) -> str:
-    """Choose ours wherever there is one."""
+    """Return the candidate that is used without measuring, which is ours."""
     return kernel.assumed
 
 
@@ -40,11 +39,11 @@ def training_kernels(model: nn.Module, attend: AttentionCall = attend, choose: C
 
     Args:
         model: any mlx-lm model; layers that do not use the shared functions keep their own.
-        attend: computes attention by the kernel it is told.
-        choose: says which kernel.
+        attend: computes attention by the kernel that its `Tiles` name.
+        choose: returns the candidate for a call.
 
     Yields:
-        The names of the kernels that any layer of the model uses, those of the table first.
+        The names of the kernels that the model uses, those of the table first.
     """
     rows = {row.shared: row for row in kernel_rows(attend)}
     homes = [vars(sys.modules[name]) for name in {type(module).__module__ for module in model.modules()}]
@@ -63,13 +62,13 @@ def training_kernels(model: nn.Module, attend: AttentionCall = attend, choose: C
 
 
 def has_recurrence(model: nn.Module) -> bool:
-    """Tell whether any layer carries a state from token to token, by a function that we have one for."""
+    """Tell whether any layer has a recurrence that we have a kernel for."""
     with training_kernels(model) as names:
         return not {*names} <= POSITIONWISE
 
 
 def _by_shape(row: Kernel, choose: Choose) -> Callable[..., Any]:
-    """Return a function in the place of the row's own: each call goes to the candidate that its shapes call for."""
+    """Return a function that replaces mlx-lm's and passes each call to the candidate chosen for its shapes."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         shape = row.class_of(*args, **kwargs)

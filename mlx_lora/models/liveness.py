@@ -1,12 +1,12 @@
-"""What a graph holds in memory: which arrays get a buffer, what the backward pass needs of the forward pass, the peak.
+"""Count the memory of a graph: which arrays get a buffer, what the backward pass reads of the forward pass, the peak.
 
-MLX's own rules, by array names alone:
+The rules are MLX's:
 
-    views        reshape, transpose, slice, split ... share their input's buffer, where strides allow it
-    fusion       of a chain of elementwise operations that compiling makes one, only what others read is stored
+    views        reshape, transpose, slice, split ... share their input's buffer if strides allow it
+    fusion       compiling joins a chain of elementwise operations, and only stores what other operations read
     donation     an elementwise result takes over the buffer of an input that nothing else reads
-    lag          MLX prepares operations ahead of those that run, and frees an input when the operation that read it
-                 last has run: up to `lag` operations later
+    lag          MLX prepares operations ahead of those that run, and frees an input when the last operation that reads
+                 it has run, up to `lag` operations later
 
 Sizes are in bytes.
 """
@@ -86,11 +86,11 @@ DEEPEST_FUSION = 11  # mlx's bound on a chain
 
 @dataclass(frozen=True)
 class Kept:
-    """What one differentiated function takes.
+    """The memory of one differentiated function.
 
     Attributes:
-        kept_bytes: made by the forward pass and read by the backward pass.
-        window_bytes: what the backward pass holds beyond that at its peak.
+        kept_bytes: of arrays that the forward pass makes and the backward pass reads.
+        window_bytes: what the backward pass adds to that at its peak.
     """
 
     kept_bytes: int
@@ -98,7 +98,7 @@ class Kept:
 
 
 def count_memory(graph: Graph, lag: int) -> Kept:
-    """Count a graph's memory.
+    """Return a graph's memory.
 
     Args:
         graph: a function with its gradient.
@@ -120,7 +120,7 @@ def count_memory(graph: Graph, lag: int) -> Kept:
 
 
 def _before(graph: Graph, names: tuple[str, ...]) -> set[int]:
-    """Return the numbers of the nodes that some arrays come from."""
+    """Return the numbers of all nodes that are needed to compute some arrays."""
     needed, found = set(names), set()
     for number in reversed(range(len(graph.nodes))):
         node = graph.nodes[number]
@@ -131,13 +131,13 @@ def _before(graph: Graph, names: tuple[str, ...]) -> set[int]:
 
 
 class _Buffers:
-    """Which buffer each array lies in.
+    """The buffer of each array.
 
     Attributes:
-        of: array -> the array whose buffer it shares (itself for most).
-        size: buffer -> bytes; inputs and constants have none, they are there anyway.
+        of: array -> the array whose buffer it shares (usually itself).
+        size: buffer -> bytes; inputs and constants are not counted, since they are in memory anyway.
         maker: buffer -> number of the node that makes it.
-        copied: node -> bytes of inputs that it has to copy first.
+        copied: node -> bytes of inputs that it must copy first.
         last_reader: buffer -> number of the last node that reads it.
     """
 
@@ -165,7 +165,7 @@ class _Buffers:
             self.last_reader[self.of[name]] = len(graph.nodes)
 
     def _view(self, node: Node, index: int) -> tuple[str, Shape] | None:
-        """Return whose buffer an output shares, and its strides; None for a buffer of its own."""
+        """Return the array whose buffer an output shares, and its strides; None if it has its own buffer."""
         if not node.inputs:
             return None
         source, shape = node.inputs[0], self.arrays[node.outputs[index]].shape
@@ -190,13 +190,13 @@ class _Buffers:
         return None
 
     def _multiplies(self, name: str) -> bool:
-        """Whether a product can read a matrix as it lies."""
+        """Tell whether a product can read a matrix with its strides, without copying it."""
         shape, strides = self.arrays[name].shape, self.strides[name]
         return len(shape) < 2 or strides[-2:] in ((shape[-1], 1), (1, shape[-2]))
 
 
 def _fused_away(graph: Graph) -> set[str]:
-    """Return the arrays that lie inside chains of elementwise operations and are never stored."""
+    """Return the arrays inside chains of elementwise operations, which are never stored."""
     maker = {name: number for number, node in enumerate(graph.nodes) for name in node.outputs}
     readers: dict[str, list[int]] = defaultdict(list)
     for number, node in enumerate(graph.nodes):
@@ -208,7 +208,7 @@ def _fused_away(graph: Graph) -> set[str]:
         if last not in chain and graph.nodes[last].name in ELEMENTWISE:
             for number in _chain(graph, last, maker, readers, ends, chain):
                 chain[number] = last
-    # What a broadcast in between reads belongs to the chain that reads the broadcast.
+    # An array that is broadcast belongs to the chain that reads the broadcast.
     inner = set()
     for number, own in chain.items():
         name = graph.nodes[number].outputs[0]
@@ -231,7 +231,7 @@ def _chain(
     ends: set[str],
     taken: dict[int, int],
 ) -> set[int]:
-    """Return the elementwise nodes that compiling makes one operation with node `last`."""
+    """Return the elementwise nodes that compiling joins with node `last`."""
     found: set[int] = set()
     passed: set[int] = set()
     waiting = [(last, 0)]
@@ -257,7 +257,7 @@ def _chain(
 
 
 def _live(graph: Graph, buffers: _Buffers, lag: int) -> Iterator[tuple[int, int]]:
-    """Yield each node's number and the bytes that are allocated while it is prepared."""
+    """Yield each node's number and the bytes that are allocated when it has been prepared."""
     live, operations = 0, 0
     waiting: list[tuple[int, int]] = []  # (operation whose end frees it, bytes)
     readers_so_far: dict[str, int] = defaultdict(int)
@@ -297,12 +297,12 @@ def _donor(node: Node, name: str, number: int, buffers: _Buffers, readers_so_far
 
 
 def _row_strides(shape: Shape) -> Shape:
-    """Return the strides of an array that lies row by row, in numbers."""
+    """Return the strides, in numbers, of a row-major array."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _reshaped(shape: Shape, strides: Shape, new: Shape) -> Shape | None:
-    """Return the strides with which an array can be seen in another shape, None where it must be copied."""
+    """Return the strides with which an array can be viewed in another shape, None if it must be copied."""
     old = [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]
     found = [0] * len(new)
     axes = [axis for axis, size in enumerate(new) if size != 1]

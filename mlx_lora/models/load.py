@@ -1,4 +1,4 @@
-"""Loads a base model for a run: found, converted if it is a GGUF file, checked, cast and frozen."""
+"""Load a base model for a run: find it, convert it if it is a GGUF file, check it, cast it and freeze it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Base:
         model: the mlx-lm model, in eval mode, every parameter frozen.
         tokenizer: mlx-lm's wrapper, for generation.
         config: config.json as mlx-lm read it.
-        folder: where its files lie (a GGUF's converted form).
-        model_id: what the user named: hub id, folder or file.
+        folder: the folder with its files; for a GGUF file, the folder that it was converted to.
+        model_id: what the user gave: hub id, folder or file.
         revision: the hub commit, if it came from the hub.
         fingerprint: see fingerprint.py.
         matmul_paths: which product its quantized layers use.
@@ -64,51 +64,52 @@ class Base:
 
     @cached_property
     def token_rows(self) -> int | None:
-        """Token ids that the embedding has rows for, None where nobody can tell."""
+        """The number of token ids that the embedding has rows for, None if that cannot be told."""
         return embedding_rows(self.model, self.config)
 
     def describe(self) -> str:
-        """One line for the run header: type, parameters, stored size, quantization, dtype."""
+        """Return one line for the run header: type, blocks, size, quantization, dtypes."""
         parameters = [p for _, p in tree_flatten(self.model.parameters())]
         floats = {str(p.dtype).removeprefix("mlx.core.") for p in parameters if mx.issubdtype(p.dtype, mx.floating)}
         q = self.quantization
-        form = f"{q['bits']}-bit {q.get('mode', 'affine')} (group {q['group_size']})" if q else "not quantized"
-        return f"{self.config.get('model_type')}, {len(self.model.layers)} blocks, {self.size_bytes / 1e6:.0f} MB in memory, {form}, {'/'.join(sorted(floats))}"
+        packing = f"{q['bits']}-bit {q.get('mode', 'affine')} (group {q['group_size']})" if q else "not quantized"
+        return f"{self.config.get('model_type')}, {len(self.model.layers)} blocks, {self.size_bytes / 1e6:.0f} MB in memory, {packing}, {'/'.join(sorted(floats))}"
 
 
 def check_token_ids(base: Base, highest: int, source: str) -> None:
-    """Refuse token ids that the embedding has no row for: MLX would read whatever lies behind it in memory.
+    """Refuse token ids that the embedding has no row for: MLX would read memory beyond it.
 
     Args:
         base: the model.
-        highest: token id.
-        source: what the ids are of, for the message.
+        highest: the highest token id.
+        source: where the ids come from, for the message.
 
     Raises:
-        InputError: tokenizer and model do not belong together.
+        InputError: the embedding has too few rows.
     """
     rows = base.token_rows
     if rows is not None and highest >= rows:
         raise InputError(
-            f"{source}: holds token {highest}, and --model {base.model_id} has {rows}; its tokenizer is another "
-            "model's, or has tokens that only other inputs than text use"
+            f"{source}: has token {highest}, and --model {base.model_id} only has {rows} tokens; its tokenizer belongs "
+            "to another model, or has tokens for inputs other than text"
         )
 
 
 def load_base(settings: ModelSettings) -> Base:
-    """Load the model that `settings.model` names, cast to the compute dtype and frozen.
+    """Return the model that `settings.model` names, cast to the compute dtype and frozen.
 
-    A .gguf file is converted into the cache first (blocks kept as they are), once per file.
+    A .gguf file is first converted into the cache, once per file, with its blocks carried over.
 
     Raises:
-        InputError: unknown model, architecture or dtype, damaged files, or a matmul path forced on a float model.
+        InputError: the model, architecture or dtype is unknown, files are damaged, or a matmul path is forced on a
+            float model.
     """
     if not settings.model:
         raise InputError("--model is required: a hub id, a folder or a .gguf file")
     source = resolve_model(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
     folder = cached_gguf_folder(source) if source.kind == "gguf" else source.path
     model, config = load_weights(folder, settings.trust_remote_code)
-    # Before the cast: float32 norms rounded to float16 and then to bfloat16 are not those rounded once.
+    # Before the cast: float32 norms that are rounded to float16 and then to bfloat16 differ from those rounded once.
     fingerprint = base_fingerprint(model, config)
     _cast_floats(model, device.compute_dtype(settings.dtype))
     _check_experts(model, source.model_id)
@@ -123,7 +124,7 @@ def load_base(settings: ModelSettings) -> Base:
 
 
 def _check_experts(model: nn.Module, model_id: str) -> None:
-    """Refuse 16-bit experts on a CPU, where mlx has their product in float32 alone; packed ones have one of their own.
+    """Refuse 16-bit experts on a CPU, where mlx only multiplies float32 and quantized experts.
 
     Raises:
         InputError: naming the dtype that works.
@@ -133,7 +134,7 @@ def _check_experts(model: nn.Module, model_id: str) -> None:
     if dtypes and not device.multiplies_16_bit_experts():
         found = str(dtypes.pop()).removeprefix("mlx.core.")
         raise InputError(
-            f"--model {model_id}: a mixture of experts in {found}, which mlx computes on a GPU alone; "
+            f"--model {model_id}: a mixture of experts in {found}, which mlx only computes on a GPU; "
             "give --dtype float32, or leave --dtype out"
         )
 
@@ -141,9 +142,9 @@ def _check_experts(model: nn.Module, model_id: str) -> None:
 def _cast_floats(model: nn.Module, dtype: mx.Dtype) -> None:
     """Cast the model's float parameters to the compute dtype, once.
 
-    Scales and biases of quantized weights count: published 4-bit files often hold float16 ones, which
-    would otherwise decide the activations' dtype. What a 16-bit model keeps in float32 on purpose stays,
-    as does what mlx-lm's own `cast_predicate` protects. Integer scales (mxfp4 and kin) are not floats.
+    This includes scales and biases of quantized weights: published 4-bit files often hold float16 ones, which
+    would otherwise decide the activations' dtype. Parameters that a 16-bit model keeps in float32 on purpose, or that
+    its `cast_predicate` protects, stay as they are. The integer scales of microscaling modes are not floats.
     """
     floats = [(name, p) for name, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)]
     half_bytes = sum(p.nbytes for _, p in floats if p.dtype != mx.float32)

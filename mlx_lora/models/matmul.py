@@ -1,12 +1,12 @@
-"""Two ways to multiply by a quantized weight, and the choice between them per call.
+"""Multiply by a quantized weight in one of two ways, chosen per call.
 
-`mx.quantized_matmul` reads packed weights once per row block: best for few rows (generation).
-Dequantize-then-GEMM pays one pass over the weight, then runs the dense kernel: best for many rows
-(training), by 100x on an x86 CPU. Where the second starts to win is measured (device.py), never assumed;
+`mx.quantized_matmul` reads packed weights once per block of rows, which is best for few rows (generation).
+Dequantizing first costs one pass over the weight, and then the dense kernel is best for many rows (training), by 100x on
+an x86 CPU. The number of rows from which the second is faster is measured (device.py), never assumed;
 `--quantized-matmul` forces one of them.
 
-Shapes: x (..., in), weight packed (out, in * bits / 32) uint32, scales and biases (out, in / group_size); the
-weight of E experts has them first.
+Shapes: x (..., in), packed weight (out, in * bits / 32) uint32, scales and biases (out, in / group_size); the weights of
+experts have a first axis of E experts.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from mlx_lora.system.errors import InputError
 
 
 def dequantized_matmul(x: mx.array, packed: list[mx.array], *, group_size: int, bits: int, mode: str) -> mx.array:
-    """Return `x @ dequantize(packed).T`, keeping no dense weight between forward and backward.
+    """Return `x @ dequantize(packed).T`, and keep no dense weight between forward and backward pass.
 
     Args:
         x: (..., in), float.
         packed: `[weight, scales]` or `[weight, scales, biases]`, as mx.quantize returns them.
-        group_size, bits, mode: as mx.quantize took them.
+        group_size, bits, mode: as given to mx.quantize.
 
     Returns:
-        (..., out), in x's dtype. Its vjp with respect to x dequantizes again; the packed arrays are
-        frozen by construction and get zero cotangents.
+        (..., out), in x's dtype. The vjp with respect to x dequantizes again; the packed arrays are frozen and get zero
+        cotangents.
     """
 
     def dense(arrays: tuple[mx.array, ...]) -> mx.array:
@@ -42,14 +42,14 @@ def dequantized_matmul(x: mx.array, packed: list[mx.array], *, group_size: int, 
 
     @mx.custom_function
     def product(x: mx.array, *arrays: mx.array) -> mx.array:
-        # After x: a checkpointed block's second pass begins from another x, and is not merged with the first.
+        # Depend on x: a checkpointed block's second pass has another x, and is not merged with the first.
         return x @ dense(tuple(mx.depends(array, x) for array in arrays)).T
 
     @product.vjp
     def product_vjp(primals, cotangent, _):
         _, *arrays = primals
-        # After the cotangent: else compiling would merge this dequantization with the forward pass's, and every
-        # layer's dense weight would wait for the backward pass.
+        # Depend on the cotangent: otherwise compiling would merge this dequantization with the forward pass's, and keep
+        # every layer's dense weight until the backward pass.
         again = [mx.depends(array, cotangent) for array in arrays]
         return (cotangent @ dense(tuple(again)), *(mx.zeros_like(array) for array in arrays))
 
@@ -59,15 +59,15 @@ def dequantized_matmul(x: mx.array, packed: list[mx.array], *, group_size: int, 
 def dequantized_gather_mm(
     x: mx.array, packed: list[mx.array], indices: mx.array, *, group_size: int, bits: int, mode: str
 ) -> mx.array:
-    """Return each row of x times its expert's dequantized weight, keeping no dense weight for the backward pass.
+    """Return each row of x times its expert's dequantized weight, and keep no dense weight for the backward pass.
 
-    All experts are dequantized at once: their rows are sorted on the device, so the host cannot tell which are used.
+    All experts are dequantized at once: rows are sorted on the device, so the host does not know which are used.
 
     Args:
         x: (N, M, in), float.
         packed: as in `dequantized_matmul`, each with the experts first.
         indices: (N,), the expert of each, ascending.
-        group_size, bits, mode: as mx.quantize took them.
+        group_size, bits, mode: as given to mx.quantize.
 
     Returns:
         (N, M, out), in x's dtype; differentiable in x, the packed arrays get zero cotangents.
@@ -102,7 +102,7 @@ def _many_rows(layer: nn.Module, x: mx.array) -> bool:
 
 
 class MeasuredQuantizedLinear(nn.QuantizedLinear):
-    """A QuantizedLinear that takes the dense path from `dense_from_rows` rows on."""
+    """A QuantizedLinear that uses the dense path for at least `dense_from_rows` rows."""
 
     def __call__(self, x: mx.array) -> mx.array:
         if not _many_rows(self, x):
@@ -112,7 +112,7 @@ class MeasuredQuantizedLinear(nn.QuantizedLinear):
 
 
 class MeasuredQuantizedEmbedding(nn.QuantizedEmbedding):
-    """A QuantizedEmbedding whose tied head takes the dense path from `dense_from_rows` rows on."""
+    """A QuantizedEmbedding whose tied head uses the dense path for at least `dense_from_rows` rows."""
 
     def as_linear(self, x: mx.array) -> mx.array:
         if not _many_rows(self, x):
@@ -121,9 +121,9 @@ class MeasuredQuantizedEmbedding(nn.QuantizedEmbedding):
 
 
 class MeasuredQuantizedSwitchLinear(QuantizedSwitchLinear):
-    """Quantized experts that take the dense path when each has `dense_from_rows` rows on average.
+    """Quantized experts that use the dense path if each has at least `dense_from_rows` rows on average.
 
-    Only sorted rows do: mlx-lm sorts them when there are many. The bound is the one of a plain product.
+    This requires sorted rows; mlx-lm sorts them if there are many. The bound is that of a plain product.
     """
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
@@ -154,9 +154,9 @@ class MatmulPaths:
 
     Attributes:
         path: `auto`, `packed` or `dense`, as asked for.
-        dense_from_rows: kind of weight (`4-bit/64 affine`) -> the rows from which its layers take the dense
-            product, of every shape class; device.NEVER: they do not.
-        others: quantized layers of other types, which always take the packed product: type -> count.
+        dense_from_rows: kind of weight (`4-bit/64 affine`) -> the numbers of rows from which its layers, of all shape
+            classes, use the dense product; device.NEVER: they never do.
+        others: type -> count of other quantized layers, which always use the packed product.
     """
 
     path: str
@@ -171,7 +171,7 @@ class MatmulPaths:
             lines = [f"{kind}: {_describe_rows(rows)}" for kind, rows in self.dense_from_rows.items()]
         if self.path == "dense":
             lines += [
-                f"{count} {name} layers: packed product, which is all they have" for name, count in self.others.items()
+                f"{count} {name} layers: packed product, the only one they have" for name, count in self.others.items()
             ]
         return lines
 
@@ -186,26 +186,25 @@ def _describe_rows(rows: set[int]) -> str:
 
 def has_two_ways(layer: nn.Module) -> bool:
     """Tell whether a layer's product can be computed both ways."""
-    # Experts with scales of their own (nvfp4) run on a GPU alone, packed.
+    # Experts with scales of their own (nvfp4) only run on a GPU, packed.
     return type(layer) in (*MEASURED, *MEASURED.values()) and "global_scale" not in layer
 
 
 def use_measured_matmul(model: nn.Module, path: str = "auto") -> MatmulPaths:
-    """Give every quantized layer of `model` the faster of the two paths for each row count, or a forced one.
+    """Make every quantized layer of `model` use the faster of the two paths for each row count, or a forced one.
 
-    The layers keep their place, names and parameters: only the instance's class changes, so another
-    model in this process is not touched.
+    Only the class of each layer's instance changes, so names and parameters stay, and so do other models in this process.
 
     Args:
         model: an mlx-lm model.
-        path: `packed` or `dense` for that product whatever the row count; `auto` for the faster.
+        path: `packed` or `dense` to force that product for every row count; `auto` for the faster one.
 
     Raises:
-        InputError: a path is forced on a model without a quantized layer of the types that have both.
+        InputError: a path is forced on a model that has no quantized layer with both paths.
     """
     dense_from_rows: dict[str, set[int]] = {}
     others: Counter[str] = Counter()
-    known: dict[tuple, int] = {}  # a model has many layers of a few kinds, and each look-up reads a file
+    known: dict[tuple, int] = {}  # a model has many layers of a few kinds, and each lookup reads a file
     for _, layer in model.named_modules():
         if not has_two_ways(layer):
             others.update([type(layer).__name__] if "scales" in layer else [])

@@ -1,6 +1,7 @@
-"""A model without its weights: built from a config alone, for the planner.
+"""Build a model without its weights, from a config alone, for the planner.
 
-MLX's arrays are computed when they are read, and nobody reads these: a 70B model's outline takes no memory to speak of.
+MLX only computes arrays when they are read. An outline's arrays are never read, so even a 70B model takes hardly any
+memory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import mlx.nn as nn
 
 from mlx_lora.models.converting import build_model, cast_model, quantization_entries
 from mlx_lora.models.gguf_arch import model_config, weight_map
-from mlx_lora.models.gguf_weights import carried_form
+from mlx_lora.models.gguf_weights import carried_quantization
 from mlx_lora.models.quantize import Quantization, layer_choice
 from mlx_lora.sources.gguf_reader import is_gguf, read_gguf
 from mlx_lora.sources.hub import resolve_config
@@ -31,9 +32,9 @@ class Outline:
     """A model's modules, shapes and dtypes.
 
     Attributes:
-        model: an mlx-lm model whose arrays nobody must read: they hold noise, and whole models of it.
-        config: its config.json, or what a GGUF file's header says.
-        cast_bytes: of stored floats that loading casts to another dtype.
+        model: an mlx-lm model whose arrays must not be read: they would be computed, and hold noise.
+        config: its config.json, or the same made from a GGUF file's header.
+        cast_bytes: bytes of stored floats that loading casts to another dtype.
     """
 
     model: nn.Module
@@ -47,14 +48,14 @@ class Outline:
 
 
 def outline_of(model: str, revision: str | None = None, dtype: mx.Dtype = mx.bfloat16) -> Outline:
-    """Outline the model that `model` names: hub id, folder, config.json or .gguf file.
+    """Return the outline of the model that `model` names: a hub id, folder, config.json or .gguf file.
 
     Args:
         model, revision: as --model and --revision take them.
-        dtype: in which it will be loaded.
+        dtype: the dtype that it will be loaded in.
 
     Raises:
-        InputError: no such model, a config that is none, or an architecture that mlx-lm does not have.
+        InputError: there is no such model, its config is invalid, or mlx-lm does not have its architecture.
     """
     path = resolve_config(model, revision)
     if path.is_file() and is_gguf(path):
@@ -67,7 +68,7 @@ def outline_of(model: str, revision: str | None = None, dtype: mx.Dtype = mx.bfl
     except ValueError:
         raise InputError(f"{file}: not JSON; download it again") from None
     if not isinstance(config, dict) or "model_type" not in config:
-        raise InputError(f"{file}: names no model_type; give a language model's config.json")
+        raise InputError(f"{file}: has no model_type; give a language model's config.json")
     names, cast_bytes = _stored(file.parent, dtype) if path.is_dir() else (None, 0)
     return outline_of_config(config, dtype, names, cast_bytes)
 
@@ -75,12 +76,12 @@ def outline_of(model: str, revision: str | None = None, dtype: mx.Dtype = mx.bfl
 def outline_of_config(
     config: dict[str, Any], dtype: mx.Dtype, names: frozenset[str] | None = None, cast_bytes: int = 0
 ) -> Outline:
-    """Outline a model from its config.
+    """Return the outline of a model from its config.
 
     Args:
         config: config.json.
         dtype: of its floats.
-        names: of its stored tensors, which tell the layers that are quantized; None: all that can be.
+        names: of its stored tensors, which show which layers are quantized; None: all that can be.
         cast_bytes: see `Outline`.
     """
     built = build_model(config, names)
@@ -92,13 +93,13 @@ def outline_of_config(
     return Outline(built, config, cast_bytes)
 
 
-def with_quantization(outline: Outline, form: Quantization, dtype: mx.Dtype) -> Outline:
-    """Return a float model's outline as it would be quantized, for advice."""
-    return outline_of_config({**outline.config, "quantization": form.layout}, dtype)
+def with_quantization(outline: Outline, quantization: Quantization, dtype: mx.Dtype) -> Outline:
+    """Return the outline that a float model would have if it were quantized, for advice."""
+    return outline_of_config({**outline.config, "quantization": quantization.layout}, dtype)
 
 
 def _quantization(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the config's quantization in mlx-lm's form."""
+    """Return the config's quantization with mlx-lm's keys, None if there is none."""
     if config.get("quantization"):
         return config["quantization"]
     stored = config.get("quantization_config") or {}
@@ -121,7 +122,7 @@ def _quantize(model: nn.Module, quantization: dict[str, Any], names: frozenset[s
             return False
         if names is not None:
             return f"{path}.scales" in names
-        if mxfp4_experts:  # the published files hold nothing but experts in this form
+        if mxfp4_experts:  # the published files only quantize the experts
             return "experts" in path or "switch" in path
         return own(path, module)
 
@@ -135,7 +136,7 @@ def _quantize(model: nn.Module, quantization: dict[str, Any], names: frozenset[s
 
 
 def _stored(folder: Path, dtype: mx.Dtype) -> tuple[frozenset[str] | None, int]:
-    """Return the names of a folder's tensors, None where it holds none, and the bytes that loading casts."""
+    """Return the names of a folder's tensors, or None if it has none, and the bytes that loading casts."""
     names: set[str] = set()
     cast = 0
     for file in sorted(folder.glob("model*.safetensors")):
@@ -148,17 +149,21 @@ def _stored(folder: Path, dtype: mx.Dtype) -> tuple[frozenset[str] | None, int]:
         try:
             names |= json.loads(file.read_text(encoding="utf-8"))["weight_map"].keys()
         except (ValueError, KeyError, AttributeError):
-            raise InputError(f"{file}: not an index of safetensors; download it again") from None
+            raise InputError(f"{file}: not a safetensors index; download it again") from None
     return (frozenset(names) or None), cast
 
 
 def _of_gguf(path: Path, dtype: mx.Dtype) -> Outline:
-    """Outline a GGUF file from its header, as `convert` carries it over."""
+    """Return the outline of a GGUF file, from its header, as if its blocks were carried over."""
     file = read_gguf(path)
     config = model_config(file)
-    places = weight_map(file, config)
-    forms = {name: carried_form(file.tensors[name], place) for name, place in places.items()}
-    layouts = {layer: form for name, form in forms.items() if form is not None for layer in places[name].layers}
-    names = frozenset(name for place in places.values() for name in place.names)
-    names |= {f"{layer}.scales" for layer in layouts}
-    return outline_of_config({**config, **quantization_entries(layouts)}, dtype, names)
+    mappings = weight_map(file, config)
+    quantizations = {
+        layer: quantization
+        for name, mapping in mappings.items()
+        if (quantization := carried_quantization(file.tensors[name], mapping)) is not None
+        for layer in mapping.layers
+    }
+    names = frozenset(name for mapping in mappings.values() for name in mapping.names)
+    names |= {f"{layer}.scales" for layer in quantizations}
+    return outline_of_config({**config, **quantization_entries(quantizations)}, dtype, names)

@@ -1,4 +1,4 @@
-"""How well a model predicts a text: the figure that says what a conversion cost."""
+"""Measure how well a model predicts a text, which shows what a conversion cost."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import mlx.nn as nn
 
 @dataclass(frozen=True)
 class TextLoss:
-    """Summed negative log-likelihood (nats) over `tokens` predicted tokens."""
+    """The summed negative log-likelihood (nats) of `tokens` predicted tokens."""
 
     loss_sum: float
     tokens: int
 
     @property
     def perplexity(self) -> float:
-        """exp(mean loss)."""
+        """The exponential of the mean loss."""
         return math.exp(self.loss_sum / self.tokens)
 
 
 def measure_text_loss(model: nn.Module, ids: list[int], bos_id: int | None, window_tokens: int = 512) -> TextLoss:
-    """Predict a text window by window, each from a fresh context.
+    """Return a text's loss, predicted window by window, each with an empty context.
 
     Args:
         model: an mlx-lm model.
         ids: the text's tokens, without BOS; at least two.
-        bos_id: put before every window, so that its first token is predicted too; None: it is not.
+        bos_id: put before every window, so that its first token is predicted too; None: the first is not predicted.
         window_tokens: tokens per window, BOS included.
     """
     loss_sum, tokens = 0.0, 0
@@ -43,7 +43,7 @@ def measure_text_loss(model: nn.Module, ids: list[int], bos_id: int | None, wind
 
 
 def token_logprobs(model: nn.Module, ids: list[int]) -> mx.array:
-    """Return (len(ids) - 1,) float32: the log-probability of each token but the first, given those before."""
+    """Return (len(ids) - 1,) float32: the log-probability of each token but the first, given those before it."""
     inputs = mx.array(ids)
     logits = model(inputs[None, :-1])[0].astype(mx.float32)  # (T - 1, V)
     chosen = mx.take_along_axis(logits, inputs[1:, None], axis=-1)[:, 0]

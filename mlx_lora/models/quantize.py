@@ -1,4 +1,4 @@
-"""Quantize weights and mlx-lm models: which forms MLX has, and what a layer loses by one."""
+"""Quantize weights and mlx-lm models, and measure what a layer loses."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from mlx_lora.system.errors import InputError
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
-DEFAULT_GROUP = 64  # mlx's, where an affine layer's is not said
-# The microscaling modes fix both: (bits, group size).
+DEFAULT_GROUP = 64  # mlx's default for affine layers
+# The microscaling modes have one fixed (bits, group size).
 FIXED_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 MODES = ("affine", *FIXED_MODES)
 # mlx-lm's architectures whose tied head is `h @ embed_tokens.weight.T`, which a packed weight does not fit.
@@ -45,7 +45,7 @@ class Quantization:
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     def fits(self, width: int) -> bool:
-        """Tell whether rows of that many values divide into groups."""
+        """Tell whether rows of `width` values divide into groups."""
         return width % self.group_size == 0
 
     def __str__(self) -> str:
@@ -59,15 +59,15 @@ class PackedWeight:
 
     Attributes:
         arrays: `[weight, scales]` or `[weight, scales, biases]`.
-        form: how it is packed.
+        quantization: how it is packed.
     """
 
     arrays: list[mx.array]
-    form: Quantization
+    quantization: Quantization
 
     def dequantize(self) -> mx.array:
         """Return (out, in) in the dtype of the scales (bfloat16 for the microscaling modes)."""
-        return mx.dequantize(*self.arrays, **self.form.layout)
+        return mx.dequantize(*self.arrays, **self.quantization.layout)
 
     def parameters(self, layer: str) -> dict[str, mx.array]:
         """Return the arrays under the names that mlx's quantized layers give them."""
@@ -77,47 +77,47 @@ class PackedWeight:
 
 
 def choose_quantization(bits: int | None, group_size: int | None, mode: str | None) -> Quantization:
-    """Resolve the three flags; affine is 4 bits in groups of 64 unless told otherwise.
+    """Return the quantization that the three flags ask for; the default is affine, 4 bits, groups of 64.
 
     Raises:
-        InputError: naming every flag that MLX has no such form for.
+        InputError: naming every flag whose value MLX does not support.
     """
     mode = mode or "affine"
     if mode not in MODES:
-        raise InputError(f"--mode {mode}: not a form MLX has; use {', '.join(MODES)}")
+        raise InputError(f"--mode {mode}: MLX has no such mode; use {', '.join(MODES)}")
     if mode in FIXED_MODES:
-        form = Quantization(*FIXED_MODES[mode], mode)
+        quantization = Quantization(*FIXED_MODES[mode], mode)
         problems = [
             f"{flag} {given}: {mode} has {fixed}; leave {flag} out"
             for flag, given, fixed in (
-                ("--bits", bits, form.bits),
-                ("--group-size", group_size, form.group_size),
+                ("--bits", bits, quantization.bits),
+                ("--group-size", group_size, quantization.group_size),
             )
             if given not in (None, fixed)
         ]
     else:
-        form = Quantization(4 if bits is None else bits, 64 if group_size is None else group_size)
+        quantization = Quantization(4 if bits is None else bits, 64 if group_size is None else group_size)
         problems = [
             f"{flag} {value}: not one of {', '.join(map(str, allowed))}"
             for flag, value, allowed in (
-                ("--bits", form.bits, AFFINE_BITS),
-                ("--group-size", form.group_size, AFFINE_GROUPS),
+                ("--bits", quantization.bits, AFFINE_BITS),
+                ("--group-size", quantization.group_size, AFFINE_GROUPS),
             )
             if value not in allowed
         ]
     if problems:
         raise InputError("; ".join(problems))
-    return form
+    return quantization
 
 
-def quantize_weight(weight: mx.array, form: Quantization) -> PackedWeight:
+def quantize_weight(weight: mx.array, quantization: Quantization) -> PackedWeight:
     """Quantize one weight.
 
     Args:
-        weight: (..., in), float; `form.fits(in)`.
-        form: how. Affine scales get the weight's dtype.
+        weight: (..., in), float; `quantization.fits(in)`.
+        quantization: how to pack it. Affine scales get the weight's dtype.
     """
-    return PackedWeight(list(mx.quantize(weight, **form.layout)), form)
+    return PackedWeight(list(mx.quantize(weight, **quantization.layout)), quantization)
 
 
 def relative_error(found: mx.array, wanted: mx.array) -> float:
@@ -129,52 +129,54 @@ def relative_error(found: mx.array, wanted: mx.array) -> float:
 
 
 def quantize_model(
-    model: nn.Module, config: dict[str, Any], form: Quantization, *, measure: bool = False
+    model: nn.Module, config: dict[str, Any], quantization: Quantization, *, measure: bool = False
 ) -> tuple[nn.Module, dict[str, Any], list[str], dict[str, float]]:
-    """Quantize every layer of an unquantized mlx-lm model that the form and the model allow.
+    """Quantize every layer of a float mlx-lm model that the quantization and the model allow.
 
-    Lazy weights stay lazy, unless measured.
+    Lazy weights stay lazy, unless errors are measured.
 
     Args:
-        model: changed in place. Its own `quant_predicate` (routers kept in float, say) is heeded.
+        model: changed in place. Its own `quant_predicate` is respected; it may keep routers in float, for example.
         config: config.json; not changed.
-        form: how.
+        quantization: how to pack the layers.
         measure: compute each layer's error, which reads every weight.
 
     Returns:
         (model, config with its `quantization`, layers skipped because their width does not divide into
-        groups, relative error by layer when measured).
+        groups, relative error by layer if measured).
     """
     own_predicate = layer_choice(model)
     skipped = [
         path
         for path, module in model.named_modules()
-        if hasattr(module, "to_quantized") and not form.fits(module.weight.shape[-1])
+        if hasattr(module, "to_quantized") and not quantization.fits(module.weight.shape[-1])
     ]
+    layout = quantization.layout
     errors: dict[str, float] = {}
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
         wanted = own_predicate(path, module)
         if wanted is True and "mode" not in inspect.signature(module.to_quantized).parameters:
-            # AFM 7B's fused layers know the affine mode alone, and cannot be told of it.
-            wanted = form.mode == "affine" and {"group_size": form.group_size, "bits": form.bits}
+            # AFM 7B's fused layers only know the affine mode and take no `mode` argument.
+            wanted = quantization.mode == "affine" and {
+                "group_size": quantization.group_size,
+                "bits": quantization.bits,
+            }
         if measure and wanted:
-            layer_form = Quantization(**{**form.layout, **wanted}) if isinstance(wanted, dict) else form
-            errors[path] = relative_error(quantize_weight(module.weight, layer_form).dequantize(), module.weight)
+            own = Quantization(**{**layout, **wanted}) if isinstance(wanted, dict) else quantization
+            errors[path] = relative_error(quantize_weight(module.weight, own).dequantize(), module.weight)
         return wanted
 
-    with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints; standard output is the command's
-        model, config = mlx_lm.utils.quantize_model(
-            model, config, form.group_size, form.bits, mode=form.mode, quant_predicate=predicate
-        )
+    with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints, but standard output belongs to the command
+        model, config = mlx_lm.utils.quantize_model(model, config, **layout, quant_predicate=predicate)
     return model, config, skipped, errors
 
 
 def layer_choice(model: nn.Module) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
-    """Return which layers a model allows to be quantized and how.
+    """Return a function that tells whether, and how, a model allows a layer to be quantized.
 
-    That is its own `quant_predicate`, or all where it has none; but not an embedding that mlx-lm's head multiplies by
-    as it is stored, nor a layer that takes no mode, which mlx then cannot quantize (AFM's).
+    It follows the model's own `quant_predicate`, or allows all layers if there is none. It refuses an embedding that
+    mlx-lm's head multiplies by as it is stored, and a layer whose `to_quantized` takes no mode, as mlx requires (AFM's).
     """
     own = model.quant_predicate if hasattr(model, "quant_predicate") else None
     owner = model.get("language_model", model)  # multimodal wrappers
@@ -192,9 +194,9 @@ def layer_choice(model: nn.Module) -> Callable[[str, nn.Module], bool | dict[str
 
 
 def fitting_choice(wanted: bool | dict[str, Any], width: int) -> bool | dict[str, Any]:
-    """Return a model's wish for a layer in a form that its width allows.
+    """Return a `quant_predicate`'s result with a group size that divides the layer's width.
 
-    Granite wants 8 bits in groups of 64 for some layers, RWKV-7 names no group at all: mlx then takes 64, whatever was
+    Granite asks for 8 bits in groups of 64 for some layers. RWKV-7 gives no group size; mlx then uses 64, whatever was
     asked for the rest of the model.
 
     Args:
@@ -202,7 +204,7 @@ def fitting_choice(wanted: bool | dict[str, Any], width: int) -> bool | dict[str
         width: of the layer's input.
 
     Returns:
-        The wish, with the largest smaller group that divides the width; False where none does.
+        The same, with the largest smaller group size that divides the width if needed; False if none does.
     """
     if not isinstance(wanted, dict) or wanted.get("mode", "affine") != "affine":
         return wanted
@@ -214,14 +216,14 @@ def fitting_choice(wanted: bool | dict[str, Any], width: int) -> bool | dict[str
 
 
 def dequantized_weight(layer: nn.Module) -> mx.array:
-    """Return a quantized layer's weight as floats, whatever its bits and mode.
+    """Return a quantized layer's weight as floats.
 
     Args:
         layer: mlx's QuantizedLinear or QuantizedEmbedding, or mlx-lm's QuantizedSwitchLinear.
 
     Returns:
-        (out, in), of experts (E, out, in), in the dtype of the scales (bfloat16 for the microscaling modes,
-        float32 where nvfp4 experts have a scale of their own).
+        (out, in), or (E, out, in) for experts, in the dtype of the scales (bfloat16 for the microscaling modes,
+        float32 for nvfp4 experts with scales of their own).
     """
     layout = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
     if "global_scale" not in layer:
@@ -231,9 +233,9 @@ def dequantized_weight(layer: nn.Module) -> mx.array:
 
 
 def dequantize_model(model: nn.Module, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """Make a quantized mlx-lm model float; returns it, and its config without `quantization`."""
+    """Return a quantized mlx-lm model with float weights, and its config without `quantization`."""
     plain = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
-    # mlx-lm's function forgets experts' own scales.
+    # mlx-lm's function ignores the scales that nvfp4 experts have of their own.
     scaled = {path: dequantized_weight(layer) for path, layer in model.named_modules() if "global_scale" in layer}
     model = mlx_lm.utils.dequantize_model(model)
     model.load_weights([(f"{path}.weight", weight) for path, weight in scaled.items()], strict=False)

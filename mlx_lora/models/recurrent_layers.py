@@ -1,7 +1,7 @@
-"""The recurrent layers of mlx-lm's architectures, computed by our scans while a training step is traced.
+"""Replace the recurrent layers of mlx-lm's architectures by our scans while a training step is traced.
 
-Each function here makes what takes the place of one of mlx-lm's, with its signature; EXCHANGES says which. What generation
-hands over (a state, a mask of padded prompts) goes to mlx-lm's own.
+Each function here returns a replacement for one of mlx-lm's functions, with the same signature; EXCHANGES lists them.
+Calls from generation, which pass a state or a mask of padded prompts, go to mlx-lm's function.
 
 Shapes: B batch, T tokens, H heads, W channels.
 """
@@ -21,7 +21,7 @@ from mlx_lm.models import ssm
 from mlx_lora.models.spans import in_lanes, linear_scan, out_of_lanes, run_in_spans
 from mlx_lora.models.state_space import lanes_for, scan_tokens, selective_scan, state_space_dual
 
-WKV_TOKENS = 32  # of a span of RWKV-7's: its states live within a span, and one stays for each
+WKV_TOKENS = 32  # tokens of a span of RWKV-7: all states of one span are in memory, and one per span is kept
 
 WithState = tuple[mx.array, mx.array]
 """(output, state after the last token)."""
@@ -31,13 +31,13 @@ WithState = tuple[mx.array, mx.array]
 def recurrent_kernels(model: nn.Module) -> Iterator[list[str]]:
     """Let the model's recurrent layers use our scans inside the block.
 
-    A function is exchanged where its callers find it: in the module that imported it, or in the class whose method it is.
+    A function is replaced in the module that imports it, or in the class that it is a method of.
 
     Args:
         model: any mlx-lm model.
 
     Yields:
-        What was exchanged, in words for the run's header.
+        Descriptions of what was replaced, for the run's header.
     """
     classes = {cls for kind in {type(module) for module in model.modules()} for cls in kind.__mro__}
     owners = [*classes, *{sys.modules[cls.__module__] for cls in classes}]
@@ -58,7 +58,7 @@ def recurrent_kernels(model: nn.Module) -> Iterator[list[str]]:
 
 
 def dual(own: Callable[..., WithState]) -> Callable[..., WithState]:
-    """Return mlx-lm's `ssm_update`, Mamba-2's recurrence."""
+    """Return a replacement for `ssm_update`, Mamba-2's recurrence."""
 
     def ssm_update(
         hidden_states: mx.array,
@@ -82,7 +82,7 @@ def dual(own: Callable[..., WithState]) -> Callable[..., WithState]:
 
 
 def mamba_sequence(own: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `MambaBlock._process_sequence`, which projects a token at a time, for all tokens together."""
+    """Return a replacement for `MambaBlock._process_sequence` that projects all tokens together, not one by one."""
 
     def process_sequence(
         block: nn.Module, x: mx.array, conv_cache: mx.array | None, state_cache: mx.array | None
@@ -97,7 +97,7 @@ def mamba_sequence(own: Callable[..., Any]) -> Callable[..., Any]:
         if block.use_bcdt_rms:
             dt, b, c = (mx.fast.rms_norm(part, weight=None, eps=block.args.mixer_rms_eps) for part in (dt, b, c))
         y, state = selective_scan(x, nn.softplus(block.dt_proj(dt)), -mx.exp(block.A_log), b, c, block.D)
-        # The activation under mlx-lm's name for it, which may stand for ours.
+        # Look the activation up by mlx-lm's name, which may be replaced by ours (models/kernels.py).
         out = block.out_proj(own.__globals__["swiglu"](z, y))
         return out, (padded[:, -(block.conv_kernel_size - 1) :], state)
 
@@ -105,7 +105,7 @@ def mamba_sequence(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def jamba_scan(own: Callable[..., WithState]) -> Callable[..., WithState]:
-    """Return `JambaMambaMixer.ssm_step`."""
+    """Return a replacement for `JambaMambaMixer.ssm_step`."""
 
     def ssm_step(mixer: nn.Module, x: mx.array, A: mx.array, state: mx.array | None = None) -> WithState:
         if state is not None:
@@ -119,7 +119,7 @@ def jamba_scan(own: Callable[..., WithState]) -> Callable[..., WithState]:
 
 
 def lightning(own: Callable[..., WithState]) -> Callable[..., WithState]:
-    """Return Bailing's `recurrent_gla`: Mamba-2's recurrence with one decay for all tokens of a head."""
+    """Return a replacement for Bailing's `recurrent_gla`: Mamba-2's recurrence with one decay per head for all tokens."""
 
     def recurrent_gla(
         q: mx.array, k: mx.array, v: mx.array, g: mx.array, scale: float, h: mx.array | None = None, **rest: Any
@@ -135,7 +135,7 @@ def lightning(own: Callable[..., WithState]) -> Callable[..., WithState]:
 
 
 def gated_recurrence(own: Callable[..., WithState]) -> Callable[..., WithState]:
-    """Return RecurrentGemma's `rnn_scan`: h_t = a_t h_(t-1) + x_t."""
+    """Return a replacement for RecurrentGemma's `rnn_scan`: h_t = a_t h_(t-1) + x_t."""
 
     def span(inputs: list[mx.array], weights: list[mx.array], state: mx.array) -> WithState:
         length = inputs[0].shape[1]
@@ -154,9 +154,9 @@ def gated_recurrence(own: Callable[..., WithState]) -> Callable[..., WithState]:
 
 
 def gates_in_float32(own: Callable[..., WithState]) -> Callable[..., WithState]:
-    """Return RecurrentGemma's `RGLRU.__call__`, its gates in float32.
+    """Return a replacement for RecurrentGemma's `RGLRU.__call__` that computes gates in float32.
 
-    In 16 bits a decay near one squares to one, and sqrt(1 - a^2) has no slope there: every gradient becomes NaN.
+    In 16 bits the square of a decay near one is one; there, sqrt(1 - a^2) has no slope, and every gradient becomes NaN.
     """
 
     def call(layer: nn.Module, x: mx.array, cache: mx.array | None = None) -> WithState:
@@ -169,10 +169,13 @@ def gates_in_float32(own: Callable[..., WithState]) -> Callable[..., WithState]:
 
 
 def rwkv7_scan(own: Callable[..., WithState]) -> Callable[..., WithState]:
-    """Return `Rwkv7TimeMixing._wkv7`: S_t = S_(t-1) (diag(w_t) + a_t b_t^T) + v_t k_t^T, y_t = S_t r_t."""
+    """Return a replacement for `Rwkv7TimeMixing._wkv7`.
+
+    S_t = S_(t-1) (diag(w_t) + a_t b_t^T) + v_t k_t^T, y_t = S_t r_t.
+    """
 
     def span(inputs: list[mx.array], weights: list[mx.array], state: mx.array) -> WithState:
-        # Split, not indexed: the gradient of an index is an array as large as all tokens.
+        # Split instead of indexing: the gradient of each index would be an array as large as all tokens.
         tokens = [mx.split(array.astype(mx.float32).swapaxes(1, 2), array.shape[1], axis=2) for array in inputs]
         outputs = []
         for r, w, k, v, a, b in zip(*tokens, strict=True):  # (B, H, 1, width)
@@ -201,8 +204,8 @@ def rwkv7_scan(own: Callable[..., WithState]) -> Callable[..., WithState]:
     return _wkv7
 
 
-# By the module and name that a function was defined under. Nothing is imported for it: an architecture's module is there
-# when a model of it is.
+# The keys are the module and name that a function was defined under. This needs no import: the module of an architecture
+# is loaded when a model of it is.
 EXCHANGES: dict[tuple[str, str], tuple[str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
     # Mamba-2, Falcon-H1, Nemotron-H, Granite hybrid, PLaMo 2
     ("mlx_lm.models.ssm", "ssm_update"): ("state space", dual),
@@ -215,4 +218,4 @@ EXCHANGES: dict[tuple[str, str], tuple[str, Callable[[Callable[..., Any]], Calla
     ("mlx_lm.models.recurrent_gemma", "RGLRU.__call__"): ("gated recurrence", gates_in_float32),
     ("mlx_lm.models.rwkv7", "Rwkv7TimeMixing._wkv7"): ("RWKV-7's recurrence", rwkv7_scan),
 }
-"""(module, qualified name) -> words for the header, and what makes ours from mlx-lm's own."""
+"""(module, qualified name) -> description for the header, and the function that returns our replacement."""

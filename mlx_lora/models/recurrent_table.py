@@ -1,6 +1,7 @@
-"""The rows of the table of kernels for recurrences: the gated delta rule and Mamba-2's state space.
+"""The rows for recurrences in the table of kernels: the gated delta rule and Mamba-2's state space.
 
-A class is tried in short rows with few heads: all of these are linear in both from there. Their memory is the planner's affair without terms of ours: it reads the graph of whatever was chosen.
+A trial has short rows and few heads, because the costs of all candidates are linear in both. The planner needs no terms
+for their memory: it reads the graph of the chosen candidate.
 
 Shapes: B batch, T tokens, K key heads, H heads (value heads), k and v head widths, P width of a head, G groups, N numbers
 of a state.
@@ -20,13 +21,13 @@ from mlx_lora.models.recurrent_layers import dual
 from mlx_lora.planner.shapes import KernelTerms
 from mlx_lora.system.measuring import Figures, Outputs, Trial
 
-SHORTEST, LONGEST = 64, 128  # tokens of a trial of the gated delta rule, whose every token mlx-lm's loop keeps
-LONGEST_SPACE = 256  # of a state space: a piece of mlx-lm's
-MOST_HEADS = 4  # of a trial, at the model's ratio
+SHORTEST, LONGEST = 64, 128  # tokens of a trial of the gated delta rule; mlx-lm's loop keeps states of every token
+LONGEST_SPACE = 256  # tokens of a trial of a state space; mlx-lm computes it in pieces of this length
+MOST_HEADS = 4  # of a trial, at the model's ratio of value heads to key heads
 
 
 def gated_delta_row() -> Kernel:
-    """Return the gated delta rule's: mlx-lm's loop, ours in chunks, and MLX's kernel where it has one."""
+    """Return the gated delta rule's row: mlx-lm's loop, ours in chunks, and MLX's fused kernel."""
     return Kernel(
         name="gated delta",
         shared="gated_delta_update",
@@ -45,7 +46,7 @@ def gated_delta_row() -> Kernel:
 
 
 def state_space_row() -> Kernel:
-    """Return Mamba-2's: mlx-lm's pieces of 256 tokens, and ours in spans."""
+    """Return Mamba-2's row: mlx-lm's pieces of 256 tokens, and ours in spans."""
     return Kernel(
         name="state space",
         shared="ssm_update",
@@ -103,7 +104,7 @@ def _delta_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs]:
     arrays = [*(array.astype(dtype) for array in narrow), rates, biases]
 
     def wrap(function: Callable[..., Any]) -> Outputs:
-        # mlx-lm's own Metal kernel has no gradient: its models leave it out while they train.
+        # mlx-lm's own Metal kernel has no gradient, so its models do not use it in training.
         return lambda *arrays: [function(*arrays, use_kernel=False)[0]]
 
     return Trial(arrays, [normal(1, tokens, h, value_width).astype(dtype)], wrap), wrap(gated_delta.gated_delta_update)
@@ -130,7 +131,7 @@ def _space_class(
 
 def _space_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs]:
     tokens, heads, width, groups, numbers = shape
-    ratio = min(heads // groups, MOST_HEADS)  # heads of a group have nothing to do with each other
+    ratio = min(heads // groups, MOST_HEADS)  # heads of a group are independent of each other
     g = max(1, min(groups, MOST_HEADS // ratio))
     h, keys = g * ratio, iter(mx.random.split(mx.random.key(0), 7))
 
@@ -149,7 +150,7 @@ def _space_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs]:
 def _naive_space(
     x: mx.array, A_log: mx.array, B: mx.array, C: mx.array, D: mx.array, dt: mx.array, dt_bias: mx.array
 ) -> list[mx.array]:
-    """The definition, a token at a time: h_t = exp(dt A) h_(t-1) + dt x B^T, y_t = h_t C + D x."""
+    """Return y by the definition, token by token: h_t = exp(dt A) h_(t-1) + dt x B^T, y_t = h_t C + D x."""
     ratio = x.shape[2] // B.shape[2]
     dt = mx.clip(mx.logaddexp(dt + dt_bias, mx.array(0.0)), 0.001, 100.0)  # (B, T, H)
     B, C = (mx.repeat(part, ratio, axis=2) for part in (B, C))  # (B, T, H, N)

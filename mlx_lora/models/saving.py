@@ -14,20 +14,20 @@ from mlx_lora.system.errors import InputError, RunError
 MAX_SHARD_BYTES = 5 << 30  # what mlx-lm and the hub use
 
 
-def save_tensors(path: Path, tensors: dict[str, mx.array], form: str = "mlx") -> None:
-    """Write a safetensors file, and see that all of it is there.
+def save_tensors(path: Path, tensors: dict[str, mx.array], file_format: str = "mlx") -> None:
+    """Write a safetensors file and check that it is complete.
 
     Args:
         path: of the file.
         tensors: by name.
-        form: its "format" entry: mlx, or pt for files that PEFT and transformers read.
+        file_format: its "format" entry: mlx, or pt for files that PEFT and transformers read.
 
     Raises:
-        RunError: the disk is full, or went away.
+        RunError: the disk is full or disconnected.
     """
     mx.eval(tensors)
     try:
-        mx.save_safetensors(str(path), tensors, metadata={"format": form})
+        mx.save_safetensors(str(path), tensors, metadata={"format": file_format})
         read_safetensors_header(path)  # a disk that filled up leaves a short file
     except (RuntimeError, InputError) as error:
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -48,7 +48,7 @@ class ShardWriter:
         self.names: list[list[str]] = []
 
     def add(self, parameters: dict[str, mx.array]) -> None:
-        """Take parameters over; they are evaluated now or at the latest when their shard is written."""
+        """Add parameters; they are evaluated when their shard is written, at the latest."""
         size = sum(array.nbytes for array in parameters.values())
         if self.shard and self.shard_bytes + size > self.max_shard_bytes:
             self._write()
@@ -57,7 +57,7 @@ class ShardWriter:
         self.total_bytes += size
 
     def close(self) -> int:
-        """Write the last shard, the final names and the index; returns the bytes of all tensors."""
+        """Write the last shard, rename all to their final names, write the index; return the bytes of all tensors."""
         self._write()
         count = len(self.names)
         weight_map = {}
@@ -81,10 +81,10 @@ def write_json(path: Path, content: object) -> None:
 
 
 def check_out(out: Path, *, force: bool) -> None:
-    """Check before the work that `out` can be made.
+    """Check that `out` may be written, before any work is done.
 
     Raises:
-        InputError: when `out` is a file, or a folder that must not be replaced.
+        InputError: `out` is a file, or a folder that must not be replaced.
     """
     if not out.exists():
         return
@@ -95,4 +95,6 @@ def check_out(out: Path, *, force: bool) -> None:
     if not force:
         raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force to replace it")
     if not (out / "config.json").is_file():
-        raise InputError(f"--out {out}: --force replaces model folders only, this has no config.json; remove it")
+        raise InputError(
+            f"--out {out}: --force only replaces model folders, and it has no config.json; remove it first"
+        )

@@ -1,6 +1,6 @@
-"""Does this machine compute what it should? Products of a training step at the shapes where faults were found.
+"""Test whether this machine computes correctly: products of a training step, at shapes where faults were reported.
 
-Small probes pass on machines where a model's own shapes return garbage, so these are the shapes of the reports:
+Small products are correct on machines where a model's shapes return garbage, so these use the reported shapes:
 
     mlx#3797   half-precision products with a long inner side, from M N = 2048^2 on (M5)
     mlx#4411   float32 products with 11 bits (M5): two rows and more, never one
@@ -9,7 +9,7 @@ Small probes pass on machines where a model's own shapes return garbage, so thes
     mlx#3854   nvfp4 with few rows and a long inner side
     mlx#3585   attention over more than eight positions
 
-Each is compared with numpy in float64 on a sample of its rows. Shapes: (M, K) by (K, N).
+A sample of each result's rows is compared with numpy in float64. Shapes: (M, K) by (K, N).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from mlx_lora.system import device
 
 SAMPLED_ROWS = 32
-# Of the largest exact number: a few roundings of the dtype; float32 with 11 bits is at 5e-4.
+# Relative to the largest exact number: a few roundings of the dtype. Float32 with 11 bits would reach 5e-4.
 TOLERANCE = {mx.float32: 2e-5, mx.bfloat16: 2e-2, mx.float16: 3e-3}
 # Products above this many operations are for a GPU: mlx's CPU has no fast 16-bit kernel.
 MOST_CPU_OPERATIONS = 4e9
@@ -33,7 +33,7 @@ MOST_CPU_HALF_OPERATIONS = 4e8
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison: what, the largest error in parts of the largest exact number, and the bound it must keep."""
+    """One comparison: what was computed, the largest error relative to the largest exact number, and its bound."""
 
     what: str
     error: float
@@ -45,9 +45,9 @@ class Finding:
 
 
 def self_test() -> Iterator[Finding]:
-    """Run all comparisons that this backend can do in seconds."""
+    """Yield all comparisons that this backend can make within seconds."""
     on_cpu = device.current_device().backend == "cpu"
-    key = mx.random.key(0)  # a key of our own: the run's random numbers stay as they are
+    key = mx.random.key(0)  # a separate key, so that the run's random numbers do not change
     for m, k, n in ((8, 256, 1024), (720, 2048, 2048), (1024, 12288, 4096), (2048, 576, 1536)):
         for dtype in (mx.float32, mx.bfloat16, mx.float16):
             most = MOST_CPU_OPERATIONS if dtype == mx.float32 else MOST_CPU_HALF_OPERATIONS
@@ -80,9 +80,9 @@ def _quantized(m: int, side: int, bits: int, group_size: int, mode: str, transpo
     one, other = mx.random.split(key)
     x, w = _normal((m, side), dtype, one), _normal((side, side), dtype, other)
     packed = mx.quantize(w, group_size=group_size, bits=bits, mode=mode)
-    form = {"group_size": group_size, "bits": bits, "mode": mode}
-    dense = mx.dequantize(*packed, **form, dtype=dtype)
-    made = mx.quantized_matmul(x, *packed, transpose=transpose, **form)
+    quantization = {"group_size": group_size, "bits": bits, "mode": mode}
+    dense = mx.dequantize(*packed, **quantization, dtype=dtype)
+    made = mx.quantized_matmul(x, *packed, transpose=transpose, **quantization)
     what = f"{m} x {side} by {side} x {side}, {bits}-bit {mode}, {'forward' if transpose else 'backward'}"
 
     def exact(rows: np.ndarray) -> np.ndarray:
@@ -127,19 +127,19 @@ def _name(dtype: mx.Dtype) -> str:
 
 
 def changing_gradients(rounds: int = 4) -> list[str]:
-    """Compute gradients that are summed by scattering a few times, and name those whose bits change.
+    """Compute gradients that are summed by scattering several times, and return the names of those that vary.
 
-    Embeddings and a mixture's experts add many positions' gradients to one row. A GPU may do that in any order, and
-    then two runs with one seed agree to rounding only.
+    Embeddings and experts add the gradients of many positions to one row. A GPU may add them in any order; two runs with
+    one seed then only agree up to rounding.
     """
     dtype = device.compute_dtype()
     one, two, three, four = mx.random.split(mx.random.key(1), 4)
-    rows, places = _normal((64, 256), dtype, one), mx.random.randint(0, 64, (4096,), key=two)
+    table, ids = _normal((64, 256), dtype, one), mx.random.randint(0, 64, (4096,), key=two)
     pulls = _normal((4096, 256), dtype, three)
-    experts, chosen = _normal((4, 32, 256), dtype, four), mx.sort(places[:512] % 4)
+    experts, chosen = _normal((4, 32, 256), dtype, four), mx.sort(ids[:512] % 4)
 
     def embedded(weight: mx.array) -> mx.array:
-        return (weight[places] * pulls).astype(mx.float32).sum()
+        return (weight[ids] * pulls).astype(mx.float32).sum()
 
     def mixed(weight: mx.array) -> mx.array:
         states = pulls[:512, None, :32]  # (N, 1, in)
@@ -147,7 +147,7 @@ def changing_gradients(rounds: int = 4) -> list[str]:
         return (made * pulls[:512, None]).astype(mx.float32).sum()
 
     changing = []
-    for name, loss, weight in (("embeddings", embedded, rows), ("experts", mixed, experts)):
+    for name, loss, weight in (("embeddings", embedded, table), ("experts", mixed, experts)):
         gradients = [mx.grad(loss)(weight) for _ in range(rounds)]
         mx.eval(gradients)
         if not all(mx.array_equal(gradients[0], other).item() for other in gradients[1:]):

@@ -1,10 +1,10 @@
-"""A recurrence over tokens for training: cut into spans, one at a time, each made again for its backward pass.
+"""Compute a recurrence over tokens for training, span by span, each computed again for its backward pass.
 
-Differentiating a loop over tokens keeps every token's state, often a hundred times what the layer's output takes.
-Here only the inputs are kept between the passes, and at most one state per span of tokens:
+Differentiating a loop over tokens keeps every token's state, often a hundred times the size of the layer's output.
+Here only the inputs, and at most one state per span of tokens, are kept between the passes:
 
     forward    for each span:  y, state = span(inputs of the span, state)
-    backward   for each span, the last first:  the span again, and its gradient
+    backward   for each span, from the last:  the span again, and its gradient
 
 Shapes: B batch, T tokens of the sequence, t tokens of a span.
 Source: arXiv 1604.06174 (recomputation per segment).
@@ -29,16 +29,16 @@ def run_in_spans(
     tokens: int,
     keep_states: bool,
 ) -> tuple[mx.array, mx.array]:
-    """Return what `span` would for all tokens at once, with the work of one span alive at a time.
+    """Return what `span` would return for all tokens at once, with the work of one span in memory at a time.
 
     Args:
         span: computes some tokens from the state before them; differentiable.
-        inputs: (B, T, ...) each, cut along T.
-        weights: what all tokens share.
-        state: before the first token.
-        tokens: of a span; the last one may be shorter.
-        keep_states: keep the state before each span for the backward pass. Otherwise, the backward pass makes the
-            states again, which costs little where `span` makes them without its output.
+        inputs: (B, T, ...) each, split along T.
+        weights: the arrays that all tokens share.
+        state: the state before the first token.
+        tokens: the number of tokens of a span; the last one may be shorter.
+        keep_states: keep the state before each span for the backward pass. Otherwise, the backward pass computes the
+            states again, which costs little if `span` can compute them without its output.
 
     Returns:
         The output (B, T, ...) and the state after the last token, differentiable in inputs, weights and state.
@@ -52,7 +52,7 @@ def run_in_spans(
         parts: list[mx.array] = []
         states: list[mx.array] = []
         for start, stop in pairwise(edges):
-            # Force the order, or the work of all spans may be alive at once.
+            # Force the order: otherwise the work of all spans may be in memory at once.
             part, state = span(_cut(given, start, stop, parts[-1:]), shared, state)
             parts.append(part)
             state = state * 1  # a copy: a view would keep the work of the whole span alive
@@ -61,7 +61,7 @@ def run_in_spans(
 
     @forward.vjp
     def forward_vjp(primals, cotangents, outputs):
-        # After the cotangents: otherwise compiling may merge this with the forward pass, and keep its work.
+        # Depend on the cotangents: otherwise compiling may merge this with the forward pass, and keep its work.
         primals = mx.depends(list(primals), list(cotangents[:2]))
         given, (*shared, state) = primals[:count], primals[count:]
         states = [state, *outputs[2:]] if keep_states else _states_before(span, edges, given, shared, state)
@@ -89,7 +89,7 @@ def _gradient(
     states: list[mx.array],
     cotangents: Sequence[mx.array],
 ) -> list[mx.array]:
-    """Return the cotangents of inputs, weights and first state, from the states before the spans and those of the outputs."""
+    """Return the cotangents of inputs, weights and first state, given the state before each span."""
     count = len(inputs)
     d_out, d_state = cotangents
     d_parts: list[list[mx.array]] = []
@@ -100,7 +100,7 @@ def _gradient(
         return list(span(list(given[:count]), list(given[count:-1]), given[-1]))
 
     for (start, stop), before in reversed(list(zip(pairwise(edges), states, strict=True))):
-        # All that this span adds to must be made before the next one starts.
+        # Finish everything that this span adds to before the next one starts.
         given = [*_cut(inputs, start, stop, done), *weights, before]
         *d_given, d_state = mx.vjp(again, given, [*_cut([d_out], start, stop, done), d_state])[1]
         d_parts.append(d_given[:count])
@@ -110,10 +110,10 @@ def _gradient(
 
 
 def linear_scan(decay: mx.array, added: mx.array, state: mx.array) -> mx.array:
-    """Return all h of h_t = decay_t h_(t-1) + added_t, elementwise, with the tokens dealt to lanes (`in_lanes`).
+    """Return all h of h_t = decay_t h_(t-1) + added_t, elementwise, with the tokens divided into lanes (`in_lanes`).
 
-    Lanes step together, first from zero; then each steps again, from where the lane before it really ended. So T
-    tokens are 2 T / lanes + lanes operations one after another.
+    All lanes step together, first from zero; then again, each from the state in which the lane before it ended. So T
+    tokens take 2 T / lanes + lanes sequential operations.
 
     Args:
         decay, added: (steps, lanes, B, ...) float, of one shape; decay within 0 to 1.
@@ -131,7 +131,7 @@ def linear_scan(decay: mx.array, added: mx.array, state: mx.array) -> mx.array:
     @forward.vjp
     def forward_vjp(primals, d, h):
         decay, _, state = primals
-        # What a token's state becomes in the next; the last one of a lane goes on in the lane after it.
+        # The factor from each token's state to the next; a lane's last token is followed by the next lane's first.
         onward = mx.concatenate([decay[0, 1:], mx.ones_like(decay[0, :1])])
         backwards = [[x[::-1] for x in steps[::-1]] for steps in ([*decay[1:], onward], [*d])]
         g = [x[::-1] for x in _scan(*backwards, mx.zeros_like(state))[::-1]]
@@ -142,7 +142,7 @@ def linear_scan(decay: mx.array, added: mx.array, state: mx.array) -> mx.array:
 
 
 def in_lanes(x: mx.array, lanes: int) -> mx.array:
-    """Deal tokens to lanes: (B, T, ...) to (steps, lanes, B, ...), zeros in the place of tokens missing at the end."""
+    """Divide tokens into lanes: (B, T, ...) to (steps, lanes, B, ...), padded with zeros at the end."""
     batch, length, *rest = x.shape
     steps = -(-length // lanes)
     if steps * lanes > length:
@@ -151,12 +151,12 @@ def in_lanes(x: mx.array, lanes: int) -> mx.array:
 
 
 def out_of_lanes(x: mx.array, length: int) -> mx.array:
-    """Put tokens back in a row: (steps, lanes, B, ...) to (B, T, ...)."""
+    """Join lanes again: (steps, lanes, B, ...) to (B, T, ...)."""
     return x.swapaxes(0, 2).flatten(1, 2)[:, :length]
 
 
 def _scan(decay: list[mx.array], added: list[mx.array], state: mx.array) -> list[mx.array]:
-    """Compute `linear_scan` from the arrays (lanes, B, ...) of each step."""
+    """Return the h of `linear_scan`, given the arrays (lanes, B, ...) of each step."""
     lanes = decay[0].shape[0]
     h = state[None]
     if lanes > 1:
@@ -175,7 +175,7 @@ def _scan(decay: list[mx.array], added: list[mx.array], state: mx.array) -> list
 
 
 def _cut(arrays: Sequence[mx.array], start: int, stop: int, after: Sequence[mx.array]) -> list[mx.array]:
-    """Return the arrays' tokens from start to stop, not to be touched before `after` is done."""
+    """Return the arrays' tokens from start to stop, to be computed only after `after`."""
     parts = [array[:, start:stop] for array in arrays]
     return mx.depends(parts, list(after)) if after else parts
 

@@ -1,7 +1,7 @@
-"""State-space layers for training: Mamba-2's (one decay per head) as products, Mamba's (one per state) as a scan.
+"""Compute state-space layers for training: Mamba-2's (one decay per head) by products, Mamba's (one per state) by a scan.
 
 Both are the recurrence  h_t = decay_t h_(t-1) + dt_t x_t B_t^T,  y_t = h_t C_t + D x_t.  mlx-lm computes the first in
-pieces of 256 tokens whose T x T matrices are kept for the backward pass, and the second a token at a time, keeping
+pieces of 256 tokens whose T x T matrices are kept for the backward pass, and the second token by token, keeping
 every state. Here tokens are taken in spans (models/spans.py), so neither is kept.
 
 Shapes: B batch, T tokens, H heads of width P, G groups of heads, N numbers of a state (per channel), W channels,
@@ -18,14 +18,14 @@ import mlx.core as mx
 from mlx_lora.models.spans import in_lanes, linear_scan, out_of_lanes, run_in_spans
 from mlx_lora.system.device import exponential
 
-CHUNK = 64  # tokens of a chunk: within it the recurrence is products of matrices
-# Of a span: chunks, and numbers of the largest array of its work, of which some 40 are alive in the backward pass. More
-# would make fewer, larger products; these keep a span's work near 80 MB, and were as fast on a CPU as any.
+CHUNK = 64  # tokens of a chunk, within which the recurrence is computed by matrix products
+# A span's number of chunks, and the numbers in its largest array, of which about 40 are in memory in the backward pass.
+# More would make fewer, larger products; these keep a span's work near 80 MB, and none were faster on a CPU.
 MAX_CHUNKS = 16
 DUAL_NUMBERS = 1 << 19
 SCAN_NUMBERS = 1 << 20
 SCAN_TOKENS = (16, 256)  # fewest and most tokens of a span of the selective scan; fewer would keep too many states
-STEP_NUMBERS = 1 << 15  # that keep a device busy in one step of a scan
+STEP_NUMBERS = 1 << 15  # numbers in one step of a scan that keep a device busy
 
 
 def state_space_dual(
@@ -58,7 +58,7 @@ def state_space_dual(
 
 
 def _dual_span(inputs: list[mx.array], weights: list[mx.array], state: mx.array) -> tuple[mx.array, mx.array]:
-    """Compute a span of `state_space_dual`: within chunks by products, from chunk to chunk through states."""
+    """Return a span of `state_space_dual`, computed by products within chunks, and by states between them."""
     given, dt, log_decay, b, c = inputs
     batch, length, heads, width = given.shape
     groups, numbers = b.shape[2:]
@@ -66,7 +66,7 @@ def _dual_span(inputs: list[mx.array], weights: list[mx.array], state: mx.array)
     chunks = -(-length // size)
 
     def in_chunks(array: mx.array, *rest: int) -> mx.array:
-        """(B, t, ...) to (B, K, G, L, *rest) in float32; what is missing at the end changes no state."""
+        """Return (B, t, ...) as (B, K, G, L, *rest) in float32; padding at the end does not change the state."""
         pad = [(0, 0), (0, chunks * size - length), *((0, 0) for _ in array.shape[2:])]
         array = mx.pad(array, pad) if chunks * size > length else array
         return (
@@ -79,11 +79,11 @@ def _dual_span(inputs: list[mx.array], weights: list[mx.array], state: mx.array)
     b, c = in_chunks(b, numbers), in_chunks(c, numbers)
     x = in_chunks(given.astype(mx.float32) * dt[..., None], per_group, width)  # (B, K, G, L, H/G, P)
     log_decay = in_chunks(log_decay, per_group).swapaxes(-1, -2)  # (B, K, G, H/G, L)
-    # What each chunk adds to the state, as its end sees it.
+    # What each chunk has added to the state at its end.
     to_end = exponential(mx.cumsum(log_decay, axis=-1, reverse=True, inclusive=False)).swapaxes(-1, -2)
     faded = (x * to_end[..., None]).flatten(-2)  # (B, K, G, L, H/G P)
     added = (faded.swapaxes(-1, -2) @ b).reshape(batch, chunks, heads, width * numbers)
-    # States before the chunks, and after the last: a chunk is to the span what a token is to a chunk.
+    # The states before each chunk and after the last: chunks in a span are treated like tokens in a chunk.
     added = mx.concatenate([state.reshape(batch, 1, heads, -1), added], axis=1).swapaxes(1, 2)  # (B, H, 1 + K, P N)
     whole = log_decay.sum(axis=-1).reshape(batch, chunks, heads).swapaxes(1, 2)
     states = _decay_between(mx.pad(whole, [(0, 0), (0, 0), (1, 0)])) @ added
@@ -101,7 +101,7 @@ def _dual_span(inputs: list[mx.array], weights: list[mx.array], state: mx.array)
 def _decay_between(log_decay: mx.array) -> mx.array:
     """Return exp(sum of log_decay over j+1 .. i) for all i >= j, 0 above the diagonal: (..., L) to (..., L, L).
 
-    Summed for each j by itself: differences of one running sum lose a weak decay behind a strong one.
+    Each j has its own sum: differences of one running sum would lose a weak decay that follows a strong one.
     """
     size = log_decay.shape[-1]
     below = mx.tril(mx.ones((size, size), mx.float32), -1)  # (i, j), 1 where i > j
@@ -135,9 +135,9 @@ def selective_scan(
 
 
 def _selective_span(inputs: list[mx.array], weights: list[mx.array], state: mx.array) -> tuple[mx.array, mx.array]:
-    """Compute a span of `selective_scan`, whose states (B, t, W, N) live as long as the span's work."""
+    """Return a span of `selective_scan`, whose states (B, t, W, N) are only in memory during its work."""
     lanes = lanes_for(inputs[0].shape[1], state.size)
-    # A token that is missing at the end has dt = 0: it changes no state.
+    # Padding tokens at the end have dt = 0, and do not change the state.
     x, dt, b, c = (in_lanes(array.astype(mx.float32), lanes) for array in inputs)  # (steps, lanes, B, W or N)
     a, skip = (array.astype(mx.float32) for array in weights)
     decay = exponential(dt[..., None] * a)  # (steps, lanes, B, W, N)
@@ -147,11 +147,11 @@ def _selective_span(inputs: list[mx.array], weights: list[mx.array], state: mx.a
 
 
 def scan_tokens(numbers: int) -> int:
-    """Return the tokens of a span of a scan whose states have so many numbers, all rows together."""
+    """Return the tokens of a span of a scan whose state has this many numbers over all rows."""
     fewest, most = SCAN_TOKENS
     return min(max(SCAN_NUMBERS // numbers, fewest), most)
 
 
 def lanes_for(length: int, numbers: int) -> int:
-    """Return how many lanes suit a scan over `length` tokens with states of so many numbers."""
+    """Return how many lanes suit a scan over `length` tokens whose state has this many numbers."""
     return max(1, min(-(-STEP_NUMBERS // numbers), math.isqrt(length)))

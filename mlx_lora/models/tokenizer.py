@@ -1,4 +1,4 @@
-"""Loads a folder's tokenizer through transformers; its files are looked at first, since they decide what that does."""
+"""Load a folder's tokenizer through transformers, after checking the files that decide what transformers does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import replacing_folder
 from mlx_lora.system.parsing import MAX_DEPTH, read_json
 
-# How much longer a normalizer may make a text: published ones at most threefold, one character at a time.
+# How many times longer a normalizer may make a text; published ones reach 3 for a single character.
 MOST_GROWTH = 1000
 
 
@@ -27,21 +27,21 @@ def load_folder_tokenizer(folder: Path, config: dict[str, Any], trust_remote_cod
     """Load a folder's tokenizer through transformers.
 
     Args:
-        folder: the model's.
+        folder: the model's folder.
         config: its config.json, for the end tokens.
         trust_remote_code: let the repository's own tokenizer code run.
 
     Raises:
-        InputError: it cannot be loaded, or needs code that was not allowed.
+        InputError: it cannot be loaded, or requires code that was not allowed.
     """
     check_tokenizer_config(folder, trust_remote_code)
     check_tokenizer_file(folder / "tokenizer.json")
-    # Said in so many words: left out, transformers asks on the terminal whether to run the code.
+    # Always given: without it, transformers asks on the terminal whether to run the code.
     extra: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     unknown = config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code
     if unknown and (folder / "tokenizer.json").is_file():
-        # transformers does not know the model, reads its config all the same on the way to the tokenizer, and trips over
-        # a rotation with YaRN in one. One that holds nothing else is enough.
+        # transformers reads the config of a model that it does not know, and fails if that uses YaRN. A config with
+        # nothing but the tokenizer's class avoids this.
         extra["config"] = PreTrainedConfig(tokenizer_class=config.get("tokenizer_class"))
     try:
         tokenizer = load_tokenizer(_tokenizer_folder(folder), extra, eos_token_ids=config.get("eos_token_id"))
@@ -50,22 +50,22 @@ def load_folder_tokenizer(folder: Path, config: dict[str, Any], trust_remote_cod
     except InputError:
         raise
     except Exception as error:
-        # The tokenizers library raises plain Exception; anything more special than that, and foreign, is a bug.
+        # The tokenizers library raises plain Exception. Any other type that is not in FOREIGN_ERRORS is a bug.
         if not isinstance(error, FOREIGN_ERRORS) and type(error) is not Exception:
             raise
         if _is_about_the_config(folder, trust_remote_code, error):
             raise InputError(
-                f"{folder / CONFIG_FILE}: transformers refuses it ({short(error)}); mend that field, or download the "
+                f"{folder / CONFIG_FILE}: transformers refuses it ({short(error)}); fix that field, or download the "
                 "model again"
             ) from error
         raise InputError(
-            f"{folder}: its tokenizer cannot be loaded ({short(error)}); it needs tokenizer.json or tokenizer.model"
+            f"{folder}: its tokenizer cannot be loaded ({short(error)}); it requires tokenizer.json or tokenizer.model"
         ) from error
     return tokenizer
 
 
 def _is_about_the_config(folder: Path, trust_remote_code: bool, error: Exception) -> bool:
-    """Tell whether transformers failed at the model's config, which it reads on the way to the tokenizer."""
+    """Tell whether transformers failed at the model's config, which it reads before the tokenizer."""
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except FOREIGN_ERRORS as of_config:
@@ -74,10 +74,10 @@ def _is_about_the_config(folder: Path, trust_remote_code: bool, error: Exception
 
 
 def check_tokenizer_config(folder: Path, trust_remote_code: bool) -> None:
-    """Look at the tokenizer's settings before transformers acts on them.
+    """Check the tokenizer's settings before transformers uses them.
 
     Raises:
-        InputError: they ask for code that was not allowed, or name files outside their folder.
+        InputError: they require code that was not allowed, or name files outside their folder.
     """
     file = folder / "tokenizer_config.json"
     if not file.is_file():
@@ -85,22 +85,22 @@ def check_tokenizer_config(folder: Path, trust_remote_code: bool) -> None:
     settings = read_json(file, "download the model again")
     own_code = isinstance(settings.get("auto_map"), (dict, list)) and settings["auto_map"]
     if own_code and not trust_remote_code and not (folder / "tokenizer.json").is_file():
-        raise InputError(f"{file}: the tokenizer needs code of its own; read it, then give --trust-remote-code")
+        raise InputError(f"{file}: the tokenizer requires its own code; read it, then give --trust-remote-code")
     named = {key: value for key, value in settings.items() if key.endswith("_file") and isinstance(value, str)}
     versions = settings.get("fast_tokenizer_files")
     for number, name in enumerate(versions if isinstance(versions, list) else []):
         named[f"fast_tokenizer_files[{number}]"] = name
-    # Many published files name a path of their author's machine, which says nothing; one that exists here would be read.
+    # Many published files name a path on their author's machine, which is harmless unless it exists here and is read.
     outside = [key for key, name in named.items() if not inside(folder, name) and (folder / str(name)).exists()]
     if outside:
         raise InputError(f"{file}: {outside[0]} names a file outside the folder; remove the key")
 
 
 def check_tokenizer_file(file: Path) -> None:
-    """Refuse a tokenizer.json whose normalizer blows texts up: forty doublings make a terabyte of one letter.
+    """Refuse a tokenizer.json whose normalizer makes texts too long: 40 doublings turn one letter into a terabyte.
 
     Raises:
-        InputError: it does, or the file is no JSON.
+        InputError: it does, or the file is not JSON.
     """
     if not file.is_file():
         return
@@ -110,7 +110,7 @@ def check_tokenizer_file(file: Path) -> None:
 
 
 def _growth(normalizer: Any, depth: int = 0) -> float:
-    """Return by how much a normalizer can lengthen a text of one character; one nested without end: by too much."""
+    """Return how many times longer a normalizer can make one character; infinity if it is nested too deep."""
     if not isinstance(normalizer, dict):
         return 1.0
     if depth > MAX_DEPTH:
@@ -121,7 +121,7 @@ def _growth(normalizer: Any, depth: int = 0) -> float:
             growth = min(growth * _growth(step, depth + 1), 1e18)
         return growth
     pattern, put = normalizer.get("pattern"), normalizer.get("content", normalizer.get("prepend", ""))
-    taken = pattern.get("String") if isinstance(pattern, dict) else None  # a regular expression takes one at least
+    taken = pattern.get("String") if isinstance(pattern, dict) else None  # a regular expression matches at least one
     size = len(put) if isinstance(put, str) else 0
     if normalizer.get("type") == "Prepend":
         return 1.0 + size / 100  # once per text
@@ -129,7 +129,7 @@ def _growth(normalizer: Any, depth: int = 0) -> float:
 
 
 def _tokenizer_folder(folder: Path) -> Path:
-    """Return `folder`, or a cached rebuild of its SentencePiece tokenizer: transformers' own is not id-exact."""
+    """Return `folder`, or a cached rebuild of its SentencePiece tokenizer: transformers' conversion changes some ids."""
     model_file = folder / "tokenizer.model"
     if (folder / "tokenizer.json").exists() or not model_file.exists():
         return folder

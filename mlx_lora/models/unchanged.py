@@ -1,4 +1,4 @@
-"""Puts a model's arrays back after it was differentiated."""
+"""Restore a model's arrays after it was differentiated."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from contextlib import contextmanager
 
 import mlx.nn as nn
 
-# What mlx's own Module keeps under private names.
+# Private names that belong to mlx's Module.
 MODULE_OWN = ("_no_grad", "_training")
 
 
 @contextmanager
 def left_unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back, at the end of the block, all parameters of a model and what its modules keep under private names.
+    """Restore all parameters of a model, and its modules' private attributes, at the end of the block.
 
-    Differentiation leaves its own stand-ins in the trainable ones. mlx-lm's forward passes leave others, which mean
-    nothing outside of the trace that made them: Gemma 3n overwrites frozen weights, and Kimi K3 remembers products of
-    them for the next time it generates.
+    Differentiation leaves traced arrays in trainable parameters. mlx-lm's forward passes leave others, which are
+    meaningless outside of the trace: Gemma 3n overwrites frozen weights, and Kimi K3 keeps products of them for the next
+    generation.
     """
     parameters = model.parameters()
     private = [

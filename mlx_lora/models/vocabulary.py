@@ -1,4 +1,4 @@
-"""How many token ids a model has rows for: watched, not read from a config that may speak of another part."""
+"""Find how many token ids a model has rows for, by watching its embeddings: a config may describe another part."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
 
 class Watched:
-    """Mixed in front of an embedding's class: notes that it was called, and with what."""
+    """A mix-in for an embedding's class that records its calls."""
 
     def __call__(self, tokens: mx.array) -> mx.array:
         self.seen.append((self, tokens))
@@ -21,16 +21,16 @@ class Watched:
 
 
 def embedding_rows(model: nn.Module, config: dict[str, Any]) -> int | None:
-    """Return the rows of the embedding that token ids pick from: ids from there on would read foreign memory.
+    """Return the number of rows of the token embedding: higher ids would read memory beyond it.
 
-    Two tokens are sent through the model, and nothing is computed.
+    The model is called with two tokens, but nothing is computed.
 
     Args:
-        model: an mlx-lm model, adapted or not; a multimodal one's text part is what is called.
-        config: its config.json, for models that embed in a way of their own.
+        model: an mlx-lm model, adapted or not; for a multimodal one, this calls its text part.
+        config: its config.json, used if the model does not call an embedding with the ids.
 
     Returns:
-        The fewest rows of the embeddings that the ids reach as they are; else what the config says, None if nothing.
+        The fewest rows of the embeddings that are called with the ids; else the config's number, None if it has none.
     """
     ids = mx.zeros((1, 2), mx.int32)
     with _watched(model) as seen:
@@ -44,7 +44,7 @@ def embedding_rows(model: nn.Module, config: dict[str, Any]) -> int | None:
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[list[tuple[nn.Module, mx.array]]]:
-    """Watch the model's embeddings inside the block; only their instances' classes change, and change back."""
+    """Watch the model's embeddings inside the block, by changing the class of these instances for its duration."""
     seen: list[tuple[nn.Module, mx.array]] = []
     embeddings = [(module, type(module)) for module in model.modules() if isinstance(module, EMBEDDINGS)]
     for module, own in embeddings:

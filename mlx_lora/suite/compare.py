@@ -1,4 +1,4 @@
-"""Results side by side: one table per workload, ratios only where the work and the versions are equal."""
+"""Compare results: one table per workload, with ratios only if the work and the versions are equal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_lora.suite.result import ResultFile
 
-# A ratio between other versions of these would be of the software, not of the machine.
+# With different versions of these, a ratio would compare software, not machines.
 SAME_VERSIONS = ("mlx-lora", "mlx", "mlx-lm")
 BUSY_LOAD = 1.0  # of other programs, per core, before a run
 
@@ -19,11 +19,11 @@ class Row:
 
     Attributes:
         label: of the machine.
-        file: that they come from.
-        entry: of the result.
+        file: the result file.
+        entry: the result's entry for the workload.
         mismatch: why there is no ratio to the reference; empty: there is one.
         notes: what a reader should know, a few words each.
-        speed_ratio, memory_ratio: to the reference, None without.
+        speed_ratio, memory_ratio: to the reference, or None.
     """
 
     label: str
@@ -41,12 +41,12 @@ class Row:
 
     @property
     def speed(self) -> dict[str, float]:
-        """Tokens per second: median and spread."""
+        """Median and spread of tokens per second."""
         return self.entry["figures"]["tokens_per_s"]
 
     @property
     def against_plan(self) -> float:
-        """Measured over predicted speed."""
+        """Measured speed divided by predicted speed."""
         return self.speed["median"] / self.entry["predicted"]["tokens_per_s"]
 
 
@@ -56,7 +56,7 @@ class Table:
 
     Attributes:
         name: of the workload.
-        reference: label of the machine that ratios are to; None: nobody measured it.
+        reference: label of the machine that the others are compared with; None: no machine measured it.
         rows: in the order of the files.
     """
 
@@ -66,7 +66,7 @@ class Table:
 
 
 def labels_of(results: Sequence[ResultFile]) -> list[str]:
-    """Return a name for each result's machine; of several from one kind of machine the date and file tell them apart."""
+    """Return a label for each result's machine; results from equal machines also get the date or the file name."""
     plain = [one.label for one in results]
     dated = [f"{label} · {one.content['created'][:10]}" for label, one in zip(plain, results, strict=True)]
     named = [f"{label} · {one.path.stem}" for label, one in zip(plain, results, strict=True)]
@@ -79,11 +79,11 @@ def labels_of(results: Sequence[ResultFile]) -> list[str]:
 
 
 def compare(results: Sequence[ResultFile], across_versions: bool = False) -> list[Table]:
-    """Return a table for each workload that any of the results has, in the order they come.
+    """Return a table for each workload that any of the results has, in their order.
 
     Args:
         results: the first that measured a workload is its reference.
-        across_versions: ratios also where versions differ; the difference is noted.
+        across_versions: give ratios even if versions differ, and note the difference.
     """
     labels = labels_of(results)
     names = dict.fromkeys(entry["workload"]["name"] for one in results for entry in one.content["results"])
@@ -119,7 +119,7 @@ def _table(name: str, results: Sequence[ResultFile], labels: Sequence[str], acro
 
 
 def work_differs(entry: dict[str, Any], reference: dict[str, Any]) -> list[str]:
-    """Return in what the work of two entries of one name differs, a few words each."""
+    """Return how the work of two entries with one name differs, a few words per difference."""
     found = []
     ours, theirs = entry["workload"], reference["workload"]
     if ours["version"] != theirs["version"]:
@@ -136,7 +136,7 @@ def work_differs(entry: dict[str, Any], reference: dict[str, Any]) -> list[str]:
 
 
 def versions_differ(content: dict[str, Any], reference: dict[str, Any]) -> list[str]:
-    """Return in which versions two results differ."""
+    """Return the versions in which two results differ."""
     ours, theirs = content["software"]["versions"], reference["software"]["versions"]
     return [
         f"{name} {ours.get(name)} against {theirs.get(name)}"
@@ -146,7 +146,7 @@ def versions_differ(content: dict[str, Any], reference: dict[str, Any]) -> list[
 
 
 def notes_of(content: dict[str, Any], entry: dict[str, Any]) -> list[str]:
-    """Return what may have slowed a run down, and what else a reader should know of it."""
+    """Return what may have slowed a run down, and what else a reader should know about it."""
     if entry["status"] != "measured":
         return [f"{entry['status']}: {entry['reason']}"]
     notes = ["other length"] if entry["shortened"] else []

@@ -1,4 +1,4 @@
-"""Energy of a run, where the system allows it to be read without asking for a password."""
+"""Measure the energy of a run if the system allows it to be read without a password."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ POWER = re.compile(r"Combined Power \(CPU \+ GPU \+ ANE\): (\d+) mW")
 
 
 class EnergyMeter:
-    """Joules since the start, of the chip (macOS: CPU, GPU and ANE; Linux: the CPU package).
+    """Measures the energy of the chip since the start (macOS: CPU, GPU and ANE; Linux: the CPU package).
 
     Attributes:
-        source: what is read, or why nothing is.
+        source: what is read, or why nothing can be read.
     """
 
     def __init__(self, counter: Path = PACKAGE_COUNTER):
@@ -34,16 +34,16 @@ class EnergyMeter:
         else:
             self._last = self._read_counter()
             readable = self._last is not None
-            self.source = "intel-rapl package" if readable else f"none: {counter} is not there or not readable"
+            self.source = "intel-rapl package" if readable else f"none: {counter} does not exist or is not readable"
 
     def joules(self) -> float | None:
-        """Return the energy so far, None where it cannot be read."""
+        """Return the energy so far in joules, None if it cannot be read."""
         if self._child is not None:
             return self._joules
         now = self._read_counter() if self._last is not None else None
         if now is None or self._last is None:
             return None
-        # The counter begins anew at its range.
+        # The counter wraps around at the end of its range.
         spent = now - self._last if now >= self._last else now - self._last + self._range()
         self._last, self._joules = now, self._joules + spent / 1e6
         return self._joules
@@ -55,7 +55,7 @@ class EnergyMeter:
             self._child.wait(timeout=10)
 
     def _start_powermetrics(self) -> str:
-        """Start it where we are root, or may become it without a password; return the source's name."""
+        """Start powermetrics if we are root, or can be without a password; return the source's name."""
         prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
         if prefix and answer("sudo", "-n", "-l", "powermetrics") is None:
             return "none: powermetrics needs root (run as root, or allow it in sudoers without a password)"
@@ -68,7 +68,7 @@ class EnergyMeter:
         return "powermetrics, combined power"
 
     def _follow(self) -> None:
-        """Add up the samples: each is the mean power since the one before."""
+        """Add up the samples, each of which is the mean power since the one before."""
         before = time.monotonic()
         for line in self._child.stdout:
             if found := POWER.search(line):
@@ -88,7 +88,7 @@ class EnergyMeter:
 
 @contextmanager
 def energy_meter() -> Iterator[EnergyMeter]:
-    """Yield a meter that is stopped at the end, also of a run that failed."""
+    """Yield a meter that is stopped at the end of the block, even after an error."""
     meter = EnergyMeter()
     try:
         yield meter

@@ -1,8 +1,8 @@
-"""A run's metrics -> the figures of a result.
+"""Compute a result's figures from a run's metrics.
 
-Each step is timed from the end of the one before it to its own, on the wall clock: data and host work are in it. Left
-out are the first pass over the rows, which meets every batch shape once and compiles it, and of the medians any step
-after that whose shape is new. Tokens are real ones: padding is not counted.
+A step's time is the wall-clock time from the end of the step before it to its own end, data and host work included. The
+first pass over the rows is left out, because it compiles every batch shape; medians also leave out later steps with a
+new shape. Tokens do not include padding.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Record = dict[str, Any]
 
 
 def counted_records(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
-    """Return (warm-up, counted) of the lines of metrics.jsonl that hold a step, each with its `seconds`.
+    """Return (warm-up, counted) steps from the lines of metrics.jsonl, each with its `seconds`.
 
-    A run that was cut short before its second pass leaves out its first step alone.
+    In a run that ended before its second pass, only the first step is warm-up.
 
     Raises:
         ValueError: fewer than two steps would be counted.
@@ -32,7 +32,7 @@ def counted_records(records: Sequence[Record]) -> tuple[list[Record], list[Recor
     if len(timed) - warm < LEAST_STEPS:
         warm = 1
     if len(timed) - warm < LEAST_STEPS:
-        raise ValueError(f"{len(timed)} steps were run, and {LEAST_STEPS} after the warm-up are the least")
+        raise ValueError(f"{len(timed)} steps were run; at least {LEAST_STEPS} are needed after the warm-up")
     return timed[:warm], timed[warm:]
 
 
@@ -44,7 +44,7 @@ def run_figures(records: Sequence[Record], first_step_s: float) -> dict[str, Any
         first_step_s: from the start of the process to the end of its first step.
 
     Raises:
-        ValueError: too few steps.
+        ValueError: there are too few steps.
     """
     warm, counted = counted_records(records)
     seen = {tuple(step["shapes"]) for step in warm}
@@ -78,7 +78,7 @@ def run_figures(records: Sequence[Record], first_step_s: float) -> dict[str, Any
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median, 10th and 90th percentile (nearest rank), least and largest."""
+    """Return median, 10th and 90th percentile (nearest rank), minimum and maximum."""
     ordered = sorted(values)
     middle = len(ordered) // 2
     median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

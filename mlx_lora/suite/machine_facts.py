@@ -1,8 +1,8 @@
-"""What a result records of the machine, its power and the software: None where it cannot be read, never guessed.
+"""Read what a result records about the machine, its power and the software; None for what cannot be read.
 
-No mlx: what the backend alone knows (device.py) is asked in a process of its own, suite/rates.py.
-macOS answers through `sysctl`, `ioreg`, `sw_vers`, `pmset` and, for the thermal state, `osascript`, all of which it ships
-with; Linux through /proc and /sys.
+This file does not import mlx: suite/rates.py asks the backend in a process of its own. On macOS, facts come from
+`sysctl`, `ioreg`, `sw_vers`, `pmset` and, for the thermal state, `osascript`, all of which are part of macOS; on Linux,
+from /proc and /sys.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx_lora
 
-# Both change which OpenBLAS kernels or block sizes are used; a figure must not depend on who set them.
+# Both change OpenBLAS's kernels or block sizes, and figures must not depend on them.
 DROPPED_VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 RECORDED_VARIABLES = (
     *DROPPED_VARIABLES,
@@ -32,12 +32,12 @@ RECORDED_VARIABLES = (
 )
 PACKAGES = ("mlx-lora", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy", "scipy-openblas32")
 THERMAL_STATES = ("nominal", "fair", "serious", "critical")
-# NSProcessInfo has the state; JavaScript for Automation reads it without a package.
+# NSProcessInfo has the state; JavaScript for Automation can read it without a package.
 THERMAL_SCRIPT = 'ObjC.import("Foundation"); $.NSProcessInfo.processInfo.thermalState'
 
 
 def answer(*command: str, timeout_s: float = 10) -> str | None:
-    """Return what a program of the system prints, None where there is none, it fails or takes too long."""
+    """Return what a system program prints, None if it does not exist, fails or takes too long."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -46,18 +46,17 @@ def answer(*command: str, timeout_s: float = 10) -> str | None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return the hardware and its system."""
+    """Return facts about the hardware and the operating system."""
     common = {"architecture": platform.machine(), "cpu_cores": os.cpu_count(), "memory_bytes": memory_bytes()}
     return {**common, **(_mac() if sys.platform == "darwin" else _linux())}
 
 
 def memory_bytes() -> int:
-    """Return the machine's memory."""
+    """Return the machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _mac() -> dict[str, Any]:
-    """Ask macOS."""
     return {
         "chip": answer("sysctl", "-n", "machdep.cpu.brand_string"),
         "model": answer("sysctl", "-n", "hw.model"),
@@ -71,13 +70,12 @@ def _mac() -> dict[str, Any]:
 
 
 def gpu_core_count(registry: str) -> int | None:
-    """Read the GPU's entry of `ioreg`."""
+    """Return the number of GPU cores in the output of `ioreg`."""
     found = re.search(r'"gpu-core-count" = (\d+)', registry)
     return int(found[1]) if found else None
 
 
 def _linux() -> dict[str, Any]:
-    """Ask Linux."""
     name = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo") or "", re.MULTILINE)
     return {
         "chip": name[1].strip() if name else None,
@@ -92,13 +90,13 @@ def _linux() -> dict[str, Any]:
 
 
 def describe_power() -> dict[str, Any]:
-    """Return what slows a machine down on purpose, at this moment: source, low-power mode, heat, other programs."""
+    """Return what may slow the machine down now: power source, low-power mode, heat, other programs."""
     readings = _mac_power() if sys.platform == "darwin" else _linux_power(Path("/sys"))
     return {**readings, "load_average": round(os.getloadavg()[0], 2)}
 
 
 def _mac_power() -> dict[str, Any]:
-    """Ask macOS; the temperature is not told to programs of users."""
+    """Return macOS's readings; it does not tell users' programs the temperature."""
     return {
         "source": mac_source(answer("pmset", "-g", "batt") or ""),
         "low_power_mode": mac_low_power(answer("pmset", "-g") or ""),
@@ -108,28 +106,28 @@ def _mac_power() -> dict[str, Any]:
 
 
 def mac_source(batteries: str) -> str | None:
-    """Read `pmset -g batt`: `ac` or `battery`."""
+    """Return `ac` or `battery`, given the output of `pmset -g batt`."""
     found = re.search(r"Now drawing from '(AC|Battery) Power'", batteries)
     return {"AC": "ac", "Battery": "battery"}[found[1]] if found else None
 
 
 def mac_low_power(settings: str) -> bool | None:
-    """Read `pmset -g`: `lowpowermode`, or on Macs that also have a high mode `powermode` (1 is low)."""
+    """Tell whether the output of `pmset -g` has `lowpowermode` 1, or `powermode` 1 on Macs that also have a high mode."""
     found = re.search(r"^\s*(?:lowpowermode|powermode)\s+(\d)", settings, re.MULTILINE)
     return found[1] == "1" if found else None
 
 
 def thermal_state(number: str | None) -> str | None:
-    """Name a state of NSProcessInfo."""
+    """Return the name of a thermal state of NSProcessInfo."""
     value = _whole(number)
     return THERMAL_STATES[value] if value is not None and 0 <= value < len(THERMAL_STATES) else None
 
 
 def _linux_power(system: Path) -> dict[str, Any]:
-    """Ask Linux.
+    """Return Linux's readings.
 
     Args:
-        system: /sys, or what stands for it.
+        system: /sys, or a replacement in tests.
     """
     supplies = {
         (_read(one / "type") or "", _read(one / "online")) for one in (system / "class" / "power_supply").glob("*")
@@ -159,7 +157,7 @@ def describe_software() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the commit of the checkout that runs, `-dirty` behind it if files differ; None when it is installed."""
+    """Return the commit of the checkout that runs, with `-dirty` if files differ; None if the package is installed."""
     root = Path(mlx_lora.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None

@@ -1,7 +1,7 @@
-"""What the planner expects of a workload: on the machine that measured it, and on chips that nobody measured.
+"""Predict a workload's speed and memory with the planner, for the measuring machine and for chips without results.
 
-Useful work is counted without what checkpointing repeats and without padding: it is what MFU divides by the rate of a
-large product.
+Useful work does not include padding and what checkpointing repeats. MFU is useful work per second divided by the rate of
+a large product.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mlx_lora.suite.workloads import TIERS, Workload
 from mlx_lora.training.run_fit import outlined_shape
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# The embedded model as its GGUF file carries it: Q4_1, and Q8_0 for the embedding that is also the head.
+# The quantization of the embedded model's GGUF file: Q4_1, and Q8_0 for the embedding, which is also the head.
 EMBEDDED_QUANTIZATION = {
     "group_size": 32,
     "bits": 4,
@@ -41,7 +41,7 @@ class Batch:
 
     Attributes:
         rows, width: its shape.
-        trained, real: positions that are trained, and that are no padding.
+        trained, real: numbers of positions that are trained, and that are not padding.
     """
 
     rows: int
@@ -52,10 +52,10 @@ class Batch:
 
 @cache
 def model_shape_of(workload: Workload, dtype: str = "bfloat16") -> ModelShape:
-    """Return a workload's model with its adapter, from the suite's own list: nothing is read or downloaded.
+    """Return the shape of a workload's model with its adapter, from the suite's list; nothing is read or downloaded.
 
     Args:
-        workload: which.
+        workload: the workload.
         dtype: of the floats.
     """
     model = MODELS[workload.model]
@@ -71,15 +71,17 @@ def _settings(workload: Workload) -> TrainSettings:
 
 
 def typical_batches(workload: Workload) -> list[Batch]:
-    """Return a usual batch, for predictions where no tokenizer is at hand."""
-    form = workload.shape
-    rows = max(1, workload.batch_tokens // form.typical_width)
-    positions = rows * form.typical_width
-    return [Batch(rows, form.typical_width, round(positions * form.trained_share), round(positions * form.real_share))]
+    """Return a typical batch, for predictions without a tokenizer."""
+    shape = workload.shape
+    rows = max(1, workload.batch_tokens // shape.typical_width)
+    positions = rows * shape.typical_width
+    return [
+        Batch(rows, shape.typical_width, round(positions * shape.trained_share), round(positions * shape.real_share))
+    ]
 
 
 def batches_of(records: Sequence[dict[str, Any]]) -> list[Batch]:
-    """Return the batches of a run's steps: of several micro-batches in one step, like parts of its tokens."""
+    """Return the batches of a run's steps; several micro-batches of a step share its tokens in proportion to size."""
     found = []
     for record in records:
         for shape in record["shapes"]:
@@ -94,10 +96,10 @@ def predict(workload: Workload, machine: Machine, ceilings: Ceilings, batches: S
     """Predict speed and memory of a workload.
 
     Args:
-        workload: which.
-        machine: where it would run.
-        ceilings: its rates.
-        batches: of its steps.
+        workload: the workload.
+        machine: the machine that it would run on.
+        ceilings: the machine's rates.
+        batches: the batches of its steps.
 
     Returns:
         `tokens_per_s` of real tokens, `peak_memory_bytes` and `needed_bytes` (with the buffer cache), whether it
@@ -130,7 +132,7 @@ def predict(workload: Workload, machine: Machine, ceilings: Ceilings, batches: S
 
 
 def measured_machine(device: dict[str, Any], ceilings: dict[str, Any]) -> tuple[Machine, Ceilings]:
-    """Return what suite/rates.py found, in the planner's records."""
+    """Return the results of suite/rates.py as the planner's types."""
     machine = Machine(
         device["name"],
         device["backend"],
@@ -150,7 +152,7 @@ def measured_machine(device: dict[str, Any], ceilings: dict[str, Any]) -> tuple[
 
 
 def listed_flops(device: dict[str, Any]) -> float | None:
-    """Return a chip's listed peak in the run's dtype, None for one that is not in the table."""
+    """Return a chip's listed peak in the run's dtype, None if the chip is not in the table."""
     chip = known_chip(device["name"]) if device["backend"] == "metal" else None
     if chip is None:
         return None
@@ -158,11 +160,11 @@ def listed_flops(device: dict[str, Any]) -> float | None:
 
 
 def predict_chips(workload: Workload) -> list[dict[str, Any]]:
-    """Predict a workload for every chip of the table, with the least memory sold in which it fits.
+    """Predict a workload for every chip of the table, with the smallest memory sold that it fits in.
 
     Returns:
-        One dict per chip: `chip`, `gpu_cores`, `status` (of the listed figures), `memory_gib` (None: it fits no
-        size that is sold), and what `predict` returns.
+        One dict per chip: `chip`, `gpu_cores`, `status` (of the listed figures), `memory_gib` (None: it does not fit in
+        any size that is sold), and what `predict` returns.
     """
     return [_predict_chip(workload, chip) for chip in CHIPS]
 
@@ -183,7 +185,7 @@ def _predict_chip(workload: Workload, chip: Chip) -> dict[str, Any]:
 
 
 def predict_sizes(workload: Workload) -> list[tuple[int, dict[str, Any]]]:
-    """Predict a workload's memory for Macs of each tier's size: (GB, what `predict` returns and `working_set_bytes`)."""
+    """Predict a workload for Macs with each tier's memory: (GB, what `predict` returns and `working_set_bytes`)."""
     found = []
     for size in (int(tier) for tier in TIERS if tier != "embedded"):
         chip = next(chip for chip in CHIPS if size in chip.memory_gib)

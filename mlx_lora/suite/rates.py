@@ -1,7 +1,8 @@
-"""Micro-benchmarks of what a machine can do at most, in a process of their own: `python -m mlx_lora.suite.rates`.
+"""Measure a machine's peak rates, in a process of its own: `python -m mlx_lora.suite.rates`.
 
-Prints one JSON object: the device as MLX has it, and rates. Each is the best of several rounds, since another program's
-load only slows. Products grow until one takes long enough to be timed well, so that a slow dtype costs no minutes.
+It prints one JSON object with the device, as MLX describes it, and the rates. Each rate is the best of several rounds,
+since other programs can only slow it down. Products grow until one takes long enough to be timed well, so that a slow
+dtype does not take minutes.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ SIDES = (512, 1024, 2048, 4096)
 ENOUGH_S = 0.1
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 QUANTIZED_SIDE = 2048
-# Beyond every cache of a GPU; on a CPU MLX takes large outputs from the system anew, and their page faults
-# would be measured.
+# Larger than every cache of a GPU. On a CPU, MLX allocates large outputs anew each time, and their page faults would be
+# measured.
 PASS_BYTES, CPU_PASS_BYTES = 256 << 20, 16 << 20
 LAYOUT = {"group_size": 64, "bits": 4}
 
@@ -33,12 +34,12 @@ def measure_rates(rounds: int = 5, sides: tuple[int, ...] = SIDES, pass_bytes: i
     Args:
         rounds: of each measurement.
         sides: of the square products, smallest first.
-        pass_bytes: of the array that bandwidth is measured on; default: 256 MB, on a CPU 16 MB.
+        pass_bytes: size of the array that bandwidth is measured on; default: 256 MB, on a CPU 16 MB.
 
     Returns:
-        `gemm_flops_per_s` by dtype; `quantized_matmul_flops_per_s` of 4-bit weights by rows (`1`: reading weights
-        is the limit; `1024`: computing is) and of `dequantize_then_gemm`; `copy_bytes_per_s` and
-        `triad_bytes_per_s` (read and written); `ceilings`: what predictions are made from (mlx_lora/planner/ceilings.py).
+        `gemm_flops_per_s` by dtype; `quantized_matmul_flops_per_s` of 4-bit weights by rows (`1` is limited by reading
+        weights, `1024` by computing) and of `dequantize_then_gemm`; `copy_bytes_per_s` and `triad_bytes_per_s` (read
+        and written); `ceilings`: the rates that predictions use (mlx_lora/planner/ceilings.py).
     """
     kind = device.compute_dtype()
     on_cpu = device.current_device().backend == "cpu"
@@ -53,7 +54,7 @@ def measure_rates(rounds: int = 5, sides: tuple[int, ...] = SIDES, pass_bytes: i
             "dtype": str(kind).removeprefix("mlx.core."),
             "flops_per_s": ceilings.flops_per_s,
             "bytes_per_s": ceilings.bytes_per_s,
-            # On a GPU they hide behind the reading of their argument; JSON has no infinity.
+            # On a GPU they take no longer than reading their argument; JSON has no infinity.
             "exponentials_per_s": ceilings.exponentials_per_s if math.isfinite(ceilings.exponentials_per_s) else None,
             "launch_s": ceilings.launch_s,
         },
@@ -61,7 +62,7 @@ def measure_rates(rounds: int = 5, sides: tuple[int, ...] = SIDES, pass_bytes: i
 
 
 def describe_device() -> dict[str, Any]:
-    """Return the default device as MLX has it."""
+    """Return the default device as MLX describes it."""
     here = device.current_device()
     return {
         "name": here.name,
@@ -87,14 +88,14 @@ def _gemm(dtype: mx.Dtype, rounds: int, sides: tuple[int, ...]) -> float:
 
 
 def _quantized(dtype: mx.Dtype, rounds: int, side: int) -> dict[str, float]:
-    """Return the rates of both ways to multiply by a 4-bit weight of (side, side)."""
+    """Return the rates of both ways to multiply by a 4-bit weight (side, side)."""
     packed = mx.quantize(mx.random.normal((side, side), key=mx.random.key(0)).astype(dtype), **LAYOUT)
     mx.eval(packed)
     rates = {}
     for rows in (1, 1024):
         x = mx.random.normal((rows, side), key=mx.random.key(1)).astype(dtype)
         mx.eval(x)
-        # The packed kernel of a CPU needs a second for 1,024 rows: fewer tell its rate as well.
+        # The packed kernel takes a second for 1,024 rows on a CPU; fewer rows give the same rate.
         few = x[:64] if rows > 1 and device.current_device().backend == "cpu" else x
         spent = _best_s(lambda x=few: mx.quantized_matmul(x, *packed, transpose=True, **LAYOUT), rounds)
         rates[str(rows)] = 2 * len(few) * side**2 / spent

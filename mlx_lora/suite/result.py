@@ -1,4 +1,4 @@
-"""Result files: written whole or not at all, and read with one clear line for each that cannot be used."""
+"""Write and read result files; one that cannot be read is reported with one line."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ResultFile:
     """A result that was read and is valid.
 
     Attributes:
-        path: where it lies.
-        content: as the schema has it.
+        path: of the file.
+        content: as described by the schema.
     """
 
     path: Path
@@ -31,7 +31,7 @@ class ResultFile:
 
     @property
     def chip(self) -> str:
-        """The chip's name, without the maker's where that goes without saying."""
+        """The chip's name, without `Apple`."""
         return machine_name(self.content)
 
     @property
@@ -47,7 +47,7 @@ def machine_name(content: dict[str, Any]) -> str:
 
 
 def slug(name: str) -> str:
-    """Return a folder's name for a chip."""
+    """Return a folder name for a chip."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
 
 
@@ -69,10 +69,10 @@ def new_result(
 
 
 def write_result(path: Path, content: dict[str, Any]) -> None:
-    """Write a result that is valid.
+    """Write a result, completely or not at all.
 
     Raises:
-        ValueError: it is not valid: a bug of ours, kept out of the files.
+        ValueError: it is not valid, which is a bug of ours.
     """
     problems = problems_of(content)
     if problems:
@@ -82,7 +82,7 @@ def write_result(path: Path, content: dict[str, Any]) -> None:
 
 
 def default_path(content: dict[str, Any], root: Path) -> Path:
-    """Return `root/<chip>/<date>-<tier>.json`, numbered where there is one already."""
+    """Return `root/<chip>/<date>-<tier>.json`, with a number if that exists."""
     tiers = "-".join(content["tiers"]) or "workloads"
     stem = root / slug(machine_name(content)) / f"{content['created'][:10]}-{tiers}"
     path, number = stem.with_suffix(".json"), 2
@@ -95,7 +95,7 @@ def read_result(path: Path) -> ResultFile:
     """Read one result.
 
     Raises:
-        InputError: one line: not JSON, foreign, another schema version, or fields that are missing or wrong.
+        InputError: it is not JSON, not ours, has another schema version, or has fields that are missing or wrong.
     """
     try:
         if path.stat().st_size > MOST_BYTES:
@@ -115,17 +115,17 @@ def read_result(path: Path) -> ResultFile:
 
 
 def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no JSON")
+    raise ValueError(f"{text} is not JSON")
 
 
 def read_results(paths: Iterable[Path]) -> tuple[list[ResultFile], list[str]]:
-    """Read files, and all .json files of folders and below.
+    """Read files, and all .json files in folders and their subfolders.
 
     Returns:
-        The valid ones, in the order given (a folder's by name), and a line for each that is not.
+        The valid results, in the order given (those of a folder by name), and a line for each invalid file.
 
     Raises:
-        InputError: a path that does not exist, or not one valid result.
+        InputError: a path does not exist, or there is no valid result.
     """
     files: list[Path] = []
     for path in paths:

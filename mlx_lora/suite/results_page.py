@@ -1,7 +1,7 @@
-"""The report page of results: one HTML file with charts, no network, no script.
+"""Write the report page of results: one HTML file with charts, without network access or scripts.
 
-Full bars are measured. Hollow, dashed ones are predicted by the planner for chips that nobody has measured, from listed
-peaks, and every place that shows one says so.
+Full bars are measured. Hollow, dashed bars are the planner's predictions, from listed peaks, for chips without results,
+and are always labeled so.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Section:
     """One workload on the page.
 
     Attributes:
-        table: of its rows.
-        words: what it is.
-        charts: title, SVG text and legend.
+        table: the table of its rows.
+        words: its description.
+        charts: title, SVG text and legend of each.
         cells, remarks: of the table.
     """
 
@@ -54,7 +54,7 @@ def write_page(
 
     Args:
         path: of the HTML file.
-        results: valid ones.
+        results: the valid results.
         problems: a line for each file that was left out.
         across_versions: as in `compare`.
     """
@@ -91,7 +91,7 @@ def _tiles(results: Sequence[ResultFile], measured: Sequence[Table]) -> list[tup
 
 
 def _machines(results: Sequence[ResultFile]) -> list[dict[str, str]]:
-    """Return the table of machines, in words."""
+    """Return the rows of the table of machines."""
     found = []
     for label, one in zip(labels_of(results), results, strict=True):
         content = one.content
@@ -130,20 +130,20 @@ def _section(table: Table, results: Sequence[ResultFile]) -> Section:
 
 
 def words_of(definition: dict[str, Any]) -> str:
-    """Return a workload in words."""
+    """Return a description of a workload."""
     base = "4-bit base (QLoRA)" if definition["packed"] else "float base (LoRA)"
-    form = {"chat": "short chats", "2k": "rows of 2,048 tokens", "8k": "rows of 8,192 tokens"}
+    rows = {"chat": "short chats", "2k": "rows of 2,048 tokens", "8k": "rows of 8,192 tokens"}
     sizes = (
         f"{definition['batch_tokens']:,} positions per step, rank {definition['rank']}, checkpointing {definition['checkpointing']}"
         if {"batch_tokens", "rank", "checkpointing"} <= definition.keys()
         else ""
     )
-    words = [f"{definition['model']}, {base}", form.get(definition["form"], definition["form"]), sizes]
+    words = [f"{definition['model']}, {base}", rows.get(definition["form"], definition["form"]), sizes]
     return "; ".join([*filter(None, words), f"version {definition['version']}"])
 
 
 def _speed_chart(table: Table, workload: Workload | None, results: Sequence[ResultFile]) -> dict[str, Any]:
-    """Draw tokens per second: what was measured, then predictions for chips that nobody measured."""
+    """Draw tokens per second: measurements, then predictions for chips without results."""
     bars = [
         Bar(row.label, row.speed["median"], low=row.speed["p10"], high=row.speed["p90"], note="; ".join(row.notes))
         for row in table.rows
@@ -158,7 +158,7 @@ def _speed_chart(table: Table, workload: Workload | None, results: Sequence[Resu
 
 
 def _memory_chart(table: Table, workload: Workload | None) -> dict[str, Any]:
-    """Draw peak memory: MLX's, the process's and the plan's where it was measured, the plan's for Macs by size."""
+    """Draw peak memory: measured (MLX's and the process's) next to the plan's, then the plan's for Macs by size."""
     bars = []
     for row in table.rows:
         if row.measured:
@@ -183,7 +183,7 @@ def _chart(title: str, svg: str, bars: Sequence[Bar]) -> dict[str, Any]:
 
 
 def _scaling(table: Table, results: Sequence[ResultFile]) -> dict[str, Any]:
-    """Draw tokens per second over GPU cores: a dashed line per generation as predicted, dots where Macs measured."""
+    """Draw tokens per second over GPU cores: a dashed line per generation for predictions, dots for measurements."""
     generations: dict[str, list[tuple[float, float]]] = {}
     for one in _chips(KNOWN[table.name]):
         if one["fits"]:
@@ -192,7 +192,7 @@ def _scaling(table: Table, results: Sequence[ResultFile]) -> dict[str, Any]:
     series = [Series(f"{name}, predicted", sorted(points), dashed=True) for name, points in generations.items()]
     cores = {str(one.path): one.content["machine"]["gpu_cores"] for one in results}
     dots = sorted((cores[row.file], row.speed["median"]) for row in table.rows if row.measured and cores[row.file])
-    # Gaps between the points: machines are not on one line.
+    # NaN makes gaps between the points, because different machines are not on one line.
     apart = [point for cores_there, speed in dots for point in ((cores_there, speed), (cores_there, math.nan))]
     series.append(Series("measured" if dots else "measured: no Mac yet", apart))
     title = f"{table.name}: tokens per second over GPU cores"
@@ -207,13 +207,13 @@ def _tier(tier: str) -> dict[str, Any]:
         (
             chip.name,
             [
-                f"{number(column[place]['tokens_per_s'])} ({column[place]['memory_gib']} GB)"
-                if column[place]["fits"]
+                f"{number(column[index]['tokens_per_s'])} ({column[index]['memory_gib']} GB)"
+                if column[index]["fits"]
                 else "does not fit"
                 for column in columns
             ],
         )
-        for place, chip in enumerate(CHIPS)
+        for index, chip in enumerate(CHIPS)
     ]
     return {
         "name": tier if tier == "embedded" else f"{tier} GB",

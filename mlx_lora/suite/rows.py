@@ -1,8 +1,8 @@
-"""Training data of the workloads: the same bytes everywhere, made from a seed, so that nothing is downloaded.
+"""Generate the workloads' training data from a seed: the same bytes everywhere, and nothing to download.
 
-Common English words drawn by rank (a word's chance falls with its place in the list), in sentences of 6 to 18. The
-text means nothing, and a loss on it says nothing; token counts, lengths and shapes are what a benchmark needs.
-Only `random.random` is used: its sequence is the one that Python promises to keep for a seed.
+The text consists of common English words, drawn by rank (a word further down the list is less likely), in sentences of 6
+to 18 words. It has no meaning, and neither has a loss on it; a benchmark only needs token counts, lengths and shapes.
+Only `random.random` is used, because Python guarantees its sequence for a seed.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ WORDS = tuple(_LIST.split())
 
 
 def chat_rows(count: int, prompt_words: tuple[int, int], answer_words: tuple[int, int], seed: int) -> str:
-    """Return `count` single-turn chats as JSON lines, in the messages form.
+    """Return `count` single-turn chats as JSON lines, in the messages format.
 
     Args:
-        count: rows.
-        prompt_words, answer_words: least and most; lengths lie evenly between on a logarithmic scale, as those of
-            real instructions do: many short ones, few long ones.
-        seed: of words and of the order of lengths.
+        count: the number of rows.
+        prompt_words, answer_words: least and most words. Lengths are evenly distributed on a logarithmic scale: as in
+            real instructions, many are short and few are long.
+        seed: of the words and lengths.
     """
     source = random.Random(seed)
     lines = []
@@ -51,12 +51,12 @@ def _length(source: random.Random, least: int, most: int) -> int:
 
 
 def _text(source: random.Random, words: int) -> str:
-    """Return so many words as sentences."""
+    """Return this many words as sentences."""
     sentences: list[str] = []
     left = words
     while left > 0:
         size = min(left, 6 + int(source.random() * 13))
-        # The square of an even draw: early words come far more often, as they do in any language.
+        # The square of a uniform number makes early words far more frequent, as in any language.
         chosen = [WORDS[int(source.random() ** 2 * len(WORDS))] for _ in range(size)]
         sentences.append(" ".join(chosen).capitalize() + ".")
         left -= size

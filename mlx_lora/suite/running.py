@@ -1,4 +1,4 @@
-"""Runs workloads: each is `python -m mlx_lora.train` in a fresh process, as a user starts it."""
+"""Run workloads, each as `python -m mlx_lora.train` in a fresh process, as a user would."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ BAD_INPUT, INTERRUPTED = 2, 130
 
 @dataclass(frozen=True)
 class Length:
-    """How long each workload runs; one that is not the workload's own makes the result incomparable.
+    """How long each workload runs; if it is changed, the result cannot be compared.
 
     Attributes:
-        steps: optimizer steps in all; None: the workload's.
-        seconds: interrupt it so long after its first step; None: never.
+        steps: total optimizer steps; None: the workload's own number.
+        seconds: interrupt it this long after its first step; None: never.
     """
 
     steps: int | None = None
@@ -40,15 +40,15 @@ class Length:
 
     @property
     def changed(self) -> bool:
-        """Whether a workload runs at another length than its own."""
+        """Whether a workload runs for another length than its own."""
         return self.steps is not None or self.seconds is not None
 
 
 class Watch:
-    """Follows a run's metrics.jsonl: when its first step ended, and when to interrupt it.
+    """Watches a run's metrics.jsonl to time its first step, and to interrupt the run when its time is over.
 
     Attributes:
-        first_step_s: from the start of the process to the end of its first step; None: not there yet.
+        first_step_s: from the start of the process to the end of its first step; None before that.
         joules: energy at that moment.
     """
 
@@ -72,10 +72,10 @@ class Watch:
 
 
 def measure_rates(work: Path) -> dict[str, Any]:
-    """Run the micro-benchmarks in a process of their own, and return its device and rates.
+    """Run suite/rates.py in a process of its own, and return the device and the rates.
 
     Raises:
-        RunError: they failed.
+        RunError: it failed.
     """
     ended = run_process([sys.executable, "-m", "mlx_lora.suite.rates"], work / "rates.log")
     try:
@@ -85,7 +85,7 @@ def measure_rates(work: Path) -> dict[str, Any]:
 
 
 def prepare_embedded(packed: bool, work: Path, say: Callable[[str], None]) -> Path:
-    """Return the embedded model as a folder, its 4-bit blocks carried over or made floats.
+    """Return a folder with the embedded model, with its 4-bit blocks carried over or converted to floats.
 
     Raises:
         InputError: it cannot be fetched.
@@ -103,7 +103,7 @@ def prepare_embedded(packed: bool, work: Path, say: Callable[[str], None]) -> Pa
 
 
 def train_command(workload: Workload, model: str, data: Path, folder: Path, length: Length) -> list[str]:
-    """Return the command of one workload: a report per step, and nothing held out, saved or validated meanwhile."""
+    """Return the command of one workload, which reports each step, and does not hold out, validate or save anything."""
     settings = {
         "model": model,
         "data": data,
@@ -128,15 +128,15 @@ def run_workload(
     say: Callable[[str], None],
     model: str | None = None,
 ) -> dict[str, Any]:
-    """Run one workload and return its entry of the result; what cannot run is an entry with a reason.
+    """Run one workload and return its entry of the result; if it cannot run, the entry has the reason.
 
     Args:
-        workload: which.
-        machine: `device` and `rates`, of `measure_rates`.
+        workload: the workload.
+        machine: `device` and `rates` from `measure_rates`.
         work: folder for data, models and run folders.
         length: the workload's own, or another.
-        say: takes lines of progress.
-        model: train on this instead of the workload's own model (tests).
+        say: called with lines of progress.
+        model: train this instead of the workload's own model (for tests).
     """
     folder = work / workload.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -184,12 +184,12 @@ def _new_entry(workload: Workload, length: Length, data: Path) -> dict[str, Any]
 
 
 def _model_of(workload: Workload, work: Path, say: Callable[[str], None]) -> str:
-    """Return what --model is given."""
+    """Return the value of --model."""
     return str(prepare_embedded(workload.packed, work, say)) if workload.tier == "embedded" else workload.source
 
 
 def _failure(ended: Ended) -> dict[str, Any]:
-    """Return why a run gave no figures: refused before it began, or failed."""
+    """Return the status and the reason of a run without figures: it was refused before it began, or failed."""
     if ended.code == BAD_INPUT:
         return {"status": "not run", "reason": _without_home(ended.last_words)}
     how = f"signal {-ended.code}" if ended.code < 0 else f"code {ended.code}"
@@ -197,12 +197,12 @@ def _failure(ended: Ended) -> dict[str, Any]:
 
 
 def _without_home(text: str) -> str:
-    """Results are published: a path in an error must not tell whose machine it is."""
+    """Return a text without the home folder: results are published, and must not contain a user's name."""
     return text.replace(str(Path.home()), "~")
 
 
 def _base_of(run: Path, workload: Workload) -> dict[str, Any]:
-    """Return which weights were trained on, as the adapter knows its base."""
+    """Return the base weights, as the adapter's config names them."""
     config = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))["mlx_lora"]
     return {
         "model": workload.source if workload.tier == "embedded" else config["base_model"],
@@ -214,7 +214,7 @@ def _base_of(run: Path, workload: Workload) -> dict[str, Any]:
 def _against_plan(
     workload: Workload, machine: dict[str, Any], records: Sequence[dict[str, Any]], figures: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the planner's figures for the steps that were counted, and put the utilization into the measured ones."""
+    """Return the planner's figures for the counted steps, and add the utilization to the measured `figures`."""
     _, counted = counted_records(records)
     where, ceilings = measured_machine(machine["device"], machine["rates"]["ceilings"])
     expected = predict(workload, where, ceilings, batches_of(counted))

@@ -1,7 +1,7 @@
-"""The schema of a result file, version 1: every field with its type and meaning, and the check of a file against it.
+"""The schema of a result file, version 1: every field with its type and meaning, and a check of files against it.
 
-docs/benchmarks.md prints the same table; a test keeps the two in step. A name ending in `[]` stands for each entry of
-a list, one ending in `{}` for each value of a mapping.
+docs/benchmarks.md has the same table; a test compares the two. A name ending in `[]` means each entry of a list, one
+ending in `{}` each value of a mapping.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Field:
         path: dotted.
         kind: `text`, `number` (finite, not negative), `whole`, `yes/no`, `mapping` or `list`.
         meaning: for the documentation.
-        may_be_null: whether null is allowed: it could not be read, or there is none.
+        may_be_null: whether null is allowed, because the value could not be read or does not exist.
     """
 
     path: str
@@ -35,7 +35,7 @@ class Field:
 
 
 def _fields(prefix: str, *rows: tuple[str, str, str]) -> tuple[Field, ...]:
-    """Make fields under a prefix; a `?` behind the kind allows null."""
+    """Return fields with a prefix; a `?` after the kind allows null."""
     return tuple(Field(f"{prefix}{name}", kind.rstrip("?"), text, kind.endswith("?")) for name, kind, text in rows)
 
 
@@ -186,7 +186,7 @@ KINDS = {
 
 
 def problems_of(content: Any) -> list[str]:
-    """Return what is wrong with a result file's content, a few words each; empty: it is valid."""
+    """Return the problems of a result file's content, a few words each; empty: it is valid."""
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         return [f'foreign: no "schema": "{SCHEMA}" in it']
     version = content.get("schema_version")
@@ -203,14 +203,14 @@ def problems_of(content: Any) -> list[str]:
 
 
 def _under(path: str, lines: Iterable[str]) -> list[str]:
-    """Put a path before what is wrong below it, or with the thing itself (`is missing`)."""
+    """Return problems with the path of the part that they are in; some are about the part itself (`is missing`)."""
     return [f"{path} {line}" if line.startswith("is ") else f"{path}.{line}" for line in lines]
 
 
 def _entry_problems(entry: Any) -> Iterator[str]:
-    """Yield what is wrong with one workload's entry."""
+    """Yield the problems of one workload's entry."""
     if not isinstance(entry, dict):
-        yield "is no mapping"
+        yield "is not a mapping"
         return
     own = [Field(f.path.removeprefix("results[]."), f.kind, f.meaning, f.may_be_null) for f in RESULT]
     yield from _check(entry, own)
@@ -237,9 +237,9 @@ def _entry_problems(entry: Any) -> Iterator[str]:
 
 
 def _check(content: Any, fields: Any) -> Iterator[str]:
-    """Yield what is wrong with a mapping's fields; what lies under a wrong one is not asked for."""
+    """Yield the problems of a mapping's fields; fields inside a wrong one are not checked."""
     if not isinstance(content, dict):
-        yield "is no mapping"
+        yield "is not a mapping"
         return
     for field in fields:
         for value, path in _values(content, field.path.split("."), ""):
@@ -259,7 +259,7 @@ def _values(content: Any, parts: list[str], path: str) -> Iterator[tuple[Any, st
     if not parts:
         yield content, path.removeprefix(".")
     elif not isinstance(content, dict):
-        return  # the field above has been complained of, or is a null that is allowed
+        return  # the parent was already reported, or is an allowed null
     elif parts[0] == "{}":
         for key, value in content.items():
             yield from _values(value, parts[1:], f"{path}.{key}")

@@ -1,4 +1,4 @@
-"""Comparisons as text: aligned for a terminal, or Markdown."""
+"""Render comparisons as text: aligned for a terminal, or as Markdown."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COLUMNS = (
 
 
 def cells_of(row: Row) -> list[str]:
-    """Return a row's cells, as `COLUMNS` names them; figures of the planner stand in columns that say so."""
+    """Return a row's cells for `COLUMNS`; the planner's figures have their own columns."""
     if not row.measured:
         return [row.label, row.entry["status"], *[""] * (len(COLUMNS) - 2)]
     figures, predicted = row.entry["figures"], row.entry["predicted"]
@@ -43,7 +43,7 @@ def cells_of(row: Row) -> list[str]:
 
 
 def remarks_of(table: Table) -> list[str]:
-    """Return a line for each thing about a table's rows that its columns do not say."""
+    """Return a line for each note on a table's rows, and for each row without a ratio."""
     found = []
     for row in table.rows:
         if row.mismatch:
@@ -93,7 +93,7 @@ def to_json(tables: Sequence[Table]) -> dict[str, Any]:
 
 
 def number(value: float) -> str:
-    """Return a rate with three digits or all before the point."""
+    """Return a rate with at least three digits, without decimals from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -1,6 +1,6 @@
-"""The models of the workloads: where they come from, and their shape, so that a plan needs no download.
+"""The models of the workloads: their hub ids, and their shapes, so that a plan needs no download.
 
-The shapes are those of the published config.json files, cut to what decides memory and speed.
+The shapes are those of the published config.json files, reduced to what decides memory and speed.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SuiteModel:
-    """A base model in the two forms that workloads train on.
+    """A base model, in bfloat16 and in 4 bits.
 
     Attributes:
         name: in workload names and tables.
-        float_id, packed_id: hub ids of the bfloat16 and the 4-bit form; None: no workload uses it.
-        parameters: weights in all, published.
-        config: what config.json holds of its shape.
-        quantization: of the 4-bit form.
+        float_id, packed_id: hub ids of the bfloat16 and the 4-bit model; None: no workload uses it.
+        parameters: the published number of weights.
+        config: the fields of config.json that decide its shape.
+        quantization: of the 4-bit model.
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""The fixed, versioned workloads: equal work on every machine, by how much memory it needs.
+"""The fixed, versioned workloads: the same work on every machine, in tiers by the memory they need.
 
-A workload never changes: one that must is given the next version, and figures of the two are not compared. Batch shape
-and checkpointing are part of it, so that a large Mac does the same work as a small one. Tiers are memory sizes in GB: all
-workloads of a tier are planned to fit the chips sold with so much (tests/test_suite.py asks the planner).
+A workload never changes: if it must, it gets the next version, and figures of the two are not compared. Batch shape and
+checkpointing are part of it, so that a large Mac does the same work as a small one. Tiers are memory sizes in GB: by the
+planner, all workloads of a tier fit the chips sold with that memory (tests/test_suite.py checks it).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ TIERS = ("embedded", "8", "16", "32", "64", "128")
 
 @dataclass(frozen=True)
 class Rows:
-    """Which training data is made.
+    """The training data to generate (see rows.py).
 
     Attributes:
-        count: rows.
-        prompt_words, answer_words: least and most.
-        seed: of everything in them.
+        count: the number of rows.
+        prompt_words, answer_words: least and most words.
+        seed: of the words and lengths.
     """
 
     count: int
@@ -52,14 +52,15 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Form:
-    """How a workload's sequences look.
+class RowShape:
+    """The data of a workload and the lengths of its rows.
 
     Attributes:
         rows: the data.
-        max_seq_length: tokens; `2k` and `8k` rows are longer and are cut, so that all batches have one shape.
-        typical_width: positions of a usual row, for predictions without the data's tokens.
-        real_share, trained_share: of a batch's positions that are no padding, and that are trained; likewise.
+        max_seq_length: in tokens; `2k` and `8k` rows are longer and are cut, so that all batches have one shape.
+        typical_width: positions of a typical row, for predictions without a tokenizer.
+        real_share, trained_share: fractions of a batch's positions that are not padding, and that are trained, for the
+            same use.
     """
 
     rows: Rows
@@ -69,24 +70,24 @@ class Form:
     trained_share: float
 
 
-# Rows are few: the first pass over them meets every batch shape once, and is the warm-up.
-FORMS = {
-    "chat": Form(Rows(48, (8, 60), (16, 320)), 1024, 204, 0.94, 0.61),
-    "2k": Form(Rows(3, (20, 40), (2600, 2600)), 2049, 2048, 1.0, 0.97),
-    "8k": Form(Rows(3, (20, 40), (10400, 10400)), 8193, 8192, 1.0, 0.99),
+# There are few rows, because the first pass over them, which compiles every batch shape, is the warm-up.
+ROW_SHAPES = {
+    "chat": RowShape(Rows(48, (8, 60), (16, 320)), 1024, 204, 0.94, 0.61),
+    "2k": RowShape(Rows(3, (20, 40), (2600, 2600)), 2049, 2048, 1.0, 0.97),
+    "8k": RowShape(Rows(3, (20, 40), (10400, 10400)), 8193, 8192, 1.0, 0.99),
 }
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One thing that is measured.
+    """One workload.
 
     Attributes:
-        tier: a memory size in GB, or `embedded`: a model from PyPI, no hub.
+        tier: a memory size in GB, or `embedded` for a model from PyPI, without the hub.
         model: a name in suite/workload_models.py.
-        form: `chat` (short rows), `2k` or `8k` (full rows).
+        form: a key of ROW_SHAPES: `chat` (short rows), `2k` or `8k` (full rows).
         packed: 4-bit base (QLoRA), else floats (LoRA).
-        batch_tokens: positions per step at the most.
+        batch_tokens: the most positions per step.
         checkpointing: --grad-checkpoint.
         epochs: passes over the rows that are counted, after one that is not.
         rank: of the adapter on all linear layers; alpha is twice that.
@@ -105,25 +106,25 @@ class Workload:
 
     @property
     def name(self) -> str:
-        """As in `llama-3.2-1b-2k-qlora`, with its tier in front when that is `embedded`."""
+        """The name, such as `llama-3.2-1b-2k-qlora`; it starts with `embedded-` in that tier."""
         plain = f"{self.model}-{self.form}-{'qlora' if self.packed else 'lora'}"
         return f"embedded-{plain}" if self.tier == "embedded" else plain
 
     @property
-    def shape(self) -> Form:
-        """Its form's lengths."""
-        return FORMS[self.form]
+    def shape(self) -> RowShape:
+        """The data and lengths of its rows."""
+        return ROW_SHAPES[self.form]
 
     @property
     def source(self) -> str:
-        """Hub id of its model, or the file that the embedded one comes from."""
+        """The hub id of its model, or the file and hash of the embedded one."""
         if self.tier == "embedded":
             return f"{EMBEDDED.file_name}, sha256 {EMBEDDED.sha256[:12]}"
         found = MODELS[self.model]
         return (found.packed_id if self.packed else found.float_id) or ""
 
     def flags(self) -> dict[str, Any]:
-        """Return the settings of train that make it, by name."""
+        """Return its train settings by name."""
         return {
             "method": "lora",
             "rank": self.rank,
@@ -138,7 +139,7 @@ class Workload:
         }
 
     def definition(self) -> dict[str, Any]:
-        """Return everything that makes it this workload, as JSON values."""
+        """Return its complete definition as JSON values."""
         rows = dataclasses.asdict(self.shape.rows)
         content = {
             "name": self.name,
@@ -151,7 +152,7 @@ class Workload:
 
 
 def digest_of(definition: dict[str, Any]) -> str:
-    """Return what tells one definition from another: 12 hex digits over all but the digest itself."""
+    """Return 12 hex digits that identify a definition, computed from everything but the digest itself."""
     content = {key: value for key, value in definition.items() if key != "digest"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -193,10 +194,10 @@ WORKLOADS = (
 
 
 def choose_workloads(tiers: tuple[str, ...], names: tuple[str, ...]) -> list[Workload]:
-    """Return the workloads of these tiers and names, in the table's order.
+    """Return the workloads with these tiers or names, in the table's order.
 
     Raises:
-        InputError: an unknown name.
+        InputError: a name is unknown.
     """
     known = {one.name: one for one in WORKLOADS}
     unknown = [name for name in names if name not in known]

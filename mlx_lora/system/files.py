@@ -50,9 +50,9 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     import fcntl
 
     try:
-        room = cache_dir("locks")
-        room.mkdir(parents=True, exist_ok=True)
-        lock = (room / hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:32]).open("w")
+        folder = cache_dir("locks")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:32]).open("w")
     except OSError:
         yield
         return

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from mlx_lora.data.batches import PLACES_STEP, Batch
+from mlx_lora.data.batches import SLOTS_STEP, Batch
 from mlx_lora.training.state import Position
 
 # Room for a part's targets comes in this many sizes, so that unevenly spread targets do not trace ever new shapes.
@@ -43,7 +43,7 @@ def split_rows(batch: Batch, parts: int) -> list[Batch]:
 
     masks = cut(batch.mask)
     needed = max(int(mask.sum()) for mask in masks)
-    sizes = [math.ceil(len(batch.positions) * n / SIZES / PLACES_STEP) * PLACES_STEP for n in range(1, SIZES + 1)]
+    sizes = [math.ceil(len(batch.positions) * n / SIZES / SLOTS_STEP) * SLOTS_STEP for n in range(1, SIZES + 1)]
     places = next(size for size in sizes if size >= needed)
     # Which of the real tokens lie where is not known here; they only count together.
     real = [batch.real_tokens, *[0] * (len(masks) - 1)]

@@ -16,7 +16,7 @@ from itertools import accumulate
 import mlx.core as mx
 import numpy as np
 
-from mlx_lora.data.batches import PLACES_STEP, Batch
+from mlx_lora.data.batches import SLOTS_STEP, Batch
 from mlx_lora.system.distributed import Ranks
 from mlx_lora.training.losses import Arrays
 
@@ -67,7 +67,7 @@ def share_of(batch: Batch, rows: np.ndarray) -> Batch:
     most, count = mask.size, int(mask.sum())
     even = len(batch.positions) * len(rows) / len(batch.mask)
     steps = max(0, int(np.ceil((count / even - 1) / ROOM_STEP))) if even else 0
-    room = int(np.ceil(even * (1 + steps * ROOM_STEP) / PLACES_STEP)) * PLACES_STEP
+    room = int(np.ceil(even * (1 + steps * ROOM_STEP) / SLOTS_STEP)) * SLOTS_STEP
     real_tokens = batch.real_tokens * len(rows) // len(batch.mask)  # nobody reads a share's; the whole batch counts
     return Batch.of(batch.inputs[rows], batch.targets[rows], mask, real_tokens, min(max(room, count), most))
 

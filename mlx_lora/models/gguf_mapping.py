@@ -1,8 +1,8 @@
-"""Where one GGUF tensor goes among mlx-lm's parameters, and what its values go through on the way.
+"""How a GGUF tensor maps to mlx-lm's parameters, in both directions.
 
-llama.cpp's converter reorders rows and columns, adds to norms, joins tensors and drops axes of length one; a `Weight`
-says which of these a tensor had, and both directions read it. Orders move whole rows, or whole groups of columns, so
-packed weights keep their bits.
+llama.cpp's converter reorders rows and columns, adds an offset to norms, joins tensors and drops axes of length one. A
+`TensorMapping` records which of these were applied to a tensor. Reordering moves whole rows, or whole groups of columns,
+so packed weights keep their bits.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Order:
-    """A reordering of an axis: entries from `start` on, seen as (outer, first, second, inner), swap the middle two.
+    """A reordering of an axis: its entries are split into (outer, first, second, inner) and the middle two are swapped.
 
-    One of the four sizes is -1: whatever the axis' length makes of it.
+    One of the four sizes may be -1, which numpy infers from the axis' length.
 
     Attributes:
-        outer, first, second, inner: the split on our side; the file has (outer, second, first, inner).
-        start: entries before it stay.
+        outer, first, second, inner: the split in mlx-lm's weight; the file has (outer, second, first, inner).
+        start: the first entry that moves.
     """
 
     outer: int
@@ -31,39 +31,39 @@ class Order:
     start: int = 0
 
     def to_file(self, length: int) -> np.ndarray:
-        """Return, for each entry of the file's axis, which of ours stands there, (length,) int64."""
+        """Return the index into mlx-lm's axis for each entry of the file's axis, (length,) int64."""
         split = np.arange(self.start, length).reshape(self.outer, self.first, self.second, self.inner)
         return np.concatenate([np.arange(self.start), split.swapaxes(1, 2).ravel()])
 
     def from_file(self, length: int) -> np.ndarray:
-        """Return, for each of our entries, which of the file's stands there, (length,) int64."""
+        """Return the index into the file's axis for each entry of mlx-lm's axis, (length,) int64."""
         return np.argsort(self.to_file(length))
 
     def in_groups(self, size: int) -> Order | None:
-        """Return the order of groups of `size` entries, or None where it tears groups apart."""
+        """Return the same reordering in groups of `size` entries, or None if it would split a group."""
         if self.inner < 0 or self.inner % size or self.start % size:
             return None
         return Order(self.outer, self.first, self.second, self.inner // size, self.start // size)
 
 
 def rope_order(n_heads: int) -> Order:
-    """Return llama.cpp's order of q and k rows: within a head from (half, pair) to (pair, half)."""
+    """Return llama.cpp's order of q and k rows: within each head, (half, pair) becomes (pair, half)."""
     return Order(n_heads, 2, -1, 1)
 
 
 @dataclass(frozen=True)
-class Weight:
-    """Where one GGUF tensor goes.
+class TensorMapping:
+    """The mlx-lm parameters that one GGUF tensor holds, and how it stores them.
 
     Attributes:
         name: mlx-lm's parameter, e.g. `model.layers.0.self_attn.q_proj.weight`.
-        then: further parameters, whose rows the file has after those of `name`; each has as many.
-        rows, columns: their order in the file; None: ours.
-        offset: what the file added to the values (1 for Gemma's norms).
-        axis: of length one, which ours has and the file's lacks.
-        values: `plain`, or `minus_exp` where the file holds -exp of ours.
+        then: further parameters of the same shape, whose rows follow those of `name` in the file.
+        rows, columns: how the file reorders them; None: not at all.
+        offset: what the file adds to the values (1 for Gemma's norms).
+        axis: an axis of length one that mlx-lm's parameter has and the file's tensor lacks.
+        values: `plain`, or `minus_exp` if the file holds -exp(value).
         exact: whether it always stays float: routers, convolutions, biases of experts.
-        scaled: whether another tensor multiplies what comes out of it.
+        scaled: whether another tensor multiplies this layer's output.
     """
 
     name: str
@@ -78,21 +78,21 @@ class Weight:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All of its parameters."""
+        """The names of all its parameters."""
         return (self.name, *self.then)
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The layers whose weights they are."""
+        """The layers that these weights belong to."""
         return tuple(name.removesuffix(".weight") for name in self.names)
 
     @property
     def moves(self) -> bool:
-        """Whether the file's values, or their places, are not ours."""
+        """Whether the file's values, or their order, differ from mlx-lm's."""
         return bool(self.rows or self.columns or self.offset or self.values != "plain")
 
     def file_shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the tensor's shape for a parameter's."""
+        """Return the shape that the file's tensor has for a parameter of shape `ours`."""
         if self.axis is None:
             return ours
         return tuple(size for axis, size in enumerate(ours) if axis != self.axis % len(ours))
@@ -101,10 +101,10 @@ class Weight:
         """Return a parameter's values as the file holds them.
 
         Args:
-            values: float32, in our shape.
+            values: float32, in the parameter's shape.
 
         Returns:
-            float32, in the file's.
+            float32, in the file's shape.
         """
         values = values if self.axis is None else np.squeeze(values, self.axis)
         values = -np.exp(values) if self.values == "minus_exp" else values
@@ -113,7 +113,7 @@ class Weight:
         return values + np.float32(self.offset) if self.offset else values
 
     def from_file(self, values: np.ndarray) -> np.ndarray:
-        """Return a tensor's values as our parameter holds them: the way back of `to_file`."""
+        """Return a tensor's values as mlx-lm's parameter holds them: the inverse of `to_file`."""
         values = values - np.float32(self.offset) if self.offset else values
         values = values if self.columns is None else values[..., self.columns.from_file(values.shape[-1])]
         values = values if self.rows is None else values[self.rows.from_file(len(values))]
@@ -122,11 +122,11 @@ class Weight:
 
 
 def undo_rope_order(rows: np.ndarray, n_heads: int) -> np.ndarray:
-    """Put the rows of a q or k weight back from llama.cpp's RoPE order into Hugging Face's.
+    """Return the rows of a q or k weight in Hugging Face's RoPE order, given llama.cpp's.
 
     Args:
-        rows: (heads * head_dim, ...), of any dtype: packed rows move as they are.
-        n_heads: heads that the rows belong to.
+        rows: (heads * head_dim, ...), of any dtype; packed rows are moved, not unpacked.
+        n_heads: the number of heads that the rows belong to.
 
     Returns:
         The same rows, reordered.
@@ -135,5 +135,5 @@ def undo_rope_order(rows: np.ndarray, n_heads: int) -> np.ndarray:
 
 
 def redo_rope_order(rows: np.ndarray, n_heads: int) -> np.ndarray:
-    """Put the rows of a q or k weight into llama.cpp's RoPE order: the inverse of `undo_rope_order`."""
+    """Return the rows of a q or k weight in llama.cpp's RoPE order: the inverse of `undo_rope_order`."""
     return rows[rope_order(n_heads).to_file(len(rows))]
