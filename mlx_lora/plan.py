@@ -42,7 +42,6 @@ from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.sources.hub import resolve_config
 from mlx_lora.system import console, device
 from mlx_lora.system.errors import InputError
-from mlx_lora.system.parsing import read_json
 from mlx_lora.system.units import gigabytes
 from mlx_lora.training.run_fit import outlined_shape, quantized_shape, with_kernels
 
@@ -93,7 +92,7 @@ def main(
     kernels = None if chip is None and memory_gb is None else elsewhere
     shape = outlined_shape(outline, settings, kernels)
     machine = with_kernels(settings, shape, machine, kernels)
-    size = measure_data(settings)
+    size = measure_data(settings, outline.config)
     if size is not None:
         settings = dataclasses.replace(
             settings, data=dataclasses.replace(settings.data, max_seq_length=max(2, size.longest))
@@ -123,14 +122,13 @@ def main(
         click.echo(render(result))
 
 
-def measure_data(settings: TrainSettings) -> DataSize | None:
+def measure_data(settings: TrainSettings, config: dict[str, Any]) -> DataSize | None:
     """Return the size of --data in tokens; None without data here, or without a tokenizer beside the model's config."""
     if settings.data.data is None or not Path(settings.data.data).exists():
         return None
     folder = resolve_config(settings.model.model, settings.model.revision)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    config = read_json(folder / "config.json", "download the model again")
     tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)
     rows = load_data(settings.data, tokenizer._tokenizer, settings.loop.seed, console.echo).train
     return DataSize(len(rows), int(rows.lengths.max(initial=2)), len(rows.tokens))
