@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY, quantized, tiny_model
 from mlx.utils import tree_flatten
 from mlx_lm.models import cohere, gemma2, gemma3_text, granite
-from test_step import batch
+from tiny_steps import batch
 
 from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets

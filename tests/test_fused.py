@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY, quantized, tiny_model
 from mlx.utils import tree_flatten
 from mlx_lm.models import cohere, gemma2, granite
-from test_step import adapted, batch, factors, make_step
+from tiny_steps import adapted, batch, factors, make_step
 
 from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets

@@ -15,8 +15,8 @@ from typing import Any
 
 import jinja2
 import pytest
-from byte_tokenizer import SPECIAL_TOKENS, byte_tokenizer
-from test_masks import GEMMA, HARMONY, conversations, rows_of
+from byte_tokenizer import GEMMA, HARMONY, SPECIAL_TOKENS, byte_tokenizer
+from made_conversations import conversations, rows_of
 from transformers import PreTrainedTokenizerFast
 
 from mlx_lora.data.encode import Encoder
