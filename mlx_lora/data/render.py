@@ -92,7 +92,7 @@ class Renderer:
         """Learn the template's generation prompt and the tokenizer's special tokens.
 
         Args:
-            tokenizer: Renders templates in transformers' sandbox.
+            tokenizer: For its special tokens.
             template: Jinja text.
             day: What the template takes for today; None: today.
         """
@@ -158,7 +158,6 @@ class Renderer:
 
     def _text(self, messages: list[Message], tools: list[dict] | None, prompt: bool = False) -> str:
         """Render; with `prompt`, as at inference, with the generation prompt at the end."""
-        messages = [_with_thinking(message) if "reasoning_content" in message else message for message in messages]
         try:
             return render_chat(self._tokenizer, messages, self._template, tools, prompt, self._day)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
@@ -303,11 +302,6 @@ def _has_calls(messages: list[Message]) -> bool:
 def _holds(text: str, content: str) -> bool:
     """Return whether a rendering shows a text, as it is or as JSON."""
     return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
-
-
-def _with_thinking(message: Message) -> Message:
-    """Give thinking the names that templates read, as transformers does since 5.0."""
-    return {"thinking": message["reasoning_content"], **message}
 
 
 def _as_it_is(messages: list[Message]) -> list[Message]:
