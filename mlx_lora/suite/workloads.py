@@ -13,9 +13,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_lora.sources.embedded import SMOLLM2 as EMBEDDED
 from mlx_lora.suite.rows import chat_rows
 from mlx_lora.suite.workload_models import (
+    EMBEDDED_FILE,
+    EMBEDDED_SHA256,
     GEMMA3_1B,
     GPT_OSS_20B,
     LLAMA_1B,
@@ -82,7 +83,7 @@ class Workload:
     """One thing that is measured.
 
     Attributes:
-        tier: a memory size in GB, or `embedded`: a model from PyPI, no hub.
+        tier: a memory size in GB, or `embedded`: a model that PyPI has too, for where no hub is.
         model: a name in suite/workload_models.py.
         form: `chat` (short rows), `2k` or `8k` (full rows).
         packed: 4-bit base (QLoRA), else floats (LoRA).
@@ -118,7 +119,7 @@ class Workload:
     def source(self) -> str:
         """Hub id of its model, or the file that the embedded one comes from."""
         if self.tier == "embedded":
-            return f"{EMBEDDED.file_name}, sha256 {EMBEDDED.sha256[:12]}"
+            return f"{EMBEDDED_FILE}, sha256 {EMBEDDED_SHA256[:12]}"
         found = MODELS[self.model]
         return (found.packed_id if self.packed else found.float_id) or ""
 
