@@ -24,7 +24,6 @@ others have followed. Two cases:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -41,6 +40,7 @@ from mlx_lora.data.sandbox import render_chat
 from mlx_lora.data.specials import Specials
 from mlx_lora.data.templates import PROBE
 from mlx_lora.data.turns import Span, Turns
+from mlx_lora.system.files import sha256_of
 
 A_CALL = {"id": "aaaaaaaaa", "type": "function", "function": {"name": "qzx", "arguments": {}}}
 NOTHING = {"type": "object", "properties": {}, "required": []}
@@ -337,7 +337,7 @@ def _with_short_ids(messages: list[Message]) -> list[Message]:
 
 
 def _short_id(known: str) -> str:
-    return known if re.fullmatch(r"[a-zA-Z0-9]{9}", known) else hashlib.sha256(known.encode()).hexdigest()[:9]
+    return known if re.fullmatch(r"[a-zA-Z0-9]{9}", known) else sha256_of(known)[:9]
 
 
 # How calls are written, the usual way first.

@@ -8,7 +8,6 @@ workloads of a tier are planned to fit the chips sold with so much (tests/test_s
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,7 @@ from mlx_lora.suite.workload_models import (
     SuiteModel,
 )
 from mlx_lora.system.errors import InputError
+from mlx_lora.system.files import sha256_of
 
 TIERS = ("embedded", "8", "16", "32", "64", "128")
 
@@ -154,7 +154,7 @@ class Workload:
 def digest_of(definition: dict[str, Any]) -> str:
     """Return what tells one definition from another: 12 hex digits over all but the digest itself."""
     content = {key: value for key, value in definition.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    return sha256_of(json.dumps(content, sort_keys=True))[:12]
 
 
 def _of(tier: str, model: SuiteModel, form: str, packed: bool, **changes: Any) -> Workload:
