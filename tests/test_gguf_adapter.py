@@ -14,7 +14,7 @@ from run_cli import run
 
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.models.gguf_places import redo_rope_order, undo_rope_order
+from mlx_lora.models.gguf_places import rope_order
 from mlx_lora.models.load import load_base
 from mlx_lora.models.perplexity import token_logprobs
 from mlx_lora.settings.config import ModelSettings
@@ -28,8 +28,9 @@ def export(model, folder):
 
 def test_rope_order_there_and_back():
     rows = np.arange(8 * 6 * 2).reshape(48, 2)
-    assert (undo_rope_order(redo_rope_order(rows, 8), 8) == rows).all()
-    assert (redo_rope_order(rows, 8) != rows).any()
+    written = rows[rope_order(8).to_file(len(rows))]
+    assert (written[rope_order(8).from_file(len(rows))] == rows).all()
+    assert (written != rows).any()
 
 
 def test_the_file_holds_the_update_of_each_tensor(tiny_folder, tmp_path):
@@ -53,7 +54,7 @@ def test_the_file_holds_the_update_of_each_tensor(tiny_folder, tmp_path):
     ):
         a, b = (tensors[f"blk.1.{tensor}.weight.lora_{side}"] for side in "ab")
         update = b @ a * alpha / len(a)
-        update = undo_rope_order(update, heads) if heads else update
+        update = update[rope_order(heads).from_file(len(update))] if heads else update
         assert np.allclose(update, layers[f"model.layers.1.{path}"].delta(), atol=1e-5)
 
 

@@ -27,7 +27,7 @@ from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.artifacts.gguf_model import TYPES
 from mlx_lora.models.converting import convert_model
 from mlx_lora.models.gguf_arch import model_config, weight_map
-from mlx_lora.models.gguf_places import redo_rope_order
+from mlx_lora.models.gguf_places import rope_order
 from mlx_lora.models.gguf_weights import import_weights
 from mlx_lora.models.load import load_base
 from mlx_lora.models.perplexity import token_logprobs
@@ -119,7 +119,7 @@ def merged_weights(folder, adapter) -> dict[str, np.ndarray]:
     for path, layer in adapter_layers(base.model).items():
         _, _, number, part = path.split(".", 3)
         whole = np.array(dense_weight(layer.linear).astype(mx.float32) + layer.delta())
-        whole = redo_rope_order(whole, heads[part]) if part in heads else whole
+        whole = whole[rope_order(heads[part]).to_file(len(whole))] if part in heads else whole
         weights[f"blk.{number}.{names[part.split('.')[-1]]}.weight"] = whole
     return weights
 

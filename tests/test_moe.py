@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from comparing import assert_equal
+from comparing import assert_equal, weights_checksum
 from conftest import quantized
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
@@ -19,7 +19,6 @@ from mlx_lora.adapters.moe import DoRASwitchLinear, LoRASwitchLinear
 from mlx_lora.adapters.parts import base_dims, dense_weight
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.models import matmul
-from mlx_lora.models.fingerprint import weights_checksum
 from mlx_lora.models.matmul import MeasuredQuantizedSwitchLinear, use_measured_matmul
 from mlx_lora.training.losses import Arrays, plain_loss
 

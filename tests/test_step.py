@@ -9,13 +9,13 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from comparing import weights_checksum
 from conftest import tiny_model
 from mlx.utils import tree_flatten
 from tiny_steps import adapted, batch, factors, make_step
 
 from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.data.batches import Batch
-from mlx_lora.models.fingerprint import weights_checksum
 from mlx_lora.models.matmul import MeasuredQuantizedLinear
 from mlx_lora.settings.config import OptimizerSettings
 from mlx_lora.system.errors import InputError

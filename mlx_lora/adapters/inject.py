@@ -14,8 +14,6 @@ from mlx_lora.adapters.layers import TRAINED
 from mlx_lora.adapters.parts import EMBEDDING, QUANTIZED, SWITCH, base_dims, dense_weight, with_weight
 from mlx_lora.system.errors import InputError
 
-BIASES = ("none", "lora_only", "all")
-
 
 def inject(
     model: nn.Module,

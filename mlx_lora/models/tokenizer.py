@@ -90,7 +90,7 @@ def check_tokenizer_config(folder: Path, trust_remote_code: bool) -> None:
     for number, name in enumerate(versions if isinstance(versions, list) else []):
         named[f"fast_tokenizer_files[{number}]"] = name
     # Many published files name a path of their author's machine, which says nothing; one that exists here would be read.
-    outside = [key for key, name in named.items() if not inside(folder, name) and (folder / str(name)).exists()]
+    outside = [key for key, name in named.items() if not inside(name) and (folder / str(name)).exists()]
     if outside:
         raise InputError(f"{file}: {outside[0]} names a file outside the folder; remove the key")
 

@@ -64,7 +64,6 @@ BRANCH_ENDS = frozenset(
         "proj_out",
     ]
 )
-ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 
 class NotKnown(Exception):
