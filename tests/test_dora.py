@@ -7,10 +7,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import quantized, tiny_model
+from make_adapters import TOKENS
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.dora import DoRALinear as MlxLmDoRA
 from mlx_lm.utils import load as mlx_lm_load
-from test_adapter_folder import TOKENS
 
 from mlx_lora.adapters.dora import DoRAEmbedding, DoRALinear
 from mlx_lora.adapters.inject import adapter_layers, inject

@@ -9,12 +9,12 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import TINY, quantized, tiny_model, write_folder
+from make_adapters import TOKENS
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load as mlx_lm_load
 from run_cli import run
-from test_adapter_folder import TOKENS
-from test_step import batch
 from tiny_moe import tiny_moe, with_quantized_experts
+from tiny_steps import batch
 
 from mlx_lora.adapters.adapt import adapt_model
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters

@@ -6,12 +6,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from comparing import assert_equal, weights_checksum
 from conftest import quantized
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
-from test_checkpointing import MODES, assert_equal, gradients
-from test_step import batch, make_step
 from tiny_moe import tiny_moe, with_quantized_experts
+from tiny_steps import CHECKPOINT_MODES, batch, gradients, make_step
 
 from mlx_lora.adapters.initial_factors import kaiming_factors
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
@@ -19,7 +19,6 @@ from mlx_lora.adapters.moe import DoRASwitchLinear, LoRASwitchLinear
 from mlx_lora.adapters.parts import base_dims, dense_weight
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.models import matmul
-from mlx_lora.models.fingerprint import weights_checksum
 from mlx_lora.models.matmul import MeasuredQuantizedSwitchLinear, use_measured_matmul
 from mlx_lora.training.losses import Arrays, plain_loss
 
@@ -357,7 +356,7 @@ def test_gradients_equal_finite_differences(model, form, width):
         assert derivative == pytest.approx(measured, rel=0.02, abs=0.1), seed
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CHECKPOINT_MODES)
 @pytest.mark.parametrize("form", ["lora", "dora"])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_checkpointed_gradients_are_the_same_dropout_included(model, form, mode):

@@ -11,11 +11,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import write_folder
+from make_adapters import adapt_and_save
 from mlx_lm.models.switch_layers import SwitchLinear
 from run_cli import run
-from test_adapter_folder import make_adapter
-from test_moe_folder import FEW, MANY, close, loaded, logits
-from tiny_moe import tiny_moe
+from tiny_moe import FEW, MANY, close, loaded, logits, tiny_moe
 
 from mlx_lora.adapters.inject import adapter_layers, inject
 from mlx_lora.adapters.moe import LoRASwitchLinear
@@ -50,7 +49,7 @@ def test_exported_adapters_of_experts_give_our_logits_in_peft(kind, tmp_path):
     experts = f"{EXPERTS.get(kind, 'mlp.switch_mlp')}.*"
     expected, exported = [logits(loaded(folder).model)], []
     for i, targets in enumerate(("all-linear", experts, "*.up_proj", "*.down_proj,q_proj", "layers.1.*.gate_proj")):
-        make_adapter(folder, tmp_path / f"a{i}", targets)
+        adapt_and_save(folder, tmp_path / f"a{i}", targets)
         adapted = loaded(folder)
         load_adapter(adapted, tmp_path / f"a{i}")
         out = tmp_path / f"p{i}"
@@ -105,7 +104,7 @@ def test_routers_are_refused_by_name(kind, tmp_path):
     model, config = tiny_moe(kind)
     folder = write_folder(tmp_path / "base", model, config)
     router = "router" if kind == "gpt_oss" else "gate"
-    make_adapter(folder, tmp_path / "a", f"{router},q_proj")
+    adapt_and_save(folder, tmp_path / "a", f"{router},q_proj")
     ran = run("export", "--model", folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "p")
     assert ran.code == 2
     assert f".{router} and 1 more" in ran.err
@@ -117,7 +116,7 @@ def test_routers_are_refused_by_name(kind, tmp_path):
 def test_our_exports_of_experts_can_be_read_back(kind, targets, tmp_path):
     model, config = tiny_moe(kind)
     folder = write_folder(tmp_path / "base", model, config)
-    make_adapter(folder, tmp_path / "a", targets)
+    adapt_and_save(folder, tmp_path / "a", targets)
     ours, back, bare = loaded(folder), loaded(folder), loaded(folder)
     load_adapter(ours, tmp_path / "a")
     ran = run("export", "--model", folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "p")
@@ -137,7 +136,7 @@ def test_pairs_that_peft_trained_together_are_read(kind, tmp_path):
     """There every rank serves the gate and up; a pair for another width is refused."""
     model, config = tiny_moe(kind)
     folder = write_folder(tmp_path / "base", model, config)
-    make_adapter(folder, tmp_path / "a", "layers.0.*.up_proj")
+    adapt_and_save(folder, tmp_path / "a", "layers.0.*.up_proj")
     run("export", "--model", folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "p")
     stored = mx.load(str(tmp_path / "p" / PEFT_WEIGHTS))
     ((name_a, a), (name_b, b)) = sorted(stored.items())

@@ -14,8 +14,6 @@ from mlx_lora.adapters.parts import EMBEDDING, QUANTIZED, SWITCH, base_dims, den
 from mlx_lora.adapters.registry import adapter_class
 from mlx_lora.system.errors import InputError
 
-BIASES = ("none", "lora_only", "all")
-
 
 def inject(
     model: nn.Module,

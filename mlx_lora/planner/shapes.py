@@ -66,7 +66,6 @@ BRANCH_ENDS = frozenset(
         "proj_out",
     ]
 )
-ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 
 class NotKnown(Exception):
