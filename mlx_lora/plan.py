@@ -42,7 +42,7 @@ from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.sources.hub import resolve_config
 from mlx_lora.system import console, device
 from mlx_lora.system.errors import InputError
-from mlx_lora.system.units import gigabytes
+from mlx_lora.system.units import counted, gigabytes
 from mlx_lora.training.run_fit import outlined_shape, quantized_shape, with_kernels
 
 CHARACTERS_PER_TOKEN = 4  # of English, roughly: what a data file's size says about its tokens
@@ -314,8 +314,7 @@ def time_words(hours: float) -> str:
     for unit, size in (("hour", 1.0), ("minute", 1 / 60)):
         if hours >= 1.5 * size:
             return f"{hours / size:,.0f} {unit}s" if hours >= 10 * size else f"{hours / size:.1f} {unit}s"
-    seconds = max(1, round(hours * 3600))
-    return f"{seconds} second{'s' if seconds > 1 else ''}"
+    return counted(max(1, round(hours * 3600)), "second")
 
 
 def render_chips(chips: list[dict[str, Any]]) -> str:

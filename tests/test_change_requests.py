@@ -54,15 +54,16 @@ def copied(folder: Path) -> ChangedPackage:
     return ChangedPackage(folder)
 
 
-# Prints what a run would do with two settings that are new, `label_smoothing` and `report_color`.
+# Prints what a run would do with two settings that are new, `target_spread` and `report_color`.
 NEW_SETTINGS = """
 import contextlib, io, json
 from pathlib import Path
 from types import SimpleNamespace
 import mlx_lora
-from mlx_lora.artifacts.run_folder import check_continuation, identity_of, write_settings
+from mlx_lora.artifacts.run_folder import RunFolder, check_continuation, identity_of
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.settings.settings_file import read_settings
+from mlx_lora.system.distributed import ALONE
 from mlx_lora.system.errors import InputError
 from mlx_lora.train import main
 from mlx_lora.training.agreement import check_one_run
@@ -93,8 +94,9 @@ def identity(settings):
     return identity_of(settings, "base", "rows", Plan(), 1.0)
 
 plain = train_settings({})
-changed = {name: train_settings({name: value}) for name, value in (("label_smoothing", 0.5), ("report_color", "blue"))}
-write_settings(Path(), changed["label_smoothing"])
+changed = {name: train_settings({name: value}) for name, value in (("target_spread", 0.5), ("report_color", "blue"))}
+changed["target_spread"] = train_settings({"target_spread": 0.5, "adapter_path": "."})
+RunFolder(changed["target_spread"], None, {}, ALONE, None, None).begin(None, 1, print)
 found = train_settings({}, read_settings("run.yaml", {}, print))
 
 begun = SimpleNamespace(folder="a", identity=identity(plain))
@@ -104,9 +106,9 @@ print(json.dumps({
     "package": mlx_lora.__file__,
     "help": shown("--help"),
     "help-all": shown("--help-all"),
-    "too large": told(train_settings, {"label_smoothing": 1.5}),
+    "too large": told(train_settings, {"target_spread": 1.5}),
     "no choice": told(train_settings, {"report_color": "red"}),
-    "from run.yaml": found.to_flat()["label_smoothing"],
+    "from run.yaml": found.to_flat()["target_spread"],
     "resumed": {name: told(check_continuation, begun, identity(settings)) for name, settings in changed.items()},
     "on rank 1": {name: told(check_one_run, ranks, settings, identity(settings)) for name, settings in changed.items()},
 }))
@@ -117,24 +119,24 @@ def test_a_new_setting_is_one_row(tmp_path):
     package = copied(tmp_path)
     before = "    epochs: float | None = setting("
     package.edit("settings/config.py", before, f'''\
-    label_smoothing: float = setting(0.0, "Share of the target spread over all tokens.", TRAINING, at_least=0, at_most=0.9)
+    target_spread: float = setting(0.0, "Share of the target spread over all tokens.", TRAINING, at_least=0, at_most=0.9)
     report_color: str = setting("green", "Color of the curves.", OUTPUT, common=True, may_change=True, per_machine=True,
         choices=("green", "blue"))
 {before}''')  # fmt: skip
     assert package.touched() == ["settings/config.py"]
     seen = package.python(NEW_SETTINGS)
     assert Path(seen["package"]).is_relative_to(tmp_path)
-    assert "--label-smoothing X" in seen["help-all"]
-    assert "--label-smoothing" not in seen["help"]
+    assert "--target-spread X" in seen["help-all"]
+    assert "--target-spread" not in seen["help"]
     assert "--report-color NAME" in seen["help"]
-    assert seen["too large"] == "--label-smoothing 1.5: must be at least 0 and at most 0.9"
+    assert seen["too large"] == "--target-spread 1.5: must be at least 0 and at most 0.9"
     assert seen["no choice"] == "--report-color 'red': not one of green, blue"
     written = yaml.safe_load((tmp_path / "run.yaml").read_text())
-    assert (written["label_smoothing"], written["report_color"]) == (0.5, "green")
+    assert (written["target_spread"], written["report_color"]) == (0.5, "green")
     assert seen["from run.yaml"] == 0.5
     for seen_by, words in (
-        ("resumed", "label_smoothing was 0.0, is 0.5"),
-        ("on rank 1", "label_smoothing is 0.0 on rank 0, 0.5"),
+        ("resumed", "target_spread was 0.0, is 0.5"),
+        ("on rank 1", "target_spread is 0.0 on rank 0, 0.5"),
     ):
-        assert words in seen[seen_by]["label_smoothing"]
+        assert words in seen[seen_by]["target_spread"]
         assert seen[seen_by]["report_color"] is None

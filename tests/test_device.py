@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from run_cli import run
-from test_step import adapted, batch, factors, make_step
+from tiny_steps import adapted, batch, factors, make_step
 
 from mlx_lora.system import device
 from mlx_lora.system.distributed import SeveralRanks

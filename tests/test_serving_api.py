@@ -172,12 +172,12 @@ def test_errors_are_openais(client):
         ({"temperature": -1}, "temperature -1: must be a number from 0"),
         ({"messages": []}, "messages .*at least one"),
         ({"messages": [{"role": "robot", "content": "x"}]}, r"messages\[0\]"),
-        ({"n": 2}, "n 2: this server does not do that"),
+        ({"n": 2}, "n 2: this server does not support that"),
         ({"presence_penalty": 1.0}, "presence_penalty"),
         ({"top_logprobs": 2}, "top_logprobs without logprobs"),
         ({"stop": [""]}, "stop"),
         ({"extra_body": {"made_up": 1}}, "made_up: not a field"),
-        ({"max_completion_tokens": 10**8}, "at most 100000 here"),
+        ({"max_completion_tokens": 10**8}, "allows at most 100000"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "chat template does not show them"),
     ):
         with pytest.raises(openai.BadRequestError, match=words):
@@ -187,7 +187,7 @@ def test_errors_are_openais(client):
 
 
 def test_a_prompt_longer_than_the_context_is_refused(client):
-    with pytest.raises(openai.BadRequestError, match="the bound is 200000") as error:
+    with pytest.raises(openai.BadRequestError, match="the limit is 200000") as error:
         client.completions.create(model="bard", prompt="x" * 200_001, max_tokens=1)
     assert error.value.code == "context_length_exceeded"
 

@@ -254,7 +254,7 @@ def test_a_blend_adds_what_its_parts_add(engine, folder, adapters):
     assert half not in (generated(folder, adapters["four"]), generated(folder, adapters["eleven"]))
     for blend, words in (
         ({"dora": 1.0}, "a DoRA's update is not a sum"),
-        ({"half": 1.0}, "a blend itself"),
+        ({"half": 1.0}, "itself a blend"),
         ({"nobody": 1.0}, "not loaded"),
     ):
         with pytest.raises(InputError, match=words):

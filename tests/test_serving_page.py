@@ -174,7 +174,7 @@ def test_an_error_is_one_line_and_the_question_is_not_lost(page, server):
     fill(page, model_a="bard", model_b="tutor", temperature=0, most=10**6)
     ask(page, FIRST)
     page.wait(f"document.querySelectorAll('.answer').length === 2 && {DONE}")
-    assert page.run(ERRORS) == ["Error: max_tokens 1000000: at most 100000 here"] * 2
+    assert page.run(ERRORS) == ["Error: max_tokens 1000000: this server allows at most 100000"] * 2
     assert page.run("document.getElementById('question').value") == FIRST
     fill(page, most=COUNT)
     page.press("Enter")

@@ -1,1 +1,1 @@
-"""The planner: will a run fit, and how fast is it? Arithmetic, no MLX arrays."""
+"""Predicts by arithmetic whether a run fits in memory, and how fast it is."""

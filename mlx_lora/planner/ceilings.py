@@ -1,6 +1,6 @@
-"""Measure what this machine can do at most: the ceilings that predicted speed is counted against.
+"""Measure this machine's peak rates, from which speed is predicted.
 
-Seconds of work in all; each rate is the best of several rounds, since another program's load only slows.
+It takes seconds. Each rate is the best of several rounds, since other programs can only slow it down.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import mlx.core as mx
 from mlx_lora.planner.speed import Ceilings
 from mlx_lora.system import device
 
-# Products of a training step: this many positions by a block's widths.
+# The shape of a training step's products: positions, and a block's widths.
 ROWS, INNER, OUTER = 1024, 576, 1536
-ELEMENTS = 1 << 22  # 16 MB in float32: beyond any cache that a pass could live in
+ELEMENTS = 1 << 22  # 16 MB in float32, larger than any cache
 
 
 def measure_ceilings(dtype: str = "auto", rounds: int = 5, clock: Callable[[], float] = time.perf_counter) -> Ceilings:
@@ -24,15 +24,15 @@ def measure_ceilings(dtype: str = "auto", rounds: int = 5, clock: Callable[[], f
     Args:
         dtype: --dtype of the run.
         rounds: of each measurement; the best counts.
-        clock: returns seconds; `time.process_time` on a machine that others use as well.
+        clock: returns seconds; use `time.process_time` on a machine with other load.
     """
     kind = device.compute_dtype(dtype)
     x, w = mx.random.normal((ROWS, INNER)).astype(kind), mx.random.normal((INNER, OUTER)).astype(kind)
     a, b = mx.random.normal((ELEMENTS,)).astype(kind), mx.random.normal((ELEMENTS,)).astype(kind)
     mx.eval(x, w, a, b)
     flops = 2 * ROWS * INNER * OUTER / _best_s(lambda: x @ w, rounds, clock)
-    # What a step's passes are: elementwise, into another order (heads), and along rows (norms, softmax). mlx's CPU backend
-    # does the three at 20, 9 and 5 GB/s; a GPU hardly tells them apart.
+    # The kinds of passes in a step: elementwise, reordering (heads), and along rows (norms, softmax). mlx's CPU backend
+    # reaches 20, 9 and 5 GB/s in the three; on a GPU they hardly differ.
     rows = a.reshape(1, -1, 16, 64)
     passes = (
         (3, lambda: a * b),

@@ -1,8 +1,8 @@
-"""Apple's chips: what a plan for a Mac that is not here needs to know of it.
+"""The table of Apple's chips, for plans for other Macs.
 
-Figures are theoretical peaks as published for the full configuration, secondary sources for M1 to M4, press reports of
-Apple's announcement for M5; `estimate` marks those that nobody published. None was measured by us: a plan that
-uses them is a prediction. Memory is in GiB, as Apple sells it.
+Figures are published theoretical peaks of the full configuration, from secondary sources for M1 to M4 and press reports
+of Apple's announcement for M5; `estimate` marks unpublished ones. We measured none of them, so a plan that uses them is
+a prediction. Memory is in GiB, as Apple sells it.
 
 Source: published specifications; M4 GEMM at 2.9 of 4.3 TFLOPS, arXiv 2502.05317; M5 at 122 of 153 GB/s, press.
 """
@@ -16,7 +16,7 @@ from mlx_lora.planner.shapes import Machine
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.units import GIB
 
-# Of the listed peaks, what real products and real passes over memory reach (module docstring).
+# The fraction of the listed peaks that real products and real passes over memory reach (module docstring).
 REACHED_FLOPS = 2.9 / 4.3
 REACHED_BANDWIDTH = 122 / 153
 
@@ -27,12 +27,12 @@ class Chip:
 
     Attributes:
         name: `M2 Pro`.
-        gpu_cores: at full configuration.
-        gb_per_s: memory bandwidth, listed.
-        tflops: float32, listed.
+        gpu_cores: of the full configuration.
+        gb_per_s: listed memory bandwidth.
+        tflops: listed float32 peak.
         memory_gib: sizes sold.
         half_rate: rate of a 16-bit product as a multiple of the float32 rate; above 1 only with matrix units.
-        status: `listed` or `estimate`, of the TFLOPS.
+        status: of the TFLOPS, `listed` or `estimate`.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Chip:
     status: str = "listed"
 
     def machine(self, memory_gib: int | None = None, number_bytes: int = 2) -> Machine:
-        """Return this chip with so much memory (the least that is sold by default)."""
+        """Return a machine with this chip and memory (by default the smallest size sold)."""
         memory = (memory_gib or self.memory_gib[0]) * GIB
         return Machine(f"{self.name}, {memory // GIB} GB", "metal", memory, working_set(memory), number_bytes)
 
@@ -65,7 +65,7 @@ CHIPS = (
     Chip("M4", 10, 120, 4.3, (16, 24, 32)),
     Chip("M4 Pro", 20, 273, 8.7, (24, 48, 64)),
     Chip("M4 Max", 40, 546, 17.4, (36, 48, 64, 128)),
-    # 3.8 TFLOPS of float32 were measured by others; the 16-bit rate is that of the related A19's matrix units.
+    # Others measured 3.8 TFLOPS in float32; the 16-bit rate is that of the related A19's matrix units.
     Chip("M5", 10, 153, 3.8, (16, 24, 32), 4.0, "estimate"),
     Chip("M5 Pro", 20, 307, 7.6, (24, 48, 64), 4.0, "estimate"),
     Chip("M5 Max", 40, 614, 18.0, (36, 48, 64, 128), 4.0, "estimate"),
@@ -73,19 +73,19 @@ CHIPS = (
 
 
 def working_set(memory_bytes: int) -> int:
-    """Return what macOS lets the GPU wire by default: about two thirds up to 36 GiB, three quarters above.
+    """Return the bytes that macOS lets the GPU wire by default: about two thirds up to 36 GiB, three quarters above.
 
-    An estimate (Metal's `recommendedMaxWorkingSetSize` says it exactly): macOS allows 65 to 75 % by size.
+    This is an estimate (Metal's `recommendedMaxWorkingSetSize` is exact): macOS allows 65 to 75 %, depending on size.
     """
     share = 2 / 3 if memory_bytes <= 36 * GIB else 3 / 4
     return int(memory_bytes * share)
 
 
 def find_chip(name: str) -> Chip:
-    """Return a chip by name, however it is spaced or cased, with or without `Apple`.
+    """Return a chip by name, regardless of spaces and case, with or without `Apple`.
 
     Raises:
-        InputError: with the nearest names.
+        InputError: there is no such chip; the message has similar names.
     """
     wanted = _plain(name)
     for chip in CHIPS:
@@ -98,7 +98,7 @@ def find_chip(name: str) -> Chip:
 
 
 def known_chip(name: str) -> Chip | None:
-    """Return the chip that a device calls itself by (`Apple M2 Pro`), None for another machine."""
+    """Return the chip with a device's name (`Apple M2 Pro`), None for other machines."""
     return next((chip for chip in CHIPS if _plain(chip.name) == _plain(name)), None)
 
 

@@ -1,6 +1,6 @@
-"""From a run's settings and a model's shape to what will fit: the choice of settings, and advice where nothing does.
+"""Choose settings with which a run fits in memory, or advise other settings if it does not fit.
 
-The arithmetic is memory.py's and speed.py's; here it is asked again and again with other settings.
+The arithmetic is in memory.py; this file calls it repeatedly with different settings.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from mlx_lora.planner.memory import MemoryPlan, plan_memory
 from mlx_lora.planner.shapes import Machine, ModelShape, Run
 from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
-from mlx_lora.settings.methods import PRESETS
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.units import gigabytes
 
-# Fastest first. Checkpointing changes no number of the run, fewer tokens a step do: it is tried before them.
+# Fastest first. Checkpointing is tried before smaller batches, because it does not change the run's results.
 AUTO_MODES = ("none", "selective", "block")
 SMALLEST_BATCH = 64
 LONGEST_SEQUENCE = 1 << 20
@@ -23,12 +22,12 @@ LONGEST_SEQUENCE = 1 << 20
 
 @dataclass(frozen=True)
 class Fitted:
-    """Settings that were chosen, and what they need.
+    """The settings that were chosen, and their memory.
 
     Attributes:
         batch_tokens: of a micro-batch.
-        checkpointing: mode.
-        memory: the plan of the largest batch.
+        checkpointing: the mode.
+        memory: the plan for the largest batch.
     """
 
     batch_tokens: int
@@ -43,25 +42,24 @@ def largest_batch(
 
     Args:
         width: positions of the longest row.
-        settings: may name the examples of a batch, and say how many rows an example has.
-        batch_tokens: of a batch, where it does not.
-        most_rows: in all the data; None: not known.
+        settings: may have the number of examples of a batch; they say how many rows an example has.
+        batch_tokens: of a batch, if the settings do not have it.
+        most_rows: the number of rows in the data; None: not known.
     """
     group = settings.objective.rows_per_example
     rows = group * (settings.loop.batch_size or max(1, batch_tokens // (group * width)))
     return (rows if most_rows is None else max(1, min(rows, most_rows))), width
 
 
-def run_of(settings: TrainSettings, rows: int, width: int, mode: str, places: int | None = None) -> Run:
-    """Return what of the settings decides memory, for one batch shape."""
+def run_of(settings: TrainSettings, rows: int, width: int, mode: str, slots: int | None = None) -> Run:
+    """Return the settings that decide memory, for one batch shape with `slots` trained positions."""
     loop = settings.loop
     return Run(
         rows=-(-rows // loop.batch_parts),
         width=width,
-        trained_positions=places,
+        trained_positions=slots,
         checkpointing=mode,
         optimizer=settings.optimizer.optimizer,
-        form=PRESETS[settings.adapter.method_name].form,
         dropout=settings.adapter.dropout > 0,
         accumulates=loop.grad_accumulation_steps * loop.batch_parts > 1,
     )
@@ -76,16 +74,16 @@ def budget_of(loop: LoopSettings, machine: Machine) -> int:
 def fit(
     settings: TrainSettings, shape: ModelShape, machine: Machine, width: int, most_rows: int | None = None
 ) -> Fitted:
-    """Choose batch tokens and checkpointing where the settings leave them open.
+    """Choose batch tokens and checkpointing if the settings leave them open.
 
-    The first that fits: 2,048 tokens or halves of it, and for each the fastest mode. Where nothing fits, the
-    smallest is returned, whose plan says so.
+    The first choice that fits is returned: 2,048 tokens, then halves of it, each with the fastest mode first. If nothing
+    fits, the smallest is returned, and its plan tells that it does not fit.
 
     Args:
         settings: --batch-tokens and --grad-checkpoint may be open (None, auto).
-        shape, machine: the model and where it runs.
+        shape, machine: the model and the machine.
         width: positions of the longest row.
-        most_rows: in all the data; None: not known.
+        most_rows: the number of rows in the data; None: not known.
     """
     loop = settings.loop
     budget = budget_of(loop, machine)
@@ -98,18 +96,18 @@ def fit(
 
 
 def _choices(loop: LoopSettings, width: int) -> Iterator[tuple[int, str]]:
-    """Yield (batch tokens, mode), the preferred first."""
+    """Yield (batch tokens, mode), the preferred ones first."""
     modes = AUTO_MODES if loop.grad_checkpoint == "auto" else (loop.grad_checkpoint,)
     tokens = loop.batch_tokens or DEFAULT_BATCH_TOKENS
     while True:
         yield from ((tokens, mode) for mode in modes)
         if loop.batch_tokens or loop.batch_size or tokens // 2 < max(SMALLEST_BATCH, width):
-            return  # a row longer than the budget stands alone anyway
+            return  # a row that is longer than the budget gets its own batch anyway
         tokens //= 2
 
 
 def largest_that_fits(fits: Callable[[int], bool], most: int, step: int = 32) -> int:
-    """Return the largest multiple of `step` up to `most` that fits, 0 for none; what fits must be monotone."""
+    """Return the largest multiple of `step` up to `most` that fits, 0 if none does; `fits` must be monotone."""
     low, high = 0, most // step
     while low < high:
         middle = (low + high + 1) // 2
@@ -138,7 +136,7 @@ def largest_rows(settings: TrainSettings, shape: ModelShape, machine: Machine, m
 
 
 def planned_words(memory: MemoryPlan) -> str:
-    """Say in the run's header what was planned, or that nothing could be promised."""
+    """Return the planned memory for the run's header, or that it is not known."""
     if memory.not_known:
         limit = gigabytes(memory.budget_bytes)
         return f"memory not known beforehand, watched against {limit} while it runs ({memory.not_known[0]})"
@@ -158,21 +156,21 @@ def check_fits(
 
     Args:
         settings: of the run.
-        fitted: what `fit` chose.
-        shape, machine, width, most_rows: as in `fit`.
-        quantized: returns the shape with a 4-bit base, None where it is quantized already.
+        fitted: the result of `fit`.
+        shape, machine, width, most_rows: as for `fit`.
+        quantized: returns the shape with a 4-bit base, or None if it is already quantized.
 
     Raises:
-        InputError: with the nearest settings that do fit.
+        InputError: the run does not fit; the message has the nearest settings that do.
     """
     memory = fitted.memory
     if memory.fits or not settings.loop.memory_check or shape.not_known:
-        return  # what is not known is watched while it runs (training/memory_guard.py)
+        return  # memory that is not known is watched during the run (training/memory_guard.py)
     limit = "--memory-budget" if settings.loop.memory_budget else f"the working set of {machine.name}"
     raise InputError(
         f"this run: needs {gigabytes(memory.needed_bytes)} at its peak by the plan, and {limit} is "
         f"{gigabytes(memory.budget_bytes)}; {advice(settings, shape, machine, width, quantized, most_rows)}, or "
-        "--no-memory-check to try it all the same"
+        "--no-memory-check to try it anyway"
     )
 
 
@@ -184,7 +182,7 @@ def advice(
     quantized: Callable[[], ModelShape | None] = lambda: None,
     most_rows: int | None = None,
 ) -> str:
-    """Return the nearest settings that fit, as flags: what changes the run least comes first."""
+    """Return the settings that fit and change the run least, as flags."""
     for model, words in ((lambda: shape, []), (quantized, ["a 4-bit base"])):
         found = model()
         if found is None:
@@ -198,7 +196,7 @@ def advice(
 def _nearest(
     settings: TrainSettings, shape: ModelShape, machine: Machine, width: int, most_rows: int | None
 ) -> list[str] | None:
-    """Return flags with which the run fits, None where there are none; empty: as it is."""
+    """Return the flags with which the run fits (empty: it fits as it is), or None if there are none."""
     widths = [width]
     while widths[-1] > SMALLEST_BATCH:
         widths.append(max(SMALLEST_BATCH, widths[-1] // 2))
@@ -212,7 +210,7 @@ def _nearest(
 
 
 def _easier(loop: LoopSettings, width: int) -> Iterator[LoopSettings]:
-    """Yield the settings with ever fewer rows to a batch and more repeated."""
+    """Yield settings with more and more checkpointing and smaller batches."""
     yield replace(loop, grad_checkpoint="auto")
     yield replace(loop, grad_checkpoint="auto", batch_size=None, batch_tokens=None)
     yield replace(loop, grad_checkpoint="block", batch_size=None, batch_tokens=max(2, min(width, SMALLEST_BATCH)))

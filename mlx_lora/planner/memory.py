@@ -1,18 +1,18 @@
-"""(model shape, run, machine) -> the bytes that training will hold at its peak, by part. No mlx: arithmetic alone.
+"""Predict the bytes that training holds at its peak, part by part, by arithmetic.
 
-A run passes through phases, and its peak is the largest of them:
+A run has phases, and its peak is that of the largest phase:
 
     load       the weights, and what casts and checks hold for a moment
-    check      the plain loss and its gradient on a few tokens, whose logits are whole (training/losses.py)
-    loss       all that the blocks have kept, and tiles of logits (training/fused.py)
-    backward   all that the blocks have kept, and the gradients of one block on their way
+    check      the plain loss and its gradient on a few tokens, with whole logits (training/losses.py)
+    loss       everything that the blocks keep, and tiles of logits (training/fused.py)
+    backward   everything that the blocks keep, and the gradients of one block
     last       the adapter's gradients, and one block
-    update     gradients and the new optimizer state beside the old
+    update     gradients, and the new optimizer state beside the old
 
-Throughout: the base, the adapter's float32 masters, the optimizer's moments. What a block keeps, and what its backward
-pass has allocated at a time, is read from the block's own graph (training/block_memory.py) and comes in as
-`Block.memory`. The formulas here count blocks whose graph cannot be read, as those of a llama, and the plan then says
-that it does not know. docs/planner.md has predicted beside measured.
+In all phases: the base, the adapter's float32 masters, the optimizer's moments. What a block keeps, and what its backward
+pass allocates at a time, is read from the block's graph (training/block_memory.py) and given as `Block.memory`. If a
+graph cannot be read, the formulas here count the block as that of a llama, and the plan says that it is not known.
+docs/planner.md compares predictions with measurements.
 
 Shapes: T positions of a batch (rows x width), P trained positions, D model width, V vocabulary, A trained numbers.
 Source: arXiv 2205.05198, section 4 (activations of a block).
@@ -24,62 +24,54 @@ from dataclasses import dataclass, field
 
 from mlx_lora.planner.shapes import Block, Layer, Machine, ModelShape, Run
 from mlx_lora.settings.checks import checkpoint_every
+from mlx_lora.settings.optimizers import OPTIMIZERS
 
 SINGLE = 4  # bytes of a float32
 # Tokens of the check of losses and kernels before the first step (two tiles of attention).
 CHECK_TOKENS = 128
-# Of them, those whose gradient mlx-lm's own recurrences make: it keeps several states for each.
+# Fewer tokens for the gradient of mlx-lm's own recurrences, which keeps several states per token.
 RECURRENT_CHECK_TOKENS = 8
 # On Metal a product over a 256k inner dimension has aborted the process (mlx#1363, Gemma).
 MAX_SLICE = 32768
-# Rows of a tile beyond this fill no machine better, and would make its slices of the vocabulary narrow.
+# More rows in a tile would not fill a machine better, but would make its slices of the vocabulary narrow.
 MAX_ROWS = 2048
-# Queries of one tile of attention: small enough that half of the scores lie above the diagonal and are left out even
-# in short rows, large enough that a tile's products fill the machine.
+# Queries of one tile of attention: small enough to leave out nearly half of the scores (those above the diagonal) even in
+# short rows, large enough for a tile's products to fill the machine.
 TILE_QUERIES = 64
-# Where exponentials are dear (device.py), rows up to so many keys keep their probabilities: then these are no
-# more than the block's other activations.
+# If exponentials are expensive (device.py), rows of up to this many keys keep their probabilities, which then take no more
+# memory than the block's other activations.
 MAX_KEPT_KEYS = 512
 
-# What MLX has allocated at a time, of work it has not run: fitted on a CPU, see the module's docstring.
-TILES_AHEAD = 6.1  # tiles of a float head's loss
-PACKED_TILES_AHEAD = 3.2  # of a quantized head's: dequantizing a slice is operations too
-ROW_ARRAYS = 5.0  # of a chunk's logits where they are made by whole rows,
-PACKED_COPIES = 3  # and of a quantized head as floats
+# What MLX allocates at a time, including work that it has not run yet; fitted on a CPU.
+TILES_AHEAD = 6.1  # tiles of the loss with a float head
+PACKED_TILES_AHEAD = 3.2  # tiles of the loss with a quantized head, where dequantizing a slice takes operations too
+ROW_ARRAYS = 5.0  # arrays of a chunk's logits if they are computed in whole rows
+PACKED_COPIES = 3  # copies of a quantized head as floats, in the same case
 BACKWARD_AHEAD = 1.45  # of a block's layers, widths in and out summed, per position
 ATTENTION_AHEAD = 30.0  # tile-sized arrays of scores
 
-# Fitted likewise: what mlx's own operations keep, in arrays of their width.
+# Also fitted: what mlx's own operations keep, in arrays of their width.
 GATE_ARRAYS = 3.1  # of a gated activation that is not the lean one (GELU by tanh), beside inputs and product
 NORM_ARRAYS = 2.0  # of a norm behind a branch
 HEAD_NORM_ARRAYS = 2.5  # of the norms of queries and keys
-DROPPED_ARRAYS = 1.2  # of a dropped input: what is left of it, and its mask
-# Trained numbers up to which an elementwise optimizer gets them as one flat array: modules trained in full are large
-# arrays already, and another copy of all of them would only take memory.
+DROPPED_ARRAYS = 1.2  # of an input with dropout: the result and its mask
+# An elementwise optimizer gets up to this many trained numbers as one flat array. Modules that are trained in full are
+# large arrays already, and another copy of them would only take memory.
 FLAT_UP_TO = 1 << 25
-# Per optimizer: copies of the trained numbers that it keeps, copies that one update allocates beside them and the
-# gradient, and whether it may be elementwise. The update's were measured, on arrays of a megabyte and more.
-OPTIMIZERS = {
-    "adamw": (2, 9.0, True),
-    "adam": (2, 9.0, True),
-    "sgd": (1, 4.0, True),
-    "muon": (1, 8.5, False),
-    "adafactor": (0, 5.5, False),
-}
-ARRAYS_AHEAD = 23  # updated at a time where each is updated by itself
+ARRAYS_AHEAD = 23  # arrays in an update at a time, if each is updated separately
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The peak and what it is made of.
+    """The peak and its parts.
 
     Attributes:
-        phase: in which the peak falls.
-        parts: part -> bytes at that moment; they sum to the peak.
+        phase: the phase with the peak.
+        parts: part -> bytes at that moment; their sum is the peak.
         phases: phase -> its own peak.
-        cache_bytes: what MLX's buffer cache may hold beside the peak.
+        cache_bytes: what MLX's buffer cache may hold in addition to the peak.
         budget_bytes: what the run may use.
-        not_known: kinds of blocks of which this is a rough count only, each with the reason.
+        not_known: kinds of blocks that are only roughly counted, each with the reason.
     """
 
     phase: str
@@ -91,7 +83,7 @@ class MemoryPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """What MLX's allocator will have handed out at the most: `peak_memory_bytes` of a run's reports."""
+        """The peak of MLX's allocator, `peak_memory_bytes` in a run's reports."""
         return sum(self.parts.values())
 
     @property
@@ -101,28 +93,29 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether that is within the budget."""
+        """Whether the needed bytes are within the budget."""
         return self.needed_bytes <= self.budget_bytes
 
 
 def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int | None = None) -> MemoryPlan:
-    """Plan one run.
+    """Return the memory plan of one run.
 
     Args:
         shape: the model with its adapter.
         run: its largest batch and settings.
-        machine: where it will run.
+        machine: the machine that it will run on.
         budget_bytes: what it may use; default: the machine's working set.
     """
     masters = SINGLE * shape.trained
-    moments, copies, elementwise = OPTIMIZERS[run.optimizer]
-    if not elementwise or shape.trained > FLAT_UP_TO:
+    optimizer = OPTIMIZERS[run.optimizer]
+    copies = optimizer.update_copies
+    if not optimizer.elementwise or shape.trained > FLAT_UP_TO:
         copies *= min(1.0, ARRAYS_AHEAD / max(1, shape.trained_arrays))
     budget = machine.working_set_bytes if budget_bytes is None else min(budget_bytes, machine.working_set_bytes)
     held = {
         "base": shape.base_bytes,
         "adapter": masters + shape.frozen_adapter_bytes,
-        "optimizer": moments * masters,
+        "optimizer": optimizer.state_copies * masters,
     }
     kept, most = _kept_by_blocks(shape, run, machine)
     activations = {"activations": kept, "gradients": masters * run.accumulates}
@@ -130,7 +123,7 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
     one_block = max((_kept(block, run, machine) for block in shape.blocks), default=0)
     check, logits = sum(_kept_by_blocks(shape, Run(1, CHECK_TOKENS), machine)), _check_bytes(shape, machine)
     again = 0 if run.checkpointing == "none" else most
-    last_tile = 0 if shape.plain_loss else min(2 * machine.tile_bytes, 2 * SINGLE * run.places * shape.vocabulary)
+    last_tile = 0 if shape.plain_loss else min(2 * machine.tile_bytes, 2 * SINGLE * run.slots * shape.vocabulary)
     phases = {
         "load": {"base": shape.base_bytes, "weights being cast": _load_window(shape)},
         "check": {**held, "optimizer": 0, "activations": check, "gradients": 2 * masters, "logits": logits},
@@ -146,7 +139,7 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
 
 
 def _kept(block: Block, run: Run, machine: Machine) -> float:
-    """Return the bytes that a block keeps for the backward pass when nothing is repeated, attention's probabilities included."""
+    """Return the bytes that a block keeps for the backward pass without checkpointing, attention's probabilities included."""
     if block.memory is not None:
         return block.memory.at(run.rows, run.width, machine.backend != "cpu").kept
     own = block_numbers(block, run, machine) * run.positions + probabilities(block, run, machine) * run.rows
@@ -161,11 +154,11 @@ def _ends(block: Block, run: Run, machine: Machine) -> float:
 
 
 def block_numbers(block: Block, run: Run, machine: Machine) -> float:
-    """Return the numbers per position that a block keeps for the backward pass when nothing is repeated.
+    """Return the numbers per position that a block keeps for the backward pass without checkpointing.
 
-    The residual stream twice; of each layer its input once for all that share it, its output unless that only
-    goes on to the residual stream; attention's output twice, in its own order and in the next layer's; of a gated
-    activation its exponential; of further norms their inputs.
+    These are the residual stream twice; each layer's input, once for all layers that share it; each layer's output, unless
+    it is only added to the residual stream; attention's output twice, in its own order and in the next layer's; a gated
+    activation's exponential; the inputs of further norms.
     """
     kept = 2.0 * _width(block)
     for parent in dict.fromkeys(layer.parent for layer in block.layers):
@@ -174,21 +167,19 @@ def block_numbers(block: Block, run: Run, machine: Machine) -> float:
         kept += max((layer.inputs * layer.active for layer in first), default=0)
         kept += sum(layer.outputs * layer.active for layer in first)
         kept += sum(layer.inputs * layer.active for layer in layers if layer.is_end)
-        # Experts' outputs are weighted, and the weights have a gradient; then they are put back in order.
+        # Experts' outputs are multiplied by weights, which have a gradient, and then reordered.
         kept += sum(2 * layer.outputs * layer.active for layer in layers if layer.is_end and layer.active > 1)
         if len(first) > 1 and "attn" not in parent and "attention" not in parent:
             kept += first[0].outputs * first[0].active * _activation_arrays(block, machine)
-        # DoRA also keeps the product that it scales, dropout what it left of each input.
-        kept += sum(
-            layer.active * (layer.rank + layer.outputs * (run.form == "dora")) for layer in layers if layer.rank
-        )
+        # Some adapters also keep the output that they scale, and dropout keeps its result for each input.
+        kept += sum(layer.active * (layer.rank + layer.outputs * layer.keeps_product) for layer in layers)
         kept += DROPPED_ARRAYS * sum(layer.active * layer.inputs for layer in layers if layer.rank and run.dropout)
     kept += block.heads * block.head_width
     return kept + _norm_numbers(block)
 
 
 def _activation_arrays(block: Block, machine: Machine) -> float:
-    """Return what a gated activation keeps beside its two inputs and its product, in arrays of its width."""
+    """Return the number of arrays that a gated activation keeps beside its two inputs and its product."""
     if block.gated == "other":
         return GATE_ARRAYS
     chosen = machine.kernels.gate_arrays
@@ -196,7 +187,7 @@ def _activation_arrays(block: Block, machine: Machine) -> float:
 
 
 def _norm_numbers(block: Block) -> float:
-    """Return what norms beyond the two at the branches' starts keep."""
+    """Return the numbers per position that norms keep, beyond the two at the start of the branches."""
     width = _width(block)
     further = max(0, sum(norm == width for norm in block.norms) - 2) * width
     heads = any(norm == block.head_width != width for norm in block.norms)
@@ -204,14 +195,14 @@ def _norm_numbers(block: Block) -> float:
 
 
 def _width(block: Block) -> int:
-    """Return D: what the branches start from."""
+    """Return D, the input width of the branches."""
     return block.layers[0].inputs if block.layers else 0
 
 
 def probabilities(block: Block, run: Run, machine: Machine) -> float:
-    """Return attention's probabilities of one row and layer, where they are kept: tiles of 64 queries by what they see.
+    """Return how many attention probabilities are kept per row and layer: tiles of 64 queries by the keys that they see.
 
-    mlx's own attention keeps what it was measured to: on a CPU about all scores.
+    For mlx's own attention this is the measured number, about all scores on a CPU.
     """
     own = machine.kernels.scores(run.width)
     if own is not None:
@@ -223,7 +214,7 @@ def probabilities(block: Block, run: Run, machine: Machine) -> float:
 
 
 def _kept_by_blocks(shape: ModelShape, run: Run, machine: Machine) -> tuple[int, int]:
-    """Return the bytes that all blocks keep, and the most that one repeated block makes again."""
+    """Return the bytes that all blocks keep, and the most that one checkpointed block computes again."""
     every = checkpoint_every(run.checkpointing)
     kept, most = 0.0, 0.0
     for index, block in enumerate(shape.blocks):
@@ -234,7 +225,7 @@ def _kept_by_blocks(shape: ModelShape, run: Run, machine: Machine) -> tuple[int,
             kept += everything
             continue
         kept += _ends(block, run, machine)
-        if run.checkpointing == "selective":  # every layer's output too, but the last product is not needed again
+        if run.checkpointing == "selective":  # also keeps every layer's output, except that of the last product
             products = sum(layer.outputs * layer.active for layer in block.layers) - _width(block)
             kept += products * run.positions * machine.number_bytes
         most = max(most, everything)
@@ -242,7 +233,7 @@ def _kept_by_blocks(shape: ModelShape, run: Run, machine: Machine) -> tuple[int,
 
 
 def _backward_window(shape: ModelShape, run: Run, machine: Machine) -> int:
-    """Return what a block's backward pass has allocated at a time, beside what the blocks have kept."""
+    """Return the bytes that a block's backward pass allocates at a time, in addition to what the blocks keep."""
     return int(max((_window(block, run, machine) for block in shape.blocks), default=0))
 
 
@@ -257,7 +248,7 @@ def _window(block: Block, run: Run, machine: Machine) -> float:
 
 
 def _scores_ahead(run: Run, machine: Machine) -> float:
-    """Return the scores of each key that attention's backward pass has allocated at a time."""
+    """Return the scores per key that attention's backward pass allocates at a time."""
     own = machine.kernels.scores(run.width)
     if own is None:
         return ATTENTION_AHEAD * min(TILE_QUERIES, run.width)
@@ -266,33 +257,33 @@ def _scores_ahead(run: Run, machine: Machine) -> float:
 
 
 def _dense_path(layer: Layer, machine: Machine) -> bool:
-    """Whether a quantized layer is multiplied by as floats: experts only where all of them together are small."""
+    """Tell whether a quantized layer's product is computed with floats; for experts, only if all together are small."""
     return layer.experts == 1 or layer.numbers * machine.number_bytes <= machine.dense_experts_bytes
 
 
 def _loss_window(shape: ModelShape, run: Run, machine: Machine) -> int:
     """Return the bytes of the loss: tiles of logits and exponentials, slices of the head, sums of the gradient."""
-    places, size = run.places, machine.number_bytes
+    slots, size = run.slots, machine.number_bytes
     if shape.plain_loss:
-        # Logits, their gradient and what the softmax makes of them.
+        # The logits, their softmax and their gradient.
         return int(run.positions * shape.vocabulary * (3 * SINGLE + (size if size < SINGLE else 0)))
-    if not places:
+    if not slots:
         return 0
     if machine.kernels.loss == "rows":
-        rows = chunk_rows(places, shape.vocabulary, machine.tile_bytes)
+        rows = chunk_rows(slots, shape.vocabulary, machine.tile_bytes)
         dense = PACKED_COPIES * shape.vocabulary * shape.width * size if shape.head_packed else 0
-        return int(ROW_ARRAYS * rows * shape.vocabulary * SINGLE + dense + 2 * places * shape.width * size)
-    rows, columns = tile_shape(places, shape.vocabulary, machine.tile_bytes)
-    tiles = -(-places // rows) * -(-shape.vocabulary // columns)
+        return int(ROW_ARRAYS * rows * shape.vocabulary * SINGLE + dense + 2 * slots * shape.width * size)
+    rows, columns = tile_shape(slots, shape.vocabulary, machine.tile_bytes)
+    tiles = -(-slots // rows) * -(-shape.vocabulary // columns)
     logits = rows * columns * (2 * SINGLE + (2 * size if size < SINGLE else 0))
     pulled = 2 * rows * shape.width * SINGLE
     dense = columns * shape.width * size * machine.dense_copies if shape.head_packed else 0
     ahead = min(tiles, PACKED_TILES_AHEAD if shape.head_packed else TILES_AHEAD)
-    return int(ahead * (logits + pulled + dense) + 2 * places * shape.width * size)
+    return int(ahead * (logits + pulled + dense) + 2 * slots * shape.width * size)
 
 
 def _check_bytes(shape: ModelShape, machine: Machine) -> int:
-    """Return what the plain loss on the check's tokens and its gradient take: whole logits twice, a quantized head as floats."""
+    """Return the bytes of the check's plain loss and gradient: whole logits twice, and a quantized head as floats."""
     dense = shape.vocabulary * shape.width * machine.number_bytes * machine.dense_copies if shape.head_packed else 0
     logits = (
         2 * CHECK_TOKENS * shape.vocabulary * (SINGLE + (machine.number_bytes if machine.number_bytes < SINGLE else 0))
@@ -301,22 +292,22 @@ def _check_bytes(shape: ModelShape, machine: Machine) -> int:
 
 
 def _load_window(shape: ModelShape) -> int:
-    """Return the stored weights that wait for their cast: about a third of them, MLX reading ahead."""
+    """Return the bytes of stored weights that are read but not cast yet: about a third, because MLX reads ahead."""
     return shape.source_bytes // 3
 
 
 def tile_shape(positions: int, vocabulary: int, tile_bytes: int) -> tuple[int, int]:
-    """Return (rows, columns) of a tile of the fused loss: within the byte budget, and all tiles about equal."""
+    """Return (rows, columns) of a tile of the fused loss, so that tiles fit the byte budget and are about equal."""
     rows = _even(positions, MAX_ROWS)
     return rows, _even(vocabulary, min(MAX_SLICE, tile_bytes // (4 * rows)))
 
 
 def chunk_rows(positions: int, vocabulary: int, tile_bytes: int) -> int:
-    """Return the rows of a chunk of the loss that makes whole rows of logits (training/row_loss.py)."""
+    """Return the rows of a chunk of the loss that computes whole rows of logits (training/row_loss.py)."""
     return _even(positions, min(MAX_ROWS, tile_bytes // (4 * vocabulary)))
 
 
 def _even(length: int, most: int) -> int:
-    """Return the size of the fewest equal parts of `length` that are no larger than `most`."""
+    """Return the size of parts if `length` is split into the fewest equal parts of at most `most`."""
     parts = max(1, -(-length // max(1, most)))
     return max(1, -(-length // parts))

@@ -1,6 +1,6 @@
-"""The records that planning is done with: a model's shape, a machine, a run's largest batch. No mlx.
+"""The planner's types: a model's shape, a machine, and a run's largest batch.
 
-Filled in from a module tree by adapters/model_shape.py, from a device by device.py, from a table by chips.py.
+adapters/model_shape.py fills them in from a module tree, this_machine.py from a device, and chips.py from a table.
 
 Shapes: T positions of a batch (rows x width), P trained positions, D model width, V vocabulary, A trained numbers.
 """
@@ -16,13 +16,14 @@ class Layer:
     """One matrix of a block.
 
     Attributes:
-        parent: path of the module it stands in, within the block (`self_attn`).
-        name: `q_proj`.
+        parent: path of the module that holds it, within the block (`self_attn`).
+        name: its name there, such as `q_proj`.
         inputs, outputs: widths.
-        experts: how many matrices of this shape there are; 1 for a plain layer.
-        active: how many of them a position goes through.
+        experts: the number of matrices of this shape; 1 for a plain layer.
+        active: the number of them that each position uses.
         packed: whether it is quantized.
         rank: of its adapter; 0 without one.
+        keeps_product: whether its adapter also keeps the output that it scales, as DoRA does.
     """
 
     parent: str
@@ -33,19 +34,20 @@ class Layer:
     active: int = 1
     packed: bool = False
     rank: int = 0
+    keeps_product: bool = False
 
     @property
     def numbers(self) -> int:
-        """Weights of all its matrices."""
+        """The number of weights of all its matrices."""
         return self.inputs * self.outputs * self.experts
 
     @property
     def is_end(self) -> bool:
-        """Whether its output goes straight to the residual stream: nothing keeps it."""
+        """Whether its output is only added to the residual stream, so that it need not be kept."""
         return self.name in BRANCH_ENDS
 
 
-# How mlx-lm's architectures name the last layer of a branch.
+# The names of the last layer of a branch in mlx-lm's architectures.
 BRANCH_ENDS = frozenset(
     [
         "o_proj",
@@ -64,22 +66,21 @@ BRANCH_ENDS = frozenset(
         "proj_out",
     ]
 )
-ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 
 class NotKnown(Exception):
-    """What a block takes cannot be told; the message says which block and why."""
+    """The memory of a block is not known; the message says which block and why."""
 
 
 @dataclass(frozen=True)
 class BlockBytes:
-    """What one block takes for one batch.
+    """The bytes that one block takes for one batch.
 
     Attributes:
-        kept: from its forward to its backward pass, when nothing is repeated.
-        window: of its backward pass at its peak, beside that.
-        ends: its input and attention's output: what a checkpointed block keeps.
-        nodes: operations of its graph.
+        kept: from its forward to its backward pass, without checkpointing.
+        window: what its backward pass adds to that at its peak.
+        ends: its input and attention's output, which a checkpointed block keeps.
+        nodes: the number of operations in its graph.
     """
 
     kept: float
@@ -88,23 +89,23 @@ class BlockBytes:
     nodes: float = 0
 
     def plus(self, other: BlockBytes) -> BlockBytes:
-        """Add, field by field."""
+        """Return the sum, field by field."""
         return BlockBytes(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def times(self, factor: float) -> BlockBytes:
-        """Multiply each field."""
+        """Return this with each field multiplied by `factor`."""
         return BlockBytes(*(factor * a for a in astuple(self)))
 
     def minus(self, other: BlockBytes) -> BlockBytes:
-        """Subtract, field by field; never below zero."""
+        """Return the difference, field by field, at least zero."""
         return BlockBytes(*(max(0.0, a - b) for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 class BlockMemory(Protocol):
-    """Tells what a block takes for a batch."""
+    """Returns the bytes that a block takes for a batch."""
 
     def at(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
-        """Return it, or raise NotKnown."""
+        """Return the bytes, or raise NotKnown."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,11 @@ class Block:
 
     Attributes:
         layers: its matrices.
-        norms: widths of its norms, each as often as it occurs.
-        heads, key_heads, head_width: of its attention; 0 heads for a block without one that we know.
+        norms: the width of each of its norms.
+        heads, key_heads, head_width: of its attention; 0 heads if the block has no attention that we know.
         gated: `silu` (our lean kernel) or `other` (mlx's own operations).
-        window: keys a query sees at the most; None for all before it.
-        memory: what it takes, read from its graph; None: counted from its matrices, as those of a llama.
+        window: the most keys that a query sees; None: all keys before it.
+        memory: its memory, read from its graph; None: counted from its matrices, as for a llama block.
     """
 
     layers: tuple[Layer, ...]
@@ -131,27 +132,27 @@ class Block:
 
     @property
     def widths(self) -> int:
-        """Widths in and out of the matrices a position goes through, summed."""
+        """The sum of the input and output widths of the matrices that each position uses."""
         return sum((layer.inputs + layer.outputs) * layer.active for layer in self.layers)
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a model and its adapter decides memory and speed.
+    """The properties of a model and its adapter that decide memory and speed.
 
     Attributes:
         model_type: mlx-lm's.
         width: D.
         vocabulary: V.
         blocks: in order.
-        base_bytes: frozen parameters, as they will lie in memory.
-        trained: A, numbers that are trained.
-        trained_arrays: how many arrays they are.
-        frozen_adapter_bytes: what a method keeps beside them (PiSSA's start).
-        first_trained: the first block that the backward pass goes through; all before keep nothing.
+        base_bytes: bytes of the frozen parameters in memory.
+        trained: A, how many numbers are trained.
+        trained_arrays: how many arrays hold them.
+        frozen_adapter_bytes: what a method keeps beside them (PiSSA's initial factors).
+        first_trained: the first block that has a backward pass; those before it keep nothing.
         head_packed: whether the output head is quantized.
-        plain_loss: whether the model's own logits are needed whole, for all positions.
-        source_bytes: the weights as they are stored, where they are cast on loading; else 0.
+        plain_loss: whether the loss needs the model's own logits for all positions.
+        source_bytes: bytes of the stored weights if loading casts them; otherwise 0.
         not_known: kinds of blocks whose memory could not be read, each with the reason.
     """
 
@@ -171,21 +172,21 @@ class ModelShape:
 
     @property
     def numbers(self) -> int:
-        """Weights of the blocks and one output head."""
+        """The number of weights of the blocks and one output head."""
         return sum(layer.numbers for block in self.blocks for layer in block.layers) + self.width * self.vocabulary
 
 
 @dataclass(frozen=True)
 class KernelTerms:
-    """What of the kernels that a run trains with decides memory; the default: ours (models/kernel_choice.py).
+    """The properties of a run's kernels that decide memory; the default is our kernels (models/kernel_choice.py).
 
     Attributes:
-        attention: (keys, kept, ahead) of each size of rows that mlx's attention takes: arrays of scores, one number for
-            each query and key of each head, that a block keeps for the backward pass, and that this allocates beside them.
-        tiled: sizes of rows that our attention takes.
-        gate_arrays: what a gated activation keeps beside its inputs and its product, in arrays of its width; None: one
-            where exponentials are dear, else none.
-        loss: `tiles` or `rows`, how logits are made (training/loss_choice.py).
+        attention: (keys, kept, ahead) for each row length that mlx's attention is chosen for, in arrays of scores with a
+            number for each query and key of each head: those kept for the backward pass, and those that it adds.
+        tiled: row lengths that our attention is chosen for.
+        gate_arrays: arrays that a gated activation keeps beside its inputs and its product; None: one if exponentials
+            are expensive, otherwise none.
+        loss: `tiles` or `rows`, how logits are computed (training/loss_choice.py).
     """
 
     attention: tuple[tuple[int, float, float], ...] = ()
@@ -195,15 +196,15 @@ class KernelTerms:
 
     @classmethod
     def of_mlx(cls, backend: str) -> KernelTerms:
-        """Return the terms of mlx's own kernels where nobody measured them.
+        """Return the terms of mlx's own kernels if they were not measured.
 
-        On a CPU attention keeps about all scores, as measured on one; a GPU's backward pass is blocked since mlx 0.32.4
-        and keeps none (predicted: no Mac has measured it).
+        On a CPU, attention was measured to keep about all scores. On a GPU, the backward pass is blocked since mlx 0.32.4
+        and keeps none (a prediction, not measured on a Mac).
         """
         return cls(attention=((1024, 1.1, 2.3) if backend == "cpu" else (1024, 0.0, 0.0),), gate_arrays=2.0)
 
     def scores(self, width: int) -> tuple[float, float] | None:
-        """Return (kept, ahead) where mlx's attention takes rows of this width, None where ours does: the nearest size's."""
+        """Return (kept, ahead) if mlx's attention is chosen for the nearest row length, None if ours is."""
         ours = [(abs(keys - width), None) for keys in self.tiled]
         theirs = [(abs(keys - width), (kept, ahead)) for keys, kept, ahead in self.attention]
         return min([*theirs, *ours], key=lambda one: one[0], default=(0, None))[1]
@@ -211,15 +212,15 @@ class KernelTerms:
 
 @dataclass(frozen=True)
 class Machine:
-    """What of a machine decides memory.
+    """The properties of a machine that decide memory.
 
     Attributes:
         name: chip or processor.
         backend: `cpu`, `metal` or `cuda`.
         memory_bytes: of the machine.
-        working_set_bytes: what a run should stay under.
+        working_set_bytes: the most that a run should use.
         number_bytes: of an activation: 4 on a CPU, 2 on a GPU, unless --dtype says otherwise.
-        kernels: what the kernels that were chosen there take.
+        kernels: the memory terms of the kernels that were chosen for it.
     """
 
     name: str
@@ -231,45 +232,44 @@ class Machine:
 
     @property
     def keeps_exponentials(self) -> bool:
-        """Whether exponentials are kept for the backward pass: they are dear on mlx's CPU backend alone."""
+        """Whether exponentials are kept for the backward pass: they are only expensive on mlx's CPU backend."""
         return self.backend == "cpu"
 
     @property
     def dense_copies(self) -> int:
-        """Arrays of a whole weight that dequantizing it takes: a kernel of its own on a GPU, operations on a CPU."""
+        """Arrays of a weight's size that dequantizing it takes: one kernel on a GPU, several operations on a CPU."""
         return 2 if self.backend == "cpu" else 1
 
     @property
     def tile_bytes(self) -> int:
         """Bytes of one tile of the fused loss's logits.
 
-        Large enough that a tile's products fill the machine, and small, since several are there at a time.
+        A tile is large enough for its products to fill the machine, but small because several are in memory at once.
         """
         return min(16 << 20, self.working_set_bytes // 64)
 
     @property
     def cache_bytes(self) -> int:
-        """Bound on MLX's buffer cache: batches of many shapes leave buffers that fit no later one."""
+        """The limit for MLX's buffer cache: batches of many shapes leave buffers that no later one can use."""
         return self.working_set_bytes // 16
 
     @property
     def dense_experts_bytes(self) -> int:
-        """Bytes that one layer's experts may take in float while they are multiplied by."""
+        """Bytes that one layer's experts may take as floats during their product."""
         return self.working_set_bytes // 16
 
 
 @dataclass(frozen=True)
 class Run:
-    """What of a run's settings decides memory.
+    """The settings of a run that decide memory.
 
     Attributes:
         rows, width: of the largest batch; T is their product.
-        trained_positions: P at the most; None: all.
+        trained_positions: the largest P; None: all positions.
         checkpointing: `none`, `selective`, `block` or n.
         optimizer: its name.
-        form: `lora` or `dora`.
-        dropout: whether the adapters' inputs are dropped from.
-        accumulates: whether a step has several micro-batches, whose gradients are added up.
+        dropout: whether dropout is applied to the adapters' inputs.
+        accumulates: whether a step adds up the gradients of several micro-batches.
     """
 
     rows: int
@@ -277,16 +277,15 @@ class Run:
     trained_positions: int | None = None
     checkpointing: str = "none"
     optimizer: str = "adamw"
-    form: str = "lora"
     dropout: bool = False
     accumulates: bool = False
 
     @property
     def positions(self) -> int:
-        """T."""
+        """The number of positions, T."""
         return self.rows * self.width
 
     @property
-    def places(self) -> int:
-        """P."""
+    def slots(self) -> int:
+        """The number of slots for trained targets, P."""
         return self.positions if self.trained_positions is None else min(self.trained_positions, self.positions)

@@ -1,7 +1,8 @@
-"""(model shape, run, ceilings) -> seconds of a training step, by part: a roofline, so a prediction.
+"""Predict the seconds of a training step, part by part, with a roofline model.
 
-Per part: floating-point operations, bytes of its passes over memory, exponentials; each at the machine's own rate. On a
-GPU a part takes the longer of computing and moving, on a CPU all three one after the other. Parts follow one another. Real kernels do worse than listed peaks: chips.py has the share that they reach.
+Each part has floating-point operations, bytes of its passes over memory, and exponentials, each with the machine's rate.
+On a GPU a part takes the longer of computing and moving; on a CPU it takes the sum of all three. Parts run one after
+another. Real kernels are slower than listed peaks; chips.py has the fraction that they reach.
 
 Shapes: T positions, D width, F width of the gated activation, P trained positions, V vocabulary, A trained numbers.
 Source: roofline, Williams et al. 2009 (CACM 52:4).
@@ -17,18 +18,18 @@ from mlx_lora.planner.memory import SINGLE, TILE_QUERIES, probabilities
 from mlx_lora.planner.shapes import Block, Machine, ModelShape, Run
 from mlx_lora.settings.checks import checkpoint_every
 
-LAUNCH_S = 5e-6  # of the host's time for one operation on a GPU
+LAUNCH_S = 5e-6  # the host's time to launch one operation on a GPU
 LAUNCHES_PER_BLOCK = 160  # forward and backward, counted in docs/performance.md: 4,832 for 30 blocks
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a machine can do at most.
+    """A machine's peak rates.
 
     Attributes:
         flops_per_s: of a large product in the compute dtype.
         bytes_per_s: of an elementwise pass.
-        exponentials_per_s: infinite on a GPU, where they hide behind the reading of their argument.
+        exponentials_per_s: infinite on a GPU, where they take no longer than reading their argument.
         launch_s: of each operation.
         source: `measured here` or `listed`.
     """
@@ -41,7 +42,7 @@ class Ceilings:
 
 
 def listed_ceilings(chip: Chip, number_bytes: int = 2) -> Ceilings:
-    """Return a chip's listed peaks times the share that real work reaches."""
+    """Return a chip's listed peaks times the fraction that real work reaches."""
     rate = chip.half_rate if number_bytes == 2 else 1.0
     return Ceilings(
         chip.tflops * 1e12 * rate * REACHED_FLOPS, chip.gb_per_s * 1e9 * REACHED_BANDWIDTH, launch_s=LAUNCH_S
@@ -50,7 +51,7 @@ def listed_ceilings(chip: Chip, number_bytes: int = 2) -> Ceilings:
 
 @dataclass(frozen=True)
 class Count:
-    """One part of a step.
+    """The work of one part of a step.
 
     Attributes:
         flops, moved_bytes, exponentials: of all blocks, forward and backward.
@@ -64,16 +65,16 @@ class Count:
         """Return how long it takes."""
         computing, moving = self.flops / ceilings.flops_per_s, self.moved_bytes / ceilings.bytes_per_s
         if isfinite(ceilings.exponentials_per_s):
-            # A CPU does one thing after the other: products on all cores, passes and exponentials on one.
+            # A CPU does these one after another: products on all cores, passes and exponentials on one.
             return computing + moving + self.exponentials / ceilings.exponentials_per_s
         return max(computing, moving)
 
 
 def count_step(shape: ModelShape, run: Run, machine: Machine) -> dict[str, Count]:
-    """Count a step.
+    """Return the work of a step, part by part.
 
-    A frozen weight is multiplied twice per position (output, input gradient), a factor three times; a checkpointed
-    block's forward pass runs again. Blocks below the first adapted layer have no backward pass.
+    Each position is multiplied by a frozen weight twice (output, input gradient), and by a factor three times; the
+    forward pass of a checkpointed block runs again. Blocks before the first adapted layer have no backward pass.
     """
     size, tokens = machine.number_bytes, run.positions
     every = checkpoint_every(run.checkpointing)
@@ -99,7 +100,7 @@ def count_step(shape: ModelShape, run: Run, machine: Machine) -> dict[str, Count
         gate, passes = _gate_width(block), 6 + 9 * trained + 6 * again
         gate_exp += gate * tokens * (1 + again)
         moved += passes * (gate + 4 * (block.layers[0].inputs if block.layers else 0) + block.heads * block.head_width)
-    logits = run.places * shape.vocabulary
+    logits = run.slots * shape.vocabulary
     return {
         "products": Count(base, size * dense * 3),
         "adapters": Count(adapter, size * tokens * adapter_bytes),
@@ -111,7 +112,7 @@ def count_step(shape: ModelShape, run: Run, machine: Machine) -> dict[str, Count
 
 
 def _scores(block: Block, run: Run) -> float:
-    """Return the scores that attention makes: half a square, or a whole one behind a sliding window's mask."""
+    """Return the number of attention scores: about half of rows x keys, or all of them with a sliding window's mask."""
     if block.window and run.width > block.window:
         return run.rows * block.heads * run.width**2
     return run.rows * block.heads * run.width * (run.width + TILE_QUERIES) / 2
@@ -127,7 +128,7 @@ def step_seconds(shape: ModelShape, run: Run, machine: Machine, ceilings: Ceilin
     parts = {name: count.seconds(ceilings) for name, count in count_step(shape, run, machine).items()}
     if ceilings.launch_s:
         parts["launches"] = ceilings.launch_s * LAUNCHES_PER_BLOCK * len(shape.blocks)
-    # The host prepares launches while the device computes: only what it cannot hide behind counts.
+    # The host launches operations while the device computes: only the time that launching takes longer counts.
     hidden = parts.pop("launches", 0.0)
     total = sum(parts.values())
     return max(total, hidden), {**parts, **({"waiting for launches": hidden - total} if hidden > total else {})}

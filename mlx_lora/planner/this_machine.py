@@ -1,4 +1,4 @@
-"""This machine as the planner describes machines."""
+"""Describe this machine with the planner's types."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from mlx_lora.system.device import compute_dtype, current_device
 
 
 def this_machine(dtype: str = "auto") -> Machine:
-    """Describe this device as the planner wants it.
+    """Return the planner's description of this device.
 
     Args:
         dtype: --dtype of the run.
@@ -22,5 +22,5 @@ def loss_tile_bytes() -> int:
 
 
 def dense_experts_bytes() -> int:
-    """Return the bytes that one layer's experts may take in float while they are multiplied by."""
+    """Return the bytes that one layer's experts may take as floats during their product."""
     return this_machine().dense_experts_bytes

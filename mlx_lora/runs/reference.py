@@ -6,7 +6,6 @@ at once. A fresh adapter changes nothing, so the model with it is the base.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -103,7 +102,7 @@ def _key(settings: TrainSettings, base: Base, rows: EncodedSet) -> str:
         files = [sha256_of(Path(adapter.resume_adapter_file)), adapter.rank, adapter.alpha]
     facts = [base.fingerprint, base.describe(), rows.fingerprint, str(device.compute_dtype(settings.model.dtype))]
     facts += [settings.loop.kernels, adapter.method_name, device.measured_on(), *files]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    return sha256_of(json.dumps(facts))[:32]
 
 
 def _read(file: Path, rows: int) -> np.ndarray | None:

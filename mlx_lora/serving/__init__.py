@@ -1,1 +1,1 @@
-"""Serving: many adapters on one base, each row of a batch with its own."""
+"""Serves many adapters on one base; each row of a batch may use another adapter."""

@@ -1,6 +1,6 @@
-"""What `serve` and `chat` know before the first request: adapters from flags, the base's name, its context.
+"""Read the adapter flags of `serve` and `chat`, and find the base's name and context length.
 
-No web framework is needed for any of it.
+This file does not need the web framework.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from mlx_lora.serving.adapter_store import Source
 from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system.errors import InputError
 
-# A model that does not say what it was made for.
+# For a model whose config does not have it.
 DEFAULT_CONTEXT = 8192
-FORMS = {"--blend": "NAME=ADAPTER:WEIGHT,..."}
+USAGE = {"--blend": "NAME=ADAPTER:WEIGHT,..."}
 
 
 def adapter_sources(adapters: tuple[str, ...], blends: tuple[str, ...]) -> dict[str, Source]:
-    """Read --adapter and --blend, and return where each name's adapter comes from.
+    """Return the source of each adapter name, given the values of --adapter and --blend.
 
     Raises:
-        InputError: not of their form, a name given twice, or a hub id that cannot be had.
+        InputError: a value is malformed, a name is given twice, or a hub id cannot be downloaded.
     """
     sources: dict[str, Source] = {}
     for flag, given in (("--adapter", adapters), ("--blend", blends)):
@@ -36,26 +36,26 @@ def adapter_sources(adapters: tuple[str, ...], blends: tuple[str, ...]) -> dict[
 
 
 def named_source(flag: str, text: str) -> tuple[str, Source]:
-    """Read NAME=DIR or NAME=OWNER/NAME, or a blend.
+    """Return name and source for NAME=DIR, NAME=OWNER/NAME or a blend.
 
     Args:
-        flag: by which it was given, for messages; `--blend` makes it one.
-        text: after the flag.
+        flag: the flag, for messages; `--blend` means a blend.
+        text: the flag's value.
 
     Raises:
-        InputError: not of the form, or a hub id that cannot be had.
+        InputError: the value is malformed, or a hub id cannot be downloaded.
     """
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
-        raise InputError(f"{flag} {text}: write it as {FORMS.get(flag, 'NAME=DIR')}")
+        raise InputError(f"{flag} {text}: write it as {USAGE.get(flag, 'NAME=DIR')}")
     return name, Source(blend=blend_weights(text)) if flag == "--blend" else Source(folder=resolve_adapter(value))
 
 
 def blend_weights(text: str) -> dict[str, float]:
-    """Read NAME=a:0.7,b:0.3 as adapter -> weight.
+    """Return {adapter: weight} for NAME=a:0.7,b:0.3.
 
     Raises:
-        InputError: not of that form.
+        InputError: the text is malformed.
     """
     found = {}
     for part in text.partition("=")[2].split(","):
@@ -72,10 +72,10 @@ def blend_weights(text: str) -> dict[str, float]:
 
 
 def check_names(flag: str, names: Iterable[str], own: tuple[str, ...]) -> None:
-    """Refuse an adapter under a name that means the base.
+    """Refuse adapter names that mean the base.
 
     Raises:
-        InputError: there is one.
+        InputError: a name is the base's own.
     """
     for name in names:
         if name in own:
@@ -83,13 +83,13 @@ def check_names(flag: str, names: Iterable[str], own: tuple[str, ...]) -> None:
 
 
 def base_name(base: Base) -> str:
-    """Return the base's model id: the hub's, or a local folder's or file's own name, not where it lies."""
+    """Return the base's model id: the hub id, or the name of a local folder or file, without its path."""
     path = Path(base.model_id).expanduser()
     return (path.stem if path.is_file() else path.resolve().name) if path.exists() else base.model_id
 
 
 def context_of(config: dict[str, Any]) -> int | None:
-    """Return the tokens that a model was made for, if its config says."""
+    """Return the number of tokens of the model's context, None if its config does not have it."""
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     found = config.get("max_position_embeddings") or text.get("max_position_embeddings")
     return found if isinstance(found, int) and found > 0 else None

@@ -1,9 +1,9 @@
-"""The adapters a server knows, and which of them are in memory.
+"""Hold the adapters that a server knows, some of them in memory.
 
-Known adapters are read again when a request names them; the least recently used are evicted when the budget is full.
-One that is replaced or unloaded while rows use it stays for those rows alone, under its own number.
+A known adapter is read again when a request needs it; the least recently used are evicted when the budget is full.
+An adapter that is replaced or unloaded while rows use it stays in memory for those rows, under its own number.
 
-Everything here runs in the engine's thread; other threads read `cards`, which is replaced whole.
+Everything here runs in the engine's thread; other threads only read `cards`, which is never changed, only replaced.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class UnknownAdapter(Exception):
 
 
 class NoRoom(Exception):
-    """Every adapter in memory is in use and the budget is full: wait for a row to finish."""
+    """The budget is full, and every adapter in memory is in use: wait for a row to finish."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Source:
     blend: Mapping[str, float] = field(default_factory=dict)
 
     def describe(self) -> str:
-        """One word for lists; a folder by its last part, for clients need not know the rest."""
+        """Return one word for lists; only a folder's name, because clients must not learn its path."""
         return (
             self.folder.name if self.folder else "+".join(f"{weight:g}*{name}" for name, weight in self.blend.items())
         )
@@ -51,15 +51,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of an adapter.
+    """The description of an adapter.
 
     Attributes:
-        name: under which requests ask for it.
-        source: described.
+        name: the name that requests use.
+        source: described in one word.
         method, rank, nbytes: of its factors.
-        chat_template: its own, if any.
-        resident: in memory now.
-        created: UNIX time of its first loading.
+        chat_template: its own template, or None.
+        resident: whether it is in memory now.
+        created: UNIX time when it was first loaded.
     """
 
     name: str
@@ -81,11 +81,12 @@ class Resident:
     """An adapter in memory.
 
     Attributes:
-        number: names its factors in the layers.
-        name: under which it was asked for.
-        factors: its description; the arrays lie in the layers.
-        uses: rows that have it.
-        retired: nobody new gets it; it leaves with its last row.
+        number: identifies its factors in the layers.
+        name: the name that requests use.
+        paths: the layers that hold its factors.
+        nbytes: of its factors.
+        uses: the number of rows that use it.
+        retired: no new row gets it, and it is dropped after its last row.
     """
 
     number: int
@@ -97,7 +98,7 @@ class Resident:
 
 
 class AdapterStore:
-    """Known and resident adapters of one base."""
+    """The adapters of one base."""
 
     def __init__(
         self,
@@ -108,15 +109,15 @@ class AdapterStore:
         ignore_fingerprint: bool = False,
         dropped: Callable[[int], None] = lambda number: None,
     ):
-        """Begin with none.
+        """Start without adapters.
 
         Args:
-            base: its model's layers become routed as adapters need them.
-            routing: what they look at.
+            base: the layers of its model are replaced by routed ones if an adapter needs them.
+            routing: tells the routed layers which adapter to use.
             dtype: of the activations.
-            budget_bytes: for all adapters in memory; None: no bound.
-            ignore_fingerprint: take adapters of another base of the same shape.
-            dropped: is told the number of each adapter that leaves memory.
+            budget_bytes: for all adapters in memory; None: no limit.
+            ignore_fingerprint: accept adapters of another base of the same shape.
+            dropped: called with the number of each adapter that leaves memory.
         """
         self._base, self._routing, self._dtype = base, routing, dtype
         self._ignore_fingerprint, self._dropped = ignore_fingerprint, dropped
@@ -134,16 +135,16 @@ class AdapterStore:
         return sum(resident.nbytes for resident in (*self._residents.values(), *self._retired))
 
     def add(self, named: Mapping[str, Source]) -> list[Card]:
-        """Read adapters into memory under new names or in place of what has them; all or none.
+        """Read adapters into memory, all or none; one with a known name replaces the earlier adapter.
 
         Raises:
-            InputError: a bad name, an adapter that does not fit, or one larger than the budget.
-            NoRoom: the rest of the budget is in use.
+            InputError: a name is invalid, or an adapter does not fit the base or the budget.
+            NoRoom: the budget is in use.
         """
         read = {}
         for name, source in named.items():
             if not NAME.fullmatch(name):
-                raise InputError(f"adapter name {name!r}: letters, digits, . _ - and at most 64 of them")
+                raise InputError(f"adapter name {name!r}: must be at most 64 letters, digits, . _ or -")
             self._check_blend(name, source, {**self._sources, **named})
             read[name] = self._read(source, read)
         self._make_room(sum(factors.nbytes for factors in read.values()))
@@ -154,7 +155,7 @@ class AdapterStore:
         return [self.cards[name] for name in named]
 
     def reload(self, name: str) -> Card:
-        """Read an adapter again from where it came from; rows in flight keep the old one.
+        """Read an adapter again from its source; running rows keep the old one.
 
         Raises:
             UnknownAdapter, InputError, NoRoom: as for `add`.
@@ -164,10 +165,10 @@ class AdapterStore:
         return self.add({name: self._sources[name]})[0]
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; rows in flight keep it to their end.
+        """Forget an adapter; running rows keep it until they end.
 
         Raises:
-            UnknownAdapter: there is none.
+            UnknownAdapter: there is no such adapter.
         """
         if name not in self._sources:
             raise UnknownAdapter(name)
@@ -176,7 +177,7 @@ class AdapterStore:
         self.cards = MappingProxyType({other: card for other, card in self.cards.items() if other != name})
 
     def acquire(self, name: str) -> Resident:
-        """Return an adapter for one more row, read again if it had left memory.
+        """Return an adapter for one more row, and read it again if it is not in memory.
 
         Raises:
             UnknownAdapter, InputError, NoRoom: as for `add`; the files may have changed since.
@@ -192,19 +193,19 @@ class AdapterStore:
         return resident
 
     def release(self, resident: Resident) -> None:
-        """Give back what `acquire` gave."""
+        """Release what `acquire` returned for one row."""
         resident.uses -= 1
         if resident.retired and resident.uses == 0:
             self._retired.remove(resident)
             self._drop(resident)
 
     def _check_blend(self, name: str, source: Source, sources: Mapping[str, Source]) -> None:
-        """Refuse a blend of what is not known, or of blends: none can then come to blend itself."""
+        """Refuse a blend of unknown adapters, or of blends, so that no blend can contain itself."""
         for part in source.blend:
             if part not in sources:
                 raise InputError(f"adapter {name!r}: blends {part!r}, which is not loaded; load it first")
             if sources[part].blend:
-                raise InputError(f"adapter {name!r}: blends {part!r}, a blend itself; name that one's parts")
+                raise InputError(f"adapter {name!r}: blends {part!r}, which is itself a blend; give its parts instead")
 
     def _read(self, source: Source, beside: Mapping[str, AdapterFactors]) -> AdapterFactors:
         """Return an adapter's factors, from its folder or from the adapters that it blends.
@@ -219,7 +220,7 @@ class AdapterStore:
         return blend_factors(parts)
 
     def _current(self, name: str, beside: Mapping[str, AdapterFactors]) -> AdapterFactors:
-        """Return the factors of a known adapter, without bringing it into memory for that."""
+        """Return the factors of a known adapter, without keeping it in memory."""
         if name in beside:
             return beside[name]
         if name not in self._sources:
@@ -252,7 +253,7 @@ class AdapterStore:
             self._set_card(name, resident=False)
 
     def _install(self, read: Mapping[str, AdapterFactors]) -> None:
-        """Put factors into the layers, which are routed as needed."""
+        """Put factors into the layers, after replacing these by routed layers where needed."""
         touched = {}
         for name, factors in read.items():
             number = next(self._numbers)
@@ -280,7 +281,7 @@ class AdapterStore:
             self.cards = MappingProxyType({**self.cards, name: card})
 
     def _retire(self, name: str) -> None:
-        """Take an adapter from memory: now, or with its last row."""
+        """Remove an adapter from memory, now or after its last row."""
         resident = self._residents.pop(name, None)
         if resident is None:
             return

@@ -1,6 +1,6 @@
-"""/v1/adapters: which adapters there are, loading them, forgetting them.
+"""The endpoints under /v1/adapters, which list, load and unload adapters.
 
-A name is a name, never a path; a path is looked up below one folder that the operator chose, links followed first.
+A name is never a path. A path is only looked up below one folder that the operator chose, after following links.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Adapters:
     """The endpoints."""
 
     def __init__(self, engine: Engine, base_name: str, folder: Path | None, allow_hub: bool):
-        """Serve them.
+        """Prepare the endpoints.
 
         Args:
             engine: holds the adapters.
-            base_name: the base's model id, which no adapter may have.
-            folder: whose subfolders may be loaded; None: none.
-            allow_hub: whether hub ids may be.
+            base_name: the base's model id, which no adapter may have as its name.
+            folder: its subfolders may be loaded; None: no folder may.
+            allow_hub: whether adapters may be loaded from the hub.
         """
         self._engine, self._base_name, self._folder, self._allow_hub = engine, base_name, folder, allow_hub
 
@@ -56,7 +56,7 @@ class Adapters:
         return JSONResponse({"object": "list", "data": data, **sizes})
 
     async def load(self, request: HttpRequest) -> Response:
-        """POST /v1/adapters: a new adapter, or a known one again."""
+        """POST /v1/adapters: load a new adapter, or reload a known one."""
         body = read_json(await request.body())
         strange = body.keys() - FIELDS
         if strange:
@@ -64,11 +64,14 @@ class Adapters:
         name = body.get("name")
         if not isinstance(name, str) or not NAME.fullmatch(name) or name == self._base_name:
             raise ApiError(
-                400, "name: letters, digits, . _ - and at most 64 of them, not the base's", "invalid_value", "name"
+                400,
+                "name: must be at most 64 letters, digits, . _ or -, and not the base's name",
+                "invalid_value",
+                "name",
             )
         given = [key for key in ("path", "hub", "blend") if body.get(key) is not None]
         if len(given) > 1:
-            raise ApiError(400, f"{' and '.join(given)}: give one of them", "invalid_value")
+            raise ApiError(400, f"{' and '.join(given)}: give only one of them", "invalid_value")
         if not given:
             card = await self._run(lambda store: store.reload(name))
         else:
@@ -83,12 +86,12 @@ class Adapters:
         return JSONResponse({"name": name, "object": "adapter", "deleted": True})
 
     async def _run(self, function: Any, folder: Path | None = None) -> Any:
-        """Run something on the adapters in the engine's thread."""
+        """Run a function on the adapter store in the engine's thread."""
         try:
             return await asyncio.wrap_future(self._engine.call(function))
         except (UnknownAdapter, NoRoom, Stopped, InputError, OSError) as error:
             told = api_error(error)
-            if folder is not None:  # where it lies is nothing that clients need to know
+            if folder is not None:  # do not tell clients the path on this machine
                 told.args = (str(told).replace(str(folder), folder.name),)
             raise told from None
 
@@ -101,20 +104,20 @@ class Adapters:
             raise ApiError(403, "hub: loading from the hub is off; start the server with --allow-hub", "hub_off", "hub")
         hub, revision = body["hub"], body.get("revision")
         if not isinstance(hub, str) or Path(hub).expanduser().exists() or not isinstance(revision, (str, type(None))):
-            raise ApiError(400, "hub: an id of the form owner/name", "invalid_value", "hub")
+            raise ApiError(400, "hub: must be an id such as owner/name", "invalid_value", "hub")
         try:
             return Source(folder=await anyio.to_thread.run_sync(resolve_adapter, hub, revision))
         except (InputError, RunError) as error:
             raise ApiError(400, str(error), "invalid_adapter", "hub") from None
 
     def _folder_of(self, path: Any) -> Path:
-        """Return the folder that a client means, if it may."""
+        """Return the folder that a client asks for, if it is allowed."""
         if self._folder is None:
             raise ApiError(
                 403, "path: loading from this disk is off; start the server with --adapters-from", "path_off", "path"
             )
         if not isinstance(path, str) or not path or "\0" in path:
-            raise ApiError(400, "path: a folder below the server's --adapters-from", "invalid_value", "path")
+            raise ApiError(400, "path: must be a folder below the server's --adapters-from", "invalid_value", "path")
         root = self._folder.resolve()
         folder = (root / path).resolve()
         if folder == root or not folder.is_relative_to(root):
@@ -125,7 +128,7 @@ class Adapters:
 
 
 def _weights(blend: Any) -> dict[str, float]:
-    """Read {"name": weight}."""
+    """Return the weights of a blend, {"name": weight}, after checking them."""
     fits = isinstance(blend, dict) and 0 < len(blend) <= 16
     fits = fits and all(
         isinstance(weight, (int, float))
@@ -136,7 +139,10 @@ def _weights(blend: Any) -> dict[str, float]:
     )
     if not fits:
         raise ApiError(
-            400, 'blend: an object of 1 to 16 adapters, as {"bard": 0.7, "tutor": 0.3}', "invalid_value", "blend"
+            400,
+            'blend: must be an object with 1 to 16 adapters, such as {"bard": 0.7, "tutor": 0.3}',
+            "invalid_value",
+            "blend",
         )
     return {name: float(weight) for name, weight in blend.items()}
 

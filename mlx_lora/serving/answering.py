@@ -1,4 +1,4 @@
-"""Carries an answer from the engine's thread to one client, whole or as a stream, until either is gone."""
+"""Send an answer from the engine's thread to one client, complete or as a stream, until either ends."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ RETRY_AFTER_S = 1
 
 
 class ClientGone(Exception):
-    """Nobody is there to answer."""
+    """The client has closed the connection."""
 
 
 def api_error(error: Exception) -> ApiError:
-    """Return what a client is told of an error of the engine."""
+    """Return the error that a client gets for an error of the engine."""
     if isinstance(error, UnknownAdapter):
         return ApiError(
             404, f"no model or adapter {str(error)!r}; GET /v1/models lists them", "model_not_found", "model"
@@ -41,19 +41,19 @@ def api_error(error: Exception) -> ApiError:
 
 
 class Answer:
-    """One request's events in the server's own event loop. A context: leaving it frees the request's place."""
+    """One request's events in the server's event loop; leaving it as a context frees the request's row."""
 
     def __init__(self, engine: Engine, request: Request, receive: Callable[[], Awaitable[Any]], timeout_s: float):
         """Submit the request.
 
         Args:
-            engine: answers.
-            request: what is asked.
-            receive: ASGI's, after the body: tells when the client goes away.
+            engine: answers the request.
+            request: the request.
+            receive: ASGI's function; after the body it only tells when the client disconnects.
             timeout_s: for the whole answer.
 
         Raises:
-            ApiError: 429 the queue is full, 503 the engine has stopped.
+            ApiError: 429 if the queue is full, 503 if the engine has stopped.
         """
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.time() + timeout_s
@@ -66,7 +66,7 @@ class Answer:
         self._gone = self._loop.create_task(_until_gone(receive))
 
     def _emit(self, event: Event) -> None:
-        # The loop is closed when the process ends with requests in flight.
+        # The loop is already closed if the process ends while requests are running.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
@@ -78,10 +78,10 @@ class Answer:
         self._gone.cancel()
 
     async def __aiter__(self) -> AsyncIterator[Event]:
-        """Yield the events to the last one.
+        """Yield the events up to the last one.
 
         Raises:
-            ClientGone: the client went away.
+            ClientGone: the client disconnected.
             ApiError: the answer is an error, or is not done in time.
         """
         while True:
@@ -93,7 +93,7 @@ class Answer:
                 return
 
     async def send(self, sending: Awaitable[None]) -> None:
-        """Await a send that a client may delay by not reading, no longer than the answer may take."""
+        """Await a send within the answer's time limit, since a client can delay it by not reading."""
         await self._within_time(sending)
 
     async def _within_time(self, doing: Awaitable[Any]) -> Any:
@@ -116,7 +116,7 @@ async def _until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
 
 
 async def send_whole(answer: Answer, reply: Reply, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
-    """Send the answer in one piece when it is complete."""
+    """Send the complete answer at once."""
     pieces, reports, event = [], [], None
     async for event in answer:
         pieces.append(event.piece.text)
@@ -130,7 +130,7 @@ async def send_whole(answer: Answer, reply: Reply, send: Callable[[dict[str, Any
 async def send_stream(
     answer: Answer, reply: Reply, include_usage: bool, send: Callable[[dict[str, Any]], Awaitable[None]]
 ) -> None:
-    """Send the answer as server-sent events; an error before the first is an ordinary error answer."""
+    """Send the answer as server-sent events; an error before the first event is sent as an ordinary error."""
     opened = False
     headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
 
@@ -150,7 +150,7 @@ async def send_stream(
     except ApiError as error:
         if not opened:
             raise
-        # The status is sent already; clients know an error by its object. One that does not read gets nothing more.
+        # The status was already sent, so send the error as an event, unless the client does not read.
         content = f"data: {json.dumps(error.body())}\n\n".encode()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(send({"type": "http.response.body", "body": content}), timeout=1)

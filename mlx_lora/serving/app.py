@@ -1,6 +1,6 @@
 """The server's routes: OpenAI's completions, the models, health, metrics and the page.
 
-Guard (who, how much) -> routes -> asking (checked) -> prompts (tokens) -> engine -> answering -> client
+Guard -> routes -> asking (checks the body) -> prompts (makes tokens) -> engine -> answering -> client
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from mlx_lora.serving.requests import Request
 
 @dataclass(frozen=True)
 class AnswerLimits:
-    """How much an answer may take.
+    """Limits for an answer.
 
     Attributes:
-        max_tokens: new tokens.
-        max_context: tokens of prompt and answer together.
-        timeout_s: seconds until it is complete.
+        max_tokens: the most new tokens.
+        max_context: the most tokens of prompt and answer together.
+        timeout_s: seconds until it must be complete.
     """
 
     max_tokens: int
@@ -50,12 +50,12 @@ class AnswerLimits:
 
 
 class Completions:
-    """The endpoints that generate, and what clients can ask for."""
+    """The endpoints that generate, and those that list models."""
 
     def __init__(self, engine: Engine, limits: AnswerLimits, started_s: int):
         self._engine, self._limits = engine, limits
         self._base_name, self._started_s = base_name(engine.base), started_s
-        self._one_at_a_time = anyio.CapacityLimiter(1)  # tokenizers are not made for several threads
+        self._one_at_a_time = anyio.CapacityLimiter(1)  # tokenizers are not thread-safe
 
     async def chat(self, request: HttpRequest) -> Answering:
         """POST /v1/chat/completions."""
@@ -74,7 +74,7 @@ class Completions:
         """GET /v1/models/ID."""
         return JSONResponse(self._model(self._card(request.path_params["model"])))
 
-    async def _answer(self, ask: Ask, form: Callable[[str], Reply]) -> Answering:
+    async def _answer(self, ask: Ask, make_reply: Callable[[str], Reply]) -> Answering:
         card = self._card(ask.model)
         tokens = await anyio.to_thread.run_sync(self._tokens, ask, card, limiter=self._one_at_a_time)
         request = Request(
@@ -87,7 +87,7 @@ class Completions:
             continues=ask.messages is None,
         )
         return Answering(
-            self._engine, request, form(card.name if card else self._base_name), ask, self._limits.timeout_s
+            self._engine, request, make_reply(card.name if card else self._base_name), ask, self._limits.timeout_s
         )
 
     def _tokens(self, ask: Ask, card: Card | None) -> list[int]:
@@ -105,11 +105,11 @@ class Completions:
     def _max_tokens(self, ask: Ask, prompt: int) -> int:
         limits = self._limits
         if ask.max_tokens and ask.max_tokens > limits.max_tokens:
-            message = f"max_tokens {ask.max_tokens}: at most {limits.max_tokens} here"
+            message = f"max_tokens {ask.max_tokens}: this server allows at most {limits.max_tokens}"
             raise ApiError(400, message, "too_many_tokens", "max_tokens")
         room = limits.max_context - prompt
         if room < (ask.max_tokens or 1):
-            message = f"{prompt} tokens of prompt and {ask.max_tokens or 1} to make: the bound is {limits.max_context}"
+            message = f"{prompt} tokens of prompt and {ask.max_tokens or 1} new ones: the limit is {limits.max_context}"
             raise ApiError(400, message, "context_length_exceeded", "messages")
         return ask.max_tokens or min(limits.max_tokens, room)
 
@@ -123,14 +123,14 @@ class Completions:
 
 
 class Answering:
-    """A response that comes from the engine."""
+    """A response that the engine generates."""
 
     def __init__(self, engine: Engine, request: Request, reply: Reply, ask: Ask, timeout_s: float):
         self._engine, self._request, self._reply, self._ask = engine, request, reply, ask
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Any]) -> None:
-        """Answer as an ASGI application; a client that goes away frees its place."""
+        """Answer as an ASGI application; if the client disconnects, its row is freed."""
         with Answer(self._engine, self._request, receive, self._timeout_s) as answer:
             try:
                 if self._ask.stream:
@@ -148,14 +148,14 @@ def make_app(
     started_s: int,
     more_routes: Sequence[BaseRoute] = (),
 ) -> Starlette:
-    """Return the server as an ASGI application, which ends the engine when it ends.
+    """Return the server as an ASGI application, which closes the engine when it ends.
 
     Args:
-        engine: running.
-        guard: who is let in.
-        limits: on answers.
+        engine: a running engine.
+        guard: limits for requests.
+        limits: limits for answers.
         started_s: UNIX time.
-        more_routes: beside those of this file.
+        more_routes: routes besides those of this file.
     """
     completions, answers = Completions(engine, limits, started_s), Counter()
 

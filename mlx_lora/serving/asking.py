@@ -1,4 +1,4 @@
-"""Reads OpenAI's request bodies: every field is checked, and one that would be ignored is refused.
+"""Read OpenAI's request bodies: check every field, and refuse fields that would be ignored.
 
 Source: OpenAI's API reference, chat/completions and completions.
 """
@@ -15,14 +15,14 @@ from mlx_lora.serving.sampling import Sampling
 MAX_STOPS, MAX_TOP_LOGPROBS = 16, 20
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-# Read here, by both endpoints or one of them.
+# Fields that both endpoints, or one of them, read.
 _COMMON = {
     "model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs",
     "ignore_eos",
 }  # fmt: skip
 _CHAT = _COMMON | {"messages", "tools", "tool_choice", "max_completion_tokens", "top_logprobs"}
 _COMPLETION = _COMMON | {"prompt"}
-# Change nothing in an answer.
+# Fields that do not change an answer.
 _HARMLESS = {
     "user",
     "metadata",
@@ -32,7 +32,7 @@ _HARMLESS = {
     "safety_identifier",
     "prompt_cache_key",
 }
-# Not done here, but fine at these values.
+# Fields that are not supported, except with these values.
 _NEUTRAL = {
     "n": (1,), "best_of": (1,), "echo": (False,), "suffix": (None, ""), "presence_penalty": (0,),
     "frequency_penalty": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},),
@@ -40,7 +40,7 @@ _NEUTRAL = {
 
 
 class ApiError(Exception):
-    """An answer that is an error, in OpenAI's form."""
+    """An error answer in OpenAI's format."""
 
     def __init__(
         self, status: int, message: str, code: str, param: str | None = None, retry_after_s: int | None = None
@@ -57,14 +57,14 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Ask:
-    """What both endpoints are asked for.
+    """A request to either endpoint.
 
     Attributes:
         model: id of the base or of an adapter; None: the base.
-        messages, tools: of a chat; None of a completion.
-        prompt: text or token ids of a completion.
+        messages, tools: of a chat; None for a completion.
+        prompt: text or token ids of a completion; None for a chat.
         max_tokens: None: as many as allowed.
-        sampling, stops, ignore_eos: as for the engine.
+        sampling, stops, ignore_eos: as in the engine's Request.
         stream: send pieces as they come.
         include_usage: end a stream with the token counts.
     """
@@ -82,18 +82,18 @@ class Ask:
 
 
 def read_json(raw: bytes) -> dict[str, Any]:
-    """Read a body as a JSON object.
+    """Return a body's JSON object.
 
     Raises:
-        ApiError: it is none, or holds text that is no Unicode.
+        ApiError: it is not a JSON object, or has text that is not valid Unicode.
     """
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON number")
+        raise ValueError(f"{constant} is not a JSON number")
 
     try:
         body = json.loads(raw.decode("utf-8"), parse_constant=refuse)
-        json.dumps(body, ensure_ascii=False).encode()  # escapes can spell half a character
+        json.dumps(body, ensure_ascii=False).encode()  # refuses half a surrogate pair, which escapes can write
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON in UTF-8 ({error}); send a JSON object", "invalid_json") from None
     if not isinstance(body, dict):
@@ -102,7 +102,7 @@ def read_json(raw: bytes) -> dict[str, Any]:
 
 
 def read_chat(body: dict[str, Any]) -> Ask:
-    """Read a chat/completions body.
+    """Return the request of a chat/completions body.
 
     Raises:
         ApiError: 400, naming the field.
@@ -130,7 +130,7 @@ def read_chat(body: dict[str, Any]) -> Ask:
 
 
 def read_completion(body: dict[str, Any]) -> Ask:
-    """Read a completions body.
+    """Return the request of a completions body.
 
     Raises:
         ApiError: 400, naming the field.
@@ -158,7 +158,7 @@ def _common(
         "max_tokens": most,
         "sampling": Sampling(
             temperature=1.0 if temperature is None else temperature,
-            top_p=top_p or 1.0,  # 0 is mlx-lm's word for off
+            top_p=top_p or 1.0,  # 0 means off, as in mlx-lm
             top_k=_number(body, "top_k", int, 0, 10**9) or 0,
             seed=_number(body, "seed", int, -(2**63), 2**63 - 1, fold=2**63),
             top_logprobs=top_logprobs,
@@ -179,7 +179,7 @@ def _check_fields(body: dict[str, Any], known: set[str]) -> None:
         if value not in _NEUTRAL[name]:
             raise ApiError(
                 400,
-                f"{name} {_shown(value)}: this server does not do that; leave it out",
+                f"{name} {_shown(value)}: this server does not support that; leave it out",
                 "unsupported_parameter",
                 name,
             )
@@ -198,29 +198,29 @@ def _tools(body: dict[str, Any]) -> list[dict[str, Any]] | None:
     for tool in tools or []:
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise _bad("tools", tool, 'objects of the form {"type": "function", "function": {"name": ...}}')
+            raise _bad("tools", tool, 'objects such as {"type": "function", "function": {"name": ...}}')
     return tools
 
 
 def _message(index: int, message: Any) -> dict[str, Any]:
-    """Return a message as templates take it: content as one text, arguments of calls as objects."""
-    place = f"messages[{index}]"
+    """Return a message in the format of templates: content as one text, arguments of calls as objects."""
+    name = f"messages[{index}]"
     if not isinstance(message, dict) or message.get("role") not in ROLES:
-        raise _bad(place, message, f"an object with a role of {', '.join(ROLES)}")
+        raise _bad(name, message, f"an object with a role of {', '.join(ROLES)}")
     content = message.get("content")
     if isinstance(content, list):
         if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
-            raise _bad(f"{place}.content", content, "a text or parts of type text")
+            raise _bad(f"{name}.content", content, "a text or parts of type text")
         content = "".join(part["text"] for part in content)
     calls = message.get("tool_calls")
     if not isinstance(content, str) and not (content is None and calls):
-        raise _bad(f"{place}.content", content, "a text or parts of type text")
+        raise _bad(f"{name}.content", content, "a text or parts of type text")
     role = "system" if message["role"] == "developer" else message["role"]
     plain = {**message, "role": role, "content": content or ""}
-    return plain if calls is None else {**plain, "tool_calls": _calls(place, calls)}
+    return plain if calls is None else {**plain, "tool_calls": _calls(name, calls)}
 
 
-def _calls(place: str, calls: Any) -> list[dict[str, Any]]:
+def _calls(name: str, calls: Any) -> list[dict[str, Any]]:
     try:
         return [
             {
@@ -230,7 +230,7 @@ def _calls(place: str, calls: Any) -> list[dict[str, Any]]:
             for call in calls
         ]
     except (TypeError, KeyError, AttributeError, ValueError):
-        raise _bad(f"{place}.tool_calls", calls, "calls with a function's name and JSON arguments") from None
+        raise _bad(f"{name}.tool_calls", calls, "calls with a function's name and JSON arguments") from None
 
 
 def _is_int(value: Any) -> bool:
@@ -238,7 +238,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _number(body: dict[str, Any], name: str, kind: type, low: float, high: float, fold: int | None = None) -> Any:
-    """Return a number, or None when it is not given."""
+    """Return a number after checking it, or None if it is not given."""
     value = body.get(name)
     if value is None:
         return None

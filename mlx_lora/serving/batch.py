@@ -1,7 +1,7 @@
-"""Rows that generate together, each with its own adapter, joining and leaving between steps.
+"""Generate with a batch of rows, each with its own adapter, which join and leave between steps.
 
-mlx-lm's caches hold the rows; its BatchGenerator does not tell the model which rows a call is for, and layers
-have to know, so the loop is our own. Like there, step n + 1 is computed while the host reads step n.
+mlx-lm's caches hold the rows. Its BatchGenerator does not tell the model which rows a call is for, but our layers have
+to know, so the loop is our own. As in mlx-lm, step n + 1 is computed while the host reads step n.
 
 Shapes: B rows, V vocabulary.
 """
@@ -24,11 +24,11 @@ class Row:
     """One sequence.
 
     Attributes:
-        owner: whom its tokens are for.
+        owner: what its tokens are for; the engine's own object.
         adapter: number of its adapter, None for the base.
         sampler: draws its tokens.
-        tokens: those whose keys and values its cache holds.
-        fresh: its next known token is the prompt's last, which is nobody's news.
+        tokens: the tokens whose keys and values its cache holds.
+        fresh: the next token that a step returns is the prompt's last, which is not new.
     """
 
     owner: Any
@@ -39,17 +39,17 @@ class Row:
 
 
 class Prefill:
-    """A prompt on its way through the model, a part at a time, so that running rows wait for no long prompt."""
+    """A prompt that is computed in parts, so that running rows do not wait for a long prompt."""
 
     def __init__(self, model: nn.Module, routing: Routing, row: Row, tokens: list[int], caches: list[Any] | None):
-        """Begin.
+        """Prepare to compute a prompt.
 
         Args:
             model: the routed model.
-            routing: where its layers look.
+            routing: tells its layers which adapter to use.
             row: the sequence; `row.tokens` are those that `caches` holds.
-            tokens: the rest of the prompt, at least one.
-            caches: of one sequence; None makes empty ones.
+            tokens: the rest of the prompt, at least one token.
+            caches: of one sequence; None: empty ones.
         """
         self._model, self._routing = model, routing
         self.row = row
@@ -58,7 +58,7 @@ class Prefill:
 
     @property
     def done(self) -> bool:
-        """Whether only the last token is left, which the batch's next step takes."""
+        """Whether only the last token is left, which the batch's next step computes."""
         return len(self.rest) == 1
 
     def advance(self, most: int) -> None:
@@ -71,13 +71,13 @@ class Prefill:
 
 
 class Batch:
-    """The rows that generate."""
+    """The rows that generate together."""
 
     def __init__(self, model: nn.Module, routing: Routing):
         self._model, self._routing = model, routing
         self.rows: list[Row] = []
         self._caches: list[Any] = []
-        self._next: mx.array | None = None  # (B,) each row's next token, computed or on its way
+        self._next: mx.array | None = None  # (B,) each row's next token, which may not be computed yet
         self._reports: list[Likelihoods | None] = []
 
     def __len__(self) -> int:
@@ -89,7 +89,7 @@ class Batch:
         return sum(cache.nbytes for cache in self._caches)
 
     def join(self, prefill: Prefill) -> None:
-        """Take in a row whose prompt is computed but for its last token."""
+        """Add a row whose prompt is computed except for its last token."""
         merged = [cache.merge([cache]) for cache in prefill.caches]
         if self._caches:
             for own, new in zip(self._caches, merged, strict=True):
@@ -102,7 +102,7 @@ class Batch:
         self._reports.append(None)
 
     def step(self) -> list[tuple[Row, int, Likelihoods | None]]:
-        """Begin every row's next token, and return the tokens begun by the step before."""
+        """Start computing every row's next token, and return the tokens that the previous step started."""
         known, reports = self._next, self._reports
         self._routing.rows = tuple(row.adapter for row in self.rows)
         logits = self._model(known[:, None], cache=self._caches)[:, -1]  # (B, V)
@@ -118,11 +118,11 @@ class Batch:
         return news
 
     def extract(self, row: Row) -> list[Any]:
-        """Return a row's caches, of one sequence, for the prompt cache."""
+        """Return the caches of one row, for the prompt cache."""
         return [cache.extract(self.rows.index(row)) for cache in self._caches]
 
     def leave(self, leaving: list[Row]) -> None:
-        """Take rows out."""
+        """Remove rows."""
         keep = [index for index, row in enumerate(self.rows) if row not in leaving]
         self.rows = [self.rows[index] for index in keep]
         self._reports = [self._reports[index] for index in keep]

@@ -1,4 +1,4 @@
-"""What a user types into a chat, line by line: questions, and commands that begin with a slash."""
+"""Handle the lines that a user types into a chat: questions, and commands that begin with a slash."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mlx_lora.system.errors import InputError, RunError
 
 @dataclass(frozen=True)
 class Screen:
-    """Where things are shown.
+    """The functions that show output.
 
     Attributes:
-        write: takes pieces of answers, line ends included.
-        say: takes a line about the chat.
-        complain: takes the line of an error.
-        figures: takes a line of counts and speed, which not every screen shows.
+        write: shows pieces of answers, which include line ends.
+        say: shows a line about the chat.
+        complain: shows an error's line.
+        figures: shows a line with counts and speed; some screens leave it out.
     """
 
     write: Callable[[str], None]
@@ -35,51 +35,53 @@ class Command:
     """One command.
 
     Attributes:
-        form: how it is written.
+        usage: how to write it.
         words: what it does.
-        run: takes what stands behind its name; True ends the chat.
-        wants: whether something must stand behind its name, may (None), or must not.
+        run: takes the text after its name; returns True to end the chat.
+        wants: whether text after its name is required (True), optional (None) or not allowed (False).
     """
 
-    form: str
+    usage: str
     words: str
     run: Callable[[str], bool | None]
     wants: bool | None
 
 
 class ChatLines:
-    """Does what each line says."""
+    """Runs the commands and asks the questions of each line."""
 
     def __init__(self, conversation: Conversation, screen: Screen):
         self._chat, self._screen = conversation, screen
         self._answering = self._stopped = False
         self._answers: list[Answer] = []
         self._commands = {
-            "adapter": Command("/adapter NAME", "NAME answers from here on, base for the base", self._adapter, True),
-            "adapters": Command("/adapters", "who can answer", self._list, False),
+            "adapter": Command(
+                "/adapter NAME", "NAME answers from now on, or the base if NAME is base", self._adapter, True
+            ),
+            "adapters": Command("/adapters", "lists the base and the adapters", self._list, False),
             "compare": Command(
                 "/compare TEXT",
                 "base and all adapters answer TEXT at once, and their answers are not added to the chat; "
-                "@NAME ... before TEXT picks some",
+                "@NAME ... before TEXT chooses some",
                 self._compare,
                 True,
             ),
-            "load": Command("/load NAME=DIR", "loads an adapter, or another in its place", self._load, True),
+            "load": Command("/load NAME=DIR", "loads an adapter, or replaces one", self._load, True),
             "system": Command("/system TEXT", "sets the system prompt; without TEXT there is none", self._system, None),
             "reset": Command("/reset", "forgets what was said", self._reset, False),
-            "help": Command("/help", "this", self._help, False),
+            "help": Command("/help", "shows this list", self._help, False),
             "quit": Command("/quit", "ends the chat, as Ctrl-D does; Ctrl-C stops an answer", self._quit, False),
         }
 
     def take(self, line: str) -> bool:
-        """Do what a line says; False when it ends the chat.
+        """Handle a line; return False if it ends the chat.
 
         Raises:
             RunError: the engine has failed.
         """
         try:
             line.encode()
-        except UnicodeEncodeError:  # bytes that are no UTF-8 arrive as lone surrogates
+        except UnicodeEncodeError:  # bytes that are not UTF-8 arrive as lone surrogates
             self._screen.complain("the line is not UTF-8; set the terminal, or save the file, as UTF-8")
             return True
         if not line.strip():
@@ -95,7 +97,7 @@ class ChatLines:
         return True
 
     def interrupt(self) -> bool:
-        """Stop what is being answered; False when nothing is. Made for a signal handler."""
+        """Stop the current answers; return False if there are none. A signal handler may call this."""
         if not self._answering:
             return False
         self._stopped = True
@@ -106,9 +108,9 @@ class ChatLines:
     def _command(self, name: str, rest: str) -> bool | None:
         command, rest = self._commands.get(name), rest.strip()
         if command is None:
-            raise InputError(f"/{name}: no such command; /help lists them, and //{name} says it to the model")
+            raise InputError(f"/{name}: no such command; /help lists them, and //{name} sends it to the model")
         if command.wants is not None and command.wants != bool(rest):
-            raise InputError(f"/{name} {rest}".strip() + f": write it as {command.form}")
+            raise InputError(f"/{name} {rest}".strip() + f": write it as {command.usage}")
         return command.run(rest)
 
     def _question(self, text: str) -> None:
@@ -138,12 +140,12 @@ class ChatLines:
 
     @contextmanager
     def _answers_of(self, text: str, adapters: list[str | None]) -> Iterator[list[Answer]]:
-        """Begin the answers of all of `adapters`, which are made in one batch; leaving the block ends them."""
+        """Start the answers of all `adapters`, which are generated in one batch; leaving the block ends them."""
         self._answering, self._stopped = True, False
         try:
             for adapter in adapters:
                 self._answers.append(self._chat.ask(text, adapter))
-            if self._stopped:  # before they were there to be stopped
+            if self._stopped:  # interrupted before all answers were started
                 self.interrupt()
             yield self._answers
         finally:
@@ -175,7 +177,7 @@ class ChatLines:
             name, source = named_source("/load", rest)
             check_names("/load", [name], self._chat.base_names)
             card = self._chat.engine.call(lambda store: store.add({name: source})).result()[0]
-        except (OSError, RunError) as error:  # the disk or the hub; the chat has no part in it
+        except (OSError, RunError) as error:  # an error of the disk or the hub, so the chat can continue
             raise InputError(f"/load {rest}: {error}") from None
         except Stopped:
             raise RunError(f"the engine failed: {self._chat.engine.failure!r}") from None
@@ -190,9 +192,9 @@ class ChatLines:
         self._screen.say("nothing has been said yet")
 
     def _help(self, rest: str) -> None:
-        width = max(len(command.form) for command in self._commands.values())
+        width = max(len(command.usage) for command in self._commands.values())
         for command in self._commands.values():
-            self._screen.say(f"{command.form:{width}}  {command.words}")
+            self._screen.say(f"{command.usage:{width}}  {command.words}")
 
     def _quit(self, rest: str) -> bool:
         return True

@@ -1,7 +1,7 @@
-"""The server's own page: two models side by side in a browser, through the same endpoints as every client.
+"""Serve the chat page, which shows two models side by side in a browser and uses the same endpoints as other clients.
 
-One file without any other, and with a policy under which nothing but its own script and style can run in it, whatever a
-model says: `pages/chat.html`. It holds no secrets, so it needs no key; what it asks the server for does.
+The page, `pages/chat.html`, is a single file. Its policy only allows its own script and style to run, whatever a model
+writes. It has no secrets, so it is served without an API key; its requests to the server need the key.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FILE = Path(__file__).parent / "pages" / "chat.html"
 
 
 def page_route() -> Route:
-    """Return GET / with the page."""
+    """Return the route GET / that serves the page."""
     text = FILE.read_text(encoding="utf-8")
     headers = {
         "Content-Security-Policy": policy(text),
@@ -37,17 +37,17 @@ def page_route() -> Route:
 
 
 def policy(text: str) -> str:
-    """Return the Content-Security-Policy under which a page's own inline script and style work, and nothing else."""
+    """Return a Content-Security-Policy that allows the page's own inline script and style, and nothing else."""
     rules = {
         "default-src": "'none'",
         "script-src": " ".join(_hashes(text, "script")),
         "style-src": " ".join(_hashes(text, "style")),
         "connect-src": "'self'",
-        "img-src": "data:",  # the empty icon, without which browsers ask for one
+        "img-src": "data:",  # for the empty icon, without which browsers request one
         "frame-ancestors": "'none'",
         "base-uri": "'none'",
         "form-action": "'none'",
-        # Text of a model that were put into the page as markup would be an error, not an attack.
+        # If the page ever used a model's text as markup, the browser would raise an error instead of running it.
         "require-trusted-types-for": "'script'",
         "trusted-types": "'none'",
     }

@@ -1,6 +1,6 @@
-"""Connections that do not wait for ever: a client must send a request's head in time, or is cut off.
+"""Close connections whose client does not send a request's head in time.
 
-uvicorn bounds how long an idle connection stays, but one that sends a byte now and then stays as long as it likes.
+uvicorn closes idle connections, but a client that sends a byte from time to time could keep one open forever.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 def timed_protocol(head_timeout_s: float) -> type[H11Protocol]:
-    """Return uvicorn's HTTP protocol with a bound on how long a request's head may take.
+    """Return uvicorn's HTTP protocol with a limit on how long a request's head may take.
 
     Args:
-        head_timeout_s: from the connection, or from the first byte after the answer before.
+        head_timeout_s: counted from the connection, or from the first byte after the previous answer.
     """
 
     class TimedProtocol(H11Protocol):

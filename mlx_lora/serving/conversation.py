@@ -1,8 +1,8 @@
-"""A chat with one base and its adapters: the turns so far, who answers next, and answers as they come.
+"""Hold a chat with one base and its adapters: the turns so far, the adapter that answers next, and its answers.
 
-    turns + question -> chat template of who is asked -> tokens -> engine -> Answer -> turns
+    turns + question -> the adapter's chat template -> tokens -> engine -> Answer -> turns
 
-Knows neither terminal nor HTTP; `chat_lines` reads what a user types.
+This file uses neither terminal nor HTTP; `chat_lines` handles what a user types.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from mlx_lora.serving.requests import Event, Request, Stopped, Usage
 from mlx_lora.serving.sampling import Sampling
 from mlx_lora.system.errors import InputError, RunError
 
-BASE = "base"  # what the base is called beside its own name
+BASE = "base"  # another name of the base, beside its own
 
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """How answers are made.
+    """How answers are generated.
 
     Attributes:
-        max_tokens: new tokens of one answer.
-        context: tokens of conversation and answer together.
-        sampling: how they are drawn.
+        max_tokens: the most new tokens of one answer.
+        context: the most tokens of conversation and answer together.
+        sampling: how tokens are drawn.
     """
 
     max_tokens: int
@@ -39,22 +39,22 @@ class AnswerSettings:
 
 
 class Answer:
-    """One answer on its way.
+    """One answer, which may not be complete yet.
 
     Attributes:
-        name: who answers, `base` or an adapter.
-        text: what has come.
-        finish: `stop`, `length`, `stopped` by the user; None while it goes on.
-        usage: token counts at its end; None of a stopped one.
-        cut_by_context: the most tokens it may have are those that the context leaves.
+        name: what answers, `base` or an adapter.
+        text: the text so far.
+        finish: `stop`, `length`, `stopped` by the user; None before that.
+        usage: token counts at its end; None if it was stopped.
+        cut_by_context: the context limits its length more than `max_tokens` does.
     """
 
     def __init__(self, engine: Engine, request: Request, cut_by_context: bool):
         """Submit the request.
 
         Raises:
-            QueueFull: too many wait already.
-            Stopped: the engine ends, or has failed.
+            QueueFull: too many requests are waiting.
+            Stopped: the engine is ending, or has failed.
         """
         self.name = request.adapter or BASE
         self.text, self.finish, self.usage = "", None, None
@@ -65,7 +65,7 @@ class Answer:
         self._ticket = engine.submit(request, self._take)
 
     def _take(self, event: Event) -> None:
-        """Take an event in the engine's thread: when it came counts, not when somebody had time to read it."""
+        """Queue an event in the engine's thread, so that its time is when it came, not when it is read."""
         self._last_s = time.monotonic()
         self._first_s = self._first_s or self._last_s
         self._events.put(event)
@@ -74,7 +74,7 @@ class Answer:
         """Yield its text piece by piece, until it ends or is stopped.
 
         Raises:
-            UnknownAdapter, InputError: the adapter cannot be had any more.
+            UnknownAdapter, InputError: the adapter is no longer available.
             RunError: the engine has failed.
         """
         while self.finish is None:
@@ -95,20 +95,20 @@ class Answer:
                 yield event.piece.text
 
     def stop(self) -> None:
-        """End it as it is; from a signal handler too, which is why nothing here takes a lock."""
+        """End the answer as it is; a signal handler may call this, so it takes no lock."""
         self._stopping = True
         self._events.put(None)
 
     def cancel(self) -> None:
-        """Give its row up, if it still has one."""
+        """Free its row, if it still has one."""
         if self.finish is None:
             self._ticket.cancel()
 
     def figures(self, alone: bool = True) -> str:
-        """Return one line: how long it was, how fast, how much of the prompt was known from earlier turns.
+        """Return one line with its length, its speed, and how much of the prompt was cached from earlier turns.
 
         Args:
-            alone: nothing else was answered at the same time; else its rate would say little, and is left out.
+            alone: nothing else was answered at the same time; otherwise the speed would be misleading, and is left out.
         """
         usage: Usage | None = self.usage
         if usage is None:
@@ -121,12 +121,12 @@ class Answer:
 
     @property
     def span_s(self) -> tuple[float, float]:
-        """When its first and its last event came, on the monotonic clock."""
+        """The times of its first and its last event, on the monotonic clock."""
         return self._first_s, self._last_s
 
 
 def figures_together(answers: list[Answer]) -> str:
-    """Return one line on answers that were made at the same time: how many tokens in all, and how fast."""
+    """Return one line with the total length and speed of answers that were generated at the same time."""
     done = [answer for answer in answers if answer.usage is not None]
     tokens = sum(answer.usage.completion for answer in done)
     line = f"{len(done)} answers at once: {tokens} tokens"
@@ -136,12 +136,12 @@ def figures_together(answers: list[Answer]) -> str:
 
 
 class Conversation:
-    """The turns of one chat, over an engine with any number of adapters.
+    """The turns of one chat, with an engine that has any number of adapters.
 
     Attributes:
-        adapter: who answers next, None for the base.
-        system: the system prompt, None for none.
-        turns: questions and answers, as chat templates take them.
+        adapter: the adapter that answers next, None for the base.
+        system: the system prompt, or None.
+        turns: questions and answers, in the format of chat templates.
     """
 
     def __init__(self, engine: Engine, settings: AnswerSettings, system: str | None = None):
@@ -151,12 +151,12 @@ class Conversation:
 
     @property
     def name(self) -> str:
-        """Who answers next."""
+        """The name of what answers next."""
         return self.adapter or BASE
 
     @property
     def names(self) -> list[str]:
-        """Everyone who can answer."""
+        """The names of the base and of all adapters."""
         return [BASE, *self.engine.store.cards]
 
     @property
@@ -168,7 +168,7 @@ class Conversation:
         """Return the adapter that a name means, None for the base.
 
         Raises:
-            InputError: nobody is called that.
+            InputError: there is no such adapter.
         """
         if name in self.base_names:
             return None
@@ -177,10 +177,10 @@ class Conversation:
         return name
 
     def ask(self, question: str, adapter: str | None) -> Answer:
-        """Begin one's answer to the conversation with one question more, which `keep` can add to it.
+        """Return an adapter's answer to a further question; `keep` can add both to the conversation.
 
         Raises:
-            InputError: no chat template, one that refuses this, or more tokens than the model was made for.
+            InputError: there is no chat template, it refuses the conversation, or the context is too short.
             RunError: the engine has failed.
         """
         tokens = self._tokens(question, adapter)
@@ -198,19 +198,19 @@ class Conversation:
             raise RunError(f"the engine failed: {self.engine.failure!r}") from None
 
     def keep(self, question: str, answer: Answer) -> None:
-        """Add a question and its answer to the turns; of one that was stopped before its first word, neither."""
+        """Add a question and its answer to the turns, unless the answer was stopped before its first word."""
         if answer.text or answer.finish != "stopped":
             self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer.text}]
 
     def has_template(self, name: str) -> bool:
-        """Tell whether one can chat at all."""
+        """Tell whether the base or adapter of that name has a chat template."""
         try:
             return bool(self._template(self.adapter_named(name)))
         except InputError:
             return False
 
     def check_system(self) -> None:
-        """Try whether who answers next takes the system prompt.
+        """Check that the current chat template supports the system prompt.
 
         Raises:
             InputError: the chat template refuses it, or does not show it.
@@ -224,12 +224,12 @@ class Conversation:
         try:
             tokens = self._rendered([{"role": "system", "content": self.system}, *messages], adapter)
         except InputError as error:
-            self._rendered(messages, adapter)  # has a complaint of its own when it is not about the system prompt
+            self._rendered(messages, adapter)  # raises its own error if the system prompt is not the cause
             raise InputError(f"{error} with the system prompt and takes it without: {advice}") from None
         try:
             shown = self._rendered(messages, adapter) != tokens
         except InputError:
-            shown = True  # a template that wants one
+            shown = True  # the template requires a system prompt
         if not shown:
             raise InputError(f"{adapter or BASE}: its chat template does not show a system prompt; {advice}")
         return tokens

@@ -1,8 +1,8 @@
-"""One thread that owns the model: requests come in, tokens go out, adapters come and go between steps.
+"""Run the model in one thread, which takes requests, emits tokens, and loads and unloads adapters between steps.
 
-    submit -> waiting -> Prefill (a part of a prompt at a time) -> Batch (one token per row and step) -> Event
+    submit -> waiting -> Prefill (computes a prompt in parts) -> Batch (one token per row and step) -> Event
 
-Everything that touches MLX runs in this thread, the loading of the base included.
+Everything that uses MLX runs in this thread, including the loading of the base.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 
 T = TypeVar("T")
-# Steps between two returns of unused buffers, as in mlx-lm.
+# Steps after which unused buffers are freed, as in mlx-lm.
 STEPS_PER_CLEARING = 512
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much an engine takes on.
+    """Limits of an engine.
 
     Attributes:
         max_batch: rows that generate at once.
         max_waiting: requests that wait for a row.
-        prefill_tokens: of a prompt computed between two steps of the batch.
-        adapter_bytes: for adapters in memory; None: no bound.
+        prefill_tokens: tokens of a prompt that are computed between two steps of the batch.
+        adapter_bytes: for adapters in memory; None: no limit.
         prompt_cache_bytes: for keys and values of earlier prompts.
     """
 
@@ -56,7 +56,7 @@ class Limits:
 
 @dataclass
 class Counts:
-    """What an engine has done since it started; read by other threads, written by its own."""
+    """Counts of what an engine has done since its start; only its own thread writes them."""
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -85,12 +85,12 @@ class Engine:
         """Start the thread and wait for the base.
 
         Args:
-            load: loads it; runs in the engine's thread.
-            limits: on what is taken on.
-            ignore_fingerprint: take adapters of another base of the same shape.
+            load: loads the base; runs in the engine's thread.
+            limits: of the engine.
+            ignore_fingerprint: accept adapters of another base of the same shape.
 
         Raises:
-            InputError: from `load`, or a base whose caches cannot hold several rows.
+            InputError: raised by `load`, or the base's caches cannot hold several rows.
         """
         self.limits, self.counts = limits, Counts()
         self._inbox: queue.SimpleQueue[Ticket | Callable[[], None] | None] = queue.SimpleQueue()
@@ -107,30 +107,30 @@ class Engine:
         self._thread.start()
         self.base = ready.result()
 
-    # --- from any thread
+    # --- called from any thread
 
     def submit(self, request: Request, emit: Callable[[Event], None]) -> Ticket:
-        """Queue a request; `emit` gets its events.
+        """Queue a request; `emit` is called with its events.
 
         Raises:
-            QueueFull: too many wait already.
-            Stopped: the engine ends, or has failed.
+            QueueFull: too many requests are waiting.
+            Stopped: the engine is ending, or has failed.
         """
         with self._lock:
             if self._stopping:
                 raise Stopped("the engine has stopped")
             if self._pending >= self.limits.max_waiting + self.limits.max_batch:
-                raise QueueFull(f"{self.limits.max_waiting} requests wait already")
+                raise QueueFull(f"{self.limits.max_waiting} requests are already waiting")
             self._pending += 1
         ticket = Ticket(request, emit)
         self._inbox.put(ticket)
         return ticket
 
     def call(self, function: Callable[[AdapterStore], T]) -> Future[T]:
-        """Run `function` with the adapters, between two steps of the engine.
+        """Run `function` with the adapter store, between two steps of the engine.
 
         Raises:
-            Stopped: the engine ends, or has failed.
+            Stopped: the engine is ending, or has failed.
         """
         future: Future[T] = Future()
 
@@ -150,7 +150,7 @@ class Engine:
         return future
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Give up what runs and waits, and end the thread."""
+        """Stop running and waiting requests, and end the thread."""
         with self._lock:
             self._stopping = True
         self._inbox.put(None)
@@ -163,18 +163,18 @@ class Engine:
 
     @property
     def unfinished(self) -> int:
-        """Requests that wait or run."""
+        """The number of requests that wait or run."""
         return self._pending
 
     @property
     def running(self) -> int:
-        """Rows that generate now."""
+        """The number of rows that generate now."""
         return len(self.batch)
 
-    # --- in the engine's thread
+    # --- run in the engine's thread
 
     def _run(self, load: Callable[[], Base], ready: Future[Base]) -> None:
-        """Load the base, then serve until told to end; a defect ends it, and every request is told."""
+        """Load the base, then serve until told to end; an unexpected error ends it too, and all requests."""
         try:
             base = load()
             self._prepare(base)
@@ -205,7 +205,7 @@ class Engine:
         if rowless:
             raise InputError(
                 f"--model {base.model_id}: mlx-lm keeps its keys and values in a {type(rowless[0]).__name__}, which "
-                "holds no batch; use mlx_lora.generate for it"
+                "cannot hold a batch; use mlx_lora.generate instead"
             )
         logits = base.model(mx.array([[0]]))
         self.vocabulary, self._eos = logits.shape[-1], frozenset(base.tokenizer.eos_token_ids)
@@ -218,7 +218,7 @@ class Engine:
         self._model, self._routing, self._tokenizer = base.model, routing, base.tokenizer
 
     def _take_messages(self) -> bool:
-        """Take what has come in, waiting for it when there is nothing else to do; False to end."""
+        """Handle the messages in the inbox, and wait for one if there is nothing else to do; return False to end."""
         idle = not len(self.batch) and self._prefill is None and not self._waiting
         while True:
             try:
@@ -234,7 +234,7 @@ class Engine:
                 message()
 
     def _admit(self) -> None:
-        """Begin a waiting prompt when a row is free, or go on with the one begun."""
+        """Start a waiting prompt if a row is free, or continue the one that was started."""
         if self._prefill is None and self._waiting and len(self.batch) < self.limits.max_batch:
             ticket = self._waiting.popleft()
             if ticket.canceled.is_set():
@@ -252,12 +252,12 @@ class Engine:
             self._prefill = None
 
     def _begin(self, ticket: Ticket) -> None:
-        """Give a ticket its adapter and begin its prompt."""
+        """Get a ticket's adapter and start its prompt."""
         request = ticket.request
         try:
             resident = self.store.acquire(request.adapter) if request.adapter else None
         except NoRoom:
-            self._waiting.appendleft(ticket)  # rows in flight hold all adapters; one of them will end
+            self._waiting.appendleft(ticket)  # running rows use all adapters; try again when one has ended
             return
         except (UnknownAdapter, InputError, OSError) as error:
             self.counts.failed += 1
@@ -293,7 +293,7 @@ class Engine:
             mx.clear_cache()
 
     def _event(self, work: _Work, token: int, likelihoods: Likelihoods | None) -> Event:
-        """Return what a new token means for its request."""
+        """Return the event for a new token of a request."""
         request = work.ticket.request
         if token in self._eos and not request.ignore_eos:
             return Event(work.text.finish(), "stop", self._usage(work))
@@ -316,7 +316,7 @@ class Engine:
         return Usage(len(work.ticket.request.tokens), work.cached, work.made)
 
     def _drop_canceled(self) -> None:
-        """Free the rows of clients that went away."""
+        """Free the rows of canceled requests."""
         gone = [row for row in self.batch.rows if row.owner.ticket.canceled.is_set()]
         if gone:
             self.batch.leave(gone)
@@ -330,7 +330,7 @@ class Engine:
             self._close(ticket, None, canceled=True)
 
     def _close(self, ticket: Ticket, work: _Work | None, event: Event | None = None, canceled: bool = False) -> None:
-        """End a request: its adapter and its place in the queue are free."""
+        """End a request, and free its adapter and its position in the queue."""
         if work is not None and work.resident is not None:
             self.store.release(work.resident)
         self.counts.canceled += canceled
@@ -340,7 +340,7 @@ class Engine:
             ticket.emit(event)
 
     def _give_up(self) -> None:
-        """Tell everyone who still waits that there will be no answer."""
+        """Send an error to all requests that still run or wait."""
         works: list[Any] = [row.owner for row in self.batch.rows]
         works += [self._prefill.row.owner] if self._prefill is not None else []
         tickets = [work.ticket for work in works] + list(self._waiting)

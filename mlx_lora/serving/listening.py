@@ -1,4 +1,4 @@
-"""Opens the server's socket, so that a taken port is known before anything says it is ready."""
+"""Open the server's socket, so that a port in use is found before the server reports that it is ready."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from mlx_lora.system.errors import InputError
 
 
 def listen(host: str, port: int) -> tuple[socket.socket, str]:
-    """Open a listening socket and return it with its URL.
+    """Return an open listening socket and its URL.
 
     Args:
         host: name or address of this machine.
-        port: 0 for any free one.
+        port: 0 for any free port.
 
     Raises:
-        InputError: it cannot be had.
+        InputError: it cannot be opened.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]

@@ -1,4 +1,4 @@
-"""The server's counters in Prometheus' text form."""
+"""Render the server's counters in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from mlx_lora.serving.engine import Engine
 
-# Paths with ids in them count under their beginning, so that clients cannot make new series.
+# Paths with ids are counted under their prefix, so that clients cannot create new series.
 KNOWN = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/adapters", "/health", "/metrics")
 
 
@@ -16,7 +16,7 @@ def metrics_text(engine: Engine, answers: Counter[tuple[str, int]]) -> str:
     """Return all metrics.
 
     Args:
-        engine: read without a lock: numbers that are a step apart do no harm.
+        engine: read without a lock, because numbers of different steps do no harm.
         answers: (path, status) -> count.
     """
     counts, store, prompts = engine.counts, engine.store, engine.prompt_cache

@@ -1,8 +1,7 @@
-"""The factors of all resident adapters of one layer, stacked by rank, and which rows of a batch need which.
+"""Hold the factors of all adapters in memory for one layer, stacked by rank, and find those that a batch's rows need.
 
-One pool holds the factors of one rank: an adapter takes exactly its own bytes, whatever ranks the others have,
-and a batch whose rows use different adapters reads them by index, without a copy. When the rows of a batch
-change, only index arrays do.
+One pool holds the factors of one rank, so an adapter takes exactly its own bytes, whatever ranks the others have. A batch
+whose rows use different adapters reads them by index, without a copy; if the rows change, only index arrays change.
 
 Shapes: N adapters of a pool, r their rank; in, out of the layer (vocabulary and width of an embedding).
 """
@@ -16,19 +15,19 @@ import mlx.core as mx
 
 # The adapter of each row, None for the base alone.
 Rows = tuple[int | None, ...]
-# Plans of a layer and index arrays are remembered for the row sets in use; this many are plenty.
+# A layer's plans and index arrays are kept for this many combinations of rows, which is more than are in use.
 REMEMBERED = 64
 
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """One adapter's part of one layer, in the model's compute dtype.
+    """One adapter's factors for one layer, in the model's compute dtype.
 
     Attributes:
         a: (in, r).
-        b: (r, out), with the adapter's scale in it.
+        b: (r, out), multiplied by the adapter's scale.
         gain: (out,) that multiplies base and product (DoRA's m / |W + D|), or None.
-        adapts_head: of an embedding, whether it counts where the embedding is the output head as well.
+        adapts_head: for an embedding, whether the adapter also applies if the embedding is used as the output head.
     """
 
     a: mx.array
@@ -38,12 +37,12 @@ class LayerFactors:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
+        """Bytes of all its arrays."""
         return self.a.nbytes + self.b.nbytes + (self.gain.nbytes if self.gain is not None else 0)
 
 
 class Kind(NamedTuple):
-    """What the adapters of one pool have in common."""
+    """The properties that the adapters of one pool share."""
 
     rank: int
     has_gain: bool
@@ -51,14 +50,14 @@ class Kind(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Rows of a batch that one pool serves.
+    """The rows of a batch that use one pool.
 
     Attributes:
         kind: of the pool.
-        a, b, gain: the pool's stacks (N, in, r), (N, r, out), (N, out); of `one` adapter without their first axis.
+        a, b, gain: the pool's stacks (N, in, r), (N, r, out), (N, out); without their first axis for `one` adapter.
         one: every row of the batch uses the same adapter.
-        rows: (n,) which rows of the batch, or None for all of them.
-        slots: (n,) each row's place in the stacks, None for `one`.
+        rows: (n,) indices of the rows in the batch, or None for all rows.
+        slots: (n,) each row's index into the stacks, None for `one`.
     """
 
     kind: Kind
@@ -71,10 +70,10 @@ class Group(NamedTuple):
 
 
 class Routing:
-    """Which adapter each row of the coming model call uses; all layers of a model look here.
+    """Tells all layers of a model which adapter each row of the next call uses.
 
     Attributes:
-        rows: an adapter's number or None for each row; empty: the base alone.
+        rows: an adapter's number, or None, for each row; empty: only the base.
     """
 
     def __init__(self) -> None:
@@ -82,7 +81,7 @@ class Routing:
         self._indices: dict[tuple[int, ...], mx.array] = {}
 
     def indices(self, values: tuple[int, ...]) -> mx.array:
-        """Return an index array, uint32; most layers ask for the same few."""
+        """Return an index array, uint32; it is cached, because most layers need the same few."""
         if values not in self._indices:
             if len(self._indices) >= REMEMBERED:
                 self._indices.clear()
@@ -104,14 +103,14 @@ class LayerPools:
         return adapter in self._slots
 
     def put(self, adapter: int, factors: LayerFactors) -> None:
-        """Add an adapter; `settle` makes it usable, so that many can be added at once."""
+        """Add an adapter, which can be used after `settle`, so that many can be added at once."""
         kind = Kind(factors.a.shape[1], factors.gain is not None, factors.adapts_head)
         waiting = self._new.setdefault(kind, [])
         self._slots[adapter] = kind, self._count(kind) + len(waiting)
         waiting.append(factors)
 
     def settle(self) -> None:
-        """Join what was added to the stacks. Rows in flight keep the arrays that they have."""
+        """Add new factors to the stacks; running calls keep the arrays that they have."""
         for kind, waiting in self._new.items():
             parts = [(f.a, f.b) if f.gain is None else (f.a, f.b, f.gain) for f in waiting]
             added = tuple(mx.stack(arrays) for arrays in zip(*parts, strict=True))
@@ -124,7 +123,7 @@ class LayerPools:
         self._plans.clear()
 
     def drop(self, adapter: int) -> None:
-        """Remove an adapter; its bytes are free once no array in flight uses them."""
+        """Remove an adapter; its memory is freed when no running call uses it."""
         kind, slot = self._slots.pop(adapter)
         self._plans.clear()
         if self._count(kind) == 1:
@@ -137,13 +136,13 @@ class LayerPools:
                 self._slots[other] = kind, its_slot - 1
 
     def get(self, adapter: int) -> LayerFactors:
-        """Return an adapter's factors as they lie in the stacks."""
+        """Return an adapter's factors from the stacks."""
         kind, slot = self._slots[adapter]
         a, b, *gain = (stack[slot] for stack in self._stacks[kind])
         return LayerFactors(a, b, gain[0] if gain else None, kind.adapts_head)
 
     def groups(self) -> list[Group]:
-        """Return what the rows of the coming call need of this layer."""
+        """Return the groups of rows of the next call that need this layer's factors."""
         rows = self.routing.rows
         plan = self._plans.get(rows)
         if plan is None:
@@ -167,9 +166,9 @@ class LayerPools:
         plan = []
         for kind, pairs in served.items():
             a, b, *gain = self._stacks[kind]
-            places = None if len(pairs) == len(rows) else self.routing.indices(tuple(row for row, _ in pairs))
+            own_rows = None if len(pairs) == len(rows) else self.routing.indices(tuple(row for row, _ in pairs))
             slots = self.routing.indices(tuple(slot for _, slot in pairs))
-            plan.append(Group(kind, a, b, gain[0] if gain else None, one=False, rows=places, slots=slots))
+            plan.append(Group(kind, a, b, gain[0] if gain else None, one=False, rows=own_rows, slots=slots))
         return plan
 
     def _count(self, kind: Kind) -> int:

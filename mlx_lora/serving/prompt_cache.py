@@ -1,6 +1,6 @@
-"""Keys and values of prompts seen before, for each adapter its own, under one byte budget.
+"""Cache the keys and values of earlier prompts, per adapter, within one byte budget.
 
-An adapter changes every key and value from its first layer on, so one adapter's are of no use to another.
+An adapter changes every key and value from its first layer on, so adapters cannot share them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ class _Entry:
 
 
 class PromptCache:
-    """The least recently used are evicted first."""
+    """A cache that evicts the least recently used entries first."""
 
     def __init__(self, budget_bytes: int):
         self.budget_bytes = budget_bytes
         self.nbytes = 0
-        self.hits = 0
         self.reused_tokens = 0
         self._entries: OrderedDict[tuple[int | None, tuple[int, ...]], _Entry] = OrderedDict()
 
@@ -34,9 +33,9 @@ class PromptCache:
         return len(self._entries)
 
     def find(self, adapter: int | None, tokens: list[int]) -> tuple[list[Any] | None, int]:
-        """Return caches of the longest known beginning of `tokens`, to be used up, and its length.
+        """Return a copy of the caches of the longest known prefix of `tokens`, and its length.
 
-        At least the last token is left to be computed: its logits are what generation starts from.
+        At least the last token remains to be computed, because generation starts from its logits.
 
         Args:
             adapter: number of the adapter, None for the base.
@@ -52,7 +51,6 @@ class PromptCache:
         if best is None:
             return None, 0
         self._entries.move_to_end(best)
-        self.hits += 1
         self.reused_tokens += length
         entry = self._entries[best]
         caches = copy.deepcopy(entry.caches)
@@ -61,7 +59,7 @@ class PromptCache:
         return caches, length
 
     def keep(self, adapter: int | None, tokens: list[int], caches: list[Any]) -> None:
-        """Remember the caches of `tokens`, which nobody may change afterwards; beginnings of them are forgotten."""
+        """Store the caches of `tokens`, which must not be changed afterwards; entries for their prefixes are dropped."""
         nbytes = sum(cache.nbytes for cache in caches)
         if nbytes > self.budget_bytes or not tokens:
             return
@@ -75,7 +73,7 @@ class PromptCache:
             self._forget(next(iter(self._entries)))
 
     def drop(self, adapter: int) -> None:
-        """Forget everything of an adapter."""
+        """Drop all entries of an adapter."""
         for key in [key for key in self._entries if key[0] == adapter]:
             self._forget(key)
 
@@ -84,6 +82,6 @@ class PromptCache:
 
 
 def _common(one: tuple[int, ...], other: list[int]) -> int:
-    """Return how many tokens two sequences share from the start."""
+    """Return how many tokens two sequences share at their start."""
     pairs = zip(one, other, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

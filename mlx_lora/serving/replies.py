@@ -1,4 +1,4 @@
-"""Writes answers in OpenAI's forms: whole, or as chunks of a stream.
+"""Build answers in OpenAI's formats: complete, or as chunks of a stream.
 
 Source: OpenAI's API reference: chat.completion, chat.completion.chunk, text_completion.
 """
@@ -14,14 +14,14 @@ from mlx_lora.serving.text import TokenReport
 
 
 class ChatReply:
-    """The forms of chat/completions."""
+    """Builds answers of chat/completions."""
 
     def __init__(self, model: str):
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._opened = False
 
     def chunk(self, event: Event) -> dict[str, Any]:
-        """Return a chunk with what is new; the first also says whose turn it is."""
+        """Return a chunk with the new text; the first chunk also has the role."""
         delta = {} if self._opened else {"role": "assistant"}
         self._opened = True
         if event.piece.text or not event.last:
@@ -43,7 +43,7 @@ class ChatReply:
 
 
 class CompletionReply:
-    """The forms of completions."""
+    """Builds answers of completions."""
 
     def __init__(self, model: str):
         self._head = {
@@ -55,7 +55,7 @@ class CompletionReply:
         self._offset = 0
 
     def chunk(self, event: Event) -> dict[str, Any]:
-        """Return a chunk with what is new."""
+        """Return a chunk with the new text."""
         logprobs = self._logprobs(event.piece.reports)
         return {**self._head, "choices": [_choice({"text": event.piece.text}, logprobs, event.finish)]}
 
@@ -84,7 +84,7 @@ class CompletionReply:
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
-    """Return token counts."""
+    """Return the object with token counts."""
     return {
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.completion,

@@ -1,8 +1,8 @@
-"""Stands before the server's routes: who may ask, from where, how much, how slowly.
+"""Check requests before they reach the server's routes: API key, origin, size and speed.
 
-A server on this machine's own address is open to every program here, and by the browser to every web page:
-so requests of other origins' pages are refused, names that are not this machine's too (DNS rebinding), and
-bodies must be declared as JSON, which no page can send elsewhere unasked.
+Every program on this machine can reach a server on its local address, and, through the browser, so can every web page.
+So requests from pages of other origins are refused, and so are host names other than this machine's (DNS rebinding).
+Bodies must be declared as JSON, which a page of another origin cannot send without permission.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 PAGE = "/"
-# One says no more than that the server lives, and what watches over servers has no key; the other holds no secrets,
-# and asks for the key.
+# Paths without an API key: health only tells whether the server works, and monitoring has no key; the page has no
+# secrets, and asks the user for the key.
 OPEN_PATHS = ("/health", PAGE)
 
 
 @dataclass(frozen=True)
 class GuardLimits:
-    """What is let through.
+    """Limits for requests.
 
     Attributes:
-        api_key: clients must send it; None: none is needed.
-        local: only this machine's own names are answered to.
-        origins: of other web pages that may ask.
-        max_body_bytes: of a request.
-        read_timeout_s: in which its body must have come.
+        api_key: the key that clients must send; None: no key is required.
+        local: only accept requests to this machine's local names.
+        origins: other origins whose pages are allowed.
+        max_body_bytes: the largest body.
+        read_timeout_s: the time within which a body must arrive.
     """
 
     api_key: str | None
@@ -51,7 +51,7 @@ class GuardLimits:
 
 
 def is_local(host: str) -> bool:
-    """Tell whether a host name or address means this machine alone."""
+    """Tell whether a host name or address can only be reached from this machine."""
     if host.lower() == "localhost":
         return True
     try:
@@ -61,13 +61,13 @@ def is_local(host: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware; also counts answers by path and status."""
+    """ASGI middleware that checks requests and counts answers by path and status."""
 
     def __init__(self, app: App, limits: GuardLimits, answers: Counter[tuple[str, int]]):
         self._app, self._limits, self._answers = app, limits, answers
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Answer, or pass the request on with its whole body."""
+        """Refuse the request, or pass it on with its complete body."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -87,10 +87,10 @@ class Guard:
         await self._app(scope, _replayed(body, receive), counted)
 
     def _check(self, scope: MutableMapping[str, Any], headers: dict[str, str]) -> None:
-        """Refuse by what the head of a request says.
+        """Check the head of a request.
 
         Raises:
-            ApiError: 403 another name or origin, 401 no or another key, 415 no JSON.
+            ApiError: 403 for another host or origin, 401 for a missing or wrong key, 415 if the body is not JSON.
         """
         host = headers.get("host", "")
         if self._limits.local and not is_local(urlsplit(f"//{host}").hostname or ""):
@@ -99,23 +99,23 @@ class Guard:
         own = urlsplit(origin or "").netloc == host
         if origin is not None and not own and origin not in self._limits.origins:
             raise ApiError(403, f"pages of {origin} may not use this server; see --allow-origin", "cross_origin")
-        # An image or a script of another page has no Origin, but browsers say where it comes from. A link to the page
-        # may be followed: it opens as a document of its own, which the other page cannot look into.
+        # A request for an image or a script has no Origin, but browsers send Sec-Fetch-Site. A link to the chat page is
+        # allowed: it opens as a separate document, which the other page cannot read.
         linked = (scope["method"], scope["path"], headers.get("sec-fetch-dest")) == ("GET", PAGE, "document")
         if origin is None and not linked and headers.get("sec-fetch-site", "none") in ("cross-site", "same-site"):
             raise ApiError(403, "other sites' pages may not use this server; see --allow-origin", "cross_origin")
         if self._limits.api_key and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
             kind, _, key = headers.get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._limits.api_key.encode()):
-                raise ApiError(401, "no or another API key; send it as Authorization: Bearer KEY", "invalid_api_key")
+                raise ApiError(401, "missing or wrong API key; send Authorization: Bearer KEY", "invalid_api_key")
         if scope["method"] == "POST" and headers.get("content-type", "").split(";")[0].strip() != "application/json":
             raise ApiError(415, "the body's Content-Type must be application/json", "unsupported_media_type")
 
     async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
-        """Read the whole body.
+        """Return the complete body.
 
         Raises:
-            ApiError: 413 too large, 408 too slow, 400 the client went away.
+            ApiError: 413 if it is too large, 408 if it is too slow, 400 if the client disconnects.
         """
         most = self._limits.max_body_bytes
         too_large = ApiError(413, f"the body is larger than {most} bytes; send less", "body_too_large")
@@ -140,7 +140,7 @@ class Guard:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body in one message, and then what the connection has to say."""
+    """Return a `receive` that first gives the body in one message, and then the connection's messages."""
     given = False
 
     async def replay() -> Message:
@@ -157,9 +157,9 @@ async def send_error(send: Send, error: ApiError, close: bool = False) -> None:
     """Send an error as the whole answer.
 
     Args:
-        send: ASGI's.
-        error: its status and body.
-        close: end the connection, whose rest of a body nobody reads.
+        send: ASGI's function.
+        error: has the status and body.
+        close: end the connection, because the rest of the request's body is not read.
     """
     content = json.dumps(error.body()).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]

@@ -1,4 +1,4 @@
-"""Makes a request's prompt into tokens as `generate` makes its own: same template, same sandbox, same encoding."""
+"""Encode a request's prompt in the same way as `generate`: same template, same sandbox, same encoding."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, ask: Ask, template: str | 
     """Return the prompt's tokens.
 
     Args:
-        tokenizer: the base's.
+        tokenizer: the base's tokenizer.
         ask: the request.
-        template: the adapter's own chat template, which beats the base's.
-        vocabulary: token ids are below this.
+        template: the adapter's own chat template, which replaces the base's, or None.
+        vocabulary: the number of token ids.
 
     Raises:
-        ApiError: no template for a chat, one that refuses it or shows no tools, token ids that do not exist.
+        ApiError: a chat has no template, the template refuses it or shows no tools, or a token id does not exist.
     """
     if ask.messages is not None:
         try:
@@ -31,7 +31,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, ask: Ask, template: str | 
             raise ApiError(400, f"messages: {error}", "template", "messages") from None
     tokens = tokenizer.encode(ask.prompt) if isinstance(ask.prompt, str) else ask.prompt
     if not tokens:
-        raise ApiError(400, "prompt: encodes to no token; give some text", "invalid_value", "prompt")
+        raise ApiError(400, "prompt: has no tokens; give some text", "invalid_value", "prompt")
     if not all(0 <= token < vocabulary for token in tokens):
         raise ApiError(400, f"prompt: token ids are 0 to {vocabulary - 1}", "invalid_value", "prompt")
     return tokens
@@ -56,20 +56,20 @@ def chat_tokens(
     """Return a conversation's tokens, up to where the model answers.
 
     Args:
-        tokenizer: the base's.
-        messages, tools: plain data, of strangers.
+        tokenizer: the base's tokenizer.
+        messages, tools: plain data, which may be untrusted.
         template: Jinja text.
-        vocabulary: token ids are below this.
+        vocabulary: the number of token ids.
 
     Raises:
-        InputError: the template refuses the conversation or makes nothing of it, or there is a token that the model
-            has no row for.
+        InputError: the template refuses the conversation or renders no text, or the model has no row for a token.
     """
     tokens = encode_chat(tokenizer, messages, template, tools)
     if not tokens:
         raise InputError("the chat template renders the conversation to nothing; give some text")
     if max(tokens) >= vocabulary:
         raise InputError(
-            f"token {max(tokens)} is in it, and the model has {vocabulary}; its tokenizer is another model's"
+            f"it has token {max(tokens)}, and the model only has {vocabulary} tokens; its tokenizer belongs to another "
+            "model"
         )
     return tokens

@@ -1,4 +1,4 @@
-"""What the engine is asked for, and what it answers."""
+"""The engine's requests and its answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mlx_lora.serving.text import Piece
 
 
 class QueueFull(Exception):
-    """As many requests wait as may."""
+    """The queue of waiting requests is full."""
 
 
 class Stopped(Exception):
@@ -23,13 +23,13 @@ class Request:
     """One generation.
 
     Attributes:
-        tokens: the prompt, at least one.
+        tokens: the prompt, at least one token.
         adapter: name of a known adapter, or None for the base.
-        max_tokens: at most this many new ones.
-        sampling: how they are drawn.
+        max_tokens: the most new tokens.
+        sampling: how tokens are drawn.
         stops: texts before which the answer ends.
-        continues: the text goes on from the prompt, as a completion does; a chat's answer begins anew.
-        ignore_eos: go on after an end token (for measuring).
+        ignore_eos: continue after an end token (for measurements).
+        continues: the text continues the prompt, as in a completion; a chat's answer is a new text.
     """
 
     tokens: list[int]
@@ -43,7 +43,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of the prompt, those of them that were not computed anew, and new ones without the end token."""
+    """Numbers of tokens: the prompt's, those of them that came from the cache, and new ones without the end token."""
 
     prompt: int
     cached: int
@@ -52,13 +52,13 @@ class Usage:
 
 @dataclass(frozen=True)
 class Event:
-    """A step of an answer; the last has a finish reason or an error.
+    """A part of an answer; the last has a finish reason or an error.
 
     Attributes:
         piece: new text.
-        finish: `stop`, `length`, or None while it goes on.
-        usage: with the last.
-        error: why there is no answer: UnknownAdapter, InputError, Stopped, or a defect.
+        finish: `stop`, `length`, or None if more follows.
+        usage: only in the last event.
+        error: why there is no answer: UnknownAdapter, InputError, OSError or Stopped.
     """
 
     piece: Piece
@@ -68,18 +68,18 @@ class Event:
 
     @property
     def last(self) -> bool:
-        """Whether nothing follows."""
+        """Whether no event follows."""
         return self.finish is not None or self.error is not None
 
 
 @dataclass(eq=False)
 class Ticket:
-    """A request on its way.
+    """A request that was submitted to the engine.
 
     Attributes:
-        request: what was asked.
-        emit: is called with every event, in the engine's thread; must not block.
-        canceled: nobody waits for it any more.
+        request: the request.
+        emit: called with every event, in the engine's thread; must not block.
+        canceled: set when the answer is no longer wanted.
     """
 
     request: Request
@@ -87,5 +87,5 @@ class Ticket:
     canceled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
-        """Give the row up at the next step; no more events follow that matter."""
+        """Ask the engine to free the row at its next step; ignore events that still come."""
         self.canceled.set()

@@ -1,6 +1,6 @@
-"""Draws a row's next token with a random stream of its own, and reports log-probabilities.
+"""Draw each row's next token from its own random stream, and report log-probabilities.
 
-A request's tokens depend on its prompt, adapter, settings and seed, not on who shares the batch.
+A request's tokens depend on its prompt, adapter, settings and seed, and not on the other rows of the batch.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class Sampling:
 
     Attributes:
         temperature: 0 takes the likeliest token.
-        top_p: nucleus of this mass, before the temperature as in `generate`; 1 is off.
-        top_k: of the k likeliest; 0 is off.
-        seed: of the request's own random stream; None draws one.
-        top_logprobs: report the token's log-probability and this many likeliest; None reports none.
+        top_p: draw from the nucleus with this mass, before the temperature as in `generate`; 1 is off.
+        top_k: draw from the k likeliest tokens; 0 is off.
+        seed: of the request's own random stream; None: a random seed.
+        top_logprobs: report the log-probability of the token and of this many likeliest ones; None: report none.
     """
 
     temperature: float = 1.0
@@ -38,8 +38,8 @@ class Sampler:
         """Start the stream.
 
         Args:
-            settings: the request's.
-            vocabulary: width of the logits; a larger top_k means all of them.
+            settings: the request's settings.
+            vocabulary: width of the logits; a larger top_k means all tokens.
         """
         self.settings = settings
         self.top_k = settings.top_k if settings.top_k < vocabulary else 0
@@ -47,7 +47,7 @@ class Sampler:
             self._key = mx.random.key(secrets.randbits(63) if settings.seed is None else settings.seed)
 
     def __call__(self, logprobs: mx.array) -> mx.array:
-        """Return a token (1,) for log-probabilities (1, V) float32; every call goes on in the stream."""
+        """Return a token (1,) for log-probabilities (1, V) float32; every call advances the stream."""
         if self.settings.temperature == 0:
             return mx.argmax(logprobs, axis=-1)
         if self.settings.top_p < 1:
@@ -60,11 +60,11 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """What a row reports beside its token, as arrays that are computed with it.
+    """The log-probabilities that a row reports, as arrays that are computed together with its token.
 
     Attributes:
         token: () float32, the drawn token's log-probability.
-        ids, values: (k,) the likeliest tokens, in no order, and theirs.
+        ids, values: (k,) the likeliest tokens, unordered, and their log-probabilities.
     """
 
     token: mx.array
@@ -76,7 +76,7 @@ class Likelihoods:
         return [array for array in (self.token, self.ids, self.values) if array is not None]
 
     def top(self) -> list[tuple[int, float]]:
-        """Return the likeliest tokens, best first."""
+        """Return (id, log-probability) of the likeliest tokens, best first."""
         if self.ids is None:
             return []
         return sorted(zip(self.ids.tolist(), self.values.tolist(), strict=True), key=lambda pair: -pair[1])
@@ -87,10 +87,10 @@ def sample_rows(logits: mx.array, samplers: list[Sampler]) -> tuple[mx.array, li
 
     Args:
         logits: (B, V) of any float dtype.
-        samplers: of the rows.
+        samplers: one per row.
 
     Returns:
-        Tokens (B,), and for rows that report them their likelihoods.
+        Tokens (B,), and the likelihoods of the rows that report them.
     """
     reporting = [sampler.settings.top_logprobs is not None for sampler in samplers]
     greedy = [sampler.settings.temperature == 0 for sampler in samplers]

@@ -1,6 +1,6 @@
-"""Turns a request's tokens into text as they come, and ends it where a stop sequence begins.
+"""Turn a request's tokens into text as they come, and end the text before a stop sequence.
 
-Text that may be the beginning of a stop sequence is held back until the next tokens decide.
+Text that may be the beginning of a stop sequence is held back until the following tokens decide.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from mlx_lora.models.continuation import Continuation
 
 @dataclass(frozen=True)
 class TokenReport:
-    """A token's log-probability, and the likeliest tokens' at its place.
+    """A token's log-probability, and those of the likeliest tokens at its position.
 
     Attributes:
-        text: of the token by itself.
+        text: the text of the token alone.
         logprob: natural logarithm.
-        top: (text, logprob), best first.
+        top: (text, logprob) of the likeliest tokens, best first.
     """
 
     text: str
@@ -29,11 +29,11 @@ class TokenReport:
 
 @dataclass(frozen=True)
 class Piece:
-    """What can be sent.
+    """Text that can be sent.
 
     Attributes:
-        text: new text.
-        reports: of the tokens that made it, where the request wants them.
+        text: the new text.
+        reports: on its tokens, if the request asks for them.
         stopped: a stop sequence was found; the text ends before it.
     """
 
@@ -43,14 +43,14 @@ class Piece:
 
 
 class TextStream:
-    """One request's text."""
+    """The text of one request."""
 
     def __init__(self, detokenizer: StreamingDetokenizer | Continuation, stops: tuple[str, ...]):
-        """Begin.
+        """Start without text.
 
         Args:
-            detokenizer: fresh.
-            stops: none of them empty.
+            detokenizer: a new one.
+            stops: stop sequences, none of them empty.
         """
         self._detokenizer = detokenizer
         self._stops = stops
@@ -58,7 +58,7 @@ class TextStream:
         self._waiting: list[tuple[int, TokenReport]] = []
 
     def add(self, token: int, report: TokenReport | None = None) -> Piece:
-        """Take the next token and return what can be sent after it."""
+        """Add the next token and return the text that can be sent now."""
         if report is not None:
             self._waiting.append((len(self._detokenizer.text), report))
         self._detokenizer.add_token(token)
@@ -66,17 +66,17 @@ class TextStream:
         return self._stopped(text) or self._released(text, len(text) - self._held(text))
 
     def finish(self) -> Piece:
-        """Return what is left when no more tokens come."""
+        """Return the remaining text after the last token."""
         self._detokenizer.finalize()
         text = self._detokenizer.text
         return self._stopped(text) or self._released(text, len(text), rest=True)
 
     def _stopped(self, text: str) -> Piece | None:
-        # What was sent holds no beginning of a stop sequence.
-        places = [place for place in (text.find(stop, self._sent) for stop in self._stops) if place >= 0]
-        if not places:
+        # Text that was already sent has no beginning of a stop sequence.
+        starts = [start for start in (text.find(stop, self._sent) for stop in self._stops) if start >= 0]
+        if not starts:
             return None
-        piece = self._released(text, min(places))
+        piece = self._released(text, min(starts))
         return Piece(piece.text, piece.reports, stopped=True)
 
     def _held(self, text: str) -> int:

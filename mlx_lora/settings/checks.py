@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
-from mlx_lora.settings.config import METHODS, ROWS
+from mlx_lora.settings.config import ROWS
+from mlx_lora.settings.methods import PRESETS
 from mlx_lora.settings.setting_row import flag_of
 
 CHECKPOINTING = ("none", "auto", "selective", "block")
@@ -65,7 +66,7 @@ def _validation_problems(settings: Mapping[str, Any]) -> list[str]:
 def _adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
     """Name settings that the method does not have: accepted, they would be ignored."""
     method, problems = adapter["fine_tune_type"] or adapter["method"], []
-    for owner in METHODS:
+    for owner in PRESETS:
         given = [name for name, row in ROWS.items() if row.method == owner != method and adapter[name] is not None]
         if given:
             flags = " and ".join(map(flag_of, given))

@@ -10,13 +10,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_lora.settings.methods import PRESETS
+from mlx_lora.settings.optimizers import OPTIMIZERS
 from mlx_lora.settings.setting_row import row_of, setting
 
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "completions", "text")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-OPTIMIZERS = ("adamw", "adam", "muon", "sgd", "adafactor")
 SCHEDULES = ("cosine", "linear", "constant")
-METHODS = ("lora", "rslora", "dora", "lora-plus", "pissa", "adalora", "relora", "full")
 BIASES = ("none", "lora_only", "all")
 QUANTIZED_MATMUL = ("auto", "packed", "dense")
 KERNELS = ("auto", "mlx", "ours")
@@ -73,8 +73,8 @@ class AdapterSettings:
     """The adapter's shape. Defaults: LoRA 2106.09685 (alpha = 2r), all linear layers as in QLoRA 2305.14314."""
 
     method: str = setting("lora", "Preset over layer type, scale, initial factors and optimizer groups.",
-        ADAPTER, common=True, choices=METHODS)
-    fine_tune_type: str | None = setting(None, "mlx-lm's name for --method.", ADAPTER, choices=METHODS)
+        ADAPTER, common=True, choices=tuple(PRESETS))
+    fine_tune_type: str | None = setting(None, "mlx-lm's name for --method.", ADAPTER, choices=tuple(PRESETS))
     loraplus_lr_ratio: float | None = setting(None,
         "lora-plus: learning rate of B as a multiple of A's (default 16).",
         ONE_METHOD, method="lora-plus", more_than=0, at_most=10**6)
@@ -161,7 +161,7 @@ class ObjectiveSettings:
 class OptimizerSettings:
     """AdamW as torch has it (bias corrected), 3% warm-up, cosine to zero, global-norm clip 1.0."""
 
-    optimizer: str = setting("adamw", "Optimizer.", TRAINING, choices=OPTIMIZERS)
+    optimizer: str = setting("adamw", "Optimizer.", TRAINING, choices=tuple(OPTIMIZERS))
     learning_rate: float = setting(2e-4, "Peak learning rate.", TRAINING, common=True, more_than=0, at_most=1000)
     lr_schedule: str = setting("cosine", "Shape after the warm-up.", TRAINING, choices=SCHEDULES)
     warmup: float = setting(0.03, "Warm-up: a share of all steps below 1, a count of steps from 1 on.",

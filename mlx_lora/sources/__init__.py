@@ -1,1 +1,1 @@
-"""Hub ids, folders, GGUF and data files -> local files and plain records."""
+"""Turns hub ids, folders, GGUF files and data files into local files and plain records."""

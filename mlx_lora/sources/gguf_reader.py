@@ -1,8 +1,7 @@
 """Read GGUF files: metadata, tensor table, and tensor bytes mapped from disk.
 
-Every length that the file states is checked against the file's own size before anything is allocated
-or read, so a truncated or hostile file ends in one `InputError`. Layout (little endian), as in ggml's
-docs/gguf.md:
+Every length in the file is checked against the file's size before anything is allocated or read, so a truncated or
+malicious file ends in one `InputError`. Layout (little endian), as in ggml's docs/gguf.md:
 
     "GGUF" | version u32 | tensor count u64 | metadata count u64
     metadata:     key string | value type u32 | value
@@ -38,7 +37,7 @@ _SCALARS = {
     GGUFValueType.INT64: "<i8",
     GGUFValueType.FLOAT64: "<f8",
 }
-# The same in struct's letters, which are not numpy's: "l" has 4 bytes there and 8 here.
+# The same as codes of `struct`, which differ from numpy's: "l" has 4 bytes in `struct` and 8 in numpy.
 _STRUCT_CODES = {
     "<u1": "<B",
     "<i1": "<b",
@@ -80,7 +79,7 @@ class GGUFTensor:
             `shape` float32, a new array.
 
         Raises:
-            InputError: for a type the `gguf` package cannot unpack.
+                InputError: the `gguf` package cannot unpack this type.
         """
         try:
             values = gguf.quants.dequantize(self.data, self.type)
@@ -93,10 +92,10 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """A GGUF file, opened.
+    """An open GGUF file.
 
     Attributes:
-        path: where it was read from.
+        path: of the file.
         version: 2 or 3.
         metadata: key to value; numeric arrays are numpy arrays, string arrays are lists.
         tensors: name to tensor, in the file's order.
@@ -115,10 +114,10 @@ def read_gguf(path: str | Path) -> GGUFFile:
         path: the file.
 
     Returns:
-        Metadata in memory, tensors mapped from disk.
+        The file with metadata in memory, and tensors mapped from disk.
 
     Raises:
-        InputError: when the file is missing, truncated, corrupt, or not such a GGUF file.
+        InputError: the file is missing, truncated, damaged, or not such a GGUF file.
     """
     path = Path(path)
     cursor = _Cursor(path, _map_file(path))
@@ -153,7 +152,7 @@ class _Cursor:
         raise InputError(f"{self.path}: reading it as GGUF found {found}; download or convert the file again")
 
     def need(self, n_bytes: int, what: str) -> None:
-        """Check that `n_bytes` more exist before anyone reads or allocates them."""
+        """Check that `n_bytes` more exist, before they are read or allocated."""
         if n_bytes > self.size - self.position:
             left = self.size - self.position
             self.fail(f"{what} of {n_bytes} bytes at byte {self.position} where only {left} are left")
@@ -172,7 +171,7 @@ class _Cursor:
         return self._text(start, self.position, what)
 
     def strings(self, count: int, what: str) -> list[str]:
-        """Read `count` strings: one tight loop, since vocabularies have hundreds of thousands."""
+        """Return `count` strings, read in one tight loop because vocabularies have hundreds of thousands."""
         self.need(8 * count, what)
         unpack, view, size = struct.Struct("<Q").unpack_from, self.view, self.size
         position, result = self.position, []
@@ -212,7 +211,7 @@ def _map_file(path: Path) -> np.ndarray:
 
 
 def _read_header(cursor: _Cursor) -> tuple[int, int, int]:
-    """Read magic, version and both counts; returns (version, tensors, metadata pairs)."""
+    """Check the magic bytes, and return (version, number of tensors, number of metadata pairs)."""
     magic = bytes(cursor.view[:4])
     if magic != b"GGUF":
         raise InputError(
@@ -234,7 +233,7 @@ def _read_header(cursor: _Cursor) -> tuple[int, int, int]:
 
 
 def _read_value(cursor: _Cursor, type_number: int, key: str, depth: int = 0) -> Any:
-    """Read one metadata value; numeric arrays become numpy arrays, whatever their length."""
+    """Return one metadata value; a numeric array of any length is a numpy array."""
     kind = _known(GGUFValueType, type_number)
     if kind is None:
         cursor.fail(f"value type {type_number} of {key}, which GGUF does not have")
@@ -263,7 +262,7 @@ def _read_value(cursor: _Cursor, type_number: int, key: str, depth: int = 0) -> 
 
 
 def _read_tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    """Read one row of the tensor table; returns (name, row-major shape, type number, offset)."""
+    """Return one row of the tensor table: (name, row-major shape, type number, offset)."""
     name = cursor.string("a tensor name")
     n_dims = cursor.number("<I", f"the dimension count of {name}")
     if n_dims > _MOST_DIMS:
@@ -284,7 +283,7 @@ def _alignment(cursor: _Cursor, metadata: dict[str, Any]) -> int:
 def _map_tensors(
     cursor: _Cursor, table: list[tuple[str, tuple[int, ...], int, int]], alignment: int
 ) -> dict[str, GGUFTensor]:
-    """Cut the mapped file into tensors, each checked to lie inside it and apart from the others."""
+    """Return the tensors of the mapped file, after checking that each is inside the file and none overlap."""
     start = -(-cursor.position // alignment) * alignment
     tensors: dict[str, GGUFTensor] = {}
     spans = []
@@ -293,7 +292,7 @@ def _map_tensors(
             cursor.fail(f"tensor {name} twice")
         kind = _known(GGMLQuantizationType, type_number)
         if kind is None or kind not in gguf.GGML_QUANT_SIZES:
-            cursor.fail(f"tensor {name} of ggml type {type_number}, which is unknown here")
+            cursor.fail(f"tensor {name} of ggml type {type_number}, which is not known")
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         width = shape[-1] if shape else 1
         if 0 in shape or width % block:

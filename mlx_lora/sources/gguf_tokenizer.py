@@ -1,8 +1,8 @@
-"""Rebuild a fast tokenizer from a GGUF file's metadata, id by id as llama.cpp tokenizes.
+"""Build a fast tokenizer from a GGUF file's metadata, with the same ids as llama.cpp.
 
-Three kinds exist: byte-level BPE (`gpt2`: merges and a named pre-tokenizer), SentencePiece (`llama`: scores, byte
-fallback) and Gemma 4's (`gemma4`: SentencePiece's letters with merges instead of scores, runs of newlines apart).
-All become one `tokenizers` BPE model, so transformers and mlx-lm load the folder.
+There are three kinds: byte-level BPE (`gpt2`: merges and a named pre-tokenizer), SentencePiece (`llama`: scores, byte
+fallback) and Gemma 4's (`gemma4`: like SentencePiece, but with merges instead of scores, and runs of newlines are split
+off). All become a `tokenizers` BPE model, so that transformers and mlx-lm can load the folder.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 MAX_TOKEN_CHARACTERS = 4096  # published vocabularies stay below 300
 
-SPACE = "▁"  # how SentencePiece writes a space
+SPACE = "▁"  # SentencePiece's character for a space
 
-# Tokens that end a turn, known by their text: few files name more than one end token by id. `</s>` is not
-# among them, because it is also the closing tag of an HTML element in Gemma's vocabulary.
+# Tokens that end a turn, recognized by their text, because few files name more than one end token by id. `</s>` is not
+# among them, because Gemma's vocabulary has it as the closing tag of an HTML element.
 END_TOKENS = frozenset(
     [
         *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>"),
@@ -40,7 +40,7 @@ END_TOKENS = frozenset(
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a tokenizer is made of, whatever file it came from; list positions are token ids."""
+    """A tokenizer's content, from any kind of file; list positions are token ids."""
 
     model: str  # "gpt2" (byte-level BPE), "llama" (SentencePiece) or "gemma4"
     tokens: list[str]
@@ -48,7 +48,7 @@ class Vocabulary:
     scores: list[float]  # SentencePiece only; a higher score merges first
     merges: list[tuple[str, str]]  # all but SentencePiece
     pre: str
-    special: dict[str, int]  # "bos", "eos", "unk", "pad", "eot", "eom" -> token id, where known
+    special: dict[str, int]  # "bos", "eos", "unk", "pad", "eot", "eom" -> token id, if known
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
@@ -63,7 +63,7 @@ class Vocabulary:
         ids = [self.special[name] for name in ("eos", "eot", "eom") if name in self.special]
         by_text = [i for i, token in enumerate(self.tokens) if token in END_TOKENS and self.types[i] != UNUSED]
         texts = {self.tokens[i] for i in by_text}
-        if {"<|return|>", "<|call|>"} <= texts:  # harmony: <|end|> closes a message, not the turn
+        if {"<|return|>", "<|call|>"} <= texts:  # in harmony, <|end|> ends a message, not the turn
             by_text = [i for i in by_text if self.tokens[i] != "<|end|>"]
         return list(dict.fromkeys(ids + by_text))
 
@@ -73,20 +73,20 @@ def write_tokenizer(metadata: dict[str, Any], out: Path) -> None:
 
     Args:
         metadata: a GGUF file's key-value pairs (`tokenizer.ggml.*`, `tokenizer.chat_template`).
-        out: folder to write into; made when missing.
+        out: folder to write into; created if it does not exist.
 
     Raises:
-        InputError: when the file has no tokenizer, or one of a kind that is not known here.
+        InputError: the file has no tokenizer, or one of an unsupported kind.
     """
     vocabulary = vocabulary_from_metadata(metadata)
     write_folder(vocabulary, build_tokenizer(vocabulary), out)
 
 
 def vocabulary_from_metadata(metadata: dict[str, Any]) -> Vocabulary:
-    """Read and check the tokenizer's part of a GGUF file's metadata.
+    """Return the vocabulary in a GGUF file's metadata, after checking it.
 
     Raises:
-        InputError: all problems found, together.
+        InputError: naming all problems.
     """
     problems = _kind_problems(metadata)
     if problems:
@@ -101,7 +101,7 @@ def vocabulary_from_metadata(metadata: dict[str, Any]) -> Vocabulary:
     if problems:
         raise InputError("GGUF tokenizer: " + "; ".join(problems))
     byte_level = model == "gpt2"
-    # llama.cpp's defaults where the file is silent: SentencePiece models add bos and a leading space.
+    # llama.cpp's defaults if the file has no setting: SentencePiece models add bos and a leading space.
     add_bos = PRE_TOKENIZERS[pre].add_bos if byte_level else True
     special = _special_ids(metadata, len(tokens))
     return Vocabulary(
@@ -112,7 +112,7 @@ def vocabulary_from_metadata(metadata: dict[str, Any]) -> Vocabulary:
         merges=merges,
         pre=pre,
         special=special,
-        # llama.cpp puts it before Gemma 4's texts whatever the file says.
+        # For Gemma 4, llama.cpp always adds bos, whatever the file says.
         add_bos=(model == "gemma4" or bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))) and "bos" in special,
         add_eos=bool(metadata.get("tokenizer.ggml.add_eos_token", False)) and "eos" in special,
         add_space_prefix=model == "llama" and bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
@@ -120,7 +120,7 @@ def vocabulary_from_metadata(metadata: dict[str, Any]) -> Vocabulary:
     )
 
 
-# What each entry of the metadata must be, where it is there.
+# The type of each metadata entry, if it is present.
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("ggml.model", "ggml.pre", "chat_template"), (lambda value: isinstance(value, str), "a text")),
     **dict.fromkeys(
@@ -141,14 +141,14 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _is_numbers(value: Any, kinds: str) -> bool:
-    """Tell an array of numbers, as GGUF files hold it or as a plain list; `kinds` are numpy's letters."""
+    """Tell whether a value is an array or list of numbers; `kinds` are numpy's letters for their types."""
     if isinstance(value, list):
         value = np.array(value) if all(type(item) in (int, float) for item in value) else None
     return isinstance(value, np.ndarray) and value.ndim == 1 and (not value.size or value.dtype.kind in kinds)
 
 
 def _kind_problems(metadata: dict[str, Any]) -> list[str]:
-    """Name the entries that are of another kind than tokenizers have."""
+    """Return a problem for each entry of a wrong type."""
     found = {key: metadata.get(f"tokenizer.{key}") for key in _KINDS}
     return [
         f"tokenizer.{key} is not {words}; convert the file again"
@@ -158,7 +158,7 @@ def _kind_problems(metadata: dict[str, Any]) -> list[str]:
 
 
 def _pair(merge: str) -> tuple[str, str]:
-    """Split a merge at its space; the first character may itself be one."""
+    """Return the two parts of a merge, split at its space; the first character may itself be a space."""
     at = merge.find(" ", 1)
     return merge[:at], merge[at + 1 :]
 
@@ -172,7 +172,7 @@ def _special_ids(metadata: dict[str, Any], n_tokens: int) -> dict[str, int]:
 def _problems(
     model: str, pre: str, tokens: list[str], types: list[int], scores: list[float], merges: list[tuple[str, str]]
 ) -> list[str]:
-    """List what keeps this vocabulary from becoming a tokenizer."""
+    """Return the problems that make this vocabulary unusable."""
     if model not in ("gpt2", "llama", "gemma4"):
         return [
             f"kind {model!r} is not supported (known: gpt2, llama, gemma4); give the model's original folder instead"
@@ -184,7 +184,7 @@ def _problems(
         repeated, _ = Counter(tokens).most_common(1)[0]
         problems.append(f"token {repeated!r} appears twice; convert the file again")
     longest = max(map(len, tokens), default=0)
-    if longest > MAX_TOKEN_CHARACTERS:  # every way to cut it in two is looked at
+    if longest > MAX_TOKEN_CHARACTERS:  # merges_from_scores tries every way to cut it in two
         problems.append(f"a token of {longest} characters; convert the file again")
     if len(types) != len(tokens):
         problems.append(f"{len(types)} token types for {len(tokens)} tokens; convert the file again")
@@ -203,12 +203,12 @@ def _problems(
 
 
 def write_folder(vocabulary: Vocabulary, tokenizer: Tokenizer, out: Path) -> None:
-    """Write a tokenizer folder that transformers and mlx-lm load.
+    """Write a tokenizer folder that transformers and mlx-lm can load.
 
     Args:
-        vocabulary: special tokens and chat template.
-        tokenizer: what was built from it.
-        out: folder to write into; made when missing.
+        vocabulary: has the special tokens and the chat template.
+        tokenizer: the tokenizer that was built from it.
+        out: folder to write into; created if it does not exist.
     """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
@@ -216,7 +216,7 @@ def write_folder(vocabulary: Vocabulary, tokenizer: Tokenizer, out: Path) -> Non
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": 10**30,  # no limit of the tokenizer's own; the trainer has --max-seq-length
+        "model_max_length": 10**30,  # the tokenizer has no limit; the trainer has --max-seq-length
         **{key: vocabulary.text(name) for key, name in names.items() if name in vocabulary.special},
     }
     if vocabulary.chat_template:
@@ -235,9 +235,9 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
-    """Build the `tokenizers` pipeline: normalizer, words, BPE, added tokens, bos and eos, decoder."""
+    """Return the `tokenizers` pipeline: normalizer, words, BPE, added tokens, bos and eos, decoder."""
     tokenizer = _byte_level(vocabulary) if vocabulary.model == "gpt2" else _sentencepiece(vocabulary)
-    # Matched in the raw text before anything else. Control tokens vanish from decoded text on request,
+    # These are matched in the raw text before anything else. Control tokens can be left out of decoded text;
     # user-defined ones (Gemma's runs of newlines) are ordinary text that is never split.
     added = [
         AddedToken(token, normalized=False, special=kind != USER_DEFINED)
@@ -252,13 +252,13 @@ def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
 
 
 def bos_eos_template(vocabulary: Vocabulary) -> processors.TemplateProcessing | None:
-    """Return what puts bos before and eos after each text, or None when the model wants neither."""
+    """Return the post-processor that puts bos before and eos after each text, or None if the model uses neither."""
     used = [name for name, wanted in (("bos", vocabulary.add_bos), ("eos", vocabulary.add_eos)) if wanted]
     if not used:
         return None
     before = ["{bos}"] if "bos" in used else []
     after = ["{eos}"] if "eos" in used else []
-    # Names in braces instead of the texts: a text with a colon would be read as a segment number.
+    # Use names in braces instead of the tokens' texts: in a text, a colon would start a segment number.
     return processors.TemplateProcessing(
         single=[*before, "$A", *after],
         pair=[*before, "$A", *after, *(f"{name}:1" for name in before), "$B:1", *(f"{name}:1" for name in after)],
@@ -269,7 +269,7 @@ def bos_eos_template(vocabulary: Vocabulary) -> processors.TemplateProcessing | 
 
 
 def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
-    """Build byte-level BPE: words by the named patterns, bytes as letters, merges in the file's order."""
+    """Return byte-level BPE: words by the named patterns, bytes as letters, merges in the file's order."""
     recipe = PRE_TOKENIZERS[vocabulary.pre]
     vocab = {token: i for i, token in enumerate(vocabulary.tokens)}
     tokenizer = Tokenizer(models.BPE(vocab, vocabulary.merges, ignore_merges=recipe.ignore_merges))
@@ -282,9 +282,9 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
-    """Build SentencePiece BPE: the whole text is one word, characters without a token become bytes.
+    """Return SentencePiece BPE: the whole text is one word, and characters without a token become bytes.
 
-    Gemma 4's cuts at runs of newlines.
+    Gemma 4's is also split at runs of newlines.
     """
     vocab = {token: i for i, token in enumerate(vocabulary.tokens)}
     unk = vocabulary.text("unk")
@@ -302,18 +302,18 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
 
 
 def merges_from_scores(vocabulary: Vocabulary, kinds: tuple[int, ...]) -> list[tuple[str, str]]:
-    """Turn SentencePiece scores into ranked BPE merges.
+    """Return ranked BPE merges for SentencePiece scores.
 
-    SentencePiece joins the two neighbors whose joined text is the token of the best score. So every split of
-    a token into two tokens is a merge, and the merges are ordered by the joined token's score. Tokens that
-    are matched before BPE (control, user-defined) never arise from one.
+    SentencePiece joins the two neighbors whose joined text is the token with the best score. So every split of
+    a token into two tokens is a merge, and the merges are ordered by the joined token's score. Tokens that are matched
+    before BPE (control, user-defined) are never the result of a merge.
 
     Args:
         vocabulary: tokens with their scores.
         kinds: token types that a merge may join and make.
 
     Returns:
-        Pairs, best first; equal scores keep the order of ids, as their scores say nothing.
+        Pairs, best first; tokens with equal scores keep the order of their ids.
     """
     parts = {token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind in kinds}
     order = sorted(range(len(vocabulary.tokens)), key=lambda i: -vocabulary.scores[i])

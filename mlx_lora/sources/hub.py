@@ -1,4 +1,4 @@
-"""Turn what `--model`, `--data` and `--adapter-path` name into local files: a folder, a GGUF file, a hub snapshot."""
+"""Find the local files for `--model`, `--data` and `--adapter-path`: a folder, a GGUF file or a hub snapshot."""
 
 from __future__ import annotations
 
@@ -27,49 +27,49 @@ from mlx_lora.system.errors import InputError, RunError, first_line
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<pick>[^:/]+))?")
 CONFIG_AND_TOKENIZER = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
 DATA_FILES = ["*.json", "*.jsonl", "*.csv", "*.parquet", "*.txt"]
-# Named one by one: a repository may hold a merged model beside its adapter.
+# Listed one by one, because a repository may also hold a merged model.
 ADAPTER_FILES = ["adapters.safetensors", "adapter_model.safetensors", "*.json", "*.jinja", "README.md"]
 NOT_DATA = ["dataset_info*.json", "requirements*.txt", "*LICENSE*", "*README*"]
 
-# What a failed request raises. The client's HTTP library differs by version, but its base error is always
-# a base of HfHubHTTPError.
+# The errors of failed requests. The client's HTTP library differs by version, but its base error is always a base class
+# of HfHubHTTPError.
 REQUEST_ERRORS = (OSError, *HfHubHTTPError.__bases__)
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model's files are and what they are."""
+    """The location and kind of a model's files."""
 
     path: Path  # the folder, or the .gguf file itself
     kind: Literal["folder", "gguf"]
-    model_id: str  # as asked for, with the GGUF file's name where one was picked
+    model_id: str  # as given, with the GGUF file's name if one was picked
     revision: str | None  # commit hash of a hub snapshot
 
 
 class TerminalBar(tqdm):
-    """The client's progress bar on standard error, silent in a pipe or a log file."""
+    """The client's progress bar, which is only shown if standard error is a terminal."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{**kwargs, "disable": kwargs.get("disable") or not sys.stderr.isatty()})
 
 
 def resolve_model(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> ModelSource:
-    """Find a model's files, downloading them when `model` is a hub id.
+    """Return a model's files, after downloading them if `model` is a hub id.
 
     Args:
         model: folder, .gguf file, `owner/name` on the hub, or `owner/name:PICK` for the one GGUF file whose
             name is or contains PICK (`Q4_K_M`).
-        revision: hub branch, tag or commit; the default branch when None.
+        revision: hub branch, tag or commit; None: the default branch.
         trust_remote_code: also download the repository's *.py files.
 
     Raises:
-        InputError: nothing usable is there, or the hub will not give it (not found, gated, offline).
+        InputError: there is no usable model, or the hub does not provide it (not found, gated, offline).
         RunError: the disk is full.
     """
     path = Path(model).expanduser()
     if model and path.exists():
         if revision is not None:
-            raise InputError(f"--revision {revision}: model {model!r} is on this disk and has none; leave it out")
+            raise InputError(f"--revision {revision}: model {model!r} is local and has no revision; leave it out")
         return _local(path, model)
     found = HUB_ID.fullmatch(model)
     file_like = model.endswith(".gguf") and ":" not in model
@@ -81,13 +81,13 @@ def resolve_model(model: str, revision: str | None = None, *, trust_remote_code:
 
 
 def resolve_config(model: str, revision: str | None = None) -> Path:
-    """Find what tells a model's shape, downloading no weights: a folder, a config.json, or a .gguf file.
+    """Return the file or folder that has a model's shape (a folder, a config.json or a .gguf file), without its weights.
 
     Args:
-        model, revision: as `resolve_model` takes them, or the path of a config.json.
+        model, revision: as for `resolve_model`, or the path of a config.json.
 
     Raises:
-        InputError: nothing of the kind is there, or the hub will not give it.
+        InputError: there is no such file, or the hub does not provide it.
     """
     path = Path(model).expanduser()
     if path.suffix == ".json" and path.is_file():
@@ -99,19 +99,19 @@ def resolve_config(model: str, revision: str | None = None) -> Path:
         return resolve_model(model, revision).path
     if found["pick"]:
         raise InputError(
-            f"model {model!r}: a GGUF file on the hub; its header can be read once it is here: download it, "
+            f"model {model!r}: a GGUF file on the hub, whose header can only be read after downloading it; download it, "
             "or give the id of the model that it was made from"
         )
     folder = _snapshot(f"model {model!r}", model, revision, ["config.json", "*.safetensors.index.json"], ["*/*"])
     if not (folder / "config.json").is_file():
         raise InputError(
-            f"model {model!r}: no config.json in that repository; of GGUF files name one, as owner/name:PICK"
+            f"model {model!r}: no config.json in that repository; to choose a GGUF file, write owner/name:PICK"
         )
     return folder
 
 
 def _local(path: Path, model: str) -> ModelSource:
-    """Tell a model folder from a GGUF file, or from a folder that holds one."""
+    """Return a local model's files: a GGUF file, a folder that holds one, or a model folder."""
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise InputError(f"model {model!r}: a file, but not .gguf; give a folder, a .gguf file or a hub id")
@@ -125,16 +125,16 @@ def _choose(model: str, names: list[str], pick: str | None, join: str) -> str | 
     """Choose between the files of one model, given their names.
 
     Args:
-        model: as asked for; named in errors.
+        model: as given, for errors.
         names: all file names.
-        pick: name, or part of the name, of the GGUF file wanted.
-        join: what stands between model and file name in the advice.
+        pick: the name, or part of the name, of the GGUF file to choose.
+        join: the text between model and file name in the advice.
 
     Returns:
-        The name of the one GGUF file, or None when the folder with its config.json and safetensors is meant.
+        The name of the one GGUF file, or None for the folder with its config.json and safetensors.
 
     Raises:
-        InputError: no model, several GGUF files, or weights that are only pickles.
+        InputError: there is no model, there are several GGUF files, or all weights are pickles.
     """
     ggufs = [name for name in names if name.lower().endswith(".gguf") and "mmproj" not in name.lower()]
     weights = [name for name in names if name.endswith(".safetensors")]
@@ -161,10 +161,10 @@ def _choose(model: str, names: list[str], pick: str | None, join: str) -> str | 
 
 
 def _from_hub(repo: str, pick: str | None, revision: str | None, trust_remote_code: bool) -> ModelSource:
-    """Download what is needed of a hub repository, and no more."""
+    """Download only the files of a hub repository that are needed, and return them."""
     asked = f"{repo}:{pick}" if pick else repo
     names = _list_files(repo, revision, f"model {repo!r}")
-    if names is None:  # unreachable or refused: no file is asked for, so this finds the cached snapshot or says why
+    if names is None:  # unreachable or refused: find the cached snapshot without downloading, or raise the reason
         cached = _snapshot(f"model {repo!r}", repo, revision, [], [])
         names = sorted(str(file.relative_to(cached)) for file in cached.rglob("*") if file.is_file())
     chosen = _choose(asked, names, pick, join=":")
@@ -176,30 +176,30 @@ def _from_hub(repo: str, pick: str | None, revision: str | None, trust_remote_co
 
 
 def _patterns(names: list[str], gguf_file: str | None, trust_remote_code: bool) -> tuple[list[str], list[str]]:
-    """Return the patterns to download and to leave out."""
+    """Return the file patterns to download and those to leave out."""
     if gguf_file:
         return [gguf_file], []
-    # Some repositories hold the weights twice (consolidated.safetensors); model*.safetensors are the loader's.
+    # Some repositories also hold consolidated.safetensors; the loader only reads model*.safetensors.
     named = any(fnmatch(name, "model*.safetensors") for name in names)
     code = ["*.py"] if trust_remote_code else []
     return [*CONFIG_AND_TOKENIZER, "model*.safetensors" if named else "*.safetensors", *code], ["*/*"]
 
 
 def resolve_adapter(adapter: str | None, revision: str | None = None) -> Path | None:
-    """Find an adapter's folder, downloading it when there is no such folder here and `adapter` is a hub id.
+    """Return an adapter's folder, after downloading it if `adapter` is a hub id and not a local folder.
 
-    Only factors in safetensors, JSON, Jinja and the README are fetched: never a pickle, and never the whole
-    model that a repository may hold as well.
+    Only factors in safetensors, JSON, Jinja and the README are downloaded: never a pickle, and never a whole model that
+    the repository may also hold.
 
     Args:
-        adapter: folder, or `owner/name` on the hub; None stays None.
-        revision: hub branch, tag or commit; the default branch when None.
+        adapter: folder, or `owner/name` on the hub; None returns None.
+        revision: hub branch, tag or commit; None: the default branch.
 
     Returns:
-        The folder; of a path that is no hub id either, the path itself, for its reader to complain of.
+        The folder. A path that neither exists nor is a hub id is returned as it is; reading it raises the error.
 
     Raises:
-        InputError: the hub will not give it (not found, gated, offline), or there is no adapter in it.
+        InputError: the hub does not provide it (not found, gated, offline), or it is not an adapter.
         RunError: the disk is full.
     """
     path = Path(adapter or "").expanduser()
@@ -221,9 +221,9 @@ def resolve_adapter(adapter: str | None, revision: str | None = None) -> Path | 
 
 
 def _check_adapter(what: str, names: list[str]) -> None:
-    """Refuse a repository that is no adapter, from its file names."""
+    """Refuse a repository whose file names are not those of an adapter."""
     if "adapter_config.json" not in names:
-        raise InputError(f"{what}: no adapter_config.json in that repository; a model is given as --model")
+        raise InputError(f"{what}: no adapter_config.json in that repository; give a model as --model")
     if not set(ADAPTER_FILES) & {name for name in names if name.endswith(".safetensors")}:
         pickles = [name for name in names if name.endswith((".bin", ".pt", ".npz"))]
         found = f"only {pickles[0]}, which can run code when loaded" if pickles else "no adapters.safetensors in it"
@@ -231,7 +231,7 @@ def _check_adapter(what: str, names: list[str]) -> None:
 
 
 def _list_files(repo: str, revision: str | None, what: str) -> list[str] | None:
-    """Return the repository's file names, or None when the hub does not answer with them."""
+    """Return the repository's file names, or None if the hub does not list them."""
     try:
         info = HfApi().repo_info(repo, revision=revision)
     except HFValidationError as error:
@@ -252,10 +252,10 @@ def download_dataset_files(dataset_id: str, revision: str | None = None) -> Path
 
     Args:
         dataset_id: `owner/name` on the hub.
-        revision: branch, tag or commit; the default branch when None.
+        revision: branch, tag or commit; None: the default branch.
 
     Raises:
-        InputError: it cannot be had, or holds no json, jsonl, csv, parquet or txt file.
+        InputError: it cannot be downloaded, or has no json, jsonl, csv, parquet or txt file.
         RunError: the disk is full.
     """
     folder = _snapshot(f"dataset {dataset_id!r}", dataset_id, revision, DATA_FILES, NOT_DATA, repo_type="dataset")
@@ -275,7 +275,7 @@ def _snapshot(
     repo_type: str = "model",
     flag: str = "--revision",
 ) -> Path:
-    """Bring part of a hub repository into the client's cache; progress bars show on a terminal only.
+    """Download part of a hub repository into the client's cache, and return the folder there.
 
     Args:
         what: begins every error.
@@ -283,10 +283,10 @@ def _snapshot(
         revision: branch, tag or commit.
         allow, ignore: patterns of file names.
         repo_type: `model` or `dataset`.
-        flag: that the revision came from.
+        flag: the flag that gave the revision, for errors.
 
     Raises:
-        InputError: one line per reason the hub has for not giving the files.
+        InputError: the hub does not provide the files.
         RunError: the disk is full.
     """
     page = f"{'datasets/' if repo_type == 'dataset' else ''}{repo}"
@@ -313,7 +313,7 @@ def _snapshot(
         raise InputError(f"{what}: not a hub id ({' '.join(str(error).split())}); use owner/name") from None
     except LocalEntryNotFoundError as error:
         raise InputError(f"{what}: not downloaded yet, and {_why_unreachable(error)}") from None
-    except ValueError as error:  # a file name that would leave the cache: the client refuses it
+    except ValueError as error:  # the client refuses a file name that would leave the cache
         raise InputError(f"{what}: {first_line(error)}") from None
     except REQUEST_ERRORS as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:

@@ -1,8 +1,7 @@
-"""How byte-level BPE vocabularies cut text into words, by the name a GGUF file gives (`tokenizer.ggml.pre`).
+"""The pre-tokenizers of byte-level BPE vocabularies, by their name in a GGUF file (`tokenizer.ggml.pre`).
 
-Each recipe is a sequence of patterns; every pattern isolates its matches in the pieces that the patterns
-before it left. The patterns are spelled as llama.cpp applies them, so that an adapter trained here meets the
-same tokens there.
+Each recipe is a sequence of patterns; every pattern isolates its matches in the pieces that the patterns before it left.
+The patterns are those that llama.cpp applies, so that an adapter trained here gets the same tokens there.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ _DEEPSEEK3 = (
     rf"{_ASCII_PUNCTUATION}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The range from U+0800 holds spaces, which llama.cpp leaves to the patterns for spaces.
+# The range from U+0800 includes spaces, which llama.cpp leaves to the patterns for spaces.
 _DEEPSEEK_CJK = r"(?:(?!\s)[一-龥ࠀ-一가-퟿])+"
 _SEED_CODER = rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """One recipe: the patterns in order, and what else llama.cpp ties to the name."""
+    """One recipe: the patterns in order, and the other properties that llama.cpp gives the name."""
 
     patterns: tuple[str, ...]
-    ignore_merges: bool = False  # a word that is a token is taken whole, merges or not
-    add_bos: bool = False  # when the file does not say
+    ignore_merges: bool = False  # a word that is a token is used whole, whatever the merges
+    add_bos: bool = False  # the default if the file has no setting
 
 
 _GPT2_WORDS = PreTokenizer((_GPT2,))
@@ -71,8 +70,8 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "seed-coder": PreTokenizer((_SEED_CODER,)),
 }
 
-# Two published spellings that llama.cpp runs as an approximation of its own: combining marks and letters of scripts
-# with cases beyond A-Z are cut otherwise there. They are known by their text, as what they do is not the recipe's.
+# Two published patterns that llama.cpp only approximates: it splits combining marks, and letters with case beyond A-Z,
+# differently. They are recognized by their text, because they split texts differently than the recipe.
 _CASED_PUBLISHED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+{C}"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*{C}"

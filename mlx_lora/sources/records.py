@@ -1,7 +1,7 @@
-"""Data files -> plain records, each with the line it came from.
+"""Read plain records from data files, each with its line.
 
-Nothing here knows what a record means: that is data/formats.py. What cannot be read at all is an
-InputError; one bad line among good ones is a BadRow, which the caller counts and reports.
+This file does not interpret records; data/formats.py does. A file that cannot be read is an InputError; one bad line
+among good ones is a BadRow, which the caller counts and reports.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from mlx_lora.system.errors import InputError
 from mlx_lora.system.parsing import check_value, parse_json
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-MAX_LINE_BYTES = 64 * 1024 * 1024  # one record longer than this is surely a broken file
-# Real texts pack to a tenth, at most; repeated ones to less.
+MAX_LINE_BYTES = 64 * 1024 * 1024  # a longer record means a damaged file
+# Real texts can be compressed to a tenth, repeated ones even more.
 LEAST_UNPACKED_BYTES, MOST_UNPACKED, LEAST_ROWS = 256 * 2**20, 100, 10_000
 
 
 @dataclass(frozen=True)
 class Record:
-    """One record of a file, and where it stands there.
+    """One record of a file, and its location.
 
     Attributes:
-        line: that it starts on, from 1.
-        value: what it holds.
-        unit: what `line` counts: `line`, or `row` where a file has no lines, or all on one.
+        line: the line that it starts on, from 1.
+        value: its content.
+        unit: what `line` counts: `line`, or `row` if the file has no lines, or only one.
     """
 
     line: int
@@ -40,7 +40,7 @@ class Record:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A line that holds no usable record, and why; `line` and `unit` as of a record."""
+    """A line without a usable record, and the reason; `line` and `unit` as in a Record."""
 
     line: int
     why: str
@@ -48,16 +48,16 @@ class BadRow:
 
 
 def read_records(path: Path) -> Iterator[Record | BadRow]:
-    """Yield the records of one data file in order, without holding a .jsonl, .csv or .parquet in memory.
+    """Yield the records of one data file in order, without holding a whole .jsonl, .csv or .parquet in memory.
 
     Args:
         path: A .jsonl, .json, .csv, .parquet or .txt file; text is UTF-8, with or without a BOM.
 
     Returns:
-        Records and bad rows; a .txt file is the one record `{"text": ...}`.
+        Records and bad rows; a .txt file is one record `{"text": ...}`.
 
     Raises:
-        InputError: the file cannot be read as what its name says.
+        InputError: the file cannot be read in the format of its suffix.
     """
     check_file(path)
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _txt}
@@ -65,13 +65,13 @@ def read_records(path: Path) -> Iterator[Record | BadRow]:
 
 
 def check_file(path: Path) -> None:
-    """Raise InputError unless `path` is a readable, non-empty file of a known kind, in UTF-8 by its BOM."""
+    """Raise InputError unless `path` is a readable, non-empty file with a known suffix, and without a UTF-16 BOM."""
     if path.is_dir():
         raise InputError(f"{path} is a folder where a data file was expected; name a file inside it")
     if not path.is_file():
         raise InputError(f"data file {path} does not exist")
     if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"{path}: cannot read {path.suffix or 'a name without ending'}; use {' '.join(SUFFIXES)}")
+        raise InputError(f"{path}: cannot read {path.suffix or 'a name without a suffix'}; use {' '.join(SUFFIXES)}")
     try:
         with path.open("rb") as file:
             head = file.read(4)
@@ -99,7 +99,7 @@ def _jsonl(path: Path) -> Iterator[Record | BadRow]:
 
 
 def _skip_line(file: BinaryIO, part: bytes) -> None:
-    """Read on to the end of a line whose beginning is `part`, holding one piece of it at a time."""
+    """Skip to the end of a line that begins with `part`, and hold only one piece of it at a time."""
     while part and not part.endswith(b"\n"):
         part = file.readline(1 << 20)
 
@@ -111,7 +111,7 @@ def _parse_line(number: int, line: bytes) -> Record | BadRow:
         return BadRow(number, f"not UTF-8: byte {line[error.start]:#04x} at byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
         return BadRow(number, f"not JSON: {error.msg} at column {error.colno}")
-    except ValueError as error:  # half a character, a number or a nesting beyond the limits
+    except ValueError as error:  # half a surrogate pair, or a number or nesting beyond the limits
         return BadRow(number, f"not usable JSON: {error}")
     return _as_record(number, value)
 
@@ -139,13 +139,13 @@ def _json(path: Path) -> Iterator[Record | BadRow]:
     text = _decode(path)
     start = _next_char(text, 0)
     if start == len(text):
-        raise InputError(f"{path} holds only white space; it needs a list of objects")
+        raise InputError(f"{path} only has white space; it needs a list of objects")
     if text[start] == "{":
         yield from _json_objects(path, text)
         return
     if text[start] != "[":
         raise InputError(f"{path} is not a JSON list of objects; write [{{...}}, ...] or one object per line as .jsonl")
-    # In a file of one line, its number says nothing: records are counted.
+    # In a file with one line, count records instead of lines.
     unit, rows = ("line" if "\n" in text.strip() else "row"), 0
     decoder, position, line, counted = json.JSONDecoder(), _next_char(text, start + 1), 1, 0
     while text[position : position + 1] != "]":
@@ -159,14 +159,14 @@ def _json(path: Path) -> Iterator[Record | BadRow]:
             position = _next_char(text, position + 1)
         elif mark != "]":
             line += text.count("\n", counted, position)
-            raise InputError(f"{path}, line {line}: the JSON list breaks off: expected ',' or ']', found {mark!r}")
+            raise InputError(f"{path}, line {line}: the JSON list is cut off: expected ',' or ']', found {mark!r}")
 
 
 def _decode_element(path: Path, text: str, position: int, line: int, decoder: json.JSONDecoder) -> tuple[Any, int]:
     try:
         return decoder.raw_decode(text, position)
     except json.JSONDecodeError as error:
-        # Nothing after a syntax error can be trusted, so the whole file is refused.
+        # What follows a syntax error cannot be trusted, so refuse the whole file.
         raise InputError(
             f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from error
@@ -175,7 +175,7 @@ def _decode_element(path: Path, text: str, position: int, line: int, decoder: js
 
 
 def _json_objects(path: Path, text: str) -> Iterator[Record | BadRow]:
-    """A .json file that begins with `{`: one object per line, as many hubs publish them."""
+    """Yield the records of a .json file that begins with `{` and has one object per line, as many data sets do."""
     try:
         whole = json.loads(text)
     except json.JSONDecodeError as error:
@@ -202,7 +202,7 @@ def _next_char(text: str, position: int) -> int:
 
 
 def _csv(path: Path) -> Iterator[Record | BadRow]:
-    old_limit = csv.field_size_limit(MAX_LINE_BYTES)  # Python's own limit, 128 KiB, is below one long text
+    old_limit = csv.field_size_limit(MAX_LINE_BYTES)  # Python's own limit, 128 KiB, is too small for long texts
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(_bounded_lines(path, file), strict=True)
@@ -211,11 +211,11 @@ def _csv(path: Path) -> Iterator[Record | BadRow]:
                 raise InputError(f"{path}: the first line must name each column once, found {str(header)[:300]}")
             end = rows.line_num
             for row in rows:
-                line, end = end + 1, rows.line_num  # a quoted field may span lines: name the first
+                line, end = end + 1, rows.line_num  # a quoted field may span lines: report the first
                 if len(row) == len(header):
                     yield Record(line, dict(zip(header, row, strict=True)))
                 elif row:
-                    yield BadRow(line, f"{len(row)} columns, the first line names {len(header)}")
+                    yield BadRow(line, f"{len(row)} columns, the first line has {len(header)}")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.object[error.start]:#04x}); save it as UTF-8") from error
     except csv.Error as error:
@@ -225,7 +225,7 @@ def _csv(path: Path) -> Iterator[Record | BadRow]:
 
 
 def _bounded_lines(path: Path, file: TextIO) -> Iterator[str]:
-    """Yield a file's lines without ever holding one that is longer than a record may be."""
+    """Yield a file's lines, without ever holding a line that is longer than a record may be."""
     number = 0
     while line := file.readline(MAX_LINE_BYTES):
         number += 1
@@ -239,12 +239,12 @@ def _parquet(path: Path) -> Iterator[Record | BadRow]:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise InputError(f"{path} needs pyarrow, which is not installed; pip install 'mlx-lora[parquet]'") from error
+        raise InputError(f"{path} requires pyarrow, which is not installed; pip install 'mlx-lora[parquet]'") from error
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
             allowance = _Allowance(path, file.metadata.num_rows)
-            # Texts told many times stay told once until a row is taken out.
+            # Read texts as dictionaries: a repeated text is only stored once until its row is read.
             texts = [
                 c.path for c in map(file.schema.column, range(len(file.schema))) if c.physical_type == "BYTE_ARRAY"
             ]
@@ -260,32 +260,32 @@ def _parquet(path: Path) -> Iterator[Record | BadRow]:
 
 
 class _Allowance:
-    """How much a compressed file may unpack to: some kilobytes of it can stand for terabytes."""
+    """A limit on what a compressed file may unpack to: a few kilobytes could unpack to terabytes."""
 
     def __init__(self, path: Path, rows: int):
-        """Refuse a file that says it has more rows than bytes."""
+        """Refuse a file that claims to have more rows than bytes."""
         self._path, size = path, path.stat().st_size
         self._left = LEAST_UNPACKED_BYTES + size * MOST_UNPACKED
         if rows > size + LEAST_ROWS:
-            raise InputError(f"{path}: {size} bytes that say they hold {rows} rows; download it again")
+            raise InputError(f"{path}: {size} bytes that claim to hold {rows} rows; download it again")
 
     def record(self, number: int, value: dict[str, Any]) -> Record | BadRow:
-        """Return a row, counted against what is left.
+        """Return a row, and count it against the limit.
 
         Raises:
-            InputError: nothing is left.
+            InputError: the limit is exceeded.
         """
         try:
             text = json.dumps(value, ensure_ascii=False)
         except (TypeError, ValueError):
             return BadRow(
-                number, "holds a value that JSON has no form for (bytes, a date); keep texts, numbers and lists", "row"
+                number, "has a value that JSON does not support (bytes, a date); keep texts, numbers and lists", "row"
             )
         if len(text) > MAX_LINE_BYTES:
             return BadRow(number, f"row longer than {MAX_LINE_BYTES // 2**20} MiB", "row")
         self._left -= len(text)
         if self._left < 0:
-            raise InputError(f"{self._path} unpacks to more than {MOST_UNPACKED} times its size; is it what it says?")
+            raise InputError(f"{self._path} unpacks to more than {MOST_UNPACKED} times its size; is it a data file?")
         return _checked(number, value, text, "row")
 
 
@@ -299,7 +299,7 @@ def _decode(path: Path) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1  # the decoder's own bytes: a BOM is off them
+        line = error.object.count(b"\n", 0, error.start) + 1  # the decoder's bytes, without a BOM
         raise InputError(
             f"{path} is not UTF-8 (line {line}, byte {error.object[error.start]:#04x}); save it as UTF-8"
         ) from error

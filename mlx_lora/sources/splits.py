@@ -1,4 +1,4 @@
-"""What `--data` names -> the files of each split."""
+"""Find the files of each split that `--data` names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPLIT_NAMES = {
     "test": "test",
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-SHARD = re.compile(r"(?P<split>[a-z]+)(-\d{5}-of-\d{5}.*)?")  # as the hub names the parts of one split
+SHARD = re.compile(r"(?P<split>[a-z]+)(-\d{5}-of-\d{5}.*)?")  # the hub's names for the parts of one split
 NOT_DATA = re.compile(r"(readme|license|requirements|dataset_infos?|config|notice)\b.*", re.IGNORECASE)
 
 
@@ -31,11 +31,11 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
         data: A file, a folder, `tiny-shakespeare` or a hub dataset id `owner/name` (`@revision` may follow).
 
     Returns:
-        `train`, `valid`, `test` -> the split's files in name order (one, unless a hub dataset is in
+        `train`, `valid`, `test` -> the split's files, ordered by name (one, unless a hub dataset has several
         parts). A single file, or the only data file of a folder, is `train`.
 
     Raises:
-        InputError: nothing there, nothing readable there, or two files that claim the same split.
+        InputError: there are no data files, or two files have the name of the same split.
     """
     path = Path(data).expanduser()
     if path.is_file():
@@ -53,8 +53,8 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
 
 
 def _folder_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
-    for place in (folder, folder / "data", folder / "default"):
-        splits = _named_splits(place)
+    for subfolder in (folder, folder / "data", folder / "default"):
+        splits = _named_splits(subfolder)
         if splits:
             return {name: splits[name] for name in ("train", "valid", "test") if name in splits}
     files = [file for file in _data_files(folder) if not NOT_DATA.fullmatch(file.name)]
@@ -68,7 +68,7 @@ def _folder_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
 
 
 def _named_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
-    """Return the files named after a split in `folder`, or in its subfolders named after one."""
+    """Return the files of each split: those with its name in `folder`, and all in subfolders with its name."""
     candidates: dict[str, list[Path]] = {}
     for file in _data_files(folder):
         match = SHARD.fullmatch(file.stem)
@@ -94,7 +94,7 @@ def _not_found(data: str, path: Path) -> str:
     parent = path.parent
     near = [p.name for p in parent.iterdir()] if parent.is_dir() else []
     close = difflib.get_close_matches(path.name, near, n=3) or difflib.get_close_matches(data, ["tiny-shakespeare"])
-    hint = f"close to it: {', '.join(close)}" if close else f"no similar name in {parent.resolve()}"
+    hint = f"similar names: {', '.join(close)}" if close else f"no similar name in {parent.resolve()}"
     return (
         f"--data {data}: no such file or folder, and no hub dataset id (owner/name); {hint}; "
         f"give a {' '.join(SUFFIXES)} file, a folder with train.jsonl, a dataset id or tiny-shakespeare"

@@ -1,8 +1,8 @@
-"""Make a fast tokenizer of a folder that has only SentencePiece's `tokenizer.model`.
+"""Build a fast tokenizer for a folder that only has SentencePiece's `tokenizer.model`.
 
-transformers converts such folders too, but by the rules of one class per model type, and the result differs
-from SentencePiece (texts that start with a space, a dummy prefix that the model does not want). Here the
-model file itself says what to do.
+transformers converts such folders too, but by the rules of one class per model type, and the result differs from
+SentencePiece's (for texts that start with a space, or a dummy prefix that the model does not have). Here the model file
+itself decides.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def write_tokenizer_from_spm(model_file: Path, folder: Path, out: Path) -> None:
 
     Args:
         model_file: the `tokenizer.model`.
-        folder: the model's folder; its tokenizer_config.json, added_tokens.json and generation_config.json
-            are taken into account when they exist.
-        out: folder to write into; made when missing.
+        folder: the model's folder; its tokenizer_config.json, added_tokens.json and generation_config.json are used if
+            they exist.
+        out: folder to write into; created if it does not exist.
 
     Raises:
-        InputError: the file is no SentencePiece model, or is not of the BPE kind.
+        InputError: the file is not a SentencePiece model, or not one of the BPE kind.
     """
     proto = sentencepiece_model_pb2.ModelProto()
     try:
@@ -53,7 +53,7 @@ def write_tokenizer_from_spm(model_file: Path, folder: Path, out: Path) -> None:
         raise InputError(f"{model_file}: not a SentencePiece model ({error}); download it again") from None
     if proto.trainer_spec.model_type != BPE:
         raise InputError(
-            f"{model_file}: a SentencePiece unigram model; only BPE is known, use a copy with tokenizer.json"
+            f"{model_file}: a SentencePiece unigram model; only BPE is supported, use a copy with tokenizer.json"
         )
     config = _read_json(folder / "tokenizer_config.json")
     vocabulary = _vocabulary(proto, config, _added_tokens(folder, config, len(proto.pieces)))
@@ -71,13 +71,13 @@ def _added_tokens(folder: Path, config: dict[str, Any], n_pieces: int) -> list[s
     """Return the tokens that follow the pieces, in the order of their ids.
 
     Raises:
-        InputError: when ids are left out between them.
+        InputError: their ids have gaps.
     """
     try:
         by_id = {int(i): str(token["content"]) for i, token in config.get("added_tokens_decoder", {}).items()}
         by_id.update({int(i): token for token, i in _read_json(folder / "added_tokens.json").items()})
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise InputError(f"{folder}: its added tokens are not as tokenizers have them; download it again") from None
+        raise InputError(f"{folder}: its added tokens are not in a tokenizer's format; download it again") from None
     ids = sorted(i for i in by_id if i >= n_pieces)
     if ids != list(range(n_pieces, n_pieces + len(ids))):
         raise InputError(
@@ -87,7 +87,7 @@ def _added_tokens(folder: Path, config: dict[str, Any], n_pieces: int) -> list[s
 
 
 def _vocabulary(proto: Any, config: dict[str, Any], added: list[str]) -> Vocabulary:
-    """Bring pieces, the folder's settings and its added tokens into one vocabulary."""
+    """Return one vocabulary with the pieces, the folder's settings and its added tokens."""
     pieces = proto.pieces
     tokens = [piece.piece for piece in pieces] + added
     ids = {token: i for i, token in enumerate(tokens)}
@@ -115,10 +115,10 @@ def _vocabulary(proto: Any, config: dict[str, Any], added: list[str]) -> Vocabul
 
 
 def _build(vocabulary: Vocabulary, proto: Any) -> Tokenizer:
-    """Build the pipeline that SentencePiece itself runs: normalize, keep user-defined symbols whole, merge."""
+    """Return SentencePiece's own pipeline: normalize, keep user-defined symbols whole, merge."""
     vocab = {token: i for i, token in enumerate(vocabulary.tokens)}
     user_defined = [t for t, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == USER_DEFINED]
-    # A user-defined symbol is cut out as a word of its own; ignore_merges then takes it whole.
+    # A user-defined symbol is split off as a word of its own, which ignore_merges then keeps whole.
     tokenizer = Tokenizer(
         models.BPE(
             vocab,
@@ -151,7 +151,7 @@ def _build(vocabulary: Vocabulary, proto: Any) -> Tokenizer:
 
 
 def _normalizer(spec: Any) -> normalizers.Sequence:
-    """Return SentencePiece's normalization: character map, spaces squeezed, dummy prefix, spaces escaped."""
+    """Return SentencePiece's normalization: map characters, squeeze spaces, add the dummy prefix, escape spaces."""
     steps: list[Any] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))

@@ -1,8 +1,8 @@
-"""Read a loaded tokenizer back into a `Vocabulary`, and write that as GGUF metadata.
+"""Convert a loaded tokenizer to a `Vocabulary`, and that to GGUF metadata.
 
-The judge is what the tokenizer does, not how its file spells it: which pre-tokenizer it has, whether it puts
-bos before a text or a space before the first word is found by encoding, and at the end the vocabulary must
-cut a set of probing texts into the same ids as the tokenizer it came from.
+The tokenizer is judged by what it does, not by its file: encoding shows which pre-tokenizer it has, and whether it puts
+bos before a text or a space before the first word. At the end, the vocabulary must encode a set of test texts with the
+same ids as the original tokenizer.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from mlx_lora.sources.gguf_tokenizer import (
 from mlx_lora.sources.pre_tokenizers import PRE_TOKENIZERS, PUBLISHED, PreTokenizer
 from mlx_lora.system.errors import InputError
 
-# Texts on which any two pre-tokenizers of the table differ. All are in Unicode's composed form: Qwen's tokenizer
-# composes first and llama.cpp does not, which is its own converter's choice too.
+# Texts on which any two pre-tokenizers of the table differ. All are NFC: Qwen's tokenizer normalizes texts to NFC, but
+# llama.cpp, whose own converter accepts this difference, does not.
 PROBES = (
     "Hello world, it's a test; they'll DON'T we'VE I'm you'd He's",
     "def main(args):\n    x = 12345 + 6.78e-9\n\treturn {'a': [1, 22, 333, 4444]}  # don't\n\n\n  end",
@@ -56,20 +56,20 @@ def tokenizer_vocabulary(
     chat_template: str | None,
     architecture: str = "",
 ) -> Vocabulary:
-    """Return what a tokenizer is made of.
+    """Return a tokenizer's vocabulary.
 
     Args:
-        tokenizer: as transformers loaded it.
-        n_rows: of the model's embedding: the vocabulary is filled up, or cut, to that many tokens.
+        tokenizer: as loaded by transformers.
+        n_rows: of the model's embedding; the vocabulary is padded, or cut, to that many tokens.
         end_ids: ids that end a generation.
         chat_template: Jinja text, for the vocabulary.
-        architecture: llama.cpp's name of the model's: Gemma 4's files keep a SentencePiece tokenizer's merges.
+        architecture: llama.cpp's name of the model's architecture; Gemma 4's files keep a SentencePiece tokenizer's merges.
 
     Raises:
-        InputError: a kind of tokenizer that llama.cpp does not have, or one that it would not cut texts as.
+        InputError: llama.cpp does not have this kind of tokenizer, or would split texts differently.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise InputError(f"{type(tokenizer).__name__}: no tokenizer.json behind it, and GGUF needs its tables; add one")
+        raise InputError(f"{type(tokenizer).__name__}: has no tokenizer.json, whose tables GGUF requires; add one")
     backend = tokenizer.backend_tokenizer
     content = json.loads(backend.to_str())
     model = content["model"]
@@ -97,7 +97,7 @@ def tokenizer_vocabulary(
         add_space_prefix=space_prefix,
         chat_template=chat_template,
     )
-    known = vocabulary.end_ids()  # llama.cpp finds most of them by their text, as we do
+    known = vocabulary.end_ids()  # llama.cpp recognizes most of them by their text, as we do
     others = [i for i in end_ids if i not in known and i < n_rows]
     special.update(zip(("eot", "eom")[:_MOST_ENDS], others, strict=False))
     _check_ids(tokenizer, vocabulary)
@@ -105,7 +105,7 @@ def tokenizer_vocabulary(
 
 
 def tokenizer_metadata(vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return the vocabulary as GGUF key-value pairs, what `vocabulary_from_metadata` reads."""
+    """Return the vocabulary as GGUF key-value pairs, which `vocabulary_from_metadata` can read."""
     keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
     metadata: dict[str, Any] = {
         "tokenizer.ggml.model": vocabulary.model,
@@ -130,7 +130,7 @@ def _kind(content: dict[str, Any]) -> str:
     """Return GGUF's name of the kind of tokenizer.
 
     Raises:
-        InputError: neither byte-level nor SentencePiece BPE.
+        InputError: it is neither byte-level nor SentencePiece BPE.
     """
     model = content["model"]
     if model["type"] == "BPE" and model.get("byte_fallback"):
@@ -138,16 +138,16 @@ def _kind(content: dict[str, Any]) -> str:
     if model["type"] == "BPE" and '"ByteLevel"' in json.dumps(content.get("pre_tokenizer")):
         return "gpt2"
     raise InputError(
-        f"--to gguf: a tokenizer of kind {model['type']}; we write byte-level BPE and SentencePiece BPE with byte "
-        "fallback, use --to peft or hf"
+        f"--to gguf: the tokenizer is of kind {model['type']}; only byte-level BPE and SentencePiece BPE with byte "
+        "fallback are supported, use --to peft or hf"
     )
 
 
 def _tokens(backend: Tokenizer, n_rows: int) -> list[str | None]:
-    """Return the tokens by id; None where the embedding has a row and the tokenizer no token."""
+    """Return the tokens by id; None for rows of the embedding without a token."""
     tokens: list[str | None] = [None] * n_rows
     for token, i in backend.get_vocab(with_added_tokens=True).items():
-        if i < n_rows:  # the model has no embedding of the others (Gemma 3's image token)
+        if i < n_rows:  # the model has no embedding for other tokens (Gemma 3's image token)
             tokens[i] = token
     return tokens
 
@@ -164,7 +164,7 @@ def _special(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> dict[str, int]:
 
 
 def _type(i: int, token: str | None, kind: str, added: dict[str, Any] | None, special: dict[str, int]) -> int:
-    """Return a token's type."""
+    """Return a token's type, as GGUF numbers them."""
     if token is None:
         return UNUSED
     if kind != "gpt2" and special.get("unk") == i:
@@ -176,16 +176,16 @@ def _type(i: int, token: str | None, kind: str, added: dict[str, Any] | None, sp
 
 
 def _scores(tokens: list[str | None], merges: list[tuple[str, ...]]) -> list[float]:
-    """Return SentencePiece scores that give the merges: a token made by an earlier merge scores higher."""
+    """Return SentencePiece scores that result in these merges: a token from an earlier merge has a higher score."""
     ranks = {joined: rank for rank, joined in enumerate(dict.fromkeys(a + b for a, b in merges))}
     return [-float(ranks.get(token or "", len(ranks))) for token in tokens]
 
 
 def _framing(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
-    """Tell whether bos goes before, and eos after, every text.
+    """Tell whether the tokenizer puts bos before, and eos after, every text.
 
     Raises:
-        InputError: something else does.
+        InputError: it adds other tokens.
     """
     plain = tokenizer("x", add_special_tokens=False)["input_ids"]
     framed = tokenizer("x")["input_ids"]
@@ -195,15 +195,15 @@ def _framing(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
             if before + plain + ([tokenizer.eos_token_id] if eos else []) == framed:
                 return bos, eos
     raise InputError(
-        "--to gguf: the tokenizer puts other tokens around a text than bos and eos, which GGUF cannot say; use --to hf"
+        "--to gguf: the tokenizer adds other tokens than bos and eos to a text, which GGUF does not support; use --to hf"
     )
 
 
 def _pre_tokenizer(backend: Tokenizer, ignore_merges: bool) -> str:
-    """Return the name of the pre-tokenizer that cuts texts as this one does, or that stands for it in llama.cpp.
+    """Return the name of the pre-tokenizer that splits texts as this one does, or that llama.cpp uses instead.
 
     Raises:
-        InputError: the table has none.
+        InputError: the table has no such pre-tokenizer.
     """
     spelled = _spelled(backend)
     if spelled in PUBLISHED:
@@ -218,15 +218,15 @@ def _pre_tokenizer(backend: Tokenizer, ignore_merges: bool) -> str:
             found.append(name)
     if not found:
         raise InputError(
-            f"--to gguf: pre-tokenizer {_shown(backend)} cuts words as none that llama.cpp is known to have "
+            f"--to gguf: pre-tokenizer {_shown(backend)} splits words like none of llama.cpp's "
             f"({', '.join(sorted(PRE_TOKENIZERS))}); use --to peft or hf"
         )
-    # Where merges reach every token, taking whole words first changes nothing: prefer the name that says the same.
+    # If merges can make every token, ignore_merges changes nothing: then only prefer the name with the same value.
     return next((name for name in found if PRE_TOKENIZERS[name].ignore_merges == ignore_merges), found[0])
 
 
 def _spelled(backend: Tokenizer) -> str | None:
-    """Return the one pattern that a tokenizer.json spells out for its words, or None."""
+    """Return the pattern of a tokenizer.json that has exactly one for its words, else None."""
     words = json.loads(backend.to_str())["pre_tokenizer"] or {}
     steps = words.get("pretokenizers", [words])
     patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
@@ -248,10 +248,10 @@ def _shown(backend: Tokenizer, limit: int = 160) -> str:
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
-    """Compare ids on the probing texts, and on texts made of the vocabulary itself.
+    """Compare ids for the test texts, and for texts from the vocabulary itself.
 
     Raises:
-        InputError: a text whose ids differ.
+        InputError: the ids of a text differ.
     """
     rebuilt = build_tokenizer(vocabulary)
     step = max(1, len(vocabulary.tokens) // 400)
@@ -267,6 +267,6 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> No
         wanted, found = tokenizer(text)["input_ids"], rebuilt.encode(text).ids
         if wanted != found:
             raise InputError(
-                f"--to gguf: {text[:40]!r} is {wanted[:12]} here and would be {found[:12]} in llama.cpp, by its "
-                f"rules for {vocabulary.pre if vocabulary.model == 'gpt2' else 'SentencePiece'}; use --to peft or hf"
+                f"--to gguf: {text[:40]!r} is encoded as {wanted[:12]}, but llama.cpp would encode it as {found[:12]} by "
+                f"its rules for {vocabulary.pre if vocabulary.model == 'gpt2' else 'SentencePiece'}; use --to peft or hf"
             )

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 
-def cache_dir(room: str) -> Path:
+def cache_dir(kind: str) -> Path:
     """Return the folder of one kind of cached thing; it may not exist yet.
 
     Args:
@@ -16,4 +16,4 @@ def cache_dir(room: str) -> Path:
         `$MLX_LORA_CACHE/<room>`, by default `~/.cache/mlx_lora/<room>`.
     """
     root = os.environ.get("MLX_LORA_CACHE") or Path.home() / ".cache" / "mlx_lora"
-    return Path(root) / room
+    return Path(root) / kind

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import yaml
@@ -197,8 +197,3 @@ def _check_scalars(value: Any) -> None:
 def hashable(value: Any) -> Any:
     """Return a value that can be looked up in a table; a list or mapping, which no table holds, becomes its text."""
     return value if isinstance(value, Hashable) else str(value)
-
-
-def refuse_constant(name: str) -> NoReturn:
-    """For `json.loads(parse_constant=...)`: NaN and Infinity, which Python reads and JSON does not have."""
-    raise ValueError(f"{name} is not JSON")

@@ -1,4 +1,4 @@
-"""Sizes in bytes: read from text, and written for people."""
+"""Sizes in bytes, read from text, and sizes and counts written for people."""
 
 from __future__ import annotations
 
@@ -28,3 +28,8 @@ def parse_size(text: str) -> int:
 def gigabytes(size_bytes: float) -> str:
     """Write a size for people."""
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes < 1e11 else f"{size_bytes / 1e9:.0f} GB"
+
+
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """Write 1 step, 2 steps or 1,000 steps."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
