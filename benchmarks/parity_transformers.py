@@ -147,7 +147,7 @@ def train_here(model: nn.Module, config: dict[str, Any], left_out: list[str], gi
     losses = []
     for one in given:
         result = step([one])
-        losses.append(result.loss_sum.item() / result.tokens.item())
+        losses.append(result.loss_sum.item() / result.count.item())
     return Ours(np.array(losses), logits, gradients, by_mlx_lm, len(gradients), left_out)
 
 

@@ -17,7 +17,7 @@ import click
 from mlx_lora.artifacts.forgetting_page import verdict_rows, write_page
 from mlx_lora.data.loading import load_eval_set
 from mlx_lora.models.load import check_token_ids, load_base
-from mlx_lora.objectives.registry import objective_of
+from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.runs.composition import adapter_template, put_adapter
 from mlx_lora.runs.forgetting_test import CHAT, TEXT, measure_forgetting
 from mlx_lora.runs.reference import with_reference

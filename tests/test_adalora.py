@@ -44,7 +44,7 @@ def trained(model, settings=SETTINGS, rate=2e-2):
     losses, on = [], []
     for b in batches():
         result = step([b])
-        losses.append(result.loss_sum.item() / result.tokens.item())
+        losses.append(result.loss_sum.item() / result.count.item())
         on.append(sum((layer.lora_e != 0).sum().item() for layer in adapter_layers(model).values()))
     return losses, on, step.events
 

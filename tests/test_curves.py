@@ -52,7 +52,7 @@ def ours(folder, method: str):
     losses = []
     for b in batches():
         result = step([b])
-        losses.append(result.loss_sum.item() / result.tokens.item())
+        losses.append(result.loss_sum.item() / result.count.item())
     return losses, initial, {name: np.array(value) for name, value in tree_flatten(base.model.trainable_parameters())}
 
 

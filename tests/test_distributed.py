@@ -282,7 +282,7 @@ def test_a_single_process_has_ranks_that_agree_with_it_at_no_cost():
 
 def test_a_single_process_stops_at_once_and_several_when_all_have_heard_of_it():
     two = SimpleNamespace(size=2, any=lambda flag: flag)
-    said = StepResult(*[mx.array(1.0)] * 3, mx.array(True), asked=mx.array(1.0))
+    said = StepResult(*[mx.array(1.0)] * 3, mx.array(True), {}, asked=mx.array(1.0))
     alone, agreed = Agreement(lambda: True, ALONE), Agreement(lambda: True, two)
     assert (alone(), agreed()) == (True, False)
     agreed.hear(said._replace(asked=mx.array(0.0)))

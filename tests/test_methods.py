@@ -65,7 +65,7 @@ def train_steps(model: nn.Module, settings: AdapterSettings, steps: int, rate: f
     loss = choose_loss(model, TINY).train
     step = Step(model, optimizer, loss, 1.0, events=make_events(settings, model, steps, seed=1))
     results = [step([batch(3, 17, seed=number % 4)]) for number in range(steps)]
-    return [result.loss_sum.item() / result.tokens.item() for result in results]
+    return [result.loss_sum.item() / result.count.item() for result in results]
 
 
 def test_the_table_and_the_settings_name_the_same_methods():

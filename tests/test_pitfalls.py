@@ -23,8 +23,10 @@ from mlx_lora.data.batches import Batch, BatchPlan
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.models.load import load_base
 from mlx_lora.settings import config
-from mlx_lora.settings.config import LoopSettings, ModelSettings
+from mlx_lora.settings.config import LoopSettings, ModelSettings, ObjectiveSettings
 from mlx_lora.system.errors import RunError
+from mlx_lora.training.losses import PLAIN
+from mlx_lora.training.objective_loss import Task
 from mlx_lora.training.step import StepResult
 from mlx_lora.training.trainer import MAX_SKIPPED_IN_A_ROW, micro_batches, total_steps, train
 
@@ -48,14 +50,14 @@ class StubStep:
     def __call__(self, batches: list[Batch], *what_ranks_need) -> StepResult:
         self.taken.append(batches)
         tokens = sum(int(b.mask.sum()) for b in batches)
-        return StepResult(mx.array(1.0), mx.array(float(tokens)), mx.array(1.0), mx.array(self.applied))
+        return StepResult(mx.array(1.0), mx.array(float(tokens)), mx.array(1.0), mx.array(self.applied), {})
 
 
 def run_loop(plan, step, **settings):
     """Run the loop with a stub for the step and return its reports and its outcome."""
     reports, saved = [], []
     loop = LoopSettings(**{"steps_per_report": 1, "save_every": 0, "val_batches": 0, **settings})
-    train(tiny_model(), step, None, plan, None, loop, reports.append, lambda _: None, saved.append)
+    train(tiny_model(), step, Task(PLAIN), plan, None, loop, reports.append, lambda _: None, saved.append)
     assert saved
     return reports
 
@@ -245,6 +247,7 @@ ELSEWHERE = {
     **dict.fromkeys(
         ("bias", "adalora_init_rank", "adalora_tinit", "adalora_tfinal", "adalora_delta_t"), "test_methods.py"
     ),
+    **dict.fromkeys(ObjectiveSettings.__dataclass_fields__, "test_preference_run.py"),
     **dict.fromkeys(("orth_reg_weight", "relora_every", "relora_warmup", "relora_prune_ratio"), "test_methods.py"),
 }
 

@@ -40,7 +40,7 @@ def make_step(model: nn.Module, of: AdapterSettings, optimizer: str = "adamw", c
 
 def losses_of(step: Step) -> list[float]:
     results = [step([batch(3, 17, seed=number % 4)]) for number in range(STEPS)]
-    return [result.loss_sum.item() / result.tokens.item() for result in results]
+    return [result.loss_sum.item() / result.count.item() for result in results]
 
 
 def by_merging(model: nn.Module, paths: tuple[str, ...]) -> list[float]:

@@ -54,7 +54,7 @@ def test_empty_mask_gives_zero_and_no_update():
     model = adapted()
     before = factors(model)
     result = make_step(model)([batch(2, 8, seed=0, share=-1)])
-    assert (result.loss_sum.item(), result.tokens.item(), result.applied.item()) == (0, 0, False)
+    assert (result.loss_sum.item(), result.count.item(), result.applied.item()) == (0, 0, False)
     assert (factors(model) == before).all()
 
 
@@ -146,7 +146,7 @@ def test_base_is_untouched_by_training(bits):
     model = adapted(bits)
     before = weights_checksum(model, FACTORS)
     step = make_step(model)
-    losses = [(r := step([batch(4, 12, seed=0)])).loss_sum.item() / r.tokens.item() for _ in range(12)]
+    losses = [(r := step([batch(4, 12, seed=0)])).loss_sum.item() / r.count.item() for _ in range(12)]
     assert losses[-1] < losses[0] * 0.95
     assert weights_checksum(model, FACTORS) == before
     assert weights_checksum(model) != weights_checksum(adapted(bits))
@@ -156,7 +156,7 @@ def test_base_is_untouched_by_training(bits):
 def test_every_optimizer_lowers_the_loss(name):
     model = adapted(move_b=True)
     step = make_step(model, optimizer=name, learning_rate=0.5 if name == "sgd" else 1e-2)
-    losses = [(r := step([batch(4, 12, seed=0)])).loss_sum.item() / r.tokens.item() for _ in range(15)]
+    losses = [(r := step([batch(4, 12, seed=0)])).loss_sum.item() / r.count.item() for _ in range(15)]
     assert losses[-1] < losses[0]
 
 

@@ -31,22 +31,20 @@ def dpo_loss(loss_types, logps, reference, mask, *, weights=None, **options):
         weights: of the loss types.
         options: beta, label_smoothing, discopop_tau.
     """
+    per_token = torch.tensor(logps, dtype=torch.float64, requires_grad=True)
+    loss, metrics = dpo_objective(per_token, torch.tensor(reference), mask, loss_types, weights, **options)
+    loss.backward()
+    return loss.item(), per_token.grad.numpy(), metrics
+
+
+def dpo_objective(per_token, reference, mask, loss_types, weights=None, **options):
+    """Return TRL's DPO loss, a tensor with its graph, and what TRL reports; arguments as in `dpo_loss`, as tensors."""
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    per_token = torch.tensor(logps, dtype=torch.float64, requires_grad=True)
-    full = torch.cat([torch.zeros(len(mask), 1, dtype=torch.bool), torch.tensor(mask)], dim=1)
-    zeros = torch.zeros_like(per_token)
-    outputs = SimpleNamespace(
-        log_probs=per_token, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), log_sum_sq_probs=zeros
-    )
-    model = _Model(outputs)
-    chosen, rejected = torch.tensor(reference, dtype=torch.float64).chunk(2)
-    trainer = SimpleNamespace(
-        model=model,
-        accelerator=_Accelerator(),
-        aux_loss_enabled=False,
+    full = _with_first(mask)
+    trainer = _trainer(
+        per_token,
         ld_alpha=None,
-        precompute_ref_logps=True,
         f_divergence_type="reverse_kl",
         loss_types=list(loss_types),
         loss_weights=weights or [1.0] * len(loss_types),
@@ -54,25 +52,70 @@ def dpo_loss(loss_types, logps, reference, mask, *, weights=None, **options):
         beta=options.get("beta", 0.1),
         label_smoothing=options.get("label_smoothing", 0.0),
         args=SimpleNamespace(discopop_tau=options.get("discopop_tau", 0.05)),
-        _metrics=defaultdict(lambda: defaultdict(list)),
-        _total_train_tokens=0,
-        _tp_size=1,
     )
-    inputs = {
+    chosen, rejected = reference.chunk(2)
+    inputs = {**_inputs(full), "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    return DPOTrainer._compute_loss(trainer, trainer.model, inputs, False), _metrics(trainer)
+
+
+def kto_objective(per_token, reference, mask, good, kl_logps, kl_reference, beta=0.1, weights=(1.0, 1.0)):
+    """Return TRL's KTO loss with its graph, and what TRL reports.
+
+    Args:
+        per_token: (E, T) log-probabilities of answer tokens.
+        reference: (E,) summed.
+        mask: (E, T) bool.
+        good: (E,) bool.
+        kl_logps, kl_reference: (E,) of the answers to other prompts.
+        beta, weights: TRL's beta, desirable_weight and undesirable_weight.
+    """
+    from trl.trainer.kto_trainer import KTOTrainer
+
+    full = _with_first(mask)
+    trainer = _trainer(
+        per_token, loss_type="kto", calculate_KL=True, beta=beta, desirable_weight=weights[0],
+        undesirable_weight=weights[1], _compute_kl_logps=lambda model, batch: kl_logps,
+    )  # fmt: skip
+    inputs = {**_inputs(full), "label": torch.tensor(good), "ref_logps": reference, "ref_KL_logps": kl_reference}
+    return KTOTrainer._compute_loss(trainer, trainer.model, inputs, False), _metrics(trainer)
+
+
+def _with_first(mask):
+    return torch.cat([torch.zeros(len(mask), 1, dtype=torch.bool), torch.tensor(np.asarray(mask))], dim=1)
+
+
+def _inputs(full):
+    return {
         "input_ids": torch.zeros(full.shape, dtype=torch.long),
         "attention_mask": torch.ones(full.shape, dtype=torch.long),
         "completion_mask": full.long(),
-        "ref_chosen_logps": chosen,
-        "ref_rejected_logps": rejected,
     }
-    loss = DPOTrainer._compute_loss(trainer, model, inputs, False)
-    loss.backward()
-    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
-    return loss.item(), per_token.grad.numpy(), metrics
+
+
+def _trainer(per_token, **attributes):
+    """Return what TRL's loss code reads of its trainer, with a model that gives these log-probabilities."""
+    zeros = torch.zeros_like(per_token)
+    outputs = SimpleNamespace(
+        log_probs=per_token, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), log_sum_sq_probs=zeros
+    )
+    return SimpleNamespace(
+        model=_Model(outputs),
+        accelerator=_Accelerator(),
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+        **attributes,
+    )
+
+
+def _metrics(trainer):
+    return {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
 
 def cpo_loss(loss_type, chosen, rejected, **options):
-    """Return TRL's CPO or SimPO losses, (E,), of log-probabilities (E,)."""
+    """Return TRL's CPO or SimPO losses, (E,), of log-probabilities (E,), arrays or tensors with their graph."""
     from trl.experimental.cpo.cpo_trainer import CPOTrainer
 
     trainer = SimpleNamespace(
@@ -83,7 +126,7 @@ def cpo_loss(loss_type, chosen, rejected, **options):
         simpo_gamma=options.get("simpo_gamma", 0.5),
         accelerator=_Accelerator(),
     )
-    return CPOTrainer.cpo_loss(trainer, torch.tensor(chosen), torch.tensor(rejected))[0].numpy()
+    return _same_kind(CPOTrainer.cpo_loss(trainer, *_tensors(chosen, rejected))[0], chosen)
 
 
 def orpo_loss(chosen, rejected, beta):
@@ -92,7 +135,15 @@ def orpo_loss(chosen, rejected, beta):
 
     trainer = SimpleNamespace(beta=beta, accelerator=_Accelerator())
     # TRL subtracts this from the likelihood's loss.
-    return -ORPOTrainer.odds_ratio_loss(trainer, torch.tensor(chosen), torch.tensor(rejected))[0].numpy()
+    return _same_kind(-ORPOTrainer.odds_ratio_loss(trainer, *_tensors(chosen, rejected))[0], chosen)
+
+
+def _tensors(*values):
+    return [value if torch.is_tensor(value) else torch.tensor(value) for value in values]
+
+
+def _same_kind(result, argument):
+    return result if torch.is_tensor(argument) else result.numpy()
 
 
 class _Model:

@@ -29,7 +29,7 @@ from mlx_lora.models.kernel_row import MLX
 from mlx_lora.models.kernels import assumed
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.objective import Objective
-from mlx_lora.objectives.registry import objective_of
+from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.planner.fitting import planned_words
 from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.planner.shapes import KernelTerms

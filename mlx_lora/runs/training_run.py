@@ -10,7 +10,7 @@ from mlx_lora.artifacts.adapter import CONFIG_FILE
 from mlx_lora.artifacts.run_folder import check_room, first_day, own_folder
 from mlx_lora.data.loading import DataSplits, load_data
 from mlx_lora.models.load import Base, check_token_ids, load_base
-from mlx_lora.objectives.registry import objective_of
+from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.runs.composition import Composed, compose, put_adapter
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
