@@ -2,6 +2,48 @@
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 
-from test_change_requests import copied
+from changed_package import copied
+
+TRAINS = """
+import json
+from pathlib import Path
+import mlx.core as mx
+import mlx_lora
+from conftest import tiny_model, write_folder
+from mlx_lora.runs.training_run import train_run
+from mlx_lora.settings.resolve import train_settings
+
+folder = write_folder(Path("tiny"), tiny_model())
+rows = [{"prompt": f"{n}?", "chosen": f"{n} yes", "rejected": "no"} for n in range(8)]
+Path("pairs.jsonl").write_text("\\n".join(map(json.dumps, rows)))
+flags = {"model": str(folder), "data": "pairs.jsonl", "objective": "dpo", "iters": 3, "learning_rate": 5e-3,
+         "sample_tokens": 0, "val_batches": 0, "steps_per_report": 1, "kernels": "ours", "batch_size": 4}
+losses = {}
+for name in ("sigmoid", "cubic"):
+    train_run(train_settings({**flags, "loss_type": name, "adapter_path": name}))
+    lines = [json.loads(line) for line in Path(name, "metrics.jsonl").read_text().splitlines()]
+    losses[name] = [line["loss"] for line in lines]
+print(json.dumps({"package": mlx_lora.__file__, "losses": losses, "margin": lines[-1]["margin"]}))
+"""
+
+
+def test_a_new_pairwise_loss_is_one_function_and_one_row(tmp_path):
+    package = copied(tmp_path)
+    file = "objectives/pair_losses.py"
+    package.edit(file, "# DPO's family by TRL's names.\n", '''def cubic(pairs: Pairs, options: PairOptions) -> mx.array:
+    """Cube of the distance from a margin of 1."""
+    return mx.abs(1 - options.beta * pairs.delta) ** 3
+
+
+# DPO's family by TRL's names.
+''')  # fmt: skip
+    package.edit(file, '    "hinge": hinge,\n', '    "hinge": hinge,\n    "cubic": cubic,\n')
+    assert package.touched() == [file]
+    seen = package.python(TRAINS)
+    assert Path(seen["package"]).is_relative_to(tmp_path)
+    assert abs(seen["losses"]["cubic"][0] - 1) < 1e-5
+    assert seen["losses"]["cubic"][-1] < 0.9
+    assert abs(seen["losses"]["sigmoid"][0] - 0.6931) < 1e-3
+    assert seen["margin"] > 0

@@ -174,8 +174,8 @@ CASES = {
     "cpo": settings_of("cpo", cpo_alpha=0.7),
     "kto": settings_of("kto", undesirable_weight=0.6),
 }
-NAMES = {"accuracy": "rewards/accuracies", "margin": "rewards/margins", "rewards_chosen": "rewards/chosen",
-         "rewards_rejected": "rewards/rejected", "logps_chosen": "logps/chosen"}  # fmt: skip
+NAMES = {"accuracy": "rewards/accuracies", "margin": "rewards/margins", "chosen_rewards": "rewards/chosen",
+         "rejected_rewards": "rewards/rejected", "chosen_logps": "logps/chosen"}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -16,7 +16,7 @@ from mlx_lora.settings.config import ObjectiveSettings
 from mlx_lora.system.errors import InputError
 
 RATED_REPORTS = ("rewards_good", "rewards_bad", "good", "divergence")
-PAIR_REPORTS = ("accuracy", "margin", "rewards_chosen", "rewards_rejected", "logps_chosen", "logps_rejected")
+PAIR_REPORTS = ("accuracy", "margin", "chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps")
 
 
 def objective_of(settings: ObjectiveSettings) -> Objective:
@@ -94,8 +94,8 @@ def _rated_means(means: dict[str, float]) -> dict[str, float]:
     rejected = means["rewards_bad"] / (1 - good) if good < 1 else math.nan
     return {
         "margin": chosen - rejected,
-        "rewards_chosen": chosen,
-        "rewards_rejected": rejected,
+        "chosen_rewards": chosen,
+        "rejected_rewards": rejected,
         "divergence": means["divergence"],
     }
 

@@ -1,0 +1,215 @@
+"""Preference training through the command: every option counts, runs resume, and bad input is one line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from run_cli import run
+
+from mlx_lora.objectives.objective_table import OBJECTIVES, OWN_OPTIONS
+from mlx_lora.settings.config import ObjectiveSettings
+
+QUICK = ("--iters", 3, "--learning-rate", "5e-3", "--batch-size", 4, "--sample-tokens", 0, "--kernels", "ours",
+         "--val-batches", 1, "--steps-per-report", 1, "--rank", 4)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, Path]:
+    """Pairs and rated answers."""
+    folder = tmp_path_factory.mktemp("preferences")
+    pairs = [
+        {"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No idea" + "!" * (n % 5)} for n in range(24)
+    ]
+    rated = [
+        {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+        for row in pairs
+        for name in ("chosen", "rejected")
+    ]
+    files = {}
+    for name, rows in (("pairs", pairs), ("rated", rated)):
+        files[name] = folder / f"{name}.jsonl"
+        files[name].write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return files
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_folder, data, tmp_path_factory):
+    """Losses of runs without the option under test, each made once."""
+    known = {}
+
+    def losses(*flags: object) -> list[float]:
+        if flags not in known:
+            lines = trained(tmp_path_factory.mktemp("plain") / "a", tiny_folder, data, *flags, "--iters", 2)
+            known[flags] = [line["loss"] for line in lines]
+        return known[flags]
+
+    return losses
+
+
+def trained(folder: Path, tiny_folder, data, objective: str, *more: object) -> list[dict]:
+    """Train and return the lines of metrics.jsonl."""
+    file = data["rated" if objective == "kto" else "pairs"]
+    ran = run(
+        "train",
+        "--model",
+        tiny_folder,
+        "--data",
+        file,
+        "--adapter-path",
+        folder,
+        "--objective",
+        objective,
+        *QUICK,
+        *more,
+    )
+    assert ran.code == 0, ran.err
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "sft"])
+def test_each_objective_widens_the_margin(objective, tiny_folder, data, tmp_path):
+    lines = trained(tmp_path / "a", tiny_folder, data, objective, "--iters", 8)
+    losses = [line["loss"] for line in lines if line["loss"] is not None]
+    margins = [line["margin"] for line in lines if line["val_loss"] is not None]
+    assert losses[-1] < losses[0]
+    assert margins[-1] > margins[0]
+    assert lines[-1]["skipped_steps"] == 0
+    if objective != "kto":
+        assert 0 <= lines[-1]["accuracy"] <= 1
+        assert lines[-1]["chosen_logps"] < 0
+
+
+CHANGES = {
+    "loss_type": ("dpo", "hinge"),
+    "loss_weights": ("dpo", "2"),
+    "beta": ("dpo", 0.5),
+    "label_smoothing": ("cpo", 0.2),
+    "rpo_alpha": ("dpo", 1),
+    "length_normalize": ("dpo", None),
+    "discopop_tau": ("dpo", 1, "--loss-type", "discopop"),
+    "simpo_gamma": ("simpo", 2),
+    "cpo_alpha": ("cpo", 0.1),
+    "desirable_weight": ("kto", 2),
+    "undesirable_weight": ("kto", 2),
+}
+
+
+def test_every_option_is_tried():
+    names = {f.name for f in fields(ObjectiveSettings)} - {"objective"}
+    assert names == set(OWN_OPTIONS)
+    assert set(CHANGES) == names - {"reference_adapter"}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_option_changes_the_loss_and_is_refused_elsewhere(name, tiny_folder, data, plain, tmp_path):
+    objective, value, *more = CHANGES[name]
+    flag = ["--" + name.replace("_", "-"), *([] if value is None else [value])]
+    changed = trained(tmp_path / "changed", tiny_folder, data, objective, *more, *flag, "--iters", 2)
+    assert [line["loss"] for line in changed] != plain(objective, *more)
+    refused = run("train", "--model", tiny_folder, "--data", data["pairs"], "--adapter-path", tmp_path / "b", *flag)
+    assert refused.code == 2
+    assert f"{flag[0]} with --objective sft: only" in refused.err
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_a_run_that_was_cut_goes_on_to_the_same_bytes(objective, tiny_folder, data, tmp_path):
+    more = ("--iters", 6, "--save-every", 2, "--dropout", 0.1)
+    trained(tmp_path / "whole", tiny_folder, data, objective, *more)
+    trained(tmp_path / "cut", tiny_folder, data, objective, *more)
+    for step in ("step-000004", "step-000006"):
+        for path in (tmp_path / "cut/checkpoints" / step).iterdir():
+            path.unlink()
+        (tmp_path / "cut/checkpoints" / step).rmdir()
+    trained(tmp_path / "cut", tiny_folder, data, objective, *more, "--resume")
+    whole, cut = ((tmp_path / name / "adapters.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+    other = run(
+        "train", "--model", tiny_folder, "--data", data["rated" if objective == "kto" else "pairs"], "--adapter-path",
+        tmp_path / "cut", "--objective", objective, *QUICK, *more, "--resume", "--beta", 0.2,
+    )  # fmt: skip
+    assert other.code == 2
+    assert "beta was 0.1, is 0.2" in other.err
+
+
+def test_parts_and_accumulation_are_the_same_update(tiny_folder, data, tmp_path):
+    """A likelihood averaged over tokens and pairs averaged over pairs, whatever the batch is cut into."""
+    lines = [
+        trained(tmp_path / name, tiny_folder, data, "orpo", "--batch-size", size, "--grad-accumulation-steps", steps,
+                "--batch-parts", parts, "--iters", 1)
+        for name, size, steps, parts in (("whole", 8, 1, 1), ("parts", 8, 1, 4), ("other", 4, 1, 1))
+    ]  # fmt: skip
+    whole, parts, other = (next(line for line in found if line["loss"] is not None) for found in lines)
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+    assert other["loss"] != pytest.approx(whole["loss"], rel=1e-4)
+
+
+def test_evaluate_reports_what_training_does(tiny_folder, data, tmp_path):
+    trained(tmp_path / "a", tiny_folder, data, "dpo", "--iters", 8)
+    common = ("--model", tiny_folder, "--data", data["pairs"], "--objective", "dpo", "--json")
+    before, after = (
+        json.loads(run("evaluate", *common, *more).out) for more in ((), ("--adapter-path", tmp_path / "a"))
+    )
+    assert before["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert (before["accuracy"], before["margin"]) == (0, 0)
+    assert after["accuracy"] > 0.9
+    assert after["margin"] > 0.1
+    assert after["loss"] < before["loss"]
+    assert {"chosen_logps", "rejected_logps"} <= after.keys()
+    assert after["rows"] == 24
+
+
+def test_another_adapter_can_be_the_reference(tiny_folder, data, tmp_path):
+    trained(tmp_path / "a", tiny_folder, data, "dpo", "--iters", 8)
+    plain = trained(tmp_path / "b", tiny_folder, data, "dpo")
+    other = trained(tmp_path / "c", tiny_folder, data, "dpo", "--reference-adapter", tmp_path / "a")
+    assert other[0]["val_loss"] != pytest.approx(plain[0]["val_loss"], rel=1e-3)
+    assert plain[0]["val_loss"] == pytest.approx(0.6931, abs=1e-4)
+    # From that adapter's factors, the policy starts as the reference.
+    more = ("--resume-adapter-file", tmp_path / "a/adapters.safetensors", "--reference-adapter", tmp_path / "a")
+    same = trained(tmp_path / "d", tiny_folder, data, "dpo", *more)
+    assert same[0]["val_loss"] == pytest.approx(0.6931, abs=1e-4)
+    from_file = trained(tmp_path / "e", tiny_folder, data, "dpo", *more[:2])  # the model as the run starts
+    assert from_file[0]["val_loss"] == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_a_second_run_takes_the_reference_from_disk(tiny_folder, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    first = trained(tmp_path / "a", tiny_folder, data, "dpo")
+    kept = sorted((tmp_path / "cache/reference").iterdir())
+    assert len(kept) == 2  # train and validation
+    times = [path.stat().st_mtime_ns for path in kept]
+    second = trained(tmp_path / "b", tiny_folder, data, "dpo", "--beta", 0.5)
+    assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "cache/reference").iterdir())] == times
+    assert first[0]["val_loss"] == pytest.approx(second[0]["val_loss"], abs=1e-4)
+    kept[0].write_bytes(b"damaged")
+    third = trained(tmp_path / "c", tiny_folder, data, "dpo")
+    assert [line["loss"] for line in third] == [line["loss"] for line in first]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--objective", "dop"), "did you mean 'dpo'?"),
+        (("--objective", "dpo", "--loss-type", "sigmod"), "did you mean 'sigmoid'?"),
+        (("--objective", "dpo", "--beta", 0), "--beta 0.0: must be more than 0"),
+        (("--objective", "dpo", "--loss-weights", "1,2"), "give 1 numbers"),
+        (("--objective", "dpo", "--loss-type", "exo_pair"), "requires --label-smoothing"),
+        (("--objective", "dpo", "--loss-type", "hinge", "--length-normalize"), "only sigmoid"),
+        (("--objective", "kto"), "a rated answer needs"),
+        (("--objective", "dpo", "--reference-adapter", "/nowhere"), "/nowhere"),
+        ((), "preference"),
+    ],
+)
+def test_bad_input_is_one_line(flags, words, tiny_folder, data, tmp_path):
+    file = data["pairs"]
+    if flags == ("--objective", "kto"):
+        file = tmp_path / "chats.jsonl"
+        file.write_text('{"prompt": "a", "completion": "b"}\n')
+    ran = run("train", "--model", tiny_folder, "--data", file, "--adapter-path", tmp_path / "a", *QUICK, *flags)
+    assert ran.code == 2
+    assert words in ran.err.splitlines()[-1]
+    assert ran.err.splitlines()[-1].startswith("Error: ")
