@@ -110,7 +110,7 @@ def evaluate(
     data = settings.data
     if not data.chat_template and (template := adapter_template(adapter)):
         base.hf_tokenizer.chat_template = template
-    rows = load_eval_set(data.data, data, base.hf_tokenizer, console.echo, objective.records)
+    rows = load_eval_set(data.data or "", data, base.hf_tokenizer, console.echo, objective.records)
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
     if objective.likelihood == "rows":
         rows = rows.with_whole_rows()

@@ -211,7 +211,9 @@ class Heartbeat:
                 link.send({"end": [rank, code, words]})
         if not said:
             whose = f"rank {rank}: " if rank else ""
-            shown = "\x1b[?25h" if sys.__stderr__.isatty() else ""  # a live bar has hidden the cursor
+            shown = (
+                "\x1b[?25h" if sys.__stderr__ and sys.__stderr__.isatty() else ""
+            )  # a live bar has hidden the cursor
             print(f"{shown}Error: {whose}{' '.join(words.split())}", file=sys.__stderr__, flush=True)
         sys.stdout.flush()
         os._exit(code)

@@ -221,7 +221,7 @@ def may_measure() -> bool:
 
 def read_figures(key: str) -> dict[str, Figures] | None:
     """Return what is known under a key, None when nothing is, or when it cannot be read."""
-    entry = read_store("kernels").get(key)
+    entry: Any = read_store("kernels").get(key)
     try:
         return {name: Figures(**one) for name, one in entry.items()}
     except (AttributeError, TypeError):  # unknown, or scribbled over

@@ -137,7 +137,7 @@ def find_dataset(sheet: Sheet, name: str, folder: Path) -> str | None:
     place = entry.get("file_name") or entry.get("hf_hub_url")
     if place is not None and not isinstance(place, str):
         raise InputError(f"{table}: the place of {name} is no text; mend it, or give --data")
-    return str(folder / place) if entry.get("file_name") else place
+    return str(folder / place) if place and entry.get("file_name") else place
 
 
 def read_prompts(sheet: Sheet) -> None:
