@@ -41,12 +41,12 @@ def encode_entries(
     Returns:
         As `Encoder.encode`, with numbers of entries. A pair of which one answer gave no row is dropped.
     """
-    size = 2 if entries and isinstance(entries[0], Pair) else 1
+    pairs = [entry for entry in entries if isinstance(entry, Pair)]
+    rated = [entry for entry in entries if isinstance(entry, Rated)]
+    size = 2 if pairs else 1
     answers = [answer for entry in entries for answer in answers_of(entry)]
     encoded = encoder.encode(answers, lambda done: on_rows(done // size))
-    if entries and isinstance(entries[0], Pair):
-        return _as_pairs(encoded, entries)
-    return _as_rated(encoded, entries) if entries and isinstance(entries[0], Rated) else encoded
+    return _as_pairs(encoded, pairs) if pairs else _as_rated(encoded, rated) if rated else encoded
 
 
 def _as_pairs(encoded: Encoded, pairs: Sequence[Pair]) -> Encoded:

@@ -93,14 +93,13 @@ class Batch:
             group: rows per example of the new batch; None: as in this one.
         """
 
-        def of(array: np.ndarray | None) -> np.ndarray | None:
-            if array is None:
-                return None
+        def of(array: np.ndarray) -> np.ndarray:
             taken = array[rows]
             taken[rows == EMPTY] = EMPTY if array is self.numbers else 0
             return taken
 
-        parts = {name: of(getattr(self, name)) for name in ("labels", "reference", "numbers", "answers")}
+        more = {name: getattr(self, name) for name in ("labels", "reference", "numbers", "answers")}
+        parts = {name: of(array) for name, array in more.items() if array is not None}
         return Batch.of(
             of(self.inputs), of(self.targets), of(self.mask), real_tokens, slots,
             group=group or self.group, shares=self.shares, **parts,
@@ -299,7 +298,7 @@ def collate(rows: EncodedSet, numbers: np.ndarray, width: int, slots: int) -> Ba
         inputs[i, :n] = tokens[:-1]
         targets[i, :n] = tokens[1:]
         mask[i, :n] = trained[1:]
-        if answers is not None:
+        if answers is not None and rows.answers is not None:
             answers[i, :n] = rows.answers[rows.offsets[number] + 1 : rows.offsets[number + 1]]
         real_tokens += n
 

@@ -130,7 +130,8 @@ def _pair(record: Record, chosen: Any, rejected: Any, margin: float = 0.0) -> Pa
     if not context:
         raise FormatError("chosen and rejected share no beginning; a pair answers one prompt")
     tools, functions = _tools(record), record.get("functions")
-    return Pair(*(_conversation(context, answer, tools, functions) for answer in answers), margin)
+    chosen, rejected = (_conversation(context, answer, tools, functions) for answer in answers)
+    return Pair(chosen, rejected, margin)
 
 
 def _text_pair(record: Record, chosen: str, rejected: str, margin: float) -> Pair:

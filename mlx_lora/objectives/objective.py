@@ -15,7 +15,7 @@ Shapes: B rows of a batch, E = B / K examples.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -45,8 +45,8 @@ class AnswerSums:
 
     def side(self, number: int, group: int = 2) -> AnswerSums:
         """Return the sums of each example's row `number`, (E,)."""
-        parts = (self.logps, self.tokens, self.likelihood, self.reference, self.labels, self.real)
-        return AnswerSums(*(part[number::group] for part in parts), self.divergence)
+        names = ("logps", "tokens", "likelihood", "reference", "labels", "real")
+        return replace(self, **{name: getattr(self, name)[number::group] for name in names})
 
 
 LossOfAnswers = Callable[[AnswerSums], tuple[mx.array, dict[str, mx.array]]]

@@ -61,8 +61,8 @@ class Arrays(NamedTuple):
 
 TokenLosses = Callable[..., mx.array]
 """(model, *Arrays) -> (P,) float32 losses of the positions, 0 for padding."""
-LossFunction = Callable[..., tuple[mx.array, mx.array]]
-"""(model, *Arrays) -> (sum, count), float32 scalars. An empty mask gives (0, 0): nothing is divided, so no NaN."""
+LossFunction = Callable[..., tuple]
+"""(model, *arrays) -> (sum, count), float32 scalars, and where an objective reports more, a dict of sums. An empty mask gives (0, 0): nothing is divided, so no NaN."""
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,14 @@ class AnswerArrays(NamedTuple):
             mx.array(answers.astype(np.float32)),
             mx.array(zeros if batch.labels is None else batch.labels),
             mx.array(zeros if batch.reference is None else batch.reference),
-            mx.array((batch.numbers != EMPTY).astype(np.float32)),
+            mx.array((batch_numbers(batch) != EMPTY).astype(np.float32)),
             mx.array(np.array(batch.shares or (0.0, 0.0), np.float32)),
         )
+
+
+def batch_numbers(batch: Batch) -> np.ndarray:
+    """Return the rows' numbers in the encoded set, (B,); of a batch that is from none, all rows count."""
+    return np.arange(len(batch.inputs)) if batch.numbers is None else batch.numbers
 
 
 def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
@@ -105,7 +110,8 @@ def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
         loss: of tokens; its kernels stay.
         model: trained or measured.
     """
-    if objective.loss is None:
+    of_answers = objective.loss
+    if of_answers is None:
         return Task(loss)
     group = 1 if objective.records == "rated" else 2
     measure_tokens = loss.measure_tokens or loss.tokens
@@ -114,7 +120,7 @@ def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
         def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
             arrays, answers = Arrays(*batch[:5]), AnswerArrays(*batch[5:])
             sums = answer_sums(tokens(model, *arrays), arrays.inputs.shape[1], arrays, answers)
-            losses, reports = objective.loss(sums)  # (E,)
+            losses, reports = of_answers(sums)  # (E,)
             real = sums.real[::group]
             return (losses * real).sum(), real.sum(), {name: (r * real).sum() for name, r in reports.items()}
 
@@ -138,7 +144,7 @@ def _prepared(
     """
     share = divergence = 0.0
     if objective.likelihood != "none":
-        examples = sum(int((b.numbers != EMPTY).sum()) // b.group for b in batches)
+        examples = sum(int((batch_numbers(b) != EMPTY).sum()) // b.group for b in batches)
         tokens = sum(int(b.mask[FIRST :: b.group].sum()) for b in batches)
         share = examples / max(1, tokens)
     if objective.divergence:
@@ -195,8 +201,9 @@ def row_log_probabilities(
     model.eval()
     for batch in BatchPlan(rows.grouped(1), batch_tokens=batch_tokens, batch_size=None, seed=0).batches():
         logps = np.array(_sums(model, tokens, batch).logps)
-        real = batch.numbers != EMPTY
-        found[batch.numbers[real]] = logps[real]
+        numbers = batch_numbers(batch)
+        real = numbers != EMPTY
+        found[numbers[real]] = logps[real]
         done += int(real.sum())
         say(done)
     model.train(training)
