@@ -1,8 +1,8 @@
-"""`--config` takes the YAML file of Axolotl, LLaMA-Factory or mlx-lm as well.
+"""Read settings files: ours, or the YAML file of Axolotl, LLaMA-Factory or mlx-lm (`--config`).
 
-A migrated file means here what it meant there: where a default of its trainer differs from ours and changes the
-result, that default holds for what the file leaves out, and is printed. Flags beat the file, and run.yaml holds
-the outcome in our names. A file of none of the three stays ours, where an unknown key is an error.
+A migrated file keeps its meaning: if a default of its trainer differs from ours and changes the result, that default
+is used for what the file leaves out, and is printed. Flags override the file, and run.yaml has the result with our names.
+Any other file is read as ours, where an unknown key is an error.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ DIALECTS = (AXOLOTL, LLAMA_FACTORY, MLX_LM)
 def read_settings(
     path: str, known: Collection[str], given: Collection[str], say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Read a settings file, ours or another trainer's, in our names; `migrate` has the arguments.
+    """Return the settings in a file, ours or another trainer's, with our names; arguments as for `migrate`.
 
     Raises:
-        InputError: when the file is missing, not UTF-8 YAML, not a mapping, or cannot be read as ours.
+        InputError: the file is missing, is not UTF-8 YAML or not a mapping, or cannot be migrated.
     """
     return migrate(read_yaml(path), known, given, path, say)
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """Read a flat YAML settings file; keys come back with underscores.
+    """Return the content of a flat YAML settings file, with underscores in keys.
 
     Raises:
-        InputError: when the file is missing, not UTF-8 YAML, or not a mapping.
+        InputError: the file is missing, is not UTF-8 YAML, or is not a mapping.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -43,9 +43,9 @@ def read_yaml(path: str) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"--config {path}: cannot be read ({error.strerror}); give a YAML file") from None
     except ValueError as error:  # not UTF-8 either
-        raise InputError(f"--config {path}: not YAML ({' '.join(str(error).split())}); mend the file") from None
+        raise InputError(f"--config {path}: not YAML ({' '.join(str(error).split())}); fix the file") from None
     if not isinstance(content, dict):
-        raise InputError(f"--config {path}: holds no settings; write one `flag_name: value` per line")
+        raise InputError(f"--config {path}: has no settings; write one `flag_name: value` per line")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
@@ -56,17 +56,17 @@ def migrate(
     file: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Return a settings file in our names; our own as it is.
+    """Return a file's settings with our names; a file of ours is returned as it is.
 
     Args:
-        content: as read, keys with underscores.
+        content: the file's content, with underscores in keys.
         known: names of our settings.
-        given: settings given as flags; of these no default of the other trainer is told.
-        file: named in what is said.
-        say: takes each line of the account: what it was read as, what changes its meaning, what has no counterpart.
+        given: settings given as flags, for which the other trainer's defaults are not printed.
+        file: its name, for messages.
+        say: called with each line on the migration: what the file was read as, what has another meaning, what is left out.
 
     Raises:
-        InputError: the file asks for another kind of training, or holds a value that cannot be read.
+        InputError: the file asks for another kind of training, or has an invalid value.
     """
     dialect = find_dialect(content)
     if dialect is None:
@@ -78,7 +78,7 @@ def migrate(
 
 
 def find_dialect(content: dict[str, Any]) -> Dialect | None:
-    """Tell whose file it is; None: ours."""
+    """Return the dialect of a file, None if it is ours."""
     return next((dialect for dialect in DIALECTS if dialect.recognizes(content)), None)
 
 
@@ -92,7 +92,7 @@ def account(sheet: Sheet, dialect: Dialect, given: Collection[str], file: str) -
         if name not in given
     ]
     if told:
-        lines.append(f"  {dialect.name}'s defaults where it says nothing: {', '.join(told)}")
+        lines.append(f"  {dialect.name}'s defaults for what it leaves out: {', '.join(told)}")
     if sheet.left_out:
         lines.append(f"  no counterpart, left out: {', '.join(dict.fromkeys(sheet.left_out))}")
     return lines
