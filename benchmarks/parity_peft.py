@@ -45,8 +45,10 @@ from mlx_lora.data.loading import load_data
 from mlx_lora.data.widths import ShapePrice
 from mlx_lora.models.load import load_base
 from mlx_lora.runs.composition import adapt
-from mlx_lora.settings.config import OptimizerSettings, TrainSettings, train_settings
+from mlx_lora.settings.config import OptimizerSettings, TrainSettings
 from mlx_lora.settings.methods import PRESETS
+from mlx_lora.settings.resolve import train_settings
+from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.system import device
 from mlx_lora.training.trainer import micro_batches
 
@@ -159,7 +161,8 @@ def train_here(args: argparse.Namespace, method: str, folder: Path) -> tuple[Run
     ended = run_child(command, folder.with_suffix(".log"), timeout_s=3600)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     run = Run(np.array([r["loss"] for r in records]), load_file(folder / WEIGHTS_FILE), ended.wall_s)
-    return run, [r["learning_rate"] for r in records], train_settings({}, str(folder / "run.yaml"))
+    settings = read_settings(str(folder / "run.yaml"), {}, print)
+    return run, [r["learning_rate"] for r in records], train_settings({}, settings)
 
 
 def beginnings(settings: TrainSettings) -> tuple[list[Batch], dict[str, np.ndarray]]:

@@ -28,7 +28,7 @@ from mlx_lora.models.outline import outline_of_config
 from mlx_lora.planner.fitting import run_of
 from mlx_lora.planner.memory import MemoryPlan, plan_memory
 from mlx_lora.planner.this_machine import this_machine
-from mlx_lora.settings.config import train_settings
+from mlx_lora.settings.resolve import train_settings
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.run_fit import outlined_shape

@@ -20,7 +20,7 @@ from mlx_lora.planner.chips import find_chip
 from mlx_lora.planner.fitting import run_of
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.speed import listed_ceilings, step_seconds
-from mlx_lora.settings.config import train_settings
+from mlx_lora.settings.resolve import train_settings
 from mlx_lora.training.run_fit import outlined_shape
 
 PACKED = {"quantization": {"group_size": 64, "bits": 4}}

@@ -44,7 +44,7 @@ from mlx_lora.models.load import Base, load_base
 from mlx_lora.settings.config import ModelSettings, OptimizerSettings
 from mlx_lora.system import device
 from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.fused import fused_cross_entropy
+from mlx_lora.training.fused import fused_token_losses
 from mlx_lora.training.losses import Arrays, choose_loss
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.step import Step
@@ -164,7 +164,7 @@ def loss_seconds(base: Base, supervised: int, rounds: int) -> float:
     targets, weights = mx.random.randint(0, head.vocabulary, (supervised,)), mx.ones((supervised,))
     mx.eval(hidden, targets, weights)
     tile = loss_tile_bytes()
-    return seconds(lambda h: fused_cross_entropy(head, h, targets, weights, tile), [hidden], rounds)
+    return seconds(lambda h: fused_token_losses(head, h, targets, weights, tile).sum(), [hidden], rounds)
 
 
 def report(parts: dict[str, float], step_s: float, counts: dict[str, Count], launches: int, peak: int) -> str:

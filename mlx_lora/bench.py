@@ -39,7 +39,7 @@ def main() -> None:
     "tiers",
     multiple=True,
     type=click.Choice(TIERS),
-    help="Workloads for a memory size in GB, or those that need no hub; may be repeated [default: embedded].",
+    help="Workloads for a memory size in GB, or the smallest ones; may be repeated [default: embedded].",
 )
 @click.option("--workload", "names", multiple=True, help="One workload by name; may be repeated.")
 @click.option("--out", type=str, default=str(RESULTS), help=f"File (.json) or folder [default: {RESULTS}].")
@@ -86,7 +86,7 @@ def run_command(
 def run_one(workload: Workload, probe: dict[str, Any], folder: Path, length: Length) -> dict[str, Any]:
     """Run a workload, and say what came of it."""
     console.echo(f"{workload.name} ...")
-    entry = run_workload(workload, probe, folder, length, console.echo)
+    entry = run_workload(workload, probe, folder, length)
     figures = entry["figures"]
     if figures is None:
         console.echo(f"  {entry['status']}: {entry['reason']}")

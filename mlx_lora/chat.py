@@ -21,7 +21,7 @@ from mlx_lora.serving.conversation import BASE, AnswerSettings, Conversation
 from mlx_lora.serving.engine import Engine, Limits
 from mlx_lora.serving.sampling import Sampling
 from mlx_lora.settings import flags
-from mlx_lora.settings.config import train_settings
+from mlx_lora.settings.resolve import train_settings
 from mlx_lora.system import console
 from mlx_lora.system.errors import InputError
 

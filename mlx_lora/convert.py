@@ -18,6 +18,7 @@ from mlx_lora.models.converting import Conversion, convert_model
 from mlx_lora.models.gguf_weights import Target
 from mlx_lora.models.quantize import MODES, choose_quantization
 from mlx_lora.settings import config
+from mlx_lora.settings.setting_row import flag_of
 from mlx_lora.sources.hub import resolve_model
 from mlx_lora.system import console
 from mlx_lora.system.device import compute_dtype
@@ -75,7 +76,7 @@ def _target(flags: dict[str, Any]) -> Target | None:
     given = [name for name in ("bits", "group_size", "mode") if flags[name] is not None]
     if flags["no_quantize"]:
         if given:
-            raise InputError(f"--no-quantize with {', '.join(map(config.flag_of, given))}: keep one of the two")
+            raise InputError(f"--no-quantize with {', '.join(map(flag_of, given))}: keep one of the two")
         return "float"
     return choose_quantization(flags["bits"], flags["group_size"], flags["mode"]) if given else None
 

@@ -60,7 +60,7 @@ def main(hub: bool, show_kernels: bool, as_json: bool) -> int:
     """Check this machine for training; ends with 1 when something is wrong."""
     here, versions = device.current_device(), installed_versions()
     checks = [*check_versions(versions), check_memory(here), check_blas(here), *check_arithmetic(), check_repeats()]
-    rates, speed = check_speed(here)
+    rates, speed = check_speed()
     if show_kernels:
         measure_usual(console.echo)
     table = known_table()
@@ -164,7 +164,7 @@ def check_repeats() -> Check:
     return Check("repeats", "ok", "gradients of embeddings and experts have the same bits each time")
 
 
-def check_speed(here: device.Device) -> tuple[dict[str, dict[str, float]], list[Check]]:
+def check_speed() -> tuple[dict[str, dict[str, float]], list[Check]]:
     """Measure products per dtype and memory, and compare the dtype a run takes with the others."""
     rates = {}
     for name in ("float32", "bfloat16", "float16"):

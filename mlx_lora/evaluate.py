@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.artifacts.forgetting_page import verdict_rows, write_page
-from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.loading import load_eval_set
 from mlx_lora.models.load import check_token_ids, load_base
+from mlx_lora.runs.composition import put_adapter
 from mlx_lora.runs.forgetting_test import CHAT, TEXT, measure_forgetting
 from mlx_lora.settings import flags
-from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, TrainSettings, train_settings
+from mlx_lora.settings.config import TrainSettings
+from mlx_lora.settings.resolve import train_settings
 from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system import console, device
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.drift import NO_CHANGE, SMALL_CHANGE
-from mlx_lora.training.losses import choose_loss
-from mlx_lora.training.trainer import mean_loss
+from mlx_lora.training.trainer import held_out_loss
 
 
 @click.command(cls=console.Command)
@@ -102,13 +102,11 @@ def evaluate(
         InputError: model, adapter or data that cannot be used.
     """
     base = load_base(settings.model)
-    template = load_adapter(base, adapter, ignore_fingerprint).chat_template if adapter else None
-    if template and not settings.data.chat_template:
-        base.hf_tokenizer.chat_template = template
+    if adapter:
+        put_adapter(base, adapter, settings.data, ignore_fingerprint)
     rows = load_eval_set(settings.data.data, settings.data, base.hf_tokenizer, console.echo)
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {settings.data.data}")
-    plan = BatchPlan(rows, batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)
-    loss, tokens = mean_loss(base.model, choose_loss(base.model, base.config).measure, plan.batches())
+    loss, tokens = held_out_loss(base, rows, replace(settings.loop, batch_tokens=batch_tokens, test_batches=-1))
     counts = {"supervised_tokens": tokens, "rows": len(rows)}
     return {"loss": loss, "perplexity": console.perplexity(loss), **counts, "model": base.model_id}
 

@@ -27,7 +27,7 @@ from mlx_lora.artifacts.peft import write_peft
 from mlx_lora.artifacts.push import check_repo, push
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.settings import flags
-from mlx_lora.settings.config import train_settings
+from mlx_lora.settings.resolve import train_settings
 from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system import console
 from mlx_lora.system.errors import InputError

@@ -15,7 +15,7 @@ from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.artifacts.fused_model import Survival, write_fused
 from mlx_lora.models.load import load_base
 from mlx_lora.settings import flags
-from mlx_lora.settings.config import train_settings
+from mlx_lora.settings.resolve import train_settings
 from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system import console
 

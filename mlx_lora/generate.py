@@ -23,7 +23,7 @@ from mlx_lora.models.continuation import continued
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.settings import flags
-from mlx_lora.settings.config import train_settings
+from mlx_lora.settings.resolve import train_settings
 from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system import console
 from mlx_lora.system.errors import InputError

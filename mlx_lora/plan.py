@@ -36,12 +36,13 @@ from mlx_lora.planner.shapes import Machine, ModelShape
 from mlx_lora.planner.speed import Ceilings, count_step, listed_ceilings, step_seconds
 from mlx_lora.planner.this_machine import this_machine
 from mlx_lora.settings import flags
-from mlx_lora.settings.config import TrainSettings, train_settings
+from mlx_lora.settings.config import TrainSettings
+from mlx_lora.settings.resolve import train_settings
+from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.sources.hub import resolve_config
 from mlx_lora.system import console, device
 from mlx_lora.system.errors import InputError
-from mlx_lora.system.parsing import read_json
-from mlx_lora.system.units import gigabytes
+from mlx_lora.system.units import counted, gigabytes
 from mlx_lora.training.run_fit import outlined_shape, quantized_shape, with_kernels
 
 CHARACTERS_PER_TOKEN = 4  # of English, roughly: what a data file's size says about its tokens
@@ -63,8 +64,8 @@ class DataSize:
     tokens: int
 
 
-@click.command(cls=console.Command)
-@click.option("-c", "--config", "config_file", type=str, help="YAML file of settings, as train takes it.")
+@click.command(cls=flags.Command)
+@flags.config_option
 @click.option("--chip", type=str, default=None, help='Plan for this chip ("M2 Pro") instead of this machine.')
 @click.option(
     "--memory-gb", type=click.IntRange(1, 4096), default=None, help="Memory of the --chip (default: the least sold)."
@@ -76,7 +77,8 @@ def main(
     config_file: str | None, chip: str | None, memory_gb: int | None, all_chips: bool, as_json: bool, **options: Any
 ) -> None:
     """Plan the memory and predict the speed of `train` with these flags; no weights are read."""
-    settings = train_settings(flags.given(options), config_file, console.echo)
+    given = flags.given(options)
+    settings = train_settings(given, read_settings(config_file, given, console.echo))
     if not settings.model.model:
         raise InputError("--model is required: a hub id, a folder, a config.json or a .gguf file")
     machine, ceilings = choose_machine(settings, chip, memory_gb)
@@ -90,7 +92,7 @@ def main(
     kernels = None if chip is None and memory_gb is None else elsewhere
     shape = outlined_shape(outline, settings, kernels)
     machine = with_kernels(settings, shape, machine, kernels)
-    size = measure_data(settings)
+    size = measure_data(settings, outline.config)
     if size is not None:
         settings = dataclasses.replace(
             settings, data=dataclasses.replace(settings.data, max_seq_length=max(2, size.longest))
@@ -120,14 +122,13 @@ def main(
         click.echo(render(result))
 
 
-def measure_data(settings: TrainSettings) -> DataSize | None:
+def measure_data(settings: TrainSettings, config: dict[str, Any]) -> DataSize | None:
     """Return the size of --data in tokens; None without data here, or without a tokenizer beside the model's config."""
     if settings.data.data is None or not Path(settings.data.data).exists():
         return None
     folder = resolve_config(settings.model.model, settings.model.revision)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    config = read_json(folder / "config.json", "download the model again")
     tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)
     rows = load_data(settings.data, tokenizer._tokenizer, settings.loop.seed, console.echo).train
     return DataSize(len(rows), int(rows.lengths.max(initial=2)), len(rows.tokens))
@@ -313,8 +314,7 @@ def time_words(hours: float) -> str:
     for unit, size in (("hour", 1.0), ("minute", 1 / 60)):
         if hours >= 1.5 * size:
             return f"{hours / size:,.0f} {unit}s" if hours >= 10 * size else f"{hours / size:.1f} {unit}s"
-    seconds = max(1, round(hours * 3600))
-    return f"{seconds} second{'s' if seconds > 1 else ''}"
+    return counted(max(1, round(hours * 3600)), "second")
 
 
 def render_chips(chips: list[dict[str, Any]]) -> str:

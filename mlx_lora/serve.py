@@ -20,7 +20,8 @@ from mlx_lora.serving.adapter_names import DEFAULT_CONTEXT, adapter_sources, bas
 from mlx_lora.serving.adapter_store import NoRoom
 from mlx_lora.serving.engine import Engine, Limits
 from mlx_lora.settings import flags
-from mlx_lora.settings.config import ServeSettings, serve_settings
+from mlx_lora.settings.config import ServeSettings
+from mlx_lora.settings.resolve import serve_settings
 from mlx_lora.system import console
 from mlx_lora.system.errors import InputError, RunError
 from mlx_lora.system.units import parse_size
@@ -30,11 +31,9 @@ KEY_VARIABLE = "MLX_LORA_API_KEY"
 SHUTDOWN_S = 5
 
 
-@click.command(cls=console.Command)
+@click.command(cls=flags.Command)
 @flags.settings_options("model", "serve")
-@click.option(
-    "--adapter", "adapters", multiple=True, help="NAME=DIR or NAME=OWNER/NAME of the hub; any number of them."
-)
+@click.option("--adapter", "adapters", multiple=True, help="NAME=DIR, or NAME=OWNER/NAME of the hub; repeatable.")
 @click.option("--blend", "blends", multiple=True, help="NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT ... of loaded adapters.")
 @click.option("--ignore-fingerprint", is_flag=True, help="Take adapters of another base of the same shape.")
 def main(adapters: tuple[str, ...], blends: tuple[str, ...], ignore_fingerprint: bool, **options: Any) -> None:

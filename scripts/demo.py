@@ -16,8 +16,6 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
 
-from mlx_lora.sources.shakespeare import tiny_shakespeare
-
 PROMPTS = ("ROMEO:\n", "First Citizen:\nWhat news", "The sea was calm and")
 HELD_OUT = 0.1
 
@@ -31,7 +29,8 @@ def main() -> None:
     gguf = run([sys.executable, "scripts/get_models.py"]).strip().splitlines()[-1]
     model, adapter = out / "SmolLM2-135M-Instruct", out / "bard"
     mlx_lora("convert", "--model", gguf, "--out", model, "--force")
-    test_file = split_text(tiny_shakespeare(), out / "shakespeare")
+    text = run([sys.executable, "data/get_tiny_shakespeare.py"]).strip().splitlines()[-1]
+    test_file = split_text(Path(text), out / "shakespeare")
     before = evaluate(model, test_file)
     mlx_lora(
         "train", "--model", model, "--data", out / "shakespeare", "--adapter-path", adapter, "--force",

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from byte_tokenizer import byte_tokenizer
+from conftest import tiny_model, write_folder
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.models.converting import build_model
@@ -147,3 +148,10 @@ def write_family(name: str, folder: Path, model: nn.Module | None = None, more: 
     (folder / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
     return folder
+
+
+def write_folder_with_merges(path: Path, model=None, config=None) -> Path:
+    """Write a Hugging Face folder whose tokenizer has merges: without any it is none that GGUF knows."""
+    write_folder(path, model or tiny_model(), config)
+    byte_tokenizer(merges=MERGES).save_pretrained(path)
+    return path

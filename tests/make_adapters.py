@@ -13,6 +13,8 @@ from mlx_lora.artifacts.peft import write_peft
 from mlx_lora.models.load import load_base
 from mlx_lora.settings.config import ModelSettings
 
+TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+
 
 def make_adapter(
     model: Path,
@@ -40,7 +42,7 @@ def make_adapter(
     """
     base = load_base(ModelSettings(model=str(model)))
     chosen = select_targets(base.model, targets, num_layers)
-    inject(base.model, chosen.paths, rank, 1.5, seed=seed, form=form)
+    inject(base.model, chosen.paths, rank, 1.5, seed=seed, layer_type=form)
     mx.random.seed(seed)
     moved = [
         (name, value * (1 + 0.5 * mx.random.normal(value.shape)) if name.endswith(".m") else
@@ -69,3 +71,32 @@ def make_three(model: Path, root: Path) -> dict[str, Path]:
         "tutor": make_adapter(model, root / "tutor", rank=7, seed=2, chat_template=OWN_TEMPLATE),
         "clerk": make_adapter(model, root / "clerk", rank=3, seed=3, peft=True),
     }
+
+
+def adapt_and_save(model_folder, folder, targets="all-linear", num_layers=-1):
+    """Adapt the model with random factors, save, and return its logits."""
+    base = load_base(ModelSettings(model=str(model_folder)))
+    chosen = select_targets(base.model, targets, num_layers)
+    inject(base.model, chosen.paths, 4, 1.5, seed=3)
+    moved = [(n, 0.1 * mx.random.normal(v.shape)) for n, v in adapter_parameters(base.model).items()]
+    base.model.load_weights(moved, strict=False)
+    info = AdapterInfo("lora", 4, 6.0, 1.5, 0.0, chosen.num_layers, chosen.keys, base.model_id, None, base.fingerprint)
+    save_adapter(folder, base.model, info)
+    return base.model(TOKENS)
+
+
+def random_adapter(model_path, folder, size):
+    """Adapt a real model with factors large enough to change what it says."""
+    base = load_base(ModelSettings(model=str(model_path)))
+    chosen = select_targets(base.model)
+    inject(base.model, chosen.paths, 4, 2.0, seed=3)
+    mx.random.seed(11)
+    moved = [
+        (name, size * mx.random.normal(value.shape))
+        for name, value in adapter_parameters(base.model).items()
+        if name.endswith("lora_b")
+    ]
+    base.model.load_weights(moved, strict=False)
+    info = AdapterInfo("lora", 4, 8.0, 2.0, 0.0, chosen.num_layers, chosen.keys, base.model_id, None, base.fingerprint)
+    save_adapter(folder, base.model, info)
+    return base

@@ -32,3 +32,11 @@ def run(command: str, *arguments: object) -> Ran:
         except SystemExit as end:
             code = end.code or 0
     return Ran(code, out.getvalue(), err.getvalue())
+
+
+def one_line(ran: Ran, *words: str) -> None:
+    """Assert that a command refused its input in one line that holds these words."""
+    assert ran.code == 2
+    assert len(ran.lines) == 1
+    for word in words:
+        assert word in ran.err

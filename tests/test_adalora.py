@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY, tiny_model
-from test_peft import torch_base
-from test_step import batch
+from tiny_steps import batch
+from torch_judge import torch_base
 
 from mlx_lora.adapters.adapt import adapt_model
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters

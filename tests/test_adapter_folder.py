@@ -9,29 +9,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import quantized, tiny_model, write_folder
+from make_adapters import TOKENS, adapt_and_save
 from mlx_lm.utils import load as mlx_lm_load
 from mlx_lm.utils import load_model
 
-from mlx_lora.adapters.inject import adapter_parameters, inject
-from mlx_lora.adapters.targets import select_targets
-from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, load_adapter, save_adapter
+from mlx_lora.adapters.inject import adapter_parameters
+from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from mlx_lora.models.load import load_base
 from mlx_lora.settings.config import ModelSettings
 from mlx_lora.system.errors import InputError
-
-TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
-
-
-def make_adapter(model_folder, folder, targets="all-linear", num_layers=-1):
-    """Adapt the model with random factors, save, and return its logits."""
-    base = load_base(ModelSettings(model=str(model_folder)))
-    chosen = select_targets(base.model, targets, num_layers)
-    inject(base.model, chosen.paths, 4, 1.5, seed=3)
-    moved = [(n, 0.1 * mx.random.normal(v.shape)) for n, v in adapter_parameters(base.model).items()]
-    base.model.load_weights(moved, strict=False)
-    info = AdapterInfo("lora", 4, 6.0, 1.5, 0.0, chosen.num_layers, chosen.keys, base.model_id, None, base.fingerprint)
-    save_adapter(folder, base.model, info)
-    return base.model(TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +32,7 @@ def make_adapter(model_folder, folder, targets="all-linear", num_layers=-1):
 @pytest.mark.parametrize("model", ["tiny_folder", "tiny_4bit_folder"])
 def test_round_trip_here_and_in_stock_mlx_lm(model, targets, num_layers, tmp_path, request):
     folder = request.getfixturevalue(model)
-    expected = make_adapter(folder, tmp_path / "a", targets, num_layers)
+    expected = adapt_and_save(folder, tmp_path / "a", targets, num_layers)
     base = load_base(ModelSettings(model=str(folder)))
     bare = base.model(TOKENS)
     info = load_adapter(base, tmp_path / "a")
@@ -76,7 +62,7 @@ def test_adapter_of_stock_mlx_lm_loads_here(tiny_folder, tmp_path):
 
 
 def test_qlora_adapter_goes_onto_its_float_base_but_not_onto_another(tiny_folder, tiny_4bit_folder, tmp_path):
-    make_adapter(tiny_4bit_folder, tmp_path / "a")
+    adapt_and_save(tiny_4bit_folder, tmp_path / "a")
     load_adapter(load_base(ModelSettings(model=str(tiny_folder))), tmp_path / "a")
     stranger = write_folder(tmp_path / "stranger", tiny_model(seed=5))
     base = load_base(ModelSettings(model=str(stranger)))
@@ -86,7 +72,7 @@ def test_qlora_adapter_goes_onto_its_float_base_but_not_onto_another(tiny_folder
 
 
 def test_every_mismatch_is_gathered_into_one_error(tiny_folder, tmp_path):
-    make_adapter(tiny_folder, tmp_path)
+    adapt_and_save(tiny_folder, tmp_path)
     stored = mx.load(str(tmp_path / WEIGHTS_FILE))
     names = sorted(stored)
     stored.pop(names[0])
@@ -102,8 +88,8 @@ def test_every_mismatch_is_gathered_into_one_error(tiny_folder, tmp_path):
 
 
 def test_saving_replaces_whole_files(tiny_folder, tmp_path):
-    make_adapter(tiny_folder, tmp_path)
-    make_adapter(tiny_folder, tmp_path, "q_proj")
+    adapt_and_save(tiny_folder, tmp_path)
+    adapt_and_save(tiny_folder, tmp_path, "q_proj")
     assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
     load_adapter(load_base(ModelSettings(model=str(tiny_folder))), tmp_path)
 

@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from comparing import weights_checksum
 from conftest import quantized, tiny_model
 from mlx.utils import tree_flatten
 
@@ -14,7 +15,7 @@ from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
 from mlx_lora.adapters.layers import LoRAEmbedding, LoRALinear
 from mlx_lora.adapters.parts import base_dims, dense_weight
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.models.fingerprint import base_fingerprint, weights_checksum
+from mlx_lora.models.fingerprint import base_fingerprint
 from mlx_lora.system.errors import InputError
 
 ALL = "all-linear,embed_tokens"

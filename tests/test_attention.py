@@ -6,9 +6,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from comparing import close
 from conftest import TINY, tiny_model
 from mlx_lm.models import activations, base, gemma3_text, gpt_oss, llama
-from test_step import adapted
+from tiny_steps import adapted
 
 from mlx_lora.models.activations import lean_swiglu
 from mlx_lora.models.attention import Tiles, tiled_attention
@@ -29,11 +30,6 @@ MASKS = {
         base.create_causal_mask(T) & (mx.random.uniform(shape=(1, h, T, T)) < 0.9) | mx.eye(T, dtype=mx.bool_)
     ),
 }
-
-
-def close(got: mx.array, expected: mx.array, tolerance: float) -> bool:
-    scale = max(mx.abs(expected).max().item(), 1e-3)
-    return np.allclose(np.array(got.astype(mx.float32)), np.array(expected.astype(mx.float32)), atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("tile", [1, 8, 1000])

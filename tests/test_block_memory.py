@@ -18,7 +18,8 @@ from mlx_lora.planner.fitting import planned_words
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import NotKnown, Run
 from mlx_lora.planner.this_machine import this_machine
-from mlx_lora.settings.config import AdapterSettings, train_settings
+from mlx_lora.settings.config import AdapterSettings
+from mlx_lora.settings.resolve import train_settings
 from mlx_lora.system import device
 from mlx_lora.training.block_memory import trace_blocks
 from mlx_lora.training.run_fit import adapted_shape, outlined_shape

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from comparing import assert_equal
 from conftest import TINY, quantized, tiny_model
-from mlx.utils import tree_flatten
-from test_step import adapted, batch, factors, make_step
+from tiny_steps import CHECKPOINT_MODES, adapted, batch, factors, gradients, make_step
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
+from mlx_lora.adapters.layers import LoRAEmbedding
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.models.kernels import training_kernels
 from mlx_lora.models.matmul import use_measured_matmul
@@ -22,26 +21,9 @@ from mlx_lora.training.losses import Arrays, plain_loss
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.step import Step
 
-MODES = ["selective", "block", "2"]
-
-
-def gradients(model: nn.Module, mode: str, kernels: bool = True, width: int = 70) -> dict[str, mx.array]:
-    tape = apply_checkpointing(model, mode)
-    arrays = Arrays.of(batch(2, width, seed=1))
-    with training_kernels(model, *([tape.attend] if tape else [])) if kernels else nullcontext():
-        _, grads = nn.value_and_grad(model, plain_loss)(model, *arrays)
-    return dict(tree_flatten(grads))
-
-
-def assert_equal(got: dict[str, mx.array], expected: dict[str, mx.array]) -> None:
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        scale = max(mx.abs(value).max().item(), 1e-4)
-        assert np.allclose(got[name], value, atol=1e-5 * scale), name
-
 
 @pytest.mark.parametrize("kernels", [True, False])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CHECKPOINT_MODES)
 @pytest.mark.parametrize("bits", [None, 4])
 def test_gradients_are_the_same(bits, mode, kernels):
     expected = gradients(adapted(bits), "none", kernels=False)
@@ -58,7 +40,7 @@ def with_dropout() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CHECKPOINT_MODES)
 def test_dropout_drops_the_same_features_in_both_passes(mode):
     def drawn(mode: str, seed: int) -> dict[str, mx.array]:
         model = with_dropout()
@@ -71,7 +53,34 @@ def test_dropout_drops_the_same_features_in_both_passes(mode):
     assert any(not np.allclose(other[name], value, rtol=0.05) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("mode", MODES)
+class Lookup(nn.Module):
+    """A block with an embedding of its own."""
+
+    def __init__(self):
+        super().__init__()
+        mx.random.seed(1)
+        factors = mx.random.normal((20, 4)), mx.random.normal((4, 8))
+        self.embed = LoRAEmbedding.from_base(nn.Embedding(20, 8), factors, 1.0, dropout=0.5)
+
+    def __call__(self, x: mx.array, tokens: mx.array) -> mx.array:
+        return mx.square(x + self.embed(tokens))
+
+
+@pytest.mark.parametrize("products", [False, True])
+def test_so_does_that_of_an_embedding_in_a_block(products):
+    def gradient(checkpointed: bool, seed: int) -> mx.array:
+        block = Lookup()
+        if checkpointed:
+            checkpoint_blocks([block], products)
+        mx.random.seed(seed)
+        loss = nn.value_and_grad(block, lambda x, tokens: block(x, tokens).sum())
+        return loss(mx.ones((1, 6, 8)), mx.array([[3, 1, 4, 1, 5, 9]]))[1]["embed"]["lora_b"]
+
+    assert mx.allclose(gradient(True, 7), gradient(False, 7))
+    assert not mx.allclose(gradient(True, 7), gradient(False, 8))
+
+
+@pytest.mark.parametrize("mode", CHECKPOINT_MODES)
 def test_compiled_steps_give_the_same_factors(mode):
     plain, kept = adapted(4), adapted(4)
     tape = apply_checkpointing(kept, mode)
@@ -144,7 +153,7 @@ def test_mixture_of_experts_blocks_are_checkpointed_too():
         return made
 
     expected = gradients(model(), "none", kernels=False)
-    for mode in MODES:
+    for mode in CHECKPOINT_MODES:
         assert_equal(gradients(model(), mode), expected)
 
 

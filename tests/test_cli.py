@@ -12,40 +12,42 @@ from conftest import tiny_model, write_folder
 from mlx.utils import tree_flatten
 from run_cli import run
 
-from mlx_lora.settings.config import train_settings
+from mlx_lora.settings.resolve import train_settings
+from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.system import console
 from mlx_lora.system.errors import InputError
 
 
 @pytest.fixture
-def yaml_file(tmp_path):
-    def write(text: str) -> str:
+def resolve(tmp_path):
+    """Resolve flags over the text of a settings file, as the commands do."""
+
+    def resolve(flags: dict, text: str):
         (tmp_path / "c.yaml").write_text(text)
-        return str(tmp_path / "c.yaml")
+        return train_settings(flags, read_settings(str(tmp_path / "c.yaml"), flags, print))
 
-    return write
+    return resolve
 
 
-def test_flag_beats_file_beats_default(yaml_file):
-    file = yaml_file("rank: 4\nlearning-rate: 1e-3\nsave_every: 1e2\n")
-    settings = train_settings({"rank": 8}, file)
+def test_flag_beats_file_beats_default(resolve):
+    settings = resolve({"rank": 8}, "rank: 4\nlearning-rate: 1e-3\nsave_every: 1e2\n")
     assert (settings.adapter.rank, settings.optimizer.learning_rate, settings.loop.save_every) == (8, 1e-3, 100)
     assert settings.adapter.alpha == 32
 
 
-def test_iters_and_epochs_are_one_setting_with_two_names(yaml_file):
-    settings = train_settings({"iters": 5}, yaml_file("epochs: 3\n"))
+def test_iters_and_epochs_are_one_setting_with_two_names(resolve):
+    settings = resolve({"iters": 5}, "epochs: 3\n")
     assert (settings.loop.iters, settings.loop.epochs) == (5, None)
-    settings = train_settings({"epochs": 3.0}, yaml_file("iters: 5\n"))
+    settings = resolve({"epochs": 3.0}, "iters: 5\n")
     assert (settings.loop.iters, settings.loop.epochs) == (None, 3.0)
     with pytest.raises(InputError, match="both given"):
-        train_settings({}, yaml_file("iters: 5\nepochs: 3\n"))
+        resolve({}, "iters: 5\nepochs: 3\n")
 
 
-def test_large_seeds_are_kept_exactly(yaml_file):
+def test_large_seeds_are_kept_exactly(resolve):
     for seed in (2**53 + 1, 2**63 - 1):
         assert train_settings({"seed": seed}).loop.seed == seed
-        assert train_settings({}, yaml_file(f"seed: {seed}\n")).loop.seed == seed
+        assert resolve({}, f"seed: {seed}\n").loop.seed == seed
     with pytest.raises(InputError, match="--seed"):
         train_settings({"seed": 2**63})
 

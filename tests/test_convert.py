@@ -13,9 +13,10 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import TINY, tiny_model, write_folder
 from gguf import GGMLQuantizationType as Kind
+from gguf_cases import IDS, SHARED, write_case
+from gguf_cases import tiny_model as any_model
 from mlx.utils import tree_flatten
 from real_models import gemma3_gguf, smollm2_gguf
-from test_gguf_arch import IDS, write_case
 
 from mlx_lora.convert import main
 from mlx_lora.models import converting
@@ -76,8 +77,6 @@ def test_gguf_no_quantize_and_bits(gguf_file: Path, tmp_path: Path) -> None:
 def test_mixed_types_get_their_own_entries(tmp_path: Path) -> None:
     import gguf
     from hf_to_gguf import gguf_tensors, write_gguf
-    from test_gguf_arch import SHARED
-    from test_gguf_arch import tiny_model as any_model
 
     config = {**SHARED, "model_type": "llama"}
     tensors = gguf_tensors(any_model(config), "llama", config)

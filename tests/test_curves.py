@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from test_peft import torch_base
-from test_step import batch
+from tiny_steps import batch
+from torch_judge import torch_base
 
 from mlx_lora.adapters.adapt import adapt_model
 from mlx_lora.adapters.inject import adapter_parameters

@@ -9,10 +9,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from run_cli import run
-from test_step import adapted, batch, factors, make_step
+from tiny_steps import adapted, batch, factors, make_step
 
 from mlx_lora.system import device
-from mlx_lora.system.distributed import Ranks
+from mlx_lora.system.distributed import SeveralRanks
 from mlx_lora.training.losses import plain_loss
 from mlx_lora.training.step import Step
 from mlx_lora.training.trainer import mean_loss
@@ -108,7 +108,7 @@ def test_a_validations_sum_over_ranks_is_waited_for_by_the_host_alone(waits, mon
     class Two:
         rank, size = (lambda self: 0), (lambda self: 2)
 
-    found, tokens = mean_loss(adapted(), plain_loss, [batch(2, 9, 0)], Ranks(Two()))
+    found, tokens = mean_loss(adapted(), plain_loss, [batch(2, 9, 0)], SeveralRanks(Two()))
     assert done == (["computed", "computed", "sent", "computed"] if waits else ["computed", "sent"])
     alone, own = mean_loss(adapted(), plain_loss, [batch(2, 9, 0)])
     assert (found, tokens) == (pytest.approx(alone), 2 * own)

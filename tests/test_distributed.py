@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -20,10 +21,14 @@ from run_cli import run
 
 from mlx_lora.data.batches import Batch, BatchPlan
 from mlx_lora.data.encode import EncodedSet
-from mlx_lora.system.distributed import find_launch
+from mlx_lora.runs.training_run import check_request
+from mlx_lora.settings.resolve import train_settings
+from mlx_lora.system.distributed import ALONE, OneRank, SeveralRanks, find_launch, together
 from mlx_lora.system.errors import InputError
+from mlx_lora.training.agreement import Agreement
 from mlx_lora.training.losses import Arrays, plain_loss
 from mlx_lora.training.sharing import deal_rows, share_of
+from mlx_lora.training.step import StepResult
 
 STEPS = 8
 RATES = {"loss", "val_loss", "grad_norm", "learning_rate"}
@@ -259,6 +264,37 @@ def test_who_takes_part_is_read_from_the_launchers_environment(tmp_path):
             find_launch({"MLX_HOSTFILE": str(hosts), "MLX_RANK": "0"})
 
 
+def test_a_single_process_has_ranks_that_agree_with_it_at_no_cost():
+    def methods(of: type) -> set[str]:
+        return {name for name in dir(of) if not name.startswith("_")} - {"rank", "size", "leads"}
+
+    assert methods(OneRank) == methods(SeveralRanks) != set()
+    array = mx.array([1.0, float("nan")])
+    assert ALONE.sum(array) is ALONE.from_first(array) is array
+    assert ALONE.arrays_from_first({"a": array})["a"] is array
+    assert (ALONE.leads, ALONE.rank, ALONE.size, ALONE.everyone("x")) == (True, 0, 1, ["x"])
+    assert (ALONE.any(True), ALONE.any(False), ALONE.same_bits({"a": array})) == (True, False, True)
+    with together(lambda error: None) as ranks:
+        assert ranks is ALONE
+    with pytest.raises(KeyError), together(lambda error: None):
+        raise KeyError("the error of a single process stays its own")
+
+
+def test_a_single_process_stops_at_once_and_several_when_all_have_heard_of_it():
+    two = SimpleNamespace(size=2, any=lambda flag: flag)
+    said = StepResult(*[mx.array(1.0)] * 3, mx.array(True), asked=mx.array(1.0))
+    alone, agreed = Agreement(lambda: True, ALONE), Agreement(lambda: True, two)
+    assert (alone(), agreed()) == (True, False)
+    agreed.hear(said._replace(asked=mx.array(0.0)))
+    assert not agreed()
+    agreed.hear(said)
+    assert agreed()
+    asked = [Agreement(lambda flag=flag: flag, two) for flag in (True, False)]
+    for one in asked:
+        one.ask_all()
+    assert [one() for one in asked] == [True, False]
+
+
 MORE = {
     "four ranks": (4, ()),
     "three ranks, a row each at most": (3, ("--batch-size", 2, "--grad-accumulation-steps", 3)),
@@ -387,15 +423,10 @@ def test_the_best_adapter_is_put_back_and_tested_on_all_ranks(tiny_folder, chats
 
 
 def test_what_is_for_a_single_process_is_refused_in_several():
-    from types import SimpleNamespace
-
-    from mlx_lora.settings.config import train_settings
-    from mlx_lora.train import check_run_folder
-
     flags = {"model": "m", "data": "d", "test": True}
     for more in ({}, {"train": True, "max_restarts": 2}):
         with pytest.raises(InputError, match="in 2 processes"):
-            check_run_folder(train_settings({**flags, **more}), SimpleNamespace(size=2, leads=True))
+            check_request(train_settings({**flags, **more}), SimpleNamespace(size=2, leads=True))
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import quantized, tiny_model
+from make_adapters import TOKENS
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.dora import DoRALinear as MlxLmDoRA
 from mlx_lm.utils import load as mlx_lm_load
-from test_adapter_folder import TOKENS
 
 from mlx_lora.adapters.dora import DoRAEmbedding, DoRALinear
 from mlx_lora.adapters.inject import adapter_layers, inject
@@ -63,6 +63,16 @@ def test_value_and_gradients_equal_the_definition(base):
     assert not np.allclose(grads(lambda x: x @ dora.fuse().weight.T)[1]["lora_a"], expected["lora_a"], rtol=1e-2)
 
 
+def test_a_row_of_zeros_stays_one_when_fused():
+    """Padded vocabularies have such rows; without a length they have no direction."""
+    linear = nn.Linear(IN, OUT, bias=False)
+    linear.weight[3] = 0
+    fused = DoRALinear.from_base(linear, (mx.random.normal((IN, R)), mx.zeros((R, OUT))), 2.0).fuse()
+    assert not fused.weight[3].any()
+    assert np.allclose(fused.weight, linear.weight, atol=1e-6)
+    assert fused.weight[4].any()
+
+
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 def test_a_fresh_one_changes_nothing_and_a_fused_one_is_the_same(base):
     linear, x = base(), mx.random.normal((2, IN))
@@ -89,7 +99,7 @@ def test_round_trip_here_and_in_stock_mlx_lm(folder, request, tmp_path):
     base = load_base(ModelSettings(model=str(path)))
     bare = np.array(base.model(TOKENS))
     chosen = select_targets(base.model)
-    inject(base.model, chosen.paths, 4, 1.5, form="dora")
+    inject(base.model, chosen.paths, 4, 1.5, layer_type="dora")
     for wrapped in adapter_layers(base.model).values():
         wrapped.lora_b = 0.1 * mx.random.normal(wrapped.lora_b.shape)
         wrapped.m = wrapped.m * 1.1
@@ -106,7 +116,7 @@ def test_round_trip_here_and_in_stock_mlx_lm(folder, request, tmp_path):
 
 def test_exactly_its_parameters_are_trained_and_the_base_is_not():
     model = quantized(tiny_model())
-    inject(model, select_targets(model).paths, 4, 2.0, form="dora")
+    inject(model, select_targets(model).paths, 4, 2.0, layer_type="dora")
     kinds = {name.rsplit(".", 1)[1] for name, _ in tree_flatten(model.trainable_parameters())}
     assert kinds == {"lora_a", "lora_b", "m"}
     assert len(tree_flatten(model.trainable_parameters())) == 3 * 14
@@ -139,7 +149,7 @@ def test_an_embeddings_value_gradients_and_fold_are_the_definitions(bits):
     for name in TRAINED:
         assert np.allclose(got[name], expected[name], rtol=1e-3, atol=1e-4 * mx.abs(expected[name]).max().item()), name
     assert np.allclose(dora.fuse()(tokens), dora(tokens), atol=1e-4)
-    dora.keep_lengths()
+    dora.finish()
     assert np.allclose(dora.as_linear(x), x @ rows().T, atol=1e-3)
     assert not np.allclose(dora(tokens), base(tokens), atol=1e-1)
 
@@ -147,7 +157,7 @@ def test_an_embeddings_value_gradients_and_fold_are_the_definitions(bits):
 def test_an_adapted_embedding_is_mlx_lms(tiny_folder, tmp_path):
     base = load_base(ModelSettings(model=str(tiny_folder)))
     chosen = select_targets(base.model, "all-linear,embed_tokens")
-    inject(base.model, chosen.paths, 4, 1.5, form="dora")
+    inject(base.model, chosen.paths, 4, 1.5, layer_type="dora")
     for wrapped in adapter_layers(base.model).values():
         wrapped.lora_b = 0.1 * mx.random.normal(wrapped.lora_b.shape)
     info = AdapterInfo("dora", 4, 6.0, 1.5, 0.0, chosen.num_layers, chosen.keys, base.model_id, None, base.fingerprint)

@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY, quantized, tiny_model
 from mlx.utils import tree_flatten
 from mlx_lm.models import cohere, gemma2, gemma3_text, granite
-from test_step import batch
+from tiny_steps import batch
 
 from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
@@ -22,7 +22,8 @@ from mlx_lora.models.head import find_head
 from mlx_lora.models.kernels import training_kernels
 from mlx_lora.models.matmul import use_measured_matmul
 from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.losses import Arrays, fused_loss, plain_loss
+from mlx_lora.training.loss_choice import TILES
+from mlx_lora.training.losses import Arrays, head_loss, plain_loss
 
 TOLERANCE = 1e-5
 ODD_ROWS, ODD_WIDTH = 3, 131  # two tiles of attention, of unlike sizes
@@ -101,7 +102,7 @@ def fast(name: str, which: Batch, mode: str = "none", scale: float = 1.0) -> tup
     tape = apply_checkpointing(model, mode)
     head = find_head(model, config)
     head = head if scale == 1.0 else type(head)(head.body, head.layer, head.scale * scale, head.soft_cap)
-    loss = fused_loss(head, TILE_BYTES).train
+    loss = head_loss(head, TILES, TILE_BYTES).train
     with training_kernels(model, tape.attend if tape else tiled_attention):
         (total, _), grads = nn.value_and_grad(model, loss)(model, *Arrays.of(which))
     return total.item(), dict(tree_flatten(grads))

@@ -117,7 +117,7 @@ def adapted(tmp_path_factory):
 def test_figures_are_the_definitions(adapted, kind, adapter, monkeypatch):
     base, tuned = adapted(kind, adapter)
     monkeypatch.setattr(
-        "mlx_lora.system.device.loss_tile_bytes", lambda: 4 * TINY["vocab_size"] * 7
+        "mlx_lora.training.drift.loss_tile_bytes", lambda: 4 * TINY["vocab_size"] * 7
     )  # several tiles a batch
     batches = some_batches(TINY["vocab_size"])
     found = drift_of(base, tuned, batches)

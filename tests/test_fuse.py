@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
 from conftest import quantized, tiny_model, write_folder
-from make_adapters import make_adapter as shared_adapter
+from make_adapters import TOKENS, adapt_and_save, make_adapter
 from run_cli import run
-from test_adapter_folder import TOKENS, make_adapter
 
 from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from mlx_lora.fuse import summarize, words
@@ -31,7 +30,7 @@ def fuse(model, folder, *extra):
 @pytest.mark.parametrize(("model", "extra"), [("tiny_folder", ()), ("tiny_4bit_folder", ("--dequantize",))])
 def test_a_float_result_gives_the_adapters_logits(model, extra, targets, tmp_path, request):
     folder = request.getfixturevalue(model)
-    expected = make_adapter(folder, tmp_path / "a", targets)
+    expected = adapt_and_save(folder, tmp_path / "a", targets)
     report, found = fuse(folder, tmp_path, *extra)
     assert np.allclose(found, expected, atol=1e-4)
     assert not np.allclose(found, load_base(ModelSettings(model=str(folder))).model(TOKENS), atol=1e-2)
@@ -40,7 +39,7 @@ def test_a_float_result_gives_the_adapters_logits(model, extra, targets, tmp_pat
 
 
 def test_a_large_update_survives_4_bits_and_a_tiny_one_does_not(tiny_4bit_folder, tmp_path):
-    make_adapter(tiny_4bit_folder, tmp_path / "a")
+    adapt_and_save(tiny_4bit_folder, tmp_path / "a")
     large, _ = fuse(tiny_4bit_folder, tmp_path)
     assert json.loads((tmp_path / "f" / "config.json").read_text())["quantization"]["bits"] == 4
     stored = mx.load(str(tmp_path / "a" / WEIGHTS_FILE))
@@ -53,14 +52,14 @@ def test_a_large_update_survives_4_bits_and_a_tiny_one_does_not(tiny_4bit_folder
 
 
 def test_an_existing_folder_is_kept_unless_forced(tiny_folder, tmp_path):
-    make_adapter(tiny_folder, tmp_path / "a")
+    adapt_and_save(tiny_folder, tmp_path / "a")
     fuse(tiny_folder, tmp_path)
     ran = run("fuse", "--model", tiny_folder, "--adapter-path", tmp_path / "a", "--out", tmp_path / "f")
     assert (ran.code, "--force" in ran.err) == (2, True)
 
 
 def test_a_fused_folder_trains_and_generates(tiny_folder, chats, tmp_path):
-    make_adapter(tiny_folder, tmp_path / "a")
+    adapt_and_save(tiny_folder, tmp_path / "a")
     fuse(tiny_folder, tmp_path)
     assert run("generate", "--model", tmp_path / "f", "--prompt", "Say 1.", "--max-tokens", 3).code == 0
 
@@ -96,7 +95,7 @@ def test_a_module_trained_in_full_loses_its_layers_own_quantization(tiny_folder,
 
 
 def test_what_cannot_be_read_back_is_not_left_behind(tiny_folder, tmp_path, monkeypatch):
-    make_adapter(tiny_folder, tmp_path / "a")
+    adapt_and_save(tiny_folder, tmp_path / "a")
     # A family whose loading changes weights that were loaded before.
     shifted = lambda self, weights: {n: p + (1 if n.endswith("norm.weight") else 0) for n, p in weights.items()}  # noqa: E731
     monkeypatch.setattr("mlx_lm.models.llama.Model.sanitize", shifted)
@@ -122,7 +121,7 @@ def test_the_files_dtypes_are_kept_and_untouched_layers_bit_for_bit(stored, tmp_
     base = write_folder(tmp_path / "base", model, {"quantization": {"group_size": 32, "bits": 4, "mode": "affine"}})
     before = mx.load(str(base / "model.safetensors"))
     for name, dtype in (("kept", ()), ("asked", ("--dtype", "bfloat16" if stored == "float16" else "float16"))):
-        make_adapter(base, tmp_path / "a", "q_proj")
+        adapt_and_save(base, tmp_path / "a", "q_proj")
         ran = run("fuse", "--model", base, "--adapter-path", tmp_path / "a", "--out", tmp_path / name, *dtype)
         assert ran.code == 0, ran.err
         after = mx.load(str(tmp_path / name / "model.safetensors"))
@@ -148,7 +147,7 @@ FUSED_FORMS = {
 def test_an_adapter_is_not_put_on_its_own_fused_model(form, marked, tmp_path, monkeypatch):
     base = write_folder(tmp_path / "base", tiny_model())
     byte_tokenizer(merges=(("a", "b"), ("Ġ", "t"), ("ab", "c"))).save_pretrained(base)  # GGUF knows none without
-    adapter = shared_adapter(base, tmp_path / "a", strength=0.1)
+    adapter = make_adapter(base, tmp_path / "a", strength=0.1)
     command, flags = FUSED_FORMS[form]
     out = tmp_path / ("f.gguf" if form == "gguf" else "f")
     if not marked:  # as another program writes it
@@ -174,9 +173,9 @@ def test_an_adapter_is_not_put_on_its_own_fused_model(form, marked, tmp_path, mo
 
 def test_an_adapter_trained_on_a_fused_model_by_an_earlier_version_still_loads(tiny_folder, tmp_path):
     fused = tmp_path / "f"
-    first = shared_adapter(tiny_folder, tmp_path / "a", strength=0.1)
+    first = make_adapter(tiny_folder, tmp_path / "a", strength=0.1)
     assert run("fuse", "--model", tiny_folder, "--adapter-path", first, "--out", fused).code == 0
-    second = shared_adapter(fused, tmp_path / "b", seed=5, strength=0.1)
+    second = make_adapter(fused, tmp_path / "b", seed=5, strength=0.1)
     load_adapter(load_base(ModelSettings(model=str(fused))), second)
     with pytest.raises(InputError, match="a different base"):
         load_adapter(load_base(ModelSettings(model=str(tiny_folder))), second)

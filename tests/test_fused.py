@@ -9,13 +9,14 @@ import pytest
 from conftest import TINY, quantized, tiny_model
 from mlx.utils import tree_flatten
 from mlx_lm.models import cohere, gemma2, granite
-from test_step import adapted, batch, factors, make_step
+from tiny_steps import adapted, batch, factors, make_step
 
 from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.models.head import Head, find_head
-from mlx_lora.training.fused import fused_cross_entropy, fused_token_losses, tile_shape
-from mlx_lora.training.losses import Arrays, choose_loss, fused_loss, plain_loss
+from mlx_lora.training.fused import fused_token_losses, tile_shape
+from mlx_lora.training.loss_choice import TILES
+from mlx_lora.training.losses import Arrays, choose_loss, head_loss, plain_loss
 from mlx_lora.training.row_loss import row_token_losses
 from mlx_lora.training.step import Step
 
@@ -28,7 +29,7 @@ HEADS = {
     "8-bit tied": lambda: nn.QuantizedEmbedding.from_embedding(nn.Embedding(V, D), 32, 8),
     "mxfp4": lambda: nn.QuantizedLinear.from_linear(nn.Linear(D, V, bias=False), 32, 4, mode="mxfp4"),
 }
-TILES = {  # bytes of a tile, rows of a tile at the most
+TILE_SIZES = {  # bytes of a tile, rows of a tile at the most
     "one tile": (1 << 30, 2048),
     "slices": (4 * P * 50, 2048),
     "rows and slices": (4 * 10 * 77, 10),
@@ -44,7 +45,7 @@ def by_definition(head: Head, h: mx.array, targets: mx.array, weights: mx.array)
     return (losses * weights).sum()
 
 
-@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+@pytest.mark.parametrize("tile", TILE_SIZES.values(), ids=TILE_SIZES)
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (1.0, 3.0), (2.0, 5.0)])
 @pytest.mark.parametrize("layer", HEADS.values(), ids=HEADS)
 def test_value_and_gradient_equal_the_definition(layer, scale, cap, tile, monkeypatch):
@@ -54,12 +55,12 @@ def test_value_and_gradient_equal_the_definition(layer, scale, cap, tile, monkey
     h, targets = 2 * mx.random.normal((P, D)), mx.random.randint(0, V, (P,))
     weights = (mx.random.uniform(shape=(P,)) < 0.7).astype(mx.float32)
     value, grad = mx.value_and_grad(lambda x: by_definition(head, x, targets, weights))(h)
-    fused = mx.compile(mx.value_and_grad(lambda x: fused_cross_entropy(head, x, targets, weights, budget)))
+    fused = mx.compile(mx.value_and_grad(lambda x: fused_token_losses(head, x, targets, weights, budget).sum()))
     got, got_grad = fused(h)
     assert got.item() == pytest.approx(value.item(), rel=1e-5)
     assert np.allclose(got_grad, grad, rtol=1e-4, atol=1e-5 * mx.abs(grad).max().item())
     assert mx.abs(got_grad * (1 - weights[:, None])).max().item() == 0
-    no_gradient = fused_cross_entropy(head, h, targets, weights, budget, gradient=False)
+    no_gradient = fused_token_losses(head, h, targets, weights, budget, gradient=False).sum()
     assert no_gradient.item() == pytest.approx(value.item(), rel=1e-5)
 
 
@@ -94,13 +95,13 @@ def test_in_bfloat16_no_tokens_loss_is_negative_and_all_are_near_float64(layer, 
     expected, slopes = in_float64(head, h, targets)
     assert (expected.min() < 1e-3) == sure
 
-    found = np.array(mx.stack([fused_cross_entropy(head, h, targets, w, 4 * P * 50, False) for w in mx.eye(P)]))
+    found = np.array(mx.stack([fused_token_losses(head, h, targets, w, 4 * P * 50, False).sum() for w in mx.eye(P)]))
     assert found.min() >= 0
     # A logit of 8 is rounded by up to 0.03; of the others a token's loss has a mean.
     assert np.sqrt(np.mean((found - expected) ** 2)) < 6e-3
     assert np.abs(found - expected)[expected < 1e-2].max(initial=0) < 1e-3
     weights = mx.ones((P,))
-    got = mx.grad(lambda x: fused_cross_entropy(head, x, targets, weights, 4 * P * 50))(h)
+    got = mx.grad(lambda x: fused_token_losses(head, x, targets, weights, 4 * P * 50).sum())(h)
     errors = np.linalg.norm(np.array(got.astype(mx.float32)) - slopes, axis=-1)
     assert (errors < 3e-2 * np.linalg.norm(slopes, axis=-1)).all()
 
@@ -111,10 +112,10 @@ def test_tokens_beyond_all_doubt_give_zero_not_nan(dtype):
     head.layer.set_dtype(dtype)
     targets = mx.arange(P)
     h = 3e3 * head.layer.weight[targets] / mx.square(head.layer.weight[targets]).sum(-1, keepdims=True)
-    value, grad = mx.value_and_grad(lambda x: fused_cross_entropy(head, x, targets, mx.ones((P,)), 4 * P * 50))(h)
+    value, grad = mx.value_and_grad(lambda x: fused_token_losses(head, x, targets, mx.ones((P,)), 4 * P * 50).sum())(h)
     assert (value.item(), mx.abs(grad).max().item()) == (0, 0)
     wrong = mx.arange(1, P + 1)
-    assert fused_cross_entropy(head, h, wrong, mx.ones((P,)), 4 * P * 50).item() > 1000
+    assert fused_token_losses(head, h, wrong, mx.ones((P,)), 4 * P * 50).sum().item() > 1000
 
 
 @pytest.mark.parametrize("rows", [5, 2048])
@@ -143,7 +144,7 @@ def test_vocabulary_beyond_the_widest_slice():
     head = Head(nn.Module(), nn.Embedding(70000, 32))
     h, targets, weights = mx.random.normal((5, 32)), mx.random.randint(0, 70000, (5,)), mx.ones((5,))
     grad = mx.grad(lambda x: by_definition(head, x, targets, weights))(h)
-    got = mx.grad(lambda x: fused_cross_entropy(head, x, targets, weights, 1 << 30))(h)
+    got = mx.grad(lambda x: fused_token_losses(head, x, targets, weights, 1 << 30).sum())(h)
     assert np.allclose(got, grad, atol=1e-5)
 
 
@@ -152,7 +153,7 @@ def test_vocabulary_beyond_the_widest_slice():
 def test_every_adapter_gradient_equals_the_plain_path(bits, share):
     model = adapted(bits)
     arrays = Arrays.of(batch(3, 11, seed=1, share=share))
-    fused = fused_loss(find_head(model, TINY), 4 * 288 * 5)
+    fused = head_loss(find_head(model, TINY), TILES, 4 * 288 * 5)
     (value, count), grads = nn.value_and_grad(model, plain_loss)(model, *arrays)
     (got, got_count), got_grads = nn.value_and_grad(model, fused.train)(model, *arrays)
     assert got.item() == pytest.approx(value.item(), rel=1e-5, abs=1e-6)
@@ -253,7 +254,7 @@ def test_peak_memory_is_a_tile_not_the_logits(request):
         mx.clear_cache()
         start = mx.get_active_memory()
         mx.reset_peak_memory()
-        mx.eval(mx.grad(lambda x: fused_cross_entropy(head, x, targets, weights, budget_bytes))(h))
+        mx.eval(mx.grad(lambda x: fused_token_losses(head, x, targets, weights, budget_bytes).sum())(h))
         return mx.get_peak_memory() - start
 
     logits_bytes = 4 * positions * vocabulary
@@ -264,7 +265,7 @@ def test_peak_memory_is_a_tile_not_the_logits(request):
 def test_empty_batch_is_zero_without_nan():
     model = adapted()
     arrays = Arrays.of(batch(2, 6, seed=0, share=-1))
-    fused = fused_loss(find_head(model, TINY), 1 << 30)
+    fused = head_loss(find_head(model, TINY), TILES, 1 << 30)
     (value, count), grads = nn.value_and_grad(model, fused.train)(model, *arrays)
     assert (value.item(), count.item()) == (0, 0)
     assert all(not g.any() for _, g in tree_flatten(grads))

@@ -8,11 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from comparing import close
 from mlx.utils import tree_flatten
 from mlx_lm.models import gated_delta as mlx_lms
 from mlx_lm.models import kimi_linear, olmo_hybrid, qwen3_5
-from test_attention import close
-from test_step import batch
+from tiny_steps import batch
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets

@@ -6,17 +6,15 @@ import json
 import urllib.request
 
 import gguf
-import mlx.core as mx
 import numpy as np
 import pytest
+from make_adapters import adapt_and_save, random_adapter
 from real_models import gemma3_gguf, smollm2_gguf
 from run_cli import run
-from test_adapter_folder import make_adapter
 
-from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
-from mlx_lora.adapters.targets import select_targets
-from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
-from mlx_lora.models.gguf_mapping import redo_rope_order, undo_rope_order
+from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.artifacts.adapter import load_adapter
+from mlx_lora.models.gguf_mapping import rope_order
 from mlx_lora.models.load import load_base
 from mlx_lora.models.perplexity import token_logprobs
 from mlx_lora.settings.config import ModelSettings
@@ -30,12 +28,13 @@ def export(model, folder):
 
 def test_rope_order_there_and_back():
     rows = np.arange(8 * 6 * 2).reshape(48, 2)
-    assert (undo_rope_order(redo_rope_order(rows, 8), 8) == rows).all()
-    assert (redo_rope_order(rows, 8) != rows).any()
+    written = rows[rope_order(8).to_file(len(rows))]
+    assert (written[rope_order(8).from_file(len(rows))] == rows).all()
+    assert (written != rows).any()
 
 
 def test_the_file_holds_the_update_of_each_tensor(tiny_folder, tmp_path):
-    make_adapter(tiny_folder, tmp_path / "a")
+    adapt_and_save(tiny_folder, tmp_path / "a")
     ran, out = export(tiny_folder, tmp_path)
     assert ran.code == 0, ran.err
     reader = gguf.GGUFReader(out)
@@ -55,33 +54,16 @@ def test_the_file_holds_the_update_of_each_tensor(tiny_folder, tmp_path):
     ):
         a, b = (tensors[f"blk.1.{tensor}.weight.lora_{side}"] for side in "ab")
         update = b @ a * alpha / len(a)
-        update = undo_rope_order(update, heads) if heads else update
+        update = update[rope_order(heads).from_file(len(update))] if heads else update
         assert np.allclose(update, layers[f"model.layers.1.{path}"].delta(), atol=1e-5)
 
 
 def test_embeddings_are_refused_by_name(tiny_folder, tmp_path):
-    make_adapter(tiny_folder, tmp_path / "a", "all-linear,embed_tokens")
+    adapt_and_save(tiny_folder, tmp_path / "a", "all-linear,embed_tokens")
     ran, out = export(tiny_folder, tmp_path)
     assert ran.code == 2
     assert "model.embed_tokens is an embedding" in ran.err
     assert not out.exists()
-
-
-def random_adapter(model_path, folder, size):
-    """Adapt a real model with factors large enough to change what it says."""
-    base = load_base(ModelSettings(model=str(model_path)))
-    chosen = select_targets(base.model)
-    inject(base.model, chosen.paths, 4, 2.0, seed=3)
-    mx.random.seed(11)
-    moved = [
-        (name, size * mx.random.normal(value.shape))
-        for name, value in adapter_parameters(base.model).items()
-        if name.endswith("lora_b")
-    ]
-    base.model.load_weights(moved, strict=False)
-    info = AdapterInfo("lora", 4, 8.0, 2.0, 0.0, chosen.num_layers, chosen.keys, base.model_id, None, base.fingerprint)
-    save_adapter(folder, base.model, info)
-    return base
 
 
 @pytest.mark.slow

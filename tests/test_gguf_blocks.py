@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
+from gguf_tensors import ROWS, WIDTH, random_tensor
 
 from mlx_lora.models.gguf_blocks import LOSSLESS, carry_blocks, pack_codes
 from mlx_lora.models.gguf_mapping import TensorMapping
@@ -14,24 +14,6 @@ from mlx_lora.models.gguf_weights import import_weights
 from mlx_lora.models.quantize import PackedWeight, Quantization
 from mlx_lora.sources.gguf_reader import GGUFTensor
 from mlx_lora.system.errors import InputError
-
-ROWS, WIDTH = 6, 512
-K_TYPES = {Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K}
-
-
-def random_tensor(kind: Kind, seed: int = 0) -> GGUFTensor:
-    """A (ROWS, WIDTH) tensor; K blocks, which the gguf package cannot make, get random bytes and sane scales."""
-    rng = np.random.default_rng(seed)
-    if kind not in K_TYPES:
-        values = rng.normal(0.1, 1, (ROWS, WIDTH)).astype(np.float32)
-        return GGUFTensor("t", kind, (ROWS, WIDTH), gguf.quants.quantize(values, kind))
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    blocks = rng.integers(0, 256, (ROWS * WIDTH // block, block_bytes)).astype(np.uint8)
-    at_end = {Kind.Q2_K: (-4, -2), Kind.Q3_K: (-2,), Kind.Q6_K: (-2,)}
-    for offset in at_end.get(kind, (0, 2)):
-        scales = rng.normal(0, 0.01, (len(blocks), 1)).astype("<f2").view(np.uint8)
-        blocks[:, offset % block_bytes : offset % block_bytes + 2] = scales
-    return GGUFTensor("t", kind, (ROWS, WIDTH), blocks.reshape(ROWS, -1))
 
 
 def values_of(packed: PackedWeight) -> np.ndarray:

@@ -11,14 +11,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
-from conftest import quantized, tiny_model, write_folder
+from conftest import quantized, tiny_model
 from gguf import GGMLQuantizationType as Kind
+from gguf_cases import CASES, IDS, write_case
+from gguf_families import MERGES, write_folder_with_merges
+from make_adapters import adapt_and_save, random_adapter
 from real_models import gemma3_gguf, smollm2_gguf
-from run_cli import run
-from test_adapter_folder import make_adapter
-from test_gguf_adapter import random_adapter
-from test_gguf_arch import CASES, write_case
-from test_parity_tokenizer import differing
+from run_cli import one_line, run
+from tokenizer_judge import differing
 from varied_strings import varied_strings
 
 from mlx_lora.adapters.inject import adapter_layers
@@ -27,7 +27,7 @@ from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.artifacts.gguf_model import TYPES
 from mlx_lora.models.converting import convert_model
 from mlx_lora.models.gguf_arch import model_config, weight_map
-from mlx_lora.models.gguf_mapping import redo_rope_order
+from mlx_lora.models.gguf_mapping import rope_order
 from mlx_lora.models.gguf_weights import import_weights
 from mlx_lora.models.load import load_base
 from mlx_lora.models.perplexity import token_logprobs
@@ -36,26 +36,17 @@ from mlx_lora.sources.gguf_reader import read_gguf
 from mlx_lora.sources.hub import resolve_model
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-MERGES = (("a", "b"), ("Ġ", "t"), ("ab", "c"))
-IDS = mx.array([[3, 250, 17, 99, 42, 7, 7, 201, 5, 88, 31, 60, 2, 140]])
-
-
-def folder_of(path: Path, model=None, config=None) -> Path:
-    """Write a Hugging Face folder whose tokenizer has merges: without any it is none that GGUF knows."""
-    write_folder(path, model or tiny_model(), config)
-    byte_tokenizer(merges=MERGES).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return folder_of(tmp_path_factory.mktemp("float"))
+    return write_folder_with_merges(tmp_path_factory.mktemp("float"))
 
 
 @pytest.fixture(scope="module")
 def folder_4bit(tmp_path_factory) -> Path:
     config = {"quantization": {"group_size": 32, "bits": 4, "mode": "affine"}}
-    return folder_of(tmp_path_factory.mktemp("packed"), quantized(tiny_model()), config)
+    return write_folder_with_merges(tmp_path_factory.mktemp("packed"), quantized(tiny_model()), config)
 
 
 def export(model, out, *more):
@@ -102,7 +93,7 @@ F32 = ("--gguf-type", "f32")
 def test_our_importer_reads_back_the_folder_it_was_made_of(tied, tmp_path):
     model = tiny_model(tie_word_embeddings=tied)
     # As published: the config leaves out what has a default, and says mistral for a llama.
-    folder = folder_of(tmp_path / "m", model, {"model_type": "mistral", "tie_word_embeddings": tied})
+    folder = write_folder_with_merges(tmp_path / "m", model, {"model_type": "mistral", "tie_word_embeddings": tied})
     file = exported(folder, tmp_path / "out.gguf", *F32)
     config = model_config(file)
     assert (config["model_type"], config["head_dim"], config["tie_word_embeddings"]) == ("llama", 16, tied)
@@ -128,7 +119,7 @@ def merged_weights(folder, adapter) -> dict[str, np.ndarray]:
     for path, layer in adapter_layers(base.model).items():
         _, _, number, part = path.split(".", 3)
         whole = np.array(dense_weight(layer.linear).astype(mx.float32) + layer.delta())
-        whole = redo_rope_order(whole, heads[part]) if part in heads else whole
+        whole = whole[rope_order(heads[part]).to_file(len(whole))] if part in heads else whole
         weights[f"blk.{number}.{names[part.split('.')[-1]]}.weight"] = whole
     return weights
 
@@ -137,7 +128,7 @@ def merged_weights(folder, adapter) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("source", ["folder", "folder_4bit"])
 def test_every_type_holds_base_and_adapter(kind, source, tmp_path, request):
     model = request.getfixturevalue(source)
-    make_adapter(model, tmp_path / "a")
+    adapt_and_save(model, tmp_path / "a")
     file = exported(model, tmp_path / "m.gguf", "--adapter-path", tmp_path / "a", "--gguf-type", kind)
     wanted_kind, file_type = TYPES[kind]
     assert file.metadata["general.file_type"] == file_type
@@ -160,7 +151,7 @@ STEPS |= {"q4_0": 1 / 7, "q4_1": 1 / 14}
 
 
 def test_the_adapter_is_in_it_and_the_default_is_f16(folder, tmp_path):
-    expected = make_adapter(folder, tmp_path / "a")
+    expected = adapt_and_save(folder, tmp_path / "a")
     file = exported(folder, tmp_path / "m.gguf", "--adapter-path", tmp_path / "a")
     assert file.tensors["blk.0.attn_q.weight"].type is Kind.F16
     exported(folder, tmp_path / "bare.gguf")
@@ -174,7 +165,7 @@ def test_the_adapter_is_in_it_and_the_default_is_f16(folder, tmp_path):
 
 
 def test_an_adapted_embedding_moves_the_tied_head_too(folder, tmp_path):
-    make_adapter(folder, tmp_path / "a", "all-linear,embed_tokens")
+    adapt_and_save(folder, tmp_path / "a", "all-linear,embed_tokens")
     exported(folder, tmp_path / "m.gguf", "--adapter-path", tmp_path / "a", *F32)
     base = load_base(ModelSettings(model=str(folder)))
     load_adapter(base, tmp_path / "a")
@@ -182,7 +173,7 @@ def test_an_adapted_embedding_moves_the_tied_head_too(folder, tmp_path):
 
 
 def test_rows_that_blocks_do_not_divide_are_f16(tmp_path):
-    folder = folder_of(tmp_path / "m", tiny_model(intermediate_size=80), {"intermediate_size": 80})
+    folder = write_folder_with_merges(tmp_path / "m", tiny_model(intermediate_size=80), {"intermediate_size": 80})
     file = exported(folder, tmp_path / "m.gguf", "--gguf-type", "q4_0")
     assert file.tensors["blk.0.ffn_down.weight"].type is Kind.F16
     assert file.tensors["blk.0.ffn_up.weight"].type is Kind.Q4_0
@@ -191,7 +182,7 @@ def test_rows_that_blocks_do_not_divide_are_f16(tmp_path):
 def test_values_beyond_float16_are_refused_by_name(tmp_path):
     model = tiny_model()
     model.layers[1].mlp.up_proj.weight = model.layers[1].mlp.up_proj.weight.at[3, 5].add(1e5)
-    folder = folder_of(tmp_path / "m", model)
+    folder = write_folder_with_merges(tmp_path / "m", model)
     ran = export(folder, tmp_path / "out" / "m.gguf")
     assert ran.code == 2
     assert len(ran.lines) == 1
@@ -204,7 +195,7 @@ def test_values_beyond_float16_are_refused_by_name(tmp_path):
 
 
 def test_tokenizer_and_chat_template_are_complete(folder, tmp_path):
-    make_adapter(folder, tmp_path / "a")
+    adapt_and_save(folder, tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     metadata = exported(folder, tmp_path / "m.gguf", "--adapter-path", tmp_path / "a").metadata
     assert metadata["general.type"] == "model"
@@ -231,13 +222,6 @@ def test_tokenizer_and_chat_template_are_complete(folder, tmp_path):
 
 
 # --- bad input
-
-
-def one_line(ran, *words):
-    assert ran.code == 2
-    assert len(ran.lines) == 1
-    for word in words:
-        assert word in ran.err
 
 
 def test_an_existing_file_stays_unless_forced(folder, tmp_path):
@@ -276,12 +260,12 @@ ODD = {"low_freq_factor": 2.0, "high_freq_factor": 4.0, "original_max_position_e
     ],
 )
 def test_settings_that_llama_cpp_lacks_are_refused(changes, words, tmp_path):
-    folder = folder_of(tmp_path / "m", tiny_model(**changes), changes)
+    folder = write_folder_with_merges(tmp_path / "m", tiny_model(**changes), changes)
     one_line(export(folder, tmp_path / "m.gguf"), words, "llama")
 
 
 def test_parts_without_a_tensor_and_other_architectures_are_named(tmp_path):
-    folder = folder_of(tmp_path / "m", tiny_model(mlp_bias=True), {"mlp_bias": True})
+    folder = write_folder_with_merges(tmp_path / "m", tiny_model(mlp_bias=True), {"mlp_bias": True})
     one_line(export(folder, tmp_path / "m.gguf"), "mlp.down_proj.bias", "no tensor in a llama GGUF")
     base = load_base(ModelSettings(model=str(folder)))
     config = {**base.config, "model_type": "cohere", "logit_scale": 1.0, "layer_norm_eps": 1e-5}
@@ -346,7 +330,7 @@ def next_logprobs(judge, file, prompts) -> list[tuple[list[int], dict[int, float
 def test_llamacpp_runs_every_architecture_as_we_do(name, judge, tmp_path):
     write_case(name, tmp_path / "in.gguf")
     convert_model(resolve_model(str(tmp_path / "in.gguf")), tmp_path / "m", target="float")
-    make_adapter(tmp_path / "m", tmp_path / "a")
+    adapt_and_save(tmp_path / "m", tmp_path / "a")
     file = exported(tmp_path / "m", tmp_path / "m.gguf", "--adapter-path", tmp_path / "a", *F32)
     ids = [int(i) for i in np.random.default_rng(3).integers(0, 256, 90)]
     found = next_logprobs(judge, file.path, [ids[:n] for n in range(1, 90, 6)])

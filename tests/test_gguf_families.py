@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf_families import FAMILIES, architecture, tiny_family, write_family
+from gguf_tensors import random_tensor
+from make_adapters import adapt_and_save
 from mlx.utils import tree_flatten
-from test_adapter_folder import make_adapter
-from test_gguf_blocks import random_tensor
 from tiny_moe import with_quantized_experts
 
 from mlx_lora.adapters.inject import adapter_layers
@@ -328,7 +328,7 @@ def test_mxfp4_experts_stay_as_they_are_from_folder_to_file_and_back(mxfp4_folde
 
 
 def test_an_adapted_expert_is_no_mxfp4_any_more_and_f32_is_f32(mxfp4_folder, tmp_path):
-    make_adapter(mxfp4_folder, tmp_path / "a", "up_proj")
+    adapt_and_save(mxfp4_folder, tmp_path / "a", "up_proj")
     base = load(mxfp4_folder)
     load_adapter(base, tmp_path / "a")
     write_gguf_model(tmp_path / "m.gguf", base, name="m")
@@ -359,7 +359,7 @@ def test_an_adapted_expert_is_no_mxfp4_any_more_and_f32_is_f32(mxfp4_folder, tmp
 )
 def test_an_adapter_file_holds_the_update_of_each_tensor(name, targets, tensor, parts, tmp_path):
     folder = write_family(name, tmp_path / "m")
-    make_adapter(folder, tmp_path / "a", targets)
+    adapt_and_save(folder, tmp_path / "a", targets)
     base = load(folder)
     load_adapter(base, tmp_path / "a")
     write_gguf_adapter(tmp_path / "a.gguf", base.model, "m")
@@ -447,7 +447,7 @@ def test_no_setting_leads_to_anything_but_one_line(name, written):
 
 def test_an_adapter_of_what_is_scaled_expert_by_expert_is_refused(tmp_path):
     folder = write_family("gemma4 experts", tmp_path / "m")
-    make_adapter(folder, tmp_path / "a", "down_proj")
+    adapt_and_save(folder, tmp_path / "a", "down_proj")
     base = load(folder)
     load_adapter(base, tmp_path / "a")
     with pytest.raises(InputError, match=r"switch_glu\.down_proj is scaled expert by expert.*fuse it instead"):

@@ -9,8 +9,8 @@ import mlx.nn as nn
 import pytest
 from gguf_families import FAMILIES, tiny_family, write_family
 from gguf_judge import Verdict, compare, judge, listen, prompts  # noqa: F401
+from make_adapters import adapt_and_save
 from mlx_lm.models import gemma4_text
-from test_adapter_folder import make_adapter
 from tiny_moe import with_quantized_experts
 
 from mlx_lora.artifacts.adapter import load_adapter
@@ -46,7 +46,7 @@ def load(path: Path) -> Base:
 def adapted(name: str, tmp_path: Path, targets: str = "all-linear") -> tuple[Base, Base]:
     """Return a case's model with a random adapter, and the same without."""
     folder = write_family(name, tmp_path / "m")
-    make_adapter(folder, tmp_path / "a", targets)
+    adapt_and_save(folder, tmp_path / "a", targets)
     base = load(folder)
     load_adapter(base, tmp_path / "a")
     return base, load(folder)

@@ -19,7 +19,8 @@ from mlx_lora.adapters.targets import select_targets
 from mlx_lora.models.folder import complete_module
 from mlx_lora.models.head import QUANTIZED_HEADS, Head, find_head
 from mlx_lora.models.matmul import use_measured_matmul
-from mlx_lora.training.losses import PLAIN, Arrays, check_arrays, choose_loss, fused_loss
+from mlx_lora.training.loss_choice import TILES
+from mlx_lora.training.losses import PLAIN, Arrays, check_arrays, choose_loss, head_loss
 from mlx_lora.training.probe import disagreement, probe
 
 TOLERANCE = 1e-4
@@ -91,12 +92,12 @@ def test_a_familys_head_gives_its_own_losses_and_gradients(name, tied):
     own = losses(model, PLAIN.tokens, batch)
     assert own.gradients
     assert len(own.losses) == TOKENS - TOKENS // 3 - 1
-    cut = losses(model, fused_loss(head, TILE_BYTES).tokens, batch)
+    cut = losses(model, head_loss(head, TILES, TILE_BYTES).tokens, batch)
     assert mx.abs(cut.losses - own.losses).max().item() < TOLERANCE
     assert apart(cut.gradients, own.gradients) < TOLERANCE
     assert type(head.layer) is kind
     # A head that is 5% off would be seen, by this test and by the check at a run's start.
-    wrong = losses(model, fused_loss(replace(head, scale=1.05 * head.scale), TILE_BYTES).tokens, batch)
+    wrong = losses(model, head_loss(replace(head, scale=1.05 * head.scale), TILES, TILE_BYTES).tokens, batch)
     assert mx.abs(wrong.losses - own.losses).max().item() > 10 * TOLERANCE
     assert apart(wrong.gradients, own.gradients) > 10 * TOLERANCE
     assert disagreement(model, own, cut) is None
@@ -126,7 +127,8 @@ def test_so_does_a_packed_head(name, tied):
     batch = odd_batch(found.vocabulary)
     own = losses(model, PLAIN.tokens, batch)
     assert (
-        mx.abs(losses(model, fused_loss(found, TILE_BYTES).tokens, batch).losses - own.losses).max().item() < TOLERANCE
+        mx.abs(losses(model, head_loss(found, TILES, TILE_BYTES).tokens, batch).losses - own.losses).max().item()
+        < TOLERANCE
     )
 
 

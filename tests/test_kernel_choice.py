@@ -15,8 +15,8 @@ from architectures.build import tiny_architecture
 from conftest import TINY, tiny_model
 from mlx.utils import tree_flatten
 from run_cli import run
-from test_step import adapted, batch
 from tiny_recurrent import recurrent_model
+from tiny_steps import adapted, batch
 
 from mlx_lora.models import kernel_choice
 from mlx_lora.models.attention import Tiles, attend, tiled_attention

@@ -111,6 +111,24 @@ def test_files_that_the_package_declares_are_there():
     assert not list(PACKAGE.glob("*.typo"))
 
 
+def imported_modules(source: str) -> set[str]:
+    """All module names that a source text imports, at its top or in a function."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+def test_no_test_imports_another():
+    """What several tests share stands in a helper module, so that each test file can be read and run alone."""
+    root = Path(__file__).parent
+    tests = {path.stem for path in root.rglob("test_*.py")}
+    assert "test_layout" in tests
+    found = {str(p.relative_to(root)): imported_modules(p.read_text()) & tests for p in root.rglob("*.py")}
+    assert not {path: names for path, names in found.items() if names}
+    assert imported_modules("def f():\n    from test_layout import PACKAGE\n") & tests
+    assert imported_modules("import test_layout as other\n") & tests
+
+
 def test_the_linter_sees_all_that_is_ours_and_nothing_else():
     """Run folders may lie anywhere in a checkout, and what they hold is nobody's code."""
     root = PACKAGE.parent

@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from run_cli import run
 
-import mlx_lora.train
+from mlx_lora.runs import training_run
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ def test_2000_steps_stay_flat(tiny_folder, tmp_path, monkeypatch, capsys):
             files = len(os.listdir("/proc/self/fd"))
             samples.append((metrics.step, resident_bytes(), mx.get_cache_memory(), mx.get_active_memory(), files))
 
-    monkeypatch.setattr(mlx_lora.train, "reporting_sinks", lambda settings: [sample])
+    monkeypatch.setattr(training_run, "reporting_sinks", lambda settings: [sample])
     ran = run(
         "train", "--model", tiny_folder, "--data", tmp_path / "rows.jsonl", "--adapter-path", tmp_path / "a", "--iters",
         STEPS, "--batch-tokens", 512, "--dropout", 0.1, "--steps-per-report", 5, "--steps-per-eval", 50, "--save-every", 50,

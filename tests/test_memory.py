@@ -71,7 +71,8 @@ def test_each_thing_that_takes_memory_does():
     assert peak(optimizer="sgd") < peak(optimizer="adamw")
     assert peak() < peak(dropout=True)
     assert peak(accumulates=True) - peak() == 4 * SHAPE.trained
-    assert peak() < peak(layer_type="dora")
+    keeping = [replace(layer, keeps_product=True) for layer in SHAPE.blocks[0].layers]  # as DoRA's do
+    assert peak() < peak(replace(SHAPE, blocks=(replace(SHAPE.blocks[0], layers=tuple(keeping)),) * 32))
     assert peak() < peak(replace(SHAPE, plain_loss=True))
     assert peak(replace(SHAPE, first_trained=24)) < peak()  # --num-layers 8: what lies below keeps nothing
     assert peak(machine=replace(M2, number_bytes=4)) > 1.3 * peak()

@@ -9,20 +9,21 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import TINY, quantized, tiny_model, write_folder
+from make_adapters import TOKENS
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load as mlx_lm_load
 from run_cli import run
-from test_adapter_folder import TOKENS
-from test_step import batch
 from tiny_moe import tiny_moe, with_quantized_experts
+from tiny_steps import batch
 
 from mlx_lora.adapters.adapt import adapt_model
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters
 from mlx_lora.adapters.parts import dense_weight
 from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
 from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import METHODS, AdapterSettings, ModelSettings, OptimizerSettings, train_settings
+from mlx_lora.settings.config import AdapterSettings, ModelSettings, OptimizerSettings
 from mlx_lora.settings.methods import PRESETS
+from mlx_lora.settings.resolve import train_settings
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.hooks_from_settings import make_events, restart_every, restart_warmup
 from mlx_lora.training.losses import Arrays, choose_loss, plain_loss
@@ -37,7 +38,7 @@ LEAVES = {
     "adalora": {"lora_a", "lora_b", "lora_e"},
     "full": {"weight"},
 }
-LOW_RANK = [method for method in METHODS if method != "full"]
+LOW_RANK = [method for method in PRESETS if method != "full"]
 BASES = {
     "float": lambda model: model,
     **{f"{bits}-bit": lambda model, bits=bits: quantized(model, bits) for bits in (2, 3, 4, 5, 6, 8)},
@@ -68,10 +69,10 @@ def train_steps(model: nn.Module, settings: AdapterSettings, steps: int, rate: f
 
 
 def test_the_table_and_the_settings_name_the_same_methods():
-    assert set(PRESETS) == set(METHODS) == set(LEAVES)
+    assert set(PRESETS) == set(LEAVES)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRESETS)
 @pytest.mark.parametrize("base", ["float", "4-bit"])
 def test_exactly_its_parameters_are_trained(method, base):
     untouched = BASES[base](tiny_model(tie_word_embeddings=False))
@@ -89,7 +90,7 @@ def test_exactly_its_parameters_are_trained(method, base):
     assert all(method == "full" or name in trained for name in own), own.keys()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRESETS)
 @pytest.mark.parametrize("base", BASES)
 def test_it_starts_as_the_base(method, base):
     model, before = adapted(method, base)
@@ -102,7 +103,7 @@ def test_it_starts_as_the_base(method, base):
     assert not np.allclose(model(TOKENS), before, atol=1e-3 * mx.abs(before).max().item())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRESETS)
 @pytest.mark.parametrize("base", ["float", "4-bit", "mxfp4"])
 def test_it_learns_and_what_it_stores_is_the_same_model(method, base, tmp_path):
     config = {"tie_word_embeddings": False}
@@ -136,7 +137,7 @@ def test_it_learns_and_what_it_stores_is_the_same_model(method, base, tmp_path):
     assert np.allclose(stock(TOKENS), expected, atol=(4e-2 if base == "mxfp4" else 1e-4) * size)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRESETS)
 @pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe"])
 def test_it_learns_on_a_mixtures_experts(method, kind, tmp_path):
     model, config = tiny_moe(kind)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import yaml
 from run_cli import run
 
 from mlx_lora.settings import config
-from mlx_lora.settings.config import train_settings
+from mlx_lora.settings.methods import PRESETS
 from mlx_lora.settings.migration.migrate import DIALECTS, find_dialect, migrate
+from mlx_lora.settings.resolve import train_settings
+from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.system.errors import InputError
 
 FOREIGN = Path(__file__).parent / "foreign"
-KNOWN = {f.name for section in config.SECTIONS.values() for f in dataclasses.fields(section)}
+KNOWN = set(config.FIELDS)
 # Of the newest methods: taken where this version has them.
 NEWER = {"modules_to_save", "relora_every", "relora_warmup", "relora_prune_ratio"}
 LEFT_OUT = "no counterpart, left out: "
@@ -214,6 +216,11 @@ def read(name: str, folder: Path, known=frozenset(KNOWN | NEWER)) -> tuple[dict,
     return migrate(content, known, (), name, said.append), said
 
 
+def from_file(file: Path, flags=MappingProxyType({}), say=print) -> config.TrainSettings:
+    """Resolve settings as the commands do."""
+    return train_settings(flags, read_settings(str(file), flags, say))
+
+
 def left_out(said: list[str]) -> list[str]:
     """Return the keys of the one line that lists them."""
     lines = [line.strip() for line in said if LEFT_OUT in line]
@@ -238,7 +245,7 @@ def test_every_key_is_mapped_or_listed(name, folder):
 @pytest.mark.parametrize("name", CASES)
 def test_what_the_file_becomes_are_valid_settings(name, folder):
     found, _ = read(name, folder, KNOWN)
-    if found.get("method", found.get("fine_tune_type", "lora")) not in config.METHODS:
+    if found.get("method", found.get("fine_tune_type", "lora")) not in PRESETS:
         pytest.skip("a method of a later version")
     flat = train_settings(found).to_flat()
     assert flat["model"].startswith(("someone/", "mlx_model"))
@@ -277,7 +284,7 @@ def test_flags_beat_the_file_and_its_trainers_defaults(tmp_path):
     file.write_text("model: m\ndata: d\nlora_parameters: {rank: 4, scale: 2.0}\nfine_tune_type: dora\nbatch_size: 8\n")
     said: list[str] = []
     flags = {"epochs": 2.0, "learning_rate": 1e-3, "method": "rslora", "batch_tokens": 512, "mask_prompt": True}
-    settings = train_settings(flags, str(file), said.append)
+    settings = from_file(file, flags, said.append)
     assert (settings.loop.iters, settings.loop.epochs) == (None, 2.0)
     assert (settings.adapter.method, settings.adapter.fine_tune_type) == ("rslora", None)
     assert (settings.loop.batch_size, settings.loop.batch_tokens) == (None, 512)
@@ -318,7 +325,7 @@ def test_our_own_file_stays_strict(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("rank: 4\nlora_alpha: 8\n")
     with pytest.raises(InputError, match="unknown setting 'lora_alpha'"):
-        train_settings({}, str(file))
+        from_file(file)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +349,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path, text, message):
     file = tmp_path / "c.yaml"
     file.write_text(text)
     with pytest.raises(InputError) as caught:
-        train_settings({}, str(file))
+        from_file(file)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -6,21 +6,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from comparing import assert_equal, weights_checksum
 from conftest import quantized
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
-from test_checkpointing import MODES, assert_equal, gradients
-from test_step import batch, make_step
 from tiny_moe import tiny_moe, with_quantized_experts
+from tiny_steps import CHECKPOINT_MODES, batch, gradients, make_step
 
 from mlx_lora.adapters.initial_factors import kaiming_factors
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
 from mlx_lora.adapters.moe import DoRASwitchLinear, LoRASwitchLinear
 from mlx_lora.adapters.parts import base_dims, dense_weight
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.models.fingerprint import weights_checksum
+from mlx_lora.models import matmul
 from mlx_lora.models.matmul import MeasuredQuantizedSwitchLinear, use_measured_matmul
-from mlx_lora.system import device
 from mlx_lora.training.losses import Arrays, plain_loss
 
 E, IN, OUT, R = 3, 96, 40, 5
@@ -66,7 +65,7 @@ def by_definition(x: mx.array, indices: mx.array, weight: mx.array, base: nn.Mod
 def adapted(model: nn.Module, form: str = "lora", targets: str = "all-linear") -> nn.Module:
     """Adapt `model` and move the factors away from where they start."""
     use_measured_matmul(model)
-    inject(model, select_targets(model, targets).paths, rank=4, scale=2.0, seed=1, form=form)
+    inject(model, select_targets(model, targets).paths, rank=4, scale=2.0, seed=1, layer_type=form)
     mx.random.seed(4)
     for name, value in adapter_parameters(model).items():
         moved = value * 1.1 if name.endswith(".m") else 0.05 * mx.random.normal(value.shape)
@@ -204,7 +203,7 @@ def test_dora_and_its_gradients_equal_the_definition(form, is_sorted):
     fused = dora.fuse()(x, indices, is_sorted)
     assert np.allclose(fused, defined(x), atol=1e-3 if fused.dtype == base.bias.dtype and form != "mxfp4" else 3e-2)
     expected_value = np.array(dora(x, indices, is_sorted))
-    dora.keep_lengths()
+    dora.finish()
     assert np.allclose(dora(x, indices, is_sorted), expected_value, atol=1e-4)
 
 
@@ -248,7 +247,7 @@ def test_experts_too_large_in_float_stay_packed(monkeypatch):
     holder.experts = base
     use_measured_matmul(holder, "dense")
     assert not mx.array_equal(base(x, indices, True), expected)
-    monkeypatch.setattr(device, "dense_experts_bytes", lambda: E * OUT * IN * 4 - 1)
+    monkeypatch.setattr(matmul, "dense_experts_bytes", lambda: E * OUT * IN * 4 - 1)
     assert mx.array_equal(base(x, indices, True), expected)
 
 
@@ -340,7 +339,7 @@ def test_gradients_equal_finite_differences(model, form, width):
     flat, start = dict(tree_flatten(grads)), adapter_parameters(model)
     for layer in adapter_layers(model).values():
         if form == "dora":
-            layer.keep_lengths()  # no gradient goes through them, so they stand still here too
+            layer.finish()  # no gradient goes through them, so they stand still here too
     experts = [name for name in start if start[name].ndim == 3 or ("switch_mlp" in name or "experts" in name)]
     assert len(experts) == 2 * 3 * (3 if form == "dora" else 2)
     for seed in range(6):
@@ -357,7 +356,7 @@ def test_gradients_equal_finite_differences(model, form, width):
         assert derivative == pytest.approx(measured, rel=0.02, abs=0.1), seed
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CHECKPOINT_MODES)
 @pytest.mark.parametrize("form", ["lora", "dora"])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_checkpointed_gradients_are_the_same_dropout_included(model, form, mode):
@@ -382,7 +381,7 @@ def test_training_lowers_the_loss_and_moves_the_factors_alone(name, experts_only
     model = MODELS[name]()
     checksum = weights_checksum(model)
     experts = "experts.*" if name.startswith("gpt_oss") else "switch_mlp.*"
-    inject(model, select_targets(model, experts if experts_only else "all-linear").paths, 4, scale=2.0, form=form)
+    inject(model, select_targets(model, experts if experts_only else "all-linear").paths, 4, scale=2.0, layer_type=form)
     before = adapter_parameters(model)
     step, b = make_step(model), batch(2, 40, seed=5)
     losses = [step([b]).loss_sum.item() / b.mask.sum() for _ in range(12)]

@@ -8,26 +8,22 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import quantized, write_folder
+from make_adapters import adapt_and_save
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load as mlx_lm_load
 from mlx_lm.utils import load_model
 from run_cli import run
-from test_adapter_folder import make_adapter
-from tiny_moe import tiny_moe, with_quantized_experts
+from tiny_moe import close, loaded, logits, tiny_moe, with_quantized_experts
 
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
 from mlx_lora.adapters.moe import DoRASwitchLinear, LoRASwitchLinear
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, load_adapter, save_adapter
 from mlx_lora.artifacts.fused_model import fuse_adapter
-from mlx_lora.models.load import Base, load_base
-from mlx_lora.settings.config import ModelSettings
 from mlx_lora.system.errors import InputError
 
-# 36 rows for the experts, and 72, which mlx-lm sorts.
-FEW, MANY = mx.array([[3, 1, 4, 1, 5, 9, 2, 6] * 2 + [7, 8]]), mx.array([[3, 1, 4, 1, 5, 9, 2, 6] * 4 + [5, 3, 5, 8]])
 FORM_4BIT = {"group_size": 32, "bits": 4, "mode": "affine"}
 
 
@@ -51,21 +47,9 @@ def folder(request, tmp_path_factory):
     return folder_of(request.param, tmp_path_factory)
 
 
-def loaded(folder) -> Base:
-    return load_base(ModelSettings(model=str(folder)))
-
-
-def logits(model) -> list[np.ndarray]:
-    return [np.array(model(ids)) for ids in (FEW, MANY)]
-
-
-def close(found: list[np.ndarray], expected: list[np.ndarray], atol: float) -> bool:
-    return all(np.allclose(a, b, atol=atol) for a, b in zip(found, expected, strict=True))
-
-
 @pytest.mark.parametrize(("targets", "num_layers"), [("all-linear", -1), ("*.up_proj,down_proj", 1)])
 def test_round_trip_here_and_in_stock_mlx_lm(folder, targets, num_layers, tmp_path):
-    make_adapter(folder, tmp_path / "a", targets, num_layers)
+    adapt_and_save(folder, tmp_path / "a", targets, num_layers)
     base = loaded(folder)
     bare = logits(base.model)
     load_adapter(base, tmp_path / "a")
@@ -80,7 +64,7 @@ def test_round_trip_here_and_in_stock_mlx_lm(folder, targets, num_layers, tmp_pa
 
 
 def test_what_was_saved_is_what_was_trained(folder, tmp_path):
-    expected = np.array(make_adapter(folder, tmp_path / "a"))
+    expected = np.array(adapt_and_save(folder, tmp_path / "a"))
     base = loaded(folder)
     load_adapter(base, tmp_path / "a")
     assert np.allclose(base.model(mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])), expected, atol=1e-5)
@@ -114,7 +98,7 @@ def test_dora_of_experts_round_trips(folder, tmp_path):
     base = loaded(folder)
     bare = logits(base.model)
     chosen = select_targets(base.model)
-    inject(base.model, chosen.paths, 4, 1.5, form="dora")
+    inject(base.model, chosen.paths, 4, 1.5, layer_type="dora")
     for wrapped in adapter_layers(base.model).values():
         wrapped.lora_b = 0.1 * mx.random.normal(wrapped.lora_b.shape)
         wrapped.m = wrapped.m * 1.1
@@ -135,7 +119,7 @@ def fuse(model, folder, *extra):
 
 
 def test_fused_and_dequantized_it_gives_the_adapters_logits(folder, tmp_path):
-    make_adapter(folder, tmp_path / "a")
+    adapt_and_save(folder, tmp_path / "a")
     adapted = loaded(folder)
     bare = logits(adapted.model)
     load_adapter(adapted, tmp_path / "a")
@@ -154,7 +138,7 @@ def test_fused_and_dequantized_it_gives_the_adapters_logits(folder, tmp_path):
 
 
 def test_fused_it_is_quantized_as_its_base_was(folder, tmp_path):
-    make_adapter(folder, tmp_path / "a")
+    adapt_and_save(folder, tmp_path / "a")
     base, adapted = loaded(folder), loaded(folder)
     load_adapter(adapted, tmp_path / "a")
     in_memory = fuse_adapter(adapted.model, dequantize=False)
@@ -193,7 +177,7 @@ def test_gpt_oss_as_it_is_published(tmp_path):
     folder = write_folder(tmp_path / "published", model, config)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
     assert close(logits(loaded(folder).model), expected, 1e-4)
-    make_adapter(folder, tmp_path / "a")
+    adapt_and_save(folder, tmp_path / "a")
     adapted = loaded(folder)
     load_adapter(adapted, tmp_path / "a")
     unfused = logits(adapted.model)
@@ -209,7 +193,7 @@ def test_gpt_oss_as_it_is_published(tmp_path):
 @pytest.mark.parametrize(("form", "kind"), [("gguf-adapter", "mixtral"), ("hf", "qwen3_moe")])
 def test_exports_that_cannot_hold_experts_say_so(form, kind, tmp_path, tmp_path_factory):
     folder = folder_of(kind, tmp_path_factory)
-    make_adapter(folder, tmp_path / "a")
+    adapt_and_save(folder, tmp_path / "a")
     ran = run("export", "--model", folder, "--adapter-path", tmp_path / "a", "--to", form, "--out", tmp_path / "out")
     assert ran.code == 2
     assert kind in ran.err
@@ -248,7 +232,7 @@ def test_the_train_command_trains_experts(more, chats, tmp_path, tmp_path_factor
 
 def test_another_number_of_experts_is_named(tmp_path, tmp_path_factory):
     folder = folder_of("qwen3_moe", tmp_path_factory)
-    make_adapter(folder, tmp_path)
+    adapt_and_save(folder, tmp_path)
     stored = mx.load(str(tmp_path / WEIGHTS_FILE))
     name = "model.layers.0.mlp.switch_mlp.up_proj.lora_a"
     mx.save_safetensors(str(tmp_path / WEIGHTS_FILE), {**stored, name: stored[name][:3]})

@@ -11,16 +11,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import write_folder
+from make_adapters import adapt_and_save
 from mlx_lm.models.switch_layers import SwitchLinear
 from run_cli import run
-from test_adapter_folder import make_adapter
-from test_moe_folder import FEW, MANY, close, loaded, logits
-from tiny_moe import tiny_moe
+from tiny_moe import FEW, MANY, close, loaded, logits, tiny_moe
 
-from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.adapters.moe import DoRASwitchLinear, LoRASwitchLinear
+from mlx_lora.adapters.inject import adapter_layers, inject
+from mlx_lora.adapters.moe import LoRASwitchLinear
 from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.artifacts.peft import PEFT_CONFIG, PEFT_WEIGHTS
+from mlx_lora.artifacts.peft import PEFT_CONFIG, PEFT_WEIGHTS, write_peft
 from mlx_lora.artifacts.peft_experts import THEIRS, expert_tensors
 from mlx_lora.system.errors import InputError
 
@@ -50,7 +49,7 @@ def test_exported_adapters_of_experts_give_our_logits_in_peft(kind, tmp_path):
     experts = f"{EXPERTS.get(kind, 'mlp.switch_mlp')}.*"
     expected, exported = [logits(loaded(folder).model)], []
     for i, targets in enumerate(("all-linear", experts, "*.up_proj", "*.down_proj,q_proj", "layers.1.*.gate_proj")):
-        make_adapter(folder, tmp_path / f"a{i}", targets)
+        adapt_and_save(folder, tmp_path / f"a{i}", targets)
         adapted = loaded(folder)
         load_adapter(adapted, tmp_path / f"a{i}")
         out = tmp_path / f"p{i}"
@@ -88,12 +87,14 @@ def test_joined_gate_and_up_hold_gains_fixed_factors_and_scales(in_turns):
         assert np.allclose(delta[:, part], expected, atol=1e-4)
 
 
-def test_dora_and_unknown_families_are_refused_by_name():
+def test_dora_and_unknown_families_are_refused_by_name(tmp_path):
     factors = mx.random.normal((4, 3, 32)), mx.random.normal((4, 24, 3))
     base, path = SwitchLinear(32, 24, 4), "model.layers.0.mlp.switch_mlp.up_proj"
-    with pytest.raises(InputError, match=rf"{path}: PEFT adapts experts without DoRA"):
-        expert_tensors("qwen3_moe", {path: DoRASwitchLinear.from_base(base, factors, 1.0)})
-    with pytest.raises(InputError, match=rf"{path}: .* we write gpt_oss"):
+    model, _ = tiny_moe("qwen3_moe")
+    inject(model, (path, path.replace("0", "1")), 3, 1.0, layer_type="dora")
+    with pytest.raises(InputError, match=r"switch_mlp.up_proj is a DoRA over experts, .* \(and 1 more\)"):
+        write_peft(tmp_path, model, "some/base", 0.0)
+    with pytest.raises(InputError, match=rf"{path}: .* we write experts of gpt_oss"):
         expert_tensors("olmoe", {path: LoRASwitchLinear.from_base(base, factors, 1.0)})
     assert expert_tensors("qwen3_moe", {path: LoRASwitchLinear.from_base(base, factors, 1.0)})
 
@@ -103,7 +104,7 @@ def test_routers_are_refused_by_name(kind, tmp_path):
     model, config = tiny_moe(kind)
     folder = write_folder(tmp_path / "base", model, config)
     router = "router" if kind == "gpt_oss" else "gate"
-    make_adapter(folder, tmp_path / "a", f"{router},q_proj")
+    adapt_and_save(folder, tmp_path / "a", f"{router},q_proj")
     ran = run("export", "--model", folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "p")
     assert ran.code == 2
     assert f".{router} and 1 more" in ran.err
@@ -115,7 +116,7 @@ def test_routers_are_refused_by_name(kind, tmp_path):
 def test_our_exports_of_experts_can_be_read_back(kind, targets, tmp_path):
     model, config = tiny_moe(kind)
     folder = write_folder(tmp_path / "base", model, config)
-    make_adapter(folder, tmp_path / "a", targets)
+    adapt_and_save(folder, tmp_path / "a", targets)
     ours, back, bare = loaded(folder), loaded(folder), loaded(folder)
     load_adapter(ours, tmp_path / "a")
     ran = run("export", "--model", folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "p")
@@ -135,7 +136,7 @@ def test_pairs_that_peft_trained_together_are_read(kind, tmp_path):
     """There every rank serves the gate and up; a pair for another width is refused."""
     model, config = tiny_moe(kind)
     folder = write_folder(tmp_path / "base", model, config)
-    make_adapter(folder, tmp_path / "a", "layers.0.*.up_proj")
+    adapt_and_save(folder, tmp_path / "a", "layers.0.*.up_proj")
     run("export", "--model", folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "p")
     stored = mx.load(str(tmp_path / "p" / PEFT_WEIGHTS))
     ((name_a, a), (name_b, b)) = sorted(stored.items())

@@ -11,9 +11,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from byte_tokenizer import CHATML, byte_tokenizer, template
-from run_cli import run
-from test_adapter_folder import make_adapter
-from test_gguf_export import MERGES, folder_of, one_line
+from gguf_families import MERGES, write_folder_with_merges
+from make_adapters import adapt_and_save
+from run_cli import one_line, run
 
 import mlx_lora.data
 from mlx_lora.artifacts.ollama import FAMILIES, Chat, recognize
@@ -37,7 +37,7 @@ WITH_DEFAULT = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe k
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return folder_of(tmp_path_factory.mktemp("float"))
+    return write_folder_with_merges(tmp_path_factory.mktemp("float"))
 
 
 def export(model, out, *more):
@@ -92,7 +92,7 @@ def test_templates_in_go():
 
 
 def test_the_merged_model_with_its_template(folder, tmp_path):
-    make_adapter(folder, tmp_path / "a")
+    adapt_and_save(folder, tmp_path / "a")
     ran = export(folder, tmp_path / "out", "--adapter-path", tmp_path / "a", "--gguf-type", "q8_0")
     assert ran.code == 0, ran.err
     assert "chatml" in ran.err
@@ -123,7 +123,7 @@ def test_a_default_system_text_is_the_modelfiles(folder, tmp_path):
 
 
 def test_the_adapter_over_a_base_that_ollama_has(folder, tmp_path):
-    make_adapter(folder, tmp_path / "a")
+    adapt_and_save(folder, tmp_path / "a")
     adapter = ("--adapter-path", tmp_path / "a")
     ran = export(folder, tmp_path / "out", *adapter, "--ollama-base", "smollm2:135m")
     assert ran.code == 0, ran.err
@@ -138,7 +138,7 @@ def test_the_adapter_over_a_base_that_ollama_has(folder, tmp_path):
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path):
-    make_adapter(folder, tmp_path / "a")
+    adapt_and_save(folder, tmp_path / "a")
     out, adapter = tmp_path / "out", ("--adapter-path", tmp_path / "a")
     one_line(export(folder, out, "--ollama-base", "x"), "--ollama-base", "--adapter-path")
     one_line(export(folder, out, *adapter, "--ollama-base", "x", "--gguf-type", "f16"), "without --gguf-type")

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from real_models import gemma3_gguf, smollm2_gguf
 from tiny_gguf import write_tiny_gguf
 from tiny_vocabularies import byte_level_vocabulary, gemma4_vocabulary, spm_model, spm_vocabulary
+from tokenizer_judge import differing
 from varied_strings import varied_strings
 
 from mlx_lora.sources.gguf_reader import read_gguf
@@ -25,30 +21,6 @@ from mlx_lora.sources.gguf_tokenizer import (
 pytestmark = pytest.mark.parity
 COUNT = 2500
 LOST_BYTES = "\x04\x06\x13\x14\x16\x1d"  # SmolLM2's vocabulary has no token for them
-
-
-@contextmanager
-def llama_cpp(path: Path) -> Iterator:
-    """Yield a function text -> ids that asks llama.cpp, special tokens added and parsed."""
-    xllamacpp = pytest.importorskip("xllamacpp")
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.warmup, params.port = str(path), 128, False, 0
-    server = xllamacpp.Server(params)
-
-    def tokenize(text: str) -> list[int]:
-        body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
-        request = urllib.request.Request(
-            server.listening_address + "/tokenize", body, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request) as reply:
-            return json.load(reply)["tokens"]
-
-    yield tokenize
-
-
-def differing(path: Path, tokenizer, strings: list[str]) -> list[str]:
-    with llama_cpp(path) as tokenize:
-        return [text for text in strings if tokenizer.encode(text).ids != tokenize(text)]
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import tiny_model, write_folder
+from make_adapters import TOKENS, adapt_and_save
 from run_cli import run
-from test_adapter_folder import TOKENS, make_adapter
+from torch_judge import torch_base
 
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.artifacts.peft import PEFT_CONFIG, PEFT_WEIGHTS
@@ -35,13 +36,6 @@ def biased_folder(tmp_path_factory):
     config = {"tie_word_embeddings": False, "attention_bias": True, "architectures": ["LlamaForCausalLM"]}
     model = tiny_model(tie_word_embeddings=False, attention_bias=True)
     return write_folder(tmp_path_factory.mktemp("biased"), model, config)
-
-
-def torch_base(folder):
-    transformers = pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval()
 
 
 def torch_logits(model) -> np.ndarray:
@@ -115,7 +109,7 @@ def test_adapters_that_peft_made_load_here(name, tied, tiny_folder, untied_folde
 def test_our_adapters_load_in_peft_and_come_back(targets, layers, tied, tiny_folder, untied_folder, tmp_path):
     peft = pytest.importorskip("peft")
     folder = tiny_folder if tied else untied_folder
-    expected = np.array(make_adapter(folder, tmp_path / "ours", targets, layers))
+    expected = np.array(adapt_and_save(folder, tmp_path / "ours", targets, layers))
     ran = run("export", "--model", folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p")
     assert ran.code == 0, ran.err
     model = peft.PeftModel.from_pretrained(torch_base(folder), tmp_path / "p").eval()
@@ -126,7 +120,7 @@ def test_our_adapters_load_in_peft_and_come_back(targets, layers, tied, tiny_fol
 
 @pytest.mark.parity
 def test_a_merged_folder_gives_transformers_our_logits(tiny_folder, tmp_path):
-    expected = np.array(make_adapter(tiny_folder, tmp_path / "ours"))
+    expected = np.array(adapt_and_save(tiny_folder, tmp_path / "ours"))
     ran = run(
         "export", "--model", tiny_folder, "--adapter-path", tmp_path / "ours", "--to", "hf", "--out", tmp_path / "hf"
     )
@@ -135,7 +129,7 @@ def test_a_merged_folder_gives_transformers_our_logits(tiny_folder, tmp_path):
 
 
 def test_an_embedding_alone_leaves_the_tied_head(tiny_folder, tmp_path):
-    make_adapter(tiny_folder, tmp_path / "ours", "embed_tokens")
+    adapt_and_save(tiny_folder, tmp_path / "ours", "embed_tokens")
     run("export", "--model", tiny_folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p")
     both = our_logits(tiny_folder, tmp_path / "p")
     stored = mx.load(str(tmp_path / "p" / PEFT_WEIGHTS))
@@ -223,7 +217,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_carried_over_is_named(name, tiny_folder, tmp_path):
-    make_adapter(tiny_folder, tmp_path / "ours")
+    adapt_and_save(tiny_folder, tmp_path / "ours")
     run("export", "--model", tiny_folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p")
     config = json.loads((tmp_path / "p" / PEFT_CONFIG).read_text())
     changes, words = REFUSED[name]
@@ -233,7 +227,7 @@ def test_what_cannot_be_carried_over_is_named(name, tiny_folder, tmp_path):
 
 
 def test_foreign_and_misshapen_tensors_are_gathered(tiny_folder, tmp_path):
-    make_adapter(tiny_folder, tmp_path / "ours", "q_proj")
+    adapt_and_save(tiny_folder, tmp_path / "ours", "q_proj")
     run("export", "--model", tiny_folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p")
     stored = mx.load(str(tmp_path / "p" / PEFT_WEIGHTS))
     first, second = sorted(name for name in stored if "lora_A" in name)
@@ -253,7 +247,7 @@ def test_foreign_and_misshapen_tensors_are_gathered(tiny_folder, tmp_path):
 
 
 def test_a_changed_copy_of_the_embedding_is_refused(tiny_folder, tmp_path):
-    make_adapter(tiny_folder, tmp_path / "ours", "embed_tokens")
+    adapt_and_save(tiny_folder, tmp_path / "ours", "embed_tokens")
     run("export", "--model", tiny_folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p")
     stored, own = mx.load(str(tmp_path / "p" / PEFT_WEIGHTS)), mx.load(str(tiny_folder / "model.safetensors"))
     before, weight = our_logits(tiny_folder, tmp_path / "p"), own["model.embed_tokens.weight"]

@@ -9,8 +9,8 @@ import mlx_lm.models.falcon_h1
 import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
+from make_adapters import TOKENS, adapt_and_save
 from run_cli import run
-from test_adapter_folder import TOKENS, make_adapter
 
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.artifacts.peft import PEFT_WEIGHTS
@@ -98,7 +98,7 @@ def test_peft_on_transformers_gives_our_logits(case, tmp_path):
     folder = tmp_path / "base"
     targets = published(case, folder)
     assert np.allclose(ours(folder), theirs(folder), atol=2e-5)
-    expected = np.array(make_adapter(folder, tmp_path / "a", targets))
+    expected = np.array(adapt_and_save(folder, tmp_path / "a", targets))
     ran = run("export", "--model", folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "p")
     assert ran.code == 0, ran.err
     found = theirs(folder, tmp_path / "p")
@@ -112,7 +112,7 @@ def test_peft_on_transformers_gives_our_logits(case, tmp_path):
 @pytest.mark.parity
 def test_layers_that_peft_cannot_reach_are_refused_in_one_line(case, targets, tmp_path):
     published(case, tmp_path / "base")
-    make_adapter(tmp_path / "base", tmp_path / "a", targets)
+    adapt_and_save(tmp_path / "base", tmp_path / "a", targets)
     out = tmp_path / "p"
     ran = run("export", "--model", tmp_path / "base", "--adapter-path", tmp_path / "a", "--to", "peft", "--out", out)
     assert ran.code == 2

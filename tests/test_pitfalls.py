@@ -45,7 +45,7 @@ class StubStep:
     def __init__(self, applied: bool = True):
         self.applied, self.taken = applied, []
 
-    def __call__(self, batches: list[Batch]) -> StepResult:
+    def __call__(self, batches: list[Batch], *what_ranks_need) -> StepResult:
         self.taken.append(batches)
         tokens = sum(int(b.mask.sum()) for b in batches)
         return StepResult(mx.array(1.0), mx.array(float(tokens)), mx.array(1.0), mx.array(self.applied))

@@ -28,7 +28,8 @@ from mlx_lora.plan import time_words
 from mlx_lora.planner.chips import CHIPS
 from mlx_lora.planner.fitting import fit, largest_rows, largest_sequence, largest_that_fits
 from mlx_lora.planner.shapes import ModelShape
-from mlx_lora.settings.config import AdapterSettings, ModelSettings, TrainSettings, train_settings
+from mlx_lora.settings.config import AdapterSettings, ModelSettings, TrainSettings
+from mlx_lora.settings.resolve import train_settings
 from mlx_lora.system import device
 from mlx_lora.training.run_fit import outlined_shape
 

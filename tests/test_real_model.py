@@ -9,12 +9,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from comparing import weights_checksum
 from mlx_lm import generate as mlx_lm_generate
 from mlx_lm.utils import load as mlx_lm_load
 from real_models import smollm2_gguf
 from run_cli import run
 
-from mlx_lora.models.fingerprint import weights_checksum
 from mlx_lora.models.load import load_base
 from mlx_lora.settings.config import ModelSettings
 

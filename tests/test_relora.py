@@ -8,9 +8,9 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from conftest import TINY, quantized, tiny_model
+from make_adapters import TOKENS
 from mlx.utils import tree_flatten, tree_map
-from test_adapter_folder import TOKENS
-from test_step import batch
+from tiny_steps import batch
 
 from mlx_lora.adapters.adapt import adapt_model
 from mlx_lora.adapters.inject import adapter_layers, fresh_factors, inject

@@ -7,17 +7,23 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 
 import jinja2
 import pytest
 from byte_tokenizer import TEMPLATES, byte_tokenizer
+from made_conversations import conversations
+from mask_reference import unmarked
 from run_cli import run
+from template_judge import REFUSED, rendered_by_both
+from transformers.utils import chat_template_utils
 
 from mlx_lora.artifacts import peft
 from mlx_lora.artifacts.card import plain
 from mlx_lora.artifacts.peft import _names
 from mlx_lora.data import sandbox
+from mlx_lora.data.formats import parse_record
 from mlx_lora.data.sandbox import render_chat
 from mlx_lora.models.config_check import check_config
 from mlx_lora.system.errors import InputError
@@ -28,12 +34,78 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 @pytest.mark.parametrize("file", sorted(TEMPLATES.iterdir()), ids=lambda file: file.stem)
 def test_the_sandbox_renders_as_transformers_does(file):
-    tokenizer, text = byte_tokenizer(), file.read_text()
-    for prompt in (False, True):
-        wanted = tokenizer.apply_chat_template(
-            TURNS, tokenize=False, add_generation_prompt=prompt, chat_template=text + "{# theirs #}"
-        )
-        assert render_chat(tokenizer, TURNS, text, add_generation_prompt=prompt) == wanted
+    tokenizer, shown = byte_tokenizer(bos=True), 0
+    for text in dict.fromkeys((file.read_text(), unmarked(file.read_text()))):
+        for n, record in enumerate([{"messages": TURNS}, *conversations(3, 48, always_ids=True)]):
+            turns = [{name: part for name, part in turn.items() if name != "weight"} for turn in record["messages"]]
+            messages = parse_record({**record, "messages": turns})[1].messages
+            ours, theirs = rendered_by_both(
+                tokenizer, messages, text, tools=record.get("tools"), add_generation_prompt=n % 3 == 0
+            )
+            assert ours == theirs
+            shown += not ours.startswith(REFUSED)
+    assert shown >= 10
+
+
+PROBES = {
+    "plain": "{{ messages[0].content }}",
+    "special tokens": "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token is defined }}",
+    "variables": "{{ documents is none }}{{ documents is defined }}{{ tools is none }}{{ add_generation_prompt }}{{ x is defined }}",
+    "white space": "{% for m in messages %}\n  {% if true %}\n  a\n  {% endif %}\n{% endfor %}\n",
+    "loop controls": "{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}{% continue %}x{% endfor %}",
+    "generation": "{% set a = 1 %}{% generation %}{% set a = 2 %}{{ a }} b\n{% endgeneration %}{{ a }}",
+    "generation in a macro": "{% macro f(m) %}{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}{{ f(messages[1]) }}",
+    "unclosed": "{% generation %}x",
+    "json": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2, sort_keys=true) }}{{ 'é<' | tojson(true) }}",
+    "json of what is undefined": "{{ nothing | tojson }}",
+    "namespace": "{% set n = namespace({'b': 2}, self=1) %}{% set n.c = 3 %}{{ n.self + n.b + n.c }}",
+    "namespace of Python's names": "{% set n = namespace() %}{% set n.__call__ = 3 %}{{ n }}",
+    "dict": "{{ dict(a=1, **{'b': 2}) }}{{ dict.fromkeys('ab', 0) }}",
+    "exception": "{{ raise_exception('not you') }}",
+    "items": "{% for k, v in messages[1].items() %}{{ k }}={{ v }};{% endfor %}",
+    "change": "{{ messages.append(1) }}",
+    "thinking": "{% for m in messages %}{{ m.thinking }}|{{ m.reasoning_content }}|{{ m.reasoning }}/{% endfor %}",
+    "no text": "{% for m in messages %}{{ m.content is defined }}{% endfor %}",
+    "odd values": "{{ messages[1].odd }}{{ messages[1].odd | tojson }}",
+    "undefined": "{{ a.b }}",
+    "syntax": "{% if %}",
+}
+SPOKEN = [
+    {"role": "user", "content": "a é <b>"},
+    {"role": "assistant", "content": None, "reasoning": "hm", "thinking": None, "odd": [date(2026, 1, 5), (1, 2.5), {"x": None}]},
+    {"role": "assistant", "content": "b", "thinking": "so", "reasoning": "no", "reasoning_content": ""},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_templates_find_what_transformers_gives_them(name):
+    ours, theirs = rendered_by_both(byte_tokenizer(bos=True), SPOKEN, PROBES[name], add_generation_prompt=True)
+    if name == "namespace of Python's names":  # refused by both, each in its own words
+        ours, theirs = (text.split(":")[0] for text in (ours, theirs))
+    assert ours == theirs
+    assert rendered_by_both(byte_tokenizer(bos=True), SPOKEN[:1], "{{ messages | length }}", tools=[]) == ("1", "1")
+    assert ours != "1"
+
+
+def test_an_empty_conversation_is_refused_by_rendered_by_both():
+    assert all(text.startswith(REFUSED) for text in rendered_by_both(byte_tokenizer(), [], "x"))
+
+
+def test_transformers_keeps_its_own_sandbox():
+    seen = []
+    tokenizer, costly = byte_tokenizer(), "{{ 'a' * 20_000_000 }}"
+
+    class Watched(dict):
+        def items(self):
+            seen.append(chat_template_utils.ImmutableSandboxedEnvironment)
+            return super().items()
+
+    render_chat(tokenizer, [Watched(TURNS[0])], "x")
+    assert seen
+    assert set(seen) == {jinja2.sandbox.ImmutableSandboxedEnvironment}
+    with pytest.raises(jinja2.TemplateError, match="not allowed"):
+        render_chat(tokenizer, TURNS, costly)
+    assert len(tokenizer.apply_chat_template(TURNS, chat_template=costly, tokenize=False)) == 20_000_000
 
 
 COSTLY = {

@@ -12,7 +12,7 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from test_step import batch
+from tiny_steps import batch
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets

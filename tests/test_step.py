@@ -9,14 +9,14 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import quantized, tiny_model
+from comparing import weights_checksum
+from conftest import tiny_model
 from mlx.utils import tree_flatten
+from tiny_steps import adapted, batch, factors, make_step
 
-from mlx_lora.adapters.inject import adapter_parameters, inject
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.data.batches import Batch
-from mlx_lora.models.fingerprint import weights_checksum
-from mlx_lora.models.matmul import MeasuredQuantizedLinear, use_measured_matmul
+from mlx_lora.models.matmul import MeasuredQuantizedLinear
 from mlx_lora.settings.config import OptimizerSettings
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.losses import Arrays, plain_loss
@@ -26,36 +26,8 @@ from mlx_lora.training.step import Step
 FACTORS = frozenset({"lora_a", "lora_b"})
 
 
-def adapted(bits: int | None = None, seed: int = 0, move_b: bool = True) -> nn.Module:
-    model = tiny_model(seed)
-    if bits:
-        quantized(model, bits)
-        use_measured_matmul(model)
-    inject(model, select_targets(model).paths, rank=4, scale=2.0, seed=seed)
-    if move_b:  # a zero lora_b hides every gradient of lora_a
-        for name, value in adapter_parameters(model).items():
-            if name.endswith("lora_b"):
-                model.load_weights([(name, 0.02 * mx.random.normal(value.shape))], strict=False)
-    return model
-
-
-def batch(rows: int, width: int, seed: int, share: float = 0.5) -> Batch:
-    random = np.random.default_rng(seed)
-    ids = random.integers(0, 288, (rows, width + 1)).astype(np.int32)
-    return Batch.of(ids[:, :-1], ids[:, 1:], random.random((rows, width)) < share, rows * width)
-
-
 def part(whole: Batch, rows: slice) -> Batch:
     return Batch.of(whole.inputs[rows], whole.targets[rows], whole.mask[rows], whole.mask[rows].size)
-
-
-def make_step(model: nn.Module, steps: int = 20, clip: float = 1.0, **changes) -> Step:
-    settings = OptimizerSettings(**{"learning_rate": 1e-2, "lr_schedule": "constant", "warmup": 0.0, **changes})
-    return Step(model, build_optimizer(settings, steps), plain_loss, clip)
-
-
-def factors(model: nn.Module) -> np.ndarray:
-    return np.concatenate([np.array(v).ravel() for _, v in sorted(adapter_parameters(model).items())])
 
 
 def test_loss_is_the_masked_sum_by_definition():

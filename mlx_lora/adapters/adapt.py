@@ -1,4 +1,4 @@
-"""From a run's adapter settings to an adapted model: targets, shapes, form, init, and what is trained in full."""
+"""From a run's adapter settings to an adapted model: targets, shapes, layer type, init, and what is trained in full."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def adapt_model(model: nn.Module, settings: AdapterSettings, seed: int) -> Adapt
     model.freeze()
     rank = starting_rank(settings)
     scale = method.scale_of(settings.alpha, rank)
-    if method.form == "full":
+    if method.layer_type == "full":
         targets = select_targets(model, settings.target_modules, settings.num_layers, has_weights)
         train_in_full(model, targets.paths)
         return Adapted(method, targets, rank, scale, tuple(full_parameters(model)))
@@ -75,7 +75,7 @@ def adapt_model(model: nn.Module, settings: AdapterSettings, seed: int) -> Adapt
         parse_pattern(settings.rank_pattern),
         parse_pattern(settings.alpha_pattern),
     )
-    inject(model, targets.paths, rank, scale, settings.dropout, seed, shapes, method.form, method.init)
+    inject(model, targets.paths, rank, scale, settings.dropout, seed, shapes, method.layer_type, method.init)
     train_in_full(model, whole)
     train_biases(model, settings.bias)
     return Adapted(method, targets, rank, scale, tuple(full_parameters(model)))

@@ -8,13 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora.adapters.forms import ADAPTERS, adapter_class, base_of
+from mlx_lora.adapters.adapter_layer import AdapterLayer
 from mlx_lora.adapters.initial_factors import kaiming_factors, normal_factors, path_key, principal_factors
-from mlx_lora.adapters.layers import TRAINED
 from mlx_lora.adapters.parts import EMBEDDING, QUANTIZED, SWITCH, base_dims, dense_weight, with_weight
+from mlx_lora.adapters.registry import adapter_class
 from mlx_lora.system.errors import InputError
-
-BIASES = ("none", "lora_only", "all")
 
 
 def inject(
@@ -25,7 +23,7 @@ def inject(
     dropout: float = 0.0,
     seed: int = 0,
     shapes: Mapping[str, tuple[int, float]] | None = None,
-    form: str = "lora",
+    layer_type: str = "lora",
     init: str = "kaiming",
 ) -> None:
     """Freeze `model` and wrap the layers at `paths`; the factors become its only trainable parameters.
@@ -38,33 +36,33 @@ def inject(
         dropout: on the adapter's input.
         seed: of the initial factors.
         shapes: path -> (rank, scale), where a layer has its own.
-        form: `lora` or `dora`.
-        init: `kaiming`, `pissa` or `svd` (methods.py); the last two with the form `lora` only.
+        layer_type: a layer type of the registry, `lora` or `dora`.
+        init: `kaiming`, `pissa` or `svd` (methods.py); the last two with the layer type `lora` only.
 
     Raises:
-        InputError: a layer that the form does not fit, or a rank that a layer's principal directions do not reach.
+        InputError: a layer that the layer type does not fit, or a rank that a layer's principal directions do not reach.
     """
     model.freeze()
     modules = dict(model.named_modules())
-    unfit = [path for path in paths if adapter_class(modules[path], form) is None]
+    unfit = [path for path in paths if adapter_class(modules[path], layer_type) is None]
     if unfit:
-        raise InputError(f"--method {form}: does not fit {', '.join(unfit)}; leave it out of --target-modules")
+        raise InputError(f"--method {layer_type}: does not fit {', '.join(unfit)}; leave it out of --target-modules")
     wrapped = []
     for path in paths:
         own_rank, own_scale = (shapes or {}).get(path, (rank, scale))
-        layer = _adapted(modules[path], path, own_rank, own_scale, dropout, seed, form, init)
+        layer = _adapted(modules[path], path, own_rank, own_scale, dropout, seed, layer_type, init)
         layer.freeze()
-        layer.unfreeze(keys=[name for name in TRAINED if name in layer], recurse=False)
+        layer.unfreeze(keys=layer.trained, recurse=False)
         wrapped.append((path, layer))
     model.update_modules(tree_unflatten(wrapped))
 
 
 def _adapted(
-    base: nn.Module, path: str, rank: int, scale: float, dropout: float, seed: int, form: str, init: str
-) -> nn.Module:
+    base: nn.Module, path: str, rank: int, scale: float, dropout: float, seed: int, layer_type: str, init: str
+) -> AdapterLayer:
     """Return one layer, wrapped."""
     dims, experts = base_dims(base), _experts(base)
-    wrap = adapter_class(base, form).from_base
+    wrap = adapter_class(base, layer_type).from_base
     if init == "kaiming":
         return wrap(base, kaiming_factors(path, *dims, rank, seed, experts), scale, dropout)
     if init == "svd":
@@ -92,7 +90,7 @@ def _experts(base: nn.Module) -> int | None:
     return base.num_experts if isinstance(base, SWITCH) else None
 
 
-def fresh_factors(path: str, layer: nn.Module, seed: int) -> tuple[mx.array, mx.array]:
+def fresh_factors(path: str, layer: AdapterLayer, seed: int) -> tuple[mx.array, mx.array]:
     """Return new initial factors for an adapted layer, of its own rank and orientation.
 
     Args:
@@ -100,8 +98,7 @@ def fresh_factors(path: str, layer: nn.Module, seed: int) -> tuple[mx.array, mx.
         layer: an adapter layer.
         seed: of the run.
     """
-    base = base_of(layer)
-    return kaiming_factors(path, *base_dims(base), layer.lora_a.shape[1], seed, _experts(base))
+    return kaiming_factors(path, *base_dims(layer.base), layer.rank, seed, _experts(layer.base))
 
 
 def train_in_full(model: nn.Module, paths: tuple[str, ...]) -> None:
@@ -137,7 +134,7 @@ def train_biases(model: nn.Module, which: str) -> None:
     """
     if which == "none":
         return
-    holders = [base_of(layer) for layer in adapter_layers(model).values()]
+    holders = [layer.base for layer in adapter_layers(model).values()]
     if which == "all":
         holders = model.modules()
     biased = [holder for holder in holders if isinstance(holder.get("bias"), mx.array)]
@@ -147,9 +144,9 @@ def train_biases(model: nn.Module, which: str) -> None:
         holder.unfreeze(keys=["bias"], recurse=False)
 
 
-def adapter_layers(model: nn.Module) -> dict[str, nn.Module]:
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """Return the adapter layers of `model` by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, ADAPTERS)}
+    return {path: module for path, module in model.named_modules() if isinstance(module, AdapterLayer)}
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, mx.array]:
@@ -159,5 +156,5 @@ def adapter_parameters(model: nn.Module) -> dict[str, mx.array]:
 
 def full_parameters(model: nn.Module) -> dict[str, mx.array]:
     """Return what is trained beside the factors: weights of modules in full, and biases."""
-    factors = {f"{path}.{name}" for path in adapter_layers(model) for name in TRAINED}
+    factors = {f"{path}.{name}" for path, layer in adapter_layers(model).items() for name in layer.trained}
     return {name: value for name, value in adapter_parameters(model).items() if name not in factors}

@@ -13,13 +13,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import activations
 
-from mlx_lora.adapters.forms import ADAPTERS, base_of
+from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.parts import LINEAR, QUANTIZED, SWITCH, base_dims
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.planner.shapes import Block, Layer, ModelShape
-
-# What a method keeps frozen beside the factors it trains.
-FROZEN = ("start_a", "start_b", "fixed_a", "fixed_b")
 
 
 def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int = 0, copies: int = 0) -> ModelShape:
@@ -35,7 +32,9 @@ def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int =
     head = find_head(model, dict(config))
     trained = dict(tree_flatten(model.trainable_parameters()))
     frozen = [(name, p) for name, p in tree_flatten(model.parameters()) if name not in trained]
-    beside = sum(p.nbytes for name, p in frozen if name.rsplit(".", 1)[-1] in FROZEN)
+    layers = adapter_layers(model)
+    # What a method keeps frozen in the adapter layers beside the factors it trains.
+    beside = sum(p.nbytes for name, p in frozen if name.rpartition(".")[0] in layers)
     numbers = sum(p.size for p in trained.values())
     # What is trained in full and was never float32 has a copy in its own dtype beside the float32 master.
     narrow = sum(p.nbytes for p in trained.values() if p.dtype.size < 4)
@@ -71,7 +70,7 @@ def _first_trained(model: nn.Module, trained: Mapping[str, Any]) -> int:
 
 def _block(block: nn.Module, config: Mapping[str, Any]) -> Block:
     """Return one block's shape."""
-    ranks = {id(base_of(m)): _rank(m) for m in block.modules() if isinstance(m, ADAPTERS)}
+    adapted = {id(layer.base): (layer.rank, layer.KEEPS_PRODUCT) for layer in adapter_layers(block).values()}
     active = config.get("num_experts_per_tok") or config.get("moe_topk") or 1
     layers = []
     for path, module in block.named_modules():
@@ -79,6 +78,7 @@ def _block(block: nn.Module, config: Mapping[str, Any]) -> Block:
             continue
         parent, _, name = path.removesuffix(".linear").rpartition(".")
         experts = module.weight.shape[0] if isinstance(module, SWITCH) else 1
+        rank, keeps_product = adapted.get(id(module), (0, False))
         layers.append(
             Layer(
                 parent,
@@ -87,7 +87,8 @@ def _block(block: nn.Module, config: Mapping[str, Any]) -> Block:
                 experts=experts,
                 active=active if experts > 1 else 1,
                 packed=isinstance(module, QUANTIZED),
-                rank=ranks.get(id(module), 0),
+                rank=rank,
+                keeps_product=keeps_product,
             )
         )
     layers.sort(key=lambda layer: layer.is_end)  # a branch's end last, whatever order the module lists them in
@@ -103,11 +104,6 @@ def _block(block: nn.Module, config: Mapping[str, Any]) -> Block:
         gated="silu" if _has_lean_activation(block) else "other",
         window=config.get("sliding_window") if attends else None,
     )
-
-
-def _rank(layer: nn.Module) -> int:
-    """Return an adapter's rank; experts' factors are stored (E, r, in)."""
-    return layer.lora_a.shape[1]
 
 
 def _head_width(config: Mapping[str, Any], heads: int) -> int:

@@ -4,8 +4,7 @@
     after    mlp.switch_mlp.up_proj: LoRASwitchLinear(linear: the same object, lora_a, lora_b)
 
 Shapes: E experts, N rows (a token once for each expert it is sent to), r rank; in and out are the base's own
-widths. The factors are float32 masters in mlx-lm's names and orientation, `lora_a` (E, r, in) and `lora_b`
-(E, out, r), the transposes of a plain layer's; they are cast to the activation's dtype inside the call.
+widths. `lora_a` is (E, r, in) and `lora_b` (E, out, r), the transposes of a plain layer's.
 
 mlx-lm sorts the rows by expert when there are 64 or more (`sorted_indices`), and then x is (N, 1, in) and
 indices (N,); fewer come as x (B, T, 1, 1, in) and indices (B, T, k), the same x for a token's k experts.
@@ -14,49 +13,25 @@ indices (N,); fewer come as x (B, T, 1, 1, in) and indices (B, T, k), the same x
 from __future__ import annotations
 
 from functools import partial
-from types import MappingProxyType
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.models.switch_layers import SwitchLinear
 
-from mlx_lora.adapters.layers import effective_factors, joined_factors, merge_factors
-from mlx_lora.adapters.parts import Dropout, dense_weight, with_weight
+from mlx_lora.adapters.adapter_layer import AdapterLayer
+from mlx_lora.adapters.dora import DoRALayer
+from mlx_lora.adapters.parts import SWITCH
 
 
-class LoRASwitchLinear(nn.Module):
+class LoRASwitchLinear(AdapterLayer):
     """Frozen experts plus, for expert e, scale * (x A_e^T) B_e^T.
 
-    The extras of other methods are those of layers.py: `lora_e` (E, r), `start_a`, `start_b`, `fixed_a`, `fixed_b`.
+    The extras of other methods have the experts' axis first: `lora_e` is (E, r).
 
     Source: LoRA, arXiv 2106.09685, eq. 3; a pair per expert as in "LoRA Without Regret" (2025).
     """
 
-    RANK_AXES = MappingProxyType({"lora_a": 1, "lora_b": 2})
-
-    def __init__(self, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0):
-        """Wrap `linear`.
-
-        Args:
-            linear: mlx-lm's SwitchLinear or QuantizedSwitchLinear; kept as it is.
-            lora_a: (E, r, in) float32.
-            lora_b: (E, out, r) float32.
-            scale: alpha / r, or whatever the method's scale axis says.
-            dropout: probability with which an input feature of the adapter is dropped while training.
-        """
-        super().__init__()
-        self.linear = linear
-        self.lora_a = lora_a
-        self.lora_b = lora_b
-        self.scale = scale
-        self.dropout = Dropout(dropout)
-
-    @classmethod
-    def from_base(
-        cls, base: nn.Module, factors: tuple[mx.array, mx.array], scale: float, dropout: float = 0.0
-    ) -> LoRASwitchLinear:
-        """Wrap `base` with the factors (lora_a, lora_b)."""
-        return cls(base, *factors, scale, dropout)
+    LAYER_TYPE, OVER = "lora", SWITCH
+    NOT_IN_PEFT = NOT_IN_GGUF = None
+    NOT_FOR_A_ROW = "adapts a mixture's experts"
 
     def __call__(
         self, x: mx.array, indices: mx.array, sorted_indices: bool = False, key: mx.array | None = None
@@ -74,32 +49,15 @@ class LoRASwitchLinear(nn.Module):
         """
         through = partial(_through_experts, indices=indices, sorted_indices=sorted_indices)
         y = self.linear(x, indices, sorted_indices=sorted_indices)
-        a, b = effective_factors(self)
+        a, b = self.effective_factors()
         z = through(self.dropout(x, key), a)  # (N, 1, r)
         y = y + through(z, self.scale * b)
         if "fixed_a" in self:
             y = y + through(through(x, self.fixed_a), self.fixed_b)
         return y
 
-    def plain_factors(self) -> tuple[mx.array, mx.array]:
-        """Return one pair (E, R, in), (E, out, R) float32 with delta = scale * B A."""
-        return joined_factors(self)
 
-    def merge(self, a: mx.array, b: mx.array) -> None:
-        """Freeze a cycle's factors beside the base (ReLoRA)."""
-        merge_factors(self, a, b)
-
-    def delta(self) -> mx.array:
-        """Return scale * B A, (E, out, in) float32: what the adapter adds to the experts' weights."""
-        a, b = self.plain_factors()
-        return self.scale * (b @ a)
-
-    def fuse(self) -> SwitchLinear:
-        """Return dense experts with the adapter folded in, in the base's float dtype."""
-        return with_weight(self.linear, dense_weight(self.linear).astype(mx.float32) + self.delta())
-
-
-class DoRASwitchLinear(nn.Module):
+class DoRASwitchLinear(DoRALayer):
     """Frozen experts whose rows turn by low-rank updates and whose row lengths m are trained.
 
     As DoRALinear, for each expert apart: y = m / |W + D| (W x + D x) + bias, no gradient through |W + D|.
@@ -108,27 +66,9 @@ class DoRASwitchLinear(nn.Module):
     Source: DoRA, arXiv 2402.09353, eq. 5 and section 4.3.
     """
 
-    RANK_AXES = MappingProxyType({"lora_a": 1, "lora_b": 2})
-
-    def __init__(self, linear: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0):
-        """Wrap `linear`; arguments as in LoRASwitchLinear. `m` (E, out) starts as the rows' own lengths, float32."""
-        super().__init__()
-        self.linear = linear
-        self.lora_a = lora_a
-        self.lora_b = lora_b
-        self.scale = scale
-        self.dropout = Dropout(dropout)
-        self._squares = mx.square(dense_weight(linear).astype(mx.float32)).sum(axis=-1)  # (E, out)
-        self.m = mx.sqrt(self._squares)
-        self._kept_lengths: mx.array | None = None
-        mx.eval(self._squares, self.m)
-
-    @classmethod
-    def from_base(
-        cls, base: nn.Module, factors: tuple[mx.array, mx.array], scale: float, dropout: float = 0.0
-    ) -> DoRASwitchLinear:
-        """Wrap `base` with the factors (lora_a, lora_b)."""
-        return cls(base, *factors, scale, dropout)
+    OVER = SWITCH
+    NOT_IN_PEFT = "is a DoRA over experts, which PEFT does not have"
+    NOT_FOR_A_ROW = "adapts a mixture's experts"
 
     def __call__(
         self, x: mx.array, indices: mx.array, sorted_indices: bool = False, key: mx.array | None = None
@@ -137,17 +77,11 @@ class DoRASwitchLinear(nn.Module):
         through = partial(_through_experts, indices=indices, sorted_indices=sorted_indices)
         z = through(self.dropout(x, key), self.lora_a)  # (N, 1, r)
         y = self._without_bias(x, indices, sorted_indices) + through(z, self.scale * self.lora_b)  # (N, 1, out)
-        lengths = self.row_lengths(x.dtype) if self._kept_lengths is None else self._kept_lengths
-        y = y * _rows_of((self.m / lengths).astype(x.dtype), indices)
+        y = y * _rows_of((self.m / self.lengths(x.dtype)).astype(x.dtype), indices)
         return y + _rows_of(self.linear.bias, indices) if "bias" in self.linear else y
 
-    def keep_lengths(self) -> None:
-        """Compute |W + D| once and for all, for an adapter that is no longer trained: generation calls per token."""
-        self._kept_lengths = self.row_lengths(mx.float32)
-        mx.eval(self._kept_lengths)
-
     def row_lengths(self, dtype: mx.Dtype) -> mx.array:
-        """Return |W + D|, (E, out) float32, without a gradient; the product with W is computed in `dtype`."""
+        """Return |W + D|, (E, out)."""
         a, b = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.lora_b).swapaxes(-1, -2)  # b: (E, r, out)
         every = mx.arange(a.shape[0])
         across = self._without_bias(a.astype(dtype), every, True).astype(mx.float32)  # (E, r, out)
@@ -158,23 +92,6 @@ class DoRASwitchLinear(nn.Module):
     def _without_bias(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         return y - _rows_of(self.linear.bias, indices) if "bias" in self.linear else y
-
-    def plain_factors(self) -> tuple[mx.array, mx.array]:
-        """Return the factors as they are stored; `m` is stored beside them."""
-        return self.lora_a, self.lora_b
-
-    def _turned(self) -> mx.array:
-        """Return m / |W + D| (W + D), (E, out, in) float32."""
-        turned = dense_weight(self.linear).astype(mx.float32) + self.scale * (self.lora_b @ self.lora_a)
-        return turned * (self.m / mx.linalg.norm(turned, axis=-1))[..., None]
-
-    def delta(self) -> mx.array:
-        """Return what the adapter adds to the experts' weights, (E, out, in) float32."""
-        return self._turned() - dense_weight(self.linear).astype(mx.float32)
-
-    def fuse(self) -> SwitchLinear:
-        """Return dense experts with the adapter folded in, in the base's float dtype."""
-        return with_weight(self.linear, self._turned())
 
 
 def _through_experts(x: mx.array, weight: mx.array, *, indices: mx.array, sorted_indices: bool) -> mx.array:

@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.forms import adapter_class
 from mlx_lora.adapters.parts import LINEAR, SWITCH
+from mlx_lora.adapters.registry import adapter_class
 from mlx_lora.settings.methods import Method
 from mlx_lora.system.errors import InputError
 

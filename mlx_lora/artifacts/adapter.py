@@ -20,9 +20,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_lora import __version__
-from mlx_lora.adapters.forms import DORA, EMBEDDING_ADAPTERS, FORMS
+from mlx_lora.adapters.adapter_layer import AdapterLayer
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, train_in_full
 from mlx_lora.adapters.parts import is_parameter
+from mlx_lora.adapters.registry import LAYER_TYPES
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.adapter_config import own_problems, shape_problems
 from mlx_lora.artifacts.overlap import PRESENT, measure_overlap, share_present
@@ -30,7 +31,6 @@ from mlx_lora.artifacts.peft import PeftAdapter, is_peft, read_peft
 from mlx_lora.models.fingerprint import without_mark
 from mlx_lora.models.load import Base
 from mlx_lora.models.saving import save_tensors
-from mlx_lora.settings.methods import PRESETS
 from mlx_lora.sources.safetensors import read_safetensors_header
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import replacing_file
@@ -68,15 +68,16 @@ class AdapterInfo:
     chat_template: str | None = None
     full: tuple[str, ...] = ()
 
-    def to_config(self, rank: int) -> dict[str, Any]:
+    def to_config(self, layer_type: str, rank: int) -> dict[str, Any]:
         """Return adapter_config.json: what stock mlx-lm reads, and ours beside it.
 
         Args:
+            layer_type: of the stored layers; `full` without any.
             rank: the largest of the stored layers.
         """
         shape = {"rank": rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
         return {
-            "fine_tune_type": PRESETS[self.method].form,
+            "fine_tune_type": layer_type,
             "num_layers": self.num_layers,
             "lora_parameters": shape,
             "model": self.base_model,
@@ -96,10 +97,10 @@ def save_adapter(folder: Path, model: nn.Module, info: AdapterInfo, same_rank: b
     stored = stored_parameters(model, info)
     ranks = [value.shape[1] for name, value in stored.items() if name.endswith(".lora_a")]
     rank = max(ranks, default=info.rank)
+    layers = adapter_layers(model)
     if same_rank:
-        layers = adapter_layers(model)
         stored = {name: _padded(name, value, rank, layers) for name, value in stored.items()}
-    config = info.to_config(rank)
+    config = info.to_config(next((layer.LAYER_TYPE for layer in layers.values()), "full"), rank)
     config["mlx_lora"]["overlap"] = measure_overlap(model)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(folder / CONFIG_FILE) as temporary:
@@ -110,38 +111,23 @@ def save_adapter(folder: Path, model: nn.Module, info: AdapterInfo, same_rank: b
 
 def stored_parameters(model: nn.Module, info: AdapterInfo) -> dict[str, mx.array]:
     """Return what is stored of an adapted model: plain factors at `info.scale`, and parameters trained in full."""
-    stored: dict[str, mx.array] = {}
-    for path, layer in adapter_layers(model).items():
-        a, b = layer.plain_factors()
-        if "lora_e" in layer:
-            a, b = _without_idle_ranks(layer, a, b)
-        stored[f"{path}.lora_a"] = mx.contiguous(a)
-        stored[f"{path}.lora_b"] = mx.contiguous(b if layer.scale == info.scale else b * (layer.scale / info.scale))
-        if isinstance(layer, DORA):
-            stored[f"{path}.m"] = layer.m
-    parameters = dict(tree_flatten(model.parameters()))
+    layers, parameters = adapter_layers(model), dict(tree_flatten(model.parameters()))
+    stored = {f"{path}.{name}": p for path, layer in layers.items() for name, p in layer.stored(info.scale).items()}
     return {**stored, **{name: parameters[name] for name in info.full}}
 
 
-def _without_idle_ranks(layer: nn.Module, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-    """Leave out the ranks that AdaLoRA switched off; one stays, since no reader knows a rank of zero."""
-    on = layer.lora_e.reshape(-1, layer.lora_e.shape[-1]).any(axis=0).tolist()  # of experts: on in any
-    kept = mx.array([rank for rank, is_on in enumerate(on) if is_on] or [0])
-    return mx.take(a, kept, layer.RANK_AXES["lora_a"]), mx.take(b, kept, layer.RANK_AXES["lora_b"])
-
-
-def _padded(name: str, value: mx.array, rank: int, layers: dict[str, nn.Module]) -> mx.array:
+def _padded(name: str, value: mx.array, rank: int, layers: dict[str, AdapterLayer]) -> mx.array:
     """Return a stored factor with its rank axis filled up with zeros."""
     path, _, leaf = name.rpartition(".")
     if path not in layers or leaf not in ("lora_a", "lora_b"):
         return value
-    axis = layers[path].RANK_AXES[leaf]
+    axis = layers[path].rank_axes[leaf]
     widths = [(0, rank - value.shape[axis] if i == axis else 0) for i in range(value.ndim)]
     return mx.pad(value, widths)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Return adapter_config.json, mlx-lm's form or PEFT's.
+    """Return adapter_config.json, mlx-lm's or PEFT's.
 
     Raises:
         InputError: missing, unreadable, or not an adapter of a kind we load.
@@ -154,11 +140,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     config = read_json(path, "restore it from a checkpoint")
     if is_peft(config):
         return config
-    form = config.get("fine_tune_type", "lora")
-    if form not in (*FORMS, "full"):
-        raise InputError(f"{path}: fine_tune_type {str(form)[:40]!r}; this version loads {', '.join(FORMS)} and full")
+    layer_type = config.get("fine_tune_type", "lora")
+    if layer_type not in (*LAYER_TYPES, "full"):
+        known = ", ".join(LAYER_TYPES)
+        raise InputError(f"{path}: fine_tune_type {str(layer_type)[:40]!r}; this version loads {known} and full")
     problems = own_problems(config)
-    if form == "full":  # mlx-lm's has nothing else of use
+    if layer_type == "full":  # mlx-lm's has nothing else of use
         config = {"num_layers": -1, **config, "lora_parameters": {"rank": 1, "scale": 1.0, "keys": []}}
     elif not isinstance(config.get("lora_parameters"), dict) or type(config.get("num_layers")) is not int:
         raise InputError(f"{path}: no lora_parameters and num_layers; it is not an MLX adapter's config")
@@ -208,21 +195,22 @@ def load_adapter(base: Base, folder: Path, ignore_fingerprint: bool = False) -> 
     if not ignore_fingerprint:
         check_base(base, config, folder)
     shape = config["lora_parameters"]
-    form, scale, file = config.get("fine_tune_type", "lora"), float(shape["scale"]), folder / WEIGHTS_FILE
+    layer_type, scale, file = config.get("fine_tune_type", "lora"), float(shape["scale"]), folder / WEIGHTS_FILE
     header = read_safetensors_header(file)
-    full = tuple(own.get("full", [])) if form != "full" else tuple(header)
+    full = tuple(own.get("full", [])) if layer_type != "full" else tuple(header)
     _check_full(base.model, full, file)
-    if form != "full":
+    if layer_type != "full":
         paths = _target_paths(base.model, config, folder)
         shapes = {path: (_stored_rank(header, path, shape["rank"]), scale) for path in paths}
-        inject(base.model, paths, shape["rank"], scale, float(shape.get("dropout") or 0.0), shapes=shapes, form=form)
+        dropout = float(shape.get("dropout") or 0.0)
+        inject(base.model, paths, shape["rank"], scale, dropout, shapes=shapes, layer_type=layer_type)
     restore_full(base.model, full)
     load_factors(base.model, file)
     if not ignore_fingerprint:
         _check_not_fused(base, own, folder)
     _finish(base.model)
     return AdapterInfo(
-        method=own.get("method", form),
+        method=own.get("method", layer_type),
         rank=shape["rank"],
         alpha=float(own.get("alpha", shape["scale"] * shape["rank"])),
         scale=float(shape["scale"]),
@@ -276,8 +264,7 @@ def restore_full(model: nn.Module, names: tuple[str, ...]) -> None:
 def _finish(model: nn.Module) -> None:
     """Make an adapted model ready for use: nothing is trained any more."""
     for layer in adapter_layers(model).values():
-        if isinstance(layer, DORA):
-            layer.keep_lengths()
+        layer.finish()
     model.freeze()
     model.eval()
 
@@ -286,19 +273,20 @@ def _load_peft(base: Base, adapter: PeftAdapter) -> AdapterInfo:
     """Put a PEFT adapter onto `base.model`, in place."""
     paths = tuple(adapter.factors)
     rank, scale = next(iter(adapter.shapes.values()))
-    form = "dora" if adapter.magnitudes else "lora"
-    inject(base.model, paths, rank, scale, adapter.dropout, shapes=adapter.shapes, form=form)
-    for path, layer in adapter_layers(base.model).items():
+    layer_type = "dora" if adapter.magnitudes else "lora"
+    inject(base.model, paths, rank, scale, adapter.dropout, shapes=adapter.shapes, layer_type=layer_type)
+    layers = adapter_layers(base.model)
+    for path, layer in layers.items():
         layer.lora_a, layer.lora_b = adapter.factors[path]
         if adapter.magnitudes:
             layer.m = adapter.magnitudes[path]
-        if isinstance(layer, EMBEDDING_ADAPTERS):
-            layer.adapts_head = not adapter.leaves_head
+    if adapter.leaves_head is not None:
+        layers[adapter.leaves_head].adapts_head = False
     full = _put_full(base.model, adapter.full)
     mx.eval(base.model.trainable_parameters())
     _finish(base.model)
     return AdapterInfo(
-        method=form,
+        method=layer_type,
         rank=rank,
         alpha=scale * rank,
         scale=scale,
@@ -317,9 +305,7 @@ def _put_full(model: nn.Module, parameters: dict[tuple[str, str], mx.array]) -> 
     layers = adapter_layers(model)
     names = {}
     for (path, leaf), value in parameters.items():
-        inside = (
-            "" if path not in layers else ".embedding" if isinstance(layers[path], EMBEDDING_ADAPTERS) else ".linear"
-        )
+        inside = f".{layers[path].holds}" if path in layers else ""
         names[f"{path}{inside}.{leaf}"] = value
     restore_full(model, tuple(names))
     own = adapter_parameters(model)

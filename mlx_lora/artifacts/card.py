@@ -156,7 +156,7 @@ class _Card:
             ("base", self.model + (f", revision {plain(info.base_revision)}" if info.base_revision else "")),
             ("method", info.method),
         ]
-        if PRESETS[info.method].form != "full":
+        if PRESETS[info.method].layer_type != "full":
             rows += [("rank", info.rank), ("alpha", f"{info.alpha:g}"), ("targets", names)]
         else:
             rows += [("trained", f"{len(info.full)} weights themselves")]
@@ -192,7 +192,7 @@ class _Card:
     def _peft(self) -> list[str]:
         """Return how PEFT runs it, exported first where it is ours."""
         lines, place = [], self.place
-        if PRESETS[self.info.method].form == "full":
+        if PRESETS[self.info.method].layer_type == "full":
             return ["There are no factors in it for PEFT; `mlx_lora.export --to hf` writes the whole model.", ""]
         if self.form == "mlx":
             place = "peft-adapter"

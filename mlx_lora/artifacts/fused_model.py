@@ -22,7 +22,6 @@ import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora.adapters.forms import EMBEDDING_ADAPTERS, base_of
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.parts import QUANTIZED, dense_weight
 from mlx_lora.models.converting import copy_side_files
@@ -63,12 +62,8 @@ def fuse_adapter(model: nn.Module, dequantize: bool) -> dict[str, Survival]:
     """
     survival, fused = {}, []
     for path, layer in adapter_layers(model).items():
-        if isinstance(layer, EMBEDDING_ADAPTERS) and not layer.adapts_head and "lm_head" not in model:
-            raise InputError(
-                f"{path}: its adapter leaves the tied head alone, and one weight cannot hold both; keep the adapter apart"
-            )
-        base = base_of(layer)
-        whole = layer.fuse()
+        layer.check_tied_head(path, tied="lm_head" not in model)
+        base, whole = layer.base, layer.fuse()
         if isinstance(base, QUANTIZED) and not dequantize:
             own_scale = {"global_scale": True} if "global_scale" in base else {}  # of each nvfp4 expert
             whole = whole.to_quantized(base.group_size, base.bits, base.mode, **own_scale)

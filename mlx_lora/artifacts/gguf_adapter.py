@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from gguf import GGUFWriter
 
-from mlx_lora.adapters.forms import DORA, EMBEDDING_ADAPTERS, EXPERT_ADAPTERS
+from mlx_lora.adapters.adapter_layer import AdapterLayer
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.artifacts.peft_experts import joined_experts
 from mlx_lora.models.gguf_arch import gguf_weights
@@ -48,14 +48,13 @@ def write_gguf_adapter(file: Path, model: nn.Module, base_name: str, full: tuple
         for path in layers
         if path in scaled
     ]
-    problems += [f"{path} is an embedding" for path, layer in layers.items() if isinstance(layer, EMBEDDING_ADAPTERS)]
-    problems += [f"{path} is a DoRA layer" for path, layer in layers.items() if isinstance(layer, DORA)]
+    problems += [f"{path} {layer.NOT_IN_GGUF}" for path, layer in layers.items() if layer.NOT_IN_GGUF]
     problems += [f"{name} was trained in full" for name in full]
     problems += [] if layers else ["the model has no adapter"]
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise InputError(f"--to gguf-adapter: {'; '.join(problems[:4])}{more}; fuse it instead, or adapt other layers")
-    alphas = {layer.scale * layer.lora_a.shape[1] for layer in layers.values()}
+    alphas = {layer.scale * layer.rank for layer in layers.values()}
     # One alpha for the whole file: where layers differ, it is the rank and the scale goes into B.
     alpha = alphas.pop() if len(alphas) == 1 else None
     with replacing_file(file) as temporary:
@@ -77,7 +76,7 @@ def write_gguf_adapter(file: Path, model: nn.Module, base_name: str, full: tuple
 
 
 def _factors(
-    layers: list[nn.Module | None], alpha: float | None, place: TensorMapping
+    layers: list[AdapterLayer | None], alpha: float | None, place: TensorMapping
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return A (r, in) and B (out, r) float32 in the base's order, of experts (E, r, in) and (E, out, r).
 
@@ -86,11 +85,11 @@ def _factors(
         alpha: the file's; None: B carries the scale.
         place: the tensor's.
     """
-    if isinstance(next(layer for layer in layers if layer is not None), EXPERT_ADAPTERS):
+    if len(layers) > 1:
         a, b, scale = joined_experts(layers, in_turns=False)
     else:
         (layer,) = layers
-        a, b, scale = layer.lora_a.T, layer.lora_b.T, layer.scale
+        (a, b), scale = layer.transposed_factors(), layer.scale
     b = b * (scale if alpha is None else scale * a.shape[-2] / alpha)
     a, b = np.array(a.astype(mx.float32)), np.array(b.astype(mx.float32))
     a = a if place.columns is None else a[..., place.columns.to_file(a.shape[-1])]

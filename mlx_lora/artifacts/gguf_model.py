@@ -21,7 +21,6 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter, LlamaFileType
 
-from mlx_lora.adapters.forms import ADAPTERS, EMBEDDING_ADAPTERS, base_of
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.parts import EMBEDDING, QUANTIZED, base_dims, dense_weight
 from mlx_lora.data.templates import own_template
@@ -227,25 +226,16 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Source]]:
     Raises:
         InputError: an embedding whose tied head is not adapted: one weight cannot be both.
     """
-    adapter = None
+    adapters, adapter = adapter_layers(model), None
     # In this order an adapter's own parts come right after it.
     for path, module in sorted(model.named_modules(), key=lambda item: item[0].split(".")):
         if adapter is not None and path.startswith(f"{adapter}."):
             continue
-        if isinstance(module, ADAPTERS):
+        if path in adapters:
             adapter = path
-            if (
-                isinstance(module, EMBEDDING_ADAPTERS)
-                and not module.adapts_head
-                and "lm_head" not in text_model(model)[1]
-            ):
-                raise InputError(
-                    f"{path}: its adapter leaves the tied head alone, and one weight cannot hold both; "
-                    "keep the adapter apart"
-                )
-            base = base_of(module)
-            yield f"{path}.weight", Source(_weight_shape(base), _merged(base, module))
-            yield from _others(path, base)
+            module.check_tied_head(path, tied="lm_head" not in text_model(model)[1])
+            yield f"{path}.weight", Source(_weight_shape(module.base), _merged(module.base, module))
+            yield from _others(path, module.base)
         elif isinstance(module, QUANTIZED):
             yield f"{path}.weight", Source(_weight_shape(module), _merged(module, None), _mxfp4(module))
             yield from _others(path, module)

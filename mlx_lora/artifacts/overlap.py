@@ -18,9 +18,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.forms import EMBEDDING_ADAPTERS, EXPERT_ADAPTERS
+from mlx_lora.adapters.adapter_layer import AdapterLayer
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.adapters.parts import QUANTIZED
+from mlx_lora.adapters.parts import LINEAR, QUANTIZED
 
 LAYERS, ROWS = 8, 1024  # looked at, of each adapter: next to nothing to compute
 PRESENT = 0.5  # of the update in the weights; quantized bases swallow some of it
@@ -37,11 +37,7 @@ def measure_overlap(model: nn.Module) -> dict[str, float]:
         `inner` <W, D> and `size` <D, D>, and `noise`, the mean square of what quantizing may have added to W, all over
         the sampled rows, to six digits; empty without linear layers whose update is not zero.
     """
-    layers = [
-        layer
-        for layer in adapter_layers(model).values()
-        if not isinstance(layer, (*EMBEDDING_ADAPTERS, *EXPERT_ADAPTERS))
-    ]
+    layers = [layer for layer in adapter_layers(model).values() if layer.OVER is LINEAR]
     chosen = [layers[len(layers) * i // LAYERS] for i in range(LAYERS)] if len(layers) > LAYERS else layers
     if not chosen:
         return {}
@@ -52,9 +48,9 @@ def measure_overlap(model: nn.Module) -> dict[str, float]:
     return {"inner": _digits(inner), "size": _digits(size), "noise": _digits(noise / numbers)}
 
 
-def _sums(layer: nn.Module) -> mx.array:
+def _sums(layer: AdapterLayer) -> mx.array:
     """Return <W, D>, <D, D>, the noise's square and the count of numbers, of one layer's first rows."""
-    base = layer.linear
+    base = layer.base
     names = [name for name in ("weight", "scales", "biases") if name in base]
     rows = [base[name][:ROWS] for name in names]
     if isinstance(base, QUANTIZED):

@@ -32,10 +32,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import regex
 
-from mlx_lora.adapters.dora import DoRAEmbedding
-from mlx_lora.adapters.forms import DORA, EMBEDDING_ADAPTERS, EXPERT_ADAPTERS, adapter_class
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.parts import EMBEDDING, QUANTIZED, SWITCH, base_dims, dense_weight
+from mlx_lora.adapters.registry import adapter_class
 from mlx_lora.artifacts.adapter_config import peft_problems
 from mlx_lora.artifacts.peft_experts import PLACES, expert_tensors, take_experts
 from mlx_lora.artifacts.peft_families import check_reached, folded_rows
@@ -78,7 +77,7 @@ class PeftAdapter:
         shapes: path -> (rank, scale).
         dropout: of every layer.
         base_model: the id it names.
-        leaves_head: the tied head is not adapted, though the embedding is.
+        leaves_head: path of the adapted embedding whose tied head is not adapted; None: there is none.
         full: (path, name in the module) -> parameter trained in full.
     """
 
@@ -87,7 +86,7 @@ class PeftAdapter:
     shapes: dict[str, tuple[int, float]]
     dropout: float
     base_model: str | None
-    leaves_head: bool
+    leaves_head: str | None
     full: dict[tuple[str, str], mx.array]
 
 
@@ -150,14 +149,14 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     embedding = next((layer for layer in found if layer.endswith("embed_tokens")), None)
     if head is not None:
         _refuse(folder, _tied_problems(config, stored, head, found.get(embedding)))
-    is_tied = own_path("lm_head", modules) is None
+    leaves_head = embedding is not None and head is None and own_path("lm_head", modules) is None
     return PeftAdapter(
         factors,
         magnitudes,
         shapes,
         float(config.get("lora_dropout") or 0.0),
         config.get("base_model_name_or_path"),
-        leaves_head=is_tied and embedding is not None and head is None,
+        leaves_head=paths[embedding] if leaves_head else None,
         full=full_values(full, stored, model),
     )
 
@@ -191,14 +190,13 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float, 
         full: names of parameters trained in full.
 
     Raises:
-        InputError: nothing is adapted, or in a form that PEFT does not have.
+        InputError: nothing is adapted, or by layers that PEFT does not have.
     """
     layers = adapter_layers(model)
-    apart = [path for path, layer in layers.items() if isinstance(layer, DoRAEmbedding)]
+    apart = [f"{path} {layer.NOT_IN_PEFT}" for path, layer in layers.items() if layer.NOT_IN_PEFT]
     if apart:
-        raise InputError(
-            f"--to peft: {', '.join(apart)} is a DoRA with a length for each token, PEFT's has one for each column; fuse it"
-        )
+        more = f" (and {len(apart) - 1} more)" if len(apart) > 1 else ""
+        raise InputError(f"--to peft: {apart[0]}{more}; fuse it")
     if not layers:
         raise InputError(f"--out {folder}: the model has no adapter to write")
     check_reached(model.model_type, [*layers, *(name.rpartition(".")[0] for name in full if name.endswith(".weight"))])
@@ -211,25 +209,13 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float, 
         tensors[f"{PREFIX}{tensor.module}.lora_A.weight"] = tensor.a
         tensors[f"{PREFIX}{tensor.module}.lora_B.weight"] = tensor.b
     for path, layer in layers.items():
-        if isinstance(layer, EXPERT_ADAPTERS):
+        if layer.OVER is SWITCH:
             continue
-        name = peft_path(path, model.model_type)
-        shapes[name] = layer.lora_a.shape[1], layer.scale
         folded = folded_rows(model, path, layer.lora_b.shape[1])
-        b = layer.lora_b.T if folded is None else layer.lora_b.T / folded  # (out, r)
-        if isinstance(layer, EMBEDDING_ADAPTERS):
-            tensors[f"{PREFIX}{name}.lora_embedding_A"] = layer.lora_a.T
-            tensors[f"{PREFIX}{name}.lora_embedding_B"] = b
-            if tied and layer.adapts_head:
-                shapes["lm_head"] = shapes[name]
-                tensors[f"{PREFIX}lm_head.lora_A.weight"] = b.T
-                tensors[f"{PREFIX}lm_head.lora_B.weight"] = layer.lora_a
-        else:
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a.T
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = b
-            if isinstance(layer, DORA):
-                tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.m if folded is None else layer.m / folded[:, 0]
-    is_dora = any(isinstance(layer, DORA) for layer in layers.values())
+        for module, own in layer.to_peft(peft_path(path, model.model_type), folded, tied).items():
+            shapes[module] = layer.rank, layer.scale
+            tensors |= {f"{PREFIX}{module}.{name}": tensor for name, tensor in own.items()}
+    is_dora = any(name.endswith(".lora_magnitude_vector") for name in tensors)
     whole, saved, bias = full_for_peft(model, full, tied)
     tensors = {name: mx.contiguous(array.astype(mx.float32)) for name, array in (tensors | whole).items()}
     folder.mkdir(parents=True, exist_ok=True)

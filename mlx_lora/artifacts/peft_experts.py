@@ -23,8 +23,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.moe import LoRASwitchLinear
-from mlx_lora.adapters.parts import base_dims
+from mlx_lora.adapters.adapter_layer import AdapterLayer
+from mlx_lora.adapters.parts import SWITCH, base_dims
 from mlx_lora.system.errors import InputError
 
 
@@ -72,35 +72,33 @@ class ExpertTensor:
     scale: float
 
 
-def expert_tensors(kind: str, layers: dict[str, nn.Module]) -> list[ExpertTensor]:
+def expert_tensors(kind: str, layers: dict[str, AdapterLayer]) -> list[ExpertTensor]:
     """Return the adapters of a model's experts as PEFT has them.
 
     Args:
         kind: the config's model_type.
-        layers: path -> every adapter layer of the model.
+        layers: path -> every adapter layer of the model, none of them of a type that PEFT does not have.
 
     Raises:
         InputError: layers of a mixture that PEFT cannot hold, or of a family that we do not know the names of.
     """
-    experts = {path: layer for path, layer in layers.items() if layer.lora_a.ndim == 3}
+    experts = {path: layer for path, layer in layers.items() if layer.OVER is SWITCH}
     place = PLACES.get(kind)
-    unfit = [path for path, layer in experts.items() if place is None or not isinstance(layer, LoRASwitchLinear)]
-    unfit += [path for path in layers if place is not None and path.endswith(f".{place.router}")]
+    unfit = list(experts) if place is None else [path for path in layers if path.endswith(f".{place.router}")]
     if unfit:
         more = f" and {len(unfit) - 1} more" if len(unfit) > 1 else ""
         known = ", ".join(PLACES)
         raise InputError(
-            f"--to peft: {unfit[0]}{more}: PEFT adapts experts without DoRA, no routers, and we write {known}; "
-            "fuse them instead"
+            f"--to peft: {unfit[0]}{more}: PEFT adapts no routers, and we write experts of {known}; fuse them instead"
         )
-    modules: dict[str, dict[str, LoRASwitchLinear]] = {}
+    modules: dict[str, dict[str, AdapterLayer]] = {}
     for path, layer in experts.items():
         module, projection = path.rsplit(".", 1)
         modules.setdefault(module, {})[projection] = layer
     return [tensor for path, own in modules.items() for tensor in _of_module(path, own, place)]
 
 
-def _of_module(path: str, layers: dict[str, LoRASwitchLinear], place: Place) -> list[ExpertTensor]:
+def _of_module(path: str, layers: dict[str, AdapterLayer], place: Place) -> list[ExpertTensor]:
     module = path.removesuffix(place.ours) + THEIRS
     present = [name for name, parts in PROJECTIONS.items() if any(part in layers for part in parts)]
     tensors = []
@@ -120,7 +118,7 @@ def _of_module(path: str, layers: dict[str, LoRASwitchLinear], place: Place) -> 
     return tensors
 
 
-def joined_experts(layers: list[LoRASwitchLinear | None], in_turns: bool) -> tuple[mx.array, mx.array, float]:
+def joined_experts(layers: list[AdapterLayer | None], in_turns: bool) -> tuple[mx.array, mx.array, float]:
     """Return one adapter (E, R, in), (E, out, R) and its scale for layers whose rows are stored together."""
     scale = next(layer.scale for layer in layers if layer is not None)
     pairs = [None if layer is None else (*layer.plain_factors(), layer.scale / scale) for layer in layers]

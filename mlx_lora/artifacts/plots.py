@@ -58,7 +58,7 @@ def line_chart(
         up = (y - low_y) / ((high_y - low_y) or 1) * (HEIGHT - TOP - BOTTOM)
         return round(LEFT + across, 1), round(HEIGHT - BOTTOM - up, 1)
 
-    parts = [opening, *_grid(x_ticks, y_ticks, low_x, high_x, unit, place)]
+    parts = [opening, *_grid(x_ticks, y_ticks, low_x, unit, place)]
     parts.append(f'<text class="tick" x="{LEFT - 8}" y="{HEIGHT - 12}" text-anchor="end">{escape(along)}</text>')
     for number, one in enumerate(shown):
         parts += _line(one, number, unit, place)
@@ -105,9 +105,7 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
 
 
-def _grid(
-    x_ticks: list[float], y_ticks: list[float], low_x: float, high_x: float, unit: str, place: Callable
-) -> list[str]:
+def _grid(x_ticks: list[float], y_ticks: list[float], low_x: float, unit: str, place: Callable) -> list[str]:
     parts = []
     for tick in y_ticks:
         _, y = place(low_x, tick)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import yaml
 
 from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, save_adapter
@@ -30,69 +29,29 @@ from mlx_lora.artifacts.checkpoint import (
 from mlx_lora.artifacts.run_report import FACTS_FILE, REPORT_FILE
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.settings.checks import is_day
-from mlx_lora.settings.config import LoopSettings, TrainSettings
-from mlx_lora.system.distributed import Ranks, leads
+from mlx_lora.settings.config import ROWS, LoopSettings, TrainSettings
+from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.system.errors import InputError, RunError
 from mlx_lora.system.files import check_writable, replacing_file
 from mlx_lora.system.parsing import parse_yaml
 from mlx_lora.training.state import Diverged, Position, finite, restore_arrays, run_arrays
 from mlx_lora.training.step import Step
 
-# What may change between a run and its continuation: length, cadences, places, and what only moves memory about.
-# Model and data are compared by fingerprint, not by the names they were given.
-FREE = frozenset(
-    [
-        "model",
-        "revision",
-        "data",
-        "chat_date",  # the rows' fingerprint holds what it changes
-        "adapter_path",
-        "trust_remote_code",
-        "iters",
-        "epochs",
-        "memory_budget",
-        "memory_check",
-        "steps_per_report",
-        "steps_per_eval",
-        "val_batches",
-        "save_every",
-        "keep",
-        "keep_best",
-        "sample_tokens",
-        "early_stopping_patience",
-        "early_stopping_threshold",
-        "batch_parts",
-        "max_restarts",
-        "resume",
-        "train",
-        "test",
-        "test_batches",
-        "clear_cache_threshold",
-        "short_buffers",
-        "report_to",
-        "project_name",
-        "force",
-        "strict",
-        "resume_adapter_file",
-        "grad_checkpoint",
-        "kernels",
-    ]
-)
-
-
+CHECKPOINTS = "checkpoints"
 # What a run leaves in its folder, and where an earlier run's lies until this one has saved something of its own.
-RESULTS = (WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", REPORT_FILE, FACTS_FILE, "checkpoints")
+RESULTS = (WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", REPORT_FILE, FACTS_FILE, CHECKPOINTS)
 ASIDE = "earlier-run"
 
 
 @contextmanager
-def own_folder(folder: Path) -> Iterator[None]:
+def own_folder(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Keep other runs out of a run folder; where this run ends before it saves anything, put the earlier one's back."""
-    with locked(folder):
+    with locked(folder) if ranks.leads else nullcontext():
         try:
             yield
         finally:
-            _end_aside(folder)
+            if ranks.leads:
+                _end_aside(folder)
 
 
 def _set_aside(folder: Path) -> None:
@@ -124,57 +83,22 @@ def _end_aside(folder: Path) -> None:
     shutil.rmtree(folder / ASIDE, ignore_errors=True)
 
 
-def room_of(loop: LoopSettings) -> Path:
-    """Return the folder of a run's checkpoints."""
-    return Path(loop.adapter_path) / "checkpoints"
-
-
-def find_checkpoint(loop: LoopSettings, say: Callable[[str], None]) -> Checkpoint | None:
+def find_checkpoint(loop: LoopSettings, ranks: Ranks, say: Callable[[str], None]) -> Checkpoint | None:
     """Return the checkpoint that `--resume` asks for, None when it is not asked for or there is none yet.
 
-    Raises:
-        InputError: a named checkpoint that is damaged or missing.
-    """
-    if loop.resume is None:
-        return None
-    if loop.resume != "auto":
-        return read_checkpoint(Path(loop.resume))
-    found = newest_checkpoint(room_of(loop), say)
-    if found is None:
-        say(f"--resume: no whole checkpoint in {room_of(loop)}; the run starts at the beginning")
-    return found
-
-
-def first_day(loop: LoopSettings, ranks: Ranks | None = None) -> date:
-    """Return what chat templates take for today: the day that the run to go on with began, else today.
-
-    Rank 0's word counts: its clock, and its run folder.
-    """
-    day = date.today().isoformat()
-    if loop.resume is not None and leads(ranks):
-        folder = Path(loop.adapter_path) if loop.resume == "auto" else Path(loop.resume).parent.parent
-        try:
-            settings = parse_yaml((folder / "run.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            settings = None  # no run yet, or of another kind; what else is wrong is found by find_checkpoint
-        known = str(settings.get("chat_date")) if isinstance(settings, dict) else ""
-        day = known if is_day(known) else day
-    return date.fromisoformat(ranks.from_first(day) if ranks else day)
-
-
-def found_by_first(find: Callable[[], Checkpoint | None], ranks: Ranks | None) -> Checkpoint | None:
-    """Return what rank 0 finds, arrays included: the other machines need not hold the run folder.
-
-    Args:
-        find: looks for a checkpoint on this machine.
-        ranks: who wants it; None for a single process.
+    Rank 0 looks for it and gives it to all, arrays included: the other machines need not hold the run folder.
 
     Raises:
-        InputError: whatever `find` raises, on rank 0.
+        InputError: on rank 0, a named checkpoint that is damaged or missing.
     """
-    if ranks is None:
-        return find()
-    found = find() if ranks.leads else None
+    found = None
+    if ranks.leads and loop.resume == "auto":
+        room = Path(loop.adapter_path) / CHECKPOINTS
+        found = newest_checkpoint(room, say)
+        if found is None:
+            say(f"--resume: no whole checkpoint in {room}; the run starts at the beginning")
+    elif ranks.leads and loop.resume is not None:
+        found = read_checkpoint(Path(loop.resume))
     facts = ranks.from_first(found and [str(found.folder), asdict(found.position), found.identity])
     if facts is None:
         return None
@@ -183,11 +107,28 @@ def found_by_first(find: Callable[[], Checkpoint | None], ranks: Ranks | None) -
     return Checkpoint(Path(folder), Position(**position), identity, arrays)
 
 
+def first_day(loop: LoopSettings, ranks: Ranks = ALONE) -> date:
+    """Return what chat templates take for today: the day that the run to go on with began, else today.
+
+    Rank 0's word counts: its clock, and its run folder.
+    """
+    day = date.today().isoformat()
+    if loop.resume is not None and ranks.leads:
+        folder = Path(loop.adapter_path) if loop.resume == "auto" else Path(loop.resume).parent.parent
+        try:
+            settings = parse_yaml((folder / "run.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            settings = None  # no run yet, or of another kind; what else is wrong is found by find_checkpoint
+        known = str(settings.get("chat_date")) if isinstance(settings, dict) else ""
+        day = known if is_day(known) else day
+    return date.fromisoformat(ranks.from_first(day))
+
+
 def identity_of(
     settings: TrainSettings, base_fingerprint: str, data_fingerprint: str, plan: BatchPlan, price_epochs: float
 ) -> dict[str, Any]:
     """Return everything that a continuation must have in common with its run, as JSON can hold it."""
-    own = {name: value for name, value in settings.to_flat().items() if name not in FREE}
+    own = {name: value for name, value in settings.to_flat().items() if not ROWS[name].may_change}
     shapes = hashlib.sha256(repr((len(plan), sorted(plan.shapes))).encode()).hexdigest()[:16]
     facts = {"base": base_fingerprint, "rows": data_fingerprint, "batches": shapes, "price_epochs": price_epochs}
     return {**facts, **own}
@@ -212,44 +153,66 @@ def check_room(loop: LoopSettings, steps: int, adapter_bytes: int) -> None:
     check_writable(Path(loop.adapter_path), "--adapter-path", adapter_bytes * (4 * checkpoints + 1))
 
 
-def write_settings(folder: Path, settings: TrainSettings) -> None:
-    """Write run.yaml: every resolved setting; `--config run.yaml` repeats the run."""
-    with replacing_file(folder / "run.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(settings.to_flat(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
 @dataclass(frozen=True)
 class RunFolder:
     """Writes a run's results.
 
     Attributes:
-        loop: says where, how often, and how many are kept.
+        settings: of the run; they say where, how often, and how many are kept.
         info: what the adapter is.
         identity: of the run.
-        ranks: of which only the first writes, while the others wait; None for a single process.
+        ranks: of which only the first writes, while the others wait.
+        step: holds all that is trained, and the adapted model.
+        at: where the run stands; the loop keeps it up to date.
     """
 
-    loop: LoopSettings
+    settings: TrainSettings
     info: AdapterInfo
     identity: dict[str, Any]
-    ranks: Ranks | None = None
+    ranks: Ranks
+    step: Step
+    at: Position
 
-    def start_anew(self) -> None:
-        """Set an earlier run's results aside (--force), which would pass for this one's."""
-        if leads(self.ranks):
-            _set_aside(Path(self.loop.adapter_path))
+    @property
+    def path(self) -> Path:
+        """Where the results go."""
+        return Path(self.settings.loop.adapter_path)
 
-    def clear_leftovers(self) -> None:
-        """Remove what killed runs left half written; nobody else writes here while the folder is locked."""
-        if not leads(self.ranks):
+    def begin(self, found: Checkpoint | None, steps: int, say: Callable[[str], None]) -> None:
+        """Restore the checkpoint that was found, or without --resume set an earlier run's results aside; write run.yaml.
+
+        Args:
+            found: a checkpoint of this run, if there is one.
+            steps: of the whole run.
+            say: takes a line about the checkpoint.
+        """
+        done = found is not None and self.at.taken >= steps
+        if found:
+            restore_arrays(self.step, found.arrays)
+            left = f"; all {steps} steps are done, raise --iters or --epochs for more" if done else ""
+            say(f"Going on from step {self.at.taken} ({found.folder}){left}")
+        if not self.ranks.leads:
             return
-        folder = Path(self.loop.adapter_path)
-        for path in room_of(self.loop).glob(".step-*"):
+        self._clear_leftovers()
+        if done:
+            self._save_adapter(self.path)
+        elif self.settings.loop.resume is None:
+            _set_aside(self.path)
+        with replacing_file(self.path / "run.yaml") as temporary:  # `--config run.yaml` repeats the run
+            text = yaml.safe_dump(self.settings.to_flat(), sort_keys=False, allow_unicode=True)
+            temporary.write_text(text, encoding="utf-8")
+
+    def _clear_leftovers(self) -> None:
+        """Remove what killed runs left half written; nobody else writes here while the folder is locked."""
+        for path in (self.path / CHECKPOINTS).glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
         # As replacing_file calls them; a user's own files stay.
         for name in (WEIGHTS_FILE, CONFIG_FILE, "run.yaml", REPORT_FILE, FACTS_FILE, CARD_FILE):
-            for path in folder.glob(f".{name}.*"):
+            for path in self.path.glob(f".{name}.*"):
                 path.unlink(missing_ok=True)
+
+    def _save_adapter(self, folder: Path) -> None:
+        save_adapter(folder, self.step.model, self.info)
 
     @contextmanager
     def kept_if_it_fails(self) -> Iterator[None]:
@@ -258,7 +221,7 @@ class RunFolder:
         Raises:
             RunError: in place of what the operating system reported.
         """
-        if not leads(self.ranks):
+        if not self.ranks.leads:
             yield  # what is left is rank 0's to say
             return
         try:
@@ -272,56 +235,43 @@ class RunFolder:
             raise RunError(f"{error}; {self._kept()}") from error
 
     def _kept(self) -> str:
-        for _, folder in numbered(room_of(self.loop)):
+        for _, folder in numbered(self.path / CHECKPOINTS):
             return f"{folder} is whole: mend the cause, then go on from it with --resume"
         return "no checkpoint was written before"
 
-    def save(self, model: nn.Module, step: Step, at: Position) -> None:
+    def save(self) -> None:
         """Write the adapter and, with --save-every, a checkpoint of the whole run.
 
         Raises:
             Diverged: a parameter is not finite: what is saved never is.
         """
-        if not finite(step):
-            raise Diverged(at)
-        if leads(self.ranks):
-            self._write(model, step, at)
-        if self.ranks is not None:
-            self.ranks.meet()  # what is saved is on the disk before any rank goes on, or ends
+        if not finite(self.step):
+            raise Diverged(self.at)
+        if self.ranks.leads:
+            self._save_adapter(self.path)
+            if self.settings.loop.save_every:
+                room = self.path / CHECKPOINTS
+                name = f"step-{self.at.taken:06d}"
+                write_checkpoint(room / name, self.at, self.identity, run_arrays(self.step), self._save_adapter)
+                thin_out(room, self.settings.loop.keep, self.at.best_at)
+            _end_aside(self.path)
+        self.ranks.meet()  # what is saved is on the disk before any rank goes on, or ends
 
-    def _write(self, model: nn.Module, step: Step, at: Position) -> None:
-        save_adapter(Path(self.loop.adapter_path), model, self.info)
-        if not self.loop.save_every:
-            _end_aside(Path(self.loop.adapter_path))
-            return
-        write_checkpoint(
-            room_of(self.loop) / f"step-{at.taken:06d}",
-            at,
-            self.identity,
-            run_arrays(step, model),
-            lambda place: save_adapter(place, model, self.info),
-        )
-        thin_out(room_of(self.loop), self.loop.keep, at.best_at)
-        _end_aside(Path(self.loop.adapter_path))
-
-    def roll_back(self, model: nn.Module, step: Step, diverged: Diverged) -> RunError:
+    def roll_back(self, diverged: Diverged) -> RunError:
         """Put the last good checkpoint's adapter back after a divergence, and return the error that ends the run.
 
         Checkpoints behind it are removed, so that `--resume` finds it. Where there is none, the parameters from before
         the skipped updates are saved, if they are finite.
         """
-        if not leads(self.ranks):
-            self.ranks.meet()
-            return RunError(str(diverged))
         try:
-            return self._roll_back(model, step, diverged)
+            return RunError(f"{diverged}{self._roll_back() if self.ranks.leads else ''}")
         finally:
-            if self.ranks is not None:
-                self.ranks.meet()
+            self.ranks.meet()
 
-    def _roll_back(self, model: nn.Module, step: Step, diverged: Diverged) -> RunError:
+    def _roll_back(self) -> str:
+        """Do so, and return what is left of the run, and advice."""
         advice = "nothing was lowered: start anew with a lower --learning-rate, or --dtype float32"
-        for _, folder in numbered(room_of(self.loop)):
+        for _, folder in numbered(self.path / CHECKPOINTS):
             try:
                 good = read_checkpoint(folder)
             except InputError:
@@ -329,22 +279,22 @@ class RunFolder:
             if good.position.skipped_in_a_row or not all(mx.isfinite(a).all().item() for a in good.arrays.values()):
                 shutil.rmtree(folder)
                 continue
-            restore_arrays(step, model, good.arrays)
-            save_adapter(Path(self.loop.adapter_path), model, self.info)
-            return RunError(f"{diverged}; the adapter of step {good.position.taken} ({folder}) is put back; {advice}")
-        if finite(step):
-            save_adapter(Path(self.loop.adapter_path), model, self.info)
-            return RunError(f"{diverged}; the adapter as it was before them is saved; {advice}")
-        return RunError(f"{diverged}, and no checkpoint was written before; no adapter is saved; {advice}")
+            restore_arrays(self.step, good.arrays)
+            self._save_adapter(self.path)
+            return f"; the adapter of step {good.position.taken} ({folder}) is put back; {advice}"
+        if finite(self.step):
+            self._save_adapter(self.path)
+            return f"; the adapter as it was before them is saved; {advice}"
+        return f", and no checkpoint was written before; no adapter is saved; {advice}"
 
-    def put_best(self, model: nn.Module, step: Step, at: Position) -> str | None:
+    def put_best(self) -> str | None:
         """Put the adapter of the lowest validation loss back (--keep-best), and return words on it."""
-        if not self.loop.keep_best or not leads(self.ranks):
+        at = self.at
+        if not self.settings.loop.keep_best or not self.ranks.leads:
             return None
         if not at.best_at:
             return "no validation was better than before the training: the last adapter is kept"
         if at.best_at != at.taken:
-            best = read_checkpoint(room_of(self.loop) / f"step-{at.best_at:06d}")
-            restore_arrays(step, model, best.arrays)
-            save_adapter(Path(self.loop.adapter_path), model, self.info)
+            restore_arrays(self.step, read_checkpoint(self.path / CHECKPOINTS / f"step-{at.best_at:06d}").arrays)
+            self._save_adapter(self.path)
         return f"the adapter is that of step {at.best_at}, with the lowest held-out loss, {at.best_loss:.4f}"

@@ -65,8 +65,7 @@ def entry_folder(
         "code": _code_hash(),
         "packages": [metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")],
     }
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-    return cache_dir("encoded") / key[:32]
+    return cache_dir("encoded") / sha256_of(json.dumps(parts, sort_keys=True, default=str))[:32]
 
 
 def read_entry(folder: Path) -> tuple[dict[str, EncodedSet], dict[str, Any]] | None:
@@ -146,8 +145,7 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of everything in a tokenizer that ids, masks and rendered chats depend on."""
     core = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else type(tokenizer).__name__
     special = [tokenizer.special_tokens_map, tokenizer.all_special_tokens, tokenizer.eos_token_id]
-    content = json.dumps([core, tokenizer.chat_template, special], sort_keys=True, default=str)
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+    return sha256_of(json.dumps([core, tokenizer.chat_template, special], sort_keys=True, default=str))
 
 
 def _code_hash() -> str:

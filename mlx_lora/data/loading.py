@@ -25,6 +25,7 @@ from mlx_lora.sources.records import BadRow, check_file, read_records
 from mlx_lora.sources.splits import find_splits
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import one_at_a_time
+from mlx_lora.system.units import counted
 
 TELL_AFTER_S = 2.0  # a shorter encoding is not reported
 TELL_EVERY_S = 10.0
@@ -371,27 +372,23 @@ def _notes(
     chats = [example for example in kept if isinstance(example, Conversation)]
     with_tools = [chat for chat in chats if chat.tools]
     if with_tools and not encoder.shows_tools(with_tools[0]):
-        notes.append(f"the chat template does not show the tools of {_count(len(with_tools), 'row')} to the model")
+        notes.append(f"the chat template does not show the tools of {counted(len(with_tools), 'row')} to the model")
     unshown: Counter[str] = Counter()
     for part in encoded.values():
         unshown.update({name: len(numbers) for name, numbers in part.unshown.items()})
     for name, count in sorted(unshown.items()):
         have = "has" if count == 1 else "have"
-        notes.append(f"{_count(count, 'row')} {have} {name}, which the chat template does not show; it is not trained")
+        notes.append(f"{counted(count, 'row')} {have} {name}, which the chat template does not show; it is not trained")
     unread = Counter(name for chat in chats for name in chat.unread)
     if unread:
-        named = ", ".join(f"{name} ({_count(count, 'row')})" for name, count in unread.most_common(8))
+        named = ", ".join(f"{name} ({counted(count, 'row')})" for name, count in unread.most_common(8))
         notes.append(f"fields of messages that are not read: {named}")
     divided = sum(len(part.divided) for part in encoded.values())
     if divided:
         notes.append(
-            f"{_count(divided, 'chat')} {'gives' if divided == 1 else 'give'} several rows: the chat template hides "
+            f"{counted(divided, 'chat')} {'gives' if divided == 1 else 'give'} several rows: the chat template hides "
             "thinking or tools of earlier turns, and each turn is trained as the model writes it"
         )
     if day and chats:
         notes.append(f"the chat template shows a date: {day.isoformat()}, kept for --resume (--chat-date)")
     return notes
-
-
-def _count(count: int, of: str) -> str:
-    return f"{count:,} {of}" + ("" if count == 1 else "s")

@@ -25,7 +25,6 @@ other turns follow. There are two cases:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -42,6 +41,7 @@ from mlx_lora.data.sandbox import render_chat
 from mlx_lora.data.specials import Specials
 from mlx_lora.data.templates import PROBE
 from mlx_lora.data.turns import Span, Turns
+from mlx_lora.system.files import sha256_of
 
 A_CALL = {"id": "aaaaaaaaa", "type": "function", "function": {"name": "qzx", "arguments": {}}}
 NOTHING = {"type": "object", "properties": {}, "required": []}
@@ -93,7 +93,7 @@ class Renderer:
         """Learn the template's generation prompt and the tokenizer's special tokens.
 
         Args:
-            tokenizer: Renders templates in transformers' sandbox.
+            tokenizer: For its special tokens.
             template: Jinja text.
             day: The day that the template shows as today; None: today.
         """
@@ -159,7 +159,6 @@ class Renderer:
 
     def _text(self, messages: list[Message], tools: list[dict] | None, prompt: bool = False) -> str:
         """Return a rendering; with `prompt`, it ends with the generation prompt, as at inference."""
-        messages = [_with_thinking(message) if "reasoning_content" in message else message for message in messages]
         try:
             return render_chat(self._tokenizer, messages, self._template, tools, prompt, self._day)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
@@ -306,11 +305,6 @@ def _holds(text: str, content: str) -> bool:
     return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
 
 
-def _with_thinking(message: Message) -> Message:
-    """Return the message with its thinking under both names that templates read, as in transformers since 5.0."""
-    return {"thinking": message["reasoning_content"], **message}
-
-
 def _as_it_is(messages: list[Message]) -> list[Message]:
     return messages
 
@@ -346,7 +340,7 @@ def _with_short_ids(messages: list[Message]) -> list[Message]:
 
 
 def _short_id(known: str) -> str:
-    return known if re.fullmatch(r"[a-zA-Z0-9]{9}", known) else hashlib.sha256(known.encode()).hexdigest()[:9]
+    return known if re.fullmatch(r"[a-zA-Z0-9]{9}", known) else sha256_of(known)[:9]
 
 
 # The formats of calls that templates accept, the usual one first.

@@ -1,31 +1,33 @@
 """Render chat templates, which are programs from model and adapter folders, with bounds on time and memory.
 
-transformers renders them in jinja2's sandbox, where no template can reach Python's objects. That sandbox does not limit
-cost: two nested loops can run for hours, and `'a' * 10**10` takes ten gigabytes in one operation. So the sandbox here
-refuses single operations that make something huge, and a clock checks time and memory every few milliseconds, which
-bounds everything else.
+jinja2's sandbox keeps templates from Python's objects. It does not limit cost: two nested loops can run for hours, and
+`'a' * 10**10` takes ten gigabytes in one operation. So the sandbox here refuses single operations that make something
+huge, and a clock checks time and memory every few milliseconds, which bounds everything else. Templates find in it what
+transformers gives them (https://huggingface.co/docs/transformers/chat_templating_writing), and it renders what
+transformers renders.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from datetime import date, datetime
 from datetime import time as time_of_day
 from typing import Any
 
 import jinja2
+import jinja2.ext
 import jinja2.sandbox
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import chat_template_utils
 
+from mlx_lora.data.messages import REASONING
 from mlx_lora.system import process
 from mlx_lora.system.errors import InputError
 
@@ -37,9 +39,7 @@ RENDER_S = 10.0  # for one conversation, which usually takes a millisecond
 RENDER_BYTES = 512 << 20
 TICK_S = 0.05
 AGAIN_S = 1.0  # until an exception is raised again: Python drops one that arrives in a finalizer
-_SANDBOX = "ImmutableSandboxedEnvironment"
 DATE_FUNCTION = "strftime_now"  # the function that returns today's date in a template
-_DAY: ContextVar[date | None] = ContextVar("the day that templates show", default=None)
 
 
 def render_chat(
@@ -66,25 +66,80 @@ def render_chat(
     """
     if len(template) > MAX_TEMPLATE_CHARACTERS:
         raise InputError(f"the chat template has {len(template)} characters; use another with --chat-template")
-    token = _DAY.set(day)
+    if not messages:
+        raise ValueError("the conversation is empty")
+    given = {
+        **tokenizer.special_tokens_map,
+        "messages": [_as_templates_take_it(message) for message in messages],
+        "tools": tools,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+    }
     try:
-        with _SWAPPED, CLOCK:
-            text = tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                chat_template=template,
-            )
+        with CLOCK:
+            text = _compiled(template).render(_plain(given) | {DATE_FUNCTION: lambda format: _strftime(format, day)})
     except RecursionError:
         raise jinja2.TemplateRuntimeError("it calls itself without end") from None
     except (ArithmeticError, LookupError, AttributeError, MemoryError, SyntaxError) as error:
         # A template's own operations raise these: a division by zero, a missing key.
         raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
-    finally:
-        _DAY.reset(token)
     text.encode()  # raises ValueError for half a surrogate pair, which Jinja can write and no tokenizer accepts
     return text
+
+
+def _as_templates_take_it(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message without the fields that hold nothing, and with its thinking under the names in use."""
+    message = {name: value for name, value in message.items() if value is not None}
+    thinking = next((message[name] for name in REASONING if name in message), None)
+    return message if thinking is None else {"thinking": thinking, **message, "reasoning_content": thinking}
+
+
+def _plain(value: Any) -> Any:
+    """Copy plain data; of anything else a template sees the type's name, and none of its methods."""
+    if isinstance(value, dict):
+        return {_plain(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(map(_plain, value))
+    return value if value is None or type(value) in (str, int, float, bool) else f"<{type(value).__name__}>"
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}`, with which templates mark what the model writes: shown as it is, with names of its own."""
+
+    tags = frozenset(["generation"])
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        """Parse the block up to its end."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_shown"), [], [], body).set_lineno(line)
+
+    def _shown(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """`namespace` in templates, without the names that Python looks up itself."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # so that a template may call one of its names `self`
+        jinja2.utils.Namespace.__init__(args[0])
+        for name, value in dict(*args[1:], **kwargs).items():
+            args[0][name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if str(name).startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"the name {name!r} is not allowed in a chat template's namespace")
+        super().__setitem__(name, value)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class BoundedSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -92,10 +147,11 @@ class BoundedSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(["*", "**", "%"])
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.filters = _BoundedFilters(self.filters)
-        self.globals = _DatedGlobals(self.globals)
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+        self.filters["tojson"] = _tojson
+        self.filters = {name: _bounded(name, function) for name, function in self.filters.items()}
+        self.globals.update(raise_exception=_raise_exception, namespace=_Namespace)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Compute one of the operators above if its result is not too large."""
@@ -133,27 +189,9 @@ class BoundedSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
 
-class _BoundedFilters(dict):
-    """jinja2's filters, and those that transformers adds later, with their counts checked."""
-
-    def __init__(self, filters: dict[str, Callable]):
-        super().__init__({name: _bounded(name, function) for name, function in filters.items()})
-
-    def __setitem__(self, name: str, function: Callable) -> None:
-        super().__setitem__(name, _bounded(name, function))
-
-
-class _DatedGlobals(dict):
-    """The functions that a template may call; of those that transformers adds later, the date function is replaced."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        super().__setitem__(name, _strftime if name == DATE_FUNCTION else value)
-
-
-def _strftime(date_format: str) -> str:
-    """Return the day of this rendering in a format such as `%d %b %Y`; the time of a given day is midnight."""
+def _strftime(date_format: str, day: date | None) -> str:
+    """Return a day in a format such as `%d %b %Y`; the time of a given day is midnight, and None is now."""
     _check_format(date_format)
-    day = _DAY.get()
     return (datetime.combine(day, time_of_day()) if day else datetime.now()).strftime(date_format)
 
 
@@ -212,22 +250,6 @@ def _check_replace(text: Any, old: Any, new: Any) -> None:
 def _check(size: int, limit: int) -> None:
     if size > limit:
         raise jinja2.exceptions.SecurityError(f"a result of size {size:.3g} is not allowed in a chat template")
-
-
-class _OurSandbox:
-    """A context in which transformers compiles templates in our sandbox."""
-
-    def __init__(self) -> None:
-        modules = (chat_template_utils, jinja2.sandbox)
-        self._theirs = [(module, getattr(module, _SANDBOX)) for module in modules if hasattr(module, _SANDBOX)]
-
-    def __enter__(self) -> None:
-        for module, _ in self._theirs:
-            setattr(module, _SANDBOX, BoundedSandbox)
-
-    def __exit__(self, *error: object) -> None:
-        for module, sandbox in self._theirs:
-            setattr(module, _SANDBOX, sandbox)
 
 
 class TooMuch(InputError):
@@ -328,4 +350,4 @@ def _over(began_s: float, held_bytes: int) -> bool:
     return time.monotonic() - began_s > RENDER_S or process.peak_bytes() - held_bytes > RENDER_BYTES
 
 
-CLOCK, _SWAPPED = _Clock(), _OurSandbox()
+CLOCK, _compiled = _Clock(), functools.lru_cache(maxsize=128)(BoundedSandbox().from_string)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 
 import numpy as np
 
 from mlx_lora.data.formats import Completion, Conversation, Example, Text
+from mlx_lora.system.files import sha256_of
 
 
 def content_key(example: Example) -> str:
@@ -19,7 +19,7 @@ def content_key(example: Example) -> str:
         content = [example.prompt, example.completion]
     else:
         content = [example.text]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return sha256_of(json.dumps(content, sort_keys=True))
 
 
 def hold_out(keys: Sequence[str], fraction: float, seed: int) -> np.ndarray:
@@ -39,7 +39,7 @@ def hold_out(keys: Sequence[str], fraction: float, seed: int) -> np.ndarray:
     held = np.zeros(len(keys), bool)
     groups: dict[str, list[int]] = {}
     for row, key in enumerate(keys):
-        groups.setdefault(hashlib.sha256(f"{seed}:{key}".encode()).hexdigest(), []).append(row)
+        groups.setdefault(sha256_of(f"{seed}:{key}"), []).append(row)
     if fraction <= 0 or len(groups) < 2:
         return held
     wanted = max(1, round(fraction * len(keys)))

@@ -8,7 +8,6 @@ By default, GGUF blocks are carried over as they are, and a Hugging Face model i
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 import time
 from collections import Counter
@@ -145,7 +144,7 @@ def cached_gguf_folder(source: ModelSource) -> Path:
     """
     stat = source.path.stat()
     key = f"{_FORMAT}|{source.path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    folder = cache_dir("converted") / f"{source.path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    folder = cache_dir("converted") / f"{source.path.stem}-{sha256_of(key)[:12]}"
     with one_at_a_time(folder):
         if not (folder / "config.json").is_file():
             check_writable(folder, f"MLX_LORA_CACHE: converting {source.path.name} into", stat.st_size)

@@ -66,20 +66,3 @@ def merge_mark(model: nn.Module, config: dict[str, Any]) -> str:
                 digest.update(f"{path}.{name}".encode())
                 digest.update(np.array(layer[name].astype(mx.float32)).tobytes())
     return digest.hexdigest()[:8]
-
-
-def weights_checksum(model: nn.Module, skip: frozenset[str] = frozenset()) -> str:
-    """Return the SHA-256 of every parameter's name and bytes, which proves that a base did not change.
-
-    Args:
-        model: any module.
-        skip: last name parts to leave out (`lora_a`, `lora_b`).
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(tree_flatten(model.parameters())):
-        if name.rsplit(".", 1)[-1] in skip:
-            continue
-        digest.update(name.replace(".linear.", ".").replace(".embedding.", ".").encode())
-        raw = value.view(mx.uint16) if value.dtype == mx.bfloat16 else value
-        digest.update(np.array(raw).tobytes())
-    return digest.hexdigest()

@@ -128,12 +128,12 @@ def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
                 f"{file}: the model requires its own code ({str(config['model_file'])[:80]}); read it, then give "
                 "--trust-remote-code"
             )
-        if not inside(folder, config["model_file"]):
+        if not inside(config["model_file"]):
             raise InputError(f"{file}: model_file {str(config['model_file'])[:80]} is not in that folder; fix the file")
     return config
 
 
-def inside(folder: Path, name: Any) -> bool:
+def inside(name: Any) -> bool:
     """Tell whether a name read from a file is a plain file name, which cannot point outside the folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
 

@@ -160,7 +160,7 @@ def gated_delta(
     Returns:
         y (B, T, Hv, Dv) in q's dtype, the last state, and the state at each segment's start.
     """
-    cut = _Cut.of(q, v, log_g)
+    cut = _Cut.of(q, v)
     now = cut.split_state(state)
     parts, starts = [], []
     for start, stop in cut.segments():
@@ -191,7 +191,7 @@ def gated_delta_gradient(
         starts: the state at each segment's start, as it returned them.
         d_y, d_last: cotangents of y and of the last state.
     """
-    cut = _Cut.of(q, v, log_g)
+    cut = _Cut.of(q, v)
     given = (q, k, v, log_g, beta)
     d_now = cut.split_state(d_last)
     parts: list[list[mx.array]] = []
@@ -215,7 +215,7 @@ class _Cut:
     segment: int
 
     @classmethod
-    def of(cls, q: mx.array, v: mx.array, log_g: mx.array) -> _Cut:
+    def of(cls, q: mx.array, v: mx.array) -> _Cut:
         batch, tokens, key_heads, _ = q.shape
         chunk = min(CHUNK, 1 << (tokens - 1).bit_length())  # halves are halved again, so a power of two
         chunks = max(1, SEGMENT_HEAD_TOKENS // (batch * v.shape[2] * chunk))

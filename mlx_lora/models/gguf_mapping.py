@@ -119,21 +119,3 @@ class TensorMapping:
         values = values if self.rows is None else values[self.rows.from_file(len(values))]
         values = np.log(-values) if self.values == "minus_exp" else values
         return values if self.axis is None else np.expand_dims(values, self.axis)
-
-
-def undo_rope_order(rows: np.ndarray, n_heads: int) -> np.ndarray:
-    """Return the rows of a q or k weight in Hugging Face's RoPE order, given llama.cpp's.
-
-    Args:
-        rows: (heads * head_dim, ...), of any dtype; packed rows are moved, not unpacked.
-        n_heads: the number of heads that the rows belong to.
-
-    Returns:
-        The same rows, reordered.
-    """
-    return rows[rope_order(n_heads).from_file(len(rows))]
-
-
-def redo_rope_order(rows: np.ndarray, n_heads: int) -> np.ndarray:
-    """Return the rows of a q or k weight in llama.cpp's RoPE order: the inverse of `undo_rope_order`."""
-    return rows[rope_order(n_heads).to_file(len(rows))]

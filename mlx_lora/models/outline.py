@@ -7,6 +7,7 @@ memory.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def _stored(folder: Path, dtype: mx.Dtype) -> tuple[frozenset[str] | None, int]:
         names |= header.keys()
         for entry in header.values():
             if entry["dtype"] in STORED and STORED[entry["dtype"]] != dtype:
-                cast += entry["data_offsets"][1] - entry["data_offsets"][0]
+                cast += math.prod(entry["shape"]) * STORED[entry["dtype"]].size
     for file in [] if names else folder.glob("*.safetensors.index.json"):
         try:
             names |= json.loads(file.read_text(encoding="utf-8"))["weight_map"].keys()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from mlx_lora.models.folder import CONFIG_FILE, FOREIGN_ERRORS, inside, short
 from mlx_lora.sources.spm_tokenizer import write_tokenizer_from_spm
 from mlx_lora.system.cache import cache_dir
 from mlx_lora.system.errors import InputError
-from mlx_lora.system.files import replacing_folder
+from mlx_lora.system.files import replacing_folder, sha256_of
 from mlx_lora.system.parsing import MAX_DEPTH, read_json
 
 # How many times longer a normalizer may make a text; published ones reach 3 for a single character.
@@ -91,7 +90,7 @@ def check_tokenizer_config(folder: Path, trust_remote_code: bool) -> None:
     for number, name in enumerate(versions if isinstance(versions, list) else []):
         named[f"fast_tokenizer_files[{number}]"] = name
     # Many published files name a path on their author's machine, which is harmless unless it exists here and is read.
-    outside = [key for key, name in named.items() if not inside(folder, name) and (folder / str(name)).exists()]
+    outside = [key for key, name in named.items() if not inside(name) and (folder / str(name)).exists()]
     if outside:
         raise InputError(f"{file}: {outside[0]} names a file outside the folder; remove the key")
 
@@ -135,7 +134,7 @@ def _tokenizer_folder(folder: Path) -> Path:
         return folder
     stat = model_file.stat()
     key = f"{model_file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    rebuilt = cache_dir("converted") / f"tokenizer-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    rebuilt = cache_dir("converted") / f"tokenizer-{sha256_of(key)[:12]}"
     if not rebuilt.exists():
         with replacing_folder(rebuilt) as temporary:
             write_tokenizer_from_spm(model_file, folder, temporary)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from mlx_lora.planner.memory import MemoryPlan, plan_memory
 from mlx_lora.planner.shapes import Machine, ModelShape, Run
 from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
-from mlx_lora.settings.methods import PRESETS
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.units import gigabytes
 
@@ -58,7 +57,6 @@ def run_of(settings: TrainSettings, rows: int, width: int, mode: str, slots: int
         trained_positions=slots,
         checkpointing=mode,
         optimizer=settings.optimizer.optimizer,
-        layer_type=PRESETS[settings.adapter.method_name].form,
         dropout=settings.adapter.dropout > 0,
         accumulates=loop.grad_accumulation_steps * loop.batch_parts > 1,
     )

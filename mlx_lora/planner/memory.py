@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 from mlx_lora.planner.shapes import Block, Layer, Machine, ModelShape, Run
 from mlx_lora.settings.checks import checkpoint_every
+from mlx_lora.settings.optimizers import OPTIMIZERS
 
 SINGLE = 4  # bytes of a float32
 # Tokens of the check of losses and kernels before the first step (two tiles of attention).
@@ -57,15 +58,6 @@ DROPPED_ARRAYS = 1.2  # of an input with dropout: the result and its mask
 # An elementwise optimizer gets up to this many trained numbers as one flat array. Modules that are trained in full are
 # large arrays already, and another copy of them would only take memory.
 FLAT_UP_TO = 1 << 25
-# Per optimizer: copies of the trained numbers that it keeps, copies that one update adds to them and the gradient
-# (measured on arrays of at least a megabyte), and whether it is elementwise.
-OPTIMIZERS = {
-    "adamw": (2, 9.0, True),
-    "adam": (2, 9.0, True),
-    "sgd": (1, 4.0, True),
-    "muon": (1, 8.5, False),
-    "adafactor": (0, 5.5, False),
-}
 ARRAYS_AHEAD = 23  # arrays in an update at a time, if each is updated separately
 
 
@@ -115,14 +107,15 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
         budget_bytes: what it may use; default: the machine's working set.
     """
     masters = SINGLE * shape.trained
-    moments, copies, elementwise = OPTIMIZERS[run.optimizer]
-    if not elementwise or shape.trained > FLAT_UP_TO:
+    optimizer = OPTIMIZERS[run.optimizer]
+    copies = optimizer.update_copies
+    if not optimizer.elementwise or shape.trained > FLAT_UP_TO:
         copies *= min(1.0, ARRAYS_AHEAD / max(1, shape.trained_arrays))
     budget = machine.working_set_bytes if budget_bytes is None else min(budget_bytes, machine.working_set_bytes)
     held = {
         "base": shape.base_bytes,
         "adapter": masters + shape.frozen_adapter_bytes,
-        "optimizer": moments * masters,
+        "optimizer": optimizer.state_copies * masters,
     }
     kept, most = _kept_by_blocks(shape, run, machine)
     activations = {"activations": kept, "gradients": masters * run.accumulates}
@@ -178,10 +171,8 @@ def block_numbers(block: Block, run: Run, machine: Machine) -> float:
         kept += sum(2 * layer.outputs * layer.active for layer in layers if layer.is_end and layer.active > 1)
         if len(first) > 1 and "attn" not in parent and "attention" not in parent:
             kept += first[0].outputs * first[0].active * _activation_arrays(block, machine)
-        # DoRA also keeps the product that it scales, and dropout keeps its result for each input.
-        kept += sum(
-            layer.active * (layer.rank + layer.outputs * (run.layer_type == "dora")) for layer in layers if layer.rank
-        )
+        # Some adapters also keep the output that they scale, and dropout keeps its result for each input.
+        kept += sum(layer.active * (layer.rank + layer.outputs * layer.keeps_product) for layer in layers)
         kept += DROPPED_ARRAYS * sum(layer.active * layer.inputs for layer in layers if layer.rank and run.dropout)
     kept += block.heads * block.head_width
     return kept + _norm_numbers(block)

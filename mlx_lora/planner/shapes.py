@@ -23,6 +23,7 @@ class Layer:
         active: the number of them that each position uses.
         packed: whether it is quantized.
         rank: of its adapter; 0 without one.
+        keeps_product: whether its adapter also keeps the output that it scales, as DoRA does.
     """
 
     parent: str
@@ -33,6 +34,7 @@ class Layer:
     active: int = 1
     packed: bool = False
     rank: int = 0
+    keeps_product: bool = False
 
     @property
     def numbers(self) -> int:
@@ -64,7 +66,6 @@ BRANCH_ENDS = frozenset(
         "proj_out",
     ]
 )
-ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 
 class NotKnown(Exception):
@@ -267,7 +268,6 @@ class Run:
         trained_positions: the largest P; None: all positions.
         checkpointing: `none`, `selective`, `block` or n.
         optimizer: its name.
-        layer_type: of the adapter, `lora` or `dora`.
         dropout: whether dropout is applied to the adapters' inputs.
         accumulates: whether a step adds up the gradients of several micro-batches.
     """
@@ -277,7 +277,6 @@ class Run:
     trained_positions: int | None = None
     checkpointing: str = "none"
     optimizer: str = "adamw"
-    layer_type: str = "lora"
     dropout: bool = False
     accumulates: bool = False
 

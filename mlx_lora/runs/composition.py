@@ -1,10 +1,12 @@
-"""What a run computes with: the adapted model, the step, the held-out batches."""
+"""From a run's settings to a run that is ready for its first step: `compose` reads top to bottom."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import mlx.core as mx
 
 from mlx_lora.adapters.adapt import Adapted, adapt_model
 from mlx_lora.artifacts.adapter import (
@@ -16,8 +18,10 @@ from mlx_lora.artifacts.adapter import (
     read_adapter_config,
 )
 from mlx_lora.artifacts.checkpoint import Checkpoint
+from mlx_lora.artifacts.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
+from mlx_lora.data.loading import DataSplits
 from mlx_lora.data.widths import ShapePrice
 from mlx_lora.models.attention import attend
 from mlx_lora.models.kernel_choice import KernelChoice, choose_model_kernels
@@ -26,23 +30,51 @@ from mlx_lora.models.kernels import assumed
 from mlx_lora.models.load import Base
 from mlx_lora.planner.fitting import planned_words
 from mlx_lora.planner.memory import MemoryPlan
-from mlx_lora.planner.shapes import KernelTerms, ModelShape
-from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
+from mlx_lora.planner.shapes import KernelTerms
+from mlx_lora.runs.words import describe_run
+from mlx_lora.settings.config import DataSettings, LoopSettings, TrainSettings
 from mlx_lora.system import device
 from mlx_lora.system.distributed import Ranks
+from mlx_lora.training.agreement import check_one_run, take_first_ranks
 from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.hooks_from_settings import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.training.loss_choice import PLAIN_LOGITS
 from mlx_lora.training.losses import Loss, check_kernels, choose_loss
 from mlx_lora.training.optim import build_optimizer
-from mlx_lora.training.run_fit import adapted_shape
+from mlx_lora.training.run_fit import adapted_shape, fit_run
 from mlx_lora.training.sharing import Sharing
+from mlx_lora.training.state import Position
 from mlx_lora.training.step import Step
-from mlx_lora.training.trial import StepForm, choose_step_form
+from mlx_lora.training.trainer import held_out_plan, total_steps
+from mlx_lora.training.trial import choose_step_form
 
 
 @dataclass(frozen=True)
-class Forms:
+class Composed:
+    """A run that is ready for its first step.
+
+    Attributes:
+        folder: writes the results; its settings are the run's own, in which nothing is open.
+        loss: in the step.
+        plan, validation: the batches to train on, and the held-out ones.
+        steps: of the whole run.
+        found: the checkpoint to go on from, if there is one.
+        memory: the plan.
+        words: lines for the run header.
+    """
+
+    folder: RunFolder
+    loss: Loss
+    plan: BatchPlan
+    validation: BatchPlan | None
+    steps: int
+    found: Checkpoint | None
+    memory: MemoryPlan
+    words: list[str]
+
+
+@dataclass(frozen=True)
+class LossAndKernels:
     """What computes a run's numbers.
 
     Attributes:
@@ -58,24 +90,40 @@ class Forms:
     words: str
 
 
-def make_step(settings: TrainSettings, base: Base, form: StepForm, steps: int, ranks: Ranks | None) -> Step:
-    """Build the optimizer and the compiled step of a run."""
-    optimizer = build_optimizer(
-        settings.optimizer, steps, restart_every(settings.adapter, steps), restart_warmup(settings.adapter, steps)
-    )
-    return Step(
-        base.model,
-        optimizer,
-        form.loss.train,
-        settings.optimizer.max_grad_norm,
-        form.attend,
-        wait=settings.loop.short_buffers,
-        rate_of=rates_of(settings.adapter),
-        events=make_events(settings.adapter, base.model, steps, settings.loop.seed),
-        sharing=None if ranks is None else Sharing(ranks, settings.loop.seed),
-        compiled=form.compiled,
-        choose=form.choose,
-    )
+def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, say: Callable[[str], None]) -> Composed:
+    """Adapt the base, choose what the settings leave open, plan the batches and make the step.
+
+    Args:
+        asked: settings as they were given.
+        base: a loaded model; gets adapter layers.
+        splits: the data.
+        ranks: the processes of the run.
+        say: takes a line before something is measured, or where something is amiss.
+
+    Raises:
+        InputError: an adapter that does not fit the base, a run that does not fit the machine, a checkpoint of another
+            run, ranks that are not one run, or a model that cannot be trained.
+    """
+    mx.random.seed(asked.loop.seed)
+    adapted, info = adapt(asked, base, splits.chat_template)
+    chosen = choose_loss_and_kernels(asked, base, splits.train, say)
+    settings, memory = fit_settings(asked, base, splits, chosen)
+    loop = settings.loop
+    found = find_checkpoint(loop, ranks, say)
+    plan, epochs = training_plan(loop, splits.train, found)
+    validation = held_out_plan(splits.valid, loop) if splits.valid else None
+    steps = total_steps(plan, loop)
+    identity = identity_of(settings, base.fingerprint, splits.train.fingerprint, plan, epochs)
+    if found:
+        check_continuation(found, identity)
+    step, loss, notes = make_step(settings, base, chosen, memory, steps, ranks)
+    check_one_run(ranks, settings, identity)
+    take_first_ranks(ranks, step, say)
+    at = found.position if found else Position()
+    at.parts = max(at.parts, loop.batch_parts)
+    words = describe_run(settings, base, adapted, plan, steps, notes)
+    folder = RunFolder(settings, info, identity, ranks, step, at)
+    return Composed(folder, loss, plan, validation, steps, found, memory, words)
 
 
 def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tuple[Adapted, AdapterInfo]:
@@ -113,34 +161,20 @@ def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tup
     )
 
 
-def adapt_for_test(settings: TrainSettings, base: Base) -> None:
-    """Put the trained adapter of --adapter-path on the base, for --test alone, and its chat template."""
-    template = load_adapter(base, Path(settings.loop.adapter_path)).chat_template
-    if template and not settings.data.chat_template:
+def put_adapter(base: Base, folder: Path, data: DataSettings, ignore_fingerprint: bool = False) -> None:
+    """Put a trained adapter on the base, and its chat template on the tokenizer unless the settings name another.
+
+    Raises:
+        InputError: the adapter cannot be read, or does not fit the base.
+    """
+    template = load_adapter(base, folder, ignore_fingerprint).chat_template
+    if template and not data.chat_template:
         base.hf_tokenizer.chat_template = template
 
 
-def training_plan(loop: LoopSettings, rows: EncodedSet, found: Checkpoint | None) -> tuple[BatchPlan, float]:
-    """Plan the batches; return them and the epochs that a new shape's price was weighed against.
-
-    A run that goes on for longer keeps the shapes it began with.
-    """
-    epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
-    price = ShapePrice(epochs=epochs)
-    return BatchPlan(
-        rows, batch_tokens=loop.batch_tokens, batch_size=loop.batch_size, seed=loop.seed, price=price
-    ), epochs
-
-
-def validation_plan(rows: EncodedSet | None, settings: TrainSettings) -> BatchPlan | None:
-    """Plan held-out batches; the seed is fixed so that every validation sees the same ones."""
-    if rows is None or len(rows) == 0:
-        return None
-    tokens = settings.loop.batch_tokens or DEFAULT_BATCH_TOKENS
-    return BatchPlan(rows, batch_tokens=tokens, batch_size=settings.loop.batch_size, seed=0)
-
-
-def choose_forms(settings: TrainSettings, base: Base, rows: EncodedSet, say: Callable[[str], None]) -> Forms:
+def choose_loss_and_kernels(
+    settings: TrainSettings, base: Base, rows: EncodedSet, say: Callable[[str], None]
+) -> LossAndKernels:
     """Choose loss and kernels: the best that were measured here, and that agree with the model's own on this model.
 
     Args:
@@ -156,32 +190,66 @@ def choose_forms(settings: TrainSettings, base: Base, rows: EncodedSet, say: Cal
     choice = choose_model_kernels(base.model, lengths, asked, dtype, say)
     kernels, words = check_kernels(base.model, base.config, loss, choice)
     terms = replace((kernels or choice.of_mlx()).terms(), loss=loss.form)
-    return Forms(loss, kernels, terms, words)
+    return LossAndKernels(loss, kernels, terms, words)
 
 
-def shape_to_plan(settings: TrainSettings, base: Base, forms: Forms) -> ModelShape:
-    """Return the adapted model's shape, its logits whole where the loss makes them so."""
-    kernels = forms.kernels or KernelChoice(MLX)
-    shape = adapted_shape(base.model, base.config, settings, kernels=kernels)
-    return replace(shape, plain_loss=forms.loss.form == PLAIN_LOGITS)
+def fit_settings(
+    asked: TrainSettings, base: Base, splits: DataSplits, chosen: LossAndKernels
+) -> tuple[TrainSettings, MemoryPlan]:
+    """Return the settings with everything chosen that was open, and the memory that the run needs.
+
+    Raises:
+        InputError: the run does not fit.
+    """
+    shape = adapted_shape(base.model, base.config, asked, kernels=chosen.kernels or KernelChoice(MLX))
+    shape = replace(shape, plain_loss=chosen.loss.form == PLAIN_LOGITS)  # then the logits are whole
+    fitted = fit_run(asked, shape, splits.train, chosen.terms)
+    day = splits.chat_day.isoformat() if splits.chat_day else None  # the same one with --resume on another day
+    loop = replace(asked.loop, batch_tokens=fitted.batch_tokens, grad_checkpoint=fitted.checkpointing)
+    return replace(asked, data=replace(asked.data, chat_date=day), loop=loop), fitted.memory
 
 
-def choose_step(
-    settings: TrainSettings, base: Base, forms: Forms, memory: MemoryPlan, ranks: Ranks | None
-) -> tuple[StepForm, list[str]]:
-    """Apply the checkpointing, and try all that was chosen on a few tokens.
+def training_plan(loop: LoopSettings, rows: EncodedSet, found: Checkpoint | None) -> tuple[BatchPlan, float]:
+    """Plan the batches; return them and the epochs that a new shape's price was weighed against.
+
+    A run that goes on for longer keeps the shapes it began with.
+    """
+    epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
+    price = ShapePrice(epochs=epochs)
+    plan = BatchPlan(rows, batch_tokens=loop.batch_tokens, batch_size=loop.batch_size, seed=loop.seed, price=price)
+    return plan, epochs
+
+
+def make_step(
+    settings: TrainSettings, base: Base, chosen: LossAndKernels, memory: MemoryPlan, steps: int, ranks: Ranks
+) -> tuple[Step, Loss, list[str]]:
+    """Apply the checkpointing, try all that was chosen on a few tokens, and make the compiled step.
 
     Returns:
-        What the step computes with, and words for the run header.
+        The step, the loss in it, and words for the run header.
 
     Raises:
         InputError: the model cannot be trained.
     """
-    tape = apply_checkpointing(base.model, settings.loop.grad_checkpoint)
-    attention = (tape.attend if tape else attend) if forms.kernels else None
-    form = choose_step_form(base.model, base.config, forms.loss, attention, base.model_id, forms.kernels or assumed)
+    adapter, loop, model = settings.adapter, settings.loop, base.model
+    tape = apply_checkpointing(model, loop.grad_checkpoint)
+    attention = (tape.attend if tape else attend) if chosen.kernels else None
+    form = choose_step_form(model, base.config, chosen.loss, attention, base.model_id, chosen.kernels or assumed)
+    step = Step(
+        model,
+        build_optimizer(settings.optimizer, steps, restart_every(adapter, steps), restart_warmup(adapter, steps)),
+        form.loss.train,
+        settings.optimizer.max_grad_norm,
+        form.attend,
+        wait=loop.short_buffers,
+        rate_of=rates_of(adapter),
+        events=make_events(adapter, model, steps, loop.seed),
+        sharing=Sharing(ranks, loop.seed) if ranks.size > 1 else None,
+        compiled=form.compiled,
+        choose=form.choose,
+    )
     notes = [*form.notes, planned_words(memory)]
     notes += ["blocks that share a state keep everything"] if tape is not None and tape.left_out else []
-    notes += ["a pause after each micro-batch"] if settings.loop.short_buffers else []
-    notes += [f"rows shared by {ranks.size} processes"] if ranks else []
-    return form, [forms.loss.description, forms.words, f"checkpointing {settings.loop.grad_checkpoint}", *notes]
+    notes += ["a pause after each micro-batch"] if loop.short_buffers else []
+    notes += [f"rows shared by {ranks.size} processes"] if ranks.size > 1 else []
+    return step, form.loss, [chosen.loss.description, chosen.words, f"checkpointing {loop.grad_checkpoint}", *notes]

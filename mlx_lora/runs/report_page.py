@@ -13,7 +13,7 @@ from mlx_lora.artifacts.run_report import RunReport, Sample
 from mlx_lora.data.loading import DataSplits
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import Base
-from mlx_lora.settings.config import TrainSettings
+from mlx_lora.runs.composition import Composed
 from mlx_lora.system import device
 from mlx_lora.training.samples import greedy_text, held_out_beginning
 
@@ -37,30 +37,19 @@ class RunPage:
     report: RunReport
 
     @classmethod
-    def begin(
-        cls,
-        settings: TrainSettings,
-        base: Base,
-        splits: DataSplits,
-        adapter: str,
-        planned_peak_bytes: int,
-        goes_on: bool,
-    ) -> RunPage:
+    def begin(cls, run: Composed, base: Base, splits: DataSplits) -> RunPage:
         """Make the text before the training, unless the run goes on and has one.
 
         Args:
-            settings: of the run.
+            run: ready for its first step.
             base: with the fresh adapter on it, which changes nothing yet.
             splits: its data.
-            adapter: words on what is trained.
-            planned_peak_bytes: the planner's.
-            goes_on: from a checkpoint.
         """
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm"))
         rows = splits.valid if splits.valid is not None and len(splits.valid) else splits.train
-        tokens = settings.loop.sample_tokens
+        tokens = run.folder.settings.loop.sample_tokens
         page = cls(
-            Path(settings.loop.adapter_path),
+            run.folder.path,
             base,
             held_out_beginning(rows) if tokens else [],
             tokens,
@@ -68,13 +57,13 @@ class RunPage:
                 command=shlex.join(["python", *sys.orig_argv[1:]]),
                 device=device.current_device().header(),
                 base=f"{base.model_id}: {base.describe()}",
-                adapter=adapter,
+                adapter=run.words[0],
                 versions=f"mlx_lora {__version__}, {versions}",
                 data=splits.report.to_dict(),
-                planned_peak_bytes=planned_peak_bytes,
+                planned_peak_bytes=run.memory.peak_bytes,
             ),
         )
-        kept = goes_on and page.report.keep_samples_of(page.folder)
+        kept = run.found and page.report.keep_samples_of(page.folder)
         if page.prompt and not kept:
             prompt = base.hf_tokenizer.decode(page.prompt)
             page.report.samples.append(Sample(prompt, page._text()))

@@ -9,26 +9,21 @@ from pathlib import Path
 from mlx_lora.artifacts.adapter import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
 from mlx_lora.models.load import Base
-from mlx_lora.settings.config import LoopSettings
-from mlx_lora.system.distributed import Ranks, leads
-from mlx_lora.training.progress import Metrics, MetricsFile, make_progress
+from mlx_lora.runs.composition import Composed
+from mlx_lora.training.progress import LiveProgress, Metrics, MetricsFile, PlainProgress
 
 
 @contextmanager
 def reporting(
-    loop: LoopSettings,
-    steps: int,
-    resumed_at: int | None,
-    ranks: Ranks | None,
-    loggers: list[Callable[[Metrics], None]],
-    say: Callable[[str], None],
+    run: Composed, loggers: list[Callable[[Metrics], None]], say: Callable[[str], None], live: bool
 ) -> Iterator[tuple[Callable[[Metrics], None], Callable[[int], None]]]:
     """Open where a run's records go: metrics.jsonl, the display, `loggers`; yield what takes a record, and a step."""
-    if not leads(ranks):
+    folder = run.folder
+    if not folder.ranks.leads:
         yield lambda record: None, lambda step: None
         return
-    metrics = MetricsFile(Path(loop.adapter_path) / "metrics.jsonl", resumed_at)
-    progress = make_progress(steps, say)
+    metrics = MetricsFile(folder.path / "metrics.jsonl", folder.at.taken if run.found else None)
+    progress = LiveProgress(run.steps) if live else PlainProgress(run.steps, say)
     sinks = [metrics, progress.report, *loggers]
 
     def report(record: Metrics) -> None:

@@ -14,13 +14,9 @@ from mlx_lora.artifacts.adapter import (
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.models.load import Base
 from mlx_lora.settings.config import AdapterSettings, TrainSettings
+from mlx_lora.system.units import counted
 from mlx_lora.training.hooks_from_settings import restart_every
 from mlx_lora.training.trainer import Outcome
-
-
-def counted(number: int, one: str, several: str | None = None) -> str:
-    """Write 1 step, 2 steps."""
-    return f"{number} {one if number == 1 else several or one + 's'}"
 
 
 def describe_method(adapter: AdapterSettings, steps: int) -> str:

@@ -12,10 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from mlx_lora.adapters.dora import DoRAEmbedding, DoRALinear
-from mlx_lora.adapters.forms import EMBEDDING_ADAPTERS, EXPERT_ADAPTERS
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.models.load import Base
@@ -64,31 +61,19 @@ def read_factors(base: Base, folder: Path, dtype: mx.Dtype, ignore_fingerprint: 
     twin = dataclasses.replace(base, model=unrouted_twin(base.model))
     info = load_adapter(twin, folder, ignore_fingerprint)
     layers = adapter_layers(twin.model)
-    problems = []
-    if info.full:
-        problems.append(f"trains {len(info.full)} parameters in full ({info.full[0]} ...)")
-    if any(isinstance(layer, EXPERT_ADAPTERS) for layer in layers.values()):
-        problems.append("adapts a mixture's experts")
-    if any(isinstance(layer, DoRAEmbedding) for layer in layers.values()):
-        problems.append("is a DoRA over an embedding")
+    problems = [f"trains {len(info.full)} parameters in full ({info.full[0]} ...)"] if info.full else []
+    problems += sorted({layer.NOT_FOR_A_ROW for layer in layers.values() if layer.NOT_FOR_A_ROW})
     if problems:
         raise InputError(
             f"{folder}: {' and '.join(problems)}, which a row of a batch cannot have by itself; "
             "fold it in with mlx_lora.fuse and serve the result as a base"
         )
-    factors = {path: _layer_factors(layer, dtype) for path, layer in layers.items()}
+    factors = {
+        path: LayerFactors(*layer.serving_factors(dtype), adapts_head=layer.adapts_head)
+        for path, layer in layers.items()
+    }
     mx.eval([(f.a, f.b) if f.gain is None else (f.a, f.b, f.gain) for f in factors.values()])
     return AdapterFactors(factors, info.method, info.chat_template)
-
-
-def _layer_factors(layer: nn.Module, dtype: mx.Dtype) -> LayerFactors:
-    a, b = layer.plain_factors()
-    a, b = mx.contiguous(a.astype(dtype)), mx.contiguous((layer.scale * b).astype(dtype))
-    if isinstance(layer, DoRALinear):
-        return LayerFactors(a, b, (layer.m / layer.row_lengths(mx.float32)).astype(dtype))
-    if isinstance(layer, EMBEDDING_ADAPTERS):
-        return LayerFactors(a, b, adapts_head=layer.adapts_head)
-    return LayerFactors(a, b)
 
 
 def blend_factors(parts: Sequence[tuple[str, AdapterFactors, float]]) -> AdapterFactors:

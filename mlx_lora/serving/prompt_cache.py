@@ -26,7 +26,6 @@ class PromptCache:
     def __init__(self, budget_bytes: int):
         self.budget_bytes = budget_bytes
         self.nbytes = 0
-        self.hits = 0
         self.reused_tokens = 0
         self._entries: OrderedDict[tuple[int | None, tuple[int, ...]], _Entry] = OrderedDict()
 
@@ -52,7 +51,6 @@ class PromptCache:
         if best is None:
             return None, 0
         self._entries.move_to_end(best)
-        self.hits += 1
         self.reused_tokens += length
         entry = self._entries[best]
         caches = copy.deepcopy(entry.caches)

@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_lora.adapters.parts import EMBEDDING, LINEAR
+from mlx_lora.adapters.parts import EMBEDDING
 from mlx_lora.serving.pools import Group, LayerPools, Routing
 
 
@@ -135,11 +135,6 @@ def route(model: nn.Module, paths: list[str], routing: Routing) -> dict[str, nn.
 
 def _routed(base: nn.Module, routing: Routing) -> nn.Module:
     return RoutedEmbedding(base, routing) if isinstance(base, EMBEDDING) else RoutedLinear(base, routing)
-
-
-def can_route(base: nn.Module) -> bool:
-    """Tell whether rows can have adapters of their own on this layer."""
-    return isinstance(base, (*LINEAR, *EMBEDDING))
 
 
 def unrouted_twin(model: nn.Module) -> nn.Module:

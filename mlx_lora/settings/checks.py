@@ -1,4 +1,4 @@
-"""What values settings may have, alone and together: every fault is found before anything is loaded, and named at once."""
+"""What settings may be together: every fault is found before anything is loaded, and named at once."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
+from mlx_lora.settings.config import ROWS
+from mlx_lora.settings.methods import PRESETS
+from mlx_lora.settings.setting_row import flag_of
+
 CHECKPOINTING = ("none", "auto", "selective", "block")
-
-
-def flag_of(name: str) -> str:
-    """Spell a field as its flag."""
-    return "--" + name.replace("_", "-")
 
 
 def is_day(text: str) -> bool:
@@ -20,55 +19,6 @@ def is_day(text: str) -> bool:
         return date.fromisoformat(text).isoformat() == text
     except ValueError:
         return False
-
-
-# Field, smallest and largest allowed value, and whether the smallest itself is allowed.
-_RANGES = {
-    "rank": (1, 65536, True),
-    "alpha": (0, 1e9, False),
-    "dropout": (0, 0.99, True),
-    "num_layers": (-1, 10**6, True),
-    "learning_rate": (0, 1e3, False),
-    "loraplus_lr_ratio": (0, 1e6, False),
-    "adalora_init_rank": (1, 65536, True),
-    "adalora_tinit": (0, 1e12, True),
-    "adalora_tfinal": (0, 1e12, True),
-    "adalora_delta_t": (1, 10**12, True),
-    "orth_reg_weight": (0, 1e6, True),
-    "relora_every": (1, 10**12, True),
-    "relora_warmup": (0, 10**12, True),
-    "relora_prune_ratio": (0, 1, True),
-    "warmup": (0, 1e12, True),
-    "weight_decay": (0, 1e3, True),
-    "max_grad_norm": (0, 1e9, True),
-    "max_seq_length": (2, 10**8, True),
-    "valid_fraction": (0, 0.9, True),
-    "iters": (1, 10**12, True),
-    "epochs": (0, 1e9, False),
-    "batch_size": (1, 10**6, True),
-    "batch_tokens": (2, 10**9, True),
-    "memory_budget": (0, 1e6, False),
-    "grad_accumulation_steps": (1, 10**6, True),
-    "steps_per_report": (1, 10**12, True),
-    "steps_per_eval": (0, 10**12, True),
-    "val_batches": (-1, 10**12, True),
-    "test_batches": (-1, 10**12, True),
-    "save_every": (0, 10**12, True),
-    "batch_parts": (1, 10**6, True),
-    "max_restarts": (0, 100, True),
-    "sample_tokens": (0, 10**5, True),
-    "keep": (0, 10**9, True),
-    "early_stopping_patience": (1, 10**9, True),
-    "early_stopping_threshold": (0, 1e9, True),
-    "seed": (0, 2**63 - 1, True),
-    "port": (0, 65535, True),
-    "max_batch": (1, 1024, True),
-    "max_waiting": (0, 10**6, True),
-    "max_tokens": (1, 10**8, True),
-    "max_context": (2, 10**8, True),
-    "read_timeout": (0, 10**6, False),
-    "request_timeout": (0, 10**6, False),
-}
 
 
 def checkpoint_every(mode: str) -> int | None:
@@ -84,8 +34,7 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
     Args:
         settings: all of them by field name, each of its own type.
     """
-    problems = range_problems(settings)
-    mode = settings["grad_checkpoint"]
+    problems, mode = [], settings["grad_checkpoint"]
     if mode not in CHECKPOINTING and not (mode.isdecimal() and 1 <= int(mode) < 10**6):
         problems.append(f"--grad-checkpoint {mode!r}: not one of {', '.join(CHECKPOINTING)}, or a number from 1 on")
     if settings["chat_date"] is not None and not is_day(settings["chat_date"]):
@@ -94,24 +43,6 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
     if settings["iters"] is not None and settings["epochs"] is not None:
         problems.append("--iters and --epochs: both given; keep one")
     return problems + _validation_problems(settings)
-
-
-def range_problems(settings: Mapping[str, Any]) -> list[str]:
-    """Return the numbers that are out of their ranges, in the flags' spelling."""
-    problems = []
-    for key, value in settings.items():
-        if key in _RANGES and value is not None:
-            low, high, closed = _RANGES[key]
-            inside = (low <= value if closed else low < value) and value <= high
-            if not inside:  # NaN lands here too
-                bound = "at least" if closed else "more than"
-                problems.append(f"{flag_of(key)} {value}: must be {bound} {low} and at most {_plain(high)}")
-    return problems
-
-
-def _plain(number: float) -> str:
-    """Write a bound as people do: whole numbers without an exponent."""
-    return f"{int(number)}" if number == int(number) else f"{number:g}"
 
 
 def _validation_problems(settings: Mapping[str, Any]) -> list[str]:
@@ -132,20 +63,12 @@ def _validation_problems(settings: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-# Settings that mean something to one method only.
-_METHODS_OWN = {
-    "lora-plus": ("loraplus_lr_ratio",),
-    "adalora": ("adalora_init_rank", "adalora_tinit", "adalora_tfinal", "adalora_delta_t", "orth_reg_weight"),
-    "relora": ("relora_every", "relora_warmup", "relora_prune_ratio"),
-}
-
-
 def _adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
     """Name settings that the method does not have: accepted, they would be ignored."""
     method, problems = adapter["fine_tune_type"] or adapter["method"], []
-    for owner, names in _METHODS_OWN.items():
-        given = [name for name in names if adapter[name] is not None]
-        if given and owner != method:
+    for owner in PRESETS:
+        given = [name for name, row in ROWS.items() if row.method == owner != method and adapter[name] is not None]
+        if given:
             flags = " and ".join(map(flag_of, given))
             problems.append(f"{flags} with --method {method}: only {owner} has that; leave it out")
     if method == "full":

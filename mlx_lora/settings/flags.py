@@ -1,4 +1,4 @@
-"""Click options made from the settings: one per field."""
+"""The command line of the settings: one click option per row, and answers to options that there are not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,39 @@ from typing import Any
 
 import click
 
-from mlx_lora.settings import config
+from mlx_lora.settings.config import COMMAND_SECTIONS, MODEL, SECTIONS
+from mlx_lora.settings.other_names import instead_of
+from mlx_lora.settings.setting_row import Row, field_type, flag_of, row_of
+from mlx_lora.system import console
+from mlx_lora.system.errors import InputError
+
+METAVARS = {str: "TEXT", int: "N", float: "X"}
+
+
+class Command(console.LongCommand):
+    """A command with all settings of a run, which answers other trainers' words for them with ours."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            spelled = {
+                name.lstrip("-").replace("-", "_"): name for p in self.params for name in (*p.opts, *p.secondary_opts)
+            }
+            asked = error.option_name.lstrip("-").replace("-", "_")
+            advice = instead_of(asked, spelled, spelled.__getitem__)
+            raise InputError(f"{error.option_name}: no such option here; {advice}") from None
+
+
+config_option = click.option(
+    "-c",
+    "--config",
+    "config_file",
+    cls=console.Option,
+    group=MODEL,
+    metavar="FILE",
+    help="YAML file of settings, ours, mlx-lm's, Axolotl's or LLaMA-Factory's; flags beat it.",
+)
 
 
 def settings_options(*sections: str, leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
@@ -24,7 +56,7 @@ def settings_options(*sections: str, leave_out: tuple[str, ...] = ()) -> Callabl
 
     def decorate(function: Callable) -> Callable:
         for section in reversed(sections):
-            for f in reversed(dataclasses.fields((config.SECTIONS | config.COMMAND_SECTIONS)[section])):
+            for f in reversed(dataclasses.fields((SECTIONS | COMMAND_SECTIONS)[section])):
                 function = function if f.name in leave_out else _option(f)(function)
         return function
 
@@ -32,26 +64,28 @@ def settings_options(*sections: str, leave_out: tuple[str, ...] = ()) -> Callabl
 
 
 def _option(f: dataclasses.Field) -> Callable[[Callable], Callable]:
-    kind, help_text = config.field_type(f), f.metadata["help"]
-    flag = config.flag_of(f.name)
+    row, kind, flag = row_of(f), field_type(f), flag_of(f.name)
+    shown = {
+        "cls": console.Option,
+        "group": row.group,
+        "common": row.common,
+        "default": None,
+        "help": _help(row, f.default),
+    }
     if kind is bool:
-        return click.option(f"{flag}/--no-{flag[2:]}", f.name, default=None, help=_with_default(help_text, f.default))
-    choices, alone = f.metadata.get("choices"), f.metadata.get("flag_value")
-    return click.option(
-        flag,
-        f.name,
-        **({"is_flag": False, "flag_value": alone} if alone else {}),
-        type=click.Choice(choices) if choices else kind,
-        default=None,
-        help=_with_default(help_text, f.default),
-    )
+        return click.option(f"{flag}/--no-{flag[2:]}", f.name, **shown)
+    metavar = "NAME" if row.choices else METAVARS[kind]
+    if row.alone:
+        shown |= {"is_flag": False, "flag_value": row.alone}
+        metavar = f"[{metavar}]"
+    return click.option(flag, f.name, type=kind, metavar=metavar, **shown)
 
 
-def _with_default(text: str, default: Any) -> str:
-    if default is None:
-        return text
-    shown = {True: "on", False: "off"}.get(default, default) if isinstance(default, bool) else default
-    return f"{text} [default: {shown}]"
+def _help(row: Row, default: Any) -> str:
+    notes = [f"one of {', '.join(row.choices)}"] if row.choices else []
+    if default is not None:
+        notes.append(f"default: {('off', 'on')[default] if isinstance(default, bool) else default}")
+    return f"{row.help} [{'; '.join(notes)}]" if notes else row.help
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

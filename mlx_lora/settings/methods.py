@@ -1,6 +1,6 @@
 """Methods as presets over independent axes; a method is a row of this table, not a layer class.
 
-Form: which function of base and factors. Scale: of the product. Init: where the factors start. The learning
+Layer type: which function of base and factors. Scale: of the product. Init: where the factors start. The learning
 rate of B beside A's. Events: what happens between steps (training/method_hooks.py). QLoRA is not here: it is any of
 these over a quantized base, so a property of the base.
 """
@@ -17,7 +17,8 @@ class Method:
     """One preset.
 
     Attributes:
-        form: `lora` (arXiv 2106.09685) or `dora` (2402.09353): which layer. `full`: no layer, the weights themselves.
+        layer_type: `lora` (arXiv 2106.09685) or `dora` (2402.09353), a row of adapters/registry.py. `full`: no layer, the
+            weights themselves.
         scale: `rank` for alpha / r (2106.09685), `sqrt_rank` for alpha / sqrt(r) (rsLoRA, 2312.03732).
         init: `kaiming`; `pissa`, the base's principal directions (2404.02948); `svd`, random directions with
             gains of zero (AdaLoRA, 2303.10512).
@@ -26,7 +27,7 @@ class Method:
             starts new ones (ReLoRA, 2307.05695).
     """
 
-    form: Literal["lora", "dora", "full"] = "lora"
+    layer_type: str = "lora"
     scale: Literal["rank", "sqrt_rank"] = "rank"
     init: Literal["kaiming", "pissa", "svd"] = "kaiming"
     rate_of_b: float = 1.0
@@ -40,10 +41,10 @@ class Method:
 PRESETS = {
     "lora": Method(),
     "rslora": Method(scale="sqrt_rank"),
-    "dora": Method(form="dora"),
+    "dora": Method(layer_type="dora"),
     "lora-plus": Method(rate_of_b=16.0),
     "pissa": Method(init="pissa"),
     "adalora": Method(init="svd", events="rank-budget"),
     "relora": Method(events="restarts"),
-    "full": Method(form="full"),
+    "full": Method(layer_type="full"),
 }

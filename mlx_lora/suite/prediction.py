@@ -19,7 +19,8 @@ from mlx_lora.planner.fitting import run_of
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Machine, ModelShape
 from mlx_lora.planner.speed import Ceilings, count_step, listed_ceilings, step_seconds
-from mlx_lora.settings.config import TrainSettings, train_settings
+from mlx_lora.settings.config import TrainSettings
+from mlx_lora.settings.resolve import train_settings
 from mlx_lora.suite.workload_models import MODELS
 from mlx_lora.suite.workloads import TIERS, Workload
 from mlx_lora.training.run_fit import outlined_shape

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.settings.config import flag_of
-from mlx_lora.sources.embedded import SMOLLM2, embedded_model
+from mlx_lora.settings.setting_row import flag_of
 from mlx_lora.suite.energy import EnergyMeter, energy_meter
 from mlx_lora.suite.figures import LEAST_STEPS, counted_records, run_figures
 from mlx_lora.suite.fresh_process import Ended, run_process
 from mlx_lora.suite.machine_facts import describe_power
 from mlx_lora.suite.prediction import batches_of, listed_flops, measured_machine, predict
+from mlx_lora.suite.workload_models import EMBEDDED_FILE, EMBEDDED_REPOSITORY, EMBEDDED_REVISION, EMBEDDED_SHA256
 from mlx_lora.suite.workloads import Workload
+from mlx_lora.system.cache import cache_dir
 from mlx_lora.system.errors import InputError, RunError
+from mlx_lora.system.files import sha256_of
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -84,8 +85,31 @@ def measure_rates(work: Path) -> dict[str, Any]:
         raise RunError(f"micro-benchmarks: ended with code {ended.code} ({ended.last_words}); report it") from None
 
 
-def prepare_embedded(packed: bool, work: Path, say: Callable[[str], None]) -> Path:
-    """Return a folder with the embedded model, with its 4-bit blocks carried over or converted to floats.
+def embedded_file() -> Path:
+    """Return the embedded model's GGUF file: the cache's, which scripts/get_models.py puts there, else the hub's.
+
+    Raises:
+        InputError: it cannot be fetched, or is not the pinned file.
+        RunError: the disk is full.
+    """
+    from mlx_lora.sources.hub import resolve_model  # the hub client is slow to import
+
+    path = cache_dir("models") / EMBEDDED_FILE
+    try:
+        path = (
+            path if path.exists() else resolve_model(f"{EMBEDDED_REPOSITORY}:{EMBEDDED_FILE}", EMBEDDED_REVISION).path
+        )
+    except InputError as error:
+        raise InputError(
+            f"{error}; or run `python scripts/get_models.py` in a checkout: PyPI has the file too"
+        ) from None
+    if sha256_of(path) != EMBEDDED_SHA256:
+        raise InputError(f"{path}: not the file that embedded workloads are measured with; delete it and run again")
+    return path
+
+
+def prepare_embedded(packed: bool, work: Path) -> Path:
+    """Return the embedded model as a folder, its 4-bit blocks carried over or made floats.
 
     Raises:
         InputError: it cannot be fetched.
@@ -94,7 +118,7 @@ def prepare_embedded(packed: bool, work: Path, say: Callable[[str], None]) -> Pa
     folder = work / f"embedded-{'packed' if packed else 'float'}"
     if folder.exists():
         return folder
-    gguf = embedded_model(SMOLLM2, say=say)
+    gguf = embedded_file()
     command = [sys.executable, "-m", "mlx_lora.convert", "--model", str(gguf), "--out", str(folder)]
     ended = run_process([*command, *([] if packed else ["--no-quantize"])], work / f"{folder.name}.log")
     if ended.code:
@@ -125,7 +149,6 @@ def run_workload(
     machine: dict[str, Any],
     work: Path,
     length: Length,
-    say: Callable[[str], None],
     model: str | None = None,
 ) -> dict[str, Any]:
     """Run one workload and return its entry of the result; if it cannot run, the entry has the reason.
@@ -135,7 +158,6 @@ def run_workload(
         machine: `device` and `rates` from `measure_rates`.
         work: folder for data, models and run folders.
         length: the workload's own, or another.
-        say: called with lines of progress.
         model: train this instead of the workload's own model (for tests).
     """
     folder = work / workload.name
@@ -143,7 +165,7 @@ def run_workload(
     data = folder / "train.jsonl"
     entry = _new_entry(workload, length, data)
     try:
-        source = model or _model_of(workload, work, say)
+        source = model or _model_of(workload, work)
     except (InputError, RunError) as error:
         return {**entry, "reason": _without_home(str(error))}
     run = folder / "run"
@@ -174,7 +196,7 @@ def _new_entry(workload: Workload, length: Length, data: Path) -> dict[str, Any]
         "status": "not run",
         "reason": None,
         "shortened": length.changed,
-        "data_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "data_sha256": sha256_of(data),
         "base": None,
         "power_before": describe_power(),
         "power_after": None,
@@ -183,9 +205,9 @@ def _new_entry(workload: Workload, length: Length, data: Path) -> dict[str, Any]
     }
 
 
-def _model_of(workload: Workload, work: Path, say: Callable[[str], None]) -> str:
-    """Return the value of --model."""
-    return str(prepare_embedded(workload.packed, work, say)) if workload.tier == "embedded" else workload.source
+def _model_of(workload: Workload, work: Path) -> str:
+    """Return what --model is given."""
+    return str(prepare_embedded(workload.packed, work)) if workload.tier == "embedded" else workload.source
 
 
 def _failure(ended: Ended) -> dict[str, Any]:

@@ -8,14 +8,14 @@ planner, all workloads of a tier fit the chips sold with that memory (tests/test
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_lora.sources.embedded import SMOLLM2 as EMBEDDED
 from mlx_lora.suite.rows import chat_rows
 from mlx_lora.suite.workload_models import (
+    EMBEDDED_FILE,
+    EMBEDDED_SHA256,
     GEMMA3_1B,
     GPT_OSS_20B,
     LLAMA_1B,
@@ -27,6 +27,7 @@ from mlx_lora.suite.workload_models import (
     SuiteModel,
 )
 from mlx_lora.system.errors import InputError
+from mlx_lora.system.files import sha256_of
 
 TIERS = ("embedded", "8", "16", "32", "64", "128")
 
@@ -83,7 +84,7 @@ class Workload:
     """One workload.
 
     Attributes:
-        tier: a memory size in GB, or `embedded` for a model from PyPI, without the hub.
+        tier: a memory size in GB, or `embedded`: a model that PyPI has too, for where no hub is.
         model: a name in suite/workload_models.py.
         form: a key of ROW_SHAPES: `chat` (short rows), `2k` or `8k` (full rows).
         packed: 4-bit base (QLoRA), else floats (LoRA).
@@ -119,7 +120,7 @@ class Workload:
     def source(self) -> str:
         """The hub id of its model, or the file and hash of the embedded one."""
         if self.tier == "embedded":
-            return f"{EMBEDDED.file_name}, sha256 {EMBEDDED.sha256[:12]}"
+            return f"{EMBEDDED_FILE}, sha256 {EMBEDDED_SHA256[:12]}"
         found = MODELS[self.model]
         return (found.packed_id if self.packed else found.float_id) or ""
 
@@ -154,7 +155,7 @@ class Workload:
 def digest_of(definition: dict[str, Any]) -> str:
     """Return 12 hex digits that identify a definition, computed from everything but the digest itself."""
     content = {key: value for key, value in definition.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    return sha256_of(json.dumps(content, sort_keys=True))[:12]
 
 
 def _of(tier: str, model: SuiteModel, form: str, packed: bool, **changes: Any) -> Workload:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,8 @@ import click
 
 from mlx_lora.system.errors import InputError, RunError
 
+HELP_COLUMNS = 100
+SHOW_ALL = "mlx_lora.show_all"  # in a click context: --help-all was asked for
 MOST_CHARACTERS = 880  # of an error's one line
 LONGEST_WORD = 40  # a longer word may be cut there
 
@@ -54,8 +58,66 @@ class Command(click.Command):
         return _run(super().main, standalone_mode, *args, **kwargs)
 
 
+class Option(click.Option):
+    """An option that knows its heading in the help, and whether the short help shows it."""
+
+    def __init__(self, *args: Any, group: str, common: bool = True, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.group, self.common = group, common
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        record = super().get_help_record(ctx)
+        return (f"--[no-]{self.opts[0][2:]}", record[1]) if record and self.secondary_opts else record
+
+
+class LongCommand(Command):
+    """A command with too many options to read: `--help` shows the common ones, `--help-all` all, under headings."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.context_settings = {"max_content_width": HELP_COLUMNS, **self.context_settings}
+        eager = {"is_flag": True, "is_eager": True, "expose_value": False}
+        self.params.append(
+            click.Option(["--help-all"], **eager, callback=_show_all, help="Show every option and exit.")
+        )
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        params, everything = self.get_params(ctx), ctx.meta.get(SHOW_ALL, False)
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in params:
+            if isinstance(param, Option) and (param.common or everything):
+                sections.setdefault(param.group, []).append(param.get_help_record(ctx))
+        sections["Options"] = [param.get_help_record(ctx) for param in params if not isinstance(param, Option)]
+        width = 4 + max(len(name) for records in sections.values() for name, _ in records)
+        # Unlike click's write_dl, this gives all sections the same columns, and tears no flag apart at its hyphens.
+        wrap = textwrap.TextWrapper(formatter.width, subsequent_indent=" " * width, break_on_hyphens=False)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                for name, text in records:
+                    wrap.initial_indent = f"  {name}".ljust(width)
+                    formatter.write(wrap.fill(text.replace("default: ", "default:\xa0")).replace("\xa0", " ") + "\n")
+        if not everything:
+            formatter.write_paragraph()
+            formatter.write_text(f"--help-all lists all {len(params)} options.")
+
+
+def _show_all(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked:
+        ctx.meta[SHOW_ALL] = True
+        click.echo(ctx.get_help())
+        ctx.exit()
+
+
 class Group(click.Group):
     """The `mlx-lora` command, whose own usage errors are one line too."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        close = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+        if close and close[0] != args[0]:
+            raise InputError(f"{args[0]}: no such command; did you mean {close[0]}?")
+        return super().resolve_command(ctx, args)
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         return _run(super().main, standalone_mode, *args, **kwargs)
@@ -104,7 +166,8 @@ def describe_error(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, InputError):
         return str(error), 2
     if isinstance(error, click.ClickException):
-        return f"{error.format_message()} (--help lists the options)", 2
+        long = isinstance(error, click.UsageError) and error.ctx and isinstance(error.ctx.command, LongCommand)
+        return f"{error.format_message()} ({'--help-all' if long else '--help'} lists the options)", 2
     if isinstance(error, RunError):
         return str(error), 1
     if isinstance(error, OSError) and error.errno is not None:

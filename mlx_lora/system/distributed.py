@@ -4,7 +4,7 @@ mlx.launch (or mpirun) starts the same command once per rank and says in the env
 TCP, JACCL over Thunderbolt, MPI and NCCL are mlx's; nothing here moves data by itself. Every rank calls the same
 collectives in the same order; a rank that fails or dies ends the others through heartbeat.py.
 
-Without a launcher there is no `Ranks`, and no collective is ever built.
+Without a launcher a run has `OneRank`, which answers at once: no collective is ever built.
 """
 
 from __future__ import annotations
@@ -96,7 +96,30 @@ def _number(environment: dict[str, str], name: str) -> int:
     return int(text)
 
 
-class Ranks:
+class OneRank:
+    """The only process of a run: it leads, and what it gives to all is what it gets back.
+
+    Its methods are those of `SeveralRanks`; nothing is computed and nothing is sent.
+    """
+
+    rank, size, leads = 0, 1, True
+
+    def from_first(self, value: Any) -> Any:
+        return value
+
+    sum = any = arrays_from_first = from_first
+
+    def everyone(self, value: Any) -> list[Any]:
+        return [value]
+
+    def same_bits(self, arrays: dict[str, mx.array]) -> bool:
+        return True
+
+    def meet(self) -> None:
+        """Nobody else is to come."""
+
+
+class SeveralRanks:
     """All processes of a run, seen from one of them."""
 
     def __init__(self, group: mx.distributed.Group, heartbeat: Heartbeat | None = None):
@@ -184,34 +207,12 @@ class Ranks:
         return len(set(mx.distributed.all_gather(total.reshape(1), group=self._group).tolist())) == 1
 
 
-def leads(ranks: Ranks | None) -> bool:
-    """Return whether this process prints and writes: rank 0, or the only one."""
-    return ranks is None or ranks.leads
-
-
-def check_same(ranks: Ranks, facts: dict[str, Any]) -> None:
-    """Refuse to train together what is not one run.
-
-    Args:
-        ranks: all of them.
-        facts: what must be equal everywhere, as JSON can hold it.
-
-    Raises:
-        InputError: on every rank, with everything that differs between rank 0 and the first rank unlike it.
-    """
-    first, *others = ranks.everyone(facts)
-    for rank, other in enumerate(others, start=1):
-        differ = [f"{name} is {first.get(name)!r} on rank 0, {other.get(name)!r} there" for name in {**first, **other}
-                  if first.get(name) != other.get(name)]  # fmt: skip
-        if differ:
-            raise InputError(
-                f"rank {rank} is not in the same run: {'; '.join(differ)}; give every machine the same model, data, "
-                "settings and versions"
-            )
+Ranks = OneRank | SeveralRanks
+ALONE = OneRank()
 
 
 @contextlib.contextmanager
-def together(describe: Callable[[BaseException], tuple[str, int] | None]) -> Iterator[Ranks | None]:
+def together(describe: Callable[[BaseException], tuple[str, int] | None]) -> Iterator[Ranks]:
     """Join the other processes, if a launcher started several, and see to it that all end as one.
 
     While this lasts, only rank 0 has a standard error. An exception on one rank is printed once, by rank 0 with the
@@ -222,14 +223,14 @@ def together(describe: Callable[[BaseException], tuple[str, int] | None]) -> Ite
         describe: error -> its message and exit code, or None for one nobody foresaw.
 
     Yields:
-        The ranks, None for a single process.
+        The ranks; without a launcher, the only one.
 
     Raises:
         InputError: ranks that do not find each other.
     """
     launch = find_launch(dict(os.environ))
     if launch is None:
-        yield None
+        yield ALONE
         return
     ranks, heartbeat = _join(launch)
     with open(os.devnull, "w") as nowhere:
@@ -248,7 +249,7 @@ def together(describe: Callable[[BaseException], tuple[str, int] | None]) -> Ite
     heartbeat.finish()
 
 
-def _join(launch: Launch) -> tuple[Ranks, Heartbeat]:
+def _join(launch: Launch) -> tuple[SeveralRanks, Heartbeat]:
     """Start mlx's group, then the heartbeat between rank 0 and each other rank."""
     print(f"Joining {launch.size} processes over {launch.backend} ({launch.hint})", file=sys.stderr, flush=True)
     # mlx waits inside one C call: no Python handler runs, so both signals must end the process by themselves.
@@ -265,7 +266,7 @@ def _join(launch: Launch) -> tuple[Ranks, Heartbeat]:
         signal.alarm(0)
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGALRM, alarm)
-    ranks = Ranks(group)
+    ranks = SeveralRanks(group)
     server, token = listen() if ranks.leads else (None, "")
     own = [*launch.first, *_own_addresses()]
     place = ranks.from_first([own, server.getsockname()[1] if server else 0, token])

@@ -52,7 +52,7 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     try:
         folder = cache_dir("locks")
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:32]).open("w")
+        lock = (folder / sha256_of(str(path.absolute()))[:32]).open("w")
     except OSError:
         yield
         return
@@ -90,10 +90,9 @@ def check_writable(folder: Path, flag: str, needed_bytes: int) -> None:
         )
 
 
-def sha256_of(path: Path) -> str:
-    """Return a file's SHA-256 in hexadecimal, without reading the whole file at once."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+def sha256_of(content: Path | str) -> str:
+    """Return the SHA-256 of a file's bytes, or of a text, in hexadecimal."""
+    if isinstance(content, str):
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import yaml
@@ -197,8 +197,3 @@ def _check_scalars(value: Any) -> None:
 def hashable(value: Any) -> Any:
     """Return a value that can be looked up in a dict: a list or mapping becomes its text."""
     return value if isinstance(value, Hashable) else str(value)
-
-
-def refuse_constant(name: str) -> NoReturn:
-    """Refuse NaN and Infinity, which Python reads but JSON does not have; for `json.loads(parse_constant=...)`."""
-    raise ValueError(f"{name} is not JSON")

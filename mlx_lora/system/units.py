@@ -1,4 +1,4 @@
-"""Parse sizes in bytes, and format them."""
+"""Parse sizes in bytes, and format sizes and counts."""
 
 from __future__ import annotations
 
@@ -28,3 +28,8 @@ def parse_size(text: str) -> int:
 def gigabytes(size_bytes: float) -> str:
     """Return a size as text, such as `1.25 GB`."""
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes < 1e11 else f"{size_bytes / 1e9:.0f} GB"
+
+
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """Return a count as text: 1 step, 2 steps or 1,000 steps."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"

@@ -24,7 +24,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_lora.adapters.forms import ADAPTERS, WITH_DROPOUT_KEY
+from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.parts import LINEAR, SWITCH, is_exactly
 from mlx_lora.models.attention import Tiles, attend, attend_gradient
 from mlx_lora.settings.checks import checkpoint_every
@@ -114,19 +114,26 @@ class Tape:
 
 
 class Kept:
-    """Mixed in front of a linear or adapter layer's class: its output goes on the tape."""
+    """Mixed in front of a linear layer's class: its output goes on the tape."""
 
     tape: Tape
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        if isinstance(self, WITH_DROPOUT_KEY) and self.dropout.active:
-            kwargs = {**kwargs, "key": self.tape.draw(self.dropout.draw)}
         function, primals = _as_function(self, super().__call__, args, kwargs)
 
         def gradient(primals: Sequence[mx.array], d: mx.array, output: mx.array) -> Sequence[mx.array]:
             return mx.vjp(lambda *p: [function(*p)], list(primals), [d])[1]
 
         return self.tape.keep(function, gradient, *primals) if self.tape.products else function(*primals)
+
+
+class KeptAdapter(Kept):
+    """Mixed in front of an adapter layer's class: its output goes on the tape, and before it the dropout's key."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        if self.dropout.active:
+            kwargs = {**kwargs, "key": self.tape.draw(self.dropout.draw)}
+        return super().__call__(*args, **kwargs)
 
 
 class Checkpointed:
@@ -184,10 +191,12 @@ def checkpoint_blocks(blocks: list[nn.Module], products: bool) -> Tape:
     """
     tape = Tape(products)
     for block in blocks:
-        inside = {id(part) for m in block.modules() if isinstance(m, ADAPTERS) for part in m.modules() if part is not m}
+        adapters = list(adapter_layers(block).values())
+        inside = {id(part) for layer in adapters for part in layer.modules()}
+        for layer in adapters:
+            _mix_in(KeptAdapter, layer, tape)
         for layer in block.modules():
-            is_product = isinstance(layer, (Kept, *ADAPTERS)) or is_exactly(layer, PRODUCTS)
-            if is_product and id(layer) not in inside:
+            if id(layer) not in inside and (isinstance(layer, Kept) or is_exactly(layer, PRODUCTS)):
                 _mix_in(Kept, layer, tape)
         _mix_in(Checkpointed, block, tape)
     return tape

@@ -27,13 +27,6 @@ from mlx_lora.models.head import Head
 from mlx_lora.planner.memory import tile_shape
 
 
-def fused_cross_entropy(
-    head: Head, hidden: mx.array, targets: mx.array, weights: mx.array, tile_bytes: int, gradient: bool = True
-) -> mx.array:
-    """Return the sum of `fused_token_losses`, a float32 scalar."""
-    return fused_token_losses(head, hidden, targets, weights, tile_bytes, gradient).sum()
-
-
 def fused_token_losses(
     head: Head, hidden: mx.array, targets: mx.array, weights: mx.array, tile_bytes: int, gradient: bool = True
 ) -> mx.array:

@@ -114,11 +114,6 @@ def plain(description: str) -> Loss:
 PLAIN = plain("plain cross-entropy")
 
 
-def fused_loss(head: Head, tile_bytes: int) -> Loss:
-    """Return the loss that brings only supervised positions to `head`, a tile of logits at a time."""
-    return head_loss(head, TILES, tile_bytes)
-
-
 def head_loss(head: Head, form: str, tile_bytes: int) -> Loss:
     """Return a loss of the supervised positions' hidden states alone.
 

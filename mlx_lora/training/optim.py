@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.planner.memory import FLAT_UP_TO
 from mlx_lora.settings.config import OptimizerSettings
+from mlx_lora.settings.optimizers import OPTIMIZERS
 from mlx_lora.system.errors import InputError
 
 Schedule = object  # a float, or a callable from step to learning rate
@@ -73,26 +74,14 @@ def build_optimizer(
         settings: which, and its schedule.
         total_steps: optimizer steps of the run.
         restart_every, restart_warmup: see `restarted`; None for a schedule without restarts.
-
-    Adam and AdamW correct their bias, as torch's do; mlx leaves that off by default (arXiv 1412.6980,
-    algorithm 1; 1711.05101).
     """
     rate = learning_rate_schedule(settings, total_steps)
     if restart_every:
         rate = restarted(rate, restart_every, restart_warmup)
-    decay = settings.weight_decay
-    build = {
-        "adamw": lambda: optim.AdamW(rate, weight_decay=decay, bias_correction=True),
-        "adam": lambda: optim.Adam(rate, bias_correction=True),
-        "muon": lambda: optim.Muon(rate, weight_decay=decay),
-        "sgd": lambda: optim.SGD(rate, weight_decay=decay),
-        "adafactor": lambda: optim.Adafactor(rate, relative_step=False, scale_parameter=False),
-    }
-    return build[settings.optimizer]()
+    return OPTIMIZERS[settings.optimizer].build(rate, settings.weight_decay)
 
 
-# Optimizers that treat every number alike, whatever array it is in.
-ELEMENTWISE = (optim.Adam, optim.SGD)
+ELEMENTWISE = tuple(row.mlx_class() for row in OPTIMIZERS.values() if row.elementwise)
 
 
 class Masters:

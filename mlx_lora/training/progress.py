@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -183,8 +182,3 @@ class LiveProgress:
 
     def close(self) -> None:
         self._bar.stop()
-
-
-def make_progress(total_steps: int, say: Callable[[str], None]) -> PlainProgress | LiveProgress:
-    """Return a live bar for a terminal, plain lines for a pipe or file."""
-    return LiveProgress(total_steps) if sys.stderr.isatty() else PlainProgress(total_steps, say)

@@ -17,8 +17,7 @@ from mlx_lora.models.kernel_row import MLX
 from mlx_lora.models.matmul import has_two_ways, use_measured_matmul
 from mlx_lora.models.outline import Outline, outline_of, with_quantization
 from mlx_lora.models.quantize import choose_quantization
-from mlx_lora.planner.fitting import SMALLEST_BATCH, check_fits, fit
-from mlx_lora.planner.memory import MemoryPlan
+from mlx_lora.planner.fitting import SMALLEST_BATCH, Fitted, check_fits, fit
 from mlx_lora.planner.shapes import KernelTerms, Machine, ModelShape
 from mlx_lora.planner.this_machine import this_machine
 from mlx_lora.settings.config import TrainSettings
@@ -30,10 +29,8 @@ from mlx_lora.training.block_memory import with_block_memory
 FROZEN_COPIES = {"pissa": 1, "relora": 3}
 
 
-def fit_run(
-    settings: TrainSettings, shape: ModelShape, rows: EncodedSet, kernels: KernelTerms
-) -> tuple[TrainSettings, MemoryPlan]:
-    """Return a run's settings with what was open chosen, and what they need here; refuse a run that does not fit.
+def fit_run(settings: TrainSettings, shape: ModelShape, rows: EncodedSet, kernels: KernelTerms) -> Fitted:
+    """Choose what a run's settings leave open, and refuse a run that does not fit.
 
     Args:
         settings: of the run.
@@ -48,8 +45,7 @@ def fit_run(
     width = max(1, int(rows.lengths.max(initial=2)) - 1)
     fitted = fit(settings, shape, machine, width, len(rows))
     check_fits(settings, fitted, shape, machine, width, most_rows=len(rows))
-    loop = replace(settings.loop, batch_tokens=fitted.batch_tokens, grad_checkpoint=fitted.checkpointing)
-    return replace(settings, loop=loop), fitted.memory
+    return fitted
 
 
 def check_base_fits(settings: TrainSettings) -> None:

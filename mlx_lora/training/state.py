@@ -73,20 +73,15 @@ class Position:
         return better
 
 
-def run_arrays(step: Step, model: nn.Module) -> dict[str, mx.array]:
-    """Return the arrays of a run by flat names.
-
-    Args:
-        step: the compiled step.
-        model: the adapted model.
-    """
+def run_arrays(step: Step) -> dict[str, mx.array]:
+    """Return the arrays of a run by flat names."""
     arrays = {f"masters.{name}": value for name, value in step.masters.arrays.items()}
     arrays |= {f"optimizer.{name}": value for name, value in tree_flatten(step.optimizer.state)}
     arrays["random"] = mx.random.state[0]
     if step.events is not None:
         arrays |= {f"events.{name}": value for name, value in tree_flatten(step.events.state)}
         arrays |= {f"extras.{name}": value for name, value in step.events.extras().items()}
-    for path, layer in adapter_layers(model).items():
+    for path, layer in adapter_layers(step.model).items():
         arrays |= {f"layers.{path}.{name}": layer[name] for name in FROZEN if name in layer}
     return arrays
 
@@ -96,23 +91,22 @@ def finite(step: Step) -> bool:
     return bool(mx.all(mx.stack([mx.isfinite(value).all() for value in step.masters.arrays.values()])).item())
 
 
-def restore_arrays(step: Step, model: nn.Module, arrays: dict[str, mx.array]) -> None:
+def restore_arrays(step: Step, arrays: dict[str, mx.array]) -> None:
     """Put the arrays of a run back.
 
     Args:
-        step: a fresh step of the same settings.
-        model: the model, adapted by the same settings.
+        step: a fresh step of the same settings, over a model that was adapted by them.
         arrays: as `run_arrays` returned them.
 
     Raises:
         InputError: they are not this run's: another name, shape or type.
     """
-    _check_arrays(run_arrays(step, model), arrays, adapter_layers(model))
+    layers = adapter_layers(step.model)
+    _check_arrays(run_arrays(step), arrays, layers)
 
     def part(prefix: str) -> dict[str, mx.array]:
         return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
 
-    layers = adapter_layers(model)
     for name, value in part("layers.").items():
         path, _, leaf = name.rpartition(".")
         layers[path][leaf] = value
@@ -128,7 +122,7 @@ def restore_arrays(step: Step, model: nn.Module, arrays: dict[str, mx.array]) ->
         step.events.restore(part("extras."))
     step.taken = int(step.optimizer.state["step"].item())
     step.masters.hand_out()
-    mx.eval(model.parameters(), step.masters.arrays, step.optimizer.state)
+    mx.eval(step.model.parameters(), step.masters.arrays, step.optimizer.state)
 
 
 def _check_arrays(own: dict[str, mx.array], stored: dict[str, mx.array], layers: dict[str, nn.Module]) -> None:

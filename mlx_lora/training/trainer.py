@@ -13,12 +13,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.data.batches import Batch, BatchPlan
-from mlx_lora.settings.config import LoopSettings
+from mlx_lora.data.encode import EncodedSet
+from mlx_lora.models.load import Base
+from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, LoopSettings
 from mlx_lora.system import process
-from mlx_lora.system.distributed import Ranks
+from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.training.agreement import Agreement
 from mlx_lora.training.interrupts import interrupt_flag
-from mlx_lora.training.losses import Arrays, LossFunction
+from mlx_lora.training.losses import Arrays, LossFunction, choose_loss
 from mlx_lora.training.memory_guard import MemoryGuard
 from mlx_lora.training.progress import Metrics
 from mlx_lora.training.state import Diverged, Position
@@ -110,27 +112,37 @@ def micro_batches(plan: BatchPlan, settings: LoopSettings, start: int = 0) -> It
 
 
 def mean_loss(
-    model: nn.Module, loss: LossFunction, batches: Iterable[Batch], ranks: Ranks | None = None
+    model: nn.Module, loss: LossFunction, batches: Iterable[Batch], ranks: Ranks = ALONE
 ) -> tuple[float, int]:
     """Return the mean loss per trained token over `batches`, and the count of those tokens.
 
     The model is put in eval mode (no dropout) for it and back afterwards. Without tokens: (nan, 0). Several ranks
     take turns at the batches, and all get the mean over all of them.
     """
-    batches = batches if ranks is None else islice(batches, ranks.rank, None, ranks.size)
     training = model.training
     model.eval()
     total, count = mx.array(0.0), mx.array(0.0)
-    for batch in batches:
+    for batch in islice(batches, ranks.rank, None, ranks.size):
         part, tokens = loss(model, *Arrays.of(batch))
         total, count = total + part, count + tokens
         mx.eval(total, count)
-    if ranks is not None:
-        # Each rank ends when it ends: on a GPU, the host must do the waiting for the others, see `Ranks.sum`.
-        total, count = ranks.sum(mx.stack([total, count]))
+    # Each rank ends when it ends: on a GPU, the host must do the waiting for the others, see `SeveralRanks.sum`.
+    total, count = ranks.sum(mx.stack([total, count]))
     model.train(training)
     tokens = int(count.item())
     return (total.item() / tokens if tokens else math.nan), tokens
+
+
+def held_out_plan(rows: EncodedSet, settings: LoopSettings) -> BatchPlan:
+    """Plan batches that nothing is trained on; the seed is fixed so that every measurement sees the same ones."""
+    tokens = settings.batch_tokens or DEFAULT_BATCH_TOKENS
+    return BatchPlan(rows, batch_tokens=tokens, batch_size=settings.batch_size, seed=0)
+
+
+def held_out_loss(base: Base, rows: EncodedSet, settings: LoopSettings, ranks: Ranks = ALONE) -> tuple[float, int]:
+    """Return the mean loss per trained token of the first --test-batches batches, and the count of those tokens."""
+    loss = choose_loss(base.model, base.config, settings.kernels)
+    return mean_loss(base.model, loss.measure, held_out_plan(rows, settings).batches(settings.test_batches), ranks)
 
 
 def train(
@@ -145,7 +157,7 @@ def train(
     save: Callable[[int], None],
     at: Position | None = None,
     guard: MemoryGuard | None = None,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Train until the run's steps are done, the validation loss no longer falls, or it is interrupted.
 
@@ -161,7 +173,7 @@ def train(
         save: takes the step number and writes the adapter, and a checkpoint with --save-every.
         at: where the run stands, kept up to date for `save`; a resumed run's is not at the beginning.
         guard: watches memory; None: nothing is watched.
-        ranks: processes that take the same steps together, each with the whole plan; None for a single one.
+        ranks: processes that take the same steps together, each with the whole plan.
 
     Returns:
         The outcome; after an interruption the adapter has been saved.
@@ -205,8 +217,8 @@ def train(
         window = Window()
         while at.taken < total and not interrupted() and not stopped_early():
             chosen = list(islice(batches, settings.grad_accumulation_steps))
-            parts = guard.divide(chosen) if ranks is None else chosen  # several ranks divide their own rows
-            result = step(parts) if ranks is None else step(chosen, asked(), guard.divide)
+            parts = guard.divide(chosen) if ranks.size == 1 else chosen  # several ranks divide their own rows
+            result = step(parts, asked(), guard.divide)
             # The device works on this step while the host waits for the one before: one step ahead, no more.
             interrupted.hear(previous)
             if previous is not None and diverged(at, previous):
@@ -215,8 +227,7 @@ def train(
             at.taken, at.consumed = at.taken + 1, at.consumed + len(chosen)
             window.add(parts, result)
             on_step(at.taken)
-            rows = max(len(part.inputs) for part in parts)
-            guard.watch(rows if ranks is None else -(-rows // (ranks.size * at.parts)))
+            guard.watch(-(-max(len(batch.inputs) for batch in chosen) // (ranks.size * at.parts)))
             last = at.taken == total or interrupted()
             to_report, to_validate, to_save = (
                 last or (every and at.taken % every == 0)

@@ -30,7 +30,8 @@ from mlx_lora.models.kernel_choice import choose_model_kernels
 from mlx_lora.models.kernels import assumed, training_kernels
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.models.unchanged import left_unchanged
-from mlx_lora.settings.config import ModelSettings, TrainSettings, train_settings
+from mlx_lora.settings.config import ModelSettings, TrainSettings
+from mlx_lora.settings.resolve import train_settings
 from mlx_lora.system import device
 from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.losses import Arrays, check_kernels, choose_loss

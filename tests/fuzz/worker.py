@@ -30,7 +30,8 @@ import click
 from fuzz.kinds import Command, make_case
 from fuzz.seeds import Seeds
 from mlx_lora.data import sandbox
-from mlx_lora.settings import config
+from mlx_lora.settings.resolve import train_settings
+from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.system import console
 
 MEMORY_BYTES = 6 << 30  # address space beyond what the process has at its start: a lie that is believed dies here
@@ -74,7 +75,7 @@ class Watch:
 @click.option("--config", "file")
 def settings(file: str) -> None:
     """Resolve a settings file, as `train` does before anything else."""
-    click.echo(config.train_settings({}, file, console.echo).to_flat())
+    click.echo(train_settings({}, read_settings(file, {}, console.echo)).to_flat())
 
 
 def main(plan_file: str) -> None:

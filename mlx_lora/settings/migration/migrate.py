@@ -1,4 +1,4 @@
-"""Read settings files: ours, or the YAML file of Axolotl, LLaMA-Factory or mlx-lm (`--config`).
+"""Convert the settings file of Axolotl, LLaMA-Factory or mlx-lm, given as `--config`, to settings of ours.
 
 A migrated file keeps its meaning: if a default of its trainer differs from ours and changes the result, that default
 is used for what the file leaves out, and is printed. Flags override the file, and run.yaml has the result with our names.
@@ -14,39 +14,8 @@ from mlx_lora.settings.migration.axolotl import AXOLOTL
 from mlx_lora.settings.migration.llama_factory import LLAMA_FACTORY
 from mlx_lora.settings.migration.mlx_lm import MLX_LM
 from mlx_lora.settings.migration.sheet import Dialect, Sheet
-from mlx_lora.system.errors import InputError
-from mlx_lora.system.parsing import MAX_YAML_CHARACTERS, parse_yaml
 
 DIALECTS = (AXOLOTL, LLAMA_FACTORY, MLX_LM)
-
-
-def read_settings(
-    path: str, known: Collection[str], given: Collection[str], say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Return the settings in a file, ours or another trainer's, with our names; arguments as for `migrate`.
-
-    Raises:
-        InputError: the file is missing, is not UTF-8 YAML or not a mapping, or cannot be migrated.
-    """
-    return migrate(read_yaml(path), known, given, path, say)
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """Return the content of a flat YAML settings file, with underscores in keys.
-
-    Raises:
-        InputError: the file is missing, is not UTF-8 YAML, or is not a mapping.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = parse_yaml(file.read(MAX_YAML_CHARACTERS + 1))
-    except OSError as error:
-        raise InputError(f"--config {path}: cannot be read ({error.strerror}); give a YAML file") from None
-    except ValueError as error:  # not UTF-8 either
-        raise InputError(f"--config {path}: not YAML ({' '.join(str(error).split())}); fix the file") from None
-    if not isinstance(content, dict):
-        raise InputError(f"--config {path}: has no settings; write one `flag_name: value` per line")
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
 def migrate(

@@ -155,7 +155,7 @@ MLX_LM = Dialect(
     name="mlx-lm",
     recognizes=recognizes,
     rules=(read_shape, read_schedule, read_optimizer, read_data, read_counts, read_ours),
-    names={"lora_layers": "num_layers"},  # its name until 2024
+    names=("lora_layers",),  # its name until 2024
     defaults={
         "num_layers": 16,
         "batch_size": 4,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_lora.settings.other_names import OTHER_NAMES
 from mlx_lora.system.errors import InputError
 
 
@@ -121,14 +122,14 @@ class Dialect:
         name: of the trainer.
         recognizes: tells whether a file is this trainer's.
         rules: functions that each read the keys of one topic; they run in order.
-        names: key -> our setting, for keys that only differ in name; read after the rules.
+        names: keys that mean the same, under our name or one of `other_names`; read after the rules.
         defaults: our setting -> the trainer's default, if it differs from ours and changes the result.
     """
 
     name: str
     recognizes: Callable[[Mapping[str, Any]], bool]
     rules: tuple[Rule, ...]
-    names: Mapping[str, str]
+    names: tuple[str, ...]
     defaults: Mapping[str, Any]
 
     def read(self, content: Mapping[str, Any], known: Collection[str], file: str) -> Sheet:
@@ -140,9 +141,9 @@ class Dialect:
         sheet = Sheet(file, {key: value for key, value in content.items() if not is_empty(value)}, known)
         for rule in self.rules:
             rule(sheet)
-        for key, name in self.names.items():
+        for key in self.names:
             if key in sheet.rest:
-                sheet.put(name, sheet.take(key), key)
+                sheet.put(OTHER_NAMES.get(key, key), sheet.take(key), key)
         for name, value in self.defaults.items():
             sheet.assume(name, value)
         sheet.left_out += sheet.rest

@@ -1,0 +1,229 @@
+"""The base class of all adapter layers: a frozen layer, a low-rank pair of factors over it, and what every target gets.
+
+    before   self_attn.q_proj: Linear | QuantizedLinear
+    after    self_attn.q_proj: LoRALinear(linear: the same object, lora_a, lora_b)
+
+A new layer type is a subclass for each kind of base that it wraps, and a row in registry.py for each. It computes
+(`__call__`), says what it adds to the weight (`delta`), and names what it trains beside the factors (`BESIDE`). PEFT,
+llama.cpp and serving refuse it until it says that they have it.
+
+Shapes: r rank, R the rank of all pairs joined; in and out are the base's own widths. The factors are float32 masters in
+mlx-lm's names and orientation: `lora_a` (in, r) and `lora_b` (r, out), where an embedding's in is its vocabulary, and of
+E experts (E, r, in) and (E, out, r). They are cast to the activation's dtype inside the call. Left float32 against
+bfloat16 activations, as mlx-lm has them, they would turn every later activation into float32 at twice the memory traffic.
+
+While a method trains, a layer may hold more:
+
+    lora_e             (r,) trained gains, one per rank: D = scale A diag(e) B (AdaLoRA, arXiv 2303.10512, eq. 3)
+    start_a, start_b   frozen, where A and B began: D = scale (A B - A0 B0) (PiSSA, 2404.02948, over the whole base)
+    fixed_a, fixed_b   frozen factors beside the trained ones, the scale in fixed_b: the cycles that ReLoRA has
+                       merged (2307.05695)
+
+`plain_factors` writes all of it as one pair, so what is stored is LoRA whatever the method was.
+
+Source: LoRA, arXiv 2106.09685, eq. 3: h = W0 x + (alpha / r) B A x.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora.adapters.parts import EMBEDDING, SWITCH, Dropout, dense_weight, with_weight
+from mlx_lora.system.errors import InputError
+
+Factors = tuple[mx.array, mx.array]
+
+
+class AdapterLayer(nn.Module):
+    """A frozen layer and what is trained over it.
+
+    Attributes:
+        LAYER_TYPE: the registry's name of the type, which adapter_config.json stores as `fine_tune_type`.
+        OVER: the kind of base that it wraps: LINEAR, EMBEDDING or SWITCH of parts.py.
+        BESIDE: names of arrays that are trained and stored beside the factors.
+        KEEPS_PRODUCT: whether the backward pass needs the layer's output before it is scaled; the planner counts it.
+        NOT_IN_PEFT, NOT_IN_GGUF, NOT_FOR_A_ROW: why PEFT, llama.cpp's adapters or a row of a served batch cannot have
+            this layer, as a predicate of a sentence; None where they can.
+        adapts_head: False where an embedding leaves the output head that is tied to it as it was.
+    """
+
+    LAYER_TYPE: str
+    OVER: tuple[type, ...]
+    BESIDE: tuple[str, ...] = ()
+    KEEPS_PRODUCT = False
+    NOT_IN_PEFT: str | None = "is of a type that PEFT does not have"
+    NOT_IN_GGUF: str | None = "is of a type that llama.cpp's adapters do not have"
+    NOT_FOR_A_ROW: str | None = "adapts layers in a way of its own"
+    adapts_head = True
+
+    def __init__(self, base: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0):
+        """Wrap `base`.
+
+        Args:
+            base: of a kind in OVER; kept as it is.
+            lora_a, lora_b: float32, in the orientation that the file's docstring names.
+            scale: alpha / r, or whatever the method's scale axis says.
+            dropout: probability with which an input feature of the adapter is dropped while training.
+        """
+        super().__init__()
+        self[self.holds] = base
+        self.lora_a = lora_a
+        self.lora_b = lora_b
+        self.scale = scale
+        self.dropout = Dropout(dropout)
+
+    @classmethod
+    def from_base(cls, base: nn.Module, factors: Factors, scale: float, dropout: float = 0.0) -> Self:
+        """Wrap `base` with the factors (lora_a, lora_b)."""
+        return cls(base, *factors, scale, dropout)
+
+    @property
+    def holds(self) -> str:
+        """The name under which the frozen layer lies inside, mlx-lm's."""
+        return "embedding" if self.OVER is EMBEDDING else "linear"
+
+    @property
+    def base(self) -> nn.Module:
+        """The frozen layer."""
+        return self[self.holds]
+
+    @property
+    def weight(self) -> mx.array:
+        """The frozen layer's weight as floats, float32: (out, in), (vocabulary, width) or (E, out, in)."""
+        return dense_weight(self.base).astype(mx.float32)
+
+    @property
+    def rank(self) -> int:
+        """The rank r of the trained factors."""
+        return self.lora_a.shape[1]
+
+    @property
+    def rank_axes(self) -> dict[str, int]:
+        """The axis of each factor that counts ranks."""
+        return {"lora_a": 1, "lora_b": 2 if self.OVER is SWITCH else 0}
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the arrays that training changes."""
+        return [name for name in ("lora_a", "lora_b", "lora_e", *self.BESIDE) if name in self]
+
+    def _side_by_side(self, *pairs: Factors) -> Factors:
+        """Return pairs of factors as one, whose product is the sum of theirs."""
+        a_axis, b_axis = self.rank_axes.values()
+        return mx.concatenate([a for a, _ in pairs], axis=a_axis), mx.concatenate([b for _, b in pairs], axis=b_axis)
+
+    def effective_factors(self) -> Factors:
+        """Return the trained pair as one product, in R ranks, float32, without the scale and the fixed factors.
+
+        A B - A0 B0 is taken as A (B - B0) + (A - A0) B0: zero at the start in any dtype, and in 16 bits the updates
+        are not lost beside the large factors that they belong to.
+        """
+        a, b = self.lora_a, self.lora_b
+        if "start_a" in self:
+            a, b = self._side_by_side((a, b - self.start_b), (a - self.start_a, self.start_b))
+        if "lora_e" in self:
+            b = mx.expand_dims(self.lora_e, 1) * b
+        return a, b
+
+    def plain_factors(self) -> Factors:
+        """Return one pair in R ranks, float32, with scale * A B = all low-rank products that the layer adds."""
+        a, b = self.effective_factors()
+        if "fixed_a" in self:
+            a, b = self._side_by_side((a, b), (self.fixed_a, self.fixed_b / self.scale))
+        return a, b
+
+    def merge(self, a: mx.array, b: mx.array) -> None:
+        """Freeze a cycle's factors beside the base (ReLoRA).
+
+        Frozen factors wider than the layer itself are written as one product, which is the same function: a
+        run of many cycles does not grow without end.
+        """
+        b = self.scale * b
+        if "fixed_a" in self:
+            a, b = self._side_by_side((self.fixed_a, self.fixed_b), (a, b))
+        wide, tall = (b, a) if self.OVER is SWITCH else (a, b)  # experts' are stored transposed: the product is B A
+        rows, columns = wide.shape[-2], tall.shape[-1]
+        if wide.shape[-1] > min(rows, columns):
+            unit = mx.broadcast_to(mx.eye(min(rows, columns)), (*wide.shape[:-2], *[min(rows, columns)] * 2))
+            wide, tall = (unit, wide @ tall) if rows <= columns else (wide @ tall, unit)
+            a, b = (tall, wide) if self.OVER is SWITCH else (wide, tall)
+        self.fixed_a, self.fixed_b = a, b
+        self.freeze(keys=["fixed_a", "fixed_b"], recurse=False)
+
+    def product(self) -> mx.array:
+        """Return scale * A B in the orientation of the weight, float32."""
+        a, b = self.plain_factors()
+        if self.OVER is SWITCH:
+            return self.scale * (b @ a)
+        return self.scale * (a @ b if self.OVER is EMBEDDING else (a @ b).T)
+
+    def delta(self) -> mx.array:
+        """Return what the adapter adds to the weight, in the weight's shape, float32."""
+        return self.product()
+
+    def merged(self) -> mx.array:
+        """Return the weight with the adapter folded in, float32."""
+        return self.weight + self.delta()
+
+    def fuse(self) -> nn.Module:
+        """Return a dense layer of the base's kind with the adapter folded in, in the base's float dtype."""
+        return with_weight(self.base, self.merged())
+
+    def check_tied_head(self, path: str, tied: bool) -> None:
+        """Refuse to fold in an adapter that leaves the tied head alone.
+
+        Args:
+            path: of the layer, for the error.
+            tied: whether the model's output head is its embedding.
+
+        Raises:
+            InputError: one weight cannot be both.
+        """
+        if tied and not self.adapts_head:
+            raise InputError(
+                f"{path}: its adapter leaves the tied head alone, and one weight cannot hold both; keep the adapter apart"
+            )
+
+    def finish(self) -> None:
+        """Compute once what no longer changes, for an adapter that is no longer trained."""
+
+    def stored(self, scale: float) -> dict[str, mx.array]:
+        """Return what adapters.safetensors holds of this layer, by name.
+
+        Args:
+            scale: what the stored product is multiplied by; B takes up a difference to the layer's own. Ranks that
+                AdaLoRA switched off are left out, but for one, since no reader knows a rank of zero.
+        """
+        a, b = self.plain_factors()
+        if "lora_e" in self:
+            on = self.lora_e.reshape(-1, self.lora_e.shape[-1]).any(axis=0).tolist()  # of experts: on in any
+            kept = mx.array([rank for rank, is_on in enumerate(on) if is_on] or [0])
+            a, b = (mx.take(factor, kept, axis) for factor, axis in zip((a, b), self.rank_axes.values(), strict=True))
+        b = b if self.scale == scale else b * (self.scale / scale)
+        return {"lora_a": mx.contiguous(a), "lora_b": mx.contiguous(b), **{name: self[name] for name in self.BESIDE}}
+
+    def transposed_factors(self) -> Factors:
+        """Return the factors as PEFT and llama.cpp have them: (r, in) and (out, r), of experts with E before."""
+        a, b = self.plain_factors()
+        return (a, b) if self.OVER is SWITCH else (a.T, b.T)
+
+    def to_peft(self, name: str, row_factors: mx.array | None, tied: bool) -> dict[str, dict[str, mx.array]]:
+        """Return what PEFT stores of this layer: module -> name within it -> tensor.
+
+        Experts are bare tensors in PEFT, and artifacts/peft_experts.py joins them.
+
+        Args:
+            name: of the layer in transformers.
+            row_factors: (out, 1) by which mlx-lm multiplies the base's rows on loading; None for nothing.
+            tied: whether the model's output head is its embedding.
+        """
+        a, b = self.transposed_factors()
+        return {name: {"lora_A.weight": a, "lora_B.weight": b if row_factors is None else b / row_factors}}
+
+    def serving_factors(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array | None]:
+        """Return what a row of a served batch needs: (in, r), (r, out) with the scale in it, and (out,) gains or None."""
+        a, b = self.plain_factors()
+        return mx.contiguous(a.astype(dtype)), mx.contiguous((self.scale * b).astype(dtype)), None

@@ -1,0 +1,28 @@
+"""Which class wraps which base: one row for each layer type and kind of base."""
+
+from __future__ import annotations
+
+import mlx.nn as nn
+
+from mlx_lora.adapters.adapter_layer import AdapterLayer
+from mlx_lora.adapters.dora import DoRAEmbedding, DoRALinear
+from mlx_lora.adapters.layers import LoRAEmbedding, LoRALinear
+from mlx_lora.adapters.moe import DoRASwitchLinear, LoRASwitchLinear
+from mlx_lora.adapters.parts import EMBEDDING, LINEAR, SWITCH, is_exactly
+
+_CLASSES = (
+    LoRALinear,
+    LoRAEmbedding,
+    LoRASwitchLinear,
+    DoRALinear,
+    DoRAEmbedding,
+    DoRASwitchLinear,
+)
+REGISTRY: dict[tuple[str, tuple[type, ...]], type[AdapterLayer]] = {(one.LAYER_TYPE, one.OVER): one for one in _CLASSES}
+LAYER_TYPES = tuple(dict.fromkeys(name for name, _ in REGISTRY))
+
+
+def adapter_class(base: nn.Module, layer_type: str = "lora") -> type[AdapterLayer] | None:
+    """Return the class that wraps `base` in a layer of this type, or None when none fits it."""
+    kind = next((kind for kind in (LINEAR, EMBEDDING, SWITCH) if is_exactly(base, kind)), None)
+    return None if kind is None else REGISTRY.get((layer_type, kind))

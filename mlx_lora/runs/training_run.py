@@ -1,0 +1,158 @@
+"""A training run from its settings to its results, as the train command and Python call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mlx_lora.adapters.inject import adapter_parameters
+from mlx_lora.artifacts.adapter import CONFIG_FILE
+from mlx_lora.artifacts.run_folder import check_room, first_day, own_folder
+from mlx_lora.data.loading import DataSplits, load_data
+from mlx_lora.models.load import Base, check_token_ids, load_base
+from mlx_lora.runs.composition import Composed, compose, put_adapter
+from mlx_lora.runs.report_page import RunPage
+from mlx_lora.runs.reporting import leave_card, reporting
+from mlx_lora.runs.words import outcome_line
+from mlx_lora.settings.config import TrainSettings
+from mlx_lora.system import console, device
+from mlx_lora.system.distributed import ALONE, Ranks
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.files import check_writable
+from mlx_lora.training.agreement import take_first_ranks
+from mlx_lora.training.loggers import reporting_sinks
+from mlx_lora.training.memory_guard import MemoryGuard
+from mlx_lora.training.run_fit import check_base_fits
+from mlx_lora.training.state import Diverged
+from mlx_lora.training.trainer import Outcome, held_out_loss, train
+
+
+def train_run(
+    settings: TrainSettings, ranks: Ranks = ALONE, say: Callable[[str], None] = lambda line: None, live: bool = False
+) -> Outcome:
+    """Train as the settings say and write the run folder; with --test, measure the loss on the test set.
+
+    Args:
+        settings: of the run. With --test alone nothing is trained: the adapter in --adapter-path is measured.
+        ranks: the processes that train together.
+        say: takes lines of progress and reports.
+        live: show progress as a bar on the terminal, and reports in color.
+
+    Raises:
+        InputError: settings, model, data or run folder that cannot be used.
+        RunError: the run diverged, or its results could not be written.
+    """
+    check_request(settings, ranks)
+    folder, trains = Path(settings.loop.adapter_path), wants_training(settings)
+    if trains:
+        check_base_fits(settings)
+    base = load_base(settings.model)
+    if not trains:
+        put_adapter(base, folder, settings.data)
+    splits = read_data(settings, base, ranks, say, live)
+    outcome = Outcome(0, None, False)
+    if trains:
+        with own_folder(folder, ranks):
+            outcome = take_steps(compose(settings, base, splits, ranks, say), base, splits, say, live)
+    if settings.loop.test and not outcome.interrupted:
+        loss, tokens = held_out_loss(base, splits.test, settings.loop, ranks)
+        say(f"Test loss {loss:.4f}, perplexity {console.perplexity(loss):.3f}, {tokens} supervised tokens")
+    return outcome
+
+
+def wants_training(settings: TrainSettings) -> bool:
+    """Train unless only --test was asked for, as in mlx_lm.lora."""
+    return not settings.loop.test if settings.loop.train is None else settings.loop.train
+
+
+def check_request(settings: TrainSettings, ranks: Ranks) -> None:
+    """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
+    loop, trains = settings.loop, wants_training(settings)
+    needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}
+    missing = [flag for flag, value in needed.items() if not value]
+    alone = [flag for flag, asked in (("--no-train", not trains), ("--max-restarts", loop.max_restarts)) if asked]
+    if alone and ranks.size > 1:
+        raise InputError(
+            f"{' and '.join(alone)} in {ranks.size} processes: for a single one; start it without a launcher"
+        )
+    if missing:
+        raise InputError(
+            f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} required (--help says what each takes)"
+        )
+    if not trains and not loop.test:
+        raise InputError("--no-train without --test: nothing to do; give --test, or leave --no-train out")
+    if not trains or not ranks.leads:
+        return
+    folder = Path(loop.adapter_path)
+    check_writable(folder, "--adapter-path", needed_bytes=1_000_000)
+    if (folder / CONFIG_FILE).exists() and not loop.force and loop.resume is None:
+        raise InputError(
+            f"--adapter-path {folder}: already holds an adapter; choose another folder, --resume to go on, or --force to overwrite it"
+        )
+
+
+def read_data(
+    settings: TrainSettings, base: Base, ranks: Ranks, say: Callable[[str], None], colored: bool
+) -> DataSplits:
+    """Read the data, check that the base can take them, and say what is trained on what.
+
+    Raises:
+        InputError: no usable data, --test without a test split, or tokens that the base does not have.
+    """
+    data, loop = settings.data, settings.loop
+    splits = load_data(data, base.hf_tokenizer, loop.seed, say, first_day(loop, ranks))
+    if loop.test and splits.test is None:  # said before the training, not after it
+        raise InputError(f"--test: {data.data} has no test split; add a test file to the folder, or leave --test out")
+    for rows in filter(None, (splits.train, splits.valid, splits.test)):
+        check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
+    say(device.current_device().header())
+    say(f"Base: {base.model_id}: {base.describe()}")
+    say(splits.report.render(color=colored and console.wants_color()))
+    return splits
+
+
+def take_steps(run: Composed, base: Base, splits: DataSplits, say: Callable[[str], None], live: bool) -> Outcome:
+    """Take the steps of a composed run, report and save meanwhile, and leave its results.
+
+    Args:
+        run: over the adapted base.
+        base, splits: that it was composed from.
+        say, live: see `train_run`.
+
+    Raises:
+        RunError: the run diverged, or its results could not be written.
+    """
+    folder, budget_bytes = run.folder, run.memory.budget_bytes
+    settings, ranks, step, at = folder.settings, folder.ranks, folder.step, folder.at
+    device.set_cache_limit(settings.loop.clear_cache_threshold, budget_bytes)
+    device.wire_working_set()
+    say("\n".join(run.words))
+    page, loggers = None, []
+    if ranks.leads:
+        check_room(settings.loop, run.steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
+        loggers = reporting_sinks(settings)
+        page = RunPage.begin(run, base, splits)
+    folder.begin(run.found, run.steps, say)
+    guard = MemoryGuard(at, budget_bytes, say)
+
+    def save(step_number: int) -> None:
+        take_first_ranks(ranks, step, say)
+        folder.save()
+        if page is not None:
+            page.write()
+
+    try:
+        with folder.kept_if_it_fails(), reporting(run, loggers, say, live) as (report, shown):
+            outcome = train(
+                base.model, step, run.loss.measure, run.plan, run.validation, settings.loop,
+                report, shown, save, at, guard, ranks,
+            )  # fmt: skip
+            best = None if outcome.interrupted else folder.put_best()
+            take_first_ranks(ranks, step)  # who has the best put back is rank 0
+    except Diverged as diverged:
+        raise folder.roll_back(diverged) from diverged
+    if page is not None:
+        page.end(outcome.interrupted)
+        leave_card(folder.path, base, folder.info, say)
+        say(outcome_line(folder.path, outcome, best))
+    return outcome

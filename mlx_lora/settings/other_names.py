@@ -1,0 +1,89 @@
+"""What to write here instead of the words that PEFT, TRL, transformers, Axolotl, LLaMA-Factory and Unsloth use.
+
+They are answered with ours, on the command line and in a settings file of ours. Whole files of other trainers are
+read by `migration/`, which takes from this table what differs in its name only.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection
+
+_NAMES = {
+    "model": "model_name_or_path base_model model_name model_id model_path pretrained_model_name_or_path",
+    "revision": "model_revision revision_of_model",
+    "dtype": "torch_dtype compute_dtype precision",
+    "data": "dataset datasets dataset_name dataset_path data_path train_file train_data hf_dataset",
+    "data_format": "dataset_type dataset_format",
+    "max_seq_length": "max_length max_seq_len seq_length sequence_len cutoff_len block_size model_max_length",
+    "mask_prompt": "completion_only_loss assistant_only_loss train_on_responses_only",
+    "chat_template": "template",
+    "valid_fraction": "val_set_size val_size test_size eval_split",
+    "rank": "lora_r lora_rank r lora_dim",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "bias": "lora_bias",
+    "target_modules": "lora_target_modules lora_target lora_target_linear lora_modules",
+    "modules_to_save": "lora_modules_to_save additional_target",
+    "num_layers": "lora_layers layers_to_transform",
+    "optimizer": "optim",
+    "learning_rate": "lr",
+    "lr_schedule": "lr_scheduler lr_scheduler_type scheduler",
+    "warmup": "warmup_steps warmup_ratio",
+    "max_grad_norm": "grad_clip gradient_clipping clip_grad_norm gradient_clip_val",
+    "iters": "max_steps max_iters num_steps num_iters num_training_steps train_steps steps iterations",
+    "epochs": "num_train_epochs num_epochs n_epochs max_epochs",
+    "batch_size": "per_device_train_batch_size micro_batch_size train_batch_size per_device_batch_size",
+    "grad_accumulation_steps": "gradient_accumulation_steps gradient_accumulation grad_accum accumulate_grad_batches",
+    "grad_checkpoint": "gradient_checkpointing use_gradient_checkpointing activation_checkpointing",
+    "memory_budget": "max_memory",
+    "steps_per_report": "logging_steps log_every",
+    "steps_per_eval": "eval_steps eval_every",
+    "save_every": "save_steps",
+    "keep": "save_total_limit",
+    "keep_best": "load_best_model_at_end",
+    "resume": "resume_from_checkpoint",
+    "adapter_path": "output_dir output output_path out_dir save_path adapter_name_or_path",
+    "project_name": "wandb_project swanlab_project",
+    "seed": "random_state random_seed",
+    "force": "overwrite_output_dir overwrite",
+}
+# Another trainer's name -> ours.
+OTHER_NAMES = {theirs: ours for ours, names in _NAMES.items() for theirs in names.split()}
+
+_FOUR_BITS = "give a 4-bit model as --model; mlx-lora convert --bits 4 makes one"
+# What is no setting of its own here -> what to do.
+_OTHER_WAYS = {
+    "load_in_4bit": _FOUR_BITS,
+    "load_in_8bit": _FOUR_BITS.replace("4", "8"),
+    "quantization_bit": _FOUR_BITS,
+    "use_dora": "use --method dora",
+    "use_rslora": "use --method rslora",
+    "bf16": "use --dtype bfloat16, which is what auto takes on a GPU",
+    "fp16": "use --dtype float16",
+    "train_on_inputs": "use --no-mask-prompt to train on prompts too",
+    "packing": "leave it out; rows of like length share a batch of --batch-tokens",
+}
+# Values of a setting that has choices -> what to do.
+OTHER_VALUES = {
+    "qlora": f"QLoRA is LoRA over a 4-bit base; use --method lora, and {_FOUR_BITS}",
+    "bf16": "use bfloat16",
+    "fp16": "use float16",
+    "fp32": "use float32",
+}
+
+
+def instead_of(name: str, known: Collection[str], spell: Callable[[str], str]) -> str:
+    """Say what to write instead of a name that is none of ours.
+
+    Args:
+        name: as asked, with underscores.
+        known: the names that may stand there.
+        spell: writes one of them as the user has to.
+    """
+    if name in _OTHER_WAYS:
+        return _OTHER_WAYS[name]
+    if OTHER_NAMES.get(name) in known:
+        return f"use {spell(OTHER_NAMES[name])}"
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {spell(close[0])}?" if close else "leave it out (--help-all lists the options)"

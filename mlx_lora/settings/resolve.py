@@ -1,0 +1,77 @@
+"""From flags and the content of a settings file to checked settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_lora.settings.checks import settings_problems
+from mlx_lora.settings.config import FIELDS, SECTIONS, ModelSettings, ServeSettings, TrainSettings
+from mlx_lora.settings.other_names import OTHER_VALUES, instead_of
+from mlx_lora.settings.setting_row import flag_of, read_value, row_of
+from mlx_lora.system.errors import InputError
+
+# Two ways to say one thing: a flag's beats whichever of them the file uses.
+TWO_NAMES = (("iters", "epochs"), ("method", "fine_tune_type"), ("batch_size", "batch_tokens"))
+
+
+def decided_by(flags: Mapping[str, Any]) -> set[str]:
+    """Return the settings on which a file has no say: those given as flags, under either of their names."""
+    return {*flags, *(name for pair in TWO_NAMES if not flags.keys().isdisjoint(pair) for name in pair)}
+
+
+def train_settings(flags: Mapping[str, Any], content: Mapping[str, Any] | None = None) -> TrainSettings:
+    """Resolve settings: a flag beats the settings file, the file beats the default.
+
+    Args:
+        flags: flat settings given on the command line (only those given).
+        content: flat settings of the file, in our names, as `settings_file.read_settings` returns them.
+
+    Raises:
+        InputError: all unknown keys and bad values together, in the flags' spelling.
+    """
+    decided = decided_by(flags)
+    values = {key: value for key, value in (content or {}).items() if key not in decided} | dict(flags)
+    problems = [
+        f"{'settings' if key in flags else '--config'}: unknown setting {key!r}; {instead_of(key, FIELDS, repr)}"
+        for key in values
+        if key not in FIELDS
+    ]
+    values = _read(values, FIELDS, problems)
+    sections = {
+        name: section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
+        for name, section in SECTIONS.items()
+    }
+    settings = TrainSettings(**sections)
+    problems = problems or settings_problems(settings.to_flat())
+    if problems:
+        raise InputError("; ".join(problems))
+    return settings
+
+
+def serve_settings(flags: Mapping[str, Any]) -> tuple[ModelSettings, ServeSettings]:
+    """Resolve a server's settings from its flags.
+
+    Raises:
+        InputError: all bad values together.
+    """
+    fields, problems = {f.name: f for f in dataclasses.fields(ServeSettings)}, []
+    settings = ServeSettings(**_read(flags, fields, problems))
+    if problems:
+        raise InputError("; ".join(problems))
+    return train_settings({key: value for key, value in flags.items() if key not in fields}).model, settings
+
+
+def _read(values: Mapping[str, Any], fields: Mapping[str, dataclasses.Field], problems: list[str]) -> dict[str, Any]:
+    """Return the values of known settings in their types, and add what is wrong with others to `problems`."""
+    read = {}
+    for name, value in values.items():
+        if name not in fields:
+            continue
+        try:
+            read[name] = read_value(fields[name], value)
+        except ValueError as error:
+            other = OTHER_VALUES.get(str(value).lower()) if row_of(fields[name]).choices else None
+            problems.append(f"{flag_of(name)} {f'{value!r}: {other}' if other else error}")
+    return read

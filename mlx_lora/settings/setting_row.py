@@ -1,0 +1,112 @@
+"""What one row of the settings says beside name, type and default, and how a value is checked against it."""
+
+from __future__ import annotations
+
+from dataclasses import Field, dataclass, field
+from typing import Any
+
+KIND_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """All that the program knows about a setting; nothing else has to be told about it.
+
+    Attributes:
+        help: the text that `--help` and `--help-all` show.
+        group: the heading above it there.
+        common: whether `--help` shows it; `--help-all` shows every setting.
+        choices: the only values allowed; None: any.
+        at_least: the smallest value allowed.
+        more_than: in place of `at_least`, a bound that is not allowed itself. Without either there is no range.
+        at_most: the largest value allowed.
+        may_change: whether a resumed run may differ here from the run that it goes on with.
+        per_machine: whether the ranks of a distributed run may differ here.
+        method: the only --method that has this setting; None: all have it.
+        alone: the value of a flag without a value, and of `true` in a settings file.
+    """
+
+    help: str
+    group: str
+    common: bool = False
+    choices: tuple[str, ...] | None = None
+    at_least: float | None = None
+    more_than: float | None = None
+    at_most: float = 10**12
+    may_change: bool = False
+    per_machine: bool = False
+    method: str | None = None
+    alone: str | None = None
+
+    def check(self, value: Any) -> None:
+        """Check a value of the right type.
+
+        Raises:
+            ValueError: says what is wrong with it.
+        """
+        if self.choices and value not in self.choices:
+            raise ValueError(f"{value!r}: not one of {', '.join(self.choices)}")
+        low = self.more_than if self.at_least is None else self.at_least
+        if low is None:
+            return
+        above = low < value if self.at_least is None else low <= value
+        if not (above and value <= self.at_most):  # NaN lands here too
+            bound = "more than" if self.at_least is None else "at least"
+            raise ValueError(f"{value}: must be {bound} {low} and at most {_plain(self.at_most)}")
+
+
+def setting(default: Any, help: str, group: str, **rules: Any) -> Any:
+    """Return a dataclass field that carries its row; `rules` are the other attributes of `Row`."""
+    return field(default=default, metadata={"row": Row(help, group, **rules)})
+
+
+def row_of(f: Field) -> Row:
+    """Return the row that `setting` put into a field."""
+    return f.metadata["row"]
+
+
+def field_type(f: Field) -> type:
+    """Return the plain type of a settings field, without its `| None`."""
+    return {"str": str, "int": int, "float": float, "bool": bool}[str(f.type).split(" |")[0]]
+
+
+def flag_of(name: str) -> str:
+    """Spell a setting as its flag."""
+    return "--" + name.replace("_", "-")
+
+
+def read_value(f: Field, value: Any) -> Any:
+    """Return a value from the command line or a settings file in its setting's type.
+
+    YAML reads 2e-4 as text, so numbers in text are taken.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
+    row, kind = row_of(f), field_type(f)
+    if row.alone and isinstance(value, bool):  # grad_checkpoint: true, as in mlx-lm
+        off = None if f.default is None else "none"
+        value = row.alone if value else off
+    if value is None and "None" in str(f.type):
+        return None
+    if kind is str and isinstance(value, dict):  # rank_pattern: {q_proj: 32}
+        value = ",".join(f"{name}={number}" for name, number in value.items())
+    if kind is str and isinstance(value, list):  # target_modules: [q_proj, v_proj]
+        value = ",".join(str(item) for item in value)
+    try:
+        if value is None or (kind is bool and not isinstance(value, bool)) or (kind is int and isinstance(value, bool)):
+            raise ValueError
+        if kind is int and not isinstance(value, int):
+            value = float(value)  # 1e3 is a whole number too; an int stays exact beyond 2^53
+            if not value.is_integer():
+                raise ValueError
+        value = kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{value!r}: not {KIND_WORDS[kind]}") from None
+    row.check(value)
+    return value
+
+
+def _plain(number: float) -> str:
+    """Write a bound as people do: whole numbers without an exponent."""
+    return f"{int(number)}" if number == int(number) else f"{number:g}"

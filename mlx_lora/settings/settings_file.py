@@ -1,0 +1,44 @@
+"""Reads the file that `--config` names: ours, or another trainer's by way of `migration/`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mlx_lora.settings.config import FIELDS
+from mlx_lora.settings.migration.migrate import migrate
+from mlx_lora.settings.resolve import decided_by
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.parsing import MAX_YAML_CHARACTERS, parse_yaml
+
+
+def read_settings(path: str | None, flags: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """Return what a settings file says, in our names; nothing when there is no file.
+
+    Args:
+        path: the YAML file.
+        flags: the settings given on the command line; about these no default of another trainer is told.
+        say: takes a line on each thing that another trainer's file says and we read in our own way.
+
+    Raises:
+        InputError: the file is missing, not UTF-8 YAML, not a mapping, or cannot be read as ours.
+    """
+    return migrate(read_yaml(path), FIELDS, decided_by(flags), path, say) if path else {}
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read a flat YAML settings file; keys come back with underscores.
+
+    Raises:
+        InputError: the file is missing, not UTF-8 YAML, or not a mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = parse_yaml(file.read(MAX_YAML_CHARACTERS + 1))
+    except OSError as error:
+        raise InputError(f"--config {path}: cannot be read ({error.strerror}); give a YAML file") from None
+    except ValueError as error:  # not UTF-8 either
+        raise InputError(f"--config {path}: not YAML ({' '.join(str(error).split())}); fix the file") from None
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path}: has no settings; write one `flag_name: value` per line")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}

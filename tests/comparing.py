@@ -1,0 +1,41 @@
+"""Whether arrays are equal but for rounding, and whether weights are the same to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+
+def close(got: mx.array, expected: mx.array, tolerance: float) -> bool:
+    """Return whether no value is further off than `tolerance` times the largest expected one."""
+    scale = max(mx.abs(expected).max().item(), 1e-3)
+    return np.allclose(np.array(got.astype(mx.float32)), np.array(expected.astype(mx.float32)), atol=tolerance * scale)
+
+
+def assert_equal(got: dict[str, mx.array], expected: dict[str, mx.array]) -> None:
+    """Assert that two sets of named gradients agree within 1e-5 of the largest value of each array."""
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = max(mx.abs(value).max().item(), 1e-4)
+        assert np.allclose(got[name], value, atol=1e-5 * scale), name
+
+
+def weights_checksum(model: nn.Module, skip: frozenset[str] = frozenset()) -> str:
+    """Return the SHA-256 of every parameter's name and bytes: the proof that a base did not change.
+
+    Args:
+        model: any module.
+        skip: last name parts to leave out (`lora_a`, `lora_b`).
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(tree_flatten(model.parameters())):
+        if name.rsplit(".", 1)[-1] in skip:
+            continue
+        digest.update(name.replace(".linear.", ".").replace(".embedding.", ".").encode())
+        raw = value.view(mx.uint16) if value.dtype == mx.bfloat16 else value
+        digest.update(np.array(raw).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,65 @@
+"""A tiny model with an adapter, batches of random tokens, and a training step over them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from conftest import quantized, tiny_model
+from mlx.utils import tree_flatten
+
+from mlx_lora.adapters.inject import adapter_parameters, inject
+from mlx_lora.adapters.targets import select_targets
+from mlx_lora.data.batches import Batch
+from mlx_lora.models.kernels import training_kernels
+from mlx_lora.models.matmul import use_measured_matmul
+from mlx_lora.settings.config import OptimizerSettings
+from mlx_lora.training.checkpointing import apply_checkpointing
+from mlx_lora.training.losses import Arrays, plain_loss
+from mlx_lora.training.optim import build_optimizer
+from mlx_lora.training.step import Step
+
+CHECKPOINT_MODES = ["selective", "block", "2"]
+
+
+def adapted(bits: int | None = None, seed: int = 0, move_b: bool = True) -> nn.Module:
+    """Return the tiny model with adapters on all linear layers, frozen base, random factors."""
+    model = tiny_model(seed)
+    if bits:
+        quantized(model, bits)
+        use_measured_matmul(model)
+    inject(model, select_targets(model).paths, rank=4, scale=2.0, seed=seed)
+    if move_b:  # a zero lora_b hides every gradient of lora_a
+        for name, value in adapter_parameters(model).items():
+            if name.endswith("lora_b"):
+                model.load_weights([(name, 0.02 * mx.random.normal(value.shape))], strict=False)
+    return model
+
+
+def batch(rows: int, width: int, seed: int, share: float = 0.5) -> Batch:
+    """Return random tokens, of which `share` are supervised."""
+    random = np.random.default_rng(seed)
+    ids = random.integers(0, 288, (rows, width + 1)).astype(np.int32)
+    return Batch.of(ids[:, :-1], ids[:, 1:], random.random((rows, width)) < share, rows * width)
+
+
+def make_step(model: nn.Module, steps: int = 20, clip: float = 1.0, **changes) -> Step:
+    """Return a step with a constant learning rate and without warm-up; `changes` are optimizer settings."""
+    settings = OptimizerSettings(**{"learning_rate": 1e-2, "lr_schedule": "constant", "warmup": 0.0, **changes})
+    return Step(model, build_optimizer(settings, steps), plain_loss, clip)
+
+
+def factors(model: nn.Module) -> np.ndarray:
+    """Return all adapter parameters as one vector."""
+    return np.concatenate([np.array(v).ravel() for _, v in sorted(adapter_parameters(model).items())])
+
+
+def gradients(model: nn.Module, mode: str, kernels: bool = True, width: int = 70) -> dict[str, mx.array]:
+    """Return the gradient of each factor with this checkpointing mode, with or without the training kernels."""
+    tape = apply_checkpointing(model, mode)
+    arrays = Arrays.of(batch(2, width, seed=1))
+    with training_kernels(model, *([tape.attend] if tape else [])) if kernels else nullcontext():
+        _, grads = nn.value_and_grad(model, plain_loss)(model, *arrays)
+    return dict(tree_flatten(grads))

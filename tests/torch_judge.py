@@ -1,0 +1,13 @@
+"""The same model in transformers, on torch: the judge of numerics."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def torch_base(folder):
+    """Return the llama model of a folder in float32 on torch; skips the test when torch is not installed."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
