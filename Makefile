@@ -42,6 +42,8 @@ LINTED := benchmarks data docs mlx_lora recipes scripts tests README.md CHANGELO
 lint: setup
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/ruff format --check $(LINTED)
+	$(BIN)/python scripts/typing_stubs.py
+	$(BIN)/pyright
 
 format: setup
 	$(BIN)/ruff check --fix $(LINTED)

@@ -114,7 +114,7 @@ def check_versions(versions: dict[str, str | None]) -> list[Check]:
     bad = [
         Check("versions", "failed", f"{name} {versions[name]}: {why}", f"pip install -U {name}")
         for name, below, why in KNOWN_BAD
-        if versions[name] and Version(versions[name]) < Version(below)
+        if (found := versions[name]) and Version(found) < Version(below)
     ]
     return bad or [Check("versions", "ok", "none that is known to be wrong")]
 

@@ -104,7 +104,7 @@ def evaluate(
     base = load_base(settings.model)
     if adapter:
         put_adapter(base, adapter, settings.data, ignore_fingerprint)
-    rows = load_eval_set(settings.data.data, settings.data, base.hf_tokenizer, console.echo)
+    rows = load_eval_set(settings.data.data or "", settings.data, base.hf_tokenizer, console.echo)
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {settings.data.data}")
     loss, tokens = held_out_loss(base, rows, replace(settings.loop, batch_tokens=batch_tokens, test_batches=-1))
     counts = {"supervised_tokens": tokens, "rows": len(rows)}

@@ -42,7 +42,10 @@ READERS = {
     "ollama": "Ollama (ollama create NAME -f Modelfile)",
 }
 MERGED_GGUF = ("gguf", "ollama")  # what does without an adapter, and has a --gguf-type
-CARD_LIBRARIES = {"peft": "peft", "mlx-lm": "mlx"}  # what gets a model card, and the library that it names
+CARD_LIBRARIES: dict[str, Any] = {
+    "peft": "peft",
+    "mlx-lm": "mlx",
+}  # what gets a model card, and the library that it names
 # Where mlx-lm keeps transformers' names and layouts; others it renames or stacks (experts) while loading.
 SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
@@ -105,7 +108,9 @@ def main(
     adapter = resolve_adapter(adapter_path, adapter_revision)
     settings = train_settings(flags.given(options)).model
     base = load_base(settings)
-    info = load_adapter(base, adapter, ignore_fingerprint) if adapter else None
+    info: Any = (
+        load_adapter(base, adapter, ignore_fingerprint) if adapter else None
+    )  # only for merged files: check_gguf
     if form == "gguf":
         export_gguf(base, info, out, gguf_type or DEFAULT_TYPE, force)
     elif form == "ollama":
@@ -121,7 +126,7 @@ def main(
         export_hf(base, info, out, force, keep_dtype=settings.dtype != "auto")
     else:
         export_gguf_adapter(base, info, out, force)
-    if form in CARD_LIBRARIES:
+    if adapter and form in CARD_LIBRARIES:
         card = write_card(out, CARD_LIBRARIES[form], base, info, read_facts(adapter), base_id, push_to_hub)
         console.echo(f"{out / CARD_FILE}: {'the model card' if card else 'yours, left as it is'}")
     console.echo(f"{out}: written for {READERS[form]}")

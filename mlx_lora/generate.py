@@ -66,7 +66,8 @@ def main(
     # mlx-lm takes a top_k below the vocabulary's size only; as many or more are all of them, its 0.
     top_k = top_k if top_k < len(base.hf_tokenizer) else 0
     sampler = make_sampler(temp=temp, top_p=top_p if top_p < 1 else 0.0, top_k=top_k)
-    pieces, last = [], None
+    pieces: list[str] = []
+    last: Any = None  # the last of its responses, of which there is one at least
     responses = generated(base, tokens, max_tokens, sampler)
     for last in responses if template else continued(responses, base.tokenizer):
         pieces.append(last.text)

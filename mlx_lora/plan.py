@@ -86,7 +86,7 @@ def main(
     dtype = settings.model.dtype
     if dtype == "auto":
         dtype = "float32" if machine.number_bytes == 4 else "bfloat16"
-    outline = outline_of(settings.model.model, settings.model.revision, device.compute_dtype(dtype))
+    outline = outline_of(settings.model.model or "", settings.model.revision, device.compute_dtype(dtype))
     # Nobody has measured kernels on a machine that is not here: as asked for, or ours.
     elsewhere = KernelChoice(settings.loop.kernels)
     kernels = None if chip is None and memory_gb is None else elsewhere
@@ -111,7 +111,7 @@ def main(
         )
     if all_chips:
         if machine.backend != "metal" or kernels is None:
-            outline = outline_of(settings.model.model, settings.model.revision, device.compute_dtype("bfloat16"))
+            outline = outline_of(settings.model.model or "", settings.model.revision, device.compute_dtype("bfloat16"))
             shape = outlined_shape(outline, settings, elsewhere)
         result["chips"] = list(for_all_chips(settings, shape, size))
     if as_json:
@@ -126,7 +126,7 @@ def measure_data(settings: TrainSettings, config: dict[str, Any]) -> DataSize | 
     """Return the size of --data in tokens; None without data here, or without a tokenizer beside the model's config."""
     if settings.data.data is None or not Path(settings.data.data).exists():
         return None
-    folder = resolve_config(settings.model.model, settings.model.revision)
+    folder = resolve_config(settings.model.model or "", settings.model.revision)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)

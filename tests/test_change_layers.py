@@ -40,7 +40,7 @@ class GainedLinear(AdapterLayer):
 # Runs in a process of its own, on the changed copy of the package.
 OPTIMIZER_TEST = """
 from run_cli import run
-from test_step import adapted, batch, factors, make_step
+from tiny_steps import adapted, batch, factors, make_step
 from mlx_lora.adapters.model_shape import model_shape
 from mlx_lora.planner.chips import find_chip
 from mlx_lora.planner.memory import plan_memory
@@ -63,7 +63,7 @@ def optimizer_facts():
 LAYER_TEST = """
 import mlx.core as mx
 from conftest import TINY, tiny_model, write_folder
-from test_step import batch, make_step
+from tiny_steps import batch, make_step
 from mlx_lora.adapters.inject import adapter_layers, inject
 from mlx_lora.adapters.model_shape import model_shape
 from mlx_lora.adapters.targets import select_targets

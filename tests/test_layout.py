@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 from importlib import metadata
@@ -141,6 +142,23 @@ def test_the_linter_sees_all_that_is_ours_and_nothing_else():
     hook = re.search(r"rev: v(\d+\.\d+)\.\d+", (root / ".pre-commit-config.yaml").read_text())[1]
     assert hook == pinned == ".".join(metadata.version("ruff").split(".")[:2])
     assert "make lint" in (root / ".ci" / "run").read_text()
+
+
+def test_types_are_checked_with_mlx_as_it_is(tmp_path, monkeypatch):
+    """`make lint` runs pyright, pinned, over declarations that hold what mlx's own leave open."""
+    assert re.search(r'"pyright\[nodejs\]==1\.1\.\d+"', PROJECT)
+    lint = (PACKAGE.parent / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
+    assert lint.index("scripts/typing_stubs.py") < lint.index("/pyright")
+    monkeypatch.syspath_prepend(str(PACKAGE.parent / "scripts"))
+    stubs = importlib.import_module("typing_stubs")
+    monkeypatch.setattr(stubs, "OUT", tmp_path / "mlx")
+    stubs.main()
+    core = (tmp_path / "mlx" / "core" / "__init__.pyi").read_text()
+    assert "def item(self) -> Any:" in core
+    assert "-> scalar:" not in core
+    monkeypatch.setitem(stubs.MENDED, "utils.py", [("no such line", "")])
+    with pytest.raises(AssertionError, match="no such line"):
+        stubs.main()
 
 
 def test_no_file_imports_in_a_circle():

@@ -58,7 +58,7 @@ def normal_factors(
     shapes = ((in_width, rank), (rank, out_width))
     if experts is not None:
         shapes = ((experts, rank, in_width), (experts, out_width, rank))
-    return tuple(0.02 * mx.random.normal(shape, key=key) for shape, key in zip(shapes, (a_key, b_key), strict=True))
+    return 0.02 * mx.random.normal(shapes[0], key=a_key), 0.02 * mx.random.normal(shapes[1], key=b_key)
 
 
 def principal_factors(matrix: mx.array, rank: int, scale: float, key: mx.array) -> tuple[mx.array, mx.array]:

@@ -62,7 +62,7 @@ def _adapted(
 ) -> AdapterLayer:
     """Return one layer, wrapped."""
     dims, experts = base_dims(base), _experts(base)
-    wrap = adapter_class(base, layer_type).from_base
+    wrap = adapter_class(base, layer_type).from_base  # pyright: ignore[reportOptionalMemberAccess] # `inject` has refused others
     if init == "kaiming":
         return wrap(base, kaiming_factors(path, *dims, rank, seed, experts), scale, dropout)
     if init == "svd":

@@ -25,7 +25,7 @@ from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject,
 from mlx_lora.adapters.parts import is_parameter
 from mlx_lora.adapters.registry import LAYER_TYPES
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.artifacts.adapter_config import own_problems, shape_problems
+from mlx_lora.artifacts.adapter_config import own_entries, own_problems, shape_problems
 from mlx_lora.artifacts.overlap import PRESENT, measure_overlap, share_present
 from mlx_lora.artifacts.peft import PeftAdapter, is_peft, read_peft
 from mlx_lora.models.fingerprint import without_mark
@@ -161,7 +161,7 @@ def check_base(base: Base, config: dict[str, Any], place: Path) -> None:
     Raises:
         InputError: naming both models.
     """
-    own = config.get("mlx_lora") if isinstance(config.get("mlx_lora"), dict) else {}
+    own = own_entries(config)
     trained_on = own.get("base_fingerprint")
     if "overlap" not in own and own.get("base_model") == base.model_id:  # of a version that did not know fused bases
         trained_on = trained_on if trained_on != without_mark(base.fingerprint) else base.fingerprint
@@ -191,7 +191,7 @@ def load_adapter(base: Base, folder: Path, ignore_fingerprint: bool = False) -> 
     config = read_adapter_config(folder)
     if is_peft(config):
         return _load_peft(base, read_peft(folder, config, base.model))
-    own = config.get("mlx_lora") if isinstance(config.get("mlx_lora"), dict) else {}
+    own = own_entries(config)
     if not ignore_fingerprint:
         check_base(base, config, folder)
     shape = config["lora_parameters"]

@@ -8,6 +8,9 @@ from typing import Any
 
 from mlx_lora.settings.methods import PRESETS
 
+Check = tuple[Callable[[Any], bool], str]
+"""(test, what the value must be, in words)"""
+
 MAX_RANK = 65536  # --rank's own bound
 MAX_KEYS = 10_000
 
@@ -47,6 +50,12 @@ def shape_problems(shape: dict[str, Any]) -> list[str]:
     return problems + problems_of(shape, checks, "lora_parameters.")
 
 
+def own_entries(config: dict[str, Any]) -> dict[str, Any]:
+    """Return our part of the file; another program's has none."""
+    own = config.get("mlx_lora")
+    return own if isinstance(own, dict) else {}
+
+
 def own_problems(config: dict[str, Any]) -> list[str]:
     """Name what is wrong in our part of the file; another program's has none."""
     own = config.get("mlx_lora")
@@ -55,7 +64,7 @@ def own_problems(config: dict[str, Any]) -> list[str]:
     if not isinstance(own, dict):
         return ["mlx_lora is no table"]
     texts = ("base_model", "base_revision", "base_fingerprint", "chat_template")
-    checks = dict.fromkeys(texts, (is_text, "a text"))
+    checks: dict[str, Check] = dict.fromkeys(texts, (is_text, "a text"))
     checks |= {
         "method": (lambda value: isinstance(value, str) and value in PRESETS, "a method of this version"),
         "alpha": (is_number, "a number"),
@@ -93,7 +102,7 @@ def _is_numbers(value: Any) -> bool:
     return isinstance(value, dict) and len(value) <= MAX_KEYS and all(is_number(n) and n > 0 for n in value.values())
 
 
-def problems_of(table: dict[str, Any], checks: dict[str, tuple[Callable[[Any], bool], str]], prefix: str) -> list[str]:
+def problems_of(table: dict[str, Any], checks: dict[str, Check], prefix: str) -> list[str]:
     """Name the entries that are there and not as they must be.
 
     Args:

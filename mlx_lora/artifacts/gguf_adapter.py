@@ -10,13 +10,13 @@ Source: ggml-org/llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from gguf import GGUFWriter
 
-from mlx_lora.adapters.adapter_layer import AdapterLayer
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.artifacts.peft_experts import joined_experts
 from mlx_lora.models.gguf_arch import gguf_weights
@@ -75,13 +75,11 @@ def write_gguf_adapter(file: Path, model: nn.Module, base_name: str, full: tuple
         writer.close()
 
 
-def _factors(
-    layers: list[AdapterLayer | None], alpha: float | None, place: TensorMapping
-) -> tuple[np.ndarray, np.ndarray]:
+def _factors(layers: list[Any], alpha: float | None, place: TensorMapping) -> tuple[np.ndarray, np.ndarray]:
     """Return A (r, in) and B (out, r) float32 in the base's order, of experts (E, r, in) and (E, out, r).
 
     Args:
-        layers: the adapters of the tensor's parts.
+        layers: the adapters of the tensor's parts; of several, None stands for one that is not adapted.
         alpha: the file's; None: B carries the scale.
         place: the tensor's.
     """

@@ -89,7 +89,7 @@ class Planned:
             InputError: values that the type cannot hold.
         """
         if self.kind is Kind.MXFP4:
-            return mxfp4_blocks(self.source.packed)
+            return mxfp4_blocks(self.source.packed)  # pyright: ignore[reportArgumentType] # MXFP4 is always packed
         values = self.place.to_file(np.array(self.source.values()))  # a copy of ours: mlx's buffer is freed
         largest = np.abs(values).max()
         limit = np.inf if self.kind in (Kind.F32, Kind.BF16) else np.finfo(np.float16).max
@@ -160,7 +160,7 @@ def _write_tensors(writer: GGUFWriter, planned: list[Planned], extra: dict[str, 
     for name, values in extra.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     for tensor in planned:
-        writer.add_tensor_info(tensor.name, tensor.shape, np.float32, tensor.n_bytes, raw_dtype=tensor.kind)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, raw_dtype=tensor.kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -168,14 +168,14 @@ def recognize(tokenizer: PreTrainedTokenizerBase, template: str) -> Chat | None:
             return None  # many refuse a system turn
 
     # As it is first: ChatML's <|im_start|> is the bos of some models, and belongs to the turn.
-    forms = [(render, "")]
-    if tokenizer.bos_token:
+    forms: list[tuple[Callable[[Messages], str | None], str]] = [(render, "")]
+    if isinstance(bos := tokenizer.bos_token, str) and bos:
         # Ollama's tokenizer adds it again where the model says so.
         added = prefix_tokens(tokenizer) == [tokenizer.bos_token_id]
-        forms.append((_without(render, tokenizer.bos_token), "" if added else tokenizer.bos_token))
+        forms.append((_without(render, bos), "" if added else bos))
     for text, before in forms:
         for family in FAMILIES:
-            chat = Chat(family, tokenizer.eos_token or "", None, "")
+            chat = Chat(family, str(tokenizer.eos_token or ""), None, "")
             system = _default_system(chat, text)
             if _agree(chat, text, system):
                 return Chat(family, chat.eos, system, before)
@@ -236,7 +236,7 @@ def write_ollama(
             write_gguf_model(
                 folder / "model.gguf", base, gguf_type=gguf_type, name=out.name, chat_template=own, asked=out
             )
-        else:
+        elif info is not None:
             write_gguf_adapter(folder / "adapter.gguf", base.model, info.base_model, info.full)
         lines, notes = [f"FROM {source}"], []
         lines += ["ADAPTER ./adapter.gguf"] if ollama_base else []

@@ -126,7 +126,7 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     problems += [] if found or experts else ["it holds no LoRA factors"]
     tied = own_path("lm_head", modules) is None and "lm_head" in found
     head = found.pop("lm_head", None) if tied else None
-    paths = {layer: own_path(layer, modules) for layer in found}
+    paths: dict[str, Any] = {layer: own_path(layer, modules) for layer in found}
     problems += _missing_problems(config, found, paths)
     problems += _shape_problems(found, paths, modules, header)
     _refuse(folder, problems)
@@ -148,7 +148,7 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
             factors[path], shapes[path] = (a, b), (a.shape[1], scale)
     embedding = next((layer for layer in found if layer.endswith("embed_tokens")), None)
     if head is not None:
-        _refuse(folder, _tied_problems(config, stored, head, found.get(embedding)))
+        _refuse(folder, _tied_problems(config, stored, head, found.get(embedding or "")))
     leaves_head = embedding is not None and head is None and own_path("lm_head", modules) is None
     return PeftAdapter(
         factors,
@@ -156,7 +156,7 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
         shapes,
         float(config.get("lora_dropout") or 0.0),
         config.get("base_model_name_or_path"),
-        leaves_head=paths[embedding] if leaves_head else None,
+        leaves_head=paths[embedding or ""] if leaves_head else None,
         full=full_values(full, stored, model),
     )
 

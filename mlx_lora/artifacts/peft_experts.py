@@ -84,8 +84,10 @@ def expert_tensors(kind: str, layers: dict[str, AdapterLayer]) -> list[ExpertTen
     """
     experts = {path: layer for path, layer in layers.items() if layer.OVER is SWITCH}
     place = PLACES.get(kind)
+    if place is None and not experts:
+        return []
     unfit = list(experts) if place is None else [path for path in layers if path.endswith(f".{place.router}")]
-    if unfit:
+    if place is None or unfit:
         more = f" and {len(unfit) - 1} more" if len(unfit) > 1 else ""
         known = ", ".join(PLACES)
         raise InputError(
@@ -122,8 +124,8 @@ def joined_experts(layers: list[AdapterLayer | None], in_turns: bool) -> tuple[m
     """Return one adapter (E, R, in), (E, out, R) and its scale for layers whose rows are stored together."""
     scale = next(layer.scale for layer in layers if layer is not None)
     pairs = [None if layer is None else (*layer.plain_factors(), layer.scale / scale) for layer in layers]
-    if len(pairs) == 1:
-        return *pairs[0][:2], scale
+    if len(pairs) == 1 and (only := pairs[0]):
+        return only[0], only[1], scale
     a = mx.concatenate([pair[0] for pair in pairs if pair is not None], axis=1)
     experts, out = next(pair[1].shape[:2] for pair in pairs if pair is not None)
     parts, start = [], 0

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -166,7 +167,7 @@ class Encoder:
         self._max_tokens = max_seq_length
         self._mask_prompt = mask_prompt
         self._plain_completions = plain_completions
-        self._eos: int | None = tokenizer.eos_token_id
+        self._eos: Any = tokenizer.eos_token_id
         self._backend = _offset_tokenizer(tokenizer)
 
     def encode(self, examples: Sequence[Example], on_rows: Callable[[int], None] = lambda done: None) -> Encoded:
@@ -327,7 +328,7 @@ def token_range(encoding: Encoding, span: tuple[int, int], text_chars: int) -> t
         return 0, 0
     after = (token for char in range(end, text_chars) if (token := encoding.char_to_token(char)) is not None)
     stop = next(after, len(encoding.ids))
-    if stop < len(encoding.ids) and encoding.token_to_chars(stop)[0] < end:
+    if stop < len(encoding.ids) and (held_by := encoding.token_to_chars(stop)) and held_by[0] < end:
         stop += 1  # this token straddles the span's end
     return first, stop
 

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
 from importlib import metadata, resources
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.settings.config import DataSettings
@@ -39,7 +39,7 @@ ENTRY_FILE = "entry.json"
 
 def entry_folder(
     kind: str,
-    files: dict[str, Sequence[Path]],
+    files: Mapping[str, Sequence[Path]],
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
@@ -143,7 +143,8 @@ def _template_hash(name_or_file: str | None) -> str | None:
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of everything in a tokenizer that ids, masks and rendered chats depend on."""
-    core = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else type(tokenizer).__name__
+    fast = isinstance(tokenizer, PreTrainedTokenizerFast)
+    core = tokenizer.backend_tokenizer.to_str() if fast else type(tokenizer).__name__
     special = [tokenizer.special_tokens_map, tokenizer.all_special_tokens, tokenizer.eos_token_id]
     return sha256_of(json.dumps([core, tokenizer.chat_template, special], sort_keys=True, default=str))
 

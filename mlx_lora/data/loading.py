@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -178,7 +178,7 @@ def _make_splits(
     if "valid" not in encoded:
         sets |= _hold_out(encoded["train"], keys["train"], settings.valid_fraction, seed)
     report = DataReport(
-        data=settings.data,
+        data=settings.data or "",
         rows_read=sum(rows.rows_read for rows in parts.values()),
         formats=dict(sum((rows.formats for rows in parts.values()), Counter())),
         splits={name: SplitReport.of(rows) for name, rows in sets.items()},
@@ -269,7 +269,7 @@ def _cut_single_text(train: _Rows, fraction: float) -> dict[str, _Rows]:
 
 
 def _make_encoder(
-    parts: Sequence[_Rows], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, day: date | None
+    parts: Collection[_Rows], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, day: date | None
 ) -> tuple[Encoder, str | None, str]:
     """Return the encoder, the template's text (None if all data is plain text), and the template's origin."""
     plain_completions = settings.chat_template is None and not tokenizer.chat_template

@@ -182,7 +182,7 @@ def _content(content: Any, number: int) -> tuple[str, str]:
             value = _content(value, number)[0]
         if not isinstance(value, str):
             raise FormatError(f"message {number} has a content part of type {kind!r}; only text is trained")
-        texts[kind].append(value)
+        texts[str(kind)].append(value)
     return "".join(texts["text"]), "".join(texts["thinking"])
 
 

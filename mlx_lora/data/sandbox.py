@@ -16,7 +16,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from datetime import date, datetime
 from datetime import time as time_of_day
@@ -25,6 +25,8 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
+from jinja2 import nodes
+from jinja2.parser import Parser
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.messages import REASONING
@@ -106,13 +108,13 @@ def _plain(value: Any) -> Any:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}`, with which templates mark what the model writes: shown as it is, with names of its own."""
 
-    tags = frozenset(["generation"])
+    tags = {"generation"}  # noqa: RUF012 (a set, as jinja2 declares it)
 
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+    def parse(self, parser: Parser) -> nodes.Node:
         """Parse the block up to its end."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_shown"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_shown"), [], [], body).set_lineno(line)
 
     def _shown(self, caller: Callable[[], str]) -> str:
         return caller()
@@ -163,7 +165,7 @@ class BoundedSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             _check(left.bit_length() + right.bit_length(), MAX_BITS)
         elif operator == "*":
             for sequence, count in ((left, right), (right, left)):
-                if isinstance(count, int) and hasattr(sequence, "__len__"):
+                if isinstance(count, int) and isinstance(sequence, Sized):
                     _check(len(sequence) * count, MAX_SIZE)
         return super().call_binop(context, operator, left, right)
 

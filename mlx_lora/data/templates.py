@@ -28,8 +28,8 @@ def resolve_template(name_or_file: str | None, tokenizer: PreTrainedTokenizerBas
     Raises:
         InputError: there is no such file, or Jinja cannot parse it.
     """
-    if name_or_file is None and tokenizer.chat_template:
-        text, origin = own_template(tokenizer), "model"
+    if name_or_file is None and tokenizer.chat_template and (own := own_template(tokenizer)):
+        text, origin = own, "model"
     elif name_or_file is None or name_or_file in BUILT_IN:
         name = name_or_file or "alpaca"
         text, origin = _built_in(name, tokenizer), f"built-in {name}"

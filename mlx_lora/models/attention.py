@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 
@@ -155,7 +156,7 @@ def attention_gradient(
         d_q.append(_fold_back(d_scores @ keys, heads) * tiles.scale)
         d_k.add(d_scores.swapaxes(-1, -2) @ _fold(own, key_heads))
         d_v.add(weights.swapaxes(-1, -2) @ d_own)
-        if sinks:
+        if sunk is not None:
             d_sinks = d_sinks - _fold_back(sunk * row, heads).sum(axis=(0, 2, 3))  # (H,)
     # StableLM and Phixtral pass queries and keys in float32, and values in the model's dtype.
     wholes = mx.concatenate(d_q[::-1], axis=2), d_k.whole(), d_v.whole()
@@ -170,7 +171,7 @@ class _KeyGradient:
     """A sum of gradients of prefixes of the keys, added from the longest to the shortest, without padding."""
 
     def __init__(self) -> None:
-        self.head: mx.array | None = None
+        self.head: Any = None  # an array from the first addition on
         self._tails: list[mx.array] = []
 
     def add(self, part: mx.array) -> None:

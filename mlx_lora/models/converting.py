@@ -120,7 +120,7 @@ def convert_model(
         raise InputError(f"{source.path}: only GGUF blocks are carried over; give --bits or --no-quantize")
     with replacing_folder(out) as folder:
         if source.kind == "gguf":
-            conversion = _convert_gguf(source, folder, target, dtype)
+            conversion = _convert_gguf(source, folder, target or "carry", dtype)
         else:
             conversion = _convert_folder(source, folder, target, dtype, measure, trust_remote_code)
         load_weights(folder, trust_remote_code)  # check that mlx-lm can load it before it appears at `out`

@@ -131,7 +131,7 @@ def _halved_gradient(log: mx.array, a: mx.array, b: mx.array, d: mx.array) -> tu
     size = log.shape[-2]
     if size == 1:
         return d * b, d * a, mx.zeros_like(d * a)
-    parts = _halved_gradient(*(_row_halves(x) for x in (log, a, b)), _diagonal_blocks(d))
+    parts = _halved_gradient(_row_halves(log), _row_halves(a), _row_halves(b), _diagonal_blocks(d))
     d_a, d_b, d_log = (x.reshape(*x.shape[:-3], size, x.shape[-1]) for x in parts)
     rows, columns = _to_middle(log)
     a_far, b_far = a[..., size // 2 :, :] * rows, b[..., : size // 2, :] * columns

@@ -76,21 +76,22 @@ def chunked_gated_delta_update(
         state = mx.zeros((batch, *v.shape[2:], width), mx.float32)
 
     def gates(*of: mx.array) -> list[mx.array]:
-        return log_gates(*of, mask, lower_bound, allow_neg_eigval)
+        return log_gates(*of, mask=mask, lower_bound=lower_bound, allow_neg_eigval=allow_neg_eigval)
 
     @mx.custom_function
     def forward(*primals: mx.array) -> list[mx.array]:
         q, k, v, state, *of_gates = primals
-        return gated_delta(q, k, v, *gates(*of_gates), state)
+        log_g, beta = gates(*of_gates)
+        return gated_delta(q, k, v, log_g, beta, state)
 
     @forward.vjp
     def forward_vjp(primals, cotangents, outputs):
         q, k, v, state, *of_gates = primals
         # Computed when the backward pass gets here, and not merged with the forward pass.
         of_gates = mx.depends(of_gates, [cotangents[0]])
-        made = gates(*of_gates)
+        log_g, beta = gates(*of_gates)
         d_q, d_k, d_v, *d_gates, d_state = gated_delta_gradient(
-            q, k, v, *made, outputs[2:], cotangents[0], cotangents[1]
+            q, k, v, log_g, beta, outputs[2:], cotangents[0], cotangents[1]
         )
         return d_q, d_k, d_v, d_state.astype(state.dtype), *mx.vjp(gates, of_gates, d_gates)[1]
 
@@ -123,8 +124,8 @@ def fused_gated_delta_update(
     if mask is not None or a.ndim == 4 or (k.shape[-1], v.shape[-1]) != (FUSED_WIDTH, FUSED_WIDTH):
         return chunked_gated_delta_update(q, k, v, a, b, A_log, dt_bias, state, mask, **options)
     log_g, beta = log_gates(a, b, A_log, dt_bias, None, **options)
-    wide = (x.astype(mx.float32) for x in (q, k, v))
-    y, last = mx.fast.gated_delta_update(*wide, mx.exp(log_g), beta, state)
+    wide_q, wide_k, wide_v = (x.astype(mx.float32) for x in (q, k, v))
+    y, last = mx.fast.gated_delta_update(wide_q, wide_k, wide_v, mx.exp(log_g), beta, state)
     return y.astype(q.dtype), last
 
 
@@ -328,7 +329,8 @@ class _Chunks:
         )
         d_q = d_q_seen * self.decay.seen + d_rows[0]
         d_k = d_k_seen * self.decay.seen + d_k_left * self.decay.left + d_rows[1] + d_columns.sum(axis=0)
-        d_beta = solved * self.v, d_scaled * self.k_seen, d_own * self.own
+        parts = (solved * self.v, d_scaled * self.k_seen, d_own * self.own)
+        d_beta = [part.sum(axis=-1, keepdims=True) for part in parts]
         d_log = self.decay.log_gradient(
             d_q_seen * self.q_seen + d_k_seen * self.k_seen,
             d_k_left * self.k_left,
@@ -340,7 +342,7 @@ class _Chunks:
             d_k.sum(axis=2, keepdims=True),
             self.beta * solved,
             d_log + d_pairs.sum(axis=0),
-            sum(part.sum(axis=-1, keepdims=True) for part in d_beta),
+            d_beta[0] + d_beta[1] + d_beta[2],
         ], d_state
 
     def _run_back(self, d_y: mx.array, d_state: mx.array) -> tuple[mx.array, mx.array, mx.array]:

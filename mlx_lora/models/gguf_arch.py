@@ -112,7 +112,7 @@ def _as_in_file(mappings: dict[str, TensorMapping], file: GGUFFile) -> dict[str,
         for whole, parts in JOINED.items():
             joined, (first, second) = f"{layer}.{whole}", (f"{layer}.{part}" for part in parts)
             if joined in mappings and joined not in file.tensors and first in file.tensors:
-                found |= {first: TensorMapping(mappings[joined].name), second: TensorMapping(*mappings[joined].then)}
+                found |= {first: TensorMapping(mappings[joined].name), second: TensorMapping(mappings[joined].then[0])}
                 del found[joined]
             elif first in mappings and first not in file.tensors and joined in file.tensors:
                 found[joined] = TensorMapping(mappings[first].name, then=(mappings[second].name,))

@@ -102,7 +102,7 @@ def _carried(tensor: GGUFTensor, mapping: TensorMapping, dtype: mx.Dtype) -> Pac
     packed = carry_blocks(_reordered(tensor, mapping), dtype)
     if mapping.columns is None:
         return packed
-    order = mapping.columns.in_groups(GROUP)
+    order: Any = mapping.columns.in_groups(GROUP)  # which `_carries` made sure of
     n_groups = tensor.shape[-1] // GROUP
     index = mx.array(order.from_file(n_groups))
     groups = [array.reshape(*array.shape[:-1], n_groups, -1) for array in packed.arrays]

@@ -101,7 +101,7 @@ class Head:
         """
         if not isinstance(self.layer, QUANTIZED_HEADS):
             return arrays[0].astype(dtype)
-        layout = {"group_size": self.layer.group_size, "bits": self.layer.bits, "mode": self.layer.mode}
+        layout: dict[str, Any] = {"group_size": self.layer.group_size, "bits": self.layer.bits, "mode": self.layer.mode}
         return mx.dequantize(*arrays, **layout).astype(dtype)
 
     def finish(self, products: mx.array, columns: slice | mx.array) -> mx.array:
@@ -137,11 +137,13 @@ class Head:
 
     def slope(self, logits: mx.array) -> mx.array:
         """Return the soft cap's derivative for its output l: 1 - (l / cap)^2."""
-        return 1 - mx.square(logits / self.soft_cap)
+        return 1 - mx.square(logits / self.soft_cap)  # pyright: ignore[reportOperatorIssue] # asked only with a cap
 
 
-class _Intercepted:
+class _Intercepted(nn.Module):
     """A mix-in for a head's class that records the hidden states and returns them unchanged."""
+
+    seen: list[mx.array]
 
     def as_linear(self, hidden: mx.array) -> mx.array:
         self.seen.append(hidden)
@@ -156,11 +158,11 @@ class _InterceptedLinear(_Intercepted):
 
 
 @contextmanager
-def _intercepted(layer: nn.Module) -> Iterator[list[mx.array]]:
+def _intercepted(layer: Any) -> Iterator[list[mx.array]]:
     """Keep a head from computing logits inside the block, by changing the class of this instance for its duration."""
     seen: list[mx.array] = []
     own = type(layer)
-    mixed = _Intercepted if isinstance(layer, EMBEDDING_HEADS) else _InterceptedLinear
+    mixed = _Intercepted if issubclass(own, EMBEDDING_HEADS) else _InterceptedLinear
     layer.__class__ = type(own.__name__, (mixed, own), {"seen": seen})
     try:
         yield seen
@@ -202,7 +204,7 @@ def find_head(model: nn.Module, config: dict[str, Any]) -> Head | str:
     return Head(body, layer, _scale(config, isinstance(layer, EMBEDDING_HEADS)), _soft_cap(config), inner)
 
 
-def _part(module: nn.Module, path: str) -> nn.Module | mx.array | None:
+def _part(module: nn.Module, path: str) -> Any:
     """Return the part at a dotted path of names, None if there is none."""
     part: Any = module
     for name in path.split("."):
@@ -210,7 +212,7 @@ def _part(module: nn.Module, path: str) -> nn.Module | mx.array | None:
     return part
 
 
-def _first(module: nn.Module, paths: tuple[str, ...]) -> nn.Module | mx.array | None:
+def _first(module: nn.Module, paths: tuple[str, ...]) -> Any:
     """Return the first of these parts that a module has, None if it has none."""
     return next((part for part in (_part(module, path) for path in paths) if part is not None), None)
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_lora.planner.shapes import KernelTerms
 from mlx_lora.system.measuring import Figures, Outputs, Trial
 
-ShapeClass = tuple[int | str, ...]
+ShapeClass = tuple[Any, ...]  # of numbers and words
 MLX = "mlx"
 
 

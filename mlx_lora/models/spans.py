@@ -133,8 +133,8 @@ def linear_scan(decay: mx.array, added: mx.array, state: mx.array) -> mx.array:
         decay, _, state = primals
         # The factor from each token's state to the next; a lane's last token is followed by the next lane's first.
         onward = mx.concatenate([decay[0, 1:], mx.ones_like(decay[0, :1])])
-        backwards = [[x[::-1] for x in steps[::-1]] for steps in ([*decay[1:], onward], [*d])]
-        g = [x[::-1] for x in _scan(*backwards, mx.zeros_like(state))[::-1]]
+        factors, terms = ([x[::-1] for x in steps[::-1]] for steps in ([*decay[1:], onward], [*d]))
+        g = [x[::-1] for x in _scan(factors, terms, mx.zeros_like(state))[::-1]]
         before = [mx.concatenate([state[None], h[-1, :-1]]), *h[:-1]]
         return mx.stack([one * other for one, other in zip(g, before, strict=True)]), mx.stack(g), g[0][0] * decay[0, 0]
 

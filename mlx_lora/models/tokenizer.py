@@ -41,7 +41,8 @@ def load_folder_tokenizer(folder: Path, config: dict[str, Any], trust_remote_cod
     if unknown and (folder / "tokenizer.json").is_file():
         # transformers reads the config of a model that it does not know, and fails if that uses YaRN. A config with
         # nothing but the tokenizer's class avoids this.
-        extra["config"] = PreTrainedConfig(tokenizer_class=config.get("tokenizer_class"))
+        alone: dict[str, Any] = {"tokenizer_class": config.get("tokenizer_class")}
+        extra["config"] = PreTrainedConfig(**alone)
     try:
         tokenizer = load_tokenizer(_tokenizer_folder(folder), extra, eos_token_ids=config.get("eos_token_id"))
         with tokenizer_panics("one letter"):

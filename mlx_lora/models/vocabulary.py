@@ -12,8 +12,10 @@ import mlx.nn as nn
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
 
-class Watched:
+class Watched(nn.Module):
     """A mix-in for an embedding's class that records its calls."""
+
+    seen: list[tuple[nn.Module, mx.array]]
 
     def __call__(self, tokens: mx.array) -> mx.array:
         self.seen.append((self, tokens))
@@ -46,7 +48,9 @@ def embedding_rows(model: nn.Module, config: dict[str, Any]) -> int | None:
 def _watched(model: nn.Module) -> Iterator[list[tuple[nn.Module, mx.array]]]:
     """Watch the model's embeddings inside the block, by changing the class of these instances for its duration."""
     seen: list[tuple[nn.Module, mx.array]] = []
-    embeddings = [(module, type(module)) for module in model.modules() if isinstance(module, EMBEDDINGS)]
+    embeddings: list[tuple[Any, type]] = [
+        (module, type(module)) for module in model.modules() if isinstance(module, EMBEDDINGS)
+    ]
     for module, own in embeddings:
         module.__class__ = type(own.__name__, (Watched, own), {"seen": seen})
     try:

@@ -106,6 +106,7 @@ class BlockMemory(Protocol):
 
     def at(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
         """Return the bytes, or raise NotKnown."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -216,7 +217,8 @@ def training_plan(loop: LoopSettings, rows: EncodedSet, found: Checkpoint | None
     """
     epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
     price = ShapePrice(epochs=epochs)
-    plan = BatchPlan(rows, batch_tokens=loop.batch_tokens, batch_size=loop.batch_size, seed=loop.seed, price=price)
+    tokens: Any = loop.batch_tokens  # chosen by now
+    plan = BatchPlan(rows, batch_tokens=tokens, batch_size=loop.batch_size, seed=loop.seed, price=price)
     return plan, epochs
 
 

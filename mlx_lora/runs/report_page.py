@@ -65,7 +65,7 @@ class RunPage:
         )
         kept = run.found and page.report.keep_samples_of(page.folder)
         if page.prompt and not kept:
-            prompt = base.hf_tokenizer.decode(page.prompt)
+            prompt = str(base.hf_tokenizer.decode(page.prompt))
             page.report.samples.append(Sample(prompt, page._text()))
         return page
 

@@ -54,7 +54,7 @@ def train_run(
     if trains:
         with own_folder(folder, ranks):
             outcome = take_steps(compose(settings, base, splits, ranks, say), base, splits, say, live)
-    if settings.loop.test and not outcome.interrupted:
+    if settings.loop.test and splits.test is not None and not outcome.interrupted:
         loss, tokens = held_out_loss(base, splits.test, settings.loop, ranks)
         say(f"Test loss {loss:.4f}, perplexity {console.perplexity(loss):.3f}, {tokens} supervised tokens")
     return outcome

@@ -90,6 +90,6 @@ def base_name(base: Base) -> str:
 
 def context_of(config: dict[str, Any]) -> int | None:
     """Return the number of tokens of the model's context, None if its config does not have it."""
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    found = config.get("max_position_embeddings") or text.get("max_position_embeddings")
+    text = config.get("text_config")
+    found = config.get("max_position_embeddings") or (isinstance(text, dict) and text.get("max_position_embeddings"))
     return found if isinstance(found, int) and found > 0 else None

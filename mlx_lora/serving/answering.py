@@ -117,7 +117,8 @@ async def _until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
 
 async def send_whole(answer: Answer, reply: Reply, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
     """Send the complete answer at once."""
-    pieces, reports, event = [], [], None
+    pieces, reports = [], []
+    event: Any = None  # the last event, of which there is one at least
     async for event in answer:
         pieces.append(event.piece.text)
         reports += event.piece.reports
@@ -145,7 +146,7 @@ async def send_stream(
                 await answer.send(send({"type": "http.response.start", "status": 200, "headers": headers}))
                 opened = True
             await send_event(json.dumps(reply.chunk(event)))
-            if event.last and include_usage:
+            if event.usage and include_usage:
                 await send_event(json.dumps(reply.usage_chunk(event.usage)))
     except ApiError as error:
         if not opened:

@@ -205,10 +205,10 @@ class _ErrorResponse(Response):
         await send_error(send, self._error)
 
 
-async def _as_json(request: HttpRequest, error: Exception) -> Response:
+async def _as_json(request: HttpRequest, error: Any) -> Response:
     return _ErrorResponse(error)
 
 
-async def _not_here(request: HttpRequest, error: Exception) -> Response:
+async def _not_here(request: HttpRequest, error: Any) -> Response:
     code = "method_not_allowed" if error.status_code == 405 else "not_found"
     return _ErrorResponse(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", code))

@@ -77,7 +77,7 @@ class Batch:
         self._model, self._routing = model, routing
         self.rows: list[Row] = []
         self._caches: list[Any] = []
-        self._next: mx.array | None = None  # (B,) each row's next token, which may not be computed yet
+        self._next: Any = None  # (B,) each row's next token, which may not be computed yet
         self._reports: list[Likelihoods | None] = []
 
     def __len__(self) -> int:

@@ -128,7 +128,7 @@ class Answer:
 def figures_together(answers: list[Answer]) -> str:
     """Return one line with the total length and speed of answers that were generated at the same time."""
     done = [answer for answer in answers if answer.usage is not None]
-    tokens = sum(answer.usage.completion for answer in done)
+    tokens = sum(answer.usage.completion for answer in done if answer.usage)
     line = f"{len(done)} answers at once: {tokens} tokens"
     spans = [answer.span_s for answer in done]
     seconds = max((last for _, last in spans), default=0.0) - min((first for first, _ in spans), default=0.0)

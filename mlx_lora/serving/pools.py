@@ -9,7 +9,7 @@ Shapes: N adapters of a pool, r their rank; in, out of the layer (vocabulary and
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -57,7 +57,7 @@ class Group(NamedTuple):
         a, b, gain: the pool's stacks (N, in, r), (N, r, out), (N, out); without their first axis for `one` adapter.
         one: every row of the batch uses the same adapter.
         rows: (n,) indices of the rows in the batch, or None for all rows.
-        slots: (n,) each row's index into the stacks, None for `one`.
+        slots: (n,) array, each row's index into the stacks; None for `one`.
     """
 
     kind: Kind
@@ -66,7 +66,7 @@ class Group(NamedTuple):
     gain: mx.array | None
     one: bool
     rows: mx.array | None = None
-    slots: mx.array | None = None
+    slots: Any = None
 
 
 class Routing:

@@ -83,8 +83,8 @@ class CompletionReply:
         }
 
 
-def usage_object(usage: Usage) -> dict[str, Any]:
-    """Return the object with token counts."""
+def usage_object(usage: Any) -> dict[str, Any]:
+    """Return the object with token counts of a Usage, which a last event has."""
     return {
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.completion,

@@ -43,7 +43,7 @@ def _chat_tokens(tokenizer: PreTrainedTokenizerBase, ask: Ask, template: str | N
     if ask.tools and "tools" not in template:
         message = "tools: this model's chat template does not show them; leave them out"
         raise ApiError(400, message, "no_tools", "tools")
-    return chat_tokens(tokenizer, ask.messages, template, vocabulary, ask.tools)
+    return chat_tokens(tokenizer, ask.messages or [], template, vocabulary, ask.tools)
 
 
 def chat_tokens(

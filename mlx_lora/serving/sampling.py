@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_top_k, apply_top_p
@@ -64,12 +65,12 @@ class Likelihoods:
 
     Attributes:
         token: () float32, the drawn token's log-probability.
-        ids, values: (k,) the likeliest tokens, unordered, and their log-probabilities.
+        ids, values: (k,) arrays or None, the likeliest tokens, unordered, and their log-probabilities.
     """
 
     token: mx.array
-    ids: mx.array | None
-    values: mx.array | None
+    ids: Any
+    values: Any
 
     def arrays(self) -> list[mx.array]:
         """Return the arrays to evaluate."""
@@ -104,7 +105,7 @@ def sample_rows(logits: mx.array, samplers: list[Sampler]) -> tuple[mx.array, li
         else mx.concatenate([sampler(logprobs[row : row + 1]) for row, sampler in enumerate(samplers)])
     )
     reports = [
-        _likelihoods(logprobs[row], tokens[row], sampler.settings.top_logprobs) if reporting[row] else None
+        _likelihoods(logprobs[row], tokens[row], sampler.settings.top_logprobs or 0) if reporting[row] else None
         for row, sampler in enumerate(samplers)
     ]
     return tokens, reports

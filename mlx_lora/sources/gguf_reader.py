@@ -145,7 +145,7 @@ class _Cursor:
     """A position in the mapped file that never runs past its end."""
 
     def __init__(self, path: Path, data: np.ndarray):
-        self.path, self.data, self.view = path, data, memoryview(data)
+        self.path, self.data, self.view = path, data, data.data
         self.position, self.size = 0, len(data)
 
     def fail(self, found: str) -> NoReturn:

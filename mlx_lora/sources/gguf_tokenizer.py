@@ -223,7 +223,9 @@ def write_folder(vocabulary: Vocabulary, tokenizer: Tokenizer, out: Path) -> Non
         config["chat_template"] = vocabulary.chat_template
         (out / "chat_template.jinja").write_text(vocabulary.chat_template, encoding="utf-8")
     _write_json(out / "tokenizer_config.json", config)
-    generation = {f"{name}_token_id": vocabulary.special[name] for name in ("bos", "pad") if name in vocabulary.special}
+    generation: dict[str, Any] = {
+        f"{name}_token_id": vocabulary.special[name] for name in ("bos", "pad") if name in vocabulary.special
+    }
     end_ids = vocabulary.end_ids()
     if end_ids:
         generation["eos_token_id"] = end_ids[0] if len(end_ids) == 1 else end_ids

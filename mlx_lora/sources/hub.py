@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
@@ -33,7 +33,7 @@ NOT_DATA = ["dataset_info*.json", "requirements*.txt", "*LICENSE*", "*README*"]
 
 # The errors of failed requests. The client's HTTP library differs by version, but its base error is always a base class
 # of HfHubHTTPError.
-REQUEST_ERRORS = (OSError, *HfHubHTTPError.__bases__)
+REQUEST_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)  # pyright: ignore[reportAssignmentType]
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,12 @@ def _patterns(names: list[str], gguf_file: str | None, trust_remote_code: bool) 
     return [*CONFIG_AND_TOKENIZER, "model*.safetensors" if named else "*.safetensors", *code], ["*/*"]
 
 
+@overload
+def resolve_adapter(adapter: str, revision: str | None = None) -> Path: ...
+@overload
+def resolve_adapter(adapter: None, revision: str | None = None) -> None: ...
+@overload
+def resolve_adapter(adapter: str | None, revision: str | None = None) -> Path | None: ...
 def resolve_adapter(adapter: str | None, revision: str | None = None) -> Path | None:
     """Return an adapter's folder, after downloading it if `adapter` is a hub id and not a local folder.
 
@@ -238,7 +244,7 @@ def _list_files(repo: str, revision: str | None, what: str) -> list[str] | None:
         raise InputError(f"{what}: not a hub id ({' '.join(str(error).split())}); use owner/name") from None
     except REQUEST_ERRORS:
         return None
-    names = sorted(sibling.rfilename for sibling in info.siblings or [])
+    names = sorted(sibling.rfilename for sibling in getattr(info, "siblings", None) or [])
     climbing = [
         name for name in names if ".." in name.split("/") or name.startswith("/") or "\\" in name or "\0" in name
     ]

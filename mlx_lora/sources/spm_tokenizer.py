@@ -46,7 +46,7 @@ def write_tokenizer_from_spm(model_file: Path, folder: Path, out: Path) -> None:
     Raises:
         InputError: the file is not a SentencePiece model, or not one of the BPE kind.
     """
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue] # made at import
     try:
         proto.ParseFromString(model_file.read_bytes())
     except (OSError, DecodeError) as error:

@@ -77,7 +77,7 @@ def tokenizer_vocabulary(
     added = {entry["id"]: entry for entry in content["added_tokens"]}
     tokens = _tokens(backend, n_rows)
     special = _special(tokenizer, n_rows)
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    merges: list[Any] = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     if kind == "gpt2" and not merges:
         raise InputError("--to gguf: a byte-level tokenizer without merges, which llama.cpp does not load; use --to hf")
     add_bos, add_eos = _framing(tokenizer)
@@ -154,7 +154,7 @@ def _tokens(backend: Tokenizer, n_rows: int) -> list[str | None]:
 
 def _special(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> dict[str, int]:
     """Return the ids of the named special tokens."""
-    ids = {
+    ids: dict[str, Any] = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "unk": tokenizer.unk_token_id,
@@ -247,7 +247,7 @@ def _shown(backend: Tokenizer, limit: int = 160) -> str:
     return text if len(text) <= limit else text[:limit] + " ..."
 
 
-def _check_ids(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
+def _check_ids(tokenizer: PreTrainedTokenizerFast, vocabulary: Vocabulary) -> None:
     """Compare ids for the test texts, and for texts from the vocabulary itself.
 
     Raises:

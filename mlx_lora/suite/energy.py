@@ -70,7 +70,7 @@ class EnergyMeter:
     def _follow(self) -> None:
         """Add up the samples, each of which is the mean power since the one before."""
         before = time.monotonic()
-        for line in self._child.stdout:
+        for line in (self._child and self._child.stdout) or ():
             if found := POWER.search(line):
                 now = time.monotonic()
                 self._joules += int(found[1]) / 1000 * (now - before)

@@ -25,7 +25,7 @@ QUANTIZED_SIDE = 2048
 # Larger than every cache of a GPU. On a CPU, MLX allocates large outputs anew each time, and their page faults would be
 # measured.
 PASS_BYTES, CPU_PASS_BYTES = 256 << 20, 16 << 20
-LAYOUT = {"group_size": 64, "bits": 4}
+LAYOUT: dict[str, Any] = {"group_size": 64, "bits": 4}
 
 
 def measure_rates(rounds: int = 5, sides: tuple[int, ...] = SIDES, pass_bytes: int | None = None) -> dict[str, Any]:

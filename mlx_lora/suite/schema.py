@@ -190,7 +190,7 @@ def problems_of(content: Any) -> list[str]:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         return [f'foreign: no "schema": "{SCHEMA}" in it']
     version = content.get("schema_version")
-    if not KINDS["whole"](version):
+    if not isinstance(version, int) or not KINDS["whole"](version):
         return ["schema_version is missing"]
     if version != VERSION:
         advice = "update mlx_lora to read it" if version > VERSION else "run the benchmark again"

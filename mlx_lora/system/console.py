@@ -83,7 +83,7 @@ class LongCommand(Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         params, everything = self.get_params(ctx), ctx.meta.get(SHOW_ALL, False)
-        sections: dict[str, list[tuple[str, str]]] = {}
+        sections: dict[str, list[Any]] = {}
         for param in params:
             if isinstance(param, Option) and (param.common or everything):
                 sections.setdefault(param.group, []).append(param.get_help_record(ctx))

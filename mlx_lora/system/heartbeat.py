@@ -211,7 +211,8 @@ class Heartbeat:
                 link.send({"end": [rank, code, words]})
         if not said:
             whose = f"rank {rank}: " if rank else ""
-            shown = "\x1b[?25h" if sys.__stderr__.isatty() else ""  # show the cursor, which a progress bar hides
+            # A progress bar hides the cursor: show it again.
+            shown = "\x1b[?25h" if sys.__stderr__ and sys.__stderr__.isatty() else ""
             print(f"{shown}Error: {whose}{' '.join(words.split())}", file=sys.__stderr__, flush=True)
         sys.stdout.flush()
         os._exit(code)

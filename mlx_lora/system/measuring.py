@@ -221,7 +221,7 @@ def may_measure() -> bool:
 
 def read_figures(key: str) -> dict[str, Figures] | None:
     """Return the figures for a key, None if there are none, or if they cannot be read."""
-    entry = read_store("kernels").get(key)
+    entry: Any = read_store("kernels").get(key)
     try:
         return {name: Figures(**one) for name, one in entry.items()}
     except (AttributeError, TypeError):  # unknown, or damaged

@@ -113,7 +113,7 @@ class Tape:
         )
 
 
-class Kept:
+class Kept(nn.Module):
     """Mixed in front of a linear layer's class: its output goes on the tape."""
 
     tape: Tape
@@ -136,7 +136,7 @@ class KeptAdapter(Kept):
         return super().__call__(*args, **kwargs)
 
 
-class Checkpointed:
+class Checkpointed(nn.Module):
     """Mixed in front of a block's class: it keeps what its tape says, and makes the rest again."""
 
     tape: Tape

@@ -21,6 +21,8 @@ Source: online softmax, arXiv 1805.02867, algorithm 3; the loss in chunks, arXiv
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
 from mlx_lora.models.head import Head
@@ -81,7 +83,9 @@ def _rows_loss(
     gradient: bool,
 ) -> tuple[mx.array, mx.array]:
     """Return these rows' weighted losses (R,), and their gradient (R, D) in h's dtype (empty without)."""
-    largest = total = pulled = None
+    largest: Any = None
+    total: Any = None
+    pulled: Any = None
     for start in range(0, head.vocabulary, columns):
         if largest is not None:
             # Force the order, or all tiles may be alive at once.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -70,11 +71,10 @@ def make_events(
         seed: of the factors that ReLoRA starts anew.
     """
     kind = PRESETS[settings.method_name].events
-    if kind == "restarts":
-        every = restart_every(settings, total_steps)
+    if every := restart_every(settings, total_steps):
         prune = 0.99 if settings.relora_prune_ratio is None else settings.relora_prune_ratio
 
-        def fresh(path: str, layer: nn.Module, cycle: int) -> tuple[mx.array, mx.array]:
+        def fresh(path: str, layer: Any, cycle: int) -> tuple[mx.array, mx.array]:
             return fresh_factors(f"{path}#{cycle}", layer, seed)
 
         return lambda arrays: Restarts(model, every, total_steps, prune, fresh)

@@ -17,8 +17,11 @@ def reporting_sinks(settings: TrainSettings) -> list[Any]:
 
     folder, name = settings.loop.adapter_path, settings.loop.project_name
     try:
-        callback = get_reporting_callbacks(
-            settings.loop.report_to, project_name=name, log_dir=folder, config=settings.to_flat()
+        callback: Any = get_reporting_callbacks(
+            settings.loop.report_to,
+            project_name=name,
+            log_dir=folder,
+            config=settings.to_flat(),  # pyright: ignore[reportArgumentType] # a table, whatever mlx-lm says
         )
     except (ImportError, ValueError) as error:
         raise InputError(f"--report-to {settings.loop.report_to}: {error}; install it, or leave the flag out") from None

@@ -10,6 +10,7 @@ Shapes: P positions, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import mlx.core as mx
 
@@ -91,7 +92,7 @@ def measure_loss(head: Head, dtype: mx.Dtype) -> dict[str, Figures]:
         dense = head.dense(head.arrays, mx.float32)
         return _plain(head.finish(hidden.astype(mx.float32) @ dense.T, slice(None)), targets)
 
-    candidates = {
+    candidates: dict[str, Any] = {
         name: lambda hidden, form=form: form(head, hidden, targets, weights, tile_bytes=tile_bytes)
         for name, form in FORMS.items()
     }

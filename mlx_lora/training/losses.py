@@ -126,7 +126,7 @@ def head_loss(head: Head, form: str, tile_bytes: int) -> Loss:
     token_losses = partial(FORMS[form], tile_bytes=tile_bytes)
 
     def tokens(gradient: bool, _: nn.Module, *batch: mx.array) -> mx.array:
-        inputs, targets, _, positions, weights = batch
+        inputs, targets, _mask, positions, weights = batch
         hidden = head.hidden(inputs)  # (B, T, D)
         chosen = hidden.reshape(-1, hidden.shape[-1])[positions]  # (P, D)
         return token_losses(head, chosen, targets.reshape(-1)[positions], weights, gradient=gradient)

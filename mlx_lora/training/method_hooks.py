@@ -37,6 +37,7 @@ class Events(Protocol):
 
     def extras(self) -> dict[str, mx.array]:
         """Return what else a resumed run needs, beside `state`."""
+        ...
 
     def restore(self, extras: dict[str, mx.array]) -> None:
         """Take `extras` back."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import accumulate
 from math import prod
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +17,7 @@ from mlx_lora.settings.config import OptimizerSettings
 from mlx_lora.settings.optimizers import OPTIMIZERS
 from mlx_lora.system.errors import InputError
 
-Schedule = object  # a float, or a callable from step to learning rate
+Schedule = Any  # a float, or a callable from step to learning rate
 
 
 def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> Schedule:
@@ -58,7 +59,7 @@ def restarted(schedule: Schedule, every: int, warmup: int) -> Schedule:
     """
 
     def rate(step: mx.array) -> mx.array:
-        whole = schedule(step) if callable(schedule) else mx.array(schedule)
+        whole: Any = schedule(step) if callable(schedule) else mx.array(schedule)
         rise = mx.minimum(1.0, (step % every + 1) / max(1, warmup))
         return mx.where(step < every, whole, whole * rise)
 

@@ -58,7 +58,7 @@ def check_base_fits(settings: TrainSettings) -> None:
         return
     dtype = device.compute_dtype(settings.model.dtype)
     try:
-        outline = outline_of(settings.model.model, settings.model.revision, dtype)
+        outline = outline_of(settings.model.model or "", settings.model.revision, dtype)
         shape = outlined_shape(outline, settings)
     except (InputError, *FOREIGN_ERRORS) as error:
         if not isinstance(error, InputError) and not is_foreign(error):

@@ -8,6 +8,7 @@ dropout, and how many micro-batches were consumed (the plan is a pure function o
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -65,9 +66,9 @@ class Position:
                 EarlyStoppingCallback.
         """
         self.val_loss, self.val_at = loss, self.taken
-        finite, first = math.isfinite(loss), self.best_loss is None
-        self.worse = 0 if finite and (first or self.best_loss - loss > threshold) else self.worse + 1
-        better = finite and (first or loss < self.best_loss)
+        gain = math.inf if self.best_loss is None else self.best_loss - loss
+        self.worse = 0 if math.isfinite(loss) and gain > threshold else self.worse + 1
+        better = math.isfinite(loss) and gain > 0
         if better:
             self.best_loss, self.best_at = loss, self.taken
         return better
@@ -125,7 +126,7 @@ def restore_arrays(step: Step, arrays: dict[str, mx.array]) -> None:
     mx.eval(step.model.parameters(), step.masters.arrays, step.optimizer.state)
 
 
-def _check_arrays(own: dict[str, mx.array], stored: dict[str, mx.array], layers: dict[str, nn.Module]) -> None:
+def _check_arrays(own: dict[str, mx.array], stored: dict[str, mx.array], layers: Mapping[str, nn.Module]) -> None:
     """Refuse arrays that do not take the place of the run's own; what a method adds as it goes has no place yet."""
     added = [name for name in stored if name not in own]
     strange = [name for name in added if not name.startswith("extras.") and not _is_frozen(name, layers)]
@@ -142,7 +143,7 @@ def _check_arrays(own: dict[str, mx.array], stored: dict[str, mx.array], layers:
         )
 
 
-def _is_frozen(name: str, layers: dict[str, nn.Module]) -> bool:
+def _is_frozen(name: str, layers: Mapping[str, nn.Module]) -> bool:
     path, _, leaf = name.removeprefix("layers.").rpartition(".")
     return name.startswith("layers.") and path in layers and leaf in FROZEN
 

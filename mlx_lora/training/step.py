@@ -134,7 +134,7 @@ class Step:
             Lazy results; the update is already under way on the device (with `wait`, done).
         """
         if self._sharing is None:
-            total, said = self._sum(map(Arrays.of, batches), len(batches) > 1), None
+            total, said = self._sum(map(Arrays.of, batches), len(batches) > 1) or self._nothing(), None
         else:
             self._sharing.reseed(self.taken)
             own = self._sum(self._sharing.own(batches, divide), several=True)
@@ -164,7 +164,7 @@ class Step:
     def _with_penalty(self, grads: dict) -> dict:
         """Return the gradients with that of the method's penalty. The reported loss stays the data's own."""
         parameters = self.masters.by_name()
-        if self.events.penalty(parameters) is None:
+        if self.events is None or self.events.penalty(parameters) is None:
             return grads
         # By name: the gradient of cutting up a flat array is as large as the array, once for each parameter.
         own = mx.grad(self.events.penalty)(parameters)

@@ -220,7 +220,7 @@ def read_loop(sheet: Sheet) -> None:
     if "gradient_accumulation_steps" in sheet.rest or not isinstance(rows, int) or rows < 1:
         sheet.leave("batch_size")  # rows of the whole step, which the other two keys decide
     elif "batch_size" in sheet.rest:
-        sheet.put("grad_accumulation_steps", max(1, round(sheet.number("batch_size") / rows)), "batch_size")
+        sheet.put("grad_accumulation_steps", max(1, round((sheet.number("batch_size") or 0) / rows)), "batch_size")
     hf.read_batch(sheet, "micro_batch_size", "sequence_len", "sample_packing", defaults=(1, 512))
     hf.read_warmup(sheet, "lr_scheduler")
     hf.read_optimizer(sheet, "optimizer")

@@ -137,7 +137,7 @@ def find_dataset(sheet: Sheet, name: str, folder: Path) -> str | None:
     source = entry.get("file_name") or entry.get("hf_hub_url")
     if source is not None and not isinstance(source, str):
         raise InputError(f"{table}: the source of {name} is not a text; fix it, or give --data")
-    return str(folder / source) if entry.get("file_name") else source
+    return str(folder / source) if source and entry.get("file_name") else source
 
 
 def read_prompts(sheet: Sheet) -> None:
