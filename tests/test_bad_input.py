@@ -161,7 +161,7 @@ CASES = {
     # the settings file
     "config missing": (lambda p: p.train("--config", p.path / "no.yaml"), "cannot be read"),
     "config is no YAML": (lambda p: p.train("--config", p.write("c.yaml", "a: [1")), "not YAML"),
-    "config is a list": (lambda p: p.train("--config", p.write("c.yaml", "- 1")), "holds no settings"),
+    "config is a list": (lambda p: p.train("--config", p.write("c.yaml", "- 1")), "has no settings"),
     "config key unknown": (lambda p: p.train("--config", p.write("c.yaml", "learning_rte: 1")), "did you mean 'learning_rate'"),
     "config value of the wrong kind": (lambda p: p.train("--config", p.write("c.yaml", "rank: many")), "--rank 'many': not a whole number"),
     # the data

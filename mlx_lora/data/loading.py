@@ -136,7 +136,7 @@ def _files_of(data: str) -> dict[str, tuple[Path, ...]]:
 
 
 def _keep(folder: Path, sets: dict[str, EncodedSet], details: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Write the encoded sets to the cache; if that fails, say so and go on."""
+    """Write the encoded sets to the cache; if that fails, print a note and continue."""
     try:
         write_entry(folder, sets, details)
     except OSError as error:

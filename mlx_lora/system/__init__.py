@@ -1,1 +1,1 @@
-"""What the machine and the operating system give: devices, files, caches, processes, other ranks."""
+"""Wraps the machine and the operating system: devices, files, caches, processes, other ranks."""

@@ -1,8 +1,8 @@
-"""Gives MLX's Linux CPU backend a fast BLAS: it must be loaded before the first `import mlx.core`.
+"""Load a fast BLAS for MLX's Linux CPU backend, which must happen before the first `import mlx.core`.
 
-MLX's Linux wheel bundles the reference BLAS. Symbols of a library loaded with RTLD_GLOBAL come first in
-the dynamic linker's search, so an OpenBLAS loaded that way serves MLX's `cblas_sgemm` from then on,
-30 to 60 times faster in float32. No mlx import here, on purpose.
+MLX's Linux wheel includes the reference BLAS. Symbols of a library loaded with RTLD_GLOBAL come first in the dynamic
+linker's search, so MLX's `cblas_sgemm` is then OpenBLAS's, 30 to 60 times faster in float32. This file must not import
+mlx.
 
 `MLX_LORA_BLAS` = `auto` (default), `off`, or the path of a BLAS library to load.
 """
@@ -29,12 +29,12 @@ SLOW = "bundled reference BLAS (float32 matmul 30-60x slower)"
 
 @dataclass(frozen=True)
 class Blas:
-    """What MLX's CPU backend multiplies with.
+    """The BLAS of MLX's CPU backend.
 
     Attributes:
-        name: for people, such as `OpenBLAS (scipy-openblas32 0.3.34)`.
-        fast: False when the bundled reference BLAS is in use on Linux.
-        advice: what to do when it is not fast, else an empty string.
+        name: shown to users, such as `OpenBLAS (scipy-openblas32 0.3.34)`.
+        fast: False if the bundled reference BLAS is used on Linux.
+        advice: what to do if it is not fast, otherwise empty.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Blas:
 
 
 def load_fast_blas() -> Blas:
-    """Load OpenBLAS for MLX on Linux; on macOS MLX uses Accelerate already."""
+    """Load OpenBLAS for MLX on Linux (on macOS, MLX uses Accelerate), and return what is used."""
     if sys.platform != "linux":
         return Blas("Accelerate", fast=True)
     wish = os.environ.get("MLX_LORA_BLAS", "auto")
@@ -65,7 +65,7 @@ def load_fast_blas() -> Blas:
 
 
 def _load_pypi_openblas() -> Blas:
-    """Load scipy-openblas32 behind a compiled shim that gives its functions their plain names."""
+    """Load scipy-openblas32, and a compiled shim that gives its functions their standard names."""
     spec = importlib.util.find_spec("scipy_openblas32")
     if spec is None or spec.origin is None:
         return Blas(SLOW, fast=False, advice="pip install scipy-openblas32")
@@ -89,7 +89,7 @@ def _load_pypi_openblas() -> Blas:
 
 
 def _shim_path(library: Path) -> Path:
-    """Name the compiled shim after the library it jumps into, so that an upgrade compiles a new one."""
+    """Return the path of the compiled shim, named after the library, so that an upgrade compiles a new one."""
     stamp = f"{library.stat().st_size:x}-{zlib.crc32(str(library).encode()):x}"
     return cache_dir("blas") / f"shim-{platform.machine()}-{stamp}.so"
 
@@ -97,7 +97,7 @@ def _shim_path(library: Path) -> Path:
 def _compile_shim(compiler: str, library: Path, shim: Path) -> None:
     shim.parent.mkdir(parents=True, exist_ok=True)
     source = Path(__file__).with_name("blas.c")
-    # Compiled under a temporary name and renamed: two first runs at once must not load half a file.
+    # Compile under a temporary name and rename: another process must not load an incomplete file.
     with tempfile.TemporaryDirectory(dir=shim.parent) as folder:
         out = Path(folder) / "shim.so"
         subprocess.run(

@@ -1,4 +1,4 @@
-"""Where downloaded, converted and measured things are kept between runs."""
+"""Find the cache folders for what is downloaded, converted and measured."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ def cache_dir(kind: str) -> Path:
     """Return the folder of one kind of cached thing; it may not exist yet.
 
     Args:
-        room: `models`, `data`, `converted`, `encoded`, `blas`, `bin`, `measured` or `locks`.
+        kind: `models`, `data`, `converted`, `encoded`, `blas`, `bin`, `measured` or `locks`.
 
     Returns:
-        `$MLX_LORA_CACHE/<room>`, by default `~/.cache/mlx_lora/<room>`.
+        `$MLX_LORA_CACHE/<kind>`, by default `~/.cache/mlx_lora/<kind>`.
     """
     root = os.environ.get("MLX_LORA_CACHE") or Path.home() / ".cache" / "mlx_lora"
     return Path(root) / kind

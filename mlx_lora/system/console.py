@@ -1,4 +1,4 @@
-"""What all commands share: options made from the settings, one-line errors, exit codes, where text goes."""
+"""What all commands share: one-line errors, exit codes, and where text is printed."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from mlx_lora.system.errors import InputError, RunError
 HELP_COLUMNS = 100
 SHOW_ALL = "mlx_lora.show_all"  # in a click context: --help-all was asked for
 MOST_CHARACTERS = 880  # of an error's one line
-LONGEST_WORD = 40  # that is not cut there
+LONGEST_WORD = 40  # a longer word may be cut there
 
 
 def echo(text: str = "") -> None:
-    """Print progress and reports on standard error, so that standard output stays the result's."""
+    """Print progress and reports on standard error, so that standard output only has results."""
     click.echo(text, err=True)
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Print the one JSON object of a `--json` command on standard output; a NaN or infinity is null there."""
+    """Print the JSON object of a `--json` command on standard output, with null for NaN and infinity."""
     click.echo(json.dumps(_finite(value), ensure_ascii=False))
 
 
 def _finite(value: Any) -> Any:
-    """Replace what JSON has no word for."""
+    """Return a value with NaN and infinity, which JSON does not have, replaced by None."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(loss), infinity where a float cannot hold it (a diverged adapter)."""
+    """Return exp(loss), or infinity if a float cannot hold it (a diverged adapter)."""
     return math.inf if loss > 700 else math.exp(loss)
 
 
 def wants_color() -> bool:
-    """Color reports on a terminal only, and not where NO_COLOR (no-color.org) or TERM=dumb asks for none."""
+    """Tell whether to color reports: only on a terminal, unless NO_COLOR (no-color.org) or TERM=dumb is set."""
     return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -109,7 +109,7 @@ def _show_all(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
 
 
 class Group(click.Group):
-    """`mlx-lora X`: the group's own usage errors are one line as well; the commands report theirs."""
+    """The `mlx-lora` command, whose own usage errors are one line too."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -124,7 +124,7 @@ class Group(click.Group):
 
 
 def _run(main: Callable[..., Any], standalone_mode: bool, *args: Any, **kwargs: Any) -> Any:
-    """Run click's `main`; as a program of its own, report errors our way and end with their exit code."""
+    """Run click's `main`; in standalone mode, report errors on one line and exit with their code."""
     if not standalone_mode:
         return main(*args, standalone_mode=False, **kwargs)
     _quiet_libraries()
@@ -134,23 +134,23 @@ def _run(main: Callable[..., Any], standalone_mode: bool, *args: Any, **kwargs: 
         try:
             code = report_error(error)
         except KeyboardInterrupt as interrupt:
-            # Ctrl-C ended a compiler that MLX had started: its failure is here first, the interruption right after.
+            # Ctrl-C also ended a compiler that MLX had started: its error comes first, the interrupt right after.
             code = report_error(interrupt)
         sys.exit(code)
     sys.exit(result if isinstance(result, int) else 0)
 
 
 def report_error(error: BaseException) -> int:
-    """Print the one line for an error we foresaw and return its exit code.
+    """Print one line for an expected error, and return its exit code.
 
     Raises:
-        BaseException: `error` itself when nobody foresaw it: that is a bug, and it keeps its traceback.
+        BaseException: `error` itself if it is not expected: that is a bug, and it keeps its traceback.
     """
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         click.echo(error.format_message())
         return 2
     if isinstance(error, BrokenPipeError):
-        # The reader (`| head`) has what it wants: no message, and no second one when Python flushes at exit.
+        # The reader (`| head`) has closed the pipe: print nothing, also not when Python flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     described = describe_error(error)
@@ -162,7 +162,7 @@ def report_error(error: BaseException) -> int:
 
 
 def describe_error(error: BaseException) -> tuple[str, int] | None:
-    """Return message and exit code of an error we foresaw, None for one that nobody did."""
+    """Return message and exit code of an expected error, None for an unexpected one."""
     if isinstance(error, InputError):
         return str(error), 2
     if isinstance(error, click.ClickException):
@@ -171,19 +171,19 @@ def describe_error(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, RunError):
         return str(error), 1
     if isinstance(error, OSError) and error.errno is not None:
-        # Disk full, permission, vanished file: the operating system's own words are the plain ones.
-        place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}", 1
+        # Full disk, missing permission, missing file: use the operating system's message.
+        path = f"{error.filename}: " if error.filename else ""
+        return f"{path}{error.strerror}", 1
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         return "interrupted", 130
     return None
 
 
 def printable(text: str, limit: int = MOST_CHARACTERS) -> str:
-    """Return text on one line that no terminal obeys: names from files may hold its commands, and be endless."""
+    """Return text on one line of limited length, without control characters, which names in files may have."""
     line = " ".join(text.split())
     if len(line) > limit:
-        # The middle goes, from word to word where words are near; the end says what to do.
+        # Cut out the middle, at words if possible; the end of an error says what to do.
         start, end = limit * 3 // 4, len(line) - limit // 4
         space = line.rfind(" ", start - LONGEST_WORD, start + 1)
         start = space if space > 0 else start
@@ -193,7 +193,7 @@ def printable(text: str, limit: int = MOST_CHARACTERS) -> str:
 
 
 def _quiet_libraries() -> None:
-    """Keep libraries' notes ("PyTorch was not found") out of our output; their errors still reach us."""
+    """Suppress libraries' notes ("PyTorch was not found"), but not their errors."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -1,6 +1,6 @@
-"""The only file that knows backends: what this machine is, which dtype it computes in, its memory limits.
+"""Describe this machine: its backend, the dtype that it computes in, its memory limits.
 
-Everything else is written against mlx's API alone and asks here.
+This is the only file that distinguishes backends; all others only use mlx's API and the functions here.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Device:
     Attributes:
         backend: `cpu`, `metal` or `cuda`.
         name: chip or processor name.
-        memory_bytes: memory the backend can address (unified memory on a Mac).
-        working_set_bytes: what a run should stay under; Metal's recommended working set on a Mac.
+        memory_bytes: memory that the backend can address (unified memory on a Mac).
+        working_set_bytes: the most that a run should use; Metal's recommended working set on a Mac.
         blas: the CPU matmul library, for the run header.
     """
 
@@ -40,13 +40,13 @@ class Device:
     blas: str
 
     def header(self) -> str:
-        """One line for the run header."""
+        """Return one line for the run header."""
         text = f"{self.name}, {self.backend}, {self.memory_bytes / GIB:.0f} GiB"
         return f"{text}, {self.blas}" if self.backend == "cpu" else text
 
 
 def current_device() -> Device:
-    """Describe the default MLX device."""
+    """Return the default MLX device."""
     info = mx.device_info()
     name = str(info.get("device_name", "unknown"))
     if mx.default_device() == mx.Device(mx.cpu):
@@ -64,28 +64,28 @@ def _system_memory_bytes() -> int:
 
 
 def compute_dtype(name: str = "auto") -> mx.Dtype:
-    """Return the dtype a run computes in.
+    """Return the dtype that a run computes in.
 
-    `auto` is float32 on a CPU, whose 16-bit matmul has no fast kernel, and bfloat16 on a GPU: float16
-    overflows in several published models (Gemma), so it is never chosen by itself.
+    `auto` is float32 on a CPU, which has no fast 16-bit matmul kernel, and bfloat16 on a GPU. It is never float16, which
+    overflows in several published models (Gemma).
 
     Raises:
-        InputError: for a name that is not a float dtype of ours.
+        InputError: the name is not one of these float dtypes.
     """
     if name == "auto":
         return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else mx.bfloat16
     dtypes = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
     if name not in dtypes:
-        raise InputError(f"--dtype {name}: not a dtype we compute in; use auto, {', '.join(dtypes)}")
+        raise InputError(f"--dtype {name}: not supported; use auto, {', '.join(dtypes)}")
     return dtypes[name]
 
 
 def set_cache_limit(limit: str | None, budget_bytes: int | None = None) -> int:
-    """Bound MLX's buffer cache once for the whole run and return the bound in bytes.
+    """Limit MLX's buffer cache, once for the whole run, and return the limit in bytes.
 
     Args:
-        limit: a size such as `2GB`, or None for a sixteenth of what the run may use: batches of many shapes leave
-            buffers that fit no later one, and they count in the process all the same.
+        limit: a size such as `2GB`, or None for a sixteenth of what the run may use. Batches of many shapes leave
+            buffers that no later one can use, but that still count as the process's memory.
         budget_bytes: what the run may use; None: the working set.
     """
     share = (budget_bytes or current_device().working_set_bytes) // 16
@@ -95,13 +95,13 @@ def set_cache_limit(limit: str | None, budget_bytes: int | None = None) -> int:
 
 
 def on_gpu() -> bool:
-    """Whether this is a GPU."""
+    """Tell whether MLX computes on a GPU."""
     return mx.default_device() != mx.Device(mx.cpu)
 
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Call functions as they are instead of compiling them; afterwards it is as the user's environment has it."""
+    """Disable compilation inside the block; afterwards the user's environment decides again."""
     mx.disable_compile()
     try:
         yield
@@ -111,33 +111,32 @@ def uncompiled() -> Iterator[None]:
 
 
 def multiplies_16_bit_experts() -> bool:
-    """Tell whether mlx has a product with a mixture's experts in 16 bits here: on a CPU it has one in float32."""
+    """Tell whether mlx can multiply by 16-bit experts on this device; on a CPU it only can in float32."""
     return mx.default_device() != mx.Device(mx.cpu)
 
 
 def keep_exponentials() -> bool:
-    """Whether the backward pass should keep exponentials rather than make them again.
+    """Tell whether the backward pass should keep exponentials instead of computing them again.
 
-    A GPU makes one in the time it takes to read its argument; mlx's CPU backend does 1e8 in a second.
+    A GPU computes one in the time it takes to read its argument; mlx's CPU backend computes 1e8 per second.
     """
     return mx.default_device() == mx.Device(mx.cpu)
 
 
 def compiling_is_cheap() -> bool:
-    """Whether a measurement may compile what it tries: mlx's CPU backend asks g++, half a second a kernel."""
+    """Tell whether a measurement may compile candidates: mlx's CPU backend runs g++, half a second per kernel."""
     return mx.default_device() != mx.Device(mx.cpu)
 
 
 def trial_flops() -> float:
-    """Operations that one pass of a trial may take: enough to fill the machine, a tenth of a second or so."""
+    """Return the operations that one pass of a trial may take: enough to fill the machine, about a tenth of a second."""
     return 2e9 if mx.default_device() == mx.Device(mx.cpu) else 1e12
 
 
 def sigmoid(x: mx.array) -> mx.array:
-    """Return 1 / (1 + exp(-x)), on a CPU in float32 as (1 + tanh(x / 2)) / 2, three times as fast in mlx there.
+    """Return 1 / (1 + exp(-x)); on a CPU in float32 as (1 + tanh(x / 2)) / 2, which is three times as fast in mlx.
 
-    The two are equal within 6e-8, the rounding of a float32 near 1; a value near 0 is less exact than that
-    relative to itself.
+    The two are equal within 6e-8, the rounding of a float32 near 1; near 0 the relative error is larger.
     """
     if mx.default_device() == mx.Device(mx.cpu) and x.dtype == mx.float32:
         return 0.5 + 0.5 * mx.tanh(0.5 * x)
@@ -145,45 +144,45 @@ def sigmoid(x: mx.array) -> mx.array:
 
 
 def exponential(x: mx.array) -> mx.array:
-    """Return exp(x), on a CPU in float32 as 2^(x log2 e), three times as fast in mlx there.
+    """Return exp(x); on a CPU in float32 as 2^(x log2 e), which is three times as fast in mlx.
 
-    Its error relative to itself is |x| roundings of a float32 rather than one: meant for decays, where x is at most 0.
+    Its relative error is |x| float32 roundings instead of one; it is meant for decays, where x is at most 0.
     """
     if mx.default_device() != mx.Device(mx.cpu) or x.dtype != mx.float32:
         return mx.exp(x)
-    # A gradient of its own: mlx's gradient of a power takes the logarithm of every base.
+    # It has its own gradient, because mlx's gradient of a power computes the logarithm of every base.
     power = mx.custom_function(lambda x: mx.power(2.0, x * math.log2(math.e)))
     power.vjp(lambda x, d, result: d * result)
     return power(x)
 
 
 def host_waits_for_peers() -> bool:
-    """Whether the host, not the device, must wait for what other ranks send.
+    """Tell whether the host, not the device, must wait for data from other ranks.
 
-    macOS ends GPU work that waits for some five seconds, and a slower peer may take longer (mlx#4475). A CPU waits.
+    macOS ends GPU work that waits for about five seconds, and a slower peer may take longer (mlx#4475). A CPU can wait.
     """
     return mx.default_device() != mx.Device(mx.cpu)
 
 
 def wire_working_set() -> None:
-    """Let Metal keep the model resident (no effect elsewhere), so that weights are not paged out.
+    """Let Metal keep the model resident, so that weights are not paged out; do nothing on other backends.
 
-    With the CPU as MLX's device on a Mac nothing is wired either: what a run may use there is nearly all memory, which
-    is more than Metal lets anybody wire.
+    If the CPU is MLX's device on a Mac, nothing is wired either: a run may then use nearly all memory, which is more than
+    Metal allows to wire.
     """
     if mx.metal.is_available() and mx.default_device() != mx.Device(mx.cpu):
         mx.set_wired_limit(current_device().working_set_bytes)
 
 
-# Operations and megabytes per Metal command buffer; mlx's own bounds are 20 to 50 of each, by chip.
+# Operations and megabytes per Metal command buffer; mlx's own limits are 20 to 50 of each, depending on the chip.
 SHORT_BUFFERS = {"MLX_MAX_OPS_PER_BUFFER": "4", "MLX_MAX_MB_PER_BUFFER": "8"}
 
 
 def restart_with_short_buffers() -> None:
-    """On Metal, start this program anew with short command buffers; what the user has set already stays.
+    """On Metal, restart this program with short command buffers, except for variables that the user has set.
 
-    MLX reads these variables once, when it makes its device, which may have happened during an import.
-    macOS kills command buffers that keep the display waiting (mlx#3267). Not measured on a Mac yet.
+    MLX reads these variables once, when it creates its device, which may already have happened during an import.
+    macOS kills command buffers that delay the display (mlx#3267). This was not tested on a Mac yet.
     """
     missing = {name: value for name, value in SHORT_BUFFERS.items() if name not in os.environ}
     if mx.metal.is_available() and missing:
@@ -192,47 +191,47 @@ def restart_with_short_buffers() -> None:
 
 ROW_COUNTS = (1, 4, 16, 64, 256, 1024)
 NEVER = 1 << 62
-# Weights are timed in classes of this size: a model's few, and none so large that timing it takes long.
+# Weights are timed in shape classes with sides within these limits: a model has few, and none takes long to time.
 SMALLEST_SIDE, LARGEST_SIDE = 128, 2048
 
 
 def dense_matmul_from_rows(shape: tuple[int, int], bits: int, group_size: int, mode: str, dtype: mx.Dtype) -> int:
-    """Rows from which dequantize-then-GEMM beats `mx.quantized_matmul` here, measured once and cached.
+    """Return the rows from which dequantizing first beats `mx.quantized_matmul` here, measured once and cached.
 
     Args:
-        shape: (out, in) of the weight; it is timed as its class, see `shape_class`.
-        bits, group_size, mode: as mx.quantize took them.
-        dtype: of the scales; the microscaling modes hold integers there, and are timed in `compute_dtype()`.
+        shape: (out, in) of the weight; its class is timed, see `shape_class`.
+        bits, group_size, mode: as given to mx.quantize.
+        dtype: of the scales; the microscaling modes have integer scales, and are timed in `compute_dtype()`.
 
     Returns:
-        One of ROW_COUNTS, or NEVER, which no batch reaches, when the quantized kernel always wins.
+        One of ROW_COUNTS, or NEVER, which no batch reaches, if the quantized kernel is always faster.
     """
     compute = dtype if mx.issubdtype(dtype, mx.floating) else compute_dtype()
     out, width = shape_class(shape)
     layout = f"{bits}|{group_size}|{mode}|{compute}"
     key = f"{measured_on()}|{layout}|{out}x{width}"
     known = read_store("dense_matmul_from_rows")
-    if known.get(key) not in (*ROW_COUNTS, NEVER):  # unknown, or scribbled over
+    if known.get(key) not in (*ROW_COUNTS, NEVER):  # unknown, or damaged
         known = {**known, key: _measure_dense_matmul((out, width), bits, group_size, mode, compute)}
         write_store("dense_matmul_from_rows", known)
     return known[key]
 
 
 def measured_on() -> str:
-    """What measurements of this machine are kept under: another mlx, chip or BLAS is measured anew."""
+    """Return the cache key of this machine's measurements: another mlx, chip or BLAS is measured again."""
     return f"{current_device().name}|mlx {version('mlx')}|{BLAS.name}"
 
 
 def shape_class(shape: tuple[int, int]) -> tuple[int, int]:
-    """Return the (out, in) that stands for a weight's: the nearest powers of two within the bounds."""
+    """Return the (out, in) of a weight's shape class: the nearest powers of two within the limits."""
     out, width = (min(max(1 << round(math.log2(side)), SMALLEST_SIDE), LARGEST_SIDE) for side in shape)
     return out, width
 
 
 def _measure_dense_matmul(shape: tuple[int, int], bits: int, group_size: int, mode: str, dtype: mx.Dtype) -> int:
-    """Time both paths on an (out, in) weight, fewest rows first, and stop at the first dense win.
+    """Time both paths on an (out, in) weight, fewest rows first, and return the first count at which dense is faster.
 
-    Timed is what a training step does with a frozen weight: the product, and the gradient for its input.
+    This times what a training step does with a frozen weight: the product, and the gradient for its input.
     """
     layout = {"group_size": group_size, "bits": bits, "mode": mode}
     packed = mx.quantize(mx.random.normal(shape, key=mx.random.key(0)).astype(dtype), **layout)
@@ -244,7 +243,7 @@ def _measure_dense_matmul(shape: tuple[int, int], bits: int, group_size: int, mo
         ]
 
     def dense(x: mx.array, cotangent: mx.array) -> list[mx.array]:
-        # Dequantized for each of the two, as in matmul.py: nothing dense is kept between them.
+        # Dequantize for each product, as in matmul.py, where no dense weight is kept between them.
         once, again = (mx.dequantize(*packed, **layout).astype(dtype) for _ in range(2))
         return [x @ once.T, cotangent @ again]
 
@@ -258,11 +257,11 @@ def _measure_dense_matmul(shape: tuple[int, int], bits: int, group_size: int, mo
 
 
 def end_thread() -> None:
-    """Finish this thread's streams and let its compiled functions go; the last that a thread of ours does with MLX.
+    """Finish this thread's streams and free its compiled functions; a thread of ours calls this last.
 
-    MLX keeps compiled functions, Python's among them, for each thread, and drops them when the system ends the thread,
-    which is after `join`. An interpreter that ends meanwhile aborts ("terminate called without an active exception", 3
-    of 10 exits with mlx 0.32.4). `clear_streams` empties that cache as well.
+    MLX keeps compiled functions, including Python objects, for each thread, and frees them when the system ends the
+    thread, which is after `join`. If the interpreter ends in between, the process aborts ("terminate called without an
+    active exception", 3 of 10 exits with mlx 0.32.4). `clear_streams` also empties that cache.
     """
     mx.synchronize()
     mx.clear_streams()

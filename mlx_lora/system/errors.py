@@ -1,18 +1,18 @@
-"""The two ways a command ends early on purpose; everything else is a bug and keeps its traceback."""
+"""The two errors with which a command ends early on purpose; any other is a bug and keeps its traceback."""
 
 
 class InputError(Exception):
     """Bad usage or bad input: the command prints `Error: <message>` on one line and exits 2.
 
-    The message says what was asked, what was found and what to do, in that order. Where several
-    things are wrong they are gathered and raised once.
+    The message says what was asked, what was found and what to do, in that order. If several things are wrong, they are
+    collected and raised once.
     """
 
 
 class RunError(Exception):
-    """A failure while running (full disk, divergence): one line, exit code 1, earlier results kept."""
+    """A failure while running (full disk, divergence): one line and exit code 1; earlier results are kept."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error's first line of text, or its type where it has none."""
+    """Return an error's first line of text, or its type if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

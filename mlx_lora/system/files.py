@@ -1,4 +1,4 @@
-"""Writing files so that a crash, a full disk or Ctrl-C never leaves half of one."""
+"""Write files so that a crash, a full disk or Ctrl-C never leaves an incomplete file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mlx_lora.system.errors import InputError
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its place when the block ends without an error."""
+    """Yield a temporary path beside `path`, which replaces `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
     try:
@@ -28,7 +28,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling folder that takes `path`'s place when the block ends without an error."""
+    """Yield a temporary folder beside `path`, which replaces `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -43,9 +43,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
-    """Let one process at a time make `path`, be it a file or a folder; the others wait, and then find it made.
+    """Let one process at a time make the file or folder `path`; the others wait, and then find it finished.
 
-    Where the cache cannot be written, nobody waits.
+    If the cache cannot be written, processes do not wait.
     """
     import fcntl
 
@@ -57,20 +57,20 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         yield
         return
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, however that ends
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it if the process dies
         yield
 
 
 def check_writable(folder: Path, flag: str, needed_bytes: int) -> None:
-    """Fail before the work, not after it, when `folder` cannot take what will be written.
+    """Check that `folder` can hold what will be written, before the work is done.
 
     Args:
-        folder: may not exist yet; its nearest existing parent is asked.
-        flag: the option that named it, for the message.
+        folder: may not exist yet; then its nearest existing parent is checked.
+        flag: the flag that gave it, for the message.
         needed_bytes: a lower bound of what will be written.
 
     Raises:
-        InputError: not a folder, not writable, or too little room.
+        InputError: it is not a folder, is not writable, or has too little space.
     """
     parent = folder.absolute()
     while not parent.exists() and parent != parent.parent:
@@ -78,7 +78,7 @@ def check_writable(folder: Path, flag: str, needed_bytes: int) -> None:
     if not parent.is_dir():
         raise InputError(f"{flag} {folder}: {parent} is a file; name a folder")
     try:
-        # os.access says yes to root on a read-only mount; only trying tells.
+        # os.access tells root that a read-only mount is writable, so try to write.
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:

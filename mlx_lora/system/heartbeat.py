@@ -1,9 +1,9 @@
-"""A line between rank 0 and every other rank that says: alive, failed with these words, done.
+"""Connect rank 0 with every other rank, to learn whether each is alive, has failed, or is done.
 
-mlx's collectives wait for a peer forever (mlx#3862, and since its fix still where work was submitted ahead), so a rank
-that was killed would leave the others hanging. One TCP connection per rank tells: the kernel closes it when its
-process dies, and a machine that vanishes falls silent. One JSON object per line: {"beat"}, {"end": [rank, code,
-words]}, {"bye"}. Rank 0 passes an end on to all. No training data goes over it.
+mlx's collectives wait forever for a peer (mlx#3862; since its fix, still if work was submitted ahead), so a killed rank
+would leave the others hanging. One TCP connection per rank shows this: the kernel closes it if its process dies, and a
+lost machine stops sending. Messages are one JSON object per line: {"beat"}, {"end": [rank, code, words]}, {"bye"}. Rank 0
+forwards an end to all. No training data is sent here.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import time
 from typing import Any, NoReturn
 
 BEAT_S = 2.0
-SILENCE_S = 20.0  # a process that dies is noticed at once; this is for a machine or a cable
+SILENCE_S = 20.0  # for a lost machine or cable; a process that dies is noticed at once
 CONNECT_S = 30.0
-FIRST_S = 2.0  # what fails on every rank is left to rank 0 to say
+FIRST_S = 2.0  # other ranks wait this long, so that rank 0 reports an error that all ranks have
 LINE_BYTES = 1 << 16
 
 
@@ -29,12 +29,12 @@ class Link:
     """A connection to one other rank."""
 
     def __init__(self, rank: int, name: str, connection: socket.socket):
-        """Take over a connection.
+        """Use a connection as a link.
 
         Args:
-            rank: of the other end.
+            rank: the rank at the other end.
             name: its machine.
-            connection: connected.
+            connection: a connected socket.
         """
         self.rank, self.name, self.socket = rank, name, connection
         self.heard_s = time.monotonic()
@@ -45,7 +45,7 @@ class Link:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send a message; a dead link is noticed where it is read."""
+        """Send a message; a broken link is noticed when it is read."""
         try:
             with self._sending:
                 self.socket.sendall(json.dumps(message).encode() + b"\n")
@@ -53,7 +53,7 @@ class Link:
             pass
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """Return the messages that have come, None when the other end is gone."""
+        """Return the messages that have arrived, or None if the other end has closed the connection."""
         try:
             content = self.socket.recv(LINE_BYTES)
         except OSError:
@@ -68,7 +68,7 @@ class Link:
 
 
 def listen() -> tuple[socket.socket, str]:
-    """Return rank 0's listening socket, and the word that a rank must say to be let in."""
+    """Return rank 0's listening socket, and the token that other ranks must send."""
     return socket.create_server(("", 0), backlog=64), secrets.token_hex(16)
 
 
@@ -78,13 +78,13 @@ def connect(
     """Connect rank 0 and all others.
 
     Args:
-        rank, size: this one's, and how many there are.
-        server: rank 0's; None on others.
-        addresses, port, token: rank 0's, which the others got from it.
+        rank, size: this rank, and the number of ranks.
+        server: rank 0's listening socket; None on other ranks.
+        addresses, port, token: of rank 0.
         name: of this machine.
 
     Returns:
-        The links (rank 0: one to each other rank; the others: one to rank 0), and what went wrong, if anything.
+        The links (rank 0: one to each other rank; the others: one to rank 0), and a problem or an empty string.
     """
     if server is None:
         return _reach(rank, addresses, port, token, name)
@@ -101,7 +101,7 @@ def connect(
                     raise ValueError
                 links.append(Link(int(hello["rank"]), str(hello["name"]), connection))
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # a stranger, or the time is over
+                continue  # not one of our ranks, or the time is over
     return links, ""
 
 
@@ -121,13 +121,13 @@ def _reach(rank: int, addresses: list[str], port: int, token: str, name: str) ->
 
 
 class Heartbeat:
-    """Watches the links in a thread of its own, and ends this process when another rank has ended badly."""
+    """Watches the links in its own thread, and ends this process if another rank has failed."""
 
     def __init__(self, rank: int, links: list[Link]):
         """Start watching.
 
         Args:
-            rank: this one's.
+            rank: this rank.
             links: from `connect`.
         """
         self._rank, self._links = rank, links
@@ -136,7 +136,7 @@ class Heartbeat:
         threading.Thread(target=self._watch, daemon=True, name="heartbeat").start()
 
     def fail(self, words: str, code: int) -> NoReturn:
-        """End every rank with these words, printed once, and this code."""
+        """End every rank with this message, printed once, and this exit code."""
         if self._rank == 0:
             self._end(0, words, code)
         self.wait_for_the_end(FIRST_S)
@@ -145,9 +145,9 @@ class Heartbeat:
         self._end(self._rank, words, code)
 
     def finish(self) -> None:
-        """Tell the others that this rank is done, and wait until all are.
+        """Tell the others that this rank is done, and wait until all are done.
 
-        Rank 0 is the last: a launcher that sees another exit code than 0 ends whoever still runs.
+        Rank 0 ends last, because a launcher that sees an exit code other than 0 ends the ranks that still run.
         """
         if self._rank:
             self._links[0].send({"bye": 1})
@@ -171,7 +171,7 @@ class Heartbeat:
                     link.send({"beat": 1})
             open_links = [link for link in self._links if not link.done]
             ready, _, _ = select.select([link.socket for link in open_links], [], [], BEAT_S / 2)
-            # A thread that could not run itself has not listened either: what came meanwhile counts first.
+            # If this thread itself was delayed, first read what arrived in the meantime.
             late = time.monotonic() - now > SILENCE_S / 2
             for link in open_links:
                 if link.socket in ready:
@@ -198,22 +198,21 @@ class Heartbeat:
         self._end(None, words, 1)
 
     def _end(self, rank: int | None, words: str, code: int, said: bool = False) -> NoReturn:
-        """End this process; rank 0 tells the others.
+        """End this process; rank 0 also tells the others.
 
         Args:
-            rank: whose failure it is; None for one that another rank noticed.
-            words, code: of the failure.
-            said: rank 0 has printed the words.
+            rank: the rank that failed; None if another rank noticed it.
+            words, code: message and exit code of the failure.
+            said: rank 0 has already printed the message.
         """
-        self._ending.acquire()  # the first end is the one that counts
+        self._ending.acquire()  # only the first end counts
         if self._rank == 0:
             for link in self._links:
                 link.send({"end": [rank, code, words]})
         if not said:
             whose = f"rank {rank}: " if rank else ""
-            shown = (
-                "\x1b[?25h" if sys.__stderr__ and sys.__stderr__.isatty() else ""
-            )  # a live bar has hidden the cursor
+            # A progress bar hides the cursor: show it again.
+            shown = "\x1b[?25h" if sys.__stderr__ and sys.__stderr__.isatty() else ""
             print(f"{shown}Error: {whose}{' '.join(words.split())}", file=sys.__stderr__, flush=True)
         sys.stdout.flush()
         os._exit(code)

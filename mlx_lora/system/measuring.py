@@ -1,10 +1,10 @@
-"""Measured once on a machine and kept: which of several functions that compute the same is the best one here.
+"""Measure which of several equivalent functions is the best on this machine, once, and cache the figures.
 
-    correct     every output and every gradient is compared with a float32 reference; who is wrong is out
-    fast, lean  forward and backward pass together, as a compiled training step runs them; the candidates take turns
-    kept        figures lie in the cache (`measured/`), and the choice is made from them each time
+    correct     every output and gradient is compared with a float32 reference; wrong candidates are excluded
+    fast, lean  forward and backward pass are measured together, as in a compiled training step; candidates alternate
+    cached      figures are stored in the cache (`measured/`), and the choice is made from them each time
 
-Which device this is, and what it can be asked, is device.py's affair: a key of it comes in as text.
+This file knows nothing about devices: device.py gives it a text that identifies the device.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import mlx.core as mx
 
 from mlx_lora.system.cache import cache_dir
 
-# `0` measures no kernel: what is not in the cache is taken to be as the first candidate of ours (tests, repeatable runs).
+# `0`: measure no kernel, and use the `assumed` candidate for what is not in the cache (tests, repeatable runs).
 SWITCH = "MLX_LORA_MEASURE_KERNELS"
-# What a right answer may be off by, in parts of the exact one: float32 sums in another order, 16-bit roundings.
+# The largest relative error of a correct result: float32 sums in another order, 16-bit roundings.
 TOLERANCE = {mx.float32: 1e-4, mx.bfloat16: 5e-2, mx.float16: 5e-3}
-# The rule of `choose`, in words there.
-LAYERS = 16  # of a model, as far as memory is weighed
+# The constants of the rule in `choose`.
+LAYERS = 16  # layers of a model, for comparing memory
 MOST_MEMORY = 1.5
 MUCH_FASTER = 2.0
 HOPELESS = 4.0
@@ -38,12 +38,12 @@ Outputs = Callable[..., list[mx.array]]
 
 @dataclass(frozen=True)
 class Trial:
-    """What candidates are tried on.
+    """The arguments with which candidates are measured.
 
     Attributes:
         arrays: of the run's dtype; all are differentiated.
         cotangents: of the outputs.
-        wrap: turns a candidate into a function of `arrays` alone that returns its outputs, tokens in all axes but the last.
+        wrap: turns a candidate into a function of only `arrays`, whose outputs have tokens in all axes but the last.
     """
 
     arrays: list[mx.array]
@@ -53,15 +53,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured of one candidate.
+    """The measurements of one candidate.
 
     Attributes:
-        seconds: of a forward and a backward pass, the shortest of some.
-        kept_bytes: what it holds from the forward to the backward pass, its output counted, its inputs not.
-        peak_bytes: the most it has allocated at a time, the kept counted, the inputs not.
+        seconds: of a forward and a backward pass, the shortest of several.
+        kept_bytes: held from the forward to the backward pass, with the output, without the inputs.
+        peak_bytes: the most that is allocated at a time, with the kept bytes, without the inputs.
         input_bytes: of the inputs.
-        error: of the worst token or gradient, in parts of the reference's.
-        tolerance: the largest error of a right answer.
+        error: the largest relative error of a token or gradient.
+        tolerance: the largest error of a correct result.
     """
 
     seconds: float
@@ -73,20 +73,20 @@ class Figures:
 
     @property
     def correct(self) -> bool:
-        """Whether it computes what it should."""
+        """Whether its results are correct."""
         return self.error <= self.tolerance
 
     def model_bytes(self, layers: int) -> int:
-        """What a model of so many such layers holds: each its inputs and what it keeps, one of them what it works with."""
+        """Return the bytes of a model with this many such layers: inputs and kept bytes of all, the peak of one."""
         return layers * (self.input_bytes + self.kept_bytes) + self.peak_bytes - self.kept_bytes
 
 
 def choose(figures: Mapping[str, Figures], layers: int = LAYERS) -> str | None:
-    """Return the best candidate's name, None when all are wrong.
+    """Return the best candidate's name, None if all are wrong.
 
-    1. Who is wrong is out.
-    2. Of those that hold at most 1.5 times what the leanest holds (in a model of `layers` such layers), the fastest.
-    3. Unless one that holds more takes less than half of that one's time: then the fastest of all.
+    1. Wrong candidates are excluded.
+    2. The fastest of those that need at most 1.5 times the least memory (in a model of `layers` such layers) is chosen.
+    3. But if a candidate that needs more memory takes less than half of its time, the fastest of all is chosen.
     """
     right = {name: one for name, one in figures.items() if one.correct}
     if not right:
@@ -100,13 +100,13 @@ def choose(figures: Mapping[str, Figures], layers: int = LAYERS) -> str | None:
 def measure(
     candidates: Mapping[str, Callable[..., Any]], trial: Trial, reference: Outputs, compiled: bool
 ) -> dict[str, Figures]:
-    """Try every candidate.
+    """Return the figures of every candidate.
 
     Args:
         candidates: name -> function.
-        trial: see there.
-        reference: exact outputs of `trial.arrays` in float32.
-        compiled: time them through mx.compile, as a step runs them; where compiling is dear (device.py), as they are.
+        trial: the arguments.
+        reference: returns the exact outputs for `trial.arrays` in float32.
+        compiled: time them through mx.compile, as in a step; False if compiling is expensive (device.py).
     """
     exact = [array.astype(mx.float32) for array in trial.arrays]
     mx.eval(trial.arrays, trial.cotangents, exact)
@@ -115,7 +115,7 @@ def measure(
     functions = [trial.wrap(function) for function in candidates.values()]
     first = [_try(function, trial, outputs, gradients) for function in functions]
     del outputs, gradients
-    # Who took four times as long as another at the first try is not asked again, except where that was compiling.
+    # Do not repeat a candidate that took four times as long as another, unless the time was spent compiling.
     bound = math.inf if compiled else HOPELESS * min(one.seconds for one in first)
     again = [number for number, one in enumerate(first) if one.seconds <= bound]
     makers = [_both_passes(functions[number], trial, compiled) for number in again]
@@ -144,13 +144,13 @@ def _both_passes(function: Outputs, trial: Trial, compiled: bool) -> Callable[[]
 
 
 def _try(function: Outputs, trial: Trial, expected: list[mx.array], expected_gradients: list[mx.array]) -> _Try:
-    """Run both passes once."""
+    """Run both passes once, and return time, memory and error."""
     mx.synchronize()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     start = time.perf_counter()
     outputs, gradients = mx.vjp(function, trial.arrays, trial.cotangents)
-    # The forward pass alone: of what it made, only what the backward pass will ask for is still there.
+    # Evaluate only the forward pass: afterwards, memory only has what the backward pass needs.
     mx.eval(outputs)
     kept = mx.get_active_memory() - before
     mx.eval(gradients)
@@ -162,9 +162,9 @@ def _try(function: Outputs, trial: Trial, expected: list[mx.array], expected_gra
 
 
 def _worst_token(found: mx.array, exact: mx.array) -> float:
-    """Return the largest distance of a token's output from the exact one, in parts of its size.
+    """Return the largest relative error of a token's output.
 
-    Tokens smaller than a hundredth of the mean are taken in parts of that: an exact zero has no size.
+    For tokens smaller than a hundredth of the mean, the error is relative to that, because an exact zero has no size.
     """
     size = mx.sqrt(mx.square(exact).sum(-1))
     distance = mx.sqrt(mx.square(found.astype(mx.float32) - exact).sum(-1))
@@ -172,7 +172,7 @@ def _worst_token(found: mx.array, exact: mx.array) -> float:
 
 
 def _apart(found: mx.array, exact: mx.array) -> float:
-    """Return the distance of a gradient from the exact one, in parts of its size."""
+    """Return the relative error of a gradient."""
     distance = mx.sqrt(mx.square(found.astype(mx.float32) - exact).sum())
     return _finite(distance / (mx.sqrt(mx.square(exact).sum()) + 1e-30))
 
@@ -189,14 +189,14 @@ def best_s(
     warm: bool = True,
     least_rounds: int = 1,
 ) -> list[float]:
-    """Return each maker's shortest time; they take turns, so that another program's load meets all of them.
+    """Return each maker's shortest time; they alternate, so that other programs slow all of them alike.
 
     Args:
-        makers: each returns what is to be computed.
-        rounds: at the most.
-        enough_s: no further round after so long, all makers together.
-        warm: call each once beforehand: the first call pays for kernel compilation.
-        least_rounds: not fewer, unless they take longer than `TOO_LONG_S`.
+        makers: each returns the arrays to compute.
+        rounds: the most rounds.
+        enough_s: stop after this time, all makers together.
+        warm: call each once before, because the first call compiles kernels.
+        least_rounds: the fewest rounds, unless they take longer than `TOO_LONG_S`.
     """
     if warm:
         for make in makers:
@@ -215,26 +215,26 @@ def best_s(
 
 
 def may_measure() -> bool:
-    """Whether kernels are measured here when they are not known yet."""
+    """Tell whether kernels that are not in the cache are measured."""
     return os.environ.get(SWITCH, "1") != "0"
 
 
 def read_figures(key: str) -> dict[str, Figures] | None:
-    """Return what is known under a key, None when nothing is, or when it cannot be read."""
+    """Return the figures for a key, None if there are none, or if they cannot be read."""
     entry: Any = read_store("kernels").get(key)
     try:
         return {name: Figures(**one) for name, one in entry.items()}
-    except (AttributeError, TypeError):  # unknown, or scribbled over
+    except (AttributeError, TypeError):  # unknown, or damaged
         return None
 
 
 def keep_figures(key: str, figures: Mapping[str, Figures]) -> None:
-    """Keep what was measured for the next run."""
+    """Store figures for later runs."""
     write_store("kernels", {**read_store("kernels"), key: {name: asdict(one) for name, one in figures.items()}})
 
 
 def read_store(name: str) -> dict[str, Any]:
-    """Return all that a store of measurements holds."""
+    """Return the content of a store of measurements."""
     try:
         content = json.loads(_store(name).read_text())
     except (OSError, ValueError):  # missing, or damaged: measure again
@@ -243,14 +243,14 @@ def read_store(name: str) -> dict[str, Any]:
 
 
 def write_store(name: str, known: Mapping[str, Any]) -> None:
-    """Keep a store's whole content."""
+    """Write the content of a store of measurements."""
     store = _store(name)
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
         temporary = store.with_name(f"{store.name}.{os.getpid()}")
         temporary.write_text(json.dumps(known, indent=1))
         temporary.replace(store)
-    except OSError:  # a cache that cannot be written costs a measurement next time, no more
+    except OSError:  # if the cache cannot be written, the next run only has to measure again
         return
 
 

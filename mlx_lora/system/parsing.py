@@ -1,7 +1,7 @@
-"""Reads JSON and YAML that others wrote: what they say is bounded before anything walks it.
+"""Read untrusted JSON and YAML, with limits on depth, size and characters.
 
-Python's readers take what no later step survives: brackets nested to the recursion limit, half characters, numbers
-of thousands of digits, YAML aliases that stand for gigabytes. All that is a ValueError here, with the reason.
+Python's readers accept what later steps cannot handle: brackets nested to the recursion limit, half surrogate pairs,
+numbers with thousands of digits, YAML aliases that expand to gigabytes. Here, each of these is a ValueError.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import yaml
 from mlx_lora.system.errors import InputError
 
 MAX_DEPTH = 100  # chat templates, tools and configs nest about ten deep
-MAX_JSON_BYTES = 256 << 20  # the largest tokenizer.json have 35 MB
+MAX_JSON_BYTES = 256 << 20  # the largest tokenizer.json files have 35 MB
 MAX_YAML_CHARACTERS = 1 << 20
-MAX_YAML_NODES = 100_000  # with every alias counted as what it stands for
-MAX_NUMBER = 10**30  # more than any setting; the largest in use says "no limit" (tokenizers' model_max_length)
+MAX_YAML_NODES = 100_000  # with aliases expanded
+MAX_NUMBER = 10**30  # tokenizers' model_max_length uses this to mean "no limit"
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Return a JSON value that is safe to walk and to write again.
+    """Return a JSON value that is safe to traverse and to write again.
 
     Args:
         data: UTF-8, with or without a byte order mark.
 
     Raises:
-        ValueError: not UTF-8, not JSON, nested too deep, or with half of a surrogate pair in it.
+        ValueError: it is not UTF-8 or not JSON, is nested too deep, or has half of a surrogate pair.
     """
     text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
     try:
@@ -43,14 +43,14 @@ def parse_json(data: bytes | str) -> Any:
 
 
 def check_value(value: Any, text: str) -> None:
-    """Check depth and characters of a JSON value.
+    """Check the depth and characters of a JSON value.
 
     Args:
-        value: parsed.
-        text: what it was parsed from.
+        value: the parsed value.
+        text: the text that it was parsed from.
 
     Raises:
-        ValueError: nested too deep, or with half of a surrogate pair in it.
+        ValueError: it is nested too deep, or has half of a surrogate pair.
     """
     check_depth(value, text)
     if "\\ud" in text or "\\uD" in text:
@@ -62,11 +62,11 @@ def read_json(path: Path, advice: str, check: bool = True) -> dict[str, Any]:
 
     Args:
         path: the file.
-        advice: ends every error: what to do.
-        check: look at depth and characters of all of it; a tokenizer.json of a million entries takes a second.
+        advice: ends every error, and says what to do.
+        check: check the depth and characters, which takes a second for a tokenizer.json with a million entries.
 
     Raises:
-        InputError: it cannot be read, or holds no such object.
+        InputError: it cannot be read, or is not a JSON object.
     """
     try:
         with path.open("rb") as file:
@@ -86,14 +86,14 @@ def read_json(path: Path, advice: str, check: bool = True) -> dict[str, Any]:
 
 
 def check_depth(value: Any, text: bytes | str) -> None:
-    """Check how deep a parsed value nests.
+    """Check how deep a parsed value is nested.
 
     Args:
-        value: parsed.
-        text: what it was parsed from: a count of its brackets spares most values the walk.
+        value: the parsed value.
+        text: the text that it was parsed from; counting its brackets is enough for most values.
 
     Raises:
-        ValueError: deeper than MAX_DEPTH.
+        ValueError: it is nested deeper than MAX_DEPTH.
     """
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     brackets = np.frombuffer(data.translate(None, _NOT_BRACKETS), np.uint8)
@@ -110,18 +110,18 @@ def check_characters(value: Any) -> None:
     """Check that all text in a parsed value can be encoded.
 
     Raises:
-        ValueError: JSON and YAML may spell half of a surrogate pair, which is no character.
+        ValueError: a text has half of a surrogate pair, which escapes in JSON and YAML can write.
     """
     for part, _ in _walk(value):
         if isinstance(part, str):
             try:
                 part.encode("utf-8")
             except UnicodeEncodeError:
-                raise ValueError("holds half of a surrogate pair, which is no character") from None
+                raise ValueError("has half of a surrogate pair, which is not a character") from None
 
 
 def _walk(value: Any) -> Iterator[tuple[Any, int]]:
-    """Yield every value and key within a value, and how deep it lies; no recursion."""
+    """Yield every value and key in a value, and its depth, without recursion."""
     left = [(value, 1)]
     while left:
         part, depth = left.pop()
@@ -138,10 +138,10 @@ def _too_deep() -> ValueError:
 
 
 def parse_yaml(text: str) -> Any:
-    """Return a YAML value of plain types (`safe_load`'s), bounded in size, depth and numbers.
+    """Return a YAML value of plain types (as `safe_load`), with limits on size, depth and numbers.
 
     Raises:
-        ValueError: not YAML, or too large, too deep, or with an alias of itself.
+        ValueError: it is not YAML, is too large or too deep, or has an alias that contains itself.
     """
     if len(text) > MAX_YAML_CHARACTERS:
         raise ValueError(f"{len(text)} characters, at most {MAX_YAML_CHARACTERS} are read")
@@ -155,19 +155,19 @@ def parse_yaml(text: str) -> Any:
     except RecursionError:
         raise _too_deep() from None
     except (yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
-        # A tag that its text does not fit (`!!bool x`) ends in whatever PyYAML's constructor ran into.
+        # If a tag does not fit its text (`!!bool x`), PyYAML's constructor may raise any of these.
         raise ValueError(" ".join(str(error).split())[:300]) from None
     _check_scalars(value)
     return value
 
 
 def _count_nodes(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
-    """Return how many nodes a node stands for, aliases written out."""
+    """Return the number of nodes in a node, with aliases expanded."""
     number = id(node)
     if number in known:
         return known[number]
     if number in above:
-        raise ValueError("an alias stands for something that holds it")
+        raise ValueError("an alias refers to a value that contains it")
     if len(above) > MAX_DEPTH:
         raise _too_deep()
     above.add(number)
@@ -179,13 +179,13 @@ def _count_nodes(node: yaml.Node, known: dict[int, int], above: set[int]) -> int
     count = 1 + sum(_count_nodes(child, known, above) for child in children)
     above.remove(number)
     if count > MAX_YAML_NODES:
-        raise ValueError(f"its aliases stand for more than {MAX_YAML_NODES} values")
+        raise ValueError(f"its aliases expand to more than {MAX_YAML_NODES} values")
     known[number] = count
     return count
 
 
 def _check_scalars(value: Any) -> None:
-    """Refuse numbers and texts that no setting has and that printing or opening a file would trip over."""
+    """Refuse numbers and texts that no setting has, and with which printing or opening a file would fail."""
     check_characters(value)
     for part, _ in _walk(value):
         if isinstance(part, int) and abs(part) > MAX_NUMBER:
@@ -195,5 +195,5 @@ def _check_scalars(value: Any) -> None:
 
 
 def hashable(value: Any) -> Any:
-    """Return a value that can be looked up in a table; a list or mapping, which no table holds, becomes its text."""
+    """Return a value that can be looked up in a dict: a list or mapping becomes its text."""
     return value if isinstance(value, Hashable) else str(value)

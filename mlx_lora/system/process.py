@@ -1,4 +1,4 @@
-"""What the operating system says of this process; no mlx, so that every stage may ask."""
+"""Read what the operating system knows about this process; without mlx, so that every stage may use it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import sys
 
 
 def peak_bytes() -> int:
-    """Return the process's largest resident size so far, beside which MLX has a count of its own buffers."""
+    """Return the process's largest resident size so far, in bytes; MLX only counts its own buffers."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB

@@ -1,4 +1,4 @@
-"""Sizes in bytes, read from text, and sizes and counts written for people."""
+"""Parse sizes in bytes, and format sizes and counts."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ GIB = 1 << 30
 
 
 def parse_size(text: str) -> int:
-    """Turn `512MB`, `2GB`, `1.5GiB` or plain bytes into a byte count.
+    """Return the number of bytes for `512MB`, `2GB`, `1.5GiB` or a plain number.
 
     Raises:
-        InputError: when the text is no size.
+        InputError: the text is not a size.
     """
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     digits = text.strip().rstrip("KMGIBkmgib ")
@@ -26,10 +26,10 @@ def parse_size(text: str) -> int:
 
 
 def gigabytes(size_bytes: float) -> str:
-    """Write a size for people."""
+    """Return a size as text, such as `1.25 GB`."""
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes < 1e11 else f"{size_bytes / 1e9:.0f} GB"
 
 
 def counted(number: int, one: str, several: str | None = None) -> str:
-    """Write 1 step, 2 steps or 1,000 steps."""
+    """Return a count as text: 1 step, 2 steps or 1,000 steps."""
     return f"{number:,} {one if number == 1 else several or one + 's'}"

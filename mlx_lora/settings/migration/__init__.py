@@ -1,1 +1,1 @@
-"""YAML files of other trainers, read as ours."""
+"""Reads other trainers' YAML files as settings of ours."""

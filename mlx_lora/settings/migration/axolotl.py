@@ -1,7 +1,7 @@
-"""Axolotl's file.
+"""Read Axolotl's settings file.
 
-Its defaults hold for what the file leaves out and that changes the result: sequence_len 512, one row per
-micro-batch, no weight decay, nothing held out, one epoch. Rank and alpha have no default there, so ours stand.
+Its defaults are used for what the file leaves out, if they change the result: sequence_len 512, one row per micro-batch,
+no weight decay, nothing held out, one epoch. Axolotl has no defaults for rank and alpha, so ours are used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mlx_lora.settings.migration import hf
 from mlx_lora.settings.migration.sheet import Dialect, Sheet, is_empty
 from mlx_lora.system.parsing import hashable
 
-# None of them is a setting of ours, nor an argument of transformers' trainer, which other tools share.
+# Keys of its own: neither settings of ours, nor arguments of transformers' trainer, which other tools use too.
 MARKS = (
     "base_model",
     "micro_batch_size",
@@ -27,7 +27,7 @@ MARKS = (
     "adapter",
     "datasets",
 )
-# First word of a dataset's type -> our format.
+# The first word of a dataset's type -> our format.
 FORMATS = {
     "alpaca": "alpaca",
     "alpaca_chat": "alpaca",
@@ -36,7 +36,7 @@ FORMATS = {
     "pretrain": "text",
     "chat_template": "auto",
 }
-# What a dataset may say of its own keys that we find out by looking.
+# Settings of a dataset that we do not need, because we detect its format.
 READ_ANYWAY = [
     ("ds_type", kind) for kind in ("json", "parquet", "csv", "text", "arrow")
 ] + [
@@ -60,23 +60,23 @@ ROLES = {"system", "user", "human", "assistant", "gpt", "model", "chatgpt", "too
 
 
 def recognizes(content: Mapping[str, Any]) -> bool:
-    """Tell Axolotl's file by two of its own words, and by not having our word for the model."""
+    """Tell whether a file has two of Axolotl's own keys, and not our key for the model."""
     return "model" not in content and sum(key in content for key in MARKS) >= 2
 
 
 def read_kind(sheet: Sheet) -> None:
-    """Refuse what is not supervised training of one model."""
+    """Refuse training that is not supervised."""
     for key in ("rl", "reward_model", "process_reward_model"):
         asked = sheet.take(key)
         if asked:
-            raise sheet.refusal(f"{key} {asked}: only supervised training is here; use Axolotl for it")
+            raise sheet.refusal(f"{key} {asked}: only supervised training is supported; use Axolotl for it")
 
 
 def read_method(sheet: Sheet) -> None:
-    """Set rank, alpha and method; an empty `adapter` trains the model itself, as there."""
+    """Set rank, alpha and method; an empty `adapter` trains the model itself, as in Axolotl."""
     adapter = sheet.take("adapter")
     if adapter not in (None, "lora", "qlora"):
-        raise sheet.refusal(f"adapter {adapter}: not here; use lora or qlora")
+        raise sheet.refusal(f"adapter {adapter}: not supported; use lora or qlora")
     for key, name in (("lora_r", "rank"), ("lora_alpha", "alpha")):
         if adapter and key in sheet.rest:
             sheet.put(name, sheet.number(key), key)
@@ -103,7 +103,7 @@ def read_method(sheet: Sheet) -> None:
 
 
 def read_restarts(sheet: Sheet, restarts: dict[str, int | float | None]) -> None:
-    """Set ReLoRA's cycle; jagged restarts without ReLoRA are another schedule, which is not here."""
+    """Set ReLoRA's cycle; jagged restarts without ReLoRA are another schedule, which is not supported."""
     settings = {
         "relora_every": restarts,
         "relora_warmup": {key: sheet.number(key) for key in ("relora_warmup_steps", "jagged_restart_warmup_steps")},
@@ -118,7 +118,7 @@ def read_restarts(sheet: Sheet, restarts: dict[str, int | float | None]) -> None
 
 
 def read_targets(sheet: Sheet) -> None:
-    """Set the target layers; lora_target_linear adds to names, so it is all of them."""
+    """Set the target layers; lora_target_linear adds all linear layers to the named ones."""
     if sheet.switch("lora_target_linear"):
         sheet.take("lora_target_modules")
         sheet.put("target_modules", "all-linear", "lora_target_linear")
@@ -135,7 +135,7 @@ def read_data(sheet: Sheet) -> None:
     sets = asked if isinstance(asked, list) else [] if asked is None else [asked]
     sets = [{"path": one} if isinstance(one, str) else one for one in sets]
     if not all(isinstance(one, dict) for one in sets):
-        raise sheet.refusal(f"{key} holds no mappings with a path; mend the file")
+        raise sheet.refusal(f"{key} has no mappings with a path; fix the file")
     first = {name: value for name, value in (sets[0] if sets else {}).items() if not is_empty(value)}
     path = data_path(first)
     if path:
@@ -151,7 +151,7 @@ def read_data(sheet: Sheet) -> None:
 
 
 def read_anyway(name: str, value: Any) -> bool:
-    """Tell what a dataset says of its records and we find out by looking."""
+    """Tell whether a dataset's setting is not needed, because we detect its format."""
     if name == "roles" and isinstance(value, dict):
         told = [*value, *(role for roles in value.values() if isinstance(roles, list) for role in roles)]
         return ROLES.issuperset(map(hashable, told))
@@ -161,7 +161,7 @@ def read_anyway(name: str, value: Any) -> bool:
 
 
 def data_path(dataset: dict[str, Any]) -> str | None:
-    """Take what names the files of a dataset: a path, or the one file beside the name of its format."""
+    """Return a dataset's path, or its one file if the path is only the name of a format; remove it from `dataset`."""
     path, files = dataset.pop("path", None), dataset.get("data_files")
     files = [files] if isinstance(files, str) else files if isinstance(files, list) else []
     if path in ("json", "csv", "parquet", "text") and files:
@@ -173,25 +173,25 @@ def data_path(dataset: dict[str, Any]) -> str | None:
 
 
 def read_format(sheet: Sheet, kind: Any, key: str) -> None:
-    """Set the record format; alpaca rows keep the alpaca prompt, which Axolotl writes whatever the model is."""
+    """Set the record format; alpaca rows keep the alpaca prompt, which Axolotl uses for every model."""
     if kind is None:
         return
     word = re.split("[:.]", kind)[0] if isinstance(kind, str) else None
     if word not in FORMATS:
         sheet.left_out.append(key)
-        sheet.note(f"{key}: not a format of ours; records are told apart by their keys")
+        sheet.note(f"{key}: not a format of ours; the format is detected from the records' keys")
         return
     sheet.put("data_format", FORMATS[word], key)
     if kind == "alpaca":
         sheet.put("chat_template", "alpaca", key)
         sheet.take("chat_template")
-        sheet.note(f"{key} alpaca: rows are written with the alpaca prompt, as there; --chat-template sets another")
+        sheet.note(f"{key} alpaca: rows get the alpaca prompt, as in Axolotl; --chat-template sets another")
     elif word in ("alpaca", "alpaca_chat", "sharegpt"):
-        sheet.note(f"{key} {kind}: rows are chats here, written with the model's own template")
+        sheet.note(f"{key} {kind}: rows are chats here, rendered with the model's own template")
 
 
 def read_template(sheet: Sheet) -> None:
-    """Set the chat template; Jinja text inside the file would need a file of its own."""
+    """Set the chat template; Jinja text inside the file is not supported, because ours must be in its own file."""
     jinja = sheet.take("chat_template_jinja")
     if jinja and re.search(r"[{\n]", str(jinja)):
         sheet.left_out.append("chat_template_jinja")
@@ -218,7 +218,7 @@ def read_loop(sheet: Sheet) -> None:
     hf.read_length(sheet, "num_epochs")
     rows = sheet.rest.get("micro_batch_size")
     if "gradient_accumulation_steps" in sheet.rest or not isinstance(rows, int) or rows < 1:
-        sheet.leave("batch_size")  # of the whole step; the other two say it
+        sheet.leave("batch_size")  # rows of the whole step, which the other two keys decide
     elif "batch_size" in sheet.rest:
         sheet.put("grad_accumulation_steps", max(1, round((sheet.number("batch_size") or 0) / rows)), "batch_size")
     hf.read_batch(sheet, "micro_batch_size", "sequence_len", "sample_packing", defaults=(1, 512))

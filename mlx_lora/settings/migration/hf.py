@@ -1,6 +1,6 @@
-"""What Axolotl and LLaMA-Factory have in common: both sit on transformers' trainer and PEFT.
+"""Rules that Axolotl and LLaMA-Factory share, because both use transformers' trainer and PEFT.
 
-Each function reads the keys of one theme, under the names it is given, and sets ours.
+Each function reads the keys of one topic, whose names it is given, and sets ours.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ OPTIMIZERS = {
     "adafactor": "adafactor",
     "muon": "muon",
 }
-# Chat templates that we have under the same name and with the same text.
+# Chat templates that we have with the same name and text.
 TEMPLATES = ("alpaca", "chatml")
 HALF_PRECISION = ("bf16", "fp16", "bfloat16", "float16", "pure_bf16")
-# Method -> what turns it on beside others; the first that is on is the method.
+# If several methods are on, the first of these is used.
 PRECEDENCE = ("full", "dora", "pissa", "relora", "lora-plus", "rslora")
-# The last part of a regular expression on layer names: (up|down)_proj, ([qkv]_proj) is beyond it.
+# The last part of a regular expression on layer names, such as (up|down)_proj; ([qkv]_proj) is not supported.
 LAST_NAMES = re.compile(r"(?:.*[.)*+])?(?P<before>\w*)\((?P<names>\w+(?:\|\w+)*)\)(?P<after>\w*)\$?")
 
 
 def read_length(sheet: Sheet, epochs: str) -> None:
-    """Set iters from max_steps, which beats epochs there as well, else epochs."""
+    """Set iters from max_steps, which overrides epochs there too, or else epochs."""
     steps, passes = sheet.number("max_steps"), sheet.number(epochs)
     if steps is not None and steps > 0:
         sheet.put("iters", steps, "max_steps")
@@ -40,7 +40,7 @@ def read_length(sheet: Sheet, epochs: str) -> None:
 
 
 def read_warmup(sheet: Sheet, schedule: str) -> None:
-    """Set schedule and warm-up; a count of steps beats a share of them, as there."""
+    """Set schedule and warm-up; a number of steps overrides a fraction of them, as in transformers."""
     steps, share = sheet.number("warmup_steps"), sheet.number("warmup_ratio")
     name = hashable(sheet.take(schedule))
     warmup = steps if steps or share is None else share
@@ -52,12 +52,12 @@ def read_warmup(sheet: Sheet, schedule: str) -> None:
         shape = "linear" if "linear" in str(name) or "polynomial" in str(name) else "cosine"
         sheet.put("lr_schedule", shape, schedule)
         sheet.note(f"{schedule} {name}: {shape} to zero instead")
-    if name == "constant":  # transformers' has no warm-up, whatever the file says of one
+    if name == "constant":  # in transformers this schedule has no warm-up, whatever the file says
         sheet.found["warmup"] = 0
 
 
 def read_optimizer(sheet: Sheet, key: str) -> None:
-    """Set the optimizer; the 8-bit and paged forms of AdamW differ in what they store, not in what they do."""
+    """Set the optimizer; the 8-bit and paged variants of AdamW only differ in how they store their state."""
     name = sheet.take(key)
     if name is None:
         return
@@ -66,11 +66,11 @@ def read_optimizer(sheet: Sheet, key: str) -> None:
     if known is None and "adamw" in str(name):
         sheet.note(f"{key} {name}: adamw; its state is float32 here, as small as the adapter")
     elif known is None:
-        sheet.note(f"{key} {name}: not here, adamw instead; mind the learning rate")
+        sheet.note(f"{key} {name}: not supported, adamw instead; check the learning rate")
 
 
 def read_precision(sheet: Sheet) -> None:
-    """Leave the dtype to the device, and say so."""
+    """Leave the dtype to the device, and note it."""
     asked = [key for key in HALF_PRECISION if sheet.take(key) not in (None, False)]
     if sheet.switch("float32"):
         sheet.put("dtype", "float32", "float32")
@@ -79,22 +79,22 @@ def read_precision(sheet: Sheet) -> None:
 
 
 def say_quantized(sheet: Sheet, key: str, bits: Any) -> None:
-    """Say how a quantized base is had here."""
+    """Note how to get a quantized base."""
     sheet.note(
-        f"{key}: training quantizes nothing; make a {bits}-bit base with mlx_lora.convert --bits {bits}, "
+        f"{key}: training does not quantize; make a {bits}-bit base with mlx_lora.convert --bits {bits}, "
         "and give its folder as --model"
     )
 
 
 def read_batch(sheet: Sheet, rows: str, length: str, packing: str, defaults: tuple[int, int]) -> None:
-    """Set the longest sequence and rows per micro-batch; packed rows become a budget of as many tokens, unpacked.
+    """Set the longest sequence and the rows per micro-batch; packed rows become a budget of as many tokens.
 
     Args:
         sheet: read and written.
-        rows: key of rows per micro-batch.
+        rows: key of the rows per micro-batch.
         length: key of the longest sequence in tokens.
-        packing: key that is true when rows are packed to that length.
-        defaults: that trainer's rows and length.
+        packing: key that is true if rows are packed to that length.
+        defaults: the trainer's default rows and length.
     """
     count, tokens, packed = sheet.number(rows), sheet.number(length), sheet.switch(packing)
     if tokens is not None:
@@ -103,9 +103,7 @@ def read_batch(sheet: Sheet, rows: str, length: str, packing: str, defaults: tup
     if packed:
         budget = (count or defaults[0]) * (tokens or defaults[1])
         sheet.put("batch_tokens", budget, packing)
-        sheet.note(
-            f"{packing}: rows of like length share a batch of {budget} tokens instead; no row is joined to another"
-        )
+        sheet.note(f"{packing}: rows of similar length share a batch of {budget} tokens instead; rows are not joined")
     elif count is not None:
         sheet.put("batch_size", count, rows)
     else:
@@ -113,18 +111,18 @@ def read_batch(sheet: Sheet, rows: str, length: str, packing: str, defaults: tup
 
 
 def read_held_out(sheet: Sheet, key: str) -> None:
-    """Set the share of rows held out; a count of rows has no counterpart."""
+    """Set the fraction of rows held out; a number of rows has no counterpart."""
     share = sheet.number(key)
     if share is not None and share < 1:
         sheet.put("valid_fraction", share, key)
     elif share is not None:
         sheet.put("valid_fraction", 0.05, key)
-        sheet.note(f"{key} {share}: a count of rows has no counterpart, 5% are held out")
+        sheet.note(f"{key} {share}: a number of rows has no counterpart, 5% are held out")
     sheet.assume("valid_fraction", 0.0)
 
 
 def read_intervals(sheet: Sheet) -> None:
-    """Set the steps between reports, validations and checkpoints; shares of the run have no counterpart."""
+    """Set the steps between reports, validations and checkpoints; fractions of the run have no counterpart."""
     for key, name in (
         ("logging_steps", "steps_per_report"),
         ("eval_steps", "steps_per_eval"),
@@ -159,19 +157,19 @@ def read_targets(sheet: Sheet, key: str, all_names: tuple[str, ...]) -> None:
     elif match := LAST_NAMES.fullmatch(str(asked[0] if isinstance(asked, list) else asked)):
         layers = ",".join(match["before"] + name + match["after"] for name in match["names"].split("|"))
         sheet.put("target_modules", layers, key)
-        sheet.note(f"{key}: a regular expression, read as {layers} wherever they are")
+        sheet.note(f"{key}: a regular expression, read as {layers} in all modules")
     else:
         sheet.left_out.append(key)
-        sheet.note(f"{key}: a regular expression that is not ours; all-linear unless --target-modules says else")
+        sheet.note(f"{key}: an unsupported regular expression; all-linear unless --target-modules is given")
 
 
 def read_template(sheet: Sheet, key: str, own: tuple[str, ...]) -> None:
-    """Set the chat template where we have it; else the model's own stands for the trainer's copy of it.
+    """Set the chat template if we have it; otherwise the model's own template is used.
 
     Args:
         sheet: read and written.
         key: of the template's name.
-        own: names that mean the model's own.
+        own: names that mean the model's own template.
     """
     name = sheet.take(key)
     if name in TEMPLATES:
@@ -181,12 +179,13 @@ def read_template(sheet: Sheet, key: str, own: tuple[str, ...]) -> None:
 
 
 def choose_method(sheet: Sheet, on: dict[str, str]) -> None:
-    """Set the method from the switches that are on; two at once are one here, where that can be.
+    """Set the method from the switches that are on; we have one method, so others are left out.
 
-    rsLoRA is a scale, alpha / sqrt(r) for alpha / r, so beside another method it becomes that method's alpha.
+    An exception is rsLoRA, which only scales by alpha / sqrt(r) instead of alpha / r: together with another method, it
+    becomes that method's alpha.
 
     Args:
-        sheet: rank and alpha are in it already.
+        sheet: already has rank and alpha.
         on: method -> the key that turned it on.
     """
     method = next((name for name in PRECEDENCE if name in on), "lora")
@@ -198,10 +197,10 @@ def choose_method(sheet: Sheet, on: dict[str, str]) -> None:
         if other == "rslora" and method != "full" and rank and alpha:
             sheet.found["alpha"] = alpha * rank**0.5
             sheet.note(
-                f"{key}: beside {method}, alpha {alpha:g} / sqrt({rank}) is alpha {sheet.found['alpha']:g} / {rank}"
+                f"{key}: with {method}, alpha {alpha:g} / sqrt({rank}) is alpha {sheet.found['alpha']:g} / {rank}"
             )
         else:
             sheet.left_out.append(key)
     if method == "full":
         sheet.leave("lora_r", "lora_rank", "lora_alpha", "lora_dropout", "lora_modules_to_save", "additional_target")
-        sheet.note("full: what is trained are the layers that --target-modules names, all-linear by default")
+        sheet.note("full: trains the layers that --target-modules names, all-linear by default")

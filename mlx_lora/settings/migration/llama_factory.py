@@ -1,10 +1,10 @@
-"""LLaMA-Factory's file.
+"""Read LLaMA-Factory's settings file.
 
-Its defaults hold for what the file leaves out and that changes the result: rank 8, alpha twice the rank, 8 rows
-per micro-batch, three epochs at 5e-5 falling linearly without warm-up, no weight decay, nothing held out.
+Its defaults are used for what the file leaves out, if they change the result: rank 8, alpha twice the rank, 8 rows per
+micro-batch, three epochs at 5e-5 with linear decay and no warm-up, no weight decay, nothing held out.
 
-A dataset is a name there, which dataset_info.json in dataset_dir (`data`) turns into a file or a hub id. That
-table is read where it is found, as there from the working folder; without it the data must be given.
+LLaMA-Factory gives datasets by names, for which dataset_info.json in dataset_dir (`data`) has a file or a hub id. That
+table is read if it exists, relative to the working folder as in LLaMA-Factory; without it the data must be given.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mlx_lora.settings.migration.sheet import Dialect, Sheet
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.parsing import hashable, read_json
 
-# Its own words; those of transformers' trainer (per_device_train_batch_size) would fit other tools as well.
+# Keys of its own; those of transformers' trainer (per_device_train_batch_size) are used by other tools too.
 MARKS = (
     "model_name_or_path",
     "stage",
@@ -35,27 +35,27 @@ LOGGERS = ("wandb", "swanlab")
 
 
 def recognizes(content: Mapping[str, Any]) -> bool:
-    """Tell LLaMA-Factory's file by two of its own words, and by not having our word for the model."""
+    """Tell whether a file has two of LLaMA-Factory's own keys, and not our key for the model."""
     return "model" not in content and sum(key in content for key in MARKS) >= 2
 
 
 def read_kind(sheet: Sheet) -> None:
-    """Refuse what is not supervised training or training on plain text."""
+    """Refuse training that is neither supervised nor on plain text."""
     stage = sheet.take("stage")
     if stage not in (None, "sft", "pt"):
-        raise sheet.refusal(f"stage {stage}: only sft and pt are here; use LLaMA-Factory for it")
+        raise sheet.refusal(f"stage {stage}: only sft and pt are supported; use LLaMA-Factory for it")
     if stage == "pt":
         sheet.put("data_format", "text", "stage")
-        sheet.rest.setdefault("packing", True)  # its default in this stage
+        sheet.rest.setdefault("packing", True)  # the default in this stage
     if "do_train" in sheet.rest:
         sheet.put("train", sheet.switch("do_train"), "do_train")
 
 
 def read_method(sheet: Sheet) -> None:
-    """Set rank, alpha = twice the rank unless given, and method."""
+    """Set rank, alpha (twice the rank unless given) and method."""
     kind = sheet.take("finetuning_type") or "lora"
     if kind not in ("lora", "full", "freeze"):
-        raise sheet.refusal(f"finetuning_type {kind}: not here; use lora, freeze or full")
+        raise sheet.refusal(f"finetuning_type {kind}: not supported; use lora, freeze or full")
     ratio = sheet.number("loraplus_lr_ratio")
     if kind == "lora":
         for key, name in (("lora_rank", "rank"), ("lora_alpha", "alpha")):
@@ -83,17 +83,17 @@ def read_method(sheet: Sheet) -> None:
 
 
 def read_freeze(sheet: Sheet) -> None:
-    """Set the blocks that freeze-tuning trains in full: the last n."""
+    """Set the number of last blocks that freeze-tuning trains in full."""
     blocks = sheet.number("freeze_trainable_layers")
     blocks = 2 if blocks is None else blocks
     if blocks < 1:
-        raise sheet.refusal(f"freeze_trainable_layers {blocks}: the first blocks alone cannot be trained here")
+        raise sheet.refusal(f"freeze_trainable_layers {blocks}: training only the first blocks is not supported")
     sheet.put("num_layers", blocks, "freeze_trainable_layers")
     hf.read_targets(sheet, "freeze_trainable_modules", ("all",))
 
 
 def read_targets(sheet: Sheet) -> None:
-    """Set the target layers, and modules trained in full beside them."""
+    """Set the target layers, and further modules that are trained in full."""
     hf.read_targets(sheet, "lora_target", ("all",))
     if sheet.rest.get("additional_target"):
         names = sheet.take("additional_target")
@@ -117,27 +117,27 @@ def read_data(sheet: Sheet) -> None:
 
 
 def find_dataset(sheet: Sheet, name: str, folder: Path) -> str | None:
-    """Look a dataset up in dataset_info.json.
+    """Look up a dataset in dataset_info.json.
 
     Returns:
-        A file or a hub id; None when the table or the entry is missing.
+        A file or a hub id; None if the table or the entry is missing.
 
     Raises:
-        InputError: the table is no JSON object.
+        InputError: the table is not a JSON object.
     """
     table = folder / "dataset_info.json"
     if not table.is_file():
         return None
-    entry = read_json(table, "mend it, or give --data").get(name)
+    entry = read_json(table, "fix it, or give --data").get(name)
     if not isinstance(entry, dict):
         return None
     for key in ("columns", "tags", "subset", "split", "num_samples"):
         if entry.get(key) and (key, entry[key]) != ("split", "train"):
             sheet.left_out.append(f"dataset_info.json {name}.{key}")
-    place = entry.get("file_name") or entry.get("hf_hub_url")
-    if place is not None and not isinstance(place, str):
-        raise InputError(f"{table}: the place of {name} is no text; mend it, or give --data")
-    return str(folder / place) if place and entry.get("file_name") else place
+    source = entry.get("file_name") or entry.get("hf_hub_url")
+    if source is not None and not isinstance(source, str):
+        raise InputError(f"{table}: the source of {name} is not a text; fix it, or give --data")
+    return str(folder / source) if source and entry.get("file_name") else source
 
 
 def read_prompts(sheet: Sheet) -> None:
@@ -167,7 +167,7 @@ def read_loop(sheet: Sheet) -> None:
 
 
 def read_loggers(sheet: Sheet) -> None:
-    """Set the loggers that are here; others are left out."""
+    """Set the loggers that are supported; others are left out."""
     asked = sheet.take("report_to")
     names = asked if isinstance(asked, list) else [] if asked is None else [asked]
     if sheet.switch("use_swanlab"):

@@ -1,8 +1,8 @@
-"""`--config` takes the YAML file of Axolotl, LLaMA-Factory or mlx-lm as well.
+"""Convert the settings file of Axolotl, LLaMA-Factory or mlx-lm, given as `--config`, to settings of ours.
 
-A migrated file means here what it meant there: where a default of its trainer differs from ours and changes the
-result, that default holds for what the file leaves out, and is printed. Flags beat the file, and run.yaml holds
-the outcome in our names. A file of none of the three stays ours, where an unknown key is an error.
+A migrated file keeps its meaning: if a default of its trainer differs from ours and changes the result, that default
+is used for what the file leaves out, and is printed. Flags override the file, and run.yaml has the result with our names.
+Any other file is read as ours, where an unknown key is an error.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ def migrate(
     file: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Return a settings file in our names; our own as it is.
+    """Return a file's settings with our names; a file of ours is returned as it is.
 
     Args:
-        content: as read, keys with underscores.
+        content: the file's content, with underscores in keys.
         known: names of our settings.
-        given: settings given as flags; of these no default of the other trainer is told.
-        file: named in what is said.
-        say: takes each line of the account: what it was read as, what changes its meaning, what has no counterpart.
+        given: settings given as flags, for which the other trainer's defaults are not printed.
+        file: its name, for messages.
+        say: called with each line on the migration: what the file was read as, what has another meaning, what is left out.
 
     Raises:
-        InputError: the file asks for another kind of training, or holds a value that cannot be read.
+        InputError: the file asks for another kind of training, or has an invalid value.
     """
     dialect = find_dialect(content)
     if dialect is None:
@@ -47,7 +47,7 @@ def migrate(
 
 
 def find_dialect(content: dict[str, Any]) -> Dialect | None:
-    """Tell whose file it is; None: ours."""
+    """Return the dialect of a file, None if it is ours."""
     return next((dialect for dialect in DIALECTS if dialect.recognizes(content)), None)
 
 
@@ -61,7 +61,7 @@ def account(sheet: Sheet, dialect: Dialect, given: Collection[str], file: str) -
         if name not in given
     ]
     if told:
-        lines.append(f"  {dialect.name}'s defaults where it says nothing: {', '.join(told)}")
+        lines.append(f"  {dialect.name}'s defaults for what it leaves out: {', '.join(told)}")
     if sheet.left_out:
         lines.append(f"  no counterpart, left out: {', '.join(dict.fromkeys(sheet.left_out))}")
     return lines

@@ -1,12 +1,12 @@
-"""mlx-lm's `lora --config` file.
+"""Read mlx-lm's `lora --config` file.
 
-Most of its keys are flags of ours with the same meaning, so a file of those alone is simply ours, defaults
-included. It is mlx-lm's when it has a mapping that only mlx-lm reads: lora_parameters, lr_schedule,
-optimizer_config, hf_dataset. Then mlx-lm's defaults hold for what it leaves out, as they differ much: rank 8 and
-scale 20, learning rate 1e-5 and constant, no clip, 16 blocks, prompts trained, Adam, 1,000 iterations of 4 rows,
-nothing held out of the training file. Model and data have no default here.
+Most of its keys are flags of ours with the same meaning, so a file with only those is read as ours, with our defaults.
+It is read as mlx-lm's if it has a mapping that only mlx-lm reads: lora_parameters, lr_schedule, optimizer_config,
+hf_dataset. Then mlx-lm's defaults are used for what it leaves out, because they differ much: rank 8 and scale 20,
+constant learning rate 1e-5, no clip, 16 blocks, prompts trained, Adam, 1,000 iterations of 4 rows, nothing held out of
+the training file. Model and data have no default here.
 
-A setting of ours beside them is taken as it is: mlx-lm reads over it, so one file can serve both.
+Such a file may also have settings of ours: mlx-lm ignores them, so one file can be used for both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mlx_lora.settings.migration.sheet import Dialect, Sheet
 from mlx_lora.system.parsing import hashable
 
 MAPPINGS = ("lora_parameters", "lr_schedule", "optimizer_config")
-# Schedules that we have, under the first word of their name -> what follows the rate in `arguments`.
+# Schedules that we have too (their name's first word is ours) -> what follows the rate in `arguments`.
 ARGUMENTS = {"cosine_decay": ("steps", "end"), "linear_schedule": ("end", "steps")}
 DEFAULT_RANK, DEFAULT_SCALE, DEFAULT_ITERS = 8, 20.0, 1000
 COUNTED_IN_MICRO_BATCHES = ("iters", "steps_per_report", "steps_per_eval", "save_every")
@@ -26,15 +26,15 @@ COUNTED_DEFAULTS = {"iters": DEFAULT_ITERS, "steps_per_report": 10, "steps_per_e
 
 
 def recognizes(content: Mapping[str, Any]) -> bool:
-    """Tell a file that only mlx-lm can have written from one of ours."""
+    """Tell whether a file has keys that only mlx-lm reads."""
     return any(isinstance(content.get(key), dict) for key in MAPPINGS) or bool(content.get("hf_dataset"))
 
 
 def read_shape(sheet: Sheet) -> None:
     """Set rank, alpha = scale * rank, dropout and targets from lora_parameters."""
-    if sheet.rest.get("fine_tune_type") == "full":  # reads none of it there
+    if sheet.rest.get("fine_tune_type") == "full":  # mlx-lm then ignores lora_parameters
         sheet.take("lora_parameters")
-        sheet.note("full: what is trained are the layers that --target-modules names, all-linear by default")
+        sheet.note("full: trains the layers that --target-modules names, all-linear by default")
         return
     shape = sheet.part("lora_parameters")
     rank, scale, keys = shape.number("rank"), shape.number("scale"), shape.take("keys")
@@ -44,20 +44,20 @@ def read_shape(sheet: Sheet) -> None:
     sheet.assume("rank", DEFAULT_RANK)
     if scale is not None:
         sheet.put("alpha", alpha, "lora_parameters.scale")
-        sheet.note(f"lora_parameters.scale {scale:g}: alpha {alpha:g}, as alpha / rank is the scale here")
+        sheet.note(f"lora_parameters.scale {scale:g}: alpha {alpha:g}, because the scale here is alpha / rank")
     sheet.assume("alpha", alpha)
     if shape.rest.get("dropout") is not None:
         sheet.put("dropout", shape.take("dropout"), "lora_parameters.dropout")
     if keys:
         sheet.put("target_modules", keys, "lora_parameters.keys")
     sheet.left_out += [f"lora_parameters.{key}" for key in shape.rest]
-    if sheet.switch("use_dora"):  # before fine_tune_type was there
+    if sheet.switch("use_dora"):  # from before fine_tune_type existed
         sheet.put("method", "dora", "use_dora")
 
 
 def read_schedule(sheet: Sheet) -> None:
     """Set schedule, peak rate and warm-up; without lr_schedule the rate is constant."""
-    if isinstance(sheet.rest.get("lr_schedule"), str):  # ours
+    if isinstance(sheet.rest.get("lr_schedule"), str):  # a setting of ours
         return
     schedule = sheet.part("lr_schedule")
     if not schedule.rest:
@@ -66,18 +66,18 @@ def read_schedule(sheet: Sheet) -> None:
         return
     name, arguments = hashable(schedule.take("name")), schedule.take("arguments")
     if not isinstance(arguments, list) or not arguments:
-        raise sheet.refusal("lr_schedule without arguments, a list with the learning rate first; mend the file")
+        raise sheet.refusal("lr_schedule has no arguments, a list that begins with the learning rate; fix the file")
     stated = Sheet(sheet.file, dict(zip(("rate", *ARGUMENTS.get(name, ())), arguments, strict=False)), sheet.known)
     rate, asked = stated.number("rate"), sheet.number("learning_rate")
     sheet.put("learning_rate", rate, "lr_schedule.arguments")
     if asked not in (None, rate):
-        sheet.note(f"learning_rate {asked:g}: lr_schedule's {rate:g} counts, as there")
+        sheet.note(f"learning_rate {asked:g}: lr_schedule's {rate:g} is used, as in mlx-lm")
     sheet.put("warmup", schedule.number("warmup") or 0, "lr_schedule.warmup")
     sheet.left_out += [f"lr_schedule.{key}" for key, value in schedule.rest.items() if value]
     if name not in ARGUMENTS:
         sheet.put("lr_schedule", "constant", "lr_schedule")
         sheet.left_out.append("lr_schedule.name")
-        sheet.note(f"lr_schedule {name}: not here; the rate stays at {rate:g} after the warm-up")
+        sheet.note(f"lr_schedule {name}: not supported; the rate stays at {rate:g} after the warm-up")
         return
     ours = name.split("_")[0]
     sheet.put("lr_schedule", ours, "lr_schedule")
@@ -87,7 +87,7 @@ def read_schedule(sheet: Sheet) -> None:
 
 
 def read_optimizer(sheet: Sheet) -> None:
-    """Set optimizer and weight decay; of optimizer_config only the chosen optimizer's part counts, as there."""
+    """Set optimizer and weight decay; only the chosen optimizer's part of optimizer_config counts, as in mlx-lm."""
     name = str(sheet.take("optimizer") or "").lower()
     if name:
         sheet.put("optimizer", name, "optimizer")
@@ -99,19 +99,19 @@ def read_optimizer(sheet: Sheet) -> None:
         sheet.put("weight_decay", decay, f"optimizer_config.{chosen}.weight_decay")
     sheet.left_out += [f"optimizer_config.{chosen}.{key}" for key in part.rest]
     if chosen in ("adam", "adamw") and not corrected:
-        sheet.note(f"optimizer {chosen}: its bias is corrected here, as in torch; in mlx-lm only on request")
+        sheet.note(f"optimizer {chosen}: its bias is always corrected here, as in torch; in mlx-lm only on request")
     if chosen == "sgd":
         sheet.assume("weight_decay", 0.0)
 
 
 def read_data(sheet: Sheet) -> None:
-    """Set data from hf_dataset, the first where there are several."""
+    """Set data from hf_dataset, or from the first if there are several."""
     asked = sheet.take("hf_dataset")
     if not asked:
         return
     sets = asked if isinstance(asked, list) else [asked]
     if not all(isinstance(one, dict) for one in sets):
-        raise sheet.refusal("hf_dataset is no mapping with a path; mend the file")
+        raise sheet.refusal("hf_dataset is not a mapping with a path; fix the file")
     first = dict(sets[0])
     path = first.pop("path", None) or first.pop("name", None)
     if path and "data" not in sheet.rest:
@@ -122,7 +122,7 @@ def read_data(sheet: Sheet) -> None:
 
 
 def read_counts(sheet: Sheet) -> None:
-    """Turn counts of micro-batches, which mlx-lm counts in, into counts of optimizer steps."""
+    """Convert mlx-lm's counts of micro-batches to counts of optimizer steps."""
     window = sheet.number("grad_accumulation_steps")
     if window is None or window <= 1:
         return
@@ -141,11 +141,11 @@ def read_counts(sheet: Sheet) -> None:
 
 
 def read_ours(sheet: Sheet) -> None:
-    """Take what has the same name and meaning in both, and settings of ours."""
+    """Take keys that have the same name and meaning in both trainers, and settings of ours."""
     mode = sheet.take("training_mode")
     if mode not in (None, "normal"):
-        raise sheet.refusal(f"training_mode {mode}: only supervised training is here; use its own trainer")
-    if sheet.rest.get("clear_cache_threshold") == 0:  # its word for "never"
+        raise sheet.refusal(f"training_mode {mode}: only supervised training is supported; use its own trainer")
+    if sheet.rest.get("clear_cache_threshold") == 0:  # it means "never"
         sheet.take("clear_cache_threshold")
     for key in [key for key in sheet.rest if key in sheet.known]:
         sheet.put(key, sheet.take(key), key)

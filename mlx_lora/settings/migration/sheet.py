@@ -1,4 +1,4 @@
-"""A foreign settings file on its way to ours: what is left to read, what it became, what must be said."""
+"""The state of a migration: a file's keys that are left to read, the settings found, and notes for the user."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mlx_lora.system.errors import InputError
 
 @dataclass
 class Sheet:
-    """Holds one file while the rules of its dialect read it, each rule the keys it knows.
+    """One file while the rules of its dialect read it; each rule reads the keys that it knows.
 
     Attributes:
         file: its name, for errors.
-        rest: keys that nothing has read yet. An empty key (`wandb_project:`) says nothing and is not here.
-        known: names of our settings; a rule may know one that this version does not have.
-        found: our settings, as the file has them.
-        assumed: those of `found` that the file leaves out: its trainer's defaults, where ours differ.
-        notes: what means something else here, one line each.
-        left_out: keys with a value that nothing here takes.
+        rest: keys that were not read yet, without empty ones (`wandb_project:`).
+        known: names of our settings; a rule may use one that this version does not have.
+        found: our settings, with values from the file.
+        assumed: those of `found` that the file leaves out, with its trainer's defaults.
+        notes: what has another meaning here, one line each.
+        left_out: keys whose value has no counterpart.
     """
 
     file: str
@@ -34,14 +34,14 @@ class Sheet:
     left_out: list[str] = field(default_factory=list)
 
     def take(self, key: str) -> Any:
-        """Return a key's value and mark it as read; None when the file does not set it."""
+        """Return a key's value and mark it as read; None if the file does not set it."""
         return self.rest.pop(key, None)
 
     def number(self, key: str) -> int | float | None:
-        """Take a number; YAML reads 2e-5 as text, so numbers in text are taken.
+        """Take a number; a text such as 2e-5, which YAML does not read as a number, is accepted.
 
         Raises:
-            InputError: it is no number.
+            InputError: it is not a number.
         """
         value = self.take(key)
         if value is None or (isinstance(value, int) and not isinstance(value, bool)):
@@ -51,43 +51,43 @@ class Sheet:
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise self.refusal(f"{key} {value!r}: not a number; mend the file")
+            raise self.refusal(f"{key} {value!r}: not a number; fix the file")
         return int(number) if number.is_integer() else number
 
     def switch(self, key: str) -> bool:
-        """Take true or false, false when it is left out.
+        """Take true or false; false if it is left out.
 
         Raises:
             InputError: it is neither.
         """
         value = self.take(key)
         if value is not None and not isinstance(value, bool):
-            raise self.refusal(f"{key} {value!r}: neither true nor false; mend the file")
+            raise self.refusal(f"{key} {value!r}: neither true nor false; fix the file")
         return bool(value)
 
     def mapping(self, key: str) -> dict[str, Any]:
-        """Take a mapping, empty when it is left out.
+        """Take a mapping; an empty one if it is left out.
 
         Raises:
-            InputError: it is something else.
+            InputError: it is not a mapping.
         """
         value = self.take(key)
         if value is not None and not isinstance(value, dict):
-            raise self.refusal(f"{key} {value!r}: not a mapping of names to values; mend the file")
+            raise self.refusal(f"{key} {value!r}: not a mapping of names to values; fix the file")
         return value or {}
 
     def part(self, key: str) -> Sheet:
-        """Take a mapping as a sheet of its own, to read keys within it.
+        """Take a mapping as a separate sheet, to read its keys.
 
         Raises:
-            InputError: it is no mapping.
+            InputError: it is not a mapping.
         """
         return Sheet(
             self.file, {name: value for name, value in self.mapping(key).items() if not is_empty(value)}, self.known
         )
 
     def put(self, name: str, value: Any, key: str) -> None:
-        """Set one of our settings from `key`; where this version has no such setting, the key is left out."""
+        """Set one of our settings from `key`; leave the key out if this version has no such setting."""
         if name in self.known:
             self.found[name] = value
         else:
@@ -99,15 +99,15 @@ class Sheet:
             self.found[name] = self.assumed[name] = value
 
     def leave(self, *keys: str) -> None:
-        """Leave out keys that the file sets and that mean nothing here."""
+        """Leave out keys that have no meaning here, if the file sets them."""
         self.left_out += [key for key in keys if self.take(key) is not None]
 
     def refusal(self, problem: str) -> InputError:
-        """Return the error to raise when the file cannot be read as ours."""
+        """Return the error to raise if the file cannot be migrated."""
         return InputError(f"--config {self.file}: {problem}")
 
     def note(self, text: str) -> None:
-        """Say that something means another thing here."""
+        """Note that something has another meaning here."""
         self.notes.append(text)
 
 
@@ -116,14 +116,14 @@ Rule = Callable[[Sheet], None]
 
 @dataclass(frozen=True)
 class Dialect:
-    """One trainer's way to write a settings file.
+    """One trainer's format of settings files.
 
     Attributes:
         name: of the trainer.
-        recognizes: tells whether a file is its own.
-        rules: each reads the keys of one theme; they run in order.
+        recognizes: tells whether a file is this trainer's.
+        rules: functions that each read the keys of one topic; they run in order.
         names: keys that mean the same, under our name or one of `other_names`; read after the rules.
-        defaults: ours -> its default, where that differs from ours and changes the result.
+        defaults: our setting -> the trainer's default, if it differs from ours and changes the result.
     """
 
     name: str
@@ -133,10 +133,10 @@ class Dialect:
     defaults: Mapping[str, Any]
 
     def read(self, content: Mapping[str, Any], known: Collection[str], file: str) -> Sheet:
-        """Read a file of this dialect.
+        """Return a file of this dialect, read.
 
         Raises:
-            InputError: it asks for another kind of training, or holds a value that cannot be read.
+            InputError: it asks for another kind of training, or has an invalid value.
         """
         sheet = Sheet(file, {key: value for key, value in content.items() if not is_empty(value)}, known)
         for rule in self.rules:
@@ -151,5 +151,5 @@ class Dialect:
 
 
 def is_empty(value: Any) -> bool:
-    """Tell a key that is written down and says nothing."""
+    """Tell whether a key's value is empty."""
     return value is None or value in ("", [], {})
