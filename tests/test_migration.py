@@ -331,12 +331,13 @@ def test_our_own_file_stays_strict(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("base_model: m\ndatasets: [{path: p}]\nrl: dpo\n", "rl dpo: only supervised"),
+        ("base_model: m\ndatasets: [{path: p}]\nrl: grpo\n", "rl grpo: only dpo, ipo"),
         ("base_model: m\nadapter: llama-adapter\n", "adapter llama-adapter"),
         ("base_model: m\nadapter: lora\nlora_r: many\n", "lora_r 'many': not a number"),
         ("base_model: m\nadapter: lora\npeft_use_dora: 3\n", "neither true nor false"),
         ("base_model: m\nadapter: lora\ndatasets: [3]\n", "datasets has no mappings"),
-        ("model_name_or_path: m\nstage: dpo\n", "stage dpo: only sft and pt"),
+        ("model_name_or_path: m\nstage: ppo\n", "stage ppo: only sft, pt, dpo and kto"),
+        ("model_name_or_path: m\nstage: dpo\npref_loss: other\n", "pref_loss other: only sigmoid"),
         ("model_name_or_path: m\nfinetuning_type: oft\n", "finetuning_type oft"),
         ("model_name_or_path: m\nfinetuning_type: freeze\nfreeze_trainable_layers: -2\n", "freeze_trainable_layers -2"),
         ("model: m\nlr_schedule: {name: cosine_decay}\n", "lr_schedule has no arguments"),
@@ -374,3 +375,23 @@ def test_train_runs_an_axolotl_file(tiny_folder, chats, tmp_path):
     assert "counterpart" not in again.err
     one, two = ((tmp_path / name / "adapters.safetensors").read_bytes() for name in ("run", "again"))
     assert one == two
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("base_model: m\nadapter: lora\nlora_r: 8\nrl: dpo\nrl_beta: 0.2\nrpo_alpha: 1\n", {"objective": "dpo", "beta": 0.2, "rpo_alpha": 1}),
+        ("base_model: m\nadapter: lora\nlora_r: 8\nrl: ipo\n", {"objective": "dpo", "loss_type": "ipo", "beta": 0.1}),
+        ("base_model: m\nadapter: lora\nlora_r: 8\nrl: orpo\norpo_alpha: 0.3\n", {"objective": "orpo", "beta": 0.3}),
+        ("base_model: m\nadapter: lora\nlora_r: 8\nrl: kto\nkto_undesirable_weight: 0.2\n", {"objective": "kto", "undesirable_weight": 0.2}),
+        ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\npref_beta: 0.3\npref_loss: hinge\n", {"objective": "dpo", "loss_type": "hinge", "beta": 0.3}),
+        ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\npref_loss: simpo\nsimpo_gamma: 0.7\n", {"objective": "simpo", "simpo_gamma": 0.7}),
+        ("model_name_or_path: m\nstage: kto\nlora_rank: 8\npref_beta: 0.3\n", {"objective": "kto", "beta": 0.3}),
+        ("model_name_or_path: m\nstage: sft\nlora_rank: 8\n", {"objective": "sft", "beta": 0.1}),
+    ],
+)  # fmt: skip
+def test_files_of_preference_training_are_read(text, wanted, tmp_path):
+    file = tmp_path / "theirs.yaml"
+    file.write_text(text)
+    found = train_settings({}, read_settings(str(file), {}, lambda line: None)).to_flat()
+    assert {name: found[name] for name in wanted} == wanted

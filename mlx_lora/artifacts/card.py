@@ -34,11 +34,13 @@ class RunFacts:
         data: as given to --data.
         steps: optimizer steps.
         val_loss: held-out loss of the adapter as it is.
+        objective: what was trained toward.
     """
 
     data: str | None = None
     steps: int | None = None
     val_loss: float | None = None
+    objective: str = "sft"
 
 
 def read_facts(folder: Path) -> RunFacts:
@@ -57,7 +59,8 @@ def read_facts(folder: Path) -> RunFacts:
     losses = [loss for step, loss in taken if step == steps and loss is not None]
     data = settings.get("data") if isinstance(settings, dict) else None
     data = data if isinstance(data, str) else None
-    return RunFacts(data, steps, losses[-1] if losses else None)
+    objective = settings.get("objective", "sft") if isinstance(settings, dict) else "sft"
+    return RunFacts(data, steps, losses[-1] if losses else None, plain(str(objective)))
 
 
 def write_card(
@@ -155,6 +158,7 @@ class _Card:
         rows: list[tuple[str, Any]] = [
             ("base", self.model + (f", revision {plain(info.base_revision)}" if info.base_revision else "")),
             ("method", info.method),
+            *([] if facts.objective == "sft" else [("objective", facts.objective)]),
         ]
         if PRESETS[info.method].layer_type != "full":
             rows += [("rank", info.rank), ("alpha", f"{info.alpha:g}"), ("targets", names)]
@@ -162,7 +166,8 @@ class _Card:
             rows += [("trained", f"{len(info.full)} weights themselves")]
         rows += [("data", _shown_data(facts.data)), ("steps", facts.steps)]
         if facts.val_loss is not None:
-            perplexity = f" (perplexity {math.exp(facts.val_loss):.3f})" if facts.val_loss < 700 else ""
+            likelihood = facts.objective == "sft" and facts.val_loss < 700
+            perplexity = f" (perplexity {math.exp(facts.val_loss):.3f})" if likelihood else ""
             rows.append(("held-out loss", f"{facts.val_loss:.4f}{perplexity}"))
         table = [f"| {name} | {value} |" for name, value in rows if value is not None]
         return [f"# {info.method} adapter for {self.model}", "", "| | |", "|---|---|", *table, ""]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -105,7 +106,13 @@ def tiles(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     if validations:
         ends = validations[:1] if len(validations) == 1 else [validations[0], validations[-1]]
         shown.append(("held-out loss", " → ".join(f"{loss:.3f}" for loss in ends)))
-        shown.append(("held-out perplexity", " → ".join(perplexity(loss) for loss in ends)))
+        reported = [r for r in records if r["val_loss"] is not None and "margin" in r]
+        if reported:  # of preferences, whose loss is no likelihood
+            for name, label in (("accuracy", "held-out pairs preferred"), ("margin", "held-out margin")):
+                values = [r[name] for r in (reported[0], reported[-1]) if r.get(name) is not None]
+                shown += [(label, " → ".join(f"{value:.3f}" for value in values))] if values else []
+        else:
+            shown.append(("held-out perplexity", " → ".join(perplexity(loss) for loss in ends)))
     if trained:
         # The first report holds the first compilations.
         steady = sorted(r["supervised_tokens_per_s"] for r in trained[1:]) or speeds
@@ -147,8 +154,10 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
         ends = (trained[0]["step"], trained[-1]["step"])
         memory.append(Series("planned", [(step, planned_peak_bytes / 1e9) for step in ends], dashed=True))
     tokens = [of("trained tokens", "supervised_tokens_per_s", trained), of("all real tokens", "tokens_per_s", trained)]
+    losses = [of("training", "loss", trained), of("held out", "val_loss", held_out)]
     wanted = [
-        ("Loss per trained token", [of("training", "loss", trained), of("held out", "val_loss", held_out)], "", False),
+        *_preference_charts(records, of),
+        ("Loss per pair" if any("margin" in r for r in records) else "Loss per trained token", losses, "", False),
         ("Tokens per second", tokens, "", True),
         ("Memory", memory, " GB", True),
         ("Learning rate", [of("learning rate", "learning_rate", trained)], "", True),
@@ -158,6 +167,28 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
         {"title": title, "series": series, "svg": line_chart(title, series, unit, from_zero)}
         for title, series, unit, from_zero in wanted
     ]
+
+
+def _preference_charts(
+    records: list[dict[str, Any]], of: Callable[..., Series]
+) -> list[tuple[str, list[Series], str, bool]]:
+    """Return charts of what an objective on preferences reports; none for other runs."""
+    reported = [r for r in records if "margin" in r]
+    trained, held_out = ([r for r in reported if r[key] is not None] for key in ("loss", "val_loss"))
+    charts = []
+    for title, names in (
+        ("Pairs preferred as labeled", ("accuracy",)),
+        ("Margin of rewards", ("margin",)),
+        ("Rewards", ("chosen_rewards", "rejected_rewards")),
+    ):
+        series = [
+            of(f"{when}, {name.split('_')[0]}" if len(names) > 1 else when, name, rows)
+            for name in names
+            for when, rows in (("training", trained), ("held out", held_out))
+            if rows and name in rows[0]
+        ]
+        charts += [(title, series, "", False)] if series else []
+    return charts
 
 
 def _duration(seconds: float) -> str:

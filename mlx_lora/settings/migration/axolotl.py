@@ -64,9 +64,42 @@ def recognizes(content: Mapping[str, Any]) -> bool:
     return "model" not in content and sum(key in content for key in MARKS) >= 2
 
 
+# Axolotl's `rl` -> our objective and its loss type.
+RL = {
+    "dpo": ("dpo", None),
+    "ipo": ("dpo", "ipo"),
+    "orpo": ("orpo", None),
+    "simpo": ("simpo", None),
+    "kto": ("kto", None),
+}
+# Its names of preference options -> ours.
+RL_OPTIONS = {
+    "rl_beta": "beta",
+    "dpo_beta": "beta",
+    "orpo_alpha": "beta",
+    "kto_desirable_weight": "desirable_weight",
+    "kto_undesirable_weight": "undesirable_weight",
+    "simpo_gamma": "simpo_gamma",
+    "cpo_alpha": "cpo_alpha",
+    "rpo_alpha": "rpo_alpha",
+    "dpo_label_smoothing": "label_smoothing",
+}
+
+
 def read_kind(sheet: Sheet) -> None:
-    """Refuse training that is not supervised."""
-    for key in ("rl", "reward_model", "process_reward_model"):
+    """Set the objective; refuse training that is neither supervised nor on preferences."""
+    asked = sheet.take("rl")
+    if asked:
+        if asked not in RL:
+            raise sheet.refusal(f"rl {asked}: only {', '.join(RL)} are supported; use Axolotl for it")
+        objective, loss_type = RL[asked]
+        sheet.put("objective", objective, "rl")
+        if loss_type:
+            sheet.put("loss_type", loss_type, "rl")
+        for key, name in RL_OPTIONS.items():
+            if key in sheet.rest:
+                sheet.put(name, sheet.number(key), key)
+    for key in ("reward_model", "process_reward_model"):
         asked = sheet.take(key)
         if asked:
             raise sheet.refusal(f"{key} {asked}: only supervised training is supported; use Axolotl for it")

@@ -39,11 +39,41 @@ def recognizes(content: Mapping[str, Any]) -> bool:
     return "model" not in content and sum(key in content for key in MARKS) >= 2
 
 
+# LLaMA-Factory's `pref_loss` -> our objective and its loss type.
+PREFERENCE_LOSSES = {
+    "sigmoid": ("dpo", "sigmoid"),
+    "hinge": ("dpo", "hinge"),
+    "ipo": ("dpo", "ipo"),
+    "orpo": ("orpo", None),
+    "simpo": ("simpo", None),
+}
+PREFERENCE_OPTIONS = {
+    "pref_beta": "beta",
+    "simpo_gamma": "simpo_gamma",
+    "dpo_label_smoothing": "label_smoothing",
+    "pref_ftx": "rpo_alpha",
+    "kto_chosen_weight": "desirable_weight",
+    "kto_rejected_weight": "undesirable_weight",
+}
+
+
 def read_kind(sheet: Sheet) -> None:
-    """Refuse training that is neither supervised nor on plain text."""
+    """Set the objective; refuse training that is not supervised, on plain text or on preferences."""
     stage = sheet.take("stage")
-    if stage not in (None, "sft", "pt"):
-        raise sheet.refusal(f"stage {stage}: only sft and pt are supported; use LLaMA-Factory for it")
+    if stage not in (None, "sft", "pt", "dpo", "kto"):
+        raise sheet.refusal(f"stage {stage}: only sft, pt, dpo and kto are supported; use LLaMA-Factory for it")
+    if stage in ("dpo", "kto"):
+        loss = sheet.take("pref_loss") or "sigmoid"
+        if loss not in PREFERENCE_LOSSES:
+            known = ", ".join(PREFERENCE_LOSSES)
+            raise sheet.refusal(f"pref_loss {loss}: only {known} are supported; use LLaMA-Factory for it")
+        objective, loss_type = PREFERENCE_LOSSES[loss] if stage == "dpo" else ("kto", None)
+        sheet.put("objective", objective, "stage")
+        if loss_type not in (None, "sigmoid"):
+            sheet.put("loss_type", loss_type, "pref_loss")
+        for key, name in PREFERENCE_OPTIONS.items():
+            if key in sheet.rest:
+                sheet.put(name, sheet.number(key), key)
     if stage == "pt":
         sheet.put("data_format", "text", "stage")
         sheet.rest.setdefault("packing", True)  # the default in this stage
