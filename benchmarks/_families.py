@@ -25,7 +25,7 @@ EXPERTS = {
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 24,
 }
-# mlx-lm wants the distance between layers of full attention, transformers their places.
+# mlx-lm wants the distance between layers of full attention, transformers their indices.
 EVERY_SECOND = {"full_attention_interval": 2}
 
 
@@ -38,7 +38,7 @@ class Family:
         settings: of the config.
         for_mlx_lm: what its config.json needs beside what transformers writes.
         names: (part of our layer's path, transformers'), each replaced in turn.
-        own_form: whether mlx-lm reads the weights as transformers' model has them, and not as it saves them.
+        own_layout: whether mlx-lm reads the weights as transformers' model has them, and not as it saves them.
         stored: (part of a tensor's name as transformers saves it, as mlx-lm reads it), each replaced in turn.
     """
 
@@ -47,7 +47,7 @@ class Family:
     settings: dict[str, Any]
     for_mlx_lm: dict[str, Any] = field(default_factory=dict)
     names: tuple[tuple[str, str], ...] = ()
-    own_form: bool = False
+    own_layout: bool = False
     stored: tuple[tuple[str, str], ...] = ()
 
     def name_there(self, path: str) -> str:
@@ -72,7 +72,7 @@ FAMILIES = {
         {**SHARED, **ATTENTION, **DELTA, **WIDE_EPS, **EXPERTS},
         {"model_type": "qwen3_5_moe", **EVERY_SECOND},
         WRAPPED,
-        own_form=True,
+        own_layout=True,
     ),
     "qwen3_next": Family(
         "Qwen3NextConfig",
@@ -84,7 +84,7 @@ FAMILIES = {
         "OlmoHybridConfig",
         "OlmoHybridForCausalLM",
         {**SHARED, **DELTA, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48},
-        own_form=True,
+        own_layout=True,
     ),
     "kimi_linear": Family(
         "KimiLinearConfig",
@@ -165,6 +165,6 @@ FAMILIES = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
         {"rope_theta": 10000.0},
-        own_form=True,
+        own_layout=True,
     ),
 }

@@ -153,11 +153,11 @@ def main(words: list[str]) -> int:
     arguments = parse(words)
     results: dict[str, list[dict[str, Any]]] = {}
     costs: dict[str, tuple[float, float]] = {}
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as temporary:
         for name, file in arguments.data:
             results[name] = []
             for method in arguments.methods:
-                folder = Path(place) / name / method
+                folder = Path(temporary) / name / method
                 folder.mkdir(parents=True)
                 try:
                     if method not in costs:

@@ -57,7 +57,7 @@ class Ours:
         losses: of each step.
         logits: (B, T, V) of the first batch.
         gradients: of each factor at the first step, of the mean loss.
-        by_mlx_lm: the same with mlx-lm's own kernels in place of ours.
+        by_mlx_lm: the same with mlx-lm's own kernels instead of ours.
         tensors: factors that were trained.
         left_out: linear layers of ours that have no counterpart of the same name and shape.
     """

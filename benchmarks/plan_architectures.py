@@ -53,9 +53,9 @@ def measure_all(args: argparse.Namespace) -> None:
         case |= {"width": args.width, "layers": args.layers, "rank": 8, "method": "lora"}
         if tuple(case[key] for key in KEY) in known:
             continue
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as temporary:
             try:
-                folder = write_architecture(Path(place) / name, name, config=scaled(name, args.width, args.layers))
+                folder = write_architecture(Path(temporary) / name, name, config=scaled(name, args.width, args.layers))
                 flags = {**case, "folder": str(folder), "batch_tokens": args.length * args.rows}
                 case |= measure(flags, iters=2, more=["--no-memory-check"])
             except (RuntimeError, ValueError, SystemExit) as error:

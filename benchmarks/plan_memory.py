@@ -64,8 +64,8 @@ def flags_of(case: dict[str, Any]) -> list[str]:
 
 def measure(case: dict[str, Any], iters: int, more: Sequence[str] = ()) -> dict[str, Any]:
     """Train for a few steps in a fresh process, with further flags, and return its last report."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         write_text(folder / "text.txt")
         command = [sys.executable, "-m", "mlx_lora.train", *flags_of(case), "--data", str(folder / "text.txt")]
         command += ["--valid-fraction", "0", "--val-batches", "0", "--save-every", "0", "--steps-per-report", "1"]

@@ -194,17 +194,17 @@ def check_kernels(table: list[dict[str, Any]]) -> Check:
 
 
 def check_cache() -> Check:
-    """See whether downloads and converted models have a place."""
+    """See whether downloads and converted models can be written."""
     folder = cache_dir("models").parent
-    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         return Check(
             "disk", "failed", f"{folder}: cannot write there ({error.strerror})", "set MLX_LORA_CACHE to a folder"
         )
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(existing).free
     found = f"{folder}: {free / 1e9:.0f} GB free"
     return (
         Check("disk", "ok", found)

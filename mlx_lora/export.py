@@ -57,7 +57,7 @@ SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 )
 @click.option(
     "--to",
-    "form",
+    "to",
     type=click.Choice(tuple(READERS)),
     required=True,
     help="PEFT or stock mlx-lm adapter, merged Hugging Face folder, llama.cpp adapter, merged GGUF, or Ollama's Modelfile.",
@@ -86,7 +86,7 @@ SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 def main(
     adapter_path: str | None,
     adapter_revision: str | None,
-    form: str,
+    to: str,
     out: Path,
     base_id: str | None,
     gguf_type: str | None,
@@ -97,48 +97,48 @@ def main(
     private: bool,
     **options: Any,
 ) -> None:
-    """Write the adapter on --model in another program's form."""
-    if base_id and form != "peft":
-        raise InputError(f"--base-id with --to {form}: only a PEFT adapter names its base; leave it out")
+    """Write the adapter on --model in another program's format."""
+    if base_id and to != "peft":
+        raise InputError(f"--base-id with --to {to}: only a PEFT adapter names its base; leave it out")
     check_push(push_to_hub, private)
-    check_gguf(form, adapter_path, gguf_type, ollama_base)
+    check_gguf(to, adapter_path, gguf_type, ollama_base)
     adapter = resolve_adapter(adapter_path, adapter_revision)
     settings = train_settings(flags.given(options)).model
     base = load_base(settings)
     info = load_adapter(base, adapter, ignore_fingerprint) if adapter else None
-    if form == "gguf":
+    if to == "gguf":
         export_gguf(base, info, out, gguf_type or DEFAULT_TYPE, force)
-    elif form == "ollama":
+    elif to == "ollama":
         for note in write_ollama(
             out, base, info, gguf_type=gguf_type or DEFAULT_TYPE, ollama_base=ollama_base, force=force
         ):
             console.echo(f"  {note}")
-    elif form == "peft":
+    elif to == "peft":
         export_peft(base, info, out, base_id, force)
-    elif form == "mlx-lm":
+    elif to == "mlx-lm":
         export_mlx_lm(base, info, out, force)
-    elif form == "hf":
+    elif to == "hf":
         export_hf(base, info, out, force, keep_dtype=settings.dtype != "auto")
     else:
         export_gguf_adapter(base, info, out, force)
-    if form in CARD_LIBRARIES:
-        card = write_card(out, CARD_LIBRARIES[form], base, info, read_facts(adapter), base_id, push_to_hub)
+    if to in CARD_LIBRARIES:
+        card = write_card(out, CARD_LIBRARIES[to], base, info, read_facts(adapter), base_id, push_to_hub)
         console.echo(f"{out / CARD_FILE}: {'the model card' if card else 'yours, left as it is'}")
-    console.echo(f"{out}: written for {READERS[form]}")
+    console.echo(f"{out}: written for {READERS[to]}")
     if push_to_hub:
         console.echo(f"{push_to_hub}: uploaded, {push(out, push_to_hub, private)}")
 
 
-def check_gguf(form: str, adapter_path: str | None, gguf_type: str | None, ollama_base: str | None) -> None:
-    """Refuse settings of a GGUF that the wished form does not have, and a form that needs an adapter without one."""
-    if gguf_type and form not in MERGED_GGUF:
-        raise InputError(f"--gguf-type with --to {form}: only a merged GGUF has one; leave it out")
-    if ollama_base and (form != "ollama" or gguf_type or not adapter_path):
+def check_gguf(to: str, adapter_path: str | None, gguf_type: str | None, ollama_base: str | None) -> None:
+    """Refuse settings of a GGUF that the wished format does not have, and a format that needs an adapter without one."""
+    if gguf_type and to not in MERGED_GGUF:
+        raise InputError(f"--gguf-type with --to {to}: only a merged GGUF has one; leave it out")
+    if ollama_base and (to != "ollama" or gguf_type or not adapter_path):
         raise InputError(
             "--ollama-base: goes with --to ollama and --adapter-path, and without --gguf-type; change those"
         )
-    if not adapter_path and form not in MERGED_GGUF:
-        raise InputError(f"--to {form} without --adapter-path: there is nothing to write; give the adapter's folder")
+    if not adapter_path and to not in MERGED_GGUF:
+        raise InputError(f"--to {to} without --adapter-path: there is nothing to write; give the adapter's folder")
 
 
 def check_push(repo: str | None, private: bool) -> None:

@@ -72,7 +72,7 @@ def validating(folder: Path) -> bool:
     return last["val_loss"] is None and last["step"] % 2 == 0
 
 
-def place(folder: Path) -> str:
+def moment(folder: Path) -> str:
     """Return what the run was doing, as far as its folder tells."""
     if saving(folder):
         return "in a save"
@@ -90,7 +90,7 @@ def kill_once(line: list[str], folder: Path, chance: random.Random, usual_s: flo
     wanted = chance.choice([saving, validating, None, None])
     while wanted and child.poll() is None and not wanted(folder):
         time.sleep(0.0005)
-    where = place(folder)
+    where = moment(folder)
     alive = child.poll() is None
     child.kill()
     child.wait()
@@ -103,7 +103,7 @@ def main() -> int:
     parser.add_argument("--per-run", type=int, default=5, help="kills before a run may finish")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    chance, places, bad, runs = random.Random(options.seed), Counter(), 0, 0
+    chance, moments, bad, runs = random.Random(options.seed), Counter(), 0, 0
     with tempfile.TemporaryDirectory() as root_name:
         root = Path(root_name)
         os.environ["MLX_LORA_CACHE"] = str(root / "cache")
@@ -111,7 +111,7 @@ def main() -> int:
         began_s = time.perf_counter()
         subprocess.run(command(model, data, root / "whole"), check=True, stderr=subprocess.DEVNULL)
         usual_s, expected = time.perf_counter() - began_s, checksum(root / "whole")
-        while sum(places.values()) < options.kills:
+        while sum(moments.values()) < options.kills:
             folder = root / f"run-{runs}"
             if runs % 3 == 0:  # so that some kills fall into the encoding of the data
                 shutil.rmtree(root / "cache", ignore_errors=True)
@@ -120,17 +120,17 @@ def main() -> int:
                 where = kill_once(line, folder, chance, usual_s)
                 if where is None:
                     break
-                places[where] += 1
-                if sum(places.values()) % options.per_run == 0:
+                moments[where] += 1
+                if sum(moments.values()) % options.per_run == 0:
                     break
             code = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
             same = code == 0 and checksum(folder) == expected
             bad += not same
             runs += 1
-            print(f"run {runs}: {sum(places.values())} kills, {'same bytes' if same else 'DIFFERENT'}", flush=True)
+            print(f"run {runs}: {sum(moments.values())} kills, {'same bytes' if same else 'DIFFERENT'}", flush=True)
             shutil.rmtree(folder)
-    print("; ".join(f"{where}: {count}" for where, count in places.most_common()))
-    print(json.dumps({"kills": sum(places.values()), "runs": runs, "different": bad, "places": dict(places)}))
+    print("; ".join(f"{where}: {count}" for where, count in moments.most_common()))
+    print(json.dumps({"kills": sum(moments.values()), "runs": runs, "different": bad, "places": dict(moments)}))
     return 1 if bad else 0
 
 

@@ -281,7 +281,7 @@ def test_a_run_goes_on_with_other_kernels(tiny_folder, chats, tmp_path):
     assert run("train", *common, "--iters", 2, "--adapter-path", parts).code == 0
     went_on = run("train", *common, "--adapter-path", parts, "--resume", "--kernels", MLX)
     assert went_on.code == 0, went_on.err
-    assert "Going on from step 2" in went_on.err
+    assert "Resuming from step 2" in went_on.err
     assert losses(parts)[-1] == pytest.approx(losses(whole)[-1], rel=1e-4)
 
 

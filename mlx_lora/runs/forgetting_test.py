@@ -119,7 +119,7 @@ def measure_forgetting(
         base: unadapted; it stays so.
         folders: of adapters.
         settings: of the task's data; its template and lengths are used for the general sets as well.
-        general: set -> file or id, in place of the package's.
+        general: set -> file or id, instead of the package's.
         ignore_fingerprint: as for load_adapter.
         batch_tokens: positions per batch; None: the default.
         say: takes a line of progress.
@@ -130,24 +130,26 @@ def measure_forgetting(
     models, adapters, template = _put_adapters(base, folders, ignore_fingerprint)
     if template and not settings.chat_template:
         base.hf_tokenizer.chat_template = template
-    places = {TASK: settings.data, TEXT: GENERAL / "text.jsonl", CHAT: GENERAL / "chat.jsonl", **general}
+    sources = {TASK: settings.data, TEXT: GENERAL / "text.jsonl", CHAT: GENERAL / "chat.jsonl", **general}
     own = Readout(base.model, base.config)
     readouts = {name: Readout(model.model, model.config) for name, model in models.items()}
     vocabulary = base.model(mx.array([[0]])).shape[-1]
     sets: dict[str, dict[str, Drift]] = {}
-    for where, place in places.items():
-        form = settings if where == TASK else dataclasses.replace(settings, data_format="auto")
-        rows = load_eval_set(str(place), form, base.hf_tokenizer, say)
-        check_token_ids(base, int(rows.tokens.max(initial=0)), str(place))
+    for where, source in sources.items():
+        chosen = settings if where == TASK else dataclasses.replace(settings, data_format="auto")
+        rows = load_eval_set(str(source), chosen, base.hf_tokenizer, say)
+        check_token_ids(base, int(rows.tokens.max(initial=0)), str(source))
         plan = BatchPlan(rows, batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)
         say(f"{where}: {int(rows.supervised_counts.sum())} tokens of {len(rows)} rows")
         try:
             sets[where] = measure_drifts(own, readouts, plan.batches(), vocabulary)
         except ValueError as error:
-            raise InputError(f"--data {place}: {error}; give rows with something to answer") from None
+            raise InputError(f"--data {source}: {error}; give rows with something to answer") from None
     say(f"probes: {len(models) + 1} models")
     probes = ask_probes({"base": base, **models}, _chat_template(base, settings))
-    shown = {where: str(place) if where == TASK or where in general else "built in" for where, place in places.items()}
+    shown = {
+        where: str(source) if where == TASK or where in general else "built in" for where, source in sources.items()
+    }
     return Forgetting(base.model_id, adapters, sets, shown, probes)
 
 

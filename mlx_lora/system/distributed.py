@@ -181,9 +181,9 @@ class SeveralRanks:
         Args:
             arrays: any shapes and dtypes; only rank 0's matter.
         """
-        forms = self.from_first([(name, a.shape, str(a.dtype)) for name, a in arrays.items()])
+        layouts = self.from_first([(name, a.shape, str(a.dtype)) for name, a in arrays.items()])
         result = {}
-        for name, shape, dtype in forms:
+        for name, shape, dtype in layouts:
             kind = DTYPES[dtype]
             count = kind.size
             for length in shape:
@@ -269,8 +269,8 @@ def _join(launch: Launch) -> tuple[SeveralRanks, Heartbeat]:
     ranks = SeveralRanks(group)
     server, token = listen() if ranks.leads else (None, "")
     own = [*launch.first, *_own_addresses()]
-    place = ranks.from_first([own, server.getsockname()[1] if server else 0, token])
-    links, problem = connect(ranks.rank, ranks.size, server, *place, name=socket.gethostname())
+    address = ranks.from_first([own, server.getsockname()[1] if server else 0, token])
+    links, problem = connect(ranks.rank, ranks.size, server, *address, name=socket.gethostname())
     problems = [p for p in ranks.everyone(problem) if p]
     if problems:
         raise InputError("; ".join(problems))

@@ -138,7 +138,7 @@ def _check_arrays(own: dict[str, mx.array], stored: dict[str, mx.array], layers:
     if wrong or strange:
         raise InputError(
             f"--resume: the checkpoint's state is not this run's: {', '.join((wrong + strange)[:3])}; "
-            "use an older checkpoint, or start anew"
+            "use an older checkpoint, or start a new run"
         )
 
 
