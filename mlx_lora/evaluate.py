@@ -72,7 +72,7 @@ def main(
         raise InputError("--forgetting: no adapter; give --adapter-path")
     page = Path(report).expanduser() if report else None
     if page is not None and (page.is_dir() or not page.parent.is_dir()):
-        raise InputError(f"--report {report}: not a file in a folder that is there; name one, as in forgetting.html")
+        raise InputError(f"--report {report}: not a file in an existing folder; name one, as in forgetting.html")
     adapters = [resolve_adapter(adapter_path, adapter_revision), *(resolve_adapter(other, None) for other in against)]
     base = load_base(settings.model)
     found = measure_forgetting(base, adapters, settings.data, general, ignore_fingerprint, batch_tokens, console.echo)

@@ -41,9 +41,9 @@ READERS = {
     "gguf": "llama.cpp",
     "ollama": "Ollama (ollama create NAME -f Modelfile)",
 }
-MERGED_GGUF = ("gguf", "ollama")  # what does without an adapter, and has a --gguf-type
-CARD_LIBRARIES = {"peft": "peft", "mlx-lm": "mlx"}  # what gets a model card, and the library that it names
-# Where mlx-lm keeps transformers' names and layouts; others it renames or stacks (experts) while loading.
+MERGED_GGUF = ("gguf", "ollama")  # need no adapter, and have a --gguf-type
+CARD_LIBRARIES = {"peft": "peft", "mlx-lm": "mlx"}  # the formats with a model card, and the library in it
+# The families with transformers' names and layouts in mlx-lm; it renames or stacks (experts) others while loading.
 SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 
@@ -53,7 +53,7 @@ SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
     "--adapter-path",
     type=str,
     default=None,
-    help="Adapter folder or hub id, ours, mlx-lm's or PEFT's; gguf and ollama do without.",
+    help="Adapter folder or hub id, ours, mlx-lm's or PEFT's; optional for gguf and ollama.",
 )
 @click.option(
     "--to",
@@ -62,7 +62,7 @@ SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
     required=True,
     help="PEFT or stock mlx-lm adapter, merged Hugging Face folder, llama.cpp adapter, merged GGUF, or Ollama's Modelfile.",
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder or .gguf file to make.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder or .gguf file to write.")
 @click.option(
     "--base-id", type=str, default=None, help="Hub id of the base that a PEFT adapter names [default: its own]."
 )
@@ -70,7 +70,7 @@ SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
     "--gguf-type",
     type=click.Choice(tuple(TYPES)),
     default=None,
-    help=f"What the weights of a merged GGUF become; norms and biases stay f32 [default: {DEFAULT_TYPE}].",
+    help=f"Type of the weights of a merged GGUF; norms and biases stay f32 [default: {DEFAULT_TYPE}].",
 )
 @click.option(
     "--ollama-base",
@@ -130,7 +130,7 @@ def main(
 
 
 def check_gguf(to: str, adapter_path: str | None, gguf_type: str | None, ollama_base: str | None) -> None:
-    """Refuse settings of a GGUF that the wished format does not have, and a format that needs an adapter without one."""
+    """Refuse GGUF settings that a format does not have, and a missing adapter if it needs one."""
     if gguf_type and to not in MERGED_GGUF:
         raise InputError(f"--gguf-type with --to {to}: only a merged GGUF has one; leave it out")
     if ollama_base and (to != "ollama" or gguf_type or not adapter_path):
@@ -142,7 +142,7 @@ def check_gguf(to: str, adapter_path: str | None, gguf_type: str | None, ollama_
 
 
 def check_push(repo: str | None, private: bool) -> None:
-    """Refuse a hub id that cannot be, and --private without one, before the work."""
+    """Refuse an invalid hub id, and --private without one, before the work."""
     if repo is not None:
         check_repo(repo)
     elif private:
@@ -150,7 +150,7 @@ def check_push(repo: str | None, private: bool) -> None:
 
 
 def check_new_folder(out: Path, force: bool) -> None:
-    """Refuse a folder that holds something, or cannot be written."""
+    """Refuse a folder that is not empty or cannot be written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
         raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force")
     check_writable(out, "--out", needed_bytes=1_000_000)
@@ -163,10 +163,10 @@ def export_peft(base: Base, info: AdapterInfo, out: Path, base_id: str | None, f
 
 
 def export_mlx_lm(base: Base, info: AdapterInfo, out: Path, force: bool) -> None:
-    """Write an adapter folder that stock mlx-lm takes: one rank for all layers, factors only."""
+    """Write an adapter folder for stock mlx-lm, with one rank for all layers and only factors."""
     if info.full and info.method != "full":
         raise InputError(
-            f"--to mlx-lm: {info.full[0]} was trained in full, which mlx-lm's adapters do not hold; fuse it instead"
+            f"--to mlx-lm: {info.full[0]} was trained in full, which mlx-lm's adapters cannot hold; fuse it instead"
         )
     check_new_folder(out, force)
     save_adapter(out, base.model, info, same_rank=True)
@@ -190,7 +190,7 @@ def export_gguf(base: Base, info: AdapterInfo | None, out: Path, gguf_type: str,
 
 
 def export_hf(base: Base, info: AdapterInfo, out: Path, force: bool, keep_dtype: bool) -> None:
-    """Write the merged model in float, under transformers' names."""
+    """Write the merged model in float, with transformers' names."""
     kind = base.config.get("model_type")
     if kind not in SAME_LAYOUT:
         raise InputError(

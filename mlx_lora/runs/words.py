@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step and after its last."""
+"""The lines that a run prints before its first step and after its last."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def outcome_line(folder: Path, outcome: Outcome, best: str | None) -> str:
     Args:
         folder: of the run.
         outcome: how it ended.
-        best: words on the adapter that --keep-best put back.
+        best: words on the adapter that --keep-best restored.
     """
     file = folder / WEIGHTS_FILE
     size = f"adapter of {file.stat().st_size / 1e6:.1f} MB" if file.exists() else "nothing to save"
