@@ -1,4 +1,4 @@
-"""The whole path on a real model: get, convert, train on Shakespeare, and show the text before and after.
+"""Run all steps on a real model: download, convert, train on Shakespeare, and show the text before and after.
 
 make demo        (or: .venv/bin/python scripts/demo.py --iters 200)
 """
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def mlx_lora(command: str, *arguments: object, quiet: bool = False) -> str:
-    """Run one of our commands, shown as a user would type it."""
+    """Run one of our commands, and print it as a user would type it."""
     words = [str(a) for a in arguments]
     if not quiet:
         print(f"\n$ python -m mlx_lora.{command} {' '.join(words)}", flush=True)
@@ -56,7 +56,7 @@ def mlx_lora(command: str, *arguments: object, quiet: bool = False) -> str:
 
 
 def run(words: list[str]) -> str:
-    """Run a command, its progress shown, and return its standard output; stop with its exit code if it fails."""
+    """Run a command, show its progress, and return its standard output; exit with its code if it fails."""
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)
@@ -112,5 +112,5 @@ def show_samples(model: Path, adapter: Path) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # the command that was running has said so, and saved what it had
+    except KeyboardInterrupt:  # the running command has printed it, and saved its results
         sys.exit(130)
