@@ -1,8 +1,8 @@
-"""The memory guard: when a run nears its limit, its batches go on in parts, which changes no update.
+"""The memory guard: when a run nears its limit, its batches run in parts, which changes no update.
 
 A loss is a sum over trained tokens and is divided once, after all parts: two halves give the gradient of the whole.
 What the guard cannot catch is an allocation that fails outright: MLX ends the process then, on every backend.
-supervise.py starts it anew from the last checkpoint, in smaller parts.
+supervise.py starts it again from the last checkpoint, in smaller parts.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def split_rows(batch: Batch, parts: int) -> list[Batch]:
     masks = cut(batch.mask)
     needed = max(int(mask.sum()) for mask in masks)
     sizes = [math.ceil(len(batch.positions) * n / SIZES / SLOTS_STEP) * SLOTS_STEP for n in range(1, SIZES + 1)]
-    places = next(size for size in sizes if size >= needed)
-    # Which of the real tokens lie where is not known here; they only count together.
+    slots = next(size for size in sizes if size >= needed)
+    # The real tokens of each part are not known here; only their sum counts.
     real = [batch.real_tokens, *[0] * (len(masks) - 1)]
     return [
-        Batch.of(inputs, targets, mask, tokens, places)
+        Batch.of(inputs, targets, mask, tokens, slots)
         for inputs, targets, mask, tokens in zip(cut(batch.inputs), cut(batch.targets), masks, real, strict=True)
     ]
 
@@ -60,7 +60,7 @@ class MemoryGuard:
         """Begin to watch.
 
         Args:
-            at: of the run; `at.parts` is kept here, so that a resumed run goes on in as many.
+            at: of the run; `at.parts` is kept here, so that a resumed run keeps it.
             limit_bytes: for MLX's buffers in use, None for no limit; those it keeps for reuse have a bound of their own.
             say: takes a line about each change.
         """
