@@ -1,8 +1,8 @@
-"""What a training step has to compute and move, by count, and how long that takes at a chip's listed ceilings.
+"""Count what a training step computes and moves, and predict its time from a chip's listed peak rates.
 
-Per part: floating-point operations, and the numbers that its passes read and write when nothing is fused
-across parts: weights once per product, activations once per pass. A part takes the longer of the two at full
-speed; real kernels do worse, so a predicted step is a lower bound.
+Each part has floating-point operations, and the numbers that its passes read and write without fusion across parts:
+weights once per product, activations once per pass. Its time is the longer of the two at full speed; real kernels are
+slower, so a predicted step is a lower bound.
 
 Shapes: T tokens of a step, D hidden width, F feed-forward width, P trained positions, V vocabulary.
 Source: roofline, Williams et al. 2009 (CACM 52:4); chips: docs/performance.md.
@@ -25,7 +25,7 @@ HALF, SINGLE = 2, 4  # bytes of an activation on a GPU, and of a logit
 
 @dataclass(frozen=True)
 class Count:
-    """One part of the step, forward and backward, all blocks.
+    """One part of the step, forward and backward, in all blocks.
 
     Attributes:
         flops: floating-point operations.
@@ -36,15 +36,15 @@ class Count:
     moved_bytes: float
 
     def seconds(self, tflops: float, gb_per_s: float) -> float:
-        """Return the longer of computing and moving."""
+        """Return the longer time of computing and moving."""
         return max(self.flops / tflops / 1e12, self.moved_bytes / gb_per_s / 1e9)
 
 
 def count_step(model: nn.Module, config: dict[str, Any], rows: int, width: int, supervised: int) -> dict[str, Count]:
     """Count the parts of a step of `rows` x `width` on an adapted model of the llama family.
 
-    A frozen weight is multiplied twice per token (output, input gradient), a factor three times (its own
-    gradient too). Attention makes its probabilities again in the backward pass, as on a GPU.
+    A frozen weight is multiplied twice per token (output, input gradient), a factor three times (also for its
+    gradient). Attention recomputes its probabilities in the backward pass, as on a GPU.
     """
     tokens, layers = rows * width, len(model.layers)
     adapted = [m for _, m in model.named_modules() if hasattr(m, "lora_a")]

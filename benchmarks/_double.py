@@ -1,4 +1,4 @@
-"""Double precision in transformers' models: the reference that two float32 programs are both measured from."""
+"""Run transformers' models in double precision, as the reference for two float32 programs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def in_double(model: torch.nn.Module) -> torch.nn.Module:
-    """Turn a model into double precision, its norms and rotations too, which transformers computes in float32."""
+    """Convert a model to double precision, with its norms and rotations, which transformers computes in float32."""
     model = model.double()
     for module in model.modules():
         kind = type(module).__name__

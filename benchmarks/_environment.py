@@ -1,4 +1,4 @@
-"""What produced a benchmark's figures: versions, commit, machine, threads."""
+"""Describe the environment of a benchmark: versions, commit, machine, threads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from _processes import DROPPED_ENVIRONMENT
 
 
 def environment() -> dict[str, Any]:
-    """What produced the figures, beside what the children say themselves."""
+    """Return the environment, without what the child processes report."""
     here = Path(__file__).parent
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
     versions = {}

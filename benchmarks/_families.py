@@ -1,4 +1,4 @@
-"""Tiny random models of today's families, for both sides of benchmarks/parity_transformers.py. No torch, no mlx."""
+"""Tiny random models of current families, for both sides of benchmarks/parity_transformers.py, without torch and mlx."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 VOCABULARY = 288
 SHARED = {"vocab_size": VOCABULARY, "hidden_size": 32, "max_position_embeddings": 256, "pad_token_id": None}
 ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-# An output of the first tokens is small where q and k are almost at right angles; a norm with the usual 1e-6 would make its
-# rounding a thousand times larger, on either side, in heads of this few channels.
+# An output of the first tokens is small if q and k are almost orthogonal; in heads with this few channels, a norm with the
+# usual 1e-6 would make its rounding a thousand times larger on both sides.
 WIDE_EPS = {"rms_norm_eps": 1e-4}
 DELTA = {
     "linear_num_key_heads": 2,
@@ -25,7 +25,7 @@ EXPERTS = {
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 24,
 }
-# mlx-lm wants the distance between layers of full attention, transformers their places.
+# mlx-lm wants the distance between layers of full attention, transformers their indices.
 EVERY_SECOND = {"full_attention_interval": 2}
 
 
@@ -36,9 +36,9 @@ class Family:
     Attributes:
         config, model: names of transformers' classes.
         settings: of the config.
-        for_mlx_lm: what its config.json needs beside what transformers writes.
+        for_mlx_lm: what its config.json needs in addition to what transformers writes.
         names: (part of our layer's path, transformers'), each replaced in turn.
-        own_form: whether mlx-lm reads the weights as transformers' model has them, and not as it saves them.
+        own_layout: whether mlx-lm reads the weights in the layout of transformers' model, not of its saved files.
         stored: (part of a tensor's name as transformers saves it, as mlx-lm reads it), each replaced in turn.
     """
 
@@ -47,11 +47,11 @@ class Family:
     settings: dict[str, Any]
     for_mlx_lm: dict[str, Any] = field(default_factory=dict)
     names: tuple[tuple[str, str], ...] = ()
-    own_form: bool = False
+    own_layout: bool = False
     stored: tuple[tuple[str, str], ...] = ()
 
     def name_there(self, path: str) -> str:
-        """Return transformers' path of a layer of ours."""
+        """Return transformers' path of our layer."""
         for ours, theirs in self.names:
             path = path.replace(ours, theirs)
         return path
@@ -72,7 +72,7 @@ FAMILIES = {
         {**SHARED, **ATTENTION, **DELTA, **WIDE_EPS, **EXPERTS},
         {"model_type": "qwen3_5_moe", **EVERY_SECOND},
         WRAPPED,
-        own_form=True,
+        own_layout=True,
     ),
     "qwen3_next": Family(
         "Qwen3NextConfig",
@@ -84,7 +84,7 @@ FAMILIES = {
         "OlmoHybridConfig",
         "OlmoHybridForCausalLM",
         {**SHARED, **DELTA, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48},
-        own_form=True,
+        own_layout=True,
     ),
     "kimi_linear": Family(
         "KimiLinearConfig",
@@ -165,6 +165,6 @@ FAMILIES = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
         {"rope_theta": 10000.0},
-        own_form=True,
+        own_layout=True,
     ),
 }

@@ -1,8 +1,8 @@
-"""Step records -> the figures that are compared.
+"""Compute the compared figures from step records.
 
 A step record is `{"end_s", "supervised", "real", "positions", "shape"}`: seconds since the training loop
-began (host and data work counted), trained tokens by our encoder's masks, targets that are not padding,
-batch positions, and the shape its inputs had: rows and width, or for ours the names of all its shapes.
+began (with host and data work), trained tokens by our encoder's masks, targets that are not padding,
+batch positions, and the shape of its inputs: rows and width, or for ours the names of all its shapes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def run_figures(steps: Sequence[Step], first_step_s: float) -> dict[str, float |
         first_step_s: seconds from the start of the process to the end of the first step.
 
     Returns:
-        `supervised_tokens_per_s` and `tokens_per_s` over all steps after the first, retraces of new shapes
-        included; `steady_tokens_per_s` (supervised) over those of them whose shape had run before (None when
-        there are fewer than two); `whole_tokens_per_s` (supervised) over everything from the process's start
-        (imports, model, data, compilation) to the last step's end.
+        `supervised_tokens_per_s` and `tokens_per_s` over all steps after the first, with retraces for new shapes;
+        `steady_tokens_per_s` (supervised) over those of them whose shape had run before (None if there are fewer than
+        two); `whole_tokens_per_s` (supervised) from the process's start (imports, model, data, compilation) to the last
+        step's end.
     """
     if len(steps) < 2:
         raise ValueError("a run needs two steps: the first is not counted")
@@ -65,21 +65,21 @@ def _shape(step: Step) -> tuple[int | str, ...]:
 
 
 def spread(values: Sequence[float | int | None]) -> dict[str, float | int] | None:
-    """Return median, least and largest of what is there."""
+    """Return median, least and largest of the values that are not None."""
     there = [value for value in values if value is not None]
     return {"median": statistics.median(there), "min": min(there), "max": max(there)} if there else None
 
 
 def paired_ratio(side: Sequence[Any], reference: Sequence[Any]) -> dict[str, float | int] | None:
-    """Return the spread of the round-by-round ratios: both halves of a pair saw the same drift."""
+    """Return the spread of the round-by-round ratios, so that both sides of a pair have the same drift."""
     pairs = zip(side, reference, strict=True)
     return spread([a / b for a, b in pairs if a is not None and b])
 
 
 def steps_from_metrics(records: Sequence[dict[str, Any]]) -> list[Step]:
-    """Turn the lines of our metrics.jsonl, one per step, into step records; validation lines hold no step.
+    """Convert the lines of our metrics.jsonl, one per step, to step records; validation lines are skipped.
 
-    A step that accumulates has several shapes, and counts as seen before only when that very set has run.
+    A step that accumulates has several shapes, and counts as seen before only if the same set has run.
     """
     return [
         {

@@ -1,4 +1,4 @@
-"""Runs `python -m mlx_lora.train` as a benchmark child and reads what it wrote."""
+"""Run `python -m mlx_lora.train` as a child process of a benchmark, and read its results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIN_STEPS = 2
 
 
 class Watch:
-    """Follows our metrics.jsonl: when the first step ended, and when to interrupt the run."""
+    """Follows our metrics.jsonl to note the first step's end, and to interrupt the run."""
 
     def __init__(self, metrics: Path, seconds: float | None):
         self._metrics, self._seconds = metrics, seconds
@@ -44,19 +44,19 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def train_timed(
     command: list[str], folder: Path, log: Path, seconds: float | None, timeout_s: float
 ) -> tuple[dict[str, Any], Ended]:
-    """Run a train command that reports every step into the fresh `folder`.
+    """Run a train command that reports every step into the new `folder`.
 
     Args:
-        command: ours, complete.
+        command: our complete command.
         folder: its --adapter-path.
-        log: takes its output.
-        seconds: interrupt it so long after its first step; None: let it end by itself.
-        timeout_s: it is killed after this.
+        log: file for its output.
+        seconds: interrupt it this long after its first step; None: let it end by itself.
+        timeout_s: it is killed after this time.
 
     Returns:
-        Steps, wall clock at the end of the first, MLX's peak memory; and how the process ended.
+        The steps, the wall clock at the end of the first, MLX's peak memory, and how the process ended.
     """
-    (folder / "metrics.jsonl").unlink(missing_ok=True)  # of an earlier comparison kept in the same folder
+    (folder / "metrics.jsonl").unlink(missing_ok=True)  # from an earlier comparison in the same folder
     watch = Watch(folder / "metrics.jsonl", seconds)
     ended = run_child(command, log, timeout_s=timeout_s, watch=watch, good_codes=(0, 130))
     if watch.first_step_unix_s is None:

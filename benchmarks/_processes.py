@@ -1,7 +1,7 @@
-"""Runs one benchmark child at a time and says how long it took and how much memory it held.
+"""Run one child process of a benchmark at a time, and measure its time and memory.
 
-No numpy or mlx import, here or in what the parent imports: Linux counts a parent's resident size at the
-moment of the fork into its child's peak, so the parent must stay small.
+Neither this file nor the parent may import numpy or mlx: Linux includes a parent's resident size at the fork in its
+child's peak, so the parent must stay small.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 POLL_S = 0.02
 REPOSITORY = Path(__file__).parents[1]
 
-# Both change which OpenBLAS kernels or block sizes are used; a figure must not depend on who set them.
+# Both change OpenBLAS's kernels or block sizes; figures must not depend on them.
 DROPPED_ENVIRONMENT = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 
 
 class ChildFailed(RuntimeError):
-    """A child ended with an error; the message holds the end of its log."""
+    """A child ended with an error; the message has the end of its log."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Ended:
     """How a child ended.
 
     Attributes:
-        code: exit code; negative when a signal ended it.
+        code: exit code; negative if a signal ended it.
         started_unix_s: wall clock when it was started.
         wall_s: seconds until it ended.
-        peak_process_bytes: its peak resident size, as the operating system counted it.
+        peak_process_bytes: its peak resident size by the operating system.
     """
 
     code: int
@@ -44,9 +44,9 @@ class Ended:
 
 
 def child_environment() -> dict[str, str]:
-    """Return this process's environment without the variables that would tilt OpenBLAS."""
+    """Return this process's environment without the variables that change OpenBLAS."""
     kept = {name: value for name, value in os.environ.items() if name not in DROPPED_ENVIRONMENT}
-    # The interpreter of a peer has no mlx_lora installed, and needs its BLAS loader.
+    # Another side's interpreter has no mlx_lora installed, but needs its BLAS loader.
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, [kept.get("PYTHONPATH"), str(REPOSITORY)]))
     return {**kept, "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -59,17 +59,17 @@ def run_child(
     watch: Callable[[subprocess.Popen], None] | None = None,
     good_codes: tuple[int, ...] = (0,),
 ) -> Ended:
-    """Run a command to its end, its output in `log`.
+    """Run a command to its end, with its output in `log`.
 
     Args:
         command: program and arguments.
         log: file that takes standard output and error.
-        timeout_s: the child is killed after this.
-        watch: called every 20 ms with the process, to look at what it wrote or to interrupt it.
-        good_codes: exit codes that are no failure.
+        timeout_s: the child is killed after this time.
+        watch: called every 20 ms with the process, to read its results or interrupt it.
+        good_codes: exit codes that are not failures.
 
     Raises:
-        ChildFailed: another exit code, or the time ran out.
+        ChildFailed: the exit code is another one, or the time ran out.
     """
     with log.open("w", encoding="utf-8") as output:
         started_unix_s, start = time.time(), time.perf_counter()

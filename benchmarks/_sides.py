@@ -1,4 +1,4 @@
-"""The sides of a comparison: how each is checked and run in a fresh process."""
+"""The sides of a comparison, and how each is checked and run in a new process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from _processes import Ended, run_child
 SIDES_FOLDER = Path(__file__).parent / "sides"
 OURS = "mlx_lora"
 
-# Small enough that an epoch of steps leaves every loss as it was, so that a whole pass can be one check.
+# Small enough that an epoch of steps does not change any loss, so that a whole epoch can be one check.
 NO_RATE = "1e-30"
 ENDLESS = 10**6
 
@@ -29,10 +29,10 @@ class Side:
 
     Attributes:
         name: as in `--sides`.
-        script: file in sides/; None for ours, which is run as its own command.
+        script: file in sides/; None for ours, which runs as a command.
         data: `train` or `sorted`.
         settings: added to the job.
-        regime: one line for the reader.
+        regime: a description in one line.
     """
 
     name: str
@@ -66,15 +66,15 @@ SIDES = {
 
 @dataclass(frozen=True)
 class Bench:
-    """What one comparison holds fixed.
+    """The fixed settings of a comparison.
 
     Attributes:
-        folder: what `sides/prepare.py` wrote, and every child's job, log and result.
+        folder: for the files of `sides/prepare.py`, and every child's job, log and result.
         settings: model, rank, scale, learning_rate, batch_size, batch_tokens, max_seq_length, grad_checkpoint.
         steps, seconds: length of a run; one of them is None.
-        ours: extra flags of our train command, last on its line.
-        pythons: side name -> interpreter, for a side that needs packages of its own.
-        timeout_s: of any one child.
+        ours: extra flags of our train command, at its end.
+        pythons: side name -> interpreter, for a side that needs other packages.
+        timeout_s: for each child.
     """
 
     folder: Path
@@ -86,12 +86,12 @@ class Bench:
     pythons: dict[str, str] = field(default_factory=dict)
 
     def log(self, name: str) -> Path:
-        """The log file of a child."""
+        """Return the log file of a child."""
         return self.folder / f"{name}.log"
 
 
 def why_skipped(side: Side, quantized: bool, pythons: dict[str, str]) -> str | None:
-    """Say why a side cannot run here, or None."""
+    """Return why a side cannot run here, or None."""
     if side.name == "unsloth-zoo" and side.name not in pythons:
         return "give --python unsloth-zoo=PATH, a Python with unsloth-zoo and mlx-lm; docs/benchmarks.md says how"
     if side.script != "peft_side.py":
@@ -103,7 +103,7 @@ def why_skipped(side: Side, quantized: bool, pythons: dict[str, str]) -> str | N
 
 
 def prepare(bench: Bench, data: str, rows: int, as_text: bool, seed: int) -> dict[str, Any]:
-    """Write rows and adapters for all sides; return the facts about them."""
+    """Write rows and adapters for all sides, and return the facts about them."""
     job = {**bench.settings, "folder": str(bench.folder), "data": data, "rows": rows, "as_text": as_text, "seed": seed}
     return _run_script(bench, "prepare.py", "prepare", job)[0]
 
@@ -116,7 +116,7 @@ def check_loss(bench: Bench, side: Side, adapter: Path) -> dict[str, Any]:
 
 
 def time_run(bench: Bench, side: Side, number: int) -> dict[str, Any]:
-    """Train once in a fresh process and return its figures, raw steps and memory."""
+    """Train once in a new process, and return its figures, raw steps and memory."""
     adapter = bench.folder / "initial.safetensors"
     name = f"{side.name}.round{number}"
     if side.script is None:
@@ -162,7 +162,7 @@ def _run_script(
 
 
 def our_command(bench: Bench, data: str, adapter: Path, folder: Path, changes: Sequence[str]) -> list[str]:
-    """Return our train command: the user's own, with what the sides share and a report per step."""
+    """Return our train command, with the sides' common settings and a report per step."""
     settings = bench.settings
     flags = {
         "--model": settings["model"],
@@ -187,16 +187,16 @@ def our_command(bench: Bench, data: str, adapter: Path, folder: Path, changes: S
 
 
 def _own_flags(bench: Bench, side: Side) -> list[str]:
-    """Return what this side adds to our command, then what the user adds."""
+    """Return this side's flags for our command, and then the user's."""
     mode = dict(side.settings).get("grad_checkpoint")
     return [*(["--grad-checkpoint", mode] if mode else []), *shlex.split(bench.ours)]
 
 
 def _check_ours(bench: Bench, side: Side, adapter: Path) -> dict[str, Any]:
-    """Train one epoch over the check rows at no rate: the very loss and batches that are timed."""
+    """Train one epoch over the check rows with a rate near zero, with the loss and batches that are timed."""
     folder = bench.folder / f"{side.name}.check"
     changes = ["--epochs", "1", "--force"]
-    # Last, so that flags in --ours cannot let the factors move during the check.
+    # Last, so that flags in --ours cannot change the factors during the check.
     command = [
         *our_command(bench, "check", adapter, folder, changes),
         *_own_flags(bench, side),

@@ -1,4 +1,4 @@
-"""A comparison's result -> the table and notes that people read."""
+"""Render a comparison's result as a table with notes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEAD = (
 
 
 def render(result: dict[str, Any]) -> str:
-    """Return the table, what its columns count, and everything that is not equal between the sides."""
+    """Return the table, the meaning of its columns, and all differences between the sides."""
     rows = [HEAD, *(_row(name, side) for name, side in result["summary"].items())]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
     lines = [
@@ -57,7 +57,7 @@ def _row(name: str, side: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _cell(value: dict[str, float] | None, factor: float = 1, digits: int = 1) -> str:
-    """Median, and the extremes where there are several."""
+    """Return the median, and the extremes if there are several values."""
     if value is None:
         return "-"
     middle, low, high = (f"{value[key] * factor:.{digits}f}" for key in ("median", "min", "max"))

@@ -3,10 +3,10 @@
     python benchmarks/methods.py --model DIR --data shakespeare=FILE.txt --data alpaca=FILE.json --seconds 75
     python benchmarks/methods.py --model DIR --data alpaca=FILE.json --methods lora,dora --rates lora=1e-3
 
-Each row is a fresh run of `python -m mlx_lora.train`. A short run of each method on the first data finds out what its
-steps cost; the row's own takes as many as fit into the time, so that schedules, rank budgets and restarts end where
-the time does. What is measured is the command's own: metrics.jsonl, the adapter file, the process's peak. The
-time counted is from the first step's start to the last step's end, compiling included, validation left out.
+Each row is a new run of `python -m mlx_lora.train`. A short run of each method on the first data measures the time of
+its steps; the row's run takes as many steps as fit into the time, so that schedules, rank budgets and restarts end
+with it. The figures come from metrics.jsonl, the adapter file and the process's peak. The time is from the first step's
+start to the last step's end, with compiling, without validation.
 Ends with one line of JSON.
 """
 
@@ -24,7 +24,7 @@ from _environment import environment
 from _ours import read_metrics
 from _processes import ChildFailed, run_child
 
-# Chosen by hand, one for each method's own scale; not swept.
+# Chosen by hand for each method's scale, without a sweep.
 RATES = {
     "lora": 1e-3,
     "rslora": 5e-4,
@@ -62,13 +62,13 @@ def command(arguments: argparse.Namespace, data: str, method: str, steps: int, f
 
 
 def step_seconds(records: list[dict[str, Any]]) -> list[float]:
-    """Return the time of each step, from the tokens it took and the rate it took them at."""
+    """Return the time of each step, from its tokens and its tokens per second."""
     steps = [record for record in records if record["loss"] is not None and record["supervised_tokens"]]
     return [record["supervised_tokens"] / record["supervised_tokens_per_s"] for record in steps]
 
 
 def step_costs(arguments: argparse.Namespace, data: str, method: str, folder: Path) -> tuple[float, float]:
-    """Return what compiling costs once, and what a later step costs, in seconds, by a short run."""
+    """Return the seconds of compiling, and of a later step, by a short run."""
     run_child(
         command(arguments, data, method, CALIBRATION_STEPS, folder / "short"),
         folder / "short.log",
@@ -82,7 +82,7 @@ def step_costs(arguments: argparse.Namespace, data: str, method: str, folder: Pa
 def measure(
     arguments: argparse.Namespace, data: str, method: str, folder: Path, costs: tuple[float, float]
 ) -> dict[str, Any]:
-    """Return one row: a run of a method on a data file for as long as was asked."""
+    """Return one row, a run of a method on a data file for the given time."""
     once, later = costs
     steps = max(CALIBRATION_STEPS, round((arguments.seconds - once) / later))
     long = command(arguments, data, method, steps, folder / "long")
@@ -127,7 +127,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="base model folder")
-    parser.add_argument("--data", action="append", required=True, metavar="NAME=FILE", help="may be given again")
+    parser.add_argument("--data", action="append", required=True, metavar="NAME=FILE", help="may be repeated")
     parser.add_argument("--methods", default=",".join(RATES), help="by comma")
     parser.add_argument("--rates", default="", help="method=learning rate, by comma, instead of the table's")
     parser.add_argument("--seconds", type=float, default=75, help="training time of each row")
@@ -136,7 +136,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-seq-length", type=int, default=256)
     parser.add_argument("--val-batches", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds until a run is given up")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds until a run is killed")
     arguments = parser.parse_args(words)
     own = dict(part.split("=", 1) for part in arguments.rates.split(",") if part)
     arguments.rates = {**RATES, **{method: float(rate) for method, rate in own.items()}}
@@ -153,11 +153,11 @@ def main(words: list[str]) -> int:
     arguments = parse(words)
     results: dict[str, list[dict[str, Any]]] = {}
     costs: dict[str, tuple[float, float]] = {}
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as temporary:
         for name, file in arguments.data:
             results[name] = []
             for method in arguments.methods:
-                folder = Path(place) / name / method
+                folder = Path(temporary) / name / method
                 folder.mkdir(parents=True)
                 try:
                     if method not in costs:

@@ -2,11 +2,11 @@
 
     python benchmarks/parity_llamacpp.py [--dequantized] FILE.gguf ...
 
-llama.cpp continues five prompts greedily, 24 tokens each; the converted model (float32) is given the same
-tokens and must find them as likely. llama.cpp rounds activations to 8 bits before each product with a
-quantized weight and MLX does not, so the two differ by a few hundredths of a nat even when both are right.
---dequantized shows that this is all: both get a float32 copy of the same weights, and the difference falls
-to about a thousandth (measured: SmolLM2-135M Q4_1 0.040 -> 0.0005, Gemma 3 270M Q4_K_M 0.039 -> 0.0011).
+llama.cpp continues five prompts greedily, 24 tokens each; the converted model (float32) gets the same tokens and must
+give them the same log-probabilities. llama.cpp rounds activations to 8 bits before each product with a quantized
+weight and MLX does not, so the two differ by a few hundredths of a nat even if both are right. --dequantized shows that
+there is no other difference: both get a float32 copy of the same weights, and the difference falls to about a
+thousandth (measured: SmolLM2-135M Q4_1 0.040 -> 0.0005, Gemma 3 270M Q4_K_M 0.039 -> 0.0011).
 Prints one line per model and ends with one JSON line. Needs `pip install .[parity]`.
 """
 
@@ -44,12 +44,12 @@ NEW_TOKENS = 24
 
 
 def start_llamacpp(path: Path, adapter: Path | None = None, *, flash_attention: bool = True) -> xllamacpp.Server:
-    """Load a GGUF file on the CPU with a float32 cache; one thread, since its threads spin while they wait.
+    """Load a GGUF file on the CPU with a float32 cache and one thread, because its threads spin while they wait.
 
     Args:
         path: the model.
         adapter: a LoRA GGUF to apply.
-        flash_attention: let llama.cpp choose it, which rounds queries to 16 bits; without it attention is float32.
+        flash_attention: allow it, which rounds queries to 16 bits; without it attention is float32.
     """
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
@@ -100,7 +100,7 @@ def compare(path: Path, folder: Path) -> dict[str, Any]:
     """Convert a GGUF file into `folder` and compare it with llama.cpp.
 
     Returns:
-        Mean and largest |log-probability difference| over the continuations, and the figures behind them.
+        Mean and largest |log-probability difference| over the continuations, and further figures.
     """
     server = start_llamacpp(path)
     continuations = [continue_greedily(server, prompt) for prompt in PROMPTS]

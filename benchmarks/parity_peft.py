@@ -1,14 +1,14 @@
-"""Train here and in PEFT on torch: same model, factors, batches and optimizer, so the same losses and adapters.
+"""Compare training here and in PEFT on torch: the same model, factors, batches and optimizer must give the same results.
 
     python benchmarks/parity_peft.py --model DIR --data FILE [--methods lora,dora] [--steps 50] [--float64]
 
-Ours is `python -m mlx_lora.train` as a user runs it, in a process of its own; losses and rates come from its
+Our side is `python -m mlx_lora.train` as a user runs it, in its own process; losses and rates come from its
 metrics.jsonl, the adapter from its folder. PEFT gets the same initial factors, the same arrays in the same order
 (right padding under a causal mask, so no attention mask), the same rate at each step, torch's AdamW, and
-transformers' own model in float32. Bars: losses within 1e-4 relative at every step, every adapter tensor's cosine
-above 0.9999; and the paired inequality, that no two methods' curves are alike. Misses end with exit code 1.
+transformers' model in float32. Bars: losses within 1e-4 relative at every step, every adapter tensor's cosine
+above 0.9999; and as the paired inequality, no two methods' curves are equal. Misses end with exit code 1.
 
---float64 runs PEFT once more in double precision: how far each float32 side is from that is what rounding does.
+--float64 also runs PEFT in double precision: the distance of each float32 side from it is the effect of rounding.
 Prints one line per comparison and ends with one JSON line. Needs `pip install .[parity]`.
 """
 
@@ -54,18 +54,18 @@ from mlx_lora.training.trainer import micro_batches
 
 LOSS_BAR = 1e-4
 COSINE_BAR = 0.9999
-# Curves of two methods are apart by this much at some step at the least: ten times what equality allows.
+# Curves of two methods must differ by at least this at some step: ten times the bar for equality.
 APART = 10 * LOSS_BAR
 
 
 def adamw(model: peft.PeftModel, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Return torch's AdamW over what is trained."""
+    """Return torch's AdamW over the trained parameters."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def loraplus(model: peft.PeftModel, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Return PEFT's LoRA+ optimizer, at our preset's ratio."""
+    """Return PEFT's LoRA+ optimizer with our preset's ratio."""
     decay = settings.weight_decay
     return create_loraplus_optimizer(
         model,
@@ -79,13 +79,13 @@ def loraplus(model: peft.PeftModel, settings: OptimizerSettings) -> torch.optim.
 
 @dataclass(frozen=True)
 class Method:
-    """What PEFT calls one of our methods; the key in METHODS is our --method.
+    """PEFT's equivalent of one of our methods; the key in METHODS is our --method.
 
     Attributes:
-        settings: of the config, beside those that all methods share.
+        settings: of the config, in addition to those of all methods.
         config: PEFT's config class.
-        optimizer: makes the optimizer, its groups at their peak rates.
-        flags: of our train command, beside --method.
+        optimizer: creates the optimizer, with its groups at their peak rates.
+        flags: of our train command, in addition to --method.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -100,13 +100,13 @@ METHODS = {
     "dora": Method({"use_dora": True}),
     "lora-plus": Method(optimizer=loraplus),
 }
-# PEFT's tensors -> ours, which are the transposes where they are matrices.
+# PEFT's tensors -> ours; matrices are transposed.
 KINDS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a side did: the loss at each step, and the final adapter under our names and in our orientation."""
+    """One side's results: the loss at each step, and the final adapter with our names and orientation."""
 
     losses: np.ndarray
     adapter: dict[str, np.ndarray]
@@ -138,7 +138,7 @@ def train_here(args: argparse.Namespace, method: str, folder: Path) -> tuple[Run
     """Run the train command.
 
     Returns:
-        What it did, the learning rate of each step, and the settings that its run.yaml holds.
+        Its results, the learning rate of each step, and the settings in its run.yaml.
     """
     flags = {
         "--model": args.model,
@@ -166,7 +166,7 @@ def train_here(args: argparse.Namespace, method: str, folder: Path) -> tuple[Run
 
 
 def beginnings(settings: TrainSettings) -> tuple[list[Batch], dict[str, np.ndarray]]:
-    """Return the run's batches in its order, and its initial factors: both are functions of its settings."""
+    """Return the run's batches in order, and its initial factors, which both follow from its settings."""
     base, loop = load_base(settings.model), settings.loop
     splits = load_data(settings.data, base.hf_tokenizer, loop.seed)
     price = ShapePrice(epochs=loop.epochs or 1.0)
@@ -205,7 +205,7 @@ def peft_model(settings: TrainSettings, method: Method, initial: dict[str, np.nd
 
 
 def trained_here(model: peft.PeftModel) -> dict[str, torch.nn.Parameter]:
-    """Return what PEFT trains by our names, in its own orientation."""
+    """Return PEFT's trained parameters with our names and its orientation."""
     return {name_here(name): value for name, value in model.named_parameters() if value.requires_grad}
 
 
@@ -241,12 +241,12 @@ def cosine(one: np.ndarray, other: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far two runs of one method are apart.
+    """The differences between two runs of one method.
 
     Attributes:
-        loss: largest relative difference of losses; step: where, from 1 on; loss_mean: over all steps.
-        cosine: least over the adapter's tensors; tensor: whose; cosine_whole: of all numbers together.
-        cosine_update: of what training added to the initial factors, all numbers together.
+        loss: largest relative difference of losses; step: its step, from 1; loss_mean: over all steps.
+        cosine: least over the adapter's tensors; tensor: its name; cosine_whole: of all numbers together.
+        cosine_update: of the change of the initial factors, all numbers together.
     """
 
     loss: float
@@ -259,12 +259,12 @@ class Comparison:
 
     @property
     def good(self) -> bool:
-        """Whether the bars are met; NaN does not meet them."""
+        """Tell whether the bars are met; NaN does not meet them."""
         return self.loss < LOSS_BAR and self.cosine > COSINE_BAR
 
 
 def compare(run: Run, wanted: Run, initial: dict[str, np.ndarray]) -> Comparison:
-    """Compare a run with the one that is taken as right."""
+    """Compare a run with the reference."""
     relative = np.abs(run.losses / wanted.losses - 1)
     each = {name: cosine(value, wanted.adapter[name]) for name, value in run.adapter.items()}
     least = min(each, key=each.__getitem__)
@@ -291,7 +291,7 @@ def line(what: str, c: Comparison) -> str:
 
 
 def run_method(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
-    """Run both sides of one method, print how far they are apart, and return the figures."""
+    """Run both sides of one method, print their differences, and return the figures."""
     method = METHODS[name]
     ours, rates, settings = train_here(args, name, folder)
     batches, initial = beginnings(settings)
@@ -322,7 +322,7 @@ def run_method(args: argparse.Namespace, name: str, folder: Path) -> dict[str, A
 
 
 def apart(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Return, for each two methods, the largest relative difference of their losses, and print the table."""
+    """Print and return the largest relative difference of losses for each pair of methods."""
     pairs = {}
     for one, other in combinations(results, 2):
         ratio = np.array(one["losses"]) / np.array(other["losses"])

@@ -1,13 +1,13 @@
-"""Train tiny random models of today's families here and in transformers on torch: the same weights, factors and batches.
+"""Compare training tiny random models of current families here and in transformers on torch, with the same inputs.
 
     python benchmarks/parity_transformers.py [--families qwen3_5,gpt_oss] [--steps 30]
 
-Transformers makes each model and writes its folder; we load that as a user's download. Every linear layer that both
-have gets the same low-rank factors, B not zero; experts, routers, convolutions and norms stay as they are, and gradients pass
-through them. Compared are the first batch's logits, every factor's gradient, and the losses of 30 AdamW steps, with
-rows of 83 tokens: more than one chunk of the gated delta rule, more than one window. Bars: losses within 1e-4 relative at every
-step, logits and gradients within 1e-4 of their largest entry. The paired inequality: torch with 20% more scale
-is beyond ten bars. Prints one line per family and ends with one JSON line; misses end with exit code 1.
+Transformers creates each model and writes its folder, which we load like a user's download. Every linear layer that both
+have gets the same low-rank factors, with B not zero; gradients pass through experts, routers, convolutions and norms, which
+are not adapted. The first batch's logits, every factor's gradient, and the losses of 30 AdamW steps are compared, with
+rows of 83 tokens: more than one chunk of the gated delta rule, more than one window. Bars: losses within 1e-4 relative
+at every step, logits and gradients within 1e-4 of their largest entry. The paired inequality: torch with 20% more scale
+differs by more than ten bars. Prints one line per family and ends with one JSON line; misses end with exit code 1.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ SETTINGS = OptimizerSettings(learning_rate=LEARNING_RATE, lr_schedule="constant"
 
 @dataclass(frozen=True)
 class Ours:
-    """What our side found.
+    """The results of our side.
 
     Attributes:
         losses: of each step.
         logits: (B, T, V) of the first batch.
         gradients: of each factor at the first step, of the mean loss.
-        by_mlx_lm: the same with mlx-lm's own kernels in place of ours.
-        tensors: factors that were trained.
-        left_out: linear layers of ours that have no counterpart of the same name and shape.
+        by_mlx_lm: the same with mlx-lm's own kernels instead of ours.
+        tensors: the number of trained factors.
+        left_out: our linear layers without a counterpart of the same name and shape.
     """
 
     losses: np.ndarray
@@ -94,7 +94,7 @@ def batches(steps: int) -> list[Batch]:
 
 
 def child(word: str, job: dict[str, Any], folder: Path, timeout_s: float) -> dict[str, Any]:
-    """Run transformers' side and return what it found."""
+    """Run transformers' side and return its results."""
     result, file = folder / f"{word}-result.json", folder / f"{word}.json"
     file.write_text(json.dumps({**job, "result": str(result)}), encoding="utf-8")
     run_child([sys.executable, str(SIDE), word, str(file)], folder / f"{word}.log", timeout_s=timeout_s)
@@ -102,11 +102,11 @@ def child(word: str, job: dict[str, Any], folder: Path, timeout_s: float) -> dic
 
 
 def adapted_model(name: str, folder: Path, linear: dict[str, list[int]]) -> tuple[nn.Module, dict[str, Any], list[str]]:
-    """Load the folder and put factors on the layers that transformers has as well.
+    """Load the folder and put factors on the layers that transformers also has.
 
     Args:
         name: of the family.
-        folder: as transformers wrote it.
+        folder: written by transformers.
         linear: its linear layers' paths and (out, in).
 
     Returns:
@@ -157,7 +157,7 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def run_family(name: str, steps: int, timeout_s: float, folder: Path) -> dict[str, Any]:
-    """Run both sides of one family and return how far they are apart."""
+    """Run both sides of one family and return their differences."""
     linear = child("make", {"family": name, "folder": str(folder / "model")}, folder, timeout_s)["linear"]
     model, config, left_out = adapted_model(name, folder / "model", linear)
     given = batches(steps)

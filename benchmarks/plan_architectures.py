@@ -1,11 +1,11 @@
-"""Predicted beside measured peak memory for mlx-lm's architectures, each a small random model whose blocks decide.
+"""Compare predicted and measured peak memory for mlx-lm's architectures, as small random models.
 
     PYTHONPATH=tests python benchmarks/plan_architectures.py measure --out measured.jsonl [--only mamba2 --only qwen3_5]
     PYTHONPATH=tests python benchmarks/plan_architectures.py table --out measured.jsonl
 
-`measure` writes each architecture of tests/architectures with its widths and blocks multiplied, trains it for two
-steps in a process of its own, and takes MLX's peak from the run's last report. `table` asks the planner for the same run
-and prints both as Markdown.
+`measure` writes each architecture of tests/architectures with multiplied widths and blocks, so that blocks decide the
+peak, trains it for two steps in its own process, and takes MLX's peak from the run's last report. `table` calls the
+planner for the same run and prints both as Markdown.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ KEY = ("architecture", "length", "rows", "checkpointing", "width", "layers")
 
 
 def planned(case: dict[str, Any]) -> tuple[MemoryPlan, tuple[str, ...]]:
-    """Return the plan of a measured run for this machine, and which blocks it does not know."""
+    """Return the plan of a measured run for this machine, and the blocks whose memory is not known."""
     config = scaled(case["architecture"], case["width"], case["layers"])
     settings = train_settings({"model": "x", "rank": case["rank"], "grad_checkpoint": case["checkpointing"]})
     shape = outlined_shape(outline_of_config(config, device.compute_dtype()), settings)
@@ -46,16 +46,16 @@ def planned(case: dict[str, Any]) -> tuple[MemoryPlan, tuple[str, ...]]:
 
 
 def measure_all(args: argparse.Namespace) -> None:
-    """Measure what the file does not hold yet, and add each to it as soon as it is there."""
+    """Measure all cases that are not in the file, and append each result at once."""
     known = {tuple(case[name] for name in KEY) for case in read_measured(args.out)}
     for name in args.only or sorted(CONFIGS):
         case = {"architecture": name, "length": args.length, "rows": args.rows, "checkpointing": args.checkpointing}
         case |= {"width": args.width, "layers": args.layers, "rank": 8, "method": "lora"}
         if tuple(case[key] for key in KEY) in known:
             continue
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as temporary:
             try:
-                folder = write_architecture(Path(place) / name, name, config=scaled(name, args.width, args.layers))
+                folder = write_architecture(Path(temporary) / name, name, config=scaled(name, args.width, args.layers))
                 flags = {**case, "folder": str(folder), "batch_tokens": args.length * args.rows}
                 case |= measure(flags, iters=2, more=["--no-memory-check"])
             except (RuntimeError, ValueError, SystemExit) as error:
@@ -67,7 +67,7 @@ def measure_all(args: argparse.Namespace) -> None:
 
 
 def table(cases: list[dict[str, Any]]) -> str:
-    """Lay planned and measured peaks out as Markdown; the last line sums up."""
+    """Return planned and measured peaks as Markdown, with a summary at the end."""
     lines = [
         "| architecture | rows x length | checkpointing | decided by | planned MB | measured MB | planned / measured |"
     ]
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("action", choices=("measure", "table"))
     parser.add_argument("--out", type=Path, required=True, help="File of results, one JSON object a line.")
-    parser.add_argument("--only", action="append", default=[], help="An architecture; all without.")
+    parser.add_argument("--only", action="append", default=[], help="An architecture; may be repeated [default: all].")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--width", type=int, default=4, help="Factor of the tiny model's widths.")

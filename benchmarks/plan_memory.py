@@ -1,12 +1,12 @@
-"""Measure the peak memory of real training runs, and lay it beside what the planner says beforehand.
+"""Measure the peak memory of real training runs, and compare it with the planner's predictions.
 
     python benchmarks/plan_memory.py measure --model smol=DIR --model smol-4bit=DIR --out measured.jsonl
     python benchmarks/plan_memory.py table --out measured.jsonl
 
-`measure` runs `mlx_lora.train` for each combination of model, length, rank and checkpointing that the file does not
-hold yet, each in a process of its own: --iters steps on made-up text that fills every row, all tokens trained, and
-takes MLX's peak of the whole process (load, checks and steps) from the run's last report. `table` asks
-`mlx_lora.plan --json` with the same flags and prints both as Markdown.
+`measure` runs `mlx_lora.train` for each combination of model, length, rank and checkpointing that is not in the file,
+each in its own process: --iters steps on generated text that fills every row, with all tokens trained. It takes MLX's
+peak of the whole process (load, checks and steps) from the run's last report. `table` runs `mlx_lora.plan --json` with
+the same flags and prints both as Markdown.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ WORDS = [
 
 
 def write_text(path: Path, words: int = 60_000) -> None:
-    """Write text of which any window is full: words at random, the same ones always."""
+    """Write a text of random words, always the same, that is long enough to fill every row."""
     chosen = random.Random(0).choices(WORDS, k=words)
     path.write_text(" ".join(chosen), encoding="utf-8")
 
 
 def flags_of(case: dict[str, Any]) -> list[str]:
-    """Return the flags that train and plan share; a row of n + 1 tokens has n positions."""
+    """Return the common flags of train and plan; a row of n + 1 tokens has n positions."""
     return [
         "--model", case["folder"], "--rank", str(case["rank"]), "--grad-checkpoint", case["checkpointing"],
         "--max-seq-length", str(case["length"] + 1), "--batch-tokens", str(max(case["length"], case["batch_tokens"])),
@@ -63,9 +63,9 @@ def flags_of(case: dict[str, Any]) -> list[str]:
 
 
 def measure(case: dict[str, Any], iters: int, more: Sequence[str] = ()) -> dict[str, Any]:
-    """Train for a few steps in a fresh process, with further flags, and return its last report."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    """Train for a few steps in a new process, with further flags, and return its last report."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         write_text(folder / "text.txt")
         command = [sys.executable, "-m", "mlx_lora.train", *flags_of(case), "--data", str(folder / "text.txt")]
         command += ["--valid-fraction", "0", "--val-batches", "0", "--save-every", "0", "--steps-per-report", "1"]
@@ -77,24 +77,24 @@ def measure(case: dict[str, Any], iters: int, more: Sequence[str] = ()) -> dict[
 
 
 def planned(case: dict[str, Any]) -> dict[str, Any]:
-    """Ask the planner, for this machine."""
+    """Return the plan for this machine."""
     command = [sys.executable, "-m", "mlx_lora.plan", *flags_of(case), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), check=True)
     return json.loads(done.stdout)
 
 
 def key_of(case: dict[str, Any]) -> tuple:
-    """Tell cases apart, whatever else is recorded with them."""
+    """Return the key of a case, without its results."""
     return tuple(case[name] for name in ("model", "method", "length", "batch_tokens", "rank", "checkpointing"))
 
 
 def read_measured(path: Path) -> list[dict[str, Any]]:
-    """Return what has been measured so far."""
+    """Return the results so far."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def measure_all(args: argparse.Namespace) -> None:
-    """Measure what is missing, shortest rows first, and add each to the file as soon as it is there."""
+    """Measure all missing cases, shortest rows first, and append each result to the file at once."""
     known = {key_of(case) for case in read_measured(args.out)}
     models = dict(pair.split("=", 1) for pair in args.model)
     for length, rank, mode, name in itertools.product(args.lengths, args.ranks, args.checkpointing, models):
@@ -109,7 +109,7 @@ def measure_all(args: argparse.Namespace) -> None:
 
 
 def table(cases: list[dict[str, Any]]) -> str:
-    """Lay planned and measured peaks out as Markdown; the last line sums up."""
+    """Return planned and measured peaks as Markdown, with a summary at the end."""
     lines = ["| model | method | row x rows | rank | checkpointing | planned MB | measured MB | planned / measured |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     ratios = []
@@ -131,7 +131,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("action", choices=("measure", "table"))
     parser.add_argument("--out", type=Path, required=True, help="File of results, one JSON object a line.")
-    parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER, once for each.")
+    parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER; may be repeated.")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048])
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])

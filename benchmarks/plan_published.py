@@ -1,8 +1,8 @@
-"""Lay the planner's predictions for Macs beside the training figures that others have published for them.
+"""Compare the planner's predictions for Macs with training figures that others have published.
 
     python benchmarks/plan_published.py
 
-None of these was measured by us, and most are of other trainers: their kernels, padding and logits are not ours. Models are
+We measured none of these figures, and most are of other trainers with other kernels, padding and logits. Models are
 outlined from their published settings; nothing is downloaded.
 """
 
@@ -27,7 +27,7 @@ PACKED = {"quantization": {"group_size": 64, "bits": 4}}
 
 
 def config(kind: str, width: int, blocks: int, feed: int, heads: int, keys: int, vocabulary: int, tied: bool) -> dict:
-    """Return the settings that decide a shape, under config.json's names."""
+    """Return the settings that decide a shape, with config.json's names."""
     return {
         "model_type": kind, "hidden_size": width, "num_hidden_layers": blocks, "intermediate_size": feed,
         "num_attention_heads": heads, "num_key_value_heads": keys, "head_dim": 128, "vocab_size": vocabulary,
@@ -43,7 +43,7 @@ MISTRAL_7B = config("llama", 4096, 32, 14336, 32, 8, 32000, False)
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """One figure: who, on what, which run, and what they saw."""
+    """One published figure: its source, machine, run and result."""
 
     who: str
     chip: str
@@ -93,7 +93,7 @@ FIGURES = (
 
 
 def row(figure: Published) -> str:
-    """Predict one and lay it beside what was published."""
+    """Return a table row with a published figure and its prediction."""
     settings = train_settings({"model": "x", "rank": 8, "num_layers": figure.num_layers})
     chip = find_chip(figure.chip)
     machine = chip.machine(figure.memory_gib)

@@ -1,10 +1,10 @@
-"""Lay the planner's predicted tokens/s beside measured ones, on this machine, by its own measured ceilings.
+"""Compare the planner's predicted tokens/s with measured ones on this machine, using its measured peak rates.
 
     python benchmarks/plan_speed.py --model smol=DIR --model gemma=DIR --rounds 5
 
-Each round measures the ceilings, takes a step, and measures the ceilings again, so that both sides meet the same machine;
-a round's prediction uses the better of its two measurements of each rate. Medians over the rounds; the first step, which
-traces, is left out. One process per model and mode: what one leaves in memory must not slow the next.
+Each round measures the rates, takes a step, and measures the rates again, so that both sides have the same machine load;
+a round's prediction uses the better of its two measurements of each rate. The results are medians over the rounds without
+the first step, which traces. Each model and mode has its own process, so that none slows the next.
 """
 
 from __future__ import annotations
@@ -87,18 +87,18 @@ def one(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run each case in a process of its own and print Markdown, then one line of JSON."""
+    """Run each case in its own process and print Markdown, then one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", action="append", required=True, help="NAME=FOLDER, once for each.")
+    parser.add_argument("--model", action="append", required=True, help="NAME=FOLDER; may be repeated.")
     parser.add_argument("--shapes", nargs="+", default=["5x204", "1x1024"], help="ROWSxWIDTH.")
     parser.add_argument("--checkpointing", nargs="+", default=["none", "block"])
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--supervised", type=float, default=1.0, help="Share of the positions that is trained.")
+    parser.add_argument("--supervised", type=float, default=1.0, help="Fraction of the positions that are trained.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--cpu-clock", action="store_true", help="Count this process's CPU seconds, on one thread: for a busy machine."
     )
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # what a child gets: its case as JSON
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a child's case as JSON
     args = parser.parse_args(argv)
     if args.one:
         print(json.dumps(one(**json.loads(args.one))))
@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
     results = []
     environment_of_child = child_environment()
     if args.cpu_clock:
-        # One thread: else those that wait for each other would count as working.
+        # One thread, because threads that wait for each other would count as working.
         environment_of_child |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
     for pair in args.model:
         name, folder = pair.split("=", 1)

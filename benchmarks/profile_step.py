@@ -1,11 +1,10 @@
-"""Where a training step's time goes: each part of a block timed alone, beside the whole step.
+"""Measure where a training step's time goes: each part of a block alone, and the whole step.
 
     python benchmarks/profile_step.py --model DIR --rows 5 --width 204
 
-Parts are compiled forward and backward passes on arrays of the model's own shapes, medians of --rounds, times
-the number of blocks. They do not sum to the step exactly: compiled as a whole, neighbors share passes. Then,
-by count (_counts.py), the step's floating-point operations, bytes and launches, and what those would take at
-the listed ceilings of some Macs: a prediction, not a measurement.
+Parts are compiled forward and backward passes on arrays of the model's shapes, medians of --rounds, times the number of
+blocks. They do not exactly sum to the step, where neighbors share passes. Then the step's floating-point operations,
+bytes and launches are counted (_counts.py), and their time is predicted from the listed peak rates of some Macs.
 
 Shapes: B rows, T width, D hidden width, F feed-forward width.
 """
@@ -81,7 +80,7 @@ def seconds(function: Callable[..., Any], arrays: Sequence[mx.array], rounds: in
 
 
 def parts_of_a_block(base: Base, rows: int, width: int, rounds: int) -> dict[str, float]:
-    """Return seconds per part, all blocks together."""
+    """Return seconds per part, for all blocks together."""
     config, blocks = base.config, len(base.model.layers)
     block = base.model.layers[0]
     heads = config["num_attention_heads"]
@@ -120,7 +119,7 @@ def parts_of_a_block(base: Base, rows: int, width: int, rounds: int) -> dict[str
 
 
 def _with_factors(layer: Any, x: mx.array, lora_a: mx.array, lora_b: mx.array) -> mx.array:
-    """Call an adapter layer with other factors, so that they too are differentiated; its own are put back."""
+    """Call an adapter layer with the given factors, so that they are differentiated too, and then restore its own."""
     own = layer.lora_a, layer.lora_b
     layer.lora_a, layer.lora_b = lora_a, lora_b
     y = layer(x)
@@ -147,7 +146,7 @@ def operations(step: Step, batch: Batch) -> Counter:
     """Count the operations of one step's compiled graphs, by name."""
     found: Counter = Counter()
     gradient = step._micro(*Arrays.of(batch))  # traced, not run
-    # What the update is made of is read off a run of its own, on gradients that are there.
+    # The update's operations are read from a separate run, on gradients that are already computed.
     for outputs in (gradient, lambda: (mx.eval(gradient), step._apply(*gradient), step.state)[1:]):
         outputs = outputs() if callable(outputs) else outputs
         with tempfile.NamedTemporaryFile(suffix=".dot") as file:
@@ -168,7 +167,7 @@ def loss_seconds(base: Base, supervised: int, rounds: int) -> float:
 
 
 def report(parts: dict[str, float], step_s: float, counts: dict[str, Count], launches: int, peak: int) -> str:
-    """Lay the figures out as Markdown."""
+    """Return the figures as Markdown."""
     lines = ["| part, forward and backward, all blocks | s | share of the step | GFLOP | GB in 16 bits |"]
     lines.append("|---|---|---|---|---|")
     rest = step_s - sum(parts.values())
@@ -191,8 +190,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rows", type=int, default=5)
     parser.add_argument("--width", type=int, default=204)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--supervised", type=float, default=0.76, help="Share of the positions that is trained.")
-    parser.add_argument("--checkpointing", default="none", help="As --grad-checkpoint takes it.")
+    parser.add_argument("--supervised", type=float, default=0.76, help="Fraction of the positions that are trained.")
+    parser.add_argument("--checkpointing", default="none", help="As in --grad-checkpoint.")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args(argv)
     base = load_base(ModelSettings(model=args.model))

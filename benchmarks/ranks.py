@@ -1,13 +1,13 @@
-"""What several processes gain: tokens/s of N one-thread ranks against one one-thread process, same run.
+"""Measure the gain from several processes: tokens/s of N one-thread ranks against one one-thread process.
 
     python benchmarks/ranks.py --model DIR --data FILE.json --rounds 5 --out ranks.json
 
-Rounds alternate (1, N, N, 1, 1, N ...) on the same cores, one thread and one core per process (taskset where there is
-one), the ring on loopback. Every run takes the same steps over the same rows; the losses of the two must agree. The
-first step of each shape traces and is slow on both sides: `steady` leaves such steps out. Ends with one line of JSON.
+Rounds alternate (1, N, N, 1, 1, N ...) on the same cores, with one thread and one core per process (by taskset, if
+installed) and the ring on loopback. Every run takes the same steps over the same rows; the losses must agree. The first
+step of each shape traces and is slow on both sides: `steady` excludes such steps. Ends with one line of JSON.
 
-A machine that does other work as well gives each process only a part of its core, and the two sides different parts.
-So beside the wall clock stands what the processes were given: `cpu_share`, processor seconds by core seconds.
+A machine with other load gives each process only a part of its core, and the two sides different parts. Therefore
+`cpu_share` is reported in addition to the wall clock: processor seconds by core seconds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FIGURES = ("tokens_per_s", "supervised_tokens_per_s", "steady_tokens_per_s")
 
 
 def command(args: argparse.Namespace, folder: Path) -> list[str]:
-    """Return the run that both sides take."""
+    """Return the train command of both sides."""
     words = [sys.executable, "-m", "mlx_lora.train", "--model", args.model, "--data", args.data]
     words += ["--adapter-path", str(folder / "run"), "--rank", "8", "--iters", str(args.steps)]
     words += ["--batch-tokens", str(args.batch_tokens), "--steps-per-report", "1", "--save-every", "0"]
@@ -44,7 +44,7 @@ def command(args: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def run_ranks(args: argparse.Namespace, count: int, folder: Path) -> dict[str, Any]:
-    """Train in `count` processes of one thread each and return the run's figures.
+    """Train in `count` processes with one thread each and return the run's figures.
 
     Raises:
         ChildFailed: a rank ended with an error, or the time ran out.
@@ -103,7 +103,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--port", type=int, default=34300)
     parser.add_argument("--ours", default="", help="Extra flags of `python -m mlx_lora.train`, in one string.")
-    parser.add_argument("--timeout", type=float, default=1800, help="Seconds any one run may take.")
+    parser.add_argument("--timeout", type=float, default=1800, help="Seconds allowed for each run.")
     parser.add_argument("--out", help="JSON file of everything.")
     args = parser.parse_args(argv)
     args.cores = [int(core) for core in args.cores.split(",")] if args.cores else list(range(args.ranks))
@@ -113,7 +113,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure all rounds; 0 done, 1 when a run failed or the losses parted."""
+    """Measure all rounds; return 0, or 1 if a run failed or the losses differ."""
     args = arguments(argv)
     sides: dict[int, list[dict[str, Any]]] = {1: [], args.ranks: []}
     for number in range(args.rounds):

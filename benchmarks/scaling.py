@@ -1,10 +1,10 @@
-"""Measure what a step of ours costs against tokens per step, sequence length, vocabulary, rank and data size.
+"""Measure a step's time and memory against tokens per step, sequence length, vocabulary, rank and data size.
 
     python benchmarks/scaling.py --out scaling.json --plot scaling.png
     python benchmarks/scaling.py --vary sequence,vocabulary --ours "--grad-checkpoint"
 
-One thing varies at a time, the rest stays at the base point. Every point is a fresh `python -m mlx_lora.train` on
-a random llama model, whose cost depends on shapes alone; all tokens of its text rows are trained. The first
+One quantity varies at a time, the others stay at the base point. Every point is a new `python -m mlx_lora.train` on
+a random llama model, whose cost depends only on shapes; all tokens of its text rows are trained. The first
 step, which compiles, is not counted. Ends with one line of JSON.
 """
 
@@ -60,13 +60,13 @@ UNITS = {
 
 def points(what: str) -> list[Point]:
     """Return the points of one curve."""
-    if what == "sequence":  # one row per step: the length is all that grows
+    if what == "sequence":  # one row per step, so that only the length grows
         return [dataclasses.replace(BASE, sequence=n, tokens=n, rows=8) for n in VALUES[what]]
     return [dataclasses.replace(BASE, **{what: n}) for n in VALUES[what]]
 
 
 def measure(point: Point, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Make the point's model and data, train a few steps in a fresh process, return its figures."""
+    """Write the point's model and data, train a few steps in a new process, and return its figures."""
     folder.mkdir(parents=True)
     job = {**dataclasses.asdict(point), "hidden": args.hidden, "layers": args.layers}
     job |= {"folder": str(folder), "result": str(folder / "result.json")}
@@ -135,7 +135,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3, help="Steps per point, the first not counted.")
     parser.add_argument("--ours", default="", help="Extra flags of `python -m mlx_lora.train`, in one string.")
-    parser.add_argument("--timeout", type=float, default=1800, help="Seconds any one process may take.")
+    parser.add_argument("--timeout", type=float, default=1800, help="Seconds allowed for each process.")
     parser.add_argument("--out", help="JSON file of everything.")
     parser.add_argument("--plot", help="PNG of peak memory against sequence length and vocabulary.")
     args = parser.parse_args(argv)
@@ -153,10 +153,10 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure every curve; 0 done, 1 when a run failed."""
+    """Measure every curve; return 0, or 1 if a run failed."""
     args = arguments(argv)
     curves: dict[str, list[dict[str, Any]]] = {}
-    measured: dict[Point, dict[str, Any]] = {}  # the base point lies on most curves
+    measured: dict[Point, dict[str, Any]] = {}  # the base point is on most curves
     for what in args.vary:
         for point in points(what):
             with tempfile.TemporaryDirectory(prefix="scaling-") as temporary:

@@ -1,18 +1,18 @@
-"""What serving many adapters costs: speed of mixed batches, switching, memory, and agreement with `generate`.
+"""Measure serving many adapters: speed of mixed batches, switching, memory, and agreement with `generate`.
 
     python benchmarks/serving.py --model DIR
     python benchmarks/serving.py --model DIR --ranks 4,8,16,32 --adapters 32 --batch 8
 
-Makes --adapters adapters of random factors over all linear layers, serves them from one engine, and measures
+Writes --adapters adapters with random factors over all linear layers, serves them from one engine, and measures
 
     agreement   greedy text and log-probabilities of every adapter, in mixed batches, against the adapter put on the
-                model as `generate` puts it
-    speed       tokens/s of a batch whose rows use one adapter, all different ones, and none: rounds in turn, so that
-                a busy machine slows all alike; the ratio is the median of each round's own. The same by CPU time,
-                which other processes disturb less: with OPENBLAS_NUM_THREADS=1, for waiting threads count too
-    switching   what a batch's change of adapters adds: the index arrays of all layers, and a whole step with new
+                model as in `generate`
+    speed       tokens/s of a batch whose rows use one adapter, all different ones, and none: in alternating rounds, so
+                that other load slows all alike; the ratio is the median of the rounds' ratios. The same by CPU time,
+                which other load disturbs less; this needs OPENBLAS_NUM_THREADS=1, because waiting threads count too
+    switching   the cost of a batch with new adapters: the index arrays of all layers, and a whole step with new
                 adapters less a step with known ones
-    memory      MLX's active bytes with all adapters, less the base's, over the adapters' own bytes
+    memory      MLX's active bytes with all adapters, less the base's, relative to the adapters' bytes
 
 A round is --tokens steps of --batch rows, prompts cached, end tokens ignored. Ends with one line of JSON.
 
@@ -52,7 +52,7 @@ MB = 1e6
 
 
 def write_adapter(base: Base, folder: Path, rank: int, seed: int) -> Path:
-    """Write an adapter of random factors, large enough to change answers and small enough to leave them text."""
+    """Write an adapter with random factors, large enough to change answers and small enough that they stay text."""
     twin = Base(**{**vars(base), "model": unrouted_twin(base.model)})
     chosen = select_targets(twin.model, "all-linear")
     inject(twin.model, chosen.paths, rank, 2.0, seed=seed)
@@ -105,7 +105,7 @@ class Serving:
     def run(
         self, adapters: list[str | None], tokens: int, top_logprobs: int | None = None
     ) -> tuple[float, list[list[Event]]]:
-        """Generate one row per entry, together; return seconds and the rows' events."""
+        """Generate one row per entry in one batch, and return seconds and the rows' events."""
         queues: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in adapters]
         sampling = Sampling(temperature=0, top_logprobs=top_logprobs)
         start = time.perf_counter()
@@ -121,7 +121,7 @@ class Serving:
 
 
 def agreement(serving: Serving, batch: int, tokens: int) -> dict[str, Any]:
-    """Compare every adapter in mixed batches with itself on the model as `generate` has it."""
+    """Compare every adapter in mixed batches with the same adapter put on the model as in `generate`."""
 
     def alone(name: str, row: int) -> tuple[list[int], list[float]]:
         def work(store: AdapterStore) -> tuple[list[int], list[float]]:
@@ -148,7 +148,7 @@ def agreement(serving: Serving, batch: int, tokens: int) -> dict[str, Any]:
 
 
 def speed(serving: Serving, batch: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """Time the kinds of batches in turn."""
+    """Time the kinds of batches alternately."""
     kinds: dict[str, list[str | None]] = {
         "one": [serving.names[0]] * batch,
         "mixed": list(serving.names[:batch]),
@@ -161,7 +161,7 @@ def speed(serving: Serving, batch: int, tokens: int, rounds: int) -> dict[str, A
         for kind in order:
             before = time.process_time()
             seconds, _ = serving.run(kinds[kind], tokens)
-            if turn:  # the first fills caches
+            if turn:  # the first round fills caches
                 times[kind].append(seconds)
                 work[kind].append(time.process_time() - before)
             print(f"round {turn} {kind}: {batch * tokens / seconds:.1f} tokens/s", file=sys.stderr, flush=True)
@@ -178,7 +178,7 @@ def speed(serving: Serving, batch: int, tokens: int, rounds: int) -> dict[str, A
 
 
 def switching(serving: Serving, batch: int, rounds: int) -> dict[str, Any]:
-    """Time what new adapters in a batch cost: planning alone, and within a step."""
+    """Time the cost of new adapters in a batch: planning alone, and within a step."""
 
     def work(store: AdapterStore) -> tuple[list[float], list[float]]:
         model, routing = serving.engine.base.model, serving.engine._routing
@@ -210,7 +210,7 @@ def switching(serving: Serving, batch: int, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print a table, end with one line of JSON."""
+    """Measure, print a table, and end with one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--adapters", type=int, default=32)
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--agreement-tokens", type=int, default=24, help="0 leaves the comparison out")
+    parser.add_argument("--agreement-tokens", type=int, default=24, help="0 skips the comparison")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         serving = Serving(arguments, Path(folder))

@@ -1,17 +1,17 @@
-"""A server under load: many clients, random adapters, cancels, malformed bodies, loads and unloads.
+"""Test a server under load: many clients, random adapters, cancellations, malformed bodies, loads and unloads.
 
     python benchmarks/serving_load.py --model DIR --adapter bard=DIR --adapter tutor=DIR --seconds 600
     python benchmarks/serving_load.py --seconds 60
 
-Without --model a small random model and five adapters are made. Every greedy answer is compared with what its adapter
-said alone, before the load; `guest` is loaded from two folders in turn and unloaded, so its answers may be
-either's, or the error that there is no such model. What counts as a fault:
+Without --model a small random model and five adapters are written. Every greedy answer is compared with its adapter's
+answer before the load; `guest` is loaded alternately from two folders and unloaded, so its answers may be those of
+either, or the error that there is no such model. The faults are:
 
-    unmeant    a status that the request did not ask for (500, a broken connection, 4xx on a good request)
+    unmeant    an unexpected status (500, a broken connection, 4xx on a good request)
     wrong      an answer of another adapter, or of none
-    leaks      requests unfinished at the end; bytes of adapters or of MLX that grew between the first minute and the last
+    leaks      unfinished requests at the end; bytes of adapters or of MLX that grew between the first minute and the last
 
-Ends with one line of JSON; exit code 1 when there is any fault.
+Ends with one line of JSON; the exit code is 1 if there is any fault.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CONTENT = {"Content-Type": "application/json"}
 
 
 class Load:
-    """What clients do, and what was wrong with the answers."""
+    """The clients' actions, and the faults in the answers."""
 
     def __init__(self, url: str, names: list[str], guests: dict[str, Path], tokens: int, seed: int):
         self.client = httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=64))
@@ -69,7 +69,7 @@ class Load:
         return {"model": model, "prompt": prompt, "max_tokens": self.tokens, "temperature": 0, **more}
 
     async def learn(self, model: str, as_name: str | None = None) -> None:
-        """Ask alone what a model says."""
+        """Return a model's answer without other load."""
         for prompt in PROMPTS:
             answer = await self.client.post("/v1/completions", json=self.body(model, prompt))
             self.meant[as_name or model, prompt] = answer.json()["choices"][0]["text"]
@@ -157,7 +157,7 @@ class Load:
 
 
 def resident_bytes(pid: int) -> int | None:
-    """Return a process's resident size where /proc tells it."""
+    """Return a process's resident size, if /proc has it."""
     status = Path(f"/proc/{pid}/status")
     if not status.exists():
         return None
@@ -166,7 +166,7 @@ def resident_bytes(pid: int) -> int | None:
 
 
 def small_model(folder: Path) -> tuple[Path, dict[str, Path]]:
-    """Write a random model and five adapters, in a process of its own: this one stays small."""
+    """Write a random model and five adapters in another process, so that this one stays small."""
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, 'tests')\n"
         "from conftest import tiny_model, write_folder; from make_adapters import make_adapter\n"
@@ -229,7 +229,7 @@ async def run(arguments: argparse.Namespace, url: str, adapters: dict[str, Path]
 
 
 def main() -> None:
-    """Start a server, load it, print the figures."""
+    """Start a server, put it under load, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model")
     parser.add_argument("--adapter", action="append", default=[], help="NAME=DIR; all of one folder's")

@@ -1,12 +1,12 @@
-"""Compare trainers on one machine in one run: speed, memory, and proof that they do the same work.
+"""Compare the speed and memory of trainers on one machine, and check that they do the same work.
 
     python benchmarks/versus.py --model DIR --data FILE.json --seconds 120 --out versus.json
     python benchmarks/versus.py --model DIR --data FILE.json --sides mlx_lora,mlx-lm,peft-grouped --steps 20
 
-Every run is a fresh process; rounds alternate (A B A B ...), so that drift of the machine meets all sides; medians
-and extremes are printed. Same folder, rows, rank, layers, initial factors and learning rate for all. Before any
-timing, every side computes its loss on the same 8 rows with the same perturbed adapter; sums and counts must agree.
-docs/benchmarks.md says what is counted. Ends with one line of JSON.
+Every run is a new process; rounds alternate (A B A B ...), so that drift of the machine affects all sides; medians and
+extremes are printed. All have the same folder, rows, rank, layers, initial factors and learning rate. Before timing,
+every side computes its loss on the same 8 rows with the same perturbed adapter; sums and counts must agree.
+docs/benchmarks.md explains what is counted. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RATIOS = ("supervised_tokens_per_s", "steady_tokens_per_s", "peak_allocator_byte
 
 
 class Disagreement(Exception):
-    """Two sides compute different losses from the same factors and rows: no speed may be compared."""
+    """Two sides compute different losses from the same factors and rows, so their speed cannot be compared."""
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -54,10 +54,10 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="Folder of the base model, as mlx-lm reads it.")
     parser.add_argument("--data", required=True, help="Data file: chats, instructions or text records.")
     parser.add_argument("--sides", default=f"{OURS},mlx-lm", help=f"By comma, of: {', '.join(SIDES)}.")
-    parser.add_argument("--reference", default="mlx-lm", help="The side that ratios are taken to.")
+    parser.add_argument("--reference", default="mlx-lm", help="The side that ratios are relative to.")
     parser.add_argument("--rounds", type=int, default=3)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="Steps per run, 2 at least.")
+    length.add_argument("--steps", type=int, help="Steps per run, at least 2.")
     length.add_argument("--seconds", type=float, help="Seconds per run after its first step (default 60).")
     parser.add_argument("--rows", type=int, default=0, help="Use this many rows, spaced evenly by length; 0: all.")
     parser.add_argument("--as-text", action="store_true", help="Train on all tokens of each row as plain text.")
@@ -65,15 +65,17 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=2.0, help="alpha / rank, for every side.")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--batch-size", type=int, default=4, help="Rows per step of mlx-lm and peft-padded.")
-    parser.add_argument("--batch-tokens", type=int, default=1024, help="Positions per step, ours and peft's others.")
-    parser.add_argument("--max-seq-length", type=int, default=2048, help="Longer rows are left out for all sides.")
+    parser.add_argument(
+        "--batch-tokens", type=int, default=1024, help="Positions per step of ours and peft's other sides."
+    )
+    parser.add_argument("--max-seq-length", type=int, default=2048, help="Longer rows are skipped for all sides.")
     parser.add_argument("--grad-checkpoint", action="store_true", help="For every side.")
     parser.add_argument("--ours", default="", help="Extra flags of `python -m mlx_lora.train`, in one string.")
     parser.add_argument(
         "--python", action="append", default=[], metavar="SIDE=PATH", help="Interpreter of a side with other packages."
     )
-    parser.add_argument("--seed", type=int, default=0, help="Of the factors; round n shuffles with seed n.")
-    parser.add_argument("--timeout", type=float, default=7200, help="Seconds any one process may take.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the factors; round n shuffles with seed n.")
+    parser.add_argument("--timeout", type=float, default=7200, help="Seconds allowed for each process.")
     parser.add_argument("--out", help="JSON file of everything, raw rounds included.")
     parser.add_argument("--keep", help="Folder to keep jobs, logs and results in (default: a temporary one).")
     args = parser.parse_args(argv)
@@ -97,7 +99,7 @@ def check_agreement(checks: dict[str, dict[str, Any]], reference: str, tolerance
     """Compare every side's check with the reference's.
 
     Raises:
-        Disagreement: other token ids, another count, or loss sums further apart than `tolerance`.
+        Disagreement: token ids or counts differ, or loss sums differ by more than `tolerance`.
     """
     wanted, problems = checks[reference], []
     for name, found in checks.items():
@@ -106,7 +108,7 @@ def check_agreement(checks: dict[str, dict[str, Any]], reference: str, tolerance
         if found["count"] != wanted["count"]:
             problems.append(f"{name} trains {found['count']} tokens of the check rows, {reference} {wanted['count']}")
         apart = abs(found["loss_sum"] - wanted["loss_sum"]) / abs(wanted["loss_sum"])
-        if not apart <= tolerance:  # NaN lands here too
+        if not apart <= tolerance:  # NaN too
             problems.append(
                 f"{name}: loss sum {found['loss_sum']:.4f}, {reference} {wanted['loss_sum']:.4f}, "
                 f"{apart:.1e} apart, {tolerance:g} allowed"
@@ -128,7 +130,7 @@ def summarize(rounds: dict[str, list[dict[str, Any]]], reference: str) -> dict[s
 
 
 def make_bench(args: argparse.Namespace, folder: Path) -> Bench:
-    """Return what all sides share."""
+    """Return the common settings of all sides."""
     settings = {
         "model": args.model,
         "rank": args.rank,
@@ -178,7 +180,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def timed(bench: Bench, side: Side, number: int, total: int) -> dict[str, Any]:
-    """Time one run and say how it went."""
+    """Time one run and print its result."""
     run = time_run(bench, side, number)
     say(
         f"round {number + 1}/{total} {side.name}: {run['supervised_tokens_per_s']:.1f} supervised tokens/s over "
@@ -193,7 +195,7 @@ def say(text: str) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the comparison; 0 done, 1 when a side failed or the losses disagree."""
+    """Run the comparison; return 0, or 1 if a side failed or the losses disagree."""
     args = arguments(argv)
     with tempfile.TemporaryDirectory(prefix="versus-") as temporary:
         folder = Path(args.keep or temporary)

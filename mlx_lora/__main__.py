@@ -1,4 +1,4 @@
-"""`mlx-lora X` and `python -m mlx_lora X`: the commands as one group, each loaded when it is called."""
+"""`mlx-lora X` and `python -m mlx_lora X`: the group of all commands, each loaded when it is called."""
 
 from __future__ import annotations
 

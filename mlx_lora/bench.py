@@ -44,9 +44,13 @@ def main() -> None:
 @click.option("--workload", "names", multiple=True, help="One workload by name; may be repeated.")
 @click.option("--out", type=str, default=str(RESULTS), help=f"File (.json) or folder [default: {RESULTS}].")
 @click.option(
-    "--steps", type=click.IntRange(3, 10**6), help="Run so many steps instead: the result is marked, not comparable."
+    "--steps",
+    type=click.IntRange(3, 10**6),
+    help="Run this many steps instead; the result is marked as not comparable.",
 )
-@click.option("--seconds", type=click.FloatRange(0.1, 10**6), help="End each so long after its first step; marked too.")
+@click.option(
+    "--seconds", type=click.FloatRange(0.1, 10**6), help="End each this long after its first step; marked too."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result on standard output.")
 def run_command(
     tiers: tuple[str, ...], names: tuple[str, ...], out: str, steps: int | None, seconds: float | None, as_json: bool
@@ -84,7 +88,7 @@ def run_command(
 
 
 def run_one(workload: Workload, probe: dict[str, Any], folder: Path, length: Length) -> dict[str, Any]:
-    """Run a workload, and say what came of it."""
+    """Run a workload, and print its result."""
     console.echo(f"{workload.name} ...")
     entry = run_workload(workload, probe, folder, length)
     figures = entry["figures"]
@@ -127,7 +131,7 @@ def compare_command(paths: tuple[Path, ...], markdown: bool, across_versions: bo
 def report_command(paths: tuple[Path, ...], out: Path, across_versions: bool) -> None:
     """Write one HTML page of result files, or folders of them (default: benchmarks/results)."""
     if not paths and not RESULTS.exists():
-        raise InputError(f"no result named, and no {RESULTS} here; name files or folders")
+        raise InputError(f"no result named, and there is no {RESULTS}; name files or folders")
     results, problems = read_results(paths or (RESULTS,))
     for line in problems:
         console.echo(line)

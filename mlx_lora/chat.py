@@ -25,7 +25,7 @@ from mlx_lora.settings.resolve import train_settings
 from mlx_lora.system import console
 from mlx_lora.system.errors import InputError
 
-# One comparison may ask more adapters than generate at once; the rest wait for a row.
+# A comparison may ask more adapters than generate at once; the others wait.
 WAITING = 4096
 
 
@@ -35,10 +35,10 @@ WAITING = 4096
     "--adapter",
     "adapters",
     multiple=True,
-    help="NAME=DIR or NAME=OWNER/NAME of the hub; any number of them, and the first answers first.",
+    help="NAME=DIR or NAME=OWNER/NAME of the hub; may be repeated; the first one answers at the start.",
 )
 @click.option("--blend", "blends", multiple=True, help="NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT ... of loaded adapters.")
-@click.option("--ignore-fingerprint", is_flag=True, help="Take adapters of another base of the same shape.")
+@click.option("--ignore-fingerprint", is_flag=True, help="Use adapters of another base of the same shape.")
 @click.option("--system-prompt", type=str, default=None, help="System message before the conversation.")
 @click.option(
     "-m", "--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Most tokens of an answer."
@@ -57,7 +57,7 @@ def main(
         raise InputError(f"--temp {temp}: not a finite number; give 0 for greedy, or about 0.7")
     model = train_settings(flags.given(options)).model
     sources = adapter_sources(adapters, blends)
-    sampling = Sampling(temperature=temp, top_p=top_p or 1.0, seed=seed)  # 0 is mlx-lm's word for off
+    sampling = Sampling(temperature=temp, top_p=top_p or 1.0, seed=seed)  # 0 means off in mlx-lm
     engine = Engine(lambda: load_base(model), Limits(max_waiting=WAITING), ignore_fingerprint)
     try:
         check_names("--adapter", sources, (BASE, base_name(engine.base)))
@@ -75,13 +75,13 @@ def main(
 
 
 def check(chat: Conversation) -> None:
-    """See before the first question that somebody can answer, and with the system prompt.
+    """Check before the first question that a model can answer, and with the system prompt.
 
     Raises:
-        InputError: nobody has a chat template, or it does not take the system prompt.
+        InputError: there is no chat template, or it does not accept the system prompt.
     """
     if not any(chat.has_template(name) for name in chat.names):
-        raise InputError("--model: has no chat template, and no --adapter brings one; use mlx_lora.generate")
+        raise InputError("--model: has no chat template, and no --adapter has one; use mlx_lora.generate")
     if chat.system and chat.has_template(chat.name):
         try:
             chat.check_system()
@@ -90,7 +90,7 @@ def check(chat: Conversation) -> None:
 
 
 def talk(lines: ChatLines, chat: Conversation) -> None:
-    """Take lines until they end, with Ctrl-D or Ctrl-C at the prompt, or with the file on standard input."""
+    """Read lines until Ctrl-D or Ctrl-C at the prompt, or the end of standard input."""
     read = reader()
     console.echo(f"{chat.name} answers; /help lists the commands")
     with contextlib.suppress(EOFError, KeyboardInterrupt), interrupts(lines.interrupt):
@@ -98,19 +98,19 @@ def talk(lines: ChatLines, chat: Conversation) -> None:
             pass
         return
     if sys.stdin.isatty():
-        console.echo()  # the shell's prompt begins a line of its own
+        console.echo()  # so that the shell's prompt begins a new line
 
 
 @contextlib.contextmanager
 def interrupts(stop: Callable[[], bool]) -> Iterator[None]:
-    """Give Ctrl-C to `stop` while it has something to stop; otherwise it is the usual KeyboardInterrupt."""
+    """Let Ctrl-C call `stop` while it has something to stop; otherwise it raises KeyboardInterrupt."""
 
     def handle(number: int, frame: Any) -> None:
         if not stop():
             raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
-    if before != signal.SIG_IGN:  # who started us in the background may have chosen that
+    if before != signal.SIG_IGN:  # a parent that starts us in the background may ignore it
         signal.signal(signal.SIGINT, handle)
     try:
         yield
@@ -119,7 +119,7 @@ def interrupts(stop: Callable[[], bool]) -> Iterator[None]:
 
 
 def reader() -> Callable[[str], str]:
-    """Return what asks for a line: with a prompt and line editing on a terminal, by itself from a pipe."""
+    """Return a function that reads a line, on a terminal with a prompt and line editing."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() its editing and history
@@ -137,7 +137,7 @@ def reader() -> Callable[[str], str]:
 
 
 def screen() -> Screen:
-    """Return standard output for answers, as they are in a pipe, and standard error for everything else."""
+    """Return a screen with answers on standard output, unchanged in a pipe, and all else on standard error."""
     terminal = sys.stdout.isatty()
 
     def write(text: str) -> None:
@@ -151,7 +151,7 @@ def screen() -> Screen:
 
 
 def shown(text: str) -> str:
-    """Return a model's text without what a terminal would obey."""
+    """Return a model's text without control characters of terminals."""
     return "".join(c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else f"\\x{ord(c):02x}" for c in text)
 
 

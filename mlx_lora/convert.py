@@ -1,9 +1,9 @@
 """Convert a GGUF file or a Hugging Face model into an MLX folder.
 
-python -m mlx_lora.convert --model model.gguf --out model-mlx                 GGUF blocks as they are
+python -m mlx_lora.convert --model model.gguf --out model-mlx                 GGUF blocks unchanged
 python -m mlx_lora.convert --model Qwen/Qwen3-0.6B --out qwen3-4bit           4-bit affine, group 64
 python -m mlx_lora.convert --model DIR --out DIR --no-quantize --dtype bfloat16
-python -m mlx_lora.convert --model DIR --out DIR --bits 3 --report text.txt   and what it cost
+python -m mlx_lora.convert --model DIR --out DIR --bits 3 --report text.txt   and the loss of quality
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from mlx_lora.system.errors import InputError
 
 @click.command(cls=console.Command)
 @click.option("--model", required=True, help="Hub id, local folder or .gguf file.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
-@click.option("--bits", type=int, help="Quantize at 2, 3, 4, 5, 6 or 8 bits [default: 4; GGUF: as it is].")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--bits", type=int, help="Quantize at 2, 3, 4, 5, 6 or 8 bits [default: 4; GGUF: unchanged].")
 @click.option("--group-size", type=int, help="Weights per scale: 32, 64 or 128 [default: 64].")
-@click.option("--mode", type=click.Choice(MODES), help="Form of quantization [default: affine].")
+@click.option("--mode", type=click.Choice(MODES), help="Kind of quantization [default: affine].")
 @click.option("--no-quantize", is_flag=True, help="Write all weights in --dtype.")
 @click.option(
     "--dtype",
@@ -101,7 +101,7 @@ def _print_summary(out: Path, conversion: Conversion) -> None:
     console.echo(f"{out}: {conversion.model_type}, tensors: {counts}; {size}; {conversion.elapsed_s:.1f} s")
     for kind, errors in conversion.summary()["errors"].items():
         figures = f"mean {errors['mean']:.2%}, max {errors['max']:.2%}"
-        console.echo(f"  {kind} quantized anew: {errors['tensors']} tensors, relative error {figures}")
+        console.echo(f"  {kind} requantized: {errors['tensors']} tensors, relative error {figures}")
     if conversion.skipped:
         shown = ", ".join(conversion.skipped[:4]) + (" ..." if len(conversion.skipped) > 4 else "")
         console.echo(f"  left in float, width not a multiple of the group: {len(conversion.skipped)} ({shown})")

@@ -1,4 +1,4 @@
-"""Look at this machine before a training does: memory, versions, arithmetic, speed, disk, hub.
+"""Check this machine before training: memory, versions, arithmetic, speed, disk, hub.
 
 python -m mlx_lora.doctor
 python -m mlx_lora.doctor --json --no-hub
@@ -30,19 +30,19 @@ from mlx_lora.system.units import GIB
 from mlx_lora.training.kernel_report import known_table, measure_usual, table_lines
 
 PACKAGES = ("mlx", "mlx-metal", "mlx-lm", "transformers", "tokenizers", "huggingface-hub", "numpy", "gguf")
-# Package, versions below this, what is wrong with them. The self-test finds faults of versions nobody has listed.
+# Package, first good version, and the fault of earlier ones. The self-test also finds faults of unlisted versions.
 KNOWN_BAD = (
     ("mlx", "0.32.0", "quantized products of more than 32,768 rows are wrong on Metal (mflux#489)"),
     ("mlx", "0.32.1", "nvfp4 products with few rows are wrong on Metal (mlx#3854)"),
     ("mlx-lm", "0.32", "older than what adapters and models here are built on"),
 )
-ROOM_BYTES = 20e9  # a 7B model in float16, its 4-bit form and checkpoints
+ROOM_BYTES = 20e9  # a 7B model in float16, its 4-bit copy and checkpoints
 HUB_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the screen: what was looked at, how it is, what was found, and what to do about it."""
+    """One line of the report: what was checked, its status, what was found, and advice."""
 
     name: str
     status: Literal["ok", "warning", "failed"]
@@ -57,7 +57,7 @@ class Check:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(hub: bool, show_kernels: bool, as_json: bool) -> int:
-    """Check this machine for training; ends with 1 when something is wrong."""
+    """Check this machine for training; the exit code is 1 if something is wrong."""
     here, versions = device.current_device(), installed_versions()
     checks = [*check_versions(versions), check_memory(here), check_blas(here), *check_arithmetic(), check_repeats()]
     rates, speed = check_speed()
@@ -85,7 +85,7 @@ def main(hub: bool, show_kernels: bool, as_json: bool) -> int:
 
 
 def screen(here: device.Device, versions: dict[str, str | None], checks: list[Check]) -> list[str]:
-    """Return the lines for a person."""
+    """Return the report's lines."""
     installed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     lines = [f"{here.header()}; {platform.platform()}", installed, ""]
     for check in checks:
@@ -99,7 +99,7 @@ def screen(here: device.Device, versions: dict[str, str | None], checks: list[Ch
 
 
 def installed_versions() -> dict[str, str | None]:
-    """Return the versions that matter, None for what is not installed."""
+    """Return the versions of the packages that matter, None for those not installed."""
     versions: dict[str, str | None] = {"mlx-lora": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -110,7 +110,7 @@ def installed_versions() -> dict[str, str | None]:
 
 
 def check_versions(versions: dict[str, str | None]) -> list[Check]:
-    """Compare with the versions that are known to be wrong."""
+    """Check for versions that are known to be wrong."""
     bad = [
         Check("versions", "failed", f"{name} {versions[name]}: {why}", f"pip install -U {name}")
         for name, below, why in KNOWN_BAD
@@ -120,7 +120,7 @@ def check_versions(versions: dict[str, str | None]) -> list[Check]:
 
 
 def check_memory(here: device.Device) -> Check:
-    """Say what a run may use."""
+    """Return the memory that a run may use."""
     found = f"{here.memory_bytes / GIB:.0f} GiB, of which a run may use {here.working_set_bytes / GIB:.1f}"
     if here.working_set_bytes < 4 * GIB:
         advice = "enough for models up to 1B in 4 bits with --grad-checkpoint block"
@@ -129,21 +129,21 @@ def check_memory(here: device.Device) -> Check:
 
 
 def check_blas(here: device.Device) -> Check:
-    """Say what multiplies on a CPU."""
+    """Check which library computes products on a CPU."""
     if here.backend != "cpu":
         return Check("BLAS", "ok", f"{BLAS.name}; products run on the GPU")
     return Check("BLAS", "ok" if BLAS.fast else "warning", BLAS.name, BLAS.advice)
 
 
 def check_arithmetic() -> list[Check]:
-    """Run the self-test; each wrong product is a line of its own."""
+    """Run the self-test; each wrong product gets its own line."""
     findings = list(self_test())
     bad = [
         Check(
             "arithmetic",
             "failed",
             f"{one.what}: off by {one.error:.1e} of the largest number, {one.bound:.0e} is rounding",
-            "do not train here with that dtype or form; another mlx version may be right: tell mlx's authors",
+            "do not train here with that dtype or quantization; try another mlx version, and report this to mlx",
         )
         for one in findings
         if not one.good
@@ -156,16 +156,16 @@ def check_arithmetic() -> list[Check]:
 
 
 def check_repeats() -> Check:
-    """See whether the same step gives the same bits each time."""
+    """Check whether the same step gives the same bits each time."""
     changing = changing_gradients()
     if changing:
-        found = f"gradients of {' and '.join(changing)} change in their last bits from one time to the next"
+        found = f"gradients of {' and '.join(changing)} change in their last bits from run to run"
         return Check("repeats", "warning", found, "two runs with one seed will agree to rounding, not bit for bit")
     return Check("repeats", "ok", "gradients of embeddings and experts have the same bits each time")
 
 
 def check_speed() -> tuple[dict[str, dict[str, float]], list[Check]]:
-    """Measure products per dtype and memory, and compare the dtype a run takes with the others."""
+    """Measure products per dtype and memory, and compare the dtype that runs use with the others."""
     rates = {}
     for name in ("float32", "bfloat16", "float16"):
         ceilings = measure_ceilings(name, rounds=3)
@@ -180,7 +180,7 @@ def check_speed() -> tuple[dict[str, dict[str, float]], list[Check]]:
 
 
 def check_kernels(table: list[dict[str, Any]]) -> Check:
-    """Say which training kernels were measured here, and which of them are used; a wrong one is not used."""
+    """Return which training kernels were measured here, and which are used; wrong ones are not."""
     if not table:
         return Check("kernels", "ok", "none measured here yet: the first training does, or --kernels")
     counts = Counter((row["kernel"], row["chosen"]) for row in table)
@@ -194,17 +194,17 @@ def check_kernels(table: list[dict[str, Any]]) -> Check:
 
 
 def check_cache() -> Check:
-    """See whether downloads and converted models have a place."""
+    """Check whether downloads and converted models can be stored."""
     folder = cache_dir("models").parent
-    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         return Check(
             "disk", "failed", f"{folder}: cannot write there ({error.strerror})", "set MLX_LORA_CACHE to a folder"
         )
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(existing).free
     found = f"{folder}: {free / 1e9:.0f} GB free"
     return (
         Check("disk", "ok", found)
@@ -214,7 +214,7 @@ def check_cache() -> Check:
 
 
 def check_hub() -> Check:
-    """Ask the hub whether it is there."""
+    """Check whether the hub can be reached."""
     if constants.HF_HUB_OFFLINE:
         return Check("hub", "warning", "HF_HUB_OFFLINE is set", "unset it to download models")
     try:

@@ -39,8 +39,8 @@ from mlx_lora.training.trainer import held_out_loss
 @click.option("--batch-tokens", type=click.IntRange(min=2), default=None, help="Tokens per batch, padding included.")
 @click.option("--forgetting", is_flag=True, help="Compare with the base on --data, general text, general chat, probes.")
 @click.option("--against", multiple=True, help="With --forgetting: another adapter to measure beside it; repeatable.")
-@click.option("--general-text", type=str, default=None, help="With --forgetting: data in place of the built-in texts.")
-@click.option("--general-chat", type=str, default=None, help="With --forgetting: data in place of the built-in chats.")
+@click.option("--general-text", type=str, default=None, help="With --forgetting: data instead of the built-in texts.")
+@click.option("--general-chat", type=str, default=None, help="With --forgetting: data instead of the built-in chats.")
 @click.option("--report", type=str, default=None, help="With --forgetting: write a page with pictures to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
@@ -52,7 +52,7 @@ def main(
     settings = train_settings(flags.given(options))
     if not settings.data.data:
         raise InputError("--data is required: a data file, or a folder with a test or valid split")
-    general = {name: place for name, place in ((TEXT, general_text), (CHAT, general_chat)) if place}
+    general = {name: source for name, source in ((TEXT, general_text), (CHAT, general_chat)) if source}
     if not forgetting:
         only = {
             "--against": against,
@@ -75,7 +75,7 @@ def main(
         raise InputError("--forgetting: no adapter; give --adapter-path")
     page = Path(report).expanduser() if report else None
     if page is not None and (page.is_dir() or not page.parent.is_dir()):
-        raise InputError(f"--report {report}: not a file in a folder that is there; name one, as in forgetting.html")
+        raise InputError(f"--report {report}: not a file in an existing folder; name one, as in forgetting.html")
     adapters = [resolve_adapter(adapter_path, adapter_revision), *(resolve_adapter(other, None) for other in against)]
     base = load_base(settings.model)
     found = measure_forgetting(base, adapters, settings.data, general, ignore_fingerprint, batch_tokens, console.echo)

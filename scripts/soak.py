@@ -1,12 +1,12 @@
-"""Kill a training run with -9 again and again, resume it, and compare what comes out with a run that was left alone.
+"""Kill a training run with -9 repeatedly, resume it, and compare its adapter with that of an undisturbed run.
 
     python scripts/soak.py [--kills 200] [--per-run 5]
 
 A run of the tests' tiny model, with dropout, accumulation, a validation every 2nd and a checkpoint every step, is
-killed `--per-run` times at moments drawn by chance, then left to finish: its adapter must be, byte for byte, that of
-the run nobody touched. Then the next run starts. Moments are drawn over the whole life of the process, start-up
-included, and every third one waits for a save or a validation to be under way. Prints where the kills fell,
-and one JSON line; ends with 1 when any adapter differs.
+killed `--per-run` times at random moments, then finishes: its adapter must equal that of the undisturbed run byte for
+byte. Then the next run starts. Moments are drawn over the whole life of the process, with its start, and half of the
+kills wait for a save or a validation. Prints what the runs were doing when killed, and one JSON line; the exit code is 1
+if any adapter differs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STEPS = 12
 
 
 def command(model: Path, data: Path, folder: Path) -> list[str]:
-    """Return the training command; it goes on from whatever is in the folder."""
+    """Return the training command, which resumes from the folder."""
     words = (
         "train", "--model", model, "--data", data, "--adapter-path", folder, "--iters", STEPS, "--batch-tokens", 512,
         "--grad-accumulation-steps", 2, "--dropout", 0.1, "--rank", 8, "--steps-per-report", 1, "--steps-per-eval", 2,
@@ -57,12 +57,12 @@ def checksum(folder: Path) -> str:
 
 
 def saving(folder: Path) -> bool:
-    """Whether a checkpoint is being written."""
+    """Tell whether a checkpoint is being written."""
     return any((folder / "checkpoints").glob(".step-*"))
 
 
 def validating(folder: Path) -> bool:
-    """Whether the last line of the metrics is of a step after which a validation comes."""
+    """Tell whether the last line of the metrics is of a step that a validation follows."""
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     try:
@@ -72,8 +72,8 @@ def validating(folder: Path) -> bool:
     return last["val_loss"] is None and last["step"] % 2 == 0
 
 
-def place(folder: Path) -> str:
-    """Return what the run was doing, as far as its folder tells."""
+def moment(folder: Path) -> str:
+    """Return what the run was doing, judging by its folder."""
     if saving(folder):
         return "in a save"
     if validating(folder):
@@ -84,13 +84,13 @@ def place(folder: Path) -> str:
 
 
 def kill_once(line: list[str], folder: Path, chance: random.Random, usual_s: float) -> str | None:
-    """Start the run, kill it, and return where; None when it had ended before."""
+    """Start the run, kill it, and return what it was doing; None if it had already ended."""
     child = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(chance.uniform(0.3, 1) * usual_s)
     wanted = chance.choice([saving, validating, None, None])
     while wanted and child.poll() is None and not wanted(folder):
         time.sleep(0.0005)
-    where = place(folder)
+    where = moment(folder)
     alive = child.poll() is None
     child.kill()
     child.wait()
@@ -103,7 +103,7 @@ def main() -> int:
     parser.add_argument("--per-run", type=int, default=5, help="kills before a run may finish")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    chance, places, bad, runs = random.Random(options.seed), Counter(), 0, 0
+    chance, moments, bad, runs = random.Random(options.seed), Counter(), 0, 0
     with tempfile.TemporaryDirectory() as root_name:
         root = Path(root_name)
         os.environ["MLX_LORA_CACHE"] = str(root / "cache")
@@ -111,7 +111,7 @@ def main() -> int:
         began_s = time.perf_counter()
         subprocess.run(command(model, data, root / "whole"), check=True, stderr=subprocess.DEVNULL)
         usual_s, expected = time.perf_counter() - began_s, checksum(root / "whole")
-        while sum(places.values()) < options.kills:
+        while sum(moments.values()) < options.kills:
             folder = root / f"run-{runs}"
             if runs % 3 == 0:  # so that some kills fall into the encoding of the data
                 shutil.rmtree(root / "cache", ignore_errors=True)
@@ -120,17 +120,17 @@ def main() -> int:
                 where = kill_once(line, folder, chance, usual_s)
                 if where is None:
                     break
-                places[where] += 1
-                if sum(places.values()) % options.per_run == 0:
+                moments[where] += 1
+                if sum(moments.values()) % options.per_run == 0:
                     break
             code = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
             same = code == 0 and checksum(folder) == expected
             bad += not same
             runs += 1
-            print(f"run {runs}: {sum(places.values())} kills, {'same bytes' if same else 'DIFFERENT'}", flush=True)
+            print(f"run {runs}: {sum(moments.values())} kills, {'same bytes' if same else 'DIFFERENT'}", flush=True)
             shutil.rmtree(folder)
-    print("; ".join(f"{where}: {count}" for where, count in places.most_common()))
-    print(json.dumps({"kills": sum(places.values()), "runs": runs, "different": bad, "places": dict(places)}))
+    print("; ".join(f"{where}: {count}" for where, count in moments.most_common()))
+    print(json.dumps({"kills": sum(moments.values()), "runs": runs, "different": bad, "places": dict(moments)}))
     return 1 if bad else 0
 
 

@@ -232,7 +232,7 @@ def test_refused_uploads_are_one_line_and_leave_the_files(exported, tmp_path):
         assert "may not write there" in attempt(server.endpoint, HF_TOKEN="hf_read")
         assert "HF_HUB_OFFLINE" in attempt(server.endpoint, HF_TOKEN="hf_write", HF_HUB_OFFLINE="1")
         server.repos["me/tuned"] = {"private": False, "files": {}}
-        assert "there already, and public" in attempt(server.endpoint, "private", HF_TOKEN="hf_write")
+        assert "already exists, and is public" in attempt(server.endpoint, "private", HF_TOKEN="hf_write")
         assert server.repos["me/tuned"]["files"] == {}
     assert "Hugging Face is unreachable" in attempt("http://127.0.0.1:9", HF_TOKEN="hf_write")
     assert {p.name: p.read_bytes() for p in exported.iterdir()} == before

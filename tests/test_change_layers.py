@@ -192,7 +192,7 @@ def test_a_layer_type_is_its_file_its_row_and_its_test(found):
     peft, gguf, row = facts["refused"]
     assert "is of a type that PEFT does not have" in peft
     assert "is of a type that llama.cpp's adapters do not have" in gguf
-    assert "adapts layers in a way of its own" in row
+    assert "cannot be served row by row" in row
     close, far = facts["fused"]
     assert close < 1e-4 < far
     assert facts["left"] == 0

@@ -72,7 +72,7 @@ def test_a_day_that_nothing_shows_or_that_is_none_is_refused(tmp_path):
         load_data(DataSettings(data=data, chat_date="2026-01-05"), byte_tokenizer(), 0)
     ran = run("train", "--model", "m", "--data", data, "--adapter-path", tmp_path / "a", "--chat-date", "5 Jan")
     assert ran.code == 2
-    assert "--chat-date '5 Jan': not a day; write it as in 2026-11-26" in ran.err
+    assert "--chat-date '5 Jan': not a date; write it as in 2026-11-26" in ran.err
 
 
 def test_an_evaluation_is_of_the_day_it_is_told(tmp_path):
@@ -106,7 +106,7 @@ def test_a_run_goes_on_tomorrow_with_todays_date(tiny_folder, tmp_path, monkeypa
     clock(monkeypatch, NEXT)
     another = run(*common, "--adapter-path", tmp_path / "a", "--iters", 6, "--resume", "--chat-date", "2026-01-06")
     assert another.code == 2
-    assert "another run than this: rows" in another.err
+    assert "from another run: rows" in another.err
 
 
 def test_a_template_without_a_date_leaves_none_in_the_settings(tiny_folder, chats, tmp_path):

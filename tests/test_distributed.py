@@ -110,7 +110,7 @@ def test_two_processes_take_the_steps_of_one(alone, pair):
 def test_one_process_goes_on_from_the_checkpoint_of_two(alone, pair, tiny_folder, chats, tmp_path):
     folder = until(pair[0], tmp_path / "a", 6)
     ran = run("train", *command(tiny_folder, chats, folder, "--resume"))
-    assert (ran.code, "Going on from step 6" in ran.err) == (0, True)
+    assert (ran.code, "Resuming from step 6" in ran.err) == (0, True)
     assert_same_run(alone, folder)
 
 
@@ -121,7 +121,7 @@ def test_two_go_on_from_the_checkpoint_of_one_which_only_rank_0_has(alone, tiny_
         [train(*command(tiny_folder, chats, place, "--resume")) for place in (folder, elsewhere)], tmp_path / "ranks"
     ).wait()
     assert ended.codes == [0, 0], ended.errs
-    assert "Going on from step 3" in ended.errs[0]
+    assert "Resuming from step 3" in ended.errs[0]
     assert_same_run(alone, folder)
     assert not elsewhere.exists()
 
@@ -322,7 +322,7 @@ def test_two_resume_bit_for_bit_with_dropout(tiny_folder, chats, tmp_path):
         words = train(*command(tiny_folder, chats, tmp_path / name, "--dropout", 0.2, *extra))
         ended = Started([words, words], tmp_path / f"{name} ranks").wait()
         assert ended.codes == [0, 0], ended.errs
-        assert ("Going on from step 3" in ended.errs[0]) == ("--resume" in extra)
+        assert ("Resuming from step 3" in ended.errs[0]) == ("--resume" in extra)
         return tmp_path / name
 
     whole = go("whole")

@@ -68,9 +68,9 @@ def test_a_run_goes_on_without_a_text(tiny_folder, chats, tmp_path, monkeypatch)
     ran = run("train", "--model", tiny_folder, "--data", chats, "--adapter-path", out, "--iters", 2)
     assert ran.code == 0, ran.err
     (sample,) = json.loads((out / "report.json").read_text())["samples"]
-    assert sample["before"].startswith("(no text could be made: generation fails with this model: [broadcast_shapes]")
+    assert sample["before"].startswith("(no text: generation fails with this model: [broadcast_shapes]")
     assert sample["after"] == sample["before"]
-    assert "no text could be made" in (out / "report.html").read_text()
+    assert "(no text: generation" in (out / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -115,4 +115,4 @@ def test_a_model_that_cannot_generate_trains_and_says_so(chats, tmp_path):
     out = tmp_path / "a"
     ran = run("train", "--model", folder, "--data", chats, "--adapter-path", out, "--iters", 1, "--batch-size", 2)
     assert ran.code == 0, ran.err
-    assert "no text could be made" in (out / "report.html").read_text()
+    assert "(no text: generation" in (out / "report.html").read_text()

@@ -109,7 +109,7 @@ def test_a_divergence_puts_the_last_good_checkpoint_back(poisoned, tmp_path):
     ran = run(*words, "--save-every", 1)
     assert ran.code == 1
     assert "not finite 10 times in a row" in ran.lines[-1]
-    assert "is put back" in ran.lines[-1]
+    assert "is restored" in ran.lines[-1]
     assert "--learning-rate" in ran.lines[-1]
     left = sorted((tmp_path / "a" / "checkpoints").iterdir())
     newest = read_checkpoint(left[-1])
@@ -164,14 +164,14 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(writing, disk, tiny_f
         rest = process.stderr.read()
         assert process.wait(60) == 1, rest
     assert "Traceback" not in rest
-    assert "is whole: mend the cause, then go on from it with --resume" in rest.splitlines()[-1]
+    assert "is complete: fix the cause, then continue from it with --resume" in rest.splitlines()[-1]
     (disk / "filler").unlink()
     for checkpoint in (disk / "a" / "checkpoints").glob("step-*"):
         read_checkpoint(checkpoint)
     taken = max(int(path.name[5:]) for path in (disk / "a" / "checkpoints").glob("step-*"))
     ran = run(*endless, "--resume", "--iters", taken + 3)
     assert ran.code == 0, ran.err
-    assert f"Going on from step {taken}" in ran.err
+    assert f"Resuming from step {taken}" in ran.err
 
 
 def test_a_data_file_that_goes_away_is_missed_only_by_the_next_run(tiny_folder, chats, tmp_path):
@@ -464,7 +464,7 @@ def test_a_supervised_run_dies_and_goes_on(tiny_folder, chats, tmp_path):
         wait_for(process, "step 9/")
         subprocess.run(["pkill", "-SEGV", "-P", str(process.pid)], check=True)
         wait_for(process, "The training process died (SIGSEGV)")
-        wait_for(process, "Going on from step")
+        wait_for(process, "Resuming from step")
         wait_for(process, "step ")
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()

@@ -199,7 +199,7 @@ def prefer(name: str, keys: tuple[int, ...] = (64, 128), loss: str | None = None
     keep_figures(figures_key("gated activation", of, mx.float32), table(ROWS["gated activation"].candidates, best))
     if loss:
         key = figures_key(loss_choice.NAME, (TINY["vocab_size"], TINY["hidden_size"], "float"), mx.float32)
-        keep_figures(key, table([*loss_choice.FORMS, "plain"], loss))
+        keep_figures(key, table([*loss_choice.LOSS_KERNELS, "plain"], loss))
 
 
 def losses(folder) -> list[float]:
@@ -281,7 +281,7 @@ def test_a_run_goes_on_with_other_kernels(tiny_folder, chats, tmp_path):
     assert run("train", *common, "--iters", 2, "--adapter-path", parts).code == 0
     went_on = run("train", *common, "--adapter-path", parts, "--resume", "--kernels", MLX)
     assert went_on.code == 0, went_on.err
-    assert "Going on from step 2" in went_on.err
+    assert "Resuming from step 2" in went_on.err
     assert losses(parts)[-1] == pytest.approx(losses(whole)[-1], rel=1e-4)
 
 
@@ -323,17 +323,17 @@ def test_a_chosen_kernel_that_is_wrong_on_this_model_is_not_used(own_cache, tiny
 def test_a_form_of_the_loss_that_is_wrong_on_this_model_gives_way_to_the_other(own_cache, monkeypatch):
     prefer("tiled", loss="rows")
     model = adapted()
-    assert choose_loss(model, TINY).form == "rows"
-    right = loss_choice.FORMS["rows"]
+    assert choose_loss(model, TINY).kernel == "rows"
+    right = loss_choice.LOSS_KERNELS["rows"]
 
     def wrong(*args, **kwargs):
         return right(*args, **kwargs) * (mx.arange(len(args[2])) % 2 * 0.02 + 0.99)  # cancels in the sum
 
-    monkeypatch.setitem(loss_choice.FORMS, "rows", wrong)
-    assert choose_loss(model, TINY).form == "tiles"
-    monkeypatch.setitem(loss_choice.FORMS, "tiles", wrong)
+    monkeypatch.setitem(loss_choice.LOSS_KERNELS, "rows", wrong)
+    assert choose_loss(model, TINY).kernel == "tiles"
+    monkeypatch.setitem(loss_choice.LOSS_KERNELS, "tiles", wrong)
     found = choose_loss(model, TINY)
-    assert found.form == "plain"
+    assert found.kernel == "plain"
     assert "rows differs by" in found.description
     assert choose_loss(model, TINY, MLX).description == "plain cross-entropy (--kernels mlx)"
 
@@ -358,7 +358,7 @@ def test_the_heads_loss_is_measured_on_the_models_own_head(own_cache, monkeypatc
     found = read_figures(figures_key(loss_choice.NAME, loss_choice.head_class(find_head(model, TINY)), mx.float32))
     assert found.keys() == {"tiles", "rows", "plain"}
     assert all(one.correct for one in found.values())
-    assert loss.form == loss_choice.choose_form(found)
+    assert loss.kernel == loss_choice.choose_kernel(found)
     choose_loss(model, TINY, say=lines.append)
     assert len(lines) == 1
 

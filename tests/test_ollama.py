@@ -118,7 +118,7 @@ def test_a_default_system_text_is_the_modelfiles(folder, tmp_path):
     assert 'SYSTEM """Be kind."""\n' in (tmp_path / "out" / "Modelfile").read_text()
     byte_tokenizer(template("plain"), merges=MERGES).save_pretrained(model)
     ran = export(model, tmp_path / "out", "--force")
-    assert "TEMPLATE is left out" in ran.err
+    assert "there is no TEMPLATE" in ran.err
     assert (tmp_path / "out" / "Modelfile").read_text() == "FROM ./model.gguf\n"
 
 

@@ -240,7 +240,7 @@ def test_foreign_and_misshapen_tensors_are_gathered(tiny_folder, tmp_path):
     with pytest.raises(InputError) as raised:
         our_logits(tiny_folder, tmp_path / "p")
     message = str(raised.value)
-    assert "q_proj.bias is no LoRA factor" in message
+    assert "q_proj.bias is not a LoRA factor" in message
     assert "layers.7.self_attn.q_proj is not in the model" in message
     assert "layers.0.self_attn.q_proj has B, not A and B" in message
     assert "layers.1.self_attn.q_proj has factors for 3 -> 64" in message

@@ -23,7 +23,7 @@ from mlx_lora.planner.memory import tile_shape
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.losses import PLAIN, Arrays, choose_loss, plain_loss
 from mlx_lora.training.step import Step
-from mlx_lora.training.trial import choose_step_form
+from mlx_lora.training.trial import choose_step_variant
 
 
 def adapted(model: nn.Module) -> nn.Module:
@@ -52,8 +52,8 @@ def test_a_llama_needs_no_fallback_and_stays_as_it_was():
     model = adapted(tiny_model())
     loss = choose_loss(model, TINY)
     before, key = parameters(model), mx.random.state[0].tolist()
-    form = choose_step_form(model, TINY, loss, tiled_attention, "tiny")
-    assert (form.loss, form.attend, form.compiled, form.notes) == (loss, tiled_attention, True, ())
+    variant = choose_step_variant(model, TINY, loss, tiled_attention, "tiny")
+    assert (variant.loss, variant.attend, variant.compiled, variant.notes) == (loss, tiled_attention, True, ())
     assert not model.training
     assert mx.random.state[0].tolist() == key
     after = parameters(model)
@@ -65,16 +65,16 @@ def test_a_llama_needs_no_fallback_and_stays_as_it_was():
 def test_what_a_model_computes_on_its_way_does_not_stop_or_mislead_the_step(kind):
     """DBRX reads values while it is traced; Gemma 3n overwrites frozen weights. Their steps are those of plain mlx."""
     model, config = adapted(tiny_architecture(kind)), tiny_config(kind)
-    form = choose_step_form(model, config, choose_loss(model, config), tiled_attention, kind)
-    assert form.compiled is (kind != "dbrx")
-    assert any("not compiled" in note for note in form.notes) is (kind == "dbrx")
+    variant = choose_step_variant(model, config, choose_loss(model, config), tiled_attention, kind)
+    assert variant.compiled is (kind != "dbrx")
+    assert any("not compiled" in note for note in variant.notes) is (kind == "dbrx")
     batch = some_batch()
     frozen = {name: value for name, value in parameters(model).items() if ".lora_" not in name}
     model.train()
     (expected, count), grads = nn.value_and_grad(model, plain_loss)(model, *Arrays.of(batch))
     expected, count = expected.item(), count.item()
     norm = mx.sqrt(sum(mx.square(g).sum() for _, g in tree_flatten(grads))).item() / count
-    step = Step(model, optim.SGD(0.1), form.loss.train, 0.0, form.attend, compiled=form.compiled)
+    step = Step(model, optim.SGD(0.1), variant.loss.train, 0.0, variant.attend, compiled=variant.compiled)
     found = step([batch])
     assert found.loss_sum.item() == pytest.approx(expected, rel=1e-4)
     assert found.grad_norm.item() == pytest.approx(norm, rel=1e-3)
@@ -88,18 +88,18 @@ def test_what_a_model_computes_on_its_way_does_not_stop_or_mislead_the_step(kind
 def test_our_kernels_are_left_out_where_they_fail():
     model = adapted(tiny_model())
     loss = choose_loss(model, TINY)
-    form = choose_step_form(model, TINY, loss, refuse, "tiny")
-    assert (form.loss, form.attend, form.compiled) == (loss, None, True)
-    assert "the model's own kernels instead of ours" in form.notes[0]
-    assert "[refuse] not here" in form.notes[0]
+    variant = choose_step_variant(model, TINY, loss, refuse, "tiny")
+    assert (variant.loss, variant.attend, variant.compiled) == (loss, None, True)
+    assert "the model's own kernels instead of ours" in variant.notes[0]
+    assert "[refuse] not here" in variant.notes[0]
 
 
 def test_the_fused_loss_is_left_out_where_it_fails():
     model = adapted(tiny_model())
     broken = replace(choose_loss(model, TINY), train=refuse)
-    form = choose_step_form(model, TINY, broken, tiled_attention, "tiny")
-    assert (form.loss, form.attend, form.compiled) == (PLAIN, None, True)
-    assert "plain instead of fused loss" in form.notes[0]
+    variant = choose_step_variant(model, TINY, broken, tiled_attention, "tiny")
+    assert (variant.loss, variant.attend, variant.compiled) == (PLAIN, None, True)
+    assert "plain instead of fused loss" in variant.notes[0]
 
 
 class Deaf(nn.Module):
@@ -134,7 +134,7 @@ def test_a_model_without_a_gradient_is_refused_in_one_line():
     config = {**TINY, "model_type": "rwkv7"}
     words = r"--model some/model: mlx-lm's rwkv7 cannot be trained here \(\[Primitive::vjp\] Not implemented"
     with pytest.raises(InputError, match=words) as refused:
-        choose_step_form(model, config, choose_loss(model, config), tiled_attention, "some/model")
+        choose_step_variant(model, config, choose_loss(model, config), tiled_attention, "some/model")
     assert "\n" not in str(refused.value)
     after = parameters(model)
     assert all(np.array_equal(after[name], before[name]) for name in before)
@@ -157,4 +157,4 @@ def test_our_own_slips_are_not_taken_for_a_models():
     model = adapted(tiny_model())
     broken = replace(choose_loss(model, TINY), train=lambda *_: (tile_shape(None, 8, 8), None))
     with pytest.raises(TypeError):
-        choose_step_form(model, TINY, broken, tiled_attention, "tiny")
+        choose_step_variant(model, TINY, broken, tiled_attention, "tiny")

@@ -74,7 +74,7 @@ def make(job: dict[str, Any]) -> dict[str, Any]:
     family, folder = FAMILIES[job["family"]], Path(job["folder"])
     model = random_model(family)
     model.save_pretrained(folder)
-    weights = model.state_dict() if family.own_form else load_file(folder / "model.safetensors")
+    weights = model.state_dict() if family.own_layout else load_file(folder / "model.safetensors")
     save_file(as_mlx_lm_reads(family, weights), folder / "model.safetensors", {"format": "pt"})
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))

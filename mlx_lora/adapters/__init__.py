@@ -1,1 +1,1 @@
-"""Low-rank layers over a frozen base, and where they are put."""
+"""Low-rank layers over a frozen base, and the choice of the layers that get them."""

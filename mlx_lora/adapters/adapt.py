@@ -1,4 +1,4 @@
-"""From a run's adapter settings to an adapted model: targets, shapes, layer type, init, and what is trained in full."""
+"""Adapt a model by a run's settings: targets, shapes, layer type, init, and what is trained in full."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mlx_lora.system.errors import InputError
 
 @dataclass(frozen=True)
 class Adapted:
-    """What was put on a model.
+    """The adapter that was put on a model.
 
     Attributes:
         method: the preset.
-        targets: adapted layers; for `full` the modules trained.
-        rank, scale: of layers without a pattern; AdaLoRA's rank is the one it starts with.
-        full: names of parameters trained beside the factors.
+        targets: adapted layers; for `full`, the trained modules.
+        rank, scale: of layers without a pattern; for AdaLoRA, the initial rank.
+        full: names of parameters trained in addition to the factors.
     """
 
     method: Method
@@ -33,22 +33,22 @@ class Adapted:
 
 
 def starting_rank(settings: AdapterSettings) -> int:
-    """Return the rank that layers start with: AdaLoRA has half as much again to cut from (arXiv 2303.10512, 4.1)."""
+    """Return the layers' initial rank, which for AdaLoRA is 1.5 times its target (arXiv 2303.10512, 4.1)."""
     if settings.method_name != "adalora":
         return settings.rank
     return settings.adalora_init_rank or -(-3 * settings.rank // 2)
 
 
 def adapt_model(model: nn.Module, settings: AdapterSettings, seed: int) -> Adapted:
-    """Freeze `model`, adapt it as the settings say, and make trainable what is trained in full.
+    """Freeze `model`, adapt it by the settings, and make the parameters trainable that are trained in full.
 
     Args:
         model: an unadapted mlx-lm model; changed in place.
-        settings: checked ones.
+        settings: already checked.
         seed: of the initial factors.
 
     Raises:
-        InputError: targets, patterns, modules or biases that the model does not have, or that exclude each other.
+        InputError: the model lacks targets, patterns, modules or biases, or they exclude each other.
     """
     method = PRESETS[settings.method_name]
     model.freeze()

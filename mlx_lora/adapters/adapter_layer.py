@@ -1,25 +1,24 @@
-"""The base class of all adapter layers: a frozen layer, a low-rank pair of factors over it, and what every target gets.
+"""The base class of all adapter layers: a frozen layer, a low-rank pair of factors, and their export to each format.
 
     before   self_attn.q_proj: Linear | QuantizedLinear
     after    self_attn.q_proj: LoRALinear(linear: the same object, lora_a, lora_b)
 
-A new layer type is a subclass for each kind of base that it wraps, and a row in registry.py for each. It computes
-(`__call__`), says what it adds to the weight (`delta`), and names what it trains beside the factors (`BESIDE`). PEFT,
-llama.cpp and serving refuse it until it says that they have it.
+A new layer type needs a subclass and a row in registry.py for each kind of base that it wraps. The subclass computes
+the output (`__call__`) and what is added to the weight (`delta`), and names the arrays that it trains in addition to the
+factors (`BESIDE`). Exports to PEFT and llama.cpp and serving refuse it until it says that they support it.
 
-Shapes: r rank, R the rank of all pairs joined; in and out are the base's own widths. The factors are float32 masters in
-mlx-lm's names and orientation: `lora_a` (in, r) and `lora_b` (r, out), where an embedding's in is its vocabulary, and of
-E experts (E, r, in) and (E, out, r). They are cast to the activation's dtype inside the call. Left float32 against
-bfloat16 activations, as mlx-lm has them, they would turn every later activation into float32 at twice the memory traffic.
+Shapes: r rank, R the rank of all pairs joined; in and out are the base's widths. The factors are float32 masters with
+mlx-lm's names and orientation: `lora_a` (in, r) and `lora_b` (r, out), where an embedding's in is its vocabulary, and for
+E experts (E, r, in) and (E, out, r). They are cast to the activation's dtype inside the call: mlx-lm's float32 factors
+turn all later bfloat16 activations into float32, with twice the memory traffic.
 
-While a method trains, a layer may hold more:
+While a method trains, a layer may have more arrays:
 
     lora_e             (r,) trained gains, one per rank: D = scale A diag(e) B (AdaLoRA, arXiv 2303.10512, eq. 3)
-    start_a, start_b   frozen, where A and B began: D = scale (A B - A0 B0) (PiSSA, 2404.02948, over the whole base)
-    fixed_a, fixed_b   frozen factors beside the trained ones, the scale in fixed_b: the cycles that ReLoRA has
-                       merged (2307.05695)
+    start_a, start_b   frozen initial A and B: D = scale (A B - A0 B0) (PiSSA, arXiv 2404.02948, over the whole base)
+    fixed_a, fixed_b   frozen factors of ReLoRA's finished cycles, with the scale in fixed_b (arXiv 2307.05695)
 
-`plain_factors` writes all of it as one pair, so what is stored is LoRA whatever the method was.
+`plain_factors` returns all of them as one pair, so the stored adapter is LoRA for every method.
 
 Source: LoRA, arXiv 2106.09685, eq. 3: h = W0 x + (alpha / r) B A x.
 """
@@ -38,16 +37,16 @@ Factors = tuple[mx.array, mx.array]
 
 
 class AdapterLayer(nn.Module):
-    """A frozen layer and what is trained over it.
+    """A frozen layer with trained factors.
 
     Attributes:
         LAYER_TYPE: the registry's name of the type, which adapter_config.json stores as `fine_tune_type`.
         OVER: the kind of base that it wraps: LINEAR, EMBEDDING or SWITCH of parts.py.
-        BESIDE: names of arrays that are trained and stored beside the factors.
+        BESIDE: names of arrays that are trained and stored in addition to the factors.
         KEEPS_PRODUCT: whether the backward pass needs the layer's output before it is scaled; the planner counts it.
-        NOT_IN_PEFT, NOT_IN_GGUF, NOT_FOR_A_ROW: why PEFT, llama.cpp's adapters or a row of a served batch cannot have
-            this layer, as a predicate of a sentence; None where they can.
-        adapts_head: False where an embedding leaves the output head that is tied to it as it was.
+        NOT_IN_PEFT, NOT_IN_GGUF, NOT_FOR_A_ROW: why PEFT, llama.cpp's adapters or a row of a served batch cannot use
+            this layer, as a predicate of a sentence; None if they can.
+        adapts_head: False if an embedding's adapter does not adapt the output head tied to it.
     """
 
     LAYER_TYPE: str
@@ -56,16 +55,16 @@ class AdapterLayer(nn.Module):
     KEEPS_PRODUCT = False
     NOT_IN_PEFT: str | None = "is of a type that PEFT does not have"
     NOT_IN_GGUF: str | None = "is of a type that llama.cpp's adapters do not have"
-    NOT_FOR_A_ROW: str | None = "adapts layers in a way of its own"
+    NOT_FOR_A_ROW: str | None = "cannot be served row by row"
     adapts_head = True
 
     def __init__(self, base: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0):
         """Wrap `base`.
 
         Args:
-            base: of a kind in OVER; kept as it is.
-            lora_a, lora_b: float32, in the orientation that the file's docstring names.
-            scale: alpha / r, or whatever the method's scale axis says.
+            base: of a kind in OVER; not changed.
+            lora_a, lora_b: float32, in the orientation that the module's docstring describes.
+            scale: alpha / r, or what the method's scaling rule gives.
             dropout: probability with which an input feature of the adapter is dropped while training.
         """
         super().__init__()
@@ -82,7 +81,7 @@ class AdapterLayer(nn.Module):
 
     @property
     def holds(self) -> str:
-        """The name under which the frozen layer lies inside, mlx-lm's."""
+        """The attribute with the frozen layer, named as in mlx-lm."""
         return "embedding" if self.OVER is EMBEDDING else "linear"
 
     @property
@@ -92,7 +91,7 @@ class AdapterLayer(nn.Module):
 
     @property
     def weight(self) -> mx.array:
-        """The frozen layer's weight as floats, float32: (out, in), (vocabulary, width) or (E, out, in)."""
+        """The frozen layer's weight in float32: (out, in), (vocabulary, width) or (E, out, in)."""
         return dense_weight(self.base).astype(mx.float32)
 
     @property
@@ -102,7 +101,7 @@ class AdapterLayer(nn.Module):
 
     @property
     def rank_axes(self) -> dict[str, int]:
-        """The axis of each factor that counts ranks."""
+        """The rank axis of each factor."""
         return {"lora_a": 1, "lora_b": 2 if self.OVER is SWITCH else 0}
 
     @property
@@ -111,15 +110,15 @@ class AdapterLayer(nn.Module):
         return [name for name in ("lora_a", "lora_b", "lora_e", *self.BESIDE) if name in self]
 
     def _side_by_side(self, *pairs: Factors) -> Factors:
-        """Return pairs of factors as one, whose product is the sum of theirs."""
+        """Return one pair of factors, whose product is the sum of the pairs' products."""
         a_axis, b_axis = self.rank_axes.values()
         return mx.concatenate([a for a, _ in pairs], axis=a_axis), mx.concatenate([b for _, b in pairs], axis=b_axis)
 
     def effective_factors(self) -> Factors:
-        """Return the trained pair as one product, in R ranks, float32, without the scale and the fixed factors.
+        """Return the trained factors as one pair with R ranks, float32, without the scale and the fixed factors.
 
-        A B - A0 B0 is taken as A (B - B0) + (A - A0) B0: zero at the start in any dtype, and in 16 bits the updates
-        are not lost beside the large factors that they belong to.
+        A B - A0 B0 is computed as A (B - B0) + (A - A0) B0: it is zero at the start in any dtype, and in 16 bits the
+        updates are not lost to rounding of the large factors.
         """
         a, b = self.lora_a, self.lora_b
         if "start_a" in self:
@@ -129,22 +128,22 @@ class AdapterLayer(nn.Module):
         return a, b
 
     def plain_factors(self) -> Factors:
-        """Return one pair in R ranks, float32, with scale * A B = all low-rank products that the layer adds."""
+        """Return one pair with R ranks, float32, so that scale * A B is the sum of all products that the layer adds."""
         a, b = self.effective_factors()
         if "fixed_a" in self:
             a, b = self._side_by_side((a, b), (self.fixed_a, self.fixed_b / self.scale))
         return a, b
 
     def merge(self, a: mx.array, b: mx.array) -> None:
-        """Freeze a cycle's factors beside the base (ReLoRA).
+        """Add a cycle's factors to the frozen ones (ReLoRA).
 
-        Frozen factors wider than the layer itself are written as one product, which is the same function: a
-        run of many cycles does not grow without end.
+        Frozen factors with more ranks than the layer's narrower side are replaced by one product, which is the same
+        function, so that memory does not grow with the number of cycles.
         """
         b = self.scale * b
         if "fixed_a" in self:
             a, b = self._side_by_side((self.fixed_a, self.fixed_b), (a, b))
-        wide, tall = (b, a) if self.OVER is SWITCH else (a, b)  # experts' are stored transposed: the product is B A
+        wide, tall = (b, a) if self.OVER is SWITCH else (a, b)  # experts' factors are transposed: the product is B A
         rows, columns = wide.shape[-2], tall.shape[-1]
         if wide.shape[-1] > min(rows, columns):
             unit = mx.broadcast_to(mx.eye(min(rows, columns)), (*wide.shape[:-2], *[min(rows, columns)] * 2))
@@ -161,7 +160,7 @@ class AdapterLayer(nn.Module):
         return self.scale * (a @ b if self.OVER is EMBEDDING else (a @ b).T)
 
     def delta(self) -> mx.array:
-        """Return what the adapter adds to the weight, in the weight's shape, float32."""
+        """Return the adapter's change of the weight, in the weight's shape, float32."""
         return self.product()
 
     def merged(self) -> mx.array:
@@ -173,57 +172,57 @@ class AdapterLayer(nn.Module):
         return with_weight(self.base, self.merged())
 
     def check_tied_head(self, path: str, tied: bool) -> None:
-        """Refuse to fold in an adapter that leaves the tied head alone.
+        """Refuse to fold in an adapter that does not adapt the tied head.
 
         Args:
             path: of the layer, for the error.
             tied: whether the model's output head is its embedding.
 
         Raises:
-            InputError: one weight cannot be both.
+            InputError: one weight cannot be both adapted and not.
         """
         if tied and not self.adapts_head:
             raise InputError(
-                f"{path}: its adapter leaves the tied head alone, and one weight cannot hold both; keep the adapter apart"
+                f"{path}: its adapter leaves the tied head alone, and one weight cannot hold both; keep the adapter separate"
             )
 
     def finish(self) -> None:
-        """Compute once what no longer changes, for an adapter that is no longer trained."""
+        """Compute once what no longer changes, after training."""
 
     def stored(self, scale: float) -> dict[str, mx.array]:
-        """Return what adapters.safetensors holds of this layer, by name.
+        """Return this layer's arrays in adapters.safetensors, by name.
 
         Args:
-            scale: what the stored product is multiplied by; B takes up a difference to the layer's own. Ranks that
-                AdaLoRA switched off are left out, but for one, since no reader knows a rank of zero.
+            scale: the factor on the stored product; a different scale of the layer is multiplied into B. Ranks that
+                AdaLoRA switched off are not stored, except one, because no reader supports rank zero.
         """
         a, b = self.plain_factors()
         if "lora_e" in self:
-            on = self.lora_e.reshape(-1, self.lora_e.shape[-1]).any(axis=0).tolist()  # of experts: on in any
+            on = self.lora_e.reshape(-1, self.lora_e.shape[-1]).any(axis=0).tolist()  # for experts: on in any of them
             kept = mx.array([rank for rank, is_on in enumerate(on) if is_on] or [0])
             a, b = (mx.take(factor, kept, axis) for factor, axis in zip((a, b), self.rank_axes.values(), strict=True))
         b = b if self.scale == scale else b * (self.scale / scale)
         return {"lora_a": mx.contiguous(a), "lora_b": mx.contiguous(b), **{name: self[name] for name in self.BESIDE}}
 
     def transposed_factors(self) -> Factors:
-        """Return the factors as PEFT and llama.cpp have them: (r, in) and (out, r), of experts with E before."""
+        """Return the factors in PEFT's and llama.cpp's orientation: (r, in) and (out, r), for experts with E in front."""
         a, b = self.plain_factors()
         return (a, b) if self.OVER is SWITCH else (a.T, b.T)
 
     def to_peft(self, name: str, row_factors: mx.array | None, tied: bool) -> dict[str, dict[str, mx.array]]:
-        """Return what PEFT stores of this layer: module -> name within it -> tensor.
+        """Return this layer's tensors in PEFT's format: module -> name within it -> tensor.
 
-        Experts are bare tensors in PEFT, and artifacts/peft_experts.py joins them.
+        Experts are bare tensors in PEFT; artifacts/peft_experts.py joins them.
 
         Args:
             name: of the layer in transformers.
-            row_factors: (out, 1) by which mlx-lm multiplies the base's rows on loading; None for nothing.
+            row_factors: (out, 1), the factors by which mlx-lm multiplies the base's rows on loading; None for none.
             tied: whether the model's output head is its embedding.
         """
         a, b = self.transposed_factors()
         return {name: {"lora_A.weight": a, "lora_B.weight": b if row_factors is None else b / row_factors}}
 
     def serving_factors(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array | None]:
-        """Return what a row of a served batch needs: (in, r), (r, out) with the scale in it, and (out,) gains or None."""
+        """Return the arrays for a row of a served batch: (in, r), (r, out) times the scale, and (out,) gains or None."""
         a, b = self.plain_factors()
         return mx.contiguous(a.astype(dtype)), mx.contiguous((self.scale * b).astype(dtype)), None

@@ -1,9 +1,9 @@
-"""DoRA layers over any frozen base: the direction of each row turns by a low-rank update, its length is trained.
+"""DoRA layers: a low-rank update changes the direction of each row of a frozen weight, and its length is trained.
 
     before   self_attn.q_proj: Linear | QuantizedLinear
     after    self_attn.q_proj: DoRALinear(linear: the same object, lora_a, lora_b, m)
 
-Shapes: B batch, T time, V vocabulary, r rank; in and out are the base's own widths. Stored names are mlx-lm's.
+Shapes: B batch, T time, V vocabulary, r rank; in and out are the base's widths. Stored names are mlx-lm's.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from mlx_lora.adapters.parts import EMBEDDING, LINEAR
 
 
 class DoRALayer(AdapterLayer):
-    """What DoRA has in common over every kind of base: the trained lengths, and the turned weight.
+    """The common part of all DoRA layers: the trained lengths, and the adapted weight.
 
         W' = m / |W + D| (W + D),  D = scale A B, |.| the length of each row
 
-    `m` starts as the rows' own lengths, float32: (out,), (vocabulary,) or (E, out).
+    `m` is initialized to the rows' lengths, float32: (out,), (vocabulary,) or (E, out).
     """
 
     LAYER_TYPE = "dora"
@@ -37,35 +37,35 @@ class DoRALayer(AdapterLayer):
         mx.eval(self._squares, self.m)
 
     def row_lengths(self, dtype: mx.Dtype) -> mx.array:
-        """Return |W + D| in the shape of m, float32, without a gradient; products with W are computed in `dtype`."""
+        """Return |W + D| in the shape of m, float32, without gradient; products with W are computed in `dtype`."""
         raise NotImplementedError
 
     def lengths(self, dtype: mx.Dtype) -> mx.array:
-        """Return `row_lengths`, computed anew or as `finish` has kept them."""
+        """Return `row_lengths`, newly computed or as kept by `finish`."""
         return self.row_lengths(dtype) if self._kept_lengths is None else self._kept_lengths
 
     def finish(self) -> None:
-        """Compute |W + D| once and for all: generation calls the layer for every token."""
+        """Compute |W + D| once, because generation calls the layer for every token."""
         self._kept_lengths = self.row_lengths(mx.float32)
         mx.eval(self._kept_lengths)
 
     def merged(self) -> mx.array:
-        """Return the turned weight, float32."""
+        """Return the adapted weight, float32."""
         turned = self.weight + self.product()
         return turned * (self.m / mx.maximum(mx.linalg.norm(turned, axis=-1), 1e-15))[..., None]
 
     def delta(self) -> mx.array:
-        """Return what turning adds to the weight, float32."""
+        """Return the change of the weight, float32."""
         return self.merged() - self.weight
 
 
 class DoRALinear(DoRALayer):
-    """A frozen linear layer whose rows turn by a low-rank update and whose row lengths m are trained:
+    """A frozen linear layer with a low-rank update of its rows' directions and trained row lengths m:
 
         y = m / |W + D| (W x + D x) + bias,  D = scale (A B)^T
 
-    |W + D| are the row lengths, through which no gradient goes. They come from |W|^2, which never changes, and
-    products with the factors, so neither W nor D is made dense:
+    |W + D| are the row lengths, which get no gradient. They are computed from |W|^2, which never changes, and
+    products with the factors, so neither a dense W nor D is needed:
 
         |W + D|^2 = |W|^2 + 2 scale sum_r (W A) B^T + scale^2 sum_r (B^T A^T A) B^T      (each per row)
 
@@ -94,23 +94,23 @@ class DoRALinear(DoRALayer):
         return y - self.linear.bias if "bias" in self.linear else y
 
     def to_peft(self, name: str, row_factors: mx.array | None, tied: bool) -> dict[str, dict[str, mx.array]]:
-        """Return what PEFT stores: the factors and the lengths."""
+        """Return the factors and the lengths in PEFT's format."""
         own = super().to_peft(name, row_factors, tied)[name]
         return {name: {**own, "lora_magnitude_vector": self.m if row_factors is None else self.m / row_factors[:, 0]}}
 
     def serving_factors(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array | None]:
-        """Return what a row of a served batch needs; the gains are m / |W + D|."""
+        """Return the arrays for a row of a served batch; the gains are m / |W + D|."""
         a, b, _ = super().serving_factors(dtype)
         return a, b, (self.m / self.row_lengths(mx.float32)).astype(dtype)
 
 
 class DoRAEmbedding(DoRALayer):
-    """A frozen embedding whose rows turn by a low-rank update and whose row lengths m are trained, one per token:
+    """A frozen embedding with a low-rank update of its rows' directions and trained row lengths m, one per token:
 
         row(t) = m_t / |E_t + D_t| (E_t + D_t),  D = scale A B
 
-    No gradient goes through the lengths. As a tied head it multiplies by these same rows. So does mlx-lm;
-    PEFT instead has one length per column of an embedding, which is another function.
+    The lengths |E + D| get no gradient. As a tied head it multiplies by the same rows, as in mlx-lm;
+    PEFT has one length per column of an embedding instead, which is another function.
 
     Source: DoRA, arXiv 2402.09353, eq. 5 and section 4.3.
     """
@@ -128,7 +128,7 @@ class DoRAEmbedding(DoRALayer):
         if self._kept_lengths is not None:
             lengths = self._kept_lengths[tokens]
         else:
-            # The rows at hand only: not the whole vocabulary for a few tokens.
+            # Only these tokens' rows, not the whole vocabulary.
             whole = y + (self.lora_a[tokens] @ (self.scale * self.lora_b)).astype(y.dtype)
             lengths = mx.stop_gradient(mx.linalg.norm(whole.astype(mx.float32), axis=-1))
         return turned * (self.m[tokens] / mx.maximum(lengths, 1e-15)).astype(y.dtype)[..., None]

@@ -1,7 +1,7 @@
-"""Initial factors: a pure function of seed, layer path, shape and, for PiSSA, of the base's weight.
+"""Initial factors, a pure function of seed, layer path, shape and, for PiSSA, the base's weight.
 
-`a` is (in, r) and `b` (r, out), where an embedding's in is its vocabulary. Experts' are mlx-lm's (E, r, in) and
-(E, out, r), each expert with a draw of its own.
+`a` is (in, r) and `b` (r, out), where an embedding's in is its vocabulary. For experts they are mlx-lm's (E, r, in) and
+(E, out, r), drawn separately for each expert.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import math
 import mlx.core as mx
 import numpy as np
 
-# The narrower side up to which PiSSA's singular vectors are exact: beyond, an eigendecomposition takes
-# seconds a layer and the subspace iteration below takes products only.
+# PiSSA's singular vectors are exact up to this narrower side. Above it an eigendecomposition would take seconds per
+# layer, so the subspace iteration below is used, which takes only products.
 EXACT_UP_TO = 1024
 OVERSAMPLING, ROUNDS = 16, 16
 
@@ -21,7 +21,7 @@ OVERSAMPLING, ROUNDS = 16, 16
 def kaiming_factors(
     path: str, in_width: int, out_width: int, rank: int, seed: int, experts: int | None = None
 ) -> tuple[mx.array, mx.array]:
-    """Return `lora_a` uniform in +-1/sqrt(in) and `lora_b` zero, so that a fresh adapter changes nothing.
+    """Return `lora_a` uniform in +-1/sqrt(in) and `lora_b` zero, so that a new adapter changes nothing.
 
     PEFT's `kaiming_uniform_(a=sqrt(5))` and mlx-lm draw from this same distribution.
 
@@ -30,10 +30,10 @@ def kaiming_factors(
         in_width, out_width: the base's widths (an embedding's input width is its vocabulary).
         rank: r.
         seed: the run's seed.
-        experts: E, for a layer of experts: each gets a draw of its own.
+        experts: E, for a layer of experts, each with its own draw.
 
     Returns:
-        (in, r) and (r, out), float32; with experts (E, r, in) and (E, out, r), mlx-lm's orientation there.
+        (in, r) and (r, out), float32; with experts (E, r, in) and (E, out, r), as in mlx-lm.
 
     Source: LoRA, arXiv 2106.09685, section 4.1; He et al., arXiv 1502.01852.
     """
@@ -48,11 +48,11 @@ def kaiming_factors(
 def normal_factors(
     path: str, in_width: int, out_width: int, rank: int, seed: int, experts: int | None = None
 ) -> tuple[mx.array, mx.array]:
-    """Return both factors normal with deviation 0.02, for a layer whose gains start at zero.
+    """Return both factors, normal with standard deviation 0.02, for a layer whose gains start at zero.
 
     Arguments and shapes as in kaiming_factors.
 
-    Source: AdaLoRA, arXiv 2303.10512, section 3.1; the deviation is that of its code and of PEFT's.
+    Source: AdaLoRA, arXiv 2303.10512, section 3.1; the standard deviation is from its code and PEFT.
     """
     a_key, b_key = mx.random.split(path_key(path, seed))
     shapes = ((in_width, rank), (rank, out_width))
@@ -62,15 +62,15 @@ def normal_factors(
 
 
 def principal_factors(matrix: mx.array, rank: int, scale: float, key: mx.array) -> tuple[mx.array, mx.array]:
-    """Return factors whose product is the best approximation of `matrix` at this rank:
+    """Return factors whose product is the best approximation of `matrix` with this rank:
 
         scale a b = U_r S_r V_r^T,   a = U_r sqrt(S_r / scale),   b = sqrt(S_r / scale) V_r^T
 
     Args:
         matrix: (in, out), float.
         rank: at most the narrower side.
-        scale: what the product will be multiplied by.
-        key: random key of the subspace iteration, used where the narrower side is above EXACT_UP_TO.
+        scale: the factor that the product will be multiplied by.
+        key: random key of the subspace iteration, used if the narrower side is above EXACT_UP_TO.
 
     Returns:
         (in, r) and (r, out), float32.
@@ -92,11 +92,11 @@ def principal_factors(matrix: mx.array, rank: int, scale: float, key: mx.array) 
 def _exact_directions(matrix: mx.array, rank: int) -> mx.array:
     """Return the leading right singular vectors, (narrow, r), from the Gram matrix in float64 on the host.
 
-    Squaring halves the digits: of float64's sixteen, eight are left, more than float32 has.
+    Squaring halves the digits: of float64's sixteen, eight remain, more than float32 has.
     """
     tall = np.array(matrix)
     gram = np.zeros((tall.shape[1], tall.shape[1]))
-    for start in range(0, len(tall), 8192):  # an embedding in float64 at once would be gigabytes
+    for start in range(0, len(tall), 8192):  # a whole embedding in float64 would take gigabytes
         part = tall[start : start + 8192].astype(np.float64)
         gram += part.T @ part
     _, vectors = np.linalg.eigh(gram)  # ascending
@@ -106,7 +106,7 @@ def _exact_directions(matrix: mx.array, rank: int) -> mx.array:
 def _iterated(matrix: mx.array, rank: int, key: mx.array) -> mx.array:
     """Return the leading right singular vectors, (narrow, r), by subspace iteration on the device.
 
-    Exact where singular values fall off; a flat spectrum leaves them mixed with those just below rank r.
+    They are exact if singular values decrease fast; in a flat spectrum they are mixed with those just below rank r.
     """
     width = min(matrix.shape[1], rank + OVERSAMPLING)
     space = mx.random.normal((matrix.shape[1], width), key=key)
@@ -119,6 +119,6 @@ def _iterated(matrix: mx.array, rank: int, key: mx.array) -> mx.array:
 
 
 def path_key(path: str, seed: int) -> mx.array:
-    """Return the random key of one layer: it does not depend on which other layers are adapted."""
+    """Return the random key of one layer, which does not depend on the other adapted layers."""
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
     return mx.random.key(int.from_bytes(digest[:8], "little"))

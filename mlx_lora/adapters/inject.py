@@ -1,4 +1,4 @@
-"""Put adapters on a model, train modules in full beside them, and freeze everything else."""
+"""Put adapters on a model, make modules trainable that are trained in full, and freeze everything else."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def inject(
     """Freeze `model` and wrap the layers at `paths`; the factors become its only trainable parameters.
 
     Args:
-        model: changed in place. A fresh adapter leaves its outputs as they were, whatever the init.
+        model: changed in place. A new adapter does not change its outputs, with any init.
         paths: full paths from `select_targets`.
         rank: r; larger than a layer's narrower side is allowed but wasteful, as in PEFT.
         scale: factor on the low-rank product.
         dropout: on the adapter's input.
         seed: of the initial factors.
-        shapes: path -> (rank, scale), where a layer has its own.
+        shapes: path -> (rank, scale), for layers that have their own.
         layer_type: a layer type of the registry, `lora` or `dora`.
         init: `kaiming`, `pissa` or `svd` (methods.py); the last two with the layer type `lora` only.
 
     Raises:
-        InputError: a layer that the layer type does not fit, or a rank that a layer's principal directions do not reach.
+        InputError: the layer type does not support a layer, or a layer has fewer principal directions than the rank.
     """
     model.freeze()
     modules = dict(model.named_modules())
@@ -82,7 +82,7 @@ def _adapted(
         a, b = mx.stack([pair[1] for pair in pairs]), mx.stack([pair[0] for pair in pairs])
     layer = wrap(base, (a, b), scale, dropout)
     layer.start_a, layer.start_b = a, b
-    mx.eval(layer.trainable_parameters())  # a weight at a time is dense, not all of them
+    mx.eval(layer.trainable_parameters())  # so that only one weight at a time is dense
     return layer
 
 
@@ -91,10 +91,10 @@ def _experts(base: nn.Module) -> int | None:
 
 
 def fresh_factors(path: str, layer: AdapterLayer, seed: int) -> tuple[mx.array, mx.array]:
-    """Return new initial factors for an adapted layer, of its own rank and orientation.
+    """Return new initial factors for an adapted layer, with its rank and orientation.
 
     Args:
-        path: names the draw; ReLoRA adds the cycle to it.
+        path: decides the random draw, with the seed; ReLoRA adds the cycle to it.
         layer: an adapter layer.
         seed: of the run.
     """
@@ -102,11 +102,11 @@ def fresh_factors(path: str, layer: AdapterLayer, seed: int) -> tuple[mx.array, 
 
 
 def train_in_full(model: nn.Module, paths: tuple[str, ...]) -> None:
-    """Make all weights of these modules trainable; a quantized one becomes dense, for packed numbers have no gradient.
+    """Make all weights of these modules trainable; quantized ones become dense, because packed numbers have no gradient.
 
     Args:
-        model: frozen but for its adapters; changed in place.
-        paths: modules with weights of their own.
+        model: frozen except its adapters; changed in place.
+        paths: modules that have weights.
     """
     modules = dict(model.named_modules())
     dense = [
@@ -127,7 +127,7 @@ def train_biases(model: nn.Module, which: str) -> None:
 
     Args:
         model: adapted; changed in place.
-        which: `none`, `lora_only` (of adapted layers) or `all`, as in PEFT.
+        which: `none`, `lora_only` (those of adapted layers) or `all`, as in PEFT.
 
     Raises:
         InputError: there is no such bias.
@@ -155,11 +155,11 @@ def remove_adapters(model: nn.Module) -> None:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, mx.array]:
-    """Return all that is trained by its stored name (`model.layers.0.self_attn.q_proj.lora_a`)."""
+    """Return all trained parameters by their stored names (`model.layers.0.self_attn.q_proj.lora_a`)."""
     return dict(tree_flatten(model.trainable_parameters()))
 
 
 def full_parameters(model: nn.Module) -> dict[str, mx.array]:
-    """Return what is trained beside the factors: weights of modules in full, and biases."""
+    """Return the parameters trained in addition to the factors: weights of modules trained in full, and biases."""
     factors = {f"{path}.{name}" for path, layer in adapter_layers(model).items() for name in layer.trained}
     return {name: value for name, value in adapter_parameters(model).items() if name not in factors}

@@ -19,12 +19,12 @@ class LoRALinear(AdapterLayer):
 
         Args:
             x: (..., in).
-            key: of the dropout; drawn here when None.
+            key: of the dropout; None: drawn here.
         """
         y = self.linear(x)  # (..., out)
         a, b = self.effective_factors()
         z = self.dropout(x, key) @ a.astype(x.dtype)  # (..., r)
-        # One pass over the output instead of two.
+        # This takes one pass over the output instead of two.
         y = mx.addmm(y, z, (self.scale * b).astype(x.dtype))
         if "fixed_a" not in self:
             return y
@@ -34,7 +34,7 @@ class LoRALinear(AdapterLayer):
 class LoRAEmbedding(AdapterLayer):
     """A frozen embedding plus scale * A[tokens] B; as a tied output head it adds scale * (x B^T) A^T.
 
-    `adapts_head = False` leaves the tied head as it was: PEFT adapts the two apart.
+    With `adapts_head = False` the tied head is not adapted: PEFT adapts the two separately.
     """
 
     LAYER_TYPE, OVER = "lora", EMBEDDING
@@ -42,7 +42,7 @@ class LoRAEmbedding(AdapterLayer):
     NOT_IN_GGUF = "is an embedding"
 
     def __call__(self, tokens: mx.array, key: mx.array | None = None) -> mx.array:
-        """Look up tokens (B, T); `key` is that of the dropout, drawn here when None."""
+        """Look up tokens (B, T); `key` is that of the dropout, None: drawn here."""
         y = self.embedding(tokens)  # (B, T, width)
         a, b = self.effective_factors()
         z = self.dropout(a[tokens].astype(y.dtype), key)  # (B, T, r)
@@ -61,7 +61,7 @@ class LoRAEmbedding(AdapterLayer):
         return y + (x @ self.fixed_b.T.astype(x.dtype)) @ self.fixed_a.T.astype(x.dtype)
 
     def to_peft(self, name: str, row_factors: mx.array | None, tied: bool) -> dict[str, dict[str, mx.array]]:
-        """Return what PEFT stores: it adapts a tied head apart, so the head gets the same factors once more."""
+        """Return the tensors in PEFT's format; it adapts a tied head separately, so the head gets a copy of the factors."""
         ((a, b),) = (own.values() for own in super().to_peft(name, row_factors, tied).values())
         head = {"lm_head": {"lora_A.weight": b.T, "lora_B.weight": a.T}} if tied and self.adapts_head else {}
         return {name: {"lora_embedding_A": a, "lora_embedding_B": b}, **head}

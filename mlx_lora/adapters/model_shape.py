@@ -1,6 +1,6 @@
-"""Read a model's shape for the planner: from the module tree, so every architecture of mlx-lm's has one.
+"""Read a model's shape for the planner from the module tree, for every architecture of mlx-lm.
 
-Nothing is computed: MLX arrays know their shape before they exist, so a model built from config.json alone will do.
+Nothing is computed: MLX arrays have a shape before they are computed, so a model built from config.json is enough.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int =
     """Return the shape of a model with its adapter.
 
     Args:
-        model: an mlx-lm model, adapters in place or not; its arrays may not be computed yet.
+        model: an mlx-lm model with or without adapters; its arrays need not be computed yet.
         config: its config.json.
         source_bytes: see `ModelShape`.
-        copies: of the factors that the method will keep frozen beside them, where the model has none yet.
+        copies: the number of frozen copies of the factors that the method will keep, if the model has none yet.
     """
     text = {**config, **config.get("text_config", {})}
     head = find_head(model, dict(config))
     trained = dict(tree_flatten(model.trainable_parameters()))
     frozen = [(name, p) for name, p in tree_flatten(model.parameters()) if name not in trained]
     layers = adapter_layers(model)
-    # What a method keeps frozen in the adapter layers beside the factors it trains.
+    # The frozen arrays that a method keeps in the adapter layers in addition to the trained factors.
     beside = sum(p.nbytes for name, p in frozen if name.rpartition(".")[0] in layers)
     numbers = sum(p.size for p in trained.values())
-    # What is trained in full and was never float32 has a copy in its own dtype beside the float32 master.
+    # Parameters trained in full that are not float32 have a copy in their dtype in addition to the float32 master.
     narrow = sum(p.nbytes for p in trained.values() if p.dtype.size < 4)
     whole = isinstance(head, Head)
     return ModelShape(
@@ -60,7 +60,7 @@ def _first_width(model: nn.Module) -> int:
 
 
 def _first_trained(model: nn.Module, trained: Mapping[str, Any]) -> int:
-    """Return the first block that a gradient must reach; 0 where something before the blocks is trained."""
+    """Return the first block that a gradient must reach; 0 if something before the blocks is trained."""
     with_own = [index for index, block in enumerate(model.layers) if tree_flatten(block.trainable_parameters())]
     in_blocks = sum(len(tree_flatten(block.trainable_parameters())) for block in model.layers)
     outside = [name for name in trained if ".layers." not in name and not name.startswith("layers.")]
@@ -91,7 +91,7 @@ def _block(block: nn.Module, config: Mapping[str, Any]) -> Block:
                 keeps_product=keeps_product,
             )
         )
-    layers.sort(key=lambda layer: layer.is_end)  # a branch's end last, whatever order the module lists them in
+    layers.sort(key=lambda layer: layer.is_end)  # the end of a branch last, for any order in the module
     attends = any("attn" in layer.parent or "attention" in layer.parent for layer in layers)
     heads = int(config.get("num_attention_heads") or 0) if attends else 0
     norms = [m.weight.size for m in block.modules() if type(m).__name__.endswith("Norm") and "weight" in m]
@@ -113,6 +113,6 @@ def _head_width(config: Mapping[str, Any], heads: int) -> int:
 
 
 def _has_lean_activation(block: nn.Module) -> bool:
-    """Whether the block's modules use the gated activation that training exchanges (models/kernels.py)."""
+    """Tell whether the block's modules use the gated activation that training replaces (models/kernels.py)."""
     homes = (vars(sys.modules[type(module).__module__]) for module in block.modules())
     return any(home.get("swiglu") is activations.swiglu for home in homes)

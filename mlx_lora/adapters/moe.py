@@ -1,13 +1,13 @@
-"""LoRA and DoRA layers over the experts of a mixture: one pair of factors for each expert.
+"""LoRA and DoRA layers over a mixture's experts, with one pair of factors for each expert.
 
     before   mlp.switch_mlp.up_proj: SwitchLinear | QuantizedSwitchLinear
     after    mlp.switch_mlp.up_proj: LoRASwitchLinear(linear: the same object, lora_a, lora_b)
 
-Shapes: E experts, N rows (a token once for each expert it is sent to), r rank; in and out are the base's own
-widths. `lora_a` is (E, r, in) and `lora_b` (E, out, r), the transposes of a plain layer's.
+Shapes: E experts, N rows (a token has one for each expert it is sent to), r rank; in and out are the base's widths.
+`lora_a` is (E, r, in) and `lora_b` (E, out, r), the transposes of a plain layer's.
 
-mlx-lm sorts the rows by expert when there are 64 or more (`sorted_indices`), and then x is (N, 1, in) and
-indices (N,); fewer come as x (B, T, 1, 1, in) and indices (B, T, k), the same x for a token's k experts.
+mlx-lm sorts the rows by expert if there are 64 or more (`sorted_indices`); then x is (N, 1, in) and indices (N,).
+For fewer rows x is (B, T, 1, 1, in) and indices (B, T, k), with the same x for a token's k experts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mlx_lora.adapters.parts import SWITCH
 class LoRASwitchLinear(AdapterLayer):
     """Frozen experts plus, for expert e, scale * (x A_e^T) B_e^T.
 
-    The extras of other methods have the experts' axis first: `lora_e` is (E, r).
+    The arrays of other methods have the experts' axis first: `lora_e` is (E, r).
 
     Source: LoRA, arXiv 2106.09685, eq. 3; a pair per expert as in "LoRA Without Regret" (2025).
     """
@@ -36,13 +36,13 @@ class LoRASwitchLinear(AdapterLayer):
     def __call__(
         self, x: mx.array, indices: mx.array, sorted_indices: bool = False, key: mx.array | None = None
     ) -> mx.array:
-        """Apply to each row its expert.
+        """Apply its expert to each row.
 
         Args:
             x: (N, 1, in), or (..., 1, 1, in) with the experts in the last axis of `indices`.
-            indices: (N,) or (..., k), which expert.
+            indices: (N,) or (..., k), the expert of each row.
             sorted_indices: whether they ascend.
-            key: of the dropout; drawn here when None.
+            key: of the dropout; None: drawn here.
 
         Returns:
             (N, 1, out) or (..., k, 1, out).
@@ -58,10 +58,10 @@ class LoRASwitchLinear(AdapterLayer):
 
 
 class DoRASwitchLinear(DoRALayer):
-    """Frozen experts whose rows turn by low-rank updates and whose row lengths m are trained.
+    """Frozen experts with low-rank updates of their rows' directions and trained row lengths m.
 
-    As DoRALinear, for each expert apart: y = m / |W + D| (W x + D x) + bias, no gradient through |W + D|.
-    mlx-lm has no such layer, so it cannot load these adapters; fuse them for it.
+    As DoRALinear, for each expert: y = m / |W + D| (W x + D x) + bias, with no gradient through |W + D|.
+    mlx-lm has no such layer and cannot load these adapters; fuse them for it.
 
     Source: DoRA, arXiv 2402.09353, eq. 5 and section 4.3.
     """
@@ -73,7 +73,7 @@ class DoRASwitchLinear(DoRALayer):
     def __call__(
         self, x: mx.array, indices: mx.array, sorted_indices: bool = False, key: mx.array | None = None
     ) -> mx.array:
-        """Apply to each row its expert; arguments and result as in LoRASwitchLinear."""
+        """Apply its expert to each row; arguments and result as in LoRASwitchLinear."""
         through = partial(_through_experts, indices=indices, sorted_indices=sorted_indices)
         z = through(self.dropout(x, key), self.lora_a)  # (N, 1, r)
         y = self._without_bias(x, indices, sorted_indices) + through(z, self.scale * self.lora_b)  # (N, 1, out)
@@ -95,11 +95,11 @@ class DoRASwitchLinear(DoRALayer):
 
 
 def _through_experts(x: mx.array, weight: mx.array, *, indices: mx.array, sorted_indices: bool) -> mx.array:
-    """Return x W_e^T, e the expert of each row; weight (E, out, in) is cast to x's dtype."""
+    """Return x W_e^T, where e is the expert of each row; weight (E, out, in) is cast to x's dtype."""
     transposed = weight.astype(x.dtype).swapaxes(-1, -2)
     return mx.gather_mm(x, transposed, rhs_indices=indices, sorted_indices=sorted_indices)
 
 
 def _rows_of(values: mx.array, indices: mx.array) -> mx.array:
-    """Return each row's expert's values, (E, out) -> (N, 1, out) or (..., k, 1, out)."""
+    """Return the values of each row's expert, (E, out) -> (N, 1, out) or (..., k, 1, out)."""
     return mx.expand_dims(values[indices], -2)

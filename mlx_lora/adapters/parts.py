@@ -1,4 +1,4 @@
-"""What every adapter layer is made with: the kinds of base, their widths, their weight as floats, and dropout."""
+"""Helpers of all adapter layers: the kinds of base, their widths, their weights as floats, and dropout."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _PLAIN = {measured: plain for plain, measured in MEASURED.items()}
 
 
 def is_exactly(module: nn.Module, kinds: tuple[type, ...]) -> bool:
-    """Tell whether a module is of one of the kinds itself, or our measured form of it.
+    """Tell whether a module's type is exactly one of `kinds`, or our measured variant of one.
 
-    A subclass may do anything: mlx-lm's AFM has a linear layer that returns a list.
+    Other subclasses may do anything: mlx-lm's AFM has a linear layer that returns a list.
     """
     return _PLAIN.get(type(module), type(module)) in kinds
 
@@ -29,8 +29,8 @@ def is_exactly(module: nn.Module, kinds: tuple[type, ...]) -> bool:
 def base_dims(base: nn.Module) -> tuple[int, int]:
     """Return (input width, output width) of a linear, expert or embedding base, quantized or not.
 
-    A packed row holds in * bits / 32 words. The product is taken before the division: mlx-lm's DoRA
-    divides first (`32 // bits`), which is wrong at 3, 5 and 6 bits.
+    A packed row has in * bits / 32 words. Multiply before dividing: mlx-lm's DoRA divides first (`32 // bits`), which is
+    wrong for 3, 5 and 6 bits.
     """
     rows, columns = base.weight.shape[-2:]
     width = columns * 32 // base.bits if isinstance(base, QUANTIZED) else columns
@@ -38,16 +38,16 @@ def base_dims(base: nn.Module) -> tuple[int, int]:
 
 
 def dense_weight(base: nn.Module) -> mx.array:
-    """Return the base's weight as floats: (out, in), of experts (E, out, in), of an embedding (vocabulary, width)."""
+    """Return the base's weight as floats: (out, in), for experts (E, out, in), for an embedding (vocabulary, width)."""
     return dequantized_weight(base) if isinstance(base, QUANTIZED) else base.weight
 
 
 def with_weight(base: nn.Module, weight: mx.array) -> nn.Module:
-    """Return a dense layer of the base's kind with this weight, and the base's bias and float dtype.
+    """Return a dense layer of the base's kind with this weight and the base's bias and float dtype.
 
     Args:
         base: linear, experts or embedding, quantized or not.
-        weight: as dense_weight gives it, any float dtype.
+        weight: in the shape that dense_weight returns, with any float dtype.
     """
     if isinstance(base, EMBEDDING):
         dense = nn.Embedding(*weight.shape)
@@ -62,10 +62,10 @@ def with_weight(base: nn.Module, weight: mx.array) -> nn.Module:
 
 
 class Dropout(nn.Module):
-    """Dropout whose random draw can be taken apart from its use, so that it can be used twice.
+    """Dropout with a separate random draw, so that the same draw can be used twice.
 
-    A checkpointed block runs again in the backward pass and must drop the same features; mlx's own layer
-    draws anew there, and the gradient is of another function than the loss.
+    A checkpointed block runs again in the backward pass and must drop the same features; mlx's own layer would draw
+    again, so that the gradient and the loss would be of different functions.
     """
 
     def __init__(self, probability: float):
@@ -74,7 +74,7 @@ class Dropout(nn.Module):
 
     @property
     def active(self) -> bool:
-        """Whether anything is dropped now."""
+        """Whether features are dropped now."""
         return self.training and self.probability > 0
 
     def draw(self) -> mx.array:
@@ -82,7 +82,7 @@ class Dropout(nn.Module):
         return mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
 
     def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
-        """Drop features of `x` by `key`, or by one drawn here."""
+        """Drop features of `x` by `key`, or by a key drawn here."""
         if not self.active:
             return x
         kept = 1 - self.probability
@@ -90,5 +90,5 @@ class Dropout(nn.Module):
 
 
 def is_parameter(module: nn.Module | None, name: str) -> bool:
-    """Tell whether a module has an array of its own under a name; a file may name anything."""
+    """Tell whether a module itself has an array of this name, which may come from a file."""
     return module is not None and isinstance(module.get(name), mx.array)

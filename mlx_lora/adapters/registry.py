@@ -1,4 +1,4 @@
-"""Which class wraps which base: one row for each layer type and kind of base."""
+"""The table of adapter classes, with one row for each layer type and kind of base."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ LAYER_TYPES = tuple(dict.fromkeys(name for name, _ in REGISTRY))
 
 
 def adapter_class(base: nn.Module, layer_type: str = "lora") -> type[AdapterLayer] | None:
-    """Return the class that wraps `base` in a layer of this type, or None when none fits it."""
+    """Return the class that wraps `base` in a layer of this type, or None if there is none."""
     kind = next((kind for kind in (LINEAR, EMBEDDING, SWITCH) if is_exactly(base, kind)), None)
     return None if kind is None else REGISTRY.get((layer_type, kind))

@@ -1,4 +1,4 @@
-"""Which layers a run adapts or trains in full, by name, pattern and depth, and each one's own rank and alpha."""
+"""Choose the layers that a run adapts or trains in full, by name, pattern and depth, and each layer's rank and alpha."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mlx_lora.settings.methods import Method
 from mlx_lora.system.errors import InputError
 
 ALL_LINEAR = "all-linear"
-# What mlx-lm's mixtures call the layers that decide which experts a token goes to.
+# The names, in mlx-lm's mixtures, of the layers that choose a token's experts.
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 NO_GRADIENT = "it picks positions by top-k, which has no gradient"
 READ_PAST = "mlx-lm reads its weight past any adapter"
-# Parts of mlx-lm's models that cannot be trained (NO_GRADIENT), or not by an adapter.
+# Parts of mlx-lm's models that cannot be trained (NO_GRADIENT), or not with an adapter.
 OUT_OF_REACH = {
     "indexer": NO_GRADIENT,  # DeepSeek V3.2, GLM-5
     **dict.fromkeys(("index_q_proj", "index_k_proj", "index_q_norm", "index_k_norm"), NO_GRADIENT),  # MiniMax M3
@@ -37,8 +37,8 @@ class Targets:
 
     Attributes:
         paths: full module paths, in the model's own order.
-        keys: the same set as mlx-lm's `lora_parameters.keys` wants it.
-        num_layers: blocks counted from the last that `keys` applies to.
+        keys: the same set in the format of mlx-lm's `lora_parameters.keys`.
+        num_layers: the number of last blocks that `keys` applies to.
     """
 
     paths: tuple[str, ...]
@@ -47,12 +47,12 @@ class Targets:
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Tell whether a low-rank layer can wrap it."""
+    """Tell whether a low-rank layer can wrap this module."""
     return adapter_class(module) is not None
 
 
 def has_weights(module: nn.Module) -> bool:
-    """Tell whether a module holds arrays of its own: what can be trained in full."""
+    """Tell whether a module itself has arrays, so that it can be trained in full."""
     return any(isinstance(value, mx.array) for name, value in module.items() if not name.startswith("_"))
 
 
@@ -72,25 +72,25 @@ def select_targets(
 ) -> Targets:
     """Choose layers.
 
-    In a mixture of experts `all-linear` takes the experts and the shared ones: they are most of what a token
-    passes through, mlx-lm takes them too, and "LoRA Without Regret" (2025) finds adapters on attention alone
-    behind. It leaves out the routers, which mlx-lm takes and PEFT does not: a router that moves sends tokens to
-    experts not trained for them, and nothing here balances the load. Name one (`mlp.gate`) to adapt it. Experts
-    are many and each has its factors: `self_attn.*` makes a small adapter.
+    In a mixture of experts `all-linear` includes the experts and the shared ones, as in mlx-lm: they are most of what
+    a token passes through, and "LoRA Without Regret" (2025) finds adapters on attention alone worse. It excludes the
+    routers, as PEFT does and mlx-lm does not: a changed router sends tokens to experts not trained for them, and there
+    is no load balancing here. Name a router (`mlp.gate`) to adapt it. Each of the many experts has its own factors, so
+    for a small adapter use `self_attn.*`.
 
     Args:
         model: an mlx-lm model.
-        target_modules: `all-linear` (every linear layer of the blocks but routers; heads and embeddings only by name),
-            or names and shell patterns by comma: `q_proj`, `self_attn.*`, `*.layers.3.mlp.*`, `embed_tokens`.
-            A name matches a whole path or the end of one after a dot, as in PEFT.
-        num_layers: take only the last N blocks; 0 or less for all, as in mlx-lm. Layers outside blocks are not filtered.
-        fits: which modules can be chosen at all: `is_adaptable`, or `has_weights` for training in full.
-        flag: what the wish came from, for errors.
-        stored: the wish is that of a stored adapter, which may have layers that we would not train; `all-linear`
-            counts routers then, as mlx-lm means it when an adapter names no keys.
+        target_modules: `all-linear` (every linear layer of the blocks except routers; heads and embeddings only by
+            name), or names and shell patterns separated by commas: `q_proj`, `self_attn.*`, `*.layers.3.mlp.*`,
+            `embed_tokens`. A name matches a whole path or the end of one after a dot, as in PEFT.
+        num_layers: only the last N blocks; 0 or less for all, as in mlx-lm. Layers outside blocks are not filtered.
+        fits: tells which modules can be chosen: `is_adaptable`, or `has_weights` for training in full.
+        flag: the origin of `target_modules`, for errors.
+        stored: whether they come from a stored adapter, which may have layers that we would not train; then
+            `all-linear` includes routers, which is what mlx-lm means if an adapter names no keys.
 
     Raises:
-        InputError: naming every part that matches nothing that can be trained, what filtered it, and what exists.
+        InputError: a part matches nothing that can be trained; the message has the reason and the names that exist.
     """
     blocks = block_paths(model)
     if num_layers > len(blocks):
@@ -123,7 +123,7 @@ def select_targets(
 
 
 def matches(path: str, wish: str) -> bool:
-    """Tell whether a name or pattern means this module path."""
+    """Tell whether a name or pattern matches this module path."""
     return path == wish or path.endswith("." + wish) or fnmatchcase(path, wish) or fnmatchcase(path, "*." + wish)
 
 
@@ -139,17 +139,17 @@ def layer_shapes(
 
     Args:
         paths: the adapted layers.
-        method: says how alpha and rank make the scale.
-        rank, alpha: where no pattern matches.
-        ranks, alphas: name or pattern -> a layer's own; the first that matches counts, as in PEFT.
+        method: decides how the scale follows from alpha and rank.
+        rank, alpha: for layers that no pattern matches.
+        ranks, alphas: name or pattern -> a layer's own value; the first match counts, as in PEFT.
 
     Raises:
-        InputError: a pattern that matches no adapted layer.
+        InputError: a pattern matches no adapted layer.
     """
     for flag, patterns in (("--rank-pattern", ranks), ("--alpha-pattern", alphas)):
         idle = [pattern for pattern in patterns if not any(matches(path, pattern) for path in paths)]
         if idle:
-            raise InputError(f"{flag} {', '.join(idle)}: matches no adapted layer; mend it, or add to --target-modules")
+            raise InputError(f"{flag} {', '.join(idle)}: matches no adapted layer; fix it, or add to --target-modules")
     shapes = {}
     for path in paths:
         own_rank = int(next((value for pattern, value in ranks.items() if matches(path, pattern)), rank))
@@ -166,7 +166,7 @@ def _unmatched(flag: str, wish: str, fitting: list[str], num_layers: int) -> str
     meant = [path for path in fitting if matches(path, wish)]
     for part, why in OUT_OF_REACH.items():
         if meant and all(part in path.split(".") for path in meant):
-            return f"{flag} {wish!r}: {part} would learn nothing, for {why}; leave it out"
+            return f"{flag} {wish!r}: {part} would learn nothing, because {why}; leave it out"
     if meant:
         return f"{flag} {wish!r}: matches layers only outside the last {num_layers} blocks; raise --num-layers"
     names = sorted({path.rsplit(".", 1)[-1] for path in fitting})
@@ -179,7 +179,7 @@ def _unmatched(flag: str, wish: str, fitting: list[str], num_layers: int) -> str
 
 
 def _mlx_lm_keys(paths: tuple[str, ...], chosen_blocks: list[str]) -> tuple[str, ...]:
-    """Write block-relative names when every chosen block has the same targets, else full paths."""
+    """Return block-relative names if every chosen block has the same targets, else full paths."""
     relative = {
         block: tuple(p[len(block) + 1 :] for p in paths if p.startswith(block + ".")) for block in chosen_blocks
     }

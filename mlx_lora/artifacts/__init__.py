@@ -1,1 +1,1 @@
-"""What a run leaves: adapter folders, fused models, exports."""
+"""The results of a run: adapter folders, checkpoints, fused models, exports and reports."""

@@ -1,9 +1,9 @@
-"""The adapter folder: written atomically in mlx-lm's layout, read back with every mismatch named.
+"""Write the adapter folder atomically in mlx-lm's layout, and read it with errors that name every mismatch.
 
-adapters.safetensors   plain factors, float32, `model.layers.0.self_attn.q_proj.lora_a` ..., whatever the method
-                       was: PiSSA's have rank 2r, ReLoRA's n r, AdaLoRA's each layer's own; every layer at one
-                       scale, so B takes up what alpha patterns make different. Parameters trained in full have
-                       their own names.
+adapters.safetensors   plain factors, float32, `model.layers.0.self_attn.q_proj.lora_a` ..., for every method:
+                       PiSSA's have rank 2r, ReLoRA's n r, AdaLoRA's differ by layer. All layers have the same
+                       scale; differences by alpha patterns are multiplied into B. Parameters trained in full
+                       have their own names.
 adapter_config.json    mlx-lm's keys (fine_tune_type, num_layers, lora_parameters), ours under "mlx_lora"
 """
 
@@ -42,17 +42,17 @@ CONFIG_FILE = "adapter_config.json"
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter is, beside its factors.
+    """The facts about an adapter, without its factors.
 
     Attributes:
-        method: row of methods.PRESETS.
-        rank, alpha, scale, dropout: of the run; stored layers have ranks of their own, `scale` is what the
-            product of every stored pair is multiplied by.
-        num_layers: blocks from the last that `keys` applies to.
+        method: a key of methods.PRESETS.
+        rank, alpha, scale, dropout: of the run; stored layers have their own ranks, and `scale` is the factor on
+            the product of every stored pair.
+        num_layers: the number of last blocks that `keys` applies to.
         keys: block-relative or full names, as mlx-lm reads them.
         base_model, base_revision, base_fingerprint: the model it was trained on.
-        chat_template: the Jinja text it was trained with when that is not the model's own, else None.
-        full: names of parameters trained in full, by themselves or beside the factors.
+        chat_template: the Jinja text it was trained with if that is not the model's own, else None.
+        full: names of parameters trained in full, alone or in addition to factors.
     """
 
     method: str
@@ -69,10 +69,10 @@ class AdapterInfo:
     full: tuple[str, ...] = ()
 
     def to_config(self, layer_type: str, rank: int) -> dict[str, Any]:
-        """Return adapter_config.json: what stock mlx-lm reads, and ours beside it.
+        """Return adapter_config.json: the keys that stock mlx-lm reads, and ours.
 
         Args:
-            layer_type: of the stored layers; `full` without any.
+            layer_type: of the stored layers; `full` if there are none.
             rank: the largest of the stored layers.
         """
         shape = {"rank": rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
@@ -86,13 +86,13 @@ class AdapterInfo:
 
 
 def save_adapter(folder: Path, model: nn.Module, info: AdapterInfo, same_rank: bool = False) -> None:
-    """Write what was trained on `model`, and `info`, into `folder`; each file replaces its old self whole.
+    """Write the trained parameters of `model` and `info` into `folder`; each file is replaced atomically.
 
     Args:
-        folder: made if missing.
+        folder: created if missing.
         model: adapted.
-        info: what the adapter is.
-        same_rank: pad smaller layers with zeros to the largest rank, which stock mlx-lm asks for.
+        info: the facts about the adapter.
+        same_rank: pad layers with zeros to the largest rank, which stock mlx-lm requires.
     """
     stored = stored_parameters(model, info)
     ranks = [value.shape[1] for name, value in stored.items() if name.endswith(".lora_a")]
@@ -110,14 +110,14 @@ def save_adapter(folder: Path, model: nn.Module, info: AdapterInfo, same_rank: b
 
 
 def stored_parameters(model: nn.Module, info: AdapterInfo) -> dict[str, mx.array]:
-    """Return what is stored of an adapted model: plain factors at `info.scale`, and parameters trained in full."""
+    """Return the stored arrays of an adapted model: plain factors for `info.scale`, and parameters trained in full."""
     layers, parameters = adapter_layers(model), dict(tree_flatten(model.parameters()))
     stored = {f"{path}.{name}": p for path, layer in layers.items() for name, p in layer.stored(info.scale).items()}
     return {**stored, **{name: parameters[name] for name in info.full}}
 
 
 def _padded(name: str, value: mx.array, rank: int, layers: dict[str, AdapterLayer]) -> mx.array:
-    """Return a stored factor with its rank axis filled up with zeros."""
+    """Return a stored factor with its rank axis padded with zeros."""
     path, _, leaf = name.rpartition(".")
     if path not in layers or leaf not in ("lora_a", "lora_b"):
         return value
@@ -130,7 +130,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Return adapter_config.json, mlx-lm's or PEFT's.
 
     Raises:
-        InputError: missing, unreadable, or not an adapter of a kind we load.
+        InputError: it is missing, unreadable, or of a kind of adapter that we do not load.
     """
     path = folder / CONFIG_FILE
     if not folder.is_dir():
@@ -145,7 +145,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         known = ", ".join(LAYER_TYPES)
         raise InputError(f"{path}: fine_tune_type {str(layer_type)[:40]!r}; this version loads {known} and full")
     problems = own_problems(config)
-    if layer_type == "full":  # mlx-lm's has nothing else of use
+    if layer_type == "full":  # mlx-lm's config has nothing else that is needed
         config = {"num_layers": -1, **config, "lora_parameters": {"rank": 1, "scale": 1.0, "keys": []}}
     elif not isinstance(config.get("lora_parameters"), dict) or type(config.get("num_layers")) is not int:
         raise InputError(f"{path}: no lora_parameters and num_layers; it is not an MLX adapter's config")
@@ -155,38 +155,38 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_base(base: Base, config: dict[str, Any], place: Path) -> None:
-    """Refuse an adapter whose config says that it was trained on another base than this.
+def check_base(base: Base, config: dict[str, Any], origin: Path) -> None:
+    """Refuse an adapter whose config says that it was trained on another base.
 
     Raises:
-        InputError: naming both models.
+        InputError: the bases differ; the message names both.
     """
     own = own_entries(config)
     trained_on = own.get("base_fingerprint")
-    if "overlap" not in own and own.get("base_model") == base.model_id:  # of a version that did not know fused bases
+    if "overlap" not in own and own.get("base_model") == base.model_id:  # from a version that ignored fused bases
         trained_on = trained_on if trained_on != without_mark(base.fingerprint) else base.fingerprint
     if trained_on and trained_on != base.fingerprint:
         if trained_on == without_mark(base.fingerprint):
             raise InputError(
-                f"{place}: trained on {own.get('base_model')}, but --model {base.model_id} is that model with an adapter "
+                f"{origin}: trained on {own.get('base_model')}, but --model {base.model_id} is that model with an adapter "
                 "fused into it; give the base, or --ignore-fingerprint to put the adapter on top"
             )
         raise InputError(
-            f"{place}: was trained on a different base, {own.get('base_model')} (fingerprint {trained_on}; --model "
+            f"{origin}: was trained on a different base, {own.get('base_model')} (fingerprint {trained_on}; --model "
             f"{base.model_id} has {base.fingerprint}); pass that one, or --ignore-fingerprint to use it anyway"
         )
 
 
 def load_adapter(base: Base, folder: Path, ignore_fingerprint: bool = False) -> AdapterInfo:
-    """Put the adapter in `folder` onto `base.model`, in place.
+    """Put the adapter in `folder` onto `base.model`, which is changed in place.
 
     Args:
         base: an unadapted base.
-        folder: ours, or one that stock mlx-lm or PEFT trained.
-        ignore_fingerprint: put it on another base of the same shape anyway.
+        folder: from us, stock mlx-lm or PEFT.
+        ignore_fingerprint: allow another base of the same shape.
 
     Raises:
-        InputError: another base, or any name or shape that does not fit; all of them in one message.
+        InputError: the base, names or shapes do not fit; one message has all problems.
     """
     config = read_adapter_config(folder)
     if is_peft(config):
@@ -225,18 +225,18 @@ def load_adapter(base: Base, folder: Path, ignore_fingerprint: bool = False) -> 
     )
 
 
-def _check_not_fused(base: Base, own: dict[str, Any], place: Path) -> None:
-    """Refuse an adapter whose update is in the base's weights already; that of another program has no record of it."""
+def _check_not_fused(base: Base, own: dict[str, Any], origin: Path) -> None:
+    """Refuse an adapter whose update is already in the base's weights; another program's config has no record of it."""
     share = share_present(base.model, own.get("overlap") or {})
     if share is not None and share > PRESENT:
         raise InputError(
-            f"{place}: --model {base.model_id} holds this adapter already ({share:.0%} of its update is in the weights); "
+            f"{origin}: --model {base.model_id} holds this adapter already ({share:.0%} of its update is in the weights); "
             f"use the model as it is, or give {own.get('base_model')}, or --ignore-fingerprint to add it once more"
         )
 
 
 def _stored_rank(header: dict[str, Any], path: str, default: int) -> int:
-    """Return a stored layer's rank; of a missing or misshapen one the config's, and load_factors names it."""
+    """Return a stored layer's rank, or the config's rank if it is missing or misshapen (load_factors then names it)."""
     found = header.get(f"{path}.lora_a", {}).get("shape", [])
     return found[1] if len(found) > 1 and found[1] > 0 else default
 
@@ -244,7 +244,7 @@ def _stored_rank(header: dict[str, Any], path: str, default: int) -> int:
 def _check_full(model: nn.Module, names: tuple[str, ...], file: Path) -> None:
     """Refuse parameters trained in full that the model does not have, before anything is changed."""
     modules = dict(model.named_modules())
-    # An adapted layer's base has a name of its own inside it.
+    # An adapted layer's base has its own name inside the layer.
     outer = [re.sub(r"\.(linear|embedding)(?=\.[^.]+$)", "", name).rpartition(".") for name in names]
     lost = [".".join((path, leaf)) for path, _, leaf in outer if not is_parameter(modules.get(path), leaf)]
     if lost:
@@ -252,7 +252,7 @@ def _check_full(model: nn.Module, names: tuple[str, ...], file: Path) -> None:
 
 
 def restore_full(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Make room for parameters that were trained in full: their modules are dense, they themselves trainable."""
+    """Prepare a model for loading parameters trained in full: make their modules dense and the parameters trainable."""
     modules = dict(model.named_modules())
     train_in_full(model, tuple({path for path, _, leaf in (n.rpartition(".") for n in names) if leaf == "weight"}))
     for name in names:
@@ -262,7 +262,7 @@ def restore_full(model: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def _finish(model: nn.Module) -> None:
-    """Make an adapted model ready for use: nothing is trained any more."""
+    """Make an adapted model ready for use: freeze it."""
     for layer in adapter_layers(model).values():
         layer.finish()
     model.freeze()
@@ -270,7 +270,7 @@ def _finish(model: nn.Module) -> None:
 
 
 def _load_peft(base: Base, adapter: PeftAdapter) -> AdapterInfo:
-    """Put a PEFT adapter onto `base.model`, in place."""
+    """Put a PEFT adapter onto `base.model`, which is changed in place."""
     paths = tuple(adapter.factors)
     rank, scale = next(iter(adapter.shapes.values()))
     layer_type = "dora" if adapter.magnitudes else "lora"
@@ -301,7 +301,7 @@ def _load_peft(base: Base, adapter: PeftAdapter) -> AdapterInfo:
 
 
 def _put_full(model: nn.Module, parameters: dict[tuple[str, str], mx.array]) -> tuple[str, ...]:
-    """Put parameters trained in full onto an adapted model; (path, leaf) -> value. Return their names there."""
+    """Put parameters trained in full, (path, leaf) -> value, onto an adapted model, and return their names in it."""
     layers = adapter_layers(model)
     names = {}
     for (path, leaf), value in parameters.items():
@@ -314,7 +314,7 @@ def _put_full(model: nn.Module, parameters: dict[tuple[str, str], mx.array]) -> 
 
 
 def _target_paths(model: nn.Module, config: dict[str, Any], folder: Path) -> tuple[str, ...]:
-    """Read `keys` and `num_layers` as mlx-lm does: names inside the last blocks, or full paths."""
+    """Return the paths that `keys` and `num_layers` mean in mlx-lm: names inside the last blocks, or full paths."""
     blocks = len(model.layers)
     count = max(config["num_layers"], 0)  # mlx-lm: -1 and 0 both mean every block
     if count > blocks:
@@ -327,16 +327,16 @@ def _target_paths(model: nn.Module, config: dict[str, Any], folder: Path) -> tup
 
 
 def load_factors(model: nn.Module, file: Path, scale: float | None = None) -> None:
-    """Load stored factors into the adapter layers of `model`: exactly those, each of the right shape.
+    """Load stored factors into the adapter layers of `model`; names and shapes must match exactly.
 
     Args:
         model: adapted.
         file: adapters.safetensors.
-        scale: what the stored products are multiplied by; a layer of another scale takes up the difference in B,
-            so that it computes what was stored. None: each layer's own.
+        scale: the factor on the stored products; in a layer with another scale, the difference is multiplied into
+            B. None: each layer's own scale.
 
     Raises:
-        InputError: missing, unknown or misshapen tensors, gathered into one message.
+        InputError: tensors are missing, unknown or misshapen; one message has all of them.
     """
     header = read_safetensors_header(file)
     wanted = adapter_parameters(model)
@@ -351,7 +351,7 @@ def load_factors(model: nn.Module, file: Path, scale: float | None = None) -> No
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise InputError(f"{file}: does not fit this model: {shown}; give the base it was trained on")
     stored = mx.load(str(file))
-    # Factors are float32 masters; a parameter trained in full has its model's own dtype.
+    # Factors are float32 masters; a parameter trained in full has the model's dtype.
     model.load_weights([(name, stored[name].astype(wanted[name].dtype)) for name in wanted], strict=False)
     for layer in adapter_layers(model).values():
         if scale is not None and layer.scale != scale:

@@ -1,4 +1,4 @@
-"""Checks what an adapter_config.json says, ours, mlx-lm's or PEFT's, before anything is made from it."""
+"""Check the contents of an adapter_config.json, ours, mlx-lm's or PEFT's, before they are used."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ MAX_KEYS = 10_000
 
 
 def is_number(value: Any) -> bool:
-    """Tell a finite number, which JSON's true is not."""
+    """Tell whether a value is a finite number; JSON's true is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 def is_share(value: Any) -> bool:
-    """Tell a probability below 1."""
+    """Tell whether a value is a probability below 1."""
     return is_number(value) and 0 <= value < 1
 
 
 def is_rank(value: Any) -> bool:
-    """Tell a rank."""
+    """Tell whether a value is a rank."""
     return type(value) is int and 1 <= value <= MAX_RANK
 
 
 def is_text(value: Any) -> bool:
-    """Tell a text."""
+    """Tell whether a value is a string."""
     return isinstance(value, str)
 
 
 def is_names(value: Any) -> bool:
-    """Tell a list of names."""
+    """Tell whether a value is a list of names."""
     return isinstance(value, list) and len(value) <= MAX_KEYS and all(isinstance(name, str) for name in value)
 
 
 def shape_problems(shape: dict[str, Any]) -> list[str]:
-    """Name what is wrong in `lora_parameters`."""
+    """Return what is wrong in `lora_parameters`."""
     wrong = [name for name in ("rank", "scale") if not is_number(shape.get(name)) or shape[name] <= 0]
     if wrong:
         return [f"lora_parameters without a positive {' and '.join(wrong)}"]
-    problems = [] if is_rank(shape["rank"]) else [f"lora_parameters.rank {shape['rank']:g} is no rank"]
+    problems = [] if is_rank(shape["rank"]) else [f"lora_parameters.rank {shape['rank']:g} is not a rank"]
     checks = {"dropout": (is_share, "a share below 1"), "keys": (is_names, "a list of names")}
     return problems + problems_of(shape, checks, "lora_parameters.")
 
@@ -57,12 +57,12 @@ def own_entries(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def own_problems(config: dict[str, Any]) -> list[str]:
-    """Name what is wrong in our part of the file; another program's has none."""
+    """Return what is wrong in our part of the file, which another program's file does not have."""
     own = config.get("mlx_lora")
     if own is None:
         return []
     if not isinstance(own, dict):
-        return ["mlx_lora is no table"]
+        return ["mlx_lora is not a table"]
     texts = ("base_model", "base_revision", "base_fingerprint", "chat_template")
     checks: dict[str, Check] = dict.fromkeys(texts, (is_text, "a text"))
     checks |= {
@@ -75,7 +75,7 @@ def own_problems(config: dict[str, Any]) -> list[str]:
 
 
 def peft_problems(config: dict[str, Any]) -> list[str]:
-    """Name what is wrong in PEFT's file, of what we read of it."""
+    """Return what is wrong in the part of PEFT's file that we read."""
     checks: dict[str, tuple[Callable[[Any], bool], str]] = {
         "r": (is_rank, "a rank"),
         "init_r": (is_rank, "a rank"),
@@ -103,11 +103,11 @@ def _is_numbers(value: Any) -> bool:
 
 
 def problems_of(table: dict[str, Any], checks: dict[str, Check], prefix: str) -> list[str]:
-    """Name the entries that are there and not as they must be.
+    """Return the entries that exist and are not valid.
 
     Args:
         table: read from a file.
-        checks: name -> (test, what it must be, in words).
+        checks: name -> (test, description of a valid value).
         prefix: of the names, for the message.
     """
     return [

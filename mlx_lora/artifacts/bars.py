@@ -1,4 +1,4 @@
-"""Bar charts as SVG text, beside the line charts of plots.py and in the same style: measured bars full, predicted hollow."""
+"""Bar charts as SVG text, in the style of plots.py's line charts: measured bars are filled, predicted ones hollow."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from html import escape
 from mlx_lora.artifacts.plots import WIDTH, number
 
 LABELS = 205  # width of the column of names
-LETTER = 12.5  # of a value, at the size that a phone's width gives it
+LETTER = 12.5  # width of a letter of a value, if the page is as narrow as a phone
 ROW, BAR, TOP = 28, 16, 6
 MOST_LETTERS = 18
 WIDE = 1.5
@@ -21,13 +21,13 @@ class Bar:
     """One bar.
 
     Attributes:
-        name: at its left.
+        name: on its left.
         value: its length.
-        predicted: drawn hollow and dashed: nobody measured it.
-        low, high: spread, drawn as a whisker; None without.
-        color: which of the page's colors.
+        predicted: whether it was not measured; then it is hollow and dashed.
+        low, high: spread, drawn as a whisker; None for none.
+        color: index of the page's colors.
         note: added to the tooltip.
-        words: stand behind the bar instead of its value.
+        words: written after the bar instead of its value.
     """
 
     name: str
@@ -41,12 +41,12 @@ class Bar:
 
 
 def bar_chart(title: str, bars: Sequence[Bar], unit: str = "") -> str:
-    """Return an SVG element with a row per bar: name, bar from zero, value; each row's words as its tooltip.
+    """Return an SVG element with a row per bar: name, bar from zero, value, and a tooltip.
 
     Args:
-        title: what is drawn, for readers who do not see it.
-        bars: from the top down, values not negative.
-        unit: behind the numbers.
+        title: description for readers who do not see it.
+        bars: from top to bottom; values must not be negative.
+        unit: written after the numbers.
     """
     height = 2 * TOP + ROW * max(1, len(bars))
     opening = f'<svg class="chart bars" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
@@ -77,7 +77,7 @@ def bar_chart(title: str, bars: Sequence[Bar], unit: str = "") -> str:
 
 
 def _cut(name: str) -> str:
-    """Return as much of a name as its column holds, by a rough measure of its letters."""
+    """Return a name shortened to about the width of its column."""
     widths = [WIDE if letter in "<>=+~%@#&mwMW" else 1.0 for letter in name]
     if sum(widths) <= MOST_LETTERS:
         return name

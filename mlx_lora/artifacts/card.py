@@ -1,6 +1,6 @@
-"""README.md of an adapter folder: what it is, what it was trained on, and commands that run it.
+"""Write the README.md of an adapter folder: its facts, its training, and commands that run it.
 
-A file of that name that the user wrote is never replaced: ours has a line that says whose it is.
+A README.md that the user wrote is never replaced: ours has a line that marks it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from mlx_lora.system.parsing import parse_json, parse_yaml
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by mlx_lora, which replaces this file on its next run unless this line is gone. -->"
-FLOAT_MODEL = "OWNER/FLOAT-MODEL"  # stands where only the user knows the name
+FLOAT_MODEL = "OWNER/FLOAT-MODEL"  # placeholder for a name that only the user knows
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run folder tells of its training; None where it does not.
+    """Facts about a run's training; None if its folder does not have them.
 
     Attributes:
         data: as given to --data.
         steps: optimizer steps.
-        val_loss: held-out loss of the adapter as it is.
+        val_loss: held-out loss of the saved adapter.
         objective: what was trained toward.
     """
 
@@ -44,7 +44,7 @@ class RunFacts:
 
 
 def read_facts(folder: Path) -> RunFacts:
-    """Read a run folder's run.yaml and metrics.jsonl, as far as they are there and can be read."""
+    """Read a run folder's run.yaml and metrics.jsonl, if they exist and are readable."""
     try:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         taken = [(record["step"], record["val_loss"]) for record in map(parse_json, lines)]
@@ -65,23 +65,23 @@ def read_facts(folder: Path) -> RunFacts:
 
 def write_card(
     folder: Path,
-    form: Literal["mlx", "peft"],
+    format: Literal["mlx", "peft"],
     base: Base,
     info: AdapterInfo,
     facts: RunFacts,
     base_id: str | None = None,
     repo: str | None = None,
 ) -> bool:
-    """Write README.md into an adapter folder, unless the user's own is there.
+    """Write README.md into an adapter folder, unless the user wrote one.
 
     Args:
-        folder: holds the adapter.
-        form: of the adapter in it.
-        base: that it was trained on, or that stood for it.
-        info: what the adapter is.
-        facts: what is known of its training.
-        base_id: hub id of the base, where the user gave one.
-        repo: hub id that the folder will have, if any; commands name it.
+        folder: with the adapter.
+        format: of the adapter in it.
+        base: the model that it was trained on, or one used instead.
+        info: the facts about the adapter.
+        facts: about its training.
+        base_id: hub id of the base, if the user gave one.
+        repo: hub id that the folder will have, if any, for the commands.
 
     Returns:
         Whether it was written.
@@ -89,9 +89,9 @@ def write_card(
     path = folder / CARD_FILE
     if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return False
-    # What the user calls the base of a PEFT adapter is a model that PEFT can load.
+    # A --base-id for a PEFT adapter names a model that PEFT can load.
     in_float = base_id is not None or not (base.quantization or _is_gguf(info.base_model))
-    card = _Card(form, base, info, base_id or _hub_base(base, info), in_float, repo or "adapter")
+    card = _Card(format, base, info, base_id or _hub_base(base, info), in_float, repo or "adapter")
     text = "\n".join([card.front_matter(), MARK, "", *card.description(facts), *card.usage(_ranks(folder)), ""])
     with replacing_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -99,7 +99,7 @@ def write_card(
 
 
 def _hub_base(base: Base, info: AdapterInfo) -> str | None:
-    """Return the base's hub id, None when it is a folder or file: only what was downloaded is known to be one."""
+    """Return the base's hub id, None for a folder or file: only downloaded models are known to have an id."""
     if info.base_revision:
         return info.base_model
     return base.model_id if base.revision else None
@@ -121,31 +121,31 @@ class _Card:
     """One card's text.
 
     Attributes:
-        form, base, info: as `write_card` has them.
+        format, base, info: as in `write_card`.
         hub_base: the base's hub id, if it has one.
         in_float: whether that is a model for transformers, not one quantized for MLX or a GGUF file.
-        place: of the adapter in commands: a hub id, or a folder's name.
+        location: of the adapter in commands, a hub id or a folder's name.
     """
 
-    form: str
+    format: str
     base: Base
     info: AdapterInfo
     hub_base: str | None
     in_float: bool
-    place: str
+    location: str
 
     @property
     def model(self) -> str:
-        """The base in commands; of a path the last part, since the rest is the author's own disk."""
+        """The base in commands; for a path only the last part, because the rest is the author's disk."""
         named = self.hub_base or self.info.base_model
         return plain(named if HUB_ID.fullmatch(named) else Path(named).name) or "base"
 
     def front_matter(self) -> str:
         """Return the YAML block that the hub reads."""
-        tags = ["lora", "mlx", "mlx-lora"] if self.form == "mlx" else ["lora", "peft", "mlx-lora"]
+        tags = ["lora", "mlx", "mlx-lora"] if self.format == "mlx" else ["lora", "peft", "mlx-lora"]
         data = ModelCardData(
             base_model=plain(self.hub_base.split(":")[0]) if self.hub_base else None,
-            library_name=self.form,
+            library_name=self.format,
             pipeline_tag="text-generation",
             tags=tags + [self.info.method] * (self.info.method not in tags),
         )
@@ -173,37 +173,35 @@ class _Card:
         return [f"# {info.method} adapter for {self.model}", "", "| | |", "|---|---|", *table, ""]
 
     def usage(self, ranks: set[int]) -> list[str]:
-        """Return the commands, for each program that reads the adapter."""
+        """Return the commands for each program that reads the adapter."""
         lines = ["## Use", ""]
-        if self.place == "adapter":
+        if self.location == "adapter":
             lines += ["`adapter` stands for this folder; mlx_lora and PEFT also take a hub id there.", ""]
-        generate = f'python -m mlx_lora.generate --model {self.model} --adapter-path {self.place} --prompt "Hello"'
+        generate = f'python -m mlx_lora.generate --model {self.model} --adapter-path {self.location} --prompt "Hello"'
         lines += ["### mlx_lora", "", *_block("bash", generate)]
         return [*lines, "### mlx-lm", "", *self._mlx_lm(ranks), "### PEFT", "", *self._peft()]
 
     def _mlx_lm(self, ranks: set[int]) -> list[str]:
-        """Return how mlx-lm runs it: as it is where mlx-lm can, else in mlx-lm's form, else fused."""
-        ours = f"--model {self.model} --adapter-path {self.place}"
+        """Return how mlx-lm runs the adapter: unchanged if it can, else exported to mlx-lm's format, else fused."""
+        ours = f"--model {self.model} --adapter-path {self.location}"
         if _is_gguf(self.model) or (self.info.full and self.info.method != "full"):
             fuse = f"python -m mlx_lora.fuse {ours} --out fused"
             return _block("bash", fuse, 'mlx_lm.generate --model fused --prompt "Hello"')
         folder, first = "adapter", []
-        if self.form != "mlx" or len(ranks) > 1:  # mlx-lm's have one rank
+        if self.format != "mlx" or len(ranks) > 1:  # mlx-lm requires one rank
             folder, first = "mlx-adapter", [f"python -m mlx_lora.export {ours} --to mlx-lm --out mlx-adapter"]
-        elif self.place != folder:
-            first = [f"hf download {self.place} --local-dir {folder}"]
+        elif self.location != folder:
+            first = [f"hf download {self.location} --local-dir {folder}"]
         return _block("bash", *first, f'mlx_lm.generate --model {self.model} --adapter-path {folder} --prompt "Hello"')
 
     def _peft(self) -> list[str]:
-        """Return how PEFT runs it, exported first where it is ours."""
-        lines, place = [], self.place
+        """Return how PEFT runs the adapter, after an export if it is in our format."""
+        lines, location = [], self.location
         if PRESETS[self.info.method].layer_type == "full":
             return ["There are no factors in it for PEFT; `mlx_lora.export --to hf` writes the whole model.", ""]
-        if self.form == "mlx":
-            place = "peft-adapter"
-            export = (
-                f"python -m mlx_lora.export --model {self.model} --adapter-path {self.place} --to peft --out {place}"
-            )
+        if self.format == "mlx":
+            location = "peft-adapter"
+            export = f"python -m mlx_lora.export --model {self.model} --adapter-path {self.location} --to peft --out {location}"
             lines += _block("bash", export)
         model = self.model
         if not self.in_float:
@@ -212,11 +210,11 @@ class _Card:
                 "The base is quantized for MLX here; transformers takes the float model that it was made from:",
                 "",
             ]
-        return lines + _block("python", *_peft_code(model, place, bool(self.base.hf_tokenizer.chat_template)))
+        return lines + _block("python", *_peft_code(model, location, bool(self.base.hf_tokenizer.chat_template)))
 
 
-def _peft_code(model: str, place: str, is_chat: bool) -> list[str]:
-    """Return a program that generates text in PEFT."""
+def _peft_code(model: str, location: str, is_chat: bool) -> list[str]:
+    """Return a program that generates text with PEFT."""
     chat = 'tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, '
     encode = chat + 'return_dict=True, return_tensors="pt")' if is_chat else 'tokenizer("Hello", return_tensors="pt")'
     return [
@@ -224,21 +222,21 @@ def _peft_code(model: str, place: str, is_chat: bool) -> list[str]:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'tokenizer = AutoTokenizer.from_pretrained("{model}")',
-        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "{place}")',
+        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "{location}")',
         f"inputs = {encode}",
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))",
     ]
 
 
 def _shown_data(data: str | None) -> str | None:
-    """Return a data set's name; of a path the last part."""
+    """Return a data set's name, for a path its last part."""
     if data is None or (HUB_ID.fullmatch(data) and not Path(data).exists()):
         return data
     return plain(Path(data).name)
 
 
 def plain(name: str) -> str:
-    """Return a name as it may stand in a command, a program or a table: an adapter's file could have said anything."""
+    """Return a name that is safe in a command, a program or a table, because an adapter's file may have any text."""
     return re.sub(r"[^\w.:/@*+ -]", "_", name)[:200]
 
 

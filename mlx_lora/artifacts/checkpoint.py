@@ -1,10 +1,10 @@
-"""Checkpoints: a complete adapter and all that a run needs to go on, whole or not there at all.
+"""Checkpoints: a complete adapter and everything that a run needs to resume, written atomically.
 
-    checkpoints/step-000100/   adapters.safetensors, adapter_config.json     the adapter, as anywhere
+    checkpoints/step-000100/   adapters.safetensors, adapter_config.json     the adapter, as in a run folder
                                state.safetensors                             training/state.py's arrays
                                state.json                                    position, identity, checksums
 
-Each is written under another name, flushed to the disk, and renamed: a kill at any moment leaves the ones before.
+Each is written under another name, flushed to disk and renamed: a kill at any moment leaves the earlier ones intact.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from mlx_lora.training.state import Position
 STATE_FILE, ARRAYS_FILE, LOCK_FILE = "state.json", "state.safetensors", ".lock"
 NAME = re.compile(r"step-(\d{6,})")
 VERSION = 1
-MAX_EPOCHS, MAX_PARTS = 1e9, 10**6  # --epochs' own bound, and that of rows in a batch
+MAX_EPOCHS, MAX_PARTS = 1e9, 10**6  # the bounds of --epochs and of rows in a batch
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read and found whole.
+    """A checkpoint that was read and is complete.
 
     Attributes:
-        folder: where it lies.
+        folder: its folder.
         position: of the run.
-        identity: what it depends on; see `differences`.
-        arrays: training/state.py's.
+        identity: everything that the run depends on; see `differences`.
+        arrays: as training/state.py returns them.
     """
 
     folder: Path
@@ -58,20 +58,20 @@ def write_checkpoint(
     arrays: dict[str, mx.array],
     save_adapter: Callable[[Path], None],
 ) -> None:
-    """Write a checkpoint, all or nothing.
+    """Write a checkpoint atomically.
 
     Args:
-        folder: `checkpoints/step-NNNNNN`; an older one of this name is replaced.
+        folder: `checkpoints/step-NNNNNN`; replaced if it exists.
         position, identity, arrays: see Checkpoint.
         save_adapter: writes the adapter into a folder.
     """
-    with replacing_folder(folder) as place:
-        save_adapter(place)
-        save_tensors(place / ARRAYS_FILE, arrays)
-        sums = {path.name: sha256_of(path) for path in sorted(place.iterdir())}
+    with replacing_folder(folder) as temporary:
+        save_adapter(temporary)
+        save_tensors(temporary / ARRAYS_FILE, arrays)
+        sums = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
         state = {"version": VERSION, "position": asdict(position), "identity": identity, "sha256": sums}
-        (place / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        for path in (*place.iterdir(), place):
+        (temporary / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):
             _flush(path)
     _flush(folder.parent)
 
@@ -92,17 +92,17 @@ def numbered(room: Path) -> list[tuple[int, Path]]:
 
 
 def newest_checkpoint(room: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole, None when there is none; damaged ones are named.
+    """Return the newest complete checkpoint, None if there is none; damaged ones are reported.
 
     Args:
         room: a run folder's `checkpoints`.
-        say: takes a line about each that was passed over.
+        say: takes a line about each damaged checkpoint.
     """
     for _, folder in numbered(room):
         try:
             return read_checkpoint(folder)
         except InputError as error:
-            say(f"passed over: {error}")
+            say(f"skipped: {error}")
     return None
 
 
@@ -110,25 +110,25 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint and check all of it.
 
     Raises:
-        InputError: anything missing, changed, or of another version.
+        InputError: something is missing, damaged, or of another version.
     """
     if not (folder / STATE_FILE).is_file():
-        raise InputError(f"{folder}: no checkpoint to go on from (no {STATE_FILE}); give a step-NNNNNN folder")
+        raise InputError(f"{folder}: no checkpoint to resume from (no {STATE_FILE}); give a step-NNNNNN folder")
     state = read_json(folder / STATE_FILE, "use an older checkpoint")
     try:
         version, sums = state["version"], dict(state["sha256"])
         position, identity = Position(**state["position"]), dict(state["identity"])
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{folder}: no checkpoint to go on from ({type(error).__name__} in {STATE_FILE})") from None
+        raise InputError(f"{folder}: no checkpoint to resume from ({type(error).__name__} in {STATE_FILE})") from None
     if version != VERSION:
         raise InputError(
-            f"{folder}: checkpoint of version {version}, this program reads {VERSION}; use the one it is from"
+            f"{folder}: checkpoint of version {version}, this program reads {VERSION}; use the version that wrote it"
         )
     wrong = _position_problems(position)
     epochs = identity.get("price_epochs", 1.0)
     wrong += [] if isinstance(epochs, (int, float)) and 0 < epochs <= MAX_EPOCHS else ["price_epochs"]
     if wrong:
-        raise InputError(f"{folder}: no number that {', '.join(wrong)} can be in {STATE_FILE}; use an older checkpoint")
+        raise InputError(f"{folder}: {', '.join(wrong)} in {STATE_FILE} cannot be right; use an older checkpoint")
     for name, expected in {ARRAYS_FILE: None, **sums}.items():
         path = folder / Path(name).name
         if not path.is_file() or sha256_of(path) != expected:
@@ -138,7 +138,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _position_problems(position: Position) -> list[str]:
-    """Name the fields of a position that hold what a run never writes."""
+    """Return the fields of a position with values that a run never writes."""
     wrong = []
     for name, value in asdict(position).items():
         if name.endswith("_loss"):
@@ -152,7 +152,7 @@ def _position_problems(position: Position) -> list[str]:
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return what differs between a checkpoint's identity and this run's, in words."""
+    """Return the differences between a checkpoint's identity and this run's, as text."""
     return [
         f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
         for name in dict.fromkeys((*then, *now))
@@ -162,10 +162,10 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a run folder; the lock ends with the process, however that ends.
+    """Lock a run folder against other runs; the lock ends with the process, even if that is killed.
 
     Raises:
-        InputError: another run holds it.
+        InputError: another run has locked it.
     """
     import fcntl
 
@@ -184,7 +184,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _flush(path: Path) -> None:
-    """Bring a file or a folder's entries to the disk."""
+    """Flush a file or a folder's entries to disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

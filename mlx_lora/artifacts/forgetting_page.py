@@ -1,4 +1,4 @@
-"""What `evaluate --forgetting` measured as one page: bars, verdicts, everybody's answers; no network, no script."""
+"""The results of `evaluate --forgetting` as one page, with bars, verdicts and all answers, without network or script."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlx_lora.system.files import replacing_file
 
 
 def verdict_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
-    """Return the table's rows, a set and an adapter each, the probes last: column -> cell.
+    """Return the table's rows (column -> cell), one per set and adapter, with the probes last.
 
     Args:
         facts: Forgetting.to_dict().
@@ -45,7 +45,7 @@ def verdict_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def charts(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the page's charts: perplexity and KL of each set, and the probes; a bar for each model.
+    """Return the page's charts, with a bar for each model: perplexity and KL of each set, and the probes.
 
     Args:
         facts: Forgetting.to_dict().
@@ -56,16 +56,16 @@ def charts(facts: dict[str, Any]) -> list[dict[str, Any]]:
         drifts = one["adapters"]
         base_loss = drifts[names[0]]["base_loss"]
         bars = [Bar("base", _capped(base_loss), words=perplexity(base_loss), color=2)]
-        for place, name in enumerate(names):
+        for index, name in enumerate(names):
             loss = drifts[name]["loss"]
-            bars.append(Bar(name, _capped(loss), words=perplexity(loss), color=place % 2, note=drifts[name]["verdict"]))
+            bars.append(Bar(name, _capped(loss), words=perplexity(loss), color=index % 2, note=drifts[name]["verdict"]))
         drawn.append((f"Perplexity, {where}", bars))
     for where, one in facts["sets"].items():
         bars = []
-        for place, name in enumerate(names):
+        for index, name in enumerate(names):
             drift = one["adapters"][name]
             kl, error = max(drift["kl"], 0.0), drift["kl_error"] if math.isfinite(drift["kl_error"]) else 0.0
-            bars.append(Bar(name, kl, low=max(kl - error, 0.0), high=kl + error, color=place % 2))
+            bars.append(Bar(name, kl, low=max(kl - error, 0.0), high=kl + error, color=index % 2))
         drawn.append((f"KL from the base, {where}", bars))
     right = facts["probes"]["right"]
     answers = [Bar(name, right[name], color=2 if name == "base" else names.index(name) % 2) for name in right]
@@ -77,11 +77,11 @@ def write_page(path: Path, facts: dict[str, Any], thresholds: tuple[float, float
     """Write the page.
 
     Args:
-        path: its file; replaced whole.
+        path: its file; replaced atomically.
         facts: Forgetting.to_dict().
-        thresholds: rises in loss up to which the verdict is kept, and slightly forgotten.
-        command: that measured it.
-        device: a line on the machine.
+        thresholds: the largest rises in loss for the verdicts kept, and slightly forgotten.
+        command: the command that measured it.
+        device: a line about the machine.
     """
     names = list(facts["adapters"])
     page = render_page(
@@ -106,5 +106,5 @@ def write_page(path: Path, facts: dict[str, Any], thresholds: tuple[float, float
 
 
 def _capped(loss: float) -> float:
-    """Return the perplexity as a bar's length: a diverged adapter's has one, too."""
+    """Return the perplexity as a bar's length, which is finite even for a diverged adapter."""
     return math.exp(min(loss, 30.0))

@@ -1,14 +1,14 @@
-"""Fold an adapter into its base, and say how much of it is left when the result is quantized or rounded.
+"""Fold an adapter into its base, and measure how much of it is left after quantizing or rounding.
 
-A quantized weight moves in steps of its scale; an update smaller than half a step vanishes (mlx-lm#1172). So
-for each layer what arrived is compared with what was meant:
+A quantized weight changes in steps of its scale; an update smaller than half a step vanishes (mlx-lm#1172). So
+for each layer the actual change R is compared with the update D:
 
     D = scale B A,  R = stored(W + D) - W
-    kept  = <R, D> / <D, D>        1 when the update arrived, 0 when none of it did
-    error = |R - D| / |D|          rounding noise beside it
+    kept  = <R, D> / <D, D>        1 if the whole update arrived, 0 if nothing did
+    error = |R - D| / |D|          with the rounding noise
 
-The folder keeps the dtypes of the base's own files: a run's compute dtype is this machine's affair. Before it takes
-its place it is read back as mlx-lm will read it.
+The folder has the dtypes of the base's files, because a run's compute dtype depends only on the machine. Before it is
+put under its final name it is read back as mlx-lm will read it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from mlx_lora.system.files import check_writable, replacing_folder
 
 @dataclass(frozen=True)
 class Survival:
-    """What became of one layer's update.
+    """How well one layer's update survived.
 
     Attributes:
-        kept: share of the update that arrived.
-        error: what arrived beside it, relative to the update.
+        kept: fraction of the update that arrived.
+        error: the error, relative to the update.
     """
 
     kept: float
@@ -48,24 +48,24 @@ class Survival:
 
 
 def fuse_adapter(model: nn.Module, dequantize: bool) -> dict[str, Survival]:
-    """Replace every adapter layer of `model` by one layer that holds base and adapter.
+    """Replace every adapter layer of `model` by one layer with the adapter folded into its base.
 
     Args:
-        model: adapted; changed in place, its base object too.
-        dequantize: leave fused layers in float; else a quantized base's are quantized as it was.
+        model: adapted; it and its base are changed in place.
+        dequantize: leave fused layers in float; else those of a quantized base are quantized like it.
 
     Returns:
-        path -> what became of the update. A zero update arrives whole.
+        path -> survival of the update; a zero update survives whole.
 
     Raises:
-        InputError: an embedding whose tied head is not adapted: one weight cannot be both.
+        InputError: an embedding's tied head is not adapted, and one weight cannot be both adapted and not.
     """
     survival, fused = {}, []
     for path, layer in adapter_layers(model).items():
         layer.check_tied_head(path, tied="lm_head" not in model)
         base, whole = layer.base, layer.fuse()
         if isinstance(base, QUANTIZED) and not dequantize:
-            own_scale = {"global_scale": True} if "global_scale" in base else {}  # of each nvfp4 expert
+            own_scale = {"global_scale": True} if "global_scale" in base else {}  # nvfp4 experts have one each
             whole = whole.to_quantized(base.group_size, base.bits, base.mode, **own_scale)
         survival[path] = _survival(dense_weight(base), dense_weight(whole), layer.delta())
         fused.append((path, whole))
@@ -92,21 +92,21 @@ def write_fused(
     full: tuple[str, ...] = (),
     keep_dtype: bool = False,
 ) -> dict[str, Survival]:
-    """Fuse the adapter on `base.model` and write the result as a model folder, all or nothing.
+    """Fuse the adapter on `base.model` and write the result as a model folder, atomically.
 
     Args:
-        base: adapted; not usable as that base afterwards.
-        out: the folder to make.
+        base: adapted; not usable as the base afterwards.
+        out: the folder to write.
         dequantize: make the whole model float.
         force: replace an existing model folder.
-        chat_template: the adapter's own, which then is the model's.
+        chat_template: the adapter's, which becomes the model's.
         full: names of parameters trained in full.
-        keep_dtype: write the dtype that the base was cast to, as somebody asked for it, not that of its files. A
-            quantized base made float has no dtype of its own, and keeps it in any case.
+        keep_dtype: write the dtype that the base was cast to on request, not that of its files. A dequantized base
+            always keeps it, because its files have no float dtype.
 
     Raises:
         InputError: `out` must not be written.
-        RunError: what was written cannot be read back.
+        RunError: the written model cannot be read back.
     """
     out = out.resolve()
     check_out(out, force=force)
@@ -136,14 +136,14 @@ def write_fused(
 
 
 def _has_own_code(base: Base) -> bool:
-    """Whether the base's folder brought Python of its own, which whoever loaded it has allowed."""
+    """Tell whether the base's folder has Python code, which the user allowed when loading it."""
     return base.config.get("model_file") is not None
 
 
 def _take_stored_dtypes(base: Base, full: tuple[str, ...]) -> None:
-    """Put the base's arrays back as its files hold them; parameters trained in full get the dtype of those they replace.
+    """Restore the base's arrays from its files; parameters trained in full get the dtype of those they replace.
 
-    Loading casts to the compute dtype: on a Mac, float16 scales and float32 norms to bfloat16.
+    Loading casts to the compute dtype, for example on a Mac float16 scales and float32 norms to bfloat16.
     """
     untouched, _ = load_weights(base.folder, trust_remote_code=_has_own_code(base))
     stored = {name: p for name, p in tree_flatten(untouched.parameters()) if mx.issubdtype(p.dtype, mx.floating)}
@@ -153,7 +153,7 @@ def _take_stored_dtypes(base: Base, full: tuple[str, ...]) -> None:
     usual = max(sizes, key=sizes.__getitem__)
     changed = []
     for name, p in tree_flatten(base.model.parameters()):
-        plain = name.replace(".linear.", ".").replace(".embedding.", ".")  # an adapted layer's own
+        plain = name.replace(".linear.", ".").replace(".embedding.", ".")  # the name without the adapter
         if name in full:
             changed.append((name, p.astype(stored[plain].dtype if plain in stored else usual)))
         elif plain in stored and stored[plain].shape == p.shape and stored[plain].dtype != p.dtype:
@@ -162,7 +162,7 @@ def _take_stored_dtypes(base: Base, full: tuple[str, ...]) -> None:
 
 
 def _with_true_layouts(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Return the config without layouts of layers that are quantized no longer: what was trained in full is float."""
+    """Return the config without the quantization of layers that are float now because they were trained in full."""
     if "quantization" not in config:
         return config
     modules = dict(model.named_modules())
@@ -177,18 +177,18 @@ def _with_true_layouts(config: dict[str, Any], model: nn.Module) -> dict[str, An
 
 
 def _check_written(folder: Path, model: nn.Module, out: Path, *, trust_remote_code: bool) -> None:
-    """Read a folder back as mlx-lm does: every name, shape and dtype, and the values of all vectors.
+    """Read a folder back like mlx-lm, and check every name, shape and dtype, and the values of all vectors.
 
-    mlx-lm changes some families' weights while it loads them (shifted norms, transposed convolutions); on weights
-    that it has loaded once, that must do nothing.
+    mlx-lm changes some families' weights while loading (shifted norms, transposed convolutions); for weights that it
+    has already changed, this must do nothing.
 
     Raises:
-        RunError: naming what differs; the folder is not kept.
+        RunError: something differs; the folder is not kept.
     """
     try:
         found, _ = load_weights(folder, trust_remote_code)
     except InputError as error:
-        raise RunError(f"--out {out}: not written, mlx-lm cannot load what fusing made ({error})") from error
+        raise RunError(f"--out {out}: not written, mlx-lm cannot load the fused model ({error})") from error
     wanted, read = dict(tree_flatten(model.parameters())), dict(tree_flatten(found.parameters()))
     differ = sorted(wanted.keys() ^ read.keys()) or [
         name
@@ -199,11 +199,11 @@ def _check_written(folder: Path, model: nn.Module, out: Path, *, trust_remote_co
     if differ:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise RunError(
-            f"--out {out}: not written, mlx-lm reads {', '.join(differ[:3])}{more} back otherwise than it was written; "
-            "keep the adapter apart"
+            f"--out {out}: not written, mlx-lm reads {', '.join(differ[:3])}{more} with other contents than were written; "
+            "keep the adapter separate"
         )
 
 
 def _provenance(base: Base, mark: str) -> dict[str, Any]:
-    """Return what config.json says of where the fused model came from; `fused` makes it another base than that."""
+    """Return the origin of the fused model for config.json; `fused` marks it as a different base."""
     return {"fused": mark, "base_model": base.model_id, "base_revision": base.revision}

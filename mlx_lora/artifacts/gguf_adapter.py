@@ -1,8 +1,8 @@
-"""An adapter as a GGUF file that llama.cpp applies to the base GGUF (`llama-cli -m base.gguf --lora FILE`).
+"""Write an adapter as a GGUF file that llama.cpp applies to the base GGUF (`llama-cli -m base.gguf --lora FILE`).
 
 Tensors are named after the base's, `blk.0.attn_q.weight.lora_a` (r, in) and `.lora_b` (out, r), both float32; those of
-experts have the experts' axis before. llama.cpp multiplies their product by alpha / r; rows of B and columns of A move
-with the base's.
+experts have the experts' axis in front. llama.cpp multiplies their product by alpha / r; rows of B and columns of A are
+reordered like the base's.
 
 Source: ggml-org/llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp.
 """
@@ -29,20 +29,20 @@ def write_gguf_adapter(file: Path, model: nn.Module, base_name: str, full: tuple
     """Write the adapter on `model` as a LoRA GGUF.
 
     Args:
-        file: replaced whole.
+        file: replaced atomically.
         model: adapted.
         base_name: the base's id, for the metadata.
-        full: names of parameters trained in full, which the format has no place for.
+        full: names of parameters trained in full, which the format cannot hold.
 
     Raises:
-        InputError: an architecture, or layers, that llama.cpp's adapters do not know.
+        InputError: llama.cpp's adapters do not support the architecture or the layers.
     """
     layers = adapter_layers(model)
     architecture, tensors = gguf_weights(model)
-    known = {layer for place in tensors.values() for layer in place.layers}
+    known = {layer for mapping in tensors.values() for layer in mapping.layers}
     problems = [f"{path} has no tensor in a {architecture} GGUF" for path in layers if path not in known]
-    # Its newer versions scale the base's product before they add the adapter's, its older ones the sum.
-    scaled = {layer for place in tensors.values() if place.scaled for layer in place.layers}
+    # Newer versions scale the base's product before they add the adapter's, older ones scale the sum.
+    scaled = {layer for mapping in tensors.values() if mapping.scaled for layer in mapping.layers}
     problems += [
         f"{path} is scaled expert by expert, its adapter by some of llama.cpp's versions"
         for path in layers
@@ -55,7 +55,7 @@ def write_gguf_adapter(file: Path, model: nn.Module, base_name: str, full: tuple
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise InputError(f"--to gguf-adapter: {'; '.join(problems[:4])}{more}; fuse it instead, or adapt other layers")
     alphas = {layer.scale * layer.rank for layer in layers.values()}
-    # One alpha for the whole file: where layers differ, it is the rank and the scale goes into B.
+    # The file has one alpha: if layers differ, it is the rank, and the scale is multiplied into B.
     alpha = alphas.pop() if len(alphas) == 1 else None
     with replacing_file(file) as temporary:
         writer = GGUFWriter(str(temporary), architecture)
@@ -63,10 +63,10 @@ def write_gguf_adapter(file: Path, model: nn.Module, base_name: str, full: tuple
         writer.add_name(base_name)
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", 0.0 if alpha is None else alpha)  # 0: multiply by 1
-        for name, place in tensors.items():
-            own = [layers.get(path) for path in place.layers]
+        for name, mapping in tensors.items():
+            own = [layers.get(path) for path in mapping.layers]
             if name.endswith(".weight") and any(layer is not None for layer in own):
-                a, b = _factors(own, alpha, place)
+                a, b = _factors(own, alpha, mapping)
                 writer.add_tensor(f"{name}.lora_a", a)
                 writer.add_tensor(f"{name}.lora_b", b)
         writer.write_header_to_file()
@@ -75,13 +75,13 @@ def write_gguf_adapter(file: Path, model: nn.Module, base_name: str, full: tuple
         writer.close()
 
 
-def _factors(layers: list[Any], alpha: float | None, place: TensorMapping) -> tuple[np.ndarray, np.ndarray]:
-    """Return A (r, in) and B (out, r) float32 in the base's order, of experts (E, r, in) and (E, out, r).
+def _factors(layers: list[Any], alpha: float | None, mapping: TensorMapping) -> tuple[np.ndarray, np.ndarray]:
+    """Return A (r, in) and B (out, r), float32, in the base's order; for experts (E, r, in) and (E, out, r).
 
     Args:
         layers: the adapters of the tensor's parts; of several, None stands for one that is not adapted.
-        alpha: the file's; None: B carries the scale.
-        place: the tensor's.
+        alpha: the file's; None: the scale is multiplied into B.
+        mapping: of the tensor.
     """
     if len(layers) > 1:
         a, b, scale = joined_experts(layers, in_turns=False)
@@ -90,6 +90,6 @@ def _factors(layers: list[Any], alpha: float | None, place: TensorMapping) -> tu
         (a, b), scale = layer.transposed_factors(), layer.scale
     b = b * (scale if alpha is None else scale * a.shape[-2] / alpha)
     a, b = np.array(a.astype(mx.float32)), np.array(b.astype(mx.float32))
-    a = a if place.columns is None else a[..., place.columns.to_file(a.shape[-1])]
-    b = b if place.rows is None else b[place.rows.to_file(len(b))]
+    a = a if mapping.columns is None else a[..., mapping.columns.to_file(a.shape[-1])]
+    b = b if mapping.rows is None else b[mapping.rows.to_file(len(b))]
     return np.ascontiguousarray(a), np.ascontiguousarray(b)

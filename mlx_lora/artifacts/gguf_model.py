@@ -1,10 +1,10 @@
-"""A model, with the adapter on it folded in, as one GGUF file: what llama.cpp, Ollama and LM Studio run.
+"""Write a model, with its adapter folded in, as one GGUF file for llama.cpp, Ollama and LM Studio.
 
     base + adapter, float32, one tensor at a time -> llama.cpp's order and offsets -> the chosen type -> file
 
 Types follow llama.cpp's converter: tensors of one axis (norms, biases), routers and convolutions stay F32, and rows
 that a block type cannot divide are F16. In files of 4 and 5 bits the output head, or the embedding tied to it, is
-Q8_0. MXFP4 weights that no adapter changed stay what they are, bit for bit, in every file but f32's.
+Q8_0. MXFP4 weights that no adapter changed are copied bit for bit, except into f32 files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mlx_lora.sources.tokenizer_vocabulary import tokenizer_metadata, tokenizer_
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import check_writable, replacing_file
 
-# --gguf-type: what matrices become, and the number that says so in the file.
+# --gguf-type: the type of matrices, and its number in the file.
 TYPES = {
     "f32": (Kind.F32, LlamaFileType.ALL_F32),
     "f16": (Kind.F16, LlamaFileType.MOSTLY_F16),
@@ -46,18 +46,18 @@ TYPES = {
     "q5_0": (Kind.Q5_0, LlamaFileType.MOSTLY_Q5_0),
     "q5_1": (Kind.Q5_1, LlamaFileType.MOSTLY_Q5_1),
 }
-DEFAULT_TYPE = "f16"  # as llama.cpp's converter; `llama-quantize` makes K-quants of it
+DEFAULT_TYPE = "f16"  # as in llama.cpp's converter; `llama-quantize` makes K-quants from it
 _COARSE = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1)
 
 
 @dataclass(frozen=True)
 class Source:
-    """One float parameter of an adapted model, not yet computed.
+    """One float parameter of an adapted model, which is not computed yet.
 
     Attributes:
         shape: of the values, row-major.
         values: computes them, float32.
-        packed: the same values as MXFP4, where the model holds them so.
+        packed: the same values as MXFP4, if the model has them.
     """
 
     shape: tuple[int, ...]
@@ -67,30 +67,30 @@ class Source:
 
 @dataclass(frozen=True)
 class Planned:
-    """One tensor of the file: its name, what it is computed from, and how it is stored."""
+    """One tensor of the file: its name, its source, and its stored type."""
 
     name: str
     source: Source
-    place: TensorMapping
+    mapping: TensorMapping
     kind: Kind
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.place.file_shape(self.source.shape)
+        return self.mapping.file_shape(self.source.shape)
 
     @property
     def n_bytes(self) -> int:
         return int(np.prod(gguf.quant_shape_to_byte_shape(self.shape, self.kind)))
 
     def stored(self) -> np.ndarray:
-        """Compute the tensor as the file holds it.
+        """Compute the tensor as it is stored in the file.
 
         Raises:
-            InputError: values that the type cannot hold.
+            InputError: the type cannot hold the values.
         """
         if self.kind is Kind.MXFP4:
             return mxfp4_blocks(self.source.packed)  # pyright: ignore[reportArgumentType] # MXFP4 is always packed
-        values = self.place.to_file(np.array(self.source.values()))  # a copy of ours: mlx's buffer is freed
+        values = self.mapping.to_file(np.array(self.source.values()))  # a copy, so that mlx's buffer is freed
         largest = np.abs(values).max()
         limit = np.inf if self.kind in (Kind.F32, Kind.BF16) else np.finfo(np.float16).max
         if not largest < limit:
@@ -111,28 +111,28 @@ def write_gguf_model(
     chat_template: str | None = None,
     asked: Path | None = None,
 ) -> int:
-    """Write `base.model` with its adapter, if it has one, as a GGUF model; all or nothing.
+    """Write `base.model` with its adapter, if it has one, as a GGUF model, atomically.
 
-    Memory holds the base and one float tensor beside it.
+    This takes memory for the base and one float tensor.
 
     Args:
-        file: replaced whole.
+        file: replaced atomically.
         base: adapted or not; not changed.
         gguf_type: key of TYPES.
         name: of the model, for the metadata.
-        chat_template: the adapter's own, which then is the model's.
-        asked: what --out was, when that is not `file`.
+        chat_template: the adapter's, which becomes the model's.
+        asked: the value of --out, if that is not `file`.
 
     Returns:
         The file's size in bytes.
 
     Raises:
-        InputError: an architecture, settings, layers or a tokenizer that llama.cpp does not know, too little room.
+        InputError: llama.cpp does not support the architecture, settings, layers or tokenizer, or the disk is too full.
     """
     kind, file_type = TYPES[gguf_type]
-    architecture, places = gguf_weights(base.model)
+    architecture, mappings = gguf_weights(base.model)
     settings, extra = gguf_settings(base.model, architecture)
-    planned = _plan(base.model, architecture, places, kind)
+    planned = _plan(base.model, architecture, mappings, kind)
     n_rows = text_model(base.model)[1].args.vocab_size
     template = chat_template or own_template(base.hf_tokenizer)
     ends = sorted(base.tokenizer.eos_token_ids)
@@ -156,7 +156,7 @@ def write_gguf_model(
 
 
 def _write_tensors(writer: GGUFWriter, planned: list[Planned], extra: dict[str, np.ndarray]) -> None:
-    """Write table and data: the table first, from shapes alone, so that one tensor at a time is computed."""
+    """Write the table, which needs only shapes, and then the data, so that one tensor at a time is computed."""
     for name, values in extra.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     for tensor in planned:
@@ -173,14 +173,14 @@ def _write_tensors(writer: GGUFWriter, planned: list[Planned], extra: dict[str, 
         writer.close()
 
 
-def _plan(model: nn.Module, architecture: str, places: dict[str, TensorMapping], kind: Kind) -> list[Planned]:
+def _plan(model: nn.Module, architecture: str, mappings: dict[str, TensorMapping], kind: Kind) -> list[Planned]:
     """Choose a type for every tensor that the model has, in the file's order.
 
     Raises:
-        InputError: naming what the model has and the file has no place for, or the other way round.
+        InputError: the model has parameters that the file cannot hold, or lacks some that it needs.
     """
     sources = dict(merged_parameters(model))
-    known = {name for place in places.values() for name in place.names}
+    known = {name for mapping in mappings.values() for name in mapping.names}
     homeless = [name for name in sources if name not in known]
     if homeless:
         more = f" and {len(homeless) - 3} more" if len(homeless) > 3 else ""
@@ -190,16 +190,16 @@ def _plan(model: nn.Module, architecture: str, places: dict[str, TensorMapping],
     prefix, _ = text_model(model)
     head = next(name for name in ("lm_head.weight", "model.embed_tokens.weight") if prefix + name in sources)
     return [
-        Planned(name, source, place, _kind(source, place, kind, prefix + head))
-        for name, place in places.items()
-        if (source := _source(place, sources)) is not None
+        Planned(name, source, mapping, _kind(source, mapping, kind, prefix + head))
+        for name, mapping in mappings.items()
+        if (source := _source(mapping, sources)) is not None
     ]
 
 
-def _source(place: TensorMapping, sources: dict[str, Source]) -> Source | None:
-    """Return what a tensor is computed from: one parameter, or several whose rows follow each other."""
-    parts = [sources[name] for name in place.names if name in sources]
-    if len(parts) != len(place.names):
+def _source(mapping: TensorMapping, sources: dict[str, Source]) -> Source | None:
+    """Return the source of a tensor: one parameter, or several with concatenated rows."""
+    parts = [sources[name] for name in mapping.names if name in sources]
+    if len(parts) != len(mapping.names):
         return None
     if len(parts) == 1:
         return parts[0]
@@ -208,26 +208,26 @@ def _source(place: TensorMapping, sources: dict[str, Source]) -> Source | None:
     return Source(shape, lambda: mx.concatenate([part.values() for part in parts], axis=-2))
 
 
-def _kind(source: Source, place: TensorMapping, wanted: Kind, head: str) -> Kind:
-    """Return how a tensor is stored."""
-    shape = place.file_shape(source.shape)
-    if len(shape) == 1 or place.exact:
+def _kind(source: Source, mapping: TensorMapping, wanted: Kind, head: str) -> Kind:
+    """Return the type in which a tensor is stored."""
+    shape = mapping.file_shape(source.shape)
+    if len(shape) == 1 or mapping.exact:
         return Kind.F32
-    if source.packed is not None and wanted is not Kind.F32 and not place.moves:
+    if source.packed is not None and wanted is not Kind.F32 and not mapping.moves:
         return Kind.MXFP4
-    kind = Kind.Q8_0 if place.name == head and wanted in _COARSE else wanted
+    kind = Kind.Q8_0 if mapping.name == head and wanted in _COARSE else wanted
     block, _ = gguf.GGML_QUANT_SIZES[kind]
     return kind if shape[-1] % block == 0 else Kind.F16
 
 
 def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Source]]:
-    """Yield every parameter under its name without adapter and quantization; nothing is computed yet.
+    """Yield every parameter with its name without adapter and quantization; nothing is computed yet.
 
     Raises:
-        InputError: an embedding whose tied head is not adapted: one weight cannot be both.
+        InputError: an embedding's tied head is not adapted, and one weight cannot be both adapted and not.
     """
     adapters, adapter = adapter_layers(model), None
-    # In this order an adapter's own parts come right after it.
+    # In this order an adapter's parts follow it directly.
     for path, module in sorted(model.named_modules(), key=lambda item: item[0].split(".")):
         if adapter is not None and path.startswith(f"{adapter}."):
             continue
@@ -241,7 +241,7 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Source]]:
             yield from _others(path, module)
         else:
             for name, value in module.items():
-                if isinstance(value, mx.array) and not name.startswith("_"):  # RoPE keeps its frequencies so
+                if isinstance(value, mx.array) and not name.startswith("_"):  # RoPE's frequencies have such names
                     yield f"{path}.{name}" if path else name, Source(value.shape, _floats(value))
 
 
@@ -252,13 +252,13 @@ def _weight_shape(base: nn.Module) -> tuple[int, ...]:
 
 
 def _mxfp4(base: nn.Module) -> PackedWeight | None:
-    """Return a layer's weight as it is packed, when GGUF has that form too."""
+    """Return a layer's packed weight if it is MXFP4, which GGUF has too, else None."""
     is_mxfp4 = (base.mode, base.group_size) == (MXFP4.mode, MXFP4.group_size)
     return PackedWeight([base.weight, base.scales], MXFP4) if is_mxfp4 else None
 
 
 def _others(path: str, base: nn.Module) -> Iterator[tuple[str, Source]]:
-    """Yield a layer's bias, when it has one."""
+    """Yield a layer's bias, if it has one."""
     if "bias" in base:
         yield f"{path}.bias", Source(base.bias.shape, _floats(base.bias))
 
@@ -276,9 +276,9 @@ def _floats(array: mx.array) -> Callable[[], mx.array]:
 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    """Add one metadata entry; GGUF has a type of its own for each kind of Python value."""
+    """Add one metadata entry with the GGUF type for its Python type."""
     if isinstance(value, list):
-        writer.add_array(key, value)  # of int32, bool or text: what GGUF makes of the first
+        writer.add_array(key, value)  # of int32, bool or text: GGUF takes the first one's type
     else:
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add[type(value)](key, value)

@@ -1,8 +1,8 @@
-"""A folder that `ollama create NAME -f FOLDER/Modelfile` takes: the Modelfile, and the GGUF it names.
+"""Write a folder for `ollama create NAME -f FOLDER/Modelfile`: the Modelfile, and the GGUF that it names.
 
-Ollama has templates of its own kind (Go's), so a chat template cannot be copied over. The well-known forms are
-told by what the Jinja template renders: the same conversations, character by character. One that renders
-otherwise is left out, and Ollama looks for a form it knows in the GGUF's metadata itself.
+Ollama has Go templates, so a chat template cannot be copied. Well-known formats are recognized by what the Jinja template
+renders for the same conversations, character by character. For other formats no TEMPLATE is written, and Ollama looks
+for a format that it knows in the GGUF's metadata.
 
 Source: ollama/ollama, docs/modelfile.md, parser/parser.go and template/template.go.
 """
@@ -31,14 +31,14 @@ MODELFILE = "Modelfile"
 
 @dataclass(frozen=True)
 class Family:
-    """One form of a chat. In the turns `{}` is the content, and `{eos}` the end token's text.
+    """One chat format. In the turns `{}` is the content, and `{eos}` the end token's text.
 
     Attributes:
         name: for messages.
         system, user, assistant: one turn each.
-        prompt: what the model goes on from.
-        stops: texts that end an answer, beside the model's end tokens.
-        folded: the system text stands inside the next user turn, before its content.
+        prompt: the start of an answer, which the model continues.
+        stops: texts that end an answer, in addition to the model's end tokens.
+        folded: whether the system text is put into the next user turn, before its content.
     """
 
     name: str
@@ -109,10 +109,10 @@ class Chat:
     """A recognized chat template.
 
     Attributes:
-        family: its form.
+        family: its format.
         eos: the end token's text.
-        system: the system text that it puts where a conversation has none, or None.
-        before: what the template itself must put before the text (a bos that the tokenizer does not add).
+        system: the system text that it adds to a conversation without one, or None.
+        before: what the template must put before the text (a bos that the tokenizer does not add).
     """
 
     family: Family
@@ -134,7 +134,7 @@ class Chat:
         return text + family.prompt
 
     def go_template(self) -> str:
-        """Return the same as a Go template over `.Messages`; no `{{-`, so that every character counts."""
+        """Return the same as a Go template over `.Messages`, without `{{-`, so that every character is kept."""
         family, content = self.family, "{{ .Content }}"
         system, user = self._turn(family.system, content), self._turn(family.user, content)
         start = ""
@@ -149,15 +149,15 @@ class Chat:
             f"{{{{ end }}}}{{{{ end }}}}{family.prompt}"
         )
 
-    def _turn(self, form: str, content: str) -> str:
-        return content.join(part.replace("{eos}", self.eos) for part in form.split("{}"))
+    def _turn(self, pattern: str, content: str) -> str:
+        return content.join(part.replace("{eos}", self.eos) for part in pattern.split("{}"))
 
 
 def recognize(tokenizer: PreTrainedTokenizerBase, template: str) -> Chat | None:
-    """Return the well-known form that a Jinja chat template renders, or None.
+    """Return the well-known format that a Jinja chat template renders, or None.
 
     Args:
-        tokenizer: renders the template, and names the bos and end tokens.
+        tokenizer: renders the template, and has the bos and end tokens.
         template: Jinja text.
     """
 
@@ -165,15 +165,15 @@ def recognize(tokenizer: PreTrainedTokenizerBase, template: str) -> Chat | None:
         try:
             return render_chat(tokenizer, messages, template, add_generation_prompt=True)
         except (jinja2.TemplateError, TypeError, ValueError):
-            return None  # many refuse a system turn
+            return None  # many templates refuse a system turn
 
-    # As it is first: ChatML's <|im_start|> is the bos of some models, and belongs to the turn.
-    forms: list[tuple[Callable[[Messages], str | None], str]] = [(render, "")]
+    # Try it unchanged first: ChatML's <|im_start|> is the bos of some models, and belongs to the turn.
+    renderers: list[tuple[Callable[[Messages], str | None], str]] = [(render, "")]
     if isinstance(bos := tokenizer.bos_token, str) and bos:
-        # Ollama's tokenizer adds it again where the model says so.
+        # Ollama's tokenizer adds it if the model says so.
         added = prefix_tokens(tokenizer) == [tokenizer.bos_token_id]
-        forms.append((_without(render, bos), "" if added else bos))
-    for text, before in forms:
+        renderers.append((_without(render, bos), "" if added else bos))
+    for text, before in renderers:
         for family in FAMILIES:
             chat = Chat(family, str(tokenizer.eos_token or ""), None, "")
             system = _default_system(chat, text)
@@ -191,7 +191,7 @@ def _without(render: Callable[[Messages], str | None], start: str) -> Callable[[
 
 
 def _default_system(chat: Chat, render: Callable[[Messages], str | None]) -> str | None:
-    """Return the system text that the template puts before a conversation without one."""
+    """Return the system text that the template adds to a conversation without one."""
     mark = "\0"
     found = render(_TURNS) or ""
     start, end = chat.render([{"role": "system", "content": mark}, *_TURNS]).split(mark)
@@ -200,32 +200,32 @@ def _default_system(chat: Chat, render: Callable[[Messages], str | None]) -> str
 
 
 def _agree(chat: Chat, render: Callable[[Messages], str | None], system: str | None) -> bool:
-    """Tell whether the template renders the probes as the family does, with a system turn and without."""
+    """Tell whether the template renders the probes like the family, with a system turn and without."""
     added = [{"role": "system", "content": system}] if system is not None else []
     if any(render(probe) != chat.render([*added, *probe]) for probe in _PROBES):
         return False
-    # A template that refuses system turns leaves their form open.
+    # A template that refuses system turns agrees with any format of them.
     return all(render([_SYSTEM, *probe]) in (None, chat.render([_SYSTEM, *probe])) for probe in _PROBES)
 
 
 def write_ollama(
     out: Path, base: Base, info: AdapterInfo | None, *, gguf_type: str, ollama_base: str | None, force: bool
 ) -> list[str]:
-    """Write Modelfile and GGUF as a folder, all or nothing.
+    """Write Modelfile and GGUF as a folder, atomically.
 
     Args:
-        out: the folder to make.
-        base: adapted, or not.
-        info: the adapter's.
+        out: the folder to write.
+        base: adapted or not.
+        info: of the adapter.
         gguf_type: of a merged model.
         ollama_base: an Ollama model or a .gguf file that the adapter is applied to; None: the merged model is written.
-        force: replace a folder that was written here before.
+        force: replace a folder with a Modelfile.
 
     Returns:
-        What the user should know about it, one line each.
+        Notes for the user, one line each.
 
     Raises:
-        InputError: `out` must not be written, or what the writers refuse.
+        InputError: `out` must not be written, or a writer refuses.
     """
     out = out.resolve()
     _check_folder(out, base, force)
@@ -251,19 +251,19 @@ def write_ollama(
 
 
 def _check_folder(out: Path, base: Base, force: bool) -> None:
-    """Check before the work that `out` can be made."""
+    """Check that `out` can be written, before the work."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not force:
             raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force to replace it")
         if not (out / MODELFILE).is_file():
             raise InputError(f"--out {out}: --force replaces a folder with a Modelfile only; give another folder")
-    for place in (base.folder, Path(base.model_id).expanduser()):
-        if place.resolve().is_relative_to(out):
-            raise InputError(f"--out {out}: holds the base {place}; give another folder")
+    for source in (base.folder, Path(base.model_id).expanduser()):
+        if source.resolve().is_relative_to(out):
+            raise InputError(f"--out {out}: holds the base {source}; give another folder")
 
 
 def _from(ollama_base: str | None) -> str:
-    """Return what FROM names: our own file, a file by its whole path, or a model that Ollama has."""
+    """Return the argument of FROM: our file, another file's absolute path, or a model that Ollama has."""
     if ollama_base is None:
         return "./model.gguf"
     path = Path(ollama_base).expanduser()
@@ -277,17 +277,17 @@ def _from(ollama_base: str | None) -> str:
 
 
 def _chat_lines(tokenizer: PreTrainedTokenizerBase, template: str | None) -> tuple[list[str], list[str]]:
-    """Return the Modelfile's lines about chats, and what to tell the user."""
+    """Return the Modelfile's lines about chats, and notes for the user."""
     if template is None:
         return [], ["the model has no chat template, so the Modelfile has none: Ollama passes prompts on as they are"]
     chat = recognize(tokenizer, template)
-    # Ollama runs what stands in {{ }}, and three quotes end a text: a tokenizer's own tokens must hold neither.
+    # Ollama runs the contents of {{ }}, and three quotes end a text, so a tokenizer's tokens must not contain them.
     parts = () if chat is None else (chat.system or "", chat.eos, chat.before)
     if chat is None or any(mark in part for mark in ('"""', "{{", "}}") for part in parts):
         names = ", ".join(family.name for family in FAMILIES)
         return [], [
-            f"the chat template renders none of the forms we write for Ollama ({names}): TEMPLATE is left out, and Ollama "
-            "takes one that it finds by the GGUF's own template; check with `ollama show --template`"
+            f"the chat template renders none of the formats we write for Ollama ({names}): there is no TEMPLATE, and Ollama "
+            "chooses one by the GGUF's template; check with `ollama show --template`"
         ]
     lines = [f'TEMPLATE """{chat.go_template()}"""']
     lines += [f'SYSTEM """{chat.system}"""'] if chat.system else []

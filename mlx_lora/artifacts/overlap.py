@@ -1,11 +1,11 @@
-"""Finds out whether an adapter is in its base already, whoever put it there and however it was quantized since.
+"""Detect whether an adapter is already in its base's weights, fused by any program and possibly quantized since.
 
-Norms and biases name a base (models/fingerprint.py), and fusing changes neither; a folder that another program fused
-carries no mark. But the update D itself is known. With the adapter its base's share along D is stored:
+A base's fingerprint depends on norms and biases (models/fingerprint.py), and fusing changes neither; a folder that
+another program fused has no mark. But the update D is known. The adapter stores its base's share along D:
 
     share(W) = <W, D> / <D, D>          share(W + D) = share(W) + 1
 
-Rounding and quantizing W add noise that knows nothing of D: of standard deviation s / |D| for a noise of s per
+Rounding and quantizing W add noise that is independent of D: its standard deviation is s / |D| for a noise of s per
 number, a few thousandths over the rows sampled here. An update too small to tell from that noise is not judged.
 
 Shapes: n rows of a layer, r rank.
@@ -22,20 +22,20 @@ from mlx_lora.adapters.adapter_layer import AdapterLayer
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.parts import LINEAR, QUANTIZED
 
-LAYERS, ROWS = 8, 1024  # looked at, of each adapter: next to nothing to compute
-PRESENT = 0.5  # of the update in the weights; quantized bases swallow some of it
-# Of a quantized weight, relative to its size, by bits; a float one may have been quantized to four in between.
+LAYERS, ROWS = 8, 1024  # the most that are sampled, so that it takes little time
+PRESENT = 0.5  # the least share of a fused update; quantized bases lose some of it
+# The noise of a quantized weight, relative to its size, by bits; a float one may have been quantized to four before.
 NOISE = {2: 0.45, 3: 0.2}
 LEAST_NOISE = 0.1
-MOST_DEVIATION = 0.1  # of the share by noise; five of these are PRESENT
+MOST_DEVIATION = 0.1  # of the share by noise; PRESENT is five of these
 
 
 def measure_overlap(model: nn.Module) -> dict[str, float]:
-    """Return how an adapted model's weights lie along its update.
+    """Return the inner products of an adapted model's weights with its update.
 
     Returns:
-        `inner` <W, D> and `size` <D, D>, and `noise`, the mean square of what quantizing may have added to W, all over
-        the sampled rows, to six digits; empty without linear layers whose update is not zero.
+        `inner` <W, D>, `size` <D, D> and `noise`, the mean square of the noise that quantizing may have added to W, all
+        over the sampled rows, to six digits; empty without linear layers whose update is not zero.
     """
     layers = [layer for layer in adapter_layers(model).values() if layer.OVER is LINEAR]
     chosen = [layers[len(layers) * i // LAYERS] for i in range(LAYERS)] if len(layers) > LAYERS else layers
@@ -43,13 +43,13 @@ def measure_overlap(model: nn.Module) -> dict[str, float]:
         return {}
     sums = mx.stack([_sums(layer) for layer in chosen]).sum(axis=0)
     inner, size, noise, numbers = sums.tolist()
-    if not size > 0:  # nor of one that is not finite
+    if not size > 0:  # NaN too
         return {}
     return {"inner": _digits(inner), "size": _digits(size), "noise": _digits(noise / numbers)}
 
 
 def _sums(layer: AdapterLayer) -> mx.array:
-    """Return <W, D>, <D, D>, the noise's square and the count of numbers, of one layer's first rows."""
+    """Return <W, D>, <D, D>, the noise's square and the count of numbers, over one layer's first rows."""
     base = layer.base
     names = [name for name in ("weight", "scales", "biases") if name in base]
     rows = [base[name][:ROWS] for name in names]
@@ -70,14 +70,14 @@ def _digits(value: float) -> float:
 
 
 def share_present(model: nn.Module, stored: dict[str, Any]) -> float | None:
-    """Return how much of its adapter's update a model's weights hold already: about 0, or about 1 where it was fused.
+    """Return the share of its adapter's update in a model's weights: about 0, or about 1 if it was fused.
 
     Args:
         model: adapted.
-        stored: what `measure_overlap` gave when the adapter was written.
+        stored: what `measure_overlap` returned when the adapter was written.
 
     Returns:
-        None where that cannot be told: other factors than were stored, or too small an update.
+        The share; None if it is not known, because the factors are not those measured or the update is too small.
     """
     found = measure_overlap(model)
     if not found or not stored or abs(found["size"] - stored["size"]) > 1e-3 * stored["size"]:

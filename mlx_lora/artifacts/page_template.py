@@ -1,4 +1,4 @@
-"""Report pages: one head and style sheet for all, filled in without letting anybody's text be markup."""
+"""Render report pages, with a common head and style sheet, and with all text escaped."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def render_page(folder: Path, template: str, /, **values: Any) -> str:
     """Return a page's text.
 
     Args:
-        folder, template: where it lies and its name; it extends page.html.
-        values: for it. What is not marked `safe` in the template, as our own SVG is, gets escaped.
+        folder, template: the template's folder and name; it extends page.html.
+        values: for the template. They are escaped unless the template marks them `safe`, as it does for our SVG.
     """
     css = (COMMON / "page.css").read_text(encoding="utf-8")
     return _environment(folder).get_template(template).render(css=css, **values)

@@ -1,4 +1,4 @@
-"""PEFT's adapter folder, read and written.
+"""Read and write PEFT's adapter folders.
 
 adapter_model.safetensors   base_model.model.<layer>.lora_A.weight (r, in), .lora_B.weight (out, r); for an
                             embedding .lora_embedding_A (r, vocabulary), .lora_embedding_B (width, r);
@@ -7,11 +7,10 @@ adapter_model.safetensors   base_model.model.<layer>.lora_A.weight (r, in), .lor
                             modules_to_save and biases under their own names
 adapter_config.json         r, lora_alpha, their patterns by layer, use_rslora, target_modules, modules_to_save, bias
 
-Both are the transposes of ours. What an adapter needs and we cannot carry over is an error that names it,
-never a setting dropped in silence.
+Both factors are the transposes of ours. A setting that we do not support is an error that names it; none is ignored.
 
-A tied head is one weight in two places. Ours adapts both; PEFT adapts `embed_tokens` and `lm_head` apart, so
-ours is written as two adapters that hold the same factors, and PEFT's `embed_tokens` alone leaves our head alone.
+A tied head and the embedding are one weight. Ours adapts both; PEFT adapts `embed_tokens` and `lm_head` separately, so
+ours is written as two adapters with the same factors, and PEFT's `embed_tokens` alone does not adapt our head.
 
 Source: huggingface/peft, LoraConfig and get_peft_model_state_dict.
 """
@@ -36,7 +35,7 @@ from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.parts import EMBEDDING, QUANTIZED, SWITCH, base_dims, dense_weight
 from mlx_lora.adapters.registry import adapter_class
 from mlx_lora.artifacts.adapter_config import peft_problems
-from mlx_lora.artifacts.peft_experts import PLACES, expert_tensors, take_experts
+from mlx_lora.artifacts.peft_experts import EXPERT_LAYOUTS, expert_tensors, take_experts
 from mlx_lora.artifacts.peft_families import check_reached, folded_rows
 from mlx_lora.artifacts.peft_full import full_for_peft, full_problems, full_tensors, full_values
 from mlx_lora.artifacts.peft_names import COPY, PREFIX, TENSOR, own_path, peft_path
@@ -48,11 +47,11 @@ from mlx_lora.system.files import replacing_file
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
-# How far a saved copy of a base weight may be from ours, in 16 bits or quantized.
+# How much a saved copy of a base weight may differ from ours, in 16 bits or quantized.
 FLOAT_COPY, QUANTIZED_COPY = 0.02, 0.3
-PATTERN_S = 1.0  # to match one of a config's patterns with one layer's name; it takes microseconds
+PATTERN_S = 1.0  # limit for matching a config's pattern with a layer's name, which takes microseconds
 
-# Settings that change what the adapter computes, in ways that plain factors do not hold.
+# Settings that change what the adapter computes, in ways that plain factors cannot express.
 UNSUPPORTED = {
     "trainable_token_indices": "single trained tokens",
     "layer_replication": "repeated layers",
@@ -63,20 +62,20 @@ UNSUPPORTED = {
     "megatron_config": "Megatron layers",
     "arrow_config": "routed adapters",
 }
-# Initializations that change the base as well: such factors fit no base that others have.
+# Initializations that also change the base: such factors do not fit the published base.
 CHANGES_BASE = re.compile(r"pissa.*|olora|loftq|corda|lora_ga")
 
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """A PEFT LoRA in our terms.
+    """A PEFT LoRA in our layout.
 
     Attributes:
-        factors: path -> (lora_a (in, r), lora_b (r, out)), float32; of experts (E, r, in) and (E, out, r).
-        magnitudes: path -> m (out,), of a DoRA; empty of a LoRA.
+        factors: path -> (lora_a (in, r), lora_b (r, out)), float32; for experts (E, r, in) and (E, out, r).
+        magnitudes: path -> m (out,), for a DoRA; empty for a LoRA.
         shapes: path -> (rank, scale).
         dropout: of every layer.
-        base_model: the id it names.
+        base_model: the id that it names.
         leaves_head: path of the adapted embedding whose tied head is not adapted; None: there is none.
         full: (path, name in the module) -> parameter trained in full.
     """
@@ -91,12 +90,12 @@ class PeftAdapter:
 
 
 def is_peft(config: dict[str, Any]) -> bool:
-    """Tell PEFT's adapter_config.json from mlx-lm's."""
+    """Tell whether an adapter_config.json is PEFT's, not mlx-lm's."""
     return "peft_type" in config
 
 
 def is_adalora(config: dict[str, Any]) -> bool:
-    """Tell PEFT's AdaLoRA, whose layers have gains, from its LoRA."""
+    """Tell whether a PEFT adapter is an AdaLoRA, whose layers have gains, not a LoRA."""
     return str(config.get("peft_type")).upper() == "ADALORA"
 
 
@@ -106,10 +105,10 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     Args:
         folder: with adapter_model.safetensors.
         config: its adapter_config.json.
-        model: the unadapted base; decides where layers are.
+        model: the unadapted base, which has the layers' paths.
 
     Raises:
-        InputError: all that cannot be carried over, in one message.
+        InputError: something is not supported; one message has all problems.
     """
     file = folder / PEFT_WEIGHTS
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
@@ -119,7 +118,7 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     modules = dict(model.named_modules())
     full, others = full_tensors(config, header)
     found, copies, strangers = _sorted_tensors(others)
-    problems = _unsupported(config, model.model_type) + [f"tensor {name} is no LoRA factor" for name in strangers]
+    problems = _unsupported(config, model.model_type) + [f"tensor {name} is not a LoRA factor" for name in strangers]
     problems += full_problems(config.get("modules_to_save") or [], full, modules, header)
     experts, unfit = take_experts(model.model_type, found, header, modules)
     problems += unfit
@@ -162,7 +161,7 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
 
 
 def _sorted_tensors(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
-    """Sort tensor names: layer -> {A, B, m: name}; name -> layer of saved copies of the base; and all others."""
+    """Sort tensor names into layer -> {A, B, m: name}, name -> layer for saved copies of the base, and all others."""
     found: dict[str, dict[str, str]] = {}
     copies: dict[str, str] = {}
     strangers = []
@@ -183,14 +182,14 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float, 
     """Write the adapter on `model` as a PEFT LoRA folder.
 
     Args:
-        folder: made if missing.
+        folder: created if missing.
         model: adapted.
-        base_model: id or path that PEFT's config names.
+        base_model: id or path for PEFT's config.
         dropout: for further training in PEFT.
         full: names of parameters trained in full.
 
     Raises:
-        InputError: nothing is adapted, or by layers that PEFT does not have.
+        InputError: nothing is adapted, or PEFT does not have the adapter's layers.
     """
     layers = adapter_layers(model)
     apart = [f"{path} {layer.NOT_IN_PEFT}" for path, layer in layers.items() if layer.NOT_IN_PEFT]
@@ -231,9 +230,9 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float, 
 def _peft_config(
     shapes: dict[str, tuple[int, float]], base_model: str, dropout: float, parameters: list[str]
 ) -> dict[str, Any]:
-    """Return adapter_config.json: the commonest rank and alpha, patterns for layers that have others.
+    """Return adapter_config.json: the most common rank and alpha, and patterns for layers with others.
 
-    PEFT has no dropout on `parameters`, bare tensors, and refuses any beside them.
+    PEFT has no dropout for `parameters`, which are bare tensors, and refuses dropout if there are any.
     """
     ((rank, scale), _) = Counter(shapes.values()).most_common(1)[0]
     return {
@@ -248,7 +247,7 @@ def _peft_config(
         "fan_in_fan_out": False,
         "target_modules": sorted(shapes.keys() - parameters),
         **({"target_parameters": sorted(parameters)} if parameters else {}),
-        # PEFT reads keys as regular expressions on the end of a layer's name.
+        # PEFT matches keys as regular expressions with the end of a layer's name.
         "rank_pattern": {re.escape(name): r for name, (r, _) in shapes.items() if r != rank},
         "alpha_pattern": {re.escape(name): _number(s * r) for name, (r, s) in shapes.items() if s * r != scale * rank},
     }
@@ -262,8 +261,8 @@ def _unsupported(config: dict[str, Any], kind: str) -> list[str]:
     if str(config.get("peft_type")).upper() not in ("LORA", "ADALORA"):
         return [f"peft_type {config.get('peft_type')}: LORA and ADALORA are what we read"]
     problems = [f"{key}: {what} cannot be carried over" for key, what in UNSUPPORTED.items() if config.get(key)]
-    if config.get("target_parameters") and kind not in PLACES:
-        problems.append(f"target_parameters: we read experts of {', '.join(PLACES)}, not of {kind}")
+    if config.get("target_parameters") and kind not in EXPERT_LAYOUTS:
+        problems.append(f"target_parameters: we read experts of {', '.join(EXPERT_LAYOUTS)}, not of {kind}")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and CHANGES_BASE.fullmatch(init):
         problems.append(
@@ -275,7 +274,7 @@ def _unsupported(config: dict[str, Any], kind: str) -> list[str]:
 def _scale(config: dict[str, Any], layer: str, rank: int) -> float:
     """Return a layer's scale as PEFT computes it: the first pattern that matches the end of its name wins."""
     alpha = config.get("lora_alpha") or 8
-    if is_adalora(config):  # divided by the rank it started with, and what PEFT adds to that
+    if is_adalora(config):  # divided by its initial rank, to which PEFT adds a constant
         return alpha / ((config.get("init_r") or 12) + 1e-5)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if _names(pattern, layer):
@@ -285,11 +284,11 @@ def _scale(config: dict[str, Any], layer: str, rank: int) -> float:
 
 
 def _names(pattern: str, layer: str) -> bool:
-    """Tell whether a pattern of PEFT's means a layer.
+    """Tell whether a PEFT pattern matches a layer.
 
     Raises:
-        InputError: it is no regular expression, or one that takes for ever (`(.*)*x`): Python's own matcher cannot
-            be stopped, so the `regex` package's is used.
+        InputError: it is not a regular expression, or takes too long (`(.*)*x`). Python's matcher cannot be
+            interrupted, so the `regex` package is used.
     """
     try:
         return regex.match(rf"(.*\.)?({pattern})$", layer, timeout=PATTERN_S) is not None
@@ -301,7 +300,7 @@ def _names(pattern: str, layer: str) -> bool:
 def _missing_problems(
     config: dict[str, Any], found: dict[str, dict[str, str]], paths: dict[str, str | None]
 ) -> list[str]:
-    """Name layers that the model does not have, and those that have more or fewer tensors than the adapter's kind."""
+    """Return layers that the model does not have, and layers with more or fewer tensors than this kind of adapter has."""
     wanted = {"A", "B", *("m" if config.get("use_dora") else ""), *("E" if is_adalora(config) else "")}
     return [f"layer {layer} is not in the model" for layer, path in paths.items() if path is None] + [
         f"layer {layer} has {' and '.join(sorted(sides))}, not {' and '.join(sorted(wanted))}"
@@ -316,14 +315,14 @@ def _shape_problems(
     modules: dict[str, nn.Module],
     header: dict[str, Any],
 ) -> list[str]:
-    """Name factors whose shapes do not fit their layer, and layers that no adapter of ours fits."""
+    """Return factors whose shapes do not fit their layer, and layers that we cannot adapt."""
     problems = []
     for layer, sides in found.items():
         base = modules.get(paths[layer] or "")
         if base is None or not {"A", "B"} <= sides.keys():
             continue
         if isinstance(base, SWITCH) or adapter_class(base, "dora" if "m" in sides else "lora") is None:
-            problems.append(f"layer {layer} is a {type(base).__name__}, which we do not adapt so")
+            problems.append(f"layer {layer} is a {type(base).__name__}, which we cannot adapt")
             continue
         shapes = [tuple(header[sides[side]]["shape"]) for side in "AB"]
         if [len(shape) for shape in shapes] != [2, 2] or 0 in (*shapes[0], *shapes[1]):
@@ -342,11 +341,11 @@ def _shape_problems(
 
 
 def _copy_problems(copies: dict[str, str], stored: dict[str, mx.array], modules: dict[str, nn.Module]) -> list[str]:
-    """PEFT saves adapted embeddings and heads whole as well: fine while they are the base's own."""
+    """Return saved copies of embeddings and heads that differ from the base's; PEFT also saves adapted ones as a whole."""
     problems = []
     for name, layer in copies.items():
         path = own_path(layer, modules)
-        # A tied head has no module of its own here.
+        # Here a tied head is not a module.
         path = path or next(p for p in modules if p.endswith("embed_tokens"))
         base, copied = modules[path], stored[name]
         weight, folded = dense_weight(base), folded_rows(modules[""], path, len(copied))
@@ -354,14 +353,14 @@ def _copy_problems(copies: dict[str, str], stored: dict[str, mx.array], modules:
         if copied.shape != weight.shape:
             problems.append(f"{name} is {copied.shape}, the model's is {weight.shape}: a resized vocabulary")
         elif relative_error(copied if folded is None else copied * folded, weight) > allowed:
-            problems.append(f"{name} is not the base's own weight: it was trained in full")
+            problems.append(f"{name} is not the base's weight: it was trained in full")
     return problems
 
 
 def _tied_problems(
     config: dict[str, Any], stored: dict[str, mx.array], head: dict[str, str], embedding: dict[str, str] | None
 ) -> list[str]:
-    """An adapted tied head is ours only with the embedding's own factors, at its own scale."""
+    """Return the problems of an adapted tied head, which must have the embedding's factors and scale."""
     advice = "adapts the tied head apart from the embedding, which MLX's tied head cannot"
     if embedding is None or len(head) != 2:
         return [f"lm_head {advice}"]

@@ -1,9 +1,9 @@
-"""A mixture's experts in a PEFT folder: bare tensors in transformers, which PEFT adapts as `target_parameters`.
+"""Convert adapters of a mixture's experts, which are bare tensors in transformers (PEFT's `target_parameters`).
 
-    gate_proj, up_proj   ->  mlp.experts.gate_up_proj: rows of the gate, then of up; in GPT-OSS in turns
+    gate_proj, up_proj   ->  mlp.experts.gate_up_proj: rows of the gate, then of up; in GPT-OSS alternating
     down_proj            ->  mlp.experts.down_proj
 
-A bare tensor has one adapter, so the gate's and up's become one, of the sum of their ranks:
+A bare tensor has one adapter, so those of gate and up are joined to one with the sum of their ranks:
 
     [D_gate; D_up] = [[B_gate, 0], [0, B_up]] [A_gate; A_up]
 
@@ -29,12 +29,12 @@ from mlx_lora.system.errors import InputError
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a family keeps its experts.
+class ExpertLayout:
+    """The paths and layout of a family's experts.
 
     Attributes:
         ours: path of mlx-lm's module of experts within a block.
-        router: mlx-lm's path of the layer that is a bare tensor in transformers, so not among PEFT's modules.
+        router: mlx-lm's path of the router, which is a bare tensor in transformers and not a module for PEFT.
         in_turns: whether rows of the gate and of up alternate.
     """
 
@@ -43,11 +43,11 @@ class Place:
     in_turns: bool = False
 
 
-PLACES = {
-    "gpt_oss": Place("mlp.experts", "mlp.router", in_turns=True),
-    "qwen2_moe": Place("mlp.switch_mlp", "mlp.gate"),
-    "qwen3_moe": Place("mlp.switch_mlp", "mlp.gate"),
-    "mixtral": Place("block_sparse_moe.switch_mlp", "block_sparse_moe.gate"),
+EXPERT_LAYOUTS = {
+    "gpt_oss": ExpertLayout("mlp.experts", "mlp.router", in_turns=True),
+    "qwen2_moe": ExpertLayout("mlp.switch_mlp", "mlp.gate"),
+    "qwen3_moe": ExpertLayout("mlp.switch_mlp", "mlp.gate"),
+    "mixtral": ExpertLayout("block_sparse_moe.switch_mlp", "block_sparse_moe.gate"),
 }
 THEIRS = "mlp.experts"
 PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -55,11 +55,11 @@ PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_pro
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """One bare tensor's adapter.
+    """The adapter of one bare tensor, in PEFT's layout.
 
     Attributes:
         parameter: its name in transformers, `model.layers.0.mlp.experts.down_proj`.
-        module: what PEFT calls the module that holds its factors.
+        module: PEFT's name of the module with its factors.
         a, b: as PEFT stores them.
         rank, scale: R and the factor on the product.
     """
@@ -73,23 +73,23 @@ class ExpertTensor:
 
 
 def expert_tensors(kind: str, layers: dict[str, AdapterLayer]) -> list[ExpertTensor]:
-    """Return the adapters of a model's experts as PEFT has them.
+    """Return the adapters of a model's experts in PEFT's layout.
 
     Args:
         kind: the config's model_type.
-        layers: path -> every adapter layer of the model, none of them of a type that PEFT does not have.
+        layers: path -> every adapter layer of the model, all of types that PEFT has.
 
     Raises:
-        InputError: layers of a mixture that PEFT cannot hold, or of a family that we do not know the names of.
+        InputError: PEFT cannot adapt a mixture's layers, or we do not know the family's names.
     """
     experts = {path: layer for path, layer in layers.items() if layer.OVER is SWITCH}
-    place = PLACES.get(kind)
-    if place is None and not experts:
+    layout = EXPERT_LAYOUTS.get(kind)
+    if layout is None and not experts:
         return []
-    unfit = list(experts) if place is None else [path for path in layers if path.endswith(f".{place.router}")]
-    if place is None or unfit:
+    unfit = list(experts) if layout is None else [path for path in layers if path.endswith(f".{layout.router}")]
+    if layout is None or unfit:
         more = f" and {len(unfit) - 1} more" if len(unfit) > 1 else ""
-        known = ", ".join(PLACES)
+        known = ", ".join(EXPERT_LAYOUTS)
         raise InputError(
             f"--to peft: {unfit[0]}{more}: PEFT adapts no routers, and we write experts of {known}; fuse them instead"
         )
@@ -97,15 +97,15 @@ def expert_tensors(kind: str, layers: dict[str, AdapterLayer]) -> list[ExpertTen
     for path, layer in experts.items():
         module, projection = path.rsplit(".", 1)
         modules.setdefault(module, {})[projection] = layer
-    return [tensor for path, own in modules.items() for tensor in _of_module(path, own, place)]
+    return [tensor for path, own in modules.items() for tensor in _of_module(path, own, layout)]
 
 
-def _of_module(path: str, layers: dict[str, AdapterLayer], place: Place) -> list[ExpertTensor]:
-    module = path.removesuffix(place.ours) + THEIRS
+def _of_module(path: str, layers: dict[str, AdapterLayer], layout: ExpertLayout) -> list[ExpertTensor]:
+    module = path.removesuffix(layout.ours) + THEIRS
     present = [name for name, parts in PROJECTIONS.items() if any(part in layers for part in parts)]
     tensors = []
     for depth, name in zip(reversed(range(len(present))), present, strict=True):
-        a, b, scale = joined_experts([layers.get(part) for part in PROJECTIONS[name]], place.in_turns)
+        a, b, scale = joined_experts([layers.get(part) for part in PROJECTIONS[name]], layout.in_turns)
         rank = a.shape[1]
         tensors.append(
             ExpertTensor(
@@ -121,7 +121,7 @@ def _of_module(path: str, layers: dict[str, AdapterLayer], place: Place) -> list
 
 
 def joined_experts(layers: list[AdapterLayer | None], in_turns: bool) -> tuple[mx.array, mx.array, float]:
-    """Return one adapter (E, R, in), (E, out, R) and its scale for layers whose rows are stored together."""
+    """Return one adapter, (E, R, in) and (E, out, R), and its scale, for layers whose rows are stored together."""
     scale = next(layer.scale for layer in layers if layer is not None)
     pairs = [None if layer is None else (*layer.plain_factors(), layer.scale / scale) for layer in layers]
     if len(pairs) == 1 and (only := pairs[0]):
@@ -142,11 +142,11 @@ def joined_experts(layers: list[AdapterLayer | None], in_turns: bool) -> tuple[m
 
 @dataclass(frozen=True)
 class StoredExperts:
-    """One bare tensor's adapter as a PEFT folder holds it, and where it belongs.
+    """The adapter of one bare tensor in a PEFT folder, and our layers that it adapts.
 
     Attributes:
         parameter: its name in transformers.
-        paths: our layers that it adapts: down, or gate and up.
+        paths: our layers: down, or gate and up.
         a, b: the stored tensors' names.
         experts, rank: E and R.
         in_turns: whether rows of the gate and of up alternate.
@@ -163,10 +163,10 @@ class StoredExperts:
     def factors(
         self, stored: dict[str, mx.array], scale_of: Callable[[str, int], float]
     ) -> dict[str, tuple[mx.array, mx.array, float]]:
-        """Return our layers' factors and scale: path -> (E, r, in), (E, out, r), scale.
+        """Return path -> our layer's factors and scale: (E, r, in), (E, out, r), scale.
 
-        Ranks of a joined pair that only the other one uses are left out, and a layer that uses none is not adapted,
-        unless nothing is: a fresh adapter's B is zero.
+        Ranks of a joined pair that a layer does not use are removed, and a layer that uses none is not adapted, unless
+        this is true for all layers, as in a new adapter, where B is zero.
 
         Args:
             stored: tensors by name.
@@ -192,30 +192,30 @@ class StoredExperts:
 def take_experts(
     kind: str, found: dict[str, dict[str, str]], header: dict[str, Any], modules: dict[str, nn.Module]
 ) -> tuple[list[StoredExperts], list[str]]:
-    """Take the adapters of bare expert tensors out of a PEFT folder's factors.
+    """Remove the adapters of bare expert tensors from a PEFT folder's factors, and return them.
 
     Args:
         kind: the config's model_type.
-        found: layer -> side (A, B) -> tensor name; those of experts are taken out.
+        found: layer -> side (A, B) -> tensor name; those of experts are removed.
         header: of the folder's tensors.
-        modules: the model's, by path.
+        modules: of the model, by path.
 
     Returns:
-        The adapters, and what is wrong with those that do not fit.
+        The adapters, and the problems of those that do not fit.
     """
-    place = PLACES.get(kind)
+    layout = EXPERT_LAYOUTS.get(kind)
     layers = [layer for layer in found if re.sub(r"(\.base_layer)+$", "", layer).endswith(f".{THEIRS}")]
-    if place is None or not layers:
+    if layout is None or not layers:
         return [], []
     taken, problems = [], []
     for layer in layers:
         sides = found.pop(layer)
         module = re.sub(r"(\.base_layer)+$", "", layer)
-        own = module.removesuffix(THEIRS) + place.ours
+        own = module.removesuffix(THEIRS) + layout.ours
         fits = None
         if sides.keys() == {"A", "B"} and f"{own}.down_proj" in modules:
             shapes = [tuple(header[sides[side]]["shape"]) for side in "AB"]
-            fits = _fitting(module, own, shapes, sides, place, modules)
+            fits = _fitting(module, own, shapes, sides, layout, modules)
         if fits is None:
             problems.append(f"layer {layer} has factors that fit none of the model's experts")
         else:
@@ -230,10 +230,10 @@ def _fitting(
     own: str,
     shapes: list[tuple[int, ...]],
     sides: dict[str, str],
-    place: Place,
+    layout: ExpertLayout,
     modules: dict[str, nn.Module],
 ) -> StoredExperts | None:
-    """Return which of a module's tensors a pair of factors adapts, by its shapes, which no two tensors share."""
+    """Return which of a module's tensors a pair of factors adapts, by its shapes, which differ for all tensors."""
     for name, parts in PROJECTIONS.items():
         bases = [modules[f"{own}.{part}"] for part in parts]
         experts = bases[0].num_experts
@@ -243,5 +243,5 @@ def _fitting(
         rank = shapes[0][0] // experts
         if shapes == [(experts * rank, width), (out * len(parts), rank * experts)]:
             paths = tuple(f"{own}.{part}" for part in parts)
-            return StoredExperts(f"{module}.{name}", paths, sides["A"], sides["B"], experts, rank, place.in_turns)
+            return StoredExperts(f"{module}.{name}", paths, sides["A"], sides["B"], experts, rank, layout.in_turns)
     return None

@@ -1,12 +1,12 @@
-"""Where mlx-lm holds another matrix than transformers: rows that it scales while loading, layers that PEFT cannot reach.
+"""The families for which mlx-lm's matrices differ from transformers': rows scaled while loading, layers without PEFT.
 
-Falcon-H1 multiplies what its layers give by constants; mlx-lm folds these into the weights when it loads them. A factor
-learned on the folded weight diag(m) W is diag(m) times one on W, so PEFT's file holds B / m:
+Falcon-H1 multiplies its layers' outputs by constants, which mlx-lm folds into the weights on loading. A factor learned on
+the folded weight diag(m) W is diag(m) times one on W, so PEFT's file has B / m:
 
     y = diag(m) (W + s B_peft A) x = (diag(m) W + s (diag(m) B_peft) A) x
 
-All `sanitize` functions of mlx-lm 0.32.2 were read for this table. Others that change an adapted matrix stack experts
-(peft_experts.py), rename (peft_names.py), or turn fp8 blocks into floats, which changes no value.
+All `sanitize` functions of mlx-lm 0.32.2 were read for this table. The others that change an adapted matrix stack experts
+(peft_experts.py), rename layers (peft_names.py), or convert fp8 blocks to floats, which changes no value.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import mlx.nn as nn
 
 from mlx_lora.system.errors import InputError
 
-_DIRECT = "transformers multiplies by its weight directly, where an adapter of PEFT's is not seen"
+_DIRECT = "transformers multiplies by its weight directly, so PEFT's adapter has no effect"
 _SPLIT = "it is part of a larger matrix in transformers"
 _NORMED = "mlx-lm divides the head by its rows' lengths"
 _STATE_SPACE = r"\.(out_proj|dt_proj|conv1d)"
-# model_type -> (end of a layer's path, why PEFT cannot have it).
+# model_type -> (pattern for the end of a layer's path, why PEFT cannot adapt it).
 UNREACHED = {
     "falcon_h1": (_STATE_SPACE, _DIRECT),
     "mamba": (_STATE_SPACE, _DIRECT),
@@ -37,7 +37,7 @@ UNREACHED = {
     "bailing_moe": (r"lm_head", _NORMED),
     "bailing_moe_linear": (r"lm_head", _NORMED),
     "baichuan_m1": (r"lm_head", _NORMED),
-    "gpt_neox": (r"\.embed_in", "its head is a matrix of its own, which has another name here"),
+    "gpt_neox": (r"\.embed_in", "its head is a separate matrix, which has another name here"),
     "prism_hadamard_qwen35": (r".+", "its weights are rotated"),
     "rwkv7": (r".+", "its layers have other names in transformers"),
 }
@@ -51,7 +51,7 @@ def check_reached(kind: str, paths: Iterable[str]) -> None:
         paths: of all adapted layers.
 
     Raises:
-        InputError: naming the first of them, and why.
+        InputError: there are such layers; the message has the first and the reason.
     """
     end, reason = UNREACHED.get(kind, ("", ""))
     lost = [path for path in paths if reason and re.search(rf"(?:{end})$", path)]
@@ -64,18 +64,18 @@ def check_reached(kind: str, paths: Iterable[str]) -> None:
 
 
 def folded_rows(model: nn.Module, path: str, rows: int) -> mx.array | None:
-    """Return what mlx-lm multiplies a layer's rows by while it loads them, (rows, 1) float32, or None for nothing.
+    """Return the factors by which mlx-lm multiplies a layer's rows on loading, (rows, 1) float32, or None for none.
 
-    Its own function is asked, with rows of ones, so that a later version which folds otherwise is followed.
+    They are read from mlx-lm's function, called with rows of ones, so they stay right if a later version changes them.
 
     Args:
         model: adapted or not.
         path: of the layer.
-        rows: of its weight; of an embedding its width, where one number is for all.
+        rows: of its weight; for an embedding its width, where all factors are equal.
     """
     if model.model_type != "falcon_h1":
         return None
     name = f"{path}.weight"
-    # The convolution of a model as it is published tells sanitize that nothing is folded yet.
+    # The convolution of a published model shows sanitize that nothing is folded yet.
     published = {"model.layers.0.mamba.conv1d.weight": mx.zeros((1, 1, 4)), name: mx.ones((rows, 1))}
     return model.sanitize(published)[name]

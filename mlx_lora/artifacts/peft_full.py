@@ -1,4 +1,4 @@
-"""What PEFT trains in full beside a LoRA: modules_to_save and biases, read and written."""
+"""Read and write what PEFT trains in full in addition to a LoRA: modules_to_save and biases."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mlx_lora.artifacts.peft_names import BIAS, PREFIX, TENSOR, own_path, peft_p
 
 
 def full_tensors(config: dict[str, Any], names: Iterable[str]) -> tuple[dict[str, tuple[str, str]], list[str]]:
-    """Split tensor names: name -> (layer, leaf) of what was trained in full; and all others."""
+    """Split tensor names into name -> (layer, leaf) of parameters trained in full, and all others."""
     saved = config.get("modules_to_save") or []
     full, others = {}, []
     for name in names:
         layer, _, leaf = name.removeprefix(PREFIX).replace(".modules_to_save.default", "").rpartition(".")
         bias = BIAS.fullmatch(name)
-        # PEFT's own rule: `norm` is every name that ends so.
+        # This is PEFT's rule: `norm` matches every name that ends with it.
         if any(layer.endswith(module) for module in saved) and not TENSOR.fullmatch(name):
             full[name] = layer, leaf
         elif bias and config.get("bias", "none") != "none":
@@ -34,7 +34,7 @@ def full_tensors(config: dict[str, Any], names: Iterable[str]) -> tuple[dict[str
 def full_problems(
     saved: list[str], full: dict[str, tuple[str, str]], modules: dict[str, nn.Module], header: dict[str, Any]
 ) -> list[str]:
-    """Name parameters trained in full that the model does not have, or has in another shape."""
+    """Return parameters trained in full that the model does not have, or has with another shape."""
     layers = {layer for layer, _ in full.values()}
     problems = [
         f"modules_to_save {module}: it holds no such module"
@@ -63,17 +63,17 @@ def full_problems(
 def full_values(
     full: dict[str, tuple[str, str]], stored: dict[str, mx.array], model: nn.Module
 ) -> dict[tuple[str, str], mx.array]:
-    """Return (our path, leaf) -> what was trained in full, as our model holds it.
+    """Return (our path, leaf) -> parameter trained in full, in our model's layout.
 
     Args:
-        full: as `full_tensors` gives it.
+        full: as returned by `full_tensors`.
         stored: tensors of the file.
         model: the base.
     """
     modules, values = dict(model.named_modules()), {}
     for name, (layer, leaf) in full.items():
         path = own_path(layer, modules)
-        if path is None:  # a tied head's weight, which is the embedding's
+        if path is None:  # a tied head's weight is the embedding's
             continue
         folded = folded_rows(model, path, len(stored[name])) if leaf == "weight" else None
         values[path, leaf] = stored[name] if folded is None else stored[name] * folded
@@ -81,7 +81,7 @@ def full_values(
 
 
 def full_for_peft(model: nn.Module, full: tuple[str, ...], tied: bool) -> tuple[dict[str, mx.array], list[str], str]:
-    """Return tensors under PEFT's names, its modules_to_save, and its bias setting."""
+    """Return tensors with PEFT's names, its modules_to_save, and its bias setting."""
     parameters = dict(tree_flatten(model.parameters()))
     tensors: dict[str, mx.array] = {}
     weights = {name.rpartition(".")[0] for name in full if name.endswith(".weight")}

@@ -1,4 +1,4 @@
-"""How PEFT names layers and tensors, and where those are in an mlx-lm model."""
+"""Translate between PEFT's names of layers and tensors and the paths in an mlx-lm model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BIAS = re.compile(re.escape(PREFIX) + r"(?P<layer>.+?)(?:\.base_layer)?\.bias")
 COPY = re.compile(re.escape(PREFIX) + r"(?P<layer>(?:.+\.)?(?:embed_tokens|lm_head))(?:\.base_layer)?\.weight")
 
 
-# model_type -> beginnings of paths, mlx-lm's and transformers' own; the first that fits counts.
+# model_type -> prefixes of paths, mlx-lm's and transformers'; the first match counts.
 RENAMED = {
     "gptj": (("model.", "transformer."),),
     "gpt2": (("model.", "transformer."),),
@@ -27,7 +27,7 @@ RENAMED = {
 
 
 def own_path(layer: str, modules: dict[str, nn.Module]) -> str | None:
-    """Return mlx-lm's path of a layer: the same, a family's own name, or with a multimodal wrapper's parts exchanged."""
+    """Return mlx-lm's path of a layer: the same, with a family's prefix, or with a multimodal wrapper's parts swapped."""
     other = re.sub(r"^model\.language_model\.", "language_model.model.", layer)
     renamed = [
         ours + layer.removeprefix(theirs)
@@ -39,7 +39,7 @@ def own_path(layer: str, modules: dict[str, nn.Module]) -> str | None:
 
 
 def peft_path(path: str, kind: str) -> str:
-    """Return transformers' path of a layer, the other way.
+    """Return transformers' path of a layer.
 
     Args:
         path: mlx-lm's.

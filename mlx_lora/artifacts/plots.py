@@ -1,6 +1,6 @@
-"""Line charts as SVG text, for pages that need no network and no script.
+"""Line charts as SVG text, for pages without network or script.
 
-Colors, fonts and the dark form come from the page's style sheet, by class: a page has one look.
+Colors, fonts and dark mode come from the page's style sheet, by class.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from html import escape
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 88, 12, 12, 34
 MOST_POINTS = 400  # per series; more are averaged
-MOST_DOTS = 60  # a series of more points is a bare line
+MOST_DOTS = 60  # a series with more points is drawn as a line without dots
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Series:
 
     Attributes:
         name: for the legend.
-        points: (x, y), x rising; points that are not finite leave a gap.
-        dashed: drawn dashed: a prediction or a limit, not a measurement.
+        points: (x, y) with increasing x; points that are not finite leave a gap.
+        dashed: whether it is dashed, for a prediction or a limit, not a measurement.
     """
 
     name: str
@@ -37,11 +37,11 @@ def line_chart(
     """Return an SVG element with axes, the lines, and each point's values as its tooltip.
 
     Args:
-        title: what is drawn, for readers who do not see it.
-        series: at least one finite point among them; else the chart says that there is nothing.
-        unit: behind the numbers of the y axis.
-        from_zero: let the y axis begin at zero.
-        along: what x is.
+        title: description for readers who do not see it.
+        series: the lines; without a finite point, the chart says that nothing was recorded.
+        unit: written after the numbers of the y axis.
+        from_zero: start the y axis at zero.
+        along: the name of the x axis.
     """
     shown = [Series(one.name, _thinned(one.points), one.dashed) for one in series]
     points = [point for one in shown for point in one.points if math.isfinite(point[1])]
@@ -53,20 +53,20 @@ def line_chart(
     low_x, high_x = min(xs), max(max(xs), min(xs) + 1e-9)
     low_y, high_y = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
 
-    def place(x: float, y: float) -> tuple[float, float]:
+    def locate(x: float, y: float) -> tuple[float, float]:
         across = (x - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
         up = (y - low_y) / ((high_y - low_y) or 1) * (HEIGHT - TOP - BOTTOM)
         return round(LEFT + across, 1), round(HEIGHT - BOTTOM - up, 1)
 
-    parts = [opening, *_grid(x_ticks, y_ticks, low_x, unit, place)]
+    parts = [opening, *_grid(x_ticks, y_ticks, low_x, unit, locate)]
     parts.append(f'<text class="tick" x="{LEFT - 8}" y="{HEIGHT - 12}" text-anchor="end">{escape(along)}</text>')
     for number, one in enumerate(shown):
-        parts += _line(one, number, unit, place)
+        parts += _line(one, number, unit, locate)
     return "".join([*parts, "</svg>"])
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """Return up to `most` + 1 round numbers that begin at or below `low` and reach `high`, in steps of 1, 2 or 5."""
+    """Return up to `most` + 1 round numbers from at or below `low` to at least `high`, in steps of 1, 2 or 5."""
     if not high > low:
         low, high = (
             (low - 0.5, low + 0.5) if abs(low) < 1 else (low * 0.9, low * 1.1) if low > 0 else (low * 1.1, low * 0.9)
@@ -80,7 +80,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Return a number as an axis has it: 1,200, 0.25, 2e-05."""
+    """Return a number as text for an axis: 1,200, 0.25, 2e-05."""
     if value == 0:
         return "0"
     if abs(value) >= 1000:
@@ -89,39 +89,39 @@ def number(value: float) -> str:
 
 
 def perplexity(loss: float) -> str:
-    """Return exp(loss) in words, of a loss in nats per token."""
+    """Return exp(loss) as text, for a loss in nats per token."""
     return f"{math.exp(loss):.4g}" if loss < 700 else "∞"
 
 
 def _short(value: float) -> str:
-    """Return a number as an axis has room for it at a phone's width: 40k for 40,000."""
+    """Return a number as text that fits an axis on a phone: 40k for 40,000."""
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else number(value)
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Average neighbors until there are few enough points to draw."""
+    """Average neighbors until there are at most MOST_POINTS."""
     size = math.ceil(len(points) / MOST_POINTS) if points else 1
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
 
 
-def _grid(x_ticks: list[float], y_ticks: list[float], low_x: float, unit: str, place: Callable) -> list[str]:
+def _grid(x_ticks: list[float], y_ticks: list[float], low_x: float, unit: str, locate: Callable) -> list[str]:
     parts = []
     for tick in y_ticks:
-        _, y = place(low_x, tick)
+        _, y = locate(low_x, tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(
             f'<text class="tick" x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{_short(tick)}{escape(unit)}</text>'
         )
     for tick in x_ticks:
-        x, _ = place(tick, y_ticks[0])
+        x, _ = locate(tick, y_ticks[0])
         if LEFT + 20 <= x <= WIDTH - RIGHT:
             anchor = "end" if x > WIDTH - RIGHT - 20 else "middle"
             parts.append(f'<text class="tick" x="{x}" y="{HEIGHT - 12}" text-anchor="{anchor}">{_short(tick)}</text>')
     return parts
 
 
-def _line(one: Series, index: int, unit: str, place: Callable) -> list[str]:
+def _line(one: Series, index: int, unit: str, locate: Callable) -> list[str]:
     runs: list[list[tuple[float, float]]] = [[]]
     for point in one.points:
         if math.isfinite(point[1]):
@@ -131,13 +131,13 @@ def _line(one: Series, index: int, unit: str, place: Callable) -> list[str]:
     style = f"line s{index}{' dashed' if one.dashed else ''}"
     parts = []
     for run in runs:
-        corners = " ".join(f"{x},{y}" for x, y in (place(*point) for point in run))
+        corners = " ".join(f"{x},{y}" for x, y in (locate(*point) for point in run))
         if len(run) > 1:
             parts.append(f'<polyline class="{style}" points="{corners}"/>')
     finite = [point for run in runs for point in run]
     if len(finite) <= MOST_DOTS and not one.dashed:
         for point in finite:
-            x, y = place(*point)
+            x, y = locate(*point)
             words = f"{one.name}, {number(point[0])}: {number(point[1])}{unit}"
             parts.append(
                 f'<circle class="dot s{index}" cx="{x}" cy="{y}" r="3"><title>{escape(words)}</title></circle>'

@@ -1,4 +1,4 @@
-"""Upload what an export wrote to the hub; whatever happens there, the files here stay."""
+"""Upload an export to the hub; the local files stay if this fails."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from mlx_lora.sources.hub import HUB_ID, REQUEST_ERRORS
 from mlx_lora.system.errors import InputError, RunError, first_line
 
-# What the hub's answer means, and what to do.
+# The meanings of the hub's answers, with advice.
 REFUSALS = {
-    401: "no token, or one that the hub does not know; run `hf auth login`, or set HF_TOKEN",
+    401: "no valid token; run `hf auth login`, or set HF_TOKEN",
     403: "the token may not write there; use one with write access to that name",
     404: "no such user or organization, or the token may not see it; check the name and `hf auth whoami`",
 }
 
 
 def check_repo(repo: str) -> None:
-    """Refuse, before the work, an id that the hub cannot have.
+    """Refuse an invalid hub id, before the work.
 
     Raises:
         InputError: it is not owner/name.
@@ -41,18 +41,18 @@ def check_repo(repo: str) -> None:
 
 
 def push(path: Path, repo: str, private: bool) -> str:
-    """Upload a folder or a file into a model repository, which is made if missing.
+    """Upload a folder or a file into a model repository, which is created if missing.
 
     Args:
-        path: what was written.
+        path: of the export.
         repo: `owner/name`.
-        private: a new repository is private, and one that is public already is refused.
+        private: create a private repository, and refuse an existing public one.
 
     Returns:
         The address of the commit.
 
     Raises:
-        RunError: the hub refuses or cannot be reached; one line with what to do.
+        RunError: the hub refuses or cannot be reached; the message has advice.
     """
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -60,7 +60,9 @@ def push(path: Path, repo: str, private: bool) -> str:
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
         if private and not api.model_info(repo).private:
-            raise _failure(repo, path, "is there already, and public; make it private on the hub, or give another name")
+            raise _failure(
+                repo, path, "already exists, and is public; make it private on the hub, or give another name"
+            )
         message = f"Upload {path.name}"
         if path.is_dir():
             return api.upload_folder(repo_id=repo, folder_path=path, commit_message=message).commit_url

@@ -1,4 +1,4 @@
-"""A run folder over time: what `--resume` finds in it, whether this run may go on from there, and what each save writes."""
+"""Manage a run folder: find the checkpoint for `--resume`, check whether it fits this run, and save results."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from mlx_lora.training.state import Diverged, Position, finite, restore_arrays, 
 from mlx_lora.training.step import Step
 
 CHECKPOINTS = "checkpoints"
-# What a run leaves in its folder, and where an earlier run's lies until this one has saved something of its own.
+# A run's results, and the folder for those of an earlier run until this one has saved something.
 RESULTS = (WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", REPORT_FILE, FACTS_FILE, CHECKPOINTS)
 ASIDE = "earlier-run"
 
 
 @contextmanager
 def own_folder(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Keep other runs out of a run folder; where this run ends before it saves anything, put the earlier one's back."""
+    """Lock a run folder; if this run ends before it saves anything, restore the earlier run's results."""
     with locked(folder) if ranks.leads else nullcontext():
         try:
             yield
@@ -55,7 +55,7 @@ def own_folder(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def _set_aside(folder: Path) -> None:
-    """Move an earlier run's results out of the way, unless they are: a run that was killed had saved nothing."""
+    """Set an earlier run's results aside, unless a killed run, which had saved nothing, already did."""
     if (folder / ASIDE).exists() and not (folder / WEIGHTS_FILE).exists():
         _remove_results(folder)
         return
@@ -73,7 +73,7 @@ def _remove_results(folder: Path) -> None:
 
 
 def _end_aside(folder: Path) -> None:
-    """Remove an earlier run's results where this run has an adapter, else put them back."""
+    """Remove an earlier run's results if this run has an adapter, else restore them."""
     if not (folder / ASIDE).exists():
         return
     if not (folder / WEIGHTS_FILE).exists():
@@ -84,19 +84,19 @@ def _end_aside(folder: Path) -> None:
 
 
 def find_checkpoint(loop: LoopSettings, ranks: Ranks, say: Callable[[str], None]) -> Checkpoint | None:
-    """Return the checkpoint that `--resume` asks for, None when it is not asked for or there is none yet.
+    """Return the checkpoint for `--resume`, None without `--resume` or if there is none yet.
 
-    Rank 0 looks for it and gives it to all, arrays included: the other machines need not hold the run folder.
+    Rank 0 reads it and sends it to all ranks with its arrays: the other machines need not have the run folder.
 
     Raises:
-        InputError: on rank 0, a named checkpoint that is damaged or missing.
+        InputError: on rank 0, if a named checkpoint is damaged or missing.
     """
     found = None
     if ranks.leads and loop.resume == "auto":
         room = Path(loop.adapter_path) / CHECKPOINTS
         found = newest_checkpoint(room, say)
         if found is None:
-            say(f"--resume: no whole checkpoint in {room}; the run starts at the beginning")
+            say(f"--resume: no complete checkpoint in {room}; the run starts at the beginning")
     elif ranks.leads and loop.resume is not None:
         found = read_checkpoint(Path(loop.resume))
     facts = ranks.from_first(found and [str(found.folder), asdict(found.position), found.identity])
@@ -108,9 +108,9 @@ def find_checkpoint(loop: LoopSettings, ranks: Ranks, say: Callable[[str], None]
 
 
 def first_day(loop: LoopSettings, ranks: Ranks = ALONE) -> date:
-    """Return what chat templates take for today: the day that the run to go on with began, else today.
+    """Return the date for chat templates: the day on which the resumed run began, else today.
 
-    Rank 0's word counts: its clock, and its run folder.
+    Rank 0 decides, by its clock and its run folder.
     """
     day = date.today().isoformat()
     if loop.resume is not None and ranks.leads:
@@ -118,7 +118,7 @@ def first_day(loop: LoopSettings, ranks: Ranks = ALONE) -> date:
         try:
             settings = parse_yaml((folder / "run.yaml").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            settings = None  # no run yet, or of another kind; what else is wrong is found by find_checkpoint
+            settings = None  # no run yet, or another kind of run; find_checkpoint reports other problems
         known = str(settings.get("chat_date")) if isinstance(settings, dict) else ""
         day = known if is_day(known) else day
     return date.fromisoformat(ranks.from_first(day))
@@ -127,7 +127,7 @@ def first_day(loop: LoopSettings, ranks: Ranks = ALONE) -> date:
 def identity_of(
     settings: TrainSettings, base_fingerprint: str, data_fingerprint: str, plan: BatchPlan, price_epochs: float
 ) -> dict[str, Any]:
-    """Return everything that a continuation must have in common with its run, as JSON can hold it."""
+    """Return everything that a resumed run must have in common with its checkpoint, as JSON values."""
     own = {name: value for name, value in settings.to_flat().items() if not ROWS[name].may_change}
     shapes = hashlib.sha256(repr((len(plan), sorted(plan.shapes))).encode()).hexdigest()[:16]
     facts = {"base": base_fingerprint, "rows": data_fingerprint, "batches": shapes, "price_epochs": price_epochs}
@@ -135,22 +135,22 @@ def identity_of(
 
 
 def check_continuation(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
-    """Refuse to go on from a checkpoint of another run than this would be.
+    """Refuse to resume from another run's checkpoint.
 
     Raises:
-        InputError: with everything that differs.
+        InputError: the runs differ; the message has all differences.
     """
     # A setting that the checkpoint's version did not have yet was at its default.
     then = {name: FIELDS[name].default for name in identity.keys() & ROWS.keys()} | checkpoint.identity
     differ = differences(then, identity)
     if differ:
         raise InputError(
-            f"--resume {checkpoint.folder}: another run than this: {'; '.join(differ)}; use the same settings, or start anew"
+            f"--resume {checkpoint.folder}: from another run: {'; '.join(differ)}; use the same settings, or start a new run"
         )
 
 
 def check_room(loop: LoopSettings, steps: int, adapter_bytes: int) -> None:
-    """Refuse a disk that cannot take the run's checkpoints: each holds adapter, masters, and for Adam two moments."""
+    """Refuse a disk without space for the run's checkpoints, each with adapter, masters, and for Adam two moments."""
     checkpoints = min(steps // loop.save_every + 1, loop.keep + 1 if loop.keep else steps) if loop.save_every else 0
     check_writable(Path(loop.adapter_path), "--adapter-path", adapter_bytes * (4 * checkpoints + 1))
 
@@ -160,12 +160,12 @@ class RunFolder:
     """Writes a run's results.
 
     Attributes:
-        settings: of the run; they say where, how often, and how many are kept.
-        info: what the adapter is.
+        settings: of the run; they decide where and how often it saves, and how many checkpoints are kept.
+        info: the facts about the adapter.
         identity: of the run.
-        ranks: of which only the first writes, while the others wait.
-        step: holds all that is trained, and the adapted model.
-        at: where the run stands; the loop keeps it up to date.
+        ranks: only the first writes, while the others wait.
+        step: has everything that is trained, and the adapted model.
+        at: the run's position, which the loop keeps up to date.
     """
 
     settings: TrainSettings
@@ -177,11 +177,11 @@ class RunFolder:
 
     @property
     def path(self) -> Path:
-        """Where the results go."""
+        """The folder of the results."""
         return Path(self.settings.loop.adapter_path)
 
     def begin(self, found: Checkpoint | None, steps: int, say: Callable[[str], None]) -> None:
-        """Restore the checkpoint that was found, or without --resume set an earlier run's results aside; write run.yaml.
+        """Restore a checkpoint, or without --resume set an earlier run's results aside, and write run.yaml.
 
         Args:
             found: a checkpoint of this run, if there is one.
@@ -192,7 +192,7 @@ class RunFolder:
         if found:
             restore_arrays(self.step, found.arrays)
             left = f"; all {steps} steps are done, raise --iters or --epochs for more" if done else ""
-            say(f"Going on from step {self.at.taken} ({found.folder}){left}")
+            say(f"Resuming from step {self.at.taken} ({found.folder}){left}")
         if not self.ranks.leads:
             return
         self._clear_leftovers()
@@ -205,10 +205,10 @@ class RunFolder:
             temporary.write_text(text, encoding="utf-8")
 
     def _clear_leftovers(self) -> None:
-        """Remove what killed runs left half written; nobody else writes here while the folder is locked."""
+        """Remove the temporary files of killed runs; no other process writes here while the folder is locked."""
         for path in (self.path / CHECKPOINTS).glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
-        # As replacing_file calls them; a user's own files stay.
+        # Only names that replacing_file uses; the user's files stay.
         for name in (WEIGHTS_FILE, CONFIG_FILE, "run.yaml", REPORT_FILE, FACTS_FILE, CARD_FILE):
             for path in self.path.glob(f".{name}.*"):
                 path.unlink(missing_ok=True)
@@ -218,34 +218,34 @@ class RunFolder:
 
     @contextmanager
     def kept_if_it_fails(self) -> Iterator[None]:
-        """Say what is left when writing fails: a full disk, a folder that became read-only or went away.
+        """Report what was kept if writing fails: a full disk, or a folder that became read-only or was removed.
 
         Raises:
-            RunError: in place of what the operating system reported.
+            RunError: instead of the operating system's error.
         """
         if not self.ranks.leads:
-            yield  # what is left is rank 0's to say
+            yield  # rank 0 reports it
             return
         try:
             yield
         except Diverged:
             raise
         except OSError as error:
-            place = f"{error.filename}: " if error.filename else ""
-            raise RunError(f"{place}{error.strerror or error}; {self._kept()}") from error
+            prefix = f"{error.filename}: " if error.filename else ""
+            raise RunError(f"{prefix}{error.strerror or error}; {self._kept()}") from error
         except RunError as error:
             raise RunError(f"{error}; {self._kept()}") from error
 
     def _kept(self) -> str:
         for _, folder in numbered(self.path / CHECKPOINTS):
-            return f"{folder} is whole: mend the cause, then go on from it with --resume"
+            return f"{folder} is complete: fix the cause, then continue from it with --resume"
         return "no checkpoint was written before"
 
     def save(self) -> None:
         """Write the adapter and, with --save-every, a checkpoint of the whole run.
 
         Raises:
-            Diverged: a parameter is not finite: what is saved never is.
+            Diverged: a parameter is not finite; such parameters are never saved.
         """
         if not finite(self.step):
             raise Diverged(self.at)
@@ -257,13 +257,13 @@ class RunFolder:
                 write_checkpoint(room / name, self.at, self.identity, run_arrays(self.step), self._save_adapter)
                 thin_out(room, self.settings.loop.keep, self.at.best_at)
             _end_aside(self.path)
-        self.ranks.meet()  # what is saved is on the disk before any rank goes on, or ends
+        self.ranks.meet()  # wait until everything is on disk
 
     def roll_back(self, diverged: Diverged) -> RunError:
-        """Put the last good checkpoint's adapter back after a divergence, and return the error that ends the run.
+        """Restore the last good checkpoint's adapter after a divergence, and return the error that ends the run.
 
-        Checkpoints behind it are removed, so that `--resume` finds it. Where there is none, the parameters from before
-        the skipped updates are saved, if they are finite.
+        Later checkpoints are removed, so that `--resume` finds it. Without a checkpoint, the parameters from before the
+        skipped updates are saved, if they are finite.
         """
         try:
             return RunError(f"{diverged}{self._roll_back() if self.ranks.leads else ''}")
@@ -271,8 +271,8 @@ class RunFolder:
             self.ranks.meet()
 
     def _roll_back(self) -> str:
-        """Do so, and return what is left of the run, and advice."""
-        advice = "nothing was lowered: start anew with a lower --learning-rate, or --dtype float32"
+        """Restore the adapter, and return what is left of the run, with advice."""
+        advice = "start a new run with a lower --learning-rate, or with --dtype float32"
         for _, folder in numbered(self.path / CHECKPOINTS):
             try:
                 good = read_checkpoint(folder)
@@ -283,14 +283,14 @@ class RunFolder:
                 continue
             restore_arrays(self.step, good.arrays)
             self._save_adapter(self.path)
-            return f"; the adapter of step {good.position.taken} ({folder}) is put back; {advice}"
+            return f"; the adapter of step {good.position.taken} ({folder}) is restored; {advice}"
         if finite(self.step):
             self._save_adapter(self.path)
             return f"; the adapter as it was before them is saved; {advice}"
         return f", and no checkpoint was written before; no adapter is saved; {advice}"
 
     def put_best(self) -> str | None:
-        """Put the adapter of the lowest validation loss back (--keep-best), and return words on it."""
+        """Restore the adapter with the lowest validation loss (--keep-best), and return words on it."""
         at = self.at
         if not self.settings.loop.keep_best or not self.ranks.leads:
             return None

@@ -1,7 +1,7 @@
-"""report.html of a run folder: one page, no network, no script, from metrics.jsonl, run.yaml and report.json.
+"""Write a run folder's report.html from metrics.jsonl, run.yaml and report.json: one page without network or script.
 
-report.json holds what the other two do not: the command, the machine, what the data were, texts before and after.
-The page is written again at every save, so a run that was killed has one as well.
+report.json has what the other two do not: the command, the machine, the data, and texts before and after training.
+The page is written at every save, so a killed run has one as well.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PAGES = Path(__file__).parent / "pages"
 
 @dataclass
 class Sample:
-    """A held-out beginning and the greedy text after it, by the model as it was and as it became (None: not yet)."""
+    """The beginning of a held-out row, and its greedy continuations before and after training (None: not yet)."""
 
     prompt: str
     before: str
@@ -36,13 +36,13 @@ class Sample:
 
 @dataclass
 class RunReport:
-    """What a page tells that metrics and settings do not.
+    """The facts on a page that are not in metrics and settings.
 
     Attributes:
-        command: as it was given.
+        command: the run's command.
         device, base, adapter, versions: a line each.
         data: DataReport.to_dict().
-        planned_peak_bytes: what the planner expected, None where nothing was planned.
+        planned_peak_bytes: the planner's prediction, None if nothing was planned.
         samples: texts.
     """
 
@@ -56,7 +56,7 @@ class RunReport:
     samples: list[Sample] = field(default_factory=list)
 
     def keep_samples_of(self, folder: Path) -> bool:
-        """Take over the texts of the run that this one goes on from, and return whether there are any."""
+        """Copy the texts of the run that this one resumes, and return whether there are any."""
         try:
             earlier = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))["samples"]
             self.samples = [Sample(**one) for one in earlier]
@@ -87,7 +87,7 @@ class RunReport:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl; a line that a kill cut short is left out."""
+    """Return the records of metrics.jsonl, without an incomplete line after a kill."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -98,7 +98,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def tiles(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Return the run in a few numbers: (label, value)."""
+    """Return the run's main numbers: (label, value)."""
     validations = [r["val_loss"] for r in records if r["val_loss"] is not None]
     trained = [r for r in records if r["loss"] is not None or r["supervised_tokens"]]
     speeds = sorted(r["supervised_tokens_per_s"] for r in trained)
@@ -114,7 +114,7 @@ def tiles(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
         else:
             shown.append(("held-out perplexity", " → ".join(perplexity(loss) for loss in ends)))
     if trained:
-        # The first report holds the first compilations.
+        # The first report includes compilations.
         steady = sorted(r["supervised_tokens_per_s"] for r in trained[1:]) or speeds
         shown.append(("trained tokens/s, median", number(steady[len(steady) // 2])))
         shown.append(("trained tokens", f"{sum(r['supervised_tokens'] for r in trained):,}"))
@@ -128,7 +128,7 @@ def tiles(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def elapsed_s(records: list[dict[str, Any]]) -> float:
-    """Return the time of all the run's parts: each process that went on counts from zero."""
+    """Return the time of all the run's parts, because each resumed process counts from zero."""
     total = last = 0.0
     for record in records:
         if record["elapsed_s"] < last:

@@ -1,1 +1,1 @@
-"""A training run, put together from its settings: what stands between the stages and the train command."""
+"""Training runs: how the stages are combined, by a run's settings, for the train command."""

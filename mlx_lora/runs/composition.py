@@ -51,7 +51,7 @@ from mlx_lora.training.sharing import Sharing
 from mlx_lora.training.state import Position
 from mlx_lora.training.step import Step
 from mlx_lora.training.trainer import held_out_plan, total_steps
-from mlx_lora.training.trial import choose_step_form
+from mlx_lora.training.trial import choose_step_variant
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def choose_loss_and_kernels(
     lengths = sorted({max(1, int(length) - 1) for length in rows.lengths})
     choice = choose_model_kernels(base.model, lengths, asked, dtype, say)
     kernels, words = check_kernels(base.model, base.config, loss, choice)
-    terms = replace((kernels or choice.of_mlx()).terms(), loss=loss.form)
+    terms = replace((kernels or choice.of_mlx()).terms(), loss=loss.kernel)
     return LossAndKernels(loss, kernels, terms, words)
 
 
@@ -219,7 +219,7 @@ def fit_settings(
         InputError: the run does not fit.
     """
     shape = adapted_shape(base.model, base.config, asked, kernels=chosen.kernels or KernelChoice(MLX))
-    shape = replace(shape, plain_loss=chosen.loss.form == PLAIN_LOGITS)  # then the logits are whole
+    shape = replace(shape, plain_loss=chosen.loss.kernel == PLAIN_LOGITS)  # then the logits are whole
     fitted = fit_run(asked, shape, splits.train, chosen.terms)
     day = splits.chat_day.isoformat() if splits.chat_day else None  # the same one with --resume on another day
     loop = replace(asked.loop, batch_tokens=fitted.batch_tokens, grad_checkpoint=fitted.checkpointing)
@@ -258,25 +258,25 @@ def make_step(
     adapter, loop, model = settings.adapter, settings.loop, base.model
     tape = apply_checkpointing(model, loop.grad_checkpoint)
     attention = (tape.attend if tape else attend) if chosen.kernels else None
-    form = choose_step_form(model, base.config, chosen.loss, attention, base.model_id, chosen.kernels or assumed)
-    task = task_of(objective, form.loss, model)
+    variant = choose_step_variant(model, base.config, chosen.loss, attention, base.model_id, chosen.kernels or assumed)
+    task = task_of(objective, variant.loss, model)
     step = Step(
         model,
         build_optimizer(settings.optimizer, steps, restart_every(adapter, steps), restart_warmup(adapter, steps)),
         task.loss.train,
         settings.optimizer.max_grad_norm,
-        form.attend,
+        variant.attend,
         wait=loop.short_buffers,
         rate_of=rates_of(adapter),
         events=make_events(adapter, model, steps, loop.seed),
         sharing=Sharing(ranks, loop.seed) if ranks.size > 1 else None,
-        compiled=form.compiled,
-        choose=form.choose,
+        compiled=variant.compiled,
+        choose=variant.choose,
         prepare=lambda batches: task.prepare(batches, ranks),
         arrays_of=task.arrays_of,
         reports=task.reports,
     )
-    notes = [*form.notes, planned_words(memory)]
+    notes = [*variant.notes, planned_words(memory)]
     notes += ["blocks that share a state keep everything"] if tape is not None and tape.left_out else []
     notes += ["a pause after each micro-batch"] if loop.short_buffers else []
     notes += [f"rows shared by {ranks.size} processes"] if ranks.size > 1 else []

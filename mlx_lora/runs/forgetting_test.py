@@ -1,9 +1,9 @@
-"""`evaluate --forgetting`: base and adapters on the task, on general text, on general chat, and on probe questions.
+"""Measure base and adapters on the task, general text, general chat, and probe questions (`evaluate --forgetting`).
 
     base ----------------------------+
     base + adapter (shares arrays) --+--> the same tokens --> Drift per set --> table, JSON, page
 
-The general sets come with the package (data/general), written after the models they judge; others can be named.
+The general sets in the package (data/general) were written after the models that they judge; others can be given.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ PROBE_TOKENS = 24
 
 @dataclass(frozen=True)
 class Probe:
-    """A question with a known answer, and what each model said; models by name, the base first.
+    """A question with a known answer, and each model's answer.
 
     Attributes:
-        question: as it was put.
+        question: its text.
         answers: words, any of which is right.
-        said: name -> greedy text.
+        said: model's name -> greedy text, the base first.
     """
 
     question: str
@@ -50,21 +50,21 @@ class Probe:
     said: dict[str, str]
 
     def right(self, name: str) -> bool:
-        """Whether a model's text holds an answer as a whole word, in any case."""
+        """Tell whether a model's text contains an answer as a whole word, in any case."""
         words = "|".join(re.escape(answer) for answer in self.answers)
         return re.search(rf"(?<!\w)(?:{words})(?!\w)", self.said[name], re.IGNORECASE) is not None
 
 
 @dataclass(frozen=True)
 class Forgetting:
-    """What was measured.
+    """The results of all measurements.
 
     Attributes:
         base: its model id.
-        adapters: name -> method and rank in words.
+        adapters: name -> method and rank as text.
         sets: set -> adapter -> Drift.
-        sources: set -> the file or id it came from.
-        probes: with everybody's answers.
+        sources: set -> its file or id.
+        probes: with all models' answers.
     """
 
     base: str
@@ -74,15 +74,15 @@ class Forgetting:
     probes: list[Probe]
 
     def right(self, name: str) -> int:
-        """Probes that a model got right; `base` is one."""
+        """Return the number of probes that a model (such as `base`) got right."""
         return sum(probe.right(name) for probe in self.probes)
 
     def verdict(self, where: str, name: str) -> str:
-        """Return what became of an adapter on a set, in words."""
+        """Return the verdict on an adapter for a set."""
         return self.sets[where][name].verdict(learned=where == TASK)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
+        """Return JSON values."""
         sets = {
             where: {
                 "source": self.sources[where],
@@ -116,48 +116,50 @@ def measure_forgetting(
     """Measure every adapter against the base.
 
     Args:
-        base: unadapted; it stays so.
+        base: unadapted; it is not changed.
         folders: of adapters.
         settings: of the task's data; its template and lengths are used for the general sets as well.
-        general: set -> file or id, in place of the package's.
+        general: set -> file or id, instead of the package's.
         ignore_fingerprint: as for load_adapter.
         batch_tokens: positions per batch; None: the default.
         say: takes a line of progress.
 
     Raises:
-        InputError: an adapter that does not fit, adapters trained with different templates, data without a token.
+        InputError: an adapter does not fit, adapters have different templates, or data have no trained token.
     """
     models, adapters, template = _put_adapters(base, folders, ignore_fingerprint)
     if template and not settings.chat_template:
         base.hf_tokenizer.chat_template = template
-    places = {TASK: settings.data, TEXT: GENERAL / "text.jsonl", CHAT: GENERAL / "chat.jsonl", **general}
+    sources = {TASK: settings.data, TEXT: GENERAL / "text.jsonl", CHAT: GENERAL / "chat.jsonl", **general}
     own = Readout(base.model, base.config)
     readouts = {name: Readout(model.model, model.config) for name, model in models.items()}
     vocabulary = base.model(mx.array([[0]])).shape[-1]
     sets: dict[str, dict[str, Drift]] = {}
-    for where, place in places.items():
-        form = settings if where == TASK else dataclasses.replace(settings, data_format="auto")
-        rows = load_eval_set(str(place), form, base.hf_tokenizer, say)
-        check_token_ids(base, int(rows.tokens.max(initial=0)), str(place))
+    for where, source in sources.items():
+        chosen = settings if where == TASK else dataclasses.replace(settings, data_format="auto")
+        rows = load_eval_set(str(source), chosen, base.hf_tokenizer, say)
+        check_token_ids(base, int(rows.tokens.max(initial=0)), str(source))
         plan = BatchPlan(rows, batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)
         say(f"{where}: {int(rows.supervised_counts.sum())} tokens of {len(rows)} rows")
         try:
             sets[where] = measure_drifts(own, readouts, plan.batches(), vocabulary)
         except ValueError as error:
-            raise InputError(f"--data {place}: {error}; give rows with something to answer") from None
+            raise InputError(f"--data {source}: {error}; give rows with something to answer") from None
     say(f"probes: {len(models) + 1} models")
     probes = ask_probes({"base": base, **models}, _chat_template(base, settings))
-    shown = {where: str(place) if where == TASK or where in general else "built in" for where, place in places.items()}
+    shown = {
+        where: str(source) if where == TASK or where in general else "built in" for where, source in sources.items()
+    }
     return Forgetting(base.model_id, adapters, sets, shown, probes)
 
 
 def _put_adapters(
     base: Base, folders: Sequence[Path], ignore_fingerprint: bool
 ) -> tuple[dict[str, Base], dict[str, str], str | None]:
-    """Return name -> adapted model that shares the base's arrays, name -> words, and the template they share."""
+    """Return name -> adapted model that shares the base's arrays, name -> description, and their common template."""
     models, words, templates = {}, {}, {}
     for folder, name in zip(folders, adapter_names(folders), strict=True):
-        adapted = dataclasses.replace(base, model=copy.deepcopy(base.model))  # copies modules, not what they hold
+        adapted = dataclasses.replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
         info = load_adapter(adapted, folder, ignore_fingerprint)
         models[name], templates[name] = adapted, info.chat_template
         words[name] = info.method if info.method == "full" else f"{info.method}, rank {info.rank}"
@@ -169,7 +171,7 @@ def _put_adapters(
 
 
 def adapter_names(folders: Sequence[Path]) -> list[str]:
-    """Return a short name for each: the folder's own, or as much of its path as tells it from the others."""
+    """Return a short name for each: the folder's name, or as much of its path as makes it unique."""
     parts = [folder.resolve().parts for folder in folders]
     names = []
     for own in parts:
@@ -182,18 +184,18 @@ def adapter_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _chat_template(base: Base, settings: DataSettings) -> str | None:
-    """Return the template that probes are asked with, None for a base model that has none."""
+    """Return the template for probes, None if the base model has none."""
     if settings.chat_template:
         return resolve_template(settings.chat_template, base.hf_tokenizer)[0]
     return own_template(base.hf_tokenizer)
 
 
 def ask_probes(models: dict[str, Base], template: str | None) -> list[Probe]:
-    """Put every probe question to every model.
+    """Ask every model every probe question.
 
     Args:
         models: name -> model.
-        template: Jinja text for questions, or None: the models complete sentences instead.
+        template: Jinja text for questions; None: the models complete sentences instead.
     """
     probes = []
     for line in (GENERAL / "probes.jsonl").read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""report.html while a run goes on: a text before the first step, the page at every save, the text after the last."""
+"""Write report.html during a run: a text before the first step, the page at every save, a text after the last step."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from mlx_lora.training.samples import greedy_text, held_out_beginning
 
 @dataclass(frozen=True)
 class RunPage:
-    """Keeps a run folder's report.html.
+    """Writes a run folder's report.html.
 
     Attributes:
         folder: of the run.
         base: the model that is trained.
-        prompt: token ids of the held-out beginning; empty for no texts.
+        prompt: token ids of the beginning of a held-out row; empty for no texts.
         max_tokens: of each text.
-        report: what the page tells beside metrics and settings.
+        report: the page's facts in addition to metrics and settings.
     """
 
     folder: Path
@@ -38,11 +38,11 @@ class RunPage:
 
     @classmethod
     def begin(cls, run: Composed, base: Base, splits: DataSplits) -> RunPage:
-        """Make the text before the training, unless the run goes on and has one.
+        """Generate the text before the training, unless the run is resumed and has one.
 
         Args:
             run: ready for its first step.
-            base: with the fresh adapter on it, which changes nothing yet.
+            base: with the new adapter, which changes nothing yet.
             splits: its data.
         """
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm"))
@@ -70,23 +70,23 @@ class RunPage:
         return page
 
     def _text(self) -> str:
-        """Return what the model goes on with, or why it cannot: a run does not end for want of a text."""
+        """Return the model's continuation, or why it fails: a run must not end because of a missing text."""
         try:
             return greedy_text(self.base, self.prompt, self.max_tokens)
         except FOREIGN_ERRORS as error:
             if not is_foreign(error):
                 raise
-            return f"(no text could be made: generation fails with this model: {short(error, 200)})"
+            return f"(no text: generation fails with this model: {short(error, 200)})"
 
     def write(self) -> None:
-        """Write the page as the run stands."""
+        """Write the page with the current results."""
         self.report.write(self.folder)
 
     def end(self, interrupted: bool) -> None:
-        """Make the text after the training, and write the page for the last time.
+        """Generate the text after the training, and write the page for the last time.
 
         Args:
-            interrupted: then there is no text: who asked for the end does not wait for it, and the run may go on.
+            interrupted: whether the run was; then there is no text, because the user does not want to wait for it.
         """
         for sample in self.report.samples if self.prompt and not interrupted else []:
             sample.after = self._text()

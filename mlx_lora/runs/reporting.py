@@ -1,4 +1,4 @@
-"""Where a run's records go while it runs, and what it leaves to read at its end."""
+"""Send a run's records to the display and log files, and write its model card."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlx_lora.training.progress import LiveProgress, Metrics, MetricsFile, Plain
 def reporting(
     run: Composed, loggers: list[Callable[[Metrics], None]], say: Callable[[str], None], live: bool
 ) -> Iterator[tuple[Callable[[Metrics], None], Callable[[int], None]]]:
-    """Open where a run's records go: metrics.jsonl, the display, `loggers`; yield what takes a record, and a step."""
+    """Open metrics.jsonl, the display and `loggers`; yield functions that take a record, and a step's number."""
     folder = run.folder
     if not folder.ranks.leads:
         yield lambda record: None, lambda step: None

@@ -89,7 +89,7 @@ def check_request(settings: TrainSettings, ranks: Ranks) -> None:
     check_writable(folder, "--adapter-path", needed_bytes=1_000_000)
     if (folder / CONFIG_FILE).exists() and not loop.force and loop.resume is None:
         raise InputError(
-            f"--adapter-path {folder}: already holds an adapter; choose another folder, --resume to go on, or --force to overwrite it"
+            f"--adapter-path {folder}: already holds an adapter; choose another folder, --resume to continue, or --force to overwrite it"
         )
 
 
@@ -153,7 +153,7 @@ def take_steps(run: Composed, base: Base, splits: DataSplits, say: Callable[[str
                 report, shown, save, at, guard, ranks,
             )  # fmt: skip
             best = None if outcome.interrupted else folder.put_best()
-            take_first_ranks(ranks, step)  # who has the best put back is rank 0
+            take_first_ranks(ranks, step)  # rank 0 restored the best adapter
     except Diverged as diverged:
         raise folder.roll_back(diverged) from diverged
     if page is not None:

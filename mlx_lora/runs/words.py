@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step and after its last."""
+"""The lines that a run prints before its first step and after its last."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def describe_run(
     adapted: Adapted,
     plan: BatchPlan,
     steps: int,
-    forms: list[str],
+    details: list[str],
 ) -> list[str]:
     """Return lines on what will be trained: the adapter, the run, the step."""
     trainable = sum(p.size for p in adapter_parameters(base.model).values())
@@ -54,8 +54,8 @@ def describe_run(
         f"Run: {counted(steps, 'step')}, {counted(len(plan), 'batch', 'batches')} per epoch, {optimizer.optimizer}, lr {optimizer.learning_rate:g} "
         f"{optimizer.lr_schedule}, warm-up {optimizer.warmup:g}, clip {optimizer.max_grad_norm:g}, seed {settings.loop.seed}"
     )
-    forms = [*forms, counted(len(plan.shapes), "batch shape"), f"{plan.padding_fraction:.1%} padding"]
-    return [what, run, "Step: " + "; ".join([*forms, *base.matmul_paths.describe()])]
+    details = [*details, counted(len(plan.shapes), "batch shape"), f"{plan.padding_fraction:.1%} padding"]
+    return [what, run, "Step: " + "; ".join([*details, *base.matmul_paths.describe()])]
 
 
 def loss_words(measured: Measured) -> str:
@@ -73,7 +73,7 @@ def outcome_line(folder: Path, outcome: Outcome, best: str | None) -> str:
     Args:
         folder: of the run.
         outcome: how it ended.
-        best: words on the adapter that --keep-best put back.
+        best: words on the adapter that --keep-best restored.
     """
     file = folder / WEIGHTS_FILE
     size = f"adapter of {file.stat().st_size / 1e6:.1f} MB" if file.exists() else "nothing to save"

@@ -1,6 +1,6 @@
-"""Reads an adapter into factors that a row of a batch can have, and blends several into one.
+"""Read an adapter into factors for a row of a served batch, and blend several into one.
 
-What cannot be a row's own is refused with a reason: parameters trained in full and a mixture's experts (`fuse`
+Adapters that cannot differ by row are refused with a reason: parameters trained in full and a mixture's experts (`fuse`
 folds them in, and the result can be a base), DoRA on embeddings.
 """
 
@@ -26,9 +26,9 @@ class AdapterFactors:
     """An adapter, ready to be served.
 
     Attributes:
-        layers: path -> its factors there.
-        method: what trained it.
-        chat_template: the Jinja text that it was trained with when that is not the base's own.
+        layers: path -> its factors.
+        method: the method that trained it.
+        chat_template: the Jinja text that it was trained with, if that is not the base's own.
     """
 
     layers: dict[str, LayerFactors]
@@ -37,7 +37,7 @@ class AdapterFactors:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its factors."""
+        """The bytes of all its factors."""
         return sum(layer.nbytes for layer in self.layers.values())
 
     @property
@@ -47,16 +47,16 @@ class AdapterFactors:
 
 
 def read_factors(base: Base, folder: Path, dtype: mx.Dtype, ignore_fingerprint: bool = False) -> AdapterFactors:
-    """Read an adapter folder of ours, of mlx-lm's or of PEFT's.
+    """Read an adapter folder from us, mlx-lm or PEFT.
 
     Args:
         base: the served base; its model may be routed, and is not changed.
         folder: of the adapter.
-        dtype: of the activations, to which the factors are rounded as `generate` rounds them in each call.
-        ignore_fingerprint: take one that was trained on another base of the same shape.
+        dtype: of the activations; the factors are rounded to it, as `generate` does in each call.
+        ignore_fingerprint: allow an adapter that was trained on another base of the same shape.
 
     Raises:
-        InputError: it does not fit this base, or cannot be a row's own.
+        InputError: it does not fit this base, or cannot differ by row.
     """
     twin = dataclasses.replace(base, model=unrouted_twin(base.model))
     info = load_adapter(twin, folder, ignore_fingerprint)
@@ -65,7 +65,7 @@ def read_factors(base: Base, folder: Path, dtype: mx.Dtype, ignore_fingerprint: 
     problems += sorted({layer.NOT_FOR_A_ROW for layer in layers.values() if layer.NOT_FOR_A_ROW})
     if problems:
         raise InputError(
-            f"{folder}: {' and '.join(problems)}, which a row of a batch cannot have by itself; "
+            f"{folder}: {' and '.join(problems)}, which cannot differ by row of a batch; "
             "fold it in with mlx_lora.fuse and serve the result as a base"
         )
     factors = {
@@ -77,16 +77,16 @@ def read_factors(base: Base, folder: Path, dtype: mx.Dtype, ignore_fingerprint: 
 
 
 def blend_factors(parts: Sequence[tuple[str, AdapterFactors, float]]) -> AdapterFactors:
-    """Return the adapter that adds sum_i w_i D_i: factors side by side, the weights in B. Ranks add up.
+    """Return the adapter that adds sum_i w_i D_i: its factors are concatenated, with the weights in B, so ranks add up.
 
     Args:
         parts: name, adapter and weight of each.
 
     Raises:
-        InputError: a DoRA, whose update is not a sum; embeddings that differ in what they adapt; nothing to blend.
+        InputError: there are no parts, a DoRA, whose update is not a sum, or embeddings that do not adapt the same.
     """
     if not parts:
-        raise InputError("a blend of nothing; name adapters and their weights")
+        raise InputError("a blend without adapters; name adapters and their weights")
     doras = [name for name, part, _ in parts if any(layer.gain is not None for layer in part.layers.values())]
     if doras:
         raise InputError(f"blend with {', '.join(doras)}: a DoRA's update is not a sum; blend LoRA adapters")

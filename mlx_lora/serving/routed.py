@@ -1,12 +1,11 @@
-"""Layers that give each row of a batch its own adapter, or none.
+"""Layers that apply to each row of a batch its own adapter, or none.
 
     before   self_attn.q_proj: Linear | QuantizedLinear
-    after    self_attn.q_proj: RoutedLinear(linear: the same object), factors of all adapters in pools beside it
+    after    self_attn.q_proj: RoutedLinear(linear: the same object), with all adapters' factors in separate pools
 
-Which row has which adapter stands in the pools' `Routing`. A layer without an adapter among the rows is the base
-layer and nothing more.
+The pools' `Routing` has each row's adapter. A layer that no row's adapter uses computes only the base layer.
 
-Shapes: B rows, T tokens, n rows of one pool, r rank; in and out are the base's own widths.
+Shapes: B rows, T tokens, n rows of one pool, r rank; in and out are the base's widths.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from mlx_lora.serving.pools import Group, LayerPools, Routing
 
 
 class RoutedLinear(nn.Module):
-    """A frozen linear layer plus, for row i, (x_i A) B of the row's adapter, times its gain where it is a DoRA."""
+    """A frozen linear layer plus, for row i, (x_i A) B of the row's adapter, times its gain for a DoRA."""
 
     def __init__(self, linear: nn.Module, routing: Routing):
         super().__init__()
@@ -34,7 +33,7 @@ class RoutedLinear(nn.Module):
         """Apply the layer.
 
         Args:
-            x: (..., in), the batch's rows first, or those and more axes flattened into the first.
+            x: (..., in); the first axis has the batch's rows, or is flattened from them and more axes.
         """
         y = self.linear(x)  # (..., out)
         for group in self.pools.groups():
@@ -96,13 +95,13 @@ class RoutedEmbedding(nn.Module):
 
 
 def gathered(x: mx.array, stack: mx.array, slots: mx.array, rows: mx.array | None = None) -> mx.array:
-    """Return row i of x times the matrix of its slot.
+    """Return each row i of x times the matrix of its slot.
 
     Args:
         x: (n, T, in), or (B, T, in) with `rows`.
         stack: (N, in, out).
         slots: (n,).
-        rows: (n,), which rows of x; None: all of them, in order.
+        rows: (n,), indices of rows of x; None: all rows in order.
 
     Returns:
         (n, T, out).
@@ -111,7 +110,7 @@ def gathered(x: mx.array, stack: mx.array, slots: mx.array, rows: mx.array | Non
 
 
 def added_to(y: mx.array, added: mx.array, rows: mx.array | None) -> mx.array:
-    """Return y (B, ...) plus `added` (n, ...) at some of its rows, or at all."""
+    """Return y (B, ...) plus `added` (n, ...) at `rows`, or at all rows."""
     return y + added if rows is None else y.at[rows].add(added)
 
 
@@ -119,12 +118,12 @@ ROUTED = (RoutedLinear, RoutedEmbedding)
 
 
 def route(model: nn.Module, paths: list[str], routing: Routing) -> dict[str, nn.Module]:
-    """Make the layers at `paths` routed ones, in place, and return them by path; those that are stay.
+    """Replace the layers at `paths` by routed ones, unless they already are, and return them by path.
 
     Args:
-        model: the served model.
+        model: the served model, which is changed in place.
         paths: linear layers and embeddings, quantized or not.
-        routing: what all of them look at.
+        routing: shared by all of them.
     """
     modules = dict(model.named_modules())
     routed = {path: modules[path] for path in paths}
@@ -138,17 +137,16 @@ def _routed(base: nn.Module, routing: Routing) -> nn.Module:
 
 
 def unrouted_twin(model: nn.Module) -> nn.Module:
-    """Return a module tree of its own over the same arrays, without routed layers.
+    """Return a new module tree with the same arrays, without routed layers.
 
-    An adapter can be put on it by the code that every command uses, with all its checks, while the served
-    model works on.
+    The commands' code can put an adapter on it, with all its checks, while the served model is in use.
     """
     return _twin(model, {})
 
 
 def _twin(value: Any, twins: dict[int, nn.Module]) -> Any:
-    """Return a module, or what a module holds, anew; arrays stay. A closure over itself would be a cycle that keeps
-    the last adapter's arrays until Python looks for cycles.
+    """Return a copy of a module, or of a module's attribute, with the same arrays. This is not a recursive closure, which
+    would be a reference cycle that keeps the last adapter's arrays until Python collects cycles.
     """
     if isinstance(value, ROUTED):
         return _twin(value.embedding if isinstance(value, RoutedEmbedding) else value.linear, twins)

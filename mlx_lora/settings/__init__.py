@@ -1,1 +1,1 @@
-"""Settings: one row each, how they are read and checked."""
+"""All settings, one row each, and how they are read and checked."""

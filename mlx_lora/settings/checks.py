@@ -1,4 +1,4 @@
-"""What settings may be together: every fault is found before anything is loaded, and named at once."""
+"""Check settings and their combinations before anything is loaded, and report all errors at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHECKPOINTING = ("none", "auto", "selective", "block")
 
 
 def is_day(text: str) -> bool:
-    """Return whether a text is a day of the calendar, as in 2026-11-26."""
+    """Return whether a text is a date, as in 2026-11-26."""
     try:
         return date.fromisoformat(text).isoformat() == text
     except ValueError:
@@ -22,23 +22,23 @@ def is_day(text: str) -> bool:
 
 
 def checkpoint_every(mode: str) -> int | None:
-    """Return n when every n-th block is recomputed, 1 for all of them, None for none."""
+    """Return n if every n-th block is recomputed, 1 for all, None for none."""
     if mode == "none":
         return None
     return int(mode) if mode.isdecimal() else 1
 
 
 def settings_problems(settings: Mapping[str, Any]) -> list[str]:
-    """Return every fault of a run's settings, in the flags' spelling.
+    """Return every error in a run's settings, in the flags' spelling.
 
     Args:
-        settings: all of them by field name, each of its own type.
+        settings: all of them by field name, with the right types.
     """
     problems, mode = [], settings["grad_checkpoint"]
     if mode not in CHECKPOINTING and not (mode.isdecimal() and 1 <= int(mode) < 10**6):
-        problems.append(f"--grad-checkpoint {mode!r}: not one of {', '.join(CHECKPOINTING)}, or a number from 1 on")
+        problems.append(f"--grad-checkpoint {mode!r}: not one of {', '.join(CHECKPOINTING)}, or a number of at least 1")
     if settings["chat_date"] is not None and not is_day(settings["chat_date"]):
-        problems.append(f"--chat-date {settings['chat_date']!r}: not a day; write it as in 2026-11-26")
+        problems.append(f"--chat-date {settings['chat_date']!r}: not a date; write it as in 2026-11-26")
     problems += _adapter_problems(settings)
     if settings["iters"] is not None and settings["epochs"] is not None:
         problems.append("--iters and --epochs: both given; keep one")
@@ -46,7 +46,7 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _validation_problems(settings: Mapping[str, Any]) -> list[str]:
-    """Name settings that need a validation or a checkpoint in a run that has none: accepted, they would be ignored."""
+    """Return the settings that need a validation or a checkpoint in a run without them, where they would do nothing."""
     problems = []
     asking = [name for name in ("keep_best", "early_stopping_patience") if settings[name]]
     for flag in map(flag_of, asking):
@@ -64,30 +64,34 @@ def _validation_problems(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
-    """Name settings that the method does not have: accepted, they would be ignored."""
+    """Return the settings that the method does not have, where they would do nothing."""
     method, problems = adapter["fine_tune_type"] or adapter["method"], []
     for owner in PRESETS:
         given = [name for name, row in ROWS.items() if row.method == owner != method and adapter[name] is not None]
         if given:
             flags = " and ".join(map(flag_of, given))
-            problems.append(f"{flags} with --method {method}: only {owner} has that; leave it out")
+            problems.append(f"{flags} with --method {method}: only {owner} has it; leave it out")
     if method == "full":
         given = [name for name in ("rank_pattern", "alpha_pattern", "modules_to_save") if adapter[name]]
         given += [name for name in ("dropout",) if adapter[name]]
         given += ["bias"] if adapter["bias"] != "none" else []
         if given:
             flags = " and ".join(map(flag_of, given))
-            problems.append(f"{flags} with --method full: --target-modules names all that it trains; leave it out")
+            problems.append(
+                f"{flags} with --method full: --target-modules names everything that it trains; leave it out"
+            )
     if method in ("pissa", "adalora", "relora") and adapter["resume_adapter_file"]:
         problems.append(
             f"--resume-adapter-file with --method {method}: it does not start from plain factors; "
-            "go on with --method lora at the file's rank"
+            "continue with --method lora at the file's rank"
         )
     if method == "adalora" and (
         adapter["rank_pattern"] or (adapter["adalora_init_rank"] or adapter["rank"]) < adapter["rank"]
     ):
         what = "--rank-pattern" if adapter["rank_pattern"] else f"--adalora-init-rank {adapter['adalora_init_rank']}"
-        problems.append(f"{what} with --method adalora: it cuts ranks from one start down to --rank; leave it out")
+        problems.append(
+            f"{what} with --method adalora: it reduces all ranks from one initial rank to --rank; leave it out"
+        )
     for name in ("rank_pattern", "alpha_pattern"):
         try:
             values = parse_pattern(adapter[name])
@@ -97,7 +101,7 @@ def _adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
         whole = name == "rank_pattern"
         bad = [key for key, value in values.items() if not 0 < value < 1e9 or (whole and value != int(value))]
         if bad:
-            kind = "a whole number from 1 on" if whole else "more than 0"
+            kind = "a whole number of at least 1" if whole else "more than 0"
             problems.append(f"{flag_of(name)} {', '.join(bad)}: must be {kind}")
     return problems
 
@@ -106,7 +110,7 @@ def parse_pattern(text: str | None) -> dict[str, float]:
     """Read `q_proj=32,*.mlp.*=8` as name -> number.
 
     Raises:
-        ValueError: with the part that is not of that form.
+        ValueError: a part is not written like this; the message has it.
     """
     values = {}
     for part in (text or "").split(","):

@@ -1,4 +1,4 @@
-"""Every setting of the program, one row each: name, type, default, and what `setting_row.Row` lists.
+"""All settings of the program, one row each: name, type, default, and the attributes of `setting_row.Row`.
 
 A flag `--max-seq-length` is the field `max_seq_length`; the same name works in a YAML file. Options, checks, run.yaml
 and the rules of resumed and distributed runs follow from the rows, so a new setting is a new row and nothing else.
@@ -32,7 +32,7 @@ SERVER, LIMITS = "Server", "Limits"
 # fmt: off
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which base model, and how it is held in memory."""
+    """The base model, and its representation in memory."""
 
     model: str | None = setting(None, "Hub id, local folder or .gguf file of the base model.",
         MODEL, common=True, may_change=True, per_machine=True)
@@ -48,7 +48,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is trained on, and which of its tokens."""
+    """The training data, and which of its tokens are trained."""
 
     data: str | None = setting(None, "File, folder with train/valid/test, hub dataset id or tiny-shakespeare.",
         MODEL, common=True, may_change=True, per_machine=True)
@@ -85,7 +85,7 @@ class AdapterSettings:
         "Ranks of some layers, as in q_proj=32,*.mlp.*=8; the first match counts.", ADAPTER)
     alpha_pattern: str | None = setting(None, "Alphas of some layers, written as in --rank-pattern.", ADAPTER)
     modules_to_save: str | None = setting(None,
-        "Modules trained in full beside the adapter (lm_head,embed_tokens,*norm), by comma.", ADAPTER)
+        "Modules trained in full in addition to the adapter (lm_head,embed_tokens,*norm), by comma.", ADAPTER)
     bias: str = setting("none", "Biases to train: none, those of adapted layers, or all.", ADAPTER, choices=BIASES)
     dropout: float = setting(0.0, "Dropout probability on the adapter's input.", ADAPTER, at_least=0, at_most=0.99)
     target_modules: str = setting("all-linear", "all-linear, or names or patterns (q_proj,*.mlp.*), by comma.",
@@ -116,7 +116,7 @@ class AdapterSettings:
 
     @property
     def method_name(self) -> str:
-        """The method, under whichever of its two names it was given."""
+        """The method, given by either of its two names."""
         return self.fine_tune_type or self.method
 
 
@@ -159,7 +159,7 @@ class ObjectiveSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW as torch has it (bias corrected), 3% warm-up, cosine to zero, global-norm clip 1.0."""
+    """Defaults: AdamW as in torch (with bias correction), 3% warm-up, cosine to zero, global-norm clip 1.0."""
 
     optimizer: str = setting("adamw", "Optimizer.", TRAINING, choices=tuple(OPTIMIZERS))
     learning_rate: float = setting(2e-4, "Peak learning rate.", TRAINING, common=True, more_than=0, at_most=1000)
@@ -174,7 +174,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long, how much per step, and what is written when."""
+    """The run's length, the size of its steps, its reports and its results."""
 
     adapter_path: str = setting("adapters", "Run folder: adapter, metrics, settings, checkpoints.",
         OUTPUT, common=True, may_change=True, per_machine=True)
@@ -186,14 +186,14 @@ class LoopSettings:
         TRAINING, common=True, at_least=1, at_most=10**6)
     batch_tokens: int | None = setting(None,
         f"Tokens per micro-batch, padding included, unless --batch-size is given (default: {DEFAULT_BATCH_TOKENS}, or "
-        "less where the planner finds that it does not fit).", TRAINING, at_least=2, at_most=10**9)
+        "less if the planner finds that it does not fit).", TRAINING, at_least=2, at_most=10**9)
     grad_accumulation_steps: int = setting(1, "Micro-batches per optimizer step, weighted by their tokens.",
         TRAINING, at_least=1, at_most=10**6)
     batch_parts: int = setting(1,
-        "Run each micro-batch in this many parts of its rows: the same update in less memory. Grows by itself when "
+        "Run each micro-batch in this many parts of its rows: the same update in less memory. Increased when "
         "memory runs short.", MEMORY, may_change=True, per_machine=True, at_least=1, at_most=10**6)
     max_restarts: int = setting(0,
-        "Restarts allowed after running out of memory; each goes on from the last checkpoint, in smaller parts.",
+        "Restarts allowed after running out of memory; each continues from the last checkpoint, in smaller parts.",
         MEMORY, may_change=True, per_machine=True, at_least=0, at_most=100)
     grad_checkpoint: str = setting("auto",
         "Recompute in the backward pass to save memory: none, selective (all but products), block (all; also the "
@@ -201,14 +201,14 @@ class LoopSettings:
         MEMORY, may_change=True, per_machine=True, alone="block")
     kernels: str = setting("auto",
         "Kernels for attention, activations and the loss; auto: the best as measured on this machine, mlx: the model's "
-        "own, ours: ours wherever there is one.", MEMORY, may_change=True, per_machine=True, choices=KERNELS)
+        "own, ours: ours if there is one.", MEMORY, may_change=True, per_machine=True, choices=KERNELS)
     memory_budget: float | None = setting(None,
         "GB (10^9 bytes) that the run may use (default: what the device recommends).",
         MEMORY, may_change=True, per_machine=True, more_than=0, at_most=10**6)
     memory_check: bool = setting(True, "Refuse a run that does not fit by the plan; --no-memory-check tries it.",
         MEMORY, may_change=True, per_machine=True)
     steps_per_report: int | None = setting(None,
-        "Steps between reports (default: a twentieth of the run, and 25 at the most).",
+        "Steps between reports (default: a twentieth of the run, at most 25).",
         OUTPUT, may_change=True, at_least=1)
     steps_per_eval: int = setting(200, "Steps between validations; 0: only at the end.",
         VALIDATION, may_change=True, at_least=0)
@@ -216,7 +216,7 @@ class LoopSettings:
         VALIDATION, may_change=True, at_least=-1)
     save_every: int = setting(100, "Steps between checkpoints; 0: only at the end.",
         OUTPUT, may_change=True, at_least=0)
-    keep: int = setting(3, "Newest checkpoints to keep, beside the one with the lowest validation loss; 0: all.",
+    keep: int = setting(3, "Newest checkpoints to keep, in addition to the one with the lowest validation loss; 0: all.",
         OUTPUT, may_change=True, at_least=0, at_most=10**9)
     keep_best: bool = setting(False,
         "End with the adapter of the lowest validation loss, not with the last (needs --save-every).",
@@ -228,8 +228,8 @@ class LoopSettings:
         "An improvement of the validation loss counts when it is more than this.",
         VALIDATION, may_change=True, at_least=0, at_most=10**9)
     resume: str | None = setting(None,
-        "Go on from a checkpoint, exactly as if the run had never stopped: a checkpoint folder, or auto (the flag "
-        "alone): the newest whole one in --adapter-path.",
+        "Continue from a checkpoint, exactly as if the run had never stopped: a checkpoint folder, or auto (the flag "
+        "alone): the newest complete one in --adapter-path.",
         OUTPUT, common=True, may_change=True, per_machine=True, alone="auto")
     sample_tokens: int = setting(48,
         "Length of the texts in report.html, made before the first step and after the last; 0: none.",
@@ -249,13 +249,13 @@ class LoopSettings:
     project_name: str | None = setting(None, "Project name for --report-to.",
         OUTPUT, may_change=True, per_machine=True)
     seed: int = setting(0, "Seed of data order, initial factors and dropout.", TRAINING, at_least=0, at_most=2**63 - 1)
-    force: bool = setting(False, "Write into a run folder that already holds an adapter.",
+    force: bool = setting(False, "Write into a run folder that already has an adapter.",
         OUTPUT, may_change=True, per_machine=True)
 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """What a server offers, to whom, and how much of it."""
+    """A server's settings: what it offers, to whom, and its limits."""
 
     host: str = setting("127.0.0.1", "Address to listen on; any but this machine's own needs an API key.",
         SERVER, common=True)
@@ -272,7 +272,7 @@ class ServeSettings:
         "Bound on adapters in memory, as in 2GB; the least recently used are evicted (default: no bound).", LIMITS)
     prompt_cache: str = setting("256MB", "Bound on the keys and values kept of earlier prompts.", LIMITS)
     max_batch: int = setting(16, "Requests that generate at once.", LIMITS, at_least=1, at_most=1024)
-    max_waiting: int = setting(64, "Requests that wait for a place; more get 429.", LIMITS, at_least=0, at_most=10**6)
+    max_waiting: int = setting(64, "Requests that wait in the queue; more get 429.", LIMITS, at_least=0, at_most=10**6)
     max_tokens: int = setting(2048, "Most new tokens that a request may ask for.",
         LIMITS, common=True, at_least=1, at_most=10**8)
     max_context: int | None = setting(None,
@@ -294,7 +294,7 @@ SECTIONS = {
     "optimizer": OptimizerSettings,
     "loop": LoopSettings,
 }
-# Of commands that do not train: no key of a training run's file.
+# Sections of commands that do not train; a training run's file cannot have their keys.
 COMMAND_SECTIONS = {"serve": ServeSettings}
 FIELDS = {f.name: f for section in SECTIONS.values() for f in dataclasses.fields(section)}
 ROWS = {name: row_of(f) for name, f in FIELDS.items()}
@@ -312,5 +312,5 @@ class TrainSettings:
     loop: LoopSettings
 
     def to_flat(self) -> dict[str, Any]:
-        """Return one flat dict, spelled as flags with underscores: what run.yaml holds."""
+        """Return the contents of run.yaml: one flat dict, with flags' names and underscores."""
         return {name: value for part in SECTIONS for name, value in dataclasses.asdict(getattr(self, part)).items()}

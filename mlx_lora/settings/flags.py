@@ -1,4 +1,4 @@
-"""The command line of the settings: one click option per row, and answers to options that there are not."""
+"""The command line of the settings: one click option per row, and advice on unknown options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ METAVARS = {str: "TEXT", int: "N", float: "X"}
 
 
 class Command(console.LongCommand):
-    """A command with all settings of a run, which answers other trainers' words for them with ours."""
+    """A command with all settings of a run, which translates other trainers' names of them into ours."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
@@ -39,19 +39,19 @@ config_option = click.option(
     cls=console.Option,
     group=MODEL,
     metavar="FILE",
-    help="YAML file of settings, ours, mlx-lm's, Axolotl's or LLaMA-Factory's; flags beat it.",
+    help="YAML file of settings, ours, mlx-lm's, Axolotl's or LLaMA-Factory's; flags override it.",
 )
 
 
 def settings_options(*sections: str, leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
     """Add one click option per field of the named settings sections.
 
-    Options that are not given arrive as nothing at all (see `given`), so that a YAML file can set them
-    and the default stays in config.py alone.
+    Options that are not given are absent (see `given`), so that a YAML file can set them and the default is only in
+    config.py.
 
     Args:
         sections: keys of config.SECTIONS or config.COMMAND_SECTIONS.
-        leave_out: fields that mean nothing to this command: no flag is accepted and then ignored.
+        leave_out: fields that this command does not use, and therefore must not accept.
     """
 
     def decorate(function: Callable) -> Callable:

@@ -1,8 +1,8 @@
-"""Methods as presets over independent axes; a method is a row of this table, not a layer class.
+"""The table of methods, each a preset of independent axes, not a layer class.
 
-Layer type: which function of base and factors. Scale: of the product. Init: where the factors start. The learning
-rate of B beside A's. Events: what happens between steps (training/method_hooks.py). QLoRA is not here: it is any of
-these over a quantized base, so a property of the base.
+The axes are the layer type (the function of base and factors), the scale of the product, the initial factors, the
+learning rate of B relative to A's, and events between steps (training/method_hooks.py). QLoRA is not in the table: it is
+any of these methods over a quantized base.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ class Method:
     """One preset.
 
     Attributes:
-        layer_type: `lora` (arXiv 2106.09685) or `dora` (2402.09353), a row of adapters/registry.py. `full`: no layer, the
+        layer_type: `lora` (arXiv 2106.09685) or `dora` (2402.09353), a row of adapters/registry.py; `full` trains the
             weights themselves.
         scale: `rank` for alpha / r (2106.09685), `sqrt_rank` for alpha / sqrt(r) (rsLoRA, 2312.03732).
         init: `kaiming`; `pissa`, the base's principal directions (2404.02948); `svd`, random directions with
             gains of zero (AdaLoRA, 2303.10512).
-        rate_of_b: learning rate of lora_b as a multiple of lora_a's; LoRA+ advises 16 (2402.12354, section 5).
-        events: `rank-budget` moves ranks to where they matter (AdaLoRA); `restarts` merges the factors and
+        rate_of_b: learning rate of lora_b as a multiple of lora_a's; LoRA+ recommends 16 (2402.12354, section 5).
+        events: `rank-budget` moves ranks to the most important layers (AdaLoRA); `restarts` merges the factors and
             starts new ones (ReLoRA, 2307.05695).
     """
 

@@ -1,6 +1,6 @@
-"""Every optimizer of a run, one row each: how it is built, and what the planner counts for it.
+"""The table of optimizers, one row each: how it is built, and the memory that the planner counts for it.
 
-A new one of mlx.optimizers is a row here: the flag's choices, the step and the planner read this table.
+To add an optimizer of mlx.optimizers, add a row: the flag's choices, the step and the planner read this table.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ class Optimizer:
     Attributes:
         class_name: of the class in mlx.optimizers.
         state_copies: float32 numbers that it keeps for each trained number.
-        update_copies: float32 numbers that one update allocates for each trained number, beside the state and the
-            gradient; measured on arrays of a megabyte and more.
-        elementwise: whether it treats every number alike, whatever array it is in; it gets one flat array then.
+        update_copies: float32 numbers that one update allocates for each trained number, in addition to the state and
+            the gradient; measured on arrays of at least a megabyte.
+        elementwise: whether it treats every number alike, independent of its array; then it gets one flat array.
         takes_decay: whether it has a decoupled weight decay.
         options: further arguments of the class.
     """
@@ -33,7 +33,7 @@ class Optimizer:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def mlx_class(self) -> type:
-        """Return the class; mlx is imported here and not above, since the planner works without it."""
+        """Return the class; mlx is imported here, not above, because the planner works without it."""
         return getattr(import_module("mlx.optimizers"), self.class_name)
 
     def build(self, learning_rate: Any, weight_decay: float) -> Any:
@@ -41,13 +41,13 @@ class Optimizer:
 
         Args:
             learning_rate: a float, or a callable from step to rate.
-            weight_decay: of those that take one.
+            weight_decay: used only by optimizers that have it.
         """
         decay = {"weight_decay": weight_decay} if self.takes_decay else {}
         return self.mlx_class()(learning_rate, **decay, **self.options)
 
 
-# Adam and AdamW correct their bias, as torch's do; mlx leaves that off by default (arXiv 1412.6980, algorithm 1;
+# Adam and AdamW correct their bias, as in torch; mlx's default is not to (arXiv 1412.6980, algorithm 1;
 # 1711.05101). Adafactor's state of rows and columns is too small to count.
 OPTIMIZERS = {
     "adamw": Optimizer("AdamW", 2, 9.0, elementwise=True, takes_decay=True, options={"bias_correction": True}),

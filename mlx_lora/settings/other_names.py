@@ -1,7 +1,7 @@
-"""What to write here instead of the words that PEFT, TRL, transformers, Axolotl, LLaMA-Factory and Unsloth use.
+"""Translate settings' names in PEFT, TRL, transformers, Axolotl, LLaMA-Factory and Unsloth into ours.
 
-They are answered with ours, on the command line and in a settings file of ours. Whole files of other trainers are
-read by `migration/`, which takes from this table what differs in its name only.
+Errors about unknown flags and keys of our settings file use this table for advice. `migration/` reads whole files of other
+trainers, and uses this table for settings that differ only in name.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _NAMES = {
 OTHER_NAMES = {theirs: ours for ours, names in _NAMES.items() for theirs in names.split()}
 
 _FOUR_BITS = "give a 4-bit model as --model; mlx-lora convert --bits 4 makes one"
-# What is no setting of its own here -> what to do.
+# Names that are not a setting here -> advice.
 _OTHER_WAYS = {
     "load_in_4bit": _FOUR_BITS,
     "load_in_8bit": _FOUR_BITS.replace("4", "8"),
@@ -64,7 +64,7 @@ _OTHER_WAYS = {
     "train_on_inputs": "use --no-mask-prompt to train on prompts too",
     "packing": "leave it out; rows of like length share a batch of --batch-tokens",
 }
-# Values of a setting that has choices -> what to do.
+# Values of a setting with choices -> advice.
 OTHER_VALUES = {
     "qlora": f"QLoRA is LoRA over a 4-bit base; use --method lora, and {_FOUR_BITS}",
     "bf16": "use bfloat16",
@@ -74,12 +74,12 @@ OTHER_VALUES = {
 
 
 def instead_of(name: str, known: Collection[str], spell: Callable[[str], str]) -> str:
-    """Say what to write instead of a name that is none of ours.
+    """Return advice on what to write instead of an unknown name.
 
     Args:
-        name: as asked, with underscores.
-        known: the names that may stand there.
-        spell: writes one of them as the user has to.
+        name: the unknown name, with underscores.
+        known: the names that are allowed there.
+        spell: returns a name in the user's spelling.
     """
     if name in _OTHER_WAYS:
         return _OTHER_WAYS[name]

@@ -1,4 +1,4 @@
-"""From flags and the content of a settings file to checked settings."""
+"""Turn flags and the contents of a settings file into checked settings."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from mlx_lora.settings.other_names import OTHER_VALUES, instead_of
 from mlx_lora.settings.setting_row import flag_of, read_value, row_of
 from mlx_lora.system.errors import InputError
 
-# Two ways to say one thing: a flag's beats whichever of them the file uses.
+# Pairs of settings with the same meaning: a flag for either overrides both in the file.
 TWO_NAMES = (("iters", "epochs"), ("method", "fine_tune_type"), ("batch_size", "batch_tokens"))
 
 
 def decided_by(flags: Mapping[str, Any]) -> set[str]:
-    """Return the settings on which a file has no say: those given as flags, under either of their names."""
+    """Return the settings that a file cannot change, because they were given as flags by either name."""
     return {*flags, *(name for pair in TWO_NAMES if not flags.keys().isdisjoint(pair) for name in pair)}
 
 
 def train_settings(flags: Mapping[str, Any], content: Mapping[str, Any] | None = None) -> TrainSettings:
-    """Resolve settings: a flag beats the settings file, the file beats the default.
+    """Resolve settings: flags override the settings file, which overrides the defaults.
 
     Args:
-        flags: flat settings given on the command line (only those given).
-        content: flat settings of the file, in our names, as `settings_file.read_settings` returns them.
+        flags: the flat settings that were given on the command line.
+        content: the file's flat settings with our names, as `settings_file.read_settings` returns them.
 
     Raises:
-        InputError: all unknown keys and bad values together, in the flags' spelling.
+        InputError: there are unknown keys or bad values; the message has all of them, in the flags' spelling.
     """
     decided = decided_by(flags)
     values = {key: value for key, value in (content or {}).items() if key not in decided} | dict(flags)
@@ -54,7 +54,7 @@ def serve_settings(flags: Mapping[str, Any]) -> tuple[ModelSettings, ServeSettin
     """Resolve a server's settings from its flags.
 
     Raises:
-        InputError: all bad values together.
+        InputError: there are bad values; the message has all of them.
     """
     fields, problems = {f.name: f for f in dataclasses.fields(ServeSettings)}, []
     settings = ServeSettings(**_read(flags, fields, problems))
@@ -64,7 +64,7 @@ def serve_settings(flags: Mapping[str, Any]) -> tuple[ModelSettings, ServeSettin
 
 
 def _read(values: Mapping[str, Any], fields: Mapping[str, dataclasses.Field], problems: list[str]) -> dict[str, Any]:
-    """Return the values of known settings in their types, and add what is wrong with others to `problems`."""
+    """Return the values of known settings in their types, and add the errors to `problems`."""
     read = {}
     for name, value in values.items():
         if name not in fields:

@@ -1,4 +1,4 @@
-"""What one row of the settings says beside name, type and default, and how a value is checked against it."""
+"""The row of a setting: its attributes in addition to name, type and default, and the check of a value."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ KIND_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true
 
 @dataclass(frozen=True)
 class Row:
-    """All that the program knows about a setting; nothing else has to be told about it.
+    """Everything that the program needs to know about a setting.
 
     Attributes:
-        help: the text that `--help` and `--help-all` show.
+        help: the text for `--help` and `--help-all`.
         group: the heading above it there.
         common: whether `--help` shows it; `--help-all` shows every setting.
         choices: the only values allowed; None: any.
         at_least: the smallest value allowed.
-        more_than: in place of `at_least`, a bound that is not allowed itself. Without either there is no range.
+        more_than: instead of `at_least`, an exclusive lower bound. Without either there is no range.
         at_most: the largest value allowed.
-        may_change: whether a resumed run may differ here from the run that it goes on with.
-        per_machine: whether the ranks of a distributed run may differ here.
+        may_change: whether a resumed run may have another value than before.
+        per_machine: whether the ranks of a distributed run may have different values.
         method: the only --method that has this setting; None: all have it.
         alone: the value of a flag without a value, and of `true` in a settings file.
     """
@@ -42,7 +42,7 @@ class Row:
         """Check a value of the right type.
 
         Raises:
-            ValueError: says what is wrong with it.
+            ValueError: it cannot be converted, or is not allowed.
         """
         if self.choices and value not in self.choices:
             raise ValueError(f"{value!r}: not one of {', '.join(self.choices)}")
@@ -50,18 +50,18 @@ class Row:
         if low is None:
             return
         above = low < value if self.at_least is None else low <= value
-        if not (above and value <= self.at_most):  # NaN lands here too
+        if not (above and value <= self.at_most):  # NaN too
             bound = "more than" if self.at_least is None else "at least"
             raise ValueError(f"{value}: must be {bound} {low} and at most {_plain(self.at_most)}")
 
 
 def setting(default: Any, help: str, group: str, **rules: Any) -> Any:
-    """Return a dataclass field that carries its row; `rules` are the other attributes of `Row`."""
+    """Return a dataclass field with its row; `rules` are the other attributes of `Row`."""
     return field(default=default, metadata={"row": Row(help, group, **rules)})
 
 
 def row_of(f: Field) -> Row:
-    """Return the row that `setting` put into a field."""
+    """Return the row of a field made by `setting`."""
     return f.metadata["row"]
 
 
@@ -71,17 +71,17 @@ def field_type(f: Field) -> type:
 
 
 def flag_of(name: str) -> str:
-    """Spell a setting as its flag."""
+    """Return the flag of a setting."""
     return "--" + name.replace("_", "-")
 
 
 def read_value(f: Field, value: Any) -> Any:
-    """Return a value from the command line or a settings file in its setting's type.
+    """Convert a value from the command line or a settings file to its setting's type.
 
-    YAML reads 2e-4 as text, so numbers in text are taken.
+    YAML reads 2e-4 as text, so numbers in text are accepted.
 
     Raises:
-        ValueError: says what is wrong with it.
+        ValueError: it cannot be converted, or is not allowed.
     """
     row, kind = row_of(f), field_type(f)
     if row.alone and isinstance(value, bool):  # grad_checkpoint: true, as in mlx-lm
@@ -108,5 +108,5 @@ def read_value(f: Field, value: Any) -> Any:
 
 
 def _plain(number: float) -> str:
-    """Write a bound as people do: whole numbers without an exponent."""
+    """Return a bound as text, with whole numbers written without an exponent."""
     return f"{int(number)}" if number == int(number) else f"{number:g}"

@@ -1,4 +1,4 @@
-"""Reads the file that `--config` names: ours, or another trainer's by way of `migration/`."""
+"""Read the file of `--config`: ours, or with `migration/` another trainer's."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mlx_lora.system.parsing import MAX_YAML_CHARACTERS, parse_yaml
 
 
 def read_settings(path: str | None, flags: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """Return what a settings file says, in our names; nothing when there is no file.
+    """Return the settings in a file with our names; empty without a file.
 
     Args:
         path: the YAML file.
-        flags: the settings given on the command line; about these no default of another trainer is told.
-        say: takes a line on each thing that another trainer's file says and we read in our own way.
+        flags: the settings given on the command line; other trainers' defaults for these are not reported.
+        say: takes a line about each setting of another trainer's file that we interpret differently.
 
     Raises:
         InputError: the file is missing, not UTF-8 YAML, not a mapping, or cannot be read as ours.

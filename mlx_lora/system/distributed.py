@@ -1,10 +1,10 @@
-"""Several processes as one run, on mx.distributed: who takes part, sums over all, and one end for all.
+"""Run several processes as one with mx.distributed: find the ranks, sum over them, and end them together.
 
-mlx.launch (or mpirun) starts the same command once per rank and says in the environment how ranks meet. Ring over
-TCP, JACCL over Thunderbolt, MPI and NCCL are mlx's; nothing here moves data by itself. Every rank calls the same
-collectives in the same order; a rank that fails or dies ends the others through heartbeat.py.
+mlx.launch (or mpirun) starts the same command once per rank and describes the connections in environment variables. mlx
+moves the data: ring over TCP, JACCL over Thunderbolt, MPI or NCCL. Every rank calls the same collectives in the same
+order; a rank that fails or dies ends the others through heartbeat.py.
 
-Without a launcher a run has `OneRank`, which answers at once: no collective is ever built.
+Without a launcher a run has `OneRank`, which needs no collectives.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.heartbeat import Heartbeat, connect, listen
 
-MEET_S = 300  # how long a rank waits for the others to start
+MEET_S = 300  # the time that a rank waits for the others to start
 DTYPES = {str(dtype): dtype for dtype in (mx.float32, mx.float16, mx.bfloat16, mx.uint32, mx.int32, mx.uint64, mx.int64,
                                          mx.uint8, mx.int8, mx.uint16, mx.int16, mx.bool_)}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher left in the environment.
+    """A launcher's settings in the environment.
 
     Attributes:
         backend: mlx's name of it.
-        size: processes.
-        first: addresses under which rank 0 may be reached; empty when only its own name is known.
+        size: the number of processes.
+        first: possible addresses of rank 0; empty if they are not known.
         hint: where the other ranks are expected, for messages.
     """
 
@@ -50,13 +50,13 @@ class Launch:
 
 
 def find_launch(environment: dict[str, str]) -> Launch | None:
-    """Return what the launcher said, None for a process that is on its own.
+    """Return the launcher's settings, None for a single process.
 
     Args:
-        environment: os.environ, or one like it.
+        environment: os.environ, or a dict like it.
 
     Raises:
-        InputError: a host file that is not there or says nothing of use.
+        InputError: a host file is missing or invalid.
     """
     if "MLX_HOSTFILE" in environment and "MLX_RANK" in environment:
         hosts = _read_list(environment["MLX_HOSTFILE"], "MLX_HOSTFILE")
@@ -97,9 +97,9 @@ def _number(environment: dict[str, str], name: str) -> int:
 
 
 class OneRank:
-    """The only process of a run: it leads, and what it gives to all is what it gets back.
+    """The only process of a run: it leads, and gets its own values back.
 
-    Its methods are those of `SeveralRanks`; nothing is computed and nothing is sent.
+    It has the methods of `SeveralRanks`, which compute and send nothing here.
     """
 
     rank, size, leads = 0, 1, True
@@ -116,18 +116,18 @@ class OneRank:
         return True
 
     def meet(self) -> None:
-        """Nobody else is to come."""
+        """Do nothing: there are no other ranks."""
 
 
 class SeveralRanks:
-    """All processes of a run, seen from one of them."""
+    """All processes of a run, as one of them uses them."""
 
     def __init__(self, group: mx.distributed.Group, heartbeat: Heartbeat | None = None):
         """Wrap mlx's group.
 
         Args:
             group: of more than one process.
-            heartbeat: tells the others of a failure; None in tests of the sums alone.
+            heartbeat: tells the others about a failure; None in tests of only the sums.
         """
         self._group = group
         self._heartbeat = heartbeat
@@ -139,10 +139,10 @@ class SeveralRanks:
         return self.rank == 0
 
     def sum(self, array: mx.array) -> mx.array:
-        """Return the sum of every rank's `array`; all get the same bits from mlx's ring.
+        """Return the sum of all ranks' arrays; all get the same bits from mlx's ring.
 
-        Lazily on a CPU. Elsewhere the host computes its own part, then waits for the others here: GPU work that is
-        queued behind a collective waits on the device, and macOS ends what waits there for seconds.
+        On a CPU it is lazy. On a GPU the host computes its part, then waits for the others here: GPU work queued after a
+        collective would wait on the device, and macOS ends work that waits there for seconds.
         """
         if not device.host_waits_for_peers():
             return mx.distributed.all_sum(array, group=self._group)
@@ -152,18 +152,18 @@ class SeveralRanks:
         return total
 
     def any(self, flag: bool) -> bool:
-        """Return whether any rank says yes."""
+        """Return whether any rank's flag is true."""
         return self.sum(mx.array(float(flag))).item() > 0
 
     def meet(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank has called this."""
         mx.eval(self.sum(mx.array(1.0)))
 
     def everyone(self, value: Any) -> list[Any]:
         """Return every rank's value, by rank.
 
         Args:
-            value: anything JSON can hold.
+            value: a JSON value.
         """
         content = json.dumps(value).encode()
         lengths = mx.distributed.all_gather(mx.array([len(content)], mx.int32), group=self._group).tolist()
@@ -172,7 +172,7 @@ class SeveralRanks:
         return [json.loads(every[i * max(lengths) :][:length]) for i, length in enumerate(lengths)]
 
     def from_first(self, value: Any) -> Any:
-        """Return rank 0's value; what the others give does not matter."""
+        """Return rank 0's value; the others' values are ignored."""
         return self.everyone(value if self.leads else None)[0]
 
     def arrays_from_first(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -181,21 +181,21 @@ class SeveralRanks:
         Args:
             arrays: any shapes and dtypes; only rank 0's matter.
         """
-        forms = self.from_first([(name, a.shape, str(a.dtype)) for name, a in arrays.items()])
+        layouts = self.from_first([(name, a.shape, str(a.dtype)) for name, a in arrays.items()])
         result = {}
-        for name, shape, dtype in forms:
+        for name, shape, dtype in layouts:
             kind = DTYPES[dtype]
             count = kind.size
             for length in shape:
                 count *= length
             own = arrays[name].reshape(-1).view(mx.uint8) if self.leads else mx.zeros((count,), mx.uint8)
-            # Bytes, not numbers: x + 0 is not x when x is a negative zero.
+            # Send bytes, not numbers: x + 0 is not x if x is a negative zero.
             result[name] = self.sum(own).view(kind).reshape(shape)
-            mx.eval(result[name])  # one after the other: the order must be the same everywhere
+            mx.eval(result[name])  # one by one, because the order must be the same on all ranks
         return result
 
     def same_bits(self, arrays: dict[str, mx.array]) -> bool:
-        """Return whether every rank holds the same numbers, by a sum of their bits.
+        """Return whether all ranks have the same numbers, by a sum of their bits.
 
         Args:
             arrays: any shapes and dtypes.
@@ -213,20 +213,20 @@ ALONE = OneRank()
 
 @contextlib.contextmanager
 def together(describe: Callable[[BaseException], tuple[str, int] | None]) -> Iterator[Ranks]:
-    """Join the other processes, if a launcher started several, and see to it that all end as one.
+    """Join the other processes, if a launcher started several, and ensure that all end together.
 
-    While this lasts, only rank 0 has a standard error. An exception on one rank is printed once, by rank 0 with the
-    rank's number where it is another's, and ends every rank with that rank's exit code: the process does not come
-    back from here, for a collective that waits for a dead peer cannot be waited for.
+    Inside this context only rank 0 has a standard error. An exception on any rank is printed once, by rank 0 (with the
+    rank's number, if it is another rank), and ends all ranks with that rank's exit code. The process then ends here,
+    because a collective that waits for a dead peer never returns.
 
     Args:
-        describe: error -> its message and exit code, or None for one nobody foresaw.
+        describe: error -> its message and exit code, or None for an unexpected error.
 
     Yields:
         The ranks; without a launcher, the only one.
 
     Raises:
-        InputError: ranks that do not find each other.
+        InputError: ranks cannot connect to each other.
     """
     launch = find_launch(dict(os.environ))
     if launch is None:
@@ -241,7 +241,7 @@ def together(describe: Callable[[BaseException], tuple[str, int] | None]) -> Ite
         except BaseException as error:
             foreseen = describe(error)
             if foreseen is None:
-                # A peer that died fails mlx's collectives here as well: let the heartbeat say it first.
+                # A dead peer also makes mlx's collectives fail here; let the heartbeat report it first.
                 heartbeat.wait_for_the_end(3.0)
                 traceback.print_exception(error, file=sys.__stderr__)
                 foreseen = f"{type(error).__name__}: {error}", 1
@@ -252,7 +252,7 @@ def together(describe: Callable[[BaseException], tuple[str, int] | None]) -> Ite
 def _join(launch: Launch) -> tuple[SeveralRanks, Heartbeat]:
     """Start mlx's group, then the heartbeat between rank 0 and each other rank."""
     print(f"Joining {launch.size} processes over {launch.backend} ({launch.hint})", file=sys.stderr, flush=True)
-    # mlx waits inside one C call: no Python handler runs, so both signals must end the process by themselves.
+    # mlx waits inside a C call, where no Python handler runs, so the default handlers must end the process.
     interrupt, alarm = signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(MEET_S)
     try:
@@ -269,8 +269,8 @@ def _join(launch: Launch) -> tuple[SeveralRanks, Heartbeat]:
     ranks = SeveralRanks(group)
     server, token = listen() if ranks.leads else (None, "")
     own = [*launch.first, *_own_addresses()]
-    place = ranks.from_first([own, server.getsockname()[1] if server else 0, token])
-    links, problem = connect(ranks.rank, ranks.size, server, *place, name=socket.gethostname())
+    address = ranks.from_first([own, server.getsockname()[1] if server else 0, token])
+    links, problem = connect(ranks.rank, ranks.size, server, *address, name=socket.gethostname())
     problems = [p for p in ranks.everyone(problem) if p]
     if problems:
         raise InputError("; ".join(problems))

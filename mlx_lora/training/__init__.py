@@ -1,1 +1,1 @@
-"""Loss, optimizer, step and loop."""
+"""The loss, the optimizer, the compiled step and the training loop."""

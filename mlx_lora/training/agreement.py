@@ -1,4 +1,4 @@
-"""What several ranks agree on: that they are one run, the same parameters everywhere, and after which step they stop."""
+"""Agreement among ranks: on being one run, on equal parameters, and on the step after which they stop."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from mlx_lora.training.step import Step, StepResult
 
 
 def check_one_run(ranks: Ranks, settings: TrainSettings, identity: dict[str, Any]) -> None:
-    """Refuse ranks with another model, other data, other settings or another version than rank 0.
+    """Refuse ranks whose model, data, settings or versions differ from rank 0's.
 
     Args:
         ranks: all of them.
         settings: of this rank.
-        identity: of its run, fingerprints included.
+        identity: of this rank's run, with fingerprints.
 
     Raises:
-        InputError: on every rank, with everything that differs between rank 0 and the first rank unlike it.
+        InputError: on every rank, with all differences between rank 0 and the first rank that differs.
     """
     versions = {"mlx": mx.__version__, "mlx_lm": version("mlx-lm"), "mlx_lora": __version__}
     facts = {**versions, "compute dtype": str(device.compute_dtype(settings.model.dtype))}
@@ -45,19 +45,19 @@ def check_one_run(ranks: Ranks, settings: TrainSettings, identity: dict[str, Any
 
 
 def take_first_ranks(ranks: Ranks, step: Step, say: Callable[[str], None] = lambda line: None) -> None:
-    """Give every rank the arrays of rank 0's run, unless all have the same already.
+    """Copy the arrays of rank 0's run to every rank, unless they are already equal.
 
-    They start equal and stay so, since all apply the same sums: where a backend adds in another order on each rank,
-    or initial factors were computed by different processors, rounding may part them.
+    Ranks start equal and apply the same sums, so they stay equal, except for rounding: if a backend adds in a different
+    order on each rank, or different processors computed the initial factors.
 
     Args:
         ranks, step: of this run.
-        say: takes a line when there was something to do.
+        say: takes a line if the arrays differed.
     """
     arrays = run_arrays(step)
-    if ranks.same_bits({name: value for name, value in arrays.items() if name != "random"}):  # each rank's own
+    if ranks.same_bits({name: value for name, value in arrays.items() if name != "random"}):  # it differs by rank
         return
-    say("The ranks' parameters were not the same to the last bit; all go on with rank 0's")
+    say("The ranks' parameters were not equal to the last bit; all ranks continue with rank 0's")
     first = ranks.arrays_from_first(arrays)
     if not ranks.leads:
         restore_arrays(step, first)
@@ -65,14 +65,14 @@ def take_first_ranks(ranks: Ranks, step: Step, say: Callable[[str], None] = lamb
 
 @dataclass
 class Agreement:
-    """Whether the run stops: at once for a single process, for several when all have heard that one was asked to.
+    """Tells whether the run stops: a single process at once, several when all know that one was asked to stop.
 
-    Ranks hear of it with the sums of a step, so they all stop after the same one, and nobody waits for an answer.
+    The request is sent with a step's sums, so all ranks stop after the same step, and none waits for an answer.
 
     Attributes:
         asked: whether this process was asked to stop.
-        ranks: who must agree.
-        heard: whether a rank was asked that all have heard of.
+        ranks: the ranks that must agree.
+        heard: whether all ranks know that one was asked to stop.
     """
 
     asked: Callable[[], bool]
@@ -83,10 +83,10 @@ class Agreement:
         return self.heard or (self.ranks.size == 1 and self.asked())
 
     def hear(self, result: StepResult | None) -> None:
-        """Take note of what the ranks said with a step."""
+        """Read from a step's result whether a rank was asked to stop."""
         if result is not None and result.asked is not None:
             self.heard = self.heard or result.asked.item() > 0
 
     def ask_all(self) -> None:
-        """Ask every rank now, outside of a step."""
+        """Exchange the requests to stop now, outside of a step."""
         self.heard = self.ranks.any(self.heard or self.asked())

@@ -1,8 +1,8 @@
-"""What each block of a model keeps for the backward pass, read from the block's own graph.
+"""Read from each block's graph what the block keeps for the backward pass.
 
-The planner knows no layer types: recurrent states, latent attention, windows, shared keys and experts are whatever the
-block's own operations say. A block is called once inside its model, to learn with what; then its gradient's graph is
-listed at a few widths (models/graph.py), and what lies between is interpolated. Nothing is computed.
+The planner has no table of layer types: a block's own operations tell of recurrent states, latent attention, windows,
+shared keys and experts. A block is called once inside its model, to record its arguments; then its gradient's graph is
+listed at a few widths (models/graph.py), and widths between them are interpolated. Nothing is computed.
 
 Shapes: B rows, T positions of a row, D width.
 """
@@ -29,21 +29,21 @@ from mlx_lora.models.unchanged import left_unchanged
 from mlx_lora.planner.shapes import BlockBytes, ModelShape, NotKnown
 from mlx_lora.system import device
 
-# Where blocks are read. Between 512 and 640, rows stop keeping attention's probabilities; beyond the last, growth goes on as
-# it was at the end.
+# The widths at which graphs are read; beyond the last, the last two are extrapolated. Between 512 and 640, rows stop
+# keeping attention's probabilities.
 WIDTHS = (32, 64, 128, 256, 512, 640, 1024, 2048, 4096)
-# A block that MLX runs a position at a time has a graph that grows with the row: it is read in short ones alone.
+# The graph of a block that MLX runs a position at a time grows with the row, so it is only read in short rows.
 LOOP_WIDTHS = (16, 32)
 LOOP_NODES = 1500
-# Operations that MLX prepares ahead of those that run: fitted to peaks measured on a CPU (docs/planner.md).
+# The number of operations that MLX prepares ahead: fitted to peaks measured on a CPU (docs/planner.md).
 LAG = 40
-# A scan over tokens is thousands of small operations, and MLX is further ahead of them: fitted to Mamba alone.
+# A scan over tokens has thousands of small operations, of which MLX prepares more: fitted to Mamba only.
 SCAN_NODES, SCAN_LAG = 4000, 80
 
 
 @dataclass
 class TracedBlock:
-    """One kind of block, read at whatever widths the planner asks for.
+    """The memory of one kind of block, for any batch shape.
 
     Attributes:
         call: rows, width, whether on a GPU -> the block's memory.
@@ -54,7 +54,7 @@ class TracedBlock:
     _answers: dict[tuple[int, int, bool], BlockBytes] = field(default_factory=dict)
 
     def at(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
-        """Return what the block takes for a batch; a search for settings asks the same for each block of a kind.
+        """Return the block's memory for a batch; answers are kept, because a search for settings asks repeatedly.
 
         Args:
             rows: B.
@@ -73,12 +73,12 @@ class TracedBlock:
         one = self._between(1, width, on_gpu)
         if rows == 1:
             return one
-        # What does not grow with the rows (dense copies of packed weights) is counted once.
+        # Count what does not grow with the rows (dense copies of packed weights) once.
         further = self._between(2, width, on_gpu).minus(one)
         return one.plus(further.times(rows - 1))
 
     def _between(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
-        """Interpolate bytes per position: exact for what grows with the width and with its square."""
+        """Interpolate bytes per position, which is exact for what grows with the width or with its square."""
         widths = LOOP_WIDTHS if self._read(1, LOOP_WIDTHS[-1], on_gpu).nodes > LOOP_NODES else WIDTHS
         upper = min(max(bisect_left(widths, width), 1), len(widths) - 1)
         low, high = widths[upper - 1], widths[upper]
@@ -99,13 +99,13 @@ class TracedBlock:
 def with_block_memory(
     shape: ModelShape, model: nn.Module, config: dict[str, Any], choose: Choose = assumed
 ) -> ModelShape:
-    """Return the shape with every block's memory, as far as it can be read.
+    """Return the shape with the memory of every block whose graph can be read.
 
     Args:
         shape: of this model.
-        model: an mlx-lm model, adapters in place; its arrays may not be computed yet.
+        model: an mlx-lm model with its adapters; its arrays need not be computed yet.
         config: its config.json.
-        choose: says which kernels it trains with, by shape.
+        choose: returns the kernels that it trains with, by shape.
     """
     found, reasons = [], []
     for block, traced in zip(shape.blocks, trace_blocks(model, config, choose), strict=True):
@@ -119,7 +119,7 @@ def with_block_memory(
 
 
 def trace_blocks(model: nn.Module, config: dict[str, Any], choose: Choose = assumed) -> list[TracedBlock]:
-    """Return what each block of an adapted model takes; blocks of a kind share one."""
+    """Return the memory of each block of an adapted model; blocks of the same kind share one object."""
     head = find_head(model, config)
     calls = _Calls(model, head.hidden if isinstance(head, Head) else model)
     kinds: dict[tuple, TracedBlock] = {}
@@ -130,7 +130,7 @@ def trace_blocks(model: nn.Module, config: dict[str, Any], choose: Choose = assu
 
 
 def _kind(block: nn.Module) -> tuple:
-    """Return what makes two blocks of a model alike: types, shapes, and plain settings other than their number."""
+    """Return what two blocks of the same kind have in common: types, shapes, and settings other than their index."""
     parameters = tuple((name, p.shape, p.dtype) for name, p in tree_flatten(block.parameters()))
     trained = tuple(name for name, _ in tree_flatten(block.trainable_parameters()))
     settings = tuple(
@@ -182,7 +182,7 @@ def _read_block(block: nn.Module, choose: Choose, args: tuple[Any, ...], kwargs:
         return out
 
     was_training = block.training
-    block.train()  # dropout, and whatever a model does differently in training
+    block.train()  # with dropout, and anything else that a model does only in training
     try:
         with left_unchanged(block), training_kernels(block, noted, choose):
             graph = gradient_graph(function, floats + [of[n] for n in trained], others + [of[n] for n in frozen])
@@ -195,7 +195,7 @@ def _read_block(block: nn.Module, choose: Choose, args: tuple[Any, ...], kwargs:
 
 @dataclass
 class _Calls:
-    """With what a model calls its blocks, by batch shape; the arrays hold nothing."""
+    """The arguments of a model's calls of its blocks, by batch shape; their arrays are zeros."""
 
     model: nn.Module
     run: Callable[[mx.array], mx.array]
@@ -219,7 +219,7 @@ class _Calls:
 
 @contextmanager
 def _recorded(blocks: list[nn.Module]) -> Iterator[dict[int, tuple[tuple, dict]]]:
-    """Note what each block is called with."""
+    """Record each block's arguments inside this context."""
     found: dict[int, tuple[tuple, dict]] = {}
     types = [type(block) for block in blocks]
     for number, block in enumerate(blocks):

@@ -1,16 +1,16 @@
-"""Gradient checkpointing per block instance: what a block keeps for the backward pass, and what it makes again.
+"""Gradient checkpointing per block instance: what a block keeps for the backward pass, and what it recomputes.
 
-A block that is not checkpointed keeps every intermediate: norms, activations, products, all of it. Here a
-block keeps its input and
+A block without checkpointing keeps every intermediate result: norms, activations, products. A checkpointed block
+keeps its input and
 
-    selective   the outputs of its linear layers and of attention: the backward pass repeats what lies
-                between them (norms, rotations, activations), but no product with a base weight
-    block       the output of attention alone: the backward pass repeats the block's products as well
+    selective   the outputs of its linear layers and of attention; the backward pass repeats the rest
+                (norms, rotations, activations), but no product with a base weight
+    block       the output of attention only; the backward pass repeats the block's products as well
 
-Selective costs little time, for what it repeats is memory traffic; `block` costs most of a forward pass.
+`selective` costs little time, because it repeats only memory traffic; `block` costs most of a forward pass.
 
-Source: arXiv 1604.06174 (recomputation per segment), 2205.05198 section 5 (selective); what "selective" keeps
-here is what JAX's `dots_saveable` policy keeps.
+Source: arXiv 1604.06174 (recomputation per segment), 2205.05198 section 5 (selective); `selective` keeps the same
+results as JAX's `dots_saveable` policy.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ Gradient = Callable[[Sequence[mx.array], mx.array, mx.array], Sequence[mx.array]
 
 
 class Tape:
-    """What one block keeps, in the order in which its layers make it.
+    """The results that one block keeps, in the order in which its layers compute them.
 
-    Blocks run one after the other, so one tape serves a model: each block records its forward pass, takes
-    the outputs away with it, and brings them back for its backward pass.
+    Blocks run one after the other, so a model needs only one tape: each block records its forward pass, stores
+    the outputs, and replays them in its backward pass.
 
     Attributes:
         products: whether the outputs of linear layers are kept, not only attention's.
-        left_out: whether a block ran without checkpointing, since it is no function of arrays.
+        left_out: whether a block ran without checkpointing, because it is not a function of arrays.
     """
 
     def __init__(self, products: bool) -> None:
-        """Start outside any block.
+        """Create a tape that records nothing yet.
 
         Args:
             products: keep the outputs of linear layers, not only attention's.
@@ -61,7 +61,7 @@ class Tape:
 
     @contextmanager
     def recording(self) -> Iterator[list[mx.array]]:
-        """Collect what is kept inside."""
+        """Collect the results that are kept inside this context."""
         self._recorded = []
         try:
             yield self._recorded
@@ -70,7 +70,7 @@ class Tape:
 
     @contextmanager
     def replaying(self, kept: Sequence[mx.array]) -> Iterator[None]:
-        """Give back what was kept, in place of computing it."""
+        """Return the kept results inside this context, instead of computing them."""
         self._replayed = iter(kept)
         try:
             yield
@@ -78,7 +78,7 @@ class Tape:
             self._replayed = None
 
     def draw(self, make: Callable[[], mx.array]) -> mx.array:
-        """Return `make()`, a random draw, or in a replay what was drawn in the forward pass."""
+        """Return `make()`, a random draw, or in a replay the draw of the forward pass."""
         if self._replayed is not None:
             return next(self._replayed)
         drawn = make()
@@ -92,7 +92,7 @@ class Tape:
         Args:
             function: of the primals alone.
             gradient: its cotangents, given its output.
-            primals: all that is differentiated.
+            primals: all arrays that are differentiated.
         """
         if self._replayed is not None:
             replayed = mx.custom_function(lambda output, *primals: output)
@@ -114,7 +114,7 @@ class Tape:
 
 
 class Kept(nn.Module):
-    """Mixed in front of a linear layer's class: its output goes on the tape."""
+    """Mixed in before a linear layer's class to record its output on the tape."""
 
     tape: Tape
 
@@ -128,7 +128,7 @@ class Kept(nn.Module):
 
 
 class KeptAdapter(Kept):
-    """Mixed in front of an adapter layer's class: its output goes on the tape, and before it the dropout's key."""
+    """Mixed in before an adapter layer's class to record the dropout's key and the output on the tape."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
         if self.dropout.active:
@@ -137,13 +137,13 @@ class KeptAdapter(Kept):
 
 
 class Checkpointed(nn.Module):
-    """Mixed in front of a block's class: it keeps what its tape says, and makes the rest again."""
+    """Mixed in before a block's class to keep only the results on its tape and recompute the others."""
 
     tape: Tape
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Generation: nothing is differentiated, and what a cache does is no function of arrays. Nor is what Kimi K3 and
-        # DeepSeek V4.1 do: their blocks write into an object that the next one reads.
+        # In generation nothing is differentiated, and a cache has state. So have the blocks of Kimi K3 and DeepSeek V4.1:
+        # they write into an object that the next block reads.
         if not all(map(_is_stateless, (*args, *kwargs.values()))):
             self.tape.left_out = True
             return super().__call__(*args, **kwargs)
@@ -160,7 +160,7 @@ class Checkpointed(nn.Module):
         def run_vjp(primals, cotangents, outputs):
             returned = len(_arrays(shape[0]))
             cotangents = list(cotangents[:returned])
-            # Not before the backward pass has come this far, or it would all be made at once.
+            # Wait until the backward pass gets here, or all blocks would be recomputed at once.
             primals = mx.depends(list(primals), cotangents)
             with self.tape.replaying(outputs[returned:]):
                 return mx.vjp(lambda *p: _arrays(function(*p)), primals, cotangents)[1]
@@ -170,7 +170,7 @@ class Checkpointed(nn.Module):
 
 
 def apply_checkpointing(model: nn.Module, mode: str) -> Tape | None:
-    """Checkpoint the model's blocks by `mode` (`none`, `selective`, `block` or n) and return their tape."""
+    """Checkpoint the model's blocks as `mode` says (`none`, `selective`, `block` or n) and return their tape."""
     if mode == "none":
         return None
     return checkpoint_blocks(model.layers[:: checkpoint_every(mode)], products=mode == "selective")
@@ -179,11 +179,11 @@ def apply_checkpointing(model: nn.Module, mode: str) -> Tape | None:
 def checkpoint_blocks(blocks: list[nn.Module], products: bool) -> Tape:
     """Make these block instances recompute in the backward pass.
 
-    mlx-lm patches the block's class, which reaches every model of the process and nests when repeated;
-    here the instances get classes of their own, and a second call changes nothing but the tape.
+    mlx-lm patches the block's class, which affects every model of the process and nests when repeated. Here each
+    instance gets its own class, and a second call only replaces the tape.
 
     Args:
-        blocks: of one model, adapters in place.
+        blocks: of one model, with its adapters.
         products: keep the outputs of linear layers (selective).
 
     Returns:
@@ -214,8 +214,8 @@ def _as_function(
 ) -> tuple[Callable[..., Any], list[mx.array]]:
     """Return `call(*args, **kwargs)` as a function of arrays alone, and those arrays.
 
-    Only arguments are differentiated, so the trainable parameters go in as arguments, beside the float
-    arrays of the call; masks and indices stay as they are.
+    Only arguments are differentiated, so the trainable parameters become arguments, in addition to the float
+    arrays of the call; masks and indices are not differentiated.
     """
     parameters = tree_flatten(module.trainable_parameters())
     names = [name for name, _ in parameters]
@@ -233,7 +233,7 @@ def _as_function(
 
 
 def _is_stateless(value: Any) -> bool:
-    """Tell whether a block can do nothing with an argument but read it."""
+    """Tell whether a block can only read this argument, not change it."""
     return isinstance(value, STATELESS) or (isinstance(value, tuple) and all(map(_is_stateless, value)))
 
 
@@ -247,6 +247,6 @@ def _arrays(tree: Any) -> list[mx.array]:
 
 
 def _with_arrays(tree: Any, arrays: Sequence[mx.array]) -> Any:
-    """Return the tree with its float arrays exchanged for the first of these."""
+    """Return the tree with its float arrays replaced by the first of `arrays`."""
     rest = iter(arrays)
     return tree_map(lambda leaf: next(rest) if _is_float(leaf) else leaf, tree)

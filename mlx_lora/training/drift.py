@@ -1,13 +1,13 @@
-"""What a fine-tuned model still does as its base did: both on the same held-out tokens.
+"""Measure how far a fine-tuned model has moved from its base, with both on the same held-out tokens.
 
-For each trained token x of the held-out rows, given what stands before it:
+For each trained token x of the held-out rows, given the tokens before it:
 
-    change = log p_base(x) - log p_tuned(x)                          nats; above 0: the tuned model does worse
+    change = log p_base(x) - log p_tuned(x)                          nats; above 0: the tuned model is worse
     KL     = sum over the vocabulary of p_base (log p_base - log p_tuned)    nats; how far the tuned model has moved
 
-Measured on the new task, this KL goes with forgetting across methods (2509.04259); that LoRA forgets less than full
-fine-tuning, and learns less, is 2405.09673's finding. Errors are standard errors of a ratio of sums over rows,
-since the tokens of one row are not independent.
+On the new task, this KL correlates with forgetting across methods (arXiv 2509.04259). LoRA forgets less than full
+fine-tuning, and learns less (arXiv 2405.09673). Errors are standard errors of a ratio of sums over rows, because the
+tokens of one row are not independent.
 
 Shapes: B rows, T columns, P trained positions, R of them at a time, D width, V vocabulary.
 """
@@ -27,21 +27,21 @@ from mlx_lora.data.batches import Batch
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.planner.this_machine import loss_tile_bytes
 
-# A rise in loss that is called none, and one that is called small: 2 % and 10 % of perplexity.
+# The largest rise in loss that counts as none, and as small: 2 % and 10 % of perplexity.
 NO_CHANGE, SMALL_CHANGE = 0.02, 0.1
 CHECK_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How a tuned model differs from its base on one held-out set.
+    """The differences between a tuned model and its base on one held-out set.
 
     Attributes:
-        rows, tokens: counts of the set.
+        rows, tokens: their numbers in the set.
         base_loss, loss: nats per token, of the base and of the tuned model.
         change_error: standard error of loss - base_loss.
         kl, kl_error: nats per token, and its standard error.
-        same_top: share of tokens at which both hold the same token likeliest.
+        same_top: fraction of tokens for which both models have the same most likely token.
     """
 
     rows: int
@@ -55,14 +55,14 @@ class Drift:
 
     @property
     def change(self) -> float:
-        """Nats per token; above 0 the tuned model is worse."""
+        """The change in nats per token; above 0 the tuned model is worse."""
         return self.loss - self.base_loss
 
     def verdict(self, learned: bool) -> str:
         """Return the change in words.
 
         Args:
-            learned: the set is what was trained for, so a fall is what was wanted.
+            learned: whether the set is of the trained task, so that a fall is wanted.
         """
         if abs(self.change) <= 2 * self.change_error:
             if learned:
@@ -76,10 +76,10 @@ class Drift:
 
 
 class Readout:
-    """A model as it is read here: what it makes of a batch's trained positions, and their logits a few at a time."""
+    """Reads a model's hidden states at trained positions, and their logits a few at a time."""
 
     def __init__(self, model: nn.Module, config: dict[str, Any]):
-        """Cut the model at its head, if the cut gives the logits that the model itself does.
+        """Split the model at its head, if that gives the model's own logits.
 
         Args:
             model: with or without an adapter, in eval mode.
@@ -96,7 +96,7 @@ class Readout:
             self._body, self._head = model, None
 
     def states(self, inputs: mx.array, positions: mx.array) -> mx.array:
-        """Return what `logits` takes, of (P,) flat positions of the (B, T) inputs: (P, D), or (P, V) without a cut."""
+        """Return the input of `logits` for (P,) flat positions of the (B, T) inputs: (P, D), or (P, V) if not split."""
         out = self._body(inputs)
         return out.reshape(-1, out.shape[-1])[positions]
 
@@ -108,16 +108,16 @@ class Readout:
 def measure_drifts(
     base: Readout, tuned: Mapping[str, Readout], batches: Iterable[Batch], vocabulary: int
 ) -> dict[str, Drift]:
-    """Read the same batches with the base, once, and with every tuned model.
+    """Measure the same batches with the base, once, and with every tuned model.
 
     Args:
-        base: what all are compared with.
-        tuned: name -> model, over the same vocabulary.
+        base: the model that all are compared with.
+        tuned: name -> model, with the same vocabulary.
         batches: held-out rows, each once.
-        vocabulary: V, for the number of positions that are looked at together.
+        vocabulary: V, which decides how many positions are read together.
 
     Raises:
-        ValueError: not one trained token.
+        ValueError: there is no trained token.
     """
     step = max(1, loss_tile_bytes() // (4 * vocabulary))
     columns: dict[str, list[np.ndarray]] = {name: [] for name in tuned}
@@ -144,11 +144,11 @@ def measure_drifts(
 
 
 def _drift(columns: np.ndarray, rows: np.ndarray) -> Drift:
-    """Sum up what `_compare` gave.
+    """Return the sums of what `_compare` returned.
 
     Args:
         columns: (4, tokens).
-        rows: (tokens,) which row each token is of, from 0.
+        rows: (tokens,) each token's row, from 0.
     """
     base_losses, losses, kls, same = columns
     return Drift(
@@ -168,7 +168,7 @@ def _log_probabilities(logits: mx.array) -> mx.array:
 
 
 def _compare(base_logs: mx.array, tuned_logs: mx.array, targets: mx.array) -> mx.array:
-    """Return (4, R) float32: the base's loss, the tuned model's, the KL, and whether the likeliest token is the same."""
+    """Return (4, R) float32: the base's loss, the tuned model's, the KL, and whether the most likely token is the same."""
     at = targets[:, None]
     losses = [-mx.take_along_axis(logs, at, axis=-1).squeeze(-1) for logs in (base_logs, tuned_logs)]
     kl = (mx.exp(base_logs) * (base_logs - tuned_logs)).sum(axis=-1)
@@ -177,7 +177,7 @@ def _compare(base_logs: mx.array, tuned_logs: mx.array, targets: mx.array) -> mx
 
 
 def _error(values: np.ndarray, rows: np.ndarray) -> float:
-    """Return the standard error of the mean of `values` per token, the rows being what was drawn; nan for one row."""
+    """Return the standard error of the mean of `values` per token, with rows as the samples; nan for one row."""
     counts = np.bincount(rows)
     if len(counts) < 2:
         return math.nan

@@ -1,19 +1,19 @@
-"""Linear cross-entropy without a logits array: loss and gradient of the hidden states in one forward pass.
+"""Linear cross-entropy without an array of all logits: loss and gradient of the hidden states in one forward pass.
 
-Only the supervised positions come in. Their logits are made a tile at a time, some rows by a slice of the
-vocabulary; each tile is exponentiated once, against the largest logit met so far, adds to both the loss and
-the gradient, and is gone before the next tile starts. The target's own logit x is left out of these sums:
+The input has only the supervised positions. Their logits are computed a tile at a time, some rows by a slice of the
+vocabulary; each tile is exponentiated once, relative to the largest logit so far, added to both the loss and
+the gradient, and freed before the next tile starts. The target's own logit x is not in these sums:
 
     m' = max(m, max l),  a = exp(m - m'),  e = exp(l - m'), 0 for the target
     s' = a s + sum e,    g' = a g + e W
-    in the end           loss = log(1 + exp(log s + m - x)),  dh = (g - s W[target]) / (s + exp(x - m))
+    at the end           loss = log(1 + exp(log s + m - x)),  dh = (g - s W[target]) / (s + exp(x - m))
 
-x is made once more, in float32, from the target's row. The tiles' logits are rounded where h has 16 bits: with
-the target among them, a token that the model is sure of would have a loss of that rounding, often below zero.
-Without, the loss of no token is negative, and loss and gradient of a sure token are as exact as they are small.
+x is computed separately, in float32, from the target's row. The tiles' logits are rounded if h has 16 bits: with
+the target among them, the loss of a token that the model is sure of would be that rounding, often below zero.
+This way no loss is negative, and loss and gradient of a sure token have a small relative error.
 
-Neither the probabilities nor a one-hot array is ever made, a quantized head is dequantized a slice at a time,
-and the backward pass only scales dh.
+Neither probabilities nor a one-hot array are computed, a quantized head is dequantized a slice at a time, and the
+backward pass only scales dh.
 
 Shapes: P supervised positions, R rows and S columns of a tile, D width, V vocabulary.
 Source: online softmax, arXiv 1805.02867, algorithm 3; the loss in chunks, arXiv 2410.10989 (Liger Kernel).
@@ -32,18 +32,18 @@ from mlx_lora.planner.memory import tile_shape
 def fused_token_losses(
     head: Head, hidden: mx.array, targets: mx.array, weights: mx.array, tile_bytes: int, gradient: bool = True
 ) -> mx.array:
-    """Return weights[p] * cross_entropy(hidden[p], targets[p]) for every p, never holding P x V logits.
+    """Return weights[p] * cross_entropy(hidden[p], targets[p]) for every p, without holding P x V logits.
 
     Args:
-        head: W and what is done to its logits.
+        head: W and what is applied to its logits.
         hidden: (P, D).
         targets: (P,) int.
         weights: (P,) float32; 0 for padding.
         tile_bytes: bound on one tile's float32 logits.
-        gradient: also make the gradient, for a call that will be differentiated; without it the vjp is zero.
+        gradient: also compute the gradient, for a call that is differentiated; without it the vjp is zero.
 
     Returns:
-        (P,) float32, differentiable in `hidden` alone: the head is frozen by construction.
+        (P,) float32, differentiable only in `hidden`: the head is frozen.
     """
     rows, columns = tile_shape(len(targets), head.vocabulary, tile_bytes)
 
@@ -54,7 +54,7 @@ def fused_token_losses(
             stop = min(start + rows, len(targets))
             h, t, w = hidden[start:stop], targets[start:stop], weights[start:stop]
             if done is not None:
-                # The loss counts as well: left for later it would keep its own tiles.
+                # Wait for the loss too, because its tiles are kept until it is computed.
                 h = mx.depends(h, done)
             loss, dh = _rows_loss(head, list(arrays), h, t, w, columns, gradient)
             losses.append(loss)
@@ -82,13 +82,13 @@ def _rows_loss(
     columns: int,
     gradient: bool,
 ) -> tuple[mx.array, mx.array]:
-    """Return these rows' weighted losses (R,), and their gradient (R, D) in h's dtype (empty without)."""
+    """Return these rows' weighted losses (R,), and their gradient (R, D) in h's dtype (empty without `gradient`)."""
     largest: Any = None
     total: Any = None
     pulled: Any = None
     for start in range(0, head.vocabulary, columns):
         if largest is not None:
-            # Force the order, or all tiles may be alive at once.
+            # Force the order, or all tiles may be in memory at once.
             h = mx.depends(h, [total, pulled] if gradient else [total])
         kept = slice(start, start + columns)
         part = [mx.depends(array, h)[kept] for array in arrays]
@@ -112,18 +112,18 @@ def _rows_loss(
     if not gradient:
         return loss, mx.zeros((0,))
     others = total if head.soft_cap is None else total * head.slope(own)
-    # Where all others underflow, rounding may have put x far below m as well: 0 / 0 without the least float.
+    # If all others underflow, rounding may also put x far below m; the smallest float prevents 0 / 0.
     dh = (pulled - others * own_rows) / (total + mx.exp(own - largest) + mx.finfo(mx.float32).smallest_normal)
     return loss, (dh * (head.scale * weights[:, None])).astype(h.dtype)
 
 
 @mx.compile
 def _other_powers(logits: mx.array, largest: mx.array, own: mx.array) -> mx.array:
-    """Return exp(logits - largest) with 0 at each row's target, as one kernel.
+    """Return exp(logits - largest) with 0 at each row's target, in one kernel.
 
     Args:
         logits: (R, S).
         largest: (R, 1).
-        own: (R, 1) int, the target's column; outside of 0..S-1 when it is in another tile.
+        own: (R, 1) int, the target's column; outside of 0..S-1 if it is in another tile.
     """
     return mx.where(mx.arange(logits.shape[1]) == own, 0.0, mx.exp(logits - largest))

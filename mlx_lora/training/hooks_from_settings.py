@@ -1,4 +1,4 @@
-"""From a run's settings to its method's events: budgets and restarts in steps."""
+"""Build a method's events (rank budgets, restarts) from a run's settings."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from mlx_lora.training.rank_budget import BudgetSchedule, RankBudget
 
 
 def restart_every(settings: AdapterSettings, total_steps: int) -> int | None:
-    """Return the steps between ReLoRA's restarts, a quarter of the run unless given; None for other methods."""
+    """Return the steps between ReLoRA's restarts, by default a quarter of the run; None for other methods."""
     if PRESETS[settings.method_name].events != "restarts":
         return None
     return settings.relora_every or max(1, -(-total_steps // 4))
 
 
 def restart_warmup(settings: AdapterSettings, total_steps: int) -> int:
-    """Return the warm-up steps after each restart, a tenth of a cycle unless given; 0 for other methods."""
+    """Return the warm-up steps after each restart, by default a tenth of a cycle; 0 for other methods."""
     if settings.relora_warmup is not None:
         return settings.relora_warmup
     return (restart_every(settings, total_steps) or 0) // 10
 
 
 def budget_schedule(settings: AdapterSettings, model: nn.Module, total_steps: int) -> BudgetSchedule:
-    """Return AdaLoRA's budget over the run.
+    """Return AdaLoRA's budget schedule for the run.
 
     Args:
-        settings: with shares of the run or steps.
+        settings: have the phases in steps or in fractions of the run.
         model: adapted with gains.
         total_steps: of the run.
 
     Raises:
-        InputError: no step is left between the phase before the cuts and the one after them.
+        InputError: no step is left for cuts between the first and the final phase.
     """
     gains = [layer.lora_e for layer in adapter_layers(model).values()]
     initial = sum(gain.size for gain in gains)
@@ -62,13 +62,13 @@ def budget_schedule(settings: AdapterSettings, model: nn.Module, total_steps: in
 def make_events(
     settings: AdapterSettings, model: nn.Module, total_steps: int, seed: int
 ) -> Callable[[dict], Events] | None:
-    """Return what makes the method's events for a step, or None when it has none.
+    """Return a function that creates the method's events for a step, or None if the method has none.
 
     Args:
         settings: of the adapter.
         model: adapted.
         total_steps: of the run.
-        seed: of the factors that ReLoRA starts anew.
+        seed: for the new factors after ReLoRA's restarts.
     """
     kind = PRESETS[settings.method_name].events
     if every := restart_every(settings, total_steps):
@@ -86,7 +86,7 @@ def make_events(
 
 
 def rates_of(adapter: AdapterSettings) -> Callable[[str], float] | None:
-    """Return each parameter's multiple of the learning rate, None when all have the same."""
+    """Return the function from parameter name to multiple of the learning rate, None if all have the same rate."""
     preset = PRESETS[adapter.method_name]
     ratio = preset.rate_of_b if adapter.loraplus_lr_ratio is None else adapter.loraplus_lr_ratio
     return None if ratio == 1 else lambda name: ratio if name.endswith("lora_b") else 1.0

@@ -1,4 +1,4 @@
-"""Signals: the first asks the loop to save and end, the second ends at once."""
+"""Handle signals: the first asks the loop to save and end, the second ends the process at once."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mlx_lora.system.supervise import SUPERVISOR
 
 WORDS = b"\nStopping after this step, then saving; press Ctrl-C again to quit without saving\n"
 
-COMPILATION = "C++ shared library"  # in what MLX says when a compiler was ended: it takes that for a success
+COMPILATION = "C++ shared library"  # part of MLX's error if a compiler was ended, which it takes for a success
 
 
 @contextmanager
 def interrupt_flag() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT, SIGTERM or SIGHUP (a closed terminal) into a flag the loop reads.
+    """Turn the first SIGINT, SIGTERM or SIGHUP (a closed terminal) into a flag that the loop reads.
 
-    The second ends the process at once; a third finds the system's own handlers, which need no Python. Where the
-    parent chose to ignore a signal, as nohup does with SIGHUP, it stays ignored. A compiler that MLX starts meanwhile
-    is spared: without it, the step that waits for it would fail.
+    The second ends the process at once; a third reaches the system's handlers, which need no Python. A signal that the
+    parent ignores, as nohup does with SIGHUP, stays ignored. Compilers that MLX starts also ignore these signals:
+    otherwise the step that waits for them would fail.
     """
     seen: list[int] = []
     signals = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
@@ -38,14 +38,14 @@ def interrupt_flag() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         seen.append(number)
         try:
-            # os.write, not print: a handler may come in the middle of another write to the same stream.
+            # os.write, not print: a handler may run in the middle of another write to the same stream.
             os.write(2, WORDS)
         except OSError:
-            # The terminal is gone. What is printed from here on must not end the run before it has saved.
+            # The terminal is closed. Printing must not end the run from here on before it has saved.
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
-    # When the supervisor is gone, nobody would stop this run: the user who ended it meant both.
+    # If the user ends the supervisor, this run must end too: nothing else would stop it.
     supervisor = os.environ.get(SUPERVISOR)
     old = {number: signal.signal(number, note) for number in signals}
     try:
@@ -53,20 +53,20 @@ def interrupt_flag() -> Iterator[Callable[[], bool]]:
             yield lambda: bool(seen) or (supervisor is not None and str(os.getppid()) != supervisor)
     except RuntimeError as error:
         if seen and COMPILATION in str(error):
-            raise KeyboardInterrupt from error  # the signal came before the compiler could ignore it
+            raise KeyboardInterrupt from error  # the signal arrived before the compiler could ignore it
         raise
     finally:
         for number, handler in old.items():
-            if signal.getsignal(number) == note:  # not so after a second signal
+            if signal.getsignal(number) == note:  # not after a second signal
                 signal.signal(number, handler)
 
 
 @contextmanager
 def compiler_spared() -> Iterator[None]:
-    """Let the g++ that MLX starts for its kernels on a Linux CPU ignore what ends us.
+    """Let the g++ that MLX starts for its kernels on a Linux CPU ignore the signals that end us.
 
-    A terminal sends Ctrl-C to every process of the foreground group. MLX calls g++ by its name, through a shell that
-    drops a signal mask but keeps what is ignored: so a g++ that ignores them comes first in PATH.
+    A terminal sends Ctrl-C to every process of the foreground group. MLX calls g++ by name, through a shell that
+    drops a signal mask but keeps ignored signals; so a script that ignores them and calls g++ is put first in PATH.
     """
     compiler = shutil.which("g++") if sys.platform == "linux" else None
     script = cache_dir("bin") / "g++"

@@ -1,4 +1,4 @@
-"""The table of kernels for `doctor`: every candidate that was measured on this machine, with time, memory, error and choice."""
+"""The table of kernels for `doctor`: all candidates measured on this machine, with time, memory and error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlx_lora.models.kernel_row import ShapeClass
 from mlx_lora.models.kernel_table import activation_class, attention_class, kernel_rows
 from mlx_lora.system import device
 from mlx_lora.system.measuring import Figures, choose, read_figures, read_store
-from mlx_lora.training.loss_choice import NAME, choose_form, head_words, loss_figures
+from mlx_lora.training.loss_choice import NAME, choose_kernel, head_words, loss_figures
 
 # What `doctor --kernels` measures: widths of SmolLM2-135M, heads of Llama 3, recurrences of Qwen3.5 and Mamba-2.
 ATTENTION = ((9, 3, 64, 256), (9, 3, 64, 1024), (32, 8, 128, 1024))
@@ -25,10 +25,10 @@ RECURRENT = {"gated delta": (128, 16, 32, 128, 128, "a gate per head"), "state s
 
 
 def measure_usual(say: Callable[[str], None]) -> None:
-    """Measure kernels in usual shapes, as far as they are not known here yet.
+    """Measure kernels in usual shapes, unless they were measured before.
 
     Args:
-        say: takes a line before each.
+        say: takes a line before each measurement.
     """
     dtype, rows = device.compute_dtype(), {row.name: row for row in kernel_rows()}
     calls = [
@@ -46,7 +46,7 @@ def measure_usual(say: Callable[[str], None]) -> None:
 
 
 def known_table() -> list[dict[str, Any]]:
-    """Return what was measured on this machine, with this mlx: kernel, shape, dtype, the choice, and each candidate's figures."""
+    """Return the measurements on this machine with this mlx: kernel, shape, dtype, choice, and each candidate's figures."""
     before = f"{device.measured_on()}|"
     words = {row.name: row.words for row in kernel_rows()} | {NAME: head_words}
     table = []
@@ -62,7 +62,7 @@ def known_table() -> list[dict[str, Any]]:
                 "kernel": kernel,
                 "shape": words[kernel](shape),
                 "dtype": dtype,
-                "chosen": choose_form(figures) if kernel == NAME else choose(figures) or "none is right",
+                "chosen": choose_kernel(figures) if kernel == NAME else choose(figures) or "none is right",
                 "candidates": {name: {**asdict(one), "correct": one.correct} for name, one in figures.items()},
             }
         )
@@ -70,7 +70,7 @@ def known_table() -> list[dict[str, Any]]:
 
 
 def table_lines(table: list[dict[str, Any]]) -> list[str]:
-    """Lay the table out for a person: one line for each candidate, the chosen one marked."""
+    """Return the table as text, one line per candidate, with the chosen one marked."""
     lines = [f"{'':2}{'kernel and shape':<75}{'candidate':<10}{'ms':>9}{'kept MB':>9}{'peak MB':>9}{'error':>9}"]
     for row in table:
         title = f"{row['kernel']}, {row['shape']}, {row['dtype']}"

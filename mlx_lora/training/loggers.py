@@ -1,4 +1,4 @@
-"""Other places that a run's reports go to."""
+"""Send a run's reports to wandb or swanlab (`--report-to`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlx_lora.training.progress import Metrics
 
 
 def reporting_sinks(settings: TrainSettings) -> list[Any]:
-    """Return sinks for --report-to, through mlx-lm's own wandb and swanlab callbacks."""
+    """Return the functions that take reports for --report-to; they call mlx-lm's wandb and swanlab callbacks."""
     if not settings.loop.report_to:
         return []
     from mlx_lm.tuner.callbacks import get_reporting_callbacks

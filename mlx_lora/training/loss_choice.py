@@ -1,8 +1,8 @@
-"""Which form the loss is computed in here: measured on this model's own head, once per (device, mlx, dtype, head).
+"""The choice of the loss kernel, by measurements of the model's head, once per (device, mlx, dtype, head).
 
-    tiles   some rows by a slice of the vocabulary, our own (fused.py)
-    rows    whole rows of logits through mx.fast.cross_entropy (row_loss.py)
-    plain   all logits at once, as the model makes them (losses.py)
+    tiles   our kernel: some rows by a slice of the vocabulary at a time (fused.py)
+    rows    mx.fast.cross_entropy on whole rows of logits (row_loss.py)
+    plain   all logits at once, as the model computes them (losses.py)
 
 Shapes: P positions, D width, V vocabulary.
 """
@@ -25,15 +25,15 @@ from mlx_lora.training.row_loss import row_token_losses
 
 TILES, ROWS, PLAIN_LOGITS = "tiles", "rows", "plain"
 NAME = "cross-entropy"
-FEWEST, MOST = 64, 1024  # positions of a trial
+FEWEST, MOST = 64, 1024  # positions in a measurement
 
 TokenLosses = Callable[..., mx.array]
 """(head, hidden (P, D), targets (P,), weights (P,), tile_bytes=, gradient=) -> (P,) weighted losses."""
-FORMS: Mapping[str, TokenLosses] = {TILES: fused_token_losses, ROWS: row_token_losses}
+LOSS_KERNELS: Mapping[str, TokenLosses] = {TILES: fused_token_losses, ROWS: row_token_losses}
 
 
 def head_class(head: Head) -> ShapeClass:
-    """Return what a head's figures are kept under: V, D, how its weight is stored, and what is done to its logits."""
+    """Return the key of a head's figures: V, D, how its weight is stored, and what is applied to its logits."""
     layer, width = head.layer, 0
     stored = "float"
     if isinstance(layer, QUANTIZED_HEADS):
@@ -44,22 +44,22 @@ def head_class(head: Head) -> ShapeClass:
 
 
 def head_words(shape: ShapeClass) -> str:
-    """Tell a head's class to people."""
+    """Return a head's class as text."""
     return f"{shape[0]:,} tokens by {shape[1]:,} ({shape[2]})"
 
 
 def loss_figures(head: Head, dtype: mx.Dtype, say: Callable[[str], None] | None) -> Mapping[str, Figures] | None:
-    """Return the figures of the forms for a head, None when they are not known and are not to be measured.
+    """Return the kernels' figures for a head, None if they are not known and must not be measured.
 
     Args:
-        head: its own weight is what is measured with.
+        head: the measurement uses its weight.
         dtype: of the hidden states.
-        say: takes a line before measuring; None: what is not known stays so.
+        say: takes a line before measuring; None: nothing is measured.
     """
     shape = head_class(head)
     key = figures_key(NAME, shape, dtype)
     found = read_figures(key)
-    if found is not None and found.keys() == {*FORMS, PLAIN_LOGITS}:
+    if found is not None and found.keys() == {*LOSS_KERNELS, PLAIN_LOGITS}:
         return found
     if say is None or not may_measure():
         return None
@@ -69,19 +69,19 @@ def loss_figures(head: Head, dtype: mx.Dtype, say: Callable[[str], None] | None)
     return figures
 
 
-def choose_form(figures: Mapping[str, Figures] | None) -> str:
-    """Return the form to use: tiles where nothing was measured.
+def choose_kernel(figures: Mapping[str, Figures] | None) -> str:
+    """Return the kernel to use: `tiles` if nothing was measured.
 
-    Plain is measured for comparison, and taken where both others are wrong: what it holds grows with all positions of a
-    batch, trained or not, and the trial has few.
+    `plain` is measured for comparison, and used only if both others are wrong: its memory grows with all positions of a
+    batch, trained or not, and the measurement has few.
     """
     if figures is None:
         return TILES
-    return choose({name: figures[name] for name in FORMS}, layers=1) or PLAIN_LOGITS  # a model has one head
+    return choose({name: figures[name] for name in LOSS_KERNELS}, layers=1) or PLAIN_LOGITS  # a model has one head
 
 
 def measure_loss(head: Head, dtype: mx.Dtype) -> dict[str, Figures]:
-    """Measure all forms on a head."""
+    """Measure all kernels on a head."""
     vocabulary, width, _ = head_class(head)
     positions = int(min(max(device.trial_flops() / (4 * vocabulary * width), FEWEST), MOST))
     hidden = mx.random.normal((positions, width), key=mx.random.key(0)).astype(dtype)
@@ -93,8 +93,8 @@ def measure_loss(head: Head, dtype: mx.Dtype) -> dict[str, Figures]:
         return _plain(head.finish(hidden.astype(mx.float32) @ dense.T, slice(None)), targets)
 
     candidates: dict[str, Any] = {
-        name: lambda hidden, form=form: form(head, hidden, targets, weights, tile_bytes=tile_bytes)
-        for name, form in FORMS.items()
+        name: lambda hidden, kernel=kernel: kernel(head, hidden, targets, weights, tile_bytes=tile_bytes)
+        for name, kernel in LOSS_KERNELS.items()
     }
     candidates[PLAIN_LOGITS] = lambda hidden: _plain(head.logits(hidden), targets)
     trial = Trial([hidden], [mx.ones((positions, 1))], lambda function: lambda h: [function(h)[:, None]])

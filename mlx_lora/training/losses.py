@@ -3,7 +3,7 @@
 A mean cannot be added to another batch's mean; sums and counts can, so accumulation, validation and
 several ranks all divide once, at the end.
 
-Two forms compute the same number. `plain` takes the model's own logits of every position. `fused` takes
+Two kinds compute the same number. `plain` takes the model's own logits of every position. `fused` takes
 hidden states of the supervised positions only and never holds their logits (fused.py). Fused is used when
 it agrees with plain on a few tokens of this very model; otherwise plain is, and the run header says why.
 
@@ -33,7 +33,7 @@ from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
 from mlx_lora.planner.this_machine import loss_tile_bytes
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
-from mlx_lora.training.loss_choice import FORMS, PLAIN_LOGITS, ROWS, TILES, choose_form, loss_figures
+from mlx_lora.training.loss_choice import LOSS_KERNELS, PLAIN_LOGITS, ROWS, TILES, choose_kernel, loss_figures
 from mlx_lora.training.probe import Probe, disagreement, has_halves, probe
 
 
@@ -74,15 +74,15 @@ class Loss:
         measure: for validation and evaluation; makes no gradient.
         description: for the run header.
         tokens: the same loss position by position, to be differentiated: what checks compare.
-        form: of loss_choice.py; `plain` makes the model's own logits, of all positions at once.
-        measure_tokens: `tokens` without a gradient; None: `tokens` serves.
+        kernel: its name (loss_choice.py); `plain` makes the model's own logits, of all positions at once.
+        measure_tokens: `tokens` without a gradient; None: use `tokens`.
     """
 
     train: LossFunction
     measure: LossFunction
     description: str
     tokens: TokenLosses
-    form: str = PLAIN_LOGITS
+    kernel: str = PLAIN_LOGITS
     measure_tokens: TokenLosses | None = None
 
 
@@ -116,16 +116,16 @@ def plain(description: str) -> Loss:
 PLAIN = plain("plain cross-entropy")
 
 
-def head_loss(head: Head, form: str, tile_bytes: int) -> Loss:
+def head_loss(head: Head, kernel: str, tile_bytes: int) -> Loss:
     """Return a loss of the supervised positions' hidden states alone.
 
     Args:
         head: takes them to logits.
-        form: of loss_choice.FORMS.
-        tile_bytes: of logits that are there at a time.
+        kernel: a name in LOSS_KERNELS.
+        tile_bytes: the most bytes of logits at a time.
     """
     words = {TILES: f"fused cross-entropy, {tile_bytes / 2**20:.0f} MiB tiles", ROWS: "mx.fast.cross_entropy by rows"}
-    token_losses = partial(FORMS[form], tile_bytes=tile_bytes)
+    token_losses = partial(LOSS_KERNELS[kernel], tile_bytes=tile_bytes)
 
     def tokens(gradient: bool, _: nn.Module, *batch: mx.array) -> mx.array:
         inputs, targets, _mask, positions, weights = batch
@@ -136,8 +136,8 @@ def head_loss(head: Head, form: str, tile_bytes: int) -> Loss:
     def loss(gradient: bool, model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array]:
         return tokens(gradient, model, *batch).sum(), batch[-1].sum()
 
-    of_tokens = partial(tokens, True), form, partial(tokens, False)
-    return Loss(partial(loss, True), partial(loss, False), words[form], *of_tokens)
+    of_tokens = partial(tokens, True), kernel, partial(tokens, False)
+    return Loss(partial(loss, True), partial(loss, False), words[kernel], *of_tokens)
 
 
 def choose_loss(
@@ -146,7 +146,7 @@ def choose_loss(
     """Return the best loss that can be had and agrees with the plain one on this model, else plain.
 
     Args:
-        model: the model to train, adapters in place, or one to measure.
+        model: the model to train, with its adapters, or one to measure.
         config: its config.json.
         asked: --kernels; `mlx` is the model's own logits.
         say: takes a line before something is measured; None: nothing is, and what is not known yet is ours.
@@ -160,11 +160,11 @@ def choose_loss(
     if isinstance(head, str):
         return plain(f"plain cross-entropy ({head})")
     figures = None if asked == OURS else loss_figures(head, _dtype(model), say)
-    form = choose_form(figures)
-    if form == PLAIN_LOGITS:
+    kernel = choose_kernel(figures)
+    if kernel == PLAIN_LOGITS:
         return plain("plain cross-entropy (measured)")
     expected, reasons = _own_probe(model, config, PLAIN, head.vocabulary), []
-    for name in (form, *(other for other in FORMS if other != form)):
+    for name in (kernel, *(other for other in LOSS_KERNELS if other != kernel)):
         loss = head_loss(head, name, loss_tile_bytes())
         problem = _problem(model, expected, loss, head.vocabulary)
         if problem is None:
@@ -174,7 +174,7 @@ def choose_loss(
 
 
 def _dtype(model: nn.Module) -> mx.Dtype:
-    """Return the dtype that most of a model's numbers lie in: its activations'."""
+    """Return the dtype of most of a model's numbers, which is that of its activations."""
     sizes: Counter[mx.Dtype] = Counter()
     for _, p in tree_flatten(model.parameters()):
         if mx.issubdtype(p.dtype, mx.floating):
@@ -231,7 +231,7 @@ def _problem(
     model: nn.Module, expected: Probe, loss: Loss, vocabulary: int, choose: KernelChoice | None = None
 ) -> str | None:
     """Say in a few words what is wrong with a loss, or with kernels under it, on this model; None: nothing."""
-    recurrent = has_recurrence(model)  # asked of the model's own functions, before ours take their place
+    recurrent = has_recurrence(model)  # must look at the model's own functions, before ours replace them
     try:
         with nullcontext() if choose is None else training_kernels(model, choose=choose):
             found = _probe(model, loss, vocabulary, recurrent)

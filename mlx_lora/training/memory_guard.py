@@ -1,8 +1,8 @@
-"""The memory guard: when a run nears its limit, its batches go on in parts, which changes no update.
+"""The memory guard: when a run nears its limit, its batches run in parts, which changes no update.
 
 A loss is a sum over trained tokens and is divided once, after all parts: two halves give the gradient of the whole.
 What the guard cannot catch is an allocation that fails outright: MLX ends the process then, on every backend.
-supervise.py starts it anew from the last checkpoint, in smaller parts.
+supervise.py starts it again from the last checkpoint, in smaller parts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def split_rows(batch: Batch, parts: int) -> list[Batch]:
     needed = max(int(batch.mask[start : start + count].sum()) for start in starts)
     sizes = [math.ceil(len(batch.positions) * n / SIZES / SLOTS_STEP) * SLOTS_STEP for n in range(1, SIZES + 1)]
     slots = next(size for size in sizes if size >= needed)
-    # Which of the real tokens lie where is not known here; they only count together.
+    # The real tokens of each part are not known here; only their sum counts.
     return [batch.take(numbers[start : start + count], slots, 0 if start else batch.real_tokens) for start in starts]
 
 
@@ -50,7 +50,7 @@ class MemoryGuard:
         """Begin to watch.
 
         Args:
-            at: of the run; `at.parts` is kept here, so that a resumed run goes on in as many.
+            at: of the run; `at.parts` is kept here, so that a resumed run keeps it.
             limit_bytes: for MLX's buffers in use, None for no limit; those it keeps for reuse have a bound of their own.
             say: takes a line about each change.
         """

@@ -1,7 +1,7 @@
-"""What a method does between the gradient and the next step: AdaLoRA's rank budget, ReLoRA's restarts.
+"""What a method adds to the step between the gradient and the next step: AdaLoRA's rank budget, ReLoRA's restarts.
 
-The step knows three moments: a penalty joins the gradient, an update is observed (both inside the compiled
-function), and a step has been taken (on the host, before the model gets its parameters).
+The step calls a method three times: for a penalty to add to the gradient, to observe an update (both inside the
+compiled function), and after the step (on the host, before the model gets its parameters).
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ class Events(Protocol):
     """A method's part in the step.
 
     Attributes:
-        state: arrays that `observe` changes in place, and a resumed run needs back.
+        state: arrays that `observe` changes in place, and that a resumed run needs.
     """
 
     state: dict
 
     def penalty(self, parameters: dict[str, mx.array]) -> mx.array | None:
-        """Return what is added to the mean loss, or None. Pure; by parameter name."""
+        """Return what is added to the mean loss, or None; a pure function of the parameters by name."""
 
     def observe(self, arrays: dict, gradients: dict, applied: mx.array) -> None:
-        """Take note of an update: new parameters and clipped gradients, both in the form of Masters.arrays."""
+        """Observe an update: the new parameters and clipped gradients, both laid out like Masters.arrays."""
 
     def after(self, step: int, masters: Masters, optimizer: optim.Optimizer) -> None:
-        """Act after step `step` (from 1), perhaps on the parameters in `masters`."""
+        """Act after step `step` (from 1); may change the parameters in `masters`."""
 
     def extras(self) -> dict[str, mx.array]:
-        """Return what else a resumed run needs, beside `state`."""
+        """Return the arrays that a resumed run needs in addition to `state`."""
         ...
 
     def restore(self, extras: dict[str, mx.array]) -> None:
-        """Take `extras` back."""
+        """Restore what `extras` returned."""
 
 
 class Restarts:
-    """ReLoRA: every so often the factors join the frozen ones, and new ones start.
+    """ReLoRA: at regular intervals, freezes the factors and starts new ones.
 
-    The base's weight stays as it is: a merged cycle is one more pair of frozen factors beside it, so the sum
-    of all cycles is a LoRA of rank n * r. The optimizer's moments are pruned by magnitude, as the paper does;
-    the learning rate warms up again after each restart (optim.restarted).
+    The base's weight is not changed: each cycle adds a pair of frozen factors, so the sum of all cycles is a LoRA of
+    rank n * r. The optimizer's moments are pruned by magnitude, as in the paper; the learning rate warms up again after
+    each restart (optim.restarted).
 
     Source: ReLoRA, arXiv 2307.05695, algorithm 1 and section 3 (pruning of the optimizer's state).
     """
@@ -66,8 +66,8 @@ class Restarts:
         Args:
             model: adapted with plain LoRA layers; their `fixed_a` and `fixed_b` grow.
             every: steps between restarts.
-            total_steps: of the run: no restart at its very end.
-            prune_ratio: share of each parameter's moments, the smallest, that become zero.
+            total_steps: of the run; there is no restart after the last.
+            prune_ratio: fraction of each parameter's moments, the smallest ones, that become zero.
             fresh: (path, layer, cycle) -> initial factors in the layer's own orientation.
         """
         self.state: dict = {}
@@ -79,13 +79,13 @@ class Restarts:
         self._fresh = fresh
 
     def penalty(self, parameters: dict[str, mx.array]) -> None:
-        """None: restarts change no loss."""
+        """Return None: restarts add nothing to the loss."""
 
     def observe(self, arrays: dict, gradients: dict, applied: mx.array) -> None:
-        """Nothing to note."""
+        """Do nothing: restarts need no observations."""
 
     def after(self, step: int, masters: Masters, optimizer: optim.Optimizer) -> None:
-        """Restart when it is time."""
+        """Restart if a cycle ends with this step."""
         if step % self._every or step >= self._total_steps:
             return
         parameters = masters.by_name()
@@ -102,18 +102,18 @@ class Restarts:
         mx.eval(self._model.parameters(), masters.arrays, optimizer.state)
 
     def extras(self) -> dict[str, mx.array]:
-        """Return the count of cycles, which names the next one's draws."""
+        """Return the count of cycles, from which the next cycle's random factors follow."""
         return {"cycles": mx.array(self.cycles)}
 
     def restore(self, extras: dict[str, mx.array]) -> None:
-        """Take the count back."""
+        """Restore the count of cycles."""
         self.cycles = int(extras["cycles"].item())
 
     def _pruned(self, name: str, entry: dict, masters: Masters) -> dict:
-        """Return one array's moments with all but the largest of each parameter at zero.
+        """Return one array's moments with all but the largest of each parameter set to zero.
 
-        Adam's two are cut at the same places, those of its second moment: a first moment that is left beside a
-        second one of zero makes a step 1 / sqrt(1 - beta2) = 30 times too large.
+        Both of Adam's moments are pruned at the same indices, chosen by the second moment: a first moment that stays
+        where the second is zero would make a step 1 / sqrt(1 - beta2) = 30 times too large.
         """
         guide = entry.get("v")
         if guide is None:
@@ -126,6 +126,6 @@ class Restarts:
         }
 
     def _largest(self, sizes: mx.array) -> mx.array:
-        """Return which of these numbers stay, (n,) bool."""
+        """Return which of these numbers are kept, (n,) bool."""
         count = round(sizes.size * (1 - self._prune_ratio))
         return sizes >= mx.sort(sizes)[-count] if count else mx.zeros(sizes.shape, mx.bool_)

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules: mlx's, set up as published recipes have them."""
+"""Optimizers and learning-rate schedules: mlx's, configured as in published recipes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> Sch
     """Return mlx's schedule: linear warm-up from near zero, then cosine or linear to zero, or constant.
 
     Args:
-        settings: `warmup` is a share of the steps below 1, a count from 1 on.
+        settings: `warmup` is a fraction of the steps if below 1, else a number of steps.
         total_steps: optimizer steps of the run.
 
     Raises:
-        InputError: when the warm-up is longer than the run.
+        InputError: the warm-up is longer than the run.
     """
     peak = settings.learning_rate
     warmup = round(settings.warmup * total_steps) if settings.warmup < 1 else round(settings.warmup)
@@ -44,7 +44,7 @@ def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> Sch
     }[settings.lr_schedule]()
     if warmup == 0:
         return after if settings.lr_schedule != "constant" else peak
-    # Step 1 takes peak / warmup, not zero: a first step of size zero is a step thrown away.
+    # Step 1 has the rate peak / warmup: with zero it would do nothing.
     rise = optim.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
     return optim.join_schedules([rise, after], [warmup])
 
@@ -72,7 +72,7 @@ def build_optimizer(
     """Return the optimizer with its schedule.
 
     Args:
-        settings: which, and its schedule.
+        settings: have the optimizer's name and its schedule.
         total_steps: optimizer steps of the run.
         restart_every, restart_warmup: see `restarted`; None for a schedule without restarts.
     """
@@ -86,11 +86,11 @@ ELEMENTWISE = tuple(row.mlx_class() for row in OPTIMIZERS.values() if row.elemen
 
 
 class Masters:
-    """The trainable parameters as the optimizer sees them.
+    """The trainable parameters, in the layout that the optimizer uses.
 
-    An adapter has hundreds of small arrays, and an update of each by itself is some ten operations, as many
-    in all as the backward pass has. An elementwise optimizer gets them as one flat array instead, and the
-    model's parameters are views of it.
+    An adapter has hundreds of small arrays, and updating each separately takes about ten operations, in total as many
+    as the backward pass. Therefore an elementwise optimizer gets one flat array, and the model's parameters are views
+    of it.
     """
 
     def __init__(self, model: nn.Module, flat: bool):
@@ -98,12 +98,12 @@ class Masters:
 
         Args:
             model: its parameters become views of `arrays` by `hand_out`.
-            flat: hold one array, unless it were too large; else each parameter by its own.
+            flat: hold one array, unless it would be too large; otherwise one array per parameter.
         """
         self._model = model
         self._own = [(name, p.shape, p.dtype) for name, p in tree_flatten(model.trainable_parameters())]
         self._flat = flat and sum(prod(shape) for _, shape, _ in self._own) <= FLAT_UP_TO
-        # One dict, changed in place: compiled functions capture it.
+        # This dict is changed in place, because compiled functions capture it.
         self.arrays = self.gathered(model.trainable_parameters())
 
     @property
@@ -112,16 +112,16 @@ class Masters:
         return self._flat
 
     def gathered(self, tree: dict) -> dict:
-        """Return a tree like the model's trainable parameters in the form of `arrays`."""
+        """Return a tree like the model's trainable parameters, laid out like `arrays`."""
         leaves = tree_flatten(tree)
-        # Float32 whatever the model's own dtype is: a module trained in full may be in 16 bits.
+        # Float32 for any model dtype: a module trained in full may have 16 bits.
         leaves = [(name, leaf.astype(mx.float32)) for name, leaf in leaves]
         if not self._flat:
             return dict(leaves)
         return {"flat": mx.concatenate([leaf.reshape(-1) for _, leaf in leaves])}
 
     def put(self, arrays: dict) -> None:
-        """Exchange the arrays."""
+        """Replace the arrays."""
         self.arrays.update(arrays)
 
     def rates(self, rate_of: Callable[[str], float]) -> dict:
@@ -138,7 +138,7 @@ class Masters:
         """Return parameter name -> its part of `arrays`, in its own shape.
 
         Args:
-            arrays: in the form of `self.arrays`, which is the default.
+            arrays: laid out like `self.arrays`, which is the default.
         """
         arrays = self.arrays if arrays is None else arrays
         if not self._flat:
@@ -148,27 +148,27 @@ class Masters:
         return {name: part.reshape(shape) for (name, shape, _), part in zip(self._own, parts, strict=True)}
 
     def from_names(self, values: dict[str, mx.array]) -> dict:
-        """Return one value per parameter, given by name, in the form of `arrays`."""
+        """Return values given by parameter name, laid out like `arrays`."""
         return self.gathered(tree_unflatten([(name, values[name]) for name, _, _ in self._own]))
 
     def put_by_name(self, parameters: dict[str, mx.array]) -> None:
-        """Exchange all parameters, given by name."""
+        """Replace all parameters by those given by name."""
         self.put(self.from_names(parameters))
 
     def hand_out(self) -> None:
-        """Give the model its parameters."""
+        """Update the model's parameters from `arrays`."""
         own = self.by_name()
         self._model.update(tree_unflatten([(name, own[name].astype(dtype)) for name, _, dtype in self._own]))
 
 
 def clip_scale(grads: dict, max_norm: float) -> tuple[mx.array, mx.array]:
-    """Return the global L2 norm of `grads` and the factor that brings it down to `max_norm`.
+    """Return the global L2 norm of `grads` and the factor that reduces it to at most `max_norm`.
 
-    Both are float32 whatever the gradients' dtype: in float16 the factor of a large norm rounds to zero.
+    Both are float32 for any dtype of gradients: in float16 the factor for a large norm would round to zero.
 
     Args:
         grads: tree of gradients.
-        max_norm: 0 for no clip.
+        max_norm: 0 for no clipping.
     """
     squares = [mx.square(g.astype(mx.float32)).sum() for _, g in tree_flatten(grads)]
     norm = mx.sqrt(sum(squares, mx.array(0.0)))

@@ -1,6 +1,6 @@
-"""Do two ways to compute the same agree on this very model? Losses token by token, and the gradient of what is trained.
+"""Check whether two computations agree on a model: in each token's loss, and in the gradient of its parameters.
 
-One summed loss would hide errors that cancel, and says nothing of the backward pass.
+A summed loss alone would hide errors that cancel, and those of the backward pass.
 
 Shapes: P positions.
 """
@@ -18,18 +18,18 @@ from mlx_lora.adapters.parts import Dropout
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.unchanged import left_unchanged
 
-# What two right answers may differ by: float32 sums in another order, or 16-bit roundings of logits of some ten.
+# How much two correct results may differ: float32 sums in another order, or 16-bit roundings of logits near ten.
 LOSS_TOLERANCE, HALVES_LOSS_TOLERANCE = 1e-4, 1e-1
 GRADIENT_TOLERANCE, HALVES_GRADIENT_TOLERANCE = 1e-3, 1e-1
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What one way gave.
+    """The results of one computation.
 
     Attributes:
         losses: (P,) float32.
-        gradients: by parameter; empty for a model of which nothing is trained.
+        gradients: by parameter; empty if nothing is trained.
     """
 
     losses: mx.array
@@ -37,14 +37,14 @@ class Probe:
 
 
 def probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], gradient: bool = True) -> Probe:
-    """Return the losses and, where anything is trained, the gradient of their sum; dropout off.
+    """Return the losses and, if anything is trained, the gradient of their sum, without dropout.
 
-    A model whose own code has no gradient gives its losses alone: whether it trains is another question (trial.py).
+    If the model's own code has no gradient, only losses are returned; trial.py decides whether the model trains.
 
     Args:
-        model: left as it is.
+        model: it is not changed.
         token_losses: takes the model and returns (P,).
-        gradient: whether to make one.
+        gradient: whether to compute one.
     """
     if gradient and tree_flatten(model.trainable_parameters()):
         try:
@@ -57,7 +57,7 @@ def probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], gradi
 
 def _probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], trains: bool) -> Probe:
     training = model.training
-    # With a gradient as in training: some models run a kernel without one otherwise.
+    # In training mode for a gradient, because some models otherwise run a kernel without one.
     model.train(trains)
     for module in model.modules():
         if isinstance(module, (nn.Dropout, Dropout)):
@@ -75,7 +75,7 @@ def _probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], trai
                 gradients = dict(tree_flatten(tree))
             else:
                 _, losses = total(model)
-            mx.eval(losses)  # before the gradients: a quantized head is not dequantized for both at a time
+            mx.eval(losses)  # separately, so that a quantized head is not dequantized for both at a time
             mx.eval(gradients)
     finally:
         model.train(training)
@@ -88,15 +88,15 @@ def has_halves(model: nn.Module) -> bool:
 
 
 def disagreement(model: nn.Module, expected: Probe, found: Probe) -> str | None:
-    """Say in a few words how `found` differs from `expected`, None when it does not beyond rounding.
+    """Return in a few words how `found` differs from `expected`, None if only by rounding.
 
     Args:
-        model: whose dtype says what rounding is.
+        model: its dtype decides the size of rounding.
         expected, found: of the same tokens.
     """
     halves = has_halves(model)
     count = len(expected.losses)
-    # The worst token, in parts of the mean loss: a token that the model is sure of has hardly a loss of its own.
+    # Relative to the mean loss, because a token that the model is sure of has nearly no loss.
     size = mx.maximum(mx.abs(expected.losses).mean(), 1e-6)
     apart = (mx.abs(found.losses - expected.losses).max() / size).item()
     if not apart <= (HALVES_LOSS_TOLERANCE if halves else LOSS_TOLERANCE):  # NaN too
@@ -105,7 +105,7 @@ def disagreement(model: nn.Module, expected: Probe, found: Probe) -> str | None:
         return None
     if not found.gradients:
         return "has no gradient on it"
-    # RecurrentGemma's own gradients are NaN in 16 bits, ours are not: what is not a number there is no reference.
+    # RecurrentGemma's own gradients are NaN in 16 bits, ours are not; such gradients are not compared.
     squares = [
         mx.where(
             mx.isfinite(one).all(), mx.stack([mx.square(found.gradients[name] - one).sum(), mx.square(one).sum()]), 0

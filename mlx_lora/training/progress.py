@@ -1,4 +1,4 @@
-"""What a run says while it runs: one record per report, to metrics.jsonl, a live bar or plain lines."""
+"""Report a run's progress: one record per report, to metrics.jsonl and to a live bar or plain lines."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ SHOWN = ("accuracy", "margin")
 
 @dataclass(frozen=True)
 class Metrics:
-    """One line of metrics.jsonl: a mean since the last report, or a validation.
+    """One line of metrics.jsonl: means since the last report, or a validation.
 
     Attributes:
         step: optimizer steps taken.
-        epoch: passes over the data so far, as a fraction.
-        loss: mean over the trained tokens since the last report; None in a pure validation line.
-        val_loss: when one was taken.
+        epoch: passes over the data so far, with a fraction.
+        loss: mean over the trained tokens since the last report; None in a line for a validation only.
+        val_loss: of the validation, if this line has one.
         learning_rate: of the last step.
-        grad_norm: of the last step, before the clip.
-        supervised_tokens_per_s, tokens_per_s: trained tokens and all real tokens by wall-clock time, data
-            and host work included, validation and saving not.
+        grad_norm: of the last step, before clipping.
+        supervised_tokens_per_s, tokens_per_s: trained tokens and all real tokens per wall-clock second, with data
+            and host work, without validation and saving.
         supervised_tokens, real_tokens, positions: trained tokens, tokens that are not padding and batch positions
-            (padding included) since the last report; summed over the lines they are the run's.
+            (with padding) since the last report; sums over the lines are the run's totals.
         shapes: distinct micro-batch shapes since the last report, `ROWSxWIDTH`.
         padding_fraction: of those positions.
-        skipped_steps: updates skipped since the start because something was not finite.
+        skipped_steps: updates since the start that were skipped because loss or gradient was not finite.
         peak_memory_bytes: MLX's allocator; process_peak_bytes: the operating system's figure.
         elapsed_s: since the first step.
         reports: what the objective reports beside the loss, means over its examples; in metrics.jsonl, names of their own.
@@ -75,7 +75,7 @@ class MetricsFile:
 
         Args:
             path: metrics.jsonl.
-            resumed_at: keep the lines up to this step, and go on behind them; None: start anew.
+            resumed_at: keep the lines up to this step and append to them; None: start an empty file.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resumed_at is None or not path.exists() else _lines_until(path, resumed_at)
@@ -83,7 +83,7 @@ class MetricsFile:
         self._file.writelines(kept)
 
     def __call__(self, metrics: Metrics) -> None:
-        # NaN is no JSON: a loss that is not finite is written as null.
+        # JSON has no NaN, so a loss that is not finite is written as null.
         flat = metrics.to_flat().items()
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in flat}
         self._file.write(json.dumps(record) + "\n")
@@ -94,7 +94,7 @@ class MetricsFile:
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
-    """Return the lines of steps up to `step`; a line that was cut off by a kill is none."""
+    """Return the lines of steps up to `step`, without an incomplete line."""
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
@@ -112,7 +112,7 @@ def _lines_until(path: Path, step: int) -> list[str]:
 
 
 def format_metrics(metrics: Metrics, total_steps: int, seconds_left: float) -> str:
-    """One plain line, for pipes and log files."""
+    """Return one plain line for pipes and log files."""
     parts = [f"step {metrics.step}/{total_steps}"]
     if metrics.loss is not None:
         parts.append(f"loss {metrics.loss:.4f}")
@@ -134,7 +134,7 @@ def format_metrics(metrics: Metrics, total_steps: int, seconds_left: float) -> s
 
 
 def format_duration(seconds: float) -> str:
-    """Write 75 as 1m15s."""
+    """Return a duration as text, such as 1m15s for 75."""
     minutes, rest = divmod(round(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -149,7 +149,7 @@ class PlainProgress:
         self._total, self._say, self._start = total_steps, say, time.perf_counter()
 
     def step(self, step: int) -> None:
-        """Say once how long a step takes: the first report may be many slow steps away."""
+        """Say once how long a step takes, because the first report may come many slow steps later."""
         if step == 2 and self._total > 2:  # the second step is under way, so the first is done
             spent = time.perf_counter() - self._start
             self._say(f"step 1/{self._total} done {format_duration(spent)} after the start, compiling included")
@@ -159,7 +159,7 @@ class PlainProgress:
         self._say(format_metrics(metrics, self._total, spent / max(metrics.step, 1) * (self._total - metrics.step)))
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no file is open."""
 
 
 class LiveProgress:

@@ -1,12 +1,12 @@
-"""AdaLoRA's rank budget: ranks that matter little are switched off until the average rank is the one asked for.
+"""AdaLoRA's rank budget: unimportant ranks are switched off until the average rank is the target.
 
     D = scale B diag(e) A,  and a rank i of a layer is the triplet (A_i, e_i, B_i)
     importance of a number   I = EMA(|w g|),  uncertainty  U = EMA(| |w g| - I |),  s = I U
     importance of a triplet  s(e_i) + mean_j s(A_ij) + mean_j s(B_ji)
     penalty                  gamma * mean over factors of |A A^T - 1|_F and |B^T B - 1|_F
 
-Shapes stay as they are, so nothing is traced again: a rank is off when its gain e_i is zero. A switched-off rank
-may come back until the final phase, where it is kept at zero.
+A rank is off if its gain e_i is zero, so shapes do not change and nothing is compiled again. Until the final phase a
+rank that is off may be switched on again.
 
 Source: AdaLoRA, arXiv 2303.10512, eq. 4, 7 to 11 and algorithm 1; order of operations as in PEFT's RankAllocator.
 """
@@ -24,15 +24,15 @@ from mlx.utils import tree_map
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.training.optim import Masters
 
-BETA = 0.85  # both averages', as in the paper's section 4.1 and PEFT
+BETA = 0.85  # of both averages, as in the paper's section 4.1 and PEFT
 
 
 @dataclass(frozen=True)
 class BudgetSchedule:
-    """How many ranks are on after each step: all, then fewer on a cubic, then the target.
+    """The number of ranks that are on after each step: all, then fewer along a cubic, then the target.
 
     Attributes:
-        initial, target: ranks of all layers together.
+        initial, target: the number of ranks in all layers together.
         total_steps: of the run.
         warmup: first steps without a cut.
         final: last steps without a change.
@@ -47,7 +47,7 @@ class BudgetSchedule:
     every: int
 
     def budget(self, step: int) -> int:
-        """Return the ranks after step `step` (from 1)."""
+        """Return the number of ranks after step `step` (from 1)."""
         if step <= self.warmup:
             return self.initial
         if step > self.total_steps - self.final:
@@ -56,13 +56,13 @@ class BudgetSchedule:
         return int((self.initial - self.target) * left**3 + self.target)
 
     def cuts(self, step: int) -> bool:
-        """Tell whether ranks are chosen anew after this step."""
+        """Tell whether ranks are chosen again after this step."""
         last = self.total_steps - self.final
         return step == last or (self.warmup < step < last and step % self.every == 0)
 
 
 class RankBudget:
-    """Keeps the importance of every number and cuts ranks by it."""
+    """Tracks the importance of every parameter and switches ranks off by it."""
 
     def __init__(self, model: nn.Module, masters_like: dict, schedule: BudgetSchedule, orthogonality: float):
         """Set up.
@@ -83,7 +83,7 @@ class RankBudget:
         self._off: dict[str, mx.array] = {}
 
     def penalty(self, parameters: dict[str, mx.array]) -> mx.array | None:
-        """Return gamma times the mean distance of the factors from orthogonality."""
+        """Return gamma times the factors' mean distance from orthogonality."""
         if self._orthogonality == 0:
             return None
         distances = [_distance(gram) for path in self._paths for gram in _grams(parameters, path)]
@@ -99,7 +99,7 @@ class RankBudget:
             self.state[name].update(tree_map(lambda n, o: mx.where(applied, n, o), new, old))
 
     def after(self, step: int, masters: Masters, optimizer: optim.Optimizer) -> None:
-        """Choose the ranks that stay on, or in the final phase keep the others off."""
+        """Choose the ranks that are on, or in the final phase keep the others off."""
         if self.schedule.cuts(step):
             self._off = self._least(self.schedule.budget(step), masters)
         elif step <= self.schedule.total_steps - self.schedule.final:
@@ -112,15 +112,15 @@ class RankBudget:
         masters.put_by_name(parameters)
 
     def extras(self) -> dict[str, mx.array]:
-        """Return which ranks are off."""
+        """Return which ranks are off, by name of gains."""
         return dict(self._off)
 
     def restore(self, extras: dict[str, mx.array]) -> None:
-        """Take them back."""
+        """Restore which ranks are off."""
         self._off = dict(extras)
 
     def _least(self, budget: int, masters: Masters) -> dict[str, mx.array]:
-        """Return, by name of gains, which ranks are beyond the budget; nothing when all fit."""
+        """Return, by name of gains, which ranks exceed the budget; empty if all fit."""
         beyond = self.schedule.initial - budget
         if beyond <= 0:
             return {}
@@ -135,7 +135,7 @@ class RankBudget:
 def _factors(parameters: dict[str, mx.array], path: str) -> tuple[mx.array, mx.array]:
     """Return a layer's factors with the rank first in A and last in B: (..., r, in), (..., out, r)."""
     a, b = parameters[f"{path}.lora_a"], parameters[f"{path}.lora_b"]
-    # Experts' are stored so (E, r, in), (E, out, r); linear layers' and embeddings' are the transposes.
+    # Experts' factors are stored like this, (E, r, in) and (E, out, r); those of other layers are the transposes.
     return (a, b) if a.ndim == 3 else (a.T, b.T)
 
 
@@ -146,8 +146,8 @@ def _grams(parameters: dict[str, mx.array], path: str) -> Iterator[mx.array]:
 
 
 def _distance(gram: mx.array) -> mx.array:
-    """Return |gram - 1|_F, over all experts of a layer as one matrix."""
-    # The tiny number keeps the root's gradient finite at zero.
+    """Return |gram - 1|_F, taking all experts of a layer as one matrix."""
+    # The tiny term keeps the root's gradient finite at zero.
     return mx.sqrt(mx.square(gram - mx.eye(gram.shape[-1])).sum() + 1e-30)
 
 

@@ -1,8 +1,8 @@
-"""Linear cross-entropy over `mx.fast.cross_entropy`: whole rows of logits, some rows at a time.
+"""Linear cross-entropy with `mx.fast.cross_entropy`: whole rows of logits, some rows at a time.
 
-mlx's kernel takes finished logits and is fused on Metal and CUDA. So a chunk's logits are whole rows of the vocabulary, made
-once; the kernel gives the losses and their gradient, which is multiplied by the head at once: like fused.py, nothing is
-kept but the gradient of the hidden states. Which of the two is better where is measured (training/loss_choice.py).
+mlx's kernel, fused on Metal and CUDA, takes finished logits. So a chunk has logits of whole rows of the vocabulary,
+computed once; the kernel returns the losses and their gradient, which is multiplied by the head immediately. Like in
+fused.py, only the gradient of the hidden states is kept. Measurements decide between the two (training/loss_choice.py).
 
 Shapes: P supervised positions, R rows of a chunk, D width, V vocabulary.
 """
@@ -18,18 +18,18 @@ from mlx_lora.planner.memory import MAX_SLICE, chunk_rows
 def row_token_losses(
     head: Head, hidden: mx.array, targets: mx.array, weights: mx.array, tile_bytes: int, gradient: bool = True
 ) -> mx.array:
-    """Return weights[p] * cross_entropy(hidden[p], targets[p]) for every p, holding the logits of R of them at a time.
+    """Return weights[p] * cross_entropy(hidden[p], targets[p]) for every p, holding the logits of R positions at a time.
 
     Args:
-        head: W and what is done to its logits.
+        head: W and what is applied to its logits.
         hidden: (P, D).
         targets: (P,) int.
         weights: (P,) float32; 0 for padding.
         tile_bytes: bound on a chunk's float32 logits; a single row may exceed it.
-        gradient: also make the gradient, for a call that will be differentiated; without it the vjp is zero.
+        gradient: also compute the gradient, for a call that is differentiated; without it the vjp is zero.
 
     Returns:
-        (P,) float32, differentiable in `hidden` alone: the head is frozen by construction.
+        (P,) float32, differentiable only in `hidden`: the head is frozen.
     """
     rows = chunk_rows(len(targets), head.vocabulary, tile_bytes)
 
@@ -60,8 +60,8 @@ def row_token_losses(
 def _chunk_loss(
     head: Head, arrays: list[mx.array], h: mx.array, targets: mx.array, weights: mx.array, gradient: bool
 ) -> tuple[mx.array, mx.array]:
-    """Return these rows' weighted losses (R,), and their gradient (R, D) in h's dtype (empty without)."""
-    # In slices of the vocabulary: a quantized head is dequantized a slice at a time, and no inner side is 262k long.
+    """Return these rows' weighted losses (R,), and their gradient (R, D) in h's dtype (empty without `gradient`)."""
+    # In slices of the vocabulary, so that a quantized head is dequantized a slice at a time, and no side is 262k long.
     slices = [slice(start, start + MAX_SLICE) for start in range(0, head.vocabulary, MAX_SLICE)]
     after = [mx.depends(array, h) for array in arrays]
     parts = [
@@ -74,7 +74,7 @@ def _chunk_loss(
     [losses], [d_logits] = mx.vjp(lambda x: [mx.fast.cross_entropy(x, targets)], [logits], [weights])
     if head.soft_cap is not None:
         d_logits = d_logits * head.slope(logits)
-    # After the logits: a quantized slice is dequantized again rather than kept.
+    # After the logits, so that a quantized slice is dequantized again and not kept.
     after = [mx.depends(array, d_logits) for array in arrays]
     pulls = [
         (d_logits[:, kept].astype(h.dtype) @ head.dense([array[kept] for array in after], h.dtype)).astype(mx.float32)

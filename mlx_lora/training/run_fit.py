@@ -1,4 +1,4 @@
-"""Does this run fit? From its model, as outlined or as loaded, to what the planner asks for."""
+"""Check whether a run fits in memory: turn its model, outlined or loaded, into the planner's types."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.block_memory import with_block_memory
 
-# Copies of the factors that a method keeps frozen: PiSSA's start, and the cycles that ReLoRA has merged by its last.
+# Frozen copies of the factors that a method keeps: PiSSA's start, and ReLoRA's finished cycles.
 FROZEN_COPIES = {"pissa": 1, "relora": 3}
 
 
 def fit_run(settings: TrainSettings, shape: ModelShape, rows: EncodedSet, kernels: KernelTerms) -> Fitted:
-    """Choose what a run's settings leave open, and refuse a run that does not fit.
+    """Choose what a run's settings leave open, and refuse a run that does not fit in memory.
 
     Args:
         settings: of the run.
         shape: the adapted model.
-        rows: training data: as many as there are, each as long as the longest, are what must fit at the most.
-        kernels: what the chosen kernels take.
+        rows: training data; its longest row and its number of rows bound a batch.
+        kernels: the memory of the chosen kernels.
 
     Raises:
         InputError: see `check_fits`.
@@ -49,7 +49,7 @@ def fit_run(settings: TrainSettings, shape: ModelShape, rows: EncodedSet, kernel
 
 
 def check_base_fits(settings: TrainSettings) -> None:
-    """Refuse, before weights are loaded or downloaded, a model with which not even the shortest row fits.
+    """Refuse a model with which not even the shortest row fits, before weights are loaded or downloaded.
 
     Raises:
         InputError: see `check_fits`.
@@ -63,7 +63,7 @@ def check_base_fits(settings: TrainSettings) -> None:
     except (InputError, *FOREIGN_ERRORS) as error:
         if not isinstance(error, InputError) and not is_foreign(error):
             raise
-        return  # loading says what is wrong with the model itself, in its own words
+        return  # loading reports what is wrong with the model
     machine = with_kernels(settings, shape, this_machine(settings.model.dtype))
     short = replace(settings, loop=replace(settings.loop, batch_size=1, grad_checkpoint="block"))
     fitted = fit(short, shape, machine, SMALLEST_BATCH)
@@ -71,17 +71,17 @@ def check_base_fits(settings: TrainSettings) -> None:
 
 
 def outlined_shape(outline: Outline, settings: TrainSettings, kernels: KernelChoice | None = None) -> ModelShape:
-    """Return an outline's shape with the adapter of the settings put on it; kernels as in `adapted_shape`.
+    """Return the shape of an outline with the settings' adapter; kernels as in `adapted_shape`.
 
     Raises:
         InputError: the adapter does not fit the model.
     """
     adapter = settings.adapter
-    if adapter.method_name == "pissa":  # its start is computed from weights, which an outline does not have
+    if adapter.method_name == "pissa":  # its initial factors need weights, which an outline does not have
         adapter = replace(adapter, method="lora", fine_tune_type=None)
     adapt_model(outline.model, adapter, settings.loop.seed)
-    if any(has_two_ways(layer) for layer in outline.model.modules()):  # a packed model may have only layers of its own
-        use_measured_matmul(outline.model, "dense")  # which takes more: what is faster here is not measured for a plan
+    if any(has_two_ways(layer) for layer in outline.model.modules()):  # a packed model may have none of these layers
+        use_measured_matmul(outline.model, "dense")  # it takes more memory; for a plan the faster one is not measured
     return adapted_shape(outline.model, outline.config, settings, outline.cast_bytes, kernels)
 
 
@@ -92,13 +92,13 @@ def adapted_shape(
     source_bytes: int = 0,
     kernels: KernelChoice | None = None,
 ) -> ModelShape:
-    """Return the shape of an adapted model, with all that its method will hold in the course of the run.
+    """Return the shape of an adapted model, with all arrays that its method will hold during the run.
 
     Args:
         model, config: an mlx-lm model and its config.json.
         settings: of the run.
         source_bytes: see `ModelShape`.
-        kernels: that it trains with; None: by what is known of this machine.
+        kernels: the kernels that it trains with; None: chosen from this machine's measurements.
     """
     shape = model_shape(model, config, source_bytes, FROZEN_COPIES.get(settings.adapter.method_name, 0))
     shape = replace(shape, plain_loss=shape.plain_loss or settings.loop.kernels == MLX)
@@ -107,14 +107,14 @@ def adapted_shape(
 
 
 def known_kernels(settings: TrainSettings, shape: ModelShape) -> KernelChoice:
-    """Return the kernels that a run would take by what was measured on this machine, ours where nothing was."""
+    """Return the kernels that a run would use by this machine's measurements, ours if there are none."""
     return planned_kernels(shape, settings.loop.kernels, device.compute_dtype(settings.model.dtype))
 
 
 def with_kernels(
     settings: TrainSettings, shape: ModelShape, machine: Machine, kernels: KernelChoice | None = None
 ) -> Machine:
-    """Return a machine with what kernels take on it; None: by what is known of this one."""
+    """Return a machine with the memory of `kernels`; None: chosen from this machine's measurements."""
     if kernels is None:
         return replace(machine, kernels=known_kernels(settings, shape).terms())
     return replace(machine, kernels=KernelTerms.of_mlx(machine.backend) if kernels.asked == MLX else KernelTerms())
@@ -123,9 +123,9 @@ def with_kernels(
 def quantized_shape(
     outline: Outline, settings: TrainSettings, kernels: KernelChoice | None = None
 ) -> ModelShape | None:
-    """Return the shape of a float model with a 4-bit base, None for one that is quantized."""
+    """Return the shape of a float model with a 4-bit base, None if it is already quantized."""
     if outline.is_quantized:
         return None
-    form = choose_quantization(4, None, None)
-    quantized = with_quantization(outline, form, device.compute_dtype(settings.model.dtype))
+    quantization = choose_quantization(4, None, None)
+    quantized = with_quantization(outline, quantization, device.compute_dtype(settings.model.dtype))
     return outlined_shape(quantized, settings, kernels)

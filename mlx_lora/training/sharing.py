@@ -4,7 +4,7 @@ The batch plan is the same as one process's, on every rank: every rank lays out 
 sums of losses, tokens and gradients over the ranks are those of the whole batch. So neither the order of the data nor
 where a run stands depends on how many ranks there are.
 
-Shapes: B rows, T columns, P places for trained targets of a micro-batch; N ranks.
+Shapes: B rows, T columns, P slots for trained targets of a micro-batch; N ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from mlx_lora.data.batches import SLOTS_STEP, Batch
 from mlx_lora.system.distributed import Ranks
 
-# Rooms for a share's targets go up by this part of an even share: few shapes, little of the head's work wasted.
+# The slots for a share's targets increase in steps of this fraction of an even share: few shapes, little of the head's work wasted.
 ROOM_STEP = 1 / 16
 
 
@@ -61,7 +61,7 @@ def share_of(batch: Batch, rows: np.ndarray) -> Batch:
     """Return some rows of a micro-batch as one of their own.
 
     Args:
-        batch: (B, T) with P places.
+        batch: (B, T) with P slots.
         rows: which of the B.
     """
     mask = batch.mask[rows]
@@ -69,7 +69,7 @@ def share_of(batch: Batch, rows: np.ndarray) -> Batch:
     even = len(batch.positions) * len(rows) / len(batch.mask)
     steps = max(0, int(np.ceil((count / even - 1) / ROOM_STEP))) if even else 0
     room = int(np.ceil(even * (1 + steps * ROOM_STEP) / SLOTS_STEP)) * SLOTS_STEP
-    real_tokens = batch.real_tokens * len(rows) // len(batch.mask)  # nobody reads a share's; the whole batch counts
+    real_tokens = batch.real_tokens * len(rows) // len(batch.mask)  # not used for a share; the whole batch counts
     return batch.take(rows, min(max(room, count), most), real_tokens)
 
 

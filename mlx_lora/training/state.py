@@ -1,8 +1,8 @@
-"""All that a run's future depends on: where it stands, and every array that the next step reads.
+"""The state of a run: its position, and every array that the next step reads.
 
-A run that goes on from these takes the same steps, bit for bit, as one that never stopped: masters, moments and
-the schedule's step count, the method's own state (AdaLoRA's importance, ReLoRA's cycles), the random key of
-dropout, and how many micro-batches were consumed (the plan is a pure function of data, seed and epoch).
+A run that is resumed from it takes the same steps, bit for bit, as one that never stopped. It consists of masters,
+moments and the schedule's step count, the method's own state (AdaLoRA's importance, ReLoRA's cycles), the random key
+of dropout, and the number of consumed micro-batches (the plan is a pure function of data, seed and epoch).
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from mlx_lora.training.step import Step
 
 
 class Diverged(RunError):
-    """Update after update was not finite: the run ends, and `at` says where."""
+    """Ends a run because many updates in a row were not finite; `at` is its position."""
 
     def __init__(self, at: Position):
         super().__init__(f"step {at.taken}: loss or gradient was not finite {at.skipped_in_a_row} times in a row")
         self.at = at
 
 
-# Frozen factors that a method keeps beside the trained ones.
+# Frozen factors that a method keeps in addition to the trained ones.
 FROZEN = ("start_a", "start_b", "fixed_a", "fixed_b")
 
 
 @dataclass
 class Position:
-    """Where a run stands; the loop keeps it up to date.
+    """The position of a run, which the loop keeps up to date.
 
     Attributes:
-        taken: optimizer steps.
-        consumed: micro-batches of the plan.
+        taken: optimizer steps so far.
+        consumed: micro-batches of the plan so far.
         skipped, skipped_in_a_row: updates that were not finite.
         val_loss, val_at: the last validation and its step.
         best_loss, best_at: the lowest validation so far and its step.
         worse: validations since then that were not better by the early stopping threshold.
-        parts: in how many parts of its rows each batch runs.
+        parts: the number of parts in which each batch runs.
     """
 
     taken: int = 0
@@ -58,7 +58,7 @@ class Position:
     parts: int = 1
 
     def validated(self, loss: float, threshold: float = 0.0) -> bool:
-        """Note a validation, and return whether it is the best so far.
+        """Record a validation, and return whether it is the best so far.
 
         Args:
             loss: mean per trained token.
@@ -88,19 +88,19 @@ def run_arrays(step: Step) -> dict[str, mx.array]:
 
 
 def finite(step: Step) -> bool:
-    """Return whether all that is trained is finite."""
+    """Return whether all trained parameters are finite."""
     return bool(mx.all(mx.stack([mx.isfinite(value).all() for value in step.masters.arrays.values()])).item())
 
 
 def restore_arrays(step: Step, arrays: dict[str, mx.array]) -> None:
-    """Put the arrays of a run back.
+    """Restore the arrays of a run.
 
     Args:
-        step: a fresh step of the same settings, over a model that was adapted by them.
+        step: a new step with the same settings, and with a model adapted by them.
         arrays: as `run_arrays` returned them.
 
     Raises:
-        InputError: they are not this run's: another name, shape or type.
+        InputError: they have other names, shapes or types than this run's.
     """
     layers = adapter_layers(step.model)
     _check_arrays(run_arrays(step), arrays, layers)
@@ -113,9 +113,9 @@ def restore_arrays(step: Step, arrays: dict[str, mx.array]) -> None:
         layers[path][leaf] = value
         layers[path].freeze(keys=[leaf], recurse=False)
     step.masters.put(part("masters."))
-    # In place, all of it: the compiled functions captured these very containers.
+    # Everything is changed in place, because the compiled functions captured these containers.
     step.optimizer.state.update(_filled(step.optimizer.state, part("optimizer.")))
-    # The state takes no array, but a seed is the key's two halves.
+    # The random state cannot be assigned an array, but a seed is the key's two halves.
     high, low = arrays["random"].tolist()
     mx.random.seed(high << 32 | low)
     if step.events is not None:
@@ -127,7 +127,7 @@ def restore_arrays(step: Step, arrays: dict[str, mx.array]) -> None:
 
 
 def _check_arrays(own: dict[str, mx.array], stored: dict[str, mx.array], layers: Mapping[str, nn.Module]) -> None:
-    """Refuse arrays that do not take the place of the run's own; what a method adds as it goes has no place yet."""
+    """Refuse arrays that differ from the run's, except those that a method adds during the run."""
     added = [name for name in stored if name not in own]
     strange = [name for name in added if not name.startswith("extras.") and not _is_frozen(name, layers)]
     wrong = [
@@ -139,7 +139,7 @@ def _check_arrays(own: dict[str, mx.array], stored: dict[str, mx.array], layers:
     if wrong or strange:
         raise InputError(
             f"--resume: the checkpoint's state is not this run's: {', '.join((wrong + strange)[:3])}; "
-            "use an older checkpoint, or start anew"
+            "use an older checkpoint, or start a new run"
         )
 
 
@@ -149,5 +149,5 @@ def _is_frozen(name: str, layers: Mapping[str, nn.Module]) -> bool:
 
 
 def _filled(tree: dict, arrays: dict[str, mx.array]) -> dict:
-    """Return a tree of this form with other arrays; names hold dots of their own, so they alone do not tell the form."""
+    """Return a tree with this one's structure and other arrays; names contain dots, so they do not give the structure."""
     return tree_map_with_path(lambda path, _: arrays[path], tree)

@@ -107,12 +107,12 @@ def _epoch_batches(plan: BatchPlan, settings: LoopSettings) -> int:
 def micro_batches(plan: BatchPlan, settings: LoopSettings, start: int = 0) -> Iterator[Batch]:
     """Yield batches epoch after epoch, from the `start`-th: without end for --iters, else exactly those of --epochs.
 
-    The last step of --epochs accumulates what is left, be it less than a full window: rows are neither
-    dropped nor borrowed from an epoch nobody asked for.
+    The last step of --epochs accumulates what is left, even if it is less than a full window: rows are neither
+    dropped nor taken from a further epoch.
     """
     numbers = count(start) if settings.iters is not None else range(start, _epoch_batches(plan, settings))
-    places = (divmod(number, len(plan)) for number in numbers)
-    return (plan.batch(epoch, index) for epoch, index in places)
+    indices = (divmod(number, len(plan)) for number in numbers)
+    return (plan.batch(epoch, index) for epoch, index in indices)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""A few tokens forward and back before the run: whether a model trains at all, and with which of our forms.
+"""Differentiate a few tokens before the run, to see whether a model can be trained, and with which of our kernels.
 
-mlx-lm's models are third-party code that was written to generate. Some compute values while they are traced, some
-have kernels without a gradient. What fails here is done without, one thing after the other, and said in the run's
-header; a model with which nothing works is refused before it has cost anyone an hour.
+mlx-lm's models are third-party code that was written for generation. Some compute values while they are traced, some
+have kernels without a gradient. Features that fail here are switched off one by one, which the run's header reports; a
+model for which nothing works is refused before the run begins.
 
-The graph is built and not computed: both faults show there, and it takes a fifth of the time. That the forward pass
-can be computed is known from the checks of its values (losses.py).
+The graph is only built, not computed: both faults show there, in a fifth of the time. The checks of its values
+(losses.py) have already computed the forward pass.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ TRIAL_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class StepForm:
-    """What a step computes with.
+class StepVariant:
+    """The loss and kernels that a step computes with.
 
     Attributes:
         loss: fused or plain.
         attend: our attention, None for the model's own kernels.
         choose: says which kernels are used, by shape.
         compiled: whether loss and gradient are compiled.
-        notes: for the run header, on what had to be left out.
+        notes: for the run header, about features that had to be switched off.
     """
 
     loss: Loss
@@ -48,32 +48,32 @@ class StepForm:
     notes: tuple[str, ...] = ()
 
 
-def choose_step_form(
+def choose_step_variant(
     model: nn.Module,
     config: dict[str, Any],
     loss: Loss,
     attend: AttentionCall | None,
     name: str,
     choose: Choose = assumed,
-) -> StepForm:
-    """Return the fastest form of the step that this model can be differentiated with.
+) -> StepVariant:
+    """Return the fastest variant of the step that this model can be differentiated with.
 
     Args:
-        model: the model to train, adapters and checkpointing in place; left as it was.
+        model: the model to train, with adapters and checkpointing; it is not changed.
         config: its config.json.
-        loss, attend: what was chosen for it.
+        loss, attend: the ones that were chosen for it.
         name: of the model, for the error.
         choose: says which kernels are used, by shape.
 
     Raises:
-        InputError: it cannot be differentiated at all.
+        InputError: it cannot be differentiated.
     """
     batch = check_arrays(embedding_rows(model, config) or 256, TRIAL_TOKENS)
     problems: list[Exception] = []
-    for form in _forms(loss, attend, choose):
-        problem = _problem_of(model, form, batch)
+    for variant in _variants(loss, attend, choose):
+        problem = _problem_of(model, variant, batch)
         if problem is None:
-            return replace(form, notes=(_note(form, loss, attend, problems[0]),)) if problems else form
+            return replace(variant, notes=(_note(variant, loss, attend, problems[0]),)) if problems else variant
         problems.append(problem)
     raise InputError(
         f"--model {name}: mlx-lm's {config.get('model_type')} cannot be trained here ({short(problems[-1], 200)}); "
@@ -81,44 +81,44 @@ def choose_step_form(
     ) from problems[-1]
 
 
-def _forms(loss: Loss, attend: AttentionCall | None, choose: Choose) -> Iterator[StepForm]:
-    """Yield the forms of a step, the fastest first."""
+def _variants(loss: Loss, attend: AttentionCall | None, choose: Choose) -> Iterator[StepVariant]:
+    """Yield the variants of a step, the fastest first."""
     kernels = [attend] if attend is None else [attend, None]
     choices = [(loss, own) for own in kernels]
     if loss.train is not PLAIN.train:
         choices.append((PLAIN, None))
-    yield from (StepForm(*choice, choose, compiled) for choice in choices for compiled in (True, False))
+    yield from (StepVariant(*choice, choose, compiled) for choice in choices for compiled in (True, False))
 
 
-def _note(form: StepForm, loss: Loss, attend: AttentionCall | None, problem: Exception) -> str:
-    """Return for the header what a form does without, and what it was that failed."""
+def _note(variant: StepVariant, loss: Loss, attend: AttentionCall | None, problem: Exception) -> str:
+    """Return for the header what a variant does without, and the error that is the reason."""
     without = [
         words
         for words, missing in (
-            ("not compiled", not form.compiled),
-            ("the model's own kernels instead of ours", form.attend is not attend),
-            ("plain instead of fused loss", form.loss is not loss),
+            ("not compiled", not variant.compiled),
+            ("the model's own kernels instead of ours", variant.attend is not attend),
+            ("plain instead of fused loss", variant.loss is not loss),
         )
         if missing
     ]
     return f"{', '.join(without)}, since that fails on this model ({short(problem, 160)})"
 
 
-def _problem_of(model: nn.Module, form: StepForm, batch: Arrays) -> Exception | None:
-    """Differentiate the batch and return what foreign code raised, None if nothing did. The model stays as it was."""
+def _problem_of(model: nn.Module, variant: StepVariant, batch: Arrays) -> Exception | None:
+    """Differentiate the batch and return the error of foreign code, if any. The model is not changed."""
     arrays = [(name, value) for name, value in tree_flatten(model.state) if isinstance(value, mx.array)]
     high, low = mx.random.state[0].tolist()
     training = model.training
     model.train()
-    step = differentiation(model, form.loss.train, form.attend, form.choose)
+    step = differentiation(model, variant.loss.train, variant.attend, variant.choose)
     try:
-        (compiled_over(model, step) if form.compiled else step)(*batch)
+        (compiled_over(model, step) if variant.compiled else step)(*batch)
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise
         return error
     finally:
-        # A trace that fails leaves its stand-ins behind.
+        # A trace that fails leaves placeholder arrays in the model.
         model.update(tree_unflatten(arrays))
         mx.random.seed(high << 32 | low)
         model.train(training)

@@ -32,13 +32,13 @@ from architectures.trial import (
     check_equal,
     command,
     experts_in_float32,
-    form_of,
     greedy,
     loaded,
     naive_loss,
     relative,
     settings_of,
     trained_gradients,
+    variant_of,
     vocabulary_of,
     write_data,
 )
@@ -95,7 +95,7 @@ def gradients(trial: Trial) -> str | None:
     base = trial.adapted_base()
     base.model.train()
     arrays = batch(vocabulary_of(base))
-    form = form_of(base, "none")  # refuses what cannot be trained, before the reference fails at it
+    variant = variant_of(base, "none")  # refuses what cannot be trained, before the reference fails at it
     with left_unchanged(base.model):
         expected, expected_grads = nn.value_and_grad(base.model, naive_loss)(base.model, arrays)
         mx.eval(expected, expected_grads)
@@ -109,12 +109,12 @@ def gradients(trial: Trial) -> str | None:
     worst = ("", 0.0)
     for name in wanted.keys() - set(idle):
         worst = max(worst, (name, relative(got[name], wanted[name])), key=lambda pair: pair[1])
-    trial.facts.update(loss=found.item(), worst_factor_error=worst[1], loss_form=form.loss.description)
+    trial.facts.update(loss=found.item(), worst_factor_error=worst[1], loss_form=variant.loss.description)
     if not worst[1] <= FACTOR_BAR:
         raise Wrong(f"gradient of {worst[0]}: differs by {worst[1]:.1e}, allowed {FACTOR_BAR:.0e}")
     if still := [name for name in idle if mx.abs(got[name]).max().item() > 10 * max(floor, 1e-12)]:
         raise Wrong(f"gradient of {still[0]}: not zero where mlx-lm's is")
-    notes = [*([] if form.loss.description.startswith("fused") else [form.loss.description]), *form.notes]
+    notes = [*([] if variant.loss.description.startswith("fused") else [variant.loss.description]), *variant.notes]
     if idle:
         layers = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in idle})
         notes.append(

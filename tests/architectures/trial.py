@@ -35,7 +35,7 @@ from mlx_lora.settings.resolve import train_settings
 from mlx_lora.system import device
 from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.losses import Arrays, check_kernels, choose_loss
-from mlx_lora.training.trial import StepForm, choose_step_form
+from mlx_lora.training.trial import StepVariant, choose_step_variant
 
 ROWS, WIDTH = 2, 21  # longer than the tiny models' windows and their indexers' choices, and odd
 RANK = 4
@@ -195,7 +195,7 @@ def vocabulary_of(base: Base) -> int:
     return min(256, base.model(mx.array([[1, 2]])).shape[-1])
 
 
-def form_of(base: Base, mode: str) -> StepForm:
+def variant_of(base: Base, mode: str) -> StepVariant:
     """Choose what the step computes with, as `train` does, for a checkpointing mode.
 
     Raises:
@@ -207,19 +207,19 @@ def form_of(base: Base, mode: str) -> StepForm:
     kernels, words = check_kernels(base.model, base.config, loss, choice)
     tape = apply_checkpointing(base.model, mode)
     attention = (tape.attend if tape else attend) if kernels else None
-    form = choose_step_form(base.model, base.config, loss, attention, base.model_id, kernels or assumed)
-    return replace(form, notes=(*form.notes, words)) if words.startswith(OWN_KERNELS) else form
+    variant = choose_step_variant(base.model, base.config, loss, attention, base.model_id, kernels or assumed)
+    return replace(variant, notes=(*variant.notes, words)) if words.startswith(OWN_KERNELS) else variant
 
 
 def trained_gradients(base: Base, arrays: Arrays, mode: str) -> tuple[mx.array, dict[str, Any]]:
     """Return mean loss and its gradient as the step takes them: chosen loss, chosen kernels, a checkpointing mode."""
-    form = form_of(base, mode)
+    variant = variant_of(base, mode)
 
     def mean(model: nn.Module, *arrays: mx.array) -> mx.array:
-        total, count = form.loss.train(model, *arrays)
+        total, count = variant.loss.train(model, *arrays)
         return total / count
 
-    kernels = training_kernels(base.model, form.attend, form.choose) if form.attend else nullcontext()
+    kernels = training_kernels(base.model, variant.attend, variant.choose) if variant.attend else nullcontext()
     with left_unchanged(base.model), kernels:
         value, grads = nn.value_and_grad(base.model, mean)(base.model, *arrays)
         mx.eval(value, grads)
