@@ -114,6 +114,7 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     plan, epochs = training_plan(loop, splits.train, found)
     validation = held_out_plan(splits.valid, loop) if splits.valid else None
     steps = total_steps(plan, loop)
+    device.compile_for(steps)
     identity = identity_of(settings, base.fingerprint, splits.train.fingerprint, plan, epochs)
     if found:
         check_continuation(found, identity)
