@@ -81,7 +81,7 @@ class LossAndKernels:
     Attributes:
         loss: of the supervised positions.
         kernels: of the model's layers; None: its own.
-        terms: what they take, for the planner.
+        terms: their memory, for the planner.
         words: on the kernels, for the run header.
     """
 
@@ -99,7 +99,7 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
         base: a loaded model; gets adapter layers.
         splits: the data.
         ranks: the processes of the run.
-        say: takes a line before something is measured, or where something is amiss.
+        say: takes a line before something is measured, or if there is a problem.
 
     Raises:
         InputError: an adapter that does not fit the base, a run that does not fit the machine, a checkpoint of another
@@ -129,7 +129,7 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
 
 
 def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tuple[Adapted, AdapterInfo]:
-    """Adapt the base and say what the adapter is.
+    """Adapt the base, and return the facts about the adapter.
 
     Args:
         settings: of the run.
@@ -214,7 +214,7 @@ def fit_settings(
 def training_plan(loop: LoopSettings, rows: EncodedSet, found: Checkpoint | None) -> tuple[BatchPlan, float]:
     """Plan the batches; return them and the epochs that a new shape's price was weighed against.
 
-    A run that goes on for longer keeps the shapes it began with.
+    A resumed run with more steps keeps the shapes that it began with.
     """
     epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
     price = ShapePrice(epochs=epochs)
@@ -226,7 +226,7 @@ def training_plan(loop: LoopSettings, rows: EncodedSet, found: Checkpoint | None
 def make_step(
     settings: TrainSettings, base: Base, chosen: LossAndKernels, memory: MemoryPlan, steps: int, ranks: Ranks
 ) -> tuple[Step, Loss, list[str]]:
-    """Apply the checkpointing, try all that was chosen on a few tokens, and make the compiled step.
+    """Apply the checkpointing, try the chosen loss and kernels on a few tokens, and create the compiled step.
 
     Returns:
         The step, the loss in it, and words for the run header.

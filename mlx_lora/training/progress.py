@@ -150,7 +150,7 @@ class PlainProgress:
 
 
 class LiveProgress:
-    """A live bar on a terminal, with the last report beside it."""
+    """Shows a live bar on a terminal, with the last report."""
 
     def __init__(self, total_steps: int):
         columns = (
