@@ -38,7 +38,7 @@ from mlx_lora.training.trainer import held_out_loss
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
 @click.option("--batch-tokens", type=click.IntRange(min=2), default=None, help="Tokens per batch, padding included.")
 @click.option("--forgetting", is_flag=True, help="Compare with the base on --data, general text, general chat, probes.")
-@click.option("--against", multiple=True, help="With --forgetting: another adapter to measure beside it; repeatable.")
+@click.option("--against", multiple=True, help="With --forgetting: another adapter to measure; repeatable.")
 @click.option("--general-text", type=str, default=None, help="With --forgetting: data instead of the built-in texts.")
 @click.option("--general-chat", type=str, default=None, help="With --forgetting: data instead of the built-in chats.")
 @click.option("--report", type=str, default=None, help="With --forgetting: write a page with pictures to this file.")

@@ -287,7 +287,7 @@ def render(result: dict[str, Any]) -> str:
         f"{machine['name']}: {verdict}, {gigabytes(result['needed_bytes'])} of {gigabytes(result['budget_bytes'])}, "
         f"peak in phase {result['phase']}",
         *(f"  {gigabytes(size):>10}  {name}" for name, size in result["parts"].items()),
-        f"  {gigabytes(result['peak_bytes']):>10}  peak (MLX's allocator), and {gigabytes(result['cache_bytes'])} of buffer cache beside it",
+        f"  {gigabytes(result['peak_bytes']):>10}  peak (MLX's allocator), plus {gigabytes(result['cache_bytes'])} of buffer cache",
         "Checkpointing: "
         + ", ".join(f"{mode} {gigabytes(size)}" for mode, size in result["peak_bytes_by_checkpointing"].items()),
         f"Settings: --batch-tokens {chosen['batch_tokens']} ({chosen['rows']} x {chosen['max_seq_length']}) "

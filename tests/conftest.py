@@ -8,6 +8,7 @@ from pathlib import Path
 
 # First of all: it loads the fast BLAS, which must come before mlx.core.
 # isort: off
+from mlx_lora.system import device
 from mlx_lora.system.cache import cache_dir
 from mlx_lora.system.measuring import SWITCH
 
@@ -74,6 +75,13 @@ def write_folder(
     (folder / "config.json").write_text(json.dumps(content))
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
     return folder
+
+
+@pytest.fixture(autouse=True)
+def compiled_again():
+    """A short run on a CPU turns compiling off for its process; the next test has it on."""
+    yield
+    device.compile_for(device.COMPILE_FROM_STEPS)
 
 
 @pytest.fixture(scope="session")

@@ -114,3 +114,20 @@ def test_a_validations_sum_over_ranks_is_waited_for_by_the_host_alone(waits, mon
     assert done == (["computed", "computed", "sent", "computed"] if waits else ["computed", "sent"])
     alone = mean_loss(adapted(), task, [batch(2, 9, 0)])
     assert (found.loss, found.count) == (pytest.approx(alone.loss), 2 * alone.count)
+
+
+@pytest.mark.parametrize(("gpu", "steps", "wanted"), [(False, 10, "off"), (False, 1000, "on"), (True, 10, "on")])
+def test_a_short_run_on_a_cpu_does_without_the_compiler(gpu, steps, wanted, monkeypatch):
+    said = []
+    monkeypatch.setattr(device, "on_gpu", lambda: gpu)
+    monkeypatch.setattr(mx, "enable_compile", lambda: said.append("on"))
+    monkeypatch.setattr(mx, "disable_compile", lambda: said.append("off"))
+    monkeypatch.delenv("MLX_DISABLE_COMPILE", raising=False)
+    device.compile_for(steps)
+    assert said == [wanted]
+    with device.uncompiled():
+        assert said[-1] == "off"
+    assert said[1:] == (["off"] if wanted == "off" else ["off", "on"])
+    monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
+    device.compile_for(steps)
+    assert said[-1] == "off"

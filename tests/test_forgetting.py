@@ -274,7 +274,10 @@ def test_what_cannot_be_measured_is_said_in_a_line(tiny_folder, chats, tmp_path)
         (("--forgetting",), "--forgetting: no adapter"),
         (("--forgetting", "--adapter-path", one, "--against", one), "named twice"),
         (("--forgetting", "--adapter-path", one, "--against", other), "different chat templates"),
-        (("--forgetting", "--adapter-path", one, "--report", tmp_path / "no" / "p.html"), "not a file in a folder"),
+        (
+            ("--forgetting", "--adapter-path", one, "--report", tmp_path / "no" / "p.html"),
+            "not a file in an existing folder",
+        ),
         (("--forgetting", "--adapter-path", tmp_path / "lost"), "no such folder"),
     ):
         ran = run(*common, *more)

@@ -85,7 +85,7 @@ class LossAndKernels:
     Attributes:
         loss: of the supervised positions.
         kernels: of the model's layers; None: its own.
-        terms: what they take, for the planner.
+        terms: their memory, for the planner.
         words: on the kernels, for the run header.
     """
 
@@ -103,7 +103,7 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
         base: a loaded model; gets adapter layers.
         splits: the data.
         ranks: the processes of the run.
-        say: takes a line before something is measured, or where something is amiss.
+        say: takes a line before something is measured, or if there is a problem.
 
     Raises:
         InputError: an adapter that does not fit the base, a run that does not fit the machine, a checkpoint of another
@@ -124,6 +124,7 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     plan, epochs = training_plan(loop, splits.train, found)
     validation = held_out_plan(splits.valid, loop) if splits.valid else None
     steps = total_steps(plan, loop)
+    device.compile_for(steps)
     identity = identity_of(settings, base.fingerprint, splits.train.fingerprint, plan, epochs)
     if found:
         check_continuation(found, identity)
@@ -138,7 +139,7 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
 
 
 def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tuple[Adapted, AdapterInfo]:
-    """Adapt the base and say what the adapter is.
+    """Adapt the base, and return the facts about the adapter.
 
     Args:
         settings: of the run.
@@ -229,7 +230,7 @@ def fit_settings(
 def training_plan(loop: LoopSettings, rows: EncodedSet, found: Checkpoint | None) -> tuple[BatchPlan, float]:
     """Plan the batches; return them and the epochs that a new shape's price was weighed against.
 
-    A run that goes on for longer keeps the shapes it began with.
+    A resumed run with more steps keeps the shapes that it began with.
     """
     epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
     price = ShapePrice(epochs=epochs)
@@ -247,7 +248,7 @@ def make_step(
     steps: int,
     ranks: Ranks,
 ) -> tuple[Step, Task, list[str]]:
-    """Apply the checkpointing, try all that was chosen on a few tokens, and make the compiled step.
+    """Apply the checkpointing, try the chosen loss and kernels on a few tokens, and create the compiled step.
 
     Returns:
         The step, what it takes of the objective, and words for the run header.

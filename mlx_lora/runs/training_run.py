@@ -44,6 +44,7 @@ def train_run(
         RunError: the run diverged, or its results could not be written.
     """
     check_request(settings, ranks)
+    device.compile_for(steps=settings.loop.iters or 0)  # until `compose` knows how many there are
     folder, trains = Path(settings.loop.adapter_path), wants_training(settings)
     if trains:
         check_base_fits(settings)

@@ -68,7 +68,7 @@ def loss_words(measured: Measured) -> str:
 
 
 def outcome_line(folder: Path, outcome: Outcome, best: str | None) -> str:
-    """Return what came of a run, and where it lies.
+    """Return a run's outcome and folder, in one line.
 
     Args:
         folder: of the run.

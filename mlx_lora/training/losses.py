@@ -185,10 +185,10 @@ def _dtype(model: nn.Module) -> mx.Dtype:
 def check_kernels(
     model: nn.Module, config: dict[str, Any], loss: Loss, choice: KernelChoice
 ) -> tuple[KernelChoice | None, str]:
-    """Return the kernels if the model computes with them what it does with its own, else None; and words for the header.
+    """Return the kernels if the model's results with them agree with its own, else None; and words for the header.
 
     Args:
-        model: the model to train, adapters in place.
+        model: the model to train, with its adapters.
         config: its config.json.
         loss: any that was chosen for it.
         choice: the kernels that were chosen for it.

@@ -51,7 +51,7 @@ class MemoryGuard:
 
         Args:
             at: of the run; `at.parts` is kept here, so that a resumed run keeps it.
-            limit_bytes: for MLX's buffers in use, None for no limit; those it keeps for reuse have a bound of their own.
+            limit_bytes: for MLX's buffers in use, None for no limit; those it keeps for reuse have another limit.
             say: takes a line about each change.
         """
         self.at, self.limit_bytes, self.say = at, limit_bytes, say

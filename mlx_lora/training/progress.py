@@ -152,7 +152,7 @@ class PlainProgress:
         """Say once how long a step takes, because the first report may come many slow steps later."""
         if step == 2 and self._total > 2:  # the second step is under way, so the first is done
             spent = time.perf_counter() - self._start
-            self._say(f"step 1/{self._total} done {format_duration(spent)} after the start, compiling included")
+            self._say(f"step 1/{self._total} done {format_duration(spent)} after the start")
 
     def report(self, metrics: Metrics) -> None:
         spent = time.perf_counter() - self._start
@@ -163,7 +163,7 @@ class PlainProgress:
 
 
 class LiveProgress:
-    """A live bar on a terminal, with the last report beside it."""
+    """Shows a live bar on a terminal, with the last report."""
 
     def __init__(self, total_steps: int):
         columns = (
@@ -173,7 +173,7 @@ class LiveProgress:
             TimeRemainingColumn(),
         )
         self._bar = Progress(*columns, console=Console(stderr=True))
-        self._task = self._bar.add_task("first step (compiling)", total=total_steps)
+        self._task = self._bar.add_task("first step", total=total_steps)
         self._loss = self._val = self._rest = ""
         self._bar.start()
 

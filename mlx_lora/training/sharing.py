@@ -1,4 +1,4 @@
-"""One optimizer step over several ranks: each computes some rows of every micro-batch, and all add up what they have.
+"""One optimizer step over several ranks: each computes some rows of every micro-batch, and all sum their results.
 
 The batch plan is the same as one process's, on every rank: every rank lays out the whole step, takes its rows, and
 sums of losses, tokens and gradients over the ranks are those of the whole batch. So neither the order of the data nor
@@ -58,7 +58,7 @@ def deal_rows(batches: list[Batch], size: int) -> list[list[np.ndarray]]:
 
 
 def share_of(batch: Batch, rows: np.ndarray) -> Batch:
-    """Return some rows of a micro-batch as one of their own.
+    """Return some rows of a micro-batch as a micro-batch.
 
     Args:
         batch: (B, T) with P slots.
@@ -98,7 +98,7 @@ class Sharing:
                 yield from divide([share_of(batch, rows)])
 
     def reseed(self, step: int) -> None:
-        """Give this rank random numbers of its own for a step.
+        """Seed this rank's random numbers for a step.
 
         A function of the step's number, so that a resumed run needs no other rank's random key: with as many ranks
         as before it draws the same dropout.

@@ -92,7 +92,7 @@ class Step:
             optimizer: initialized here on those parameters.
             loss: returns (sum, count), and where an objective reports more, a dict of sums.
             max_grad_norm: global-norm clip; 0 for none.
-            attend: computes the model's attention where it is exchanged; None leaves all kernels to mlx.
+            attend: computes the model's attention; None: mlx's kernels are used for everything.
             wait: let the device run dry after each micro-batch, so that others (a display) get their turn.
             rate_of: parameter name -> multiple of the learning rate (LoRA+); None: 1 for all.
             events: makes the method's own part of the step (AdaLoRA, ReLoRA), given Masters.arrays; None for none.

@@ -96,7 +96,7 @@ def total_steps(plan: BatchPlan, settings: LoopSettings) -> int:
 
 
 def report_interval(total: int, settings: LoopSettings) -> int:
-    """Return the steps between reports: --steps-per-report, or so many that a run of any length shows its loss early."""
+    """Return the steps between reports: --steps-per-report, by default by the run's length, so that it shows its loss early."""
     return settings.steps_per_report or max(1, min(total // REPORTS, MOST_BETWEEN_REPORTS))
 
 
@@ -194,7 +194,7 @@ def train(
         report: takes each Metrics record.
         on_step: takes the step number after each step, for a live display.
         save: takes the step number and writes the adapter, and a checkpoint with --save-every.
-        at: where the run stands, kept up to date for `save`; a resumed run's is not at the beginning.
+        at: the run's position, kept up to date for `save`; None: the beginning.
         guard: watches memory; None: nothing is watched.
         ranks: processes that take the same steps together, each with the whole plan.
 
@@ -227,7 +227,7 @@ def train(
         interrupted.ask_all()
         if not measured.count or interrupted():
             return False
-        report(record(Window(), measured))  # the window goes on: its tokens are counted once, in its own line
+        report(record(Window(), measured))  # the window continues: its tokens are counted once, in its own line
         return at.validated(measured.loss, settings.early_stopping_threshold)
 
     def stopped_early() -> bool:
@@ -260,7 +260,7 @@ def train(
             if to_report or to_validate or to_save:
                 interrupted.hear(result)
                 gone = diverged(at, result) or at.skipped_in_a_row == total
-                previous = None  # counted: a run that goes on from here does not see it again
+                previous = None  # already counted: do not count it again
             if to_report:
                 report(record(window))
                 window = Window()
