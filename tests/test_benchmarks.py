@@ -286,6 +286,7 @@ def test_a_curve_or_an_adapter_apart_is_no_parity(module):
     assert not script.compare(script.Run(np.array([2.0, np.nan]), wanted.adapter, 0.0), wanted, initial).good
 
 
+@pytest.mark.slow
 def test_planned_peaks_lie_beside_measured_ones(module, tiny_folder, tmp_path, capsys):
     script = module("plan_memory")
     out = tmp_path / "measured.jsonl"

@@ -74,6 +74,7 @@ def test_the_run_folders_card_says_what_was_done(place, tiny_folder, chats):
     assert str(tiny_folder.parent) not in text  # the author's own disk
 
 
+@pytest.mark.slow
 def test_the_cards_commands_run(place):
     text = (place / "adapter" / CARD_FILE).read_text()
     lines = [line for block in blocks(text, "bash") for line in block.splitlines()]
@@ -174,6 +175,7 @@ def test_facts_of_folders_that_tell_none(tmp_path):
     assert read_facts(tmp_path) == RunFacts("d", 3, None)  # the loss was another adapter's
 
 
+@pytest.mark.slow
 def test_pushed_is_what_was_written_and_it_comes_back(place, exported, tiny_folder, tmp_path):
     with hub_server() as server:
         command = ["-m", "mlx_lora.export", "--model", tiny_folder, "--adapter-path", place / "adapter"]

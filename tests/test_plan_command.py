@@ -198,6 +198,7 @@ def test_what_a_method_keeps_beside_its_factors_counts():
     assert shape(method="full").trained > 2 * lora.trained
 
 
+@pytest.mark.slow
 def test_another_mac_and_all_of_them(big):
     small, large = (planned("--model", big, "--chip", "M2", "--memory-gb", size) for size in (16, 24))
     assert not small["fits"]

@@ -103,6 +103,7 @@ def test_every_option_is_tried():
     assert set(CHANGES) == names - {"reference_adapter"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_option_changes_the_loss_and_is_refused_elsewhere(name, tiny_folder, data, plain, tmp_path):
     objective, value, *more = CHANGES[name]

@@ -246,6 +246,7 @@ def test_a_slow_body_gets_408(server):
     assert b"request_timeout" in answer
 
 
+@pytest.mark.slow
 def test_a_full_queue_gets_429_and_a_client_that_does_not_read_is_cut_off(http, server):
     endless = json.dumps({"prompt": "x", "max_tokens": 10**6, "ignore_eos": True, "stream": True})
     head = (

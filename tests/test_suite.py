@@ -81,6 +81,7 @@ def test_a_definition_has_a_digest_that_a_change_would_miss():
     assert digest_of({**definition, "rank": 8}) != definition["digest"]
 
 
+@pytest.mark.slow
 def test_every_tier_is_planned_to_fit_its_memory():
     for workload in WORKLOADS:
         size = 8 if workload.tier == "embedded" else int(workload.tier)
