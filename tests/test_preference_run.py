@@ -200,9 +200,12 @@ def test_a_second_run_takes_the_reference_from_disk(tiny_folder, data, tmp_path,
         (("--objective", "dpo", "--loss-weights", "1,2"), "give 1 numbers"),
         (("--objective", "dpo", "--loss-type", "exo_pair"), "requires --label-smoothing"),
         (("--objective", "dpo", "--loss-type", "hinge", "--length-normalize"), "only sigmoid"),
+        (("--objective", "dpo", "--label-smoothing", 0.1), "only exo_pair, robust"),
+        (("--objective", "dpo", "--discopop-tau", 1), "only discopop"),
+        (("--objective", "kto", "--loss-type", "kto,apo_zero_unpaired"), "takes one"),
         (("--objective", "kto"), "a rated answer needs"),
         (("--objective", "dpo", "--reference-adapter", "/nowhere"), "/nowhere"),
-        ((), "preference"),
+        ((), "--objective dpo"),
     ],
 )
 def test_bad_input_is_one_line(flags, words, tiny_folder, data, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, FormatError
-from mlx_lora.data.preferences import is_preference, parse_pairs, parse_rated
+from mlx_lora.data.preferences import parse_pairs, parse_rated
 
 USER, GOOD, BAD = (
     {"role": "user", "content": "What color is the sky?"},
@@ -59,11 +59,9 @@ def trained(conversation: Conversation) -> list[dict]:
 @pytest.mark.parametrize("record", CHATS.values(), ids=CHATS)
 def test_every_form_is_the_same_pair(record):
     [pair] = parse_pairs(record)
-    assert is_preference(record)
     assert [message["content"] for message in pair.chosen.messages] == [USER["content"], GOOD["content"]]
     assert [message["content"] for message in pair.rejected.messages] == [USER["content"], BAD["content"]]
     assert [message["role"] for message in pair.chosen.messages] == ["user", "assistant"]
-    assert not is_preference({"messages": [USER, GOOD]})
 
 
 def test_earlier_answers_are_context():

@@ -80,14 +80,14 @@ def _refuse_preference(record: Record) -> None:
     for pair in PREFERENCE_PAIRS:
         if record.keys() >= set(pair):
             raise FormatError(
-                f"a preference row ({' and '.join(pair)}), and preference training is not available; to train on the "
-                f"{pair[0]} answers, save them as prompt and completion"
+                f"a preference row ({' and '.join(pair)}); train with --objective dpo, orpo, simpo or cpo, or save the "
+                f"{pair[0]} answers as prompt and completion"
             )
     for name in RATING_COLUMNS:
         if _is_rating(record.get(name)) and any(record.keys() >= keys for keys in ANSWERED):
             raise FormatError(
-                f"a row with a rated answer ({name}: {record[name]}), and preference training is not available; keep "
-                f"the rows with good answers and remove {name}, or name the format with --data-format"
+                f"a row with a rated answer ({name}: {record[name]}); train with --objective kto, or keep the rows with "
+                f"good answers and remove {name}"
             )
 
 

@@ -101,12 +101,6 @@ def parse_rated(record: Record) -> list[Rated]:
     return [Rated(_last_answer_only(example), text in YES)]
 
 
-def is_preference(record: Record) -> bool:
-    """Tell whether a record compares or rates answers, whatever else is wrong with it."""
-    keys = {_NAMES.get(key, key) for key in record}
-    return {"chosen", "rejected"} <= keys or bool(keys & set(LABELS)) or "completions" in keys
-
-
 _NAMES = {
     "chosen_response": "chosen",
     "rejected_response": "rejected",

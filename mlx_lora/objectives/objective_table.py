@@ -43,6 +43,11 @@ def _dpo(settings: ObjectiveSettings) -> Objective:
             raise InputError(f"--length-normalize with --loss-type {settings.loss_type}: only sigmoid has such a form")
         names = ["sigmoid_norm"]
     weights = _weights(settings.loss_weights, names)
+    smoothed = [name for name in names if name in SMOOTHED]
+    if settings.label_smoothing and not smoothed:
+        raise InputError(f"--label-smoothing with --loss-type {settings.loss_type}: only {', '.join(SMOOTHED)} take it")
+    if settings.discopop_tau != ObjectiveSettings.discopop_tau and "discopop" not in names:
+        raise InputError(f"--discopop-tau with --loss-type {settings.loss_type}: only discopop takes it")
     if "exo_pair" in names and not settings.label_smoothing:
         raise InputError("--loss-type exo_pair requires --label-smoothing above 0 (the paper takes 0.001)")
     if settings.rpo_alpha:
@@ -70,7 +75,11 @@ def _cpo(settings: ObjectiveSettings) -> Objective:
 
 
 def _kto(settings: ObjectiveSettings) -> Objective:
-    [name] = _names("kto" if settings.loss_type == "sigmoid" else settings.loss_type, RATED_LOSSES)[:1]
+    name, *others = _names("kto" if settings.loss_type == "sigmoid" else settings.loss_type, RATED_LOSSES)
+    if others:
+        raise InputError(
+            f"--loss-type {settings.loss_type}: --objective kto takes one; give {' or '.join(RATED_LOSSES)}"
+        )
     options = RatedOptions(settings.beta, settings.desirable_weight, settings.undesirable_weight)
     function = RATED_LOSSES[name]
 
@@ -108,6 +117,7 @@ OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Objective]] = {
     "cpo": _cpo,
     "kto": _kto,
 }
+SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # of DPO's family, those with --label-smoothing
 # Options that only some objectives have: given to another, they would be ignored.
 OWN_OPTIONS = {
     "loss_type": ("dpo", "kto"),
