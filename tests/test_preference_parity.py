@@ -12,9 +12,11 @@ from torch_judge import torch_base
 
 from mlx_lora.adapters.adapt import adapt_model
 from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.data.batches import BatchPlan
+from mlx_lora.data.batches import BatchPlan, collate
 from mlx_lora.data.encode import EncodedSet
+from mlx_lora.data.joining import joined
 from mlx_lora.models.load import load_base
+from mlx_lora.models.shared_prefix import rotate_by_token
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.settings.config import AdapterSettings, ModelSettings, ObjectiveSettings, OptimizerSettings
 from mlx_lora.system.distributed import ALONE
@@ -47,8 +49,12 @@ def settings_of(name: str, **options) -> ObjectiveSettings:
     return ObjectiveSettings(objective=name, **{"beta": 0.3, **options})
 
 
-def ours(folder, settings: ObjectiveSettings, rows: EncodedSet, steps: int = STEPS):
-    """Return losses, reports, initial factors, first gradients, final factors, the reference and the batches."""
+def ours(folder, settings: ObjectiveSettings, rows: EncodedSet, steps: int = STEPS, shared: bool = False):
+    """Train, with `shared` on rows that hold a prompt and both answers.
+
+    Returns losses, reports, initial factors, first gradients, final factors, the reference and the batches of
+    separate rows.
+    """
     objective = objective_of(settings)
     base = load_base(ModelSettings(model=str(folder)))
     adapt_model(base.model, AdapterSettings(rank=RANK, alpha=ALPHA), seed=1)
@@ -68,7 +74,9 @@ def ours(folder, settings: ObjectiveSettings, rows: EncodedSet, steps: int = STE
         base.model, optimizer, task.loss.train, 1.0, prepare=lambda batches: task.prepare(batches, ALONE),
         arrays_of=task.arrays_of, reports=task.reports,
     )  # fmt: skip
-    plan = BatchPlan(rows, batch_tokens=400, batch_size=4, seed=0)
+    if shared:
+        rotate_by_token(base.model)
+    plan = BatchPlan(joined(rows) if shared else rows, batch_tokens=400, batch_size=4, seed=0)
     batches = [plan.batch(*divmod(number, len(plan))) for number in range(steps)]
     losses, reports = [], []
     gradients = first_gradients(base.model, task, batches[0])
@@ -78,6 +86,10 @@ def ours(folder, settings: ObjectiveSettings, rows: EncodedSet, steps: int = STE
         means = {name: value.item() / result.count.item() for name, value in result.reports.items()}
         reports.append(task.finish(means))
     final = {name: np.array(value) for name, value in tree_flatten(base.model.trainable_parameters())}
+    if shared:
+        assert all(batch.starts is not None for batch in batches)
+        wide = int(rows.lengths.max())
+        batches = [collate(rows, batch.numbers, wide, 8 * wide) for batch in batches]
     return losses, reports, initial, gradients, final, reference, batches
 
 
@@ -178,12 +190,15 @@ NAMES = {"accuracy": "rewards/accuracies", "margin": "rewards/margins", "chosen_
          "rejected_rewards": "rewards/rejected", "chosen_logps": "logps/chosen"}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_losses_gradients_and_curves_are_trls(case, tiny_folder):
+SHARED = ("dpo", "dpo mixed", "orpo", "simpo", "cpo")
+
+
+@pytest.mark.parametrize(("case", "shared"), [*((case, False) for case in CASES), *((case, True) for case in SHARED)])
+def test_losses_gradients_and_curves_are_trls(case, shared, tiny_folder):
     pytest.importorskip("trl")
     settings = CASES[case]
     rows = answers(rated=settings.objective == "kto")
-    losses, reports, initial, gradients, final, reference, batches = ours(tiny_folder, settings, rows)
+    losses, reports, initial, gradients, final, reference, batches = ours(tiny_folder, settings, rows, shared=shared)
     theirs, told, their_gradients, their_final = in_trl(tiny_folder, settings, initial, batches, reference)
     # Relative to the curve: some losses pass through zero.
     assert np.abs(np.subtract(losses, theirs)).max() < 1e-3 * np.abs(theirs).max()

@@ -100,7 +100,7 @@ CHANGES = {
 def test_every_option_is_tried():
     names = {f.name for f in fields(ObjectiveSettings)} - {"objective"}
     assert names == set(OWN_OPTIONS)
-    assert set(CHANGES) == names - {"reference_adapter"}
+    assert set(CHANGES) == names - {"reference_adapter", "shared_prefix"}  # neither changes a fresh run's loss
 
 
 @pytest.mark.slow

@@ -42,7 +42,8 @@ class Batch:
         positions: (P,) int32, row * T + column of each trained target, then zeros.
         weights: (P,) float32, 1 for each trained target, then zeros.
         group: rows per example, K.
-        labels, reference: (B,) float32, as in `EncodedSet`; None: it has none.
+        labels, reference: (B,) float32, as in `EncodedSet`; None: it has none. (B, K) with `starts`.
+        starts: (B, K) int32, as in `EncodedSet`; None: a row holds one text.
         numbers: (B,) row numbers in the encoded set, EMPTY for padding; None: not from a set.
         answers: (B, T) bool, the trained targets that belong to an answer; None: all of them.
         shares: what the objective weighs this batch with beside the rows' own numbers (objectives/objective.py).
@@ -59,7 +60,25 @@ class Batch:
     reference: np.ndarray | None = None
     numbers: np.ndarray | None = None
     answers: np.ndarray | None = None
+    starts: np.ndarray | None = None
     shares: tuple[float, ...] = ()
+
+    @property
+    def real(self) -> np.ndarray:
+        """(B,) bool, False for rows of padding; of a batch that is from no set, all rows count."""
+        return np.ones(len(self.inputs), bool) if self.numbers is None else self.numbers != EMPTY
+
+    @property
+    def answers_per_row(self) -> int:
+        """Answers that a row holds: 1, or K with `starts`."""
+        return 1 if self.starts is None else self.starts.shape[1]
+
+    @property
+    def first_targets(self) -> int:
+        """The number of trained targets in the first answers of all examples, and in the prompts where these count."""
+        if self.starts is None:
+            return int(self.mask[:: self.group].sum())
+        return int((self.mask & (np.arange(self.mask.shape[1]) < self.starts[:, 1:2])).sum())
 
     @classmethod
     def of(
@@ -98,7 +117,7 @@ class Batch:
             taken[rows == EMPTY] = EMPTY if array is self.numbers else 0
             return taken
 
-        more = {name: getattr(self, name) for name in ("labels", "reference", "numbers", "answers")}
+        more = {name: getattr(self, name) for name in ("labels", "reference", "numbers", "answers", "starts")}
         parts = {name: of(array) for name, array in more.items() if array is not None}
         return Batch.of(
             of(self.inputs), of(self.targets), of(self.mask), real_tokens, slots,
@@ -303,9 +322,13 @@ def collate(rows: EncodedSet, numbers: np.ndarray, width: int, slots: int) -> Ba
         real_tokens += n
 
     def of_rows(values: np.ndarray | None) -> np.ndarray | None:
-        return None if values is None else np.where(numbers == EMPTY, 0, values[numbers]).astype(np.float32)
+        if values is None:
+            return None
+        found = values[numbers]
+        found[numbers == EMPTY] = 0
+        return found
 
-    more = {"labels": of_rows(rows.labels), "reference": of_rows(rows.reference)}
+    more = {"labels": of_rows(rows.labels), "reference": of_rows(rows.reference), "starts": of_rows(rows.starts)}
     return Batch.of(
         inputs, targets, mask, real_tokens, slots, group=rows.group, numbers=numbers, answers=answers, **more
     )

@@ -37,10 +37,12 @@ class EncodedSet:
         mask: (N,) bool, True: this token is a target that is trained. A row's first token never is one.
         offsets: (R + 1,) int64; row i is tokens[offsets[i]:offsets[i + 1]].
         group: Rows per example, K: the two answers of a pair are rows 2 i and 2 i + 1. Batches keep them together.
-        labels: (R,) float32, what the data says of a row beside its tokens; None: nothing.
+        labels: (R,) float32, what the data says of a row beside its tokens; None: nothing. (R, K) with `starts`.
         answers: (N,) bool, the trained targets that belong to an answer; None: all of them.
         reference: (R,) float32, log-probability of each row's answer under the reference; None: not computed. It follows
-            from the other arrays and the base, and is no part of the fingerprint.
+            from the other arrays and the base, and is no part of the fingerprint. (R, K) with `starts`.
+        starts: (R, K) int32, of rows that hold a prompt and K answers behind it: where each answer starts (data/joining.py);
+            None: a row holds one text.
     """
 
     tokens: np.ndarray
@@ -50,6 +52,7 @@ class EncodedSet:
     labels: np.ndarray | None = None
     answers: np.ndarray | None = None
     reference: np.ndarray | None = None
+    starts: np.ndarray | None = None
 
     @classmethod
     def from_rows(cls, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> EncodedSet:

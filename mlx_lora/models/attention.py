@@ -32,6 +32,7 @@ class Tiles:
     Attributes:
         scale: factor on the scores.
         mask: `causal`, None, or a bool array that broadcasts to (B, H, T, S), False where a key is hidden.
+        backward: whether no query sees a later key, which a `causal` mask implies and an array does not tell.
         queries: about how many queries a tile has.
         kernel: `tiled`, or `mlx` for mx.fast.scaled_dot_product_attention with its own gradient and no tiles.
     """
@@ -40,13 +41,14 @@ class Tiles:
     mask: mx.array | str | None
     queries: int = TILE_QUERIES
     kernel: str = "tiled"
+    backward: bool = False
 
     def spans(self, q: mx.array, k: mx.array) -> list[tuple[int, int, int]]:
         """Return (first query, query after the last, keys seen) of each tile; tiles are about equally large."""
         queries, keys = q.shape[2], k.shape[2]
         count = max(1, round(queries / self.queries))
         edges = [queries * i // count for i in range(count + 1)]
-        causal = isinstance(self.mask, str)
+        causal = isinstance(self.mask, str) or self.backward
         return [(a, b, keys - queries + b if causal else keys) for a, b in pairwise(edges)]
 
     def tile_mask(self, start: int, stop: int, seen: int, key_heads: int) -> mx.array | None:
@@ -56,7 +58,7 @@ class Tiles:
         if isinstance(self.mask, str):  # the tile's last query sees all keys of the tile
             return mx.arange(seen) <= mx.arange(seen - (stop - start), seen)[:, None]
         mask = self.mask.reshape((1,) * (4 - self.mask.ndim) + self.mask.shape)
-        mask = mask[:, :, start:stop] if mask.shape[2] > 1 else mask
+        mask = mask[:, :, start:stop, :seen] if mask.shape[2] > 1 else mask
         batch, heads, *rest = mask.shape
         return mask.reshape(batch, *((1, 1) if heads == 1 else (key_heads, heads // key_heads)), *rest)
 

@@ -61,18 +61,24 @@ class Head:
     soft_cap: float | None = None
     inner: bool = False
 
-    def hidden(self, inputs: mx.array) -> mx.array:
-        """Return the hidden states that the layer turns into logits, (B, T) -> (B, T, D)."""
+    def hidden(self, inputs: mx.array, **caches: Any) -> mx.array:
+        """Return the hidden states that the layer turns into logits, (B, T) -> (B, T, D).
+
+        Args:
+            inputs: token ids.
+            caches: `cache`, if the rows hold several answers (models/shared_prefix.py).
+        """
         if not self.inner:
-            return self._run(inputs)
+            return self._run(inputs, caches)
         with _intercepted(self.layer) as seen:
-            out = self._run(inputs)  # lazy: what follows the layer is never computed
+            out = self._run(inputs, caches)  # lazy: what follows the layer is never computed
         return seen[-1] if seen else out
 
-    def _run(self, inputs: mx.array) -> mx.array:
+    def _run(self, inputs: mx.array, caches: dict[str, Any]) -> mx.array:
         """Call the body; some bodies require a `cache` argument."""
         cache = inspect.signature(type(self.body).__call__).parameters.get("cache")
-        return self.body(inputs, cache=None) if cache and cache.default is cache.empty else self.body(inputs)
+        required = cache is not None and cache.default is cache.empty
+        return self.body(inputs, **({"cache": None} if required else {}) | caches)
 
     @property
     def arrays(self) -> list[mx.array]:

@@ -19,6 +19,7 @@ from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.kernel_row import MLX, Kernel, ShapeClass, size_class
 from mlx_lora.models.kernel_table import LONGEST, activation_class, attention_class, kernel_rows
 from mlx_lora.models.kernels import training_kernels
+from mlx_lora.models.shared_prefix import shared_caches
 from mlx_lora.planner.shapes import KernelTerms, ModelShape
 from mlx_lora.system import device
 from mlx_lora.system.measuring import Figures, choose, keep_figures, may_measure, measure, read_figures
@@ -108,6 +109,7 @@ def choose_model_kernels(
     asked: str,
     dtype: mx.Dtype,
     say: Callable[[str], None] = lambda line: None,
+    shared: bool = False,
 ) -> KernelChoice:
     """Return the kernels that a model trains with on this device, after measuring what is not in the cache.
 
@@ -117,8 +119,9 @@ def choose_model_kernels(
         asked: --kernels.
         dtype: of its activations.
         say: called with a line before each measurement.
+        shared: whether a row holds a prompt and several answers.
     """
-    return choose_among(recorded_calls(model, lengths), asked, dtype, say)
+    return choose_among(recorded_calls(model, lengths, shared), asked, dtype, say)
 
 
 def choose_among(
@@ -167,8 +170,8 @@ def planned_kernels(model: ModelShape, asked: str, dtype: mx.Dtype) -> KernelCho
     return choose_among([(kernel, shape) for (_, shape), kernel in calls.items()], asked, dtype)
 
 
-def recorded_calls(model: nn.Module, lengths: Iterable[int]) -> list[tuple[Kernel, ShapeClass]]:
-    """Return each kernel and shape class that the model uses on rows of these lengths."""
+def recorded_calls(model: nn.Module, lengths: Iterable[int], shared: bool = False) -> list[tuple[Kernel, ShapeClass]]:
+    """Return each kernel and shape class that the model uses on rows of these lengths; `shared` as above."""
     found: dict[tuple[str, ShapeClass], Kernel] = {}
 
     def record(kernel: Kernel, shape: ShapeClass) -> str:
@@ -186,7 +189,8 @@ def recorded_calls(model: nn.Module, lengths: Iterable[int]) -> list[tuple[Kerne
     try:
         with training_kernels(model, choose=record):
             for length in longest.values():
-                model(mx.zeros((1, max(1, length)), mx.int32))
+                inputs = mx.zeros((1, max(1, length)), mx.int32)
+                model(inputs, **shared_caches(model, inputs, mx.array([[1, 1]]) if shared else None))
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise

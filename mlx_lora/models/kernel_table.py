@@ -24,6 +24,7 @@ from mlx_lora.models.activations import lean_swiglu
 from mlx_lora.models.attention import AttentionCall, Tiles, attend
 from mlx_lora.models.kernel_row import MLX, Kernel, ShapeClass, size_class
 from mlx_lora.models.recurrent_table import gated_delta_row, state_space_row
+from mlx_lora.models.shared_prefix import SharedPrefix
 from mlx_lora.planner.shapes import KernelTerms
 from mlx_lora.system import device
 from mlx_lora.system.measuring import Figures, Outputs, Trial
@@ -83,7 +84,8 @@ def _attention(
     sinks: mx.array | None = None,
 ) -> mx.array:
     """Return attention for mlx-lm's signature; only calls that have a shape class get here."""
-    return attend(queries, keys, values, Tiles(scale, mask, kernel=kernel), sinks)
+    tiles = Tiles(scale, mask, kernel=kernel, backward=isinstance(cache, SharedPrefix))
+    return attend(queries, keys, values, tiles, sinks)
 
 
 def attention_class(
@@ -115,8 +117,8 @@ def _attention_class(
     mask: mx.array | str | None,
     sinks: mx.array | None = None,
 ) -> ShapeClass | None:
-    # A float mask may carry a gradient (DeepSeek's position scores); a cache means generation.
-    if cache is not None or (isinstance(mask, mx.array) and mask.dtype != mx.bool_):
+    # A float mask may carry a gradient (DeepSeek's position scores); any other cache means generation.
+    if not isinstance(cache, SharedPrefix | None) or (isinstance(mask, mx.array) and mask.dtype != mx.bool_):
         return None
     kind = "array" if isinstance(mask, mx.array) else mask or "none"
     (_, heads, _, width), (_, key_heads, seen, _) = queries.shape, keys.shape

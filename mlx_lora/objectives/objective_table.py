@@ -131,6 +131,7 @@ OWN_OPTIONS = {
     "cpo_alpha": ("cpo",),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
+    "shared_prefix": ("dpo", "orpo", "simpo", "cpo"),
     "reference_adapter": ("dpo", "kto"),
 }
 

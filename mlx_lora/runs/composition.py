@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lora.adapters.adapt import Adapted, adapt_model
+from mlx_lora.adapters.model_shape import model_shape
 from mlx_lora.artifacts.adapter import (
     CONFIG_FILE,
     AdapterInfo,
@@ -22,6 +23,7 @@ from mlx_lora.artifacts.checkpoint import Checkpoint
 from mlx_lora.artifacts.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
+from mlx_lora.data.joining import joined, saved_share
 from mlx_lora.data.loading import DataSplits
 from mlx_lora.data.widths import ShapePrice
 from mlx_lora.models.attention import attend
@@ -29,6 +31,7 @@ from mlx_lora.models.kernel_choice import KernelChoice, choose_model_kernels
 from mlx_lora.models.kernel_row import MLX
 from mlx_lora.models.kernels import assumed
 from mlx_lora.models.load import Base
+from mlx_lora.models.shared_prefix import unshareable
 from mlx_lora.objectives.objective import Objective
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.planner.fitting import planned_words
@@ -39,6 +42,7 @@ from mlx_lora.runs.words import describe_run
 from mlx_lora.settings.config import DataSettings, LoopSettings, TrainSettings
 from mlx_lora.system import device
 from mlx_lora.system.distributed import Ranks
+from mlx_lora.system.errors import InputError
 from mlx_lora.training.agreement import check_one_run, take_first_ranks
 from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.hooks_from_settings import make_events, rates_of, restart_every, restart_warmup
@@ -46,6 +50,7 @@ from mlx_lora.training.loss_choice import PLAIN_LOGITS
 from mlx_lora.training.losses import Loss, check_kernels, choose_loss
 from mlx_lora.training.objective_loss import Task, task_of
 from mlx_lora.training.optim import build_optimizer
+from mlx_lora.training.prefix_sharing import LEAST_SAVED, saved_work, sharing_problem
 from mlx_lora.training.run_fit import adapted_shape, fit_run
 from mlx_lora.training.sharing import Sharing
 from mlx_lora.training.state import Position
@@ -117,18 +122,20 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     adapted, info = adapt(asked, base, splits.chat_template)
     if objective.reference and not other_reference:
         splits = splits.changed(lambda sets: with_reference(asked, base, sets, say, ranks))
-    chosen = choose_loss_and_kernels(asked, base, splits.train, say)
+    found = find_checkpoint(asked.loop, ranks, say)
+    fingerprint = splits.train.fingerprint  # of the rows apart, so that a run may be resumed whatever shares a row
+    splits, chosen, layout = choose_layout(asked, base, splits, objective, found, say)
     settings, memory = fit_settings(asked, base, splits, chosen)
     loop = settings.loop
-    found = find_checkpoint(loop, ranks, say)
     plan, epochs = training_plan(loop, splits.train, found)
     validation = held_out_plan(splits.valid, loop) if splits.valid else None
     steps = total_steps(plan, loop)
     device.compile_for(steps)
-    identity = identity_of(settings, base.fingerprint, splits.train.fingerprint, plan, epochs)
+    identity = identity_of(settings, base.fingerprint, fingerprint, plan, epochs) | layout.identity
     if found:
         check_continuation(found, identity)
     step, task, notes = make_step(settings, base, chosen, objective, memory, steps, ranks)
+    notes += [layout.words] if layout.words else []
     check_one_run(ranks, settings, identity)
     take_first_ranks(ranks, step, say)
     at = found.position if found else Position()
@@ -205,10 +212,71 @@ def choose_loss_and_kernels(
     loss = choose_loss(base.model, base.config, asked, say)
     dtype = device.compute_dtype(settings.model.dtype)
     lengths = sorted({max(1, int(length) - 1) for length in rows.lengths})
-    choice = choose_model_kernels(base.model, lengths, asked, dtype, say)
+    choice = choose_model_kernels(base.model, lengths, asked, dtype, say, shared=rows.starts is not None)
     kernels, words = check_kernels(base.model, base.config, loss, choice)
     terms = replace((kernels or choice.of_mlx()).terms(), loss=loss.kernel)
     return LossAndKernels(loss, kernels, terms, words)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the answers of a pair lie in rows.
+
+    Attributes:
+        shared: whether a row holds the prompt and both answers.
+        words: for the run header; empty where there are no pairs.
+    """
+
+    shared: bool = False
+    words: str = ""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with its checkpoint."""
+        return {"shared_prefix": True} if self.shared else {}
+
+
+def choose_layout(
+    settings: TrainSettings,
+    base: Base,
+    splits: DataSplits,
+    objective: Objective,
+    found: Checkpoint | None,
+    say: Callable[[str], None],
+) -> tuple[DataSplits, LossAndKernels, Layout]:
+    """Choose loss and kernels, and whether a pair's prompt is computed once; return the data in that layout.
+
+    Args:
+        settings, base, splits, say: as in `compose`.
+        objective: of the run.
+        found: a checkpoint to go on from, whose layout is kept.
+
+    Raises:
+        InputError: --shared-prefix asks for what the model or the checkpoint does not allow.
+    """
+    asked = settings.objective.shared_prefix
+    if found is not None:
+        before = "on" if found.identity.get("shared_prefix") else "off"
+        if asked not in (before, "auto"):
+            raise InputError(f"--shared-prefix {asked}: the run to resume has it {before}; leave the flag out")
+        asked = before
+    apart = "separate rows for both answers"
+    if objective.records != "pairs" or asked == "off":
+        layout = Layout(words=f"{apart} (--shared-prefix off)" if objective.records == "pairs" else "")
+        return splits, choose_loss_and_kernels(settings, base, splits.train, say), layout
+    problem = unshareable(base.model)
+    if problem is None and asked == "auto":
+        saved = saved_work(model_shape(base.model, base.config), splits.train)
+        problem = None if saved >= LEAST_SAVED else f"a shared prompt would save {max(0.0, saved):.0%} of the work"
+    if problem is None:
+        together = replace(splits, train=joined(splits.train))
+        chosen = choose_loss_and_kernels(settings, base, together.train, say)
+        problem = sharing_problem(base.model, base.config, chosen.loss, chosen.kernels)
+        if problem is None:
+            return together, chosen, Layout(True, f"prompts shared ({saved_share(splits.train):.0%} fewer positions)")
+    if asked == "on":
+        raise InputError(f"--shared-prefix on: {problem}; leave the flag out")
+    return splits, choose_loss_and_kernels(settings, base, splits.train, say), Layout(words=f"{apart} ({problem})")
 
 
 def fit_settings(

@@ -18,7 +18,9 @@ import numpy as np
 from mlx_lora.adapters.inject import remove_adapters
 from mlx_lora.artifacts.adapter import WEIGHTS_FILE, load_adapter
 from mlx_lora.data.encode import EncodedSet
+from mlx_lora.data.joining import joined, saved_share
 from mlx_lora.models.load import Base
+from mlx_lora.models.shared_prefix import unshareable
 from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.system import device
 from mlx_lora.system.cache import cache_dir
@@ -27,6 +29,7 @@ from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import replacing_file, sha256_of
 from mlx_lora.training.losses import choose_loss
 from mlx_lora.training.objective_loss import row_log_probabilities
+from mlx_lora.training.prefix_sharing import LEAST_SAVED, sharing_problem
 
 TELL_EVERY_S = 10.0
 
@@ -78,12 +81,15 @@ def _of(settings: TrainSettings, base: Base, rows: EncodedSet, ranks: Ranks, say
 
 def _compute(settings: TrainSettings, base: Base, rows: EncodedSet, say: Callable[[str], None]) -> np.ndarray:
     loss = choose_loss(base.model, base.config, settings.loop.kernels, say)
+    answers = len(rows)
+    if _may_share(settings, rows) and not (unshareable(base.model) or sharing_problem(base.model, base.config, loss)):
+        rows = joined(rows)
     next_s = time.monotonic() + TELL_EVERY_S
 
     def tell(done: int) -> None:
         nonlocal next_s
         if time.monotonic() > next_s:
-            say(f"Reference: {done:,} of {len(rows):,} answers")
+            say(f"Reference: {done:,} of {answers:,} answers")
             next_s = time.monotonic() + TELL_EVERY_S
 
     tokens = settings.loop.batch_tokens or DEFAULT_BATCH_TOKENS
@@ -91,6 +97,12 @@ def _compute(settings: TrainSettings, base: Base, rows: EncodedSet, say: Callabl
         return row_log_probabilities(base.model, loss.measure_tokens or loss.tokens, rows, tokens, tell)
     except ArithmeticError as error:
         raise InputError(f"the reference cannot be computed: {error}; try --dtype float32, or another base") from None
+
+
+def _may_share(settings: TrainSettings, rows: EncodedSet) -> bool:
+    """Tell whether the answers of an example share a row, if the model allows it."""
+    asked = settings.objective.shared_prefix
+    return asked == "on" or (asked == "auto" and saved_share(rows) >= LEAST_SAVED)
 
 
 def _key(settings: TrainSettings, base: Base, rows: EncodedSet) -> str:
@@ -101,7 +113,7 @@ def _key(settings: TrainSettings, base: Base, rows: EncodedSet) -> str:
     elif adapter.resume_adapter_file:
         files = [sha256_of(Path(adapter.resume_adapter_file)), adapter.rank, adapter.alpha]
     facts = [base.fingerprint, base.describe(), rows.fingerprint, str(device.compute_dtype(settings.model.dtype))]
-    facts += [settings.loop.kernels, adapter.method_name, device.measured_on(), *files]
+    facts += [settings.loop.kernels, adapter.method_name, device.measured_on(), _may_share(settings, rows), *files]
     return sha256_of(json.dumps(facts))[:32]
 
 

@@ -147,6 +147,8 @@ class ObjectiveSettings:
         OBJECTIVE, at_least=0, at_most=1000)
     desirable_weight: float = setting(1.0, "kto: weight of good answers.", OBJECTIVE, at_least=0, at_most=1000)
     undesirable_weight: float = setting(1.0, "kto: weight of bad answers.", OBJECTIVE, at_least=0, at_most=1000)
+    shared_prefix: str = setting("auto", "Compute the prompt of a pair once for both answers: on, off, or auto, where it "
+        "saves work and the model allows it.", OBJECTIVE, choices=("auto", "on", "off"), may_change=True)
     reference_adapter: str | None = setting(None,
         "Adapter folder whose model is the reference (default: the model as the run starts).",
         OBJECTIVE, may_change=True, per_machine=True)

@@ -29,6 +29,7 @@ from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.kernel_choice import AUTO, OURS, KernelChoice
 from mlx_lora.models.kernel_row import MLX
 from mlx_lora.models.kernels import has_recurrence, training_kernels
+from mlx_lora.models.shared_prefix import shared_caches
 from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
 from mlx_lora.planner.this_machine import loss_tile_bytes
 from mlx_lora.system import device
@@ -60,7 +61,8 @@ class Arrays(NamedTuple):
 
 
 TokenLosses = Callable[..., mx.array]
-"""(model, *Arrays) -> (P,) float32 losses of the positions, 0 for padding."""
+"""(model, *Arrays) -> (P,) float32 losses of the positions, 0 for padding. Where a row holds a prompt and several answers, a
+sixth array is `Batch.starts`."""
 LossFunction = Callable[..., tuple]
 """(model, *arrays) -> (sum, count), float32 scalars, and where an objective reports more, a dict of sums. An empty mask gives (0, 0): nothing is divided, so no NaN."""
 
@@ -96,15 +98,21 @@ def plain_loss(
 
 
 def plain_token_losses(
-    model: nn.Module, inputs: mx.array, targets: mx.array, mask: mx.array, positions: mx.array, weights: mx.array
+    model: nn.Module,
+    inputs: mx.array,
+    targets: mx.array,
+    mask: mx.array,
+    positions: mx.array,
+    weights: mx.array,
+    *starts: mx.array,
 ) -> mx.array:
     """Return the cross-entropy at the positions, (P,), from the model's logits."""
-    losses = _plain_losses(model, inputs, targets).reshape(-1)[positions]
+    losses = _plain_losses(model, inputs, targets, *starts).reshape(-1)[positions]
     return mx.where(weights > 0, losses * weights, 0.0)
 
 
-def _plain_losses(model: nn.Module, inputs: mx.array, targets: mx.array) -> mx.array:
-    logits = model(inputs).astype(mx.float32)  # (B, T, V)
+def _plain_losses(model: nn.Module, inputs: mx.array, targets: mx.array, *starts: mx.array) -> mx.array:
+    logits = model(inputs, **shared_caches(model, inputs, *starts)).astype(mx.float32)  # (B, T, V)
     return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
 
 
@@ -127,9 +135,9 @@ def head_loss(head: Head, kernel: str, tile_bytes: int) -> Loss:
     words = {TILES: f"fused cross-entropy, {tile_bytes / 2**20:.0f} MiB tiles", ROWS: "mx.fast.cross_entropy by rows"}
     token_losses = partial(LOSS_KERNELS[kernel], tile_bytes=tile_bytes)
 
-    def tokens(gradient: bool, _: nn.Module, *batch: mx.array) -> mx.array:
-        inputs, targets, _mask, positions, weights = batch
-        hidden = head.hidden(inputs)  # (B, T, D)
+    def tokens(gradient: bool, model: nn.Module, *batch: mx.array) -> mx.array:
+        inputs, targets, _mask, positions, weights, *starts = batch
+        hidden = head.hidden(inputs, **shared_caches(model, inputs, *starts))  # (B, T, D)
         chosen = hidden.reshape(-1, hidden.shape[-1])[positions]  # (P, D)
         return token_losses(head, chosen, targets.reshape(-1)[positions], weights, gradient=gradient)
 

@@ -4,7 +4,7 @@ The fused head gives the loss of each trained position and its gradient in one f
 answers, and the answer's weight arrives at each position with the cotangent. So no objective needs logits, and a step's
 memory is that of imitation.
 
-Shapes: B rows, K rows per example, E examples, T columns, P positions.
+Shapes: B rows, A answers (B, or B K where a row holds K), E examples, T columns, P positions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.data.batches import EMPTY, Batch, BatchPlan
+from mlx_lora.data.batches import Batch, BatchPlan
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.objectives.objective import AnswerSums, Objective
 from mlx_lora.system.distributed import ALONE, Ranks
@@ -31,7 +31,7 @@ class AnswerArrays(NamedTuple):
 
     Attributes:
         answers: (P,) float32, 1 where a position belongs to an answer.
-        labels, reference, real: (B,) float32, see `AnswerSums`.
+        labels, reference, real: (A,) float32, see `AnswerSums`.
         shares: (2,) float32, the factor on the likelihood and the divergence.
     """
 
@@ -44,40 +44,42 @@ class AnswerArrays(NamedTuple):
     @classmethod
     def of(cls, batch: Batch) -> AnswerArrays:
         """Copy a batch's to the device."""
-        rows = len(batch.inputs)
         answers = batch.weights
         if batch.answers is not None:
             answers = batch.answers.ravel()[batch.positions] * batch.weights
-        zeros = np.zeros(rows, np.float32)
+        real = np.repeat(batch.real, batch.answers_per_row).astype(np.float32)
+        none = np.zeros_like(real)
         return cls(
             mx.array(answers.astype(np.float32)),
-            mx.array(zeros if batch.labels is None else batch.labels),
-            mx.array(zeros if batch.reference is None else batch.reference),
-            mx.array((batch_numbers(batch) != EMPTY).astype(np.float32)),
+            mx.array(none if batch.labels is None else batch.labels.ravel()),
+            mx.array(none if batch.reference is None else batch.reference.ravel()),
+            mx.array(real),
             mx.array(np.array(batch.shares or (0.0, 0.0), np.float32)),
         )
 
 
-def batch_numbers(batch: Batch) -> np.ndarray:
-    """Return the rows' numbers in the encoded set, (B,); of a batch that is from none, all rows count."""
-    return np.arange(len(batch.inputs)) if batch.numbers is None else batch.numbers
-
-
 def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
-    """Return all arrays of a batch of answers."""
-    return (*Arrays.of(batch), *AnswerArrays.of(batch))
+    """Return all arrays of a batch of answers; the last one, where rows hold several answers, is `Batch.starts`."""
+    starts = () if batch.starts is None else (mx.array(batch.starts),)
+    return (*Arrays.of(batch), *AnswerArrays.of(batch), *starts)
 
 
-def answer_sums(losses: mx.array, width: int, arrays: Arrays, answers: AnswerArrays) -> AnswerSums:
-    """Sum the losses of positions, (P,), to rows, (B,)."""
-    rows = arrays.positions // width  # (P,)
-    own = rows[None, :] == mx.arange(len(answers.real))[:, None]  # (B, P)
+def answer_sums(
+    losses: mx.array, width: int, arrays: Arrays, answers: AnswerArrays, starts: mx.array | None = None
+) -> AnswerSums:
+    """Sum the losses of positions, (P,), to answers, (A,)."""
+    owners = arrays.positions // width  # (P,), each position's row, then its answer
+    if starts is not None:
+        # A target in the prompt counts for the first answer, as in a row that holds only that one.
+        later = (arrays.positions % width)[:, None] >= starts[owners][:, 1:]
+        owners = owners * starts.shape[1] + later.sum(axis=1)
+    own = owners[None, :] == mx.arange(len(answers.real))[:, None]  # (A, P)
 
-    def by_row(values: mx.array) -> mx.array:
+    def by_answer(values: mx.array) -> mx.array:
         return mx.where(own, values[None, :], 0.0).sum(axis=1)
 
-    logps, tokens = by_row(-losses * answers.answers), by_row(answers.answers)
-    likelihood = by_row(losses * arrays.weights) * answers.shares[0]
+    logps, tokens = by_answer(-losses * answers.answers), by_answer(answers.answers)
+    likelihood = by_answer(losses * arrays.weights) * answers.shares[0]
     return AnswerSums(
         logps, tokens, likelihood, answers.reference, answers.labels, answers.real, mx.stop_gradient(answers.shares[1])
     )
@@ -118,8 +120,7 @@ def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
 
     def of(tokens: TokenLosses) -> LossFunction:
         def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-            arrays, answers = Arrays(*batch[:5]), AnswerArrays(*batch[5:])
-            sums = answer_sums(tokens(model, *arrays), arrays.inputs.shape[1], arrays, answers)
+            sums = _sums_of(model, tokens, *batch)
             losses, reports = of_answers(sums)  # (E,)
             real = sums.real[::group]
             return (losses * real).sum(), real.sum(), {name: (r * real).sum() for name, r in reports.items()}
@@ -144,8 +145,8 @@ def _prepared(
     """
     share = divergence = 0.0
     if objective.likelihood != "none":
-        examples = sum(int((batch_numbers(b) != EMPTY).sum()) // b.group for b in batches)
-        tokens = sum(int(b.mask[FIRST :: b.group].sum()) for b in batches)
+        examples = sum(int(b.real.sum()) // b.group for b in batches)
+        tokens = sum(b.first_targets for b in batches)
         share = examples / max(1, tokens)
     if objective.divergence:
         others = (_only(batch, SECOND) for batch in batches)
@@ -187,32 +188,37 @@ def row_log_probabilities(
     batch_tokens: int,
     say: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
-    """Return the log-probability of each row's answer, (R,) float32.
+    """Return the log-probability of each answer, (A,) float32, in the order of the rows.
 
     Args:
         model: put in eval mode for it, and back afterwards.
         tokens: losses of tokens, without a gradient.
-        rows: whose answers.
+        rows: with an answer each, or joined ones with several.
         batch_tokens: of a batch.
-        say: takes the number of rows done after each batch.
+        say: takes the number of answers done after each batch.
     """
-    found = np.zeros(len(rows), np.float32)
+    apart = rows if rows.starts is not None else replace(rows, group=1)
+    found = np.zeros((len(rows), 1 if rows.starts is None else rows.starts.shape[1]), np.float32)
     training, done = model.training, 0
     model.eval()
-    for batch in BatchPlan(rows.grouped(1), batch_tokens=batch_tokens, batch_size=None, seed=0).batches():
-        logps = np.array(_sums(model, tokens, batch).logps)
-        numbers = batch_numbers(batch)
-        real = numbers != EMPTY
-        found[numbers[real]] = logps[real]
-        done += int(real.sum())
+    for batch in BatchPlan(apart, batch_tokens=batch_tokens, batch_size=None, seed=0).batches():
+        logps = np.array(_sums(model, tokens, batch).logps).reshape(-1, found.shape[1])
+        found[batch.numbers[batch.real]] = logps[batch.real]
+        done += logps[batch.real].size
         say(done)
+    found = found.ravel()
     model.train(training)
     if not np.isfinite(found).all():
         bad = int(np.flatnonzero(~np.isfinite(found))[0])
-        raise ArithmeticError(f"row {bad}: its log-probability under the reference is {found[bad]}")
+        raise ArithmeticError(f"answer {bad}: its log-probability under the reference is {found[bad]}")
     return found
 
 
 def _sums(model: nn.Module, tokens: TokenLosses, batch: Batch) -> AnswerSums:
-    arrays, answers = Arrays.of(batch), AnswerArrays.of(batch)
-    return answer_sums(tokens(model, *arrays), arrays.inputs.shape[1], arrays, answers)
+    return _sums_of(model, tokens, *arrays_of(batch))
+
+
+def _sums_of(model: nn.Module, tokens: TokenLosses, *batch: mx.array) -> AnswerSums:
+    """Return the sums of a batch that `arrays_of` put on the device."""
+    arrays, answers, starts = Arrays(*batch[:5]), AnswerArrays(*batch[5:10]), batch[10:]
+    return answer_sums(tokens(model, *arrays, *starts), arrays.inputs.shape[1], arrays, answers, *starts)

@@ -1,0 +1,96 @@
+"""Decide whether a run computes a prompt once for both answers of a pair: where it saves work, and the model allows it.
+
+The model's structure is looked at first (models/shared_prefix.py), then a random pair is computed both ways, with the
+run's own loss and kernels. Rounding may differ, nothing else.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_lora.data.batches import BatchPlan
+from mlx_lora.data.encode import EncodedSet
+from mlx_lora.data.joining import joined, saved_share
+from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
+from mlx_lora.models.kernel_choice import KernelChoice
+from mlx_lora.models.kernels import training_kernels
+from mlx_lora.models.shared_prefix import rotate_by_token
+from mlx_lora.models.vocabulary import embedding_rows
+from mlx_lora.planner.shapes import ModelShape
+from mlx_lora.training.losses import Arrays, Loss
+from mlx_lora.training.probe import Probe, disagreement, probe
+
+LEAST_SAVED = 0.02  # of a step's products; less is not worth a mask for each row
+PROMPT_TOKENS, ANSWER_TOKENS = 24, (20, 12)
+NEARER = 4.0  # how much nearer to separate rows a joined one must be than a row that is one text
+
+
+def saved_work(shape: ModelShape, rows: EncodedSet) -> float:
+    """Return the share of the products of a pass that joining saves; below 0 where longer rows cost more.
+
+    Fewer positions are multiplied by the weights, but each attends to a row that also holds the other answer.
+    """
+    weights = sum(layer.inputs * layer.outputs * layer.active for block in shape.blocks for layer in block.layers)
+    per_score = sum(2 * block.heads * block.head_width for block in shape.blocks)
+
+    def cost(lengths: np.ndarray) -> float:
+        positions = lengths.astype(float) - 1
+        return float((weights * positions + per_score * positions**2 / 2).sum())
+
+    apart = cost(rows.lengths)
+    return 1 - cost(joined(rows).lengths) / apart if apart and saved_share(rows) else 0.0
+
+
+def sharing_problem(
+    model: nn.Module, config: dict[str, Any], loss: Loss, kernels: KernelChoice | None = None
+) -> str | None:
+    """Say in a few words why this model does not compute a joined row as separate ones, None if it does.
+
+    Args:
+        model: adapted; its rotating layers take a position for each token from then on.
+        config: its config.json.
+        loss, kernels: of the run; None: the model's own kernels.
+    """
+    rotate_by_token(model)
+    rows = _random_pair(embedding_rows(model, config) or 256)
+    try:
+        with nullcontext() if kernels is None else training_kernels(model, choose=kernels):
+            apart, together, as_one = (
+                _probe(model, loss, one) for one in (rows, joined(rows), _without_starts(joined(rows)))
+            )
+    except FOREIGN_ERRORS as error:
+        if not is_foreign(error):
+            raise
+        return f"fails on a shared prompt: {short(error, 100)}"
+    problem = disagreement(model, apart, together)
+    if problem:
+        return f"a shared prompt {problem}"
+    # 16 bits round so much that a wrong position could pass for rounding: it must be far nearer than that would be.
+    difference, wrong = (mx.abs(one.losses - apart.losses).max().item() for one in (together, as_one))
+    if difference * NEARER > wrong:
+        return "a shared prompt cannot be told from rounding on this model"
+    return None
+
+
+def _random_pair(vocabulary: int) -> EncodedSet:
+    random = np.random.default_rng(0)
+    prompt = random.integers(0, vocabulary, PROMPT_TOKENS).astype(np.int32)
+    texts = [np.concatenate([prompt, random.integers(0, vocabulary, n).astype(np.int32)]) for n in ANSWER_TOKENS]
+    return EncodedSet.from_rows([(text, np.arange(len(text)) >= PROMPT_TOKENS) for text in texts]).grouped(2)
+
+
+def _without_starts(rows: EncodedSet) -> EncodedSet:
+    return EncodedSet(rows.tokens, rows.mask, rows.offsets)
+
+
+def _probe(model: nn.Module, loss: Loss, rows: EncodedSet) -> Probe:
+    plan = BatchPlan(rows, batch_tokens=2 * int(rows.lengths.max()), batch_size=None, seed=0)
+    batch = plan.batch(0, 0)
+    arrays = [*Arrays.of(batch), *([] if batch.starts is None else [mx.array(batch.starts)])]
+    found = probe(model, lambda model: loss.tokens(model, *arrays))
+    return Probe(found.losses[: sum(ANSWER_TOKENS)], found.gradients)  # without padding
