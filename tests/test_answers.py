@@ -11,6 +11,7 @@ from byte_tokenizer import byte_tokenizer
 
 from mlx_lora.data.answers import encode_entries
 from mlx_lora.data.batches import BatchPlan
+from mlx_lora.data.data_report import SplitReport
 from mlx_lora.data.encode import Encoder
 from mlx_lora.data.examples import Completion
 from mlx_lora.data.loading import load_data
@@ -64,6 +65,23 @@ def test_a_rated_answer_is_followed_by_anothers_answer_to_its_prompt():
     assert text_of(rows, 1)[0].startswith("Q0 answer 1")
     assert text_of(rows, 5)[0].startswith("Q2 answer 0")
     assert text_of(rows, 5)[1].startswith(" answer 0")
+
+
+def test_only_the_rated_answers_count_as_trained():
+    rated = [Rated(Completion(f"Q{n}", f" answer {n}"), n % 2 == 0) for n in range(3)]
+    rows = encode_entries(encoder(), rated).rows
+    own = sum(int(rows.row(number)[1].sum()) for number in (0, 2, 4))
+    assert rows.supervised_tokens == own
+    assert rows.supervised_tokens < rows.mask.sum()
+    assert rows.select([1, 2]).supervised_tokens < own
+    assert SplitReport.of(rows).tokens == sum(rows.lengths[::2])
+    plan = BatchPlan(rows, batch_tokens=256, batch_size=3, seed=0)
+    batch = plan.batch(0, 0)
+    assert batch.supervised_tokens == own < batch.mask.sum()
+    assert batch.take(np.arange(2), 64, 0).supervised_tokens < own
+    pairs = encode_entries(encoder(), [pair(1), pair(2)]).rows
+    both = BatchPlan(pairs, batch_tokens=256, batch_size=2, seed=0).batch(0, 0)
+    assert pairs.supervised_tokens == pairs.mask.sum() == both.supervised_tokens
 
 
 def test_batches_keep_pairs_together():

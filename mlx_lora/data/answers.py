@@ -88,7 +88,7 @@ def _as_rated(encoded: Encoded, rated: Sequence[Rated]) -> Encoded:
         trained = np.concatenate([np.zeros(starts[i], bool), other_mask[other:]])
         joined.append((together, trained))
     labels = np.array([value for number in source for value in (float(rated[number].good), 0.0)], np.float32)
-    return _numbered(encoded, EncodedSet.from_rows(joined).grouped(2, labels), source, dict(encoded.dropped), 1)
+    return _numbered(encoded, EncodedSet.from_rows(joined).grouped(2, labels, trained_rows=1), source, dict(encoded.dropped), 1)
 
 
 def _numbered(encoded: Encoded, rows: EncodedSet, source: list[int], dropped: dict[int, str], size: int) -> Encoded:
