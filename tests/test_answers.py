@@ -136,6 +136,27 @@ def test_preference_data_is_loaded_reported_and_cached(tmp_path, monkeypatch):
     assert again.report.render() == report
 
 
+def test_answers_with_scores_give_one_pair_or_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    answers = [{"response": f"answer {score}", "overall_score": score} for score in (1, 3, 2)]
+    file = write(tmp_path / "scored.jsonl", [{"instruction": f"Q{n}", "completions": answers} for n in range(3)])
+    for pairs, examples in (("best", 3), ("all", 9)):
+        settings = DataSettings(data=str(file), valid_fraction=0, chat_template="chatml", pairs=pairs)
+        assert load_data(settings, byte_tokenizer(), 0, records="pairs").train.examples == examples
+
+
+def test_ratings_of_one_kind_are_noted(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": f"Q{n}:", "completion": f" a {n}", "label": True} for n in range(4)]
+    for name, records, noted in (("good", rows, True), ("both", [*rows[:3], {**rows[3], "label": 0}], False)):
+        settings = DataSettings(data=str(write(tmp_path / f"{name}.jsonl", records)), valid_fraction=0)
+        splits, again = (load_data(settings, byte_tokenizer(), 0, records="rated") for _ in range(2))
+        report = splits.report.render()
+        assert ("no answer is rated bad" in report) == noted
+        assert again.train.supervised_tokens == splits.train.supervised_tokens < splits.train.mask.sum()
+        assert again.report.render() == report
+
+
 def test_data_of_another_kind_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     file = write(tmp_path / "chats.jsonl", [{"prompt": "Q:", "completion": "a"}] * 3)

@@ -177,7 +177,8 @@ def _content(content: Any, number: int) -> tuple[str, str]:
     texts: dict[str, list[str]] = {"text": [], "thinking": []}
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        value = part.get(kind) if isinstance(part, dict) and kind in texts else None
+        # LLaMA-Factory's v1 files call the text of every part its value.
+        value = part.get(kind, part.get("value")) if isinstance(part, dict) and kind in texts else None
         if isinstance(value, list):  # Mistral's thinking is itself a list of text parts
             value = _content(value, number)[0]
         if not isinstance(value, str):
