@@ -11,7 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_lora.settings.migration import hf
-from mlx_lora.settings.migration.preference_keys import put_objective, say_plain_simpo, trains_on_chats
+from mlx_lora.settings.migration.preference_keys import (
+    put_objective,
+    read_prompts_trained,
+    say_plain_simpo,
+    trains_on_chats,
+)
 from mlx_lora.settings.migration.sheet import Dialect, Sheet, is_empty
 from mlx_lora.system.parsing import hashable
 
@@ -280,8 +285,7 @@ def read_template(sheet: Sheet) -> None:
 
 def read_prompts(sheet: Sheet) -> None:
     """Set mask_prompt, the opposite of train_on_inputs."""
-    if "train_on_inputs" in sheet.rest and trains_on_chats(sheet):
-        sheet.put("mask_prompt", not sheet.switch("train_on_inputs"), "train_on_inputs")
+    read_prompts_trained(sheet, "train_on_inputs")
 
 
 def read_loop(sheet: Sheet) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.settings.migration import hf
-from mlx_lora.settings.migration.preference_keys import put_objective, read_reference, trains_on_chats
+from mlx_lora.settings.migration.preference_keys import put_objective, read_prompts_trained, read_reference
 from mlx_lora.settings.migration.sheet import Dialect, Sheet
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.parsing import hashable, read_json
@@ -213,8 +213,7 @@ def _is_detected(key: str, value: Any) -> bool:
 
 def read_prompts(sheet: Sheet) -> None:
     """Set mask_prompt, the opposite of train_on_prompt, and the chat template."""
-    if "train_on_prompt" in sheet.rest and trains_on_chats(sheet):
-        sheet.put("mask_prompt", not sheet.switch("train_on_prompt"), "train_on_prompt")
+    read_prompts_trained(sheet, "train_on_prompt")
     hf.read_template(sheet, "template", ("empty",) if sheet.found.get("data_format") == "text" else ())
 
 

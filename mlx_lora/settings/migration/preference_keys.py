@@ -25,6 +25,14 @@ def trains_on_chats(sheet: Sheet) -> bool:
     return sheet.found.get("objective", "sft") == "sft"
 
 
+def read_prompts_trained(sheet: Sheet, key: str) -> None:
+    """Set mask_prompt, the opposite of `key`; preferences compare answers alone, so there only `true` is left out."""
+    if trains_on_chats(sheet) and key in sheet.rest:
+        sheet.put("mask_prompt", not sheet.switch(key), key)
+    elif sheet.rest.get(key) is False:
+        sheet.take(key)
+
+
 def put_objective(sheet: Sheet, objective: str, key: str, options: Mapping[str, str]) -> None:
     """Set the objective and those options of a file that it has; the others stay in the file, as left out.
 
