@@ -389,6 +389,9 @@ def test_our_own_file_stays_strict(tmp_path):
         ("model_name_or_path: m\nfinetuning_type: oft\n", "finetuning_type oft"),
         ("model_name_or_path: m\nfinetuning_type: freeze\nfreeze_trainable_layers: -2\n", "freeze_trainable_layers -2"),
         ("model: m\nlr_schedule: {name: cosine_decay}\n", "lr_schedule has no arguments"),
+        ("model: m\nlr_schedule: {name: cosine_decay, arguments: [null]}\n", "lr_schedule has no arguments"),
+        ("base_model: m\nadapter: lora\nrl: [dpo]\n", "rl ['dpo']: only dpo"),
+        ("model_name_or_path: m\nstage: dpo\npref_loss: [ipo]\n", "pref_loss ['ipo']: only sigmoid"),
         ("base_model: m\nadapter: lora\nprocess_reward_model: true\n", "process_reward_model True"),
         ("model_name_or_path: m\nstage: dpo\nref_model: other\n", "ref_model other: the reference is --model itself"),
         *((f"model: m\ntrain_mode: {mode}\n", f"train_mode {mode.replace('-', '_')}: only sft, dpo, orpo, cpo")

@@ -265,6 +265,8 @@ PAIR = CHATS["TRL, explicit prompt"]
         ({"prompt": "a", "completion": "b", "label": True}, "needs chosen and rejected; .* --objective kto"),
         ({"prompt": "a", "completion": "b"}, "needs chosen and rejected; .* --objective sft"),
         ({**PAIR, "images": ["a.png"]}, "has images; only text"),
+        ({"messages": ["hi"], "chosen": GOOD, "rejected": BAD}, "a turn is not an object"),
+        ({**PAIR, "prompt": [{"role": None, "content": "hi"}]}, "expected role, content"),
         ({"chosen": "blue", "rejected": "green"}, "no prompt"),
         ({"instruction": "x", "completions": [{"text": 3}]}, "completions must be a list"),
     ],

@@ -59,7 +59,7 @@ def _unread(turns: list[dict[str, Any]]) -> frozenset[str]:
 
 def _message(turn: Any, number: int) -> Message:
     """Return one turn in OpenAI's format; an assistant's turn may still have `channel` and `recipient`."""
-    if not isinstance(turn, dict) or "role" not in turn:
+    if not isinstance(turn, dict) or turn.get("role") is None:
         raise FormatError(f"message {number} has {keys_of(turn)}; expected role, content")
     turn = {key: value for key, value in turn.items() if value is not None}
     role = "tool" if turn["role"] == "function" else turn["role"]

@@ -215,7 +215,9 @@ def _context(record: Record, *answers: Any) -> list[Message] | None:
 
 def _turns(turns: list[Any]) -> list[Message]:
     """Return turns as messages, those of ShareGPT too."""
-    return sharegpt_messages(turns) if turns and isinstance(turns[0], dict) and "from" in turns[0] else list(turns)
+    if not all(isinstance(turn, dict) for turn in turns):
+        raise FormatError("a turn is not an object; expected role, content")
+    return sharegpt_messages(turns) if turns and "from" in turns[0] else list(turns)
 
 
 def _answer_messages(answer: Any, name: str) -> list[Message]:

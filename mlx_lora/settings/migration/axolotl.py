@@ -106,7 +106,7 @@ USER_FIELDS = {
 
 def read_kind(sheet: Sheet) -> None:
     """Set the objective; refuse training that is neither supervised nor on preferences."""
-    asked = sheet.take("rl")
+    asked = hashable(sheet.take("rl"))
     if asked:
         if asked not in RL:
             raise sheet.refusal(f"rl {asked}: only {', '.join(RL)} are supported; use Axolotl for it")

@@ -101,7 +101,7 @@ def read_kind(sheet: Sheet) -> None:
 
 def read_preference(sheet: Sheet, stage: str) -> None:
     """Set the objective of stage dpo or kto, its loss and its options."""
-    loss = sheet.take("pref_loss") or "sigmoid"
+    loss = hashable(sheet.take("pref_loss")) or "sigmoid"
     if loss not in PREFERENCE_LOSSES:
         known = ", ".join(PREFERENCE_LOSSES)
         raise sheet.refusal(f"pref_loss {loss}: only {known} are supported; use LLaMA-Factory for it")

@@ -67,7 +67,7 @@ def read_schedule(sheet: Sheet) -> None:
         sheet.assume("warmup", 0)
         return
     name, arguments = hashable(schedule.take("name")), schedule.take("arguments")
-    if not isinstance(arguments, list) or not arguments:
+    if not isinstance(arguments, list) or not arguments or arguments[0] is None:
         raise sheet.refusal("lr_schedule has no arguments, a list that begins with the learning rate; fix the file")
     stated = Sheet(sheet.file, dict(zip(("rate", *ARGUMENTS.get(name, ())), arguments, strict=False)), sheet.known)
     rate, asked = stated.number("rate"), sheet.number("learning_rate")

@@ -47,8 +47,8 @@ def put_objective(sheet: Sheet, objective: str, key: str, options: Mapping[str, 
         if theirs in sheet.rest and name in OPTIONS[objective]:
             sheet.put(name, sheet.take(theirs) if name in LISTS else sheet.number(theirs), theirs)
     found, losses = sheet.found, sheet.found.get("loss_type", "sigmoid")
-    losses = losses.split(",") if isinstance(losses, str) else losses
-    if objective == "dpo" and found.get("label_smoothing") and not set(SMOOTHED).intersection(losses):
+    losses = losses if isinstance(losses, list) else str(losses).split(",")
+    if objective == "dpo" and found.get("label_smoothing") and not any(loss in SMOOTHED for loss in losses):
         smoothing = found.pop("label_smoothing")
         sheet.left_out.append(next(theirs for theirs, name in options.items() if name == "label_smoothing"))
         sheet.note(f"label smoothing {smoothing:g}: of dpo's losses, only {', '.join(SMOOTHED)} have it here")
