@@ -80,6 +80,12 @@ CHATS = {
         "prompt": [USER],
         "completions": [{"text": BAD["content"], "score": 1}, {"text": GOOD["content"], "score": 2}],
     },
+    "Intel's first columns": {
+        "system": "",
+        "question": USER["content"],
+        "chatgpt": GOOD["content"],
+        "llama2-13b-chat": BAD["content"],
+    },
     "other column names": {
         "prompt": [USER],
         "chosen_response": GOOD["content"],

@@ -114,6 +114,8 @@ _NAMES = {
     "rejected_messages": "rejected",
     "preferred_output": "chosen",
     "non_preferred_output": "rejected",
+    "chatgpt": "chosen",  # of Intel's Orca pairs, as they were first published
+    "llama2-13b-chat": "rejected",
 }
 
 

@@ -52,9 +52,9 @@ def read_kind(sheet: Sheet) -> None:
     if mode == "cpo":
         sheet.put("cpo_alpha", 0.0, "train_mode")
         sheet.note("cpo: without the chosen answers' likelihood, as there; --cpo-alpha adds it")
-    if trains_on_chats(sheet):
-        sheet.assume("mask_prompt", bool(sheet.rest.get("mask_prompt", False)))
-    else:
+    if trains_on_chats(sheet) and "mask_prompt" not in sheet.rest:
+        sheet.assume("mask_prompt", False)
+    elif not trains_on_chats(sheet):
         sheet.leave("mask_prompt")
         sheet.note(f"{mode}: answers are compared by their own tokens; there the prompt's count too")
 
