@@ -11,6 +11,7 @@ from byte_tokenizer import byte_tokenizer
 
 from mlx_lora.data.answers import encode_entries
 from mlx_lora.data.batches import BatchPlan
+from mlx_lora.data.data_report import SplitReport
 from mlx_lora.data.encode import Encoder
 from mlx_lora.data.examples import Completion
 from mlx_lora.data.loading import load_data
@@ -66,6 +67,23 @@ def test_a_rated_answer_is_followed_by_anothers_answer_to_its_prompt():
     assert text_of(rows, 5)[1].startswith(" answer 0")
 
 
+def test_only_the_rated_answers_count_as_trained():
+    rated = [Rated(Completion(f"Q{n}", f" answer {n}"), n % 2 == 0) for n in range(3)]
+    rows = encode_entries(encoder(), rated).rows
+    own = sum(int(rows.row(number)[1].sum()) for number in (0, 2, 4))
+    assert rows.supervised_tokens == own
+    assert rows.supervised_tokens < rows.mask.sum()
+    assert rows.select([1, 2]).supervised_tokens < own
+    assert SplitReport.of(rows).tokens == sum(rows.lengths[::2])
+    plan = BatchPlan(rows, batch_tokens=256, batch_size=3, seed=0)
+    batch = plan.batch(0, 0)
+    assert batch.supervised_tokens == own < batch.mask.sum()
+    assert batch.take(np.arange(2), 64, 0).supervised_tokens < own
+    pairs = encode_entries(encoder(), [pair(1), pair(2)]).rows
+    both = BatchPlan(pairs, batch_tokens=256, batch_size=2, seed=0).batch(0, 0)
+    assert pairs.supervised_tokens == pairs.mask.sum() == both.supervised_tokens
+
+
 def test_batches_keep_pairs_together():
     random = np.random.default_rng(0)
     rows = encode_entries(encoder(), [pair(n, "x" * int(random.integers(40))) for n in range(23)]).rows
@@ -116,6 +134,27 @@ def test_preference_data_is_loaded_reported_and_cached(tmp_path, monkeypatch):
     assert "rejected:" in report
     assert "⟦ no" in report
     assert again.report.render() == report
+
+
+def test_answers_with_scores_give_one_pair_or_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    answers = [{"response": f"answer {score}", "overall_score": score} for score in (1, 3, 2)]
+    file = write(tmp_path / "scored.jsonl", [{"instruction": f"Q{n}", "completions": answers} for n in range(3)])
+    for pairs, examples in (("best", 3), ("all", 9)):
+        settings = DataSettings(data=str(file), valid_fraction=0, chat_template="chatml", pairs=pairs)
+        assert load_data(settings, byte_tokenizer(), 0, records="pairs").train.examples == examples
+
+
+def test_ratings_of_one_kind_are_noted(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": f"Q{n}:", "completion": f" a {n}", "label": True} for n in range(4)]
+    for name, records, noted in (("good", rows, True), ("both", [*rows[:3], {**rows[3], "label": 0}], False)):
+        settings = DataSettings(data=str(write(tmp_path / f"{name}.jsonl", records)), valid_fraction=0)
+        splits, again = (load_data(settings, byte_tokenizer(), 0, records="rated") for _ in range(2))
+        report = splits.report.render()
+        assert ("no answer is rated bad" in report) == noted
+        assert again.train.supervised_tokens == splits.train.supervised_tokens < splits.train.mask.sum()
+        assert again.report.render() == report
 
 
 def test_data_of_another_kind_is_refused_in_one_line(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Settings files of Axolotl, LLaMA-Factory and mlx-lm: what each key becomes here, and what is left out."""
+"""Settings files of Axolotl, LLaMA-Factory, TRL, mlx-lm-lora and mlx-lm: what each key becomes here, and what is left out."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pytest
 import yaml
 from run_cli import run
 
+from mlx_lora.objectives.objective_table import OBJECTIVES, OWN_OPTIONS, SMOOTHED, objective_of
 from mlx_lora.settings import config
 from mlx_lora.settings.methods import PRESETS
+from mlx_lora.settings.migration import preference_keys
 from mlx_lora.settings.migration.migrate import DIALECTS, find_dialect, migrate
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.settings.settings_file import read_settings
@@ -20,7 +22,7 @@ from mlx_lora.system.errors import InputError
 FOREIGN = Path(__file__).parent / "foreign"
 KNOWN = set(config.FIELDS)
 # Of the newest methods: taken where this version has them.
-NEWER = {"modules_to_save", "relora_every", "relora_warmup", "relora_prune_ratio"}
+NEWER = {"modules_to_save", "relora_every", "relora_warmup", "relora_prune_ratio", "center_rewards"}
 LEFT_OUT = "no counterpart, left out: "
 
 # File -> what it must become, and every key that it must leave out.
@@ -194,6 +196,45 @@ CASES = {
         },
         "",
     ),
+    "axolotl-dpo.yml": (
+        {
+            "model": "someone/llama-3-8b-instruct", "chat_template": "chatml", "objective": "dpo", "beta": 0.2,
+            "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2], "data": "someone/dialogues", "method": "lora",
+            "rank": 8, "alpha": 16, "target_modules": "all-linear", "max_seq_length": 2048, "batch_size": 2, "epochs": 1,
+            "learning_rate": "1e-5", "adapter_path": "./outputs/dpo", "weight_decay": 0.0, "valid_fraction": 0.0,
+        },
+        "model_type dpo_use_weighting",
+    ),
+    "llama-factory-reward.yaml": (
+        {
+            "model": "someone/qwen3-4b", "objective": "reward", "train": True, "method": "lora", "rank": 8, "alpha": 16,
+            "target_modules": "all-linear", "data": "{folder}/ranked.json", "max_seq_length": 2048,
+            "adapter_path": "saves/reward", "batch_size": 1, "grad_accumulation_steps": 8, "learning_rate": 1e-4,
+            "epochs": 3, "lr_schedule": "cosine", "warmup": 0.1, "weight_decay": 0.0, "valid_fraction": 0.0,
+        },
+        "dataset_info.json|ranked.tags plot_loss",
+    ),
+    "mlx-lm-lora-dpo.yaml": (
+        {
+            "model": "someone/qwen2.5-0.5b", "train": True, "data": "./preference_data", "objective": "dpo", "beta": 0.3,
+            "loss_type": "hinge", "fine_tune_type": "dora", "rank": 16, "alpha": 160.0, "dropout": 0.0,
+            "batch_size": 2, "grad_accumulation_steps": 4, "epochs": 2, "learning_rate": "5e-6", "steps_per_eval": 10,
+            "steps_per_report": 2, "save_every": 25, "report_to": "wandb", "project_name": "pairs", "optimizer": "adam",
+            "lr_schedule": "constant", "warmup": 0, "max_grad_norm": 0.0, "valid_fraction": 0.0,
+        },
+        "delta alpha mask_prompt efficient_long_context",
+    ),
+    "trl-dpo.yaml": (
+        {
+            "model": "someone/qwen2.5-0.5b", "data": "someone/ultrafeedback", "objective": "dpo",
+            "loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "beta": 0.2, "method": "lora",
+            "rank": 32, "alpha": 32, "dropout": 0.05, "target_modules": "q_proj,v_proj", "max_seq_length": 512,
+            "batch_size": 2, "grad_accumulation_steps": 8, "iters": 100, "val_batches": 0, "report_to": "wandb",
+            "adapter_path": "out/dpo", "learning_rate": 1e-6, "lr_schedule": "linear", "warmup": 0, "weight_decay": 0.0,
+            "valid_fraction": 0.0,
+        },
+        "dataset_test_split label_smoothing max_prompt_length num_processes",
+    ),
 }  # fmt: skip
 
 
@@ -204,6 +245,13 @@ def folder(tmp_path):
         "rows": {"file_name": "rows.json"},
         "hub_rows": {"hf_hub_url": "someone/hub-rows", "split": "train"},
         "text": {"file_name": "text.txt", "columns": {"prompt": "text"}},
+        "ranked": {
+            "file_name": "ranked.json",
+            "ranking": True,
+            "formatting": "sharegpt",
+            "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"},
+            "tags": {"role_tag": "from", "user_tag": "questioner"},
+        },
     }
     (tmp_path / "dataset_info.json").write_text(json.dumps(table))
     return tmp_path
@@ -303,7 +351,7 @@ def test_flags_beat_the_file_and_its_trainers_defaults(tmp_path):
         "model: m\nlora_r: 4\nsequence_len: 5\n",
         "rank: 4\nlora_r: 4\n",
         "learning_rate: 1\n",
-        "model_name_or_path: m\nper_device_train_batch_size: 1\nlearning_rate: 1\nlora_r: 8\nuse_peft: true\n",  # TRL's
+        "model_name_or_path: m\nper_device_train_batch_size: 1\nlearning_rate: 1\nlora_r: 8\n",
     ],
 )
 def test_other_files_are_ours(text):
@@ -336,12 +384,24 @@ def test_our_own_file_stays_strict(tmp_path):
         ("base_model: m\nadapter: lora\nlora_r: many\n", "lora_r 'many': not a number"),
         ("base_model: m\nadapter: lora\npeft_use_dora: 3\n", "neither true nor false"),
         ("base_model: m\nadapter: lora\ndatasets: [3]\n", "datasets has no mappings"),
-        ("model_name_or_path: m\nstage: ppo\n", "stage ppo: only sft, pt, dpo and kto"),
+        ("model_name_or_path: m\nstage: ppo\n", "stage ppo: only sft, pt, rm, dpo, kto"),
         ("model_name_or_path: m\nstage: dpo\npref_loss: other\n", "pref_loss other: only sigmoid"),
         ("model_name_or_path: m\nfinetuning_type: oft\n", "finetuning_type oft"),
         ("model_name_or_path: m\nfinetuning_type: freeze\nfreeze_trainable_layers: -2\n", "freeze_trainable_layers -2"),
         ("model: m\nlr_schedule: {name: cosine_decay}\n", "lr_schedule has no arguments"),
-        ("model: m\nlora_parameters: {rank: 8}\ntraining_mode: dpo\n", "training_mode dpo"),
+        ("model: m\nlr_schedule: {name: cosine_decay, arguments: [null]}\n", "lr_schedule has no arguments"),
+        ("base_model: m\nadapter: lora\nrl: [dpo]\n", "rl ['dpo']: only dpo"),
+        ("model_name_or_path: m\nstage: dpo\npref_loss: [ipo]\n", "pref_loss ['ipo']: only sigmoid"),
+        ("base_model: m\nadapter: lora\nprocess_reward_model: true\n", "process_reward_model True"),
+        ("model_name_or_path: m\nstage: dpo\nref_model: other\n", "ref_model other: the reference is --model itself"),
+        *((f"model: m\ntrain_mode: {mode}\n", f"train_mode {mode.replace('-', '_')}: only sft, dpo, orpo, cpo")
+          for mode in ("grpo", "online_dpo", "xpo", "rlhf", "rlhf-reinforce", "ppo", "ftpo")),
+        ("model: m\ntrain_mode: dpo\ndpo_cpo_loss_type: dpop\n", "dpo_cpo_loss_type dpop with train_mode dpo"),
+        ("model: m\ntrain_mode: cpo\ndpo_cpo_loss_type: hinge\n", "dpo_cpo_loss_type hinge with train_mode cpo"),
+        ("model: m\ntrain_mode: dpo\nreference_model_path: n\n", "reference_model_path n: the reference is --model"),
+        ("model_name_or_path: m\ndataset_name: d\nreward_funcs: [f]\n", "reward_funcs: only trl sft, dpo, kto"),
+        ("model_name_or_path: m\ndataset_name: d\ncpo_alpha: 1\nloss_type: ipo\n", "loss_type ipo with CPO"),
+        ("model_name_or_path: m\ndataset_name: d\nsimpo_gamma: 1\nloss_type: alphapo\n", "loss_type alphapo"),
         ("model: m\nlora_parameters: {rank: 8}\noptimizer_config: [1]\n", "not a mapping"),
         ("model: m\nlora_parameters: {rank: 8}\nrankk: 8\nlr: 1\nlearning_rate: fast\n", "--learning-rate 'fast'"),
     ],
@@ -387,11 +447,83 @@ def test_train_runs_an_axolotl_file(tiny_folder, chats, tmp_path):
         ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\npref_beta: 0.3\npref_loss: hinge\n", {"objective": "dpo", "loss_type": "hinge", "beta": 0.3}),
         ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\npref_loss: simpo\nsimpo_gamma: 0.7\n", {"objective": "simpo", "simpo_gamma": 0.7}),
         ("model_name_or_path: m\nstage: kto\nlora_rank: 8\npref_beta: 0.3\n", {"objective": "kto", "beta": 0.3}),
+        ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\npref_loss: kto_pair\n", {"objective": "kto", "loss_type": "sigmoid"}),
+        ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\npref_ftx: 0.5\nref_model: m\n", {"objective": "dpo", "rpo_alpha": 0.5}),
+        ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\npref_loss: orpo\npref_ftx: 0.5\n", {"objective": "orpo", "rpo_alpha": 0}),
+        ("model_name_or_path: m\nstage: kto\nkto_chosen_weight: 2\nkto_rejected_weight: 3\nref_model_adapters: a\n",
+         {"objective": "kto", "desirable_weight": 2, "undesirable_weight": 3, "reference_adapter": "a"}),
+        ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\ndpo_label_smoothing: 0.1\n", {"objective": "dpo", "label_smoothing": 0}),
+        ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\ntrain_on_prompt: true\n", {"objective": "dpo", "mask_prompt": True}),
+        ("base_model: m\nadapter: lora\nrl: simpo\ncpo_alpha: 0.5\nsimpo_gamma: 1.5\n", {"objective": "simpo", "simpo_gamma": 1.5, "cpo_alpha": 1}),
+        ("base_model: m\nadapter: lora\nrl: dpo\ntrl: {beta: 0.4}\nrl_beta: 0.2\n", {"objective": "dpo", "beta": 0.4}),
+        ("base_model: m\nadapter: lora\nrl: dpo\ndpo_label_smoothing: 0.1\ndpo_loss_type: [robust]\n",
+         {"objective": "dpo", "label_smoothing": 0.1, "loss_type": "robust"}),
+        ("base_model: m\nadapter: lora\nreward_model: true\n", {"objective": "reward"}),
+        ("model: m\ntrain_mode: orpo\nbeta: 0.2\nreward_scaling: 1.0\n", {"objective": "orpo", "beta": 0.2, "mask_prompt": True}),
+        ("model: m\ntrain_mode: cpo\n", {"objective": "cpo", "cpo_alpha": 0, "alpha": 80}),
+        ("model: m\ntrain_mode: sft\nbeta: 0.2\nalpha: 1e-5\n", {"objective": "sft", "beta": 0.1, "alpha": 80, "mask_prompt": False}),
+        ("model: m\ntrain_type: full\niters: 8\nepochs: 3\n", {"objective": "sft", "fine_tune_type": "full", "iters": 8, "epochs": None}),
+        ("model_name_or_path: m\ndataset_name: d\nuse_peft: true\ndesirable_weight: 2\n", {"objective": "kto", "desirable_weight": 2, "rank": 16}),
+        ("model_name_or_path: m\ndataset_name: d\ncenter_rewards_coefficient: 0.01\n", {"objective": "reward", "method": "full", "learning_rate": 1e-4}),
+        ("model_name_or_path: m\ndataset_name: d\ncpo_alpha: 0\nsimpo_gamma: 1\nloss_type: simpo\n", {"objective": "simpo", "simpo_gamma": 1}),
+        ("model_name_or_path: m\ndataset_name: d\ncpo_alpha: 0.3\n", {"objective": "cpo", "cpo_alpha": 0.3}),
+        ("model_name_or_path: m\ndataset_name: d\nloss_type: [ipo]\n", {"objective": "dpo", "loss_type": "ipo"}),
+        ("model_name_or_path: m\ndatasets: [{path: d}]\nloss_type: dft\n", {"objective": "sft", "data": "d", "learning_rate": 2e-5}),
         ("model_name_or_path: m\nstage: sft\nlora_rank: 8\n", {"objective": "sft", "beta": 0.1}),
     ],
 )  # fmt: skip
 def test_files_of_preference_training_are_read(text, wanted, tmp_path):
     file = tmp_path / "theirs.yaml"
     file.write_text(text)
-    found = train_settings({}, read_settings(str(file), {}, lambda line: None)).to_flat()
+    settings = train_settings({}, read_settings(str(file), {}, lambda line: None))
+    found = settings.to_flat()
     assert {name: found[name] for name in wanted} == wanted
+    if settings.objective.objective in OBJECTIVES:
+        assert objective_of(settings.objective).name == settings.objective.objective
+
+
+def test_the_flag_says_what_a_file_of_trl_is_for(tmp_path):
+    file = tmp_path / "trl.yaml"
+    file.write_text("model_name_or_path: m\ndataset_name: d\nbeta: 0.2\n")
+    found = {}
+    for objective in (None, "orpo", "kto", "sft"):
+        flags = {"objective": objective} if objective else {}
+        said: list[str] = []
+        found[objective] = train_settings(flags, read_settings(str(file), flags, said.append)).objective
+        assert any("read as a file of trl dpo" in line for line in said) == (objective is None)
+        assert any("left out: beta" in line for line in said) == (objective == "sft")
+    assert [(one.objective, one.beta) for one in found.values()] == [
+        ("dpo", 0.2),
+        ("orpo", 0.2),
+        ("kto", 0.2),
+        ("sft", 0.1),
+    ]
+
+
+def test_a_file_sets_just_the_options_that_its_objective_has():
+    for objective in OBJECTIVES.keys() & preference_keys.OPTIONS.keys():
+        owned = {name for name, owners in OWN_OPTIONS.items() if objective in owners}
+        assert set(preference_keys.OPTIONS[objective]) == owned - {"length_normalize"}, objective
+    assert preference_keys.SMOOTHED == SMOOTHED
+
+
+@pytest.mark.parametrize(
+    ("kind", "template", "told"),
+    [
+        ("chatml.intel", "chatml", "chatml prompt"),
+        ("llama3.ultra", None, "model's own template"),
+        ("zephyr.nectar", None, "model's own template"),
+        ("bradley_terry.chat_template", None, None),
+        ("{field_prompt: question, field_chosen: chosen, field_rejected: rejected}", None, None),
+        ("{field_prompt: query, prompt_format: '[INST]{prompt}'}", None, "datasets.type.field_prompt, datasets.type.prompt_format"),
+        ("prompts.of_mine", None, "left out: datasets.type"),
+    ],
+)  # fmt: skip
+def test_types_of_axolotls_preference_data(kind, template, told):
+    content = yaml.safe_load(
+        f"base_model: m\nadapter: lora\nrl: orpo\nval_set_size: 0\ndatasets: [{{path: d, type: {kind}}}]\n"
+    )
+    said: list[str] = []
+    found = migrate(content, KNOWN, (), "f", said.append)
+    assert (found.get("chat_template"), found.get("data_format")) == (template, None)
+    assert any((told or "datasets.type") in line for line in said) == bool(told)

@@ -237,6 +237,7 @@ ELSEWHERE = {
     "memory_check": "test_plan_command.py",
     "keep": "test_resume.py",
     "chat_date": "test_chat_date.py",
+    "pairs": "test_answers.py: other pairs are made",
     **dict.fromkeys(
         ("keep_best", "early_stopping_patience", "early_stopping_threshold", "batch_parts", "max_restarts"),
         "test_faults.py",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from conftest import tiny_model, write_folder
 from run_cli import run
 
 from mlx_lora.objectives.objective_table import OBJECTIVES, OWN_OPTIONS
@@ -197,6 +199,13 @@ def test_a_second_run_takes_the_reference_from_disk(tiny_folder, data, tmp_path,
         (("--objective", "dop"), "did you mean 'dpo'?"),
         (("--objective", "dpo", "--loss-type", "sigmod"), "did you mean 'sigmoid'?"),
         (("--objective", "dpo", "--beta", 0), "--beta 0.0: must be more than 0"),
+        (("--objective", "orpo", "--beta", -0.5), "--beta -0.5: must be more than 0"),
+        (("--objective", "kto", "--loss-type", "hinge"), "--loss-type 'hinge': not one of kto, apo_zero_unpaired"),
+        (("--objective", "kto", "--pairs", "all"), "--pairs all with --objective kto: it reads no pairs"),
+        (("--pairs", "all"), "--pairs all with --objective sft"),
+        (("--objective", "dpo", "--pairs", "some"), "'some': not one of best, all"),
+        (("--objective", "dpo", "--data-format", "alpaca"), "--data-format alpaca with --objective dpo"),
+        (("--objective", "kto", "--no-mask-prompt"), "--no-mask-prompt with --objective kto"),
         (("--objective", "dpo", "--loss-weights", "1,2"), "give 1 numbers"),
         (("--objective", "dpo", "--loss-type", "exo_pair"), "requires --label-smoothing"),
         (("--objective", "dpo", "--loss-type", "hinge", "--length-normalize"), "only sigmoid"),
@@ -217,3 +226,62 @@ def test_bad_input_is_one_line(flags, words, tiny_folder, data, tmp_path):
     assert ran.code == 2
     assert words in ran.err.splitlines()[-1]
     assert ran.err.splitlines()[-1].startswith("Error: ")
+
+
+USER, GOOD, BAD = (
+    {"role": role, "content": text} for role, text in (("user", "Q"), ("assistant", "a"), ("assistant", "b"))
+)
+OTHER = {"role": "user", "content": "Another question"}
+
+
+@pytest.mark.parametrize(
+    ("objective", "record", "words"),
+    [
+        ("dpo", {"prompt": "Q", "chosen": "a"}, "a preference pair needs rejected; add it, or remove the row"),
+        ("dpo", {"prompt": "Q", "chosen": "a", "rejected": "a"}, "equal answers"),
+        ("dpo", {"prompt": "Q", "chosen": "a", "rejected": " "}, "empty rejected answer"),
+        ("dpo", {"prompt": [OTHER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+         "the prompt is not the beginning of the chosen dialogue; leave one of them out"),
+        ("dpo", {"prompt": "Q", "completion": "a"}, "needs chosen and rejected; plain chats: --objective sft"),
+        ("orpo", {"prompt": "Q", "completion": "a", "label": True}, "train with --objective kto"),
+        ("sft", {"prompt": "Q", "chosen": "a", "rejected": "b"}, "train with --objective dpo"),
+        ("sft", {"instruction": "Q", "completions": [{"response": "a", "overall_score": 1}]}, "train with --objective dpo"),
+        ("sft", {"prompt": "Q", "completion": "a", "label": True}, "train with --objective kto"),
+        ("kto", {"prompt": "Q", "completion": "a", "label": "good"}, "label is 'good'; it must be true or false"),
+    ],
+)  # fmt: skip
+def test_records_that_cannot_be_used_are_one_line(objective, record, words, tiny_folder, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    more = ("--adapter-path", tmp_path / "a", "--objective", objective)
+    ran = run("train", "--model", tiny_folder, "--data", file, *more, *QUICK)
+    assert ran.code == 2
+    [line] = [line for line in ran.err.splitlines() if line.startswith("Error: ")]
+    assert line == ran.err.splitlines()[-1]
+    assert words in line
+    assert "rows.jsonl line 1" in line
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_reference_of_another_base_is_one_line(tiny_folder, data, tmp_path):
+    other = write_folder(tmp_path / "other", tiny_model(seed=9))
+    trained(tmp_path / "a", other, data, "orpo", "--iters", 1)
+    more = ("--adapter-path", tmp_path / "b", "--objective", "dpo", "--reference-adapter", tmp_path / "a")
+    ran = run("train", "--model", tiny_folder, "--data", data["pairs"], *more, *QUICK)
+    assert ran.code == 2
+    assert ran.err.splitlines()[-1].startswith(f"Error: --reference-adapter {tmp_path / 'a'}: ")
+    assert "another base" in ran.err.splitlines()[-1]
+
+
+def test_ratings_of_one_kind_are_noted_and_only_own_answers_count(tiny_folder, tmp_path):
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}.", "label": True} for n in range(8)]
+    file = tmp_path / "good.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    more = ("--valid-fraction", 0, "--iters", 2, "--batch-size", 8)
+    ran = run("train", "--model", tiny_folder, "--data", file, "--adapter-path", tmp_path / "a", "--objective", "kto",
+              *QUICK, *more)  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert "no answer is rated bad" in ran.err
+    told = int(re.search(r"8 rated answers, [\d,]+ tokens, (\d+) trained", ran.err)[1])
+    lines = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    assert [line["supervised_tokens"] for line in lines if line["loss"] is not None] == [told, told]

@@ -15,6 +15,11 @@ USER, GOOD, BAD = (
 HUMAN = {"from": "human", "value": USER["content"]}
 HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: What color is the sky?\n\nAssistant: It is {}."
 
+
+def parts(turn: dict, weight: float) -> dict:
+    return {**turn, "content": [{"type": "text", "value": turn["content"]}], "loss_weight": weight}
+
+
 CHATS = {
     "TRL, explicit prompt": {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
     "TRL, implicit prompt": {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
@@ -44,6 +49,43 @@ CHATS = {
         ],
     },
     "Intel's orca_dpo_pairs": {"question": USER["content"], "chosen": GOOD["content"], "rejected": BAD["content"]},
+    "LLaMA-Factory, turns of OpenAI": {"messages": [USER], "chosen": GOOD, "rejected": BAD},
+    "LLaMA-Factory v1": {
+        "chosen_messages": [parts(USER, 0.0), parts(GOOD, 1.0)],
+        "rejected_messages": [parts(USER, 0.0), parts(BAD, 1.0)],
+    },
+    "UltraFeedback binarized, whole": {
+        "prompt": USER["content"],
+        "prompt_id": "ab12",
+        "chosen": [USER, GOOD],
+        "rejected": [USER, BAD],
+        "messages": [USER, GOOD],
+        "score_chosen": 8.0,
+        "score_rejected": 2.5,
+    },
+    "Axolotl chat_template.default": {"conversation": [USER], "chosen": GOOD, "rejected": BAD},
+    "Axolotl argilla_chat": {"chosen": [USER, GOOD], "rejected": [USER, BAD], "chosen-rating": 5.0},
+    "Axolotl argilla": {
+        "instruction": USER["content"],
+        "chosen_response": GOOD["content"],
+        "rejected_response": BAD["content"],
+    },
+    "Axolotl icr": {"system": "", "input": USER["content"], "chosen": GOOD["content"], "rejected": BAD["content"]},
+    "mlx-lm-lora, answers as objects": {
+        "prompt": USER["content"],
+        "chosen": {"messages": [GOOD]},
+        "rejected": {"messages": [BAD]},
+    },
+    "scored answers after turns": {
+        "prompt": [USER],
+        "completions": [{"text": BAD["content"], "score": 1}, {"text": GOOD["content"], "score": 2}],
+    },
+    "Intel's first columns": {
+        "system": "",
+        "question": USER["content"],
+        "chatgpt": GOOD["content"],
+        "llama2-13b-chat": BAD["content"],
+    },
     "other column names": {
         "prompt": [USER],
         "chosen_response": GOOD["content"],
@@ -53,7 +95,7 @@ CHATS = {
 
 
 def trained(conversation: Conversation) -> list[dict]:
-    return [message for message in conversation.messages if message.get("weight", 1) and message["role"] != "user"]
+    return [message for message in conversation.messages if message.get("weight", 1) and message["role"] == "assistant"]
 
 
 @pytest.mark.parametrize("record", CHATS.values(), ids=CHATS)
@@ -62,6 +104,69 @@ def test_every_form_is_the_same_pair(record):
     assert [message["content"] for message in pair.chosen.messages] == [USER["content"], GOOD["content"]]
     assert [message["content"] for message in pair.rejected.messages] == [USER["content"], BAD["content"]]
     assert [message["role"] for message in pair.chosen.messages] == ["user", "assistant"]
+
+
+SYSTEM = "Be brief."
+PLAIN = {"prompt": USER["content"], "chosen": GOOD["content"], "rejected": BAD["content"]}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        PLAIN,  # mlx-lm-lora, and Axolotl's prompt_pairs
+        CHATS["Intel's orca_dpo_pairs"],
+        CHATS["Axolotl icr"],
+        CHATS["LLaMA-Factory, ShareGPT"],
+        CHATS["Axolotl argilla_chat"],
+        CHATS["UltraFeedback binarized"],
+    ],
+)
+def test_a_system_column_is_the_first_turn(record):
+    [pair] = parse_pairs({**record, "system": SYSTEM})
+    for answer, last in ((pair.chosen, GOOD), (pair.rejected, BAD)):
+        assert [message["role"] for message in answer.messages] == ["system", "user", "assistant"]
+        assert [message["content"] for message in answer.messages] == [SYSTEM, USER["content"], last["content"]]
+        assert [message["content"] for message in answer.messages if message.get("weight", 1)] == [last["content"]]
+    assert parse_pairs({**record, "system": ""})[0] != pair
+
+
+def test_an_alpaca_pair_has_an_input_and_a_history():
+    record = {
+        "instruction": "Translate.",
+        "input": "Haus",
+        "history": [["Hi", "Hello"]],
+        "chosen": "house",
+        "rejected": "h",
+    }
+    [pair] = parse_pairs(record)
+    assert [message["content"] for message in pair.chosen.messages] == ["Hi", "Hello", "Translate.\nHaus", "house"]
+    assert [message["content"] for message in trained(pair.chosen)] == ["house"]
+
+
+def test_the_best_rank_is_one():
+    answers = [{"answer": f"answer {rank}", "model": "m", "rank": rank} for rank in (3.0, 1.0, 7.0)]
+    record = {"prompt": "\n\nHuman: Hi\n\nAssistant: ", "answers": answers, "num_responses": 7}
+    [pair] = parse_pairs(record)
+    assert (pair.chosen.completion, pair.rejected.completion) == ("answer 1.0", "answer 7.0")
+    assert len(parse_pairs(record, all_pairs=True)) == 3
+    assert [rated.good for rated in parse_rated(record)] == [True, False]
+
+
+def test_equal_and_empty_answers_of_a_list_make_no_pair():
+    texts = [("a", 3), ("a", 2), (" ", 9), ("b", 1)]
+    record = {"prompt": "Q", "completions": [{"response": text, "overall_score": score} for text, score in texts]}
+    pairs = parse_pairs(record, all_pairs=True)
+    assert [(pair.chosen.completion, pair.rejected.completion, pair.margin) for pair in pairs] == [
+        ("a", "b", 2),
+        ("a", "b", 1),
+    ]
+    assert len(parse_pairs(record)) == 1
+
+
+def test_what_is_not_read_of_a_record_is_named():
+    record = {**CHATS["TRL, explicit prompt"], "chat_template_kwargs": {"enable_thinking": False}}
+    assert parse_pairs(record)[0].chosen.unread == {"chat_template_kwargs"}
+    assert parse_pairs(CHATS["TRL, explicit prompt"])[0].chosen.unread == frozenset()
 
 
 def test_earlier_answers_are_context():
@@ -121,6 +226,11 @@ def test_margins_and_tools_are_kept():
         {"messages": [USER, GOOD], "kto_tag": True},
         {"conversations": [HUMAN, {"from": "gpt", "value": GOOD["content"]}], "kto_tag": "true"},
         {"instruction": USER["content"], "output": GOOD["content"], "label": 1},
+        {"instruction": USER["content"], "completion": GOOD["content"], "label": True},
+        {"question": USER["content"], "completion": GOOD["content"], "label": True},
+        {"system": SYSTEM, "prompt": USER["content"], "completion": GOOD["content"], "label": True},
+        {"completion": [USER, GOOD], "label": True, "rating": 4.5},
+        {"prompt": USER["content"], "completion": [GOOD], "label": True},
     ],
 )
 def test_rated_answers(record):
@@ -129,6 +239,8 @@ def test_rated_answers(record):
     assert (good.good, bad.good) == (True, False)
     assert good.answer == bad.answer
     assert [message["content"] for message in trained(good.answer)] == [GOOD["content"]]
+    assert [message["content"] for message in good.answer.messages][-2] == USER["content"]
+    assert (good.answer.messages[0]["content"] == SYSTEM) == ("system" in record)
 
 
 def test_a_pair_is_a_good_and_a_bad_answer():
@@ -152,6 +264,15 @@ PAIR = CHATS["TRL, explicit prompt"]
         ({"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "Other"}, BAD]}, "share no beginning"),
         ({"prompt": [{"role": "user", "content": "Other"}], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
          "not the beginning"),
+        ({"prompt": [{"role": "user", "content": "Other"}], "chosen": [GOOD], "rejected": [USER, BAD]}, "the chosen dialogue"),
+        ({"prompt": [USER], "chosen": [USER, GOOD], "rejected": [BAD]}, "the rejected dialogue"),
+        ({"prompt": "Other", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "not the beginning of the chosen"),
+        ({"prompt": "Other", "chosen": HH.format("blue"), "rejected": HH.format("green")}, "not the beginning of the chosen"),
+        ({"prompt": "a", "completion": "b", "label": True}, "needs chosen and rejected; .* --objective kto"),
+        ({"prompt": "a", "completion": "b"}, "needs chosen and rejected; .* --objective sft"),
+        ({**PAIR, "images": ["a.png"]}, "has images; only text"),
+        ({"messages": ["hi"], "chosen": GOOD, "rejected": BAD}, "a turn is not an object"),
+        ({**PAIR, "prompt": [{"role": None, "content": "hi"}]}, "expected role, content"),
         ({"chosen": "blue", "rejected": "green"}, "no prompt"),
         ({"instruction": "x", "completions": [{"text": 3}]}, "completions must be a list"),
     ],

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_lora.data.encode import Encoded, EncodedSet, Encoder
 from mlx_lora.data.examples import Example
-from mlx_lora.data.preferences import Pair, Rated, parse_pairs, parse_rated
+from mlx_lora.data.preferences import Pair, Rated
 
 Entry = Example | Pair | Rated
 """What one record holds, in canonical form."""
@@ -88,7 +88,9 @@ def _as_rated(encoded: Encoded, rated: Sequence[Rated]) -> Encoded:
         trained = np.concatenate([np.zeros(starts[i], bool), other_mask[other:]])
         joined.append((together, trained))
     labels = np.array([value for number in source for value in (float(rated[number].good), 0.0)], np.float32)
-    return _numbered(encoded, EncodedSet.from_rows(joined).grouped(2, labels), source, dict(encoded.dropped), 1)
+    return _numbered(
+        encoded, EncodedSet.from_rows(joined).grouped(2, labels, trained_rows=1), source, dict(encoded.dropped), 1
+    )
 
 
 def _numbered(encoded: Encoded, rows: EncodedSet, source: list[int], dropped: dict[int, str], size: int) -> Encoded:
@@ -102,7 +104,3 @@ def _numbered(encoded: Encoded, rows: EncodedSet, source: list[int], dropped: di
         unshown={name: sorted({n // size for n in numbers}) for name, numbers in encoded.unshown.items()},
         divided=sorted({number // size for number in encoded.divided}),
     )
-
-
-RECORD_PARSERS: dict[str, Callable[..., list]] = {"pairs": parse_pairs, "rated": parse_rated}
-"""Kind of record an objective needs -> its parser; plain examples have `formats.parse_record`."""

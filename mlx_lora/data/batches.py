@@ -42,6 +42,7 @@ class Batch:
         positions: (P,) int32, row * T + column of each trained target, then zeros.
         weights: (P,) float32, 1 for each trained target, then zeros.
         group: rows per example, K.
+        trained_rows: as in `EncodedSet`.
         labels, reference: (B,) float32, as in `EncodedSet`; None: it has none. (B, K) with `starts`.
         starts: (B, K) int32, as in `EncodedSet`; None: a row holds one text.
         numbers: (B,) row numbers in the encoded set, EMPTY for padding; None: not from a set.
@@ -62,6 +63,12 @@ class Batch:
     answers: np.ndarray | None = None
     starts: np.ndarray | None = None
     shares: tuple[float, ...] = ()
+    trained_rows: int | None = None
+
+    @property
+    def supervised_tokens(self) -> int:
+        """The number of trained targets, without those of rows that are only measured."""
+        return int(self.mask.reshape(-1, self.group, self.mask.shape[1])[:, : self.trained_rows].sum())
 
     @property
     def real(self) -> np.ndarray:
@@ -109,7 +116,7 @@ class Batch:
             rows: (rows,) row numbers in this batch; EMPTY gives a row of padding.
             slots: P of the new batch.
             real_tokens: to count for it.
-            group: rows per example of the new batch; None: as in this one.
+            group: rows per example of the new batch, all of them trained; None: as in this one.
         """
 
         def of(array: np.ndarray) -> np.ndarray:
@@ -121,7 +128,7 @@ class Batch:
         parts = {name: of(array) for name, array in more.items() if array is not None}
         return Batch.of(
             of(self.inputs), of(self.targets), of(self.mask), real_tokens, slots,
-            group=group or self.group, shares=self.shares, **parts,
+            group=group or self.group, shares=self.shares, trained_rows=None if group else self.trained_rows, **parts,
         )  # fmt: skip
 
 
@@ -330,5 +337,6 @@ def collate(rows: EncodedSet, numbers: np.ndarray, width: int, slots: int) -> Ba
 
     more = {"labels": of_rows(rows.labels), "reference": of_rows(rows.reference), "starts": of_rows(rows.starts)}
     return Batch.of(
-        inputs, targets, mask, real_tokens, slots, group=rows.group, numbers=numbers, answers=answers, **more
-    )
+        inputs, targets, mask, real_tokens, slots, group=rows.group, numbers=numbers, answers=answers,
+        trained_rows=rows.trained_rows, **more,
+    )  # fmt: skip

@@ -48,7 +48,7 @@ class Location(NamedTuple):
 
 @dataclass(frozen=True)
 class SplitReport:
-    """The size of one encoded split; lengths are in tokens, of single rows."""
+    """The size of one encoded split; lengths are in tokens, of single rows. Rows that are only measured do not count."""
 
     rows: int
     tokens: int
@@ -61,9 +61,9 @@ class SplitReport:
     @classmethod
     def of(cls, rows: EncodedSet) -> SplitReport:
         """Return the sizes of an encoded set."""
-        lengths = rows.lengths if len(rows) else np.zeros(1, np.int64)
-        low, middle, high, top = np.percentile(lengths, [0, 50, 95, 100], method="nearest")
-        return cls(rows.examples, len(rows.tokens), rows.supervised_tokens, int(low), int(middle), int(high), int(top))
+        lengths = rows.lengths[rows.trained_numbers]
+        marks = np.percentile(lengths if len(rows) else np.zeros(1, np.int64), [0, 50, 95, 100], method="nearest")
+        return cls(rows.examples, int(lengths.sum()), rows.supervised_tokens, *map(int, marks))
 
     @property
     def supervised_share(self) -> float:

@@ -37,6 +37,7 @@ class EncodedSet:
         mask: (N,) bool, True: this token is a target that is trained. A row's first token never is one.
         offsets: (R + 1,) int64; row i is tokens[offsets[i]:offsets[i + 1]].
         group: Rows per example, K: the two answers of a pair are rows 2 i and 2 i + 1. Batches keep them together.
+        trained_rows: How many of an example's rows are trained, the first ones; the others are only measured. None: all.
         labels: (R,) float32, what the data says of a row beside its tokens; None: nothing. (R, K) with `starts`.
         answers: (N,) bool, the trained targets that belong to an answer; None: all of them.
         reference: (R,) float32, log-probability of each row's answer under the reference; None: not computed. It follows
@@ -53,6 +54,7 @@ class EncodedSet:
     answers: np.ndarray | None = None
     reference: np.ndarray | None = None
     starts: np.ndarray | None = None
+    trained_rows: int | None = None
 
     @classmethod
     def from_rows(cls, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> EncodedSet:
@@ -80,16 +82,17 @@ class EncodedSet:
         """Return the set of these examples, in this order."""
         rows = (np.asarray(examples, np.int64)[:, None] * self.group + np.arange(self.group)).ravel()
         chosen = EncodedSet.from_rows([self.row(int(i)) for i in rows])
-        return chosen.grouped(self.group, None if self.labels is None else self.labels[rows])
+        return chosen.grouped(self.group, None if self.labels is None else self.labels[rows], self.trained_rows)
 
     @property
     def examples(self) -> int:
         """Number of examples, R / K."""
         return len(self) // self.group
 
-    def grouped(self, group: int, labels: np.ndarray | None = None) -> EncodedSet:
+    def grouped(self, group: int, labels: np.ndarray | None = None, trained_rows: int | None = None) -> EncodedSet:
         """Return the same rows as examples of `group` rows each, with labels (R,)."""
-        return replace(self, group=group, labels=None if labels is None else labels.astype(np.float32))
+        labels = None if labels is None else labels.astype(np.float32)
+        return replace(self, group=group, labels=labels, trained_rows=trained_rows)
 
     def with_whole_rows(self) -> EncodedSet:
         """Return the same set with the first row of each example trained whole, its prompt included; answers stay marked."""
@@ -105,8 +108,13 @@ class EncodedSet:
 
     @cached_property
     def supervised_tokens(self) -> int:
-        """The number of trained targets."""
-        return int(self.mask.sum())
+        """The number of trained targets, without those of rows that are only measured."""
+        return int(self.supervised_counts[self.trained_numbers].sum())
+
+    @property
+    def trained_numbers(self) -> np.ndarray:
+        """The numbers of the rows that are trained, int64."""
+        return np.arange(len(self)).reshape(-1, self.group)[:, : self.trained_rows].ravel()
 
     @cached_property
     def fingerprint(self) -> str:

@@ -76,7 +76,7 @@ def read_entry(folder: Path) -> tuple[dict[str, EncodedSet], dict[str, Any]] | N
     """
     try:
         entry = json.loads((folder / ENTRY_FILE).read_text(encoding="utf-8"))
-        sets = {name: _read_set(folder, name, entry["groups"][name]) for name in entry["fingerprints"]}
+        sets = {name: _read_set(folder, name, *entry["groups"][name]) for name in entry["fingerprints"]}
         if {name: rows.fingerprint for name, rows in sets.items()} != entry["fingerprints"]:
             return None
         os.utime(folder)  # the entries used last are kept
@@ -103,14 +103,14 @@ def write_entry(folder: Path, sets: dict[str, EncodedSet], details: dict[str, An
                     np.save(temporary / f"{name}.{array}.npy", np.asarray(values, kind))
         entry = {
             "fingerprints": {name: rows.fingerprint for name, rows in sets.items()},
-            "groups": {name: rows.group for name, rows in sets.items()},
+            "groups": {name: (rows.group, rows.trained_rows) for name, rows in sets.items()},
             "details": details,
         }
         (temporary / ENTRY_FILE).write_text(json.dumps(entry), encoding="utf-8")
     _evict(folder.parent)
 
 
-def _read_set(folder: Path, name: str, group: int) -> EncodedSet:
+def _read_set(folder: Path, name: str, group: int, trained_rows: int | None) -> EncodedSet:
     # Use a plain array: each slice of a memmap object would cost more than reading the row.
     parts = {
         array: np.load(file, mmap_mode="r").view(np.ndarray)
@@ -120,7 +120,7 @@ def _read_set(folder: Path, name: str, group: int) -> EncodedSet:
     for array, values in parts.items():
         if values.dtype != ARRAYS[array] or values.ndim != 1:
             raise ValueError(f"{name}.{array} is another kind of array")
-    return EncodedSet(**parts, group=group)
+    return EncodedSet(**parts, group=group, trained_rows=trained_rows)
 
 
 def _evict(folder: Path) -> None:

@@ -25,7 +25,14 @@ SHAREGPT_ROLES = {
     "tool": "tool",
 }
 # A row that has both columns of a pair compares two answers.
-PREFERENCE_PAIRS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
+PREFERENCE_PAIRS = (
+    ("chosen", "rejected"),
+    ("chosen_response", "rejected_response"),
+    ("chosen_messages", "rejected_messages"),
+    ("preferred_output", "non_preferred_output"),
+)
+# A row with a list of several answers compares them by scores or ranks.
+ANSWER_LISTS = ("completions", "answers")
 # Columns that rate an answer, and the columns that hold a question and its answer.
 RATING_COLUMNS, ANSWERED = ("label", "kto_tag"), ({"prompt", "completion"}, {"messages"}, {"conversations"})
 EXPECTED = {
@@ -72,6 +79,9 @@ def detect_format(record: Record) -> str:
         return "alpaca"
     if "text" in record:  # last: Alpaca's own set repeats each row as one text
         return "text"
+    for name in ANSWER_LISTS:
+        if isinstance(record.get(name), list) and all(isinstance(answer, dict) for answer in record[name]):
+            raise FormatError(f"a row with several answers ({name}); train with --objective dpo, orpo, simpo or cpo")
     raise FormatError(f"found {keys_of(record)}; expected one of: {'; '.join(EXPECTED.values())}")
 
 
@@ -106,7 +116,19 @@ def _alpaca(record: Record) -> Conversation:
         raise EmptyRecord("empty output")
     if not instruction.strip() and not given.strip():
         raise EmptyRecord("empty instruction")
-    messages = []
+    messages = opening(record)
+    question = "\n".join(part for part in (instruction, given) if part.strip())
+    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
+    return Conversation(messages)
+
+
+def opening(record: Record) -> list[Message]:
+    """Return the turns that a record's columns `system` and `history` give.
+
+    Raises:
+        FormatError: one of them is not a text, or not a list of pairs.
+    """
+    messages: list[Message] = []
     if system := as_string(record.get("system", ""), "system"):
         messages.append({"role": "system", "content": system})
     for pair in as_list(record.get("history", []), "history"):
@@ -114,9 +136,7 @@ def _alpaca(record: Record) -> Conversation:
             raise FormatError("history must be a list of [instruction, output] pairs")
         messages.append({"role": "user", "content": as_string(pair[0], "history")})
         messages.append({"role": "assistant", "content": as_string(pair[1], "history")})
-    question = "\n".join(part for part in (instruction, given) if part.strip())
-    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
-    return Conversation(messages)
+    return messages
 
 
 def _sharegpt(record: Record) -> Conversation:

@@ -18,6 +18,7 @@ from mlx_lora.data.data_report import MAX_LISTED, DataReport, DroppedRow, Locati
 from mlx_lora.data.encode import Encoded, EncodedSet, Encoder
 from mlx_lora.data.encoded_cache import entry_folder, read_entry, write_entry
 from mlx_lora.data.examples import Completion, Conversation, Text
+from mlx_lora.data.preferences import Rated
 from mlx_lora.data.reading import Rows, read_rows
 from mlx_lora.data.split import content_key, cut_text, hold_out
 from mlx_lora.data.templates import resolve_template, shows_date
@@ -152,7 +153,7 @@ def _make_splits(
     day: date | None,
     records: str,
 ) -> DataSplits:
-    parts = {name: read_rows(paths, settings.data_format, records) for name, paths in files.items()}
+    parts = {name: read_rows(paths, settings, records) for name, paths in files.items()}
     if "valid" not in parts:
         parts |= _cut_single_text(parts["train"], settings.valid_fraction)
     encoder, template, origin = _make_encoder(parts.values(), settings, tokenizer, day)
@@ -221,7 +222,7 @@ def load_eval_set(
         for line in entry[1]["notes"]:
             say(line)
         return entry[0][name]
-    parts = {name: read_rows(files[name], settings.data_format, records)}
+    parts = {name: read_rows(files[name], settings, records)}
     encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer, day)
     encoded = {name: _encode(parts[name], encoder, say)}
     _check(settings, parts, encoded)
@@ -343,6 +344,11 @@ def _notes(
         shared = len(set(keys.get(name, [])) & set(keys["train"]))
         if shared:
             notes.append(f"{shared:,} {name} rows are also training rows; the {name} loss will be too low")
+    train = parts["train"].entries
+    ratings = {train[i].good for i in encoded["train"].source.tolist() if isinstance(train[i], Rated)}
+    if len(ratings) == 1:
+        kind = "bad" if ratings == {True} else "good"
+        notes.append(f"no answer is rated {kind}, so the run has nothing to compare with; add {kind} answers")
     kept = [
         answer
         for name, part in encoded.items()

@@ -59,7 +59,7 @@ def _unread(turns: list[dict[str, Any]]) -> frozenset[str]:
 
 def _message(turn: Any, number: int) -> Message:
     """Return one turn in OpenAI's format; an assistant's turn may still have `channel` and `recipient`."""
-    if not isinstance(turn, dict) or "role" not in turn:
+    if not isinstance(turn, dict) or turn.get("role") is None:
         raise FormatError(f"message {number} has {keys_of(turn)}; expected role, content")
     turn = {key: value for key, value in turn.items() if value is not None}
     role = "tool" if turn["role"] == "function" else turn["role"]
@@ -177,7 +177,8 @@ def _content(content: Any, number: int) -> tuple[str, str]:
     texts: dict[str, list[str]] = {"text": [], "thinking": []}
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        value = part.get(kind) if isinstance(part, dict) and kind in texts else None
+        # LLaMA-Factory's v1 files call the text of every part its value.
+        value = part.get(kind, part.get("value")) if isinstance(part, dict) and kind in texts else None
         if isinstance(value, list):  # Mistral's thinking is itself a list of text parts
             value = _content(value, number)[0]
         if not isinstance(value, str):

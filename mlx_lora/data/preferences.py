@@ -2,9 +2,13 @@
 
     TRL             prompt, chosen, rejected (text or messages; without prompt: two whole dialogues)
                     prompt, completion, label
-    LLaMA-Factory   conversations or instruction, with chosen, rejected; messages or conversations with kto_tag
+    LLaMA-Factory   conversations or instruction, with chosen, rejected; messages or conversations with kto_tag;
+                    chosen_messages, rejected_messages
+    Axolotl         prompt, input, question, instruction or conversation, and system, with chosen, rejected or with
+                    completion, label; completion as a whole dialogue
     OpenAI          input: {messages}, preferred_output, non_preferred_output
     UltraFeedback   instruction, completions: [{response, overall_score}, ...]
+    Nectar          prompt, answers: [{answer, rank}, ...]
     HH              chosen, rejected: two dialogues in one text, "\\n\\nHuman: ...\\n\\nAssistant: ..."
 
 Each answer becomes an example of its own, a `Conversation` or `Completion` of which only the answer is trained, so
@@ -13,23 +17,22 @@ templates, masks and limits are those of every other example.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
 from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, FormatError, Message, Record
-from mlx_lora.data.formats import parse_record, sharegpt_messages
+from mlx_lora.data.formats import ANSWER_LISTS, opening, parse_record, sharegpt_messages
 from mlx_lora.data.messages import as_list, as_string, conversation, keys_of
 from mlx_lora.data.turns import common_prefix
 
 Answer = Conversation | Completion
-SPEAKER = "\n\nAssistant:"  # starts an answer in a dialogue of Anthropic's HH
+ASKER, SPEAKER = "\n\nHuman:", "\n\nAssistant:"  # start a question and an answer in a dialogue of Anthropic's HH
 LABELS = ("label", "kto_tag")
 YES, NO = ("true", "1", "yes"), ("false", "0", "no")
-PAIR_EXPECTED = (
-    "prompt, chosen, rejected; chosen and rejected as whole dialogues; conversations (or instruction), chosen, rejected; "
-    "input, preferred_output, non_preferred_output; instruction, completions with scores"
-)
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# Where a list of several answers has an answer's text, and how good it is; of ranks, 1 is the best.
+TEXTS, SCORES, RANKS = ("response", "text", "answer"), ("overall_score", "score", "rating"), ("rank",)
 LABEL_EXPECTED = "prompt, completion, label; messages (or conversations, or instruction and output), label or kto_tag"
 
 
@@ -65,14 +68,18 @@ def parse_pairs(record: Record, all_pairs: bool = False) -> list[Pair]:
     Raises:
         FormatError: the record has no such shape (EmptyRecord: it has, with an empty answer or two equal ones).
     """
-    record = {_NAMES.get(key, key): value for key, value in record.items() if value is not None}
-    if "completions" in record and isinstance(record["completions"], list):
-        pairs = _scored(record, all_pairs)
+    record = _known(record)
+    missing = [name for name in ("chosen", "rejected") if name not in record]
+    if missing and (name := _answer_list(record)):
+        pairs = _scored(record, name, all_pairs)
+    elif missing:
+        needs = f"found {keys_of(record)}; a preference pair needs {' and '.join(missing)}"
+        if any(name in record for name in LABELS):
+            raise FormatError(f"{needs}; for single answers with a label train with --objective kto")
+        raise FormatError(
+            f"{needs}; " + ("plain chats: --objective sft" if missing[1:] else "add it, or remove the row")
+        )
     else:
-        missing = [name for name in ("chosen", "rejected") if name not in record]
-        if missing:
-            found = f"found {keys_of(record)}"
-            raise FormatError(f"{found}; a preference pair needs {' and '.join(missing)}: one of {PAIR_EXPECTED}")
         pairs = [_pair(record, record["chosen"], record["rejected"], _margin(record))]
     for pair in pairs:
         _check(pair)
@@ -85,17 +92,16 @@ def parse_rated(record: Record) -> list[Rated]:
     Raises:
         FormatError: as in `parse_pairs`.
     """
-    record = {_NAMES.get(key, key): value for key, value in record.items() if value is not None}
+    record = _known(record)
     name = next((name for name in LABELS if name in record), None)
     if name is None:
-        if {"chosen", "rejected"} <= record.keys():
+        if {"chosen", "rejected"} <= record.keys() or _answer_list(record):
             return [r for pair in parse_pairs(record) for r in (Rated(pair.chosen, True), Rated(pair.rejected, False))]
         raise FormatError(f"found {keys_of(record)}; a rated answer needs {LABEL_EXPECTED}")
     text = str(record[name]).strip().lower()
     if text not in (*YES, *NO):
         raise FormatError(f"{name} is {record[name]!r}; it must be true or false")
-    rest = {key: value for key, value in record.items() if key not in LABELS}
-    _, example = parse_record(rest)
+    example = _answered({key: value for key, value in record.items() if key not in LABELS})
     if not isinstance(example, Conversation | Completion):
         raise FormatError(f"found {keys_of(record)}; a rated answer needs {LABEL_EXPECTED}")
     return [Rated(_last_answer_only(example), text in YES)]
@@ -104,36 +110,80 @@ def parse_rated(record: Record) -> list[Rated]:
 _NAMES = {
     "chosen_response": "chosen",
     "rejected_response": "rejected",
+    "chosen_messages": "chosen",
+    "rejected_messages": "rejected",
     "preferred_output": "chosen",
     "non_preferred_output": "rejected",
+    "chatgpt": "chosen",  # of Intel's Orca pairs, as they were first published
+    "llama2-13b-chat": "rejected",
 }
+
+
+def _known(record: Record) -> Record:
+    """Return a record without absent values, with our names of its columns."""
+    record = {_NAMES.get(key, key): value for key, value in record.items() if value is not None}
+    for name in MEDIA:
+        if record.get(name):
+            raise FormatError(f"has {name}; only text is trained")
+    return record
+
+
+def _answer_list(record: Record) -> str | None:
+    """Return the column that holds several answers, each an object; None if the record has none."""
+    return next((name for name in ANSWER_LISTS if isinstance(record.get(name), list)), None)
+
+
+def _answered(record: Record) -> Any:
+    """Return the example that a rated record holds, without its label."""
+    answer = record.get("completion")
+    if isinstance(answer, list) and answer and isinstance(answer[0], dict) and answer[0].get("role") != "assistant":
+        return _conversation([], answer, record)  # the whole dialogue
+    if answer is None or (isinstance(answer, str) and isinstance(record.get("prompt"), str) and not opening(record)):
+        return parse_record(record)[1]
+    context = _context(record, answer)
+    if not context:
+        raise FormatError(f"found {keys_of(record)}; a rated answer needs {LABEL_EXPECTED}")
+    return _conversation(context, _answer_messages(answer, "completion"), record)
 
 
 def _pair(record: Record, chosen: Any, rejected: Any, margin: float = 0.0) -> Pair:
     """Return the pair of two answers in whichever of their shapes."""
-    context = _context(record)
+    context = _context(record, chosen, rejected)
     if context is None and isinstance(chosen, str) and isinstance(rejected, str):
         return _text_pair(record, chosen, rejected, margin)
     answers = [_answer_messages(chosen, "chosen"), _answer_messages(rejected, "rejected")]
-    whole = [bool(answer) and answer[0].get("role") != "assistant" for answer in answers]
-    if any(whole):  # dialogues from their beginning: what they share is the prompt
-        shared = _shared_turns(*answers)
-        if context and not isinstance(record.get("prompt"), str) and answers[0][: len(context)] != context:
-            raise FormatError("the prompt is not the beginning of the chosen dialogue; leave one of them out")
-        context, answers = shared, [answer[len(shared) :] for answer in answers]
+    if any(answer and answer[0].get("role") != "assistant" for answer in answers):  # dialogues from their beginning
+        shared = _shared_turns(*answers)  # the prompt
+        _check_prompt(record, context or [], answers)
+        answers = [answer[len(shared) :] for answer in answers]
+        first = shared and shared[0].get("role") not in ("system", "developer")
+        context = [*(opening(record) if first else []), *shared]
     if not context:
         raise FormatError("chosen and rejected share no beginning; a pair answers one prompt")
-    tools, functions = _tools(record), record.get("functions")
-    chosen, rejected = (_conversation(context, answer, tools, functions) for answer in answers)
-    return Pair(chosen, rejected, margin)
+    return Pair(*(_conversation(context, answer, record) for answer in answers), margin)
+
+
+def _check_prompt(record: Record, context: list[Message], dialogues: list[list[Message]]) -> None:
+    """Refuse a record of which one of both dialogues does not begin with its prompt."""
+    prompt, bare = record.get("prompt"), context[len(opening(record)) :]
+    for name, dialogue in zip(("chosen", "rejected"), dialogues, strict=True):
+        if isinstance(prompt, str):  # of some sets the first question, of others the last
+            fits = any(prompt.strip() in str(turn.get("content")) for turn in dialogue[:-1])
+        else:
+            fits = context == dialogues[0] or any(dialogue[: len(turns)] == turns for turns in (context, bare))
+        if not fits:
+            raise FormatError(f"the prompt is not the beginning of the {name} dialogue; leave one of them out")
 
 
 def _text_pair(record: Record, chosen: str, rejected: str, margin: float) -> Pair:
     """Return a pair of plain texts: after a prompt, or two dialogues in one text each."""
     if isinstance(prompt := record.get("prompt"), str):
-        # Some sets repeat the prompt in front of both answers.
-        if prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
+        repeated = [prompt and text.startswith(prompt) for text in (chosen, rejected)]
+        if all(repeated):  # some sets repeat the prompt in front of both answers
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        elif ASKER in chosen[: len(ASKER)] or ASKER in rejected[: len(ASKER)]:
+            name = "rejected" if repeated[0] else "chosen"
+            raise FormatError(f"the prompt is not the beginning of the {name} dialogue; leave one of them out")
         return Pair(Completion(prompt, chosen), Completion(prompt, rejected), margin)
     shared = chosen[: common_prefix(chosen, rejected)]
     if SPEAKER in shared:
@@ -145,36 +195,41 @@ def _text_pair(record: Record, chosen: str, rejected: str, margin: float) -> Pai
     return Pair(Completion(shared, chosen[len(shared) :]), Completion(shared, rejected[len(shared) :]), margin)
 
 
-def _context(record: Record) -> list[Message] | None:
+def _context(record: Record, *answers: Any) -> list[Message] | None:
     """Return the turns before the answers, None where the record has none of its own or has them as plain text."""
     if isinstance(given := record.get("input"), dict):  # OpenAI's
         return as_list(given.get("messages"), "input.messages")
     if isinstance(prompt := record.get("prompt"), list):
         return prompt
-    system = as_string(record.get("system", ""), "system")
-    turns = [{"role": "system", "content": system}] if system else []
-    if "conversations" in record or "conversation" in record:
-        return turns + sharegpt_messages(record.get("conversations", record.get("conversation")))
-    if "messages" in record:
-        return turns + as_list(record["messages"], "messages")
+    turns = opening(record)
+    for name in ("conversations", "conversation", "messages"):
+        if name in record:
+            own = _turns(as_list(record[name], name))
+            return own if own and own[0].get("role") == "system" else turns + own
     question = record.get("instruction", record.get("question"))
-    if question is not None:
-        more = as_string(record.get("input", ""), "input")
-        text = "\n".join(part for part in (as_string(question, "instruction"), more) if part.strip())
-        return [*turns, {"role": "user", "content": text}]
-    if isinstance(record.get("prompt"), str) and not all(isinstance(record[n], str) for n in ("chosen", "rejected")):
-        return [*turns, {"role": "user", "content": record["prompt"]}]
+    if question is not None or (prompt is None and isinstance(given, str)):
+        asked = [as_string(part, "instruction or input") for part in (question, given) if part is not None]
+        return [*turns, {"role": "user", "content": "\n".join(part for part in asked if part.strip())}]
+    if isinstance(prompt, str) and (turns or not all(isinstance(answer, str) for answer in answers)):
+        return [*turns, {"role": "user", "content": prompt}]
     return None
 
 
+def _turns(turns: list[Any]) -> list[Message]:
+    """Return turns as messages, those of ShareGPT too."""
+    if not all(isinstance(turn, dict) for turn in turns):
+        raise FormatError("a turn is not an object; expected role, content")
+    return sharegpt_messages(turns) if turns and "from" in turns[0] else list(turns)
+
+
 def _answer_messages(answer: Any, name: str) -> list[Message]:
-    """Return an answer as turns: a text, one turn of OpenAI's or ShareGPT's, or a list of them."""
+    """Return an answer as turns: a text, one turn of OpenAI's or ShareGPT's, or a list of them (or {messages: list})."""
     if isinstance(answer, str):
         return [{"role": "assistant", "content": answer}]
-    turns = [answer] if isinstance(answer, dict) else answer
+    turns = answer.get("messages", [answer]) if isinstance(answer, dict) else answer
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise FormatError(f"{name} must be a text, a message or a list of messages")
-    return sharegpt_messages(turns) if "from" in turns[0] else list(turns)
+    return _turns(turns)
 
 
 def _shared_turns(chosen: list[Message], rejected: list[Message]) -> list[Message]:
@@ -187,12 +242,13 @@ def _shared_turns(chosen: list[Message], rejected: list[Message]) -> list[Messag
     return chosen[:count]
 
 
-def _conversation(context: list[Message], answer: list[Message], tools: Any, functions: Any) -> Conversation:
-    """Return a conversation of which only the answer is trained."""
+def _conversation(context: list[Message], answer: list[Message], record: Record) -> Conversation:
+    """Return a conversation of which only the answer is trained, with the tools of its record."""
     if not answer:
         raise EmptyRecord("an answer without text")
     before = [{**turn, "weight": 0} if isinstance(turn, dict) else turn for turn in context]
-    return conversation(before + answer, tools, None, functions)
+    found = conversation(before + answer, _tools(record), None, record.get("functions"))
+    return replace(found, unread=found.unread | {"chat_template_kwargs"} & record.keys())
 
 
 def _last_answer_only(example: Answer) -> Answer:
@@ -204,28 +260,27 @@ def _last_answer_only(example: Answer) -> Answer:
     return Conversation(messages, example.tools, example.reasoning_field, example.unread)
 
 
-def _scored(record: Record, all_pairs: bool) -> list[Pair]:
-    """Return pairs of answers that a list holds with scores, each better one against a worse one."""
+def _scored(record: Record, name: str, all_pairs: bool) -> list[Pair]:
+    """Return pairs of the answers that a list holds with scores or ranks, each better one against a worse one."""
     answers = []
-    for entry in record["completions"]:
-        text = entry.get("response", entry.get("text")) if isinstance(entry, dict) else None
-        score = (
-            next((entry[name] for name in ("overall_score", "score", "rating") if name in entry), None)
-            if text
-            else None
-        )
-        if not isinstance(text, str) or not isinstance(score, int | float | str):
-            raise FormatError("completions must be a list of {response, overall_score}")
+    for entry in record[name]:
+        entry = entry if isinstance(entry, dict) else {}
+        text = next((entry[key] for key in TEXTS if key in entry), None)
+        key = next((key for key in (*SCORES, *RANKS) if isinstance(entry.get(key), int | float | str)), None)
+        if not isinstance(text, str) or key is None:
+            raise FormatError(f"{name} must be a list of {{response, overall_score}} or {{answer, rank}}")
+        if not text.strip():
+            continue
         try:
-            answers.append((float(score), text))
+            answers.append((-float(entry[key]) if key in RANKS else float(entry[key]), text))
         except ValueError:
-            raise FormatError(f"overall_score is {score!r}; it must be a number") from None
+            raise FormatError(f"{key} is {entry[key]!r}; it must be a number") from None
     answers.sort(key=lambda answer: -answer[0])
     found = list(combinations(answers, 2)) if all_pairs else [(answers[0], answers[-1])] if answers else []
-    pairs = [_pair(record, good[1], bad[1], good[0] - bad[0]) for good, bad in found if good[0] > bad[0]]
-    if not pairs:
-        raise EmptyRecord("no two answers with different scores")
-    return pairs
+    found = [(good, bad) for good, bad in found if good[0] > bad[0] and good[1] != bad[1]]
+    if not found:
+        raise EmptyRecord("no two different answers with different scores")
+    return [_pair(record, good[1], bad[1], good[0] - bad[0]) for good, bad in found]
 
 
 def _margin(record: Record) -> float:

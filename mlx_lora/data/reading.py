@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_lora.data.answers import RECORD_PARSERS, Entry
+from mlx_lora.data.answers import Entry
 from mlx_lora.data.data_report import DroppedRow, Location
 from mlx_lora.data.examples import EmptyRecord, FormatError
 from mlx_lora.data.formats import parse_record
+from mlx_lora.data.preferences import parse_pairs, parse_rated
+from mlx_lora.settings.config import DataSettings
 from mlx_lora.sources.records import BadRow, read_records
 
 
@@ -32,12 +34,12 @@ class Rows:
         return sum(self.formats.values()) + self.unread
 
 
-def read_rows(paths: Sequence[Path], data_format: str, records: str) -> Rows:
+def read_rows(paths: Sequence[Path], settings: DataSettings, records: str) -> Rows:
     """Read all records of some files.
 
     Args:
         paths: Of one split.
-        data_format: `--data-format`, for plain examples.
+        settings: the format of plain examples, and which pairs to take of several answers.
         records: `examples`, `pairs` or `rated`.
     """
     rows = Rows()
@@ -49,10 +51,12 @@ def read_rows(paths: Sequence[Path], data_format: str, records: str) -> Rows:
                 continue
             try:
                 if records == "examples":
-                    name, example = parse_record(record.value, data_format)
+                    name, example = parse_record(record.value, settings.data_format)
                     entries = [example]
+                elif records == "pairs":
+                    name, entries = records, parse_pairs(record.value, settings.pairs == "all")
                 else:
-                    name, entries = records, RECORD_PARSERS[records](record.value)
+                    name, entries = records, parse_rated(record.value)
             except FormatError as error:
                 rows.unread += 1
                 rows.empty += isinstance(error, EmptyRecord)

@@ -16,7 +16,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_lora.adapters.inject import remove_adapters
-from mlx_lora.artifacts.adapter import WEIGHTS_FILE, load_adapter
+from mlx_lora.artifacts.adapter import WEIGHTS_FILE, AdapterInfo, check_base, load_adapter, read_adapter_config
+from mlx_lora.artifacts.adapter_config import own_entries
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.joining import joined, saved_share
 from mlx_lora.models.load import Base
@@ -55,7 +56,7 @@ def with_reference(
     """
     folder = settings.objective.reference_adapter
     if folder:
-        info = load_adapter(base, Path(folder))
+        info = _put_reference(base, Path(folder))
         if info.full:
             raise InputError(
                 f"--reference-adapter {folder}: trained {info.full[0]} in full, which cannot be taken off the base "
@@ -65,6 +66,19 @@ def with_reference(
     if folder:
         remove_adapters(base.model)
     return found
+
+
+def _put_reference(base: Base, folder: Path) -> AdapterInfo:
+    """Put the reference's adapter on the base; the advice for one of another base differs from that for other commands."""
+    config = read_adapter_config(folder)
+    try:
+        check_base(base, config, folder)
+    except InputError:
+        raise InputError(
+            f"--reference-adapter {folder}: was trained on another base, {own_entries(config).get('base_model')}; "
+            f"give an adapter of --model {base.model_id}, or leave it out to compare with the model as it is"
+        ) from None
+    return load_adapter(base, folder)
 
 
 def _of(settings: TrainSettings, base: Base, rows: EncodedSet, ranks: Ranks, say: Callable[[str], None]) -> np.ndarray:

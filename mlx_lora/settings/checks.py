@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
-from mlx_lora.settings.config import ROWS
+from mlx_lora.settings.config import ROWS, WITHOUT_PAIRS
 from mlx_lora.settings.methods import PRESETS
 from mlx_lora.settings.setting_row import flag_of
 
@@ -42,7 +42,22 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
     problems += _adapter_problems(settings)
     if settings["iters"] is not None and settings["epochs"] is not None:
         problems.append("--iters and --epochs: both given; keep one")
-    return problems + _validation_problems(settings)
+    return problems + _data_problems(settings) + _validation_problems(settings)
+
+
+def _data_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return the settings of the data that the objective does not read, where they would do nothing."""
+    objective, problems = settings["objective"], []
+    if settings["pairs"] != "best" and objective in WITHOUT_PAIRS:
+        problems.append(f"--pairs {settings['pairs']} with --objective {objective}: it reads no pairs; leave it out")
+    if objective != "sft" and settings["data_format"] != "auto":
+        problems.append(
+            f"--data-format {settings['data_format']} with --objective {objective}: the format of preferences is found by "
+            "their keys; leave it out"
+        )
+    if objective != "sft" and not settings["mask_prompt"]:
+        problems.append(f"--no-mask-prompt with --objective {objective}: it compares answers alone; leave it out")
+    return problems
 
 
 def _validation_problems(settings: Mapping[str, Any]) -> list[str]:

@@ -15,11 +15,13 @@ from mlx_lora.settings.optimizers import OPTIMIZERS
 from mlx_lora.settings.setting_row import row_of, setting
 
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "completions", "text")
+PAIRS = ("best", "all")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("cosine", "linear", "constant")
 BIASES = ("none", "lora_only", "all")
 QUANTIZED_MATMUL = ("auto", "packed", "dense")
 KERNELS = ("auto", "mlx", "ours")
+WITHOUT_PAIRS = ("sft", "kto")  # objectives whose examples are single answers
 DEFAULT_BATCH_TOKENS = 2048
 
 # Headings of the help.
@@ -62,6 +64,8 @@ class DataSettings:
     chat_date: str | None = setting(None,  # a resumed run's fingerprint of the rows holds what it changes
         "Day that a chat template shows as today, as in 2026-11-26 (default: the day the run began).",
         MODEL, may_change=True)
+    pairs: str = setting("best", "Of several answers with scores: pair the best with the worst, or all that differ.",
+        MODEL, choices=PAIRS)
     valid_fraction: float = setting(0.05, "Share of rows held out when there is no validation file.",
         MODEL, at_least=0, at_most=0.9)
     strict: bool = setting(False, "Stop at the first report of bad rows instead of skipping them.",
@@ -156,7 +160,7 @@ class ObjectiveSettings:
     @property
     def rows_per_example(self) -> int:
         """Rows that are trained together: the two answers of a pair, or one."""
-        return 1 if self.objective in ("sft", "kto") else 2
+        return 1 if self.objective in WITHOUT_PAIRS else 2
 
 
 @dataclass(frozen=True)

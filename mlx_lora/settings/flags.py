@@ -39,7 +39,7 @@ config_option = click.option(
     cls=console.Option,
     group=MODEL,
     metavar="FILE",
-    help="YAML file of settings, ours, mlx-lm's, Axolotl's or LLaMA-Factory's; flags override it.",
+    help="YAML file of settings, ours, mlx-lm's, mlx-lm-lora's, TRL's, Axolotl's or LLaMA-Factory's; flags override it.",
 )
 
 

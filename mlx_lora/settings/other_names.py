@@ -45,6 +45,15 @@ _NAMES = {
     "resume": "resume_from_checkpoint",
     "adapter_path": "output_dir output output_path out_dir save_path adapter_name_or_path",
     "project_name": "wandb_project swanlab_project",
+    "objective": "train_mode training_mode rl trainer_type",
+    "loss_type": "dpo_cpo_loss_type pref_loss dpo_loss_type",
+    "loss_weights": "dpo_loss_weights",
+    "beta": "pref_beta rl_beta dpo_beta orpo_alpha",
+    "label_smoothing": "dpo_label_smoothing",
+    "rpo_alpha": "pref_ftx",
+    "desirable_weight": "kto_chosen_weight kto_desirable_weight",
+    "undesirable_weight": "kto_rejected_weight kto_undesirable_weight",
+    "reference_adapter": "ref_model_adapters ref_adapter_name",
     "seed": "random_state random_seed",
     "force": "overwrite_output_dir overwrite",
 }
@@ -62,6 +71,10 @@ _OTHER_WAYS = {
     "bf16": "use --dtype bfloat16, which is what auto takes on a GPU",
     "fp16": "use --dtype float16",
     "train_on_inputs": "use --no-mask-prompt to train on prompts too",
+    "stage": "use --objective; sft for the stages sft and pt",
+    "ref_model": "leave it out; the reference is the model as the run starts, or --reference-adapter",
+    "reference_model_path": "leave it out; the reference is the model as the run starts, or --reference-adapter",
+    "precompute_ref_log_probs": "leave it out; the reference is always computed before the first step",
     "packing": "leave it out; rows of like length share a batch of --batch-tokens",
 }
 # Values of a setting with choices -> advice.

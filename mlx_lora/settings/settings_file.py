@@ -23,7 +23,7 @@ def read_settings(path: str | None, flags: Mapping[str, Any], say: Callable[[str
     Raises:
         InputError: the file is missing, not UTF-8 YAML, not a mapping, or cannot be read as ours.
     """
-    return migrate(read_yaml(path), FIELDS, decided_by(flags), path, say) if path else {}
+    return migrate(read_yaml(path), FIELDS, decided_by(flags), path, say, flags.get("objective")) if path else {}
 
 
 def read_yaml(path: str) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Window:
     def add(self, batches: list[Batch], result: StepResult) -> None:
         self.results.append(result)
         self.real_tokens += sum(b.real_tokens for b in batches)
-        self.supervised_tokens += sum(int(b.mask.sum()) for b in batches)
+        self.supervised_tokens += sum(b.supervised_tokens for b in batches)
         self.positions += sum(b.inputs.size for b in batches)
         self.shapes |= {b.inputs.shape for b in batches}
 

@@ -11,6 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_lora.settings.migration import hf
+from mlx_lora.settings.migration.preference_keys import (
+    put_objective,
+    read_prompts_trained,
+    say_plain_simpo,
+    trains_on_chats,
+)
 from mlx_lora.settings.migration.sheet import Dialect, Sheet, is_empty
 from mlx_lora.system.parsing import hashable
 
@@ -45,6 +51,9 @@ READ_ANYWAY = [
     ("text_column", "text"),
     ("field_messages", "messages"),
     ("field_messages", "conversations"),
+    ("field_messages", "conversation"),
+    ("field_chosen", "chosen"),
+    ("field_rejected", "rejected"),
     ("message_field_role", "role"),
     ("message_field_role", "from"),
     ("message_field_content", "content"),
@@ -64,14 +73,8 @@ def recognizes(content: Mapping[str, Any]) -> bool:
     return "model" not in content and sum(key in content for key in MARKS) >= 2
 
 
-# Axolotl's `rl` -> our objective and its loss type.
-RL = {
-    "dpo": ("dpo", None),
-    "ipo": ("dpo", "ipo"),
-    "orpo": ("orpo", None),
-    "simpo": ("simpo", None),
-    "kto": ("kto", None),
-}
+# Axolotl's `rl` -> our objective.
+RL = {"dpo": "dpo", "ipo": "dpo", "orpo": "orpo", "simpo": "simpo", "kto": "kto"}
 # Its names of preference options -> ours.
 RL_OPTIONS = {
     "rl_beta": "beta",
@@ -83,26 +86,44 @@ RL_OPTIONS = {
     "cpo_alpha": "cpo_alpha",
     "rpo_alpha": "rpo_alpha",
     "dpo_label_smoothing": "label_smoothing",
+    "dpo_loss_type": "loss_type",
+    "dpo_loss_weights": "loss_weights",
+}
+# The first word of a preference data set's type -> the chat template that it means; None: the model's own.
+RECORD_TYPES = {"chatml": "chatml"} | dict.fromkeys(
+    ("llama3", "chat_template", "user_defined", "zephyr", "passthrough", "bradley_terry")
+)
+# Columns of a user-defined type that we find by their names.
+USER_FIELDS = {
+    "field_system": ("system",),
+    "field_prompt": ("prompt", "question", "instruction", "input"),
+    "field_chosen": ("chosen", "chosen_response"),
+    "field_rejected": ("rejected", "rejected_response"),
+    "field_completion": ("completion",),
+    "field_label": ("label", "kto_tag"),
 }
 
 
 def read_kind(sheet: Sheet) -> None:
     """Set the objective; refuse training that is neither supervised nor on preferences."""
-    asked = sheet.take("rl")
+    asked = hashable(sheet.take("rl"))
     if asked:
         if asked not in RL:
             raise sheet.refusal(f"rl {asked}: only {', '.join(RL)} are supported; use Axolotl for it")
-        objective, loss_type = RL[asked]
-        sheet.put("objective", objective, "rl")
-        if loss_type:
-            sheet.put("loss_type", loss_type, "rl")
-        for key, name in RL_OPTIONS.items():
-            if key in sheet.rest:
-                sheet.put(name, sheet.number(key), key)
-    for key in ("reward_model", "process_reward_model"):
-        asked = sheet.take(key)
-        if asked:
-            raise sheet.refusal(f"{key} {asked}: only supervised training is supported; use Axolotl for it")
+        more = sheet.part("trl")
+        if "beta" in more.rest:  # it counts before the others there
+            sheet.rest["rl_beta"] = more.take("beta")
+        sheet.left_out += [f"trl.{key}" for key in more.rest]
+        if asked == "ipo":
+            sheet.rest["dpo_loss_type"] = "ipo"
+        if asked == "simpo":
+            say_plain_simpo(sheet)
+        put_objective(sheet, RL[asked], "rl", RL_OPTIONS)
+        sheet.take("precompute_ref_log_probs")  # always done here
+    if sheet.switch("reward_model"):
+        put_objective(sheet, "reward", "reward_model", {"center_rewards_coefficient": "center_rewards"})
+    if asked := sheet.take("process_reward_model"):
+        raise sheet.refusal(f"process_reward_model {asked}: only reward_model is supported; use Axolotl for it")
 
 
 def read_method(sheet: Sheet) -> None:
@@ -210,6 +231,9 @@ def read_format(sheet: Sheet, kind: Any, key: str) -> None:
     if kind is None:
         return
     word = re.split("[:.]", kind)[0] if isinstance(kind, str) else None
+    if not trains_on_chats(sheet):
+        read_record_type(sheet, "user_defined" if isinstance(kind, dict) else word, kind, key)
+        return
     if word not in FORMATS:
         sheet.left_out.append(key)
         sheet.note(f"{key}: not a format of ours; the format is detected from the records' keys")
@@ -220,6 +244,25 @@ def read_format(sheet: Sheet, kind: Any, key: str) -> None:
         sheet.take("chat_template")
         sheet.note(f"{key} alpaca: rows get the alpaca prompt, as in Axolotl; --chat-template sets another")
     elif word in ("alpaca", "alpaca_chat", "sharegpt"):
+        sheet.note(f"{key} {kind}: rows are chats here, rendered with the model's own template")
+
+
+def read_record_type(sheet: Sheet, word: str | None, kind: Any, key: str) -> None:
+    """Set the template that a type of preference records means; the records' keys tell the rest."""
+    if isinstance(kind, dict):
+        told = {name: value for name, value in kind.items() if not is_empty(value)}
+        unknown = [name for name, value in told.items() if hashable(value) not in USER_FIELDS.get(name, ())]
+        sheet.left_out += [f"{key}.{name}" for name in unknown]
+        if unknown:
+            sheet.note(f"{key}: columns are found by their names, and --chat-template gives the text around them")
+    elif word not in RECORD_TYPES:
+        sheet.left_out.append(key)
+        sheet.note(f"{key}: not a type of ours; it is detected from the records' keys")
+    elif template := RECORD_TYPES[word]:
+        sheet.put("chat_template", template, key)
+        sheet.take("chat_template")
+        sheet.note(f"{key} {kind}: rows get the {template} prompt, as in Axolotl; --chat-template sets another")
+    elif word in ("llama3", "zephyr"):
         sheet.note(f"{key} {kind}: rows are chats here, rendered with the model's own template")
 
 
@@ -242,8 +285,7 @@ def read_template(sheet: Sheet) -> None:
 
 def read_prompts(sheet: Sheet) -> None:
     """Set mask_prompt, the opposite of train_on_inputs."""
-    if "train_on_inputs" in sheet.rest:
-        sheet.put("mask_prompt", not sheet.switch("train_on_inputs"), "train_on_inputs")
+    read_prompts_trained(sheet, "train_on_inputs")
 
 
 def read_loop(sheet: Sheet) -> None:

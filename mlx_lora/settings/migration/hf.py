@@ -1,4 +1,4 @@
-"""Rules that Axolotl and LLaMA-Factory share, because both use transformers' trainer and PEFT.
+"""Rules that Axolotl, LLaMA-Factory and TRL share, because all use transformers' trainer and PEFT.
 
 Each function reads the keys of one topic, whose names it is given, and sets ours.
 """
@@ -23,6 +23,7 @@ OPTIMIZERS = {
 }
 # Chat templates that we have with the same name and text.
 TEMPLATES = ("alpaca", "chatml")
+LOGGERS = ("wandb", "swanlab")
 HALF_PRECISION = ("bf16", "fp16", "bfloat16", "float16", "pure_bf16")
 # If several methods are on, the first of these is used.
 PRECEDENCE = ("full", "dora", "pissa", "relora", "lora-plus", "rslora")
@@ -204,3 +205,15 @@ def choose_method(sheet: Sheet, on: dict[str, str]) -> None:
     if method == "full":
         sheet.leave("lora_r", "lora_rank", "lora_alpha", "lora_dropout", "lora_modules_to_save", "additional_target")
         sheet.note("full: trains the layers that --target-modules names, all-linear by default")
+
+
+def read_loggers(sheet: Sheet) -> None:
+    """Set the loggers that are supported; others are left out."""
+    asked = sheet.take("report_to")
+    names = asked if isinstance(asked, list) else [] if asked is None else [asked]
+    if sheet.switch("use_swanlab"):
+        names = [*names, "swanlab"]
+    if ours := [name for name in names if hashable(name) in LOGGERS]:
+        sheet.put("report_to", ",".join(ours), "report_to")
+    if any(name not in (*LOGGERS, "none") for name in names):
+        sheet.left_out.append("report_to")

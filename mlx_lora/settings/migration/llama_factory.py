@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.settings.migration import hf
+from mlx_lora.settings.migration.preference_keys import put_objective, read_prompts_trained, read_reference
 from mlx_lora.settings.migration.sheet import Dialect, Sheet
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.parsing import hashable, read_json
@@ -31,7 +32,6 @@ MARKS = (
     "dataset_dir",
     "quantization_bit",
 )
-LOGGERS = ("wandb", "swanlab")
 
 
 def recognizes(content: Mapping[str, Any]) -> bool:
@@ -41,44 +41,77 @@ def recognizes(content: Mapping[str, Any]) -> bool:
 
 # LLaMA-Factory's `pref_loss` -> our objective and its loss type.
 PREFERENCE_LOSSES = {
-    "sigmoid": ("dpo", "sigmoid"),
+    "sigmoid": ("dpo", None),
     "hinge": ("dpo", "hinge"),
     "ipo": ("dpo", "ipo"),
     "orpo": ("orpo", None),
     "simpo": ("simpo", None),
+    "kto_pair": ("kto", None),
 }
 PREFERENCE_OPTIONS = {
+    "pref_loss": "loss_type",
     "pref_beta": "beta",
     "simpo_gamma": "simpo_gamma",
     "dpo_label_smoothing": "label_smoothing",
     "pref_ftx": "rpo_alpha",
     "kto_chosen_weight": "desirable_weight",
     "kto_rejected_weight": "undesirable_weight",
+    "ref_model_adapters": "reference_adapter",
+}
+STAGES = ("sft", "pt", "rm", "dpo", "kto")
+# What dataset_info.json may say of a data set, because we detect it.
+COLUMNS = {
+    "messages": ("conversations", "conversation", "messages", "completion"),
+    "prompt": ("instruction", "question", "prompt", "input"),
+    "query": ("input",),
+    "response": ("output", "completion"),
+    "history": ("history",),
+    "system": ("system",),
+    "tools": ("tools",),
+    "chosen": ("chosen", "chosen_response"),
+    "rejected": ("rejected", "rejected_response"),
+    "kto_tag": ("kto_tag", "label"),
+}
+TAGS = {
+    "role_tag": ("role", "from"),
+    "content_tag": ("content", "value"),
+    "user_tag": ("user", "human"),
+    "assistant_tag": ("assistant", "gpt"),
+    "observation_tag": ("observation", "tool"),
+    "function_tag": ("function_call",),
+    "system_tag": ("system",),
 }
 
 
 def read_kind(sheet: Sheet) -> None:
     """Set the objective; refuse training that is not supervised, on plain text or on preferences."""
     stage = sheet.take("stage")
-    if stage not in (None, "sft", "pt", "dpo", "kto"):
-        raise sheet.refusal(f"stage {stage}: only sft, pt, dpo and kto are supported; use LLaMA-Factory for it")
-    if stage in ("dpo", "kto"):
-        loss = sheet.take("pref_loss") or "sigmoid"
-        if loss not in PREFERENCE_LOSSES:
-            known = ", ".join(PREFERENCE_LOSSES)
-            raise sheet.refusal(f"pref_loss {loss}: only {known} are supported; use LLaMA-Factory for it")
-        objective, loss_type = PREFERENCE_LOSSES[loss] if stage == "dpo" else ("kto", None)
-        sheet.put("objective", objective, "stage")
-        if loss_type not in (None, "sigmoid"):
-            sheet.put("loss_type", loss_type, "pref_loss")
-        for key, name in PREFERENCE_OPTIONS.items():
-            if key in sheet.rest:
-                sheet.put(name, sheet.number(key), key)
+    if stage not in (None, *STAGES):
+        raise sheet.refusal(f"stage {stage}: only {', '.join(STAGES)} are supported; use LLaMA-Factory for it")
+    if stage == "rm":
+        put_objective(sheet, "reward", "stage", {})
+    elif stage in ("dpo", "kto"):
+        read_preference(sheet, stage)
     if stage == "pt":
         sheet.put("data_format", "text", "stage")
         sheet.rest.setdefault("packing", True)  # the default in this stage
     if "do_train" in sheet.rest:
         sheet.put("train", sheet.switch("do_train"), "do_train")
+
+
+def read_preference(sheet: Sheet, stage: str) -> None:
+    """Set the objective of stage dpo or kto, its loss and its options."""
+    loss = hashable(sheet.take("pref_loss")) or "sigmoid"
+    if loss not in PREFERENCE_LOSSES:
+        known = ", ".join(PREFERENCE_LOSSES)
+        raise sheet.refusal(f"pref_loss {loss}: only {known} are supported; use LLaMA-Factory for it")
+    objective, loss_type = PREFERENCE_LOSSES[loss] if stage == "dpo" else ("kto", None)
+    if loss_type:
+        sheet.rest["pref_loss"] = loss_type
+    put_objective(sheet, objective, "stage", PREFERENCE_OPTIONS)
+    read_reference(sheet, "model_name_or_path", "ref_model")
+    if stage == "dpo" and objective == "kto":
+        sheet.note("pref_loss kto_pair: each pair is a good and a bad answer of kto")
 
 
 def read_method(sheet: Sheet) -> None:
@@ -162,7 +195,7 @@ def find_dataset(sheet: Sheet, name: str, folder: Path) -> str | None:
     if not isinstance(entry, dict):
         return None
     for key in ("columns", "tags", "subset", "split", "num_samples"):
-        if entry.get(key) and (key, entry[key]) != ("split", "train"):
+        if entry.get(key) and not _is_detected(key, entry[key]):
             sheet.left_out.append(f"dataset_info.json {name}.{key}")
     source = entry.get("file_name") or entry.get("hf_hub_url")
     if source is not None and not isinstance(source, str):
@@ -170,10 +203,17 @@ def find_dataset(sheet: Sheet, name: str, folder: Path) -> str | None:
     return str(folder / source) if source and entry.get("file_name") else source
 
 
+def _is_detected(key: str, value: Any) -> bool:
+    """Tell whether an entry of dataset_info.json need not be read, because we detect it from the records."""
+    known = {"columns": COLUMNS, "tags": TAGS}.get(key)
+    if known is None:
+        return (key, value) == ("split", "train")
+    return isinstance(value, dict) and all(hashable(name) in known.get(part, ()) for part, name in value.items())
+
+
 def read_prompts(sheet: Sheet) -> None:
     """Set mask_prompt, the opposite of train_on_prompt, and the chat template."""
-    if "train_on_prompt" in sheet.rest:
-        sheet.put("mask_prompt", not sheet.switch("train_on_prompt"), "train_on_prompt")
+    read_prompts_trained(sheet, "train_on_prompt")
     hf.read_template(sheet, "template", ("empty",) if sheet.found.get("data_format") == "text" else ())
 
 
@@ -196,22 +236,10 @@ def read_loop(sheet: Sheet) -> None:
         sheet.put("grad_checkpoint", False, "disable_gradient_checkpointing")
 
 
-def read_loggers(sheet: Sheet) -> None:
-    """Set the loggers that are supported; others are left out."""
-    asked = sheet.take("report_to")
-    names = asked if isinstance(asked, list) else [] if asked is None else [asked]
-    if sheet.switch("use_swanlab"):
-        names = [*names, "swanlab"]
-    if ours := [name for name in names if hashable(name) in LOGGERS]:
-        sheet.put("report_to", ",".join(ours), "report_to")
-    if any(name not in (*LOGGERS, "none") for name in names):
-        sheet.left_out.append("report_to")
-
-
 LLAMA_FACTORY = Dialect(
     name="LLaMA-Factory",
     recognizes=recognizes,
-    rules=(read_kind, read_method, read_targets, read_data, read_prompts, read_loop, read_loggers),
+    rules=(read_kind, read_method, read_targets, read_data, read_prompts, read_loop, hf.read_loggers),
     names=(
         "model_name_or_path",
         "model_revision",

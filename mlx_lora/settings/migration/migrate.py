@@ -1,4 +1,4 @@
-"""Convert the settings file of Axolotl, LLaMA-Factory or mlx-lm, given as `--config`, to settings of ours.
+"""Convert the settings file of Axolotl, LLaMA-Factory, TRL, mlx-lm-lora or mlx-lm, given as `--config`, to settings of ours.
 
 A migrated file keeps its meaning: if a default of its trainer differs from ours and changes the result, that default
 is used for what the file leaves out, and is printed. Flags override the file, and run.yaml has the result with our names.
@@ -13,9 +13,11 @@ from typing import Any
 from mlx_lora.settings.migration.axolotl import AXOLOTL
 from mlx_lora.settings.migration.llama_factory import LLAMA_FACTORY
 from mlx_lora.settings.migration.mlx_lm import MLX_LM
+from mlx_lora.settings.migration.mlx_lm_lora import MLX_LM_LORA
 from mlx_lora.settings.migration.sheet import Dialect, Sheet
+from mlx_lora.settings.migration.trl import TRL
 
-DIALECTS = (AXOLOTL, LLAMA_FACTORY, MLX_LM)
+DIALECTS = (AXOLOTL, LLAMA_FACTORY, TRL, MLX_LM_LORA, MLX_LM)
 
 
 def migrate(
@@ -24,6 +26,7 @@ def migrate(
     given: Collection[str],
     file: str,
     say: Callable[[str], None],
+    objective: str | None = None,
 ) -> dict[str, Any]:
     """Return a file's settings with our names; a file of ours is returned as it is.
 
@@ -34,13 +37,15 @@ def migrate(
         file: its name, for messages.
         say: called with each line on the migration: what the file was read as, what has another meaning, what is left out.
 
+        objective: the value of the flag --objective, for files that do not say theirs.
+
     Raises:
         InputError: the file asks for another kind of training, or has an invalid value.
     """
     dialect = find_dialect(content)
     if dialect is None:
         return content
-    sheet = dialect.read(content, known, file)
+    sheet = dialect.read(content, known, file, objective)
     for line in account(sheet, dialect, given, file):
         say(line)
     return sheet.found

@@ -17,6 +17,7 @@ from typing import Any
 from mlx_lora.settings.migration.sheet import Dialect, Sheet
 from mlx_lora.system.parsing import hashable
 
+OF_MLX_LM_LORA = ("train_mode", "training_mode", "train_type")
 MAPPINGS = ("lora_parameters", "lr_schedule", "optimizer_config")
 # Schedules that we have too (their name's first word is ours) -> what follows the rate in `arguments`.
 ARGUMENTS = {"cosine_decay": ("steps", "end"), "linear_schedule": ("end", "steps")}
@@ -27,10 +28,11 @@ COUNTED_DEFAULTS = {"iters": DEFAULT_ITERS, "steps_per_report": 10, "steps_per_e
 
 def recognizes(content: Mapping[str, Any]) -> bool:
     """Tell whether a file has keys that only mlx-lm reads."""
-    return any(isinstance(content.get(key), dict) for key in MAPPINGS) or bool(content.get("hf_dataset"))
+    own = any(isinstance(content.get(key), dict) for key in MAPPINGS) or bool(content.get("hf_dataset"))
+    return own and not any(key in content for key in OF_MLX_LM_LORA)
 
 
-def read_shape(sheet: Sheet) -> None:
+def read_shape(sheet: Sheet, default_scale: float = DEFAULT_SCALE) -> None:
     """Set rank, alpha = scale * rank, dropout and targets from lora_parameters."""
     if sheet.rest.get("fine_tune_type") == "full":  # mlx-lm then ignores lora_parameters
         sheet.take("lora_parameters")
@@ -38,7 +40,7 @@ def read_shape(sheet: Sheet) -> None:
         return
     shape = sheet.part("lora_parameters")
     rank, scale, keys = shape.number("rank"), shape.number("scale"), shape.take("keys")
-    alpha = (DEFAULT_SCALE if scale is None else scale) * (rank or DEFAULT_RANK)
+    alpha = (default_scale if scale is None else scale) * (rank or DEFAULT_RANK)
     if rank is not None:
         sheet.put("rank", rank, "lora_parameters.rank")
     sheet.assume("rank", DEFAULT_RANK)
@@ -65,7 +67,7 @@ def read_schedule(sheet: Sheet) -> None:
         sheet.assume("warmup", 0)
         return
     name, arguments = hashable(schedule.take("name")), schedule.take("arguments")
-    if not isinstance(arguments, list) or not arguments:
+    if not isinstance(arguments, list) or not arguments or arguments[0] is None:
         raise sheet.refusal("lr_schedule has no arguments, a list that begins with the learning rate; fix the file")
     stated = Sheet(sheet.file, dict(zip(("rate", *ARGUMENTS.get(name, ())), arguments, strict=False)), sheet.known)
     rate, asked = stated.number("rate"), sheet.number("learning_rate")
@@ -128,6 +130,8 @@ def read_counts(sheet: Sheet) -> None:
         return
     sheet.put("grad_accumulation_steps", window, "grad_accumulation_steps")
     for name in COUNTED_IN_MICRO_BATCHES:
+        if name == "iters" and "epochs" in sheet.rest:
+            continue
         stated = sheet.number(name)
         steps = max(1, round((COUNTED_DEFAULTS[name] if stated is None else stated) / window))
         if stated is None:
@@ -135,16 +139,13 @@ def read_counts(sheet: Sheet) -> None:
         else:
             sheet.put(name, steps, name)
     sheet.note(
-        f"grad_accumulation_steps {window}: iters and intervals count optimizer steps here, so they are divided by it "
-        f"(iters {sheet.found['iters']})"
+        f"grad_accumulation_steps {window}: iters and intervals count optimizer steps here, so they are divided by it"
+        + (f" (iters {sheet.found['iters']})" if "iters" in sheet.found else "")
     )
 
 
 def read_ours(sheet: Sheet) -> None:
     """Take keys that have the same name and meaning in both trainers, and settings of ours."""
-    mode = sheet.take("training_mode")
-    if mode not in (None, "normal"):
-        raise sheet.refusal(f"training_mode {mode}: only supervised training is supported; use its own trainer")
     if sheet.rest.get("clear_cache_threshold") == 0:  # it means "never"
         sheet.take("clear_cache_threshold")
     for key in [key for key in sheet.rest if key in sheet.known]:

@@ -19,6 +19,7 @@ class Sheet:
         file: its name, for errors.
         rest: keys that were not read yet, without empty ones (`wandb_project:`).
         known: names of our settings; a rule may use one that this version does not have.
+        objective: the value of the flag --objective, for files that do not say theirs; None: not given.
         found: our settings, with values from the file.
         assumed: those of `found` that the file leaves out, with its trainer's defaults.
         notes: what has another meaning here, one line each.
@@ -28,6 +29,7 @@ class Sheet:
     file: str
     rest: dict[str, Any]
     known: Collection[str]
+    objective: str | None = None
     found: dict[str, Any] = field(default_factory=dict)
     assumed: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -132,13 +134,15 @@ class Dialect:
     names: tuple[str, ...]
     defaults: Mapping[str, Any]
 
-    def read(self, content: Mapping[str, Any], known: Collection[str], file: str) -> Sheet:
+    def read(
+        self, content: Mapping[str, Any], known: Collection[str], file: str, objective: str | None = None
+    ) -> Sheet:
         """Return a file of this dialect, read.
 
         Raises:
             InputError: it asks for another kind of training, or has an invalid value.
         """
-        sheet = Sheet(file, {key: value for key, value in content.items() if not is_empty(value)}, known)
+        sheet = Sheet(file, {key: value for key, value in content.items() if not is_empty(value)}, known, objective)
         for rule in self.rules:
             rule(sheet)
         for key in self.names:
