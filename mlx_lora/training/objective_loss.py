@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_lora.adapters.score_head import body_of, score_at
 from mlx_lora.data.batches import EMPTY, Batch, BatchPlan
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.objectives.objective import AnswerSums, Objective
@@ -107,12 +108,13 @@ def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
 
     Args:
         objective: its loss is of answers, or None for imitation.
-        loss: of tokens; its kernels stay.
+        loss: of tokens; its kernels stay. Scores have their own.
         model: trained or measured.
     """
     of_answers = objective.loss
     if of_answers is None:
         return Task(loss)
+    loss = score_loss(model) if objective.scores else loss
     group = 1 if objective.records == "rated" else 2
     measure_tokens = loss.measure_tokens or loss.tokens
 
@@ -132,6 +134,24 @@ def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
     words = f"{objective.description}; {loss.description}"
     whole = replace(loss, train=of(loss.tokens), measure=of(measure_tokens), description=words)
     return Task(whole, arrays_of, prepare, objective.reports, objective.finish)
+
+
+def score_loss(model: nn.Module) -> Loss:
+    """Return a loss whose number for a position is minus the score there, so that rows sum to their scores.
+
+    Args:
+        model: with a score head.
+    """
+    body = body_of(model)
+
+    def tokens(model: nn.Module, *batch: mx.array) -> mx.array:
+        arrays = Arrays(*batch)
+        return -score_at(model, body, arrays.inputs, arrays.positions) * arrays.weights
+
+    def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array]:
+        return tokens(model, *batch).sum(), batch[-1].sum()
+
+    return Loss(summed, summed, "scores of last tokens", tokens)
 
 
 def _prepared(
