@@ -63,7 +63,9 @@ def ours(folder, settings: ObjectiveSettings, rows: EncodedSet, steps: int = STE
     put_score_head(base.model, base.config, seed=1)
     random = np.random.default_rng(5)
     factors = {name: value for name, value in adapter_parameters(base.model).items() if "lora_b" in name}
-    moved = [(name, mx.array(random.normal(0, 0.02, value.shape).astype(np.float32))) for name, value in factors.items()]
+    moved = [
+        (name, mx.array(random.normal(0, 0.02, value.shape).astype(np.float32))) for name, value in factors.items()
+    ]
     base.model.load_weights(moved, strict=False)
     initial = {name: np.array(value) for name, value in adapter_parameters(base.model).items()}
     scores = row_log_probabilities(base.model, score_loss(base.model).tokens, rows, 256)
