@@ -151,6 +151,8 @@ def test_what_a_reward_model_cannot_be_is_one_line(untied, data, trained, imitat
     answers = [Completion("a", "b"), Completion("a" * 200, "b")]
     with pytest.raises(InputError, match="answer 1: no trained token"):
         score_answers(base, answers, DataSettings(max_seq_length=100))
+    with pytest.raises(InputError, match="has no score head"):
+        score_answers(load_base(ModelSettings(model=str(untied))), answers)
 
 
 def test_a_run_that_was_cut_goes_on_to_the_same_bytes(untied, data, tmp_path):

@@ -68,7 +68,7 @@ def classifier_of(kind: str) -> str:
 def padding_token(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]) -> str | None:
     """Return the token to pad with, which must not end a text; None if there is no such token."""
     ends = config.get("eos_token_id")
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
     special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
     candidates = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, *special]
     return next((t for t in candidates if t and tokenizer.convert_tokens_to_ids(t) not in ends), None)

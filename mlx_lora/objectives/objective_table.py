@@ -17,7 +17,7 @@ from mlx_lora.settings.config import ObjectiveSettings
 from mlx_lora.system.errors import InputError
 
 RATED_REPORTS = ("rewards_good", "rewards_bad", "good", "divergence")
-REWARD_REPORTS = ("accuracy", "margin", "chosen_rewards", "rejected_rewards")
+REWARD_REPORTS: tuple[str, ...] = ("accuracy", "margin", "chosen_rewards", "rejected_rewards")
 PAIR_REPORTS = (*REWARD_REPORTS, "chosen_logps", "rejected_logps")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mlx_lora.adapters.score_head import SCORE
 from mlx_lora.data.encode import Encoder
 from mlx_lora.data.examples import Completion, Conversation
 from mlx_lora.data.templates import resolve_template
@@ -33,8 +34,10 @@ def score_answers(
         batch_tokens: of a batch, padding included.
 
     Raises:
-        InputError: an answer gives no row: its template cannot render it, or nothing of it is within the length.
+        InputError: there is no score head, or an answer gives no row: its template cannot render it, or nothing of it is within the length.
     """
+    if SCORE not in base.model:
+        raise InputError(f"--model {base.model_id}: has no score head; put the adapter of a reward model on it")
     tokenizer = base.hf_tokenizer
     plain = data.chat_template is None and not tokenizer.chat_template
     template = None if plain else resolve_template(data.chat_template, tokenizer)[0]
