@@ -105,6 +105,8 @@ def evaluate(
         InputError: model, adapter or data that cannot be used.
     """
     objective = objective_of(settings.objective)
+    if objective.scores and not adapter:
+        raise InputError("--objective reward without --adapter-path: no score head; give a reward model's adapter")
     settings = replace(settings, loop=replace(settings.loop, batch_tokens=batch_tokens, test_batches=-1))
     base = load_base(settings.model)
     data = settings.data
@@ -112,12 +114,11 @@ def evaluate(
         base.hf_tokenizer.chat_template = template
     rows = load_eval_set(data.data or "", data, base.hf_tokenizer, console.echo, objective.records)
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
-    if objective.likelihood == "rows":
-        rows = rows.with_whole_rows()
+    rows = objective.targets_of(rows)
     if objective.reference:
         rows = with_reference(settings, base, {"rows": rows}, console.echo)["rows"]
     if adapter:
-        put_adapter(base, adapter, data, ignore_fingerprint)
+        put_adapter(base, adapter, data, objective, ignore_fingerprint)
     found = held_out_loss(base, rows, settings.loop, objective)
     means = found.reports or {"perplexity": console.perplexity(found.loss)}
     counts = {"supervised_tokens": rows.supervised_tokens, "rows": rows.examples}

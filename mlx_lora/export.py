@@ -25,6 +25,7 @@ from mlx_lora.artifacts.gguf_model import DEFAULT_TYPE, TYPES, write_gguf_model
 from mlx_lora.artifacts.ollama import write_ollama
 from mlx_lora.artifacts.peft import write_peft
 from mlx_lora.artifacts.push import check_repo, push
+from mlx_lora.artifacts.reward_model import SAME_LAYOUT
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.settings import flags
 from mlx_lora.settings.resolve import train_settings
@@ -46,8 +47,7 @@ CARD_LIBRARIES: dict[str, Any] = {
     "peft": "peft",
     "mlx-lm": "mlx",
 }  # the formats with a model card, and the library in it
-# The families with transformers' names and layouts in mlx-lm; it renames or stacks (experts) others while loading.
-SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+FOR_SCORES = ("peft", "hf")  # the formats that a reward model has
 
 
 @click.command(cls=console.Command)
@@ -108,7 +108,10 @@ def main(
     adapter = resolve_adapter(adapter_path, adapter_revision)
     settings = train_settings(flags.given(options)).model
     base = load_base(settings)
-    info: Any = load_adapter(base, adapter, ignore_fingerprint) if adapter else None  # only merged files need none
+    scores = None if to in FOR_SCORES else False
+    info: Any = (
+        load_adapter(base, adapter, ignore_fingerprint, scores) if adapter else None
+    )  # only merged files need none
     if to == "gguf":
         export_gguf(base, info, out, gguf_type or DEFAULT_TYPE, force)
     elif to == "ollama":

@@ -50,7 +50,7 @@ def main(
     adapter = resolve_adapter(adapter_path, adapter_revision)
     settings = train_settings(flags.given(options)).model
     base = load_base(settings)
-    info = load_adapter(base, adapter, ignore_fingerprint)
+    info = load_adapter(base, adapter, ignore_fingerprint, scores=None)
     survival = write_fused(
         base,
         out,

@@ -11,7 +11,7 @@ from ranks import Started
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto", "reward"])
 def test_two_ranks_take_the_steps_of_one(objective, tiny_folder, tmp_path):
     rows = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No" + "!" * (n % 5)} for n in range(24)]
     if objective == "kto":

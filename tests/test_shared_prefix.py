@@ -225,14 +225,14 @@ def trained(folder, model, data, *more: object):
     return ran.err, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "reward"])
 def test_a_run_takes_the_same_steps_with_fewer_positions(objective, tiny_folder, data, tmp_path):
     more = ("--objective", objective, "--batch-size", 100)  # one batch: its rows are dealt by their lengths
     text, shared = trained(tmp_path / "auto", tiny_folder, data, *more)
     other, separate = trained(tmp_path / "off", tiny_folder, data, *more, "--shared-prefix", "off")
     assert "prompts shared" in text
     assert "separate rows for both answers (--shared-prefix off)" in other
-    for name in ("loss", "val_loss", "margin", "chosen_logps"):
+    for name in ("loss", "val_loss", "margin", "chosen_rewards"):
         ours = [line[name] for line in shared if line[name] is not None]
         assert ours == pytest.approx([line[name] for line in separate if line[name] is not None], rel=2e-4, abs=2e-5)
     assert len({line["loss"] for line in shared}) > 2

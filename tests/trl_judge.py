@@ -80,6 +80,31 @@ def kto_objective(per_token, reference, mask, good, kl_logps, kl_reference, beta
     return KTOTrainer._compute_loss(trainer, trainer.model, inputs, False), _metrics(trainer)
 
 
+def reward_loss(model, input_ids, margin, center=None):
+    """Return TRL's RewardTrainer loss of a sequence classification model, a tensor with its graph, and what TRL reports.
+
+    Args:
+        model: on torch, with one label.
+        input_ids: (2 E, T) int64, chosen rows first, padded with the model's pad_token_id.
+        margin: (E,) float; None: the data have none.
+        center: TRL's center_rewards_coefficient.
+    """
+    from trl.trainer.reward_trainer import RewardTrainer
+
+    trainer = SimpleNamespace(
+        model=model,
+        accelerator=_Accelerator(),
+        args=SimpleNamespace(center_rewards_coefficient=center),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    mask = (input_ids != model.config.pad_token_id).long()
+    inputs = {"input_ids": input_ids, "attention_mask": mask, **({} if margin is None else {"margin": margin})}
+    model.train()
+    return RewardTrainer.compute_loss(trainer, model, inputs), _metrics(trainer)
+
+
 def _with_first(mask):
     return torch.cat([torch.zeros(len(mask), 1, dtype=torch.bool), torch.tensor(np.asarray(mask))], dim=1)
 

@@ -24,10 +24,12 @@ from mlx_lora.adapters.adapter_layer import AdapterLayer
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, train_in_full
 from mlx_lora.adapters.parts import is_parameter
 from mlx_lora.adapters.registry import LAYER_TYPES
+from mlx_lora.adapters.score_head import SCORE_WEIGHT, put_score_head
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.adapter_config import own_entries, own_problems, shape_problems
 from mlx_lora.artifacts.overlap import PRESENT, measure_overlap, share_present
 from mlx_lora.artifacts.peft import PeftAdapter, is_peft, read_peft
+from mlx_lora.artifacts.reward_model import check_use, is_reward_model
 from mlx_lora.models.fingerprint import without_mark
 from mlx_lora.models.load import Base
 from mlx_lora.models.saving import save_tensors
@@ -67,6 +69,11 @@ class AdapterInfo:
     base_fingerprint: str
     chat_template: str | None = None
     full: tuple[str, ...] = ()
+
+    @property
+    def scores(self) -> bool:
+        """Whether this is a reward model, which gives scores in place of text."""
+        return SCORE_WEIGHT in self.full
 
     def to_config(self, layer_type: str, rank: int) -> dict[str, Any]:
         """Return adapter_config.json: the keys that stock mlx-lm reads, and ours.
@@ -177,19 +184,25 @@ def check_base(base: Base, config: dict[str, Any], origin: Path) -> None:
         )
 
 
-def load_adapter(base: Base, folder: Path, ignore_fingerprint: bool = False) -> AdapterInfo:
+def load_adapter(
+    base: Base, folder: Path, ignore_fingerprint: bool = False, scores: bool | None = False
+) -> AdapterInfo:
     """Put the adapter in `folder` onto `base.model`, which is changed in place.
 
     Args:
         base: an unadapted base.
         folder: from us, stock mlx-lm or PEFT.
         ignore_fingerprint: allow another base of the same shape.
+        scores: whether the caller takes scores, which a reward model gives in place of text; None: either.
 
     Raises:
         InputError: the base, names or shapes do not fit; one message has all problems.
     """
     config = read_adapter_config(folder)
+    check_use(config, folder, scores)
     if is_peft(config):
+        if is_reward_model(config):
+            put_score_head(base.model, base.config)
         return _load_peft(base, read_peft(folder, config, base.model))
     own = own_entries(config)
     if not ignore_fingerprint:
@@ -198,6 +211,8 @@ def load_adapter(base: Base, folder: Path, ignore_fingerprint: bool = False) -> 
     layer_type, scale, file = config.get("fine_tune_type", "lora"), float(shape["scale"]), folder / WEIGHTS_FILE
     header = read_safetensors_header(file)
     full = tuple(own.get("full", [])) if layer_type != "full" else tuple(header)
+    if is_reward_model(config):
+        put_score_head(base.model, base.config)
     _check_full(base.model, full, file)
     if layer_type != "full":
         paths = _target_paths(base.model, config, folder)
@@ -326,7 +341,7 @@ def _target_paths(model: nn.Module, config: dict[str, Any], folder: Path) -> tup
     return select_targets(model, wish, count or -1, flag=f"{folder / CONFIG_FILE}: key", stored=True).paths
 
 
-def load_factors(model: nn.Module, file: Path, scale: float | None = None) -> None:
+def load_factors(model: nn.Module, file: Path, scale: float | None = None, fresh: tuple[str, ...] = ()) -> None:
     """Load stored factors into the adapter layers of `model`; names and shapes must match exactly.
 
     Args:
@@ -334,12 +349,14 @@ def load_factors(model: nn.Module, file: Path, scale: float | None = None) -> No
         file: adapters.safetensors.
         scale: the factor on the stored products; in a layer with another scale, the difference is multiplied into
             B. None: each layer's own scale.
+        fresh: names of parameters that stay as they are where the file does not have them.
 
     Raises:
         InputError: tensors are missing, unknown or misshapen; one message has all of them.
     """
     header = read_safetensors_header(file)
     wanted = adapter_parameters(model)
+    wanted = {name: value for name, value in wanted.items() if name in header or name not in fresh}
     problems = [f"{name} is missing" for name in wanted if name not in header]
     problems += [f"{name} is not in the model" for name in header if name not in wanted]
     problems += [

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from huggingface_hub import ModelCardData
 
 from mlx_lora.artifacts.adapter import WEIGHTS_FILE, AdapterInfo
+from mlx_lora.artifacts.reward_model import padding_token
 from mlx_lora.models.load import Base
 from mlx_lora.settings.methods import PRESETS
 from mlx_lora.sources.hub import HUB_ID
@@ -146,7 +147,7 @@ class _Card:
         data = ModelCardData(
             base_model=plain(self.hub_base.split(":")[0]) if self.hub_base else None,
             library_name=self.format,
-            pipeline_tag="text-generation",
+            pipeline_tag="text-classification" if self.info.scores else "text-generation",
             tags=tags + [self.info.method] * (self.info.method not in tags),
         )
         return f"---\n{data.to_yaml()}\n---"
@@ -177,6 +178,11 @@ class _Card:
         lines = ["## Use", ""]
         if self.location == "adapter":
             lines += ["`adapter` stands for this folder; mlx_lora and PEFT also take a hub id there.", ""]
+        if self.info.scores:
+            ours = f"--model {self.model} --adapter-path {self.location}"
+            lines += ["A reward model: it gives scores of answers, not text.", "", "### mlx_lora", ""]
+            lines += _block("bash", f"python -m mlx_lora.evaluate {ours} --objective reward --data pairs.jsonl")
+            return [*lines, "### PEFT", "", *self._peft()]
         generate = f'python -m mlx_lora.generate --model {self.model} --adapter-path {self.location} --prompt "Hello"'
         lines += ["### mlx_lora", "", *_block("bash", generate)]
         return [*lines, "### mlx-lm", "", *self._mlx_lm(ranks), "### PEFT", "", *self._peft()]
@@ -210,7 +216,10 @@ class _Card:
                 "The base is quantized for MLX here; transformers takes the float model that it was made from:",
                 "",
             ]
-        return lines + _block("python", *_peft_code(model, location, bool(self.base.hf_tokenizer.chat_template)))
+        tokenizer = self.base.hf_tokenizer
+        if self.info.scores:
+            return lines + _block("python", *_score_code(model, location, padding_token(tokenizer, self.base.config)))
+        return lines + _block("python", *_peft_code(model, location, bool(tokenizer.chat_template)))
 
 
 def _peft_code(model: str, location: str, is_chat: bool) -> list[str]:
@@ -225,6 +234,29 @@ def _peft_code(model: str, location: str, is_chat: bool) -> list[str]:
         f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "{location}")',
         f"inputs = {encode}",
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))",
+    ]
+
+
+def _score_code(model: str, location: str, padding: str | None) -> list[str]:
+    """Return a program that scores a conversation with PEFT.
+
+    Args:
+        model, location: of the base and the adapter.
+        padding: the token that may pad; None: there is none, and texts are scored one by one.
+    """
+    pad = [] if padding is None else [f"tokenizer.pad_token = {padding!r}  # ends no text"]
+    option = "" if padding is None else ", pad_token_id=tokenizer.pad_token_id"
+    return [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{model}")',
+        *pad,
+        f'base = AutoModelForSequenceClassification.from_pretrained("{model}", num_labels=1{option})',
+        f'model = PeftModel.from_pretrained(base, "{location}").eval()',
+        'chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello!"}]',
+        'inputs = tokenizer.apply_chat_template(chat, return_dict=True, return_tensors="pt")',
+        "print(model(**inputs).logits)",
     ]
 
 

@@ -24,6 +24,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.parts import QUANTIZED, dense_weight
+from mlx_lora.adapters.score_head import SCORE_WEIGHT
+from mlx_lora.artifacts.reward_model import check_fusing, classifier_config, padding_token, set_padding_token
 from mlx_lora.models.converting import copy_side_files
 from mlx_lora.models.fingerprint import merge_mark
 from mlx_lora.models.folder import load_weights
@@ -108,7 +110,9 @@ def write_fused(
         InputError: `out` must not be written.
         RunError: the written model cannot be read back.
     """
-    out = out.resolve()
+    out, scores = out.resolve(), SCORE_WEIGHT in full
+    if scores:
+        check_fusing(base, dequantize)
     check_out(out, force=force)
     stored = sum(p.nbytes for _, p in tree_flatten(base.model.parameters()))
     check_writable(out, "--out", stored)
@@ -124,13 +128,18 @@ def write_fused(
     with replacing_folder(out) as folder:
         writer = ShardWriter(folder)
         for name, array in tree_flatten(model.parameters()):
-            writer.add({name: array})
+            if not (scores and name.startswith("lm_head.")):  # a reward model has no other head
+                writer.add({name: array})
         writer.close()
         config = {**_with_true_layouts(config, model), "mlx_lora": _provenance(base, mark)}
+        config |= classifier_config(base) if scores else {}
         mlx_lm.utils.save_config(config, folder / "config.json")
         copy_side_files(base.folder, folder)
         if chat_template:
             (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        if scores:  # not a model of mlx-lm's, which could read it back
+            set_padding_token(folder, padding_token(base.hf_tokenizer, base.config))
+            return survival
         _check_written(folder, model, out, trust_remote_code=_has_own_code(base))
     return survival
 
@@ -154,6 +163,8 @@ def _take_stored_dtypes(base: Base, full: tuple[str, ...]) -> None:
     changed = []
     for name, p in tree_flatten(base.model.parameters()):
         plain = name.replace(".linear.", ".").replace(".embedding.", ".")  # the name without the adapter
+        if name == SCORE_WEIGHT:
+            continue  # stays float32
         if name in full:
             changed.append((name, p.astype(stored[plain].dtype if plain in stored else usual)))
         elif plain in stored and stored[plain].shape == p.shape and stored[plain].dtype != p.dtype:

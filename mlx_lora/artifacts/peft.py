@@ -34,11 +34,13 @@ import regex
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.parts import EMBEDDING, QUANTIZED, SWITCH, base_dims, dense_weight
 from mlx_lora.adapters.registry import adapter_class
+from mlx_lora.adapters.score_head import SCORE_WEIGHT
 from mlx_lora.artifacts.adapter_config import peft_problems
 from mlx_lora.artifacts.peft_experts import EXPERT_LAYOUTS, expert_tensors, take_experts
 from mlx_lora.artifacts.peft_families import check_reached, folded_rows
 from mlx_lora.artifacts.peft_full import full_for_peft, full_problems, full_tensors, full_values
 from mlx_lora.artifacts.peft_names import COPY, PREFIX, TENSOR, own_path, peft_path
+from mlx_lora.artifacts.reward_model import SEQ_CLS, classifier_of
 from mlx_lora.models.quantize import relative_error
 from mlx_lora.models.saving import save_tensors
 from mlx_lora.sources.safetensors import read_safetensors_header
@@ -199,6 +201,8 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float, 
     if not layers:
         raise InputError(f"--out {folder}: the model has no adapter to write")
     check_reached(model.model_type, [*layers, *(name.rpartition(".")[0] for name in full if name.endswith(".weight"))])
+    if SCORE_WEIGHT in full:
+        classifier_of(model.model_type)
     experts = expert_tensors(model.model_type, layers)
     tied = "lm_head" not in dict(model.named_modules())
     tensors: dict[str, mx.array] = {}
@@ -224,6 +228,8 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float, 
         parameters = [tensor.parameter for tensor in experts]
         config = {**_peft_config(shapes, base_model, dropout, parameters), "use_dora": is_dora, "bias": bias}
         config |= {"modules_to_save": saved} if saved else {}
+        if SCORE_WEIGHT in full:
+            config["task_type"] = SEQ_CLS
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

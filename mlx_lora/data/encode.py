@@ -101,6 +101,16 @@ class EncodedSet:
             mask[self.offsets[row] + 1 : self.offsets[row + 1]] = True
         return replace(self, mask=mask, answers=self.mask)
 
+    def with_end_scores(self) -> EncodedSet:
+        """Return the same set with the last token of each row as its only position, for a score of the whole row.
+
+        A position is that of a token before a trained target, so each row gets one more token, which only is a target:
+        it is never an input, and no loss looks at it.
+        """
+        ends = self.offsets[1:]
+        tokens, mask = np.insert(self.tokens, ends, 0), np.insert(np.zeros_like(self.mask), ends, True)
+        return replace(self, tokens=tokens, mask=mask, offsets=self.offsets + np.arange(len(self.offsets)))
+
     @cached_property
     def supervised_counts(self) -> np.ndarray:
         """The number of trained targets of each row, (R,) int64."""

@@ -122,6 +122,11 @@ def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     config = read_json(file, "download the model again")
     if "model_type" not in config:
         raise InputError(f"{file}: has no model_type; give a language model's folder")
+    if any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or []):
+        raise InputError(
+            f"{file}: a classifier or reward model, which gives scores, not text; give the language model that it was "
+            "made from, with its adapter"
+        )
     if config.get("model_file") is not None:
         if not trust_remote_code:
             raise InputError(

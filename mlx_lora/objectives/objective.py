@@ -1,7 +1,8 @@
 """What an objective is: which records it reads, what its loss is, and what it reports.
 
 An objective sees whole answers, not tokens: the log-probability of each row's answer, summed by the fused loss, and a few
-numbers that the data or the reference add to a row. Methods (LoRA, DoRA ...) say what is trained, objectives toward what;
+numbers that the data or the reference add to a row. For a reward model, the score of the answer takes its
+log-probability's position. Methods (LoRA, DoRA ...) say what is trained, objectives toward what;
 every method works with every objective.
 
     records    rows of an example     loss is a mean over
@@ -19,13 +20,15 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from mlx_lora.data.encode import EncodedSet
+
 
 @dataclass(frozen=True)
 class AnswerSums:
     """What an objective's loss is made of; arrays are (B,) float32.
 
     Attributes:
-        logps: summed log-probability of each row's answer under the policy.
+        logps: summed log-probability of each row's answer under the policy; of a reward model, its score.
         tokens: number of the answer's tokens.
         likelihood: negative log-likelihood of each row's trained tokens, weighted so that its sum over a step's rows,
             divided by the step's examples, is the mean over tokens.
@@ -64,6 +67,7 @@ class Objective:
         loss: of whole answers; None: the sum over tokens that imitation takes.
         reference: whether the loss compares with a reference.
         likelihood: `none`, `answers`, or `rows` where the chosen rows' prompts count too (ORPO).
+        scores: whether the model gives each answer one number, by a score head, in place of its log-probability.
         divergence: whether the loss takes the mean log-ratio of policy to reference on each example's second row, with
             no gradient through it; that row is then not trained (KTO).
         reports: names of what the loss reports.
@@ -77,5 +81,12 @@ class Objective:
     reference: bool = False
     likelihood: str = "none"
     divergence: bool = False
+    scores: bool = False
     reports: tuple[str, ...] = ()
     finish: Callable[[dict[str, float]], dict[str, float]] = dict
+
+    def targets_of(self, rows: EncodedSet) -> EncodedSet:
+        """Return encoded rows with the targets that this objective takes."""
+        if self.scores:
+            return rows.with_end_scores()
+        return rows.with_whole_rows() if self.likelihood == "rows" else rows

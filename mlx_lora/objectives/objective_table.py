@@ -12,11 +12,13 @@ from mlx_lora.objectives import pair_losses
 from mlx_lora.objectives.objective import AnswerSums, Objective
 from mlx_lora.objectives.pair_losses import PAIR_LOSSES, PairLoss, PairOptions, Pairs
 from mlx_lora.objectives.rated_losses import RATED_LOSSES, RatedOptions, Ratings
+from mlx_lora.objectives.reward_loss import bradley_terry
 from mlx_lora.settings.config import ObjectiveSettings
 from mlx_lora.system.errors import InputError
 
 RATED_REPORTS = ("rewards_good", "rewards_bad", "good", "divergence")
-PAIR_REPORTS = ("accuracy", "margin", "chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps")
+REWARD_REPORTS: tuple[str, ...] = ("accuracy", "margin", "chosen_rewards", "rejected_rewards")
+PAIR_REPORTS = (*REWARD_REPORTS, "chosen_logps", "rejected_logps")
 
 
 def objective_of(settings: ObjectiveSettings) -> Objective:
@@ -109,6 +111,20 @@ def _rated_means(means: dict[str, float]) -> dict[str, float]:
     }
 
 
+def _reward(settings: ObjectiveSettings) -> Objective:
+    center = settings.center_rewards
+
+    def loss(sums: AnswerSums) -> tuple[mx.array, dict[str, mx.array]]:
+        chosen, rejected = sums.side(0), sums.side(1)
+        good, bad = chosen.logps, rejected.logps
+        reports = ((good > bad).astype(mx.float32), good - bad, good, bad)
+        named = dict(zip(REWARD_REPORTS, reports, strict=True))
+        return bradley_terry(good, bad, chosen.labels, center), named
+
+    words = "reward: Bradley-Terry" + (f", centered with weight {center:g}" if center else "")
+    return Objective("reward", "pairs", words, loss, scores=True, reports=REWARD_REPORTS)
+
+
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Objective]] = {
     "sft": _sft,
     "dpo": _dpo,
@@ -116,6 +132,7 @@ OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Objective]] = {
     "simpo": _simpo,
     "cpo": _cpo,
     "kto": _kto,
+    "reward": _reward,
 }
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # of DPO's family, those with --label-smoothing
 # Options that only some objectives have: given to another, they would be ignored.
@@ -131,8 +148,9 @@ OWN_OPTIONS = {
     "cpo_alpha": ("cpo",),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
-    "shared_prefix": ("dpo", "orpo", "simpo", "cpo"),
+    "shared_prefix": ("dpo", "orpo", "simpo", "cpo", "reward"),
     "reference_adapter": ("dpo", "kto"),
+    "center_rewards": ("reward",),
 }
 
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from mlx_lora.adapters.adapt import Adapted, adapt_model
 from mlx_lora.adapters.model_shape import model_shape
+from mlx_lora.adapters.score_head import SCORE_WEIGHT, put_score_head
 from mlx_lora.artifacts.adapter import (
     CONFIG_FILE,
     AdapterInfo,
@@ -20,6 +21,7 @@ from mlx_lora.artifacts.adapter import (
     read_adapter_config,
 )
 from mlx_lora.artifacts.checkpoint import Checkpoint
+from mlx_lora.artifacts.reward_model import check_use
 from mlx_lora.artifacts.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
@@ -156,14 +158,19 @@ def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tup
     """
     own_template = chat_template == base.hf_tokenizer.chat_template
     adapter = settings.adapter
-    adapted = adapt_model(base.model, adapter, settings.loop.seed)
+    adapted, full = adapt_model(base.model, adapter, settings.loop.seed), ()
+    scores = objective_of(settings.objective).scores
+    if scores:
+        put_score_head(base.model, base.config, settings.loop.seed)
+        full = (SCORE_WEIGHT,)
     if adapter.resume_adapter_file:
         file, stored_scale = Path(adapter.resume_adapter_file), None
         if (file.parent / CONFIG_FILE).exists():
             config = read_adapter_config(file.parent)
             check_base(base, config, file)
+            check_use(config, file, None if scores else False)
             stored_scale = config.get("lora_parameters", {}).get("scale")
-        load_factors(base.model, file, stored_scale)
+        load_factors(base.model, file, stored_scale, fresh=full)
     return adapted, AdapterInfo(
         method=adapter.method_name,
         rank=adapted.rank,
@@ -176,7 +183,7 @@ def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tup
         base_revision=base.revision,
         base_fingerprint=base.fingerprint,
         chat_template=None if own_template else chat_template,
-        full=adapted.full,
+        full=adapted.full + full,
     )
 
 
@@ -186,13 +193,15 @@ def adapter_template(folder: Path | None) -> str | None:
     return own.get("chat_template") if isinstance(own, dict) else None
 
 
-def put_adapter(base: Base, folder: Path, data: DataSettings, ignore_fingerprint: bool = False) -> None:
+def put_adapter(
+    base: Base, folder: Path, data: DataSettings, objective: Objective, ignore_fingerprint: bool = False
+) -> None:
     """Put a trained adapter on the base, and its chat template on the tokenizer unless the settings name another.
 
     Raises:
         InputError: the adapter cannot be read, or does not fit the base.
     """
-    template = load_adapter(base, folder, ignore_fingerprint).chat_template
+    template = load_adapter(base, folder, ignore_fingerprint, objective.scores).chat_template
     if template and not data.chat_template:
         base.hf_tokenizer.chat_template = template
 

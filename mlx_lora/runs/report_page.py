@@ -47,7 +47,7 @@ class RunPage:
         """
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm"))
         rows = splits.valid if splits.valid is not None and len(splits.valid) else splits.train
-        tokens = run.folder.settings.loop.sample_tokens
+        tokens = 0 if run.folder.info.scores else run.folder.settings.loop.sample_tokens
         page = cls(
             run.folder.path,
             base,

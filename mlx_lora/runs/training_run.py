@@ -50,7 +50,7 @@ def train_run(
         check_base_fits(settings)
     base = load_base(settings.model)
     if not trains:
-        put_adapter(base, folder, settings.data)
+        put_adapter(base, folder, settings.data, objective_of(settings.objective))
     splits = read_data(settings, base, ranks, say, live)
     outcome = Outcome(0, None, False)
     if trains:
@@ -105,8 +105,7 @@ def read_data(
     data, loop = settings.data, settings.loop
     objective = objective_of(settings.objective)
     splits = load_data(data, base.hf_tokenizer, loop.seed, say, first_day(loop, ranks), objective.records)
-    if objective.likelihood == "rows":
-        splits = splits.changed(lambda sets: {name: rows.with_whole_rows() for name, rows in sets.items()})
+    splits = splits.changed(lambda sets: {name: objective.targets_of(rows) for name, rows in sets.items()})
     if loop.test and splits.test is None:  # said before the training, not after it
         raise InputError(f"--test: {data.data} has no test split; add a test file to the folder, or leave --test out")
     for rows in filter(None, (splits.train, splits.valid, splits.test)):

@@ -130,7 +130,7 @@ class ObjectiveSettings:
 
     objective: str = setting("sft",
         "What to train toward. sft: imitate answers; dpo, orpo, simpo, cpo: prefer the chosen answer of each pair; "
-        "kto: answers rated good or bad.", OBJECTIVE, common=True)
+        "kto: answers rated good or bad; reward: a reward model, which scores answers.", OBJECTIVE, common=True)
     loss_type: str = setting("sigmoid",
         "dpo: loss on the pairs, as TRL names them (sigmoid, hinge, ipo, apo_zero ...); several by comma are added. "
         "kto: kto or apo_zero_unpaired.", OBJECTIVE)
@@ -153,6 +153,8 @@ class ObjectiveSettings:
     undesirable_weight: float = setting(1.0, "kto: weight of bad answers.", OBJECTIVE, at_least=0, at_most=1000)
     shared_prefix: str = setting("auto", "Compute the prompt of a pair once for both answers: on, off, or auto, where it "
         "saves work and the model allows it.", OBJECTIVE, choices=("auto", "on", "off"), may_change=True)
+    center_rewards: float = setting(0.0, "reward: weight of the squared sum of a pair's scores, which keeps them near 0.",
+        OBJECTIVE, at_least=0, at_most=1000)
     reference_adapter: str | None = setting(None,
         "Adapter folder whose model is the reference (default: the model as the run starts).",
         OBJECTIVE, may_change=True, per_machine=True)

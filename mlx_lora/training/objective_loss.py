@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_lora.adapters.score_head import body_of, score_at
 from mlx_lora.data.batches import Batch, BatchPlan
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.objectives.objective import AnswerSums, Objective
@@ -109,12 +110,13 @@ def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
 
     Args:
         objective: its loss is of answers, or None for imitation.
-        loss: of tokens; its kernels stay.
+        loss: of tokens; its kernels stay. Scores have their own.
         model: trained or measured.
     """
     of_answers = objective.loss
     if of_answers is None:
         return Task(loss)
+    loss = score_loss(model) if objective.scores else loss
     group = 1 if objective.records == "rated" else 2
     measure_tokens = loss.measure_tokens or loss.tokens
 
@@ -133,6 +135,24 @@ def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
     words = f"{objective.description}; {loss.description}"
     whole = replace(loss, train=of(loss.tokens), measure=of(measure_tokens), description=words)
     return Task(whole, arrays_of, prepare, objective.reports, objective.finish)
+
+
+def score_loss(model: nn.Module) -> Loss:
+    """Return a loss whose number for a position is minus the score there, so that rows sum to their scores.
+
+    Args:
+        model: with a score head.
+    """
+    body = body_of(model)
+
+    def tokens(model: nn.Module, *batch: mx.array) -> mx.array:
+        arrays, starts = Arrays(*batch[:5]), batch[5:]
+        return -score_at(model, body, arrays.inputs, arrays.positions, *starts) * arrays.weights
+
+    def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array]:
+        return tokens(model, *batch).sum(), batch[-1].sum()
+
+    return Loss(summed, summed, "scores of last tokens", tokens)
 
 
 def _prepared(
@@ -197,13 +217,14 @@ def row_log_probabilities(
         batch_tokens: of a batch.
         say: takes the number of answers done after each batch.
     """
-    apart = rows if rows.starts is not None else replace(rows, group=1)
+    apart = replace(rows, group=1)
     found = np.zeros((len(rows), 1 if rows.starts is None else rows.starts.shape[1]), np.float32)
     training, done = model.training, 0
     model.eval()
     for batch in BatchPlan(apart, batch_tokens=batch_tokens, batch_size=None, seed=0).batches():
         logps = np.array(_sums(model, tokens, batch).logps).reshape(-1, found.shape[1])
-        found[batch.numbers[batch.real]] = logps[batch.real]
+        numbers: Any = batch.numbers  # there are some: the batch is of a set
+        found[numbers[batch.real]] = logps[batch.real]
         done += logps[batch.real].size
         say(done)
     found = found.ravel()
