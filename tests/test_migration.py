@@ -503,7 +503,7 @@ def test_the_flag_says_what_a_file_of_trl_is_for(tmp_path):
 def test_a_file_sets_just_the_options_that_its_objective_has():
     for objective in OBJECTIVES.keys() & preference_keys.OPTIONS.keys():
         owned = {name for name, owners in OWN_OPTIONS.items() if objective in owners}
-        assert set(preference_keys.OPTIONS[objective]) == owned - {"length_normalize"}, objective
+        assert set(preference_keys.OPTIONS[objective]) == owned - {"length_normalize", "shared_prefix"}, objective
     assert preference_keys.SMOOTHED == SMOOTHED
 
 

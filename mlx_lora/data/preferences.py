@@ -160,7 +160,8 @@ def _pair(record: Record, chosen: Any, rejected: Any, margin: float = 0.0) -> Pa
         context = [*(opening(record) if first else []), *shared]
     if not context:
         raise FormatError("chosen and rejected share no beginning; a pair answers one prompt")
-    return Pair(*(_conversation(context, answer, record) for answer in answers), margin)
+    better, worse = (_conversation(context, answer, record) for answer in answers)
+    return Pair(better, worse, margin)
 
 
 def _check_prompt(record: Record, context: list[Message], dialogues: list[list[Message]]) -> None:

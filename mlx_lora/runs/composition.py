@@ -264,14 +264,15 @@ def choose_layout(
         InputError: --shared-prefix asks for what the model or the checkpoint does not allow.
     """
     asked = settings.objective.shared_prefix
+    why = f"--shared-prefix {asked}"
     if found is not None:
         before = "on" if found.identity.get("shared_prefix") else "off"
         if asked not in (before, "auto"):
             raise InputError(f"--shared-prefix {asked}: the run to resume has it {before}; leave the flag out")
-        asked = before
+        asked, why = before, "as the run began"
     apart = "separate rows for both answers"
     if objective.records != "pairs" or asked == "off":
-        layout = Layout(words=f"{apart} (--shared-prefix off)" if objective.records == "pairs" else "")
+        layout = Layout(words=f"{apart} ({why})" if objective.records == "pairs" else "")
         return splits, choose_loss_and_kernels(settings, base, splits.train, say), layout
     problem = unshareable(base.model)
     if problem is None and asked == "auto":
