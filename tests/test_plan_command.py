@@ -26,7 +26,7 @@ from mlx_lora.models.load import load_base
 from mlx_lora.models.outline import outline_of, outline_of_config
 from mlx_lora.plan import time_words
 from mlx_lora.planner.chips import CHIPS
-from mlx_lora.planner.fitting import fit, largest_rows, largest_sequence, largest_that_fits
+from mlx_lora.planner.fitting import fit, largest_batch_size, largest_sequence, largest_that_fits
 from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.settings.config import AdapterSettings, ModelSettings, TrainSettings
 from mlx_lora.settings.resolve import train_settings
@@ -222,7 +222,7 @@ def test_longest_row_and_most_rows_fit_and_no_more(big):
     settings, machine = settings_of(), CHIPS[0].machine(16)
     shape = outlined_shape(outline_of_config({**LLAMA_8B, "num_hidden_layers": 8}, mx.bfloat16), settings)
     longest = largest_sequence(settings, shape, machine, "block")
-    rows = largest_rows(settings, shape, machine, "block", 512)
+    rows = largest_batch_size(settings, shape, machine, "block", 512)
     for flags, width, fits in (
         ({"batch_size": 1}, longest, True),
         ({"batch_size": 1}, longest + 64, False),

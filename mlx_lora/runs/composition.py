@@ -115,10 +115,10 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
         splits = splits.changed(lambda sets: with_reference(asked, base, sets, say, ranks))
     mx.random.seed(asked.loop.seed)
     adapted, info = adapt(asked, base, splits.chat_template)
-    if objective.reference and not other_reference:
-        splits = splits.changed(lambda sets: with_reference(asked, base, sets, say, ranks))
     chosen = choose_loss_and_kernels(asked, base, splits.train, say)
     settings, memory = fit_settings(asked, base, splits, chosen)
+    if objective.reference and not other_reference:  # in batches that fit, so that its peak is below a step's
+        splits = splits.changed(lambda sets: with_reference(settings, base, sets, say, ranks))
     loop = settings.loop
     found = find_checkpoint(loop, ranks, say)
     plan, epochs = training_plan(loop, splits.train, found)

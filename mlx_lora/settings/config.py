@@ -153,8 +153,13 @@ class ObjectiveSettings:
 
     @property
     def rows_per_example(self) -> int:
-        """Rows that are trained together: the two answers of a pair, or one."""
-        return 1 if self.objective in ("sft", "kto") else 2
+        """Rows that stay together in a batch: one, the two answers of a pair, or a rated answer and another to compare."""
+        return 1 if self.objective == "sft" else 2
+
+    @property
+    def trained_rows_per_example(self) -> int:
+        """Those of them that are trained; the answer that a rated one is compared with (kto) is only measured."""
+        return 1 if self.objective == "kto" else self.rows_per_example
 
 
 @dataclass(frozen=True)
