@@ -54,7 +54,7 @@ def write_text(path: Path, words: int = 60_000) -> None:
     path.write_text(" ".join(chosen), encoding="utf-8")
 
 
-def write_answers(path: Path, objective: str, words: int, rows: int = 48) -> None:
+def write_answers(path: Path, objective: str, words: int, rows: int = 16) -> None:
     """Write records of an objective, always the same, each of whose answers has `words` random words."""
     random_words = random.Random(0)
 
