@@ -165,6 +165,9 @@ def test_evaluate_reports_what_training_does(tiny_folder, data, tmp_path):
     assert after["margin"] > 0.1
     assert after["loss"] < before["loss"]
     assert {"chosen_logps", "rejected_logps"} <= after.keys()
+    words = run("evaluate", *common[:-1], "--adapter-path", tmp_path / "a").out
+    assert "chosen rewards " in words
+    assert words.endswith("supervised tokens in 24 pairs\n")
     assert after["rows"] == 24
 
 

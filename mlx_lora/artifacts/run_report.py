@@ -19,6 +19,8 @@ import yaml
 
 from mlx_lora.artifacts.page_template import render_page
 from mlx_lora.artifacts.plots import Series, line_chart, number, perplexity
+from mlx_lora.data.data_report import UNITS
+from mlx_lora.objectives.objective_table import OWN_OPTIONS
 from mlx_lora.system.files import replacing_file
 
 REPORT_FILE, FACTS_FILE = "report.html", "report.json"
@@ -70,13 +72,14 @@ class RunReport:
             temporary.write_text(
                 json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
             )
-        records = read_records(folder / "metrics.jsonl")
         settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+        records = without_untrained_accuracy(read_records(folder / "metrics.jsonl"), settings)
         page = render_page(
             PAGES,
             "run_report.html",
             name=folder.resolve().name,
             facts=self,
+            unit=UNITS[self.data.get("records", "examples")],
             tiles=tiles(records),
             charts=charts(records, self.planned_peak_bytes),
             settings=settings,
@@ -97,6 +100,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def without_untrained_accuracy(records: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Leave out the accuracy before the first step if the model is its own reference then: it is that of rounding."""
+    if settings.get("reference_adapter") or settings.get("objective") not in OWN_OPTIONS["reference_adapter"]:
+        return records
+    return [{k: v for k, v in one.items() if one["step"] or k != "accuracy"} for one in records]
+
+
 def tiles(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Return the run's main numbers: (label, value)."""
     validations = [r["val_loss"] for r in records if r["val_loss"] is not None]
@@ -109,8 +119,10 @@ def tiles(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
         reported = [r for r in records if r["val_loss"] is not None and "margin" in r]
         if reported:  # of preferences, whose loss is no likelihood
             for name, label in (("accuracy", "held-out pairs preferred"), ("margin", "held-out margin")):
-                values = [r[name] for r in (reported[0], reported[-1]) if r.get(name) is not None]
-                shown += [(label, " → ".join(f"{value:.3f}" for value in values))] if values else []
+                values = [r[name] for r in reported if r.get(name) is not None]
+                ends = values[:1] if len(values) == 1 else [values[0], values[-1]] if values else []
+                # Adding 0 makes a zero of a rounded -0.
+                shown += [(label, " → ".join(f"{round(value, 3) + 0:.3f}" for value in ends))] if ends else []
         else:
             shown.append(("held-out perplexity", " → ".join(perplexity(loss) for loss in ends)))
     if trained:
@@ -182,10 +194,10 @@ def _preference_charts(
         ("Rewards", ("chosen_rewards", "rejected_rewards")),
     ):
         series = [
-            of(f"{when}, {name.split('_')[0]}" if len(names) > 1 else when, name, rows)
+            of(f"{when}, {name.split('_')[0]}" if len(names) > 1 else when, name, having)
             for name in names
             for when, rows in (("training", trained), ("held out", held_out))
-            if rows and name in rows[0]
+            if (having := [r for r in rows if name in r])
         ]
         charts += [(title, series, "", False)] if series else []
     return charts

@@ -61,7 +61,7 @@ def describe_run(
 def loss_words(measured: Measured) -> str:
     """Write a loss on data that were not trained on."""
     if measured.reports:
-        reports = ", ".join(f"{name} {value:.4f}" for name, value in measured.reports.items())
+        reports = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.reports.items())
         return f"loss {measured.loss:.4f}, {reports}, over {measured.count} examples"
     perplexity = console.perplexity(measured.loss)
     return f"loss {measured.loss:.4f}, perplexity {perplexity:.3f}, {measured.count} supervised tokens"
