@@ -18,7 +18,7 @@ from run_cli import run
 from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.plots import MOST_POINTS, Series, line_chart, number, ticks
-from mlx_lora.artifacts.run_report import RunReport, Sample, elapsed_s, tiles, without_untrained_accuracy
+from mlx_lora.artifacts.run_report import RunReport, Sample, charts, elapsed_s, tiles, without_untrained_accuracy
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.samples import greedy_text, held_out_beginning
@@ -99,6 +99,14 @@ def test_a_page_of_pairs_shows_both_answers_and_no_accuracy_of_rounding(tmp_path
     assert "<mark>Bad</mark>" in page
     assert "<th>pairs</th>" in page
     assert page.count('<svg class="chart"') == 8
+    assert "Loss per pair" in page
+    lowest = re.search(r"Margin of rewards.*?</svg>", page, re.DOTALL)[0]
+    assert ">0</text>" in lowest
+    assert ">-" not in lowest
+    rated = [{k: v for k, v in one.items() if k != "accuracy"} | {"divergence": 0.5} for one in records]
+    titles = [chart["title"] for chart in charts(rated, None)]
+    assert {"Loss per rated answer", "Divergence from the reference"} <= set(titles)
+    assert "Pairs preferred as labeled" not in titles
 
 
 def test_time_counts_every_part_of_a_resumed_run():

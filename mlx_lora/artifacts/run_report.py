@@ -167,9 +167,11 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
         memory.append(Series("planned", [(step, planned_peak_bytes / 1e9) for step in ends], dashed=True))
     tokens = [of("trained tokens", "supervised_tokens_per_s", trained), of("all real tokens", "tokens_per_s", trained)]
     losses = [of("training", "loss", trained), of("held out", "val_loss", held_out)]
+    preferences = any("margin" in r for r in records)
+    counted = "rated answer" if any("divergence" in r for r in records) else "pair" if preferences else "trained token"
     wanted = [
         *_preference_charts(records, of),
-        ("Loss per pair" if any("margin" in r for r in records) else "Loss per trained token", losses, "", False),
+        (f"Loss per {counted}", losses, "", False),
         ("Tokens per second", tokens, "", True),
         ("Memory", memory, " GB", True),
         ("Learning rate", [of("learning rate", "learning_rate", trained)], "", True),
@@ -185,14 +187,21 @@ def _preference_charts(
     records: list[dict[str, Any]], of: Callable[..., Series]
 ) -> list[tuple[str, list[Series], str, bool]]:
     """Return charts of what an objective on preferences reports; none for other runs."""
-    reported = [r for r in records if "margin" in r]
+    titles = {
+        "Pairs preferred as labeled": ("accuracy",),
+        "Margin of rewards": ("margin",),
+        "Rewards": ("chosen_rewards", "rejected_rewards"),
+        "Divergence from the reference": ("divergence",),
+    }
+    # Rounded, so that a first value that is 0 but for rounding does not open the axis below 0.
+    reported = [
+        {**r, **{name: round(r[name], 4) for names in titles.values() for name in names if r.get(name) is not None}}
+        for r in records
+        if "margin" in r
+    ]
     trained, held_out = ([r for r in reported if r[key] is not None] for key in ("loss", "val_loss"))
     charts = []
-    for title, names in (
-        ("Pairs preferred as labeled", ("accuracy",)),
-        ("Margin of rewards", ("margin",)),
-        ("Rewards", ("chosen_rewards", "rejected_rewards")),
-    ):
+    for title, names in titles.items():
         series = [
             of(f"{when}, {name.split('_')[0]}" if len(names) > 1 else when, name, having)
             for name in names
