@@ -4,9 +4,10 @@
     python benchmarks/plan_memory.py table --out measured.jsonl
 
 `measure` runs `mlx_lora.train` for each combination of model, length, rank and checkpointing that is not in the file,
-each in its own process: --iters steps on generated text that fills every row, with all tokens trained. It takes MLX's
-peak of the whole process (load, checks and steps) from the run's last report. `table` runs `mlx_lora.plan --json` with
-the same flags and prints both as Markdown.
+each in its own process: --iters steps on generated text that fills every row, with all tokens trained. With --objective
+it trains on generated pairs or rated answers, whose rows the answers fill. It takes MLX's peak of the whole process
+(load, checks, reference and steps) from the run's last report. `table` runs `mlx_lora.plan --json` with the same flags
+and prints both as Markdown.
 """
 
 from __future__ import annotations
@@ -53,21 +54,48 @@ def write_text(path: Path, words: int = 60_000) -> None:
     path.write_text(" ".join(chosen), encoding="utf-8")
 
 
+def write_answers(path: Path, objective: str, words: int, rows: int = 16) -> None:
+    """Write records of an objective, always the same, each of whose answers has `words` random words."""
+    random_words = random.Random(0)
+
+    def answer() -> str:
+        return " ".join(random_words.choices(WORDS, k=words))
+
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(rows):
+            record = {"prompt": "Write down some words.", "chosen": answer(), "rejected": answer()}
+            if objective == "kto":
+                record = {"prompt": record["prompt"], "completion": answer(), "label": number % 2 == 0}
+            file.write(json.dumps(record) + "\n")
+
+
 def flags_of(case: dict[str, Any]) -> list[str]:
     """Return the common flags of train and plan; a row of n + 1 tokens has n positions."""
-    return [
+    flags = [
         "--model", case["folder"], "--rank", str(case["rank"]), "--grad-checkpoint", case["checkpointing"],
         "--max-seq-length", str(case["length"] + 1), "--batch-tokens", str(max(case["length"], case["batch_tokens"])),
-        "--no-mask-prompt", "--method", case["method"],
+        "--method", case["method"],
     ]  # fmt: skip
+    objective = objective_of(case)
+    return [*flags, *(["--no-mask-prompt"] if objective == "sft" else ["--objective", objective])]
+
+
+def objective_of(case: dict[str, Any]) -> str:
+    """Return a case's objective; results from before there were several have none."""
+    return case.get("objective", "sft")
 
 
 def measure(case: dict[str, Any], iters: int, more: Sequence[str] = ()) -> dict[str, Any]:
     """Train for a few steps in a new process, with further flags, and return its last report."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_text(folder / "text.txt")
-        command = [sys.executable, "-m", "mlx_lora.train", *flags_of(case), "--data", str(folder / "text.txt")]
+        objective = objective_of(case)
+        data = folder / ("text.txt" if objective == "sft" else "answers.jsonl")
+        if objective == "sft":
+            write_text(data)
+        else:
+            write_answers(data, objective, case["length"])
+        command = [sys.executable, "-m", "mlx_lora.train", *flags_of(case), "--data", str(data)]
         command += ["--valid-fraction", "0", "--val-batches", "0", "--save-every", "0", "--steps-per-report", "1"]
         command += ["--iters", str(iters), "--adapter-path", str(folder / "run"), *more]
         run_child(command, folder / "log", timeout_s=TIMEOUT_S)
@@ -85,7 +113,8 @@ def planned(case: dict[str, Any]) -> dict[str, Any]:
 
 def key_of(case: dict[str, Any]) -> tuple:
     """Return the key of a case, without its results."""
-    return tuple(case[name] for name in ("model", "method", "length", "batch_tokens", "rank", "checkpointing"))
+    names = ("model", "method", "length", "batch_tokens", "rank", "checkpointing")
+    return (objective_of(case), *(case[name] for name in names))
 
 
 def read_measured(path: Path) -> list[dict[str, Any]]:
@@ -97,28 +126,34 @@ def measure_all(args: argparse.Namespace) -> None:
     """Measure all missing cases, shortest rows first, and append each result to the file at once."""
     known = {key_of(case) for case in read_measured(args.out)}
     models = dict(pair.split("=", 1) for pair in args.model)
-    for length, rank, mode, name in itertools.product(args.lengths, args.ranks, args.checkpointing, models):
-        case = {"model": name, "folder": models[name], "method": args.method, "length": length}
+    cases = itertools.product(args.lengths, args.ranks, args.checkpointing, args.objective, models)
+    for length, rank, mode, objective, name in cases:
+        case = {"model": name, "folder": models[name], "objective": objective, "method": args.method, "length": length}
         case |= {"batch_tokens": args.batch_tokens, "rank": rank, "checkpointing": mode}
         if key_of(case) in known:
             continue
         result = {**case, "iters": args.iters, **measure(case, args.iters), "environment": environment()}
         with args.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
-        print(f"{name} {length} rank {rank} {mode}: {result['peak_memory_bytes'] / 1e6:.0f} MB", file=sys.stderr)
+        print(
+            f"{name} {objective} {length} rank {rank} {mode}: {result['peak_memory_bytes'] / 1e6:.0f} MB",
+            file=sys.stderr,
+        )
 
 
 def table(cases: list[dict[str, Any]]) -> str:
     """Return planned and measured peaks as Markdown, with a summary at the end."""
-    lines = ["| model | method | row x rows | rank | checkpointing | planned MB | measured MB | planned / measured |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = [
+        "| model | objective | method | row x rows | rank | checkpointing | planned MB | measured MB | planned / measured |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     ratios = []
     for case in cases:
         found, plan = case["peak_memory_bytes"], planned(case)
         ratios.append(plan["peak_bytes"] / found)
-        rows = max(1, case["batch_tokens"] // case["length"])
+        rows = plan["settings"]["rows"]
         lines.append(
-            f"| {case['model']} | {case['method']} | {case['length']} x {rows} | {case['rank']} | {case['checkpointing']} "
+            f"| {case['model']} | {objective_of(case)} | {case['method']} | {case['length']} x {rows} | {case['rank']} | {case['checkpointing']} "
             f"| {plan['peak_bytes'] / 1e6:.0f} | {found / 1e6:.0f} | {ratios[-1]:.3f} |"
         )
     within = sum(0.95 <= ratio <= 1.10 for ratio in ratios)
@@ -137,6 +172,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--checkpointing", nargs="+", default=["none", "block"])
     parser.add_argument("--method", default="lora")
+    parser.add_argument("--objective", nargs="+", default=["sft"])
     parser.add_argument("--iters", type=int, default=2)
     args = parser.parse_args(argv)
     if args.action == "measure":

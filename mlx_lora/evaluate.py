@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from mlx_lora.artifacts.forgetting_page import verdict_rows, write_page
+from mlx_lora.data.data_report import UNITS
 from mlx_lora.data.loading import load_eval_set
 from mlx_lora.models.load import check_token_ids, load_base
 from mlx_lora.objectives.objective_table import objective_of
@@ -68,8 +69,11 @@ def main(
             console.print_json({**result, "adapter_path": adapter_path, "data": settings.data.data})
         else:
             *means, tokens, rows, _ = result.items()
-            words = ", ".join(f"{name} {value:.{3 if name == 'perplexity' else 4}f}" for name, value in means)
-            click.echo(f"{words}, {tokens[1]} supervised tokens in {rows[1]} rows")
+            words = ", ".join(
+                f"{name.replace('_', ' ')} {value:.{3 if name == 'perplexity' else 4}f}" for name, value in means
+            )
+            unit = UNITS[objective_of(settings.objective).records]
+            click.echo(f"{words}, {tokens[1]} supervised tokens in {rows[1]} {unit}")
         return
     if not adapter_path:
         raise InputError("--forgetting: no adapter; give --adapter-path")

@@ -14,10 +14,12 @@ from typing import Any
 
 import click
 
+from mlx_lora.data.joining import joined
 from mlx_lora.data.loading import load_data
 from mlx_lora.models.kernel_choice import KernelChoice
-from mlx_lora.models.outline import outline_of
+from mlx_lora.models.outline import Outline, outline_of
 from mlx_lora.models.tokenizer import load_folder_tokenizer
+from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.planner.ceilings import measure_ceilings
 from mlx_lora.planner.chips import CHIPS, Chip, find_chip, known_chip
 from mlx_lora.planner.fitting import (
@@ -27,13 +29,13 @@ from mlx_lora.planner.fitting import (
     budget_of,
     fit,
     largest_batch,
-    largest_rows,
+    largest_batch_size,
     largest_sequence,
     run_of,
 )
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Machine, ModelShape
-from mlx_lora.planner.speed import Ceilings, count_step, listed_ceilings, step_seconds
+from mlx_lora.planner.speed import Ceilings, count_step, forward_seconds, listed_ceilings, step_seconds
 from mlx_lora.planner.this_machine import this_machine
 from mlx_lora.settings import flags
 from mlx_lora.settings.config import TrainSettings
@@ -43,6 +45,7 @@ from mlx_lora.sources.hub import resolve_config
 from mlx_lora.system import console, device
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.units import counted, gigabytes
+from mlx_lora.training.prefix_sharing import layout_problem
 from mlx_lora.training.run_fit import outlined_shape, quantized_shape, with_kernels
 
 CHARACTERS_PER_TOKEN = 4  # about, in English; for the number of tokens in a data file
@@ -54,14 +57,18 @@ class DataSize:
     """The facts about the data that a plan needs.
 
     Attributes:
-        rows: to train on.
+        rows: to train on; an example of preference training has two.
         longest: tokens of the longest row.
         tokens: of all rows.
+        supervised_tokens: those of them that are trained.
+        measured_tokens: of all rows, held-out ones included, which is what a reference measures before the first step.
     """
 
     rows: int
     longest: int
     tokens: int
+    supervised_tokens: int
+    measured_tokens: int
 
 
 @click.command(cls=flags.Command)
@@ -81,6 +88,7 @@ def main(
     settings = train_settings(given, read_settings(config_file, given, console.echo))
     if not settings.model.model:
         raise InputError("--model is required: a hub id, a folder, a config.json or a .gguf file")
+    objective_of(settings.objective)  # refuses what `train` would
     machine, ceilings = choose_machine(settings, chip, memory_gb)
     # A GPU computes with 16 bits, even if this machine does not.
     dtype = settings.model.dtype
@@ -92,7 +100,7 @@ def main(
     kernels = None if chip is None and memory_gb is None else elsewhere
     shape = outlined_shape(outline, settings, kernels)
     machine = with_kernels(settings, shape, machine, kernels)
-    size = measure_data(settings, outline.config)
+    settings, size = measure_data(settings, outline, shape)
     if size is not None:
         settings = dataclasses.replace(
             settings, data=dataclasses.replace(settings.data, max_seq_length=max(2, size.longest))
@@ -122,16 +130,27 @@ def main(
         click.echo(render(result))
 
 
-def measure_data(settings: TrainSettings, config: dict[str, Any]) -> DataSize | None:
-    """Return the size of --data in tokens; None if it is not on this disk, or the model's folder has no tokenizer."""
+def measure_data(settings: TrainSettings, outline: Outline, shape: ModelShape) -> tuple[TrainSettings, DataSize | None]:
+    """Return the size of --data in tokens; None if it is not on this disk, or the model's folder has no tokenizer.
+
+    The settings come back with --shared-prefix on where a run would share the prompts of these pairs.
+    """
     if settings.data.data is None or not Path(settings.data.data).exists():
-        return None
+        return settings, None
     folder = resolve_config(settings.model.model or "", settings.model.revision)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)
-    rows = load_data(settings.data, tokenizer._tokenizer, settings.loop.seed, console.echo).train
-    return DataSize(len(rows), int(rows.lengths.max(initial=2)), len(rows.tokens))
+        return settings, None
+    tokenizer = load_folder_tokenizer(folder, outline.config, settings.model.trust_remote_code)
+    objective = objective_of(settings.objective)
+    splits = load_data(settings.data, tokenizer._tokenizer, settings.loop.seed, console.echo, records=objective.records)
+    rows = objective.targets_of(splits.train)
+    parts = [part for part in (splits.train, splits.valid, splits.test) if part is not None]
+    asked = settings.objective.shared_prefix
+    if objective.records == "pairs" and layout_problem(asked, outline.model, shape, rows) is None:
+        settings = dataclasses.replace(settings, objective=dataclasses.replace(settings.objective, shared_prefix="on"))
+        rows, parts = joined(rows), [joined(part) for part in parts]
+    longest, measured = int(rows.lengths.max(initial=2)), sum(len(part.tokens) for part in parts)
+    return settings, DataSize(len(rows), longest, len(rows.tokens), rows.supervised_tokens, measured)
 
 
 def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | None) -> tuple[Machine, Ceilings]:
@@ -178,10 +197,16 @@ def plan(
             for mode in dict.fromkeys([fitted.checkpointing, "block"])
         },
         "largest_batch_size": {
-            mode: largest_rows(settings, shape, machine, mode, width)
+            mode: largest_batch_size(settings, shape, machine, mode, width)
             for mode in dict.fromkeys([fitted.checkpointing, "block"])
         },
         "predicted": predict(settings, shape, machine, ceilings, fitted, size),
+        "objective": {
+            "name": settings.objective.objective,
+            "records": objective_of(settings.objective).records,
+            "rows_per_example": settings.objective.rows_per_example,
+            "reference": objective_of(settings.objective).reference,
+        },
         "data": size and dataclasses.asdict(size),
         "machine": dataclasses.asdict(machine),
         "model": {
@@ -220,9 +245,19 @@ def predict(
     width = settings.data.max_seq_length - 1
     rows, columns = largest_batch(width, settings, fitted.batch_tokens, size and size.rows)
     run = run_of(settings, rows, columns, fitted.checkpointing)
+    if size is not None:
+        share = size.supervised_tokens / max(1, size.tokens - size.rows)  # a row of n tokens has n - 1 positions
+        run = dataclasses.replace(run, trained_positions=round(share * run.positions))
     seconds, parts = step_seconds(shape, run, machine, ceilings)
-    tokens_per_s = run.positions / seconds
-    tokens = tokens_of(settings, rows * columns, size)
+    objective, reference = settings.objective, objective_of(settings.objective).reference
+    together = objective.rows_per_example // objective.trained_rows_per_example
+    forward_s = forward_seconds(shape, run, machine, ceilings)
+    if together > 1:  # for each trained row, one that is only measured
+        parts["other answers"] = (together - 1) * forward_s
+        seconds += parts["other answers"]
+    tokens_per_s = together * run.positions / seconds
+    tokens = tokens_of(settings, together * rows * columns, size)
+    reference_s = forward_s * size.measured_tokens / run.positions if reference and size is not None else None
     return {
         "note": "predicted, not measured",
         "ceilings": ceilings.source,
@@ -230,7 +265,8 @@ def predict(
         "step_s": seconds,
         "parts_s": parts,
         "gflop_per_step": sum(count.flops for count in count_step(shape, run, machine).values()) / 1e9,
-        "hours": None if tokens is None else tokens / tokens_per_s / 3600,
+        "reference_s": reference_s,
+        "hours": None if tokens is None else (tokens / tokens_per_s + (reference_s or 0)) / 3600,
         "hours_per_million_tokens": 1e6 / tokens_per_s / 3600,
     }
 
@@ -280,12 +316,14 @@ def _chip_row(
 def render(result: dict[str, Any]) -> str:
     """Return a plan as text for the terminal."""
     machine, chosen, speed = result["machine"], result["settings"], result["predicted"]
+    paired = result["objective"]["records"] == "pairs" and result["objective"]["rows_per_example"] == 2
     verdict = "fits" if result["fits"] else "does not fit"
     if result["not_known"]:
         verdict = f"not known whether it fits; a rough count says that it {verdict}"
     lines = [
         f"{machine['name']}: {verdict}, {gigabytes(result['needed_bytes'])} of {gigabytes(result['budget_bytes'])}, "
         f"peak in phase {result['phase']}",
+        *_data_words(result),
         *(f"  {gigabytes(size):>10}  {name}" for name, size in result["parts"].items()),
         f"  {gigabytes(result['peak_bytes']):>10}  peak (MLX's allocator), plus {gigabytes(result['cache_bytes'])} of buffer cache",
         "Checkpointing: "
@@ -294,19 +332,40 @@ def render(result: dict[str, Any]) -> str:
         f"--grad-checkpoint {chosen['grad_checkpoint']} --rank {chosen['rank']}",
         "Largest: "
         + "; ".join(
-            f"checkpointing {mode}: one row of {result['largest_sequence'][mode]:,} tokens, "
-            f"{rows:,} rows of {chosen['max_seq_length']:,}"
+            f"checkpointing {mode}: one {'pair of answers' if paired else 'row'} of {result['largest_sequence'][mode]:,} "
+            f"tokens{' each' if paired else ''}, {counted(rows, 'pair' if paired else 'row')} of {chosen['max_seq_length']:,}"
             for mode, rows in result["largest_batch_size"].items()
         ),
         f"Predicted (ceilings {speed['ceilings']}): {speed['tokens_per_s']:,.0f} tokens/s, "
         f"{time_words(speed['hours_per_million_tokens'])} per million tokens"
         + (f", about {time_words(speed['hours'])} for this run" if speed["hours"] is not None else ""),
     ]
-    if result["data"]:
-        size = result["data"]
-        lines.insert(1, f"Data: {size['rows']:,} rows, {size['tokens']:,} tokens, the longest row {size['longest']:,}")
     lines += [f"Not known: what this model's blocks keep in memory ({reason})" for reason in result["not_known"]]
     return "\n".join([*lines, *([f"To fit: {result['advice']}"] if "advice" in result else [])])
+
+
+def _data_words(result: dict[str, Any]) -> list[str]:
+    """Return the lines about the data, and about what an objective other than imitation computes."""
+    size, objective = result["data"], result["objective"]
+    rated, lines = objective["records"] == "rated", []
+    if size:
+        kind = {"pairs": "pairs", "rated": "rated answers"}.get(objective["records"])
+        examples = f"{size['rows'] // objective['rows_per_example']:,} {kind} in " if kind else ""
+        lines.append(
+            f"Data: {examples}{size['rows']:,} rows, {size['tokens']:,} tokens, the longest row {size['longest']:,}"
+        )
+    if objective["name"] == "sft":
+        return lines
+    words = "each answer is compared with another one, in a forward pass" if rated else "two rows for a pair"
+    if objective["rows_per_example"] == 1:
+        words = "one row for a pair, with the prompt once"
+    if objective["reference"]:
+        seconds = result["predicted"]["reference_s"]
+        once = "" if seconds is None else f", {size['measured_tokens']:,} tokens in about {time_words(seconds / 3600)}"
+        words += f"; the reference is measured once before the first step{once}, without a second model in memory"
+    if not size:
+        words += "; without --data on this disk, each prompt with an answer counts as --max-seq-length tokens"
+    return [*lines, f"Objective {objective['name']}: {words}"]
 
 
 def time_words(hours: float) -> str:

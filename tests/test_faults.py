@@ -349,6 +349,7 @@ UNUSABLE = {
     "--keep-best with --val-batches 0": ("--keep-best", "--val-batches", 0),
     "--early-stopping-patience with --steps-per-eval 0": ("--early-stopping-patience", 2),
     "--early-stopping-threshold without": ("--early-stopping-threshold", 0.1),
+    "--metric-for-best-model with --val-batches 0": ("--metric-for-best-model", "accuracy", "--val-batches", 0),
 }
 
 

@@ -242,6 +242,7 @@ ELSEWHERE = {
         ("keep_best", "early_stopping_patience", "early_stopping_threshold", "batch_parts", "max_restarts"),
         "test_faults.py",
     ),
+    "metric_for_best_model": "test_preference_run.py",
     "resume": "test_resume.py: another way to the same bytes",
     "sample_tokens": "test_run_report.py",
     "short_buffers": "test_device.py: when the device is waited for, not numbers",

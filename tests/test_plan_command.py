@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,11 +27,20 @@ from mlx_lora.models.load import load_base
 from mlx_lora.models.outline import outline_of, outline_of_config
 from mlx_lora.plan import time_words
 from mlx_lora.planner.chips import CHIPS
-from mlx_lora.planner.fitting import fit, largest_rows, largest_sequence, largest_that_fits
+from mlx_lora.planner.fitting import (
+    fit,
+    largest_batch,
+    largest_batch_size,
+    largest_sequence,
+    largest_that_fits,
+    run_of,
+)
 from mlx_lora.planner.shapes import ModelShape
+from mlx_lora.runs import composition, reference
 from mlx_lora.settings.config import AdapterSettings, ModelSettings, TrainSettings
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.system import device
+from mlx_lora.training.objective_loss import row_log_probabilities
 from mlx_lora.training.run_fit import outlined_shape
 
 LLAMA_8B = {
@@ -222,7 +232,7 @@ def test_longest_row_and_most_rows_fit_and_no_more(big):
     settings, machine = settings_of(), CHIPS[0].machine(16)
     shape = outlined_shape(outline_of_config({**LLAMA_8B, "num_hidden_layers": 8}, mx.bfloat16), settings)
     longest = largest_sequence(settings, shape, machine, "block")
-    rows = largest_rows(settings, shape, machine, "block", 512)
+    rows = largest_batch_size(settings, shape, machine, "block", 512)
     for flags, width, fits in (
         ({"batch_size": 1}, longest, True),
         ({"batch_size": 1}, longest + 64, False),
@@ -371,3 +381,78 @@ def test_hub_ids_are_planned_without_their_weights(tmp_path):
     assert not list((tmp_path / "home").rglob("*.safetensors"))
     assert picked.returncode == 2
     assert "download it" in picked.stderr
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    """Twelve pairs of about the same length."""
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [
+        {"prompt": f"Say the number {n:02}, please.", "chosen": f"It is {n:02}.", "rejected": f"No {n:02}!"}
+        for n in range(12)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_an_objectives_rows_and_its_reference_are_planned(tiny_folder, pairs):
+    flags = ("--model", tiny_folder, "--data", pairs, "--valid-fraction", 0.25, "--batch-size", 4, "--chip", "M2")
+    dpo, orpo, kto = (planned(*flags, "--objective", name) for name in ("dpo", "orpo", "kto"))
+    # A pair has two rows and both are trained; of a rated answer and the one beside it, only the first.
+    assert [plan["settings"]["rows"] for plan in (dpo, orpo, kto)] == [8, 8, 4]
+    assert (dpo["data"]["rows"], kto["data"]["rows"]) == (18, 36)
+    assert kto["parts"]["activations"] == pytest.approx(dpo["parts"]["activations"] / 2, rel=0.1)
+    assert "other answers" in kto["predicted"]["parts_s"]
+    assert "other answers" not in dpo["predicted"]["parts_s"]
+    # ORPO trains the chosen rows whole, and has no reference; the others measure one once, on held-out answers too.
+    assert orpo["data"]["supervised_tokens"] > dpo["data"]["supervised_tokens"]
+    assert orpo["predicted"]["reference_s"] is None
+    for plan in (dpo, kto):
+        assert plan["data"]["measured_tokens"] > plan["data"]["tokens"]
+        assert 0 < plan["predicted"]["reference_s"] < 3600 * plan["predicted"]["hours"]
+    # No second model: the peak of a pair is that of ORPO, which has no reference.
+    assert dpo["peak_bytes"] == orpo["peak_bytes"]
+
+
+def test_a_plan_for_an_objective_says_what_it_assumes(tiny_folder, pairs):
+    flags = ("--model", tiny_folder, "--objective", "dpo", "--chip", "M2")
+    alone = run("plan", *flags).out
+    known = run("plan", *flags, "--data", pairs, "--valid-fraction", 0).out
+    assert "each prompt with an answer counts as --max-seq-length tokens" in alone
+    assert "--max-seq-length tokens" not in known
+    assert "12 pairs in 24 rows" in known
+    assert "did you mean 'dpo'?" in run("plan", "--model", tiny_folder, "--objective", "dop").err
+
+
+def test_pairs_stay_whole_in_the_largest_batch_and_its_parts():
+    width, dpo, sft = 100, settings_of(objective="dpo"), settings_of()
+    assert largest_batch(width, dpo, 1024) == (10, width)
+    assert largest_batch(width, sft, 1024) == (10, width)
+    assert largest_batch(600, dpo, 1024) == (2, 600)  # one pair, whatever the budget is
+    assert largest_batch(width, settings_of(objective="kto"), 1024) == (5, width)
+    assert largest_batch(width, dpo, 1024, most_rows=6) == (6, width)
+    cut = settings_of(objective="dpo", batch_parts=4), settings_of(batch_parts=4)
+    assert [run_of(settings, 10, width, "none").rows for settings in cut] == [4, 3]
+
+
+def test_the_reference_is_measured_in_batches_that_fit(tiny_folder, pairs, tmp_path, monkeypatch):
+    """Its batches are as large as the step's, so its forward pass has a lower peak."""
+    found, fit_settings = [], composition.fit_settings
+
+    def narrow(*given):
+        settings, memory = fit_settings(*given)
+        return replace(settings, loop=replace(settings.loop, batch_tokens=256)), memory
+
+    def measured(*given):
+        found.append(given[3])
+        return row_log_probabilities(*given)
+
+    monkeypatch.setattr(composition, "fit_settings", narrow)
+    monkeypatch.setattr(reference, "row_log_probabilities", measured)
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    ran = run(
+        "train", "--model", tiny_folder, "--data", pairs, "--objective", "dpo", "--adapter-path", tmp_path / "a",
+        "--iters", 1, "--sample-tokens", 0, "--val-batches", 0,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert set(found) == {256}

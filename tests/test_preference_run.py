@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from conftest import tiny_model, write_folder
-from run_cli import run
+from run_cli import one_line, run
 
 from mlx_lora.objectives.objective_table import OBJECTIVES, OWN_OPTIONS
 from mlx_lora.settings.config import ObjectiveSettings
+from mlx_lora.training import trainer
+from mlx_lora.training.state import Position
+from mlx_lora.training.trainer import Measured
 
 QUICK = ("--iters", 3, "--learning-rate", "5e-3", "--batch-size", 4, "--sample-tokens", 0, "--kernels", "ours",
          "--val-batches", 1, "--steps-per-report", 1, "--rank", 4)  # fmt: skip
@@ -164,6 +169,9 @@ def test_evaluate_reports_what_training_does(tiny_folder, data, tmp_path):
     assert after["margin"] > 0.1
     assert after["loss"] < before["loss"]
     assert {"chosen_logps", "rejected_logps"} <= after.keys()
+    words = run("evaluate", *common[:-1], "--adapter-path", tmp_path / "a").out
+    assert "chosen rewards " in words
+    assert words.endswith("supervised tokens in 24 pairs\n")
     assert after["rows"] == 24
 
 
@@ -193,6 +201,82 @@ def test_a_second_run_takes_the_reference_from_disk(tiny_folder, data, tmp_path,
     kept[0].write_bytes(b"damaged")
     third = trained(tmp_path / "c", tiny_folder, data, "dpo")
     assert [line["loss"] for line in third] == [line["loss"] for line in first]
+
+
+# Held-out loss and accuracy by step. By accuracy step 6 is the best: the untrained model's is rounding, step 4 has the
+# higher loss. By loss step 2 is.
+HELD_OUT = {0: (0.69, 0.9), 2: (0.6, 0.6), 4: (0.7, 0.8), 6: (0.65, 0.8), 8: (0.5, 0.75), 10: (0.55, 0.7)}
+STOPPING = ("--iters", 30, "--steps-per-eval", 2, "--save-every", 2, "--keep", 0, "--keep-best",
+            "--early-stopping-patience", 2)  # fmt: skip
+
+
+@pytest.fixture
+def held_out(monkeypatch):
+    """Make validations find `HELD_OUT` from a step on, then ever worse numbers."""
+
+    def begin(step: int = 0) -> None:
+        found = iter([values for at, values in HELD_OUT.items() if at >= step] + [(0.9, 0.1)] * 20)
+
+        def mean_loss(model, task, batches, ranks):
+            loss, accuracy = next(found)
+            return Measured(loss, 8, dict.fromkeys(task.reports, 0.0) | {"accuracy": accuracy})
+
+        monkeypatch.setattr(trainer, "mean_loss", mean_loss)
+
+    return begin
+
+
+def adapter_of(folder: Path, step: int | None = None) -> bytes:
+    folder = folder if step is None else folder / "checkpoints" / f"step-{step:06d}"
+    return (folder / "adapters.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("metric", "best", "end"), [("accuracy", 6, 10), ("loss", 2, 6)])
+def test_the_best_validation_and_the_end_follow_the_metric(metric, best, end, tiny_folder, data, tmp_path, held_out):
+    held_out()
+    lines = trained(tmp_path / "a", tiny_folder, data, "dpo", *STOPPING, "--metric-for-best-model", metric)
+    assert lines[-1]["step"] == end
+    assert adapter_of(tmp_path / "a") == adapter_of(tmp_path / "a", best) != adapter_of(tmp_path / "a", end)
+
+
+def test_a_run_that_was_cut_keeps_its_best_accuracy(tiny_folder, data, tmp_path, held_out):
+    more = (*STOPPING, "--metric-for-best-model", "accuracy")
+    held_out()
+    trained(tmp_path / "whole", tiny_folder, data, "dpo", *more)
+    held_out()
+    trained(tmp_path / "cut", tiny_folder, data, "dpo", *more)
+    for step in (8, 10):
+        shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"step-{step:06d}")
+    held_out(8)
+    lines = trained(tmp_path / "cut", tiny_folder, data, "dpo", *more, "--resume")
+    assert lines[-1]["step"] == 10
+    assert adapter_of(tmp_path / "cut") == adapter_of(tmp_path / "whole") == adapter_of(tmp_path / "whole", 6)
+    states = [
+        json.loads((tmp_path / name / "checkpoints/step-000010/state.json").read_text())["position"]
+        for name in ("cut", "whole")
+    ]
+    assert states[0] == states[1]
+    assert (states[0]["best_accuracy"], states[0]["best_at"], states[0]["worse"]) == (0.8, 6, 2)
+
+
+def test_the_threshold_is_of_the_accuracy():
+    at = Position(taken=1)
+    found = [at.validated(loss, 0.1, accuracy, by_accuracy=True) for loss, accuracy in
+             ((0.6, 0.5), (0.5, 0.5), (0.7, 0.55), (0.8, 0.7), (math.nan, 0.9), (0.9, 0.6))]  # fmt: skip
+    assert found == [True, True, True, True, False, False]
+    assert (at.best_accuracy, at.best_loss, at.worse) == (0.7, 0.8, 2)
+    untrained = Position()
+    assert not untrained.validated(0.6, accuracy=0.9, by_accuracy=True)
+    assert (untrained.best_accuracy, untrained.worse, untrained.val_loss) == (None, 0, 0.6)
+
+
+@pytest.mark.parametrize("objective", ["sft", "kto"])
+def test_accuracy_is_refused_where_none_is_reported(objective, tiny_folder, data, tmp_path):
+    ran = run(
+        "train", "--model", tiny_folder, "--data", data["rated"], "--adapter-path", tmp_path / "a", "--objective",
+        objective, *QUICK, *STOPPING, "--metric-for-best-model", "accuracy",
+    )  # fmt: skip
+    one_line(ran, f"--objective {objective}: only dpo, orpo, simpo, cpo report it")
 
 
 @pytest.mark.parametrize(

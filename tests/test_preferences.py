@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from pathlib import Path
+
 import pytest
 
 from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, FormatError
@@ -295,3 +299,19 @@ def test_bad_ratings_say_what_is_missing(record, words):
     with pytest.raises(FormatError, match=words):
         parse_rated(record)
     assert parse_rated({"prompt": "a", "completion": "b", "label": 1})
+
+
+def test_the_pairs_of_a_style_that_come_with_the_project_are_200_different_ones():
+    lines = (Path(__file__).parent.parent / "data/preferences/style.jsonl").read_text("ascii").splitlines()
+    pairs = [pair for line in lines for pair in parse_pairs(json.loads(line))]
+    assert len(pairs) == len({json.dumps(json.loads(line)["prompt"]) for line in lines}) == 200
+    chosen, rejected = ([_words(getattr(pair, side)) for pair in pairs] for side in ("chosen", "rejected"))
+    assert all(12 <= len(answer) <= 36 for answer in chosen)
+    assert all(45 <= len(answer) <= 90 for answer in rejected)
+    # No phrase decides a pair: what an answer begins or ends with is seldom seen twice.
+    for words in (slice(0, 4), slice(-4, None)):
+        assert max(Counter(tuple(answer[words]) for answer in rejected).values()) <= 6
+
+
+def _words(answer):
+    return (answer.completion if isinstance(answer, Completion) else answer.messages[-1]["content"]).split()

@@ -18,7 +18,7 @@ from run_cli import run
 from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.plots import MOST_POINTS, Series, line_chart, number, ticks
-from mlx_lora.artifacts.run_report import RunReport, Sample, elapsed_s, tiles
+from mlx_lora.artifacts.run_report import RunReport, Sample, charts, elapsed_s, tiles, without_untrained_accuracy
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.samples import greedy_text, held_out_beginning
@@ -70,6 +70,43 @@ def test_tiles_are_the_metrics():
     assert shown["updates skipped, not finite"] == "1"
     assert shown["time"] == "20.0 s"
     assert tiles([]) == [("steps", "0")]
+
+
+def test_a_page_of_pairs_shows_both_answers_and_no_accuracy_of_rounding(tmp_path):
+    found = {"margin": -1e-9, "accuracy": 0.0, "chosen_rewards": 0.0, "rejected_rewards": 0.0}
+    later = {**found, "margin": 2.0, "accuracy": 0.75}
+    records = [
+        {**record(0, None, 0.69), **found}, {**record(1, 0.6), **later}, {**record(2, None, 0.5), **later},
+        {**record(3, None, 0.4), **later, "accuracy": 1.0},
+    ]  # fmt: skip
+    own, other = {"objective": "dpo"}, {"objective": "dpo", "reference_adapter": "folder"}
+    shown = dict(tiles(without_untrained_accuracy(records, own)))
+    assert shown["held-out pairs preferred"] == "0.750 → 1.000"
+    assert shown["held-out margin"] == "0.000 → 2.000"
+    for settings in (other, {"objective": "orpo"}):
+        assert dict(tiles(without_untrained_accuracy(records, settings)))["held-out pairs preferred"] == "0.000 → 1.000"
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    (tmp_path / "run.yaml").write_text(json.dumps(own))
+    split = {"rows": 9, "tokens": 90, "supervised_tokens": 50, "median_length": 10, "max_length": 12}
+    data = {
+        "data": "pairs", "rows_read": 10, "splits": {"train": split}, "valid_source": "file", "template": "none",
+        "truncated": 0, "duplicates": 0, "empty": 0, "dropped": 1, "notes": [], "example": [("Good", True)],
+        "rejected": [("Bad", True)], "records": "pairs",
+    }  # fmt: skip
+    RunReport("", "", "", "", "", data).write(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<mark>Good</mark>" in page
+    assert "<mark>Bad</mark>" in page
+    assert "<th>pairs</th>" in page
+    assert page.count('<svg class="chart"') == 8
+    assert "Loss per pair" in page
+    lowest = re.search(r"Margin of rewards.*?</svg>", page, re.DOTALL)[0]
+    assert ">0</text>" in lowest
+    assert ">-" not in lowest
+    rated = [{k: v for k, v in one.items() if k != "accuracy"} | {"divergence": 0.5} for one in records]
+    titles = [chart["title"] for chart in charts(rated, None)]
+    assert {"Loss per rated answer", "Divergence from the reference"} <= set(titles)
+    assert "Pairs preferred as labeled" not in titles
 
 
 def test_time_counts_every_part_of_a_resumed_run():

@@ -236,7 +236,7 @@ def test_a_run_takes_the_same_steps_with_fewer_positions(objective, tiny_folder,
         ours = [line[name] for line in shared if line[name] is not None]
         assert ours == pytest.approx([line[name] for line in separate if line[name] is not None], rel=2e-4, abs=2e-5)
     assert len({line["loss"] for line in shared}) > 2
-    assert (tmp_path / "auto/run.yaml").read_text().count("shared_prefix: auto") == 1
+    assert (tmp_path / "auto/run.yaml").read_text().count("shared_prefix: 'on'") == 1
 
 
 def test_a_resumed_run_keeps_its_layout(tiny_folder, data, tmp_path):

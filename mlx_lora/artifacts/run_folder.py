@@ -290,7 +290,7 @@ class RunFolder:
         return f", and no checkpoint was written before; no adapter is saved; {advice}"
 
     def put_best(self) -> str | None:
-        """Restore the adapter with the lowest validation loss (--keep-best), and return words on it."""
+        """Restore the adapter with the best validation (--keep-best), and return words on it."""
         at = self.at
         if not self.settings.loop.keep_best or not self.ranks.leads:
             return None
@@ -299,4 +299,7 @@ class RunFolder:
         if at.best_at != at.taken:
             restore_arrays(self.step, read_checkpoint(self.path / CHECKPOINTS / f"step-{at.best_at:06d}").arrays)
             self._save_adapter(self.path)
-        return f"the adapter is that of step {at.best_at}, with the lowest held-out loss, {at.best_loss:.4f}"
+        best = f"lowest held-out loss, {at.best_loss:.4f}"
+        if self.settings.loop.metric_for_best_model == "accuracy":
+            best = f"highest held-out accuracy, {at.best_accuracy:.3f}, and loss {at.best_loss:.4f}"
+        return f"the adapter is that of step {at.best_at}, with the {best}"

@@ -19,6 +19,8 @@ import yaml
 
 from mlx_lora.artifacts.page_template import render_page
 from mlx_lora.artifacts.plots import Series, line_chart, number, perplexity
+from mlx_lora.data.data_report import UNITS
+from mlx_lora.objectives.objective_table import OWN_OPTIONS
 from mlx_lora.system.files import replacing_file
 
 REPORT_FILE, FACTS_FILE = "report.html", "report.json"
@@ -70,13 +72,14 @@ class RunReport:
             temporary.write_text(
                 json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
             )
-        records = read_records(folder / "metrics.jsonl")
         settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+        records = without_untrained_accuracy(read_records(folder / "metrics.jsonl"), settings)
         page = render_page(
             PAGES,
             "run_report.html",
             name=folder.resolve().name,
             facts=self,
+            unit=UNITS[self.data.get("records", "examples")],
             tiles=tiles(records),
             charts=charts(records, self.planned_peak_bytes),
             settings=settings,
@@ -97,6 +100,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def without_untrained_accuracy(records: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Leave out the accuracy before the first step if the model is its own reference then: it is that of rounding."""
+    if settings.get("reference_adapter") or settings.get("objective") not in OWN_OPTIONS["reference_adapter"]:
+        return records
+    return [{k: v for k, v in one.items() if one["step"] or k != "accuracy"} for one in records]
+
+
 def tiles(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Return the run's main numbers: (label, value)."""
     validations = [r["val_loss"] for r in records if r["val_loss"] is not None]
@@ -109,8 +119,10 @@ def tiles(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
         reported = [r for r in records if r["val_loss"] is not None and "margin" in r]
         if reported:  # of preferences, whose loss is no likelihood
             for name, label in (("accuracy", "held-out pairs preferred"), ("margin", "held-out margin")):
-                values = [r[name] for r in (reported[0], reported[-1]) if r.get(name) is not None]
-                shown += [(label, " → ".join(f"{value:.3f}" for value in values))] if values else []
+                values = [r[name] for r in reported if r.get(name) is not None]
+                ends = values[:1] if len(values) == 1 else [values[0], values[-1]] if values else []
+                # Adding 0 makes a zero of a rounded -0.
+                shown += [(label, " → ".join(f"{round(value, 3) + 0:.3f}" for value in ends))] if ends else []
         else:
             shown.append(("held-out perplexity", " → ".join(perplexity(loss) for loss in ends)))
     if trained:
@@ -155,9 +167,11 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
         memory.append(Series("planned", [(step, planned_peak_bytes / 1e9) for step in ends], dashed=True))
     tokens = [of("trained tokens", "supervised_tokens_per_s", trained), of("all real tokens", "tokens_per_s", trained)]
     losses = [of("training", "loss", trained), of("held out", "val_loss", held_out)]
+    preferences = any("margin" in r for r in records)
+    counted = "rated answer" if any("divergence" in r for r in records) else "pair" if preferences else "trained token"
     wanted = [
         *_preference_charts(records, of),
-        ("Loss per pair" if any("margin" in r for r in records) else "Loss per trained token", losses, "", False),
+        (f"Loss per {counted}", losses, "", False),
         ("Tokens per second", tokens, "", True),
         ("Memory", memory, " GB", True),
         ("Learning rate", [of("learning rate", "learning_rate", trained)], "", True),
@@ -173,19 +187,26 @@ def _preference_charts(
     records: list[dict[str, Any]], of: Callable[..., Series]
 ) -> list[tuple[str, list[Series], str, bool]]:
     """Return charts of what an objective on preferences reports; none for other runs."""
-    reported = [r for r in records if "margin" in r]
+    titles = {
+        "Pairs preferred as labeled": ("accuracy",),
+        "Margin of rewards": ("margin",),
+        "Rewards": ("chosen_rewards", "rejected_rewards"),
+        "Divergence from the reference": ("divergence",),
+    }
+    # Rounded, so that a first value that is 0 but for rounding does not open the axis below 0.
+    reported = [
+        {**r, **{name: round(r[name], 4) for names in titles.values() for name in names if r.get(name) is not None}}
+        for r in records
+        if "margin" in r
+    ]
     trained, held_out = ([r for r in reported if r[key] is not None] for key in ("loss", "val_loss"))
     charts = []
-    for title, names in (
-        ("Pairs preferred as labeled", ("accuracy",)),
-        ("Margin of rewards", ("margin",)),
-        ("Rewards", ("chosen_rewards", "rejected_rewards")),
-    ):
+    for title, names in titles.items():
         series = [
-            of(f"{when}, {name.split('_')[0]}" if len(names) > 1 else when, name, rows)
+            of(f"{when}, {name.split('_')[0]}" if len(names) > 1 else when, name, having)
             for name in names
             for when, rows in (("training", trained), ("held out", held_out))
-            if rows and name in rows[0]
+            if (having := [r for r in rows if name in r])
         ]
         charts += [(title, series, "", False)] if series else []
     return charts

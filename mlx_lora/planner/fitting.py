@@ -38,7 +38,7 @@ class Fitted:
 def largest_batch(
     width: int, settings: TrainSettings, batch_tokens: int, most_rows: int | None = None
 ) -> tuple[int, int]:
-    """Return (rows, width) of the largest batch whose longest row has `width` positions.
+    """Return (trained rows, width) of the largest batch whose longest row has `width` positions.
 
     Args:
         width: positions of the longest row.
@@ -46,16 +46,22 @@ def largest_batch(
         batch_tokens: of a batch, if the settings do not have it.
         most_rows: the number of rows in the data; None: not known.
     """
-    group = settings.objective.rows_per_example
-    rows = group * (settings.loop.batch_size or max(1, batch_tokens // (group * width)))
-    return (rows if most_rows is None else max(1, min(rows, most_rows))), width
+    objective = settings.objective
+    together = objective.rows_per_example
+    examples = settings.loop.batch_size or max(1, batch_tokens // (together * width))
+    if most_rows is not None:
+        examples = max(1, min(examples, most_rows // together))
+    return objective.trained_rows_per_example * examples, width
 
 
 def run_of(settings: TrainSettings, rows: int, width: int, mode: str, slots: int | None = None) -> Run:
-    """Return the settings that decide memory, for one batch shape with `slots` trained positions."""
-    loop = settings.loop
+    """Return the settings that decide memory, for one batch shape with `slots` trained positions.
+
+    With --batch-parts it is the largest part of the batch; the rows of an example stay together in it.
+    """
+    loop, together = settings.loop, settings.objective.trained_rows_per_example
     return Run(
-        rows=-(-rows // loop.batch_parts),
+        rows=-(-rows // (together * loop.batch_parts)) * together,
         width=width,
         trained_positions=slots,
         checkpointing=mode,
@@ -85,9 +91,8 @@ def fit(
         width: positions of the longest row.
         most_rows: the number of rows in the data; None: not known.
     """
-    loop = settings.loop
-    budget = budget_of(loop, machine)
-    for tokens, mode in _choices(loop, width):
+    budget = budget_of(settings.loop, machine)
+    for tokens, mode in _choices(settings.loop, width * settings.objective.rows_per_example):
         rows, columns = largest_batch(width, settings, tokens, most_rows)
         found = Fitted(tokens, mode, plan_memory(shape, run_of(settings, rows, columns, mode), machine, budget))
         if found.memory.fits:
@@ -95,14 +100,14 @@ def fit(
     return found
 
 
-def _choices(loop: LoopSettings, width: int) -> Iterator[tuple[int, str]]:
-    """Yield (batch tokens, mode), the preferred ones first."""
+def _choices(loop: LoopSettings, longest: int) -> Iterator[tuple[int, str]]:
+    """Yield (batch tokens, mode), the preferred ones first; `longest` is the positions of the longest example."""
     modes = AUTO_MODES if loop.grad_checkpoint == "auto" else (loop.grad_checkpoint,)
     tokens = loop.batch_tokens or DEFAULT_BATCH_TOKENS
     while True:
         yield from ((tokens, mode) for mode in modes)
-        if loop.batch_tokens or loop.batch_size or tokens // 2 < max(SMALLEST_BATCH, width):
-            return  # a row that is longer than the budget gets its own batch anyway
+        if loop.batch_tokens or loop.batch_size or tokens // 2 < max(SMALLEST_BATCH, longest):
+            return  # an example that is longer than the budget gets its own batch anyway
         tokens //= 2
 
 
@@ -118,18 +123,18 @@ def largest_that_fits(fits: Callable[[int], bool], most: int, step: int = 32) ->
 def largest_sequence(
     settings: TrainSettings, shape: ModelShape, machine: Machine, mode: str, most: int = LONGEST_SEQUENCE
 ) -> int:
-    """Return the longest single row that fits, in positions."""
-    budget = budget_of(settings.loop, machine)
+    """Return the longest row that fits in a batch of one example, in positions; a pair has two rows of that length."""
+    budget, rows = budget_of(settings.loop, machine), settings.objective.trained_rows_per_example
     return largest_that_fits(
-        lambda width: plan_memory(shape, run_of(settings, 1, width, mode), machine, budget).fits, most
+        lambda width: plan_memory(shape, run_of(settings, rows, width, mode), machine, budget).fits, most
     )
 
 
-def largest_rows(settings: TrainSettings, shape: ModelShape, machine: Machine, mode: str, width: int) -> int:
-    """Return how many rows of `width` fit into one batch."""
-    budget = budget_of(settings.loop, machine)
+def largest_batch_size(settings: TrainSettings, shape: ModelShape, machine: Machine, mode: str, width: int) -> int:
+    """Return how many examples with rows of `width` positions fit into one batch."""
+    budget, rows = budget_of(settings.loop, machine), settings.objective.trained_rows_per_example
     return largest_that_fits(
-        lambda rows: plan_memory(shape, run_of(settings, rows, width, mode), machine, budget).fits,
+        lambda examples: plan_memory(shape, run_of(settings, rows * examples, width, mode), machine, budget).fits,
         max(1, LONGEST_SEQUENCE // width),
         step=1,
     )

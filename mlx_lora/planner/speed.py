@@ -10,7 +10,7 @@ Source: roofline, Williams et al. 2009 (CACM 52:4).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 
 from mlx_lora.planner.chips import REACHED_BANDWIDTH, REACHED_FLOPS, Chip
@@ -132,3 +132,13 @@ def step_seconds(shape: ModelShape, run: Run, machine: Machine, ceilings: Ceilin
     hidden = parts.pop("launches", 0.0)
     total = sum(parts.values())
     return max(total, hidden), {**parts, **({"waiting for launches": hidden - total} if hidden > total else {})}
+
+
+def forward_seconds(shape: ModelShape, run: Run, machine: Machine, ceilings: Ceilings) -> float:
+    """Return the predicted seconds of the forward pass alone, as the answers of a reference are measured."""
+    frozen = replace(shape, first_trained=len(shape.blocks), trained=0)
+    counts = count_step(frozen, replace(run, checkpointing="none"), machine)
+    # Half of the loss's products and passes are for its gradient.
+    loss = counts.pop("loss")
+    half = Count(loss.flops / 2, loss.moved_bytes / 2, loss.exponentials)
+    return sum(count.seconds(ceilings) for count in (half, *counts.values()))

@@ -33,7 +33,6 @@ from mlx_lora.models.kernel_choice import KernelChoice, choose_model_kernels
 from mlx_lora.models.kernel_row import MLX
 from mlx_lora.models.kernels import assumed
 from mlx_lora.models.load import Base
-from mlx_lora.models.shared_prefix import unshareable
 from mlx_lora.objectives.objective import Objective
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.planner.fitting import planned_words
@@ -52,7 +51,7 @@ from mlx_lora.training.loss_choice import PLAIN_LOGITS
 from mlx_lora.training.losses import Loss, check_kernels, choose_loss
 from mlx_lora.training.objective_loss import Task, task_of
 from mlx_lora.training.optim import build_optimizer
-from mlx_lora.training.prefix_sharing import LEAST_SAVED, saved_work, sharing_problem
+from mlx_lora.training.prefix_sharing import layout_problem, sharing_problem
 from mlx_lora.training.run_fit import adapted_shape, fit_run
 from mlx_lora.training.sharing import Sharing
 from mlx_lora.training.state import Position
@@ -122,12 +121,13 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
         splits = splits.changed(lambda sets: with_reference(asked, base, sets, say, ranks))
     mx.random.seed(asked.loop.seed)
     adapted, info = adapt(asked, base, splits.chat_template)
-    if objective.reference and not other_reference:
-        splits = splits.changed(lambda sets: with_reference(asked, base, sets, say, ranks))
     found = find_checkpoint(asked.loop, ranks, say)
+    chosen, layout = choose_layout(asked, base, splits.train, objective, found, say)
+    settings, memory = fit_settings(layout.settled(asked), base, layout.of(splits), chosen)
+    if objective.reference and not other_reference:  # in batches that fit, so that its peak is below a step's
+        splits = splits.changed(lambda sets: with_reference(settings, base, sets, say, ranks))
     fingerprint = splits.train.fingerprint  # of the rows apart, so that a run may be resumed whatever shares a row
-    splits, chosen, layout = choose_layout(asked, base, splits, objective, found, say)
-    settings, memory = fit_settings(asked, base, splits, chosen)
+    splits = layout.of(splits)
     loop = settings.loop
     plan, epochs = training_plan(loop, splits.train, found)
     validation = held_out_plan(splits.valid, loop) if splits.valid else None
@@ -239,6 +239,14 @@ class Layout:
     shared: bool = False
     words: str = ""
 
+    def of(self, splits: DataSplits) -> DataSplits:
+        """Return the data with the rows to train on in this layout."""
+        return replace(splits, train=joined(splits.train)) if self.shared else splits
+
+    def settled(self, settings: TrainSettings) -> TrainSettings:
+        """Return the settings with --shared-prefix on where it is."""
+        return replace(settings, objective=replace(settings.objective, shared_prefix="on")) if self.shared else settings
+
     @property
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with its checkpoint."""
@@ -248,15 +256,16 @@ class Layout:
 def choose_layout(
     settings: TrainSettings,
     base: Base,
-    splits: DataSplits,
+    rows: EncodedSet,
     objective: Objective,
     found: Checkpoint | None,
     say: Callable[[str], None],
-) -> tuple[DataSplits, LossAndKernels, Layout]:
-    """Choose loss and kernels, and whether a pair's prompt is computed once; return the data in that layout.
+) -> tuple[LossAndKernels, Layout]:
+    """Choose loss and kernels, and whether a pair's prompt is computed once.
 
     Args:
-        settings, base, splits, say: as in `compose`.
+        settings, base, say: as in `compose`.
+        rows: to train on, apart.
         objective: of the run.
         found: a checkpoint to go on from, whose layout is kept.
 
@@ -264,29 +273,23 @@ def choose_layout(
         InputError: --shared-prefix asks for what the model or the checkpoint does not allow.
     """
     asked = settings.objective.shared_prefix
-    why = f"--shared-prefix {asked}"
     if found is not None:
         before = "on" if found.identity.get("shared_prefix") else "off"
         if asked not in (before, "auto"):
             raise InputError(f"--shared-prefix {asked}: the run to resume has it {before}; leave the flag out")
-        asked, why = before, "as the run began"
-    apart = "separate rows for both answers"
-    if objective.records != "pairs" or asked == "off":
-        layout = Layout(words=f"{apart} ({why})" if objective.records == "pairs" else "")
-        return splits, choose_loss_and_kernels(settings, base, splits.train, say), layout
-    problem = unshareable(base.model)
-    if problem is None and asked == "auto":
-        saved = saved_work(model_shape(base.model, base.config), splits.train)
-        problem = None if saved >= LEAST_SAVED else f"a shared prompt would save {max(0.0, saved):.0%} of the work"
+        asked = before
+    if objective.records != "pairs":
+        return choose_loss_and_kernels(settings, base, rows, say), Layout()
+    problem = layout_problem(asked, base.model, model_shape(base.model, base.config), rows)
     if problem is None:
-        together = replace(splits, train=joined(splits.train))
-        chosen = choose_loss_and_kernels(settings, base, together.train, say)
+        chosen = choose_loss_and_kernels(settings, base, joined(rows), say)
         problem = sharing_problem(base.model, base.config, chosen.loss, chosen.kernels)
         if problem is None:
-            return together, chosen, Layout(True, f"prompts shared ({saved_share(splits.train):.0%} fewer positions)")
+            return chosen, Layout(True, f"prompts shared ({saved_share(rows):.0%} fewer positions)")
     if asked == "on":
         raise InputError(f"--shared-prefix on: {problem}; leave the flag out")
-    return splits, choose_loss_and_kernels(settings, base, splits.train, say), Layout(words=f"{apart} ({problem})")
+    words = f"separate rows for both answers ({problem})"
+    return choose_loss_and_kernels(settings, base, rows, say), Layout(words=words)
 
 
 def fit_settings(

@@ -10,12 +10,12 @@ from mlx_lora.artifacts.adapter import CONFIG_FILE
 from mlx_lora.artifacts.run_folder import check_room, first_day, own_folder
 from mlx_lora.data.loading import DataSplits, load_data
 from mlx_lora.models.load import Base, check_token_ids, load_base
-from mlx_lora.objectives.objective_table import objective_of
+from mlx_lora.objectives.objective_table import OBJECTIVES, objective_of
 from mlx_lora.runs.composition import Composed, compose, put_adapter
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
 from mlx_lora.runs.words import loss_words, outcome_line
-from mlx_lora.settings.config import TrainSettings
+from mlx_lora.settings.config import ObjectiveSettings, TrainSettings
 from mlx_lora.system import console, device
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.system.errors import InputError
@@ -69,7 +69,7 @@ def wants_training(settings: TrainSettings) -> bool:
 
 def check_request(settings: TrainSettings, ranks: Ranks) -> None:
     """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
-    objective_of(settings.objective)
+    check_metric(settings)
     loop, trains = settings.loop, wants_training(settings)
     needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}
     missing = [flag for flag, value in needed.items() if not value]
@@ -91,6 +91,17 @@ def check_request(settings: TrainSettings, ranks: Ranks) -> None:
     if (folder / CONFIG_FILE).exists() and not loop.force and loop.resume is None:
         raise InputError(
             f"--adapter-path {folder}: already holds an adapter; choose another folder, --resume to continue, or --force to overwrite it"
+        )
+
+
+def check_metric(settings: TrainSettings) -> None:
+    """Refuse an objective that cannot be trained as asked, or that does not report what the best validation is chosen by."""
+    metric = settings.loop.metric_for_best_model
+    if metric not in ("loss", *objective_of(settings.objective).reports):
+        reporting_it = [name for name in OBJECTIVES if metric in objective_of(ObjectiveSettings(name)).reports]
+        raise InputError(
+            f"--metric-for-best-model {metric} with --objective {settings.objective.objective}: only "
+            f"{', '.join(reporting_it)} report it; leave it out, the best validation then has the lowest loss"
         )
 
 
@@ -159,5 +170,5 @@ def take_steps(run: Composed, base: Base, splits: DataSplits, say: Callable[[str
     if page is not None:
         page.end(outcome.interrupted)
         leave_card(folder.path, base, folder.info, say)
-        say(outcome_line(folder.path, outcome, best))
+        say(outcome_line(settings.loop, outcome, best))
     return outcome

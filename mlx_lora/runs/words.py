@@ -13,7 +13,7 @@ from mlx_lora.artifacts.adapter import (
 )
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.models.load import Base
-from mlx_lora.settings.config import AdapterSettings, TrainSettings
+from mlx_lora.settings.config import AdapterSettings, LoopSettings, TrainSettings
 from mlx_lora.system import console
 from mlx_lora.system.units import counted
 from mlx_lora.training.hooks_from_settings import restart_every
@@ -61,24 +61,26 @@ def describe_run(
 def loss_words(measured: Measured) -> str:
     """Write a loss on data that were not trained on."""
     if measured.reports:
-        reports = ", ".join(f"{name} {value:.4f}" for name, value in measured.reports.items())
+        reports = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.reports.items())
         return f"loss {measured.loss:.4f}, {reports}, over {measured.count} examples"
     perplexity = console.perplexity(measured.loss)
     return f"loss {measured.loss:.4f}, perplexity {perplexity:.3f}, {measured.count} supervised tokens"
 
 
-def outcome_line(folder: Path, outcome: Outcome, best: str | None) -> str:
+def outcome_line(loop: LoopSettings, outcome: Outcome, best: str | None) -> str:
     """Return a run's outcome and folder, in one line.
 
     Args:
-        folder: of the run.
+        loop: the run's settings.
         outcome: how it ended.
         best: words on the adapter that --keep-best restored.
     """
+    folder = Path(loop.adapter_path)
     file = folder / WEIGHTS_FILE
     size = f"adapter of {file.stat().st_size / 1e6:.1f} MB" if file.exists() else "nothing to save"
     val = "" if outcome.val_loss is None else f", held-out loss {outcome.val_loss:.4f}"
-    early = ", ended early: the held-out loss no longer falls" if outcome.stopped_early else ""
+    worse = {"loss": "the held-out loss no longer falls", "accuracy": "the held-out accuracy no longer rises"}
+    early = f", ended early: {worse[loop.metric_for_best_model]}" if outcome.stopped_early else ""
     return f"{counted(outcome.steps, 'step')} done{early}{val}; {size} in {folder}{f'; {best}' if best else ''}"
 
 

@@ -64,6 +64,7 @@ def _validation_problems(settings: Mapping[str, Any]) -> list[str]:
     """Return the settings that need a validation or a checkpoint in a run without them, where they would do nothing."""
     problems = []
     asking = [name for name in ("keep_best", "early_stopping_patience") if settings[name]]
+    asking += ["metric_for_best_model"] if settings["metric_for_best_model"] != "loss" else []
     for flag in map(flag_of, asking):
         if settings["val_batches"] == 0:
             problems.append(f"{flag} with --val-batches 0: nothing is validated; leave one of them out")

@@ -161,8 +161,16 @@ class ObjectiveSettings:
 
     @property
     def rows_per_example(self) -> int:
-        """Rows that are trained together: the two answers of a pair, or one."""
-        return 1 if self.objective in WITHOUT_PAIRS else 2
+        """Rows that stay together in a batch: one, the two answers of a pair, or a rated answer and another to compare.
+
+        With --shared-prefix on, which a run sets when it has decided, a pair is one row.
+        """
+        return 1 if self.objective == "sft" or self.shared_prefix == "on" else 2
+
+    @property
+    def trained_rows_per_example(self) -> int:
+        """Those of them that are trained; the answer that a rated one is compared with (kto) is only measured."""
+        return 1 if self.objective == "kto" else self.rows_per_example
 
 
 @dataclass(frozen=True)
@@ -224,16 +232,20 @@ class LoopSettings:
         VALIDATION, may_change=True, at_least=-1)
     save_every: int = setting(100, "Steps between checkpoints; 0: only at the end.",
         OUTPUT, may_change=True, at_least=0)
-    keep: int = setting(3, "Newest checkpoints to keep, in addition to the one with the lowest validation loss; 0: all.",
+    keep: int = setting(3, "Newest checkpoints to keep, in addition to the one with the best validation; 0: all.",
         OUTPUT, may_change=True, at_least=0, at_most=10**9)
     keep_best: bool = setting(False,
-        "End with the adapter of the lowest validation loss, not with the last (needs --save-every).",
+        "End with the adapter of the best validation, not with the last (needs --save-every).",
         VALIDATION, may_change=True)
+    metric_for_best_model: str = setting("loss",
+        "What makes a validation the best one, for --keep-best, early stopping and the checkpoint that is kept: the lowest "
+        "loss, or the highest accuracy on preference pairs (of equal ones, the lower loss).",
+        VALIDATION, may_change=True, choices=("loss", "accuracy"))
     early_stopping_patience: int | None = setting(None,
         "End after this many validations in a row without a better one (default: never).",
         VALIDATION, may_change=True, at_least=1, at_most=10**9)
     early_stopping_threshold: float = setting(0.0,
-        "An improvement of the validation loss counts when it is more than this.",
+        "An improvement of the validation's loss or accuracy counts when it is more than this.",
         VALIDATION, may_change=True, at_least=0, at_most=10**9)
     resume: str | None = setting(None,
         "Continue from a checkpoint, exactly as if the run had never stopped: a checkpoint folder, or auto (the flag "

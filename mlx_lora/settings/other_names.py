@@ -83,6 +83,8 @@ OTHER_VALUES = {
     "bf16": "use bfloat16",
     "fp16": "use float16",
     "fp32": "use float32",
+    "eval_loss": "use loss",
+    "eval_rewards/accuracies": "use accuracy",
 }
 
 

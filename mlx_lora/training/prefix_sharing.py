@@ -19,7 +19,7 @@ from mlx_lora.data.joining import joined, saved_share
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.kernel_choice import KernelChoice
 from mlx_lora.models.kernels import training_kernels
-from mlx_lora.models.shared_prefix import rotate_by_token
+from mlx_lora.models.shared_prefix import rotate_by_token, unshareable
 from mlx_lora.models.vocabulary import embedding_rows
 from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.training.losses import Arrays, Loss
@@ -44,6 +44,22 @@ def saved_work(shape: ModelShape, rows: EncodedSet) -> float:
 
     apart = cost(rows.lengths)
     return 1 - cost(joined(rows).lengths) / apart if apart and saved_share(rows) else 0.0
+
+
+def layout_problem(asked: str, model: nn.Module, shape: ModelShape, rows: EncodedSet) -> str | None:
+    """Say in a few words why a pair's answers should lie in separate rows, None if nothing speaks against one row.
+
+    Args:
+        asked: --shared-prefix.
+        model: its arrays need not be computed.
+        shape: of the model.
+        rows: pairs, apart.
+    """
+    problem = f"--shared-prefix {asked}" if asked == "off" else unshareable(model)
+    if problem is None and asked == "auto":
+        saved = saved_work(shape, rows)
+        problem = None if saved >= LEAST_SAVED else f"a shared prompt would save {max(0.0, saved):.0%} of the work"
+    return problem
 
 
 def sharing_problem(

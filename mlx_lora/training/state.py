@@ -41,7 +41,7 @@ class Position:
         consumed: micro-batches of the plan so far.
         skipped, skipped_in_a_row: updates that were not finite.
         val_loss, val_at: the last validation and its step.
-        best_loss, best_at: the lowest validation so far and its step.
+        best_loss, best_accuracy, best_at: the best validation so far and its step; None where it reported no accuracy.
         worse: validations since then that were not better by the early stopping threshold.
         parts: the number of parts in which each batch runs.
     """
@@ -53,24 +53,37 @@ class Position:
     val_loss: float | None = None
     val_at: int | None = None
     best_loss: float | None = None
+    best_accuracy: float | None = None
     best_at: int | None = None
     worse: int = 0
     parts: int = 1
 
-    def validated(self, loss: float, threshold: float = 0.0) -> bool:
+    def validated(
+        self, loss: float, threshold: float = 0.0, accuracy: float | None = None, by_accuracy: bool = False
+    ) -> bool:
         """Record a validation, and return whether it is the best so far.
 
         Args:
-            loss: mean per trained token.
+            loss: mean per trained token, or per example of preference training.
             threshold: an improvement up to this does not count for early stopping, as in transformers'
                 EarlyStoppingCallback.
+            accuracy: share of pairs that are preferred as labeled, if the objective reports it.
+            by_accuracy: whether the highest accuracy is the best, and of equal ones the lowest loss; else the lowest
+                loss is. Before the first step, policy and reference are the same and the accuracy is that of rounding,
+                so that validation is then no candidate.
         """
         self.val_loss, self.val_at = loss, self.taken
-        gain = math.inf if self.best_loss is None else self.best_loss - loss
-        self.worse = 0 if math.isfinite(loss) and gain > threshold else self.worse + 1
-        better = math.isfinite(loss) and gain > 0
+        if by_accuracy and not self.taken:
+            return False
+        less = math.inf if self.best_loss is None else self.best_loss - loss
+        gain = less
+        if by_accuracy and accuracy is not None:
+            gain = math.inf if self.best_accuracy is None else accuracy - self.best_accuracy
+        better = math.isfinite(loss) and (gain > 0 or (gain == 0 and less > 0))
+        self.worse = 0 if better and (gain > threshold or not threshold) else self.worse + 1
         if better:
             self.best_loss, self.best_at = loss, self.taken
+            self.best_accuracy = accuracy if self.taken else None
         return better
 
 

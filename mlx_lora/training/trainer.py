@@ -42,7 +42,7 @@ class Outcome:
         steps: taken.
         val_loss: at its end, if one was taken.
         interrupted: by a signal.
-        stopped_early: the validation loss no longer fell.
+        stopped_early: the validations no longer got better.
     """
 
     steps: int
@@ -182,7 +182,7 @@ def train(
     guard: MemoryGuard | None = None,
     ranks: Ranks = ALONE,
 ) -> Outcome:
-    """Train until the run's steps are done, the validation loss no longer falls, or it is interrupted.
+    """Train until the run's steps are done, the validations no longer get better, or it is interrupted.
 
     Args:
         model: its trainable parameters are the adapter.
@@ -228,7 +228,8 @@ def train(
         if not measured.count or interrupted():
             return False
         report(record(Window(), measured))  # the window continues: its tokens are counted once, in its own line
-        return at.validated(measured.loss, settings.early_stopping_threshold)
+        by_accuracy, accuracy = settings.metric_for_best_model == "accuracy", measured.reports.get("accuracy")
+        return at.validated(measured.loss, settings.early_stopping_threshold, accuracy, by_accuracy)
 
     def stopped_early() -> bool:
         return bool(settings.early_stopping_patience) and at.worse >= settings.early_stopping_patience
