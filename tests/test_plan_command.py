@@ -397,7 +397,9 @@ def pairs(tmp_path_factory) -> Path:
 
 def test_an_objectives_rows_and_its_reference_are_planned(tiny_folder, pairs):
     flags = ("--model", tiny_folder, "--data", pairs, "--valid-fraction", 0.25, "--batch-size", 4, "--chip", "M2")
-    dpo, orpo, kto = (planned(*flags, "--objective", name) for name in ("dpo", "orpo", "kto"))
+    apart = ("--shared-prefix", "off")
+    dpo, orpo = (planned(*flags, "--objective", name, *apart) for name in ("dpo", "orpo"))
+    kto = planned(*flags, "--objective", "kto")
     # A pair has two rows and both are trained; of a rated answer and the one beside it, only the first.
     assert [plan["settings"]["rows"] for plan in (dpo, orpo, kto)] == [8, 8, 4]
     assert (dpo["data"]["rows"], kto["data"]["rows"]) == (18, 36)
@@ -412,6 +414,14 @@ def test_an_objectives_rows_and_its_reference_are_planned(tiny_folder, pairs):
         assert 0 < plan["predicted"]["reference_s"] < 3600 * plan["predicted"]["hours"]
     # No second model: the peak of a pair is that of ORPO, which has no reference.
     assert dpo["peak_bytes"] == orpo["peak_bytes"]
+    # A prompt that is computed once: a row per pair, fewer tokens, the same trained ones.
+    shared = planned(*flags, "--objective", "dpo")
+    assert shared["settings"]["rows"] == 4
+    assert shared["data"]["rows"] == 9
+    assert shared["data"]["tokens"] < 0.8 * dpo["data"]["tokens"]
+    assert shared["data"]["measured_tokens"] < 0.8 * dpo["data"]["measured_tokens"]
+    assert shared["data"]["supervised_tokens"] == dpo["data"]["supervised_tokens"]
+    assert shared["parts"]["activations"] < 0.9 * dpo["parts"]["activations"]
 
 
 def test_a_plan_for_an_objective_says_what_it_assumes(tiny_folder, pairs):
@@ -420,7 +430,12 @@ def test_a_plan_for_an_objective_says_what_it_assumes(tiny_folder, pairs):
     known = run("plan", *flags, "--data", pairs, "--valid-fraction", 0).out
     assert "each prompt with an answer counts as --max-seq-length tokens" in alone
     assert "--max-seq-length tokens" not in known
-    assert "12 pairs in 24 rows" in known
+    assert "12 pairs in 12 rows" in known
+    assert "one row for a pair, with the prompt once" in known
+    assert (
+        "12 pairs in 24 rows"
+        in run("plan", *flags, "--data", pairs, "--valid-fraction", 0, "--shared-prefix", "off").out
+    )
     assert "did you mean 'dpo'?" in run("plan", "--model", tiny_folder, "--objective", "dop").err
 
 

@@ -276,7 +276,7 @@ def test_accuracy_is_refused_where_none_is_reported(objective, tiny_folder, data
         "train", "--model", tiny_folder, "--data", data["rated"], "--adapter-path", tmp_path / "a", "--objective",
         objective, *QUICK, *STOPPING, "--metric-for-best-model", "accuracy",
     )  # fmt: skip
-    one_line(ran, f"--objective {objective}: only dpo, orpo, simpo, cpo report it")
+    one_line(ran, f"--objective {objective}: only dpo, orpo, simpo, cpo, reward report it")
 
 
 @pytest.mark.parametrize(
