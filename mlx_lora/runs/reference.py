@@ -70,9 +70,14 @@ def _of(settings: TrainSettings, base: Base, rows: EncodedSet, ranks: Ranks, say
     if ranks.leads:
         file = cache_dir("reference") / f"{_key(settings, base, rows)}.npy"
         kept = _read(file, len(rows))
-        logps = _compute(settings, base, rows, say) if kept is None else kept
         if kept is None:
+            start = time.perf_counter()
+            logps = _compute(settings, base, rows, say)
+            say(f"Reference: {len(rows):,} answers computed in {time.perf_counter() - start:.2f} s")
             _keep(file, logps, say)
+        else:
+            logps = kept
+            say(f"Reference: {len(rows):,} answers from an earlier run")
     return np.array(ranks.arrays_from_first({"logps": mx.array(logps)})["logps"])
 
 

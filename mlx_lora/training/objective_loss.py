@@ -63,6 +63,11 @@ def batch_numbers(batch: Batch) -> np.ndarray:
     return np.arange(len(batch.inputs)) if batch.numbers is None else batch.numbers
 
 
+def example_count(batch: Batch) -> int:
+    """Return the number of examples in a batch: rows, pairs or rated answers, without padding."""
+    return int((batch_numbers(batch) != EMPTY).sum()) // batch.group
+
+
 def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
     """Return all arrays of a batch of answers."""
     return (*Arrays.of(batch), *AnswerArrays.of(batch))
@@ -144,7 +149,7 @@ def _prepared(
     """
     share = divergence = 0.0
     if objective.likelihood != "none":
-        examples = sum(int((batch_numbers(b) != EMPTY).sum()) // b.group for b in batches)
+        examples = sum(example_count(b) for b in batches)
         tokens = sum(int(b.mask[FIRST :: b.group].sum()) for b in batches)
         share = examples / max(1, tokens)
     if objective.divergence:

@@ -23,7 +23,7 @@ from mlx_lora.training.agreement import Agreement
 from mlx_lora.training.interrupts import interrupt_flag
 from mlx_lora.training.losses import choose_loss
 from mlx_lora.training.memory_guard import MemoryGuard
-from mlx_lora.training.objective_loss import Task, task_of
+from mlx_lora.training.objective_loss import Task, example_count, task_of
 from mlx_lora.training.progress import Metrics
 from mlx_lora.training.state import Diverged, Position
 from mlx_lora.training.step import Step, StepResult
@@ -56,6 +56,7 @@ class Window:
     """What has gathered since the last report; the scalars stay on the device until they are read."""
 
     results: list[StepResult] = field(default_factory=list)
+    examples: int = 0
     real_tokens: int = 0
     supervised_tokens: int = 0
     positions: int = 0
@@ -65,6 +66,7 @@ class Window:
 
     def add(self, batches: list[Batch], result: StepResult) -> None:
         self.results.append(result)
+        self.examples += sum(example_count(b) for b in batches)
         self.real_tokens += sum(b.real_tokens for b in batches)
         self.supervised_tokens += sum(int(b.mask.sum()) for b in batches)
         self.positions += sum(b.inputs.size for b in batches)
@@ -308,6 +310,7 @@ def _metrics(
         grad_norm=results[-1].grad_norm.item() if results else 0.0,
         supervised_tokens_per_s=window.supervised_tokens / spent_s,
         tokens_per_s=window.real_tokens / spent_s,
+        examples=window.examples,
         supervised_tokens=window.supervised_tokens,
         real_tokens=window.real_tokens,
         positions=window.positions,
