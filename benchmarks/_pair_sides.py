@@ -18,7 +18,7 @@ from _processes import ChildFailed
 from _sides import ENDLESS, OURS, TORCH, Bench, Side, command_of, our_command, own_flags, run_script
 
 # The check: one batch of this many pairs, some steps at a rate that moves the loss far from its start.
-CHECK_PAIRS, CHECK_STEPS, CHECK_RATE = 4, 4, 1e-3
+CHECK_PAIRS, CHECK_STEPS, CHECK_RATE = 4, 3, 3e-4
 REPORTS = ("chosen_logps", "rejected_logps", "accuracy")
 IN_STEP, BEFORE = (("precompute", False),), (("precompute", True),)
 

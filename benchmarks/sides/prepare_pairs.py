@@ -118,7 +118,7 @@ def main() -> None:
         records = [records[i] for i in sorted(evenly(np.argsort(lengths, kind="stable"), job["rows"]))]
     rows = write_pairs(out, "train", records, tokenizer, max_tokens)
     by_length = np.argsort(rows.lengths.reshape(-1, 2).sum(axis=1), kind="stable")
-    shorter = by_length[: max(job["check_pairs"], len(by_length) // 2)]  # the check is no speed test
+    shorter = by_length[: max(job["check_pairs"], len(by_length) // 3)]  # the check is no speed test
     write_pairs(out, "check", [records[i] for i in evenly(shorter, job["check_pairs"])], tokenizer, max_tokens)
     machine = device.current_device()
     trained = rows.supervised_counts.reshape(-1, 2).mean(axis=0)
