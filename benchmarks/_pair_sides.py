@@ -17,8 +17,8 @@ from _pair_figures import pair_figures
 from _processes import ChildFailed
 from _sides import ENDLESS, OURS, TORCH, Bench, Side, command_of, our_command, own_flags, run_script
 
-# The check: one batch of this many pairs, some steps at a rate that moves the loss far from its start.
-CHECK_PAIRS, CHECK_STEPS, CHECK_RATE = 4, 3, 3e-4
+# The check: one batch of --check-pairs, some steps at a rate that moves the loss far from its start.
+CHECK_STEPS, CHECK_RATE = 3, 3e-4
 REPORTS = ("chosen_logps", "rejected_logps", "accuracy")
 IN_STEP, BEFORE = (("precompute", False),), (("precompute", True),)
 
@@ -105,13 +105,13 @@ def variant_of(text: str) -> PairSide:
 def prepare_pairs(bench: Bench, data: str, rows: int, seed: int) -> dict[str, Any]:
     """Write pairs and factors for all sides, and return the facts about them."""
     job = {**bench.settings, "folder": str(bench.folder), "data": data, "rows": rows, "seed": seed}
-    return run_script(bench, "prepare_pairs.py", "prepare", {**job, "check_pairs": CHECK_PAIRS})[0]
+    return run_script(bench, "prepare_pairs.py", "prepare", job)[0]
 
 
 def check_curve(bench: Bench, side: PairSide) -> dict[str, Any]:
     """Train some steps on one batch of pairs, and return each step's loss and what the side reports of it."""
     short = replace(bench, steps=CHECK_STEPS, seconds=None, passes=None)
-    settings = {**bench.settings, "batch_size": CHECK_PAIRS, "learning_rate": CHECK_RATE}
+    settings = {**bench.settings, "batch_size": bench.settings["check_pairs"], "learning_rate": CHECK_RATE}
     checked = replace(side, settings=(*side.settings, ("by_pairs", True)))
     result, _ = _run(replace(short, settings=settings), checked, "check", f"{side.name}.check", 0)
     return {

@@ -80,6 +80,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--beta", type=float, default=0.1, help="Of DPO.")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="With dpo: of every side's AdamW.")
+    parser.add_argument("--check-pairs", type=int, default=4, help="With dpo: pairs of the batch that is checked.")
     parser.add_argument(
         "--batch-size", type=int, default=None, help="Rows per step of mlx-lm and peft-padded (4), pairs with dpo (2)."
     )
@@ -130,6 +131,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--steps {args.steps}: the first step is not counted; give 2 or more")
     if args.passes is not None and (not on_pairs or args.passes < 1):
         raise ValueError(f"--passes {args.passes}: only with --objective dpo, and 1 or more")
+    if args.check_pairs < 1:
+        raise ValueError(f"--check-pairs {args.check_pairs}: give 1 or more")
     if args.as_text and on_pairs:
         raise ValueError("--as-text: only with --objective sft")
     args.batch_size = args.batch_size or (2 if on_pairs else 4)
@@ -210,6 +213,7 @@ def make_bench(args: argparse.Namespace, folder: Path) -> Bench:
         "grad_checkpoint": args.grad_checkpoint,
         "beta": args.beta,
         "weight_decay": args.weight_decay,
+        "check_pairs": args.check_pairs,
     }
     return Bench(folder, settings, args.steps, args.seconds, args.ours, args.timeout, args.pythons, args.passes)
 
