@@ -17,7 +17,8 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -258,21 +259,24 @@ def compare_pairs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     bench = make_bench(args, folder)
     facts = prepare_pairs(bench, args.data, args.rows, args.seed)
     sides, skipped = split_sides(args, facts["quantized"])
-    checks = {}
-    for side in sides:
-        checks[side.name] = check_curve(bench, side)
-        say(f"check {side.name}: losses {', '.join(f'{loss:.4f}' for loss in checks[side.name]['losses'])}")
+    checks: dict[str, dict[str, Any]] = {}
+    for side in list(sides):
+        with failing(args, side, sides, skipped):
+            checks[side.name] = check_curve(bench, side)
+            say(f"check {side.name}: losses {', '.join(f'{loss:.4f}' for loss in checks[side.name]['losses'])}")
     check_curves(checks, args.reference)
     rounds: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
     for number in range(args.rounds):
-        for side in sides:
-            run = time_pairs(bench, side, number, facts["pairs"])
-            rounds[side.name].append(run)
-            say(
-                f"round {number + 1}/{args.rounds} {side.name}: {run['pairs_per_s']:.3f} pairs/s, "
-                f"{run['pairs_per_s_with_reference']:.3f} with the reference, over {run['counted_steps']} steps, "
-                f"{run['peak_process_bytes'] / 1e9:.2f} GB RSS"
-            )
+        for side in list(sides):
+            with failing(args, side, sides, skipped):
+                run = time_pairs(bench, side, number, facts["pairs"])
+                rounds[side.name].append(run)
+                say(
+                    f"round {number + 1}/{args.rounds} {side.name}: {run['pairs_per_s']:.3f} pairs/s, "
+                    f"{run['pairs_per_s_with_reference']:.3f} with the reference, over {run['counted_steps']} steps, "
+                    f"{run['peak_process_bytes'] / 1e9:.2f} GB RSS"
+                )
+    rounds = {side.name: rounds[side.name] for side in sides}
     return {
         **described(args, facts),
         "checks": checks,
@@ -282,6 +286,19 @@ def compare_pairs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "summary": summarize_pairs(rounds, args.reference),
         "rounds": rounds,
     }
+
+
+@contextmanager
+def failing(args: argparse.Namespace, side: Side, sides: list[Side], skipped: dict[str, str]) -> Iterator[None]:
+    """Leave a side out, with the reason, if it fails inside; the one that the others are compared with may not fail."""
+    try:
+        yield
+    except ChildFailed as error:
+        if side.name == args.reference:
+            raise
+        say(f"{side.name} is left out: {error}")
+        sides.remove(side)
+        skipped[side.name] = f"failed: {str(error).splitlines()[-1].strip()}"
 
 
 def split_sides(args: argparse.Namespace, quantized: bool) -> tuple[list[Side], dict[str, str]]:

@@ -244,6 +244,18 @@ def test_the_tables_show_each_side_and_its_ratio(module):
     assert "trl: a note" in text
 
 
+def test_a_side_that_fails_is_left_out_unless_all_are_compared_with_it(module):
+    versus, failed = module("versus"), module("_processes").ChildFailed
+    args = versus.arguments(["--model", "m", "--data", "d", "--objective", "dpo"])
+    ours, trl = (args.table[name] for name in ("mlx_lora", "trl"))
+    sides, skipped = [ours, trl], {}
+    with versus.failing(args, trl, sides, skipped):
+        raise failed("ended with code 1:\n  no memory")
+    assert (sides, skipped) == ([ours], {"trl": "failed: no memory"})
+    with pytest.raises(failed), versus.failing(args, ours, sides, skipped):
+        raise failed("ended")
+
+
 def test_what_needs_pairs_is_told_apart(module):
     versus = module("versus")
     common = ["--model", "m", "--data", "d"]
