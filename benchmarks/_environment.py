@@ -18,7 +18,7 @@ def environment() -> dict[str, Any]:
     here = Path(__file__).parent
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
     versions = {}
-    for name in ("mlx", "mlx-lm", "torch", "peft", "transformers", "scipy-openblas32"):
+    for name in ("mlx", "mlx-lm", "torch", "peft", "trl", "transformers", "scipy-openblas32"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 Step = dict[str, Any]
@@ -30,34 +31,40 @@ def run_figures(steps: Sequence[Step], first_step_s: float) -> dict[str, float |
     """
     if len(steps) < 2:
         raise ValueError("a run needs two steps: the first is not counted")
-    counted = steps[1:]
-    seconds = [step["end_s"] - before["end_s"] for before, step in zip(steps, counted, strict=False)]
-    seen = {_shape(steps[0])}
-    steady_tokens, steady_s, steady_steps = 0, 0.0, 0
-    for step, spent_s in zip(counted, seconds, strict=True):
-        if _shape(step) in seen:
-            steady_tokens, steady_s, steady_steps = (
-                steady_tokens + step["supervised"],
-                steady_s + spent_s,
-                steady_steps + 1,
-            )
-        seen.add(_shape(step))
-    spent_s = sum(seconds)
+    counted, seconds = steps[1:], seconds_of(steps)
+    steady = steady_steps(steps)
+    steady_s = sum(seconds[i] for i in steady)
+    spent_s = sum(seconds[1:])
     supervised, real = (sum(step[key] for step in counted) for key in ("supervised", "real"))
     return {
         "supervised_tokens_per_s": supervised / spent_s,
-        "steady_tokens_per_s": steady_tokens / steady_s if steady_steps > 1 else None,
+        "steady_tokens_per_s": sum(steps[i]["supervised"] for i in steady) / steady_s if len(steady) > 1 else None,
         "whole_tokens_per_s": (steps[0]["supervised"] + supervised) / (first_step_s + spent_s),
         "tokens_per_s": real / spent_s,
         "padding_fraction": 1 - real / sum(step["positions"] for step in counted),
         "first_step_s": first_step_s,
         "counted_steps": len(counted),
-        "steady_steps": steady_steps,
-        "shapes": len(seen),
+        "steady_steps": len(steady),
+        "shapes": len({_shape(step) for step in steps}),
         "supervised_tokens": supervised,
         "supervised_tokens_per_step": supervised / len(counted),
         "positions_per_step": sum(step["positions"] for step in counted) / len(counted),
     }
+
+
+def seconds_of(steps: Sequence[Step]) -> list[float]:
+    """Return each step's seconds, from the end of the one before; of the first, from the start of the loop."""
+    ends = [0.0, *(step["end_s"] for step in steps)]
+    return [end - before for before, end in pairwise(ends)]
+
+
+def steady_steps(steps: Sequence[Step]) -> list[int]:
+    """Return the numbers of the steps after the first whose shape had run before."""
+    seen, steady = {_shape(steps[0])}, []
+    for number, step in enumerate(steps[1:], start=1):
+        steady += [number] if _shape(step) in seen else []
+        seen.add(_shape(step))
+    return steady
 
 
 def _shape(step: Step) -> tuple[int | str, ...]:

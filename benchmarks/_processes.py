@@ -58,6 +58,7 @@ def run_child(
     timeout_s: float,
     watch: Callable[[subprocess.Popen], None] | None = None,
     good_codes: tuple[int, ...] = (0,),
+    environment: dict[str, str] | None = None,
 ) -> Ended:
     """Run a command to its end, with its output in `log`.
 
@@ -67,13 +68,15 @@ def run_child(
         timeout_s: the child is killed after this time.
         watch: called every 20 ms with the process, to read its results or interrupt it.
         good_codes: exit codes that are not failures.
+        environment: variables to set beside `child_environment`.
 
     Raises:
         ChildFailed: the exit code is another one, or the time ran out.
     """
+    variables = {**child_environment(), **(environment or {})}
     with log.open("w", encoding="utf-8") as output:
         started_unix_s, start = time.time(), time.perf_counter()
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=child_environment())
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables)
         try:
             ended, status, usage = os.wait4(child.pid, os.WNOHANG)
             while not ended:

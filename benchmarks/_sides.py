@@ -1,4 +1,4 @@
-"""The sides of a comparison, and how each is checked and run in a new process."""
+"""The sides of a comparison, and how each is checked and run in a new process; those on preferences: _pair_sides.py."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from _figures import run_figures, steps_from_metrics
 from _ours import read_metrics, train_timed
+from _peers import peer_python
 from _processes import Ended, run_child
 
 SIDES_FOLDER = Path(__file__).parent / "sides"
@@ -33,13 +34,22 @@ class Side:
         data: `train` or `sorted`.
         settings: added to the job.
         regime: a description in one line.
+        peer: name of the Python that it runs in, as in `--python` (see peers.py).
+        packages: that Python's must have, where it is this one.
+        flags: of ours alone, at the end of the command.
     """
 
     name: str
     script: str | None
     regime: str
     data: str = "train"
-    settings: tuple[tuple[str, str], ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
+    peer: str = ""
+    packages: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+
+
+TORCH = ("torch", "peft", "transformers")
 
 
 SIDES = {
@@ -54,11 +64,19 @@ SIDES = {
         ),
         Side("mlx-lm", "mlx_lm_side.py", "mlx_lm.tuner.trainer.train, --batch-size rows"),
         Side("mlx-lm-sorted", "mlx_lm_side.py", "the same on rows sorted by length beforehand", data="sorted"),
-        Side("peft-padded", "peft_side.py", "random --batch-size rows", settings=(("batching", "padded"),)),
-        Side("peft-packed", "peft_side.py", "whole rows in --batch-tokens bins", settings=(("batching", "packed"),)),
-        Side("peft-grouped", "peft_side.py", "like lengths, --batch-tokens", settings=(("batching", "grouped"),)),
+        *(
+            Side(f"peft-{name}", "peft_side.py", regime, settings=(("batching", name),), packages=TORCH)
+            for name, regime in (
+                ("padded", "random --batch-size rows"),
+                ("packed", "whole rows in --batch-tokens bins"),
+                ("grouped", "like lengths, --batch-tokens"),
+            )
+        ),
         Side(
-            "unsloth-zoo", "unsloth_zoo_side.py", "MLXTrainer with its chunked loss, --batch-size rows of like length"
+            "unsloth-zoo",
+            "unsloth_zoo_side.py",
+            "MLXTrainer with its chunked loss, --batch-size rows of like length",
+            peer="unsloth-zoo",
         ),
     )
 }
@@ -71,9 +89,9 @@ class Bench:
     Attributes:
         folder: for the files of `sides/prepare.py`, and every child's job, log and result.
         settings: model, rank, scale, learning_rate, batch_size, batch_tokens, max_seq_length, grad_checkpoint.
-        steps, seconds: length of a run; one of them is None.
+        steps, seconds, passes: length of a run, passes over preference pairs; all but one are None.
         ours: extra flags of our train command, at its end.
-        pythons: side name -> interpreter, for a side that needs other packages.
+        pythons: side or peer name -> interpreter, for a side that needs other packages.
         timeout_s: for each child.
     """
 
@@ -84,6 +102,7 @@ class Bench:
     ours: str
     timeout_s: float
     pythons: dict[str, str] = field(default_factory=dict)
+    passes: int | None = None
 
     def log(self, name: str) -> Path:
         """Return the log file of a child."""
@@ -92,27 +111,33 @@ class Bench:
 
 def why_skipped(side: Side, quantized: bool, pythons: dict[str, str]) -> str | None:
     """Return why a side cannot run here, or None."""
-    if side.name == "unsloth-zoo" and side.name not in pythons:
-        return "give --python unsloth-zoo=PATH, a Python with unsloth-zoo and mlx-lm; docs/benchmarks.md says how"
-    if side.script != "peft_side.py":
+    if side.peer and not python_of(side, pythons):
+        return f"give --python {side.peer}=PATH, or install it with `python benchmarks/peers.py {side.peer}`"
+    if not side.packages:
         return None
-    missing = [name for name in ("torch", "peft", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
+    missing = [name for name in side.packages if importlib.util.find_spec(name) is None]
+    if missing and not python_of(side, pythons):
         return f"not installed: {', '.join(missing)}"
     return "torch cannot hold this folder's quantized weights" if quantized else None
+
+
+def python_of(side: Side, pythons: dict[str, str]) -> str | None:
+    """Return the interpreter that was given or installed for a side, None where it runs in this one."""
+    installed = peer_python(side.peer) if side.peer else None
+    return pythons.get(side.name) or pythons.get(side.peer) or installed
 
 
 def prepare(bench: Bench, data: str, rows: int, as_text: bool, seed: int) -> dict[str, Any]:
     """Write rows and adapters for all sides, and return the facts about them."""
     job = {**bench.settings, "folder": str(bench.folder), "data": data, "rows": rows, "as_text": as_text, "seed": seed}
-    return _run_script(bench, "prepare.py", "prepare", job)[0]
+    return run_script(bench, "prepare.py", "prepare", job)[0]
 
 
 def check_loss(bench: Bench, side: Side, adapter: Path) -> dict[str, Any]:
     """Compute the side's loss on the check rows with the factors in `adapter`."""
     if side.script is None:
         return _check_ours(bench, side, adapter)
-    return _run_script(bench, side.script, f"{side.name}.check", _job(bench, side, "check", adapter, 0), side.name)[0]
+    return run_script(bench, side.script, f"{side.name}.check", _job(bench, side, "check", adapter, 0), side)[0]
 
 
 def time_run(bench: Bench, side: Side, number: int) -> dict[str, Any]:
@@ -122,8 +147,8 @@ def time_run(bench: Bench, side: Side, number: int) -> dict[str, Any]:
     if side.script is None:
         result, ended, command = _train_ours(bench, side, adapter, name, number)
     else:
-        result, ended = _run_script(bench, side.script, name, _job(bench, side, "train", adapter, number), side.name)
-        command = [bench.pythons.get(side.name, sys.executable), f"benchmarks/sides/{side.script}"]
+        result, ended = run_script(bench, side.script, name, _job(bench, side, "train", adapter, number), side)
+        command = command_of(bench, side)
     first_step_s = result["first_step_unix_s"] - ended.started_unix_s
     return {
         **run_figures(result["steps"], first_step_s),
@@ -151,12 +176,19 @@ def _job(bench: Bench, side: Side, mode: str, adapter: Path, seed: int) -> dict[
     }
 
 
-def _run_script(
-    bench: Bench, script: str, name: str, job: dict[str, Any], side: str = OURS
+def command_of(bench: Bench, side: Side | None) -> list[str]:
+    """Return the start of a side's command: its interpreter, and its script if it has one."""
+    python = python_of(side, bench.pythons) if side else None
+    return [python or sys.executable, *([f"benchmarks/sides/{side.script}"] if side and side.script else [])]
+
+
+def run_script(
+    bench: Bench, script: str, name: str, job: dict[str, Any], side: Side | None = None
 ) -> tuple[dict[str, Any], Ended]:
+    """Run a script of sides/ on a job, in the side's Python, and return its result and how it ended."""
     job_file, result = bench.folder / f"{name}.job.json", bench.folder / f"{name}.result.json"
     job_file.write_text(json.dumps({**job, "result": str(result)}), encoding="utf-8")
-    command = [bench.pythons.get(side, sys.executable), str(SIDES_FOLDER / script), str(job_file)]
+    command = [command_of(bench, side)[0], str(SIDES_FOLDER / script), str(job_file)]
     ended = run_child(command, bench.log(name), timeout_s=bench.timeout_s)
     return json.loads(result.read_text(encoding="utf-8")), ended
 
@@ -186,10 +218,10 @@ def our_command(bench: Bench, data: str, adapter: Path, folder: Path, changes: S
     return [*command, *changes]
 
 
-def _own_flags(bench: Bench, side: Side) -> list[str]:
+def own_flags(bench: Bench, side: Side) -> list[str]:
     """Return this side's flags for our command, and then the user's."""
     mode = dict(side.settings).get("grad_checkpoint")
-    return [*(["--grad-checkpoint", mode] if mode else []), *shlex.split(bench.ours)]
+    return [*(["--grad-checkpoint", mode] if mode else []), *shlex.split(bench.ours), *side.flags]
 
 
 def _check_ours(bench: Bench, side: Side, adapter: Path) -> dict[str, Any]:
@@ -199,7 +231,7 @@ def _check_ours(bench: Bench, side: Side, adapter: Path) -> dict[str, Any]:
     # Last, so that flags in --ours cannot change the factors during the check.
     command = [
         *our_command(bench, "check", adapter, folder, changes),
-        *_own_flags(bench, side),
+        *own_flags(bench, side),
         "--learning-rate",
         NO_RATE,
     ]
@@ -221,6 +253,6 @@ def _train_ours(
     length = ["--iters", str(bench.steps or ENDLESS)]
     rate = ["--learning-rate", str(bench.settings["learning_rate"])]
     command = our_command(bench, "train", adapter, folder, [*length, *rate, "--seed", str(seed), "--force"])
-    command += _own_flags(bench, side)
+    command += own_flags(bench, side)
     result, ended = train_timed(command, folder, bench.log(name), bench.seconds, bench.timeout_s)
     return result, ended, command

@@ -39,24 +39,24 @@ def _row(name: str, side: dict[str, Any]) -> tuple[str, ...]:
     ratio = side["ratio"]
     return (
         name,
-        _cell(side["supervised_tokens_per_s"]),
-        _cell(side["steady_tokens_per_s"]),
-        _cell(side["whole_tokens_per_s"]),
-        _cell(side["tokens_per_s"]),
-        _cell(side["padding_fraction"], 100),
-        _cell(side["peak_allocator_bytes"], 1 / GB, 2),
-        _cell(side["peak_process_bytes"], 1 / GB, 2),
-        _cell(side["first_step_s"]),
-        _cell(side["positions_per_step"], digits=0),
+        cell(side["supervised_tokens_per_s"]),
+        cell(side["steady_tokens_per_s"]),
+        cell(side["whole_tokens_per_s"]),
+        cell(side["tokens_per_s"]),
+        cell(side["padding_fraction"], 100),
+        cell(side["peak_allocator_bytes"], 1 / GB, 2),
+        cell(side["peak_process_bytes"], 1 / GB, 2),
+        cell(side["first_step_s"]),
+        cell(side["positions_per_step"], digits=0),
         f"{side['counted_steps']['median']:g} ({side['shapes']['median']:g} shapes)",
-        _cell(ratio["supervised_tokens_per_s"], digits=2),
-        _cell(ratio["steady_tokens_per_s"], digits=2),
-        _cell(ratio["peak_allocator_bytes"], digits=2),
-        _cell(ratio["peak_process_bytes"], digits=2),
+        cell(ratio["supervised_tokens_per_s"], digits=2),
+        cell(ratio["steady_tokens_per_s"], digits=2),
+        cell(ratio["peak_allocator_bytes"], digits=2),
+        cell(ratio["peak_process_bytes"], digits=2),
     )
 
 
-def _cell(value: dict[str, float] | None, factor: float = 1, digits: int = 1) -> str:
+def cell(value: dict[str, float] | None, factor: float = 1, digits: int = 1) -> str:
     """Return the median, and the extremes if there are several values."""
     if value is None:
         return "-"
@@ -64,12 +64,16 @@ def _cell(value: dict[str, float] | None, factor: float = 1, digits: int = 1) ->
     return middle if low == high else f"{middle} ({low}-{high})"
 
 
+def versions_of(result: dict[str, Any]) -> str:
+    """Return the packages of this environment."""
+    return ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+
+
 def _header(result: dict[str, Any]) -> list[str]:
     facts, blas = result["prepared"], result["prepared"]["blas"]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     return [
         f"{facts['device']['name']}, {result['cores']} cores, {facts['device']['backend']}; {blas['name']}, float32 GEMM "
-        f"{blas['gemm_gflops']:g} GFLOP/s; {versions}; {result['date']}, commit {result['commit']}",
+        f"{blas['gemm_gflops']:g} GFLOP/s; {versions_of(result)}; {result['date']}, commit {result['commit']}",
         f"Model: {facts['model']}; rank {result['arguments']['rank']} on {facts['targets']['layers']} layers",
         f"Data: {facts['rows']} rows, mean {facts['mean_row_tokens']} tokens, {facts['supervised_share']:.0%} supervised "
         f"({facts['kind']}); {facts['rows_left_out']} rows left out",

@@ -2,10 +2,12 @@
 
     python benchmarks/versus.py --model DIR --data FILE.json --seconds 120 --out versus.json
     python benchmarks/versus.py --model DIR --data FILE.json --sides mlx_lora,mlx-lm,peft-grouped --steps 20
+    python benchmarks/versus.py --objective dpo --model DIR --data PAIRS.json --rows 24 --passes 1 --rounds 3
 
 Every run is a new process; rounds alternate (A B A B ...), so that drift of the machine affects all sides; medians and
 extremes are printed. All have the same folder, rows, rank, layers, initial factors and learning rate. Before timing,
-every side computes its loss on the same 8 rows with the same perturbed adapter; sums and counts must agree.
+every side computes its loss on the same 8 rows with the same perturbed adapter; sums and counts must agree. On
+preferences every side takes the same first steps on the same pairs instead, and these must agree.
 docs/benchmarks.md explains what is counted. Ends with one line of JSON.
 """
 
@@ -15,12 +17,16 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from _environment import environment
 from _figures import paired_ratio, spread
+from _pair_figures import Disagreement, check_curves, summarize_pairs, wrong_accuracies
+from _pair_sides import PAIR_SIDES, check_curve, prepare_pairs, time_pairs, variant_of
+from _pair_table import render_pairs
 from _processes import ChildFailed
 from _sides import OURS, SIDES, Bench, Side, check_loss, prepare, time_run, why_skipped
 from _table import render
@@ -42,35 +48,56 @@ FIGURES = (
     "positions_per_step",
 )
 RATIOS = ("supervised_tokens_per_s", "steady_tokens_per_s", "peak_allocator_bytes", "peak_process_bytes")
-
-
-class Disagreement(Exception):
-    """Two sides compute different losses from the same factors and rows, so their speed cannot be compared."""
+# By objective: the sides that are compared, and the one that the others are compared with.
+DEFAULT_SIDES = {"sft": f"{OURS},mlx-lm", "dpo": ",".join(name for name in PAIR_SIDES if name != f"{OURS}-pairs")}
+DEFAULT_REFERENCE = {"sft": "mlx-lm", "dpo": OURS}
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", required=True, help="Folder of the base model, as mlx-lm reads it.")
-    parser.add_argument("--data", required=True, help="Data file: chats, instructions or text records.")
-    parser.add_argument("--sides", default=f"{OURS},mlx-lm", help=f"By comma, of: {', '.join(SIDES)}.")
-    parser.add_argument("--reference", default="mlx-lm", help="The side that ratios are relative to.")
+    parser.add_argument(
+        "--data", required=True, help="Data file: chats, instructions or text records; with dpo: preference pairs."
+    )
+    parser.add_argument("--objective", choices=("sft", "dpo"), default="sft")
+    parser.add_argument(
+        "--sides", help=f"By comma, of: {', '.join(SIDES)}; with dpo: {', '.join(PAIR_SIDES)}, and those of --variant."
+    )
+    parser.add_argument(
+        "--reference", help="The side that ratios are relative to; with dpo: whose ratio to each other is shown."
+    )
     parser.add_argument("--rounds", type=int, default=3)
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="Steps per run, at least 2.")
     length.add_argument("--seconds", type=float, help="Seconds per run after its first step (default 60).")
-    parser.add_argument("--rows", type=int, default=0, help="Use this many rows, spaced evenly by length; 0: all.")
+    length.add_argument("--passes", type=int, help="With dpo: passes over the pairs per run.")
+    parser.add_argument(
+        "--rows", type=int, default=0, help="Use this many rows or pairs, spaced evenly by length; 0: all."
+    )
     parser.add_argument("--as-text", action="store_true", help="Train on all tokens of each row as plain text.")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--scale", type=float, default=2.0, help="alpha / rank, for every side.")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
-    parser.add_argument("--batch-size", type=int, default=4, help="Rows per step of mlx-lm and peft-padded.")
+    parser.add_argument("--beta", type=float, default=0.1, help="Of DPO.")
+    parser.add_argument("--weight-decay", type=float, default=0.01, help="With dpo: of every side's AdamW.")
+    parser.add_argument("--check-pairs", type=int, default=4, help="With dpo: pairs of the batch that is checked.")
+    parser.add_argument(
+        "--batch-size", type=int, default=None, help="Rows per step of mlx-lm and peft-padded (4), pairs with dpo (2)."
+    )
     parser.add_argument(
         "--batch-tokens", type=int, default=1024, help="Positions per step of ours and peft's other sides."
     )
     parser.add_argument("--max-seq-length", type=int, default=2048, help="Longer rows are skipped for all sides.")
     parser.add_argument("--grad-checkpoint", action="store_true", help="For every side.")
     parser.add_argument("--ours", default="", help="Extra flags of `python -m mlx_lora.train`, in one string.")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME=FLAGS",
+        help=f"With dpo: one more side, {OURS}-NAME, ours with these flags.",
+    )
     parser.add_argument(
         "--python", action="append", default=[], metavar="SIDE=PATH", help="Interpreter of a side with other packages."
     )
@@ -79,20 +106,65 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", help="JSON file of everything, raw rounds included.")
     parser.add_argument("--keep", help="Folder to keep jobs, logs and results in (default: a temporary one).")
     args = parser.parse_args(argv)
-    args.sides = [name.strip() for name in args.sides.split(",")]
-    unknown = [name for name in [*args.sides, args.reference] if name not in SIDES]
-    if unknown:
-        parser.error(f"--sides {', '.join(unknown)}: not one of {', '.join(SIDES)}")
-    if args.reference not in args.sides:
-        parser.error(f"--reference {args.reference}: not among --sides {','.join(args.sides)}")
-    if args.steps is not None and args.steps < 2:
-        parser.error(f"--steps {args.steps}: the first step is not counted; give 2 or more")
-    args.pythons = dict(pair.split("=", 1) for pair in args.python if "=" in pair)
-    if len(args.pythons) != len(args.python) or set(args.pythons) - set(SIDES):
-        parser.error(f"--python {' '.join(args.python)}: write SIDE=PATH, SIDE one of {', '.join(SIDES)}")
-    if args.steps is None and args.seconds is None:
-        args.seconds = 60.0
+    try:
+        check_arguments(args)
+    except ValueError as error:
+        parser.error(str(error))
     return args
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Fill in what depends on the objective.
+
+    Raises:
+        ValueError: arguments that do not go together, or names that are not known.
+    """
+    on_pairs = args.objective == "dpo"
+    args.table = sides_of(args)
+    args.sides = [name.strip() for name in (args.sides or DEFAULT_SIDES[args.objective]).split(",")]
+    args.sides += [side.name for side in args.table.values() if on_pairs and side.flags and side.name not in args.sides]
+    args.reference = args.reference or DEFAULT_REFERENCE[args.objective]
+    if unknown := [name for name in [*args.sides, args.reference] if name not in args.table]:
+        raise ValueError(f"--sides {', '.join(unknown)}: not one of {', '.join(args.table)}")
+    if args.reference not in args.sides:
+        raise ValueError(f"--reference {args.reference}: not among --sides {','.join(args.sides)}")
+    if args.steps is not None and args.steps < 2:
+        raise ValueError(f"--steps {args.steps}: the first step is not counted; give 2 or more")
+    if args.passes is not None and (not on_pairs or args.passes < 1):
+        raise ValueError(f"--passes {args.passes}: only with --objective dpo, and 1 or more")
+    if args.check_pairs < 1:
+        raise ValueError(f"--check-pairs {args.check_pairs}: give 1 or more")
+    if args.as_text and on_pairs:
+        raise ValueError("--as-text: only with --objective sft")
+    args.batch_size = args.batch_size or (2 if on_pairs else 4)
+    args.pythons = dict(pair.split("=", 1) for pair in args.python if "=" in pair)
+    known = {*args.table, *(side.peer for side in args.table.values() if side.peer)}
+    if len(args.pythons) != len(args.python) or set(args.pythons) - known:
+        raise ValueError(f"--python {' '.join(args.python)}: write SIDE=PATH, SIDE one of {', '.join(sorted(known))}")
+    if args.steps is None and args.seconds is None and args.passes is None:
+        args.seconds = 60.0
+
+
+def sides_of(args: argparse.Namespace) -> dict[str, Side]:
+    """Return the sides of the objective by name.
+
+    Raises:
+        ValueError: a --variant that is none, or with --objective sft.
+    """
+    if args.objective == "sft":
+        if args.variant:
+            raise ValueError(f"--variant {args.variant[0]}: only with --objective dpo; --ours adds flags to ours")
+        return dict(SIDES)
+    found = dict(PAIR_SIDES)
+    for text in args.variant:
+        try:
+            side = variant_of(text)
+        except ValueError:
+            raise ValueError(f"--variant {text}: write NAME=FLAGS, as in wide='--batch-tokens 4096'") from None
+        if side.name in found:
+            raise ValueError(f"--variant {text}: there is a side {side.name} already")
+        found[side.name] = side
+    return found
 
 
 def check_agreement(checks: dict[str, dict[str, Any]], reference: str, tolerance: float = TOLERANCE) -> None:
@@ -140,8 +212,11 @@ def make_bench(args: argparse.Namespace, folder: Path) -> Bench:
         "batch_tokens": args.batch_tokens,
         "max_seq_length": args.max_seq_length,
         "grad_checkpoint": args.grad_checkpoint,
+        "beta": args.beta,
+        "weight_decay": args.weight_decay,
+        "check_pairs": args.check_pairs,
     }
-    return Bench(folder, settings, args.steps, args.seconds, args.ours, args.timeout, args.pythons)
+    return Bench(folder, settings, args.steps, args.seconds, args.ours, args.timeout, args.pythons, args.passes)
 
 
 def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -153,9 +228,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """
     bench = make_bench(args, folder)
     facts = prepare(bench, args.data, args.rows, args.as_text, args.seed)
-    reasons = {name: why_skipped(SIDES[name], facts["quantized"], args.pythons) for name in args.sides}
-    skipped = {name: reason for name, reason in reasons.items() if reason}
-    sides = [SIDES[name] for name in args.sides if name not in skipped]
+    sides, skipped = split_sides(args, facts["quantized"])
     checks = {}
     for side in sides:
         say(f"check {side.name}: loss of 8 rows")
@@ -166,10 +239,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for side in sides:
             rounds[side.name].append(timed(bench, side, number, args.rounds))
     return {
-        **environment(),
-        "arguments": {**vars(args)},
-        "command_line": [sys.executable, *sys.argv],
-        "prepared": facts,
+        **described(args, facts),
         "checks": checks,
         "tolerance": TOLERANCE,
         "regimes": {side.name: side.regime for side in sides},
@@ -177,6 +247,78 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "summary": summarize(rounds, args.reference),
         "rounds": rounds,
     }
+
+
+def compare_pairs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Do the same on preference pairs.
+
+    Raises:
+        Disagreement: the sides do not take the same steps; nothing has been timed.
+        ChildFailed: a side ended with an error.
+    """
+    bench = make_bench(args, folder)
+    facts = prepare_pairs(bench, args.data, args.rows, args.seed)
+    sides, skipped = split_sides(args, facts["quantized"])
+    checks: dict[str, dict[str, Any]] = {}
+    for side in list(sides):
+        with failing(args, side, sides, skipped):
+            checks[side.name] = check_curve(bench, side)
+            say(f"check {side.name}: losses {', '.join(f'{loss:.4f}' for loss in checks[side.name]['losses'])}")
+    check_curves(checks, args.reference)
+    rounds: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
+    for number in range(args.rounds):
+        for side in list(sides):
+            with failing(args, side, sides, skipped):
+                run = time_pairs(bench, side, number, facts["pairs"])
+                rounds[side.name].append(run)
+                say(
+                    f"round {number + 1}/{args.rounds} {side.name}: {run['pairs_per_s']:.3f} pairs/s, "
+                    f"{run['pairs_per_s_with_reference']:.3f} with the reference, over {run['counted_steps']} steps, "
+                    f"{run['peak_process_bytes'] / 1e9:.2f} GB RSS"
+                )
+    rounds = {side.name: rounds[side.name] for side in sides}
+    return {
+        **described(args, facts),
+        "checks": checks,
+        "accuracies": wrong_accuracies(checks, args.reference),
+        "regimes": {side.name: {"regime": side.regime, "reference": side.reference} for side in sides},
+        "skipped": skipped,
+        "summary": summarize_pairs(rounds, args.reference),
+        "rounds": rounds,
+    }
+
+
+@contextmanager
+def failing(args: argparse.Namespace, side: Side, sides: list[Side], skipped: dict[str, str]) -> Iterator[None]:
+    """Leave a side out, with the reason, if it fails inside; the one that the others are compared with may not fail."""
+    try:
+        yield
+    except ChildFailed as error:
+        if side.name == args.reference:
+            raise
+        say(f"{side.name} is left out: {error}")
+        sides.remove(side)
+        skipped[side.name] = f"failed: {str(error).splitlines()[-1].strip()}"
+
+
+def split_sides(args: argparse.Namespace, quantized: bool) -> tuple[list[Side], dict[str, str]]:
+    """Return the sides that run here, and why the others do not.
+
+    Raises:
+        ChildFailed: the one that the others are compared with does not.
+    """
+    reasons = {name: why_skipped(args.table[name], quantized, args.pythons) for name in args.sides}
+    skipped = {name: reason for name, reason in reasons.items() if reason}
+    if args.reference in skipped:
+        raise ChildFailed(f"--reference {args.reference}: {skipped[args.reference]}")
+    return [args.table[name] for name in args.sides if name not in skipped], skipped
+
+
+def described(args: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what a result says of the machine, the command and the data."""
+    given = {name: value for name, value in vars(args).items() if name != "table"}
+    command = [sys.executable, *sys.argv]
+    return {**environment(), "arguments": given, "command_line": command, "prepared": facts}
 
 
 def timed(bench: Bench, side: Side, number: int, total: int) -> dict[str, Any]:
@@ -201,13 +343,13 @@ def main(argv: Sequence[str]) -> int:
         folder = Path(args.keep or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            result = compare(args, folder)
+            result = compare(args, folder) if args.objective == "sft" else compare_pairs(args, folder)
         except (Disagreement, ChildFailed) as error:
             say(f"Error: {error}")
             return 1
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
-    print(render(result))
+    print(render(result) if args.objective == "sft" else render_pairs(result))
     keys = ("date", "commit", "versions", "skipped", "summary")
     print(json.dumps({key: result[key] for key in keys}))
     return 0

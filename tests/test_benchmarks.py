@@ -110,6 +110,165 @@ def test_other_work_is_refused(module, other, words):
         versus.check_agreement({"a": found(300.0), "b": other}, "a")
 
 
+# --- preferences
+
+
+def pair_step(end_s: float, pairs: int, shape: tuple[int, int]) -> dict:
+    return {**step(end_s, 10 * pairs, shape), "pairs": pairs}
+
+
+def test_pairs_are_counted_with_and_without_the_reference(module):
+    steps = [pair_step(9.0, 2, (4, 50)), pair_step(11.0, 2, (4, 50)), pair_step(16.0, 1, (2, 90))]
+    steps += [pair_step(17.0, 2, (4, 50))]
+    figures = module("_pair_figures").pair_figures(steps, first_step_s=12.0, pairs=40, reference_s=16.0)
+    assert figures["pairs_per_s"] == pytest.approx(5 / 8)
+    assert figures["steady_pairs_per_s"] == pytest.approx(4 / 3)
+    assert figures["pairs_per_s_with_reference"] == pytest.approx(40 / (64 + 16))
+    assert figures["whole_pairs_per_s"] == pytest.approx(7 / 20)
+    assert figures["counted_pairs"] == 5
+    in_steps = module("_pair_figures").pair_figures(steps, first_step_s=12.0, pairs=40, reference_s=0.0)
+    assert in_steps["pairs_per_s_with_reference"] == pytest.approx(in_steps["pairs_per_s"])
+
+
+def curve(*losses: float, chosen: float = -90.0, accuracy: float = 1.0) -> dict:
+    values = {"chosen_logps": [chosen, chosen + 5], "rejected_logps": [-120.0, -130.0], "accuracy": [0.0, accuracy]}
+    return {"losses": list(losses), **values, "notes": [], "facts": {}}
+
+
+def test_equal_curves_agree(module):
+    module("_pair_figures").check_curves({"a": curve(0.69315, 0.45), "b": curve(0.69312, 0.4503)}, "a")
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (curve(0.6945, 0.45), "first loss 0.694500"),
+        (curve(0.69315, 0.69315), "its loss goes from 0.6932 to 0.6932"),
+        (curve(0.69315, 0.46), "losses .*: 1.0e-02 apart, 0.002 allowed"),
+        (curve(0.69315, float("nan")), "its loss goes from 0.6932 to nan"),
+        (curve(0.69315), "its loss goes"),
+        (curve(0.69315, 0.45, chosen=-90.5), "chosen_logps"),
+    ],
+)
+def test_other_steps_are_refused(module, other, words):
+    figures = module("_pair_figures")
+    with pytest.raises(figures.Disagreement, match=f"b: {words}"):
+        figures.check_curves({"a": curve(0.69315, 0.45), "b": other}, "a")
+
+
+def test_an_accuracy_that_is_none_is_told(module):
+    checks = {"a": curve(0.69, 0.45, accuracy=0.75), "b": curve(0.69, 0.45, accuracy=1.0)}
+    (note,) = module("_pair_figures").wrong_accuracies(checks, "a")
+    assert note == "b: reports accuracies [1.0] in the check, where a counts [0.75]"
+    assert not module("_pair_figures").wrong_accuracies({"a": checks["a"]}, "a")
+
+
+def test_our_reference_is_timed_from_what_the_run_says(module):
+    sides = module("_pair_sides")
+    log = "Reference: 120 of 1,200 answers\nReference: 1,200 answers computed in 20.50 s\n"
+    assert sides.reference_seconds(log + "Reference: 8 answers computed in 0.25 s\n") == 20.75
+    with pytest.raises(module("_processes").ChildFailed, match="computed the reference"):
+        sides.reference_seconds("Reference: 1,200 answers from an earlier run\n")
+
+
+def test_a_round_has_our_cache_without_the_reference(module, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "real"))
+    for name in ("blas", "reference"):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        (tmp_path / "real" / name / "kept").write_text("")
+    for _ in range(2):  # the second finds what the first left in the same folder
+        with module("_pair_sides").cache_without_reference(tmp_path / "own") as variables:
+            assert variables == {"MLX_LORA_CACHE": str(tmp_path / "own")}
+            assert (tmp_path / "own/blas/kept").exists()
+            assert not list(tmp_path.glob("own/reference/*"))
+            (tmp_path / "own/reference").mkdir(exist_ok=True)
+            (tmp_path / "own/reference/new").write_text("")
+    assert [path.name for path in tmp_path.glob("real/reference/*")] == ["kept"]
+
+
+@pytest.fixture
+def pair_rows(module, monkeypatch, tmp_path):
+    """Two pairs, whose answers are followed by a token that belongs to none."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "sides"))
+    rows = [([1, 2, 7, 8, 9], "00110"), ([1, 2, 6, 9], "0010"), ([3, 5, 9], "010"), ([3, 4, 4, 9], "0110")]
+    tokens = np.concatenate([ids for ids, _ in rows])
+    mask = np.array([letter == "1" for _, letters in rows for letter in letters])
+    np.savez(tmp_path / "rows.npz", tokens=tokens, mask=mask, offsets=np.cumsum([0, *(len(ids) for ids, _ in rows)]))
+    return module("shared").PairRows(tmp_path / "rows.npz")
+
+
+def test_pairs_are_given_as_prompt_and_answers(pair_rows):
+    assert pair_rows.pairs() == 2
+    assert pair_rows.parts(0) == ([1, 2], [7, 8], [6])
+    assert pair_rows.parts(1) == ([3], [5], [4, 4])
+    assert pair_rows.number_of() == {((1, 2, 7, 8), (1, 2, 6)): 0, ((3, 5), (3, 4, 4)): 1}
+
+
+def test_a_run_ends_after_its_passes(module, pair_rows):
+    log = module("shared").PairLog(pair_rows, {"steps": None, "seconds": None, "passes": 2})
+    log.begin()
+    assert [log.end_pairs([number], 4, 0.5, {"accuracy": 1.0}) for number in (0, 1, 1, 1)] == [False] * 3 + [True]
+    result = log.result()
+    assert (result["drawn"], result["different"]) == (4, 2)
+    assert [(s["pairs"], s["supervised"], s["positions"]) for s in result["steps"][:2]] == [(1, 3, 8), (1, 3, 8)]
+    assert module("_figures").run_figures(result["steps"], 1.0)["counted_steps"] == 3
+
+
+def made_run(module, end_s: float, reference_s: float) -> dict:
+    steps = [pair_step(1.0, 2, (4, 50)), pair_step(1 + end_s, 2, (4, 50)), pair_step(1 + 2 * end_s, 2, (4, 50))]
+    figures = module("_pair_figures").pair_figures(steps, 3.0, 10, reference_s)
+    return {**figures, "peak_allocator_bytes": None, "peak_process_bytes": 10**9, "notes": ["a note"]}
+
+
+def test_the_tables_show_each_side_and_its_ratio(module):
+    rounds = {"mlx_lora": [made_run(module, 1.0, 5.0)], "trl": [made_run(module, 4.0, 0.0)]}
+    checks = {name: curve(0.69315, 0.45) for name in rounds}
+    model = {"model": "llama", "pairs": 10, "left_out": {"empty": 2}, "targets": {"layers": 14}}
+    means = dict.fromkeys(("mean_prompt_tokens", "mean_chosen_tokens", "mean_rejected_tokens"), 7.5)
+    where = {"device": {"name": "A CPU", "backend": "cpu"}, "blas": {"name": "OpenBLAS", "gemm_gflops": 9}}
+    result = {
+        "cores": 2, "versions": {"mlx": "1"}, "date": "today", "commit": "abc", "removed_variables": {}, "skipped": {},
+        "prepared": {**model, **means, **where}, "checks": checks, "accuracies": [], "rounds": rounds,
+        "arguments": {"rank": 8, "beta": 0.1, "weight_decay": 0, "rounds": 1, "reference": "mlx_lora"},
+        "regimes": {name: {"regime": "runs", "reference": "somewhere"} for name in rounds},
+        "summary": module("_pair_figures").summarize_pairs(rounds, "mlx_lora"),
+    }  # fmt: skip
+    text = module("_pair_table").render_pairs(result)
+    cells = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert [row[:4] for row in cells[1:3]] == [
+        ["mlx_lora", "2.000", "2.000", "1.000"],
+        ["trl", "0.500"] + ["0.500"] * 2,
+    ]
+    assert cells[4] == ["trl", "4.00", "4.00", "2.00", "4.00", "-", "1.00"]
+    assert "2 empty" in text
+    assert "trl: a note" in text
+
+
+def test_a_side_that_fails_is_left_out_unless_all_are_compared_with_it(module):
+    versus, failed = module("versus"), module("_processes").ChildFailed
+    args = versus.arguments(["--model", "m", "--data", "d", "--objective", "dpo"])
+    ours, trl = (args.table[name] for name in ("mlx_lora", "trl"))
+    sides, skipped = [ours, trl], {}
+    with versus.failing(args, trl, sides, skipped):
+        raise failed("ended with code 1:\n  no memory")
+    assert (sides, skipped) == ([ours], {"trl": "failed: no memory"})
+    with pytest.raises(failed), versus.failing(args, ours, sides, skipped):
+        raise failed("ended")
+
+
+def test_what_needs_pairs_is_told_apart(module):
+    versus = module("versus")
+    common = ["--model", "m", "--data", "d"]
+    args = versus.arguments([*common, "--objective", "dpo", "--variant", "wide=--batch-tokens 4096"])
+    assert args.sides == [
+        "mlx_lora", "mlx-lm-lora", "unsloth-zoo", "unsloth-zoo-precomputed", "trl", "trl-precomputed", "mlx_lora-wide",
+    ]  # fmt: skip
+    assert args.table["mlx_lora-wide"].flags == ("--batch-tokens", "4096")
+    assert (args.reference, args.batch_size, args.seconds) == ("mlx_lora", 2, 60)
+    args = versus.arguments(common)
+    assert (args.sides, args.reference, args.batch_size) == (["mlx_lora", "mlx-lm"], "mlx-lm", 4)
+
+
 # --- the command line
 
 
@@ -119,6 +278,14 @@ def test_other_work_is_refused(module, other, words):
         (["--sides", "mlx_lora,nothing"], "nothing"),
         (["--sides", "mlx_lora"], "--reference"),
         (["--steps", "1"], "--steps 1"),
+        (["--passes", "1"], "--passes 1"),
+        (["--objective", "dpo", "--passes", "0"], "--passes 0"),
+        (["--objective", "dpo", "--sides", "mlx-lm"], "mlx-lm"),
+        (["--objective", "dpo", "--variant", "wide"], "NAME=FLAGS"),
+        (["--objective", "dpo", "--variant", "pairs=--rank 2"], "already"),
+        (["--objective", "dpo", "--python", "peft-padded=/x"], "--python peft-padded=/x"),
+        (["--objective", "dpo", "--as-text"], "--as-text"),
+        (["--variant", "wide=--rank 2"], "--objective dpo"),
     ],
 )
 def test_bad_arguments_are_refused(module, arguments, words, capsys):
@@ -132,6 +299,21 @@ def test_sides_that_cannot_run_say_why(module):
     assert sides.why_skipped(sides.SIDES["peft-packed"], quantized=True, pythons={})
     assert sides.why_skipped(sides.SIDES["unsloth-zoo"], quantized=False, pythons={})
     assert sides.why_skipped(sides.SIDES["mlx-lm"], quantized=True, pythons={}) is None
+    of_pairs = module("_pair_sides").PAIR_SIDES
+    assert sides.why_skipped(of_pairs["trl"], quantized=True, pythons={})
+    assert "peers.py mlx-lm-lora" in sides.why_skipped(of_pairs["mlx-lm-lora"], quantized=True, pythons={})
+    assert sides.why_skipped(of_pairs["mlx-lm-lora"], quantized=True, pythons={"mlx-lm-lora": "/x"}) is None
+
+
+def test_an_installed_peer_is_found(module, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path))
+    peers = module("_peers")
+    assert peers.peer_python("unsloth-zoo") is None
+    (tmp_path / "peers/unsloth-zoo").mkdir(parents=True)
+    (tmp_path / "peers/unsloth-zoo/installed").write_text("")
+    assert peers.peer_python("unsloth-zoo") == str(tmp_path / "peers/unsloth-zoo/bin/python")
+    asked = {side.peer for side in module("_pair_sides").PAIR_SIDES.values()} - {""}
+    assert asked == set(peers.PEERS)
 
 
 # --- whole comparisons, in fresh processes
@@ -203,6 +385,53 @@ def test_peft_sides_compute_the_same_loss(tiny_folder, chats, tmp_path):
     assert set(checks) == set(names.split(","))
     for check in checks.values():
         assert check["loss_sum"] == pytest.approx(checks["mlx-lm"]["loss_sum"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory) -> Path:
+    """Twelve pairs, and three records that are none."""
+    path = tmp_path_factory.mktemp("preferences") / "pairs.jsonl"
+    rows = [{"prompt": f"What is {n}?", "chosen": "It is " * (n + 1), "rejected": "No idea" * 3} for n in range(12)]
+    rows += [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "b"}]
+    rows += [{"prompt": "long", "chosen": "b" * 900, "rejected": "c"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.slow
+def test_compares_runs_of_ours_on_pairs(tiny_folder, preferences, tmp_path):
+    out = tmp_path / "out.json"
+    common = ["--objective", "dpo", "--model", tiny_folder, "--data", preferences, "--rounds", 1, "--rank", 4]
+    common += ["--sides", "mlx_lora,mlx_lora-pairs", "--max-seq-length", 400, "--out", out]
+    ran = run_versus(*common, "--rows", 8, "--passes", 2, "--variant", "block=--grad-checkpoint block")
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(out.read_text())
+    assert result["prepared"]["pairs"] == 8
+    assert sum(result["prepared"]["left_out"].values()) == 3
+    assert set(result["rounds"]) == {"mlx_lora", "mlx_lora-pairs", "mlx_lora-block"}
+    for (only,) in result["rounds"].values():
+        assert sum(s["pairs"] for s in only["steps"]) >= 16
+        assert only["pairs_per_s"] > only["pairs_per_s_with_reference"] > 0
+        assert only["reference_s"] > 0
+    assert {s["pairs"] for s in result["rounds"]["mlx_lora-pairs"][0]["steps"]} == {2}
+    wrong = run_versus(*common, "--steps", 2, "--variant", "wrong=--beta 0.5")
+    assert wrong.returncode == 1
+    assert "mlx_lora-wrong: losses" in wrong.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_trl_takes_the_same_steps(tiny_folder, preferences, tmp_path):
+    pytest.importorskip("trl")
+    out = tmp_path / "out.json"
+    common = ["--objective", "dpo", "--model", tiny_folder, "--data", preferences, "--rounds", 1, "--rank", 4]
+    ran = run_versus(*common, "--sides", "mlx_lora,trl,trl-precomputed", "--steps", 2, "--out", out)
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(out.read_text())
+    ours = result["checks"]["mlx_lora"]["losses"]
+    for name in ("trl", "trl-precomputed"):
+        assert result["checks"][name]["losses"] == pytest.approx(ours, abs=1e-4)
+        assert (result["summary"][name]["reference_s"]["median"] > 0) == (name == "trl-precomputed")
 
 
 @pytest.mark.slow

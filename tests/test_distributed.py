@@ -32,7 +32,7 @@ from mlx_lora.training.step import StepResult
 
 STEPS = 8
 RATES = {"loss", "val_loss", "grad_norm", "learning_rate"}
-COUNTS = {"step", "epoch", "supervised_tokens", "real_tokens", "positions", "shapes", "skipped_steps"}
+COUNTS = {"step", "epoch", "examples", "supervised_tokens", "real_tokens", "positions", "shapes", "skipped_steps"}
 
 
 def command(model, data, folder, *extra) -> list:

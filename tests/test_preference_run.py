@@ -84,6 +84,7 @@ def test_each_objective_widens_the_margin(objective, tiny_folder, data, tmp_path
     assert losses[-1] < losses[0]
     assert margins[-1] > margins[0]
     assert lines[-1]["skipped_steps"] == 0
+    assert max(line["examples"] for line in lines) == 4  # pairs, not rows
     if objective != "kto":
         assert 0 <= lines[-1]["accuracy"] <= 1
         assert ("chosen_logps" in lines[-1]) == (objective != "reward")

@@ -38,6 +38,7 @@ from mlx_lora.system.errors import InputError
 
 BY_NAME = {one.name: one for one in WORKLOADS}
 CHAT = BY_NAME["embedded-smollm2-135m-chat-qlora"]
+DPO = BY_NAME["embedded-smollm2-135m-dpo-lora"]
 HUB = BY_NAME["llama-3.2-1b-chat-qlora"]
 DEVICE = {
     "name": "AMD EPYC",
@@ -50,8 +51,8 @@ DEVICE = {
 PROBE = {"device": DEVICE, "rates": made_rates("float32")}
 
 # A workload never changes. One that must gets `version` + 1 and a new line here; old results then have no ratio to it.
-DEFINITIONS = "3e49f73a2157a5e1"
-DATA = {"chat": "8af398dd64a5718d", "2k": "b0df2a5b888a1ce7", "8k": "9c1e0da805cca9e9"}
+DEFINITIONS = "4abe672225abb440"
+DATA = {"chat": "8af398dd64a5718d", "2k": "b0df2a5b888a1ce7", "8k": "9c1e0da805cca9e9", "dpo": "2af9c05c0f8eddbf"}
 
 
 # --- workloads
@@ -69,6 +70,9 @@ def test_data_are_the_same_bytes_everywhere(row_shape):
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == DATA[row_shape]
     rows = [json.loads(line) for line in text.splitlines()]
     assert len(rows) == ROW_SHAPES[row_shape].rows.count
+    if row_shape == "dpo":
+        assert len({row[answer][0]["content"] for row in rows for answer in ("chosen", "rejected")}) == 2 * len(rows)
+        return
     assert len({row["messages"][1]["content"] for row in rows}) == len(rows)
     if row_shape != "chat":  # every tokenizer makes at least a token of a word: all rows are cut to one length
         words = [len(row["messages"][1]["content"].split()) for row in rows]
@@ -102,7 +106,7 @@ def test_models_have_their_published_size(name):
 
 def test_tiers_and_names_choose():
     assert {one.tier for one in choose_workloads(TIERS, ())} == set(TIERS)
-    assert [one.tier for one in choose_workloads(("embedded",), ())] == ["embedded"] * 3
+    assert [one.tier for one in choose_workloads(("embedded",), ())] == ["embedded"] * 4
     assert choose_workloads((), (HUB.name,)) == [HUB]
     ran = run("bench", "run", "--workload", "nothing")
     assert ran.code == 2
@@ -262,6 +266,9 @@ def test_the_command_is_the_workload():
     assert "--grad-checkpoint none" in words
     assert "--epochs 3" in words
     assert "--steps-per-report 1" in words
+    assert "--objective" not in words
+    preferences = " ".join(map(str, train_command(DPO, "m", "d", "f", Length())))
+    assert "--objective dpo --beta 0.1" in preferences
     assert "--iters 5" in " ".join(map(str, train_command(CHAT, "m", "d", "f", Length(steps=5))))
 
 
@@ -270,17 +277,19 @@ def test_a_run_is_measured_recorded_and_read_again(tiny_folder, tmp_path, monkey
     monkeypatch.setattr("mlx_lora.bench.measure_rates", lambda work: PROBE)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OPENBLAS_L2_SIZE", "1")
-    names = ["--workload", CHAT.name, "--workload", HUB.name]
+    names = ["--workload", CHAT.name, "--workload", DPO.name, "--workload", HUB.name]
     ran = run("bench", "run", *names, "--steps", "4", "--out", tmp_path, "--json")
     assert ran.code == 0, ran.err
     (file,) = tmp_path.rglob("*.json")
     content = read_result(file).content
     assert json.loads(ran.out) == content
-    chat, hub = content["results"]
+    chat, dpo, hub = content["results"]
     assert (chat["status"], chat["shortened"], chat["figures"]["counted_steps"]) == ("measured", True, 3)
     assert chat["figures"]["process_peak_bytes"] > chat["figures"]["peak_memory_bytes"] > 0
     assert chat["figures"]["first_step_s"] > 0.5
     assert chat["base"]["fingerprint"]
+    assert dpo["figures"]["tokens_per_s"]["median"] > dpo["figures"]["supervised_tokens_per_s"]["median"] > 0
+    assert dpo["figures"]["last_loss"] < 0.7 < chat["figures"]["last_loss"]  # from ln 2; of 288 tokens
     assert content["software"]["variables"]["OPENBLAS_L2_SIZE"] == "1"
     assert hub["status"] == "not run"
     assert "HF_HUB_OFFLINE" in hub["reason"]

@@ -63,6 +63,7 @@ def test_run_folder_is_complete(trained):
         "grad_norm",
         "supervised_tokens_per_s",
         "tokens_per_s",
+        "examples",
         "supervised_tokens",
         "real_tokens",
         "positions",
@@ -88,13 +89,14 @@ def test_counts_of_the_lines_add_up_to_the_run(tiny_folder, chats, tmp_path):
     each = lines("each", "--steps-per-report", 1, "--val-batches", 0)
     assert [line["step"] for line in few if line["val_loss"] is None] == [3, 6, 7]
     assert len(each) == 7
-    for key in ("supervised_tokens", "real_tokens", "positions"):
+    for key in ("examples", "supervised_tokens", "real_tokens", "positions"):
         assert sum(line[key] for line in few) == sum(line[key] for line in each) > 0, key
         assert all(line[key] == 0 for line in few if line["val_loss"] is not None), key
     assert {name for line in few for name in line["shapes"]} == {name for line in each for name in line["shapes"]}
     for line in each:
         (shape,) = line["shapes"]
         rows, width = map(int, shape.split("x"))
+        assert 0 < line["examples"] <= rows
         assert 0 < line["supervised_tokens"] < line["real_tokens"] <= line["positions"] == rows * width
         assert line["padding_fraction"] == pytest.approx(1 - line["real_tokens"] / line["positions"])
     assert few[-1]["shapes"] == []

@@ -36,17 +36,22 @@ def load_side(job: dict[str, Any]) -> PeftModel:
         r=job["rank"], lora_alpha=job["scale"] * job["rank"], target_modules=paths, task_type="CAUSAL_LM"
     )
     model = get_peft_model(model, settings)
-    # PEFT stores (r, in) and (out, r); mlx-lm and we the transposes.
-    suffix = {"lora_a": "lora_A.default.weight", "lora_b": "lora_B.default.weight"}
-    renamed = {}
-    for name, value in factors.items():
-        path, kind = name.rsplit(".", 1)
-        renamed[f"base_model.model.{path}.{suffix[kind]}"] = value.T.contiguous()
+    renamed = renamed_factors(factors)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     if trainable != set(renamed):
         raise ValueError(f"PEFT adapts other layers than we do: {sorted(trainable ^ set(renamed))[:4]}")
     model.load_state_dict(renamed, strict=False)
     return model
+
+
+def renamed_factors(factors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return factors as PEFT names and lays them out: (r, in) and (out, r); mlx-lm and we store the transposes."""
+    suffix = {"lora_a": "lora_A.default.weight", "lora_b": "lora_B.default.weight"}
+    renamed = {}
+    for name, value in factors.items():
+        path, kind = name.rsplit(".", 1)
+        renamed[f"base_model.model.{path}.{suffix[kind]}"] = value.T.contiguous()
+    return renamed
 
 
 def padded_batch(rows: Rows, numbers: list[int]) -> dict[str, torch.Tensor]:

@@ -76,6 +76,11 @@ class Batch:
         return np.ones(len(self.inputs), bool) if self.numbers is None else self.numbers != EMPTY
 
     @property
+    def examples(self) -> int:
+        """The number of examples: rows, pairs or rated answers, without padding."""
+        return int(self.real.sum()) // self.group
+
+    @property
     def answers_per_row(self) -> int:
         """Answers that a row holds: 1, or K with `starts`."""
         return 1 if self.starts is None else self.starts.shape[1]

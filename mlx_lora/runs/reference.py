@@ -19,7 +19,7 @@ from mlx_lora.adapters.inject import remove_adapters
 from mlx_lora.artifacts.adapter import WEIGHTS_FILE, AdapterInfo, check_base, load_adapter, read_adapter_config
 from mlx_lora.artifacts.adapter_config import own_entries
 from mlx_lora.data.encode import EncodedSet
-from mlx_lora.data.joining import joined, saved_share
+from mlx_lora.data.joining import joined
 from mlx_lora.models.load import Base
 from mlx_lora.models.shared_prefix import unshareable
 from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, TrainSettings
@@ -30,7 +30,7 @@ from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import replacing_file, sha256_of
 from mlx_lora.training.losses import choose_loss
 from mlx_lora.training.objective_loss import row_log_probabilities
-from mlx_lora.training.prefix_sharing import LEAST_SAVED, sharing_problem
+from mlx_lora.training.prefix_sharing import sharing_problem
 
 TELL_EVERY_S = 10.0
 
@@ -87,16 +87,21 @@ def _of(settings: TrainSettings, base: Base, rows: EncodedSet, ranks: Ranks, say
     if ranks.leads:
         file = cache_dir("reference") / f"{_key(settings, base, rows)}.npy"
         kept = _read(file, len(rows))
-        logps = _compute(settings, base, rows, say) if kept is None else kept
         if kept is None:
+            start = time.perf_counter()
+            logps = _compute(settings, base, rows, say)
+            say(f"Reference: {len(rows):,} answers computed in {time.perf_counter() - start:.2f} s")
             _keep(file, logps, say)
+        else:
+            logps = kept
+            say(f"Reference: {len(rows):,} answers from an earlier run")
     return np.array(ranks.arrays_from_first({"logps": mx.array(logps)})["logps"])
 
 
 def _compute(settings: TrainSettings, base: Base, rows: EncodedSet, say: Callable[[str], None]) -> np.ndarray:
     loss = choose_loss(base.model, base.config, settings.loop.kernels, say)
     answers = len(rows)
-    if _may_share(settings, rows) and not (unshareable(base.model) or sharing_problem(base.model, base.config, loss)):
+    if _shares(settings) and not (unshareable(base.model) or sharing_problem(base.model, base.config, loss)):
         rows = joined(rows)
     next_s = time.monotonic() + TELL_EVERY_S
 
@@ -113,10 +118,9 @@ def _compute(settings: TrainSettings, base: Base, rows: EncodedSet, say: Callabl
         raise InputError(f"the reference cannot be computed: {error}; try --dtype float32, or another base") from None
 
 
-def _may_share(settings: TrainSettings, rows: EncodedSet) -> bool:
-    """Tell whether the answers of an example share a row, if the model allows it."""
-    asked = settings.objective.shared_prefix
-    return asked == "on" or (asked == "auto" and saved_share(rows) >= LEAST_SAVED)
+def _shares(settings: TrainSettings) -> bool:
+    """Tell whether a pair's answers share a row: as in the run's steps, which have decided by now."""
+    return settings.objective.shared_prefix == "on"
 
 
 def _key(settings: TrainSettings, base: Base, rows: EncodedSet) -> str:
@@ -127,7 +131,7 @@ def _key(settings: TrainSettings, base: Base, rows: EncodedSet) -> str:
     elif adapter.resume_adapter_file:
         files = [sha256_of(Path(adapter.resume_adapter_file)), adapter.rank, adapter.alpha]
     facts = [base.fingerprint, base.describe(), rows.fingerprint, str(device.compute_dtype(settings.model.dtype))]
-    facts += [settings.loop.kernels, adapter.method_name, device.measured_on(), _may_share(settings, rows), *files]
+    facts += [settings.loop.kernels, adapter.method_name, device.measured_on(), _shares(settings), *files]
     return sha256_of(json.dumps(facts))[:32]
 
 

@@ -133,6 +133,7 @@ def words_of(definition: dict[str, Any]) -> str:
     """Return a description of a workload."""
     base = "4-bit base (QLoRA)" if definition["packed"] else "float base (LoRA)"
     rows = {"chat": "short chats", "2k": "rows of 2,048 tokens", "8k": "rows of 8,192 tokens"}
+    rows["dpo"] = "DPO on pairs of short answers"
     sizes = (
         f"{definition['batch_tokens']:,} positions per step, rank {definition['rank']}, checkpointing {definition['checkpointing']}"
         if {"batch_tokens", "rank", "checkpointing"} <= definition.keys()

@@ -46,6 +46,19 @@ def chat_rows(count: int, prompt_words: tuple[int, int], answer_words: tuple[int
     return "\n".join(lines) + "\n"
 
 
+def pair_rows(count: int, prompt_words: tuple[int, int], answer_words: tuple[int, int], seed: int) -> str:
+    """Return `count` preference pairs as JSON lines, in TRL's conversational format; arguments as in `chat_rows`."""
+    source = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        prompt = _text(source, _length(source, *prompt_words))
+        answers = [_text(source, _length(source, *answer_words)) for _ in range(2)]
+        chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in answers)
+        record = {"prompt": [{"role": "user", "content": prompt}], "chosen": chosen, "rejected": rejected}
+        lines.append(json.dumps(record))
+    return "\n".join(lines) + "\n"
+
+
 def _length(source: random.Random, least: int, most: int) -> int:
     return round(least * (most / least) ** source.random())
 

@@ -116,7 +116,7 @@ RESULT = _fields(
     ("workload.digest", "text", "of the definition: a changed one is found out"),
     ("workload.tier", "text", "memory size in GB, or `embedded`"),
     ("workload.model", "text", "which model"),
-    ("workload.form", "text", "`chat`, `2k` or `8k`"),
+    ("workload.form", "text", "`chat`, `2k`, `8k` or `dpo`"),
     ("workload.packed", "yes/no", "4-bit base (QLoRA)"),
     ("status", "text", "`measured`, `not run` or `failed`"),
     ("reason", "text?", "why there are no figures"),

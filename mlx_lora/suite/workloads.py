@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_lora.suite.rows import chat_rows
+from mlx_lora.suite.rows import chat_rows, pair_rows
 from mlx_lora.suite.workload_models import (
     EMBEDDED_FILE,
     EMBEDDED_SHA256,
@@ -53,6 +53,15 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Pairs(Rows):
+    """Preference pairs to generate: two answers to each prompt."""
+
+    def text(self) -> str:
+        """Return the data file's content."""
+        return pair_rows(self.count, self.prompt_words, self.answer_words, self.seed)
+
+
+@dataclass(frozen=True)
 class RowShape:
     """The data of a workload and the lengths of its rows.
 
@@ -62,6 +71,7 @@ class RowShape:
         typical_width: positions of a typical row, for predictions without a tokenizer.
         real_share, trained_share: fractions of a batch's positions that are not padding, and that are trained, for the
             same use.
+        objective: what is trained toward.
     """
 
     rows: Rows
@@ -69,12 +79,14 @@ class RowShape:
     typical_width: int
     real_share: float
     trained_share: float
+    objective: str = "sft"
 
 
 # There are few rows, because the first pass over them, which compiles every batch shape, is the warm-up.
 ROW_SHAPES = {
     "chat": RowShape(Rows(48, (8, 60), (16, 320)), 1024, 204, 0.94, 0.61),
     "2k": RowShape(Rows(3, (20, 40), (2600, 2600)), 2049, 2048, 1.0, 0.97),
+    "dpo": RowShape(Pairs(24, (8, 60), (16, 160)), 1024, 168, 0.76, 0.40, "dpo"),
     "8k": RowShape(Rows(3, (20, 40), (10400, 10400)), 8193, 8192, 1.0, 0.99),
 }
 
@@ -86,7 +98,7 @@ class Workload:
     Attributes:
         tier: a memory size in GB, or `embedded`: a model that PyPI has too, for where no hub is.
         model: a name in suite/workload_models.py.
-        form: a key of ROW_SHAPES: `chat` (short rows), `2k` or `8k` (full rows).
+        form: a key of ROW_SHAPES: `chat` (short rows), `2k` or `8k` (full rows), `dpo` (pairs of short answers).
         packed: 4-bit base (QLoRA), else floats (LoRA).
         batch_tokens: the most positions per step.
         checkpointing: --grad-checkpoint.
@@ -126,7 +138,10 @@ class Workload:
 
     def flags(self) -> dict[str, Any]:
         """Return its train settings by name."""
+        # Imitation is not named, so that definitions from before there was another objective stay as they are.
+        toward = {} if self.shape.objective == "sft" else {"objective": self.shape.objective, "beta": 0.1}
         return {
+            **toward,
             "method": "lora",
             "rank": self.rank,
             "alpha": 2.0 * self.rank,
@@ -169,6 +184,7 @@ WORKLOADS = (
     _of("embedded", SMOLLM2, "chat", False, **SHORT),
     _of("embedded", SMOLLM2, "chat", True, **SHORT),
     _of("embedded", SMOLLM2, "2k", True, epochs=2),
+    _of("embedded", SMOLLM2, "dpo", False, **SHORT),
     _of("8", SMOLLM2, "chat", False, checkpointing="none"),
     _of("8", SMOLLM2, "2k", False),
     _of("8", LLAMA_1B, "chat", True),

@@ -165,7 +165,7 @@ def _prepared(
     """
     share = divergence = 0.0
     if objective.likelihood != "none":
-        examples = sum(int(b.real.sum()) // b.group for b in batches)
+        examples = sum(b.examples for b in batches)
         tokens = sum(b.first_targets for b in batches)
         share = examples / max(1, tokens)
     if objective.divergence:

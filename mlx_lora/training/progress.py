@@ -32,6 +32,7 @@ class Metrics:
         grad_norm: of the last step, before clipping.
         supervised_tokens_per_s, tokens_per_s: trained tokens and all real tokens per wall-clock second, with data
             and host work, without validation and saving.
+        examples: rows, pairs or rated answers since the last report.
         supervised_tokens, real_tokens, positions: trained tokens, tokens that are not padding and batch positions
             (with padding) since the last report; sums over the lines are the run's totals.
         shapes: distinct micro-batch shapes since the last report, `ROWSxWIDTH`.
@@ -50,6 +51,7 @@ class Metrics:
     grad_norm: float
     supervised_tokens_per_s: float
     tokens_per_s: float
+    examples: int
     supervised_tokens: int
     real_tokens: int
     positions: int

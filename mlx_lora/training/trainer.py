@@ -56,6 +56,7 @@ class Window:
     """What has gathered since the last report; the scalars stay on the device until they are read."""
 
     results: list[StepResult] = field(default_factory=list)
+    examples: int = 0
     real_tokens: int = 0
     supervised_tokens: int = 0
     positions: int = 0
@@ -65,6 +66,7 @@ class Window:
 
     def add(self, batches: list[Batch], result: StepResult) -> None:
         self.results.append(result)
+        self.examples += sum(b.examples for b in batches)
         self.real_tokens += sum(b.real_tokens for b in batches)
         self.supervised_tokens += sum(b.supervised_tokens for b in batches)
         self.positions += sum(b.inputs.size for b in batches)
@@ -309,6 +311,7 @@ def _metrics(
         grad_norm=results[-1].grad_norm.item() if results else 0.0,
         supervised_tokens_per_s=window.supervised_tokens / spent_s,
         tokens_per_s=window.real_tokens / spent_s,
+        examples=window.examples,
         supervised_tokens=window.supervised_tokens,
         real_tokens=window.real_tokens,
         positions=window.positions,
