@@ -40,7 +40,7 @@ MAX_ROWS = 2048
 TILE_QUERIES = 64
 # If exponentials are expensive (device.py), rows of up to this many keys keep their probabilities, which then take no more
 # memory than the block's other activations.
-MAX_KEPT_KEYS = 512
+MAX_KEPT_KEYS = 1536
 
 # What MLX allocates at a time, including work that it has not run yet; fitted on a CPU.
 TILES_AHEAD = 6.1  # tiles of the loss with a float head

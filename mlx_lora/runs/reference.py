@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from mlx_lora.artifacts.adapter import WEIGHTS_FILE, AdapterInfo, check_base, lo
 from mlx_lora.artifacts.adapter_config import own_entries
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.joining import joined
+from mlx_lora.models.kernel_choice import KernelChoice
+from mlx_lora.models.kernels import training_kernels
 from mlx_lora.models.load import Base
 from mlx_lora.models.shared_prefix import unshareable
 from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, TrainSettings
@@ -41,6 +44,7 @@ def with_reference(
     sets: dict[str, EncodedSet],
     say: Callable[[str], None],
     ranks: Ranks = ALONE,
+    kernels: KernelChoice | None = None,
 ) -> dict[str, EncodedSet]:
     """Return the sets with each answer's log-probability under the reference.
 
@@ -50,6 +54,7 @@ def with_reference(
         sets: pairs or rated answers.
         say: takes lines of progress.
         ranks: rank 0 computes, and all get the same numbers.
+        kernels: to compute it with; None: the model's own.
 
     Raises:
         InputError: a reference adapter that does not fit the base, or that trained more than factors.
@@ -62,7 +67,9 @@ def with_reference(
                 f"--reference-adapter {folder}: trained {info.full[0]} in full, which cannot be taken off the base "
                 "again; fuse it and train on the fused model"
             )
-    found = {name: replace(rows, reference=_of(settings, base, rows, ranks, say)) for name, rows in sets.items()}
+    found = {
+        name: replace(rows, reference=_of(settings, base, rows, ranks, say, kernels)) for name, rows in sets.items()
+    }
     if folder:
         remove_adapters(base.model)
     return found
@@ -81,15 +88,23 @@ def _put_reference(base: Base, folder: Path) -> AdapterInfo:
     return load_adapter(base, folder)
 
 
-def _of(settings: TrainSettings, base: Base, rows: EncodedSet, ranks: Ranks, say: Callable[[str], None]) -> np.ndarray:
+def _of(
+    settings: TrainSettings,
+    base: Base,
+    rows: EncodedSet,
+    ranks: Ranks,
+    say: Callable[[str], None],
+    kernels: KernelChoice | None,
+) -> np.ndarray:
     """Return the reference's log-probabilities of rows, (R,) float32, from the cache or computed."""
     logps = np.zeros(len(rows), np.float32)
     if ranks.leads:
-        file = cache_dir("reference") / f"{_key(settings, base, rows)}.npy"
+        file = cache_dir("reference") / f"{_key(settings, base, rows, kernels)}.npy"
         kept = _read(file, len(rows))
         if kept is None:
             start = time.perf_counter()
-            logps = _compute(settings, base, rows, say)
+            with nullcontext() if kernels is None else training_kernels(base.model, choose=kernels):
+                logps = _compute(settings, base, rows, say)
             say(f"Reference: {len(rows):,} answers computed in {time.perf_counter() - start:.2f} s")
             _keep(file, logps, say)
         else:
@@ -123,7 +138,7 @@ def _shares(settings: TrainSettings) -> bool:
     return settings.objective.shared_prefix == "on"
 
 
-def _key(settings: TrainSettings, base: Base, rows: EncodedSet) -> str:
+def _key(settings: TrainSettings, base: Base, rows: EncodedSet, kernels: KernelChoice | None) -> str:
     """Return a name for everything that the numbers depend on."""
     adapter, files = settings.adapter, []
     if settings.objective.reference_adapter:
@@ -131,7 +146,8 @@ def _key(settings: TrainSettings, base: Base, rows: EncodedSet) -> str:
     elif adapter.resume_adapter_file:
         files = [sha256_of(Path(adapter.resume_adapter_file)), adapter.rank, adapter.alpha]
     facts = [base.fingerprint, base.describe(), rows.fingerprint, str(device.compute_dtype(settings.model.dtype))]
-    facts += [settings.loop.kernels, adapter.method_name, device.measured_on(), _shares(settings), *files]
+    facts += [settings.loop.kernels, adapter.method_name, device.measured_on(), _shares(settings)]
+    facts += [kernels and kernels.names(), *files]
     return sha256_of(json.dumps(facts))[:32]
 
 
