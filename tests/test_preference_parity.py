@@ -214,15 +214,15 @@ def smollm2(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_smollm2_trains_as_in_trl(case, smollm2):
     curve = case in ("dpo", "orpo", "simpo", "cpo", "kto")
-    compare(smollm2, CASES[case], case != "kto", rate=3e-4, steps=STEPS if curve else 2, bar=1e-4)
+    compare(smollm2, CASES[case], case != "kto", rate=3e-4, steps=STEPS if curve else 2, small=False)
 
 
 def compare(
-    folder, settings: ObjectiveSettings, shared: bool, rate: float = RATE, steps: int = STEPS, bar: float = 1e-5
+    folder, settings: ObjectiveSettings, shared: bool, rate: float = RATE, steps: int = STEPS, small: bool = True
 ) -> None:
     """Train here and with TRL's loss over PEFT, and compare losses, gradients, factors and reports.
 
-    `bar` is that of the first loss. SmolLM2's is wider: a loss is a difference of log-probabilities near 100, and after 30
+    A model that is not `small` has wider bars: a loss is a difference of log-probabilities near 100, and after SmolLM2's 30
     blocks TRL's own float32 gradient of the worst factor is 3.6e-4 from its float64 one.
     """
     pytest.importorskip("trl")
@@ -231,12 +231,12 @@ def compare(
     theirs, told, their_gradients, their_final = in_trl(folder, settings, initial, batches, reference, rate)
     # Relative to the curve: some losses pass through zero.
     assert np.abs(np.subtract(losses, theirs)).max() < 1e-3 * np.abs(theirs).max()
-    assert losses[0] == pytest.approx(theirs[0], rel=bar)
+    assert losses[0] == pytest.approx(theirs[0], rel=1e-5 if small else 1e-4)
     errors = {
         name: np.linalg.norm(value - their_gradients[name]) / np.linalg.norm(their_gradients[name])
         for name, value in gradients.items()
     }
-    assert max(errors.values()) < 10 * bar if bar < 1e-4 else 4 * bar, max(errors, key=errors.get)
+    assert max(errors.values()) < (1e-4 if small else 4e-4), max(errors, key=errors.get)
     assert np.median(list(errors.values())) < 1e-4
     for name, value in final.items():
         assert np.abs(value - initial[name]).max() > 0, f"{name} did not move"
@@ -244,7 +244,7 @@ def compare(
         assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 0.9999, name
     for name, other in NAMES.items():
         if name in reports[0] and other in told[0]:
-            assert reports[0][name] == pytest.approx(told[0][other], rel=1e-4, abs=1e-5), name
+            assert reports[0][name] == pytest.approx(told[0][other], rel=1e-4, abs=1e-5 if small else 2e-4), name
 
 
 @pytest.mark.parametrize("case", ["dpo", "orpo", "simpo", "cpo", "kto"])

@@ -125,7 +125,8 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     chosen, layout = choose_layout(asked, base, splits.train, objective, found, say)
     settings, memory = fit_settings(layout.settled(asked), base, layout.of(splits), chosen)
     if objective.reference and not other_reference:  # in batches that fit, so that its peak is below a step's
-        splits = splits.changed(lambda sets: with_reference(settings, base, sets, say, ranks, chosen.kernels))
+        of = chosen.loss, chosen.kernels
+        splits = splits.changed(lambda sets: with_reference(settings, base, sets, say, ranks, *of))
     fingerprint = splits.train.fingerprint  # of the rows apart, so that a run may be resumed whatever shares a row
     splits = layout.of(splits)
     loop = settings.loop

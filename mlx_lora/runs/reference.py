@@ -31,7 +31,7 @@ from mlx_lora.system.cache import cache_dir
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import replacing_file, sha256_of
-from mlx_lora.training.losses import choose_loss
+from mlx_lora.training.losses import Loss, choose_loss
 from mlx_lora.training.objective_loss import row_log_probabilities
 from mlx_lora.training.prefix_sharing import sharing_problem
 
@@ -44,6 +44,7 @@ def with_reference(
     sets: dict[str, EncodedSet],
     say: Callable[[str], None],
     ranks: Ranks = ALONE,
+    loss: Loss | None = None,
     kernels: KernelChoice | None = None,
 ) -> dict[str, EncodedSet]:
     """Return the sets with each answer's log-probability under the reference.
@@ -54,6 +55,7 @@ def with_reference(
         sets: pairs or rated answers.
         say: takes lines of progress.
         ranks: rank 0 computes, and all get the same numbers.
+        loss: to compute it with, that of the run's steps; None: it is chosen here.
         kernels: to compute it with; None: the model's own.
 
     Raises:
@@ -68,7 +70,8 @@ def with_reference(
                 "again; fuse it and train on the fused model"
             )
     found = {
-        name: replace(rows, reference=_of(settings, base, rows, ranks, say, kernels)) for name, rows in sets.items()
+        name: replace(rows, reference=_of(settings, base, rows, ranks, say, loss, kernels))
+        for name, rows in sets.items()
     }
     if folder:
         remove_adapters(base.model)
@@ -94,6 +97,7 @@ def _of(
     rows: EncodedSet,
     ranks: Ranks,
     say: Callable[[str], None],
+    loss: Loss | None,
     kernels: KernelChoice | None,
 ) -> np.ndarray:
     """Return the reference's log-probabilities of rows, (R,) float32, from the cache or computed."""
@@ -104,7 +108,7 @@ def _of(
         if kept is None:
             start = time.perf_counter()
             with nullcontext() if kernels is None else training_kernels(base.model, choose=kernels):
-                logps = _compute(settings, base, rows, say)
+                logps = _compute(settings, base, rows, say, loss)
             say(f"Reference: {len(rows):,} answers computed in {time.perf_counter() - start:.2f} s")
             _keep(file, logps, say)
         else:
@@ -113,10 +117,14 @@ def _of(
     return np.array(ranks.arrays_from_first({"logps": mx.array(logps)})["logps"])
 
 
-def _compute(settings: TrainSettings, base: Base, rows: EncodedSet, say: Callable[[str], None]) -> np.ndarray:
-    loss = choose_loss(base.model, base.config, settings.loop.kernels, say)
-    answers = len(rows)
-    if _shares(settings) and not (unshareable(base.model) or sharing_problem(base.model, base.config, loss)):
+def _compute(
+    settings: TrainSettings, base: Base, rows: EncodedSet, say: Callable[[str], None], loss: Loss | None
+) -> np.ndarray:
+    answers, shares = len(rows), _shares(settings)
+    if loss is None:  # before the run has chosen, and tried, its own
+        loss = choose_loss(base.model, base.config, settings.loop.kernels, say)
+        shares = shares and not (unshareable(base.model) or sharing_problem(base.model, base.config, loss))
+    if shares:
         rows = joined(rows)
     next_s = time.monotonic() + TELL_EVERY_S
 
