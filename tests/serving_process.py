@@ -15,15 +15,15 @@ ROOT = Path(__file__).parents[1]
 class Server:
     """`python -m mlx_lora.serve` on a free port, until the block ends."""
 
-    def __init__(self, *arguments: object, log: Path, environment: dict[str, str] | None = None):
+    def __init__(self, *arguments: object, log: Path, environment: dict[str, str] | None = None, cwd: Path = ROOT):
         self.log = log
         with open(log, "w") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "mlx_lora.serve", *map(str, arguments), "--port", "0"],
-                cwd=ROOT,
+                cwd=cwd,
                 stderr=out,
                 stdout=out,
-                env={**os.environ, **(environment or {})},
+                env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
             )
 
     def __enter__(self) -> Server:

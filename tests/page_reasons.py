@@ -1,0 +1,37 @@
+"""Which commands of the pages are not run by a test, and why. The flags of ours are checked all the same."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+from page_blocks import Command
+
+# The beginning of a command, as a regular expression -> why no test runs it.
+NOT_RUN = {
+    r"(pip|pipx|uv tool) install|uvx|brew install": "installs from the network; the wheel's own test installs it",
+    r"make setup|source ": "makes the environment that the tests run in",
+    r"make (fuzz|soak|demo|test)": "takes from minutes to an hour",
+    r"mlx-lora demo": "downloads a model and trains for minutes; the demo's own test runs it on a tiny one",
+    r"mlx-lora bench (run|compare|report)": "measures for minutes; test_suite.py runs a tiny workload",
+    r"mlx-lora export .*--push-to-hub": "needs an account on the hub; test_hub.py uploads to a stand-in",
+    r"ollama ": "needs Ollama; test_ollama.py reads its Modelfile",
+    r"llama-cli ": "needs llama.cpp; test_gguf_adapter.py judges with its library",
+    r"hf upload": "needs an account on the hub",
+    r"(env .*)?mlx\.(launch|distributed_config)": "needs two Macs; test_distributed.py runs two ranks on one machine",
+    r"caffeinate": "is a program of macOS",
+    r"(env .*|OPENBLAS.*|taskset .*)?python (benchmarks|scripts)/": "measures for minutes, or needs a real model",
+    r"(env .*|taskset .*)": "measures for minutes on chosen cores",
+    r"python -m architectures\.": "sweeps all architectures in twenty minutes; test_architectures.py takes some",
+    r"(python -m )?pytest": "is a test itself",
+    r"tensorboard|trackio": "opens a page",
+}
+# Words of commands that another change of this version brings: while they are here, such commands may fail to parse and
+# are not run. Remove a word as soon as its change is in.
+AWAITED = {"bard", "demo", "--dry-run", "--prompt-column", "--completion-column"}
+
+
+def reason_not_to_run(command: Command) -> str | None:
+    """Return why no test runs a command; None if one does."""
+    text = shlex.join(command.words)
+    return next((why for start, why in NOT_RUN.items() if re.match(start, text)), None)
