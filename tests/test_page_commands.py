@@ -65,6 +65,7 @@ def stock(tmp_path_factory) -> Path:
     assert exported.code == 0, exported.err
     shutil.copytree(ROOT / "data", folder / "data")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
+    shutil.copy(ROOT / "data" / "messages" / "train.jsonl", folder / "chats.jsonl")
     (folder / "benchmarks").mkdir()
     shutil.copytree(ROOT / "benchmarks" / "results", folder / "benchmarks" / "results")
     for name in ("model.gguf", "FILE.gguf"):
@@ -156,7 +157,7 @@ def is_awaited(command: Command) -> bool:
     """Tell whether a command needs what another change brings and has not brought yet."""
     if not any(word in AWAITED for word in command.ours):
         return False
-    if "bard" in command.ours and not (ROOT / "mlx_lora" / "recipes").is_dir():
+    if {"bard", "notes", "tensorboard"} & set(command.ours) and not (ROOT / "mlx_lora" / "recipes").is_dir():
         return True
     try:
         parse(command.ours)
