@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all fuzz parity lint format bench soak clean
+.PHONY: setup demo test test-all fuzz parity lint docs format bench soak clean
 
 # Made again whenever the dependency list changes.
 $(VENV)/.ready: pyproject.toml
@@ -40,10 +40,17 @@ fuzz: setup
 LINTED := benchmarks data docs mlx_lora recipes scripts tests README.md CHANGELOG.md CONTRIBUTING.md
 
 lint: setup
+	$(BIN)/python scripts/prose.py
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/ruff format --check $(LINTED)
 	$(BIN)/python scripts/typing_stubs.py
 	$(BIN)/pyright
+
+# The documentation site, in build/site; a broken link, anchor or reference ends it.
+docs: setup
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "The site: build/site/index.html"
 
 format: setup
 	$(BIN)/ruff check --fix $(LINTED)

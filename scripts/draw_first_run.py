@@ -70,7 +70,9 @@ def chart(trained: list[tuple[int, float]], held: list[tuple[int, float]]) -> li
 
 def box(y: float, height: float, kind: str, title: str, text: str) -> list[str]:
     """Return a text in a box with a title."""
-    parts = [f'<rect x="{TEXT_LEFT}" y="{y}" width="{WIDTH - TEXT_LEFT - 22}" height="{height}" rx="8" class="{kind}"/>']
+    parts = [
+        f'<rect x="{TEXT_LEFT}" y="{y}" width="{WIDTH - TEXT_LEFT - 22}" height="{height}" rx="8" class="{kind}"/>'
+    ]
     parts.append(label(TEXT_LEFT + 14, y + 22, title, "dim small bold"))
     lines = [piece for line in text.strip().splitlines() for piece in textwrap.wrap(line, CHARACTERS) or [""]]
     if len(lines) > LINES:

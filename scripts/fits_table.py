@@ -57,7 +57,10 @@ def table() -> str:
     planned = {name: chips_of(name) for name in SIZES}
     lines = ["| memory | " + " | ".join(SIZES) + " |", "|---|" + "---|" * len(SIZES)]
     for memory_gb in MEMORY_GB:
-        row = [cell([chip for chip in chips if round(chip["memory_bytes"] / 2**30) == memory_gb]) for chips in planned.values()]
+        row = [
+            cell([chip for chip in chips if round(chip["memory_bytes"] / 2**30) == memory_gb])
+            for chips in planned.values()
+        ]
         lines.append(f"| {memory_gb} GB | " + " | ".join(row) + " |")
     return "\n".join(lines)
 

@@ -8,9 +8,7 @@ to two steps. What is not run is in page_reasons.py, with the reason.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
-import os
 import re
 import shutil
 import subprocess
@@ -77,9 +75,14 @@ class Reader:
     """A reader who types what a page says, in the page's own folder."""
 
     def __init__(self, folder: Path):
-        self.folder, self.names, self.stack, self.address = folder, {"__name__": "page"}, contextlib.ExitStack(), ADDRESS
+        self.folder, self.names, self.stack, self.address = (
+            folder,
+            {"__name__": "page"},
+            contextlib.ExitStack(),
+            ADDRESS,
+        )
         self.ran: list[str] = []
-        self.own = {path.name for path in folder.iterdir()} | {name for name in ADAPTERS}
+        self.own = {path.name for path in folder.iterdir()} | set(ADAPTERS)
 
     def take(self, block: Block) -> None:
         """Write, run or skip a block."""

@@ -110,7 +110,9 @@ def test_a_block_is_read_with_its_title_and_lines(tmp_path):
     page = ROOT / "docs" / "first-run.md"
     titled = [block for block in blocks_of(page) if block.title]
     assert [block.title for block in titled] == ["my-data.jsonl"]
-    block = Block("x.md", 1, "bash", None, "A=1 mlx-lora train \\\n  --rank 8   # why\nprintf 'a' | mlx-lora chat --model m")
+    block = Block(
+        "x.md", 1, "bash", None, "A=1 mlx-lora train \\\n  --rank 8   # why\nprintf 'a' | mlx-lora chat --model m"
+    )
     first, second = commands_of(block)
     assert first.ours == ("train", "--rank", "8")
     assert (second.ours, second.piped) == (("chat", "--model", "m"), ("printf", "a"))
@@ -239,13 +241,35 @@ def test_every_page_is_in_the_navigation():
     assert listed == {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
 
 
+def prose():
+    """Return scripts/prose.py as a module."""
+    spec = importlib.util.spec_from_file_location("prose", ROOT / "scripts" / "prose.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_words_to_avoid_are_found_in_prose_and_not_in_code():
+    module = prose()
+    page = module.prose_of("The licence wants a 95 % share.\n```text\nlicence\n```\nSee `licence` and the license.\n")
+    found = [(line, words.split("'")[1]) for _, line, words in module.avoided("page.md", page)]
+    assert found == [(1, "licence"), (1, "wants a"), (1, "95 %")]
+
+
+def test_the_pages_avoid_them():
+    module = prose()
+    assert [finding for name, text in module.pages().items() for finding in module.avoided(name, text)] == []
+
+
 @pytest.mark.slow
 def test_the_site_builds_strictly(tmp_path):
     if shutil.which("mkdocs", path=str(Path(sys.executable).parent)) is None:
         pytest.skip("needs pip install 'mlx-lora[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
-    built = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    built = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert built.returncode == 0, built.stdout
     assert (tmp_path / "site" / "troubleshooting" / "index.html").is_file()
 
