@@ -1,6 +1,6 @@
-"""Draw docs/first-run.svg from a run folder: its losses, and its first text before and after.
+"""Draw docs/first-run.svg from a run folder's losses, a question, and its answers before and after.
 
-python scripts/draw_first_run.py runs/bard
+python scripts/draw_first_run.py runs/bard question.txt before.txt after.txt
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from pathlib import Path
 OUT = Path(__file__).parents[1] / "docs" / "first-run.svg"
 WIDTH, HEIGHT = 860, 330
 LEFT, TOP, PLOT_WIDTH, PLOT_HEIGHT = 56, 62, 350, 208
-TEXT_LEFT, LINE, CHARACTERS, LINES = 442, 19, 54, 5
+TEXT_LEFT, LINE, CHARACTERS, LINES = 442, 18, 53, 5
 STYLE = """
 .card{fill:#fff;stroke:#d0d7de}.ink{fill:#1f2328}.dim{fill:#59636e}.grid{stroke:#d0d7de}
 .train{stroke:#8c959f}.held{stroke:#0969da}.heldfill{fill:#0969da}.after{fill:#ddf4ff}.before{fill:#f6f8fa}
-text{font:14px -apple-system,'Segoe UI',Helvetica,Arial,sans-serif}.small{font-size:12px}.bold{font-weight:600}
+text{font:13px -apple-system,'Segoe UI',Helvetica,Arial,sans-serif}.small{font-size:11.5px}.bold{font-weight:600}
 @media (prefers-color-scheme:dark){
 .card{fill:#0d1117;stroke:#3d444d}.ink{fill:#f0f6fc}.dim{fill:#9198a1}.grid{stroke:#3d444d}
 .train{stroke:#656c76}.held{stroke:#4493f8}.heldfill{fill:#4493f8}.after{fill:#0c2d6b}.before{fill:#151b23}}
 """
 
 
-def read(folder: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]], dict]:
-    """Return the losses and held-out losses by step, and the report."""
+def read(folder: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """Return the losses and the held-out losses by step."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     held = [(line["step"], line["val_loss"]) for line in lines if line.get("val_loss") is not None]
-    return trained, held, json.loads((folder / "report.json").read_text())
+    return trained, held
 
 
 def label(x: float, y: float, text: str, classes: str, anchor: str = "start") -> str:
@@ -76,15 +76,15 @@ def box(y: float, height: float, kind: str, title: str, text: str) -> list[str]:
     parts.append(label(TEXT_LEFT + 14, y + 22, title, "dim small bold"))
     lines = [piece for line in text.strip().splitlines() for piece in textwrap.wrap(line, CHARACTERS) or [""]]
     if len(lines) > LINES:
-        lines = [*lines[: LINES - 1], lines[LINES - 1][: CHARACTERS - 2] + " …"]
+        lines = [*lines[: LINES - 1], lines[LINES - 1][: CHARACTERS - 4].rstrip() + " …"]
     for number, line in enumerate(lines):
-        parts.append(label(TEXT_LEFT + 14, y + 44 + LINE * number, line, "ink"))
+        parts.append(label(TEXT_LEFT + 14, y + 43 + LINE * number, line, "ink"))
     return parts
 
 
 def draw(folder: Path, question: str, before: str, after: str) -> str:
     """Return the picture."""
-    trained, held, _ = read(folder)
+    trained, held = read(folder)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
         "<title>Held-out loss of a run over its steps, and an answer before and after</title>",
@@ -102,7 +102,7 @@ def draw(folder: Path, question: str, before: str, after: str) -> str:
 
 
 def main() -> None:
-    """Draw the picture of the folder named on the command line; texts come from three files beside it."""
+    """Draw the picture of the run folder and the three text files named on the command line."""
     folder = Path(sys.argv[1])
     question, before, after = (Path(name).read_text(encoding="utf-8").strip() for name in sys.argv[2:5])
     OUT.write_text(draw(folder, question, before, after), encoding="utf-8")

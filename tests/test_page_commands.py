@@ -133,7 +133,7 @@ class Reader:
         flag = "--adapter-path" if name == "train" else "--out"
         places = [words[place + 1] for place, word in enumerate(words) if word == flag]
         if name == "train" and "--config" in words and not places:
-            places = [path for path in ADAPTERS if "--resume" not in words and path.startswith("runs/")]
+            places = [f"runs/{words[words.index('--config') + 1]}"]
         for place in places:
             if place in self.own and "--resume" not in words:
                 self.own.discard(place)
