@@ -49,7 +49,7 @@ lint: setup
 # The documentation site, in build/site; a broken link, anchor or reference ends it.
 docs: setup
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "The site: build/site/index.html"
 
 format: setup

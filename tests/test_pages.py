@@ -265,13 +265,24 @@ def test_the_pages_avoid_them():
 def test_the_site_builds_strictly(tmp_path):
     if shutil.which("mkdocs", path=str(Path(sys.executable).parent)) is None:
         pytest.skip("needs pip install 'mlx-lora[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
-    built = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    copy = tmp_path / "checkout"
+    for name in ("docs", "scripts", "mlx_lora"):
+        shutil.copytree(ROOT / name, copy / name)
+    shutil.copy(ROOT / "mkdocs.yml", copy)
+
+    def build() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "mkdocs", "build", "--strict"]  # --quiet would hide warnings from --strict
+        environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(copy)}
+        return subprocess.run(
+            command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    built = build()
     assert built.returncode == 0, built.stdout
-    assert (tmp_path / "site" / "troubleshooting" / "index.html").is_file()
+    assert (copy / "build" / "site" / "troubleshooting" / "index.html").is_file()
+    with open(copy / "docs" / "glossary.md", "a") as page:
+        page.write("\n[a wrong anchor](memory.md#nowhere)\n")
+    assert build().returncode != 0
 
 
 @pytest.mark.slow
