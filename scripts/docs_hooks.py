@@ -1,25 +1,20 @@
-"""Hooks of the documentation site: the Python reference has the public names that this version has."""
+"""Hook of the documentation site: the Python reference has the public names that this version has."""
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).parents[1] / "mlx_lora" / "__init__.py"
-ENTRY = re.compile(r"^::: mlx_lora\.(\w+)$", re.MULTILINE)
-
-
-def public_names() -> set[str]:
-    """Return the names in the package's `__all__`."""
-    for node in ast.parse(PACKAGE.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__":
-            return set(ast.literal_eval(node.value))
-    return set()
+ROOT = Path(__file__).parents[1]
+ENTRY = re.compile(r"^::: (?P<module>mlx_lora(?:\.\w+)+)\.(?P<name>\w+)$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace entries of names that the package does not have."""
-    names = public_names()
-    return ENTRY.sub(lambda found: found[0] if found[1] in names else f"`{found[1]}` is not in this version.", markdown)
+    """Replace entries whose module the package does not have."""
+
+    def entry(found: re.Match[str]) -> str:
+        there = (ROOT / found["module"].replace(".", "/")).with_suffix(".py").is_file()
+        return found[0] if there else f"`{found['name']}` is not in this version."
+
+    return ENTRY.sub(entry, markdown)
