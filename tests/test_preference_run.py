@@ -298,7 +298,7 @@ def test_accuracy_is_refused_where_none_is_reported(objective, tiny_folder, data
         (("--objective", "dpo", "--loss-type", "hinge", "--length-normalize"), "only sigmoid"),
         (("--objective", "dpo", "--label-smoothing", 0.1), "only exo_pair, robust"),
         (("--objective", "dpo", "--discopop-tau", 1), "only discopop"),
-        (("--objective", "kto", "--loss-type", "kto,apo_zero_unpaired"), "takes one"),
+        (("--objective", "kto", "--loss-type", "kto,apo_zero_unpaired"), "kto has one loss"),
         (("--objective", "kto"), "a rated answer needs"),
         (("--objective", "dpo", "--reference-adapter", "/nowhere"), "/nowhere"),
         ((), "--objective dpo"),

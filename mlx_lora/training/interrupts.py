@@ -17,7 +17,7 @@ from mlx_lora.system.supervise import SUPERVISOR
 
 WORDS = b"\nStopping after this step, then saving; press Ctrl-C again to quit without saving\n"
 
-COMPILATION = "C++ shared library"  # part of MLX's error if a compiler was ended, which it takes for a success
+COMPILATION = "C++ shared library"  # part of MLX's error after a compiler was killed: MLX believes that it succeeded
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def interrupt_flag() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def compiler_spared() -> Iterator[None]:
-    """Let the g++ that MLX starts for its kernels on a Linux CPU ignore the signals that end us.
+    """Let the g++ that MLX starts for its kernels on a Linux CPU ignore the signals that end this process.
 
     A terminal sends Ctrl-C to every process of the foreground group. MLX calls g++ by name, through a shell that
     drops a signal mask but keeps ignored signals; so a script that ignores them and calls g++ is put first in PATH.
