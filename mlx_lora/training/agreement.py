@@ -35,7 +35,7 @@ def check_one_run(ranks: Ranks, settings: TrainSettings, identity: dict[str, Any
     facts |= {name: value for name, value in settings.to_flat().items() if not ROWS[name].per_machine}
     first, *others = ranks.everyone(facts)
     for rank, other in enumerate(others, start=1):
-        differ = [f"{name} is {first.get(name)!r} on rank 0, {other.get(name)!r} on it" for name in {**first, **other}
+        differ = [f"{name} is {first.get(name)!r} on rank 0, {other.get(name)!r} on rank {rank}" for name in {**first, **other}
                   if first.get(name) != other.get(name)]  # fmt: skip
         if differ:
             raise InputError(

@@ -79,7 +79,7 @@ class MemoryGuard:
         over = f"step {self.at.taken}: {peak / 1e9:.2f} GB were in use, the limit is {self.limit_bytes / 1e9:.2f} GB"
         if rows > 1:
             self.at.parts *= 2
-            self.say(f"{over}; from now on, batches run in {self.at.parts} parts, which does not change the updates")
+            self.say(f"{over}; from now on, batches run in {self.at.parts} parts, with the same updates")
             self._earlier_peak_bytes = self.peak_bytes
             mx.reset_peak_memory()
         elif not self._told:
