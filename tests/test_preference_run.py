@@ -142,7 +142,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bytes(objective, tiny_folder, da
         tmp_path / "cut", "--objective", objective, *QUICK, *more, "--resume", "--beta", 0.2,
     )  # fmt: skip
     assert other.code == 2
-    assert "beta was 0.1, is 0.2" in other.err
+    assert "beta was 0.1, is now 0.2" in other.err
 
 
 def test_parts_and_accumulation_are_the_same_update(tiny_folder, data, tmp_path):

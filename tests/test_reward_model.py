@@ -118,7 +118,7 @@ def test_evaluate_measures_what_was_trained(untied, data, trained):
     assert found["loss"] < lines[0]["val_loss"]
     assert (found["rows"], found["supervised_tokens"]) == (24, 48)
     assert "Before and after" not in (trained / "report.html").read_text()
-    assert "gives scores of answers, not text" in (trained / "README.md").read_text()
+    assert "scores answers and does not write text" in (trained / "README.md").read_text()
 
 
 def test_a_reward_model_is_refused_where_text_is_wanted(untied, data, trained, tmp_path):
