@@ -123,7 +123,7 @@ def test_evaluate_measures_what_was_trained(untied, data, trained):
 
 def test_a_reward_model_is_refused_where_text_is_wanted(untied, data, trained, tmp_path):
     common = ("--model", untied, "--adapter-path", trained)
-    says = "this adapter is a reward model; it gives scores, not text"
+    says = "this adapter is a reward model, which gives scores, not text"
     one_line(run("generate", *common, "--prompt", "x"), says)
     one_line(run("chat", "--model", untied, "--adapter", f"r={trained}"), says)
     one_line(run("serve", "--model", untied, "--adapter", f"r={trained}"), says)
