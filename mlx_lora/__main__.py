@@ -9,17 +9,17 @@ import click
 from mlx_lora.system import console
 
 COMMANDS = {
-    "convert": "Turn a hub model, a folder or a GGUF file into an MLX folder, quantized or not.",
-    "plan": "Say whether a run will fit, with which settings, and how fast.",
+    "convert": "Convert a hub model, a folder or a GGUF file to an MLX folder, quantized or not.",
+    "plan": "Predict whether a run fits in memory, with which settings, and how fast it is.",
     "train": "Train an adapter.",
     "evaluate": "Measure loss and perplexity on a data file.",
     "generate": "Generate text.",
-    "chat": "Talk to a base and its adapters in the terminal.",
+    "chat": "Chat with a model and its adapters in the terminal.",
     "bench": "Measure training with fixed workloads, and compare machines.",
-    "serve": "Serve a base and many adapters over OpenAI's HTTP interface.",
+    "serve": "Serve a model and many adapters through OpenAI's HTTP API.",
     "fuse": "Fold an adapter into its base model.",
     "doctor": "Check this machine for training.",
-    "export": "Write an adapter, or a model with it, for PEFT and transformers.",
+    "export": "Write an adapter, or a model with it, for PEFT, transformers, llama.cpp or Ollama.",
 }
 
 

@@ -38,18 +38,22 @@ from mlx_lora.training.trainer import held_out_loss
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
 @click.option("--batch-tokens", type=click.IntRange(min=2), default=None, help="Tokens per batch, padding included.")
-@click.option("--forgetting", is_flag=True, help="Compare with the base on --data, general text, general chat, probes.")
+@click.option(
+    "--forgetting", is_flag=True, help="Compare with the base on --data, general text and chat, and probe questions."
+)
 @click.option("--against", multiple=True, help="With --forgetting: another adapter to measure; repeatable.")
 @click.option("--general-text", type=str, default=None, help="With --forgetting: data instead of the built-in texts.")
 @click.option("--general-chat", type=str, default=None, help="With --forgetting: data instead of the built-in chats.")
-@click.option("--report", type=str, default=None, help="With --forgetting: write a page with pictures to this file.")
+@click.option(
+    "--report", type=str, default=None, help="With --forgetting: write an HTML page with charts to this file."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
     adapter_path: str | None, adapter_revision: str | None, ignore_fingerprint: bool, batch_tokens: int | None,
     forgetting: bool, against: tuple[str, ...], general_text: str | None, general_chat: str | None,
     report: str | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Print loss, perplexity and the count of supervised tokens of --data, or with --forgetting a verdict."""
+    """Measure loss and perplexity on --data, or with --forgetting what the adapter made the model forget."""
     settings = train_settings(flags.given(options))
     if not settings.data.data:
         raise InputError("--data is required: a data file, or a folder with a test or valid split")

@@ -67,7 +67,7 @@ FOR_SCORES = ("peft", "hf")  # the formats that a reward model has
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder or .gguf file to write.")
 @click.option(
-    "--base-id", type=str, default=None, help="Hub id of the base that a PEFT adapter names [default: its own]."
+    "--base-id", type=str, default=None, help="Hub id that a PEFT adapter names as its base [default: the base's own]."
 )
 @click.option(
     "--gguf-type",
@@ -85,7 +85,7 @@ FOR_SCORES = ("peft", "hf")  # the formats that a reward model has
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
 @click.option("--force", is_flag=True, help="Replace what is in --out.")
 @click.option("--push-to-hub", type=str, default=None, help="Upload what was written to this hub id, owner/name.")
-@click.option("--private", is_flag=True, help="Make that repository private.")
+@click.option("--private", is_flag=True, help="Create that repository as a private one.")
 def main(
     adapter_path: str | None,
     adapter_revision: str | None,
@@ -129,7 +129,7 @@ def main(
         export_gguf_adapter(base, info, out, force)
     if adapter and to in CARD_LIBRARIES:
         card = write_card(out, CARD_LIBRARIES[to], base, info, read_facts(adapter), base_id, push_to_hub)
-        console.echo(f"{out / CARD_FILE}: {'the model card' if card else 'yours, left as it is'}")
+        console.echo(f"{out / CARD_FILE}: {'the model card' if card else 'your own file, left as it is'}")
     console.echo(f"{out}: written for {READERS[to]}")
     if push_to_hub:
         console.echo(f"{push_to_hub}: uploaded, {push(out, push_to_hub, private)}")
@@ -141,7 +141,7 @@ def check_gguf(to: str, adapter_path: str | None, gguf_type: str | None, ollama_
         raise InputError(f"--gguf-type with --to {to}: only a merged GGUF has one; leave it out")
     if ollama_base and (to != "ollama" or gguf_type or not adapter_path):
         raise InputError(
-            "--ollama-base: goes with --to ollama and --adapter-path, and without --gguf-type; change those"
+            "--ollama-base: needs --to ollama and --adapter-path, and excludes --gguf-type; change those flags"
         )
     if not adapter_path and to not in MERGED_GGUF:
         raise InputError(f"--to {to} without --adapter-path: there is nothing to write; give the adapter's folder")

@@ -37,7 +37,12 @@ from mlx_lora.system.errors import InputError
 @click.option("-p", "--prompt", type=str, required=True, help="The prompt; - reads standard input.")
 @click.option("--system-prompt", type=str, default=None, help="System message for the chat template.")
 @click.option(
-    "-m", "--max-tokens", type=click.IntRange(min=1), default=100, show_default=True, help="Most tokens to generate."
+    "-m",
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="The most tokens to generate.",
 )
 @click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Temperature; 0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(min=0, max=1), default=1.0, show_default=True, help="Nucleus sampling.")
@@ -55,7 +60,7 @@ def main(
     adapter_path: str | None, adapter_revision: str | None, ignore_fingerprint: bool, prompt: str, system_prompt: str | None, max_tokens: int,
     temp: float, top_p: float, top_k: int, seed: int | None, ignore_chat_template: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Print the text that follows --prompt."""
+    """Generate the answer to --prompt, or its continuation if the model has no chat template."""
     text = read_prompt(prompt)
     if not math.isfinite(temp):
         raise InputError(f"--temp {temp}: not a finite number; give 0 for greedy, or about 0.7")

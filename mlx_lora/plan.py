@@ -75,7 +75,10 @@ class DataSize:
 @flags.config_option
 @click.option("--chip", type=str, default=None, help='Plan for this chip ("M2 Pro") instead of this machine.')
 @click.option(
-    "--memory-gb", type=click.IntRange(1, 4096), default=None, help="Memory of the --chip (default: the least sold)."
+    "--memory-gb",
+    type=click.IntRange(1, 4096),
+    default=None,
+    help="Memory of the --chip (default: the smallest size sold).",
 )
 @click.option("--all-chips", is_flag=True, help="Plan for every chip and memory size of the table.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

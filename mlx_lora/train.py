@@ -26,7 +26,7 @@ from mlx_lora.system.supervise import run_supervised
 @flags.config_option
 @flags.settings_options("model", "data", "adapter", "objective", "optimizer", "loop")
 def main(config_file: str | None, **options: Any) -> int:
-    """Train a LoRA adapter on --data over the frozen --model and write it to --adapter-path."""
+    """Train an adapter for --model on --data, and write it to --adapter-path."""
     given = flags.given(options)
     settings = train_settings(given, read_settings(config_file, given, console.echo))
     if settings.loop.max_restarts:

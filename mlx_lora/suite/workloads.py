@@ -96,7 +96,7 @@ class Workload:
     """One workload.
 
     Attributes:
-        tier: a memory size in GB, or `embedded`: a model that PyPI has too, for where no hub is.
+        tier: a memory size in GB, or `embedded`: a model that PyPI has too, for machines without access to the hub.
         model: a name in suite/workload_models.py.
         form: a key of ROW_SHAPES: `chat` (short rows), `2k` or `8k` (full rows), `dpo` (pairs of short answers).
         packed: 4-bit base (QLoRA), else floats (LoRA).
@@ -138,7 +138,7 @@ class Workload:
 
     def flags(self) -> dict[str, Any]:
         """Return its train settings by name."""
-        # Imitation is not named, so that definitions from before there was another objective stay as they are.
+        # Imitation is not named, so that definitions from the time when it was the only objective stay the same.
         toward = {} if self.shape.objective == "sft" else {"objective": self.shape.objective, "beta": 0.1}
         return {
             **toward,
@@ -219,5 +219,5 @@ def choose_workloads(tiers: tuple[str, ...], names: tuple[str, ...]) -> list[Wor
     known = {one.name: one for one in WORKLOADS}
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise InputError(f"--workload {', '.join(unknown)}: no such workload; there are {', '.join(known)}")
+        raise InputError(f"--workload {', '.join(unknown)}: no such workload; choose from {', '.join(known)}")
     return [one for one in WORKLOADS if one.tier in tiers or one.name in names]
