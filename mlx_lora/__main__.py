@@ -6,6 +6,7 @@ import importlib
 
 import click
 
+from mlx_lora import __version__
 from mlx_lora.system import console
 
 COMMANDS = {
@@ -38,7 +39,7 @@ class LazyGroup(console.Group):
 
 
 @click.command(cls=LazyGroup)
-@click.version_option(package_name="mlx-lora")
+@click.version_option(__version__)
 def main() -> None:
     """LoRA and QLoRA training on MLX."""
 
