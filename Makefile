@@ -16,9 +16,9 @@ $(VENV)/.ready: pyproject.toml
 
 setup: $(VENV)/.ready
 
-# The embedded model, converted, trained on Tiny Shakespeare, with text before and after.
+# A small real model, trained to answer in verse, with its answers before and after. FLAGS=--force trains again.
 demo: setup
-	$(BIN)/python scripts/demo.py
+	$(BIN)/mlx-lora demo $(FLAGS)
 
 test: setup
 	$(BIN)/python -m pytest

@@ -19,6 +19,7 @@ COMMANDS = {
     "bench": "Measure training with fixed workloads, and compare machines.",
     "serve": "Serve a base and many adapters over OpenAI's HTTP interface.",
     "fuse": "Fold an adapter into its base model.",
+    "demo": "Train a small model to answer in verse, and show it: a few minutes.",
     "doctor": "Check this machine for training.",
     "export": "Write an adapter, or a model with it, for PEFT and transformers.",
 }

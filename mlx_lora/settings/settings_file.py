@@ -26,10 +26,7 @@ def read_settings(path: str | None, flags: Mapping[str, Any], say: Callable[[str
     """
     if not path:
         return {}
-    if names_recipe(path):
-        content = beside_recipes(read_yaml(str(recipe_file(path))))
-    else:
-        content = read_yaml(path)
+    content = beside_recipes(read_yaml(str(recipe_file(path)))) if names_recipe(path) else read_yaml(path)
     return migrate(content, FIELDS, decided_by(flags), path, say, flags.get("objective"))
 
 
