@@ -29,6 +29,8 @@ from mlx_lora.training.progress import format_duration
 MOST_COLUMNS = 104
 SIDE_BY_SIDE_COLUMNS = 80  # narrower terminals get the answers one below the other
 BAR_COLUMNS = 16
+WORDS_COLUMNS = 44  # of what a stage says; always as wide, so that the table stays still
+OTHER_COLUMNS = 62  # of mark, name and times, at most
 PLAIN_REPORTS = 4  # lines about the training in a log file
 INTRO = "A small language model learns to answer everyday questions in verse."
 
@@ -64,8 +66,14 @@ class _Row:
 class DemoScreen:
     """Shows the stages on standard error and the results on standard output."""
 
-    def __init__(self) -> None:
-        self._log, self._out = Console(stderr=True, highlight=False), Console(highlight=False)
+    def __init__(self, log: Console | None = None, out: Console | None = None) -> None:
+        """Make a screen.
+
+        Args:
+            log: for the stages; None: standard error.
+            out: for the results; None: standard output.
+        """
+        self._log, self._out = log or Console(stderr=True, highlight=False), out or Console(highlight=False)
         self._terminal = self._log.is_terminal and not self._log.is_dumb_terminal
         self._rows: list[_Row] = []
         self._follow: Callable[[], Text | None] = lambda: None
@@ -75,10 +83,10 @@ class DemoScreen:
     def stages(self, stages: Sequence[Stage], out: Path) -> Iterator[None]:
         """Introduce the stages, and show them until the block ends."""
         self._rows = [_Row(stage) for stage in stages]
-        total = sum(stage.usual_s for stage in stages)
+        minutes = round(sum(stage.usual_s for stage in stages) / 60)
         self._log.print(f"\n{INTRO}", style="bold" if self._terminal else None)
         self._line(
-            f"{len(stages)} stages, about {_usual(total)} on two CPU cores. Everything is written to {shlex.quote(str(out))}.\n"
+            f"{len(stages)} stages, about {minutes} minutes on two CPU cores. Everything is written to {shlex.quote(str(out))}.\n"
         )
         live = Live(get_renderable=self._table, console=self._log, refresh_per_second=8) if self._terminal else None
         with live or nullcontext():
@@ -91,7 +99,7 @@ class DemoScreen:
         place = f"{number + 1}/{len(self._rows)}"
         row.started = time.perf_counter()
         if not self._terminal:
-            self._line(f"{place} {row.stage.name} (about {_usual(row.stage.usual_s)})")
+            self._line(f"{place} {row.stage.name} (about {format_duration(row.stage.usual_s)})")
 
         def done(words: str) -> None:
             row.spent, row.words = time.perf_counter() - (row.started or 0), words
@@ -169,7 +177,7 @@ class DemoScreen:
             self._out.print(Text(f"  {words}", style="cyan"), soft_wrap=True)
 
     def _columns(self) -> int:
-        return min(self._out.width, MOST_COLUMNS)
+        return min(self._log.width, self._out.width, MOST_COLUMNS)
 
     def _line(self, text: str) -> None:
         """Print a plain line whole, however long."""
@@ -177,10 +185,11 @@ class DemoScreen:
 
     def _table(self) -> RenderableType:
         """Return the stages as they stand."""
+        words = max(1, min(WORDS_COLUMNS, self._columns() - OTHER_COLUMNS))
         table = Table.grid(padding=(0, 2, 0, 0))
         table.add_column(width=1)
         table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, overflow="ellipsis")
+        table.add_column(no_wrap=True, overflow="ellipsis", min_width=words)
         table.add_column(justify="right", no_wrap=True)
         for row in self._rows:
             table.add_row(*self._cells(row))
@@ -189,14 +198,19 @@ class DemoScreen:
     def _cells(self, row: _Row) -> tuple[RenderableType, ...]:
         name = row.stage.name
         if row.started is None:
-            return Text("·", "dim"), Text(name, "dim"), "", Text(f"about {_usual(row.stage.usual_s)}", "dim")
+            return Text("·", "dim"), Text(name, "dim"), "", Text(f"about {format_duration(row.stage.usual_s)}", "dim")
         if row.spent is not None:
             return Text("✓", "green"), name, _as_text(row.words, "dim"), Text(format_duration(row.spent), "dim")
         if row.failed:
             return Text("×", "red"), name, "", ""
         spent = format_duration(time.perf_counter() - row.started)
         doing = self._follow() or _as_text(row.words, "dim")
-        return self._spinner, Text(name, "bold"), doing, Text(f"{spent} of about {_usual(row.stage.usual_s)}", "dim")
+        return (
+            self._spinner,
+            Text(name, "bold"),
+            doing,
+            Text(f"{spent} of about {format_duration(row.stage.usual_s)}", "dim"),
+        )
 
 
 def newest_report(metrics: Path) -> dict[str, Any] | None:
@@ -239,11 +253,6 @@ def _progress_words(record: dict[str, Any], total_steps: int) -> str:
     left = record["elapsed_s"] / step * (total_steps - step)
     ending = f", {format_duration(left)} left" if step < total_steps else ""
     return f"step {step} of {total_steps}, loss {record['loss']:.2f}{ending}"
-
-
-def _usual(seconds: int) -> str:
-    """Return a rough duration in words, as in `30 s` or `2.5 min`."""
-    return f"{seconds} s" if seconds < 60 else f"{round(seconds / 30) / 2:g} min"
 
 
 def _as_text(words: str | Text, style: str) -> Text:
