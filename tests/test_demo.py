@@ -135,12 +135,13 @@ def test_a_terminal_gets_one_table_that_is_kept_up_to_date(tmp_path):
             os.utime(metrics, (time.time() + 1,) * 2)
             first, second, third, fourth = table()
             done("40 steps")
-        assert "━" * 16 not in table()[2]
+        assert "━" not in table()[2]
     assert first.startswith("✓")
     assert "a model" in first
     assert second.startswith("·")
     assert "about 25s" in second
-    assert "━" * 16 + "  step 10 of 40, loss 3.46, 1m00s left" in third
+    assert "━" * 12 + "  step 10 of 40, loss 3.46 " in third
+    assert third.endswith(" 1m00s left")
     assert fourth.startswith("·")
     screen, _, _ = made_screen()
     with pytest.raises(RuntimeError), screen.stages(STAGES, tmp_path), screen.stage(1):

@@ -28,7 +28,7 @@ from mlx_lora.training.progress import format_duration
 
 MOST_COLUMNS = 104
 SIDE_BY_SIDE_COLUMNS = 80  # narrower terminals get the answers one below the other
-BAR_COLUMNS = 16
+BAR_COLUMNS = 12
 WORDS_COLUMNS = 44  # of what a stage says; always as wide, so that the table stays still
 OTHER_COLUMNS = 62  # of mark, name and times, at most
 PLAIN_REPORTS = 4  # lines about the training in a log file
@@ -60,7 +60,7 @@ class _Row:
     started: float | None = None
     spent: float | None = None
     failed: bool = False
-    words: str | Text = ""
+    words: str = ""
 
 
 class DemoScreen:
@@ -74,9 +74,10 @@ class DemoScreen:
             out: for the results; None: standard output.
         """
         self._log, self._out = log or Console(stderr=True, highlight=False), out or Console(highlight=False)
-        self._terminal = self._log.is_terminal and not self._log.is_dumb_terminal
+        room = self._columns() > OTHER_COLUMNS
+        self._terminal = self._log.is_terminal and not self._log.is_dumb_terminal and room
         self._rows: list[_Row] = []
-        self._follow: Callable[[], Text | None] = lambda: None
+        self._follow: Callable[[], tuple[Text, str] | None] = lambda: None
         self._spinner = Spinner("dots", style="cyan")
 
     @contextmanager
@@ -132,16 +133,17 @@ class DemoScreen:
             # With --force, an earlier run's file is there until this run takes its first step.
             return newest_report(path) if path.is_file() and path.stat().st_mtime >= started else None
 
-        def follow() -> Text | None:
+        def follow() -> tuple[Text, str] | None:
             record = newest()
-            return None if record is None else _bar(record, total_steps)
+            return None if record is None else (_bar(record, total_steps), _left(record, total_steps))
 
         def lines(_: str) -> None:
             nonlocal told
             record = None if self._terminal else newest()
             if record and record["step"] * PLAIN_REPORTS // total_steps > told:
                 told = record["step"] * PLAIN_REPORTS // total_steps
-                self._line(f"    {_progress_words(record, total_steps)}")
+                ending = _left(record, total_steps)
+                self._line(f"    {_progress_words(record, total_steps)}{ending and ', '}{ending}")
 
         self._follow = follow
         return lines
@@ -185,11 +187,11 @@ class DemoScreen:
 
     def _table(self) -> RenderableType:
         """Return the stages as they stand."""
-        words = max(1, min(WORDS_COLUMNS, self._columns() - OTHER_COLUMNS))
+        words = min(WORDS_COLUMNS, self._columns() - OTHER_COLUMNS)
         table = Table.grid(padding=(0, 2, 0, 0))
         table.add_column(width=1)
         table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, overflow="ellipsis", min_width=words)
+        table.add_column(no_wrap=True, overflow="ellipsis", width=words)
         table.add_column(justify="right", no_wrap=True)
         for row in self._rows:
             table.add_row(*self._cells(row))
@@ -200,17 +202,13 @@ class DemoScreen:
         if row.started is None:
             return Text("·", "dim"), Text(name, "dim"), "", Text(f"about {format_duration(row.stage.usual_s)}", "dim")
         if row.spent is not None:
-            return Text("✓", "green"), name, _as_text(row.words, "dim"), Text(format_duration(row.spent), "dim")
+            return Text("✓", "green"), name, Text(row.words, "dim"), Text(format_duration(row.spent), "dim")
         if row.failed:
             return Text("×", "red"), name, "", ""
         spent = format_duration(time.perf_counter() - row.started)
-        doing = self._follow() or _as_text(row.words, "dim")
-        return (
-            self._spinner,
-            Text(name, "bold"),
-            doing,
-            Text(f"{spent} of about {format_duration(row.stage.usual_s)}", "dim"),
-        )
+        usual = f"{spent} of about {format_duration(row.stage.usual_s)}"
+        doing, times = self._follow() or (Text(row.words, "dim"), usual)
+        return self._spinner, Text(name, "bold"), doing, Text(times or spent, "dim")
 
 
 def newest_report(metrics: Path) -> dict[str, Any] | None:
@@ -249,14 +247,14 @@ def _bar(record: dict[str, Any], total_steps: int) -> Text:
 
 
 def _progress_words(record: dict[str, Any], total_steps: int) -> str:
+    return f"step {record['step']} of {total_steps}, loss {record['loss']:.2f}"
+
+
+def _left(record: dict[str, Any], total_steps: int) -> str:
+    """Return words on the time that the run still takes, none after its last step."""
     step = record["step"]
     left = record["elapsed_s"] / step * (total_steps - step)
-    ending = f", {format_duration(left)} left" if step < total_steps else ""
-    return f"step {step} of {total_steps}, loss {record['loss']:.2f}{ending}"
-
-
-def _as_text(words: str | Text, style: str) -> Text:
-    return words if isinstance(words, Text) else Text(words, style)
+    return f"{format_duration(left)} left" if step < total_steps else ""
 
 
 def _side_by_side(before: str, after: str) -> Table:

@@ -93,6 +93,7 @@ def run_demo(demo: Demo, screen: DemoScreen) -> int:
             done(f"held-out loss {before.loss:.2f}")
         with screen.stage(2) as done:
             lines = screen.training(demo.run_folder, demo.iters)
+            screen.doing("preparing the first step")
             outcome = train_run(settings, say=lines)
             if not outcome.interrupted:
                 done(f"{outcome.steps} steps, {demo.run_folder}")
