@@ -37,7 +37,9 @@ def release_notes(tag: str, version: str, changelog: str) -> str:
     """
     if tag != f"v{version}":
         raise NotReady(f"tag {tag}: __version__ is {version}; tag v{version}, or change __version__ first")
-    found = re.search(rf"^## {re.escape(version)}(?P<date>.*)\n(?P<text>(?:(?!## ).*\n?)*)", changelog, re.MULTILINE)
+    found = re.search(
+        rf"^## {re.escape(version)}(?P<date>(?: .*)?)\n(?P<text>(?:(?!## ).*\n?)*)", changelog, re.MULTILINE
+    )
     if found is None:
         raise NotReady(f"tag {tag}: CHANGELOG.md has no section `## {version} (YYYY-MM-DD)`; write it")
     if not re.fullmatch(r" \(\d{4}-\d\d-\d\d\)", found["date"]):

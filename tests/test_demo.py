@@ -139,7 +139,7 @@ def test_a_terminal_gets_one_table_that_is_kept_up_to_date(tmp_path):
     assert first.startswith("✓")
     assert "a model" in first
     assert second.startswith("·")
-    assert "about 25s" in second
+    assert "about 30s" in second
     assert "━" * 12 + "  step 10 of 40, loss 3.46 " in third
     assert third.endswith(" 1m00s left")
     assert fourth.startswith("·")
@@ -179,6 +179,7 @@ def test_the_program_is_named_as_the_user_can_call_it(tmp_path, monkeypatch):
     script.parent.mkdir()
     script.write_text("#!/bin/sh\n")
     script.chmod(0o755)
+    monkeypatch.delenv("UV", raising=False)
     monkeypatch.setattr(sys, "argv", [str(script)])
     monkeypatch.setenv("PATH", "/nowhere")
     assert called_as() == str(script)
@@ -189,6 +190,10 @@ def test_the_program_is_named_as_the_user_can_call_it(tmp_path, monkeypatch):
     (script.parent / "python").symlink_to(sys.executable)
     monkeypatch.setattr(sys, "executable", str(script.parent / "python"))
     assert called_as() == "python -m mlx_lora"
+    monkeypatch.setenv("UV", "/somewhere/uv")
+    assert called_as() == "python -m mlx_lora"  # uv run
+    monkeypatch.setattr(sys, "prefix", "/cache/uv/archive-v0/abc")
+    assert called_as() == "uvx mlx-lora"
 
 
 def test_the_newest_report_is_a_whole_one_with_a_loss(tmp_path):

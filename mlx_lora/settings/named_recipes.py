@@ -30,11 +30,9 @@ def recipe_file(name: str) -> Path:
     """
     names = recipe_names()
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        advice = f"did you mean {close[0]}? " if close else ""
-        raise InputError(
-            f"--config {name}: no such file, and no recipe of that name; {advice}The recipes are {', '.join(names)}"
-        )
+        close, listed = difflib.get_close_matches(name, names, n=1), ", ".join(names)
+        advice = f"did you mean {close[0]}? There are {listed}" if close else f"the recipes are {listed}"
+        raise InputError(f"--config {name}: no such file, and no recipe of that name; {advice}")
     return RECIPES / f"{name}.yaml"
 
 

@@ -5,6 +5,7 @@ A terminal gets one table that is kept up to date. A pipe or a log file gets pla
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
@@ -230,6 +231,8 @@ def newest_report(metrics: Path) -> dict[str, Any] | None:
 def called_as() -> str:
     """Return how the user can call `mlx-lora` again."""
     started = Path(sys.argv[0])
+    if os.environ.get("UV") and any(part.startswith("archive-v") for part in Path(sys.prefix).parts):
+        return "uvx mlx-lora"  # in uvx's own environment, which the user's shell does not search
     if started.name == "mlx-lora":
         found = shutil.which("mlx-lora")
         same = found is not None and Path(found).resolve() == started.resolve()

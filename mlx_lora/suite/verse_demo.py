@@ -46,9 +46,9 @@ NEEDED_BYTES = 300_000_000  # the converted model, the adapter and a checkpoint 
 # The usual times, in seconds, of a machine with two CPU cores; a download is not counted.
 STAGES = (
     Stage("Get the model", 10),
-    Stage("Ask it three questions", 25),
+    Stage("Ask it three questions", 30),
     Stage("Train an adapter on verse", 150),
-    Stage("Ask the same questions again", 30),
+    Stage("Ask the same questions again", 40),
 )
 
 
