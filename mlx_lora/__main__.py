@@ -6,6 +6,7 @@ import importlib
 
 import click
 
+from mlx_lora import __version__
 from mlx_lora.system import console
 
 COMMANDS = {
@@ -18,6 +19,7 @@ COMMANDS = {
     "bench": "Measure training with fixed workloads, and compare machines.",
     "serve": "Serve a model and many adapters through OpenAI's HTTP API.",
     "fuse": "Fold an adapter into its base model.",
+    "demo": "Train a small model to answer in verse, and show it: a few minutes.",
     "doctor": "Check this machine for training.",
     "export": "Write an adapter, or a model with it, for PEFT, transformers, llama.cpp or Ollama.",
 }
@@ -38,7 +40,7 @@ class LazyGroup(console.Group):
 
 
 @click.command(cls=LazyGroup)
-@click.version_option(package_name="mlx-lora")
+@click.version_option(__version__)
 def main() -> None:
     """LoRA and QLoRA training on MLX."""
 

@@ -12,10 +12,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_lora.sources.embedded_models import SMOLLM2_GGUF
 from mlx_lora.suite.rows import chat_rows, pair_rows
 from mlx_lora.suite.workload_models import (
-    EMBEDDED_FILE,
-    EMBEDDED_SHA256,
     GEMMA3_1B,
     GPT_OSS_20B,
     LLAMA_1B,
@@ -132,7 +131,7 @@ class Workload:
     def source(self) -> str:
         """The hub id of its model, or the file and hash of the embedded one."""
         if self.tier == "embedded":
-            return f"{EMBEDDED_FILE}, sha256 {EMBEDDED_SHA256[:12]}"
+            return f"{SMOLLM2_GGUF.file_name}, sha256 {SMOLLM2_GGUF.sha256[:12]}"
         found = MODELS[self.model]
         return (found.packed_id if self.packed else found.float_id) or ""
 
