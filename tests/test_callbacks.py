@@ -38,9 +38,14 @@ for event in EVENTS:
     setattr(Recorder, event, lambda self, facts, event=event: self.note(event, facts))
 
 
-def test_a_run_tells_each_event_once(base, chats, tmp_path):
-    recorder = Recorder()
-    done = mlx_lora.train(base, chats, tmp_path / "a", callbacks=[recorder], save_every=2, **QUICK)
+@pytest.fixture(scope="module")
+def whole(base, chats, tmp_path_factory):
+    recorder, out = Recorder(), tmp_path_factory.mktemp("whole") / "a"
+    return mlx_lora.train(base, chats, out, callbacks=[recorder], save_every=2, **QUICK), recorder
+
+
+def test_a_run_tells_each_event_once(whole):
+    done, recorder = whole
     assert [(event, facts.get("step")) for event, facts in recorder.told] == [
         ("on_start", None), ("on_validation", 0), ("on_step", 1), ("on_step", 2), ("on_report", 2), ("on_save", 2),
         ("on_step", 3), ("on_step", 4), ("on_report", 4), ("on_validation", 4), ("on_save", 4), ("on_end", None),
@@ -51,7 +56,7 @@ def test_a_run_tells_each_event_once(base, chats, tmp_path):
     assert told["on_step"] == {"step": 4, "steps": 4}
     assert told["on_report"] == done.metrics[-2]
     assert told["on_validation"]["val_loss"] == done.val_loss
-    where = str(tmp_path / "a")
+    where = str(done.adapter)
     assert told["on_end"] == {
         "adapter_path": where, "error": None, "steps": 4, "val_loss": done.val_loss, "interrupted": False,
         "stopped_early": False,
@@ -59,7 +64,9 @@ def test_a_run_tells_each_event_once(base, chats, tmp_path):
     assert [p.name for p in sorted((done.adapter / "checkpoints").iterdir())] == ["step-000002", "step-000004"]
 
 
-def test_an_error_in_a_callback_ends_the_run_with_a_checkpoint_that_resumes_to_the_same_bytes(base, chats, tmp_path):
+def test_an_error_in_a_callback_ends_the_run_with_a_checkpoint_that_resumes_to_the_same_bytes(
+    base, chats, whole, tmp_path
+):
     failing, other = Recorder("on_step", 1), Recorder()
     with pytest.raises(mlx_lora.RunError, match=r"Recorder\.on_step failed \(ZeroDivisionError: of mine\).*step 1 is saved.*resume=\"auto\"") as caught:  # fmt: skip
         mlx_lora.train(base, chats, tmp_path / "a", callbacks=[failing, other], **QUICK)
@@ -68,12 +75,9 @@ def test_an_error_in_a_callback_ends_the_run_with_a_checkpoint_that_resumes_to_t
     assert other.told[-1][0] == "on_end"
     assert "of mine" in other.told[-1][1]["error"]
     mlx_lora.train(base, chats, tmp_path / "a", resume="auto", **QUICK)
-    whole = mlx_lora.train(base, chats, tmp_path / "whole", **QUICK)
-    first, second = ((tmp_path / n / "adapters.safetensors").read_bytes() for n in ("a", "whole"))
-    assert first == second
-    one = (tmp_path / "a/checkpoints/step-000001/adapters.safetensors").read_bytes()
-    assert one != first
-    assert whole.steps == 4
+    folders = (tmp_path / "a", whole[0].adapter, tmp_path / "a/checkpoints/step-000001")
+    resumed, straight, one = ((folder / "adapters.safetensors").read_bytes() for folder in folders)
+    assert resumed == straight != one
 
 
 @pytest.mark.parametrize(
@@ -120,18 +124,17 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def test_tensorboard_gets_every_report(base, tiny_folder, chats, tmp_path):
+def test_tensorboard_gets_every_report(base, chats, tmp_path):
     pytest.importorskip("tensorboardX")
-    done = mlx_lora.train(base, chats, tmp_path / "a", callbacks=[mlx_lora.TensorBoard(tmp_path / "board")], **QUICK)
-    flags = ("--iters", 2, "--batch-tokens", 256, "--max-seq-length", 128, "--report-to", "tensorboard")
-    assert run("train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "b", *flags).code == 0
+    board = mlx_lora.TensorBoard(tmp_path / "board")
+    done = mlx_lora.train(base, chats, tmp_path / "a", callbacks=[board], report_to="tensorboard", **QUICK)
     found = scalars(tmp_path / "board")
     assert [step for step, _ in found["train/loss"]] == [2, 4]
     assert [value for _, value in found["train/loss"]] == pytest.approx(done.losses, rel=1e-6)
     assert [value for _, value in found["valid/loss"]] == pytest.approx(done.val_losses, rel=1e-6)
     assert "train/tokens_per_s" in found
     assert "valid/tokens_per_s" not in found
-    assert [step for step, _ in scalars(tmp_path / "b/tensorboard")["train/loss"]] == [1, 2]
+    assert scalars(tmp_path / "a/tensorboard") == found  # what --report-to writes
 
 
 def test_numbers_that_are_not_finite_are_left_out():
