@@ -16,9 +16,9 @@ $(VENV)/.ready: pyproject.toml
 
 setup: $(VENV)/.ready
 
-# The embedded model, converted, trained on Tiny Shakespeare, with text before and after.
+# A small real model, trained to answer in verse, with its answers before and after. FLAGS=--force trains again.
 demo: setup
-	$(BIN)/python scripts/demo.py
+	$(BIN)/mlx-lora demo $(FLAGS)
 
 test: setup
 	$(BIN)/python -m pytest
@@ -37,7 +37,7 @@ fuzz: setup
 	PYTHONPATH=tests $(BIN)/python -m fuzz --cases $(CASES) --seed $(SEED)
 
 # What is ours: a run folder that lies in the checkout has a README.md with code in it, too.
-LINTED := benchmarks data docs mlx_lora recipes scripts tests README.md CHANGELOG.md CONTRIBUTING.md
+LINTED := .github benchmarks data docs mlx_lora packaging scripts tests README.md CHANGELOG.md CONTRIBUTING.md
 
 lint: setup
 	$(BIN)/python scripts/prose.py

@@ -118,7 +118,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", required=True, help="Float folder that both mlx-lm and transformers read.")
     parser.add_argument("--data", required=True, help="Data file or folder.")
-    parser.add_argument("--methods", default=",".join(METHODS), help=f"By comma, of: {', '.join(METHODS)}.")
+    parser.add_argument("--methods", default=",".join(METHODS), help=f"Separated by commas: {', '.join(METHODS)}.")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch-tokens", type=int, default=512)
     parser.add_argument("--rank", type=int, default=8)
@@ -130,7 +130,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     args.methods = [name.strip() for name in args.methods.split(",")]
     unknown = [name for name in args.methods if name not in METHODS]
     if unknown:
-        parser.error(f"--methods {','.join(unknown)}: not of {', '.join(METHODS)}")
+        parser.error(f"--methods {','.join(unknown)}: not one of {', '.join(METHODS)}")
     return args
 
 

@@ -73,13 +73,13 @@ class Ours:
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--families", default=",".join(FAMILIES), help=f"By comma, of: {', '.join(FAMILIES)}.")
+    parser.add_argument("--families", default=",".join(FAMILIES), help=f"Separated by commas: {', '.join(FAMILIES)}.")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--timeout", type=float, default=900, help="Seconds for one child.")
     args = parser.parse_args(argv)
     args.families = [name.strip() for name in args.families.split(",")]
     if unknown := [name for name in args.families if name not in FAMILIES]:
-        parser.error(f"--families {','.join(unknown)}: not of {', '.join(FAMILIES)}")
+        parser.error(f"--families {','.join(unknown)}: not one of {', '.join(FAMILIES)}")
     return args
 
 

@@ -157,7 +157,7 @@ def table(cases: list[dict[str, Any]]) -> str:
             f"| {plan['peak_bytes'] / 1e6:.0f} | {found / 1e6:.0f} | {ratios[-1]:.3f} |"
         )
     within = sum(0.95 <= ratio <= 1.10 for ratio in ratios)
-    lines.append(f"\n{within} of {len(ratios)} within -5 % and +10 %; from {min(ratios):.3f} to {max(ratios):.3f}")
+    lines.append(f"\n{within} of {len(ratios)} within -5% and +10%; from {min(ratios):.3f} to {max(ratios):.3f}")
     return "\n".join(lines)
 
 

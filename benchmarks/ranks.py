@@ -97,7 +97,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="Folder of the base model.")
     parser.add_argument("--data", required=True, help="Data file.")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--cores", default="", help="Cores by comma, one per rank (default: the first ones).")
+    parser.add_argument(
+        "--cores", default="", help="Cores, separated by commas, one per rank (default: the first ones)."
+    )
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)

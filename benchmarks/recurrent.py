@@ -35,7 +35,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--kind", default="gated-delta", help="Layer: a row of KINDS in sides/recurrent_layer.py.")
-    parser.add_argument("--tokens", default="256,1024,4096", help="Lengths, by comma.")
+    parser.add_argument("--tokens", default="256,1024,4096", help="Lengths, separated by commas.")
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--width", type=int, default=128, help="Channels of a head, of its keys and of its values.")
     parser.add_argument("--hidden", type=int, default=1024)

@@ -130,7 +130,9 @@ def plot(curves: dict[str, list[dict[str, Any]]], file: str) -> None:
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--vary", default=",".join(VALUES), help="Curves to measure, by comma (default: all).")
+    parser.add_argument(
+        "--vary", default=",".join(VALUES), help="Curves to measure, separated by commas (default: all)."
+    )
     parser.add_argument("--hidden", type=int, default=256, help="Hidden size; a multiple of 128.")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3, help="Steps per point, the first not counted.")

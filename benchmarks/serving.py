@@ -214,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--adapters", type=int, default=32)
-    parser.add_argument("--ranks", default="16", help="ranks by comma, dealt to the adapters in turn")
+    parser.add_argument("--ranks", default="16", help="ranks, separated by commas, assigned to the adapters in turn")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=7)

@@ -7,7 +7,7 @@ Without --model a small random model and five adapters are written. Every greedy
 answer before the load; `guest` is loaded alternately from two folders and unloaded, so its answers may be those of
 either, or the error that there is no such model. The faults are:
 
-    unmeant    an unexpected status (500, a broken connection, 4xx on a good request)
+    unmeant    a response that was not meant to be (500, a broken connection, 4xx on a good request)
     wrong      an answer of another adapter, or of none
     leaks      unfinished requests at the end; bytes of adapters or of MLX that grew between the first minute and the last
 

@@ -62,7 +62,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--objective", choices=("sft", "dpo"), default="sft")
     parser.add_argument(
-        "--sides", help=f"By comma, of: {', '.join(SIDES)}; with dpo: {', '.join(PAIR_SIDES)}, and those of --variant."
+        "--sides", help=f"Separated by commas: {', '.join(SIDES)}; with dpo: {', '.join(PAIR_SIDES)}, and --variant's."
     )
     parser.add_argument(
         "--reference", help="The side that ratios are relative to; with dpo: whose ratio to each other is shown."
@@ -79,7 +79,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--scale", type=float, default=2.0, help="alpha / rank, for every side.")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
-    parser.add_argument("--beta", type=float, default=0.1, help="Of DPO.")
+    parser.add_argument("--beta", type=float, default=0.1, help="With dpo: DPO's beta.")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="With dpo: of every side's AdamW.")
     parser.add_argument("--check-pairs", type=int, default=4, help="With dpo: pairs of the batch that is checked.")
     parser.add_argument(
@@ -149,7 +149,7 @@ def sides_of(args: argparse.Namespace) -> dict[str, Side]:
     """Return the sides of the objective by name.
 
     Raises:
-        ValueError: a --variant that is none, or with --objective sft.
+        ValueError: a --variant that is malformed, or is given with --objective sft.
     """
     if args.objective == "sft":
         if args.variant:
@@ -290,7 +290,7 @@ def compare_pairs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def failing(args: argparse.Namespace, side: Side, sides: list[Side], skipped: dict[str, str]) -> Iterator[None]:
-    """Leave a side out, with the reason, if it fails inside; the one that the others are compared with may not fail."""
+    """Leave a side out, with the reason, if it fails in this context; the reference must not fail."""
     try:
         yield
     except ChildFailed as error:
@@ -305,7 +305,7 @@ def split_sides(args: argparse.Namespace, quantized: bool) -> tuple[list[Side], 
     """Return the sides that run here, and why the others do not.
 
     Raises:
-        ChildFailed: the one that the others are compared with does not.
+        ChildFailed: the reference cannot run.
     """
     reasons = {name: why_skipped(args.table[name], quantized, args.pythons) for name in args.sides}
     skipped = {name: reason for name, reason in reasons.items() if reason}
@@ -315,7 +315,7 @@ def split_sides(args: argparse.Namespace, quantized: bool) -> tuple[list[Side], 
 
 
 def described(args: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return what a result says of the machine, the command and the data."""
+    """Return a result's facts about the machine, the command and the data."""
     given = {name: value for name, value in vars(args).items() if name != "table"}
     command = [sys.executable, *sys.argv]
     return {**environment(), "arguments": given, "command_line": command, "prepared": facts}

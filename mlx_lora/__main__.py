@@ -6,20 +6,22 @@ import importlib
 
 import click
 
+from mlx_lora import __version__
 from mlx_lora.system import console
 
 COMMANDS = {
-    "convert": "Turn a hub model, a folder or a GGUF file into an MLX folder, quantized or not.",
-    "plan": "Say whether a run will fit, with which settings, and how fast.",
+    "convert": "Convert a hub model, a folder or a GGUF file to an MLX folder, quantized or not.",
+    "plan": "Predict whether a run fits in memory, with which settings, and how fast it is.",
     "train": "Train an adapter.",
     "evaluate": "Measure loss and perplexity on a data file.",
     "generate": "Generate text.",
-    "chat": "Talk to a base and its adapters in the terminal.",
+    "chat": "Chat with a model and its adapters in the terminal.",
     "bench": "Measure training with fixed workloads, and compare machines.",
-    "serve": "Serve a base and many adapters over OpenAI's HTTP interface.",
+    "serve": "Serve a model and many adapters through OpenAI's HTTP API.",
     "fuse": "Fold an adapter into its base model.",
+    "demo": "Train a small model to answer in verse, and show it: a few minutes.",
     "doctor": "Check this machine for training.",
-    "export": "Write an adapter, or a model with it, for PEFT and transformers.",
+    "export": "Write an adapter, or a model with it, for PEFT, transformers, llama.cpp or Ollama.",
 }
 
 
@@ -38,7 +40,7 @@ class LazyGroup(console.Group):
 
 
 @click.command(cls=LazyGroup)
-@click.version_option(package_name="mlx-lora")
+@click.version_option(__version__)
 def main() -> None:
     """LoRA and QLoRA training on MLX."""
 

@@ -49,7 +49,9 @@ def main() -> None:
     help="Run this many steps instead; the result is marked as not comparable.",
 )
 @click.option(
-    "--seconds", type=click.FloatRange(0.1, 10**6), help="End each this long after its first step; marked too."
+    "--seconds",
+    type=click.FloatRange(0.1, 10**6),
+    help="Stop each this many seconds after its first step; also not comparable.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result on standard output.")
 def run_command(
@@ -77,7 +79,7 @@ def run_command(
         except KeyboardInterrupt:
             code = 130
     if not result["results"]:
-        console.echo("Interrupted before the first workload ended; nothing to write")
+        console.echo("Interrupted before the first workload ended, so no result was written")
         return 130
     path = Path(out) if out.endswith(".json") else default_path(result, Path(out))
     write_result(path, result)
@@ -111,7 +113,7 @@ def run_one(workload: Workload, probe: dict[str, Any], folder: Path, length: Len
 @click.option("--across-versions", is_flag=True, help="Give ratios also where versions of mlx or mlx_lora differ.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def compare_command(paths: tuple[Path, ...], markdown: bool, across_versions: bool, as_json: bool) -> None:
-    """Print result files, or folders of them, side by side; the first is the reference of ratios."""
+    """Compare result files, or folders of them; ratios are relative to the first."""
     results, problems = read_results(paths)
     for line in problems:
         console.echo(line)

@@ -41,18 +41,21 @@ WAITING = 4096
 @click.option("--ignore-fingerprint", is_flag=True, help="Use adapters of another base of the same shape.")
 @click.option("--system-prompt", type=str, default=None, help="System message before the conversation.")
 @click.option(
-    "-m", "--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Most tokens of an answer."
+    "-m",
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="The most tokens of an answer.",
 )
 @click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Temperature; 0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(min=0, max=1), default=1.0, show_default=True, help="Nucleus sampling.")
-@click.option(
-    "--seed", type=click.IntRange(min=0, max=2**63 - 1), default=None, help="Seed of every answer's sampling."
-)
+@click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=None, help="Seed for sampling every answer.")
 def main(
     adapters: tuple[str, ...], blends: tuple[str, ...], ignore_fingerprint: bool, system_prompt: str | None,
     max_tokens: int, temp: float, top_p: float, seed: int | None, **options: Any,
 ) -> None:  # fmt: skip
-    """Talk to --model and its --adapter; /help in the chat lists what can be typed."""
+    """Chat with --model and its --adapter; type /help in the chat to list the commands."""
     if not math.isfinite(temp):
         raise InputError(f"--temp {temp}: not a finite number; give 0 for greedy, or about 0.7")
     model = train_settings(flags.given(options)).model

@@ -31,12 +31,12 @@ from mlx_lora.system.errors import InputError
 @click.option("--bits", type=int, help="Quantize at 2, 3, 4, 5, 6 or 8 bits [default: 4; GGUF: unchanged].")
 @click.option("--group-size", type=int, help="Weights per scale: 32, 64 or 128 [default: 64].")
 @click.option("--mode", type=click.Choice(MODES), help="Kind of quantization [default: affine].")
-@click.option("--no-quantize", is_flag=True, help="Write all weights in --dtype.")
+@click.option("--no-quantize", is_flag=True, help="Do not quantize: write all weights in --dtype.")
 @click.option(
     "--dtype",
     type=click.Choice(config.DTYPES),
     default="auto",
-    help="Of float weights and scales; auto: float32 on CPU, bfloat16 on a GPU.",
+    help="Dtype of float weights and scales; auto: float32 on a CPU, bfloat16 on a GPU.",
 )
 @click.option("--revision", help="Hub branch, tag or commit of the model.")
 @click.option(

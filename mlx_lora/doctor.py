@@ -53,7 +53,7 @@ class Check:
 @click.command(cls=console.Command)
 @click.option("--hub/--no-hub", default=True, help="Try to reach the hub.", show_default=True)
 @click.option(
-    "--kernels", "show_kernels", is_flag=True, help="Measure the training kernels in usual shapes and show the table."
+    "--kernels", "show_kernels", is_flag=True, help="Measure the training kernels in common shapes and show the table."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(hub: bool, show_kernels: bool, as_json: bool) -> int:
@@ -110,13 +110,13 @@ def installed_versions() -> dict[str, str | None]:
 
 
 def check_versions(versions: dict[str, str | None]) -> list[Check]:
-    """Check for versions that are known to be wrong."""
+    """Check for versions that are known to give wrong results."""
     bad = [
         Check("versions", "failed", f"{name} {versions[name]}: {why}", f"pip install -U {name}")
         for name, below, why in KNOWN_BAD
         if (found := versions[name]) and Version(found) < Version(below)
     ]
-    return bad or [Check("versions", "ok", "none that is known to be wrong")]
+    return bad or [Check("versions", "ok", "none is known to give wrong results")]
 
 
 def check_memory(here: device.Device) -> Check:
@@ -142,16 +142,14 @@ def check_arithmetic() -> list[Check]:
         Check(
             "arithmetic",
             "failed",
-            f"{one.what}: off by {one.error:.1e} of the largest number, {one.bound:.0e} is rounding",
+            f"{one.what}: off by {one.error:.1e} of the largest number, rounding explains {one.bound:.0e}",
             "do not train here with that dtype or quantization; try another mlx version, and report this to mlx",
         )
         for one in findings
         if not one.good
     ]
     worst = max(findings, key=lambda one: one.error / one.bound)
-    good = (
-        f"{len(findings)} products and attention as in float64; nearest to its bound: {worst.what}, {worst.error:.1e}"
-    )
+    good = f"{len(findings)} products and attention agree with float64; nearest to its limit: {worst.what}, error {worst.error:.1e}"
     return bad or [Check("arithmetic", "ok", good)]
 
 
@@ -175,14 +173,18 @@ def check_speed() -> tuple[dict[str, dict[str, float]], list[Check]]:
     found = f"{products} GFLOP/s in products; memory {rates[taken]['bytes_per_s'] / 1e9:.1f} GB/s; runs take {taken}"
     best = max(("float32", "bfloat16"), key=lambda name: rates[name]["flops_per_s"])
     if rates[best]["flops_per_s"] > 1.5 * rates[taken]["flops_per_s"]:
-        return rates, [Check("speed", "warning", found, f"--dtype {best} multiplies faster here, with other memory")]
+        return rates, [
+            Check("speed", "warning", found, f"--dtype {best} multiplies faster here, but needs other memory")
+        ]
     return rates, [Check("speed", "ok", found)]
 
 
 def check_kernels(table: list[dict[str, Any]]) -> Check:
     """Return which training kernels were measured here, and which are used; wrong ones are not."""
     if not table:
-        return Check("kernels", "ok", "none measured here yet: the first training does, or --kernels")
+        return Check(
+            "kernels", "ok", "none measured here yet; the first training run measures them, and so does --kernels"
+        )
     counts = Counter((row["kernel"], row["chosen"]) for row in table)
     found = ", ".join(f"{kernel} {name} in {count}" for (kernel, name), count in sorted(counts.items()))
     wrong = sorted(

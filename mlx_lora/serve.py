@@ -111,7 +111,7 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
         limit_concurrency=settings.max_batch + settings.max_waiting + 64,
     )
     socket, address = listen(settings.host, settings.port)
-    console.echo(f"ready  {address} (a page to try it; OpenAI's interface under /v1; Ctrl-C ends it)")
+    console.echo(f"ready  {address} (open it in a browser to chat; OpenAI's API is under /v1; Ctrl-C stops the server)")
     # uvicorn raises the signal that ended it again; for a server this is the normal end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = uvicorn.Server(config)

@@ -1,10 +1,10 @@
-"""Write build/typed/mlx: mlx's own declarations for the type checker, with those mended that say less than is so.
+"""Write build/typed/mlx: mlx's own declarations for the type checker, with corrections where they are too vague.
 
     python scripts/typing_stubs.py      before `pyright`; `make lint` runs both
 
-mlx declares what an array holds as any of four types, and what a function of ours returns as an `object`; its modules'
-attributes and its trees have no types at all, from which a checker infers "or None" and "or str". As copies, with `Any` in these
-places, they leave the checker what it is for: our own code.
+mlx declares an array's items as any of four types, and the results of its function transforms as `object`. Its modules'
+attributes and its trees have no types, so a checker infers "or None" and "or str". The copies have `Any` in these places,
+so that the checker reports problems of our own code only.
 """
 
 from __future__ import annotations

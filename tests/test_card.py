@@ -139,7 +139,7 @@ def test_a_quantized_base_is_no_base_for_transformers(place, tiny_4bit_folder, t
     command = ("export", "--model", tiny_4bit_folder, "--adapter-path", place / "adapter", "--ignore-fingerprint")
     assert run(*command, "--to", "peft", "--out", tmp_path / "out").code == 0
     text = (tmp_path / "out" / CARD_FILE).read_text()
-    assert "transformers takes the float model" in text
+    assert "transformers needs the float model" in text
     assert "OWNER/FLOAT-MODEL" in text
 
 
@@ -157,7 +157,7 @@ def test_a_readme_of_the_users_own_stays(tiny_folder, chats, tmp_path):
     ran = run(*command, "--iters", 1)
     assert ran.code == 0, ran.err
     assert (folder / CARD_FILE).read_text() == "# mine\n"
-    assert "yours, left as it is" in ran.err
+    assert "your own file, left as it is" in ran.err
     (folder / CARD_FILE).write_text(f"---\n---\n{MARK}\nan earlier run\n")
     assert run(*command, "--iters", 2, "--force").code == 0
     text = (folder / CARD_FILE).read_text()
@@ -225,7 +225,7 @@ def test_refused_uploads_are_one_line_and_leave_the_files(exported, tmp_path):
         assert done.returncode == 0, done.stderr
         (line,) = done.stdout.splitlines()
         assert line.startswith("--push-to-hub me/tuned: ")
-        assert line.endswith(f"what was written stays in {exported}")
+        assert line.endswith(f"the written files stay in {exported}")
         return line
 
     with hub_server() as server:
@@ -268,4 +268,4 @@ def test_wrong_ids_are_refused_before_the_work(place, tiny_folder, tmp_path, fla
 
 
 def test_the_cards_place_is_a_path_of_the_readers(exported):
-    assert "`adapter` stands for this folder" in (Path(exported) / CARD_FILE).read_text()
+    assert "`adapter` is this folder" in (Path(exported) / CARD_FILE).read_text()

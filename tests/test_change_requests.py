@@ -88,7 +88,7 @@ def test_a_new_setting_is_one_row(tmp_path):
     assert (written["target_spread"], written["report_color"]) == (0.5, "green")
     assert seen["from run.yaml"] == 0.5
     for seen_by, words in (
-        ("resumed", "target_spread was 0.0, is 0.5"),
+        ("resumed", "target_spread was 0.0, is now 0.5"),
         ("on rank 1", "target_spread is 0.0 on rank 0, 0.5"),
     ):
         assert words in seen[seen_by]["target_spread"]

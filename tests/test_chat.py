@@ -158,13 +158,13 @@ def test_a_conversation_longer_than_the_context_is_kept(talk, said, tmp_path, ad
     ran = talk(FIRST, "x" * 200, SECOND, model=short)
     assert ran.out == f"{first}\n{said('bard', FIRST, first, SECOND)}\n"
     (error,) = [line for line in ran.lines if "Error" in line]
-    assert "the model was made for 200" in error
+    assert "the model's context is 200" in error
     assert "/reset" in error
     room = 200 - len(byte_tokenizer().apply_chat_template(
         [{"role": "user", "content": FIRST}], add_generation_prompt=True, return_dict=False))  # fmt: skip
     cut = talk(FIRST, model=short, flags=("--max-tokens", 1000))
     assert cut.out == f"{said('bard', FIRST, count=room)}\n"
-    assert "ends where the model's context does" in cut.err
+    assert "because the model's context is full" in cut.err
     assert "ends where" not in ran.err
 
 
@@ -242,7 +242,7 @@ def test_earlier_turns_are_not_computed_again(chat):
     assert first.usage.cached == 0
     assert second.usage.cached >= first.usage.prompt
     assert f"{COUNT} tokens, " in second.figures()
-    assert f"{second.usage.cached} of them known" in second.figures()
+    assert f"{second.usage.cached} of them cached" in second.figures()
     assert finished(chat.ask(SECOND, None))[1].usage.cached == 0, "another adapter's keys are of no use"
 
 
@@ -399,7 +399,7 @@ def test_a_terminal_shows_speed_and_ctrl_d_ends_it(folder):
         terminal.until("base> ")
         terminal.type(FIRST + "\n")
         terminal.until("base: 8 tokens, ")
-        assert "tokens/s; " in terminal.until("of them known")
+        assert "tokens/s; " in terminal.until("of them cached")
         terminal.until("base> ")
         terminal.type("\x04")
         assert terminal.process.wait(60) == 0

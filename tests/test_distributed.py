@@ -186,7 +186,7 @@ def test_ranks_with_other_data_or_settings_are_refused(tiny_folder, chats, tmp_p
     message = ended.errs[0].splitlines()[-1]
     assert message.startswith("Error: rank 1 is not in the same run")
     assert "rows is" in message
-    assert "save_every is 3 on rank 0, 4 there" in message
+    assert "save_every is 3 on rank 0, 4 on rank 1" in message
     assert "Error" not in ended.errs[1]
     assert not (tmp_path / "a" / "metrics.jsonl").exists()
 

@@ -118,7 +118,7 @@ def test_a_divergence_puts_the_last_good_checkpoint_back(poisoned, tmp_path):
     assert (left[-1] / "adapters.safetensors").read_bytes() == (tmp_path / "a" / "adapters.safetensors").read_bytes()
     # Without a checkpoint: what the factors were before.
     ran = run(*words, "--adapter-path", tmp_path / "b", "--save-every", 0)
-    assert (ran.code, "as it was before them is saved" in ran.err) == (1, True)
+    assert (ran.code, "from before these steps is saved" in ran.err) == (1, True)
     assert is_finite(tmp_path / "b")
 
 
@@ -216,7 +216,7 @@ def test_a_second_run_in_a_folder_is_refused(tiny_folder, chats, tmp_path):
         process.send_signal(signal.SIGINT)
         process.stderr.read()
         assert process.wait(30) == 130
-    assert (ran.code, "another run is writing there" in ran.err) == (2, True)
+    assert (ran.code, "another run is writing to it" in ran.err) == (2, True)
 
 
 SPARED = """

@@ -109,7 +109,7 @@ def test_what_cannot_be_read_back_is_not_left_behind(tiny_folder, tmp_path, monk
         tmp_path / "f",
         "--ignore-fingerprint",
     )
-    assert (ran.code, "with other contents than were written" in ran.err) == (1, True)
+    assert (ran.code, "back differently" in ran.err) == (1, True)
     assert not (tmp_path / "f").exists()
 
 
@@ -160,7 +160,7 @@ def test_an_adapter_is_not_put_on_its_own_fused_model(form, marked, tmp_path, mo
         ran = run("convert", "--model", out, "--out", tmp_path / "f4", "--bits", 4, "--group-size", 32)
         assert ran.code == 0, ran.err
         models.append(tmp_path / "f4")
-    said = "an adapter fused into it" if marked else "holds this adapter already"
+    said = "an adapter fused into it" if marked else "already contains this adapter"
     for model in models:
         with pytest.raises(InputError, match=said):
             load_adapter(load_base(ModelSettings(model=str(model))), adapter)

@@ -354,7 +354,7 @@ def test_the_heads_loss_is_measured_on_the_models_own_head(own_cache, monkeypatc
     lines: list[str] = []
     model = adapted()
     loss = choose_loss(model, TINY, say=lines.append)
-    assert lines == ["Measuring cross-entropy for 288 tokens by 64 (float), once on this machine"]
+    assert lines == ["Measuring cross-entropy for a vocabulary of 288 and width 64 (float), once on this machine"]
     found = read_figures(figures_key(loss_choice.NAME, loss_choice.head_class(find_head(model, TINY)), mx.float32))
     assert found.keys() == {"tiles", "rows", "plain"}
     assert all(one.correct for one in found.values())
@@ -411,7 +411,9 @@ def test_terms_are_what_was_measured(own_cache, monkeypatch):
 
 def test_plan_reads_what_was_measured_here(own_cache, tiny_folder, monkeypatch):
     monkeypatch.setattr(kernel_choice, "measure", None)  # a plan measures nothing
-    monkeypatch.setattr("mlx_lora.plan.measure_ceilings", lambda dtype: Ceilings(1e11, 1e10, 1e8, 0.0, "measured here"))
+    monkeypatch.setattr(
+        "mlx_lora.api.run_plan.measure_ceilings", lambda dtype: Ceilings(1e11, 1e10, 1e8, 0.0, "measured here")
+    )
 
     def planned(*flags) -> dict:
         ran = run("plan", "--model", tiny_folder, "--max-seq-length", 513, "--batch-size", 4, "--json", *flags)
@@ -445,7 +447,7 @@ def test_the_doctor_shows_the_table(own_cache, monkeypatch):
     assert ran.code == 0, ran.err
     table = json.loads(ran.out)["kernels"]
     assert {(row["kernel"], row["chosen"]) for row in table} >= {("attention", MLX), ("cross-entropy", "tiles")}
-    assert any(row["shape"] == "300 tokens by 32 (float)" for row in table)
+    assert any(row["shape"] == "a vocabulary of 300 and width 32 (float)" for row in table)
     assert set(table[0]["candidates"]["mlx"]) >= {"seconds", "kept_bytes", "peak_bytes", "error", "correct"}
     shown = run("doctor", "--no-hub", "--kernels").out
     assert "attention mlx in 2" in shown

@@ -118,7 +118,7 @@ def test_a_default_system_text_is_the_modelfiles(folder, tmp_path):
     assert 'SYSTEM """Be kind."""\n' in (tmp_path / "out" / "Modelfile").read_text()
     byte_tokenizer(template("plain"), merges=MERGES).save_pretrained(model)
     ran = export(model, tmp_path / "out", "--force")
-    assert "there is no TEMPLATE" in ran.err
+    assert "so the Modelfile has no TEMPLATE" in ran.err
     assert (tmp_path / "out" / "Modelfile").read_text() == "FROM ./model.gguf\n"
 
 
@@ -147,5 +147,5 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path):
     out.mkdir()
     (out / "mine").write_text("mine")
     one_line(export(folder, out), "not empty", "--force")
-    one_line(export(folder, out, "--force"), "with a Modelfile only")
+    one_line(export(folder, out, "--force"), "only replaces a folder that has a Modelfile")
     assert (out / "mine").read_text() == "mine"

@@ -20,10 +20,10 @@ import pytest
 from gguf_families import write_folder_with_merges
 from make_adapters import make_adapter
 from page_blocks import PAGES, ROOT, Block, Command, blocks_of, commands_of
+from page_parsing import parse
 from page_reasons import AWAITED, reason_not_to_run
 from run_cli import run
 from serving_process import Server
-from test_pages import parse
 
 import mlx_lora
 

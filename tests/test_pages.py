@@ -15,6 +15,7 @@ import click
 import pytest
 import yaml
 from page_blocks import PAGES, ROOT, Block, Command, all_blocks, blocks_of, commands_of
+from page_parsing import parse
 from page_reasons import AWAITED, reason_not_to_run
 
 from mlx_lora.settings.config import FIELDS
@@ -26,27 +27,6 @@ DOCS = ROOT / "docs"
 COMMANDS = [command for block in all_blocks() for command in commands_of(block)]
 SCRIPT = re.compile(r"^(benchmarks|scripts|data|tests)/\w+\.py$")
 README_LINES = 120
-
-
-def parse(words: tuple[str, ...]) -> click.Command:
-    """Parse `mlx-lora` arguments, flags and values, without running anything.
-
-    Raises:
-        click.UsageError, ValueError: an option does not exist, or its value is not allowed.
-    """
-    if words[0].startswith("-"):
-        return click.Command("mlx-lora")
-    name, rest = words[0], list(words[1:])
-    if importlib.util.find_spec(f"mlx_lora.{name}") is None:
-        raise click.UsageError(f"no command {name}")
-    command = importlib.import_module(f"mlx_lora.{name}").main
-    if isinstance(command, click.Group):
-        command = command.commands[rest.pop(0)]
-    values, _, _ = command.make_parser(click.Context(command)).parse_args(rest)
-    for setting, value in values.items():
-        if setting in FIELDS and isinstance(value, str):
-            read_value(FIELDS[setting], value)
-    return command
 
 
 def awaited(words: tuple[str, ...]) -> bool:

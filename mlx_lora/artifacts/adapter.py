@@ -2,8 +2,8 @@
 
 adapters.safetensors   plain factors, float32, `model.layers.0.self_attn.q_proj.lora_a` ..., for every method:
                        PiSSA's have rank 2r, ReLoRA's n r, AdaLoRA's differ by layer. All layers have the same
-                       scale; differences by alpha patterns are multiplied into B. Parameters trained in full
-                       have their own names.
+                       scale; if a pattern gives a layer another alpha, the difference is multiplied into B.
+                       Parameters trained in full have their own names.
 adapter_config.json    mlx-lm's keys (fine_tune_type, num_layers, lora_parameters), ours under "mlx_lora"
 """
 
@@ -72,7 +72,7 @@ class AdapterInfo:
 
     @property
     def scores(self) -> bool:
-        """Whether this is a reward model, which gives scores in place of text."""
+        """Whether this is a reward model, which gives scores instead of text."""
         return SCORE_WEIGHT in self.full
 
     def to_config(self, layer_type: str, rank: int) -> dict[str, Any]:
@@ -137,13 +137,13 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Return adapter_config.json, mlx-lm's or PEFT's.
 
     Raises:
-        InputError: it is missing, unreadable, or of a kind of adapter that we do not load.
+        InputError: it is missing, unreadable, or describes a kind of adapter that we cannot load.
     """
     path = folder / CONFIG_FILE
     if not folder.is_dir():
-        raise InputError(f"--adapter-path {folder}: no such folder; give the folder a training run wrote")
+        raise InputError(f"--adapter-path {folder}: no such folder; give the folder that a training run wrote")
     if not path.is_file():
-        raise InputError(f"{path}: cannot be read (no such file); give the folder a training run wrote")
+        raise InputError(f"{path}: cannot be read (no such file); give the folder that a training run wrote")
     config = read_json(path, "restore it from a checkpoint")
     if is_peft(config):
         return config
@@ -155,7 +155,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if layer_type == "full":  # mlx-lm's config has nothing else that is needed
         config = {"num_layers": -1, **config, "lora_parameters": {"rank": 1, "scale": 1.0, "keys": []}}
     elif not isinstance(config.get("lora_parameters"), dict) or type(config.get("num_layers")) is not int:
-        raise InputError(f"{path}: no lora_parameters and num_layers; it is not an MLX adapter's config")
+        raise InputError(f"{path}: lora_parameters or num_layers is missing; give the folder of an MLX or PEFT adapter")
     problems += shape_problems(config["lora_parameters"])
     if problems:
         raise InputError(f"{path}: {'; '.join(problems)}; restore it from a checkpoint")
@@ -193,7 +193,7 @@ def load_adapter(
         base: an unadapted base.
         folder: from us, stock mlx-lm or PEFT.
         ignore_fingerprint: allow another base of the same shape.
-        scores: whether the caller takes scores, which a reward model gives in place of text; None: either.
+        scores: whether the caller needs scores, which a reward model gives instead of text; None: either.
 
     Raises:
         InputError: the base, names or shapes do not fit; one message has all problems.
@@ -245,7 +245,7 @@ def _check_not_fused(base: Base, own: dict[str, Any], origin: Path) -> None:
     share = share_present(base.model, own.get("overlap") or {})
     if share is not None and share > PRESENT:
         raise InputError(
-            f"{origin}: --model {base.model_id} holds this adapter already ({share:.0%} of its update is in the weights); "
+            f"{origin}: --model {base.model_id} already contains this adapter ({share:.0%} of its update is in the weights); "
             f"use the model as it is, or give {own.get('base_model')}, or --ignore-fingerprint to add it once more"
         )
 
@@ -263,7 +263,7 @@ def _check_full(model: nn.Module, names: tuple[str, ...], file: Path) -> None:
     outer = [re.sub(r"\.(linear|embedding)(?=\.[^.]+$)", "", name).rpartition(".") for name in names]
     lost = [".".join((path, leaf)) for path, _, leaf in outer if not is_parameter(modules.get(path), leaf)]
     if lost:
-        raise InputError(f"{file}: {', '.join(lost[:5])} is not in the model; give the base it was trained on")
+        raise InputError(f"{file}: the model does not have {', '.join(lost[:5])}; give the base it was trained on")
 
 
 def restore_full(model: nn.Module, names: tuple[str, ...]) -> None:

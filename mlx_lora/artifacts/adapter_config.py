@@ -9,7 +9,7 @@ from typing import Any
 from mlx_lora.settings.methods import PRESETS
 
 Check = tuple[Callable[[Any], bool], str]
-"""(test, what the value must be, in words)"""
+"""(test, description of a valid value)"""
 
 MAX_RANK = 65536  # --rank's own bound
 MAX_KEYS = 10_000
@@ -46,7 +46,7 @@ def shape_problems(shape: dict[str, Any]) -> list[str]:
     if wrong:
         return [f"lora_parameters without a positive {' and '.join(wrong)}"]
     problems = [] if is_rank(shape["rank"]) else [f"lora_parameters.rank {shape['rank']:g} is not a rank"]
-    checks = {"dropout": (is_share, "a share below 1"), "keys": (is_names, "a list of names")}
+    checks = {"dropout": (is_share, "a fraction below 1"), "keys": (is_names, "a list of names")}
     return problems + problems_of(shape, checks, "lora_parameters.")
 
 
@@ -62,14 +62,14 @@ def own_problems(config: dict[str, Any]) -> list[str]:
     if own is None:
         return []
     if not isinstance(own, dict):
-        return ["mlx_lora is not a table"]
+        return ["mlx_lora is not an object"]
     texts = ("base_model", "base_revision", "base_fingerprint", "chat_template")
-    checks: dict[str, Check] = dict.fromkeys(texts, (is_text, "a text"))
+    checks: dict[str, Check] = dict.fromkeys(texts, (is_text, "a string"))
     checks |= {
         "method": (lambda value: isinstance(value, str) and value in PRESETS, "a method of this version"),
         "alpha": (is_number, "a number"),
         "full": (is_names, "a list of names"),
-        "overlap": (_is_overlap, "what this version measures"),
+        "overlap": (_is_overlap, "in this version's format"),
     }
     return problems_of(own, checks, "mlx_lora.")
 
@@ -80,13 +80,13 @@ def peft_problems(config: dict[str, Any]) -> list[str]:
         "r": (is_rank, "a rank"),
         "init_r": (is_rank, "a rank"),
         "lora_alpha": (lambda value: is_number(value) and value > 0, "a positive number"),
-        "lora_dropout": (is_share, "a share below 1"),
+        "lora_dropout": (is_share, "a fraction below 1"),
         "modules_to_save": (is_names, "a list of names"),
-        "base_model_name_or_path": (is_text, "a text"),
-        "bias": (is_text, "a text"),
+        "base_model_name_or_path": (is_text, "a string"),
+        "bias": (is_text, "a string"),
         "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
         "use_dora": (lambda value: isinstance(value, bool), "true or false"),
-        "alpha_pattern": (_is_numbers, "a table of numbers"),
+        "alpha_pattern": (_is_numbers, "an object with numbers"),
     }
     return problems_of(config, checks, "")
 
@@ -103,7 +103,7 @@ def _is_numbers(value: Any) -> bool:
 
 
 def problems_of(table: dict[str, Any], checks: dict[str, Check], prefix: str) -> list[str]:
-    """Return the entries that exist and are not valid.
+    """Return a line for each entry that exists and is not valid.
 
     Args:
         table: read from a file.

@@ -9,11 +9,11 @@ from html import escape
 from mlx_lora.artifacts.plots import WIDTH, number
 
 LABELS = 205  # width of the column of names
-LETTER = 12.5  # width of a letter of a value, if the page is as narrow as a phone
+LETTER = 12.5  # width of a letter of a value on a page as narrow as a phone
 ROW, BAR, TOP = 28, 16, 6
 MOST_LETTERS = 18
 WIDE = 1.5
-ENDING = 6  # letters of a long name's end that stay: names of a family differ there
+ENDING = 6  # letters at the end of a long name that are kept, because the names of a family differ there
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class _Card:
 
     @property
     def model(self) -> str:
-        """The base in commands; for a path only the last part, because the rest is the author's disk."""
+        """The base in commands; for a path only its last part, because the rest shows the author's folders."""
         named = self.hub_base or self.info.base_model
         return plain(named if HUB_ID.fullmatch(named) else Path(named).name) or "base"
 
@@ -164,7 +164,7 @@ class _Card:
         if PRESETS[info.method].layer_type != "full":
             rows += [("rank", info.rank), ("alpha", f"{info.alpha:g}"), ("targets", names)]
         else:
-            rows += [("trained", f"{len(info.full)} weights themselves")]
+            rows += [("weights trained in full", len(info.full))]
         rows += [("data", _shown_data(facts.data)), ("steps", facts.steps)]
         if facts.val_loss is not None:
             likelihood = facts.objective == "sft" and facts.val_loss < 700
@@ -177,10 +177,15 @@ class _Card:
         """Return the commands for each program that reads the adapter."""
         lines = ["## Use", ""]
         if self.location == "adapter":
-            lines += ["`adapter` stands for this folder; mlx_lora and PEFT also take a hub id there.", ""]
+            lines += ["In the commands, `adapter` is this folder; mlx_lora and PEFT also accept a hub id.", ""]
         if self.info.scores:
             ours = f"--model {self.model} --adapter-path {self.location}"
-            lines += ["A reward model: it gives scores of answers, not text.", "", "### mlx_lora", ""]
+            lines += [
+                "This adapter makes a reward model: it scores answers and does not write text.",
+                "",
+                "### mlx_lora",
+                "",
+            ]
             lines += _block("bash", f"python -m mlx_lora.evaluate {ours} --objective reward --data pairs.jsonl")
             return [*lines, "### PEFT", "", *self._peft()]
         generate = f'python -m mlx_lora.generate --model {self.model} --adapter-path {self.location} --prompt "Hello"'
@@ -204,7 +209,10 @@ class _Card:
         """Return how PEFT runs the adapter, after an export if it is in our format."""
         lines, location = [], self.location
         if PRESETS[self.info.method].layer_type == "full":
-            return ["There are no factors in it for PEFT; `mlx_lora.export --to hf` writes the whole model.", ""]
+            return [
+                "It has no LoRA factors, so PEFT cannot load it; `mlx_lora.export --to hf` writes the whole model.",
+                "",
+            ]
         if self.format == "mlx":
             location = "peft-adapter"
             export = f"python -m mlx_lora.export --model {self.model} --adapter-path {self.location} --to peft --out {location}"
@@ -213,7 +221,7 @@ class _Card:
         if not self.in_float:
             model = FLOAT_MODEL
             lines += [
-                "The base is quantized for MLX here; transformers takes the float model that it was made from:",
+                "The base here is quantized for MLX; transformers needs the float model that it was made from:",
                 "",
             ]
         tokenizer = self.base.hf_tokenizer
@@ -242,7 +250,7 @@ def _score_code(model: str, location: str, padding: str | None) -> list[str]:
 
     Args:
         model, location: of the base and the adapter.
-        padding: the token that may pad; None: there is none, and texts are scored one by one.
+        padding: the token to pad with; None: there is none, and texts are scored one by one.
     """
     pad = [] if padding is None else [f"tokenizer.pad_token = {padding!r}  # ends no text"]
     option = "" if padding is None else ", pad_token_id=tokenizer.pad_token_id"

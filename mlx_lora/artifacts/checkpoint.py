@@ -96,13 +96,13 @@ def newest_checkpoint(room: Path, say: Callable[[str], None]) -> Checkpoint | No
 
     Args:
         room: a run folder's `checkpoints`.
-        say: takes a line about each damaged checkpoint.
+        say: called with one line about each damaged checkpoint.
     """
     for _, folder in numbered(room):
         try:
             return read_checkpoint(folder)
         except InputError as error:
-            say(f"skipped: {error}")
+            say(f"Checkpoint skipped: {error}")
     return None
 
 
@@ -122,13 +122,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise InputError(f"{folder}: no checkpoint to resume from ({type(error).__name__} in {STATE_FILE})") from None
     if version != VERSION:
         raise InputError(
-            f"{folder}: checkpoint of version {version}, this program reads {VERSION}; use the version that wrote it"
+            f"{folder}: the checkpoint has version {version}, this program reads {VERSION}; use the program that wrote it"
         )
     wrong = _position_problems(position)
     epochs = identity.get("price_epochs", 1.0)
     wrong += [] if isinstance(epochs, (int, float)) and 0 < epochs <= MAX_EPOCHS else ["price_epochs"]
     if wrong:
-        raise InputError(f"{folder}: {', '.join(wrong)} in {STATE_FILE} cannot be right; use an older checkpoint")
+        raise InputError(f"{folder}: {STATE_FILE} has impossible values ({', '.join(wrong)}); use an older checkpoint")
     for name, expected in {ARRAYS_FILE: None, **sums}.items():
         path = folder / Path(name).name
         if not path.is_file() or sha256_of(path) != expected:
@@ -154,7 +154,7 @@ def _position_problems(position: Position) -> list[str]:
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return the differences between a checkpoint's identity and this run's, as text."""
     return [
-        f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
+        f"{name} was {then.get(name)!r}, is now {now.get(name)!r}"
         for name in dict.fromkeys((*then, *now))
         if then.get(name) != now.get(name)
     ]
@@ -175,7 +175,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(
-                f"--adapter-path {folder}: another run is writing there; wait for it, or choose another folder"
+                f"--adapter-path {folder}: another run is writing to it; wait for that run, or choose another folder"
             ) from None
         try:
             yield

@@ -4,8 +4,8 @@ A quantized weight changes in steps of its scale; an update smaller than half a 
 for each layer the actual change R is compared with the update D:
 
     D = scale B A,  R = stored(W + D) - W
-    kept  = <R, D> / <D, D>        1 if the whole update arrived, 0 if nothing did
-    error = |R - D| / |D|          with the rounding noise
+    kept  = <R, D> / <D, D>        1 if the whole update survived, 0 if none of it did
+    error = |R - D| / |D|          includes the rounding noise
 
 The folder has the dtypes of the base's files, because a run's compute dtype depends only on the machine. Before it is
 put under its final name it is read back as mlx-lm will read it.
@@ -41,7 +41,7 @@ class Survival:
     """How well one layer's update survived.
 
     Attributes:
-        kept: fraction of the update that arrived.
+        kept: fraction of the update that survived.
         error: the error, relative to the update.
     """
 
@@ -57,7 +57,7 @@ def fuse_adapter(model: nn.Module, dequantize: bool) -> dict[str, Survival]:
         dequantize: leave fused layers in float; else those of a quantized base are quantized like it.
 
     Returns:
-        path -> survival of the update; a zero update survives whole.
+        path -> survival of the update; a zero update counts as one that survived.
 
     Raises:
         InputError: an embedding's tied head is not adapted, and one weight cannot be both adapted and not.
@@ -190,8 +190,8 @@ def _with_true_layouts(config: dict[str, Any], model: nn.Module) -> dict[str, An
 def _check_written(folder: Path, model: nn.Module, out: Path, *, trust_remote_code: bool) -> None:
     """Read a folder back like mlx-lm, and check every name, shape and dtype, and the values of all vectors.
 
-    mlx-lm changes some families' weights while loading (shifted norms, transposed convolutions); for weights that it
-    has already changed, this must do nothing.
+    mlx-lm changes some families' weights while loading (shifted norms, transposed convolutions). It must not change
+    the weights of the fused model, which it has already changed once.
 
     Raises:
         RunError: something differs; the folder is not kept.
@@ -199,7 +199,9 @@ def _check_written(folder: Path, model: nn.Module, out: Path, *, trust_remote_co
     try:
         found, _ = load_weights(folder, trust_remote_code)
     except InputError as error:
-        raise RunError(f"--out {out}: not written, mlx-lm cannot load the fused model ({error})") from error
+        raise RunError(
+            f"--out {out}: not written, mlx-lm cannot load the fused model ({error}); keep the adapter separate"
+        ) from error
     wanted, read = dict(tree_flatten(model.parameters())), dict(tree_flatten(found.parameters()))
     differ = sorted(wanted.keys() ^ read.keys()) or [
         name
@@ -210,8 +212,8 @@ def _check_written(folder: Path, model: nn.Module, out: Path, *, trust_remote_co
     if differ:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise RunError(
-            f"--out {out}: not written, mlx-lm reads {', '.join(differ[:3])}{more} with other contents than were written; "
-            "keep the adapter separate"
+            f"--out {out}: not written, mlx-lm reads {', '.join(differ[:3])}{more} back differently; keep the adapter "
+            "separate"
         )
 
 

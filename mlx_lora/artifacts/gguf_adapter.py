@@ -44,7 +44,7 @@ def write_gguf_adapter(file: Path, model: nn.Module, base_name: str, full: tuple
     # Newer versions scale the base's product before they add the adapter's, older ones scale the sum.
     scaled = {layer for mapping in tensors.values() if mapping.scaled for layer in mapping.layers}
     problems += [
-        f"{path} is scaled expert by expert, its adapter by some of llama.cpp's versions"
+        f"{path} has a scale for each expert, which only some versions of llama.cpp apply to the adapter"
         for path in layers
         if path in scaled
     ]

@@ -95,9 +95,9 @@ class Planned:
         limit = np.inf if self.kind in (Kind.F32, Kind.BF16) else np.finfo(np.float16).max
         if not largest < limit:
             raise InputError(
-                f"--gguf-type: {self.name} holds {largest:g}, which {self.kind.name} cannot; use bf16 or f32"
+                f"--gguf-type: {self.name} has {largest:g}, too large for {self.kind.name}; use bf16 or f32"
                 if np.isfinite(largest)
-                else f"--to gguf: {self.name} holds values that are not finite; the adapter or the base is broken"
+                else f"--to gguf: {self.name} has values that are not finite; the adapter or the base is broken"
             )
         return np.ascontiguousarray(gguf.quants.quantize(values, self.kind))
 

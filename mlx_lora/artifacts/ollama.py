@@ -242,7 +242,7 @@ def write_ollama(
         lines += ["ADAPTER ./adapter.gguf"] if ollama_base else []
         inherits = ollama_base is not None and not source.endswith(".gguf") and own is None
         if inherits:
-            notes.append(f"the chat template is {source}'s own in Ollama")
+            notes.append(f"Ollama uses the chat template of {source}")
         else:
             chat_lines, notes = _chat_lines(base.hf_tokenizer, own or own_template(base.hf_tokenizer))
             lines += chat_lines
@@ -256,7 +256,7 @@ def _check_folder(out: Path, base: Base, force: bool) -> None:
         if not force:
             raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force to replace it")
         if not (out / MODELFILE).is_file():
-            raise InputError(f"--out {out}: --force replaces a folder with a Modelfile only; give another folder")
+            raise InputError(f"--out {out}: --force only replaces a folder that has a Modelfile; give another folder")
     for source in (base.folder, Path(base.model_id).expanduser()):
         if source.resolve().is_relative_to(out):
             raise InputError(f"--out {out}: holds the base {source}; give another folder")
@@ -271,7 +271,7 @@ def _from(ollama_base: str | None) -> str:
         return str(path.resolve())
     if path.suffix == ".gguf":
         raise InputError(
-            f"--ollama-base {ollama_base}: no such file; give a .gguf file or a name that `ollama list` has"
+            f"--ollama-base {ollama_base}: no such file; give a .gguf file, or a name that `ollama list` shows"
         )
     return ollama_base
 
@@ -279,17 +279,17 @@ def _from(ollama_base: str | None) -> str:
 def _chat_lines(tokenizer: PreTrainedTokenizerBase, template: str | None) -> tuple[list[str], list[str]]:
     """Return the Modelfile's lines about chats, and notes for the user."""
     if template is None:
-        return [], ["the model has no chat template, so the Modelfile has none: Ollama passes prompts on as they are"]
+        return [], ["the model has no chat template, so the Modelfile has none, and Ollama does not change prompts"]
     chat = recognize(tokenizer, template)
     # Ollama runs the contents of {{ }}, and three quotes end a text, so a tokenizer's tokens must not contain them.
     parts = () if chat is None else (chat.system or "", chat.eos, chat.before)
     if chat is None or any(mark in part for mark in ('"""', "{{", "}}") for part in parts):
         names = ", ".join(family.name for family in FAMILIES)
         return [], [
-            f"the chat template renders none of the formats we write for Ollama ({names}): there is no TEMPLATE, and Ollama "
-            "chooses one by the GGUF's template; check with `ollama show --template`"
+            f"the chat template renders none of the formats that we can write for Ollama ({names}), so the Modelfile has no "
+            "TEMPLATE, and Ollama chooses one from the GGUF's template; check it with `ollama show --template`"
         ]
     lines = [f'TEMPLATE """{chat.go_template()}"""']
     lines += [f'SYSTEM """{chat.system}"""'] if chat.system else []
     lines += [f'PARAMETER stop "{stop}"' for stop in chat.family.stops]
-    return lines, [f"TEMPLATE is {chat.family.name}'s, without tool calls"]
+    return lines, [f"the TEMPLATE is for {chat.family.name}, without tool calls"]

@@ -27,7 +27,7 @@ PRESENT = 0.5  # the least share of a fused update; quantized bases lose some of
 # The noise of a quantized weight, relative to its size, by bits; a float one may have been quantized to four before.
 NOISE = {2: 0.45, 3: 0.2}
 LEAST_NOISE = 0.1
-MOST_DEVIATION = 0.1  # of the share by noise; PRESENT is five of these
+MOST_DEVIATION = 0.1  # the largest standard deviation of the share, from noise; PRESENT is five times this
 
 
 def measure_overlap(model: nn.Module) -> dict[str, float]:

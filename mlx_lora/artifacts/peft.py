@@ -9,8 +9,9 @@ adapter_config.json         r, lora_alpha, their patterns by layer, use_rslora, 
 
 Both factors are the transposes of ours. A setting that we do not support is an error that names it; none is ignored.
 
-A tied head and the embedding are one weight. Ours adapts both; PEFT adapts `embed_tokens` and `lm_head` separately, so
-ours is written as two adapters with the same factors, and PEFT's `embed_tokens` alone does not adapt our head.
+A tied head and the embedding are one weight. Our adapter changes both; PEFT adapts `embed_tokens` and `lm_head`
+separately. So our adapter is written as two adapters with the same factors, and if a PEFT adapter has only
+`embed_tokens`, our head is not adapted.
 
 Source: huggingface/peft, LoraConfig and get_peft_model_state_dict.
 """
@@ -124,7 +125,7 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     problems += full_problems(config.get("modules_to_save") or [], full, modules, header)
     experts, unfit = take_experts(model.model_type, found, header, modules)
     problems += unfit
-    problems += [] if found or experts else ["it holds no LoRA factors"]
+    problems += [] if found or experts else ["it has no LoRA factors"]
     tied = own_path("lm_head", modules) is None and "lm_head" in found
     head = found.pop("lm_head", None) if tied else None
     paths: dict[str, Any] = {layer: own_path(layer, modules) for layer in found}
@@ -197,7 +198,7 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float, 
     apart = [f"{path} {layer.NOT_IN_PEFT}" for path, layer in layers.items() if layer.NOT_IN_PEFT]
     if apart:
         more = f" (and {len(apart) - 1} more)" if len(apart) > 1 else ""
-        raise InputError(f"--to peft: {apart[0]}{more}; fuse it")
+        raise InputError(f"--to peft: {apart[0]}{more}; fuse the adapter instead")
     if not layers:
         raise InputError(f"--out {folder}: the model has no adapter to write")
     check_reached(model.model_type, [*layers, *(name.rpartition(".")[0] for name in full if name.endswith(".weight"))])
@@ -265,10 +266,10 @@ def _number(value: float) -> float | int:
 
 def _unsupported(config: dict[str, Any], kind: str) -> list[str]:
     if str(config.get("peft_type")).upper() not in ("LORA", "ADALORA"):
-        return [f"peft_type {config.get('peft_type')}: LORA and ADALORA are what we read"]
+        return [f"peft_type {config.get('peft_type')} is not supported, only LORA and ADALORA are"]
     problems = [f"{key}: {what} cannot be carried over" for key, what in UNSUPPORTED.items() if config.get(key)]
     if config.get("target_parameters") and kind not in EXPERT_LAYOUTS:
-        problems.append(f"target_parameters: we read experts of {', '.join(EXPERT_LAYOUTS)}, not of {kind}")
+        problems.append(f"target_parameters: we can read experts of {', '.join(EXPERT_LAYOUTS)}, not of {kind}")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and CHANGES_BASE.fullmatch(init):
         problems.append(
@@ -293,7 +294,7 @@ def _names(pattern: str, layer: str) -> bool:
     """Tell whether a PEFT pattern matches a layer.
 
     Raises:
-        InputError: it is not a regular expression, or takes too long (`(.*)*x`). Python's matcher cannot be
+        InputError: it is not a regular expression, or matching takes too long (`(.*)*x`). Python's matcher cannot be
             interrupted, so the `regex` package is used.
     """
     try:
@@ -340,7 +341,7 @@ def _shape_problems(
         if (width, out) != base_dims(base) or r != other_r:
             problems.append(f"layer {layer} has factors for {width} -> {out}, the model needs {base_dims(base)}")
         if "m" in sides and isinstance(base, EMBEDDING):
-            problems.append(f"layer {layer} is a DoRA embedding with a length for each column, ours has one per token")
+            problems.append(f"layer {layer} is a DoRA embedding with one magnitude per column, ours has one per token")
         elif "m" in sides and tuple(header[sides["m"]]["shape"]) != (out,):
             problems.append(f"layer {layer} has magnitudes of shape {tuple(header[sides['m']]['shape'])}, not {(out,)}")
     return problems
@@ -367,7 +368,7 @@ def _tied_problems(
     config: dict[str, Any], stored: dict[str, mx.array], head: dict[str, str], embedding: dict[str, str] | None
 ) -> list[str]:
     """Return the problems of an adapted tied head, which must have the embedding's factors and scale."""
-    advice = "adapts the tied head apart from the embedding, which MLX's tied head cannot"
+    advice = "adapts the tied head separately from the embedding, which is one weight in MLX"
     if embedding is None or len(head) != 2:
         return [f"lm_head {advice}"]
     same = all(
@@ -383,4 +384,4 @@ def _tied_problems(
 def _refuse(folder: Path, problems: list[str]) -> None:
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise InputError(f"--adapter-path {folder}: PEFT adapter that does not fit: {shown}")
+        raise InputError(f"--adapter-path {folder}: the PEFT adapter does not fit this model: {shown}")

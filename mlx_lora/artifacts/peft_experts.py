@@ -35,7 +35,7 @@ class ExpertLayout:
     Attributes:
         ours: path of mlx-lm's module of experts within a block.
         router: mlx-lm's path of the router, which is a bare tensor in transformers and not a module for PEFT.
-        in_turns: whether rows of the gate and of up alternate.
+        in_turns: whether the rows of gate and up alternate.
     """
 
     ours: str
@@ -91,7 +91,7 @@ def expert_tensors(kind: str, layers: dict[str, AdapterLayer]) -> list[ExpertTen
         more = f" and {len(unfit) - 1} more" if len(unfit) > 1 else ""
         known = ", ".join(EXPERT_LAYOUTS)
         raise InputError(
-            f"--to peft: {unfit[0]}{more}: PEFT adapts no routers, and we write experts of {known}; fuse them instead"
+            f"--to peft: {unfit[0]}{more}: PEFT cannot adapt routers, and we can write experts of {known}; fuse them instead"
         )
     modules: dict[str, dict[str, AdapterLayer]] = {}
     for path, layer in experts.items():
@@ -217,7 +217,7 @@ def take_experts(
             shapes = [tuple(header[sides[side]]["shape"]) for side in "AB"]
             fits = _fitting(module, own, shapes, sides, layout, modules)
         if fits is None:
-            problems.append(f"layer {layer} has factors that fit none of the model's experts")
+            problems.append(f"layer {layer} has factors that do not fit any of the model's experts")
         else:
             taken.append(fits)
     names = [one.parameter for one in taken]

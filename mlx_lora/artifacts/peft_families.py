@@ -1,4 +1,4 @@
-"""The families for which mlx-lm's matrices differ from transformers': rows scaled while loading, layers without PEFT.
+"""Tables of families whose matrices in mlx-lm differ from transformers': scaled rows, and layers that PEFT cannot adapt.
 
 Falcon-H1 multiplies its layers' outputs by constants, which mlx-lm folds into the weights on loading. A factor learned on
 the folded weight diag(m) W is diag(m) times one on W, so PEFT's file has B / m:
@@ -6,7 +6,7 @@ the folded weight diag(m) W is diag(m) times one on W, so PEFT's file has B / m:
     y = diag(m) (W + s B_peft A) x = (diag(m) W + s (diag(m) B_peft) A) x
 
 All `sanitize` functions of mlx-lm 0.32.2 were read for this table. The others that change an adapted matrix stack experts
-(peft_experts.py), rename layers (peft_names.py), or convert fp8 blocks to floats, which changes no value.
+(peft_experts.py), rename layers (peft_names.py), or convert fp8 blocks to floats, which does not change values.
 """
 
 from __future__ import annotations

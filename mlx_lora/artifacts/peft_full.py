@@ -37,7 +37,7 @@ def full_problems(
     """Return parameters trained in full that the model does not have, or has with another shape."""
     layers = {layer for layer, _ in full.values()}
     problems = [
-        f"modules_to_save {module}: it holds no such module"
+        f"modules_to_save {module}: the adapter's file does not have this module"
         for module in saved
         if not any(layer.endswith(module) for layer in layers)
     ]
@@ -46,7 +46,9 @@ def full_problems(
         path = own_path(layer, modules)
         if layer == "lm_head" and tied:
             if not any(other.endswith("embed_tokens") for other in layers):
-                problems.append("modules_to_save lm_head: trained apart from the embedding it is tied to here")
+                problems.append(
+                    "modules_to_save lm_head: trained separately from the embedding, to which it is tied here"
+                )
             continue
         if path is None or not is_parameter(modules[path], leaf):
             problems.append(f"{layer}.{leaf} is not in the model")
@@ -56,7 +58,7 @@ def full_problems(
         if tuple(header[name]["shape"]) != needed:
             problems.append(f"{layer}.{leaf} is {tuple(header[name]['shape'])}, the model needs {needed}")
         if tied and layer.endswith("embed_tokens") and "lm_head" not in layers:
-            problems.append(f"modules_to_save {layer}: trained apart from the head that it is tied to here")
+            problems.append(f"modules_to_save {layer}: trained separately from the head, to which it is tied here")
     return problems
 
 

@@ -75,10 +75,10 @@ def push(path: Path, repo: str, private: bool) -> str:
         raise _failure(repo, path, "HF_HUB_OFFLINE is set; unset it, then push again") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
-        raise _failure(repo, path, REFUSALS.get(status, f"the hub refuses ({first_line(error)})")) from None
+        raise _failure(repo, path, REFUSALS.get(status, f"the hub refused the upload ({first_line(error)})")) from None
     except REQUEST_ERRORS as error:
         raise _failure(repo, path, f"Hugging Face is unreachable ({first_line(error)}); check the connection") from None
 
 
 def _failure(repo: str, path: Path, reason: str) -> RunError:
-    return RunError(f"--push-to-hub {repo}: {reason}; what was written stays in {path}")
+    return RunError(f"--push-to-hub {repo}: {reason}; the written files stay in {path}")

@@ -1,7 +1,7 @@
-"""What sets a reward model apart on disk: how its adapter is told, and what transformers wants of it.
+"""How a reward model is stored: how its adapter is recognized, and what transformers needs to load it.
 
-transformers calls it sequence classification with one label, and takes the score at the last token that is not padding. So
-padding must be a token that ends no text: where a tokenizer pads with its end token, another one is named.
+transformers calls it sequence classification with one label, and reads the score at the last token that is not padding. So
+the padding token must never end a text: if a tokenizer pads with its end token, we choose another token.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ def is_reward_model(config: dict[str, Any]) -> bool:
 
 
 def check_use(config: dict[str, Any], origin: Path, scores: bool | None) -> None:
-    """Refuse a reward model where text is wanted, and another adapter where scores are.
+    """Refuse a reward model if the caller needs text, and any other adapter if the caller needs scores.
 
     Args:
         config: of the adapter.
         origin: its file or folder, for the message.
-        scores: what is wanted; None: either.
+        scores: whether the caller needs scores; None: either.
 
     Raises:
-        InputError: the adapter gives the other.
+        InputError: the adapter gives the other one.
     """
     found = is_reward_model(config)
     if found and scores is False:
         raise InputError(
-            f"{origin}: this adapter is a reward model; it gives scores, not text; use evaluate --objective reward, or "
+            f"{origin}: this adapter is a reward model, which gives scores, not text; use evaluate --objective reward, or "
             "export --to peft or hf"
         )
     if scores and not found:
@@ -57,11 +57,11 @@ def classifier_of(kind: str) -> str:
         kind: the config's model_type.
 
     Raises:
-        InputError: it has none.
+        InputError: transformers has no such class.
     """
     name = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(kind)
     if not isinstance(name, str):
-        raise InputError(f"a reward model of {kind}: transformers has no such class; use it here (evaluate)")
+        raise InputError(f"a reward model of {kind}: transformers has no such class; use it with mlx_lora.evaluate")
     return name
 
 
@@ -84,11 +84,11 @@ def check_fusing(base: Base, dequantize: bool) -> None:
     classifier_of(kind)
     if kind not in SAME_LAYOUT:
         raise InputError(
-            f"a fused reward model of {kind}: it has another layout in MLX than in transformers; we write "
+            f"a fused reward model of {kind}: it has another layout in MLX than in transformers; we can write "
             f"{', '.join(SAME_LAYOUT)}; use export --to peft"
         )
     if base.quantization and not dequantize:
-        raise InputError("a fused reward model is for transformers, which takes it in float; give --dequantize")
+        raise InputError("a fused reward model is for transformers, which needs float weights; give --dequantize")
 
 
 def classifier_config(base: Base) -> dict[str, Any]:

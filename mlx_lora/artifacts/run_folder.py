@@ -38,7 +38,7 @@ from mlx_lora.training.state import Diverged, Position, finite, restore_arrays, 
 from mlx_lora.training.step import Step
 
 CHECKPOINTS = "checkpoints"
-# A run's results, and the folder for those of an earlier run until this one has saved something.
+# A run's results, and the folder that keeps an earlier run's results until this run has saved something.
 RESULTS = (WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", REPORT_FILE, FACTS_FILE, CHECKPOINTS)
 ASIDE = "earlier-run"
 
@@ -55,7 +55,7 @@ def own_folder(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def _set_aside(folder: Path) -> None:
-    """Set an earlier run's results aside, unless a killed run, which had saved nothing, already did."""
+    """Set an earlier run's results aside, unless a run that was killed before it saved anything already did so."""
     if (folder / ASIDE).exists() and not (folder / WEIGHTS_FILE).exists():
         _remove_results(folder)
         return
@@ -84,7 +84,7 @@ def _end_aside(folder: Path) -> None:
 
 
 def find_checkpoint(loop: LoopSettings, ranks: Ranks, say: Callable[[str], None]) -> Checkpoint | None:
-    """Return the checkpoint for `--resume`, None without `--resume` or if there is none yet.
+    """Return the checkpoint for `--resume`, None without `--resume` or if there is no checkpoint yet.
 
     Rank 0 reads it and sends it to all ranks with its arrays: the other machines need not have the run folder.
 
@@ -145,7 +145,7 @@ def check_continuation(checkpoint: Checkpoint, identity: dict[str, Any]) -> None
     differ = differences(then, identity)
     if differ:
         raise InputError(
-            f"--resume {checkpoint.folder}: from another run: {'; '.join(differ)}; use the same settings, or start a new run"
+            f"--resume {checkpoint.folder}: it is from another run: {'; '.join(differ)}; use the same settings, or start a new run"
         )
 
 
@@ -191,7 +191,7 @@ class RunFolder:
         done = found is not None and self.at.taken >= steps
         if found:
             restore_arrays(self.step, found.arrays)
-            left = f"; all {steps} steps are done, raise --iters or --epochs for more" if done else ""
+            left = f"; all {steps} steps are done, so raise --iters or --epochs to train further" if done else ""
             say(f"Resuming from step {self.at.taken} ({found.folder}){left}")
         if not self.ranks.leads:
             return
@@ -239,7 +239,7 @@ class RunFolder:
     def _kept(self) -> str:
         for _, folder in numbered(self.path / CHECKPOINTS):
             return f"{folder} is complete: fix the cause, then continue from it with --resume"
-        return "no checkpoint was written before"
+        return "no checkpoint had been written"
 
     def save(self) -> None:
         """Write the adapter and, with --save-every, a checkpoint of the whole run.
@@ -286,16 +286,16 @@ class RunFolder:
             return f"; the adapter of step {good.position.taken} ({folder}) is restored; {advice}"
         if finite(self.step):
             self._save_adapter(self.path)
-            return f"; the adapter as it was before them is saved; {advice}"
-        return f", and no checkpoint was written before; no adapter is saved; {advice}"
+            return f"; the adapter from before these steps is saved; {advice}"
+        return f"; no checkpoint was written before, so no adapter is saved; {advice}"
 
     def put_best(self) -> str | None:
-        """Restore the adapter with the best validation (--keep-best), and return words on it."""
+        """Restore the adapter with the best validation (--keep-best), and return a sentence about it."""
         at = self.at
         if not self.settings.loop.keep_best or not self.ranks.leads:
             return None
         if not at.best_at:
-            return "no validation was better than before the training: the last adapter is kept"
+            return "no validation was better than the one before training, so the last adapter is kept"
         if at.best_at != at.taken:
             restore_arrays(self.step, read_checkpoint(self.path / CHECKPOINTS / f"step-{at.best_at:06d}").arrays)
             self._save_adapter(self.path)

@@ -101,7 +101,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def without_untrained_accuracy(records: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Leave out the accuracy before the first step if the model is its own reference then: it is that of rounding."""
+    """Leave out the accuracy before the first step if the model is then its own reference: it would only show rounding."""
     if settings.get("reference_adapter") or settings.get("objective") not in OWN_OPTIONS["reference_adapter"]:
         return records
     return [{k: v for k, v in one.items() if one["step"] or k != "accuracy"} for one in records]

@@ -1,9 +1,9 @@
 """What an objective is: which records it reads, what its loss is, and what it reports.
 
-An objective sees whole answers, not tokens: the log-probability of each row's answer, summed by the fused loss, and a few
-numbers that the data or the reference add to a row. For a reward model, the score of the answer takes its
-log-probability's position. Methods (LoRA, DoRA ...) say what is trained, objectives toward what;
-every method works with every objective.
+An objective's loss is computed from whole answers, not from tokens. Its inputs are the log-probability of each row's answer,
+summed by the fused loss, and a few numbers per row that come from the data or the reference. For a reward model, the
+score of the answer replaces the log-probability. A method (LoRA, DoRA ...) decides what is trained, an objective what it
+is trained toward; every method works with every objective.
 
     records    rows of an example     loss is a mean over
     examples   the example            tokens                imitation (sft), which needs none of this
@@ -25,7 +25,7 @@ from mlx_lora.data.encode import EncodedSet
 
 @dataclass(frozen=True)
 class AnswerSums:
-    """What an objective's loss is made of; arrays are (B,) float32.
+    """The inputs of an objective's loss; arrays are (B,) float32.
 
     Attributes:
         logps: summed log-probability of each row's answer under the policy; of a reward model, its score.
@@ -33,7 +33,7 @@ class AnswerSums:
         likelihood: negative log-likelihood of each row's trained tokens, weighted so that its sum over a step's rows,
             divided by the step's examples, is the mean over tokens.
         reference: the answer's log-probability under the reference, 0 without one.
-        labels: of the data: a pair's margin, or whether an answer is good.
+        labels: from the data: the margin that a pair should have, or 1 for a good answer and 0 for a bad one.
         real: 1 for a row, 0 for padding.
         divergence: scalar, see `Objective.divergence`.
     """
@@ -62,16 +62,17 @@ class Objective:
 
     Attributes:
         name: as in --objective.
-        records: `examples`, `pairs` or `rated`: what the data must hold.
+        records: the kind of records that the data must have: `examples`, `pairs` or `rated`.
         description: for the run header.
-        loss: of whole answers; None: the sum over tokens that imitation takes.
-        reference: whether the loss compares with a reference.
-        likelihood: `none`, `answers`, or `rows` where the chosen rows' prompts count too (ORPO).
-        scores: whether the model gives each answer one number, by a score head, in place of its log-probability.
-        divergence: whether the loss takes the mean log-ratio of policy to reference on each example's second row, with
-            no gradient through it; that row is then not trained (KTO).
-        reports: names of what the loss reports.
-        finish: from the means of what the loss reports to what people read.
+        loss: computed from whole answers; None for imitation, which sums the loss over tokens.
+        reference: whether the loss compares the policy with a reference model.
+        likelihood: the tokens whose likelihood is part of the loss: `none`, `answers`, or `rows` if the prompts of the
+            chosen rows count too (ORPO).
+        scores: whether a score head gives each answer one number, which replaces its log-probability.
+        divergence: whether the loss needs the mean log-ratio of policy to reference on each example's second row. No
+            gradient goes through it, so that row is not trained (KTO).
+        reports: names of the numbers that the loss reports.
+        finish: turns the means of these numbers into the numbers that users see.
     """
 
     name: str
@@ -86,7 +87,7 @@ class Objective:
     finish: Callable[[dict[str, float]], dict[str, float]] = dict
 
     def targets_of(self, rows: EncodedSet) -> EncodedSet:
-        """Return encoded rows with the targets that this objective takes."""
+        """Return encoded rows with the targets that this objective trains on."""
         if self.scores:
             return rows.with_end_scores()
         return rows.with_whole_rows() if self.likelihood == "rows" else rows

@@ -1,4 +1,4 @@
-"""The objectives by name: from a run's settings to an `Objective`. A new one is a row of `OBJECTIVES`."""
+"""Look up an objective by name and build it from a run's settings. A new objective is one more row in `OBJECTIVES`."""
 
 from __future__ import annotations
 
@@ -42,16 +42,20 @@ def _dpo(settings: ObjectiveSettings) -> Objective:
     names = _names(settings.loss_type, PAIR_LOSSES)
     if settings.length_normalize:
         if names != ["sigmoid"]:
-            raise InputError(f"--length-normalize with --loss-type {settings.loss_type}: only sigmoid has such a form")
+            raise InputError(
+                f"--length-normalize with --loss-type {settings.loss_type}: only sigmoid can be normalized; leave it out"
+            )
         names = ["sigmoid_norm"]
     weights = _weights(settings.loss_weights, names)
     smoothed = [name for name in names if name in SMOOTHED]
     if settings.label_smoothing and not smoothed:
-        raise InputError(f"--label-smoothing with --loss-type {settings.loss_type}: only {', '.join(SMOOTHED)} take it")
+        raise InputError(
+            f"--label-smoothing with --loss-type {settings.loss_type}: only {', '.join(SMOOTHED)} use it; leave it out"
+        )
     if settings.discopop_tau != ObjectiveSettings.discopop_tau and "discopop" not in names:
-        raise InputError(f"--discopop-tau with --loss-type {settings.loss_type}: only discopop takes it")
+        raise InputError(f"--discopop-tau with --loss-type {settings.loss_type}: only discopop uses it; leave it out")
     if "exo_pair" in names and not settings.label_smoothing:
-        raise InputError("--loss-type exo_pair requires --label-smoothing above 0 (the paper takes 0.001)")
+        raise InputError("--loss-type exo_pair requires --label-smoothing above 0 (the paper uses 0.001)")
     if settings.rpo_alpha:
         names, weights = [*names, "sft"], [*weights, settings.rpo_alpha]
     parts = [(weight, PAIR_LOSSES[name]) for name, weight in zip(names, weights, strict=True)]
@@ -80,7 +84,7 @@ def _kto(settings: ObjectiveSettings) -> Objective:
     name, *others = _names("kto" if settings.loss_type == "sigmoid" else settings.loss_type, RATED_LOSSES)
     if others:
         raise InputError(
-            f"--loss-type {settings.loss_type}: --objective kto takes one; give {' or '.join(RATED_LOSSES)}"
+            f"--loss-type {settings.loss_type}: --objective kto has one loss; give {' or '.join(RATED_LOSSES)}"
         )
     options = RatedOptions(settings.beta, settings.desirable_weight, settings.undesirable_weight)
     function = RATED_LOSSES[name]
@@ -99,7 +103,7 @@ def _kto(settings: ObjectiveSettings) -> Objective:
 
 
 def _rated_means(means: dict[str, float]) -> dict[str, float]:
-    """Return the rewards of good and of bad answers as means over these, from means over all."""
+    """Convert means over all answers to the mean reward of the good answers and of the bad ones."""
     good = means["good"]
     chosen = means["rewards_good"] / good if good else math.nan
     rejected = means["rewards_bad"] / (1 - good) if good < 1 else math.nan
@@ -134,8 +138,8 @@ OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Objective]] = {
     "kto": _kto,
     "reward": _reward,
 }
-SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # of DPO's family, those with --label-smoothing
-# Options that only some objectives have: given to another, they would be ignored.
+SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # the losses of DPO's family that use --label-smoothing
+# Options that only some objectives use; with any other objective they are refused, because they would be ignored.
 OWN_OPTIONS = {
     "loss_type": ("dpo", "kto"),
     "loss_weights": ("dpo",),
@@ -163,7 +167,7 @@ def _pairwise(
     likelihood: str = "none",
     per_token: bool = False,
 ) -> Objective:
-    """Return an objective whose loss is a weighted sum of pairwise ones; with `per_token` rewards are means of tokens."""
+    """Return an objective whose loss is a weighted sum of pairwise losses; with `per_token`, rewards are means per token."""
     options = PairOptions(settings.beta, settings.label_smoothing, settings.simpo_gamma, settings.discopop_tau)
 
     def loss(sums: AnswerSums) -> tuple[mx.array, dict[str, mx.array]]:
@@ -206,18 +210,17 @@ def _weights(text: str | None, names: list[str]) -> list[float]:
     try:
         weights = [float(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"--loss-weights {text!r}: write numbers by comma, as in 0.8,0.2") from None
+        raise InputError(f"--loss-weights {text!r}: write numbers separated by commas, as in 0.8,0.2") from None
     if len(weights) != len(names) or not all(0 <= weight < 1e6 for weight in weights):
         raise InputError(f"--loss-weights {text!r}: give {len(names)} numbers of at least 0, one for each --loss-type")
     return weights
 
 
 def _refuse_foreign(settings: ObjectiveSettings) -> None:
-    """Refuse options that the objective does not have."""
+    """Refuse options that the objective does not use."""
     defaults = ObjectiveSettings()
     for name, owners in OWN_OPTIONS.items():
         if settings.objective not in owners and getattr(settings, name) != getattr(defaults, name):
             flag = "--" + name.replace("_", "-")
-            raise InputError(
-                f"{flag} with --objective {settings.objective}: only {', '.join(owners)} has it; leave it out"
-            )
+            only = f"{', '.join(owners)} {'use' if owners[1:] else 'uses'}"
+            raise InputError(f"{flag} with --objective {settings.objective}: only {only} it; leave it out")

@@ -25,7 +25,7 @@ class PairOptions:
 
     Attributes:
         beta: how strongly the policy is held to the reference; for `ipo` the paper's tau.
-        label_smoothing: share of pairs that are assumed to be labeled the wrong way round.
+        label_smoothing: share of pairs whose labels are assumed to be swapped.
         simpo_gamma: the margin that SimPO asks for.
         discopop_tau: temperature of DiscoPOP's mixture.
     """

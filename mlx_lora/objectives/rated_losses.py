@@ -1,4 +1,4 @@
-"""Losses of single rated answers, without a partner.
+"""Losses of single answers that are rated good or bad, without a second answer to compare with.
 
 Shapes: E rated answers.
 """
@@ -17,7 +17,7 @@ class RatedOptions:
 
     Attributes:
         beta: how strongly the policy is held to the reference.
-        desirable_weight, undesirable_weight: of the losses of good and of bad answers.
+        desirable_weight, undesirable_weight: factors on the losses of good and of bad answers.
     """
 
     beta: float = 0.1
@@ -45,7 +45,7 @@ RatedLoss = Callable[[Ratings, RatedOptions], mx.array]
 
 
 def kto(ratings: Ratings, options: RatedOptions) -> mx.array:
-    """Prospect-theoretic value of each answer beside the divergence (KTO, arXiv 2402.01306, eq. 7)."""
+    """Prospect-theoretic value of each answer relative to the divergence (KTO, arXiv 2402.01306, eq. 7)."""
     value = options.beta * (ratings.ratio - ratings.divergence)
     return _weighted(mx.sigmoid(-value), mx.sigmoid(value), ratings, options)
 
@@ -56,7 +56,7 @@ def apo_zero_unpaired(ratings: Ratings, options: RatedOptions) -> mx.array:
     return _weighted(mx.sigmoid(-value), mx.sigmoid(value), ratings, options)
 
 
-# By TRL's names.
+# The names are TRL's.
 RATED_LOSSES: dict[str, RatedLoss] = {"kto": kto, "apo_zero_unpaired": apo_zero_unpaired}
 
 

@@ -14,7 +14,7 @@ def bradley_terry(chosen: mx.array, rejected: mx.array, margin: mx.array, center
 
     Args:
         chosen, rejected: (E,) scores of the answers.
-        margin: (E,) by how much the scores must differ at least (Llama 2, arXiv 2307.09288, section 3.2.2).
+        margin: (E,) the least amount by which the scores should differ (Llama 2, arXiv 2307.09288, section 3.2.2).
         center: weight of (chosen + rejected)^2, which keeps scores near zero (arXiv 2312.09244).
     """
     return -nn.log_sigmoid(chosen - rejected - margin) + center * mx.square(chosen + rejected)

@@ -3,7 +3,7 @@
     base ----------------------------+
     base + adapter (shares arrays) --+--> the same tokens --> Drift per set --> table, JSON, page
 
-The general sets in the package (data/general) were written after the models that they judge; others can be given.
+The general sets in the package (data/general) were written after the models that they test; users can give other sets.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def measure_forgetting(
         general: set -> file or id, instead of the package's.
         ignore_fingerprint: as for load_adapter.
         batch_tokens: positions per batch; None: the default.
-        say: takes a line of progress.
+        say: called with lines of progress.
 
     Raises:
         InputError: an adapter does not fit, adapters have different templates, or data have no trained token.
@@ -140,12 +140,12 @@ def measure_forgetting(
         rows = load_eval_set(str(source), chosen, base.hf_tokenizer, say)
         check_token_ids(base, int(rows.tokens.max(initial=0)), str(source))
         plan = BatchPlan(rows, batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)
-        say(f"{where}: {int(rows.supervised_counts.sum())} tokens of {len(rows)} rows")
+        say(f"Measuring the set '{where}': {int(rows.supervised_counts.sum())} tokens in {len(rows)} rows")
         try:
             sets[where] = measure_drifts(own, readouts, plan.batches(), vocabulary)
         except ValueError as error:
             raise InputError(f"--data {source}: {error}; give rows with something to answer") from None
-    say(f"probes: {len(models) + 1} models")
+    say(f"Asking {len(models) + 1} models the probe questions")
     probes = ask_probes({"base": base, **models}, _chat_template(base, settings))
     shown = {
         where: str(source) if where == TASK or where in general else "built in" for where, source in sources.items()
@@ -179,7 +179,7 @@ def adapter_names(folders: Sequence[Path]) -> list[str]:
         depth = next((n for n in range(1, len(own)) if all(o[-n:] != own[-n:] for o in others)), len(own) - 1)
         names.append("/".join(own[-depth:]))
     if len(set(names)) < len(names):
-        raise InputError(f"--against {folders[-1]}: an adapter is named twice; give others")
+        raise InputError(f"--against {folders[-1]}: an adapter is named twice; name each one once")
     return names
 
 

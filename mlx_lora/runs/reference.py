@@ -1,7 +1,7 @@
-"""The reference of preference training: the log-probability of each answer under the model as the run starts, or another.
+"""Compute the reference of preference training: each answer's log-probability under the untrained or another adapter.
 
-It is computed once, before the first step, and kept on disk, so that no second model is in memory and a second run starts
-at once. A fresh adapter changes nothing, so the model with it is the base.
+It is computed once, before the first step, and stored on disk. So no second model is in memory, and a second run starts
+immediately. An untrained adapter changes nothing, so the model with it is the base.
 """
 
 from __future__ import annotations
@@ -50,24 +50,24 @@ def with_reference(
     """Return the sets with each answer's log-probability under the reference.
 
     Args:
-        settings: of the run; --reference-adapter names another reference than the model as it is.
-        base: not yet adapted where there is a --reference-adapter, else adapted and not yet trained.
+        settings: of the run; with --reference-adapter, that adapter is the reference instead of the untrained model.
+        base: not yet adapted if there is a --reference-adapter, otherwise adapted but not yet trained.
         sets: pairs or rated answers.
-        say: takes lines of progress.
-        ranks: rank 0 computes, and all get the same numbers.
-        loss: to compute it with, that of the run's steps; None: it is chosen here.
-        kernels: to compute it with; None: the model's own.
+        say: called with lines of progress.
+        ranks: rank 0 computes the reference, and all ranks get the same numbers.
+        loss: the loss to compute it with, that of the run's steps; None: choose one.
+        kernels: the kernels to compute it with; None: the model's own.
 
     Raises:
-        InputError: a reference adapter that does not fit the base, or that trained more than factors.
+        InputError: the reference adapter does not fit the base, or has parameters trained in full.
     """
     folder = settings.objective.reference_adapter
     if folder:
         info = _put_reference(base, Path(folder))
         if info.full:
             raise InputError(
-                f"--reference-adapter {folder}: trained {info.full[0]} in full, which cannot be taken off the base "
-                "again; fuse it and train on the fused model"
+                f"--reference-adapter {folder}: trained {info.full[0]} in full, which cannot be removed from the "
+                "base again; fuse it and train on the fused model"
             )
     found = {
         name: replace(rows, reference=_of(settings, base, rows, ranks, say, loss, kernels))
@@ -79,7 +79,7 @@ def with_reference(
 
 
 def _put_reference(base: Base, folder: Path) -> AdapterInfo:
-    """Put the reference's adapter on the base; the advice for one of another base differs from that for other commands."""
+    """Put the reference's adapter on the base; for an adapter of another base, the advice is not that of other commands."""
     config = read_adapter_config(folder)
     try:
         check_base(base, config, folder)
@@ -142,7 +142,7 @@ def _compute(
 
 
 def _shares(settings: TrainSettings) -> bool:
-    """Tell whether a pair's answers share a row: as in the run's steps, which have decided by now."""
+    """Tell whether a pair's answers share a row, which the run has decided by now."""
     return settings.objective.shared_prefix == "on"
 
 
@@ -160,7 +160,7 @@ def _key(settings: TrainSettings, base: Base, rows: EncodedSet, kernels: KernelC
 
 
 def _read(file: Path, rows: int) -> np.ndarray | None:
-    """Return what an earlier run kept, None if it is absent or damaged."""
+    """Return the numbers that an earlier run stored, None if they are missing or damaged."""
     try:
         found = np.load(file)
     except (OSError, ValueError, EOFError):
@@ -174,4 +174,4 @@ def _keep(file: Path, logps: np.ndarray, say: Callable[[str], None]) -> None:
         with replacing_file(file) as temporary, temporary.open("wb") as out:
             np.save(out, logps)
     except OSError as error:
-        say(f"Note: the reference is not kept for the next run: {file.parent}: {error.strerror}")
+        say(f"Note: the reference is not stored for the next run, because {file.parent}: {error.strerror}")

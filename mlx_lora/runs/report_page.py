@@ -25,8 +25,8 @@ class RunPage:
     Attributes:
         folder: of the run.
         base: the model that is trained.
-        prompt: token ids of the beginning of a held-out row; empty for no texts.
-        max_tokens: of each text.
+        prompt: token ids of the beginning of a held-out row; if empty, no texts are generated.
+        max_tokens: the most tokens of each text.
         report: the page's facts in addition to metrics and settings.
     """
 
@@ -70,7 +70,7 @@ class RunPage:
         return page
 
     def _text(self) -> str:
-        """Return the model's continuation, or why it fails: a run must not end because of a missing text."""
+        """Return the model's continuation, or why there is none: a run must not end because of a missing text."""
         try:
             return greedy_text(self.base, self.prompt, self.max_tokens)
         except FOREIGN_ERRORS as error:
@@ -86,7 +86,7 @@ class RunPage:
         """Generate the text after the training, and write the page for the last time.
 
         Args:
-            interrupted: whether the run was; then there is no text, because the user does not want to wait for it.
+            interrupted: whether the run was interrupted; then no text is generated, because the user does not want to wait.
         """
         for sample in self.report.samples if self.prompt and not interrupted else []:
             sample.after = self._text()

@@ -66,7 +66,7 @@ def blend_weights(text: str) -> dict[str, float]:
             name = ""
         if not name or not abs(found[name]) <= 100:
             raise InputError(
-                f"--blend {text}: write it as NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT, weights from -100 to 100"
+                f"--blend {text}: write it as NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT, with weights from -100 to 100"
             )
     return found
 

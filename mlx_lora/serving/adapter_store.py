@@ -32,7 +32,7 @@ class UnknownAdapter(Exception):
 
 
 class NoRoom(Exception):
-    """The budget is full, and every adapter in memory is in use: wait for a row to finish."""
+    """The memory for adapters is full, and every adapter in it is in use: wait for a row to finish."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Source:
     blend: Mapping[str, float] = field(default_factory=dict)
 
     def describe(self) -> str:
-        """Return one word for lists; only a folder's name, because clients must not learn its path."""
+        """Return a short text for lists: of a folder only its name, because clients must not see its path."""
         return (
             self.folder.name if self.folder else "+".join(f"{weight:g}*{name}" for name, weight in self.blend.items())
         )
@@ -237,7 +237,7 @@ class AdapterStore:
             return
         if needed_bytes > self.budget_bytes:
             raise InputError(
-                f"the adapter takes {needed_bytes / 1e6:.1f} MB, the budget for adapters is "
+                f"the adapter needs {needed_bytes / 1e6:.1f} MB, the budget for adapters is "
                 f"{self.budget_bytes / 1e6:.1f} MB; raise --adapter-memory"
             )
         idle = [name for name, resident in self._residents.items() if resident.uses == 0]

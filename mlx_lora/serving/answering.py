@@ -107,7 +107,7 @@ class Answer:
             task.cancel()
         if self._gone.done():
             raise ClientGone
-        raise ApiError(504, f"not done within {self._timeout_s:g} s; ask for fewer tokens", "timeout")
+        raise ApiError(504, f"the answer took longer than {self._timeout_s:g} s; ask for fewer tokens", "timeout")
 
 
 async def _until_gone(receive: Callable[[], Awaitable[Any]]) -> None:

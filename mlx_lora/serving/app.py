@@ -109,7 +109,9 @@ class Completions:
             raise ApiError(400, message, "too_many_tokens", "max_tokens")
         room = limits.max_context - prompt
         if room < (ask.max_tokens or 1):
-            message = f"{prompt} tokens of prompt and {ask.max_tokens or 1} new ones: the limit is {limits.max_context}"
+            message = (
+                f"{prompt} tokens in the prompt and {ask.max_tokens or 1} new ones: the limit is {limits.max_context}"
+            )
             raise ApiError(400, message, "context_length_exceeded", "messages")
         return ask.max_tokens or min(limits.max_tokens, room)
 

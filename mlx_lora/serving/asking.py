@@ -141,7 +141,7 @@ def read_completion(body: dict[str, Any]) -> Ask:
         prompt = prompt[0]
     tokens = isinstance(prompt, list) and prompt and all(_is_int(token) for token in prompt)
     if not (tokens or (isinstance(prompt, str) and prompt)):
-        raise _bad("prompt", prompt, "one text or one list of token ids, not empty")
+        raise _bad("prompt", prompt, "one string or one list of token ids, not empty")
     top = _number(body, "logprobs", int, 0, MAX_TOP_LOGPROBS)
     return Ask(messages=None, tools=None, prompt=prompt, **_common(body, None, top, default_tokens=16))
 
@@ -189,7 +189,7 @@ def _stops(body: dict[str, Any]) -> tuple[str, ...]:
     stops = body.get("stop")
     stops = [stops] if isinstance(stops, str) else stops or []
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
-        raise _bad("stop", body["stop"], f"a text or up to {MAX_STOPS} of them, none empty")
+        raise _bad("stop", body["stop"], f"a string or up to {MAX_STOPS} of them, none empty")
     return tuple(stops)
 
 
@@ -210,11 +210,11 @@ def _message(index: int, message: Any) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, list):
         if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
-            raise _bad(f"{name}.content", content, "a text or parts of type text")
+            raise _bad(f"{name}.content", content, "a string or parts of type text")
         content = "".join(part["text"] for part in content)
     calls = message.get("tool_calls")
     if not isinstance(content, str) and not (content is None and calls):
-        raise _bad(f"{name}.content", content, "a text or parts of type text")
+        raise _bad(f"{name}.content", content, "a string or parts of type text")
     role = "system" if message["role"] == "developer" else message["role"]
     plain = {**message, "role": role, "content": content or ""}
     return plain if calls is None else {**plain, "tool_calls": _calls(name, calls)}
@@ -253,7 +253,7 @@ def _typed(body: dict[str, Any], name: str, kind: type, default: Any) -> Any:
     if value is None:
         return default
     if not isinstance(value, kind):
-        words = {bool: "true or false", str: "a text", dict: "an object", list: "a list"}
+        words = {bool: "true or false", str: "a string", dict: "an object", list: "a list"}
         raise _bad(name, value, words[kind])
     return value
 

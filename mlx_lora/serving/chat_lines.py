@@ -38,7 +38,7 @@ class Command:
         usage: how to write it.
         words: what it does.
         run: takes the text after its name; returns True to end the chat.
-        wants: whether text after its name is required (True), optional (None) or not allowed (False).
+        wants: whether text after the name is required (True), optional (None) or not allowed (False).
     """
 
     usage: str
@@ -56,19 +56,19 @@ class ChatLines:
         self._answers: list[Answer] = []
         self._commands = {
             "adapter": Command(
-                "/adapter NAME", "NAME answers from now on, or the base if NAME is base", self._adapter, True
+                "/adapter NAME", "lets NAME answer from now on; the name base stands for the base", self._adapter, True
             ),
             "adapters": Command("/adapters", "lists the base and the adapters", self._list, False),
             "compare": Command(
                 "/compare TEXT",
-                "base and all adapters answer TEXT at once, and their answers are not added to the chat; "
-                "@NAME ... before TEXT chooses some",
+                "lets the base and all adapters answer TEXT; their answers are not added to the chat; "
+                "to choose some, write @NAME ... before TEXT",
                 self._compare,
                 True,
             ),
             "load": Command("/load NAME=DIR", "loads an adapter, or replaces one", self._load, True),
-            "system": Command("/system TEXT", "sets the system prompt; without TEXT there is none", self._system, None),
-            "reset": Command("/reset", "forgets what was said", self._reset, False),
+            "system": Command("/system TEXT", "sets the system prompt; without TEXT, removes it", self._system, None),
+            "reset": Command("/reset", "empties the conversation", self._reset, False),
             "help": Command("/help", "shows this list", self._help, False),
             "quit": Command("/quit", "ends the chat, as Ctrl-D does; Ctrl-C stops an answer", self._quit, False),
         }
@@ -91,7 +91,7 @@ class ChatLines:
                 return not self._command(*line[1:].strip().partition(" ")[::2])
             self._question(line[1:] if line.startswith("//") else line)
         except UnknownAdapter as error:
-            self._screen.complain(f"adapter {error}: no longer there; /adapters lists them")
+            self._screen.complain(f"adapter {error}: it is no longer loaded; /adapters lists those that are")
         except InputError as error:
             self._screen.complain(str(error))
         return True
@@ -161,7 +161,9 @@ class ChatLines:
             self._screen.write("\n")
         self._screen.figures(answer.figures(alone))
         if answer.finish == "length" and answer.cut_by_context:
-            self._screen.say("(the answer ends where the model's context does; /reset empties the conversation)")
+            self._screen.say(
+                "(the answer ends here because the model's context is full; /reset empties the conversation)"
+            )
 
     def _adapter(self, name: str) -> None:
         self._chat.adapter = self._chat.adapter_named(name)
@@ -181,15 +183,15 @@ class ChatLines:
             raise InputError(f"/load {rest}: {error}") from None
         except Stopped:
             raise RunError(f"the engine failed: {self._chat.engine.failure!r}") from None
-        self._screen.say(f"{name}: {card.describe()}; /adapter {name} lets it answer")
+        self._screen.say(f"{name}: {card.describe()}; type /adapter {name} to use it")
 
     def _system(self, text: str) -> None:
         self._chat.system = text or None
-        self._screen.say("the system prompt is set" if text else "there is no system prompt")
+        self._screen.say("the system prompt is set" if text else "there is no system prompt now")
 
     def _reset(self, rest: str) -> None:
         self._chat.turns.clear()
-        self._screen.say("nothing has been said yet")
+        self._screen.say("the conversation is empty")
 
     def _help(self, rest: str) -> None:
         width = max(len(command.usage) for command in self._commands.values())

@@ -116,7 +116,7 @@ class Answer:
         speed = ""
         if alone and usage.completion > 1 and self._last_s > self._first_s:
             speed = f", {(usage.completion - 1) / (self._last_s - self._first_s):.1f} tokens/s"
-        prompt = f"{usage.prompt} tokens of prompt, {usage.cached} of them known"
+        prompt = f"{usage.prompt} tokens in the prompt, {usage.cached} of them cached"
         return f"{self.name}: {usage.completion} tokens{speed}; {prompt}"
 
     @property
@@ -187,8 +187,8 @@ class Conversation:
         room = self.settings.context - len(tokens)
         if room < 1:
             raise InputError(
-                f"with this the conversation is {len(tokens)} tokens long, and the model was made for "
-                f"{self.settings.context}; it is kept as it was, and /reset empties it"
+                f"with this question, the conversation has {len(tokens)} tokens, and the model's context is "
+                f"{self.settings.context}; the question was not added, and /reset empties the conversation"
             )
         most = min(self.settings.max_tokens, room)
         request = Request(tokens, adapter, most, self.settings.sampling)
@@ -217,7 +217,7 @@ class Conversation:
         """
         self._tokens("x", self.adapter, "leave it out")
 
-    def _tokens(self, question: str, adapter: str | None, advice: str = "/system alone drops it") -> list[int]:
+    def _tokens(self, question: str, adapter: str | None, advice: str = "remove it with /system") -> list[int]:
         messages = [*self.turns, {"role": "user", "content": question}]
         if not self.system:
             return self._rendered(messages, adapter)
@@ -225,7 +225,7 @@ class Conversation:
             tokens = self._rendered([{"role": "system", "content": self.system}, *messages], adapter)
         except InputError as error:
             self._rendered(messages, adapter)  # raises its own error if the system prompt is not the cause
-            raise InputError(f"{error} with the system prompt and takes it without: {advice}") from None
+            raise InputError(f"{error} with the system prompt, but not without it; {advice}") from None
         try:
             shown = self._rendered(messages, adapter) != tokens
         except InputError:

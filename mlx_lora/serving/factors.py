@@ -1,7 +1,7 @@
 """Read an adapter into factors for a row of a served batch, and blend several into one.
 
-Adapters that cannot differ by row are refused with a reason: parameters trained in full and a mixture's experts (`fuse`
-folds them in, and the result can be a base), DoRA on embeddings.
+Adapters that cannot differ between the rows of a batch are refused with a reason: those with parameters trained in full or
+of a mixture's experts (`fuse` folds them into a model, which can then be the base), and DoRA on embeddings.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def read_factors(base: Base, folder: Path, dtype: mx.Dtype, ignore_fingerprint: 
     if problems:
         raise InputError(
             f"{folder}: {' and '.join(problems)}, which cannot differ by row of a batch; "
-            "fold it in with mlx_lora.fuse and serve the result as a base"
+            "fuse it with mlx_lora.fuse and serve the result as a base"
         )
     factors = {
         path: LayerFactors(*layer.serving_factors(dtype), adapts_head=layer.adapts_head)

@@ -22,7 +22,7 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
         opened = socket.create_server((host, port), family=family, backlog=256)
     except OSError as error:
         raise InputError(
-            f"--host {host} --port {port}: cannot listen there ({error.strerror or error}); choose another"
+            f"--host {host} --port {port}: cannot listen on this address ({error.strerror or error}); choose another"
         ) from None
     shown = f"[{host}]" if ":" in host else host
     return opened, f"http://{shown}:{opened.getsockname()[1]}"

@@ -33,7 +33,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, ask: Ask, template: str | 
     if not tokens:
         raise ApiError(400, "prompt: has no tokens; give some text", "invalid_value", "prompt")
     if not all(0 <= token < vocabulary for token in tokens):
-        raise ApiError(400, f"prompt: token ids are 0 to {vocabulary - 1}", "invalid_value", "prompt")
+        raise ApiError(400, f"prompt: token ids must be from 0 to {vocabulary - 1}", "invalid_value", "prompt")
     return tokens
 
 
@@ -66,10 +66,10 @@ def chat_tokens(
     """
     tokens = encode_chat(tokenizer, messages, template, tools)
     if not tokens:
-        raise InputError("the chat template renders the conversation to nothing; give some text")
+        raise InputError("the chat template renders no text for this conversation; give some text")
     if max(tokens) >= vocabulary:
         raise InputError(
-            f"it has token {max(tokens)}, and the model only has {vocabulary} tokens; its tokenizer belongs to another "
-            "model"
+            f"the conversation has token {max(tokens)}, but the model has only {vocabulary} tokens; the tokenizer belongs "
+            "to another model"
         )
     return tokens

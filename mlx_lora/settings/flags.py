@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from mlx_lora.settings.config import COMMAND_SECTIONS, MODEL, SECTIONS
+from mlx_lora.settings.named_recipes import recipe_names
 from mlx_lora.settings.other_names import instead_of
 from mlx_lora.settings.setting_row import Row, field_type, flag_of, row_of
 from mlx_lora.system import console
@@ -39,7 +40,8 @@ config_option = click.option(
     cls=console.Option,
     group=MODEL,
     metavar="FILE",
-    help="YAML file of settings, ours, mlx-lm's, mlx-lm-lora's, TRL's, Axolotl's or LLaMA-Factory's; flags override it.",
+    help="YAML file of settings, ours, mlx-lm's, mlx-lm-lora's, TRL's, Axolotl's or LLaMA-Factory's, or a recipe's name "
+    f"({', '.join(recipe_names())}); flags override it.",
 )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_lora.settings.config import FIELDS
 from mlx_lora.settings.migration.migrate import migrate
+from mlx_lora.settings.named_recipes import beside_recipes, names_recipe, recipe_file
 from mlx_lora.settings.resolve import decided_by
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.parsing import MAX_YAML_CHARACTERS, parse_yaml
@@ -16,14 +17,17 @@ def read_settings(path: str | None, flags: Mapping[str, Any], say: Callable[[str
     """Return the settings in a file with our names; empty without a file.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of a recipe.
         flags: the settings given on the command line; other trainers' defaults for these are not reported.
         say: takes a line about each setting of another trainer's file that we interpret differently.
 
     Raises:
-        InputError: the file is missing, not UTF-8 YAML, not a mapping, or cannot be read as ours.
+        InputError: there is no such file or recipe, or the file is not UTF-8 YAML, not a mapping, or cannot be read as ours.
     """
-    return migrate(read_yaml(path), FIELDS, decided_by(flags), path, say, flags.get("objective")) if path else {}
+    if not path:
+        return {}
+    content = beside_recipes(read_yaml(str(recipe_file(path)))) if names_recipe(path) else read_yaml(path)
+    return migrate(content, FIELDS, decided_by(flags), path, say, flags.get("objective"))
 
 
 def read_yaml(path: str) -> dict[str, Any]:

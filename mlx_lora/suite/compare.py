@@ -146,10 +146,10 @@ def versions_differ(content: dict[str, Any], reference: dict[str, Any]) -> list[
 
 
 def notes_of(content: dict[str, Any], entry: dict[str, Any]) -> list[str]:
-    """Return what may have slowed a run down, and what else a reader should know about it."""
+    """Return notes on a run: what may have slowed it down, and what else a reader should know."""
     if entry["status"] != "measured":
         return [f"{entry['status']}: {entry['reason']}"]
-    notes = ["other length"] if entry["shortened"] else []
+    notes = ["not run at the workload's length"] if entry["shortened"] else []
     moments = [entry["power_before"], entry["power_after"] or {}]
     if any(moment.get("source") == "battery" for moment in moments):
         notes.append("on battery")

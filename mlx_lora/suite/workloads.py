@@ -12,10 +12,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_lora.sources.embedded_models import SMOLLM2_GGUF
 from mlx_lora.suite.rows import chat_rows, pair_rows
 from mlx_lora.suite.workload_models import (
-    EMBEDDED_FILE,
-    EMBEDDED_SHA256,
     GEMMA3_1B,
     GPT_OSS_20B,
     LLAMA_1B,
@@ -96,7 +95,7 @@ class Workload:
     """One workload.
 
     Attributes:
-        tier: a memory size in GB, or `embedded`: a model that PyPI has too, for where no hub is.
+        tier: a memory size in GB, or `embedded`: a model that PyPI has too, for machines without access to the hub.
         model: a name in suite/workload_models.py.
         form: a key of ROW_SHAPES: `chat` (short rows), `2k` or `8k` (full rows), `dpo` (pairs of short answers).
         packed: 4-bit base (QLoRA), else floats (LoRA).
@@ -132,13 +131,13 @@ class Workload:
     def source(self) -> str:
         """The hub id of its model, or the file and hash of the embedded one."""
         if self.tier == "embedded":
-            return f"{EMBEDDED_FILE}, sha256 {EMBEDDED_SHA256[:12]}"
+            return f"{SMOLLM2_GGUF.file_name}, sha256 {SMOLLM2_GGUF.sha256[:12]}"
         found = MODELS[self.model]
         return (found.packed_id if self.packed else found.float_id) or ""
 
     def flags(self) -> dict[str, Any]:
         """Return its train settings by name."""
-        # Imitation is not named, so that definitions from before there was another objective stay as they are.
+        # Imitation is not named, so that definitions from the time when it was the only objective stay the same.
         toward = {} if self.shape.objective == "sft" else {"objective": self.shape.objective, "beta": 0.1}
         return {
             **toward,
@@ -219,5 +218,5 @@ def choose_workloads(tiers: tuple[str, ...], names: tuple[str, ...]) -> list[Wor
     known = {one.name: one for one in WORKLOADS}
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise InputError(f"--workload {', '.join(unknown)}: no such workload; there are {', '.join(known)}")
+        raise InputError(f"--workload {', '.join(unknown)}: no such workload; choose from {', '.join(known)}")
     return [one for one in WORKLOADS if one.tier in tiers or one.name in names]

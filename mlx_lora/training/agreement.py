@@ -1,4 +1,4 @@
-"""Agreement among ranks: on being one run, on equal parameters, and on the step after which they stop."""
+"""Make all ranks agree: that they belong to one run, that their parameters are equal, and after which step they stop."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def check_one_run(ranks: Ranks, settings: TrainSettings, identity: dict[str, Any
     """Refuse ranks whose model, data, settings or versions differ from rank 0's.
 
     Args:
-        ranks: all of them.
-        settings: of this rank.
-        identity: of this rank's run, with fingerprints.
+        ranks: all ranks of the run.
+        settings: this rank's settings.
+        identity: everything that this rank's run depends on, with fingerprints.
 
     Raises:
         InputError: on every rank, with all differences between rank 0 and the first rank that differs.
@@ -35,7 +35,7 @@ def check_one_run(ranks: Ranks, settings: TrainSettings, identity: dict[str, Any
     facts |= {name: value for name, value in settings.to_flat().items() if not ROWS[name].per_machine}
     first, *others = ranks.everyone(facts)
     for rank, other in enumerate(others, start=1):
-        differ = [f"{name} is {first.get(name)!r} on rank 0, {other.get(name)!r} there" for name in {**first, **other}
+        differ = [f"{name} is {first.get(name)!r} on rank 0, {other.get(name)!r} on rank {rank}" for name in {**first, **other}
                   if first.get(name) != other.get(name)]  # fmt: skip
         if differ:
             raise InputError(
@@ -52,12 +52,12 @@ def take_first_ranks(ranks: Ranks, step: Step, say: Callable[[str], None] = lamb
 
     Args:
         ranks, step: of this run.
-        say: takes a line if the arrays differed.
+        say: called with one line if the arrays differed.
     """
     arrays = run_arrays(step)
-    if ranks.same_bits({name: value for name, value in arrays.items() if name != "random"}):  # it differs by rank
+    if ranks.same_bits({name: value for name, value in arrays.items() if name != "random"}):  # each rank has its own
         return
-    say("The ranks' parameters were not equal to the last bit; all ranks continue with rank 0's")
+    say("The ranks' parameters were not exactly equal; all ranks continue with those of rank 0")
     first = ranks.arrays_from_first(arrays)
     if not ranks.leads:
         restore_arrays(step, first)
@@ -65,9 +65,9 @@ def take_first_ranks(ranks: Ranks, step: Step, say: Callable[[str], None] = lamb
 
 @dataclass
 class Agreement:
-    """Tells whether the run stops: a single process at once, several when all know that one was asked to stop.
+    """Tells whether the run stops: a single process at once, several processes when all know that one was asked to.
 
-    The request is sent with a step's sums, so all ranks stop after the same step, and none waits for an answer.
+    The request is sent with a step's sums, so all ranks stop after the same step, and no rank waits for an answer.
 
     Attributes:
         asked: whether this process was asked to stop.

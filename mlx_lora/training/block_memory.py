@@ -1,6 +1,6 @@
 """Read from each block's graph what the block keeps for the backward pass.
 
-The planner has no table of layer types: a block's own operations tell of recurrent states, latent attention, windows,
+The planner has no table of layer types: a block's own operations show its recurrent states, latent attention, windows,
 shared keys and experts. A block is called once inside its model, to record its arguments; then its gradient's graph is
 listed at a few widths (models/graph.py), and widths between them are interpolated. Nothing is computed.
 
@@ -29,8 +29,8 @@ from mlx_lora.models.unchanged import left_unchanged
 from mlx_lora.planner.shapes import BlockBytes, ModelShape, NotKnown
 from mlx_lora.system import device
 
-# The widths at which graphs are read; beyond the last, the last two are extrapolated. Between 512 and 640, rows stop
-# keeping attention's probabilities.
+# The widths at which graphs are read; beyond the last, the last two are extrapolated. Between 512 and 640
+# positions, attention stops keeping its probabilities.
 WIDTHS = (32, 64, 128, 256, 512, 640, 1024, 2048, 4096)
 # The graph of a block that MLX runs a position at a time grows with the row, so it is only read in short rows.
 LOOP_WIDTHS = (16, 32)
@@ -213,7 +213,7 @@ class _Calls:
                 for index, call in found.items()
             }
         if number not in self._found[rows, width]:
-            raise ValueError("its model does not call it as a whole")
+            raise ValueError("the model does not call this block as a whole")
         return self._found[rows, width][number]
 
 

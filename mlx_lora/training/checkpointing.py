@@ -114,7 +114,7 @@ class Tape:
 
 
 class Kept(nn.Module):
-    """Mixed in before a linear layer's class to record its output on the tape."""
+    """Records a linear layer's output on the tape; a mixin that comes before the layer's own class."""
 
     tape: Tape
 
@@ -128,7 +128,7 @@ class Kept(nn.Module):
 
 
 class KeptAdapter(Kept):
-    """Mixed in before an adapter layer's class to record the dropout's key and the output on the tape."""
+    """Records an adapter layer's dropout key and output on the tape; a mixin that comes before the layer's own class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
         if self.dropout.active:
@@ -137,13 +137,13 @@ class KeptAdapter(Kept):
 
 
 class Checkpointed(nn.Module):
-    """Mixed in before a block's class to keep only the results on its tape and recompute the others."""
+    """Keeps only the results on a block's tape and recomputes the others; a mixin that comes before the block's own class."""
 
     tape: Tape
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # In generation nothing is differentiated, and a cache has state. So have the blocks of Kimi K3 and DeepSeek V4.1:
-        # they write into an object that the next block reads.
+        # In generation nothing is differentiated, and the cache has state, so the block runs as it is. The blocks of
+        # Kimi K3 and DeepSeek V4.1 have state too: they write into an object that the next block reads.
         if not all(map(_is_stateless, (*args, *kwargs.values()))):
             self.tape.left_out = True
             return super().__call__(*args, **kwargs)

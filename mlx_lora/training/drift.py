@@ -27,7 +27,7 @@ from mlx_lora.data.batches import Batch
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.planner.this_machine import loss_tile_bytes
 
-# The largest rise in loss that counts as none, and as small: 2 % and 10 % of perplexity.
+# The largest rise in loss that counts as no change, and the largest that counts as small: 2% and 10% of perplexity.
 NO_CHANGE, SMALL_CHANGE = 0.02, 0.1
 CHECK_TOKENS = 16
 
@@ -37,7 +37,7 @@ class Drift:
     """The differences between a tuned model and its base on one held-out set.
 
     Attributes:
-        rows, tokens: their numbers in the set.
+        rows, tokens: how many the set has.
         base_loss, loss: nats per token, of the base and of the tuned model.
         change_error: standard error of loss - base_loss.
         kl, kl_error: nats per token, and its standard error.
@@ -144,7 +144,7 @@ def measure_drifts(
 
 
 def _drift(columns: np.ndarray, rows: np.ndarray) -> Drift:
-    """Return the sums of what `_compare` returned.
+    """Summarize the columns that `_compare` returned.
 
     Args:
         columns: (4, tokens).

@@ -1,7 +1,7 @@
 """Linear cross-entropy without an array of all logits: loss and gradient of the hidden states in one forward pass.
 
-The input has only the supervised positions. Their logits are computed a tile at a time, some rows by a slice of the
-vocabulary; each tile is exponentiated once, relative to the largest logit so far, added to both the loss and
+The input has only the supervised positions. Their logits are computed a tile at a time: some rows by a slice of the
+vocabulary. Each tile is exponentiated once, relative to the largest logit so far, added to both the loss and
 the gradient, and freed before the next tile starts. The target's own logit x is not in these sums:
 
     m' = max(m, max l),  a = exp(m - m'),  e = exp(l - m'), 0 for the target
@@ -9,7 +9,7 @@ the gradient, and freed before the next tile starts. The target's own logit x is
     at the end           loss = log(1 + exp(log s + m - x)),  dh = (g - s W[target]) / (s + exp(x - m))
 
 x is computed separately, in float32, from the target's row. The tiles' logits are rounded if h has 16 bits: with
-the target among them, the loss of a token that the model is sure of would be that rounding, often below zero.
+the target among them, the loss of a token that the model is sure of would be mostly rounding error, often below zero.
 This way no loss is negative, and loss and gradient of a sure token have a small relative error.
 
 Neither probabilities nor a one-hot array are computed, a quantized head is dequantized a slice at a time, and the

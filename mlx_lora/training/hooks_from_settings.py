@@ -34,12 +34,12 @@ def budget_schedule(settings: AdapterSettings, model: nn.Module, total_steps: in
     """Return AdaLoRA's budget schedule for the run.
 
     Args:
-        settings: have the phases in steps or in fractions of the run.
+        settings: give the phases in steps, or in fractions of the run.
         model: adapted with gains.
         total_steps: of the run.
 
     Raises:
-        InputError: no step is left for cuts between the first and the final phase.
+        InputError: no step is left between the first and the final phase for reducing the rank.
     """
     gains = [layer.lora_e for layer in adapter_layers(model).values()]
     initial = sum(gain.size for gain in gains)
@@ -52,7 +52,7 @@ def budget_schedule(settings: AdapterSettings, model: nn.Module, total_steps: in
     warmup, final = steps(settings.adalora_tinit, 0.1), steps(settings.adalora_tfinal, 0.3)
     if warmup + final >= total_steps:
         raise InputError(
-            f"--adalora-tinit and --adalora-tfinal: {warmup} and {final} steps leave none of {total_steps} for cuts; "
+            f"--adalora-tinit and --adalora-tfinal: {warmup} and {final} of {total_steps} steps leave none to reduce the rank; "
             "lower them, or train longer"
         )
     every = settings.adalora_delta_t or max(1, total_steps // 100)
@@ -86,7 +86,7 @@ def make_events(
 
 
 def rates_of(adapter: AdapterSettings) -> Callable[[str], float] | None:
-    """Return the function from parameter name to multiple of the learning rate, None if all have the same rate."""
+    """Return a function that gives each parameter's multiple of the learning rate by name, None if all rates are equal."""
     preset = PRESETS[adapter.method_name]
     ratio = preset.rate_of_b if adapter.loraplus_lr_ratio is None else adapter.loraplus_lr_ratio
     return None if ratio == 1 else lambda name: ratio if name.endswith("lora_b") else 1.0

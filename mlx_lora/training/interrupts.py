@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -17,7 +18,7 @@ from mlx_lora.system.supervise import SUPERVISOR
 
 WORDS = b"\nStopping after this step, then saving; press Ctrl-C again to quit without saving\n"
 
-COMPILATION = "C++ shared library"  # part of MLX's error if a compiler was ended, which it takes for a success
+COMPILATION = "C++ shared library"  # part of MLX's error after a compiler was killed: MLX believes that it succeeded
 
 
 @contextmanager
@@ -26,8 +27,12 @@ def interrupt_flag() -> Iterator[Callable[[], bool]]:
 
     The second ends the process at once; a third reaches the system's handlers, which need no Python. A signal that the
     parent ignores, as nohup does with SIGHUP, stays ignored. Compilers that MLX starts also ignore these signals:
-    otherwise the step that waits for them would fail.
+    otherwise the step that waits for them would fail. Outside of the main thread, where Python allows no handlers, the
+    flag is never set.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     seen: list[int] = []
     signals = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
 
@@ -63,7 +68,7 @@ def interrupt_flag() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def compiler_spared() -> Iterator[None]:
-    """Let the g++ that MLX starts for its kernels on a Linux CPU ignore the signals that end us.
+    """Let the g++ that MLX starts for its kernels on a Linux CPU ignore the signals that end this process.
 
     A terminal sends Ctrl-C to every process of the foreground group. MLX calls g++ by name, through a shell that
     drops a signal mask but keeps ignored signals; so a script that ignores them and calls g++ is put first in PATH.

@@ -17,7 +17,7 @@ from mlx_lora.system import device
 from mlx_lora.system.measuring import Figures, choose, read_figures, read_store
 from mlx_lora.training.loss_choice import NAME, choose_kernel, head_words, loss_figures
 
-# What `doctor --kernels` measures: widths of SmolLM2-135M, heads of Llama 3, recurrences of Qwen3.5 and Mamba-2.
+# The shapes that `doctor --kernels` measures: widths of SmolLM2-135M, heads of Llama 3, recurrences of Qwen3.5 and Mamba-2.
 ATTENTION = ((9, 3, 64, 256), (9, 3, 64, 1024), (32, 8, 128, 1024))
 ACTIVATION = (1536, 8192)
 HEAD = (49152, 576)
@@ -25,10 +25,10 @@ RECURRENT = {"gated delta": (128, 16, 32, 128, 128, "a gate per head"), "state s
 
 
 def measure_usual(say: Callable[[str], None]) -> None:
-    """Measure kernels in usual shapes, unless they were measured before.
+    """Measure kernels in common shapes, unless they were measured before.
 
     Args:
-        say: takes a line before each measurement.
+        say: called with one line before each measurement.
     """
     dtype, rows = device.compute_dtype(), {row.name: row for row in kernel_rows()}
     calls = [

@@ -45,7 +45,7 @@ def head_class(head: Head) -> ShapeClass:
 
 def head_words(shape: ShapeClass) -> str:
     """Return a head's class as text."""
-    return f"{shape[0]:,} tokens by {shape[1]:,} ({shape[2]})"
+    return f"a vocabulary of {shape[0]:,} and width {shape[1]:,} ({shape[2]})"
 
 
 def loss_figures(head: Head, dtype: mx.Dtype, say: Callable[[str], None] | None) -> Mapping[str, Figures] | None:
@@ -54,7 +54,7 @@ def loss_figures(head: Head, dtype: mx.Dtype, say: Callable[[str], None] | None)
     Args:
         head: the measurement uses its weight.
         dtype: of the hidden states.
-        say: takes a line before measuring; None: nothing is measured.
+        say: called with one line before measuring; None: nothing is measured.
     """
     shape = head_class(head)
     key = figures_key(NAME, shape, dtype)
@@ -73,7 +73,7 @@ def choose_kernel(figures: Mapping[str, Figures] | None) -> str:
     """Return the kernel to use: `tiles` if nothing was measured.
 
     `plain` is measured for comparison, and used only if both others are wrong: its memory grows with all positions of a
-    batch, trained or not, and the measurement has few.
+    batch, trained or not, and the measurement covers only a few positions.
     """
     if figures is None:
         return TILES

@@ -3,9 +3,9 @@
 A mean cannot be added to another batch's mean; sums and counts can, so accumulation, validation and
 several ranks all divide once, at the end.
 
-Two kinds compute the same number. `plain` takes the model's own logits of every position. `fused` takes
-hidden states of the supervised positions only and never holds their logits (fused.py). Fused is used when
-it agrees with plain on a few tokens of this very model; otherwise plain is, and the run header says why.
+Two kinds of loss compute the same number. `plain` uses the model's own logits of every position. `fused` uses
+the hidden states of the supervised positions only and never holds their logits (fused.py). Fused is used if it
+agrees with plain on a few tokens of this model; otherwise plain is used, and the run header says why.
 
 Shapes: B batch, T time, P supervised positions (padded), D width, V vocabulary.
 """
@@ -61,10 +61,10 @@ class Arrays(NamedTuple):
 
 
 TokenLosses = Callable[..., mx.array]
-"""(model, *Arrays) -> (P,) float32 losses of the positions, 0 for padding. Where a row holds a prompt and several answers, a
-sixth array is `Batch.starts`."""
+"""(model, *Arrays) -> (P,) float32 losses of the positions, 0 for padding. If a row holds a prompt and several answers,
+`Batch.starts` is a sixth array."""
 LossFunction = Callable[..., tuple]
-"""(model, *arrays) -> (sum, count), float32 scalars, and where an objective reports more, a dict of sums. An empty mask gives (0, 0): nothing is divided, so no NaN."""
+"""(model, *arrays) -> (sum, count), float32 scalars, and if an objective reports more, a dict of sums. An empty mask gives (0, 0): nothing is divided, so no NaN."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class Loss:
     """A loss in its two uses.
 
     Attributes:
-        train: to be differentiated.
-        measure: for validation and evaluation; makes no gradient.
+        train: the loss that is differentiated.
+        measure: the loss for validation and evaluation, without a gradient.
         description: for the run header.
-        tokens: the same loss position by position, to be differentiated: what checks compare.
-        kernel: its name (loss_choice.py); `plain` makes the model's own logits, of all positions at once.
+        tokens: the loss of each position, which can be differentiated; the checks compare it.
+        kernel: its name (loss_choice.py); `plain` computes the model's own logits, of all positions at once.
         measure_tokens: `tokens` without a gradient; None: use `tokens`.
     """
 
@@ -125,10 +125,10 @@ PLAIN = plain("plain cross-entropy")
 
 
 def head_loss(head: Head, kernel: str, tile_bytes: int) -> Loss:
-    """Return a loss of the supervised positions' hidden states alone.
+    """Return a loss that is computed only from the hidden states of the supervised positions.
 
     Args:
-        head: takes them to logits.
+        head: turns hidden states into logits.
         kernel: a name in LOSS_KERNELS.
         tile_bytes: the most bytes of logits at a time.
     """
@@ -151,13 +151,14 @@ def head_loss(head: Head, kernel: str, tile_bytes: int) -> Loss:
 def choose_loss(
     model: nn.Module, config: dict[str, Any], asked: str = AUTO, say: Callable[[str], None] | None = None
 ) -> Loss:
-    """Return the best loss that can be had and agrees with the plain one on this model, else plain.
+    """Return the fastest loss that agrees with the plain loss on this model, or the plain loss if none does.
 
     Args:
         model: the model to train, with its adapters, or one to measure.
         config: its config.json.
         asked: --kernels; `mlx` is the model's own logits.
-        say: takes a line before something is measured; None: nothing is, and what is not known yet is ours.
+        say: called with one line before something is measured; None: nothing is measured, and our kernel is used
+            if there are no measurements.
 
     Raises:
         InputError: the model's own forward pass fails.
@@ -193,13 +194,13 @@ def _dtype(model: nn.Module) -> mx.Dtype:
 def check_kernels(
     model: nn.Module, config: dict[str, Any], loss: Loss, choice: KernelChoice
 ) -> tuple[KernelChoice | None, str]:
-    """Return the kernels if the model's results with them agree with its own, else None; and words for the header.
+    """Return the kernels if the model's results with them agree with its own, else None; and a text for the header.
 
     Args:
         model: the model to train, with its adapters.
         config: its config.json.
-        loss: any that was chosen for it.
-        choice: the kernels that were chosen for it.
+        loss: the loss that was chosen for the model.
+        choice: the kernels that were chosen for the model.
     """
     if choice.asked == MLX:
         return None, f"the model's own kernels (--kernels {MLX})"
@@ -223,7 +224,7 @@ def _own_probe(model: nn.Module, config: dict[str, Any], loss: Loss, vocabulary:
     """Try a loss with the model's own kernels.
 
     Raises:
-        InputError: that fails.
+        InputError: the model's own forward pass fails.
     """
     try:
         return _probe(model, loss, vocabulary, has_recurrence(model))
@@ -238,7 +239,7 @@ def _own_probe(model: nn.Module, config: dict[str, Any], loss: Loss, vocabulary:
 def _problem(
     model: nn.Module, expected: Probe, loss: Loss, vocabulary: int, choose: KernelChoice | None = None
 ) -> str | None:
-    """Say in a few words what is wrong with a loss, or with kernels under it, on this model; None: nothing."""
+    """Return in a few words what is wrong with a loss, or with the kernels below it, on this model; None: nothing."""
     recurrent = has_recurrence(model)  # must look at the model's own functions, before ours replace them
     try:
         with nullcontext() if choose is None else training_kernels(model, choose=choose):
@@ -246,15 +247,15 @@ def _problem(
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise
-        return f"fails on it: {short(error, 100)}"
+        return f"fails on this model: {short(error, 100)}"
     return disagreement(model, expected, found)
 
 
 def _probe(model: nn.Module, loss: Loss, vocabulary: int, recurrent: bool) -> Probe:
     """Try a loss on CHECK_TOKENS tokens.
 
-    mlx-lm differentiates a recurrence a token at a time and keeps several states of each, gigabytes over a whole model:
-    there the gradient is of RECURRENT_CHECK_TOKENS alone, and the longer row is a forward pass.
+    mlx-lm differentiates a recurrence token by token and keeps several states of each, which takes gigabytes for a whole
+    model. For such a model, the gradient covers only RECURRENT_CHECK_TOKENS, and the longer row only a forward pass.
     """
 
     def on(tokens: int, gradient: bool) -> Probe:
@@ -268,13 +269,13 @@ def _probe(model: nn.Module, loss: Loss, vocabulary: int, recurrent: bool) -> Pr
 
 
 def check_arrays(vocabulary: int, tokens: int) -> Arrays:
-    """Return a row of so many random tokens, always the same ones, all of them trained."""
+    """Return one row with this many random tokens, the same ones in every call, all of them trained."""
     ids = mx.random.randint(0, vocabulary, (1, tokens + 1), key=mx.random.key(0))
     return Arrays(ids[:, :-1], ids[:, 1:], mx.ones((1, tokens), mx.bool_), mx.arange(tokens), mx.ones((tokens,)))
 
 
 def way_out(model: nn.Module) -> str:
-    """Return what to do about a model that fails: on a CPU mlx lacks a few products in 16 bits."""
+    """Return advice about a model that fails; float32 may help, because mlx lacks a few 16-bit products on a CPU."""
     if has_halves(model) and not device.multiplies_16_bit_experts():
         return "give --dtype float32, or choose another model"
     return "choose another model"

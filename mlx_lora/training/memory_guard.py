@@ -1,8 +1,8 @@
-"""The memory guard: when a run nears its limit, its batches run in parts, which changes no update.
+"""The memory guard: when a run exceeds its memory limit, its batches run in parts, which does not change any update.
 
-A loss is a sum over trained tokens and is divided once, after all parts: two halves give the gradient of the whole.
-What the guard cannot catch is an allocation that fails outright: MLX ends the process then, on every backend.
-supervise.py starts it again from the last checkpoint, in smaller parts.
+A loss is a sum over trained tokens and is divided once, after all parts, so two halves give the gradient of the whole.
+The guard cannot catch an allocation that fails: MLX then ends the process, on every backend. supervise.py restarts
+it from the last checkpoint, in smaller parts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 from mlx_lora.data.batches import EMPTY, SLOTS_STEP, Batch
 from mlx_lora.training.state import Position
 
-# Room for a part's targets comes in this many sizes, so that unevenly spread targets do not trace ever new shapes.
+# The number of slots for a part's targets has this many possible values, so that targets that are spread unevenly do
+# not make a new shape, which must be compiled, again and again.
 SIZES = 8
 
 
@@ -51,8 +52,8 @@ class MemoryGuard:
 
         Args:
             at: of the run; `at.parts` is kept here, so that a resumed run keeps it.
-            limit_bytes: for MLX's buffers in use, None for no limit; those it keeps for reuse have another limit.
-            say: takes a line about each change.
+            limit_bytes: for MLX's buffers in use, None for no limit; buffers that it keeps for reuse have another limit.
+            say: called with one line about each change.
         """
         self.at, self.limit_bytes, self.say = at, limit_bytes, say
         self._told, self._earlier_peak_bytes = False, 0
@@ -75,12 +76,12 @@ class MemoryGuard:
         peak = mx.get_peak_memory()
         if self.limit_bytes is None or peak <= self.limit_bytes:
             return
-        over = f"step {self.at.taken}: {peak / 1e9:.2f} GB in use, the limit is {self.limit_bytes / 1e9:.2f} GB"
+        over = f"step {self.at.taken}: {peak / 1e9:.2f} GB were in use, the limit is {self.limit_bytes / 1e9:.2f} GB"
         if rows > 1:
             self.at.parts *= 2
-            self.say(f"{over}; batches run in {self.at.parts} parts from here, with the same updates")
+            self.say(f"{over}; from now on, batches run in {self.at.parts} parts, with the same updates")
             self._earlier_peak_bytes = self.peak_bytes
             mx.reset_peak_memory()
         elif not self._told:
-            self.say(f"{over}, one row at a time; --grad-checkpoint block or a smaller --max-seq-length takes less")
+            self.say(f"{over}, with one row at a time; use --grad-checkpoint block or a smaller --max-seq-length")
             self._told = True

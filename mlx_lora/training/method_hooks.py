@@ -1,4 +1,4 @@
-"""What a method adds to the step between the gradient and the next step: AdaLoRA's rank budget, ReLoRA's restarts.
+"""The code that a method runs between the gradient and the next step: AdaLoRA's rank budget, ReLoRA's restarts.
 
 The step calls a method three times: for a penalty to add to the gradient, to observe an update (both inside the
 compiled function), and after the step (on the host, before the model gets its parameters).

@@ -1,8 +1,8 @@
 """The loss of an objective over whole answers, from the losses of single tokens.
 
-The fused head gives the loss of each trained position and its gradient in one forward pass; here positions are summed to
-answers, and the answer's weight arrives at each position with the cotangent. So no objective needs logits, and a step's
-memory is that of imitation.
+The fused head computes the loss of each trained position and its gradient in one forward pass. Here, positions are summed
+to answers; in the backward pass, the cotangent brings the answer's weight to each position. So no objective needs logits,
+and a step takes as much memory as one of imitation.
 
 Shapes: B rows, A answers (B, or B K where a row holds K), E examples, T columns, P positions.
 """
@@ -28,7 +28,7 @@ FIRST, SECOND = 0, 1  # rows of an example
 
 
 class AnswerArrays(NamedTuple):
-    """What an objective needs of a batch beside `Arrays`, on the device.
+    """The arrays of a batch that an objective needs in addition to `Arrays`, on the device.
 
     Attributes:
         answers: (P,) float32, 1 where a position belongs to an answer.
@@ -60,7 +60,7 @@ class AnswerArrays(NamedTuple):
 
 
 def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
-    """Return all arrays of a batch of answers; the last one, where rows hold several answers, is `Batch.starts`."""
+    """Return all arrays of a batch of answers; if rows hold several answers, the last one is `Batch.starts`."""
     starts = () if batch.starts is None else (mx.array(batch.starts),)
     return (*Arrays.of(batch), *AnswerArrays.of(batch), *starts)
 
@@ -88,13 +88,13 @@ def answer_sums(
 
 @dataclass(frozen=True)
 class Task:
-    """What a step and a validation take of a run's objective.
+    """The parts of a run's objective that steps and validations use.
 
     Attributes:
-        loss: sum and count over what the objective's loss is a mean over.
-        arrays_of: the loss's arguments for a batch.
-        prepare: brings all batches of a step into the form that the loss takes.
-        reports: names of the sums that the loss returns beside its own.
+        loss: the sum of the loss, and the count to divide it by.
+        arrays_of: returns the loss's arguments for a batch.
+        prepare: brings all batches of a step into the form that the loss needs.
+        reports: names of the sums that the loss returns in addition to its own.
         finish: see `Objective`.
     """
 
@@ -109,9 +109,9 @@ def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
     """Return the task of an objective on a model.
 
     Args:
-        objective: its loss is of answers, or None for imitation.
-        loss: of tokens; its kernels stay. Scores have their own.
-        model: trained or measured.
+        objective: of the run.
+        loss: the loss of tokens, whose kernels are kept; a reward model has a loss of its own.
+        model: the model that is trained or measured.
     """
     of_answers = objective.loss
     if of_answers is None:
@@ -138,7 +138,7 @@ def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
 
 
 def score_loss(model: nn.Module) -> Loss:
-    """Return a loss whose number for a position is minus the score there, so that rows sum to their scores.
+    """Return a loss that is the negative score at each position, so that an answer's "log-probability" is its score.
 
     Args:
         model: with a score head.
@@ -158,9 +158,9 @@ def score_loss(model: nn.Module) -> Loss:
 def _prepared(
     objective: Objective, measure_tokens: TokenLosses, model: nn.Module, batches: list[Batch], ranks: Ranks
 ) -> list[Batch]:
-    """Set what depends on the whole step, so that parts of it and ranks give the sums of the whole.
+    """Compute what depends on the whole step, before the step is divided into parts and among ranks.
 
-    That is the factor that makes the likelihood a mean over the step's tokens, and the divergence, for which rated
+    These are the factor that makes the likelihood a mean over the step's tokens, and the divergence, for which rated
     answers have a second row. All ranks get the same numbers.
     """
     share = divergence = 0.0
@@ -179,7 +179,7 @@ def _prepared(
 def _only(batch: Batch, row: int) -> Batch:
     """Return a batch of each example's row `row` alone."""
     rows = np.arange(row, len(batch.inputs), batch.group)
-    # The whole batch's slots: how many this row's targets need differs from deal to deal.
+    # Keep the whole batch's number of slots: the number that this row's targets need differs from epoch to epoch.
     slots = min(len(batch.positions), batch.mask[rows].size)
     return batch.take(rows, slots, batch.real_tokens if row == FIRST else 0, group=1)
 
@@ -211,11 +211,11 @@ def row_log_probabilities(
     """Return the log-probability of each answer, (A,) float32, in the order of the rows.
 
     Args:
-        model: put in eval mode for it, and back afterwards.
+        model: is put in eval mode meanwhile.
         tokens: losses of tokens, without a gradient.
-        rows: with an answer each, or joined ones with several.
-        batch_tokens: of a batch.
-        say: takes the number of answers done after each batch.
+        rows: rows with one answer each, or joined rows with several.
+        batch_tokens: the most positions of a batch.
+        say: called with the number of finished answers after each batch.
     """
     apart = replace(rows, group=1)
     found = np.zeros((len(rows), 1 if rows.starts is None else rows.starts.shape[1]), np.float32)

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules: mlx's, configured as in published recipes."""
+"""Build mlx's optimizers and learning-rate schedules, configured as in published recipes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> Sch
     warmup = round(settings.warmup * total_steps) if settings.warmup < 1 else round(settings.warmup)
     if warmup > total_steps:
         raise InputError(
-            f"--warmup {settings.warmup:g}: the run has {total_steps} step{'s' * (total_steps != 1)}; give a share below 1 or fewer steps"
+            f"--warmup {settings.warmup:g}: the run has {total_steps} step{'s' * (total_steps != 1)}; give a fraction below 1, or fewer steps"
         )
     rest = max(1, total_steps - warmup)
     after = {
@@ -72,7 +72,7 @@ def build_optimizer(
     """Return the optimizer with its schedule.
 
     Args:
-        settings: have the optimizer's name and its schedule.
+        settings: give the optimizer's name and its schedule.
         total_steps: optimizer steps of the run.
         restart_every, restart_warmup: see `restarted`; None for a schedule without restarts.
     """

@@ -1,7 +1,7 @@
-"""Decide whether a run computes a prompt once for both answers of a pair: where it saves work, and the model allows it.
+"""Decide whether a run computes a prompt once for both answers of a pair: if that saves work and the model allows it.
 
-The model's structure is looked at first (models/shared_prefix.py), then a random pair is computed both ways, with the
-run's own loss and kernels. Rounding may differ, nothing else.
+First the model's structure is checked (models/shared_prefix.py). Then a random pair is computed both ways, with the run's
+own loss and kernels; the results may differ only by rounding.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.training.losses import Arrays, Loss
 from mlx_lora.training.probe import Probe, disagreement, probe
 
-LEAST_SAVED = 0.02  # of a step's products; less is not worth a mask for each row
+LEAST_SAVED = 0.02  # share of a step's products; a smaller saving is not worth a mask for each row
 PROMPT_TOKENS, ANSWER_TOKENS = 24, (20, 12)
-NEARER = 4.0  # how much nearer to separate rows a joined one must be than a row that is one text
+NEARER = 4.0  # a joined row must be this many times nearer to separate rows than the same tokens read as one text
 
 
 def saved_work(shape: ModelShape, rows: EncodedSet) -> float:
-    """Return the share of the products of a pass that joining saves; below 0 where longer rows cost more.
+    """Return the share of a pass's products that joining rows saves; it is below 0 if the longer rows cost more.
 
     Fewer positions are multiplied by the weights, but each attends to a row that also holds the other answer.
     """
@@ -47,13 +47,13 @@ def saved_work(shape: ModelShape, rows: EncodedSet) -> float:
 
 
 def layout_problem(asked: str, model: nn.Module, shape: ModelShape, rows: EncodedSet) -> str | None:
-    """Say in a few words why a pair's answers should lie in separate rows, None if nothing speaks against one row.
+    """Return in a few words why a pair's answers should stay in separate rows, None if they can share one.
 
     Args:
         asked: --shared-prefix.
         model: its arrays need not be computed.
         shape: of the model.
-        rows: pairs, apart.
+        rows: pairs, each answer in a row of its own.
     """
     problem = f"--shared-prefix {asked}" if asked == "off" else unshareable(model)
     if problem is None and asked == "auto":
@@ -65,10 +65,10 @@ def layout_problem(asked: str, model: nn.Module, shape: ModelShape, rows: Encode
 def sharing_problem(
     model: nn.Module, config: dict[str, Any], loss: Loss, kernels: KernelChoice | None = None
 ) -> str | None:
-    """Say in a few words why this model does not compute a joined row as separate ones, None if it does.
+    """Return in a few words how this model's results for a joined row are wrong, None if they equal separate rows'.
 
     Args:
-        model: adapted; its rotating layers take a position for each token from then on.
+        model: adapted; from this call on, its rotary embeddings take a position for each token.
         config: its config.json.
         loss, kernels: of the run; None: the model's own kernels.
     """
@@ -86,10 +86,11 @@ def sharing_problem(
     problem = disagreement(model, apart, together)
     if problem:
         return f"a shared prompt {problem}"
-    # 16 bits round so much that a wrong position could pass for rounding: it must be far nearer than that would be.
+    # With 16 bits, rounding is so large that wrong positions could pass as rounding. So the joined row must also be much
+    # nearer to the separate rows than a row with wrong positions is.
     difference, wrong = (mx.abs(one.losses - apart.losses).max().item() for one in (together, as_one))
     if difference * NEARER > wrong:
-        return "a shared prompt cannot be told from rounding on this model"
+        return "rounding is too large on this model to check a shared prompt"
     return None
 
 

@@ -18,7 +18,7 @@ from mlx_lora.adapters.parts import Dropout
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.unchanged import left_unchanged
 
-# How much two correct results may differ: float32 sums in another order, or 16-bit roundings of logits near ten.
+# The most by which two correct results may differ: float32 sums in another order, or logits near ten rounded to 16 bits.
 LOSS_TOLERANCE, HALVES_LOSS_TOLERANCE = 1e-4, 1e-1
 GRADIENT_TOLERANCE, HALVES_GRADIENT_TOLERANCE = 1e-3, 1e-1
 
@@ -42,9 +42,9 @@ def probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], gradi
     If the model's own code has no gradient, only losses are returned; trial.py decides whether the model trains.
 
     Args:
-        model: it is not changed.
+        model: is not changed.
         token_losses: takes the model and returns (P,).
-        gradient: whether to compute one.
+        gradient: whether to compute the gradient.
     """
     if gradient and tree_flatten(model.trainable_parameters()):
         try:
@@ -92,7 +92,7 @@ def disagreement(model: nn.Module, expected: Probe, found: Probe) -> str | None:
 
     Args:
         model: its dtype decides the size of rounding.
-        expected, found: of the same tokens.
+        expected, found: results for the same tokens.
     """
     halves = has_halves(model)
     count = len(expected.losses)
@@ -104,7 +104,7 @@ def disagreement(model: nn.Module, expected: Probe, found: Probe) -> str | None:
     if not expected.gradients:
         return None
     if not found.gradients:
-        return "has no gradient on it"
+        return "has no gradient on this model"
     # RecurrentGemma's own gradients are NaN in 16 bits, ours are not; such gradients are not compared.
     squares = [
         mx.where(

@@ -8,14 +8,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 from mlx_lora.system.parsing import parse_json
 
-# Of what an objective reports, shown in each line.
+# The numbers reported by an objective that each line shows.
 SHOWN = ("accuracy", "margin")
 
 
@@ -36,11 +37,12 @@ class Metrics:
         supervised_tokens, real_tokens, positions: trained tokens, tokens that are not padding and batch positions
             (with padding) since the last report; sums over the lines are the run's totals.
         shapes: distinct micro-batch shapes since the last report, `ROWSxWIDTH`.
-        padding_fraction: of those positions.
+        padding_fraction: the fraction of those positions that is padding.
         skipped_steps: updates since the start that were skipped because loss or gradient was not finite.
         peak_memory_bytes: MLX's allocator; process_peak_bytes: the operating system's figure.
         elapsed_s: since the first step.
-        reports: what the objective reports beside the loss, means over its examples; in metrics.jsonl, names of their own.
+        reports: the numbers that the objective reports besides the loss, as means over its examples; in metrics.jsonl
+            each has a key of its own.
     """
 
     step: int
@@ -131,7 +133,7 @@ def format_metrics(metrics: Metrics, total_steps: int, seconds_left: float) -> s
             f"{format_duration(seconds_left)} left",
         ]
     if metrics.skipped_steps:
-        parts.append(f"{metrics.skipped_steps} steps skipped (not finite)")
+        parts.append(f"steps skipped because they were not finite: {metrics.skipped_steps}")
     return ", ".join(parts)
 
 
@@ -142,6 +144,19 @@ def format_duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+class Progress(Protocol):
+    """Shows a run while it goes on."""
+
+    def step(self, step: int) -> None:
+        """Take the number of a step that was taken."""
+
+    def report(self, metrics: Metrics) -> None:
+        """Take a record."""
+
+    def close(self) -> None:
+        """End."""
 
 
 class PlainProgress:
@@ -174,7 +189,7 @@ class LiveProgress:
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, console=Console(stderr=True))
+        self._bar = Bars(*columns, console=Console(stderr=True))
         self._task = self._bar.add_task("first step", total=total_steps)
         self._loss = self._val = self._rest = ""
         self._bar.start()

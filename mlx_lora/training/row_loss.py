@@ -61,7 +61,8 @@ def _chunk_loss(
     head: Head, arrays: list[mx.array], h: mx.array, targets: mx.array, weights: mx.array, gradient: bool
 ) -> tuple[mx.array, mx.array]:
     """Return these rows' weighted losses (R,), and their gradient (R, D) in h's dtype (empty without `gradient`)."""
-    # In slices of the vocabulary, so that a quantized head is dequantized a slice at a time, and no side is 262k long.
+    # In slices of the vocabulary, so that a quantized head is dequantized a slice at a time, and no matrix has a side of
+    # 262k (Gemma's vocabulary).
     slices = [slice(start, start + MAX_SLICE) for start in range(0, head.vocabulary, MAX_SLICE)]
     after = [mx.depends(array, h) for array in arrays]
     parts = [

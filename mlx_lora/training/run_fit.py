@@ -1,4 +1,4 @@
-"""Check whether a run fits in memory: turn its model, outlined or loaded, into the planner's types."""
+"""Check whether a run fits in memory: describe its model, loaded or only outlined, in the planner's types."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FROZEN_COPIES = {"pissa": 1, "relora": 3}
 
 
 def fit_run(settings: TrainSettings, shape: ModelShape, rows: EncodedSet, kernels: KernelTerms) -> Fitted:
-    """Choose what a run's settings leave open, and refuse a run that does not fit in memory.
+    """Choose the settings that the user did not give, and refuse a run that does not fit in memory.
 
     Args:
         settings: of the run.

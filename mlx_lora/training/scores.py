@@ -28,16 +28,17 @@ def score_answers(
     """Return a reward model's score of each answer with its prompt, (N,) float32.
 
     Args:
-        base: with the adapter of a reward model on it.
+        base: with a reward model's adapter.
         answers: conversations that end with the answer, or prompts with completions.
         data: the template, and the most tokens of a row.
-        batch_tokens: of a batch, padding included.
+        batch_tokens: the most positions of a batch, padding included.
 
     Raises:
-        InputError: there is no score head, or an answer gives no row: its template cannot render it, or nothing of it is within the length.
+        InputError: there is no score head, or an answer gives no row: the template cannot render it, or none of it is left after
+            cutting the row to its maximum length.
     """
     if SCORE not in base.model:
-        raise InputError(f"--model {base.model_id}: has no score head; put the adapter of a reward model on it")
+        raise InputError(f"--model {base.model_id}: has no score head; load the adapter of a reward model")
     tokenizer = base.hf_tokenizer
     plain = data.chat_template is None and not tokenizer.chat_template
     template = None if plain else resolve_template(data.chat_template, tokenizer)[0]

@@ -1,8 +1,8 @@
-"""One optimizer step over several ranks: each computes some rows of every micro-batch, and all sum their results.
+"""Divide an optimizer step among ranks: each computes some rows of every micro-batch, and all ranks add up their results.
 
-The batch plan is the same as one process's, on every rank: every rank lays out the whole step, takes its rows, and
-sums of losses, tokens and gradients over the ranks are those of the whole batch. So neither the order of the data nor
-where a run stands depends on how many ranks there are.
+Every rank has the same batch plan as a single process: it lays out the whole step and takes its own rows, so that the
+sums of losses, tokens and gradients over all ranks are those of the whole batch. So neither the order of the data nor
+the position of a run depends on the number of ranks.
 
 Shapes: B rows, T columns, P slots for trained targets of a micro-batch; N ranks.
 """
@@ -19,7 +19,8 @@ import numpy as np
 from mlx_lora.data.batches import SLOTS_STEP, Batch
 from mlx_lora.system.distributed import Ranks
 
-# The slots for a share's targets increase in steps of this fraction of an even share: few shapes, little of the head's work wasted.
+# The slots for a share's targets increase in steps of this fraction of an even share, which makes few shapes and wastes
+# little of the head's work.
 ROOM_STEP = 1 / 16
 
 
@@ -74,14 +75,14 @@ def share_of(batch: Batch, rows: np.ndarray) -> Batch:
 
 
 class Sharing:
-    """A step's work divided among ranks, and its sums brought together."""
+    """Divides a step's work among ranks, and adds up their results."""
 
     def __init__(self, ranks: Ranks, seed: int):
         """Set up.
 
         Args:
-            ranks: all of them.
-            seed: of the run; dropout draws from (seed, step, rank).
+            ranks: all ranks of the run.
+            seed: of the run; dropout's random numbers depend on (seed, step, rank).
         """
         self._ranks, self._seed = ranks, seed
 
@@ -100,8 +101,8 @@ class Sharing:
     def reseed(self, step: int) -> None:
         """Seed this rank's random numbers for a step.
 
-        A function of the step's number, so that a resumed run needs no other rank's random key: with as many ranks
-        as before it draws the same dropout.
+        The seed depends on the step's number, so a resumed run does not need the other ranks' random keys: with the same
+        number of ranks as before, it draws the same dropout.
         """
         digest = hashlib.sha256(f"{self._seed} {step} {self._ranks.rank}".encode()).digest()
         mx.random.seed(int.from_bytes(digest[:8], "little"))

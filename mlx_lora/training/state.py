@@ -21,7 +21,7 @@ from mlx_lora.training.step import Step
 
 
 class Diverged(RunError):
-    """Ends a run because many updates in a row were not finite; `at` is its position."""
+    """Ends a run because many updates in a row were not finite; `at` is the run's position."""
 
     def __init__(self, at: Position):
         super().__init__(f"step {at.taken}: loss or gradient was not finite {at.skipped_in_a_row} times in a row")
@@ -41,7 +41,7 @@ class Position:
         consumed: micro-batches of the plan so far.
         skipped, skipped_in_a_row: updates that were not finite.
         val_loss, val_at: the last validation and its step.
-        best_loss, best_accuracy, best_at: the best validation so far and its step; None where it reported no accuracy.
+        best_loss, best_accuracy, best_at: the best validation so far and its step; None if it reported no accuracy.
         worse: validations since then that were not better by the early stopping threshold.
         parts: the number of parts in which each batch runs.
     """
@@ -68,9 +68,9 @@ class Position:
             threshold: an improvement up to this does not count for early stopping, as in transformers'
                 EarlyStoppingCallback.
             accuracy: share of pairs that are preferred as labeled, if the objective reports it.
-            by_accuracy: whether the highest accuracy is the best, and of equal ones the lowest loss; else the lowest
-                loss is. Before the first step, policy and reference are the same and the accuracy is that of rounding,
-                so that validation is then no candidate.
+            by_accuracy: whether the best validation is the one with the highest accuracy (of equal ones, the one with
+                the lowest loss); otherwise it is the one with the lowest loss. A validation before the first step is
+                then not a candidate: policy and reference are still the same, so its accuracy is only rounding.
         """
         self.val_loss, self.val_at = loss, self.taken
         if by_accuracy and not self.taken:
@@ -151,7 +151,7 @@ def _check_arrays(own: dict[str, mx.array], stored: dict[str, mx.array], layers:
     ]
     if wrong or strange:
         raise InputError(
-            f"--resume: the checkpoint's state is not this run's: {', '.join((wrong + strange)[:3])}; "
+            f"--resume: the checkpoint's state does not match this run: {', '.join((wrong + strange)[:3])}; "
             "use an older checkpoint, or start a new run"
         )
 

@@ -22,14 +22,14 @@ from mlx_lora.training.sharing import Sharing
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step reports; lazy scalars, so that asking costs nothing until they are read.
+    """The report of one optimizer step, as lazy scalars, which cost nothing until they are read.
 
     Attributes:
         loss_sum: summed loss.
-        count: what it is a sum over: trained tokens, or examples where the objective says so.
+        count: the number of trained tokens, or of examples for an objective whose loss is a mean over examples.
         grad_norm: global norm of the mean gradient before the clip.
         applied: False when the update was skipped because loss or gradient was not finite.
-        reports: sums of what the objective reports.
+        reports: sums of the numbers that the objective reports.
         asked: how many ranks had been asked to stop when they took the step; None for a single process.
     """
 
@@ -90,18 +90,18 @@ class Step:
         Args:
             model: its trainable parameters are what is trained.
             optimizer: initialized here on those parameters.
-            loss: returns (sum, count), and where an objective reports more, a dict of sums.
+            loss: returns (sum, count), and if an objective reports more, a dict of sums.
             max_grad_norm: global-norm clip; 0 for none.
             attend: computes the model's attention; None: mlx's kernels are used for everything.
-            wait: let the device run dry after each micro-batch, so that others (a display) get their turn.
+            wait: wait for the device after each micro-batch, so that other programs (the display) can use it.
             rate_of: parameter name -> multiple of the learning rate (LoRA+); None: 1 for all.
             events: makes the method's own part of the step (AdaLoRA, ReLoRA), given Masters.arrays; None for none.
             sharing: divides steps among ranks; None for a single process.
             compiled: compile the loss and its gradient; a model that computes values on its way cannot be.
             choose: says which kernels are used, by shape (models/kernel_choice.py).
-            prepare: brings the batches of a whole step into the form that the loss takes.
-            arrays_of: the arguments of the loss for a batch, on the device.
-            reports: names of what the loss reports beside sum and count.
+            prepare: brings the batches of a whole step into the form that the loss needs.
+            arrays_of: returns the arguments of the loss for a batch, on the device.
+            reports: names of the numbers that the loss reports besides sum and count.
         """
         self._prepare, self._arrays_of, self._report_names = prepare, arrays_of, reports
         self.model = model
@@ -194,13 +194,13 @@ class Step:
         grads = scaled(grads, factor)
         updated = optimizer.apply_gradients(grads, self.masters.arrays)
         if rates is not None:
-            # Every optimizer of ours moves a number in proportion to its rate, weight decay included.
+            # Each of our optimizers changes a number in proportion to its rate, weight decay included.
             updated = tree_map(lambda new, old, rate: old + rate * (new - old), updated, self.masters.arrays, rates)
         if self.events is not None:
             self.events.observe(updated, grads, applied)
         # Chosen on the device: the host need not wait for the answer.
         self.masters.put(_choose(applied, updated, self.masters.arrays))
-        # In place: the compiled function captured this very dict.
+        # In place, because the compiled function captured this dict.
         optimizer.state.update(_choose(applied, optimizer.state, state))
         return StepResult(loss_sum, count, norm, applied, reports)
 

@@ -30,7 +30,7 @@ from mlx_lora.training.step import Step, StepResult
 
 # This many skipped updates in a row mean that the run has diverged, not that one batch was bad.
 MAX_SKIPPED_IN_A_ROW = 10
-# Where --steps-per-report is not given: reports in a run, and steps from one to the next in a long run.
+# Without --steps-per-report: the number of reports in a run, and the most steps between two reports in a long run.
 REPORTS, MOST_BETWEEN_REPORTS = 20, 25
 
 
@@ -39,10 +39,10 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        steps: taken.
-        val_loss: at its end, if one was taken.
-        interrupted: by a signal.
-        stopped_early: the validations no longer got better.
+        steps: the number of steps taken.
+        val_loss: the validation loss after the last step, if it was measured.
+        interrupted: whether a signal ended the run.
+        stopped_early: whether the run ended because the validations no longer got better.
     """
 
     steps: int
@@ -53,7 +53,7 @@ class Outcome:
 
 @dataclass
 class Window:
-    """What has gathered since the last report; the scalars stay on the device until they are read."""
+    """The results since the last report; the scalars stay on the device until they are read."""
 
     results: list[StepResult] = field(default_factory=list)
     examples: int = 0
@@ -74,7 +74,7 @@ class Window:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave what runs inside (validation, saving) out of the window's throughput."""
+        """Do not count the time spent inside this context (validation, saving) in the window's throughput."""
         start = time.perf_counter()
         yield
         self.paused_s += time.perf_counter() - start
@@ -91,14 +91,14 @@ def diverged(at: Position, result: StepResult) -> bool:
 
 
 def total_steps(plan: BatchPlan, settings: LoopSettings) -> int:
-    """Return the optimizer steps of the run: --iters, or what --epochs (1) over the data take."""
+    """Return the number of optimizer steps of the run: --iters, or the steps that --epochs (default: 1) take."""
     if settings.iters is not None:
         return settings.iters
     return math.ceil(_epoch_batches(plan, settings) / settings.grad_accumulation_steps)
 
 
 def report_interval(total: int, settings: LoopSettings) -> int:
-    """Return the steps between reports: --steps-per-report, by default by the run's length, so that it shows its loss early."""
+    """Return the steps between reports: --steps-per-report, or by the run's length, so that a short run shows its loss early."""
     return settings.steps_per_report or max(1, min(total // REPORTS, MOST_BETWEEN_REPORTS))
 
 
@@ -107,10 +107,10 @@ def _epoch_batches(plan: BatchPlan, settings: LoopSettings) -> int:
 
 
 def micro_batches(plan: BatchPlan, settings: LoopSettings, start: int = 0) -> Iterator[Batch]:
-    """Yield batches epoch after epoch, from the `start`-th: without end for --iters, else exactly those of --epochs.
+    """Yield batches epoch after epoch, from number `start` on: without end for --iters, else exactly those of --epochs.
 
-    The last step of --epochs accumulates what is left, even if it is less than a full window: rows are neither
-    dropped nor taken from a further epoch.
+    With --epochs, the last step accumulates the batches that are left, even if there are fewer than usual: no row is
+    dropped, and none is taken from a further epoch.
     """
     numbers = count(start) if settings.iters is not None else range(start, _epoch_batches(plan, settings))
     indices = (divmod(number, len(plan)) for number in numbers)
@@ -123,8 +123,8 @@ class Measured:
 
     Attributes:
         loss: mean over `count`; NaN without any.
-        count: trained tokens, or examples where the objective's loss is a mean over these.
-        reports: what the objective reports, means over `count`.
+        count: trained tokens, or examples if the objective's loss is a mean over examples.
+        reports: the numbers that the objective reports, as means over `count`.
     """
 
     loss: float
@@ -135,8 +135,8 @@ class Measured:
 def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ranks = ALONE) -> Measured:
     """Return the mean loss over `batches`.
 
-    The model is put in eval mode (no dropout) for it and back afterwards. Several ranks take turns at the batches, and
-    all get the mean over all of them.
+    Meanwhile, the model is in eval mode (no dropout). Several ranks divide the batches among themselves, and all get the
+    mean over all batches.
     """
     training = model.training
     model.eval()
@@ -147,7 +147,7 @@ def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ran
             named = reports[0] if reports else {}
             sums = sums + mx.stack([loss, count, *(named[name] for name in task.reports)])
             mx.eval(sums)
-    # Each rank ends when it ends: on a GPU, the host must do the waiting for the others, see `SeveralRanks.sum`.
+    # Ranks finish at different times. On a GPU, the host must wait for the others, not the device: see `SeveralRanks.sum`.
     total, count, *reported = ranks.sum(sums).tolist()
     model.train(training)
     if not count:
@@ -157,7 +157,7 @@ def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ran
 
 
 def held_out_plan(rows: EncodedSet, settings: LoopSettings) -> BatchPlan:
-    """Plan batches that nothing is trained on; the seed is fixed so that every measurement sees the same ones."""
+    """Plan the batches of a held-out set; the seed is fixed, so that every measurement uses the same batches."""
     tokens = settings.batch_tokens or DEFAULT_BATCH_TOKENS
     return BatchPlan(rows, batch_tokens=tokens, batch_size=settings.batch_size, seed=0)
 
@@ -183,28 +183,30 @@ def train(
     at: Position | None = None,
     guard: MemoryGuard | None = None,
     ranks: Ranks = ALONE,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train until the run's steps are done, the validations no longer get better, or it is interrupted.
 
     Args:
         model: its trainable parameters are the adapter.
         step: the compiled step over `model`.
-        task: for validation, and for what is reported; the step holds its own loss.
+        task: for validation and reports; the step has its own loss.
         plan: training batches.
         validation: held-out batches, or None.
-        settings: cadences and length.
-        report: takes each Metrics record.
-        on_step: takes the step number after each step, for a live display.
-        save: takes the step number and writes the adapter, and a checkpoint with --save-every.
-        at: the run's position, kept up to date for `save`; None: the beginning.
+        settings: how long the run is, and how often it reports, validates and saves.
+        report: called with each Metrics record.
+        on_step: called with the step number after each step, for a live display.
+        save: called with the step number; writes the adapter, and with --save-every a checkpoint.
+        at: the run's position, which the loop updates before it calls `save`; None: start at the beginning.
         guard: watches memory; None: nothing is watched.
-        ranks: processes that take the same steps together, each with the whole plan.
+        ranks: the processes that train together, each with the whole plan.
+        stop: asked after each step whether to end as after an interruption.
 
     Returns:
         The outcome; after an interruption the adapter has been saved.
 
     Raises:
-        Diverged: update after update, or every single one, was skipped because it was not finite; nothing is saved.
+        Diverged: many updates in a row, or all of a short run, were skipped because they were not finite; nothing is saved.
     """
     total = total_steps(plan, settings)
     report_every = report_interval(total, settings)
@@ -236,7 +238,11 @@ def train(
     def stopped_early() -> bool:
         return bool(settings.early_stopping_patience) and at.worse >= settings.early_stopping_patience
 
-    with interrupt_flag() as asked:
+    with interrupt_flag() as signaled:
+
+        def asked() -> bool:
+            return signaled() or stop()
+
         interrupted = Agreement(asked, ranks)
         if not at.taken:
             validate()

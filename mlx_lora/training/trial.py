@@ -91,7 +91,7 @@ def _variants(loss: Loss, attend: AttentionCall | None, choose: Choose) -> Itera
 
 
 def _note(variant: StepVariant, loss: Loss, attend: AttentionCall | None, problem: Exception) -> str:
-    """Return for the header what a variant does without, and the error that is the reason."""
+    """Return a note for the header: the features that a variant does without, and the error that is the reason."""
     without = [
         words
         for words, missing in (

@@ -1,0 +1,35 @@
+"""Show the whole path on a small real model: fetch it, ask it, train it on verse, and ask it again.
+
+python -m mlx_lora.demo
+python -m mlx_lora.demo --out somewhere --force
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_lora.suite.demo_screen import DemoScreen
+from mlx_lora.suite.verse_demo import ITERS, Demo, run_demo
+from mlx_lora.system import console
+
+
+@click.command(cls=console.Command)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    help="Folder for the model and the run.",
+)
+@click.option("--model", default=None, help="Another chat model instead of SmolLM2-135M: hub id, folder or .gguf file.")
+@click.option("--iters", type=click.IntRange(min=1), default=ITERS, show_default=True, help="Optimizer steps.")
+@click.option("--force", is_flag=True, help="Train again if --out already holds a demo's run.")
+def main(out: Path, model: str | None, iters: int, force: bool) -> int:
+    """Train a small model to answer in verse, and show its answers before and after: a few minutes."""
+    return run_demo(Demo(out, model, iters, force), DemoScreen())
+
+
+if __name__ == "__main__":
+    main()

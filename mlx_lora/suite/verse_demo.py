@@ -1,0 +1,162 @@
+"""The demo's stages: a small model, its answers, a training run of the bard recipe, and its answers again.
+
+    model -> loss and answers -> train -> loss and answers with the adapter
+
+All stages run in one process, through the same functions as the commands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mlx_lora.artifacts.adapter import CONFIG_FILE
+from mlx_lora.artifacts.run_report import REPORT_FILE
+from mlx_lora.data.loading import load_eval_set
+from mlx_lora.data.prompts import encode_prompt
+from mlx_lora.data.templates import own_template
+from mlx_lora.models.converting import convert_model
+from mlx_lora.models.load import Base, check_token_ids, load_base
+from mlx_lora.objectives.objective_table import objective_of
+from mlx_lora.runs.composition import put_adapter
+from mlx_lora.runs.training_run import train_run
+from mlx_lora.runs.words import interrupted_line
+from mlx_lora.settings.config import TrainSettings
+from mlx_lora.settings.resolve import train_settings
+from mlx_lora.settings.settings_file import read_settings
+from mlx_lora.sources.embedded_models import SMOLLM2_GGUF, embedded_model
+from mlx_lora.sources.hub import resolve_model
+from mlx_lora.suite.demo_screen import Answers, DemoScreen, Stage
+from mlx_lora.system import device
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.files import check_writable
+from mlx_lora.training.samples import greedy_text
+from mlx_lora.training.trainer import held_out_loss
+
+RECIPE = "bard"
+ITERS = 44  # two passes over the recipe's rows
+ANSWER_TOKENS = 64  # some six lines of verse
+# Of the recipe's test rows, which are never trained on.
+QUESTIONS = (
+    "How do I keep cut flowers alive for longer?",
+    "What makes the wind blow?",
+    "How do I write my first poem?",
+)
+NEEDED_BYTES = 300_000_000  # the converted model, the adapter and a checkpoint with the optimizer's state
+# The usual times, in seconds, of a machine with two CPU cores; a download is not counted.
+STAGES = (
+    Stage("Get the model", 10),
+    Stage("Ask it three questions", 30),
+    Stage("Train an adapter on verse", 150),
+    Stage("Ask the same questions again", 40),
+)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the user asked for.
+
+    Attributes:
+        out: folder for the model and the run.
+        model: hub id, folder or .gguf file; None: SmolLM2-135M-Instruct.
+        iters: optimizer steps.
+        force: train again although the folder holds a run.
+    """
+
+    out: Path
+    model: str | None = None
+    iters: int = ITERS
+    force: bool = False
+
+    @property
+    def run_folder(self) -> Path:
+        """The run's own folder, below `out`."""
+        return self.out / RECIPE
+
+
+def run_demo(demo: Demo, screen: DemoScreen) -> int:
+    """Take all stages, and return the exit code: 0, or 130 after Ctrl-C.
+
+    Raises:
+        InputError: the folder holds a run already, or a model that cannot be had or trained.
+        RunError: the disk is full, or the run diverged.
+    """
+    check_folder(demo)
+    device.compile_for(demo.iters)  # on a CPU, compiling kernels would take longer than it saves
+    with screen.stages(STAGES, demo.out):
+        with screen.stage(0) as done:
+            model, words = get_model(demo, screen)
+            done(words)
+        settings = demo_settings(demo, model)
+        with screen.stage(1) as done:
+            before = ask(settings, None)
+            done(f"held-out loss {before.loss:.2f}")
+        with screen.stage(2) as done:
+            lines = screen.training(demo.run_folder, demo.iters)
+            screen.doing("preparing the first step")
+            outcome = train_run(settings, say=lines)
+            if not outcome.interrupted:
+                done(f"{outcome.steps} steps, {demo.run_folder}")
+        if outcome.interrupted:
+            screen.say(interrupted_line(str(demo.run_folder), outcome))
+            return 130
+        with screen.stage(3) as done:
+            after = ask(settings, demo.run_folder)
+            done(f"held-out loss {after.loss:.2f}")
+    screen.result(QUESTIONS, before, after)
+    screen.next_steps(model, f"{RECIPE}={demo.run_folder}", demo.run_folder / REPORT_FILE)
+    return 0
+
+
+def check_folder(demo: Demo) -> None:
+    """Refuse a folder that holds a run, or cannot be written, before anything is fetched."""
+    if (demo.run_folder / CONFIG_FILE).exists() and not demo.force:
+        raise InputError(
+            f"--out {demo.out}: already holds the demo's run in {demo.run_folder}; give --force to train it again, "
+            "or another --out"
+        )
+    check_writable(demo.out, "--out", NEEDED_BYTES)
+
+
+def get_model(demo: Demo, screen: DemoScreen) -> tuple[str, str]:
+    """Return what --model is to be for the stages that follow, and words on it; fetch and convert the small model."""
+    if demo.model:
+        return demo.model, demo.model
+    folder = demo.out / SMOLLM2_GGUF.file_name.split(".")[0]
+    if not (folder / "config.json").is_file():  # it is written whole or not at all
+        gguf = embedded_model(SMOLLM2_GGUF, say=screen.doing)
+        convert_model(resolve_model(str(gguf)), folder, target=None, dtype=device.compute_dtype("auto"))
+    return str(folder), f"{folder.name}, 4-bit"
+
+
+def demo_settings(demo: Demo, model: str) -> TrainSettings:
+    """Return the recipe's settings, with a report after each step and as few steps as the demo takes."""
+    flags = {
+        "model": model,
+        "adapter_path": str(demo.run_folder),
+        "iters": demo.iters,
+        "steps_per_report": 1,
+        "steps_per_eval": 0,
+        "keep_best": False,
+        "force": demo.force,
+    }
+    settings = train_settings(flags, read_settings(RECIPE, flags, lambda line: None))
+    return replace(settings, loop=replace(settings.loop, test_batches=-1))
+
+
+def ask(settings: TrainSettings, adapter: Path | None) -> Answers:
+    """Return the loss on the recipe's test rows and the answers to the questions, with or without an adapter."""
+    base, objective = load_base(settings.model), objective_of(settings.objective)
+    rows = load_eval_set(settings.data.data or "", settings.data, base.hf_tokenizer)
+    check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {settings.data.data}")
+    if adapter:
+        put_adapter(base, adapter, settings.data, objective)
+    loss = held_out_loss(base, objective.targets_of(rows), settings.loop, objective).loss
+    return Answers(loss, rows.examples, tuple(answer(base, question) for question in QUESTIONS))
+
+
+def answer(base: Base, question: str) -> str:
+    """Return the beginning of the model's most likely answer."""
+    prompt = encode_prompt(base.hf_tokenizer, question, own_template(base.hf_tokenizer))
+    check_token_ids(base, max(prompt), "the demo's question")
+    return greedy_text(base, prompt, ANSWER_TOKENS).strip()

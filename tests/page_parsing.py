@@ -1,0 +1,32 @@
+"""Parse the arguments of `mlx-lora` as the pages have them, without running anything."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+import click
+
+from mlx_lora.settings.config import FIELDS
+from mlx_lora.settings.setting_row import read_value
+
+
+def parse(words: tuple[str, ...]) -> click.Command:
+    """Parse `mlx-lora` arguments, flags and values, without running anything.
+
+    Raises:
+        click.UsageError, ValueError: an option does not exist, or its value is not allowed.
+    """
+    if words[0].startswith("-"):
+        return click.Command("mlx-lora")
+    name, rest = words[0], list(words[1:])
+    if importlib.util.find_spec(f"mlx_lora.{name}") is None:
+        raise click.UsageError(f"no command {name}")
+    command = importlib.import_module(f"mlx_lora.{name}").main
+    if isinstance(command, click.Group):
+        command = command.commands[rest.pop(0)]
+    values, _, _ = command.make_parser(click.Context(command)).parse_args(rest)
+    for setting, value in values.items():
+        if setting in FIELDS and isinstance(value, str):
+            read_value(FIELDS[setting], value)
+    return command
