@@ -97,9 +97,10 @@ def test_evaluate_plan_and_export_give_what_the_commands_give(base, trained, cha
     theirs = run("evaluate", "--model", tiny_folder, "--adapter-path", trained.adapter, "--data", chats, "--json")
     assert ours == json.loads(theirs.out)
     assert ours["loss"] < alone["loss"] == mlx_lora.evaluate(base, chats)["loss"]
-    plan = ("plan", "--model", tiny_folder, "--chip", "M2 Pro", "--rank", 4, "--json")
-    assert json.loads(run(*plan).out) == json.loads(json.dumps(mlx_lora.plan(tiny_folder, chip="M2 Pro", rank=4)))
-    assert mlx_lora.plan(base, chip="M2 Pro", rank=8) != mlx_lora.plan(tiny_folder, chip="M2 Pro", rank=4)
+    flags = ("--chip", "M2 Pro", "--rank", 4, "--max-seq-length", 64, "--json")
+    planned = mlx_lora.plan(base, chip="M2 Pro", rank=4, max_seq_length=64)
+    assert json.loads(json.dumps(planned)) == json.loads(run("plan", "--model", tiny_folder, *flags).out)
+    assert (planned["settings"]["rank"], planned["settings"]["max_seq_length"]) == (4, 64)
     file = mlx_lora.export(base, trained.adapter, to="peft", out=tmp_path / "ours") / "adapter_model.safetensors"
     flags = ("--model", tiny_folder, "--adapter-path", trained.adapter, "--to", "peft", "--out", tmp_path / "theirs")
     assert run("export", *flags).code == 0
