@@ -108,7 +108,7 @@ def test_tiers_and_names_choose():
     assert choose_workloads((), (HUB.name,)) == [HUB]
     ran = run("bench", "run", "--workload", "nothing")
     assert ran.code == 2
-    assert "no such workload; there are embedded-" in ran.err
+    assert "no such workload; choose from embedded-" in ran.err
     assert len(ran.lines) == 1
 
 
