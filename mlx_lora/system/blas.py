@@ -81,7 +81,7 @@ def _load_pypi_openblas() -> Blas:
         ctypes.CDLL(str(shim), mode=ctypes.RTLD_GLOBAL)
     except (OSError, subprocess.CalledProcessError) as error:
         return Blas(
-            SLOW, fast=False, advice=f"OpenBLAS shim failed ({_last_line(error)}): apt install libopenblas0-pthread"
+            SLOW, fast=False, advice=f"the OpenBLAS shim failed ({_last_line(error)}); apt install libopenblas0-pthread"
         )
     from importlib.metadata import version
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def cache_dir(kind: str) -> Path:
-    """Return the folder of one kind of cached thing; it may not exist yet.
+    """Return the cache folder for one kind of file; it may not exist yet.
 
     Args:
-        kind: `models`, `data`, `converted`, `encoded`, `blas`, `bin`, `measured` or `locks`.
+        kind: `models`, `data`, `converted`, `encoded`, `blas`, `bin`, `measured`, `reference` or `locks`.
 
     Returns:
         `$MLX_LORA_CACHE/<kind>`, by default `~/.cache/mlx_lora/<kind>`.
