@@ -94,7 +94,7 @@ def test_16_bit_experts_on_a_cpu_are_refused_in_one_line(command, chats, tmp_pat
     words += ("--adapter-path", tmp_path / "a", "--iters", 1) if command == "train" else ()
     ran = run(command, *words)
     assert ran.code == 2
-    assert "a mixture of experts in bfloat16, which mlx only computes on a GPU; give --dtype float32" in ran.err
+    assert "a mixture of experts in bfloat16, which mlx can only compute on a GPU; give --dtype float32" in ran.err
     # Packed ones have a product of their own there; an adapter's factors have none.
     packed = tmp_path / "packed"
     assert run("convert", "--model", folder, "--out", packed, "--bits", 4, "--group-size", 32).code == 0

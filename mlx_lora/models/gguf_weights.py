@@ -93,7 +93,7 @@ def _split_packed(packed: PackedWeight, mapping: TensorMapping) -> dict[str, mx.
 
 
 def _carries(tensor: GGUFTensor, mapping: TensorMapping) -> bool:
-    """Tell whether a tensor's blocks are carried over: moved at most, never requantized."""
+    """Return whether a tensor's blocks are carried over: moved at most, never requantized."""
     movable = mapping.columns is None or mapping.columns.in_groups(GROUP) is not None
     return len(tensor.shape) in (2, 3) and tensor.type in LOSSLESS and not mapping.exact and movable
 
@@ -102,7 +102,7 @@ def _carried(tensor: GGUFTensor, mapping: TensorMapping, dtype: mx.Dtype) -> Pac
     packed = carry_blocks(_reordered(tensor, mapping), dtype)
     if mapping.columns is None:
         return packed
-    order: Any = mapping.columns.in_groups(GROUP)  # which `_carries` made sure of
+    order: Any = mapping.columns.in_groups(GROUP)  # not None, because `_carries` has checked it
     n_groups = tensor.shape[-1] // GROUP
     index = mx.array(order.from_file(n_groups))
     groups = [array.reshape(*array.shape[:-1], n_groups, -1) for array in packed.arrays]
@@ -173,7 +173,7 @@ def check_shapes(
         expected: {mlx-lm's parameter name: shape}.
 
     Raises:
-        InputError: naming the tensors that differ.
+        InputError: tensors have other shapes; the message names them.
     """
     wrong = []
     for name, mapping in mappings.items():
@@ -182,7 +182,9 @@ def check_shapes(
         if mapping.then and all(shape == ours[0] for shape in ours) and len(wanted) > 1:
             wanted = (*wanted[:-2], len(ours) * wanted[-2], wanted[-1])
         if wanted != tensors[name].shape:
-            wrong.append(f"{name} is {tensors[name].shape}, the model needs {wanted}")
+            wrong.append(f"{name} is {tensors[name].shape}, but the model needs {wanted}")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise InputError(f"{path}: {'; '.join(wrong[:3])}{more}; its metadata and tensors disagree, download it again")
+        raise InputError(
+            f"{path}: {'; '.join(wrong[:3])}{more}; its tensors do not match its metadata, so download it again"
+        )
