@@ -34,7 +34,7 @@ def test_a_config_that_transformers_refuses_is_not_blamed_on_the_tokenizer(tmp_p
         ("deepseek_v32", "indexer", "indexer.wq_b", "top-k, which has no gradient"),
         ("minimax_m3_vl", "index_q_proj", "index_q_proj", "top-k, which has no gradient"),
         ("minimax_m3_vl", "index_k_proj", "index_k_proj", "top-k, which has no gradient"),
-        ("gemma3n", "altup", "prediction_coefs", "past any adapter"),
+        ("gemma3n", "altup", "prediction_coefs", "without the adapter"),
     ],
 )
 def test_layers_out_of_reach_are_left_alone_and_refused_by_name(kind, part, name, why):
