@@ -52,7 +52,7 @@ class Conversion:
     Attributes:
         model_type: mlx-lm's.
         lossless, requantized, floats: how many tensors (layers, for a Hugging Face source) were treated in each way.
-        errors: source type -> relative error of each tensor quantized anew.
+        errors: source type -> relative error of each tensor that was quantized again.
         skipped: layers left in float because their width does not divide into groups.
         size_bytes: of all tensors written.
         n_values: the number of weights, counted before packing.
@@ -276,7 +276,7 @@ def _convert_folder(
     model, config = load_weights(source.path, trust_remote_code)
     if target is None:
         if "quantization" in config or "quantization_config" in config:
-            choice = "give --bits to quantize it anew, or --no-quantize to make it float"
+            choice = "give --bits to quantize it again, or --no-quantize to convert it to floats"
             raise InputError(f"{source.path}: already quantized; {choice}")
         target = Quantization(4, 64)
     model, config = dequantize_model(model, config)

@@ -15,7 +15,7 @@ from mlx_lora.models.quantize import PackedWeight, Quantization, quantize_weight
 from mlx_lora.sources.gguf_reader import GGUFTensor
 from mlx_lora.system.errors import InputError
 
-# How weights are stored: GGUF's blocks carried over unchanged, all as floats, or all quantized anew in one way.
+# How weights are stored: GGUF's blocks carried over unchanged, all as floats, or all quantized again in one way.
 Target = Literal["carry", "float"] | Quantization
 
 
@@ -30,7 +30,7 @@ class Imported:
         n_values: how many weights it holds.
         quantization: how it is packed now; None: float.
         lossless: whether it holds the file's values, up to the rounding of the compute dtype.
-        error: the relative error of quantizing it anew; 0 if lossless.
+        error: the relative error of quantizing it again; 0 if lossless.
     """
 
     source: str
