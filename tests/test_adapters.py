@@ -140,7 +140,7 @@ def test_targets_by_name_pattern_and_depth():
 
 def test_every_unmatched_target_is_named_with_what_exists():
     model = tiny_model()
-    with pytest.raises(InputError, match=r"'q_prj'.*did you mean q_proj.*'nothing'.*there are.*gate_proj"):
+    with pytest.raises(InputError, match=r"'q_prj'.*did you mean q_proj.*'nothing'.*the layers are.*gate_proj"):
         select_targets(model, "q_prj,nothing,v_proj")
     with pytest.raises(InputError, match="outside the last 1 blocks"):
         select_targets(model, "layers.0.mlp.up_proj", num_layers=1)

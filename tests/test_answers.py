@@ -52,7 +52,7 @@ def test_a_pair_with_a_lost_answer_is_dropped_as_a_whole():
     assert encoded.source.tolist() == [0]
     assert encoded.dropped[1].startswith("chosen answer: no trained token")
     equal = Pair(Completion("Question?", " same start, good"), Completion("Question?", " same start, bad"))
-    assert "equal answers" in encode_entries(encoder(16), [equal]).dropped[0]
+    assert "the answers are equal" in encode_entries(encoder(16), [equal]).dropped[0]
     assert not encode_entries(encoder(60), [equal]).dropped
 
 
@@ -128,7 +128,7 @@ def test_preference_data_is_loaded_reported_and_cached(tmp_path, monkeypatch):
     assert (again.train.group, splits.valid.group) == (2, 2)
     assert splits.train.examples + splits.valid.examples == 40
     report = splits.report.render()
-    assert "pairs.jsonl line 41: equal answers" in report
+    assert "pairs.jsonl line 41: the two answers are equal" in report
     assert "a preference pair needs rejected" in report
     assert f"{splits.train.examples} pairs" in report
     assert "rejected:" in report

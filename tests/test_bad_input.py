@@ -160,7 +160,7 @@ CASES = {
     "unknown logger": (lambda p: p.train("--report-to", "paper"), "--report-to paper"),
     # the settings file
     "config missing": (lambda p: p.train("--config", p.path / "no.yaml"), "cannot be read"),
-    "config is no YAML": (lambda p: p.train("--config", p.write("c.yaml", "a: [1")), "not YAML"),
+    "config is no YAML": (lambda p: p.train("--config", p.write("c.yaml", "a: [1")), "not usable YAML"),
     "config is a list": (lambda p: p.train("--config", p.write("c.yaml", "- 1")), "has no settings"),
     "config key unknown": (lambda p: p.train("--config", p.write("c.yaml", "learning_rte: 1")), "did you mean 'learning_rate'"),
     "config value of the wrong kind": (lambda p: p.train("--config", p.write("c.yaml", "rank: many")), "--rank 'many': not a whole number"),
@@ -188,7 +188,7 @@ CASES = {
     "model folder empty": (lambda p: p.train(model=p.write("m/x", "").parent), "m"),
     "model without weights": (lambda p: p.train(model=removed(p, "*.safetensors")), "no model.*safetensors"),
     "model without tokenizer": (lambda p: p.train(model=removed(p, "tokenizer*")), "tokenizer"),
-    "config.json is no JSON": (lambda p: p.train(model=p.write("model/config.json", "{").parent), "not JSON"),
+    "config.json is no JSON": (lambda p: p.train(model=p.write("model/config.json", "{").parent), "not usable JSON"),
     "architecture unknown": (lambda p: p.train(model=config_with(p, model_type="perceiver")), "perceiver"),
     "config does not fit the weights": (lambda p: p.train(model=config_with(p, hidden_size=32)), "cannot build"),
     "a tensor is missing": (lambda p: p.train(model=model_without(p, "model.norm.weight")), "model.norm.weight"),

@@ -72,7 +72,7 @@ def test_a_day_that_nothing_shows_or_that_is_none_is_refused(tmp_path):
         load_data(DataSettings(data=data, chat_date="2026-01-05"), byte_tokenizer(), 0)
     ran = run("train", "--model", "m", "--data", data, "--adapter-path", tmp_path / "a", "--chat-date", "5 Jan")
     assert ran.code == 2
-    assert "--chat-date '5 Jan': not a date; write it as in 2026-11-26" in ran.err
+    assert "--chat-date '5 Jan': not a date; write it like 2026-11-26" in ran.err
 
 
 def test_an_evaluation_is_of_the_day_it_is_told(tmp_path):

@@ -173,10 +173,10 @@ def test_rows_with_tool_calls_name_a_template_that_has_tools_and_train_with_it(t
     found = report(tmp_path, rows, valid_fraction=0.0)
     assert found.dropped == 6
     assert {row.why for row in found.dropped_rows} == {
-        "the chat template does not show tool calls; use --chat-template chatml, which has tools"
+        "the chat template does not show tool calls; use --chat-template chatml, which supports tools"
     }
     alpaca = report(tmp_path, rows, valid_fraction=0.0, chat_template="alpaca")
-    assert all(row.why.endswith("; use --chat-template chatml, which has tools") for row in alpaca.dropped_rows)
+    assert all(row.why.endswith("; use --chat-template chatml, which supports tools") for row in alpaca.dropped_rows)
     chatml = report(tmp_path, rows, valid_fraction=0.0, chat_template="chatml")
     assert chatml.dropped == 0
     assert chatml.splits["train"].rows == 12

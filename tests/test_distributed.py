@@ -139,7 +139,7 @@ def test_a_killed_rank_ends_the_others(killed, tiny_folder, chats, tmp_path):
     assert ended.codes[1 - killed] == 1
     message = ended.errs[1 - killed].splitlines()[-1]
     assert message.startswith(f"Error: rank {killed}")
-    assert "ended without a word" in message
+    assert "ended without a message" in message
     assert "--resume" in message
 
 
@@ -368,7 +368,7 @@ def test_a_frozen_machine_is_noticed(tiny_folder, chats, tmp_path):
     ranks.signal(1, signal.SIGCONT)
     ended = ranks.wait(30)
     assert "rank 1" in ended.errs[0].splitlines()[-1]
-    assert "said nothing for 20 s" in ended.errs[0]
+    assert "sent nothing for 20 s" in ended.errs[0]
 
 
 NAN = """
@@ -475,7 +475,7 @@ def test_a_cable_that_is_pulled(namespaces, tiny_folder, chats, tmp_path):
     ended = ranks.wait(60)
     assert time.monotonic() - start < 30
     assert ended.codes == [1, 1]
-    assert all("said nothing for 20 s" in err for err in ended.errs)
+    assert all("sent nothing for 20 s" in err for err in ended.errs)
 
 
 def test_the_environment_of_ranks_finds_this_checkout():

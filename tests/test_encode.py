@@ -191,7 +191,7 @@ def test_rows_a_template_cannot_show_are_dropped_with_the_reason():
     }
     assert encoded.source.tolist() == [1]
     assert encoder(chatml).encode([tool_chat()]).dropped == {
-        0: "the chat template does not show tool calls; use --chat-template chatml, which has tools"
+        0: "the chat template does not show tool calls; use --chat-template chatml, which supports tools"
     }
 
 
@@ -332,13 +332,15 @@ def test_settings_that_cannot_work(tmp_path):
     tokenizer = byte_tokenizer(None, eos=None)
     with pytest.raises(InputError, match="requires an end token"):
         resolve_template(None, tokenizer)
-    with pytest.raises(InputError, match=r"no such file, and no built-in \(alpaca, chatml\)"):
+    with pytest.raises(InputError, match=r"no such file or built-in template; give a Jinja file, alpaca or chatml"):
         resolve_template("chatlm", tokenizer)
     (tmp_path / "bad.jinja").write_text("{% for %}")
     with pytest.raises(InputError, match=r"bad.jinja\), line 1: "):
         resolve_template(str(tmp_path / "bad.jinja"), tokenizer)
-    with pytest.raises(InputError, match="--max-seq-length 1 leaves no token"):
-        encoder(byte_tokenizer(CHATML), max_seq_length=1)
+    for bos in (False, True):  # the advice is the shortest length that is accepted
+        with pytest.raises(InputError, match=f"--max-seq-length {1 + bos} leaves no token to train; use {2 + bos} or"):
+            encoder(byte_tokenizer(CHATML, bos=bos), max_seq_length=1 + bos)
+        encoder(byte_tokenizer(CHATML, bos=bos), max_seq_length=2 + bos)
     with pytest.raises(InputError, match="requires a fast tokenizer"):
         Encoder(object(), None, max_seq_length=9)
 

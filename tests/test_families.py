@@ -34,7 +34,7 @@ def test_a_config_that_transformers_refuses_is_not_blamed_on_the_tokenizer(tmp_p
         ("deepseek_v32", "indexer", "indexer.wq_b", "top-k, which has no gradient"),
         ("minimax_m3_vl", "index_q_proj", "index_q_proj", "top-k, which has no gradient"),
         ("minimax_m3_vl", "index_k_proj", "index_k_proj", "top-k, which has no gradient"),
-        ("gemma3n", "altup", "prediction_coefs", "past any adapter"),
+        ("gemma3n", "altup", "prediction_coefs", "without the adapter"),
     ],
 )
 def test_layers_out_of_reach_are_left_alone_and_refused_by_name(kind, part, name, why):
@@ -94,7 +94,7 @@ def test_16_bit_experts_on_a_cpu_are_refused_in_one_line(command, chats, tmp_pat
     words += ("--adapter-path", tmp_path / "a", "--iters", 1) if command == "train" else ()
     ran = run(command, *words)
     assert ran.code == 2
-    assert "a mixture of experts in bfloat16, which mlx only computes on a GPU; give --dtype float32" in ran.err
+    assert "a mixture of experts in bfloat16, which mlx can only compute on a GPU; give --dtype float32" in ran.err
     # Packed ones have a product of their own there; an adapter's factors have none.
     packed = tmp_path / "packed"
     assert run("convert", "--model", folder, "--out", packed, "--bits", 4, "--group-size", 32).code == 0

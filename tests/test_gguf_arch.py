@@ -133,7 +133,7 @@ def test_shapes_that_disagree_with_the_settings_are_named(tmp_path: Path) -> Non
     def change(tensors: dict[str, np.ndarray]) -> None:
         tensors["blk.2.attn_q.weight"] = np.zeros((48, 64), np.float32)
 
-    with pytest.raises(InputError, match=r"blk\.2\.attn_q\.weight is \(48, 64\), the model needs \(64, 64\)"):
+    with pytest.raises(InputError, match=r"blk\.2\.attn_q\.weight is \(48, 64\), but the model needs \(64, 64\)"):
         convert_model(resolve_model(str(changed(tmp_path, change))), tmp_path / "out")
 
 

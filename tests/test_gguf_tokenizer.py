@@ -78,7 +78,7 @@ def test_generation_ends_at_eos_and_at_end_of_turn(byte_level, tmp_path) -> None
 
 
 def test_what_is_not_known_is_named(byte_level, pieces) -> None:
-    with pytest.raises(InputError, match=r"pre-tokenizer 'novel' is not known \(.*llama-bpe.*qwen2"):
+    with pytest.raises(InputError, match=r"pre-tokenizer 'novel' is not supported \(.*llama-bpe.*qwen2"):
         vocabulary_from_metadata(metadata(byte_level, pre="novel"))
     with pytest.raises(InputError, match=r"kind 't5' is not supported \(known: gpt2, llama, gemma4\)"):
         vocabulary_from_metadata(metadata(byte_level, model="t5"))
@@ -86,7 +86,7 @@ def test_what_is_not_known_is_named(byte_level, pieces) -> None:
         vocabulary_from_metadata({})
     with pytest.raises(InputError, match="no merges"):
         vocabulary_from_metadata(metadata(byte_level, merges=[]))
-    with pytest.raises(InputError, match="1 merges are not of tokens"):
+    with pytest.raises(InputError, match="1 of the merges join texts that are not tokens"):
         vocabulary_from_metadata(metadata(byte_level, merges=[*byte_level["merges"], "zz qqqqq"]))
     repeated = [*byte_level["tokens"][:-1], byte_level["tokens"][5]]
     with pytest.raises(InputError, match="appears twice"):

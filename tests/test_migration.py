@@ -23,7 +23,7 @@ FOREIGN = Path(__file__).parent / "foreign"
 KNOWN = set(config.FIELDS)
 # Of the newest methods: taken where this version has them.
 NEWER = {"modules_to_save", "relora_every", "relora_warmup", "relora_prune_ratio", "center_rewards"}
-LEFT_OUT = "no counterpart, left out: "
+LEFT_OUT = "keys without a counterpart here, left out: "
 
 # File -> what it must become, and every key that it must leave out.
 CASES = {
@@ -287,7 +287,7 @@ def test_every_key_is_mapped_or_listed(name, folder):
     assert found == texts
     assert sorted(left_out(said)) == sorted(part.replace("|", " ") for part in without.split())
     dialect = name.split("-")[0]
-    assert dialect in said[0].lower().replace("llama-factory", "llama").split(" a file of ")[1]
+    assert dialect in said[0].lower().replace("llama-factory", "llama").split(" settings file of ")[1]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -259,7 +259,7 @@ def test_the_fastest_that_fits_is_chosen(big):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--chip", "M9"), "not in the table"),
+        (("--chip", "M9"), "not a known chip"),
         (("--memory-gb", 16), "--chip"),
         (("--rank", 0), "--rank"),
         (("--target-modules", "nothing"), "matches no layer"),
@@ -330,7 +330,7 @@ def train(folder: Path, chats: Path, out: Path, *more: object):
 def test_train_refuses_what_cannot_fit_and_says_what_would(tiny_folder, chats, tmp_path):
     ran = train(tiny_folder, chats, tmp_path / "a", "--memory-budget", 1e-4)
     assert ran.code == 2
-    assert "no sequence or batch is small enough" in ran.lines[-1]
+    assert "even short sequences and small batches do not fit" in ran.lines[-1]
     assert not (tmp_path / "a" / "adapters.safetensors").exists()
     need = planned("--model", tiny_folder, "--max-seq-length", 96, "--batch-size", 40)
     between = need["peak_bytes"] * 0.35 / 1e9

@@ -325,11 +325,11 @@ OTHER = {"role": "user", "content": "Another question"}
     ("objective", "record", "words"),
     [
         ("dpo", {"prompt": "Q", "chosen": "a"}, "a preference pair needs rejected; add it, or remove the row"),
-        ("dpo", {"prompt": "Q", "chosen": "a", "rejected": "a"}, "equal answers"),
+        ("dpo", {"prompt": "Q", "chosen": "a", "rejected": "a"}, "the two answers are equal"),
         ("dpo", {"prompt": "Q", "chosen": "a", "rejected": " "}, "empty rejected answer"),
         ("dpo", {"prompt": [OTHER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
          "the prompt is not the beginning of the chosen dialogue; leave one of them out"),
-        ("dpo", {"prompt": "Q", "completion": "a"}, "needs chosen and rejected; plain chats: --objective sft"),
+        ("dpo", {"prompt": "Q", "completion": "a"}, "needs chosen and rejected; for plain chats, train with --objective sft"),
         ("orpo", {"prompt": "Q", "completion": "a", "label": True}, "train with --objective kto"),
         ("sft", {"prompt": "Q", "chosen": "a", "rejected": "b"}, "train with --objective dpo"),
         ("sft", {"instruction": "Q", "completions": [{"response": "a", "overall_score": 1}]}, "train with --objective dpo"),

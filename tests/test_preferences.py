@@ -261,11 +261,11 @@ PAIR = CHATS["TRL, explicit prompt"]
     [
         ({"prompt": [USER], "chosen": [GOOD]}, "needs rejected"),
         ({"messages": [USER, GOOD]}, "needs chosen and rejected"),
-        ({**PAIR, "rejected": [GOOD]}, "equal answers"),
+        ({**PAIR, "rejected": [GOOD]}, "the two answers are equal"),
         ({**PAIR, "rejected": [{"role": "assistant", "content": " "}]}, "empty"),
         ({**PAIR, "chosen": 3}, "chosen must be a text"),
         ({**PAIR, "margin": "much"}, "margin is 'much'"),
-        ({"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "Other"}, BAD]}, "share no beginning"),
+        ({"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "Other"}, BAD]}, "begin differently"),
         ({"prompt": [{"role": "user", "content": "Other"}], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
          "not the beginning"),
         ({"prompt": [{"role": "user", "content": "Other"}], "chosen": [GOOD], "rejected": [USER, BAD]}, "the chosen dialogue"),

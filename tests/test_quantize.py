@@ -47,8 +47,8 @@ def test_defaults_and_fixed_modes() -> None:
         ((0, None, None), "--bits 0"),
         ((4, 48, None), "--group-size 48"),
         ((9, 7, None), r"--bits 9.*--group-size 7"),
-        ((3, 64, "nvfp4"), r"--bits 3: nvfp4 has 4.*--group-size 64: nvfp4 has 16"),
-        ((4, None, "mxfp8"), "--bits 4: mxfp8 has 8"),
+        ((3, 64, "nvfp4"), r"--bits 3: nvfp4 always has 4.*--group-size 64: nvfp4 always has 16"),
+        ((4, None, "mxfp8"), "--bits 4: mxfp8 always has 8"),
         ((None, None, "gguf"), "--mode gguf"),
     ],
 )

@@ -144,7 +144,7 @@ def test_what_a_reward_model_cannot_be_is_one_line(untied, data, trained, imitat
     more = ("--adapter-path", tmp_path / "b", *QUICK)
     one_line(run("train", *common, *more, "--beta", 0.5), "--beta with --objective reward: only dpo")
     ran = run("train", *common, *more, "--target-modules", "q_proj,lm_head")
-    assert (ran.code, "hidden states of this model cannot be taken" in ran.lines[-1]) == (2, True)
+    assert (ran.code, "hidden states of this model cannot be read" in ran.lines[-1]) == (2, True)
     with pytest.raises(InputError, match="no such class"):
         classifier_of("kimi_linear")
     base = base_with(untied, trained)

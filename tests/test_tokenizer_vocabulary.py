@@ -98,7 +98,7 @@ def test_spellings_that_llama_cpp_approximates_are_known_by_their_text(pattern, 
     plain = [text for text in varied_strings(300) if text.isascii()]
     assert len(plain) > 50
     assert all(rebuilt.encode(text).ids == tokenizer(text)["input_ids"] for text in plain)
-    with pytest.raises(InputError, match=r"like none of llama\.cpp"):
+    with pytest.raises(InputError, match=r"differently from all of llama\.cpp"):
         tokenizer_vocabulary(byte_tokenizer(entries, split(pattern + "|x")), len(entries["tokens"]), [], None)
 
 
@@ -139,7 +139,9 @@ def test_sentencepiece_scores_are_found_again(add_space_prefix):
 def test_what_llama_cpp_has_not_is_named(entries):
     n_tokens = len(entries["tokens"])
     odd = byte_tokenizer(entries, split("[aeiou]+"))
-    with pytest.raises(InputError, match=r"pre-tokenizer .*\[aeiou\]\+.* like none of llama.cpp.s \(.*qwen2"):
+    with pytest.raises(
+        InputError, match=r"pre-tokenizer .*\[aeiou\]\+.* differently from all of llama.cpp.s \(.*qwen2"
+    ):
         tokenizer_vocabulary(odd, n_tokens, [], None)
     lower = byte_tokenizer(entries, byte_level(), False, normalizers.Lowercase())
     with pytest.raises(InputError, match=r"Hello world.*llama\.cpp would encode it as .* by its rules for gpt-2"):
@@ -161,7 +163,7 @@ def test_other_tokens_around_a_text_are_refused(entries):
     framed = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)), bos_token="<|im_start|>", eos_token="<|im_end|>"
     )
-    with pytest.raises(InputError, match="adds other tokens than bos and eos"):
+    with pytest.raises(InputError, match="adds tokens other than bos and eos"):
         tokenizer_vocabulary(framed, len(entries["tokens"]), [], None)
 
 

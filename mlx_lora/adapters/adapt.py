@@ -1,4 +1,4 @@
-"""Adapt a model by a run's settings: targets, shapes, layer type, init, and what is trained in full."""
+"""Put an adapter on a model as a run's settings say: targets, ranks, layer type, init, and what is trained in full."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def starting_rank(settings: AdapterSettings) -> int:
 
 
 def adapt_model(model: nn.Module, settings: AdapterSettings, seed: int) -> Adapted:
-    """Freeze `model`, adapt it by the settings, and make the parameters trainable that are trained in full.
+    """Freeze `model`, adapt it as the settings say, and unfreeze the parameters that are trained in full.
 
     Args:
         model: an unadapted mlx-lm model; changed in place.
@@ -48,7 +48,7 @@ def adapt_model(model: nn.Module, settings: AdapterSettings, seed: int) -> Adapt
         seed: of the initial factors.
 
     Raises:
-        InputError: the model lacks targets, patterns, modules or biases, or they exclude each other.
+        InputError: the settings name layers, modules or biases that the model does not have, or contradict each other.
     """
     method = PRESETS[settings.method_name]
     model.freeze()

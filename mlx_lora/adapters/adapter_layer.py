@@ -5,7 +5,7 @@
 
 A new layer type needs a subclass and a row in registry.py for each kind of base that it wraps. The subclass computes
 the output (`__call__`) and what is added to the weight (`delta`), and names the arrays that it trains in addition to the
-factors (`BESIDE`). Exports to PEFT and llama.cpp and serving refuse it until it says that they support it.
+factors (`BESIDE`). Serving and the exports to PEFT and llama.cpp refuse it until the class says that they support it.
 
 Shapes: r rank, R the rank of all pairs joined; in and out are the base's widths. The factors are float32 masters with
 mlx-lm's names and orientation: `lora_a` (in, r) and `lora_b` (r, out), where an embedding's in is its vocabulary, and for
@@ -45,7 +45,7 @@ class AdapterLayer(nn.Module):
         BESIDE: names of arrays that are trained and stored in addition to the factors.
         KEEPS_PRODUCT: whether the backward pass needs the layer's output before it is scaled; the planner counts it.
         NOT_IN_PEFT, NOT_IN_GGUF, NOT_FOR_A_ROW: why PEFT, llama.cpp's adapters or a row of a served batch cannot use
-            this layer, as a predicate of a sentence; None if they can.
+            this layer, as the end of a sentence that begins with the layer's name; None if they can.
         adapts_head: False if an embedding's adapter does not adapt the output head tied to it.
     """
 
@@ -183,18 +183,18 @@ class AdapterLayer(nn.Module):
         """
         if tied and not self.adapts_head:
             raise InputError(
-                f"{path}: its adapter leaves the tied head alone, and one weight cannot hold both; keep the adapter separate"
+                f"{path}: its adapter changes the embedding but not the tied head, which share one weight; keep the adapter separate"
             )
 
     def finish(self) -> None:
-        """Compute once what no longer changes, after training."""
+        """Compute, once after training, what no longer changes."""
 
     def stored(self, scale: float) -> dict[str, mx.array]:
         """Return this layer's arrays in adapters.safetensors, by name.
 
         Args:
             scale: the factor on the stored product; a different scale of the layer is multiplied into B. Ranks that
-                AdaLoRA switched off are not stored, except one, because no reader supports rank zero.
+                AdaLoRA switched off are not stored; if all are off, one is, because no reader supports rank zero.
         """
         a, b = self.plain_factors()
         if "lora_e" in self:

@@ -116,7 +116,7 @@ class DoRAEmbedding(DoRALayer):
     """
 
     OVER = EMBEDDING
-    NOT_IN_PEFT = "is a DoRA with a length for each token, PEFT's has one for each column"
+    NOT_IN_PEFT = "is a DoRA with a length for each token, while PEFT's has one for each column"
     NOT_IN_GGUF = "is an embedding"
     NOT_FOR_A_ROW = "is a DoRA over an embedding"
 

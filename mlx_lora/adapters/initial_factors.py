@@ -1,4 +1,4 @@
-"""Initial factors, a pure function of seed, layer path, shape and, for PiSSA, the base's weight.
+"""Compute the initial factors, a pure function of seed, layer path, shape and, for PiSSA, the base's weight.
 
 `a` is (in, r) and `b` (r, out), where an embedding's in is its vocabulary. For experts they are mlx-lm's (E, r, in) and
 (E, out, r), drawn separately for each expert.

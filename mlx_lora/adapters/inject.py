@@ -1,4 +1,4 @@
-"""Put adapters on a model, make modules trainable that are trained in full, and freeze everything else."""
+"""Put adapters on a model, unfreeze the modules that are trained in full, and freeze everything else."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def inject(
     modules = dict(model.named_modules())
     unfit = [path for path in paths if adapter_class(modules[path], layer_type) is None]
     if unfit:
-        raise InputError(f"--method {layer_type}: does not fit {', '.join(unfit)}; leave it out of --target-modules")
+        raise InputError(f"--method {layer_type}: cannot adapt {', '.join(unfit)}; leave it out of --target-modules")
     wrapped = []
     for path in paths:
         own_rank, own_scale = (shapes or {}).get(path, (rank, scale))
@@ -71,7 +71,7 @@ def _adapted(
         return layer
     if rank > min(dims):
         raise InputError(
-            f"--rank {rank} with --method pissa: {path} has {min(dims)} principal directions; lower it, or use lora"
+            f"--rank {rank} with --method pissa: {path} has {min(dims)} principal directions; lower --rank, or use --method lora"
         )
     weight, key = dense_weight(base), path_key(path, seed)
     if experts is None:
@@ -94,7 +94,7 @@ def fresh_factors(path: str, layer: AdapterLayer, seed: int) -> tuple[mx.array, 
     """Return new initial factors for an adapted layer, with its rank and orientation.
 
     Args:
-        path: decides the random draw, with the seed; ReLoRA adds the cycle to it.
+        path: decides the random draw together with the seed; ReLoRA appends the number of the cycle.
         layer: an adapter layer.
         seed: of the run.
     """
@@ -139,7 +139,7 @@ def train_biases(model: nn.Module, which: str) -> None:
         holders = model.modules()
     biased = [holder for holder in holders if isinstance(holder.get("bias"), mx.array)]
     if not biased:
-        raise InputError(f"--bias {which}: the model has no such bias; leave it out")
+        raise InputError(f"--bias {which}: the model has no such bias; leave --bias out")
     for holder in biased:
         holder.unfreeze(keys=["bias"], recurse=False)
 

@@ -19,7 +19,7 @@ class LoRALinear(AdapterLayer):
 
         Args:
             x: (..., in).
-            key: of the dropout; None: drawn here.
+            key: random key of the dropout; None: a new one is drawn.
         """
         y = self.linear(x)  # (..., out)
         a, b = self.effective_factors()
@@ -42,7 +42,7 @@ class LoRAEmbedding(AdapterLayer):
     NOT_IN_GGUF = "is an embedding"
 
     def __call__(self, tokens: mx.array, key: mx.array | None = None) -> mx.array:
-        """Look up tokens (B, T); `key` is that of the dropout, None: drawn here."""
+        """Look up tokens (B, T); `key` is the random key of the dropout; None: a new one is drawn."""
         y = self.embedding(tokens)  # (B, T, width)
         a, b = self.effective_factors()
         z = self.dropout(a[tokens].astype(y.dtype), key)  # (B, T, r)

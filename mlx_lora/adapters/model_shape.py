@@ -113,6 +113,6 @@ def _head_width(config: Mapping[str, Any], heads: int) -> int:
 
 
 def _has_lean_activation(block: nn.Module) -> bool:
-    """Tell whether the block's modules use the gated activation that training replaces (models/kernels.py)."""
+    """Return whether the block's modules use the gated activation that training replaces (models/kernels.py)."""
     homes = (vars(sys.modules[type(module).__module__]) for module in block.modules())
     return any(home.get("swiglu") is activations.swiglu for home in homes)

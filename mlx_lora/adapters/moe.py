@@ -42,7 +42,7 @@ class LoRASwitchLinear(AdapterLayer):
             x: (N, 1, in), or (..., 1, 1, in) with the experts in the last axis of `indices`.
             indices: (N,) or (..., k), the expert of each row.
             sorted_indices: whether they ascend.
-            key: of the dropout; None: drawn here.
+            key: random key of the dropout; None: a new one is drawn.
 
         Returns:
             (N, 1, out) or (..., k, 1, out).
@@ -61,7 +61,7 @@ class DoRASwitchLinear(DoRALayer):
     """Frozen experts with low-rank updates of their rows' directions and trained row lengths m.
 
     As DoRALinear, for each expert: y = m / |W + D| (W x + D x) + bias, with no gradient through |W + D|.
-    mlx-lm has no such layer and cannot load these adapters; fuse them for it.
+    mlx-lm has no such layer and cannot load these adapters; to use one there, fuse it.
 
     Source: DoRA, arXiv 2402.09353, eq. 5 and section 4.3.
     """

@@ -19,7 +19,7 @@ _PLAIN = {measured: plain for plain, measured in MEASURED.items()}
 
 
 def is_exactly(module: nn.Module, kinds: tuple[type, ...]) -> bool:
-    """Tell whether a module's type is exactly one of `kinds`, or our measured variant of one.
+    """Return whether a module's type is exactly one of `kinds`, or our measured variant of one.
 
     Other subclasses may do anything: mlx-lm's AFM has a linear layer that returns a list.
     """
@@ -65,7 +65,7 @@ class Dropout(nn.Module):
     """Dropout with a separate random draw, so that the same draw can be used twice.
 
     A checkpointed block runs again in the backward pass and must drop the same features; mlx's own layer would draw
-    again, so that the gradient and the loss would be of different functions.
+    again, so that the loss and its gradient would belong to different functions.
     """
 
     def __init__(self, probability: float):
@@ -90,5 +90,5 @@ class Dropout(nn.Module):
 
 
 def is_parameter(module: nn.Module | None, name: str) -> bool:
-    """Tell whether a module itself has an array of this name, which may come from a file."""
+    """Return whether a module itself has an array of this name; the name may come from a file."""
     return module is not None and isinstance(module.get(name), mx.array)

@@ -33,7 +33,7 @@ def put_score_head(model: nn.Module, config: dict[str, Any], seed: int = 0) -> N
         seed: of the run.
 
     Raises:
-        InputError: the model's last hidden states cannot be taken.
+        InputError: the model's last hidden states cannot be read.
     """
     layer = body_of(model).layer
     width = base_dims(layer)[isinstance(layer, EMBEDDING)]
@@ -47,12 +47,12 @@ def body_of(model: nn.Module) -> Head:
     """Return the model's output head, whose `hidden` gives the hidden states after the last norm.
 
     Raises:
-        InputError: they cannot be taken.
+        InputError: they cannot be read.
     """
     head = find_head(model, {})  # the config only decides what is done to logits
     if isinstance(head, str):
         raise InputError(
-            f"--objective reward: the last hidden states of this model cannot be taken ({head}); neither train nor adapt "
+            f"--objective reward: the last hidden states of this model cannot be read ({head}); do not train or adapt "
             "its output head, or choose another model"
         )
     return head

@@ -19,7 +19,7 @@ ALL_LINEAR = "all-linear"
 # The names, in mlx-lm's mixtures, of the layers that choose a token's experts.
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 NO_GRADIENT = "it picks positions by top-k, which has no gradient"
-READ_PAST = "mlx-lm reads its weight past any adapter"
+READ_PAST = "mlx-lm reads its weight directly, without the adapter"
 # Parts of mlx-lm's models that cannot be trained (NO_GRADIENT), or not with an adapter.
 OUT_OF_REACH = {
     "indexer": NO_GRADIENT,  # DeepSeek V3.2, GLM-5
@@ -47,12 +47,12 @@ class Targets:
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Tell whether a low-rank layer can wrap this module."""
+    """Return whether a low-rank layer can wrap this module."""
     return adapter_class(module) is not None
 
 
 def has_weights(module: nn.Module) -> bool:
-    """Tell whether a module itself has arrays, so that it can be trained in full."""
+    """Return whether a module itself has arrays, so that it can be trained in full."""
     return any(isinstance(value, mx.array) for name, value in module.items() if not name.startswith("_"))
 
 
@@ -84,8 +84,8 @@ def select_targets(
             name), or names and shell patterns separated by commas: `q_proj`, `self_attn.*`, `*.layers.3.mlp.*`,
             `embed_tokens`. A name matches a whole path or the end of one after a dot, as in PEFT.
         num_layers: only the last N blocks; 0 or less for all, as in mlx-lm. Layers outside blocks are not filtered.
-        fits: tells which modules can be chosen: `is_adaptable`, or `has_weights` for training in full.
-        flag: the origin of `target_modules`, for errors.
+        fits: returns whether a module can be chosen: `is_adaptable`, or `has_weights` for training in full.
+        flag: the flag that gave `target_modules`, for errors.
         stored: whether they come from a stored adapter, which may have layers that we would not train; then
             `all-linear` includes routers, which is what mlx-lm means if an adapter names no keys.
 
@@ -95,7 +95,7 @@ def select_targets(
     blocks = block_paths(model)
     if num_layers > len(blocks):
         raise InputError(
-            f"--num-layers {num_layers}: the model has {len(blocks)} blocks; ask for at most that many, or -1"
+            f"--num-layers {num_layers}: the model has {len(blocks)} blocks; give at most that many, or -1 for all"
         )
     chosen_blocks = blocks if num_layers <= 0 else blocks[len(blocks) - num_layers :]
     fitting = {path: module for path, module in model.named_modules() if fits(module)}
@@ -123,7 +123,7 @@ def select_targets(
 
 
 def matches(path: str, wish: str) -> bool:
-    """Tell whether a name or pattern matches this module path."""
+    """Return whether a name or pattern matches this module path."""
     return path == wish or path.endswith("." + wish) or fnmatchcase(path, wish) or fnmatchcase(path, "*." + wish)
 
 
@@ -149,7 +149,9 @@ def layer_shapes(
     for flag, patterns in (("--rank-pattern", ranks), ("--alpha-pattern", alphas)):
         idle = [pattern for pattern in patterns if not any(matches(path, pattern) for path in paths)]
         if idle:
-            raise InputError(f"{flag} {', '.join(idle)}: matches no adapted layer; fix it, or add to --target-modules")
+            raise InputError(
+                f"{flag} {', '.join(idle)}: matches no adapted layer; fix the pattern, or add the layer to --target-modules"
+            )
     shapes = {}
     for path in paths:
         own_rank = int(next((value for pattern, value in ranks.items() if matches(path, pattern)), rank))
@@ -171,11 +173,11 @@ def _unmatched(flag: str, wish: str, fitting: list[str], num_layers: int) -> str
         return f"{flag} {wish!r}: matches layers only outside the last {num_layers} blocks; raise --num-layers"
     names = sorted({path.rsplit(".", 1)[-1] for path in fitting})
     if wish == ALL_LINEAR:
-        found = f"there are {', '.join(names)}" if names else "choose another model"
-        return f"{flag} {wish}: the model's blocks hold no linear layer that an adapter fits; {found}"
+        found = f"name one of {', '.join(names)}" if names else "choose another model"
+        return f"{flag} {wish}: the model's blocks have no linear layer that can be adapted; {found}"
     close = difflib.get_close_matches(wish, names, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    return f"{flag} {wish!r}: matches no layer; {hint}there are {', '.join(names)}, or all-linear"
+    return f"{flag} {wish!r}: matches no layer; {hint}the layers are {', '.join(names)}; all-linear chooses all linear ones"
 
 
 def _mlx_lm_keys(paths: tuple[str, ...], chosen_blocks: list[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Encode what a record becomes, one answer or several, and keep the answers of a record together.
+"""Encode the answers of each record, one or several, and keep them together.
 
 example   one row
 pair      two rows: the chosen answer, then the rejected one; their label is the margin
@@ -18,7 +18,7 @@ from mlx_lora.data.examples import Example
 from mlx_lora.data.preferences import Pair, Rated
 
 Entry = Example | Pair | Rated
-"""What one record holds, in canonical form."""
+"""The content of one record in canonical form."""
 
 
 def answers_of(entry: Entry) -> list[Example]:
@@ -39,7 +39,7 @@ def encode_entries(
         on_rows: as in `Encoder.encode`.
 
     Returns:
-        As `Encoder.encode`, with numbers of entries. A pair of which one answer gave no row is dropped.
+        As `Encoder.encode`, with numbers of entries. A pair is dropped if one of its answers gave no row.
     """
     pairs = [entry for entry in entries if isinstance(entry, Pair)]
     rated = [entry for entry in entries if isinstance(entry, Rated)]
@@ -50,12 +50,14 @@ def encode_entries(
 
 
 def _as_pairs(encoded: Encoded, pairs: Sequence[Pair]) -> Encoded:
-    """Put two rows of the same pair side by side, and number what happened by pairs."""
+    """Put the two rows of each pair side by side, and number the results by pairs instead of answers."""
     rows_of: dict[int, list[int]] = {}
     for row, answer in enumerate(encoded.source.tolist()):
         rows_of.setdefault(answer, []).append(row)
     dropped = {}
-    for answer, why in sorted(encoded.dropped.items(), reverse=True):  # the chosen answer's reason counts
+    for answer, why in sorted(
+        encoded.dropped.items(), reverse=True
+    ):  # if both are dropped, the chosen answer's reason counts
         dropped[answer // 2] = f"{'rejected' if answer % 2 else 'chosen'} answer: {why}"
     rows, source, equal = [], [], []
     for pair in range(len(pairs)):
@@ -68,13 +70,13 @@ def _as_pairs(encoded: Encoded, pairs: Sequence[Pair]) -> Encoded:
             continue
         rows += found
         source.append(pair)
-    dropped |= dict.fromkeys(equal, "equal answers, after the cut at --max-seq-length")
+    dropped |= dict.fromkeys(equal, "the answers are equal after the cut at --max-seq-length")
     margins = np.array([value for pair in source for value in (pairs[pair].margin, 0.0)], np.float32)
     return _numbered(encoded, EncodedSet.from_rows(rows).grouped(2, margins), source, dropped, 2)
 
 
 def _as_rated(encoded: Encoded, rated: Sequence[Rated]) -> Encoded:
-    """Put behind each answer the next record's answer, with this record's prompt before it."""
+    """Add a row after each answer: the next record's answer, with this record's prompt before it."""
     last = {answer: row for row, answer in enumerate(encoded.source.tolist())}
     source = sorted(last)
     rows = [encoded.rows.row(last[number]) for number in source]

@@ -1,4 +1,4 @@
-"""Plan batches: which rows of token ids share a batch, at which width, in which order.
+"""Plan batches: which rows of token ids share a batch, at which width, and in which order.
 
 The plan is a pure function of (data, seed, epoch), so a run is repeatable and a position in it is two integers
 (epoch, batch). Every row occurs exactly once per epoch. Several ranks have the same plan and share each batch's rows
@@ -8,10 +8,11 @@ Rows of similar length share a batch, so there is little padding; batches are sh
 order that would show in the loss. Padding is on the right: under a causal mask it cannot affect a real token, so no
 attention mask is needed.
 
-An example may have several rows (a pair's two answers): they are dealt together, next to each other.
+An example may have several rows (a pair's two answers): they go into the same batch, next to each other.
 
-Shapes: E examples, K rows of each, B = E K rows, T columns, P slots for trained targets. A class holds the rows with one shape. These are fixed, and each
-epoch distributes them to the class's batches anew, with about the same number of targets in each batch.
+Shapes: E examples, K rows of each, B = E K rows, T columns, P slots for trained targets. A class has all rows with one
+shape. The rows of a class stay the same, and each epoch distributes them anew over the class's batches, with about the
+same number of targets in each batch.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Batch:
         starts: (B, K) int32, as in `EncodedSet`; None: a row holds one text.
         numbers: (B,) row numbers in the encoded set, EMPTY for padding; None: not from a set.
         answers: (B, T) bool, the trained targets that belong to an answer; None: all of them.
-        shares: what the objective weighs this batch with beside the rows' own numbers (objectives/objective.py).
+        shares: the factor on the likelihood, and the divergence, that the loss uses for this batch (objective_loss.py).
     """
 
     inputs: np.ndarray
@@ -72,7 +73,7 @@ class Batch:
 
     @property
     def real(self) -> np.ndarray:
-        """(B,) bool, False for rows of padding; of a batch that is from no set, all rows count."""
+        """(B,) bool, False for rows of padding; all True if the batch is not from an encoded set."""
         return np.ones(len(self.inputs), bool) if self.numbers is None else self.numbers != EMPTY
 
     @property
@@ -82,12 +83,12 @@ class Batch:
 
     @property
     def answers_per_row(self) -> int:
-        """Answers that a row holds: 1, or K with `starts`."""
+        """The number of answers in a row: 1, or K with `starts`."""
         return 1 if self.starts is None else self.starts.shape[1]
 
     @property
     def first_targets(self) -> int:
-        """The number of trained targets in the first answers of all examples, and in the prompts where these count."""
+        """The number of trained targets in the first answers of all examples, and in trained prompts."""
         if self.starts is None:
             return int(self.mask[:: self.group].sum())
         return int((self.mask & (np.arange(self.mask.shape[1]) < self.starts[:, 1:2])).sum())
@@ -120,7 +121,7 @@ class Batch:
         Args:
             rows: (rows,) row numbers in this batch; EMPTY gives a row of padding.
             slots: P of the new batch.
-            real_tokens: to count for it.
+            real_tokens: the number to count for it.
             group: rows per example of the new batch, all of them trained; None: as in this one.
         """
 

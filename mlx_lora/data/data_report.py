@@ -160,9 +160,9 @@ class DataReport:
         if self.example:
             mark = "in green" if color else "between ⟦ and ⟧"
             what = (
-                "one pair, the chosen answer first, the answers"
+                "one pair, the chosen answer first, both answers"
                 if self.rejected
-                else "one training row, what is trained"
+                else "one training row, the trained text"
             )
             lines.append(_line("example", f"{what} {mark}; ↵ is a line end"))
             lines += _example_lines(self.example, color)

@@ -34,15 +34,15 @@ class EncodedSet:
 
     Attributes:
         tokens: (N,) int32 token ids.
-        mask: (N,) bool, True: this token is a target that is trained. A row's first token never is one.
+        mask: (N,) bool, True: this token is a target that is trained. A row's first token is never a target.
         offsets: (R + 1,) int64; row i is tokens[offsets[i]:offsets[i + 1]].
         group: Rows per example, K: the two answers of a pair are rows 2 i and 2 i + 1. Batches keep them together.
-        trained_rows: How many of an example's rows are trained, the first ones; the others are only measured. None: all.
-        labels: (R,) float32, what the data says of a row beside its tokens; None: nothing. (R, K) with `starts`.
+        trained_rows: How many rows of each example are trained, the first ones; the others are only measured. None: all.
+        labels: (R,) float32, what the data says about a row beside its tokens; None: nothing. (R, K) with `starts`.
         answers: (N,) bool, the trained targets that belong to an answer; None: all of them.
         reference: (R,) float32, log-probability of each row's answer under the reference; None: not computed. It follows
-            from the other arrays and the base, and is no part of the fingerprint. (R, K) with `starts`.
-        starts: (R, K) int32, of rows that hold a prompt and K answers behind it: where each answer starts (data/joining.py);
+            from the other arrays and the base, and is not part of the fingerprint. (R, K) with `starts`.
+        starts: (R, K) int32, for rows with a prompt followed by K answers: where each answer starts (data/joining.py);
             None: a row holds one text.
     """
 
@@ -95,7 +95,7 @@ class EncodedSet:
         return replace(self, group=group, labels=labels, trained_rows=trained_rows)
 
     def with_whole_rows(self) -> EncodedSet:
-        """Return the same set with the first row of each example trained whole, its prompt included; answers stay marked."""
+        """Return the same set with the prompt of each example's first row trained too; answers stay marked."""
         mask = self.mask.copy()
         for row in range(0, len(self), self.group):
             mask[self.offsets[row] + 1 : self.offsets[row + 1]] = True
@@ -104,8 +104,8 @@ class EncodedSet:
     def with_end_scores(self) -> EncodedSet:
         """Return the same set with the last token of each row as its only position, for a score of the whole row.
 
-        A position is that of a token before a trained target, so each row gets one more token, which only is a target:
-        it is never an input, and no loss looks at it.
+        A position is that of a token before a trained target, so each row gets one more token, which is only a target:
+        it is never an input, and no loss reads it.
         """
         ends = self.offsets[1:]
         tokens, mask = np.insert(self.tokens, ends, 0), np.insert(np.zeros_like(self.mask), ends, True)
@@ -210,12 +210,12 @@ class Encoder:
         """
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise InputError(
-                f"the tokenizer is a {type(tokenizer).__name__}, which does not tell the positions of tokens in the "
+                f"the tokenizer is a {type(tokenizer).__name__}, which does not give the positions of tokens in the "
                 "text; training requires a fast tokenizer (a tokenizer.json)"
             )
         self.prefix = prefix_tokens(tokenizer)
-        if max_seq_length < len(self.prefix) + 2:
-            raise InputError(f"--max-seq-length {max_seq_length} leaves no token to train; use 2 or more")
+        if max_seq_length < (fewest := len(self.prefix) + 2):
+            raise InputError(f"--max-seq-length {max_seq_length} leaves no token to train; use {fewest} or more")
         self.renderer = None if template is None else Renderer(tokenizer, template, day)
         self._max_tokens = max_seq_length
         self._mask_prompt = mask_prompt
@@ -292,7 +292,7 @@ class Encoder:
             found.source += [number] * len(pieces)
 
     def shows_tools(self, conversation: Conversation) -> bool:
-        """Tell whether the template shows the conversation's tools to the model."""
+        """Return whether the template shows the conversation's tools to the model."""
         return self.renderer is not None and self.renderer.shows_tools(conversation)
 
     def _is_plain(self, example: Example) -> bool:
@@ -309,7 +309,7 @@ class Encoder:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
             example = Conversation(turns)
         if self.renderer is None:
-            raise InputError("conversations require a chat template, and none was given")
+            raise InputError("conversations require a chat template, but none was given; give one with --chat-template")
         return self.renderer.render(example)
 
     def _row(self, rendered: Rendered, encoding: Encoding, plain: bool) -> tuple[np.ndarray, np.ndarray]:

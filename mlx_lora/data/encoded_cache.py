@@ -5,7 +5,7 @@
 
 The key covers everything that decides the arrays: the data files' bytes, tokenizer, templates, settings, seed, and this
 stage's code. An entry is written completely or not at all, and a damaged entry counts as absent. At most MAX_ENTRIES
-entries and MAX_BYTES are kept, those used last.
+entries and MAX_BYTES are kept, the most recently used ones.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def read_entry(folder: Path) -> tuple[dict[str, EncodedSet], dict[str, Any]] | N
         sets = {name: _read_set(folder, name, *entry["groups"][name]) for name in entry["fingerprints"]}
         if {name: rows.fingerprint for name, rows in sets.items()} != entry["fingerprints"]:
             return None
-        os.utime(folder)  # the entries used last are kept
+        os.utime(folder)  # the most recently used entries are kept
         return sets, entry["details"]
     except (OSError, ValueError, KeyError, TypeError, EOFError):  # what a damaged file can raise
         return None
@@ -119,7 +119,7 @@ def _read_set(folder: Path, name: str, group: int, trained_rows: int | None) -> 
     }
     for array, values in parts.items():
         if values.dtype != ARRAYS[array] or values.ndim != 1:
-            raise ValueError(f"{name}.{array} is another kind of array")
+            raise ValueError(f"{name}.{array} has another dtype or shape")
     return EncodedSet(**parts, group=group, trained_rows=trained_rows)
 
 

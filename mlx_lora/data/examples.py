@@ -19,7 +19,7 @@ class EmptyRecord(FormatError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in OpenAI's format; a turn with `weight` 0 is only context (all others are trained).
+    """Turns in OpenAI's format; an assistant's turn with `weight` 0 is only context (its other turns are trained).
 
     Each message has `role` (one of ROLES) and `content` (a string), and may have `tool_calls` (arguments
     as a dict), `reasoning_content`, `name` and `tool_call_id`.
@@ -47,7 +47,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text, of which every token is trained; `ends` is False for the first part of a text cut in two."""
+    """Plain text, with every token trained; `ends` is False for the first part of a text that was cut in two."""
 
     text: str
     ends: bool = True

@@ -1,10 +1,10 @@
-"""Join the rows of an example that begin alike: the prompt once, and behind it what each row goes on with.
+"""Join the rows of an example, which begin with the same tokens: the prompt once, then the rest of each row.
 
     rows      p p p p a a a         joined    p p p | p a a a | p b b
               p p p p b b           starts            3         7
 
-The prompt's last token is repeated, because it is the one that predicts an answer's first token, and each answer has its
-own such prediction. models/shared_prefix.py computes such rows.
+The prompt's last token is repeated, because it is the one that predicts an answer's first token, and each answer needs
+that prediction. models/shared_prefix.py computes such rows.
 
 Shapes: E examples, K rows of each.
 """
@@ -66,7 +66,7 @@ def shared_tokens(rows: EncodedSet) -> np.ndarray:
 
 
 def saved_share(rows: EncodedSet) -> float:
-    """Return the share of positions that joining saves, 0 where nothing can be joined."""
+    """Return the share of positions that joining saves, 0 if nothing can be joined."""
     if rows.group < 2 or not len(rows):
         return 0.0
     saved = int(shared_tokens(rows).sum()) * (rows.group - 1)

@@ -68,7 +68,7 @@ def load_data(
     """Return the data of a run, encoded and split, or taken from the cache of an earlier run.
 
     Args:
-        settings: `--data` and what to train of it.
+        settings: `--data`, and which of its tokens to train.
         tokenizer: A fast tokenizer, not mlx-lm's wrapper.
         seed: Of the held-out split.
         say: Called with a line from time to time during a long encoding.
@@ -141,7 +141,7 @@ def _keep(folder: Path, sets: dict[str, EncodedSet], details: dict[str, Any], sa
     try:
         write_entry(folder, sets, details)
     except OSError as error:
-        say(f"Note: the encoded data is not kept for the next run: {folder.parent}: {error.strerror}")
+        say(f"Note: the encoded data cannot be kept for the next run: {folder.parent}: {error.strerror}")
 
 
 def _make_splits(

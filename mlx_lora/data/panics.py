@@ -25,4 +25,4 @@ def tokenizer_panics(what: str) -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the model's tokenizer breaks on {what} ({reason}); download the model again") from None
+        raise InputError(f"the model's tokenizer crashes on {what} ({reason}); download the model again") from None

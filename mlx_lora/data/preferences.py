@@ -11,8 +11,8 @@
     Nectar          prompt, answers: [{answer, rank}, ...]
     HH              chosen, rejected: two dialogues in one text, "\\n\\nHuman: ...\\n\\nAssistant: ..."
 
-Each answer becomes an example of its own, a `Conversation` or `Completion` of which only the answer is trained, so
-templates, masks and limits are those of every other example.
+Each answer becomes a separate example, a `Conversation` or `Completion` in which only the answer is trained, so
+templates, masks and limits work as for any other example.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ASKER, SPEAKER = "\n\nHuman:", "\n\nAssistant:"  # start a question and an answe
 LABELS = ("label", "kto_tag")
 YES, NO = ("true", "1", "yes"), ("false", "0", "no")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-# Where a list of several answers has an answer's text, and how good it is; of ranks, 1 is the best.
+# In a list of several answers, the keys of an answer's text, and of how good it is; rank 1 is the best.
 TEXTS, SCORES, RANKS = ("response", "text", "answer"), ("overall_score", "score", "rating"), ("rank",)
 LABEL_EXPECTED = "prompt, completion, label; messages (or conversations, or instruction and output), label or kto_tag"
 
@@ -42,7 +42,7 @@ class Pair:
 
     Attributes:
         chosen, rejected: the better and the worse one, each with its prompt.
-        margin: how much better, where the record says so (a reward model's target).
+        margin: how much better, if the record says so (a reward model's target).
     """
 
     chosen: Answer
@@ -59,11 +59,11 @@ class Rated:
 
 
 def parse_pairs(record: Record, all_pairs: bool = False) -> list[Pair]:
-    """Read one record as preference pairs: one, or several where it ranks more than two answers.
+    """Read one record as preference pairs: one, or several if it ranks more than two answers.
 
     Args:
         record: as read from the file; None stands for an absent value.
-        all_pairs: of scored answers, take every pair with different scores rather than best against worst.
+        all_pairs: if answers have scores, return every pair with different scores instead of the best with the worst.
 
     Raises:
         FormatError: the record has no such shape (EmptyRecord: it has, with an empty answer or two equal ones).
@@ -75,9 +75,10 @@ def parse_pairs(record: Record, all_pairs: bool = False) -> list[Pair]:
     elif missing:
         needs = f"found {keys_of(record)}; a preference pair needs {' and '.join(missing)}"
         if any(name in record for name in LABELS):
-            raise FormatError(f"{needs}; for single answers with a label train with --objective kto")
+            raise FormatError(f"{needs}; for single answers with a label, train with --objective kto")
         raise FormatError(
-            f"{needs}; " + ("plain chats: --objective sft" if missing[1:] else "add it, or remove the row")
+            f"{needs}; "
+            + ("for plain chats, train with --objective sft" if missing[1:] else "add it, or remove the row")
         )
     else:
         pairs = [_pair(record, record["chosen"], record["rejected"], _margin(record))]
@@ -114,7 +115,7 @@ _NAMES = {
     "rejected_messages": "rejected",
     "preferred_output": "chosen",
     "non_preferred_output": "rejected",
-    "chatgpt": "chosen",  # of Intel's Orca pairs, as they were first published
+    "chatgpt": "chosen",  # in Intel's Orca pairs, as they were first published
     "llama2-13b-chat": "rejected",
 }
 
@@ -124,7 +125,7 @@ def _known(record: Record) -> Record:
     record = {_NAMES.get(key, key): value for key, value in record.items() if value is not None}
     for name in MEDIA:
         if record.get(name):
-            raise FormatError(f"has {name}; only text is trained")
+            raise FormatError(f"it has {name}; only text can be trained")
     return record
 
 
@@ -147,7 +148,7 @@ def _answered(record: Record) -> Any:
 
 
 def _pair(record: Record, chosen: Any, rejected: Any, margin: float = 0.0) -> Pair:
-    """Return the pair of two answers in whichever of their shapes."""
+    """Return the pair of two answers, in any of the supported shapes."""
     context = _context(record, chosen, rejected)
     if context is None and isinstance(chosen, str) and isinstance(rejected, str):
         return _text_pair(record, chosen, rejected, margin)
@@ -159,16 +160,16 @@ def _pair(record: Record, chosen: Any, rejected: Any, margin: float = 0.0) -> Pa
         first = shared and shared[0].get("role") not in ("system", "developer")
         context = [*(opening(record) if first else []), *shared]
     if not context:
-        raise FormatError("chosen and rejected share no beginning; a pair answers one prompt")
+        raise FormatError("chosen and rejected begin differently; both must answer the same prompt")
     better, worse = (_conversation(context, answer, record) for answer in answers)
     return Pair(better, worse, margin)
 
 
 def _check_prompt(record: Record, context: list[Message], dialogues: list[list[Message]]) -> None:
-    """Refuse a record of which one of both dialogues does not begin with its prompt."""
+    """Refuse a record if one of its two dialogues does not begin with its prompt."""
     prompt, bare = record.get("prompt"), context[len(opening(record)) :]
     for name, dialogue in zip(("chosen", "rejected"), dialogues, strict=True):
-        if isinstance(prompt, str):  # of some sets the first question, of others the last
+        if isinstance(prompt, str):  # in some data sets the first question, in others the last
             fits = any(prompt.strip() in str(turn.get("content")) for turn in dialogue[:-1])
         else:
             fits = context == dialogues[0] or any(dialogue[: len(turns)] == turns for turns in (context, bare))
@@ -192,12 +193,14 @@ def _text_pair(record: Record, chosen: str, rejected: str, margin: float) -> Pai
     elif shared.endswith(" "):
         shared = shared[:-1]  # the space belongs to the next word's token
     if not shared:
-        raise FormatError("chosen and rejected share no beginning, and there is no prompt; a pair answers one prompt")
+        raise FormatError(
+            "chosen and rejected begin differently, and there is no prompt; both must answer the same prompt"
+        )
     return Pair(Completion(shared, chosen[len(shared) :]), Completion(shared, rejected[len(shared) :]), margin)
 
 
 def _context(record: Record, *answers: Any) -> list[Message] | None:
-    """Return the turns before the answers, None where the record has none of its own or has them as plain text."""
+    """Return the turns before the answers, None if the record has none, or has them as plain text."""
     if isinstance(given := record.get("input"), dict):  # OpenAI's
         return as_list(given.get("messages"), "input.messages")
     if isinstance(prompt := record.get("prompt"), list):
@@ -217,7 +220,7 @@ def _context(record: Record, *answers: Any) -> list[Message] | None:
 
 
 def _turns(turns: list[Any]) -> list[Message]:
-    """Return turns as messages, those of ShareGPT too."""
+    """Return turns as messages, also if they are ShareGPT's."""
     if not all(isinstance(turn, dict) for turn in turns):
         raise FormatError("a turn is not an object; expected role, content")
     return sharegpt_messages(turns) if turns and "from" in turns[0] else list(turns)
@@ -234,7 +237,7 @@ def _answer_messages(answer: Any, name: str) -> list[Message]:
 
 
 def _shared_turns(chosen: list[Message], rejected: list[Message]) -> list[Message]:
-    """Return the turns with which both dialogues begin, up to the last that is not an answer."""
+    """Return the turns with which both dialogues begin, up to the last one that is not an answer."""
     count = 0
     while count < min(len(chosen), len(rejected)) and chosen[count] == rejected[count]:
         count += 1
@@ -244,7 +247,7 @@ def _shared_turns(chosen: list[Message], rejected: list[Message]) -> list[Messag
 
 
 def _conversation(context: list[Message], answer: list[Message], record: Record) -> Conversation:
-    """Return a conversation of which only the answer is trained, with the tools of its record."""
+    """Return a conversation in which only the answer is trained, with the tools of its record."""
     if not answer:
         raise EmptyRecord("an answer without text")
     before = [{**turn, "weight": 0} if isinstance(turn, dict) else turn for turn in context]
@@ -253,7 +256,7 @@ def _conversation(context: list[Message], answer: list[Message], record: Record)
 
 
 def _last_answer_only(example: Answer) -> Answer:
-    """Return a rated example with its earlier answers as context: the label is the last one's."""
+    """Return a rated example with its earlier answers as context, because the label is for the last one."""
     if isinstance(example, Completion):
         return example
     last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
@@ -303,7 +306,7 @@ def _check(pair: Pair) -> None:
         if not text.strip():
             raise EmptyRecord(f"empty {name} answer")
     if texts[0] == texts[1]:
-        raise EmptyRecord("equal answers")
+        raise EmptyRecord("the two answers are equal")
 
 
 def _answer_text(answer: Answer) -> str:

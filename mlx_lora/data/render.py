@@ -1,4 +1,4 @@
-"""Render a conversation as texts, and find the character spans of them that are trained.
+"""Render a conversation as one text or several, and find the spans of characters in them that are trained.
 
 The trained spans are what the model itself writes at inference: in every assistant turn, the text after the generation
 prompt, up to and including the end-of-turn token.
@@ -18,7 +18,7 @@ other turns follow. There are two cases:
   that the template removes from the history (Qwen3, GPT-OSS, Gemma 4), or a system text or tools that it only shows at
   the last question (Mistral). Trained on the history, the model would learn not to think, and to call tools that it was
   not told about. So such a turn gets a row of its own: the prompt as at inference, and what the model writes.
-- Anything else, such as an empty thinking block that only the last turn has: the turn is trained as in the full
+- Anything else, such as an empty thinking block that only the last turn has: the turn is trained as it is in the full
   rendering, without tokens that the model would not write. GPT-OSS, for example, ends an answer with <|return|>, but
   the history shows <|end|>.
 """
@@ -46,7 +46,7 @@ from mlx_lora.system.files import sha256_of
 A_CALL = {"id": "aaaaaaaaa", "type": "function", "function": {"name": "qzx", "arguments": {}}}
 NOTHING = {"type": "object", "properties": {}, "required": []}
 A_TOOL = {"type": "function", "function": {"name": "qzx", "description": "x", "parameters": NOTHING}}
-ADVICE = "; use --chat-template chatml, which has tools"
+ADVICE = "; use --chat-template chatml, which supports tools"
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,12 @@ class Renderer:
         )
         rows = [Rendered(*row) for row in turns.rows()]
         if not rows:
-            raise EmptyRecord("the chat template shows no assistant turn of it")
+            raise EmptyRecord("the chat template shows none of its assistant turns")
         hidden = {conversation.reasoning_field if name == "reasoning_content" else name for name in turns.unshown}
         return Rendering(rows, self._unshown(text, messages) | hidden)
 
     def shows_tools(self, conversation: Conversation) -> bool:
-        """Tell whether the conversation's tools change the rendering."""
+        """Return whether the conversation's tools change the rendering."""
         messages, text = self._shown(conversation)
         return text != self._text(messages, None)
 
@@ -197,7 +197,7 @@ class Renderer:
         return Frame(shown, frozenset(leads), text[answers[1] + 3 : closed].strip() if closed else None)
 
     def _moves(self, messages: list[Message], tools: list[dict] | None) -> bool:
-        """Tell whether a turn's context in the full rendering lacks the system text or the tools."""
+        """Return whether a turn's context in the full rendering lacks the system text or the tools."""
         return (messages[0]["role"] == "system" and self._moves_system) or (bool(tools) and self._moves_tools)
 
     @cached_property
@@ -209,7 +209,7 @@ class Renderer:
         return self._comes_late([], [A_TOOL])
 
     def _comes_late(self, system: list[Message], tools: list[dict] | None) -> bool:
-        """Tell whether `qzx` precedes a first answer at inference, but not in a chat that continues."""
+        """Return whether `qzx` precedes a first answer at inference, but not in a chat that continues."""
         question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "wvw"}
         another = {"role": "user", "content": "y"}
         try:
@@ -301,7 +301,7 @@ def _has_calls(messages: list[Message]) -> bool:
 
 
 def _holds(text: str, content: str) -> bool:
-    """Tell whether a rendering shows a text, as it is or as JSON."""
+    """Return whether a rendering shows a text, as it is or as JSON."""
     return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
 
 

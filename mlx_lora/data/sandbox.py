@@ -2,9 +2,9 @@
 
 jinja2's sandbox keeps templates from Python's objects. It does not limit cost: two nested loops can run for hours, and
 `'a' * 10**10` takes ten gigabytes in one operation. So the sandbox here refuses single operations that make something
-huge, and a clock checks time and memory every few milliseconds, which bounds everything else. Templates find in it what
-transformers gives them (https://huggingface.co/docs/transformers/chat_templating_writing), and it renders what
-transformers renders.
+huge, and a clock checks time and memory every few milliseconds, which bounds everything else. Templates can use in
+it what transformers gives them (https://huggingface.co/docs/transformers/chat_templating_writing), and the result is the
+same as transformers'.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def render_chat(
         InputError: it takes too much time or memory.
     """
     if len(template) > MAX_TEMPLATE_CHARACTERS:
-        raise InputError(f"the chat template has {len(template)} characters; use another with --chat-template")
+        raise InputError(
+            f"the chat template has {len(template)} characters, which is too long; use another with --chat-template"
+        )
     if not messages:
         raise ValueError("the conversation is empty")
     given = {
@@ -81,7 +83,7 @@ def render_chat(
         with CLOCK:
             text = _compiled(template).render(_plain(given) | {DATE_FUNCTION: lambda format: _strftime(format, day)})
     except RecursionError:
-        raise jinja2.TemplateRuntimeError("it calls itself without end") from None
+        raise jinja2.TemplateRuntimeError("it calls itself endlessly") from None
     except (ArithmeticError, LookupError, AttributeError, MemoryError, SyntaxError) as error:
         # A template's own operations raise these: a division by zero, a missing key.
         raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
@@ -90,14 +92,14 @@ def render_chat(
 
 
 def _as_templates_take_it(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message without the fields that hold nothing, and with its thinking under the names in use."""
+    """Return a message without fields that are None, and with its thinking under the names that templates use."""
     message = {name: value for name, value in message.items() if value is not None}
     thinking = next((message[name] for name in REASONING if name in message), None)
     return message if thinking is None else {"thinking": thinking, **message, "reasoning_content": thinking}
 
 
 def _plain(value: Any) -> Any:
-    """Copy plain data; of anything else a template sees the type's name, and none of its methods."""
+    """Copy plain data; for anything else, a template only gets the type's name, and none of its methods."""
     if isinstance(value, dict):
         return {_plain(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -106,7 +108,7 @@ def _plain(value: Any) -> Any:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, with which templates mark what the model writes: shown as it is, with names of its own."""
+    """`{% generation %}`, with which templates mark what the model writes: the content is rendered in its own scope."""
 
     tags = {"generation"}  # noqa: RUF012 (a set, as jinja2 declares it)
 
@@ -121,7 +123,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """`namespace` in templates, without the names that Python looks up itself."""
+    """`namespace` in templates, without the names that Python itself looks up."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # so that a template may call one of its names `self`
         jinja2.utils.Namespace.__init__(args[0])

@@ -40,7 +40,7 @@ class Specials:
         return found[0] if found else ""
 
     def are_all(self, text: str) -> bool:
-        """Tell whether a text only has special tokens and white space."""
+        """Return whether a text only has special tokens and white space."""
         return not self._any.sub("", text).strip()
 
     def tail(self, text: str) -> str:

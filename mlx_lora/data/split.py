@@ -33,7 +33,7 @@ def hold_out(keys: Sequence[str], fraction: float, seed: int) -> np.ndarray:
     Args:
         keys: `content_key` of each row.
         fraction: The fraction of rows to hold out; 0: none.
-        seed: Another seed holds out other rows.
+        seed: With another seed, other rows are held out.
 
     Returns:
         (rows,) bool, True: held out. At least one row if there are two different ones and fraction > 0; never all rows.

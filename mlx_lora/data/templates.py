@@ -40,12 +40,14 @@ def resolve_template(name_or_file: str | None, tokenizer: PreTrainedTokenizerBas
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         # A template may refuse this chat, for example without a system turn. Only a syntax error makes it unusable.
         if isinstance(error, jinja2.TemplateSyntaxError):
-            raise InputError(f"chat template ({origin}), line {error.lineno}: {error.message}") from error
+            raise InputError(
+                f"chat template ({origin}), line {error.lineno}: {error.message}; use another with --chat-template"
+            ) from error
     return text, origin
 
 
 def shows_date(name_or_file: str | None, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether the template that `resolve_template` would choose shows today's date.
+    """Return whether the template that `resolve_template` would choose shows today's date.
 
     Args:
         name_or_file, tokenizer: As for `resolve_template`.
@@ -67,7 +69,7 @@ def prefix_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the model's own chat template, or of several that named `default`; None if it has none.
+    """Return the model's own chat template, or, if it has several, the one named `default`; None if it has none.
 
     Raises:
         InputError: it has several, and none is named `default`.
@@ -76,7 +78,7 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if chat_template is None or isinstance(chat_template, str):
         return chat_template
     if not isinstance(chat_template, dict) or not all(isinstance(part, str) for part in chat_template.values()):
-        raise InputError("the model's chat template is not a text; give one with --chat-template")
+        raise InputError("the model's chat template is not a string; give one with --chat-template")
     if "default" in chat_template:
         return chat_template["default"]
     names = ", ".join(map(str, chat_template))
@@ -95,7 +97,9 @@ def _built_in(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def _read(name: str) -> str:
     path = Path(name).expanduser()
     if not path.is_file():
-        raise InputError(f"--chat-template {name}: no such file, and no built-in ({', '.join(BUILT_IN)})")
+        raise InputError(
+            f"--chat-template {name}: no such file or built-in template; give a Jinja file, {' or '.join(BUILT_IN)}"
+        )
     try:
         with path.open(encoding="utf-8") as file:
             return file.read(MAX_TEMPLATE_CHARACTERS + 1)  # one more is refused when it is rendered

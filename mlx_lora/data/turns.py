@@ -26,7 +26,7 @@ THINKING = (
     "[/THINK]",
     "</thinking>",
     "</seed:think>",
-)  # texts that end thinking in a content
+)  # texts that end the thinking inside a content
 BESIDE_A_CALL = "text beside a tool call"
 PRIVATE = range(0xE000, 0xF900)  # private-use characters, which should not occur in data
 
@@ -349,7 +349,7 @@ class Turns:
 
 
 def has_thinking(message: Message) -> bool:
-    """Tell whether an assistant's turn has thinking, in a field or in its content."""
+    """Return whether an assistant's turn has thinking, in a field or in its content."""
     if message["role"] != "assistant":
         return False
     return "reasoning_content" in message or any(end in message["content"] for end in THINKING)

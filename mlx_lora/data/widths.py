@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# The search uses at most this many rows, evenly spaced by length: 0.2 s, and within 0.1 % of the result for all rows.
+# The search uses at most this many rows, evenly spaced by length: 0.2 s, and within 0.1% of the result for all rows.
 SAMPLED_ROWS = 3000
 
 

@@ -1,6 +1,6 @@
 """Compute the gated activation silu(gate) * up for training, and keep less for the backward pass.
 
-mlx keeps gate, up, sigmoid, silu and the product, five arrays of the widest layer; three or four are enough:
+mlx keeps gate, up, sigmoid, silu and the product: five arrays of the widest layer. Three or four are enough:
 
     s = sigmoid(g),  y = g s u
     dg = dy u s (1 + g (1 - s)),  du = dy g s

@@ -2,7 +2,7 @@
 
 mlx's own backward pass computes the scores of every query with every key in every head, masks them and keeps them (B H T
 S numbers per block, half of them above the diagonal); on Metal, mlx 0.32.4 has a blocked one. Which of the two is better
-is measured (models/kernel_choice.py). This one takes a tile of queries at a time, against only the keys that they may
+is measured (models/kernel_choice.py). The one here takes a tile of queries at a time, with only the keys that they may
 see. For long rows it keeps no scores, and the backward pass computes each tile's probabilities again:
 
     P = softmax(scale Q K^T),  O = P V
@@ -32,7 +32,7 @@ class Tiles:
     Attributes:
         scale: factor on the scores.
         mask: `causal`, None, or a bool array that broadcasts to (B, H, T, S), False where a key is hidden.
-        backward: whether no query sees a later key, which a `causal` mask implies and an array does not tell.
+        backward: whether no query sees a later key; a `causal` mask implies this, but an array does not show it.
         queries: about how many queries a tile has.
         kernel: `tiled`, or `mlx` for mx.fast.scaled_dot_product_attention with its own gradient and no tiles.
     """
@@ -147,7 +147,7 @@ def attention_gradient(
     d_q: list[mx.array] = []
     d_k, d_v, d_sinks = _KeyGradient(), _KeyGradient(), mx.array(0.0)
     for index, (start, stop, seen) in reversed(list(enumerate(tiles.spans(q, k)))):
-        # The first tile too: otherwise compiling may merge it with the forward pass's, and keep that.
+        # The first tile also waits: otherwise compiling may merge it with the forward pass's tile, and keep that.
         done = [d_q[-1], *d_k.latest(), *d_v.latest()] if d_q else [d_row]
         own = mx.depends(q[:, :, start:stop] * tiles.scale, done)
         keys, mask = k[:, :, :seen], tiles.tile_mask(start, stop, seen, key_heads)

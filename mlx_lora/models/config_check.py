@@ -1,7 +1,7 @@
 """Check the numbers in a model's config.json before a model is built from it.
 
 mlx-lm makes one Python object per layer that the config asks for, so a file that asks for a billion would keep the
-machine busy for hours before its weights are read. The number of stored tensors bounds it.
+machine busy for hours before its weights are read. The number of stored tensors limits the number of layers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mlx_lora.system.errors import InputError
 
 MOST_BLOCKS = 4096  # the deepest published models have a few hundred
 MOST_REPEATS = 1 << 16  # of experts, groups, heads: mlx-lm loops over these
-# All names that mlx-lm's architectures have for numbers of blocks.
+# All names that mlx-lm's architectures have for the number of blocks.
 BLOCKS = re.compile(r"(n|num)_(\w+_)?layers?|(n|num)_loops|loop_num")
 # Other counts. Sizes are not among them: vocabularies and contexts may have a million.
 REPEATS = re.compile(r"\w*(experts?|heads?|groups?)(_\w+)?|\w+_(freq|interval|period|step|pattern)")
@@ -32,7 +32,7 @@ def check_config(config: dict[str, Any], file: Path, n_tensors: int) -> None:
         n_tensors: the number of tensors in the weights; every block has at least one.
 
     Raises:
-        InputError: naming every number that is out of bounds.
+        InputError: a number is out of bounds; the message has all of them.
     """
     problems = _model_type_problems(config)
     for part in (config, *(config[name] for name in PARTS if isinstance(config.get(name), dict))):
@@ -57,13 +57,13 @@ def _number_problems(config: dict[str, Any], n_tensors: int) -> list[str]:
     problems = []
     for key, value in config.items():
         if "layer" in key and isinstance(value, list) and len(value) > min(n_tensors, MOST_BLOCKS):
-            problems.append(f"{key} lists {len(value)} layers, with {n_tensors} tensors in the weights")
+            problems.append(f"{key} lists {len(value)} layers, but the weights only have {n_tensors} tensors")
         elif key in WHOLE and value is not None and (type(value) is not int or value < 1):
             problems.append(f"{key} is {str(value)[:40]}, not a whole number of at least 1")
         elif type(value) is not int or value < 0:
             continue
         elif BLOCKS.fullmatch(key) and value > min(n_tensors, MOST_BLOCKS):
-            problems.append(f"{key} is {str(value)[:40]}, with {n_tensors} tensors in the weights")
+            problems.append(f"{key} is {str(value)[:40]}, but the weights only have {n_tensors} tensors")
         elif REPEATS.fullmatch(key) and value > MOST_REPEATS:
             problems.append(f"{key} is {str(value)[:40]}, more than {MOST_REPEATS}")
     return problems

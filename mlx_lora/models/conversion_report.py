@@ -48,7 +48,7 @@ def compare_on_text(source: ModelSource, out: Path, text: str, trust_remote_code
 
 
 def _encode(tokenizer: TokenizerWrapper, text: str) -> tuple[list[int], int | None]:
-    """Return the first tokens of a text, and the BOS that the tokenizer puts before a text, if any."""
+    """Return a text's first tokens, and the id of the BOS that the tokenizer puts before texts; None if it puts none."""
     ids = tokenizer.encode(text, add_special_tokens=False)[:REPORT_TOKENS]
     if len(ids) < 2:
         raise InputError(f"--report: the text has {len(ids)} tokens; give a longer one")

@@ -52,7 +52,7 @@ class Conversion:
     Attributes:
         model_type: mlx-lm's.
         lossless, requantized, floats: how many tensors (layers, for a Hugging Face source) were treated in each way.
-        errors: source type -> relative error of each tensor quantized anew.
+        errors: source type -> relative error of each tensor that was quantized again.
         skipped: layers left in float because their width does not divide into groups.
         size_bytes: of all tensors written.
         n_values: the number of weights, counted before packing.
@@ -115,9 +115,9 @@ def convert_model(
     check_out(out, force=force)
     check_writable(out, "--out", _least_bytes(source, target))
     if source.path.resolve().is_relative_to(out):
-        raise InputError(f"--out {out}: holds the source {source.path}; give another folder")
+        raise InputError(f"--out {out}: contains the source {source.path}; give another folder")
     if target == "carry" and source.kind != "gguf":
-        raise InputError(f"{source.path}: only GGUF blocks are carried over; give --bits or --no-quantize")
+        raise InputError(f"{source.path}: only the blocks of a GGUF file can be kept; give --bits or --no-quantize")
     with replacing_folder(out) as folder:
         if source.kind == "gguf":
             conversion = _convert_gguf(source, folder, target or "carry", dtype)
@@ -207,7 +207,7 @@ def build_model(config: dict[str, Any], names: frozenset[str] | None = None) -> 
 
     Args:
         config: config.json.
-        names: of the stored tensors, if known; they tell whether the model has a head of its own.
+        names: of the stored tensors, if known; they show whether the model has a separate head.
 
     Raises:
         InputError: mlx-lm cannot build it.
@@ -217,7 +217,9 @@ def build_model(config: dict[str, Any], names: frozenset[str] | None = None) -> 
         model_class, args_class = mlx_lm.utils._get_classes(config)
         model = model_class(args_class.from_dict(config))
     except FOREIGN_ERRORS as error:
-        raise InputError(f"{config.get('model_type')}: mlx-lm cannot build this model ({error})") from error
+        raise InputError(
+            f"model_type {config.get('model_type')}: mlx-lm cannot build this model ({error}); choose another model"
+        ) from error
     complete_module(model)
     _drop_tied_head(model, config, names)
     return model
@@ -309,7 +311,7 @@ def _convert_folder(
     model, config = load_weights(source.path, trust_remote_code)
     if target is None:
         if "quantization" in config or "quantization_config" in config:
-            choice = "give --bits to quantize it anew, or --no-quantize to make it float"
+            choice = "give --bits to quantize it again, or --no-quantize to convert it to floats"
             raise InputError(f"{source.path}: already quantized; {choice}")
         target = Quantization(4, 64)
     model, config = dequantize_model(model, config)

@@ -21,8 +21,8 @@ def base_fingerprint(model: nn.Module, config: dict[str, Any]) -> str:
     """Return 16 hex digits that are the same at every quantization and dtype, and the mark of what is fused into it.
 
     The hash covers the model type and every one-dimensional float parameter (norm weights, biases of norms), rounded
-    to bfloat16: converters quantize matrices and leave these alone. Two fine-tunes of one base differ in them, so their
-    adapters are told apart. Adapter factors are two-dimensional and not included.
+    to bfloat16: converters quantize matrices and leave these alone. Two fine-tunes of one base differ in them, so adapters
+    of one are not taken for adapters of the other. Adapter factors are two-dimensional and not included.
 
     Args:
         model: an mlx-lm model, adapted or not.
@@ -34,7 +34,7 @@ def base_fingerprint(model: nn.Module, config: dict[str, Any]) -> str:
     ]
     for name, value in sorted(vectors):
         rounded = value.astype(mx.bfloat16).view(mx.uint16)
-        digest.update(name.replace(".linear.", ".").encode())  # an adapted layer holds its bias one level deeper
+        digest.update(name.replace(".linear.", ".").encode())  # an adapted layer has its bias one level deeper
         digest.update(np.array(rounded).tobytes())
     mark = fused_mark(config)
     return digest.hexdigest()[:16] + (f"+{mark}" if mark else "")

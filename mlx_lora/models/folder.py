@@ -25,9 +25,9 @@ OURS = Path(mlx_lora.__file__).parent
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-# What third-party code raises when it builds a model or a tokenizer from files that are not as it expects: Python's
-# ordinary errors on unexpected data. Catch them only around such calls, or, with `is_foreign`, around a model's own code
-# where we have a fallback.
+# The errors that third-party code raises when it builds a model or a tokenizer from unexpected files: Python's ordinary
+# errors on unexpected data. Catch them only around such calls, or, with `is_foreign`, around a model's own code if there
+# is a fallback.
 FOREIGN_ERRORS = (
     ValueError, LookupError, TypeError, AttributeError, NameError, ArithmeticError, AssertionError, RuntimeError,
     ImportError, OSError, StrictDataclassError,
@@ -35,7 +35,7 @@ FOREIGN_ERRORS = (
 
 
 def is_foreign(error: BaseException) -> bool:
-    """Tell whether one of FOREIGN_ERRORS may come from other code than ours, and so may not be a bug of ours.
+    """Return whether one of FOREIGN_ERRORS may come from code other than ours, so that it may not be a bug here.
 
     mlx raises ValueError and RuntimeError for shapes, types and gradients that it does not support, whoever calls it.
     For the others, the traceback tells which file raised them.
@@ -139,7 +139,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
 
 
 def inside(name: Any) -> bool:
-    """Tell whether a name read from a file is a plain file name, which cannot point outside the folder."""
+    """Return whether a name read from a file is a plain file name, which cannot point outside the folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
 
 

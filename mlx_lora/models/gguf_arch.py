@@ -50,7 +50,7 @@ def gguf_architecture(file: GGUFFile) -> Family:
         known = ", ".join(ARCHITECTURES)
         shown = f"{str(name)[:40]!r}"
         raise InputError(
-            f"{file.path}: architecture {shown} cannot be read from GGUF, only {known}; use its Hugging Face weights"
+            f"{file.path}: architecture {shown} cannot be read from GGUF (supported: {known}); use its Hugging Face weights"
         )
     if str(file.metadata.get("split.count", 0)) not in ("0", "1"):
         raise InputError(f"{file.path}: one part of a split model; join the parts with llama-gguf-split --merge")
@@ -61,7 +61,7 @@ def model_config(file: GGUFFile) -> dict[str, Any]:
     """Return the config.json that mlx-lm builds this file's model from, without its quantization.
 
     Raises:
-        InputError: naming every setting that is missing or that mlx-lm's model does not support.
+        InputError: a setting is missing, or mlx-lm's model does not support it; the message has all of them.
     """
     family = gguf_architecture(file)
     settings = Settings(file, file.metadata["general.architecture"])
@@ -86,7 +86,7 @@ def weight_map(file: GGUFFile, config: dict[str, Any]) -> dict[str, TensorMappin
         {GGUF name: mapping}, in the file's order, without the tensors that `model_config` turned into settings.
 
     Raises:
-        InputError: naming all tensors that mlx-lm's model does not have, and all that the file lacks.
+        InputError: tensors are missing, or mlx-lm's model does not have them; the message names them.
     """
     family = gguf_architecture(file)
     mappings = _as_in_file(_mappings(family, config, family.prefix), file)
@@ -121,7 +121,7 @@ def _as_in_file(mappings: dict[str, TensorMapping], file: GGUFFile) -> dict[str,
 
 
 def _left_out(family: Family, config: dict[str, Any], name: str) -> bool:
-    """Tell whether a tensor is allowed in a file although mlx-lm's model does not use it."""
+    """Return whether a file may have a tensor although mlx-lm's model does not use it."""
     number = name.split(".")[1] if name.startswith("blk.") else ""
     # Layers after the last one predict further tokens in one step, which only llama.cpp uses.
     return (number.isdigit() and int(number) >= config["num_hidden_layers"]) or family.spare(config, name)
@@ -142,7 +142,7 @@ def text_arguments(model: nn.Module) -> dict[str, Any]:
 
 
 def gguf_weights(model: nn.Module) -> tuple[str, dict[str, TensorMapping]]:
-    """Return llama.cpp's name of a model's architecture, and every tensor that its files may have.
+    """Return llama.cpp's name for a model's architecture, and every tensor that its files may have.
 
     Args:
         model: an mlx-lm model, adapted or not.
@@ -157,7 +157,7 @@ def gguf_weights(model: nn.Module) -> tuple[str, dict[str, TensorMapping]]:
     found = [name for name, family in ARCHITECTURES.items() if kind in (family.model_type, *family.also)]
     if not found:
         known = ", ".join(family.model_type for family in ARCHITECTURES.values())
-        raise InputError(f"{kind}: cannot be written as GGUF, only {known} can")
+        raise InputError(f"model_type {kind}: cannot be written as GGUF (supported: {known}); export to another format")
     prefix, _ = text_model(model)
     return found[0], _mappings(ARCHITECTURES[found[0]], text_arguments(model), prefix)
 

@@ -97,7 +97,7 @@ def _gpt_oss_fields(settings: Settings, config: Config) -> Config:
     layers = config["num_hidden_layers"]
     if layers < len(_TURNS):
         settings.problems.append(
-            f"{settings.architecture}.block_count is {layers}, and its two kinds of layers alternate"
+            f"{settings.architecture}.block_count is {layers}, too few for two kinds of layers that alternate"
         )
     if config["tie_word_embeddings"]:
         settings.problems.append("output.weight is missing")

@@ -64,7 +64,7 @@ def _shares_keys(config: Config, layer: int) -> bool:
 
 
 def _spare(config: Config, tensor: str) -> bool:
-    """Tell whether a tensor is a key or value weight of a layer that shares keys: published files have these unused."""
+    """Return whether a tensor is a key or value weight of a layer that shares keys: published files have these unused."""
     _, layer, name = tensor.split(".", 2) if tensor.startswith("blk.") else ("", "", "")
     return name in _KEYS and layer.isdigit() and _shares_keys(config, int(layer))
 

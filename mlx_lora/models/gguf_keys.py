@@ -18,7 +18,7 @@ class Settings:
         self.problems: list[str] = []
 
     def number(self, key: str, default: float | None = None, *, zero: bool = False) -> Any:
-        """Return one number; note a problem if it is missing and has no default, or is no such number.
+        """Return one number; note a problem if it is missing without a default, or is not a positive number.
 
         Args:
             key: without the architecture's prefix.
@@ -68,7 +68,7 @@ class Settings:
         """Note a problem if a key has another value than `value`."""
         found = self.count(key, value if default is None else default)
         if found != value:
-            self.problems.append(f"{self.architecture}.{key} is {found}, and the model needs {value}")
+            self.problems.append(f"{self.architecture}.{key} is {found}, but the model needs {value}")
 
 
 def shared_fields(settings: Settings) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def experts(settings: Settings, config: dict[str, Any]) -> tuple[int, int, int]:
     held = router.shape[0] if router is not None and router.shape else 0
     if n_experts != held or used > n_experts:
         settings.problems.append(
-            f"{settings.architecture}.expert_count is {n_experts}, of which {used} are used, and the file has {held}"
+            f"{settings.architecture}.expert_count is {n_experts} with {used} in use, but the file has {held} experts"
         )
         n_experts, used = 1, 1
     return n_experts, used, settings.count("expert_feed_forward_length", config["intermediate_size"])

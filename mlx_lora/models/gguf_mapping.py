@@ -1,4 +1,4 @@
-"""How a GGUF tensor maps to mlx-lm's parameters, in both directions.
+"""Map a GGUF tensor to mlx-lm's parameters, in both directions.
 
 llama.cpp's converter reorders rows and columns, adds an offset to norms, joins tensors and drops axes of length one. A
 `TensorMapping` records which of these were applied to a tensor. Reordering moves whole rows, or whole groups of columns,

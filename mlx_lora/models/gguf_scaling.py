@@ -32,7 +32,7 @@ def read_scaling(settings: Settings) -> dict[str, Any]:
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = settings.count("rope.scaling.original_context_length")
     elif kind != "linear":
-        settings.problems.append(f"{settings.architecture}.rope.scaling.type is {kind!r}, known are linear and yarn")
+        settings.problems.append(f"{settings.architecture}.rope.scaling.type is {kind!r}, not linear or yarn")
     return {"rope_scaling": scaling}
 
 
@@ -41,7 +41,7 @@ def refuse_scaling(settings: Settings, model_type: str) -> None:
     kind = settings.text("rope.scaling.type", "none")
     if kind != "none":
         settings.problems.append(
-            f"{settings.architecture}.rope.scaling.type is {kind!r}, and mlx-lm's {model_type} has no scaling"
+            f"{settings.architecture}.rope.scaling.type is {kind!r}, but mlx-lm's {model_type} has no scaling"
         )
 
 

@@ -1,7 +1,7 @@
 """Write a model's settings as GGUF metadata: the inverse of `gguf_arch.model_config`.
 
-The settings come from the arguments that mlx-lm built the model from, defaults filled in, so that llama.cpp runs the
-same model even if config.json left something out.
+The settings are taken from the arguments that mlx-lm built the model from, including defaults, so that llama.cpp runs
+the same model even if config.json leaves something out.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ def gguf_settings(model: nn.Module, architecture: str) -> tuple[dict[str, Any], 
 
     Args:
         model: an mlx-lm model of an architecture in gguf_arch.py's table.
-        architecture: llama.cpp's name of it.
+        architecture: llama.cpp's name for it.
 
     Returns:
         {key without the architecture's prefix: value, or a list of one per layer}, and tensors that hold settings.
 
     Raises:
-        InputError: naming every setting that llama.cpp does not support for the architecture.
+        InputError: llama.cpp does not support a setting for the architecture; the message has all of them.
     """
     args = text_arguments(model)
     problems: list[str] = []
     own, tensors = ARCHITECTURES[architecture].settings(args, problems)
     if problems:
         raise InputError(
-            f"--to gguf: {'; '.join(problems)}: llama.cpp's {architecture} has no such setting; use --to peft or hf"
+            f"--to gguf: {'; '.join(problems)}: llama.cpp's {architecture} does not support this; use --to peft or hf"
         )
     return _shared(args) | own, tensors
 

@@ -15,7 +15,7 @@ from mlx_lora.models.quantize import PackedWeight, Quantization, quantize_weight
 from mlx_lora.sources.gguf_reader import GGUFTensor
 from mlx_lora.system.errors import InputError
 
-# How weights are stored: GGUF's blocks carried over unchanged, all as floats, or all quantized anew in one way.
+# How weights are stored: GGUF's blocks carried over unchanged, all as floats, or all quantized again in one way.
 Target = Literal["carry", "float"] | Quantization
 
 
@@ -30,7 +30,7 @@ class Imported:
         n_values: how many weights it holds.
         quantization: how it is packed now; None: float.
         lossless: whether it holds the file's values, up to the rounding of the compute dtype.
-        error: the relative error of quantizing it anew; 0 if lossless.
+        error: the relative error of quantizing it again; 0 if lossless.
     """
 
     source: str
@@ -93,7 +93,7 @@ def _split_packed(packed: PackedWeight, mapping: TensorMapping) -> dict[str, mx.
 
 
 def _carries(tensor: GGUFTensor, mapping: TensorMapping) -> bool:
-    """Tell whether a tensor's blocks are carried over: moved at most, never requantized."""
+    """Return whether a tensor's blocks are carried over: moved at most, never requantized."""
     movable = mapping.columns is None or mapping.columns.in_groups(GROUP) is not None
     return len(tensor.shape) in (2, 3) and tensor.type in LOSSLESS and not mapping.exact and movable
 
@@ -102,7 +102,7 @@ def _carried(tensor: GGUFTensor, mapping: TensorMapping, dtype: mx.Dtype) -> Pac
     packed = carry_blocks(_reordered(tensor, mapping), dtype)
     if mapping.columns is None:
         return packed
-    order: Any = mapping.columns.in_groups(GROUP)  # which `_carries` made sure of
+    order: Any = mapping.columns.in_groups(GROUP)  # not None, because `_carries` has checked it
     n_groups = tensor.shape[-1] // GROUP
     index = mx.array(order.from_file(n_groups))
     groups = [array.reshape(*array.shape[:-1], n_groups, -1) for array in packed.arrays]
@@ -173,7 +173,7 @@ def check_shapes(
         expected: {mlx-lm's parameter name: shape}.
 
     Raises:
-        InputError: naming the tensors that differ.
+        InputError: tensors have other shapes; the message names them.
     """
     wrong = []
     for name, mapping in mappings.items():
@@ -182,7 +182,9 @@ def check_shapes(
         if mapping.then and all(shape == ours[0] for shape in ours) and len(wanted) > 1:
             wanted = (*wanted[:-2], len(ours) * wanted[-2], wanted[-1])
         if wanted != tensors[name].shape:
-            wrong.append(f"{name} is {tensors[name].shape}, the model needs {wanted}")
+            wrong.append(f"{name} is {tensors[name].shape}, but the model needs {wanted}")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise InputError(f"{path}: {'; '.join(wrong[:3])}{more}; its metadata and tensors disagree, download it again")
+        raise InputError(
+            f"{path}: {'; '.join(wrong[:3])}{more}; its tensors do not match its metadata, so download it again"
+        )

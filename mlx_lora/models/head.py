@@ -177,7 +177,7 @@ def _intercepted(layer: Any) -> Iterator[list[mx.array]]:
 
 
 def find_head(model: nn.Module, config: dict[str, Any]) -> Head | str:
-    """Return the head of `model`, or a short reason why there is none.
+    """Return the head of `model`, or a short reason why none can be used.
 
     Args:
         model: an mlx-lm model, adapted or not.

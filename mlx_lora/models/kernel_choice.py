@@ -115,7 +115,7 @@ def choose_model_kernels(
 
     Args:
         model: with or without adapters; it is not computed.
-        lengths: of the rows it will be trained on, in positions.
+        lengths: of the rows that it will be trained on, in positions.
         asked: --kernels.
         dtype: of its activations.
         say: called with a line before each measurement.
@@ -194,7 +194,7 @@ def recorded_calls(model: nn.Module, lengths: Iterable[int], shared: bool = Fals
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise
-        return []  # the checks before the run find out what fails
+        return []  # the checks before the run report what fails
     finally:
         model.update(parameters)
         mx.random.seed(high << 32 | low)

@@ -2,7 +2,7 @@
 
 A row names one of mlx-lm's shared functions and the functions that may replace it, and tells how to classify a call by
 its shapes and how to try out a class. Candidates are chosen by measurement (models/kernel_choice.py) and put into the
-model's modules while a step is traced (models/kernels.py). The loss has candidates of its own: training/loss_kernels.py.
+model's modules while a step is traced (models/kernels.py). The candidates for the loss are in training/loss_choice.py.
 
 Norms and rotations have no row: models call mx.fast.rms_norm and mx.fast.rope, and ours would not be faster
 (docs/decisions.md).

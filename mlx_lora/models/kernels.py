@@ -62,7 +62,7 @@ def training_kernels(model: nn.Module, attend: AttentionCall = attend, choose: C
 
 
 def has_recurrence(model: nn.Module) -> bool:
-    """Tell whether any layer has a recurrence that we have a kernel for."""
+    """Return whether any layer has a recurrence that we have a kernel for."""
     with training_kernels(model) as names:
         return not {*names} <= POSITIONWISE
 

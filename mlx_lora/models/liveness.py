@@ -1,6 +1,6 @@
 """Count the memory of a graph: which arrays get a buffer, what the backward pass reads of the forward pass, the peak.
 
-The rules are MLX's:
+It follows MLX's rules:
 
     views        reshape, transpose, slice, split ... share their input's buffer if strides allow it
     fusion       compiling joins a chain of elementwise operations, and only stores what other operations read
@@ -190,7 +190,7 @@ class _Buffers:
         return None
 
     def _multiplies(self, name: str) -> bool:
-        """Tell whether a product can read a matrix with its strides, without copying it."""
+        """Return whether a product can read a matrix with its strides, without copying it."""
         shape, strides = self.arrays[name].shape, self.strides[name]
         return len(shape) < 2 or strides[-2:] in ((shape[-1], 1), (1, shape[-2]))
 

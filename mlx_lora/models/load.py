@@ -94,7 +94,7 @@ def check_token_ids(base: Base, highest: int, source: str) -> None:
     Args:
         base: the model.
         highest: the highest token id.
-        source: where the ids come from, for the message.
+        source: the origin of the ids, for the message.
 
     Raises:
         InputError: the embedding has too few rows.
@@ -139,14 +139,14 @@ def _check_experts(model: nn.Module, model_id: str) -> None:
     """Refuse 16-bit experts on a CPU, where mlx only multiplies float32 and quantized experts.
 
     Raises:
-        InputError: naming the dtype that works.
+        InputError: the experts are in a 16-bit dtype; the message names the dtype that works.
     """
     experts = [module for module in model.modules() if isinstance(module, SwitchLinear)]
     dtypes = {module.weight.dtype for module in experts} - {mx.float32}
     if dtypes and not device.multiplies_16_bit_experts():
         found = str(dtypes.pop()).removeprefix("mlx.core.")
         raise InputError(
-            f"--model {model_id}: a mixture of experts in {found}, which mlx only computes on a GPU; "
+            f"--model {model_id}: a mixture of experts in {found}, which mlx can only compute on a GPU; "
             "give --dtype float32, or leave --dtype out"
         )
 

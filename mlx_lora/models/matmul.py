@@ -171,7 +171,7 @@ class MatmulPaths:
             lines = [f"{kind}: {_describe_rows(rows)}" for kind, rows in self.dense_from_rows.items()]
         if self.path == "dense":
             lines += [
-                f"{count} {name} layers: packed product, the only one they have" for name, count in self.others.items()
+                f"{count} {name} layers: packed product, the only one for them" for name, count in self.others.items()
             ]
         return lines
 
@@ -181,11 +181,11 @@ def _describe_rows(rows: set[int]) -> str:
     if not found:
         return "packed product"
     span = f"{found[0]}" if len(found) == 1 else f"{found[0]}-{found[-1]}"
-    return f"dense product from {span} rows" + (" by shape" if len(rows) > 1 else "")
+    return f"dense product from {span} rows" + (", depending on the shape" if len(rows) > 1 else "")
 
 
 def has_two_ways(layer: nn.Module) -> bool:
-    """Tell whether a layer's product can be computed both ways."""
+    """Return whether a layer's product can be computed both ways."""
     # Experts with scales of their own (nvfp4) only run on a GPU, packed.
     return type(layer) in (*MEASURED, *MEASURED.values()) and "global_scale" not in layer
 
@@ -218,6 +218,6 @@ def use_measured_matmul(model: nn.Module, path: str = "auto") -> MatmulPaths:
         dense_from_rows.setdefault(f"{layer.bits}-bit/{layer.group_size} {layer.mode}", set()).add(known[kind])
     if path != "auto" and not dense_from_rows:
         raise InputError(
-            f"--quantized-matmul {path}: the model has no quantized linear layer; give a quantized model, or leave it out"
+            f"--quantized-matmul {path}: the model has no quantized linear layer; give a quantized model, or leave --quantized-matmul out"
         )
     return MatmulPaths(path, dense_from_rows, dict(others))

@@ -35,7 +35,7 @@ class Outline:
     Attributes:
         model: an mlx-lm model whose arrays must not be read: they would be computed, and hold noise.
         config: its config.json, or the same made from a GGUF file's header.
-        cast_bytes: bytes of stored floats that loading casts to another dtype.
+        cast_bytes: the bytes of stored floats that are cast to another dtype on loading.
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""Measure how well a model predicts a text, which shows what a conversion cost."""
+"""Measure how well a model predicts a text, to show what a conversion cost."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Quantization:
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     def fits(self, width: int) -> bool:
-        """Tell whether rows of `width` values divide into groups."""
+        """Return whether rows of `width` values divide into groups."""
         return width % self.group_size == 0
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ def choose_quantization(bits: int | None, group_size: int | None, mode: str | No
     """Return the quantization that the three flags ask for; the default is affine, 4 bits, groups of 64.
 
     Raises:
-        InputError: naming every flag whose value MLX does not support.
+        InputError: MLX does not support a flag's value; the message has all of them.
     """
     mode = mode or "affine"
     if mode not in MODES:
@@ -88,7 +88,7 @@ def choose_quantization(bits: int | None, group_size: int | None, mode: str | No
     if mode in FIXED_MODES:
         quantization = Quantization(*FIXED_MODES[mode], mode)
         problems = [
-            f"{flag} {given}: {mode} has {fixed}; leave {flag} out"
+            f"{flag} {given}: {mode} always has {fixed}; leave {flag} out"
             for flag, given, fixed in (
                 ("--bits", bits, quantization.bits),
                 ("--group-size", group_size, quantization.group_size),

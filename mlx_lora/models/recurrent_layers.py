@@ -1,7 +1,7 @@
 """Replace the recurrent layers of mlx-lm's architectures by our scans while a training step is traced.
 
 Each function here returns a replacement for one of mlx-lm's functions, with the same signature; EXCHANGES lists them.
-Calls from generation, which pass a state or a mask of padded prompts, go to mlx-lm's function.
+Calls during generation, which pass a state or a mask for padded prompts, go to mlx-lm's function.
 
 Shapes: B batch, T tokens, H heads, W channels.
 """

@@ -32,7 +32,9 @@ def save_tensors(path: Path, tensors: dict[str, mx.array], file_format: str = "m
     except (RuntimeError, InputError) as error:
         size = sum(tensor.nbytes for tensor in tensors.values())
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        raise RunError(f"{path}: writing {size / 1e6:.1f} MB failed, {free / 1e6:.1f} MB are free ({error})") from error
+        raise RunError(
+            f"{path}: writing {size / 1e6:.1f} MB failed, with {free / 1e6:.1f} MB free ({error})"
+        ) from error
 
 
 class ShardWriter:
@@ -96,5 +98,5 @@ def check_out(out: Path, *, force: bool) -> None:
         raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force to replace it")
     if not (out / "config.json").is_file():
         raise InputError(
-            f"--out {out}: --force only replaces model folders, and it has no config.json; remove it first"
+            f"--out {out}: --force only replaces model folders, and this one has no config.json; remove it first"
         )

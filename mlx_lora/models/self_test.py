@@ -1,4 +1,4 @@
-"""Test whether this machine computes correctly: products of a training step, at shapes where faults were reported.
+"""Test whether this machine computes the products of a training step correctly, at shapes for which faults are known.
 
 Small products are correct on machines where a model's shapes return garbage, so these use the reported shapes:
 

@@ -1,12 +1,12 @@
-"""Compute a prompt once for several answers: a row holds the prompt, and behind it the answers, one after another.
+"""Compute a prompt once for several answers: a row has the prompt, followed by the answers, one after another.
 
     row        p p p p  a a a  b b
     positions  0 1 2 3  4 5 6  4 5     for the rotation: each answer begins where the prompt ends
     seen by b  p p p p         b b     the mask: a token sees the prompt, and its own answer up to itself
 
-Keys and values of the prompt are made once, and both answers' gradients meet there. Models get this through the cache
+Keys and values of the prompt are computed once, and the gradients of both answers add up in them. Models get this through the cache
 argument that they have for generation: it knows the tokens' positions, makes the mask, and returns keys and values as
-they are. Only the layers that rotate need help, since they take one position per row.
+they are. Only the rotating layers have to be changed, since they take one position per row.
 
 A model whose state passes from token to token (state-space, linear attention) cannot do this: the second answer would
 begin with the state that the first one left.
@@ -24,7 +24,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ChunkedKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
-PLAIN_CACHES = (KVCache, RotatingKVCache)  # keys and values of each token, nothing that depends on their order
+PLAIN_CACHES = (
+    KVCache,
+    RotatingKVCache,
+)  # they hold keys and values of each token, and nothing that depends on their order
 
 
 class SharedPrefix(NamedTuple):
@@ -94,7 +97,7 @@ def shared_caches(model: nn.Module, inputs: mx.array, starts: mx.array | None = 
 
 
 class Rotation(nn.Module):
-    """Mixed in before the class of a rotating layer, which then also takes a position for each token."""
+    """A mix-in for the class of a rotating layer, which then also takes a position for each token."""
 
     def __call__(self, x: mx.array, offset: Any = 0, **kwargs: Any) -> mx.array:
         if not isinstance(offset, mx.array) or offset.ndim < 2:
@@ -115,7 +118,7 @@ def rotate_by_token(model: nn.Module) -> None:
 
 
 def unshareable(model: nn.Module) -> str | None:
-    """Return in a few words why a model cannot share a prompt, None if nothing in its structure speaks against it."""
+    """Return in a few words why a model cannot share a prompt, None if its structure allows it."""
     for cache in make_prompt_cache(model):
         if not isinstance(cache, PLAIN_CACHES) or isinstance(cache, ChunkedKVCache):
             return f"a layer of this model keeps {type(cache).__name__}, in which answers cannot be told apart"

@@ -35,7 +35,7 @@ def load_folder_tokenizer(folder: Path, config: dict[str, Any], trust_remote_cod
     """
     check_tokenizer_config(folder, trust_remote_code)
     check_tokenizer_file(folder / "tokenizer.json")
-    # Always given: without it, transformers asks on the terminal whether to run the code.
+    # Always pass this: without it, transformers asks on the terminal whether to run the code.
     extra: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     unknown = config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code
     if unknown and (folder / "tokenizer.json").is_file():
@@ -65,7 +65,7 @@ def load_folder_tokenizer(folder: Path, config: dict[str, Any], trust_remote_cod
 
 
 def _is_about_the_config(folder: Path, trust_remote_code: bool, error: Exception) -> bool:
-    """Tell whether transformers failed at the model's config, which it reads before the tokenizer."""
+    """Return whether transformers failed at the model's config, which it reads before the tokenizer."""
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except FOREIGN_ERRORS as of_config:
@@ -100,7 +100,7 @@ def check_tokenizer_file(file: Path) -> None:
     """Refuse a tokenizer.json whose normalizer makes texts too long: 40 doublings turn one letter into a terabyte.
 
     Raises:
-        InputError: it does, or the file is not JSON.
+        InputError: the normalizer does so, or the file is not JSON.
     """
     if not file.is_file():
         return

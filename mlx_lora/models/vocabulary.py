@@ -1,4 +1,4 @@
-"""Find how many token ids a model has rows for, by watching its embeddings: a config may describe another part."""
+"""Find how many token ids a model has rows for, by watching its embeddings, because a config may not say so."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Measure this machine's peak rates, from which speed is predicted.
 
-It takes seconds. Each rate is the best of several rounds, since other programs can only slow it down.
+This takes seconds. Each rate is the best of several rounds, since other programs can only slow a round down.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_lora.planner.speed import Ceilings
 from mlx_lora.system import device
 
-# The shape of a training step's products: positions, and a block's widths.
+# The shape of a typical product in a training step: positions, and a block's widths.
 ROWS, INNER, OUTER = 1024, 576, 1536
 ELEMENTS = 1 << 22  # 16 MB in float32, larger than any cache
 
@@ -23,7 +23,7 @@ def measure_ceilings(dtype: str = "auto", rounds: int = 5, clock: Callable[[], f
 
     Args:
         dtype: --dtype of the run.
-        rounds: of each measurement; the best counts.
+        rounds: the number of times that each rate is measured; the best one counts.
         clock: returns seconds; use `time.process_time` on a machine with other load.
     """
     kind = device.compute_dtype(dtype)
@@ -41,7 +41,7 @@ def measure_ceilings(dtype: str = "auto", rounds: int = 5, clock: Callable[[], f
     )
     times = [_best_s(make, rounds, clock) for _, make in passes]
     moved = sum(arrays for arrays, _ in passes) * ELEMENTS * kind.size / sum(times)
-    # An exponential reads and writes as a product does.
+    # An exponential reads and writes two arrays; the product above moves three.
     spent = _best_s(lambda: mx.exp(a), rounds, clock) - 2 / 3 * times[0]
     on_cpu = device.current_device().backend == "cpu"
     exponentials = ELEMENTS / max(spent, 1e-9) if on_cpu else float("inf")

@@ -1,4 +1,4 @@
-"""The table of Apple's chips, for plans for other Macs.
+"""The table of Apple's chips, to plan runs for other Macs.
 
 Figures are published theoretical peaks of the full configuration, from secondary sources for M1 to M4 and press reports
 of Apple's announcement for M5; `estimate` marks unpublished ones. We measured none of them, so a plan that uses them is
@@ -75,7 +75,7 @@ CHIPS = (
 def working_set(memory_bytes: int) -> int:
     """Return the bytes that macOS lets the GPU wire by default: about two thirds up to 36 GiB, three quarters above.
 
-    This is an estimate (Metal's `recommendedMaxWorkingSetSize` is exact): macOS allows 65 to 75 %, depending on size.
+    This is an estimate (Metal's `recommendedMaxWorkingSetSize` is exact): macOS allows 65% to 75%, depending on the size.
     """
     share = 2 / 3 if memory_bytes <= 36 * GIB else 3 / 4
     return int(memory_bytes * share)
@@ -94,7 +94,7 @@ def find_chip(name: str) -> Chip:
     names = [chip.name for chip in CHIPS]
     near = difflib.get_close_matches(name.removeprefix("Apple ").title(), names, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise InputError(f"--chip {name!r}: not in the table; {hint}there are {', '.join(names)}")
+    raise InputError(f"--chip {name!r}: not a known chip; {hint}the known ones are {', '.join(names)}")
 
 
 def known_chip(name: str) -> Chip | None:

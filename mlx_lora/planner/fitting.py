@@ -42,8 +42,8 @@ def largest_batch(
 
     Args:
         width: positions of the longest row.
-        settings: may have the number of examples of a batch; they say how many rows an example has.
-        batch_tokens: of a batch, if the settings do not have it.
+        settings: may set the number of examples per batch, and decide how many rows an example has.
+        batch_tokens: of a batch, if the settings do not set its examples.
         most_rows: the number of rows in the data; None: not known.
     """
     objective = settings.objective
@@ -57,7 +57,7 @@ def largest_batch(
 def run_of(settings: TrainSettings, rows: int, width: int, mode: str, slots: int | None = None) -> Run:
     """Return the settings that decide memory, for one batch shape with `slots` trained positions.
 
-    With --batch-parts it is the largest part of the batch; the rows of an example stay together in it.
+    With --batch-parts, this is the largest part of the batch; the rows of an example stay together in one part.
     """
     loop, together = settings.loop, settings.objective.trained_rows_per_example
     return Run(
@@ -83,7 +83,7 @@ def fit(
     """Choose batch tokens and checkpointing if the settings leave them open.
 
     The first choice that fits is returned: 2,048 tokens, then halves of it, each with the fastest mode first. If nothing
-    fits, the smallest is returned, and its plan tells that it does not fit.
+    fits, the smallest is returned, and its plan says that it does not fit.
 
     Args:
         settings: --batch-tokens and --grad-checkpoint may be open (None, auto).
@@ -144,8 +144,8 @@ def planned_words(memory: MemoryPlan) -> str:
     """Return the planned memory for the run's header, or that it is not known."""
     if memory.not_known:
         limit = gigabytes(memory.budget_bytes)
-        return f"memory not known beforehand, watched against {limit} while it runs ({memory.not_known[0]})"
-    return f"{gigabytes(memory.peak_bytes)} planned at the peak, of {gigabytes(memory.budget_bytes)}"
+        return f"memory use not known in advance ({memory.not_known[0]}), so the run is watched against {limit}"
+    return f"planned peak {gigabytes(memory.peak_bytes)}, limit {gigabytes(memory.budget_bytes)}"
 
 
 def check_fits(
@@ -157,7 +157,7 @@ def check_fits(
     quantized: Callable[[], ModelShape | None] = lambda: None,
     most_rows: int | None = None,
 ) -> None:
-    """Refuse a run that does not fit, unless it is forced.
+    """Refuse a run that does not fit, unless --no-memory-check is given.
 
     Args:
         settings: of the run.
@@ -173,7 +173,7 @@ def check_fits(
         return  # memory that is not known is watched during the run (training/memory_guard.py)
     limit = "--memory-budget" if settings.loop.memory_budget else f"the working set of {machine.name}"
     raise InputError(
-        f"this run: needs {gigabytes(memory.needed_bytes)} at its peak by the plan, and {limit} is "
+        f"this run: needs {gigabytes(memory.needed_bytes)} at its peak by the plan, but {limit} is "
         f"{gigabytes(memory.budget_bytes)}; {advice(settings, shape, machine, width, quantized, most_rows)}, or "
         "--no-memory-check to try it anyway"
     )
@@ -195,7 +195,7 @@ def advice(
         flags = _nearest(settings, found, machine, width, most_rows)
         if flags is not None:
             return "try " + " and ".join(filter(None, [*words, " ".join(flags)]))
-    return "no sequence or batch is small enough: choose a smaller model"
+    return "even short sequences and small batches do not fit: choose a smaller model"
 
 
 def _nearest(

@@ -2,7 +2,7 @@
 
 A run has phases, and its peak is that of the largest phase:
 
-    load       the weights, and what casts and checks hold for a moment
+    load       the weights, and what casts and checks hold temporarily
     check      the plain loss and its gradient on a few tokens, with whole logits (training/losses.py)
     loss       everything that the blocks keep, and tiles of logits (training/fused.py)
     backward   everything that the blocks keep, and the gradients of one block
@@ -11,7 +11,7 @@ A run has phases, and its peak is that of the largest phase:
 
 In all phases: the base, the adapter's float32 masters, the optimizer's moments. What a block keeps, and what its backward
 pass allocates at a time, is read from the block's graph (training/block_memory.py) and given as `Block.memory`. If a
-graph cannot be read, the formulas here count the block as that of a llama, and the plan says that it is not known.
+graph cannot be read, the formulas here count the block as a llama block, and the plan says that its memory is not known.
 docs/planner.md compares predictions with measurements.
 
 Shapes: T positions of a batch (rows x width), P trained positions, D model width, V vocabulary, A trained numbers.
@@ -71,7 +71,7 @@ class MemoryPlan:
         phases: phase -> its own peak.
         cache_bytes: what MLX's buffer cache may hold in addition to the peak.
         budget_bytes: what the run may use.
-        not_known: kinds of blocks that are only roughly counted, each with the reason.
+        not_known: kinds of blocks whose memory is only a rough estimate, each with the reason.
     """
 
     phase: str
@@ -257,7 +257,7 @@ def _scores_ahead(run: Run, machine: Machine) -> float:
 
 
 def _dense_path(layer: Layer, machine: Machine) -> bool:
-    """Tell whether a quantized layer's product is computed with floats; for experts, only if all together are small."""
+    """Return whether a quantized layer's product is computed with floats; for experts, only if all together are small."""
     return layer.experts == 1 or layer.numbers * machine.number_bytes <= machine.dense_experts_bytes
 
 

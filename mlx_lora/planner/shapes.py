@@ -117,7 +117,7 @@ class Block:
         layers: its matrices.
         norms: the width of each of its norms.
         heads, key_heads, head_width: of its attention; 0 heads if the block has no attention that we know.
-        gated: `silu` (our lean kernel) or `other` (mlx's own operations).
+        gated: `silu` (our lean kernel applies) or `other` (mlx's own operations).
         window: the most keys that a query sees; None: all keys before it.
         memory: its memory, read from its graph; None: counted from its matrices, as for a llama block.
     """

@@ -128,14 +128,14 @@ def step_seconds(shape: ModelShape, run: Run, machine: Machine, ceilings: Ceilin
     parts = {name: count.seconds(ceilings) for name, count in count_step(shape, run, machine).items()}
     if ceilings.launch_s:
         parts["launches"] = ceilings.launch_s * LAUNCHES_PER_BLOCK * len(shape.blocks)
-    # The host launches operations while the device computes: only the time that launching takes longer counts.
+    # The host launches operations while the device computes: only the time by which launching takes longer counts.
     hidden = parts.pop("launches", 0.0)
     total = sum(parts.values())
     return max(total, hidden), {**parts, **({"waiting for launches": hidden - total} if hidden > total else {})}
 
 
 def forward_seconds(shape: ModelShape, run: Run, machine: Machine, ceilings: Ceilings) -> float:
-    """Return the predicted seconds of the forward pass alone, as the answers of a reference are measured."""
+    """Return the predicted seconds of the forward pass alone, which is how a reference computes its answers."""
     frozen = replace(shape, first_trained=len(shape.blocks), trained=0)
     counts = count_step(frozen, replace(run, checkpointing="none"), machine)
     # Half of the loss's products and passes are for its gradient.

@@ -1,4 +1,4 @@
-"""Check settings and their combinations before anything is loaded, and report all errors at once."""
+"""Check settings and their combinations before anything is loaded, and report all problems at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHECKPOINTING = ("none", "auto", "selective", "block")
 
 
 def is_day(text: str) -> bool:
-    """Return whether a text is a date, as in 2026-11-26."""
+    """Return whether a text is a date in the form 2026-11-26."""
     try:
         return date.fromisoformat(text).isoformat() == text
     except ValueError:
@@ -29,7 +29,7 @@ def checkpoint_every(mode: str) -> int | None:
 
 
 def settings_problems(settings: Mapping[str, Any]) -> list[str]:
-    """Return every error in a run's settings, in the flags' spelling.
+    """Return every problem in a run's settings; settings are spelled as flags.
 
     Args:
         settings: all of them by field name, with the right types.
@@ -38,7 +38,7 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
     if mode not in CHECKPOINTING and not (mode.isdecimal() and 1 <= int(mode) < 10**6):
         problems.append(f"--grad-checkpoint {mode!r}: not one of {', '.join(CHECKPOINTING)}, or a number of at least 1")
     if settings["chat_date"] is not None and not is_day(settings["chat_date"]):
-        problems.append(f"--chat-date {settings['chat_date']!r}: not a date; write it as in 2026-11-26")
+        problems.append(f"--chat-date {settings['chat_date']!r}: not a date; write it like 2026-11-26")
     problems += _adapter_problems(settings)
     if settings["iters"] is not None and settings["epochs"] is not None:
         problems.append("--iters and --epochs: both given; keep one")
@@ -49,47 +49,53 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _data_problems(settings: Mapping[str, Any]) -> list[str]:
-    """Return the settings of the data that the objective does not read, where they would do nothing."""
+    """Return a problem for each setting of the data that the objective would ignore."""
     objective, problems = settings["objective"], []
     if settings["pairs"] != "best" and objective in WITHOUT_PAIRS:
-        problems.append(f"--pairs {settings['pairs']} with --objective {objective}: it reads no pairs; leave it out")
+        problems.append(
+            f"--pairs {settings['pairs']} with --objective {objective}: it reads no pairs; leave --pairs out"
+        )
     if objective != "sft" and settings["data_format"] != "auto":
         problems.append(
-            f"--data-format {settings['data_format']} with --objective {objective}: the format of preferences is found by "
-            "their keys; leave it out"
+            f"--data-format {settings['data_format']} with --objective {objective}: the format of preference data is "
+            "recognized by its keys; leave out --data-format"
         )
     if objective != "sft" and not settings["mask_prompt"]:
-        problems.append(f"--no-mask-prompt with --objective {objective}: it compares answers alone; leave it out")
+        problems.append(f"--no-mask-prompt with --objective {objective}: only answers are trained; leave it out")
     return problems
 
 
 def _validation_problems(settings: Mapping[str, Any]) -> list[str]:
-    """Return the settings that need a validation or a checkpoint in a run without them, where they would do nothing."""
+    """Return a problem for each setting that needs validations or checkpoints if the run has none."""
     problems = []
     asking = [name for name in ("keep_best", "early_stopping_patience") if settings[name]]
     asking += ["metric_for_best_model"] if settings["metric_for_best_model"] != "loss" else []
     for flag in map(flag_of, asking):
         if settings["val_batches"] == 0:
-            problems.append(f"{flag} with --val-batches 0: nothing is validated; leave one of them out")
+            problems.append(f"{flag} with --val-batches 0: no validation takes place; leave out one of the two")
         elif settings["steps_per_eval"] == 0:
-            problems.append(f"{flag} with --steps-per-eval 0: only the end is validated; give a number of steps")
+            problems.append(
+                f"{flag} with --steps-per-eval 0: the only validation is at the end; give a number of steps"
+            )
     if settings["keep_best"] and settings["save_every"] == 0:
         problems.append(
-            "--keep-best with --save-every 0: no checkpoint is written to go back to; leave one of them out"
+            "--keep-best with --save-every 0: there is no checkpoint to go back to; leave out one of the two"
         )
     if settings["early_stopping_threshold"] and not settings["early_stopping_patience"]:
-        problems.append("--early-stopping-threshold without --early-stopping-patience: nothing stops early; give both")
+        problems.append(
+            "--early-stopping-threshold without --early-stopping-patience: nothing ends the run early; give both"
+        )
     return problems
 
 
 def _adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
-    """Return the settings that the method does not have, where they would do nothing."""
+    """Return a problem for each setting that the method would ignore or does not support."""
     method, problems = adapter["fine_tune_type"] or adapter["method"], []
     for owner in PRESETS:
         given = [name for name, row in ROWS.items() if row.method == owner != method and adapter[name] is not None]
         if given:
             flags = " and ".join(map(flag_of, given))
-            problems.append(f"{flags} with --method {method}: only {owner} has it; leave it out")
+            problems.append(f"{flags} with --method {method}: only --method {owner} uses it; leave it out")
     if method == "full":
         given = [name for name in ("rank_pattern", "alpha_pattern", "modules_to_save") if adapter[name]]
         given += [name for name in ("dropout",) if adapter[name]]
@@ -97,12 +103,12 @@ def _adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
         if given:
             flags = " and ".join(map(flag_of, given))
             problems.append(
-                f"{flags} with --method full: --target-modules names everything that it trains; leave it out"
+                f"{flags} with --method full: it trains the modules in --target-modules and nothing else; leave it out"
             )
     if method in ("pissa", "adalora", "relora") and adapter["resume_adapter_file"]:
         problems.append(
-            f"--resume-adapter-file with --method {method}: it does not start from plain factors; "
-            "continue with --method lora at the file's rank"
+            f"--resume-adapter-file with --method {method}: it cannot start from LoRA factors; "
+            "continue with --method lora and the file's rank"
         )
     if method == "adalora" and (
         adapter["rank_pattern"] or (adapter["adalora_init_rank"] or adapter["rank"]) < adapter["rank"]
@@ -115,7 +121,7 @@ def _adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
         try:
             values = parse_pattern(adapter[name])
         except ValueError as error:
-            problems.append(f"{flag_of(name)} {error}: write name=number, by comma")
+            problems.append(f"{flag_of(name)} {error}: write name=number, separated by commas")
             continue
         whole = name == "rank_pattern"
         bad = [key for key, value in values.items() if not 0 < value < 1e9 or (whole and value != int(value))]
@@ -126,10 +132,10 @@ def _adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
 
 
 def parse_pattern(text: str | None) -> dict[str, float]:
-    """Read `q_proj=32,*.mlp.*=8` as name -> number.
+    """Parse `q_proj=32,*.mlp.*=8` as name -> number.
 
     Raises:
-        ValueError: a part is not written like this; the message has it.
+        ValueError: a part does not have this form; the message is that part.
     """
     values = {}
     for part in (text or "").split(","):

@@ -1,6 +1,6 @@
 """All settings of the program, one row each: name, type, default, and the attributes of `setting_row.Row`.
 
-A flag `--max-seq-length` is the field `max_seq_length`; the same name works in a YAML file. Options, checks, run.yaml
+The flag `--max-seq-length` is the field `max_seq_length`; the same name works in a YAML file. Options, checks, run.yaml
 and the rules of resumed and distributed runs follow from the rows, so a new setting is a new row and nothing else.
 """
 
@@ -41,12 +41,13 @@ class ModelSettings:
         MODEL, common=True, may_change=True, per_machine=True)
     revision: str | None = setting(None, "Hub branch, tag or commit of the model.",
         MODEL, may_change=True, per_machine=True)
-    dtype: str = setting("auto", "Compute dtype; auto: float32 on CPU, bfloat16 on a GPU.", MODEL, choices=DTYPES)
+    dtype: str = setting("auto", "Compute dtype; auto: float32 on a CPU, bfloat16 on a GPU.", MODEL, choices=DTYPES)
     trust_remote_code: bool = setting(False, "Let the model's repository run its own tokenizer code.",
         MODEL, may_change=True, per_machine=True)
     quantized_matmul: str = setting("auto",
-        "How layers multiply by quantized weights; packed: mx.quantized_matmul, dense: dequantize, then GEMM, "
-        "auto: by row count, as measured here.", MODEL, choices=QUANTIZED_MATMUL, per_machine=True)
+        "How layers multiply by quantized weights: packed (mx.quantized_matmul), dense (dequantize, then GEMM), or auto "
+        "(whichever is faster for the number of rows, as measured on this machine).",
+        MODEL, choices=QUANTIZED_MATMUL, per_machine=True)
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,16 @@ class DataSettings:
         MODEL, common=True, at_least=2, at_most=10**8)
     mask_prompt: bool = setting(True, "Train on assistant turns only; --no-mask-prompt trains on all tokens.",
         MODEL, common=True)
-    chat_template: str | None = setting(None, "Jinja file, or built-in name (alpaca, chatml), to use instead.",
-        MODEL, per_machine=True)
+    chat_template: str | None = setting(None,
+        "Jinja file or built-in name (alpaca, chatml) to use instead of the model's template.", MODEL, per_machine=True)
     chat_date: str | None = setting(None,  # a resumed run's fingerprint of the rows holds what it changes
-        "Day that a chat template shows as today, as in 2026-11-26 (default: the day the run began).",
+        "Date that a chat template shows as today, like 2026-11-26 (default: the day on which the run began).",
         MODEL, may_change=True)
-    pairs: str = setting("best", "Of several answers with scores: pair the best with the worst, or all that differ.",
+    pairs: str = setting("best", "If answers have scores: pair the best with the worst, or all with different scores.",
         MODEL, choices=PAIRS)
     valid_fraction: float = setting(0.05, "Share of rows held out when there is no validation file.",
         MODEL, at_least=0, at_most=0.9)
-    strict: bool = setting(False, "Stop at the first report of bad rows instead of skipping them.",
+    strict: bool = setting(False, "Stop if the data has unusable rows, instead of skipping them.",
         MODEL, may_change=True, per_machine=True)
 
 
@@ -77,32 +78,32 @@ class DataSettings:
 class AdapterSettings:
     """The adapter's shape. Defaults: LoRA 2106.09685 (alpha = 2r), all linear layers as in QLoRA 2305.14314."""
 
-    method: str = setting("lora", "Preset over layer type, scale, initial factors and optimizer groups.",
+    method: str = setting("lora", "Training method: a preset of layer type, scale, initial factors and learning rates.",
         ADAPTER, common=True, choices=tuple(PRESETS))
     fine_tune_type: str | None = setting(None, "mlx-lm's name for --method.", ADAPTER, choices=tuple(PRESETS))
     loraplus_lr_ratio: float | None = setting(None,
         "lora-plus: learning rate of B as a multiple of A's (default 16).",
         ONE_METHOD, method="lora-plus", more_than=0, at_most=10**6)
-    rank: int = setting(16, "Rank r of the two factors; for adalora the average rank at the end.",
+    rank: int = setting(16, "Rank r of the two factors; for adalora, the average rank at the end.",
         ADAPTER, common=True, at_least=1, at_most=65536)
     alpha: float = setting(32.0, "Numerator of the scale alpha / r.", ADAPTER, common=True, more_than=0, at_most=10**9)
     rank_pattern: str | None = setting(None,
-        "Ranks of some layers, as in q_proj=32,*.mlp.*=8; the first match counts.", ADAPTER)
+        "Ranks of some layers, such as q_proj=32,*.mlp.*=8; the first matching pattern counts.", ADAPTER)
     alpha_pattern: str | None = setting(None, "Alphas of some layers, written as in --rank-pattern.", ADAPTER)
     modules_to_save: str | None = setting(None,
-        "Modules trained in full in addition to the adapter (lm_head,embed_tokens,*norm), by comma.", ADAPTER)
+        "Modules to train in full in addition to the adapter, separated by commas, such as lm_head,*norm.", ADAPTER)
     bias: str = setting("none", "Biases to train: none, those of adapted layers, or all.", ADAPTER, choices=BIASES)
     dropout: float = setting(0.0, "Dropout probability on the adapter's input.", ADAPTER, at_least=0, at_most=0.99)
-    target_modules: str = setting("all-linear", "all-linear, or names or patterns (q_proj,*.mlp.*), by comma.",
-        ADAPTER, common=True)
+    target_modules: str = setting("all-linear",
+        "all-linear, or names and patterns separated by commas, such as q_proj,*.mlp.*", ADAPTER, common=True)
     num_layers: int = setting(-1, "Adapt only the last N blocks; -1: all.", ADAPTER, at_least=-1, at_most=10**6)
     adalora_init_rank: int | None = setting(None, "adalora: rank of every layer at the start (default 1.5 r).",
         ONE_METHOD, method="adalora", at_least=1, at_most=65536)
     adalora_tinit: float | None = setting(None,
-        "adalora: first steps without a cut, a share of the run below 1 (default 0.1).",
+        "adalora: steps before the first cut of ranks; below 1, a share of the run (default 0.1).",
         ONE_METHOD, method="adalora", at_least=0)
     adalora_tfinal: float | None = setting(None,
-        "adalora: last steps with the ranks fixed, a share below 1 (default 0.3).",
+        "adalora: last steps, with fixed ranks; below 1, a share of the run (default 0.3).",
         ONE_METHOD, method="adalora", at_least=0)
     adalora_delta_t: int | None = setting(None,
         "adalora: steps between cuts (default: a hundredth of the run).", ONE_METHOD, method="adalora", at_least=1)
@@ -114,7 +115,7 @@ class AdapterSettings:
         "relora: warm-up steps after each restart (default: a tenth of a cycle).",
         ONE_METHOD, method="relora", at_least=0)
     relora_prune_ratio: float | None = setting(None,
-        "relora: share of the optimizer's moments, the smallest, that a restart zeroes (default 0.99).",
+        "relora: share of the optimizer's moments that a restart sets to 0, the smallest first (default 0.99).",
         ONE_METHOD, method="relora", at_least=0, at_most=1)
     resume_adapter_file: str | None = setting(None, "Start from the factors in this adapters.safetensors.",
         ADAPTER, may_change=True, per_machine=True)
@@ -133,27 +134,28 @@ class ObjectiveSettings:
         "What to train toward. sft: imitate answers; dpo, orpo, simpo, cpo: prefer the chosen answer of each pair; "
         "kto: answers rated good or bad; reward: a reward model, which scores answers.", OBJECTIVE, common=True)
     loss_type: str = setting("sigmoid",
-        "dpo: loss on the pairs, as TRL names them (sigmoid, hinge, ipo, apo_zero ...); several by comma are added. "
+        "dpo: loss on the pairs, by TRL's names (sigmoid, hinge, ipo, apo_zero ...); several, by commas, are added. "
         "kto: kto or apo_zero_unpaired.", OBJECTIVE)
-    loss_weights: str | None = setting(None, "dpo: weights of several --loss-type, by comma (default 1 each).",
-        OBJECTIVE)
-    beta: float = setting(0.1, "How strongly the policy is held to the reference; for orpo, the weight of the pairs.",
+    loss_weights: str | None = setting(None,
+        "dpo: weights of several losses in --loss-type, separated by commas (default 1 each).", OBJECTIVE)
+    beta: float = setting(0.1,
+        "How strongly the model is kept close to the reference; for orpo, the weight of the loss on pairs.",
         OBJECTIVE, more_than=0, at_most=1000)
-    label_smoothing: float = setting(0.0, "Share of pairs assumed to be labeled the wrong way round (exo_pair, robust, "
+    label_smoothing: float = setting(0.0, "Share of pairs that are assumed to have swapped labels (exo_pair, robust, "
         "aot, cpo, simpo).", OBJECTIVE, at_least=0, at_most=0.49)
     rpo_alpha: float = setting(0.0, "dpo: weight of the chosen answers' likelihood, added to the loss (RPO).",
         OBJECTIVE, at_least=0, at_most=1000)
-    length_normalize: bool = setting(False, "dpo: log-ratios per token, as --loss-type sigmoid_norm.", OBJECTIVE)
+    length_normalize: bool = setting(False, "dpo: use log-ratios per token, as --loss-type sigmoid_norm does.", OBJECTIVE)
     discopop_tau: float = setting(0.05, "dpo: temperature of --loss-type discopop.",
         OBJECTIVE, more_than=0, at_most=1000)
-    simpo_gamma: float = setting(0.5, "simpo: margin that the chosen answer must have.",
+    simpo_gamma: float = setting(0.5, "simpo: margin by which the chosen answer should win.",
         OBJECTIVE, at_least=0, at_most=1000)
     cpo_alpha: float = setting(1.0, "cpo: weight of the chosen answers' likelihood.",
         OBJECTIVE, at_least=0, at_most=1000)
     desirable_weight: float = setting(1.0, "kto: weight of good answers.", OBJECTIVE, at_least=0, at_most=1000)
     undesirable_weight: float = setting(1.0, "kto: weight of bad answers.", OBJECTIVE, at_least=0, at_most=1000)
-    shared_prefix: str = setting("auto", "Compute the prompt of a pair once for both answers: on, off, or auto, where it "
-        "saves work and the model allows it.", OBJECTIVE, choices=("auto", "on", "off"), may_change=True)
+    shared_prefix: str = setting("auto", "Compute the prompt of a pair once for both answers: on, off, or auto, if it "
+        "saves work and the model supports it.", OBJECTIVE, choices=("auto", "on", "off"), may_change=True)
     center_rewards: float = setting(0.0, "reward: weight of the squared sum of a pair's scores, which keeps them near 0.",
         OBJECTIVE, at_least=0, at_most=1000)
     reference_adapter: str | None = setting(None,
@@ -162,7 +164,7 @@ class ObjectiveSettings:
 
     @property
     def rows_per_example(self) -> int:
-        """Rows that stay together in a batch: one, the two answers of a pair, or a rated answer and another to compare.
+        """Rows that stay together in a batch: one, a pair's two answers, or a rated answer and one to compare it with.
 
         With --shared-prefix on, which a run sets when it has decided, a pair is one row.
         """
@@ -170,7 +172,7 @@ class ObjectiveSettings:
 
     @property
     def trained_rows_per_example(self) -> int:
-        """Those of them that are trained; the answer that a rated one is compared with (kto) is only measured."""
+        """The number of these rows that are trained; for kto, the answer to compare with is only measured."""
         return 1 if self.objective == "kto" else self.rows_per_example
 
 
@@ -181,11 +183,11 @@ class OptimizerSettings:
     optimizer: str = setting("adamw", "Optimizer.", TRAINING, choices=tuple(OPTIMIZERS))
     learning_rate: float = setting(2e-4, "Peak learning rate.", TRAINING, common=True, more_than=0, at_most=1000)
     lr_schedule: str = setting("cosine", "Shape after the warm-up.", TRAINING, choices=SCHEDULES)
-    warmup: float = setting(0.03, "Warm-up: a share of all steps below 1, a count of steps from 1 on.",
+    warmup: float = setting(0.03, "Warm-up: a share of all steps if below 1, otherwise a number of steps.",
         TRAINING, at_least=0)
     weight_decay: float = setting(0.01, "Decoupled weight decay of the factors (adamw, muon, sgd).",
         TRAINING, at_least=0, at_most=1000)
-    max_grad_norm: float = setting(1.0, "Clip the global gradient norm at this; 0: no clip.",
+    max_grad_norm: float = setting(1.0, "Clip the global gradient norm to this value; 0: no clipping.",
         TRAINING, at_least=0, at_most=10**9)
 
 
@@ -207,63 +209,63 @@ class LoopSettings:
     grad_accumulation_steps: int = setting(1, "Micro-batches per optimizer step, weighted by their tokens.",
         TRAINING, at_least=1, at_most=10**6)
     batch_parts: int = setting(1,
-        "Run each micro-batch in this many parts of its rows: the same update in less memory. Increased when "
+        "Run each micro-batch in this many parts: the same update in less memory. A run increases this when "
         "memory runs short.", MEMORY, may_change=True, per_machine=True, at_least=1, at_most=10**6)
     max_restarts: int = setting(0,
         "Restarts allowed after running out of memory; each continues from the last checkpoint, in smaller parts.",
         MEMORY, may_change=True, per_machine=True, at_least=0, at_most=100)
     grad_checkpoint: str = setting("auto",
-        "Recompute in the backward pass to save memory: none, selective (all but products), block (all; also the "
-        "flag alone), N (all, in every N-th block), or auto: the fastest that fits.",
+        "What to recompute in the backward pass to save memory: none, selective (all but matrix products), block (all; "
+        "also the flag without a value), N (all, in every N-th block), or auto (the fastest that fits).",
         MEMORY, may_change=True, per_machine=True, alone="block")
     kernels: str = setting("auto",
-        "Kernels for attention, activations and the loss; auto: the best as measured on this machine, mlx: the model's "
-        "own, ours: ours if there is one.", MEMORY, may_change=True, per_machine=True, choices=KERNELS)
+        "Kernels for attention, activations and the loss: auto (the best as measured on this machine), mlx (the "
+        "model's own), or ours (ours where there is one).", MEMORY, may_change=True, per_machine=True, choices=KERNELS)
     memory_budget: float | None = setting(None,
         "GB (10^9 bytes) that the run may use (default: what the device recommends).",
         MEMORY, may_change=True, per_machine=True, more_than=0, at_most=10**6)
-    memory_check: bool = setting(True, "Refuse a run that does not fit by the plan; --no-memory-check tries it.",
+    memory_check: bool = setting(True, "Refuse a run that does not fit by the plan; --no-memory-check tries it anyway.",
         MEMORY, may_change=True, per_machine=True)
     steps_per_report: int | None = setting(None,
         "Steps between reports (default: a twentieth of the run, at most 25).",
         OUTPUT, may_change=True, at_least=1)
     steps_per_eval: int = setting(200, "Steps between validations; 0: only at the end.",
         VALIDATION, may_change=True, at_least=0)
-    val_batches: int = setting(25, "Validation batches per validation; -1: all, 0: none.",
+    val_batches: int = setting(25, "Batches per validation; -1: all, 0: no validation.",
         VALIDATION, may_change=True, at_least=-1)
     save_every: int = setting(100, "Steps between checkpoints; 0: only at the end.",
         OUTPUT, may_change=True, at_least=0)
     keep: int = setting(3, "Newest checkpoints to keep, in addition to the one with the best validation; 0: all.",
         OUTPUT, may_change=True, at_least=0, at_most=10**9)
     keep_best: bool = setting(False,
-        "End with the adapter of the best validation, not with the last (needs --save-every).",
+        "End with the adapter of the best validation, not of the last step (needs --save-every).",
         VALIDATION, may_change=True)
     metric_for_best_model: str = setting("loss",
-        "What makes a validation the best one, for --keep-best, early stopping and the checkpoint that is kept: the lowest "
-        "loss, or the highest accuracy on preference pairs (of equal ones, the lower loss).",
+        "How to tell the best validation, for --keep-best, early stopping and the checkpoint to keep: by the lowest "
+        "loss, or by the highest accuracy on preference pairs (if equal, by the lower loss).",
         VALIDATION, may_change=True, choices=("loss", "accuracy"))
     early_stopping_patience: int | None = setting(None,
         "End after this many validations in a row without a better one (default: never).",
         VALIDATION, may_change=True, at_least=1, at_most=10**9)
     early_stopping_threshold: float = setting(0.0,
-        "An improvement of the validation's loss or accuracy counts when it is more than this.",
+        "An improvement in validation loss or accuracy only counts if it is larger than this.",
         VALIDATION, may_change=True, at_least=0, at_most=10**9)
     resume: str | None = setting(None,
-        "Continue from a checkpoint, exactly as if the run had never stopped: a checkpoint folder, or auto (the flag "
-        "alone): the newest complete one in --adapter-path.",
+        "Continue from a checkpoint, exactly as if the run had never stopped: a checkpoint folder, or auto (the "
+        "flag without a value) for the newest complete one in --adapter-path.",
         OUTPUT, common=True, may_change=True, per_machine=True, alone="auto")
     sample_tokens: int = setting(48,
-        "Length of the texts in report.html, made before the first step and after the last; 0: none.",
+        "Tokens per text that report.html shows, generated before the first step and after the last; 0: no texts.",
         OUTPUT, may_change=True, per_machine=True, at_least=0, at_most=10**5)
     train: bool | None = setting(None, "Train. On unless only --test is given.", TRAINING, may_change=True)
     test: bool = setting(False, "Measure the loss on the test set (after training, with --train).",
         VALIDATION, may_change=True)
     test_batches: int = setting(500, "Test batches; -1: all.", VALIDATION, may_change=True, at_least=-1)
     clear_cache_threshold: str | None = setting(None,
-        "Bound on MLX's buffer cache, as in 2GB (default: a sixteenth of the working set).",
+        "Limit of MLX's buffer cache, such as 2GB (default: a sixteenth of the working set).",
         MEMORY, may_change=True, per_machine=True)
     short_buffers: bool = setting(False,
-        "Give the GPU up between short command buffers, for a Mac whose display must stay live (slower).",
+        "Use short GPU command buffers, so that a Mac's display keeps responding (slower).",
         MEMORY, may_change=True, per_machine=True)
     report_to: str | None = setting(None, f"Also log to these, by comma: {', '.join(LOGGERS)}.",
         OUTPUT, may_change=True, per_machine=True)
@@ -278,31 +280,33 @@ class LoopSettings:
 class ServeSettings:
     """A server's settings: what it offers, to whom, and its limits."""
 
-    host: str = setting("127.0.0.1", "Address to listen on; any but this machine's own needs an API key.",
+    host: str = setting("127.0.0.1", "Address to listen on; any other than this machine's own requires an API key.",
         SERVER, common=True)
     port: int = setting(8080, "Port to listen on; 0: any free one.", SERVER, common=True, at_least=0, at_most=65535)
     api_key: str | None = setting(None,
-        "Key that clients must send as a bearer token; the environment's MLX_LORA_API_KEY shows in no process list.",
+        "Key that clients must send as a bearer token; MLX_LORA_API_KEY sets it without showing it in process lists.",
         SERVER, common=True)
     allow_origin: str | None = setting(None,
-        "Web origins whose pages may use the server (https://example.org), by comma; its own may always.", SERVER)
+        "Web origins whose pages may use the server, separated by commas, such as https://example.org; "
+        "the server's own pages always may.", SERVER)
     adapters_from: str | None = setting(None,
-        "Folder from whose subfolders clients may load adapters; default: none.", SERVER, common=True)
+        "Folder whose subfolders clients may load as adapters; default: none.", SERVER, common=True)
     allow_hub: bool = setting(False, "Let clients load adapters from the hub.", SERVER)
     adapter_memory: str | None = setting(None,
-        "Bound on adapters in memory, as in 2GB; the least recently used are evicted (default: no bound).", LIMITS)
-    prompt_cache: str = setting("256MB", "Bound on the keys and values kept of earlier prompts.", LIMITS)
-    max_batch: int = setting(16, "Requests that generate at once.", LIMITS, at_least=1, at_most=1024)
-    max_waiting: int = setting(64, "Requests that wait in the queue; more get 429.", LIMITS, at_least=0, at_most=10**6)
-    max_tokens: int = setting(2048, "Most new tokens that a request may ask for.",
+        "Limit on memory for adapters, such as 2GB; the least recently used are evicted (default: no limit).", LIMITS)
+    prompt_cache: str = setting("256MB", "Limit on memory for the keys and values of earlier prompts.", LIMITS)
+    max_batch: int = setting(16, "Requests that are answered at the same time.", LIMITS, at_least=1, at_most=1024)
+    max_waiting: int = setting(64, "Requests that may wait in the queue; further ones get HTTP status 429.",
+        LIMITS, at_least=0, at_most=10**6)
+    max_tokens: int = setting(2048, "The most new tokens that a request may ask for.",
         LIMITS, common=True, at_least=1, at_most=10**8)
     max_context: int | None = setting(None,
-        "Most tokens of prompt and answer together (default: the model's own bound).",
+        "The most tokens of prompt and answer together (default: the model's own limit).",
         LIMITS, at_least=2, at_most=10**8)
     max_body: str = setting("1MB", "Largest request body.", LIMITS)
-    read_timeout: float = setting(10.0, "Seconds in which a request must have arrived.",
+    read_timeout: float = setting(10.0, "Seconds within which a request must arrive.",
         LIMITS, more_than=0, at_most=10**6)
-    request_timeout: float = setting(300.0, "Seconds in which a request must be answered.",
+    request_timeout: float = setting(300.0, "Seconds within which a request must be answered.",
         LIMITS, more_than=0, at_most=10**6)
 # fmt: on
 

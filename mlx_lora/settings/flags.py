@@ -19,7 +19,7 @@ METAVARS = {str: "TEXT", int: "N", float: "X"}
 
 
 class Command(console.LongCommand):
-    """A command with all settings of a run, which translates other trainers' names of them into ours."""
+    """A command with all settings of a run; if a flag has another trainer's name, its error names ours."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
@@ -48,8 +48,8 @@ config_option = click.option(
 def settings_options(*sections: str, leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
     """Add one click option per field of the named settings sections.
 
-    Options that are not given are absent (see `given`), so that a YAML file can set them and the default is only in
-    config.py.
+    Options that the user does not give are left out (see `given`), so that a YAML file can set them. The defaults are
+    only in config.py.
 
     Args:
         sections: keys of config.SECTIONS or config.COMMAND_SECTIONS.

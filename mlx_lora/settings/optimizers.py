@@ -47,7 +47,7 @@ class Optimizer:
         return self.mlx_class()(learning_rate, **decay, **self.options)
 
 
-# Adam and AdamW correct their bias, as in torch; mlx's default is not to (arXiv 1412.6980, algorithm 1;
+# Adam and AdamW correct their bias, as in torch; by default, mlx does not (arXiv 1412.6980, algorithm 1;
 # 1711.05101). Adafactor's state of rows and columns is too small to count.
 OPTIMIZERS = {
     "adamw": Optimizer("AdamW", 2, 9.0, elementwise=True, takes_decay=True, options={"bias_correction": True}),

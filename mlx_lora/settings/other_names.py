@@ -1,4 +1,4 @@
-"""Translate settings' names in PEFT, TRL, transformers, Axolotl, LLaMA-Factory and Unsloth into ours.
+"""Translate the names of settings in PEFT, TRL, transformers, Axolotl, LLaMA-Factory and Unsloth into ours.
 
 Errors about unknown flags and keys of our settings file use this table for advice. `migration/` reads whole files of other
 trainers, and uses this table for settings that differ only in name.
@@ -61,6 +61,7 @@ _NAMES = {
 OTHER_NAMES = {theirs: ours for ours, names in _NAMES.items() for theirs in names.split()}
 
 _FOUR_BITS = "give a 4-bit model as --model; mlx-lora convert --bits 4 makes one"
+_REFERENCE = "leave it out; the reference is the model at the start of the run, unless you give --reference-adapter"
 # Names that are not a setting here -> advice.
 _OTHER_WAYS = {
     "load_in_4bit": _FOUR_BITS,
@@ -68,14 +69,14 @@ _OTHER_WAYS = {
     "quantization_bit": _FOUR_BITS,
     "use_dora": "use --method dora",
     "use_rslora": "use --method rslora",
-    "bf16": "use --dtype bfloat16, which is what auto takes on a GPU",
+    "bf16": "use --dtype bfloat16, which auto chooses on a GPU",
     "fp16": "use --dtype float16",
     "train_on_inputs": "use --no-mask-prompt to train on prompts too",
-    "stage": "use --objective; sft for the stages sft and pt",
-    "ref_model": "leave it out; the reference is the model as the run starts, or --reference-adapter",
-    "reference_model_path": "leave it out; the reference is the model as the run starts, or --reference-adapter",
+    "stage": "use --objective; for the stages sft and pt, it is sft",
+    "ref_model": _REFERENCE,
+    "reference_model_path": _REFERENCE,
     "precompute_ref_log_probs": "leave it out; the reference is always computed before the first step",
-    "packing": "leave it out; rows of like length share a batch of --batch-tokens",
+    "packing": "leave it out; rows of similar length share a batch of --batch-tokens",
 }
 # Values of a setting with choices -> advice.
 OTHER_VALUES = {

@@ -42,7 +42,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"--config {path}: cannot be read ({error.strerror}); give a YAML file") from None
     except ValueError as error:  # not UTF-8 either
-        raise InputError(f"--config {path}: not YAML ({' '.join(str(error).split())}); fix the file") from None
+        raise InputError(f"--config {path}: not usable YAML ({' '.join(str(error).split())}); fix the file") from None
     if not isinstance(content, dict):
         raise InputError(f"--config {path}: has no settings; write one `flag_name: value` per line")
     return {str(key).replace("-", "_"): value for key, value in content.items()}

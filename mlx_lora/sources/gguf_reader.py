@@ -37,7 +37,7 @@ _SCALARS = {
     GGUFValueType.INT64: "<i8",
     GGUFValueType.FLOAT64: "<f8",
 }
-# The same as codes of `struct`, which differ from numpy's: "l" has 4 bytes in `struct` and 8 in numpy.
+# The same types as codes of `struct`, which differ from numpy's: "l" has 4 bytes in `struct` and 8 in numpy.
 _STRUCT_CODES = {
     "<u1": "<B",
     "<i1": "<b",
@@ -79,13 +79,13 @@ class GGUFTensor:
             `shape` float32, a new array.
 
         Raises:
-                InputError: the `gguf` package cannot unpack this type.
+            InputError: the `gguf` package cannot unpack this type.
         """
         try:
             values = gguf.quants.dequantize(self.data, self.type)
         except NotImplementedError:
             raise InputError(
-                f"tensor {self.name}: no way to unpack {self.type.name}; use a file with K-quants or Q8_0"
+                f"tensor {self.name}: type {self.type.name} cannot be unpacked; use a file with K-quants or Q8_0"
             ) from None
         return np.array(values, dtype=np.float32).reshape(self.shape)
 
@@ -133,7 +133,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Tell whether a file starts with GGUF's magic bytes."""
+    """Return whether a file starts with GGUF's magic bytes."""
     try:
         with open(path, "rb") as file:
             return file.read(4) == b"GGUF"

@@ -86,7 +86,7 @@ def vocabulary_from_metadata(metadata: dict[str, Any]) -> Vocabulary:
     """Return the vocabulary in a GGUF file's metadata, after checking it.
 
     Raises:
-        InputError: naming all problems.
+        InputError: the vocabulary cannot be used; the message has all problems.
     """
     problems = _kind_problems(metadata)
     if problems:
@@ -122,10 +122,10 @@ def vocabulary_from_metadata(metadata: dict[str, Any]) -> Vocabulary:
 
 # The type of each metadata entry, if it is present.
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("ggml.model", "ggml.pre", "chat_template"), (lambda value: isinstance(value, str), "a text")),
+    **dict.fromkeys(("ggml.model", "ggml.pre", "chat_template"), (lambda value: isinstance(value, str), "a string")),
     **dict.fromkeys(
         ("ggml.tokens", "ggml.merges"),
-        (lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of texts"),
+        (lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of strings"),
     ),
     "ggml.token_type": (lambda value: _is_numbers(value, "iu"), "whole numbers"),
     "ggml.scores": (lambda value: _is_numbers(value, "iuf") and bool(np.isfinite(value).all()), "finite numbers"),
@@ -141,7 +141,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _is_numbers(value: Any, kinds: str) -> bool:
-    """Tell whether a value is an array or list of numbers; `kinds` are numpy's letters for their types."""
+    """Return whether a value is an array or list of numbers; `kinds` are numpy's letters for their types."""
     if isinstance(value, list):
         value = np.array(value) if all(type(item) in (int, float) for item in value) else None
     return isinstance(value, np.ndarray) and value.ndim == 1 and (not value.size or value.dtype.kind in kinds)
@@ -179,25 +179,31 @@ def _problems(
         ]
     problems = []
     if not tokens:
-        problems.append("no tokens; give a complete model file")
+        problems.append("it has no tokens; give a complete model file")
     if len(set(tokens)) != len(tokens):
         repeated, _ = Counter(tokens).most_common(1)[0]
         problems.append(f"token {repeated!r} appears twice; convert the file again")
     longest = max(map(len, tokens), default=0)
     if longest > MAX_TOKEN_CHARACTERS:  # merges_from_scores tries every way to cut it in two
-        problems.append(f"a token of {longest} characters; convert the file again")
+        problems.append(f"a token has {longest} characters; convert the file again")
     if len(types) != len(tokens):
         problems.append(f"{len(types)} token types for {len(tokens)} tokens; convert the file again")
     if model == "llama" and len(scores) != len(tokens):
         problems.append(f"{len(scores)} scores for {len(tokens)} tokens; convert the file again")
     if model == "gpt2" and pre not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))
-        problems.append(f"pre-tokenizer {pre!r} is not known ({known}); give the model's original folder instead")
+        problems.append(
+            f"pre-tokenizer {pre!r} is not supported (known: {known}); give the model's original folder instead"
+        )
     if model != "llama":
         known_tokens = set(tokens)
         lost = [f"{a} {b}" for a, b in merges if not {a, b, a + b} <= known_tokens]
         if lost or not merges:
-            what = f"{len(lost)} merges are not of tokens (first {lost[0]!r})" if lost else "no merges"
+            what = (
+                f"{len(lost)} of the merges join texts that are not tokens (first {lost[0]!r})"
+                if lost
+                else "it has no merges"
+            )
             problems.append(f"{what}; convert the file again")
     return problems
 

@@ -27,7 +27,7 @@ from mlx_lora.system.errors import InputError, RunError, first_line
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<pick>[^:/]+))?")
 CONFIG_AND_TOKENIZER = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
 DATA_FILES = ["*.json", "*.jsonl", "*.csv", "*.parquet", "*.txt"]
-# Listed one by one, because a repository may also hold a merged model.
+# These are listed one by one, because a repository may also have a merged model.
 ADAPTER_FILES = ["adapters.safetensors", "adapter_model.safetensors", "*.json", "*.jinja", "README.md"]
 NOT_DATA = ["dataset_info*.json", "requirements*.txt", "*LICENSE*", "*README*"]
 
@@ -75,7 +75,7 @@ def resolve_model(model: str, revision: str | None = None, *, trust_remote_code:
     file_like = model.endswith(".gguf") and ":" not in model
     if not found or file_like or model[:1] in "./~":
         raise InputError(
-            f"model {model!r}: no such file or folder, and a hub id is owner/name; check the path or the id"
+            f"model {model!r}: no such file or folder, and not a hub id (owner/name); check the path or the id"
         )
     return _from_hub(found["repo"], found["pick"], revision, trust_remote_code)
 
@@ -249,7 +249,9 @@ def _list_files(repo: str, revision: str | None, what: str) -> list[str] | None:
         name for name in names if ".." in name.split("/") or name.startswith("/") or "\\" in name or "\0" in name
     ]
     if climbing:
-        raise InputError(f"{what}: lists {climbing[0][:80]!r}, a file outside its own folder; do not use it")
+        raise InputError(
+            f"{what}: it lists {climbing[0][:80]!r}, a file outside its own folder; use another repository"
+        )
     return names
 
 
@@ -307,7 +309,7 @@ def _snapshot(
         )
     except GatedRepoError:
         raise InputError(
-            f"{what}: gated on the hub; accept the license at https://huggingface.co/{page}, then run `hf auth login`"
+            f"{what}: access is gated on the hub; accept the license at https://huggingface.co/{page}, then run `hf auth login`"
         ) from None
     except RepositoryNotFoundError:
         raise InputError(

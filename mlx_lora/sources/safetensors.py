@@ -1,7 +1,7 @@
-"""Checks a safetensors file before MLX maps it: MLX trusts the header, and the header may lie.
+"""Check a safetensors file before MLX maps it: MLX trusts the header, and the header may be wrong.
 
-The safetensors library has the format's own rules (sizes that fit the file, no gaps, no overlaps); here stands what
-MLX needs beyond them.
+The safetensors library checks the format's own rules (sizes that fit the file, no gaps, no overlaps); this file adds
+what MLX needs beyond them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ READABLE = [
     "U64",
     "I64",
     "C64",
-]  # what mx.load has a type for
+]  # the types that mx.load supports
 MAX_SHOWN = 200  # characters of the library's message, which may quote a name of any length
 
 
@@ -42,7 +42,7 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
         {name: {"dtype", "shape"}}, without the metadata entry.
 
     Raises:
-        InputError: when the file cannot be read, is truncated, or its header does not fit it.
+        InputError: the file cannot be read or is truncated, or its header does not fit it.
     """
     try:
         with safe_open(str(path), framework="numpy") as file:
@@ -56,7 +56,7 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
     for name, entry in header.items():
         if entry["dtype"] not in READABLE:
             found = f"{name[:MAX_SHOWN]} is {entry['dtype']}"
-            raise InputError(f"{path}: {found}, which MLX does not read; save it as float32 or bfloat16")
+            raise InputError(f"{path}: {found}, which MLX cannot read; save it as float32 or bfloat16")
         if len(entry["shape"]) > MAX_DIMS or max(entry["shape"], default=0) > MAX_DIM:
-            raise InputError(f"{path}: the shape of {name[:MAX_SHOWN]} is larger than MLX reads; save it again")
+            raise InputError(f"{path}: the shape of {name[:MAX_SHOWN]} is larger than MLX can read; save it again")
     return header

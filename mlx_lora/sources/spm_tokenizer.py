@@ -1,7 +1,7 @@
 """Build a fast tokenizer for a folder that only has SentencePiece's `tokenizer.model`.
 
 transformers converts such folders too, but by the rules of one class per model type, and the result differs from
-SentencePiece's (for texts that start with a space, or a dummy prefix that the model does not have). Here the model file
+SentencePiece's (for texts that start with a space, or a dummy prefix that the model does not have). Here, the model file
 itself decides.
 """
 
@@ -44,7 +44,7 @@ def write_tokenizer_from_spm(model_file: Path, folder: Path, out: Path) -> None:
         out: folder to write into; created if it does not exist.
 
     Raises:
-        InputError: the file is not a SentencePiece model, or not one of the BPE kind.
+        InputError: the file is not a SentencePiece model, or not a BPE one.
     """
     proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue] # made at import
     try:

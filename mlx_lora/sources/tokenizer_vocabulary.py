@@ -63,13 +63,15 @@ def tokenizer_vocabulary(
         n_rows: of the model's embedding; the vocabulary is padded, or cut, to that many tokens.
         end_ids: ids that end a generation.
         chat_template: Jinja text, for the vocabulary.
-        architecture: llama.cpp's name of the model's architecture; Gemma 4's files keep a SentencePiece tokenizer's merges.
+        architecture: llama.cpp's name for the architecture; Gemma 4's files keep a SentencePiece tokenizer's merges.
 
     Raises:
         InputError: llama.cpp does not have this kind of tokenizer, or would split texts differently.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise InputError(f"{type(tokenizer).__name__}: has no tokenizer.json, whose tables GGUF requires; add one")
+        raise InputError(
+            f"{type(tokenizer).__name__}: this tokenizer has no tokenizer.json, whose tables GGUF requires; add one"
+        )
     backend = tokenizer.backend_tokenizer
     content = json.loads(backend.to_str())
     model = content["model"]
@@ -97,7 +99,7 @@ def tokenizer_vocabulary(
         add_space_prefix=space_prefix,
         chat_template=chat_template,
     )
-    known = vocabulary.end_ids()  # llama.cpp recognizes most of them by their text, as we do
+    known = vocabulary.end_ids()  # llama.cpp also recognizes most of them by their text
     others = [i for i in end_ids if i not in known and i < n_rows]
     special.update(zip(("eot", "eom")[:_MOST_ENDS], others, strict=False))
     _check_ids(tokenizer, vocabulary)
@@ -127,7 +129,7 @@ def tokenizer_metadata(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _kind(content: dict[str, Any]) -> str:
-    """Return GGUF's name of the kind of tokenizer.
+    """Return GGUF's name for the kind of tokenizer.
 
     Raises:
         InputError: it is neither byte-level nor SentencePiece BPE.
@@ -164,7 +166,7 @@ def _special(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> dict[str, int]:
 
 
 def _type(i: int, token: str | None, kind: str, added: dict[str, Any] | None, special: dict[str, int]) -> int:
-    """Return a token's type, as GGUF numbers them."""
+    """Return the number that GGUF has for a token's type."""
     if token is None:
         return UNUSED
     if kind != "gpt2" and special.get("unk") == i:
@@ -182,7 +184,7 @@ def _scores(tokens: list[str | None], merges: list[tuple[str, ...]]) -> list[flo
 
 
 def _framing(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
-    """Tell whether the tokenizer puts bos before, and eos after, every text.
+    """Return whether the tokenizer puts bos before every text, and whether it puts eos after.
 
     Raises:
         InputError: it adds other tokens.
@@ -195,7 +197,7 @@ def _framing(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
             if before + plain + ([tokenizer.eos_token_id] if eos else []) == framed:
                 return bos, eos
     raise InputError(
-        "--to gguf: the tokenizer adds other tokens than bos and eos to a text, which GGUF does not support; use --to hf"
+        "--to gguf: the tokenizer adds tokens other than bos and eos to a text, which GGUF does not support; use --to hf"
     )
 
 
@@ -218,10 +220,10 @@ def _pre_tokenizer(backend: Tokenizer, ignore_merges: bool) -> str:
             found.append(name)
     if not found:
         raise InputError(
-            f"--to gguf: pre-tokenizer {_shown(backend)} splits words like none of llama.cpp's "
+            f"--to gguf: pre-tokenizer {_shown(backend)} splits words differently from all of llama.cpp's "
             f"({', '.join(sorted(PRE_TOKENIZERS))}); use --to peft or hf"
         )
-    # If merges can make every token, ignore_merges changes nothing: then only prefer the name with the same value.
+    # If merges can make every token, ignore_merges changes nothing, so another value is also accepted.
     return next((name for name in found if PRE_TOKENIZERS[name].ignore_merges == ignore_merges), found[0])
 
 

@@ -80,7 +80,7 @@ def _load_pypi_openblas() -> Blas:
         ctypes.CDLL(str(shim), mode=ctypes.RTLD_GLOBAL)
     except (OSError, subprocess.CalledProcessError) as error:
         return Blas(
-            SLOW, fast=False, advice=f"OpenBLAS shim failed ({_last_line(error)}): apt install libopenblas0-pthread"
+            SLOW, fast=False, advice=f"the OpenBLAS shim failed ({_last_line(error)}); apt install libopenblas0-pthread"
         )
     return Blas(f"OpenBLAS (scipy-openblas32 {version('scipy-openblas32')})", fast=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_dir(kind: str) -> Path:
-    """Return the folder of one kind of cached thing; it may not exist yet.
+    """Return the cache folder for one kind of file; it may not exist yet.
 
     Args:
         kind: `models`, `data`, `converted`, `encoded`, `runs`, `records`, `reference`, `blas`, `bin`, `measured` or `locks`.

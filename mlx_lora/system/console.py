@@ -16,9 +16,9 @@ import click
 from mlx_lora.system.errors import InputError, RunError
 
 HELP_COLUMNS = 100
-SHOW_ALL = "mlx_lora.show_all"  # in a click context: --help-all was asked for
-MOST_CHARACTERS = 880  # of an error's one line
-LONGEST_WORD = 40  # a longer word may be cut there
+SHOW_ALL = "mlx_lora.show_all"  # the key in a click context that says that the user gave --help-all
+MOST_CHARACTERS = 880  # the longest error message that is printed
+LONGEST_WORD = 40  # a longer word may be cut in its middle
 
 
 def echo(text: str = "") -> None:
@@ -44,12 +44,12 @@ def perplexity(loss: float) -> float:
 
 
 def wants_color() -> bool:
-    """Tell whether to color reports: only on a terminal, unless NO_COLOR (no-color.org) or TERM=dumb is set."""
+    """Return whether to color reports: only on a terminal, unless NO_COLOR (no-color.org) or TERM=dumb is set."""
     return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 class Command(click.Command):
-    """A click command whose errors are one line `Error: asked, found, do this`.
+    """A click command that reports an error on one line: what was asked, what was found, what to do.
 
     Exit codes: 0 done; 1 a failure while running; 2 bad usage or input; 130 interrupted.
     """
@@ -71,7 +71,7 @@ class Option(click.Option):
 
 
 class LongCommand(Command):
-    """A command with too many options to read: `--help` shows the common ones, `--help-all` all, under headings."""
+    """A command with many options: `--help` shows the common ones and `--help-all` shows all, under headings."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -89,7 +89,7 @@ class LongCommand(Command):
                 sections.setdefault(param.group, []).append(param.get_help_record(ctx))
         sections["Options"] = [param.get_help_record(ctx) for param in params if not isinstance(param, Option)]
         width = 4 + max(len(name) for records in sections.values() for name, _ in records)
-        # Unlike click's write_dl, this gives all sections the same columns, and tears no flag apart at its hyphens.
+        # Unlike click's write_dl, this gives all sections the same columns, and does not break flags at their hyphens.
         wrap = textwrap.TextWrapper(formatter.width, subsequent_indent=" " * width, break_on_hyphens=False)
         for heading, records in sections.items():
             with formatter.section(heading):
@@ -109,7 +109,7 @@ def _show_all(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
 
 
 class Group(click.Group):
-    """The `mlx-lora` command, whose own usage errors are one line too."""
+    """The `mlx-lora` command, which reports its own usage errors on one line too."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -134,7 +134,7 @@ def _run(main: Callable[..., Any], standalone_mode: bool, *args: Any, **kwargs: 
         try:
             code = report_error(error)
         except KeyboardInterrupt as interrupt:
-            # Ctrl-C also ended a compiler that MLX had started: its error comes first, the interrupt right after.
+            # Ctrl-C also ended a compiler that MLX had started: its error arrives first, and the interrupt right after.
             code = report_error(interrupt)
         sys.exit(code)
     sys.exit(result if isinstance(result, int) else 0)
@@ -150,7 +150,7 @@ def report_error(error: BaseException) -> int:
         click.echo(error.format_message())
         return 2
     if isinstance(error, BrokenPipeError):
-        # The reader (`| head`) has closed the pipe: print nothing, also not when Python flushes at exit.
+        # The reader (`| head`) has closed the pipe: print nothing more, not even when Python flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     described = describe_error(error)

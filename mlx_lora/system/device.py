@@ -23,7 +23,7 @@ from mlx_lora.system.units import GIB, parse_size
 
 @dataclass(frozen=True)
 class Device:
-    """The machine a run uses.
+    """The machine that a run uses.
 
     Attributes:
         backend: `cpu`, `metal` or `cuda`.
@@ -85,7 +85,7 @@ def set_cache_limit(limit: str | None, budget_bytes: int | None = None) -> int:
 
     Args:
         limit: a size such as `2GB`, or None for a sixteenth of what the run may use. Batches of many shapes leave
-            buffers that no later one can use, but that still count as the process's memory.
+            buffers behind that no later batch can use, but that still count as the process's memory.
         budget_bytes: what the run may use; None: the working set.
     """
     share = (budget_bytes or current_device().working_set_bytes) // 16
@@ -95,18 +95,18 @@ def set_cache_limit(limit: str | None, budget_bytes: int | None = None) -> int:
 
 
 def on_gpu() -> bool:
-    """Tell whether MLX computes on a GPU."""
+    """Return whether MLX computes on a GPU."""
     return mx.default_device() != mx.Device(mx.cpu)
 
 
-# On a CPU mlx asks g++ for half a second per compiled kernel, some 25 s for a step's, once per machine; steps are then
-# about 5% faster, with the same bits. So a run of fewer steps does without.
+# On a CPU, mlx calls g++ to compile a kernel, which takes half a second: about 25 s for all kernels of a step, once per
+# machine. Steps are then about 5% faster, with the same bits. A run of fewer steps than this would lose time by it.
 COMPILE_FROM_STEPS = 200
 _compiling = "MLX_DISABLE_COMPILE" not in os.environ
 
 
 def compile_for(steps: int) -> None:
-    """Compile functions from here on if a run of so many steps gains by it; on a GPU always, unless the user disabled it."""
+    """Compile functions from now on if a run of `steps` steps gains by it, or on a GPU, unless the user disabled it."""
     global _compiling
     _compiling = "MLX_DISABLE_COMPILE" not in os.environ and (on_gpu() or steps >= COMPILE_FROM_STEPS)
     (mx.enable_compile if _compiling else mx.disable_compile)()
@@ -114,7 +114,7 @@ def compile_for(steps: int) -> None:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Call functions as they are instead of compiling them; afterwards it is as before."""
+    """Do not compile functions inside the block; afterward, they are compiled again if they were before."""
     mx.disable_compile()
     try:
         yield
@@ -124,12 +124,12 @@ def uncompiled() -> Iterator[None]:
 
 
 def multiplies_16_bit_experts() -> bool:
-    """Tell whether mlx can multiply by 16-bit experts on this device; on a CPU it only can in float32."""
+    """Return whether mlx can multiply by 16-bit experts on this device; on a CPU, it can only multiply in float32."""
     return mx.default_device() != mx.Device(mx.cpu)
 
 
 def keep_exponentials() -> bool:
-    """Tell whether the backward pass should keep exponentials instead of computing them again.
+    """Return whether the backward pass should keep exponentials instead of computing them again.
 
     A GPU computes one in the time it takes to read its argument; mlx's CPU backend computes 1e8 per second.
     """
@@ -137,7 +137,7 @@ def keep_exponentials() -> bool:
 
 
 def compiling_is_cheap() -> bool:
-    """Tell whether a measurement may compile candidates: mlx's CPU backend runs g++, half a second per kernel."""
+    """Return whether a measurement may compile candidates: mlx's CPU backend runs g++, half a second per kernel."""
     return mx.default_device() != mx.Device(mx.cpu)
 
 
@@ -170,7 +170,7 @@ def exponential(x: mx.array) -> mx.array:
 
 
 def host_waits_for_peers() -> bool:
-    """Tell whether the host, not the device, must wait for data from other ranks.
+    """Return whether the host, not the device, must wait for data from other ranks.
 
     macOS ends GPU work that waits for about five seconds, and a slower peer may take longer (mlx#4475). A CPU can wait.
     """
@@ -195,7 +195,7 @@ def restart_with_short_buffers() -> None:
     """On Metal, restart this program with short command buffers, except for variables that the user has set.
 
     MLX reads these variables once, when it creates its device, which may already have happened during an import.
-    macOS kills command buffers that delay the display (mlx#3267). This was not tested on a Mac yet.
+    macOS kills command buffers that delay the display (mlx#3267). This has not been tested on a Mac yet.
     """
     missing = {name: value for name, value in SHORT_BUFFERS.items() if name not in os.environ}
     if mx.metal.is_available() and missing:
@@ -204,12 +204,12 @@ def restart_with_short_buffers() -> None:
 
 ROW_COUNTS = (1, 4, 16, 64, 256, 1024)
 NEVER = 1 << 62
-# Weights are timed in shape classes with sides within these limits: a model has few, and none takes long to time.
+# Weights are timed in classes of shapes with sides within these limits: a model has few classes, and timing one is quick.
 SMALLEST_SIDE, LARGEST_SIDE = 128, 2048
 
 
 def dense_matmul_from_rows(shape: tuple[int, int], bits: int, group_size: int, mode: str, dtype: mx.Dtype) -> int:
-    """Return the rows from which dequantizing first beats `mx.quantized_matmul` here, measured once and cached.
+    """Return the number of rows from which dequantizing first beats `mx.quantized_matmul`, measured once and cached.
 
     Args:
         shape: (out, in) of the weight; its class is timed, see `shape_class`.
@@ -231,7 +231,7 @@ def dense_matmul_from_rows(shape: tuple[int, int], bits: int, group_size: int, m
 
 
 def measured_on() -> str:
-    """Return the cache key of this machine's measurements: another mlx, chip or BLAS is measured again."""
+    """Return the cache key of this machine's measurements; with another mlx, chip or BLAS they are repeated."""
     return f"{current_device().name}|mlx {version('mlx')}|{BLAS.name}"
 
 
@@ -270,7 +270,7 @@ def _measure_dense_matmul(shape: tuple[int, int], bits: int, group_size: int, mo
 
 
 def end_thread() -> None:
-    """Finish this thread's streams and free its compiled functions; a thread of ours calls this last.
+    """Finish this thread's streams and free its compiled functions; every thread that we start calls this last.
 
     MLX keeps compiled functions, including Python objects, for each thread, and frees them when the system ends the
     thread, which is after `join`. If the interpreter ends in between, the process aborts ("terminate called without an

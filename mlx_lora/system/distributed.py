@@ -37,7 +37,7 @@ class Launch:
     """A launcher's settings in the environment.
 
     Attributes:
-        backend: mlx's name of it.
+        backend: mlx's name for the backend.
         size: the number of processes.
         first: possible addresses of rank 0; empty if they are not known.
         hint: where the other ranks are expected, for messages.
@@ -82,24 +82,25 @@ def _read_list(file: str, name: str) -> list:
         value = json.loads(text) if text else []
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{name}={file}: {type(error).__name__} while reading the ranks; start through mlx.launch, or unset it"
+            f"{name}={file}: the list of ranks cannot be read ({type(error).__name__}); start the run with "
+            "mlx.launch, or unset it"
         ) from None
     if not isinstance(value, list) or not all(isinstance(item, list) for item in value):
-        raise InputError(f"{name}={file}: not a list of one list per rank; write it as mlx.launch does")
+        raise InputError(f"{name}={file}: not a JSON list with one list per rank; write it as mlx.launch does")
     return value
 
 
 def _number(environment: dict[str, str], name: str) -> int:
     text = environment.get(name, "1")
     if not text.isdecimal():
-        raise InputError(f"{name}={text}: not a number of processes; start through the launcher, or unset it")
+        raise InputError(f"{name}={text}: not a number of processes; start the run with its launcher, or unset it")
     return int(text)
 
 
 class OneRank:
     """The only process of a run: it leads, and gets its own values back.
 
-    It has the methods of `SeveralRanks`, which compute and send nothing here.
+    It has the methods of `SeveralRanks`, but they compute and send nothing.
     """
 
     rank, size, leads = 0, 1, True
@@ -127,7 +128,7 @@ class SeveralRanks:
 
         Args:
             group: of more than one process.
-            heartbeat: tells the others about a failure; None in tests of only the sums.
+            heartbeat: tells the others about a failure; None in tests that only use the sums.
         """
         self._group = group
         self._heartbeat = heartbeat
@@ -139,7 +140,7 @@ class SeveralRanks:
         return self.rank == 0
 
     def sum(self, array: mx.array) -> mx.array:
-        """Return the sum of all ranks' arrays; all get the same bits from mlx's ring.
+        """Return the sum of all ranks' arrays; with mlx's ring, every rank gets the same bits.
 
         On a CPU it is lazy. On a GPU the host computes its part, then waits for the others here: GPU work queued after a
         collective would wait on the device, and macOS ends work that waits there for seconds.
@@ -195,7 +196,7 @@ class SeveralRanks:
         return result
 
     def same_bits(self, arrays: dict[str, mx.array]) -> bool:
-        """Return whether all ranks have the same numbers, by a sum of their bits.
+        """Return whether all ranks have the same numbers; sums of their bits are compared.
 
         Args:
             arrays: any shapes and dtypes.
@@ -259,8 +260,8 @@ def _join(launch: Launch) -> tuple[SeveralRanks, Heartbeat]:
         group = mx.distributed.init(strict=True, backend=launch.backend)
     except (RuntimeError, ValueError) as error:
         raise InputError(
-            f"{launch.size} processes over {launch.backend}: {error}; see that every rank runs and that its address "
-            "can be reached (docs/distributed.md)"
+            f"{launch.size} processes over {launch.backend}: {error}; check that every rank is running and that its "
+            "address can be reached (docs/distributed.md)"
         ) from None
     finally:
         signal.alarm(0)

@@ -76,7 +76,7 @@ def check_writable(folder: Path, flag: str, needed_bytes: int) -> None:
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
     if not parent.is_dir():
-        raise InputError(f"{flag} {folder}: {parent} is a file; name a folder")
+        raise InputError(f"{flag} {folder}: {parent} is a file; give a folder")
     try:
         # os.access tells root that a read-only mount is writable, so try to write.
         with tempfile.TemporaryFile(dir=parent):
@@ -86,7 +86,8 @@ def check_writable(folder: Path, flag: str, needed_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
         raise InputError(
-            f"{flag} {folder}: needs {needed_bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; free some or choose another disk"
+            f"{flag} {folder}: needs {needed_bytes / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free; free up space "
+            "or choose another disk"
         )
 
 

@@ -2,8 +2,8 @@
 
 mlx's collectives wait forever for a peer (mlx#3862; since its fix, still if work was submitted ahead), so a killed rank
 would leave the others hanging. One TCP connection per rank shows this: the kernel closes it if its process dies, and a
-lost machine stops sending. Messages are one JSON object per line: {"beat"}, {"end": [rank, code, words]}, {"bye"}. Rank 0
-forwards an end to all. No training data is sent here.
+machine that is down stops sending. Messages are one JSON object per line: {"beat"}, {"end": [rank, code, words]},
+{"bye"}. Rank 0 forwards an `end` to all ranks. No training data is sent here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from typing import Any, NoReturn
 
 BEAT_S = 2.0
-SILENCE_S = 20.0  # for a lost machine or cable; a process that dies is noticed at once
+SILENCE_S = 20.0  # until a silent machine counts as lost; a process that dies is noticed at once
 CONNECT_S = 30.0
 FIRST_S = 2.0  # other ranks wait this long, so that rank 0 reports an error that all ranks have
 LINE_BYTES = 1 << 16
@@ -101,7 +101,7 @@ def connect(
                     raise ValueError
                 links.append(Link(int(hello["rank"]), str(hello["name"]), connection))
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # not one of our ranks, or the time is over
+                continue  # the connection is not from one of our ranks, or the time is up
     return links, ""
 
 
@@ -115,7 +115,7 @@ def _reach(rank: int, addresses: list[str], port: int, token: str, name: str) ->
         link.send({"token": token, "rank": rank, "name": name})
         return [link], ""
     return [], (
-        f"rank {rank} ({name}) cannot reach rank 0 at {' or '.join(addresses)} port {port}; let Python accept "
+        f"rank {rank} ({name}) cannot reach rank 0 at {' or '.join(addresses)} port {port}; allow Python to accept "
         "connections there (macOS: System Settings, Network, Firewall)"
     )
 
@@ -177,14 +177,16 @@ class Heartbeat:
                 if link.socket in ready:
                     self._read(link)
                 elif not late and time.monotonic() - link.heard_s > SILENCE_S:
-                    self._lost(link, f"said nothing for {SILENCE_S:.0f} s: its machine or the connection is gone")
+                    self._lost(
+                        link, f"sent nothing for {SILENCE_S:.0f} s: its machine is down or the connection is lost"
+                    )
             if all(link.done for link in self._links):
                 self._all_done.set()
 
     def _read(self, link: Link) -> None:
         messages = link.receive()
         if messages is None:
-            self._lost(link, "ended without a word: killed, out of memory, or its machine is gone")
+            self._lost(link, "ended without a message: it was killed, ran out of memory, or its machine is down")
             return
         for message in messages:
             if "bye" in message:
@@ -194,8 +196,8 @@ class Heartbeat:
                 self._end(rank, words, code, said=self._rank != 0)
 
     def _lost(self, link: Link, what: str) -> NoReturn:
-        words = f"rank {link.rank} ({link.name}) {what}; start all ranks again, with --resume to go on from the last checkpoint"
-        self._end(None, words, 1)
+        advice = "start all ranks again, with --resume to continue from the last checkpoint"
+        self._end(None, f"rank {link.rank} ({link.name}) {what}; {advice}", 1)
 
     def _end(self, rank: int | None, words: str, code: int, said: bool = False) -> NoReturn:
         """End this process; rank 0 also tells the others.
@@ -203,7 +205,7 @@ class Heartbeat:
         Args:
             rank: the rank that failed; None if another rank noticed it.
             words, code: message and exit code of the failure.
-            said: rank 0 has already printed the message.
+            said: whether rank 0 has already printed the message.
         """
         self._ending.acquire()  # only the first end counts
         if self._rank == 0:

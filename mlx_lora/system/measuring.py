@@ -41,7 +41,7 @@ class Trial:
     """The arguments with which candidates are measured.
 
     Attributes:
-        arrays: of the run's dtype; all are differentiated.
+        arrays: in the run's dtype; all are differentiated.
         cotangents: of the outputs.
         wrap: turns a candidate into a function of only `arrays`, whose outputs have tokens in all axes but the last.
     """
@@ -194,8 +194,8 @@ def best_s(
     Args:
         makers: each returns the arrays to compute.
         rounds: the most rounds.
-        enough_s: stop after this time, all makers together.
-        warm: call each once before, because the first call compiles kernels.
+        enough_s: stop after this many seconds in total for all makers.
+        warm: call each maker once beforehand, because the first call compiles kernels.
         least_rounds: the fewest rounds, unless they take longer than `TOO_LONG_S`.
     """
     if warm:
@@ -215,7 +215,7 @@ def best_s(
 
 
 def may_measure() -> bool:
-    """Tell whether kernels that are not in the cache are measured."""
+    """Return whether kernels that are not in the cache are measured."""
     return os.environ.get(SWITCH, "1") != "0"
 
 

@@ -75,11 +75,11 @@ def read_json(path: Path, advice: str, check: bool = True) -> dict[str, Any]:
             raise ValueError(f"more than {MAX_JSON_BYTES >> 20} MiB")
         value = parse_json(data) if check else json.loads(data.decode("utf-8-sig"))
     except RecursionError:
-        raise InputError(f"{path}: not JSON that can be used ({_too_deep()}); {advice}") from None
+        raise InputError(f"{path}: not usable JSON ({_too_deep()}); {advice}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); {advice}") from None
     except ValueError as error:
-        raise InputError(f"{path}: not JSON that can be used ({error}); {advice}") from None
+        raise InputError(f"{path}: not usable JSON ({error}); {advice}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: a JSON {type(value).__name__}, not an object; {advice}")
     return value
@@ -144,7 +144,7 @@ def parse_yaml(text: str) -> Any:
         ValueError: it is not YAML, is too large or too deep, or has an alias that contains itself.
     """
     if len(text) > MAX_YAML_CHARACTERS:
-        raise ValueError(f"{len(text)} characters, at most {MAX_YAML_CHARACTERS} are read")
+        raise ValueError(f"it has more than {MAX_YAML_CHARACTERS} characters")
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()

@@ -1,9 +1,9 @@
-"""Run a training, and restart it if its process dies (`--max-restarts N`).
+"""Run a training command, and restart it if its process dies (`--max-restarts N`).
 
 If memory runs out, MLX cannot raise an error: the process aborts on Metal (134), has a segmentation fault on the CPU
 (139), or is killed by the system (137). So another process restarts it from the last checkpoint, with batches in smaller
-parts, then also with every block checkpointed: both give the same updates. A training that ends with an exit code is not
-restarted.
+parts, then also with every block checkpointed: both give the same updates. A training process that exits by itself,
+with an exit code, is not restarted.
 
 This file is run as a script, so that only the standard library is in memory beside the training. The training has its
 own session, so that Ctrl-C reaches it once, through this process, and not a second time from the terminal.
@@ -42,8 +42,8 @@ def run(command: list[str], max_restarts: int) -> int:
             more = " ".join(smaller(restarts + 1))
             say(f"The training process died ({name}), most likely because memory ran out; restarting with {more}")
     say(
-        f"Error: the training process died {max_restarts + 1} times (last: {name}); shorten --max-seq-length, use a "
-        "4-bit base, or close other programs; on a Mac whose display froze before: --short-buffers"
+        f"Error: the training process died {max_restarts + 1} times (last: {name}); lower --max-seq-length, use a "
+        "4-bit base, or close other programs; if the display of this Mac froze before, use --short-buffers"
     )
     return 1
 

@@ -21,7 +21,7 @@ def parse_size(text: str) -> int:
     except (ValueError, KeyError):
         raise InputError(f"size {text!r}: not a number of bytes; write it as 512MB or 2GB") from None
     if not 0 <= size < 2**63:
-        raise InputError(f"size {text!r}: out of range; write it as 512MB or 2GB")
+        raise InputError(f"size {text!r}: out of range; give a size such as 512MB or 2GB")
     return int(size)
 
 

@@ -1,7 +1,7 @@
 """Read Axolotl's settings file.
 
-Its defaults are used for what the file leaves out, if they change the result: sequence_len 512, one row per micro-batch,
-no weight decay, nothing held out, one epoch. Axolotl has no defaults for rank and alpha, so ours are used.
+For what the file leaves out, Axolotl's defaults are used if they change the result: sequence_len 512, one row per
+micro-batch, no weight decay, nothing held out, one epoch. Axolotl has no defaults for rank and alpha, so ours are used.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ ROLES = {"system", "user", "human", "assistant", "gpt", "model", "chatgpt", "too
 
 
 def recognizes(content: Mapping[str, Any]) -> bool:
-    """Tell whether a file has two of Axolotl's own keys, and not our key for the model."""
+    """Return whether a file has two of Axolotl's own keys, and not our key for the model."""
     return "model" not in content and sum(key in content for key in MARKS) >= 2
 
 
@@ -119,7 +119,7 @@ def read_kind(sheet: Sheet) -> None:
         if asked == "simpo":
             say_plain_simpo(sheet)
         put_objective(sheet, RL[asked], "rl", RL_OPTIONS)
-        sheet.take("precompute_ref_log_probs")  # always done here
+        sheet.take("precompute_ref_log_probs")  # we always do
     if sheet.switch("reward_model"):
         put_objective(sheet, "reward", "reward_model", {"center_rewards_coefficient": "center_rewards"})
     if asked := sheet.take("process_reward_model"):
@@ -205,7 +205,7 @@ def read_data(sheet: Sheet) -> None:
 
 
 def read_anyway(name: str, value: Any) -> bool:
-    """Tell whether a dataset's setting is not needed, because we detect its format."""
+    """Return whether a dataset's setting is not needed, because we detect its format."""
     if name == "roles" and isinstance(value, dict):
         told = [*value, *(role for roles in value.values() if isinstance(roles, list) for role in roles)]
         return ROLES.issuperset(map(hashable, told))
@@ -279,7 +279,7 @@ def read_template(sheet: Sheet) -> None:
     name = str(sheet.rest.get("chat_template") or "")
     if name.startswith("tokenizer_default_fallback_"):
         sheet.take("chat_template")
-        sheet.note(f"chat_template {name}: the model's own template, else alpaca")
+        sheet.note(f"chat_template {name}: the model's own template is used, or alpaca if it has none")
     hf.read_template(sheet, "chat_template", ("tokenizer_default",))
 
 

@@ -52,7 +52,7 @@ def read_warmup(sheet: Sheet, schedule: str) -> None:
     elif name is not None:
         shape = "linear" if "linear" in str(name) or "polynomial" in str(name) else "cosine"
         sheet.put("lr_schedule", shape, schedule)
-        sheet.note(f"{schedule} {name}: {shape} to zero instead")
+        sheet.note(f"{schedule} {name}: not supported; a {shape} decay to zero is used instead")
     if name == "constant":  # in transformers this schedule has no warm-up, whatever the file says
         sheet.found["warmup"] = 0
 
@@ -65,9 +65,9 @@ def read_optimizer(sheet: Sheet, key: str) -> None:
     known = OPTIMIZERS.get(str(name))
     sheet.put("optimizer", known or "adamw", key)
     if known is None and "adamw" in str(name):
-        sheet.note(f"{key} {name}: adamw; its state is float32 here, as small as the adapter")
+        sheet.note(f"{key} {name}: adamw is used, with its state in float32, which is small for an adapter")
     elif known is None:
-        sheet.note(f"{key} {name}: not supported, adamw instead; check the learning rate")
+        sheet.note(f"{key} {name}: not supported; adamw is used instead, so check the learning rate")
 
 
 def read_precision(sheet: Sheet) -> None:
@@ -76,13 +76,13 @@ def read_precision(sheet: Sheet) -> None:
     if sheet.switch("float32"):
         sheet.put("dtype", "float32", "float32")
     elif asked:
-        sheet.note(f"{' and '.join(asked)}: dtype auto, bfloat16 on a GPU and float32 on a CPU; --dtype sets it")
+        sheet.note(f"{' and '.join(asked)}: dtype auto is used (bfloat16 on a GPU, float32 on a CPU), or --dtype")
 
 
 def say_quantized(sheet: Sheet, key: str, bits: Any) -> None:
     """Note how to get a quantized base."""
     sheet.note(
-        f"{key}: training does not quantize; make a {bits}-bit base with mlx_lora.convert --bits {bits}, "
+        f"{key}: training does not quantize; make a {bits}-bit base with mlx-lora convert --bits {bits}, "
         "and give its folder as --model"
     )
 
@@ -118,7 +118,7 @@ def read_held_out(sheet: Sheet, key: str) -> None:
         sheet.put("valid_fraction", share, key)
     elif share is not None:
         sheet.put("valid_fraction", 0.05, key)
-        sheet.note(f"{key} {share}: a number of rows has no counterpart, 5% are held out")
+        sheet.note(f"{key} {share}: a number of rows has no counterpart here, so 5% of the rows are held out")
     sheet.assume("valid_fraction", 0.0)
 
 
@@ -161,7 +161,7 @@ def read_targets(sheet: Sheet, key: str, all_names: tuple[str, ...]) -> None:
         sheet.note(f"{key}: a regular expression, read as {layers} in all modules")
     else:
         sheet.left_out.append(key)
-        sheet.note(f"{key}: an unsupported regular expression; all-linear unless --target-modules is given")
+        sheet.note(f"{key}: an unsupported regular expression; all-linear is used unless --target-modules is given")
 
 
 def read_template(sheet: Sheet, key: str, own: tuple[str, ...]) -> None:
@@ -198,13 +198,13 @@ def choose_method(sheet: Sheet, on: dict[str, str]) -> None:
         if other == "rslora" and method != "full" and rank and alpha:
             sheet.found["alpha"] = alpha * rank**0.5
             sheet.note(
-                f"{key}: with {method}, alpha {alpha:g} / sqrt({rank}) is alpha {sheet.found['alpha']:g} / {rank}"
+                f"{key}: with {method}, alpha {alpha:g} / sqrt({rank}) becomes alpha {sheet.found['alpha']:g} / {rank}"
             )
         else:
             sheet.left_out.append(key)
     if method == "full":
         sheet.leave("lora_r", "lora_rank", "lora_alpha", "lora_dropout", "lora_modules_to_save", "additional_target")
-        sheet.note("full: trains the layers that --target-modules names, all-linear by default")
+        sheet.note("full: trains the layers that --target-modules names, which are all-linear by default")
 
 
 def read_loggers(sheet: Sheet) -> None:

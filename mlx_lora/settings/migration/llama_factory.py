@@ -1,10 +1,10 @@
 """Read LLaMA-Factory's settings file.
 
-Its defaults are used for what the file leaves out, if they change the result: rank 8, alpha twice the rank, 8 rows per
-micro-batch, three epochs at 5e-5 with linear decay and no warm-up, no weight decay, nothing held out.
+For what the file leaves out, LLaMA-Factory's defaults are used if they change the result: rank 8, alpha twice the rank,
+8 rows per micro-batch, three epochs at 5e-5 with linear decay and no warm-up, no weight decay, nothing held out.
 
-LLaMA-Factory gives datasets by names, for which dataset_info.json in dataset_dir (`data`) has a file or a hub id. That
-table is read if it exists, relative to the working folder as in LLaMA-Factory; without it the data must be given.
+LLaMA-Factory refers to datasets by name; dataset_info.json in dataset_dir (`data`) lists the file or hub id of each. That
+table is read if it exists, relative to the working folder as in LLaMA-Factory; without it, give the data with --data.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MARKS = (
 
 
 def recognizes(content: Mapping[str, Any]) -> bool:
-    """Tell whether a file has two of LLaMA-Factory's own keys, and not our key for the model."""
+    """Return whether a file has two of LLaMA-Factory's own keys, and not our key for the model."""
     return "model" not in content and sum(key in content for key in MARKS) >= 2
 
 
@@ -111,7 +111,7 @@ def read_preference(sheet: Sheet, stage: str) -> None:
     put_objective(sheet, objective, "stage", PREFERENCE_OPTIONS)
     read_reference(sheet, "model_name_or_path", "ref_model")
     if stage == "dpo" and objective == "kto":
-        sheet.note("pref_loss kto_pair: each pair is a good and a bad answer of kto")
+        sheet.note("pref_loss kto_pair: each pair becomes a good and a bad answer for kto")
 
 
 def read_method(sheet: Sheet) -> None:
@@ -204,7 +204,7 @@ def find_dataset(sheet: Sheet, name: str, folder: Path) -> str | None:
 
 
 def _is_detected(key: str, value: Any) -> bool:
-    """Tell whether an entry of dataset_info.json need not be read, because we detect it from the records."""
+    """Return whether an entry of dataset_info.json need not be read, because we detect it from the records."""
     known = {"columns": COLUMNS, "tags": TAGS}.get(key)
     if known is None:
         return (key, value) == ("split", "train")

@@ -1,4 +1,4 @@
-"""Convert the settings file of Axolotl, LLaMA-Factory, TRL, mlx-lm-lora or mlx-lm, given as `--config`, to settings of ours.
+"""Convert the `--config` file of Axolotl, LLaMA-Factory, TRL, mlx-lm-lora or mlx-lm to settings of ours.
 
 A migrated file keeps its meaning: if a default of its trainer differs from ours and changes the result, that default
 is used for what the file leaves out, and is printed. Flags override the file, and run.yaml has the result with our names.
@@ -35,9 +35,8 @@ def migrate(
         known: names of our settings.
         given: settings given as flags, for which the other trainer's defaults are not printed.
         file: its name, for messages.
-        say: called with each line on the migration: what the file was read as, what has another meaning, what is left out.
-
-        objective: the value of the flag --objective, for files that do not say theirs.
+        say: called with each line on the migration: the trainer, what has another meaning, and what is left out.
+        objective: the value of the flag --objective, for files that do not name their objective.
 
     Raises:
         InputError: the file asks for another kind of training, or has an invalid value.
@@ -58,7 +57,7 @@ def find_dialect(content: dict[str, Any]) -> Dialect | None:
 
 def account(sheet: Sheet, dialect: Dialect, given: Collection[str], file: str) -> list[str]:
     """Return the lines to print on a migrated file."""
-    lines = [f"{file}: a file of {dialect.name}, read as ours"]
+    lines = [f"{file}: read as a settings file of {dialect.name}"]
     lines += [f"  {note}" for note in sheet.notes]
     told = [
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
@@ -68,5 +67,5 @@ def account(sheet: Sheet, dialect: Dialect, given: Collection[str], file: str) -
     if told:
         lines.append(f"  {dialect.name}'s defaults for what it leaves out: {', '.join(told)}")
     if sheet.left_out:
-        lines.append(f"  no counterpart, left out: {', '.join(dict.fromkeys(sheet.left_out))}")
+        lines.append(f"  keys without a counterpart here, left out: {', '.join(dict.fromkeys(sheet.left_out))}")
     return lines

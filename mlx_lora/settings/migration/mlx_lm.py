@@ -2,7 +2,7 @@
 
 Most of its keys are flags of ours with the same meaning, so a file with only those is read as ours, with our defaults.
 It is read as mlx-lm's if it has a mapping that only mlx-lm reads: lora_parameters, lr_schedule, optimizer_config,
-hf_dataset. Then mlx-lm's defaults are used for what it leaves out, because they differ much: rank 8 and scale 20,
+hf_dataset. Then mlx-lm's defaults are used for what it leaves out, because they differ a lot: rank 8 and scale 20,
 constant learning rate 1e-5, no clip, 16 blocks, prompts trained, Adam, 1,000 iterations of 4 rows, nothing held out of
 the training file. Model and data have no default here.
 
@@ -27,7 +27,7 @@ COUNTED_DEFAULTS = {"iters": DEFAULT_ITERS, "steps_per_report": 10, "steps_per_e
 
 
 def recognizes(content: Mapping[str, Any]) -> bool:
-    """Tell whether a file has keys that only mlx-lm reads."""
+    """Return whether a file has keys that only mlx-lm reads."""
     own = any(isinstance(content.get(key), dict) for key in MAPPINGS) or bool(content.get("hf_dataset"))
     return own and not any(key in content for key in OF_MLX_LM_LORA)
 
@@ -36,7 +36,7 @@ def read_shape(sheet: Sheet, default_scale: float = DEFAULT_SCALE) -> None:
     """Set rank, alpha = scale * rank, dropout and targets from lora_parameters."""
     if sheet.rest.get("fine_tune_type") == "full":  # mlx-lm then ignores lora_parameters
         sheet.take("lora_parameters")
-        sheet.note("full: trains the layers that --target-modules names, all-linear by default")
+        sheet.note("full: trains the layers that --target-modules names, which are all-linear by default")
         return
     shape = sheet.part("lora_parameters")
     rank, scale, keys = shape.number("rank"), shape.number("scale"), shape.take("keys")
@@ -84,7 +84,7 @@ def read_schedule(sheet: Sheet) -> None:
     ours = name.split("_")[0]
     sheet.put("lr_schedule", ours, "lr_schedule")
     sheet.note(
-        f"lr_schedule {name} to {stated.number('end') or 0:g} in {stated.number('steps')} steps: {ours} to 0 at the run's end"
+        f"lr_schedule {name} to {stated.number('end') or 0:g} in {stated.number('steps')} steps: {ours} to 0 at the end of the run"
     )
 
 

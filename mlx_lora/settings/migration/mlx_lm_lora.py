@@ -1,6 +1,6 @@
 """Read mlx-lm-lora's `--config` file: mlx-lm's keys, and others of its own for preferences.
 
-Its defaults are used for what the file leaves out, if they change the result: those of mlx-lm, but scale 10 and all
+For what the file leaves out, its defaults are used if they change the result: those of mlx-lm, but scale 10 and all
 blocks. Its own keys are train_mode and train_type.
 """
 
@@ -14,7 +14,7 @@ from mlx_lora.settings.migration import hf, mlx_lm
 from mlx_lora.settings.migration.preference_keys import put_objective, read_reference, trains_on_chats
 from mlx_lora.settings.migration.sheet import Dialect, Sheet
 
-# Its names of what mlx-lm has too, and a name of 2025.
+# Its names for keys that mlx-lm has too, and a name that it used in 2025.
 RENAMED = {
     "training_mode": "train_mode",
     "train_type": "fine_tune_type",
@@ -27,7 +27,7 @@ DEFAULT_SCALE = 10.0
 
 
 def recognizes(content: Mapping[str, Any]) -> bool:
-    """Tell whether a file has a key that only mlx-lm-lora has."""
+    """Return whether a file has a key that only mlx-lm-lora has."""
     return any(key in content for key in mlx_lm.OF_MLX_LM_LORA)
 
 
@@ -51,23 +51,23 @@ def read_kind(sheet: Sheet) -> None:
     sheet.leave("alpha", "beta")  # alpha: of xpo, not the adapter's
     if mode == "cpo":
         sheet.put("cpo_alpha", 0.0, "train_mode")
-        sheet.note("cpo: without the chosen answers' likelihood, as there; --cpo-alpha adds it")
+        sheet.note("cpo: the likelihood of chosen answers is not added, as in mlx-lm-lora; --cpo-alpha adds it")
     if trains_on_chats(sheet) and "mask_prompt" not in sheet.rest:
         sheet.assume("mask_prompt", False)
     elif not trains_on_chats(sheet):
         sheet.leave("mask_prompt")
-        sheet.note(f"{mode}: answers are compared by their own tokens; there the prompt's count too")
+        sheet.note(f"{mode}: answers are compared by their own tokens; in mlx-lm-lora, the prompt's tokens count too")
 
 
 def read_rest(sheet: Sheet) -> None:
-    """Set what else has another name there."""
+    """Set the remaining keys that have another name in mlx-lm-lora."""
     for key, bits in BITS.items():
         if sheet.switch(key):
             hf.say_quantized(sheet, key, bits)
     if sheet.rest.get("wandb"):
         sheet.put("report_to", "wandb", "wandb")
         sheet.put("project_name", sheet.take("wandb"), "wandb")
-    if "iters" in sheet.rest:  # epochs then do nothing there
+    if "iters" in sheet.rest:  # mlx-lm-lora then ignores epochs
         sheet.leave("epochs")
 
 

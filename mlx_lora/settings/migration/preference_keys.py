@@ -1,4 +1,4 @@
-"""What other trainers' keys of preference training become here; every dialect has its own names for them."""
+"""Convert other trainers' keys for preference training; every dialect has its own names for them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from mlx_lora.settings.migration.sheet import Sheet
 
-# The options that each objective has here; a file's others are left out.
+# The options of each objective; other options in a file are left out.
 OPTIONS = {
     "sft": (),
     "dpo": ("loss_type", "loss_weights", "beta", "label_smoothing", "rpo_alpha", "discopop_tau", "reference_adapter"),
@@ -21,12 +21,12 @@ LISTS = ("loss_type", "loss_weights", "reference_adapter")  # not numbers
 
 
 def trains_on_chats(sheet: Sheet) -> bool:
-    """Tell whether a file asks for supervised training."""
+    """Return whether a file asks for supervised training."""
     return sheet.found.get("objective", "sft") == "sft"
 
 
 def read_prompts_trained(sheet: Sheet, key: str) -> None:
-    """Set mask_prompt, the opposite of `key`; preferences compare answers alone, so there only `true` is left out."""
+    """Set mask_prompt, the opposite of `key`; preferences only compare answers, so there `false` has no effect."""
     if trains_on_chats(sheet) and key in sheet.rest:
         sheet.put("mask_prompt", not sheet.switch(key), key)
     elif sheet.rest.get(key) is False:
@@ -34,7 +34,7 @@ def read_prompts_trained(sheet: Sheet, key: str) -> None:
 
 
 def put_objective(sheet: Sheet, objective: str, key: str, options: Mapping[str, str]) -> None:
-    """Set the objective and those options of a file that it has; the others stay in the file, as left out.
+    """Set the objective and the options in a file that belong to it; the others are reported as left out.
 
     Args:
         sheet: read and written.
@@ -51,11 +51,13 @@ def put_objective(sheet: Sheet, objective: str, key: str, options: Mapping[str, 
     if objective == "dpo" and found.get("label_smoothing") and not any(loss in SMOOTHED for loss in losses):
         smoothing = found.pop("label_smoothing")
         sheet.left_out.append(next(theirs for theirs, name in options.items() if name == "label_smoothing"))
-        sheet.note(f"label smoothing {smoothing:g}: of dpo's losses, only {', '.join(SMOOTHED)} have it here")
+        sheet.note(
+            f"label smoothing {smoothing:g}: left out, because of dpo's losses only {', '.join(SMOOTHED)} have it"
+        )
 
 
 def read_reference(sheet: Sheet, model: str, reference: str) -> None:
-    """Drop a reference that is the model itself; refuse another one, with which the run would have another aim.
+    """Drop a reference that is the model itself; refuse any other, because the run would then train toward another goal.
 
     Args:
         sheet: read and written.
@@ -66,7 +68,7 @@ def read_reference(sheet: Sheet, model: str, reference: str) -> None:
         return
     if "reference_adapter" in OPTIONS[sheet.found["objective"]]:
         raise sheet.refusal(
-            f"{reference} {asked}: the reference is --model itself here, or an adapter on it (--reference-adapter); leave it out"
+            f"{reference} {asked}: the reference is --model itself or an adapter on it (--reference-adapter); leave it out"
         )
     sheet.left_out.append(reference)
 
@@ -77,6 +79,6 @@ def say_plain_simpo(sheet: Sheet) -> None:
     if asked != 0:
         sheet.left_out += ["cpo_alpha"] if asked else []
         sheet.note(
-            f"simpo: without the chosen answers' likelihood, which TRL adds to it with cpo_alpha {asked or 1:g}; "
+            f"simpo: the likelihood of chosen answers is not added, as TRL does with cpo_alpha {asked or 1:g}; "
             "--objective cpo has it"
         )

@@ -17,9 +17,9 @@ class Sheet:
 
     Attributes:
         file: its name, for errors.
-        rest: keys that were not read yet, without empty ones (`wandb_project:`).
+        rest: keys that have not been read yet, without empty ones (`wandb_project:`).
         known: names of our settings; a rule may use one that this version does not have.
-        objective: the value of the flag --objective, for files that do not say theirs; None: not given.
+        objective: the value of the flag --objective, for files that do not name their objective; None: not given.
         found: our settings, with values from the file.
         assumed: those of `found` that the file leaves out, with its trainer's defaults.
         notes: what has another meaning here, one line each.
@@ -155,5 +155,5 @@ class Dialect:
 
 
 def is_empty(value: Any) -> bool:
-    """Tell whether a key's value is empty."""
+    """Return whether a key's value is empty."""
     return value is None or value in ("", [], {})

@@ -1,8 +1,8 @@
 """Read the settings file of TRL's commands: `trl dpo --config`, `trl kto`, `trl reward`, `trl sft`.
 
-The file does not say which command it is for, so --objective does, or keys that only one of them has. TRL's defaults are
-used for what the file leaves out, if they change the result: the model itself is trained unless use_peft is set, rank 16,
-alpha 32, dropout 0.05, 8 rows per micro-batch, three epochs with linear decay, 1,024 tokens, nothing held out.
+The file does not say which command it is for; --objective says so, or else keys that only one command has. For what the
+file leaves out, TRL's defaults are used if they change the result: the model itself is trained unless use_peft is set,
+rank 16, alpha 32, dropout 0.05, 8 rows per micro-batch, three epochs with linear decay, 1,024 tokens, nothing held out.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PEFT_TARGETS = "q_proj,v_proj"  # of most architectures
 
 
 def recognizes(content: Mapping[str, Any]) -> bool:
-    """Tell whether a file names its model as TRL does, and has one of its own keys."""
+    """Return whether a file names its model as TRL does, and has one of its own keys."""
     return "model_name_or_path" in content and "model" not in content and any(key in content for key in MARKS)
 
 
@@ -80,9 +80,9 @@ def _objective(sheet: Sheet) -> tuple[str, str]:
         if objective == "kto" and losses in ("kto", "apo_zero_unpaired"):
             key = "loss_type"
         if key:
-            sheet.note(f"{key}: read as a file of trl {objective}; --objective names another")
+            sheet.note(f"{key}: read as a file of trl {objective}; --objective chooses another")
             return objective, key
-    sheet.note("read as a file of trl sft; --objective dpo, kto or reward for those commands")
+    sheet.note("read as a file of trl sft; give --objective dpo, kto or reward for those commands")
     return "sft", "objective"
 
 
@@ -139,7 +139,7 @@ def read_data(sheet: Sheet) -> None:
         if whole or own:
             sheet.put("mask_prompt", not whole, own[0] if own else "completion_only_loss")
         else:
-            sheet.note("trl sft trains whole dialogues, here the answers alone; --no-mask-prompt trains all of it")
+            sheet.note("trl sft trains on whole dialogues, here only on answers; --no-mask-prompt trains on everything")
 
 
 def read_loop(sheet: Sheet) -> None:
