@@ -246,7 +246,7 @@ def test_the_site_builds_strictly(tmp_path):
     if shutil.which("mkdocs", path=str(Path(sys.executable).parent)) is None:
         pytest.skip("needs pip install 'mlx-lora[docs]'")
     copy = tmp_path / "checkout"
-    for name in ("docs", "scripts", "mlx_lora"):
+    for name in ("docs", "mlx_lora"):
         shutil.copytree(ROOT / name, copy / name)
     shutil.copy(ROOT / "mkdocs.yml", copy)
 
