@@ -19,16 +19,13 @@ NOT_RUN = {
     r"llama-cli ": "needs llama.cpp; test_gguf_adapter.py judges with its library",
     r"hf upload": "needs an account on the hub",
     r"(env .*)?mlx\.(launch|distributed_config)": "needs two Macs; test_distributed.py runs two ranks on one machine",
-    r"caffeinate": "is a program of macOS",
     r"(env .*|OPENBLAS.*|taskset .*)?python (benchmarks|scripts)/": "measures for minutes, or needs a real model",
     r"(env .*|taskset .*)": "measures for minutes on chosen cores",
-    r"python -m architectures\.": "sweeps all architectures in twenty minutes; test_architectures.py takes some",
     r"(python -m )?pytest": "is a test itself",
-    r"tensorboard|trackio": "opens a page",
 }
 # Words of commands that another change of this version brings: while they are here, such commands may fail to parse and
 # are not run. Remove a word as soon as its change is in.
-AWAITED = {"bard", "demo", "notes", "tensorboard", "--dry-run", "--prompt-column", "--completion-column"}
+AWAITED = {"notes", "--dry-run", "--prompt-column", "--completion-column"}
 
 
 def reason_not_to_run(command: Command) -> str | None:

@@ -6,6 +6,7 @@ import ast
 import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import yaml
 from page_blocks import PAGES, ROOT, Block, Command, all_blocks, blocks_of, commands_of
 from page_parsing import parse
-from page_reasons import AWAITED, reason_not_to_run
+from page_reasons import AWAITED, NOT_RUN, reason_not_to_run
 
 from mlx_lora.settings.config import FIELDS
 from mlx_lora.settings.migration.migrate import DIALECTS
@@ -75,6 +76,11 @@ def test_scripts_of_the_pages_exist_with_their_flags():
 def test_a_command_that_is_not_run_has_its_reason():
     without = [str(c) for c in COMMANDS if not c.ours and not reason_not_to_run(c) and c.words[0] != "curl"]
     assert not without, "\n".join(without)
+
+
+def test_every_reason_has_a_command():
+    idle = [start for start in NOT_RUN if not any(re.match(start, shlex.join(c.words)) for c in COMMANDS)]
+    assert not idle
 
 
 def test_every_block_says_what_it_is():
@@ -246,7 +252,7 @@ def test_the_site_builds_strictly(tmp_path):
     if shutil.which("mkdocs", path=str(Path(sys.executable).parent)) is None:
         pytest.skip("needs pip install 'mlx-lora[docs]'")
     copy = tmp_path / "checkout"
-    for name in ("docs", "scripts", "mlx_lora"):
+    for name in ("docs", "mlx_lora"):
         shutil.copytree(ROOT / name, copy / name)
     shutil.copy(ROOT / "mkdocs.yml", copy)
 
