@@ -14,7 +14,7 @@ from mlx_lora.objectives.objective_table import OBJECTIVES, objective_of
 from mlx_lora.runs.composition import Composed, compose, put_adapter
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
-from mlx_lora.runs.words import loss_words, outcome_line
+from mlx_lora.runs.words import closing_words, loss_words, outcome_line
 from mlx_lora.settings.config import ObjectiveSettings, TrainSettings
 from mlx_lora.system import console, device
 from mlx_lora.system.distributed import ALONE, Ranks
@@ -142,7 +142,7 @@ def take_steps(run: Composed, base: Base, splits: DataSplits, say: Callable[[str
     settings, ranks, step, at = folder.settings, folder.ranks, folder.step, folder.at
     device.set_cache_limit(settings.loop.clear_cache_threshold, budget_bytes)
     device.wire_working_set()
-    say("\n".join(run.words))
+    say("\n".join(run.words if settings.loop.verbose else run.words[:-1]))
     page, loggers = None, []
     if ranks.leads:
         check_room(settings.loop, run.steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
@@ -171,4 +171,6 @@ def take_steps(run: Composed, base: Base, splits: DataSplits, say: Callable[[str
         page.end(outcome.interrupted)
         leave_card(folder.path, base, folder.info, say)
         say(outcome_line(settings.loop, outcome, best))
+        if not outcome.interrupted:
+            say(closing_words(folder.path, settings, folder.info, page.report.samples))
     return outcome
