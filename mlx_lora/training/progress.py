@@ -126,7 +126,8 @@ def format_metrics(metrics: Metrics, total_steps: int, seconds_left: float | Non
             short.
     """
     on, off = (BOLD, RESET) if seconds_left is None else ("", "")
-    parts = [f"step {metrics.step:>{len(str(total_steps))}}/{total_steps}"]
+    position = f"step {metrics.step}/{total_steps},".ljust(len(f"step {total_steps}/{total_steps},"))
+    parts = []
     if metrics.loss is not None:
         parts.append(f"loss {on}{metrics.loss:6.4f}{off}")
     if metrics.val_loss is not None:
@@ -144,7 +145,7 @@ def format_metrics(metrics: Metrics, total_steps: int, seconds_left: float | Non
             parts.append(f"{format_duration(seconds_left)} left")
     if metrics.skipped_steps:
         parts.append(f"{counted(metrics.skipped_steps, 'step')} skipped (not finite)")
-    return ", ".join(parts)
+    return f"{position} {', '.join(parts)}"
 
 
 def format_duration(seconds: float) -> str:
