@@ -17,7 +17,7 @@ KEY = "correct horse"
 FIRST, SECOND = "Wherefore art thou?", "And who am I?"
 COUNT = 20
 DONE = "!document.querySelector('[aria-busy]') && document.getElementById('stop').disabled"
-TEXTS = "[...document.querySelectorAll('.text')].map(e => e.raw)"  # as the server sent them
+TEXTS = "[...document.querySelectorAll('.text')].map(e => e.raw || '')"  # as the server sent them
 SHOWN = "[...document.querySelectorAll('.text')].map(e => e.textContent)"
 FIGURES = "[...document.querySelectorAll('.figures')].map(e => e.textContent)"
 ERRORS = "[...document.querySelectorAll('.error')].map(e => e.textContent).filter(Boolean)"
@@ -111,7 +111,8 @@ def test_two_models_answer_side_by_side_and_remember(page, server):
     assert page.run("[...document.querySelectorAll('.answer h2')].map(e => e.textContent)") == ["bard", "tutor"]
     assert all(line.startswith(f"{COUNT} tokens, ") for line in page.run(FIGURES)), page.run(FIGURES)
     assert all(
-        " tokens/s with 2 answers at once, first token in " in line and "stopped at Max tokens" in line for line in page.run(FIGURES)
+        " tokens/s with 2 answers at once, first token in " in line and "stopped at Max tokens" in line
+        for line in page.run(FIGURES)
     )
     # The left side goes on with another model, and each side with its own history.
     fill(page, model_a="tiny")

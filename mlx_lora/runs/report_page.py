@@ -16,6 +16,7 @@ from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import Base
 from mlx_lora.runs.composition import Composed
 from mlx_lora.system import device
+from mlx_lora.system.long_task import tracked
 from mlx_lora.training.samples import greedy_text, held_out_beginnings
 
 TEXTS = 3
@@ -80,7 +81,8 @@ class RunPage:
         tokenizer = self.base.hf_tokenizer
         specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         start = time.perf_counter()
-        for number, prompt in enumerate(self.prompts):
+        prompts = tracked(self.prompts, "Writing texts before training", len(self.prompts), "texts")
+        for number, prompt in enumerate(prompts):
             if number and time.perf_counter() - start > MOST_S * number / (number + 1):
                 break
             text = str(tokenizer.decode(prompt))
@@ -108,6 +110,7 @@ class RunPage:
         """
         self.report.ended = not interrupted
         if not interrupted:
-            for sample, prompt in zip(self.report.samples, self.prompts, strict=False):  # kept ones may be fewer
+            pairs = list(zip(self.report.samples, self.prompts, strict=False))  # kept ones may be fewer
+            for sample, prompt in tracked(pairs, "Writing texts after training", len(pairs), "texts"):
                 sample.after = self._text(prompt)
         self.write()

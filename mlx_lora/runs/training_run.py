@@ -57,7 +57,7 @@ def train_run(
         with own_folder(folder, ranks):
             outcome = take_steps(compose(settings, base, splits, ranks, say), base, splits, say, live)
     if settings.loop.test and splits.test is not None and not outcome.interrupted:
-        found = held_out_loss(base, splits.test, settings.loop, objective_of(settings.objective), ranks)
+        found = held_out_loss(base, splits.test, settings.loop, objective_of(settings.objective), ranks, say)
         say(f"Test {loss_words(found)}")
     return outcome
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from mlx_lora.system.parsing import parse_json
-from mlx_lora.system.units import counted
+from mlx_lora.system.units import counted, format_duration
 
 # Of what an objective reports, shown in each line.
 SHOWN = ("accuracy", "margin")
@@ -146,15 +146,6 @@ def format_metrics(metrics: Metrics, total_steps: int, seconds_left: float | Non
     if metrics.skipped_steps:
         parts.append(f"{counted(metrics.skipped_steps, 'step')} skipped (not finite)")
     return f"{position} {', '.join(parts)}"
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration as text, such as 1m15s for 75."""
-    minutes, rest = divmod(round(max(seconds, 0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
 class PlainProgress:
