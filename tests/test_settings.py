@@ -23,7 +23,7 @@ RULES = {
     (True, True): (
         "model revision trust_remote_code data strict resume_adapter_file adapter_path batch_parts max_restarts "
         "grad_checkpoint kernels memory_budget memory_check resume sample_tokens clear_cache_threshold "
-        "short_buffers report_to project_name verbose force"
+        "short_buffers report_to project_name force"
     ),
     (True, False): (
         "chat_date iters epochs steps_per_report steps_per_eval val_batches save_every keep keep_best "
