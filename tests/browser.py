@@ -19,11 +19,12 @@ import pytest
 
 PROBE = """<script>addEventListener("load", () => {
   const clipped = [...document.querySelectorAll("h1,h2,p,dd,figure,td,pre")].filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display != "inline");
-  const outside = [...document.querySelectorAll("svg.chart")].flatMap(svg => { const frame = svg.getBoundingClientRect();
+  const charts = [...document.querySelectorAll("svg.chart")].filter(svg => svg.getBoundingClientRect().width > 0); // shown
+  const outside = charts.flatMap(svg => { const frame = svg.getBoundingClientRect();
     return [...svg.querySelectorAll("text")].filter(t => { const r = t.getBoundingClientRect(); return r.left < frame.left - 1 || r.right > frame.right + 1; }); });
-  const sizes = [...document.querySelectorAll("svg.chart text")].map(t => parseFloat(getComputedStyle(t).fontSize) * t.ownerSVGElement.getBoundingClientRect().width / 640);
-  const found = {width: innerWidth, needed: document.documentElement.scrollWidth, charts: document.querySelectorAll("svg.chart").length,
-    lines: document.querySelectorAll("svg polyline").length, clipped: clipped.length, outside: outside.map(t => t.textContent), smallest: Math.min(...sizes),
+  const sizes = charts.flatMap(svg => [...svg.querySelectorAll("text")].map(t => parseFloat(getComputedStyle(t).fontSize) * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width));
+  const found = {width: innerWidth, needed: document.documentElement.scrollWidth, charts: charts.length,
+    lines: charts.flatMap(svg => [...svg.querySelectorAll("polyline")]).length, clipped: clipped.length, outside: outside.map(t => t.textContent), smallest: Math.min(...sizes),
     ink: getComputedStyle(document.body).color, paper: getComputedStyle(document.body).backgroundColor};
   parent.postMessage("FOUND" + JSON.stringify(found) + "END", "*");
 });</script>"""

@@ -43,6 +43,8 @@ def _own_cache(tmp_path_factory):
         patch.setenv("MLX_LORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         # Kernels as the table has them: the clock of a busy machine must not decide what a test runs.
         patch.setenv(SWITCH, "0")
+        # One text before and after each run instead of three, to save time.
+        patch.setattr("mlx_lora.runs.report_page.TEXTS", 1)
         yield
 
 

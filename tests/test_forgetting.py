@@ -17,6 +17,7 @@ from make_adapters import make_adapter
 from run_cli import run
 
 from mlx_lora.artifacts.adapter import load_adapter
+from mlx_lora.artifacts.forgetting_page import TONES, badges
 from mlx_lora.data.batches import Batch
 from mlx_lora.models.load import load_base
 from mlx_lora.runs.forgetting_test import GENERAL, Probe, adapter_names
@@ -239,6 +240,12 @@ def test_the_page_shows_it_and_runs_nothing(measured):
     text = page.read_text()
     assert "<script" not in text
     assert text.count('<svg class="chart bars"') == 7
+    # The verdict comes first: a sentence for each adapter, and a badge for each set.
+    assert text.count('<span class="badge ') == 2 * 3
+    assert text.index('class="badges"') < text.index('class="charts"')
+    for where, one in facts["sets"].items():
+        for drift in one["adapters"].values():
+            assert f"{where}: <b>{drift['verdict']}</b>" in text
     for drift in facts["sets"]["task"]["adapters"].values():
         assert f"{drift['change']:+.4f}" in text
     assert not re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?(?!data:)[a-z/]", text)
@@ -251,6 +258,31 @@ def test_the_page_in_a_browser_at_phone_width(measured, dark):
     assert seen.found["needed"] <= 390
     assert (seen.found["charts"], seen.found["clipped"], seen.found["outside"]) == (7, 0, [])
     assert seen.found["smallest"] >= 9
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "chat", "sentence"),
+    [
+        ("learned", "kept", "kept", "learned the task, and kept what the base knew"),
+        ("learned", "slightly forgotten", "kept", "learned the task, and slightly forgot general text"),
+        ("learned", "forgotten", "slightly forgotten", "learned the task, and forgot general text and general chat"),
+        (
+            "not learned",
+            "kept",
+            "unclear, too few rows",
+            "did not measurably learn the task; the general sets have too few",
+        ),
+    ],
+)
+def test_the_sentence_says_what_the_verdicts_say(task, text, chat, sentence):
+    sets = {"task": task, "general text": text, "general chat": chat}
+    facts = {
+        "adapters": {"a": "lora"}, "probes": {"right": {"base": 3, "a": 2}, "questions": 5},
+        "sets": {where: {"adapters": {"a": {"verdict": words}}} for where, words in sets.items()},
+    }  # fmt: skip
+    (found,) = badges(facts)
+    assert found["sentence"].startswith(sentence)
+    assert [tone for _, _, tone in found["badges"]] == [TONES[words] for words in sets.values()]
 
 
 def test_the_table_has_a_row_for_each_set_and_the_probes(tiny_folder, chats, tmp_path):

@@ -224,7 +224,7 @@ def test_the_kernels_of_a_device_that_prefers_the_others_run_and_the_numbers_agr
         prefer(name, loss=loss)
         out = tmp_path / name
         used.clear()
-        ran[name] = run("train", *common, "--adapter-path", out)
+        ran[name] = run("train", *common, "--adapter-path", out, "--verbose")
         assert ran[name].code == 0, ran[name].err
         curves[name] = losses(out)
         assert set(used) == {name}
@@ -315,7 +315,7 @@ def test_a_chosen_kernel_that_is_wrong_on_this_model_is_not_used(own_cache, tiny
     monkeypatch.setattr(
         "mlx_lora.training.losses.training_kernels", lambda model, choose: training_kernels(model, wrong, choose)
     )
-    ran = run("train", "--model", tiny_folder, "--data", chats, *SHORT, "--adapter-path", tmp_path / "out")
+    ran = run("train", "--model", tiny_folder, "--data", chats, *SHORT, "--adapter-path", tmp_path / "out", "--verbose")
     assert ran.code == 0, ran.err
     assert "the model's own kernels (leanest gated activation and tiled attention differ" in ran.err
 

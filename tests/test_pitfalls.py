@@ -247,6 +247,7 @@ ELSEWHERE = {
     "metric_for_best_model": "test_preference_run.py",
     "resume": "test_resume.py: another way to the same bytes",
     "sample_tokens": "test_run_report.py",
+    "verbose": "test_train_command.py: one more line",
     "short_buffers": "test_device.py: when the device is waited for, not numbers",
     **dict.fromkeys(
         ("bias", "adalora_init_rank", "adalora_tinit", "adalora_tfinal", "adalora_delta_t"), "test_methods.py"

@@ -19,9 +19,10 @@ from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.plots import MOST_POINTS, Series, line_chart, number, ticks
 from mlx_lora.artifacts.run_report import RunReport, Sample, charts, elapsed_s, tiles, without_untrained_accuracy
+from mlx_lora.artifacts.verdict import verdict
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.samples import greedy_text, held_out_beginning
+from mlx_lora.training.samples import greedy_text, held_out_beginnings
 
 EVIL = "<script>alert(1)</script> & \"'"
 
@@ -52,8 +53,10 @@ def folder(tmp_path):
 
 def test_the_page_has_its_charts_and_nothing_from_elsewhere(folder):
     page = (folder / "report.html").read_text()
-    assert page.count('<svg class="chart"') == 5
-    assert len(re.findall("<polyline", page)) == 2 + 2 + 3 + 1 + 1
+    assert page.count('<svg class="chart"') == 6  # the losses are drawn in two shapes
+    assert len(re.findall("<polyline", page)) == 1 + 1 + 2 + 3 + 1 + 1, "two validations are no line"
+    assert page.count('r="5"') == 2 * 2
+    assert "Held-out perplexity 54.6 to 20.1, 63% lower" in re.search("<h1.*?</h1>", page)[0]
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert not re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?(?!data:)[a-z/]", page)
@@ -67,8 +70,10 @@ def test_tiles_are_the_metrics():
     assert shown["trained tokens"] == "100"
     assert shown["trained tokens/s, median"] == "106"
     assert shown["peak memory, MLX"] == "2.00 GB"
-    assert shown["updates skipped, not finite"] == "1"
+    assert shown["training loss"] == "3.900 → 3.000"
     assert shown["time"] == "20.0 s"
+    assert len(shown) == 8
+    assert dict(tiles([one for one in RECORDS if one["val_loss"] is None]))["held-out loss"] == "not measured"
     assert tiles([]) == [("steps", "0")]
 
 
@@ -80,11 +85,10 @@ def test_a_page_of_pairs_shows_both_answers_and_no_accuracy_of_rounding(tmp_path
         {**record(3, None, 0.4), **later, "accuracy": 1.0},
     ]  # fmt: skip
     own, other = {"objective": "dpo"}, {"objective": "dpo", "reference_adapter": "folder"}
-    shown = dict(tiles(without_untrained_accuracy(records, own)))
-    assert shown["held-out pairs preferred"] == "0.750 → 1.000"
-    assert shown["held-out margin"] == "0.000 → 2.000"
+    found = verdict(without_untrained_accuracy(records, own), own)
+    assert found.headline == "Held-out accuracy 75% to 100%, reward margin 0.00 to 2.00"
     for settings in (other, {"objective": "orpo"}):
-        assert dict(tiles(without_untrained_accuracy(records, settings)))["held-out pairs preferred"] == "0.000 → 1.000"
+        assert "accuracy 0% to 100%," in verdict(without_untrained_accuracy(records, settings), settings).headline
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
     (tmp_path / "run.yaml").write_text(json.dumps(own))
     split = {"rows": 9, "tokens": 90, "supervised_tokens": 50, "median_length": 10, "max_length": 12}
@@ -98,7 +102,7 @@ def test_a_page_of_pairs_shows_both_answers_and_no_accuracy_of_rounding(tmp_path
     assert "<mark>Good</mark>" in page
     assert "<mark>Bad</mark>" in page
     assert "<th>pairs</th>" in page
-    assert page.count('<svg class="chart"') == 8
+    assert page.count('<svg class="chart"') == 9
     assert "Loss per pair" in page
     lowest = re.search(r"Margin of rewards.*?</svg>", page, re.DOTALL)[0]
     assert ">0</text>" in lowest
@@ -140,6 +144,8 @@ def test_long_and_broken_series():
 def test_texts_of_the_run_before_are_kept(folder, tmp_path):
     facts = json.loads((folder / "report.json").read_text())
     report = RunReport("", "", "", "", "", facts["data"])
+    old = {key: facts["samples"][0][key] for key in ("prompt", "before", "after")}  # as an earlier version wrote it
+    (tmp_path / "report.json").write_text(json.dumps({**facts, "samples": [old]}))
     assert report.keep_samples_of(folder)
     assert report.samples == [Sample(EVIL, EVIL, EVIL)]
     assert not RunReport("", "", "", "", "", {}).keep_samples_of(folder / "nowhere")
@@ -152,7 +158,7 @@ def test_in_a_browser(folder, width, dark):
     seen = look(folder / "report.html", width, dark)
     assert not seen.console
     assert seen.found["charts"] == 5
-    assert seen.found["lines"] == 9
+    assert seen.found["lines"] == 8
     assert seen.found["needed"] <= width == seen.found["width"]
     assert seen.found["outside"] == []
     assert seen.found["smallest"] >= 9
@@ -173,7 +179,18 @@ def test_a_run_leaves_a_page_with_texts_before_and_after(tiny_folder, chats, tmp
     assert sample["before"] != sample["after"]
     assert "Say" in sample["prompt"]
     page = (tmp_path / "a" / "report.html").read_text()
-    assert page.count('<svg class="chart"') == 5
+    assert page.count('<svg class="chart"') == 6
+    talk = re.search(r'<section class="talk">.*?</section>', page, re.DOTALL)[0]
+    assert '<span class="role">User</span><div class="said">Say' in talk
+    assert "im_start" in sample["prompt"]
+    assert "im_start" not in talk
+    # The end of the run tells the text, the report and the commands that come next.
+    end = ran.lines[ran.lines.index("One text, before and after training:") :]
+    assert end[1].split() == ["User", *sample["prompt"].split("user\n")[1].split("<|im_end|>")[0].split()]
+    assert f"Report: {tmp_path / 'a' / 'report.html'}" in end
+    assert [line.split()[2] for line in end[end.index("What to do next:") + 1 :]] == [
+        f"mlx_lora.{name}" for name in ("chat", "generate", "export", "serve")
+    ]
     assert "learning_rate" in page
     # Going on: the text from before the first step is still that; without texts, the page has none.
     assert run(*words, "--sample-tokens", 12, "--resume", "--iters", 14).code == 0
@@ -201,8 +218,22 @@ def test_the_beginning_is_what_comes_before_the_first_trained_token():
     row, other = np.arange(100, 130), np.arange(5)
     mask = np.zeros(30, bool)
     mask[20:] = True
-    assert held_out_beginning(EncodedSet.from_rows([(row, mask)])) == list(range(100, 120))
-    assert held_out_beginning(EncodedSet.from_rows([(row, np.arange(30) > 0)])) == list(range(100, 124))
-    assert held_out_beginning(EncodedSet.from_rows([(other, np.arange(5) > 0)])) == [0, 1, 2, 3]
+
+    def first(*rows):
+        return held_out_beginnings(EncodedSet.from_rows(rows), 1)[0]
+
+    assert first((row, mask)) == list(range(100, 120))
+    assert first((row, np.arange(30) > 0)) == list(range(100, 124))
+    assert first((other, np.arange(5) > 0)) == [0, 1, 2, 3]
     long = np.arange(1000)
-    assert held_out_beginning(EncodedSet.from_rows([(long, long > 900)])) == list(range(645, 901))
+    assert first((long, long > 900)) == list(range(645, 901))
+
+
+def test_the_beginnings_are_of_typical_rows_and_differ():
+    def row(n, length):
+        return np.full(length, n), np.arange(length) > 2
+
+    rows = [row(n, length) for n, length in ((1, 9), (2, 4), (3, 6), (3, 6), (4, 30))]
+    found = held_out_beginnings(EncodedSet.from_rows(rows), 3)
+    assert [one[0] for one in found] == [3, 1, 2]
+    assert len(held_out_beginnings(EncodedSet.from_rows(rows), 9)) == 4

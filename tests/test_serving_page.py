@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 
 import httpx
@@ -16,7 +17,8 @@ KEY = "correct horse"
 FIRST, SECOND = "Wherefore art thou?", "And who am I?"
 COUNT = 20
 DONE = "!document.querySelector('[aria-busy]') && document.getElementById('stop').disabled"
-TEXTS = "[...document.querySelectorAll('.text')].map(e => e.textContent)"
+TEXTS = "[...document.querySelectorAll('.text')].map(e => e.raw || '')"  # as the server sent them
+SHOWN = "[...document.querySelectorAll('.text')].map(e => e.textContent)"
 FIGURES = "[...document.querySelectorAll('.figures')].map(e => e.textContent)"
 ERRORS = "[...document.querySelectorAll('.error')].map(e => e.textContent).filter(Boolean)"
 
@@ -89,7 +91,7 @@ def test_it_loads_from_the_server_alone_and_without_a_complaint(page, server):
     assert {url for _, url, _ in page.requests} <= {f"{server.url}/", f"{server.url}/v1/models", "data:,"}
     names = "[...document.getElementById('model-{}').options].map(o => o.textContent)"
     assert page.run(names.replace("{}", "a")) == ["tiny", "bard", "tutor"]
-    assert page.run(names.replace("{}", "b")) == ["tiny", "bard", "tutor", "nobody"]
+    assert page.run(names.replace("{}", "b")) == ["tiny", "bard", "tutor", "none"]
     assert page.run("[document.getElementById('model-a').value, document.getElementById('model-b').value]") == [
         "tiny",
         "bard",
@@ -109,7 +111,8 @@ def test_two_models_answer_side_by_side_and_remember(page, server):
     assert page.run("[...document.querySelectorAll('.answer h2')].map(e => e.textContent)") == ["bard", "tutor"]
     assert all(line.startswith(f"{COUNT} tokens, ") for line in page.run(FIGURES)), page.run(FIGURES)
     assert all(
-        " tokens/s with 2 answers at once, first after " in line and "cut at" in line for line in page.run(FIGURES)
+        " tokens/s with 2 answers at once, first token in " in line and "stopped at Max tokens" in line
+        for line in page.run(FIGURES)
     )
     # The left side goes on with another model, and each side with its own history.
     fill(page, model_a="tiny")
@@ -183,7 +186,7 @@ def test_an_error_is_one_line_and_the_question_is_not_lost(page, server):
     # In the middle of a stream, and one that ends without its end.
     error = json.dumps({"error": {"message": "not done within 5 s"}})
     begun = stream_of("ab").split("\n\n")[0] + "\n\n"
-    for body, words in ((f"data: {error}\n\n", "not done within 5 s"), ("", "the answer broke off")):
+    for body, words in ((f"data: {error}\n\n", "not done within 5 s"), ("", "the answer ended before it was complete")):
         page.answer_for("/v1/chat/completions", 200, "text/event-stream", begun + body)
         ask(page, SECOND)
         page.wait(f"{DONE} && {ERRORS}.slice(-2).every(text => text === 'Error: {words}')")
@@ -197,10 +200,80 @@ def test_what_a_model_says_is_text(page):
     fill(page, model_a="bard", model_b="tutor")
     ask(page, evil)
     page.wait(f"document.querySelectorAll('.text').length === 2 && {DONE}")
-    assert page.run(TEXTS) == [evil * 2] * 2
+    assert page.run(SHOWN) == [evil * 2] * 2
     assert page.run("document.querySelector('.question').textContent") == evil
     assert page.run("document.querySelectorAll('#log img, #log script, #log b').length") == 0
     assert page.run("document.title") == "mlx_lora chat"
+    assert page.problems == []
+
+
+MARKDOWN = """# Two *ways*
+
+Say **it** with `a < b` or
+- one
+- two
+  1. deeper <b>x</b>
+
+```python
+print("<i>")  # **not bold**
+```
+> quoted
+2 * 3 * 4"""
+
+
+def test_markdown_is_shown_as_elements_and_only_as_those(page):
+    page.answer_for("/v1/chat/completions", 200, "text/event-stream", stream_of(*MARKDOWN.splitlines(keepends=True)))
+    fill(page, model_a="bard", model_b="")
+    ask(page, "How?")
+    page.wait(f"document.querySelectorAll('.text').length === 1 && {DONE}")
+    assert page.run(TEXTS) == [MARKDOWN]
+    shape = "[...document.querySelector('.text').children].map(e => e.tagName)"
+    assert page.run(shape) == ["H3", "P", "UL", "PRE", "BLOCKQUOTE", "P"]
+    texts = "(selector) => [...document.querySelectorAll('.text ' + selector)].map(e => e.textContent)"
+    for selector, found in {
+        "strong": ["it"],
+        "em": ["ways"],
+        "p code": ["a < b"],
+        "pre code": ['print("<i>")  # **not bold**'],
+        "ul > li > ol > li": ["deeper <b>x</b>"],
+        "blockquote": ["quoted"],
+        "b, i": [],
+    }.items():
+        assert page.run(f"({texts})({json.dumps(selector)})") == found, selector
+    assert "2 * 3 * 4" in page.run(SHOWN)[0]
+    assert "mono" in page.run("getComputedStyle(document.querySelector('.text pre code')).fontFamily")
+    assert page.problems == []
+
+
+def test_copy_regenerate_and_a_system_prompt(page, server):
+    page.run("document.execCommand = () => true")
+    page.run("navigator.clipboard.writeText = async (text) => { window.copied = text }")
+    page.run("document.getElementById('system-open').click()")
+    fill(page, model_a="bard", model_b="", temperature=0, most=COUNT, system="You're short.")
+    ask(page, FIRST)
+    page.wait(f"document.querySelectorAll('.text').length === 1 && {DONE}")
+    (said,) = page.run(TEXTS)
+    messages = [{"role": "system", "content": "You're short."}, {"role": "user", "content": FIRST}]
+    body = {"model": "bard", "messages": messages, "temperature": 0, "max_tokens": COUNT}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+    assert said == answer["choices"][0]["message"]["content"]
+    assert said != told(server, "bard", FIRST)
+    page.run("document.querySelector('.actions .copy').click()")
+    page.wait("window.copied")
+    assert page.run("window.copied") == said
+    page.run("document.querySelector('.actions .curl').click()")
+    page.wait("window.copied.startsWith('curl')")
+    *_, data = shlex.split(page.run("window.copied"))
+    assert json.loads(data) == body
+    # Another answer takes the place of this one, in the page and in what the model remembers.
+    fill(page, model_a="tutor", system="")
+    page.run("document.querySelector('.actions .again').click()")
+    page.wait(f"{DONE} && document.querySelector('.answer h2').textContent === 'tutor'")
+    assert page.run(TEXTS) == [told(server, "tutor", FIRST)]
+    ask(page, SECOND)
+    page.wait(f"document.querySelectorAll('.text').length === 2 && {DONE}")
+    assert page.run(TEXTS)[1] == told(server, "tutor", FIRST, page.run(TEXTS)[0], SECOND)
+    assert page.run("[...document.querySelectorAll('.again')].map(e => e.hidden)") == [True, False]
     assert page.problems == []
 
 
@@ -231,7 +304,7 @@ def test_a_key_stays_in_memory(live, arguments, tmp_path):
         live.wait("!document.getElementById('key-form').hidden")
         assert live.run("document.activeElement.id") == "key"
         assert live.run(ERRORS) == []
-        for typed, outcome in (("wrong", "Error: the server does not take this API key"), (KEY, None)):
+        for typed, outcome in (("wrong", "Error: the server does not accept this API key"), (KEY, None)):
             live.type(typed)
             live.press("Enter")
             if outcome:
@@ -257,10 +330,10 @@ def test_a_key_stays_in_memory(live, arguments, tmp_path):
 def test_everything_can_be_reached_with_the_keyboard(page):
     page.run("document.activeElement.blur()")
     reached = []
-    for _ in range(7):
+    for _ in range(8):
         page.press("Tab")
         reached.append(page.run("document.activeElement.id"))
-    assert reached == ["model-a", "model-b", "temperature", "most", "question", "send", "reset"]
+    assert reached == ["model-a", "model-b", "temperature", "most", "system-open", "question", "send", "reset"]
     fill(page, most=1, temperature=0, model_b="")
     page.run("document.getElementById('question').focus()")
     page.type("one")
@@ -290,7 +363,12 @@ def test_wide_and_narrow_light_and_dark(live, server, width, dark):
         "[...document.querySelectorAll('.answer')].map(e => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.bottom]; })"
     )
     if width == 390:
-        assert right[1] >= left[2], "one under the other"
+        assert right[1] == right[2] == 0, "the other model's answer is behind a tab"
+        assert left[2] > left[1]
+        live.run("document.getElementById('tab-b').click()")
+        shown = "[...document.querySelectorAll('.answer')].map(e => e.getBoundingClientRect().height > 0)"
+        assert live.run(shown) == [False, True]
+        assert live.run("document.getElementById('tab-b').textContent") == "tutor"
     else:
         assert right[1] == left[1]
         assert right[0] > left[0]

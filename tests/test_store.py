@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
 
-from mlx_lora.data import encode, loading
+from mlx_lora.data import encode
 from mlx_lora.data import encoded_cache as store
 from mlx_lora.data.encode import EncodedSet, Encoder
 from mlx_lora.data.encoded_cache import entry_folder, read_entry, write_entry
 from mlx_lora.data.loading import load_data, load_eval_set
 from mlx_lora.settings.config import DataSettings
+from mlx_lora.system import long_task
 from mlx_lora.system.errors import InputError
 
 
@@ -151,10 +152,10 @@ def test_only_a_long_encoding_says_how_far_it_is(tmp_path, cache, monkeypatch):
     said = []
     load_data(write_chats(tmp_path / "a.jsonl"), byte_tokenizer(), 0, said.append)
     assert said == []
-    monkeypatch.setattr(loading, "TELL_AFTER_S", 0.0)
-    monkeypatch.setattr(loading, "TELL_EVERY_S", 0.0)
+    monkeypatch.setattr(long_task, "QUIET_S", 0.0)
+    monkeypatch.setattr(long_task, "LINE_EVERY_S", 0.0)
     load_data(write_chats(tmp_path / "b.jsonl"), byte_tokenizer(), 0, said.append)
-    assert said[0] == "Encoding: 10 of 41 records"
+    assert said[0].startswith("Encoding: 10 of 41 records, about ")
     assert len(said) == 4
 
 

@@ -279,11 +279,19 @@ def test_force_does_not_leave_an_earlier_runs_checkpoints(tiny_folder, chats, tm
     assert not old.exists()
 
 
-def test_the_header_names_loss_shapes_and_matmul_path(tiny_4bit_folder, chats, tmp_path):
-    ran = run("train", "--model", tiny_4bit_folder, "--data", chats, "--adapter-path", tmp_path / "a", "--iters", 1)
-    assert "fused cross-entropy" in ran.err
-    assert "batch shape" in ran.err
-    assert "dense product from" in ran.err
+def test_only_a_verbose_header_names_loss_shapes_and_matmul_path(tiny_4bit_folder, chats, tmp_path):
+    words = ("train", "--model", tiny_4bit_folder, "--data", chats, "--iters", 1, "--adapter-path")
+    plain, verbose = run(*words, tmp_path / "a"), run(*words, tmp_path / "b", "--verbose")
+    for ran, shown in ((plain, False), (verbose, True)):
+        found = [line for line in ran.lines if line.startswith("Step: ")]
+        assert len(found) == shown
+        assert " planned at the peak, of " in next(line for line in ran.lines if line.startswith("Run: "))
+    (line,) = found
+    assert "fused cross-entropy" in line
+    assert "batch shape" in line
+    assert "dense product from" in line
+    # Whoever did not ask finds it in the report.
+    assert "fused cross-entropy" in (tmp_path / "a" / "report.html").read_text()
 
 
 def test_resume_file_of_another_base_is_refused(trained, chats, tmp_path):

@@ -11,7 +11,8 @@ from typing import Any
 
 from mlx_lora.artifacts.plots import Series, line_chart
 from mlx_lora.system import console
-from mlx_lora.training.progress import LiveProgress, Metrics, Progress, format_duration, format_metrics
+from mlx_lora.system.units import format_duration
+from mlx_lora.training.progress import LiveProgress, Metrics, Progress, format_metrics
 
 EVERY_S = 0.5  # between updates of a notebook's bar
 # The pages' own style sheet is made for whole pages; these are its colors, in a notebook's light or dark theme.

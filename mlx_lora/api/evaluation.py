@@ -107,7 +107,7 @@ def measure_loss(
         rows = with_reference(settings, base, {"rows": rows}, say)["rows"]
     if adapter:
         put_adapter(base, adapter, data, objective, ignore_fingerprint)
-    found = held_out_loss(base, rows, settings.loop, objective)
+    found = held_out_loss(base, rows, settings.loop, objective, say=say)
     means = found.reports or {"perplexity": console.perplexity(found.loss)}
     counts = {"supervised_tokens": rows.supervised_tokens, "rows": rows.examples}
     return {"loss": found.loss, **means, **counts, "model": base.model_id}

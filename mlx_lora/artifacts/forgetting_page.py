@@ -44,6 +44,50 @@ def verdict_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
+TONES = {
+    "kept": "good", "learned": "good", "better than the base": "good", "slightly forgotten": "plain", "not learned": "plain",
+    "unclear, too few rows": "plain", "forgotten": "bad", "worse than the base": "bad",
+}  # fmt: skip
+
+
+def badges(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the page's beginning: for each adapter a sentence, and (set, verdict, tone) of each set.
+
+    Args:
+        facts: Forgetting.to_dict().
+    """
+    found = []
+    for name in facts["adapters"]:
+        verdicts = {where: one["adapters"][name]["verdict"] for where, one in facts["sets"].items()}
+        found.append(
+            {
+                "adapter": name,
+                "sentence": _sentence(verdicts),
+                "badges": [(where, words, TONES[words]) for where, words in verdicts.items()],
+                "right": f"{facts['probes']['right'][name]} of {facts['probes']['questions']}",
+                "base_right": facts["probes"]["right"]["base"],
+            }
+        )
+    return found
+
+
+def _sentence(verdicts: dict[str, str]) -> str:
+    """Return what an adapter learned and forgot as one sentence."""
+    task, *general = verdicts.values()
+    learned = {
+        "learned": "learned the task",
+        "not learned": "did not measurably learn the task",
+        "worse than the base": "made the task worse",
+    }[task]
+    lost = [where for where, words in verdicts.items() if words in ("forgotten", "slightly forgotten")]
+    slightly = "slightly " if "forgotten" not in general else ""
+    if lost:
+        return f"{learned}, and {slightly}forgot {' and '.join(lost)}"
+    if any(words.startswith("unclear") for words in general):
+        return f"{learned}; the general sets have too few rows to tell what it forgot"
+    return f"{learned}, and kept what the base knew" if task == "learned" else f"{learned}; it kept what the base knew"
+
+
 def charts(facts: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the page's charts, with a bar for each model: perplexity and KL of each set, and the probes.
 
@@ -89,6 +133,7 @@ def write_page(path: Path, facts: dict[str, Any], thresholds: tuple[float, float
         "forgetting.html",
         facts=facts,
         names=names,
+        badges=badges(facts),
         charts=charts(facts),
         rows=verdict_rows(facts),
         small=thresholds,

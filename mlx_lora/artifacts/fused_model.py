@@ -32,8 +32,10 @@ from mlx_lora.models.folder import load_weights
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import dequantize_model
 from mlx_lora.models.saving import ShardWriter, check_out
+from mlx_lora.system.console import echo
 from mlx_lora.system.errors import InputError, RunError
 from mlx_lora.system.files import check_writable, replacing_folder
+from mlx_lora.system.long_task import tracked
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def fuse_adapter(model: nn.Module, dequantize: bool) -> dict[str, Survival]:
         InputError: an embedding's tied head is not adapted, and one weight cannot be both adapted and not.
     """
     survival, fused = {}, []
-    for path, layer in adapter_layers(model).items():
+    layers = adapter_layers(model)
+    for path, layer in tracked(layers.items(), "Fusing", len(layers), "layers", echo):
         layer.check_tied_head(path, tied="lm_head" not in model)
         base, whole = layer.base, layer.fuse()
         if isinstance(base, QUANTIZED) and not dequantize:
@@ -127,7 +130,9 @@ def write_fused(
         model, config = dequantize_model(model, config)
     with replacing_folder(out) as folder:
         writer = ShardWriter(folder)
-        for name, array in tree_flatten(model.parameters()):
+        parameters = tree_flatten(model.parameters())
+        for name, array in tracked(parameters, "Writing", len(parameters), "tensors", echo):
+            mx.eval(array)  # here, so that the progress is that of the work
             if not (scores and name.startswith("lm_head.")):  # a reward model has no other head
                 writer.add({name: array})
         writer.close()

@@ -32,8 +32,10 @@ from mlx_lora.models.gguf_settings import gguf_settings
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import PackedWeight
 from mlx_lora.sources.tokenizer_vocabulary import tokenizer_metadata, tokenizer_vocabulary
+from mlx_lora.system.console import echo
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import check_writable, replacing_file
+from mlx_lora.system.long_task import tracked
 
 # --gguf-type: the type of matrices, and its number in the file.
 TYPES = {
@@ -167,7 +169,7 @@ def _write_tensors(writer: GGUFWriter, planned: list[Planned], extra: dict[str, 
     try:
         for values in extra.values():
             writer.write_tensor_data(values)
-        for tensor in planned:
+        for tensor in tracked(planned, "Writing", len(planned), "tensors", echo):
             writer.write_tensor_data(tensor.stored())
     finally:
         writer.close()

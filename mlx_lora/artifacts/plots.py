@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, HEIGHT = 640, 260
+WIDE = (1240, 320)  # of a chart that has a page's whole width
 LEFT, RIGHT, TOP, BOTTOM = 88, 12, 12, 34
 MOST_POINTS = 400  # per series; more are averaged
 MOST_DOTS = 60  # a series with more points is drawn as a line without dots
@@ -24,15 +25,22 @@ class Series:
         name: for the legend.
         points: (x, y) with increasing x; points that are not finite leave a gap.
         dashed: whether it is dashed, for a prediction or a limit, not a measurement.
+        markers: whether its points are drawn large, for few measurements; two of them are not joined by a line.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
     dashed: bool = False
+    markers: bool = False
 
 
 def line_chart(
-    title: str, series: Sequence[Series], unit: str = "", from_zero: bool = False, along: str = "step"
+    title: str,
+    series: Sequence[Series],
+    unit: str = "",
+    from_zero: bool = False,
+    along: str = "step",
+    size: tuple[int, int] = (WIDTH, HEIGHT),
 ) -> str:
     """Return an SVG element with axes, the lines, and each point's values as its tooltip.
 
@@ -42,24 +50,29 @@ def line_chart(
         unit: written after the numbers of the y axis.
         from_zero: start the y axis at zero.
         along: the name of the x axis.
+        size: width and height of the drawing, in its own units.
     """
-    shown = [Series(one.name, _thinned(one.points), one.dashed) for one in series]
+    width, height = size
+    shown = [replace(one, points=_thinned(one.points)) for one in series]
     points = [point for one in shown for point in one.points if math.isfinite(point[1])]
-    opening = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+    opening = f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
     if not points:
-        return f'{opening}<text x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle">nothing recorded</text></svg>'
+        return f'{opening}<text x="{width / 2}" y="{height / 2}" text-anchor="middle">nothing recorded</text></svg>'
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    x_ticks, y_ticks = ticks(min(xs), max(xs), 6), ticks(0 if from_zero else min(ys), max(ys), 5)
+    x_ticks, y_ticks = (
+        ticks(min(xs), max(xs), 6 if width == WIDTH else 12),
+        ticks(0 if from_zero else min(ys), max(ys), 5),
+    )
     low_x, high_x = min(xs), max(max(xs), min(xs) + 1e-9)
     low_y, high_y = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
 
     def locate(x: float, y: float) -> tuple[float, float]:
-        across = (x - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
-        up = (y - low_y) / ((high_y - low_y) or 1) * (HEIGHT - TOP - BOTTOM)
-        return round(LEFT + across, 1), round(HEIGHT - BOTTOM - up, 1)
+        across = (x - low_x) / (high_x - low_x) * (width - LEFT - RIGHT)
+        up = (y - low_y) / ((high_y - low_y) or 1) * (height - TOP - BOTTOM)
+        return round(LEFT + across, 1), round(height - BOTTOM - up, 1)
 
-    parts = [opening, *_grid(x_ticks, y_ticks, low_x, unit, locate)]
-    parts.append(f'<text class="tick" x="{LEFT - 8}" y="{HEIGHT - 12}" text-anchor="end">{escape(along)}</text>')
+    parts = [opening, *_grid(x_ticks, y_ticks, low_x, unit, locate, size)]
+    parts.append(f'<text class="tick" x="{LEFT - 8}" y="{height - 12}" text-anchor="end">{escape(along)}</text>')
     for number, one in enumerate(shown):
         parts += _line(one, number, unit, locate)
     return "".join([*parts, "</svg>"])
@@ -90,7 +103,10 @@ def number(value: float) -> str:
 
 def perplexity(loss: float) -> str:
     """Return exp(loss) as text, for a loss in nats per token."""
-    return f"{math.exp(loss):.4g}" if loss < 700 else "∞"
+    if loss >= 700:
+        return "∞"
+    value = math.exp(loss)
+    return f"{value:,.0f}" if 1000 <= value < 1e6 else f"{value:#.3g}".rstrip(".")
 
 
 def _short(value: float) -> str:
@@ -105,19 +121,22 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
 
 
-def _grid(x_ticks: list[float], y_ticks: list[float], low_x: float, unit: str, locate: Callable) -> list[str]:
+def _grid(
+    x_ticks: list[float], y_ticks: list[float], low_x: float, unit: str, locate: Callable, size: tuple[int, int]
+) -> list[str]:
+    width, height = size
     parts = []
     for tick in y_ticks:
         _, y = locate(low_x, tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(
             f'<text class="tick" x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{_short(tick)}{escape(unit)}</text>'
         )
     for tick in x_ticks:
         x, _ = locate(tick, y_ticks[0])
-        if LEFT + 20 <= x <= WIDTH - RIGHT:
-            anchor = "end" if x > WIDTH - RIGHT - 20 else "middle"
-            parts.append(f'<text class="tick" x="{x}" y="{HEIGHT - 12}" text-anchor="{anchor}">{_short(tick)}</text>')
+        if LEFT + 20 <= x <= width - RIGHT:
+            anchor = "end" if x > width - RIGHT - 20 else "middle"
+            parts.append(f'<text class="tick" x="{x}" y="{height - 12}" text-anchor="{anchor}">{_short(tick)}</text>')
     return parts
 
 
@@ -128,18 +147,19 @@ def _line(one: Series, index: int, unit: str, locate: Callable) -> list[str]:
             runs[-1].append(point)
         elif runs[-1]:
             runs.append([])
+    finite = [point for run in runs for point in run]
+    joined = not one.markers or len(finite) > 2
     style = f"line s{index}{' dashed' if one.dashed else ''}"
     parts = []
     for run in runs:
         corners = " ".join(f"{x},{y}" for x, y in (locate(*point) for point in run))
-        if len(run) > 1:
+        if len(run) > 1 and joined:
             parts.append(f'<polyline class="{style}" points="{corners}"/>')
-    finite = [point for run in runs for point in run]
     if len(finite) <= MOST_DOTS and not one.dashed:
         for point in finite:
             x, y = locate(*point)
             words = f"{one.name}, {number(point[0])}: {number(point[1])}{unit}"
             parts.append(
-                f'<circle class="dot s{index}" cx="{x}" cy="{y}" r="3"><title>{escape(words)}</title></circle>'
+                f'<circle class="dot s{index}" cx="{x}" cy="{y}" r="{5 if one.markers else 3}"><title>{escape(words)}</title></circle>'
             )
     return parts

@@ -18,8 +18,10 @@ from typing import Any
 import yaml
 
 from mlx_lora.artifacts.page_template import render_page
-from mlx_lora.artifacts.plots import Series, line_chart, number, perplexity
+from mlx_lora.artifacts.plots import WIDE, Series, line_chart, number
+from mlx_lora.artifacts.verdict import verdict
 from mlx_lora.data.data_report import UNITS
+from mlx_lora.data.spoken import spoken_turns, without_markers
 from mlx_lora.objectives.objective_table import OWN_OPTIONS
 from mlx_lora.system.files import replacing_file
 
@@ -29,11 +31,27 @@ PAGES = Path(__file__).parent / "pages"
 
 @dataclass
 class Sample:
-    """The beginning of a held-out row, and its greedy continuations before and after training (None: not yet)."""
+    """The beginning of a row, and its greedy continuations before and after training (None: not yet).
+
+    Attributes:
+        prompt: with the template's markers.
+        before, after: the model's texts.
+        specials: the tokenizer's special tokens in them.
+    """
 
     prompt: str
     before: str
     after: str | None = None
+    specials: list[str] = field(default_factory=list)
+
+    @property
+    def turns(self) -> list[tuple[str, str]]:
+        """The prompt as (role, content) of each turn, without markers."""
+        return spoken_turns(self.prompt, self.specials)
+
+    def said(self, text: str) -> str:
+        """Return one of the model's texts without markers."""
+        return without_markers(text, self.specials) or "(empty text)"
 
 
 @dataclass
@@ -46,6 +64,9 @@ class RunReport:
         data: DataReport.to_dict().
         planned_peak_bytes: the planner's prediction, None if nothing was planned.
         samples: texts.
+        step: what computes a step, a line.
+        held_out: whether the texts' beginnings are from rows that are not trained on.
+        ended: whether all steps are done.
     """
 
     command: str
@@ -56,6 +77,9 @@ class RunReport:
     data: dict[str, Any]
     planned_peak_bytes: int | None = None
     samples: list[Sample] = field(default_factory=list)
+    step: str = ""
+    held_out: bool = True
+    ended: bool = False
 
     def keep_samples_of(self, folder: Path) -> bool:
         """Copy the texts of the run that this one resumes, and return whether there are any."""
@@ -79,6 +103,7 @@ class RunReport:
             "run_report.html",
             name=folder.resolve().name,
             facts=self,
+            verdict=verdict(records, settings, self.ended),
             unit=UNITS[self.data.get("records", "examples")],
             tiles=tiles(records),
             charts=charts(records, self.planned_peak_bytes),
@@ -108,35 +133,29 @@ def without_untrained_accuracy(records: list[dict[str, Any]], settings: dict[str
 
 
 def tiles(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Return the run's main numbers: (label, value)."""
-    validations = [r["val_loss"] for r in records if r["val_loss"] is not None]
+    """Return the run's main numbers, (label, value): eight, once a step has been reported."""
     trained = [r for r in records if r["loss"] is not None or r["supervised_tokens"]]
-    speeds = sorted(r["supervised_tokens_per_s"] for r in trained)
-    shown = [("steps", f"{max((r['step'] for r in records), default=0):,}")]
-    if validations:
-        ends = validations[:1] if len(validations) == 1 else [validations[0], validations[-1]]
-        shown.append(("held-out loss", " → ".join(f"{loss:.3f}" for loss in ends)))
-        reported = [r for r in records if r["val_loss"] is not None and "margin" in r]
-        if reported:  # of preferences, whose loss is no likelihood
-            for name, label in (("accuracy", "held-out pairs preferred"), ("margin", "held-out margin")):
-                values = [r[name] for r in reported if r.get(name) is not None]
-                ends = values[:1] if len(values) == 1 else [values[0], values[-1]] if values else []
-                # Adding 0 makes a zero of a rounded -0.
-                shown += [(label, " → ".join(f"{round(value, 3) + 0:.3f}" for value in ends))] if ends else []
-        else:
-            shown.append(("held-out perplexity", " → ".join(perplexity(loss) for loss in ends)))
-    if trained:
-        # The first report includes compilations.
-        steady = sorted(r["supervised_tokens_per_s"] for r in trained[1:]) or speeds
-        shown.append(("trained tokens/s, median", number(steady[len(steady) // 2])))
-        shown.append(("trained tokens", f"{sum(r['supervised_tokens'] for r in trained):,}"))
-        shown.append(("peak memory, MLX", f"{max(r['peak_memory_bytes'] for r in records) / 1e9:.2f} GB"))
-        shown.append(("peak memory, process", f"{max(r['process_peak_bytes'] for r in records) / 1e9:.2f} GB"))
-        shown.append(("time", _duration(elapsed_s(records))))
-    skipped = max((r["skipped_steps"] for r in records), default=0)
-    if skipped:
-        shown.append(("updates skipped, not finite", f"{skipped:,}"))
-    return shown
+    steps = ("steps", f"{max((r['step'] for r in records), default=0):,}")
+    if not trained:
+        return [steps]
+    # The first report includes compilations.
+    speeds = sorted(r["supervised_tokens_per_s"] for r in trained[1:] or trained)
+    return [
+        steps,
+        ("time", _duration(elapsed_s(records))),
+        ("trained tokens", f"{sum(r['supervised_tokens'] for r in trained):,}"),
+        ("trained tokens/s, median", number(speeds[len(speeds) // 2])),
+        ("training loss", _ends(records, "loss")),
+        ("held-out loss", _ends(records, "val_loss") or "not measured"),
+        ("peak memory, MLX", f"{max(r['peak_memory_bytes'] for r in records) / 1e9:.2f} GB"),
+        ("peak memory, process", f"{max(r['process_peak_bytes'] for r in records) / 1e9:.2f} GB"),
+    ]
+
+
+def _ends(records: list[dict[str, Any]], key: str) -> str:
+    """Return the first and the last value of a metric as text; an empty string without any."""
+    values = [r[key] for r in records if r[key] is not None]
+    return " → ".join(f"{value:.3f}" for value in values[:1] + values[1:][-1:])
 
 
 def elapsed_s(records: list[dict[str, Any]]) -> float:
@@ -155,7 +174,7 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
 
     def of(name: str, key: str, rows: list[dict[str, Any]], scale: float = 1.0) -> Series:
         points = [(r["step"], math.nan if r[key] is None else r[key] * scale) for r in rows]
-        return Series(name, points)
+        return Series(name, points, markers=rows is held_out or name.startswith("held out"))
 
     held_out = [r for r in records if r["val_loss"] is not None]
     memory = [
@@ -170,17 +189,21 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
     preferences = any("margin" in r for r in records)
     counted = "rated answer" if any("divergence" in r for r in records) else "pair" if preferences else "trained token"
     wanted = [
-        *_preference_charts(records, of),
         (f"Loss per {counted}", losses, "", False),
+        *_preference_charts(records, of),
         ("Tokens per second", tokens, "", True),
         ("Memory", memory, " GB", True),
         ("Learning rate", [of("learning rate", "learning_rate", trained)], "", True),
         ("Gradient norm, before the clip", [of("gradient norm", "grad_norm", trained)], "", True),
     ]
-    return [
-        {"title": title, "series": series, "svg": line_chart(title, series, unit, from_zero)}
+    drawn = [
+        {"title": title, "series": series, "svg": line_chart(title, series, unit, from_zero), "wide": ""}
         for title, series, unit, from_zero in wanted
     ]
+    # The first chart has the page's whole width; on a phone its usual shape is shown instead.
+    title, series, unit, from_zero = wanted[0]
+    drawn[0]["wide"] = line_chart(title, series, unit, from_zero, size=WIDE)
+    return drawn
 
 
 def _preference_charts(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -27,10 +26,8 @@ from mlx_lora.sources.records import check_file
 from mlx_lora.sources.splits import find_splits
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import one_at_a_time
+from mlx_lora.system.long_task import long_task
 from mlx_lora.system.units import counted
-
-TELL_AFTER_S = 2.0  # a shorter encoding is not reported
-TELL_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -269,15 +266,8 @@ def _make_encoder(
 
 
 def _encode(rows: Rows, encoder: Encoder, say: Callable[[str], None]) -> Encoded:
-    next_s = time.monotonic() + TELL_AFTER_S
-
-    def tell(done: int) -> None:
-        nonlocal next_s
-        if time.monotonic() > next_s:
-            say(f"Encoding: {done:,} of {len(rows.entries):,} records")
-            next_s = time.monotonic() + TELL_EVERY_S
-
-    encoded = encode_entries(encoder, rows.entries, tell)
+    with long_task("Encoding", len(rows.entries), "records", say) as task:
+        encoded = encode_entries(encoder, rows.entries, task.reach)
     for number, why in encoded.dropped.items():
         location = rows.locations[number]
         rows.dropped.append(DroppedRow(location.file, location.line, why, location.unit))

@@ -31,8 +31,10 @@ from mlx_lora.sources.gguf_tokenizer import write_tokenizer
 from mlx_lora.sources.hub import ModelSource
 from mlx_lora.sources.spm_tokenizer import write_tokenizer_from_spm
 from mlx_lora.system.cache import cache_dir
+from mlx_lora.system.console import echo
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import check_writable, one_at_a_time, replacing_folder, sha256_of
+from mlx_lora.system.long_task import tracked
 
 # Part of the cache key of converted GGUF files: raise it when the same file would convert differently.
 _FORMAT = 1
@@ -263,8 +265,10 @@ def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.D
     write_tokenizer(file.metadata, folder)
     conversion, writer = Conversion(config["model_type"]), ShardWriter(folder)
     quantizations: dict[str, Quantization] = {}
-    for tensor in import_weights(file.tensors, mappings, target, dtype):
+    imported = import_weights(file.tensors, mappings, target, dtype)
+    for tensor in tracked(imported, "Converting", len(mappings), "tensors", echo):
         writer.add(tensor.parameters)
+        mx.eval(tensor.parameters)
         mapping = mappings[tensor.source]
         could_pack = len(file.tensors[tensor.source].shape) > 1 and target != "float" and not mapping.exact
         _count(conversion, tensor, could_pack)
@@ -326,7 +330,9 @@ def _convert_folder(
     conversion.floats = len(names) - conversion.requantized
     writer = ShardWriter(folder)
     del model, names
-    for name in list(parameters):  # one by one, so that the arrays of a written shard are freed
+    # One by one, so that the arrays of a written shard are freed; the work is done where an array is computed.
+    for name in tracked(list(parameters), "Converting", len(parameters), "tensors", echo):
+        mx.eval(parameters[name])
         writer.add({name: parameters.pop(name)})
     conversion.size_bytes = writer.close()
     config["mlx_lora"] = _provenance(source, conversion, config)

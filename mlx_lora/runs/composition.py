@@ -71,7 +71,7 @@ class Composed:
         steps: of the whole run.
         found: the checkpoint to go on from, if there is one.
         memory: the plan.
-        words: lines for the run header.
+        words: lines for the run header; the last one, on what computes a step, is for --verbose.
     """
 
     folder: RunFolder
@@ -137,13 +137,13 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     identity = identity_of(settings, base.fingerprint, fingerprint, plan, epochs) | layout.identity
     if found:
         check_continuation(found, identity)
-    step, task, notes = make_step(settings, base, chosen, objective, memory, steps, ranks)
-    notes += [layout.words] if layout.words else []
+    step, task, details, about = make_step(settings, base, chosen, objective, memory, steps, ranks)
+    about += [layout.words] if layout.words else []
     check_one_run(ranks, settings, identity)
     take_first_ranks(ranks, step, say)
     at = found.position if found else Position()
     at.parts = max(at.parts, loop.batch_parts)
-    words = describe_run(settings, base, adapted, plan, steps, notes)
+    words = describe_run(settings, base, adapted, plan, steps, details, about)
     folder = RunFolder(settings, info, identity, ranks, step, at)
     return Composed(folder, task, plan, validation, steps, found, memory, words)
 
@@ -329,11 +329,11 @@ def make_step(
     memory: MemoryPlan,
     steps: int,
     ranks: Ranks,
-) -> tuple[Step, Task, list[str]]:
+) -> tuple[Step, Task, list[str], list[str]]:
     """Apply the checkpointing, try the chosen loss and kernels on a few tokens, and create the compiled step.
 
     Returns:
-        The step, what it takes of the objective, and words for the run header.
+        The step, what it takes of the objective, what computes it, and what else the header says of the run.
 
     Raises:
         InputError: the model cannot be trained.
@@ -359,8 +359,9 @@ def make_step(
         arrays_of=task.arrays_of,
         reports=task.reports,
     )
-    notes = [*variant.notes, planned_words(memory)]
-    notes += ["blocks that share a state keep everything"] if tape is not None and tape.left_out else []
-    notes += ["a pause after each micro-batch"] if loop.short_buffers else []
-    notes += [f"rows shared by {ranks.size} processes"] if ranks.size > 1 else []
-    return step, task, [task.loss.description, chosen.words, f"checkpointing {loop.grad_checkpoint}", *notes]
+    details = [task.loss.description, chosen.words]
+    details += ["blocks that share a state keep everything"] if tape is not None and tape.left_out else []
+    about = [planned_words(memory), f"checkpointing {loop.grad_checkpoint}", *variant.notes]
+    about += ["a pause after each micro-batch"] if loop.short_buffers else []
+    about += [f"rows shared by {ranks.size} processes"] if ranks.size > 1 else []
+    return step, task, details, about

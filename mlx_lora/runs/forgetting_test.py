@@ -27,6 +27,7 @@ from mlx_lora.data.templates import own_template, resolve_template
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, DataSettings
 from mlx_lora.system.errors import InputError
+from mlx_lora.system.long_task import tracked
 from mlx_lora.training.drift import Drift, Readout, measure_drifts
 from mlx_lora.training.samples import greedy_text
 
@@ -142,11 +143,12 @@ def measure_forgetting(
         plan = BatchPlan(rows, batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)
         say(f"Measuring the set '{where}': {int(rows.supervised_counts.sum())} tokens in {len(rows)} rows")
         try:
-            sets[where] = measure_drifts(own, readouts, plan.batches(), vocabulary)
+            batches = tracked(plan.batches(), f"Measuring {where}", len(plan), "batches", say)
+            sets[where] = measure_drifts(own, readouts, batches, vocabulary)
         except ValueError as error:
             raise InputError(f"--data {source}: {error}; give rows with something to answer") from None
     say(f"Asking {len(models) + 1} models the probe questions")
-    probes = ask_probes({"base": base, **models}, _chat_template(base, settings))
+    probes = ask_probes({"base": base, **models}, _chat_template(base, settings), say)
     shown = {
         where: str(source) if where == TASK or where in general else "built in" for where, source in sources.items()
     }
@@ -190,15 +192,17 @@ def _chat_template(base: Base, settings: DataSettings) -> str | None:
     return own_template(base.hf_tokenizer)
 
 
-def ask_probes(models: dict[str, Base], template: str | None) -> list[Probe]:
+def ask_probes(models: dict[str, Base], template: str | None, say: Callable[[str], None] | None = None) -> list[Probe]:
     """Ask every model every probe question.
 
     Args:
         models: name -> model.
         template: Jinja text for questions; None: the models complete sentences instead.
+        say: takes lines of progress where there is no bar.
     """
     probes = []
-    for line in (GENERAL / "probes.jsonl").read_text(encoding="utf-8").splitlines():
+    lines = (GENERAL / "probes.jsonl").read_text(encoding="utf-8").splitlines()
+    for line in tracked(lines, "Asking", len(lines), "questions", say):
         row = json.loads(line)
         prompt = row["question"] if template else row["completion"]
         said = {}

@@ -31,11 +31,10 @@ from mlx_lora.system.cache import cache_dir
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import replacing_file, sha256_of
+from mlx_lora.system.long_task import long_task
 from mlx_lora.training.losses import Loss, choose_loss
 from mlx_lora.training.objective_loss import row_log_probabilities
 from mlx_lora.training.prefix_sharing import sharing_problem
-
-TELL_EVERY_S = 10.0
 
 
 def with_reference(
@@ -126,17 +125,10 @@ def _compute(
         shares = shares and not (unshareable(base.model) or sharing_problem(base.model, base.config, loss))
     if shares:
         rows = joined(rows)
-    next_s = time.monotonic() + TELL_EVERY_S
-
-    def tell(done: int) -> None:
-        nonlocal next_s
-        if time.monotonic() > next_s:
-            say(f"Reference: {done:,} of {answers:,} answers")
-            next_s = time.monotonic() + TELL_EVERY_S
-
     tokens = settings.loop.batch_tokens or DEFAULT_BATCH_TOKENS
     try:
-        return row_log_probabilities(base.model, loss.measure_tokens or loss.tokens, rows, tokens, tell)
+        with long_task("Reference", answers, "answers", say) as task:
+            return row_log_probabilities(base.model, loss.measure_tokens or loss.tokens, rows, tokens, task.reach)
     except ArithmeticError as error:
         raise InputError(f"the reference cannot be computed: {error}; try --dtype float32, or another base") from None
 

@@ -1,9 +1,10 @@
-"""Write report.html during a run: a text before the first step, the page at every save, a text after the last step."""
+"""Write report.html during a run: texts before the first step, the page at every save, texts after the last step."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +16,11 @@ from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import Base
 from mlx_lora.runs.composition import Composed
 from mlx_lora.system import device
-from mlx_lora.training.samples import greedy_text, held_out_beginning
+from mlx_lora.system.long_task import tracked
+from mlx_lora.training.samples import greedy_text, held_out_beginnings
+
+TEXTS = 3
+MOST_S = 20.0  # for all texts before the training; those after it take as long
 
 
 @dataclass(frozen=True)
@@ -25,20 +30,20 @@ class RunPage:
     Attributes:
         folder: of the run.
         base: the model that is trained.
-        prompt: token ids of the beginning of a held-out row; if empty, no texts are generated.
+        prompts: token ids of the beginnings of held-out rows; if empty, no texts are generated.
         max_tokens: the most tokens of each text.
         report: the page's facts in addition to metrics and settings.
     """
 
     folder: Path
     base: Base
-    prompt: list[int]
+    prompts: list[list[int]]
     max_tokens: int
     report: RunReport
 
     @classmethod
     def begin(cls, run: Composed, base: Base, splits: DataSplits) -> RunPage:
-        """Generate the text before the training, unless the run is resumed and has one.
+        """Generate the texts before the training, unless the run is resumed and has some.
 
         Args:
             run: ready for its first step.
@@ -46,12 +51,13 @@ class RunPage:
             splits: its data.
         """
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm"))
-        rows = splits.valid if splits.valid is not None and len(splits.valid) else splits.train
+        held_out = splits.valid if splits.valid is not None and len(splits.valid) else None
+        rows = splits.train if held_out is None else held_out
         tokens = 0 if run.folder.info.scores else run.folder.settings.loop.sample_tokens
         page = cls(
             run.folder.path,
             base,
-            held_out_beginning(rows) if tokens else [],
+            held_out_beginnings(rows, TEXTS) if tokens else [],
             tokens,
             RunReport(
                 command=shlex.join(["python", *sys.orig_argv[1:]]),
@@ -61,18 +67,32 @@ class RunPage:
                 versions=f"mlx_lora {__version__}, {versions}",
                 data=splits.report.to_dict(),
                 planned_peak_bytes=run.memory.peak_bytes,
+                step=run.words[-1],
+                held_out=held_out is not None,
             ),
         )
         kept = run.found and page.report.keep_samples_of(page.folder)
-        if page.prompt and not kept:
-            prompt = str(base.hf_tokenizer.decode(page.prompt))
-            page.report.samples.append(Sample(prompt, page._text()))
+        if page.prompts and not kept:
+            page._write_first_texts()
         return page
 
-    def _text(self) -> str:
+    def _write_first_texts(self) -> None:
+        """Add a text for each prompt, or fewer if the first ones show that all would take long."""
+        tokenizer = self.base.hf_tokenizer
+        specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        start = time.perf_counter()
+        prompts = tracked(self.prompts, "Writing texts before training", len(self.prompts), "texts")
+        for number, prompt in enumerate(prompts):
+            if number and time.perf_counter() - start > MOST_S * number / (number + 1):
+                break
+            text = str(tokenizer.decode(prompt))
+            known = [special for special in specials if special in text]
+            self.report.samples.append(Sample(text, self._text(prompt), specials=known))
+
+    def _text(self, prompt: list[int]) -> str:
         """Return the model's continuation, or why there is none: a run must not end because of a missing text."""
         try:
-            return greedy_text(self.base, self.prompt, self.max_tokens)
+            return greedy_text(self.base, prompt, self.max_tokens)
         except FOREIGN_ERRORS as error:
             if not is_foreign(error):
                 raise
@@ -83,11 +103,14 @@ class RunPage:
         self.report.write(self.folder)
 
     def end(self, interrupted: bool) -> None:
-        """Generate the text after the training, and write the page for the last time.
+        """Generate the texts after the training, and write the page for the last time.
 
         Args:
             interrupted: whether the run was interrupted; then no text is generated, because the user does not want to wait.
         """
-        for sample in self.report.samples if self.prompt and not interrupted else []:
-            sample.after = self._text()
+        self.report.ended = not interrupted
+        if not interrupted:
+            pairs = list(zip(self.report.samples, self.prompts, strict=False))  # kept ones may be fewer
+            for sample, prompt in tracked(pairs, "Writing texts after training", len(pairs), "texts"):
+                sample.after = self._text(prompt)
         self.write()

@@ -15,7 +15,7 @@ from mlx_lora.objectives.objective_table import OBJECTIVES, objective_of
 from mlx_lora.runs.composition import Composed, compose, put_adapter
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
-from mlx_lora.runs.words import left_by, loss_words, outcome_line
+from mlx_lora.runs.words import closing_words, left_by, loss_words, outcome_line
 from mlx_lora.settings.config import ObjectiveSettings, TrainSettings
 from mlx_lora.system import console, device
 from mlx_lora.system.distributed import ALONE, Ranks
@@ -69,7 +69,7 @@ def train_run(
         with own_folder(folder, ranks):
             outcome = take_steps(compose(settings, base, splits, ranks, say), base, splits, say, show, told)
     if settings.loop.test and splits.test is not None and not outcome.interrupted:
-        found = held_out_loss(base, splits.test, settings.loop, objective_of(settings.objective), ranks)
+        found = held_out_loss(base, splits.test, settings.loop, objective_of(settings.objective), ranks, say)
         say(f"Test {loss_words(found)}")
     return outcome
 
@@ -160,7 +160,7 @@ def take_steps(
     settings, ranks, step, at = folder.settings, folder.ranks, folder.step, folder.at
     device.set_cache_limit(settings.loop.clear_cache_threshold, budget_bytes)
     device.wire_working_set()
-    say("\n".join(run.words))
+    say("\n".join(run.words if settings.loop.verbose else run.words[:-1]))
     page = None
     if ranks.leads:
         check_room(settings.loop, run.steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
@@ -191,5 +191,7 @@ def take_steps(
         page.end(outcome.interrupted)
         leave_card(folder.path, base, folder.info, say)
         say(outcome_line(settings.loop, outcome, best))
+        if not outcome.interrupted:
+            say(closing_words(folder.path, settings, folder.info, page.report.samples))
     told.raise_failure(left_by(settings.loop, outcome))
     return outcome

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+import textwrap
 from pathlib import Path
 
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.adapt import Adapted, starting_rank
 from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.artifacts.adapter import (
-    WEIGHTS_FILE,
-)
+from mlx_lora.artifacts.adapter import WEIGHTS_FILE, AdapterInfo
+from mlx_lora.artifacts.run_report import REPORT_FILE, Sample
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.models.load import Base
 from mlx_lora.settings.config import AdapterSettings, LoopSettings, TrainSettings
@@ -18,6 +20,8 @@ from mlx_lora.system import console
 from mlx_lora.system.units import counted
 from mlx_lora.training.hooks_from_settings import restart_every
 from mlx_lora.training.trainer import Measured, Outcome
+
+MOST_SHOWN = 200  # characters of a text that is shown at a run's end
 
 
 def describe_method(adapter: AdapterSettings, steps: int) -> str:
@@ -39,8 +43,15 @@ def describe_run(
     plan: BatchPlan,
     steps: int,
     details: list[str],
+    about: list[str],
 ) -> list[str]:
-    """Return lines on what will be trained: the adapter, the run, the step."""
+    """Return lines on what will be trained: the adapter, the run, and what computes a step.
+
+    Args:
+        settings, base, adapted, plan, steps: of the run.
+        details: of what computes a step.
+        about: more on the run.
+    """
     trainable = sum(p.size for p in adapter_parameters(base.model).values())
     total = sum(p.size for _, p in tree_flatten(base.model.parameters()))
     adapter, optimizer = settings.adapter, settings.optimizer
@@ -52,7 +63,7 @@ def describe_run(
     )
     run = (
         f"Run: {counted(steps, 'step')}, {counted(len(plan), 'batch', 'batches')} per epoch, {optimizer.optimizer}, lr {optimizer.learning_rate:g} "
-        f"{optimizer.lr_schedule}, warm-up {optimizer.warmup:g}, clip {optimizer.max_grad_norm:g}, seed {settings.loop.seed}"
+        f"{optimizer.lr_schedule}, warm-up {optimizer.warmup:g}, clip {optimizer.max_grad_norm:g}, seed {settings.loop.seed}; {'; '.join(about)}"
     )
     details = [*details, counted(len(plan.shapes), "batch shape"), f"{plan.padding_fraction:.1%} padding"]
     return [what, run, "Step: " + "; ".join([*details, *base.matmul_paths.describe()])]
@@ -93,6 +104,56 @@ def left_by(loop: LoopSettings, outcome: Outcome) -> str:
     saved = f"the adapter of step {outcome.steps} is saved in {loop.adapter_path}"
     again = "continue with --resume" if loop.save_every else "start again"
     return f"{saved}; correct the callback, or leave it out, and {again}"
+
+
+def closing_words(folder: Path, settings: TrainSettings, info: AdapterInfo, samples: list[Sample]) -> str:
+    """Return what is said after a run: a text before and after, the report's path, and the commands that come next.
+
+    Args:
+        folder: of the run.
+        settings: of the run.
+        info: of the adapter.
+        samples: texts of the report; the first with both is shown.
+    """
+    parts = []
+    for sample in [one for one in samples if one.after is not None][:1]:
+        turns = [(role or "Text", content) for role, content in sample.turns[-1:]]
+        turns += [("Before", sample.said(sample.before)), ("After", sample.said(sample.after or ""))]
+        parts.append("\n".join(["", "One text, before and after training:", *(_spoken(*turn) for turn in turns)]))
+    parts.append(f"\nReport: {folder / REPORT_FILE}")
+    parts.append("\n".join(["What to do next:", *(f"    {line}" for line in next_commands(folder, settings, info))]))
+    return "\n".join(parts)
+
+
+def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo) -> list[str]:
+    """Return the commands that use an adapter, as the user can paste them."""
+    own = Path(sys.argv[0]).name == "mlx-lora"
+    path, model = str(folder), ["--model", str(settings.model.model)]
+    adapter = ["--adapter-path", path]
+    if info.scores:
+        reward = ["--objective", "reward", "--data", str(settings.data.data)]
+        lines = [
+            ["evaluate", *model, *adapter, *reward],
+            ["export", *model, *adapter, "--to", "peft", "--out", f"{path}-peft"],
+        ]
+    else:
+        name = folder.resolve().name
+        out = ["fuse", *model, *adapter, "--out", f"{path}-fused"]
+        if info.method != "full":
+            out = ["export", *model, *adapter, "--to", "peft", "--out", f"{path}-peft"]
+        lines = [
+            ["chat", *model, "--adapter", f"{name}={path}"],
+            ["generate", *model, *adapter, "--prompt", "Hello"],
+            out,
+            ["serve", *model, "--adapter", f"{name}={path}"],
+        ]
+    return [f"mlx-lora {shlex.join(line)}" if own else f"python -m mlx_lora.{shlex.join(line)}" for line in lines]
+
+
+def _spoken(who: str, text: str) -> str:
+    """Return one speaker's words, cut to a few lines beside the name."""
+    text = console.printable(text, 10**6)  # on one line, and without control characters
+    return f"    {who:<10}{textwrap.shorten(text, MOST_SHOWN, placeholder=' ...')}"
 
 
 def interrupted_line(folder: str, outcome: Outcome) -> str:

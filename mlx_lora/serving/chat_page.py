@@ -1,6 +1,6 @@
 """Serve the chat page, which shows two models side by side in a browser and uses the same endpoints as other clients.
 
-The page, `pages/chat.html`, is a single file. Its policy only allows its own script and style to run, whatever a model
+The page, `pages/chat.html`, is served as a single file, with `pages/markdown.js` inside. Its policy only allows its own script and style to run, whatever a model
 writes. It has no secrets, so it is served without an API key; its requests to the server need the key.
 """
 
@@ -15,12 +15,13 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
-FILE = Path(__file__).parent / "pages" / "chat.html"
+FOLDER = Path(__file__).parent / "pages"
+SCRIPTS = ("markdown.js",)  # each stands in the page where a line names it
 
 
 def page_route() -> Route:
     """Return the route GET / that serves the page."""
-    text = FILE.read_text(encoding="utf-8")
+    text = page_text()
     headers = {
         "Content-Security-Policy": policy(text),
         "X-Content-Type-Options": "nosniff",
@@ -34,6 +35,14 @@ def page_route() -> Route:
         return HTMLResponse(text, headers=headers)
 
     return Route("/", page, methods=["GET"])
+
+
+def page_text() -> str:
+    """Return the page with its scripts."""
+    text = (FOLDER / "chat.html").read_text(encoding="utf-8")
+    for name in SCRIPTS:
+        text = text.replace(f"// {name}\n", (FOLDER / name).read_text(encoding="utf-8"))
+    return text
 
 
 def policy(text: str) -> str:

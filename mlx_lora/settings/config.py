@@ -271,6 +271,8 @@ class LoopSettings:
         OUTPUT, may_change=True, per_machine=True)
     project_name: str | None = setting(None, "Project name for --report-to (default: mlx-lora).",
         OUTPUT, may_change=True, per_machine=True)
+    verbose: bool = setting(False, "Also say what computes a step: loss, kernels, shapes.",
+        OUTPUT, may_change=True, per_machine=True)
     seed: int = setting(0, "Seed of data order, initial factors and dropout.", TRAINING, at_least=0, at_most=2**63 - 1)
     force: bool = setting(False, "Write into a run folder that already has an adapter.",
         OUTPUT, may_change=True, per_machine=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
-import sys
+import time
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -22,7 +22,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
+from mlx_lora.system.console import echo
 from mlx_lora.system.errors import InputError, RunError, first_line
+from mlx_lora.system.long_task import LINE_EVERY_S, has_live_display
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<pick>[^:/]+))?")
 CONFIG_AND_TOKENIZER = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
@@ -47,10 +49,18 @@ class ModelSource:
 
 
 class TerminalBar(tqdm):
-    """The client's progress bar, which is only shown if standard error is a terminal."""
+    """The client's progress bar on a terminal or in a notebook; elsewhere a line now and then with the bytes so far."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **{**kwargs, "disable": kwargs.get("disable") or not sys.stderr.isatty()})
+        self._in_bytes, self._got, self._next_s = kwargs.get("unit") == "B", 0, time.monotonic() + LINE_EVERY_S / 2
+        super().__init__(*args, **{**kwargs, "disable": kwargs.get("disable") or not has_live_display()})
+
+    def update(self, n: float | None = 1) -> bool | None:
+        self._got += n or 0
+        if self.disable and self._in_bytes and time.monotonic() > self._next_s:
+            echo(f"Downloading: {self._got / 1e6:,.0f} MB so far")
+            self._next_s = time.monotonic() + LINE_EVERY_S
+        return super().update(n)
 
 
 def resolve_model(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> ModelSource:

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from mlx_lora.system.console import perplexity
 from mlx_lora.system.parsing import parse_json
-from mlx_lora.training.progress import format_duration
+from mlx_lora.system.units import format_duration
 
 MOST_COLUMNS = 104
 SIDE_BY_SIDE_COLUMNS = 80  # narrower terminals get the answers one below the other

@@ -36,13 +36,14 @@ class Section:
     Attributes:
         table: the table of its rows.
         words: its description.
-        charts: title, SVG text and legend of each.
+        measured, predicted: charts, with title, SVG text and legend of each.
         cells, remarks: of the table.
     """
 
     table: Table
     words: str
-    charts: list[dict[str, Any]]
+    measured: list[dict[str, Any]]
+    predicted: list[dict[str, Any]]
     cells: list[list[str]]
     remarks: list[str]
 
@@ -83,8 +84,7 @@ def _tiles(results: Sequence[ResultFile], measured: Sequence[Table]) -> list[tup
     macs = {one.chip for one in results if one.content["device"]["backend"] == "metal"}
     return [
         ("results", str(len(results))),
-        ("kinds of machine", str(len({one.label for one in results}))),
-        ("of these Macs", str(len(macs)) if macs else "none yet"),
+        ("kinds of Macs", str(len(macs)) if macs else "none yet"),
         ("workloads measured", str(len(measured))),
         ("fastest, tokens/s", number(max(row.speed["median"] for row in rows)) if rows else "–"),
     ]
@@ -109,7 +109,7 @@ def _machines(results: Sequence[ResultFile]) -> list[dict[str, str]]:
                 **{f"{name} TFLOPS": f"{rate / 1e12:.3g}" for name, rate in flops.items()},
                 "copy GB/s": f"{rates['copy_bytes_per_s'] / 1e9:.3g}",
                 "mlx": _or_dash(software["versions"].get("mlx")),
-                "mlx-lora": f"{software['versions'].get('mlx-lora') or '–'} {software['commit'] or ''}",
+                "mlx-lora": f"{software['versions'].get('mlx-lora') or '–'} {(software['commit'] or '')[:7]}",
                 "date": content["created"][:10],
             }
         )
@@ -123,7 +123,8 @@ def _section(table: Table, results: Sequence[ResultFile]) -> Section:
     return Section(
         table,
         words_of(definition),
-        [_speed_chart(table, workload, results), _memory_chart(table, workload)],
+        [_measured_speed(table), _measured_memory(table)],
+        [_predicted_speed(table, workload, results), _predicted_memory(table, workload)] if workload else [],
         [cells_of(row) for row in table.rows],
         remarks_of(table),
     )
@@ -143,23 +144,34 @@ def words_of(definition: dict[str, Any]) -> str:
     return "; ".join([*filter(None, words), f"version {definition['version']}"])
 
 
-def _speed_chart(table: Table, workload: Workload | None, results: Sequence[ResultFile]) -> dict[str, Any]:
-    """Draw tokens per second: measurements, then predictions for chips without results."""
+def _measured_speed(table: Table) -> dict[str, Any]:
+    """Draw measured tokens per second."""
     bars = [
         Bar(row.label, row.speed["median"], low=row.speed["p10"], high=row.speed["p90"], note="; ".join(row.notes))
         for row in table.rows
         if row.measured
     ]
+    return _chart("Measured: tokens per second", bar_chart(f"{table.name}: measured tokens per second", bars), bars)
+
+
+def _predicted_speed(table: Table, workload: Workload | None, results: Sequence[ResultFile]) -> dict[str, Any]:
+    """Draw predicted tokens per second of chips without results."""
     seen = {one.chip for one in results for row in table.rows if row.file == str(one.path) and row.measured}
-    for one in _chips(workload):
-        if one["chip"] not in seen and one["fits"]:
-            note = f"with {one['memory_gib']} GB; from {one['status']} peaks"
-            bars.append(Bar(one["chip"], one["tokens_per_s"], predicted=True, note=note))
-    return _chart("Tokens per second", bar_chart(f"{table.name}: tokens per second", bars), bars)
+    bars = [
+        Bar(
+            one["chip"],
+            one["tokens_per_s"],
+            predicted=True,
+            note=f"with {one['memory_gib']} GB; from {one['status']} peaks",
+        )
+        for one in _chips(workload)
+        if one["chip"] not in seen and one["fits"]
+    ]
+    return _chart("Predicted: tokens per second", bar_chart(f"{table.name}: predicted tokens per second", bars), bars)
 
 
-def _memory_chart(table: Table, workload: Workload | None) -> dict[str, Any]:
-    """Draw peak memory: measured (MLX's and the process's) next to the plan's, then the plan's for Macs by size."""
+def _measured_memory(table: Table) -> dict[str, Any]:
+    """Draw measured peaks, MLX's and the process's, next to the plan's for the same run."""
     bars = []
     for row in table.rows:
         if row.measured:
@@ -169,12 +181,18 @@ def _memory_chart(table: Table, workload: Workload | None) -> dict[str, Any]:
                 Bar("its process", figures["process_peak_bytes"] / 1e9, color=1, note=row.label),
                 Bar("by the plan", planned / 1e9, predicted=True, note=f"{row.label}, MLX's allocator"),
             ]
+    return _chart("Measured: peak memory", bar_chart(f"{table.name}: measured peak memory", bars, " GB"), bars)
+
+
+def _predicted_memory(table: Table, workload: Workload | None) -> dict[str, Any]:
+    """Draw the planned peaks on Macs by their memory."""
+    bars = []
     for size, one in _sizes(workload):
         peak, most = one["peak_memory_bytes"] / 1e9, one["working_set_bytes"] / 1e9
         words = f"{peak:.3g} of {most:.0f} GB" if one["fits"] else f"{peak:.3g} GB: too much"
         note = f"MLX's allocator; the GPU may use {most:.1f} GB"
         bars.append(Bar(f"Mac, {size} GB", peak, predicted=True, note=note, words=words))
-    return _chart("Peak memory", bar_chart(f"{table.name}: peak memory", bars, " GB"), bars)
+    return _chart("Predicted: peak memory", bar_chart(f"{table.name}: predicted peak memory", bars, " GB"), bars)
 
 
 def _chart(title: str, svg: str, bars: Sequence[Bar]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable
@@ -18,12 +19,40 @@ from mlx_lora.system.errors import InputError, RunError
 HELP_COLUMNS = 100
 SHOW_ALL = "mlx_lora.show_all"  # the key in a click context that says that the user gave --help-all
 MOST_CHARACTERS = 880  # the longest error message that is printed
+LEAST_COLUMNS = 40  # a narrower terminal wraps by itself
 LONGEST_WORD = 40  # a longer word may be cut in its middle
 
 
 def echo(text: str = "") -> None:
-    """Print progress and reports on standard error, so that standard output only has results."""
+    """Print progress and reports on standard error, so that standard output only has results.
+
+    On a terminal, lines that are too long for it continue on the next, after a whole word.
+    """
+    if sys.stderr.isatty():
+        text = wrapped(text, shutil.get_terminal_size().columns)
     click.echo(text, err=True)
+
+
+def wrapped(text: str, columns: int) -> str:
+    """Return text whose lines are broken at words to fit into columns; continued lines are indented.
+
+    Colors take no room. Indented lines (commands to copy, data) are left to the terminal.
+    """
+    lines = []
+    for line in text.split("\n"):
+        if len(click.unstyle(line)) <= columns or columns < LEAST_COLUMNS or line.startswith(" "):
+            lines.append(line)
+            continue
+        room, words = 0, []
+        for word in line.split(" "):
+            size = len(click.unstyle(word))
+            if words and room + 1 + size > columns:
+                lines.append(" ".join(words))
+                words, room = [" ", word], 2 + size
+            else:
+                words, room = [*words, word], room + size + (1 if words else 0)
+        lines.append(" ".join(words))
+    return "\n".join(lines)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -33,3 +33,12 @@ def gigabytes(size_bytes: float) -> str:
 def counted(number: int, one: str, several: str | None = None) -> str:
     """Return a count as text: 1 step, 2 steps or 1,000 steps."""
     return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as text, such as 1m15s for 75."""
+    minutes, rest = divmod(round(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -13,11 +13,14 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
 
 from mlx_lora.system.parsing import parse_json
+from mlx_lora.system.units import counted, format_duration
 
 # The numbers reported by an objective that each line shows.
 SHOWN = ("accuracy", "margin")
+BOLD, RESET = "\x1b[1m", "\x1b[0m"
 
 
 @dataclass(frozen=True)
@@ -115,35 +118,36 @@ def _lines_until(path: Path, step: int) -> list[str]:
     return kept
 
 
-def format_metrics(metrics: Metrics, total_steps: int, seconds_left: float) -> str:
-    """Return one plain line for pipes and log files."""
-    parts = [f"step {metrics.step}/{total_steps}"]
+def format_metrics(metrics: Metrics, total_steps: int, seconds_left: float | None) -> str:
+    """Return one line of a run's history; the columns of a run's lines stand under each other.
+
+    Args:
+        metrics: the record.
+        total_steps: of the run.
+        seconds_left: until its end; None for a terminal, where a bar shows it: losses are bold (ANSI), and the line is
+            short.
+    """
+    on, off = (BOLD, RESET) if seconds_left is None else ("", "")
+    position = f"step {metrics.step}/{total_steps},".ljust(len(f"step {total_steps}/{total_steps},"))
+    parts = []
     if metrics.loss is not None:
-        parts.append(f"loss {metrics.loss:.4f}")
+        parts.append(f"loss {on}{metrics.loss:6.4f}{off}")
     if metrics.val_loss is not None:
-        parts.append(f"val loss {metrics.val_loss:.4f}")
-    parts += [f"{name} {metrics.reports[name]:.3f}" for name in SHOWN if name in metrics.reports]
+        parts.append(f"val loss {on}{metrics.val_loss:.4f}{off}")
+    parts += [f"{name} {metrics.reports[name]:5.3f}" for name in SHOWN if name in metrics.reports]
     if metrics.loss is not None:
-        parts += [
-            f"lr {metrics.learning_rate:.2e}",
-            f"grad norm {metrics.grad_norm:.3f}",
-            f"{metrics.supervised_tokens_per_s:.0f} supervised tok/s",
-            f"{metrics.tokens_per_s:.0f} tok/s",
-            f"peak {metrics.peak_memory_bytes / 1e9:.2f} GB",
-            f"{format_duration(seconds_left)} left",
-        ]
+        trained, all_real = f"{metrics.supervised_tokens_per_s:5.0f}", f"{metrics.tokens_per_s:5.0f}"
+        peak = f"peak {metrics.peak_memory_bytes / 1e9:.2f} GB"
+        speeds = [f"{trained} supervised tok/s"] if trained != all_real else []
+        parts.append(f"lr {metrics.learning_rate:.2e}")
+        if seconds_left is None:
+            parts += [*(speeds or [f"{all_real} tok/s"]), peak]
+        else:
+            parts += [f"grad norm {metrics.grad_norm:6.3f}", *speeds, f"{all_real} tok/s", peak]
+            parts.append(f"{format_duration(seconds_left)} left")
     if metrics.skipped_steps:
-        parts.append(f"steps skipped because they were not finite: {metrics.skipped_steps}")
-    return ", ".join(parts)
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration as text, such as 1m15s for 75."""
-    minutes, rest = divmod(round(max(seconds, 0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+        parts.append(f"{counted(metrics.skipped_steps, 'step')} skipped (not finite)")
+    return f"{position} {', '.join(parts)}"
 
 
 class Progress(Protocol):
@@ -164,50 +168,53 @@ class PlainProgress:
 
     def __init__(self, total_steps: int, say: Callable[[str], None]):
         self._total, self._say, self._start = total_steps, say, time.perf_counter()
+        self._reported = False
 
     def step(self, step: int) -> None:
         """Say once how long a step takes, because the first report may come many slow steps later."""
-        if step == 2 and self._total > 2:  # the second step is under way, so the first is done
+        # The second step is under way, so the first is done.
+        if step == 2 and self._total > 2 and not self._reported:
             spent = time.perf_counter() - self._start
             self._say(f"step 1/{self._total} done {format_duration(spent)} after the start")
 
     def report(self, metrics: Metrics) -> None:
+        self._reported = self._reported or metrics.loss is not None
         spent = time.perf_counter() - self._start
-        self._say(format_metrics(metrics, self._total, spent / max(metrics.step, 1) * (self._total - metrics.step)))
+        left = spent / max(metrics.step, 1) * (self._total - metrics.step)
+        self._say(format_metrics(metrics, self._total, left))
 
     def close(self) -> None:
         """Do nothing: no file is open."""
 
 
 class LiveProgress:
-    """Shows a live bar on a terminal, with the last report."""
+    """Shows a live bar on a terminal, and above it a line per report, which stays in the scrollback."""
 
-    def __init__(self, total_steps: int):
+    def __init__(self, total_steps: int, console: Console | None = None):
         columns = (
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
         )
-        self._bar = Bars(*columns, console=Console(stderr=True))
+        self._total = total_steps
+        self._bar = Bars(*columns, console=console or Console(stderr=True))
         self._task = self._bar.add_task("first step", total=total_steps)
-        self._loss = self._val = self._rest = ""
+        self._loss = self._val = ""
         self._bar.start()
 
     def step(self, step: int) -> None:
         self._bar.update(self._task, completed=step)
 
     def report(self, metrics: Metrics) -> None:
+        line = Text.from_ansi(format_metrics(metrics, self._total, None))
+        self._bar.console.print(line, highlight=False)
         if metrics.val_loss is not None:
             self._val = f"val {metrics.val_loss:.4f}"
-            self._bar.console.print(f"step {metrics.step}: val loss {metrics.val_loss:.4f}")
         if metrics.loss is not None:
             self._loss = f"loss {metrics.loss:.4f}"
-            self._rest = f"{metrics.supervised_tokens_per_s:.0f} tok/s · {metrics.peak_memory_bytes / 1e9:.2f} GB"
-            if metrics.skipped_steps:
-                self._rest += f" · {metrics.skipped_steps} skipped"
         if self._loss:
-            text = " · ".join(filter(None, (self._loss, self._val, self._rest)))
+            text = " · ".join(filter(None, (self._loss, self._val)))
             self._bar.update(self._task, description=text, completed=metrics.step)
 
     def close(self) -> None:

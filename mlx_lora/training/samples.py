@@ -1,4 +1,4 @@
-"""Sample greedy text after the beginning of a held-out row, to compare the model before and after training."""
+"""Sample greedy texts after the beginnings of held-out rows, to compare the model before and after training."""
 
 from __future__ import annotations
 
@@ -14,17 +14,27 @@ OF_PLAIN_TEXT = 24  # tokens of the beginning if a row is trained from its first
 CANDIDATES = 25
 
 
-def held_out_beginning(rows: EncodedSet) -> list[int]:
-    """Return the tokens before the first trained token of a typical row, the median by length of the first few.
+def held_out_beginnings(rows: EncodedSet, most: int) -> list[list[int]]:
+    """Return the tokens before the first trained token of some typical rows, the middle one by length first.
 
     Args:
         rows: at least one.
+        most: how many to return; fewer if the rows are few, or begin alike.
 
     Returns:
-        Token ids, at most the last 256; for a row that is trained from the start, its first 24.
+        Token ids, at most the last 256 of each; for a row that is trained from the start, its first 24.
     """
-    order = np.argsort(rows.lengths[:CANDIDATES], kind="stable")
-    tokens, mask = rows.row(int(order[len(order) // 2]))
+    order = np.argsort(rows.lengths[:CANDIDATES], kind="stable").tolist()
+    middle = len(order) // 2
+    found: list[list[int]] = []
+    for number in sorted(order, key=lambda number: abs(order.index(number) - middle)):
+        beginning = _beginning(*rows.row(number))
+        if len(found) < most and beginning not in found:
+            found.append(beginning)
+    return found
+
+
+def _beginning(tokens: np.ndarray, mask: np.ndarray) -> list[int]:
     trained = np.flatnonzero(mask)
     before = int(trained[0]) if len(trained) else len(tokens)
     # The first token can never be trained, so plain text is trained from the second.

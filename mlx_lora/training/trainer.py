@@ -19,6 +19,7 @@ from mlx_lora.objectives.objective import Objective
 from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, LoopSettings
 from mlx_lora.system import process
 from mlx_lora.system.distributed import ALONE, Ranks
+from mlx_lora.system.long_task import tracked
 from mlx_lora.training.agreement import Agreement
 from mlx_lora.training.interrupts import interrupt_flag
 from mlx_lora.training.losses import choose_loss
@@ -163,11 +164,21 @@ def held_out_plan(rows: EncodedSet, settings: LoopSettings) -> BatchPlan:
 
 
 def held_out_loss(
-    base: Base, rows: EncodedSet, settings: LoopSettings, objective: Objective, ranks: Ranks = ALONE
+    base: Base,
+    rows: EncodedSet,
+    settings: LoopSettings,
+    objective: Objective,
+    ranks: Ranks = ALONE,
+    say: Callable[[str], None] | None = None,
 ) -> Measured:
-    """Return the mean loss of the first --test-batches batches."""
+    """Return the mean loss of the first --test-batches batches; `say` takes lines of progress where there is no bar."""
     task = task_of(objective, choose_loss(base.model, base.config, settings.kernels), base.model)
-    return mean_loss(base.model, task, held_out_plan(rows, settings).batches(settings.test_batches), ranks)
+    plan = held_out_plan(rows, settings)
+    count = len(plan) if settings.test_batches < 0 else min(len(plan), settings.test_batches)
+    batches = plan.batches(settings.test_batches)
+    if ranks.size == 1:
+        batches = tracked(batches, "Measuring", count, "batches", say)
+    return mean_loss(base.model, task, batches, ranks)
 
 
 def train(

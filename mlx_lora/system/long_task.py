@@ -1,0 +1,116 @@
+"""Show how far a long piece of work is: a bar on a terminal or in a notebook, a line now and then elsewhere.
+
+Nothing appears for work that is done within two seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from mlx_lora.system.units import format_duration
+
+QUIET_S = 2.0  # of work, before anything is shown
+LINE_EVERY_S = 20.0  # between the lines in a pipe or a log file
+
+T = TypeVar("T")
+
+
+def has_live_display() -> bool:
+    """Tell whether standard error can show a bar: it is a terminal, or the output of a notebook's cell."""
+    return sys.stderr.isatty() or in_notebook()
+
+
+def in_notebook() -> bool:
+    """Tell whether this runs in Jupyter's kernel (its terminal shell is a terminal like others)."""
+    ipython: Any = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and type(shell).__name__ == "ZMQInteractiveShell"
+
+
+class LongTask:
+    """Takes what is done and shows it; made by `long_task`."""
+
+    def __init__(self, what: str, total: int, unit: str, say: Callable[[str], None] | None, live: bool):
+        """Begin.
+
+        Args:
+            what: a name for the work, as in Evaluating.
+            total: how much there is.
+            unit: what is counted, in the plural.
+            say: takes the lines where no bar can be shown; None: there are none.
+            live: whether a bar can be shown.
+        """
+        self._what, self._total, self._unit, self._say = what, total, unit, say
+        self._done, self._start = 0, time.monotonic()
+        self._next_s = self._start + max(QUIET_S, LINE_EVERY_S / 2)
+        self._lock, self._bar, self._ended = threading.Lock(), None, False
+        self._timer = threading.Timer(QUIET_S, self._show) if live and total > 1 else None
+        if self._timer:
+            self._timer.daemon = True
+            self._timer.start()
+
+    def advance(self, count: int = 1) -> None:
+        """Note that so much more is done."""
+        self.reach(self._done + count)
+
+    def reach(self, done: int) -> None:
+        """Note how much is done in all."""
+        self._done = done
+        if self._timer:
+            with self._lock:
+                if self._bar:
+                    self._bar.update(self._bar.task_ids[0], completed=done)
+        elif self._say and time.monotonic() > self._next_s and 0 < done < self._total:
+            spent_s = time.monotonic() - self._start
+            left = format_duration(spent_s / done * (self._total - done))
+            self._say(f"{self._what}: {done:,} of {self._total:,} {self._unit}, about {left} left")
+            self._next_s = time.monotonic() + LINE_EVERY_S
+
+    def _show(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        with self._lock:
+            if self._ended:
+                return
+            columns = (TextColumn(f"{self._what}"), BarColumn(bar_width=24), MofNCompleteColumn())
+            columns += (TextColumn(self._unit), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.add_task(self._what, total=self._total, completed=self._done)
+            self._bar.start()
+
+    def end(self) -> None:
+        """Take the bar away."""
+        if self._timer:
+            self._timer.cancel()
+        with self._lock:
+            self._ended = True
+            if self._bar:
+                self._bar.stop()
+
+
+@contextmanager
+def long_task(
+    what: str, total: int, unit: str, say: Callable[[str], None] | None = None, live: bool | None = None
+) -> Iterator[LongTask]:
+    """Show the progress of the work in the block; see `LongTask`. `live` None: a bar where one can be shown."""
+    task = LongTask(what, total, unit, say, has_live_display() if live is None else live)
+    try:
+        yield task
+    finally:
+        task.end()
+
+
+def tracked(
+    items: Iterable[T], what: str, total: int, unit: str, say: Callable[[str], None] | None = None
+) -> Iterator[T]:
+    """Yield the items, and show how many are done."""
+    with long_task(what, total, unit, say) as task:
+        for item in items:
+            yield item
+            task.advance()

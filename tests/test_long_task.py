@@ -1,0 +1,135 @@
+"""What the terminal shows: progress of long work, a run's history in columns, lines that wrap at words."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import click
+import pytest
+from rich.console import Console
+
+from mlx_lora.sources import hub
+from mlx_lora.system import console, long_task
+from mlx_lora.system.long_task import tracked
+from mlx_lora.training.progress import LiveProgress, Metrics, PlainProgress, format_metrics
+
+
+def metrics(step, loss=None, val_loss=None, **changes):
+    facts = {
+        "step": step, "epoch": 0.1, "loss": loss, "val_loss": val_loss, "learning_rate": 1e-4, "grad_norm": 0.5,
+        "supervised_tokens_per_s": 70.0, "tokens_per_s": 90.0, "examples": 1, "supervised_tokens": 7, "real_tokens": 9,
+        "positions": 9, "shapes": [], "padding_fraction": 0.0, "skipped_steps": 0, "peak_memory_bytes": 10**9,
+        "process_peak_bytes": 10**9, "elapsed_s": 1.0,
+    }  # fmt: skip
+    return Metrics(**{**facts, **changes})
+
+
+def test_short_work_says_nothing_and_long_work_says_how_far_it_is(monkeypatch):
+    said = []
+    assert list(tracked(range(3), "Converting", 3, "tensors", said.append)) == [0, 1, 2]
+    assert said == []
+    monkeypatch.setattr(long_task, "QUIET_S", 0.0)
+    monkeypatch.setattr(long_task, "LINE_EVERY_S", 0.0)
+    assert list(tracked(range(2000), "Converting", 2000, "tensors", said.append))[-1] == 1999
+    assert said[0] == "Converting: 1 of 2,000 tensors, about 0s left"
+    assert len(said) == 1999  # the end is no news: what was made is told then
+    assert list(tracked(range(3), "Converting", 3, "tensors")) == [0, 1, 2]  # where nobody listens
+
+
+def test_lines_come_rarely(monkeypatch):
+    clock = iter(range(0, 1000, 5))
+    monkeypatch.setattr(long_task.time, "monotonic", lambda: float(next(clock)))
+    said = []
+    list(tracked(range(12), "Asking", 12, "questions", said.append))
+    assert 1 < len(said) < 6
+
+
+def test_a_terminal_gets_a_bar_after_two_seconds_and_no_lines(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr("rich.console.Console", lambda **_: Console(file=screen, force_terminal=True, width=80))
+    said = []
+    monkeypatch.setattr(long_task, "QUIET_S", 60.0)
+    with long_task.long_task("Fusing", 9, "layers", said.append, live=True) as task:
+        task.reach(3)
+    assert screen.getvalue() == ""
+    monkeypatch.setattr(long_task, "QUIET_S", 0.0)
+    with long_task.long_task("Fusing", 9, "layers", said.append, live=True) as task:
+        deadline = time.monotonic() + 20
+        while "layers" not in screen.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        task.reach(4)
+    shown = click.unstyle(screen.getvalue())
+    assert "Fusing" in shown
+    assert "4/9 layers" in shown
+    assert said == []
+
+
+def test_a_notebook_has_a_live_display(monkeypatch):
+    shell = type("ZMQInteractiveShell", (), {})()
+    monkeypatch.setitem(long_task.sys.modules, "IPython", type("IPython", (), {"get_ipython": lambda: shell}))
+    assert long_task.has_live_display()
+    monkeypatch.setitem(long_task.sys.modules, "IPython", type("IPython", (), {"get_ipython": lambda: None}))
+    assert not long_task.in_notebook()
+
+
+def test_a_download_in_a_pipe_tells_its_bytes(monkeypatch, capsys):
+    monkeypatch.setattr(hub, "LINE_EVERY_S", 0.0)
+    bar = hub.TerminalBar(total=5_000_000, unit="B")
+    bar.update(3_000_000)
+    assert capsys.readouterr().err == "Downloading: 3 MB so far\n"
+    hub.TerminalBar(total=5, unit="it").update(3)  # files, not bytes
+    assert capsys.readouterr().err == ""
+
+
+def test_the_columns_of_a_history_stand_under_each_other():
+    lines = [format_metrics(metrics(step, loss, grad_norm=norm), 120, 60.0) for step, loss, norm in (
+        (1, 2.5, 0.25), (20, 1.25, 12.5), (120, 0.125, 3.0))]  # fmt: skip
+    for column in ("loss", "lr", "grad norm", "supervised tok/s", "peak"):
+        assert len({line.index(column) for line in lines}) == 1, lines
+    assert lines[0].startswith("step 1/120, ")
+    assert "\x1b" not in lines[0]
+    assert "\x1b[1m2.5000\x1b[0m" in format_metrics(metrics(1, 2.5), 120, None)
+
+
+def test_equal_speeds_are_told_once():
+    assert format_metrics(metrics(1, 2.0), 9, 1.0).count("tok/s") == 2
+    same = format_metrics(metrics(1, 2.0, supervised_tokens_per_s=90.2), 9, 1.0)
+    assert same.count("tok/s") == 1
+    assert "90 tok/s" in same
+    assert "1 step skipped" in format_metrics(metrics(1, 2.0, skipped_steps=1), 9, 1.0)
+
+
+def test_losses_stay_in_the_scrollback_of_a_terminal():
+    screen = io.StringIO()
+    progress = LiveProgress(4, Console(file=screen, force_terminal=True, width=100))
+    for step in (1, 2, 3):
+        progress.report(metrics(step, 3.0 - step / 2))
+    progress.report(metrics(3, None, 1.75))
+    progress.close()
+    for words in ("step 1/4, loss \x1b[1m2.5000", "step 3/4, loss \x1b[1m1.5000", "step 3/4, val loss \x1b[1m1.7500"):
+        assert words in screen.getvalue()
+
+
+def test_the_first_step_is_told_only_before_the_first_report():
+    for reported, lines in ((True, 1), (False, 2)):
+        said = []
+        progress = PlainProgress(10, said.append)
+        if reported:
+            progress.report(metrics(1, 2.0))
+        progress.step(2)
+        if not reported:
+            progress.report(metrics(2, 2.0))
+        assert len(said) == lines
+        assert any("after the start" in line for line in said) is not reported
+
+
+@pytest.mark.parametrize("color", ["", "\x1b[32m"])
+def test_long_lines_wrap_at_words(color):
+    text = f"Adapter: {color}lora, rank 16, 14 layers{color and chr(27) + '[0m'} (down_proj, gate_proj, up_proj)"
+    found = console.wrapped(text, 41).split("\n")
+    assert [len(click.unstyle(line)) <= 41 for line in found] == [True] * 2
+    assert " ".join(line.strip() for line in found) == text
+    assert console.wrapped(text, 200) == text
+    command = "    mlx-lora chat --model a-rather-long-name --adapter a=a"  # to be copied in one piece
+    assert console.wrapped(command, 41) == command
