@@ -24,10 +24,8 @@ INSTEAD = {".xls": ".xlsx or .csv", ".ods": ".xlsx or .csv", ".numbers": ".xlsx 
 # Lists of rows in an object, those that are found first; the viewer of hub data sets writes `rows`.
 ROW_LISTS = ("rows", "data", "examples", "conversations", "records", "items", "dataset")
 # Lists that are a part of one record.
-RECORD_LISTS = frozenset(
-    "messages conversation completions answers tools functions history prompt completion chosen rejected "
-    "chosen_messages rejected_messages".split()
-)
+_OF_ANSWERS = ("completion", "completions", "answers", "chosen", "rejected", "chosen_messages", "rejected_messages")
+RECORD_LISTS = frozenset(("prompt", "messages", "conversation", "history", "tools", "functions", *_OF_ANSWERS))
 TURN_KEYS = ({"role", "content"}, {"from", "value"})
 
 
@@ -185,10 +183,10 @@ def _rows_of(whole: dict[str, Any]) -> list[Any] | None:
         if all(name.isdecimal() for name in whole):  # rows by their numbers
             return columns
         return [{name: column[row] for name, column in whole.items()} for row in columns[0]]
-    if len(columns) > 1 and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
-        if not any(_is_turn(value) for column in columns for value in column):  # else they are one record's
-            return [dict(zip(whole, row, strict=True)) for row in zip(*columns, strict=True)]
-    return None
+    lists = all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns)
+    if len(columns) < 2 or not lists or any(_is_turn(value) for column in columns for value in column):
+        return None  # turns are one record's
+    return [dict(zip(whole, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _holds_rows(value: Any) -> bool:

@@ -6,7 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
-from mlx_lora.sources.records import SUFFIXES
+from mlx_lora.sources.records import DOCUMENTS, SUFFIXES
 from mlx_lora.sources.shakespeare import tiny_shakespeare
 from mlx_lora.system.errors import InputError
 
@@ -21,6 +21,7 @@ SPLIT_NAMES = {
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SHARD = re.compile(r"(?P<split>[a-z]+)(-\d{5}-of-\d{5}.*)?")  # the hub's names for the parts of one split
+MARKDOWN = (".md", ".markdown")
 NOT_DATA = re.compile(r"(readme|license|requirements|dataset_infos?|config|notice)\b.*", re.IGNORECASE)
 
 
@@ -32,7 +33,8 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
 
     Returns:
         `train`, `valid`, `test` -> the split's files, ordered by name (one, unless a hub dataset has several
-        parts). A single file, or the only data file of a folder, is `train`.
+        parts). A single file, or the only data file of a folder, is `train`; so are all files of a folder of documents,
+        those in its subfolders too.
 
     Raises:
         InputError: there are no data files, or two files have the name of the same split.
@@ -60,6 +62,8 @@ def _folder_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
     files = [file for file in _data_files(folder) if not NOT_DATA.fullmatch(file.name)]
     if len(files) == 1:
         return {"train": (files[0],)}
+    if files and all(file.suffix.lower() in DOCUMENTS for file in files):
+        return {"train": _documents(folder)}
     found = ", ".join(file.name for file in files[:8]) or ", ".join(sorted(p.name for p in folder.iterdir())[:8])
     raise InputError(
         f"{folder} has no train.jsonl (or train{' train'.join(SUFFIXES[1:])}); "
@@ -85,9 +89,18 @@ def _named_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
 
 
 def _data_files(folder: Path) -> list[Path]:
+    """Return the data files of a folder; Markdown beside others describes them."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    return [file for file in files if file.suffix.lower() not in MARKDOWN] or files
+
+
+def _documents(folder: Path) -> tuple[Path, ...]:
+    """Return the texts in a folder and its subfolders, without hidden ones."""
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in DOCUMENTS and p.is_file())
+    seen = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    return tuple(sorted(p for p in seen if not NOT_DATA.fullmatch(p.name)))
 
 
 def _not_found(data: str, path: Path) -> str:
