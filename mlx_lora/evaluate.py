@@ -8,28 +8,23 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mlx_lora.api.evaluation import check_adapter, measure_loss
 from mlx_lora.artifacts.forgetting_page import verdict_rows, write_page
 from mlx_lora.data.data_report import UNITS
-from mlx_lora.data.loading import load_eval_set
-from mlx_lora.models.load import check_token_ids, load_base
+from mlx_lora.models.load import load_base
 from mlx_lora.objectives.objective_table import objective_of
-from mlx_lora.runs.composition import adapter_template, put_adapter
 from mlx_lora.runs.forgetting_test import CHAT, TEXT, measure_forgetting
-from mlx_lora.runs.reference import with_reference
 from mlx_lora.settings import flags
-from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system import console, device
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.drift import NO_CHANGE, SMALL_CHANGE
-from mlx_lora.training.trainer import held_out_loss
 
 
 @click.command(cls=console.Command)
@@ -64,7 +59,9 @@ def main(
         if given := [flag for flag, value in only.items() if value]:
             raise InputError(f"{', '.join(given)}: only with --forgetting; add it")
         adapter = resolve_adapter(adapter_path, adapter_revision)
-        result = evaluate(settings, adapter, ignore_fingerprint, batch_tokens)
+        check_adapter(settings, adapter)
+        base = load_base(settings.model)
+        result = measure_loss(settings, base, adapter, ignore_fingerprint, batch_tokens, console.echo)
         if as_json:
             console.print_json({**result, "adapter_path": adapter_path, "data": settings.data.data})
         else:
@@ -92,41 +89,6 @@ def main(
         console.print_json(facts)
     else:
         print_table(verdict_rows(facts))
-
-
-def evaluate(
-    settings: TrainSettings, adapter: Path | None, ignore_fingerprint: bool, batch_tokens: int | None
-) -> dict[str, Any]:
-    """Return loss, perplexity, supervised_tokens, rows and model.
-
-    Args:
-        settings: model and data.
-        adapter: folder to put on the model.
-        ignore_fingerprint: as for load_adapter.
-        batch_tokens: positions per batch; None: the default.
-
-    Raises:
-        InputError: model, adapter or data that cannot be used.
-    """
-    objective = objective_of(settings.objective)
-    if objective.scores and not adapter:
-        raise InputError("--objective reward without --adapter-path: no score head; give a reward model's adapter")
-    settings = replace(settings, loop=replace(settings.loop, batch_tokens=batch_tokens, test_batches=-1))
-    base = load_base(settings.model)
-    data = settings.data
-    if not data.chat_template and (template := adapter_template(adapter)):
-        base.hf_tokenizer.chat_template = template
-    rows = load_eval_set(data.data or "", data, base.hf_tokenizer, console.echo, objective.records)
-    check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
-    rows = objective.targets_of(rows)
-    if objective.reference:
-        rows = with_reference(settings, base, {"rows": rows}, console.echo)["rows"]
-    if adapter:
-        put_adapter(base, adapter, data, objective, ignore_fingerprint)
-    found = held_out_loss(base, rows, settings.loop, objective)
-    means = found.reports or {"perplexity": console.perplexity(found.loss)}
-    counts = {"supervised_tokens": rows.supervised_tokens, "rows": rows.examples}
-    return {"loss": found.loss, **means, **counts, "model": base.model_id}
 
 
 def print_table(rows: list[dict[str, str]]) -> None:

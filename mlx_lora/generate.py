@@ -5,23 +5,15 @@ python -m mlx_lora.generate --model DIR --adapter-path my-adapter --prompt "O Ro
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
-import mlx.core as mx
-from mlx_lm import stream_generate
-from mlx_lm.generate import GenerationResponse
-from mlx_lm.sample_utils import make_sampler
 
+from mlx_lora.api.generation import TextSettings, text_pieces
 from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.data.prompts import encode_prompt
 from mlx_lora.data.templates import own_template
-from mlx_lora.models.continuation import continued
-from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
-from mlx_lora.models.load import Base, check_token_ids, load_base
+from mlx_lora.models.load import load_base
 from mlx_lora.settings import flags
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.sources.hub import resolve_adapter
@@ -57,23 +49,14 @@ def main(
 ) -> None:  # fmt: skip
     """Print the text that follows --prompt."""
     text = read_prompt(prompt)
-    if not math.isfinite(temp):
-        raise InputError(f"--temp {temp}: not a finite number; give 0 for greedy, or about 0.7")
+    how = TextSettings(max_tokens, temp, top_p, top_k, seed)
     adapter = resolve_adapter(adapter_path, adapter_revision)
     base = load_base(train_settings(flags.given(options)).model)
     template = load_adapter(base, adapter, ignore_fingerprint).chat_template if adapter else None
     template = None if ignore_chat_template else template or own_template(base.hf_tokenizer)
-    tokens = encode_prompt(base.hf_tokenizer, text, template, system_prompt)
-    check_token_ids(base, max(tokens, default=0), "--prompt")
-    if seed is not None:
-        mx.random.seed(seed)
-    # mlx-lm's top_k must be below the vocabulary's size; a larger one means all tokens, which is 0.
-    top_k = top_k if top_k < len(base.hf_tokenizer) else 0
-    sampler = make_sampler(temp=temp, top_p=top_p if top_p < 1 else 0.0, top_k=top_k)
     pieces: list[str] = []
-    last: Any = None  # the last of its responses, of which there is one at least
-    responses = generated(base, tokens, max_tokens, sampler)
-    for last in responses if template else continued(responses, base.tokenizer):
+    last: Any = None  # the last of mlx-lm's responses, of which there is one at least
+    for last in text_pieces(base, text, template, system_prompt, how):
         pieces.append(last.text)
         if not as_json:
             click.echo(last.text, nl=False)
@@ -83,28 +66,11 @@ def main(
             "tokens_per_s": last.generation_tps,
             "finish_reason": last.finish_reason,
         }
-        console.print_json({"text": "".join(pieces), **speed, "prompt_tokens": len(tokens), "model": base.model_id})
+        console.print_json(
+            {"text": "".join(pieces), **speed, "prompt_tokens": last.prompt_tokens, "model": base.model_id}
+        )
     else:
         click.echo()
-
-
-def generated(
-    base: Base, tokens: list[int], max_tokens: int, sampler: Callable[[mx.array], mx.array]
-) -> Iterator[GenerationResponse]:
-    """Yield mlx-lm's generated text.
-
-    Raises:
-        InputError: mlx-lm cannot generate with this model; a few models can only be trained.
-    """
-    try:
-        yield from stream_generate(base.model, base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler)
-    except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
-        raise InputError(
-            f"--model {base.model_id}: mlx-lm's {base.config.get('model_type')} cannot generate here ({short(error)}); "
-            "try a newer mlx-lm, or choose another model"
-        ) from error
 
 
 def read_prompt(prompt: str) -> str:

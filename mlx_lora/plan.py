@@ -7,68 +7,16 @@ python -m mlx_lora.plan --model config.json --all-chips
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
 
-from mlx_lora.data.joining import joined
-from mlx_lora.data.loading import load_data
-from mlx_lora.models.kernel_choice import KernelChoice
-from mlx_lora.models.outline import Outline, outline_of
-from mlx_lora.models.tokenizer import load_folder_tokenizer
-from mlx_lora.objectives.objective_table import objective_of
-from mlx_lora.planner.ceilings import measure_ceilings
-from mlx_lora.planner.chips import CHIPS, Chip, find_chip, known_chip
-from mlx_lora.planner.fitting import (
-    AUTO_MODES,
-    Fitted,
-    advice,
-    budget_of,
-    fit,
-    largest_batch,
-    largest_batch_size,
-    largest_sequence,
-    run_of,
-)
-from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.shapes import Machine, ModelShape
-from mlx_lora.planner.speed import Ceilings, count_step, forward_seconds, listed_ceilings, step_seconds
-from mlx_lora.planner.this_machine import this_machine
+from mlx_lora.api.run_plan import plan_run
 from mlx_lora.settings import flags
-from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.settings.settings_file import read_settings
-from mlx_lora.sources.hub import resolve_config
-from mlx_lora.system import console, device
-from mlx_lora.system.errors import InputError
+from mlx_lora.system import console
 from mlx_lora.system.units import counted, gigabytes
-from mlx_lora.training.prefix_sharing import layout_problem
-from mlx_lora.training.run_fit import outlined_shape, quantized_shape, with_kernels
-
-CHARACTERS_PER_TOKEN = 4  # about, in English; for the number of tokens in a data file
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSize:
-    """The facts about the data that a plan needs.
-
-    Attributes:
-        rows: to train on; an example of preference training has two.
-        longest: tokens of the longest row.
-        tokens: of all rows.
-        supervised_tokens: those of them that are trained.
-        measured_tokens: of all rows, held-out ones included, which is what a reference measures before the first step.
-    """
-
-    rows: int
-    longest: int
-    tokens: int
-    supervised_tokens: int
-    measured_tokens: int
 
 
 @click.command(cls=flags.Command)
@@ -86,231 +34,13 @@ def main(
     """Plan the memory and predict the speed of `train` with these flags; no weights are read."""
     given = flags.given(options)
     settings = train_settings(given, read_settings(config_file, given, console.echo))
-    if not settings.model.model:
-        raise InputError("--model is required: a hub id, a folder, a config.json or a .gguf file")
-    objective_of(settings.objective)  # refuses what `train` would
-    machine, ceilings = choose_machine(settings, chip, memory_gb)
-    # A GPU computes with 16 bits, even if this machine does not.
-    dtype = settings.model.dtype
-    if dtype == "auto":
-        dtype = "float32" if machine.number_bytes == 4 else "bfloat16"
-    outline = outline_of(settings.model.model or "", settings.model.revision, device.compute_dtype(dtype))
-    # Kernels of another machine cannot be measured here: those asked for, or ours.
-    elsewhere = KernelChoice(settings.loop.kernels)
-    kernels = None if chip is None and memory_gb is None else elsewhere
-    shape = outlined_shape(outline, settings, kernels)
-    machine = with_kernels(settings, shape, machine, kernels)
-    settings, size = measure_data(settings, outline, shape)
-    if size is not None:
-        settings = dataclasses.replace(
-            settings, data=dataclasses.replace(settings.data, max_seq_length=max(2, size.longest))
-        )
-    settings_of_base = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
-    result = plan(settings, shape, machine, ceilings, size)
-    if not result["fits"]:
-        width = settings.data.max_seq_length - 1
-        result["advice"] = advice(
-            settings,
-            shape,
-            machine,
-            width,
-            lambda: quantized_shape(outline, settings_of_base, kernels),
-            size and size.rows,
-        )
-    if all_chips:
-        if machine.backend != "metal" or kernels is None:
-            outline = outline_of(settings.model.model or "", settings.model.revision, device.compute_dtype("bfloat16"))
-            shape = outlined_shape(outline, settings, elsewhere)
-        result["chips"] = list(for_all_chips(settings, shape, size))
+    result = plan_run(settings, chip, memory_gb, all_chips, console.echo)
     if as_json:
         console.print_json(result)
     elif all_chips:
         click.echo(render_chips(result["chips"]))
     else:
         click.echo(render(result))
-
-
-def measure_data(settings: TrainSettings, outline: Outline, shape: ModelShape) -> tuple[TrainSettings, DataSize | None]:
-    """Return the size of --data in tokens; None if it is not on this disk, or the model's folder has no tokenizer.
-
-    The settings come back with --shared-prefix on where a run would share the prompts of these pairs.
-    """
-    if settings.data.data is None or not Path(settings.data.data).exists():
-        return settings, None
-    folder = resolve_config(settings.model.model or "", settings.model.revision)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return settings, None
-    tokenizer = load_folder_tokenizer(folder, outline.config, settings.model.trust_remote_code)
-    objective = objective_of(settings.objective)
-    splits = load_data(settings.data, tokenizer._tokenizer, settings.loop.seed, console.echo, records=objective.records)
-    rows = objective.targets_of(splits.train)
-    parts = [part for part in (splits.train, splits.valid, splits.test) if part is not None]
-    asked = settings.objective.shared_prefix
-    if objective.records == "pairs" and layout_problem(asked, outline.model, shape, rows) is None:
-        settings = dataclasses.replace(settings, objective=dataclasses.replace(settings.objective, shared_prefix="on"))
-        rows, parts = joined(rows), [joined(part) for part in parts]
-    longest, measured = int(rows.lengths.max(initial=2)), sum(len(part.tokens) for part in parts)
-    return settings, DataSize(len(rows), longest, len(rows.tokens), rows.supervised_tokens, measured)
-
-
-def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | None) -> tuple[Machine, Ceilings]:
-    """Return the machine to plan for, and its ceilings: measured for this one, listed for another."""
-    number_bytes = 4 if settings.model.dtype == "float32" else 2
-    if chip is not None:
-        found = find_chip(chip)
-        return found.machine(memory_gb, number_bytes), listed_ceilings(found, number_bytes)
-    here = this_machine(settings.model.dtype)
-    if memory_gb is None:
-        return here, measure_ceilings(settings.model.dtype)
-    known = known_chip(here.name)
-    if known is None:
-        raise InputError(f"--memory-gb {memory_gb}: {here.name} is not in the table of chips; name one with --chip")
-    return known.machine(memory_gb, number_bytes), listed_ceilings(known, number_bytes)
-
-
-def plan(
-    settings: TrainSettings, shape: ModelShape, machine: Machine, ceilings: Ceilings, size: DataSize | None
-) -> dict[str, Any]:
-    """Return the plan for one machine, as JSON values."""
-    width = settings.data.max_seq_length - 1
-    fitted = fit(settings, shape, machine, width, size and size.rows)
-    memory, budget = fitted.memory, budget_of(settings.loop, machine)
-    rows, columns = largest_batch(width, settings, fitted.batch_tokens, size and size.rows)
-    modes = {
-        mode: plan_memory(shape, run_of(settings, rows, columns, mode), machine, budget).peak_bytes
-        for mode in dict.fromkeys([*AUTO_MODES, fitted.checkpointing])
-    }
-    return {
-        "fits": memory.fits,
-        "not_known": list(shape.not_known),
-        "peak_bytes": memory.peak_bytes,
-        "parts": memory.parts,
-        "cache_bytes": memory.cache_bytes,
-        "needed_bytes": memory.needed_bytes,
-        "budget_bytes": memory.budget_bytes,
-        "phase": memory.phase,
-        "phases": memory.phases,
-        "peak_bytes_by_checkpointing": modes,
-        "settings": chosen_settings(settings, fitted, rows),
-        "largest_sequence": {
-            mode: largest_sequence(settings, shape, machine, mode)
-            for mode in dict.fromkeys([fitted.checkpointing, "block"])
-        },
-        "largest_batch_size": {
-            mode: largest_batch_size(settings, shape, machine, mode, width)
-            for mode in dict.fromkeys([fitted.checkpointing, "block"])
-        },
-        "predicted": predict(settings, shape, machine, ceilings, fitted, size),
-        "objective": {
-            "name": settings.objective.objective,
-            "records": objective_of(settings.objective).records,
-            "rows_per_example": settings.objective.rows_per_example,
-            "reference": objective_of(settings.objective).reference,
-        },
-        "data": size and dataclasses.asdict(size),
-        "machine": dataclasses.asdict(machine),
-        "model": {
-            "model_type": shape.model_type,
-            "blocks": len(shape.blocks),
-            "parameters": shape.numbers,
-            "trained_parameters": shape.trained,
-            "base_bytes": shape.base_bytes,
-        },
-    }
-
-
-def chosen_settings(settings: TrainSettings, fitted: Fitted, rows: int) -> dict[str, Any]:
-    """Return the settings that `train` would choose."""
-    return {
-        "batch_tokens": fitted.batch_tokens,
-        "rows": rows,
-        "grad_checkpoint": fitted.checkpointing,
-        "max_seq_length": settings.data.max_seq_length,
-        "method": settings.adapter.method_name,
-        "rank": settings.adapter.rank,
-        "optimizer": settings.optimizer.optimizer,
-        "dtype": settings.model.dtype,
-    }
-
-
-def predict(
-    settings: TrainSettings,
-    shape: ModelShape,
-    machine: Machine,
-    ceilings: Ceilings,
-    fitted: Fitted,
-    size: DataSize | None,
-) -> dict[str, Any]:
-    """Predict the speed: tokens per second of full rows, and the hours of the run if its length is known."""
-    width = settings.data.max_seq_length - 1
-    rows, columns = largest_batch(width, settings, fitted.batch_tokens, size and size.rows)
-    run = run_of(settings, rows, columns, fitted.checkpointing)
-    if size is not None:
-        share = size.supervised_tokens / max(1, size.tokens - size.rows)  # a row of n tokens has n - 1 positions
-        run = dataclasses.replace(run, trained_positions=round(share * run.positions))
-    seconds, parts = step_seconds(shape, run, machine, ceilings)
-    objective, reference = settings.objective, objective_of(settings.objective).reference
-    together = objective.rows_per_example // objective.trained_rows_per_example
-    forward_s = forward_seconds(shape, run, machine, ceilings)
-    if together > 1:  # for each trained row, one that is only measured
-        parts["other answers"] = (together - 1) * forward_s
-        seconds += parts["other answers"]
-    tokens_per_s = together * run.positions / seconds
-    tokens = tokens_of(settings, together * rows * columns, size)
-    reference_s = forward_s * size.measured_tokens / run.positions if reference and size is not None else None
-    return {
-        "note": "predicted, not measured",
-        "ceilings": ceilings.source,
-        "tokens_per_s": tokens_per_s,
-        "step_s": seconds,
-        "parts_s": parts,
-        "gflop_per_step": sum(count.flops for count in count_step(shape, run, machine).values()) / 1e9,
-        "reference_s": reference_s,
-        "hours": None if tokens is None else (tokens / tokens_per_s + (reference_s or 0)) / 3600,
-        "hours_per_million_tokens": 1e6 / tokens_per_s / 3600,
-    }
-
-
-def tokens_of(settings: TrainSettings, positions: int, size: DataSize | None) -> float | None:
-    """Return about how many tokens the run trains on, by --iters or the size of the data, if known."""
-    loop, data = settings.loop, settings.data.data
-    if loop.iters is not None:
-        return float(loop.iters * loop.grad_accumulation_steps * positions)
-    if size is not None:
-        return size.tokens * (loop.epochs or 1.0)
-    if data is None or not Path(data).is_file():
-        return None
-    return Path(data).stat().st_size / CHARACTERS_PER_TOKEN * (loop.epochs or 1.0)
-
-
-def for_all_chips(settings: TrainSettings, shape: ModelShape, size: DataSize | None) -> Iterator[dict[str, Any]]:
-    """Yield one row for each chip and memory size."""
-    number_bytes = 4 if settings.model.dtype == "float32" else 2
-    width = settings.data.max_seq_length - 1
-    for chip in CHIPS:
-        for memory_gib in chip.memory_gib:
-            machine = chip.machine(memory_gib, number_bytes)
-            fitted = fit(settings, shape, machine, width, size and size.rows)
-            yield _chip_row(settings, shape, chip, machine, fitted, size)
-
-
-def _chip_row(
-    settings: TrainSettings, shape: ModelShape, chip: Chip, machine: Machine, fitted: Fitted, size: DataSize | None
-) -> dict[str, Any]:
-    number_bytes = machine.number_bytes
-    speed = predict(settings, shape, machine, listed_ceilings(chip, number_bytes), fitted, size)
-    return {
-        "chip": chip.name,
-        "memory_bytes": machine.memory_bytes,
-        "budget_bytes": fitted.memory.budget_bytes,
-        "fits": fitted.memory.fits,
-        "peak_bytes": fitted.memory.peak_bytes,
-        "batch_tokens": fitted.batch_tokens,
-        "grad_checkpoint": fitted.checkpointing,
-        "largest_sequence": largest_sequence(settings, shape, machine, "block"),
-        "tokens_per_s": speed["tokens_per_s"] if fitted.memory.fits else None,
-        "ceilings": chip.status,
-    }
 
 
 def render(result: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.system import console, device
 from mlx_lora.system.distributed import together
 from mlx_lora.system.supervise import run_supervised
+from mlx_lora.training.progress import LiveProgress
 
 
 @click.command(cls=flags.Command)
@@ -34,7 +35,7 @@ def main(config_file: str | None, **options: Any) -> int:
     if settings.loop.short_buffers:
         device.restart_with_short_buffers()
     with together(console.describe_error) as ranks:
-        outcome = train_run(settings, ranks, console.echo, live=sys.stderr.isatty())
+        outcome = train_run(settings, ranks, console.echo, LiveProgress if sys.stderr.isatty() else None)
         if outcome.interrupted:
             console.echo(interrupted_line(settings.loop.adapter_path, outcome))
     return 130 if outcome.interrupted else 0

@@ -14,7 +14,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mlx_lora"
 PROJECT = (PACKAGE.parent / "pyproject.toml").read_text()
 OLDEST = (3, int(re.search(r'requires-python = ">=3\.(\d+)"', PROJECT)[1]))
-STAGES = ("sources", "data", "models", "adapters", "objectives", "training", "artifacts", "runs", "serving", "suite")
+STAGES = (
+    "sources", "data", "models", "adapters", "objectives", "training", "artifacts", "runs", "serving", "suite", "api",
+)  # fmt: skip
 BELOW = ("system", "settings", "planner")  # of all stages; each imports only from its own left as well
 COMMANDS = ("train", "convert", "generate", "evaluate", "fuse", "export", "plan", "bench", "chat", "serve", "doctor")
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -21,10 +21,10 @@ import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.models.fingerprint import fused_mark
-from mlx_lora.models.folder import FOREIGN_ERRORS, complete_module, import_architecture, load_weights
+from mlx_lora.models.folder import FOREIGN_ERRORS, complete_module, import_architecture, load_weights, read_config
 from mlx_lora.models.gguf_arch import model_config, weight_map
 from mlx_lora.models.gguf_weights import Imported, Target, check_shapes, import_weights
-from mlx_lora.models.quantize import Quantization, dequantize_model, quantize_model
+from mlx_lora.models.quantize import Quantization, choose_quantization, dequantize_model, quantize_model
 from mlx_lora.models.saving import ShardWriter, check_out, write_json
 from mlx_lora.sources.gguf_reader import read_gguf
 from mlx_lora.sources.gguf_tokenizer import write_tokenizer
@@ -149,6 +149,41 @@ def cached_gguf_folder(source: ModelSource) -> Path:
         if not (folder / "config.json").is_file():
             check_writable(folder, f"MLX_LORA_CACHE: converting {source.path.name} into", stat.st_size)
             convert_model(source, folder, target="carry")
+    return folder
+
+
+def cached_quantized_folder(source: ModelSource, bits: int, dtype: mx.Dtype, trust_remote_code: bool = False) -> Path:
+    """Return a model quantized at `bits`, as a folder in the cache; the first call converts it, as `convert --bits` does.
+
+    A folder that already has these bits is returned as it is.
+
+    Args:
+        source: from `resolve_model`.
+        bits: per weight, in groups of 64.
+        dtype: of what stays in float.
+        trust_remote_code: as for `convert_model`.
+
+    Raises:
+        InputError: MLX has no such bits, or the model is quantized at others.
+    """
+    target = choose_quantization(bits, None, None)
+    if source.kind == "folder":
+        config = read_config(source.path, trust_remote_code)
+        found = config.get("quantization") or config.get("quantization_config")
+        if found and found.get("bits") == bits:
+            return source.path
+        if found:
+            raise InputError(
+                f"--bits {bits}: {source.model_id} is already quantized ({found.get('bits', '?')} bits); leave --bits out, "
+                "or give the model that it was made from"
+            )
+    files = sorted(source.path.glob("*.*")) if source.kind == "folder" else [source.path]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = sha256_of(f"{_FORMAT}|{source.path.resolve()}|{target}|{dtype}|{stats}")
+    folder = cache_dir("converted") / f"{source.model_id.rstrip('/').rpartition('/')[2]}-{bits}bit-{key[:12]}"
+    with one_at_a_time(folder):
+        if not (folder / "config.json").is_file():
+            convert_model(source, folder, target=target, dtype=dtype, trust_remote_code=trust_remote_code)
     return folder
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,6 +69,15 @@ class Base:
     def token_rows(self) -> int | None:
         """The number of token ids that the embedding has rows for, None if that cannot be told."""
         return embedding_rows(self.model, self.config)
+
+    @contextmanager
+    def lent(self) -> Iterator[Base]:
+        """Yield a base that shares this one's arrays and may be adapted and trained; this one stays as it is."""
+        template = self.hf_tokenizer.chat_template
+        try:
+            yield replace(self, model=copy.deepcopy(self.model))  # copies modules, not their arrays
+        finally:
+            self.hf_tokenizer.chat_template = template  # an adapter may have brought its own
 
     def describe(self) -> str:
         """Return one line for the run header: type, blocks, size, quantization, dtypes."""

@@ -1,4 +1,4 @@
-"""Send a run's records to the display and log files, and write its model card."""
+"""Send a run's records to the display, metrics.jsonl and callbacks, and write its model card."""
 
 from __future__ import annotations
 
@@ -10,28 +10,40 @@ from mlx_lora.artifacts.adapter import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
 from mlx_lora.models.load import Base
 from mlx_lora.runs.composition import Composed
-from mlx_lora.training.progress import LiveProgress, Metrics, MetricsFile, PlainProgress
+from mlx_lora.training.callbacks import Callbacks
+from mlx_lora.training.progress import Metrics, MetricsFile, PlainProgress, Progress
 
 
 @contextmanager
 def reporting(
-    run: Composed, loggers: list[Callable[[Metrics], None]], say: Callable[[str], None], live: bool
+    run: Composed, told: Callbacks, say: Callable[[str], None], show: Callable[[int], Progress] | None
 ) -> Iterator[tuple[Callable[[Metrics], None], Callable[[int], None]]]:
-    """Open metrics.jsonl, the display and `loggers`; yield functions that take a record, and a step's number."""
+    """Open metrics.jsonl and the display; yield functions that take a record, and a step's number.
+
+    Args:
+        run: ready for its first step.
+        told: the callbacks, which are told of both.
+        say: takes a line per report where there is no display.
+        show: makes a display from the number of steps; None: there is none.
+    """
     folder = run.folder
     if not folder.ranks.leads:
         yield lambda record: None, lambda step: None
         return
     metrics = MetricsFile(folder.path / "metrics.jsonl", folder.at.taken if run.found else None)
-    progress = LiveProgress(run.steps) if live else PlainProgress(run.steps, say)
-    sinks = [metrics, progress.report, *loggers]
+    progress = show(run.steps) if show else PlainProgress(run.steps, say)
 
     def report(record: Metrics) -> None:
-        for sink in sinks:
-            sink(record)
+        metrics(record)
+        progress.report(record)
+        told.tell("on_report" if record.val_loss is None else "on_validation", record.to_flat())
+
+    def step(number: int) -> None:
+        progress.step(number)
+        told.tell("on_step", {"step": number, "steps": run.steps})
 
     try:
-        yield report, progress.step
+        yield report, step
     finally:
         progress.close()
         metrics.close()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from mlx_lora.adapters.inject import adapter_parameters
@@ -14,22 +15,29 @@ from mlx_lora.objectives.objective_table import OBJECTIVES, objective_of
 from mlx_lora.runs.composition import Composed, compose, put_adapter
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
-from mlx_lora.runs.words import loss_words, outcome_line
+from mlx_lora.runs.words import left_by, loss_words, outcome_line
 from mlx_lora.settings.config import ObjectiveSettings, TrainSettings
 from mlx_lora.system import console, device
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import check_writable
 from mlx_lora.training.agreement import take_first_ranks
-from mlx_lora.training.loggers import reporting_sinks
+from mlx_lora.training.callbacks import Callback, Callbacks
+from mlx_lora.training.loggers import logger_callbacks
 from mlx_lora.training.memory_guard import MemoryGuard
+from mlx_lora.training.progress import Progress
 from mlx_lora.training.run_fit import check_base_fits
 from mlx_lora.training.state import Diverged
 from mlx_lora.training.trainer import Outcome, held_out_loss, train
 
 
 def train_run(
-    settings: TrainSettings, ranks: Ranks = ALONE, say: Callable[[str], None] = lambda line: None, live: bool = False
+    settings: TrainSettings,
+    ranks: Ranks = ALONE,
+    say: Callable[[str], None] = lambda line: None,
+    show: Callable[[int], Progress] | None = None,
+    base: Base | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Outcome:
     """Train as the settings say and write the run folder; with --test, measure the loss on the test set.
 
@@ -37,25 +45,29 @@ def train_run(
         settings: of the run. With --test alone nothing is trained: the adapter in --adapter-path is measured.
         ranks: the processes that train together.
         say: takes lines of progress and reports.
-        live: show progress as a bar on the terminal, and reports in color.
+        show: makes a live display from the number of steps; None: `say` takes a line for each report.
+        base: the model that the settings name, if it is already loaded; it is changed. None: it is loaded here.
+        callbacks: are told what happens, on the first rank, as are those of --report-to.
 
     Raises:
-        InputError: settings, model, data or run folder that cannot be used.
-        RunError: the run diverged, or its results could not be written.
+        InputError: settings, model, data, callbacks or run folder that cannot be used.
+        RunError: the run diverged, its results could not be written, or a callback failed.
     """
+    told = Callbacks([*callbacks, *logger_callbacks(settings)] if ranks.leads else ())
     check_request(settings, ranks)
     device.compile_for(steps=settings.loop.iters or 0)  # until `compose` knows how many there are
     folder, trains = Path(settings.loop.adapter_path), wants_training(settings)
-    if trains:
-        check_base_fits(settings)
-    base = load_base(settings.model)
+    if base is None:
+        if trains:
+            check_base_fits(settings)  # an outline, without weights, which need not be read or downloaded in vain
+        base = load_base(settings.model)
     if not trains:
         put_adapter(base, folder, settings.data, objective_of(settings.objective))
-    splits = read_data(settings, base, ranks, say, live)
+    splits = read_data(settings, base, ranks, say)
     outcome = Outcome(0, None, False)
     if trains:
         with own_folder(folder, ranks):
-            outcome = take_steps(compose(settings, base, splits, ranks, say), base, splits, say, live)
+            outcome = take_steps(compose(settings, base, splits, ranks, say), base, splits, say, show, told)
     if settings.loop.test and splits.test is not None and not outcome.interrupted:
         found = held_out_loss(base, splits.test, settings.loop, objective_of(settings.objective), ranks)
         say(f"Test {loss_words(found)}")
@@ -105,9 +117,7 @@ def check_metric(settings: TrainSettings) -> None:
         )
 
 
-def read_data(
-    settings: TrainSettings, base: Base, ranks: Ranks, say: Callable[[str], None], colored: bool
-) -> DataSplits:
+def read_data(settings: TrainSettings, base: Base, ranks: Ranks, say: Callable[[str], None]) -> DataSplits:
     """Read the data, check that the base can take them, and say what is trained on what.
 
     Raises:
@@ -123,30 +133,37 @@ def read_data(
         check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
     say(device.current_device().header())
     say(f"Base: {base.model_id}: {base.describe()}")
-    say(splits.report.render(color=colored and console.wants_color()))
+    say(splits.report.render(color=console.wants_color()))
     return splits
 
 
-def take_steps(run: Composed, base: Base, splits: DataSplits, say: Callable[[str], None], live: bool) -> Outcome:
+def take_steps(
+    run: Composed,
+    base: Base,
+    splits: DataSplits,
+    say: Callable[[str], None],
+    show: Callable[[int], Progress] | None,
+    told: Callbacks,
+) -> Outcome:
     """Take the steps of a composed run, report and save meanwhile, and leave its results.
 
     Args:
         run: over the adapted base.
         base, splits: that it was composed from.
-        say, live: see `train_run`.
+        say, show: see `train_run`.
+        told: the callbacks.
 
     Raises:
-        RunError: the run diverged, or its results could not be written.
+        RunError: the run diverged, its results could not be written, or a callback failed.
     """
     folder, budget_bytes = run.folder, run.memory.budget_bytes
     settings, ranks, step, at = folder.settings, folder.ranks, folder.step, folder.at
     device.set_cache_limit(settings.loop.clear_cache_threshold, budget_bytes)
     device.wire_working_set()
     say("\n".join(run.words))
-    page, loggers = None, []
+    page = None
     if ranks.leads:
         check_room(settings.loop, run.steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
-        loggers = reporting_sinks(settings)
         page = RunPage.begin(run, base, splits)
     folder.begin(run.found, run.steps, say)
     guard = MemoryGuard(at, budget_bytes, say)
@@ -156,19 +173,23 @@ def take_steps(run: Composed, base: Base, splits: DataSplits, say: Callable[[str
         folder.save()
         if page is not None:
             page.write()
+        told.tell("on_save", {"step": step_number, "adapter_path": str(folder.path)})
 
-    try:
-        with folder.kept_if_it_fails(), reporting(run, loggers, say, live) as (report, shown):
-            outcome = train(
-                base.model, step, run.task, run.plan, run.validation, settings.loop,
-                report, shown, save, at, guard, ranks,
-            )  # fmt: skip
-            best = None if outcome.interrupted else folder.put_best()
-            take_first_ranks(ranks, step)  # rank 0 restored the best adapter
-    except Diverged as diverged:
-        raise folder.roll_back(diverged) from diverged
+    with told.around(run.steps, settings.to_flat()) as ending:
+        try:
+            with folder.kept_if_it_fails(), reporting(run, told, say, show) as (report, shown):
+                outcome = train(
+                    base.model, step, run.task, run.plan, run.validation, settings.loop,
+                    report, shown, save, at, guard, ranks, told.failed,
+                )  # fmt: skip
+                best = None if outcome.interrupted else folder.put_best()
+                take_first_ranks(ranks, step)  # rank 0 restored the best adapter
+        except Diverged as diverged:
+            raise folder.roll_back(diverged) from diverged
+        ending.update(asdict(outcome))
     if page is not None:
         page.end(outcome.interrupted)
         leave_card(folder.path, base, folder.info, say)
         say(outcome_line(settings.loop, outcome, best))
+    told.raise_failure(left_by(settings.loop, outcome))
     return outcome

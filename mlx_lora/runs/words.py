@@ -84,6 +84,17 @@ def outcome_line(loop: LoopSettings, outcome: Outcome, best: str | None) -> str:
     return f"{counted(outcome.steps, 'step')} done{early}{val}; {size} in {folder}{f'; {best}' if best else ''}"
 
 
+def left_by(loop: LoopSettings, outcome: Outcome) -> str:
+    """Return what a run leaves that ended because a callback failed, with advice."""
+    if not outcome.interrupted:
+        return f"the run itself is complete; its adapter is in {loop.adapter_path}"
+    if not outcome.steps:
+        return "nothing is saved yet; correct the callback, or leave it out"
+    saved = f"the adapter of step {outcome.steps} is saved in {loop.adapter_path}"
+    again = "continue with --resume" if loop.save_every else "start again"
+    return f"{saved}; correct the callback, or leave it out, and {again}"
+
+
 def interrupted_line(folder: str, outcome: Outcome) -> str:
     """Return what an interrupted run leaves in its folder, which may be an earlier run's adapter."""
     if outcome.steps:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
-from mlx_lora.settings.config import ROWS, WITHOUT_PAIRS
+from mlx_lora.settings.config import LOGGERS, ROWS, WITHOUT_PAIRS
 from mlx_lora.settings.methods import PRESETS
 from mlx_lora.settings.setting_row import flag_of
 
@@ -44,6 +44,9 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
     problems += _adapter_problems(settings)
     if settings["iters"] is not None and settings["epochs"] is not None:
         problems.append("--iters and --epochs: both given; keep one")
+    loggers = [name.strip().lower() for name in (settings["report_to"] or "").split(",")]
+    if settings["report_to"] and not set(loggers) <= set(LOGGERS):
+        problems.append(f"--report-to {settings['report_to']!r}: only {', '.join(LOGGERS)}, by comma")
     return problems + _data_problems(settings) + _validation_problems(settings)
 
 

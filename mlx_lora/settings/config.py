@@ -21,6 +21,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 BIASES = ("none", "lora_only", "all")
 QUANTIZED_MATMUL = ("auto", "packed", "dense")
 KERNELS = ("auto", "mlx", "ours")
+LOGGERS = ("tensorboard", "trackio", "wandb", "swanlab")
 WITHOUT_PAIRS = ("sft", "kto")  # objectives whose examples are single answers
 DEFAULT_BATCH_TOKENS = 2048
 
@@ -273,9 +274,9 @@ class LoopSettings:
     short_buffers: bool = setting(False,
         "Give the GPU up between short command buffers, for a Mac whose display must stay live (slower).",
         MEMORY, may_change=True, per_machine=True)
-    report_to: str | None = setting(None, "Also log to wandb, swanlab or both, by comma.",
+    report_to: str | None = setting(None, f"Also log to these, by comma: {', '.join(LOGGERS)}.",
         OUTPUT, may_change=True, per_machine=True)
-    project_name: str | None = setting(None, "Project name for --report-to.",
+    project_name: str | None = setting(None, "Project name for --report-to (default: mlx-lora).",
         OUTPUT, may_change=True, per_machine=True)
     seed: int = setting(0, "Seed of data order, initial factors and dropout.", TRAINING, at_least=0, at_most=2**63 - 1)
     force: bool = setting(False, "Write into a run folder that already has an adapter.",

@@ -2,7 +2,7 @@
 
 MLX's Linux wheel includes the reference BLAS. Symbols of a library loaded with RTLD_GLOBAL come first in the dynamic
 linker's search, so MLX's `cblas_sgemm` is then OpenBLAS's, 30 to 60 times faster in float32. This file must not import
-mlx.
+mlx, and at its top only what is quick to import, because every `import mlx_lora` runs it.
 
 `MLX_LORA_BLAS` = `auto` (default), `off`, or the path of a BLAS library to load.
 """
@@ -12,14 +12,10 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-import platform
-import shutil
-import subprocess
 import sys
-import tempfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from mlx_lora.system.cache import cache_dir
 
@@ -27,8 +23,7 @@ SYSTEM_OPENBLAS = "libopenblas.so.0"
 SLOW = "bundled reference BLAS (float32 matmul 30-60x slower)"
 
 
-@dataclass(frozen=True)
-class Blas:
+class Blas(NamedTuple):
     """The BLAS of MLX's CPU backend.
 
     Attributes:
@@ -66,6 +61,10 @@ def load_fast_blas() -> Blas:
 
 def _load_pypi_openblas() -> Blas:
     """Load scipy-openblas32, and a compiled shim that gives its functions their standard names."""
+    import shutil
+    import subprocess
+    from importlib.metadata import version
+
     spec = importlib.util.find_spec("scipy_openblas32")
     if spec is None or spec.origin is None:
         return Blas(SLOW, fast=False, advice="pip install scipy-openblas32")
@@ -83,18 +82,21 @@ def _load_pypi_openblas() -> Blas:
         return Blas(
             SLOW, fast=False, advice=f"OpenBLAS shim failed ({_last_line(error)}): apt install libopenblas0-pthread"
         )
-    from importlib.metadata import version
-
     return Blas(f"OpenBLAS (scipy-openblas32 {version('scipy-openblas32')})", fast=True)
 
 
 def _shim_path(library: Path) -> Path:
     """Return the path of the compiled shim, named after the library, so that an upgrade compiles a new one."""
+    import platform
+
     stamp = f"{library.stat().st_size:x}-{zlib.crc32(str(library).encode()):x}"
     return cache_dir("blas") / f"shim-{platform.machine()}-{stamp}.so"
 
 
 def _compile_shim(compiler: str, library: Path, shim: Path) -> None:
+    import subprocess
+    import tempfile
+
     shim.parent.mkdir(parents=True, exist_ok=True)
     source = Path(__file__).with_name("blas.c")
     # Compile under a temporary name and rename: another process must not load an incomplete file.
@@ -123,6 +125,8 @@ def _compile_shim(compiler: str, library: Path, shim: Path) -> None:
 
 
 def _last_line(error: Exception) -> str:
+    import subprocess
+
     text = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
     lines = [line for line in (text or str(error)).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

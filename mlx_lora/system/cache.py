@@ -10,7 +10,7 @@ def cache_dir(kind: str) -> Path:
     """Return the folder of one kind of cached thing; it may not exist yet.
 
     Args:
-        kind: `models`, `data`, `converted`, `encoded`, `blas`, `bin`, `measured` or `locks`.
+        kind: `models`, `data`, `converted`, `encoded`, `runs`, `records`, `reference`, `blas`, `bin`, `measured` or `locks`.
 
     Returns:
         `$MLX_LORA_CACHE/<kind>`, by default `~/.cache/mlx_lora/<kind>`.

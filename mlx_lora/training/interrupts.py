@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -26,8 +27,12 @@ def interrupt_flag() -> Iterator[Callable[[], bool]]:
 
     The second ends the process at once; a third reaches the system's handlers, which need no Python. A signal that the
     parent ignores, as nohup does with SIGHUP, stays ignored. Compilers that MLX starts also ignore these signals:
-    otherwise the step that waits for them would fail.
+    otherwise the step that waits for them would fail. Outside of the main thread, where Python allows no handlers, the
+    flag is never set.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     seen: list[int] = []
     signals = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
 

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 from mlx_lora.system.parsing import parse_json
 
@@ -144,6 +145,19 @@ def format_duration(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
+class Progress(Protocol):
+    """Shows a run while it goes on."""
+
+    def step(self, step: int) -> None:
+        """Take the number of a step that was taken."""
+
+    def report(self, metrics: Metrics) -> None:
+        """Take a record."""
+
+    def close(self) -> None:
+        """End."""
+
+
 class PlainProgress:
     """Prints one line per report on standard error."""
 
@@ -174,7 +188,7 @@ class LiveProgress:
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, console=Console(stderr=True))
+        self._bar = Bars(*columns, console=Console(stderr=True))
         self._task = self._bar.add_task("first step", total=total_steps)
         self._loss = self._val = self._rest = ""
         self._bar.start()

@@ -183,6 +183,7 @@ def train(
     at: Position | None = None,
     guard: MemoryGuard | None = None,
     ranks: Ranks = ALONE,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train until the run's steps are done, the validations no longer get better, or it is interrupted.
 
@@ -199,6 +200,7 @@ def train(
         at: the run's position, kept up to date for `save`; None: the beginning.
         guard: watches memory; None: nothing is watched.
         ranks: processes that take the same steps together, each with the whole plan.
+        stop: asked after each step whether to end as after an interruption.
 
     Returns:
         The outcome; after an interruption the adapter has been saved.
@@ -236,7 +238,11 @@ def train(
     def stopped_early() -> bool:
         return bool(settings.early_stopping_patience) and at.worse >= settings.early_stopping_patience
 
-    with interrupt_flag() as asked:
+    with interrupt_flag() as signaled:
+
+        def asked() -> bool:
+            return signaled() or stop()
+
         interrupted = Agreement(asked, ranks)
         if not at.taken:
             validate()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from mlx_lora.settings.config import LOGGERS
 from mlx_lora.settings.migration.sheet import Sheet
 from mlx_lora.system.parsing import hashable
 
@@ -23,7 +24,6 @@ OPTIMIZERS = {
 }
 # Chat templates that we have with the same name and text.
 TEMPLATES = ("alpaca", "chatml")
-LOGGERS = ("wandb", "swanlab")
 HALF_PRECISION = ("bf16", "fp16", "bfloat16", "float16", "pure_bf16")
 # If several methods are on, the first of these is used.
 PRECEDENCE = ("full", "dora", "pissa", "relora", "lora-plus", "rslora")

@@ -1,0 +1,172 @@
+"""Load a base model, and generate text with it, with or without an adapter."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_lora.api.generation import TextSettings, text_pieces
+from mlx_lora.api.python_errors import speaks_python
+from mlx_lora.artifacts.adapter import load_adapter
+from mlx_lora.data.templates import own_template
+from mlx_lora.models.converting import cached_quantized_folder
+from mlx_lora.models.load import Base as LoadedBase
+from mlx_lora.models.load import load_base
+from mlx_lora.settings.config import ModelSettings
+from mlx_lora.settings.resolve import train_settings
+from mlx_lora.sources.hub import resolve_adapter, resolve_model
+from mlx_lora.system.device import compute_dtype
+from mlx_lora.system.errors import InputError
+
+PathLike = str | os.PathLike[str]
+
+
+class Base:
+    """A loaded base model, which training and generating leave as it is; `mlx_lora.load` makes one.
+
+    Attributes:
+        loaded: the model as the commands have it.
+        settings: that it was loaded with.
+    """
+
+    def __init__(self, loaded: LoadedBase, settings: ModelSettings):
+        """Wrap a loaded model."""
+        self.loaded, self.settings = loaded, settings
+        self._adapted: tuple[Any, LoadedBase, str | None] | None = None  # the adapter used last: key, model, template
+
+    def __repr__(self) -> str:
+        return f"Base({self.loaded.model_id!r}: {self.loaded.describe()})"
+
+    @property
+    def model(self) -> nn.Module:
+        """The mlx-lm model, frozen, without an adapter."""
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> TokenizerWrapper:
+        """mlx-lm's tokenizer."""
+        return self.loaded.tokenizer
+
+    @property
+    def folder(self) -> Path:
+        """The folder with the model's files, which every command takes as --model."""
+        return self.loaded.folder
+
+    @speaks_python(adapter_path="adapter", temp="temperature")
+    def generate(
+        self,
+        prompt: str,
+        adapter: PathLike | None = None,
+        *,
+        max_tokens: int = 100,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        system_prompt: str | None = None,
+        ignore_chat_template: bool = False,
+        ignore_fingerprint: bool = False,
+    ) -> str:
+        """Return the text that the model writes after a prompt.
+
+        Args:
+            prompt: a user's message, or, without a chat template, the beginning of a text.
+            adapter: folder or hub id of an adapter to use; the base itself stays as it is. None: the base alone.
+            max_tokens: the most tokens to generate.
+            temperature: 0 always takes the most likely token; about 0.7 varies.
+            top_p: sample only from the most likely tokens that have this share of the probability together.
+            top_k: sample only from the k most likely tokens; 0: from all.
+            seed: of the sampling; None: another text each time.
+            system_prompt: a system message before the prompt.
+            ignore_chat_template: give the prompt to the model unchanged.
+            ignore_fingerprint: use an adapter that was trained on another base of the same shape.
+
+        Raises:
+            InputError: an argument is out of range, or the adapter does not fit this model.
+        """
+        settings = TextSettings(max_tokens, temperature, top_p, top_k, seed)
+        base, template = self.loaded, None
+        if adapter is not None:
+            base, template = self._with_adapter(adapter, ignore_fingerprint)
+        template = None if ignore_chat_template else template or own_template(base.hf_tokenizer)
+        return "".join(piece.text for piece in text_pieces(base, prompt, template, system_prompt, settings))
+
+    def _with_adapter(self, adapter: PathLike, ignore_fingerprint: bool) -> tuple[LoadedBase, str | None]:
+        """Return a model with the adapter, which shares this one's arrays, and the adapter's chat template."""
+        folder = resolve_adapter(os.fspath(adapter), None)
+        stamps = [(file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+        key = (folder.resolve(), stamps, ignore_fingerprint)
+        if self._adapted is None or self._adapted[0] != key:
+            with self.loaded.lent() as base:
+                template = load_adapter(base, folder, ignore_fingerprint).chat_template
+            self._adapted = (key, base, template)
+        return self._adapted[1:]
+
+
+@speaks_python()
+def load(
+    model: PathLike,
+    bits: int | None = None,
+    dtype: str = "auto",
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantized_matmul: str = "auto",
+) -> Base:
+    """Load a base model to train on and to generate with.
+
+    Args:
+        model: hub id (`Qwen/Qwen3-0.6B`), local folder, or .gguf file.
+        bits: quantize a float model at 2, 3, 4, 5, 6 or 8 bits, as `mlx-lora convert --bits` does; the result is kept in
+            the cache, so the next call reads it. Training on it is QLoRA. None: the model as it is.
+        dtype: to compute in; auto: float32 on a CPU, bfloat16 on a GPU.
+        revision: hub branch, tag or commit.
+        trust_remote_code: let the model's repository run its own tokenizer code.
+        quantized_matmul: how layers multiply by quantized weights: auto, packed or dense.
+
+    Raises:
+        InputError: there is no such model, or it cannot be loaded.
+    """
+    given = {
+        "model": os.fspath(model), "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code,
+        "quantized_matmul": quantized_matmul,
+    }  # fmt: skip
+    settings = train_settings(given).model
+    if bits is not None:
+        source = resolve_model(os.fspath(model), revision, trust_remote_code=trust_remote_code)
+        folder = cached_quantized_folder(source, bits, compute_dtype(dtype), trust_remote_code)
+        if folder != source.path:
+            settings = replace(settings, model=str(folder), revision=None)
+    return Base(load_base(settings), settings)
+
+
+@speaks_python()
+def as_base(base: Base | PathLike, caller: str) -> Base:
+    """Return a base, loaded if its name was given.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if isinstance(base, Base):
+        return base
+    if isinstance(base, str | os.PathLike):
+        return load(base)
+    raise InputError(f"{caller}: found {type(base).__name__}; give the result of mlx_lora.load, or a model's name")
+
+
+def generate(base: Base | PathLike, prompt: str, adapter: PathLike | None = None, **settings: Any) -> str:
+    """Return the text that a model writes after a prompt.
+
+    Args:
+        base: from `load`, or a model's name, which is then loaded for this one text.
+        prompt, adapter, settings: as for `Base.generate`.
+
+    Raises:
+        InputError: as for `Base.generate`.
+    """
+    return as_base(base, "generate").generate(prompt, adapter, **settings)

@@ -1,0 +1,113 @@
+"""Measure the loss of a model, with or without an adapter, on data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlx_lora.api.base import Base as PublicBase
+from mlx_lora.api.base import PathLike, as_base
+from mlx_lora.api.given_data import data_source
+from mlx_lora.api.given_settings import run_settings
+from mlx_lora.api.python_errors import speaks_python
+from mlx_lora.data.loading import load_eval_set
+from mlx_lora.models.load import Base, check_token_ids
+from mlx_lora.objectives.objective_table import objective_of
+from mlx_lora.runs.composition import adapter_template, put_adapter
+from mlx_lora.runs.reference import with_reference
+from mlx_lora.settings.config import TrainSettings
+from mlx_lora.sources.hub import resolve_adapter
+from mlx_lora.system import console
+from mlx_lora.system.errors import InputError
+from mlx_lora.training.trainer import held_out_loss
+
+
+@speaks_python(adapter_path="adapter")
+def evaluate(
+    base: PublicBase | PathLike,
+    data: Any,
+    adapter: PathLike | None = None,
+    *,
+    objective: str = "sft",
+    batch_tokens: int | None = None,
+    ignore_fingerprint: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Return loss, perplexity and the number of supervised tokens, as `mlx-lora evaluate --json` prints them.
+
+    Args:
+        base: from `load`, or a model's name; it stays as it is.
+        data: as for `train`; of several splits, test is measured, else validation.
+        adapter: folder or hub id of an adapter to put on the base; None: the base alone.
+        objective: what the data is: sft, or the objective of a preference run (dpo, kto, reward ...).
+        batch_tokens: tokens per batch, padding included; None: the default.
+        ignore_fingerprint: use an adapter that was trained on another base of the same shape.
+        settings: of data and objective, as for `train`: `max_seq_length`, `mask_prompt`, `chat_template`, `beta` ...
+
+    Returns:
+        `loss`, `perplexity` (or what the objective reports), `supervised_tokens`, `rows`, `model`, `adapter_path`, `data`.
+
+    Raises:
+        InputError: base, adapter, data or a setting that cannot be used.
+    """
+    base, source = as_base(base, "evaluate"), data_source(data)
+    resolved = run_settings(base.settings, {**settings, "objective": objective, "data": source})
+    check_adapter(resolved, adapter)
+    if batch_tokens is not None and batch_tokens < 2:
+        raise InputError(f"--batch-tokens {batch_tokens}: must be at least 2")
+    folder = None if adapter is None else resolve_adapter(os.fspath(adapter), None)
+    with base.loaded.lent() as lent:
+        found = measure_loss(resolved, lent, folder, ignore_fingerprint, batch_tokens)
+    return found | {"adapter_path": None if adapter is None else os.fspath(adapter), "data": source}
+
+
+def check_adapter(settings: TrainSettings, adapter: PathLike | None) -> None:
+    """Refuse to measure scores without the adapter that gives them, before a model is loaded.
+
+    Raises:
+        InputError: there is none.
+    """
+    if objective_of(settings.objective).scores and not adapter:
+        raise InputError("--objective reward without --adapter-path: no score head; give a reward model's adapter")
+
+
+def measure_loss(
+    settings: TrainSettings,
+    base: Base,
+    adapter: Path | None,
+    ignore_fingerprint: bool = False,
+    batch_tokens: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Return loss, perplexity, supervised_tokens, rows and model.
+
+    Args:
+        settings: data and objective.
+        base: the model; it gets the adapter.
+        adapter: folder to put on the model.
+        ignore_fingerprint: as for load_adapter.
+        batch_tokens: positions per batch; None: the default.
+        say: takes lines of progress.
+
+    Raises:
+        InputError: adapter or data that cannot be used.
+    """
+    objective = objective_of(settings.objective)
+    settings = replace(settings, loop=replace(settings.loop, batch_tokens=batch_tokens, test_batches=-1))
+    data = settings.data
+    if not data.chat_template and (template := adapter_template(adapter)):
+        base.hf_tokenizer.chat_template = template
+    rows = load_eval_set(data.data or "", data, base.hf_tokenizer, say, objective.records)
+    check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
+    rows = objective.targets_of(rows)
+    if objective.reference:
+        rows = with_reference(settings, base, {"rows": rows}, say)["rows"]
+    if adapter:
+        put_adapter(base, adapter, data, objective, ignore_fingerprint)
+    found = held_out_loss(base, rows, settings.loop, objective)
+    means = found.reports or {"perplexity": console.perplexity(found.loss)}
+    counts = {"supervised_tokens": rows.supervised_tokens, "rows": rows.examples}
+    return {"loss": found.loss, **means, **counts, "model": base.model_id}

@@ -1,0 +1,246 @@
+"""Write an adapter, or a model with it, for other programs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_lora.api.base import Base as PublicBase
+from mlx_lora.api.base import PathLike, as_base
+from mlx_lora.api.python_errors import speaks_python
+from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
+from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
+from mlx_lora.artifacts.fused_model import write_fused
+from mlx_lora.artifacts.gguf_adapter import write_gguf_adapter
+from mlx_lora.artifacts.gguf_model import DEFAULT_TYPE, TYPES, write_gguf_model
+from mlx_lora.artifacts.ollama import write_ollama
+from mlx_lora.artifacts.peft import write_peft
+from mlx_lora.artifacts.push import check_repo, push
+from mlx_lora.artifacts.reward_model import SAME_LAYOUT
+from mlx_lora.models.load import Base
+from mlx_lora.sources.hub import resolve_adapter
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.files import check_writable
+
+READERS = {
+    "peft": "PEFT",
+    "mlx-lm": "stock mlx-lm (--adapter-path)",
+    "hf": "transformers",
+    "gguf-adapter": "llama.cpp (--lora, on the base as GGUF)",
+    "gguf": "llama.cpp",
+    "ollama": "Ollama (ollama create NAME -f Modelfile)",
+}
+MERGED_GGUF = ("gguf", "ollama")  # need no adapter, and have a --gguf-type
+CARD_LIBRARIES: dict[str, Any] = {
+    "peft": "peft",
+    "mlx-lm": "mlx",
+}  # the formats with a model card, and the library in it
+FOR_SCORES = ("peft", "hf")  # the formats that a reward model has
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What is written, and where.
+
+    Attributes:
+        to: a key of READERS.
+        out: folder or .gguf file.
+        base_id: hub id of the base that a PEFT adapter names; None: its own.
+        gguf_type: of the weights of a merged GGUF; None: the default.
+        ollama_base: what a Modelfile applies the adapter to; None: the merged model.
+        force: replace what is in `out`.
+        push_to_hub: hub id to upload to; None: nothing is uploaded.
+        private: make that repository private.
+    """
+
+    to: str
+    out: Path
+    base_id: str | None = None
+    gguf_type: str | None = None
+    ollama_base: str | None = None
+    force: bool = False
+    push_to_hub: str | None = None
+    private: bool = False
+
+    def check(self, has_adapter: bool) -> None:
+        """Refuse settings that the format does not have, before anything is loaded.
+
+        Raises:
+            InputError: naming them.
+        """
+        if self.to not in READERS:
+            raise InputError(f"--to {self.to!r}: not one of {', '.join(READERS)}")
+        if self.gguf_type is not None and self.gguf_type not in TYPES:
+            raise InputError(f"--gguf-type {self.gguf_type!r}: not one of {', '.join(TYPES)}")
+        if self.base_id and self.to != "peft":
+            raise InputError(f"--base-id with --to {self.to}: only a PEFT adapter names its base; leave it out")
+        check_push(self.push_to_hub, self.private)
+        check_gguf(self.to, has_adapter, self.gguf_type, self.ollama_base)
+
+
+@speaks_python(adapter_path="adapter")
+def export(
+    base: PublicBase | PathLike,
+    adapter: PathLike | None,
+    *,
+    to: str,
+    out: PathLike,
+    base_id: str | None = None,
+    gguf_type: str | None = None,
+    ollama_base: str | None = None,
+    force: bool = False,
+    ignore_fingerprint: bool = False,
+) -> Path:
+    """Write an adapter, or the model with it, for another program, as `mlx-lora export` does.
+
+    Args:
+        base: from `load`, or a model's name; it stays as it is.
+        adapter: folder or hub id; None only for `gguf` and `ollama`, which then hold the base alone.
+        to: peft, mlx-lm, hf (a merged model for transformers), gguf-adapter, gguf (a merged model) or ollama.
+        out: folder or .gguf file to write.
+        base_id: hub id of the base that a PEFT adapter names (default: the one it was trained on).
+        gguf_type: type of the weights of a merged GGUF.
+        ollama_base: Ollama model or .gguf file that a Modelfile applies the adapter to (default: none, the merged model).
+        force: replace what is in `out`.
+        ignore_fingerprint: use an adapter that was trained on another base of the same shape.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: an argument cannot be used, or the format cannot hold this adapter.
+    """
+    settings = ExportSettings(to, Path(out), base_id, gguf_type, ollama_base, force)
+    settings.check(adapter is not None)
+    base = as_base(base, "export")
+    folder = None if adapter is None else resolve_adapter(os.fspath(adapter), None)
+    with base.loaded.lent() as lent:
+        write_export(settings, lent, folder, ignore_fingerprint, keep_dtype=base.settings.dtype != "auto")
+    return settings.out
+
+
+def write_export(
+    settings: ExportSettings,
+    base: Base,
+    adapter: Path | None,
+    ignore_fingerprint: bool = False,
+    keep_dtype: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Write what checked settings ask for, with its model card, and upload it.
+
+    Args:
+        settings: checked.
+        base: the model; it gets the adapter.
+        adapter: its folder.
+        ignore_fingerprint: as for load_adapter.
+        keep_dtype: write a merged model in the base's dtype instead of the stored one.
+        say: takes lines about what was written.
+    """
+    to, out, force = settings.to, settings.out, settings.force
+    scores = None if to in FOR_SCORES else False
+    # Only merged files need no adapter.
+    info: Any = load_adapter(base, adapter, ignore_fingerprint, scores) if adapter else None
+    gguf_type = settings.gguf_type or DEFAULT_TYPE
+    if to == "gguf":
+        export_gguf(base, info, out, gguf_type, force)
+    elif to == "ollama":
+        for note in write_ollama(out, base, info, gguf_type=gguf_type, ollama_base=settings.ollama_base, force=force):
+            say(f"  {note}")
+    elif to == "peft":
+        export_peft(base, info, out, settings.base_id, force)
+    elif to == "mlx-lm":
+        export_mlx_lm(base, info, out, force)
+    elif to == "hf":
+        export_hf(base, info, out, force, keep_dtype)
+    else:
+        export_gguf_adapter(base, info, out, force)
+    repo = settings.push_to_hub
+    if adapter and to in CARD_LIBRARIES:
+        card = write_card(out, CARD_LIBRARIES[to], base, info, read_facts(adapter), settings.base_id, repo)
+        say(f"{out / CARD_FILE}: {'the model card' if card else 'yours, left as it is'}")
+    say(f"{out}: written for {READERS[to]}")
+    if repo:
+        say(f"{repo}: uploaded, {push(out, repo, settings.private)}")
+
+
+def check_gguf(to: str, has_adapter: bool, gguf_type: str | None, ollama_base: str | None) -> None:
+    """Refuse GGUF settings that a format does not have, and a missing adapter if it needs one."""
+    if gguf_type and to not in MERGED_GGUF:
+        raise InputError(f"--gguf-type with --to {to}: only a merged GGUF has one; leave it out")
+    if ollama_base and (to != "ollama" or gguf_type or not has_adapter):
+        raise InputError(
+            "--ollama-base: goes with --to ollama and --adapter-path, and without --gguf-type; change those"
+        )
+    if not has_adapter and to not in MERGED_GGUF:
+        raise InputError(f"--to {to} without --adapter-path: there is nothing to write; give the adapter's folder")
+
+
+def check_push(repo: str | None, private: bool) -> None:
+    """Refuse an invalid hub id, and --private without one, before the work."""
+    if repo is not None:
+        check_repo(repo)
+    elif private:
+        raise InputError("--private without --push-to-hub: nothing is uploaded; give both, or neither")
+
+
+def check_new_folder(out: Path, force: bool) -> None:
+    """Refuse a folder that is not empty or cannot be written."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
+        raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force")
+    check_writable(out, "--out", needed_bytes=1_000_000)
+
+
+def export_peft(base: Base, info: AdapterInfo, out: Path, base_id: str | None, force: bool) -> None:
+    """Write a PEFT adapter folder."""
+    check_new_folder(out, force)
+    write_peft(out, base.model, base_id or info.base_model, info.dropout, info.full)
+
+
+def export_mlx_lm(base: Base, info: AdapterInfo, out: Path, force: bool) -> None:
+    """Write an adapter folder for stock mlx-lm, with one rank for all layers and only factors."""
+    if info.full and info.method != "full":
+        raise InputError(
+            f"--to mlx-lm: {info.full[0]} was trained in full, which mlx-lm's adapters cannot hold; fuse it instead"
+        )
+    check_new_folder(out, force)
+    save_adapter(out, base.model, info, same_rank=True)
+
+
+def export_gguf_adapter(base: Base, info: AdapterInfo, out: Path, force: bool) -> None:
+    """Write a LoRA GGUF file."""
+    if out.is_dir() or (out.exists() and not force):
+        raise InputError(f"--out {out}: exists; give a new .gguf file, or --force to replace one")
+    check_writable(out.parent, "--out", needed_bytes=1_000_000)
+    write_gguf_adapter(out, base.model, info.base_model, info.full)
+
+
+def export_gguf(base: Base, info: AdapterInfo | None, out: Path, gguf_type: str, force: bool) -> None:
+    """Write the merged model as one GGUF file."""
+    if out.is_dir() or (out.exists() and not force):
+        raise InputError(f"--out {out}: exists; give a new .gguf file, or --force to replace one")
+    if out.resolve() == Path(base.model_id).expanduser().resolve():
+        raise InputError(f"--out {out}: is the base; give another file")
+    write_gguf_model(out, base, gguf_type=gguf_type, name=out.stem, chat_template=info and info.chat_template)
+
+
+def export_hf(base: Base, info: AdapterInfo, out: Path, force: bool, keep_dtype: bool) -> None:
+    """Write the merged model in float, with transformers' names."""
+    kind = base.config.get("model_type")
+    if kind not in SAME_LAYOUT:
+        raise InputError(
+            f"--to hf: {kind} models have another layout in MLX than in transformers; we write {', '.join(SAME_LAYOUT)}; "
+            "use --to peft and merge in PEFT"
+        )
+    write_fused(
+        base,
+        out,
+        dequantize=True,
+        force=force,
+        chat_template=info.chat_template,
+        full=info.full,
+        keep_dtype=keep_dtype,
+    )

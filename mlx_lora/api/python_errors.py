@@ -1,0 +1,79 @@
+"""Errors as Python users expect them: a ValueError, and settings spelled as keyword arguments instead of flags."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from mlx_lora.settings.config import FIELDS
+from mlx_lora.settings.setting_row import field_type
+from mlx_lora.system import errors
+
+P, T = ParamSpec("P"), TypeVar("T")
+FLAG = re.compile(r"--(?P<name>[a-z][a-z0-9-]*)(?: (?P<value>[^\s:;,]+)(?=:))?")
+# Advice on a command -> the same on Python.
+PHRASES = {
+    "give a 4-bit model as --model; mlx-lora convert --bits 4 makes one": "load the model with bits=4",
+    "give a 8-bit model as --model; mlx-lora convert --bits 8 makes one": "load the model with bits=8",
+    "(--help-all lists the options)": "(`mlx-lora train --help-all` lists the settings)",
+    "(--help says what each takes)": "(see help(mlx_lora.train))",
+    "settings: unknown setting": "unknown setting",
+}
+
+
+class InputError(errors.InputError, ValueError):
+    """An argument, a file or a combination of settings that cannot be used; the message says what to do."""
+
+
+InputError.__module__ = "mlx_lora"  # its public name, shown in tracebacks
+
+
+def python_words(message: str, names: dict[str, str]) -> str:
+    """Return an error message with `name=value` in place of `--name value`.
+
+    Args:
+        message: in the commands' spelling.
+        names: setting -> the argument that it has here, where the two differ.
+    """
+    for ours, theirs in PHRASES.items():
+        message = message.replace(ours, theirs)
+
+    def spell(found: re.Match[str]) -> str:
+        flag, value = found["name"].replace("-", "_"), found["value"]
+        if flag.startswith("no_") and flag[3:] in FIELDS:
+            return f"{names.get(flag[3:], flag[3:])}=False"
+        name, field = names.get(flag, flag), FIELDS.get(flag)
+        if value is not None:
+            return f"{name}={value}"
+        if field is not None and field_type(field) is bool:
+            return f"{name}=True"
+        return f'{name}="auto"' if flag == "resume" else name
+
+    return FLAG.sub(spell, message)
+
+
+def speaks_python(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Return a decorator: the function's errors are InputErrors above, and spell settings as arguments.
+
+    Args:
+        names: setting -> the argument that the function has for it, where the two differ.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                return function(*args, **kwargs)
+            except InputError:
+                raise
+            except errors.InputError as error:
+                raise InputError(python_words(str(error), names)) from (error.__cause__ or None)
+            except errors.RunError as error:
+                error.args = (python_words(str(error), names),)
+                raise
+
+        return call
+
+    return decorate
