@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
-import mlx.core as mx
 import pytest
 import yaml
 from run_cli import run

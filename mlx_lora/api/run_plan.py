@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from mlx_lora.api.given_data import data_source
 from mlx_lora.api.given_settings import plain
 from mlx_lora.api.python_errors import speaks_python
 from mlx_lora.data.joining import joined
-from mlx_lora.data.loading import load_data
+from mlx_lora.data.loading import DataSplits, load_data
 from mlx_lora.models.kernel_choice import KernelChoice
+from mlx_lora.models.load import check_highest
 from mlx_lora.models.outline import Outline, outline_of
 from mlx_lora.models.tokenizer import load_folder_tokenizer
+from mlx_lora.models.vocabulary import embedding_rows
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.planner.ceilings import measure_ceilings
 from mlx_lora.planner.chips import CHIPS, Chip, find_chip, known_chip
@@ -35,9 +38,12 @@ from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Machine, ModelShape
 from mlx_lora.planner.speed import Ceilings, count_step, forward_seconds, listed_ceilings, step_seconds
 from mlx_lora.planner.this_machine import this_machine
+from mlx_lora.runs.training_run import check_test_split
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.resolve import train_settings
+from mlx_lora.sources.data_sets import find_sets, is_local, named_sets
 from mlx_lora.sources.hub import resolve_config
+from mlx_lora.sources.splits import TINY_SHAKESPEARE, find_splits, is_dataset_id
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.prefix_sharing import layout_problem
@@ -108,6 +114,7 @@ def plan_run(
     memory_gb: int | None = None,
     all_chips: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    read: Callable[[Outline], DataSplits | None] | None = None,
 ) -> dict[str, Any]:
     """Return the plan of a run with these settings.
 
@@ -115,6 +122,7 @@ def plan_run(
         settings: of the run.
         chip, memory_gb, all_chips: as for `plan`.
         say: takes a line from time to time while the data is encoded.
+        read: returns the data for the model with this outline; None: what is on this disk is read.
 
     Raises:
         InputError: there is no such chip or model, or the objective's settings exclude each other.
@@ -133,7 +141,10 @@ def plan_run(
     kernels = None if chip is None and memory_gb is None else elsewhere
     shape = outlined_shape(outline, settings, kernels)
     machine = with_kernels(settings, shape, machine, kernels)
-    settings, size = measure_data(settings, outline, shape, say)
+    splits = read(outline) if read else local_data(settings, outline, say)
+    if splits is not None:
+        check_splits(settings, splits, outline)
+    settings, size = measure_data(settings, splits, outline, shape)
     if size is not None:
         settings = dataclasses.replace(
             settings, data=dataclasses.replace(settings.data, max_seq_length=max(2, size.longest))
@@ -158,21 +169,71 @@ def plan_run(
     return result
 
 
+def local_data(settings: TrainSettings, outline: Outline, say: Callable[[str], None]) -> DataSplits | None:
+    """Return the run's data; None if some of it is not on this disk, or the model's folder has no tokenizer.
+
+    Raises:
+        InputError: --data names what is nowhere, or data that `train` would refuse.
+    """
+    if settings.data.data is None:
+        return None
+    elsewhere = [name for name, _ in named_sets(settings.data.data) if not is_local(name)]
+    for name in elsewhere:
+        if name != TINY_SHAKESPEARE and not is_dataset_id(name):
+            find_splits(name)  # says that there is no such file
+    if elsewhere:
+        return None
+    find_sets(settings.data.data)  # refuses files that cannot be read, without a tokenizer too
+    folder = resolve_config(settings.model.model or "", settings.model.revision)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    return read_splits(settings, folder, outline.config, say)
+
+
+def read_splits(
+    settings: TrainSettings,
+    folder: Path,
+    config: dict[str, Any],
+    say: Callable[[str], None],
+    today: date | None = None,
+) -> DataSplits:
+    """Return the run's data, encoded with the tokenizer in a model's folder.
+
+    Args:
+        settings: of the run.
+        folder, config: of the model.
+        say, today: as for `load_data`.
+
+    Raises:
+        InputError: the data cannot be used.
+    """
+    tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)
+    records = objective_of(settings.objective).records
+    return load_data(settings.data, tokenizer._tokenizer, settings.loop.seed, say, today, records)
+
+
+def check_splits(settings: TrainSettings, splits: DataSplits, outline: Outline) -> None:
+    """Refuse data that `train` would refuse after reading it.
+
+    Raises:
+        InputError: there are tokens that the model does not have, or --test without a test split.
+    """
+    data, limit = settings.data.data, embedding_rows(outline.model, outline.config)
+    check_test_split(settings, splits)
+    for rows in filter(None, (splits.train, splits.valid, splits.test)):
+        check_highest(limit, int(rows.tokens.max(initial=0)), f"--data {data}", settings.model.model or "")
+
+
 def measure_data(
-    settings: TrainSettings, outline: Outline, shape: ModelShape, say: Callable[[str], None]
+    settings: TrainSettings, splits: DataSplits | None, outline: Outline, shape: ModelShape
 ) -> tuple[TrainSettings, DataSize | None]:
-    """Return the size of --data in tokens; None if it is not on this disk, or the model's folder has no tokenizer.
+    """Return the size of the data in tokens; None without data.
 
     The settings come back with --shared-prefix on where a run would share the prompts of these pairs.
     """
-    if settings.data.data is None or not Path(settings.data.data).exists():
+    if splits is None:
         return settings, None
-    folder = resolve_config(settings.model.model or "", settings.model.revision)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return settings, None
-    tokenizer = load_folder_tokenizer(folder, outline.config, settings.model.trust_remote_code)
     objective = objective_of(settings.objective)
-    splits = load_data(settings.data, tokenizer._tokenizer, settings.loop.seed, say, records=objective.records)
     rows = objective.targets_of(splits.train)
     parts = [part for part in (splits.train, splits.valid, splits.test) if part is not None]
     asked = settings.objective.shared_prefix

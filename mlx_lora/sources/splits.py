@@ -19,6 +19,7 @@ SPLIT_NAMES = {
     "dev": "valid",
     "test": "test",
 }
+TINY_SHAKESPEARE = "tiny-shakespeare"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SHARD = re.compile(r"(?P<split>[a-z]+)(-\d{5}-of-\d{5}.*)?")  # the hub's names for the parts of one split
 MARKDOWN = (".md", ".markdown")
@@ -44,14 +45,20 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
         return {"train": (path,)}
     if path.is_dir():
         return _folder_splits(path)
-    if data == "tiny-shakespeare":
+    if data == TINY_SHAKESPEARE:
         return {"train": (tiny_shakespeare(),)}
-    dataset, _, revision = data.partition("@")
-    if HUB_ID.fullmatch(dataset) and path.suffix.lower() not in SUFFIXES and not path.parent.is_dir():
+    if is_dataset_id(data):
         from mlx_lora.sources.hub import download_dataset_files  # the hub client is slow to import
 
+        dataset, _, revision = data.partition("@")
         return _folder_splits(download_dataset_files(dataset, revision or None))
     raise InputError(_not_found(data, path))
+
+
+def is_dataset_id(data: str) -> bool:
+    """Tell whether a text that names no file or folder can be the id of a hub dataset, `owner/name@revision`."""
+    path, dataset = Path(data).expanduser(), data.partition("@")[0]
+    return bool(HUB_ID.fullmatch(dataset)) and path.suffix.lower() not in SUFFIXES and not path.parent.is_dir()
 
 
 def _folder_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
