@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mlx_lora.api.run_plan import plan_run, read_splits
+from mlx_lora.api.planned_data import read_splits
+from mlx_lora.api.run_plan import plan_run
 from mlx_lora.artifacts.run_folder import check_continuation, find_checkpoint, first_day
 from mlx_lora.data.loading import DataSplits
 from mlx_lora.models.converting import cached_gguf_folder

@@ -5,21 +5,18 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from mlx_lora.api.base import Base, PathLike
 from mlx_lora.api.given_data import data_source
 from mlx_lora.api.given_settings import plain
+from mlx_lora.api.planned_data import check_splits, local_data
 from mlx_lora.api.python_errors import speaks_python
 from mlx_lora.data.joining import joined
-from mlx_lora.data.loading import DataSplits, load_data
+from mlx_lora.data.loading import DataSplits
 from mlx_lora.models.kernel_choice import KernelChoice
-from mlx_lora.models.load import check_highest
 from mlx_lora.models.outline import Outline, outline_of
-from mlx_lora.models.tokenizer import load_folder_tokenizer
-from mlx_lora.models.vocabulary import embedding_rows
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.planner.ceilings import measure_ceilings
 from mlx_lora.planner.chips import CHIPS, Chip, find_chip, known_chip
@@ -38,19 +35,14 @@ from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Machine, ModelShape
 from mlx_lora.planner.speed import Ceilings, count_step, forward_seconds, listed_ceilings, step_seconds
 from mlx_lora.planner.this_machine import this_machine
-from mlx_lora.runs.training_run import check_test_split
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.resolve import train_settings
-from mlx_lora.sources.data_sets import find_sets, is_local, named_sets
-from mlx_lora.sources.hub import resolve_config
-from mlx_lora.sources.splits import TINY_SHAKESPEARE, find_splits, is_dataset_id
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.prefix_sharing import layout_problem
 from mlx_lora.training.run_fit import outlined_shape, quantized_shape, with_kernels
 
 CHARACTERS_PER_TOKEN = 4  # about, in English; for the number of tokens in a data file
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,61 +159,6 @@ def plan_run(
             shape = outlined_shape(outline, settings, elsewhere)
         result["chips"] = list(for_all_chips(settings, shape, size))
     return result
-
-
-def local_data(settings: TrainSettings, outline: Outline, say: Callable[[str], None]) -> DataSplits | None:
-    """Return the run's data; None if some of it is not on this disk, or the model's folder has no tokenizer.
-
-    Raises:
-        InputError: --data names what is nowhere, or data that `train` would refuse.
-    """
-    if settings.data.data is None:
-        return None
-    elsewhere = [name for name, _ in named_sets(settings.data.data) if not is_local(name)]
-    for name in elsewhere:
-        if name != TINY_SHAKESPEARE and not is_dataset_id(name):
-            find_splits(name)  # says that there is no such file
-    if elsewhere:
-        return None
-    find_sets(settings.data.data)  # refuses files that cannot be read, without a tokenizer too
-    folder = resolve_config(settings.model.model or "", settings.model.revision)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    return read_splits(settings, folder, outline.config, say)
-
-
-def read_splits(
-    settings: TrainSettings,
-    folder: Path,
-    config: dict[str, Any],
-    say: Callable[[str], None],
-    today: date | None = None,
-) -> DataSplits:
-    """Return the run's data, encoded with the tokenizer in a model's folder.
-
-    Args:
-        settings: of the run.
-        folder, config: of the model.
-        say, today: as for `load_data`.
-
-    Raises:
-        InputError: the data cannot be used.
-    """
-    tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)
-    records = objective_of(settings.objective).records
-    return load_data(settings.data, tokenizer._tokenizer, settings.loop.seed, say, today, records)
-
-
-def check_splits(settings: TrainSettings, splits: DataSplits, outline: Outline) -> None:
-    """Refuse data that `train` would refuse after reading it.
-
-    Raises:
-        InputError: there are tokens that the model does not have, or --test without a test split.
-    """
-    data, limit = settings.data.data, embedding_rows(outline.model, outline.config)
-    check_test_split(settings, splits)
-    for rows in filter(None, (splits.train, splits.valid, splits.test)):
-        check_highest(limit, int(rows.tokens.max(initial=0)), f"--data {data}", settings.model.model or "")
 
 
 def measure_data(
