@@ -1,7 +1,7 @@
 """Read plain records from data files, each with its line.
 
 This file does not interpret records; data/formats.py does. A file that cannot be read is an InputError; one bad line
-among good ones is a BadRow, which the caller counts and reports. Tables are read in tables.py.
+among good ones is a BadRow, which the caller counts and reports. Tables are read in spreadsheets.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_lora.sources.record_types import MAX_LINE_BYTES, BadRow, Record, as_record, checked
-from mlx_lora.sources.tables import read_csv, read_parquet, read_xlsx, text_encoding
+from mlx_lora.sources.spreadsheets import read_csv, read_parquet, read_xlsx, text_encoding
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.parsing import parse_json
 
