@@ -202,8 +202,7 @@ def read_data(sheet: Sheet) -> None:
         )
     kind = first.pop("type", "pretrain" if key == "pretraining_dataset" and sets else None)
     read_format(sheet, kind, f"{key}.type")
-    if trains_on_chats(sheet):
-        read_columns(sheet, first, key)
+    read_columns(sheet, first, key)
     own_template = first.get("chat_template")
     if own_template and kind == "chat_template":
         sheet.rest["chat_template"] = first.pop("chat_template")
@@ -211,8 +210,10 @@ def read_data(sheet: Sheet) -> None:
 
 
 def read_columns(sheet: Sheet, dataset: dict[str, Any], prefix: str) -> None:
-    """Set the columns, and the names of turns' fields and roles, that a dataset of chats or texts names."""
-    take_columns(sheet, dataset, FIELDS, f"{prefix}.")
+    """Set the columns, and the names of turns' fields and roles, that a dataset names."""
+    chats = trains_on_chats(sheet) or sheet.found["objective"] == "kto"
+    if chats or dataset.get("field_messages") in FIELDS["field_messages"][1]:  # a pair has no such column
+        take_columns(sheet, dataset, FIELDS, f"{prefix}.")
     fields: dict[str, Any] = {}
     mapped = dataset.get("message_property_mappings")
     if isinstance(mapped, dict) and mapped.keys() <= {"role", "content"}:
