@@ -237,7 +237,7 @@ def read_own_type(sheet: Sheet, kind: dict[str, Any], key: str) -> None:
     """Set the columns that a type of one's own names; the text around them is the chat template's here."""
     told = {name: value for name, value in kind.items() if not is_empty(value)}
     question = [told.pop(name) for name in ("field_instruction", "field_input") if isinstance(told.get(name), str)]
-    if question and question != ["instruction", "input"]:
+    if question and question not in (["instruction"], ["instruction", "input"]):
         sheet.put("prompt_column", ",".join(question), f"{key}.field_instruction")
     take_columns(sheet, told, OWN_FIELDS, f"{key}.")
     if "prompt_column" in sheet.found:
