@@ -60,10 +60,10 @@ def named_sets(data: str) -> list[tuple[str, float]]:
         # The longest run of parts that exists is one name, in which the commas belong.
         ends = range(len(parts), start, -1)
         whole = {end: _name_and_weight(",".join(parts[start:end])) for end in ends}
-        end = next((end for end in ends if _exists(whole[end][0])), start + 1)
+        end = next((end for end in ends if _exists(whole[end][0]) and "," not in (whole[end][1] or "")), start + 1)
         name, weight = whole[end]
-        if name.strip() or len(parts) == 1:
-            found.append((name if len(parts) == 1 else name.strip(), _weight(name, weight)))
+        if name:
+            found.append((name, _weight(name, weight)))
         start = end
     if not found:
         raise InputError(f"--data {data}: names no file; give a file, a folder, a dataset id, or several by comma")
@@ -101,7 +101,8 @@ def find_sets(data: str) -> list[DataSet]:
 
 def _name_and_weight(text: str) -> tuple[str, str | None]:
     """Split `name=weight`, unless the whole is the name of something that exists."""
-    name, equals, weight = text.strip().rpartition("=")
+    text = text if _exists(text) else text.strip()
+    name, equals, weight = text.rpartition("=")
     return (text, None) if _exists(text) or not equals else (name, weight)
 
 

@@ -96,11 +96,13 @@ def _named_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """Return the data files of a folder; Markdown beside others describes them."""
+    """Return the data files of a folder; Markdown beside others than texts describes them."""
     if not folder.is_dir():
         return []
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
-    return [file for file in files if file.suffix.lower() not in MARKDOWN] or files
+    if all(file.suffix.lower() in DOCUMENTS for file in files):
+        return files
+    return [file for file in files if file.suffix.lower() not in MARKDOWN]
 
 
 def _documents(folder: Path) -> tuple[Path, ...]:
