@@ -170,7 +170,7 @@ def _cell(value: Any) -> str:
     """Return a cell's value as the text that a person sees there, or nearly."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
-    return value.isoformat(" ") if hasattr(value, "hour") and hasattr(value, "year") else str(value)
+    return str(value)  # a date and a time as in 2026-11-26 09:30:00
 
 
 def _reason(error: Exception) -> str:
