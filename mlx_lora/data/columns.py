@@ -58,7 +58,8 @@ class NamedColumns:
     def of(cls, settings: DataSettings) -> NamedColumns:
         """Return what these settings name."""
         names = {name.removesuffix("_column"): getattr(settings, name) for name in COLUMNS}
-        return cls(**names, **turn_names(settings.turn_names))
+        turns = turn_names(settings.turn_names)
+        return cls(**names, fields=turns["fields"], roles=turns["roles"])
 
     def renamed(self, record: Record, records: str) -> tuple[str | None, Record]:
         """Return a record under our names, and the names of the columns that it had them in.
