@@ -12,6 +12,7 @@ import pytest
 from run_cli import run
 
 from mlx_lora.runs import training_run
+from mlx_lora.training.callbacks import Callback
 
 pytestmark = pytest.mark.slow
 
@@ -30,12 +31,12 @@ def test_2000_steps_stay_flat(tiny_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     samples = []
 
-    def sample(metrics) -> None:
-        if metrics.loss is not None:
+    class Sample(Callback):
+        def on_report(self, facts) -> None:
             files = len(os.listdir("/proc/self/fd"))
-            samples.append((metrics.step, resident_bytes(), mx.get_cache_memory(), mx.get_active_memory(), files))
+            samples.append((facts["step"], resident_bytes(), mx.get_cache_memory(), mx.get_active_memory(), files))
 
-    monkeypatch.setattr(training_run, "reporting_sinks", lambda settings: [sample])
+    monkeypatch.setattr(training_run, "logger_callbacks", lambda settings: [Sample()])
     ran = run(
         "train", "--model", tiny_folder, "--data", tmp_path / "rows.jsonl", "--adapter-path", tmp_path / "a", "--iters",
         STEPS, "--batch-tokens", 512, "--dropout", 0.1, "--steps-per-report", 5, "--steps-per-eval", 50, "--save-every", 50,

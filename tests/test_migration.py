@@ -101,9 +101,9 @@ CASES = {
             "target_modules": "q_proj,v_proj", "modules_to_save": "embed_tokens,lm_head", "data": "someone/hub-rows",
             "chat_template": "chatml", "adapter_path": "saves/q", "optimizer": "adamw", "iters": 200,
             "lr_schedule": "cosine", "warmup": 0, "batch_size": 8, "max_seq_length": 2048, "learning_rate": 5e-5,
-            "weight_decay": 0.0, "valid_fraction": 0.0,
+            "weight_decay": 0.0, "valid_fraction": 0.0, "report_to": "tensorboard",
         },
-        "quantization_method report_to",
+        "quantization_method",
     ),
     "llama-factory-loraplus-defaults.yaml": (
         {

@@ -7,7 +7,9 @@ and epochs of one plan in test_batches.py, accumulation, clip, guard and checkpo
 from __future__ import annotations
 
 import json
+import sys
 import time
+import types
 from pathlib import Path
 
 import mlx.core as mx
@@ -338,25 +340,16 @@ def test_test_batches_bounds_the_test(place, tmp_path):
 
 
 def test_loggers_get_the_project_name_and_every_report(place, tmp_path, monkeypatch):
-    from mlx_lm.tuner import callbacks
-
     told: list[tuple] = []
-
-    class Logger(callbacks.TrainingCallback):
-        def on_train_loss_report(self, train_info):
-            told.append(("train", train_info["iteration"]))
-
-        def on_val_loss_report(self, val_info):
-            told.append(("val", val_info["iteration"]))
-
-    def make(names, project_name, log_dir, config):
-        told.append((names, project_name, config["rank"]))
-        return Logger()
-
-    monkeypatch.setattr(callbacks, "get_reporting_callbacks", make)
+    stand_in = types.ModuleType("wandb")
+    stand_in.init = lambda project, config, dir: told.append((project, config["rank"], dir))
+    stand_in.log = lambda numbers, step: told.append((step, *sorted(name for name in numbers if "loss" in name)))
+    stand_in.finish = lambda: told.append("finished")
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
     logged = ("--report-to", "wandb", "--project-name", "mine", "--adapter-path", tmp_path / "a")
     assert run("train", *place[1], *logged).code == 0
-    assert told == [("wandb", "mine", 16), ("val", 0), ("train", 1), ("train", 2), ("val", 2)]
+    begun = ("mine", 16, str(tmp_path / "a"))
+    assert told == [begun, (0, "valid/loss"), (1, "train/loss"), (2, "train/loss"), (2, "valid/loss"), "finished"]
 
 
 def test_top_k_of_the_whole_vocabulary_and_more_is_all_of_it(tiny_folder):

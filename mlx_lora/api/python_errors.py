@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from mlx_lora.settings.config import FIELDS
-from mlx_lora.settings.setting_row import field_type
+from mlx_lora.settings.setting_row import field_type, row_of
 from mlx_lora.system import errors
 
-P, T = ParamSpec("P"), TypeVar("T")
-FLAG = re.compile(r"--(?P<name>[a-z][a-z0-9-]*)(?: (?P<value>[^\s:;,]+)(?=:))?")
+P = ParamSpec("P")
+T = TypeVar("T")
+FLAG = re.compile(r"--(?P<name>[a-z][a-z0-9-]*)(?: (?P<value>[^\s:;,]+)(?P<end>:?))?")
 # Advice on a command -> the same on Python.
 PHRASES = {
     "give a 4-bit model as --model; mlx-lora convert --bits 4 makes one": "load the model with bits=4",
@@ -41,15 +42,19 @@ def python_words(message: str, names: dict[str, str]) -> str:
         message = message.replace(ours, theirs)
 
     def spell(found: re.Match[str]) -> str:
-        flag, value = found["name"].replace("-", "_"), found["value"]
-        if flag.startswith("no_") and flag[3:] in FIELDS:
-            return f"{names.get(flag[3:], flag[3:])}=False"
-        name, field = names.get(flag, flag), FIELDS.get(flag)
-        if value is not None:
-            return f"{name}={value}"
-        if field is not None and field_type(field) is bool:
-            return f"{name}=True"
-        return f'{name}="auto"' if flag == "resume" else name
+        flag, value = found["name"].replace("-", "_"), found["value"] or ""
+        off = flag.startswith("no_") and flag[3:] in FIELDS
+        name = names.get(flag, flag[3:] if off else flag)
+        field = FIELDS.get(flag)
+        # `--rank 0: must be` and `use --method lora`, but not `give --adapter-path and`
+        if value and (found["end"] or (field is not None and value in (row_of(field).choices or ()))):
+            text = value if value[0] in "'\"" or field is None or field_type(field) is not str else f'"{value}"'
+            return f"{name}={text}{found['end']}"
+        if off or (field is not None and field_type(field) is bool):
+            name += f"={not off}"
+        elif flag == "resume":
+            name += '="auto"'
+        return f"{name} {value}".rstrip()
 
     return FLAG.sub(spell, message)
 
@@ -69,7 +74,7 @@ def speaks_python(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
             except InputError:
                 raise
             except errors.InputError as error:
-                raise InputError(python_words(str(error), names)) from (error.__cause__ or None)
+                raise InputError(python_words(str(error), names)) from error.__cause__
             except errors.RunError as error:
                 error.args = (python_words(str(error), names),)
                 raise

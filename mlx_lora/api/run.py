@@ -8,13 +8,14 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_lora.api.base import Base, PathLike, as_base
-from mlx_lora.api.display import display_here
+from mlx_lora.api.display import curve_html, display_here
 from mlx_lora.api.given_data import data_source
 from mlx_lora.api.given_settings import run_settings
 from mlx_lora.api.python_errors import speaks_python
@@ -26,9 +27,6 @@ from mlx_lora.system.distributed import find_launch
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.parsing import parse_yaml
 from mlx_lora.training.callbacks import Callback
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -75,14 +73,14 @@ class Run:
         return self.adapter / REPORT_FILE
 
     @speaks_python()
-    def plot(self) -> Figure:
+    def plot(self) -> Any:
         """Return the curves of training and held-out loss as a matplotlib figure.
 
         Raises:
             InputError: matplotlib is not installed.
         """
         try:
-            from matplotlib.figure import Figure
+            from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports] # an extra
         except ImportError:
             raise InputError("plot: matplotlib is not installed; pip install 'mlx-lora[plots]'") from None
         figure = Figure(figsize=(7, 4), layout="constrained")
@@ -94,6 +92,11 @@ class Run:
         axes.set(xlabel="step", ylabel="loss", title=self.adapter.name)
         axes.legend()
         return figure
+
+    def _repr_html_(self) -> str:
+        """Show the curves where a notebook shows this object."""
+        words = f"{self.steps} steps; adapter and report.html in <code>{escape(str(self.adapter))}</code>"
+        return curve_html(self.metrics, f"<div>{words}</div>")
 
 
 def _number(loss: float | None) -> float:
