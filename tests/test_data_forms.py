@@ -11,7 +11,8 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from run_cli import one_line, run
 
-from mlx_lora.data.columns import NamedColumns
+import mlx_lora.data
+from mlx_lora.data.columns import NamedColumns, without_names
 from mlx_lora.data.formats import parse_record
 from mlx_lora.data.loading import load_data, load_eval_set
 from mlx_lora.data.preferences import parse_pairs, parse_rated
@@ -254,6 +255,14 @@ def test_named_columns_make_each_kind_of_record():
     ):
         with pytest.raises(ValueError, match=words):
             NamedColumns.of(DataSettings(**wrong)).renamed(record | {"messages": 1}, "examples")
+
+
+def test_other_data_are_read_without_the_names_of_the_runs(tmp_path):
+    general = Path(mlx_lora.data.__file__).parent / "general" / "chat.jsonl"
+    named = DataSettings(prompt_column="frage", turn_names="role=wer", max_seq_length=4096)
+    assert len(load_eval_set(str(general), without_names(named), byte_tokenizer())) == 48
+    with pytest.raises(InputError, match="--prompt-column frage is not there"):
+        load_eval_set(str(general), named, byte_tokenizer())
 
 
 def test_named_columns_of_preferences():

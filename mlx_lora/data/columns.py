@@ -7,7 +7,7 @@ ours are recognized in any case: question and answer, Prompt and Response, Dolly
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_lora.data.examples import FormatError, Record
@@ -154,6 +154,11 @@ def _of_one_kind(found: Record, records: str) -> Record:
     if isinstance(prompt, str) and isinstance(completion, str):
         return {"system": system, "instruction": prompt, "output": completion}
     return {"prompt": [{"role": "system", "content": system}, *prompt], "completion": completion}
+
+
+def without_names(settings: DataSettings) -> DataSettings:
+    """Return the settings for other data than that whose format, columns and turns they name."""
+    return replace(settings, data_format="auto", turn_names=None, **dict.fromkeys(COLUMNS))
 
 
 def usual_names(record: Record) -> Record:
