@@ -549,6 +549,8 @@ AXOLOTL_SET = "base_model: m\nadapter: lora\ndatasets: [{{path: d, {}}}]\n"
         ("model: m\nprompt_feature: q\n", {"prompt_column": "q", "completion_column": "completion"}),
         ("model: m\nhf_dataset: {path: d, chat_feature: dialog}\n", {"chat_column": "dialog"}),
         ("model: m\nhf_dataset: {path: d, text_feature: text, prompt_feature: prompt}\n", {}),
+        ("model_name_or_path: m\ndataset_name: d\ndataset_text_field: body\n", {"text_column": "body"}),
+        ("model_name_or_path: m\ndataset_name: d\ndataset_text_field: text\n", {}),
     ],
 )  # fmt: skip
 def test_names_of_columns_and_turns_are_read(text, wanted):
