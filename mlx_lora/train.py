@@ -3,6 +3,7 @@
 python -m mlx_lora.train --model HuggingFaceTB/SmolLM2-135M-Instruct --data data/alpaca --adapter-path my-adapter
 python -m mlx_lora.train --model model.Q4_1.gguf --data tiny-shakespeare --adapter-path bard --iters 200
 python -m mlx_lora.train --config run.yaml --learning-rate 1e-4
+python -m mlx_lora.train --model model.Q4_1.gguf --data chats.csv --dry-run
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from typing import Any
 
 import click
 
+from mlx_lora.api.dry_run import dry_run as dry_plan
+from mlx_lora.api.plan_text import render
 from mlx_lora.runs.training_run import train_run
 from mlx_lora.runs.words import interrupted_line
 from mlx_lora.settings import flags
+from mlx_lora.settings.config import TRAINING
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.system import console, device
@@ -25,11 +29,18 @@ from mlx_lora.training.progress import LiveProgress
 
 @click.command(cls=flags.Command)
 @flags.config_option
+@click.option(
+    "--dry-run", is_flag=True, cls=console.Option, group=TRAINING,
+    help="Report on the data and plan the run as `plan` does; train and write nothing.",
+)  # fmt: skip
 @flags.settings_options("model", "data", "adapter", "objective", "optimizer", "loop")
-def main(config_file: str | None, **options: Any) -> int:
+def main(config_file: str | None, dry_run: bool, **options: Any) -> int:
     """Train an adapter for --model on --data, and write it to --adapter-path."""
     given = flags.given(options)
     settings = train_settings(given, read_settings(config_file, given, console.echo))
+    if dry_run:
+        click.echo(render(dry_plan(settings, console.echo)))
+        return 0
     if settings.loop.max_restarts:
         run_supervised(settings.loop.max_restarts)
     if settings.loop.short_buffers:

@@ -89,7 +89,7 @@ def test_lines_of_cut_and_doubled_rows_are_named_up_to_ten(tmp_path):
 def test_rows_of_a_file_without_lines_are_counted(tmp_path):
     rows = [{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": ""}, {"prompt": "p", "completion": "c"}]
     for name, content, location in (
-        ("one.json", json.dumps(rows), "one.json row {}"),
+        ("one.json", json.dumps(rows), "one.json record {}"),
         ("spread.json", json.dumps(rows, indent=1), "spread.json line {}"),
     ):
         (tmp_path / name).write_text(content)

@@ -105,8 +105,8 @@ def test_only_the_completion_of_two_message_lists_is_trained():
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"question": "q", "answer": "a"}, "found keys question, answer; expected one of: instruction"),
-        ({}, "found no keys"),
+        ({"frage": "q", "antwort": "a"}, "found columns frage, antwort; name yours: --prompt-column and --completion"),
+        ({}, "found no columns"),
         ({"instruction": "q", "output": 3}, "output is a int, not a string"),
         ({"messages": {"role": "user"}}, "messages is a dict, not a list"),
         ({"messages": "no json"}, "messages is not valid JSON"),

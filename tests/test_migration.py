@@ -175,9 +175,9 @@ CASES = {
             "model": "someone/phi", "train": True, "data": "someone/summaries", "rank": 8, "alpha": 80.0,
             "report_to": "wandb", "project_name": "sums", "optimizer": "adam", "lr_schedule": "constant", "warmup": 0,
             "num_layers": 16, "batch_size": 4, "iters": 1000, "learning_rate": 1e-5, "max_grad_norm": 0.0,
-            "mask_prompt": False, "valid_fraction": 0.0,
+            "mask_prompt": False, "valid_fraction": 0.0, "prompt_column": "text", "completion_column": "summary",
         },
-        "lora_parameters.alpha hf_dataset.train_split hf_dataset.prompt_feature hf_dataset.completion_feature",
+        "lora_parameters.alpha hf_dataset.train_split",
     ),
     "mlx-lm-accumulation.yaml": (
         {
@@ -310,7 +310,7 @@ def test_settings_that_this_version_lacks_are_left_out(folder):
     [
         ("axolotl-qlora-packed.yml", ["load_in_4bit", "convert --bits 4", "bf16", "paged_adamw_32bit", "8192 tokens", "alpaca prompt"]),
         ("axolotl-chat-template.yml", ["load_in_8bit", "convert --bits 8", "chat_template llama3", "adamw_bnb_8bit"]),
-        ("axolotl-dora-regex.yml", ["2 sets, only the first (rows/train.jsonl)", "peft_use_rslora", "alpha 128", "lion_8bit", "rex"]),
+        ("axolotl-dora-regex.yml", ["2 sets that are read differently, only the first (rows/train.jsonl)", "peft_use_rslora", "alpha 128", "lion_8bit", "rex"]),
         ("axolotl-relora.yml", ["val_set_size 200"]),
         ("axolotl-full.yaml", ["full: trains the layers"]),
         ("llama-factory-sft.yaml", ["2 sets, only the first (rows)", "template llama3", "weight_decay 0"]),
@@ -515,7 +515,7 @@ def test_a_file_sets_just_the_options_that_its_objective_has():
         ("zephyr.nectar", None, "model's own template"),
         ("bradley_terry.chat_template", None, None),
         ("{field_prompt: question, field_chosen: chosen, field_rejected: rejected}", None, None),
-        ("{field_prompt: query, prompt_format: '[INST]{prompt}'}", None, "datasets.type.field_prompt, datasets.type.prompt_format"),
+        ("{field_prompt: query, prompt_format: '[INST]{prompt}'}", None, "left out: datasets.type.prompt_format"),
         ("prompts.of_mine", None, "left out: datasets.type"),
     ],
 )  # fmt: skip
@@ -527,3 +527,46 @@ def test_types_of_axolotls_preference_data(kind, template, told):
     found = migrate(content, KNOWN, (), "f", said.append)
     assert (found.get("chat_template"), found.get("data_format")) == (template, None)
     assert any((told or "datasets.type") in line for line in said) == bool(told)
+
+
+AXOLOTL_SET = "base_model: m\nadapter: lora\ndatasets: [{{path: d, {}}}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (AXOLOTL_SET.format("type: chat_template, field_messages: dialog, message_property_mappings: {role: speaker, content: text}, roles: {user: [customer], assistant: [agent, gpt]}"),
+         {"chat_column": "dialog", "turn_names": "role=speaker,content=text,user=customer,assistant=agent"}),
+        (AXOLOTL_SET.format("type: sharegpt, field_human: Kunde, field_model: Berater, message_field_role: wer"),
+         {"turn_names": "role=wer,user=Kunde,assistant=Berater"}),
+        (AXOLOTL_SET.format("type: completion, field: body"), {"text_column": "body"}),
+        (AXOLOTL_SET.format("type: {field_instruction: frage, field_input: dazu, field_output: antwort, field_system: rolle}"),
+         {"prompt_column": "frage,dazu", "completion_column": "antwort", "system_column": "rolle"}),
+        (AXOLOTL_SET.format("type: {field_instruction: frage}"), {"prompt_column": "frage", "completion_column": "output"}),
+        (AXOLOTL_SET.format("type: {field_instruction: instruction, field_output: output}"), {}),
+        (AXOLOTL_SET.format("type: {field_prompt: frage}") + "rl: orpo\n", {"prompt_column": "frage"}),
+        ("model: m\nprompt_feature: q\nhf_dataset: {path: d, completion_feature: a}\n", {"prompt_column": "q", "completion_column": "a"}),
+        ("model: m\nprompt_feature: q\n", {"prompt_column": "q", "completion_column": "completion"}),
+        ("model: m\nhf_dataset: {path: d, chat_feature: dialog}\n", {"chat_column": "dialog"}),
+        ("model: m\nhf_dataset: {path: d, text_feature: text, prompt_feature: prompt}\n", {}),
+        ("model_name_or_path: m\ndataset_name: d\ndataset_text_field: body\n", {"text_column": "body"}),
+        ("model_name_or_path: m\ndataset_name: d\ndataset_text_field: text\n", {}),
+    ],
+)  # fmt: skip
+def test_names_of_columns_and_turns_are_read(text, wanted):
+    said: list[str] = []
+    found = migrate(yaml.safe_load(text), KNOWN, (), "f", said.append)
+    names = ("prompt_column", "completion_column", "system_column", "chat_column", "text_column", "turn_names")
+    assert {name: found[name] for name in names if name in found} == wanted
+    assert not any("field" in key or "feature" in key for key in left_out(said))
+    train_settings(found)  # nothing excludes another thing
+
+
+def test_sets_that_are_read_alike_are_joined():
+    two = "base_model: m\nadapter: lora\ndatasets: [{path: a, type: alpaca}, {path: b, type: %s}]\n"
+    assert migrate(yaml.safe_load(two % "alpaca"), KNOWN, (), "f", print)["data"] == "a,b"
+    assert migrate(yaml.safe_load(two % "sharegpt"), KNOWN, (), "f", print)["data"] == "a"
+    assert (
+        migrate(yaml.safe_load("model: m\nhf_dataset: [{path: a}, {path: b}]\n"), KNOWN, (), "f", print)["data"]
+        == "a,b"
+    )

@@ -23,9 +23,9 @@ from tiny_moe import CONFIGS, MXFP4, tiny_moe, with_quantized_experts
 from mlx_lora.adapters.adapt import adapt_model
 from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.adapters.model_shape import model_shape
+from mlx_lora.api.plan_text import time_words
 from mlx_lora.models.load import load_base
 from mlx_lora.models.outline import outline_of, outline_of_config
-from mlx_lora.plan import time_words
 from mlx_lora.planner.chips import CHIPS
 from mlx_lora.planner.fitting import (
     fit,

@@ -11,12 +11,12 @@ from typing import Any
 from mlx_lora.api.base import Base, PathLike
 from mlx_lora.api.given_data import data_source
 from mlx_lora.api.given_settings import plain
+from mlx_lora.api.planned_data import check_splits, local_data
 from mlx_lora.api.python_errors import speaks_python
 from mlx_lora.data.joining import joined
-from mlx_lora.data.loading import load_data
+from mlx_lora.data.loading import DataSplits
 from mlx_lora.models.kernel_choice import KernelChoice
 from mlx_lora.models.outline import Outline, outline_of
-from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.planner.ceilings import measure_ceilings
 from mlx_lora.planner.chips import CHIPS, Chip, find_chip, known_chip
@@ -37,14 +37,12 @@ from mlx_lora.planner.speed import Ceilings, count_step, forward_seconds, listed
 from mlx_lora.planner.this_machine import this_machine
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.resolve import train_settings
-from mlx_lora.sources.hub import resolve_config
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.prefix_sharing import layout_problem
 from mlx_lora.training.run_fit import outlined_shape, quantized_shape, with_kernels
 
 CHARACTERS_PER_TOKEN = 4  # about, in English; for the number of tokens in a data file
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +106,7 @@ def plan_run(
     memory_gb: int | None = None,
     all_chips: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    read: Callable[[Outline], DataSplits | None] | None = None,
 ) -> dict[str, Any]:
     """Return the plan of a run with these settings.
 
@@ -115,6 +114,7 @@ def plan_run(
         settings: of the run.
         chip, memory_gb, all_chips: as for `plan`.
         say: takes a line from time to time while the data is encoded.
+        read: returns the data for the model with this outline; None: what is on this disk is read.
 
     Raises:
         InputError: there is no such chip or model, or the objective's settings exclude each other.
@@ -133,7 +133,10 @@ def plan_run(
     kernels = None if chip is None and memory_gb is None else elsewhere
     shape = outlined_shape(outline, settings, kernels)
     machine = with_kernels(settings, shape, machine, kernels)
-    settings, size = measure_data(settings, outline, shape, say)
+    splits = read(outline) if read else local_data(settings, outline, say)
+    if splits is not None:
+        check_splits(settings, splits, outline)
+    settings, size = measure_data(settings, splits, outline, shape)
     if size is not None:
         settings = dataclasses.replace(
             settings, data=dataclasses.replace(settings.data, max_seq_length=max(2, size.longest))
@@ -159,20 +162,15 @@ def plan_run(
 
 
 def measure_data(
-    settings: TrainSettings, outline: Outline, shape: ModelShape, say: Callable[[str], None]
+    settings: TrainSettings, splits: DataSplits | None, outline: Outline, shape: ModelShape
 ) -> tuple[TrainSettings, DataSize | None]:
-    """Return the size of --data in tokens; None if it is not on this disk, or the model's folder has no tokenizer.
+    """Return the size of the data in tokens; None without data.
 
     The settings come back with --shared-prefix on where a run would share the prompts of these pairs.
     """
-    if settings.data.data is None or not Path(settings.data.data).exists():
+    if splits is None:
         return settings, None
-    folder = resolve_config(settings.model.model or "", settings.model.revision)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return settings, None
-    tokenizer = load_folder_tokenizer(folder, outline.config, settings.model.trust_remote_code)
     objective = objective_of(settings.objective)
-    splits = load_data(settings.data, tokenizer._tokenizer, settings.loop.seed, say, records=objective.records)
     rows = objective.targets_of(splits.train)
     parts = [part for part in (splits.train, splits.valid, splits.test) if part is not None]
     asked = settings.objective.shared_prefix

@@ -72,6 +72,24 @@ class SplitReport:
 
 
 @dataclass(frozen=True)
+class SetReport:
+    """One of several data sets.
+
+    Attributes:
+        name, weight: As `--data` has them.
+        rows_read: Records in its training files, bad ones included.
+        rows: Its rows (or pairs) to train on.
+        rows_per_epoch: How many of them an epoch has, by the weight.
+    """
+
+    name: str
+    weight: float
+    rows_read: int
+    rows: int
+    rows_per_epoch: int
+
+
+@dataclass(frozen=True)
 class DataReport:
     """Counts over all files, sizes of the splits, and one example.
 
@@ -90,6 +108,7 @@ class DataReport:
         example: Decoded pieces of one training row, (text, trained); of a pair, the chosen row's.
         rejected: Decoded pieces of the pair's other answer; empty for other data.
         records: `examples`, `pairs` or `rated`.
+        sets: What each set gives, if there are several or one has a weight.
     """
 
     data: str
@@ -110,6 +129,7 @@ class DataReport:
     example: list[tuple[str, bool]] = field(default_factory=list)
     rejected: list[tuple[str, bool]] = field(default_factory=list)
     records: str = "examples"
+    sets: list[SetReport] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values for JSON."""
@@ -125,6 +145,7 @@ class DataReport:
             "duplicate_rows": [Location(*location) for location in values["duplicate_rows"]],
             "example": [(text, trained) for text, trained in values["example"]],
             "rejected": [(text, trained) for text, trained in values["rejected"]],
+            "sets": [SetReport(**one) for one in values["sets"]],
         }
         return cls(**{**values, **made})
 
@@ -138,6 +159,7 @@ class DataReport:
         lines = [
             _line("data", self.data),
             _line("rows read", f"{self.rows_read:,} ({formats or 'none usable'})"),
+            *(_line("set", self._set_words(one)) for one in self.sets),
             _line("template", self.template),
         ]
         lines += [self._split_line(name) for name in ("train", "valid", "test")]
@@ -168,6 +190,10 @@ class DataReport:
             lines += _example_lines(self.example, color)
             lines += ["  rejected:", *_example_lines(self.rejected, color)] if self.rejected else []
         return "\n".join(lines)
+
+    def _set_words(self, one: SetReport) -> str:
+        times = "" if one.weight == 1 else f" x {one.weight:g} = {one.rows_per_epoch:,} per epoch"
+        return f"{one.name}: {one.rows_read:,} read, {one.rows:,} {UNITS[self.records]} to train on{times}"
 
     def _split_line(self, name: str) -> str:
         split = self.splits.get(name)
@@ -233,8 +259,11 @@ def cut(text: str, limit: int) -> str:
 
 def _where(what: str, locations: list[Location], count: int) -> list[str]:
     """Return a line with the locations of truncated or duplicate rows; nothing if there are none."""
-    if not locations:
-        return []
+    return [f"  {what}: {where(locations, count)}"] if locations else []
+
+
+def where(locations: list[Location], count: int) -> str:
+    """Return the locations of the first of `count` rows in words."""
     by_file: dict[str, list[str]] = {}
     for file, line, unit in locations:
         by_file.setdefault(f"{file} {unit}", []).append(str(line))
@@ -242,7 +271,7 @@ def _where(what: str, locations: list[Location], count: int) -> list[str]:
         f"{file}{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}" for file, numbers in by_file.items()
     )
     more = f" and {count - len(locations):,} more" if count > len(locations) else ""
-    return [f"  {what}: {_clean(named)}{more}"]
+    return f"{_clean(named)}{more}"
 
 
 def _clean(text: str) -> str:

@@ -44,6 +44,7 @@ def entry_folder(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     day: date | None = None,
+    mixed: Sequence[Any] = (),
 ) -> Path:
     """Return the folder for this data, encoded in this way; it may not exist yet.
 
@@ -54,6 +55,7 @@ def entry_folder(
         tokenizer: A fast tokenizer, with its chat template.
         seed: Of the held-out split.
         day: The day that the chat template shows; None if it shows none.
+        mixed: What else decides which rows of which files there are, and how often.
     """
     parts = {
         "kind": kind,
@@ -62,6 +64,7 @@ def entry_folder(
         "template": _template_hash(settings.chat_template),
         "tokenizer": _tokenizer_hash(tokenizer),
         "seed": seed,
+        "mixed": mixed,
         "code": _code_hash(),
         "packages": [metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")],
     }

@@ -9,6 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from mlx_lora.data.columns import (
+    ANSWER_LISTS,
+    PREFERENCE_PAIRS,
+    RATING_COLUMNS,
+    columns_of,
+    question_and_answer,
+    usual_names,
+)
 from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, Example, FormatError, Message, Record, Text
 from mlx_lora.data.messages import as_list, as_string, conversation, keys_of
 
@@ -24,17 +32,7 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
-# A row that has both columns of a pair compares two answers.
-PREFERENCE_PAIRS = (
-    ("chosen", "rejected"),
-    ("chosen_response", "rejected_response"),
-    ("chosen_messages", "rejected_messages"),
-    ("preferred_output", "non_preferred_output"),
-)
-# A row with a list of several answers compares them by scores or ranks.
-ANSWER_LISTS = ("completions", "answers")
-# Columns that rate an answer, and the columns that hold a question and its answer.
-RATING_COLUMNS, ANSWERED = ("label", "kto_tag"), ({"prompt", "completion"}, {"messages"}, {"conversations"})
+ANSWERED = ({"prompt", "completion"}, {"messages"}, {"conversations"})  # what a row may have that rates an answer
 EXPECTED = {
     "alpaca": "instruction, output (and optionally input, system, history)",
     "sharegpt": "conversations: [{from, value}, ...] (and optionally system, tools)",
@@ -52,23 +50,23 @@ def parse_record(record: Record, data_format: str = "auto") -> tuple[str, Exampl
         data_format: `alpaca`, `sharegpt`, `messages`, `completions`, `text`, or `auto` to choose by the keys.
 
     Returns:
-        The format's name and the example.
+        The format's name, or the names of its columns if they are not those of a format, and the example.
 
     Raises:
         FormatError: the record does not have that format (EmptyRecord: it has, but there is nothing to train).
     """
     record = {key: value for key, value in record.items() if value is not None}
-    name = detect_format(record) if data_format == "auto" else data_format
+    if data_format != "auto":
+        return data_format, PARSERS[data_format](record)
+    _refuse_preference(record)
+    name = _format_of(record)
+    if name is None:
+        return _by_usual_names(record)
     return name, PARSERS[name](record)
 
 
-def detect_format(record: Record) -> str:
-    """Return the name of the format whose keys the record has.
-
-    Raises:
-        FormatError: no format has these keys, or the row is meant for preference training, where an answer may be bad.
-    """
-    _refuse_preference(record)
+def _format_of(record: Record) -> str | None:
+    """Return the name of the format whose keys the record has, None if it has those of none."""
     if "messages" in record:
         return "messages"
     if "conversations" in record or "conversation" in record:
@@ -77,12 +75,34 @@ def detect_format(record: Record) -> str:
         return "completions"
     if "instruction" in record and "output" in record:
         return "alpaca"
-    if "text" in record:  # last: Alpaca's own set repeats each row as one text
-        return "text"
+    return "text" if "text" in record else None  # last: Alpaca's own set repeats each row as one text
+
+
+def _by_usual_names(record: Record) -> tuple[str, Example]:
+    """Read a record whose columns have other names than those of the formats.
+
+    Raises:
+        FormatError: no names are recognized, or the row is meant for preference training.
+    """
+    plain = usual_names(record)
+    _refuse_preference(plain)
     for name in ANSWER_LISTS:
-        if isinstance(record.get(name), list) and all(isinstance(answer, dict) for answer in record[name]):
+        if isinstance(plain.get(name), list) and all(isinstance(answer, dict) for answer in plain[name]):
             raise FormatError(f"a row with several answers ({name}); train with --objective dpo, orpo, simpo or cpo")
-    raise FormatError(f"found {keys_of(record)}; expected one of: {'; '.join(EXPECTED.values())}")
+    if name := _format_of(plain):
+        return name, PARSERS[name](plain)
+    found = question_and_answer(record)
+    if found is None:
+        raise FormatError(
+            f"found {columns_of(record)}; name yours: --prompt-column and --completion-column, or --chat-column, or "
+            "--text-column"
+        )
+    columns, example = found
+    for pair in PREFERENCE_PAIRS:
+        if name := next((name for name in pair if name in plain), None):
+            raise FormatError(f"a preference row ({name}); train with --objective dpo, or remove that column")
+    _refuse_preference({**plain, "prompt": "", "completion": ""})
+    return columns, _alpaca(example)
 
 
 def _refuse_preference(record: Record) -> None:
@@ -160,11 +180,12 @@ def sharegpt_messages(turns: Any) -> list[Message]:
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
             raise FormatError(f"turn {number} has {keys_of(turn)}; expected from, value")
         name = turn["from"]
-        if not isinstance(name, str) or name not in SHAREGPT_ROLES:
+        speaker = name.lower() if isinstance(name, str) else ""
+        if speaker not in SHAREGPT_ROLES:
             raise FormatError(f"turn {number} is from {name!r}; expected one of {', '.join(SHAREGPT_ROLES)}")
         others = {key: value for key, value in turn.items() if key not in ("from", "value")}
-        message: Message = {**others, "role": SHAREGPT_ROLES[name], "content": turn["value"]}
-        if name == "function_call":
+        message: Message = {**others, "role": SHAREGPT_ROLES[speaker], "content": turn["value"]}
+        if speaker == "function_call":
             message |= {"content": "", "tool_calls": turn["value"]}
         messages.append(message)
     return messages

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.answers import answers_of, encode_entries
-from mlx_lora.data.data_report import MAX_LISTED, DataReport, DroppedRow, Location, SplitReport, example_pieces, reasons
+from mlx_lora.data.data_notes import data_notes, evaluation_notes
+from mlx_lora.data.data_report import (
+    MAX_LISTED,
+    DataReport,
+    DroppedRow,
+    Location,
+    SetReport,
+    SplitReport,
+    example_pieces,
+    reasons,
+)
 from mlx_lora.data.encode import Encoded, EncodedSet, Encoder
 from mlx_lora.data.encoded_cache import entry_folder, read_entry, write_entry
-from mlx_lora.data.examples import Completion, Conversation, Text
-from mlx_lora.data.preferences import Rated
+from mlx_lora.data.examples import Completion, Conversation
+from mlx_lora.data.mixing import joined_sets, mix, read_sets
 from mlx_lora.data.reading import Rows, read_rows
-from mlx_lora.data.split import content_key, cut_text, hold_out
+from mlx_lora.data.split import content_key
 from mlx_lora.data.templates import resolve_template, shows_date
 from mlx_lora.settings.config import DataSettings
-from mlx_lora.sources.records import check_file
-from mlx_lora.sources.splits import find_splits
+from mlx_lora.sources.data_sets import DataSet, find_sets
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import one_at_a_time
 from mlx_lora.system.long_task import long_task
-from mlx_lora.system.units import counted
 
 
 @dataclass(frozen=True)
@@ -81,13 +88,14 @@ def load_data(
     """
     if settings.data is None:
         raise InputError("no data given; name a file, a folder, a hub dataset or tiny-shakespeare with --data")
-    files = _files_of(settings.data)
-    if "train" not in files:
-        raise InputError(f"--data {settings.data} has no train file, only {', '.join(files)}; add train.jsonl")
+    sets = find_sets(settings.data)
+    for one in sets:
+        if "train" not in one.splits:
+            raise InputError(f"--data {one.name} has no train file, only {', '.join(one.splits)}; add train.jsonl")
     day = _day(settings, tokenizer, today)
-    folder = entry_folder(f"{records} splits", files, settings, tokenizer, seed, day)
+    folder = entry_folder(f"{records} splits", _paths(sets), settings, tokenizer, seed, day, _mixed(sets))
     with one_at_a_time(folder):  # ranks on one machine encode once
-        return replace(_read_or_make_splits(folder, files, settings, tokenizer, seed, say, day, records), chat_day=day)
+        return replace(_read_or_make_splits(folder, sets, settings, tokenizer, seed, say, day, records), chat_day=day)
 
 
 def _day(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, today: date | None) -> date | None:
@@ -105,7 +113,7 @@ def _day(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, today: date
 
 def _read_or_make_splits(
     folder: Path,
-    files: dict[str, tuple[Path, ...]],
+    sets: Sequence[DataSet],
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
@@ -114,23 +122,32 @@ def _read_or_make_splits(
     records: str,
 ) -> DataSplits:
     if entry := read_entry(folder):
-        sets, details = entry
+        rows, details = entry
         report = replace(DataReport.from_dict(details["report"]), data=settings.data)
-        return DataSplits(sets["train"], sets.get("valid"), sets.get("test"), report, details["chat_template"])
-    splits = _make_splits(files, settings, tokenizer, seed, say, day, records)
-    sets = {"train": splits.train, "valid": splits.valid, "test": splits.test}
+        return DataSplits(rows["train"], rows.get("valid"), rows.get("test"), report, details["chat_template"])
+    splits = _make_splits(sets, settings, tokenizer, seed, say, day, records)
+    rows = {"train": splits.train, "valid": splits.valid, "test": splits.test}
     details = {"report": splits.report.to_dict(), "chat_template": splits.chat_template}
-    _keep(folder, {name: rows for name, rows in sets.items() if rows is not None}, details, say)
+    _keep(folder, {name: part for name, part in rows.items() if part is not None}, details, say)
     return splits
 
 
-def _files_of(data: str) -> dict[str, tuple[Path, ...]]:
-    """Return the files of each split, after checking that each exists and can be read."""
-    files = find_splits(data)
-    for paths in files.values():
-        for path in paths:
-            check_file(path)
-    return files
+def _paths(sets: Sequence[DataSet]) -> dict[str, list[Path]]:
+    """Return the files of each split, of all sets."""
+    names = [name for name in ("train", "valid", "test") if any(name in one.splits for one in sets)]
+    return {name: [file.path for one in sets for file in one.splits.get(name, ())] for name in names}
+
+
+def _mixed(sets: Sequence[DataSet]) -> list[Any]:
+    """Return what the cache must tell apart beside the files' content: weights, sheets, and which file is whose."""
+    parts = [
+        [one.weight, {key: [(f.name, f.sheet) for f in files] for key, files in one.splits.items()}] for one in sets
+    ]
+    return [*parts, [one.name for one in sets] if _are_mixed(sets) else None]
+
+
+def _are_mixed(sets: Sequence[DataSet]) -> bool:
+    return len(sets) > 1 or sets[0].weight != 1
 
 
 def _keep(folder: Path, sets: dict[str, EncodedSet], details: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -142,7 +159,7 @@ def _keep(folder: Path, sets: dict[str, EncodedSet], details: dict[str, Any], sa
 
 
 def _make_splits(
-    files: dict[str, tuple[Path, ...]],
+    sets: Sequence[DataSet],
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
@@ -150,9 +167,7 @@ def _make_splits(
     day: date | None,
     records: str,
 ) -> DataSplits:
-    parts = {name: read_rows(paths, settings, records) for name, paths in files.items()}
-    if "valid" not in parts:
-        parts |= _cut_single_text(parts["train"], settings.valid_fraction)
+    parts, train_parts = read_sets(sets, settings, records)
     encoder, template, origin = _make_encoder(parts.values(), settings, tokenizer, day)
     encoded = {name: _encode(rows, encoder, say) for name, rows in parts.items()}
     _check(settings, parts, encoded)
@@ -163,17 +178,21 @@ def _make_splits(
         for name in encoded
     }
     doubled = _doubled(parts["train"], encoded["train"], keys["train"])
-    sets = {name: part.rows for name, part in encoded.items() if len(part.rows)}
-    valid_source = "file" if "valid" in files else "held out"
-    if "valid" not in encoded:
-        sets |= _hold_out(encoded["train"], keys["train"], settings.valid_fraction, seed)
-    pieces = example_pieces(sets["train"], tokenizer)
+    train, held, set_reports = mix(encoded["train"], keys["train"], train_parts, settings.valid_fraction, seed)
+    _check_sets(set_reports)
+    rows = {name: part.rows for name, part in encoded.items() if len(part.rows)} | {"train": train}
+    own = ["file"] if any("valid" in one.splits for one in sets) else []
+    cut = any(not part.held_out and "valid" not in one.splits for part, one in zip(train_parts, sets, strict=True))
+    own += ["held out"] if held or cut else []
+    if valid := joined_sets(rows.get("valid"), held):
+        rows["valid"] = valid
+    pieces = example_pieces(train, tokenizer)
     report = DataReport(
         data=settings.data or "",
         rows_read=sum(rows.rows_read for rows in parts.values()),
         formats=dict(sum((rows.formats for rows in parts.values()), Counter())),
-        splits={name: SplitReport.of(rows) for name, rows in sets.items()},
-        valid_source=valid_source if "valid" in sets else "none",
+        splits={name: SplitReport.of(part) for name, part in rows.items()},
+        valid_source=" and ".join(own) if "valid" in rows else "none",
         template=origin,
         max_seq_length=settings.max_seq_length,
         truncated=len(truncated),
@@ -183,12 +202,13 @@ def _make_splits(
         dropped_rows=[row for rows in parts.values() for row in rows.dropped][:MAX_LISTED],
         truncated_rows=truncated[:MAX_LISTED],
         duplicate_rows=doubled[:MAX_LISTED],
-        notes=_notes(parts, encoded, keys, encoder, day if template else None),
+        notes=data_notes(parts, encoded, keys, encoder, day if template else None),
         example=pieces[0],
         rejected=[piece for piece in pieces[1] if piece[1]] if records == "pairs" else [],
         records=records,
+        sets=set_reports if _are_mixed(sets) else [],
     )
-    return DataSplits(sets["train"], sets.get("valid"), sets.get("test"), report, template)
+    return DataSplits(train, rows.get("valid"), rows.get("test"), report, template)
 
 
 def load_eval_set(
@@ -209,36 +229,32 @@ def load_eval_set(
     Raises:
         InputError: as for `load_data`.
     """
-    files = _files_of(data)
+    sets = find_sets(data)
+    files = _paths(sets)
     name = next(name for name in ("test", "valid", "train") if name in files)
     if name == "train" and len(files["train"]) == 1 and Path(data).is_dir():
         raise InputError(f"--data {data} has neither a test nor a validation file; name a file inside it")
+    for one in sets:
+        if one.weight != 1:
+            raise InputError(f"--data {one.name}={one.weight:g}: a weight is for training; leave it out")
+        if name not in one.splits:
+            raise InputError(f"--data {one.name} has no {name} file, and others have; name the files themselves")
     day = _day(settings, tokenizer, None)
-    folder = entry_folder(f"{records} evaluation", {name: files[name]}, settings, tokenizer, 0, day)
+    chosen = {name: files[name]}
+    folder = entry_folder(f"{records} evaluation", chosen, settings, tokenizer, 0, day, _mixed(sets))
     if entry := read_entry(folder):
         for line in entry[1]["notes"]:
             say(line)
         return entry[0][name]
-    parts = {name: read_rows(files[name], settings, records)}
+    parts = {name: read_rows([file for one in sets for file in one.splits[name]], settings, records)}
     encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer, day)
     encoded = {name: _encode(parts[name], encoder, say)}
     _check(settings, parts, encoded)
-    notes = _evaluation_notes(parts[name], encoded[name])
+    notes = evaluation_notes(parts[name], encoded[name])
     for line in notes:
         say(line)
     _keep(folder, {name: encoded[name].rows}, {"notes": notes}, say)
     return encoded[name].rows
-
-
-def _cut_single_text(train: Rows, fraction: float) -> dict[str, Rows]:
-    """Cut the training data in two if it is a single long text, and return the part to validate on."""
-    if len(train.entries) != 1 or not isinstance(train.entries[0], Text):
-        return {}
-    parts = cut_text(train.entries[0], fraction)
-    if parts is None:
-        return {}
-    train.entries[0] = parts[0]
-    return {"valid": Rows([parts[1]], list(train.locations))}
 
 
 def _make_encoder(
@@ -287,6 +303,13 @@ def _doubled(rows: Rows, encoded: Encoded, keys: list[str]) -> list[Location]:
     return found
 
 
+def _check_sets(reports: Sequence[SetReport]) -> None:
+    """Raise if one of several sets has nothing to train on."""
+    for one in reports:
+        if not one.rows and len(reports) > 1:
+            raise InputError(f"no usable row in --data {one.name}, {one.rows_read} read; fix it, or leave it out")
+
+
 def _check(settings: DataSettings, parts: dict[str, Rows], encoded: dict[str, Encoded]) -> None:
     """Raise if a split has no row, or, with `strict`, if any row was dropped."""
     for name, rows in parts.items():
@@ -298,73 +321,3 @@ def _check(settings: DataSettings, parts: dict[str, Rows], encoded: dict[str, En
         if len(encoded[name].rows):
             raise InputError(f"--strict: {found} unusable {name} rows: {reasons(rows.dropped)}; fix or remove them")
         raise InputError(f"no usable row in the {name} data, {found} refused: {reasons(rows.dropped)}")
-
-
-def _evaluation_notes(rows: Rows, encoded: Encoded) -> list[str]:
-    """Return notes on what an evaluation left out or cut, because that changes the loss."""
-    notes = []
-    if rows.dropped:
-        notes.append(f"Note: {len(rows.dropped)} unusable rows left out: {reasons(rows.dropped)}")
-    if encoded.truncated:
-        notes.append(f"Note: {len(encoded.truncated)} rows cut at --max-seq-length")
-    return notes
-
-
-def _hold_out(encoded: Encoded, keys: list[str], fraction: float, seed: int) -> dict[str, EncodedSet]:
-    held = hold_out(keys, fraction, seed)
-    if not held.any():
-        return {}
-    _, example = np.unique(encoded.source, return_inverse=True)  # there is a key for each example that gave rows
-    in_valid = held[example]
-    return {
-        "train": encoded.rows.select(np.flatnonzero(~in_valid)),
-        "valid": encoded.rows.select(np.flatnonzero(in_valid)),
-    }
-
-
-def _notes(
-    parts: dict[str, Rows],
-    encoded: dict[str, Encoded],
-    keys: dict[str, list[str]],
-    encoder: Encoder,
-    day: date | None,
-) -> list[str]:
-    notes = []
-    for name in ("valid", "test"):
-        shared = len(set(keys.get(name, [])) & set(keys["train"]))
-        if shared:
-            notes.append(f"{shared:,} {name} rows are also training rows; the {name} loss will be too low")
-    train = parts["train"].entries
-    ratings = {train[i].good for i in encoded["train"].source.tolist() if isinstance(train[i], Rated)}
-    if len(ratings) == 1:
-        kind = "bad" if ratings == {True} else "good"
-        notes.append(f"no answer is rated {kind}, so the run has nothing to compare with; add {kind} answers")
-    kept = [
-        answer
-        for name, part in encoded.items()
-        for i in set(part.source.tolist())
-        for answer in answers_of(parts[name].entries[i])
-    ]
-    chats = [example for example in kept if isinstance(example, Conversation)]
-    with_tools = [chat for chat in chats if chat.tools]
-    if with_tools and not encoder.shows_tools(with_tools[0]):
-        notes.append(f"the chat template does not show the tools of {counted(len(with_tools), 'row')} to the model")
-    unshown: Counter[str] = Counter()
-    for part in encoded.values():
-        unshown.update({name: len(numbers) for name, numbers in part.unshown.items()})
-    for name, count in sorted(unshown.items()):
-        have = "has" if count == 1 else "have"
-        notes.append(f"{counted(count, 'row')} {have} {name}, which the chat template does not show; it is not trained")
-    unread = Counter(name for chat in chats for name in chat.unread)
-    if unread:
-        named = ", ".join(f"{name} ({counted(count, 'row')})" for name, count in unread.most_common(8))
-        notes.append(f"fields of messages that are not read: {named}")
-    divided = sum(len(part.divided) for part in encoded.values())
-    if divided:
-        notes.append(
-            f"{counted(divided, 'chat')} {'gives' if divided == 1 else 'give'} several rows: the chat template hides "
-            "thinking or tools of earlier turns, and each turn is trained as the model writes it"
-        )
-    if day and chats:
-        notes.append(f"the chat template shows a date: {day.isoformat()}, kept for --resume (--chat-date)")
-    return notes

@@ -48,11 +48,17 @@ def conversation(turns: Any, tools: Any, system: Any, functions: Any = None) -> 
     return Conversation(messages, _tools(tools or functions), next(named, REASONING[0]), _unread(turns))
 
 
+def usual_role(role: Any) -> Any:
+    """Return a role in lower case if it is one of ours in another one (`User`), anything else as it is."""
+    plain = role.strip().lower() if isinstance(role, str) else role
+    return plain if isinstance(role, str) and plain in (*ROLES, "function") else role
+
+
 def _unread(turns: list[dict[str, Any]]) -> frozenset[str]:
     """Return the names of fields that have content but are ignored."""
     found = set()
     for turn in turns:
-        known = READ_OF_ASSISTANT if turn["role"] == "assistant" else READ
+        known = READ_OF_ASSISTANT if usual_role(turn["role"]) == "assistant" else READ
         found |= {str(key) for key, value in turn.items() if key not in known and value not in (None, "", [], {})}
     return frozenset(found)
 
@@ -62,7 +68,8 @@ def _message(turn: Any, number: int) -> Message:
     if not isinstance(turn, dict) or turn.get("role") is None:
         raise FormatError(f"message {number} has {keys_of(turn)}; expected role, content")
     turn = {key: value for key, value in turn.items() if value is not None}
-    role = "tool" if turn["role"] == "function" else turn["role"]
+    role = usual_role(turn["role"])
+    role = "tool" if role == "function" else role
     if role not in ROLES:
         raise FormatError(f"message {number} has role {role!r}; expected one of {', '.join(ROLES)}")
     content, thought = _content(turn.get("content", ""), number)

@@ -21,9 +21,10 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
+from mlx_lora.data.columns import ANSWER_LISTS, usual_names
 from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, FormatError, Message, Record
-from mlx_lora.data.formats import ANSWER_LISTS, opening, parse_record, sharegpt_messages
-from mlx_lora.data.messages import as_list, as_string, conversation, keys_of
+from mlx_lora.data.formats import opening, parse_record, sharegpt_messages
+from mlx_lora.data.messages import as_list, as_string, conversation, keys_of, usual_role
 from mlx_lora.data.turns import common_prefix
 
 Answer = Conversation | Completion
@@ -119,10 +120,15 @@ _NAMES = {
     "llama2-13b-chat": "rejected",
 }
 
+_COMPARED = frozenset(("chosen", "rejected", *_NAMES, *ANSWER_LISTS, *LABELS))
+
 
 def _known(record: Record) -> Record:
     """Return a record without absent values, with our names of its columns."""
-    record = {_NAMES.get(key, key): value for key, value in record.items() if value is not None}
+    record = {key: value for key, value in record.items() if value is not None}
+    if record.keys().isdisjoint(_COMPARED):  # else they are ours as they are
+        record = usual_names(record)
+    record = {_NAMES.get(key, key): value for key, value in record.items()}
     for name in MEDIA:
         if record.get(name):
             raise FormatError(f"it has {name}; only text can be trained")
@@ -204,7 +210,7 @@ def _context(record: Record, *answers: Any) -> list[Message] | None:
     if isinstance(given := record.get("input"), dict):  # OpenAI's
         return as_list(given.get("messages"), "input.messages")
     if isinstance(prompt := record.get("prompt"), list):
-        return prompt
+        return _turns(prompt) if all(isinstance(turn, dict) for turn in prompt) else prompt
     turns = opening(record)
     for name in ("conversations", "conversation", "messages"):
         if name in record:
@@ -223,7 +229,9 @@ def _turns(turns: list[Any]) -> list[Message]:
     """Return turns as messages, also if they are ShareGPT's."""
     if not all(isinstance(turn, dict) for turn in turns):
         raise FormatError("a turn is not an object; expected role, content")
-    return sharegpt_messages(turns) if turns and "from" in turns[0] else list(turns)
+    if turns and "from" in turns[0]:
+        return sharegpt_messages(turns)
+    return [{**turn, "role": usual_role(turn["role"])} if "role" in turn else turn for turn in turns]
 
 
 def _answer_messages(answer: Any, name: str) -> list[Message]:

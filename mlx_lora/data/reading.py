@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from mlx_lora.data.answers import Entry
+from mlx_lora.data.columns import NamedColumns
 from mlx_lora.data.data_report import DroppedRow, Location
 from mlx_lora.data.examples import EmptyRecord, FormatError
 from mlx_lora.data.formats import parse_record
 from mlx_lora.data.preferences import parse_pairs, parse_rated
 from mlx_lora.settings.config import DataSettings
-from mlx_lora.sources.records import BadRow, read_records
+from mlx_lora.sources.data_sets import DataFile
+from mlx_lora.sources.record_types import BadRow, Record
+from mlx_lora.sources.records import read_records
 
 
 @dataclass
@@ -34,35 +36,51 @@ class Rows:
         return sum(self.formats.values()) + self.unread
 
 
-def read_rows(paths: Sequence[Path], settings: DataSettings, records: str) -> Rows:
+def read_rows(files: Sequence[DataFile], settings: DataSettings, records: str, rows: Rows | None = None) -> Rows:
     """Read all records of some files.
 
     Args:
-        paths: Of one split.
-        settings: the format of plain examples, and which pairs to take of several answers.
+        files: Of one split.
+        settings: As in `parse_rows`.
         records: `examples`, `pairs` or `rated`.
+        rows: To add to, and to return; None: new ones.
     """
-    rows = Rows()
-    for path in paths:
-        for record in read_records(path):
-            if isinstance(record, BadRow):
-                rows.unread += 1
-                rows.dropped.append(DroppedRow(path.name, record.line, record.why, record.unit))
-                continue
-            try:
-                if records == "examples":
-                    name, example = parse_record(record.value, settings.data_format)
-                    entries = [example]
-                elif records == "pairs":
-                    name, entries = records, parse_pairs(record.value, settings.pairs == "all")
-                else:
-                    name, entries = records, parse_rated(record.value)
-            except FormatError as error:
-                rows.unread += 1
-                rows.empty += isinstance(error, EmptyRecord)
-                rows.dropped.append(DroppedRow(path.name, record.line, str(error), record.unit))
-                continue
-            rows.formats[name] += 1
-            rows.entries += entries
-            rows.locations += [Location(path.name, record.line, record.unit)] * len(entries)
+    rows = Rows() if rows is None else rows
+    for file in files:
+        parse_rows(read_records(file.path, file.sheet), file.name, settings, records, rows)
     return rows
+
+
+def parse_rows(source: Iterable[Record | BadRow], name: str, settings: DataSettings, records: str, rows: Rows) -> None:
+    """Add records to `rows` in canonical form, and those that cannot be used with the reason.
+
+    Args:
+        source: Records wherever they come from, each with its number there.
+        name: Of their file or other source, for messages.
+        settings: Format and columns of plain examples, and which pairs to take of several answers.
+        records: `examples`, `pairs` or `rated`.
+        rows: To add to.
+    """
+    named = NamedColumns.of(settings)
+    for record in source:
+        if isinstance(record, BadRow):
+            rows.unread += 1
+            rows.dropped.append(DroppedRow(name, record.line, record.why, record.unit))
+            continue
+        try:
+            columns, value = named.renamed(record.value, records)
+            if records == "examples":
+                found, example = parse_record(value, settings.data_format)
+                kind, entries = columns or found, [example]
+            elif records == "pairs":
+                kind, entries = records, parse_pairs(value, settings.pairs == "all")
+            else:
+                kind, entries = records, parse_rated(value)
+        except FormatError as error:
+            rows.unread += 1
+            rows.empty += isinstance(error, EmptyRecord)
+            rows.dropped.append(DroppedRow(name, record.line, str(error), record.unit))
+            continue
+        rows.formats[kind] += 1
+        rows.entries += entries
+        rows.locations += [Location(name, record.line, record.unit)] * len(entries)

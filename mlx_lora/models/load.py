@@ -99,10 +99,18 @@ def check_token_ids(base: Base, highest: int, source: str) -> None:
     Raises:
         InputError: the embedding has too few rows.
     """
-    rows = base.token_rows
+    check_highest(base.token_rows, highest, source, base.model_id)
+
+
+def check_highest(rows: int | None, highest: int, source: str, model_id: str) -> None:
+    """Refuse a token id beyond an embedding's rows, if their number is known.
+
+    Raises:
+        InputError: the embedding has too few rows.
+    """
     if rows is not None and highest >= rows:
         raise InputError(
-            f"{source}: has token {highest}, and --model {base.model_id} only has {rows} tokens; its tokenizer belongs "
+            f"{source}: has token {highest}, and --model {model_id} only has {rows} tokens; its tokenizer belongs "
             "to another model, or has tokens for inputs other than text"
         )
 

@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.data.batches import BatchPlan
+from mlx_lora.data.columns import without_names
 from mlx_lora.data.loading import load_eval_set
 from mlx_lora.data.prompts import encode_prompt
 from mlx_lora.data.templates import own_template, resolve_template
@@ -137,7 +138,7 @@ def measure_forgetting(
     vocabulary = base.model(mx.array([[0]])).shape[-1]
     sets: dict[str, dict[str, Drift]] = {}
     for where, source in sources.items():
-        chosen = settings if where == TASK else dataclasses.replace(settings, data_format="auto")
+        chosen = settings if where == TASK else without_names(settings)
         rows = load_eval_set(str(source), chosen, base.hf_tokenizer, say)
         check_token_ids(base, int(rows.tokens.max(initial=0)), str(source))
         plan = BatchPlan(rows, batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)

@@ -117,6 +117,14 @@ def check_metric(settings: TrainSettings) -> None:
         )
 
 
+def check_test_split(settings: TrainSettings, splits: DataSplits) -> None:
+    """Refuse --test without a test split, before the training and not after it."""
+    if settings.loop.test and splits.test is None:
+        raise InputError(
+            f"--test: {settings.data.data} has no test split; add a test file to the folder, or leave --test out"
+        )
+
+
 def read_data(settings: TrainSettings, base: Base, ranks: Ranks, say: Callable[[str], None]) -> DataSplits:
     """Read the data, check that the base can take them, and say what is trained on what.
 
@@ -127,8 +135,7 @@ def read_data(settings: TrainSettings, base: Base, ranks: Ranks, say: Callable[[
     objective = objective_of(settings.objective)
     splits = load_data(data, base.hf_tokenizer, loop.seed, say, first_day(loop, ranks), objective.records)
     splits = splits.changed(lambda sets: {name: objective.targets_of(rows) for name, rows in sets.items()})
-    if loop.test and splits.test is None:  # said before the training, not after it
-        raise InputError(f"--test: {data.data} has no test split; add a test file to the folder, or leave --test out")
+    check_test_split(settings, splits)
     for rows in filter(None, (splits.train, splits.valid, splits.test)):
         check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
     say(device.current_device().header())

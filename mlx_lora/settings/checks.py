@@ -10,6 +10,8 @@ from mlx_lora.settings.config import LOGGERS, ROWS, WITHOUT_PAIRS
 from mlx_lora.settings.methods import PRESETS
 from mlx_lora.settings.setting_row import flag_of
 
+COLUMNS = ("prompt_column", "completion_column", "system_column", "chat_column", "text_column")
+TURN_FIELDS, TURN_ROLES = ("role", "content"), ("system", "user", "assistant", "tool")
 CHECKPOINTING = ("none", "auto", "selective", "block")
 
 
@@ -50,7 +52,7 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
 
 def _data_problems(settings: Mapping[str, Any]) -> list[str]:
     """Return a problem for each setting of the data that the objective would ignore."""
-    objective, problems = settings["objective"], []
+    objective, problems = settings["objective"], _column_problems(settings)
     if settings["pairs"] != "best" and objective in WITHOUT_PAIRS:
         problems.append(
             f"--pairs {settings['pairs']} with --objective {objective}: it reads no pairs; leave --pairs out"
@@ -63,6 +65,43 @@ def _data_problems(settings: Mapping[str, Any]) -> list[str]:
     if objective != "sft" and not settings["mask_prompt"]:
         problems.append(f"--no-mask-prompt with --objective {objective}: only answers are trained; leave it out")
     return problems
+
+
+def _column_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return the named columns that the objective or the format does not read, and names that are none."""
+    objective, problems = settings["objective"], []
+    given = [name for name in COLUMNS if settings[name]]
+    if given and settings["data_format"] != "auto":
+        flags = " and ".join(map(flag_of, given))
+        problems.append(f"{flags} with --data-format {settings['data_format']}: the columns tell it; leave it out")
+    read = ("prompt_column", "system_column") if objective not in WITHOUT_PAIRS else COLUMNS
+    read = [name for name in read if objective != "kto" or name != "text_column"]
+    if objective != "sft" and (unread := [flag_of(name) for name in given if name not in read]):
+        problems.append(f"{' and '.join(unread)} with --objective {objective}: it reads no such column; leave it out")
+    try:
+        turn_names(settings["turn_names"])
+    except ValueError as error:
+        problems.append(
+            f"--turn-names {error}: write {' or '.join((*TURN_FIELDS, *TURN_ROLES))}, then = and the name in the data"
+        )
+    return problems
+
+
+def turn_names(text: str | None) -> dict[str, dict[str, str]]:
+    """Read `role=speaker,user=customer` as the fields {speaker: role} and the roles {customer: user}.
+
+    Raises:
+        ValueError: a part is not written like this; the message has it.
+    """
+    found: dict[str, dict[str, str]] = {"fields": {}, "roles": {}}
+    for part in (text or "").split(","):
+        ours, _, theirs = (word.strip() for word in part.partition("="))
+        kind = "fields" if ours in TURN_FIELDS else "roles" if ours in TURN_ROLES else None
+        if part.strip() and (kind is None or not theirs):
+            raise ValueError(repr(part.strip()))
+        if kind:
+            found[kind][theirs] = ours
+    return found
 
 
 def _validation_problems(settings: Mapping[str, Any]) -> list[str]:

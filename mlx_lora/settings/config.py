@@ -54,9 +54,18 @@ class ModelSettings:
 class DataSettings:
     """The training data, and which of its tokens are trained."""
 
-    data: str | None = setting(None, "File, folder with train/valid/test, hub dataset id or tiny-shakespeare.",
-        MODEL, common=True, may_change=True, per_machine=True)
+    data: str | None = setting(None,
+        "File, folder with train/valid/test, hub dataset id or tiny-shakespeare; several by comma, and with a weight as in "
+        "a.jsonl=2,b/ each epoch has a's rows twice.", MODEL, common=True, may_change=True, per_machine=True)
     data_format: str = setting("auto", "Record format; auto looks at each record.", MODEL, choices=FORMATS)
+    prompt_column: str | None = setting(None,
+        "Column that holds the prompt; several by comma are joined by line ends (default: the usual names).", MODEL)
+    completion_column: str | None = setting(None, "Column that holds the answer (default: the usual names).", MODEL)
+    system_column: str | None = setting(None, "Column that holds a system prompt.", MODEL)
+    chat_column: str | None = setting(None, "Column that holds a chat: a list of turns.", MODEL)
+    text_column: str | None = setting(None, "Column that holds a text, of which every token is trained.", MODEL)
+    turn_names: str | None = setting(None,
+        "Other names of a turn's fields and roles: role=speaker,content=text,user=customer,assistant=agent.", MODEL)
     max_seq_length: int = setting(2048, "Longest sequence in tokens; longer chats are cut, text is windowed.",
         MODEL, common=True, at_least=2, at_most=10**8)
     mask_prompt: bool = setting(True, "Train on assistant turns only; --no-mask-prompt trains on all tokens.",

@@ -6,7 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
-from mlx_lora.sources.records import SUFFIXES
+from mlx_lora.sources.records import DOCUMENTS, SUFFIXES
 from mlx_lora.sources.shakespeare import tiny_shakespeare
 from mlx_lora.system.errors import InputError
 
@@ -19,8 +19,10 @@ SPLIT_NAMES = {
     "dev": "valid",
     "test": "test",
 }
+TINY_SHAKESPEARE = "tiny-shakespeare"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SHARD = re.compile(r"(?P<split>[a-z]+)(-\d{5}-of-\d{5}.*)?")  # the hub's names for the parts of one split
+MARKDOWN = (".md", ".markdown")
 NOT_DATA = re.compile(r"(readme|license|requirements|dataset_infos?|config|notice)\b.*", re.IGNORECASE)
 
 
@@ -32,7 +34,8 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
 
     Returns:
         `train`, `valid`, `test` -> the split's files, ordered by name (one, unless a hub dataset has several
-        parts). A single file, or the only data file of a folder, is `train`.
+        parts). A single file, or the only data file of a folder, is `train`; so are all files of a folder of documents,
+        those in its subfolders too.
 
     Raises:
         InputError: there are no data files, or two files have the name of the same split.
@@ -42,14 +45,20 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
         return {"train": (path,)}
     if path.is_dir():
         return _folder_splits(path)
-    if data == "tiny-shakespeare":
+    if data == TINY_SHAKESPEARE:
         return {"train": (tiny_shakespeare(),)}
-    dataset, _, revision = data.partition("@")
-    if HUB_ID.fullmatch(dataset) and path.suffix.lower() not in SUFFIXES and not path.parent.is_dir():
+    if is_dataset_id(data):
         from mlx_lora.sources.hub import download_dataset_files  # the hub client is slow to import
 
+        dataset, _, revision = data.partition("@")
         return _folder_splits(download_dataset_files(dataset, revision or None))
     raise InputError(_not_found(data, path))
+
+
+def is_dataset_id(data: str) -> bool:
+    """Tell whether a text that names no file or folder can be the id of a hub dataset, `owner/name@revision`."""
+    path, dataset = Path(data).expanduser(), data.partition("@")[0]
+    return bool(HUB_ID.fullmatch(dataset)) and path.suffix.lower() not in SUFFIXES and not path.parent.is_dir()
 
 
 def _folder_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
@@ -60,6 +69,8 @@ def _folder_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
     files = [file for file in _data_files(folder) if not NOT_DATA.fullmatch(file.name)]
     if len(files) == 1:
         return {"train": (files[0],)}
+    if files and all(file.suffix.lower() in DOCUMENTS for file in files):
+        return {"train": _documents(folder)}
     found = ", ".join(file.name for file in files[:8]) or ", ".join(sorted(p.name for p in folder.iterdir())[:8])
     raise InputError(
         f"{folder} has no train.jsonl (or train{' train'.join(SUFFIXES[1:])}); "
@@ -85,9 +96,20 @@ def _named_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
 
 
 def _data_files(folder: Path) -> list[Path]:
+    """Return the data files of a folder; Markdown beside others than texts describes them."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    if all(file.suffix.lower() in DOCUMENTS for file in files):
+        return files
+    return [file for file in files if file.suffix.lower() not in MARKDOWN]
+
+
+def _documents(folder: Path) -> tuple[Path, ...]:
+    """Return the texts in a folder and its subfolders, without hidden ones."""
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in DOCUMENTS and p.is_file())
+    seen = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    return tuple(sorted(p for p in seen if not NOT_DATA.fullmatch(p.name)))
 
 
 def _not_found(data: str, path: Path) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_lora.settings.migration import hf
+from mlx_lora.settings.migration.column_keys import ROLES, join_paths, put_turn_names, take_columns
 from mlx_lora.settings.migration.preference_keys import (
     put_objective,
     read_prompts_trained,
@@ -47,25 +48,23 @@ READ_ANYWAY = [
     ("ds_type", kind) for kind in ("json", "parquet", "csv", "text", "arrow")
 ] + [
     ("split", "train"),
-    ("field", "text"),
-    ("text_column", "text"),
-    ("field_messages", "messages"),
-    ("field_messages", "conversations"),
-    ("field_messages", "conversation"),
     ("field_chosen", "chosen"),
     ("field_rejected", "rejected"),
-    ("message_field_role", "role"),
-    ("message_field_role", "from"),
-    ("message_field_content", "content"),
-    ("message_field_content", "value"),
     ("roles_to_train", ["assistant"]),
     ("roles_to_train", ["gpt"]),
     ("roles_to_train", ["gpt", "assistant"]),
     ("train_on_eos", "turn"),
     ("chat_template", "tokenizer_default"),
 ]  # fmt: skip
-PROPERTIES = [("role", "role"), ("role", "from"), ("content", "content"), ("content", "value")]
-ROLES = {"system", "user", "human", "assistant", "gpt", "model", "chatgpt", "tool"}
+# Keys of a dataset that name columns -> our setting, and the names that need no setting.
+FIELDS = {
+    "field": ("text_column", "text"),
+    "text_column": ("text_column", "text"),
+    "field_messages": ("chat_column", ("messages", "conversations", "conversation")),
+    "field_system": ("system_column", "system"),
+}
+# Keys of a type of one's own, whose prompt may be in two columns.
+OWN_FIELDS = {"field_output": ("completion_column", "output"), "field_system": ("system_column", "system")}
 
 
 def recognizes(content: Mapping[str, Any]) -> bool:
@@ -93,13 +92,14 @@ RL_OPTIONS = {
 RECORD_TYPES = {"chatml": "chatml"} | dict.fromkeys(
     ("llama3", "chat_template", "user_defined", "zephyr", "passthrough", "bradley_terry")
 )
-# Columns of a user-defined type that we find by their names.
+# Columns of a user-defined type that we find by their names, or else by settings.
+USER_COLUMNS = {
+    "field_system": ("system_column", "system"),
+    "field_prompt": ("prompt_column", ("prompt", "question", "instruction", "input")),
+}
 USER_FIELDS = {
-    "field_system": ("system",),
-    "field_prompt": ("prompt", "question", "instruction", "input"),
     "field_chosen": ("chosen", "chosen_response"),
     "field_rejected": ("rejected", "rejected_response"),
-    "field_completion": ("completion",),
     "field_label": ("label", "kto_tag"),
 }
 
@@ -190,28 +190,65 @@ def read_data(sheet: Sheet) -> None:
     sets = [{"path": one} if isinstance(one, str) else one for one in sets]
     if not all(isinstance(one, dict) for one in sets):
         raise sheet.refusal(f"{key} has no mappings with a path; fix the file")
-    first = {name: value for name, value in (sets[0] if sets else {}).items() if not is_empty(value)}
-    path = data_path(first)
-    if path:
-        sheet.put("data", path, f"{key}.path")
-    if len(sets) > 1:
-        sheet.note(f"{key}: {len(sets)} sets, only the first ({path}) is used; join them in one file for all")
+    told = [{name: value for name, value in one.items() if not is_empty(value)} for one in sets] or [{}]
+    paths, first = [data_path(one) for one in told], told[0]
+    alike = all(one == first for one in told)
+    if paths[0]:
+        sheet.put("data", join_paths(paths) if alike else paths[0], f"{key}.path")
+    if not alike:
+        sheet.note(
+            f"{key}: {len(sets)} sets that are read differently, only the first ({paths[0]}) is used; join them in one "
+            "file for all"
+        )
     kind = first.pop("type", "pretrain" if key == "pretraining_dataset" and sets else None)
     read_format(sheet, kind, f"{key}.type")
+    read_columns(sheet, first, key)
     own_template = first.get("chat_template")
     if own_template and kind == "chat_template":
         sheet.rest["chat_template"] = first.pop("chat_template")
     sheet.left_out += [f"{key}.{name}" for name, value in first.items() if not read_anyway(name, value)]
 
 
+def read_columns(sheet: Sheet, dataset: dict[str, Any], prefix: str) -> None:
+    """Set the columns, and the names of turns' fields and roles, that a dataset names."""
+    chats = trains_on_chats(sheet) or sheet.found["objective"] == "kto"
+    if chats or dataset.get("field_messages") in FIELDS["field_messages"][1]:  # a pair has no such column
+        take_columns(sheet, dataset, FIELDS, f"{prefix}.")
+    fields: dict[str, Any] = {}
+    mapped = dataset.get("message_property_mappings")
+    if isinstance(mapped, dict) and mapped.keys() <= {"role", "content"}:
+        fields |= dataset.pop("message_property_mappings")
+    for name in ("role", "content"):
+        if isinstance(dataset.get(f"message_field_{name}"), str):
+            fields[name] = dataset.pop(f"message_field_{name}")
+    roles: dict[str, Any] = {}
+    told = dataset.get("roles")
+    if isinstance(told, dict) and told.keys() <= set(ROLES):
+        roles |= dataset.pop("roles")
+    elif isinstance(told, dict) and told.keys() <= {"input", "output"}:  # of its older type sharegpt
+        roles |= {{"input": "user", "output": "assistant"}[name]: value for name, value in dataset.pop("roles").items()}
+    for name, role in (("field_human", "user"), ("field_model", "assistant")):
+        if isinstance(dataset.get(name), str):
+            roles[role] = dataset.pop(name)
+    put_turn_names(sheet, fields, roles, f"{prefix}.roles")
+
+
+def read_own_type(sheet: Sheet, kind: dict[str, Any], key: str) -> None:
+    """Set the columns that a type of one's own names; the text around them is the chat template's here."""
+    told = {name: value for name, value in kind.items() if not is_empty(value)}
+    question = [told.pop(name) for name in ("field_instruction", "field_input") if isinstance(told.get(name), str)]
+    if question and question not in (["instruction"], ["instruction", "input"]):
+        sheet.put("prompt_column", ",".join(question), f"{key}.field_instruction")
+    take_columns(sheet, told, OWN_FIELDS, f"{key}.")
+    if "prompt_column" in sheet.found:
+        sheet.assume("completion_column", "output")
+    sheet.left_out += [f"{key}.{name}" for name in told]
+    sheet.note(f"{key}: --chat-template gives the text around prompt and answer")
+
+
 def read_anyway(name: str, value: Any) -> bool:
     """Return whether a dataset's setting is not needed, because we detect its format."""
-    if name == "roles" and isinstance(value, dict):
-        told = [*value, *(role for roles in value.values() if isinstance(roles, list) for role in roles)]
-        return ROLES.issuperset(map(hashable, told))
-    if name == "message_property_mappings" and isinstance(value, dict):
-        return all(pair in PROPERTIES for pair in value.items())
-    return (name, value) in READ_ANYWAY
+    return (name, hashable(value)) in READ_ANYWAY or (name, value) in READ_ANYWAY
 
 
 def data_path(dataset: dict[str, Any]) -> str | None:
@@ -234,6 +271,9 @@ def read_format(sheet: Sheet, kind: Any, key: str) -> None:
     if not trains_on_chats(sheet):
         read_record_type(sheet, "user_defined" if isinstance(kind, dict) else word, kind, key)
         return
+    if isinstance(kind, dict):
+        read_own_type(sheet, kind, key)
+        return
     if word not in FORMATS:
         sheet.left_out.append(key)
         sheet.note(f"{key}: not a format of ours; the format is detected from the records' keys")
@@ -251,6 +291,10 @@ def read_record_type(sheet: Sheet, word: str | None, kind: Any, key: str) -> Non
     """Set the template that a type of preference records means; the records' keys tell the rest."""
     if isinstance(kind, dict):
         told = {name: value for name, value in kind.items() if not is_empty(value)}
+        columns = dict(USER_COLUMNS)
+        if sheet.found["objective"] == "kto":
+            columns["field_completion"] = ("completion_column", "completion")
+        take_columns(sheet, told, columns, f"{key}.")
         unknown = [name for name, value in told.items() if hashable(value) not in USER_FIELDS.get(name, ())]
         sheet.left_out += [f"{key}.{name}" for name in unknown]
         if unknown:

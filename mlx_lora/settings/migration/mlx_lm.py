@@ -2,7 +2,8 @@
 
 Most of its keys are flags of ours with the same meaning, so a file with only those is read as ours, with our defaults.
 It is read as mlx-lm's if it has a mapping that only mlx-lm reads: lora_parameters, lr_schedule, optimizer_config,
-hf_dataset. Then mlx-lm's defaults are used for what it leaves out, because they differ a lot: rank 8 and scale 20,
+hf_dataset, or a name of a column (prompt_feature). Then mlx-lm's defaults are used for what it leaves out, because they
+differ a lot: rank 8 and scale 20,
 constant learning rate 1e-5, no clip, 16 blocks, prompts trained, Adam, 1,000 iterations of 4 rows, nothing held out of
 the training file. Model and data have no default here.
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_lora.settings.migration.column_keys import FEATURES, join_paths, take_features
 from mlx_lora.settings.migration.sheet import Dialect, Sheet
 from mlx_lora.system.parsing import hashable
 
@@ -28,7 +30,8 @@ COUNTED_DEFAULTS = {"iters": DEFAULT_ITERS, "steps_per_report": 10, "steps_per_e
 
 def recognizes(content: Mapping[str, Any]) -> bool:
     """Return whether a file has keys that only mlx-lm reads."""
-    own = any(isinstance(content.get(key), dict) for key in MAPPINGS) or bool(content.get("hf_dataset"))
+    own = any(isinstance(content.get(key), dict) for key in MAPPINGS)
+    own = own or any(content.get(key) for key in ("hf_dataset", *FEATURES))
     return own and not any(key in content for key in OF_MLX_LM_LORA)
 
 
@@ -107,20 +110,26 @@ def read_optimizer(sheet: Sheet) -> None:
 
 
 def read_data(sheet: Sheet) -> None:
-    """Set data from hf_dataset, or from the first if there are several."""
+    """Set data from hf_dataset, which may have several sets, and the columns from its features."""
     asked = sheet.take("hf_dataset")
-    if not asked:
-        return
-    sets = asked if isinstance(asked, list) else [asked]
+    sets = asked if isinstance(asked, list) else [asked] if asked else []
     if not all(isinstance(one, dict) for one in sets):
         raise sheet.refusal("hf_dataset is not a mapping with a path; fix the file")
-    first = dict(sets[0])
-    path = first.pop("path", None) or first.pop("name", None)
-    if path and "data" not in sheet.rest:
-        sheet.put("data", path, "hf_dataset.path")
+    take_features(sheet, sheet.rest, "")
+    if not sets:
+        return
+    first, others = dict(sets[0]), [dict(one) for one in sets[1:]]
+    paths = [one.pop("path", None) or one.pop("name", None) for one in (first, *others)]
+    alike = all(one == first for one in others)
+    take_features(sheet, first, "hf_dataset.")
+    if paths[0] and "data" not in sheet.rest:
+        sheet.put("data", join_paths(paths) if alike else paths[0], "hf_dataset.path")
     sheet.left_out += [f"hf_dataset.{key}" for key in first]
-    if len(sets) > 1:
-        sheet.note(f"hf_dataset: {len(sets)} sets, only the first ({path}) is used; join them in one file for all")
+    if not alike:
+        sheet.note(
+            f"hf_dataset: {len(sets)} sets that are read differently, only the first ({paths[0]}) is used; join them in "
+            "one file for all"
+        )
 
 
 def read_counts(sheet: Sheet) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_lora.settings.migration import hf
+from mlx_lora.settings.migration.column_keys import take_columns
 from mlx_lora.settings.migration.preference_keys import OPTIONS, put_objective, say_plain_simpo, trains_on_chats
 from mlx_lora.settings.migration.sheet import Dialect, Sheet
 
@@ -134,6 +135,7 @@ def read_data(sheet: Sheet) -> None:
     if "chat_template_path" in sheet.rest:
         sheet.put("chat_template", sheet.take("chat_template_path"), "chat_template_path")
     if trains_on_chats(sheet):
+        take_columns(sheet, sheet.rest, {"dataset_text_field": ("text_column", "text")}, "")
         whole = sheet.rest.get("completion_only_loss") is False
         own = [key for key in ("assistant_only_loss", "completion_only_loss") if sheet.take(key)]
         if whole or own:

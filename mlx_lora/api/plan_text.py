@@ -1,0 +1,70 @@
+"""Write a plan as text for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_lora.system.units import counted, gigabytes
+
+
+def render(result: dict[str, Any]) -> str:
+    """Return a plan as text for the terminal."""
+    machine, chosen, speed = result["machine"], result["settings"], result["predicted"]
+    paired = result["objective"]["records"] == "pairs" and result["objective"]["rows_per_example"] == 2
+    verdict = "fits" if result["fits"] else "does not fit"
+    if result["not_known"]:
+        verdict = f"not known whether it fits; a rough count says that it {verdict}"
+    lines = [
+        f"{machine['name']}: {verdict}, {gigabytes(result['needed_bytes'])} of {gigabytes(result['budget_bytes'])}, "
+        f"peak in phase {result['phase']}",
+        *_data_words(result),
+        *(f"  {gigabytes(size):>10}  {name}" for name, size in result["parts"].items()),
+        f"  {gigabytes(result['peak_bytes']):>10}  peak (MLX's allocator), plus {gigabytes(result['cache_bytes'])} of buffer cache",
+        "Checkpointing: "
+        + ", ".join(f"{mode} {gigabytes(size)}" for mode, size in result["peak_bytes_by_checkpointing"].items()),
+        f"Settings: --batch-tokens {chosen['batch_tokens']} ({chosen['rows']} x {chosen['max_seq_length']}) "
+        f"--grad-checkpoint {chosen['grad_checkpoint']} --rank {chosen['rank']}",
+        "Largest: "
+        + "; ".join(
+            f"checkpointing {mode}: one {'pair of answers' if paired else 'row'} of {result['largest_sequence'][mode]:,} "
+            f"tokens{' each' if paired else ''}, {counted(rows, 'pair' if paired else 'row')} of {chosen['max_seq_length']:,}"
+            for mode, rows in result["largest_batch_size"].items()
+        ),
+        f"Predicted (ceilings {speed['ceilings']}): {speed['tokens_per_s']:,.0f} tokens/s, "
+        f"{time_words(speed['hours_per_million_tokens'])} per million tokens"
+        + (f", about {time_words(speed['hours'])} for this run" if speed["hours"] is not None else ""),
+    ]
+    lines += [f"Not known: what this model's blocks keep in memory ({reason})" for reason in result["not_known"]]
+    return "\n".join([*lines, *([f"To fit: {result['advice']}"] if "advice" in result else [])])
+
+
+def _data_words(result: dict[str, Any]) -> list[str]:
+    """Return the lines about the data, and about what an objective other than imitation computes."""
+    size, objective = result["data"], result["objective"]
+    rated, lines = objective["records"] == "rated", []
+    if size:
+        kind = {"pairs": "pairs", "rated": "rated answers"}.get(objective["records"])
+        examples = f"{size['rows'] // objective['rows_per_example']:,} {kind} in " if kind else ""
+        lines.append(
+            f"Data: {examples}{size['rows']:,} rows, {size['tokens']:,} tokens, the longest row {size['longest']:,}"
+        )
+    if objective["name"] == "sft":
+        return lines
+    words = "each answer is compared with another one, in a forward pass" if rated else "two rows for a pair"
+    if objective["rows_per_example"] == 1:
+        words = "one row for a pair, with the prompt once"
+    if objective["reference"]:
+        seconds = result["predicted"]["reference_s"]
+        once = "" if seconds is None else f", {size['measured_tokens']:,} tokens in about {time_words(seconds / 3600)}"
+        words += f"; the reference is measured once before the first step{once}, without a second model in memory"
+    if not size:
+        words += "; without --data on this disk, each prompt with an answer counts as --max-seq-length tokens"
+    return [*lines, f"Objective {objective['name']}: {words}"]
+
+
+def time_words(hours: float) -> str:
+    """Return a predicted time as text, in the usual unit."""
+    for unit, size in (("hour", 1.0), ("minute", 1 / 60)):
+        if hours >= 1.5 * size:
+            return f"{hours / size:,.0f} {unit}s" if hours >= 10 * size else f"{hours / size:.1f} {unit}s"
+    return counted(max(1, round(hours * 3600)), "second")

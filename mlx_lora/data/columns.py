@@ -1,0 +1,228 @@
+"""Find the prompt, the answer and the other parts of a record under the names that its columns have.
+
+Columns that the settings name are renamed to those of our formats. Without such settings, usual names that are not
+ours are recognized in any case: question and answer, Prompt and Response, Dolly's instruction, context and response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mlx_lora.data.examples import FormatError, Record
+from mlx_lora.data.messages import parsed
+from mlx_lora.settings.checks import COLUMNS, turn_names
+from mlx_lora.settings.config import DataSettings
+from mlx_lora.settings.setting_row import flag_of
+
+# A prompt has one of QUESTIONS, or what GIVEN names, or both; an answer has exactly one of ANSWERS.
+QUESTIONS = ("prompt", "question", "instruction", "query", "problem")
+GIVEN = ("input", "context")
+ANSWERS = ("completion", "response", "output", "answer", "solution")
+SYSTEM = ("system", "system_prompt")
+# A row that has both columns of a pair compares two answers.
+PREFERENCE_PAIRS = (
+    ("chosen", "rejected"),
+    ("chosen_response", "rejected_response"),
+    ("chosen_messages", "rejected_messages"),
+    ("preferred_output", "non_preferred_output"),
+)
+# A row with a list of several answers compares them by scores or ranks; one with a rating says whether an answer is good.
+ANSWER_LISTS, RATING_COLUMNS = ("completions", "answers"), ("label", "kto_tag")
+# What a row has beside its prompt and answers, under names of our own.
+_COMPARED = tuple(name for pair in PREFERENCE_PAIRS for name in pair)
+_BESIDE = ("system", "history", "tools", "functions", "chat_template_kwargs", "margin")
+KEPT = frozenset((*_BESIDE, *RATING_COLUMNS, *ANSWER_LISTS, *_COMPARED))
+
+
+@dataclass(frozen=True)
+class NamedColumns:
+    """The columns and the names of turns' fields that the settings give.
+
+    Attributes:
+        prompt, completion, system, chat, text: Names of columns; None: not given.
+        fields: A turn's field in the data -> ours.
+        roles: A role in the data -> ours.
+    """
+
+    prompt: str | None = None
+    completion: str | None = None
+    system: str | None = None
+    chat: str | None = None
+    text: str | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, settings: DataSettings) -> NamedColumns:
+        """Return what these settings name."""
+        names = {name.removesuffix("_column"): getattr(settings, name) for name in COLUMNS}
+        turns = turn_names(settings.turn_names)
+        return cls(**names, fields=turns["fields"], roles=turns["roles"])
+
+    def renamed(self, record: Record, records: str) -> tuple[str | None, Record]:
+        """Return a record under our names, and the names of the columns that it had them in.
+
+        Args:
+            record: As read from the file; it is not changed.
+            records: `examples`, `pairs` or `rated`: the records that the run trains on.
+
+        Returns:
+            The columns in words (None: the settings name none, and the record is as it was), and the record.
+
+        Raises:
+            FormatError: the record does not have the columns that the settings name.
+        """
+        if self.fields or self.roles:
+            record = {key: self._turns(key, value) for key, value in record.items()}
+        if not any((self.prompt, self.completion, self.system, self.chat, self.text)):
+            return None, record
+        record = {key: value for key, value in record.items() if value is not None}
+        found, used = self._parts(record, records)
+        if self.system:
+            if self.system not in record:
+                raise FormatError(f"found {columns_of(record)}; --system-column {self.system} is not there")
+            found["system"] = _text(record[self.system], self.system)
+            used = [self.system, *used]
+        kept = {key: value for key, value in record.items() if key in KEPT and key not in used}
+        return " + ".join(used), {**kept, **_of_one_kind(found, records)}
+
+    def _parts(self, record: Record, records: str) -> tuple[Record, list[str]]:
+        """Return prompt and completion, or the chat, or the text, and the columns that they were in."""
+        if records == "pairs":
+            return self._prompt(record) if self.prompt else ({**record}, [])
+        asks_both = bool(self.prompt or self.completion or not (self.chat or self.text))
+        if asks_both and (found := self._prompt_and_answer(record, required=not (self.chat or self.text))):
+            return found
+        if self.chat and self.chat in record:
+            return {"conversations": record[self.chat]}, [self.chat]
+        if self.text and self.text in record:
+            return {"text": _text(record[self.text], self.text)}, [self.text]
+        given = [flag_of(name) for name in COLUMNS if getattr(self, name.removesuffix("_column"))]
+        raise FormatError(f"found {columns_of(record)}; {' and '.join(given)} name others")
+
+    def _prompt_and_answer(self, record: Record, required: bool) -> tuple[Record, list[str]] | None:
+        """Return prompt and completion with their columns; None if one is not there and not `required`."""
+        try:
+            prompt, asked = self._prompt(record)
+            found = [self.completion] if self.completion else usual_answers(record, asked)
+            if self.completion and self.completion not in record:
+                raise FormatError(f"found {columns_of(record)}; --completion-column {self.completion} is not there")
+            if len(found) != 1:
+                raise FormatError(f"found {columns_of(record)}; name the answer's with --completion-column")
+        except FormatError:
+            if required:
+                raise
+            return None
+        value = record[found[0]]
+        value = value if isinstance(value, list) else _text(value, found[0])
+        return {**prompt, "completion": value}, [*asked, *found]
+
+    def _prompt(self, record: Record) -> tuple[Record, list[str]]:
+        if self.prompt:
+            names = [self.prompt] if self.prompt in record else [name.strip() for name in self.prompt.split(",")]
+        else:
+            names = usual_question(record, without=(self.completion, self.system))
+        if missing := [name for name in names if name not in record]:
+            raise FormatError(f"found {columns_of(record)}; --prompt-column {', '.join(missing)} is not there")
+        if not names:
+            raise FormatError(f"found {columns_of(record)}; name the prompt's with --prompt-column")
+        if len(names) == 1 and isinstance(record[names[0]], list):
+            return {"prompt": record[names[0]]}, names
+        return {"prompt": joined_parts(record, names)}, names
+
+    def _turns(self, name: str, value: Any) -> Any:
+        """Return a list of turns with our names of fields and roles; anything else as it is."""
+        if name == self.chat or (name in ("messages", "conversations") and isinstance(value, str)):
+            value = parsed(value, name)
+        if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+            return value
+        turns = [{self.fields.get(key, key): part for key, part in turn.items()} for turn in value]
+        for turn in turns:
+            for key in ("role", "from"):
+                if isinstance(turn.get(key), str):
+                    turn[key] = self.roles.get(turn[key], turn[key])
+        return turns
+
+
+def _of_one_kind(found: Record, records: str) -> Record:
+    """Return prompt, completion and system as a record that our formats read with the system prompt."""
+    if records != "examples" or "system" not in found or "completion" not in found:
+        return found
+    system, prompt, completion = found["system"], found["prompt"], found["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return {"system": system, "instruction": prompt, "output": completion}
+    return {"prompt": [{"role": "system", "content": system}, *prompt], "completion": completion}
+
+
+def without_names(settings: DataSettings) -> DataSettings:
+    """Return the settings for other data than that whose format, columns and turns they name."""
+    return replace(settings, data_format="auto", turn_names=None, **dict.fromkeys(COLUMNS))
+
+
+def usual_names(record: Record) -> Record:
+    """Return a record with its columns' names in lower case, with `_` for spaces; as it is if two become one."""
+    names = {key: _plain(key) for key in record}
+    if len(set(names.values())) < len(names):
+        return record
+    return {names[key]: value for key, value in record.items()}
+
+
+def _plain(name: str) -> str:
+    return "_".join(str(name).lower().replace("-", " ").split())
+
+
+def usual_question(record: Record, without: tuple[str | None, ...] = ()) -> list[str]:
+    """Return the columns that make up the prompt by their names; none if it is not clear."""
+    questions = [name for name in record if _plain(name) in QUESTIONS and name not in without]
+    given = [name for name in record if _plain(name) in GIVEN and name not in without]
+    return [] if len(questions) > 1 else [*questions, *given]
+
+
+def usual_answers(record: Record, without: list[str]) -> list[str]:
+    """Return the columns that are answers by their names."""
+    return [name for name in record if _plain(name) in ANSWERS and name not in without]
+
+
+def question_and_answer(record: Record) -> tuple[str, Record] | None:
+    """Return a question and its answer by the usual names, as an Alpaca record; None if they are not clear.
+
+    Args:
+        record: Without absent values.
+
+    Returns:
+        The columns in words, and `instruction`, `output` and maybe `system` and `history`.
+    """
+    asked, answers = usual_question(record), usual_answers(record, [])
+    if not asked or len(answers) != 1:
+        return None
+    found = {"instruction": joined_parts(record, asked), "output": _text(record[answers[0]], answers[0])}
+    system = [name for name in record if _plain(name) in SYSTEM]
+    if len(system) == 1:
+        found["system"] = _text(record[system[0]], system[0])
+    else:
+        system = []
+    if "history" in record:
+        found["history"] = record["history"]
+    return " + ".join([*system, *asked, *answers]), found
+
+
+def joined_parts(record: Record, names: list[str]) -> str:
+    """Return the texts of some columns, each that is not empty on lines of its own."""
+    texts = [_text(record[name], name) for name in names]
+    return "\n".join(text for text in texts if text.strip())
+
+
+def columns_of(record: Record) -> str:
+    """Return the names of a record's columns in words, for an error."""
+    names = [str(name)[:40] for name in record]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"columns {', '.join(names[:8])}{more}" if names else "no columns"
+
+
+def _text(value: Any, name: str) -> str:
+    """Return a cell as text; a number is written as JSON has it."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise FormatError(f"{name} is a {type(value).__name__}, not a string")
+    return str(value)

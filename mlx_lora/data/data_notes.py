@@ -1,0 +1,82 @@
+"""Say what a person should know about the data before training, beside the counts of the report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import date
+
+from mlx_lora.data.answers import answers_of
+from mlx_lora.data.data_report import reasons
+from mlx_lora.data.encode import Encoded, Encoder
+from mlx_lora.data.examples import Conversation
+from mlx_lora.data.placeholders import placeholder_notes
+from mlx_lora.data.preferences import Rated
+from mlx_lora.data.reading import Rows
+from mlx_lora.system.units import counted
+
+
+def data_notes(
+    parts: dict[str, Rows],
+    encoded: dict[str, Encoded],
+    keys: dict[str, list[str]],
+    encoder: Encoder,
+    day: date | None,
+) -> list[str]:
+    """Return notes on a run's data, a sentence each.
+
+    Args:
+        parts: `train`, `valid`, `test` -> what was read.
+        encoded: The same, encoded.
+        keys: Of the content of each record that gave rows.
+        encoder: Encoded them.
+        day: The day that the chat template shows; None if it shows none.
+    """
+    notes = placeholder_notes(parts)
+    for name in ("valid", "test"):
+        shared = len(set(keys.get(name, [])) & set(keys["train"]))
+        if shared:
+            notes.append(f"{shared:,} {name} rows are also training rows; the {name} loss will be too low")
+    train = parts["train"].entries
+    ratings = {train[i].good for i in encoded["train"].source.tolist() if isinstance(train[i], Rated)}
+    if len(ratings) == 1:
+        kind = "bad" if ratings == {True} else "good"
+        notes.append(f"no answer is rated {kind}, so the run has nothing to compare with; add {kind} answers")
+    kept = [
+        answer
+        for name, part in encoded.items()
+        for i in set(part.source.tolist())
+        for answer in answers_of(parts[name].entries[i])
+    ]
+    chats = [example for example in kept if isinstance(example, Conversation)]
+    with_tools = [chat for chat in chats if chat.tools]
+    if with_tools and not encoder.shows_tools(with_tools[0]):
+        notes.append(f"the chat template does not show the tools of {counted(len(with_tools), 'row')} to the model")
+    unshown: Counter[str] = Counter()
+    for part in encoded.values():
+        unshown.update({name: len(numbers) for name, numbers in part.unshown.items()})
+    for name, count in sorted(unshown.items()):
+        have = "has" if count == 1 else "have"
+        notes.append(f"{counted(count, 'row')} {have} {name}, which the chat template does not show; it is not trained")
+    unread = Counter(name for chat in chats for name in chat.unread)
+    if unread:
+        named = ", ".join(f"{name} ({counted(count, 'row')})" for name, count in unread.most_common(8))
+        notes.append(f"fields of messages that are not read: {named}")
+    divided = sum(len(part.divided) for part in encoded.values())
+    if divided:
+        notes.append(
+            f"{counted(divided, 'chat')} {'gives' if divided == 1 else 'give'} several rows: the chat template hides "
+            "thinking or tools of earlier turns, and each turn is trained as the model writes it"
+        )
+    if day and chats:
+        notes.append(f"the chat template shows a date: {day.isoformat()}, kept for --resume (--chat-date)")
+    return notes
+
+
+def evaluation_notes(rows: Rows, encoded: Encoded) -> list[str]:
+    """Return notes on what an evaluation left out or cut, because that changes the loss."""
+    notes = []
+    if rows.dropped:
+        notes.append(f"Note: {len(rows.dropped)} unusable rows left out: {reasons(rows.dropped)}")
+    if encoded.truncated:
+        notes.append(f"Note: {len(encoded.truncated)} rows cut at --max-seq-length")
+    return notes

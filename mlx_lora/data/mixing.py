@@ -1,0 +1,134 @@
+"""Several data sets in one run: which rows are held out, and how often each epoch has a set's rows.
+
+A set with a validation file of its own is validated by that. Of the others together a share is held out; a set that is
+one long text gives its last part. Then the training rows are repeated by their set's weight w: floor(w) times, and what
+is left of w decides how many of them, chosen by the seed, are there once more. Every epoch has the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_lora.data.data_report import SetReport
+from mlx_lora.data.encode import Encoded, EncodedSet
+from mlx_lora.data.examples import Text
+from mlx_lora.data.reading import Rows, read_rows
+from mlx_lora.data.split import cut_text, hold_out
+from mlx_lora.settings.config import DataSettings
+from mlx_lora.sources.data_sets import DataSet
+
+
+@dataclass(frozen=True)
+class Part:
+    """A set's part of the training records.
+
+    Attributes:
+        name, weight: Of the set.
+        first, after: Its records are the entries of these numbers, the last one left out.
+        rows_read: Records in its training files, bad ones included.
+        held_out: Whether some of its rows are held out, because nothing else of the set is to validate on.
+    """
+
+    name: str
+    weight: float
+    first: int
+    after: int
+    rows_read: int
+    held_out: bool
+
+
+def read_sets(sets: Sequence[DataSet], settings: DataSettings, records: str) -> tuple[dict[str, Rows], list[Part]]:
+    """Read all files of some sets.
+
+    Args:
+        sets: Each with training files.
+        settings, records: As in `read_rows`.
+
+    Returns:
+        `train`, `valid`, `test` -> the rows of all sets, without splits that no set has; and each set's part of `train`.
+    """
+    rows: dict[str, Rows] = {}
+    parts = []
+    for one in sets:
+        before = rows.get("train", Rows())
+        first, read = len(before.entries), before.rows_read
+        for split in ("train", "valid", "test"):
+            if split in one.splits:
+                rows[split] = read_rows(one.splits[split], settings, records, rows.get(split))
+        train = rows["train"]
+        held_out = "valid" not in one.splits
+        if held_out and (last := _cut_single_text(train, first, settings.valid_fraction)):
+            held_out, valid = False, rows.setdefault("valid", Rows())
+            valid.entries.append(last)
+            valid.locations.append(train.locations[first])
+        parts.append(Part(one.name, one.weight, first, len(train.entries), train.rows_read - read, held_out))
+    return rows, parts
+
+
+def _cut_single_text(train: Rows, first: int, fraction: float) -> Text | None:
+    """Cut a set in two if its records, those from `first` on, are one long text; return the part to validate on."""
+    if len(train.entries) != first + 1 or not isinstance(entry := train.entries[first], Text):
+        return None
+    halves = cut_text(entry, fraction)
+    if halves is None:
+        return None
+    train.entries[first] = halves[0]
+    return halves[1]
+
+
+def mix(
+    train: Encoded, keys: list[str], parts: Sequence[Part], fraction: float, seed: int
+) -> tuple[EncodedSet, EncodedSet | None, list[SetReport]]:
+    """Hold rows out of the training data, and repeat those that stay by the weights of their sets.
+
+    Args:
+        train: The encoded training records of all sets.
+        keys: Of the content of each record that gave rows, in order.
+        parts: The sets.
+        fraction: The fraction of records to hold out.
+        seed: Decides which, and which rows a fractional weight repeats.
+
+    Returns:
+        The rows to train on, those held out (None if none are), and what each set gives.
+    """
+    numbers, record = np.unique(train.source, return_inverse=True)  # there is a key for each record that gave rows
+    in_part = np.searchsorted([part.first for part in parts], numbers, side="right") - 1
+    may = np.array([part.held_out for part in parts])[in_part]
+    elsewhere = {keys[i] for i in np.flatnonzero(~may)}  # a row that another set trains is not held out
+    may &= np.array([key not in elsewhere for key in keys], bool)
+    held = np.zeros(len(numbers), bool)
+    held[may] = hold_out([keys[i] for i in np.flatnonzero(may)], fraction, seed)
+    part_of = in_part[record]  # (examples,)
+    kept = ~held[record]
+    repeats = np.zeros(len(record), np.int64)
+    reports = []
+    for number, part in enumerate(parts):
+        own = np.flatnonzero(kept & (part_of == number))
+        repeats[own] = _repeats(len(own), part.weight, np.random.default_rng([seed, number]))
+        reports.append(SetReport(part.name, part.weight, part.rows_read, len(own), int(repeats[own].sum())))
+    valid = train.rows.select(np.flatnonzero(~kept)) if held.any() else None
+    plain = bool((repeats == 1).all())
+    return train.rows if plain else train.rows.select(np.repeat(np.arange(len(repeats)), repeats)), valid, reports
+
+
+def _repeats(rows: int, weight: float, random: np.random.Generator) -> np.ndarray:
+    """Return how often each of a set's rows is in an epoch; a set is never left out whole."""
+    whole = int(weight)
+    once_more = round((weight - whole) * rows)
+    found = np.full(rows, whole, np.int64)
+    found[random.permutation(rows)[: max(once_more, 0 if whole else 1)]] += 1
+    return found
+
+
+def joined_sets(first: EncodedSet | None, second: EncodedSet | None) -> EncodedSet | None:
+    """Return the rows of both sets, which have the same kind of examples; None if there are none."""
+    if first is None or second is None:
+        return second if first is None else first
+    rows = EncodedSet.from_rows([one.row(i) for one in (first, second) for i in range(len(one))])
+    labels = None
+    if first.labels is not None and second.labels is not None:
+        labels = np.concatenate([first.labels, second.labels])
+    return rows.grouped(first.group, labels, first.trained_rows)
