@@ -37,7 +37,7 @@ fuzz: setup
 	PYTHONPATH=tests $(BIN)/python -m fuzz --cases $(CASES) --seed $(SEED)
 
 # What is ours: a run folder that lies in the checkout has a README.md with code in it, too.
-LINTED := benchmarks data docs mlx_lora recipes scripts tests README.md CHANGELOG.md CONTRIBUTING.md
+LINTED := benchmarks data docs mlx_lora notebooks recipes scripts tests README.md CHANGELOG.md CONTRIBUTING.md
 
 lint: setup
 	$(BIN)/ruff check $(LINTED)

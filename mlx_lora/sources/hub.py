@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
+from mlx_lora.system.console import in_notebook
 from mlx_lora.system.errors import InputError, RunError, first_line
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<pick>[^:/]+))?")
@@ -46,11 +47,12 @@ class ModelSource:
     revision: str | None  # commit hash of a hub snapshot
 
 
-class TerminalBar(tqdm):
-    """The client's progress bar, which is only shown if standard error is a terminal."""
+class ShownBar(tqdm):
+    """The client's progress bar, which is only shown in a notebook, or if standard error is a terminal."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **{**kwargs, "disable": kwargs.get("disable") or not sys.stderr.isatty()})
+        seen = sys.stderr.isatty() or in_notebook()
+        super().__init__(*args, **{**kwargs, "disable": kwargs.get("disable") or not seen})
 
 
 def resolve_model(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> ModelSource:
@@ -303,7 +305,7 @@ def _snapshot(
             revision=revision,
             allow_patterns=allow,
             ignore_patterns=ignore,
-            tqdm_class=TerminalBar,
+            tqdm_class=ShownBar,
         )
     except GatedRepoError:
         raise InputError(
