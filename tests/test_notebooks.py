@@ -5,24 +5,31 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import sys
+import types
 from pathlib import Path
 
 import nbformat
 import pytest
 from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model, write_folder
+from IPython.core.formatters import DisplayFormatter
+from matplotlib.figure import Figure
 from nbclient import NotebookClient
 from real_models import smollm2_gguf
 
 import mlx_lora
+from mlx_lora.api.shown_figure import ShownFigure
 from mlx_lora.settings.config import FIELDS
+from mlx_lora.sources.hub import ShownBar
+from mlx_lora.system.console import in_notebook
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = ("quickstart", "colab")
 TINY_PARAMETERS = """
 MODEL = {model!r}
 PROMPT = "Say 1."
-STEPS = 40
+STEPS = 30
 LEARNING_RATE = 1e-2
 DATA = [{{"prompt": f"Say {{n}}.", "completion": "abcabc"}} for n in range(40)]
 """
@@ -97,6 +104,25 @@ def test_every_name_of_the_package_in_a_notebook_exists(name):
     assert {*wrong_names(ast.parse("mlx_lora.trian(base)\nmlx_lora.load(MODEL, bit=4)"))} == {"trian", "load(bit)"}
 
 
+def test_a_notebook_shows_our_figure_as_a_picture_without_pyplot():
+    shown = [DisplayFormatter().format(figure())[0] for figure in (ShownFigure, Figure)]
+    assert shown[0]["image/png"].startswith(b"\x89PNG")
+    assert "image/png" not in shown[1]
+
+
+def test_a_notebook_shows_the_bar_of_a_download(monkeypatch, capsys):
+    """Standard error is no terminal in a notebook, nor here."""
+    assert ShownBar(total=1).disable
+    shell = types.SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    assert in_notebook()
+    bar = ShownBar(total=1)
+    bar.close()
+    assert "0/1" in capsys.readouterr().err
+    shell.__dict__.clear()  # IPython on a terminal
+    assert not in_notebook()
+
+
 def executed(name: str, parameters: str, folder: Path, timeout_s: int) -> dict[str, list[nbformat.NotebookNode]]:
     """Run a notebook in a folder with other parameters, and return the outputs by cell id."""
     notebook = read(name)
@@ -143,7 +169,7 @@ def test_a_notebook_runs_from_top_to_bottom(name, folder, private_kernel):
 
     (live,) = [output for output in outputs["train"] if output.output_type == "display_data"]  # one, updated in place
     assert live.data["text/html"].count("<polyline") == 2
-    assert '<progress value="40" max="40">' in live.data["text/html"]
+    assert '<progress value="30" max="30">' in live.data["text/html"]
     (figure,) = outputs["figure"]
     assert len(figure.data["image/png"]) > 5000
 
