@@ -147,4 +147,4 @@ def test_a_logger_that_is_not_there_is_named_before_the_model_is_read(chats, tmp
     monkeypatch.setitem(__import__("sys").modules, "trackio", None)
     asked = ("train", "--model", "/nowhere", "--data", chats, "--adapter-path", tmp_path / "a")
     one_line(run(*asked, "--report-to", "trackio"), "--report-to trackio", "pip install 'mlx-lora[trackio]'")
-    one_line(run(*asked, "--report-to", "trakio"), "--report-to 'trakio'", "tensorboard, trackio, wandb, swanlab")
+    one_line(run(*asked, "--report-to", "trakio"), "--report-to trakio", "tensorboard, trackio, wandb, swanlab")

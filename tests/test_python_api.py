@@ -17,6 +17,7 @@ import yaml
 from run_cli import run
 
 import mlx_lora
+from mlx_lora.api.display import NotebookProgress, display_here
 from mlx_lora.api.given_data import data_source
 from mlx_lora.api.python_errors import python_words
 from mlx_lora.system import errors
@@ -96,9 +97,10 @@ def test_evaluate_plan_and_export_give_what_the_commands_give(base, trained, cha
     theirs = run("evaluate", "--model", tiny_folder, "--adapter-path", trained.adapter, "--data", chats, "--json")
     assert ours == json.loads(theirs.out)
     assert ours["loss"] < alone["loss"] == mlx_lora.evaluate(base, chats)["loss"]
-    plan = ("plan", "--model", tiny_folder, "--chip", "M2 Pro", "--rank", 4, "--json")
-    assert json.loads(run(*plan).out) == json.loads(json.dumps(mlx_lora.plan(tiny_folder, chip="M2 Pro", rank=4)))
-    assert mlx_lora.plan(base, chip="M2 Pro", rank=8) != mlx_lora.plan(tiny_folder, chip="M2 Pro", rank=4)
+    flags = ("--chip", "M2 Pro", "--rank", 4, "--max-seq-length", 64, "--json")
+    planned = mlx_lora.plan(base, chip="M2 Pro", rank=4, max_seq_length=64)
+    assert json.loads(json.dumps(planned)) == json.loads(run("plan", "--model", tiny_folder, *flags).out)
+    assert (planned["settings"]["rank"], planned["settings"]["max_seq_length"]) == (4, 64)
     file = mlx_lora.export(base, trained.adapter, to="peft", out=tmp_path / "ours") / "adapter_model.safetensors"
     flags = ("--model", tiny_folder, "--adapter-path", trained.adapter, "--to", "peft", "--out", tmp_path / "theirs")
     assert run("export", *flags).code == 0
@@ -171,7 +173,7 @@ def test_bad_data_are_named(base, data, words):
         ({"iters": 1, "epochs": 1}, "iters and epochs: both given"),
         ({"objective": "dpo", "mask_prompt": False}, 'mask_prompt=False with objective="dpo"'),
         ({"resume": "auto"}, "without adapter_path"),
-        ({"report_to": "nothing"}, "report_to='nothing': only tensorboard, trackio, wandb, swanlab"),
+        ({"report_to": "nothing"}, 'report_to="nothing": only tensorboard, trackio, wandb, swanlab'),
     ],
 )
 def test_wrong_settings_are_answered_in_pythons_words(base, chats, settings, words):
@@ -215,6 +217,26 @@ def test_plot_draws_both_curves_or_says_what_is_missing(trained, monkeypatch):
     pytest.importorskip("matplotlib")
     (axes,) = trained.plot().axes
     assert [list(line.get_ydata()) for line in axes.lines] == [trained.losses, trained.val_losses]
+
+
+def test_a_notebook_shows_a_bar_and_the_curve(base, chats, tmp_path, monkeypatch):
+    shells = pytest.importorskip("IPython.core.interactiveshell")
+    capture = pytest.importorskip("IPython.utils.capture")
+    assert display_here()[1] is not NotebookProgress
+    shell = shells.InteractiveShell.instance()
+    monkeypatch.setattr(shell, "kernel", object(), raising=False)  # as a notebook's shell has
+    try:
+        with capture.capture_output() as shown:
+            done = mlx_lora.train(base, chats, tmp_path / "a", **QUICK)
+    finally:
+        shells.InteractiveShell.clear_instance()
+    first, *_, last = (output.data["text/html"] for output in shown.outputs)
+    assert 'value="0" max="6"' in first
+    assert 'value="6" max="6"' in last
+    assert last.count("<polyline") == 2
+    assert f"val loss {done.val_loss:.4f}" in last
+    assert "6 steps done" in shown.stdout
+    assert shown.stderr == ""
 
 
 def test_training_in_another_thread_is_never_interrupted():

@@ -44,7 +44,7 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
         problems.append("--iters and --epochs: both given; keep one")
     loggers = [name.strip().lower() for name in (settings["report_to"] or "").split(",")]
     if settings["report_to"] and not set(loggers) <= set(LOGGERS):
-        problems.append(f"--report-to {settings['report_to']!r}: only {', '.join(LOGGERS)}, by comma")
+        problems.append(f"--report-to {settings['report_to']}: only {', '.join(LOGGERS)}, by comma")
     return problems + _data_problems(settings) + _validation_problems(settings)
 
 
