@@ -37,7 +37,7 @@ fuzz: setup
 	PYTHONPATH=tests $(BIN)/python -m fuzz --cases $(CASES) --seed $(SEED)
 
 # What is ours: a run folder that lies in the checkout has a README.md with code in it, too.
-LINTED := .github benchmarks data docs mlx_lora packaging scripts tests README.md CHANGELOG.md CONTRIBUTING.md
+LINTED := .github benchmarks data docs mlx_lora notebooks packaging scripts tests README.md CHANGELOG.md CONTRIBUTING.md
 
 lint: setup
 	$(BIN)/python scripts/prose.py

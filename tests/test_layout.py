@@ -148,7 +148,9 @@ def test_no_test_imports_another():
 def test_the_linter_sees_all_that_is_ours_and_nothing_else():
     """Run folders may lie anywhere in a checkout, and what they hold is nobody's code."""
     root = PACKAGE.parent
-    listed = subprocess.run(["git", "ls-files", "*.py", "*.md"], cwd=root, capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["git", "ls-files", "*.py", "*.md", "*.ipynb"], cwd=root, capture_output=True, text=True, check=False
+    )
     if listed.returncode:
         pytest.skip("no git checkout")
     linted = re.search(r"^LINTED := (.+)$", (root / "Makefile").read_text(), re.M)[1].split()

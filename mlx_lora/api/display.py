@@ -27,15 +27,9 @@ STYLE = """<style>
 
 def display_here() -> tuple[Callable[[str], None], Callable[[int], Progress] | None]:
     """Return what takes lines, and what makes a live display here (None: a line for each report)."""
-    if in_notebook():
+    if console.in_notebook():
         return print, NotebookProgress  # what goes to standard error has a red background in notebooks
     return console.echo, LiveProgress if sys.stderr.isatty() else None
-
-
-def in_notebook() -> bool:
-    """Tell whether this is a notebook's process, and not IPython on a terminal."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return hasattr(shell, "kernel")
 
 
 def curve_html(records: list[dict[str, Any]], heading: str) -> str:

@@ -74,16 +74,16 @@ class Run:
 
     @speaks_python()
     def plot(self) -> Any:
-        """Return the curves of training and held-out loss as a matplotlib figure.
+        """Return the curves of training and held-out loss as a matplotlib figure, which a notebook shows.
 
         Raises:
             InputError: matplotlib is not installed.
         """
         try:
-            from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports] # an extra
+            from mlx_lora.api.shown_figure import ShownFigure
         except ImportError:
             raise InputError("plot: matplotlib is not installed; pip install 'mlx-lora[plots]'") from None
-        figure = Figure(figsize=(7, 4), layout="constrained")
+        figure = ShownFigure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         lines, marks = [m for m in self.metrics if m["val_loss"] is None], [m for m in self.metrics if m["val_loss"]]
         axes.plot([m["step"] for m in lines], [_number(m["loss"]) for m in lines], label="training")

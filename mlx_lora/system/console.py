@@ -77,6 +77,12 @@ def wants_color() -> bool:
     return sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def in_notebook() -> bool:
+    """Tell whether this is a notebook's process, and not IPython on a terminal."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel")
+
+
 class Command(click.Command):
     """A click command that reports an error on one line: what was asked, what was found, what to do.
 

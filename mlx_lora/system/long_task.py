@@ -10,8 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from mlx_lora.system.console import in_notebook
 from mlx_lora.system.units import format_duration
 
 QUIET_S = 2.0  # of work, before anything is shown
@@ -23,13 +24,6 @@ T = TypeVar("T")
 def has_live_display() -> bool:
     """Tell whether standard error can show a bar: it is a terminal, or the output of a notebook's cell."""
     return sys.stderr.isatty() or in_notebook()
-
-
-def in_notebook() -> bool:
-    """Tell whether this runs in Jupyter's kernel (its terminal shell is a terminal like others)."""
-    ipython: Any = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return shell is not None and type(shell).__name__ == "ZMQInteractiveShell"
 
 
 class LongTask:
