@@ -37,7 +37,21 @@ from mlx_lora.training.losses import Arrays, choose_loss, plain_loss
 from mlx_lora.training.probe import Probe, disagreement
 
 ROWS = {row.name: row for row in kernel_rows()}
-SHORT = ("--iters", 3, "--batch-size", 2, "--num-layers", 2, "--rank", 4, "--sample-tokens", 0, "--steps-per-report", 1)
+SHORT = (
+    "--verbose",
+    "--iters",
+    3,
+    "--batch-size",
+    2,
+    "--num-layers",
+    2,
+    "--rank",
+    4,
+    "--sample-tokens",
+    0,
+    "--steps-per-report",
+    1,
+)
 
 
 def figures(seconds: float, kept: int = 100, peak: int = 200, error: float = 0.0) -> Figures:
