@@ -80,9 +80,11 @@ class Run:
             InputError: matplotlib is not installed.
         """
         try:
-            from mlx_lora.api.shown_figure import ShownFigure
+            import matplotlib.figure  # noqa: F401 # pyright: ignore[reportMissingImports] # an extra
         except ImportError:
             raise InputError("plot: matplotlib is not installed; pip install 'mlx-lora[plots]'") from None
+        from mlx_lora.api.shown_figure import ShownFigure
+
         figure = ShownFigure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         lines, marks = [m for m in self.metrics if m["val_loss"] is None], [m for m in self.metrics if m["val_loss"]]
