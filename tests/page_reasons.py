@@ -23,9 +23,6 @@ NOT_RUN = {
     r"(env .*|taskset .*)": "measures for minutes on chosen cores",
     r"(python -m )?pytest": "is a test itself",
 }
-# Words of commands that another change of this version brings: while they are here, such commands may fail to parse and
-# are not run. Remove a word as soon as its change is in.
-AWAITED = {"notes", "--dry-run", "--prompt-column", "--completion-column"}
 
 
 def reason_not_to_run(command: Command) -> str | None:

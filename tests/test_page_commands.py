@@ -20,8 +20,7 @@ import pytest
 from gguf_families import write_folder_with_merges
 from make_adapters import make_adapter
 from page_blocks import PAGES, ROOT, Block, Command, blocks_of, commands_of
-from page_parsing import parse
-from page_reasons import AWAITED, reason_not_to_run
+from page_reasons import reason_not_to_run
 from run_cli import run
 from serving_process import Server
 
@@ -91,7 +90,7 @@ class Reader:
         elif block.language == "python":
             self.python(block)
         for command in commands_of(block):
-            if reason_not_to_run(command) is None and not is_awaited(command):
+            if reason_not_to_run(command) is None:
                 self.run(command)
 
     def python(self, block: Block) -> None:
@@ -150,19 +149,6 @@ def typing(text: bytes) -> Iterator[None]:
 def stand_in(word: str) -> str:
     """Return what stands for a word of a page."""
     return next((there for name, there in STAND_INS.items() if re.fullmatch(name, word)), word)
-
-
-def is_awaited(command: Command) -> bool:
-    """Tell whether a command needs what another change brings and has not brought yet."""
-    if not any(word in AWAITED for word in command.ours):
-        return False
-    if "notes" in command.ours and not (ROOT / "mlx_lora" / "sources" / "tables.py").is_file():
-        return True
-    try:
-        parse(command.ours)
-    except Exception:
-        return True
-    return False
 
 
 def without(words: list[str], *flags: str) -> list[str]:
