@@ -66,7 +66,7 @@ def test_a_terminal_gets_a_bar_after_two_seconds_and_no_lines(monkeypatch):
 
 
 def test_a_notebook_has_a_live_display(monkeypatch):
-    shell = type("ZMQInteractiveShell", (), {})()
+    shell = type("ZMQInteractiveShell", (), {"kernel": object()})()
     monkeypatch.setitem(long_task.sys.modules, "IPython", type("IPython", (), {"get_ipython": lambda: shell}))
     assert long_task.has_live_display()
     monkeypatch.setitem(long_task.sys.modules, "IPython", type("IPython", (), {"get_ipython": lambda: None}))

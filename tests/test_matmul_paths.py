@@ -108,8 +108,9 @@ def test_every_command_that_shows_the_option_heeds_it(command, tiny_folder, chat
 
 def test_the_run_header_says_forced(tiny_4bit_folder, chats, tmp_path):
     common = ("train", "--model", tiny_4bit_folder, "--data", chats, "--iters", 1, "--val-batches", 0)
-    forced = run(*common, "--adapter-path", tmp_path / "a", "--quantized-matmul", "packed").err
-    measured = run(*common, "--adapter-path", tmp_path / "b").err
+    forced = run(*common, "--adapter-path", tmp_path / "a", "--verbose", "--quantized-matmul", "packed").err
+    measured = run(*common, "--adapter-path", tmp_path / "b", "--verbose").err
+    assert "4-bit/32 affine" in measured
     assert "4-bit/32 affine: packed product, forced" in forced
     assert "forced" not in measured
     assert "quantized_matmul: packed" in (tmp_path / "a/run.yaml").read_text()

@@ -284,7 +284,7 @@ def test_each_methods_own_settings_change_its_run_and_no_others(method, flags, t
         weights.append({key: np.array(value).tobytes() for key, value in stored.items()})
     assert weights[0] != weights[1]
     ran = run(*common, "--adapter-path", tmp_path / "c", *flags)
-    assert (ran.code, f"only {method} has it" in ran.err) == (2, True)
+    assert (ran.code, f"only --method {method} uses it" in ran.err) == (2, True)
 
 
 def test_the_bias_setting_reaches_the_run(chats, tmp_path):

@@ -141,7 +141,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path):
     adapt_and_save(folder, tmp_path / "a")
     out, adapter = tmp_path / "out", ("--adapter-path", tmp_path / "a")
     one_line(export(folder, out, "--ollama-base", "x"), "--ollama-base", "--adapter-path")
-    one_line(export(folder, out, *adapter, "--ollama-base", "x", "--gguf-type", "f16"), "without --gguf-type")
+    one_line(export(folder, out, *adapter, "--ollama-base", "x", "--gguf-type", "f16"), "excludes --gguf-type")
     one_line(export(folder, out, *adapter, "--ollama-base", "gone.gguf"), "gone.gguf", "no such file")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
     out.mkdir()

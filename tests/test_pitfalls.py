@@ -241,6 +241,10 @@ ELSEWHERE = {
     "chat_date": "test_chat_date.py",
     "pairs": "test_answers.py: other pairs are made",
     **dict.fromkeys(
+        ("prompt_column", "completion_column", "system_column", "chat_column", "text_column", "turn_names"),
+        "test_data_forms.py: named columns make each kind of record",
+    ),
+    **dict.fromkeys(
         ("keep_best", "early_stopping_patience", "early_stopping_threshold", "batch_parts", "max_restarts"),
         "test_faults.py",
     ),

@@ -223,7 +223,7 @@ def test_the_cached_text_is_used_only_with_its_checksum(name, cache):
 
 def test_tiny_shakespeare_is_fetched_and_checked(cache, tmp_path, capsys):
     write(tmp_path / "input.txt", TEXT + b"changed")
-    with pytest.raises(InputError, match="not the pinned text"):
+    with pytest.raises(InputError, match="its checksum is not that of the expected text"):
         find_splits("tiny-shakespeare")
     assert list(cache.iterdir()) == []
     write(tmp_path / "input.txt", TEXT)

@@ -285,7 +285,7 @@ def test_only_a_verbose_header_names_loss_shapes_and_matmul_path(tiny_4bit_folde
     for ran, shown in ((plain, False), (verbose, True)):
         found = [line for line in ran.lines if line.startswith("Step: ")]
         assert len(found) == shown
-        assert " planned at the peak, of " in next(line for line in ran.lines if line.startswith("Run: "))
+        assert "; planned peak " in next(line for line in ran.lines if line.startswith("Run: "))
     (line,) = found
     assert "fused cross-entropy" in line
     assert "batch shape" in line
