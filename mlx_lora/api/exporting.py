@@ -31,7 +31,7 @@ READERS = {
     "hf": "transformers",
     "gguf-adapter": "llama.cpp (--lora, on the base as GGUF)",
     "gguf": "llama.cpp",
-    "ollama": "Ollama (ollama create NAME -f Modelfile)",
+    "ollama": "Ollama (ollama create NAME -f {out}/Modelfile)",
 }
 MERGED_GGUF = ("gguf", "ollama")  # need no adapter, and have a --gguf-type
 CARD_LIBRARIES: dict[str, Any] = {
@@ -162,7 +162,7 @@ def write_export(
     if adapter and to in CARD_LIBRARIES:
         card = write_card(out, CARD_LIBRARIES[to], base, info, read_facts(adapter), settings.base_id, repo)
         say(f"{out / CARD_FILE}: {'the model card' if card else 'your own file, left as it is'}")
-    say(f"{out}: written for {READERS[to]}")
+    say(f"{out}: written for {READERS[to].format(out=out)}")
     if repo:
         say(f"{repo}: uploaded, {push(out, repo, settings.private)}")
 

@@ -201,7 +201,9 @@ class RunFolder:
         elif self.settings.loop.resume is None:
             _set_aside(self.path)
         with replacing_file(self.path / "run.yaml") as temporary:  # `--config run.yaml` repeats the run
-            text = yaml.safe_dump(self.settings.to_flat(), sort_keys=False, allow_unicode=True)
+            # Repeating a run neither continues nor overwrites one.
+            repeated = {**self.settings.to_flat(), "resume": None, "force": False}
+            text = yaml.safe_dump(repeated, sort_keys=False, allow_unicode=True)
             temporary.write_text(text, encoding="utf-8")
 
     def _clear_leftovers(self) -> None:

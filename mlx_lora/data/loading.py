@@ -317,7 +317,7 @@ def _check(settings: DataSettings, parts: dict[str, Rows], encoded: dict[str, En
             continue
         found = len(rows.dropped)
         if not found:
-            raise InputError(f"the {name} data has no record; it needs at least one")
+            raise InputError(f"--data {settings.data}: the {name} data has no record; it needs at least one")
         if len(encoded[name].rows):
             raise InputError(f"--strict: {found} unusable {name} rows: {reasons(rows.dropped)}; fix or remove them")
         raise InputError(f"no usable row in the {name} data, {found} refused: {reasons(rows.dropped)}")

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lora.adapters.adapt import Adapted, starting_rank
 from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.artifacts.adapter import WEIGHTS_FILE, AdapterInfo
+from mlx_lora.artifacts.run_folder import CHECKPOINTS
 from mlx_lora.artifacts.run_report import REPORT_FILE, Sample
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.models.load import Base
@@ -127,7 +128,6 @@ def closing_words(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
 
 def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo) -> list[str]:
     """Return the commands that use an adapter, as the user can paste them."""
-    own = Path(sys.argv[0]).name == "mlx-lora"
     path, model = str(folder), ["--model", str(settings.model.model)]
     adapter = ["--adapter-path", path]
     if info.scores:
@@ -147,7 +147,12 @@ def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo) -> l
             out,
             ["serve", *model, "--adapter", f"{name}={path}"],
         ]
-    return [f"mlx-lora {shlex.join(line)}" if own else f"python -m mlx_lora.{shlex.join(line)}" for line in lines]
+    return [f"{_program()}{shlex.join(line)}" for line in lines]
+
+
+def _program() -> str:
+    """Return the beginning of a command in the way that this run was started."""
+    return "mlx-lora " if Path(sys.argv[0]).name == "mlx-lora" else "python -m mlx_lora."
 
 
 def _spoken(who: str, text: str) -> str:
@@ -160,6 +165,9 @@ def interrupted_line(folder: str, outcome: Outcome) -> str:
     """Return what an interrupted run leaves in its folder, which may be an earlier run's adapter."""
     if outcome.steps:
         left = f"the adapter is saved in {folder}"
+        if any((Path(folder) / CHECKPOINTS).glob("step-*")):
+            command = shlex.join(["train", "--config", str(Path(folder) / "run.yaml"), "--resume"])
+            left += f". To continue: {_program()}{command}"
     else:
         left = "nothing to save yet"
         left += f"; the earlier adapter in {folder} is unchanged" if (Path(folder) / WEIGHTS_FILE).exists() else ""

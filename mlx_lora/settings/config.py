@@ -55,11 +55,12 @@ class DataSettings:
     """The training data, and which of its tokens are trained."""
 
     data: str | None = setting(None,
-        "File, folder with train/valid/test, hub dataset id or tiny-shakespeare; several by comma, and with a weight as in "
-        "a.jsonl=2,b/ each epoch has a's rows twice.", MODEL, common=True, may_change=True, per_machine=True)
+        "File, folder with train/valid/test, hub dataset id, recipe's name or tiny-shakespeare. Separate several with "
+        "commas; with a weight, as in a.jsonl=2,b/, each epoch has the rows of a.jsonl twice.",
+        MODEL, common=True, may_change=True, per_machine=True)
     data_format: str = setting("auto", "Record format; auto looks at each record.", MODEL, choices=FORMATS)
     prompt_column: str | None = setting(None,
-        "Column that holds the prompt; several by comma are joined by line ends (default: the usual names).", MODEL)
+        "Column of the prompt; several, separated by commas, are joined by line ends (default: the usual names).", MODEL)
     completion_column: str | None = setting(None, "Column that holds the answer (default: the usual names).", MODEL)
     system_column: str | None = setting(None, "Column that holds a system prompt.", MODEL)
     chat_column: str | None = setting(None, "Column that holds a chat: a list of turns.", MODEL)

@@ -55,7 +55,7 @@ def read_records(path: Path, sheet: str | None = None) -> Iterator[Record | BadR
 
 
 def check_file(path: Path) -> None:
-    """Raise InputError unless `path` is a readable, non-empty file with a known suffix; .jsonl must not be UTF-16."""
+    """Raise InputError unless `path` is a readable file with a known suffix; tables are not empty, .jsonl is not UTF-16."""
     suffix = path.suffix.lower()
     if path.is_dir():
         raise InputError(f"{path} is a folder where a data file was expected; name a file inside it")
@@ -70,7 +70,7 @@ def check_file(path: Path) -> None:
             head = file.read(4)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; check its permissions") from error
-    if not head:
+    if not head and suffix not in DOCUMENTS:  # an empty note in a folder of notes is a bad row, which the report counts
         raise InputError(f"{path} is empty (0 bytes); it needs at least one record")
     if suffix == ".jsonl" and head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise InputError(f"{path} is UTF-16; save it as UTF-8")
@@ -221,7 +221,8 @@ def _next_char(text: str, position: int) -> int:
 
 
 def _document(path: Path) -> Iterator[Record | BadRow]:
-    yield Record(1, {"text": _decode(path)})
+    text = _decode(path)
+    yield Record(1, {"text": text}) if text.strip() else BadRow(1, "empty file")
 
 
 def _decode(path: Path) -> str:

@@ -6,6 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
+from mlx_lora.settings.named_recipes import RECIPES, recipe_names
 from mlx_lora.sources.records import DOCUMENTS, SUFFIXES
 from mlx_lora.sources.shakespeare import tiny_shakespeare
 from mlx_lora.system.errors import InputError
@@ -30,7 +31,7 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
     """Return the files of each split that `--data` names.
 
     Args:
-        data: A file, a folder, `tiny-shakespeare` or a hub dataset id `owner/name` (`@revision` may follow).
+        data: A file, a folder, `tiny-shakespeare`, a recipe's name or a hub dataset id `owner/name` (`@revision` may follow).
 
     Returns:
         `train`, `valid`, `test` -> the split's files, ordered by name (one, unless a hub dataset has several
@@ -47,6 +48,8 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
         return _folder_splits(path)
     if data == TINY_SHAKESPEARE:
         return {"train": (tiny_shakespeare(),)}
+    if data in recipe_names():
+        return _folder_splits(RECIPES / data)
     if is_dataset_id(data):
         from mlx_lora.sources.hub import download_dataset_files  # the hub client is slow to import
 

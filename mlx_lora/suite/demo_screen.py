@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_lora.system.console import perplexity
+from mlx_lora.system.long_task import screen_taken
 from mlx_lora.system.parsing import parse_json
 from mlx_lora.system.units import format_duration
 
@@ -91,7 +92,7 @@ class DemoScreen:
             f"{len(stages)} stages, about {minutes} minutes on two CPU cores. Everything is written to {shlex.quote(str(out))}.\n"
         )
         live = Live(get_renderable=self._table, console=self._log, refresh_per_second=8) if self._terminal else None
-        with live or nullcontext():
+        with live or nullcontext(), screen_taken() if live else nullcontext():
             yield
 
     @contextmanager

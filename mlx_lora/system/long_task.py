@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from mlx_lora.system.console import in_notebook
@@ -19,11 +20,22 @@ QUIET_S = 2.0  # of work, before anything is shown
 LINE_EVERY_S = 20.0  # between the lines in a pipe or a log file
 
 T = TypeVar("T")
+_TAKEN = ContextVar("another display has the screen", default=False)
 
 
 def has_live_display() -> bool:
-    """Tell whether standard error can show a bar: it is a terminal, or the output of a notebook's cell."""
-    return sys.stderr.isatty() or in_notebook()
+    """Tell whether standard error can show a bar: it is a terminal or a notebook's cell, and no display has it already."""
+    return (sys.stderr.isatty() or in_notebook()) and not _TAKEN.get()
+
+
+@contextmanager
+def screen_taken() -> Iterator[None]:
+    """Show no bars in this block, because a display of its own would be torn by them."""
+    token = _TAKEN.set(True)
+    try:
+        yield
+    finally:
+        _TAKEN.reset(token)
 
 
 class LongTask:
