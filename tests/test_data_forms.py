@@ -309,6 +309,17 @@ def test_a_folder_of_documents_is_one_set_of_texts(tmp_path):
     assert [file.name for file in find_splits(str(tmp_path / "notes"))["train"]] == ["rows.jsonl"]
 
 
+def test_an_empty_note_is_counted_and_a_recipe_is_data(tmp_path):
+    for name, text in (("a.md", "one\n"), ("b.md", ""), ("c.md", " \n")):
+        (tmp_path / name).write_text(text)
+    splits = load_data(DataSettings(data=str(tmp_path), valid_fraction=0.0), byte_tokenizer(None), seed=0)
+    assert len(splits.train) == 1
+    assert "b.md" in splits.report.render()
+    assert find_splits("bard").keys() == {"train", "valid", "test"}
+    with pytest.raises(InputError, match="no such file"):
+        find_splits("brad")
+
+
 def numbered(path: Path, name: str, count: int) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps({"text": f"{name} {n}"}) + "\n" for n in range(count)))

@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+import yaml
 from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model, write_folder
 from run_cli import run
@@ -214,9 +215,11 @@ def test_a_second_run_in_a_folder_is_refused(tiny_folder, chats, tmp_path):
         wait_for(process, "step 2/")
         ran = run(*words, "--resume")
         process.send_signal(signal.SIGINT)
-        process.stderr.read()
+        said = process.stderr.read()
         assert process.wait(30) == 130
     assert (ran.code, "another run is writing to it" in ran.err) == (2, True)
+    assert f"train --config {tmp_path / 'a' / 'run.yaml'} --resume" in said
+    assert yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())["force"] is False
 
 
 SPARED = """
