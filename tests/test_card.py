@@ -157,7 +157,7 @@ def test_a_readme_of_the_users_own_stays(tiny_folder, chats, tmp_path):
     ran = run(*command, "--iters", 1)
     assert ran.code == 0, ran.err
     assert (folder / CARD_FILE).read_text() == "# mine\n"
-    assert "yours, left as it is" in ran.err
+    assert "your own file, left as it is" in ran.err
     (folder / CARD_FILE).write_text(f"---\n---\n{MARK}\nan earlier run\n")
     assert run(*command, "--iters", 2, "--force").code == 0
     text = (folder / CARD_FILE).read_text()

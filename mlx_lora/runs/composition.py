@@ -360,7 +360,7 @@ def make_step(
         reports=task.reports,
     )
     details = [task.loss.description, chosen.words]
-    details += ["blocks that share a state keep everything"] if tape is not None and tape.left_out else []
+    details += ["blocks that share a state are not checkpointed"] if tape is not None and tape.left_out else []
     about = [planned_words(memory), f"checkpointing {loop.grad_checkpoint}", *variant.notes]
     about += ["a pause after each micro-batch"] if loop.short_buffers else []
     about += [f"rows shared by {ranks.size} processes"] if ranks.size > 1 else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -42,13 +43,16 @@ class RunPage:
     report: RunReport
 
     @classmethod
-    def begin(cls, run: Composed, base: Base, splits: DataSplits) -> RunPage:
+    def begin(
+        cls, run: Composed, base: Base, splits: DataSplits, say: Callable[[str], None] = lambda line: None
+    ) -> RunPage:
         """Generate the texts before the training, unless the run is resumed and has some.
 
         Args:
             run: ready for its first step.
             base: with the new adapter, which changes nothing yet.
             splits: its data.
+            say: called with lines of progress where no bar can be shown.
         """
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm"))
         held_out = splits.valid if splits.valid is not None and len(splits.valid) else None
@@ -73,15 +77,15 @@ class RunPage:
         )
         kept = run.found and page.report.keep_samples_of(page.folder)
         if page.prompts and not kept:
-            page._write_first_texts()
+            page._write_first_texts(say)
         return page
 
-    def _write_first_texts(self) -> None:
+    def _write_first_texts(self, say: Callable[[str], None]) -> None:
         """Add a text for each prompt, or fewer if the first ones show that all would take long."""
         tokenizer = self.base.hf_tokenizer
         specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         start = time.perf_counter()
-        prompts = tracked(self.prompts, "Writing texts before training", len(self.prompts), "texts")
+        prompts = tracked(self.prompts, "Writing texts before training", len(self.prompts), "texts", say)
         for number, prompt in enumerate(prompts):
             if number and time.perf_counter() - start > MOST_S * number / (number + 1):
                 break
@@ -102,15 +106,16 @@ class RunPage:
         """Write the page with the current results."""
         self.report.write(self.folder)
 
-    def end(self, interrupted: bool) -> None:
+    def end(self, interrupted: bool, say: Callable[[str], None] = lambda line: None) -> None:
         """Generate the texts after the training, and write the page for the last time.
 
         Args:
             interrupted: whether the run was interrupted; then no text is generated, because the user does not want to wait.
+            say: called with lines of progress where no bar can be shown.
         """
         self.report.ended = not interrupted
         if not interrupted:
             pairs = list(zip(self.report.samples, self.prompts, strict=False))  # kept ones may be fewer
-            for sample, prompt in tracked(pairs, "Writing texts after training", len(pairs), "texts"):
+            for sample, prompt in tracked(pairs, "Writing texts after training", len(pairs), "texts", say):
                 sample.after = self._text(prompt)
         self.write()

@@ -52,4 +52,4 @@ def reporting(
 def leave_card(folder: Path, base: Base, info: AdapterInfo, say: Callable[[str], None]) -> None:
     """Write the model card of a run folder that has an adapter."""
     if (folder / WEIGHTS_FILE).exists() and not write_card(folder, "mlx", base, info, read_facts(folder)):
-        say(f"{folder / CARD_FILE}: yours, left as it is")
+        say(f"{folder / CARD_FILE}: your own file, left as it is")

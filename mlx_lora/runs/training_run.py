@@ -171,7 +171,7 @@ def take_steps(
     page = None
     if ranks.leads:
         check_room(settings.loop, run.steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
-        page = RunPage.begin(run, base, splits)
+        page = RunPage.begin(run, base, splits, say)
     folder.begin(run.found, run.steps, say)
     guard = MemoryGuard(at, budget_bytes, say)
 
@@ -195,7 +195,7 @@ def take_steps(
             raise folder.roll_back(diverged) from diverged
         ending.update(asdict(outcome))
     if page is not None:
-        page.end(outcome.interrupted)
+        page.end(outcome.interrupted, say)
         leave_card(folder.path, base, folder.info, say)
         say(outcome_line(settings.loop, outcome, best))
         if not outcome.interrupted:

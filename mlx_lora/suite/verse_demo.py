@@ -44,11 +44,12 @@ QUESTIONS = (
 )
 NEEDED_BYTES = 300_000_000  # the converted model, the adapter and a checkpoint with the optimizer's state
 # The usual times, in seconds, of a machine with two CPU cores; a download is not counted.
+# The times of a quiet machine with two CPU cores (docs/measurements.md); the first one depends on the network.
 STAGES = (
     Stage("Get the model", 10),
-    Stage("Ask it three questions", 30),
-    Stage("Train an adapter on verse", 150),
-    Stage("Ask the same questions again", 40),
+    Stage("Ask it three questions", 35),
+    Stage("Train an adapter on verse", 220),
+    Stage("Ask the same questions again", 30),
 )
 
 
