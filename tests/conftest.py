@@ -20,6 +20,9 @@ from byte_tokenizer import byte_tokenizer
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
+# The judges of ORPO, CPO and SimPO lie in TRL's experimental part, which warns; and warnings are errors here.
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
 TINY = {
     "model_type": "llama",
     "hidden_size": 64,

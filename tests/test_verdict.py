@@ -80,6 +80,10 @@ def test_preference_training_is_judged_by_accuracy_and_margin():
     assert verdict(found[::-1], {}).tone == BAD
     rated = [{k: v for k, v in one.items() if k != "accuracy"} for one in found]
     assert verdict(rated, {}).headline == "Held-out reward margin 0.00 to 1.24"
+    # KTO whose held-out answers are all good: no margin.
+    alike = [one | {"margin": None, "val_loss": loss} for one, loss in zip(rated, (0.5, 0.25), strict=True)]
+    assert verdict(alike, {}).headline == "Held-out loss 0.50 to 0.25"
+    assert [verdict(some, {}).tone for some in (alike, alike[::-1])] == [GOOD, BAD]
 
 
 def test_skipped_updates_are_told():

@@ -107,10 +107,14 @@ def _of_preferences(validations: list[dict[str, Any]], kept: dict[str, Any]) -> 
             [f"{ranked[0]:.0%}", f"{kept['accuracy']:.0%}"] if len(ranked) > 1 else [f"{ranked[0]:.0%}"]
         )
         parts.append(f"held-out accuracy {' to '.join(ends)}")
-    first, last = validations[0]["margin"], kept["margin"]
+    # The held-out ratings of KTO may all be good or all be bad: then there is no margin, and the loss stands for it.
+    name, key, better = "reward margin", "margin", 1
+    if any(one.get("margin") is None for one in (validations[0], kept)):
+        name, key, better = "loss", "val_loss", -1
+    first, last = better * validations[0][key], better * kept[key]
     # Adding 0 makes a zero of a rounded -0.
-    ends = dict.fromkeys(f"{round(value, 2) + 0:.2f}" for value in (first, last))
-    parts.append(f"{'' if parts else 'held-out '}reward margin {' to '.join(ends)}")
+    ends = dict.fromkeys(f"{round(better * value, 2) + 0:.2f}" for value in (first, last))
+    parts.append(f"{'' if parts else 'held-out '}{name} {' to '.join(ends)}")
     words = ", ".join(parts)
     tone = PLAIN if len(validations) == 1 or abs(last - first) < 0.005 else GOOD if last > first else BAD
     return words[0].upper() + words[1:], tone
