@@ -6,8 +6,6 @@ python -m mlx_lora.evaluate --model DIR --adapter-path my-adapter --data my-data
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,11 @@ from mlx_lora.settings.resolve import train_settings
 from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system import console, device
 from mlx_lora.system.errors import InputError
+from mlx_lora.system.program import this_command
 from mlx_lora.training.drift import NO_CHANGE, SMALL_CHANGE
 
 
-@click.command(cls=console.Command)
+@click.command(cls=flags.ShortCommand)
 @flags.settings_options("model", "data", "objective", leave_out=("valid_fraction", "shared_prefix"))
 @click.option("--adapter-path", type=str, default=None, help="Adapter folder, or hub id, to put on the model.")
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
@@ -86,7 +85,7 @@ def main(
     found = measure_forgetting(base, adapters, settings.data, general, ignore_fingerprint, batch_tokens, console.echo)
     facts = found.to_dict()
     if page is not None:
-        command = shlex.join(["python", *sys.orig_argv[1:]])
+        command = this_command()
         write_page(page, facts, (NO_CHANGE, SMALL_CHANGE), command, device.current_device().header())
         console.echo(f"page   {page}")
     if as_json:
