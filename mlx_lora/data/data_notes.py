@@ -31,7 +31,7 @@ def data_notes(
         encoder: Encoded them.
         day: The day that the chat template shows; None if it shows none.
     """
-    notes = placeholder_notes(parts)
+    notes = placeholder_notes(parts) + _left_out(parts)
     for name in ("valid", "test"):
         shared = len(set(keys.get(name, [])) & set(keys["train"]))
         if shared:
@@ -69,6 +69,19 @@ def data_notes(
         )
     if day and chats:
         notes.append(f"the chat template shows a date: {day.isoformat()}, kept for --resume (--chat-date)")
+    return notes
+
+
+def _left_out(parts: dict[str, Rows]) -> list[str]:
+    """Return notes on what the records have beside what is trained."""
+    notes = []
+    ignored = sum((rows.ignored for rows in parts.values()), Counter())
+    if ignored:
+        named = ", ".join(f"{name} ({counted(count, 'row')})" for name, count in ignored.most_common(8))
+        more = f" and {len(ignored) - 8} more" if len(ignored) > 8 else ""
+        notes.append(f"columns that are not read: {named}{more}")
+    for what, count in sum((rows.without for rows in parts.values()), Counter()).items():
+        notes.append(f"{what} of {counted(count, 'file')} is left out, and not trained")
     return notes
 
 
