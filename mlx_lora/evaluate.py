@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from mlx_lora.api.evaluation import check_adapter, measure_loss
+from mlx_lora.api.run_columns import with_columns_of_run
 from mlx_lora.artifacts.forgetting_page import verdict_rows, write_page
 from mlx_lora.data.data_report import UNITS
 from mlx_lora.models.load import load_base
@@ -63,6 +64,7 @@ def main(
             raise InputError(f"{', '.join(given)}: only with --forgetting; add it")
         adapter = resolve_adapter(adapter_path, adapter_revision)
         check_adapter(settings, adapter)
+        settings = with_columns_of_run(settings, flags.given(options), adapter, console.echo)
         base = load_base(settings.model)
         result = measure_loss(settings, base, adapter, ignore_fingerprint, batch_tokens, console.echo)
         if as_json:
@@ -81,6 +83,7 @@ def main(
     if page is not None and (page.is_dir() or not page.parent.is_dir()):
         raise InputError(f"--report {report}: not a file in an existing folder; name one, as in forgetting.html")
     adapters = [resolve_adapter(adapter_path, adapter_revision), *(resolve_adapter(other, None) for other in against)]
+    settings = with_columns_of_run(settings, flags.given(options), adapters[0], console.echo)
     base = load_base(settings.model)
     found = measure_forgetting(base, adapters, settings.data, general, ignore_fingerprint, batch_tokens, console.echo)
     facts = found.to_dict()
