@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_lora.settings.checks import settings_problems
 from mlx_lora.settings.config import FIELDS, SECTIONS, ModelSettings, ServeSettings, TrainSettings
+from mlx_lora.settings.migration.dataset_info import settings_of_table
 from mlx_lora.settings.other_names import OTHER_VALUES, instead_of
 from mlx_lora.settings.setting_row import flag_of, read_value, row_of
 from mlx_lora.system.errors import InputError
@@ -39,6 +40,9 @@ def train_settings(flags: Mapping[str, Any], content: Mapping[str, Any] | None =
         if key not in FIELDS
     ]
     values = _read(values, FIELDS, problems)
+    if data := values.get("data"):
+        table = settings_of_table(data, FIELDS)
+        values |= {name: value for name, value in table.items() if name == "data" or name not in values}
     sections = {
         name: section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
         for name, section in SECTIONS.items()
