@@ -54,7 +54,7 @@ def test_counts(tmp_path):
     assert "6 (2 alpaca, 1 completions, 1 messages)" in text
     assert "truncated 1, duplicate 1, empty 1, dropped 2" in text
     assert "d.jsonl line 5: not JSON" in text
-    assert "  truncated: d.jsonl line 4\n  duplicate: d.jsonl line 2\n" in text
+    assert "  truncated: d.jsonl line 4\n  duplicate, trained as often as it occurs: d.jsonl line 2\n" in text
     assert "the model's own" in text
 
 

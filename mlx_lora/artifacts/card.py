@@ -19,6 +19,7 @@ from mlx_lora.models.load import Base
 from mlx_lora.settings.methods import PRESETS
 from mlx_lora.sources.hub import HUB_ID
 from mlx_lora.sources.safetensors import read_safetensors_header
+from mlx_lora.system.cache import shown_data
 from mlx_lora.system.files import replacing_file
 from mlx_lora.system.parsing import parse_json, parse_yaml
 
@@ -272,7 +273,7 @@ def _shown_data(data: str | None) -> str | None:
     """Return a data set's name, for a path its last part."""
     if data is None or (HUB_ID.fullmatch(data) and not Path(data).exists()):
         return data
-    return plain(Path(data).name)
+    return plain(Path(shown_data(data)).name)
 
 
 def plain(name: str) -> str:

@@ -32,6 +32,7 @@ from mlx_lora.data.split import content_key
 from mlx_lora.data.templates import resolve_template, shows_date
 from mlx_lora.settings.config import DataSettings
 from mlx_lora.sources.data_sets import DataSet, find_sets
+from mlx_lora.system.cache import shown_data
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import one_at_a_time
 from mlx_lora.system.long_task import long_task
@@ -126,7 +127,7 @@ def _read_or_make_splits(
 ) -> DataSplits:
     if entry := read_entry(folder):
         rows, details = entry
-        report = replace(DataReport.from_dict(details["report"]), data=settings.data)
+        report = replace(DataReport.from_dict(details["report"]), data=shown_data(settings.data or ""))
         return DataSplits(rows["train"], rows.get("valid"), rows.get("test"), report, details["chat_template"])
     splits = _make_splits(sets, settings, tokenizer, seed, say, day, records)
     rows = {"train": splits.train, "valid": splits.valid, "test": splits.test}
@@ -191,7 +192,7 @@ def _make_splits(
         rows["valid"] = valid
     pieces = example_pieces(train, tokenizer)
     report = DataReport(
-        data=settings.data or "",
+        data=shown_data(settings.data or ""),
         rows_read=sum(rows.rows_read for rows in parts.values()),
         formats=dict(sum((rows.formats for rows in parts.values()), Counter())),
         splits={name: SplitReport.of(part) for name, part in rows.items()},
@@ -324,7 +325,7 @@ def _check(settings: DataSettings, parts: dict[str, Rows], encoded: dict[str, En
             continue
         found = len(rows.dropped)
         if not found:
-            raise InputError(f"--data {settings.data}: the {name} data has no record; it needs at least one")
+            raise InputError(f"--data {shown_data(settings.data or '')}: the {name} data has no record; it needs at least one")
         if len(encoded[name].rows):
             raise InputError(f"--strict: {found} unusable {name} rows: {reasons(rows.dropped)}; fix or remove them")
         raise InputError(f"no usable row in the {name} data, {found} refused: {reasons(rows.dropped)}")

@@ -160,10 +160,8 @@ class Group(click.Group):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             flags = [flag for param in self.get_params(ctx) for flag in param.opts]
-            raise InputError(
-                f"{error.option_name}: no such option here{did_you_mean(error.option_name, flags)}; "
-                "options of a command stand after its name"
-            ) from None
+            hint = did_you_mean(error.option_name, flags) or "; options of a command stand after its name"
+            raise InputError(f"{error.option_name}: no such option here{hint}") from None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
