@@ -18,9 +18,9 @@ from mlx_lora.models.converting import Conversion, convert_model
 from mlx_lora.models.gguf_weights import Target
 from mlx_lora.models.quantize import MODES, choose_quantization
 from mlx_lora.settings import config
+from mlx_lora.settings.flags import ShortCommand
 from mlx_lora.settings.setting_row import flag_of
 from mlx_lora.sources.hub import resolve_model
-from mlx_lora.settings.flags import ShortCommand
 from mlx_lora.system import console
 from mlx_lora.system.device import compute_dtype
 from mlx_lora.system.errors import InputError

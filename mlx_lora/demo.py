@@ -10,10 +10,9 @@ from pathlib import Path
 
 import click
 
+from mlx_lora.settings import flags
 from mlx_lora.suite.demo_screen import DemoScreen
 from mlx_lora.suite.verse_demo import ITERS, Demo, run_demo
-from mlx_lora.settings import flags
-from mlx_lora.system import console
 
 
 @click.command(cls=flags.ShortCommand)

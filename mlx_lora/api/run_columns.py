@@ -31,7 +31,9 @@ def with_columns_of_run(
     """
     if adapter is None or not settings.data.data or not {*NAMES, "data_format"}.isdisjoint(given):
         return settings
-    found = {name: value for name, value in _run_of(adapter).items() if name in NAMES and value and isinstance(value, str)}
+    found = {
+        name: value for name, value in _run_of(adapter).items() if name in NAMES and value and isinstance(value, str)
+    }
     changed = replace(settings, data=replace(settings.data, **found))
     if not found or settings_problems(changed.to_flat()) or not _has_columns(settings.data.data, found):
         return settings

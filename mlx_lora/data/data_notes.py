@@ -108,7 +108,7 @@ def held_out_notes(train: int, held: int, valid: int, fraction: float) -> list[s
         return ["no row is held out, because it takes two different ones; the run has no held-out loss"]
     if held <= 2 * fraction * (train + held):
         return []
-    is_held = "row is" if held == 1 else "rows are"
+    is_held = "rows is" if held == 1 else "rows are"
     return [
         f"{held:,} of {train + held:,} {is_held} held out to measure the loss, because at least one is, with its "
         "duplicates; --valid-fraction 0 trains on all"

@@ -37,7 +37,6 @@ from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import one_at_a_time
 from mlx_lora.system.long_task import long_task
 
-
 EVALUATION = "evaluation"  # what errors call the data that is only measured
 
 
@@ -208,7 +207,9 @@ def _make_splits(
         duplicate_rows=doubled[:MAX_LISTED],
         notes=[
             *data_notes(parts, encoded, keys, encoder, day if template else None),
-            *held_out_notes(*(0 if part is None else part.examples for part in (train, held, valid)), settings.valid_fraction),
+            *held_out_notes(
+                *(0 if part is None else part.examples for part in (train, held, valid)), settings.valid_fraction
+            ),
         ],
         example=pieces[0],
         rejected=[piece for piece in pieces[1] if piece[1]] if records == "pairs" else [],
@@ -325,7 +326,9 @@ def _check(settings: DataSettings, parts: dict[str, Rows], encoded: dict[str, En
             continue
         found = len(rows.dropped)
         if not found:
-            raise InputError(f"--data {shown_data(settings.data or '')}: the {name} data has no record; it needs at least one")
+            raise InputError(
+                f"--data {shown_data(settings.data or '')}: the {name} data has no record; it needs at least one"
+            )
         if len(encoded[name].rows):
             raise InputError(f"--strict: {found} unusable {name} rows: {reasons(rows.dropped)}; fix or remove them")
         raise InputError(f"no usable row in the {name} data, {found} refused: {reasons(rows.dropped)}")

@@ -90,7 +90,9 @@ def parse_rows(source: Iterable[Record | BadRow], name: str, settings: DataSetti
                 kind, entries = records, parse_rated(value)
         except FormatError as error:
             if isinstance(error, MissingColumn) and (cells := empty_cells(record.value, settings)):
-                error = EmptyRecord(f"the {'cells' if cells[1:] else 'cell'} {' and '.join(cells)} {'are' if cells[1:] else 'is'} empty")
+                error = EmptyRecord(
+                    f"the {'cells' if cells[1:] else 'cell'} {' and '.join(cells)} {'are' if cells[1:] else 'is'} empty"
+                )
             rows.unread += 1
             rows.empty += isinstance(error, EmptyRecord)
             rows.dropped.append(DroppedRow(name, record.line, str(error), record.unit))

@@ -122,7 +122,9 @@ def closing_words(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
         turns += [("Before", sample.said(sample.before)), ("After", sample.said(sample.after or ""))]
         parts.append("\n".join(["", "One text, before and after training:", *(_spoken(*turn) for turn in turns)]))
     parts.append(f"\nReport: {folder / REPORT_FILE}")
-    parts.append("\n".join(["What to do next:", *(f"    {line}" for line in next_commands(folder, settings, info, samples))]))
+    parts.append(
+        "\n".join(["What to do next:", *(f"    {line}" for line in next_commands(folder, settings, info, samples))])
+    )
     return "\n".join(parts)
 
 

@@ -175,9 +175,9 @@ def settings_of_table(data: str, known: Collection[str]) -> dict[str, Any]:
             raise InputError(f"--data {data}: {TABLE} there has the sets {listed}; name one as {folder / sets[0]}")
         name = here[0]
     elif name not in sets:
-        if folder != Path() and (hint := did_you_mean(name, sets)):
+        if not path.suffix and folder != Path() and (hint := did_you_mean(name, sets)):
             raise InputError(f"--data {data}: no set {name!r} in {folder / TABLE}{hint}")
-        return {}
+        return {}  # another file of that folder, or no name of a set at all
     sheet = Sheet(str(folder / TABLE), {}, known)
     source = find_dataset(sheet, name, folder)
     if source is None:

@@ -60,6 +60,7 @@ PREFERENCE_OPTIONS = {
 }
 STAGES = ("sft", "pt", "rm", "dpo", "kto")
 
+
 def read_kind(sheet: Sheet) -> None:
     """Set the objective; refuse training that is not supervised, on plain text or on preferences."""
     stage = sheet.take("stage")
