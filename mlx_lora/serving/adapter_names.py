@@ -63,7 +63,7 @@ def own_name(flag: str, text: str) -> str:
     """
     path = Path(text).expanduser()
     if not path.is_dir() and not HUB_ID.fullmatch(text):
-        raise InputError(f"{flag} {text}: {no_adapter_folder(path)}; write it as NAME=DIR or DIR")
+        raise InputError(f"{flag} {text}: write it as NAME=DIR or DIR ({no_adapter_folder(path)})")
     name = path.resolve().name if path.is_dir() else path.name
     if not NAME.fullmatch(name):
         raise InputError(f"{flag} {text}: {name!r} cannot be a name for requests; write it as NAME={text}")

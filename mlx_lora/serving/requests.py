@@ -22,7 +22,7 @@ class Stopped(Exception):
 def failed_words(failure: BaseException | None) -> str:
     """Return what a user reads when the engine has ended because of an error."""
     why = f" ({first_line(failure)})" if failure is not None else ""
-    return f"the engine that answers has stopped{why}; start the command again, and report it if this happens again"
+    return f"the engine failed{why}; start the command again, and report it if this happens again"
 
 
 @dataclass(frozen=True)

