@@ -90,8 +90,11 @@ def resolve_model(model: str, revision: str | None = None, *, trust_remote_code:
     found = HUB_ID.fullmatch(model)
     file_like = model.endswith(".gguf") and ":" not in model
     if not found or file_like or model[:1] in "./~":
-        hint = _similar_model(path) or "check the path or the id"
-        raise InputError(f"model {model!r}: no such file or folder, and not a hub id (owner/name); {hint}")
+        if hint := _similar_model(path):
+            raise InputError(f"model {model!r}: no such file or folder, and not a hub id (owner/name); {hint}")
+        raise InputError(
+            f"model {model!r}: no such file or folder, and not a hub id (owner/name); check the path or the id"
+        )
     return _from_hub(found["repo"], found["pick"], revision, trust_remote_code)
 
 
