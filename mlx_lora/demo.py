@@ -10,12 +10,12 @@ from pathlib import Path
 
 import click
 
+from mlx_lora.settings import flags
 from mlx_lora.suite.demo_screen import DemoScreen
 from mlx_lora.suite.verse_demo import ITERS, Demo, run_demo
-from mlx_lora.system import console
 
 
-@click.command(cls=console.Command)
+@click.command(cls=flags.ShortCommand)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

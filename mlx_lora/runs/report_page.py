@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from mlx_lora.models.load import Base
 from mlx_lora.runs.composition import Composed
 from mlx_lora.system import device
 from mlx_lora.system.long_task import tracked
+from mlx_lora.system.program import this_command
 from mlx_lora.training.samples import greedy_text, held_out_beginnings
 
 TEXTS = 3
@@ -64,7 +63,7 @@ class RunPage:
             held_out_beginnings(rows, TEXTS) if tokens else [],
             tokens,
             RunReport(
-                command=shlex.join(["python", *sys.orig_argv[1:]]),
+                command=this_command(),
                 device=device.current_device().header(),
                 base=f"{base.model_id}: {base.describe()}",
                 adapter=run.words[0],
