@@ -114,6 +114,15 @@ class RunReport:
             temporary.write_text(page, encoding="utf-8")
 
 
+def has_ended(folder: Path) -> bool:
+    """Return whether the run of a folder took all its steps; False for a folder without a report."""
+    try:
+        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(facts, dict) and facts.get("ended") is True
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Return the records of metrics.jsonl, without an incomplete line after a kill."""
     records = []

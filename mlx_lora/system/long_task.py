@@ -20,7 +20,7 @@ QUIET_S = 2.0  # of work, before anything is shown
 LINE_EVERY_S = 20.0  # between the lines in a pipe or a log file
 
 T = TypeVar("T")
-_TAKEN = ContextVar("another display has the screen", default=False)
+_TAKEN: ContextVar[Callable[[str], None] | None] = ContextVar("takes lines for the display on the screen", default=None)
 _AROUND: ContextVar[LongTask | None] = ContextVar("the work that the present one is a part of", default=None)
 
 
@@ -30,13 +30,25 @@ def has_live_display() -> bool:
 
 
 @contextmanager
-def screen_taken() -> Iterator[None]:
-    """Show no bars in this block, because a display of its own would be torn by them."""
-    token = _TAKEN.set(True)
+def screen_taken(tell: Callable[[str], None]) -> Iterator[None]:
+    """Show no bars in this block, because a display of its own would be torn by them.
+
+    Args:
+        tell: called with a line that the display is to show; also from a signal handler, so it may only note the line.
+    """
+    token = _TAKEN.set(tell)
     try:
         yield
     finally:
         _TAKEN.reset(token)
+
+
+def told_display(line: str) -> bool:
+    """Give a line to the display that has the screen, and return whether there is one."""
+    tell = _TAKEN.get()
+    if tell:
+        tell(line)
+    return tell is not None
 
 
 class LongTask:
@@ -114,7 +126,8 @@ class LongTask:
             if self._total:
                 counts = (MofNCompleteColumn(), TextColumn(self._unit))
                 columns = (text, BarColumn(bar_width=24), *counts, TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            # Rarely, because what goes on may be the measuring of kernels.
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4)
             self._bar.add_task(self._what, total=self._total or None, completed=self._done)
             self._bar.start()
 
