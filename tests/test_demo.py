@@ -133,6 +133,10 @@ def test_an_interruption_is_told_below_the_table_and_not_written_into_it(tmp_pat
         os.kill(os.getpid(), signal.SIGINT)
         while not asked():
             time.sleep(0.01)
+        console = Console(file=io.StringIO(), width=100)
+        console.print(screen._table())
+        # A line as wide as the terminal would be broken by the ^C that the terminal adds to it.
+        assert max(map(len, shown(console).splitlines())) < 100
     assert capfd.readouterr().err == ""
     assert click.unstyle(shown(log)).rstrip().endswith(INTERRUPTED)
     with interrupt_flag() as asked:

@@ -118,6 +118,7 @@ class DemoScreen:
             yield done
         finally:
             row.failed = row.spent is None
+            self._notice = ""
             self._follow = lambda: None
 
     def doing(self, line: str) -> None:
@@ -209,7 +210,8 @@ class DemoScreen:
         for row in self._rows:
             table.add_row(*self._cells(row))
         notice = [Text(self._notice, "yellow")] if self._notice else []
-        return Padding(Group(table, *notice), (0, 0, 0, 2))
+        # Not as wide as the terminal: the ^C that it echoes would begin a new line, and the table would move down.
+        return Padding(Group(table, *notice), (0, 0, 0, 2), expand=False)
 
     def _cells(self, row: _Row) -> tuple[RenderableType, ...]:
         name = row.stage.name

@@ -118,12 +118,14 @@ def run_demo(demo: Demo, screen: DemoScreen) -> int:
             outcome = train_run(settings, say=lines)
             if not outcome.interrupted:
                 done(f"{outcome.steps} steps, {demo.run_folder}")
-        if outcome.interrupted:
-            screen.say(interrupted_words(demo, outcome.steps))
-            return 130
-        with screen.stage(3) as done:
-            after = ask(settings, demo.run_folder)
-            done(f"held-out loss {after.loss:.2f}")
+        after = None
+        if not outcome.interrupted:
+            with screen.stage(3) as done:
+                after = ask(settings, demo.run_folder)
+                done(f"held-out loss {after.loss:.2f}")
+    if after is None:
+        screen.say(interrupted_words(demo, outcome.steps))
+        return 130
     screen.result(QUESTIONS, before, after)
     screen.next_steps(model, f"{RECIPE}={demo.run_folder}", demo.run_folder / REPORT_FILE)
     return 0
