@@ -127,7 +127,11 @@ def uv(tmp_path_factory) -> Path:
 
 def test_uvx_runs_the_wheel_file_with_its_own_dependencies(installed, uv, tmp_path):
     """Nothing is borrowed here: uv installs what the wheel asks for, as it does for a new user."""
-    environment = {**installed.environment, "UV_CACHE_DIR": str(tmp_path / "cache"), "UV_TOOL_DIR": str(tmp_path / "tools")}
+    environment = {
+        **installed.environment,
+        "UV_CACHE_DIR": str(tmp_path / "cache"),
+        "UV_TOOL_DIR": str(tmp_path / "tools"),
+    }
     words = (uv, "tool", "run", "--python", sys.executable, "--from", installed.wheel, "mlx-lora")
     (tmp_path / "empty").mkdir()
     said = done(*words, "--version", cwd=tmp_path / "empty", env=environment)

@@ -27,9 +27,7 @@ from mlx_lora.system.files import replacing_file
 
 REPORT_FILE, FACTS_FILE = "report.html", "report.json"
 PAGES = Path(__file__).parent / "pages"
-MEMORY_NOTE = (
-    "The plan is for MLX's buffers alone. The process also holds Python, its libraries, and freed buffers that MLX keeps."
-)
+MEMORY_NOTE = "The plan is for MLX's buffers alone. The process also holds Python, its libraries, and freed buffers that MLX keeps."
 
 
 @dataclass
@@ -195,7 +193,9 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
     ]
     if planned_peak_bytes and trained:
         ends = (trained[0]["step"], trained[-1]["step"])
-        memory.append(Series("MLX's buffers, planned", [(step, planned_peak_bytes / 1e9) for step in ends], dashed=True))
+        memory.append(
+            Series("MLX's buffers, planned", [(step, planned_peak_bytes / 1e9) for step in ends], dashed=True)
+        )
     tokens = [of("trained tokens", "supervised_tokens_per_s", trained), of("all real tokens", "tokens_per_s", trained)]
     losses = [of("training", "loss", trained), of("held out", "val_loss", held_out)]
     preferences = any("margin" in r for r in records)
