@@ -24,7 +24,7 @@ from huggingface_hub.utils import tqdm
 
 from mlx_lora.system.console import echo
 from mlx_lora.system.errors import InputError, RunError, first_line
-from mlx_lora.system.long_task import LINE_EVERY_S, has_live_display
+from mlx_lora.system.long_task import LINE_EVERY_S, covered, has_live_display
 from mlx_lora.system.spelling import closest, similar_paths
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<pick>[^:/]+))?")
@@ -307,6 +307,7 @@ def download_dataset_files(dataset_id: str, revision: str | None = None) -> Path
     return folder
 
 
+@covered()  # the bars of the download take the place of the work that needs it
 def _snapshot(
     what: str,
     repo: str,
