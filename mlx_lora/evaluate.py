@@ -6,8 +6,6 @@ python -m mlx_lora.evaluate --model DIR --adapter-path my-adapter --data my-data
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +84,7 @@ def main(
     found = measure_forgetting(base, adapters, settings.data, general, ignore_fingerprint, batch_tokens, console.echo)
     facts = found.to_dict()
     if page is not None:
-        command = shlex.join(["python", *sys.orig_argv[1:]])
-        write_page(page, facts, (NO_CHANGE, SMALL_CHANGE), command, device.current_device().header())
+        write_page(page, facts, (NO_CHANGE, SMALL_CHANGE), console.command_line(), device.current_device().header())
         console.echo(f"page   {page}")
     if as_json:
         console.print_json(facts)

@@ -60,9 +60,11 @@ def render(result: dict[str, Any]) -> str:
         ),
         f"Predicted: {speed['tokens_per_s']:,.0f} tokens/s, "
         f"{time_words(speed['hours_per_million_tokens'])} per million tokens"
-        + (f", about {time_words(speed['hours'])} for this run" if speed["hours"] is not None else "")
+        + (f", about {time_words(speed['hours'])} for this run's steps" if speed["hours"] is not None else "")
         + f" ({RATE_WORDS.get(speed['ceilings'], 'an upper bound: from the rates that the chip is listed with')})",
     ]
+    if speed["hours"] is not None:
+        lines.append("Not counted: loading the model, compiling and measuring kernels, validation, texts of the report")
     lines += [f"Not known: what this model's blocks keep in memory ({reason})" for reason in result["not_known"]]
     return "\n".join([*lines, *([f"To fit: {result['advice']}"] if "advice" in result else [])])
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from mlx_lora.data.loading import DataSplits
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import Base
 from mlx_lora.runs.composition import Composed
-from mlx_lora.system import device
+from mlx_lora.system import console, device
 from mlx_lora.system.long_task import tracked
 from mlx_lora.training.samples import greedy_text, held_out_beginnings
 
@@ -64,7 +62,7 @@ class RunPage:
             held_out_beginnings(rows, TEXTS) if tokens else [],
             tokens,
             RunReport(
-                command=shlex.join(["python", *sys.orig_argv[1:]]),
+                command=console.command_line(),
                 device=device.current_device().header(),
                 base=f"{base.model_id}: {base.describe()}",
                 adapter=run.words[0],

@@ -6,10 +6,12 @@ import difflib
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -212,6 +214,13 @@ def describe_error(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         return "interrupted", 130
     return None
+
+
+def command_line() -> str:
+    """Return the command that runs now as a person would type it: without the folders of Python and of its scripts."""
+    if Path(sys.argv[0]).name == "mlx-lora":  # installed as a script, which Python is given the whole path of
+        return shlex.join(["mlx-lora", *sys.argv[1:]])
+    return shlex.join(["python", *sys.orig_argv[1:]])
 
 
 def printable(text: str, limit: int = MOST_CHARACTERS) -> str:
