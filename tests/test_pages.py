@@ -153,7 +153,10 @@ MISTAKES = {  # what a newcomer does wrong -> the flags after --model, and files
     "an old text": (("--data", "a.txt"), {"a.txt": b"caf\xe9"}),
     "a brace missing": (("--data", "a.jsonl"), {"a.jsonl": b'{"text": "a"'}),
     "columns of their own": (("--data", "a.csv"), {"a.csv": b"Frage,Antwort\na,b\n"}),
-    "a used folder": (("--data", "good", "--adapter-path", "used"), {"used/adapters.safetensors": b"x", "used/adapter_config.json": b"{}"}),
+    "a used folder": (
+        ("--data", "good", "--adapter-path", "used"),
+        {"used/adapters.safetensors": b"x", "used/adapter_config.json": b"{}"},
+    ),
     "no room": (("--data", "good", "--memory-budget", "1e-4"), {}),
     "another's flag": (("--data", "good", "--lora-r", "8"), {}),
     "no such model": (("--model", "Qwen3-0.6B", "--data", "good"), {}),
@@ -170,7 +173,9 @@ def test_what_train_prints_is_on_the_page(mistake, tiny_folder, chats, tmp_path,
     ran = run("train", "--model", tiny_folder, *(chats if flag == "good" else flag for flag in flags))
     assert ran.code == 2
     printed = ran.lines[-1]
-    blocks = [block.text.strip() for block in blocks_of(DOCS / "troubleshooting.md") if block.text.startswith("Error: ")]
+    blocks = [
+        block.text.strip() for block in blocks_of(DOCS / "troubleshooting.md") if block.text.startswith("Error: ")
+    ]
     quoted = [re.escape(text).replace(r"\.\.\.", ".*") for text in blocks]
     assert [text for text in quoted if re.match(text, printed)], printed
 
