@@ -11,6 +11,7 @@ from typing import Any
 
 CODE = re.compile(r"<code[^>]*>.*?</code>", re.DOTALL)
 CELL = re.compile(r"<td[^>]*>.*?</td>", re.DOTALL)
+HEAD = re.compile(r"<th[^>]*>.*?</th>", re.DOTALL)
 BETWEEN_TAGS = re.compile(r"(?<=>)[^<>]+(?=<)")
 WORD = re.compile(r"[\w./\[\]']*-[\w./=:,\[\]'-]*")  # a word with a hyphen: a flag, mlx-lora, a path
 RANGE = re.compile(r"\d[\d,.]*-\d[\d,.]*")
@@ -32,4 +33,5 @@ def on_page_content(html: str, **_: Any) -> str:
     """Return the page's HTML with what belongs together kept together (mkdocs calls this for each page)."""
     html = ERROR.sub('<div class="language-text quoted-error', html)
     html = CELL.sub(lambda cell: keep_whole(cell[0], RANGE), html)
+    html = HEAD.sub(lambda cell: keep_whole(cell[0], WORD), html)
     return CODE.sub(lambda code: keep_whole(code[0], WORD), html)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).parents[1] / "docs"
 WIDTH, HEIGHT = 860, 330
-NARROW, TALL, BELOW = 430, 630, "translate(-420 300)"  # on a phone the texts stand under the chart
+NARROW, TALL, BELOW = 430, 642, "translate(-420 312)"  # on a phone the texts stand under the chart
 LEFT, TOP, PLOT_WIDTH, PLOT_HEIGHT = 56, 62, 350, 208
 TEXT_LEFT, LINE, CHARACTERS, LINES = 442, 18, 53, 5
 STYLE = """
