@@ -208,7 +208,7 @@ def _make_splits(
         notes=[
             *data_notes(parts, encoded, keys, encoder, day if template else None),
             *held_out_notes(
-                *(0 if part is None else part.examples for part in (train, held, valid)), settings.valid_fraction
+                train.examples, held.examples if held else 0, valid.examples if valid else 0, settings.valid_fraction
             ),
         ],
         example=pieces[0],
