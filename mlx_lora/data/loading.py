@@ -77,7 +77,7 @@ def load_data(
         seed: Of the held-out split.
         say: Called with a line from time to time during a long encoding.
         today: The day for templates that show the date, unless the settings name one; None: today.
-        records: `examples`, `pairs` or `rated`: what the run's objective trains on.
+        records: `examples`, `pairs`, `rated` or `prompts`: what the run's objective trains on.
 
     Returns:
         The sets and the report. Without a validation file, `valid_fraction` of the rows, or the last part of a single
@@ -121,14 +121,16 @@ def _read_or_make_splits(
     day: date | None,
     records: str,
 ) -> DataSplits:
-    if entry := read_entry(folder):
+    cached = records != "prompts"  # what rewards see of a record is not stored
+    if cached and (entry := read_entry(folder)):
         rows, details = entry
         report = replace(DataReport.from_dict(details["report"]), data=settings.data)
         return DataSplits(rows["train"], rows.get("valid"), rows.get("test"), report, details["chat_template"])
     splits = _make_splits(sets, settings, tokenizer, seed, say, day, records)
     rows = {"train": splits.train, "valid": splits.valid, "test": splits.test}
     details = {"report": splits.report.to_dict(), "chat_template": splits.chat_template}
-    _keep(folder, {name: part for name, part in rows.items() if part is not None}, details, say)
+    if cached:
+        _keep(folder, {name: part for name, part in rows.items() if part is not None}, details, say)
     return splits
 
 

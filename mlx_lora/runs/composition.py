@@ -29,12 +29,14 @@ from mlx_lora.data.joining import joined, saved_share
 from mlx_lora.data.loading import DataSplits
 from mlx_lora.data.widths import ShapePrice
 from mlx_lora.models.attention import attend
+from mlx_lora.models.group_sampling import check_groups
 from mlx_lora.models.kernel_choice import KernelChoice, choose_model_kernels
 from mlx_lora.models.kernel_row import MLX
 from mlx_lora.models.kernels import assumed
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.objective import Objective
 from mlx_lora.objectives.objective_table import objective_of
+from mlx_lora.objectives.user_rewards import rewards_of
 from mlx_lora.planner.fitting import planned_words
 from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.planner.shapes import KernelTerms
@@ -52,6 +54,7 @@ from mlx_lora.training.losses import Loss, check_kernels, choose_loss
 from mlx_lora.training.objective_loss import Task, task_of
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.prefix_sharing import layout_problem, sharing_problem
+from mlx_lora.training.rollouts import Answering, RolloutPlan
 from mlx_lora.training.run_fit import adapted_shape, fit_run
 from mlx_lora.training.sharing import Sharing
 from mlx_lora.training.state import Position
@@ -76,8 +79,8 @@ class Composed:
 
     folder: RunFolder
     task: Task
-    plan: BatchPlan
-    validation: BatchPlan | None
+    plan: BatchPlan | RolloutPlan
+    validation: BatchPlan | RolloutPlan | None
     steps: int
     found: Checkpoint | None
     memory: MemoryPlan
@@ -132,12 +135,18 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     loop = settings.loop
     plan, epochs = training_plan(loop, splits.train, found)
     validation = held_out_plan(splits.valid, loop) if splits.valid else None
+    answering = answering_of(settings, base, objective, chosen.loss, say)
+    if answering is not None:
+        plan = RolloutPlan(plan, answering)
+        validation = validation and RolloutPlan(validation, answering, held_out=True)
     steps = total_steps(plan, loop)
     device.compile_for(steps)
     identity = identity_of(settings, base.fingerprint, fingerprint, plan, epochs) | layout.identity
     if found:
         check_continuation(found, identity)
     step, task, details, about = make_step(settings, base, chosen, objective, memory, steps, ranks)
+    if answering is not None:
+        task = answering.reported(task)
     about += [layout.words] if layout.words else []
     check_one_run(ranks, settings, identity)
     take_first_ranks(ranks, step, say)
@@ -319,6 +328,20 @@ def training_plan(loop: LoopSettings, rows: EncodedSet, found: Checkpoint | None
     tokens: Any = loop.batch_tokens  # chosen by now
     plan = BatchPlan(rows, batch_tokens=tokens, batch_size=loop.batch_size, seed=loop.seed, price=price)
     return plan, epochs
+
+
+def answering_of(
+    settings: TrainSettings, base: Base, objective: Objective, loss: Loss, say: Callable[[str], None]
+) -> Answering | None:
+    """Return what samples and rewards the answers of a run, None if its data have them.
+
+    Raises:
+        InputError: a reward cannot be loaded, or the model cannot hold several answers.
+    """
+    if objective.policy is None:
+        return None
+    check_groups(base.model, base.model_id)
+    return Answering.of(base, settings, rewards_of(settings.objective), loss, say)
 
 
 def make_step(

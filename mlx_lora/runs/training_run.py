@@ -12,6 +12,7 @@ from mlx_lora.artifacts.run_folder import check_room, first_day, own_folder
 from mlx_lora.data.loading import DataSplits, load_data
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.objective_table import OBJECTIVES, objective_of
+from mlx_lora.objectives.user_rewards import rewards_of
 from mlx_lora.runs.composition import Composed, compose, put_adapter
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
@@ -82,6 +83,12 @@ def wants_training(settings: TrainSettings) -> bool:
 def check_request(settings: TrainSettings, ranks: Ranks) -> None:
     """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
     check_metric(settings)
+    if settings.objective.samples:
+        rewards_of(settings.objective)  # a user's file that does not load is told now
+        if ranks.size > 1:
+            raise InputError(
+                f"--objective {settings.objective.objective} in {ranks.size} processes: only one can sample"
+            )
     loop, trains = settings.loop, wants_training(settings)
     needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}
     missing = [flag for flag, value in needed.items() if not value]

@@ -258,7 +258,7 @@ def train(
         if not at.taken:
             validate()
         window = Window()
-        while at.taken < total and not interrupted() and not stopped_early():
+        while at.taken < total and not (at.taken % plan.updates == 0 and (interrupted() or stopped_early())):
             chosen = list(islice(batches, settings.grad_accumulation_steps))
             parts = guard.divide(chosen) if ranks.size == 1 else chosen  # several ranks divide their own rows
             result = step(parts, asked(), guard.divide)
