@@ -29,18 +29,17 @@ from mlx_lora.data.joining import joined, saved_share
 from mlx_lora.data.loading import DataSplits
 from mlx_lora.data.widths import ShapePrice
 from mlx_lora.models.attention import attend
-from mlx_lora.models.group_sampling import check_groups
 from mlx_lora.models.kernel_choice import KernelChoice, choose_model_kernels
 from mlx_lora.models.kernel_row import MLX
 from mlx_lora.models.kernels import assumed
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.objective import Objective
 from mlx_lora.objectives.objective_table import objective_of
-from mlx_lora.objectives.user_rewards import rewards_of
 from mlx_lora.planner.fitting import planned_words
 from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.planner.shapes import KernelTerms
 from mlx_lora.runs.reference import with_reference
+from mlx_lora.runs.sampled_answers import answering_of
 from mlx_lora.runs.words import describe_run
 from mlx_lora.settings.config import DataSettings, LoopSettings, TrainSettings
 from mlx_lora.system import device
@@ -54,7 +53,7 @@ from mlx_lora.training.losses import Loss, check_kernels, choose_loss
 from mlx_lora.training.objective_loss import Task, task_of
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.prefix_sharing import layout_problem, sharing_problem
-from mlx_lora.training.rollouts import Answering, RolloutPlan
+from mlx_lora.training.rollouts import RolloutPlan
 from mlx_lora.training.run_fit import adapted_shape, fit_run
 from mlx_lora.training.sharing import Sharing
 from mlx_lora.training.state import Position
@@ -328,20 +327,6 @@ def training_plan(loop: LoopSettings, rows: EncodedSet, found: Checkpoint | None
     tokens: Any = loop.batch_tokens  # chosen by now
     plan = BatchPlan(rows, batch_tokens=tokens, batch_size=loop.batch_size, seed=loop.seed, price=price)
     return plan, epochs
-
-
-def answering_of(
-    settings: TrainSettings, base: Base, objective: Objective, loss: Loss, say: Callable[[str], None]
-) -> Answering | None:
-    """Return what samples and rewards the answers of a run, None if its data have them.
-
-    Raises:
-        InputError: a reward cannot be loaded, or the model cannot hold several answers.
-    """
-    if objective.policy is None:
-        return None
-    check_groups(base.model, base.model_id)
-    return Answering.of(base, settings, rewards_of(settings.objective), loss, say)
 
 
 def make_step(

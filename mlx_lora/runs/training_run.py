@@ -16,6 +16,7 @@ from mlx_lora.objectives.user_rewards import rewards_of
 from mlx_lora.runs.composition import Composed, compose, put_adapter
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
+from mlx_lora.runs.sampled_answers import sampled_plan
 from mlx_lora.runs.words import closing_words, left_by, loss_words, outcome_line
 from mlx_lora.settings.config import ObjectiveSettings, TrainSettings
 from mlx_lora.system import console, device
@@ -70,7 +71,15 @@ def train_run(
         with own_folder(folder, ranks):
             outcome = take_steps(compose(settings, base, splits, ranks, say), base, splits, say, show, told)
     if settings.loop.test and splits.test is not None and not outcome.interrupted:
-        found = held_out_loss(base, splits.test, settings.loop, objective_of(settings.objective), ranks, say)
+        found = held_out_loss(
+            base,
+            splits.test,
+            settings.loop,
+            objective_of(settings.objective),
+            ranks,
+            say,
+            sampled_plan(settings, base, say),
+        )
         say(f"Test {loss_words(found)}")
     return outcome
 
