@@ -37,6 +37,9 @@ from mlx_lora.system.files import one_at_a_time
 from mlx_lora.system.long_task import long_task
 
 
+UNCACHED = "prompts"  # what rewards see of these records is not stored
+
+
 @dataclass(frozen=True)
 class DataSplits:
     """The data of a run.
@@ -121,7 +124,7 @@ def _read_or_make_splits(
     day: date | None,
     records: str,
 ) -> DataSplits:
-    cached = records != "prompts"  # what rewards see of a record is not stored
+    cached = records != UNCACHED
     if cached and (entry := read_entry(folder)):
         rows, details = entry
         report = replace(DataReport.from_dict(details["report"]), data=settings.data)
@@ -244,7 +247,8 @@ def load_eval_set(
     day = _day(settings, tokenizer, None)
     chosen = {name: files[name]}
     folder = entry_folder(f"{records} evaluation", chosen, settings, tokenizer, 0, day, _mixed(sets))
-    if entry := read_entry(folder):
+    cached = records != UNCACHED
+    if cached and (entry := read_entry(folder)):
         for line in entry[1]["notes"]:
             say(line)
         return entry[0][name]
@@ -255,7 +259,8 @@ def load_eval_set(
     notes = evaluation_notes(parts[name], encoded[name])
     for line in notes:
         say(line)
-    _keep(folder, {name: encoded[name].rows}, {"notes": notes}, say)
+    if cached:
+        _keep(folder, {name: encoded[name].rows}, {"notes": notes}, say)
     return encoded[name].rows
 
 

@@ -20,7 +20,7 @@ from mlx_lora.training.losses import Arrays, Loss
 
 # What a batch of sampled answers has beside its tokens: (B, T) of each target, and (B,) of each answer.
 OLD, REFERENCE = "old", "reference"
-ADVANTAGES, REWARDS, LENGTHS, TRUNCATED, KNOWN = "advantages", "reward", "length", "truncated", "known"
+ADVANTAGES, REWARDS, LENGTHS, TRUNCATED = "advantages", "reward", "length", "truncated"
 
 
 class PolicyArrays(NamedTuple):
@@ -56,11 +56,10 @@ def policy_arrays(batch: Batch) -> tuple[mx.array, ...]:
     def of_rows(name: str) -> mx.array:
         return mx.array(sampled.get(name, np.zeros(rows, np.float32)))
 
-    real = (sampled[KNOWN] * batch.real).astype(np.float32)
     share = (batch.shares[0] if batch.shares else 0.0, float(OLD not in sampled))
     return (
         *Arrays.of(batch), of_tokens(OLD), of_tokens(REFERENCE), of_rows(ADVANTAGES), of_rows(REWARDS), of_rows(LENGTHS),
-        of_rows(TRUNCATED), mx.array(real), mx.array(np.array(share, np.float32)),
+        of_rows(TRUNCATED), mx.array(batch.real.astype(np.float32)), mx.array(np.array(share, np.float32)),
     )  # fmt: skip
 
 
@@ -103,7 +102,7 @@ def _summed(
 
 def prepared(batches: list[Batch], ranks: Ranks) -> list[Batch]:
     """Compute what depends on a whole step: answers divided by tokens. All ranks have the same batches."""
-    answers = sum(float((b.sampled[KNOWN] * b.real).sum()) for b in batches if b.sampled is not None)
+    answers = sum(int(b.real.sum()) for b in batches)
     tokens = sum(int(b.mask.sum()) for b in batches)
     return [replace(batch, shares=(answers / max(1, tokens),)) for batch in batches]
 

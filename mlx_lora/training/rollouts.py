@@ -32,7 +32,6 @@ from mlx_lora.training.losses import Loss
 from mlx_lora.training.objective_loss import Task
 from mlx_lora.training.policy_task import (
     ADVANTAGES,
-    KNOWN,
     LENGTHS,
     OLD,
     REFERENCE,
@@ -198,7 +197,7 @@ class Answering:
         return replace(batch, sampled=sampled)
 
     def _with_rewards(self, batch: Batch, rows: np.ndarray, rewards: np.ndarray) -> Batch:
-        """Add rewards and advantages; an answer without a reward takes no part."""
+        """Add rewards and advantages; that of an answer without a reward is 0, as in TRL."""
         objective, sampled = self.settings.objective, dict(batch.sampled or {})
         if objective.objective == "rloo" and objective.kl_beta and REFERENCE in sampled:
             away = (sampled[OLD] - sampled[REFERENCE]).sum(axis=1)[rows]
@@ -208,13 +207,11 @@ class Answering:
         else:
             advantages = group_advantages(rewards, batch.group, objective.scale_rewards)
         known = np.isfinite(rewards)
-        for name, values in ((ADVANTAGES, advantages), (REWARDS, np.where(known, rewards, 0.0)), (KNOWN, known)):
+        shown = np.where(known, rewards, rewards[known].mean() if known.any() else 0.0)  # does not change the mean
+        for name, values in ((ADVANTAGES, advantages), (REWARDS, shown)):
             sampled[name] = np.zeros(len(batch.inputs), np.float32)
             sampled[name][rows] = values
-        mask = batch.mask.copy()
-        mask[rows[~known]] = False
-        more = {"group": batch.group, "numbers": batch.numbers, "sampled": sampled}
-        return Batch.of(batch.inputs, batch.targets, mask, batch.real_tokens, len(batch.positions), **more)
+        return replace(batch, sampled=sampled)
 
 
 class RolloutPlan:
