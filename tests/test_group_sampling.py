@@ -8,10 +8,19 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 
-from mlx_lora.models.group_sampling import SamplingOptions, answer_keys, sample_groups
+from mlx_lora.data.batches import Batch
+from mlx_lora.models import group_sampling
+from mlx_lora.models.group_sampling import SamplingOptions, answer_keys
+from mlx_lora.training.losses import choose_loss
+from mlx_lora.training.policy_task import at_temperature, token_logps
 
 PROMPTS = [[5, 9, 3, 7, 7], [4, 8]]
 NO_END = frozenset()
+
+
+def sample_groups(*arguments):
+    """Return the answers' tokens."""
+    return group_sampling.sample_groups(*arguments)[0]
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +96,7 @@ def test_the_nucleus_and_the_floor_leave_out_unlikely_tokens(model):
         nucleus = order[: int(np.searchsorted(np.cumsum(wanted[order]), 0.3)) + 1]
         allowed = set(nucleus) if options.top_p < 1 else set(np.flatnonzero(wanted >= floor * wanted.max()))
         assert drawn <= allowed
-    free = {
-        a[0] for a in sample_groups(model, PROMPTS[:1], SamplingOptions(400, 1), NO_END, answer_keys(2, 0, 400))
-    }
+    free = {a[0] for a in sample_groups(model, PROMPTS[:1], SamplingOptions(400, 1), NO_END, answer_keys(2, 0, 400))}
     assert len(free) > len(drawn)
 
 
@@ -104,8 +111,35 @@ def test_a_prompt_of_one_token_is_answered(model):
 
 def test_greedy_sampling_is_the_models_own_choice(model):
     """Near temperature 0, the answers are those of the forward pass over the whole text."""
-    (answer, _) = sample_groups(model, PROMPTS[:1], SamplingOptions(2, 8, temperature=1e-4), NO_END, answer_keys(0, 0, 2))
+    (answer, _) = sample_groups(
+        model, PROMPTS[:1], SamplingOptions(2, 8, temperature=1e-4), NO_END, answer_keys(0, 0, 2)
+    )
     tokens = list(PROMPTS[0])
     for token in answer:
         assert token == int(nn.softmax(model(mx.array([tokens]))[0, -1]).argmax())
         tokens.append(token)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_training_pass_gives_the_samplers_log_probabilities(temperature, model):
+    """What the loss computes of whole rows is what the sampler had token by token, at its temperature."""
+    base_loss = choose_loss(model, {"model_type": "llama"})
+    loss = at_temperature(base_loss, model, {"model_type": "llama"}, temperature)
+    options, keys = SamplingOptions(4, 12, temperature=temperature, top_p=0.9), answer_keys(0, 0, 8)
+    answers, logps = group_sampling.sample_groups(model, PROMPTS, options, NO_END, keys)
+    rows = [
+        (np.array([*PROMPTS[row // 4], *answer], np.int32), len(PROMPTS[row // 4]))
+        for row, answer in enumerate(answers)
+    ]
+    wide = max(len(tokens) for tokens, _ in rows) - 1
+    inputs, targets = np.zeros((8, wide), np.int32), np.zeros((8, wide), np.int32)
+    mask = np.zeros((8, wide), bool)
+    for row, (tokens, begin) in enumerate(rows):
+        inputs[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
+        mask[row, begin - 1 : len(tokens) - 1] = True
+    found = token_logps(model, loss, Batch.of(inputs, targets, mask, int(mask.sum())))
+    np.testing.assert_allclose(found[mask], np.concatenate(logps), atol=1e-4)
+    other = token_logps(
+        model, at_temperature(base_loss, model, {"model_type": "llama"}, 0.9), Batch.of(inputs, targets, mask, 1)
+    )
+    assert np.abs(other[mask] - np.concatenate(logps)).max() > 1e-2

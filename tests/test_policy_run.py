@@ -45,7 +45,7 @@ def test_the_reward_rises(flags, tiny_folder, data, tmp_path):
     assert ran.code == 0, ran.err
     found = lines(tmp_path / "a")
     first, last = (line["reward"] for line in found if line["val_loss"] is not None)
-    assert last > first + 0.15
+    assert last > first + 0.1
     trained = [line for line in found if line["loss"] is not None]
     assert all(line["rollout_tokens_per_s"] > 0 and 0 < line["rollout_share"] < 1 for line in trained)
     assert {"reward", "length", "truncated", "kl", "clipped"} <= trained[0].keys()

@@ -36,7 +36,6 @@ from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import one_at_a_time
 from mlx_lora.system.long_task import long_task
 
-
 UNCACHED = "prompts"  # what rewards see of these records is not stored
 
 

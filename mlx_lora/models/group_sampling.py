@@ -66,8 +66,8 @@ def sample_groups(
     ends: frozenset[int],
     keys: mx.array,
     say: Callable[[int], None] = lambda tokens: None,
-) -> list[list[int]]:
-    """Return the tokens of G answers to each prompt, (A,) lists; an answer that ended has its end token.
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Sample G answers to each prompt.
 
     Args:
         model: in eval mode, with or without an adapter.
@@ -76,18 +76,24 @@ def sample_groups(
         ends: tokens that end an answer.
         keys: (A, 2) uint32, the key of each answer's random stream.
         say: called with the number of steps done, from time to time.
+
+    Returns:
+        The tokens of each answer, (A,) lists, with its end token if it ended; and the log-probability of each token at the
+        temperature, before top_p and min_p.
     """
     answers: list[list[int]] = [[] for _ in range(len(prompts) * options.group)]
+    found: list[list[float]] = [[] for _ in answers]
     caches = _group_caches(model, prompts, options.group)
     tokens = mx.array([prompt[-1] for prompt in prompts for _ in range(options.group)], mx.uint32)
     rows, ended = list(range(len(answers))), [False] * len(answers)
     for step in range(options.max_new_tokens):
         logits = model(tokens[:, None], cache=caches)[:, -1]  # (rows, V)
-        keys, tokens = _drawn(logits, keys, options)
-        mx.eval(tokens, keys)
-        for place, token in enumerate(tokens.tolist()):
+        keys, tokens, logps = _drawn(logits, keys, options)
+        mx.eval(tokens, keys, logps)
+        for place, (token, logp) in enumerate(zip(tokens.tolist(), logps.tolist(), strict=True)):
             if not ended[place]:
                 answers[rows[place]].append(token)
+                found[rows[place]].append(logp)
                 ended[place] = token in ends
         if all(ended):
             break
@@ -101,7 +107,7 @@ def sample_groups(
         if step % STEPS_PER_CLEARING == STEPS_PER_CLEARING - 1:
             mx.clear_cache()
             say(step + 1)
-    return answers
+    return answers, found
 
 
 def answer_keys(seed: int, rollout: int, count: int) -> mx.array:
@@ -124,15 +130,18 @@ def _group_caches(model: nn.Module, prompts: Sequence[Sequence[int]], group: int
     return [layer[0].merge([cache for cache in layer for _ in range(group)]) for layer in layers]
 
 
-def _drawn(logits: mx.array, keys: mx.array, options: SamplingOptions) -> tuple[mx.array, mx.array]:
-    """Return the next keys (rows, 2), and a token for each row (rows,)."""
-    logprobs = nn.log_softmax(logits.astype(mx.float32), axis=-1)
+def _drawn(logits: mx.array, keys: mx.array, options: SamplingOptions) -> tuple[mx.array, mx.array, mx.array]:
+    """Return the next keys (rows, 2), a token for each row (rows,), and its log-probability."""
+    logits = logits.astype(mx.float32)
+    logprobs = nn.log_softmax(logits, axis=-1)
+    tempered = logprobs if options.temperature == 1 else nn.log_softmax(logits / options.temperature, axis=-1)
     if options.top_p < 1:
         logprobs = apply_top_p(logprobs, options.top_p)
     if options.min_p > 0:
         logprobs = apply_min_p(logprobs, options.min_p)
     pairs = mx.vmap(mx.random.split)(keys)  # (rows, 2, 2)
-    return pairs[:, 0], _categorical(logprobs / options.temperature, pairs[:, 1])
+    tokens = _categorical(logprobs / options.temperature, pairs[:, 1])
+    return pairs[:, 0], tokens, mx.take_along_axis(tempered, tokens[:, None], axis=-1)[:, 0]
 
 
 def _categorical(logits: mx.array, keys: mx.array) -> mx.array:

@@ -52,6 +52,7 @@ from mlx_lora.training.loss_choice import PLAIN_LOGITS
 from mlx_lora.training.losses import Loss, check_kernels, choose_loss
 from mlx_lora.training.objective_loss import Task, task_of
 from mlx_lora.training.optim import build_optimizer
+from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.prefix_sharing import layout_problem, sharing_problem
 from mlx_lora.training.rollouts import RolloutPlan
 from mlx_lora.training.run_fit import adapted_shape, fit_run
@@ -350,7 +351,10 @@ def make_step(
     tape = apply_checkpointing(model, loop.grad_checkpoint)
     attention = (tape.attend if tape else attend) if chosen.kernels else None
     variant = choose_step_variant(model, base.config, chosen.loss, attention, base.model_id, chosen.kernels or assumed)
-    task = task_of(objective, variant.loss, model)
+    loss = variant.loss
+    if objective.policy is not None:
+        loss = at_temperature(loss, model, base.config, settings.objective.temp)
+    task = task_of(objective, loss, model)
     step = Step(
         model,
         build_optimizer(settings.optimizer, steps, restart_every(adapter, steps), restart_warmup(adapter, steps)),

@@ -12,6 +12,7 @@ from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.objectives.user_rewards import rewards_of
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.training.losses import Loss
+from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.rollouts import Answering, RolloutPlan
 
 
@@ -26,6 +27,7 @@ def answering_of(
     if objective.policy is None:
         return None
     check_groups(base.model, base.model_id)
+    loss = at_temperature(loss, base.model, base.config, settings.objective.temp)
     return Answering.of(base, settings, rewards_of(settings.objective), loss, say)
 
 

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.data.batches import Batch
+from mlx_lora.models.head import Head, find_head
 from mlx_lora.objectives.policy_losses import PolicyOptions, Sampled, policy_loss
+from mlx_lora.planner.this_machine import loss_tile_bytes
 from mlx_lora.system.distributed import Ranks
-from mlx_lora.training.losses import Arrays, Loss
+from mlx_lora.training.loss_choice import PLAIN_LOGITS
+from mlx_lora.training.losses import Arrays, Loss, head_loss
 
 # What a batch of sampled answers has beside its tokens: (B, T) of each target, and (B,) of each answer.
 OLD, REFERENCE = "old", "reference"
@@ -105,6 +108,31 @@ def prepared(batches: list[Batch], ranks: Ranks) -> list[Batch]:
     answers = sum(int(b.real.sum()) for b in batches)
     tokens = sum(int(b.mask.sum()) for b in batches)
     return [replace(batch, shares=(answers / max(1, tokens),)) for batch in batches]
+
+
+def at_temperature(loss: Loss, model: nn.Module, config: dict[str, Any], temperature: float) -> Loss:
+    """Return the loss of tokens under the distribution that answers are sampled from: logits / temperature, as in TRL.
+
+    Args:
+        loss: of tokens, chosen for this model.
+        model, config: the model and its config.json.
+        temperature: of sampling.
+    """
+    if temperature == 1:
+        return loss
+    head = None if loss.kernel == PLAIN_LOGITS else find_head(model, config)
+    if isinstance(head, Head) and head.soft_cap is None:
+        return head_loss(replace(head, scale=head.scale / temperature), loss.kernel, loss_tile_bytes())
+
+    def tokens(model: nn.Module, *batch: mx.array) -> mx.array:
+        arrays = Arrays(*batch[:5])
+        logits = model(arrays.inputs).astype(mx.float32) / temperature  # (B, T, V)
+        logps = mx.take_along_axis(logits, arrays.targets[..., None], axis=-1).squeeze(-1) - mx.logsumexp(
+            logits, axis=-1
+        )
+        return mx.where(arrays.weights > 0, -logps.reshape(-1)[arrays.positions] * arrays.weights, 0.0)
+
+    return replace(loss, tokens=tokens, measure_tokens=None, kernel=PLAIN_LOGITS)
 
 
 def token_logps(model: nn.Module, loss: Loss, batch: Batch) -> np.ndarray:

@@ -137,7 +137,7 @@ class Answering:
         start = time.perf_counter()
         ends = frozenset(self.base.tokenizer.eos_token_ids)
         keys = answer_keys(self.settings.loop.seed, rollout, len(rows))
-        answers = sample_groups(self.base.model, prompts, options, ends, keys)
+        answers, _ = sample_groups(self.base.model, prompts, options, ends, keys)
         self.spent.seconds += time.perf_counter() - start
         self.spent.tokens += sum(map(len, answers))
         return answers
