@@ -39,6 +39,7 @@ from mlx_lora.planner.fitting import planned_words
 from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.planner.shapes import KernelTerms
 from mlx_lora.runs.reference import with_reference
+from mlx_lora.runs.sampled_answers import answering_of
 from mlx_lora.runs.words import describe_run
 from mlx_lora.settings.config import DataSettings, LoopSettings, TrainSettings
 from mlx_lora.system import device
@@ -51,7 +52,9 @@ from mlx_lora.training.loss_choice import PLAIN_LOGITS
 from mlx_lora.training.losses import Loss, check_kernels, choose_loss
 from mlx_lora.training.objective_loss import Task, task_of
 from mlx_lora.training.optim import build_optimizer
+from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.prefix_sharing import layout_problem, sharing_problem
+from mlx_lora.training.rollouts import RolloutPlan
 from mlx_lora.training.run_fit import adapted_shape, fit_run
 from mlx_lora.training.sharing import Sharing
 from mlx_lora.training.state import Position
@@ -76,8 +79,8 @@ class Composed:
 
     folder: RunFolder
     task: Task
-    plan: BatchPlan
-    validation: BatchPlan | None
+    plan: BatchPlan | RolloutPlan
+    validation: BatchPlan | RolloutPlan | None
     steps: int
     found: Checkpoint | None
     memory: MemoryPlan
@@ -132,12 +135,18 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     loop = settings.loop
     plan, epochs = training_plan(loop, splits.train, found)
     validation = held_out_plan(splits.valid, loop) if splits.valid else None
+    answering = answering_of(settings, base, objective, chosen.loss, say)
+    if answering is not None:
+        plan = RolloutPlan(plan, answering)
+        validation = validation and RolloutPlan(validation, answering, held_out=True)
     steps = total_steps(plan, loop)
     device.compile_for(steps)
     identity = identity_of(settings, base.fingerprint, fingerprint, plan, epochs) | layout.identity
     if found:
         check_continuation(found, identity)
     step, task, details, about = make_step(settings, base, chosen, objective, memory, steps, ranks)
+    if answering is not None:
+        task = answering.reported(task)
     about += [layout.words] if layout.words else []
     check_one_run(ranks, settings, identity)
     take_first_ranks(ranks, step, say)
@@ -342,7 +351,10 @@ def make_step(
     tape = apply_checkpointing(model, loop.grad_checkpoint)
     attention = (tape.attend if tape else attend) if chosen.kernels else None
     variant = choose_step_variant(model, base.config, chosen.loss, attention, base.model_id, chosen.kernels or assumed)
-    task = task_of(objective, variant.loss, model)
+    loss = variant.loss
+    if objective.policy is not None:
+        loss = at_temperature(loss, model, base.config, settings.objective.temp)
+    task = task_of(objective, loss, model)
     step = Step(
         model,
         build_optimizer(settings.optimizer, steps, restart_every(adapter, steps), restart_warmup(adapter, steps)),
