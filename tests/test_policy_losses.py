@@ -71,7 +71,7 @@ def test_each_loss_is_trls(name, beta, padding):
     others = [torch.tensor(values) for values in (old, reference, mask, advantages)]
     wanted, reports = policy_objective(per_token, *others, name, beta=beta, high=0.28, longest=WIDTH)
     wanted.backward()
-    options = PolicyOptions(name, 0.2, 0.28, beta, WIDTH)
+    options = PolicyOptions(name, 0.2, 0.28, beta, beta > 0, WIDTH)
     found, gradient, ours = our_loss(logps, old, reference, mask, advantages, options, padding)
     assert found == pytest.approx(wanted.item(), rel=1e-5)
     assert relative(gradient, per_token.grad.numpy()) < 1e-5
@@ -102,7 +102,9 @@ def test_an_answer_without_tokens_has_no_loss_and_no_nan():
     mask = mask.copy()
     mask[0] = False
     for name in RATIO_OF:
-        found, gradient, _ = our_loss(logps, old, reference, mask, advantages, PolicyOptions(name, beta=0.1))
+        found, gradient, _ = our_loss(
+            logps, old, reference, mask, advantages, PolicyOptions(name, beta=0.1, compares=True)
+        )
         assert np.isfinite(found)
         assert np.isfinite(gradient).all()
         assert not gradient[0].any()

@@ -27,13 +27,13 @@ from mlx_lora.artifacts.checkpoint import (
     write_checkpoint,
 )
 from mlx_lora.artifacts.run_report import FACTS_FILE, REPORT_FILE
-from mlx_lora.data.batches import BatchPlan
 from mlx_lora.settings.checks import is_day
 from mlx_lora.settings.config import FIELDS, ROWS, LoopSettings, TrainSettings
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.system.errors import InputError, RunError
 from mlx_lora.system.files import check_writable, replacing_file
 from mlx_lora.system.parsing import parse_yaml
+from mlx_lora.training.rollouts import AnyPlan
 from mlx_lora.training.state import Diverged, Position, finite, restore_arrays, run_arrays
 from mlx_lora.training.step import Step
 
@@ -125,7 +125,7 @@ def first_day(loop: LoopSettings, ranks: Ranks = ALONE) -> date:
 
 
 def identity_of(
-    settings: TrainSettings, base_fingerprint: str, data_fingerprint: str, plan: BatchPlan, price_epochs: float
+    settings: TrainSettings, base_fingerprint: str, data_fingerprint: str, plan: AnyPlan, price_epochs: float
 ) -> dict[str, Any]:
     """Return everything that a resumed run must have in common with its checkpoint, as JSON values."""
     own = {name: value for name, value in settings.to_flat().items() if not ROWS[name].may_change}

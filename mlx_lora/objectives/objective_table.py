@@ -140,7 +140,7 @@ def _policy(settings: ObjectiveSettings) -> Objective:
     high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
     # The penalty of rloo is taken from the reward, as in TRL; that of the others is part of the loss.
     beta = 0.0 if name == "rloo" else settings.kl_beta
-    options = PolicyOptions(loss, settings.epsilon, high, beta, settings.max_new_tokens)
+    options = PolicyOptions(loss, settings.epsilon, high, beta, settings.kl_beta > 0, settings.max_new_tokens)
     words = f"{name}: {'' if name == loss else f'{loss} loss, '}groups of {settings.group_size}"
     words += f", divergence weight {settings.kl_beta:g}" if settings.kl_beta else ""
     room = settings.group_size, settings.max_new_tokens

@@ -35,7 +35,8 @@ class PolicyOptions:
     Attributes:
         loss: a name in `RATIO_OF`.
         epsilon, epsilon_high: how far below and above 1 the ratio counts.
-        beta: weight of the divergence from the reference; 0: there is no reference.
+        beta: weight of the divergence from the reference in the loss.
+        compares: whether there is a reference, so that the divergence is reported.
         max_new_tokens: of an answer; dr_grpo divides by it.
     """
 
@@ -43,6 +44,7 @@ class PolicyOptions:
     epsilon: float = 0.2
     epsilon_high: float = 0.2
     beta: float = 0.0
+    compares: bool = False
     max_new_tokens: int = 256
 
 
@@ -53,7 +55,7 @@ class Sampled:
     Attributes:
         logps: (P,) float32, log-probabilities under the policy that is trained.
         old: (P,) float32, under the policy that sampled them.
-        reference: (P,) float32, under the reference; only read with `beta`.
+        reference: (P,) float32, under the reference; only read with `compares`.
         weights: (P,) float32, 1 for a sampled token, 0 for padding.
         answers: (P,) int, each position's answer.
         advantages: (A,) float32.
@@ -90,7 +92,7 @@ def policy_loss(sampled: Sampled, options: PolicyOptions) -> tuple[mx.array, dic
     losses = -mx.minimum(ratio * advantages, mx.clip(ratio, low, high) * advantages)
     clipped = ((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))
     kl = mx.zeros_like(losses)
-    if options.beta:
+    if options.compares:
         away = sampled.reference - sampled.logps
         kl = mx.exp(away) - away - 1
         losses = losses + options.beta * kl

@@ -129,11 +129,12 @@ def ready_reward(name: str) -> RewardFunction | None:
 def _validator(name: str, file: Path) -> Any:
     try:
         import jsonschema
+        from jsonschema.validators import validator_for
     except ImportError:
         raise InputError(f"--reward {name}: needs jsonschema; install it: pip install jsonschema") from None
     try:
         schema = json.loads(file.read_text(encoding="utf-8"))
-        kind = jsonschema.validators.validator_for(schema)
+        kind = validator_for(schema)
         kind.check_schema(schema)
     except (OSError, ValueError, jsonschema.SchemaError) as error:
         raise InputError(f"--reward {name}: {file} holds no JSON schema ({error}); correct it") from None

@@ -54,7 +54,7 @@ from mlx_lora.training.objective_loss import Task, task_of
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.prefix_sharing import layout_problem, sharing_problem
-from mlx_lora.training.rollouts import RolloutPlan
+from mlx_lora.training.rollouts import AnyPlan, RolloutPlan
 from mlx_lora.training.run_fit import adapted_shape, fit_run
 from mlx_lora.training.sharing import Sharing
 from mlx_lora.training.state import Position
@@ -79,8 +79,8 @@ class Composed:
 
     folder: RunFolder
     task: Task
-    plan: BatchPlan | RolloutPlan
-    validation: BatchPlan | RolloutPlan | None
+    plan: AnyPlan
+    validation: AnyPlan | None
     steps: int
     found: Checkpoint | None
     memory: MemoryPlan

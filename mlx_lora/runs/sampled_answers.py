@@ -13,7 +13,7 @@ from mlx_lora.objectives.user_rewards import rewards_of
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.training.losses import Loss
 from mlx_lora.training.policy_task import at_temperature
-from mlx_lora.training.rollouts import Answering, RolloutPlan
+from mlx_lora.training.rollouts import Answering, AnyPlan, RolloutPlan
 
 
 def answering_of(
@@ -33,10 +33,10 @@ def answering_of(
 
 def sampled_plan(
     settings: TrainSettings, base: Base, say: Callable[[str], None]
-) -> Callable[[BatchPlan, Loss], BatchPlan | RolloutPlan]:
+) -> Callable[[BatchPlan, Loss], AnyPlan]:
     """Return what makes a plan with sampled answers of a plan of prompts; of other plans, the plan itself."""
 
-    def answered(plan: BatchPlan, loss: Loss) -> BatchPlan | RolloutPlan:
+    def answered(plan: BatchPlan, loss: Loss) -> AnyPlan:
         answering = answering_of(settings, base, objective_of(settings.objective), loss, say)
         return RolloutPlan(plan, answering, held_out=True) if answering else plan
 

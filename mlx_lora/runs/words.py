@@ -12,13 +12,13 @@ from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.artifacts.adapter import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.artifacts.run_folder import CHECKPOINTS
 from mlx_lora.artifacts.run_report import REPORT_FILE, Sample
-from mlx_lora.data.batches import BatchPlan
 from mlx_lora.models.load import Base
 from mlx_lora.settings.config import AdapterSettings, LoopSettings, TrainSettings
 from mlx_lora.system import console
 from mlx_lora.system.program import command_line
 from mlx_lora.system.units import counted
 from mlx_lora.training.hooks_from_settings import restart_every
+from mlx_lora.training.rollouts import AnyPlan
 from mlx_lora.training.trainer import Measured, Outcome
 
 MOST_SHOWN = 200  # characters of a text that is shown at a run's end
@@ -41,7 +41,7 @@ def describe_run(
     settings: TrainSettings,
     base: Base,
     adapted: Adapted,
-    plan: BatchPlan,
+    plan: AnyPlan,
     steps: int,
     details: list[str],
     about: list[str],

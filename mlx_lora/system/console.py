@@ -21,7 +21,7 @@ SHOW_ALL = "mlx_lora.show_all"  # the key in a click context that says that the 
 MOST_CHARACTERS = 880  # the longest error message that is printed
 LEAST_COLUMNS = 40  # a narrower terminal wraps by itself
 LONGEST_WORD = 40  # a longer word may be cut in its middle
-HELP_FLAGS = {"help_option_names": ["-h", "--help"]}
+HELP_FLAGS = ["-h", "--help"]
 
 
 def echo(text: str = "") -> None:
@@ -90,9 +90,8 @@ class Command(click.Command):
     Exit codes: 0 done; 1 a failure while running; 2 bad usage or input; 130 interrupted.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.context_settings = {**HELP_FLAGS, **self.context_settings}
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        return HELP_FLAGS  # whatever the context says: click keeps those of the first one
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         return _run(super().main, standalone_mode, *args, **kwargs)
@@ -151,9 +150,8 @@ def _show_all(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
 class Group(click.Group):
     """The `mlx-lora` command, which reports its own usage errors on one line too."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.context_settings = {**HELP_FLAGS, **self.context_settings}
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        return HELP_FLAGS
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:

@@ -277,3 +277,7 @@ class RolloutPlan:
         numbers = batch.numbers[:: batch.group]
         facts = [self.prompts.rows.facts[number // batch.group] for number in numbers if number != EMPTY]
         return self._answering.answer(batch, facts, rollout, trains=not self._held_out)
+
+
+AnyPlan = BatchPlan | RolloutPlan
+"""Batches whose answers are in the data, or are sampled."""

@@ -26,7 +26,7 @@ from mlx_lora.training.losses import Loss, choose_loss
 from mlx_lora.training.memory_guard import MemoryGuard
 from mlx_lora.training.objective_loss import Task, task_of
 from mlx_lora.training.progress import Metrics
-from mlx_lora.training.rollouts import RolloutPlan
+from mlx_lora.training.rollouts import AnyPlan
 from mlx_lora.training.state import Diverged, Position
 from mlx_lora.training.step import Step, StepResult
 
@@ -92,7 +92,7 @@ def diverged(at: Position, result: StepResult) -> bool:
     return at.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
 
 
-def total_steps(plan: BatchPlan | RolloutPlan, settings: LoopSettings) -> int:
+def total_steps(plan: AnyPlan, settings: LoopSettings) -> int:
     """Return the number of optimizer steps of the run: --iters, or the steps that --epochs (default: 1) take."""
     if settings.iters is not None:
         return settings.iters
@@ -104,11 +104,11 @@ def report_interval(total: int, settings: LoopSettings) -> int:
     return settings.steps_per_report or max(1, min(total // REPORTS, MOST_BETWEEN_REPORTS))
 
 
-def _epoch_batches(plan: BatchPlan | RolloutPlan, settings: LoopSettings) -> int:
+def _epoch_batches(plan: AnyPlan, settings: LoopSettings) -> int:
     return max(1, math.ceil(len(plan) * (settings.epochs or 1.0)))
 
 
-def micro_batches(plan: BatchPlan | RolloutPlan, settings: LoopSettings, start: int = 0) -> Iterator[Batch]:
+def micro_batches(plan: AnyPlan, settings: LoopSettings, start: int = 0) -> Iterator[Batch]:
     """Yield batches epoch after epoch, from number `start` on: without end for --iters, else exactly those of --epochs.
 
     With --epochs, the last step accumulates the batches that are left, even if there are fewer than usual: no row is
@@ -171,7 +171,7 @@ def held_out_loss(
     objective: Objective,
     ranks: Ranks = ALONE,
     say: Callable[[str], None] | None = None,
-    answered: Callable[[BatchPlan, Loss], BatchPlan | RolloutPlan] = lambda plan, loss: plan,
+    answered: Callable[[BatchPlan, Loss], AnyPlan] = lambda plan, loss: plan,
 ) -> Measured:
     """Return the mean loss of the first --test-batches batches.
 
@@ -194,8 +194,8 @@ def train(
     model: nn.Module,
     step: Step,
     task: Task,
-    plan: BatchPlan | RolloutPlan,
-    validation: BatchPlan | RolloutPlan | None,
+    plan: AnyPlan,
+    validation: AnyPlan | None,
     settings: LoopSettings,
     report: Callable[[Metrics], None],
     on_step: Callable[[int], None],
