@@ -93,6 +93,7 @@ class Bench:
         ours: extra flags of our train command, at its end.
         pythons: side or peer name -> interpreter, for a side that needs other packages.
         timeout_s: for each child.
+        same_order: whether every round takes the same batches; otherwise round n shuffles with seed n.
     """
 
     folder: Path
@@ -103,6 +104,7 @@ class Bench:
     timeout_s: float
     pythons: dict[str, str] = field(default_factory=dict)
     passes: int | None = None
+    same_order: bool = False
 
     def log(self, name: str) -> Path:
         """Return the log file of a child."""
@@ -144,6 +146,7 @@ def time_run(bench: Bench, side: Side, number: int) -> dict[str, Any]:
     """Train once in a new process, and return its figures, raw steps and memory."""
     adapter = bench.folder / "initial.safetensors"
     name = f"{side.name}.round{number}"
+    number = 0 if bench.same_order else number
     if side.script is None:
         result, ended, command = _train_ours(bench, side, adapter, name, number)
     else:
