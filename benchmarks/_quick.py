@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check", action="store_true", help="With --quick: exit with 1 after a fall, or if one of 5%% may stay unseen."
     )
-    parser.add_argument("--force", action="store_true", help="With --record: record a busy machine or a changed tree too.")
+    parser.add_argument(
+        "--force", action="store_true", help="With --record: record a busy machine or a changed tree too."
+    )
     parser.add_argument("--history", type=Path, default=HISTORY, help="With --quick: file of the entries.")
 
 
@@ -63,7 +65,18 @@ def fix_arguments(args: argparse.Namespace, given: Sequence[str]) -> None:
             raise ValueError("--model and --data are required, or --quick, which has its own")
         return
     names = {word.split("=")[0] for word in given if word.startswith("--")}
-    free = {"--quick", "--record", "--check", "--force", "--history", "--rounds", "--out", "--keep", "--timeout", "--ours"}
+    free = {
+        "--quick",
+        "--record",
+        "--check",
+        "--force",
+        "--history",
+        "--rounds",
+        "--out",
+        "--keep",
+        "--timeout",
+        "--ours",
+    }
     if names - free:
         raise ValueError(f"{', '.join(sorted(names - free))}: --quick fixes it; leave it out")
     if args.ours and args.record and not args.force:

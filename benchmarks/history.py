@@ -144,7 +144,7 @@ def _share_seen(error: float, degrees: int) -> float:
 
 
 def _exp(value: float) -> float:
-    return math.exp(min(value, 700.0))
+    return math.exp(value) if value < 700 else math.inf
 
 
 def read_history(path: Path) -> list[Entry]:
@@ -188,7 +188,9 @@ def table(entries: Sequence[Entry]) -> str:
     for number, entry in enumerate(entries):
         spread, verdict = Spread.of(entry["ratios"]), compare(entry, entries[:number])
         low, high = spread.interval()
-        change = "-" if verdict.change is None else f"{verdict.change:+.1%} ({verdict.least:+.1%} to {verdict.most:+.1%})"
+        change = (
+            "-" if verdict.change is None else f"{verdict.change:+.1%} ({verdict.least:+.1%} to {verdict.most:+.1%})"
+        )
         notes = ["FELL"] * verdict.fell + [f"sees {verdict.sees:.0%} at best"] * verdict.blind
         notes += [f"unsound: {reason}" for reason in entry["unsound"]]
         speeds = ", ".join(f"{speed:.1f}" for speed in entry["tokens_per_s"].values())
@@ -205,7 +207,9 @@ def main(argv: Sequence[str]) -> int:
     """Print the history; return 0, 1 with --check if the last entry is a fall or blind to one, 2 for a bad file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--history", type=Path, default=HISTORY)
-    parser.add_argument("--check", action="store_true", help="Exit with 1 if the last entry fell, or could not have seen it.")
+    parser.add_argument(
+        "--check", action="store_true", help="Exit with 1 if the last entry fell, or could not have seen it."
+    )
     args = parser.parse_args(argv)
     try:
         entries = read_history(args.history)

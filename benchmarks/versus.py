@@ -219,7 +219,9 @@ def make_bench(args: argparse.Namespace, folder: Path) -> Bench:
         "weight_decay": args.weight_decay,
         "check_pairs": args.check_pairs,
     }
-    return Bench(folder, settings, args.steps, args.seconds, args.ours, args.timeout, args.pythons, args.passes, args.quick)
+    return Bench(
+        folder, settings, args.steps, args.seconds, args.ours, args.timeout, args.pythons, args.passes, args.quick
+    )
 
 
 def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A validation is a forward pass; a trained token costs two of them, because the backward pass through a frozen base takes
 about as long again. So all validations of a run may take a fifth of its trained tokens, each of them an equal part, and
-never more than 25 batches. A run too short for that validates on a few rows all the same: a loss over fewer says nothing.
+never more than about 25 batches. A run too short for that validates on a few rows all the same: a loss over fewer says
+nothing.
 
 The rows are spaced evenly by length, and follow from settings and data alone. A checkpoint has their number, so that a
 resumed run, with more steps too, measures the same rows again.
@@ -94,7 +95,10 @@ def choose_held_out(
     numbers = whole.examples_of(-1 if batches is None else batches)
     tokens = int(_costs(whole.rows)[numbers].sum())
     unit = "row" if rows.group == 1 else "example"
-    words = f"Validation: {len(numbers):,} of {counted(rows.examples, f'held-out {unit}')} ({tokens:,} tokens), {_often(times)}: {why}"
+    words = (
+        f"Validation: {len(numbers):,} of {counted(rows.examples, f'held-out {unit}')} ({tokens:,} tokens), "
+        f"{_often(times)}: {why}"
+    )
     return HeldOut(whole, batches, len(numbers), tokens, times, words, identity_now)
 
 
@@ -127,7 +131,7 @@ def _affordable(rows: EncodedSet, whole: BatchPlan, budget: float) -> tuple[int,
         return count, "all of them"
     more = "; --val-batches -1 takes all"
     if count == most:
-        return count, f"at most {MOST_BATCHES} batches{more}"
+        return count, f"about {MOST_BATCHES} batches{more}"
     if costs[spaced_by_length(rows, count)].sum() > budget:
         return count, f"no fewer, though {SHARE_WORDS} of this short run's work would allow less{more}"
     return count, f"{SHARE_WORDS} of the run's work{more}"
