@@ -34,8 +34,11 @@ from mlx_lora.training.samples import greedy_text
 from mlx_lora.training.trainer import held_out_loss
 
 RECIPE = "bard"
-ITERS = 44  # two passes over the recipe's rows
-ANSWER_TOKENS = 64  # some six lines of verse
+# Few small steps at a high rate, for a first-time user who waits: the same held-out loss as twice the tokens of the recipe's own.
+ITERS = 30
+SHORT_STEPS = {"batch_tokens": 256, "learning_rate": 1.2e-3}
+ANSWER_TOKENS = 40  # some four lines of verse
+REPORT_TOKENS = 16  # of each text in report.html, which shows three of them twice
 # Of the recipe's test rows, which are never trained on.
 QUESTIONS = (
     "How do I keep cut flowers alive for longer?",
@@ -131,7 +134,7 @@ def get_model(demo: Demo, screen: DemoScreen) -> tuple[str, str]:
 
 
 def demo_settings(demo: Demo, model: str) -> TrainSettings:
-    """Return the recipe's settings, with a report after each step and as few steps as the demo takes."""
+    """Return the recipe's settings, with a report after each step, and as few and as small steps as the demo takes."""
     flags = {
         "model": model,
         "adapter_path": str(demo.run_folder),
@@ -139,7 +142,9 @@ def demo_settings(demo: Demo, model: str) -> TrainSettings:
         "steps_per_report": 1,
         "steps_per_eval": 0,
         "keep_best": False,
+        "sample_tokens": REPORT_TOKENS,
         "force": demo.force,
+        **SHORT_STEPS,
     }
     settings = train_settings(flags, read_settings(RECIPE, flags, lambda line: None))
     return replace(settings, loop=replace(settings.loop, test_batches=-1))
