@@ -150,14 +150,9 @@ def plan_run(
     result = plan_for(settings, shape, machine, ceilings, size)
     result["validation"] = splits and validation_of(settings, splits, result["settings"]["batch_tokens"], identity)
     if not result["fits"]:
-        width = settings.data.max_seq_length - 1
+        width, rows = settings.data.max_seq_length - 1, size and size.rows
         result["advice"] = advice(
-            settings,
-            shape,
-            machine,
-            width,
-            lambda: quantized_shape(outline, settings_of_base, kernels),
-            size and size.rows,
+            settings, shape, machine, width, lambda: quantized_shape(outline, settings_of_base, kernels), rows
         )
     if all_chips:
         if machine.backend != "metal" or kernels is None:

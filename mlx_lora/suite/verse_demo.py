@@ -46,13 +46,12 @@ QUESTIONS = (
     "How do I write my first poem?",
 )
 NEEDED_BYTES = 300_000_000  # the converted model, the adapter and a checkpoint with the optimizer's state
-# The usual times, in seconds, of a machine with two CPU cores; a download is not counted.
 # The times of a quiet machine with two CPU cores (docs/measurements.md); the first one depends on the network.
 STAGES = (
     Stage("Get the model", 10),
-    Stage("Ask it three questions", 35),
-    Stage("Train an adapter on verse", 220),
-    Stage("Ask the same questions again", 30),
+    Stage("Ask it three questions", 25),
+    Stage("Train an adapter on verse", 95),
+    Stage("Ask the same questions again", 25),
 )
 
 
