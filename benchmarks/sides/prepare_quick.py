@@ -53,7 +53,7 @@ def _cut(whole: Path, out: Path) -> None:
 
 
 def _later(name: str) -> bool:
-    before, _, after = name.partition("layers.")
+    _, _, after = name.partition("layers.")
     return bool(after) and int(after.split(".")[0]) >= BLOCKS
 
 
