@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help=f"{ROUNDS} rounds on fixed rows; see docs/benchmarks.md.")
     parser.add_argument("--record", action="store_true", help="With --quick: add the result to the history.")
     parser.add_argument(
-        "--check", action="store_true", help="With --quick: exit with 1 after a fall, or if one of 5%% may stay unseen."
+        "--check",
+        action="store_true",
+        help="With --quick: exit with 1 after a fall, or if one of 5%% may have stayed unseen.",
     )
     parser.add_argument(
         "--force", action="store_true", help="With --record: record a busy machine or a changed tree too."
@@ -186,7 +188,10 @@ def finish(args: argparse.Namespace, result: dict[str, Any], load: float) -> tup
         f"Against {args.history.name}: {words(verdict)}.",
     ]
     lines += [f"Unsound: {reason}" for reason in entry["unsound"]]
-    code = int(args.check and (verdict.fell or verdict.blind))
+    alone = verdict.change is None and not args.record  # there is nothing that a fall could have shown against
+    code = int(args.check and (verdict.fell or verdict.blind or alone))
+    if args.check and alone:
+        lines.append("Nothing to compare with: run it with --record at an earlier commit of this machine first")
     if args.record and entry["unsound"] and not args.force:
         lines.append("Not recorded; make the machine quiet and commit first, or give --force, which marks the entry")
         code = 1

@@ -169,6 +169,10 @@ def test_the_gate_is_shut_after_a_fall(module, tmp_path, monkeypatch):
     path = tmp_path / "h.jsonl"
     record = versus.arguments(["--quick", "--record", "--check", "--history", str(path)])
     slower = {**SPEEDS, "mlx_lora": [0.94 * speed for speed in SPEEDS["mlx_lora"]]}
+    told, code = quick.finish(
+        versus.arguments(["--quick", "--check", "--history", str(path)]), made_result(SPEEDS), 0.0
+    )
+    assert (code, "Nothing to compare with" in told) == (1, True)
     assert quick.finish(record, made_result(SPEEDS), 0.0)[1] == 0
     assert quick.finish(record, made_result(SPEEDS), 0.0)[1] == 0
     check = versus.arguments(["--quick", "--check", "--history", str(path)])
