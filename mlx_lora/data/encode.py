@@ -81,14 +81,10 @@ class EncodedSet:
     def select(self, examples: Sequence[int] | np.ndarray) -> EncodedSet:
         """Return the set of these examples, in this order."""
         rows = (np.asarray(examples, np.int64)[:, None] * self.group + np.arange(self.group)).ravel()
-        tokens = np.concatenate([np.zeros(0, np.int64), *(np.arange(*self.offsets[i : i + 2]) for i in rows)])
-        offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])])
-        arrays = {name: getattr(self, name) for name in ("labels", "reference", "starts")}
-        return replace(
-            self, tokens=self.tokens[tokens], mask=self.mask[tokens], offsets=offsets,
-            answers=None if self.answers is None else self.answers[tokens],
-            **{name: None if array is None else array[rows] for name, array in arrays.items()},
-        )  # fmt: skip
+        at = np.concatenate([np.zeros(0, np.int64), *(np.arange(*self.offsets[i : i + 2]) for i in rows)])
+        named = {"tokens": at, "mask": at, "answers": at, "labels": rows, "reference": rows, "starts": rows}
+        arrays = {name: None if getattr(self, name) is None else getattr(self, name)[of] for name, of in named.items()}
+        return replace(self, offsets=np.concatenate([[0], np.cumsum(self.lengths[rows])]), **arrays)
 
     @property
     def examples(self) -> int:
