@@ -192,3 +192,13 @@ def test_a_long_validation_shows_its_progress(monkeypatch):
     quick = LiveProgress(4, console)
     assert {quick._bar.tasks[0].description for _ in quick.validating(iter("abc"), 3)} == {"first step"}
     quick.close()
+
+
+def test_the_two_answers_of_a_pair_stay_together():
+    found, _ = chosen(made_rows(600).grouped(2), 200)
+    assert FEWEST < found.examples < 300
+    assert f"{found.examples} of 300 held-out examples (" in found.words
+    assert found.tokens == int((found.plan.rows.lengths - 1).sum()) == sum(b.real_tokens for b in found.plan.batches())
+    numbers = np.array([int(found.plan.rows.row(i)[0][0]) for i in range(len(found.plan.rows))]).reshape(-1, 2)
+    assert (numbers[:, 0] % 2 == 0).all()
+    assert (numbers[:, 1] == numbers[:, 0] + 1).all()
