@@ -26,7 +26,7 @@ from _sides import OURS, Bench, run_script
 from history import HISTORY, compare, read_history, words
 
 PEER = "mlx-lm"
-ROUNDS, STEPS, ROWS = 5, 7, 24
+ROUNDS, STEPS, ROWS = 5, 5, 24
 # What --quick fixes.
 FIXED = {
     "sides": f"{OURS},{PEER}", "reference": PEER, "steps": STEPS, "rows": ROWS, "batch_tokens": 1024, "batch_size": 4,

@@ -206,7 +206,7 @@ def test_quick_is_on_one_thread(module, monkeypatch):
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.setenv(name, "2")
     args = module("versus").arguments(["--quick"])
-    assert (args.rounds, args.steps, args.sides) == (5, 7, ["mlx_lora", "mlx-lm"])
+    assert (args.rounds, args.steps, args.sides) == (5, 5, ["mlx_lora", "mlx-lm"])
     assert module("_environment").environment()["thread_variables"]["OPENBLAS_NUM_THREADS"] == "1"
 
 
