@@ -34,8 +34,9 @@ from mlx_lora.training.samples import greedy_text
 from mlx_lora.training.trainer import held_out_loss
 
 RECIPE = "bard"
-# Few small steps at a high rate, for a first-time user who waits: the same held-out loss as twice the tokens of the recipe's own.
-ITERS = 30
+# Few small steps at a high rate, for a first-time user who waits: nearly the held-out loss of 44 of the recipe's own steps, with
+# a fifth of the tokens (docs/measurements.md).
+ITERS = 24
 SHORT_STEPS = {"batch_tokens": 256, "learning_rate": 1.2e-3}
 ANSWER_TOKENS = 40  # some four lines of verse
 REPORT_TOKENS = 16  # of each text in report.html, which shows three of them twice
@@ -46,7 +47,7 @@ QUESTIONS = (
     "How do I write my first poem?",
 )
 NEEDED_BYTES = 300_000_000  # the converted model, the adapter and a checkpoint with the optimizer's state
-# The times of a quiet machine with two CPU cores (docs/measurements.md); the first one depends on the network.
+# About the times of a quiet machine with two CPU cores (docs/measurements.md); the first one depends on the network.
 STAGES = (
     Stage("Get the model", 10),
     Stage("Ask it three questions", 25),
