@@ -29,13 +29,13 @@ from mlx_lora.system.errors import InputError
 WAITING = 4096
 
 
-@click.command(cls=console.Command)
+@click.command(cls=flags.ShortCommand)
 @flags.settings_options("model")
 @click.option(
     "--adapter",
     "adapters",
     multiple=True,
-    help="NAME=DIR or NAME=OWNER/NAME of the hub; may be repeated; the first one answers at the start.",
+    help="DIR, NAME=DIR, or NAME=OWNER/NAME of the hub; may be repeated; the first one answers at the start.",
 )
 @click.option("--blend", "blends", multiple=True, help="NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT ... of loaded adapters.")
 @click.option("--ignore-fingerprint", is_flag=True, help="Use adapters of another base of the same shape.")
@@ -84,7 +84,7 @@ def check(chat: Conversation) -> None:
         InputError: there is no chat template, or it does not accept the system prompt.
     """
     if not any(chat.has_template(name) for name in chat.names):
-        raise InputError("--model: has no chat template, and no --adapter has one; use mlx_lora.generate")
+        raise InputError("--model: has no chat template, and no --adapter has one; use mlx-lora generate")
     if chat.system and chat.has_template(chat.name):
         try:
             chat.check_system()

@@ -18,6 +18,7 @@ from mlx_lora.models.converting import Conversion, convert_model
 from mlx_lora.models.gguf_weights import Target
 from mlx_lora.models.quantize import MODES, choose_quantization
 from mlx_lora.settings import config
+from mlx_lora.settings.flags import ShortCommand
 from mlx_lora.settings.setting_row import flag_of
 from mlx_lora.sources.hub import resolve_model
 from mlx_lora.system import console
@@ -25,7 +26,7 @@ from mlx_lora.system.device import compute_dtype
 from mlx_lora.system.errors import InputError
 
 
-@click.command(cls=console.Command)
+@click.command(cls=ShortCommand)
 @click.option("--model", required=True, help="Hub id, local folder or .gguf file.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--bits", type=int, help="Quantize at 2, 3, 4, 5, 6 or 8 bits [default: 4; GGUF: unchanged].")

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import click
 
+from mlx_lora.settings import flags
 from mlx_lora.suite.demo_screen import DemoScreen
-from mlx_lora.suite.verse_demo import ITERS, Demo, run_demo
-from mlx_lora.system import console
+from mlx_lora.suite.verse_demo import ITERS, OUT, Demo, run_demo
 
 
-@click.command(cls=console.Command)
+@click.command(cls=flags.ShortCommand)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    default=Path("demo"),
+    default=OUT,
     show_default=True,
     help="Folder for the model and the run.",
 )
@@ -27,7 +27,10 @@ from mlx_lora.system import console
 @click.option("--iters", type=click.IntRange(min=1), default=ITERS, show_default=True, help="Optimizer steps.")
 @click.option("--force", is_flag=True, help="Train again if --out already holds a demo's run.")
 def main(out: Path, model: str | None, iters: int, force: bool) -> int:
-    """Train a small model to answer in verse, and show its answers before and after (about three minutes on two CPU cores)."""
+    """Train a small model to answer in verse, and show its answers before and after (about three minutes on two CPU cores).
+
+    An interrupted demo continues where it was when it is started again with the same --out.
+    """
     return run_demo(Demo(out, model, iters, force), DemoScreen())
 
 

@@ -24,6 +24,7 @@ from packaging.version import Version
 from mlx_lora import BLAS, __version__
 from mlx_lora.models.self_test import changing_gradients, self_test
 from mlx_lora.planner.ceilings import measure_ceilings
+from mlx_lora.settings import flags
 from mlx_lora.system import console, device
 from mlx_lora.system.cache import cache_dir
 from mlx_lora.system.units import GIB
@@ -50,7 +51,7 @@ class Check:
     advice: str = ""
 
 
-@click.command(cls=console.Command)
+@click.command(cls=flags.ShortCommand)
 @click.option("--hub/--no-hub", default=True, help="Try to reach the hub.", show_default=True)
 @click.option(
     "--kernels", "show_kernels", is_flag=True, help="Measure the training kernels in common shapes and show the table."

@@ -6,14 +6,13 @@ python -m mlx_lora.evaluate --model DIR --adapter-path my-adapter --data my-data
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mlx_lora.api.evaluation import check_adapter, measure_loss
+from mlx_lora.api.run_columns import with_columns_of_run
 from mlx_lora.artifacts.forgetting_page import verdict_rows, write_page
 from mlx_lora.data.data_report import UNITS
 from mlx_lora.models.load import load_base
@@ -24,10 +23,11 @@ from mlx_lora.settings.resolve import train_settings
 from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system import console, device
 from mlx_lora.system.errors import InputError
+from mlx_lora.system.program import this_command
 from mlx_lora.training.drift import NO_CHANGE, SMALL_CHANGE
 
 
-@click.command(cls=console.Command)
+@click.command(cls=flags.ShortCommand)
 @flags.settings_options("model", "data", "objective", leave_out=("valid_fraction", "shared_prefix"))
 @click.option("--adapter-path", type=str, default=None, help="Adapter folder, or hub id, to put on the model.")
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
@@ -64,6 +64,7 @@ def main(
             raise InputError(f"{', '.join(given)}: only with --forgetting; add it")
         adapter = resolve_adapter(adapter_path, adapter_revision)
         check_adapter(settings, adapter)
+        settings = with_columns_of_run(settings, flags.given(options), adapter, console.echo)
         base = load_base(settings.model)
         result = measure_loss(settings, base, adapter, ignore_fingerprint, batch_tokens, console.echo)
         if as_json:
@@ -82,11 +83,12 @@ def main(
     if page is not None and (page.is_dir() or not page.parent.is_dir()):
         raise InputError(f"--report {report}: not a file in an existing folder; name one, as in forgetting.html")
     adapters = [resolve_adapter(adapter_path, adapter_revision), *(resolve_adapter(other, None) for other in against)]
+    settings = with_columns_of_run(settings, flags.given(options), adapters[0], console.echo)
     base = load_base(settings.model)
     found = measure_forgetting(base, adapters, settings.data, general, ignore_fingerprint, batch_tokens, console.echo)
     facts = found.to_dict()
     if page is not None:
-        command = shlex.join(["python", *sys.orig_argv[1:]])
+        command = this_command()
         write_page(page, facts, (NO_CHANGE, SMALL_CHANGE), command, device.current_device().header())
         console.echo(f"page   {page}")
     if as_json:

@@ -26,7 +26,7 @@ from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system import console
 
 
-@click.command(cls=console.Command)
+@click.command(cls=flags.ShortCommand)
 @flags.settings_options("model", leave_out=("quantized_matmul",))
 @click.option(
     "--adapter-path",
@@ -37,7 +37,7 @@ from mlx_lora.system import console
 @click.option(
     "--to",
     "to",
-    type=click.Choice(tuple(READERS)),
+    type=click.Choice(tuple(READERS), False),  # in any case
     required=True,
     help="PEFT or stock mlx-lm adapter, merged Hugging Face folder, llama.cpp adapter, merged GGUF, or Ollama's Modelfile.",
 )
@@ -47,7 +47,7 @@ from mlx_lora.system import console
 )
 @click.option(
     "--gguf-type",
-    type=click.Choice(tuple(TYPES)),
+    type=click.Choice(tuple(TYPES), False),
     default=None,
     help=f"Type of the weights of a merged GGUF; norms and biases stay f32 [default: {DEFAULT_TYPE}].",
 )

@@ -23,7 +23,7 @@ from mlx_lora.system import console
 FADED = 0.9
 
 
-@click.command(cls=console.Command)
+@click.command(cls=flags.ShortCommand)
 @flags.settings_options("model", leave_out=("quantized_matmul",))
 @click.option("--adapter-path", type=str, required=True, help="Adapter folder or hub id, ours, mlx-lm's or PEFT's.")
 @click.option("--out", "--save-path", type=click.Path(path_type=Path), required=True, help="Folder to write.")

@@ -21,7 +21,7 @@ from mlx_lora.system import console
 from mlx_lora.system.errors import InputError
 
 
-@click.command(cls=console.Command)
+@click.command(cls=flags.ShortCommand)
 @flags.settings_options("model")
 @click.option("--adapter-path", type=str, default=None, help="Adapter folder, or hub id, to put on the model.")
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")

@@ -7,6 +7,7 @@ python -m mlx_lora.plan --model config.json --all-chips
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import click
@@ -17,7 +18,11 @@ from mlx_lora.settings import flags
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.system import console
+from mlx_lora.system.errors import InputError
 from mlx_lora.system.units import gigabytes
+
+GIGABYTES = re.compile(r"(?P<number>\d{1,9})(\.0*)?\s*(gb?|gib)?", re.IGNORECASE)
+MOST_GB = 4096
 
 
 @click.command(cls=flags.Command)
@@ -25,9 +30,11 @@ from mlx_lora.system.units import gigabytes
 @click.option("--chip", type=str, default=None, help='Plan for this chip ("M2 Pro") instead of this machine.')
 @click.option(
     "--memory-gb",
-    type=click.IntRange(1, 4096),
+    type=str,
     default=None,
-    help="Memory of the --chip (default: the smallest size sold).",
+    metavar="N",
+    callback=lambda _, __, text: None if text is None else whole_gigabytes(text),
+    help="Memory of the --chip in GB, such as 16 (default: the smallest size sold).",
 )
 @click.option("--all-chips", is_flag=True, help="Plan for every chip and memory size of the table.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -45,6 +52,19 @@ def main(
         click.echo(render_chips(result["chips"]))
     else:
         click.echo(render(result))
+
+
+def whole_gigabytes(text: str) -> int:
+    """Return the number in `16`, `16GB` or `16 GB`.
+
+    Raises:
+        InputError: it is not a whole number of gigabytes that a Mac may have.
+    """
+    found = GIGABYTES.fullmatch(text.strip())
+    number = int(found["number"]) if found else 0
+    if not 1 <= number <= MOST_GB:
+        raise InputError(f"--memory-gb {text}: not a whole number of GB from 1 to {MOST_GB}; write it as 16 or 16GB")
+    return number
 
 
 def render_chips(chips: list[dict[str, Any]]) -> str:

@@ -19,6 +19,7 @@ from mlx_lora.models.load import load_base
 from mlx_lora.serving.adapter_names import DEFAULT_CONTEXT, adapter_sources, base_name, check_names, context_of
 from mlx_lora.serving.adapter_store import NoRoom
 from mlx_lora.serving.engine import Engine, Limits
+from mlx_lora.serving.requests import failed_words
 from mlx_lora.settings import flags
 from mlx_lora.settings.config import ServeSettings
 from mlx_lora.settings.resolve import serve_settings
@@ -33,7 +34,7 @@ SHUTDOWN_S = 5
 
 @click.command(cls=flags.Command)
 @flags.settings_options("model", "serve")
-@click.option("--adapter", "adapters", multiple=True, help="NAME=DIR, or NAME=OWNER/NAME of the hub; repeatable.")
+@click.option("--adapter", "adapters", multiple=True, help="DIR, NAME=DIR, or NAME=OWNER/NAME of the hub; repeatable.")
 @click.option("--blend", "blends", multiple=True, help="NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT ... of loaded adapters.")
 @click.option("--ignore-fingerprint", is_flag=True, help="Use adapters of another base of the same shape.")
 def main(adapters: tuple[str, ...], blends: tuple[str, ...], ignore_fingerprint: bool, **options: Any) -> None:
@@ -119,7 +120,7 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
     with socket, contextlib.suppress(KeyboardInterrupt):
         server.run([socket])
     if engine.failure is not None:
-        raise RunError(f"the engine failed: {engine.failure!r}")
+        raise RunError(failed_words(engine.failure))
     console.echo("ended")
 
 

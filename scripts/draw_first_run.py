@@ -1,4 +1,4 @@
-"""Draw docs/first-run.svg from a run folder's losses, a question, and its answers before and after.
+"""Draw docs/first-run.svg, and first-run-narrow.svg for phones, from a run folder's losses, a question, and its answers.
 
 python scripts/draw_first_run.py runs/bard question.txt before.txt after.txt
 """
@@ -11,8 +11,9 @@ import textwrap
 from html import escape
 from pathlib import Path
 
-OUT = Path(__file__).parents[1] / "docs" / "first-run.svg"
+DOCS = Path(__file__).parents[1] / "docs"
 WIDTH, HEIGHT = 860, 330
+NARROW, TALL, BELOW = 430, 642, "translate(-420 312)"  # on a phone the texts stand under the chart
 LEFT, TOP, PLOT_WIDTH, PLOT_HEIGHT = 56, 62, 350, 208
 TEXT_LEFT, LINE, CHARACTERS, LINES = 442, 18, 53, 5
 STYLE = """
@@ -82,31 +83,35 @@ def box(y: float, height: float, kind: str, title: str, text: str) -> list[str]:
     return parts
 
 
-def draw(folder: Path, question: str, before: str, after: str) -> str:
-    """Return the picture."""
-    trained, held = read(folder)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
-        "<title>Held-out loss of a run over its steps, and an answer before and after</title>",
-        f"<style>{STYLE}</style>",
-        f'<rect x="1" y="1" width="{WIDTH - 2}" height="{HEIGHT - 2}" rx="12" class="card"/>',
-        label(LEFT - 26, 32, "Held-out loss", "ink bold"),
-        label(LEFT + PLOT_WIDTH, 32, "gray: training loss", "dim small", "end"),
-        *chart(trained, held),
+def draw(folder: Path, question: str, before: str, after: str, narrow: bool = False) -> str:
+    """Return the picture: the texts beside the chart, or under it where `narrow`."""
+    width, height = (NARROW, TALL) if narrow else (WIDTH, HEIGHT)
+    texts = [
         label(TEXT_LEFT, 32, question, "ink bold"),
         *box(48, 124, "before", "BEFORE", before),
         *box(184, 124, "after", "AFTER", after),
+    ]
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
+        "<title>Held-out loss of a run over its steps, and an answer before and after</title>",
+        f"<style>{STYLE}</style>",
+        f'<rect x="1" y="1" width="{width - 2}" height="{height - 2}" rx="12" class="card"/>',
+        label(LEFT - 26, 32, "Held-out loss", "ink bold"),
+        label(LEFT + PLOT_WIDTH, 32, "gray: training loss", "dim small", "end"),
+        *chart(*read(folder)),
+        *([f'<g transform="{BELOW}">', *texts, "</g>"] if narrow else texts),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
 
 
 def main() -> None:
-    """Draw the picture of the run folder and the three text files named on the command line."""
+    """Draw both pictures of the run folder and the three text files named on the command line."""
     folder = Path(sys.argv[1])
     question, before, after = (Path(name).read_text(encoding="utf-8").strip() for name in sys.argv[2:5])
-    OUT.write_text(draw(folder, question, before, after), encoding="utf-8")
-    print(f"{OUT}: {OUT.stat().st_size} bytes")
+    for name, narrow in (("first-run.svg", False), ("first-run-narrow.svg", True)):
+        (DOCS / name).write_text(draw(folder, question, before, after, narrow), encoding="utf-8")
+        print(f"docs/{name}: {(DOCS / name).stat().st_size} bytes")
 
 
 if __name__ == "__main__":

@@ -108,3 +108,23 @@ def test_a_reader_that_leaves_gets_no_complaint(tiny_folder):
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(60) == 1
+
+
+IMPORT = "import time; begun = time.process_time(); import mlx_lora; print(time.process_time() - begun)"
+HELP = """
+import sys, time
+from mlx_lora.__main__ import main
+try:
+    main(["--help"])
+except SystemExit:
+    print(time.process_time(), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(("code", "limit_s"), [(IMPORT, 0.1), (HELP, 0.3)])
+def test_the_package_and_its_help_come_at_once(code, limit_s):
+    """In processor time, so that other programs do not count; the best of five, and for the help from the process's start."""
+    words = [sys.executable, "-c", code]
+    ran = [subprocess.run(words, capture_output=True, text=True, timeout=60, check=True) for _ in range(5)]
+    assert min(float((one.stdout if code is IMPORT else one.stderr).split()[-1]) for one in ran) < limit_s
+    assert ("Usage: " in ran[0].stdout) == (code is HELP)

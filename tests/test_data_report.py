@@ -54,7 +54,7 @@ def test_counts(tmp_path):
     assert "6 (2 alpaca, 1 completions, 1 messages)" in text
     assert "truncated 1, duplicate 1, empty 1, dropped 2" in text
     assert "d.jsonl line 5: not JSON" in text
-    assert "  truncated: d.jsonl line 4\n  duplicate: d.jsonl line 2\n" in text
+    assert "  truncated: d.jsonl line 4\n  duplicate, trained as often as it occurs: d.jsonl line 2\n" in text
     assert "the model's own" in text
 
 
@@ -80,7 +80,7 @@ def test_lines_of_cut_and_doubled_rows_are_named_up_to_ten(tmp_path):
     assert (found.truncated, found.duplicates) == (13, 12)
     text = found.render()
     assert "  truncated: d.jsonl lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 3 more" in text
-    assert "  duplicate: d.jsonl lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 more" in text
+    assert "  duplicate, trained as often as it occurs: d.jsonl lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 more" in text
     assert DataReport.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     none = report(tmp_path, rows[-1:], valid_fraction=0.0)
     assert "truncated:" not in none.render()
@@ -97,7 +97,7 @@ def test_rows_of_a_file_without_lines_are_counted(tmp_path):
         text = load_data(settings, TOKENIZER, seed=0).report.render()
         dropped, doubled = (2, 3) if name == "one.json" else (6, 10)
         assert f"  {location.format(dropped)}: empty completion" in text
-        assert f"  duplicate: {location.format(doubled)}" in text
+        assert f"  duplicate, trained as often as it occurs: {location.format(doubled)}" in text
 
 
 def test_a_reason_is_told_once_and_cut_between_words():

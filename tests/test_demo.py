@@ -8,10 +8,12 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf_cases import write_case
@@ -22,6 +24,9 @@ from mlx_lora.settings.named_recipes import RECIPES
 from mlx_lora.suite import verse_demo
 from mlx_lora.suite.demo_screen import Answers, DemoScreen, called_as, newest_report
 from mlx_lora.suite.verse_demo import QUESTIONS, STAGES, Demo, get_model
+from mlx_lora.training.callbacks import Callback
+from mlx_lora.training.interrupts import WORDS as INTERRUPTED
+from mlx_lora.training.interrupts import interrupt_flag
 
 
 def made_screen(width: int = 100, terminal: bool = True) -> tuple[DemoScreen, Console, Console]:
@@ -78,9 +83,67 @@ def test_force_trains_again_and_an_interrupted_demo_says_what_is_left(tiny_folde
     )
     ended = run(*words, "--iters", 2, "--force")
     assert ended.code == 130
-    assert "Interrupted after 2 steps; the adapter is saved in" in ended.err
+    assert "Interrupted" in ended.err
     assert "3/4 done" not in ended.err
     assert not ended.out
+
+
+def test_an_interrupted_demo_continues_exactly_where_it_was(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(verse_demo, "ANSWER_TOKENS", 2)
+    words = ("demo", "--model", tiny_folder, "--iters", 4, "--out")
+    assert run(*words, tmp_path / "whole").code == 0
+    train_run, pressed = verse_demo.train_run, []
+
+    class Press(Callback):
+        def on_step(self, facts):
+            if facts["step"] == 2 and not pressed:
+                pressed.append(True)
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(verse_demo, "train_run", lambda *a, **k: train_run(*a, **k, callbacks=[Press()]))
+    out = tmp_path / "cut"
+    ended = run(*words, out)
+    taken = int(re.search(r"Interrupted after (\d) steps, which are saved. To continue: ", ended.err)[1])
+    assert (ended.code, 2 <= taken < 4) == (130, True)
+    assert ended.lines[-1].endswith(f"demo --out {out} --model {tiny_folder} --iters 4")
+    resumed = run(*words, out)
+    assert resumed.code == 0, resumed.err
+    assert f"which was interrupted after {taken} steps of 4; --force starts again" in resumed.err
+    assert all(question in resumed.out for question in QUESTIONS)
+    whole, cut = ((tmp_path / name / "bard" / "adapters.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+    one_line(run(*words, out), "already holds the demo's run", "--force")
+
+
+def test_a_demo_that_saved_nothing_starts_again(tmp_path):
+    demo = Demo(tmp_path / "a b", "model", 7)
+    assert demo.steps_taken() == 0
+    assert verse_demo.interrupted_words(demo, 0).endswith(f"demo --out '{tmp_path}/a b' --model model --iters 7")
+    assert "before anything was saved" in verse_demo.interrupted_words(demo, 0)
+    assert Demo(verse_demo.OUT).command() == "demo"
+    (demo.run_folder / "checkpoints" / "step-000003").mkdir(parents=True)
+    assert (demo.steps_taken(), dataclasses.replace(demo, force=True).steps_taken()) == (3, 0)
+    (demo.run_folder / "report.json").write_text('{"ended": true}')
+    assert demo.steps_taken() == 0
+
+
+def test_an_interruption_is_told_below_the_table_and_not_written_into_it(tmp_path, capfd):
+    screen, log, _ = made_screen()
+    with screen.stages(STAGES, tmp_path), interrupt_flag() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        while not asked():
+            time.sleep(0.01)
+        console = Console(file=io.StringIO(), width=100)
+        console.print(screen._table())
+        # A line as wide as the terminal would be broken by the ^C that the terminal adds to it.
+        assert max(map(len, shown(console).splitlines())) < 100
+    assert capfd.readouterr().err == ""
+    assert click.unstyle(shown(log)).rstrip().endswith(INTERRUPTED)
+    with interrupt_flag() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        while not asked():
+            time.sleep(0.01)
+    assert capfd.readouterr().err == f"\n{INTERRUPTED}\n"
 
 
 def test_the_questions_are_test_rows_that_are_not_trained_on():

@@ -25,6 +25,13 @@ def metrics(step, loss=None, val_loss=None, **changes):
     return Metrics(**{**facts, **changes})
 
 
+def wait_for(happened, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_short_work_says_nothing_and_long_work_says_how_far_it_is(monkeypatch):
     said = []
     assert list(tracked(range(3), "Converting", 3, "tensors", said.append)) == [0, 1, 2]
@@ -63,6 +70,59 @@ def test_a_terminal_gets_a_bar_after_two_seconds_and_no_lines(monkeypatch):
     assert "Fusing" in shown
     assert "4/9 layers" in shown
     assert said == []
+
+
+def test_work_of_unknown_length_tells_how_long_it_has_taken(monkeypatch):
+    said = []
+    with long_task.waiting("Loading", said.append):
+        pass
+    assert said == []
+    monkeypatch.setattr(long_task, "QUIET_S", 0.02)
+    monkeypatch.setattr(long_task, "LINE_EVERY_S", 0.04)
+    with long_task.waiting("Loading", said.append):
+        wait_for(lambda: len(said) > 1)
+        with long_task.long_task("Converting", 5, "tensors", said.append):
+            time.sleep(0.02)  # a line that was due already
+            before = len(said)
+            time.sleep(0.2)
+            assert len(said) == before  # the part speaks for itself
+        wait_for(lambda: len(said) > before)
+    assert set(said) == {"Loading: 0s so far"}
+    ended = len(said)
+    time.sleep(0.2)
+    assert len(said) == ended
+
+
+def test_a_part_has_the_screen_while_it_lasts(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr("rich.console.Console", lambda **_: Console(file=screen, force_terminal=True, width=80))
+    monkeypatch.setattr(long_task, "QUIET_S", 0.0)
+    with long_task.long_task("Loading", 0, "", live=True):
+        wait_for(lambda: "Loading" in screen.getvalue())
+        with long_task.long_task("Converting", 5, "tensors", live=True):
+            wait_for(lambda: "Converting" in screen.getvalue())
+            at = len(screen.getvalue())
+            time.sleep(0.3)
+            assert "Loading" not in screen.getvalue()[at:]
+        with long_task.covered():  # a download's own bar
+            at = len(screen.getvalue())
+            time.sleep(0.3)
+            assert screen.getvalue()[at:] == ""
+        wait_for(lambda: "Loading" in screen.getvalue()[at:])
+
+
+def test_a_pipe_is_told_that_the_first_step_takes_long(monkeypatch):
+    monkeypatch.setattr(long_task, "QUIET_S", 0.02)
+    monkeypatch.setattr(long_task, "LINE_EVERY_S", 0.04)
+    said = []
+    progress = PlainProgress(10, said.append)
+    wait_for(lambda: said)
+    assert said[0].startswith("First step, with everything that MLX compiles for it: 0s so far")
+    progress.report(metrics(1, 2.0))
+    lines = len(said)
+    time.sleep(0.2)
+    assert len(said) == lines
+    progress.close()
 
 
 def test_a_notebook_has_a_live_display(monkeypatch):

@@ -131,7 +131,7 @@ CASES = {
             "adapter_path": "saves/pt", "learning_rate": 1e-4, "epochs": 1, "valid_fraction": 0.05, "lr_schedule": "linear",
             "warmup": 0, "weight_decay": 0.0,
         },
-        "dataset_info.json|text.columns mask_history",
+        "mask_history",
     ),
     "llama-factory-freeze.yaml": (
         {
@@ -208,11 +208,11 @@ CASES = {
     "llama-factory-reward.yaml": (
         {
             "model": "someone/qwen3-4b", "objective": "reward", "train": True, "method": "lora", "rank": 8, "alpha": 16,
-            "target_modules": "all-linear", "data": "{folder}/ranked.json", "max_seq_length": 2048,
+            "target_modules": "all-linear", "data": "{folder}/ranked.json", "turn_names": "user=questioner", "max_seq_length": 2048,
             "adapter_path": "saves/reward", "batch_size": 1, "grad_accumulation_steps": 8, "learning_rate": 1e-4,
             "epochs": 3, "lr_schedule": "cosine", "warmup": 0.1, "weight_decay": 0.0, "valid_fraction": 0.0,
         },
-        "dataset_info.json|ranked.tags plot_loss",
+        "plot_loss",
     ),
     "mlx-lm-lora-dpo.yaml": (
         {

@@ -18,6 +18,7 @@ import yaml
 from page_blocks import PAGES, ROOT, Block, Command, all_blocks, blocks_of, commands_of
 from page_parsing import parse
 from page_reasons import NOT_RUN, reason_not_to_run
+from run_cli import run
 
 from mlx_lora.settings.config import FIELDS
 from mlx_lora.settings.migration.migrate import DIALECTS
@@ -140,6 +141,43 @@ def test_every_quoted_error_occurs_in_the_package():
     gone = [str(b) + " " + b.text for b in blocks if not occurs(b.text.removeprefix("Error: "), messages)]
     assert not gone, "\n".join(gone)
     assert not occurs("--out ...: exists and is not empty; give a new folder, or two", messages)
+
+
+MISTAKES = {  # what a newcomer does wrong -> the flags after --model, and files with their bytes
+    "no data": ((), {}),
+    "no such data": (("--data", "chat.jsonl"), {}),
+    "a kind that is not read": (("--data", "a.docx"), {"a.docx": b"x"}),
+    "an empty file": (("--data", "a.jsonl"), {"a.jsonl": b""}),
+    "empty lines": (("--data", "a.jsonl"), {"a.jsonl": b"\n\n"}),
+    "an old CSV": (("--data", "a.csv"), {"a.csv": b"prompt,completion\ncaf\xe9,b\n"}),
+    "an old text": (("--data", "a.txt"), {"a.txt": b"caf\xe9"}),
+    "a brace missing": (("--data", "a.jsonl"), {"a.jsonl": b'{"text": "a"'}),
+    "columns of their own": (("--data", "a.csv"), {"a.csv": b"Frage,Antwort\na,b\n"}),
+    "a used folder": (
+        ("--data", "good", "--adapter-path", "used"),
+        {"used/adapters.safetensors": b"x", "used/adapter_config.json": b"{}"},
+    ),
+    "no room": (("--data", "good", "--memory-budget", "1e-4"), {}),
+    "another's flag": (("--data", "good", "--lora-r", "8"), {}),
+    "no such model": (("--model", "Qwen3-0.6B", "--data", "good"), {}),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_train_prints_is_on_the_page(mistake, tiny_folder, chats, tmp_path, monkeypatch):
+    flags, files = MISTAKES[mistake]
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    ran = run("train", "--model", tiny_folder, *(chats if flag == "good" else flag for flag in flags))
+    assert ran.code == 2
+    printed = ran.lines[-1]
+    blocks = [
+        block.text.strip() for block in blocks_of(DOCS / "troubleshooting.md") if block.text.startswith("Error: ")
+    ]
+    quoted = [re.escape(text).replace(r"\.\.\.", ".*") for text in blocks]
+    assert [text for text in quoted if re.match(text, printed)], printed
 
 
 # Other trainers' names.

@@ -23,7 +23,7 @@ from tiny_moe import CONFIGS, MXFP4, tiny_moe, with_quantized_experts
 from mlx_lora.adapters.adapt import adapt_model
 from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.adapters.model_shape import model_shape
-from mlx_lora.api.plan_text import time_words
+from mlx_lora.api.plan_text import PART_WORDS, PHASE_WORDS, time_words
 from mlx_lora.models.load import load_base
 from mlx_lora.models.outline import outline_of, outline_of_config
 from mlx_lora.planner.chips import CHIPS
@@ -206,6 +206,20 @@ def test_what_a_method_keeps_beside_its_factors_counts():
     assert shape(target_modules="all-linear,embed_tokens", num_layers=1).first_trained == 0
     assert shape(target_modules="all-linear,embed_tokens").plain_loss
     assert shape(method="full").trained > 2 * lora.trained
+
+
+def test_the_text_has_words_for_every_moment_and_sums_that_are_right(tiny_folder):
+    ran, facts = run("plan", "--model", tiny_folder), planned("--model", tiny_folder)
+    assert facts["phases"].keys() == PHASE_WORDS.keys()
+    lines = ran.out.splitlines()
+    moment = next(place for place, line in enumerate(lines) if line.startswith("The most memory is in use "))
+    assert PHASE_WORDS[facts["phase"]] in lines[moment]
+    listed = lines[moment + 1 : moment + 1 + len(facts["parts"]) + 3]
+    assert [line.split("  ")[-1] for line in listed[:-3]] == [PART_WORDS[name] for name in facts["parts"]]
+    assert [line.split("  ")[-1] for line in listed[-3:]] == [
+        "= peak, which a run reports", "buffers that MLX keeps for reuse, at most", "= needed",
+    ]  # fmt: skip
+    assert facts["needed_bytes"] == facts["peak_bytes"] + facts["cache_bytes"]
 
 
 @pytest.mark.slow

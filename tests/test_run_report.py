@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,8 +22,9 @@ from mlx_lora.artifacts.plots import MOST_POINTS, Series, line_chart, number, ti
 from mlx_lora.artifacts.run_report import RunReport, Sample, charts, elapsed_s, tiles, without_untrained_accuracy
 from mlx_lora.artifacts.verdict import verdict
 from mlx_lora.data.encode import EncodedSet
+from mlx_lora.runs import report_page
 from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.samples import greedy_text, held_out_beginnings
+from mlx_lora.training.samples import greedy_text, held_out_beginnings, whole_words
 
 EVIL = "<script>alert(1)</script> & \"'"
 
@@ -188,9 +190,9 @@ def test_a_run_leaves_a_page_with_texts_before_and_after(tiny_folder, chats, tmp
     end = ran.lines[ran.lines.index("One text, before and after training:") :]
     assert end[1].split() == ["User", *sample["prompt"].split("user\n")[1].split("<|im_end|>")[0].split()]
     assert f"Report: {tmp_path / 'a' / 'report.html'}" in end
-    assert [line.split()[2] for line in end[end.index("What to do next:") + 1 :]] == [
-        f"mlx_lora.{name}" for name in ("chat", "generate", "export", "serve")
-    ]
+    assert [line.split()[1] for line in end[end.index("What to do next:") + 1 :]] == [
+        "chat", "generate", "export", "serve",
+    ]  # fmt: skip
     assert "learning_rate" in page
     # Going on: the text from before the first step is still that; without texts, the page has none.
     assert run(*words, "--sample-tokens", 12, "--resume", "--iters", 14).code == 0
@@ -237,3 +239,45 @@ def test_the_beginnings_are_of_typical_rows_and_differ():
     found = held_out_beginnings(EncodedSet.from_rows(rows), 3)
     assert [one[0] for one in found] == [3, 1, 2]
     assert len(held_out_beginnings(EncodedSet.from_rows(rows), 9)) == 4
+
+
+def test_plain_text_is_cut_where_a_word_begins():
+    rows = EncodedSet.from_rows([(np.arange(100, 130), np.arange(30) > 0)])
+    assert held_out_beginnings(rows, 1, lambda before, token: token == before + 1 == 118) == [list(range(100, 118))]
+    assert held_out_beginnings(rows, 1, lambda before, token: token < 110) == [list(range(100, 124))]  # none in reach
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("O rose, thou ar", "O rose, thou ..."),
+        ("O rose.", "O rose."),
+        ("O rose. And", "O rose."),
+        ("rose", "rose ..."),
+        ("O rose,", "O rose, ..."),
+        ("", " ..."),
+        ("玫瑰很", "玫瑰很 ..."),
+    ],
+)
+def test_a_text_that_was_cut_ends_with_a_whole_word(text, shown):
+    assert whole_words(text) == shown
+
+
+def test_steps_on_an_axis_are_whole():
+    assert ticks(1, 3, 6) == [1, 1.5, 2, 2.5, 3]
+    assert ticks(1, 3, 6, whole=True) == [1, 2, 3]
+    assert ticks(0, 40, 6, whole=True) == ticks(0, 40, 6)
+    for first, halves in ((1, False), (1.25, True)):
+        drawn = line_chart("loss", [Series("loss", [(first, 40.0), (2, 30.0), (3, 35.0)])], "", True)
+        assert (">1.5<" in drawn) == halves
+
+
+def test_a_notebooks_own_command_is_no_command_of_the_run(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python3", "-m", "mlx_lora.train", "--data", "a b"])
+    assert report_page._command() == "python -m mlx_lora.train --data 'a b'"
+    monkeypatch.setattr(report_page, "in_notebook", lambda: True)
+    assert report_page._command() == ""
+    monkeypatch.setattr(report_page, "in_notebook", lambda: False)
+    monkeypatch.setattr(sys, "argv", [""])
+    assert report_page._command() == ""

@@ -93,7 +93,7 @@ def test_every_bad_value_is_told_at_once():
 
 def flags_in(text: str) -> set[str]:
     """The options that a help page lists: first words of its lines."""
-    return {name.replace("[no-]", "") for name in re.findall(r"^  (?:-c, )?(--[\w\[\]-]+)", text, re.M)}
+    return {name.replace("[no-]", "") for name in re.findall(r"^  (?:-[ch], )?(--[\w\[\]-]+)", text, re.M)}
 
 
 @pytest.mark.parametrize("command", ["train", "plan", "serve"])
@@ -190,7 +190,7 @@ def test_a_misspelled_command_is_answered(capsys):
     main = importlib.import_module("mlx_lora.__main__").main
     for word, answer in (
         ("trian", "Error: trian: no such command; did you mean train?"),
-        ("zzzz", "No such command 'zzzz'"),
+        ("zzzz", "Error: zzzz: no such command; there are convert, plan, train"),
     ):
         with pytest.raises(SystemExit) as ended:
             main.main([word], prog_name="mlx-lora")

@@ -355,3 +355,12 @@ def test_a_whole_workload_leaves_out_its_first_pass(tmp_path):
     figures = entry["figures"]
     assert not entry["shortened"]
     assert figures["counted_steps"] == 2 * figures["warmup_steps"]
+
+
+def test_workloads_of_one_model_share_its_shape():
+    """Reading a model's blocks takes longer than all that follows."""
+    chat, long, floats = (BY_NAME[f"llama-3.2-1b-{form}"] for form in ("chat-qlora", "2k-qlora", "chat-lora"))
+    assert model_shape_of(chat) is model_shape_of(long)
+    assert model_shape_of(chat) is not model_shape_of(floats)
+    embedded, hub = BY_NAME["embedded-smollm2-135m-chat-qlora"], BY_NAME["smollm2-135m-chat-lora"]
+    assert model_shape_of(embedded).base_bytes < model_shape_of(hub).base_bytes

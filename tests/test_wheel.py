@@ -19,7 +19,7 @@ import mlx_lora
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
-WAIT_S = 300
+WAIT_S = 600
 
 
 class Installed:
@@ -94,6 +94,50 @@ def test_the_commands_work_from_the_wheel_in_an_empty_folder(installed, tiny_fol
     assert said["tokens"] == 3
     assert "--force" in installed.run("mlx-lora", "demo", "--help")
     assert "bard, code-style" in installed.run("mlx-lora", "train", "--help")
+
+
+FIVE_LINES = """
+import mlx_lora
+base = mlx_lora.load({model!r})
+records = [{{"prompt": f"Say {{n}}.", "completion": "abcabc"}} for n in range(40)]
+run = mlx_lora.train(base, records, rank=8, iters=30, learning_rate=1e-2, progress=False)
+print(mlx_lora.generate(base, "Say 1.", adapter=run.adapter, max_tokens=6))
+"""
+
+
+def test_five_lines_of_python_train_on_dicts_and_print_a_text(installed, tiny_folder):
+    """The page's first example, in an empty folder."""
+    lines = FIVE_LINES.format(model=str(tiny_folder))
+    before = set(installed.home.iterdir())
+    assert installed.run("python", "-c", lines).strip() == "abcabc"
+    assert set(installed.home.iterdir()) == before  # the run lies in the cache
+
+
+@pytest.fixture(scope="module")
+def uv(tmp_path_factory) -> Path:
+    """uv, in an environment of its own; skips without an index."""
+    folder = tmp_path_factory.mktemp("uv")
+    done(sys.executable, "-m", "venv", folder)
+    words = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "uv"]
+    ran = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=WAIT_S, check=False)
+    if ran.returncode:
+        pytest.skip(f"uv cannot be installed: {ran.stderr.strip().splitlines()[-1]}")
+    return folder / "bin" / "uv"
+
+
+def test_uvx_runs_the_wheel_file_with_its_own_dependencies(installed, uv, tmp_path):
+    """Nothing is borrowed here: uv installs what the wheel asks for, as it does for a new user."""
+    environment = {
+        **installed.environment,
+        "UV_CACHE_DIR": str(tmp_path / "cache"),
+        "UV_TOOL_DIR": str(tmp_path / "tools"),
+    }
+    words = (uv, "tool", "run", "--python", sys.executable, "--from", installed.wheel, "mlx-lora")
+    (tmp_path / "empty").mkdir()
+    said = done(*words, "--version", cwd=tmp_path / "empty", env=environment)
+    assert said.split()[-1] == mlx_lora.__version__
+    assert "Usage: mlx-lora train" in done(*words, "train", "--help", cwd=tmp_path / "empty", env=environment)
+    assert not list((tmp_path / "empty").iterdir())
 
 
 def test_the_wheel_serves(installed, tiny_folder):

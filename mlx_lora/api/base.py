@@ -10,6 +10,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_lora.api.display import display_here
 from mlx_lora.api.generation import TextSettings, text_pieces
 from mlx_lora.api.python_errors import speaks_python
 from mlx_lora.artifacts.adapter import load_adapter
@@ -139,7 +140,7 @@ def load(
     settings = train_settings(given).model
     if bits is not None:
         source = resolve_model(os.fspath(model), revision, trust_remote_code=trust_remote_code)
-        folder = cached_quantized_folder(source, bits, compute_dtype(dtype), trust_remote_code)
+        folder = cached_quantized_folder(source, bits, compute_dtype(dtype), trust_remote_code, display_here()[0])
         if folder != source.path:
             settings = replace(settings, model=str(folder), revision=None)
     return Base(load_base(settings), settings)

@@ -18,6 +18,7 @@ from mlx_lora.settings.config import ROWS, TrainSettings
 from mlx_lora.sources.hub import resolve_model
 from mlx_lora.system.distributed import ALONE
 from mlx_lora.system.errors import InputError
+from mlx_lora.system.long_task import waiting
 from mlx_lora.system.units import gigabytes
 from mlx_lora.training.run_fit import check_base_fits
 
@@ -37,6 +38,11 @@ def dry_run(settings: TrainSettings, say: Callable[[str], None]) -> dict[str, An
     check_request(settings, ALONE)
     if not wants_training(settings):
         raise InputError("--dry-run: nothing would be trained with --no-train or --test alone; give --train too")
+    with waiting("Planning the run", say):
+        return _planned(settings, say)
+
+
+def _planned(settings: TrainSettings, say: Callable[[str], None]) -> dict[str, Any]:
     check_base_fits(settings)
     model = settings.model
     source = resolve_model(model.model or "", model.revision, trust_remote_code=model.trust_remote_code)

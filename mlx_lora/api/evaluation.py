@@ -13,6 +13,7 @@ from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.given_data import data_source
 from mlx_lora.api.given_settings import run_settings
 from mlx_lora.api.python_errors import speaks_python
+from mlx_lora.api.run_columns import with_columns_of_run
 from mlx_lora.data.loading import load_eval_set
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.objective_table import objective_of
@@ -59,6 +60,7 @@ def evaluate(
     if batch_tokens is not None and batch_tokens < 2:
         raise InputError(f"--batch-tokens {batch_tokens}: must be at least 2")
     folder = None if adapter is None else resolve_adapter(os.fspath(adapter), None)
+    resolved = with_columns_of_run(resolved, settings, folder, lambda line: None)
     with base.loaded.lent() as lent:
         found = measure_loss(resolved, lent, folder, ignore_fingerprint, batch_tokens)
     return found | {"adapter_path": None if adapter is None else os.fspath(adapter), "data": source}

@@ -45,6 +45,9 @@ def data_source(data: Any) -> str:
             )
         sets = {SPLIT_NAMES[str(name)]: records for name, records in data.items()}
     texts = {name: "".join(_lines(name, records)) for name, records in sets.items()}
+    if empty := [name for name, text in texts.items() if not text]:
+        what = "an empty list" if list(texts) == ["train"] else f"no record in {' and '.join(empty)}"
+        raise InputError(f'data: {what}; give at least one record, as in {{"prompt": "...", "completion": "..."}}')
     folder = cache_dir("records") / sha256_of(json.dumps(texts, sort_keys=True))[:32]
     if not folder.is_dir():
         with replacing_folder(folder) as temporary:

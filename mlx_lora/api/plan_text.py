@@ -6,6 +6,30 @@ from typing import Any
 
 from mlx_lora.system.units import counted, gigabytes
 
+# A part of `MemoryPlan` -> what a reader calls it.
+PART_WORDS = {
+    "base": "base model",
+    "adapter": "adapter",
+    "optimizer": "optimizer's state",
+    "weights being cast": "weights that are being converted",
+    "activations": "activations",
+    "gradients": "gradients",
+    "logits": "scores of the vocabulary",
+    "block": "activations of one block",
+    "work ahead": "working memory of one block",
+    "new state": "new values of the update",
+}
+# A phase of `MemoryPlan` -> the moment it is.
+PHASE_WORDS = {
+    "load": "while the model is loaded",
+    "check": "in the check before the first step",
+    "loss": "while the loss is computed",
+    "backward": "in the backward pass",
+    "last": "at the end of the backward pass",
+    "update": "in the optimizer's update",
+}
+RATE_WORDS = {"measured here": "from rates measured on this machine"}
+
 
 def render(result: dict[str, Any]) -> str:
     """Return a plan as text for the terminal."""
@@ -15,27 +39,34 @@ def render(result: dict[str, Any]) -> str:
     if result["not_known"]:
         verdict = f"not known whether it fits; a rough count says that it {verdict}"
     lines = [
-        f"{machine['name']}: {verdict}, {gigabytes(result['needed_bytes'])} of {gigabytes(result['budget_bytes'])}, "
-        f"peak in phase {result['phase']}",
+        f"{machine['name']}: {verdict}; it needs {gigabytes(result['needed_bytes'])} of the "
+        f"{gigabytes(result['budget_bytes'])} that it may use",
         *_data_words(result),
-        *(f"  {gigabytes(size):>10}  {name}" for name, size in result["parts"].items()),
-        f"  {gigabytes(result['peak_bytes']):>10}  peak (MLX's allocator), plus {gigabytes(result['cache_bytes'])} of buffer cache",
-        "Checkpointing: "
+        f"The most memory is in use {PHASE_WORDS[result['phase']]}:",
+        *(f"  {gigabytes(size):>10}  {PART_WORDS.get(name, name)}" for name, size in result["parts"].items()),
+        f"  {gigabytes(result['peak_bytes']):>10}  = peak, which a run reports",
+        f"  {gigabytes(result['cache_bytes']):>10}  buffers that MLX keeps for reuse, at most",
+        f"  {gigabytes(result['needed_bytes']):>10}  = needed",
+        "Peak by --grad-checkpoint: "
         + ", ".join(f"{mode} {gigabytes(size)}" for mode, size in result["peak_bytes_by_checkpointing"].items()),
-        f"Settings: --batch-tokens {chosen['batch_tokens']} ({chosen['rows']} x {chosen['max_seq_length']}) "
+        f"Chosen: --batch-tokens {chosen['batch_tokens']} "
+        f"({counted(chosen['rows'], 'row')} of {chosen['max_seq_length']:,}) "
         f"--grad-checkpoint {chosen['grad_checkpoint']} --rank {chosen['rank']}",
-        "Largest: "
-        + "; ".join(
-            f"checkpointing {mode}: one {'pair of answers' if paired else 'row'} of {result['largest_sequence'][mode]:,} "
-            f"tokens{' each' if paired else ''}, {counted(rows, 'pair' if paired else 'row')} of {chosen['max_seq_length']:,}"
+        *(
+            f"Largest with --grad-checkpoint {mode}: one {'pair of answers' if paired else 'row'} of "
+            f"{result['largest_sequence'][mode]:,} tokens{' each' if paired else ''}, "
+            f"or {counted(rows, 'pair' if paired else 'row')} of {chosen['max_seq_length']:,}"
             for mode, rows in result["largest_batch_size"].items()
         ),
-        f"Predicted (ceilings {speed['ceilings']}): {speed['tokens_per_s']:,.0f} tokens/s, "
+        f"Predicted: {speed['tokens_per_s']:,.0f} tokens/s, "
         f"{time_words(speed['hours_per_million_tokens'])} per million tokens"
-        + (f", about {time_words(speed['hours'])} for this run" if speed["hours"] is not None else ""),
+        + (f", about {time_words(speed['hours'])} for this run's steps" if speed["hours"] is not None else "")
+        + f" ({RATE_WORDS.get(speed['ceilings'], 'an upper bound: from the rates that the chip is listed with')})",
     ]
     if result["validation"] and result["validation"]["words"]:
         lines.append(result["validation"]["words"])
+    if speed["hours"] is not None:
+        lines.append("Not counted: loading the model, compiling and measuring kernels, validation, texts of the report")
     lines += [f"Not known: what this model's blocks keep in memory ({reason})" for reason in result["not_known"]]
     return "\n".join([*lines, *([f"To fit: {result['advice']}"] if "advice" in result else [])])
 

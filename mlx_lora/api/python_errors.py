@@ -10,10 +10,12 @@ from typing import ParamSpec, TypeVar
 from mlx_lora.settings.config import FIELDS
 from mlx_lora.settings.setting_row import field_type, row_of
 from mlx_lora.system import errors
+from mlx_lora.system.cache import GIVEN
 
 P = ParamSpec("P")
 T = TypeVar("T")
 FLAG = re.compile(r"--(?P<name>[a-z][a-z0-9-]*)(?: (?P<value>[^\s:;,]+)(?P<end>:?))?")
+RECORDS = re.compile(r"\S*/records/[0-9a-f]{32}(/train\.jsonl)?")  # the file that records in memory become
 # Advice on a command -> the same on Python.
 PHRASES = {
     "give a 4-bit model as --model; mlx-lora convert --bits 4 makes one": "load the model with bits=4",
@@ -38,6 +40,7 @@ def python_words(message: str, names: dict[str, str]) -> str:
         message: in the commands' spelling.
         names: setting -> the argument that it has here, where the two differ.
     """
+    message = RECORDS.sub(GIVEN, message)
     for ours, theirs in PHRASES.items():
         message = message.replace(ours, theirs)
 

@@ -37,6 +37,7 @@ from mlx_lora.sources.safetensors import read_safetensors_header
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import replacing_file
 from mlx_lora.system.parsing import read_json
+from mlx_lora.system.spelling import similar_paths
 
 WEIGHTS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -141,6 +142,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     if not folder.is_dir():
+        near = similar_paths(folder, lambda p: (p / CONFIG_FILE).is_file())
+        if near:
+            raise InputError(f"--adapter-path {folder}: no such folder; did you mean {near[0]}?")
         raise InputError(f"--adapter-path {folder}: no such folder; give the folder that a training run wrote")
     if not path.is_file():
         raise InputError(f"{path}: cannot be read (no such file); give the folder that a training run wrote")

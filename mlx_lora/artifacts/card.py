@@ -19,6 +19,7 @@ from mlx_lora.models.load import Base
 from mlx_lora.settings.methods import PRESETS
 from mlx_lora.sources.hub import HUB_ID
 from mlx_lora.sources.safetensors import read_safetensors_header
+from mlx_lora.system.cache import shown_data
 from mlx_lora.system.files import replacing_file
 from mlx_lora.system.parsing import parse_json, parse_yaml
 
@@ -186,9 +187,9 @@ class _Card:
                 "### mlx_lora",
                 "",
             ]
-            lines += _block("bash", f"python -m mlx_lora.evaluate {ours} --objective reward --data pairs.jsonl")
+            lines += _block("bash", f"mlx-lora evaluate {ours} --objective reward --data pairs.jsonl")
             return [*lines, "### PEFT", "", *self._peft()]
-        generate = f'python -m mlx_lora.generate --model {self.model} --adapter-path {self.location} --prompt "Hello"'
+        generate = f'mlx-lora generate --model {self.model} --adapter-path {self.location} --prompt "Hello"'
         lines += ["### mlx_lora", "", *_block("bash", generate)]
         return [*lines, "### mlx-lm", "", *self._mlx_lm(ranks), "### PEFT", "", *self._peft()]
 
@@ -196,11 +197,11 @@ class _Card:
         """Return how mlx-lm runs the adapter: unchanged if it can, else exported to mlx-lm's format, else fused."""
         ours = f"--model {self.model} --adapter-path {self.location}"
         if _is_gguf(self.model) or (self.info.full and self.info.method != "full"):
-            fuse = f"python -m mlx_lora.fuse {ours} --out fused"
+            fuse = f"mlx-lora fuse {ours} --out fused"
             return _block("bash", fuse, 'mlx_lm.generate --model fused --prompt "Hello"')
         folder, first = "adapter", []
         if self.format != "mlx" or len(ranks) > 1:  # mlx-lm requires one rank
-            folder, first = "mlx-adapter", [f"python -m mlx_lora.export {ours} --to mlx-lm --out mlx-adapter"]
+            folder, first = "mlx-adapter", [f"mlx-lora export {ours} --to mlx-lm --out mlx-adapter"]
         elif self.location != folder:
             first = [f"hf download {self.location} --local-dir {folder}"]
         return _block("bash", *first, f'mlx_lm.generate --model {self.model} --adapter-path {folder} --prompt "Hello"')
@@ -210,12 +211,12 @@ class _Card:
         lines, location = [], self.location
         if PRESETS[self.info.method].layer_type == "full":
             return [
-                "It has no LoRA factors, so PEFT cannot load it; `mlx_lora.export --to hf` writes the whole model.",
+                "It has no LoRA factors, so PEFT cannot load it; `mlx-lora export --to hf` writes the whole model.",
                 "",
             ]
         if self.format == "mlx":
             location = "peft-adapter"
-            export = f"python -m mlx_lora.export --model {self.model} --adapter-path {self.location} --to peft --out {location}"
+            export = f"mlx-lora export --model {self.model} --adapter-path {self.location} --to peft --out {location}"
             lines += _block("bash", export)
         model = self.model
         if not self.in_float:
@@ -272,7 +273,7 @@ def _shown_data(data: str | None) -> str | None:
     """Return a data set's name, for a path its last part."""
     if data is None or (HUB_ID.fullmatch(data) and not Path(data).exists()):
         return data
-    return plain(Path(data).name)
+    return plain(Path(shown_data(data)).name)
 
 
 def plain(name: str) -> str:

@@ -59,10 +59,8 @@ def line_chart(
     if not points:
         return f'{opening}<text x="{width / 2}" y="{height / 2}" text-anchor="middle">nothing recorded</text></svg>'
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    x_ticks, y_ticks = (
-        ticks(min(xs), max(xs), 6 if width == WIDTH else 12),
-        ticks(0 if from_zero else min(ys), max(ys), 5),
-    )
+    x_ticks = ticks(min(xs), max(xs), 6 if width == WIDTH else 12, whole=all(x == int(x) for x in xs))
+    y_ticks = ticks(0 if from_zero else min(ys), max(ys), 5)
     low_x, high_x = min(xs), max(max(xs), min(xs) + 1e-9)
     low_y, high_y = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
 
@@ -78,8 +76,14 @@ def line_chart(
     return "".join([*parts, "</svg>"])
 
 
-def ticks(low: float, high: float, most: int) -> list[float]:
-    """Return up to `most` + 1 round numbers from at or below `low` to at least `high`, in steps of 1, 2 or 5."""
+def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
+    """Return up to `most` + 1 round numbers from at or below `low` to at least `high`, in steps of 1, 2 or 5.
+
+    Args:
+        low, high: the ends of the axis.
+        most: how many steps it has at most.
+        whole: whether only whole numbers make sense, as for a run's steps.
+    """
     if not high > low:
         low, high = (
             (low - 0.5, low + 0.5) if abs(low) < 1 else (low * 0.9, low * 1.1) if low > 0 else (low * 1.1, low * 0.9)
@@ -87,6 +91,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+    step = max(step, 1.0) if whole else step
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
     return [number * step for number in range(first, last + 1)]

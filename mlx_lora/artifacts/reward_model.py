@@ -61,7 +61,7 @@ def classifier_of(kind: str) -> str:
     """
     name = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(kind)
     if not isinstance(name, str):
-        raise InputError(f"a reward model of {kind}: transformers has no such class; use it with mlx_lora.evaluate")
+        raise InputError(f"a reward model of {kind}: transformers has no such class; use it with mlx-lora evaluate")
     return name
 
 

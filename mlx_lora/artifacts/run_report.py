@@ -27,6 +27,7 @@ from mlx_lora.system.files import replacing_file
 
 REPORT_FILE, FACTS_FILE = "report.html", "report.json"
 PAGES = Path(__file__).parent / "pages"
+MEMORY_NOTE = "The plan is for MLX's buffers alone. The process also holds Python, its libraries, and freed buffers that MLX keeps."
 
 
 @dataclass
@@ -59,7 +60,7 @@ class RunReport:
     """The facts on a page that are not in metrics and settings.
 
     Attributes:
-        command: the run's command.
+        command: the run's command; empty if it was started in a notebook or an interactive session.
         device, base, adapter, versions: a line each.
         data: DataReport.to_dict().
         planned_peak_bytes: the planner's prediction, None if nothing was planned.
@@ -112,6 +113,15 @@ class RunReport:
         )
         with replacing_file(folder / REPORT_FILE) as temporary:
             temporary.write_text(page, encoding="utf-8")
+
+
+def has_ended(folder: Path) -> bool:
+    """Return whether the run of a folder took all its steps; False for a folder without a report."""
+    try:
+        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(facts, dict) and facts.get("ended") is True
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -183,7 +193,9 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
     ]
     if planned_peak_bytes and trained:
         ends = (trained[0]["step"], trained[-1]["step"])
-        memory.append(Series("planned", [(step, planned_peak_bytes / 1e9) for step in ends], dashed=True))
+        memory.append(
+            Series("MLX's buffers, planned", [(step, planned_peak_bytes / 1e9) for step in ends], dashed=True)
+        )
     tokens = [of("trained tokens", "supervised_tokens_per_s", trained), of("all real tokens", "tokens_per_s", trained)]
     losses = [of("training", "loss", trained), of("held out", "val_loss", held_out)]
     preferences = any("margin" in r for r in records)
@@ -197,7 +209,13 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
         ("Gradient norm, before the clip", [of("gradient norm", "grad_norm", trained)], "", True),
     ]
     drawn = [
-        {"title": title, "series": series, "svg": line_chart(title, series, unit, from_zero), "wide": ""}
+        {
+            "title": title,
+            "series": series,
+            "svg": line_chart(title, series, unit, from_zero),
+            "wide": "",
+            "note": MEMORY_NOTE if title == "Memory" else "",
+        }
         for title, series, unit, from_zero in wanted
     ]
     # The first chart has the page's whole width; on a phone its usual shape is shown instead.

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mlx_lora.data.examples import FormatError, Record
+from mlx_lora.data.examples import EmptyRecord, FormatError, MissingColumn, Record
 from mlx_lora.data.messages import parsed
 from mlx_lora.settings.checks import COLUMNS, turn_names
 from mlx_lora.settings.config import DataSettings
 from mlx_lora.settings.setting_row import flag_of
+from mlx_lora.system.spelling import closest, did_you_mean
 
 # A prompt has one of QUESTIONS, or what GIVEN names, or both; an answer has exactly one of ANSWERS.
 QUESTIONS = ("prompt", "question", "instruction", "query", "problem")
@@ -33,6 +34,15 @@ ANSWER_LISTS, RATING_COLUMNS = ("completions", "answers"), ("label", "kto_tag")
 # What a row has beside its prompt and answers, under names of our own.
 _COMPARED = tuple(name for pair in PREFERENCE_PAIRS for name in pair)
 _BESIDE = ("system", "history", "tools", "functions", "chat_template_kwargs", "margin")
+_WHOLE = ("messages", "conversations", "conversation", "text")
+# Format -> the columns that it reads.
+_READ = {
+    "messages": {"messages", "tools", "functions"},
+    "sharegpt": {"conversations", "conversation", "system", "tools", "functions"},
+    "alpaca": {"instruction", "input", "output", "system", "history"},
+    "completions": {"prompt", "completion", "tools", "functions"},
+    "text": {"text"},
+}
 KEPT = frozenset((*_BESIDE, *RATING_COLUMNS, *ANSWER_LISTS, *_COMPARED))
 
 
@@ -82,7 +92,7 @@ class NamedColumns:
         found, used = self._parts(record, records)
         if self.system:
             if self.system not in record:
-                raise FormatError(f"found {columns_of(record)}; --system-column {self.system} is not there")
+                raise MissingColumn(not_there(record, "--system-column", self.system))
             found["system"] = _text(record[self.system], self.system)
             used = [self.system, *used]
         kept = {key: value for key, value in record.items() if key in KEPT and key not in used}
@@ -100,7 +110,10 @@ class NamedColumns:
         if self.text and self.text in record:
             return {"text": _text(record[self.text], self.text)}, [self.text]
         given = [flag_of(name) for name in COLUMNS if getattr(self, name.removesuffix("_column"))]
-        raise FormatError(f"found {columns_of(record)}; {' and '.join(given)} name others")
+        name = self.chat or self.text or ""
+        raise MissingColumn(
+            f"found {columns_of(record, name)}; {' and '.join(given)} name others{did_you_mean(name, map(str, record))}"
+        )
 
     def _prompt_and_answer(self, record: Record, required: bool) -> tuple[Record, list[str]] | None:
         """Return prompt and completion with their columns; None if one is not there and not `required`."""
@@ -108,15 +121,17 @@ class NamedColumns:
             prompt, asked = self._prompt(record)
             found = [self.completion] if self.completion else usual_answers(record, asked)
             if self.completion and self.completion not in record:
-                raise FormatError(f"found {columns_of(record)}; --completion-column {self.completion} is not there")
+                raise MissingColumn(not_there(record, "--completion-column", self.completion))
             if len(found) != 1:
-                raise FormatError(f"found {columns_of(record)}; name the answer's with --completion-column")
+                raise MissingColumn(f"found {columns_of(record)}; name the answer's with --completion-column")
         except FormatError:
             if required:
                 raise
             return None
         value = record[found[0]]
         value = value if isinstance(value, list) else _text(value, found[0])
+        if isinstance(value, str) and not value.strip():
+            raise EmptyRecord(f"the cell {found[0]} is empty")
         return {**prompt, "completion": value}, [*asked, *found]
 
     def _prompt(self, record: Record) -> tuple[Record, list[str]]:
@@ -125,9 +140,9 @@ class NamedColumns:
         else:
             names = usual_question(record, without=(self.completion, self.system))
         if missing := [name for name in names if name not in record]:
-            raise FormatError(f"found {columns_of(record)}; --prompt-column {', '.join(missing)} is not there")
+            raise MissingColumn(not_there(record, "--prompt-column", *missing))
         if not names:
-            raise FormatError(f"found {columns_of(record)}; name the prompt's with --prompt-column")
+            raise MissingColumn(f"found {columns_of(record)}; name the prompt's with --prompt-column")
         if len(names) == 1 and isinstance(record[names[0]], list):
             return {"prompt": record[names[0]]}, names
         return {"prompt": joined_parts(record, names)}, names
@@ -214,9 +229,49 @@ def joined_parts(record: Record, names: list[str]) -> str:
     return "\n".join(text for text in texts if text.strip())
 
 
-def columns_of(record: Record) -> str:
-    """Return the names of a record's columns in words, for an error."""
-    names = [str(name)[:40] for name in record]
+def empty_cells(record: Record, settings: DataSettings) -> list[str]:
+    """Return the columns of a prompt, an answer, a chat or a text whose cell is empty."""
+    named = {name.strip() for column in COLUMNS for name in (getattr(settings, column) or "").split(",")}
+    usual = {*QUESTIONS, *ANSWERS, *_WHOLE, *_COMPARED}
+    usual |= set() if usual_question(_present(record)) else set(GIVEN)  # beside a question, these may be empty
+    return [key for key, value in record.items() if value is None and (key in named or _plain(key) in usual)]
+
+
+def ignored_columns(record: Record, kind: str) -> list[str]:
+    """Return the columns of a plain example that have content and are not read.
+
+    Args:
+        record: As in the file.
+        kind: The format, or the names of the columns, that it was read by.
+    """
+    read = _READ.get(kind) or {*map(_plain, kind.split(" + ")), "history"}
+    return [
+        key
+        for key, value in record.items()
+        if value not in (None, "", [], {}) and (name := _plain(key)) not in read and not _is_id(name)
+    ]
+
+
+def _is_id(name: str) -> bool:
+    """Tell whether a column, in lower case, numbers or names a row and tells nothing about it."""
+    return name in ("id", "idx", "index", "uuid", "row", "row_idx", "__index_level_0__") or name.endswith("_id")
+
+
+def _present(record: Record) -> Record:
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def not_there(record: Record, flag: str, *names: str) -> str:
+    """Return that a record does not have the columns that a flag names, with those it has, the most similar first."""
+    hint = did_you_mean(names[0], map(str, record))
+    return f"found {columns_of(record, names[0])}; {flag} {', '.join(names)} is not there{hint}"
+
+
+def columns_of(record: Record, near: str = "") -> str:
+    """Return the names of a record's columns in words, for an error; those similar to `near` come first."""
+    names = [str(name) for name in record]
+    first = closest(near, names, most=3)
+    names = [name[:40] for name in [*first, *(name for name in names if name not in first)]]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return f"columns {', '.join(names[:8])}{more}" if names else "no columns"
 

@@ -6,9 +6,9 @@ from collections import Counter
 from datetime import date
 
 from mlx_lora.data.answers import answers_of
-from mlx_lora.data.data_report import reasons
+from mlx_lora.data.data_report import MAX_LISTED, reasons, where
 from mlx_lora.data.encode import Encoded, Encoder
-from mlx_lora.data.examples import Conversation
+from mlx_lora.data.examples import Completion, Conversation
 from mlx_lora.data.placeholders import placeholder_notes
 from mlx_lora.data.preferences import Rated
 from mlx_lora.data.reading import Rows
@@ -31,7 +31,7 @@ def data_notes(
         encoder: Encoded them.
         day: The day that the chat template shows; None if it shows none.
     """
-    notes = placeholder_notes(parts)
+    notes = placeholder_notes(parts) + _left_out(parts)
     for name in ("valid", "test"):
         shared = len(set(keys.get(name, [])) & set(keys["train"]))
         if shared:
@@ -70,6 +70,49 @@ def data_notes(
     if day and chats:
         notes.append(f"the chat template shows a date: {day.isoformat()}, kept for --resume (--chat-date)")
     return notes
+
+
+def _left_out(parts: dict[str, Rows]) -> list[str]:
+    """Return notes on what the records have beside what is trained."""
+    notes = []
+    ignored = sum((rows.ignored for rows in parts.values()), Counter())
+    if ignored:
+        named = ", ".join(f"{name} ({counted(count, 'row')})" for name, count in ignored.most_common(8))
+        more = f" and {len(ignored) - 8} more" if len(ignored) > 8 else ""
+        notes.append(f"columns that are not read: {named}{more}")
+    unasked = [
+        location
+        for rows in parts.values()
+        for entry, location in zip(rows.entries, rows.locations, strict=True)
+        if isinstance(entry, Completion) and not entry.prompt.strip()
+    ]
+    if unasked:
+        first, have = where(unasked[:MAX_LISTED], len(unasked)), "has" if len(unasked) == 1 else "have"
+        notes.append(f"{counted(len(unasked), 'row')} {have} an empty prompt, and only the answer is trained: {first}")
+    for what, count in sum((rows.without for rows in parts.values()), Counter()).items():
+        notes.append(f"{what} of {counted(count, 'file')} is left out, and not trained")
+    return notes
+
+
+def held_out_notes(train: int, held: int, valid: int, fraction: float) -> list[str]:
+    """Return a note if the rule that holds rows out has another result than the share that was asked for.
+
+    Args:
+        train, held: Examples to train on, and held out of them.
+        valid: Examples to validate on, those of a validation file included.
+        fraction: The share to hold out that was asked for.
+    """
+    if not fraction or (valid and not held):
+        return []
+    if not valid:
+        return ["no row is held out, because it takes two different ones; the run has no held-out loss"]
+    if held <= 2 * fraction * (train + held):
+        return []
+    is_held = "rows is" if held == 1 else "rows are"
+    return [
+        f"{held:,} of {train + held:,} {is_held} held out to measure the loss, because at least one is, with its "
+        "duplicates; --valid-fraction 0 trains on all"
+    ]
 
 
 def evaluation_notes(rows: Rows, encoded: Encoded) -> list[str]:

@@ -101,7 +101,7 @@ class DataReport:
         valid_source: `file`, `held out` or `none`.
         template: Where the chat template comes from; `none` for plain text.
         max_seq_length: Longest row allowed, in tokens.
-        truncated, empty, duplicates, dropped: Numbers of rows; `dropped` includes empty ones, duplicates are kept.
+        truncated, empty, duplicates, dropped: Numbers of rows; `dropped` includes empty ones, duplicates are trained.
         dropped_rows: The first dropped rows.
         truncated_rows, duplicate_rows: Locations of the first of these rows.
         notes: Other things to know, a sentence each.
@@ -174,7 +174,7 @@ class DataReport:
         counts = f"truncated {self.truncated:,}, duplicate {self.duplicates:,}, empty {self.empty:,}"
         lines.append(_line("rows", f"{counts}, dropped {self.dropped:,}"))
         lines += _where("truncated", self.truncated_rows, self.truncated)
-        lines += _where("duplicate", self.duplicate_rows, self.duplicates)
+        lines += _where("duplicate, trained as often as it occurs", self.duplicate_rows, self.duplicates)
         lines += [cut(f"  {row.location}: {_clean(row.why)}", MAX_REASON_CHARS) for row in self.dropped_rows]
         if self.dropped > len(self.dropped_rows):
             lines.append(f"  and {self.dropped - len(self.dropped_rows):,} more")

@@ -13,6 +13,10 @@ class FormatError(ValueError):
     """A record cannot be used; the message is the reason, on one line."""
 
 
+class MissingColumn(FormatError):
+    """The record has not all of the columns that its format, or the settings, ask for."""
+
+
 class EmptyRecord(FormatError):
     """The record has the right keys, but nothing in it to learn from."""
 

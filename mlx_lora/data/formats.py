@@ -17,7 +17,17 @@ from mlx_lora.data.columns import (
     question_and_answer,
     usual_names,
 )
-from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, Example, FormatError, Message, Record, Text
+from mlx_lora.data.examples import (
+    Completion,
+    Conversation,
+    EmptyRecord,
+    Example,
+    FormatError,
+    Message,
+    MissingColumn,
+    Record,
+    Text,
+)
 from mlx_lora.data.messages import as_list, as_string, conversation, keys_of
 
 SHAREGPT_ROLES = {
@@ -93,7 +103,7 @@ def _by_usual_names(record: Record) -> tuple[str, Example]:
         return name, PARSERS[name](plain)
     found = question_and_answer(record)
     if found is None:
-        raise FormatError(
+        raise MissingColumn(
             f"found {columns_of(record)}; name yours: --prompt-column and --completion-column, or --chat-column, or "
             "--text-column"
         )
@@ -227,7 +237,7 @@ PARSERS: dict[str, Callable[[Record], Example]] = {
 
 def _need(record: Record, key: str, name: str) -> object:
     if key not in record:
-        raise FormatError(f"found {keys_of(record)}; the {name} format requires {EXPECTED[name]}")
+        raise MissingColumn(f"found {keys_of(record)}; the {name} format requires {EXPECTED[name]}")
     return record[key]
 
 

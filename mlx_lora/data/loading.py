@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.answers import answers_of, encode_entries
-from mlx_lora.data.data_notes import data_notes, evaluation_notes
+from mlx_lora.data.data_notes import data_notes, evaluation_notes, held_out_notes
 from mlx_lora.data.data_report import (
     MAX_LISTED,
     DataReport,
@@ -32,9 +32,12 @@ from mlx_lora.data.split import content_key
 from mlx_lora.data.templates import resolve_template, shows_date
 from mlx_lora.settings.config import DataSettings
 from mlx_lora.sources.data_sets import DataSet, find_sets
+from mlx_lora.system.cache import shown_data
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import one_at_a_time
 from mlx_lora.system.long_task import long_task
+
+EVALUATION = "evaluation"  # what errors call the data that is only measured
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def _read_or_make_splits(
 ) -> DataSplits:
     if entry := read_entry(folder):
         rows, details = entry
-        report = replace(DataReport.from_dict(details["report"]), data=settings.data)
+        report = replace(DataReport.from_dict(details["report"]), data=shown_data(settings.data or ""))
         return DataSplits(rows["train"], rows.get("valid"), rows.get("test"), report, details["chat_template"])
     splits = _make_splits(sets, settings, tokenizer, seed, say, day, records)
     rows = {"train": splits.train, "valid": splits.valid, "test": splits.test}
@@ -188,7 +191,7 @@ def _make_splits(
         rows["valid"] = valid
     pieces = example_pieces(train, tokenizer)
     report = DataReport(
-        data=settings.data or "",
+        data=shown_data(settings.data or ""),
         rows_read=sum(rows.rows_read for rows in parts.values()),
         formats=dict(sum((rows.formats for rows in parts.values()), Counter())),
         splits={name: SplitReport.of(part) for name, part in rows.items()},
@@ -202,7 +205,12 @@ def _make_splits(
         dropped_rows=[row for rows in parts.values() for row in rows.dropped][:MAX_LISTED],
         truncated_rows=truncated[:MAX_LISTED],
         duplicate_rows=doubled[:MAX_LISTED],
-        notes=data_notes(parts, encoded, keys, encoder, day if template else None),
+        notes=[
+            *data_notes(parts, encoded, keys, encoder, day if template else None),
+            *held_out_notes(
+                *(0 if part is None else part.examples for part in (train, held, valid)), settings.valid_fraction
+            ),
+        ],
         example=pieces[0],
         rejected=[piece for piece in pieces[1] if piece[1]] if records == "pairs" else [],
         records=records,
@@ -246,15 +254,16 @@ def load_eval_set(
         for line in entry[1]["notes"]:
             say(line)
         return entry[0][name]
-    parts = {name: read_rows([file for one in sets for file in one.splits[name]], settings, records)}
+    settings = replace(settings, data=data)
+    parts = {EVALUATION: read_rows([file for one in sets for file in one.splits[name]], settings, records)}
     encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer, day)
-    encoded = {name: _encode(parts[name], encoder, say)}
+    encoded = {EVALUATION: _encode(parts[EVALUATION], encoder, say)}
     _check(settings, parts, encoded)
-    notes = evaluation_notes(parts[name], encoded[name])
+    notes = evaluation_notes(parts[EVALUATION], encoded[EVALUATION])
     for line in notes:
         say(line)
-    _keep(folder, {name: encoded[name].rows}, {"notes": notes}, say)
-    return encoded[name].rows
+    _keep(folder, {name: encoded[EVALUATION].rows}, {"notes": notes}, say)
+    return encoded[EVALUATION].rows
 
 
 def _make_encoder(
@@ -317,7 +326,9 @@ def _check(settings: DataSettings, parts: dict[str, Rows], encoded: dict[str, En
             continue
         found = len(rows.dropped)
         if not found:
-            raise InputError(f"--data {settings.data}: the {name} data has no record; it needs at least one")
+            raise InputError(
+                f"--data {shown_data(settings.data or '')}: the {name} data has no record; it needs at least one"
+            )
         if len(encoded[name].rows):
             raise InputError(f"--strict: {found} unusable {name} rows: {reasons(rows.dropped)}; fix or remove them")
         raise InputError(f"no usable row in the {name} data, {found} refused: {reasons(rows.dropped)}")

@@ -22,7 +22,7 @@ from itertools import combinations
 from typing import Any
 
 from mlx_lora.data.columns import ANSWER_LISTS, usual_names
-from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, FormatError, Message, Record
+from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, FormatError, Message, MissingColumn, Record
 from mlx_lora.data.formats import opening, parse_record, sharegpt_messages
 from mlx_lora.data.messages import as_list, as_string, conversation, keys_of, usual_role
 from mlx_lora.data.turns import common_prefix
@@ -77,7 +77,7 @@ def parse_pairs(record: Record, all_pairs: bool = False) -> list[Pair]:
         needs = f"found {keys_of(record)}; a preference pair needs {' and '.join(missing)}"
         if any(name in record for name in LABELS):
             raise FormatError(f"{needs}; for single answers with a label, train with --objective kto")
-        raise FormatError(
+        raise MissingColumn(
             f"{needs}; "
             + ("for plain chats, train with --objective sft" if missing[1:] else "add it, or remove the row")
         )
@@ -99,13 +99,13 @@ def parse_rated(record: Record) -> list[Rated]:
     if name is None:
         if {"chosen", "rejected"} <= record.keys() or _answer_list(record):
             return [r for pair in parse_pairs(record) for r in (Rated(pair.chosen, True), Rated(pair.rejected, False))]
-        raise FormatError(f"found {keys_of(record)}; a rated answer needs {LABEL_EXPECTED}")
+        raise MissingColumn(f"found {keys_of(record)}; a rated answer needs {LABEL_EXPECTED}")
     text = str(record[name]).strip().lower()
     if text not in (*YES, *NO):
         raise FormatError(f"{name} is {record[name]!r}; it must be true or false")
     example = _answered({key: value for key, value in record.items() if key not in LABELS})
     if not isinstance(example, Conversation | Completion):
-        raise FormatError(f"found {keys_of(record)}; a rated answer needs {LABEL_EXPECTED}")
+        raise MissingColumn(f"found {keys_of(record)}; a rated answer needs {LABEL_EXPECTED}")
     return [Rated(_last_answer_only(example), text in YES)]
 
 
@@ -149,7 +149,7 @@ def _answered(record: Record) -> Any:
         return parse_record(record)[1]
     context = _context(record, answer)
     if not context:
-        raise FormatError(f"found {keys_of(record)}; a rated answer needs {LABEL_EXPECTED}")
+        raise MissingColumn(f"found {keys_of(record)}; a rated answer needs {LABEL_EXPECTED}")
     return _conversation(context, _answer_messages(answer, "completion"), record)
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mlx_lora.data.answers import Entry
-from mlx_lora.data.columns import NamedColumns
+from mlx_lora.data.columns import NamedColumns, empty_cells, ignored_columns
 from mlx_lora.data.data_report import DroppedRow, Location
-from mlx_lora.data.examples import EmptyRecord, FormatError
+from mlx_lora.data.examples import EmptyRecord, FormatError, MissingColumn
 from mlx_lora.data.formats import parse_record
 from mlx_lora.data.preferences import parse_pairs, parse_rated
 from mlx_lora.settings.config import DataSettings
@@ -20,7 +20,17 @@ from mlx_lora.sources.records import read_records
 
 @dataclass
 class Rows:
-    """The usable records of one split, their locations, and the unusable records."""
+    """The usable records of one split, their locations, and the unusable records.
+
+    Attributes:
+        entries, locations: The examples, pairs or rated answers, and where each is from.
+        formats: Format, or names of columns -> records.
+        dropped: Records that cannot be used, with the reason.
+        empty, unread: How many of these have nothing to train on, and how many were not read as records.
+        truncated: Where the rows are from that were cut.
+        ignored: Column that is not read -> records that have it.
+        without: What was left out of a file's text -> files.
+    """
 
     entries: list[Entry] = field(default_factory=list)
     locations: list[Location] = field(default_factory=list)
@@ -29,6 +39,8 @@ class Rows:
     empty: int = 0
     truncated: list[Location] = field(default_factory=list)
     unread: int = 0
+    ignored: Counter[str] = field(default_factory=Counter)
+    without: Counter[str] = field(default_factory=Counter)
 
     @property
     def rows_read(self) -> int:
@@ -77,10 +89,17 @@ def parse_rows(source: Iterable[Record | BadRow], name: str, settings: DataSetti
             else:
                 kind, entries = records, parse_rated(value)
         except FormatError as error:
+            if isinstance(error, MissingColumn) and (cells := empty_cells(record.value, settings)):
+                error = EmptyRecord(
+                    f"the {'cells' if cells[1:] else 'cell'} {' and '.join(cells)} {'are' if cells[1:] else 'is'} empty"
+                )
             rows.unread += 1
             rows.empty += isinstance(error, EmptyRecord)
             rows.dropped.append(DroppedRow(name, record.line, str(error), record.unit))
             continue
         rows.formats[kind] += 1
+        rows.without.update([record.without] if record.without else [])
+        if records == "examples":
+            rows.ignored.update(ignored_columns(record.value, kind))
         rows.entries += entries
         rows.locations += [Location(name, record.line, record.unit)] * len(entries)

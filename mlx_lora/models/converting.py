@@ -11,6 +11,7 @@ import dataclasses
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from mlx_lora.system.console import echo
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import check_writable, one_at_a_time, replacing_folder, sha256_of
 from mlx_lora.system.long_task import tracked
+from mlx_lora.system.units import format_duration
 
 # Part of the cache key of converted GGUF files: raise it when the same file would convert differently.
 _FORMAT = 1
@@ -154,7 +156,13 @@ def cached_gguf_folder(source: ModelSource) -> Path:
     return folder
 
 
-def cached_quantized_folder(source: ModelSource, bits: int, dtype: mx.Dtype, trust_remote_code: bool = False) -> Path:
+def cached_quantized_folder(
+    source: ModelSource,
+    bits: int,
+    dtype: mx.Dtype,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
     """Return a model quantized at `bits`, as a folder in the cache; the first call converts it, as `convert --bits` does.
 
     A folder that already has these bits is returned as it is.
@@ -164,6 +172,7 @@ def cached_quantized_folder(source: ModelSource, bits: int, dtype: mx.Dtype, tru
         bits: per weight, in groups of 64.
         dtype: of what stays in float.
         trust_remote_code: as for `convert_model`.
+        say: takes a line before the conversion, and one after it.
 
     Raises:
         InputError: MLX has no such bits, or the model is quantized at others.
@@ -185,7 +194,9 @@ def cached_quantized_folder(source: ModelSource, bits: int, dtype: mx.Dtype, tru
     folder = cache_dir("converted") / f"{source.model_id.rstrip('/').rpartition('/')[2]}-{bits}bit-{key[:12]}"
     with one_at_a_time(folder):
         if not (folder / "config.json").is_file():
-            convert_model(source, folder, target=target, dtype=dtype, trust_remote_code=trust_remote_code)
+            say(f"Quantizing {source.model_id} to {bits} bits; this is done once, and kept in the cache")
+            made = convert_model(source, folder, target=target, dtype=dtype, trust_remote_code=trust_remote_code)
+            say(f"Quantized: {made.size_bytes / 1e6:.0f} MB, {format_duration(made.elapsed_s)}")
     return folder
 
 

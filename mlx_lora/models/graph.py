@@ -317,7 +317,8 @@ class _Listing:
 
     def _named(self, entry: tuple[str, Shape, mx.Dtype]) -> str:
         name, shape, dtype = entry
-        self.arrays[name] = ArrayInfo(tuple(shape), dtype.size)
+        if name not in self.arrays:  # an array is listed again by every operation that reads it
+            self.arrays[name] = ArrayInfo(tuple(shape), dtype.size)
         return name
 
 

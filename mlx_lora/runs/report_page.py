@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,9 @@ from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import Base
 from mlx_lora.runs.composition import Composed
 from mlx_lora.system import device
+from mlx_lora.system.console import in_notebook
 from mlx_lora.system.long_task import tracked
+from mlx_lora.system.program import this_command
 from mlx_lora.training.samples import greedy_text, held_out_beginnings
 
 TEXTS = 3
@@ -61,10 +62,10 @@ class RunPage:
         page = cls(
             run.folder.path,
             base,
-            held_out_beginnings(rows, TEXTS) if tokens else [],
+            held_out_beginnings(rows, TEXTS, _word_beginnings(base)) if tokens else [],
             tokens,
             RunReport(
-                command=shlex.join(["python", *sys.orig_argv[1:]]),
+                command=_command(),
                 device=device.current_device().header(),
                 base=f"{base.model_id}: {base.describe()}",
                 adapter=run.words[0],
@@ -119,3 +120,18 @@ class RunPage:
             for sample, prompt in tracked(pairs, "Writing texts after training", len(pairs), "texts", say):
                 sample.after = self._text(prompt)
         self.write()
+
+
+def _command() -> str:
+    """Return the command that started this process; in a notebook and an interactive session it would say nothing."""
+    return "" if in_notebook() or not sys.argv[0] else this_command()
+
+
+def _word_beginnings(base: Base) -> Callable[[int, int], bool]:
+    """Return a function that tells whether a token begins a word after another token."""
+
+    def begins_word(before: int, token: int) -> bool:
+        first, both = (str(base.hf_tokenizer.decode(ids)) for ids in ([before], [before, token]))
+        return both[len(first) :][:1].isspace()
+
+    return begins_word

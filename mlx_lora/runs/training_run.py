@@ -21,6 +21,7 @@ from mlx_lora.system import console, device
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import check_writable
+from mlx_lora.system.long_task import waiting
 from mlx_lora.training.agreement import take_first_ranks
 from mlx_lora.training.callbacks import Callback, Callbacks
 from mlx_lora.training.loggers import logger_callbacks
@@ -58,16 +59,20 @@ def train_run(
     device.compile_for(steps=settings.loop.iters or 0)  # until `compose` knows how many there are
     folder, trains = Path(settings.loop.adapter_path), wants_training(settings)
     if base is None:
-        if trains:
-            check_base_fits(settings)  # an outline, without weights, which need not be read or downloaded in vain
-        base = load_base(settings.model)
+        with waiting("Loading the model", say):
+            if trains:
+                check_base_fits(settings)  # an outline, without weights, which need not be read or downloaded in vain
+            base = load_base(settings.model)
     if not trains:
         put_adapter(base, folder, settings.data, objective_of(settings.objective))
-    splits = read_data(settings, base, ranks, say)
+    with waiting("Reading the data", say):
+        splits = read_data(settings, base, ranks, say)
     outcome = Outcome(0, None, False)
     if trains:
         with own_folder(folder, ranks):
-            outcome = take_steps(compose(settings, base, splits, ranks, say), base, splits, say, show, told)
+            with waiting("Preparing the run", say):
+                run = compose(settings, base, splits, ranks, say)
+            outcome = take_steps(run, base, splits, say, show, told)
     if settings.loop.test and splits.test is not None and not outcome.interrupted:
         found = held_out_loss(base, splits.test, settings.loop, objective_of(settings.objective), ranks, say)
         say(f"Test {loss_words(found)}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import textwrap
 from pathlib import Path
 
@@ -18,11 +16,13 @@ from mlx_lora.data.batches import BatchPlan
 from mlx_lora.models.load import Base
 from mlx_lora.settings.config import AdapterSettings, LoopSettings, TrainSettings
 from mlx_lora.system import console
+from mlx_lora.system.program import command_line
 from mlx_lora.system.units import counted
 from mlx_lora.training.hooks_from_settings import restart_every
 from mlx_lora.training.trainer import Measured, Outcome
 
 MOST_SHOWN = 200  # characters of a text that is shown at a run's end
+MOST_PROMPT = 80  # characters of the prompt in a command to try
 
 
 def describe_method(adapter: AdapterSettings, steps: int) -> str:
@@ -124,12 +124,19 @@ def closing_words(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
         turns += [("Before", sample.said(sample.before)), ("After", sample.said(sample.after or ""))]
         parts.append("\n".join(["", "One text, before and after training:", *(_spoken(*turn) for turn in turns)]))
     parts.append(f"\nReport: {folder / REPORT_FILE}")
-    parts.append("\n".join(["What to do next:", *(f"    {line}" for line in next_commands(folder, settings, info))]))
+    parts.append(
+        "\n".join(["What to do next:", *(f"    {line}" for line in next_commands(folder, settings, info, samples))])
+    )
     return "\n".join(parts)
 
 
-def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo) -> list[str]:
-    """Return the commands that use an adapter, as the user can paste them."""
+def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo, samples: list[Sample]) -> list[str]:
+    """Return the commands that use an adapter, as the user can paste them.
+
+    Args:
+        folder, settings, info: of the run.
+        samples: texts of the report; the first one's beginning is the prompt to try.
+    """
     path, model = str(folder), ["--model", str(settings.model.model)]
     adapter = ["--adapter-path", path]
     if info.scores:
@@ -145,16 +152,21 @@ def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo) -> l
             out = ["export", *model, *adapter, "--to", "peft", "--out", f"{path}-peft"]
         lines = [
             ["chat", *model, "--adapter", f"{name}={path}"],
-            ["generate", *model, *adapter, "--prompt", "Hello"],
+            ["generate", *model, *adapter, "--prompt", _own_prompt(samples)],
             out,
             ["serve", *model, "--adapter", f"{name}={path}"],
         ]
-    return [f"{_program()}{shlex.join(line)}" for line in lines]
+    return [command_line(line) for line in lines]
 
 
-def _program() -> str:
-    """Return the beginning of a command in the way that this run was started."""
-    return "mlx-lora " if Path(sys.argv[0]).name == "mlx-lora" else "python -m mlx_lora."
+def _own_prompt(samples: list[Sample]) -> str:
+    """Return the last turn of the first text's beginning, cut to a few words; `Hello` if there is none."""
+    for sample in samples:
+        for _, content in sample.turns[-1:]:
+            words = textwrap.shorten(console.printable(content, 10**6), MOST_PROMPT, placeholder="")
+            if words:
+                return words
+    return "Hello"
 
 
 def _spoken(who: str, text: str) -> str:
@@ -168,8 +180,8 @@ def interrupted_line(folder: str, outcome: Outcome) -> str:
     if outcome.steps:
         left = f"the adapter is saved in {folder}"
         if any((Path(folder) / CHECKPOINTS).glob("step-*")):
-            command = shlex.join(["train", "--config", str(Path(folder) / "run.yaml"), "--resume"])
-            left += f". To continue: {_program()}{command}"
+            command = command_line(["train", "--config", str(Path(folder) / "run.yaml"), "--resume"])
+            left += f". To continue: {command}"
     else:
         left = "nothing to save yet"
         left += f"; the earlier adapter in {folder} is unchanged" if (Path(folder) / WEIGHTS_FILE).exists() else ""

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.models.load import Base
-from mlx_lora.serving.adapter_store import Source
-from mlx_lora.sources.hub import resolve_adapter
+from mlx_lora.serving.adapter_store import NAME, Source
+from mlx_lora.sources.hub import HUB_ID, no_adapter_folder, resolve_adapter
 from mlx_lora.system.errors import InputError
 
 # For a model whose config does not have it.
@@ -36,7 +36,9 @@ def adapter_sources(adapters: tuple[str, ...], blends: tuple[str, ...]) -> dict[
 
 
 def named_source(flag: str, text: str) -> tuple[str, Source]:
-    """Return name and source for NAME=DIR, NAME=OWNER/NAME or a blend.
+    """Return name and source for NAME=DIR, NAME=OWNER/NAME, either without NAME=, or a blend.
+
+    Without NAME=, an adapter has the last part of its folder's or hub id's name.
 
     Args:
         flag: the flag, for messages; `--blend` means a blend.
@@ -46,9 +48,26 @@ def named_source(flag: str, text: str) -> tuple[str, Source]:
         InputError: the value is malformed, or a hub id cannot be downloaded.
     """
     name, equals, value = text.partition("=")
+    if flag != "--blend" and (not equals or Path(text).expanduser().is_dir()):
+        name, equals, value = own_name(flag, text), "=", text
     if not equals or not name or not value:
         raise InputError(f"{flag} {text}: write it as {USAGE.get(flag, 'NAME=DIR')}")
     return name, Source(blend=blend_weights(text)) if flag == "--blend" else Source(folder=resolve_adapter(value))
+
+
+def own_name(flag: str, text: str) -> str:
+    """Return the name of an adapter that was given without one.
+
+    Raises:
+        InputError: it is neither a folder nor a hub id, or its own name cannot be the name of an adapter.
+    """
+    path = Path(text).expanduser()
+    if not path.is_dir() and not HUB_ID.fullmatch(text):
+        raise InputError(f"{flag} {text}: write it as NAME=DIR or DIR ({no_adapter_folder(path)})")
+    name = path.resolve().name if path.is_dir() else path.name
+    if not NAME.fullmatch(name):
+        raise InputError(f"{flag} {text}: {name!r} cannot be a name for requests; write it as NAME={text}")
+    return name
 
 
 def blend_weights(text: str) -> dict[str, float]:

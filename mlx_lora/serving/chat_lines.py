@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mlx_lora.serving.adapter_names import check_names, named_source
 from mlx_lora.serving.adapter_store import UnknownAdapter
 from mlx_lora.serving.conversation import Answer, Conversation, figures_together
-from mlx_lora.serving.requests import Stopped
+from mlx_lora.serving.requests import Stopped, failed_words
 from mlx_lora.system.errors import InputError, RunError
 
 
@@ -182,7 +182,7 @@ class ChatLines:
         except (OSError, RunError) as error:  # an error of the disk or the hub, so the chat can continue
             raise InputError(f"/load {rest}: {error}") from None
         except Stopped:
-            raise RunError(f"the engine failed: {self._chat.engine.failure!r}") from None
+            raise RunError(failed_words(self._chat.engine.failure)) from None
         self._screen.say(f"{name}: {card.describe()}; type /adapter {name} to use it")
 
     def _system(self, text: str) -> None:

@@ -16,9 +16,9 @@ from mlx_lora.data.templates import own_template
 from mlx_lora.serving.adapter_names import base_name
 from mlx_lora.serving.engine import Engine
 from mlx_lora.serving.request_prompts import chat_tokens
-from mlx_lora.serving.requests import Event, Request, Stopped, Usage
+from mlx_lora.serving.requests import Event, Request, Stopped, Usage, failed_words
 from mlx_lora.serving.sampling import Sampling
-from mlx_lora.system.errors import InputError, RunError
+from mlx_lora.system.errors import InputError, RunError, first_line
 
 BASE = "base"  # another name of the base, beside its own
 
@@ -62,7 +62,7 @@ class Answer:
         self._stopping = False
         self._first_s = self._last_s = 0.0
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._ticket = engine.submit(request, self._take)
+        self._engine, self._ticket = engine, engine.submit(request, self._take)
 
     def _take(self, event: Event) -> None:
         """Queue an event in the engine's thread, so that its time is when it came, not when it is read."""
@@ -84,9 +84,9 @@ class Answer:
                 self.finish = "stopped"
                 return
             if isinstance(event.error, Stopped):
-                raise RunError(f"the engine failed: {event.error}")
+                raise RunError(failed_words(self._engine.failure))
             if isinstance(event.error, OSError):
-                raise InputError(f"{self.name}: {event.error}")
+                raise InputError(f"{self.name}: {disk_words(event.error)}")
             if event.error is not None:
                 raise event.error
             self.text += event.piece.text
@@ -123,6 +123,12 @@ class Answer:
     def span_s(self) -> tuple[float, float]:
         """The times of its first and its last event, on the monotonic clock."""
         return self._first_s, self._last_s
+
+
+def disk_words(error: OSError) -> str:
+    """Return what a user reads when an adapter's files cannot be read."""
+    where = f" {error.filename}" if error.filename else ""
+    return f"its files{where} cannot be read ({error.strerror or first_line(error)}); /load NAME=DIR loads it again"
 
 
 def figures_together(answers: list[Answer]) -> str:
@@ -195,7 +201,7 @@ class Conversation:
         try:
             return Answer(self.engine, request, cut_by_context=room < self.settings.max_tokens)
         except Stopped:
-            raise RunError(f"the engine failed: {self.engine.failure!r}") from None
+            raise RunError(failed_words(self.engine.failure)) from None
 
     def keep(self, question: str, answer: Answer) -> None:
         """Add a question and its answer to the turns, unless the answer was stopped before its first word."""

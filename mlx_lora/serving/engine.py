@@ -205,7 +205,7 @@ class Engine:
         if rowless:
             raise InputError(
                 f"--model {base.model_id}: mlx-lm keeps its keys and values in a {type(rowless[0]).__name__}, which "
-                "cannot hold a batch; use mlx_lora.generate instead"
+                "cannot hold a batch; use mlx-lora generate instead"
             )
         logits = base.model(mx.array([[0]]))
         self.vocabulary, self._eos = logits.shape[-1], frozenset(base.tokenizer.eos_token_ids)

@@ -66,7 +66,7 @@ def read_factors(base: Base, folder: Path, dtype: mx.Dtype, ignore_fingerprint: 
     if problems:
         raise InputError(
             f"{folder}: {' and '.join(problems)}, which cannot differ by row of a batch; "
-            "fuse it with mlx_lora.fuse and serve the result as a base"
+            "fuse it with mlx-lora fuse and serve the result as a base"
         )
     factors = {
         path: LayerFactors(*layer.serving_factors(dtype), adapts_head=layer.adapts_head)

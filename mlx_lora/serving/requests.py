@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from mlx_lora.serving.sampling import Sampling
 from mlx_lora.serving.text import Piece
+from mlx_lora.system.errors import first_line
 
 
 class QueueFull(Exception):
@@ -16,6 +17,12 @@ class QueueFull(Exception):
 
 class Stopped(Exception):
     """The engine takes no more requests."""
+
+
+def failed_words(failure: BaseException | None) -> str:
+    """Return what a user reads when the engine has ended because of an error."""
+    why = f" ({first_line(failure)})" if failure is not None else ""
+    return f"the engine failed{why}; start the command again, and report it if this happens again"
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ SERVER, LIMITS = "Server", "Limits"
 class ModelSettings:
     """The base model, and its representation in memory."""
 
-    model: str | None = setting(None, "Hub id, local folder or .gguf file of the base model.",
+    model: str | None = setting(None, "Base model: hub id, local folder or .gguf file, such as Qwen/Qwen3-0.6B or models/qwen.gguf.",
         MODEL, common=True, may_change=True, per_machine=True)
     revision: str | None = setting(None, "Hub branch, tag or commit of the model.",
         MODEL, may_change=True, per_machine=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,18 +21,54 @@ METAVARS = {str: "TEXT", int: "N", float: "X"}
 
 
 class Command(console.LongCommand):
-    """A command with all settings of a run; if a flag has another trainer's name, its error names ours."""
+    """A command with all settings of a run; its errors answer another trainer's flags with ours."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            spelled = {
-                name.lstrip("-").replace("-", "_"): name for p in self.params for name in (*p.opts, *p.secondary_opts)
-            }
-            asked = error.option_name.lstrip("-").replace("-", "_")
-            advice = instead_of(asked, spelled, spelled.__getitem__)
-            raise InputError(f"{error.option_name}: no such option here; {advice}") from None
+        return _parsed(self, ctx, lambda: super(Command, self).parse_args(ctx, args), "--help-all")
+
+
+class ShortCommand(console.Command):
+    """A command with few options, and the same errors."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return _parsed(self, ctx, lambda: super(ShortCommand, self).parse_args(ctx, args), "--help")
+
+
+# Where a value belongs that was given without a flag, in this order: those that the command has.
+_ALONE = ("--data", "--prompt", "--adapter-path", "--adapter", "--model")
+
+
+def _parsed(command: click.Command, ctx: click.Context, parse: Callable[[], list[str]], listing: str) -> list[str]:
+    """Parse a command line, with advice on unknown flags and on values without a flag.
+
+    Raises:
+        InputError: there is one.
+    """
+    flags = [flag for param in command.get_params(ctx) for flag in (*param.opts, *param.secondary_opts)]
+    ctx.allow_extra_args = True  # they are refused here
+    try:
+        left = parse()
+    except click.NoSuchOption as error:
+        spelled = {flag.lstrip("-").replace("-", "_"): flag for flag in flags}
+        advice = instead_of(error.option_name.lstrip("-").replace("-", "_"), spelled, spelled.__getitem__, listing)
+        raise InputError(f"{error.option_name}: no such option here; {advice}") from None
+    if left:
+        advice = f"{listing} lists the options"
+        if flag := _flag_for(left[0], flags):
+            advice = f"write {shlex.join([flag, left[0]])}"
+        raise InputError(f"{left[0]}: found without an option before it; {advice}")
+    return left
+
+
+def _flag_for(value: str, flags: list[str]) -> str | None:
+    """Return the flag that a value without one was probably meant for; None: the command has none of them."""
+    path = Path(value).expanduser()
+    meant = [flag for flag in _ALONE if flag in flags]
+    if (path / "adapter_config.json").is_file():
+        meant.sort(key=lambda flag: not flag.startswith("--adapter"))
+    elif path.suffix.lower() == ".gguf" or (path / "config.json").is_file():
+        meant.sort(key=lambda flag: flag != "--model")
+    return meant[0] if meant else None
 
 
 config_option = click.option(

@@ -6,8 +6,9 @@ trainers, and uses this table for settings that differ only in name.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection
+
+from mlx_lora.system.spelling import closest
 
 _NAMES = {
     "model": "model_name_or_path base_model model_name model_id model_path pretrained_model_name_or_path",
@@ -48,7 +49,7 @@ _NAMES = {
     "keep": "save_total_limit",
     "keep_best": "load_best_model_at_end",
     "resume": "resume_from_checkpoint",
-    "adapter_path": "output_dir output output_path out_dir save_path adapter_name_or_path",
+    "adapter_path": "output_dir output output_path out_dir save_path adapter_name_or_path adapter adapters",
     "project_name": "wandb_project swanlab_project",
     "objective": "train_mode training_mode rl trainer_type",
     "loss_type": "dpo_cpo_loss_type pref_loss dpo_loss_type",
@@ -83,6 +84,9 @@ _OTHER_WAYS = {
     "precompute_ref_log_probs": "leave it out; the reference is always computed before the first step",
     "packing": "leave it out; rows of similar length share a batch of --batch-tokens",
 }
+# A flag of some commands -> the flag of the others that takes the same.
+_OTHER_COMMANDS = {"adapter_path": "adapter", "adapter_name_or_path": "adapter", "max_new_tokens": "max_tokens"}
+_OTHER_COMMANDS |= {"temperature": "temp", "output": "out", "output_dir": "out", "out_dir": "out", "save_path": "out"}
 # Values of a setting with choices -> advice.
 OTHER_VALUES = {
     "qlora": f"QLoRA is LoRA over a 4-bit base; use --method lora, and {_FOUR_BITS}",
@@ -94,17 +98,19 @@ OTHER_VALUES = {
 }
 
 
-def instead_of(name: str, known: Collection[str], spell: Callable[[str], str]) -> str:
+def instead_of(name: str, known: Collection[str], spell: Callable[[str], str], listing: str = "--help-all") -> str:
     """Return advice on what to write instead of an unknown name.
 
     Args:
         name: the unknown name, with underscores.
         known: the names that are allowed there.
         spell: returns a name in the user's spelling.
+        listing: the flag that lists all names.
     """
     if name in _OTHER_WAYS:
         return _OTHER_WAYS[name]
-    if OTHER_NAMES.get(name) in known:
-        return f"use {spell(OTHER_NAMES[name])}"
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {spell(close[0])}?" if close else "leave it out (--help-all lists the options)"
+    for names in (_OTHER_COMMANDS, OTHER_NAMES):
+        if names.get(name) in known:
+            return f"use {spell(names[name])}"
+    close = closest(name, known)
+    return f"did you mean {spell(close[0])}?" if close else f"leave it out ({listing} lists the options)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mlx_lora.settings.checks import settings_problems
@@ -39,6 +40,7 @@ def train_settings(flags: Mapping[str, Any], content: Mapping[str, Any] | None =
         if key not in FIELDS
     ]
     values = _read(values, FIELDS, problems)
+    values |= {name: value for name, value in _of_table(values).items() if name == "data" or name not in values}
     sections = {
         name: section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
         for name, section in SECTIONS.items()
@@ -48,6 +50,16 @@ def train_settings(flags: Mapping[str, Any], content: Mapping[str, Any] | None =
     if problems:
         raise InputError("; ".join(problems))
     return settings
+
+
+def _of_table(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that LLaMA-Factory's dataset_info.json has for --data, if the folder that it names has one."""
+    path = Path(values.get("data") or "").expanduser()
+    if not any((folder / "dataset_info.json").is_file() for folder in (path, path.parent)):
+        return {}
+    from mlx_lora.settings.migration.dataset_info import settings_of_table  # few runs need it
+
+    return settings_of_table(values["data"], FIELDS) if values.get("data") else {}
 
 
 def serve_settings(flags: Mapping[str, Any]) -> tuple[ModelSettings, ServeSettings]:

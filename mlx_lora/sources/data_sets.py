@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mlx_lora.sources.records import check_file
 from mlx_lora.sources.splits import find_splits
+from mlx_lora.system.cache import GIVEN, shown_data
 from mlx_lora.system.errors import InputError
 
 MAX_WEIGHT = 1000.0
@@ -89,6 +90,7 @@ def find_sets(data: str) -> list[DataSet]:
             check_file(file)
         sets.append((name, weight, {split: [(file, sheet) for file in files] for split, files in splits.items()}))
     names = _names([file for _, _, splits in sets for files in splits.values() for file, _ in files])
+    names |= {file: f"the given {file.stem} list" for file in names if shown_data(str(file)) == GIVEN}
     return [
         DataSet(
             name,

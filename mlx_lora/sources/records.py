@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import Any, BinaryIO
 from mlx_lora.sources.record_types import MAX_LINE_BYTES, BadRow, Record, as_record, checked
 from mlx_lora.sources.spreadsheets import read_csv, read_parquet, read_xlsx, text_encoding
 from mlx_lora.system.errors import InputError
-from mlx_lora.system.parsing import parse_json
+from mlx_lora.system.parsing import parse_json, parse_yaml
 
-DOCUMENTS = (".txt", ".md", ".markdown")  # a file is one text
+MARKDOWN = (".md", ".markdown")
+DOCUMENTS = (".txt", *MARKDOWN)  # a file is one text
+FRONT_MATTER = re.compile(r"---[ \t]*\n(?P<settings>.*?\n)(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet", *DOCUMENTS)
 INSTEAD = {".xls": ".xlsx or .csv", ".ods": ".xlsx or .csv", ".numbers": ".xlsx or .csv"}  # save them as
 # Lists of rows in an object, those that are found first; the viewer of hub data sets writes `rows`.
@@ -222,7 +225,21 @@ def _next_char(text: str, position: int) -> int:
 
 def _document(path: Path) -> Iterator[Record | BadRow]:
     text = _decode(path)
-    yield Record(1, {"text": text}) if text.strip() else BadRow(1, "empty file")
+    front = _front_matter(text) if path.suffix.lower() in MARKDOWN else ""
+    text = text[len(front) :]
+    if not text.strip():
+        yield BadRow(1, "no text after its front matter" if front else "empty file")
+        return
+    yield Record(1, {"text": text.lstrip("\n") if front else text}, without="YAML front matter" if front else "")
+
+
+def _front_matter(text: str) -> str:
+    """Return the block of settings between two lines `---` with which a Markdown file may begin; empty if it has none."""
+    found = FRONT_MATTER.match(text)
+    try:
+        return found[0] if found and isinstance(parse_yaml(found["settings"]), dict) else ""
+    except ValueError:
+        return ""  # a rule, then text, then another rule
 
 
 def _decode(path: Path) -> str:

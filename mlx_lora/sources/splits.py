@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from mlx_lora.settings.named_recipes import RECIPES, recipe_names
-from mlx_lora.sources.records import DOCUMENTS, SUFFIXES
+from mlx_lora.sources.records import DOCUMENTS, MARKDOWN, SUFFIXES
 from mlx_lora.sources.shakespeare import tiny_shakespeare
 from mlx_lora.system.errors import InputError
 
@@ -23,7 +23,6 @@ SPLIT_NAMES = {
 TINY_SHAKESPEARE = "tiny-shakespeare"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SHARD = re.compile(r"(?P<split>[a-z]+)(-\d{5}-of-\d{5}.*)?")  # the hub's names for the parts of one split
-MARKDOWN = (".md", ".markdown")
 NOT_DATA = re.compile(r"(readme|license|requirements|dataset_infos?|config|notice)\b.*", re.IGNORECASE)
 
 

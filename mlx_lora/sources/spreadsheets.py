@@ -141,14 +141,22 @@ def read_xlsx(path: Path, sheet: str | None = None) -> Iterator[Record | BadRow]
             raise InputError(f"{path} has no sheet {sheet!r}; its sheets are {', '.join(names[:8]) or 'none'}")
         if not names:
             raise InputError(f"{path} has no sheet with rows")
-        yield from _sheet_rows(path, book[sheet or names[0]].iter_rows(values_only=True))
+        sheet = sheet or names[0]
+        others = [name for name in names if name != sheet]
+        empty = f"{path}: the sheet {sheet} is empty; " + (
+            f"name another one as {path.name}#{others[0]} (its other sheets: {', '.join(others[:8])})"
+            if others
+            else "it is the only one; fill it in"
+        )
+        yield from _sheet_rows(path, book[sheet].iter_rows(values_only=True), empty)
     except broken as error:
         raise InputError(f"{path} is not a readable .xlsx file ({_reason(error)}); save it again as .xlsx") from error
     finally:
         book.close()
 
 
-def _sheet_rows(path: Path, rows: Iterator[tuple[Any, ...]]) -> Iterator[Record | BadRow]:
+def _sheet_rows(path: Path, rows: Iterator[tuple[Any, ...]], empty: str) -> Iterator[Record | BadRow]:
+    """Yield the rows below the header, the first row that has content; `empty` is the error if there is none."""
     header: list[str] = []
     for number, values in enumerate(rows, 1):
         cells = [None if value is None else _cell(value) for value in values]
@@ -163,7 +171,7 @@ def _sheet_rows(path: Path, rows: Iterator[tuple[Any, ...]]) -> Iterator[Record 
         record = {name: cell for name, cell in zip(header, cells, strict=False) if name}
         yield checked(number, record, json.dumps(record, ensure_ascii=False), "row")
     if not header:
-        raise InputError(f"{path}: the sheet is empty; name another one as FILE.xlsx#SHEET")
+        raise InputError(empty)
 
 
 def _cell(value: Any) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.padding import Padding
 from rich.spinner import Spinner
@@ -81,6 +81,11 @@ class DemoScreen:
         self._rows: list[_Row] = []
         self._follow: Callable[[], tuple[Text, str] | None] = lambda: None
         self._spinner = Spinner("dots", style="cyan")
+        self._notice = ""
+
+    def _note(self, line: str) -> None:
+        """Show a line below the stages; a signal handler may call this."""
+        self._notice = line
 
     @contextmanager
     def stages(self, stages: Sequence[Stage], out: Path) -> Iterator[None]:
@@ -92,7 +97,7 @@ class DemoScreen:
             f"{len(stages)} stages, about {minutes} minutes on two CPU cores. Everything is written to {shlex.quote(str(out))}.\n"
         )
         live = Live(get_renderable=self._table, console=self._log, refresh_per_second=8) if self._terminal else None
-        with live or nullcontext(), screen_taken() if live else nullcontext():
+        with live or nullcontext(), screen_taken(self._note) if live else nullcontext():
             yield
 
     @contextmanager
@@ -113,6 +118,7 @@ class DemoScreen:
             yield done
         finally:
             row.failed = row.spent is None
+            self._notice = ""
             self._follow = lambda: None
 
     def doing(self, line: str) -> None:
@@ -123,11 +129,17 @@ class DemoScreen:
             self._line(line)
 
     def say(self, line: str) -> None:
-        """Print a line."""
-        self._log.print(Text(line))
+        """Print a line whole, because it may end with a command to copy."""
+        self._line(line)
 
-    def training(self, run_folder: Path, total_steps: int) -> Callable[[str], None]:
-        """Follow a run by its metrics.jsonl; return a function that takes the run's own lines, which are not shown."""
+    def training(self, run_folder: Path, total_steps: int, taken: int = 0) -> Callable[[str], None]:
+        """Follow a run by its metrics.jsonl; return a function that takes the run's own lines, which are not shown.
+
+        Args:
+            run_folder: of the run.
+            total_steps: of the whole run.
+            taken: steps that an earlier part of the run took.
+        """
         started, told = time.time(), 0
         path = run_folder / "metrics.jsonl"
 
@@ -137,14 +149,14 @@ class DemoScreen:
 
         def follow() -> tuple[Text, str] | None:
             record = newest()
-            return None if record is None else (_bar(record, total_steps), _left(record, total_steps))
+            return None if record is None else (_bar(record, total_steps), _left(record, total_steps, taken))
 
         def lines(_: str) -> None:
             nonlocal told
             record = None if self._terminal else newest()
             if record and record["step"] * PLAIN_REPORTS // total_steps > told:
                 told = record["step"] * PLAIN_REPORTS // total_steps
-                ending = _left(record, total_steps)
+                ending = _left(record, total_steps, taken)
                 self._line(f"    {_progress_words(record, total_steps)}{ending and ', '}{ending}")
 
         self._follow = follow
@@ -197,7 +209,9 @@ class DemoScreen:
         table.add_column(justify="right", no_wrap=True)
         for row in self._rows:
             table.add_row(*self._cells(row))
-        return Padding(table, (0, 0, 0, 2))
+        notice = [Text(self._notice, "yellow")] if self._notice else []
+        # Not as wide as the terminal: the ^C that it echoes would begin a new line, and the table would move down.
+        return Padding(Group(table, *notice), (0, 0, 0, 2), expand=False)
 
     def _cells(self, row: _Row) -> tuple[RenderableType, ...]:
         name = row.stage.name
@@ -254,11 +268,12 @@ def _progress_words(record: dict[str, Any], total_steps: int) -> str:
     return f"step {record['step']} of {total_steps}, loss {record['loss']:.2f}"
 
 
-def _left(record: dict[str, Any], total_steps: int) -> str:
-    """Return words on the time that the run still takes, none after its last step."""
+def _left(record: dict[str, Any], total_steps: int, taken: int) -> str:
+    """Return words on the time that the run still takes, none after its last step and before this part's first one."""
     step = record["step"]
-    left = record["elapsed_s"] / step * (total_steps - step)
-    return f"{format_duration(left)} left" if step < total_steps else ""
+    if not taken < step < total_steps:
+        return ""
+    return f"{format_duration(record['elapsed_s'] / (step - taken) * (total_steps - step))} left"
 
 
 def _side_by_side(before: str, after: str) -> Table:

@@ -50,14 +50,22 @@ class Batch:
     real: int
 
 
-@cache
 def model_shape_of(workload: Workload, dtype: str = "bfloat16") -> ModelShape:
     """Return the shape of a workload's model with its adapter, from the suite's list; nothing is read or downloaded.
+
+    Workloads of the same model and adapter get the same object: building it and reading its blocks takes a second.
 
     Args:
         workload: the workload.
         dtype: of the floats.
     """
+    packed_file = workload.packed and workload.tier == "embedded"
+    alike = Workload("embedded" if packed_file else "8", workload.model, "chat", workload.packed, rank=workload.rank)
+    return _shape_of(alike, dtype)
+
+
+@cache
+def _shape_of(workload: Workload, dtype: str) -> ModelShape:
     model = MODELS[workload.model]
     quantization = EMBEDDED_QUANTIZATION if workload.tier == "embedded" else model.quantization
     config = {**model.config, **({"quantization": quantization} if workload.packed else {})}

@@ -141,5 +141,5 @@ def read_results(paths: Iterable[Path]) -> tuple[list[ResultFile], list[str]]:
             problems.append(str(error))
     if not results:
         reasons = "; ".join(problems) if problems else "no .json file in it"
-        raise InputError(f"no result that can be read ({reasons}); make one with `mlx_lora.bench run`")
+        raise InputError(f"no result that can be read ({reasons}); make one with `mlx-lora bench run`")
     return results, problems

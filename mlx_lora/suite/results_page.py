@@ -101,6 +101,7 @@ def _machines(results: Sequence[ResultFile]) -> list[dict[str, str]]:
         found.append(
             {
                 "machine": label,
+                "date": content["created"][:10],
                 "backend": content["device"]["backend"],
                 "GPU cores": _or_dash(machine["gpu_cores"]),
                 "CPU cores": _or_dash(machine["cpu_cores"]),
@@ -110,7 +111,6 @@ def _machines(results: Sequence[ResultFile]) -> list[dict[str, str]]:
                 "copy GB/s": f"{rates['copy_bytes_per_s'] / 1e9:.3g}",
                 "mlx": _or_dash(software["versions"].get("mlx")),
                 "mlx-lora": f"{software['versions'].get('mlx-lora') or '–'} {(software['commit'] or '')[:7]}",
-                "date": content["created"][:10],
             }
         )
     columns = dict.fromkeys(key for row in found for key in row)

@@ -7,11 +7,14 @@ All stages run in one process, through the same functions as the commands.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_lora.artifacts.adapter import CONFIG_FILE
-from mlx_lora.artifacts.run_report import REPORT_FILE
+from mlx_lora.artifacts.checkpoint import numbered
+from mlx_lora.artifacts.run_folder import CHECKPOINTS
+from mlx_lora.artifacts.run_report import REPORT_FILE, has_ended
 from mlx_lora.data.loading import load_eval_set
 from mlx_lora.data.prompts import encode_prompt
 from mlx_lora.data.templates import own_template
@@ -20,20 +23,21 @@ from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.runs.composition import put_adapter
 from mlx_lora.runs.training_run import train_run
-from mlx_lora.runs.words import interrupted_line
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.sources.embedded_models import SMOLLM2_GGUF, embedded_model
 from mlx_lora.sources.hub import resolve_model
-from mlx_lora.suite.demo_screen import Answers, DemoScreen, Stage
+from mlx_lora.suite.demo_screen import Answers, DemoScreen, Stage, called_as
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import check_writable
+from mlx_lora.system.units import counted
 from mlx_lora.training.samples import greedy_text
 from mlx_lora.training.trainer import held_out_loss
 
 RECIPE = "bard"
+OUT = Path("demo")
 # Few small steps at a high rate, for a first-time user who waits: nearly the held-out loss of 44 of the recipe's own steps, with
 # a fifth of the tokens (docs/measurements.md).
 ITERS = 24
@@ -77,6 +81,17 @@ class Demo:
         """The run's own folder, below `out`."""
         return self.out / RECIPE
 
+    def steps_taken(self) -> int:
+        """Return the steps that an interrupted demo took and saved; 0 if there is none, or if `force` starts again."""
+        saved = numbered(self.run_folder / CHECKPOINTS)
+        return saved[0][0] if saved and not self.force and not has_ended(self.run_folder) else 0
+
+    def command(self) -> str:
+        """Return the words after `mlx-lora` that start this demo again."""
+        words = ["demo", *(["--out", str(self.out)] if self.out != OUT else [])]
+        words += ["--model", self.model] if self.model else []
+        return shlex.join([*words, *(["--iters", str(self.iters)] if self.iters != ITERS else [])])
+
 
 def run_demo(demo: Demo, screen: DemoScreen) -> int:
     """Take all stages, and return the exit code: 0, or 130 after Ctrl-C.
@@ -86,6 +101,12 @@ def run_demo(demo: Demo, screen: DemoScreen) -> int:
         RunError: the disk is full, or the run diverged.
     """
     check_folder(demo)
+    taken = demo.steps_taken()
+    if taken:
+        screen.say(
+            f"Continuing the demo in {demo.run_folder}, which was interrupted after {counted(taken, 'step')} of "
+            f"{demo.iters}; --force starts again"
+        )
     device.compile_for(demo.iters)  # on a CPU, compiling kernels would take longer than it saves
     with screen.stages(STAGES, demo.out):
         with screen.stage(0) as done:
@@ -96,25 +117,35 @@ def run_demo(demo: Demo, screen: DemoScreen) -> int:
             before = ask(settings, None)
             done(f"held-out loss {before.loss:.2f}")
         with screen.stage(2) as done:
-            lines = screen.training(demo.run_folder, demo.iters)
+            lines = screen.training(demo.run_folder, demo.iters, taken)
             screen.doing("preparing the first step")
             outcome = train_run(settings, say=lines)
             if not outcome.interrupted:
                 done(f"{outcome.steps} steps, {demo.run_folder}")
-        if outcome.interrupted:
-            screen.say(interrupted_line(str(demo.run_folder), outcome))
-            return 130
-        with screen.stage(3) as done:
-            after = ask(settings, demo.run_folder)
-            done(f"held-out loss {after.loss:.2f}")
+        after = None
+        if not outcome.interrupted:
+            with screen.stage(3) as done:
+                after = ask(settings, demo.run_folder)
+                done(f"held-out loss {after.loss:.2f}")
+    if after is None:
+        screen.say(interrupted_words(demo, outcome.steps))
+        return 130
     screen.result(QUESTIONS, before, after)
     screen.next_steps(model, f"{RECIPE}={demo.run_folder}", demo.run_folder / REPORT_FILE)
     return 0
 
 
+def interrupted_words(demo: Demo, steps: int) -> str:
+    """Return what an interrupted demo leaves, and how to go on."""
+    again = f"{called_as()} {demo.command()}"
+    if not demo.steps_taken():
+        return f"Interrupted before anything was saved. To start again: {again}"
+    return f"Interrupted after {counted(steps, 'step')}, which are saved. To continue: {again}"
+
+
 def check_folder(demo: Demo) -> None:
     """Refuse a folder that holds a run, or cannot be written, before anything is fetched."""
-    if (demo.run_folder / CONFIG_FILE).exists() and not demo.force:
+    if (demo.run_folder / CONFIG_FILE).exists() and not demo.force and not demo.steps_taken():
         raise InputError(
             f"--out {demo.out}: already holds the demo's run in {demo.run_folder}; give --force to train it again, "
             "or another --out"
@@ -145,7 +176,9 @@ def demo_settings(demo: Demo, model: str) -> TrainSettings:
         "sample_tokens": REPORT_TOKENS,
         "force": demo.force,
         **SHORT_STEPS,
+        "resume": "auto" if demo.steps_taken() else None,
     }
+    flags = {name: value for name, value in flags.items() if value is not None}
     settings = train_settings(flags, read_settings(RECIPE, flags, lambda line: None))
     return replace(settings, loop=replace(settings.loop, test_batches=-1))
 

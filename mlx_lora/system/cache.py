@@ -5,6 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+GIVEN = "the list that was given"
+
+
+def shown_data(data: str) -> str:
+    """Return what a person calls a data set: records that Python gave are a file in the cache that they never saw."""
+    return GIVEN if Path(data).is_relative_to(cache_dir("records")) else data
+
 
 def cache_dir(kind: str) -> Path:
     """Return the cache folder for one kind of file; it may not exist yet.

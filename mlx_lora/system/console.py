@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -15,12 +14,14 @@ from typing import Any
 import click
 
 from mlx_lora.system.errors import InputError, RunError
+from mlx_lora.system.spelling import did_you_mean
 
 HELP_COLUMNS = 100
 SHOW_ALL = "mlx_lora.show_all"  # the key in a click context that says that the user gave --help-all
 MOST_CHARACTERS = 880  # the longest error message that is printed
 LEAST_COLUMNS = 40  # a narrower terminal wraps by itself
 LONGEST_WORD = 40  # a longer word may be cut in its middle
+HELP_FLAGS = {"help_option_names": ["-h", "--help"]}
 
 
 def echo(text: str = "") -> None:
@@ -89,6 +90,10 @@ class Command(click.Command):
     Exit codes: 0 done; 1 a failure while running; 2 bad usage or input; 130 interrupted.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.context_settings = {**HELP_FLAGS, **self.context_settings}
+
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         return _run(super().main, standalone_mode, *args, **kwargs)
 
@@ -146,12 +151,25 @@ def _show_all(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
 class Group(click.Group):
     """The `mlx-lora` command, which reports its own usage errors on one line too."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.context_settings = {**HELP_FLAGS, **self.context_settings}
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            flags = [flag for param in self.get_params(ctx) for flag in param.opts]
+            hint = did_you_mean(error.option_name, flags) or "; options of a command stand after its name"
+            raise InputError(f"{error.option_name}: no such option here{hint}") from None
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        close = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
-        if close and close[0] != args[0]:
-            raise InputError(f"{args[0]}: no such command; did you mean {close[0]}?")
+        commands = self.list_commands(ctx)
+        if args[0] not in commands:
+            hint = did_you_mean(args[0], commands) or f"; there are {', '.join(commands)}"
+            raise InputError(f"{args[0]}: no such command{hint}")
         return super().resolve_command(ctx, args)
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:

@@ -82,9 +82,10 @@ class TracedBlock:
         widths = LOOP_WIDTHS if self._read(1, LOOP_WIDTHS[-1], on_gpu).nodes > LOOP_NODES else WIDTHS
         upper = min(max(bisect_left(widths, width), 1), len(widths) - 1)
         low, high = widths[upper - 1], widths[upper]
-        first, last = self._read(rows, low, on_gpu), self._read(rows, high, on_gpu)
+        first = self._read(rows, low, on_gpu)
         if width == low:
             return first
+        last = self._read(rows, high, on_gpu)
         share = (width - low) / (high - low)
         per_position = first.times(1 / low).times(1 - share).plus(last.times(1 / high).times(share))
         return per_position.times(width)
@@ -121,12 +122,11 @@ def with_block_memory(
 def trace_blocks(model: nn.Module, config: dict[str, Any], choose: Choose = assumed) -> list[TracedBlock]:
     """Return the memory of each block of an adapted model; blocks of the same kind share one object."""
     head = find_head(model, config)
-    calls = _Calls(model, head.hidden if isinstance(head, Head) else model)
-    kinds: dict[tuple, TracedBlock] = {}
-    return [
-        kinds.setdefault(_kind(block), TracedBlock(_reader(block, number, calls, choose)))
-        for number, block in enumerate(model.layers)
-    ]
+    kinds = [_kind(block) for block in model.layers]
+    first = {kind: number for number, kind in reversed(list(enumerate(kinds)))}
+    calls = _Calls(model, head.hidden if isinstance(head, Head) else model, max(first.values(), default=0))
+    traced = {kind: TracedBlock(_reader(model.layers[n], n, calls, choose)) for kind, n in first.items()}
+    return [traced[kind] for kind in kinds]
 
 
 def _kind(block: nn.Module) -> tuple:
@@ -195,16 +195,23 @@ def _read_block(block: nn.Module, choose: Choose, args: tuple[Any, ...], kwargs:
 
 @dataclass
 class _Calls:
-    """The arguments of a model's calls of its blocks, by batch shape; their arrays are zeros."""
+    """The arguments of a model's calls of its blocks, by batch shape; their arrays are zeros.
+
+    Attributes:
+        model: whose blocks are called.
+        run: calls the model on token ids.
+        last: number of the last block whose arguments are asked for; blocks after it are not called.
+    """
 
     model: nn.Module
     run: Callable[[mx.array], mx.array]
+    last: int
     _found: dict[tuple[int, int], dict[int, tuple[tuple, dict]]] = field(default_factory=dict)
 
     def of(self, number: int, rows: int, width: int) -> tuple[tuple, dict]:
         """Return block `number`'s arguments for a batch of token ids (rows, width)."""
         if (rows, width) not in self._found:
-            with training_kernels(self.model), _recorded(self.model.layers) as found, device.uncompiled():
+            with training_kernels(self.model), _recorded(self.model.layers, self.last) as found, device.uncompiled():
                 self.run(mx.zeros((rows, width), mx.int32))
             self._found[rows, width] = {
                 index: tree_map(
@@ -217,23 +224,31 @@ class _Calls:
         return self._found[rows, width][number]
 
 
+class _EnoughRecorded(Exception):
+    """Ends a model's call when the arguments of all blocks that are asked for are known."""
+
+
 @contextmanager
-def _recorded(blocks: list[nn.Module]) -> Iterator[dict[int, tuple[tuple, dict]]]:
-    """Record each block's arguments inside this context."""
+def _recorded(blocks: list[nn.Module], last: int) -> Iterator[dict[int, tuple[tuple, dict]]]:
+    """Record each block's arguments inside this context, which ends with the call of block `last`."""
     found: dict[int, tuple[tuple, dict]] = {}
     types = [type(block) for block in blocks]
     for number, block in enumerate(blocks):
-        block.__class__ = _recording(types[number], number, found)
+        block.__class__ = _recording(types[number], number, found, last)
     try:
         yield found
+    except _EnoughRecorded:
+        pass
     finally:
         for block, own in zip(blocks, types, strict=True):
             block.__class__ = own
 
 
-def _recording(base: type, number: int, found: dict[int, tuple[tuple, dict]]) -> type:
+def _recording(base: type, number: int, found: dict[int, tuple[tuple, dict]], last: int) -> type:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         found[number] = (args, kwargs)
+        if found.keys() >= set(range(last + 1)):
+            raise _EnoughRecorded
         return base.__call__(self, *args, **kwargs)
 
     return type(f"Recorded{base.__name__}", (base,), {"__call__": call})

@@ -14,9 +14,10 @@ from types import FrameType
 
 from mlx_lora.system.cache import cache_dir
 from mlx_lora.system.files import replacing_file
+from mlx_lora.system.long_task import told_display
 from mlx_lora.system.supervise import SUPERVISOR
 
-WORDS = b"\nStopping after this step, then saving; press Ctrl-C again to quit without saving\n"
+WORDS = "Stopping after this step, then saving; press Ctrl-C again to quit without saving"
 
 COMPILATION = "C++ shared library"  # part of MLX's error after a compiler was killed: MLX believes that it succeeded
 
@@ -42,9 +43,11 @@ def interrupt_flag() -> Iterator[Callable[[], bool]]:
                 signal.signal(each, signal.SIG_DFL)
             raise KeyboardInterrupt
         seen.append(number)
+        if told_display(WORDS):
+            return
         try:
             # os.write, not print: a handler may run in the middle of another write to the same stream.
-            os.write(2, WORDS)
+            os.write(2, f"\n{WORDS}\n".encode())
         except OSError:
             # The terminal is closed. Printing must not end the run from here on before it has saved.
             for stream in (1, 2):

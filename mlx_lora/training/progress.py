@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from mlx_lora.system.long_task import QUIET_S, long_task
+from mlx_lora.system.long_task import QUIET_S, LongTask, long_task
 from mlx_lora.system.parsing import parse_json
 from mlx_lora.system.units import counted, format_duration
 
@@ -175,9 +175,11 @@ class PlainProgress:
     def __init__(self, total_steps: int, say: Callable[[str], None]):
         self._total, self._say, self._start = total_steps, say, time.perf_counter()
         self._reported = False
+        self._first = LongTask("First step, with everything that MLX compiles for it", 0, "", say, live=False)
 
     def step(self, step: int) -> None:
         """Say once how long a step takes, because the first report may come many slow steps later."""
+        self._first.end()
         # The second step is under way, so the first is done.
         if step == 2 and self._total > 2 and not self._reported:
             spent = time.perf_counter() - self._start
@@ -185,19 +187,24 @@ class PlainProgress:
 
     def report(self, metrics: Metrics) -> None:
         self._reported = self._reported or metrics.loss is not None
+        if self._reported:
+            self._first.end()
         spent = time.perf_counter() - self._start
         left = spent / max(metrics.step, 1) * (self._total - metrics.step)
         self._say(format_metrics(metrics, self._total, left))
 
     def validating(self, batches: Iterable[T], count: int) -> Iterator[T]:
         """Yield a validation's batches, and say now and then how many of them are measured."""
+        self._first.cover()  # it speaks for itself
         with long_task("Validating", count, "batches", self._say, live=False) as task:
             for batch in batches:
                 yield batch
                 task.advance()
+        self._first.uncover()
 
     def close(self) -> None:
-        """Do nothing: no file is open."""
+        """End; no file is open."""
+        self._first.end()
 
 
 class LiveProgress:

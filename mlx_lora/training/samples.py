@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import numpy as np
 from mlx_lm import stream_generate
 
@@ -12,33 +15,41 @@ from mlx_lora.models.load import Base
 MOST_PROMPT_TOKENS = 256
 OF_PLAIN_TEXT = 24  # tokens of the beginning if a row is trained from its first token
 CANDIDATES = 25
+SENTENCE_ENDS = tuple(".!?\"'”’)")
 
 
-def held_out_beginnings(rows: EncodedSet, most: int) -> list[list[int]]:
+def held_out_beginnings(
+    rows: EncodedSet, most: int, begins_word: Callable[[int, int], bool] = lambda before, token: True
+) -> list[list[int]]:
     """Return the tokens before the first trained token of some typical rows, the middle one by length first.
 
     Args:
         rows: at least one.
         most: how many to return; fewer if the rows are few, or begin alike.
+        begins_word: whether a token after another one begins a word, so that plain text is not cut inside a word.
 
     Returns:
-        Token ids, at most the last 256 of each; for a row that is trained from the start, its first 24.
+        Token ids, at most the last 256 of each; for a row that is trained from the start, its first 24 or a few less.
     """
     order = np.argsort(rows.lengths[:CANDIDATES], kind="stable").tolist()
     middle = len(order) // 2
     found: list[list[int]] = []
     for number in sorted(order, key=lambda number: abs(order.index(number) - middle)):
-        beginning = _beginning(*rows.row(number))
+        beginning = _beginning(*rows.row(number), begins_word)
         if len(found) < most and beginning not in found:
             found.append(beginning)
     return found
 
 
-def _beginning(tokens: np.ndarray, mask: np.ndarray) -> list[int]:
+def _beginning(tokens: np.ndarray, mask: np.ndarray, begins_word: Callable[[int, int], bool]) -> list[int]:
     trained = np.flatnonzero(mask)
     before = int(trained[0]) if len(trained) else len(tokens)
     # The first token can never be trained, so plain text is trained from the second.
-    end = before if before > 1 else min(OF_PLAIN_TEXT, len(tokens) - 1)
+    end = before
+    if before <= 1:
+        most = min(OF_PLAIN_TEXT, len(tokens) - 1)
+        ends = (n for n in range(most, most // 2, -1) if begins_word(int(tokens[n - 1]), int(tokens[n])))
+        end = next(ends, most)
     return tokens[max(0, end - MOST_PROMPT_TOKENS) : max(end, 1)].tolist()
 
 
@@ -48,12 +59,20 @@ def greedy_text(base: Base, prompt: list[int], max_tokens: int) -> str:
     Args:
         base: with or without an adapter.
         prompt: token ids.
-        max_tokens: the most tokens to generate.
+        max_tokens: the most tokens to generate; a text that ends there ends with a whole word and three dots.
     """
     training = base.model.training
     base.model.eval()
     try:
         made = stream_generate(base.model, base.tokenizer, prompt, max_tokens=max_tokens)
-        return "".join(piece.text for piece in continued(made, base.tokenizer))
+        pieces = list(continued(made, base.tokenizer))
+        text = "".join(piece.text for piece in pieces)
+        return whole_words(text) if pieces and pieces[-1].finish_reason == "length" else text
     finally:
         base.model.train(training)
+
+
+def whole_words(text: str) -> str:
+    """Return a text that was cut, without the beginning of a word at its end, and with three dots unless a sentence ends."""
+    kept = re.sub(r"(?<=\S)\s+\w{1,40}$", "", text).rstrip()
+    return kept if kept[-1:] in SENTENCE_ENDS else f"{kept} ..."

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.settings.migration import hf
+from mlx_lora.settings.migration.dataset_info import find_dataset
 from mlx_lora.settings.migration.preference_keys import put_objective, read_prompts_trained, read_reference
 from mlx_lora.settings.migration.sheet import Dialect, Sheet
-from mlx_lora.system.errors import InputError
-from mlx_lora.system.parsing import hashable, read_json
+from mlx_lora.system.parsing import hashable
 
 # Keys of its own; those of transformers' trainer (per_device_train_batch_size) are used by other tools too.
 MARKS = (
@@ -59,28 +59,6 @@ PREFERENCE_OPTIONS = {
     "ref_model_adapters": "reference_adapter",
 }
 STAGES = ("sft", "pt", "rm", "dpo", "kto")
-# What dataset_info.json may say of a data set, because we detect it.
-COLUMNS = {
-    "messages": ("conversations", "conversation", "messages", "completion"),
-    "prompt": ("instruction", "question", "prompt", "input"),
-    "query": ("input",),
-    "response": ("output", "completion"),
-    "history": ("history",),
-    "system": ("system",),
-    "tools": ("tools",),
-    "chosen": ("chosen", "chosen_response"),
-    "rejected": ("rejected", "rejected_response"),
-    "kto_tag": ("kto_tag", "label"),
-}
-TAGS = {
-    "role_tag": ("role", "from"),
-    "content_tag": ("content", "value"),
-    "user_tag": ("user", "human"),
-    "assistant_tag": ("assistant", "gpt"),
-    "observation_tag": ("observation", "tool"),
-    "function_tag": ("function_call",),
-    "system_tag": ("system",),
-}
 
 
 def read_kind(sheet: Sheet) -> None:
@@ -177,38 +155,6 @@ def read_data(sheet: Sheet) -> None:
     else:
         sheet.left_out.append("dataset")
         sheet.note(f"dataset {names[0]}: not in {folder / 'dataset_info.json'}; give the file itself as --data")
-
-
-def find_dataset(sheet: Sheet, name: str, folder: Path) -> str | None:
-    """Look up a dataset in dataset_info.json.
-
-    Returns:
-        A file or a hub id; None if the table or the entry is missing.
-
-    Raises:
-        InputError: the table is not a JSON object.
-    """
-    table = folder / "dataset_info.json"
-    if not table.is_file():
-        return None
-    entry = read_json(table, "fix it, or give --data").get(name)
-    if not isinstance(entry, dict):
-        return None
-    for key in ("columns", "tags", "subset", "split", "num_samples"):
-        if entry.get(key) and not _is_detected(key, entry[key]):
-            sheet.left_out.append(f"dataset_info.json {name}.{key}")
-    source = entry.get("file_name") or entry.get("hf_hub_url")
-    if source is not None and not isinstance(source, str):
-        raise InputError(f"{table}: the source of {name} is not a text; fix it, or give --data")
-    return str(folder / source) if source and entry.get("file_name") else source
-
-
-def _is_detected(key: str, value: Any) -> bool:
-    """Return whether an entry of dataset_info.json need not be read, because we detect it from the records."""
-    known = {"columns": COLUMNS, "tags": TAGS}.get(key)
-    if known is None:
-        return (key, value) == ("split", "train")
-    return isinstance(value, dict) and all(hashable(name) in known.get(part, ()) for part, name in value.items())
 
 
 def read_prompts(sheet: Sheet) -> None:
