@@ -151,6 +151,8 @@ def unsound(result: dict[str, Any], load: float) -> list[str]:
         ]
     if changed_tree():
         found.append("the checkout has changes that are not committed")
+    if result["arguments"].get("begun_at") not in (None, result["commit"]):
+        found.append(f"the checkout was at {result['arguments']['begun_at']} when it began")
     if result["arguments"].get("ours"):
         found.append(f"--ours {result['arguments']['ours']}")
     return found

@@ -349,6 +349,7 @@ def say(text: str) -> None:
 def main(argv: Sequence[str]) -> int:
     """Run the comparison; return 0, or 1 if a side failed, the losses disagree or the gate of --quick stays shut."""
     args, load = arguments(argv), load_before()
+    args.begun_at = environment()["commit"] if args.quick else None
     with tempfile.TemporaryDirectory(prefix="versus-") as temporary:
         folder = Path(args.keep or temporary)
         folder.mkdir(parents=True, exist_ok=True)

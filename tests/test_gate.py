@@ -181,6 +181,9 @@ def test_the_gate_is_shut_after_a_fall(module, tmp_path, monkeypatch):
     assert "FELL: -6.0%" in told
     assert len(path.read_text().splitlines()) == 2
     assert quick.finish(versus.arguments(["--quick", "--history", str(path)]), made_result(slower), 0.0)[1] == 0
+    moved = quick.entry_of(made_result(SPEEDS, begun_at="abd"), 0.0)
+    assert moved["unsound"] == ["the checkout was at abd when it began"]
+    assert not quick.entry_of(made_result(SPEEDS, begun_at="abc"), 0.0)["unsound"]
     gpu = quick.entry_of(made_result(SPEEDS, backend="metal"), 0.0)
     assert (gpu["by"], gpu["cpu"], gpu["unsound"]) == ("supervised_tokens_per_s", "Apple M4", [])
 
