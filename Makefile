@@ -63,8 +63,8 @@ DATA ?= data/alpaca/train.jsonl
 bench: setup
 	$(BIN)/python benchmarks/versus.py --model $(MODEL) --data $(DATA) --out versus.json
 
-# Is a step still as fast against mlx-lm's as at the last commits in benchmarks/results/history.jsonl? Four minutes on a quiet
-# machine. FLAGS=--record adds this commit to the history.
+# Is a step still as fast against mlx-lm's as at the last commits in benchmarks/results/history.jsonl? About four minutes on a
+# quiet machine. FLAGS=--record adds this commit to the history.
 gate: setup
 	$(BIN)/python benchmarks/versus.py --quick --check $(FLAGS)
 

@@ -34,7 +34,7 @@ FIXED = {
 }  # fmt: skip
 THREADS = "1"
 LEAST_BUSY = 0.9  # processor seconds per second that a side gets on a quiet machine
-MOST_LOAD = 0.5  # processes that want a core before we start
+MOST_LOAD = 0.25  # processes per core that want one before we start
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,8 +140,8 @@ def entry_of(result: dict[str, Any], load: float) -> dict[str, Any]:
 def unsound(result: dict[str, Any], load: float) -> list[str]:
     """Return why a comparison says little: other programs had the cores, or the tree is no commit."""
     found = []
-    if load > MOST_LOAD:
-        found.append(f"load average {load:.1f} before the start, {MOST_LOAD} allowed")
+    if load > (most := MOST_LOAD * result["cores"]):
+        found.append(f"load average {load:.1f} before the start, {most:g} allowed")
     if result["prepared"]["device"]["backend"] == "cpu":
         shares = {name: _share(runs) for name, runs in result["rounds"].items()}
         found += [
