@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from io import StringIO
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from rich.console import Console
 from run_cli import run
 
+from mlx_lora.api import display
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.settings.config import LoopSettings
@@ -202,3 +204,12 @@ def test_the_two_answers_of_a_pair_stay_together():
     numbers = np.array([int(found.plan.rows.row(i)[0][0]) for i in range(len(found.plan.rows))]).reshape(-1, 2)
     assert (numbers[:, 0] % 2 == 0).all()
     assert (numbers[:, 1] == numbers[:, 0] + 1).all()
+
+
+def test_a_notebook_shows_how_far_a_validation_is(monkeypatch):
+    shown = []
+    handle = SimpleNamespace(update=lambda html: shown.append(html.data))
+    monkeypatch.setattr(pytest.importorskip("IPython.display"), "display", lambda *given, **named: handle)
+    monkeypatch.setattr(display, "QUIET_S", -1.0)
+    assert list(display.NotebookProgress(4).validating(iter("ab"), 2)) == ["a", "b"]
+    assert ["validating 0/2" in shown[0], "validating 1/2" in shown[1], len(shown)] == [True, True, 2]
