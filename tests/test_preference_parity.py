@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 from real_models import smollm2_gguf
 from run_cli import run
-from torch_judge import torch_base
+from torch_judge import name_here, torch_base
 
 from mlx_lora.adapters.adapt import adapt_model
 from mlx_lora.adapters.inject import adapter_parameters
@@ -170,11 +170,6 @@ def trl_loss(settings, model, batch, reference):
         losses = cpo_loss("sigmoid", sums[:half], sums[half:], beta=settings.beta)
         return losses.mean() + settings.cpo_alpha * likelihood, {}
     return orpo_loss(means[:half], means[half:], settings.beta).mean() + likelihood, {}
-
-
-def name_here(name: str) -> str:
-    path, kind = name.removeprefix("base_model.model.").removesuffix(".default.weight").rsplit(".", 1)
-    return f"{path}.{ {'lora_A': 'lora_a', 'lora_B': 'lora_b'}[kind] }"
 
 
 CASES = {

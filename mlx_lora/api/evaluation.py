@@ -19,6 +19,7 @@ from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.runs.composition import adapter_template, put_adapter
 from mlx_lora.runs.reference import with_reference
+from mlx_lora.runs.sampled_answers import sampled_plan
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system import console
@@ -109,7 +110,7 @@ def measure_loss(
         rows = with_reference(settings, base, {"rows": rows}, say)["rows"]
     if adapter:
         put_adapter(base, adapter, data, objective, ignore_fingerprint)
-    found = held_out_loss(base, rows, settings.loop, objective, say=say)
+    found = held_out_loss(base, rows, settings.loop, objective, say=say, answered=sampled_plan(settings, base, say))
     means = found.reports or {"perplexity": console.perplexity(found.loss)}
     counts = {"supervised_tokens": rows.supervised_tokens, "rows": rows.examples}
     return {"loss": found.loss, **means, **counts, "model": base.model_id}

@@ -198,10 +198,13 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
         )
     tokens = [of("trained tokens", "supervised_tokens_per_s", trained), of("all real tokens", "tokens_per_s", trained)]
     losses = [of("training", "loss", trained), of("held out", "val_loss", held_out)]
-    preferences = any("margin" in r for r in records)
+    preferences, sampled = any("margin" in r for r in records), any("reward" in r for r in records)
+    if sampled:
+        losses = losses[:1]  # of the held-out answers there is only a reward
     counted = "rated answer" if any("divergence" in r for r in records) else "pair" if preferences else "trained token"
     wanted = [
-        (f"Loss per {counted}", losses, "", False),
+        *_rollout_charts(records, of),
+        (f"Loss per {'answer' if sampled else counted}", losses, "", False),
         *_preference_charts(records, of),
         ("Tokens per second", tokens, "", True),
         ("Memory", memory, " GB", True),
@@ -222,6 +225,28 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
     title, series, unit, from_zero = wanted[0]
     drawn[0]["wide"] = line_chart(title, series, unit, from_zero, size=WIDE)
     return drawn
+
+
+def _rollout_charts(
+    records: list[dict[str, Any]], of: Callable[..., Series]
+) -> list[tuple[str, list[Series], str, bool]]:
+    """Return charts of what an objective reports that samples answers; none for other runs."""
+    titles = {
+        "Reward": ("reward", False),
+        "Tokens of an answer": ("length", True),
+        "Answers cut at --max-new-tokens": ("truncated", True),
+        "Divergence from the untrained model": ("kl", True),
+    }
+    trained, held_out = ([r for r in records if r[key] is not None and "reward" in r] for key in ("loss", "val_loss"))
+    charts = []
+    for title, (name, from_zero) in titles.items():
+        series = [
+            of(when, name, having)
+            for when, rows in (("training", trained), ("held out", held_out))
+            if (having := [r for r in rows if r.get(name)])
+        ]
+        charts += [(title, series, "", from_zero)] if series else []
+    return charts
 
 
 def _preference_charts(

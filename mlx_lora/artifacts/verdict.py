@@ -48,6 +48,9 @@ def verdict(records: list[dict[str, Any]], settings: dict[str, Any], ended: bool
     kept = _kept(validations, settings) if ended else validations[-1]
     if kept is not validations[-1]:
         notes.append(f"--keep-best kept the adapter of step {kept['step']:,}, and the headline is about that one.")
+    if any(r.get("reward") is not None for r in validations):
+        headline, tone = _of_rewards(validations, kept)
+        return Verdict(headline, tone, notes)
     if any("margin" in r for r in validations):
         headline, tone = _of_preferences(validations, kept)
         return Verdict(headline, tone, notes)
@@ -60,6 +63,8 @@ def verdict(records: list[dict[str, Any]], settings: dict[str, Any], ended: bool
 
 def overfitting(records: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     """Return a note if the held-out loss rose while the training loss went on falling; else an empty string."""
+    if any("reward" in r for r in records):
+        return ""  # the loss of sampled answers says nothing about that
     validations = [(r["step"], r["val_loss"]) for r in records if r["val_loss"] is not None]
     trained = [(r["step"], r["loss"]) for r in records if r["loss"] is not None]
     if len(validations) < 2 or not trained:
@@ -118,6 +123,14 @@ def _of_preferences(validations: list[dict[str, Any]], kept: dict[str, Any]) -> 
     words = ", ".join(parts)
     tone = PLAIN if len(validations) == 1 or abs(last - first) < 0.005 else GOOD if last > first else BAD
     return words[0].upper() + words[1:], tone
+
+
+def _of_rewards(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
+    """Return headline and tone for answers that were sampled and rewarded."""
+    first, last = validations[0]["reward"], kept["reward"]
+    ends = dict.fromkeys(f"{round(value, 3) + 0:.3f}" for value in (first, last))
+    tone = PLAIN if len(validations) == 1 or abs(last - first) < 0.0005 else GOOD if last > first else BAD
+    return f"Held-out reward {' to '.join(ends)}", tone
 
 
 def _change(rise: float) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 example   one row
 pair      two rows: the chosen answer, then the rejected one; their label is the margin
+prompt    one row, in which nothing is trained; its answers are sampled during the run
 rated     two rows: the answer, then another record's answer to the same prompt, which tells how far the policy is
           from the reference (KTO, arXiv 2402.01306, section 4.2); the label is 1 for a good answer and 0 for a bad one
 """
@@ -16,8 +17,9 @@ import numpy as np
 from mlx_lora.data.encode import Encoded, EncodedSet, Encoder
 from mlx_lora.data.examples import Example
 from mlx_lora.data.preferences import Pair, Rated
+from mlx_lora.data.prompt_records import Prompt, encode_prompts
 
-Entry = Example | Pair | Rated
+Entry = Example | Pair | Rated | Prompt
 """The content of one record in canonical form."""
 
 
@@ -25,6 +27,8 @@ def answers_of(entry: Entry) -> list[Example]:
     """Return the examples of an entry, each of which becomes a row."""
     if isinstance(entry, Pair):
         return [entry.chosen, entry.rejected]
+    if isinstance(entry, Prompt):
+        return [entry.example]
     return [entry.answer] if isinstance(entry, Rated) else [entry]
 
 
@@ -35,12 +39,15 @@ def encode_entries(
 
     Args:
         encoder: how.
-        entries: all examples, all pairs or all rated answers.
+        entries: all examples, all pairs, all rated answers or all prompts.
         on_rows: as in `Encoder.encode`.
 
     Returns:
         As `Encoder.encode`, with numbers of entries. A pair is dropped if one of its answers gave no row.
     """
+    prompts = [entry for entry in entries if isinstance(entry, Prompt)]
+    if prompts:
+        return encode_prompts(encoder, prompts)
     pairs = [entry for entry in entries if isinstance(entry, Pair)]
     rated = [entry for entry in entries if isinstance(entry, Rated)]
     size = 2 if pairs else 1

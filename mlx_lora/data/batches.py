@@ -49,6 +49,7 @@ class Batch:
         numbers: (B,) row numbers in the encoded set, EMPTY for padding; None: not from a set.
         answers: (B, T) bool, the trained targets that belong to an answer; None: all of them.
         shares: the factor on the likelihood, and the divergence, that the loss uses for this batch (objective_loss.py).
+        sampled: name -> (B,) or (B, T) float32 of rows whose answers were sampled (training/rollouts.py); None: others.
     """
 
     inputs: np.ndarray
@@ -65,6 +66,7 @@ class Batch:
     starts: np.ndarray | None = None
     shares: tuple[float, ...] = ()
     trained_rows: int | None = None
+    sampled: dict[str, np.ndarray] | None = None
 
     @property
     def supervised_tokens(self) -> int:
@@ -131,7 +133,9 @@ class Batch:
             return taken
 
         more = {name: getattr(self, name) for name in ("labels", "reference", "numbers", "answers", "starts")}
-        parts = {name: of(array) for name, array in more.items() if array is not None}
+        parts: dict[str, Any] = {name: of(array) for name, array in more.items() if array is not None}
+        if self.sampled is not None:
+            parts["sampled"] = {name: of(array) for name, array in self.sampled.items()}
         return Batch.of(
             of(self.inputs), of(self.targets), of(self.mask), real_tokens, slots,
             group=group or self.group, shares=self.shares, trained_rows=None if group else self.trained_rows, **parts,
@@ -164,6 +168,8 @@ class WidthClass:
 
 class BatchPlan:
     """Batches of one encoded set under a row or token budget."""
+
+    updates = 1  # steps that must be taken together, see RolloutPlan
 
     def __init__(
         self,

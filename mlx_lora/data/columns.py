@@ -76,7 +76,7 @@ class NamedColumns:
 
         Args:
             record: As read from the file; it is not changed.
-            records: `examples`, `pairs` or `rated`: the records that the run trains on.
+            records: `examples`, `pairs`, `rated` or `prompts`: the records that the run trains on.
 
         Returns:
             The columns in words (None: the settings name none, and the record is as it was), and the record.
@@ -102,6 +102,10 @@ class NamedColumns:
         """Return prompt and completion, or the chat, or the text, and the columns that they were in."""
         if records == "pairs":
             return self._prompt(record) if self.prompt else ({**record}, [])
+        if records == "prompts":  # rewards see the other columns
+            found, used = self._prompt(record) if self.prompt else ({}, [])
+            answer = {"answer": record[self.completion]} if self.completion in record else {}
+            return {**record, **answer, **found}, used
         asks_both = bool(self.prompt or self.completion or not (self.chat or self.text))
         if asks_both and (found := self._prompt_and_answer(record, required=not (self.chat or self.text))):
             return found

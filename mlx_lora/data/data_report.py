@@ -19,7 +19,7 @@ MAX_SEGMENT_CHARS = 360
 MAX_EXAMPLE_LINES = 12
 MAX_LINE_CHARS = 110
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that could control the terminal
-UNITS = {"examples": "rows", "pairs": "pairs", "rated": "rated answers"}
+UNITS = {"examples": "rows", "pairs": "pairs", "rated": "rated answers", "prompts": "prompts"}
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
@@ -107,7 +107,7 @@ class DataReport:
         notes: Other things to know, a sentence each.
         example: Decoded pieces of one training row, (text, trained); of a pair, the chosen row's.
         rejected: Decoded pieces of the pair's other answer; empty for other data.
-        records: `examples`, `pairs` or `rated`.
+        records: `examples`, `pairs`, `rated` or `prompts`.
         sets: What each set gives, if there are several or one has a weight.
     """
 

@@ -38,6 +38,7 @@ from mlx_lora.system.files import one_at_a_time
 from mlx_lora.system.long_task import long_task
 
 EVALUATION = "evaluation"  # what errors call the data that is only measured
+UNCACHED = "prompts"  # what rewards see of these records is not stored
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def load_data(
         seed: Of the held-out split.
         say: Called with a line from time to time during a long encoding.
         today: The day for templates that show the date, unless the settings name one; None: today.
-        records: `examples`, `pairs` or `rated`: what the run's objective trains on.
+        records: `examples`, `pairs`, `rated` or `prompts`: what the run's objective trains on.
 
     Returns:
         The sets and the report. Without a validation file, `valid_fraction` of the rows, or the last part of a single
@@ -124,14 +125,16 @@ def _read_or_make_splits(
     day: date | None,
     records: str,
 ) -> DataSplits:
-    if entry := read_entry(folder):
+    cached = records != UNCACHED
+    if cached and (entry := read_entry(folder)):
         rows, details = entry
         report = replace(DataReport.from_dict(details["report"]), data=shown_data(settings.data or ""))
         return DataSplits(rows["train"], rows.get("valid"), rows.get("test"), report, details["chat_template"])
     splits = _make_splits(sets, settings, tokenizer, seed, say, day, records)
     rows = {"train": splits.train, "valid": splits.valid, "test": splits.test}
     details = {"report": splits.report.to_dict(), "chat_template": splits.chat_template}
-    _keep(folder, {name: part for name, part in rows.items() if part is not None}, details, say)
+    if cached:
+        _keep(folder, {name: part for name, part in rows.items() if part is not None}, details, say)
     return splits
 
 
@@ -208,7 +211,7 @@ def _make_splits(
         notes=[
             *data_notes(parts, encoded, keys, encoder, day if template else None),
             *held_out_notes(
-                *(0 if part is None else part.examples for part in (train, held, valid)), settings.valid_fraction
+                train.examples, held.examples if held else 0, valid.examples if valid else 0, settings.valid_fraction
             ),
         ],
         example=pieces[0],
@@ -250,7 +253,8 @@ def load_eval_set(
     day = _day(settings, tokenizer, None)
     chosen = {name: files[name]}
     folder = entry_folder(f"{records} evaluation", chosen, settings, tokenizer, 0, day, _mixed(sets))
-    if entry := read_entry(folder):
+    cached = records != UNCACHED
+    if cached and (entry := read_entry(folder)):
         for line in entry[1]["notes"]:
             say(line)
         return entry[0][name]
@@ -262,7 +266,8 @@ def load_eval_set(
     notes = evaluation_notes(parts[EVALUATION], encoded[EVALUATION])
     for line in notes:
         say(line)
-    _keep(folder, {name: encoded[EVALUATION].rows}, {"notes": notes}, say)
+    if cached:
+        _keep(folder, {name: encoded[EVALUATION].rows}, {"notes": notes}, say)
     return encoded[EVALUATION].rows
 
 

@@ -131,4 +131,5 @@ def joined_sets(first: EncodedSet | None, second: EncodedSet | None) -> EncodedS
     labels = None
     if first.labels is not None and second.labels is not None:
         labels = np.concatenate([first.labels, second.labels])
-    return rows.grouped(first.group, labels, first.trained_rows)
+    facts = None if first.facts is None or second.facts is None else [*first.facts, *second.facts]
+    return rows.grouped(first.group, labels, first.trained_rows).with_facts(facts)

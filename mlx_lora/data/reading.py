@@ -12,6 +12,7 @@ from mlx_lora.data.data_report import DroppedRow, Location
 from mlx_lora.data.examples import EmptyRecord, FormatError, MissingColumn
 from mlx_lora.data.formats import parse_record
 from mlx_lora.data.preferences import parse_pairs, parse_rated
+from mlx_lora.data.prompt_records import parse_prompt
 from mlx_lora.settings.config import DataSettings
 from mlx_lora.sources.data_sets import DataFile
 from mlx_lora.sources.record_types import BadRow, Record
@@ -54,7 +55,7 @@ def read_rows(files: Sequence[DataFile], settings: DataSettings, records: str, r
     Args:
         files: Of one split.
         settings: As in `parse_rows`.
-        records: `examples`, `pairs` or `rated`.
+        records: `examples`, `pairs`, `rated` or `prompts`.
         rows: To add to, and to return; None: new ones.
     """
     rows = Rows() if rows is None else rows
@@ -70,7 +71,7 @@ def parse_rows(source: Iterable[Record | BadRow], name: str, settings: DataSetti
         source: Records wherever they come from, each with its number there.
         name: Of their file or other source, for messages.
         settings: Format and columns of plain examples, and which pairs to take of several answers.
-        records: `examples`, `pairs` or `rated`.
+        records: `examples`, `pairs`, `rated` or `prompts`.
         rows: To add to.
     """
     named = NamedColumns.of(settings)
@@ -86,8 +87,10 @@ def parse_rows(source: Iterable[Record | BadRow], name: str, settings: DataSetti
                 kind, entries = columns or found, [example]
             elif records == "pairs":
                 kind, entries = records, parse_pairs(value, settings.pairs == "all")
-            else:
+            elif records == "rated":
                 kind, entries = records, parse_rated(value)
+            else:
+                kind, entries = records, [parse_prompt(value)]
         except FormatError as error:
             if isinstance(error, MissingColumn) and (cells := empty_cells(record.value, settings)):
                 error = EmptyRecord(

@@ -9,6 +9,7 @@ is trained toward; every method works with every objective.
     examples   the example            tokens                imitation (sft), which needs none of this
     pairs      chosen, rejected       pairs
     rated      answer, another        answers
+    prompts    G sampled answers      answers
 
 Shapes: B rows of a batch, E = B / K examples.
 """
@@ -20,7 +21,8 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlx_lora.data.encode import EncodedSet
+from mlx_lora.data.encoded_set import EncodedSet
+from mlx_lora.objectives.policy_losses import PolicyOptions
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Objective:
 
     Attributes:
         name: as in --objective.
-        records: the kind of records that the data must have: `examples`, `pairs` or `rated`.
+        records: the kind of records that the data must have: `examples`, `pairs`, `rated` or `prompts`.
         description: for the run header.
         loss: computed from whole answers; None for imitation, which sums the loss over tokens.
         reference: whether the loss compares the policy with a reference model.
@@ -71,6 +73,8 @@ class Objective:
         scores: whether a score head gives each answer one number, which replaces its log-probability.
         divergence: whether the loss needs the mean log-ratio of policy to reference on each example's second row. No
             gradient goes through it, so that row is not trained (KTO).
+        policy: the loss of answers that are sampled during the run; None: the data have the answers.
+        room: how many answers are sampled to a prompt, and the most tokens of one.
         reports: names of the numbers that the loss reports.
         finish: turns the means of these numbers into the numbers that users see.
     """
@@ -83,6 +87,8 @@ class Objective:
     likelihood: str = "none"
     divergence: bool = False
     scores: bool = False
+    policy: PolicyOptions | None = None
+    room: tuple[int, int] = (1, 0)
     reports: tuple[str, ...] = ()
     finish: Callable[[dict[str, float]], dict[str, float]] = dict
 
@@ -90,4 +96,6 @@ class Objective:
         """Return encoded rows with the targets that this objective trains on."""
         if self.scores:
             return rows.with_end_scores()
+        if self.policy is not None:
+            return rows.with_room(*self.room)
         return rows.with_whole_rows() if self.likelihood == "rows" else rows

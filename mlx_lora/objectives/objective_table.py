@@ -11,13 +11,18 @@ import mlx.core as mx
 from mlx_lora.objectives import pair_losses
 from mlx_lora.objectives.objective import AnswerSums, Objective
 from mlx_lora.objectives.pair_losses import PAIR_LOSSES, PairLoss, PairOptions, Pairs
+from mlx_lora.objectives.policy_losses import PolicyOptions
 from mlx_lora.objectives.rated_losses import RATED_LOSSES, RatedOptions, Ratings
 from mlx_lora.objectives.reward_loss import bradley_terry
-from mlx_lora.settings.config import ObjectiveSettings
+from mlx_lora.settings.config import SAMPLING, ObjectiveSettings
 from mlx_lora.system.errors import InputError
 
 RATED_REPORTS = ("rewards_good", "rewards_bad", "good", "divergence")
 REWARD_REPORTS: tuple[str, ...] = ("accuracy", "margin", "chosen_rewards", "rejected_rewards")
+POLICY_REPORTS = ("reward", "length", "truncated", "kl", "clipped")
+# Settings of objectives that sample answers.
+OF_SAMPLING = ("reward", "reward_weights", "reward_errors", "reward_timeout", "group_size", "max_new_tokens", "temp",
+    "top_p", "min_p", "epsilon", "epsilon_high", "kl_beta", "mask_truncated", "updates_per_rollout")  # fmt: skip
 PAIR_REPORTS = (*REWARD_REPORTS, "chosen_logps", "rejected_logps")
 
 
@@ -129,6 +134,19 @@ def _reward(settings: ObjectiveSettings) -> Objective:
     return Objective("reward", "pairs", words, loss, scores=True, reports=REWARD_REPORTS)
 
 
+def _policy(settings: ObjectiveSettings) -> Objective:
+    name = settings.objective
+    loss = name if name == "rloo" else settings.grpo_loss
+    high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
+    # The penalty of rloo is taken from the reward, as in TRL; that of the others is part of the loss.
+    beta = 0.0 if name == "rloo" else settings.kl_beta
+    options = PolicyOptions(loss, settings.epsilon, high, beta, settings.max_new_tokens)
+    words = f"{name}: {'' if name == loss else f'{loss} loss, '}groups of {settings.group_size}"
+    words += f", divergence weight {settings.kl_beta:g}" if settings.kl_beta else ""
+    room = settings.group_size, settings.max_new_tokens
+    return Objective(name, "prompts", words, reports=POLICY_REPORTS, policy=options, room=room)
+
+
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Objective]] = {
     "sft": _sft,
     "dpo": _dpo,
@@ -137,6 +155,8 @@ OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Objective]] = {
     "cpo": _cpo,
     "kto": _kto,
     "reward": _reward,
+    "grpo": _policy,
+    "rloo": _policy,
 }
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # the losses of DPO's family that use --label-smoothing
 # Options that only some objectives use; with any other objective they are refused, because they would be ignored.
@@ -155,6 +175,9 @@ OWN_OPTIONS = {
     "shared_prefix": ("dpo", "orpo", "simpo", "cpo", "reward"),
     "reference_adapter": ("dpo", "kto"),
     "center_rewards": ("reward",),
+    "grpo_loss": ("grpo",),
+    "scale_rewards": ("grpo",),
+    **dict.fromkeys(OF_SAMPLING, SAMPLING),
 }
 
 

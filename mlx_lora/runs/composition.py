@@ -39,6 +39,7 @@ from mlx_lora.planner.fitting import planned_words
 from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.planner.shapes import KernelTerms
 from mlx_lora.runs.reference import with_reference
+from mlx_lora.runs.sampled_answers import answering_of
 from mlx_lora.runs.words import describe_run
 from mlx_lora.settings.config import DataSettings, LoopSettings, TrainSettings
 from mlx_lora.system import device
@@ -52,7 +53,9 @@ from mlx_lora.training.loss_choice import PLAIN_LOGITS
 from mlx_lora.training.losses import Loss, check_kernels, choose_loss
 from mlx_lora.training.objective_loss import Task, task_of
 from mlx_lora.training.optim import build_optimizer
+from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.prefix_sharing import layout_problem, sharing_problem
+from mlx_lora.training.rollouts import RolloutPlan
 from mlx_lora.training.run_fit import adapted_shape, fit_run
 from mlx_lora.training.sharing import Sharing
 from mlx_lora.training.state import Position
@@ -77,8 +80,8 @@ class Composed:
 
     folder: RunFolder
     task: Task
-    plan: BatchPlan
-    validation: BatchPlan | None
+    plan: BatchPlan | RolloutPlan
+    validation: BatchPlan | RolloutPlan | None
     steps: int
     found: Checkpoint | None
     memory: MemoryPlan
@@ -132,9 +135,15 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     splits = layout.of(splits)
     loop = settings.loop
     epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
-    plan = training_plan(loop, splits.train, epochs)
+    plan: Any = training_plan(loop, splits.train, epochs)
+    answering = answering_of(settings, base, objective, chosen.loss, say)
+    if answering is not None:
+        plan = RolloutPlan(plan, answering)
     steps = total_steps(plan, loop)
     held_out = choose_held_out(splits.valid, loop, plan, steps, found.identity if found else None)
+    validation: Any = held_out.plan
+    if answering is not None and validation:
+        validation = RolloutPlan(validation, answering, held_out=True)
     loop = replace(loop, val_batches=held_out.val_batches)
     settings = replace(settings, loop=loop)
     device.compile_for(steps)
@@ -143,6 +152,8 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     if found:
         check_continuation(found, identity)
     step, task, details, about = make_step(settings, base, chosen, objective, memory, steps, ranks)
+    if answering is not None:
+        task = answering.reported(task)
     about += [layout.words] if layout.words else []
     check_one_run(ranks, settings, identity)
     take_first_ranks(ranks, step, say)
@@ -150,7 +161,7 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     at.parts = max(at.parts, loop.batch_parts)
     words = describe_run(settings, base, adapted, plan, steps, details, about, held_out.words)
     folder = RunFolder(settings, info, identity, ranks, step, at)
-    return Composed(folder, task, plan, held_out.plan, steps, found, memory, words)
+    return Composed(folder, task, plan, validation, steps, found, memory, words)
 
 
 def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tuple[Adapted, AdapterInfo]:
@@ -349,7 +360,10 @@ def make_step(
     tape = apply_checkpointing(model, loop.grad_checkpoint)
     attention = (tape.attend if tape else attend) if chosen.kernels else None
     variant = choose_step_variant(model, base.config, chosen.loss, attention, base.model_id, chosen.kernels or assumed)
-    task = task_of(objective, variant.loss, model)
+    loss = variant.loss
+    if objective.policy is not None:
+        loss = at_temperature(loss, model, base.config, settings.objective.temp)
+    task = task_of(objective, loss, model)
     step = Step(
         model,
         build_optimizer(settings.optimizer, steps, restart_every(adapter, steps), restart_warmup(adapter, steps)),

@@ -12,9 +12,11 @@ from mlx_lora.artifacts.run_folder import check_room, first_day, own_folder
 from mlx_lora.data.loading import DataSplits, load_data
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.objective_table import OBJECTIVES, objective_of
+from mlx_lora.objectives.user_rewards import rewards_of
 from mlx_lora.runs.composition import Composed, compose, put_adapter
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
+from mlx_lora.runs.sampled_answers import sampled_plan
 from mlx_lora.runs.words import closing_words, left_by, loss_words, outcome_line
 from mlx_lora.settings.config import ObjectiveSettings, TrainSettings
 from mlx_lora.system import console, device
@@ -74,7 +76,15 @@ def train_run(
                 run = compose(settings, base, splits, ranks, say)
             outcome = take_steps(run, base, splits, say, show, told)
     if settings.loop.test and splits.test is not None and not outcome.interrupted:
-        found = held_out_loss(base, splits.test, settings.loop, objective_of(settings.objective), ranks, say)
+        found = held_out_loss(
+            base,
+            splits.test,
+            settings.loop,
+            objective_of(settings.objective),
+            ranks,
+            say,
+            sampled_plan(settings, base, say),
+        )
         say(f"Test {loss_words(found)}")
     return outcome
 
@@ -87,6 +97,12 @@ def wants_training(settings: TrainSettings) -> bool:
 def check_request(settings: TrainSettings, ranks: Ranks) -> None:
     """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
     check_metric(settings)
+    if settings.objective.samples:
+        rewards_of(settings.objective)  # a user's file that does not load is told now
+        if ranks.size > 1:
+            raise InputError(
+                f"--objective {settings.objective.objective} in {ranks.size} processes: only one can sample"
+            )
     loop, trains = settings.loop, wants_training(settings)
     needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}
     missing = [flag for flag, value in needed.items() if not value]

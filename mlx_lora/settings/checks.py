@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
-from mlx_lora.settings.config import LOGGERS, ROWS, WITHOUT_PAIRS
+from mlx_lora.settings.config import LOGGERS, ROWS, SAMPLING, WITHOUT_PAIRS
 from mlx_lora.settings.methods import PRESETS
 from mlx_lora.settings.setting_row import flag_of
 
@@ -47,7 +47,19 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
     loggers = [name.strip().lower() for name in (settings["report_to"] or "").split(",")]
     if settings["report_to"] and not set(loggers) <= set(LOGGERS):
         problems.append(f"--report-to {settings['report_to']}: only {', '.join(LOGGERS)}, by comma")
-    return problems + _data_problems(settings) + _validation_problems(settings)
+    return problems + _data_problems(settings) + _validation_problems(settings) + _rollout_problems(settings)
+
+
+def _rollout_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return a problem for each interval that would save or end a run between two updates on the same answers."""
+    updates = settings["updates_per_rollout"]
+    if settings["objective"] not in SAMPLING or updates == 1:
+        return []
+    return [
+        f"{flag_of(name)} {settings[name]} with --updates-per-rollout {updates}: give a multiple of {updates}"
+        for name in ("iters", "save_every", "steps_per_eval")
+        if settings[name] and settings[name] % updates
+    ]
 
 
 def _data_problems(settings: Mapping[str, Any]) -> list[str]:

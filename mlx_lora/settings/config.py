@@ -22,7 +22,8 @@ BIASES = ("none", "lora_only", "all")
 QUANTIZED_MATMUL = ("auto", "packed", "dense")
 KERNELS = ("auto", "mlx", "ours")
 LOGGERS = ("tensorboard", "trackio", "wandb", "swanlab")
-WITHOUT_PAIRS = ("sft", "kto")  # objectives whose examples are single answers
+SAMPLING = ("grpo", "rloo")  # objectives whose answers are sampled during the run
+WITHOUT_PAIRS = ("sft", "kto", *SAMPLING)  # objectives whose examples are not pairs of answers
 DEFAULT_BATCH_TOKENS = 2048
 
 # Headings of the help.
@@ -142,7 +143,8 @@ class ObjectiveSettings:
 
     objective: str = setting("sft",
         "What to train toward. sft: imitate answers; dpo, orpo, simpo, cpo: prefer the chosen answer of each pair; "
-        "kto: answers rated good or bad; reward: a reward model, which scores answers.", OBJECTIVE, common=True)
+        "kto: answers rated good or bad; reward: a reward model, which scores answers; grpo, rloo: sample answers to "
+        "prompts, and learn from their rewards.", OBJECTIVE, common=True)
     loss_type: str = setting("sigmoid",
         "dpo: loss on the pairs, by TRL's names (sigmoid, hinge, ipo, apo_zero ...); several, by commas, are added. "
         "kto: kto or apo_zero_unpaired.", OBJECTIVE)
@@ -171,6 +173,38 @@ class ObjectiveSettings:
     reference_adapter: str | None = setting(None,
         "Adapter folder whose model is the reference (default: the model as the run starts).",
         OBJECTIVE, may_change=True, per_machine=True)
+    reward: str | None = setting(None,
+        "grpo, rloo: what rewards an answer: FILE.py:FUNCTION with TRL's signature, or exact_match, number_match, "
+        "think_format, length:N, regex:PATTERN, json_schema:FILE; several are separated by commas and added.", OBJECTIVE)
+    reward_weights: str | None = setting(None, "Weights of several rewards, separated by commas (default 1 each).",
+        OBJECTIVE)
+    reward_errors: str = setting("stop", "If a reward fails: stop the run, or skip its answers.",
+        OBJECTIVE, choices=("stop", "skip"), may_change=True)
+    reward_timeout: float = setting(60.0, "Seconds that a reward may take for the answers of a batch.",
+        OBJECTIVE, more_than=0, at_most=86400, may_change=True)
+    group_size: int = setting(8, "grpo, rloo: answers that are sampled to each prompt.",
+        OBJECTIVE, at_least=2, at_most=1024)
+    max_new_tokens: int = setting(256, "grpo, rloo: the most tokens of a sampled answer.",
+        OBJECTIVE, at_least=1, at_most=10**6)
+    temp: float = setting(1.0, "grpo, rloo: temperature of sampling.", OBJECTIVE, more_than=0, at_most=100)
+    top_p: float = setting(1.0, "grpo, rloo: sample from the likeliest tokens with this probability together.",
+        OBJECTIVE, more_than=0, at_most=1)
+    min_p: float = setting(0.0, "grpo, rloo: leave out tokens less likely than this share of the likeliest one.",
+        OBJECTIVE, at_least=0, at_most=1)
+    grpo_loss: str = setting("dapo", "grpo: how the losses of tokens are averaged (grpo, bnpo, dapo, dr_grpo), or gspo, "
+        "which takes one ratio for an answer.", OBJECTIVE, choices=("grpo", "bnpo", "dapo", "dr_grpo", "gspo"))
+    epsilon: float = setting(0.2, "grpo, rloo: how far below 1 the ratio of the probabilities counts.",
+        OBJECTIVE, more_than=0, at_most=1)
+    epsilon_high: float | None = setting(None, "grpo, rloo: how far above 1 (default: as --epsilon).",
+        OBJECTIVE, more_than=0, at_most=1000)
+    kl_beta: float = setting(0.0, "grpo, rloo: weight of the divergence from the untrained model (TRL's beta).",
+        OBJECTIVE, at_least=0, at_most=1000)
+    scale_rewards: str = setting("group", "grpo: divide advantages by the standard deviation of the rewards of the "
+        "prompt's group, of the whole batch, or not at all.", OBJECTIVE, choices=("group", "batch", "none"))
+    mask_truncated: bool = setting(False, "grpo, rloo: do not train answers that were cut at --max-new-tokens.",
+        OBJECTIVE)
+    updates_per_rollout: int = setting(1, "grpo, rloo: how often each sampled answer is trained on.",
+        OBJECTIVE, at_least=1, at_most=1000)
 
     @property
     def rows_per_example(self) -> int:
@@ -178,7 +212,14 @@ class ObjectiveSettings:
 
         With --shared-prefix on, which a run sets when it has decided, a pair is one row.
         """
+        if self.samples:
+            return self.group_size
         return 1 if self.objective == "sft" or self.shared_prefix == "on" else 2
+
+    @property
+    def samples(self) -> bool:
+        """Whether the answers are sampled during the run."""
+        return self.objective in SAMPLING
 
     @property
     def trained_rows_per_example(self) -> int:

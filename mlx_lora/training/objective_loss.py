@@ -9,6 +9,7 @@ Shapes: B rows, A answers (B, or B K where a row holds K), E examples, T columns
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from mlx_lora.data.encode import EncodedSet
 from mlx_lora.objectives.objective import AnswerSums, Objective
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.training.losses import Arrays, Loss, LossFunction, TokenLosses
+from mlx_lora.training.policy_task import policy_arrays, policy_loss_of, prepared
 
 FIRST, SECOND = 0, 1  # rows of an example
 
@@ -114,6 +116,9 @@ def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
         model: the model that is trained or measured.
     """
     of_answers = objective.loss
+    if objective.policy is not None:
+        whole = policy_loss_of(loss, objective.policy, objective.description)
+        return Task(whole, policy_arrays, prepared, objective.reports, _only_numbers)
     if of_answers is None:
         return Task(loss)
     loss = score_loss(model) if objective.scores else loss
@@ -135,6 +140,11 @@ def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
     words = f"{objective.description}; {loss.description}"
     whole = replace(loss, train=of(loss.tokens), measure=of(measure_tokens), description=words)
     return Task(whole, arrays_of, prepare, objective.reports, objective.finish)
+
+
+def _only_numbers(means: dict[str, float]) -> dict[str, float]:
+    """Leave out what only a step reports, and a validation does not."""
+    return {name: value for name, value in means.items() if not math.isnan(value)}
 
 
 def score_loss(model: nn.Module) -> Loss:

@@ -20,7 +20,7 @@ from mlx_lora.system.parsing import parse_json
 from mlx_lora.system.units import counted, format_duration
 
 # The numbers reported by an objective that each line shows.
-SHOWN = ("accuracy", "margin")
+SHOWN = ("reward", "accuracy", "margin")
 T = TypeVar("T")
 BOLD, RESET = "\x1b[1m", "\x1b[0m"
 

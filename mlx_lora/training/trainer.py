@@ -23,10 +23,11 @@ from mlx_lora.system.long_task import tracked
 from mlx_lora.training.agreement import Agreement
 from mlx_lora.training.held_out import held_out_plan
 from mlx_lora.training.interrupts import interrupt_flag
-from mlx_lora.training.losses import choose_loss
+from mlx_lora.training.losses import Loss, choose_loss
 from mlx_lora.training.memory_guard import MemoryGuard
 from mlx_lora.training.objective_loss import Task, task_of
 from mlx_lora.training.progress import Metrics
+from mlx_lora.training.rollouts import RolloutPlan
 from mlx_lora.training.state import Diverged, Position
 from mlx_lora.training.step import Step, StepResult
 
@@ -92,7 +93,7 @@ def diverged(at: Position, result: StepResult) -> bool:
     return at.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
 
 
-def total_steps(plan: BatchPlan, settings: LoopSettings) -> int:
+def total_steps(plan: BatchPlan | RolloutPlan, settings: LoopSettings) -> int:
     """Return the number of optimizer steps of the run: --iters, or the steps that --epochs (default: 1) take."""
     if settings.iters is not None:
         return settings.iters
@@ -104,11 +105,11 @@ def report_interval(total: int, settings: LoopSettings) -> int:
     return settings.steps_per_report or max(1, min(total // REPORTS, MOST_BETWEEN_REPORTS))
 
 
-def _epoch_batches(plan: BatchPlan, settings: LoopSettings) -> int:
+def _epoch_batches(plan: BatchPlan | RolloutPlan, settings: LoopSettings) -> int:
     return max(1, math.ceil(len(plan) * (settings.epochs or 1.0)))
 
 
-def micro_batches(plan: BatchPlan, settings: LoopSettings, start: int = 0) -> Iterator[Batch]:
+def micro_batches(plan: BatchPlan | RolloutPlan, settings: LoopSettings, start: int = 0) -> Iterator[Batch]:
     """Yield batches epoch after epoch, from number `start` on: without end for --iters, else exactly those of --epochs.
 
     With --epochs, the last step accumulates the batches that are left, even if there are fewer than usual: no row is
@@ -165,10 +166,18 @@ def held_out_loss(
     objective: Objective,
     ranks: Ranks = ALONE,
     say: Callable[[str], None] | None = None,
+    answered: Callable[[BatchPlan, Loss], BatchPlan | RolloutPlan] = lambda plan, loss: plan,
 ) -> Measured:
-    """Return the mean loss of the first --test-batches batches; `say` takes lines of progress where there is no bar."""
-    task = task_of(objective, choose_loss(base.model, base.config, settings.kernels), base.model)
-    plan = held_out_plan(rows, settings)
+    """Return the mean loss of the first --test-batches batches.
+
+    Args:
+        base, rows, settings, objective, ranks: what to measure on what.
+        say: takes lines of progress where there is no bar.
+        answered: makes a plan whose answers are sampled, if the objective samples them.
+    """
+    loss = choose_loss(base.model, base.config, settings.kernels)
+    task = task_of(objective, loss, base.model)
+    plan = answered(held_out_plan(rows, settings), loss)
     count = len(plan) if settings.test_batches < 0 else min(len(plan), settings.test_batches)
     batches = plan.batches(settings.test_batches)
     if ranks.size == 1:
@@ -180,8 +189,8 @@ def train(
     model: nn.Module,
     step: Step,
     task: Task,
-    plan: BatchPlan,
-    validation: BatchPlan | None,
+    plan: BatchPlan | RolloutPlan,
+    validation: BatchPlan | RolloutPlan | None,
     settings: LoopSettings,
     report: Callable[[Metrics], None],
     on_step: Callable[[int], None],
@@ -257,7 +266,7 @@ def train(
         if not at.taken:
             validate()
         window = Window()
-        while at.taken < total and not interrupted() and not stopped_early():
+        while at.taken < total and not (at.taken % plan.updates == 0 and (interrupted() or stopped_early())):
             chosen = list(islice(batches, settings.grad_accumulation_steps))
             parts = guard.divide(chosen) if ranks.size == 1 else chosen  # several ranks divide their own rows
             result = step(parts, asked(), guard.divide)

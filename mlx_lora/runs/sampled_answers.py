@@ -1,0 +1,43 @@
+"""Make what samples and rewards the answers of a run, or of a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mlx_lora.data.batches import BatchPlan
+from mlx_lora.models.group_sampling import check_groups
+from mlx_lora.models.load import Base
+from mlx_lora.objectives.objective import Objective
+from mlx_lora.objectives.objective_table import objective_of
+from mlx_lora.objectives.user_rewards import rewards_of
+from mlx_lora.settings.config import TrainSettings
+from mlx_lora.training.losses import Loss
+from mlx_lora.training.policy_task import at_temperature
+from mlx_lora.training.rollouts import Answering, RolloutPlan
+
+
+def answering_of(
+    settings: TrainSettings, base: Base, objective: Objective, loss: Loss, say: Callable[[str], None]
+) -> Answering | None:
+    """Return what samples and rewards the answers of a run, None if its data have them.
+
+    Raises:
+        InputError: a reward cannot be loaded, or the model cannot hold several answers.
+    """
+    if objective.policy is None:
+        return None
+    check_groups(base.model, base.model_id)
+    loss = at_temperature(loss, base.model, base.config, settings.objective.temp)
+    return Answering.of(base, settings, rewards_of(settings.objective), loss, say)
+
+
+def sampled_plan(
+    settings: TrainSettings, base: Base, say: Callable[[str], None]
+) -> Callable[[BatchPlan, Loss], BatchPlan | RolloutPlan]:
+    """Return what makes a plan with sampled answers of a plan of prompts; of other plans, the plan itself."""
+
+    def answered(plan: BatchPlan, loss: Loss) -> BatchPlan | RolloutPlan:
+        answering = answering_of(settings, base, objective_of(settings.objective), loss, say)
+        return RolloutPlan(plan, answering, held_out=True) if answering else plan
+
+    return answered

@@ -1,0 +1,145 @@
+"""The loss of sampled answers, from the losses of their tokens, as steps and validations use it.
+
+Shapes: B rows, one answer each, T columns, P positions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_lora.data.batches import Batch
+from mlx_lora.models.head import Head, find_head
+from mlx_lora.objectives.policy_losses import PolicyOptions, Sampled, policy_loss
+from mlx_lora.planner.this_machine import loss_tile_bytes
+from mlx_lora.system.distributed import Ranks
+from mlx_lora.training.loss_choice import PLAIN_LOGITS
+from mlx_lora.training.losses import Arrays, Loss, head_loss
+
+# What a batch of sampled answers has beside its tokens: (B, T) of each target, and (B,) of each answer.
+OLD, REFERENCE = "old", "reference"
+ADVANTAGES, REWARDS, LENGTHS, TRUNCATED = "advantages", "reward", "length", "truncated"
+
+
+class PolicyArrays(NamedTuple):
+    """The arrays of a batch of sampled answers in addition to `Arrays`, on the device.
+
+    Attributes:
+        old, reference: (P,) float32, log-probabilities under the policy that sampled them, and under the reference.
+        advantages, rewards, lengths, truncated, real: (B,) float32.
+        share: (2,) float32: answers / tokens of the step, and 1 if `old` is the policy itself, whose ratio is 1.
+    """
+
+    old: mx.array
+    reference: mx.array
+    advantages: mx.array
+    rewards: mx.array
+    lengths: mx.array
+    truncated: mx.array
+    real: mx.array
+    share: mx.array
+
+
+def policy_arrays(batch: Batch) -> tuple[mx.array, ...]:
+    """Copy a batch of sampled answers to the device."""
+    sampled = batch.sampled
+    if sampled is None:
+        raise ValueError("a batch without sampled answers")
+    rows = len(batch.inputs)
+    nothing = np.zeros(len(batch.positions), np.float32)
+
+    def of_tokens(name: str) -> mx.array:
+        return mx.array(sampled[name].ravel()[batch.positions] * batch.weights if name in sampled else nothing)
+
+    def of_rows(name: str) -> mx.array:
+        return mx.array(sampled.get(name, np.zeros(rows, np.float32)))
+
+    share = (batch.shares[0] if batch.shares else 0.0, float(OLD not in sampled))
+    return (
+        *Arrays.of(batch), of_tokens(OLD), of_tokens(REFERENCE), of_rows(ADVANTAGES), of_rows(REWARDS), of_rows(LENGTHS),
+        of_rows(TRUNCATED), mx.array(batch.real.astype(np.float32)), mx.array(np.array(share, np.float32)),
+    )  # fmt: skip
+
+
+def policy_loss_of(loss: Loss, options: PolicyOptions, words: str) -> Loss:
+    """Return the loss of sampled answers from that of tokens; its measure is minus the mean reward.
+
+    Args:
+        loss: of tokens.
+        options: of the policy loss.
+        words: on the objective, for the run header.
+    """
+
+    def train(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+        arrays, policy = Arrays(*batch[:5]), PolicyArrays(*batch[5:])
+        logps = -loss.tokens(model, *arrays)  # (P,)
+        old = mx.where(policy.share[1] > 0, mx.stop_gradient(logps), policy.old)
+        sampled = Sampled(
+            logps, old, policy.reference, arrays.weights, arrays.positions // arrays.inputs.shape[1],
+            policy.advantages, mx.stop_gradient(policy.share[0]),
+        )  # fmt: skip
+        losses, reports = policy_loss(sampled, options)  # (B,)
+        return _summed(policy, losses, reports)
+
+    def measure(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+        policy = PolicyArrays(*batch[5:])
+        nothing = mx.full(policy.rewards.shape, math.nan)  # a step reports these, a validation does not
+        return _summed(policy, -policy.rewards, {"kl": nothing, "clipped": nothing})
+
+    return replace(loss, train=train, measure=measure, description=f"{words}; {loss.description}")
+
+
+def _summed(
+    policy: PolicyArrays, losses: mx.array, reports: dict[str, mx.array]
+) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+    """Return sums over real answers of the loss, of 1, and of what is reported."""
+    known = {REWARDS: policy.rewards, LENGTHS: policy.lengths, TRUNCATED: policy.truncated}
+    sums = {name: (values * policy.real).sum() for name, values in (known | reports).items()}
+    return (losses * policy.real).sum(), policy.real.sum(), sums
+
+
+def prepared(batches: list[Batch], ranks: Ranks) -> list[Batch]:
+    """Compute what depends on a whole step: answers divided by tokens. All ranks have the same batches."""
+    answers = sum(int(b.real.sum()) for b in batches)
+    tokens = sum(int(b.mask.sum()) for b in batches)
+    return [replace(batch, shares=(answers / max(1, tokens),)) for batch in batches]
+
+
+def at_temperature(loss: Loss, model: nn.Module, config: dict[str, Any], temperature: float) -> Loss:
+    """Return the loss of tokens under the distribution that answers are sampled from: logits / temperature, as in TRL.
+
+    Args:
+        loss: of tokens, chosen for this model.
+        model, config: the model and its config.json.
+        temperature: of sampling.
+    """
+    if temperature == 1:
+        return loss
+    head = None if loss.kernel == PLAIN_LOGITS else find_head(model, config)
+    if isinstance(head, Head) and head.soft_cap is None:
+        return head_loss(replace(head, scale=head.scale / temperature), loss.kernel, loss_tile_bytes())
+
+    def tokens(model: nn.Module, *batch: mx.array) -> mx.array:
+        arrays = Arrays(*batch[:5])
+        logits = model(arrays.inputs).astype(mx.float32) / temperature  # (B, T, V)
+        logps = mx.take_along_axis(logits, arrays.targets[..., None], axis=-1).squeeze(-1) - mx.logsumexp(
+            logits, axis=-1
+        )
+        return mx.where(arrays.weights > 0, -logps.reshape(-1)[arrays.positions] * arrays.weights, 0.0)
+
+    return replace(loss, tokens=tokens, measure_tokens=None, kernel=PLAIN_LOGITS)
+
+
+def token_logps(model: nn.Module, loss: Loss, batch: Batch) -> np.ndarray:
+    """Return the log-probabilities of a batch's trained targets under the model as it is, (B, T) float32."""
+    tokens = loss.measure_tokens or loss.tokens
+    found = np.zeros(batch.mask.shape, np.float32).ravel()
+    logps = np.array(-tokens(model, *Arrays.of(batch)).astype(mx.float32))
+    real = batch.weights > 0
+    found[batch.positions[real]] = logps[real]
+    return found.reshape(batch.mask.shape)

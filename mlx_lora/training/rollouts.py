@@ -1,0 +1,279 @@
+"""Sample the answers that a step trains on: prompts in, a batch with answers, rewards and advantages out.
+
+A planned batch has G rows for each prompt, with room for answers (EncodedSet.with_room), so memory and shapes are known
+before the run. When the loop asks for a batch, the model as it is then answers its prompts, the rewards are computed, and
+the answers are put into the rows. What is sampled depends on the adapter, the seed and the batch's number only, so a
+resumed run samples the same answers.
+
+With several updates per rollout, a cycle of `grad_accumulation_steps` batches is sampled once and trained on
+`updates_per_rollout` times. A run is only saved and ended between cycles.
+
+Shapes: A = N G rows, T columns.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from mlx_lora.data.batches import EMPTY, Batch, BatchPlan
+from mlx_lora.models.group_sampling import SamplingOptions, answer_keys, sample_groups
+from mlx_lora.models.load import Base
+from mlx_lora.objectives.policy_losses import group_advantages, leave_one_out_advantages
+from mlx_lora.objectives.rewards import Reward
+from mlx_lora.objectives.user_rewards import rewards_for, summed
+from mlx_lora.settings.config import TrainSettings
+from mlx_lora.training.losses import Loss
+from mlx_lora.training.objective_loss import Task
+from mlx_lora.training.policy_task import (
+    ADVANTAGES,
+    LENGTHS,
+    OLD,
+    REFERENCE,
+    REWARDS,
+    TRUNCATED,
+    token_logps,
+)
+
+WIDTH_STEP = 32  # widths of batches of sampled answers are a multiple of this, so that few shapes occur
+HELD_OUT_STREAM = 1 << 40  # the numbers of rollouts on held-out prompts start here
+
+
+@dataclass
+class Spent:
+    """What rollouts have taken since this was last read."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    began_s: float = field(default_factory=time.perf_counter)
+
+    def read(self) -> dict[str, float]:
+        """Return sampled tokens per second of sampling, and its share of all time; then start again."""
+        now = time.perf_counter()
+        found = {
+            "rollout_tokens_per_s": self.tokens / self.seconds if self.seconds else math.nan,
+            "rollout_share": self.seconds / max(now - self.began_s, 1e-9),
+        }
+        self.seconds, self.tokens, self.began_s = 0.0, 0, now
+        return found
+
+
+@dataclass(frozen=True)
+class Answering:
+    """What a rollout needs beside its prompts.
+
+    Attributes:
+        base: with the adapter as it is trained.
+        settings: of the run.
+        rewards: what rewards answers.
+        loss: of tokens, for the log-probabilities before the first update and those of the reference.
+        say: takes a line if a reward fails and is skipped.
+        start: the adapter's parameters as the run began, with which the model is the reference.
+        spent: time and tokens of sampling.
+    """
+
+    base: Base
+    settings: TrainSettings
+    rewards: Sequence[Reward]
+    loss: Loss
+    say: Callable[[str], None]
+    start: dict[str, Any]
+    spent: Spent = field(default_factory=Spent)
+
+    @classmethod
+    def of(
+        cls, base: Base, settings: TrainSettings, rewards: Sequence[Reward], loss: Loss, say: Callable[[str], None]
+    ) -> Answering:
+        """Return it for an adapted base that is not yet trained."""
+        return cls(base, settings, rewards, loss, say, base.model.trainable_parameters())
+
+    def reported(self, task: Task) -> Task:
+        """Return a task whose steps also report the rate of sampling and its share of the time."""
+
+        def finish(means: dict[str, float]) -> dict[str, float]:
+            found = task.finish(means)
+            return found | self.spent.read() if "kl" in found else found
+
+        return replace(task, finish=finish)
+
+    def answer(self, batch: Batch, facts: Sequence[dict[str, Any]], rollout: int, trains: bool) -> Batch:
+        """Return a planned batch with sampled answers in its rows.
+
+        Args:
+            batch: of `facts` prompts, with room for answers.
+            facts: what rewards see of each prompt.
+            rollout: its number, which decides the random streams.
+            trains: whether it will be trained on; else only rewards are computed.
+
+        Raises:
+            RunError: a reward failed.
+        """
+        model, objective = self.base.model, self.settings.objective
+        training = model.training
+        model.eval()
+        try:
+            rows = np.flatnonzero(batch.real)
+            answers = self._sample(batch, rows, rollout)
+            filled = self._filled(batch, rows, answers)
+            rewards = self._rewards(facts, answers)
+            if trains and (objective.updates_per_rollout > 1 or objective.kl_beta):
+                filled = self._with_logps(filled)
+            return self._with_rewards(filled, rows, rewards)
+        finally:
+            model.train(training)
+
+    def _sample(self, batch: Batch, rows: np.ndarray, rollout: int) -> list[list[int]]:
+        """Return the tokens of each real row's answer."""
+        objective, group = self.settings.objective, batch.group
+        first = rows[::group]
+        begins = batch.mask[first].argmax(axis=1)  # the prompt's last token predicts the first target
+        prompts = [batch.inputs[row, : begin + 1].tolist() for row, begin in zip(first, begins, strict=True)]
+        options = SamplingOptions(group, objective.max_new_tokens, objective.temp, objective.top_p, objective.min_p)
+        start = time.perf_counter()
+        ends = frozenset(self.base.tokenizer.eos_token_ids)
+        keys = answer_keys(self.settings.loop.seed, rollout, len(rows))
+        answers, _ = sample_groups(self.base.model, prompts, options, ends, keys)
+        self.spent.seconds += time.perf_counter() - start
+        self.spent.tokens += sum(map(len, answers))
+        return answers
+
+    def _filled(self, batch: Batch, rows: np.ndarray, answers: list[list[int]]) -> Batch:
+        """Put answers into the rows of a planned batch, and cut columns that none of them needs."""
+        begins = batch.mask.argmax(axis=1)  # the column of each row's first target
+        longest = max(begins[row] + len(answer) for row, answer in zip(rows, answers, strict=True))
+        width = min(batch.inputs.shape[1], -(-int(longest) // WIDTH_STEP) * WIDTH_STEP)
+        inputs, targets = batch.inputs[:, :width].copy(), batch.targets[:, :width].copy()
+        mask = np.zeros_like(inputs, bool)
+        ends, most = frozenset(self.base.tokenizer.eos_token_ids), self.settings.objective.max_new_tokens
+        lengths, truncated = np.zeros(len(inputs), np.float32), np.zeros(len(inputs), np.float32)
+        for row, answer in zip(rows, answers, strict=True):
+            begin, end = begins[row], begins[row] + len(answer)
+            inputs[row, begin + 1 :], targets[row, begin:] = 0, 0
+            targets[row, begin:end] = answer
+            inputs[row, begin + 1 : end] = answer[:-1]
+            lengths[row] = len(answer)
+            truncated[row] = len(answer) == most and answer[-1] not in ends
+            mask[row, begin:end] = not (truncated[row] and self.settings.objective.mask_truncated)
+        real_tokens = int(begins[rows].sum()) + sum(map(len, answers))
+        slots = min(len(batch.positions), mask.size)
+        sampled = {LENGTHS: lengths, TRUNCATED: truncated}
+        return Batch.of(
+            inputs, targets, mask, real_tokens, slots, group=batch.group, numbers=batch.numbers, sampled=sampled
+        )
+
+    def _rewards(self, facts: Sequence[dict[str, Any]], answers: list[list[int]]) -> np.ndarray:
+        """Return the reward of each answer, (A,) float64, NaN without one."""
+        tokenizer, group = self.base.hf_tokenizer, self.settings.objective.group_size
+        texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+        of_rows = [fact for fact in facts for _ in range(group)]
+        completions = [
+            [{"role": "assistant", "content": text}] if fact["chat"] else text
+            for fact, text in zip(of_rows, texts, strict=True)
+        ]
+        names = dict.fromkeys(name for fact in facts for name in fact["columns"])
+        columns = {name: [fact["columns"].get(name) for fact in of_rows] for name in names}
+        for name in ("prompt", "completion", "prompts", "completions", "completion_ids"):
+            columns.pop(name, None)
+        arguments = {"prompts": [fact["prompt"] for fact in of_rows], "completions": completions}
+        arguments = {**columns, **arguments, "completion_ids": answers}
+        objective = self.settings.objective
+        return summed(rewards_for(self.rewards, arguments, objective, self.say), self.rewards)
+
+    def _with_logps(self, batch: Batch) -> Batch:
+        """Add the log-probabilities of the sampled tokens under the policy, and under the reference."""
+        objective, model, sampled = self.settings.objective, self.base.model, dict(batch.sampled or {})
+        if objective.updates_per_rollout > 1 or objective.objective == "rloo":
+            sampled[OLD] = token_logps(model, self.loss, batch)
+        if objective.kl_beta:
+            now = model.trainable_parameters()
+            model.update(self.start)
+            sampled[REFERENCE] = token_logps(model, self.loss, batch)
+            model.update(now)
+        return replace(batch, sampled=sampled)
+
+    def _with_rewards(self, batch: Batch, rows: np.ndarray, rewards: np.ndarray) -> Batch:
+        """Add rewards and advantages; that of an answer without a reward is 0, as in TRL."""
+        objective, sampled = self.settings.objective, dict(batch.sampled or {})
+        if objective.objective == "rloo" and objective.kl_beta and REFERENCE in sampled:
+            away = (sampled[OLD] - sampled[REFERENCE]).sum(axis=1)[rows]
+            advantages = leave_one_out_advantages(rewards - objective.kl_beta * away, batch.group)
+        elif objective.objective == "rloo":
+            advantages = leave_one_out_advantages(rewards, batch.group)
+        else:
+            advantages = group_advantages(rewards, batch.group, objective.scale_rewards)
+        known = np.isfinite(rewards)
+        shown = np.where(known, rewards, rewards[known].mean() if known.any() else 0.0)  # does not change the mean
+        for name, values in ((ADVANTAGES, advantages), (REWARDS, shown)):
+            sampled[name] = np.zeros(len(batch.inputs), np.float32)
+            sampled[name][rows] = values
+        return replace(batch, sampled=sampled)
+
+
+class RolloutPlan:
+    """A plan of batches whose answers are sampled when a batch is asked for; it takes the place of a `BatchPlan`."""
+
+    def __init__(self, plan: BatchPlan, answering: Answering, held_out: bool = False):
+        """Answer the prompts of a plan.
+
+        Args:
+            plan: of rows with room for answers.
+            answering: how.
+            held_out: whether the prompts are only measured; then each has the same random streams every time.
+        """
+        loop = answering.settings.loop
+        self.prompts, self._answering, self._held_out = plan, answering, held_out
+        self._cycle = loop.grad_accumulation_steps
+        self._updates = 1 if held_out else answering.settings.objective.updates_per_rollout
+        self._kept: dict[int, Batch] = {}
+
+    def __len__(self) -> int:
+        """Return the number of batches per epoch, each as often as it is trained on."""
+        return len(self.prompts) * self._updates
+
+    @property
+    def updates(self) -> int:
+        """How many steps train on the same answers; a run is saved and ended between them only."""
+        return self._updates
+
+    @property
+    def rows(self) -> Any:
+        """The prompts' rows."""
+        return self.prompts.rows
+
+    @property
+    def shapes(self) -> set[tuple[int, int, int]]:
+        """All (B, T, P) that are planned; what is sampled may need fewer columns."""
+        return self.prompts.shapes
+
+    @property
+    def padding_fraction(self) -> float:
+        """The fraction of an epoch's positions without a token, if every answer takes all of its room."""
+        return self.prompts.padding_fraction
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        """Return batch `index` of `epoch`, sampled now or, for a further update, before."""
+        cycle, place = divmod(epoch * len(self) + index, self._cycle * self._updates)
+        number = cycle * self._cycle + place % self._cycle
+        if number not in self._kept:
+            if place == 0:
+                self._kept.clear()
+            self._kept[number] = self._sampled(*divmod(number, len(self.prompts)), number)
+        return self._kept[number]
+
+    def batches(self, limit: int = -1) -> Iterator[Batch]:
+        """Yield the first `limit` batches of epoch 0 (-1: all), for validation."""
+        count = len(self) if limit < 0 else min(limit, len(self))
+        return (self._sampled(0, index, HELD_OUT_STREAM + index) for index in range(count))
+
+    def _sampled(self, epoch: int, index: int, rollout: int) -> Batch:
+        batch = self.prompts.batch(epoch, index)
+        if batch.numbers is None or self.prompts.rows.facts is None:
+            raise ValueError("a plan of other rows than prompts")
+        numbers = batch.numbers[:: batch.group]
+        facts = [self.prompts.rows.facts[number // batch.group] for number in numbers if number != EMPTY]
+        return self._answering.answer(batch, facts, rollout, trains=not self._held_out)

@@ -1,0 +1,99 @@
+"""Frozen rollouts and rewards: the loss here and TRL's over PEFT on torch, with every factor's gradient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from torch_judge import name_here, torch_base
+
+from mlx_lora.adapters.adapt import adapt_model
+from mlx_lora.adapters.inject import adapter_parameters
+from mlx_lora.data.batches import Batch
+from mlx_lora.models.load import load_base
+from mlx_lora.objectives.objective_table import objective_of
+from mlx_lora.objectives.policy_losses import RATIO_OF
+from mlx_lora.settings.config import AdapterSettings, ModelSettings, ObjectiveSettings
+from mlx_lora.system.distributed import ALONE
+from mlx_lora.training.losses import choose_loss
+from mlx_lora.training.objective_loss import task_of
+from mlx_lora.training.policy_task import ADVANTAGES, OLD, REFERENCE, REWARDS, token_logps
+
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]
+RANK, ALPHA, PROMPTS, GROUP, LONGEST = 4, 8.0, 3, 4, 11
+
+
+def frozen_batch(seed: int = 0) -> Batch:
+    """Return random prompts with random answers, old and reference log-probabilities and advantages."""
+    random = np.random.default_rng(seed)
+    rows, width = PROMPTS * GROUP, 8 + LONGEST
+    inputs, targets = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
+    mask = np.zeros((rows, width), bool)
+    for prompt in range(PROMPTS):
+        asked = random.integers(0, 288, int(random.integers(3, 8)))
+        for row in range(prompt * GROUP, (prompt + 1) * GROUP):
+            text = np.concatenate([asked, random.integers(0, 288, int(random.integers(1, LONGEST + 1)))])
+            inputs[row, : len(text) - 1], targets[row, : len(text) - 1] = text[:-1], text[1:]
+            mask[row, len(asked) - 1 : len(text) - 1] = True
+    ones = np.ones(rows, np.float32)
+    sampled = {ADVANTAGES: random.normal(0, 1, rows).astype(np.float32), REWARDS: ones}
+    sampled |= {"length": mask.sum(axis=1).astype(np.float32), "truncated": 0 * ones}
+    return Batch.of(inputs, targets, mask, int(mask.sum()), int(mask.sum()) + 5, group=GROUP, sampled=sampled)
+
+
+def moved_base(folder):
+    """Return an adapted base whose adapter is not zero, and its factors."""
+    base = load_base(ModelSettings(model=str(folder)))
+    adapt_model(base.model, AdapterSettings(rank=RANK, alpha=ALPHA), seed=1)
+    random = np.random.default_rng(5)
+    factors = adapter_parameters(base.model)
+    moved = [(n, mx.array(random.normal(0, 0.05, v.shape).astype(np.float32))) for n, v in factors.items()]
+    base.model.load_weights(moved, strict=False)
+    return base, {name: np.array(value) for name, value in adapter_parameters(base.model).items()}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2])
+@pytest.mark.parametrize("name", list(RATIO_OF))
+def test_loss_and_every_gradient_are_trls(name, beta, tiny_folder):
+    import peft
+    import torch
+    from trl_policy_judge import policy_objective
+
+    if name == "rloo" and beta:
+        pytest.skip("rloo takes the divergence from the reward")
+    base, initial = moved_base(tiny_folder)
+    loss = choose_loss(base.model, base.config)
+    batch = frozen_batch()
+    random = np.random.default_rng(9)
+    old = token_logps(base.model, loss, batch)
+    old += random.normal(0, 0.2, old.shape).astype(np.float32) * batch.mask
+    reference = old + random.normal(0, 0.3, old.shape).astype(np.float32) * batch.mask
+    batch = replace(batch, sampled={**(batch.sampled or {}), OLD: old, REFERENCE: reference})
+    asked = ObjectiveSettings("rloo") if name == "rloo" else ObjectiveSettings("grpo", grpo_loss=name, kl_beta=beta)
+    asked = replace(asked, epsilon=0.15, epsilon_high=0.25, max_new_tokens=LONGEST, reward="exact_match")
+    task = task_of(objective_of(asked), loss, base.model)
+    [ready] = task.prepare([batch], ALONE)
+    (total, count, _), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, *task.arrays_of(ready))
+    ours = {key: np.array(value / count) for key, value in tree_flatten(grads)}
+
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")
+    model = peft.get_peft_model(torch_base(tiny_folder), config).train()
+    trained = {name_here(key): value for key, value in model.named_parameters() if value.requires_grad}
+    assert trained.keys() == initial.keys()
+    for key, value in trained.items():
+        value.data = torch.tensor(initial[key].T.copy())
+    inputs, targets = (torch.tensor(values.astype(np.int64)) for values in (batch.inputs, batch.targets))
+    logps = torch.log_softmax(model(inputs).logits, dim=-1).gather(2, targets[..., None]).squeeze(2)
+    others = [torch.tensor(values) for values in (old, reference, batch.mask, batch.sampled[ADVANTAGES])]
+    options = {"beta": beta, "low": 0.15, "high": 0.25, "longest": LONGEST}
+    wanted, _ = policy_objective(logps, *others, name, **options)
+    wanted.backward()
+    assert (total / count).item() == pytest.approx(wanted.item(), rel=1e-4)
+    for key, value in trained.items():
+        theirs = value.grad.numpy().T
+        assert np.linalg.norm(ours[key] - theirs) < 1e-4 * np.linalg.norm(theirs), key
+        assert np.linalg.norm(theirs) > 0

@@ -1,0 +1,128 @@
+"""Rewards by name and from files: their values, their failures, and that TRL's own functions run as they are."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mlx_lora.objectives.rewards import ready_reward
+from mlx_lora.objectives.user_rewards import rewards_for, rewards_of, summed
+from mlx_lora.settings.config import ObjectiveSettings
+from mlx_lora.system.errors import InputError, RunError
+
+ASKED = ObjectiveSettings("grpo")
+
+
+def given(name: str, *texts: str, chat: bool = False, **columns):
+    completions = [[{"role": "assistant", "content": text}] if chat else text for text in texts]
+    ids = [list(range(len(text))) for text in texts]
+    return ready_reward(name)(prompts=["?"] * len(texts), completions=completions, completion_ids=ids, **columns)
+
+
+def test_ready_rewards():
+    assert given("exact_match", " 4\n", "5", answer=["4", "4"]) == [1.0, 0.0]
+    assert given("exact_match", "x", solution=[None]) == [None]
+    gsm8k = ["She has 3 + 4.\n#### 7", "#### 1,200"]
+    assert given("number_match", "I think 3 and then 7.", "1200.0", answer=gsm8k) == [1.0, 1.0]
+    assert given("number_match", "#### 7 because 8", "12", answer=gsm8k) == [1.0, 0.0]
+    assert given("number_match", "no number", answer=["7"]) == [0.0]
+    thoughts = "<think>a</think> b", "<think>a</think>", "b", "<think><think>a</think> b"
+    assert given("think_format", *thoughts, chat=True) == [1.0, 0.0, 0.0, 0.0]
+    assert given("length:4", "abcd", "abcdef") == [0.0, -0.5]
+    assert given("regex:^\\d+$", "12", "a12") == [1.0, 0.0]
+
+
+def test_json_schema(tmp_path):
+    pytest.importorskip("jsonschema")
+    schema = tmp_path / "s.json"
+    schema.write_text('{"type": "object", "required": ["name"]}')
+    assert given(f"json_schema:{schema}", '{"name": 1}', "{}", "name") == [1.0, 0.5, 0.0]
+    schema.write_text('{"type": 5}')
+    with pytest.raises(InputError, match="holds no JSON schema"):
+        ready_reward(f"json_schema:{schema}")
+
+
+@pytest.mark.parity
+def test_trls_own_rewards_run_as_they_are(tmp_path):
+    file = tmp_path / "theirs.py"
+    file.write_text("from trl.rewards import think_format_reward\n")
+    rewards = rewards_of(replace(ASKED, reward=f"{file}:think_format_reward"))
+    texts = ["<think>a</think>b", "b"]
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    answers = {"prompts": ["?"] * 2, "completions": completions, "completion_ids": [[1], [2]], "level": [1, 2]}
+    assert rewards_for(rewards, answers, ASKED, print).tolist() == [[1.0], [0.0]]
+
+
+def written(tmp_path, body: str):
+    file = tmp_path / "mine.py"
+    file.write_text(f"import time\ndef mine(completions, **columns):\n    {body}\n")
+    return rewards_of(replace(ASKED, reward=f"{file}:mine"))
+
+
+ANSWERS = {"prompts": ["2+2=", "3+3="], "completions": ["4", "7"], "completion_ids": [[1], [2]]}
+FAILURES = {
+    "raise ValueError('no such thing')": "ValueError: no such thing",
+    "return [1.0]": "1 values for 2 answers",
+    "return [1.0, float('nan')]": "nan for the answer '7' to '3\\+3='",
+    "return [1.0, 'good']": "a str, not a number, for the answer '7'",
+    "time.sleep(30)": "longer than 0.2 s",
+    "return len(completions)": "TypeError",
+}
+
+
+@pytest.mark.parametrize("body", FAILURES)
+def test_a_failing_reward_stops_the_run_or_is_skipped(body, tmp_path):
+    rewards, asked = written(tmp_path, body), replace(ASKED, reward_timeout=0.2)
+    start = time.perf_counter()
+    with pytest.raises(RunError, match=FAILURES[body]) as failed:
+        rewards_for(rewards, ANSWERS, asked, print)
+    assert "\n" not in str(failed.value)
+    assert "--reward-errors skip" in str(failed.value)
+    said = []
+    found = rewards_for(rewards, ANSWERS, replace(asked, reward_errors="skip"), said.append)
+    assert time.perf_counter() - start < 10
+    assert math.isnan(found[1, 0])
+    assert said[0].startswith("Note: --reward mine")
+
+
+def test_rewards_are_added_by_their_weights(tmp_path):
+    file = tmp_path / "two.py"
+    file.write_text("def a(completions, **c): return [1, None]\ndef b(completions, **c): return [2, 3]\n")
+    asked = replace(ASKED, reward=f"{file}:a,{file}:b", reward_weights="2,0.5")
+    rewards = rewards_of(asked)
+    found = rewards_for(rewards, ANSWERS, asked, print)
+    assert summed(found, rewards).tolist() == [3.0, 1.5]
+    assert np.isnan(summed(np.full((1, 2), math.nan), rewards)).all()
+    assert [reward.name for reward in rewards] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("reward", "weights", "words"),
+    [
+        (None, None, "requires --reward"),
+        ("exact_mach", None, "did you mean exact_match"),
+        ("length:x", None, "as in length:200"),
+        ("regex:(", None, "not a regular expression"),
+        ("missing.py:f", None, "there is no file"),
+        ("exact_match", "1,2", "give 1 numbers"),
+        ("exact_match", "nan", "give 1 numbers"),
+    ],
+)
+def test_bad_settings_are_one_line(reward, weights, words):
+    with pytest.raises(InputError, match=words) as refused:
+        rewards_of(replace(ASKED, reward=reward, reward_weights=weights))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_that_fails_or_has_no_such_function(tmp_path):
+    file = tmp_path / "bad.py"
+    file.write_text("def other(): pass\n")
+    with pytest.raises(InputError, match="has no function mine; it has other"):
+        rewards_of(replace(ASKED, reward=f"{file}:mine"))
+    file.write_text("1 / 0\n")
+    with pytest.raises(InputError, match="ZeroDivisionError"):
+        rewards_of(replace(ASKED, reward=f"{file}:mine"))
