@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all fuzz parity lint docs format bench soak clean
+.PHONY: setup demo test test-all fuzz parity lint docs format bench gate soak clean
 
 # Made again whenever the dependency list changes.
 $(VENV)/.ready: pyproject.toml
@@ -62,6 +62,11 @@ MODEL ?= demo/SmolLM2-135M-Instruct
 DATA ?= data/alpaca/train.jsonl
 bench: setup
 	$(BIN)/python benchmarks/versus.py --model $(MODEL) --data $(DATA) --out versus.json
+
+# Is a step still as fast against mlx-lm's as at the last commits in benchmarks/results/history.jsonl? About four minutes on a
+# quiet machine. FLAGS=--record adds this commit to the history.
+gate: setup
+	$(BIN)/python benchmarks/versus.py --quick --check $(FLAGS)
 
 # 200 times kill -9 at moments drawn by chance; after each, --resume; the adapters must come out byte for byte the same.
 KILLS ?= 200

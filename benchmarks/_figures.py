@@ -26,7 +26,8 @@ def run_figures(steps: Sequence[Step], first_step_s: float) -> dict[str, float |
     Returns:
         `supervised_tokens_per_s` and `tokens_per_s` over all steps after the first, with retraces for new shapes;
         `steady_tokens_per_s` (supervised) over those of them whose shape had run before (None if there are fewer than
-        two); `whole_tokens_per_s` (supervised) from the process's start (imports, model, data, compilation) to the last
+        two); `tokens_per_cpu_s` (supervised) per second of the process's own processor time (None where it is not
+        known); `whole_tokens_per_s` (supervised) from the process's start (imports, model, data, compilation) to the last
         step's end.
     """
     if len(steps) < 2:
@@ -41,6 +42,7 @@ def run_figures(steps: Sequence[Step], first_step_s: float) -> dict[str, float |
         "steady_tokens_per_s": sum(steps[i]["supervised"] for i in steady) / steady_s if len(steady) > 1 else None,
         "whole_tokens_per_s": (steps[0]["supervised"] + supervised) / (first_step_s + spent_s),
         "tokens_per_s": real / spent_s,
+        "tokens_per_cpu_s": supervised / cpu_s if (cpu_s := _cpu_seconds(steps)) else None,
         "padding_fraction": 1 - real / sum(step["positions"] for step in counted),
         "first_step_s": first_step_s,
         "counted_steps": len(counted),
@@ -50,6 +52,12 @@ def run_figures(steps: Sequence[Step], first_step_s: float) -> dict[str, float |
         "supervised_tokens_per_step": supervised / len(counted),
         "positions_per_step": sum(step["positions"] for step in counted) / len(counted),
     }
+
+
+def _cpu_seconds(steps: Sequence[Step]) -> float | None:
+    """Return the processor seconds of all steps after the first, None where they were not noted."""
+    first, last = (steps[i].get("cpu_s") for i in (0, -1))
+    return None if first is None or last is None else last - first
 
 
 def seconds_of(steps: Sequence[Step]) -> list[float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from _figures import steps_from_metrics
-from _processes import ChildFailed, Ended, run_child
+from _processes import ChildFailed, Ended, cpu_seconds, run_child
 
 MIN_STEPS = 2
 
@@ -21,17 +21,27 @@ class Watch:
     def __init__(self, metrics: Path, seconds: float | None, examples: int | None = None):
         """Follow a file; interrupt after these seconds from its first step, or after these examples; None: never."""
         self._metrics, self._seconds, self._examples, self._size = metrics, seconds, examples, 0
-        self._interrupted = False
+        self._interrupted, self._seen = False, 0
         self.first_step_unix_s: float | None = None
+        self.cpu_s: list[float | None] = []  # the child's processor seconds at the end of each step
 
     def __call__(self, child: subprocess.Popen) -> None:
         if self._interrupted or not self._metrics.exists():
             return
         if self.first_step_unix_s is None and self._metrics.stat().st_size:
             self.first_step_unix_s = time.time()
+        self._note_cpu(child.pid)
         if self.first_step_unix_s is not None and self._is_over():
             child.send_signal(signal.SIGINT)  # it ends its step, saves, and exits with 130
             self._interrupted = True
+
+    def _note_cpu(self, pid: int) -> None:
+        """Note the child's processor time for each step that was reported since the last look, 20 ms ago."""
+        if (size := self._metrics.stat().st_size) == self._seen:
+            return
+        self._seen = size
+        count = self._metrics.read_bytes().count(b"\n")
+        self.cpu_s += [cpu_seconds(pid)] * (count - len(self.cpu_s))
 
     def _is_over(self) -> bool:
         if self._seconds is not None:
@@ -80,8 +90,11 @@ def train_timed(
     if watch.first_step_unix_s is None:
         raise ChildFailed(f"{' '.join(command[:3])} ended without a step in {folder / 'metrics.jsonl'}")
     records = read_metrics(folder)
+    steps = steps_from_metrics(records)
+    if len(watch.cpu_s) == len(steps) == len(records):  # the last one may have come after the last look
+        steps = [{**step, "cpu_s": cpu_s} for step, cpu_s in zip(steps, watch.cpu_s, strict=True)]
     return {
-        "steps": steps_from_metrics(records),
+        "steps": steps,
         "first_step_unix_s": watch.first_step_unix_s,
         "peak_allocator_bytes": records[-1]["peak_memory_bytes"],
         "facts": {},

@@ -97,6 +97,16 @@ def run_child(
     return Ended(child.returncode, started_unix_s, time.perf_counter() - start, peak)
 
 
+def cpu_seconds(pid: int) -> float | None:
+    """Return the processor seconds that a running process has used, None where /proc does not tell."""
+    try:
+        facts = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    user, system = facts.rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def last_lines(log: Path, count: int = 15) -> str:
     """Return the end of a log."""
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])

@@ -93,6 +93,7 @@ class Bench:
         ours: extra flags of our train command, at its end.
         pythons: side or peer name -> interpreter, for a side that needs other packages.
         timeout_s: for each child.
+        quick: every round takes the same batches, and ours writes no texts; otherwise round n shuffles with seed n.
     """
 
     folder: Path
@@ -103,6 +104,7 @@ class Bench:
     timeout_s: float
     pythons: dict[str, str] = field(default_factory=dict)
     passes: int | None = None
+    quick: bool = False
 
     def log(self, name: str) -> Path:
         """Return the log file of a child."""
@@ -144,6 +146,7 @@ def time_run(bench: Bench, side: Side, number: int) -> dict[str, Any]:
     """Train once in a new process, and return its figures, raw steps and memory."""
     adapter = bench.folder / "initial.safetensors"
     name = f"{side.name}.round{number}"
+    number = 0 if bench.quick else number
     if side.script is None:
         result, ended, command = _train_ours(bench, side, adapter, name, number)
     else:
@@ -215,6 +218,7 @@ def our_command(bench: Bench, data: str, adapter: Path, folder: Path, changes: S
     command = [sys.executable, "-m", "mlx_lora.train"]
     command += [str(part) for pair in flags.items() for part in pair]
     command += ["--grad-checkpoint"] if settings["grad_checkpoint"] else []
+    command += ["--sample-tokens", "0"] if bench.quick else []  # no texts for the report, which are not counted anyway
     return [*command, *changes]
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/versus.py --model DIR --data FILE.json --seconds 120 --out versus.json
     python benchmarks/versus.py --model DIR --data FILE.json --sides mlx_lora,mlx-lm,peft-grouped --steps 20
+    python benchmarks/versus.py --quick --check          the gate: fixed rows against mlx-lm, compared with history.jsonl
     python benchmarks/versus.py --objective dpo --model DIR --data PAIRS.json --rows 24 --passes 1 --rounds 3
 
 Every run is a new process; rounds alternate (A B A B ...), so that drift of the machine affects all sides; medians and
@@ -28,6 +29,7 @@ from _pair_figures import Disagreement, check_curves, summarize_pairs, wrong_acc
 from _pair_sides import PAIR_SIDES, check_curve, prepare_pairs, time_pairs, variant_of
 from _pair_table import render_pairs
 from _processes import ChildFailed
+from _quick import add_arguments, finish, fix_arguments, load_before, prepare_quick
 from _sides import OURS, SIDES, Bench, Side, check_loss, prepare, time_run, why_skipped
 from _table import render
 
@@ -37,6 +39,7 @@ FIGURES = (
     "steady_tokens_per_s",
     "whole_tokens_per_s",
     "tokens_per_s",
+    "tokens_per_cpu_s",
     "padding_fraction",
     "peak_allocator_bytes",
     "peak_process_bytes",
@@ -56,10 +59,9 @@ DEFAULT_REFERENCE = {"sft": "mlx-lm", "dpo": OURS}
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--model", required=True, help="Folder of the base model, as mlx-lm reads it.")
-    parser.add_argument(
-        "--data", required=True, help="Data file: chats, instructions or text records; with dpo: preference pairs."
-    )
+    parser.add_argument("--model", help="Folder of the base model, as mlx-lm reads it.")
+    parser.add_argument("--data", help="Data file: chats, instructions or text records; with dpo: preference pairs.")
+    add_arguments(parser)
     parser.add_argument("--objective", choices=("sft", "dpo"), default="sft")
     parser.add_argument(
         "--sides", help=f"Separated by commas: {', '.join(SIDES)}; with dpo: {', '.join(PAIR_SIDES)}, and --variant's."
@@ -67,7 +69,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--reference", help="The side that ratios are relative to; with dpo: whose ratio to each other is shown."
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="Of every side (default 3, with --quick 5).")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="Steps per run, at least 2.")
     length.add_argument("--seconds", type=float, help="Seconds per run after its first step (default 60).")
@@ -107,6 +109,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--keep", help="Folder to keep jobs, logs and results in (default: a temporary one).")
     args = parser.parse_args(argv)
     try:
+        fix_arguments(args, argv)
         check_arguments(args)
     except ValueError as error:
         parser.error(str(error))
@@ -216,7 +219,9 @@ def make_bench(args: argparse.Namespace, folder: Path) -> Bench:
         "weight_decay": args.weight_decay,
         "check_pairs": args.check_pairs,
     }
-    return Bench(folder, settings, args.steps, args.seconds, args.ours, args.timeout, args.pythons, args.passes)
+    return Bench(
+        folder, settings, args.steps, args.seconds, args.ours, args.timeout, args.pythons, args.passes, args.quick
+    )
 
 
 def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -226,6 +231,10 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         Disagreement: the losses differ; nothing has been timed.
         ChildFailed: a side ended with an error.
     """
+    if args.quick:
+        say("the fixed model and rows")
+        made = prepare_quick(make_bench(args, folder))
+        args.model, args.data = made["model"], made["data"]
     bench = make_bench(args, folder)
     facts = prepare(bench, args.data, args.rows, args.as_text, args.seed)
     sides, skipped = split_sides(args, facts["quantized"])
@@ -236,7 +245,8 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     check_agreement(checks, args.reference)
     rounds: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
     for number in range(args.rounds):
-        for side in sides:
+        turns = sides[::-1] if args.quick and number % 2 else sides  # no side is always the first
+        for side in turns:
             rounds[side.name].append(timed(bench, side, number, args.rounds))
     return {
         **described(args, facts),
@@ -337,8 +347,9 @@ def say(text: str) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the comparison; return 0, or 1 if a side failed or the losses disagree."""
-    args = arguments(argv)
+    """Run the comparison; return 0, or 1 if a side failed, the losses disagree or the gate of --quick stays shut."""
+    args, load = arguments(argv), load_before()
+    args.begun_at = environment()["commit"] if args.quick else None
     with tempfile.TemporaryDirectory(prefix="versus-") as temporary:
         folder = Path(args.keep or temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -352,7 +363,15 @@ def main(argv: Sequence[str]) -> int:
     print(render(result) if args.objective == "sft" else render_pairs(result))
     keys = ("date", "commit", "versions", "skipped", "summary")
     print(json.dumps({key: result[key] for key in keys}))
-    return 0
+    if not args.quick:
+        return 0
+    try:
+        told, code = finish(args, result, load)
+    except ValueError as error:
+        say(f"Error: {error}")
+        return 1
+    say(told)
+    return code
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from page_blocks import Command
 NOT_RUN = {
     r"(pip|pipx|uv tool) install|uvx|brew install": "installs from the network; the wheel's own test installs it",
     r"make setup|source ": "makes the environment that the tests run in",
-    r"make (fuzz|soak|demo|test)": "takes from minutes to an hour",
+    r"make (fuzz|gate|soak|demo|test)": "takes from minutes to an hour",
     r"mlx-lora demo": "downloads a model and trains for minutes; the demo's own test runs it on a tiny one",
     r"mlx-lora bench (run|compare|report)": "measures for minutes; test_suite.py runs a tiny workload",
     r"mlx-lora export .*--push-to-hub": "needs an account on the hub; test_hub.py uploads to a stand-in",

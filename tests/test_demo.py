@@ -202,7 +202,7 @@ def test_a_terminal_gets_one_table_that_is_kept_up_to_date(tmp_path):
     assert first.startswith("✓")
     assert "a model" in first
     assert second.startswith("·")
-    assert "about 35s" in second
+    assert "about 25s" in second
     assert "━" * 12 + "  step 10 of 40, loss 3.46 " in third
     assert third.endswith(" 1m00s left")
     assert fourth.startswith("·")

@@ -143,6 +143,8 @@ def main() -> None:
         "parameters_bytes": sum(p.nbytes for p in parameters),
         "device": {"name": machine.name, "backend": machine.backend, "memory_bytes": machine.memory_bytes},
         "blas": {"name": mlx_lora.BLAS.name, "fast": mlx_lora.BLAS.fast, "gemm_gflops": gemm_gflops()},
+        "model_fingerprint": base.fingerprint,
+        "rows_fingerprint": rows.fingerprint,
         "rows": len(rows),
         "rows_left_out": left_out,
         "kind": "text, every token trained" if as_text or "text" in records[0] else "chats, assistant turns trained",

@@ -95,6 +95,7 @@ class StepLog:
         self._steps.append(
             {
                 "end_s": round(end_s, 4),
+                "cpu_s": time.process_time(),
                 "loss": loss,
                 "supervised": int(sum(self._rows.mask(row)[1:].sum() for row in rows)),
                 "real": int(sum(len(self._rows.tokens(row)) - 1 for row in rows)),

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from html import escape
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_lora.artifacts.plots import Series, line_chart
 from mlx_lora.system import console
+from mlx_lora.system.long_task import QUIET_S
 from mlx_lora.system.units import format_duration
 from mlx_lora.training.progress import LiveProgress, Metrics, Progress, format_metrics
 
+T = TypeVar("T")
 EVERY_S = 0.5  # between updates of a notebook's bar
 # The pages' own style sheet is made for whole pages; these are its colors, in a notebook's light or dark theme.
 STYLE = """<style>
@@ -68,6 +70,16 @@ class NotebookProgress:
         self._step, self._line = metrics.step, format_metrics(metrics, self._total, left_s)
         self._records.append(metrics.to_flat())
         self._update()
+
+    def validating(self, batches: Iterable[T], count: int) -> Iterator[T]:
+        """Yield a validation's batches; after two seconds, the line says how many of them are measured."""
+        before, start = self._line, time.perf_counter()
+        for done, batch in enumerate(batches):
+            if time.perf_counter() - start > QUIET_S:
+                self._line = f"validating {done}/{count}"
+                self._update()
+            yield batch
+        self._line = before
 
     def close(self) -> None:
         self._line += f", {format_duration(time.perf_counter() - self._start)} in all"

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_lora.api.planned_data import read_splits
 from mlx_lora.api.run_plan import plan_run
+from mlx_lora.artifacts.checkpoint import Checkpoint
 from mlx_lora.artifacts.run_folder import check_continuation, find_checkpoint, first_day
 from mlx_lora.data.loading import DataSplits
 from mlx_lora.models.converting import cached_gguf_folder
@@ -47,13 +48,16 @@ def _planned(settings: TrainSettings, say: Callable[[str], None]) -> dict[str, A
     source = resolve_model(model.model or "", model.revision, trust_remote_code=model.trust_remote_code)
     folder = cached_gguf_folder(source) if source.kind == "gguf" else source.path
 
+    found = find_checkpoint(settings.loop, ALONE, say)
+
     def read(outline: Outline) -> DataSplits:
         splits = read_splits(settings, folder, outline.config, say, first_day(settings.loop))
         say(splits.report.render())
-        _check_resume(settings, splits, say)
+        if found is not None:
+            _check_resume(settings, splits, found)
         return splits
 
-    result = plan_run(settings, say=say, read=read)
+    result = plan_run(settings, say=say, read=read, identity=found and found.identity)
     if not result["fits"] and not result["not_known"] and settings.loop.memory_check:
         raise InputError(
             f"this run: needs {gigabytes(result['needed_bytes'])} at its peak by the plan, and may use "
@@ -62,11 +66,9 @@ def _planned(settings: TrainSettings, say: Callable[[str], None]) -> dict[str, A
     return result
 
 
-def _check_resume(settings: TrainSettings, splits: DataSplits, say: Callable[[str], None]) -> None:
+def _check_resume(settings: TrainSettings, splits: DataSplits, found: Checkpoint) -> None:
     """Refuse a checkpoint of a run with other settings or data; what only a loaded model tells is not compared."""
-    found = find_checkpoint(settings.loop, ALONE, say)
-    if found is not None:
-        rows = objective_of(settings.objective).targets_of(splits.train)
-        asked = {name: value for name, value in settings.to_flat().items() if not ROWS[name].may_change}
-        known = {name: value for name, value in asked.items() if value is not None}
-        check_continuation(found, {**found.identity, **known, "rows": rows.fingerprint})
+    rows = objective_of(settings.objective).targets_of(splits.train)
+    asked = {name: value for name, value in settings.to_flat().items() if not ROWS[name].may_change}
+    known = {name: value for name, value in asked.items() if value is not None}
+    check_continuation(found, {**found.identity, **known, "rows": rows.fingerprint})

@@ -63,6 +63,8 @@ def render(result: dict[str, Any]) -> str:
         + (f", about {time_words(speed['hours'])} for this run's steps" if speed["hours"] is not None else "")
         + f" ({RATE_WORDS.get(speed['ceilings'], 'an upper bound: from the rates that the chip is listed with')})",
     ]
+    if result["validation"] and result["validation"]["words"]:
+        lines.append(result["validation"]["words"])
     if speed["hours"] is not None:
         lines.append("Not counted: loading the model, compiling and measuring kernels, validation, texts of the report")
     lines += [f"Not known: what this model's blocks keep in memory ({reason})" for reason in result["not_known"]]

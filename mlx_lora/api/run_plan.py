@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,15 @@ from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Machine, ModelShape
 from mlx_lora.planner.speed import Ceilings, count_step, forward_seconds, listed_ceilings, step_seconds
 from mlx_lora.planner.this_machine import this_machine
+from mlx_lora.runs.composition import training_plan
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
+from mlx_lora.training.held_out import choose_held_out
 from mlx_lora.training.prefix_sharing import layout_problem
 from mlx_lora.training.run_fit import outlined_shape, quantized_shape, with_kernels
+from mlx_lora.training.trainer import total_steps
 
 CHARACTERS_PER_TOKEN = 4  # about, in English; for the number of tokens in a data file
 
@@ -107,6 +110,7 @@ def plan_run(
     all_chips: bool = False,
     say: Callable[[str], None] = lambda line: None,
     read: Callable[[Outline], DataSplits | None] | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the plan of a run with these settings.
 
@@ -115,6 +119,7 @@ def plan_run(
         chip, memory_gb, all_chips: as for `plan`.
         say: takes a line from time to time while the data is encoded.
         read: returns the data for the model with this outline; None: what is on this disk is read.
+        identity: of the checkpoint that the run goes on from, if it does.
 
     Raises:
         InputError: there is no such chip or model, or the objective's settings exclude each other.
@@ -143,15 +148,11 @@ def plan_run(
         )
     settings_of_base = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
     result = plan_for(settings, shape, machine, ceilings, size)
+    result["validation"] = splits and validation_of(settings, splits, result["settings"]["batch_tokens"], identity)
     if not result["fits"]:
-        width = settings.data.max_seq_length - 1
+        width, rows = settings.data.max_seq_length - 1, size and size.rows
         result["advice"] = advice(
-            settings,
-            shape,
-            machine,
-            width,
-            lambda: quantized_shape(outline, settings_of_base, kernels),
-            size and size.rows,
+            settings, shape, machine, width, lambda: quantized_shape(outline, settings_of_base, kernels), rows
         )
     if all_chips:
         if machine.backend != "metal" or kernels is None:
@@ -179,6 +180,29 @@ def measure_data(
         rows, parts = joined(rows), [joined(part) for part in parts]
     longest, measured = int(rows.lengths.max(initial=2)), sum(len(part.tokens) for part in parts)
     return settings, DataSize(len(rows), longest, len(rows.tokens), rows.supervised_tokens, measured)
+
+
+def validation_of(
+    settings: TrainSettings, splits: DataSplits, batch_tokens: int, identity: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return how much the run validates on, how often, and why.
+
+    Args:
+        settings: of the run, with --shared-prefix on where the prompts of pairs are shared.
+        splits: its data.
+        batch_tokens: that the run would choose.
+        identity: as for `plan_run`.
+    """
+    objective = objective_of(settings.objective)
+    splits = splits.changed(lambda sets: {name: objective.targets_of(rows) for name, rows in sets.items()})
+    rows, shared = splits.train, objective.records == "pairs" and settings.objective.shared_prefix == "on"
+    loop = dataclasses.replace(settings.loop, batch_tokens=batch_tokens)
+    epochs = loop.epochs or 1.0
+    if identity:
+        epochs = identity.get("price_epochs", 1.0)
+    plan = training_plan(loop, joined(rows) if shared else rows, epochs)
+    found = choose_held_out(splits.valid, loop, plan, total_steps(plan, loop), identity)
+    return {"examples": found.examples, "tokens": found.tokens, "times": found.times, "words": found.words}
 
 
 def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | None) -> tuple[Machine, Ceilings]:

@@ -26,6 +26,7 @@ from mlx_lora.sources.safetensors import read_safetensors_header
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import replacing_folder, sha256_of
 from mlx_lora.system.parsing import read_json
+from mlx_lora.training.held_out import VALIDATED
 from mlx_lora.training.state import Position
 
 STATE_FILE, ARRAYS_FILE, LOCK_FILE = "state.json", "state.safetensors", ".lock"
@@ -127,6 +128,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     wrong = _position_problems(position)
     epochs = identity.get("price_epochs", 1.0)
     wrong += [] if isinstance(epochs, (int, float)) and 0 < epochs <= MAX_EPOCHS else ["price_epochs"]
+    examples = identity.get(VALIDATED, 0)
+    wrong += [] if type(examples) is int and 0 <= examples < 2**53 else [VALIDATED]
     if wrong:
         raise InputError(f"{folder}: {STATE_FILE} has impossible values ({', '.join(wrong)}); use an older checkpoint")
     for name, expected in {ARRAYS_FILE: None, **sums}.items():

@@ -221,6 +221,12 @@ class BatchPlan:
         part, numbers = self._epoch(epoch)[index]
         return collate(self.rows, numbers, part.width, part.slots)
 
+    def examples_of(self, limit: int = -1) -> np.ndarray:
+        """Return the numbers of the examples in the first `limit` batches of epoch 0 (-1: all)."""
+        found = [numbers for _, numbers in self._epoch(0)[: len(self) if limit < 0 else limit]]
+        numbers = np.concatenate(found) if found else np.zeros(0, np.int64)
+        return numbers[numbers != EMPTY]
+
     def batches(self, limit: int = -1) -> Iterator[Batch]:
         """Yield the first `limit` batches of epoch 0 (-1: all), the fixed sample that validation uses."""
         count = len(self) if limit < 0 else min(limit, len(self))

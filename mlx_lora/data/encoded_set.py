@@ -69,8 +69,10 @@ class EncodedSet:
     def select(self, examples: Sequence[int] | np.ndarray) -> EncodedSet:
         """Return the set of these examples, in this order."""
         rows = (np.asarray(examples, np.int64)[:, None] * self.group + np.arange(self.group)).ravel()
-        chosen = EncodedSet.from_rows([self.row(int(i)) for i in rows])
-        chosen = chosen.grouped(self.group, None if self.labels is None else self.labels[rows], self.trained_rows)
+        at = np.concatenate([np.zeros(0, np.int64), *(np.arange(*self.offsets[i : i + 2]) for i in rows)])
+        named = {"tokens": at, "mask": at, "answers": at, "labels": rows, "reference": rows, "starts": rows}
+        arrays = {name: None if getattr(self, name) is None else getattr(self, name)[of] for name, of in named.items()}
+        chosen = replace(self, offsets=np.concatenate([[0], np.cumsum(self.lengths[rows])]), **arrays)
         return chosen.with_facts(None if self.facts is None else [self.facts[int(i)] for i in examples])
 
     @property

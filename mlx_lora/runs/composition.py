@@ -47,6 +47,7 @@ from mlx_lora.system.distributed import Ranks
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.agreement import check_one_run, take_first_ranks
 from mlx_lora.training.checkpointing import apply_checkpointing
+from mlx_lora.training.held_out import choose_held_out
 from mlx_lora.training.hooks_from_settings import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.training.loss_choice import PLAIN_LOGITS
 from mlx_lora.training.losses import Loss, check_kernels, choose_loss
@@ -59,7 +60,7 @@ from mlx_lora.training.run_fit import adapted_shape, fit_run
 from mlx_lora.training.sharing import Sharing
 from mlx_lora.training.state import Position
 from mlx_lora.training.step import Step
-from mlx_lora.training.trainer import held_out_plan, total_steps
+from mlx_lora.training.trainer import total_steps
 from mlx_lora.training.trial import choose_step_variant
 
 
@@ -133,15 +134,21 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     fingerprint = splits.train.fingerprint  # of the rows apart, so that a run may be resumed whatever shares a row
     splits = layout.of(splits)
     loop = settings.loop
-    plan, epochs = training_plan(loop, splits.train, found)
-    validation = held_out_plan(splits.valid, loop) if splits.valid else None
+    epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
+    plan: Any = training_plan(loop, splits.train, epochs)
     answering = answering_of(settings, base, objective, chosen.loss, say)
     if answering is not None:
         plan = RolloutPlan(plan, answering)
-        validation = validation and RolloutPlan(validation, answering, held_out=True)
     steps = total_steps(plan, loop)
+    held_out = choose_held_out(splits.valid, loop, plan, steps, found.identity if found else None)
+    validation: Any = held_out.plan
+    if answering is not None and validation:
+        validation = RolloutPlan(validation, answering, held_out=True)
+    loop = replace(loop, val_batches=held_out.val_batches)
+    settings = replace(settings, loop=loop)
     device.compile_for(steps)
-    identity = identity_of(settings, base.fingerprint, fingerprint, plan, epochs) | layout.identity
+    identity = identity_of(settings, base.fingerprint, fingerprint, plan, epochs)
+    identity |= layout.identity | held_out.identity
     if found:
         check_continuation(found, identity)
     step, task, details, about = make_step(settings, base, chosen, objective, memory, steps, ranks)
@@ -152,7 +159,7 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     take_first_ranks(ranks, step, say)
     at = found.position if found else Position()
     at.parts = max(at.parts, loop.batch_parts)
-    words = describe_run(settings, base, adapted, plan, steps, details, about)
+    words = describe_run(settings, base, adapted, plan, steps, details, about, held_out.words)
     folder = RunFolder(settings, info, identity, ranks, step, at)
     return Composed(folder, task, plan, validation, steps, found, memory, words)
 
@@ -318,16 +325,18 @@ def fit_settings(
     return replace(asked, data=replace(asked.data, chat_date=day), loop=loop), fitted.memory
 
 
-def training_plan(loop: LoopSettings, rows: EncodedSet, found: Checkpoint | None) -> tuple[BatchPlan, float]:
-    """Plan the batches; return them and the epochs that a new shape's price was weighed against.
+def training_plan(loop: LoopSettings, rows: EncodedSet, epochs: float) -> BatchPlan:
+    """Plan the batches to train on.
 
-    A resumed run with more steps keeps the shapes that it began with.
+    Args:
+        loop: of the run; its --batch-tokens is chosen by now.
+        rows: to train on.
+        epochs: that a new shape's price is weighed against. A resumed run with more steps keeps the shapes that it began
+            with.
     """
-    epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
+    tokens: Any = loop.batch_tokens
     price = ShapePrice(epochs=epochs)
-    tokens: Any = loop.batch_tokens  # chosen by now
-    plan = BatchPlan(rows, batch_tokens=tokens, batch_size=loop.batch_size, seed=loop.seed, price=price)
-    return plan, epochs
+    return BatchPlan(rows, batch_tokens=tokens, batch_size=loop.batch_size, seed=loop.seed, price=price)
 
 
 def make_step(

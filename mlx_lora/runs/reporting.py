@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_lora.artifacts.adapter import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
+from mlx_lora.data.batches import Batch
 from mlx_lora.models.load import Base
 from mlx_lora.runs.composition import Composed
 from mlx_lora.training.callbacks import Callbacks
 from mlx_lora.training.progress import Metrics, MetricsFile, PlainProgress, Progress
 
+Watch = Callable[[Iterable[Batch], int], Iterable[Batch]]
+
 
 @contextmanager
 def reporting(
     run: Composed, told: Callbacks, say: Callable[[str], None], show: Callable[[int], Progress] | None
-) -> Iterator[tuple[Callable[[Metrics], None], Callable[[int], None]]]:
-    """Open metrics.jsonl and the display; yield functions that take a record, and a step's number.
+) -> Iterator[tuple[Callable[[Metrics], None], Callable[[int], None], Watch]]:
+    """Open metrics.jsonl and the display; yield functions that take a record, a step's number, and a validation's batches.
 
     Args:
         run: ready for its first step.
@@ -28,7 +31,7 @@ def reporting(
     """
     folder = run.folder
     if not folder.ranks.leads:
-        yield lambda record: None, lambda step: None
+        yield lambda record: None, lambda step: None, lambda batches, count: batches
         return
     metrics = MetricsFile(folder.path / "metrics.jsonl", folder.at.taken if run.found else None)
     progress = show(run.steps) if show else PlainProgress(run.steps, say)
@@ -43,7 +46,7 @@ def reporting(
         told.tell("on_step", {"step": number, "steps": run.steps})
 
     try:
-        yield report, step
+        yield report, step, progress.validating
     finally:
         progress.close()
         metrics.close()

@@ -205,10 +205,10 @@ def take_steps(
 
     with told.around(run.steps, settings.to_flat()) as ending:
         try:
-            with folder.kept_if_it_fails(), reporting(run, told, say, show) as (report, shown):
+            with folder.kept_if_it_fails(), reporting(run, told, say, show) as (report, shown, watch):
                 outcome = train(
                     base.model, step, run.task, run.plan, run.validation, settings.loop,
-                    report, shown, save, at, guard, ranks, told.failed,
+                    report, shown, save, at, guard, ranks, told.failed, watch,
                 )  # fmt: skip
                 best = None if outcome.interrupted else folder.put_best()
                 take_first_ranks(ranks, step)  # rank 0 restored the best adapter

@@ -45,6 +45,7 @@ def describe_run(
     steps: int,
     details: list[str],
     about: list[str],
+    validation: str = "",
 ) -> list[str]:
     """Return lines on what will be trained: the adapter, the run, and what computes a step.
 
@@ -52,6 +53,7 @@ def describe_run(
         settings, base, adapted, plan, steps: of the run.
         details: of what computes a step.
         about: more on the run.
+        validation: a line on what is validated; empty: nothing is.
     """
     trainable = sum(p.size for p in adapter_parameters(base.model).values())
     total = sum(p.size for _, p in tree_flatten(base.model.parameters()))
@@ -67,7 +69,7 @@ def describe_run(
         f"{optimizer.lr_schedule}, warm-up {optimizer.warmup:g}, clip {optimizer.max_grad_norm:g}, seed {settings.loop.seed}; {'; '.join(about)}"
     )
     details = [*details, counted(len(plan.shapes), "batch shape"), f"{plan.padding_fraction:.1%} padding"]
-    return [what, run, "Step: " + "; ".join([*details, *base.matmul_paths.describe()])]
+    return [what, run, *filter(None, [validation]), "Step: " + "; ".join([*details, *base.matmul_paths.describe()])]
 
 
 def loss_words(measured: Measured) -> str:

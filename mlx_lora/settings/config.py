@@ -282,7 +282,9 @@ class LoopSettings:
         OUTPUT, may_change=True, at_least=1)
     steps_per_eval: int = setting(200, "Steps between validations; 0: only at the end.",
         VALIDATION, may_change=True, at_least=0)
-    val_batches: int = setting(25, "Batches per validation; -1: all, 0: no validation.",
+    val_batches: int | None = setting(None,
+        "Batches per validation; -1: all, 0: no validation (default: as many rows as a tenth of the run's work allows, "
+        "about 25 at most).",
         VALIDATION, may_change=True, at_least=-1)
     save_every: int = setting(100, "Steps between checkpoints; 0: only at the end.",
         OUTPUT, may_change=True, at_least=0)

@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from mlx_lora.system.long_task import LongTask
+from mlx_lora.system.long_task import QUIET_S, LongTask, long_task
 from mlx_lora.system.parsing import parse_json
 from mlx_lora.system.units import counted, format_duration
 
 # The numbers reported by an objective that each line shows.
 SHOWN = ("reward", "accuracy", "margin")
+T = TypeVar("T")
 BOLD, RESET = "\x1b[1m", "\x1b[0m"
 
 
@@ -160,6 +161,10 @@ class Progress(Protocol):
     def report(self, metrics: Metrics) -> None:
         """Take a record."""
 
+    def validating(self, batches: Iterable[T], count: int) -> Iterator[T]:
+        """Yield a validation's batches, and show how many of them are measured if it takes more than two seconds."""
+        ...
+
     def close(self) -> None:
         """End."""
 
@@ -187,6 +192,15 @@ class PlainProgress:
         spent = time.perf_counter() - self._start
         left = spent / max(metrics.step, 1) * (self._total - metrics.step)
         self._say(format_metrics(metrics, self._total, left))
+
+    def validating(self, batches: Iterable[T], count: int) -> Iterator[T]:
+        """Yield a validation's batches, and say now and then how many of them are measured."""
+        self._first.cover()  # it speaks for itself
+        with long_task("Validating", count, "batches", self._say, live=False) as task:
+            for batch in batches:
+                yield batch
+                task.advance()
+        self._first.uncover()
 
     def close(self) -> None:
         """End; no file is open."""
@@ -222,6 +236,15 @@ class LiveProgress:
         if self._loss:
             text = " · ".join(filter(None, (self._loss, self._val)))
             self._bar.update(self._task, description=text, completed=metrics.step)
+
+    def validating(self, batches: Iterable[T], count: int) -> Iterator[T]:
+        """Yield a validation's batches; after two seconds, the bar says how many of them are measured."""
+        before, start = self._bar.tasks[0].description, time.perf_counter()
+        for done, batch in enumerate(batches):
+            if time.perf_counter() - start > QUIET_S:
+                self._bar.update(self._task, description=f"validating {done}/{count}")
+            yield batch
+        self._bar.update(self._task, description=before)
 
     def close(self) -> None:
         self._bar.stop()

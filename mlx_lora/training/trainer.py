@@ -16,11 +16,12 @@ from mlx_lora.data.batches import Batch, BatchPlan
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.objective import Objective
-from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, LoopSettings
+from mlx_lora.settings.config import LoopSettings
 from mlx_lora.system import process
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.system.long_task import tracked
 from mlx_lora.training.agreement import Agreement
+from mlx_lora.training.held_out import held_out_plan
 from mlx_lora.training.interrupts import interrupt_flag
 from mlx_lora.training.losses import Loss, choose_loss
 from mlx_lora.training.memory_guard import MemoryGuard
@@ -158,12 +159,6 @@ def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ran
     return Measured(total / count, int(count), task.finish(means))
 
 
-def held_out_plan(rows: EncodedSet, settings: LoopSettings) -> BatchPlan:
-    """Plan the batches of a held-out set; the seed is fixed, so that every measurement uses the same batches."""
-    tokens = settings.batch_tokens or DEFAULT_BATCH_TOKENS
-    return BatchPlan(rows, batch_tokens=tokens, batch_size=settings.batch_size, seed=0)
-
-
 def held_out_loss(
     base: Base,
     rows: EncodedSet,
@@ -204,6 +199,7 @@ def train(
     guard: MemoryGuard | None = None,
     ranks: Ranks = ALONE,
     stop: Callable[[], bool] = lambda: False,
+    watch: Callable[[Iterable[Batch], int], Iterable[Batch]] = lambda batches, count: batches,
 ) -> Outcome:
     """Train until the run's steps are done, the validations no longer get better, or it is interrupted.
 
@@ -212,7 +208,7 @@ def train(
         step: the compiled step over `model`.
         task: for validation and reports; the step has its own loss.
         plan: training batches.
-        validation: held-out batches, or None.
+        validation: held-out batches, of which --val-batches are measured, or all if it is not set; None: there are none.
         settings: how long the run is, and how often it reports, validates and saves.
         report: called with each Metrics record.
         on_step: called with the step number after each step, for a live display.
@@ -221,6 +217,7 @@ def train(
         guard: watches memory; None: nothing is watched.
         ranks: the processes that train together, each with the whole plan.
         stop: asked after each step whether to end as after an interruption.
+        watch: yields a validation's batches, so many, and shows how far it is.
 
     Returns:
         The outcome; after an interruption the adapter has been saved.
@@ -246,8 +243,10 @@ def train(
     def validate() -> bool:
         if validation is None or settings.val_batches == 0:
             return False
-        held_out = takewhile(lambda _: not asked(), validation.batches(settings.val_batches))
-        measured = mean_loss(model, task, held_out, ranks)
+        most = -1 if settings.val_batches is None else settings.val_batches
+        number = len(validation) if most < 0 else min(most, len(validation))
+        held_out = takewhile(lambda _: not asked(), validation.batches(most))
+        measured = mean_loss(model, task, watch(held_out, number), ranks)
         interrupted.ask_all()
         if not measured.count or interrupted():
             return False
