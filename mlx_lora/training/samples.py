@@ -7,7 +7,9 @@ from mlx_lm import stream_generate
 
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.models.continuation import continued
+from mlx_lora.models.decode_weights import held_weights
 from mlx_lora.models.load import Base
+from mlx_lora.models.token_steps import TokenSteps
 
 MOST_PROMPT_TOKENS = 256
 OF_PLAIN_TEXT = 24  # tokens of the beginning if a row is trained from its first token
@@ -53,7 +55,8 @@ def greedy_text(base: Base, prompt: list[int], max_tokens: int) -> str:
     training = base.model.training
     base.model.eval()
     try:
-        made = stream_generate(base.model, base.tokenizer, prompt, max_tokens=max_tokens)
-        return "".join(piece.text for piece in continued(made, base.tokenizer))
+        with held_weights(base):
+            made = stream_generate(TokenSteps(base.model), base.tokenizer, prompt, max_tokens=max_tokens)  # pyright: ignore[reportArgumentType] # it is called as a model
+            return "".join(piece.text for piece in continued(made, base.tokenizer))
     finally:
         base.model.train(training)
