@@ -92,7 +92,9 @@ def generated(
     """
     hold_weights(base)
     try:
-        yield from stream_generate(TokenSteps(base.model), base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler)
+        yield from stream_generate(
+            TokenSteps(base.model), base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler
+        )
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise

@@ -47,10 +47,10 @@ class Turns:
     def begin(self, caches: list[Any]) -> None:
         """Start a step; the caches of a batch are all at the same positions, so they get one array for these."""
         self.active = True
-        batched = [cache for cache in caches if type(cache) is BatchKVCache]
-        if batched and all(cache._idx == batched[0]._idx for cache in batched):
-            self.offset = batched[0].offset
-            for cache in batched[1:]:
+        rows = [cache for cache in caches if type(cache) is BatchKVCache]
+        if rows and all(cache._idx == rows[0]._idx for cache in rows):
+            self.offset = rows[0].offset
+            for cache in rows[1:]:
                 cache.offset = self.offset
 
     def end(self) -> None:
