@@ -73,8 +73,9 @@ class Child:
         raise ChildFailed(f"{self.side.form}, {self.side.name}: ended with {self._process.wait()}")
 
     def close(self) -> None:
-        """End the process."""
-        self._process.communicate()
+        """End the process; it holds nothing that it would have to write."""
+        self._process.kill()
+        self._process.wait()
 
 
 def converted(model: str, folder: Path) -> dict[str, str]:

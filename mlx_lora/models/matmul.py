@@ -24,7 +24,6 @@ from mlx_lora.planner.this_machine import dense_experts_bytes
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 
-
 # A layer's dense copy, (out, in). The underscore keeps it from being a parameter.
 DENSE = "_dense"
 
