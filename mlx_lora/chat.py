@@ -70,6 +70,8 @@ def main(
         chat.adapter = next(iter(sources), None)
         check(chat)
         console.echo(f"base   {base_name(engine.base)}: {engine.base.describe()}")
+        if engine.weights:
+            console.echo(f"weights {engine.weights.describe()}")
         for card in cards:
             console.echo(f"model  {card.name}: {card.describe()}")
         talk(ChatLines(chat, screen()), chat)

@@ -28,7 +28,7 @@ from mlx_lora.training.drift import NO_CHANGE, SMALL_CHANGE
 
 
 @click.command(cls=flags.ShortCommand)
-@flags.settings_options("model", "data", "objective", leave_out=("valid_fraction", "shared_prefix"))
+@flags.settings_options("model", "data", "objective", leave_out=("decode_weights", "valid_fraction", "shared_prefix"))
 @click.option("--adapter-path", type=str, default=None, help="Adapter folder, or hub id, to put on the model.")
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
 @click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")

@@ -27,7 +27,7 @@ from mlx_lora.system import console
 
 
 @click.command(cls=flags.ShortCommand)
-@flags.settings_options("model", leave_out=("quantized_matmul",))
+@flags.settings_options("model", leave_out=("quantized_matmul", "decode_weights"))
 @click.option(
     "--adapter-path",
     type=str,

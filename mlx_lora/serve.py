@@ -66,6 +66,8 @@ def main(adapters: tuple[str, ...], blends: tuple[str, ...], ignore_fingerprint:
         check_names("--adapter", sources, (base_name(engine.base),))
         cards = engine.call(lambda store: store.add(sources)).result()
         console.echo(f"base   {base_name(engine.base)}: {engine.base.describe()}")
+        if engine.weights:
+            console.echo(f"weights {engine.weights.describe()}")
         for card in cards:
             console.echo(f"model  {card.name}: {card.describe()}")
         run_server(engine, settings, key, body_bytes)

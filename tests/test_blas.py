@@ -47,3 +47,28 @@ def test_the_shim_serves_where_no_system_library_is(tmp_path):
     out = in_a_process(code, MLX_LORA_CACHE=str(tmp_path))
     assert "scipy-openblas32" in out
     assert list((tmp_path / "blas").glob("shim-*.so"))
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 300, 129), (300, 1, 129), (1, 1, 64), (1, 7, 1), (2, 5, 3)])
+def test_products_with_one_row_or_column_are_right_in_every_layout(m, n, k):
+    """The shim passes these to another function of OpenBLAS."""
+    random = np.random.default_rng(0)
+    c = random.normal(size=(m, n)).astype(np.float32)
+    for turned_a in (False, True):
+        for turned_b in (False, True):
+            a = random.normal(size=(k, m) if turned_a else (m, k)).astype(np.float32)
+            b = random.normal(size=(n, k) if turned_b else (k, n)).astype(np.float32)
+            exact = (a.T if turned_a else a).astype(np.float64) @ (b.T if turned_b else b)
+            left = mx.array(a).T if turned_a else mx.array(a)
+            right = mx.array(b).T if turned_b else mx.array(b)
+            assert np.allclose(left @ right, exact, atol=1e-4)
+            assert np.allclose(mx.addmm(mx.array(c), left, right, alpha=0.5, beta=2.0), 0.5 * exact + 2 * c, atol=1e-4)
+
+
+def test_what_was_in_memory_does_not_reach_a_product():
+    x, w = mx.random.normal((1, 64)), mx.random.normal((300, 64))
+    for _ in range(20):
+        freed = mx.full((300,), float("nan"))
+        mx.eval(freed)
+        del freed
+        assert not mx.isnan(x @ w.T).any()

@@ -231,6 +231,7 @@ ELSEWHERE = {
     "trust_remote_code": "test_hub.py: which files are fetched",
     "grad_checkpoint": "test_checkpointing.py: memory, not numbers",
     "quantized_matmul": "test_matmul_paths.py: each path is really taken when forced",
+    "decode_weights": "test_decode.py: the forms that generate, and the memory that they may take",
     "kernels": "test_kernel_choice.py: other kernels run, the numbers agree",
     "test_batches": "below: needs a test split",
     "clear_cache_threshold": "above",

@@ -16,6 +16,7 @@ from mlx_lora.api.python_errors import speaks_python
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.data.templates import own_template
 from mlx_lora.models.converting import cached_quantized_folder
+from mlx_lora.models.decode_weights import hold_weights, release_weights
 from mlx_lora.models.load import Base as LoadedBase
 from mlx_lora.models.load import load_base
 from mlx_lora.settings.config import ModelSettings
@@ -91,11 +92,17 @@ class Base:
             InputError: an argument is out of range, or the adapter does not fit this model.
         """
         settings = TextSettings(max_tokens, temperature, top_p, top_k, seed)
+        hold_weights(self.loaded)  # before the copy with an adapter, which shares them
         base, template = self.loaded, None
         if adapter is not None:
             base, template = self._with_adapter(adapter, ignore_fingerprint)
         template = None if ignore_chat_template else template or own_template(base.hf_tokenizer)
         return "".join(piece.text for piece in text_pieces(base, prompt, template, system_prompt, settings))
+
+    def release(self) -> None:
+        """Free what only serves generating: float copies of quantized weights, and the adapter used last."""
+        self._adapted = None
+        release_weights(self.loaded.model)
 
     def _with_adapter(self, adapter: PathLike, ignore_fingerprint: bool) -> tuple[LoadedBase, str | None]:
         """Return a model with the adapter, which shares this one's arrays, and the adapter's chat template."""
@@ -118,6 +125,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     quantized_matmul: str = "auto",
+    decode_weights: str = "auto",
 ) -> Base:
     """Load a base model to train on and to generate with.
 
@@ -129,13 +137,14 @@ def load(
         revision: hub branch, tag or commit.
         trust_remote_code: let the model's repository run its own tokenizer code.
         quantized_matmul: how layers multiply by quantized weights: auto, packed or dense.
+        decode_weights: their form while text is generated: packed, dense (a float copy), or auto.
 
     Raises:
         InputError: there is no such model, or it cannot be loaded.
     """
     given = {
         "model": os.fspath(model), "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code,
-        "quantized_matmul": quantized_matmul,
+        "quantized_matmul": quantized_matmul, "decode_weights": decode_weights,
     }  # fmt: skip
     settings = train_settings(given).model
     if bits is not None:

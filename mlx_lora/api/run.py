@@ -167,6 +167,7 @@ def train(
         base.settings, {**given, "adapter_path": os.fspath(adapter_path), "data": data_source(data)}
     )
     say, show = display_here() if progress else (lambda line: None, None)
+    base.release()
     mx.reset_peak_memory()  # an earlier run's peak is not this one's
     try:
         with base.loaded.lent() as lent:

@@ -43,6 +43,7 @@ class Base:
         fingerprint: see fingerprint.py.
         matmul_paths: which product its quantized layers use.
         size_bytes: of its parameters, without any adapter.
+        decode_weights: --decode-weights: the form of its quantized weights while it generates (models/decode_weights.py).
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Base:
     fingerprint: str
     matmul_paths: MatmulPaths
     size_bytes: int
+    decode_weights: str = "auto"
 
     @property
     def hf_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -139,7 +141,16 @@ def load_base(settings: ModelSettings) -> Base:
     tokenizer = load_folder_tokenizer(folder, config, settings.trust_remote_code)
     size_bytes = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
     return Base(
-        model, tokenizer, config, folder, source.model_id, source.revision, fingerprint, matmul_paths, size_bytes
+        model,
+        tokenizer,
+        config,
+        folder,
+        source.model_id,
+        source.revision,
+        fingerprint,
+        matmul_paths,
+        size_bytes,
+        settings.decode_weights,
     )
 
 

@@ -3,7 +3,8 @@
 `mx.quantized_matmul` reads packed weights once per block of rows, which is best for few rows (generation).
 Dequantizing first costs one pass over the weight, and then the dense kernel is best for many rows (training), by 100x on
 an x86 CPU. The number of rows from which the second is faster is measured (device.py), never assumed;
-`--quantized-matmul` forces one of them.
+`--quantized-matmul` forces one of them. While text is generated, a layer may hold a dense copy, which then always
+multiplies (models/decode_weights.py).
 
 Shapes: x (..., in), packed weight (out, in * bits / 32) uint32, scales and biases (out, in / group_size); the weights of
 experts have a first axis of E experts.
@@ -22,6 +23,9 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lora.planner.this_machine import dense_experts_bytes
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
+
+# A layer's dense copy, (out, in). The underscore keeps it from being a parameter.
+DENSE = "_dense"
 
 
 def dequantized_matmul(x: mx.array, packed: list[mx.array], *, group_size: int, bits: int, mode: str) -> mx.array:
@@ -105,6 +109,9 @@ class MeasuredQuantizedLinear(nn.QuantizedLinear):
     """A QuantizedLinear that uses the dense path for at least `dense_from_rows` rows."""
 
     def __call__(self, x: mx.array) -> mx.array:
+        if DENSE in self:
+            y = x @ self[DENSE].T
+            return y + self["bias"] if "bias" in self else y
         if not _many_rows(self, x):
             return super().__call__(x)
         y = dequantized_matmul(x, packed_arrays(self), group_size=self.group_size, bits=self.bits, mode=self.mode)
@@ -115,6 +122,8 @@ class MeasuredQuantizedEmbedding(nn.QuantizedEmbedding):
     """A QuantizedEmbedding whose tied head uses the dense path for at least `dense_from_rows` rows."""
 
     def as_linear(self, x: mx.array) -> mx.array:
+        if DENSE in self:
+            return x @ self[DENSE].T
         if not _many_rows(self, x):
             return super().as_linear(x)
         return dequantized_matmul(x, packed_arrays(self), group_size=self.group_size, bits=self.bits, mode=self.mode)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_lora.models.token_steps import TokenSteps
 from mlx_lora.serving.pools import Routing
 from mlx_lora.serving.sampling import Likelihoods, Sampler, sample_rows
 
@@ -41,7 +41,7 @@ class Row:
 class Prefill:
     """A prompt that is computed in parts, so that running rows do not wait for a long prompt."""
 
-    def __init__(self, model: nn.Module, routing: Routing, row: Row, tokens: list[int], caches: list[Any] | None):
+    def __init__(self, model: TokenSteps, routing: Routing, row: Row, tokens: list[int], caches: list[Any] | None):
         """Prepare to compute a prompt.
 
         Args:
@@ -54,7 +54,7 @@ class Prefill:
         self._model, self._routing = model, routing
         self.row = row
         self.rest = tokens
-        self.caches = make_prompt_cache(model) if caches is None else caches
+        self.caches = make_prompt_cache(model.model) if caches is None else caches
 
     @property
     def done(self) -> bool:
@@ -73,7 +73,7 @@ class Prefill:
 class Batch:
     """The rows that generate together."""
 
-    def __init__(self, model: nn.Module, routing: Routing):
+    def __init__(self, model: TokenSteps, routing: Routing):
         self._model, self._routing = model, routing
         self.rows: list[Row] = []
         self._caches: list[Any] = []

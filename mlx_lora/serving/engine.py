@@ -19,7 +19,9 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_lora.models.continuation import Continuation
+from mlx_lora.models.decode_weights import ANSWERS, hold_weights
 from mlx_lora.models.load import Base
+from mlx_lora.models.token_steps import TokenSteps
 from mlx_lora.serving.adapter_store import AdapterStore, NoRoom, Resident, UnknownAdapter
 from mlx_lora.serving.batch import Batch, Prefill, Row
 from mlx_lora.serving.pools import Routing
@@ -207,6 +209,7 @@ class Engine:
                 f"--model {base.model_id}: mlx-lm keeps its keys and values in a {type(rowless[0]).__name__}, which "
                 "cannot hold a batch; use mlx-lora generate instead"
             )
+        self.weights = hold_weights(base, min(ANSWERS, self.limits.max_batch))
         logits = base.model(mx.array([[0]]))
         self.vocabulary, self._eos = logits.shape[-1], frozenset(base.tokenizer.eos_token_ids)
         routing = Routing()
@@ -214,8 +217,8 @@ class Engine:
         self.store = AdapterStore(
             base, routing, logits.dtype, self.limits.adapter_bytes, self._ignore_fingerprint, self.prompt_cache.drop
         )
-        self.batch = Batch(base.model, routing)
-        self._model, self._routing, self._tokenizer = base.model, routing, base.tokenizer
+        self._model, self._routing, self._tokenizer = TokenSteps(base.model), routing, base.tokenizer
+        self.batch = Batch(self._model, routing)
 
     def _take_messages(self) -> bool:
         """Handle the messages in the inbox, and wait for one if there is nothing else to do; return False to end."""

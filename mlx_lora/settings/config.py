@@ -49,6 +49,10 @@ class ModelSettings:
         "How layers multiply by quantized weights: packed (mx.quantized_matmul), dense (dequantize, then GEMM), or auto "
         "(whichever is faster for the number of rows, as measured on this machine).",
         MODEL, choices=QUANTIZED_MATMUL, per_machine=True)
+    decode_weights: str = setting("auto",
+        "Quantized weights while text is generated: packed (as they are), dense (a float copy beside them), or auto "
+        "(dense if it is faster, as measured, and takes at most a third of the free memory).",
+        MODEL, choices=QUANTIZED_MATMUL, may_change=True, per_machine=True)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from mlx_lora.system.cache import cache_dir
 
 SYSTEM_OPENBLAS = "libopenblas.so.0"
+SHIM_SOURCE = Path(__file__).with_name("blas.c")
 SLOW = "bundled reference BLAS (float32 matmul 30-60x slower)"
 
 
@@ -86,10 +87,11 @@ def _load_pypi_openblas() -> Blas:
 
 
 def _shim_path(library: Path) -> Path:
-    """Return the path of the compiled shim, named after the library, so that an upgrade compiles a new one."""
+    """Return the path of the compiled shim, named after library and source, so that an upgrade compiles a new one."""
     import platform
 
-    stamp = f"{library.stat().st_size:x}-{zlib.crc32(str(library).encode()):x}"
+    source = zlib.crc32(SHIM_SOURCE.read_bytes())
+    stamp = f"{library.stat().st_size:x}-{zlib.crc32(str(library).encode(), source):x}"
     return cache_dir("blas") / f"shim-{platform.machine()}-{stamp}.so"
 
 
@@ -98,7 +100,6 @@ def _compile_shim(compiler: str, library: Path, shim: Path) -> None:
     import tempfile
 
     shim.parent.mkdir(parents=True, exist_ok=True)
-    source = Path(__file__).with_name("blas.c")
     # Compile under a temporary name and rename: another process must not load an incomplete file.
     with tempfile.TemporaryDirectory(dir=shim.parent) as folder:
         out = Path(folder) / "shim.so"
@@ -109,7 +110,7 @@ def _compile_shim(compiler: str, library: Path, shim: Path) -> None:
                 "c",
                 "-shared",
                 "-fPIC",
-                str(source),
+                str(SHIM_SOURCE),
                 "-x",
                 "none",
                 str(library),

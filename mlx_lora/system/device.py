@@ -59,6 +59,15 @@ def current_device() -> Device:
     return Device(backend, name, memory, working, "")
 
 
+def free_bytes() -> int:
+    """Return the memory that is free now: on Linux what the system says, elsewhere the working set less what MLX uses."""
+    if not on_gpu() and sys.platform == "linux":
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            known = dict(line.split(":", 1) for line in lines)
+        return int(known["MemAvailable"].split()[0]) * 1024
+    return max(0, current_device().working_set_bytes - mx.get_active_memory())
+
+
 def _system_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

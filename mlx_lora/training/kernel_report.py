@@ -9,6 +9,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_lora.models.decode_weights import NAME as WEIGHTS
+from mlx_lora.models.decode_weights import TOKEN, choose_form, kind_words, product_figures
 from mlx_lora.models.head import Head
 from mlx_lora.models.kernel_choice import choose_among
 from mlx_lora.models.kernel_row import ShapeClass
@@ -21,6 +23,7 @@ from mlx_lora.training.loss_choice import NAME, choose_kernel, head_words, loss_
 ATTENTION = ((9, 3, 64, 256), (9, 3, 64, 1024), (32, 8, 128, 1024))
 ACTIVATION = (1536, 8192)
 HEAD = (49152, 576)
+PACKED = ((512, 512, 4, 64, "affine"), (2048, 2048, 4, 64, "affine"))  # weights while text is generated
 RECURRENT = {"gated delta": (128, 16, 32, 128, 128, "a gate per head"), "state space": (256, 24, 64, 1, 128)}
 
 
@@ -43,12 +46,15 @@ def measure_usual(say: Callable[[str], None]) -> None:
     head.freeze()
     mx.eval(head.weight)
     loss_figures(Head(nn.Module(), head), dtype, say)
+    for kind in PACKED:
+        product_figures(kind, TOKEN, dtype, say)
 
 
 def known_table() -> list[dict[str, Any]]:
     """Return the measurements on this machine with this mlx: kernel, shape, dtype, choice, and each candidate's figures."""
     before = f"{device.measured_on()}|"
-    words = {row.name: row.words for row in kernel_rows()} | {NAME: head_words}
+    words = {row.name: row.words for row in kernel_rows()} | {NAME: head_words, WEIGHTS: kind_words}
+    rules = {NAME: choose_kernel, WEIGHTS: choose_form}
     table = []
     for key in sorted(read_store("kernels")):
         figures = read_figures(key) if key.startswith(before) else None
@@ -62,7 +68,7 @@ def known_table() -> list[dict[str, Any]]:
                 "kernel": kernel,
                 "shape": words[kernel](shape),
                 "dtype": dtype,
-                "chosen": choose_kernel(figures) if kernel == NAME else choose(figures) or "none is right",
+                "chosen": rules.get(kernel, choose)(figures) or "none is right",
                 "candidates": {name: {**asdict(one), "correct": one.correct} for name, one in figures.items()},
             }
         )

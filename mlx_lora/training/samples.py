@@ -10,7 +10,9 @@ from mlx_lm import stream_generate
 
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.models.continuation import continued
+from mlx_lora.models.decode_weights import held_weights
 from mlx_lora.models.load import Base
+from mlx_lora.models.token_steps import TokenSteps
 
 MOST_PROMPT_TOKENS = 256
 OF_PLAIN_TEXT = 24  # tokens of the beginning if a row is trained from its first token
@@ -64,8 +66,9 @@ def greedy_text(base: Base, prompt: list[int], max_tokens: int) -> str:
     training = base.model.training
     base.model.eval()
     try:
-        made = stream_generate(base.model, base.tokenizer, prompt, max_tokens=max_tokens)
-        pieces = list(continued(made, base.tokenizer))
+        with held_weights(base):
+            made = stream_generate(TokenSteps(base.model), base.tokenizer, prompt, max_tokens=max_tokens)  # pyright: ignore[reportArgumentType] # it is called as a model
+            pieces = list(continued(made, base.tokenizer))
         text = "".join(piece.text for piece in pieces)
         return whole_words(text) if pieces and pieces[-1].finish_reason == "length" else text
     finally:
