@@ -314,6 +314,8 @@ def fit_settings(
     """
     shape = adapted_shape(base.model, base.config, asked, kernels=chosen.kernels or KernelChoice(MLX))
     shape = replace(shape, plain_loss=chosen.loss.kernel == PLAIN_LOGITS)  # then the logits are whole
+    if not chosen.loss.part_of_last:
+        shape = replace(shape, blocks=tuple(replace(block, at_one=None) for block in shape.blocks))
     fitted = fit_run(asked, shape, splits.train, chosen.terms)
     day = splits.chat_day.isoformat() if splits.chat_day else None  # the same one with --resume on another day
     loop = replace(asked.loop, batch_tokens=fitted.batch_tokens, grad_checkpoint=fitted.checkpointing)
