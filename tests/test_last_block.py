@@ -156,7 +156,10 @@ def test_scores_of_last_tokens(monkeypatch):
     assert_equal(loss_and_gradient(model, part, arrays), loss_and_gradient(model, whole, arrays))
     objective = composition.objective_of(ObjectiveSettings("reward"))
     for why, taken in (("", True), (NOT_PART, False)):
-        assert task_of(objective, choose_loss(model, TINY, "ours", None, why), model).loss.part_of_last in (taken, False)
+        assert task_of(objective, choose_loss(model, TINY, "ours", None, why), model).loss.part_of_last in (
+            taken,
+            False,
+        )
 
 
 def test_a_block_that_is_not_known_is_computed_whole(uncompiled):
@@ -223,7 +226,9 @@ def test_a_run_equals_the_version_that_computed_the_whole_block_and_its_checkpoi
 
 @pytest.mark.parametrize("flags", [("--kernels", "mlx"), ("--objective", "reward")])
 def test_the_header_says_what_the_last_block_computes(flags, tiny_folder, chats, tmp_path):
-    pairs = [{"prompt": f"Say {n:02}, please.", "chosen": f"It is {n:02}.", "rejected": f"No {n:02}!"} for n in range(12)]
+    pairs = [
+        {"prompt": f"Say {n:02}, please.", "chosen": f"It is {n:02}.", "rejected": f"No {n:02}!"} for n in range(12)
+    ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     data = tmp_path / "pairs.jsonl" if "reward" in flags else chats
     ran = run_cli.run(*command(tiny_folder, data, tmp_path / "a", "--iters", 1, "--save-every", 0, *flags))

@@ -138,7 +138,9 @@ def head_loss(head: Head, kernel: str, tile_bytes: int, whole_because: str = "")
         whole_because: why the head has no last block of which some positions can be computed alone.
     """
     words = {TILES: f"fused cross-entropy, {tile_bytes / 2**20:.0f} MiB tiles", ROWS: "mx.fast.cross_entropy by rows"}
-    block = "last block where trained" if head.last is not None else f"whole last block ({whole_because or 'not asked'})"
+    block = (
+        "last block where trained" if head.last is not None else f"whole last block ({whole_because or 'not asked'})"
+    )
     token_losses = partial(LOSS_KERNELS[kernel], tile_bytes=tile_bytes)
 
     def tokens(gradient: bool, model: nn.Module, *batch: mx.array) -> mx.array:
@@ -286,9 +288,7 @@ def check_arrays(vocabulary: int, tokens: int) -> Arrays:
     ids = mx.random.randint(0, vocabulary, (1, tokens + 1), key=mx.random.key(0))
     trained = np.arange(tokens) % 4 != 0  # not all, or a last block that leaves out the others would not be tried
     positions = np.flatnonzero(trained).astype(np.int32)
-    return Arrays(
-        ids[:, :-1], ids[:, 1:], mx.array(trained[None]), mx.array(positions), mx.ones((len(positions),))
-    )
+    return Arrays(ids[:, :-1], ids[:, 1:], mx.array(trained[None]), mx.array(positions), mx.ones((len(positions),)))
 
 
 def way_out(model: nn.Module) -> str:
