@@ -35,7 +35,7 @@ EMBEDDINGS = ("embed_tokens", "wte", "embeddings", "word_embeddings", "embedding
 INNER_HEADS = ("model.embed_out", "transformer.tok_embeddings", "embed_tokens")
 # The largest share of a batch's positions for which the last block is computed at these alone: picking them out costs a
 # pass over memory, as do the gradients' places.
-MOST_PICKED = 0.9
+MOST_PICKED = 0.8
 # Settings that multiply the logits, and settings that divide them.
 FACTORS = ("logit_scale", "output_multiplier")
 DIVISORS = ("logits_scaling",)
