@@ -15,7 +15,7 @@ from mlx_lora.models.graph import gradient_graph
 from mlx_lora.models.liveness import count_memory
 from mlx_lora.models.outline import outline_of_config
 from mlx_lora.planner.fitting import planned_words
-from mlx_lora.planner.memory import plan_memory
+from mlx_lora.planner.memory import kept_by, plan_memory
 from mlx_lora.planner.shapes import NotKnown, Run
 from mlx_lora.planner.this_machine import this_machine
 from mlx_lora.settings.config import AdapterSettings
@@ -164,18 +164,19 @@ from architectures.build import tiny_architecture
 from architectures.scaling import scaled
 from mlx_lora.adapters.adapt import adapt_model
 from mlx_lora.settings.config import AdapterSettings
-from mlx_lora.models.head import find_head
+from mlx_lora.models.head import find_head, with_last_block
 from mlx_lora.models.kernels import training_kernels
 import mlx.nn as nn
 
-name, width = sys.argv[1], int(sys.argv[2])
+name, width, slots = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 model = tiny_architecture(name, config=scaled(name, 4, 2))
 model.freeze()
 adapt_model(model, AdapterSettings(rank=4), 0)
 model.train()
 mx.eval(model.parameters())
 ids = mx.zeros((1, width), mx.int32)
-gradient = nn.value_and_grad(model, lambda model: find_head(model, {}).body(ids).sum())
+head, positions = with_last_block(find_head(model, {}), model)[0], mx.arange(width - slots, width)
+gradient = nn.value_and_grad(model, lambda model: head.hidden_at(positions, ids).sum())
 
 def step():
     parameters = model.trainable_parameters()
@@ -194,16 +195,19 @@ print(mx.get_peak_memory() - before)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("slots", [256, 32])
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
-def test_the_count_is_what_mlx_allocates(name):
+def test_the_count_is_what_mlx_allocates(name, slots):
     """The peak of all blocks' forward and backward pass, without loss and optimizer, in a process of its own."""
     from architectures.scaling import scaled
 
-    command = [sys.executable, "-c", PEAK, name, "256"]
+    command = [sys.executable, "-c", PEAK, name, "256", str(slots)]
     measured = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     config = scaled(name, 4, 2)
     outline = outline_of_config(config, mx.float32)
     shape = outlined_shape(outline, train_settings({"model": "x", "rank": 4}))
-    blocks = [block.memory.at(1, 256, on_gpu=False) for block in shape.blocks]
-    counted = sum(block.kept for block in blocks) + max(block.window for block in blocks)
+    run, machine = Run(1, 256, slots), this_machine("float32")
+    held = [kept_by(block, run, machine) for block in shape.blocks]
+    assert (held[-1] < 0.7 * held[0]) == (slots < 256)
+    counted = sum(held) + max(block.memory.at(1, 256, on_gpu=False).window for block in shape.blocks)
     assert 0.9 * measured < counted < 1.3 * measured

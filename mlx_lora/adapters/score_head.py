@@ -71,5 +71,5 @@ def score_at(model: nn.Module, body: Head, inputs: mx.array, positions: mx.array
     Returns:
         (P,) float32.
     """
-    hidden = body.hidden(inputs, **shared_caches(model, inputs, *starts))  # (B, T, D)
-    return model.score(hidden.reshape(-1, hidden.shape[-1])[positions].astype(mx.float32)).squeeze(-1)
+    hidden = body.hidden_at(positions, inputs, **shared_caches(model, inputs, *starts))  # (P, D)
+    return model.score(hidden.astype(mx.float32)).squeeze(-1)

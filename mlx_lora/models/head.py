@@ -13,12 +13,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_lora.models.last_block import last_block, only_at
 from mlx_lora.models.matmul import packed_arrays
 
 FLOAT_HEADS = (nn.Linear, nn.Embedding)
@@ -32,6 +33,9 @@ HEADS = ("lm_head", "output")
 EMBEDDINGS = ("embed_tokens", "wte", "embeddings", "word_embeddings", "embedding", "tok_embeddings", "token_embeddings")
 # Heads that the body itself applies: GPT-NeoX and Pythia, Lille, Gemma 3n.
 INNER_HEADS = ("model.embed_out", "transformer.tok_embeddings", "embed_tokens")
+# The largest share of a batch's positions for which the last block is computed at these alone: picking them out costs a
+# pass over memory, as do the gradients' places.
+MOST_PICKED = 0.8
 # Settings that multiply the logits, and settings that divide them.
 FACTORS = ("logit_scale", "output_multiplier")
 DIVISORS = ("logits_scaling",)
@@ -53,6 +57,7 @@ class Head:
         scale: factor on the logits.
         soft_cap: logits become cap * tanh(logits / cap); None for most families.
         inner: whether the body itself calls the layer and returns logits.
+        last: the last block, if it may be computed at some positions alone (last_block.py).
     """
 
     body: nn.Module
@@ -60,6 +65,20 @@ class Head:
     scale: float = 1.0
     soft_cap: float | None = None
     inner: bool = False
+    last: nn.Module | None = None
+
+    def hidden_at(self, positions: mx.array, inputs: mx.array, **caches: Any) -> mx.array:
+        """Return the hidden states at some positions of a batch, (P, D).
+
+        Args:
+            positions: (P,) int, row * T + column.
+            inputs, caches: see `hidden`.
+        """
+        if self.last is not None and len(positions) <= MOST_PICKED * inputs.size:
+            with only_at(self.last, positions):
+                return self.hidden(inputs, **caches).squeeze(0)
+        hidden = self.hidden(inputs, **caches)
+        return hidden.reshape(-1, hidden.shape[-1])[positions]
 
     def hidden(self, inputs: mx.array, **caches: Any) -> mx.array:
         """Return the hidden states that the layer turns into logits, (B, T) -> (B, T, D).
@@ -208,6 +227,17 @@ def find_head(model: nn.Module, config: dict[str, Any]) -> Head | str:
     if layer.trainable_parameters():
         return "the head itself is trained"  # the fused loss has no gradient for it
     return Head(body, layer, _scale(config, isinstance(layer, EMBEDDING_HEADS)), _soft_cap(config), inner)
+
+
+def with_last_block(head: Head, model: nn.Module) -> tuple[Head, str]:
+    """Return the head with the model's last block, if it may be computed at some positions alone; and otherwise the reason.
+
+    Args:
+        head: of the model.
+        model: adapted or not.
+    """
+    found = last_block(model, head.body)
+    return (head, found) if isinstance(found, str) else (replace(head, last=found), "")
 
 
 def _part(module: nn.Module, path: str) -> Any:

@@ -120,7 +120,7 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
     kept, most = _kept_by_blocks(shape, run, machine)
     activations = {"activations": kept, "gradients": masters * run.accumulates}
     ahead = _backward_window(shape, run, machine)
-    one_block = max((_kept(block, run, machine) for block in shape.blocks), default=0)
+    one_block = max((kept_by(block, run, machine) for block in shape.blocks), default=0)
     check, logits = sum(_kept_by_blocks(shape, Run(1, CHECK_TOKENS), machine)), _check_bytes(shape, machine)
     again = 0 if run.checkpointing == "none" else most
     last_tile = 0 if shape.plain_loss else min(2 * machine.tile_bytes, 2 * SINGLE * run.slots * shape.vocabulary)
@@ -138,10 +138,15 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
     return MemoryPlan(peak, parts, sums, min(machine.cache_bytes, budget // 16), budget, shape.not_known)
 
 
-def _kept(block: Block, run: Run, machine: Machine) -> float:
+def kept_by(block: Block, run: Run, machine: Machine) -> float:
     """Return the bytes that a block keeps for the backward pass without checkpointing, attention's probabilities included."""
+    case = run.rows, run.width, machine.backend != "cpu"
     if block.memory is not None:
-        return block.memory.at(run.rows, run.width, machine.backend != "cpu").kept
+        whole = block.memory.at(*case).kept
+        if block.at_one is None:
+            return whole
+        part = block.at_one.at(*case).kept  # attention's; the rest grows with the trained positions
+        return part + max(0.0, whole - part) * run.slots / run.positions
     own = block_numbers(block, run, machine) * run.positions + probabilities(block, run, machine) * run.rows
     return own * machine.number_bytes
 
@@ -220,7 +225,7 @@ def _kept_by_blocks(shape: ModelShape, run: Run, machine: Machine) -> tuple[int,
     for index, block in enumerate(shape.blocks):
         if index < shape.first_trained:
             continue
-        everything = _kept(block, run, machine)
+        everything = kept_by(block, run, machine)
         if every is None or index % every:
             kept += everything
             continue

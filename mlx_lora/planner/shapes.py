@@ -120,6 +120,7 @@ class Block:
         gated: `silu` (our lean kernel applies) or `other` (mlx's own operations).
         window: the most keys that a query sees; None: all keys before it.
         memory: its memory, read from its graph; None: counted from its matrices, as for a llama block.
+        at_one: the same if only one position is computed beyond attention; None: all are, as in any block but the last.
     """
 
     layers: tuple[Layer, ...]
@@ -130,6 +131,7 @@ class Block:
     gated: str = "silu"
     window: int | None = None
     memory: BlockMemory | None = field(default=None, compare=False)
+    at_one: BlockMemory | None = field(default=None, compare=False)
 
     @property
     def widths(self) -> int:

@@ -148,7 +148,7 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     settings = replace(settings, loop=loop)
     device.compile_for(steps)
     identity = identity_of(settings, base.fingerprint, fingerprint, plan, epochs)
-    identity |= layout.identity | held_out.identity
+    identity |= layout.identity | held_out.identity | ({} if whole_last_block(found) else PART_OF_LAST)
     if found:
         check_continuation(found, identity)
     step, task, details, about = make_step(settings, base, chosen, objective, memory, steps, ranks)
@@ -223,8 +223,17 @@ def put_adapter(
         base.hf_tokenizer.chat_template = template
 
 
+# In the identity of every run since its version computes the last block where trained, if the model allows it.
+PART_OF_LAST = {"last_block": "where trained"}
+
+
+def whole_last_block(found: Checkpoint | None) -> str:
+    """Return why a run must compute the whole last block: a version that always did has begun it; empty: it need not."""
+    return "" if found is None or PART_OF_LAST.items() <= found.identity.items() else "as before the checkpoint"
+
+
 def choose_loss_and_kernels(
-    settings: TrainSettings, base: Base, rows: EncodedSet, say: Callable[[str], None]
+    settings: TrainSettings, base: Base, rows: EncodedSet, found: Checkpoint | None, say: Callable[[str], None]
 ) -> LossAndKernels:
     """Choose loss and kernels: the best that were measured here, and that agree with the model's own on this model.
 
@@ -232,10 +241,11 @@ def choose_loss_and_kernels(
         settings: of the run.
         base: adapted.
         rows: training data, whose lengths the kernels are chosen for.
+        found: a checkpoint to go on from.
         say: takes a line before something is measured.
     """
     asked = settings.loop.kernels
-    loss = choose_loss(base.model, base.config, asked, say)
+    loss = choose_loss(base.model, base.config, asked, say, whole_last_block(found))
     dtype = device.compute_dtype(settings.model.dtype)
     lengths = sorted({max(1, int(length) - 1) for length in rows.lengths})
     choice = choose_model_kernels(base.model, lengths, asked, dtype, say, shared=rows.starts is not None)
@@ -296,17 +306,17 @@ def choose_layout(
             raise InputError(f"--shared-prefix {asked}: the run to resume has it {before}; leave the flag out")
         asked = before
     if objective.records != "pairs":
-        return choose_loss_and_kernels(settings, base, rows, say), Layout()
+        return choose_loss_and_kernels(settings, base, rows, found, say), Layout()
     problem = layout_problem(asked, base.model, model_shape(base.model, base.config), rows)
     if problem is None:
-        chosen = choose_loss_and_kernels(settings, base, joined(rows), say)
+        chosen = choose_loss_and_kernels(settings, base, joined(rows), found, say)
         problem = sharing_problem(base.model, base.config, chosen.loss, chosen.kernels)
         if problem is None:
             return chosen, Layout(True, f"prompts shared ({saved_share(rows):.0%} fewer positions)")
     if asked == "on":
         raise InputError(f"--shared-prefix on: {problem}; leave the flag out")
     words = f"separate rows for both answers ({problem})"
-    return choose_loss_and_kernels(settings, base, rows, say), Layout(words=words)
+    return choose_loss_and_kernels(settings, base, rows, found, say), Layout(words=words)
 
 
 def fit_settings(
@@ -319,6 +329,8 @@ def fit_settings(
     """
     shape = adapted_shape(base.model, base.config, asked, kernels=chosen.kernels or KernelChoice(MLX))
     shape = replace(shape, plain_loss=chosen.loss.kernel == PLAIN_LOGITS)  # then the logits are whole
+    if not chosen.loss.part_of_last:
+        shape = replace(shape, blocks=tuple(replace(block, at_one=None) for block in shape.blocks))
     fitted = fit_run(asked, shape, splits.train, chosen.terms)
     day = splits.chat_day.isoformat() if splits.chat_day else None  # the same one with --resume on another day
     loop = replace(asked.loop, batch_tokens=fitted.batch_tokens, grad_checkpoint=fitted.checkpointing)

@@ -22,8 +22,9 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lora.models.attention import Tiles, attend
 from mlx_lora.models.folder import FOREIGN_ERRORS
 from mlx_lora.models.graph import as_on_gpu, gradient_graph
-from mlx_lora.models.head import Head, find_head
+from mlx_lora.models.head import Head, find_head, with_last_block
 from mlx_lora.models.kernels import Choose, assumed, training_kernels
+from mlx_lora.models.last_block import only_at
 from mlx_lora.models.liveness import count_memory
 from mlx_lora.models.unchanged import left_unchanged
 from mlx_lora.planner.shapes import BlockBytes, ModelShape, NotKnown
@@ -116,6 +117,8 @@ def with_block_memory(
             reasons.append(str(error))
             traced = None
         found.append(replace(block, memory=traced))
+    if found and found[-1].memory is not None:
+        found[-1] = replace(found[-1], at_one=trace_last_at_one(model, config, choose))
     return replace(shape, blocks=tuple(found), not_known=tuple(dict.fromkeys(reasons)))
 
 
@@ -127,6 +130,21 @@ def trace_blocks(model: nn.Module, config: dict[str, Any], choose: Choose = assu
     calls = _Calls(model, head.hidden if isinstance(head, Head) else model, max(first.values(), default=0))
     traced = {kind: TracedBlock(_reader(model.layers[n], n, calls, choose)) for kind, n in first.items()}
     return [traced[kind] for kind in kinds]
+
+
+def trace_last_at_one(model: nn.Module, config: dict[str, Any], choose: Choose = assumed) -> TracedBlock | None:
+    """Return the memory of the last block with a single trained position, None if the whole block is computed anyway."""
+    head = find_head(model, config)
+    last = with_last_block(head, model)[0].last if isinstance(head, Head) else None
+    if not isinstance(head, Head) or last is None:
+        return None
+    number = len(model.layers) - 1
+    traced = TracedBlock(_reader(last, number, _Calls(model, head.hidden), choose, mx.zeros((1,), mx.int32)))
+    try:
+        traced.at(1, WIDTHS[0], on_gpu=device.on_gpu())
+    except NotKnown:
+        return None
+    return traced
 
 
 def _kind(block: nn.Module) -> tuple:
@@ -143,11 +161,15 @@ def _kind(block: nn.Module) -> tuple:
     return tuple(type(m) for m in block.modules()), parameters, trained, settings
 
 
-def _reader(block: nn.Module, number: int, calls: _Calls, choose: Choose) -> Callable[[int, int, bool], BlockBytes]:
+def _reader(
+    block: nn.Module, number: int, calls: _Calls, choose: Choose, positions: mx.array | None = None
+) -> Callable[[int, int, bool], BlockBytes]:
     def read(rows: int, width: int, on_gpu: bool) -> BlockBytes:
         try:
             with as_on_gpu() if on_gpu and not device.on_gpu() else nullcontext():
-                return _read_block(block, choose, *calls.of(number, rows, width))
+                call = calls.of(number, rows, width)
+                with nullcontext() if positions is None else only_at(block, positions):
+                    return _read_block(block, choose, *call)
         except FOREIGN_ERRORS as error:
             raise NotKnown(f"{type(block).__name__}: {' '.join(str(error).split())[:120]}") from error
 

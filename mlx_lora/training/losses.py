@@ -4,8 +4,9 @@ A mean cannot be added to another batch's mean; sums and counts can, so accumula
 several ranks all divide once, at the end.
 
 Two kinds of loss compute the same number. `plain` uses the model's own logits of every position. `fused` uses
-the hidden states of the supervised positions only and never holds their logits (fused.py). Fused is used if it
-agrees with plain on a few tokens of this model; otherwise plain is used, and the run header says why.
+the hidden states of the supervised positions only and never holds their logits (fused.py); where the model allows it, the
+last block computes only these positions too (models/last_block.py). Both are used if they agree with plain on a few tokens
+of this model; otherwise plain, or the whole block, is used, and the run header says why.
 
 Shapes: B batch, T time, P supervised positions (padded), D width, V vocabulary.
 """
@@ -21,11 +22,12 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_lora.data.batches import Batch
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
-from mlx_lora.models.head import Head, find_head
+from mlx_lora.models.head import Head, find_head, with_last_block
 from mlx_lora.models.kernel_choice import AUTO, OURS, KernelChoice
 from mlx_lora.models.kernel_row import MLX
 from mlx_lora.models.kernels import has_recurrence, training_kernels
@@ -77,6 +79,7 @@ class Loss:
         description: for the run header.
         tokens: the loss of each position, which can be differentiated; the checks compare it.
         kernel: its name (loss_choice.py); `plain` computes the model's own logits, of all positions at once.
+        part_of_last: whether the model's last block computes only the supervised positions.
         measure_tokens: `tokens` without a gradient; None: use `tokens`.
     """
 
@@ -85,6 +88,7 @@ class Loss:
     description: str
     tokens: TokenLosses
     kernel: str = PLAIN_LOGITS
+    part_of_last: bool = False
     measure_tokens: TokenLosses | None = None
 
 
@@ -124,32 +128,39 @@ def plain(description: str) -> Loss:
 PLAIN = plain("plain cross-entropy")
 
 
-def head_loss(head: Head, kernel: str, tile_bytes: int) -> Loss:
+def head_loss(head: Head, kernel: str, tile_bytes: int, whole_because: str = "") -> Loss:
     """Return a loss that is computed only from the hidden states of the supervised positions.
 
     Args:
         head: turns hidden states into logits.
         kernel: a name in LOSS_KERNELS.
         tile_bytes: the most bytes of logits at a time.
+        whole_because: why the head has no last block of which some positions can be computed alone.
     """
     words = {TILES: f"fused cross-entropy, {tile_bytes / 2**20:.0f} MiB tiles", ROWS: "mx.fast.cross_entropy by rows"}
+    block = (
+        "last block where trained" if head.last is not None else f"whole last block ({whole_because or 'not asked'})"
+    )
     token_losses = partial(LOSS_KERNELS[kernel], tile_bytes=tile_bytes)
 
     def tokens(gradient: bool, model: nn.Module, *batch: mx.array) -> mx.array:
         inputs, targets, _mask, positions, weights, *starts = batch
-        hidden = head.hidden(inputs, **shared_caches(model, inputs, *starts))  # (B, T, D)
-        chosen = hidden.reshape(-1, hidden.shape[-1])[positions]  # (P, D)
+        chosen = head.hidden_at(positions, inputs, **shared_caches(model, inputs, *starts))  # (P, D)
         return token_losses(head, chosen, targets.reshape(-1)[positions], weights, gradient=gradient)
 
     def loss(gradient: bool, model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array]:
         return tokens(gradient, model, *batch).sum(), batch[-1].sum()
 
-    of_tokens = partial(tokens, True), kernel, partial(tokens, False)
-    return Loss(partial(loss, True), partial(loss, False), words[kernel], *of_tokens)
+    of_tokens = partial(tokens, True), kernel, head.last is not None, partial(tokens, False)
+    return Loss(partial(loss, True), partial(loss, False), f"{words[kernel]}; {block}", *of_tokens)
 
 
 def choose_loss(
-    model: nn.Module, config: dict[str, Any], asked: str = AUTO, say: Callable[[str], None] | None = None
+    model: nn.Module,
+    config: dict[str, Any],
+    asked: str = AUTO,
+    say: Callable[[str], None] | None = None,
+    whole_because: str = "",
 ) -> Loss:
     """Return the fastest loss that agrees with the plain loss on this model, or the plain loss if none does.
 
@@ -159,6 +170,7 @@ def choose_loss(
         asked: --kernels; `mlx` is the model's own logits.
         say: called with one line before something is measured; None: nothing is measured, and our kernel is used
             if there are no measurements.
+        whole_because: why the whole last block is computed although the model may allow less; empty: no reason.
 
     Raises:
         InputError: the model's own forward pass fails.
@@ -173,11 +185,14 @@ def choose_loss(
     if kernel == PLAIN_LOGITS:
         return plain("plain cross-entropy (measured)")
     expected, reasons = _own_probe(model, config, PLAIN, head.vocabulary), []
+    part, whole_because = (head, whole_because) if whole_because else with_last_block(head, model)
     for name in (kernel, *(other for other in LOSS_KERNELS if other != kernel)):
-        loss = head_loss(head, name, loss_tile_bytes())
-        problem = _problem(model, expected, loss, head.vocabulary)
-        if problem is None:
-            return loss
+        for one in [head] if part is head else [part, head]:
+            loss = head_loss(one, name, loss_tile_bytes(), whole_because)
+            problem = _problem(model, expected, loss, head.vocabulary)
+            if problem is None:
+                return loss
+            whole_because = whole_because or f"less {problem}"
         reasons.append(f"{'fused' if name == TILES else name} {problem}")
     return plain(f"plain cross-entropy ({'; '.join(reasons)})")
 
@@ -269,9 +284,11 @@ def _probe(model: nn.Module, loss: Loss, vocabulary: int, recurrent: bool) -> Pr
 
 
 def check_arrays(vocabulary: int, tokens: int) -> Arrays:
-    """Return one row with this many random tokens, the same ones in every call, all of them trained."""
+    """Return one row with this many random tokens, the same ones in every call, three in four of them trained."""
     ids = mx.random.randint(0, vocabulary, (1, tokens + 1), key=mx.random.key(0))
-    return Arrays(ids[:, :-1], ids[:, 1:], mx.ones((1, tokens), mx.bool_), mx.arange(tokens), mx.ones((tokens,)))
+    trained = np.arange(tokens) % 4 != 0  # not all, or a last block that leaves out the others would not be tried
+    positions = np.flatnonzero(trained).astype(np.int32)
+    return Arrays(ids[:, :-1], ids[:, 1:], mx.array(trained[None]), mx.array(positions), mx.ones((len(positions),)))
 
 
 def way_out(model: nn.Module) -> str:

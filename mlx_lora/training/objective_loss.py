@@ -21,6 +21,7 @@ import numpy as np
 from mlx_lora.adapters.score_head import body_of, score_at
 from mlx_lora.data.batches import Batch, BatchPlan
 from mlx_lora.data.encode import EncodedSet
+from mlx_lora.models.head import with_last_block
 from mlx_lora.objectives.objective import AnswerSums, Objective
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.training.losses import Arrays, Loss, LossFunction, TokenLosses
@@ -121,7 +122,7 @@ def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
         return Task(whole, policy_arrays, prepared, objective.reports, _only_numbers)
     if of_answers is None:
         return Task(loss)
-    loss = score_loss(model) if objective.scores else loss
+    loss = score_loss(model, loss.part_of_last) if objective.scores else loss
     group = 1 if objective.records == "rated" else 2
     measure_tokens = loss.measure_tokens or loss.tokens
 
@@ -147,13 +148,16 @@ def _only_numbers(means: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in means.items() if not math.isnan(value)}
 
 
-def score_loss(model: nn.Module) -> Loss:
+def score_loss(model: nn.Module, part_of_last: bool = False) -> Loss:
     """Return a loss that is the negative score at each position, so that an answer's "log-probability" is its score.
 
     Args:
         model: with a score head.
+        part_of_last: compute the last block at these positions only, as the loss of tokens that was tried on this model.
     """
     body = body_of(model)
+    body = with_last_block(body, model)[0] if part_of_last else body
+    block = "last block where scored" if body.last is not None else "whole last block"
 
     def tokens(model: nn.Module, *batch: mx.array) -> mx.array:
         arrays, starts = Arrays(*batch[:5]), batch[5:]
@@ -162,7 +166,7 @@ def score_loss(model: nn.Module) -> Loss:
     def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array]:
         return tokens(model, *batch).sum(), batch[-1].sum()
 
-    return Loss(summed, summed, "scores of last tokens", tokens)
+    return Loss(summed, summed, f"scores of last tokens; {block}", tokens, part_of_last=body.last is not None)
 
 
 def _prepared(

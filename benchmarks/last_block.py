@@ -1,0 +1,125 @@
+"""Measure what a step saves whose last block computes only the trained positions.
+
+    python benchmarks/last_block.py --model smollm2 --data alpaca.json
+    python benchmarks/last_block.py --model smollm2 --prompt 700 --answer 100     # random tokens in rows of one length
+
+Loss and gradient of one batch, with the whole last block and without its dead half, in alternating rounds; medians of
+processor time, because other work on the machine does not count there, and peak memory. For each number of adapted
+blocks there are two cases: all blocks are computed, or only the adapted ones, which is what an epoch costs that starts at
+kept hidden states.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from dataclasses import replace
+from typing import Any
+
+import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
+
+import mlx.core as mx  # isort: skip
+import numpy as np
+from _environment import environment
+
+from mlx_lora.adapters.adapt import adapt_model
+from mlx_lora.data.batches import Batch, BatchPlan
+from mlx_lora.data.loading import load_data
+from mlx_lora.models.attention import attend
+from mlx_lora.models.load import Base, load_base
+from mlx_lora.settings.config import AdapterSettings, DataSettings, ModelSettings
+from mlx_lora.system import device
+from mlx_lora.training.checkpointing import apply_checkpointing
+from mlx_lora.training.losses import Arrays, choose_loss
+from mlx_lora.training.step import differentiation
+
+
+def batch_of(args: argparse.Namespace, base: Base) -> Batch:
+    """Return the batch to measure: of the data's median share of trained positions, or random."""
+    if args.data is None:
+        width = args.prompt + args.answer
+        rows = max(1, args.batch_tokens // width)
+        ids = np.random.default_rng(0).integers(0, 256, (rows, width + 1)).astype(np.int32)
+        mask = np.broadcast_to(np.arange(width) >= args.prompt, (rows, width)).copy()
+        return Batch.of(ids[:, :-1].copy(), ids[:, 1:].copy(), mask, rows * width)
+    rows = load_data(DataSettings(data=args.data), base.hf_tokenizer, 0, lambda line: None).train
+    plan = BatchPlan(rows, batch_tokens=args.batch_tokens, batch_size=None, seed=0)
+    batches = sorted(plan.batches(), key=lambda batch: len(batch.positions) / batch.inputs.size)
+    return batches[len(batches) // 2]
+
+
+def measure(base: Base, batch: Batch, args: argparse.Namespace) -> dict[str, Any]:
+    """Return medians of processor seconds and peak bytes, with the whole last block and with a part of it."""
+    tape = apply_checkpointing(base.model, args.grad_checkpoint)
+    arrays = Arrays.of(batch)
+    functions, seconds = {}, {}
+    for name, why in (("whole", "measured for comparison"), ("part", "")):
+        loss = choose_loss(base.model, base.config, "ours", None, why)
+        if loss.part_of_last != (name == "part"):
+            raise SystemExit(f"the {name} block is not measured: {loss.description}")
+        functions[name] = differentiation(base.model, loss.train, tape.attend if tape else attend)
+        seconds[name] = []
+    peaks, found = {}, {}
+    for _ in range(args.rounds + 1):
+        for name, function in functions.items():
+            mx.reset_peak_memory()
+            start = time.process_time()
+            loss_sum, *_, grads = function(*arrays)
+            mx.eval(loss_sum, grads)
+            seconds[name].append(time.process_time() - start)
+            peaks[name], found[name] = mx.get_peak_memory(), loss_sum.item()
+            del grads
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first one warms up
+    return {
+        "whole_s": medians["whole"],
+        "part_s": medians["part"],
+        "saved": 1 - medians["part"] / medians["whole"],
+        "whole_gb": peaks["whole"] / 1e9,
+        "part_gb": peaks["part"] / 1e9,
+        "loss_apart": abs(found["part"] / found["whole"] - 1),
+    }
+
+
+def main() -> None:
+    """Print a row for each case, and all figures as JSON at the end."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data")
+    parser.add_argument("--prompt", type=int, default=700)
+    parser.add_argument("--answer", type=int, default=100)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--grad-checkpoint", default="none")
+    parser.add_argument("--num-layers", type=int, nargs="+", default=[-1, 8, 1])
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    device.compile_for(args.rounds)  # as in a short run on a CPU
+    settings = ModelSettings(model=args.model, dtype="float32")
+    original = load_base(settings)
+    batch = batch_of(args, original)
+    rows, width = batch.inputs.shape
+    print(f"{rows} x {width} positions, {batch.mask.mean():.0%} of them trained; {original.describe()}")
+    print("adapted blocks | computed | whole s | part s | saved | whole GB | part GB")
+    figures = []
+    for adapted in args.num_layers:
+        for computed in ("all", "adapted"):
+            base = replace(original, model=copy.deepcopy(original.model))
+            adapt_model(base.model, AdapterSettings(rank=8, num_layers=adapted), 0)
+            if computed == "adapted":
+                if adapted < 0:
+                    continue
+                base.model.model.layers = base.model.layers[-adapted:]
+            one = measure(base, batch, args) | {"adapted": adapted, "computed": computed}
+            figures.append(one)
+            print(
+                f"{'all' if adapted < 0 else adapted} | {computed} | {one['whole_s']:.2f} | {one['part_s']:.2f} | "
+                f"{one['saved']:.1%} | {one['whole_gb']:.3f} | {one['part_gb']:.3f}",
+                flush=True,
+            )
+    print(json.dumps({"environment": environment(), "settings": vars(args), "figures": figures}))
+
+
+if __name__ == "__main__":
+    main()
