@@ -27,14 +27,14 @@ from mlx_lora.data.batches import Batch
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.kernel_choice import AUTO, OURS, KernelChoice
-from mlx_lora.models.kernel_row import MLX
+from mlx_lora.models.kernel_row import MLX, POLYNOMIAL
 from mlx_lora.models.kernels import has_recurrence, training_kernels
 from mlx_lora.models.shared_prefix import shared_caches
 from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
 from mlx_lora.planner.this_machine import loss_tile_bytes
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
-from mlx_lora.training.loss_choice import LOSS_KERNELS, PLAIN_LOGITS, ROWS, TILES, choose_kernel, loss_figures
+from mlx_lora.training.loss_choice import PLAIN_LOGITS, ROWS, TILES, choose_kernel, loss_figures, loss_kernels
 from mlx_lora.training.probe import Probe, disagreement, has_halves, probe
 
 
@@ -129,11 +129,12 @@ def head_loss(head: Head, kernel: str, tile_bytes: int) -> Loss:
 
     Args:
         head: turns hidden states into logits.
-        kernel: a name in LOSS_KERNELS.
+        kernel: a name in `loss_kernels()`.
         tile_bytes: the most bytes of logits at a time.
     """
-    words = {TILES: f"fused cross-entropy, {tile_bytes / 2**20:.0f} MiB tiles", ROWS: "mx.fast.cross_entropy by rows"}
-    token_losses = partial(LOSS_KERNELS[kernel], tile_bytes=tile_bytes)
+    tiles = f"fused cross-entropy, {tile_bytes / 2**20:.0f} MiB tiles"
+    words = {TILES: tiles, POLYNOMIAL: f"{tiles}, polynomial", ROWS: "mx.fast.cross_entropy by rows"}
+    token_losses = partial(loss_kernels()[kernel], tile_bytes=tile_bytes)
 
     def tokens(gradient: bool, model: nn.Module, *batch: mx.array) -> mx.array:
         inputs, targets, _mask, positions, weights, *starts = batch
@@ -173,7 +174,7 @@ def choose_loss(
     if kernel == PLAIN_LOGITS:
         return plain("plain cross-entropy (measured)")
     expected, reasons = _own_probe(model, config, PLAIN, head.vocabulary), []
-    for name in (kernel, *(other for other in LOSS_KERNELS if other != kernel)):
+    for name in (kernel, *(other for other in loss_kernels() if other != kernel)):
         loss = head_loss(head, name, loss_tile_bytes())
         problem = _problem(model, expected, loss, head.vocabulary)
         if problem is None:
