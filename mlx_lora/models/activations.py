@@ -53,11 +53,9 @@ def polynomial_swiglu(gate: mx.array, up: mx.array) -> mx.array:
     @mx.custom_function
     def forward(gate: mx.array, up: mx.array) -> list[mx.array]:
         if exponentials.usable(gate, up):
-            by_gate, by_up = exponentials.silu_slopes(gate, up)
-        else:
-            s = device.sigmoid(gate)
-            by_gate, by_up = up * s * (1 + gate * (1 - s)), gate * s
-        return [by_up * up, by_gate, by_up]
+            return list(exponentials.gated_silu(gate, up))
+        s = device.sigmoid(gate)
+        return [gate * s * up, up * s * (1 + gate * (1 - s)), gate * s]
 
     @forward.vjp
     def forward_vjp(primals, cotangents, outputs):

@@ -10,7 +10,7 @@ large by the power, make 8e-6 at most and 1.5e-6 on average. Beyond 32, p grows 
 64, falls to 0 around 100, and is 0 for infinity, without a comparison, which would not be vectorized. NaN remains NaN.
 
 The shape of the formula is made for mlx's compiler, which fuses expressions of up to 11 levels, constants included. Four
-quadratic factors and four squarings are 10 levels and one division; the product with 1 / 64 would be one too many.
+quadratic factors, four squarings and a division are 10; with the product by 1 / 64 among them, mlx makes several slow kernels.
 
 mlx does not compile what it differentiates: a compiled function that gets an array of a trace is inlined there. In the
 forward pass of an `mx.custom_function` nothing is to be differentiated, so the trace can be left (`_untraced`). In a backward
@@ -22,6 +22,7 @@ Shapes: any.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 
@@ -60,7 +61,7 @@ def usable(*arrays: mx.array) -> bool:
 
 
 def exp_minus(x: mx.array) -> mx.array:
-    """Return exp(-64 x) for x of at least 0, scaled by `SCALE` beforehand; not differentiable.
+    """Return exp(-64 |x|), where x was scaled by `SCALE` beforehand; not differentiable.
 
     Args:
         x: float32, contiguous; only where `usable`.
@@ -78,16 +79,17 @@ def softmax(scores: mx.array) -> mx.array:
     return powers * (1 / powers.sum(axis=-1, keepdims=True))
 
 
-def silu_slopes(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
-    """Return the derivatives of silu(gate) * up by gate and by up; the second is silu(gate). Not differentiable.
+def gated_silu(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Return silu(gate) * up and its derivatives by gate and by up; not differentiable.
 
     Args:
         gate, up: float32, of one shape; only where `usable`.
     """
-    return _compiled(_silu_slopes, gate, up, exp_minus(mx.abs(gate) * SCALE))
+    slope, silu = _compiled(_silu_slopes, gate, up, exp_minus(gate * SCALE))
+    return silu * up, slope, silu
 
 
-def _compiled(kernel: Callable[..., mx.array | tuple[mx.array, ...]], *arrays: mx.array):
+def _compiled(kernel: Callable[..., Any], *arrays: mx.array) -> Any:
     with device.compiling_kernels():
         return kernel(*map(_untraced, arrays))
 
@@ -103,6 +105,7 @@ def _untraced(x: mx.array) -> mx.array:
 
 @mx.compile
 def _exp_minus(x: mx.array) -> mx.array:
+    x = mx.abs(x)
     first, second, third, fourth = (mx.square(x + a) + b for a, b in _FACTORS)
     power = (first * second) * (third * fourth)
     for _ in range(4):
@@ -112,10 +115,10 @@ def _exp_minus(x: mx.array) -> mx.array:
 
 @mx.compile
 def _silu_slopes(gate: mx.array, up: mx.array, power: mx.array) -> tuple[mx.array, mx.array]:
-    """Take exp(-|gate|) as `power`; without comparisons, which would not be vectorized.
+    """Return the derivatives of silu(gate) * up by gate and by up, from exp(-|gate|), without comparisons.
 
-    s - 1/2 has gate's sign; the smallest float beside |gate| prevents 0 / 0. The results are one kernel only because the
-    second is part of the first.
+    s - 1/2 has gate's sign; 1e-30 beside |gate| prevents 0 / 0. Both results are one kernel only because the second is
+    a part of the first, and with a third g++ would not vectorize it: too many arrays might overlap.
     """
     s = 0.5 + gate / (mx.abs(gate) + 1e-30) * (0.5 - power / (1 + power))
     silu = gate * s
