@@ -207,14 +207,11 @@ def test_a_step_is_the_same_compiled_and_not_and_near_the_other_kernels(mode, mo
             mx.enable_compile()
 
     polynomial = polynomial_everywhere(tiny_model())
-    compiled, plain, other = (
-        stepped(True, polynomial),
-        stepped(False, polynomial),
-        stepped(False, lambda row, _: row.assumed),
-    )
-    assert close(compiled, plain, 1e-6)
+    plain, other = stepped(False, polynomial), stepped(False, lambda row, _: row.assumed)
     assert close(plain, other, 1e-4)
     assert not mx.array_equal(plain, other).item()
+    if mode == "none":  # compiling a step takes seconds
+        assert close(stepped(True, polynomial), plain, 1e-6)
 
 
 def test_the_polynomials_are_two_kernels_however_many_shapes(tmp_path):
@@ -254,3 +251,20 @@ def test_where_mlx_does_not_compile_the_others_are_used(monkeypatch):
     assert close(plain, polynomial_swiglu(x, d), 1e-5)
     monkeypatch.setattr(device, "vectorizes_compiled_sums", lambda: False)
     assert all(POLYNOMIAL not in row.candidates for row in kernel_rows())
+
+
+def test_a_compiler_that_does_not_work_is_as_none(tmp_path):
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ]\n')
+    compiler.chmod(0o755)
+    code = """
+import mlx_lora.system.device as device
+import mlx.core as mx
+from mlx_lora.models.activations import polynomial_swiglu
+from mlx_lora.system import exponentials
+x = mx.ones((4,))
+assert not exponentials.usable(x)
+assert abs(polynomial_swiglu(x, x)[0].item() - 0.7310586) < 1e-6
+"""
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path), "PATH": path}, check=True)

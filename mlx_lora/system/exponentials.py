@@ -22,6 +22,7 @@ Shapes: any.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -43,7 +44,7 @@ def usable(*arrays: mx.array) -> bool:
     """Return whether the functions below are compiled here, and these arrays have the dtype that they are made for.
 
     mlx is asked by a function that notices whether it was inlined: it does not compile in a backward pass, without a
-    C++ compiler, and if the user disabled it.
+    C++ compiler, and if the user disabled it. A compiler that does not work is as none.
     """
     if any(array.dtype != mx.float32 for array in arrays):
         return False
@@ -57,7 +58,17 @@ def usable(*arrays: mx.array) -> bool:
     with device.compiling_kernels():
         probe(mx.array(0.0))
         probe(mx.array(0.0))
-    return len(called) == 1
+        return len(called) == 1 and _compiler_works()
+
+
+@cache
+def _compiler_works() -> bool:
+    """Compile the first kernel, once per process: g++ may lack its headers, or /tmp may refuse to hold programs."""
+    try:
+        mx.eval(_exp_minus(mx.zeros((8,))))
+    except RuntimeError:
+        return False
+    return True
 
 
 def exp_minus(x: mx.array) -> mx.array:
