@@ -1,6 +1,7 @@
 """Measure where a training step's time goes: each part of a block alone, and the whole step.
 
     python benchmarks/profile_step.py --model DIR --rows 5 --width 204
+    python benchmarks/profile_step.py --model DIR --rows 5 --width 204 --kernels polynomial --processor-time --not-compiled
 
 Parts are compiled forward and backward passes on arrays of the model's shapes, medians of --rounds, times the number of
 blocks. They do not exactly sum to the step, where neighbors share passes. Then the step's floating-point operations,
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +38,17 @@ from mlx.utils import tree_flatten
 from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.data.batches import Batch
-from mlx_lora.models.activations import lean_swiglu
-from mlx_lora.models.attention import Tiles, tiled_attention
+from mlx_lora.models.activations import lean_swiglu, polynomial_swiglu
+from mlx_lora.models.attention import Tiles, attend, tiled_attention
 from mlx_lora.models.head import find_head
+from mlx_lora.models.kernel_row import POLYNOMIAL, Kernel, ShapeClass
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.settings.config import ModelSettings, OptimizerSettings
 from mlx_lora.system import device
 from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.fused import fused_token_losses
-from mlx_lora.training.losses import Arrays, choose_loss
+from mlx_lora.training.loss_choice import TILES
+from mlx_lora.training.losses import Arrays, head_loss
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.step import Step
 
@@ -65,21 +69,47 @@ FREE = [
 ]
 
 
-def seconds(function: Callable[..., Any], arrays: Sequence[mx.array], rounds: int) -> float:
-    """Return the median time of the compiled forward and backward pass of `function`."""
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How parts and step are measured.
+
+    Attributes:
+        rounds: the median of as many counts.
+        clock: returns seconds.
+        compiled: whether parts and step are compiled, as in a run of many steps.
+        kernel: `tiled` (with mlx's exponentials) or `polynomial`.
+    """
+
+    rounds: int
+    clock: Callable[[], float]
+    compiled: bool
+    kernel: str
+
+    @property
+    def polynomial(self) -> bool:
+        """Whether exponentials are polynomials."""
+        return self.kernel == POLYNOMIAL
+
+    def choose(self, kernel: Kernel, shape: ShapeClass) -> str:
+        """Return the candidate for a kernel of the step."""
+        return self.kernel if self.kernel in kernel.candidates else kernel.assumed
+
+
+def seconds(function: Callable[..., Any], arrays: Sequence[mx.array], way: Way) -> float:
+    """Return the median time of the forward and backward pass of `function`."""
     outputs = function(*arrays)
     cotangent = mx.random.normal(outputs.shape).astype(outputs.dtype)
     both = mx.compile(lambda d, *a: mx.vjp(lambda *p: [function(*p)], list(a), [d]))
     mx.eval(both(cotangent, *arrays))
     times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
+    for _ in range(way.rounds):
+        start = way.clock()
         mx.eval(both(cotangent, *arrays))
-        times.append(time.perf_counter() - start)
+        times.append(way.clock() - start)
     return statistics.median(times)
 
 
-def parts_of_a_block(base: Base, rows: int, width: int, rounds: int) -> dict[str, float]:
+def parts_of_a_block(base: Base, rows: int, width: int, way: Way) -> dict[str, float]:
     """Return seconds per part, for all blocks together."""
     config, blocks = base.config, len(base.model.layers)
     block = base.model.layers[0]
@@ -96,24 +126,26 @@ def parts_of_a_block(base: Base, rows: int, width: int, rounds: int) -> dict[str
         if hasattr(layer, "lora_a"):
             linear.append((layer, random(rows, width, layer.lora_a.shape[0])))
     mx.eval([x for _, x in linear])
-    plain = sum(seconds(layer.linear, [x], rounds) for layer, x in linear)
+    plain = sum(seconds(layer.linear, [x], way) for layer, x in linear)
     adapted = sum(
-        seconds(lambda x, a, b, layer=layer: _with_factors(layer, x, a, b), [x, layer.lora_a, layer.lora_b], rounds)
+        seconds(lambda x, a, b, layer=layer: _with_factors(layer, x, a, b), [x, layer.lora_a, layer.lora_b], way)
         for layer, x in linear
     )
     q, k, v = (random(rows, n, width, dims) for n in (heads, key_heads, key_heads))
-    tiles = Tiles(dims**-0.5, "causal")
+    tiles = Tiles(dims**-0.5, "causal", kernel=way.kernel)
     gate, up = random(rows, width, config["intermediate_size"]), random(rows, width, config["intermediate_size"])
     x = random(rows, width, config["hidden_size"])
     norm = mx.ones((config["hidden_size"],), dtype)
     turn = {"dims": dims, "traditional": False, "base": config.get("rope_theta", 1e4), "scale": 1.0, "offset": 0}
+    lean = partial(lean_swiglu, device.keep_exponentials())
+    activation = polynomial_swiglu if way.polynomial else lean
     each = {
         "products with base weights": plain,
         "adapter branch": adapted - plain,
-        "attention": seconds(lambda q, k, v: tiled_attention(q, k, v, tiles), [q, k, v], rounds),
-        "gated activation": seconds(lambda g, u: lean_swiglu(device.keep_exponentials(), g, u), [gate, up], rounds),
-        "two norms": 2 * seconds(lambda x: mx.fast.rms_norm(x, norm, 1e-5), [x], rounds),
-        "rotations of q and k": sum(seconds(lambda a: mx.fast.rope(a, **turn), [a], rounds) for a in (q, k)),
+        "attention": seconds(lambda q, k, v: tiled_attention(q, k, v, tiles), [q, k, v], way),
+        "gated activation": seconds(activation, [gate, up], way),
+        "two norms": 2 * seconds(lambda x: mx.fast.rms_norm(x, norm, 1e-5), [x], way),
+        "rotations of q and k": sum(seconds(lambda a: mx.fast.rope(a, **turn), [a], way) for a in (q, k)),
     }
     return {name: blocks * value for name, value in each.items()}
 
@@ -127,18 +159,20 @@ def _with_factors(layer: Any, x: mx.array, lora_a: mx.array, lora_b: mx.array) -
     return y
 
 
-def whole_step(base: Base, batch: Batch, mode: str, rounds: int) -> tuple[float, int, Counter]:
+def whole_step(base: Base, batch: Batch, mode: str, way: Way) -> tuple[float, int, Counter]:
     """Return the median seconds of a step, MLX's peak bytes, and its operations by name."""
-    loss = choose_loss(base.model, base.config)
+    head = find_head(base.model, base.config)
+    loss = head_loss(head, POLYNOMIAL if way.polynomial else TILES, loss_tile_bytes())
     tape = apply_checkpointing(base.model, mode)
-    attend = tape.attend if tape else tiled_attention
-    step = Step(base.model, build_optimizer(OptimizerSettings(), 100), loss.train, 1.0, attend)
+    own = tape.attend if tape else attend
+    step = Step(base.model, build_optimizer(OptimizerSettings(), 100), loss.train, 1.0, own, choose=way.choose)
     times = []
     mx.reset_peak_memory()
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
+    for _ in range(way.rounds + 1):
+        start = way.clock()
         mx.eval(step([batch]), step.state)
-        times.append(time.perf_counter() - start)
+        times.append(way.clock() - start)
+    print(f"First step {times[0]:.2f} s, the others {', '.join(f'{t:.2f}' for t in times[1:])}", file=sys.stderr)
     return statistics.median(times[1:]), mx.get_peak_memory(), operations(step, batch)
 
 
@@ -156,14 +190,16 @@ def operations(step: Step, batch: Batch) -> Counter:
     return found
 
 
-def loss_seconds(base: Base, supervised: int, rounds: int) -> float:
+def loss_seconds(base: Base, supervised: int, way: Way) -> float:
     """Return the median time of the fused loss on this many positions."""
     head = find_head(base.model, base.config)
     hidden = mx.random.normal((supervised, base.config["hidden_size"])).astype(device.compute_dtype())
     targets, weights = mx.random.randint(0, head.vocabulary, (supervised,)), mx.ones((supervised,))
     mx.eval(hidden, targets, weights)
     tile = loss_tile_bytes()
-    return seconds(lambda h: fused_token_losses(head, h, targets, weights, tile).sum(), [hidden], rounds)
+    return seconds(
+        lambda h: fused_token_losses(head, h, targets, weights, tile, polynomial=way.polynomial).sum(), [hidden], way
+    )
 
 
 def report(parts: dict[str, float], step_s: float, counts: dict[str, Count], launches: int, peak: int) -> str:
@@ -193,7 +229,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--supervised", type=float, default=0.76, help="Fraction of the positions that are trained.")
     parser.add_argument("--checkpointing", default="none", help="As in --grad-checkpoint.")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--kernels", choices=("tiled", POLYNOMIAL), default="tiled", help="Whose exponentials.")
+    parser.add_argument("--processor-time", action="store_true", help="On a machine with other load.")
+    parser.add_argument("--not-compiled", action="store_true", help="As in a short run on a CPU.")
     args = parser.parse_args(argv)
+    clock = time.process_time if args.processor_time else time.perf_counter
+    way = Way(args.rounds, clock, not args.not_compiled, args.kernels)
+    device.compile_for(device.COMPILE_FROM_STEPS if way.compiled else 1)
     base = load_base(ModelSettings(model=args.model))
     inject(base.model, select_targets(base.model).paths, args.rank, 2.0)
     random = np.random.default_rng(0)
@@ -201,9 +243,9 @@ def main(argv: Sequence[str]) -> int:
     mask = random.random((args.rows, args.width)) < args.supervised
     batch = Batch.of(ids[:, :-1], ids[:, 1:], mask, mask.size)
     supervised = len(batch.positions)
-    parts = parts_of_a_block(base, args.rows, args.width, args.rounds)
-    parts["loss"] = loss_seconds(base, supervised, args.rounds)
-    step_s, peak, found = whole_step(base, batch, args.checkpointing, args.rounds)
+    parts = parts_of_a_block(base, args.rows, args.width, way)
+    parts["loss"] = loss_seconds(base, supervised, way)
+    step_s, peak, found = whole_step(base, batch, args.checkpointing, way)
     launches = sum(count for name, count in found.items() if name not in FREE)
     counts = count_step(base.model, base.config, args.rows, args.width, supervised)
     print(report(parts, step_s, counts, launches, peak))

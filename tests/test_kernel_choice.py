@@ -346,6 +346,8 @@ def test_a_form_of_the_loss_that_is_wrong_on_this_model_gives_way_to_the_other(o
     monkeypatch.setitem(loss_choice.LOSS_KERNELS, "rows", wrong)
     assert choose_loss(model, TINY).kernel == "tiles"
     monkeypatch.setitem(loss_choice.LOSS_KERNELS, "tiles", wrong)
+    assert choose_loss(model, TINY).kernel == "polynomial"
+    monkeypatch.setitem(loss_choice.LOSS_KERNELS, "polynomial", wrong)
     found = choose_loss(model, TINY)
     assert found.kernel == "plain"
     assert "rows differs by" in found.description
@@ -370,7 +372,7 @@ def test_the_heads_loss_is_measured_on_the_models_own_head(own_cache, monkeypatc
     loss = choose_loss(model, TINY, say=lines.append)
     assert lines == ["Measuring cross-entropy for a vocabulary of 288 and width 64 (float), once on this machine"]
     found = read_figures(figures_key(loss_choice.NAME, loss_choice.head_class(find_head(model, TINY)), mx.float32))
-    assert found.keys() == {"tiles", "rows", "plain"}
+    assert found.keys() == {*loss_choice.loss_kernels(), "plain"}
     assert all(one.correct for one in found.values())
     assert loss.kernel == loss_choice.choose_kernel(found)
     choose_loss(model, TINY, say=lines.append)

@@ -22,7 +22,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lora.planner.memory import MAX_KEPT_KEYS, TILE_QUERIES
-from mlx_lora.system import device
+from mlx_lora.system import device, exponentials
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Tiles:
         mask: `causal`, None, or a bool array that broadcasts to (B, H, T, S), False where a key is hidden.
         backward: whether no query sees a later key; a `causal` mask implies this, but an array does not show it.
         queries: about how many queries a tile has.
-        kernel: `tiled`, or `mlx` for mx.fast.scaled_dot_product_attention with its own gradient and no tiles.
+        kernel: `tiled`; `polynomial` for tiles with the exponentials of system/exponentials.py; or `mlx` for
+            mx.fast.scaled_dot_product_attention with its own gradient and no tiles.
     """
 
     scale: float
@@ -42,6 +43,11 @@ class Tiles:
     queries: int = TILE_QUERIES
     kernel: str = "tiled"
     backward: bool = False
+
+    @property
+    def ours(self) -> bool:
+        """Whether this file computes the attention."""
+        return self.kernel != "mlx"
 
     def spans(self, q: mx.array, k: mx.array) -> list[tuple[int, int, int]]:
         """Return (first query, query after the last, keys seen) of each tile; tiles are about equally large."""
@@ -65,7 +71,7 @@ class Tiles:
 
 def attend(q: mx.array, k: mx.array, v: mx.array, tiles: Tiles, sinks: mx.array | None = None) -> mx.array:
     """Return attention, computed by the kernel that `tiles` names; shapes as in `tiled_attention`."""
-    if tiles.kernel == "tiled":
+    if tiles.ours:
         return tiled_attention(q, k, v, tiles, sinks)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=tiles.scale, mask=tiles.mask, sinks=sinks)
 
@@ -75,7 +81,7 @@ def attend_gradient(tiles: Tiles, primals: Sequence[mx.array], d_out: mx.array, 
 
     Our kernel starts from the output; mlx's computes the output again, since nothing else was kept.
     """
-    if tiles.kernel == "tiled":
+    if tiles.ours:
         return attention_gradient(tiles, primals, d_out, out)
 
     def again(q: mx.array, k: mx.array, v: mx.array, *sinks: mx.array) -> list[mx.array]:
@@ -116,11 +122,12 @@ def attention(tiles: Tiles, q: mx.array, k: mx.array, v: mx.array, *sinks: mx.ar
     """Return the output of `tiled_attention`, computed tile by tile, and each tile's P (B, N, G t, seen)."""
     parts: list[mx.array] = []
     probabilities: list[mx.array] = []
+    polynomial = _by_polynomials(tiles, q, k, sinks)
     for start, stop, seen in tiles.spans(q, k):
         # Force the order: otherwise all tiles may be in memory at once.
         own = mx.depends(q[:, :, start:stop], parts[-1:]) if parts else q[:, :, start:stop]
         mask = tiles.tile_mask(start, stop, seen, k.shape[1])
-        weights, _ = _probabilities(own * tiles.scale, k[:, :, :seen], mask, sinks)
+        weights, _ = _probabilities(own * tiles.scale, k[:, :, :seen], mask, sinks, polynomial)
         probabilities.append(weights)
         parts.append(_fold_back(weights @ v[:, :, :seen], q.shape[1]))
     return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0], probabilities
@@ -205,16 +212,24 @@ def _fold_back(x: mx.array, heads: int) -> mx.array:
     return x.reshape(x.shape[0], heads, -1, x.shape[3])
 
 
+def _by_polynomials(tiles: Tiles, q: mx.array, k: mx.array, sinks: Sequence[mx.array]) -> bool:
+    """Return whether the probabilities are computed by polynomials: not in a backward pass, where mlx cannot compile."""
+    return tiles.kernel == "polynomial" and not sinks and exponentials.usable(q, k)
+
+
 def _probabilities(
-    q: mx.array, k: mx.array, mask: mx.array | None, sinks: Sequence[mx.array]
+    q: mx.array, k: mx.array, mask: mx.array | None, sinks: Sequence[mx.array], polynomial: bool = False
 ) -> tuple[mx.array, mx.array | None]:
     """Return P (B, N, G t, S) for scaled queries (B, H, t, d), and the sinks' share (B, N, G t, 1)."""
     key_heads = k.shape[1]
+    q = q * exponentials.SCALE if polynomial else q
     scores = _fold(q, key_heads) @ k.swapaxes(-1, -2)
     shape = scores.shape
     if mask is not None:
         scores = scores.reshape(shape[0], key_heads, q.shape[1] // key_heads, q.shape[2], shape[3])
         scores = mx.where(mask, scores, mx.finfo(scores.dtype).min).reshape(shape)
+    if polynomial:
+        return exponentials.softmax(scores), None
     if not sinks:
         return mx.softmax(scores, axis=-1, precise=True), None
     sunk = mx.broadcast_to(sinks[0].astype(scores.dtype)[None, :, None, None], (shape[0], q.shape[1], q.shape[2], 1))

@@ -16,7 +16,7 @@ from mlx_lora.planner.shapes import KernelTerms
 from mlx_lora.system.measuring import Figures, Outputs, Trial
 
 ShapeClass = tuple[Any, ...]  # of numbers and words
-MLX = "mlx"
+MLX, POLYNOMIAL = "mlx", "polynomial"
 
 
 @dataclass(frozen=True)

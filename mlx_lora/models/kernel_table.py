@@ -20,9 +20,9 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import activations, base
 
-from mlx_lora.models.activations import lean_swiglu
+from mlx_lora.models.activations import lean_swiglu, polynomial_swiglu
 from mlx_lora.models.attention import AttentionCall, Tiles, attend
-from mlx_lora.models.kernel_row import MLX, Kernel, ShapeClass, size_class
+from mlx_lora.models.kernel_row import MLX, POLYNOMIAL, Kernel, ShapeClass, size_class
 from mlx_lora.models.recurrent_table import gated_delta_row, state_space_row
 from mlx_lora.models.shared_prefix import SharedPrefix
 from mlx_lora.planner.shapes import KernelTerms
@@ -45,7 +45,9 @@ def kernel_rows(attend: AttentionCall = attend) -> tuple[Kernel, ...]:
             name="attention",
             shared="scaled_dot_product_attention",
             theirs=base.scaled_dot_product_attention,
-            candidates={kernel: partial(_attention, attend, kernel) for kernel in (MLX, "tiled")},
+            candidates={
+                kernel: partial(_attention, attend, kernel) for kernel in (MLX, "tiled", *polynomial_candidates())
+            },
             assumed="tiled",
             class_of=_attention_class,
             trial=_attention_trial,
@@ -60,6 +62,7 @@ def kernel_rows(attend: AttentionCall = attend) -> tuple[Kernel, ...]:
                 MLX: activations.swiglu,
                 "lean": partial(lean_swiglu, True),
                 "leanest": partial(lean_swiglu, False),
+                **dict.fromkeys(polynomial_candidates(), polynomial_swiglu),
             },
             assumed="lean" if device.keep_exponentials() else "leanest",
             class_of=lambda gate, up: activation_class(gate.shape[-1]),
@@ -70,6 +73,11 @@ def kernel_rows(attend: AttentionCall = attend) -> tuple[Kernel, ...]:
         gated_delta_row(),
         state_space_row(),
     )
+
+
+def polynomial_candidates() -> tuple[str, ...]:
+    """Return the name of the candidates that use polynomials for exponentials (system/exponentials.py), if it has any."""
+    return (POLYNOMIAL,) if device.vectorizes_compiled_sums() else ()
 
 
 def _attention(
@@ -183,7 +191,7 @@ def _count_attention(terms: KernelTerms, shape: ShapeClass, name: str, figures: 
 
 def _count_swiglu(terms: KernelTerms, shape: ShapeClass, name: str, figures: Figures | None) -> KernelTerms:
     """Count the arrays that are kept beside gate, up and the product; the most of all classes counts."""
-    assumed = {MLX: 2.0, "lean": 1.0, "leanest": 0.0}[name]
+    assumed = {MLX: 2.0, "lean": 1.0, "leanest": 0.0, POLYNOMIAL: 0.0}[name]
     arrays = assumed if figures is None else max(0.0, 2 * figures.kept_bytes / figures.input_bytes - 1)
     return replace(terms, gate_arrays=max(arrays, terms.gate_arrays or 0.0))
 

@@ -111,7 +111,7 @@ def on_gpu() -> bool:
 # On a CPU, mlx calls g++ to compile a kernel, which takes half a second: about 25 s for all kernels of a step, once per
 # machine. Steps are then about 5% faster, with the same bits. A run of fewer steps than this would lose time by it.
 COMPILE_FROM_STEPS = 200
-_compiling = "MLX_DISABLE_COMPILE" not in os.environ
+_compiling = _kernels_compiled = "MLX_DISABLE_COMPILE" not in os.environ
 
 
 def compile_for(steps: int) -> None:
@@ -124,12 +124,36 @@ def compile_for(steps: int) -> None:
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Do not compile functions inside the block; afterward, they are compiled again if they were before."""
+    global _kernels_compiled
+    before, _kernels_compiled = _kernels_compiled, False
     mx.disable_compile()
     try:
         yield
     finally:
+        _kernels_compiled = before
         if _compiling:
             mx.enable_compile()
+
+
+@contextmanager
+def compiling_kernels() -> Iterator[None]:
+    """Compile functions inside the block even in a run that is too short for compiling its whole step.
+
+    This is for the few kernels that pay after one step (exponentials.py), not if the user disabled compiling.
+    """
+    if _compiling or not _kernels_compiled:
+        yield
+        return
+    mx.enable_compile()
+    try:
+        yield
+    finally:
+        mx.disable_compile()
+
+
+def vectorizes_compiled_sums() -> bool:
+    """Return whether compiled sums and products are much faster than mlx's own exponential, as on a CPU."""
+    return mx.default_device() == mx.Device(mx.cpu)
 
 
 def multiplies_16_bit_experts() -> bool:

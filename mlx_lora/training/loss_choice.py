@@ -1,6 +1,7 @@
 """The choice of the loss kernel, by measurements of the model's head, once per (device, mlx, dtype, head).
 
     tiles   our kernel: some rows by a slice of the vocabulary at a time (fused.py)
+    polynomial  the same, with polynomials for exponentials (system/exponentials.py); on a CPU
     rows    mx.fast.cross_entropy on whole rows of logits (row_loss.py)
     plain   all logits at once, as the model computes them (losses.py)
 
@@ -10,13 +11,15 @@ Shapes: P positions, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_lora.models.head import QUANTIZED_HEADS, Head
 from mlx_lora.models.kernel_choice import figures_key
-from mlx_lora.models.kernel_row import ShapeClass
+from mlx_lora.models.kernel_row import POLYNOMIAL, ShapeClass
+from mlx_lora.models.kernel_table import polynomial_candidates
 from mlx_lora.planner.this_machine import loss_tile_bytes
 from mlx_lora.system import device
 from mlx_lora.system.measuring import Figures, Trial, choose, keep_figures, may_measure, measure, read_figures
@@ -29,7 +32,17 @@ FEWEST, MOST = 64, 1024  # positions in a measurement
 
 TokenLosses = Callable[..., mx.array]
 """(head, hidden (P, D), targets (P,), weights (P,), tile_bytes=, gradient=) -> (P,) weighted losses."""
-LOSS_KERNELS: Mapping[str, TokenLosses] = {TILES: fused_token_losses, ROWS: row_token_losses}
+LOSS_KERNELS: Mapping[str, TokenLosses] = {
+    TILES: fused_token_losses,
+    POLYNOMIAL: partial(fused_token_losses, polynomial=True),
+    ROWS: row_token_losses,
+}
+
+
+def loss_kernels() -> Mapping[str, TokenLosses]:
+    """Return those of LOSS_KERNELS that this device may use, the assumed one first."""
+    left_out = {POLYNOMIAL} - set(polynomial_candidates())
+    return {name: kernel for name, kernel in LOSS_KERNELS.items() if name not in left_out}
 
 
 def head_class(head: Head) -> ShapeClass:
@@ -59,7 +72,7 @@ def loss_figures(head: Head, dtype: mx.Dtype, say: Callable[[str], None] | None)
     shape = head_class(head)
     key = figures_key(NAME, shape, dtype)
     found = read_figures(key)
-    if found is not None and found.keys() == {*LOSS_KERNELS, PLAIN_LOGITS}:
+    if found is not None and found.keys() == {*loss_kernels(), PLAIN_LOGITS}:
         return found
     if say is None or not may_measure():
         return None
@@ -77,7 +90,7 @@ def choose_kernel(figures: Mapping[str, Figures] | None) -> str:
     """
     if figures is None:
         return TILES
-    return choose({name: figures[name] for name in LOSS_KERNELS}, layers=1) or PLAIN_LOGITS  # a model has one head
+    return choose({name: figures[name] for name in loss_kernels()}, layers=1) or PLAIN_LOGITS  # a model has one head
 
 
 def measure_loss(head: Head, dtype: mx.Dtype) -> dict[str, Figures]:
@@ -94,7 +107,7 @@ def measure_loss(head: Head, dtype: mx.Dtype) -> dict[str, Figures]:
 
     candidates: dict[str, Any] = {
         name: lambda hidden, kernel=kernel: kernel(head, hidden, targets, weights, tile_bytes=tile_bytes)
-        for name, kernel in LOSS_KERNELS.items()
+        for name, kernel in loss_kernels().items()
     }
     candidates[PLAIN_LOGITS] = lambda hidden: _plain(head.logits(hidden), targets)
     trial = Trial([hidden], [mx.ones((positions, 1))], lambda function: lambda h: [function(h)[:, None]])

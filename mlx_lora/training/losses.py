@@ -29,14 +29,14 @@ from mlx_lora.data.batches import Batch
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.head import Head, find_head, with_last_block
 from mlx_lora.models.kernel_choice import AUTO, OURS, KernelChoice
-from mlx_lora.models.kernel_row import MLX
+from mlx_lora.models.kernel_row import MLX, POLYNOMIAL
 from mlx_lora.models.kernels import has_recurrence, training_kernels
 from mlx_lora.models.shared_prefix import shared_caches
 from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
 from mlx_lora.planner.this_machine import loss_tile_bytes
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
-from mlx_lora.training.loss_choice import LOSS_KERNELS, PLAIN_LOGITS, ROWS, TILES, choose_kernel, loss_figures
+from mlx_lora.training.loss_choice import PLAIN_LOGITS, ROWS, TILES, choose_kernel, loss_figures, loss_kernels
 from mlx_lora.training.probe import Probe, disagreement, has_halves, probe
 
 
@@ -133,15 +133,16 @@ def head_loss(head: Head, kernel: str, tile_bytes: int, whole_because: str = "")
 
     Args:
         head: turns hidden states into logits.
-        kernel: a name in LOSS_KERNELS.
+        kernel: a name in `loss_kernels()`.
         tile_bytes: the most bytes of logits at a time.
         whole_because: why the head has no last block of which some positions can be computed alone.
     """
-    words = {TILES: f"fused cross-entropy, {tile_bytes / 2**20:.0f} MiB tiles", ROWS: "mx.fast.cross_entropy by rows"}
+    tiles = f"fused cross-entropy, {tile_bytes / 2**20:.0f} MiB tiles"
+    words = {TILES: tiles, POLYNOMIAL: f"{tiles}, polynomial", ROWS: "mx.fast.cross_entropy by rows"}
     block = (
         "last block where trained" if head.last is not None else f"whole last block ({whole_because or 'not asked'})"
     )
-    token_losses = partial(LOSS_KERNELS[kernel], tile_bytes=tile_bytes)
+    token_losses = partial(loss_kernels()[kernel], tile_bytes=tile_bytes)
 
     def tokens(gradient: bool, model: nn.Module, *batch: mx.array) -> mx.array:
         inputs, targets, _mask, positions, weights, *starts = batch
@@ -186,7 +187,7 @@ def choose_loss(
         return plain("plain cross-entropy (measured)")
     expected, reasons = _own_probe(model, config, PLAIN, head.vocabulary), []
     part, whole_because = (head, whole_because) if whole_because else with_last_block(head, model)
-    for name in (kernel, *(other for other in LOSS_KERNELS if other != kernel)):
+    for name in (kernel, *(other for other in loss_kernels() if other != kernel)):
         for one in [head] if part is head else [part, head]:
             loss = head_loss(one, name, loss_tile_bytes(), whole_because)
             problem = _problem(model, expected, loss, head.vocabulary)
