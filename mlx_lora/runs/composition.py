@@ -39,6 +39,7 @@ from mlx_lora.planner.fitting import planned_words
 from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.planner.shapes import KernelTerms
 from mlx_lora.runs.reference import with_reference
+from mlx_lora.runs.trunk_choice import KeptTrunk, TrunkAsked, choose_trunk
 from mlx_lora.runs.words import describe_run
 from mlx_lora.settings.config import DataSettings, LoopSettings, TrainSettings
 from mlx_lora.system import device
@@ -72,6 +73,7 @@ class Composed:
         found: the checkpoint to go on from, if there is one.
         memory: the plan.
         words: lines for the run header; the last one, on what computes a step, is for --verbose.
+        trunk: what it does with the output of its frozen blocks.
     """
 
     folder: RunFolder
@@ -82,6 +84,7 @@ class Composed:
     found: Checkpoint | None
     memory: MemoryPlan
     words: list[str]
+    trunk: KeptTrunk
 
 
 @dataclass(frozen=True)
@@ -135,17 +138,20 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     steps = total_steps(plan, loop)
     device.compile_for(steps)
     identity = identity_of(settings, base.fingerprint, fingerprint, plan, epochs) | layout.identity
+    passes = steps * loop.grad_accumulation_steps / len(plan)
+    of_trunk = TrunkAsked.of(found, settings, base, plan, validation, passes, ranks)
     if found:
-        check_continuation(found, identity)
-    step, task, details, about = make_step(settings, base, chosen, objective, memory, steps, ranks)
-    about += [layout.words] if layout.words else []
+        check_continuation(found, identity | of_trunk.identity)
+    step, task, trunk, details, about = make_step(settings, base, chosen, objective, memory, steps, of_trunk)
+    identity |= trunk.identity
+    about += [words for words in (layout.words, trunk.words) if words]
     check_one_run(ranks, settings, identity)
     take_first_ranks(ranks, step, say)
     at = found.position if found else Position()
     at.parts = max(at.parts, loop.batch_parts)
     words = describe_run(settings, base, adapted, plan, steps, details, about)
     folder = RunFolder(settings, info, identity, ranks, step, at)
-    return Composed(folder, task, plan, validation, steps, found, memory, words)
+    return Composed(folder, task, plan, validation, steps, found, memory, words, trunk)
 
 
 def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tuple[Adapted, AdapterInfo]:
@@ -328,21 +334,24 @@ def make_step(
     objective: Objective,
     memory: MemoryPlan,
     steps: int,
-    ranks: Ranks,
-) -> tuple[Step, Task, list[str], list[str]]:
+    of_trunk: TrunkAsked,
+) -> tuple[Step, Task, KeptTrunk, list[str], list[str]]:
     """Apply the checkpointing, try the chosen loss and kernels on a few tokens, and create the compiled step.
 
     Returns:
-        The step, what it takes of the objective, what computes it, and what else the header says of the run.
+        The step, what validations take of the objective, what is done with the output of frozen blocks, what computes the
+        step, and what else the header says of the run.
 
     Raises:
         InputError: the model cannot be trained.
     """
-    adapter, loop, model = settings.adapter, settings.loop, base.model
+    adapter, loop, model, ranks = settings.adapter, settings.loop, base.model, of_trunk.ranks
     tape = apply_checkpointing(model, loop.grad_checkpoint)
     attention = (tape.attend if tape else attend) if chosen.kernels else None
     variant = choose_step_variant(model, base.config, chosen.loss, attention, base.model_id, chosen.kernels or assumed)
-    task = task_of(objective, variant.loss, model)
+    whole = task_of(objective, variant.loss, model)
+    trunk = choose_trunk(of_trunk, variant, objective)  # after the checkpointing, whose blocks it wraps
+    task = trunk.for_steps(whole)
     step = Step(
         model,
         build_optimizer(settings.optimizer, steps, restart_every(adapter, steps), restart_warmup(adapter, steps)),
@@ -364,4 +373,4 @@ def make_step(
     about = [planned_words(memory), f"checkpointing {loop.grad_checkpoint}", *variant.notes]
     about += ["a pause after each micro-batch"] if loop.short_buffers else []
     about += [f"rows shared by {ranks.size} processes"] if ranks.size > 1 else []
-    return step, task, details, about
+    return step, trunk.for_validation(whole), trunk, details, about

@@ -194,6 +194,8 @@ def take_steps(
         except Diverged as diverged:
             raise folder.roll_back(diverged) from diverged
         ending.update(asdict(outcome))
+    if not outcome.interrupted:
+        run.trunk.end()
     if page is not None:
         page.end(outcome.interrupted, say)
         leave_card(folder.path, base, folder.info, say)

@@ -231,6 +231,10 @@ class LoopSettings:
     kernels: str = setting("auto",
         "Kernels for attention, activations and the loss: auto (the best as measured on this machine), mlx (the "
         "model's own), or ours (ours where there is one).", MEMORY, may_change=True, per_machine=True, choices=KERNELS)
+    cache_trunk: str = setting("auto",
+        "With --num-layers: keep the output of the frozen blocks below the adapted ones on disk, so that later epochs need "
+        "not compute them: on, off, or auto (if the run has further epochs and it saves time and fits on the disk).",
+        MEMORY, may_change=True, per_machine=True, choices=("auto", "on", "off"))
     memory_budget: float | None = setting(None,
         "GB (10^9 bytes) that the run may use (default: what the device recommends).",
         MEMORY, may_change=True, per_machine=True, more_than=0, at_most=10**6)
