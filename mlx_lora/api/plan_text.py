@@ -34,6 +34,8 @@ def render(result: dict[str, Any]) -> str:
         f"{time_words(speed['hours_per_million_tokens'])} per million tokens"
         + (f", about {time_words(speed['hours'])} for this run" if speed["hours"] is not None else ""),
     ]
+    if result["trunk"]:
+        lines.append(f"Frozen blocks: {result['trunk']['words']}")
     lines += [f"Not known: what this model's blocks keep in memory ({reason})" for reason in result["not_known"]]
     return "\n".join([*lines, *([f"To fit: {result['advice']}"] if "advice" in result else [])])
 

@@ -32,9 +32,11 @@ from mlx_lora.planner.fitting import (
     run_of,
 )
 from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.shapes import Machine, ModelShape
+from mlx_lora.planner.shapes import Machine, ModelShape, Run
 from mlx_lora.planner.speed import Ceilings, count_step, forward_seconds, listed_ceilings, step_seconds
 from mlx_lora.planner.this_machine import this_machine
+from mlx_lora.planner.trunk import plan_trunk
+from mlx_lora.runs.trunk_choice import free_bytes, rows_problem
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.system import device
@@ -208,6 +210,10 @@ def plan_for(
         mode: plan_memory(shape, run_of(settings, rows, columns, mode), machine, budget).peak_bytes
         for mode in dict.fromkeys([*AUTO_MODES, fitted.checkpointing])
     }
+    predicted = predict(settings, shape, machine, ceilings, fitted, size)
+    trunk = planned_trunk(settings, shape, machine, ceilings, fitted, size)
+    if trunk and trunk["kept"] and predicted["hours"] is not None:
+        predicted["hours"] = max(0.0, predicted["hours"] - trunk["saved_s"] / 3600)
     return {
         "fits": memory.fits,
         "not_known": list(shape.not_known),
@@ -228,7 +234,8 @@ def plan_for(
             mode: largest_batch_size(settings, shape, machine, mode, width)
             for mode in dict.fromkeys([fitted.checkpointing, "block"])
         },
-        "predicted": predict(settings, shape, machine, ceilings, fitted, size),
+        "predicted": predicted,
+        "trunk": trunk,
         "objective": {
             "name": settings.objective.objective,
             "records": objective_of(settings.objective).records,
@@ -270,12 +277,8 @@ def predict(
     size: DataSize | None,
 ) -> dict[str, Any]:
     """Predict the speed: tokens per second of full rows, and the hours of the run if its length is known."""
-    width = settings.data.max_seq_length - 1
-    rows, columns = largest_batch(width, settings, fitted.batch_tokens, size and size.rows)
-    run = run_of(settings, rows, columns, fitted.checkpointing)
-    if size is not None:
-        share = size.supervised_tokens / max(1, size.tokens - size.rows)  # a row of n tokens has n - 1 positions
-        run = dataclasses.replace(run, trained_positions=round(share * run.positions))
+    run = largest_run(settings, fitted, size)
+    rows, columns = run.rows, run.width
     seconds, parts = step_seconds(shape, run, machine, ceilings)
     objective, reference = settings.objective, objective_of(settings.objective).reference
     together = objective.rows_per_example // objective.trained_rows_per_example
@@ -296,6 +299,46 @@ def predict(
         "reference_s": reference_s,
         "hours": None if tokens is None else (tokens / tokens_per_s + (reference_s or 0)) / 3600,
         "hours_per_million_tokens": 1e6 / tokens_per_s / 3600,
+    }
+
+
+def largest_run(settings: TrainSettings, fitted: Fitted, size: DataSize | None) -> Run:
+    """Return the run's largest batch, with the data's share of trained positions."""
+    width = settings.data.max_seq_length - 1
+    rows, columns = largest_batch(width, settings, fitted.batch_tokens, size and size.rows)
+    run = run_of(settings, rows, columns, fitted.checkpointing)
+    if size is None:
+        return run
+    share = size.supervised_tokens / max(1, size.tokens - size.rows)  # a row of n tokens has n - 1 positions
+    return dataclasses.replace(run, trained_positions=round(share * run.positions))
+
+
+def planned_trunk(
+    settings: TrainSettings,
+    shape: ModelShape,
+    machine: Machine,
+    ceilings: Ceilings,
+    fitted: Fitted,
+    size: DataSize | None,
+) -> dict[str, Any] | None:
+    """Return what the run would do with the output of its frozen blocks; None without frozen blocks or data."""
+    if size is None or not shape.first_trained or settings.loop.cache_trunk == "off":
+        return None
+    run, positions = largest_run(settings, fitted, size), size.tokens - size.rows
+    passes = (tokens_of(settings, run.positions, size) or 0) / max(1, size.tokens)
+    # The disk of another machine is not known.
+    free = free_bytes() if machine == this_machine(settings.model.dtype) else 10**15
+    planned = plan_trunk(shape, run, machine, ceilings, positions, passes, free)
+    problem = rows_problem(settings.objective.shared_prefix == "on", objective_of(settings.objective))
+    problem = problem or planned.problem(settings.loop.cache_trunk)
+    return {
+        "kept": problem is None,
+        "words": planned.words() if problem is None else f"computed in every epoch ({problem})",
+        "blocks": planned.blocks,
+        "disk_bytes": planned.disk_bytes,
+        "epoch_s": planned.epoch_s,
+        "later_epoch_s": planned.later_s,
+        "saved_s": planned.saved_s,
     }
 
 

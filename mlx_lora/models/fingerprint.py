@@ -82,5 +82,5 @@ def parameter_sums(model: nn.Module, without: Collection[int] = ()) -> dict[str,
         if id(value) not in without:
             # numpy has no bfloat16; other views are not copied
             array = np.array(value.view(mx.uint16) if value.dtype == mx.bfloat16 else value, copy=False)
-            sums[f"{name} {value.dtype} {value.shape}"] = zlib.crc32(np.ascontiguousarray(array))
+            sums[f"{name} {value.dtype} {value.shape}"] = zlib.crc32(np.ascontiguousarray(array).data)
     return sums

@@ -80,7 +80,7 @@ class TrunkPlan:
     def words(self) -> str:
         """Return what is kept and what that saves, for a header or a plan."""
         return (
-            f"output of the {self.blocks} frozen blocks kept on disk ({gigabytes(self.disk_bytes)}); epochs after the first "
+            f"output of the {self.blocks} frozen blocks kept on disk ({gigabytes(self.disk_bytes)}), epochs after the first "
             f"predicted {self.epoch_s / self.later_s:.1f}x as fast"
         )
 

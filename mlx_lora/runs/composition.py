@@ -39,7 +39,7 @@ from mlx_lora.planner.fitting import planned_words
 from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.planner.shapes import KernelTerms
 from mlx_lora.runs.reference import with_reference
-from mlx_lora.runs.trunk_choice import KeptTrunk, TrunkAsked, choose_trunk
+from mlx_lora.runs.trunk_choice import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
 from mlx_lora.runs.words import describe_run
 from mlx_lora.settings.config import DataSettings, LoopSettings, TrainSettings
 from mlx_lora.system import device
@@ -139,7 +139,7 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     device.compile_for(steps)
     identity = identity_of(settings, base.fingerprint, fingerprint, plan, epochs) | layout.identity
     passes = steps * loop.grad_accumulation_steps / len(plan)
-    of_trunk = TrunkAsked.of(found, settings, base, plan, validation, passes, ranks)
+    of_trunk = TrunkAsked(settings, base, plan, validation, passes, ranks, blocks_before(found, loop.cache_trunk))
     if found:
         check_continuation(found, identity | of_trunk.identity)
     step, task, trunk, details, about = make_step(settings, base, chosen, objective, memory, steps, of_trunk)

@@ -67,19 +67,6 @@ class TrunkAsked:
     ranks: Ranks
     before: int | None = None
 
-    @classmethod
-    def of(cls, found: Checkpoint | None, settings: TrainSettings, *rest: Any) -> TrunkAsked:
-        """Return the question for a run that goes on from a checkpoint, if there is one.
-
-        Raises:
-            InputError: --cache-trunk asks for what the checkpoint's run did not do.
-        """
-        before = None if found is None else int(found.identity.get(KEPT, 0))
-        then, asked = "on" if before else "off", settings.loop.cache_trunk
-        if before is not None and asked not in ("auto", then):
-            raise InputError(f"--cache-trunk {asked}: the run to resume has it {then}; leave the flag out")
-        return cls(settings, *rest, before)
-
     @property
     def asked(self) -> str:
         """`on`, `off`, or `auto` if the run may choose."""
@@ -119,6 +106,25 @@ class KeptTrunk:
             evict(cache_dir("trunk"))
 
 
+def blocks_before(found: Checkpoint | None, asked: str) -> int | None:
+    """Return the number of blocks whose output the run to resume keeps, None if no run is resumed.
+
+    Args:
+        found: its checkpoint.
+        asked: --cache-trunk.
+
+    Raises:
+        InputError: it asks for what that run did not do, and steps would not be the same bit for bit.
+    """
+    if found is None:
+        return None
+    before = int(found.identity.get(KEPT, 0))
+    then = "on" if before else "off"
+    if asked not in ("auto", then):
+        raise InputError(f"--cache-trunk {asked}: the run to resume has it {then}; leave the flag out")
+    return before
+
+
 def choose_trunk(of: TrunkAsked, variant: StepVariant, objective: Objective) -> KeptTrunk:
     """Return whether the run keeps the output of its frozen blocks.
 
@@ -150,7 +156,17 @@ def _layout_problem(of: TrunkAsked, objective: Objective) -> str | None:
     """Return in a few words why the rows of a run cannot start above its frozen blocks, None if they can."""
     if of.ranks.size > 1:
         return f"{of.ranks.size} processes share the rows"
-    if of.plan.rows.starts is not None:
+    return rows_problem(of.plan.rows.starts is not None, objective)
+
+
+def rows_problem(shared: bool, objective: Objective) -> str | None:
+    """Return in a few words why rows cannot start above frozen blocks, None if they can.
+
+    Args:
+        shared: whether a row holds a prompt and several answers.
+        objective: of the run.
+    """
+    if shared:
         return "a row holds a prompt and several answers (--shared-prefix off gives each its own row)"
     if objective.records == "rated":
         return "rated answers are also compared with others before each step"
