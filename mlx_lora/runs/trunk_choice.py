@@ -14,7 +14,6 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata, resources
-from typing import Any
 
 import numpy as np
 from mlx.utils import tree_flatten
