@@ -35,7 +35,7 @@ from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Machine, ModelShape, Run
 from mlx_lora.planner.speed import Ceilings, count_step, forward_seconds, listed_ceilings, step_seconds
 from mlx_lora.planner.this_machine import this_machine
-from mlx_lora.planner.trunk import plan_trunk
+from mlx_lora.planner.trunk_plan import plan_trunk
 from mlx_lora.runs.trunk_choice import free_bytes, rows_problem
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.resolve import train_settings

@@ -30,7 +30,7 @@ from mlx_lora.objectives.objective import Objective
 from mlx_lora.planner.ceilings import measure_ceilings
 from mlx_lora.planner.fitting import run_of
 from mlx_lora.planner.this_machine import this_machine
-from mlx_lora.planner.trunk import ROOM_LEFT_BYTES, TrunkPlan, plan_trunk
+from mlx_lora.planner.trunk_plan import ROOM_LEFT_BYTES, TrunkPlan, plan_trunk
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.system import device
 from mlx_lora.system.cache import cache_dir
@@ -137,13 +137,15 @@ def choose_trunk(of: TrunkAsked, variant: StepVariant, objective: Objective) -> 
     """
     if of.asked == "off":
         return KeptTrunk()
-    planned = _planned(of)
-    problem, words = _layout_problem(of, objective) or planned.problem(of.asked), ""
+    problem, words = _layout_problem(of, objective), ""
     if problem is None:
-        problem = _kept(of, variant, planned)
-        if isinstance(problem, KeptTrunk):
-            return problem
-        words = f"frozen blocks computed in every epoch ({problem})"
+        planned = _planned(of)
+        problem = planned.problem(of.asked)
+        if problem is None:
+            kept = _kept(of, variant, planned)
+            if isinstance(kept, KeptTrunk):
+                return kept
+            problem, words = kept, f"frozen blocks computed in every epoch ({kept})"
     if of.asked == "auto":
         return KeptTrunk(words=words)
     if of.before:

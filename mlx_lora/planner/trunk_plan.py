@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from mlx_lora.planner.shapes import Machine, ModelShape, Run
 from mlx_lora.planner.speed import Ceilings, step_seconds
-from mlx_lora.system.units import gigabytes
+from mlx_lora.system.units import counted, gigabytes
 
 # Assumed, not measured: what was just written comes from the system's page cache as long as it fits there.
 DISK_BYTES_PER_S = 0.5e9
@@ -80,7 +80,7 @@ class TrunkPlan:
     def words(self) -> str:
         """Return what is kept and what that saves, for a header or a plan."""
         return (
-            f"output of the {self.blocks} frozen blocks kept on disk ({gigabytes(self.disk_bytes)}), epochs after the first "
+            f"output of the {counted(self.blocks, 'frozen block')} kept on disk ({gigabytes(self.disk_bytes)}), epochs after the first "
             f"predicted {self.epoch_s / self.later_s:.1f}x as fast"
         )
 
