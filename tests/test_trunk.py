@@ -28,6 +28,7 @@ from mlx_lora.models.fingerprint import parameter_sums
 from mlx_lora.models.trunk import Trunk, trunk_outputs
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.planner.trunk_plan import TrunkPlan
+from mlx_lora.runs import trunk_choice
 from mlx_lora.runs.trunk_choice import TrunkAsked, choose_trunk
 from mlx_lora.settings.config import AdapterSettings, ObjectiveSettings
 from mlx_lora.settings.resolve import train_settings
@@ -148,9 +149,9 @@ def losses(folder) -> list[float]:
 
 
 def test_a_run_has_the_losses_of_one_that_computes_everything(tiny_folder, chats, tmp_path):
-    off = command(tiny_folder, chats, tmp_path / "off", *ONE_BLOCK[:2], "--cache-trunk", "off")
+    off = command(tiny_folder, chats, tmp_path / "off", *ONE_BLOCK[:2], "--cache-trunk", "off", "--dropout", 0.2)
     assert run(*off).code == 0
-    ran = run(*command(tiny_folder, chats, tmp_path / "on", *ONE_BLOCK))
+    ran = run(*command(tiny_folder, chats, tmp_path / "on", *ONE_BLOCK, "--dropout", 0.2))
     assert ran.code == 0, ran.err
     assert "output of the 1 frozen block kept on disk" in ran.err
     assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-5)
@@ -176,8 +177,10 @@ def test_a_later_run_finds_what_an_earlier_one_kept(tiny_folder, chats, tmp_path
     calls.clear()
     assert run(*command(tiny_folder, chats, tmp_path / "b", *ONE_BLOCK, "--learning-rate", 1e-3)).code == 0
     assert calls == []
+    monkeypatch.setattr(trunk_choice, "MOST_KEPT_BYTES", 0)
     assert run(*command(tiny_folder, chats, tmp_path / "c", *ONE_BLOCK, "--seed", 7)).code == 0
     assert calls
+    assert not any(cache_dir("trunk").iterdir())  # a complete run leaves no more than the limit
 
 
 def test_another_base_reads_nothing_of_the_first(tiny_folder, chats, tmp_path, monkeypatch):

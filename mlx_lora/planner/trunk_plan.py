@@ -22,6 +22,21 @@ LEAST_SAVED = 0.03  # of the run's predicted time
 ROOM_LEFT_BYTES = 10**9  # what `on` leaves free
 
 
+def no_use(blocks: int, epochs: float, asked: str) -> str | None:
+    """Return in a few words why there is nothing to keep, or nothing that is read again; None if there is.
+
+    Args:
+        blocks: frozen ones, below the first adapted one.
+        epochs: of the run.
+        asked: --cache-trunk.
+    """
+    if not blocks:
+        return "no block below the first trained parameters; give --num-layers N to adapt only the last N blocks"
+    if asked == "auto" and epochs <= 1:
+        return "one epoch, in which nothing is read again"
+    return None
+
+
 @dataclass(frozen=True)
 class TrunkPlan:
     """The costs of keeping the frozen blocks' output, all predicted.
@@ -62,15 +77,13 @@ class TrunkPlan:
         Args:
             asked: --cache-trunk.
         """
-        if not self.blocks:
-            return "no block below the first trained parameters; give --num-layers N to adapt only the last N blocks"
+        if (unused := no_use(self.blocks, self.epochs, asked)) is not None:
+            return unused
         need = f"{gigabytes(self.disk_bytes)} are needed"
         if self.disk_bytes > self.free_bytes - ROOM_LEFT_BYTES:
             return f"{need} on the cache's disk, which has {gigabytes(self.free_bytes)} free"
         if asked == "on":
             return None
-        if self.epochs <= 1:
-            return "one epoch, in which nothing is read again"
         if self.disk_bytes > MOST_OF_FREE * self.free_bytes:
             return f"{need}, more than {MOST_OF_FREE:.0%} of the {gigabytes(self.free_bytes)} free on the cache's disk"
         if self.saved_s < LEAST_SAVED * self.run_s:

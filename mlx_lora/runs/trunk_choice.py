@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata, resources
 
+import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
@@ -29,8 +30,9 @@ from mlx_lora.models.trunk import Trunk, trunk_outputs
 from mlx_lora.objectives.objective import Objective
 from mlx_lora.planner.ceilings import measure_ceilings
 from mlx_lora.planner.fitting import run_of
+from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.planner.this_machine import this_machine
-from mlx_lora.planner.trunk_plan import ROOM_LEFT_BYTES, TrunkPlan, plan_trunk
+from mlx_lora.planner.trunk_plan import ROOM_LEFT_BYTES, TrunkPlan, no_use, plan_trunk
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.system import device
 from mlx_lora.system.cache import cache_dir
@@ -102,7 +104,7 @@ class KeptTrunk:
     def end(self) -> None:
         """After a complete run, leave what the cache's limit allows for the next one."""
         if self.blocks:
-            evict(cache_dir("trunk"))
+            evict(cache_dir("trunk"), MOST_KEPT_BYTES)
 
 
 def blocks_before(found: Checkpoint | None, asked: str) -> int | None:
@@ -139,7 +141,10 @@ def choose_trunk(of: TrunkAsked, variant: StepVariant, objective: Objective) -> 
         return KeptTrunk()
     problem, words = _layout_problem(of, objective), ""
     if problem is None:
-        planned = _planned(of)
+        shape = model_shape(of.base.model, of.base.config)
+        problem = no_use(shape.first_trained, of.epochs, of.asked)  # before anything is measured
+    if problem is None:
+        planned = _planned(of, shape)
         problem = planned.problem(of.asked)
         if problem is None:
             kept = _kept(of, variant, planned)
@@ -174,16 +179,17 @@ def rows_problem(shared: bool, objective: Objective) -> str | None:
     return None
 
 
-def _planned(of: TrunkAsked) -> TrunkPlan:
+def _planned(of: TrunkAsked, shape: ModelShape) -> TrunkPlan:
     """Return the costs, by the planner."""
     settings, rows = of.settings, of.plan.rows
-    shape = model_shape(of.base.model, of.base.config)
     machine = this_machine(settings.model.dtype)
     largest = max(of.plan.shapes, key=lambda shape: shape[0] * shape[1])
     run = run_of(settings, *largest[:2], settings.loop.grad_checkpoint, largest[2])
     validated = 0 if of.validation is None else sum(b.real_tokens for b in _held_out(of))
     positions = int(rows.lengths.sum()) - len(rows) + validated
+    high, low = mx.random.state[0].tolist()  # measuring draws numbers; dropout's must not depend on --cache-trunk
     ceilings = measure_ceilings(settings.model.dtype)
+    mx.random.seed(high << 32 | low)
     return plan_trunk(shape, run, machine, ceilings, positions, of.epochs, free_bytes())
 
 
