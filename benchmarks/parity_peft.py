@@ -44,7 +44,7 @@ from mlx_lora.data.batches import Batch, BatchPlan
 from mlx_lora.data.loading import load_data
 from mlx_lora.data.widths import ShapePrice
 from mlx_lora.models.load import load_base
-from mlx_lora.runs.composition import adapt
+from mlx_lora.runs.adapting import adapt
 from mlx_lora.settings.config import OptimizerSettings, TrainSettings
 from mlx_lora.settings.methods import PRESETS
 from mlx_lora.settings.resolve import train_settings

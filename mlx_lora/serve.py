@@ -21,8 +21,8 @@ from mlx_lora.serving.adapter_store import NoRoom
 from mlx_lora.serving.engine import Engine, Limits
 from mlx_lora.serving.requests import failed_words
 from mlx_lora.settings import flags
-from mlx_lora.settings.config import ServeSettings
 from mlx_lora.settings.resolve import serve_settings
+from mlx_lora.settings.serve_settings import ServeSettings
 from mlx_lora.system import console
 from mlx_lora.system.errors import InputError, RunError
 from mlx_lora.system.units import parse_size

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from resumed_runs import STEPS, command, stopped_after, weights
 from run_cli import run
 
 from mlx_lora.artifacts.checkpoint import ARRAYS_FILE, STATE_FILE, locked
@@ -22,18 +23,6 @@ RUNS = {
     "relora": ("--method", "relora", "--relora-every", 3),
     "full": ("--method", "full", "--optimizer", "sgd"),
 }
-STEPS = 12
-
-
-def command(model, data, folder, *extra) -> tuple:
-    return (
-        "train", "--model", model, "--data", data, "--adapter-path", folder, "--iters", STEPS, "--batch-tokens", 384,
-        "--learning-rate", 5e-3, "--rank", 4, "--steps-per-report", 3, "--steps-per-eval", 4, "--val-batches", 2, *extra,
-    )  # fmt: skip
-
-
-def weights(folder) -> bytes:
-    return (folder / "adapters.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +32,6 @@ def finished(tiny_folder, chats, tmp_path_factory):
     ran = run(*command(tiny_folder, chats, folder / "a", "--save-every", 5, "--keep", 0))
     assert ran.code == 0, ran.err
     return folder / "a"
-
-
-def stopped_after(folder, copy, step: int):
-    """Return a copy of a run folder as it was after a checkpoint."""
-    import shutil
-
-    shutil.copytree(folder, copy)
-    for other in (copy / "checkpoints").iterdir():
-        if int(other.name.removeprefix("step-")) > step:
-            shutil.rmtree(other)
-    return copy
 
 
 @pytest.mark.parametrize("name", RUNS)

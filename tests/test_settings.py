@@ -12,9 +12,10 @@ import sys
 import pytest
 from run_cli import Ran, run
 
-from mlx_lora.settings.config import FIELDS, ROWS, ServeSettings
+from mlx_lora.settings.config import FIELDS, ROWS
 from mlx_lora.settings.other_names import OTHER_NAMES
 from mlx_lora.settings.resolve import train_settings
+from mlx_lora.settings.serve_settings import ServeSettings
 from mlx_lora.settings.setting_row import flag_of, read_value, row_of
 from mlx_lora.system.errors import InputError
 

@@ -17,7 +17,7 @@ from mlx_lora.api.run_columns import with_columns_of_run
 from mlx_lora.data.loading import load_eval_set
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.objective_table import objective_of
-from mlx_lora.runs.composition import adapter_template, put_adapter
+from mlx_lora.runs.adapting import adapter_template, put_adapter
 from mlx_lora.runs.reference import with_reference
 from mlx_lora.runs.sampled_answers import sampled_plan
 from mlx_lora.settings.config import TrainSettings

@@ -67,6 +67,8 @@ def render(result: dict[str, Any]) -> str:
         lines.append(result["validation"]["words"])
     if speed["hours"] is not None:
         lines.append("Not counted: loading the model, compiling and measuring kernels, validation, texts of the report")
+    if result["trunk"]:
+        lines.append(f"Frozen blocks: {result['trunk']['words']}")
     lines += [f"Not known: what this model's blocks keep in memory ({reason})" for reason in result["not_known"]]
     return "\n".join([*lines, *([f"To fit: {result['advice']}"] if "advice" in result else [])])
 

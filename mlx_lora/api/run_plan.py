@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from mlx_lora.api.base import Base, PathLike
 from mlx_lora.api.given_data import data_source
 from mlx_lora.api.given_settings import plain
 from mlx_lora.api.planned_data import check_splits, local_data
+from mlx_lora.api.predicted import DataSize, planned_trunk, predict
 from mlx_lora.api.python_errors import speaks_python
 from mlx_lora.data.joining import joined
 from mlx_lora.data.loading import DataSplits
@@ -33,7 +33,7 @@ from mlx_lora.planner.fitting import (
 )
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Machine, ModelShape
-from mlx_lora.planner.speed import Ceilings, count_step, forward_seconds, listed_ceilings, step_seconds
+from mlx_lora.planner.speed import Ceilings, listed_ceilings
 from mlx_lora.planner.this_machine import this_machine
 from mlx_lora.runs.composition import training_plan
 from mlx_lora.settings.config import TrainSettings
@@ -46,25 +46,6 @@ from mlx_lora.training.run_fit import outlined_shape, quantized_shape, with_kern
 from mlx_lora.training.trainer import total_steps
 
 CHARACTERS_PER_TOKEN = 4  # about, in English; for the number of tokens in a data file
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSize:
-    """The facts about the data that a plan needs.
-
-    Attributes:
-        rows: to train on; an example of preference training has two.
-        longest: tokens of the longest row.
-        tokens: of all rows.
-        supervised_tokens: those of them that are trained.
-        measured_tokens: of all rows, held-out ones included, which is what a reference measures before the first step.
-    """
-
-    rows: int
-    longest: int
-    tokens: int
-    supervised_tokens: int
-    measured_tokens: int
 
 
 @speaks_python()
@@ -232,6 +213,10 @@ def plan_for(
         mode: plan_memory(shape, run_of(settings, rows, columns, mode), machine, budget).peak_bytes
         for mode in dict.fromkeys([*AUTO_MODES, fitted.checkpointing])
     }
+    predicted = predict(settings, shape, machine, ceilings, fitted, size)
+    trunk = planned_trunk(settings, shape, machine, ceilings, fitted, size)
+    if trunk and trunk["kept"] and predicted["hours"] is not None:
+        predicted["hours"] = max(0.0, predicted["hours"] - trunk["saved_s"] / 3600)
     return {
         "fits": memory.fits,
         "not_known": list(shape.not_known),
@@ -252,7 +237,8 @@ def plan_for(
             mode: largest_batch_size(settings, shape, machine, mode, width)
             for mode in dict.fromkeys([fitted.checkpointing, "block"])
         },
-        "predicted": predict(settings, shape, machine, ceilings, fitted, size),
+        "predicted": predicted,
+        "trunk": trunk,
         "objective": {
             "name": settings.objective.objective,
             "records": objective_of(settings.objective).records,
@@ -283,56 +269,6 @@ def chosen_settings(settings: TrainSettings, fitted: Fitted, rows: int) -> dict[
         "optimizer": settings.optimizer.optimizer,
         "dtype": settings.model.dtype,
     }
-
-
-def predict(
-    settings: TrainSettings,
-    shape: ModelShape,
-    machine: Machine,
-    ceilings: Ceilings,
-    fitted: Fitted,
-    size: DataSize | None,
-) -> dict[str, Any]:
-    """Predict the speed: tokens per second of full rows, and the hours of the run if its length is known."""
-    width = settings.data.max_seq_length - 1
-    rows, columns = largest_batch(width, settings, fitted.batch_tokens, size and size.rows)
-    run = run_of(settings, rows, columns, fitted.checkpointing)
-    if size is not None:
-        share = size.supervised_tokens / max(1, size.tokens - size.rows)  # a row of n tokens has n - 1 positions
-        run = dataclasses.replace(run, trained_positions=round(share * run.positions))
-    seconds, parts = step_seconds(shape, run, machine, ceilings)
-    objective, reference = settings.objective, objective_of(settings.objective).reference
-    together = objective.rows_per_example // objective.trained_rows_per_example
-    forward_s = forward_seconds(shape, run, machine, ceilings)
-    if together > 1:  # for each trained row, one that is only measured
-        parts["other answers"] = (together - 1) * forward_s
-        seconds += parts["other answers"]
-    tokens_per_s = together * run.positions / seconds
-    tokens = tokens_of(settings, together * rows * columns, size)
-    reference_s = forward_s * size.measured_tokens / run.positions if reference and size is not None else None
-    return {
-        "note": "predicted, not measured",
-        "ceilings": ceilings.source,
-        "tokens_per_s": tokens_per_s,
-        "step_s": seconds,
-        "parts_s": parts,
-        "gflop_per_step": sum(count.flops for count in count_step(shape, run, machine).values()) / 1e9,
-        "reference_s": reference_s,
-        "hours": None if tokens is None else (tokens / tokens_per_s + (reference_s or 0)) / 3600,
-        "hours_per_million_tokens": 1e6 / tokens_per_s / 3600,
-    }
-
-
-def tokens_of(settings: TrainSettings, positions: int, size: DataSize | None) -> float | None:
-    """Return about how many tokens the run trains on, by --iters or the size of the data, if known."""
-    loop, data = settings.loop, settings.data.data
-    if loop.iters is not None:
-        return float(loop.iters * loop.grad_accumulation_steps * positions)
-    if size is not None:
-        return size.tokens * (loop.epochs or 1.0)
-    if data is None or not Path(data).is_file():
-        return None
-    return Path(data).stat().st_size / CHARACTERS_PER_TOKEN * (loop.epochs or 1.0)
 
 
 def for_all_chips(settings: TrainSettings, shape: ModelShape, size: DataSize | None) -> Iterator[dict[str, Any]]:

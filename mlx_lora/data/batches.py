@@ -227,6 +227,10 @@ class BatchPlan:
         numbers = np.concatenate(found) if found else np.zeros(0, np.int64)
         return numbers[numbers != EMPTY]
 
+    def layout(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+        """Return the width and the row numbers, (B,), of each batch of an epoch."""
+        return [(part.width, rows_of(numbers, part.group)) for part, numbers in self._epoch(epoch)]
+
     def batches(self, limit: int = -1) -> Iterator[Batch]:
         """Yield the first `limit` batches of epoch 0 (-1: all), the fixed sample that validation uses."""
         count = len(self) if limit < 0 else min(limit, len(self))
@@ -318,6 +322,12 @@ def deal(counts: np.ndarray, taken: np.ndarray, count: int, random: np.random.Ge
     return dealt.T
 
 
+def rows_of(numbers: np.ndarray, group: int) -> np.ndarray:
+    """Return the row numbers, (B,), of examples (E,) of `group` rows each; EMPTY stays EMPTY."""
+    own_rows = numbers[:, None] * group + np.arange(group)  # (E, K)
+    return np.where(numbers[:, None] == EMPTY, EMPTY, own_rows).ravel()
+
+
 def collate(rows: EncodedSet, numbers: np.ndarray, width: int, slots: int) -> Batch:
     """Return examples as one right-padded batch of `width` columns; padding is never a target.
 
@@ -327,8 +337,7 @@ def collate(rows: EncodedSet, numbers: np.ndarray, width: int, slots: int) -> Ba
         width: columns, T.
         slots: P, at least the number of trained targets of these rows.
     """
-    own_rows = numbers[:, None] * rows.group + np.arange(rows.group)  # (E, K)
-    numbers = np.where(numbers[:, None] == EMPTY, EMPTY, own_rows).ravel()  # (B,)
+    numbers = rows_of(numbers, rows.group)
     inputs = np.zeros((len(numbers), width), np.int32)
     targets = np.zeros((len(numbers), width), np.int32)
     mask = np.zeros((len(numbers), width), bool)

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora.adapters.adapt import Adapted, adapt_model
 from mlx_lora.adapters.model_shape import model_shape
-from mlx_lora.adapters.score_head import SCORE_WEIGHT, put_score_head
-from mlx_lora.artifacts.adapter import (
-    CONFIG_FILE,
-    AdapterInfo,
-    check_base,
-    load_adapter,
-    load_factors,
-    read_adapter_config,
-)
 from mlx_lora.artifacts.checkpoint import Checkpoint
-from mlx_lora.artifacts.reward_model import check_use
 from mlx_lora.artifacts.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
@@ -38,10 +26,12 @@ from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.planner.fitting import planned_words
 from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.planner.shapes import KernelTerms
+from mlx_lora.runs.adapting import adapt
 from mlx_lora.runs.reference import with_reference
 from mlx_lora.runs.sampled_answers import answering_of
+from mlx_lora.runs.trunk_choice import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
 from mlx_lora.runs.words import describe_run
-from mlx_lora.settings.config import DataSettings, LoopSettings, TrainSettings
+from mlx_lora.settings.config import LoopSettings, TrainSettings
 from mlx_lora.system import device
 from mlx_lora.system.distributed import Ranks
 from mlx_lora.system.errors import InputError
@@ -76,6 +66,7 @@ class Composed:
         found: the checkpoint to go on from, if there is one.
         memory: the plan.
         words: lines for the run header; the last one, on what computes a step, is for --verbose.
+        trunk: what it does with the output of its frozen blocks.
     """
 
     folder: RunFolder
@@ -86,6 +77,7 @@ class Composed:
     found: Checkpoint | None
     memory: MemoryPlan
     words: list[str]
+    trunk: KeptTrunk
 
 
 @dataclass(frozen=True)
@@ -149,78 +141,22 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     device.compile_for(steps)
     identity = identity_of(settings, base.fingerprint, fingerprint, plan, epochs)
     identity |= layout.identity | held_out.identity | ({} if whole_last_block(found) else PART_OF_LAST)
+    passes = steps * loop.grad_accumulation_steps / len(plan)
+    of_trunk = TrunkAsked(settings, base, plan, validation, passes, ranks, blocks_before(found, loop.cache_trunk))
     if found:
-        check_continuation(found, identity)
-    step, task, details, about = make_step(settings, base, chosen, objective, memory, steps, ranks)
+        check_continuation(found, identity | of_trunk.identity)
+    step, task, trunk, details, about = make_step(settings, base, chosen, objective, memory, steps, of_trunk)
+    identity |= trunk.identity
     if answering is not None:
         task = answering.reported(task)
-    about += [layout.words] if layout.words else []
+    about += [words for words in (layout.words, trunk.words) if words]
     check_one_run(ranks, settings, identity)
     take_first_ranks(ranks, step, say)
     at = found.position if found else Position()
     at.parts = max(at.parts, loop.batch_parts)
     words = describe_run(settings, base, adapted, plan, steps, details, about, held_out.words)
     folder = RunFolder(settings, info, identity, ranks, step, at)
-    return Composed(folder, task, plan, validation, steps, found, memory, words)
-
-
-def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tuple[Adapted, AdapterInfo]:
-    """Adapt the base, and return the facts about the adapter.
-
-    Args:
-        settings: of the run.
-        base: gets adapter layers.
-        chat_template: that the data were rendered with; kept with the adapter when it is not the model's own, so that
-            generate renders prompts the same way.
-    """
-    own_template = chat_template == base.hf_tokenizer.chat_template
-    adapter = settings.adapter
-    adapted, full = adapt_model(base.model, adapter, settings.loop.seed), ()
-    scores = objective_of(settings.objective).scores
-    if scores:
-        put_score_head(base.model, base.config, settings.loop.seed)
-        full = (SCORE_WEIGHT,)
-    if adapter.resume_adapter_file:
-        file, stored_scale = Path(adapter.resume_adapter_file), None
-        if (file.parent / CONFIG_FILE).exists():
-            config = read_adapter_config(file.parent)
-            check_base(base, config, file)
-            check_use(config, file, None if scores else False)
-            stored_scale = config.get("lora_parameters", {}).get("scale")
-        load_factors(base.model, file, stored_scale, fresh=full)
-    return adapted, AdapterInfo(
-        method=adapter.method_name,
-        rank=adapted.rank,
-        alpha=adapter.alpha,
-        scale=adapted.scale,
-        dropout=adapter.dropout,
-        num_layers=adapted.targets.num_layers,
-        keys=adapted.targets.keys,
-        base_model=base.model_id,
-        base_revision=base.revision,
-        base_fingerprint=base.fingerprint,
-        chat_template=None if own_template else chat_template,
-        full=adapted.full + full,
-    )
-
-
-def adapter_template(folder: Path | None) -> str | None:
-    """Return the chat template that an adapter was trained with, None where it is the model's own."""
-    own = read_adapter_config(folder).get("mlx_lora") if folder else None
-    return own.get("chat_template") if isinstance(own, dict) else None
-
-
-def put_adapter(
-    base: Base, folder: Path, data: DataSettings, objective: Objective, ignore_fingerprint: bool = False
-) -> None:
-    """Put a trained adapter on the base, and its chat template on the tokenizer unless the settings name another.
-
-    Raises:
-        InputError: the adapter cannot be read, or does not fit the base.
-    """
-    template = load_adapter(base, folder, ignore_fingerprint, objective.scores).chat_template
-    if template and not data.chat_template:
-        base.hf_tokenizer.chat_template = template
+    return Composed(folder, task, plan, validation, steps, found, memory, words, trunk)
 
 
 # In the identity of every run since its version computes the last block where trained, if the model allows it.
@@ -358,24 +294,27 @@ def make_step(
     objective: Objective,
     memory: MemoryPlan,
     steps: int,
-    ranks: Ranks,
-) -> tuple[Step, Task, list[str], list[str]]:
+    of_trunk: TrunkAsked,
+) -> tuple[Step, Task, KeptTrunk, list[str], list[str]]:
     """Apply the checkpointing, try the chosen loss and kernels on a few tokens, and create the compiled step.
 
     Returns:
-        The step, what it takes of the objective, what computes it, and what else the header says of the run.
+        The step, what validations take of the objective, what is done with the output of frozen blocks, what computes the
+        step, and what else the header says of the run.
 
     Raises:
         InputError: the model cannot be trained.
     """
-    adapter, loop, model = settings.adapter, settings.loop, base.model
+    adapter, loop, model, ranks = settings.adapter, settings.loop, base.model, of_trunk.ranks
     tape = apply_checkpointing(model, loop.grad_checkpoint)
     attention = (tape.attend if tape else attend) if chosen.kernels else None
     variant = choose_step_variant(model, base.config, chosen.loss, attention, base.model_id, chosen.kernels or assumed)
     loss = variant.loss
     if objective.policy is not None:
         loss = at_temperature(loss, model, base.config, settings.objective.temp)
-    task = task_of(objective, loss, model)
+    whole = task_of(objective, loss, model)
+    trunk = choose_trunk(of_trunk, variant, objective)  # after the checkpointing, whose blocks it wraps
+    task = trunk.for_steps(whole)
     step = Step(
         model,
         build_optimizer(settings.optimizer, steps, restart_every(adapter, steps), restart_warmup(adapter, steps)),
@@ -397,4 +336,4 @@ def make_step(
     about = [planned_words(memory), f"checkpointing {loop.grad_checkpoint}", *variant.notes]
     about += ["a pause after each micro-batch"] if loop.short_buffers else []
     about += [f"rows shared by {ranks.size} processes"] if ranks.size > 1 else []
-    return step, task, details, about
+    return step, trunk.for_validation(whole), trunk, details, about

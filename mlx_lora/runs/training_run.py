@@ -13,7 +13,8 @@ from mlx_lora.data.loading import DataSplits, load_data
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.objective_table import OBJECTIVES, objective_of
 from mlx_lora.objectives.user_rewards import rewards_of
-from mlx_lora.runs.composition import Composed, compose, put_adapter
+from mlx_lora.runs.adapting import put_adapter
+from mlx_lora.runs.composition import Composed, compose
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
 from mlx_lora.runs.sampled_answers import sampled_plan
@@ -215,6 +216,8 @@ def take_steps(
         except Diverged as diverged:
             raise folder.roll_back(diverged) from diverged
         ending.update(asdict(outcome))
+    if not outcome.interrupted:
+        run.trunk.end()
     if page is not None:
         page.end(outcome.interrupted, say)
         leave_card(folder.path, base, folder.info, say)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.settings.checks import settings_problems
-from mlx_lora.settings.config import FIELDS, SECTIONS, ModelSettings, ServeSettings, TrainSettings
+from mlx_lora.settings.config import FIELDS, SECTIONS, ModelSettings, TrainSettings
 from mlx_lora.settings.other_names import OTHER_VALUES, instead_of
+from mlx_lora.settings.serve_settings import ServeSettings
 from mlx_lora.settings.setting_row import flag_of, read_value, row_of
 from mlx_lora.system.errors import InputError
 

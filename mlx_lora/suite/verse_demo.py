@@ -21,7 +21,7 @@ from mlx_lora.data.templates import own_template
 from mlx_lora.models.converting import convert_model
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.objective_table import objective_of
-from mlx_lora.runs.composition import put_adapter
+from mlx_lora.runs.adapting import put_adapter
 from mlx_lora.runs.training_run import train_run
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.resolve import train_settings

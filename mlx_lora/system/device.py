@@ -121,6 +121,11 @@ def compile_for(steps: int) -> None:
     (mx.enable_compile if _compiling else mx.disable_compile)()
 
 
+def compiles() -> bool:
+    """Return whether functions are compiled at this time, which may change the last bit of a result."""
+    return _compiling
+
+
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Do not compile functions inside the block; afterward, they are compiled again if they were before."""

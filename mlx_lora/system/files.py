@@ -72,9 +72,7 @@ def check_writable(folder: Path, flag: str, needed_bytes: int) -> None:
     Raises:
         InputError: it is not a folder, is not writable, or has too little space.
     """
-    parent = folder.absolute()
-    while not parent.exists() and parent != parent.parent:
-        parent = parent.parent
+    parent = _existing(folder)
     if not parent.is_dir():
         raise InputError(f"{flag} {folder}: {parent} is a file; give a folder")
     try:
@@ -89,6 +87,19 @@ def check_writable(folder: Path, flag: str, needed_bytes: int) -> None:
             f"{flag} {folder}: needs {needed_bytes / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free; free up space "
             "or choose another disk"
         )
+
+
+def free_on_disk(folder: Path) -> int:
+    """Return the free bytes of the disk on which a folder lies, or will lie."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(path: Path) -> Path:
+    """Return a path, or its nearest parent that exists."""
+    parent = path.absolute()
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    return parent
 
 
 def sha256_of(content: Path | str) -> str:

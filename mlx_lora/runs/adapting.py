@@ -1,0 +1,80 @@
+"""Put adapter layers on a base: new ones to train, or those of a trained adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_lora.adapters.adapt import Adapted, adapt_model
+from mlx_lora.adapters.score_head import SCORE_WEIGHT, put_score_head
+from mlx_lora.artifacts.adapter import (
+    CONFIG_FILE,
+    AdapterInfo,
+    check_base,
+    load_adapter,
+    load_factors,
+    read_adapter_config,
+)
+from mlx_lora.artifacts.reward_model import check_use
+from mlx_lora.models.load import Base
+from mlx_lora.objectives.objective import Objective
+from mlx_lora.objectives.objective_table import objective_of
+from mlx_lora.settings.config import DataSettings, TrainSettings
+
+
+def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tuple[Adapted, AdapterInfo]:
+    """Adapt the base, and return the facts about the adapter.
+
+    Args:
+        settings: of the run.
+        base: gets adapter layers.
+        chat_template: that the data were rendered with; kept with the adapter when it is not the model's own, so that
+            generate renders prompts the same way.
+    """
+    own_template = chat_template == base.hf_tokenizer.chat_template
+    adapter = settings.adapter
+    adapted, full = adapt_model(base.model, adapter, settings.loop.seed), ()
+    scores = objective_of(settings.objective).scores
+    if scores:
+        put_score_head(base.model, base.config, settings.loop.seed)
+        full = (SCORE_WEIGHT,)
+    if adapter.resume_adapter_file:
+        file, stored_scale = Path(adapter.resume_adapter_file), None
+        if (file.parent / CONFIG_FILE).exists():
+            config = read_adapter_config(file.parent)
+            check_base(base, config, file)
+            check_use(config, file, None if scores else False)
+            stored_scale = config.get("lora_parameters", {}).get("scale")
+        load_factors(base.model, file, stored_scale, fresh=full)
+    return adapted, AdapterInfo(
+        method=adapter.method_name,
+        rank=adapted.rank,
+        alpha=adapter.alpha,
+        scale=adapted.scale,
+        dropout=adapter.dropout,
+        num_layers=adapted.targets.num_layers,
+        keys=adapted.targets.keys,
+        base_model=base.model_id,
+        base_revision=base.revision,
+        base_fingerprint=base.fingerprint,
+        chat_template=None if own_template else chat_template,
+        full=adapted.full + full,
+    )
+
+
+def adapter_template(folder: Path | None) -> str | None:
+    """Return the chat template that an adapter was trained with, None where it is the model's own."""
+    own = read_adapter_config(folder).get("mlx_lora") if folder else None
+    return own.get("chat_template") if isinstance(own, dict) else None
+
+
+def put_adapter(
+    base: Base, folder: Path, data: DataSettings, objective: Objective, ignore_fingerprint: bool = False
+) -> None:
+    """Put a trained adapter on the base, and its chat template on the tokenizer unless the settings name another.
+
+    Raises:
+        InputError: the adapter cannot be read, or does not fit the base.
+    """
+    template = load_adapter(base, folder, ignore_fingerprint, objective.scores).chat_template
+    if template and not data.chat_template:
+        base.hf_tokenizer.chat_template = template
