@@ -6,8 +6,9 @@ vectorize sums and products, so a polynomial is over ten times as fast there:
     exp(-z) = C / p(z / 64)^16,   p(x) = (x'1^2 + b1) (x'2^2 + b2) (x'3^2 + b3) (x'4^2 + b4),   x'i = x + ai
 
 p has degree 8 and approximates exp(4 x) up to a constant with an error of 1e-8 for z up to 32; the roundings, sixteen times as
-large by the power, make 8e-6 at most and 1.5e-6 on average. Beyond 32, p grows on: the result is right within 1 part in 10^4 at
-64, falls to 0 around 100, and is 0 for infinity, without a comparison, which would not be vectorized. NaN remains NaN.
+large by the power, make 8e-6 at most and 1.5e-6 on average. Beyond 32, where exp(-z) is below 1e-14, p grows on: the result is
+2 parts in 10^4 too large at 40 and 5% at 64, falls to 0 around 100, and is 0 for infinity. This takes no comparison, which
+would not be vectorized. NaN remains NaN.
 
 The shape of the formula is made for mlx's compiler, which fuses expressions of up to 11 levels, constants included. Four
 quadratic factors, four squarings and a division are 10; with the product by 1 / 64 among them, mlx makes several slow kernels.
