@@ -139,7 +139,7 @@ def trace_last_at_one(model: nn.Module, config: dict[str, Any], choose: Choose =
     if not isinstance(head, Head) or last is None:
         return None
     number = len(model.layers) - 1
-    traced = TracedBlock(_reader(last, number, _Calls(model, head.hidden), choose, mx.zeros((1,), mx.int32)))
+    traced = TracedBlock(_reader(last, number, _Calls(model, head.hidden, number), choose, mx.zeros((1,), mx.int32)))
     try:
         traced.at(1, WIDTHS[0], on_gpu=device.on_gpu())
     except NotKnown:
