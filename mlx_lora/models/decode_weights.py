@@ -242,7 +242,7 @@ def _trial_layers(kind: Kind, dtype: mx.Dtype, count: int) -> list[nn.Module]:
     plain = nn.Linear(width, out, bias=False)
     plain.weight = mx.random.normal((out, width), key=mx.random.key(0)).astype(dtype)
     layers: list[nn.Module] = [nn.QuantizedLinear.from_linear(plain, group_size, bits, mode) for _ in range(count)]
-    first = layers[0].parameters()
+    first: dict[str, Any] = layers[0].parameters()
     from_rows = device.dense_matmul_from_rows((out, width), bits, group_size, mode, layers[0].scales.dtype)
     for layer in layers:
         layer.update({name: array + mx.zeros_like(array) for name, array in first.items()})

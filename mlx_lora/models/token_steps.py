@@ -84,7 +84,9 @@ def _turning(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"__call__": turned})
 
 
-TURNING = {kind: _turning(kind) for kind in (nn.RoPE, Llama3RoPE, ProportionalRoPE, SuScaledRoPE)}
+TURNING: dict[type[nn.Module], type[nn.Module]] = {
+    kind: _turning(kind) for kind in (nn.RoPE, Llama3RoPE, ProportionalRoPE, SuScaledRoPE)
+}
 
 
 class TokenSteps:
@@ -131,7 +133,7 @@ class TokenSteps:
 def _prepared(modules: list[nn.Module]) -> Turns:
     """Give layers of positions their other class, and return the turns that they share."""
     layers = [module for module in modules if type(module) in (*TURNING, *TURNING.values())]
-    turns = next((layer.turns for layer in layers if hasattr(layer, TURNS)), Turns())
+    turns: Any = next((layer.turns for layer in layers if hasattr(layer, TURNS)), None) or Turns()
     for layer in layers:
         layer.__class__ = TURNING.get(type(layer), type(layer))
         layer.turns, layer.kind = turns, _kind(layer)
@@ -151,7 +153,7 @@ def attention_of_tokens(
     values: mx.array,
     cache: Any,
     scale: float,
-    mask: mx.array | str | None,
+    mask: Any,
     sinks: mx.array | None = None,
 ) -> mx.array:
     """Return attention for one query per row, with mlx-lm's signature; calls of other kinds go to mlx-lm's function.
@@ -168,14 +170,14 @@ def attention_of_tokens(
         (B, H, 1, d).
     """
     rows, heads, count, width = queries.shape
-    masked = isinstance(mask, mx.array) and (mask.dtype != mx.bool_ or mask.ndim != 4 or mask.shape[1:3] != (1, 1))
-    if count != 1 or masked or isinstance(mask, str) or sinks is not None or queries.dtype != mx.float32:
+    plain = mask is None or (isinstance(mask, mx.array) and mask.dtype == mx.bool_ and mask.shape[1:-1] == (1, 1))
+    if count != 1 or not plain or sinks is not None or queries.dtype != mx.float32:
         return base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
     if hasattr(cache, "bits"):
         return base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask)
     few = keys.shape[1]
     grouped = (scale * queries).reshape(rows, few, heads // few, width)
     scores = grouped @ keys.swapaxes(-1, -2)  # (B, N, H / N, S)
-    if isinstance(mask, mx.array):
+    if mask is not None:
         scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
     return (mx.softmax(scores, axis=-1) @ values).reshape(rows, heads, 1, values.shape[-1])
