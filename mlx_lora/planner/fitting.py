@@ -78,12 +78,7 @@ def budget_of(loop: LoopSettings, machine: Machine) -> int:
 
 
 def fit(
-    settings: TrainSettings,
-    shape: ModelShape,
-    machine: Machine,
-    width: int,
-    most_rows: int | None = None,
-    most_trained: int | None = None,
+    settings: TrainSettings, shape: ModelShape, machine: Machine, width: int, most_rows: int | None = None
 ) -> Fitted:
     """Choose batch tokens and checkpointing if the settings leave them open.
 
@@ -95,15 +90,11 @@ def fit(
         shape, machine: the model and the machine.
         width: positions of the longest row.
         most_rows: the number of rows in the data; None: not known.
-        most_trained: the most trained positions of a row; None: not known, so all positions of a batch may be trained.
     """
     budget = budget_of(settings.loop, machine)
     for tokens, mode in _choices(settings.loop, width * settings.objective.rows_per_example):
         rows, columns = largest_batch(width, settings, tokens, most_rows)
-        run = run_of(settings, rows, columns, mode)
-        if most_trained is not None:
-            run = replace(run, trained_positions=run.rows * most_trained)
-        found = Fitted(tokens, mode, plan_memory(shape, run, machine, budget))
+        found = Fitted(tokens, mode, plan_memory(shape, run_of(settings, rows, columns, mode), machine, budget))
         if found.memory.fits:
             break
     return found

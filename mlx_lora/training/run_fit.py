@@ -35,7 +35,7 @@ def fit_run(settings: TrainSettings, shape: ModelShape, rows: EncodedSet, kernel
     Args:
         settings: of the run.
         shape: the adapted model.
-        rows: training data; its longest row, its most trained one and its number of rows bound a batch.
+        rows: training data; its longest row and its number of rows bound a batch.
         kernels: the memory of the chosen kernels.
 
     Raises:
@@ -43,8 +43,7 @@ def fit_run(settings: TrainSettings, shape: ModelShape, rows: EncodedSet, kernel
     """
     machine = replace(this_machine(settings.model.dtype), kernels=kernels)
     width = max(1, int(rows.lengths.max(initial=2)) - 1)
-    most_trained = int(rows.supervised_counts.max(initial=1))
-    fitted = fit(settings, shape, machine, width, len(rows), most_trained)
+    fitted = fit(settings, shape, machine, width, len(rows))
     check_fits(settings, fitted, shape, machine, width, most_rows=len(rows))
     return fitted
 
