@@ -196,7 +196,11 @@ def _planned(of: TrunkAsked, shape: ModelShape) -> TrunkPlan:
 
 
 def _held_out(of: TrunkAsked) -> Iterable[Batch]:
-    return () if of.validation is None else of.validation.batches(-1 if of.settings.loop.val_batches is None else of.settings.loop.val_batches)
+    return (
+        ()
+        if of.validation is None
+        else of.validation.batches(-1 if of.settings.loop.val_batches is None else of.settings.loop.val_batches)
+    )
 
 
 def free_bytes() -> int:
