@@ -92,10 +92,9 @@ def generated(
         InputError: mlx-lm cannot generate with this model; a few models can only be trained.
     """
     hold_weights(base)
+    model: Any = TokenSteps(base.model)  # mlx-lm only calls it
     try:
-        yield from stream_generate(
-            TokenSteps(base.model), base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler
-        )
+        yield from stream_generate(model, base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler)
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise
