@@ -92,7 +92,7 @@ def generated(
         InputError: mlx-lm cannot generate with this model; a few models can only be trained.
     """
     hold_weights(base)
-    model: Any = TokenSteps(base.model)  # called as a model
+    model: Any = TokenSteps(base.model)  # mlx-lm only calls it
     try:
         yield from stream_generate(model, base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler)
     except FOREIGN_ERRORS as error:
