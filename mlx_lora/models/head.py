@@ -75,7 +75,7 @@ class Head:
             inputs, caches: see `hidden`.
         """
         if self.last is not None and len(positions) <= MOST_PICKED * inputs.size:
-            with only_at(self.last, positions):
+            with only_at(self.last, positions, inputs.size):
                 return self.hidden(inputs, **caches).squeeze(0)
         hidden = self.hidden(inputs, **caches)
         return hidden.reshape(-1, hidden.shape[-1])[positions]

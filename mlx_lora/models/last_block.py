@@ -75,16 +75,20 @@ def last_block(model: nn.Module, body: nn.Module) -> nn.Module | str:
 
 
 @contextmanager
-def only_at(block: nn.Module, positions: mx.array) -> Iterator[None]:
+def only_at(block: nn.Module, positions: mx.array, count: int) -> Iterator[None]:
     """Let a block compute only some positions inside the context: its calls return (1, P, D) instead of (B, T, D).
 
     Args:
         block: as `last_block` returns it; if it is checkpointed, its backward pass computes the same positions again.
         positions: (P,) int, row * T + column.
+        count: B T. A call with other rows, as in a model that runs its blocks twice, is left whole: positions that lie
+            beyond its rows would read and write memory that is not the array's.
     """
     kind, own = type(block), _own_class(block)
 
     def call(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        if x.shape[0] * x.shape[1] != count:
+            return own.__call__(self, x, *args, **kwargs)
         return _at(positions, own.__call__, self, x, *args, **kwargs)
 
     block.__class__ = _with_call(kind, own, call)

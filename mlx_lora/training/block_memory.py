@@ -168,7 +168,7 @@ def _reader(
         try:
             with as_on_gpu() if on_gpu and not device.on_gpu() else nullcontext():
                 call = calls.of(number, rows, width)
-                with nullcontext() if positions is None else only_at(block, positions):
+                with nullcontext() if positions is None else only_at(block, positions, rows * width):
                     return _read_block(block, choose, *call)
         except FOREIGN_ERRORS as error:
             raise NotKnown(f"{type(block).__name__}: {' '.join(str(error).split())[:120]}") from error
