@@ -164,7 +164,8 @@ def without(words: list[str], *flags: str) -> list[str]:
 def shortened(name: str, words: list[str]) -> list[str]:
     """Return a command's words with what makes it short."""
     if name == "train" and "--resume" not in words:
-        return [*without(words, "--epochs", "--iters", "--batch-size"), *SHORT]
+        fewer = ("--num-layers", "1") if "--num-layers" in words else ()  # the tiny model has two
+        return [*without(words, "--epochs", "--iters", "--batch-size"), *SHORT, *fewer]
     if name == "train":
         return [*words, "--iters", "3"]
     if name == "evaluate":
