@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -37,6 +38,11 @@ class Ended:
 
     codes: list[int]
     errs: list[str]
+
+    def message(self, rank: int) -> str:
+        """Return the line of a rank's last error; a thread of mlx may have written "[ring]" right before it."""
+        lines = re.findall("(?<![A-Za-z])Error: .*", self.errs[rank])
+        return lines[-1] if lines else ""
 
 
 class Started:

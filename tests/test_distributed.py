@@ -137,7 +137,7 @@ def test_a_killed_rank_ends_the_others(killed, tiny_folder, chats, tmp_path):
     assert time.monotonic() - start < 30
     assert ended.codes[killed] == -signal.SIGKILL
     assert ended.codes[1 - killed] == 1
-    message = ended.errs[1 - killed].splitlines()[-1]
+    message = ended.message(1 - killed)
     assert message.startswith(f"Error: rank {killed}")
     assert "ended without a message" in message
     assert "--resume" in message
@@ -168,7 +168,7 @@ def test_a_rank_that_fails_in_the_middle_ends_all_with_its_words(error, code, ti
     ended = Started(programs, tmp_path / "ranks").wait(60)
     assert ended.codes == [code, code], ended.errs
     said = "the disk of rank 1 is full" if "RunError" in error else "ValueError: a bug"
-    assert ended.errs[0].splitlines()[-1] == f"Error: rank 1: {said}"
+    assert ended.message(0) == f"Error: rank 1: {said}"
     assert "\nError: " not in ended.errs[1]
     assert ("Traceback" in ended.errs[1]) == ("RunError" not in error)
     assert (tmp_path / "a" / "checkpoints" / "step-000003").exists()
@@ -183,7 +183,7 @@ def test_ranks_with_other_data_or_settings_are_refused(tiny_folder, chats, tmp_p
     ]
     ended = Started(words, tmp_path / "ranks").wait(60)
     assert ended.codes == [2, 2]
-    message = ended.errs[0].splitlines()[-1]
+    message = ended.message(0)
     assert message.startswith("Error: rank 1 is not in the same run")
     assert "rows is" in message
     assert "save_every is 3 on rank 0, 4 on rank 1" in message
@@ -367,7 +367,7 @@ def test_a_frozen_machine_is_noticed(tiny_folder, chats, tmp_path):
     assert time.monotonic() - start < 30
     ranks.signal(1, signal.SIGCONT)
     ended = ranks.wait(30)
-    assert "rank 1" in ended.errs[0].splitlines()[-1]
+    assert "rank 1" in ended.message(0)
     assert "sent nothing for 20 s" in ended.errs[0]
 
 
@@ -392,7 +392,7 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_rolled_back_once(t
     words = command(tiny_folder, chats, tmp_path / "b", "--iters", 30)
     ended = Started([train(*words), ["-c", NAN.format(steps="range(5, 99)"), *words]], tmp_path / "all bad").wait()
     assert ended.codes == [1, 1], ended.errs
-    assert "the adapter of step 4" in ended.errs[0].splitlines()[-1]
+    assert "the adapter of step 4" in ended.message(0)
     assert ended.errs[0].count("Error: ") == 1
     assert "Error: " not in ended.errs[1]
     assert weights(tmp_path / "b") == weights(tmp_path / "b" / "checkpoints" / "step-000004")

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from run_cli import one_line, run
 
+from mlx_lora.objectives.objective_table import OWN_OPTIONS, POLICY_REPORTS
+from mlx_lora.settings.config import SAMPLING
+
 REWARD = """
 def odd(prompts, completions, completion_ids, answer, **columns):
     assert len(prompts) == len(completions) == len(completion_ids) == len(answer)
@@ -141,3 +144,64 @@ BAD = {
 def test_bad_input_is_one_line(case, tiny_folder, data, tmp_path):
     flags, words = BAD[case]
     one_line(run(*command(tiny_folder, data, tmp_path / "a", "grpo", *flags)), words)
+
+
+# By name: the run to compare with, and what is added to it.
+CHANGES = {
+    "reward": ((), ("--reward", "length:4")),
+    "reward_weights": ((), ("--reward-weights", "3")),
+    "group_size": ((), ("--group-size", 4)),
+    "max_new_tokens": ((), ("--max-new-tokens", 4)),
+    "temp": ((), ("--temp", 0.5)),
+    "top_p": ((), ("--top-p", 0.5)),
+    "min_p": ((), ("--min-p", 0.5)),
+    "epsilon": (("--updates-per-rollout", 2), ("--epsilon", 1e-6)),
+    "epsilon_high": (("--updates-per-rollout", 2), ("--epsilon-high", 1e-6)),
+    "kl_beta": ((), ("--kl-beta", 1)),
+    "mask_truncated": ((), ("--mask-truncated",)),
+    "updates_per_rollout": ((), ("--updates-per-rollout", 2)),
+    "grpo_loss": ((), ("--grpo-loss", "dr_grpo")),
+    "scale_rewards": ((), ("--scale-rewards", "none")),
+}
+
+
+def test_every_option_is_tried():
+    own = {name for name, owners in OWN_OPTIONS.items() if set(owners) <= set(SAMPLING)}
+    assert set(CHANGES) == own - {"reward_errors", "reward_timeout"}  # a reward that fails: above, and test_rewards.py
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_folder, data, tmp_path_factory):
+    """What is compared of runs without the option under test, each made once."""
+    known = {}
+
+    def outcome(*more: object) -> list:
+        if more not in known:
+            known[more] = outcome_of(tiny_folder, data, tmp_path_factory.mktemp("plain") / "a", *more)
+        return known[more]
+
+    return outcome
+
+
+def outcome_of(model, data, folder: Path, *more: object) -> list:
+    ran = run(*command(model, data, folder, "grpo", "--iters", 4, "--warmup", 0, "--save-every", 4, *more))
+    assert ran.code == 0, ran.err
+    names = ("loss", "val_loss", "grad_norm", *POLICY_REPORTS)
+    return [{name: line.get(name) for name in names} for line in lines(folder)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_option_changes_the_run_and_is_refused_elsewhere(name, tiny_folder, data, plain, tmp_path):
+    common, more = CHANGES[name]
+    assert outcome_of(tiny_folder, data, tmp_path / "a", *common, *more) != plain(*common)
+    refused = run(
+        "train", "--model", tiny_folder, "--data", data / "prompts.jsonl", "--adapter-path", tmp_path / "b", *more
+    )
+    assert refused.code == 2
+    assert f"{more[0]} with --objective sft: only" in refused.err
+
+
+@pytest.mark.slow
+def test_without_options_the_run_is_the_same(tiny_folder, data, plain, tmp_path):
+    assert outcome_of(tiny_folder, data, tmp_path / "a") == plain()

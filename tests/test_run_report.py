@@ -6,14 +6,10 @@ import json
 import math
 import re
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from browser import look
-from byte_tokenizer import byte_tokenizer
-from conftest import tiny_model
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 from run_cli import run
 
 from mlx_lora.adapters.inject import inject
@@ -22,7 +18,9 @@ from mlx_lora.artifacts.plots import MOST_POINTS, Series, line_chart, number, ti
 from mlx_lora.artifacts.run_report import RunReport, Sample, charts, elapsed_s, tiles, without_untrained_accuracy
 from mlx_lora.artifacts.verdict import verdict
 from mlx_lora.data.encode import EncodedSet
+from mlx_lora.models.load import load_base
 from mlx_lora.runs import report_page
+from mlx_lora.settings.config import ModelSettings
 from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.samples import greedy_text, held_out_beginnings, whole_words
 
@@ -206,13 +204,11 @@ def test_a_run_leaves_a_page_with_texts_before_and_after(tiny_folder, chats, tmp
 
 
 @pytest.mark.parametrize("mode", ["none", "block", "selective"])
-def test_a_checkpointed_model_generates_as_any_other(mode):
-    model, prompt = tiny_model(), [5, 6, 7]
-    tokenizer = TokenizerWrapper(byte_tokenizer())
-    base = SimpleNamespace(model=model, tokenizer=tokenizer)
-    inject(model, select_targets(model).paths, 4, 2.0)
+def test_a_checkpointed_model_generates_as_any_other(mode, tiny_folder):
+    base, prompt = load_base(ModelSettings(model=str(tiny_folder))), [5, 6, 7]
+    inject(base.model, select_targets(base.model).paths, 4, 2.0)
     plain = greedy_text(base, prompt, 8)
-    apply_checkpointing(model, mode)
+    apply_checkpointing(base.model, mode)
     assert greedy_text(base, prompt, 8) == plain
 
 

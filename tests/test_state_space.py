@@ -314,6 +314,10 @@ def test_memory_grows_with_a_tenth_of_what_a_state_per_token_takes(request):
     request.addfinalizer(lambda: mx.set_memory_limit(old))
 
     def peak(function: Arrayed, primals: list[mx.array]) -> int:
+        # An array is released when mlx's threads get to it: on a busy machine later, so the least of three counts.
+        return min(peak_once(function, primals) for _ in range(3))
+
+    def peak_once(function: Arrayed, primals: list[mx.array]) -> int:
         d = mx.ones_like(primals[0])
         mx.eval(primals, d)
         mx.clear_cache()
