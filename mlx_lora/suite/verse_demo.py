@@ -55,7 +55,7 @@ NEEDED_BYTES = 300_000_000  # the converted model, the adapter and a checkpoint 
 STAGES = (
     Stage("Get the model", 10),
     Stage("Ask it three questions", 25),
-    Stage("Train an adapter on verse", 95),
+    Stage("Train an adapter on verse", 85),
     Stage("Ask the same questions again", 25),
 )
 
