@@ -132,6 +132,7 @@ def test_a_failing_reward_ends_the_run_or_is_skipped(tiny_folder, data, tmp_path
 
 
 BAD = {
+    "a reference that is gone": (("--method", "relora", "--kl-beta", 0.1), "--kl-beta with --method relora"),
     "no reward": (("--reward", ""), "requires --reward"),
     "a reward without sampling": (("--objective", "dpo"), "--reward"),
     "an option of grpo": (("--objective", "rloo", "--grpo-loss", "gspo"), "--grpo-loss"),

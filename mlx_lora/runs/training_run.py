@@ -221,7 +221,7 @@ def take_steps(
     if page is not None:
         page.end(outcome.interrupted, say)
         leave_card(folder.path, base, folder.info, say)
-        say(outcome_line(settings.loop, outcome, best))
+        say(outcome_line(settings.loop, outcome, best, settings.objective.samples))
         if not outcome.interrupted:
             say(closing_words(folder.path, settings, folder.info, page.report.samples))
     told.raise_failure(left_by(settings.loop, outcome))

@@ -81,18 +81,21 @@ def loss_words(measured: Measured) -> str:
     return f"loss {measured.loss:.4f}, perplexity {perplexity:.3f}, {measured.count} supervised tokens"
 
 
-def outcome_line(loop: LoopSettings, outcome: Outcome, best: str | None) -> str:
+def outcome_line(loop: LoopSettings, outcome: Outcome, best: str | None, rewarded: bool = False) -> str:
     """Return a run's outcome and folder, in one line.
 
     Args:
         loop: the run's settings.
         outcome: how it ended.
         best: words on the adapter that --keep-best restored.
+        rewarded: whether the validation gives minus a mean reward instead of a loss.
     """
     folder = Path(loop.adapter_path)
     file = folder / WEIGHTS_FILE
     size = f"adapter of {file.stat().st_size / 1e6:.1f} MB" if file.exists() else "nothing to save"
     val = "" if outcome.val_loss is None else f", held-out loss {outcome.val_loss:.4f}"
+    if rewarded and outcome.val_loss is not None:
+        val = f", held-out reward {-outcome.val_loss + 0:.4f}"
     worse = {"loss": "the held-out loss no longer falls", "accuracy": "the held-out accuracy no longer rises"}
     early = f", ended early: {worse[loop.metric_for_best_model]}" if outcome.stopped_early else ""
     return f"{counted(outcome.steps, 'step')} done{early}{val}; {size} in {folder}{f'; {best}' if best else ''}"

@@ -51,11 +51,21 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _rollout_problems(settings: Mapping[str, Any]) -> list[str]:
-    """Return a problem for each interval that would save or end a run between two updates on the same answers."""
-    updates = settings["updates_per_rollout"]
-    if settings["objective"] not in SAMPLING or updates == 1:
-        return []
-    return [
+    """Return the problems of a run that samples its answers.
+
+    These are intervals that would save or end it between two updates on the same answers, and a reference that it cannot
+    go back to.
+    """
+    updates, problems = settings["updates_per_rollout"], []
+    if settings["objective"] not in SAMPLING:
+        return problems
+    if settings["kl_beta"] and (settings["fine_tune_type"] or settings["method"]) == "relora":
+        problems.append(
+            "--kl-beta with --method relora: its finished cycles stay in the model; leave out one of the two"
+        )
+    if updates == 1:
+        return problems
+    return problems + [
         f"{flag_of(name)} {settings[name]} with --updates-per-rollout {updates}: give a multiple of {updates}"
         for name in ("iters", "save_every", "steps_per_eval")
         if settings[name] and settings[name] % updates

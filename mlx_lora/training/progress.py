@@ -134,9 +134,10 @@ def format_metrics(metrics: Metrics, total_steps: int, seconds_left: float | Non
     parts = []
     if metrics.loss is not None:
         parts.append(f"loss {on}{metrics.loss:6.4f}{off}")
-    if metrics.val_loss is not None:
+    if metrics.val_loss is not None and "reward" not in metrics.reports:  # there it is minus the reward
         parts.append(f"val loss {on}{metrics.val_loss:.4f}{off}")
-    parts += [f"{name} {metrics.reports[name]:5.3f}" for name in SHOWN if name in metrics.reports]
+    held_out = "held-out " if metrics.loss is None and "reward" in metrics.reports else ""
+    parts += [f"{held_out}{name} {metrics.reports[name]:5.3f}" for name in SHOWN if name in metrics.reports]
     if metrics.loss is not None:
         trained, all_real = f"{metrics.supervised_tokens_per_s:5.0f}", f"{metrics.tokens_per_s:5.0f}"
         peak = f"peak {metrics.peak_memory_bytes / 1e9:.2f} GB"
