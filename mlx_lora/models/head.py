@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,6 +98,15 @@ class Head:
         cache = inspect.signature(type(self.body).__call__).parameters.get("cache")
         required = cache is not None and cache.default is cache.empty
         return self.body(inputs, **({"cache": None} if required else {}) | caches)
+
+    def at_hand(self, hidden: mx.array) -> AbstractContextManager:
+        """Return a context in which the layer has its weights, which ranks may share (training/base_shards.py).
+
+        Args:
+            hidden: what the layer is given, computed before the weights are needed.
+        """
+        of_layer = getattr(self.layer, "at_hand", None)
+        return nullcontext() if of_layer is None else of_layer([hidden])
 
     @property
     def arrays(self) -> list[mx.array]:

@@ -117,10 +117,14 @@ def check_highest(rows: int | None, highest: int, source: str, model_id: str) ->
         )
 
 
-def load_base(settings: ModelSettings) -> Base:
+def load_base(settings: ModelSettings, read: bool = True) -> Base:
     """Return the model that `settings.model` names, cast to the compute dtype and frozen.
 
     A .gguf file is first converted into the cache, once per file, with its blocks carried over.
+
+    Args:
+        settings: what to load, and how.
+        read: whether to read all weights now; otherwise they stay lazy, for ranks that keep only a part of them.
 
     Raises:
         InputError: the model, architecture or dtype is unknown, files are damaged, or a matmul path is forced on a
@@ -137,7 +141,8 @@ def load_base(settings: ModelSettings) -> Base:
     _check_experts(model, source.model_id)
     matmul_paths = use_measured_matmul(model, settings.quantized_matmul)
     model.freeze()
-    mx.eval(model.parameters())
+    if read:
+        mx.eval(model.parameters())
     tokenizer = load_folder_tokenizer(folder, config, settings.trust_remote_code)
     size_bytes = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
     return Base(

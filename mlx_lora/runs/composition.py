@@ -17,7 +17,7 @@ from mlx_lora.data.joining import joined, saved_share
 from mlx_lora.data.loading import DataSplits
 from mlx_lora.data.widths import ShapePrice
 from mlx_lora.models.attention import attend
-from mlx_lora.models.kernel_choice import KernelChoice, choose_model_kernels
+from mlx_lora.models.kernel_choice import AUTO, OURS, KernelChoice, choose_model_kernels
 from mlx_lora.models.kernel_row import MLX
 from mlx_lora.models.kernels import assumed
 from mlx_lora.models.load import Base
@@ -29,6 +29,7 @@ from mlx_lora.planner.shapes import KernelTerms
 from mlx_lora.runs.adapting import adapt
 from mlx_lora.runs.reference import with_reference
 from mlx_lora.runs.sampled_answers import answering_of
+from mlx_lora.runs.shared_base import SharedBase, share_among
 from mlx_lora.runs.trunk_choice import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
 from mlx_lora.runs.words import describe_run
 from mlx_lora.settings.config import LoopSettings, TrainSettings
@@ -36,6 +37,7 @@ from mlx_lora.system import device
 from mlx_lora.system.distributed import Ranks
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.agreement import check_one_run, take_first_ranks
+from mlx_lora.training.base_shards import end_of_trial, is_shared
 from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.held_out import choose_held_out
 from mlx_lora.training.hooks_from_settings import make_events, rates_of, restart_every, restart_warmup
@@ -117,9 +119,10 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
         splits = splits.changed(lambda sets: with_reference(asked, base, sets, say, ranks))
     mx.random.seed(asked.loop.seed)
     adapted, info = adapt(asked, base, splits.chat_template)
+    asked, shared = share_among(asked, base, ranks)
     found = find_checkpoint(asked.loop, ranks, say)
     chosen, layout = choose_layout(asked, base, splits.train, objective, found, say)
-    settings, memory = fit_settings(layout.settled(asked), base, layout.of(splits), chosen)
+    settings, memory = fit_settings(layout.settled(asked), base, layout.of(splits), chosen, shared)
     if objective.reference and not other_reference:  # in batches that fit, so that its peak is below a step's
         of = chosen.loss, chosen.kernels
         splits = splits.changed(lambda sets: with_reference(settings, base, sets, say, ranks, *of))
@@ -149,7 +152,7 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     identity |= trunk.identity
     if answering is not None:
         task = answering.reported(task)
-    about += [words for words in (layout.words, trunk.words) if words]
+    about += [words for words in (layout.words, trunk.words, shared.words) if words]
     check_one_run(ranks, settings, identity)
     take_first_ranks(ranks, step, say)
     at = found.position if found else Position()
@@ -184,6 +187,7 @@ def choose_loss_and_kernels(
     loss = choose_loss(base.model, base.config, asked, say, whole_last_block(found))
     dtype = device.compute_dtype(settings.model.dtype)
     lengths = sorted({max(1, int(length) - 1) for length in rows.lengths})
+    asked = OURS if asked == AUTO and is_shared(base.model) else asked  # what one rank measures, another might not
     choice = choose_model_kernels(base.model, lengths, asked, dtype, say, shared=rows.starts is not None)
     kernels, words = check_kernels(base.model, base.config, loss, choice)
     terms = replace((kernels or choice.of_mlx()).terms(), loss=loss.kernel)
@@ -256,14 +260,15 @@ def choose_layout(
 
 
 def fit_settings(
-    asked: TrainSettings, base: Base, splits: DataSplits, chosen: LossAndKernels
+    asked: TrainSettings, base: Base, splits: DataSplits, chosen: LossAndKernels, shared: SharedBase
 ) -> tuple[TrainSettings, MemoryPlan]:
     """Return the settings with everything chosen that was open, and the memory that the run needs.
 
     Raises:
         InputError: the run does not fit.
     """
-    shape = adapted_shape(base.model, base.config, asked, kernels=chosen.kernels or KernelChoice(MLX))
+    kernels = chosen.kernels or KernelChoice(MLX)
+    shape = shared.shape(asked, kernels) or adapted_shape(base.model, base.config, asked, kernels=kernels)
     shape = replace(shape, plain_loss=chosen.loss.kernel == PLAIN_LOGITS)  # then the logits are whole
     if not chosen.loss.part_of_last:
         shape = replace(shape, blocks=tuple(replace(block, at_one=None) for block in shape.blocks))
@@ -308,7 +313,10 @@ def make_step(
     adapter, loop, model, ranks = settings.adapter, settings.loop, base.model, of_trunk.ranks
     tape = apply_checkpointing(model, loop.grad_checkpoint)
     attention = (tape.attend if tape else attend) if chosen.kernels else None
-    variant = choose_step_variant(model, base.config, chosen.loss, attention, base.model_id, chosen.kernels or assumed)
+    variant = choose_step_variant(
+        model, base.config, chosen.loss, attention, base.model_id, chosen.kernels or assumed, not is_shared(model)
+    )
+    end_of_trial(model)
     loss = variant.loss
     if objective.policy is not None:
         loss = at_temperature(loss, model, base.config, settings.objective.temp)
@@ -324,7 +332,7 @@ def make_step(
         wait=loop.short_buffers,
         rate_of=rates_of(adapter),
         events=make_events(adapter, model, steps, loop.seed),
-        sharing=Sharing(ranks, loop.seed) if ranks.size > 1 else None,
+        sharing=Sharing(ranks, loop.seed, is_shared(model)) if ranks.size > 1 else None,
         compiled=variant.compiled,
         choose=variant.choose,
         prepare=lambda batches: task.prepare(batches, ranks),

@@ -65,7 +65,7 @@ def train_run(
         with waiting("Loading the model", say):
             if trains:
                 check_base_fits(settings)  # an outline, without weights, which need not be read or downloaded in vain
-            base = load_base(settings.model)
+            base = load_base(settings.model, read=settings.loop.shard_base == "off")
     if not trains:
         put_adapter(base, folder, settings.data, objective_of(settings.objective))
     with waiting("Reading the data", say):

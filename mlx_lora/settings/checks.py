@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
-from mlx_lora.settings.config import LOGGERS, ROWS, SAMPLING, WITHOUT_PAIRS
+from mlx_lora.settings.config import LOGGERS, ROWS, SAMPLING, SHARDING, WITHOUT_PAIRS
 from mlx_lora.settings.methods import PRESETS
 from mlx_lora.settings.setting_row import flag_of
 
@@ -41,13 +41,49 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
         problems.append(f"--grad-checkpoint {mode!r}: not one of {', '.join(CHECKPOINTING)}, or a number of at least 1")
     if settings["chat_date"] is not None and not is_day(settings["chat_date"]):
         problems.append(f"--chat-date {settings['chat_date']!r}: not a date; write it like 2026-11-26")
-    problems += _adapter_problems(settings)
+    problems += _adapter_problems(settings) + _sharding_problems(settings)
     if settings["iters"] is not None and settings["epochs"] is not None:
         problems.append("--iters and --epochs: both given; keep one")
     loggers = [name.strip().lower() for name in (settings["report_to"] or "").split(",")]
     if settings["report_to"] and not set(loggers) <= set(LOGGERS):
         problems.append(f"--report-to {settings['report_to']}: only {', '.join(LOGGERS)}, by comma")
     return problems + _data_problems(settings) + _validation_problems(settings) + _rollout_problems(settings)
+
+
+def shard_parts(text: str) -> list[float] | None:
+    """Return the parts by rank that --shard-base names, such as 3:1; None for other texts."""
+    parts = text.split(":")
+    if len(parts) < 2 or not all(part.isdecimal() and 1 <= int(part) <= 10**6 for part in parts):
+        return None
+    return [float(part) for part in parts]
+
+
+def _sharding_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return what a run whose base is shared by its processes cannot do."""
+    shared, problems = settings["shard_base"], []
+    if shared not in (*SHARDING, "off") and shard_parts(shared) is None:
+        problems.append(f"--shard-base {shared!r}: not off, {', '.join(SHARDING)}, or parts by rank such as 3:1")
+    if shared == "off":
+        return problems
+    with_it = f"with --shard-base {shared}"
+    if settings["grad_checkpoint"] not in ("auto", "selective", "block", "1"):
+        problems.append(
+            f"--grad-checkpoint {settings['grad_checkpoint']} {with_it}: each block is computed again when its weights "
+            "are there; give block or selective, or leave it out"
+        )
+    method = settings["fine_tune_type"] or settings["method"]
+    if method in ("pissa", "full", "relora"):
+        problems.append(f"--method {method} {with_it}: it needs or changes whole weights; use lora or dora")
+    if settings["modules_to_save"]:
+        problems.append(f"--modules-to-save {with_it}: weights that are trained cannot be shared; leave out one of the two")
+    if settings["objective"] in (*SAMPLING, "dpo", "kto"):
+        problems.append(
+            f"--objective {settings['objective']} {with_it}: one process samples, or computes the reference, and it needs "
+            "the whole base; leave it out"
+        )
+    if settings["cache_trunk"] == "on":
+        problems.append(f"--cache-trunk on {with_it}: not with several processes; leave it out")
+    return problems
 
 
 def _rollout_problems(settings: Mapping[str, Any]) -> list[str]:

@@ -23,6 +23,7 @@ BIASES = ("none", "lora_only", "all")
 QUANTIZED_MATMUL = ("auto", "packed", "dense")
 KERNELS = ("auto", "mlx", "ours")
 LOGGERS = ("tensorboard", "trackio", "wandb", "swanlab")
+SHARDING = ("even", "memory")  # --shard-base
 SAMPLING = ("grpo", "rloo")  # objectives whose answers are sampled during the run
 WITHOUT_PAIRS = ("sft", "kto", *SAMPLING)  # objectives whose examples are not pairs of answers
 DEFAULT_BATCH_TOKENS = 2048
@@ -280,6 +281,10 @@ class LoopSettings:
         "With --num-layers: keep the output of the frozen blocks below the adapted ones on disk, so that later epochs need "
         "not compute them: on, off, or auto (if the run has further epochs and it saves time and fits on the disk).",
         MEMORY, may_change=True, per_machine=True, choices=("auto", "on", "off"))
+    shard_base: str = setting("off",
+        "Share the base among the processes of a run, each of which keeps a part of every block: off, even (also the flag "
+        "without a value), memory (parts in proportion to each machine's), or parts by rank such as 3:1.",
+        MEMORY, may_change=True, alone="even")
     memory_budget: float | None = setting(None,
         "GB (10^9 bytes) that the run may use (default: what the device recommends).",
         MEMORY, may_change=True, per_machine=True, more_than=0, at_most=10**6)

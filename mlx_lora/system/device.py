@@ -215,6 +215,15 @@ def host_waits_for_peers() -> bool:
     return mx.default_device() != mx.Device(mx.cpu)
 
 
+def message_stream(backend: str) -> mx.Stream | None:
+    """Return a stream for messages to other ranks, beside that of the computation; None: mlx's default.
+
+    Args:
+        backend: of mx.distributed. NCCL's messages are the GPU's own work, those of the others are the CPU's.
+    """
+    return None if backend == "nccl" else mx.new_stream(mx.cpu)
+
+
 def wire_working_set() -> None:
     """Let Metal keep the model resident, so that weights are not paged out; do nothing on other backends.
 

@@ -123,16 +123,17 @@ class OneRank:
 class SeveralRanks:
     """All processes of a run, as one of them uses them."""
 
-    def __init__(self, group: mx.distributed.Group, heartbeat: Heartbeat | None = None):
+    def __init__(self, group: mx.distributed.Group, messages: mx.Stream | None = None):
         """Wrap mlx's group.
 
         Args:
             group: of more than one process.
-            heartbeat: tells the others about a failure; None in tests that only use the sums.
+            messages: the stream of all messages; two streams at a time would mix theirs on the same connections.
+                None: mlx's default.
         """
         self._group = group
-        self._heartbeat = heartbeat
         self.rank, self.size = group.rank(), group.size()
+        self._messages = messages
 
     @property
     def leads(self) -> bool:
@@ -146,11 +147,15 @@ class SeveralRanks:
         collective would wait on the device, and macOS ends work that waits there for seconds.
         """
         if not device.host_waits_for_peers():
-            return mx.distributed.all_sum(array, group=self._group)
+            return mx.distributed.all_sum(array, group=self._group, stream=self._messages)
         mx.eval(array)
-        total = mx.distributed.all_sum(array, group=self._group)
+        total = mx.distributed.all_sum(array, group=self._group, stream=self._messages)
         mx.eval(total)
         return total
+
+    def gathered(self, array: mx.array) -> mx.array:
+        """Return all ranks' arrays, (N, ...), lazily; all must have the same shape and dtype."""
+        return mx.distributed.all_gather(array[None], group=self._group, stream=self._messages)
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank's flag is true."""
@@ -167,9 +172,9 @@ class SeveralRanks:
             value: a JSON value.
         """
         content = json.dumps(value).encode()
-        lengths = mx.distributed.all_gather(mx.array([len(content)], mx.int32), group=self._group).tolist()
+        lengths = self.gathered(mx.array(len(content), mx.int32)).tolist()
         padded = mx.array(list(content.ljust(max(lengths))), mx.uint8)
-        every = bytes(mx.distributed.all_gather(padded[None], group=self._group).reshape(-1).tolist())
+        every = bytes(self.gathered(padded).reshape(-1).tolist())
         return [json.loads(every[i * max(lengths) :][:length]) for i, length in enumerate(lengths)]
 
     def from_first(self, value: Any) -> Any:
@@ -205,7 +210,7 @@ class SeveralRanks:
         for array in arrays.values():
             words = mx.uint32 if array.dtype.size % 4 == 0 else mx.uint8
             total = total + array.reshape(-1).view(words).astype(mx.uint32).sum()
-        return len(set(mx.distributed.all_gather(total.reshape(1), group=self._group).tolist())) == 1
+        return len(set(self.gathered(total).tolist())) == 1
 
 
 Ranks = OneRank | SeveralRanks
@@ -267,7 +272,7 @@ def _join(launch: Launch) -> tuple[SeveralRanks, Heartbeat]:
         signal.alarm(0)
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGALRM, alarm)
-    ranks = SeveralRanks(group)
+    ranks = SeveralRanks(group, device.message_stream(launch.backend))
     server, token = listen() if ranks.leads else (None, "")
     own = [*launch.first, *_own_addresses()]
     address = ranks.from_first([own, server.getsockname()[1] if server else 0, token])

@@ -16,7 +16,7 @@ results as JAX's `dots_saveable` policy.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -141,18 +141,28 @@ class Checkpointed(nn.Module):
 
     tape: Tape
 
+    def at_hand(self, before: Sequence[mx.array]) -> AbstractContextManager:
+        """Return a context in which the block has its weights: always, unless they are shared (models/base_shards.py).
+
+        Args:
+            before: arrays that are computed before the weights are needed.
+        """
+        return nullcontext()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # In generation nothing is differentiated, and the cache has state, so the block runs as it is. The blocks of
         # Kimi K3 and DeepSeek V4.1 have state too: they write into an object that the next block reads.
         if not all(map(_is_stateless, (*args, *kwargs.values()))):
             self.tape.left_out = True
-            return super().__call__(*args, **kwargs)
+            with self.at_hand(_arrays((args, kwargs))):
+                return super().__call__(*args, **kwargs)
         function, primals = _as_function(self, super().__call__, args, kwargs)
+        given = primals[-len(_arrays((args, kwargs))) :]
         shape: list[Any] = []  # of what the block returns
 
         @mx.custom_function
         def run(*primals: mx.array) -> list[mx.array]:
-            with self.tape.recording() as kept:
+            with self.tape.recording() as kept, self.at_hand(given):
                 shape[:] = [function(*primals)]
             return [*_arrays(shape[0]), *kept]
 
@@ -162,7 +172,7 @@ class Checkpointed(nn.Module):
             cotangents = list(cotangents[:returned])
             # Wait until the backward pass gets here, or all blocks would be recomputed at once.
             primals = mx.depends(list(primals), cotangents)
-            with self.tape.replaying(outputs[returned:]):
+            with self.tape.replaying(outputs[returned:]), self.at_hand(cotangents):
                 return mx.vjp(lambda *p: _arrays(function(*p)), primals, cotangents)[1]
 
         outputs = run(*primals)

@@ -36,6 +36,7 @@ from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
 from mlx_lora.planner.this_machine import loss_tile_bytes
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
+from mlx_lora.training.base_shards import is_shared
 from mlx_lora.training.loss_choice import PLAIN_LOGITS, ROWS, TILES, choose_kernel, loss_figures, loss_kernels
 from mlx_lora.training.probe import Probe, disagreement, has_halves, probe
 
@@ -147,7 +148,8 @@ def head_loss(head: Head, kernel: str, tile_bytes: int, whole_because: str = "")
     def tokens(gradient: bool, model: nn.Module, *batch: mx.array) -> mx.array:
         inputs, targets, _mask, positions, weights, *starts = batch
         chosen = head.hidden_at(positions, inputs, **shared_caches(model, inputs, *starts))  # (P, D)
-        return token_losses(head, chosen, targets.reshape(-1)[positions], weights, gradient=gradient)
+        with head.at_hand(chosen):
+            return token_losses(head, chosen, targets.reshape(-1)[positions], weights, gradient=gradient)
 
     def loss(gradient: bool, model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array]:
         return tokens(gradient, model, *batch).sum(), batch[-1].sum()
@@ -178,6 +180,8 @@ def choose_loss(
     """
     if asked == MLX:
         return plain(f"plain cross-entropy (--kernels {MLX})")
+    if is_shared(model):  # what one rank measures, another might not
+        asked, whole_because = OURS, whole_because or "it gets its weights in whole"
     head = find_head(model, config)
     if isinstance(head, str):
         return plain(f"plain cross-entropy ({head})")

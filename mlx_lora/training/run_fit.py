@@ -54,7 +54,7 @@ def check_base_fits(settings: TrainSettings) -> None:
     Raises:
         InputError: see `check_fits`.
     """
-    if not settings.loop.memory_check:
+    if not settings.loop.memory_check or settings.loop.shard_base != "off":  # by then, the number of parts is known
         return
     dtype = device.compute_dtype(settings.model.dtype)
     try:

@@ -16,7 +16,7 @@ from itertools import accumulate
 import mlx.core as mx
 import numpy as np
 
-from mlx_lora.data.batches import SLOTS_STEP, Batch
+from mlx_lora.data.batches import EMPTY, SLOTS_STEP, Batch
 from mlx_lora.system.distributed import Ranks
 
 # The slots for a share's targets increase in steps of this fraction of an even share, which makes few shapes and wastes
@@ -74,17 +74,23 @@ def share_of(batch: Batch, rows: np.ndarray) -> Batch:
     return batch.take(rows, min(max(room, count), most), real_tokens)
 
 
+def nothing_of(batch: Batch) -> Batch:
+    """Return a batch of one example of padding, for a rank that has no rows and must compute as often as the others."""
+    return batch.take(np.full(batch.group, EMPTY), SLOTS_STEP, 0)
+
+
 class Sharing:
     """Divides a step's work among ranks, and adds up their results."""
 
-    def __init__(self, ranks: Ranks, seed: int):
+    def __init__(self, ranks: Ranks, seed: int, equally_often: bool = False):
         """Set up.
 
         Args:
             ranks: all ranks of the run.
             seed: of the run; dropout's random numbers depend on (seed, step, rank).
+            equally_often: whether all ranks must compute equally many micro-batches, because they share the base.
         """
-        self._ranks, self._seed = ranks, seed
+        self._ranks, self._seed, self._equally_often = ranks, seed, equally_often
 
     def own(self, batches: list[Batch], divide: Callable[[list[Batch]], list[Batch]]) -> Iterator[Batch]:
         """Yield this rank's part of each micro-batch that has one for it.
@@ -95,7 +101,9 @@ class Sharing:
         """
         for batch, dealt in zip(batches, deal_rows(batches, self._ranks.size), strict=True):
             rows = dealt[self._ranks.rank]
-            if len(rows):
+            if self._equally_often:
+                yield share_of(batch, rows) if len(rows) else nothing_of(batch)
+            elif len(rows):
                 yield from divide([share_of(batch, rows)])
 
     def reseed(self, step: int) -> None:

@@ -21,6 +21,7 @@ from mlx_lora.system import process
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.system.long_task import tracked
 from mlx_lora.training.agreement import Agreement
+from mlx_lora.training.base_shards import is_shared
 from mlx_lora.training.held_out import held_out_plan
 from mlx_lora.training.interrupts import interrupt_flag
 from mlx_lora.training.losses import Loss, choose_loss
@@ -144,11 +145,12 @@ def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ran
     training = model.training
     model.eval()
     sums = mx.zeros((2 + len(task.reports),))
-    for batch in islice(batches, ranks.rank, None, ranks.size):
+    for batch, counts in own_batches(batches, ranks, is_shared(model)):
         for part in task.prepare([batch], ALONE):
             loss, count, *reports = task.loss.measure(model, *task.arrays_of(part))
             named = reports[0] if reports else {}
-            sums = sums + mx.stack([loss, count, *(named[name] for name in task.reports)])
+            found = mx.stack([loss, count, *(named[name] for name in task.reports)])
+            sums = sums + (found if counts else 0 * found)
             mx.eval(sums)
     # Ranks finish at different times. On a GPU, the host must wait for the others, not the device: see `SeveralRanks.sum`.
     total, count, *reported = ranks.sum(sums).tolist()
@@ -157,6 +159,24 @@ def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ran
         return Measured(math.nan, 0)
     means = {name: value / count for name, value in zip(task.reports, reported, strict=True)}
     return Measured(total / count, int(count), task.finish(means))
+
+
+def own_batches(batches: Iterable[Batch], ranks: Ranks, equally_often: bool) -> Iterator[tuple[Batch, bool]]:
+    """Yield the batches that this rank measures, and whether it counts them.
+
+    Args:
+        batches: of all ranks.
+        ranks: that divide them.
+        equally_often: whether all ranks must compute equally many, because they share the base; then a rank for which
+            none is left computes another's, and does not count it.
+    """
+    if not equally_often:
+        yield from ((batch, True) for batch in islice(batches, ranks.rank, None, ranks.size))
+        return
+    rest = iter(batches)
+    while turn := list(islice(rest, ranks.size)):
+        counts = ranks.rank < len(turn)
+        yield turn[ranks.rank if counts else 0], counts
 
 
 def held_out_loss(
@@ -245,7 +265,8 @@ def train(
             return False
         most = -1 if settings.val_batches is None else settings.val_batches
         number = len(validation) if most < 0 else min(most, len(validation))
-        held_out = takewhile(lambda _: not asked(), validation.batches(most))
+        # Ranks that share the base go through a validation together, and so to its end.
+        held_out = takewhile(lambda _: is_shared(model) or not asked(), validation.batches(most))
         measured = mean_loss(model, task, watch(held_out, number), ranks)
         interrupted.ask_all()
         if not measured.count or interrupted():

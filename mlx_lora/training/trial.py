@@ -55,6 +55,7 @@ def choose_step_variant(
     attend: AttentionCall | None,
     name: str,
     choose: Choose = assumed,
+    compiles: bool = True,
 ) -> StepVariant:
     """Return the fastest variant of the step that this model can be differentiated with.
 
@@ -64,13 +65,14 @@ def choose_step_variant(
         loss, attend: the ones that were chosen for it.
         name: of the model, for the error.
         choose: says which kernels are used, by shape.
+        compiles: whether the step may be compiled.
 
     Raises:
         InputError: it cannot be differentiated.
     """
     batch = check_arrays(embedding_rows(model, config) or 256, TRIAL_TOKENS)
     problems: list[Exception] = []
-    for variant in _variants(loss, attend, choose):
+    for variant in _variants(loss, attend, choose, (True, False) if compiles else (False,)):
         problem = _problem_of(model, variant, batch)
         if problem is None:
             return replace(variant, notes=(_note(variant, loss, attend, problems[0]),)) if problems else variant
@@ -81,13 +83,15 @@ def choose_step_variant(
     ) from problems[-1]
 
 
-def _variants(loss: Loss, attend: AttentionCall | None, choose: Choose) -> Iterator[StepVariant]:
+def _variants(
+    loss: Loss, attend: AttentionCall | None, choose: Choose, compiles: tuple[bool, ...]
+) -> Iterator[StepVariant]:
     """Yield the variants of a step, the fastest first."""
     kernels = [attend] if attend is None else [attend, None]
     choices = [(loss, own) for own in kernels]
     if loss.train is not PLAIN.train:
         choices.append((PLAIN, None))
-    yield from (StepVariant(*choice, choose, compiled) for choice in choices for compiled in (True, False))
+    yield from (StepVariant(*choice, choose, compiled) for choice in choices for compiled in compiles)
 
 
 def _note(variant: StepVariant, loss: Loss, attend: AttentionCall | None, problem: Exception) -> str:

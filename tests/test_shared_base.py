@@ -1,0 +1,74 @@
+"""A base that ranks share: the losses of a single process, from a part of its memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ranks import Started
+from run_cli import run
+from test_distributed import assert_same_run, command, records, train
+
+from mlx_lora.training.base_shards import ALIGNMENT, cut
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_folder, chats, tmp_path_factory):
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "a"
+    assert run("train", *command(tiny_folder, chats, folder)).code == 0
+    return folder
+
+
+def shared(model, data, folder: Path, ranks: int, *extra) -> tuple[Path, str]:
+    words = train(*command(model, data, folder / "a", *extra))
+    ended = Started([words] * ranks, folder / "ranks").wait()
+    assert ended.codes == [0] * ranks, ended.errs
+    return folder / "a", ended.errs[0]
+
+
+@pytest.mark.parametrize(("ranks", "parts"), [(2, "even"), (2, "3:1"), pytest.param(4, "even", marks=pytest.mark.slow)])
+def test_ranks_that_share_the_base_take_the_steps_of_one(ranks, parts, alone, tiny_folder, chats, tmp_path):
+    folder, printed = shared(tiny_folder, chats, tmp_path, ranks, "--shard-base", parts)
+    assert_same_run(alone, folder)
+    assert f"base shared by {ranks} processes" in printed
+
+
+def test_a_rank_without_rows_keeps_up(tiny_folder, chats, tmp_path):
+    one = ("--batch-size", 1, "--grad-accumulation-steps", 2)
+    folder = tmp_path / "alone"
+    assert run("train", *command(tiny_folder, chats, folder, *one)).code == 0
+    assert_same_run(folder, shared(tiny_folder, chats, tmp_path / "two", 2, "--shard-base", "even", *one)[0])
+
+
+def test_products_are_kept_and_dropout_is_drawn_once(tiny_folder, chats, tmp_path):
+    extra = ("--grad-checkpoint", "selective", "--dropout", 0.1)
+    whole = shared(tiny_folder, chats, tmp_path / "whole", 2, *extra)[0]
+    assert_same_run(whole, shared(tiny_folder, chats, tmp_path / "parts", 2, "--shard-base", "even", *extra)[0])
+
+
+def test_what_cannot_share_a_base_is_refused(tiny_folder, chats, tmp_path):
+    asked = command(tiny_folder, chats, tmp_path / "a", "--shard-base", "even")
+    assert "there is one process" in run("train", *asked).err
+    for extra, words in (
+        (("--grad-checkpoint", "none"), "each block is computed again"),
+        (("--method", "pissa"), "it needs or changes whole weights"),
+        (("--objective", "dpo"), "one process samples"),
+    ):
+        ran = run("train", *asked, *extra)
+        assert ran.code == 2
+        assert words in ran.err
+    ran = run("train", *command(tiny_folder, chats, tmp_path / "a", "--shard-base", "3;1"))
+    assert "or parts by rank such as 3:1" in ran.err
+    ended = Started([train(*asked[:-1], "1:2:3")] * 2, tmp_path / "ranks").wait()
+    assert "3 parts for 2 processes" in ended.message(0)
+
+
+def test_parts_are_cut_as_asked():
+    assert cut(1600, [1, 1]) == [800, 800]
+    assert cut(1600, [3, 1]) == [1200, 400]
+    for size in (16, 160, 16 * 1001):
+        parts = cut(size, [0.2, 0.5, 0.3])
+        assert sum(parts) == size
+        assert all(part % ALIGNMENT == 0 for part in parts)
