@@ -3,6 +3,7 @@
 python -m mlx_lora.plan --model Qwen/Qwen3-4B --chip "M2 Pro" --memory-gb 16
 python -m mlx_lora.plan --model smollm2 --rank 64 --max-seq-length 4096 --json
 python -m mlx_lora.plan --model config.json --all-chips
+python -m mlx_lora.plan --model config.json --macs "M4 Pro:48,M2 Max:32"
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import click
 
 from mlx_lora.api.plan_text import render
 from mlx_lora.api.run_plan import plan_run
+from mlx_lora.api.several_macs import LINK_GBIT, parse_macs, plan_on_macs, render_macs
 from mlx_lora.settings import flags
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.settings.settings_file import read_settings
@@ -37,14 +39,41 @@ MOST_GB = 4096
     help="Memory of the --chip in GB, such as 16 (default: the smallest size sold).",
 )
 @click.option("--all-chips", is_flag=True, help="Plan for every chip and memory size of the table.")
+@click.option(
+    "--macs",
+    type=str,
+    default=None,
+    metavar="CHIP:GB,...",
+    help='Plan for several Macs that share the base (--shard-base), such as "M4 Pro:48,M2 Max:32".',
+)
+@click.option(
+    "--link-gbit",
+    type=click.FloatRange(0.001, 10_000),
+    default=LINK_GBIT,
+    show_default=True,
+    help="Gbit/s between the --macs, assumed.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @flags.settings_options("model", "data", "adapter", "objective", "optimizer", "loop")
 def main(
-    config_file: str | None, chip: str | None, memory_gb: int | None, all_chips: bool, as_json: bool, **options: Any
+    config_file: str | None,
+    chip: str | None,
+    memory_gb: int | None,
+    all_chips: bool,
+    macs: str | None,
+    link_gbit: float,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Plan the memory and predict the speed of `train` with these flags; no weights are read."""
     given = flags.given(options)
     settings = train_settings(given, read_settings(config_file, given, console.echo))
+    if macs is not None:
+        if chip or memory_gb or all_chips:
+            raise InputError("--macs with --chip, --memory-gb or --all-chips: it names chips and memory; keep one of them")
+        planned = plan_on_macs(settings, parse_macs(macs), link_gbit)
+        console.print_json(planned) if as_json else click.echo(render_macs(planned))
+        return
     result = plan_run(settings, chip, memory_gb, all_chips, console.echo)
     if as_json:
         console.print_json(result)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from mlx_lora.models.kernel_choice import KernelChoice
 from mlx_lora.models.load import Base
 from mlx_lora.models.outline import outline_of
+from mlx_lora.planner.macs_plan import rank_part
 from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.planner.this_machine import this_machine
 from mlx_lora.settings.checks import shard_parts
@@ -15,7 +16,7 @@ from mlx_lora.settings.config import TrainSettings
 from mlx_lora.system import device
 from mlx_lora.system.distributed import Ranks, SeveralRanks
 from mlx_lora.system.errors import InputError
-from mlx_lora.training.base_shards import share_base, shared_shape
+from mlx_lora.training.base_shards import share_base, units_of
 from mlx_lora.training.run_fit import outlined_shape
 
 
@@ -49,7 +50,7 @@ def rank_shape(settings: TrainSettings, share: float, kernels: KernelChoice | No
     """
     outline = outline_of(settings.model.model or "", settings.model.revision, device.compute_dtype(settings.model.dtype))
     shape = outlined_shape(outline, settings, kernels)
-    return shared_shape(shape, outline.model, share)
+    return rank_part(shape, units_of(outline.model), share)
 
 
 def shares_of(settings: TrainSettings, ranks: Ranks) -> list[float]:

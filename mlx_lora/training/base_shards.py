@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import mlx.core as mx
@@ -27,7 +27,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.planner.shapes import ModelShape
+from mlx_lora.planner.macs_plan import Units
 from mlx_lora.system.distributed import SeveralRanks
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.checkpointing import checkpoint_blocks
@@ -212,17 +212,11 @@ def tables_of(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def shared_shape(shape: ModelShape, model: nn.Module, share: float) -> ModelShape:
-    """Return the shape of a rank's part of a model: its weights, and the two largest units that it has while it computes.
-
-    Args:
-        shape: of the whole model.
-        model: adapted, not yet shared; its arrays need not be computed.
-        share: of this rank, from 0 to 1.
-    """
-    units = [frozen_bytes(module) for module in (*model.layers, *tables_of(model))]
-    kept = shape.base_bytes - sum(units) + int(share * sum(units))
-    return replace(shape, base_bytes=kept + sum(sorted(units)[-2:]), source_bytes=max(units) if shape.source_bytes else 0)
+def units_of(model: nn.Module) -> Units:
+    """Return the bytes of each unit of a model that is adapted and not yet shared; its arrays need not be computed."""
+    tables = tables_of(model)
+    tied = any(hasattr(table, "as_linear") for table in tables) and len(tables) == 1
+    return Units(tuple(map(frozen_bytes, model.layers)), tuple(map(frozen_bytes, tables)), tied)
 
 
 def end_of_trial(model: nn.Module) -> None:
