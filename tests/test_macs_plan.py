@@ -1,0 +1,87 @@
+"""Plans of several Macs that share a base: whose part fits, and whether the link or the chips decide."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from run_cli import run
+
+from mlx_lora.api.several_macs import parse_macs
+from mlx_lora.planner.chips import find_chip
+from mlx_lora.planner.macs_plan import Link, Mac, Units, least_tokens, memory_shares, plan_macs, rank_part
+from mlx_lora.planner.shapes import Block, Layer, ModelShape, Run
+from mlx_lora.planner.speed import listed_ceilings
+from mlx_lora.system.errors import InputError
+
+LAYERS = (Layer("mlp", "up_proj", 4096, 16384, rank=8), Layer("mlp", "down_proj", 16384, 4096, rank=8))
+BLOCK = Block(LAYERS, heads=32, key_heads=8, head_width=128)
+MB = 10**6
+
+
+def model(blocks: int = 40) -> tuple[ModelShape, Units]:
+    units = Units((70 * MB,) * blocks, (80 * MB,), tied=True)
+    return ModelShape("llama", 4096, 32000, (BLOCK,) * blocks, units.bytes + MB, 10**6), units
+
+
+def mac(chip: str, gb: int) -> Mac:
+    return Mac(find_chip(chip).machine(gb), listed_ceilings(find_chip(chip)))
+
+
+def test_a_part_is_its_share_and_two_units():
+    shape, units = model()
+    assert rank_part(shape, units, 0.25).base_bytes == MB + units.bytes // 4 + 150 * MB
+    assert sum(memory_shares([mac("M2", 8).machine, mac("M4", 24).machine])) == pytest.approx(1)
+
+
+def test_a_base_that_fits_no_mac_alone_fits_two():
+    shape, units = model(blocks=150)
+    run_of_all = Run(2, 512, checkpointing="block")
+    macs = [mac("M4", 16)] * 2
+    alone = plan_macs(shape, units, run_of_all, macs[:1], [1.0], Link(5e9))
+    both = plan_macs(shape, units, run_of_all, macs, [0.5, 0.5], Link(5e9))
+    assert (alone.fits, both.fits) == (False, True)
+    assert both.memory[0].parts["base"] == rank_part(shape, units, 0.5).base_bytes
+    assert plan_macs(shape, units, run_of_all, macs, [0.9, 0.1], Link(5e9)).memory[1].peak_bytes < both.memory[1].peak_bytes
+
+
+def test_what_is_sent_is_each_block_twice_and_the_embedding_for_both_of_its_uses():
+    shape, units = model()
+    plan = plan_macs(shape, units, Run(2, 512), [mac("M4", 32)] * 2, [0.5, 0.5], Link(1e9, 0))
+    assert plan.link_s == pytest.approx((2 * 40 * 70e6 + 2 * 80e6) / 2 / 1e9)
+    frozen = replace(shape, first_trained=30)
+    assert plan_macs(frozen, units, Run(2, 512), [mac("M4", 32)] * 2, [0.5, 0.5], Link(1e9, 0)).link_s == pytest.approx(
+        (50 * 70e6 + 2 * 80e6) / 2 / 1e9
+    )
+
+
+def test_a_larger_batch_hides_the_link():
+    shape, units = model()
+    macs, shares, link = [mac("M4", 32)] * 2, [0.5, 0.5], Link(1e9)
+    least = least_tokens(shape, units, Run(2, 128), macs, shares, link)
+    assert least
+    small, large = (
+        plan_macs(shape, units, Run(tokens // 128, 128), macs, shares, link) for tokens in (least // 2, least)
+    )
+    assert (small.link_decides, large.link_decides) == (True, False)
+    assert least_tokens(shape, units, Run(2, 128), macs, shares, Link(1e3)) is None
+
+
+def test_the_command_names_what_decides(tiny_folder):
+    asked = ("plan", "--model", tiny_folder, "--macs", "M4 Pro:48, M2 Max:32")
+    ran = run(*asked)
+    assert "2 Macs that share the base" in ran.out, ran.err
+    assert "predicted" in ran.out
+    found = json.loads(run(*asked, "--json", "--shard-base", "3:1").out)
+    assert [one["share"] for one in found["macs"]] == [0.75, 0.25]
+    assert found["predicted"]["decides"] in ("link", "chips")
+    slow = json.loads(run(*asked, "--json", "--link-gbit", 0.01).out)
+    assert slow["predicted"]["decides"] == "link"
+    assert slow["predicted"]["step_s"] > found["predicted"]["step_s"]
+
+
+@pytest.mark.parametrize("text", ["M4 Pro:48", "M4 Pro", "M4 Pro:x,M2:8", "M9:8,M2:8"])
+def test_macs_that_are_none_are_refused(text):
+    with pytest.raises(InputError):
+        parse_macs(text)
