@@ -1,6 +1,7 @@
 """Measure the gain from several processes: tokens/s of N one-thread ranks against one one-thread process.
 
     python benchmarks/ranks.py --model DIR --data FILE.json --rounds 5 --out ranks.json
+    python benchmarks/ranks.py --model DIR --data FILE.json --ours "--shard-base" --against ""    as many ranks on both sides
 
 Rounds alternate (1, N, N, 1, 1, N ...) on the same cores, with one thread and one core per process (by taskset, if
 installed) and the ring on loopback. Every run takes the same steps over the same rows; the losses must agree. The first
@@ -35,15 +36,15 @@ from _processes import ChildFailed, child_environment, last_lines
 FIGURES = ("tokens_per_s", "supervised_tokens_per_s", "steady_tokens_per_s")
 
 
-def command(args: argparse.Namespace, folder: Path) -> list[str]:
-    """Return the train command of both sides."""
+def command(args: argparse.Namespace, folder: Path, flags: str) -> list[str]:
+    """Return the train command of one side."""
     words = [sys.executable, "-m", "mlx_lora.train", "--model", args.model, "--data", args.data]
     words += ["--adapter-path", str(folder / "run"), "--rank", "8", "--iters", str(args.steps)]
     words += ["--batch-tokens", str(args.batch_tokens), "--steps-per-report", "1", "--save-every", "0"]
-    return [*words, "--valid-fraction", "0", "--val-batches", "0", *shlex.split(args.ours)]
+    return [*words, "--valid-fraction", "0", "--val-batches", "0", *shlex.split(flags)]
 
 
-def run_ranks(args: argparse.Namespace, count: int, folder: Path) -> dict[str, Any]:
+def run_ranks(args: argparse.Namespace, count: int, folder: Path, flags: str) -> dict[str, Any]:
     """Train in `count` processes with one thread each and return the run's figures.
 
     Raises:
@@ -61,9 +62,9 @@ def run_ranks(args: argparse.Namespace, count: int, folder: Path) -> dict[str, A
         with (folder / f"rank{rank}.log").open("w") as log:
             environment_of = {**child_environment(), **one_thread, **ring}
             children.append(
-                subprocess.Popen([*core, *command(args, folder)], stdout=log, stderr=log, env=environment_of)
+                subprocess.Popen([*core, *command(args, folder, flags)], stdout=log, stderr=log, env=environment_of)
             )
-    cpu_s = 0.0
+    cpu_s, resident = 0.0, []
     try:
         for rank, child in enumerate(children):
             while True:
@@ -75,6 +76,7 @@ def run_ranks(args: argparse.Namespace, count: int, folder: Path) -> dict[str, A
                 time.sleep(0.05)
             child.returncode = os.waitstatus_to_exitcode(status)
             cpu_s += usage.ru_utime + usage.ru_stime
+            resident.append(usage.ru_maxrss * 1024)
             if child.returncode:
                 raise ChildFailed(
                     f"rank {rank} of {count} ended with {child.returncode}:\n{last_lines(folder / f'rank{rank}.log')}"
@@ -88,6 +90,7 @@ def run_ranks(args: argparse.Namespace, count: int, folder: Path) -> dict[str, A
     records = read_metrics(folder / "run")
     figures = run_figures(steps_from_metrics(records), records[0]["elapsed_s"])
     losses = [r["loss"] for r in records if r["loss"] is not None]
+    figures |= {"peak_bytes": max(r["peak_memory_bytes"] for r in records), "resident_bytes": resident}
     return {**figures, "losses": losses, "cpu_share": cpu_s / (wall_s * count), "wall_s": wall_s}
 
 
@@ -105,6 +108,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--port", type=int, default=34300)
     parser.add_argument("--ours", default="", help="Extra flags of `python -m mlx_lora.train`, in one string.")
+    parser.add_argument("--against", help="Flags of a side with as many ranks, to compare with instead of one process.")
     parser.add_argument("--timeout", type=float, default=1800, help="Seconds allowed for each run.")
     parser.add_argument("--out", help="JSON file of everything.")
     args = parser.parse_args(argv)
@@ -117,34 +121,38 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Measure all rounds; return 0, or 1 if a run failed or the losses differ."""
     args = arguments(argv)
-    sides: dict[int, list[dict[str, Any]]] = {1: [], args.ranks: []}
+    other = (1, args.ours) if args.against is None else (args.ranks, args.against)
+    sides: dict[tuple[int, str], list[dict[str, Any]]] = {other: [], (args.ranks, args.ours): []}
     for number in range(args.rounds):
-        for count in sorted(sides, reverse=bool(number % 2)):
+        for count, flags in list(sides)[:: -1 if number % 2 else 1]:
             with tempfile.TemporaryDirectory(prefix="ranks-") as temporary:
                 try:
-                    figures = run_ranks(args, count, Path(temporary) / "one")
+                    figures = run_ranks(args, count, Path(temporary) / "one", flags)
                 except ChildFailed as error:
                     print(f"Error: {error}", file=sys.stderr)
                     return 1
-            sides[count].append(figures)
+            sides[count, flags].append(figures)
+            resident = ", ".join(f"{size / 1e9:.2f}" for size in figures["resident_bytes"])
             print(
-                f"round {number + 1}: {count} x 1 thread, {figures['tokens_per_s']:.1f} tokens/s, "
-                f"steady {figures['steady_tokens_per_s'] or 0:.1f} supervised/s, cpu share {figures['cpu_share']:.2f}",
+                f"round {number + 1}: {count} x 1 thread {flags}: {figures['tokens_per_s']:.1f} tokens/s, "
+                f"steady {figures['steady_tokens_per_s'] or 0:.1f} supervised/s, cpu share {figures['cpu_share']:.2f}, "
+                f"peak {figures['peak_bytes'] / 1e9:.2f} GB, resident {resident} GB",
                 file=sys.stderr,
             )
     apart = max(
         abs(a - b) / a
-        for one, more in zip(sides[1], sides[args.ranks], strict=True)
+        for one, more in zip(*sides.values(), strict=True)
         for a, b in zip(one["losses"], more["losses"], strict=True)
     )
     ratios = {}
     for name in FIGURES:
-        one, more = ([figures[name] for figures in sides[count]] for count in (1, args.ranks))
+        one, more = ([figures[name] for figures in side] for side in sides.values())
         if None not in (*one, *more):
             ratios[name] = paired_ratio(more, one)
             print(f"{name}: {statistics.median(one):.1f} -> {statistics.median(more):.1f}, {ratios[name]}")
     print(f"largest relative difference of a step's loss: {apart:.1e}")
-    result = {**environment(), "arguments": vars(args), "ratios": ratios, "loss_difference": apart, "sides": sides}
+    result = {**environment(), "arguments": vars(args), "ratios": ratios, "loss_difference": apart}
+    result["sides"] = [{"ranks": count, "flags": flags, "rounds": side} for (count, flags), side in sides.items()]
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
     print(json.dumps({key: result[key] for key in ("date", "commit", "versions", "ratios", "loss_difference")}))

@@ -21,6 +21,7 @@ COMMANDS = {
     "fuse": "Fold an adapter into its base model.",
     "demo": "Train a small model to answer in verse, and show it: a few minutes.",
     "doctor": "Check this machine for training.",
+    "cluster": "Check several machines, and their link, for a run on all of them.",
     "export": "Write an adapter, or a model with it, for PEFT, transformers, llama.cpp or Ollama.",
 }
 

@@ -29,6 +29,7 @@ COMMANDS = (
     "bench",
     "chat",
     "serve",
+    "cluster",
     "doctor",
     "demo",
 )

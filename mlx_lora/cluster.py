@@ -1,0 +1,186 @@
+"""Check several Macs before a run on all of them: reachable, the same versions and model files, disk, and their link.
+
+python -m mlx_lora.cluster --hostfile macs.json
+python -m mlx_lora.cluster --hostfile macs.json --backend jaccl --model ~/models/llama-70b --json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from huggingface_hub import snapshot_download
+
+from mlx_lora.doctor import installed_versions
+from mlx_lora.settings import flags
+from mlx_lora.system import console, device
+from mlx_lora.system.cache import cache_dir
+from mlx_lora.system.distributed import Ranks, SeveralRanks, find_launch, together
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.link_probe import LinkRates, probe_link
+from mlx_lora.system.units import counted, gigabytes
+
+SSH_S = 10
+HEADER_BYTES = 1 << 20  # of each file: names, shapes and dtypes of a safetensors file's tensors
+# What must be equal on all machines, in addition to the model's files.
+SAME = ("mlx-lora", "mlx", "mlx-lm", "python")
+
+
+@click.command(cls=flags.ShortCommand)
+@click.option("--hostfile", type=str, default=None, metavar="FILE", help="The machines, as mlx.launch reads them.")
+@click.option("--backend", type=click.Choice(["ring", "jaccl"]), default="ring", show_default=True, help="Of mlx.launch.")
+@click.option("--model", type=str, default=None, help="A model whose files all machines should have: a path or hub id.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def main(hostfile: str | None, backend: str, model: str | None, as_json: bool) -> int:
+    """Check the machines of a host file for a run on all of them; the exit code is 1 if something is wrong."""
+    if find_launch(dict(os.environ)) is None:
+        if hostfile is None:
+            raise InputError("--hostfile is required: a JSON list of machines, as docs/distributed.md shows")
+        unreachable = [host for host in hosts_of(Path(hostfile)) if not reachable(host)]
+        if unreachable:
+            raise InputError(
+                f"--hostfile {hostfile}: `ssh {unreachable[0]} true` asks a question or fails; allow Remote Login there, "
+                f"and copy your key with `ssh-copy-id {unreachable[0]}`"
+            )
+        return started_everywhere(hostfile, backend, model, as_json)
+    with together(console.describe_error) as ranks:
+        machines = ranks.everyone(asdict(facts_here(model)))
+        rates = probe_link(ranks) if isinstance(ranks, SeveralRanks) else None
+        problems = problems_of(machines)
+        if ranks.leads:
+            show(machines, rates, problems, as_json)
+        ranks.meet()
+    return 1 if problems else 0
+
+
+def hosts_of(file: Path) -> list[str]:
+    """Return the names by which ssh reaches the machines of a host file.
+
+    Raises:
+        InputError: it is not a host file.
+    """
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = entries.get("hosts", entries) if isinstance(entries, dict) else entries
+        hosts = [entry["ssh"] for entry in entries]
+    except OSError as error:
+        raise InputError(f"--hostfile {file}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(
+            f'--hostfile {file}: not a JSON list of machines; write [{{"ssh": "first.local", "ips": ["10.0.0.1"]}}, ...]'
+        ) from None
+    if len(hosts) < 2:
+        raise InputError(f"--hostfile {file}: {counted(len(hosts), 'machine')}; name two or more")
+    return hosts
+
+
+def reachable(host: str) -> bool:
+    """Return whether ssh reaches a machine without a question; this machine is always reachable."""
+    if host in ("localhost", "127.0.0.1"):
+        return True
+    command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_S}", "--", host, "true"]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=2 * SSH_S).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def started_everywhere(hostfile: str, backend: str, model: str | None, as_json: bool) -> int:
+    """Start this command on all machines through mlx.launch, and return its exit code."""
+    launch = shutil.which("mlx.launch", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if launch is None:
+        raise InputError("mlx.launch: not found beside this Python; reinstall mlx")
+    words = [launch, "--backend", backend, "--hostfile", hostfile, "--", sys.executable, "-m", "mlx_lora.cluster"]
+    words += [*(["--model", model] if model else []), *(["--json"] if as_json else [])]
+    return subprocess.run(words).returncode
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one machine says of itself.
+
+    Attributes:
+        host: its name.
+        device: chip or processor.
+        memory_bytes, working_set_bytes: of it.
+        free_bytes: on the disk of the cache.
+        versions: of the packages that matter.
+        model: a check sum of the model's files; empty: it does not have them; None: none was named.
+    """
+
+    host: str
+    device: str
+    memory_bytes: int
+    working_set_bytes: int
+    free_bytes: int
+    versions: dict[str, str | None]
+    model: str | None
+
+
+def facts_here(model: str | None) -> Facts:
+    """Return this machine's facts."""
+    here = device.current_device()
+    folder = next(path for path in (cache_dir(), *cache_dir().parents) if path.exists())
+    return Facts(
+        socket.gethostname(), here.name, here.memory_bytes, here.working_set_bytes, shutil.disk_usage(folder).free,
+        installed_versions(), None if model is None else files_sum(model),
+    )  # fmt: skip
+
+
+def files_sum(model: str) -> str:
+    """Return a check sum of a model's files: names, sizes, and how each begins; empty if they are not on this disk."""
+    path = Path(model).expanduser()
+    if not path.exists():
+        try:
+            path = Path(snapshot_download(model, local_files_only=True))
+        except (OSError, ValueError):
+            return ""
+    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("config.json")])
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + opened.read(HEADER_BYTES))
+    return digest.hexdigest()[:16] if files else ""
+
+
+def problems_of(machines: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a line for everything that would keep the machines from one run."""
+    problems, first = [], machines[0]
+    for rank, machine in enumerate(machines):
+        who = f"rank {rank} ({machine['host']})"
+        for name in SAME:
+            own, other = machine["versions"].get(name), first["versions"].get(name)
+            if own != other:
+                problems.append(f"{who}: {name} {own}, and rank 0 has {other}; install the same version")
+        if machine["model"] == "":
+            problems.append(f"{who}: does not have the model's files; copy them there, or download them")
+        elif machine["model"] != first["model"] and first["model"]:
+            problems.append(f"{who}: has other model files than rank 0; copy rank 0's there")
+    return problems
+
+
+def show(machines: Sequence[dict[str, Any]], rates: LinkRates | None, problems: list[str], as_json: bool) -> None:
+    """Print what was found."""
+    if as_json:
+        console.print_json({"machines": machines, "link": rates and asdict(rates), "problems": problems})
+        return
+    for rank, machine in enumerate(machines):
+        click.echo(
+            f"rank {rank}: {machine['host']}, {machine['device']}, {gigabytes(machine['memory_bytes'])}, of which a run may use "
+            f"{gigabytes(machine['working_set_bytes'])}; {gigabytes(machine['free_bytes'])} free on disk; mlx {machine['versions']['mlx']}"
+        )
+    if rates is not None:
+        click.echo(f"Link: {rates.bytes_per_s * 8 / 1e9:.2f} Gbit/s each way, {1e6 * rates.latency_s:.0f} us for a small message")
+    for problem in problems:
+        click.echo(f"FAILED {problem}")
+    click.echo(f"{counted(len(machines), 'machine')}: {counted(len(problems), 'problem')}")
