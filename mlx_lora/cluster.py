@@ -130,7 +130,8 @@ class Facts:
 def facts_here(model: str | None) -> Facts:
     """Return this machine's facts."""
     here = device.current_device()
-    folder = next(path for path in (cache_dir(), *cache_dir().parents) if path.exists())
+    cache = cache_dir("models")
+    folder = next(path for path in (cache, *cache.parents) if path.exists())
     return Facts(
         socket.gethostname(), here.name, here.memory_bytes, here.working_set_bytes, shutil.disk_usage(folder).free,
         installed_versions(), None if model is None else files_sum(model),
@@ -184,3 +185,7 @@ def show(machines: Sequence[dict[str, Any]], rates: LinkRates | None, problems: 
     for problem in problems:
         click.echo(f"FAILED {problem}")
     click.echo(f"{counted(len(machines), 'machine')}: {counted(len(problems), 'problem')}")
+
+
+if __name__ == "__main__":
+    main()

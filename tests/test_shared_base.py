@@ -43,9 +43,9 @@ def test_a_rank_without_rows_keeps_up(tiny_folder, chats, tmp_path):
 
 
 def test_products_are_kept_and_dropout_is_drawn_once(tiny_folder, chats, tmp_path):
-    extra = ("--grad-checkpoint", "selective", "--dropout", 0.1)
-    whole = shared(tiny_folder, chats, tmp_path / "whole", 2, *extra)[0]
-    assert_same_run(whole, shared(tiny_folder, chats, tmp_path / "parts", 2, "--shard-base", "even", *extra)[0])
+    extra = ("--shard-base", "even", "--dropout", 0.1)
+    block = shared(tiny_folder, chats, tmp_path / "block", 2, *extra)[0]
+    assert_same_run(block, shared(tiny_folder, chats, tmp_path / "kept", 2, *extra, "--grad-checkpoint", "selective")[0])
 
 
 def test_what_cannot_share_a_base_is_refused(tiny_folder, chats, tmp_path):
