@@ -59,6 +59,7 @@ def read_kind(sheet: Sheet) -> None:
     put_objective(sheet, MODES[mode], "train_mode", {"beta": "beta", "dpo_cpo_loss_type": "loss_type"})
     read_reference(sheet, "model", "reference_model_path")
     sheet.leave("alpha", "beta")  # alpha: of xpo, not the adapter's
+    sheet.leave(*NUMBERS_OF_MLX_LM_LORA, "reward_weights")  # of grpo; its files often have them in other modes too
     if mode == "cpo":
         sheet.put("cpo_alpha", 0.0, "train_mode")
         sheet.note("cpo: the likelihood of chosen answers is not added, as in mlx-lm-lora; --cpo-alpha adds it")

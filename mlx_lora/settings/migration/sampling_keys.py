@@ -137,8 +137,9 @@ def read_prompts(sheet: Sheet, rows: str, default_rows: int) -> None:
         rows: key of the answers per micro-batch.
         default_rows: the trainer's default of it.
     """
-    count, accumulation = sheet.number(rows) or default_rows, sheet.number("gradient_accumulation_steps") or 1
-    group = sheet.found["group_size"]
+    count, group = sheet.number(rows) or default_rows, max(1, sheet.found["group_size"])
+    known = sheet.found.get("grad_accumulation_steps")  # Axolotl may say it by the rows of a whole step
+    accumulation = sheet.number("gradient_accumulation_steps") or known or 1
     prompts, rest = divmod(count * accumulation, group)
     if rest or not prompts:
         raise sheet.refusal(

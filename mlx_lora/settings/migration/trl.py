@@ -84,14 +84,12 @@ def read_kind(sheet: Sheet) -> None:
 def read_sampling(sheet: Sheet, objective: str, key: str) -> None:
     """Set what samples, rewards and compares answers; a reward model is none of ours."""
     sampling_keys.put_sampling(sheet, objective, key)
-    functions = sampling_keys.rewards_of_paths(sheet, sheet)
-    if model := sheet.take("reward_model_name_or_path"):
-        functions[str(model)] = None
-    sampling_keys.put_rewards(sheet, sheet, functions, "reward_funcs" if functions.keys() - {model} else "reward_model_name_or_path")
+    functions, model = sampling_keys.rewards_of_paths(sheet, sheet), sheet.take("reward_model_name_or_path")
+    sampling_keys.put_rewards(
+        sheet, sheet, functions | ({str(model): None} if model else {}), "reward_funcs" if functions else "reward_model_name_or_path"
+    )
     for name, value in RLOO.items() if objective == "rloo" else GRPO.items():
         sheet.assume(name, value)
-    if sheet.rest.get("remove_unused_columns") is False:  # rewards always see all columns
-        sheet.take("remove_unused_columns")
     sampling_keys.keep_cycles(sheet)
 
 
