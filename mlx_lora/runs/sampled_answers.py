@@ -22,6 +22,9 @@ from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.rollouts import Answering, AnyPlan, RolloutPlan
 
 
+ROLLOUT = "rollout"  # the plan's phase in which answers are sampled
+
+
 def form_of(
     settings: TrainSettings,
     base: Base,
@@ -44,12 +47,12 @@ def form_of(
     """
     if not settings.objective.samples:
         return SamplingForm(), memory
-    held = memory.phases["update"]  # a little more than what is held while answers are sampled
+    held = memory.phases.get(ROLLOUT, memory.phases["update"])  # or a little more than is held while sampling
     free = min(device.free_bytes(), memory.budget_bytes - held)
     form = choose_sampling(base, settings.objective.group_size, free, ranks, identity, say)
     if not form.copied_bytes:
         return form, memory
-    return form, memory.with_phase("sampling", {"base, adapter, optimizer": held, "float copies": form.copied_bytes})
+    return form, memory.with_phase(ROLLOUT, {"base, adapter, sampling": held, "float copies": form.copied_bytes})
 
 
 def answering_of(

@@ -155,7 +155,8 @@ class Answering:
         self.spent.tokens += sum(map(len, answered.answers))
         filled = self._filled(batch, rows, answered.answers)
         if trains and (objective.updates_per_rollout > 1 or objective.kl_beta):
-            filled = self._with_logps(filled, rows.reshape(-1, batch.group)[prompts].ravel(), ranks)
+            own = np.flatnonzero(filled.real).reshape(-1, filled.group)[prompts].ravel()
+            filled = self._with_logps(filled, own, ranks)
         return self._with_rewards(filled, rows, answered.rewards)
 
     def _sample(self, batch: Batch, rows: np.ndarray, rollout: int, chosen: list[int]) -> list[list[int]]:
