@@ -73,7 +73,7 @@ class Objective:
         scores: whether a score head gives each answer one number, which replaces its log-probability.
         divergence: whether the loss needs the mean log-ratio of policy to reference on each example's second row. No
             gradient goes through it, so that row is not trained (KTO).
-        policy: the loss of answers that are sampled during the run; None: the data have the answers.
+        policy: the loss of sampled answers that are rewarded; None: it has another.
         room: how many answers are sampled to a prompt, and the most tokens of one.
         reports: names of the numbers that the loss reports.
         finish: turns the means of these numbers into the numbers that users see.
@@ -92,10 +92,15 @@ class Objective:
     reports: tuple[str, ...] = ()
     finish: Callable[[dict[str, float]], dict[str, float]] = dict
 
+    @property
+    def samples(self) -> bool:
+        """Whether the answers are sampled during the run."""
+        return self.records == "prompts"
+
     def targets_of(self, rows: EncodedSet) -> EncodedSet:
         """Return encoded rows with the targets that this objective trains on."""
         if self.scores:
             return rows.with_end_scores()
-        if self.policy is not None:
+        if self.samples:
             return rows.with_room(*self.room)
         return rows.with_whole_rows() if self.likelihood == "rows" else rows

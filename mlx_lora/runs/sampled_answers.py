@@ -24,7 +24,7 @@ def answering_of(
     Raises:
         InputError: a reward cannot be loaded, or the model cannot hold several answers.
     """
-    if objective.policy is None:
+    if not objective.samples:
         return None
     check_groups(base.model, base.model_id)
     loss = at_temperature(loss, base.model, base.config, settings.objective.temp)

@@ -99,6 +99,7 @@ class Task:
         prepare: brings all batches of a step into the form that the loss needs.
         reports: names of the sums that the loss returns in addition to its own.
         finish: see `Objective`.
+        rates: reads what a report of steps adds on the time since the last one.
     """
 
     loss: Loss
@@ -106,6 +107,7 @@ class Task:
     prepare: Callable[[list[Batch], Ranks], list[Batch]] = lambda batches, ranks: batches
     reports: tuple[str, ...] = ()
     finish: Callable[[dict[str, float]], dict[str, float]] = dict
+    rates: Callable[[], dict[str, float]] = dict
 
 
 def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:

@@ -94,12 +94,7 @@ class Answering:
 
     def reported(self, task: Task) -> Task:
         """Return a task whose steps also report the rate of sampling and its share of the time."""
-
-        def finish(means: dict[str, float]) -> dict[str, float]:
-            found = task.finish(means)
-            return found | self.spent.read() if "kl" in found else found
-
-        return replace(task, finish=finish)
+        return replace(task, rates=self.spent.read)
 
     def answer(self, batch: Batch, facts: Sequence[dict[str, Any]], rollout: int, trains: bool) -> Batch:
         """Return a planned batch with sampled answers in its rows.

@@ -326,7 +326,7 @@ def _metrics(
     count = sum(r.count.item() for r in good)
     loss = sum(r.loss_sum.item() for r in good) / count if count else math.nan
     reports = {name: sum(r.reports[name].item() for r in good) / count for name in task.reports} if count else {}
-    reports = task.finish(reports) if reports else measured.reports if measured else {}
+    reports = task.finish(reports) | task.rates() if reports else measured.reports if measured else {}
     return Metrics(
         step=taken,
         epoch=round(epoch, 4),
