@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -153,24 +152,6 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 def remove_adapters(model: nn.Module) -> None:
     """Put the frozen layers back in place of the adapter layers around them."""
     model.update_modules(tree_unflatten([(path, layer.base) for path, layer in adapter_layers(model).items()]))
-
-
-@contextmanager
-def adapters_off(model: nn.Module, untrained: Mapping[str, mx.array]) -> Iterator[nn.Module]:
-    """Make `model` its base for a while: the frozen layers in place of the adapter layers, and weights as they were.
-
-    Args:
-        model: adapted; afterwards it is as before, with the same layers and arrays.
-        untrained: the `full_parameters` before training, by name. Those trained in full are part of the base's layers.
-    """
-    layers, trained = adapter_layers(model), full_parameters(model)
-    model.update(tree_unflatten([(name, untrained[name]) for name in trained]))
-    remove_adapters(model)
-    try:
-        yield model
-    finally:
-        model.update_modules(tree_unflatten(list(layers.items())))
-        model.update(tree_unflatten(list(trained.items())))
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, mx.array]:
