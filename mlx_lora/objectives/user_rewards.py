@@ -5,6 +5,7 @@ Shapes: A answers, F functions.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 import signal
@@ -40,6 +41,19 @@ def rewards_of(settings: ObjectiveSettings) -> list[Reward]:
         )
     weights = _weights(settings.reward_weights, len(names))
     return [Reward(_short(name), _function(name), weight) for name, weight in zip(names, weights, strict=True)]
+
+
+def reward_files(settings: ObjectiveSettings) -> dict[str, str]:
+    """Return a check sum of each file that a reward is read from; all ranks must have the same."""
+    if not settings.samples:
+        return {}
+    found = {}
+    for name in filter(None, (name.strip() for name in (settings.reward or "").split(","))):
+        path = name.partition(":")[2] if name.startswith("json_schema:") else name.rpartition(":")[0]
+        file = Path(path).expanduser()
+        if path and file.is_file():
+            found[f"code of --reward {name}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return found
 
 
 def rewards_for(

@@ -21,14 +21,16 @@ from mlx_lora.models.kernel_choice import KernelChoice, choose_model_kernels
 from mlx_lora.models.kernel_row import MLX
 from mlx_lora.models.kernels import assumed
 from mlx_lora.models.load import Base
+from mlx_lora.models.sampling_form import kept_form
 from mlx_lora.objectives.objective import Objective
 from mlx_lora.objectives.objective_table import objective_of
+from mlx_lora.objectives.user_rewards import reward_files
 from mlx_lora.planner.fitting import planned_words
 from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.planner.shapes import KernelTerms
 from mlx_lora.runs.adapting import adapt
 from mlx_lora.runs.reference import with_reference
-from mlx_lora.runs.sampled_answers import answering_of
+from mlx_lora.runs.sampled_answers import answering_of, form_of, shared_words
 from mlx_lora.runs.trunk_choice import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
 from mlx_lora.runs.words import describe_run
 from mlx_lora.settings.config import LoopSettings, TrainSettings
@@ -128,9 +130,10 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     loop = settings.loop
     epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
     plan: Any = training_plan(loop, splits.train, epochs)
-    answering = answering_of(settings, base, objective, chosen.loss, say)
+    form, memory = form_of(settings, base, memory, ranks, found.identity if found else None, say)
+    answering = answering_of(settings, base, objective, chosen.loss, say, form)
     if answering is not None:
-        plan = RolloutPlan(plan, answering)
+        plan = RolloutPlan(plan, answering, ranks=ranks)
     steps = total_steps(plan, loop)
     held_out = choose_held_out(splits.valid, loop, plan, steps, found.identity if found else None)
     validation: Any = held_out.plan
@@ -144,13 +147,15 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     passes = steps * loop.grad_accumulation_steps / len(plan)
     of_trunk = TrunkAsked(settings, base, plan, validation, passes, ranks, blocks_before(found, loop.cache_trunk))
     if found:
-        check_continuation(found, identity | of_trunk.identity)
+        check_continuation(found, identity | of_trunk.identity | kept_form(found.identity))
     step, task, trunk, details, about = make_step(settings, base, chosen, objective, memory, steps, of_trunk)
     identity |= trunk.identity
     if answering is not None:
         task = answering.reported(task)
+        identity |= form.identity
+        about += [*filter(None, [form.describe()]), *shared_words(plan, loop.grad_accumulation_steps, ranks)]
     about += [words for words in (layout.words, trunk.words) if words]
-    check_one_run(ranks, settings, identity)
+    check_one_run(ranks, settings, identity | reward_files(settings.objective))
     take_first_ranks(ranks, step, say)
     at = found.position if found else Position()
     at.parts = max(at.parts, loop.batch_parts)
