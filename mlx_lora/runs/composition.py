@@ -132,13 +132,11 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     plan: Any = training_plan(loop, splits.train, epochs)
     form, memory = form_of(settings, base, memory, ranks, found.identity if found else None, say)
     answering = answering_of(settings, base, objective, chosen.loss, say, form)
-    if answering is not None:
-        plan = RolloutPlan(plan, answering, ranks=ranks)
+    plan = RolloutPlan(plan, answering, ranks=ranks) if answering else plan
     steps = total_steps(plan, loop)
     held_out = choose_held_out(splits.valid, loop, plan, steps, found.identity if found else None)
     validation: Any = held_out.plan
-    if answering is not None and validation:
-        validation = RolloutPlan(validation, answering, held_out=True)
+    validation = RolloutPlan(validation, answering, held_out=True) if answering and validation else validation
     loop = replace(loop, val_batches=held_out.val_batches)
     settings = replace(settings, loop=loop)
     device.compile_for(steps)
@@ -151,10 +149,9 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     step, task, trunk, details, about = make_step(settings, base, chosen, objective, memory, steps, of_trunk)
     identity |= trunk.identity
     if answering is not None:
-        task = answering.reported(task)
-        identity |= form.identity
-        about += [*filter(None, [form.describe()]), *shared_words(plan, loop.grad_accumulation_steps, ranks)]
-    about += [words for words in (layout.words, trunk.words) if words]
+        task, identity = answering.reported(task), identity | form.identity
+        about += [form.describe(), *shared_words(plan, loop.grad_accumulation_steps, ranks)]
+    about = [words for words in (*about, layout.words, trunk.words) if words]
     check_one_run(ranks, settings, identity | reward_files(settings.objective))
     take_first_ranks(ranks, step, say)
     at = found.position if found else Position()
