@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 FORWARD_KL, REVERSE_KL, JSD = "forward_kl", "reverse_kl", "jsd"
+SAMPLED_KL = "sampled_kl"  # reverse_kl, estimated from sampled tokens (sampled_kl.py)
 # The log-probability of what is impossible: its exponential is 0, and unlike infinity it has a product with 0.
 FLOOR = -1e4
 
@@ -28,16 +29,18 @@ class DivergenceOptions:
     """What a student is compared by.
 
     Attributes:
-        divergence: `forward_kl`, `reverse_kl` or `jsd`.
+        divergence: `forward_kl`, `reverse_kl`, `jsd`, or `sampled_kl` where tokens are sampled.
         jsd_beta: b of `jsd`.
         temperature: divides the logits of both.
         top_k: how many of the teacher's likeliest tokens are known; 0: all.
+        reports_reverse: whether KL(student, teacher) is reported, and not KL(teacher, student).
     """
 
     divergence: str = FORWARD_KL
     jsd_beta: float = 0.5
     temperature: float = 1.0
     top_k: int = 64
+    reports_reverse: bool = False
 
     @property
     def beta(self) -> float:
@@ -117,7 +120,7 @@ def divergence(teacher: mx.array, student: mx.array, beta: float) -> mx.array:
 def divergence_of_logits(
     logits: mx.array, known: Known, options: DivergenceOptions, vocabulary: int | None = None
 ) -> tuple[mx.array, mx.array]:
-    """Return the loss of a student's logits, and KL(teacher, student) to report, each (P,).
+    """Return the loss of a student's logits, and the KL to report, each (P,).
 
     Args:
         logits: (P, V) float32, of the student.
@@ -126,5 +129,6 @@ def divergence_of_logits(
         vocabulary: as for `likeliest`.
     """
     student = bins(logits[:, :vocabulary], known.ids, options.temperature)
-    forward = kl(known.logps, student)
-    return (forward if options.beta == 0 else divergence(known.logps, student, options.beta)), forward
+    shown = 1.0 if options.reports_reverse else 0.0
+    reported = divergence(known.logps, student, shown)
+    return (reported if options.beta == shown else divergence(known.logps, student, options.beta)), reported

@@ -62,9 +62,7 @@ def _teacher_problems(settings: Mapping[str, Any]) -> list[str]:
             "model with that prompt the teacher"
         )
     if settings["jsd_beta"] != 0.5 and settings["divergence"] != "jsd":
-        problems.append(
-            f"--jsd-beta with --divergence {settings['divergence']}: only --divergence jsd uses it; leave it out"
-        )
+        problems.append("--jsd-beta without --divergence jsd: only that uses it; leave it out")
     if settings["teacher_prompt"] and not settings["mask_prompt"]:
         problems.append(
             "--no-mask-prompt with --teacher-prompt: the two see other prompts, so only answers can be compared; leave it out"
@@ -79,7 +77,7 @@ def _rollout_problems(settings: Mapping[str, Any]) -> list[str]:
     go back to.
     """
     updates, problems = settings["updates_per_rollout"], []
-    if settings["objective"] not in SAMPLING:
+    if settings["objective"] not in SAMPLING and not settings["on_policy"]:
         return problems
     if settings["kl_beta"] and (settings["fine_tune_type"] or settings["method"]) == "relora":
         problems.append(
@@ -97,16 +95,18 @@ def _rollout_problems(settings: Mapping[str, Any]) -> list[str]:
 def _data_problems(settings: Mapping[str, Any]) -> list[str]:
     """Return a problem for each setting of the data that the objective would ignore."""
     objective, problems = settings["objective"], _column_problems(settings)
+    imitates = objective in IMITATION and not settings["on_policy"]
     if settings["pairs"] != "best" and objective in WITHOUT_PAIRS:
         problems.append(
             f"--pairs {settings['pairs']} with --objective {objective}: it reads no pairs; leave --pairs out"
         )
-    if objective not in IMITATION and settings["data_format"] != "auto":
+    if not imitates and settings["data_format"] != "auto":
+        what = "prompts" if objective in (*SAMPLING, "distill") else "preference data"
         problems.append(
-            f"--data-format {settings['data_format']} with --objective {objective}: the format of preference data is "
+            f"--data-format {settings['data_format']} with --objective {objective}: the format of {what} is "
             "recognized by its keys; leave out --data-format"
         )
-    if objective not in IMITATION and not settings["mask_prompt"]:
+    if not imitates and not settings["mask_prompt"]:
         problems.append(f"--no-mask-prompt with --objective {objective}: only answers are trained; leave it out")
     return problems
 
