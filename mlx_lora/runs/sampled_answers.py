@@ -20,6 +20,8 @@ from mlx_lora.system.units import counted
 from mlx_lora.training.losses import Loss
 from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.rollouts import Answering, AnyPlan, RolloutPlan
+from mlx_lora.training.taught_answers import Taught
+from mlx_lora.training.teacher import Teacher
 
 
 def form_of(
@@ -46,7 +48,7 @@ def form_of(
         return SamplingForm(), memory
     held = memory.phases["update"]  # a little more than what is held while answers are sampled
     free = min(device.free_bytes(), memory.budget_bytes - held)
-    form = choose_sampling(base, settings.objective.group_size, free, ranks, identity, say)
+    form = choose_sampling(base, settings.objective.answers_per_prompt, free, ranks, identity, say)
     if not form.copied_bytes:
         return form, memory
     return form, memory.with_phase("sampling", {"base, adapter, optimizer": held, "float copies": form.copied_bytes})
@@ -59,8 +61,16 @@ def answering_of(
     loss: Loss,
     say: Callable[[str], None],
     form: SamplingForm,
+    teacher: Teacher | None = None,
 ) -> Answering | None:
-    """Return what samples and rewards the answers of a run, None if its data have them.
+    """Return what samples the answers of a run, and rewards or scores them; None if its data have them.
+
+    Args:
+        settings, base, objective: of the run.
+        loss: of tokens, chosen for the base.
+        say: takes a line if a reward fails and is skipped.
+        form: what computes sampled tokens.
+        teacher: that scores the answers, if the objective has one.
 
     Raises:
         InputError: a reward cannot be loaded, or the model cannot hold several answers.
@@ -68,8 +78,25 @@ def answering_of(
     if not objective.samples:
         return None
     check_groups(base.model, base.model_id)
+    if objective.distills is not None:
+        if teacher is None:
+            raise ValueError("sampled answers of a student without a teacher")
+        return Answering.of(base, settings, (), loss, say, form, Taught.of(teacher, objective.distills, base))
     loss = at_temperature(loss, base.model, base.config, settings.objective.temp)
     return Answering.of(base, settings, rewards_of(settings.objective), loss, say, form)
+
+
+def teacher_of(settings: TrainSettings, base: Base) -> Teacher | None:
+    """Return the teacher that stays in memory to score sampled answers; None: the run has none.
+
+    Args:
+        settings: of the run.
+        base: of the student, not yet adapted.
+
+    Raises:
+        InputError: see `Teacher.of`.
+    """
+    return Teacher.of(settings, base) if settings.objective.on_policy else None
 
 
 def shared_words(plan: RolloutPlan, accumulation: int, ranks: Ranks) -> list[str]:
@@ -93,16 +120,20 @@ def shared_words(plan: RolloutPlan, accumulation: int, ranks: Ranks) -> list[str
 
 
 def sampled_plan(
-    settings: TrainSettings, base: Base, say: Callable[[str], None], ranks: Ranks = ALONE
+    settings: TrainSettings,
+    base: Base,
+    say: Callable[[str], None],
+    ranks: Ranks = ALONE,
+    teacher: Teacher | None = None,
 ) -> Callable[[BatchPlan, Loss], AnyPlan]:
     """Return what makes a plan with sampled answers of a plan of prompts; of other plans, the plan itself."""
 
     def answered(plan: BatchPlan, loss: Loss) -> AnyPlan:
         objective = objective_of(settings.objective)
-        if objective.policy is None:
+        if not objective.samples:
             return plan
-        form = choose_sampling(base, settings.objective.group_size, device.free_bytes(), ranks)
-        answering = answering_of(settings, base, objective, loss, say, form)
+        form = choose_sampling(base, settings.objective.answers_per_prompt, device.free_bytes(), ranks)
+        answering = answering_of(settings, base, objective, loss, say, form, teacher)
         return RolloutPlan(plan, answering, held_out=True) if answering else plan
 
     return answered

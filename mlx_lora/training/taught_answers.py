@@ -63,6 +63,17 @@ class Taught:
         vocabulary = min([count for count in rows if count is not None], default=len(student.hf_tokenizer))
         return cls(teacher, options, head_of(teacher.loss, base.model, base.config), vocabulary)
 
+    @property
+    def uses_old(self) -> bool:
+        """Whether further updates need the probabilities with which the answers were sampled."""
+        return self.options.divergence == SAMPLED_KL
+
+    @property
+    def bins(self) -> tuple[int, int]:
+        """The numbers N and k of one position; k is 0 if every token is known."""
+        top_k = self.options.top_k
+        return (top_k + 1, top_k) if 0 < top_k < self.vocabulary - 1 else (self.vocabulary, 0)
+
     def scored(self, batch: Batch, rows: EncodedSet, own: np.ndarray, ranks: Ranks) -> Batch:
         """Return a batch of sampled answers with what the teacher says about them.
 
@@ -73,12 +84,10 @@ class Taught:
             ranks: that ask about the others.
         """
         sampled = dict(batch.sampled or {})
-        if self.options.divergence == SAMPLED_KL:
+        if self.uses_old:
             sampled[LOGP] = of_own_rows(lambda part: self.teacher.logps(part, rows), batch, own, ranks)
             return replace(batch, sampled=sampled)
-        count = self.vocabulary - 1
-        top_k = self.options.top_k if 0 < self.options.top_k < count else 0
-        bins = top_k + 1 if top_k else self.vocabulary
+        bins, top_k = self.bins
         found = of_own_rows(lambda part: self._distributions(part, rows), batch, own, ranks, (bins + top_k,))
         sampled[BINS] = found[..., :bins]
         if top_k:
@@ -95,8 +104,7 @@ class Taught:
         for known in known_of_batch(self.teacher.base.model, self.head, seen, self.options, self.vocabulary):
             columns = [known.logps] if known.ids is None else [known.logps, known.ids.astype(mx.float32)]
             parts.append(np.array(mx.concatenate(columns, axis=-1)))
-        width = parts[0].shape[-1] if parts else 0
-        found = np.zeros((*batch.mask.shape, width), np.float32)
+        found = np.zeros((*batch.mask.shape, sum(self.bins)), np.float32)
         if parts:
             found[batch.mask] = np.concatenate(parts)
         return found
