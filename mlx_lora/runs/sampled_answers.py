@@ -20,8 +20,7 @@ from mlx_lora.system.units import counted
 from mlx_lora.training.losses import Loss
 from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.rollouts import Answering, AnyPlan, RolloutPlan
-from mlx_lora.training.taught_answers import Taught
-from mlx_lora.training.teacher import Teacher
+from mlx_lora.training.taught_answers import Scorer
 
 
 def form_of(
@@ -61,7 +60,7 @@ def answering_of(
     loss: Loss,
     say: Callable[[str], None],
     form: SamplingForm,
-    teacher: Teacher | None = None,
+    scorer: Scorer | None = None,
 ) -> Answering | None:
     """Return what samples the answers of a run, and rewards or scores them; None if its data have them.
 
@@ -70,7 +69,7 @@ def answering_of(
         loss: of tokens, chosen for the base.
         say: takes a line if a reward fails and is skipped.
         form: what computes sampled tokens.
-        teacher: that scores the answers, if the objective has one.
+        scorer: scores the answers as the teacher, if the objective has one.
 
     Raises:
         InputError: a reward cannot be loaded, or the model cannot hold several answers.
@@ -79,24 +78,11 @@ def answering_of(
         return None
     check_groups(base.model, base.model_id)
     if objective.distills is not None:
-        if teacher is None:
+        if scorer is None:
             raise ValueError("sampled answers of a student without a teacher")
-        return Answering.of(base, settings, (), loss, say, form, Taught.of(teacher, objective.distills, base))
+        return Answering.of(base, settings, (), loss, say, form, scorer)
     loss = at_temperature(loss, base.model, base.config, settings.objective.temp)
     return Answering.of(base, settings, rewards_of(settings.objective), loss, say, form)
-
-
-def teacher_of(settings: TrainSettings, base: Base) -> Teacher | None:
-    """Return the teacher that stays in memory to score sampled answers; None: the run has none.
-
-    Args:
-        settings: of the run.
-        base: of the student, not yet adapted.
-
-    Raises:
-        InputError: see `Teacher.of`.
-    """
-    return Teacher.of(settings, base) if settings.objective.on_policy else None
 
 
 def shared_words(plan: RolloutPlan, accumulation: int, ranks: Ranks) -> list[str]:
@@ -124,7 +110,7 @@ def sampled_plan(
     base: Base,
     say: Callable[[str], None],
     ranks: Ranks = ALONE,
-    teacher: Teacher | None = None,
+    scorer: Scorer | None = None,
 ) -> Callable[[BatchPlan, Loss], AnyPlan]:
     """Return what makes a plan with sampled answers of a plan of prompts; of other plans, the plan itself."""
 
@@ -133,7 +119,7 @@ def sampled_plan(
         if not objective.samples:
             return plan
         form = choose_sampling(base, settings.objective.answers_per_prompt, device.free_bytes(), ranks)
-        answering = answering_of(settings, base, objective, loss, say, form, teacher)
+        answering = answering_of(settings, base, objective, loss, say, form, scorer)
         return RolloutPlan(plan, answering, held_out=True) if answering else plan
 
     return answered

@@ -29,11 +29,13 @@ from mlx_lora.data.batches import EMPTY, Batch, BatchPlan
 from mlx_lora.models.group_sampling import SamplingOptions, answer_keys, sample_groups
 from mlx_lora.models.load import Base
 from mlx_lora.models.sampling_form import SamplingForm
+from mlx_lora.objectives.objective import Objective
 from mlx_lora.objectives.policy_losses import group_advantages, leave_one_out_advantages
 from mlx_lora.objectives.rewards import Reward
 from mlx_lora.objectives.user_rewards import rewards_for, summed
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.system.distributed import ALONE, Ranks
+from mlx_lora.training.distill_loss import distill_loss
 from mlx_lora.training.losses import Loss
 from mlx_lora.training.objective_loss import Task
 from mlx_lora.training.policy_task import (
@@ -46,7 +48,7 @@ from mlx_lora.training.policy_task import (
     token_logps,
 )
 from mlx_lora.training.rollout_sharing import Answered, Planned, deal_prompts, gathered, of_own_rows
-from mlx_lora.training.taught_answers import Taught
+from mlx_lora.training.taught_answers import Scorer, taught_loss
 
 WIDTH_STEP = 32  # widths of batches of sampled answers are a multiple of this, so that few shapes occur
 HELD_OUT_STREAM = 1 << 40  # the numbers of rollouts on held-out prompts start here
@@ -83,7 +85,7 @@ class Answering:
         say: takes a line if a reward fails and is skipped.
         start: the adapter's parameters as the run began, with which the model is the reference.
         form: what computes sampled tokens.
-        taught: scores answers as the teacher; None: they are rewarded.
+        scorer: scores answers as the teacher; None: they are rewarded.
         spent: time and tokens of sampling.
     """
 
@@ -94,7 +96,7 @@ class Answering:
     say: Callable[[str], None]
     start: dict[str, Any]
     form: SamplingForm = field(default_factory=SamplingForm)
-    taught: Taught | None = None
+    scorer: Scorer | None = None
     spent: Spent = field(default_factory=Spent)
 
     @classmethod
@@ -106,10 +108,10 @@ class Answering:
         loss: Loss,
         say: Callable[[str], None],
         form: SamplingForm,
-        taught: Taught | None = None,
+        scorer: Scorer | None = None,
     ) -> Answering:
         """Return it for an adapted base that is not yet trained."""
-        return cls(base, settings, rewards, loss, say, base.model.trainable_parameters(), form, taught)
+        return cls(base, settings, rewards, loss, say, base.model.trainable_parameters(), form, scorer)
 
     def reported(self, task: Task) -> Task:
         """Return a task whose steps also report the rate of sampling and its share of the time."""
@@ -145,7 +147,7 @@ class Answering:
     def _answered(self, planned: Planned, prompts: list[int]) -> Answered:
         """Sample answers to some prompts of a batch, and reward them."""
         answers = self._sample(planned.batch, np.flatnonzero(planned.batch.real), planned.rollout, prompts)
-        if self.taught is not None:
+        if self.scorer is not None:
             return Answered(answers, np.zeros(len(answers)))
         notes: list[str] = []
         rewards = self._rewards([planned.facts[prompt] for prompt in prompts], answers, notes.append)
@@ -157,11 +159,11 @@ class Answering:
         rows = np.flatnonzero(batch.real)
         self.spent.tokens += sum(map(len, answered.answers))
         filled, own = self._filled(batch, rows, answered.answers), rows.reshape(-1, batch.group)[prompts].ravel()
-        of_old = self.taught is None or self.taught.uses_old
+        of_old = self.scorer is None or self.scorer.uses_old
         if trains and of_old and (objective.updates_per_rollout > 1 or objective.kl_beta):
             filled = self._with_logps(filled, own, ranks)
-        if self.taught is not None:
-            return self.taught.scored(filled, planned.rows, own, ranks)
+        if self.scorer is not None:
+            return self.scorer.scored(filled, planned.rows, own, ranks)
         return self._with_rewards(filled, rows, answered.rewards)
 
     def _sample(self, batch: Batch, rows: np.ndarray, rollout: int, chosen: list[int]) -> list[list[int]]:
@@ -299,6 +301,11 @@ class RolloutPlan:
         return self._updates
 
     @property
+    def scorer(self) -> Scorer | None:
+        """What scores the answers as the teacher; None: they are rewarded."""
+        return self._answering.scorer
+
+    @property
     def rows(self) -> Any:
         """The prompts' rows."""
         return self.prompts.rows
@@ -344,3 +351,19 @@ class RolloutPlan:
 
 AnyPlan = BatchPlan | RolloutPlan
 """Batches whose answers are in the data, or are sampled."""
+
+
+def loss_of_plan(objective: Objective, loss: Loss, base: Base, plan: AnyPlan) -> Loss:
+    """Return the loss that an objective computes of a plan's tokens.
+
+    Args:
+        objective: of the run.
+        loss: of tokens, chosen for the model.
+        base: the model that is trained or measured.
+        plan: its batches; what a teacher says about them is in the data, or comes with the answers.
+    """
+    if objective.distills is None:
+        return loss
+    if isinstance(plan, RolloutPlan) and plan.scorer is not None:
+        return taught_loss(loss, base.model, base.config, plan.scorer.options, objective.description)
+    return distill_loss(loss, base.model, base.config, objective.distills, plan.rows, objective.description)

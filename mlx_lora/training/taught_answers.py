@@ -25,10 +25,10 @@ import numpy as np
 from mlx_lora.data.batches import Batch
 from mlx_lora.data.encoded_set import EncodedSet
 from mlx_lora.models.head import Head
-from mlx_lora.models.load import Base
 from mlx_lora.objectives.divergences import SAMPLED_KL, DivergenceOptions
 from mlx_lora.objectives.sampled_kl import sampled_kl
 from mlx_lora.system.distributed import Ranks
+from mlx_lora.system.errors import RunError
 from mlx_lora.training.distill_loss import KL, distill_loss, head_of, known_of_batch
 from mlx_lora.training.losses import Arrays, Loss, LossFunction
 from mlx_lora.training.policy_task import LENGTHS, OLD, TRUNCATED
@@ -40,28 +40,26 @@ LOGP, BINS, IDS = "teacher_logp", "teacher_bins", "teacher_ids"
 
 
 @dataclass(frozen=True)
-class Taught:
+class Scorer:
     """A teacher that scores sampled answers.
 
     Attributes:
         teacher: its model.
-        options: what is compared.
+        options: what is compared, and of how many tokens, which both models have.
+        vocabulary: their number.
         head: of its model; None: its own logits are used.
-        vocabulary: the number of tokens that both models have.
     """
 
     teacher: Teacher
     options: DivergenceOptions
-    head: Head | None
     vocabulary: int
+    head: Head | None
 
     @classmethod
-    def of(cls, teacher: Teacher, options: DivergenceOptions, student: Base) -> Taught:
-        """Return it for a student's base."""
-        base = teacher.base
-        rows = [one.token_rows for one in (base, student)]
-        vocabulary = min([count for count in rows if count is not None], default=len(student.hf_tokenizer))
-        return cls(teacher, options, head_of(teacher.loss, base.model, base.config), vocabulary)
+    def of(cls, teacher: Teacher, options: DivergenceOptions, vocabulary: int) -> Scorer:
+        """Return it for a number of tokens that teacher and student have."""
+        head = head_of(teacher.loss, teacher.base.model, teacher.base.config)
+        return cls(teacher, replace(options, vocabulary=vocabulary), vocabulary, head)
 
     @property
     def uses_old(self) -> bool:
@@ -82,7 +80,11 @@ class Taught:
             rows: the set that its row numbers are of.
             own: the rows that this rank asks about.
             ranks: that ask about the others.
+
+        Raises:
+            RunError: the student sampled a token that the teacher does not have.
         """
+        self._check(batch)
         sampled = dict(batch.sampled or {})
         if self.uses_old:
             sampled[LOGP] = of_own_rows(lambda part: self.teacher.logps(part, rows), batch, own, ranks)
@@ -94,6 +96,15 @@ class Taught:
             sampled[IDS] = found[..., bins:].astype(np.int32)
         return replace(batch, sampled=sampled)
 
+    def _check(self, batch: Batch) -> None:
+        """Refuse a sampled token that the teacher's embedding has no row for: MLX would read memory beyond it."""
+        rows, highest = self.teacher.base.token_rows, int(batch.targets[batch.mask].max(initial=0))
+        if rows is not None and highest >= rows:
+            raise RunError(
+                f"the model sampled token {highest}, and the teacher only has {rows} tokens; give a teacher with as many as "
+                "the student, or --min-p 0.01"
+            )
+
     def _distributions(self, batch: Batch, rows: EncodedSet) -> np.ndarray:
         """Return the log-probabilities and the ids that they are of at each trained target, (B, T, N + k) float32.
 
@@ -101,7 +112,7 @@ class Taught:
         """
         seen = batch if rows.teacher is None else as_seen(batch, rows)
         parts = []
-        for known in known_of_batch(self.teacher.base.model, self.head, seen, self.options, self.vocabulary):
+        for known in known_of_batch(self.teacher.base.model, self.head, seen, self.options):
             columns = [known.logps] if known.ids is None else [known.logps, known.ids.astype(mx.float32)]
             parts.append(np.array(mx.concatenate(columns, axis=-1)))
         found = np.zeros((*batch.mask.shape, sum(self.bins)), np.float32)
