@@ -28,7 +28,7 @@ PHASE_WORDS = {
     "backward": "in the backward pass",
     "last": "at the end of the backward pass",
     "update": "in the optimizer's update",
-    "teacher": "while the teacher is asked, before the first step",
+    "teacher": "while the teacher is asked",
 }
 RATE_WORDS = {"measured here": "from rates measured on this machine"}
 
@@ -94,6 +94,8 @@ def _data_words(result: dict[str, Any]) -> list[str]:
     once = "" if seconds is None else f", {size['measured_tokens']:,} tokens in about {time_words(seconds / 3600)}"
     if objective["teacher"]:
         words = f"the teacher is asked once before the first step{once}, and not in memory while the student is trained"
+    if objective["teacher"] and objective["records"] == "prompts":
+        words = "the student samples the answers, which is not counted; the teacher stays in memory and scores them"
     if objective["reference"]:
         words += f"; the reference is measured once before the first step{once}, without a second model in memory"
     if not size:

@@ -59,10 +59,13 @@ def predict(
     if together > 1:  # for each trained row, one that is only measured
         parts["other answers"] = (together - 1) * forward_s
         seconds += parts["other answers"]
+    if asked.distills is not None and asked.samples:
+        parts["teacher"] = forward_seconds(shape.teacher or shape, run, machine, ceilings)
+        seconds += parts["teacher"]
     tokens_per_s = together * run.positions / seconds
     tokens = tokens_of(settings, together * rows * columns, size)
     reference_s = None
-    if size is not None and (asked.reference or asked.distills is not None):  # measured before the first step
+    if size is not None and (asked.reference or asked.distills is not None) and not asked.samples:  # measured before the first step
         own = forward_s if shape.teacher is None else forward_seconds(shape.teacher, run, machine, ceilings)
         reference_s = own * size.measured_tokens / run.positions
     return {

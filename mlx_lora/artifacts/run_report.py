@@ -238,7 +238,9 @@ def _rollout_charts(
         "Answers cut at --max-new-tokens": ("truncated", True),
         "Divergence from the untrained model": ("kl", True),
     }
-    trained, held_out = ([r for r in records if r[key] is not None and "reward" in r] for key in ("loss", "val_loss"))
+    if not any("reward" in r for r in records):
+        del titles["Divergence from the untrained model"]  # it is that from the teacher
+    trained, held_out = ([r for r in records if r[key] is not None and "length" in r] for key in ("loss", "val_loss"))
     charts = []
     for title, (name, from_zero) in titles.items():
         series = [

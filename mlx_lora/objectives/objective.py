@@ -9,7 +9,7 @@ is trained toward; every method works with every objective.
     examples   the example            tokens                imitation (sft, distill), which needs none of this
     pairs      chosen, rejected       pairs
     rated      answer, another        answers
-    prompts    G sampled answers      answers
+    prompts    G sampled answers      answers, or tokens if a teacher scores them
 
 Shapes: B rows of a batch, E = B / K examples.
 """

@@ -157,7 +157,8 @@ class ModelShape:
         plain_loss: whether the loss needs the model's own logits for all positions.
         source_bytes: bytes of the stored weights if loading casts them; otherwise 0.
         not_known: kinds of blocks whose memory could not be read, each with the reason.
-        teacher: a model that is in memory before the first step only, beside the base; None: there is none.
+        teacher: a model that is in memory beside the base, before the first step only; None: there is none.
+        teacher_stays: whether it is in memory during the whole run.
     """
 
     model_type: str
@@ -174,6 +175,7 @@ class ModelShape:
     source_bytes: int = 0
     not_known: tuple[str, ...] = ()
     teacher: ModelShape | None = None
+    teacher_stays: bool = False
 
     @property
     def numbers(self) -> int:

@@ -77,7 +77,8 @@ def loss_words(measured: Measured) -> str:
     """Write a loss on data that were not trained on."""
     if measured.reports:
         reports = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.reports.items())
-        unit = "supervised tokens" if measured.reports.keys() == {KL} else "examples"
+        of_tokens = KL in measured.reports and "reward" not in measured.reports
+        unit = "supervised tokens" if of_tokens else "examples"
         return f"loss {measured.loss:.4f}, {reports}, over {measured.count} {unit}"
     perplexity = console.perplexity(measured.loss)
     return f"loss {measured.loss:.4f}, perplexity {perplexity:.3f}, {measured.count} supervised tokens"

@@ -189,13 +189,11 @@ class ObjectiveSettings:
         OBJECTIVE, choices=("stop", "skip"), may_change=True)
     reward_timeout: float = setting(60.0, "Seconds that a reward may take for the answers of a batch.",
         OBJECTIVE, more_than=0, at_most=86400, may_change=True)
-    group_size: int | None = setting(None,
-        "grpo, rloo, --on-policy: answers that are sampled to each prompt (default 8; with --on-policy 1).",
-        OBJECTIVE, at_least=1, at_most=1024)
+    group_size: int | None = setting(None, "grpo, rloo, --on-policy: answers that are sampled to each prompt (default 8; "
+        "with --on-policy 1).", OBJECTIVE, at_least=1, at_most=1024)
     max_new_tokens: int = setting(256, "grpo, rloo, --on-policy: the most tokens of a sampled answer.",
         OBJECTIVE, at_least=1, at_most=10**6)
-    temp: float = setting(1.0, "grpo, rloo, --on-policy: temperature of sampling.",
-        OBJECTIVE, more_than=0, at_most=100)
+    temp: float = setting(1.0, "grpo, rloo, --on-policy: temperature of sampling.", OBJECTIVE, more_than=0, at_most=100)
     top_p: float = setting(1.0, "grpo, rloo, --on-policy: sample from the likeliest tokens with this probability together.",
         OBJECTIVE, more_than=0, at_most=1)
     min_p: float = setting(0.0, "grpo, rloo, --on-policy: leave out tokens less likely than this share of the likeliest one.",
@@ -217,9 +215,8 @@ class ObjectiveSettings:
     teacher: str | None = setting(None,
         "distill: the teacher, a model given as for --model and with the same tokenizer (default: --model itself, "
         "untrained, which then needs --teacher-prompt).", OBJECTIVE, may_change=True, per_machine=True)
-    teacher_prompt: str | None = setting(None,
-        "distill: text file that only the teacher sees, as a system message in every chat.",
-        OBJECTIVE, may_change=True, per_machine=True)
+    teacher_prompt: str | None = setting(None, "distill: text file that only the teacher sees, as a system message in "
+        "every chat.", OBJECTIVE, may_change=True, per_machine=True)
     teacher_top_k: int = setting(64, "distill: keep the teacher's probabilities of this many likeliest tokens, and of all "
         "others together; 0: of every token.", OBJECTIVE, at_least=0, at_most=10**6)
     divergence: str | None = setting(None, "distill: what to lower. forward_kl: KL(teacher, student), reverse_kl: "
@@ -229,9 +226,8 @@ class ObjectiveSettings:
         OBJECTIVE, at_least=0, at_most=1)
     distill_temp: float = setting(1.0, "distill: divide the logits of teacher and student by this.",
         OBJECTIVE, more_than=0, at_most=100)
-    on_policy: bool = setting(False,
-        "distill: sample the answers to the prompts in --data from the model as it is trained; the teacher stays in memory.",
-        OBJECTIVE)
+    on_policy: bool = setting(False, "distill: sample the answers to the prompts in --data from the model as it is "
+        "trained; the teacher stays in memory.", OBJECTIVE)
 
     @property
     def rows_per_example(self) -> int:

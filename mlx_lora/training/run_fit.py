@@ -104,7 +104,7 @@ def adapted_shape(
     shape = replace(shape, plain_loss=shape.plain_loss or settings.loop.kernels == MLX)
     choice = known_kernels(settings, shape) if kernels is None else kernels
     shape = with_block_memory(shape, model, dict(config), choice)
-    return replace(shape, teacher=teacher_shape(settings))
+    return replace(shape, teacher=teacher_shape(settings), teacher_stays=settings.objective.on_policy)
 
 
 def teacher_shape(settings: TrainSettings) -> ModelShape | None:
