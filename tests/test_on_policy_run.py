@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import tiny_model, write_folder
 from ranks import Started
+from resumed_runs import stopped_after, weights
 from run_cli import one_line, run
 
 from mlx_lora.objectives.objective_table import OF_SAMPLING, OF_TEACHER
@@ -47,10 +47,6 @@ def lines(folder: Path) -> list[dict]:
 
 def held_out(folder: Path, name: str = "kl") -> list[float]:
     return [line[name] for line in lines(folder) if line["val_loss"] is not None]
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "adapters.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("flags", [(), ("--divergence", "sampled_kl", "--group-size", 4)])
@@ -117,14 +113,6 @@ def test_every_method_leaves_the_teacher_as_it_is(method, tiny_folder, data, tmp
     for name, more in (("own", ()), ("copy", ("--teacher", tiny_folder))):
         assert run(*command(tiny_folder, data, tmp_path / name, *asked, *more)).code == 0
     assert weights(tmp_path / "own") == weights(tmp_path / "copy")
-
-
-def stopped_after(folder: Path, copy: Path, step: int) -> None:
-    """Copy a run folder as a kill right after a checkpoint leaves it."""
-    shutil.copytree(folder, copy)
-    for path in (copy / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
 
 
 @pytest.mark.parametrize(
