@@ -9,6 +9,7 @@ Shapes: B rows, T columns, P positions.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -37,6 +38,7 @@ from mlx_lora.training.policy_task import at_temperature, token_logps
 
 # Names that converters give to the rows of an embedding that no token has.
 PADDING = re.compile(r"\[PAD\d+\]")
+PIECES, PIECE_BYTES = 512, 4096  # of each file of weights, in the sample that tells two apart
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,29 @@ def facts_of(settings: TrainSettings, base: Base) -> TeacherFacts:
     own = vocabulary_of(base.model, base.config)
     name = settings.objective.teacher
     if not name:
-        return TeacherFacts([base.fingerprint, base.describe()], own)
+        return TeacherFacts([base.fingerprint, base.config.get("quantization"), weights_sample(base.folder)], own)
     folder = _folder(settings)
     _check_tokenizer(settings, base, folder)
     model, config = load_weights(folder, settings.model.trust_remote_code)
-    sizes = sorted(file.stat().st_size for file in folder.glob("*.safetensors"))
-    identity = [base_fingerprint(model, config), config.get("quantization"), sizes]
+    identity = [base_fingerprint(model, config), config.get("quantization"), weights_sample(folder)]
     return TeacherFacts(identity, min(own, vocabulary_of(model, config)))
+
+
+def weights_sample(folder: Path) -> str:
+    """Return a hash of pieces of a folder's weights, evenly spaced, and of their sizes.
+
+    A base's fingerprint is the same for all quantizations, and for what other programs fused into it. This is not, and it
+    takes no time, however large the model is.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for piece in range(PIECES):
+                file.seek(piece * max(0, size - PIECE_BYTES) // (PIECES - 1))
+                digest.update(file.read(PIECE_BYTES))
+    return digest.hexdigest()
 
 
 def vocabulary_of(model: nn.Module, config: dict[str, Any]) -> int:
