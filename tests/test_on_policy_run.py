@@ -210,6 +210,17 @@ def test_bad_input_is_one_line(case, tiny_folder, teacher, data, tmp_path):
     one_line(run(*command(tiny_folder, data, tmp_path / "a", *given, *flags)), words)
 
 
+@pytest.mark.parametrize("flags", [(), ("--divergence", "sampled_kl")])
+def test_a_broken_teacher_ends_the_run(flags, tiny_folder, data, tmp_path):
+    model = tiny_model(seed=4)
+    model.model.norm.weight = mx.full(model.model.norm.weight.shape, float("nan"))
+    broken = write_folder(tmp_path / "broken", model)
+    ran = run(*command(tiny_folder, data, tmp_path / "a", "--teacher", broken, "--iters", 1, *flags))
+    assert ran.code == 1
+    assert "not finite" in ran.err
+    assert "Traceback" not in ran.err
+
+
 @pytest.mark.parametrize(
     "flags", [("--max-new-tokens", 8), ("--group-size", 2), ("--temp", 0.5), ("--divergence", "sampled_kl")]
 )

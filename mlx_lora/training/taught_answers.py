@@ -82,16 +82,21 @@ class Scorer:
             ranks: that ask about the others.
 
         Raises:
-            RunError: the student sampled a token that the teacher does not have.
+            RunError: the student sampled a token that the teacher does not have, or the teacher's answer is not finite.
         """
         self._check(batch)
+        bins, top_k = (1, 0) if self.uses_old else self.bins
+        if self.uses_old:
+            found = of_own_rows(lambda part: self.teacher.logps(part, rows), batch, own, ranks)[..., None]
+        else:
+            found = of_own_rows(lambda part: self._distributions(part, rows), batch, own, ranks, (bins + top_k,))
+        if not np.isfinite(found).all():
+            raise RunError("the teacher's probabilities are not finite; try --dtype float32, or another teacher")
         sampled = dict(batch.sampled or {})
         if self.uses_old:
-            sampled[LOGP] = of_own_rows(lambda part: self.teacher.logps(part, rows), batch, own, ranks)
-            return replace(batch, sampled=sampled)
-        bins, top_k = self.bins
-        found = of_own_rows(lambda part: self._distributions(part, rows), batch, own, ranks, (bins + top_k,))
-        sampled[BINS] = found[..., :bins]
+            sampled[LOGP] = found[..., 0]
+        else:
+            sampled[BINS] = found[..., :bins]
         if top_k:
             sampled[IDS] = found[..., bins:].astype(np.int32)
         return replace(batch, sampled=sampled)
