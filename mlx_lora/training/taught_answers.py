@@ -68,8 +68,10 @@ class Scorer:
 
     @property
     def bins(self) -> tuple[int, int]:
-        """The numbers N and k of one position; k is 0 if every token is known."""
+        """The numbers N and k of one position; k is 0 if every token is known, or the sampled one alone."""
         top_k = self.options.top_k
+        if self.uses_old:
+            return 1, 0
         return (top_k + 1, top_k) if 0 < top_k < self.vocabulary - 1 else (self.vocabulary, 0)
 
     def scored(self, batch: Batch, rows: EncodedSet, own: np.ndarray, ranks: Ranks) -> Batch:
@@ -85,18 +87,16 @@ class Scorer:
             RunError: the student sampled a token that the teacher does not have, or the teacher's answer is not finite.
         """
         self._check(batch)
-        bins, top_k = (1, 0) if self.uses_old else self.bins
-        if self.uses_old:
-            found = of_own_rows(lambda part: self.teacher.logps(part, rows), batch, own, ranks)[..., None]
-        else:
-            found = of_own_rows(lambda part: self._distributions(part, rows), batch, own, ranks, (bins + top_k,))
+        bins, top_k = self.bins
+
+        def ask(part: Batch) -> np.ndarray:
+            return self.teacher.logps(part, rows)[..., None] if self.uses_old else self._distributions(part, rows)
+
+        found = of_own_rows(ask, batch, own, ranks, (bins + top_k,))
         if not np.isfinite(found).all():
             raise RunError("the teacher's probabilities are not finite; try --dtype float32, or another teacher")
         sampled = dict(batch.sampled or {})
-        if self.uses_old:
-            sampled[LOGP] = found[..., 0]
-        else:
-            sampled[BINS] = found[..., :bins]
+        sampled[LOGP if self.uses_old else BINS] = found[..., 0] if self.uses_old else found[..., :bins]
         if top_k:
             sampled[IDS] = found[..., bins:].astype(np.int32)
         return replace(batch, sampled=sampled)
