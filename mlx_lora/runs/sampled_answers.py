@@ -23,6 +23,9 @@ from mlx_lora.training.rollouts import Answering, AnyPlan, RolloutPlan
 from mlx_lora.training.taught_answers import Scorer
 
 
+ROLLOUT = "rollout"  # the plan's phase in which answers are sampled
+
+
 def form_of(
     settings: TrainSettings,
     base: Base,
@@ -45,12 +48,12 @@ def form_of(
     """
     if not settings.objective.samples:
         return SamplingForm(), memory
-    held = memory.phases["update"]  # a little more than what is held while answers are sampled
+    held = memory.phases.get(ROLLOUT, memory.phases["update"])  # or a little more than is held while sampling
     free = min(device.free_bytes(), memory.budget_bytes - held)
     form = choose_sampling(base, settings.objective.answers_per_prompt, free, ranks, identity, say)
     if not form.copied_bytes:
         return form, memory
-    return form, memory.with_phase("sampling", {"base, adapter, optimizer": held, "float copies": form.copied_bytes})
+    return form, memory.with_phase(ROLLOUT, {"base, adapter, sampling": held, "float copies": form.copied_bytes})
 
 
 def answering_of(

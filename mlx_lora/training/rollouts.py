@@ -158,7 +158,8 @@ class Answering:
         batch, objective = planned.batch, self.settings.objective
         rows = np.flatnonzero(batch.real)
         self.spent.tokens += sum(map(len, answered.answers))
-        filled, own = self._filled(batch, rows, answered.answers), rows.reshape(-1, batch.group)[prompts].ravel()
+        filled = self._filled(batch, rows, answered.answers)
+        own = np.flatnonzero(filled.real).reshape(-1, filled.group)[prompts].ravel()
         of_old = self.scorer is None or self.scorer.uses_old
         if trains and of_old and (objective.updates_per_rollout > 1 or objective.kl_beta):
             filled = self._with_logps(filled, own, ranks)
