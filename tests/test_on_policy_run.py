@@ -268,6 +268,19 @@ def test_every_option_changes_the_run(name, tiny_folder, teacher, data, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd", "sampled_kl"])
+def test_every_divergence_brings_the_student_closer(divergence, seed, tiny_folder, teacher, data, tmp_path, capsys):
+    asked = ("--teacher", teacher, "--divergence", divergence, "--seed", seed, "--iters", 60, "--val-batches", -1,
+             "--learning-rate", "5e-3", "--steps-per-eval", 60)  # fmt: skip
+    assert run(*command(tiny_folder, data, tmp_path / "a", *asked)).code == 0
+    first, last = held_out(tmp_path / "a")
+    with capsys.disabled():
+        print(f"\n{divergence}, seed {seed}: held-out KL(student, teacher) {first:.4f} to {last:.4f}")
+    assert last < 0.7 * first
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--divergence", "sampled_kl", "--updates-per-rollout", 2)])
 def test_two_processes_train_as_one(flags, tiny_folder, teacher, data, tmp_path):
     asked = ("--teacher", teacher, "--teacher-prompt", data / "persona.txt", "--iters", 4, *flags)
