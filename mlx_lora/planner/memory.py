@@ -163,9 +163,9 @@ def _teacher_parts(teacher: ModelShape, run: Run, machine: Machine) -> dict[str,
 
 
 def _record_bytes(shape: ModelShape, run: Run) -> int:
-    """Return the bytes of what a batch brings of its teacher: float16 log-probabilities and int32 ids."""
-    most = run.teacher_top_k or shape.vocabulary
-    return run.slots * min(2 * shape.vocabulary, 2 * (most + 1) + 4 * most)
+    """Return the bytes of what a batch brings of its teacher: log-probabilities, with 16 bits on disk, and int32 ids."""
+    most, number = run.teacher_top_k or shape.vocabulary, SINGLE if shape.teacher_stays else 2
+    return run.slots * min(number * shape.vocabulary, number * (most + 1) + 4 * most)
 
 
 def kept_by(block: Block, run: Run, machine: Machine) -> float:
