@@ -176,6 +176,8 @@ def test_plan_and_dry_run_count_the_teacher(tiny_folder, teacher, chats, tmp_pat
     dry = run("train", *flags, "--adapter-path", tmp_path / "a", "--dry-run")
     assert dry.code == 0, dry.err
     assert not (tmp_path / "a").exists()
+    byte_tokenizer(special_tokens=[*SPECIAL_TOKENS, "<think>"]).save_pretrained(shutil.copytree(teacher, tmp_path / "t"))
+    one_line(run("train", *flags[:-1], tmp_path / "t", "--adapter-path", tmp_path / "a", "--dry-run"), "<think>")
 
 
 def bad_cases(teacher: Path, prompt: Path, folder: Path) -> dict[str, tuple[tuple, str]]:

@@ -107,8 +107,7 @@ def facts_of(settings: TrainSettings, base: Base) -> TeacherFacts:
     name = settings.objective.teacher
     if not name:
         return TeacherFacts([base.fingerprint, base.config.get("quantization"), weights_sample(base.folder)], own)
-    folder = _folder(settings)
-    _check_tokenizer(settings, base, folder)
+    folder = check_teacher(settings, base.hf_tokenizer)
     model, config = load_weights(folder, settings.model.trust_remote_code)
     identity = [base_fingerprint(model, config), config.get("quantization"), weights_sample(folder)]
     return TeacherFacts(identity, min(own, vocabulary_of(model, config)))
@@ -154,26 +153,26 @@ def load_teacher(settings: TrainSettings, base: Base) -> Base:
     """Load the teacher's model, or return the base as a model of its own; arguments and errors as for `Teacher.of`."""
     if not settings.objective.teacher:
         return replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
-    _check_tokenizer(settings, base, _folder(settings))
+    check_teacher(settings, base.hf_tokenizer)
     return load_base(teacher_settings(settings))
 
 
-def _folder(settings: TrainSettings) -> Path:
-    """Return the folder of --teacher; a GGUF file is converted first.
+def check_teacher(settings: TrainSettings, student: PreTrainedTokenizerBase) -> Path:
+    """Return the folder of --teacher, whose weights are not read; a GGUF file is converted first.
+
+    Args:
+        settings: of the run.
+        student: the student's tokenizer.
 
     Raises:
-        InputError: there is no such model.
+        InputError: there is no such model, or its tokenizer is another one.
     """
     own = teacher_settings(settings)
     source = resolve_model(own.model or "", own.revision, trust_remote_code=own.trust_remote_code)
-    return cached_gguf_folder(source) if source.kind == "gguf" else source.path
-
-
-def _check_tokenizer(settings: TrainSettings, base: Base, folder: Path) -> None:
-    """Refuse the teacher in this folder if its tokenizer is not the student's; its weights are not needed."""
-    trusted = settings.model.trust_remote_code
-    tokenizer = load_folder_tokenizer(folder, read_config(folder, trusted), trusted)._tokenizer
-    check_tokenizers(base.hf_tokenizer, tokenizer, settings.objective.teacher or "")
+    folder = cached_gguf_folder(source) if source.kind == "gguf" else source.path
+    config = read_config(folder, own.trust_remote_code)
+    check_tokenizers(student, load_folder_tokenizer(folder, config, own.trust_remote_code)._tokenizer, own.model or "")
+    return folder
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str) -> None:
