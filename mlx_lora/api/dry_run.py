@@ -56,7 +56,8 @@ def _planned(settings: TrainSettings, say: Callable[[str], None]) -> dict[str, A
         splits = read_splits(settings, folder, outline.config, say, first_day(settings.loop))
         say(splits.report.render())
         if settings.objective.teacher:
-            check_teacher(settings, load_folder_tokenizer(folder, outline.config, model.trust_remote_code)._tokenizer)
+            tokenizer = load_folder_tokenizer(folder, outline.config, model.trust_remote_code)
+            check_teacher(settings, tokenizer._tokenizer)
         if found is not None:
             _check_resume(settings, splits, found)
         return splits
