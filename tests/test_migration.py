@@ -612,7 +612,7 @@ NOT_IN_FILES = {"length_normalize", "shared_prefix", "reward_errors", "reward_ti
 
 
 def test_a_file_sets_just_the_options_that_its_objective_has():
-    for objective in (OBJECTIVES.keys() & preference_keys.OPTIONS.keys()) - {"distill"}:  # trl_distill.py reads its own
+    for objective in OBJECTIVES.keys() & preference_keys.OPTIONS.keys():
         owned = {name for name, owners in OWN_OPTIONS.items() if objective in owners}
         assert set(preference_keys.OPTIONS[objective]) == owned - NOT_IN_FILES, objective
     assert preference_keys.SMOOTHED == SMOOTHED

@@ -34,6 +34,7 @@ from mlx_lora.training.memory_guard import MemoryGuard
 from mlx_lora.training.progress import Progress
 from mlx_lora.training.run_fit import check_base_fits
 from mlx_lora.training.state import Diverged
+from mlx_lora.training.teacher import check_teacher
 from mlx_lora.training.trainer import Outcome, held_out_loss, train
 
 
@@ -159,6 +160,7 @@ def read_data(settings: TrainSettings, base: Base, ranks: Ranks, say: Callable[[
     """
     data, loop = settings.data, settings.loop
     objective = objective_of(settings.objective)
+    check_teacher(settings, base.hf_tokenizer)
     prompt = read_teacher_prompt(settings.objective.teacher_prompt)
     splits = load_data(data, base.hf_tokenizer, loop.seed, say, first_day(loop, ranks), objective.records, prompt)
     splits = splits.changed(lambda sets: {name: objective.targets_of(rows) for name, rows in sets.items()})

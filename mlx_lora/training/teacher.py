@@ -65,6 +65,7 @@ class Teacher:
         Raises:
             InputError: there is no such model, or its tokenizer is another one.
         """
+        check_teacher(settings, base.hf_tokenizer)
         found = load_teacher(settings, base)
         loss = choose_loss(found.model, found.config, settings.loop.kernels)
         return cls(found, at_temperature(loss, found.model, found.config, settings.objective.distill_temp))
@@ -99,16 +100,22 @@ class TeacherFacts:
 
 
 def facts_of(settings: TrainSettings, base: Base) -> TeacherFacts:
-    """Return what is known of the teacher that the settings ask for; arguments and errors as for `Teacher.of`.
+    """Return what is known of the teacher that the settings ask for.
 
     Its weights are opened, but only the norms' are read.
+
+    Args:
+        settings: of the run.
+        base: of the student.
+
+    Raises:
+        InputError: there is no such model, or it cannot be opened.
     """
     own = vocabulary_of(base.model, base.config)
     name = settings.objective.teacher
     if not name:
         return TeacherFacts([base.fingerprint, base.config.get("quantization"), weights_sample(base.folder)], own)
     folder = _folder(settings)
-    _check_tokenizer(settings, base, folder)
     model, config = load_weights(folder, settings.model.trust_remote_code)
     identity = [base_fingerprint(model, config), config.get("quantization"), weights_sample(folder)]
     return TeacherFacts(identity, min(own, vocabulary_of(model, config)))
@@ -151,10 +158,12 @@ def teacher_settings(settings: TrainSettings) -> ModelSettings:
 
 
 def load_teacher(settings: TrainSettings, base: Base) -> Base:
-    """Load the teacher's model, or return the base as a model of its own; arguments and errors as for `Teacher.of`."""
+    """Load the teacher's model, or return the base as a model of its own; arguments as for `Teacher.of`.
+
+    The tokenizers have been compared by now.
+    """
     if not settings.objective.teacher:
         return replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
-    _check_tokenizer(settings, base, _folder(settings))
     return load_base(teacher_settings(settings))
 
 
@@ -169,11 +178,22 @@ def _folder(settings: TrainSettings) -> Path:
     return cached_gguf_folder(source) if source.kind == "gguf" else source.path
 
 
-def _check_tokenizer(settings: TrainSettings, base: Base, folder: Path) -> None:
-    """Refuse the teacher in this folder if its tokenizer is not the student's; its weights are not needed."""
-    trusted = settings.model.trust_remote_code
-    tokenizer = load_folder_tokenizer(folder, read_config(folder, trusted), trusted)._tokenizer
-    check_tokenizers(base.hf_tokenizer, tokenizer, settings.objective.teacher or "")
+def check_teacher(settings: TrainSettings, student: PreTrainedTokenizerBase) -> None:
+    """Refuse a --teacher whose tokenizer is not the student's; its weights are not read.
+
+    Args:
+        settings: of the run.
+        student: the student's tokenizer.
+
+    Raises:
+        InputError: there is no such model, or its tokenizer is another one.
+    """
+    name, trusted = settings.objective.teacher, settings.model.trust_remote_code
+    if not name:
+        return
+    folder = _folder(settings)
+    tokenizer = load_folder_tokenizer(folder, read_config(folder, trusted), trusted)
+    check_tokenizers(student, tokenizer._tokenizer, name)
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str) -> None:

@@ -20,7 +20,6 @@ OPTIONS = {
     "cpo": ("beta", "label_smoothing", "cpo_alpha"),
     "kto": ("loss_type", "beta", "desirable_weight", "undesirable_weight", "reference_adapter"),
     "reward": ("center_rewards",),
-    "distill": (),
     "grpo": (*OF_SAMPLING, "grpo_loss", "scale_rewards"),
     "rloo": OF_SAMPLING,
 }
