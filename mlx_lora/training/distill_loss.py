@@ -41,7 +41,12 @@ def distill_arrays(batch: Batch) -> tuple[mx.array, ...]:
 
 
 def distill_loss(
-    loss: Loss, model: nn.Module, config: dict[str, Any], options: DivergenceOptions, rows: EncodedSet, words: str
+    loss: Loss,
+    model: nn.Module,
+    config: dict[str, Any],
+    options: DivergenceOptions,
+    rows: EncodedSet | None,
+    words: str,
 ) -> Loss:
     """Return the loss of distillation on a model.
 
@@ -49,11 +54,12 @@ def distill_loss(
         loss: of tokens, chosen for this model: it says whether the head can be computed apart, and the last block in part.
         model, config: the model and its config.json.
         options: how student and teacher are compared.
-        rows: the set that is trained on, or measured, with what the teacher says about it.
+        rows: the set that is trained on, or measured, with what the teacher says about it; None: it comes with the batches,
+            and the options have the vocabulary.
         words: on the objective, for the run header.
     """
     head = head_of(loss, model, config)
-    if rows.table is not None:
+    if rows is not None and rows.table is not None:
         options = replace(options, vocabulary=rows.table.form.vocabulary)
 
     def of(gradient: bool) -> LossFunction:

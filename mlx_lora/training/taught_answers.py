@@ -185,7 +185,7 @@ def taught_loss(loss: Loss, model: nn.Module, config: dict[str, Any], options: D
     if options.divergence == SAMPLED_KL:
         measure = _sampled(loss.measure_tokens or loss.tokens)
         return replace(loss, train=_sampled(loss.tokens), measure=measure, description=f"{words}; {loss.description}")
-    whole = distill_loss(loss, model, config, options, words)
+    whole = distill_loss(loss, model, config, options, None, words)
     return replace(whole, train=_compared(whole.train), measure=_compared(whole.measure))
 
 
