@@ -78,9 +78,7 @@ def test_loss_and_every_gradient(name, top_k, tiny_folder, teacher_folder):
         scored = replace(scored, sampled={**(scored.sampled or {}), OLD: old})
     whole = taught_loss(loss, base.model, base.config, scorer.options, "")
     task = task_of(objective, whole, base.model)
-    (total, count, reports), grads = nn.value_and_grad(base.model, task.loss.train)(
-        base.model, *task.arrays_of(scored)
-    )
+    (total, count, reports), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, *task.arrays_of(scored))
     ours = {key: np.array(value / count) for key, value in tree_flatten(grads)}
     assert count.item() == batch.mask.sum()
     assert reports["length"].item() == batch.mask.sum()

@@ -86,7 +86,7 @@ def test_evaluate_and_test_measure_sampled_answers(tiny_folder, teacher, data, t
         assert measured.code == 0, measured.err
         found.append(json.loads(measured.out))
     before, after = found
-    assert REPORTS <= after.keys()
+    assert after.keys() >= REPORTS
     assert after["kl"] < before["kl"]
 
 
@@ -198,7 +198,10 @@ def test_the_plan_counts_a_teacher_that_stays(tiny_folder, teacher, data):
 
 BAD = {
     "no teacher": ((), "without a teacher"),
-    "sampled tokens at another temperature": (("--divergence", "sampled_kl", "--temp", 0.7), "--temp with --divergence"),
+    "sampled tokens at another temperature": (
+        ("--divergence", "sampled_kl", "--temp", 0.7),
+        "--temp with --divergence",
+    ),
     "sampled tokens and bins": (("--divergence", "sampled_kl", "--teacher-top-k", 8), "--teacher-top-k with"),
     "a reward": (("--reward", "exact_match"), "--reward"),
     "saves between updates": (("--updates-per-rollout", 3, "--iters", 6, "--save-every", 2), "a multiple of 3"),

@@ -65,7 +65,9 @@ def predict(
     tokens_per_s = together * run.positions / seconds
     tokens = tokens_of(settings, together * rows * columns, size)
     reference_s = None
-    if size is not None and (asked.reference or asked.distills is not None) and not asked.samples:  # measured before the first step
+    if (
+        size is not None and (asked.reference or asked.distills is not None) and not asked.samples
+    ):  # measured before the first step
         own = forward_s if shape.teacher is None else forward_seconds(shape.teacher, run, machine, ceilings)
         reference_s = own * size.measured_tokens / run.positions
     return {

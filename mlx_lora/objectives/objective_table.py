@@ -141,7 +141,9 @@ def _reward(settings: ObjectiveSettings) -> Objective:
 def _policy(settings: ObjectiveSettings) -> Objective:
     name = settings.objective
     if settings.group_size == 1:
-        raise InputError(f"--group-size 1 with --objective {name}: it compares the answers to a prompt; give at least 2")
+        raise InputError(
+            f"--group-size 1 with --objective {name}: it compares the answers to a prompt; give at least 2"
+        )
     loss = name if name == "rloo" else settings.grpo_loss
     high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
     # The penalty of rloo is taken from the reward, as in TRL; that of the others is part of the loss.
@@ -177,7 +179,10 @@ def _distill(settings: ObjectiveSettings) -> Objective:
 def _per_answer(means: dict[str, float]) -> dict[str, float]:
     """Convert means over trained tokens to means over answers, where that is what they are about."""
     answers = means.get("answers")
-    return {"kl": means["kl"], **{name: means[name] / answers if answers else math.nan for name in ("length", "truncated")}}
+    return {
+        "kl": means["kl"],
+        **{name: means[name] / answers if answers else math.nan for name in ("length", "truncated")},
+    }
 
 
 def _refuse_sampling(settings: ObjectiveSettings) -> None:

@@ -129,7 +129,11 @@ def _in_memory(
     check_token_ids(teacher.base, highest, f"--teacher {teacher.base.model_id}")
     key = ranks.from_first(_key(settings, facts, TableFormat.of(facts.vocabulary, options.top_k)))
     name = settings.objective.teacher or f"{base.model_id} as it is"
-    own = f"{gigabytes(teacher.base.size_bytes)} beside the student" if settings.objective.teacher else "no copy of weights"
+    own = (
+        f"{gigabytes(teacher.base.size_bytes)} beside the student"
+        if settings.objective.teacher
+        else "no copy of weights"
+    )
     prompt = ", with a prompt of its own" if settings.objective.teacher_prompt else ""
     words = f"Teacher: {name}{prompt}; stays in memory ({own}) and scores each sampled token"
     return Taught(sets, words, {TEACHER: key}, Scorer.of(teacher, options, facts.vocabulary))
@@ -259,7 +263,12 @@ def _present(store: RowStore, row: int) -> np.ndarray:
 
 
 def _words(
-    settings: TrainSettings, base: Base, sets: dict[str, EncodedSet], form: TableFormat, folders: list[Path], seconds: float
+    settings: TrainSettings,
+    base: Base,
+    sets: dict[str, EncodedSet],
+    form: TableFormat,
+    folders: list[Path],
+    seconds: float,
 ) -> str:
     """Return the line about the teacher for the run header."""
     objective = settings.objective
@@ -267,7 +276,9 @@ def _words(
     seen = ", with a prompt of its own" if objective.teacher_prompt else ""
     tokens = sum(int(rows.supervised_counts.sum()) for rows in sets.values())
     size = sum(used_bytes(folder) for folder in folders)
-    kept = f"the {form.top_k} likeliest of {form.vocabulary:,} tokens and the rest as one" if form.top_k else "all tokens"
+    kept = (
+        f"the {form.top_k} likeliest of {form.vocabulary:,} tokens and the rest as one" if form.top_k else "all tokens"
+    )
     when = f"computed in {seconds:.1f} s" if seconds else "from an earlier run"
     return (
         f"Teacher: {name}{seen}; of {counted(tokens, 'token')}, {kept}, in {size / max(1, tokens):,.0f} bytes each "
