@@ -46,7 +46,9 @@ def read_distill(sheet: Sheet) -> None:
     else:
         for key in ("temperature", "max_new_tokens"):  # of sampling, in TRL too
             sheet.take(key)
-        sheet.note("TRL compares all tokens of the vocabulary, here the teacher's 64 likeliest; --teacher-top-k 0 is all")
+        sheet.note(
+            "TRL compares all tokens of the vocabulary, here the teacher's 64 likeliest; --teacher-top-k 0 is all"
+        )
     if sheet.take("disable_dropout") is not False:
         sheet.leave("lora_dropout")  # TRL turns it off
         sheet.assume("dropout", 0.0)
