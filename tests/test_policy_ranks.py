@@ -210,7 +210,7 @@ MOMENTS = {
     "between two updates of a rollout": ("mlx_lora.training.step:Step:__call__:6", 4),
     "while rewarding": ("mlx_lora.training.rollouts::rewards_for:3", 4),
 }
-FAST = ("while sampling", "between two updates of a rollout")
+FAST = ("between rollout and update",)
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,10 @@ def test_a_run_killed_around_its_rollouts_ends_in_the_same_bytes(moment, whole, 
 def test_two_ranks_of_which_one_is_killed_end_in_the_same_bytes(tiny_folder, data, tmp_path):
     words = {name: command(tiny_folder, data, tmp_path / name, *UPDATES, "--dropout", 0.1) for name in "ab"}
     assert ranks_of(2, words["a"], tmp_path / "whole").codes == [0, 0]
-    dying = [["-m", "mlx_lora.train", *words["b"]], ["-c", KILLED, MOMENTS["between rollout and update"][0], *words["b"]]]
+    dying = [
+        ["-m", "mlx_lora.train", *words["b"]],
+        ["-c", KILLED, MOMENTS["between rollout and update"][0], *words["b"]],
+    ]
     ended = Started(dying, tmp_path / "killed").wait(60)
     assert ended.codes == [1, -signal.SIGKILL], ended.errs
     ended = ranks_of(2, [*words["b"], "--resume"], tmp_path / "again")

@@ -22,7 +22,6 @@ from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.rollouts import Answering, AnyPlan, RolloutPlan
 from mlx_lora.training.taught_answers import Scorer
 
-
 ROLLOUT = "rollout"  # the plan's phase in which answers are sampled
 
 
