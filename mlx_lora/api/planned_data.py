@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.data.loading import DataSplits, load_data
+from mlx_lora.data.teacher_rows import read_teacher_prompt
 from mlx_lora.models.load import check_highest
 from mlx_lora.models.outline import Outline
 from mlx_lora.models.tokenizer import load_folder_tokenizer
@@ -61,8 +62,8 @@ def read_splits(
         InputError: the data cannot be used.
     """
     tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)
-    records = objective_of(settings.objective).records
-    return load_data(settings.data, tokenizer._tokenizer, settings.loop.seed, say, today, records)
+    records, prompt = objective_of(settings.objective).records, read_teacher_prompt(settings.objective.teacher_prompt)
+    return load_data(settings.data, tokenizer._tokenizer, settings.loop.seed, say, today, records, prompt)
 
 
 def check_splits(settings: TrainSettings, splits: DataSplits, outline: Outline) -> None:

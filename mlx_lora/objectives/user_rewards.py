@@ -45,7 +45,7 @@ def rewards_of(settings: ObjectiveSettings) -> list[Reward]:
 
 def reward_files(settings: ObjectiveSettings) -> dict[str, str]:
     """Return a check sum of each file that a reward is read from; all ranks must have the same."""
-    if not settings.samples:
+    if not settings.rewarded:
         return {}
     found = {}
     for name in filter(None, (name.strip() for name in (settings.reward or "").split(","))):

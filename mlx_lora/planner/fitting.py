@@ -68,6 +68,7 @@ def run_of(settings: TrainSettings, rows: int, width: int, mode: str, slots: int
         optimizer=settings.optimizer.optimizer,
         dropout=settings.adapter.dropout > 0,
         accumulates=loop.grad_accumulation_steps * loop.batch_parts > 1,
+        teacher_top_k=settings.objective.teacher_top_k if settings.objective.objective == "distill" else None,
     )
 
 
@@ -195,7 +196,8 @@ def advice(
         flags = _nearest(settings, found, machine, width, most_rows)
         if flags is not None:
             return "try " + " and ".join(filter(None, [*words, " ".join(flags)]))
-    return "even short sequences and small batches do not fit: choose a smaller model"
+    smaller = "--teacher, or one with fewer bits" if shape.teacher is not None else "model"
+    return f"even short sequences and small batches do not fit: choose a smaller {smaller}"
 
 
 def _nearest(

@@ -157,6 +157,8 @@ class ModelShape:
         plain_loss: whether the loss needs the model's own logits for all positions.
         source_bytes: bytes of the stored weights if loading casts them; otherwise 0.
         not_known: kinds of blocks whose memory could not be read, each with the reason.
+        teacher: a model that is in memory beside the base, before the first step only; None: there is none.
+        teacher_stays: whether it is in memory during the whole run.
     """
 
     model_type: str
@@ -172,6 +174,8 @@ class ModelShape:
     plain_loss: bool = False
     source_bytes: int = 0
     not_known: tuple[str, ...] = ()
+    teacher: ModelShape | None = None
+    teacher_stays: bool = False
 
     @property
     def numbers(self) -> int:
@@ -273,6 +277,7 @@ class Run:
         optimizer: its name.
         dropout: whether dropout is applied to the adapters' inputs.
         accumulates: whether a step adds up the gradients of several micro-batches.
+        teacher_top_k: how many tokens of a teacher are compared at each trained position, 0: all; None: no teacher.
     """
 
     rows: int
@@ -282,6 +287,7 @@ class Run:
     optimizer: str = "adamw"
     dropout: bool = False
     accumulates: bool = False
+    teacher_top_k: int | None = None
 
     @property
     def positions(self) -> int:

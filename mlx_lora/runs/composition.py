@@ -29,6 +29,7 @@ from mlx_lora.planner.fitting import planned_words
 from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.planner.shapes import KernelTerms
 from mlx_lora.runs.adapting import adapt
+from mlx_lora.runs.distilling import Taught, with_teacher
 from mlx_lora.runs.reference import with_reference
 from mlx_lora.runs.sampled_answers import answering_of, form_of, shared_words
 from mlx_lora.runs.trunk_choice import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
@@ -47,11 +48,12 @@ from mlx_lora.training.objective_loss import Task, task_of
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.prefix_sharing import layout_problem, sharing_problem
-from mlx_lora.training.rollouts import AnyPlan, RolloutPlan
+from mlx_lora.training.rollouts import AnyPlan, RolloutPlan, loss_of_plan
 from mlx_lora.training.run_fit import adapted_shape, fit_run
 from mlx_lora.training.sharing import Sharing
 from mlx_lora.training.state import Position
 from mlx_lora.training.step import Step
+from mlx_lora.training.taught_answers import Scorer
 from mlx_lora.training.trainer import total_steps
 from mlx_lora.training.trial import choose_step_variant
 
@@ -69,6 +71,8 @@ class Composed:
         memory: the plan.
         words: lines for the run header; the last one, on what computes a step, is for --verbose.
         trunk: what it does with the output of its frozen blocks.
+        test: the test set, with what the objective compares it with; None: there is none.
+        scorer: the teacher of sampled answers, which stays in memory; None: there is none.
     """
 
     folder: RunFolder
@@ -80,6 +84,8 @@ class Composed:
     memory: MemoryPlan
     words: list[str]
     trunk: KeptTrunk
+    test: EncodedSet | None = None
+    scorer: Scorer | None = None
 
 
 @dataclass(frozen=True)
@@ -110,20 +116,18 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
         say: takes a line before something is measured, or if there is a problem.
 
     Raises:
-        InputError: an adapter that does not fit the base, a run that does not fit the machine, a checkpoint of another
-            run, ranks that are not one run, or a model that cannot be trained.
+        InputError: the adapter, a checkpoint or a rank does not belong to this run, or the machine cannot take it.
     """
     objective = objective_of(asked.objective)
-    other_reference = bool(objective.reference and asked.objective.reference_adapter)
-    if other_reference:
-        splits = splits.changed(lambda sets: with_reference(asked, base, sets, say, ranks))
+    taught = compared_with(asked, base, splits.sets, ranks, say)
+    splits = replace(splits, **taught.sets)
     mx.random.seed(asked.loop.seed)
     adapted, info = adapt(asked, base, splits.chat_template)
     found = find_checkpoint(asked.loop, ranks, say)
     chosen, layout = choose_layout(asked, base, splits.train, objective, found, say)
     settings, memory = fit_settings(layout.settled(asked), base, layout.of(splits), chosen)
-    if objective.reference and not other_reference:  # in batches that fit, so that its peak is below a step's
-        of = chosen.loss, chosen.kernels
+    if objective.reference and splits.train.reference is None:
+        of = chosen.loss, chosen.kernels  # in batches that fit, so that its peak is below a step's
         splits = splits.changed(lambda sets: with_reference(settings, base, sets, say, ranks, *of))
     fingerprint = splits.train.fingerprint  # of the rows apart, so that a run may be resumed whatever shares a row
     splits = layout.of(splits)
@@ -131,7 +135,7 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
     plan: Any = training_plan(loop, splits.train, epochs)
     form, memory = form_of(settings, base, memory, ranks, found.identity if found else None, say)
-    answering = answering_of(settings, base, objective, chosen.loss, say, form)
+    answering = answering_of(settings, base, objective, chosen.loss, say, form, taught.scorer)
     plan = RolloutPlan(plan, answering, ranks=ranks) if answering else plan
     steps = total_steps(plan, loop)
     held_out = choose_held_out(splits.valid, loop, plan, steps, found.identity if found else None)
@@ -141,7 +145,8 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     settings = replace(settings, loop=loop)
     device.compile_for(steps)
     identity = identity_of(settings, base.fingerprint, fingerprint, plan, epochs)
-    identity |= layout.identity | held_out.identity | ({} if whole_last_block(found) else PART_OF_LAST)
+    identity |= layout.identity | held_out.identity | taught.identity
+    identity |= {} if whole_last_block(found) else PART_OF_LAST
     passes = steps * loop.grad_accumulation_steps / len(plan)
     of_trunk = TrunkAsked(settings, base, plan, validation, passes, ranks, blocks_before(found, loop.cache_trunk))
     if found:
@@ -157,8 +162,25 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     at = found.position if found else Position()
     at.parts = max(at.parts, loop.batch_parts)
     words = describe_run(settings, base, adapted, plan, steps, details, about, held_out.words)
+    words[1:1] = [taught.words] if taught.words else []
     folder = RunFolder(settings, info, identity, ranks, step, at)
-    return Composed(folder, task, plan, validation, steps, found, memory, words, trunk)
+    return Composed(folder, task, plan, validation, steps, found, memory, words, trunk, splits.test, taught.scorer)
+
+
+def compared_with(
+    settings: TrainSettings, base: Base, sets: dict[str, EncodedSet], ranks: Ranks, say: Callable[[str], None]
+) -> Taught:
+    """Return the sets with what another adapter as the reference, or a teacher, says about their rows.
+
+    Args:
+        settings, ranks, say: as in `compose`.
+        base: not yet adapted: it may be the teacher, and the reference's adapter is put on it and taken off again.
+        sets: name -> rows; `test` is left out without --test.
+    """
+    sets = {name: rows for name, rows in sets.items() if name != "test" or settings.loop.test}
+    if objective_of(settings.objective).reference and settings.objective.reference_adapter:
+        sets = with_reference(settings, base, sets, say, ranks)
+    return with_teacher(settings, base, sets, say, ranks)
 
 
 # In the identity of every run since its version computes the last block where trained, if the model allows it.
@@ -314,6 +336,7 @@ def make_step(
     loss = variant.loss
     if objective.policy is not None:
         loss = at_temperature(loss, model, base.config, settings.objective.temp)
+    loss = loss_of_plan(objective, loss, base, of_trunk.plan)
     whole = task_of(objective, loss, model)
     trunk = choose_trunk(of_trunk, variant, objective)  # after the checkpointing, whose blocks it wraps
     task = trunk.for_steps(whole)

@@ -20,6 +20,7 @@ from mlx_lora.system.units import counted
 from mlx_lora.training.losses import Loss
 from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.rollouts import Answering, AnyPlan, RolloutPlan
+from mlx_lora.training.taught_answers import Scorer
 
 ROLLOUT = "rollout"  # the plan's phase in which answers are sampled
 
@@ -48,7 +49,7 @@ def form_of(
         return SamplingForm(), memory
     held = memory.phases.get(ROLLOUT, memory.phases["update"])  # or a little more than is held while sampling
     free = min(device.free_bytes(), memory.budget_bytes - held)
-    form = choose_sampling(base, settings.objective.group_size, free, ranks, identity, say)
+    form = choose_sampling(base, settings.objective.answers_per_prompt, free, ranks, identity, say)
     if not form.copied_bytes:
         return form, memory
     return form, memory.with_phase(ROLLOUT, {"base, adapter, sampling": held, "float copies": form.copied_bytes})
@@ -61,15 +62,27 @@ def answering_of(
     loss: Loss,
     say: Callable[[str], None],
     form: SamplingForm,
+    scorer: Scorer | None = None,
 ) -> Answering | None:
-    """Return what samples and rewards the answers of a run, None if its data have them.
+    """Return what samples the answers of a run, and rewards or scores them; None if its data have them.
+
+    Args:
+        settings, base, objective: of the run.
+        loss: of tokens, chosen for the base.
+        say: takes a line if a reward fails and is skipped.
+        form: what computes sampled tokens.
+        scorer: scores the answers as the teacher, if the objective has one.
 
     Raises:
         InputError: a reward cannot be loaded, or the model cannot hold several answers.
     """
-    if objective.policy is None:
+    if not objective.samples:
         return None
     check_groups(base.model, base.model_id)
+    if objective.distills is not None:
+        if scorer is None:
+            raise ValueError("sampled answers of a student without a teacher")
+        return Answering.of(base, settings, (), loss, say, form, scorer)
     loss = at_temperature(loss, base.model, base.config, settings.objective.temp)
     return Answering.of(base, settings, rewards_of(settings.objective), loss, say, form)
 
@@ -95,16 +108,20 @@ def shared_words(plan: RolloutPlan, accumulation: int, ranks: Ranks) -> list[str
 
 
 def sampled_plan(
-    settings: TrainSettings, base: Base, say: Callable[[str], None], ranks: Ranks = ALONE
+    settings: TrainSettings,
+    base: Base,
+    say: Callable[[str], None],
+    ranks: Ranks = ALONE,
+    scorer: Scorer | None = None,
 ) -> Callable[[BatchPlan, Loss], AnyPlan]:
     """Return what makes a plan with sampled answers of a plan of prompts; of other plans, the plan itself."""
 
     def answered(plan: BatchPlan, loss: Loss) -> AnyPlan:
         objective = objective_of(settings.objective)
-        if objective.policy is None:
+        if not objective.samples:
             return plan
-        form = choose_sampling(base, settings.objective.group_size, device.free_bytes(), ranks)
-        answering = answering_of(settings, base, objective, loss, say, form)
+        form = choose_sampling(base, settings.objective.answers_per_prompt, device.free_bytes(), ranks)
+        answering = answering_of(settings, base, objective, loss, say, form, scorer)
         return RolloutPlan(plan, answering, held_out=True) if answering else plan
 
     return answered

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.artifacts.adapter import CONFIG_FILE
 from mlx_lora.artifacts.run_folder import check_room, first_day, own_folder
 from mlx_lora.data.loading import DataSplits, load_data
+from mlx_lora.data.teacher_rows import read_teacher_prompt
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.objective_table import OBJECTIVES, objective_of
 from mlx_lora.objectives.user_rewards import rewards_of
 from mlx_lora.runs.adapting import put_adapter
-from mlx_lora.runs.composition import Composed, compose
+from mlx_lora.runs.composition import Composed, compared_with, compose
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
 from mlx_lora.runs.sampled_answers import sampled_plan
@@ -32,6 +34,7 @@ from mlx_lora.training.memory_guard import MemoryGuard
 from mlx_lora.training.progress import Progress
 from mlx_lora.training.run_fit import check_base_fits
 from mlx_lora.training.state import Diverged
+from mlx_lora.training.teacher import check_teacher
 from mlx_lora.training.trainer import Outcome, held_out_loss, train
 
 
@@ -66,25 +69,30 @@ def train_run(
             if trains:
                 check_base_fits(settings)  # an outline, without weights, which need not be read or downloaded in vain
             base = load_base(settings.model)
+    untrained = base
     if not trains:
+        untrained = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
         put_adapter(base, folder, settings.data, objective_of(settings.objective))
     with waiting("Reading the data", say):
         splits = read_data(settings, base, ranks, say)
-    outcome = Outcome(0, None, False)
+    outcome, test, scorer = Outcome(0, None, False), splits.test, None
     if trains:
         with own_folder(folder, ranks):
             with waiting("Preparing the run", say):
                 run = compose(settings, base, splits, ranks, say)
-            outcome = take_steps(run, base, splits, say, show, told)
-    if settings.loop.test and splits.test is not None and not outcome.interrupted:
+            outcome, test, scorer = take_steps(run, base, splits, say, show, told), run.test, run.scorer
+    elif test is not None:
+        taught = compared_with(settings, untrained, {"test": test}, ranks, say)
+        test, scorer = taught.sets["test"], taught.scorer
+    if settings.loop.test and test is not None and not outcome.interrupted:
         found = held_out_loss(
             base,
-            splits.test,
+            test,
             settings.loop,
             objective_of(settings.objective),
             ranks,
             say,
-            sampled_plan(settings, base, say, ranks),
+            sampled_plan(settings, base, say, ranks, scorer),
         )
         say(f"Test {loss_words(found)}")
     return outcome
@@ -98,7 +106,8 @@ def wants_training(settings: TrainSettings) -> bool:
 def check_request(settings: TrainSettings, ranks: Ranks) -> None:
     """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
     check_metric(settings)
-    if settings.objective.samples:
+    read_teacher_prompt(settings.objective.teacher_prompt)  # a file that is not there is told now
+    if settings.objective.rewarded:
         rewards_of(settings.objective)  # a user's file that does not load is told now
     loop, trains = settings.loop, wants_training(settings)
     needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}
@@ -151,7 +160,9 @@ def read_data(settings: TrainSettings, base: Base, ranks: Ranks, say: Callable[[
     """
     data, loop = settings.data, settings.loop
     objective = objective_of(settings.objective)
-    splits = load_data(data, base.hf_tokenizer, loop.seed, say, first_day(loop, ranks), objective.records)
+    check_teacher(settings, base.hf_tokenizer)
+    prompt = read_teacher_prompt(settings.objective.teacher_prompt)
+    splits = load_data(data, base.hf_tokenizer, loop.seed, say, first_day(loop, ranks), objective.records, prompt)
     splits = splits.changed(lambda sets: {name: objective.targets_of(rows) for name, rows in sets.items()})
     check_test_split(settings, splits)
     for rows in filter(None, (splits.train, splits.valid, splits.test)):
@@ -217,7 +228,7 @@ def take_steps(
     if page is not None:
         page.end(outcome.interrupted, say)
         leave_card(folder.path, base, folder.info, say)
-        say(outcome_line(settings.loop, outcome, best, settings.objective.samples))
+        say(outcome_line(settings.loop, outcome, best, settings.objective.rewarded))
         if not outcome.interrupted:
             say(closing_words(folder.path, settings, folder.info, page.report.samples))
     told.raise_failure(left_by(settings.loop, outcome))

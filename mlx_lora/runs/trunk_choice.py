@@ -174,7 +174,7 @@ def rows_problem(shared: bool, objective: Objective) -> str | None:
     """
     if shared:
         return "a row holds a prompt and several answers (--shared-prefix off gives each its own row)"
-    if objective.policy is not None:
+    if objective.samples:
         return "answers are sampled during the run"
     if objective.records == "rated":
         return "rated answers are also compared with others before each step"

@@ -23,8 +23,10 @@ BIASES = ("none", "lora_only", "all")
 QUANTIZED_MATMUL = ("auto", "packed", "dense")
 KERNELS = ("auto", "mlx", "ours")
 LOGGERS = ("tensorboard", "trackio", "wandb", "swanlab")
-SAMPLING = ("grpo", "rloo")  # objectives whose answers are sampled during the run
-WITHOUT_PAIRS = ("sft", "kto", *SAMPLING)  # objectives whose examples are not pairs of answers
+SAMPLING = ("grpo", "rloo")  # objectives whose answers are sampled during the run, and rewarded
+IMITATION = ("sft", "distill")  # objectives that train the answers of the data, token by token
+WITHOUT_PAIRS = (*IMITATION, "kto", *SAMPLING)  # objectives whose examples are not pairs of answers
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "sampled_kl")
 DEFAULT_BATCH_TOKENS = 2048
 
 # Headings of the help.
@@ -148,7 +150,8 @@ class ObjectiveSettings:
     objective: str = setting("sft",
         "What to train toward. sft: imitate answers; dpo, orpo, simpo, cpo: prefer the chosen answer of each pair; "
         "kto: answers rated good or bad; reward: a reward model, which scores answers; grpo, rloo: sample answers to "
-        "prompts, and learn from their rewards.", OBJECTIVE, common=True)
+        "prompts, and learn from their rewards; distill: give each token the probabilities that a teacher gives it.",
+        OBJECTIVE, common=True)
     loss_type: str = setting("sigmoid",
         "dpo: loss on the pairs, by TRL's names (sigmoid, hinge, ipo, apo_zero ...); several, by commas, are added. "
         "kto: kto or apo_zero_unpaired.", OBJECTIVE)
@@ -186,14 +189,14 @@ class ObjectiveSettings:
         OBJECTIVE, choices=("stop", "skip"), may_change=True)
     reward_timeout: float = setting(60.0, "Seconds that a reward may take for the answers of a batch.",
         OBJECTIVE, more_than=0, at_most=86400, may_change=True)
-    group_size: int = setting(8, "grpo, rloo: answers that are sampled to each prompt.",
-        OBJECTIVE, at_least=2, at_most=1024)
-    max_new_tokens: int = setting(256, "grpo, rloo: the most tokens of a sampled answer.",
+    group_size: int | None = setting(None, "grpo, rloo, --on-policy: answers that are sampled to each prompt (default 8; "
+        "with --on-policy 1).", OBJECTIVE, at_least=1, at_most=1024)
+    max_new_tokens: int = setting(256, "grpo, rloo, --on-policy: the most tokens of a sampled answer.",
         OBJECTIVE, at_least=1, at_most=10**6)
-    temp: float = setting(1.0, "grpo, rloo: temperature of sampling.", OBJECTIVE, more_than=0, at_most=100)
-    top_p: float = setting(1.0, "grpo, rloo: sample from the likeliest tokens with this probability together.",
+    temp: float = setting(1.0, "grpo, rloo, --on-policy: temperature of sampling.", OBJECTIVE, more_than=0, at_most=100)
+    top_p: float = setting(1.0, "grpo, rloo, --on-policy: sample from the likeliest tokens with this probability together.",
         OBJECTIVE, more_than=0, at_most=1)
-    min_p: float = setting(0.0, "grpo, rloo: leave out tokens less likely than this share of the likeliest one.",
+    min_p: float = setting(0.0, "grpo, rloo, --on-policy: leave out tokens less likely than this share of the likeliest one.",
         OBJECTIVE, at_least=0, at_most=1)
     grpo_loss: str = setting("dapo", "grpo: how the losses of tokens are averaged (grpo, bnpo, dapo, dr_grpo), or gspo, "
         "which takes one ratio for an answer.", OBJECTIVE, choices=("grpo", "bnpo", "dapo", "dr_grpo", "gspo"))
@@ -205,10 +208,26 @@ class ObjectiveSettings:
         OBJECTIVE, at_least=0, at_most=1000)
     scale_rewards: str = setting("group", "grpo: divide advantages by the standard deviation of the rewards of the "
         "prompt's group, of the whole batch, or not at all.", OBJECTIVE, choices=("group", "batch", "none"))
-    mask_truncated: bool = setting(False, "grpo, rloo: do not train answers that were cut at --max-new-tokens.",
+    mask_truncated: bool = setting(False, "grpo, rloo, --on-policy: do not train answers that were cut at --max-new-tokens.",
         OBJECTIVE)
-    updates_per_rollout: int = setting(1, "grpo, rloo: how often each sampled answer is trained on.",
+    updates_per_rollout: int = setting(1, "grpo, rloo, --on-policy: how often each sampled answer is trained on.",
         OBJECTIVE, at_least=1, at_most=1000)
+    teacher: str | None = setting(None,
+        "distill: the teacher, a model given as for --model and with the same tokenizer (default: --model itself, "
+        "untrained, which then needs --teacher-prompt).", OBJECTIVE, may_change=True, per_machine=True)
+    teacher_prompt: str | None = setting(None, "distill: text file that only the teacher sees, as a system message in "
+        "every chat.", OBJECTIVE, may_change=True, per_machine=True)
+    teacher_top_k: int = setting(64, "distill: keep the teacher's probabilities of this many likeliest tokens, and of all "
+        "others together; 0: of every token.", OBJECTIVE, at_least=0, at_most=10**6)
+    divergence: str | None = setting(None, "distill: what to lower. forward_kl: KL(teacher, student), reverse_kl: "
+        "KL(student, teacher), jsd: between the two, as in TRL's GKD; sampled_kl: with --on-policy, reverse_kl from the "
+        "sampled tokens alone (default forward_kl; with --on-policy reverse_kl).", OBJECTIVE, choices=DIVERGENCES)
+    jsd_beta: float = setting(0.5, "distill: place of --divergence jsd between forward_kl (0) and reverse_kl (1).",
+        OBJECTIVE, at_least=0, at_most=1)
+    distill_temp: float = setting(1.0, "distill: divide the logits of teacher and student by this.",
+        OBJECTIVE, more_than=0, at_most=100)
+    on_policy: bool = setting(False, "distill: sample the answers to the prompts in --data from the model as it is "
+        "trained; the teacher stays in memory.", OBJECTIVE)
 
     @property
     def rows_per_example(self) -> int:
@@ -217,13 +236,23 @@ class ObjectiveSettings:
         With --shared-prefix on, which a run sets when it has decided, a pair is one row.
         """
         if self.samples:
-            return self.group_size
-        return 1 if self.objective == "sft" or self.shared_prefix == "on" else 2
+            return self.answers_per_prompt
+        return 1 if self.objective in IMITATION or self.shared_prefix == "on" else 2
 
     @property
     def samples(self) -> bool:
         """Whether the answers are sampled during the run."""
+        return self.rewarded or self.on_policy
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether sampled answers are rewarded."""
         return self.objective in SAMPLING
+
+    @property
+    def answers_per_prompt(self) -> int:
+        """The number of answers that are sampled to each prompt."""
+        return self.group_size or (8 if self.rewarded else 1)
 
     @property
     def trained_rows_per_example(self) -> int:

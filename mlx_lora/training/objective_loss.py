@@ -24,8 +24,10 @@ from mlx_lora.data.encode import EncodedSet
 from mlx_lora.models.head import with_last_block
 from mlx_lora.objectives.objective import AnswerSums, Objective
 from mlx_lora.system.distributed import ALONE, Ranks
+from mlx_lora.training.distill_loss import distill_arrays
 from mlx_lora.training.losses import Arrays, Loss, LossFunction, TokenLosses
 from mlx_lora.training.policy_task import policy_arrays, policy_loss_of, prepared
+from mlx_lora.training.taught_answers import taught_arrays
 
 FIRST, SECOND = 0, 1  # rows of an example
 
@@ -99,6 +101,7 @@ class Task:
         prepare: brings all batches of a step into the form that the loss needs.
         reports: names of the sums that the loss returns in addition to its own.
         finish: see `Objective`.
+        rates: reads what a report of steps adds on the time since the last one.
     """
 
     loss: Loss
@@ -106,6 +109,7 @@ class Task:
     prepare: Callable[[list[Batch], Ranks], list[Batch]] = lambda batches, ranks: batches
     reports: tuple[str, ...] = ()
     finish: Callable[[dict[str, float]], dict[str, float]] = dict
+    rates: Callable[[], dict[str, float]] = dict
 
 
 def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
@@ -113,10 +117,14 @@ def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
 
     Args:
         objective: of the run.
-        loss: the loss of tokens, whose kernels are kept; a reward model has a loss of its own.
+        loss: the loss of tokens, whose kernels are kept; a reward model has a loss of its own. With a teacher, that of
+            distillation.
         model: the model that is trained or measured.
     """
     of_answers = objective.loss
+    if objective.distills is not None:
+        arrays = taught_arrays if objective.samples else distill_arrays
+        return Task(loss, arrays, reports=objective.reports, finish=objective.finish)
     if objective.policy is not None:
         whole = policy_loss_of(loss, objective.policy, objective.description)
         return Task(whole, policy_arrays, prepared, objective.reports, _only_numbers)

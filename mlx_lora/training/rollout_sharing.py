@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_lora.data.batches import Batch
+from mlx_lora.data.encoded_set import EncodedSet
 from mlx_lora.system.distributed import Ranks
 from mlx_lora.training.sharing import share_of
 
@@ -29,11 +30,13 @@ class Planned:
         batch: with room for the answers.
         facts: what rewards see of each prompt.
         rollout: its number, which decides the random streams.
+        rows: the set that the batch is of.
     """
 
     batch: Batch
     facts: Sequence[dict[str, Any]]
     rollout: int
+    rows: EncodedSet
 
 
 @dataclass(frozen=True)
@@ -92,18 +95,25 @@ def gathered(own: Sequence[Answered], dealt: Sequence[list[list[int]]], group: i
     return whole
 
 
-def of_own_rows(compute: Callable[[Batch], np.ndarray], batch: Batch, rows: np.ndarray, ranks: Ranks) -> np.ndarray:
-    """Return a float32 number for each target of a batch, (B, T), of which this rank computes only its own rows.
+def of_own_rows(
+    compute: Callable[[Batch], np.ndarray],
+    batch: Batch,
+    rows: np.ndarray,
+    ranks: Ranks,
+    depth: tuple[int, ...] = (),
+) -> np.ndarray:
+    """Return float32 numbers for each target of a batch, (B, T, *depth), of which this rank computes only its own rows.
 
     Args:
         compute: returns the numbers of a batch's targets.
         batch: the same on every rank.
         rows: of this rank; every row belongs to one rank, or to none if its numbers are 0.
         ranks: all ranks of the run.
+        depth: the shape of the numbers of one target.
     """
     if ranks.size == 1:
         return compute(batch)
-    found = np.zeros(batch.mask.shape, np.float32)
+    found = np.zeros((*batch.mask.shape, *depth), np.float32)
     if len(rows):
         found[rows] = compute(share_of(batch, rows))
     return np.array(ranks.sum(mx.array(found)))

@@ -1,8 +1,10 @@
 """Sample the answers that a step trains on: prompts in, a batch with answers, rewards and advantages out.
 
+Or, in place of rewards, with what a teacher says about the answers (training/taught_answers.py).
+
 A planned batch has G rows for each prompt, with room for answers (EncodedSet.with_room), so memory and shapes are known
-before the run. When the loop asks for a batch, the model as it is then answers its prompts, the rewards are computed, and
-the answers are put into the rows. What is sampled depends on the adapter, the seed and the batch's number only, so a
+before the run. When the loop asks for a batch, the model as it is then answers its prompts, the answers are put into the
+rows, and their rewards are computed. What is sampled depends on the adapter, the seed and the batch's number only, so a
 resumed run samples the same answers.
 
 The `grad_accumulation_steps` batches of a step are a cycle: they are answered together, several ranks divide their prompts
@@ -27,11 +29,13 @@ from mlx_lora.data.batches import EMPTY, Batch, BatchPlan
 from mlx_lora.models.group_sampling import SamplingOptions, answer_keys, sample_groups
 from mlx_lora.models.load import Base
 from mlx_lora.models.sampling_form import SamplingForm
+from mlx_lora.objectives.objective import Objective
 from mlx_lora.objectives.policy_losses import group_advantages, leave_one_out_advantages
 from mlx_lora.objectives.rewards import Reward
 from mlx_lora.objectives.user_rewards import rewards_for, summed
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.system.distributed import ALONE, Ranks
+from mlx_lora.training.distill_loss import distill_loss
 from mlx_lora.training.losses import Loss
 from mlx_lora.training.objective_loss import Task
 from mlx_lora.training.policy_task import (
@@ -44,6 +48,7 @@ from mlx_lora.training.policy_task import (
     token_logps,
 )
 from mlx_lora.training.rollout_sharing import Answered, Planned, deal_prompts, gathered, of_own_rows
+from mlx_lora.training.taught_answers import Scorer, taught_loss
 
 WIDTH_STEP = 32  # widths of batches of sampled answers are a multiple of this, so that few shapes occur
 HELD_OUT_STREAM = 1 << 40  # the numbers of rollouts on held-out prompts start here
@@ -80,6 +85,7 @@ class Answering:
         say: takes a line if a reward fails and is skipped.
         start: the adapter's parameters as the run began, with which the model is the reference.
         form: what computes sampled tokens.
+        scorer: scores answers as the teacher; None: they are rewarded.
         spent: time and tokens of sampling.
     """
 
@@ -90,6 +96,7 @@ class Answering:
     say: Callable[[str], None]
     start: dict[str, Any]
     form: SamplingForm = field(default_factory=SamplingForm)
+    scorer: Scorer | None = None
     spent: Spent = field(default_factory=Spent)
 
     @classmethod
@@ -101,18 +108,14 @@ class Answering:
         loss: Loss,
         say: Callable[[str], None],
         form: SamplingForm,
+        scorer: Scorer | None = None,
     ) -> Answering:
         """Return it for an adapted base that is not yet trained."""
-        return cls(base, settings, rewards, loss, say, base.model.trainable_parameters(), form)
+        return cls(base, settings, rewards, loss, say, base.model.trainable_parameters(), form, scorer)
 
     def reported(self, task: Task) -> Task:
         """Return a task whose steps also report the rate of sampling and its share of the time."""
-
-        def finish(means: dict[str, float]) -> dict[str, float]:
-            found = task.finish(means)
-            return found | self.spent.read() if "kl" in found else found
-
-        return replace(task, finish=finish)
+        return replace(task, rates=self.spent.read)
 
     def answer(self, planned: Sequence[Planned], trains: bool, ranks: Ranks = ALONE) -> list[Batch]:
         """Return planned batches with sampled answers in their rows.
@@ -132,7 +135,7 @@ class Answering:
             dealt = deal_prompts([len(one.facts) for one in planned], ranks.size)
             own = [self._answered(one, prompts[ranks.rank]) for one, prompts in zip(planned, dealt, strict=True)]
             start = time.perf_counter()
-            every = gathered(own, dealt, self.settings.objective.group_size, ranks)
+            every = gathered(own, dealt, self.settings.objective.answers_per_prompt, ranks)
             self.spent.seconds += time.perf_counter() - start  # until the slowest rank has sampled
             for note in (note for answered in every for note in answered.notes):
                 self.say(note)
@@ -144,6 +147,8 @@ class Answering:
     def _answered(self, planned: Planned, prompts: list[int]) -> Answered:
         """Sample answers to some prompts of a batch, and reward them."""
         answers = self._sample(planned.batch, np.flatnonzero(planned.batch.real), planned.rollout, prompts)
+        if self.scorer is not None:
+            return Answered(answers, np.zeros(len(answers)))
         notes: list[str] = []
         rewards = self._rewards([planned.facts[prompt] for prompt in prompts], answers, notes.append)
         return Answered(answers, rewards, notes)
@@ -154,9 +159,12 @@ class Answering:
         rows = np.flatnonzero(batch.real)
         self.spent.tokens += sum(map(len, answered.answers))
         filled = self._filled(batch, rows, answered.answers)
-        if trains and (objective.updates_per_rollout > 1 or objective.kl_beta):
-            own = np.flatnonzero(filled.real).reshape(-1, filled.group)[prompts].ravel()
+        own = np.flatnonzero(filled.real).reshape(-1, filled.group)[prompts].ravel()
+        of_old = self.scorer is None or self.scorer.uses_old
+        if trains and of_old and (objective.updates_per_rollout > 1 or objective.kl_beta):
             filled = self._with_logps(filled, own, ranks)
+        if self.scorer is not None:
+            return self.scorer.scored(filled, planned.rows, own, ranks)
         return self._with_rewards(filled, rows, answered.rewards)
 
     def _sample(self, batch: Batch, rows: np.ndarray, rollout: int, chosen: list[int]) -> list[list[int]]:
@@ -207,7 +215,7 @@ class Answering:
         """Return the reward of each answer, (A,) float64, NaN without one."""
         if not answers:
             return np.zeros(0)
-        tokenizer, group = self.base.hf_tokenizer, self.settings.objective.group_size
+        tokenizer, group = self.base.hf_tokenizer, self.settings.objective.answers_per_prompt
         texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
         of_rows = [fact for fact in facts for _ in range(group)]
         completions = [
@@ -294,6 +302,11 @@ class RolloutPlan:
         return self._updates
 
     @property
+    def scorer(self) -> Scorer | None:
+        """What scores the answers as the teacher; None: they are rewarded."""
+        return self._answering.scorer
+
+    @property
     def rows(self) -> Any:
         """The prompts' rows."""
         return self.prompts.rows
@@ -334,8 +347,24 @@ class RolloutPlan:
             raise ValueError("a plan of other rows than prompts")
         numbers = batch.numbers[:: batch.group]
         facts = [self.prompts.rows.facts[number // batch.group] for number in numbers if number != EMPTY]
-        return Planned(batch, facts, rollout)
+        return Planned(batch, facts, rollout, self.prompts.rows)
 
 
 AnyPlan = BatchPlan | RolloutPlan
 """Batches whose answers are in the data, or are sampled."""
+
+
+def loss_of_plan(objective: Objective, loss: Loss, base: Base, plan: AnyPlan) -> Loss:
+    """Return the loss that an objective computes of a plan's tokens.
+
+    Args:
+        objective: of the run.
+        loss: of tokens, chosen for the model.
+        base: the model that is trained or measured.
+        plan: its batches; what a teacher says about them is in the data, or comes with the answers.
+    """
+    if objective.distills is None:
+        return loss
+    if isinstance(plan, RolloutPlan) and plan.scorer is not None:
+        return taught_loss(loss, base.model, base.config, plan.scorer.options, objective.description)
+    return distill_loss(loss, base.model, base.config, objective.distills, plan.rows, objective.description)

@@ -27,7 +27,7 @@ from mlx_lora.training.losses import Loss, choose_loss
 from mlx_lora.training.memory_guard import MemoryGuard
 from mlx_lora.training.objective_loss import Task, task_of
 from mlx_lora.training.progress import Metrics
-from mlx_lora.training.rollouts import AnyPlan
+from mlx_lora.training.rollouts import AnyPlan, loss_of_plan
 from mlx_lora.training.state import Diverged, Position
 from mlx_lora.training.step import Step, StepResult
 
@@ -175,8 +175,8 @@ def held_out_loss(
         answered: makes a plan whose answers are sampled, if the objective samples them.
     """
     loss = choose_loss(base.model, base.config, settings.kernels)
-    task = task_of(objective, loss, base.model)
     plan = answered(held_out_plan(rows, settings), loss)
+    task = task_of(objective, loss_of_plan(objective, loss, base, plan), base.model)
     count = len(plan) if settings.test_batches < 0 else min(len(plan), settings.test_batches)
     batches = plan.batches(settings.test_batches, ranks.rank, ranks.size)
     if ranks.size == 1:
@@ -325,7 +325,7 @@ def _metrics(
     count = sum(r.count.item() for r in good)
     loss = sum(r.loss_sum.item() for r in good) / count if count else math.nan
     reports = {name: sum(r.reports[name].item() for r in good) / count for name in task.reports} if count else {}
-    reports = task.finish(reports) if reports else measured.reports if measured else {}
+    reports = task.finish(reports) | task.rates() if reports else measured.reports if measured else {}
     return Metrics(
         step=taken,
         epoch=round(epoch, 4),

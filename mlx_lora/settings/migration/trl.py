@@ -1,4 +1,5 @@
-"""Read the settings file of TRL's commands: `trl dpo --config`, `trl kto`, `trl reward`, `trl grpo`, `trl rloo`, `trl sft`.
+"""Read the settings file of TRL's commands: `trl dpo --config`, `trl kto`, `trl reward`, `trl grpo`, `trl rloo`, `trl sft`;
+and of its GKDTrainer.
 
 The file does not say which command it is for; --objective says so, or else keys that only one command has. For what the
 file leaves out, TRL's defaults are used if they change the result: the model itself is trained unless use_peft is set,
@@ -10,16 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_lora.settings.migration import hf, sampling_keys
+from mlx_lora.settings.migration import hf, sampling_keys, trl_distill
 from mlx_lora.settings.migration.column_keys import take_columns
 from mlx_lora.settings.migration.preference_keys import OPTIONS, put_objective, say_plain_simpo, trains_on_chats
 from mlx_lora.settings.migration.sheet import Dialect, Sheet
 
 MARKS = ("dataset_name", "dataset_train_split", "dataset_test_split", "use_peft", "lora_target_modules", "datasets")
 # Keys of commands that we do not have.
-SAMPLING = ("reward_model_path", "teacher_model_name_or_path")
+SAMPLING = ("reward_model_path",)
 # Objective -> keys that only its configuration has; the first that a file has decides.
 OWN_KEYS = {
+    trl_distill.NAME: trl_distill.OWN_KEYS,
     "rloo": ("normalize_advantages", "reward_clip_range"),
     "grpo": (
         *("reward_funcs", "num_generations", "num_iterations", "scale_rewards", "importance_sampling_level"),
@@ -37,7 +39,7 @@ CHAT_LOSSES = ("nll", "chunked_nll", "dft")  # of `trl sft`
 # Defaults of answers that differ from ours.
 GRPO = {"group_size": 8, "max_new_tokens": 512}
 RLOO = {"group_size": 2, "max_new_tokens": 512, "kl_beta": 0.05}
-LEARNING_RATES = {"sft": 2e-5, "reward": 1e-4}
+LEARNING_RATES = {"sft": 2e-5, "distill": 2e-5, "reward": 1e-4}
 LEARNING_RATE = 1e-6
 OWN_NAMES = ("loss_type", "loss_weights", "beta", "label_smoothing", "rpo_alpha", "discopop_tau", "simpo_gamma",
              "cpo_alpha", "desirable_weight", "undesirable_weight")  # fmt: skip
@@ -57,6 +59,10 @@ def read_kind(sheet: Sheet) -> None:
                 f"{key}: only trl sft, dpo, kto, reward, grpo and rloo are supported, and ORPO and CPO; use TRL for it"
             )
     objective, key = _objective(sheet)
+    if objective == trl_distill.NAME:
+        sheet.put("objective", objective, key)
+        trl_distill.read_distill(sheet)
+        return
     if sampling_keys.reads(objective):
         read_sampling(sheet, objective, key)
         return
@@ -98,7 +104,7 @@ def read_sampling(sheet: Sheet, objective: str, key: str) -> None:
 
 def _objective(sheet: Sheet) -> tuple[str, str]:
     """Return the objective and the key that decides it."""
-    if sheet.objective in OPTIONS:
+    if sheet.objective in (*OPTIONS, trl_distill.NAME):
         return sheet.objective, "objective"
     losses = sheet.rest.get("loss_type")
     own = OWN_KEYS if losses not in CHAT_LOSSES else {}
@@ -107,7 +113,8 @@ def _objective(sheet: Sheet) -> tuple[str, str]:
         if objective == "kto" and losses in ("kto", "apo_zero_unpaired"):
             key = "loss_type"
         if key:
-            sheet.note(f"{key}: read as a file of trl {objective}; --objective chooses another")
+            of = "TRL's GKDTrainer" if objective == trl_distill.NAME else f"trl {objective}"
+            sheet.note(f"{key}: read as a file of {of}; --objective chooses another")
             return objective, key
     sheet.note("read as a file of trl sft; give --objective dpo, kto, reward, grpo or rloo for those commands")
     return "sft", "objective"
@@ -166,7 +173,7 @@ def read_data(sheet: Sheet) -> None:
         own = [key for key in ("assistant_only_loss", "completion_only_loss") if sheet.take(key)]
         if whole or own:
             sheet.put("mask_prompt", not whole, own[0] if own else "completion_only_loss")
-        else:
+        elif sheet.found.get("objective") != trl_distill.NAME:  # GKD trains on answers
             sheet.note("trl sft trains on whole dialogues, here only on answers; --no-mask-prompt trains on everything")
 
 
