@@ -34,11 +34,13 @@ class Prompt:
         example: the prompt as a conversation or a completion, with the record's own answer or a stand-in.
         columns: the record's columns, for rewards; `answer` is its answer, if it has one under any usual name.
         chat: whether the record has the prompt as messages; rewards then get messages, as in TRL.
+        answered: whether the record has an answer of its own.
     """
 
     example: Conversation | Completion
     columns: dict[str, Any]
     chat: bool
+    answered: bool = False
 
 
 def parse_prompt(record: Record) -> Prompt:
@@ -56,7 +58,16 @@ def parse_prompt(record: Record) -> Prompt:
     columns = dict(record)
     if answered is not None and "answer" not in columns:
         columns["answer"] = _answer_of(answered)
-    return Prompt(example, columns, chat)
+    return Prompt(example, columns, chat, answered is not None)
+
+
+def with_answer(prompt: Prompt, text: str) -> Record:
+    """Return a prompt as a record with this answer in place of its own or the stand-in, which imitation reads."""
+    example = prompt.example
+    if isinstance(example, Completion):
+        return {"prompt": example.prompt, "completion": text}
+    record: Record = {"messages": [*_before_answer(example), {"role": "assistant", "content": text}]}
+    return record | ({"tools": example.tools} if example.tools else {})
 
 
 def prompt_of(prompt: Prompt) -> str | list[Message]:
