@@ -6,7 +6,7 @@ score of the answer replaces the log-probability. A method (LoRA, DoRA ...) deci
 is trained toward; every method works with every objective.
 
     records    rows of an example     loss is a mean over
-    examples   the example            tokens                imitation (sft), which needs none of this
+    examples   the example            tokens                imitation (sft, distill), which needs none of this
     pairs      chosen, rejected       pairs
     rated      answer, another        answers
     prompts    G sampled answers      answers
@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlx_lora.data.encoded_set import EncodedSet
+from mlx_lora.objectives.divergences import DivergenceOptions
 from mlx_lora.objectives.policy_losses import PolicyOptions
 
 
@@ -74,6 +75,7 @@ class Objective:
         divergence: whether the loss needs the mean log-ratio of policy to reference on each example's second row. No
             gradient goes through it, so that row is not trained (KTO).
         policy: the loss of answers that are sampled during the run; None: the data have the answers.
+        distills: how tokens are compared with a teacher's; None: there is no teacher.
         room: how many answers are sampled to a prompt, and the most tokens of one.
         reports: names of the numbers that the loss reports.
         finish: turns the means of these numbers into the numbers that users see.
@@ -88,6 +90,7 @@ class Objective:
     divergence: bool = False
     scores: bool = False
     policy: PolicyOptions | None = None
+    distills: DivergenceOptions | None = None
     room: tuple[int, int] = (1, 0)
     reports: tuple[str, ...] = ()
     finish: Callable[[dict[str, float]], dict[str, float]] = dict

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 import mlx.core as mx
 
 from mlx_lora.objectives import pair_losses
+from mlx_lora.objectives.divergences import DivergenceOptions
 from mlx_lora.objectives.objective import AnswerSums, Objective
 from mlx_lora.objectives.pair_losses import PAIR_LOSSES, PairLoss, PairOptions, Pairs
 from mlx_lora.objectives.policy_losses import PolicyOptions
@@ -23,6 +24,8 @@ POLICY_REPORTS = ("reward", "length", "truncated", "kl", "clipped")
 # Settings of objectives that sample answers.
 OF_SAMPLING = ("reward", "reward_weights", "reward_errors", "reward_timeout", "group_size", "max_new_tokens", "temp",
     "top_p", "min_p", "epsilon", "epsilon_high", "kl_beta", "mask_truncated", "updates_per_rollout")  # fmt: skip
+DISTILL_REPORTS = ("kl",)
+OF_TEACHER = ("teacher", "teacher_prompt", "teacher_top_k", "divergence", "jsd_beta", "distill_temp", "on_policy")
 PAIR_REPORTS = (*REWARD_REPORTS, "chosen_logps", "rejected_logps")
 
 
@@ -147,6 +150,18 @@ def _policy(settings: ObjectiveSettings) -> Objective:
     return Objective(name, "prompts", words, reports=POLICY_REPORTS, policy=options, room=room)
 
 
+def _distill(settings: ObjectiveSettings) -> Objective:
+    if settings.on_policy:
+        raise InputError("--on-policy: not built yet; leave it out to train on the answers in --data")
+    options = DivergenceOptions(
+        settings.divergence, settings.jsd_beta, settings.distill_temp, settings.teacher_top_k
+    )
+    words = f"distill: {settings.divergence}"
+    words += f" {settings.jsd_beta:g}" if settings.divergence == "jsd" else ""
+    words += f", temperature {settings.distill_temp:g}" if settings.distill_temp != 1 else ""
+    return Objective("distill", description=words, distills=options, reports=DISTILL_REPORTS)
+
+
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Objective]] = {
     "sft": _sft,
     "dpo": _dpo,
@@ -157,6 +172,7 @@ OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Objective]] = {
     "reward": _reward,
     "grpo": _policy,
     "rloo": _policy,
+    "distill": _distill,
 }
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # the losses of DPO's family that use --label-smoothing
 # Options that only some objectives use; with any other objective they are refused, because they would be ignored.
@@ -178,6 +194,7 @@ OWN_OPTIONS = {
     "grpo_loss": ("grpo",),
     "scale_rewards": ("grpo",),
     **dict.fromkeys(OF_SAMPLING, SAMPLING),
+    **dict.fromkeys(OF_TEACHER, ("distill",)),
 }
 
 

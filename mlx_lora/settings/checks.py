@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
-from mlx_lora.settings.config import LOGGERS, ROWS, SAMPLING, WITHOUT_PAIRS
+from mlx_lora.settings.config import IMITATION, LOGGERS, ROWS, SAMPLING, WITHOUT_PAIRS
 from mlx_lora.settings.methods import PRESETS
 from mlx_lora.settings.setting_row import flag_of
 
@@ -47,7 +47,29 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
     loggers = [name.strip().lower() for name in (settings["report_to"] or "").split(",")]
     if settings["report_to"] and not set(loggers) <= set(LOGGERS):
         problems.append(f"--report-to {settings['report_to']}: only {', '.join(LOGGERS)}, by comma")
-    return problems + _data_problems(settings) + _validation_problems(settings) + _rollout_problems(settings)
+    problems += _data_problems(settings) + _validation_problems(settings)
+    return problems + _rollout_problems(settings) + _teacher_problems(settings)
+
+
+def _teacher_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return the problems of a run with a teacher."""
+    problems = []
+    if settings["objective"] != "distill":
+        return problems  # the objective refuses settings of a teacher
+    if not settings["teacher"] and not settings["teacher_prompt"]:
+        problems.append(
+            "--objective distill without a teacher: give --teacher MODEL, or --teacher-prompt FILE to make the untrained "
+            "model with that prompt the teacher"
+        )
+    if settings["jsd_beta"] != 0.5 and settings["divergence"] != "jsd":
+        problems.append(
+            f"--jsd-beta with --divergence {settings['divergence']}: only --divergence jsd uses it; leave it out"
+        )
+    if settings["teacher_prompt"] and not settings["mask_prompt"]:
+        problems.append(
+            "--no-mask-prompt with --teacher-prompt: the two see other prompts, so only answers can be compared; leave it out"
+        )
+    return problems
 
 
 def _rollout_problems(settings: Mapping[str, Any]) -> list[str]:
@@ -79,12 +101,12 @@ def _data_problems(settings: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"--pairs {settings['pairs']} with --objective {objective}: it reads no pairs; leave --pairs out"
         )
-    if objective != "sft" and settings["data_format"] != "auto":
+    if objective not in IMITATION and settings["data_format"] != "auto":
         problems.append(
             f"--data-format {settings['data_format']} with --objective {objective}: the format of preference data is "
             "recognized by its keys; leave out --data-format"
         )
-    if objective != "sft" and not settings["mask_prompt"]:
+    if objective not in IMITATION and not settings["mask_prompt"]:
         problems.append(f"--no-mask-prompt with --objective {objective}: only answers are trained; leave it out")
     return problems
 
@@ -98,7 +120,7 @@ def _column_problems(settings: Mapping[str, Any]) -> list[str]:
         problems.append(f"{flags} with --data-format {settings['data_format']}: the columns tell it; leave it out")
     read = ("prompt_column", "system_column") if objective not in WITHOUT_PAIRS else COLUMNS
     read = [name for name in read if objective != "kto" or name != "text_column"]
-    if objective != "sft" and (unread := [flag_of(name) for name in given if name not in read]):
+    if objective not in IMITATION and (unread := [flag_of(name) for name in given if name not in read]):
         problems.append(f"{' and '.join(unread)} with --objective {objective}: it reads no such column; leave it out")
     try:
         turn_names(settings["turn_names"])

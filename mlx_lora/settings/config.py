@@ -24,7 +24,9 @@ QUANTIZED_MATMUL = ("auto", "packed", "dense")
 KERNELS = ("auto", "mlx", "ours")
 LOGGERS = ("tensorboard", "trackio", "wandb", "swanlab")
 SAMPLING = ("grpo", "rloo")  # objectives whose answers are sampled during the run
-WITHOUT_PAIRS = ("sft", "kto", *SAMPLING)  # objectives whose examples are not pairs of answers
+IMITATION = ("sft", "distill")  # objectives that train the answers of the data, token by token
+WITHOUT_PAIRS = (*IMITATION, "kto", *SAMPLING)  # objectives whose examples are not pairs of answers
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 DEFAULT_BATCH_TOKENS = 2048
 
 # Headings of the help.
@@ -148,7 +150,8 @@ class ObjectiveSettings:
     objective: str = setting("sft",
         "What to train toward. sft: imitate answers; dpo, orpo, simpo, cpo: prefer the chosen answer of each pair; "
         "kto: answers rated good or bad; reward: a reward model, which scores answers; grpo, rloo: sample answers to "
-        "prompts, and learn from their rewards.", OBJECTIVE, common=True)
+        "prompts, and learn from their rewards; distill: give each token the probabilities that a teacher gives it.",
+        OBJECTIVE, common=True)
     loss_type: str = setting("sigmoid",
         "dpo: loss on the pairs, by TRL's names (sigmoid, hinge, ipo, apo_zero ...); several, by commas, are added. "
         "kto: kto or apo_zero_unpaired.", OBJECTIVE)
@@ -209,6 +212,22 @@ class ObjectiveSettings:
         OBJECTIVE)
     updates_per_rollout: int = setting(1, "grpo, rloo: how often each sampled answer is trained on.",
         OBJECTIVE, at_least=1, at_most=1000)
+    teacher: str | None = setting(None,
+        "distill: the teacher, a model given as for --model and with the same tokenizer (default: --model itself, "
+        "untrained, which then needs --teacher-prompt).", OBJECTIVE, may_change=True, per_machine=True)
+    teacher_prompt: str | None = setting(None,
+        "distill: text file that only the teacher sees, as a system message in every chat.",
+        OBJECTIVE, may_change=True, per_machine=True)
+    teacher_top_k: int = setting(64, "distill: keep the teacher's probabilities of this many likeliest tokens, and of all "
+        "others together; 0: of every token.", OBJECTIVE, at_least=0, at_most=10**6)
+    divergence: str = setting("forward_kl", "distill: what to lower. forward_kl: KL(teacher, student), reverse_kl: "
+        "KL(student, teacher), jsd: between the two, as in TRL's GKD.", OBJECTIVE, choices=DIVERGENCES)
+    jsd_beta: float = setting(0.5, "distill: place of --divergence jsd between forward_kl (0) and reverse_kl (1).",
+        OBJECTIVE, at_least=0, at_most=1)
+    distill_temp: float = setting(1.0, "distill: divide the logits of teacher and student by this.",
+        OBJECTIVE, more_than=0, at_most=100)
+    on_policy: bool = setting(False, "distill: train on answers that the model itself samples, and the teacher scores.",
+        OBJECTIVE)
 
     @property
     def rows_per_example(self) -> int:
@@ -218,7 +237,7 @@ class ObjectiveSettings:
         """
         if self.samples:
             return self.group_size
-        return 1 if self.objective == "sft" or self.shared_prefix == "on" else 2
+        return 1 if self.objective in IMITATION or self.shared_prefix == "on" else 2
 
     @property
     def samples(self) -> bool:
