@@ -96,13 +96,13 @@ def load_data(
     for one in sets:
         if "train" not in one.splits:
             raise InputError(f"--data {one.name} has no train file, only {', '.join(one.splits)}; add train.jsonl")
-    day = _day(settings, tokenizer, today)
+    day = chat_day(settings, tokenizer, today)
     folder = entry_folder(f"{records} splits", _paths(sets), settings, tokenizer, seed, day, _mixed(sets))
     with one_at_a_time(folder):  # ranks on one machine encode once
         return replace(_read_or_make_splits(folder, sets, settings, tokenizer, seed, say, day, records), chat_day=day)
 
 
-def _day(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, today: date | None) -> date | None:
+def chat_day(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, today: date | None) -> date | None:
     """Return the day that the chat template shows, or None if it shows none.
 
     Raises:
@@ -174,7 +174,7 @@ def _make_splits(
     records: str,
 ) -> DataSplits:
     parts, train_parts = read_sets(sets, settings, records)
-    encoder, template, origin = _make_encoder(parts.values(), settings, tokenizer, day)
+    encoder, template, origin = make_encoder(parts.values(), settings, tokenizer, day)
     encoded = {name: _encode(rows, encoder, say) for name, rows in parts.items()}
     _check(settings, parts, encoded)
 
@@ -250,7 +250,7 @@ def load_eval_set(
             raise InputError(f"--data {one.name}={one.weight:g}: a weight is for training; leave it out")
         if name not in one.splits:
             raise InputError(f"--data {one.name} has no {name} file, and others have; name the files themselves")
-    day = _day(settings, tokenizer, None)
+    day = chat_day(settings, tokenizer, None)
     chosen = {name: files[name]}
     folder = entry_folder(f"{records} evaluation", chosen, settings, tokenizer, 0, day, _mixed(sets))
     cached = records != UNCACHED
@@ -260,7 +260,7 @@ def load_eval_set(
         return entry[0][name]
     settings = replace(settings, data=data)
     parts = {EVALUATION: read_rows([file for one in sets for file in one.splits[name]], settings, records)}
-    encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer, day)
+    encoder, _, _ = make_encoder(parts.values(), settings, tokenizer, day)
     encoded = {EVALUATION: _encode(parts[EVALUATION], encoder, say)}
     _check(settings, parts, encoded)
     notes = evaluation_notes(parts[EVALUATION], encoded[EVALUATION])
@@ -271,7 +271,7 @@ def load_eval_set(
     return encoded[EVALUATION].rows
 
 
-def _make_encoder(
+def make_encoder(
     parts: Collection[Rows], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, day: date | None
 ) -> tuple[Encoder, str | None, str]:
     """Return the encoder, the template's text (None if all data is plain text), and the template's origin."""

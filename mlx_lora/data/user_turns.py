@@ -37,10 +37,18 @@ class UserTurn:
     Attributes:
         before: the tokens that come before it.
         ends: the tokens that end it.
+        specials: all special tokens; any other than an end begins another turn.
     """
 
     before: list[int]
     ends: frozenset[int]
+    specials: frozenset[int]
+
+    def read(self, tokens: list[int], tokenizer: Any) -> tuple[str, bool]:
+        """Return a turn that the model wrote as text, and whether the model ended it; empty if it is not a single turn."""
+        ended = bool(tokens) and tokens[-1] in self.ends
+        said = tokens[:-1] if ended else tokens
+        return ("" if self.specials.intersection(said) else str(tokenizer.decode(said))), ended
 
 
 def user_turn(
@@ -69,7 +77,7 @@ def user_turn(
             f"no --data: the chat template refuses a chat that begins with a user ({error}); {ADVICE}"
         ) from error
     opening, found, closing = text.partition(MARK)
-    specials = {number for number, token in _added(tokenizer).items() if token.special}
+    specials = frozenset(number for number, token in _added(tokenizer).items() if token.special)
     before = _encoded(tokenizer, opening)
     after = _encoded(tokenizer, closing.lstrip())
     if not found or specials.isdisjoint(before) or not after or after[0] not in specials:
@@ -77,7 +85,7 @@ def user_turn(
             "no --data: the chat template has no special token at the beginning and the end of a user's turn, so the model "
             f"cannot write prompts itself; {ADVICE}"
         )
-    return UserTurn(before, ends | {after[0]})
+    return UserTurn(before, ends | {after[0]}, specials)
 
 
 def _added(tokenizer: Any) -> dict[int, Any]:

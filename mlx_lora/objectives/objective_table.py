@@ -24,6 +24,7 @@ POLICY_REPORTS = ("reward", "length", "truncated", "kl", "clipped")
 # Settings of objectives that sample answers.
 OF_SAMPLING = ("reward", "reward_weights", "reward_errors", "reward_timeout", "group_size", "max_new_tokens", "temp",
     "top_p", "min_p", "epsilon", "epsilon_high", "kl_beta", "mask_truncated", "updates_per_rollout")  # fmt: skip
+OF_WRITING = ("max_new_tokens", "temp", "top_p", "min_p")  # these are used for a teacher's answers too
 DISTILL_REPORTS = ("kl",)
 OF_TEACHER = ("teacher", "teacher_prompt", "teacher_top_k", "divergence", "jsd_beta", "distill_temp", "on_policy")
 PAIR_REPORTS = (*REWARD_REPORTS, "chosen_logps", "rejected_logps")
@@ -194,6 +195,8 @@ OWN_OPTIONS = {
     "grpo_loss": ("grpo",),
     "scale_rewards": ("grpo",),
     **dict.fromkeys(OF_SAMPLING, SAMPLING),
+    **dict.fromkeys(OF_WRITING, (*SAMPLING, "distill")),
+    "own_prompts": ("distill",),
     **dict.fromkeys(OF_TEACHER, ("distill",)),
 }
 

@@ -1,0 +1,275 @@
+"""Let a teacher write the answers of a distillation whose data are prompts alone, or that has no data.
+
+    <cache>/answers/<key>/written.jsonl          a line for each answer, as soon as its batch is done
+                          data/train.jsonl ...   the records to train on, with valid and test if the prompts have them
+
+The run's folder gets a copy of `data` under the name `written`: it can be read, edited and given as --data. A resumed run
+reads its own copy. The key covers everything that decides the answers; those of a run that was stopped are not written
+again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_lora.data.loading import chat_day, make_encoder
+from mlx_lora.data.prompt_records import Prompt, encode_prompts, with_answer
+from mlx_lora.data.prompts_only import (
+    has_unanswered,
+    read_prompts,
+    seen_by_teacher,
+    write_records,
+    written_data,
+)
+from mlx_lora.data.reading import Rows
+from mlx_lora.models.batch_writing import write_texts
+from mlx_lora.models.group_sampling import answer_keys
+from mlx_lora.models.load import Base
+from mlx_lora.objectives.objective_table import OF_WRITING
+from mlx_lora.runs.own_prompts import own_prompts, sampling_options
+from mlx_lora.settings.config import DataSettings, LoopSettings, ObjectiveSettings, TrainSettings
+from mlx_lora.settings.setting_row import flag_of
+from mlx_lora.system import device
+from mlx_lora.system.cache import cache_dir
+from mlx_lora.system.distributed import Ranks
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.files import one_at_a_time, replacing_folder, sha256_of
+from mlx_lora.system.long_task import long_task
+from mlx_lora.training.teacher import load_teacher
+
+VERSION = 1  # of how answers are written; a higher one leaves older ones unused
+STREAM = 1 << 41  # the number of the answers' random streams
+WRITTEN = "written"  # the folder's name in a run's folder
+DISTILL = "distill"
+
+
+@dataclass(frozen=True)
+class Taught:
+    """The data of a run, after a teacher has answered what had no answer.
+
+    Attributes:
+        data: settings that name it.
+        folder: of what was written for the run; None: nothing was.
+        words: what reports call the data, if something was written.
+    """
+
+    data: DataSettings
+    folder: Path | None = None
+    words: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a teacher wrote: its text, how many tokens it has, and whether the teacher ended it."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+def taught(
+    settings: TrainSettings, base: Base, ranks: Ranks, say: Callable[[str], None], today: date, trains: bool = True
+) -> Taught:
+    """Return the data of a run; what a teacher or the base has to write first is written here.
+
+    Args:
+        settings: of the run.
+        base: without an adapter, unless nothing is trained.
+        ranks: the processes of the run; more than one cannot write.
+        say: takes lines of progress, and what was written.
+        today: the day for templates that show the date.
+        trains: whether the run trains. If not, only what its run folder holds is read.
+
+    Raises:
+        InputError: the data, the model or the settings do not permit it.
+    """
+    data, objective = settings.data, settings.objective
+    if objective.objective != DISTILL or not (data.data is None or objective.on_policy or has_unanswered(data)):
+        _refuse_sampling(objective)
+        return Taught(data)
+    if objective.on_policy and data.data is not None:
+        return Taught(data)  # the student answers
+    words = f"{data.data or 'prompts that the model wrote'}{'' if objective.on_policy else ', answered by the teacher'}"
+    if (kept := kept_folder(settings.loop, trains)) is not None:
+        return Taught(written_data(data, kept), kept, words)
+    if not trains:
+        raise InputError(
+            f"--no-train: {settings.loop.adapter_path} has no answers of a teacher; give --data with answers, such as "
+            f"the folder {WRITTEN} of another run"
+        )
+    if ranks.size > 1:
+        raise InputError(
+            f"--objective distill in {ranks.size} processes: only one can write the answers; train one step in a single "
+            f"process, then give the folder {WRITTEN} of that run as --data"
+        )
+    if data.data is None:
+        file = own_prompts(settings, base, say, today)
+        data = written_data(data, file)
+        if objective.on_policy:
+            return Taught(data, file.parent, words)
+    folder = _answered(replace(settings, data=data), base, say, today)
+    return Taught(written_data(data, folder), folder, words)
+
+
+def _refuse_sampling(objective: ObjectiveSettings) -> None:
+    """Refuse settings of sampling if nothing is sampled."""
+    if objective.objective != DISTILL:
+        return  # the objective refuses those that it does not use
+    given = [flag_of(name) for name in OF_WRITING if getattr(objective, name) != getattr(ObjectiveSettings(), name)]
+    if given:
+        raise InputError(f"{' and '.join(given)} with answers in --data: the teacher writes none; leave it out")
+
+
+def kept_folder(loop: LoopSettings, trains: bool = True) -> Path | None:
+    """Return what was written for the run that is resumed, or whose adapter is measured; None if there is nothing."""
+    if trains and loop.resume is None:
+        return None
+    own = loop.resume is None or loop.resume == "auto"
+    folder = Path(loop.adapter_path) if own else Path(str(loop.resume)).parent.parent
+    return folder / WRITTEN if (folder / WRITTEN / "train.jsonl").is_file() else None
+
+
+def keep_written(taught: Path, folder: Path) -> None:
+    """Copy what was written for a run into its folder, where a person finds it."""
+    if taught.resolve() == (folder / WRITTEN).resolve():
+        return
+    with replacing_folder(folder / WRITTEN) as temporary:
+        for file in taught.glob("*.jsonl"):
+            shutil.copyfile(file, temporary / file.name)
+
+
+def _answered(settings: TrainSettings, base: Base, say: Callable[[str], None], today: date) -> Path:
+    """Return the folder of the run's records with answers, from the cache or written now."""
+    splits = read_prompts(settings.data)
+    day = chat_day(settings.data, base.hf_tokenizer, today)
+    text = teacher_text(settings.objective)
+    asked = [(name, prompt) for name, rows in splits.items() for prompt in rows.entries if isinstance(prompt, Prompt)]
+    seen = Rows(entries=[seen_by_teacher(prompt, text) for _, prompt in asked])
+    encoder, _, _ = make_encoder([seen], settings.data, base.hf_tokenizer, day)
+    encoded = encode_prompts(encoder, [entry for entry in seen.entries if isinstance(entry, Prompt)])
+    tokens = {number: encoded.rows.row(row)[0].tolist() for row, number in enumerate(encoded.source.tolist())}
+    wanted = {number: tokens[number] for number in tokens if not asked[number][1].answered}
+    if not wanted:
+        raise InputError(f"--data: the teacher can answer no prompt: {next(iter(encoded.dropped.values()))}")
+    teacher = load_teacher(settings, base)
+    options = sampling_options(settings, settings.objective.max_new_tokens)
+    facts = [VERSION, teacher.fingerprint, teacher.describe(), str(device.compute_dtype(settings.model.dtype))]
+    contents = [[name, with_answer(prompt, "")] for name, prompt in asked]
+    key = sha256_of(json.dumps([*facts, contents, sorted(wanted.items()), repr(options), settings.loop.seed]))
+    folder = cache_dir("answers") / key[:32]
+    with one_at_a_time(folder):
+        answers = _write(teacher, wanted, len(asked), settings, folder / "written.jsonl", say)
+        del teacher
+        mx.clear_cache()
+        for name in splits:
+            numbers = [number for number, (split, _) in enumerate(asked) if split == name]
+            write_records(folder / "data" / f"{name}.jsonl", _records(numbers, asked, answers))
+    return folder / "data"
+
+
+def teacher_text(objective: ObjectiveSettings) -> str | None:
+    """Return the text of --teacher-prompt.
+
+    Raises:
+        InputError: the file cannot be read, or is empty.
+    """
+    if objective.teacher_prompt is None:
+        return None
+    try:
+        text = Path(objective.teacher_prompt).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise InputError(f"--teacher-prompt {objective.teacher_prompt}: cannot be read ({reason}); give a text file") from None
+    if not text:
+        raise InputError(f"--teacher-prompt {objective.teacher_prompt}: is empty; write what the teacher should know")
+    return text
+
+
+def _records(
+    numbers: Sequence[int], asked: Sequence[tuple[str, Prompt]], answers: dict[int, Answer]
+) -> list[dict[str, Any]]:
+    """Return the records of some prompts, with their own answers or the teacher's; those without any are left out."""
+    records = []
+    for number in numbers:
+        prompt = asked[number][1]
+        if prompt.answered:
+            records.append(prompt.record())
+        elif number in answers and answers[number].text:
+            records.append(with_answer(prompt, answers[number].text))
+    return records
+
+
+def _write(
+    teacher: Base,
+    wanted: dict[int, list[int]],
+    count: int,
+    settings: TrainSettings,
+    file: Path,
+    say: Callable[[str], None],
+) -> dict[int, Answer]:
+    """Write the answers that a file does not have yet, add them to it, and return all.
+
+    Args:
+        teacher: the model.
+        wanted: number of a prompt -> its tokens.
+        count: of all prompts, which decides the random streams.
+        settings: of the run.
+        file: of the answers.
+        say: takes lines of progress, and how many were written.
+    """
+    answers = {number: answer for number, answer in read_answers(file).items() if number in wanted}
+    missing = sorted(wanted.keys() - answers.keys())
+    if not missing:
+        say(f"Answers: {len(answers):,} of the teacher from an earlier run{_counts(answers, settings.objective)}")
+        return answers
+    ends, start, found = frozenset(teacher.tokenizer.eos_token_ids), time.perf_counter(), len(answers)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with long_task("The teacher answers", len(wanted), "prompts", say) as task, file.open("a", encoding="utf-8") as out:
+
+        def take(batch: list[int], texts: list[list[int]]) -> None:
+            for place, tokens in zip(batch, texts, strict=True):
+                number, ended = missing[place], tokens[-1] in ends
+                text = str(teacher.hf_tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True))
+                answers[number] = Answer(text.strip(), len(tokens), ended)
+                out.write(json.dumps([number, *vars(answers[number]).values()], ensure_ascii=False) + "\n")
+            out.flush()
+            task.reach(len(answers))
+
+        keys = answer_keys(settings.loop.seed, STREAM, count)[mx.array(missing)]
+        options = sampling_options(settings, settings.objective.max_new_tokens)
+        write_texts(teacher, [wanted[number] for number in missing], range(len(missing)), options, ends, keys, take)
+    seconds, tokens = time.perf_counter() - start, sum(answers[number].tokens for number in missing)
+    earlier = f", {found:,} before" if found else ""
+    rate = f"{len(missing):,} written by the teacher in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s{earlier}"
+    say(f"Answers: {rate}{_counts(answers, settings.objective)}")
+    return answers
+
+
+def _counts(answers: dict[int, Answer], objective: ObjectiveSettings) -> str:
+    """Return what there is to know of answers, to follow a sentence."""
+    words = f"; {sum(answer.tokens for answer in answers.values()):,} tokens"
+    cut = sum(not answer.ended for answer in answers.values())
+    empty = sum(not answer.text for answer in answers.values())
+    words += f", {cut:,} cut at --max-new-tokens {objective.max_new_tokens}" if cut else ""
+    return words + (f", {empty:,} empty and left out" if empty else "")
+
+
+def read_answers(file: Path) -> dict[int, Answer]:
+    """Return the answers in a file, number of the prompt -> answer, without an incomplete line after a kill."""
+    answers = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            number, text, tokens, ended = json.loads(line)
+        except (ValueError, TypeError):
+            continue
+        answers[int(number)] = Answer(str(text), int(tokens), bool(ended))
+    return answers
