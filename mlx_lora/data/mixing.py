@@ -132,5 +132,5 @@ def joined_sets(first: EncodedSet | None, second: EncodedSet | None) -> EncodedS
     if first.labels is not None and second.labels is not None:
         labels = np.concatenate([first.labels, second.labels])
     facts = None if first.facts is None or second.facts is None else [*first.facts, *second.facts]
-    seen = joined_sets(first.teacher, second.teacher) if first.teacher and second.teacher else None
+    seen = None if first.teacher is None or second.teacher is None else joined_sets(first.teacher, second.teacher)
     return replace(rows.grouped(first.group, labels, first.trained_rows).with_facts(facts), teacher=seen)

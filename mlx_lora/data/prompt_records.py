@@ -8,7 +8,7 @@ the record.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jinja2
@@ -20,6 +20,7 @@ from mlx_lora.data.examples import Completion, Conversation, FormatError, Messag
 from mlx_lora.data.formats import parse_record
 from mlx_lora.data.messages import keys_of
 from mlx_lora.data.sandbox import CLOCK, render_chat
+from mlx_lora.data.teacher_rows import seen_by_teacher
 from mlx_lora.system.errors import InputError
 
 STAND_IN = "."  # for the answer of a record without one, so that the parsers of chats read it
@@ -61,12 +62,13 @@ def parse_prompt(record: Record) -> Prompt:
     return Prompt(example, columns, chat, answered is not None)
 
 
-def with_answer(prompt: Prompt, text: str) -> Record:
-    """Return a prompt as a record with this answer in place of its own or the stand-in, which imitation reads."""
+def with_answer(prompt: Prompt, text: str | None) -> Record:
+    """Return a prompt as a record that imitation reads, with this answer; None: with its own."""
     example = prompt.example
     if isinstance(example, Completion):
-        return {"prompt": example.prompt, "completion": text}
-    record: Record = {"messages": [*_before_answer(example), {"role": "assistant", "content": text}]}
+        return {"prompt": example.prompt, "completion": example.completion if text is None else text}
+    answer = example.messages[-1] if text is None else {"role": "assistant", "content": text}
+    record: Record = {"messages": [*_before_answer(example), answer]}
     return record | ({"tools": example.tools} if example.tools else {})
 
 
@@ -78,27 +80,40 @@ def prompt_of(prompt: Prompt) -> str | list[Message]:
     return turns if prompt.chat else str(turns[-1]["content"])
 
 
-def encode_prompts(encoder: Encoder, prompts: Sequence[Prompt]) -> Encoded:
+def encode_prompts(encoder: Encoder, prompts: Sequence[Prompt], teacher_prompt: str | None = None) -> Encoded:
     """Encode prompts up to where the answer begins; no token is a target.
 
-    A prompt that leaves no room for an answer within the encoder's length is dropped.
+    A prompt that leaves no room for an answer within the encoder's length is dropped. With `teacher_prompt`, each prompt
+    is also encoded as a teacher sees it, with that text before it.
     """
-    rows, source, dropped, facts = [], [], {}, []
+    rows, source, dropped, facts, seen = [], [], {}, [], []
     for number, prompt in enumerate(prompts):
         example = prompt.example
         try:
             tokens = _tokens(encoder, example)
+            theirs = tokens
+            if teacher_prompt is not None:
+                theirs = _tokens(encoder, seen_by_teacher(example, teacher_prompt, encoder))
+        except FormatError as error:
+            dropped[number] = str(error)
+            continue
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             dropped[number] = f"the chat template refuses the prompt ({error})"
             continue
         if len(tokens) >= encoder.max_tokens:
             dropped[number] = f"the prompt has {len(tokens)} tokens, and --max-seq-length is {encoder.max_tokens}"
             continue
-        rows.append((np.array(tokens, np.int32), np.zeros(len(tokens), bool)))
+        rows.append(_untrained(tokens))
+        seen.append(_untrained(theirs))
         source.append(number)
         facts.append({"prompt": prompt_of(prompt), "chat": prompt.chat, "columns": prompt.columns})
-    encoded = EncodedSet.from_rows(rows).with_facts(facts)
+    teacher = None if teacher_prompt is None else EncodedSet.from_rows(seen)
+    encoded = replace(EncodedSet.from_rows(rows).with_facts(facts), teacher=teacher)
     return Encoded(encoded, np.array(source, np.int64), dropped, [], {}, [])
+
+
+def _untrained(tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(tokens, np.int32), np.zeros(len(tokens), bool)
 
 
 def _tokens(encoder: Encoder, example: Conversation | Completion) -> list[int]:

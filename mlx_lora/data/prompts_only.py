@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.data.examples import Completion, Conversation, Record
+from mlx_lora.data.examples import Record
 from mlx_lora.data.prompt_records import Prompt
 from mlx_lora.data.reading import Rows, parse_rows, read_rows
 from mlx_lora.settings.config import DataSettings
@@ -61,26 +61,6 @@ def read_prompts(settings: DataSettings) -> dict[str, Rows]:
         if dropped and (settings.strict or not rows.entries):
             raise InputError(f"--data, {name}: no prompt in {dropped.location} ({dropped.why}); fix or remove it")
     return found
-
-
-def seen_by_teacher(prompt: Prompt, text: str | None) -> Prompt:
-    """Return a prompt with the teacher's own text in front, as its system message; None: the prompt as it is."""
-    if text is None:
-        return prompt
-    example = prompt.example
-    if isinstance(example, Completion):
-        example = Conversation(
-            [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}]
-        )
-    return replace(prompt, example=replace(example, messages=with_system_text(example.messages, text)))
-
-
-def with_system_text(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
-    """Return messages that begin with a system text; one of their own follows it in the same message."""
-    if messages and messages[0]["role"] in ("system", "developer"):
-        first = {**messages[0], "content": f"{text}\n\n{messages[0]['content']}"}
-        return [first, *messages[1:]]
-    return [{"role": "system", "content": text}, *messages]
 
 
 def write_records(file: Path, records: Iterable[Record]) -> None:

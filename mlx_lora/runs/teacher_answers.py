@@ -17,20 +17,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora.data.loading import chat_day, make_encoder
+from mlx_lora.data.examples import Record
+from mlx_lora.data.loading import prompt_encoder
 from mlx_lora.data.prompt_records import Prompt, encode_prompts, with_answer
-from mlx_lora.data.prompts_only import (
-    has_unanswered,
-    read_prompts,
-    seen_by_teacher,
-    write_records,
-    written_data,
-)
+from mlx_lora.data.prompts_only import has_unanswered, read_prompts, write_records, written_data
 from mlx_lora.data.reading import Rows
+from mlx_lora.data.teacher_rows import read_teacher_prompt
 from mlx_lora.models.batch_writing import write_texts
 from mlx_lora.models.group_sampling import answer_keys
 from mlx_lora.models.load import Base
@@ -150,20 +145,12 @@ def keep_written(taught: Path, folder: Path) -> None:
 def _answered(settings: TrainSettings, base: Base, say: Callable[[str], None], today: date) -> Path:
     """Return the folder of the run's records with answers, from the cache or written now."""
     splits = read_prompts(settings.data)
-    day = chat_day(settings.data, base.hf_tokenizer, today)
-    text = teacher_text(settings.objective)
     asked = [(name, prompt) for name, rows in splits.items() for prompt in rows.entries if isinstance(prompt, Prompt)]
-    seen = Rows(entries=[seen_by_teacher(prompt, text) for _, prompt in asked])
-    encoder, _, _ = make_encoder([seen], settings.data, base.hf_tokenizer, day)
-    encoded = encode_prompts(encoder, [entry for entry in seen.entries if isinstance(entry, Prompt)])
-    tokens = {number: encoded.rows.row(row)[0].tolist() for row, number in enumerate(encoded.source.tolist())}
-    wanted = {number: tokens[number] for number in tokens if not asked[number][1].answered}
-    if not wanted:
-        raise InputError(f"--data: the teacher can answer no prompt: {next(iter(encoded.dropped.values()))}")
+    wanted = _wanted(settings, base, [prompt for _, prompt in asked], today)
     teacher = load_teacher(settings, base)
     options = sampling_options(settings, settings.objective.max_new_tokens)
     facts = [VERSION, teacher.fingerprint, teacher.describe(), str(device.compute_dtype(settings.model.dtype))]
-    contents = [[name, with_answer(prompt, "")] for name, prompt in asked]
+    contents = [[name, with_answer(prompt, None)] for name, prompt in asked]
     key = sha256_of(json.dumps([*facts, contents, sorted(wanted.items()), repr(options), settings.loop.seed]))
     folder = cache_dir("answers") / key[:32]
     with one_at_a_time(folder):
@@ -172,40 +159,35 @@ def _answered(settings: TrainSettings, base: Base, say: Callable[[str], None], t
         mx.clear_cache()
         for name in splits:
             numbers = [number for number, (split, _) in enumerate(asked) if split == name]
-            write_records(folder / "data" / f"{name}.jsonl", _records(numbers, asked, answers))
+            records = _records(numbers, [prompt for _, prompt in asked], answers)
+            if not records:
+                raise InputError(f"--data, {name}: every answer of the teacher is empty; try another --seed or teacher")
+            write_records(folder / "data" / f"{name}.jsonl", records)
     return folder / "data"
 
 
-def teacher_text(objective: ObjectiveSettings) -> str | None:
-    """Return the text of --teacher-prompt.
+def _wanted(settings: TrainSettings, base: Base, prompts: list[Prompt], today: date) -> dict[int, list[int]]:
+    """Return number of a prompt without an answer -> its tokens, as the teacher sees it.
 
     Raises:
-        InputError: the file cannot be read, or is empty.
+        InputError: none can be encoded.
     """
-    if objective.teacher_prompt is None:
-        return None
-    try:
-        text = Path(objective.teacher_prompt).expanduser().read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise InputError(f"--teacher-prompt {objective.teacher_prompt}: cannot be read ({reason}); give a text file") from None
-    if not text:
-        raise InputError(f"--teacher-prompt {objective.teacher_prompt}: is empty; write what the teacher should know")
-    return text
+    encoder = prompt_encoder(Rows(entries=list(prompts)), settings.data, base.hf_tokenizer, today)
+    encoded = encode_prompts(encoder, prompts, read_teacher_prompt(settings.objective.teacher_prompt))
+    seen = encoded.rows if encoded.rows.teacher is None else encoded.rows.teacher
+    numbers = [(row, number) for row, number in enumerate(encoded.source.tolist()) if not prompts[number].answered]
+    if not numbers:
+        raise InputError(f"--data: the teacher can answer no prompt ({next(iter(encoded.dropped.values()))})")
+    return {number: seen.row(row)[0].tolist() for row, number in numbers}
 
 
-def _records(
-    numbers: Sequence[int], asked: Sequence[tuple[str, Prompt]], answers: dict[int, Answer]
-) -> list[dict[str, Any]]:
+def _records(numbers: Sequence[int], prompts: Sequence[Prompt], answers: dict[int, Answer]) -> list[Record]:
     """Return the records of some prompts, with their own answers or the teacher's; those without any are left out."""
-    records = []
-    for number in numbers:
-        prompt = asked[number][1]
-        if prompt.answered:
-            records.append(prompt.record())
-        elif number in answers and answers[number].text:
-            records.append(with_answer(prompt, answers[number].text))
-    return records
+    return [
+        with_answer(prompts[number], None if prompts[number].answered else answers[number].text)
+        for number in numbers
+        if prompts[number].answered or (number in answers and answers[number].text)
+    ]
 
 
 def _write(
@@ -234,6 +216,8 @@ def _write(
     ends, start, found = frozenset(teacher.tokenizer.eos_token_ids), time.perf_counter(), len(answers)
     file.parent.mkdir(parents=True, exist_ok=True)
     with long_task("The teacher answers", len(wanted), "prompts", say) as task, file.open("a", encoding="utf-8") as out:
+
+        out.write("\n")  # after a line that a kill left incomplete
 
         def take(batch: list[int], texts: list[list[int]]) -> None:
             for place, tokens in zip(batch, texts, strict=True):
@@ -266,7 +250,7 @@ def _counts(answers: dict[int, Answer], objective: ObjectiveSettings) -> str:
 def read_answers(file: Path) -> dict[int, Answer]:
     """Return the answers in a file, number of the prompt -> answer, without an incomplete line after a kill."""
     answers = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else []:
         try:
             number, text, tokens, ended = json.loads(line)
         except (ValueError, TypeError):
