@@ -39,7 +39,8 @@ from mlx_lora.training.step import Step
 
 CHECKPOINTS = "checkpoints"
 # A run's results, and the folder that keeps an earlier run's results until this run has saved something.
-RESULTS = (WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", REPORT_FILE, FACTS_FILE, CHECKPOINTS)
+WRITTEN = "written"  # records that models wrote for the run
+RESULTS = (WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", REPORT_FILE, FACTS_FILE, CHECKPOINTS, WRITTEN)
 ASIDE = "earlier-run"
 
 

@@ -51,6 +51,7 @@ class DataSplits:
         report: What was read, kept and dropped.
         chat_template: Jinja text that the chats were rendered with; None if nothing was rendered.
         chat_day: The day that it shows as today; None if it shows none.
+        written: The folder of what models wrote for the run, in the same splits; None: nothing.
     """
 
     train: EncodedSet
@@ -59,6 +60,7 @@ class DataSplits:
     report: DataReport
     chat_template: str | None
     chat_day: date | None = None
+    written: Path | None = None
 
     def changed(self, change: Callable[[dict[str, EncodedSet]], dict[str, EncodedSet]]) -> DataSplits:
         """Return the same data with its sets changed; `change` takes and returns those that are there, by name."""

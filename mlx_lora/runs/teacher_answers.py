@@ -20,6 +20,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_lora.artifacts.run_folder import WRITTEN
 from mlx_lora.data.examples import Record
 from mlx_lora.data.loading import prompt_encoder
 from mlx_lora.data.prompt_records import Prompt, encode_prompts, with_answer
@@ -43,7 +44,6 @@ from mlx_lora.training.teacher import load_teacher
 
 VERSION = 1  # of how answers are written; a higher one leaves older ones unused
 STREAM = 1 << 41  # the number of the answers' random streams
-WRITTEN = "written"  # the folder's name in a run's folder
 DISTILL = "distill"
 
 
@@ -88,11 +88,11 @@ def taught(
         InputError: the data, the model or the settings do not permit it.
     """
     data, objective = settings.data, settings.objective
-    if objective.objective != DISTILL or not (data.data is None or objective.on_policy or has_unanswered(data)):
+    if objective.objective != DISTILL or (objective.on_policy and data.data is not None):
+        return Taught(data)  # nobody writes, or the student does, during the run
+    if data.data is not None and not has_unanswered(data):
         _refuse_sampling(objective)
         return Taught(data)
-    if objective.on_policy and data.data is not None:
-        return Taught(data)  # the student answers
     words = f"{data.data or 'prompts that the model wrote'}{'' if objective.on_policy else ', answered by the teacher'}"
     if (kept := kept_folder(settings.loop, trains)) is not None:
         return Taught(written_data(data, kept), kept, words)
@@ -117,8 +117,6 @@ def taught(
 
 def _refuse_sampling(objective: ObjectiveSettings) -> None:
     """Refuse settings of sampling if nothing is sampled."""
-    if objective.objective != DISTILL:
-        return  # the objective refuses those that it does not use
     given = [flag_of(name) for name in OF_WRITING if getattr(objective, name) != getattr(ObjectiveSettings(), name)]
     if given:
         raise InputError(f"{' and '.join(given)} with answers in --data: the teacher writes none; leave it out")
@@ -216,7 +214,6 @@ def _write(
     ends, start, found = frozenset(teacher.tokenizer.eos_token_ids), time.perf_counter(), len(answers)
     file.parent.mkdir(parents=True, exist_ok=True)
     with long_task("The teacher answers", len(wanted), "prompts", say) as task, file.open("a", encoding="utf-8") as out:
-
         out.write("\n")  # after a line that a kill left incomplete
 
         def take(batch: list[int], texts: list[list[int]]) -> None:

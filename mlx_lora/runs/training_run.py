@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.artifacts.adapter import CONFIG_FILE
 from mlx_lora.artifacts.run_folder import check_room, first_day, own_folder
 from mlx_lora.data.loading import DataSplits, load_data
+from mlx_lora.data.teacher_rows import read_teacher_prompt
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.objective_table import OBJECTIVES, objective_of
 from mlx_lora.objectives.user_rewards import rewards_of
@@ -18,6 +19,7 @@ from mlx_lora.runs.composition import Composed, compose
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
 from mlx_lora.runs.sampled_answers import sampled_plan
+from mlx_lora.runs.teacher_answers import DISTILL, keep_written, taught
 from mlx_lora.runs.words import closing_words, left_by, loss_words, outcome_line
 from mlx_lora.settings.config import ObjectiveSettings, TrainSettings
 from mlx_lora.system import console, device
@@ -106,6 +108,8 @@ def check_request(settings: TrainSettings, ranks: Ranks) -> None:
             )
     loop, trains = settings.loop, wants_training(settings)
     needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}
+    if settings.objective.objective == DISTILL:
+        del needed["--data"]  # without it, the model writes the prompts itself
     missing = [flag for flag, value in needed.items() if not value]
     alone = [flag for flag, asked in (("--no-train", not trains), ("--max-restarts", loop.max_restarts)) if asked]
     if alone and ranks.size > 1:
@@ -143,7 +147,7 @@ def check_test_split(settings: TrainSettings, splits: DataSplits) -> None:
     """Refuse --test without a test split, before the training and not after it."""
     if settings.loop.test and splits.test is None:
         raise InputError(
-            f"--test: {settings.data.data} has no test split; add a test file to the folder, or leave --test out"
+            f"--test: {splits.report.data} has no test split; add a test file to the folder, or leave --test out"
         )
 
 
@@ -153,9 +157,13 @@ def read_data(settings: TrainSettings, base: Base, ranks: Ranks, say: Callable[[
     Raises:
         InputError: no usable data, --test without a test split, or tokens that the base does not have.
     """
-    data, loop = settings.data, settings.loop
-    objective = objective_of(settings.objective)
-    splits = load_data(data, base.hf_tokenizer, loop.seed, say, first_day(loop, ranks), objective.records)
+    loop, objective = settings.loop, objective_of(settings.objective)
+    day = first_day(loop, ranks)
+    given = taught(settings, base, ranks, say, day, wants_training(settings))
+    data, prompt = given.data, read_teacher_prompt(settings.objective.teacher_prompt)
+    splits = load_data(data, base.hf_tokenizer, loop.seed, say, day, objective.records, prompt)
+    if given.folder is not None:
+        splits = replace(splits, report=replace(splits.report, data=given.words), written=given.folder)
     splits = splits.changed(lambda sets: {name: objective.targets_of(rows) for name, rows in sets.items()})
     check_test_split(settings, splits)
     for rows in filter(None, (splits.train, splits.valid, splits.test)):
@@ -195,6 +203,8 @@ def take_steps(
         check_room(settings.loop, run.steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
         page = RunPage.begin(run, base, splits, say)
     folder.begin(run.found, run.steps, say)
+    if splits.written is not None and ranks.leads:
+        keep_written(splits.written, folder.path)
     guard = MemoryGuard(at, budget_bytes, say)
 
     def save(step_number: int) -> None:
