@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from mlx_lora.data.teacher_table import TeacherTable
+
 
 @dataclass(frozen=True)
 class EncodedSet:
@@ -33,6 +35,8 @@ class EncodedSet:
             None: a row holds one text.
         teacher: The same rows as a teacher sees them, with another prompt before the same trained targets, or for
             prompts alone, another prompt; None: it sees these.
+        table: What a teacher says about the trained targets of each row; None: nothing. Like `reference`, it follows from
+            the other arrays and the teacher.
     """
 
     tokens: np.ndarray
@@ -46,6 +50,7 @@ class EncodedSet:
     trained_rows: int | None = None
     facts: tuple[dict[str, Any], ...] | None = None
     teacher: EncodedSet | None = None
+    table: TeacherTable | None = None
 
     @classmethod
     def from_rows(cls, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> EncodedSet:
@@ -75,8 +80,10 @@ class EncodedSet:
         at = np.concatenate([np.zeros(0, np.int64), *(np.arange(*self.offsets[i : i + 2]) for i in rows)])
         named = {"tokens": at, "mask": at, "answers": at, "labels": rows, "reference": rows, "starts": rows}
         arrays = {name: None if getattr(self, name) is None else getattr(self, name)[of] for name, of in named.items()}
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])])
         seen = None if self.teacher is None else self.teacher.select(examples)
-        chosen = replace(self, offsets=np.concatenate([[0], np.cumsum(self.lengths[rows])]), teacher=seen, **arrays)
+        table = None if self.table is None else self.table.select(rows)
+        chosen = replace(self, offsets=offsets, teacher=seen, table=table, **arrays)
         return chosen.with_facts(None if self.facts is None else [self.facts[int(i)] for i in examples])
 
     @property
