@@ -131,6 +131,20 @@ def kept_folder(loop: LoopSettings, trains: bool = True) -> Path | None:
     return folder / WRITTEN if (folder / WRITTEN / "train.jsonl").is_file() else None
 
 
+def readable_data(settings: TrainSettings) -> tuple[DataSettings, int]:
+    """Return the data that can be read before a run, and the most tokens of an answer that will be added to each prompt.
+
+    These are 0 for data that has answers, or whose prompts the student answers.
+    """
+    data, objective = settings.data, settings.objective
+    if objective.objective != DISTILL or (objective.on_policy and data.data is not None):
+        return data, 0
+    if data.data is not None and not has_unanswered(data):
+        return data, 0
+    kept = kept_folder(settings.loop)
+    return (data, objective.max_new_tokens) if kept is None else (written_data(data, kept), 0)
+
+
 def keep_written(taught: Path, folder: Path) -> None:
     """Copy what was written for a run into its folder, where a person finds it."""
     if taught.resolve() == (folder / WRITTEN).resolve():
