@@ -23,7 +23,8 @@ from mlx_lora.data.templates import resolve_template
 from mlx_lora.system.errors import InputError
 
 MARK = "qzx wvw"  # stands for what the user says
-FEWEST_WORDS, LEAST_LETTERS = 3, 0.7  # of a usable turn; letters and spaces are counted as a share of all characters
+FEWEST_WORDS, FEWEST_CHARACTERS = 3, 6  # of a usable turn; the second in scripts that write no spaces
+LEAST_LETTERS = 0.7  # share of letters and spaces among all characters
 REPEATED_WORDS = 0.5  # share of different words below which a longer turn goes round in circles
 UNUSABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffd]")  # control characters, and bytes that are no character
 OTHER_TURN = re.compile(r"^\W*(assistant|user|system|ai|answer|response)\s*:", re.IGNORECASE | re.MULTILINE)
@@ -131,7 +132,7 @@ def _problem(text: str) -> str | None:
     words = re.findall(r"\w+", text.casefold())
     if not words:
         return "empty"
-    if len(words) < FEWEST_WORDS:
+    if len(words) < FEWEST_WORDS and (text.isascii() or len(text) < FEWEST_CHARACTERS):
         return "too short"
     plain = sum(letter.isalpha() or letter.isspace() for letter in text)
     if UNUSABLE.search(text) or plain < LEAST_LETTERS * len(text):
