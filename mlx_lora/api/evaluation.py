@@ -15,9 +15,11 @@ from mlx_lora.api.given_settings import run_settings
 from mlx_lora.api.python_errors import speaks_python
 from mlx_lora.api.run_columns import with_columns_of_run
 from mlx_lora.data.loading import load_eval_set
+from mlx_lora.data.teacher_rows import read_teacher_prompt
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.runs.adapting import adapter_template, put_adapter
+from mlx_lora.runs.distilling import with_teacher
 from mlx_lora.runs.reference import with_reference
 from mlx_lora.runs.sampled_answers import sampled_plan
 from mlx_lora.settings.config import TrainSettings
@@ -103,11 +105,13 @@ def measure_loss(
     data = settings.data
     if not data.chat_template and (template := adapter_template(adapter)):
         base.hf_tokenizer.chat_template = template
-    rows = load_eval_set(data.data or "", data, base.hf_tokenizer, say, objective.records)
+    prompt = read_teacher_prompt(settings.objective.teacher_prompt)
+    rows = load_eval_set(data.data or "", data, base.hf_tokenizer, say, objective.records, prompt)
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
     rows = objective.targets_of(rows)
     if objective.reference:
         rows = with_reference(settings, base, {"rows": rows}, say)["rows"]
+    rows = with_teacher(settings, base, {"rows": rows}, say).sets["rows"]  # before the adapter: the base may be the teacher
     if adapter:
         put_adapter(base, adapter, data, objective, ignore_fingerprint)
     found = held_out_loss(base, rows, settings.loop, objective, say=say, answered=sampled_plan(settings, base, say))

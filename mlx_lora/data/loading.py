@@ -62,10 +62,15 @@ class DataSplits:
     chat_day: date | None = None
     written: Path | None = None
 
+    @property
+    def sets(self) -> dict[str, EncodedSet]:
+        """The sets that are there, by name."""
+        parts = {"train": self.train, "valid": self.valid, "test": self.test}
+        return {name: rows for name, rows in parts.items() if rows}
+
     def changed(self, change: Callable[[dict[str, EncodedSet]], dict[str, EncodedSet]]) -> DataSplits:
         """Return the same data with its sets changed; `change` takes and returns those that are there, by name."""
-        parts = {name: getattr(self, name) for name in ("train", "valid", "test")}
-        return replace(self, **change({name: rows for name, rows in parts.items() if rows}))
+        return replace(self, **change(self.sets))
 
 
 def load_data(

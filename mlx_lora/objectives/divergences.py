@@ -32,12 +32,14 @@ class DivergenceOptions:
         jsd_beta: b of `jsd`.
         temperature: divides the logits of both.
         top_k: how many of the teacher's likeliest tokens are known; 0: all.
+        vocabulary: how many tokens both models have; logits beyond are padding of one of them, and left out. None: all.
     """
 
     divergence: str = FORWARD_KL
     jsd_beta: float = 0.5
     temperature: float = 1.0
     top_k: int = 64
+    vocabulary: int | None = None
 
     @property
     def beta(self) -> float:
@@ -58,22 +60,15 @@ class Known:
     ids: mx.array | None = None
 
 
-def likeliest(logits: mx.array, top_k: int, temperature: float = 1.0, vocabulary: int | None = None) -> Known:
-    """Return the distribution that logits give, (P, V), reduced to its `top_k` likeliest tokens (0: all of them).
-
-    Args:
-        logits: (P, V) float32.
-        top_k: k.
-        temperature: divides the logits.
-        vocabulary: the number of tokens that both models have; logits beyond are padding, and left out.
-    """
-    logits = logits[:, :vocabulary]
+def likeliest(logits: mx.array, options: DivergenceOptions) -> Known:
+    """Return the distribution that logits give, (P, V) float32, reduced to its `top_k` likeliest tokens."""
+    logits, top_k = _without_padding(logits, options), options.top_k
     if not 0 < top_k < logits.shape[-1] - 1:
-        return Known(bins(logits, None, temperature))
+        return Known(bins(logits, None, options.temperature))
     found = mx.argpartition(-logits, top_k, axis=-1)[:, :top_k]
     order = mx.argsort(-mx.take_along_axis(logits, found, axis=-1), axis=-1)
     ids = mx.take_along_axis(found, order, axis=-1).astype(mx.int32)
-    return Known(bins(logits, ids, temperature), ids)
+    return Known(bins(logits, ids, options.temperature), ids)
 
 
 def bins(logits: mx.array, ids: mx.array | None, temperature: float = 1.0) -> mx.array:
@@ -115,16 +110,20 @@ def divergence(teacher: mx.array, student: mx.array, beta: float) -> mx.array:
 
 
 def divergence_of_logits(
-    logits: mx.array, known: Known, options: DivergenceOptions, vocabulary: int | None = None
+    logits: mx.array, known: Known, options: DivergenceOptions
 ) -> tuple[mx.array, mx.array]:
     """Return the loss of a student's logits, and KL(teacher, student) to report, each (P,).
 
     Args:
         logits: (P, V) float32, of the student.
-        known: of the teacher, at the same temperature.
-        options: the divergence and the temperature.
-        vocabulary: as for `likeliest`.
+        known: of the teacher, by the same options.
+        options: how the two are compared.
     """
-    student = bins(logits[:, :vocabulary], known.ids, options.temperature)
+    student = bins(_without_padding(logits, options), known.ids, options.temperature)
     forward = kl(known.logps, student)
     return (forward if options.beta == 0 else divergence(known.logps, student, options.beta)), forward
+
+
+def _without_padding(logits: mx.array, options: DivergenceOptions) -> mx.array:
+    padded = options.vocabulary is not None and options.vocabulary < logits.shape[-1]
+    return logits[:, : options.vocabulary] if padded else logits

@@ -27,6 +27,7 @@ from mlx_lora.planner.fitting import planned_words
 from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.planner.shapes import KernelTerms
 from mlx_lora.runs.adapting import adapt
+from mlx_lora.runs.distilling import Taught, with_teacher
 from mlx_lora.runs.reference import with_reference
 from mlx_lora.runs.sampled_answers import answering_of
 from mlx_lora.runs.trunk_choice import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
@@ -37,6 +38,7 @@ from mlx_lora.system.distributed import Ranks
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.agreement import check_one_run, take_first_ranks
 from mlx_lora.training.checkpointing import apply_checkpointing
+from mlx_lora.training.distill_loss import distill_loss
 from mlx_lora.training.held_out import choose_held_out
 from mlx_lora.training.hooks_from_settings import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.training.loss_choice import PLAIN_LOGITS
@@ -67,6 +69,7 @@ class Composed:
         memory: the plan.
         words: lines for the run header; the last one, on what computes a step, is for --verbose.
         trunk: what it does with the output of its frozen blocks.
+        test: the test set, with what the objective compares it with; None: there is none.
     """
 
     folder: RunFolder
@@ -78,6 +81,7 @@ class Composed:
     memory: MemoryPlan
     words: list[str]
     trunk: KeptTrunk
+    test: EncodedSet | None = None
 
 
 @dataclass(frozen=True)
@@ -112,15 +116,14 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
             run, ranks that are not one run, or a model that cannot be trained.
     """
     objective = objective_of(asked.objective)
-    other_reference = bool(objective.reference and asked.objective.reference_adapter)
-    if other_reference:
-        splits = splits.changed(lambda sets: with_reference(asked, base, sets, say, ranks))
+    taught = compared_with(asked, base, splits.sets, ranks, say)
+    splits = replace(splits, **taught.sets)
     mx.random.seed(asked.loop.seed)
     adapted, info = adapt(asked, base, splits.chat_template)
     found = find_checkpoint(asked.loop, ranks, say)
     chosen, layout = choose_layout(asked, base, splits.train, objective, found, say)
     settings, memory = fit_settings(layout.settled(asked), base, layout.of(splits), chosen)
-    if objective.reference and not other_reference:  # in batches that fit, so that its peak is below a step's
+    if objective.reference and splits.train.reference is None:  # in batches that fit, so that its peak is below a step's
         of = chosen.loss, chosen.kernels
         splits = splits.changed(lambda sets: with_reference(settings, base, sets, say, ranks, *of))
     fingerprint = splits.train.fingerprint  # of the rows apart, so that a run may be resumed whatever shares a row
@@ -140,7 +143,7 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     settings = replace(settings, loop=loop)
     device.compile_for(steps)
     identity = identity_of(settings, base.fingerprint, fingerprint, plan, epochs)
-    identity |= layout.identity | held_out.identity | ({} if whole_last_block(found) else PART_OF_LAST)
+    identity |= layout.identity | held_out.identity | taught.identity | ({} if whole_last_block(found) else PART_OF_LAST)
     passes = steps * loop.grad_accumulation_steps / len(plan)
     of_trunk = TrunkAsked(settings, base, plan, validation, passes, ranks, blocks_before(found, loop.cache_trunk))
     if found:
@@ -155,8 +158,25 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     at = found.position if found else Position()
     at.parts = max(at.parts, loop.batch_parts)
     words = describe_run(settings, base, adapted, plan, steps, details, about, held_out.words)
+    words[1:1] = [taught.words] if taught.words else []
     folder = RunFolder(settings, info, identity, ranks, step, at)
-    return Composed(folder, task, plan, validation, steps, found, memory, words, trunk)
+    return Composed(folder, task, plan, validation, steps, found, memory, words, trunk, splits.test)
+
+
+def compared_with(
+    settings: TrainSettings, base: Base, sets: dict[str, EncodedSet], ranks: Ranks, say: Callable[[str], None]
+) -> Taught:
+    """Return the sets with what another adapter as the reference, or a teacher, says about their rows.
+
+    Args:
+        settings, ranks, say: as in `compose`.
+        base: not yet adapted: it may be the teacher, and the reference's adapter is put on it and taken off again.
+        sets: name -> rows; `test` is left out without --test.
+    """
+    sets = {name: rows for name, rows in sets.items() if name != "test" or settings.loop.test}
+    if objective_of(settings.objective).reference and settings.objective.reference_adapter:
+        sets = with_reference(settings, base, sets, say, ranks)
+    return with_teacher(settings, base, sets, say, ranks)
 
 
 # In the identity of every run since its version computes the last block where trained, if the model allows it.
@@ -312,6 +332,8 @@ def make_step(
     loss = variant.loss
     if objective.policy is not None:
         loss = at_temperature(loss, model, base.config, settings.objective.temp)
+    if objective.distills is not None:
+        loss = distill_loss(loss, model, base.config, objective.distills, of_trunk.plan.rows, objective.description)
     whole = task_of(objective, loss, model)
     trunk = choose_trunk(of_trunk, variant, objective)  # after the checkpointing, whose blocks it wraps
     task = trunk.for_steps(whole)

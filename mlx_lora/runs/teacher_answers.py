@@ -48,7 +48,7 @@ DISTILL = "distill"
 
 
 @dataclass(frozen=True)
-class Taught:
+class Given:
     """The data of a run, after a teacher has answered what had no answer.
 
     Attributes:
@@ -71,36 +71,31 @@ class Answer:
     ended: bool
 
 
-def taught(
+def data_with_answers(
     settings: TrainSettings, base: Base, ranks: Ranks, say: Callable[[str], None], today: date, trains: bool = True
-) -> Taught:
+) -> Given:
     """Return the data of a run; what a teacher or the base has to write first is written here.
 
     Args:
         settings: of the run.
-        base: without an adapter, unless nothing is trained.
+        base: without an adapter.
         ranks: the processes of the run; more than one cannot write.
         say: takes lines of progress, and what was written.
         today: the day for templates that show the date.
-        trains: whether the run trains. If not, only what its run folder holds is read.
+        trains: whether the run trains; if not, what its run folder holds is read.
 
     Raises:
         InputError: the data, the model or the settings do not permit it.
     """
     data, objective = settings.data, settings.objective
     if objective.objective != DISTILL or (objective.on_policy and data.data is not None):
-        return Taught(data)  # nobody writes, or the student does, during the run
+        return Given(data)  # nobody writes, or the student does, during the run
     if data.data is not None and not has_unanswered(data):
         _refuse_sampling(objective)
-        return Taught(data)
+        return Given(data)
     words = f"{data.data or 'prompts that the model wrote'}{'' if objective.on_policy else ', answered by the teacher'}"
     if (kept := kept_folder(settings.loop, trains)) is not None:
-        return Taught(written_data(data, kept), kept, words)
-    if not trains:
-        raise InputError(
-            f"--no-train: {settings.loop.adapter_path} has no answers of a teacher; give --data with answers, such as "
-            f"the folder {WRITTEN} of another run"
-        )
+        return Given(written_data(data, kept), kept, words)
     if ranks.size > 1:
         raise InputError(
             f"--objective distill in {ranks.size} processes: only one can write the answers; train one step in a single "
@@ -110,9 +105,9 @@ def taught(
         file = own_prompts(settings, base, say, today)
         data = written_data(data, file)
         if objective.on_policy:
-            return Taught(data, file.parent, words)
+            return Given(data, file.parent, words)
     folder = _answered(replace(settings, data=data), base, say, today)
-    return Taught(written_data(data, folder), folder, words)
+    return Given(written_data(data, folder), folder, words)
 
 
 def _refuse_sampling(objective: ObjectiveSettings) -> None:
@@ -145,12 +140,12 @@ def readable_data(settings: TrainSettings) -> tuple[DataSettings, int]:
     return (data, objective.max_new_tokens) if kept is None else (written_data(data, kept), 0)
 
 
-def keep_written(taught: Path, folder: Path) -> None:
+def keep_written(source: Path, folder: Path) -> None:
     """Copy what was written for a run into its folder, where a person finds it."""
-    if taught.resolve() == (folder / WRITTEN).resolve():
+    if source.resolve() == (folder / WRITTEN).resolve():
         return
     with replacing_folder(folder / WRITTEN) as temporary:
-        for file in taught.glob("*.jsonl"):
+        for file in source.glob("*.jsonl"):
             shutil.copyfile(file, temporary / file.name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,11 +16,11 @@ from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.objective_table import OBJECTIVES, objective_of
 from mlx_lora.objectives.user_rewards import rewards_of
 from mlx_lora.runs.adapting import put_adapter
-from mlx_lora.runs.composition import Composed, compose
+from mlx_lora.runs.composition import Composed, compared_with, compose
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
 from mlx_lora.runs.sampled_answers import sampled_plan
-from mlx_lora.runs.teacher_answers import DISTILL, keep_written, taught
+from mlx_lora.runs.teacher_answers import DISTILL, data_with_answers, keep_written
 from mlx_lora.runs.words import closing_words, left_by, loss_words, outcome_line
 from mlx_lora.settings.config import ObjectiveSettings, TrainSettings
 from mlx_lora.system import console, device
@@ -68,20 +69,24 @@ def train_run(
             if trains:
                 check_base_fits(settings)  # an outline, without weights, which need not be read or downloaded in vain
             base = load_base(settings.model)
+    untrained = base
     if not trains:
+        untrained = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
         put_adapter(base, folder, settings.data, objective_of(settings.objective))
     with waiting("Reading the data", say):
-        splits = read_data(settings, base, ranks, say)
-    outcome = Outcome(0, None, False)
+        splits = read_data(settings, base, untrained, ranks, say)
+    outcome, test = Outcome(0, None, False), splits.test
     if trains:
         with own_folder(folder, ranks):
             with waiting("Preparing the run", say):
                 run = compose(settings, base, splits, ranks, say)
-            outcome = take_steps(run, base, splits, say, show, told)
-    if settings.loop.test and splits.test is not None and not outcome.interrupted:
+            outcome, test = take_steps(run, base, splits, say, show, told), run.test
+    elif test is not None:
+        test = compared_with(settings, untrained, {"test": test}, ranks, say).sets["test"]
+    if settings.loop.test and test is not None and not outcome.interrupted:
         found = held_out_loss(
             base,
-            splits.test,
+            test,
             settings.loop,
             objective_of(settings.objective),
             ranks,
@@ -100,6 +105,7 @@ def wants_training(settings: TrainSettings) -> bool:
 def check_request(settings: TrainSettings, ranks: Ranks) -> None:
     """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
     check_metric(settings)
+    read_teacher_prompt(settings.objective.teacher_prompt)  # a file that is not there is told now
     if settings.objective.samples:
         rewards_of(settings.objective)  # a user's file that does not load is told now
         if ranks.size > 1:
@@ -151,15 +157,22 @@ def check_test_split(settings: TrainSettings, splits: DataSplits) -> None:
         )
 
 
-def read_data(settings: TrainSettings, base: Base, ranks: Ranks, say: Callable[[str], None]) -> DataSplits:
+def read_data(
+    settings: TrainSettings, base: Base, untrained: Base, ranks: Ranks, say: Callable[[str], None]
+) -> DataSplits:
     """Read the data, check that the base can take them, and say what is trained on what.
+
+    Args:
+        settings, ranks, say: of the run.
+        base: with an adapter if it is only measured.
+        untrained: without one; it may have to write prompts and answers first.
 
     Raises:
         InputError: no usable data, --test without a test split, or tokens that the base does not have.
     """
     loop, objective = settings.loop, objective_of(settings.objective)
     day = first_day(loop, ranks)
-    given = taught(settings, base, ranks, say, day, wants_training(settings))
+    given = data_with_answers(settings, untrained, ranks, say, day, wants_training(settings))
     data, prompt = given.data, read_teacher_prompt(settings.objective.teacher_prompt)
     splits = load_data(data, base.hf_tokenizer, loop.seed, say, day, objective.records, prompt)
     if given.folder is not None:

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.data.batches import Batch
+from mlx_lora.data.encoded_set import EncodedSet
 from mlx_lora.models.head import Head, find_head, with_last_block
 from mlx_lora.objectives.divergences import DivergenceOptions, Known, divergence_of_logits, likeliest
 from mlx_lora.planner.memory import chunk_rows
@@ -38,16 +39,21 @@ def distill_arrays(batch: Batch) -> tuple[mx.array, ...]:
     return (*Arrays.of(batch), mx.array(relative), *(() if ids is None else (mx.array(ids),)))
 
 
-def distill_loss(loss: Loss, model: nn.Module, config: dict[str, Any], options: DivergenceOptions, words: str) -> Loss:
+def distill_loss(
+    loss: Loss, model: nn.Module, config: dict[str, Any], options: DivergenceOptions, rows: EncodedSet, words: str
+) -> Loss:
     """Return the loss of distillation on a model.
 
     Args:
         loss: of tokens, chosen for this model: it says whether the head can be computed apart, and the last block in part.
         model, config: the model and its config.json.
         options: how student and teacher are compared.
+        rows: the set that is trained on, or measured, with what the teacher says about it.
         words: on the objective, for the run header.
     """
     head = head_of(loss, model, config)
+    if rows.table is not None:
+        options = replace(options, vocabulary=rows.table.form.vocabulary)
 
     def of(gradient: bool) -> LossFunction:
         def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
@@ -156,7 +162,7 @@ def _known(relative: mx.array, *ids: mx.array) -> Known:
 
 
 def known_of_batch(
-    model: nn.Module, head: Head | None, batch: Batch, options: DivergenceOptions, vocabulary: int
+    model: nn.Module, head: Head | None, batch: Batch, options: DivergenceOptions
 ) -> Iterator[Known]:
     """Yield what a teacher says about the trained targets of a batch, a chunk of positions at a time.
 
@@ -165,7 +171,6 @@ def known_of_batch(
         head: its head, see `head_of`.
         batch: rows as the teacher sees them.
         options: how many tokens are kept, and the temperature.
-        vocabulary: the number of tokens that both models have.
     """
     arrays = Arrays.of(batch)
     positions = arrays.positions[: int(batch.weights.sum())]
@@ -179,4 +184,4 @@ def known_of_batch(
     for start in range(0, len(positions), rows):
         part = states[start : start + rows]
         logits = part if head is None else head.logits(part)
-        yield likeliest(logits.astype(mx.float32), options.top_k, options.temperature, vocabulary)
+        yield likeliest(logits.astype(mx.float32), options)

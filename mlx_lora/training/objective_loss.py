@@ -24,6 +24,7 @@ from mlx_lora.data.encode import EncodedSet
 from mlx_lora.models.head import with_last_block
 from mlx_lora.objectives.objective import AnswerSums, Objective
 from mlx_lora.system.distributed import ALONE, Ranks
+from mlx_lora.training.distill_loss import distill_arrays
 from mlx_lora.training.losses import Arrays, Loss, LossFunction, TokenLosses
 from mlx_lora.training.policy_task import policy_arrays, policy_loss_of, prepared
 
@@ -113,10 +114,13 @@ def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
 
     Args:
         objective: of the run.
-        loss: the loss of tokens, whose kernels are kept; a reward model has a loss of its own.
+        loss: the loss of tokens, whose kernels are kept; a reward model has a loss of its own. With a teacher, that of
+            distillation.
         model: the model that is trained or measured.
     """
     of_answers = objective.loss
+    if objective.distills is not None:
+        return Task(loss, distill_arrays, reports=objective.reports)
     if objective.policy is not None:
         whole = policy_loss_of(loss, objective.policy, objective.description)
         return Task(whole, policy_arrays, prepared, objective.reports, _only_numbers)

@@ -13,17 +13,22 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlx_lora.data.batches import EMPTY, Batch
 from mlx_lora.data.encoded_set import EncodedSet
 from mlx_lora.models.converting import cached_gguf_folder
-from mlx_lora.models.folder import read_config
+from mlx_lora.models.fingerprint import base_fingerprint
+from mlx_lora.models.folder import load_weights, read_config
+from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
+from mlx_lora.models.vocabulary import embedding_rows
 from mlx_lora.settings.config import ModelSettings, TrainSettings
 from mlx_lora.sources.hub import resolve_model
 from mlx_lora.system.errors import InputError
@@ -78,6 +83,49 @@ class Teacher:
         return found
 
 
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What is known of a teacher without its weights in memory.
+
+    Attributes:
+        identity: JSON values that change with its weights.
+        vocabulary: the number of tokens that teacher and student both have a logit for.
+    """
+
+    identity: list[Any]
+    vocabulary: int
+
+
+def facts_of(settings: TrainSettings, base: Base) -> TeacherFacts:
+    """Return what is known of the teacher that the settings ask for; arguments and errors as for `Teacher.of`.
+
+    Its weights are opened, but only the norms' are read.
+    """
+    own = vocabulary_of(base.model, base.config)
+    name = settings.objective.teacher
+    if not name:
+        return TeacherFacts([base.fingerprint, base.describe()], own)
+    folder = _folder(settings)
+    _check_tokenizer(settings, base, folder)
+    model, config = load_weights(folder, settings.model.trust_remote_code)
+    sizes = sorted(file.stat().st_size for file in folder.glob("*.safetensors"))
+    identity = [base_fingerprint(model, config), config.get("quantization"), sizes]
+    return TeacherFacts(identity, min(own, vocabulary_of(model, config)))
+
+
+def vocabulary_of(model: nn.Module, config: dict[str, Any]) -> int:
+    """Return the number of a model's logits.
+
+    Raises:
+        InputError: it cannot be told.
+    """
+    head = find_head(model, config)
+    found = embedding_rows(model, config) if isinstance(head, str) else head.vocabulary
+    if found is None:
+        raise InputError(f"mlx-lm's {config.get('model_type')}: the size of its vocabulary cannot be told; choose another")
+    return found
+
+
 def teacher_settings(settings: TrainSettings) -> ModelSettings:
     """Return the settings of the teacher's model: those of the student's, with another name."""
     name = settings.objective.teacher
@@ -88,20 +136,26 @@ def load_teacher(settings: TrainSettings, base: Base) -> Base:
     """Load the teacher's model, or return the base as a model of its own; arguments and errors as for `Teacher.of`."""
     if not settings.objective.teacher:
         return replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
-    check_tokenizers(base.hf_tokenizer, teacher_tokenizer(settings), settings.objective.teacher)
+    _check_tokenizer(settings, base, _folder(settings))
     return load_base(teacher_settings(settings))
 
 
-def teacher_tokenizer(settings: TrainSettings) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of --teacher, without its weights.
+def _folder(settings: TrainSettings) -> Path:
+    """Return the folder of --teacher; a GGUF file is converted first.
 
     Raises:
-        InputError: there is no such model, or its tokenizer cannot be loaded.
+        InputError: there is no such model.
     """
     own = teacher_settings(settings)
     source = resolve_model(own.model or "", own.revision, trust_remote_code=own.trust_remote_code)
-    folder = cached_gguf_folder(source) if source.kind == "gguf" else source.path
-    return load_folder_tokenizer(folder, read_config(folder, own.trust_remote_code), own.trust_remote_code)._tokenizer
+    return cached_gguf_folder(source) if source.kind == "gguf" else source.path
+
+
+def _check_tokenizer(settings: TrainSettings, base: Base, folder: Path) -> None:
+    """Refuse the teacher in this folder if its tokenizer is not the student's; its weights are not needed."""
+    trusted = settings.model.trust_remote_code
+    tokenizer = load_folder_tokenizer(folder, read_config(folder, trusted), trusted)._tokenizer
+    check_tokenizers(base.hf_tokenizer, tokenizer, settings.objective.teacher or "")
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str) -> None:

@@ -21,6 +21,7 @@ from mlx_lora.system import process
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.system.long_task import tracked
 from mlx_lora.training.agreement import Agreement
+from mlx_lora.training.distill_loss import distill_loss
 from mlx_lora.training.held_out import held_out_plan
 from mlx_lora.training.interrupts import interrupt_flag
 from mlx_lora.training.losses import Loss, choose_loss
@@ -176,6 +177,8 @@ def held_out_loss(
         answered: makes a plan whose answers are sampled, if the objective samples them.
     """
     loss = choose_loss(base.model, base.config, settings.kernels)
+    if objective.distills is not None:
+        loss = distill_loss(loss, base.model, base.config, objective.distills, rows, objective.description)
     task = task_of(objective, loss, base.model)
     plan = answered(held_out_plan(rows, settings), loss)
     count = len(plan) if settings.test_batches < 0 else min(len(plan), settings.test_batches)
