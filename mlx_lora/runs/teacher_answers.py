@@ -28,7 +28,7 @@ from mlx_lora.data.prompts_only import has_unanswered, read_prompts, write_recor
 from mlx_lora.data.reading import Rows
 from mlx_lora.data.teacher_rows import read_teacher_prompt
 from mlx_lora.models.batch_writing import write_texts
-from mlx_lora.models.group_sampling import answer_keys
+from mlx_lora.models.group_sampling import SamplingOptions, answer_keys
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.objective_table import OF_WRITING
 from mlx_lora.runs.own_prompts import own_prompts, sampling_options
@@ -40,7 +40,7 @@ from mlx_lora.system.distributed import Ranks
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import one_at_a_time, replacing_folder, sha256_of
 from mlx_lora.system.long_task import long_task
-from mlx_lora.training.teacher import load_teacher
+from mlx_lora.training.teacher import facts_of, load_teacher
 
 VERSION = 1  # of how answers are written; a higher one leaves older ones unused
 STREAM = 1 << 41  # the number of the answers' random streams
@@ -154,16 +154,12 @@ def _answered(settings: TrainSettings, base: Base, say: Callable[[str], None], t
     splits = read_prompts(settings.data)
     asked = [(name, prompt) for name, rows in splits.items() for prompt in rows.entries if isinstance(prompt, Prompt)]
     wanted = _wanted(settings, base, [prompt for _, prompt in asked], today)
-    teacher = load_teacher(settings, base)
-    options = sampling_options(settings, settings.objective.max_new_tokens)
-    facts = [VERSION, teacher.fingerprint, teacher.describe(), str(device.compute_dtype(settings.model.dtype))]
+    facts = [VERSION, facts_of(settings, base).identity, str(device.compute_dtype(settings.model.dtype))]
     contents = [[name, with_answer(prompt, None)] for name, prompt in asked]
-    key = sha256_of(json.dumps([*facts, contents, sorted(wanted.items()), repr(options), settings.loop.seed]))
-    folder = cache_dir("answers") / key[:32]
+    how = [repr(answer_options(settings)), settings.loop.seed]
+    folder = cache_dir("answers") / sha256_of(json.dumps([*facts, contents, sorted(wanted.items()), *how]))[:32]
     with one_at_a_time(folder):
-        answers = _write(teacher, wanted, len(asked), settings, folder / "written.jsonl", say)
-        del teacher
-        mx.clear_cache()
+        answers = _write(settings, base, wanted, len(asked), folder / "written.jsonl", say)
         for name in splits:
             numbers = [number for number, (split, _) in enumerate(asked) if split == name]
             records = _records(numbers, [prompt for _, prompt in asked], answers)
@@ -171,6 +167,11 @@ def _answered(settings: TrainSettings, base: Base, say: Callable[[str], None], t
                 raise InputError(f"--data, {name}: every answer of the teacher is empty; try another --seed or teacher")
             write_records(folder / "data" / f"{name}.jsonl", records)
     return folder / "data"
+
+
+def answer_options(settings: TrainSettings) -> SamplingOptions:
+    """Return how the answers of a run are sampled."""
+    return sampling_options(settings, settings.objective.max_new_tokens)
 
 
 def _wanted(settings: TrainSettings, base: Base, prompts: list[Prompt], today: date) -> dict[int, list[int]]:
@@ -198,29 +199,30 @@ def _records(numbers: Sequence[int], prompts: Sequence[Prompt], answers: dict[in
 
 
 def _write(
-    teacher: Base,
+    settings: TrainSettings,
+    base: Base,
     wanted: dict[int, list[int]],
     count: int,
-    settings: TrainSettings,
     file: Path,
     say: Callable[[str], None],
 ) -> dict[int, Answer]:
     """Write the answers that a file does not have yet, add them to it, and return all.
 
     Args:
-        teacher: the model.
+        settings: of the run.
+        base: of the student; the teacher is only loaded if it has to write.
         wanted: number of a prompt -> its tokens.
         count: of all prompts, which decides the random streams.
-        settings: of the run.
         file: of the answers.
         say: takes lines of progress, and how many were written.
     """
     answers = {number: answer for number, answer in read_answers(file).items() if number in wanted}
-    missing = sorted(wanted.keys() - answers.keys())
+    missing, found = sorted(wanted.keys() - answers.keys()), len(answers)
     if not missing:
-        say(f"Answers: {len(answers):,} of the teacher from an earlier run{_counts(answers, settings.objective)}")
+        say(f"Answers: {found:,} of the teacher from an earlier run{_counts(answers, settings.objective)}")
         return answers
-    ends, start, found = frozenset(teacher.tokenizer.eos_token_ids), time.perf_counter(), len(answers)
+    teacher, start = load_teacher(settings, base), time.perf_counter()
+    ends = frozenset(teacher.tokenizer.eos_token_ids)
     file.parent.mkdir(parents=True, exist_ok=True)
     with long_task("The teacher answers", len(wanted), "prompts", say) as task, file.open("a", encoding="utf-8") as out:
         out.write("\n")  # after a line that a kill left incomplete
@@ -235,8 +237,9 @@ def _write(
             task.reach(len(answers))
 
         keys = answer_keys(settings.loop.seed, STREAM, count)[mx.array(missing)]
-        options = sampling_options(settings, settings.objective.max_new_tokens)
-        write_texts(teacher, [wanted[number] for number in missing], range(len(missing)), options, ends, keys, take)
+        prompts = [wanted[number] for number in missing]
+        write_texts(teacher, prompts, range(len(missing)), answer_options(settings), ends, keys, take)
+    mx.clear_cache()
     seconds, tokens = time.perf_counter() - start, sum(answers[number].tokens for number in missing)
     earlier = f", {found:,} before" if found else ""
     rate = f"{len(missing):,} written by the teacher in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s{earlier}"
