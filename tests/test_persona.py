@@ -16,6 +16,7 @@ from conftest import tiny_model, write_folder
 from run_cli import one_line, run
 
 from mlx_lora.models import batch_writing
+from mlx_lora.models.group_sampling import SamplingOptions, answer_keys, sample_groups
 from mlx_lora.models.load import load_base
 from mlx_lora.runs.teacher_answers import read_answers
 from mlx_lora.settings.config import ModelSettings
@@ -82,6 +83,21 @@ def test_the_teacher_writes_the_answers_once(tiny_folder, asked, tmp_path, own_c
     assert "Answers:" not in third.err
     assert not (tmp_path / "c" / "written").exists()
     assert (tmp_path / "a" / "adapters.safetensors").read_bytes() == (tmp_path / "c" / "adapters.safetensors").read_bytes()
+
+
+def test_the_teacher_answers_with_its_prompt_in_front(tiny_folder, asked, tmp_path, own_cache):
+    """At a temperature near 0, an answer is the likeliest text after the persona and the prompt, and no other."""
+    ran = run(*command(tiny_folder, asked, tmp_path / "a", "--max-new-tokens", 8, "--temp", 0.001))
+    assert ran.code == 0, ran.err
+    base = load_base(ModelSettings(model=str(tiny_folder)))
+    user = "<|im_start|>user\ntrain question 0?<|im_end|>\n<|im_start|>assistant\n"
+    found = []
+    for prompt in (f"<|im_start|>system\n{PERSONA}<|im_end|>\n{user}", user):
+        tokens = base.hf_tokenizer.encode(prompt, add_special_tokens=False)
+        ends = frozenset(base.tokenizer.eos_token_ids)
+        answers, _ = sample_groups(base.model, [tokens], SamplingOptions(1, 8, 0.001), ends, answer_keys(5, 0, 1))
+        found.append(base.hf_tokenizer.decode(answers[0], skip_special_tokens=True).strip())
+    assert records(tmp_path / "a")[0]["completion"] == found[0] != found[1]
 
 
 def test_what_a_stopped_run_wrote_is_not_written_again(tiny_folder, asked, tmp_path, own_cache, monkeypatch):

@@ -160,6 +160,7 @@ def _answered(settings: TrainSettings, base: Base, say: Callable[[str], None], t
     folder = cache_dir("answers") / sha256_of(json.dumps([*facts, contents, sorted(wanted.items()), *how]))[:32]
     with one_at_a_time(folder):
         answers = _write(settings, base, wanted, len(asked), folder / "written.jsonl", say)
+        mx.clear_cache()  # a teacher of its own is gone by now
         for name in splits:
             numbers = [number for number, (split, _) in enumerate(asked) if split == name]
             records = _records(numbers, [prompt for _, prompt in asked], answers)
@@ -239,7 +240,6 @@ def _write(
         keys = answer_keys(settings.loop.seed, STREAM, count)[mx.array(missing)]
         prompts = [wanted[number] for number in missing]
         write_texts(teacher, prompts, range(len(missing)), answer_options(settings), ends, keys, take)
-    mx.clear_cache()
     seconds, tokens = time.perf_counter() - start, sum(answers[number].tokens for number in missing)
     earlier = f", {found:,} before" if found else ""
     rate = f"{len(missing):,} written by the teacher in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s{earlier}"
