@@ -18,6 +18,7 @@ PART_WORDS = {
     "block": "activations of one block",
     "work ahead": "working memory of one block",
     "new state": "new values of the update",
+    "teacher": "teacher",
 }
 # A phase of `MemoryPlan` -> the moment it is.
 PHASE_WORDS = {
@@ -27,6 +28,7 @@ PHASE_WORDS = {
     "backward": "in the backward pass",
     "last": "at the end of the backward pass",
     "update": "in the optimizer's update",
+    "teacher": "while the teacher is asked, before the first step",
 }
 RATE_WORDS = {"measured here": "from rates measured on this machine"}
 
@@ -88,9 +90,11 @@ def _data_words(result: dict[str, Any]) -> list[str]:
     words = "each answer is compared with another one, in a forward pass" if rated else "two rows for a pair"
     if objective["rows_per_example"] == 1:
         words = "one row for a pair, with the prompt once"
+    seconds = result["predicted"]["reference_s"]
+    once = "" if seconds is None else f", {size['measured_tokens']:,} tokens in about {time_words(seconds / 3600)}"
+    if objective["teacher"]:
+        words = f"the teacher is asked once before the first step{once}, and not in memory while the student is trained"
     if objective["reference"]:
-        seconds = result["predicted"]["reference_s"]
-        once = "" if seconds is None else f", {size['measured_tokens']:,} tokens in about {time_words(seconds / 3600)}"
         words += f"; the reference is measured once before the first step{once}, without a second model in memory"
     if not size:
         words += "; without --data on this disk, each prompt with an answer counts as --max-seq-length tokens"

@@ -31,7 +31,7 @@ class DataSize:
         longest: tokens of the longest row.
         tokens: of all rows.
         supervised_tokens: those of them that are trained.
-        measured_tokens: of all rows, held-out ones included, which is what a reference measures before the first step.
+        measured_tokens: of all rows, held-out ones included, which is what a reference, or a teacher, measures before the first step.
     """
 
     rows: int
@@ -53,7 +53,7 @@ def predict(
     run = largest_run(settings, fitted, size)
     rows, columns = run.rows, run.width
     seconds, parts = step_seconds(shape, run, machine, ceilings)
-    objective, reference = settings.objective, objective_of(settings.objective).reference
+    objective, asked = settings.objective, objective_of(settings.objective)
     together = objective.rows_per_example // objective.trained_rows_per_example
     forward_s = forward_seconds(shape, run, machine, ceilings)
     if together > 1:  # for each trained row, one that is only measured
@@ -61,7 +61,10 @@ def predict(
         seconds += parts["other answers"]
     tokens_per_s = together * run.positions / seconds
     tokens = tokens_of(settings, together * rows * columns, size)
-    reference_s = forward_s * size.measured_tokens / run.positions if reference and size is not None else None
+    reference_s = None
+    if size is not None and (asked.reference or asked.distills is not None):  # measured before the first step
+        own = forward_s if shape.teacher is None else forward_seconds(shape.teacher, run, machine, ceilings)
+        reference_s = own * size.measured_tokens / run.positions
     return {
         "note": "predicted, not measured",
         "ceilings": ceilings.source,

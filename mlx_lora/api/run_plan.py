@@ -159,7 +159,7 @@ def measure_data(
     if objective.records == "pairs" and layout_problem(asked, outline.model, shape, rows) is None:
         settings = dataclasses.replace(settings, objective=dataclasses.replace(settings.objective, shared_prefix="on"))
         rows, parts = joined(rows), [joined(part) for part in parts]
-    longest, measured = int(rows.lengths.max(initial=2)), sum(len(part.tokens) for part in parts)
+    longest, measured = int(rows.lengths.max(initial=2)), sum(len((part.teacher or part).tokens) for part in parts)
     return settings, DataSize(len(rows), longest, len(rows.tokens), rows.supervised_tokens, measured)
 
 
@@ -244,6 +244,7 @@ def plan_for(
             "records": objective_of(settings.objective).records,
             "rows_per_example": settings.objective.rows_per_example,
             "reference": objective_of(settings.objective).reference,
+            "teacher": objective_of(settings.objective).distills is not None,
         },
         "data": size and dataclasses.asdict(size),
         "machine": dataclasses.asdict(machine),

@@ -207,6 +207,7 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
     wanted = [
         *_rollout_charts(records, of),
         (f"Loss per {'answer' if sampled else counted}", losses, "", False),
+        *_teacher_charts(records, of),
         *_preference_charts(records, of),
         ("Tokens per second", tokens, "", True),
         ("Memory", memory, " GB", True),
@@ -249,6 +250,18 @@ def _rollout_charts(
         ]
         charts += [(title, series, "", from_zero)] if series else []
     return charts
+
+
+def _teacher_charts(
+    records: list[dict[str, Any]], of: Callable[..., Series]
+) -> list[tuple[str, list[Series], str, bool]]:
+    """Return a chart of KL(teacher, student) where the loss is another divergence; none for other runs."""
+    having = [r for r in records if r.get("kl") is not None and "reward" not in r]
+    if all(abs(r["kl"] - (r["val_loss"] if r["loss"] is None else r["loss"] or 0.0)) < 1e-6 for r in having):
+        return []
+    trained, held_out = ([r for r in having if r[key] is not None] for key in ("loss", "val_loss"))
+    series = [of(when, "kl", rows) for when, rows in (("training", trained), ("held out", held_out)) if rows]
+    return [("KL of teacher and student per token", series, "", True)]
 
 
 def _preference_charts(

@@ -54,6 +54,9 @@ def verdict(records: list[dict[str, Any]], settings: dict[str, Any], ended: bool
     if any("margin" in r for r in validations):
         headline, tone = _of_preferences(validations, kept)
         return Verdict(headline, tone, notes)
+    if settings.get("objective") == "distill":
+        headline, tone = _of_divergence(validations, kept)
+        return Verdict(headline, tone, notes)
     if len(validations) == 1:
         return Verdict(f"Held-out perplexity {perplexity(kept['val_loss'])}, measured once", PLAIN, notes)
     first = validations[0]["val_loss"]
@@ -131,6 +134,19 @@ def _of_rewards(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tupl
     ends = dict.fromkeys(f"{round(value, 3) + 0:.3f}" for value in (first, last))
     tone = PLAIN if len(validations) == 1 or abs(last - first) < 0.0005 else GOOD if last > first else BAD
     return f"Held-out reward {' to '.join(ends)}", tone
+
+
+def _of_divergence(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
+    """Return headline and tone for distillation, whose loss is how far the student's probabilities are from the teacher's."""
+    first, last = validations[0]["val_loss"], kept["val_loss"]
+    ends = dict.fromkeys(f"{round(value, 4) + 0:.4f}" for value in (first, last))
+    words = f"Held-out divergence from the teacher {' to '.join(ends)} per token"
+    if len(validations) == 1:
+        return f"{words}, measured once", PLAIN
+    if first <= 0 or abs(last / first - 1) < UNCHANGED:
+        return f"{words}, unchanged", PLAIN
+    change = abs(last / first - 1)
+    return (f"{words}, {change:.0%} lower", GOOD) if last < first else (f"{words}, {change:.0%} higher", BAD)
 
 
 def _change(rise: float) -> tuple[str, str]:

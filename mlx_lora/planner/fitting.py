@@ -195,7 +195,8 @@ def advice(
         flags = _nearest(settings, found, machine, width, most_rows)
         if flags is not None:
             return "try " + " and ".join(filter(None, [*words, " ".join(flags)]))
-    return "even short sequences and small batches do not fit: choose a smaller model"
+    smaller = "--teacher, or one with fewer bits" if shape.teacher is not None else "model"
+    return f"even short sequences and small batches do not fit: choose a smaller {smaller}"
 
 
 def _nearest(

@@ -8,6 +8,7 @@ A run has phases, and its peak is that of the largest phase:
     backward   everything that the blocks keep, and the gradients of one block
     last       the adapter's gradients, and one block
     update     gradients, and the new optimizer state beside the old
+    teacher    before the first step: the base, a teacher's weights, and its forward pass; only with --teacher
 
 In all phases: the base, the adapter's float32 masters, the optimizer's moments. What a block keeps, and what its backward
 pass allocates at a time, is read from the block's graph (training/block_memory.py) and given as `Block.memory`. If a
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 
 from mlx_lora.planner.shapes import Block, Layer, Machine, ModelShape, Run
 from mlx_lora.settings.checks import checkpoint_every
+from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS
 from mlx_lora.settings.optimizers import OPTIMIZERS
 
 SINGLE = 4  # bytes of a float32
@@ -132,10 +134,20 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
         "last": {**held, "gradients": masters, "block": one_block, "work ahead": ahead},
         "update": {**held, "gradients": masters, "new state": int(copies * masters)},
     }
+    if shape.teacher is not None:
+        phases["teacher"] = {"base": shape.base_bytes, **_teacher_parts(shape.teacher, run, machine)}
     sums = {name: sum(parts.values()) for name, parts in phases.items()}
     peak = max(sums, key=sums.__getitem__)
     parts = {name: size for name, size in phases[peak].items() if size}
     return MemoryPlan(peak, parts, sums, min(machine.cache_bytes, budget // 16), budget, shape.not_known)
+
+
+def _teacher_parts(teacher: ModelShape, run: Run, machine: Machine) -> dict[str, int]:
+    """Return what a teacher holds while it is asked: its weights, one block at a time, and chunks of logits."""
+    asked = Run(1, max(DEFAULT_BATCH_TOKENS, run.width))
+    block = max((kept_by(block, asked, machine) for block in teacher.blocks), default=0)
+    logits = int(ROW_ARRAYS * max(machine.tile_bytes, SINGLE * teacher.vocabulary))
+    return {"teacher": teacher.base_bytes, "block": int(block), "logits": logits}
 
 
 def kept_by(block: Block, run: Run, machine: Machine) -> float:

@@ -157,6 +157,7 @@ class ModelShape:
         plain_loss: whether the loss needs the model's own logits for all positions.
         source_bytes: bytes of the stored weights if loading casts them; otherwise 0.
         not_known: kinds of blocks whose memory could not be read, each with the reason.
+        teacher: a model that is in memory before the first step only, beside the base; None: there is none.
     """
 
     model_type: str
@@ -172,6 +173,7 @@ class ModelShape:
     plain_loss: bool = False
     source_bytes: int = 0
     not_known: tuple[str, ...] = ()
+    teacher: ModelShape | None = None
 
     @property
     def numbers(self) -> int:

@@ -103,7 +103,22 @@ def adapted_shape(
     shape = model_shape(model, config, source_bytes, FROZEN_COPIES.get(settings.adapter.method_name, 0))
     shape = replace(shape, plain_loss=shape.plain_loss or settings.loop.kernels == MLX)
     choice = known_kernels(settings, shape) if kernels is None else kernels
-    return with_block_memory(shape, model, dict(config), choice)
+    shape = with_block_memory(shape, model, dict(config), choice)
+    return replace(shape, teacher=teacher_shape(settings))
+
+
+def teacher_shape(settings: TrainSettings) -> ModelShape | None:
+    """Return the shape of --teacher, from its files' headers; None if there is none: the base itself takes no more memory.
+
+    Raises:
+        InputError: there is no such model, or mlx-lm does not have its architecture.
+    """
+    name = settings.objective.teacher
+    if not name:
+        return None
+    outline = outline_of(name, None, device.compute_dtype(settings.model.dtype))
+    outline.model.freeze()
+    return model_shape(outline.model, outline.config, outline.cast_bytes)
 
 
 def known_kernels(settings: TrainSettings, shape: ModelShape) -> KernelChoice:

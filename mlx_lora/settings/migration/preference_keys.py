@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mlx_lora.settings.config import IMITATION
 from mlx_lora.settings.migration.sheet import Sheet
 
 # The options of each objective; other options in a file are left out.
@@ -15,14 +16,15 @@ OPTIONS = {
     "cpo": ("beta", "label_smoothing", "cpo_alpha"),
     "kto": ("loss_type", "beta", "desirable_weight", "undesirable_weight", "reference_adapter"),
     "reward": ("center_rewards",),
+    "distill": (),
 }
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # of dpo's losses, those with label smoothing
 LISTS = ("loss_type", "loss_weights", "reference_adapter")  # not numbers
 
 
 def trains_on_chats(sheet: Sheet) -> bool:
-    """Return whether a file asks for supervised training."""
-    return sheet.found.get("objective", "sft") == "sft"
+    """Return whether a file asks for training on the answers in the data."""
+    return sheet.found.get("objective", "sft") in IMITATION
 
 
 def read_prompts_trained(sheet: Sheet, key: str) -> None:

@@ -1,4 +1,4 @@
-"""Read the settings file of TRL's commands: `trl dpo --config`, `trl kto`, `trl reward`, `trl sft`.
+"""Read the settings file of TRL's commands: `trl dpo --config`, `trl kto`, `trl reward`, `trl sft`; and of its GKDTrainer.
 
 The file does not say which command it is for; --objective says so, or else keys that only one command has. For what the
 file leaves out, TRL's defaults are used if they change the result: the model itself is trained unless use_peft is set,
@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_lora.settings.migration import hf
+from mlx_lora.settings.migration import hf, trl_distill
 from mlx_lora.settings.migration.column_keys import take_columns
 from mlx_lora.settings.migration.preference_keys import OPTIONS, put_objective, say_plain_simpo, trains_on_chats
 from mlx_lora.settings.migration.sheet import Dialect, Sheet
 
 MARKS = ("dataset_name", "dataset_train_split", "dataset_test_split", "use_peft", "lora_target_modules", "datasets")
 # Keys of commands that we do not have.
-SAMPLING = ("reward_funcs", "num_generations", "reward_model_path", "teacher_model_name_or_path")
+SAMPLING = ("reward_funcs", "num_generations", "reward_model_path")
 # Objective -> keys that only its configuration has; the first that a file has decides.
 OWN_KEYS = {
+    trl_distill.NAME: trl_distill.OWN_KEYS,
     "reward": ("center_rewards_coefficient",),
     "kto": ("desirable_weight", "undesirable_weight"),
     "cpo": ("cpo_alpha", "simpo_gamma"),
@@ -29,7 +30,7 @@ OWN_KEYS = {
     ),
 }
 CHAT_LOSSES = ("nll", "chunked_nll", "dft")  # of `trl sft`
-LEARNING_RATES = {"sft": 2e-5, "reward": 1e-4}
+LEARNING_RATES = {"sft": 2e-5, "distill": 2e-5, "reward": 1e-4}
 LEARNING_RATE = 1e-6
 OWN_NAMES = ("loss_type", "loss_weights", "beta", "label_smoothing", "rpo_alpha", "discopop_tau", "simpo_gamma",
              "cpo_alpha", "desirable_weight", "undesirable_weight")  # fmt: skip
@@ -49,6 +50,10 @@ def read_kind(sheet: Sheet) -> None:
                 f"{key}: only trl sft, dpo, kto and reward are supported, and ORPO and CPO; use TRL for it"
             )
     objective, key = _objective(sheet)
+    if objective == trl_distill.NAME:
+        put_objective(sheet, objective, key, {})
+        trl_distill.read_distill(sheet)
+        return
     losses = sheet.rest.get("loss_type")
     if isinstance(losses, list) and len(losses) == 1:
         sheet.rest["loss_type"] = losses = losses[0]
@@ -140,7 +145,7 @@ def read_data(sheet: Sheet) -> None:
         own = [key for key in ("assistant_only_loss", "completion_only_loss") if sheet.take(key)]
         if whole or own:
             sheet.put("mask_prompt", not whole, own[0] if own else "completion_only_loss")
-        else:
+        elif sheet.found.get("objective") != trl_distill.NAME:  # GKD trains on answers
             sheet.note("trl sft trains on whole dialogues, here only on answers; --no-mask-prompt trains on everything")
 
 
