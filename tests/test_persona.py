@@ -13,6 +13,7 @@ import pytest
 import yaml
 from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model, write_folder
+from ranks import Started
 from run_cli import one_line, run
 
 from mlx_lora.models import batch_writing
@@ -145,6 +146,21 @@ def test_a_killed_run_resumes_from_its_own_copy(tiny_folder, asked, tmp_path, ow
     (rest / "written" / "train.jsonl").write_text("".join(json.dumps(one) + "\n" for one in edited))
     shutil.rmtree(rest / "checkpoints" / "step-000004")
     one_line(run(*command(tiny_folder, asked, rest, *SHORT, "--resume")), "from another run", "rows")
+
+
+@pytest.mark.slow
+def test_two_ranks_get_the_answers_of_the_first(tiny_folder, asked, tmp_path, own_cache):
+    for count in (1, 2):
+        words = command(tiny_folder, asked, tmp_path / str(count), *SHORT, "--batch-size", 4, "--sample-tokens", 0)
+        ended = Started([["-m", "mlx_lora.train", *words[1:]]] * count, tmp_path / f"hosts{count}").wait()
+        assert ended.codes == [0] * count, ended.errs
+        assert sum(err.count("Answers: ") for err in ended.errs) == 1
+    assert records(tmp_path / "1") == records(tmp_path / "2")
+    one, two = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("1", "2")
+    )
+    assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
 def test_records_with_an_answer_keep_it(tiny_folder, asked, tmp_path, own_cache):

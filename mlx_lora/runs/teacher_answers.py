@@ -38,7 +38,7 @@ from mlx_lora.system import device
 from mlx_lora.system.cache import cache_dir
 from mlx_lora.system.distributed import Ranks
 from mlx_lora.system.errors import InputError
-from mlx_lora.system.files import one_at_a_time, replacing_folder, sha256_of
+from mlx_lora.system.files import one_at_a_time, replacing_file, replacing_folder, sha256_of
 from mlx_lora.system.long_task import long_task
 from mlx_lora.training.teacher import facts_of, load_teacher
 
@@ -79,7 +79,7 @@ def data_with_answers(
     Args:
         settings: of the run.
         base: without an adapter.
-        ranks: the processes of the run; more than one cannot write.
+        ranks: the processes of the run; rank 0 writes, and all get the same.
         say: takes lines of progress, and what was written.
         today: the day for templates that show the date.
         trains: whether the run trains; if not, what its run folder holds is read.
@@ -94,20 +94,34 @@ def data_with_answers(
         _refuse_sampling(objective)
         return Given(data)
     words = f"{data.data or 'prompts that the model wrote'}{'' if objective.on_policy else ', answered by the teacher'}"
-    if (kept := kept_folder(settings.loop, trains)) is not None:
-        return Given(written_data(data, kept), kept, words)
-    if ranks.size > 1:
-        raise InputError(
-            f"--objective distill in {ranks.size} processes: only one can write the answers; train one step in a single "
-            f"process, then give the folder {WRITTEN} of that run as --data"
-        )
-    if data.data is None:
-        file = own_prompts(settings, base, say, today)
-        data = written_data(data, file)
-        if objective.on_policy:
-            return Given(data, file.parent, words)
-    folder = _answered(replace(settings, data=data), base, say, today)
+    folder = None
+    if ranks.leads:
+        folder = kept_folder(settings.loop, trains) or _written(settings, base, say, today)
+    folder = _on_every_rank(folder, ranks)
     return Given(written_data(data, folder), folder, words)
+
+
+def _written(settings: TrainSettings, base: Base, say: Callable[[str], None], today: date) -> Path:
+    """Return the folder of the run's data, after prompts and answers that it lacks were written."""
+    if settings.data.data is None:
+        file = own_prompts(settings, base, say, today)
+        if settings.objective.on_policy:
+            return file.parent
+        settings = replace(settings, data=written_data(settings.data, file))
+    return _answered(settings, base, say, today)
+
+
+def _on_every_rank(folder: Path | None, ranks: Ranks) -> Path:
+    """Return the folder of the first rank's files, on other ranks a copy of them, since their machines may not have it."""
+    files = [] if folder is None else sorted(folder.glob("*.jsonl"))
+    texts = ranks.from_first({file.name: file.read_text(encoding="utf-8") for file in files})
+    if folder is not None:
+        return folder
+    copied = cache_dir("answers") / sha256_of(json.dumps(texts))[:32] / "data"
+    for name, text in texts.items():
+        with replacing_file(copied / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return copied
 
 
 def _refuse_sampling(objective: ObjectiveSettings) -> None:
