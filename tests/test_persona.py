@@ -170,10 +170,11 @@ def test_two_ranks_get_the_answers_of_the_first(tiny_folder, asked, tmp_path, ow
 def test_records_with_an_answer_keep_it(tiny_folder, asked, tmp_path, own_cache):
     rows = [{"prompt": "Has one?", "completion": "Yes, this."}, {"instruction": "Has none?"}]
     rows += [{"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"{n}?"}]} for n in range(4)]
-    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"other": 1}]))
     ran = run(*command(tiny_folder, asked, tmp_path / "a", *SHORT, "--data", tmp_path / "mixed.jsonl"))
     assert ran.code == 0, ran.err
     assert "Answers: 5 written" in ran.err
+    assert "Note: train: 1 record is no prompt: mixed.jsonl line 7" in ran.err
     found = records(tmp_path / "a")
     assert found[0] == rows[0]
     assert found[1]["prompt"] == "Has none?"

@@ -21,6 +21,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_lora.artifacts.run_folder import WRITTEN
+from mlx_lora.data.data_report import reasons
 from mlx_lora.data.examples import Record
 from mlx_lora.data.loading import prompt_encoder
 from mlx_lora.data.prompt_records import Prompt, encode_prompts, with_answer
@@ -40,6 +41,7 @@ from mlx_lora.system.distributed import Ranks
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import one_at_a_time, replacing_file, replacing_folder, sha256_of
 from mlx_lora.system.long_task import long_task
+from mlx_lora.system.units import counted
 from mlx_lora.training.teacher import facts_of, load_teacher
 
 VERSION = 1  # of how answers are written; a higher one leaves older ones unused
@@ -166,8 +168,11 @@ def keep_written(source: Path, folder: Path) -> None:
 def _answered(settings: TrainSettings, base: Base, say: Callable[[str], None], today: date) -> Path:
     """Return the folder of the run's records with answers, from the cache or written now."""
     splits = read_prompts(settings.data)
+    for name, rows in splits.items():
+        if rows.dropped:
+            say(f"Note: {name}: {counted(len(rows.dropped), 'record is', 'records are')} no prompt: {reasons(rows.dropped)}")
     asked = [(name, prompt) for name, rows in splits.items() for prompt in rows.entries if isinstance(prompt, Prompt)]
-    wanted = _wanted(settings, base, [prompt for _, prompt in asked], today)
+    wanted = _wanted(settings, base, [prompt for _, prompt in asked], say, today)
     facts = [VERSION, facts_of(settings, base).identity, str(device.compute_dtype(settings.model.dtype))]
     contents = [[name, with_answer(prompt, None)] for name, prompt in asked]
     how = [repr(answer_options(settings)), settings.loop.seed]
@@ -189,7 +194,9 @@ def answer_options(settings: TrainSettings) -> SamplingOptions:
     return sampling_options(settings, settings.objective.max_new_tokens)
 
 
-def _wanted(settings: TrainSettings, base: Base, prompts: list[Prompt], today: date) -> dict[int, list[int]]:
+def _wanted(
+    settings: TrainSettings, base: Base, prompts: list[Prompt], say: Callable[[str], None], today: date
+) -> dict[int, list[int]]:
     """Return number of a prompt without an answer -> its tokens, as the teacher sees it.
 
     Raises:
@@ -199,8 +206,11 @@ def _wanted(settings: TrainSettings, base: Base, prompts: list[Prompt], today: d
     encoded = encode_prompts(encoder, prompts, read_teacher_prompt(settings.objective.teacher_prompt))
     seen = encoded.rows if encoded.rows.teacher is None else encoded.rows.teacher
     numbers = [(row, number) for row, number in enumerate(encoded.source.tolist()) if not prompts[number].answered]
+    why = next(iter(encoded.dropped.values()), "")
     if not numbers:
-        raise InputError(f"--data: the teacher can answer no prompt ({next(iter(encoded.dropped.values()))})")
+        raise InputError(f"--data: the teacher can answer no prompt ({why})")
+    if why:
+        say(f"Note: {counted(len(encoded.dropped), 'prompt is', 'prompts are')} not answered: {why}")
     return {number: seen.row(row)[0].tolist() for row, number in numbers}
 
 
