@@ -29,6 +29,7 @@ MOST_PROMPT_TOKENS = 96  # of a usable prompt
 ROUND = 256  # the most prompts that are written before the usable ones are counted
 TRIES = 6  # how many are written in all, for each that is wanted
 LEAST_SHARE = 0.25  # of the wanted ones, below which a run does not begin
+HOPELESS = 64  # tries without a usable one, after which no more are made
 STREAM = 2 << 40  # the numbers of the random streams start here
 
 
@@ -63,8 +64,9 @@ def own_prompts(settings: TrainSettings, base: Base, say: Callable[[str], None],
         _check(found, wanted)
         write_records(file, ({"prompt": text} for text in found.kept))
     reasons = ", ".join(f"{count:,} {why}" for why, count in found.left_out.most_common())
+    fewer = f", and {wanted:,} were wanted" if len(found.kept) < wanted else ""
     left_out = f"; left out: {reasons}" if reasons else ""
-    say(f"Prompts: {len(found.kept):,} written by the model in {time.perf_counter() - start:.1f} s{left_out}")
+    say(f"Prompts: {len(found.kept):,} written by the model in {time.perf_counter() - start:.1f} s{fewer}{left_out}")
     return file
 
 
@@ -79,7 +81,7 @@ def _written(
 ) -> TurnFilter:
     """Write prompts until enough are usable, or too many were tried."""
     found, tried, number = TurnFilter(), 0, 0
-    while len(found.kept) < wanted and tried < TRIES * wanted:
+    while len(found.kept) < wanted and tried < TRIES * wanted and (found.kept or tried < HOPELESS):
         usable = max(LEAST_SHARE, len(found.kept) / tried) if tried else 1.0
         count = min(ROUND, TRIES * wanted - tried, math.ceil((wanted - len(found.kept)) / usable))
 
