@@ -16,6 +16,7 @@ from conftest import tiny_model, write_folder
 from ranks import Started
 from run_cli import one_line, run
 
+import mlx_lora
 from mlx_lora.models import batch_writing
 from mlx_lora.models.group_sampling import SamplingOptions, answer_keys, sample_groups
 from mlx_lora.models.load import load_base
@@ -235,6 +236,17 @@ def test_without_data_the_model_writes_the_prompts_too(asking_folder, asked, tmp
     assert [one["prompt"] for one in records(tmp_path / "c")] != found
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert report["data"]["data"] == "prompts that the model wrote, answered by the teacher"
+
+
+def test_python_needs_no_data_either(asking_folder, asked, tmp_path, own_cache):
+    ran = mlx_lora.train(
+        asking_folder, None, tmp_path / "a", objective="distill", teacher_prompt=asked / "persona.txt", own_prompts=8,
+        max_new_tokens=8, iters=2, rank=4, sample_tokens=0, progress=False,
+    )  # fmt: skip
+    assert ran.steps == 2
+    assert len(records(tmp_path / "a")) == 8
+    with pytest.raises(mlx_lora.InputError, match="data is required"):
+        mlx_lora.train(asking_folder, None, tmp_path / "b", iters=2, progress=False)
 
 
 def test_a_model_that_cannot_write_prompts_is_told_in_one_line(tiny_folder, asked, tmp_path, own_cache):
