@@ -402,6 +402,9 @@ def test_our_own_file_stays_strict(tmp_path):
         ("model_name_or_path: m\ndataset_name: d\nreward_funcs: [f]\n", "reward_funcs: only trl sft, dpo, kto"),
         ("model_name_or_path: m\ndataset_name: d\ncpo_alpha: 1\nloss_type: ipo\n", "loss_type ipo with CPO"),
         ("model_name_or_path: m\ndataset_name: d\nsimpo_gamma: 1\nloss_type: alphapo\n", "loss_type alphapo"),
+        ("model_name_or_path: m\ndataset_name: d\nteacher_model_name_or_path: big\n", "lmbda 0.5: a mixture of given"),
+        ("model_name_or_path: m\ndataset_name: d\nlmbda: 0\n", "no teacher_model_name_or_path"),
+        ("model_name_or_path: m\ndataset_name: d\nteacher_model_name_or_path: big\nseq_kd: true\n", "seq_kd"),
         ("model: m\nlora_parameters: {rank: 8}\noptimizer_config: [1]\n", "not a mapping"),
         ("model: m\nlora_parameters: {rank: 8}\nrankk: 8\nlr: 1\nlearning_rate: fast\n", "--learning-rate 'fast'"),
     ],
@@ -468,6 +471,11 @@ def test_train_runs_an_axolotl_file(tiny_folder, chats, tmp_path):
         ("model_name_or_path: m\ndataset_name: d\ncpo_alpha: 0\nsimpo_gamma: 1\nloss_type: simpo\n", {"objective": "simpo", "simpo_gamma": 1}),
         ("model_name_or_path: m\ndataset_name: d\ncpo_alpha: 0.3\n", {"objective": "cpo", "cpo_alpha": 0.3}),
         ("model_name_or_path: m\ndataset_name: d\nloss_type: [ipo]\n", {"objective": "dpo", "loss_type": "ipo"}),
+        ("model_name_or_path: m\ndataset_name: d\nteacher_model_name_or_path: big\nlmbda: 0\nuse_peft: true\nlora_dropout: 0.1\n",
+         {"objective": "distill", "teacher": "big", "divergence": "jsd", "jsd_beta": 0.5, "dropout": 0, "rank": 16,
+          "learning_rate": 2e-5, "on_policy": False, "mask_prompt": True, "max_new_tokens": 256}),
+        ("model_name_or_path: m\ndataset_name: d\nteacher_model_name_or_path: big\nlmbda: 0.0\nbeta: 1\ntemperature: 0.7\n",
+         {"objective": "distill", "divergence": "reverse_kl", "jsd_beta": 0.5, "distill_temp": 1, "temp": 1}),
         ("model_name_or_path: m\ndatasets: [{path: d}]\nloss_type: dft\n", {"objective": "sft", "data": "d", "learning_rate": 2e-5}),
         ("model_name_or_path: m\nstage: sft\nlora_rank: 8\n", {"objective": "sft", "beta": 0.1}),
     ],
@@ -480,6 +488,13 @@ def test_files_of_preference_training_are_read(text, wanted, tmp_path):
     assert {name: found[name] for name in wanted} == wanted
     if settings.objective.objective in OBJECTIVES:
         assert objective_of(settings.objective).name == settings.objective.objective
+
+
+def test_gkd_with_sampled_answers_is_on_policy(tmp_path):
+    file = tmp_path / "gkd.yaml"
+    file.write_text("model_name_or_path: m\ndataset_name: d\nteacher_model_name_or_path: big\nlmbda: 1\nbeta: 1\n")
+    found = train_settings({}, read_settings(str(file), {}, lambda line: None)).objective
+    assert (found.on_policy, found.temp, found.max_new_tokens, found.divergence) == (True, 0.9, 128, "reverse_kl")
 
 
 def test_the_flag_says_what_a_file_of_trl_is_for(tmp_path):

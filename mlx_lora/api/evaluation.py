@@ -26,6 +26,7 @@ from mlx_lora.settings.config import TrainSettings
 from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system import console
 from mlx_lora.system.errors import InputError
+from mlx_lora.training.teacher import check_teacher
 from mlx_lora.training.trainer import held_out_loss
 
 
@@ -105,6 +106,7 @@ def measure_loss(
     data = settings.data
     if not data.chat_template and (template := adapter_template(adapter)):
         base.hf_tokenizer.chat_template = template
+    check_teacher(settings, base.hf_tokenizer)
     prompt = read_teacher_prompt(settings.objective.teacher_prompt)
     rows = load_eval_set(data.data or "", data, base.hf_tokenizer, say, objective.records, prompt)
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")

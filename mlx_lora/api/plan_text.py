@@ -19,6 +19,7 @@ PART_WORDS = {
     "work ahead": "working memory of one block",
     "new state": "new values of the update",
     "teacher": "teacher",
+    "records": "teacher's probabilities of a batch",
 }
 # A phase of `MemoryPlan` -> the moment it is.
 PHASE_WORDS = {

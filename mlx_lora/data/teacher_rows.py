@@ -22,6 +22,8 @@ from mlx_lora.system.errors import InputError
 NO_LIMIT = 10**9  # tokens; the prompt makes the teacher's rows longer than --max-seq-length, but trains nothing more
 MOST_BYTES = 1 << 20  # of the prompt's file: a page, a manual; not a corpus
 BETWEEN = "\n\n"
+Row = tuple[np.ndarray, np.ndarray]
+"""Tokens (n,) int32 and the mask (n,) bool of those that are trained."""
 
 
 def read_teacher_prompt(file: str | None) -> str | None:
@@ -120,13 +122,12 @@ def with_teacher_rows(encoded: Encoded, examples: Sequence[Example], prompt: str
     left = {number: iter(rows) for number, rows in candidates.items()}
     own, other, source = [], [], []
     for row, number in enumerate(encoded.source.tolist()):
-        found = _same_targets(encoded.rows.row(row), theirs.rows, left.get(number, iter(())))
-        if found is None:
+        pairs = _paired(encoded.rows.row(row), theirs.rows, left.get(number, iter(())))
+        if not pairs:
             dropped.setdefault(number, "its answer has other tokens after --teacher-prompt")
-            continue
-        own.append(encoded.rows.row(row))
-        other.append(found)
-        source.append(number)
+        own += [mine for mine, _ in pairs]
+        other += [seen_row for _, seen_row in pairs]
+        source += [number] * len(pairs)
     for number in set(source) & dropped.keys():  # as in Encoder: only what has no row left counts as dropped
         del dropped[number]
     rows = replace(EncodedSet.from_rows(own), teacher=EncodedSet.from_rows(other))
@@ -151,15 +152,39 @@ def prompt_notes(encoder: Encoder, prompt: str | None) -> list[str]:
     return []
 
 
-def _same_targets(
-    row: tuple[np.ndarray, np.ndarray], theirs: EncodedSet, candidates: Iterable[int]
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the next of the teacher's rows that begins with a row's trained tokens, cut after the last of them."""
-    wanted = row[0][row[1]]
+def _paired(row: Row, theirs: EncodedSet, candidates: Iterable[int]) -> list[tuple[Row, Row]]:
+    """Return a row with the teacher's row that has its trained tokens; nothing if there is none.
+
+    A chat may be one row for the student and several for the teacher: some templates show a system message only at the last
+    question, so that each answer needs a row of its own. Then the student's row is divided in the same way.
+
+    Args:
+        row: tokens and mask of the student's.
+        theirs: the teacher's rows.
+        candidates: the numbers of those of the same example that are not taken yet, in order.
+    """
+    tokens, mask = row
+    at, found, done = np.flatnonzero(mask), [], 0
     for candidate in candidates:
-        tokens, mask = theirs.row(candidate)
-        at = np.flatnonzero(mask)[: len(wanted)]
-        if np.array_equal(tokens[at], wanted):
-            end = int(at[-1]) + 1
-            return tokens[:end], mask[:end]
-    return None
+        their_tokens, their_mask = theirs.row(candidate)
+        their_at = np.flatnonzero(their_mask)[: len(at) - done]
+        part = at[done : done + len(their_at)]
+        if not np.array_equal(their_tokens[their_at], tokens[part]):
+            if done:
+                return []
+            continue  # of a row that was cut away for the student
+        seen = _until(their_tokens, their_at)
+        if len(part) == len(at):
+            return [(row, seen)]
+        found.append((_until(tokens, part), seen))
+        done += len(part)
+        if done == len(at):
+            return found
+    return []
+
+
+def _until(tokens: np.ndarray, targets: np.ndarray) -> Row:
+    """Return the tokens up to the last of these targets, which are trained."""
+    mask = np.zeros(int(targets[-1]) + 1, bool)
+    mask[targets] = True
+    return tokens[: len(mask)], mask

@@ -79,14 +79,13 @@ def bins(logits: mx.array, ids: mx.array | None, temperature: float = 1.0) -> mx
         ids: (P, k) int, different tokens in each row; None: a bin for every token.
         temperature: divides the logits.
     """
-    logits = logits / temperature
-    total = mx.logsumexp(logits, axis=-1, keepdims=True)
-    if ids is None:
-        return mx.maximum(logits - total, FLOOR)
-    own = mx.take_along_axis(logits, ids, axis=-1)
-    # Summed over the others themselves: 1 minus the sum of the k would be all rounding error where they have nearly all.
-    others = mx.logsumexp(mx.put_along_axis(logits, ids, mx.array(-math.inf), axis=-1), axis=-1, keepdims=True)
-    return mx.maximum(mx.concatenate([own, others], axis=-1) - total, FLOOR)
+    found = logits if temperature == 1 else logits / temperature
+    if ids is not None:
+        own = mx.take_along_axis(found, ids, axis=-1)
+        # Summed over the others themselves: 1 minus the sum of the k would be all rounding where they have nearly all.
+        others = mx.logsumexp(mx.put_along_axis(found, ids, mx.array(-math.inf), axis=-1), axis=-1, keepdims=True)
+        found = mx.concatenate([own, others], axis=-1)
+    return mx.maximum(found - mx.logsumexp(found, axis=-1, keepdims=True), FLOOR)
 
 
 def kl(of: mx.array, to: mx.array) -> mx.array:

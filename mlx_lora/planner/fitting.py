@@ -68,6 +68,7 @@ def run_of(settings: TrainSettings, rows: int, width: int, mode: str, slots: int
         optimizer=settings.optimizer.optimizer,
         dropout=settings.adapter.dropout > 0,
         accumulates=loop.grad_accumulation_steps * loop.batch_parts > 1,
+        teacher_top_k=settings.objective.teacher_top_k if settings.objective.objective == "distill" else None,
     )
 
 

@@ -121,6 +121,7 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
     }
     kept, most = _kept_by_blocks(shape, run, machine)
     activations = {"activations": kept, "gradients": masters * run.accumulates}
+    activations |= {} if run.teacher_top_k is None else {"records": _record_bytes(shape, run)}
     ahead = _backward_window(shape, run, machine)
     one_block = max((kept_by(block, run, machine) for block in shape.blocks), default=0)
     check, logits = sum(_kept_by_blocks(shape, Run(1, CHECK_TOKENS), machine)), _check_bytes(shape, machine)
@@ -148,6 +149,12 @@ def _teacher_parts(teacher: ModelShape, run: Run, machine: Machine) -> dict[str,
     block = max((kept_by(block, asked, machine) for block in teacher.blocks), default=0)
     logits = int(ROW_ARRAYS * max(machine.tile_bytes, SINGLE * teacher.vocabulary))
     return {"teacher": teacher.base_bytes, "block": int(block), "logits": logits}
+
+
+def _record_bytes(shape: ModelShape, run: Run) -> int:
+    """Return the bytes of what a batch brings of its teacher: float16 log-probabilities and int32 ids."""
+    most = run.teacher_top_k or shape.vocabulary
+    return run.slots * min(2 * shape.vocabulary, 2 * (most + 1) + 4 * most)
 
 
 def kept_by(block: Block, run: Run, machine: Machine) -> float:

@@ -275,6 +275,7 @@ class Run:
         optimizer: its name.
         dropout: whether dropout is applied to the adapters' inputs.
         accumulates: whether a step adds up the gradients of several micro-batches.
+        teacher_top_k: how many tokens of a teacher are compared at each trained position, 0: all; None: no teacher.
     """
 
     rows: int
@@ -284,6 +285,7 @@ class Run:
     optimizer: str = "adamw"
     dropout: bool = False
     accumulates: bool = False
+    teacher_top_k: int | None = None
 
     @property
     def positions(self) -> int:

@@ -69,7 +69,7 @@ def with_teacher(
 
     Args:
         settings: of the run.
-        base: of the student, not yet adapted: without --teacher, it is the teacher.
+        base: of the student, not yet adapted: without --teacher, it is the teacher. Their tokenizers have been compared.
         sets: examples, with `teacher` rows if the teacher sees a prompt of its own.
         say: called with lines of progress.
         ranks: rank 0 computes, and all ranks get the same bytes.

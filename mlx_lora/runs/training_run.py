@@ -35,6 +35,7 @@ from mlx_lora.training.memory_guard import MemoryGuard
 from mlx_lora.training.progress import Progress
 from mlx_lora.training.run_fit import check_base_fits
 from mlx_lora.training.state import Diverged
+from mlx_lora.training.teacher import check_teacher
 from mlx_lora.training.trainer import Outcome, held_out_loss, train
 
 
@@ -172,6 +173,7 @@ def read_data(
     """
     loop, objective = settings.loop, objective_of(settings.objective)
     day = first_day(loop, ranks)
+    check_teacher(settings, base.hf_tokenizer)
     given = data_with_answers(settings, untrained, ranks, say, day, wants_training(settings))
     data, prompt = given.data, read_teacher_prompt(settings.objective.teacher_prompt)
     splits = load_data(data, base.hf_tokenizer, loop.seed, say, day, objective.records, prompt)

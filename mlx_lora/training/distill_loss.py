@@ -26,6 +26,7 @@ from mlx_lora.training.loss_choice import PLAIN_LOGITS
 from mlx_lora.training.losses import Arrays, Loss, LossFunction
 from mlx_lora.training.row_loss import chunk_gradient, chunk_logits
 
+PART = "last block where trained"
 KL = "kl"  # what a step and a validation report: KL(teacher, student)
 # A chunk holds logits, the student's bins, both gradients: more arrays of its size than the cross-entropy does.
 TILE_SHARE = 2
@@ -70,7 +71,7 @@ def distill_loss(
 
         return summed
 
-    how = "whole logits" if head is None else "logits by chunks"
+    how = "whole logits" if head is None else f"logits by chunks; {'whole last block' if head.last is None else PART}"
     return replace(loss, train=of(True), measure=of(False), description=f"{words}; {how}")
 
 

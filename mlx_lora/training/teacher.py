@@ -9,6 +9,7 @@ Shapes: B rows, T columns, P positions.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -37,6 +38,7 @@ from mlx_lora.training.policy_task import at_temperature, token_logps
 
 # Names that converters give to the rows of an embedding that no token has.
 PADDING = re.compile(r"\[PAD\d+\]")
+PIECES, PIECE_BYTES = 512, 4096  # of each file of weights, in the sample that tells two apart
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Teacher:
         Raises:
             InputError: there is no such model, or its tokenizer is another one.
         """
+        check_teacher(settings, base.hf_tokenizer)
         found = load_teacher(settings, base)
         loss = choose_loss(found.model, found.config, settings.loop.kernels)
         return cls(found, at_temperature(loss, found.model, found.config, settings.objective.distill_temp))
@@ -97,20 +100,42 @@ class TeacherFacts:
 
 
 def facts_of(settings: TrainSettings, base: Base) -> TeacherFacts:
-    """Return what is known of the teacher that the settings ask for; arguments and errors as for `Teacher.of`.
+    """Return what is known of the teacher that the settings ask for.
 
     Its weights are opened, but only the norms' are read.
+
+    Args:
+        settings: of the run.
+        base: of the student.
+
+    Raises:
+        InputError: there is no such model, or it cannot be opened.
     """
     own = vocabulary_of(base.model, base.config)
     name = settings.objective.teacher
     if not name:
-        return TeacherFacts([base.fingerprint, base.describe()], own)
+        return TeacherFacts([base.fingerprint, base.config.get("quantization"), weights_sample(base.folder)], own)
     folder = _folder(settings)
-    _check_tokenizer(settings, base, folder)
     model, config = load_weights(folder, settings.model.trust_remote_code)
-    sizes = sorted(file.stat().st_size for file in folder.glob("*.safetensors"))
-    identity = [base_fingerprint(model, config), config.get("quantization"), sizes]
+    identity = [base_fingerprint(model, config), config.get("quantization"), weights_sample(folder)]
     return TeacherFacts(identity, min(own, vocabulary_of(model, config)))
+
+
+def weights_sample(folder: Path) -> str:
+    """Return a hash of pieces of a folder's weights, evenly spaced, and of their sizes.
+
+    A base's fingerprint is the same for all quantizations, and for what other programs fused into it. This is not, and it
+    takes no time, however large the model is.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for piece in range(PIECES):
+                file.seek(piece * max(0, size - PIECE_BYTES) // (PIECES - 1))
+                digest.update(file.read(PIECE_BYTES))
+    return digest.hexdigest()
 
 
 def vocabulary_of(model: nn.Module, config: dict[str, Any]) -> int:
@@ -133,10 +158,12 @@ def teacher_settings(settings: TrainSettings) -> ModelSettings:
 
 
 def load_teacher(settings: TrainSettings, base: Base) -> Base:
-    """Load the teacher's model, or return the base as a model of its own; arguments and errors as for `Teacher.of`."""
+    """Load the teacher's model, or return the base as a model of its own; arguments as for `Teacher.of`.
+
+    The tokenizers have been compared by now.
+    """
     if not settings.objective.teacher:
         return replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
-    _check_tokenizer(settings, base, _folder(settings))
     return load_base(teacher_settings(settings))
 
 
@@ -151,11 +178,22 @@ def _folder(settings: TrainSettings) -> Path:
     return cached_gguf_folder(source) if source.kind == "gguf" else source.path
 
 
-def _check_tokenizer(settings: TrainSettings, base: Base, folder: Path) -> None:
-    """Refuse the teacher in this folder if its tokenizer is not the student's; its weights are not needed."""
-    trusted = settings.model.trust_remote_code
-    tokenizer = load_folder_tokenizer(folder, read_config(folder, trusted), trusted)._tokenizer
-    check_tokenizers(base.hf_tokenizer, tokenizer, settings.objective.teacher or "")
+def check_teacher(settings: TrainSettings, student: PreTrainedTokenizerBase) -> None:
+    """Refuse a --teacher whose tokenizer is not the student's; its weights are not read.
+
+    Args:
+        settings: of the run.
+        student: the student's tokenizer.
+
+    Raises:
+        InputError: there is no such model, or its tokenizer is another one.
+    """
+    name, trusted = settings.objective.teacher, settings.model.trust_remote_code
+    if not name:
+        return
+    folder = _folder(settings)
+    tokenizer = load_folder_tokenizer(folder, read_config(folder, trusted), trusted)
+    check_tokenizers(student, tokenizer._tokenizer, name)
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str) -> None:

@@ -16,7 +16,6 @@ OPTIONS = {
     "cpo": ("beta", "label_smoothing", "cpo_alpha"),
     "kto": ("loss_type", "beta", "desirable_weight", "undesirable_weight", "reference_adapter"),
     "reward": ("center_rewards",),
-    "distill": (),
 }
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # of dpo's losses, those with label smoothing
 LISTS = ("loss_type", "loss_weights", "reference_adapter")  # not numbers

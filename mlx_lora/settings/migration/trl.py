@@ -51,7 +51,7 @@ def read_kind(sheet: Sheet) -> None:
             )
     objective, key = _objective(sheet)
     if objective == trl_distill.NAME:
-        put_objective(sheet, objective, key, {})
+        sheet.put("objective", objective, key)
         trl_distill.read_distill(sheet)
         return
     losses = sheet.rest.get("loss_type")
@@ -77,7 +77,7 @@ def read_kind(sheet: Sheet) -> None:
 
 def _objective(sheet: Sheet) -> tuple[str, str]:
     """Return the objective and the key that decides it."""
-    if sheet.objective in OPTIONS:
+    if sheet.objective in (*OPTIONS, trl_distill.NAME):
         return sheet.objective, "objective"
     losses = sheet.rest.get("loss_type")
     own = OWN_KEYS if losses not in CHAT_LOSSES else {}
@@ -86,7 +86,8 @@ def _objective(sheet: Sheet) -> tuple[str, str]:
         if objective == "kto" and losses in ("kto", "apo_zero_unpaired"):
             key = "loss_type"
         if key:
-            sheet.note(f"{key}: read as a file of trl {objective}; --objective chooses another")
+            of = "TRL's GKDTrainer" if objective == trl_distill.NAME else f"trl {objective}"
+            sheet.note(f"{key}: read as a file of {of}; --objective chooses another")
             return objective, key
     sheet.note("read as a file of trl sft; give --objective dpo, kto or reward for those commands")
     return "sft", "objective"

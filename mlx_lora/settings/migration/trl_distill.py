@@ -18,9 +18,10 @@ def read_distill(sheet: Sheet) -> None:
         InputError: the file has no teacher, or mixes given answers with sampled ones.
     """
     teacher = sheet.take("teacher_model_name_or_path")
-    if teacher is None:
+    if teacher is not None:
+        sheet.put("teacher", teacher, "teacher_model_name_or_path")
+    elif sheet.objective != NAME:  # with --objective distill, the teacher may be a flag too
         raise sheet.refusal("no teacher_model_name_or_path: GKD needs a teacher; add its model to the file")
-    sheet.put("teacher", teacher, "teacher_model_name_or_path")
     if sheet.switch("seq_kd"):
         raise sheet.refusal("seq_kd: let the teacher write the answers first, then train on them; leave it out")
     share = sheet.number("lmbda")
