@@ -9,8 +9,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import tiny_model, write_folder
+from frozen_answers import ALPHA, RANK, moved_base
 from mlx.utils import tree_flatten
-from test_policy_parity import ALPHA, RANK, moved_base
 from torch_judge import name_here, torch_base
 
 from mlx_lora.data.batches import BatchPlan

@@ -118,6 +118,7 @@ def test_padding_of_the_larger_vocabulary_is_left_out():
 def test_chunks_of_positions_give_the_loss_and_gradient_of_whole_logits(kind, top_k, name, monkeypatch):
     model = tiny_model(tie_word_embeddings=kind != "own head")
     model = quantized(model) if kind == "4-bit" else model
+    model.freeze()
     head = find_head(model, {"logit_scale": 0.5, "final_logit_softcapping": 3.0} if kind == "scaled" else {})
     assert not isinstance(head, str)
     monkeypatch.setattr(distill_loss, "loss_tile_bytes", lambda: 2 * 3 * 4 * head.vocabulary)  # three positions
@@ -148,7 +149,9 @@ def test_chunks_of_positions_give_the_loss_and_gradient_of_whole_logits(kind, to
     assert np.abs(np.array(pull)).max() > 1e-4
 
 
-@pytest.mark.parametrize(("vocabulary", "top_k", "size"), [(288, 8, 8 * 2 + 9 * 2), (70000, 8, 8 * 4 + 9 * 2), (288, 0, 576)])
+@pytest.mark.parametrize(
+    ("vocabulary", "top_k", "size"), [(288, 8, 8 * 2 + 9 * 2), (70000, 8, 8 * 4 + 9 * 2), (288, 0, 576)]
+)
 def test_records_hold_what_is_known_in_16_bits(vocabulary, top_k, size):
     form = TableFormat.of(vocabulary, top_k)
     assert form.record_bytes == size

@@ -110,14 +110,18 @@ def test_the_teacher_writes_the_answers_once(model, asked, tmp_path, own_cache):
     assert report["data"]["data"] == f"{asked / 'prompts'}, answered by the teacher"
     again = run(*command(model, asked, tmp_path / "b", *SHORT))
     assert "Answers: 18 of the teacher from an earlier run" in again.err
-    assert (tmp_path / "a" / "adapters.safetensors").read_bytes() == (tmp_path / "b" / "adapters.safetensors").read_bytes()
+    assert (tmp_path / "a" / "adapters.safetensors").read_bytes() == (
+        tmp_path / "b" / "adapters.safetensors"
+    ).read_bytes()
     # What was written is data, and can be edited; then nothing is sampled.
     given = ("--data", tmp_path / "a" / "written")
     third = run(*command(model, asked, tmp_path / "c", *given))
     assert third.code == 0, third.err
     assert "Answers:" not in third.err
     assert not (tmp_path / "c" / "written").exists()
-    assert (tmp_path / "a" / "adapters.safetensors").read_bytes() == (tmp_path / "c" / "adapters.safetensors").read_bytes()
+    assert (tmp_path / "a" / "adapters.safetensors").read_bytes() == (
+        tmp_path / "c" / "adapters.safetensors"
+    ).read_bytes()
 
 
 def test_the_teacher_answers_with_its_prompt_in_front(model, asked, tmp_path, own_cache):
@@ -195,16 +199,16 @@ def test_two_ranks_get_the_answers_of_the_first(model, asked, tmp_path, own_cach
         assert ended.codes == [0] * count, ended.errs
         assert sum(err.count("Answers: ") for err in ended.errs) == 1
     assert records(tmp_path / "1") == records(tmp_path / "2")
-    one, two = (
-        [line["loss"] for line in metrics(tmp_path / name) if line["loss"] is not None]
-        for name in ("1", "2")
-    )
+    one, two = ([line["loss"] for line in metrics(tmp_path / name) if line["loss"] is not None] for name in ("1", "2"))
     assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
 def test_records_with_an_answer_keep_it(model, asked, tmp_path, own_cache):
     rows = [{"prompt": "Has one?", "completion": "Yes, this."}, {"instruction": "Has none?"}]
-    rows += [{"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"{n}?"}]} for n in range(4)]
+    rows += [
+        {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"{n}?"}]}
+        for n in range(4)
+    ]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"other": 1}]))
     ran = run(*command(model, asked, tmp_path / "a", *SHORT, "--data", tmp_path / "mixed.jsonl"))
     assert ran.code == 0, ran.err
@@ -247,7 +251,9 @@ def test_without_data_the_model_writes_the_prompts_too(model, asked, tmp_path, o
     assert sum(text.split()[0] in {asked.split()[0] for asked in QUESTIONS} for text in found) >= 8
     again = run(*command(model, asked, tmp_path / "b", *more, data=False))
     assert "Prompts: 16 that the model wrote for an earlier run" in again.err
-    assert (tmp_path / "a" / "adapters.safetensors").read_bytes() == (tmp_path / "b" / "adapters.safetensors").read_bytes()
+    assert (tmp_path / "a" / "adapters.safetensors").read_bytes() == (
+        tmp_path / "b" / "adapters.safetensors"
+    ).read_bytes()
     other = run(*command(model, asked, tmp_path / "c", *more, "--seed", 1, data=False))
     assert other.code == 0, other.err
     assert [one["prompt"] for one in records(tmp_path / "c")] != found
@@ -284,7 +290,10 @@ BAD = {
     "own prompts and data": (("--own-prompts", 8), "--own-prompts with --data"),
     "own prompts of another objective": (("--objective", "sft", "--own-prompts", 8), "only distill"),
     "a weight": (("--data", "{asked}/prompts=2"), "a weight of prompts that the teacher answers"),
-    "answers are not sampled": (("--data", "{chats}", "--max-new-tokens", 9), "--max-new-tokens with answers in --data"),
+    "answers are not sampled": (
+        ("--data", "{chats}", "--max-new-tokens", 9),
+        "--max-new-tokens with answers in --data",
+    ),
 }
 
 

@@ -140,9 +140,14 @@ def test_one_tokenizer_is_one_whatever_its_padding():
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (byte_tokenizer(special_tokens=[*SPECIAL_TOKENS, "<think>"]), "token 268 is none for the student and '<think>'"),
         (
-            byte_tokenizer(special_tokens=[*SPECIAL_TOKENS[:3], SPECIAL_TOKENS[4], SPECIAL_TOKENS[3], *SPECIAL_TOKENS[5:]]),
+            byte_tokenizer(special_tokens=[*SPECIAL_TOKENS, "<think>"]),
+            "token 268 is none for the student and '<think>'",
+        ),
+        (
+            byte_tokenizer(
+                special_tokens=[*SPECIAL_TOKENS[:3], SPECIAL_TOKENS[4], SPECIAL_TOKENS[3], *SPECIAL_TOKENS[5:]]
+            ),
             "token 259 is '<|im_start|>' for the student and '<|im_end|>' for the teacher",
         ),
     ],

@@ -113,7 +113,9 @@ def measure_loss(
     rows = objective.targets_of(rows)
     if objective.reference:
         rows = with_reference(settings, base, {"rows": rows}, say)["rows"]
-    rows = with_teacher(settings, base, {"rows": rows}, say).sets["rows"]  # before the adapter: the base may be the teacher
+    rows = with_teacher(settings, base, {"rows": rows}, say).sets[
+        "rows"
+    ]  # before the adapter: the base may be the teacher
     if adapter:
         put_adapter(base, adapter, data, objective, ignore_fingerprint)
     found = held_out_loss(base, rows, settings.loop, objective, say=say, answered=sampled_plan(settings, base, say))

@@ -10,7 +10,6 @@ Shapes: N prompts, G answers to each, A = N G answers, V vocabulary.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,8 +134,9 @@ def _group_caches(model: nn.Module, prompts: Sequence[Sequence[int]], group: int
 
 def _common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
     """Return the tokens that all of several prompts begin with, without any prompt's last; empty if they are few."""
-    common = os.path.commonprefix([list(prompt[:-1]) for prompt in prompts])
-    return common if len(prompts) > 1 and len(common) >= LEAST_SHARED else []
+    shortest = min(map(len, prompts)) - 1
+    count = next((n for n in range(shortest) if len({prompt[n] for prompt in prompts}) > 1), shortest)
+    return list(prompts[0][:count]) if len(prompts) > 1 and count >= LEAST_SHARED else []
 
 
 def _compute(model: nn.Module, tokens: Sequence[int], caches: list[Any]) -> None:

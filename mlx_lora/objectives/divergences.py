@@ -108,9 +108,7 @@ def divergence(teacher: mx.array, student: mx.array, beta: float) -> mx.array:
     return beta * kl(teacher, mixed) + (1 - beta) * kl(student, mixed)
 
 
-def divergence_of_logits(
-    logits: mx.array, known: Known, options: DivergenceOptions
-) -> tuple[mx.array, mx.array]:
+def divergence_of_logits(logits: mx.array, known: Known, options: DivergenceOptions) -> tuple[mx.array, mx.array]:
     """Return the loss of a student's logits, and KL(teacher, student) to report, each (P,).
 
     Args:

@@ -154,9 +154,7 @@ def _policy(settings: ObjectiveSettings) -> Objective:
 def _distill(settings: ObjectiveSettings) -> Objective:
     if settings.on_policy:
         raise InputError("--on-policy: not built yet; leave it out to train on the answers in --data")
-    options = DivergenceOptions(
-        settings.divergence, settings.jsd_beta, settings.distill_temp, settings.teacher_top_k
-    )
+    options = DivergenceOptions(settings.divergence, settings.jsd_beta, settings.distill_temp, settings.teacher_top_k)
     words = f"distill: {settings.divergence}"
     words += f" {settings.jsd_beta:g}" if settings.divergence == "jsd" else ""
     words += f", temperature {settings.distill_temp:g}" if settings.distill_temp != 1 else ""

@@ -112,8 +112,7 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
         say: takes a line before something is measured, or if there is a problem.
 
     Raises:
-        InputError: an adapter that does not fit the base, a run that does not fit the machine, a checkpoint of another
-            run, ranks that are not one run, or a model that cannot be trained.
+        InputError: the adapter, a checkpoint or a rank does not belong to this run, or the machine cannot take it.
     """
     objective = objective_of(asked.objective)
     taught = compared_with(asked, base, splits.sets, ranks, say)
@@ -123,8 +122,8 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     found = find_checkpoint(asked.loop, ranks, say)
     chosen, layout = choose_layout(asked, base, splits.train, objective, found, say)
     settings, memory = fit_settings(layout.settled(asked), base, layout.of(splits), chosen)
-    if objective.reference and splits.train.reference is None:  # in batches that fit, so that its peak is below a step's
-        of = chosen.loss, chosen.kernels
+    if objective.reference and splits.train.reference is None:
+        of = chosen.loss, chosen.kernels  # in batches that fit, so that its peak is below a step's
         splits = splits.changed(lambda sets: with_reference(settings, base, sets, say, ranks, *of))
     fingerprint = splits.train.fingerprint  # of the rows apart, so that a run may be resumed whatever shares a row
     splits = layout.of(splits)
@@ -143,7 +142,8 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     settings = replace(settings, loop=loop)
     device.compile_for(steps)
     identity = identity_of(settings, base.fingerprint, fingerprint, plan, epochs)
-    identity |= layout.identity | held_out.identity | taught.identity | ({} if whole_last_block(found) else PART_OF_LAST)
+    identity |= layout.identity | held_out.identity | taught.identity
+    identity |= {} if whole_last_block(found) else PART_OF_LAST
     passes = steps * loop.grad_accumulation_steps / len(plan)
     of_trunk = TrunkAsked(settings, base, plan, validation, passes, ranks, blocks_before(found, loop.cache_trunk))
     if found:

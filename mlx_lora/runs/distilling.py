@@ -236,7 +236,12 @@ def _present(store: RowStore, row: int) -> np.ndarray:
 
 
 def _words(
-    settings: TrainSettings, base: Base, sets: dict[str, EncodedSet], form: TableFormat, folders: list[Path], seconds: float
+    settings: TrainSettings,
+    base: Base,
+    sets: dict[str, EncodedSet],
+    form: TableFormat,
+    folders: list[Path],
+    seconds: float,
 ) -> str:
     """Return the line about the teacher for the run header."""
     objective = settings.objective
@@ -244,7 +249,9 @@ def _words(
     seen = ", with a prompt of its own" if objective.teacher_prompt else ""
     tokens = sum(int(rows.supervised_counts.sum()) for rows in sets.values())
     size = sum(used_bytes(folder) for folder in folders)
-    kept = f"the {form.top_k} likeliest of {form.vocabulary:,} tokens and the rest as one" if form.top_k else "all tokens"
+    kept = (
+        f"the {form.top_k} likeliest of {form.vocabulary:,} tokens and the rest as one" if form.top_k else "all tokens"
+    )
     when = f"computed in {seconds:.1f} s" if seconds else "from an earlier run"
     return (
         f"Teacher: {name}{seen}; of {counted(tokens, 'token')}, {kept}, in {size / max(1, tokens):,.0f} bytes each "

@@ -11,7 +11,6 @@ again.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +38,7 @@ from mlx_lora.system import device
 from mlx_lora.system.cache import cache_dir
 from mlx_lora.system.distributed import Ranks
 from mlx_lora.system.errors import InputError
-from mlx_lora.system.files import one_at_a_time, replacing_file, replacing_folder, sha256_of
+from mlx_lora.system.files import one_at_a_time, replacing_file, sha256_of
 from mlx_lora.system.long_task import long_task
 from mlx_lora.system.units import counted
 from mlx_lora.training.teacher import facts_of, load_teacher
@@ -156,21 +155,14 @@ def readable_data(settings: TrainSettings) -> tuple[DataSettings, int]:
     return (data, objective.max_new_tokens) if kept is None else (written_data(data, kept), 0)
 
 
-def keep_written(source: Path, folder: Path) -> None:
-    """Copy what was written for a run into its folder, where a person finds it."""
-    if source.resolve() == (folder / WRITTEN).resolve():
-        return
-    with replacing_folder(folder / WRITTEN) as temporary:
-        for file in source.glob("*.jsonl"):
-            shutil.copyfile(file, temporary / file.name)
-
-
 def _answered(settings: TrainSettings, base: Base, say: Callable[[str], None], today: date) -> Path:
     """Return the folder of the run's records with answers, from the cache or written now."""
     splits = read_prompts(settings.data)
     for name, rows in splits.items():
         if rows.dropped:
-            say(f"Note: {name}: {counted(len(rows.dropped), 'record is', 'records are')} no prompt: {reasons(rows.dropped)}")
+            say(
+                f"Note: {name}: {counted(len(rows.dropped), 'record is', 'records are')} no prompt: {reasons(rows.dropped)}"
+            )
     asked = [(name, prompt) for name, rows in splits.items() for prompt in rows.entries if isinstance(prompt, Prompt)]
     wanted = _wanted(settings, base, [prompt for _, prompt in asked], say, today)
     facts = [VERSION, facts_of(settings, base).identity, str(device.compute_dtype(settings.model.dtype))]

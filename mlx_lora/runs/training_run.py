@@ -20,7 +20,7 @@ from mlx_lora.runs.composition import Composed, compared_with, compose
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
 from mlx_lora.runs.sampled_answers import sampled_plan
-from mlx_lora.runs.teacher_answers import DISTILL, data_with_answers, keep_written
+from mlx_lora.runs.teacher_answers import DISTILL, data_with_answers
 from mlx_lora.runs.words import closing_words, left_by, loss_words, outcome_line
 from mlx_lora.settings.config import ObjectiveSettings, TrainSettings
 from mlx_lora.system import console, device
@@ -217,9 +217,7 @@ def take_steps(
     if ranks.leads:
         check_room(settings.loop, run.steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
         page = RunPage.begin(run, base, splits, say)
-    folder.begin(run.found, run.steps, say)
-    if splits.written is not None and ranks.leads:
-        keep_written(splits.written, folder.path)
+    folder.begin(run.found, run.steps, say, splits.written)
     guard = MemoryGuard(at, budget_bytes, say)
 
     def save(step_number: int) -> None:

@@ -162,9 +162,7 @@ def _known(relative: mx.array, *ids: mx.array) -> Known:
     return Known(logps, *ids)
 
 
-def known_of_batch(
-    model: nn.Module, head: Head | None, batch: Batch, options: DivergenceOptions
-) -> Iterator[Known]:
+def known_of_batch(model: nn.Module, head: Head | None, batch: Batch, options: DivergenceOptions) -> Iterator[Known]:
     """Yield what a teacher says about the trained targets of a batch, a chunk of positions at a time.
 
     Args:

@@ -92,9 +92,7 @@ def chunk_logits(head: Head, arrays: list[mx.array], h: mx.array) -> mx.array:
     return mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
 
 
-def chunk_gradient(
-    head: Head, arrays: list[mx.array], h: mx.array, logits: mx.array, d_logits: mx.array
-) -> mx.array:
+def chunk_gradient(head: Head, arrays: list[mx.array], h: mx.array, logits: mx.array, d_logits: mx.array) -> mx.array:
     """Return the gradient of the hidden states, (R, D) in h's dtype, from that of the logits, (R, V); see `chunk_logits`."""
     if head.soft_cap is not None:
         d_logits = d_logits * head.slope(logits)

@@ -82,7 +82,9 @@ class Teacher:
             return token_logps(self.base.model, self.loss, batch)
         seen = as_seen(batch, rows)
         found = np.zeros(batch.mask.shape, np.float32)
-        found[batch.mask] = token_logps(self.base.model, self.loss, seen)[seen.mask]  # the same targets in the same order
+        found[batch.mask] = token_logps(self.base.model, self.loss, seen)[
+            seen.mask
+        ]  # the same targets in the same order
         return found
 
 
@@ -147,7 +149,9 @@ def vocabulary_of(model: nn.Module, config: dict[str, Any]) -> int:
     head = find_head(model, config)
     found = embedding_rows(model, config) if isinstance(head, str) else head.vocabulary
     if found is None:
-        raise InputError(f"mlx-lm's {config.get('model_type')}: the size of its vocabulary cannot be told; choose another")
+        raise InputError(
+            f"mlx-lm's {config.get('model_type')}: the size of its vocabulary cannot be told; choose another"
+        )
     return found
 
 

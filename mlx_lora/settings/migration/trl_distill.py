@@ -8,7 +8,8 @@ OWN_KEYS = ("teacher_model_name_or_path", "lmbda", "seq_kd")
 NAME = "distill"
 BETA, LMBDA = 0.5, 0.5  # TRL's defaults
 # lmbda -> whether the answers are sampled during the run.
-SHARES = {0: False, 1: True}
+SHARES: dict[float, bool] = {0: False, 1: True}
+NAMES: dict[float, str] = {0: "forward_kl", 1: "reverse_kl"}  # beta -> divergence; jsd between them
 
 
 def read_distill(sheet: Sheet) -> None:
@@ -33,7 +34,7 @@ def read_distill(sheet: Sheet) -> None:
         )
     beta = sheet.number("beta")
     beta = BETA if beta is None else beta
-    sheet.put("divergence", {0: "forward_kl", 1: "reverse_kl"}.get(beta, "jsd"), "beta")
+    sheet.put("divergence", NAMES.get(beta, "jsd"), "beta")
     if 0 < beta < 1:
         sheet.put("jsd_beta", beta, "beta")
     if SHARES[share]:
@@ -46,7 +47,9 @@ def read_distill(sheet: Sheet) -> None:
     else:
         for key in ("temperature", "max_new_tokens"):  # of sampling, in TRL too
             sheet.take(key)
-        sheet.note("TRL compares all tokens of the vocabulary, here the teacher's 64 likeliest; --teacher-top-k 0 is all")
+        sheet.note(
+            "TRL compares all tokens of the vocabulary, here the teacher's 64 likeliest; --teacher-top-k 0 is all"
+        )
     if sheet.take("disable_dropout") is not False:
         sheet.leave("lora_dropout")  # TRL turns it off
         sheet.assume("dropout", 0.0)
