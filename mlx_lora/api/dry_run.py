@@ -14,6 +14,7 @@ from mlx_lora.models.converting import cached_gguf_folder
 from mlx_lora.models.outline import Outline
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.objective_table import objective_of
+from mlx_lora.runs.teacher_answers import readable_data
 from mlx_lora.runs.training_run import check_request, wants_training
 from mlx_lora.settings.config import ROWS, TrainSettings
 from mlx_lora.sources.hub import resolve_model
@@ -52,7 +53,10 @@ def _planned(settings: TrainSettings, say: Callable[[str], None]) -> dict[str, A
 
     found = find_checkpoint(settings.loop, ALONE, say)
 
-    def read(outline: Outline) -> DataSplits:
+    def read(outline: Outline) -> DataSplits | None:
+        if readable_data(settings)[0].data is None:
+            say("Data: the model writes the prompts itself when the run begins; planned for rows of --max-seq-length")
+            return None
         splits = read_splits(settings, folder, outline.config, say, first_day(settings.loop))
         say(splits.report.render())
         if settings.objective.teacher:

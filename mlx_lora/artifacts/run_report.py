@@ -38,12 +38,14 @@ class Sample:
         prompt: with the template's markers.
         before, after: the model's texts.
         specials: the tokenizer's special tokens in them.
+        teacher: the text of a teacher that the model learns from; None: there is no teacher, or its text is not known.
     """
 
     prompt: str
     before: str
     after: str | None = None
     specials: list[str] = field(default_factory=list)
+    teacher: str | None = None
 
     @property
     def turns(self) -> list[tuple[str, str]]:

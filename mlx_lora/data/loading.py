@@ -51,6 +51,7 @@ class DataSplits:
         report: What was read, kept and dropped.
         chat_template: Jinja text that the chats were rendered with; None if nothing was rendered.
         chat_day: The day that it shows as today; None if it shows none.
+        written: The folder of what models wrote for the run, in the same splits; None: nothing.
     """
 
     train: EncodedSet
@@ -59,6 +60,7 @@ class DataSplits:
     report: DataReport
     chat_template: str | None
     chat_day: date | None = None
+    written: Path | None = None
 
     @property
     def sets(self) -> dict[str, EncodedSet]:
@@ -104,7 +106,7 @@ def load_data(
     for one in sets:
         if "train" not in one.splits:
             raise InputError(f"--data {one.name} has no train file, only {', '.join(one.splits)}; add train.jsonl")
-    day = _day(settings, tokenizer, today)
+    day = chat_day(settings, tokenizer, today)
     kind = f"{records} splits{_seen_with(teacher_prompt)}"
     folder = entry_folder(kind, _paths(sets), settings, tokenizer, seed, day, _mixed(sets))
     with one_at_a_time(folder):  # ranks on one machine encode once
@@ -117,7 +119,7 @@ def _seen_with(teacher_prompt: str | None) -> str:
     return "" if teacher_prompt is None else f", seen with {sha256_of(teacher_prompt)}"
 
 
-def _day(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, today: date | None) -> date | None:
+def chat_day(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, today: date | None) -> date | None:
     """Return the day that the chat template shows, or None if it shows none.
 
     Raises:
@@ -269,7 +271,7 @@ def load_eval_set(
             raise InputError(f"--data {one.name}={one.weight:g}: a weight is for training; leave it out")
         if name not in one.splits:
             raise InputError(f"--data {one.name} has no {name} file, and others have; name the files themselves")
-    day = _day(settings, tokenizer, None)
+    day = chat_day(settings, tokenizer, None)
     chosen = {name: files[name]}
     kind = f"{records} evaluation{_seen_with(teacher_prompt)}"
     folder = entry_folder(kind, chosen, settings, tokenizer, 0, day, _mixed(sets))
@@ -313,6 +315,13 @@ def _make_encoder(
         day=day,
     )
     return encoder, template, origin
+
+
+def prompt_encoder(
+    rows: Rows, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, today: date | None
+) -> Encoder:
+    """Return what encodes prompts before a run has its data, as `load_data` would; arguments and errors as there."""
+    return _make_encoder([rows], settings, tokenizer, chat_day(settings, tokenizer, today))[0]
 
 
 def _encode(rows: Rows, encoder: Encoder, say: Callable[[str], None], teacher_prompt: str | None = None) -> Encoded:

@@ -35,11 +35,13 @@ class Prompt:
         example: the prompt as a conversation or a completion, with the record's own answer or a stand-in.
         columns: the record's columns, for rewards; `answer` is its answer, if it has one under any usual name.
         chat: whether the record has the prompt as messages; rewards then get messages, as in TRL.
+        answered: whether the record has an answer of its own.
     """
 
     example: Conversation | Completion
     columns: dict[str, Any]
     chat: bool
+    answered: bool = False
 
 
 def parse_prompt(record: Record) -> Prompt:
@@ -57,7 +59,17 @@ def parse_prompt(record: Record) -> Prompt:
     columns = dict(record)
     if answered is not None and "answer" not in columns:
         columns["answer"] = _answer_of(answered)
-    return Prompt(example, columns, chat)
+    return Prompt(example, columns, chat, answered is not None)
+
+
+def with_answer(prompt: Prompt, text: str | None) -> Record:
+    """Return a prompt as a record that imitation reads, with this answer; None: with its own."""
+    example = prompt.example
+    if isinstance(example, Completion):
+        return {"prompt": example.prompt, "completion": example.completion if text is None else text}
+    answer = example.messages[-1] if text is None else {"role": "assistant", "content": text}
+    record: Record = {"messages": [*_before_answer(example), answer]}
+    return record | ({"tools": example.tools} if example.tools else {})
 
 
 def prompt_of(prompt: Prompt) -> str | list[Message]:

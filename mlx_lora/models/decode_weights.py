@@ -144,15 +144,15 @@ def release_weights(model: nn.Module) -> None:
 
 
 @contextmanager
-def held_weights(base: Base) -> Iterator[DecodeWeights | None]:
-    """Give the layers their chosen form inside the block; copies that were there before stay.
+def held_weights(base: Base, rows: int = TOKEN) -> Iterator[DecodeWeights | None]:
+    """Give the layers their chosen form for so many rows inside the block; copies that were there before stay.
 
     Raises:
         InputError: as for `choose_weights`.
     """
     had = any(DENSE in layer for layer in base.model.modules())
     try:
-        yield hold_weights(base)
+        yield hold_weights(base, rows)
     finally:
         if not had:
             release_weights(base.model)

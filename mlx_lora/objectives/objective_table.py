@@ -21,7 +21,7 @@ from mlx_lora.system.errors import InputError
 RATED_REPORTS = ("rewards_good", "rewards_bad", "good", "divergence")
 REWARD_REPORTS: tuple[str, ...] = ("accuracy", "margin", "chosen_rewards", "rejected_rewards")
 POLICY_REPORTS = ("reward", "length", "truncated", "kl", "clipped")
-# Settings of objectives that sample answers, and of those that reward them.
+# Settings of objectives that sample answers, of which some are used for a teacher's answers, and of those that reward them.
 OF_SAMPLING = ("group_size", "max_new_tokens", "temp", "top_p", "min_p", "mask_truncated", "updates_per_rollout")
 OF_REWARDS = ("reward", "reward_weights", "reward_errors", "reward_timeout", "epsilon", "epsilon_high", "kl_beta")
 DISTILL_REPORTS = ("kl",)
@@ -237,6 +237,7 @@ OWN_OPTIONS = {
     "scale_rewards": ("grpo",),
     **dict.fromkeys(OF_REWARDS, SAMPLING),
     **dict.fromkeys(OF_SAMPLING, (*SAMPLING, "distill")),
+    "own_prompts": ("distill",),
     **dict.fromkeys(OF_TEACHER, ("distill",)),
 }
 

@@ -19,10 +19,10 @@ from mlx_lora.system import device
 from mlx_lora.system.console import in_notebook
 from mlx_lora.system.long_task import tracked
 from mlx_lora.system.program import this_command
-from mlx_lora.training.samples import greedy_text, held_out_beginnings
+from mlx_lora.training.samples import before_answer, greedy_text, held_out_prompts
 
 TEXTS = 3
-MOST_S = 20.0  # for all texts before the training; those after it take as long
+MOST_S = 20.0  # for all texts before the training; those after it take no longer
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class RunPage:
         base: the model that is trained.
         prompts: token ids of the beginnings of held-out rows; if empty, no texts are generated.
         max_tokens: the most tokens of each text.
+        seen: token ids of the same beginnings as a teacher sees them that is this model itself; empty: there is none.
         report: the page's facts in addition to metrics and settings.
     """
 
@@ -42,6 +43,7 @@ class RunPage:
     prompts: list[list[int]]
     max_tokens: int
     report: RunReport
+    seen: list[list[int]]
 
     @classmethod
     def begin(
@@ -58,11 +60,16 @@ class RunPage:
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm"))
         held_out = splits.valid if splits.valid is not None and len(splits.valid) else None
         rows = splits.train if held_out is None else held_out
-        tokens = 0 if run.folder.info.scores else run.folder.settings.loop.sample_tokens
+        settings = run.folder.settings
+        tokens = 0 if run.folder.info.scores else settings.loop.sample_tokens
+        beginnings = held_out_prompts(rows, TEXTS, _word_beginnings(base)) if tokens else []
+        # An adapter to start from, or another model, is not the teacher.
+        other = settings.adapter.resume_adapter_file or settings.objective.teacher
+        teacher = None if other else rows.teacher
         page = cls(
             run.folder.path,
             base,
-            held_out_beginnings(rows, TEXTS, _word_beginnings(base)) if tokens else [],
+            [beginning for _, beginning in beginnings],
             tokens,
             RunReport(
                 command=_command(),
@@ -75,6 +82,7 @@ class RunPage:
                 step=run.words[-1],
                 held_out=held_out is not None,
             ),
+            [] if teacher is None else [before_answer(teacher, number) for number, _ in beginnings],
         )
         kept = run.found and page.report.keep_samples_of(page.folder)
         if page.prompts and not kept:
@@ -92,7 +100,8 @@ class RunPage:
                 break
             text = str(tokenizer.decode(prompt))
             known = [special for special in specials if special in text]
-            self.report.samples.append(Sample(text, self._text(prompt), specials=known))
+            seen = self._text(self.seen[number]) if self.seen else None
+            self.report.samples.append(Sample(text, self._text(prompt), specials=known, teacher=seen))
 
     def _text(self, prompt: list[int]) -> str:
         """Return the model's continuation, or why there is none: a run must not end because of a missing text."""

@@ -20,6 +20,7 @@ from mlx_lora.runs.composition import Composed, compared_with, compose
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
 from mlx_lora.runs.sampled_answers import sampled_plan
+from mlx_lora.runs.teacher_answers import DISTILL, data_with_answers
 from mlx_lora.runs.words import closing_words, left_by, loss_words, outcome_line
 from mlx_lora.settings.config import ObjectiveSettings, TrainSettings
 from mlx_lora.system import console, device
@@ -74,7 +75,7 @@ def train_run(
         untrained = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
         put_adapter(base, folder, settings.data, objective_of(settings.objective))
     with waiting("Reading the data", say):
-        splits = read_data(settings, base, ranks, say)
+        splits = read_data(settings, base, untrained, ranks, say)
     outcome, test, scorer = Outcome(0, None, False), splits.test, None
     if trains:
         with own_folder(folder, ranks):
@@ -111,6 +112,8 @@ def check_request(settings: TrainSettings, ranks: Ranks) -> None:
         rewards_of(settings.objective)  # a user's file that does not load is told now
     loop, trains = settings.loop, wants_training(settings)
     needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}
+    if settings.objective.objective == DISTILL:
+        del needed["--data"]  # without it, the model writes the prompts itself
     missing = [flag for flag, value in needed.items() if not value]
     alone = [flag for flag, asked in (("--no-train", not trains), ("--max-restarts", loop.max_restarts)) if asked]
     if alone and ranks.size > 1:
@@ -148,21 +151,31 @@ def check_test_split(settings: TrainSettings, splits: DataSplits) -> None:
     """Refuse --test without a test split, before the training and not after it."""
     if settings.loop.test and splits.test is None:
         raise InputError(
-            f"--test: {settings.data.data} has no test split; add a test file to the folder, or leave --test out"
+            f"--test: {splits.report.data} has no test split; add a test file to the folder, or leave --test out"
         )
 
 
-def read_data(settings: TrainSettings, base: Base, ranks: Ranks, say: Callable[[str], None]) -> DataSplits:
+def read_data(
+    settings: TrainSettings, base: Base, untrained: Base, ranks: Ranks, say: Callable[[str], None]
+) -> DataSplits:
     """Read the data, check that the base can take them, and say what is trained on what.
+
+    Args:
+        settings, ranks, say: of the run.
+        base: with an adapter if it is only measured.
+        untrained: without one; it may have to write prompts and answers first.
 
     Raises:
         InputError: no usable data, --test without a test split, or tokens that the base does not have.
     """
-    data, loop = settings.data, settings.loop
-    objective = objective_of(settings.objective)
+    loop, objective = settings.loop, objective_of(settings.objective)
+    day = first_day(loop, ranks)
     check_teacher(settings, base.hf_tokenizer)
-    prompt = read_teacher_prompt(settings.objective.teacher_prompt)
-    splits = load_data(data, base.hf_tokenizer, loop.seed, say, first_day(loop, ranks), objective.records, prompt)
+    given = data_with_answers(settings, untrained, ranks, say, day, wants_training(settings))
+    data, prompt = given.data, read_teacher_prompt(settings.objective.teacher_prompt)
+    splits = load_data(data, base.hf_tokenizer, loop.seed, say, day, objective.records, prompt)
+    if given.folder is not None:
+        splits = replace(splits, report=replace(splits.report, data=given.words), written=given.folder)
     splits = splits.changed(lambda sets: {name: objective.targets_of(rows) for name, rows in sets.items()})
     check_test_split(settings, splits)
     for rows in filter(None, (splits.train, splits.valid, splits.test)):
@@ -201,7 +214,7 @@ def take_steps(
     if ranks.leads:
         check_room(settings.loop, run.steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
         page = RunPage.begin(run, base, splits, say)
-    folder.begin(run.found, run.steps, say)
+    folder.begin(run.found, run.steps, say, splits.written)
     guard = MemoryGuard(at, budget_bytes, say)
 
     def save(step_number: int) -> None:

@@ -127,7 +127,9 @@ def closing_words(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
     parts = []
     for sample in [one for one in samples if one.after is not None][:1]:
         turns = [(role or "Text", content) for role, content in sample.turns[-1:]]
-        turns += [("Before", sample.said(sample.before)), ("After", sample.said(sample.after or ""))]
+        turns.append(("Before", sample.said(sample.before)))
+        turns += [("Teacher", sample.said(sample.teacher))] if sample.teacher is not None else []
+        turns.append(("After", sample.said(sample.after or "")))
         parts.append("\n".join(["", "One text, before and after training:", *(_spoken(*turn) for turn in turns)]))
     parts.append(f"\nReport: {folder / REPORT_FILE}")
     parts.append(

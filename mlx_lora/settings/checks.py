@@ -61,6 +61,8 @@ def _teacher_problems(settings: Mapping[str, Any]) -> list[str]:
             "--objective distill without a teacher: give --teacher MODEL, or --teacher-prompt FILE to make the untrained "
             "model with that prompt the teacher"
         )
+    if settings["own_prompts"] and settings["data"]:
+        problems.append("--own-prompts with --data: the prompts are in the data; leave out one of the two")
     if settings["jsd_beta"] != 0.5 and settings["divergence"] != "jsd":
         problems.append("--jsd-beta without --divergence jsd: only that uses it; leave it out")
     if settings["teacher_prompt"] and not settings["mask_prompt"]:

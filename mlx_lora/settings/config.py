@@ -191,12 +191,12 @@ class ObjectiveSettings:
         OBJECTIVE, more_than=0, at_most=86400, may_change=True)
     group_size: int | None = setting(None, "grpo, rloo, --on-policy: answers that are sampled to each prompt (default 8; "
         "with --on-policy 1).", OBJECTIVE, at_least=1, at_most=1024)
-    max_new_tokens: int = setting(256, "grpo, rloo, --on-policy: the most tokens of a sampled answer.",
+    max_new_tokens: int = setting(256, "grpo, rloo, distill: the most tokens of a sampled answer.",
         OBJECTIVE, at_least=1, at_most=10**6)
-    temp: float = setting(1.0, "grpo, rloo, --on-policy: temperature of sampling.", OBJECTIVE, more_than=0, at_most=100)
-    top_p: float = setting(1.0, "grpo, rloo, --on-policy: sample from the likeliest tokens with this probability together.",
+    temp: float = setting(1.0, "grpo, rloo, distill: temperature of sampling.", OBJECTIVE, more_than=0, at_most=100)
+    top_p: float = setting(1.0, "grpo, rloo, distill: sample from the likeliest tokens with this probability together.",
         OBJECTIVE, more_than=0, at_most=1)
-    min_p: float = setting(0.0, "grpo, rloo, --on-policy: leave out tokens less likely than this share of the likeliest one.",
+    min_p: float = setting(0.0, "grpo, rloo, distill: leave out tokens less likely than this share of the likeliest one.",
         OBJECTIVE, at_least=0, at_most=1)
     grpo_loss: str = setting("dapo", "grpo: how the losses of tokens are averaged (grpo, bnpo, dapo, dr_grpo), or gspo, "
         "which takes one ratio for an answer.", OBJECTIVE, choices=("grpo", "bnpo", "dapo", "dr_grpo", "gspo"))
@@ -217,6 +217,8 @@ class ObjectiveSettings:
         "untrained, which then needs --teacher-prompt).", OBJECTIVE, may_change=True, per_machine=True)
     teacher_prompt: str | None = setting(None, "distill: text file that only the teacher sees, as a system message in "
         "every chat.", OBJECTIVE, may_change=True, per_machine=True)
+    own_prompts: int | None = setting(None, "distill without --data: prompts that the model writes itself, and the teacher "
+        "answers (default 200).", OBJECTIVE, at_least=8, at_most=10**6)
     teacher_top_k: int = setting(64, "distill: keep the teacher's probabilities of this many likeliest tokens, and of all "
         "others together; 0: of every token.", OBJECTIVE, at_least=0, at_most=10**6)
     divergence: str | None = setting(None, "distill: what to lower. forward_kl: KL(teacher, student), reverse_kl: "
