@@ -11,15 +11,25 @@ from mlx_lora.objectives.objective import Objective
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.objectives.user_rewards import rewards_of
 from mlx_lora.settings.config import TrainSettings
+from mlx_lora.training.joined_answers import Joining
 from mlx_lora.training.losses import Loss
 from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.rollouts import Answering, AnyPlan, RolloutPlan
 
 
 def answering_of(
-    settings: TrainSettings, base: Base, objective: Objective, loss: Loss, say: Callable[[str], None]
+    settings: TrainSettings,
+    base: Base,
+    objective: Objective,
+    loss: Loss,
+    say: Callable[[str], None],
+    joining: Joining | None = None,
 ) -> Answering | None:
     """Return what samples and rewards the answers of a run, None if its data have them.
+
+    Args:
+        settings, base, objective, loss, say: of the run.
+        joining: when the answers to a prompt share its row.
 
     Raises:
         InputError: a reward cannot be loaded, or the model cannot hold several answers.
@@ -28,7 +38,7 @@ def answering_of(
         return None
     check_groups(base.model, base.model_id)
     loss = at_temperature(loss, base.model, base.config, settings.objective.temp)
-    return Answering.of(base, settings, rewards_of(settings.objective), loss, say)
+    return Answering.of(base, settings, rewards_of(settings.objective), loss, say, joining)
 
 
 def sampled_plan(

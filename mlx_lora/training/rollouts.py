@@ -28,6 +28,7 @@ from mlx_lora.objectives.policy_losses import group_advantages, leave_one_out_ad
 from mlx_lora.objectives.rewards import Reward
 from mlx_lora.objectives.user_rewards import rewards_for, summed
 from mlx_lora.settings.config import TrainSettings
+from mlx_lora.training.joined_answers import Joining, apart, by_answer, slots_of, sums_of_answers
 from mlx_lora.training.losses import Loss
 from mlx_lora.training.objective_loss import Task
 from mlx_lora.training.policy_task import (
@@ -74,6 +75,7 @@ class Answering:
         loss: of tokens, for the log-probabilities before the first update and those of the reference.
         say: takes a line if a reward fails and is skipped.
         start: the adapter's parameters as the run began, with which the model is the reference.
+        joining: when the answers to a prompt share its row; None: never.
         spent: time and tokens of sampling.
     """
 
@@ -83,14 +85,21 @@ class Answering:
     loss: Loss
     say: Callable[[str], None]
     start: dict[str, Any]
+    joining: Joining | None = None
     spent: Spent = field(default_factory=Spent)
 
     @classmethod
     def of(
-        cls, base: Base, settings: TrainSettings, rewards: Sequence[Reward], loss: Loss, say: Callable[[str], None]
+        cls,
+        base: Base,
+        settings: TrainSettings,
+        rewards: Sequence[Reward],
+        loss: Loss,
+        say: Callable[[str], None],
+        joining: Joining | None = None,
     ) -> Answering:
         """Return it for an adapted base that is not yet trained."""
-        return cls(base, settings, rewards, loss, say, base.model.trainable_parameters())
+        return cls(base, settings, rewards, loss, say, base.model.trainable_parameters(), joining)
 
     def reported(self, task: Task) -> Task:
         """Return a task whose steps also report the rate of sampling and its share of the time."""
@@ -117,9 +126,12 @@ class Answering:
         training = model.training
         model.eval()
         try:
+            batch = apart(batch)
             rows = np.flatnonzero(batch.real)
             answers = self._sample(batch, rows, rollout)
             filled = self._filled(batch, rows, answers)
+            if trains and self.joining is not None:
+                filled = self.joining(filled, batch.mask.argmax(axis=1))
             rewards = self._rewards(facts, answers)
             if trains and (objective.updates_per_rollout > 1 or objective.kl_beta):
                 filled = self._with_logps(filled)
@@ -160,7 +172,7 @@ class Answering:
             truncated[row] = len(answer) == most and answer[-1] not in ends
             mask[row, begin:end] = not (truncated[row] and self.settings.objective.mask_truncated)
         real_tokens = int(begins[rows].sum()) + sum(map(len, answers))
-        slots = min(len(batch.positions), mask.size)
+        slots = slots_of(int(mask.sum()), len(batch.positions), mask.size)
         sampled = {LENGTHS: lengths, TRUNCATED: truncated}
         return Batch.of(
             inputs, targets, mask, real_tokens, slots, group=batch.group, numbers=batch.numbers, sampled=sampled
@@ -197,20 +209,26 @@ class Answering:
         return replace(batch, sampled=sampled)
 
     def _with_rewards(self, batch: Batch, rows: np.ndarray, rewards: np.ndarray) -> Batch:
-        """Add rewards and advantages; that of an answer without a reward is 0, as in TRL."""
+        """Add rewards and advantages, those of an answer without a reward being 0, as in TRL.
+
+        Args:
+            batch: in any layout.
+            rows: (A,) the numbers of the real answers.
+            rewards: (A,) theirs.
+        """
         objective, sampled = self.settings.objective, dict(batch.sampled or {})
+        group = objective.group_size
         if objective.objective == "rloo" and objective.kl_beta and REFERENCE in sampled:
-            away = (sampled[OLD] - sampled[REFERENCE]).sum(axis=1)[rows]
-            advantages = leave_one_out_advantages(rewards - objective.kl_beta * away, batch.group)
+            away = sums_of_answers(batch, sampled[OLD] - sampled[REFERENCE])[rows]
+            advantages = leave_one_out_advantages(rewards - objective.kl_beta * away, group)
         elif objective.objective == "rloo":
-            advantages = leave_one_out_advantages(rewards, batch.group)
+            advantages = leave_one_out_advantages(rewards, group)
         else:
-            advantages = group_advantages(rewards, batch.group, objective.scale_rewards)
+            advantages = group_advantages(rewards, group, objective.scale_rewards)
         known = np.isfinite(rewards)
         shown = np.where(known, rewards, rewards[known].mean() if known.any() else 0.0)  # does not change the mean
         for name, values in ((ADVANTAGES, advantages), (REWARDS, shown)):
-            sampled[name] = np.zeros(len(batch.inputs), np.float32)
-            sampled[name][rows] = values
+            sampled[name] = by_answer(batch, rows, values)
         return replace(batch, sampled=sampled)
 
 
