@@ -18,6 +18,8 @@ PART_WORDS = {
     "block": "activations of one block",
     "work ahead": "working memory of one block",
     "new state": "new values of the update",
+    "keys and values": "keys and values of answers",
+    "copies of them": "copies of these while they grow",
 }
 # A phase of `MemoryPlan` -> the moment it is.
 PHASE_WORDS = {
@@ -27,6 +29,7 @@ PHASE_WORDS = {
     "backward": "in the backward pass",
     "last": "at the end of the backward pass",
     "update": "in the optimizer's update",
+    "rollout": "while answers are sampled",
 }
 RATE_WORDS = {"measured here": "from rates measured on this machine"}
 
@@ -78,7 +81,7 @@ def _data_words(result: dict[str, Any]) -> list[str]:
     size, objective = result["data"], result["objective"]
     rated, lines = objective["records"] == "rated", []
     if size:
-        kind = {"pairs": "pairs", "rated": "rated answers"}.get(objective["records"])
+        kind = {"pairs": "pairs", "rated": "rated answers", "prompts": "prompts"}.get(objective["records"])
         examples = f"{size['rows'] // objective['rows_per_example']:,} {kind} in " if kind else ""
         lines.append(
             f"Data: {examples}{size['rows']:,} rows, {size['tokens']:,} tokens, the longest row {size['longest']:,}"
@@ -86,8 +89,12 @@ def _data_words(result: dict[str, Any]) -> list[str]:
     if objective["name"] == "sft":
         return lines
     words = "each answer is compared with another one, in a forward pass" if rated else "two rows for a pair"
-    if objective["rows_per_example"] == 1:
+    one_row = objective["rows_per_example"] == 1
+    if one_row:
         words = "one row for a pair, with the prompt once"
+    if objective["group_size"]:
+        rows = "one row for all of them, with the prompt once" if one_row else "a row for each"
+        words = f"{objective['group_size']} answers are sampled to a prompt, {rows}"
     if objective["reference"]:
         seconds = result["predicted"]["reference_s"]
         once = "" if seconds is None else f", {size['measured_tokens']:,} tokens in about {time_words(seconds / 3600)}"

@@ -8,6 +8,7 @@ A run has phases, and its peak is that of the largest phase:
     backward   everything that the blocks keep, and the gradients of one block
     last       the adapter's gradients, and one block
     update     gradients, and the new optimizer state beside the old
+    rollout    keys and values of sampled answers, if a run samples them (rollout_memory.py)
 
 In all phases: the base, the adapter's float32 masters, the optimizer's moments. What a block keeps, and what its backward
 pass allocates at a time, is read from the block's graph (training/block_memory.py) and given as `Block.memory`. If a
@@ -22,11 +23,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mlx_lora.planner.rollout_memory import rollout_parts
 from mlx_lora.planner.shapes import Block, Layer, Machine, ModelShape, Run
 from mlx_lora.settings.checks import checkpoint_every
 from mlx_lora.settings.optimizers import OPTIMIZERS
 
 SINGLE = 4  # bytes of a float32
+ROLLOUT = "rollout"  # the phase in which answers are sampled
 # Tokens of the check of losses and kernels before the first step (two tiles of attention).
 CHECK_TOKENS = 128
 # Fewer tokens for the gradient of mlx-lm's own recurrences, which keeps several states per token.
@@ -132,6 +135,8 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
         "last": {**held, "gradients": masters, "block": one_block, "work ahead": ahead},
         "update": {**held, "gradients": masters, "new state": int(copies * masters)},
     }
+    if run.rollout is not None:
+        phases[ROLLOUT] = held | rollout_parts(shape, run.rollout, machine)
     sums = {name: sum(parts.values()) for name, parts in phases.items()}
     peak = max(sums, key=sums.__getitem__)
     parts = {name: size for name, size in phases[peak].items() if size}
