@@ -194,7 +194,8 @@ def planned_words(memory: MemoryPlan) -> str:
     if memory.not_known:
         limit = gigabytes(memory.budget_bytes)
         return f"memory use not known in advance ({memory.not_known[0]}), so the run is watched against {limit}"
-    return f"planned peak {gigabytes(memory.peak_bytes)}, limit {gigabytes(memory.budget_bytes)}"
+    moment = " while answers are sampled" if memory.phase == ROLLOUT else ""
+    return f"planned peak {gigabytes(memory.peak_bytes)}{moment}, limit {gigabytes(memory.budget_bytes)}"
 
 
 def check_fits(
