@@ -133,8 +133,7 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
     plan: Any = training_plan(loop, splits.train, epochs)
     answering = answering_of(settings, base, objective, chosen.loss, say, layout.joining)
-    if answering is not None:
-        plan = RolloutPlan(plan, answering)
+    plan = plan if answering is None else RolloutPlan(plan, answering)
     steps = total_steps(plan, loop)
     held_out = choose_held_out(splits.valid, loop, plan, steps, found.identity if found else None)
     validation: Any = held_out.plan
@@ -151,8 +150,7 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
         check_continuation(found, identity | of_trunk.identity)
     step, task, trunk, details, about = make_step(settings, base, chosen, objective, memory, steps, of_trunk)
     identity |= trunk.identity
-    if answering is not None:
-        task = answering.reported(task)
+    task = task if answering is None else answering.reported(task)
     about += [words for words in (layout.words, trunk.words) if words]
     check_one_run(ranks, settings, identity)
     take_first_ranks(ranks, step, say)
