@@ -156,7 +156,8 @@ def measure_data(
     rows = objective.targets_of(splits.train)
     parts = [part for part in (splits.train, splits.valid, splits.test) if part is not None]
     asked = settings.objective.shared_prefix
-    if objective.records in ("pairs", "prompts") and layout_problem(asked, outline.model, shape, rows) is None:
+    several = objective.records == "pairs" or objective.policy is not None
+    if several and layout_problem(asked, outline.model, shape, rows) is None:
         settings = dataclasses.replace(settings, objective=dataclasses.replace(settings.objective, shared_prefix="on"))
         rows, parts = joined(rows), [joined(part) for part in parts]
     longest, measured = int(rows.lengths.max(initial=2)), sum(len(part.tokens) for part in parts)

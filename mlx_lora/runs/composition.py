@@ -224,10 +224,11 @@ def choose_layout(
         if asked not in (before, "auto"):
             raise InputError(f"--shared-prefix {asked}: the run to resume has it {before}; leave the flag out")
         asked = before
-    if objective.records not in ("pairs", "prompts"):
+    sampled = objective.policy is not None
+    if objective.records != "pairs" and not sampled:
         return choose_loss_and_kernels(settings, base, rows, found, say), Layout()
     shape = model_shape(base.model, base.config)
-    problem, sampled = layout_problem(asked, base.model, shape, rows), objective.policy is not None
+    problem = layout_problem(asked, base.model, shape, rows)
     # Sampled answers may be shorter than their room, so that sharing saves more work than is known here.
     little = problem if sampled and asked == "auto" and layout_problem("on", base.model, shape, rows) is None else None
     if problem is None or little is not None:
