@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mlx_lora.planner.shapes import CACHE_STEP, Block, LayerCache, Machine, ModelShape, Rollout, in_steps
+from mlx_lora.planner.shapes import Block, LayerCache, Machine, ModelShape, Rollout, in_steps
 
 PREFILL_TOKENS = 512  # of a prompt that are computed at once (models/group_sampling.py)
 SINGLE = 4  # bytes of a float32
 
 # Fitted on a CPU (tests/test_rollout_memory.py compares with measured peaks).
-LAYERS_AHEAD = 2  # layers whose old keys and values are still there while the next ones grow
+GROWING_LAYERS = 1  # layers whose old keys and values, and room for new ones, are there beside both together
 SCORE_ARRAYS = 6.0  # arrays of A x V: logits, their softmax, and the noise that a token is drawn with
 PREFILL_ARRAYS = 1.0  # of a block's layers, widths in and out summed, per position
+PREFILL_SCORES = 3.0  # arrays of mlx's attention on a CPU: scores, masked scores, their softmax
 
 
 def rollout_parts(shape: ModelShape, rollout: Rollout, machine: Machine) -> dict[str, int]:
@@ -33,13 +34,11 @@ def rollout_parts(shape: ModelShape, rollout: Rollout, machine: Machine) -> dict
     rows = rollout.prompts * rollout.group
     of_prompts = rollout.prompts * _bytes_of(shape.caches, in_steps(rollout.prompt_tokens - 1))
     whole = rows * _bytes_of(shape.caches, rollout.cached_tokens)
-    before = rows * _bytes_of(shape.caches, rollout.cached_tokens - CACHE_STEP)
-    share = min(1.0, LAYERS_AHEAD / max(1, len(shape.caches)))
     first = {"keys and values": of_prompts, "work ahead": _prefill_window(shape.blocks, rollout, machine)}
     later = {
         "keys and values": whole,
-        "copies of them": int(share * max(before, of_prompts)),
-        "logits": int(SCORE_ARRAYS * rows * shape.vocabulary * SINGLE),
+        "copies of them": int(whole * min(1.0, GROWING_LAYERS / max(1, len(shape.caches)))),
+        "logits": int(SCORE_ARRAYS * rows * shape.vocabulary * SINGLE) + _dense_head(shape, machine),
     }
     return max(first, later, key=lambda parts: sum(parts.values()))
 
@@ -53,6 +52,13 @@ def _bytes_of(caches: Iterable[LayerCache], tokens: int) -> int:
     )
 
 
+def _dense_head(shape: ModelShape, machine: Machine) -> int:
+    """Return the bytes of a quantized head as floats: a CPU multiplies by it, a GPU by the packed one for so few rows."""
+    if not shape.head_packed or machine.backend != "cpu":
+        return 0
+    return shape.vocabulary * shape.width * machine.number_bytes * machine.dense_copies
+
+
 def _prefill_window(blocks: Iterable[Block], rollout: Rollout, machine: Machine) -> int:
     """Return the bytes of a forward pass over a prompt, or its first part, of which one block is in memory at a time."""
     tokens, size = min(PREFILL_TOKENS, rollout.prompt_tokens), machine.number_bytes
@@ -60,7 +66,6 @@ def _prefill_window(blocks: Iterable[Block], rollout: Rollout, machine: Machine)
     for block in blocks:
         layers = PREFILL_ARRAYS * block.widths * tokens
         packed = max((layer.numbers for layer in block.layers if layer.packed and layer.experts == 1), default=0)
-        # mlx's attention on a CPU has all scores, and their softmax.
-        scores = 2 * block.heads * tokens * rollout.prompt_tokens if machine.backend == "cpu" else 0
+        scores = PREFILL_SCORES * block.heads * tokens * rollout.prompt_tokens if machine.backend == "cpu" else 0
         most = max(most, max(layers + packed * machine.dense_copies, scores))
     return int(most * size)
