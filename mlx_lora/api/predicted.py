@@ -9,6 +9,7 @@ from typing import Any
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.planner.fitting import (
     Fitted,
+    Prompts,
     largest_batch,
     run_of,
 )
@@ -32,6 +33,7 @@ class DataSize:
         tokens: of all rows.
         supervised_tokens: those of them that are trained.
         measured_tokens: of all rows, held-out ones included, which is what a reference, or a teacher, measures before the first step.
+        prompts: that answers are sampled to, as `fit` takes them; not part of the plan's JSON.
     """
 
     rows: int
@@ -39,6 +41,11 @@ class DataSize:
     tokens: int
     supervised_tokens: int
     measured_tokens: int
+    prompts: Prompts = ()
+
+    def facts(self) -> dict[str, int]:
+        """Return the numbers by name."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "prompts"}
 
 
 def predict(

@@ -230,7 +230,7 @@ OWN_OPTIONS = {
     "cpo_alpha": ("cpo",),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
-    "shared_prefix": ("dpo", "orpo", "simpo", "cpo", "reward"),
+    "shared_prefix": ("dpo", "orpo", "simpo", "cpo", "reward", *SAMPLING),
     "reference_adapter": ("dpo", "kto"),
     "center_rewards": ("reward",),
     "grpo_loss": ("grpo",),

@@ -10,6 +10,7 @@ A run has phases, and its peak is that of the largest phase:
     update     gradients, and the new optimizer state beside the old
     teacher    the base, a teacher's weights, and its forward pass; only with --teacher. Before the first step, or if it
                scores sampled answers, between the steps
+    rollout    keys and values of sampled answers, if a run samples them (rollout_memory.py)
 
 In all phases: the base, the adapter's float32 masters, the optimizer's moments, a teacher that stays. What a block keeps, and what its backward
 pass allocates at a time, is read from the block's graph (training/block_memory.py) and given as `Block.memory`. If a
@@ -24,12 +25,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from mlx_lora.planner.rollout_memory import rollout_parts
 from mlx_lora.planner.shapes import Block, Layer, Machine, ModelShape, Run
 from mlx_lora.settings.checks import checkpoint_every
 from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS
 from mlx_lora.settings.optimizers import OPTIMIZERS
 
 SINGLE = 4  # bytes of a float32
+ROLLOUT = "rollout"  # the phase in which answers are sampled
 # Tokens of the check of losses and kernels before the first step (two tiles of attention).
 CHECK_TOKENS = 128
 # Fewer tokens for the gradient of mlx-lm's own recurrences, which keeps several states per token.
@@ -148,6 +151,8 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
     if shape.teacher is not None:
         beside = held if shape.teacher_stays else {"base": shape.base_bytes}
         phases["teacher"] = {**beside, **_teacher_parts(shape.teacher, run, machine)}
+    if run.rollout is not None:
+        phases[ROLLOUT] = held | rollout_parts(shape, run.rollout, machine)
     sums = {name: sum(parts.values()) for name, parts in phases.items()}
     peak = max(sums, key=sums.__getitem__)
     parts = {name: size for name, size in phases[peak].items() if size}

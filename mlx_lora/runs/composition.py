@@ -13,7 +13,7 @@ from mlx_lora.artifacts.checkpoint import Checkpoint
 from mlx_lora.artifacts.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
-from mlx_lora.data.joining import joined, saved_share
+from mlx_lora.data.joining import joined
 from mlx_lora.data.loading import DataSplits
 from mlx_lora.data.widths import ShapePrice
 from mlx_lora.models.attention import attend
@@ -22,15 +22,17 @@ from mlx_lora.models.kernel_row import MLX
 from mlx_lora.models.kernels import assumed
 from mlx_lora.models.load import Base
 from mlx_lora.models.sampling_form import kept_form
+from mlx_lora.models.shared_prefix import rotate_by_token
 from mlx_lora.objectives.objective import Objective
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.objectives.user_rewards import reward_files
 from mlx_lora.planner.fitting import planned_words
 from mlx_lora.planner.memory import MemoryPlan
-from mlx_lora.planner.shapes import KernelTerms
+from mlx_lora.planner.shapes import KernelTerms, ModelShape
 from mlx_lora.runs.adapting import adapt
 from mlx_lora.runs.distilling import Taught, with_teacher
 from mlx_lora.runs.reference import with_reference
+from mlx_lora.runs.row_layout import Layout, asked_before, shared_layout, that_fits
 from mlx_lora.runs.sampled_answers import answering_of, form_of, shared_words
 from mlx_lora.runs.trunk_choice import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
 from mlx_lora.runs.words import describe_run
@@ -125,7 +127,9 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     adapted, info = adapt(asked, base, splits.chat_template)
     found = find_checkpoint(asked.loop, ranks, say)
     chosen, layout = choose_layout(asked, base, splits.train, objective, found, say)
-    settings, memory = fit_settings(layout.settled(asked), base, layout.of(splits), chosen)
+    shape = shape_of(asked, base, chosen)
+    settings, memory = fit_settings(layout.settled(asked), shape, layout.of(splits), chosen)
+    layout, memory = that_fits(layout, settings, shape, splits.train, chosen.terms, memory)
     if objective.reference and splits.train.reference is None:
         of = chosen.loss, chosen.kernels  # in batches that fit, so that its peak is below a step's
         splits = splits.changed(lambda sets: with_reference(settings, base, sets, say, ranks, *of))
@@ -135,7 +139,7 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
     plan: Any = training_plan(loop, splits.train, epochs)
     form, memory = form_of(settings, base, memory, ranks, found.identity if found else None, say)
-    answering = answering_of(settings, base, objective, chosen.loss, say, form, taught.scorer)
+    answering = answering_of(settings, base, objective, chosen.loss, say, form, taught.scorer, layout.joining)
     plan = RolloutPlan(plan, answering, ranks=ranks) if answering else plan
     steps = total_steps(plan, loop)
     held_out = choose_held_out(splits.valid, loop, plan, steps, found.identity if found else None)
@@ -193,7 +197,12 @@ def whole_last_block(found: Checkpoint | None) -> str:
 
 
 def choose_loss_and_kernels(
-    settings: TrainSettings, base: Base, rows: EncodedSet, found: Checkpoint | None, say: Callable[[str], None]
+    settings: TrainSettings,
+    base: Base,
+    rows: EncodedSet,
+    found: Checkpoint | None,
+    say: Callable[[str], None],
+    joined_too: EncodedSet | None = None,
 ) -> LossAndKernels:
     """Choose loss and kernels: the best that were measured here, and that agree with the model's own on this model.
 
@@ -203,41 +212,17 @@ def choose_loss_and_kernels(
         rows: training data, whose lengths the kernels are chosen for.
         found: a checkpoint to go on from.
         say: takes a line before something is measured.
+        joined_too: the same rows joined, if some batches will be.
     """
     asked = settings.loop.kernels
     loss = choose_loss(base.model, base.config, asked, say, whole_last_block(found))
     dtype = device.compute_dtype(settings.model.dtype)
-    lengths = sorted({max(1, int(length) - 1) for length in rows.lengths})
-    choice = choose_model_kernels(base.model, lengths, asked, dtype, say, shared=rows.starts is not None)
+    rows_of = {one.starts is not None: one for one in (rows, joined_too) if one is not None}
+    lengths = {shared: sorted({max(1, int(n) - 1) for n in one.lengths}) for shared, one in rows_of.items()}
+    choice = choose_model_kernels(base.model, lengths.get(False, []), asked, dtype, say, lengths.get(True, []))
     kernels, words = check_kernels(base.model, base.config, loss, choice)
     terms = replace((kernels or choice.of_mlx()).terms(), loss=loss.kernel)
     return LossAndKernels(loss, kernels, terms, words)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the answers of a pair lie in rows.
-
-    Attributes:
-        shared: whether a row holds the prompt and both answers.
-        words: for the run header; empty where there are no pairs.
-    """
-
-    shared: bool = False
-    words: str = ""
-
-    def of(self, splits: DataSplits) -> DataSplits:
-        """Return the data with the rows to train on in this layout."""
-        return replace(splits, train=joined(splits.train)) if self.shared else splits
-
-    def settled(self, settings: TrainSettings) -> TrainSettings:
-        """Return the settings with --shared-prefix on where it is."""
-        return replace(settings, objective=replace(settings.objective, shared_prefix="on")) if self.shared else settings
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common with its checkpoint."""
-        return {"shared_prefix": True} if self.shared else {}
 
 
 def choose_layout(
@@ -248,7 +233,7 @@ def choose_layout(
     found: Checkpoint | None,
     say: Callable[[str], None],
 ) -> tuple[LossAndKernels, Layout]:
-    """Choose loss and kernels, and whether a pair's prompt is computed once.
+    """Choose loss and kernels, and whether a prompt is computed once for its answers.
 
     Args:
         settings, base, say: as in `compose`.
@@ -261,36 +246,47 @@ def choose_layout(
     """
     asked = settings.objective.shared_prefix
     if found is not None:
-        before = "on" if found.identity.get("shared_prefix") else "off"
+        before = asked_before(found.identity)
         if asked not in (before, "auto"):
             raise InputError(f"--shared-prefix {asked}: the run to resume has it {before}; leave the flag out")
         asked = before
-    if objective.records != "pairs":
+    sampled = objective.policy is not None
+    if objective.records != "pairs" and not sampled:
         return choose_loss_and_kernels(settings, base, rows, found, say), Layout()
-    problem = layout_problem(asked, base.model, model_shape(base.model, base.config), rows)
-    if problem is None:
-        chosen = choose_loss_and_kernels(settings, base, joined(rows), found, say)
+    shape = model_shape(base.model, base.config)
+    problem = layout_problem(asked, base.model, shape, rows)
+    # Sampled answers may be shorter than their room, so that sharing saves more work than is known here.
+    little = problem if sampled and asked == "auto" and layout_problem("on", base.model, shape, rows) is None else None
+    if problem is None or little is not None:
+        planned, also = (joined(rows), None) if little is None else (rows, joined(rows))
+        rotate_by_token(base.model)  # before kernels are recorded on such rows
+        chosen = choose_loss_and_kernels(settings, base, planned, found, say, also)
         problem = sharing_problem(base.model, base.config, chosen.loss, chosen.kernels)
         if problem is None:
-            return chosen, Layout(True, f"prompts shared ({saved_share(rows):.0%} fewer positions)")
+            return chosen, shared_layout(objective, shape, rows, little)
     if asked == "on":
         raise InputError(f"--shared-prefix on: {problem}; leave the flag out")
-    words = f"separate rows for both answers ({problem})"
+    words = f"{'a row for each answer' if sampled else 'separate rows for both answers'} ({problem})"
     return choose_loss_and_kernels(settings, base, rows, found, say), Layout(words=words)
 
 
+def shape_of(asked: TrainSettings, base: Base, chosen: LossAndKernels) -> ModelShape:
+    """Return the shape of the adapted model, with the memory of what was chosen."""
+    shape = adapted_shape(base.model, base.config, asked, kernels=chosen.kernels or KernelChoice(MLX))
+    shape = replace(shape, plain_loss=chosen.loss.kernel == PLAIN_LOGITS)  # then the logits are whole
+    if not chosen.loss.part_of_last:
+        shape = replace(shape, blocks=tuple(replace(block, at_one=None) for block in shape.blocks))
+    return shape
+
+
 def fit_settings(
-    asked: TrainSettings, base: Base, splits: DataSplits, chosen: LossAndKernels
+    asked: TrainSettings, shape: ModelShape, splits: DataSplits, chosen: LossAndKernels
 ) -> tuple[TrainSettings, MemoryPlan]:
     """Return the settings with everything chosen that was open, and the memory that the run needs.
 
     Raises:
         InputError: the run does not fit.
     """
-    shape = adapted_shape(base.model, base.config, asked, kernels=chosen.kernels or KernelChoice(MLX))
-    shape = replace(shape, plain_loss=chosen.loss.kernel == PLAIN_LOGITS)  # then the logits are whole
-    if not chosen.loss.part_of_last:
-        shape = replace(shape, blocks=tuple(replace(block, at_one=None) for block in shape.blocks))
     fitted = fit_run(asked, shape, splits.train, chosen.terms)
     day = splits.chat_day.isoformat() if splits.chat_day else None  # the same one with --resume on another day
     loop = replace(asked.loop, batch_tokens=fitted.batch_tokens, grad_checkpoint=fitted.checkpointing)

@@ -17,6 +17,7 @@ from mlx_lora.settings.config import TrainSettings
 from mlx_lora.system import device
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.system.units import counted
+from mlx_lora.training.joined_answers import Joining
 from mlx_lora.training.losses import Loss
 from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.rollouts import Answering, AnyPlan, RolloutPlan
@@ -63,6 +64,7 @@ def answering_of(
     say: Callable[[str], None],
     form: SamplingForm,
     scorer: Scorer | None = None,
+    joining: Joining | None = None,
 ) -> Answering | None:
     """Return what samples the answers of a run, and rewards or scores them; None if its data have them.
 
@@ -72,6 +74,7 @@ def answering_of(
         say: takes a line if a reward fails and is skipped.
         form: what computes sampled tokens.
         scorer: scores the answers as the teacher, if the objective has one.
+        joining: when the answers to a prompt share its row.
 
     Raises:
         InputError: a reward cannot be loaded, or the model cannot hold several answers.
@@ -84,7 +87,7 @@ def answering_of(
             raise ValueError("sampled answers of a student without a teacher")
         return Answering.of(base, settings, (), loss, say, form, scorer)
     loss = at_temperature(loss, base.model, base.config, settings.objective.temp)
-    return Answering.of(base, settings, rewards_of(settings.objective), loss, say, form)
+    return Answering.of(base, settings, rewards_of(settings.objective), loss, say, form, joining=joining)
 
 
 def shared_words(plan: RolloutPlan, accumulation: int, ranks: Ranks) -> list[str]:

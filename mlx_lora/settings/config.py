@@ -173,8 +173,8 @@ class ObjectiveSettings:
         OBJECTIVE, at_least=0, at_most=1000)
     desirable_weight: float = setting(1.0, "kto: weight of good answers.", OBJECTIVE, at_least=0, at_most=1000)
     undesirable_weight: float = setting(1.0, "kto: weight of bad answers.", OBJECTIVE, at_least=0, at_most=1000)
-    shared_prefix: str = setting("auto", "Compute the prompt of a pair once for both answers: on, off, or auto, if it "
-        "saves work and the model supports it.", OBJECTIVE, choices=("auto", "on", "off"), may_change=True)
+    shared_prefix: str = setting("auto", "Compute a prompt once for its answers, those of a pair or the sampled ones: "
+        "on, off, or auto, if it saves work and the model supports it.", OBJECTIVE, choices=("auto", "on", "off"), may_change=True)
     center_rewards: float = setting(0.0, "reward: weight of the squared sum of a pair's scores, which keeps them near 0.",
         OBJECTIVE, at_least=0, at_most=1000)
     reference_adapter: str | None = setting(None,
@@ -235,11 +235,13 @@ class ObjectiveSettings:
     def rows_per_example(self) -> int:
         """Rows that stay together in a batch: one, a pair's two answers, or a rated answer and one to compare it with.
 
-        With --shared-prefix on, which a run sets when it has decided, a pair is one row.
+        With --shared-prefix on, which a run sets when it has decided, all answers to a prompt are one row.
         """
-        if self.samples:
-            return self.answers_per_prompt
-        return 1 if self.objective in IMITATION or self.shared_prefix == "on" else 2
+        if self.objective in IMITATION and not self.samples:
+            return 1
+        if self.shared_prefix == "on":
+            return 1
+        return self.answers_per_prompt if self.samples else 2
 
     @property
     def samples(self) -> bool:

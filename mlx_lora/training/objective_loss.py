@@ -22,6 +22,7 @@ from mlx_lora.adapters.score_head import body_of, score_at
 from mlx_lora.data.batches import Batch, BatchPlan
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.models.head import with_last_block
+from mlx_lora.models.shared_prefix import answers_at
 from mlx_lora.objectives.objective import AnswerSums, Objective
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.training.distill_loss import distill_arrays
@@ -74,11 +75,7 @@ def answer_sums(
     losses: mx.array, width: int, arrays: Arrays, answers: AnswerArrays, starts: mx.array | None = None
 ) -> AnswerSums:
     """Sum the losses of positions, (P,), to answers, (A,)."""
-    owners = arrays.positions // width  # (P,), each position's row, then its answer
-    if starts is not None:
-        # A target in the prompt counts for the first answer, as in a row that holds only that one.
-        later = (arrays.positions % width)[:, None] >= starts[owners][:, 1:]
-        owners = owners * starts.shape[1] + later.sum(axis=1)
+    owners = answers_at(arrays.positions, width, starts)
     own = owners[None, :] == mx.arange(len(answers.real))[:, None]  # (A, P)
 
     def by_answer(values: mx.array) -> mx.array:

@@ -1,6 +1,6 @@
 """The loss of sampled answers, from the losses of their tokens, as steps and validations use it.
 
-Shapes: B rows, one answer each, T columns, P positions.
+Shapes: B rows, A answers (B, or B K where a row holds K), T columns, P positions.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import numpy as np
 
 from mlx_lora.data.batches import Batch
 from mlx_lora.models.head import Head, find_head
+from mlx_lora.models.shared_prefix import answers_at, shared_caches
 from mlx_lora.objectives.policy_losses import PolicyOptions, Sampled, policy_loss
 from mlx_lora.planner.this_machine import loss_tile_bytes
 from mlx_lora.system.distributed import Ranks
 from mlx_lora.training.loss_choice import PLAIN_LOGITS
 from mlx_lora.training.losses import Arrays, Loss, head_loss
 
-# What a batch of sampled answers has beside its tokens: (B, T) of each target, and (B,) of each answer.
+# What a batch of sampled answers has beside its tokens: (B, T) of each target, and of each answer (B,), or (B, K) where a
+# row holds K.
 OLD, REFERENCE = "old", "reference"
 ADVANTAGES, REWARDS, LENGTHS, TRUNCATED = "advantages", "reward", "length", "truncated"
 
@@ -31,7 +33,7 @@ class PolicyArrays(NamedTuple):
 
     Attributes:
         old, reference: (P,) float32, log-probabilities under the policy that sampled them, and under the reference.
-        advantages, rewards, lengths, truncated, real: (B,) float32.
+        advantages, rewards, lengths, truncated, real: (A,) float32.
         share: (2,) float32: answers / tokens of the step, and 1 if `old` is the policy itself, whose ratio is 1.
     """
 
@@ -46,24 +48,37 @@ class PolicyArrays(NamedTuple):
 
 
 def policy_arrays(batch: Batch) -> tuple[mx.array, ...]:
-    """Copy a batch of sampled answers to the device."""
+    """Copy a batch of sampled answers to the device; if rows hold several answers, the last array is `Batch.starts`."""
     sampled = batch.sampled
     if sampled is None:
         raise ValueError("a batch without sampled answers")
-    rows = len(batch.inputs)
+    answers = len(batch.inputs) * batch.answers_per_row
     nothing = np.zeros(len(batch.positions), np.float32)
 
     def of_tokens(name: str) -> mx.array:
         return mx.array(sampled[name].ravel()[batch.positions] * batch.weights if name in sampled else nothing)
 
-    def of_rows(name: str) -> mx.array:
-        return mx.array(sampled.get(name, np.zeros(rows, np.float32)))
+    def of_answers(name: str) -> mx.array:
+        return mx.array(sampled[name].ravel() if name in sampled else np.zeros(answers, np.float32))
 
+    real = np.repeat(batch.real, batch.answers_per_row).astype(np.float32)
     share = (batch.shares[0] if batch.shares else 0.0, float(OLD not in sampled))
     return (
-        *Arrays.of(batch), of_tokens(OLD), of_tokens(REFERENCE), of_rows(ADVANTAGES), of_rows(REWARDS), of_rows(LENGTHS),
-        of_rows(TRUNCATED), mx.array(batch.real.astype(np.float32)), mx.array(np.array(share, np.float32)),
+        *Arrays.of(batch), of_tokens(OLD), of_tokens(REFERENCE), of_answers(ADVANTAGES), of_answers(REWARDS),
+        of_answers(LENGTHS), of_answers(TRUNCATED), mx.array(real), mx.array(np.array(share, np.float32)),
+        *starts_of(batch),
     )  # fmt: skip
+
+
+def starts_of(batch: Batch) -> tuple[mx.array, ...]:
+    """Return where the answers in a row start, on the device; nothing if each row holds one."""
+    return () if batch.starts is None else (mx.array(batch.starts),)
+
+
+def _parts(batch: tuple[mx.array, ...]) -> tuple[Arrays, PolicyArrays, tuple[mx.array, ...]]:
+    """Return the arrays of `policy_arrays` by name, and the starts if there are any."""
+    first, last = len(Arrays._fields), len(Arrays._fields) + len(PolicyArrays._fields)
+    return Arrays(*batch[:first]), PolicyArrays(*batch[first:last]), batch[last:]
 
 
 def policy_loss_of(loss: Loss, options: PolicyOptions, words: str) -> Loss:
@@ -76,18 +91,19 @@ def policy_loss_of(loss: Loss, options: PolicyOptions, words: str) -> Loss:
     """
 
     def train(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-        arrays, policy = Arrays(*batch[:5]), PolicyArrays(*batch[5:])
-        logps = -loss.tokens(model, *arrays)  # (P,)
+        arrays, policy, starts = _parts(batch)
+        logps = -loss.tokens(model, *arrays, *starts)  # (P,)
         old = mx.where(policy.share[1] > 0, mx.stop_gradient(logps), policy.old)
+        answers = answers_at(arrays.positions, arrays.inputs.shape[1], *starts)
         sampled = Sampled(
-            logps, old, policy.reference, arrays.weights, arrays.positions // arrays.inputs.shape[1],
+            logps, old, policy.reference, arrays.weights, answers,
             policy.advantages, mx.stop_gradient(policy.share[0]),
         )  # fmt: skip
-        losses, reports = policy_loss(sampled, options)  # (B,)
+        losses, reports = policy_loss(sampled, options)  # (A,)
         return _summed(policy, losses, reports)
 
     def measure(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-        policy = PolicyArrays(*batch[5:])
+        _, policy, _ = _parts(batch)
         nothing = mx.full(policy.rewards.shape, math.nan)  # a step reports these, a validation does not
         return _summed(policy, -policy.rewards, {"kl": nothing, "clipped": nothing})
 
@@ -108,7 +124,7 @@ def prepared(batches: list[Batch], ranks: Ranks) -> list[Batch]:
 
     All ranks have the same batches by now, each other's answers included (training/rollout_sharing.py).
     """
-    answers = sum(int(b.real.sum()) for b in batches)
+    answers = sum(int(b.real.sum()) * b.answers_per_row for b in batches)
     tokens = sum(int(b.mask.sum()) for b in batches)
     return [replace(batch, shares=(answers / max(1, tokens),)) for batch in batches]
 
@@ -129,7 +145,8 @@ def at_temperature(loss: Loss, model: nn.Module, config: dict[str, Any], tempera
 
     def tokens(model: nn.Module, *batch: mx.array) -> mx.array:
         arrays = Arrays(*batch[:5])
-        logits = model(arrays.inputs).astype(mx.float32) / temperature  # (B, T, V)
+        caches = shared_caches(model, arrays.inputs, *batch[5:])
+        logits = model(arrays.inputs, **caches).astype(mx.float32) / temperature  # (B, T, V)
         logps = mx.take_along_axis(logits, arrays.targets[..., None], axis=-1).squeeze(-1) - mx.logsumexp(
             logits, axis=-1
         )
@@ -142,7 +159,7 @@ def token_logps(model: nn.Module, loss: Loss, batch: Batch) -> np.ndarray:
     """Return the log-probabilities of a batch's trained targets under the model as it is, (B, T) float32."""
     tokens = loss.measure_tokens or loss.tokens
     found = np.zeros(batch.mask.shape, np.float32).ravel()
-    logps = np.array(-tokens(model, *Arrays.of(batch)).astype(mx.float32))
+    logps = np.array(-tokens(model, *Arrays.of(batch), *starts_of(batch)).astype(mx.float32))
     real = batch.weights > 0
     found[batch.positions[real]] = logps[real]
     return found.reshape(batch.mask.shape)

@@ -36,6 +36,7 @@ from mlx_lora.objectives.user_rewards import rewards_for, summed
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.training.distill_loss import distill_loss
+from mlx_lora.training.joined_answers import Joining, apart, by_answer, slots_of, sums_of_answers
 from mlx_lora.training.losses import Loss
 from mlx_lora.training.objective_loss import Task
 from mlx_lora.training.policy_task import (
@@ -86,6 +87,7 @@ class Answering:
         start: the adapter's parameters as the run began, with which the model is the reference.
         form: what computes sampled tokens.
         scorer: scores answers as the teacher; None: they are rewarded.
+        joining: when the answers to a prompt share its row; None: never.
         spent: time and tokens of sampling.
     """
 
@@ -97,6 +99,7 @@ class Answering:
     start: dict[str, Any]
     form: SamplingForm = field(default_factory=SamplingForm)
     scorer: Scorer | None = None
+    joining: Joining | None = None
     spent: Spent = field(default_factory=Spent)
 
     @classmethod
@@ -109,9 +112,10 @@ class Answering:
         say: Callable[[str], None],
         form: SamplingForm,
         scorer: Scorer | None = None,
+        joining: Joining | None = None,
     ) -> Answering:
         """Return it for an adapted base that is not yet trained."""
-        return cls(base, settings, rewards, loss, say, base.model.trainable_parameters(), form, scorer)
+        return cls(base, settings, rewards, loss, say, base.model.trainable_parameters(), form, scorer, joining)
 
     def reported(self, task: Task) -> Task:
         """Return a task whose steps also report the rate of sampling and its share of the time."""
@@ -132,6 +136,7 @@ class Answering:
         training = model.training
         model.eval()
         try:
+            planned = [replace(one, batch=apart(one.batch)) for one in planned]
             dealt = deal_prompts([len(one.facts) for one in planned], ranks.size)
             own = [self._answered(one, prompts[ranks.rank]) for one, prompts in zip(planned, dealt, strict=True)]
             start = time.perf_counter()
@@ -159,6 +164,8 @@ class Answering:
         rows = np.flatnonzero(batch.real)
         self.spent.tokens += sum(map(len, answered.answers))
         filled = self._filled(batch, rows, answered.answers)
+        if trains and self.joining is not None:
+            filled = self.joining(filled, batch.mask.argmax(axis=1))
         own = np.flatnonzero(filled.real).reshape(-1, filled.group)[prompts].ravel()
         of_old = self.scorer is None or self.scorer.uses_old
         if trains and of_old and (objective.updates_per_rollout > 1 or objective.kl_beta):
@@ -203,7 +210,7 @@ class Answering:
             truncated[row] = len(answer) == most and answer[-1] not in ends
             mask[row, begin:end] = not (truncated[row] and self.settings.objective.mask_truncated)
         real_tokens = int(begins[rows].sum()) + sum(map(len, answers))
-        slots = min(len(batch.positions), mask.size)
+        slots = slots_of(int(mask.sum()), len(batch.positions), mask.size)
         sampled = {LENGTHS: lengths, TRUNCATED: truncated}
         return Batch.of(
             inputs, targets, mask, real_tokens, slots, group=batch.group, numbers=batch.numbers, sampled=sampled
@@ -254,20 +261,26 @@ class Answering:
         return replace(batch, sampled=sampled)
 
     def _with_rewards(self, batch: Batch, rows: np.ndarray, rewards: np.ndarray) -> Batch:
-        """Add rewards and advantages; that of an answer without a reward is 0, as in TRL."""
+        """Add rewards and advantages, those of an answer without a reward being 0, as in TRL.
+
+        Args:
+            batch: in any layout.
+            rows: (A,) the numbers of the real answers.
+            rewards: (A,) theirs.
+        """
         objective, sampled = self.settings.objective, dict(batch.sampled or {})
+        group = objective.answers_per_prompt
         if objective.objective == "rloo" and objective.kl_beta and REFERENCE in sampled:
-            away = (sampled[OLD] - sampled[REFERENCE]).sum(axis=1)[rows]
-            advantages = leave_one_out_advantages(rewards - objective.kl_beta * away, batch.group)
+            away = sums_of_answers(batch, sampled[OLD] - sampled[REFERENCE])[rows]
+            advantages = leave_one_out_advantages(rewards - objective.kl_beta * away, group)
         elif objective.objective == "rloo":
-            advantages = leave_one_out_advantages(rewards, batch.group)
+            advantages = leave_one_out_advantages(rewards, group)
         else:
-            advantages = group_advantages(rewards, batch.group, objective.scale_rewards)
+            advantages = group_advantages(rewards, group, objective.scale_rewards)
         known = np.isfinite(rewards)
         shown = np.where(known, rewards, rewards[known].mean() if known.any() else 0.0)  # does not change the mean
         for name, values in ((ADVANTAGES, advantages), (REWARDS, shown)):
-            sampled[name] = np.zeros(len(batch.inputs), np.float32)
-            sampled[name][rows] = values
+            sampled[name] = by_answer(batch, rows, values)
         return replace(batch, sampled=sampled)
 
 
