@@ -19,6 +19,7 @@ from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.runs.adapting import adapter_template, put_adapter
 from mlx_lora.runs.reference import with_reference
+from mlx_lora.runs.reward_models import load_rewards
 from mlx_lora.runs.sampled_answers import sampled_plan
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.sources.hub import resolve_adapter
@@ -108,9 +109,11 @@ def measure_loss(
     rows = objective.targets_of(rows)
     if objective.reference:
         rows = with_reference(settings, base, {"rows": rows}, say)["rows"]
+    rewards = load_rewards(settings, base, say)  # before the adapter is on the base
     if adapter:
         put_adapter(base, adapter, data, objective, ignore_fingerprint)
-    found = held_out_loss(base, rows, settings.loop, objective, say=say, answered=sampled_plan(settings, base, say))
+    answered = sampled_plan(settings, base, say, rewards)
+    found = held_out_loss(base, rows, settings.loop, objective, say=say, answered=answered)
     means = found.reports or {"perplexity": console.perplexity(found.loss)}
     counts = {"supervised_tokens": rows.supervised_tokens, "rows": rows.examples}
     return {"loss": found.loss, **means, **counts, "model": base.model_id}

@@ -8,7 +8,7 @@ the record.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jinja2
@@ -67,6 +67,13 @@ def prompt_of(prompt: Prompt) -> str | list[Message]:
     return turns if prompt.chat else str(turns[-1]["content"])
 
 
+def answered(example: Conversation | Completion, text: str) -> Conversation | Completion:
+    """Return a prompt's example with this answer instead of its own."""
+    if isinstance(example, Completion):
+        return replace(example, completion=text)
+    return replace(example, messages=[*_before_answer(example), {"role": "assistant", "content": text}])
+
+
 def encode_prompts(encoder: Encoder, prompts: Sequence[Prompt]) -> Encoded:
     """Encode prompts up to where the answer begins; no token is a target.
 
@@ -85,7 +92,9 @@ def encode_prompts(encoder: Encoder, prompts: Sequence[Prompt]) -> Encoded:
             continue
         rows.append((np.array(tokens, np.int32), np.zeros(len(tokens), bool)))
         source.append(number)
-        facts.append({"prompt": prompt_of(prompt), "chat": prompt.chat, "columns": prompt.columns})
+        facts.append(
+            {"prompt": prompt_of(prompt), "chat": prompt.chat, "columns": prompt.columns, "example": prompt.example}
+        )
     encoded = EncodedSet.from_rows(rows).with_facts(facts)
     return Encoded(encoded, np.array(source, np.int64), dropped, [], {}, [])
 

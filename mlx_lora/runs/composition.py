@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from mlx_lora.models.kernels import assumed
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.objective import Objective
 from mlx_lora.objectives.objective_table import objective_of
+from mlx_lora.objectives.rewards import Reward
 from mlx_lora.planner.fitting import planned_words
 from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.planner.shapes import KernelTerms
@@ -97,7 +98,14 @@ class LossAndKernels:
     words: str
 
 
-def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, say: Callable[[str], None]) -> Composed:
+def compose(
+    asked: TrainSettings,
+    base: Base,
+    splits: DataSplits,
+    ranks: Ranks,
+    say: Callable[[str], None],
+    rewards: Sequence[Reward] = (),
+) -> Composed:
     """Adapt the base, choose what the settings leave open, plan the batches and make the step.
 
     Args:
@@ -106,6 +114,7 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
         splits: the data.
         ranks: the processes of the run.
         say: takes a line before something is measured, or if there is a problem.
+        rewards: of sampled answers.
 
     Raises:
         InputError: an adapter that does not fit the base, a run that does not fit the machine, a checkpoint of another
@@ -128,7 +137,7 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     loop = settings.loop
     epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
     plan: Any = training_plan(loop, splits.train, epochs)
-    answering = answering_of(settings, base, objective, chosen.loss, say)
+    answering = answering_of(settings, base, objective, chosen.loss, say, rewards)
     if answering is not None:
         plan = RolloutPlan(plan, answering)
     steps = total_steps(plan, loop)

@@ -12,11 +12,11 @@ from mlx_lora.artifacts.run_folder import check_room, first_day, own_folder
 from mlx_lora.data.loading import DataSplits, load_data
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.objective_table import OBJECTIVES, objective_of
-from mlx_lora.objectives.user_rewards import rewards_of
 from mlx_lora.runs.adapting import put_adapter
 from mlx_lora.runs.composition import Composed, compose
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
+from mlx_lora.runs.reward_models import check_rewards, load_rewards
 from mlx_lora.runs.sampled_answers import sampled_plan
 from mlx_lora.runs.words import closing_words, left_by, loss_words, outcome_line
 from mlx_lora.settings.config import ObjectiveSettings, TrainSettings
@@ -66,6 +66,7 @@ def train_run(
             if trains:
                 check_base_fits(settings)  # an outline, without weights, which need not be read or downloaded in vain
             base = load_base(settings.model)
+    rewards = load_rewards(settings, base, say, first_day(settings.loop, ranks))  # before an adapter is on the base
     if not trains:
         put_adapter(base, folder, settings.data, objective_of(settings.objective))
     with waiting("Reading the data", say):
@@ -74,7 +75,7 @@ def train_run(
     if trains:
         with own_folder(folder, ranks):
             with waiting("Preparing the run", say):
-                run = compose(settings, base, splits, ranks, say)
+                run = compose(settings, base, splits, ranks, say, rewards)
             outcome = take_steps(run, base, splits, say, show, told)
     if settings.loop.test and splits.test is not None and not outcome.interrupted:
         found = held_out_loss(
@@ -84,7 +85,7 @@ def train_run(
             objective_of(settings.objective),
             ranks,
             say,
-            sampled_plan(settings, base, say),
+            sampled_plan(settings, base, say, rewards),
         )
         say(f"Test {loss_words(found)}")
     return outcome
@@ -99,7 +100,7 @@ def check_request(settings: TrainSettings, ranks: Ranks) -> None:
     """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
     check_metric(settings)
     if settings.objective.samples:
-        rewards_of(settings.objective)  # a user's file that does not load is told now
+        check_rewards(settings.objective)  # a user's file that does not load is told now
         if ranks.size > 1:
             raise InputError(
                 f"--objective {settings.objective.objective} in {ranks.size} processes: only one can sample"

@@ -24,6 +24,7 @@ from mlx_lora.training.losses import Arrays, Loss, head_loss
 # What a batch of sampled answers has beside its tokens: (B, T) of each target, and (B,) of each answer.
 OLD, REFERENCE = "old", "reference"
 ADVANTAGES, REWARDS, LENGTHS, TRUNCATED = "advantages", "reward", "length", "truncated"
+KL, CLIPPED = "kl", "clipped"  # what a policy loss reports
 
 
 class PolicyArrays(NamedTuple):
@@ -33,6 +34,7 @@ class PolicyArrays(NamedTuple):
         old, reference: (P,) float32, log-probabilities under the policy that sampled them, and under the reference.
         advantages, rewards, lengths, truncated, real: (B,) float32.
         share: (2,) float32: answers / tokens of the step, and 1 if `old` is the policy itself, whose ratio is 1.
+        more: (M, B) float32, what else is reported of each answer.
     """
 
     old: mx.array
@@ -43,10 +45,16 @@ class PolicyArrays(NamedTuple):
     truncated: mx.array
     real: mx.array
     share: mx.array
+    more: mx.array
 
 
-def policy_arrays(batch: Batch) -> tuple[mx.array, ...]:
-    """Copy a batch of sampled answers to the device."""
+def more_reports(reports: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the reports that a batch has of each of its answers, beside those of every policy loss."""
+    return tuple(name for name in reports if name not in (REWARDS, LENGTHS, TRUNCATED, KL, CLIPPED))
+
+
+def policy_arrays(batch: Batch, more: tuple[str, ...] = ()) -> tuple[mx.array, ...]:
+    """Copy a batch of sampled answers to the device, with more reports by these names; what it does not have is 0."""
     sampled = batch.sampled
     if sampled is None:
         raise ValueError("a batch without sampled answers")
@@ -60,19 +68,21 @@ def policy_arrays(batch: Batch) -> tuple[mx.array, ...]:
         return mx.array(sampled.get(name, np.zeros(rows, np.float32)))
 
     share = (batch.shares[0] if batch.shares else 0.0, float(OLD not in sampled))
+    others = mx.stack([of_rows(name) for name in more]) if more else mx.zeros((1, rows))
     return (
         *Arrays.of(batch), of_tokens(OLD), of_tokens(REFERENCE), of_rows(ADVANTAGES), of_rows(REWARDS), of_rows(LENGTHS),
-        of_rows(TRUNCATED), mx.array(batch.real.astype(np.float32)), mx.array(np.array(share, np.float32)),
+        of_rows(TRUNCATED), mx.array(batch.real.astype(np.float32)), mx.array(np.array(share, np.float32)), others,
     )  # fmt: skip
 
 
-def policy_loss_of(loss: Loss, options: PolicyOptions, words: str) -> Loss:
+def policy_loss_of(loss: Loss, options: PolicyOptions, words: str, more: tuple[str, ...] = ()) -> Loss:
     """Return the loss of sampled answers from that of tokens; its measure is minus the mean reward.
 
     Args:
         loss: of tokens.
         options: of the policy loss.
         words: on the objective, for the run header.
+        more: names of what else is reported, as for `policy_arrays`.
     """
 
     def train(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
@@ -84,21 +94,22 @@ def policy_loss_of(loss: Loss, options: PolicyOptions, words: str) -> Loss:
             policy.advantages, mx.stop_gradient(policy.share[0]),
         )  # fmt: skip
         losses, reports = policy_loss(sampled, options)  # (B,)
-        return _summed(policy, losses, reports)
+        return _summed(policy, losses, reports, more)
 
     def measure(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
         policy = PolicyArrays(*batch[5:])
         nothing = mx.full(policy.rewards.shape, math.nan)  # a step reports these, a validation does not
-        return _summed(policy, -policy.rewards, {"kl": nothing, "clipped": nothing})
+        return _summed(policy, -policy.rewards, {KL: nothing, CLIPPED: nothing}, more)
 
     return replace(loss, train=train, measure=measure, description=f"{words}; {loss.description}")
 
 
 def _summed(
-    policy: PolicyArrays, losses: mx.array, reports: dict[str, mx.array]
+    policy: PolicyArrays, losses: mx.array, reports: dict[str, mx.array], more: tuple[str, ...]
 ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
     """Return sums over real answers of the loss, of 1, and of what is reported."""
     known = {REWARDS: policy.rewards, LENGTHS: policy.lengths, TRUNCATED: policy.truncated}
+    known |= {name: policy.more[place] for place, name in enumerate(more)}
     sums = {name: (values * policy.real).sum() for name, values in (known | reports).items()}
     return (losses * policy.real).sum(), policy.real.sum(), sums
 

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.data.batches import EMPTY, Batch, BatchPlan
+from mlx_lora.data.prompt_records import answered
 from mlx_lora.models.group_sampling import SamplingOptions, answer_keys, sample_groups
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.policy_losses import group_advantages, leave_one_out_advantages
 from mlx_lora.objectives.rewards import Reward
-from mlx_lora.objectives.user_rewards import rewards_for, summed
+from mlx_lora.objectives.user_rewards import reported, rewards_for, summed
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.training.losses import Loss
 from mlx_lora.training.objective_loss import Task
@@ -120,10 +121,10 @@ class Answering:
             rows = np.flatnonzero(batch.real)
             answers = self._sample(batch, rows, rollout)
             filled = self._filled(batch, rows, answers)
-            rewards = self._rewards(facts, answers)
+            found = self.rewards_of(facts, answers)
             if trains and (objective.updates_per_rollout > 1 or objective.kl_beta):
                 filled = self._with_logps(filled)
-            return self._with_rewards(filled, rows, rewards)
+            return self._with_rewards(filled, rows, found)
         finally:
             model.train(training)
 
@@ -166,11 +167,18 @@ class Answering:
             inputs, targets, mask, real_tokens, slots, group=batch.group, numbers=batch.numbers, sampled=sampled
         )
 
-    def _rewards(self, facts: Sequence[dict[str, Any]], answers: list[list[int]]) -> np.ndarray:
-        """Return the reward of each answer, (A,) float64, NaN without one."""
-        tokenizer, group = self.base.hf_tokenizer, self.settings.objective.group_size
-        texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
-        of_rows = [fact for fact in facts for _ in range(group)]
+    def rewards_of(self, facts: Sequence[dict[str, Any]], answers: Sequence[list[int]]) -> np.ndarray:
+        """Return what every reward gives every answer, (A, F) float64, NaN for none.
+
+        Args:
+            facts: what rewards see of each prompt, (N,).
+            answers: the tokens of each answer; those to one prompt are neighbors, as many to each.
+
+        Raises:
+            RunError: a reward failed.
+        """
+        of_rows = [fact for fact in facts for _ in range(len(answers) // len(facts))]
+        texts = [self.text_of(answer) for answer in answers]
         completions = [
             [{"role": "assistant", "content": text}] if fact["chat"] else text
             for fact, text in zip(of_rows, texts, strict=True)
@@ -181,8 +189,12 @@ class Answering:
             columns.pop(name, None)
         arguments = {"prompts": [fact["prompt"] for fact in of_rows], "completions": completions}
         arguments = {**columns, **arguments, "completion_ids": answers}
-        objective = self.settings.objective
-        return summed(rewards_for(self.rewards, arguments, objective, self.say), self.rewards)
+        whole = [answered(fact["example"], text) for fact, text in zip(of_rows, texts, strict=True)]
+        return rewards_for(self.rewards, arguments, self.settings.objective, self.say, whole)
+
+    def text_of(self, answer: Sequence[int]) -> str:
+        """Return an answer's text, as rewards see it."""
+        return str(self.base.hf_tokenizer.decode(answer, skip_special_tokens=True))
 
     def _with_logps(self, batch: Batch) -> Batch:
         """Add the log-probabilities of the sampled tokens under the policy, and under the reference."""
@@ -196,9 +208,10 @@ class Answering:
             model.update(now)
         return replace(batch, sampled=sampled)
 
-    def _with_rewards(self, batch: Batch, rows: np.ndarray, rewards: np.ndarray) -> Batch:
-        """Add rewards and advantages; that of an answer without a reward is 0, as in TRL."""
+    def _with_rewards(self, batch: Batch, rows: np.ndarray, found: np.ndarray) -> Batch:
+        """Add rewards, (A, F), and advantages; that of an answer without a reward is 0, as in TRL."""
         objective, sampled = self.settings.objective, dict(batch.sampled or {})
+        rewards = summed(found, self.rewards)
         if objective.objective == "rloo" and objective.kl_beta and REFERENCE in sampled:
             away = (sampled[OLD] - sampled[REFERENCE]).sum(axis=1)[rows]
             advantages = leave_one_out_advantages(rewards - objective.kl_beta * away, batch.group)
@@ -208,7 +221,8 @@ class Answering:
             advantages = group_advantages(rewards, batch.group, objective.scale_rewards)
         known = np.isfinite(rewards)
         shown = np.where(known, rewards, rewards[known].mean() if known.any() else 0.0)  # does not change the mean
-        for name, values in ((ADVANTAGES, advantages), (REWARDS, shown)):
+        more = reported(found, self.rewards, batch.group)
+        for name, values in ({ADVANTAGES: advantages, REWARDS: shown} | more).items():
             sampled[name] = np.zeros(len(batch.inputs), np.float32)
             sampled[name][rows] = values
         return replace(batch, sampled=sampled)
@@ -234,6 +248,11 @@ class RolloutPlan:
     def __len__(self) -> int:
         """Return the number of batches per epoch, each as often as it is trained on."""
         return len(self.prompts) * self._updates
+
+    @property
+    def answering(self) -> Answering:
+        """What samples and rewards the answers."""
+        return self._answering
 
     @property
     def updates(self) -> int:
