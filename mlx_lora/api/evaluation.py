@@ -51,7 +51,8 @@ def evaluate(
         settings: of data and objective, as for `train`: `max_seq_length`, `mask_prompt`, `chat_template`, `beta` ...
 
     Returns:
-        `loss`, `perplexity` (or what the objective reports), `supervised_tokens`, `rows`, `model`, `adapter_path`, `data`.
+        `loss`, `perplexity` (or what the objective reports), `supervised_tokens` (`answers` if they were sampled), `rows`,
+        `model`, `adapter_path`, `data`.
 
     Raises:
         InputError: base, adapter, data or a setting that cannot be used.
@@ -115,5 +116,6 @@ def measure_loss(
     answered = sampled_plan(settings, base, say, rewards)
     found = held_out_loss(base, rows, settings.loop, objective, say=say, answered=answered)
     means = found.reports or {"perplexity": console.perplexity(found.loss)}
-    counts = {"supervised_tokens": rows.supervised_tokens, "rows": rows.examples}
+    counted = {"answers": found.count} if objective.policy else {"supervised_tokens": rows.supervised_tokens}
+    counts = {**counted, "rows": rows.examples}
     return {"loss": found.loss, **means, **counts, "model": base.model_id}

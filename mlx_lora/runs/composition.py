@@ -29,7 +29,7 @@ from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.planner.shapes import KernelTerms
 from mlx_lora.runs.adapting import adapt
 from mlx_lora.runs.reference import with_reference
-from mlx_lora.runs.sampled_answers import answering_of
+from mlx_lora.runs.sampled_answers import answered_by, answering_of
 from mlx_lora.runs.trunk_choice import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
 from mlx_lora.runs.words import describe_run
 from mlx_lora.settings.config import LoopSettings, TrainSettings
@@ -46,7 +46,7 @@ from mlx_lora.training.objective_loss import Task, task_of
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.prefix_sharing import layout_problem, sharing_problem
-from mlx_lora.training.rollouts import AnyPlan, RolloutPlan
+from mlx_lora.training.rollouts import AnyPlan
 from mlx_lora.training.run_fit import adapted_shape, fit_run
 from mlx_lora.training.sharing import Sharing
 from mlx_lora.training.state import Position
@@ -99,13 +99,9 @@ class LossAndKernels:
 
 
 def compose(
-    asked: TrainSettings,
-    base: Base,
-    splits: DataSplits,
-    ranks: Ranks,
-    say: Callable[[str], None],
+    asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, say: Callable[[str], None],
     rewards: Sequence[Reward] = (),
-) -> Composed:
+) -> Composed:  # fmt: skip
     """Adapt the base, choose what the settings leave open, plan the batches and make the step.
 
     Args:
@@ -136,15 +132,11 @@ def compose(
     splits = layout.of(splits)
     loop = settings.loop
     epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
-    plan: Any = training_plan(loop, splits.train, epochs)
     answering = answering_of(settings, base, objective, chosen.loss, say, rewards)
-    if answering is not None:
-        plan = RolloutPlan(plan, answering)
+    plan: Any = answered_by(answering, training_plan(loop, splits.train, epochs))
     steps = total_steps(plan, loop)
     held_out = choose_held_out(splits.valid, loop, plan, steps, found.identity if found else None)
-    validation: Any = held_out.plan
-    if answering is not None and validation:
-        validation = RolloutPlan(validation, answering, held_out=True)
+    validation: Any = answered_by(answering, held_out.plan, held_out=True)
     loop = replace(loop, val_batches=held_out.val_batches)
     settings = replace(settings, loop=loop)
     device.compile_for(steps)

@@ -36,6 +36,11 @@ def answering_of(
     return Answering.of(base, settings, rewards, loss, say)
 
 
+def answered_by(answering: Answering | None, plan: BatchPlan | None, held_out: bool = False) -> AnyPlan | None:
+    """Return a plan whose answers are sampled, in place of a plan of prompts; without answering, the plan itself."""
+    return RolloutPlan(plan, answering, held_out) if answering is not None and plan else plan
+
+
 def sampled_plan(
     settings: TrainSettings, base: Base, say: Callable[[str], None], rewards: Sequence[Reward]
 ) -> Callable[[BatchPlan, Loss], AnyPlan]:
@@ -43,6 +48,6 @@ def sampled_plan(
 
     def answered(plan: BatchPlan, loss: Loss) -> AnyPlan:
         answering = answering_of(settings, base, objective_of(settings.objective), loss, say, rewards)
-        return RolloutPlan(plan, answering, held_out=True) if answering else plan
+        return answered_by(answering, plan, held_out=True) or plan
 
     return answered

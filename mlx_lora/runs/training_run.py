@@ -207,7 +207,7 @@ def take_steps(
 
     with told.around(run.steps, settings.to_flat()) as ending:
         try:
-            with folder.kept_if_it_fails(), reporting(run, told, say, show) as (report, shown, watch):
+            with folder.kept_if_it_fails(), reporting(run, told, say, show, page) as (report, shown, watch):
                 outcome = train(
                     base.model, step, run.task, run.plan, run.validation, settings.loop,
                     report, shown, save, at, guard, ranks, told.failed, watch,
