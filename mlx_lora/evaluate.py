@@ -24,6 +24,7 @@ from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system import console, device
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.program import this_command
+from mlx_lora.system.units import words_of
 from mlx_lora.training.drift import NO_CHANGE, SMALL_CHANGE
 
 
@@ -73,7 +74,7 @@ def main(
             *means, counted, rows, _ = result.items()
             sampled = settings.objective.samples  # then the loss is minus the reward
             words = ", ".join(
-                f"{name.replace('_', ' ')} {value:.{3 if name == 'perplexity' else 4}f}"
+                f"{words_of(name)} {value:.{3 if name == 'perplexity' else 4}f}"
                 for name, value in means
                 if name != "loss" or not sampled
             )
