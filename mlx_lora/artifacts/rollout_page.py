@@ -135,9 +135,10 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most].rstrip()} ..."
 
 
-def first_and_last(records: Sequence[Record]) -> list[tuple[Record, Record]]:
-    """Return the first and the last answer to each of the prompts that were answered last."""
-    last = [record for record in records if record["step"] == records[-1]["step"]] if records else []
+def first_and_kept(records: Sequence[Record], kept_step: int | None) -> list[tuple[Record, Record]]:
+    """Return the first answer to each prompt, and the one at the step whose adapter is kept; None: at the last step."""
+    step = records[-1]["step"] if records and kept_step is None else kept_step
+    last = [record for record in records if record["step"] == step]
     return [(next(one for one in records if one["prompt"] == end["prompt"]), end) for end in last]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import signal
 import threading
 from collections import Counter
@@ -108,7 +109,7 @@ def summed(found: np.ndarray, rewards: Sequence[Reward]) -> np.ndarray:
     return np.where(np.isnan(found).all(axis=1), math.nan, total)
 
 
-def reported(found: np.ndarray, rewards: Sequence[Reward], group: int) -> dict[str, np.ndarray]:
+def reports_of(found: np.ndarray, rewards: Sequence[Reward], group: int) -> dict[str, np.ndarray]:
     """Return what to report of answers, name -> (A,), so that means over answers are what users watch.
 
     These are TRL's `reward_std`, the mean over groups of their standard deviation, and `frac_reward_zero_std`, the share of
@@ -249,8 +250,8 @@ def _asked(settings: ObjectiveSettings) -> list[str]:
 
 def _model_folder(text: str) -> Path | None:
     """Return the folder that a text of --reward names; None if it names something else."""
-    folder = Path(text).expanduser()
-    return folder if text not in PLAIN and folder.is_dir() else None
+    path = os.path.expanduser(text)
+    return Path(path) if text not in PLAIN and os.path.isdir(path) else None  # unlike Path's, False for any text
 
 
 def _not_loaded(conversations: Sequence[Any]) -> list[float | None]:

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from mlx_lora import __version__
-from mlx_lora.artifacts.rollout_page import ANSWERS_FILE, add_answers, first_and_last, keep_answers, read_answers
+from mlx_lora.artifacts.rollout_page import ANSWERS_FILE, add_answers, first_and_kept, keep_answers, read_answers
 from mlx_lora.artifacts.run_report import RunReport, Sample
 from mlx_lora.data.loading import DataSplits
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
@@ -118,10 +118,10 @@ class RunPage:
         known = [token.content for token in tokens if token.special and token.content in prompt]
         return Sample(prompt, before, after, known)
 
-    def _samples_of_answers(self) -> list[Sample]:
-        """Return the first and the last answer to each fixed prompt as texts before and after the training."""
+    def _samples_of_answers(self, kept_step: int | None) -> list[Sample]:
+        """Return the first answer to each fixed prompt, and that of the kept adapter, as texts before and after."""
         decode = self.base.hf_tokenizer.decode
-        pairs = first_and_last(read_answers(self.folder / ANSWERS_FILE))
+        pairs = first_and_kept(read_answers(self.folder / ANSWERS_FILE), kept_step)
         return [
             self._sample(str(decode(prompt.tokens)), first["answer"], last["answer"])
             for prompt, (first, last) in zip(self.fixed, pairs, strict=False)
@@ -140,16 +140,19 @@ class RunPage:
         """Write the page with the current results."""
         self.report.write(self.folder)
 
-    def end(self, interrupted: bool, say: Callable[[str], None] = lambda line: None) -> None:
+    def end(
+        self, interrupted: bool, say: Callable[[str], None] = lambda line: None, kept_step: int | None = None
+    ) -> None:
         """Generate the texts after the training, and write the page for the last time.
 
         Args:
             interrupted: whether the run was interrupted; then no text is generated, because the user does not want to wait.
             say: called with lines of progress where no bar can be shown.
+            kept_step: the step whose adapter was put back; None: the last one's is there.
         """
         self.report.ended = not interrupted
         if not interrupted and self.fixed:
-            self.report.samples = self._samples_of_answers()
+            self.report.samples = self._samples_of_answers(kept_step)
         elif not interrupted:
             pairs = list(zip(self.report.samples, self.prompts, strict=False))  # kept ones may be fewer
             for sample, prompt in tracked(pairs, "Writing texts after training", len(pairs), "texts", say):

@@ -220,7 +220,7 @@ def take_steps(
     if not outcome.interrupted:
         run.trunk.end()
     if page is not None:
-        page.end(outcome.interrupted, say)
+        page.end(outcome.interrupted, say, at.best_at if settings.loop.keep_best and at.best_at else None)
         leave_card(folder.path, base, folder.info, say)
         say(outcome_line(settings.loop, outcome, best, settings.objective.samples))
         if not outcome.interrupted:

@@ -27,7 +27,7 @@ from mlx_lora.models.group_sampling import SamplingOptions, answer_keys, sample_
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.policy_losses import group_advantages, leave_one_out_advantages
 from mlx_lora.objectives.rewards import Reward
-from mlx_lora.objectives.user_rewards import reported, rewards_for, summed
+from mlx_lora.objectives.user_rewards import reports_of, rewards_for, summed
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.training.losses import Loss
 from mlx_lora.training.objective_loss import Task
@@ -221,7 +221,7 @@ class Answering:
             advantages = group_advantages(rewards, batch.group, objective.scale_rewards)
         known = np.isfinite(rewards)
         shown = np.where(known, rewards, rewards[known].mean() if known.any() else 0.0)  # does not change the mean
-        more = reported(found, self.rewards, batch.group)
+        more = reports_of(found, self.rewards, batch.group)
         for name, values in ({ADVANTAGES: advantages, REWARDS: shown} | more).items():
             sampled[name] = np.zeros(len(batch.inputs), np.float32)
             sampled[name][rows] = values
