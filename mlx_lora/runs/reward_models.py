@@ -37,7 +37,7 @@ UNCUT = DataSettings(max_seq_length=1 << 20)
 
 
 @dataclass(frozen=True)
-class Scorer:
+class ModelReward:
     """A reward model that is ready: called with conversations, it returns their scores, NaN for those that it cannot render.
 
     Attributes:
@@ -108,14 +108,14 @@ def load_rewards(
     bases, rewards = [base], []
     for reward in rewards_of(settings.objective):
         if reward.model is not None:
-            reward = replace(reward, function=_scorer(reward.model, settings.model, bases, say, day))
+            reward = replace(reward, function=_model_reward(reward.model, settings.model, bases, say, day))
         rewards.append(reward)
     return tuple(rewards)
 
 
-def _scorer(
+def _model_reward(
     folder: Path, asked: ModelSettings, bases: list[Base], say: Callable[[str], None], day: date | None
-) -> Scorer:
+) -> ModelReward:
     """Load one reward model; a base that none of the known ones is, is added to them."""
     check_reward_model(folder)
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -138,7 +138,7 @@ def _scorer(
             base.hf_tokenizer.chat_template = template
     own = sum(array.nbytes for _, array in tree_flatten(base.model.parameters())) - held
     say(f"Reward model {folder}: {where}; {own / 1e6:.1f} MB of its own")
-    return Scorer(base, own, day)
+    return ModelReward(base, own, day)
 
 
 def _is_of(folder: Path, base: Base) -> bool:
