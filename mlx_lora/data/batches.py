@@ -231,10 +231,15 @@ class BatchPlan:
         """Return the width and the row numbers, (B,), of each batch of an epoch."""
         return [(part.width, rows_of(numbers, part.group)) for part, numbers in self._epoch(epoch)]
 
-    def batches(self, limit: int = -1) -> Iterator[Batch]:
-        """Yield the first `limit` batches of epoch 0 (-1: all), the fixed sample that validation uses."""
+    def batches(self, limit: int = -1, first: int = 0, every: int = 1) -> Iterator[Batch]:
+        """Yield the first `limit` batches of epoch 0 (-1: all), the fixed sample that validation uses.
+
+        Args:
+            limit: of the whole sample.
+            first, every: yield only every so many of them, from number `first` on; so ranks divide them.
+        """
         count = len(self) if limit < 0 else min(limit, len(self))
-        return (self.batch(0, i) for i in range(count))
+        return (self.batch(0, i) for i in range(first, count, every))
 
     def _make_classes(self, widths: np.ndarray, batch_tokens: int, batch_size: int | None) -> list[WidthClass]:
         """Return the class of each width, from the widest to the narrowest.

@@ -5,6 +5,7 @@ Shapes: A answers, F functions, G answers to one prompt.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 import os
@@ -67,6 +68,23 @@ def reward_names(settings: ObjectiveSettings) -> list[str]:
 def reward_folders(settings: ObjectiveSettings) -> list[Path]:
     """Return the folders of the reward models that the settings name."""
     return [folder for text in _asked(settings) if (folder := _model_folder(text))]
+
+
+def reward_files(settings: ObjectiveSettings) -> dict[str, str]:
+    """Return a check sum of the files that each reward is read from; all ranks must have the same.
+
+    Of a reward model these are its adapter and its config; a whole model's weights would take long to read.
+    """
+    found = {}
+    for text in _asked(settings) if settings.samples else []:
+        path = text.partition(":")[2] if text.startswith("json_schema:") else text.rpartition(":")[0]
+        folder = _model_folder(text)
+        files = [Path(os.path.expanduser(path))] if path else []
+        files = [*folder.glob("adapter*"), folder / "config.json"] if folder else files
+        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files) if os.path.isfile(file)]
+        if digests:
+            found[f"code of --reward {text}"] = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+    return found
 
 
 def rewards_for(

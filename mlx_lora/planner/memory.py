@@ -20,7 +20,7 @@ Source: arXiv 2205.05198, section 4 (activations of a block).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mlx_lora.planner.shapes import Block, Layer, Machine, ModelShape, Run
 from mlx_lora.settings.checks import checkpoint_every
@@ -85,6 +85,13 @@ class MemoryPlan:
     def peak_bytes(self) -> int:
         """The peak of MLX's allocator, `peak_memory_bytes` in a run's reports."""
         return sum(self.parts.values())
+
+    def with_phase(self, name: str, parts: dict[str, int]) -> MemoryPlan:
+        """Return the plan with a further phase, whose parts are the peak's if it needs the most."""
+        phases = {**self.phases, name: sum(parts.values())}
+        if phases[name] <= self.peak_bytes:
+            return replace(self, phases=phases)
+        return replace(self, phase=name, parts=parts, phases=phases)
 
     @property
     def needed_bytes(self) -> int:

@@ -21,15 +21,17 @@ from mlx_lora.models.kernel_choice import KernelChoice, choose_model_kernels
 from mlx_lora.models.kernel_row import MLX
 from mlx_lora.models.kernels import assumed
 from mlx_lora.models.load import Base
+from mlx_lora.models.sampling_form import kept_form
 from mlx_lora.objectives.objective import Objective
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.objectives.rewards import Reward
+from mlx_lora.objectives.user_rewards import reward_files
 from mlx_lora.planner.fitting import planned_words
 from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.planner.shapes import KernelTerms
 from mlx_lora.runs.adapting import adapt
 from mlx_lora.runs.reference import with_reference
-from mlx_lora.runs.sampled_answers import answered_by, answering_of
+from mlx_lora.runs.sampled_answers import answered_by, answering_of, form_of, shared_words
 from mlx_lora.runs.trunk_choice import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
 from mlx_lora.runs.words import describe_run
 from mlx_lora.settings.config import LoopSettings, TrainSettings
@@ -107,10 +109,8 @@ def compose(
     Args:
         asked: settings as they were given.
         base: a loaded model; gets adapter layers.
-        splits: the data.
-        ranks: the processes of the run.
+        splits, ranks, rewards: the data, the processes of the run, and what rewards sampled answers.
         say: takes a line before something is measured, or if there is a problem.
-        rewards: of sampled answers.
 
     Raises:
         InputError: an adapter that does not fit the base, a run that does not fit the machine, a checkpoint of another
@@ -132,8 +132,9 @@ def compose(
     splits = layout.of(splits)
     loop = settings.loop
     epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
-    answering = answering_of(settings, base, objective, chosen.loss, say, rewards)
-    plan: Any = answered_by(answering, training_plan(loop, splits.train, epochs))
+    form, memory = form_of(settings, base, memory, ranks, found.identity if found else None, say)
+    answering = answering_of(settings, base, objective, chosen.loss, say, rewards, form)
+    plan: Any = answered_by(answering, training_plan(loop, splits.train, epochs), ranks=ranks)
     steps = total_steps(plan, loop)
     held_out = choose_held_out(splits.valid, loop, plan, steps, found.identity if found else None)
     validation: Any = answered_by(answering, held_out.plan, held_out=True)
@@ -145,13 +146,14 @@ def compose(
     passes = steps * loop.grad_accumulation_steps / len(plan)
     of_trunk = TrunkAsked(settings, base, plan, validation, passes, ranks, blocks_before(found, loop.cache_trunk))
     if found:
-        check_continuation(found, identity | of_trunk.identity)
+        check_continuation(found, identity | of_trunk.identity | kept_form(found.identity))
     step, task, trunk, details, about = make_step(settings, base, chosen, objective, memory, steps, of_trunk)
     identity |= trunk.identity
     if answering is not None:
-        task = answering.reported(task)
-    about += [words for words in (layout.words, trunk.words) if words]
-    check_one_run(ranks, settings, identity)
+        task, identity = answering.reported(task), identity | form.identity
+        about += [form.describe(), *shared_words(plan, loop.grad_accumulation_steps, ranks)]
+    about = [words for words in (*about, layout.words, trunk.words) if words]
+    check_one_run(ranks, settings, identity | reward_files(settings.objective))
     take_first_ranks(ranks, step, say)
     at = found.position if found else Position()
     at.parts = max(at.parts, loop.batch_parts)

@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.models.group_sampling import check_groups
 from mlx_lora.models.load import Base
+from mlx_lora.models.sampling_form import SamplingForm, choose_sampling
 from mlx_lora.objectives.objective import Objective
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.objectives.rewards import Reward
+from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.settings.config import TrainSettings
+from mlx_lora.system import device
+from mlx_lora.system.distributed import ALONE, Ranks
+from mlx_lora.system.units import counted
 from mlx_lora.training.losses import Loss
 from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.rollouts import Answering, AnyPlan, RolloutPlan
+
+
+ROLLOUT = "rollout"  # the plan's phase in which answers are sampled
+
+
+def form_of(
+    settings: TrainSettings,
+    base: Base,
+    memory: MemoryPlan,
+    ranks: Ranks,
+    identity: Mapping[str, Any] | None,
+    say: Callable[[str], None],
+) -> tuple[SamplingForm, MemoryPlan]:
+    """Return what computes the answers of a run, and its memory with that.
+
+    Args:
+        settings, base: of the run; the base is adapted.
+        memory: of the run, without float copies.
+        ranks: the processes of the run.
+        identity: of the checkpoint to go on from; None: the run begins.
+        say: takes a line on a form that is not kept.
+
+    Raises:
+        InputError: see `choose_sampling`.
+    """
+    if not settings.objective.samples:
+        return SamplingForm(), memory
+    held = memory.phases.get(ROLLOUT, memory.phases["update"])  # or a little more than is held while sampling
+    free = min(device.free_bytes(), memory.budget_bytes - held)
+    form = choose_sampling(base, settings.objective.group_size, free, ranks, identity, say)
+    if not form.copied_bytes:
+        return form, memory
+    return form, memory.with_phase(ROLLOUT, {"base, adapter, sampling": held, "float copies": form.copied_bytes})
 
 
 def answering_of(
@@ -23,6 +62,7 @@ def answering_of(
     loss: Loss,
     say: Callable[[str], None],
     rewards: Sequence[Reward],
+    form: SamplingForm,
 ) -> Answering | None:
     """Return what samples and rewards the answers of a run, None if its data have them.
 
@@ -33,21 +73,51 @@ def answering_of(
         return None
     check_groups(base.model, base.model_id)
     loss = at_temperature(loss, base.model, base.config, settings.objective.temp)
-    return Answering.of(base, settings, rewards, loss, say)
+    return Answering.of(base, settings, rewards, loss, say, form)
 
 
-def answered_by(answering: Answering | None, plan: BatchPlan | None, held_out: bool = False) -> AnyPlan | None:
+def answered_by(
+    answering: Answering | None, plan: BatchPlan | None, held_out: bool = False, ranks: Ranks = ALONE
+) -> AnyPlan | None:
     """Return a plan whose answers are sampled, in place of a plan of prompts; without answering, the plan itself."""
-    return RolloutPlan(plan, answering, held_out) if answering is not None and plan else plan
+    return RolloutPlan(plan, answering, held_out, ranks) if answering is not None and plan else plan
+
+
+def shared_words(plan: RolloutPlan, accumulation: int, ranks: Ranks) -> list[str]:
+    """Return what the run header says of processes that answer prompts together, none for a single process.
+
+    Args:
+        plan: of the run.
+        accumulation: batches of a step.
+        ranks: the processes.
+    """
+    if ranks.size == 1:
+        return []
+    prompts = accumulation * min(rows // plan.rows.group for rows, _, _ in plan.shapes)
+    words = f"prompts answered by {ranks.size} processes"
+    if prompts < ranks.size:
+        words += (
+            f", of which {counted(ranks.size - prompts, 'one')} may wait, because a step can have "
+            f"{counted(prompts, 'prompt')}: raise --batch-size or --grad-accumulation-steps"
+        )
+    return [words]
 
 
 def sampled_plan(
-    settings: TrainSettings, base: Base, say: Callable[[str], None], rewards: Sequence[Reward]
+    settings: TrainSettings,
+    base: Base,
+    say: Callable[[str], None],
+    rewards: Sequence[Reward],
+    ranks: Ranks = ALONE,
 ) -> Callable[[BatchPlan, Loss], AnyPlan]:
     """Return what makes a plan with sampled answers of a plan of prompts; of other plans, the plan itself."""
 
     def answered(plan: BatchPlan, loss: Loss) -> AnyPlan:
-        answering = answering_of(settings, base, objective_of(settings.objective), loss, say, rewards)
+        objective = objective_of(settings.objective)
+        if objective.policy is None:
+            return plan
+        form = choose_sampling(base, settings.objective.group_size, device.free_bytes(), ranks)
+        answering = answering_of(settings, base, objective, loss, say, rewards, form)
         return answered_by(answering, plan, held_out=True) or plan
 
     return answered

@@ -85,7 +85,7 @@ def train_run(
             objective_of(settings.objective),
             ranks,
             say,
-            sampled_plan(settings, base, say, rewards),
+            sampled_plan(settings, base, say, rewards, ranks),
         )
         say(f"Test {loss_words(found)}")
     return outcome
@@ -101,10 +101,6 @@ def check_request(settings: TrainSettings, ranks: Ranks) -> None:
     check_metric(settings)
     if settings.objective.samples:
         check_rewards(settings.objective)  # a user's file that does not load is told now
-        if ranks.size > 1:
-            raise InputError(
-                f"--objective {settings.objective.objective} in {ranks.size} processes: only one can sample"
-            )
     loop, trains = settings.loop, wants_training(settings)
     needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}
     missing = [flag for flag, value in needed.items() if not value]

@@ -115,7 +115,10 @@ def _summed(
 
 
 def prepared(batches: list[Batch], ranks: Ranks) -> list[Batch]:
-    """Compute what depends on a whole step: answers divided by tokens. All ranks have the same batches."""
+    """Compute what depends on a whole step: answers divided by tokens.
+
+    All ranks have the same batches by now, each other's answers included (training/rollout_sharing.py).
+    """
     answers = sum(int(b.real.sum()) for b in batches)
     tokens = sum(int(b.mask.sum()) for b in batches)
     return [replace(batch, shares=(answers / max(1, tokens),)) for batch in batches]

@@ -136,15 +136,14 @@ class Measured:
 
 
 def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ranks = ALONE) -> Measured:
-    """Return the mean loss over `batches`.
+    """Return the mean loss over the batches of all ranks, to each of which `batches` gives its own.
 
-    Meanwhile, the model is in eval mode (no dropout). Several ranks divide the batches among themselves, and all get the
-    mean over all batches.
+    Meanwhile, the model is in eval mode (no dropout).
     """
     training = model.training
     model.eval()
     sums = mx.zeros((2 + len(task.reports),))
-    for batch in islice(batches, ranks.rank, None, ranks.size):
+    for batch in batches:
         for part in task.prepare([batch], ALONE):
             loss, count, *reports = task.loss.measure(model, *task.arrays_of(part))
             named = reports[0] if reports else {}
@@ -179,7 +178,7 @@ def held_out_loss(
     task = task_of(objective, loss, base.model)
     plan = answered(held_out_plan(rows, settings), loss)
     count = len(plan) if settings.test_batches < 0 else min(len(plan), settings.test_batches)
-    batches = plan.batches(settings.test_batches)
+    batches = plan.batches(settings.test_batches, ranks.rank, ranks.size)
     if ranks.size == 1:
         batches = tracked(batches, "Measuring", count, "batches", say)
     return mean_loss(base.model, task, batches, ranks)
@@ -244,8 +243,8 @@ def train(
         if validation is None or settings.val_batches == 0:
             return False
         most = -1 if settings.val_batches is None else settings.val_batches
-        number = len(validation) if most < 0 else min(most, len(validation))
-        held_out = takewhile(lambda _: not asked(), validation.batches(most))
+        number = len(range(ranks.rank, len(validation) if most < 0 else min(most, len(validation)), ranks.size))
+        held_out = takewhile(lambda _: not asked(), validation.batches(most, ranks.rank, ranks.size))
         measured = mean_loss(model, task, watch(held_out, number), ranks)
         interrupted.ask_all()
         if not measured.count or interrupted():

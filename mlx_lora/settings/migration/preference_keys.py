@@ -6,6 +6,10 @@ from collections.abc import Mapping
 
 from mlx_lora.settings.migration.sheet import Sheet
 
+OF_SAMPLING = (
+    *("reward", "reward_weights", "group_size", "max_new_tokens", "temp", "top_p", "min_p", "epsilon", "epsilon_high"),
+    *("kl_beta", "mask_truncated", "updates_per_rollout"),
+)
 # The options of each objective; other options in a file are left out.
 OPTIONS = {
     "sft": (),
@@ -15,6 +19,8 @@ OPTIONS = {
     "cpo": ("beta", "label_smoothing", "cpo_alpha"),
     "kto": ("loss_type", "beta", "desirable_weight", "undesirable_weight", "reference_adapter"),
     "reward": ("center_rewards",),
+    "grpo": (*OF_SAMPLING, "grpo_loss", "scale_rewards"),
+    "rloo": OF_SAMPLING,
 }
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # of dpo's losses, those with label smoothing
 LISTS = ("loss_type", "loss_weights", "reference_adapter")  # not numbers
