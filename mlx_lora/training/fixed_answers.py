@@ -57,7 +57,8 @@ def greedy_answers(answering: Answering, prompts: Sequence[FixedPrompt]) -> list
     base.model.eval()
     try:
         tokens = [prompt.tokens for prompt in prompts]
-        answers, _ = sample_groups(base.model, tokens, options, ends, answer_keys(0, 0, len(prompts)))
+        with answering.form.model_of(base) as model:
+            answers, _ = sample_groups(model, tokens, options, ends, answer_keys(0, 0, len(prompts)))
     finally:
         base.model.train(training)
     found = answering.rewards_of([prompt.fact for prompt in prompts], answers)

@@ -24,7 +24,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_lora.data.batches import EMPTY, Batch, BatchPlan
-from mlx_lora.data.prompt_records import answered
+from mlx_lora.data.prompt_records import with_answer
 from mlx_lora.models.group_sampling import SamplingOptions, answer_keys, sample_groups
 from mlx_lora.models.load import Base
 from mlx_lora.models.sampling_form import SamplingForm
@@ -232,7 +232,7 @@ class Answering:
             columns.pop(name, None)
         arguments = {"prompts": [fact["prompt"] for fact in of_rows], "completions": completions}
         arguments = {**columns, **arguments, "completion_ids": answers}
-        whole = [answered(fact["example"], text) for fact, text in zip(of_rows, texts, strict=True)]
+        whole = [with_answer(fact["example"], text) for fact, text in zip(of_rows, texts, strict=True)]
         return rewards_for(self.rewards, arguments, self.settings.objective, say or self.say, whole)
 
     def text_of(self, answer: Sequence[int]) -> str:
