@@ -98,13 +98,14 @@ def load_rewards(
         settings: with --reward.
         base: of the run, not yet adapted.
         say: takes a line on each reward model.
-        day: that templates show as today; None: today.
+        day: that templates show as today, unless --chat-date names one; None: today.
 
     Raises:
         InputError: a reward or a reward model cannot be loaded.
     """
     if objective_of(settings.objective).policy is None:
         return ()
+    day = date.fromisoformat(settings.data.chat_date) if settings.data.chat_date else day
     bases, rewards = [base], []
     for reward in rewards_of(settings.objective):
         if reward.model is not None:
