@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from browser import look
@@ -28,7 +29,6 @@ from mlx_lora.data.encode import EncodedSet
 from mlx_lora.models.load import load_base
 from mlx_lora.settings.config import ModelSettings
 from mlx_lora.training.fixed_answers import fixed_prompts
-from mlx_lora.training.samples import greedy_text
 
 EVIL = "<script>alert(1)</script> & \"'\u2028"
 REWARD = """
@@ -67,6 +67,7 @@ def command(model: Path, data: Path, folder: Path, *more: object) -> tuple:
 def test_a_run_shows_how_its_answers_change(three, tiny_folder, data, tmp_path):
     folder = tmp_path / "a"
     more = ("--iters", 8, "--steps-per-eval", 4, "--save-every", 4, "--updates-per-rollout", 2, "--kl-beta", 0.01)
+    more += ("--learning-rate", "5e-2")
     ran = run(*command(tiny_folder, data, folder, *more))
     assert ran.code == 0, ran.err
     answers = read_answers(folder / "answers.jsonl")
@@ -115,8 +116,10 @@ def test_the_answers_are_greedy_change_nothing_and_can_be_left_out(tiny_folder, 
     first = read_answers(tmp_path / "with/answers.jsonl")[0]
     base = load_base(ModelSettings(model=str(tiny_folder)))
     prompt = f"<|im_start|>user\n{first['prompt']}<|im_end|>\n<|im_start|>assistant\n"
-    greedy = greedy_text(base, base.hf_tokenizer.encode(prompt, add_special_tokens=False), 8)
-    assert first["answer"] == greedy.removesuffix(" ...") or greedy.startswith(first["answer"][:4])
+    tokens = base.hf_tokenizer.encode(prompt, add_special_tokens=False)
+    for _ in range(first["length"]):
+        tokens.append(int(mx.argmax(base.model(mx.array([tokens]))[0, -1]).item()))
+    assert base.hf_tokenizer.decode(tokens[-first["length"] :], skip_special_tokens=True) == first["answer"]
 
 
 def test_prompts_are_different_and_spaced_by_length():

@@ -246,7 +246,10 @@ def test_a_run_killed_around_its_rollouts_ends_in_the_same_bytes(moment, whole, 
 def test_two_ranks_of_which_one_is_killed_end_in_the_same_bytes(tiny_folder, data, tmp_path):
     words = {name: command(tiny_folder, data, tmp_path / name, *UPDATES, "--dropout", 0.1) for name in "ab"}
     assert ranks_of(2, words["a"], tmp_path / "whole").codes == [0, 0]
-    dying = [["-m", "mlx_lora.train", *words["b"]], ["-c", KILLED, MOMENTS["between rollout and update"][0], *words["b"]]]
+    dying = [
+        ["-m", "mlx_lora.train", *words["b"]],
+        ["-c", KILLED, MOMENTS["between rollout and update"][0], *words["b"]],
+    ]
     ended = Started(dying, tmp_path / "killed").wait(60)
     assert ended.codes == [1, -signal.SIGKILL], ended.errs
     ended = ranks_of(2, [*words["b"], "--resume"], tmp_path / "again")
@@ -270,7 +273,9 @@ def test_answers_of_all_ranks_are_put_in_their_own_places():
     """Two ranks, two batches; each answer's token is its place, so that a mix-up shows."""
     group, counts = 2, [3, 2]
     whole = [
-        Answered([[100 * batch + row] for row in range(group * count)], np.arange(2.0 * group * count).reshape(-1, 2) + batch)
+        Answered(
+            [[100 * batch + row] for row in range(group * count)], np.arange(2.0 * group * count).reshape(-1, 2) + batch
+        )
         for batch, count in enumerate(counts)
     ]
     dealt = deal_prompts(counts, 2)

@@ -210,9 +210,7 @@ def test_a_score_that_is_no_number_stops_the_run_or_is_skipped(untied, judge, tm
     broken = tmp_path / "broken"
     shutil.copytree(judge, broken)
     stored = mx.load(str(broken / "adapters.safetensors"))
-    mx.save_safetensors(
-        str(broken / "adapters.safetensors"), {**stored, SCORE_WEIGHT: stored[SCORE_WEIGHT] * math.nan}
-    )
+    mx.save_safetensors(str(broken / "adapters.safetensors"), {**stored, SCORE_WEIGHT: stored[SCORE_WEIGHT] * math.nan})
     settings = asked(untied, broken)
     rewards = load_rewards(settings, load_base(ModelSettings(model=str(untied))), print)
     answers = {"prompts": ["a"] * 4, "completions": ["b"] * 4, "completion_ids": [[1]] * 4}
@@ -233,7 +231,7 @@ def test_a_reward_model_takes_as_long_as_it_needs():
     limited = ObjectiveSettings("grpo", reward_timeout=0.05)
     model = Reward("slow", slow, model=Path("folder"))
     assert rewards_for([model], answers, limited, print, CONVERSATIONS[:1]).tolist() == [[1.0]]
-    with pytest.raises(RunError, match="longer than 0.05 s"):
+    with pytest.raises(RunError, match=r"longer than 0\.05 s"):
         rewards_for([Reward("slow", lambda completions, **c: slow(completions))], answers, limited, print)
 
 

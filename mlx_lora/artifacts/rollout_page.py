@@ -105,7 +105,9 @@ def shown_answers(records: Sequence[Record]) -> list[ShownPrompt]:
 def _turns(prompt: Any) -> list[tuple[str, str]]:
     """Return a prompt, a text or messages, as (role, content)."""
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    return [(str(turn.get("role", "")).capitalize(), _cut(str(turn.get("content", "")), MOST_OF_TURN)) for turn in turns]
+    return [
+        (str(turn.get("role", "")).capitalize(), _cut(str(turn.get("content", "")), MOST_OF_TURN)) for turn in turns
+    ]
 
 
 def _thinned(records: list[Record]) -> list[Record]:

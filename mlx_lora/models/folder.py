@@ -115,7 +115,9 @@ def load_classifier_weights(folder: Path, score: str) -> tuple[nn.Module, dict[s
         complete_module(model)
         model(mx.zeros((1, 2), mx.int32))
     except FOREIGN_ERRORS as error:
-        raise InputError(f"{folder}: mlx-lm cannot build this {config.get('model_type')} model ({short(error)})") from error
+        raise InputError(
+            f"{folder}: mlx-lm cannot build this {config.get('model_type')} model ({short(error)})"
+        ) from error
     needed = {name for name, _ in tree_flatten(model.parameters())}
     beyond = {score, "lm_head.weight", *(name for name in stored if name.endswith("rotary_emb.inv_freq"))}
     if differing := sorted(needed ^ (stored.keys() - beyond)):

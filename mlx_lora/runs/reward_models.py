@@ -128,7 +128,9 @@ def _model_reward(
     else:
         known = next((one for one in bases if _is_of(folder, one)), None)
         of = known or _other_base(folder, asked)
-        held, where = (of.size_bytes, f"on {of.model_id}, shared") if known else (0, f"on {of.model_id}, beside the base")
+        held, where = (
+            (of.size_bytes, f"on {of.model_id}, shared") if known else (0, f"on {of.model_id}, beside the base")
+        )
         if known is None:
             bases.append(of)
         # The weights are shared; the tokenizer is its own, because an adapter may bring a template.

@@ -21,7 +21,6 @@ from mlx_lora.training.losses import Loss
 from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.rollouts import Answering, AnyPlan, RolloutPlan
 
-
 ROLLOUT = "rollout"  # the plan's phase in which answers are sampled
 
 

@@ -92,9 +92,7 @@ def gathered(own: Sequence[Answered], dealt: Sequence[list[list[int]]], group: i
     return whole
 
 
-def of_own_rows(
-    compute: Callable[[Batch], np.ndarray], batch: Batch, rows: np.ndarray, ranks: Ranks
-) -> np.ndarray:
+def of_own_rows(compute: Callable[[Batch], np.ndarray], batch: Batch, rows: np.ndarray, ranks: Ranks) -> np.ndarray:
     """Return a float32 number for each target of a batch, (B, T), of which this rank computes only its own rows.
 
     Args:
