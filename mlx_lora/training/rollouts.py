@@ -235,7 +235,7 @@ class Answering:
         whole = [with_answer(fact["example"], text) for fact, text in zip(of_rows, texts, strict=True)]
         return rewards_for(self.rewards, arguments, self.settings.objective, say or self.say, whole)
 
-    def text_of(self, answer: Sequence[int]) -> str:
+    def text_of(self, answer: list[int]) -> str:
         """Return an answer's text, as rewards see it."""
         return str(self.base.hf_tokenizer.decode(answer, skip_special_tokens=True))
 
