@@ -233,8 +233,7 @@ def test_nothing_of_an_answer_runs_as_markup(folder):
     page = (folder / "report.html").read_text()
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 4
-    assert "<small>short_and_right 0.25</small><small>a_reward_model_with_a_long_name -11.12</small>" in page
-    assert "3 tokens, cut off" in page
+    assert "<small>short_and_right 0.25 · a_reward_model_with_a_long_name -11.12 · 3 tokens, cut off</small>" in page
 
 
 @pytest.mark.slow
