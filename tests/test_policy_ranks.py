@@ -273,7 +273,9 @@ def test_answers_of_all_ranks_are_put_in_their_own_places():
     """Two ranks, two batches; each answer's token is its place, so that a mix-up shows."""
     group, counts = 2, [3, 2]
     whole = [
-        Answered([[100 * batch + row] for row in range(group * count)], np.arange(group * count) + 0.1 + batch)
+        Answered(
+            [[100 * batch + row] for row in range(group * count)], np.arange(2.0 * group * count).reshape(-1, 2) + batch
+        )
         for batch, count in enumerate(counts)
     ]
     dealt = deal_prompts(counts, 2)
@@ -290,6 +292,6 @@ def test_answers_of_all_ranks_are_put_in_their_own_places():
         assert found.answers == expected.answers
         assert found.rewards.tolist() == expected.rewards.tolist()
         assert found.notes == ["note of 0", "rank 1: note of 1"]
-    missing = Answered([[1], [2]], np.array([np.nan, 1.0]))
+    missing = Answered([[1], [2]], np.array([[np.nan], [1.0]]))
     (alone,) = gathered([missing], deal_prompts([1], 1), 2, ALONE)
     assert np.isnan(alone.rewards[0])

@@ -51,7 +51,9 @@ def test_the_reward_rises(flags, tiny_folder, data, tmp_path):
     assert last > first + 0.1
     trained = [line for line in found if line["loss"] is not None]
     assert all(line["rollout_tokens_per_s"] > 0 and 0 < line["rollout_share"] < 1 for line in trained)
-    assert {"reward", "length", "truncated", "kl", "clipped"} <= trained[0].keys()
+    assert set(POLICY_REPORTS) <= trained[0].keys()
+    assert not [name for name in trained[0] if "/" in name]  # one reward has no mean of its own
+    assert all(line["reward_std"] > 0 and 0 <= line["frac_reward_zero_std"] < 1 for line in trained)
     assert any(line["kl"] > 0 for line in trained) == ("--kl-beta" in flags)
     assert "Held-out reward" in (tmp_path / "a" / "report.html").read_text()
     measured = run(

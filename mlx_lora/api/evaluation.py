@@ -21,6 +21,7 @@ from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.runs.adapting import adapter_template, put_adapter
 from mlx_lora.runs.distilling import with_teacher
 from mlx_lora.runs.reference import with_reference
+from mlx_lora.runs.reward_models import load_rewards
 from mlx_lora.runs.sampled_answers import sampled_plan
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.sources.hub import resolve_adapter
@@ -53,7 +54,8 @@ def evaluate(
         settings: of data and objective, as for `train`: `max_seq_length`, `mask_prompt`, `chat_template`, `beta` ...
 
     Returns:
-        `loss`, `perplexity` (or what the objective reports), `supervised_tokens`, `rows`, `model`, `adapter_path`, `data`.
+        `loss`, `perplexity` (or what the objective reports), `supervised_tokens` (`answers` if they were sampled), `rows`,
+        `model`, `adapter_path`, `data`.
 
     Raises:
         InputError: base, adapter, data or a setting that cannot be used.
@@ -115,10 +117,12 @@ def measure_loss(
         rows = with_reference(settings, base, {"rows": rows}, say)["rows"]
     taught = with_teacher(settings, base, {"rows": rows}, say)  # before the adapter: the base may be the teacher
     rows = taught.sets["rows"]
+    rewards = load_rewards(settings, base, say)  # before the adapter is on the base
     if adapter:
         put_adapter(base, adapter, data, objective, ignore_fingerprint)
-    answered = sampled_plan(settings, base, say, scorer=taught.scorer)
+    answered = sampled_plan(settings, base, say, rewards, scorer=taught.scorer)
     found = held_out_loss(base, rows, settings.loop, objective, say=say, answered=answered)
     means = found.reports or {"perplexity": console.perplexity(found.loss)}
-    counts = {"supervised_tokens": rows.supervised_tokens, "rows": rows.examples}
+    counted = {"answers": found.count} if objective.policy else {"supervised_tokens": rows.supervised_tokens}
+    counts = {**counted, "rows": rows.examples}
     return {"loss": found.loss, **means, **counts, "model": base.model_id}

@@ -9,6 +9,7 @@ from mlx_lora.system.units import counted, gigabytes
 # A part of `MemoryPlan` -> what a reader calls it.
 PART_WORDS = {
     "base": "base model",
+    "reward models": "reward models",
     "adapter": "adapter",
     "optimizer": "optimizer's state",
     "weights being cast": "weights that are being converted",

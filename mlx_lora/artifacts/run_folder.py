@@ -26,6 +26,7 @@ from mlx_lora.artifacts.checkpoint import (
     thin_out,
     write_checkpoint,
 )
+from mlx_lora.artifacts.rollout_page import ANSWERS_FILE
 from mlx_lora.artifacts.run_report import FACTS_FILE, REPORT_FILE
 from mlx_lora.settings.checks import is_day
 from mlx_lora.settings.config import FIELDS, ROWS, LoopSettings, TrainSettings
@@ -40,7 +41,9 @@ from mlx_lora.training.step import Step
 CHECKPOINTS = "checkpoints"
 # A run's results, and the folder that keeps an earlier run's results until this run has saved something.
 WRITTEN = "written"  # records that models wrote for the run
-RESULTS = (WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", REPORT_FILE, FACTS_FILE, CHECKPOINTS, WRITTEN)
+RESULTS = (
+    WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", ANSWERS_FILE, REPORT_FILE, FACTS_FILE, CHECKPOINTS, WRITTEN,
+)  # fmt: skip
 ASIDE = "earlier-run"
 
 
@@ -220,7 +223,7 @@ class RunFolder:
         for path in (self.path / CHECKPOINTS).glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
         # Only names that replacing_file uses; the user's files stay.
-        for name in (WEIGHTS_FILE, CONFIG_FILE, "run.yaml", REPORT_FILE, FACTS_FILE, CARD_FILE):
+        for name in (WEIGHTS_FILE, CONFIG_FILE, "run.yaml", ANSWERS_FILE, REPORT_FILE, FACTS_FILE, CARD_FILE):
             for path in self.path.glob(f".{name}.*"):
                 path.unlink(missing_ok=True)
 

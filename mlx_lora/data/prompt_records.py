@@ -80,6 +80,13 @@ def prompt_of(prompt: Prompt) -> str | list[Message]:
     return turns if prompt.chat else str(turns[-1]["content"])
 
 
+def with_answer(example: Conversation | Completion, text: str) -> Conversation | Completion:
+    """Return a prompt's example with this answer instead of its own."""
+    if isinstance(example, Completion):
+        return replace(example, completion=text)
+    return replace(example, messages=[*_before_answer(example), {"role": "assistant", "content": text}])
+
+
 def encode_prompts(encoder: Encoder, prompts: Sequence[Prompt], teacher_prompt: str | None = None) -> Encoded:
     """Encode prompts up to where the answer begins; no token is a target.
 
@@ -106,7 +113,9 @@ def encode_prompts(encoder: Encoder, prompts: Sequence[Prompt], teacher_prompt: 
         rows.append(_untrained(tokens))
         seen.append(_untrained(theirs))
         source.append(number)
-        facts.append({"prompt": prompt_of(prompt), "chat": prompt.chat, "columns": prompt.columns})
+        facts.append(
+            {"prompt": prompt_of(prompt), "chat": prompt.chat, "columns": prompt.columns, "example": prompt.example}
+        )
     teacher = None if teacher_prompt is None else EncodedSet.from_rows(seen)
     encoded = replace(EncodedSet.from_rows(rows).with_facts(facts), teacher=teacher)
     return Encoded(encoded, np.array(source, np.int64), dropped, [], {}, [])

@@ -15,18 +15,20 @@ from mlx_lora.objectives.pair_losses import PAIR_LOSSES, PairLoss, PairOptions, 
 from mlx_lora.objectives.policy_losses import PolicyOptions
 from mlx_lora.objectives.rated_losses import RATED_LOSSES, RatedOptions, Ratings
 from mlx_lora.objectives.reward_loss import bradley_terry
+from mlx_lora.objectives.user_rewards import KNOWN, NO_SPREAD, SPREAD, means_of_known, own_reports, reward_names
 from mlx_lora.settings.config import SAMPLING, ObjectiveSettings
 from mlx_lora.system.errors import InputError
 
 RATED_REPORTS = ("rewards_good", "rewards_bad", "good", "divergence")
 REWARD_REPORTS: tuple[str, ...] = ("accuracy", "margin", "chosen_rewards", "rejected_rewards")
-POLICY_REPORTS = ("reward", "length", "truncated", "kl", "clipped")
+POLICY_REPORTS = ("reward", SPREAD, NO_SPREAD, "length", "truncated", "kl", "clipped")
 # Settings of objectives that sample answers, of which some are used for a teacher's answers, and of those that reward them.
 OF_SAMPLING = ("group_size", "max_new_tokens", "temp", "top_p", "min_p", "mask_truncated", "updates_per_rollout")
 OF_REWARDS = ("reward", "reward_weights", "reward_errors", "reward_timeout", "epsilon", "epsilon_high", "kl_beta")
 DISTILL_REPORTS = ("kl",)
 ON_POLICY_REPORTS = ("kl", "length", "truncated", "answers")
 OF_TEACHER = ("teacher", "teacher_prompt", "teacher_top_k", "divergence", "jsd_beta", "distill_temp", "on_policy")
+OF_WRITING = ("max_new_tokens", "temp", "top_p", "min_p")  # these are used for a teacher's answers too
 PAIR_REPORTS = (*REWARD_REPORTS, "chosen_logps", "rejected_logps")
 
 
@@ -151,8 +153,9 @@ def _policy(settings: ObjectiveSettings) -> Objective:
     options = PolicyOptions(loss, settings.epsilon, high, beta, settings.kl_beta > 0, settings.max_new_tokens)
     words = f"{name}: {'' if name == loss else f'{loss} loss, '}groups of {settings.answers_per_prompt}"
     words += f", divergence weight {settings.kl_beta:g}" if settings.kl_beta else ""
-    room = settings.answers_per_prompt, settings.max_new_tokens
-    return Objective(name, "prompts", words, reports=POLICY_REPORTS, policy=options, room=room)
+    room, own = (settings.answers_per_prompt, settings.max_new_tokens), own_reports(reward_names(settings))
+    reports = (*POLICY_REPORTS, *own, *(KNOWN + one for one in own))
+    return Objective(name, "prompts", words, reports=reports, policy=options, room=room, finish=means_of_known)
 
 
 def _distill(settings: ObjectiveSettings) -> Objective:

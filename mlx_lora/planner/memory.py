@@ -127,6 +127,7 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
     budget = machine.working_set_bytes if budget_bytes is None else min(budget_bytes, machine.working_set_bytes)
     held = {
         "base": shape.base_bytes,
+        "reward models": shape.beside_bytes,
         "adapter": masters + shape.frozen_adapter_bytes,
         "optimizer": optimizer.state_copies * masters,
     }
@@ -141,7 +142,11 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
     again = 0 if run.checkpointing == "none" else most
     last_tile = 0 if shape.plain_loss else min(2 * machine.tile_bytes, 2 * SINGLE * run.slots * shape.vocabulary)
     phases = {
-        "load": {"base": shape.base_bytes, "weights being cast": _load_window(shape)},
+        "load": {
+            "base": shape.base_bytes,
+            "reward models": shape.beside_bytes,
+            "weights being cast": _load_window(shape),
+        },
         "check": {**held, "optimizer": 0, "activations": check, "gradients": 2 * masters, "logits": logits},
         "loss": {**held, **activations, "logits": _loss_window(shape, run, machine)},
         "backward": {**held, **activations, "block": again, "work ahead": ahead + (0 if again else last_tile)},

@@ -197,6 +197,7 @@ class ModelShape:
         trained: A, how many numbers are trained.
         trained_arrays: how many arrays hold them.
         frozen_adapter_bytes: what a method keeps beside them (PiSSA's initial factors).
+        beside_bytes: bytes of other models that are held during the run (reward models).
         first_trained: the first block that has a backward pass; those before it keep nothing.
         head_packed: whether the output head is quantized.
         plain_loss: whether the loss needs the model's own logits for all positions.
@@ -215,6 +216,7 @@ class ModelShape:
     trained: int
     trained_arrays: int = 1
     frozen_adapter_bytes: int = 0
+    beside_bytes: int = 0
     first_trained: int = 0
     head_packed: bool = False
     plain_loss: bool = False

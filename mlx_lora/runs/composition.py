@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from mlx_lora.models.sampling_form import kept_form
 from mlx_lora.models.shared_prefix import rotate_by_token
 from mlx_lora.objectives.objective import Objective
 from mlx_lora.objectives.objective_table import objective_of
+from mlx_lora.objectives.rewards import Reward
 from mlx_lora.objectives.user_rewards import reward_files
 from mlx_lora.planner.fitting import planned_words
 from mlx_lora.planner.memory import MemoryPlan
@@ -33,7 +34,7 @@ from mlx_lora.runs.adapting import adapt
 from mlx_lora.runs.distilling import Taught, with_teacher
 from mlx_lora.runs.reference import with_reference
 from mlx_lora.runs.row_layout import Layout, asked_before, shared_layout, that_fits
-from mlx_lora.runs.sampled_answers import answering_of, form_of, shared_words
+from mlx_lora.runs.sampled_answers import answered_by, answering_of, form_of, shared_words
 from mlx_lora.runs.trunk_choice import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
 from mlx_lora.runs.words import describe_run
 from mlx_lora.settings.config import LoopSettings, TrainSettings
@@ -50,7 +51,7 @@ from mlx_lora.training.objective_loss import Task, task_of
 from mlx_lora.training.optim import build_optimizer
 from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.prefix_sharing import layout_problem, sharing_problem
-from mlx_lora.training.rollouts import AnyPlan, RolloutPlan, loss_of_plan
+from mlx_lora.training.rollouts import AnyPlan, loss_of_plan
 from mlx_lora.training.run_fit import adapted_shape, fit_run
 from mlx_lora.training.sharing import Sharing
 from mlx_lora.training.state import Position
@@ -107,14 +108,16 @@ class LossAndKernels:
     words: str
 
 
-def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, say: Callable[[str], None]) -> Composed:
+def compose(
+    asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, say: Callable[[str], None],
+    rewards: Sequence[Reward] = (),
+) -> Composed:  # fmt: skip
     """Adapt the base, choose what the settings leave open, plan the batches and make the step.
 
     Args:
         asked: settings as they were given.
         base: a loaded model; gets adapter layers.
-        splits: the data.
-        ranks: the processes of the run.
+        splits, ranks, rewards: the data, the processes of the run, and what rewards sampled answers.
         say: takes a line before something is measured, or if there is a problem.
 
     Raises:
@@ -137,14 +140,14 @@ def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, 
     splits = layout.of(splits)
     loop = settings.loop
     epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
-    plan: Any = training_plan(loop, splits.train, epochs)
     form, memory = form_of(settings, base, memory, ranks, found.identity if found else None, say)
-    answering = answering_of(settings, base, objective, chosen.loss, say, form, taught.scorer, layout.joining)
-    plan = RolloutPlan(plan, answering, ranks=ranks) if answering else plan
+    answering = answering_of(
+        settings, base, objective, chosen.loss, say, rewards, form, taught.scorer, layout.joining
+    )
+    plan: Any = answered_by(answering, training_plan(loop, splits.train, epochs), ranks=ranks)
     steps = total_steps(plan, loop)
     held_out = choose_held_out(splits.valid, loop, plan, steps, found.identity if found else None)
-    validation: Any = held_out.plan
-    validation = RolloutPlan(validation, answering, held_out=True) if answering and validation else validation
+    validation: Any = answered_by(answering, held_out.plan, held_out=True)
     loop = replace(loop, val_batches=held_out.val_batches)
     settings = replace(settings, loop=loop)
     device.compile_for(steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlx_lora.data.batches import BatchPlan
@@ -11,7 +11,7 @@ from mlx_lora.models.load import Base
 from mlx_lora.models.sampling_form import SamplingForm, choose_sampling
 from mlx_lora.objectives.objective import Objective
 from mlx_lora.objectives.objective_table import objective_of
-from mlx_lora.objectives.user_rewards import rewards_of
+from mlx_lora.objectives.rewards import Reward
 from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.system import device
@@ -62,6 +62,7 @@ def answering_of(
     objective: Objective,
     loss: Loss,
     say: Callable[[str], None],
+    rewards: Sequence[Reward],
     form: SamplingForm,
     scorer: Scorer | None = None,
     joining: Joining | None = None,
@@ -77,7 +78,7 @@ def answering_of(
         joining: when the answers to a prompt share its row.
 
     Raises:
-        InputError: a reward cannot be loaded, or the model cannot hold several answers.
+        InputError: the model cannot hold several answers.
     """
     if not objective.samples:
         return None
@@ -87,7 +88,14 @@ def answering_of(
             raise ValueError("sampled answers of a student without a teacher")
         return Answering.of(base, settings, (), loss, say, form, scorer)
     loss = at_temperature(loss, base.model, base.config, settings.objective.temp)
-    return Answering.of(base, settings, rewards_of(settings.objective), loss, say, form, joining=joining)
+    return Answering.of(base, settings, rewards, loss, say, form, joining=joining)
+
+
+def answered_by(
+    answering: Answering | None, plan: BatchPlan | None, held_out: bool = False, ranks: Ranks = ALONE
+) -> AnyPlan | None:
+    """Return a plan whose answers are sampled, in place of a plan of prompts; without answering, the plan itself."""
+    return RolloutPlan(plan, answering, held_out, ranks) if answering is not None and plan else plan
 
 
 def shared_words(plan: RolloutPlan, accumulation: int, ranks: Ranks) -> list[str]:
@@ -114,6 +122,7 @@ def sampled_plan(
     settings: TrainSettings,
     base: Base,
     say: Callable[[str], None],
+    rewards: Sequence[Reward],
     ranks: Ranks = ALONE,
     scorer: Scorer | None = None,
 ) -> Callable[[BatchPlan, Loss], AnyPlan]:
@@ -124,7 +133,7 @@ def sampled_plan(
         if not objective.samples:
             return plan
         form = choose_sampling(base, settings.objective.answers_per_prompt, device.free_bytes(), ranks)
-        answering = answering_of(settings, base, objective, loss, say, form, scorer)
-        return RolloutPlan(plan, answering, held_out=True) if answering else plan
+        answering = answering_of(settings, base, objective, loss, say, rewards, form, scorer)
+        return answered_by(answering, plan, held_out=True) or plan
 
     return answered

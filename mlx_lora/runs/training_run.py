@@ -14,11 +14,11 @@ from mlx_lora.data.loading import DataSplits, load_data
 from mlx_lora.data.teacher_rows import read_teacher_prompt
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.objective_table import OBJECTIVES, objective_of
-from mlx_lora.objectives.user_rewards import rewards_of
 from mlx_lora.runs.adapting import put_adapter
 from mlx_lora.runs.composition import Composed, compared_with, compose
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
+from mlx_lora.runs.reward_models import check_rewards, load_rewards
 from mlx_lora.runs.sampled_answers import sampled_plan
 from mlx_lora.runs.teacher_answers import DISTILL, data_with_answers
 from mlx_lora.runs.words import closing_words, left_by, loss_words, outcome_line
@@ -70,6 +70,7 @@ def train_run(
             if trains:
                 check_base_fits(settings)  # an outline, without weights, which need not be read or downloaded in vain
             base = load_base(settings.model)
+    rewards = load_rewards(settings, base, say, first_day(settings.loop, ranks))  # before an adapter is on the base
     untrained = base
     if not trains:
         untrained = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
@@ -80,7 +81,7 @@ def train_run(
     if trains:
         with own_folder(folder, ranks):
             with waiting("Preparing the run", say):
-                run = compose(settings, base, splits, ranks, say)
+                run = compose(settings, base, splits, ranks, say, rewards)
             outcome, test, scorer = take_steps(run, base, splits, say, show, told), run.test, run.scorer
     elif test is not None:
         taught = compared_with(settings, untrained, {"test": test}, ranks, say)
@@ -93,7 +94,7 @@ def train_run(
             objective_of(settings.objective),
             ranks,
             say,
-            sampled_plan(settings, base, say, ranks, scorer),
+            sampled_plan(settings, base, say, rewards, ranks, scorer),
         )
         say(f"Test {loss_words(found)}")
     return outcome
@@ -109,7 +110,7 @@ def check_request(settings: TrainSettings, ranks: Ranks) -> None:
     check_metric(settings)
     read_teacher_prompt(settings.objective.teacher_prompt)  # a file that is not there is told now
     if settings.objective.rewarded:
-        rewards_of(settings.objective)  # a user's file that does not load is told now
+        check_rewards(settings.objective)  # a user's file that does not load is told now
     loop, trains = settings.loop, wants_training(settings)
     needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}
     if settings.objective.objective == DISTILL:
@@ -226,7 +227,7 @@ def take_steps(
 
     with told.around(run.steps, settings.to_flat()) as ending:
         try:
-            with folder.kept_if_it_fails(), reporting(run, told, say, show) as (report, shown, watch):
+            with folder.kept_if_it_fails(), reporting(run, told, say, show, page) as (report, shown, watch):
                 outcome = train(
                     base.model, step, run.task, run.plan, run.validation, settings.loop,
                     report, shown, save, at, guard, ranks, told.failed, watch,
@@ -239,7 +240,7 @@ def take_steps(
     if not outcome.interrupted:
         run.trunk.end()
     if page is not None:
-        page.end(outcome.interrupted, say)
+        page.end(outcome.interrupted, say, at.best_at if settings.loop.keep_best and at.best_at else None)
         leave_card(folder.path, base, folder.info, say)
         say(outcome_line(settings.loop, outcome, best, settings.objective.rewarded))
         if not outcome.interrupted:

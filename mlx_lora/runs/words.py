@@ -16,7 +16,7 @@ from mlx_lora.models.load import Base
 from mlx_lora.settings.config import AdapterSettings, LoopSettings, TrainSettings
 from mlx_lora.system import console
 from mlx_lora.system.program import command_line
-from mlx_lora.system.units import counted
+from mlx_lora.system.units import counted, words_of
 from mlx_lora.training.distill_loss import KL
 from mlx_lora.training.hooks_from_settings import restart_every
 from mlx_lora.training.rollouts import AnyPlan
@@ -76,7 +76,7 @@ def describe_run(
 def loss_words(measured: Measured) -> str:
     """Write a loss on data that were not trained on."""
     if measured.reports:
-        reports = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.reports.items())
+        reports = ", ".join(f"{words_of(name)} {value:.4f}" for name, value in measured.reports.items())
         of_tokens = KL in measured.reports and "reward" not in measured.reports
         unit = "supervised tokens" if of_tokens else "examples"
         return f"loss {measured.loss:.4f}, {reports}, over {measured.count} {unit}"

@@ -181,13 +181,14 @@ class ObjectiveSettings:
         "Adapter folder whose model is the reference (default: the model as the run starts).",
         OBJECTIVE, may_change=True, per_machine=True)
     reward: str | None = setting(None,
-        "grpo, rloo: what rewards an answer: FILE.py:FUNCTION with TRL's signature, or exact_match, number_match, "
-        "think_format, length:N, regex:PATTERN, json_schema:FILE; several are separated by commas and added.", OBJECTIVE)
+        "grpo, rloo: what rewards an answer: FILE.py:FUNCTION with TRL's signature, the folder of a reward model, or "
+        "exact_match, number_match, think_format, length:N, regex:PATTERN, json_schema:FILE; several are separated by "
+        "commas and added.", OBJECTIVE)
     reward_weights: str | None = setting(None, "Weights of several rewards, separated by commas (default 1 each).",
         OBJECTIVE)
     reward_errors: str = setting("stop", "If a reward fails: stop the run, or skip its answers.",
         OBJECTIVE, choices=("stop", "skip"), may_change=True)
-    reward_timeout: float = setting(60.0, "Seconds that a reward may take for the answers of a batch.",
+    reward_timeout: float = setting(60.0, "Seconds that a reward function may take for the answers of a batch.",
         OBJECTIVE, more_than=0, at_most=86400, may_change=True)
     group_size: int | None = setting(None, "grpo, rloo, --on-policy: answers that are sampled to each prompt (default 8; "
         "with --on-policy 1).", OBJECTIVE, at_least=1, at_most=1024)
@@ -349,7 +350,8 @@ class LoopSettings:
         "flag without a value) for the newest complete one in --adapter-path.",
         OUTPUT, common=True, may_change=True, per_machine=True, alone="auto")
     sample_tokens: int = setting(48,
-        "Tokens per text that report.html shows, generated before the first step and after the last; 0: no texts.",
+        "Tokens per text that report.html shows, generated before the first step and after the last (grpo, rloo: whole "
+        "answers, at every validation); 0: no texts.",
         OUTPUT, may_change=True, per_machine=True, at_least=0, at_most=10**5)
     train: bool | None = setting(None, "Train. On unless only --test is given.", TRAINING, may_change=True)
     test: bool = setting(False, "Measure the loss on the test set (after training, with --train).",

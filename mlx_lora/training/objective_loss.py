@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -27,7 +28,7 @@ from mlx_lora.objectives.objective import AnswerSums, Objective
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.training.distill_loss import distill_arrays
 from mlx_lora.training.losses import Arrays, Loss, LossFunction, TokenLosses
-from mlx_lora.training.policy_task import policy_arrays, policy_loss_of, prepared
+from mlx_lora.training.policy_task import more_reports, policy_arrays, policy_loss_of, prepared
 from mlx_lora.training.taught_answers import taught_arrays
 
 FIRST, SECOND = 0, 1  # rows of an example
@@ -123,8 +124,10 @@ def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
         arrays = taught_arrays if objective.samples else distill_arrays
         return Task(loss, arrays, reports=objective.reports, finish=objective.finish)
     if objective.policy is not None:
-        whole = policy_loss_of(loss, objective.policy, objective.description)
-        return Task(whole, policy_arrays, prepared, objective.reports, _only_numbers)
+        more = more_reports(objective.reports)
+        whole = policy_loss_of(loss, objective.policy, objective.description, more)
+        arrays = partial(policy_arrays, more=more)
+        return Task(whole, arrays, prepared, objective.reports, lambda means: _only_numbers(objective.finish(means)))
     if of_answers is None:
         return Task(loss)
     loss = score_loss(model, loss.part_of_last) if objective.scores else loss
@@ -226,6 +229,7 @@ def row_log_probabilities(
     rows: EncodedSet,
     batch_tokens: int,
     say: Callable[[int], None] = lambda done: None,
+    finite: bool = True,
 ) -> np.ndarray:
     """Return the log-probability of each answer, (A,) float32, in the order of the rows.
 
@@ -235,6 +239,7 @@ def row_log_probabilities(
         rows: rows with one answer each, or joined rows with several.
         batch_tokens: the most positions of a batch.
         say: called with the number of finished answers after each batch.
+        finite: raise ArithmeticError if one is not finite.
     """
     apart = replace(rows, group=1)
     found = np.zeros((len(rows), 1 if rows.starts is None else rows.starts.shape[1]), np.float32)
@@ -248,7 +253,7 @@ def row_log_probabilities(
         say(done)
     found = found.ravel()
     model.train(training)
-    if not np.isfinite(found).all():
+    if finite and not np.isfinite(found).all():
         bad = int(np.flatnonzero(~np.isfinite(found))[0])
         raise ArithmeticError(f"answer {bad}: its log-probability under the reference is {found[bad]}")
     return found

@@ -26,6 +26,7 @@ from mlx_lora.training.losses import Arrays, Loss, head_loss
 # row holds K.
 OLD, REFERENCE = "old", "reference"
 ADVANTAGES, REWARDS, LENGTHS, TRUNCATED = "advantages", "reward", "length", "truncated"
+KL, CLIPPED = "kl", "clipped"  # what a policy loss reports
 
 
 class PolicyArrays(NamedTuple):
@@ -35,6 +36,7 @@ class PolicyArrays(NamedTuple):
         old, reference: (P,) float32, log-probabilities under the policy that sampled them, and under the reference.
         advantages, rewards, lengths, truncated, real: (A,) float32.
         share: (2,) float32: answers / tokens of the step, and 1 if `old` is the policy itself, whose ratio is 1.
+        more: (M, A) float32, what else is reported of each answer.
     """
 
     old: mx.array
@@ -45,10 +47,21 @@ class PolicyArrays(NamedTuple):
     truncated: mx.array
     real: mx.array
     share: mx.array
+    more: mx.array
 
 
-def policy_arrays(batch: Batch) -> tuple[mx.array, ...]:
-    """Copy a batch of sampled answers to the device; if rows hold several answers, the last array is `Batch.starts`."""
+def more_reports(reports: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the reports that a batch has of each of its answers, beside those of every policy loss."""
+    return tuple(name for name in reports if name not in (REWARDS, LENGTHS, TRUNCATED, KL, CLIPPED))
+
+
+def policy_arrays(batch: Batch, more: tuple[str, ...] = ()) -> tuple[mx.array, ...]:
+    """Copy a batch of sampled answers to the device; if rows hold several answers, the last array is `Batch.starts`.
+
+    Args:
+        batch: with what was sampled.
+        more: names of further reports; what the batch does not have is 0.
+    """
     sampled = batch.sampled
     if sampled is None:
         raise ValueError("a batch without sampled answers")
@@ -63,9 +76,10 @@ def policy_arrays(batch: Batch) -> tuple[mx.array, ...]:
 
     real = np.repeat(batch.real, batch.answers_per_row).astype(np.float32)
     share = (batch.shares[0] if batch.shares else 0.0, float(OLD not in sampled))
+    others = mx.stack([of_answers(name) for name in more]) if more else mx.zeros((1, answers))
     return (
         *Arrays.of(batch), of_tokens(OLD), of_tokens(REFERENCE), of_answers(ADVANTAGES), of_answers(REWARDS),
-        of_answers(LENGTHS), of_answers(TRUNCATED), mx.array(real), mx.array(np.array(share, np.float32)),
+        of_answers(LENGTHS), of_answers(TRUNCATED), mx.array(real), mx.array(np.array(share, np.float32)), others,
         *starts_of(batch),
     )  # fmt: skip
 
@@ -81,13 +95,14 @@ def _parts(batch: tuple[mx.array, ...]) -> tuple[Arrays, PolicyArrays, tuple[mx.
     return Arrays(*batch[:first]), PolicyArrays(*batch[first:last]), batch[last:]
 
 
-def policy_loss_of(loss: Loss, options: PolicyOptions, words: str) -> Loss:
+def policy_loss_of(loss: Loss, options: PolicyOptions, words: str, more: tuple[str, ...] = ()) -> Loss:
     """Return the loss of sampled answers from that of tokens; its measure is minus the mean reward.
 
     Args:
         loss: of tokens.
         options: of the policy loss.
         words: on the objective, for the run header.
+        more: names of what else is reported, as for `policy_arrays`.
     """
 
     def train(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
@@ -100,21 +115,22 @@ def policy_loss_of(loss: Loss, options: PolicyOptions, words: str) -> Loss:
             policy.advantages, mx.stop_gradient(policy.share[0]),
         )  # fmt: skip
         losses, reports = policy_loss(sampled, options)  # (A,)
-        return _summed(policy, losses, reports)
+        return _summed(policy, losses, reports, more)
 
     def measure(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
         _, policy, _ = _parts(batch)
         nothing = mx.full(policy.rewards.shape, math.nan)  # a step reports these, a validation does not
-        return _summed(policy, -policy.rewards, {"kl": nothing, "clipped": nothing})
+        return _summed(policy, -policy.rewards, {KL: nothing, CLIPPED: nothing}, more)
 
     return replace(loss, train=train, measure=measure, description=f"{words}; {loss.description}")
 
 
 def _summed(
-    policy: PolicyArrays, losses: mx.array, reports: dict[str, mx.array]
+    policy: PolicyArrays, losses: mx.array, reports: dict[str, mx.array], more: tuple[str, ...]
 ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
     """Return sums over real answers of the loss, of 1, and of what is reported."""
     known = {REWARDS: policy.rewards, LENGTHS: policy.lengths, TRUNCATED: policy.truncated}
+    known |= {name: policy.more[place] for place, name in enumerate(more)}
     sums = {name: (values * policy.real).sum() for name, values in (known | reports).items()}
     return (losses * policy.real).sum(), policy.real.sum(), sums
 

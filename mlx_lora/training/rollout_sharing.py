@@ -45,7 +45,7 @@ class Answered:
 
     Attributes:
         answers: tokens of each answer.
-        rewards: (answers,) float64, NaN without one.
+        rewards: (answers, functions) float64, NaN without one.
         notes: lines on rewards that failed and were skipped.
     """
 
@@ -84,7 +84,7 @@ def gathered(own: Sequence[Answered], dealt: Sequence[list[list[int]]], group: i
     whole = []
     for number, prompts_of in enumerate(dealt):
         count = group * sum(map(len, prompts_of))
-        found = Answered([[] for _ in range(count)], np.zeros(count))
+        found = Answered([[] for _ in range(count)], np.zeros((count, own[number].rewards.shape[1])))
         for rank, prompts in enumerate(prompts_of):
             answers, rewards, notes = every[rank][number]
             rows = [group * prompt + place for prompt in prompts for place in range(group)]

@@ -26,13 +26,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_lora.data.batches import EMPTY, Batch, BatchPlan
+from mlx_lora.data.prompt_records import with_answer
 from mlx_lora.models.group_sampling import SamplingOptions, answer_keys, sample_groups
 from mlx_lora.models.load import Base
 from mlx_lora.models.sampling_form import SamplingForm
 from mlx_lora.objectives.objective import Objective
 from mlx_lora.objectives.policy_losses import group_advantages, leave_one_out_advantages
 from mlx_lora.objectives.rewards import Reward
-from mlx_lora.objectives.user_rewards import rewards_for, summed
+from mlx_lora.objectives.user_rewards import reports_of, rewards_for, summed
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.training.distill_loss import distill_loss
@@ -153,9 +154,9 @@ class Answering:
         """Sample answers to some prompts of a batch, and reward them."""
         answers = self._sample(planned.batch, np.flatnonzero(planned.batch.real), planned.rollout, prompts)
         if self.scorer is not None:
-            return Answered(answers, np.zeros(len(answers)))
+            return Answered(answers, np.zeros((len(answers), 0)))
         notes: list[str] = []
-        rewards = self._rewards([planned.facts[prompt] for prompt in prompts], answers, notes.append)
+        rewards = self.rewards_of([planned.facts[prompt] for prompt in prompts], answers, notes.append)
         return Answered(answers, rewards, notes)
 
     def _trained(self, planned: Planned, answered: Answered, prompts: list[int], trains: bool, ranks: Ranks) -> Batch:
@@ -216,15 +217,26 @@ class Answering:
             inputs, targets, mask, real_tokens, slots, group=batch.group, numbers=batch.numbers, sampled=sampled
         )
 
-    def _rewards(
-        self, facts: Sequence[dict[str, Any]], answers: list[list[int]], say: Callable[[str], None]
+    def rewards_of(
+        self,
+        facts: Sequence[dict[str, Any]],
+        answers: Sequence[list[int]],
+        say: Callable[[str], None] | None = None,
     ) -> np.ndarray:
-        """Return the reward of each answer, (A,) float64, NaN without one."""
+        """Return what every reward gives every answer, (A, F) float64, NaN for none.
+
+        Args:
+            facts: what rewards see of each prompt, (N,).
+            answers: the tokens of each answer; those to one prompt are neighbors, as many to each.
+            say: takes a line if a reward fails and is skipped; None: that of the run does.
+
+        Raises:
+            RunError: a reward failed.
+        """
         if not answers:
-            return np.zeros(0)
-        tokenizer, group = self.base.hf_tokenizer, self.settings.objective.answers_per_prompt
-        texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
-        of_rows = [fact for fact in facts for _ in range(group)]
+            return np.zeros((0, len(self.rewards)))
+        of_rows = [fact for fact in facts for _ in range(len(answers) // len(facts))]
+        texts = [self.text_of(answer) for answer in answers]
         completions = [
             [{"role": "assistant", "content": text}] if fact["chat"] else text
             for fact, text in zip(of_rows, texts, strict=True)
@@ -235,8 +247,12 @@ class Answering:
             columns.pop(name, None)
         arguments = {"prompts": [fact["prompt"] for fact in of_rows], "completions": completions}
         arguments = {**columns, **arguments, "completion_ids": answers}
-        objective = self.settings.objective
-        return summed(rewards_for(self.rewards, arguments, objective, say), self.rewards)
+        whole = [with_answer(fact["example"], text) for fact, text in zip(of_rows, texts, strict=True)]
+        return rewards_for(self.rewards, arguments, self.settings.objective, say or self.say, whole)
+
+    def text_of(self, answer: list[int]) -> str:
+        """Return an answer's text, as rewards see it."""
+        return str(self.base.hf_tokenizer.decode(answer, skip_special_tokens=True))
 
     def _with_logps(self, batch: Batch, own: np.ndarray, ranks: Ranks) -> Batch:
         """Add the log-probabilities of the sampled tokens under the policy, and under the reference.
@@ -260,16 +276,16 @@ class Answering:
             model.update(now)
         return replace(batch, sampled=sampled)
 
-    def _with_rewards(self, batch: Batch, rows: np.ndarray, rewards: np.ndarray) -> Batch:
+    def _with_rewards(self, batch: Batch, rows: np.ndarray, found: np.ndarray) -> Batch:
         """Add rewards and advantages, those of an answer without a reward being 0, as in TRL.
 
         Args:
             batch: in any layout.
             rows: (A,) the numbers of the real answers.
-            rewards: (A,) theirs.
+            found: (A, F) what each reward gives them.
         """
         objective, sampled = self.settings.objective, dict(batch.sampled or {})
-        group = objective.answers_per_prompt
+        rewards, group = summed(found, self.rewards), objective.answers_per_prompt
         if objective.objective == "rloo" and objective.kl_beta and REFERENCE in sampled:
             away = sums_of_answers(batch, sampled[OLD] - sampled[REFERENCE])[rows]
             advantages = leave_one_out_advantages(rewards - objective.kl_beta * away, group)
@@ -279,7 +295,8 @@ class Answering:
             advantages = group_advantages(rewards, group, objective.scale_rewards)
         known = np.isfinite(rewards)
         shown = np.where(known, rewards, rewards[known].mean() if known.any() else 0.0)  # does not change the mean
-        for name, values in ((ADVANTAGES, advantages), (REWARDS, shown)):
+        more = reports_of(found, self.rewards, group)
+        for name, values in ({ADVANTAGES: advantages, REWARDS: shown} | more).items():
             sampled[name] = by_answer(batch, rows, values)
         return replace(batch, sampled=sampled)
 
@@ -308,6 +325,11 @@ class RolloutPlan:
     def __len__(self) -> int:
         """Return the number of batches per epoch, each as often as it is trained on."""
         return len(self.prompts) * self._updates
+
+    @property
+    def answering(self) -> Answering:
+        """What samples and rewards the answers."""
+        return self._answering
 
     @property
     def updates(self) -> int:

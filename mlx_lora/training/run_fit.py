@@ -37,6 +37,7 @@ from mlx_lora.planner.this_machine import this_machine
 from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, ObjectiveSettings, TrainSettings
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
+from mlx_lora.training.beside import beside_bytes
 from mlx_lora.training.block_memory import with_block_memory
 
 # Frozen copies of the factors that a method keeps: PiSSA's start, and ReLoRA's finished cycles.
@@ -143,7 +144,8 @@ def adapted_shape(
         kernels: the kernels that it trains with; None: chosen from this machine's measurements.
     """
     shape = model_shape(model, config, source_bytes, FROZEN_COPIES.get(settings.adapter.method_name, 0))
-    shape = replace(shape, plain_loss=shape.plain_loss or settings.loop.kernels == MLX)
+    plain_loss = shape.plain_loss or settings.loop.kernels == MLX
+    shape = replace(shape, plain_loss=plain_loss, beside_bytes=beside_bytes(settings))
     choice = known_kernels(settings, shape) if kernels is None else kernels
     shape = with_block_memory(shape, model, dict(config), choice)
     shape = replace(shape, teacher=teacher_shape(settings), teacher_stays=settings.objective.on_policy)
