@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from run_cli import one_line, run
 
+from mlx_lora.objectives.user_rewards import rewards_for, rewards_of, summed
 from mlx_lora.settings.named_recipes import RECIPES, names_recipe
+from mlx_lora.settings.resolve import train_settings
 from mlx_lora.settings.settings_file import read_settings
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+SUMS = "arithmetic-grpo"  # prompts that a script makes, and rewards
+NUMBERS = "zero one two three four five six seven eight nine".split()
 SPLITS = {"train": 100, "valid": 12, "test": 16}
 
 
@@ -22,6 +28,8 @@ def rows(name: str, split: str) -> list[dict]:
 
 
 def question(row: dict) -> str:
+    if "prompt" in row:
+        return row["prompt"]
     if "messages" in row:
         return " / ".join(turn["content"] for turn in row["messages"] if turn["role"] == "user")
     return f"{row['instruction']} / {row['input']}"
@@ -33,8 +41,8 @@ def answers(row: dict) -> list[str]:
     return [row["output"]]
 
 
-def test_there_are_five():
-    assert NAMES == ["bard", "code-style", "customer-service", "legal-summary", "tutor"]
+def test_there_are_six():
+    assert NAMES == [SUMS, "bard", "code-style", "customer-service", "legal-summary", "tutor"]
 
 
 def test_a_recipe_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
@@ -87,6 +95,40 @@ def test_each_recipe_trains_and_drops_no_row(name, tiny_folder, tmp_path, monkey
     assert (data["dropped"], data["truncated"], data["empty"], data["duplicates"]) == (0, 0, 0, 0)
     assert data["rows_read"] == sum(len(rows(name, split)) for split in SPLITS)
     assert data["valid_source"] == "file"
+
+
+def test_the_sums_are_those_of_the_script_and_no_split_has_another_ones(tmp_path):
+    ran = subprocess.run([sys.executable, ROOT / "scripts" / "make_sums.py", tmp_path], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    asked = {}
+    for split in SPLITS:
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == (RECIPES / SUMS / f"{split}.jsonl").read_bytes()
+        asked[split] = set()
+        for row in rows(SUMS, split):
+            words = row["prompt"].partition("?")[0].split()
+            numbers = [int(word) if word.isdecimal() else NUMBERS.index(word) for word in (words[2], words[4])]
+            assert row["answer"] == str(sum(numbers))
+            asked[split].add(tuple(sorted(numbers)))
+    assert not (asked["train"] & asked["valid"] or (asked["train"] | asked["valid"]) & asked["test"])
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("<answer>7</answer>", 1.5),
+        ("<answer>7</answer>\n", 1.5),
+        ("<answer>8</answer>", 0.5),
+        ("3 + 4 = 7", 1.0),
+        ("<answer>3 + 4 = 7</answer>", 1.0),
+        ("<answer>7</answer> is it", 1.0),
+        ("seven", 0.0),
+    ],
+)
+def test_the_sums_reward_the_number_and_the_form(text, reward):
+    settings = train_settings({}, read_settings(SUMS, {}, print)).objective
+    given = {"prompts": ["?"], "completions": [text], "completion_ids": [[1]], "answer": ["7"]}
+    rewards = rewards_of(settings)
+    assert summed(rewards_for(rewards, given, settings, print), rewards).tolist() == [reward]
 
 
 def test_answers_have_the_form_that_each_recipe_teaches():

@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 
 NEVER = 10**9
 RATE, DECAY = 1e-5, 0.01
-SUBJECTS = ("bread", "rain", "snow", "milk", "gold", "salt", "wood", "sand")  # one token each, so one prompt length
+SUBJECTS = ("rain", "snow", "milk", "gold", "salt", "wood", "sand", "wool")  # one token each, so one prompt length
 QUESTION = "Tell me in a few plain words where {} comes from, and what people do with it."
 
 
