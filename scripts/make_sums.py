@@ -1,10 +1,9 @@
-"""Write the prompts of the recipe arithmetic-grpo: sums up to ten, in digits and in words; every time the same rows.
+"""Write the prompts of the recipe arithmetic-grpo: sums up to ten, asked in two ways; every time the same rows.
 
     python scripts/make_sums.py            # into the recipe's folder
     python scripts/make_sums.py FOLDER
 
-The sums of a split are in no other split, in neither order and in neither spelling, so that what the test measures
-has not been trained.
+The sums of a split are in no other split, in neither order, so that what the test measures has not been trained.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from pathlib import Path
 RECIPE = Path(__file__).parents[1] / "mlx_lora" / "recipes" / "arithmetic-grpo"
 SEED = 0
 MOST = 10  # of a sum
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-PROMPT = "What is {}? Answer like <answer>4</answer>"
+PROMPTS = ("What is {} + {}?", "How much is {} + {}?")
 # Pairs of different numbers that are held out; each gives four prompts.
 VALID_PAIRS, TEST_PAIRS = 3, 4
 
@@ -38,10 +36,9 @@ def split_pairs(seed: int = SEED) -> dict[str, list[tuple[int, int]]]:
 
 
 def prompts_of(a: int, b: int) -> list[dict[str, str]]:
-    """Return the rows of a pair: both orders, in digits and in words."""
+    """Return the rows of a pair: both orders, each asked in both ways."""
     orders = dict.fromkeys([(a, b), (b, a)])
-    asked = [f"{x} + {y}" for x, y in orders] + [f"{WORDS[x]} plus {WORDS[y]}" for x, y in orders]
-    return [{"prompt": PROMPT.format(text), "answer": str(a + b)} for text in asked]
+    return [{"prompt": text.format(x, y), "answer": str(a + b)} for text in PROMPTS for x, y in orders]
 
 
 def write(folder: Path) -> dict[str, int]:
