@@ -40,26 +40,31 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=7200, help="Seconds allowed for each process.")
     parser.add_argument("--out", help="JSON file of everything.")
     parser.add_argument("--keep", help="Folder to keep runs and logs in (default: a temporary one).")
+    parser.add_argument("--reuse", action="store_true", help="Take the runs that are in --keep instead of training.")
     args = parser.parse_args(argv)
     try:
         args.seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:
         parser.error(f"--seeds {args.seeds}: write whole numbers separated by commas")
+    if args.reuse and not args.keep:
+        parser.error("--reuse: give the folder of the runs with --keep")
     if args.answers < 1:
         parser.error(f"--answers {args.answers}: give 1 or more")
     return args
 
 
 def train(args: argparse.Namespace, folder: Path, seed: int) -> dict[str, Any]:
-    """Train with one seed, and return what the run cost.
+    """Train with one seed, unless its run is to be reused, and return what the run cost.
 
     Raises:
         ChildFailed: the run ended with an error.
     """
+    if args.reuse and (folder / f"seed{seed}" / "adapters.safetensors").is_file():
+        return cost(read_metrics(folder / f"seed{seed}"))
     command = [sys.executable, "-m", "mlx_lora.train", "--config", args.config, "--model", args.model]
     command += ["--adapter-path", str(folder / f"seed{seed}"), "--seed", str(seed), "--force", *shlex.split(args.flags)]
-    ended = run_child(command, folder / f"seed{seed}.log", timeout_s=args.timeout)
-    return {**cost(read_metrics(folder / f"seed{seed}")), "process_s": ended.wall_s, "command": command}
+    run_child(command, folder / f"seed{seed}.log", timeout_s=args.timeout)
+    return {**cost(read_metrics(folder / f"seed{seed}")), "command": command}
 
 
 def cost(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

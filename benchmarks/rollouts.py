@@ -1,14 +1,15 @@
 """Compare sampling a group of answers with mlx-lm, and a whole GRPO step with mlx-lm-lora, in one run.
 
     python benchmarks/rollouts.py --model SmolLM2-135M-Instruct.Q4_1.gguf --out rollouts.json
-    python benchmarks/rollouts.py --model FILE.gguf --keep FOLDER --rounds 1 --cells float32:30 --steps 1x8
+    python benchmarks/rollouts.py --model FILE.gguf --keep FOLDER --cells "" --steps 1x8,4x4
+    python benchmarks/rollouts.py --model FILE.gguf --rounds 1 --cells float32:30 --tokens 8
 
 Every side is a process that stays loaded; sides take turns, and who is first alternates. A first turn of each is not
 counted. Figures are medians (least-largest) of the rounds; ratios are taken within each round. All sides have an adapter
-on every linear layer, with the same factors, on the same BLAS, and sample at --temp without end tokens.
+on every linear layer, are on the same BLAS, and sample at --temp without end tokens.
 
-Before anything is timed, sides must have the same prompts and as many adapter parameters, and the likeliest answers of both
-samplers must agree. Every turn must sample as many tokens as asked. Otherwise the command ends with 1.
+Sides must have as many adapter parameters; both samplers must choose the same likeliest tokens with the same factors; and every
+turn must have the same prompt and sample as many tokens as asked. Otherwise the command ends with 1.
 Prints two tables, what differs between the sides, and ends with one line of JSON.
 """
 
@@ -32,10 +33,11 @@ from _processes import ChildFailed, child_environment
 
 SIDES = Path(__file__).parent / "sides"
 OURS, PEER, PEER_SHARED, TRAINER = "mlx_lora", "mlx-lm", "mlx-lm, prompt once", "mlx-lm-lora"
-CELLS, STEPS = "float32:30,float32:300,4-bit:30,4-bit:300", "1x8,4x4"
-CHECKED_TOKENS = 6  # of the likeliest answer; ties between two tokens are rare so early
-# A 4-bit prompt takes mlx-lm a tenth of a second for each token on a CPU, so few rounds and tokens there.
-PACKED_SHARE = 4  # new tokens of a 4-bit base are this many times fewer
+CELLS, STEPS = "float32:30,float32:300,4-bit:30,4-bit:300", "1x8"
+CHECKED_TOKENS = 4  # of the likeliest answer; ties between two tokens are rare so early
+# A prompt on a 4-bit base takes mlx-lm a tenth of a second for each token on a CPU, so there are few rounds and tokens there,
+# no turn to warm up after the check, and no copies of prompts with more tokens together, unless asked for.
+PACKED_SHARE, PACKED_PROMPTS = 4, 600
 MOST_STEPS = 60  # of a trainer; both loops are told, and wait before they get there
 
 NOTES = f"""
@@ -87,10 +89,13 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="A GGUF file with 4-bit blocks, converted to both forms.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slow-rounds", type=int, default=1, help="Rounds on a 4-bit base.")
+    parser.add_argument(
+        "--slow", action="store_true", help=f"{PEER} with copies of long prompts on a 4-bit base too: minutes a turn."
+    )
     parser.add_argument("--cells", default=CELLS, help="FORM:PROMPT-TOKENS, separated by commas; empty: none.")
     parser.add_argument("--steps", default=STEPS, help="PROMPTSxGROUP of GRPO steps, separated by commas; empty: none.")
     parser.add_argument("--group", type=int, default=8, help="Answers that are sampled to a prompt.")
-    parser.add_argument("--tokens", type=int, default=32, help="New tokens of each answer.")
+    parser.add_argument("--tokens", type=int, default=24, help="New tokens of each answer.")
     parser.add_argument("--temp", type=float, default=1.0)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--scale", type=float, default=2.0, help="alpha / rank.")
@@ -146,10 +151,17 @@ def converted(model: str, forms: Sequence[str], folder: Path) -> dict[str, str]:
     return {form: str(folder / form) for form in forms}
 
 
-def rounds_of(turns: Sequence[Turn], rounds: int, what: str) -> dict[str, list[dict[str, Any]]]:
-    """Let sides take turns, after one turn of each that is not counted; every second round begins with the last side."""
+def rounds_of(turns: Sequence[Turn], rounds: int, what: str, warm: bool = True) -> dict[str, list[dict[str, Any]]]:
+    """Let sides take turns; every second round begins with the last side.
+
+    Args:
+        turns: the sides.
+        rounds: that are counted.
+        what: is measured, for the progress.
+        warm: whether each side has a turn before that is not counted.
+    """
     found: dict[str, list[dict[str, Any]]] = {turn.side: [] for turn in turns}
-    for number in range(rounds + 1):
+    for number in range(0 if warm else 1, rounds + 1):
         for turn in turns if number % 2 else turns[::-1]:
             answer = turn.run(number)
             per_s = answer["tokens"] / answer["seconds"]
@@ -176,7 +188,9 @@ def sample(args: argparse.Namespace, folders: dict[str, str], folder: Path) -> d
                 children[side] = Child(f"{form}, {side}", command, folder / f"{form}.{kind}.log")
             facts = {side: child.wait() for side, child in children.items()}
             must_equal(f"{form}: adapter parameters", {side: fact["trainable"] for side, fact in facts.items()})
-            for cell in (cell for cell in args.cells if cell.form == form):
+            cells = [cell for cell in args.cells if cell.form == form]
+            check_likeliest(cells[0], children)
+            for cell in cells:
                 found[str(cell)] = sample_cell(args, cell, children)
         finally:
             for child in children.values():
@@ -184,28 +198,40 @@ def sample(args: argparse.Namespace, folders: dict[str, str], folder: Path) -> d
     return found
 
 
+def check_likeliest(cell: Cell, children: dict[str, Child]) -> None:
+    """Refuse to measure samplers that do not choose the same likeliest tokens with the same factors.
+
+    Raises:
+        Disagreement: they do not.
+    """
+    asked = {"prompt_tokens": cell.prompt_tokens, "group": 1, "tokens": CHECKED_TOKENS, "temperature": 0.0, "seed": 0}
+    first = {side: child.ask(**asked, shared=True)["first"] for side, child in children.items()}
+    must_equal(f"{cell}: likeliest tokens", first)
+
+
 def sample_cell(args: argparse.Namespace, cell: Cell, children: dict[str, Child]) -> dict[str, list[dict[str, Any]]]:
-    """Check that both samplers choose the same likeliest tokens, then measure."""
-    common = {"prompt_tokens": cell.prompt_tokens, "shared": False}
-    greedy = {"group": 2, "tokens": CHECKED_TOKENS, "temperature": 0.0, "seed": 0}
-    checked = {side: child.ask(**common, **greedy) for side, child in children.items()}
-    must_equal(f"{cell}: prompts", {side: answer["prompt_sum"] for side, answer in checked.items()})
-    must_equal(f"{cell}: likeliest tokens", {side: answer["first"] for side, answer in checked.items()})
+    """Measure the sides; each turn must have the same prompt, and give answers of the length asked for."""
     packed = cell.form != "float32"
     tokens = max(2, args.tokens // PACKED_SHARE) if packed else args.tokens
-    asked = {**common, "group": args.group, "tokens": tokens, "temperature": args.temp}
+    asked = {"prompt_tokens": cell.prompt_tokens, "group": args.group, "tokens": tokens, "temperature": args.temp}
+    prompts: dict[str, int] = {}
 
     def turn(side: str, child: Child, shared: bool) -> Turn:
         def run(number: int) -> dict[str, Any]:
-            answer = child.ask(**{**asked, "seed": number, "shared": shared})
+            answer = child.ask(**asked, seed=number, shared=shared)
             must_equal(f"{cell}, {side}: tokens", {"asked": tokens, **dict(enumerate(answer["lengths"]))})
+            prompts[side] = answer["prompt_sum"]
+            must_equal(f"{cell}: prompts", prompts)
             return answer
 
         return Turn(side, run)
 
     sides = [(OURS, children[OURS], False), (PEER, children[PEER], False), (PEER_SHARED, children[PEER], True)]
+    if packed and not args.slow and args.group * cell.prompt_tokens > PACKED_PROMPTS:
+        say(f"{cell}: {PEER} with {args.group} copies of the prompt takes minutes a turn and is left out; see --slow")
+        del sides[1]
     rounds = args.slow_rounds if packed else args.rounds
-    return rounds_of([turn(*side) for side in sides], rounds, f"{cell} tokens")
+    return rounds_of([turn(*side) for side in sides], rounds, f"{cell} tokens", warm=not packed)
 
 
 def must_equal(what: str, found: dict[Any, Any]) -> None:
@@ -299,12 +325,12 @@ def render(args: argparse.Namespace, sampled: dict[str, Any], trained: dict[str,
             lines.append(f"| {' | '.join(cells)} |")
     if trained:
         lines += ["", f"GRPO steps, {args.tokens} new tokens in each answer, float32; seconds:", ""]
-        lines += ["| prompts x answers | prompt tokens | side | rounds | step | sampling | update | peak GB, MLX | ours is |"]
-        lines += ["|---|---|---|---|---|---|---|---|---|"]
+        lines += ["| prompts x answers | prompt tokens | side | rounds | step | sampling | update | processor | peak GB, MLX | ours is |"]
+        lines += ["|---|---|---|---|---|---|---|---|---|---|"]
     for shape, sides in trained.items():
         for side, turns in sides.items():
             cells = [shape, str(turns[0]["prompt_tokens"]), side, str(len(turns))]
-            cells += [shown((turn[key] for turn in turns), 2) for key in ("seconds", "sampling_s", "update_s")]
+            cells += [shown((turn[key] for turn in turns), 2) for key in ("seconds", "sampling_s", "update_s", "cpu_seconds")]
             cells += [f"{turns[-1]['peak_bytes'] / 1e9:.2f}", gain(sides, side, "seconds")]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, NOTES.format(group=args.group)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,6 @@ from mlx_lora.settings.settings_file import read_settings
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 SUMS = "arithmetic-grpo"  # prompts that a script makes, and rewards
-NUMBERS = "zero one two three four five six seven eight nine".split()
 SPLITS = {"train": 100, "valid": 12, "test": 16}
 
 
@@ -89,7 +89,8 @@ def test_each_recipe_trains_and_drops_no_row(name, tiny_folder, tmp_path, monkey
     )  # fmt: skip
     assert ran.code == 0, ran.err
     written = yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())
-    for key in ("rank", "alpha", "learning_rate", "data", "keep_best"):
+    assert settings.keys() >= {"rank", "alpha", "learning_rate", "data"}
+    for key in settings.keys() - {"adapter_path", "iters", "batch_tokens"}:
         assert written[key] == settings[key], key
     data = json.loads((tmp_path / "a" / "report.json").read_text())["data"]
     assert (data["dropped"], data["truncated"], data["empty"], data["duplicates"]) == (0, 0, 0, 0)
@@ -105,8 +106,8 @@ def test_the_sums_are_those_of_the_script_and_no_split_has_another_ones(tmp_path
         assert (tmp_path / f"{split}.jsonl").read_bytes() == (RECIPES / SUMS / f"{split}.jsonl").read_bytes()
         asked[split] = set()
         for row in rows(SUMS, split):
-            words = row["prompt"].partition("?")[0].split()
-            numbers = [int(word) if word.isdecimal() else NUMBERS.index(word) for word in (words[2], words[4])]
+            numbers = [int(number) for number in re.findall(r"\d+", row["prompt"])]
+            assert len(numbers) == 2
             assert row["answer"] == str(sum(numbers))
             asked[split].add(tuple(sorted(numbers)))
     assert not (asked["train"] & asked["valid"] or (asked["train"] | asked["valid"]) & asked["test"])
@@ -115,12 +116,12 @@ def test_the_sums_are_those_of_the_script_and_no_split_has_another_ones(tmp_path
 @pytest.mark.parametrize(
     ("text", "reward"),
     [
-        ("<answer>7</answer>", 1.5),
-        ("<answer>7</answer>\n", 1.5),
-        ("<answer>8</answer>", 0.5),
-        ("3 + 4 = 7", 1.0),
-        ("<answer>3 + 4 = 7</answer>", 1.0),
-        ("<answer>7</answer> is it", 1.0),
+        ("3 + 4 = 7", 1.5),
+        ("3 + 4 = 7\n", 1.5),
+        ("3 + 4 = 8", 0.5),
+        ("7", 1.0),
+        ("The sum is 3 + 4 = 7", 1.0),
+        ("3 + 4 = 7, as you can see", 1.0),
         ("seven", 0.0),
     ],
 )

@@ -30,6 +30,7 @@ def module(monkeypatch):
         ("rollouts", ["--slow-rounds", "0"], "--slow-rounds 0"),
         ("reward_learning", ["--seeds", "0,one"], "--seeds 0,one"),
         ("reward_learning", ["--answers", "0"], "--answers 0"),
+        ("reward_learning", ["--reuse"], "--reuse"),
     ],
 )
 def test_bad_arguments_are_refused(module, script, arguments, words, capsys):
