@@ -321,16 +321,24 @@ def render(args: argparse.Namespace, sampled: dict[str, Any], trained: dict[str,
         for side, turns in sides.items():
             per_cpu_s = [turn["tokens"] / turn["cpu_seconds"] for turn in turns]
             cells = [*cell.split(":"), f"{turns[0]['tokens'] // args.group} each", side, str(len(turns))]
-            cells += [shown(turn["tokens_per_s"] for turn in turns), shown(per_cpu_s), gain(sides, side, "tokens_per_s")]
+            cells += [
+                shown(turn["tokens_per_s"] for turn in turns),
+                shown(per_cpu_s),
+                gain(sides, side, "tokens_per_s"),
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     if trained:
         lines += ["", f"GRPO steps, {args.tokens} new tokens in each answer, float32; seconds:", ""]
-        lines += ["| prompts x answers | prompt tokens | side | rounds | step | sampling | update | processor | peak GB, MLX | ours is |"]
+        lines += [
+            "| prompts x answers | prompt tokens | side | rounds | step | sampling | update | processor | peak GB, MLX | ours is |"
+        ]
         lines += ["|---|---|---|---|---|---|---|---|---|---|"]
     for shape, sides in trained.items():
         for side, turns in sides.items():
             cells = [shape, str(turns[0]["prompt_tokens"]), side, str(len(turns))]
-            cells += [shown((turn[key] for turn in turns), 2) for key in ("seconds", "sampling_s", "update_s", "cpu_seconds")]
+            cells += [
+                shown((turn[key] for turn in turns), 2) for key in ("seconds", "sampling_s", "update_s", "cpu_seconds")
+            ]
             cells += [f"{turns[-1]['peak_bytes'] / 1e9:.2f}", gain(sides, side, "seconds")]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, NOTES.format(group=args.group)])

@@ -51,7 +51,10 @@ def test_sides_take_turns_and_the_first_turn_is_not_counted(module, capsys):
 
     found = rollouts.rounds_of([turn("a"), turn("b")], 3, "some work")
     assert "".join(order) == "baabbaab"
-    assert {side: [one["tokens_per_s"] for one in turns] for side, turns in found.items()} == {"a": [6] * 3, "b": [6] * 3}
+    assert {side: [one["tokens_per_s"] for one in turns] for side, turns in found.items()} == {
+        "a": [6] * 3,
+        "b": [6] * 3,
+    }
     assert "warm-up, b" in capsys.readouterr().err
 
 

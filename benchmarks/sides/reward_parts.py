@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import mlx_lora  # isort: skip  (first: it gives MLX a fast BLAS)
+import mlx_lora  # noqa: F401  # isort: skip  (first: it gives MLX a fast BLAS)
 from shared import read_job, write_result
 
 from mlx_lora.data.encode import EncodedSet

@@ -41,9 +41,9 @@ def ours(settings: dict[str, Any]) -> tuple[Any, Any, Answers]:
 
     def answers(prompt: list[int], asked: dict[str, Any]) -> list[list[int]]:
         options = SamplingOptions(asked["group"], asked["tokens"], temperature=asked["temperature"] or GREEDY)
-        return sample_groups(
-            base.model, [prompt], options, frozenset(), answer_keys(asked["seed"], 0, asked["group"])
-        )[0]
+        return sample_groups(base.model, [prompt], options, frozenset(), answer_keys(asked["seed"], 0, asked["group"]))[
+            0
+        ]
 
     return base.model, base.hf_tokenizer, answers
 
