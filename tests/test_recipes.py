@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from run_cli import one_line, run
 
+from mlx_lora.objectives.user_rewards import rewards_for, rewards_of, summed
 from mlx_lora.settings.named_recipes import RECIPES, names_recipe
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.settings.settings_file import read_settings
@@ -16,6 +20,7 @@ from mlx_lora.settings.settings_file import read_settings
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 PERSONA = "persona-distill"  # has prompts alone; a teacher answers them
+SUMS = "arithmetic-grpo"  # prompts that a script makes, and rewards
 SPLITS = {"train": 100, "valid": 12, "test": 16}
 
 
@@ -38,7 +43,7 @@ def answers(row: dict) -> list[str]:
 
 
 def test_there_are_six():
-    assert NAMES == ["bard", "code-style", "customer-service", "legal-summary", PERSONA, "tutor"]
+    assert NAMES == [SUMS, "bard", "code-style", "customer-service", "legal-summary", PERSONA, "tutor"]
 
 
 def test_a_recipe_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
@@ -86,7 +91,8 @@ def test_each_recipe_trains_and_drops_no_row(name, tiny_folder, tmp_path, monkey
     )  # fmt: skip
     assert ran.code == 0, ran.err
     written = yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())
-    for key in ("rank", "alpha", "learning_rate", "data", "keep_best"):
+    assert settings.keys() >= {"rank", "alpha", "learning_rate", "data"}
+    for key in settings.keys() - {"adapter_path", "iters", "batch_tokens"}:
         assert written[key] == settings[key], key
     data = json.loads((tmp_path / "a" / "report.json").read_text())["data"]
     assert (data["dropped"], data["truncated"], data["empty"], data["duplicates"]) == (0, 0, 0, 0)
@@ -112,6 +118,41 @@ def test_the_prompts_of_the_persona_say_nothing_of_it():
     words = {word.strip("?.,!'").lower() for prompt in prompts for word in prompt.split()}
     assert not words & {"ahoy", "captain", "sailor", "ship", "ships", "sail", "harbor", "tide"}
     assert {word.lower() for word in ("Bread", "sky")} <= words
+
+
+def test_the_sums_are_those_of_the_script_and_no_split_has_another_ones(tmp_path):
+    ran = subprocess.run([sys.executable, ROOT / "scripts" / "make_sums.py", tmp_path], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    asked = {}
+    for split in SPLITS:
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == (RECIPES / SUMS / f"{split}.jsonl").read_bytes()
+        asked[split] = set()
+        for row in rows(SUMS, split):
+            numbers = [int(number) for number in re.findall(r"\d+", row["prompt"])]
+            assert len(numbers) == 2
+            assert row["answer"] == str(sum(numbers))
+            asked[split].add(tuple(sorted(numbers)))
+    assert not asked["train"] & asked["valid"]
+    assert not (asked["train"] | asked["valid"]) & asked["test"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("3 + 4 = 7", 1.5),
+        ("3 + 4 = 7\n", 1.5),
+        ("3 + 4 = 8", 0.5),
+        ("7", 1.0),
+        ("The sum is 3 + 4 = 7", 1.0),
+        ("3 + 4 = 7, as you can see", 1.0),
+        ("seven", 0.0),
+    ],
+)
+def test_the_sums_reward_the_number_and_the_form(text, reward):
+    settings = train_settings({}, read_settings(SUMS, {}, print)).objective
+    given = {"prompts": ["?"], "completions": [text], "completion_ids": [[1]], "answer": ["7"]}
+    rewards = rewards_of(settings)
+    assert summed(rewards_for(rewards, given, settings, print), rewards).tolist() == [reward]
 
 
 def test_answers_have_the_form_that_each_recipe_teaches():
