@@ -21,8 +21,8 @@ import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
 
 import mlx.core as mx  # isort: skip
 import numpy as np
-from mlx.utils import tree_flatten
 from _environment import environment
+from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.adapt import adapt_model
 from mlx_lora.adapters.model_shape import model_shape

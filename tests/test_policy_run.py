@@ -10,7 +10,7 @@ import pytest
 from run_cli import one_line, run
 
 from mlx_lora.objectives.objective_table import OWN_OPTIONS, POLICY_REPORTS
-from mlx_lora.settings.config import SAMPLING
+from mlx_lora.settings.objective_settings import SAMPLING
 
 REWARD = """
 def odd(prompts, completions, completion_ids, answer, **columns):

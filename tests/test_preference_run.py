@@ -14,7 +14,8 @@ from conftest import tiny_model, write_folder
 from run_cli import one_line, run
 
 from mlx_lora.objectives.objective_table import OBJECTIVES, OWN_OPTIONS
-from mlx_lora.settings.config import IMITATION, SAMPLING, ObjectiveSettings
+from mlx_lora.settings.config import ObjectiveSettings
+from mlx_lora.settings.objective_settings import IMITATION, SAMPLING
 from mlx_lora.training import trainer
 from mlx_lora.training.state import Position
 from mlx_lora.training.trainer import Measured

@@ -165,7 +165,8 @@ def train(
             raise InputError("--resume without --adapter-path: give the folder of the run to continue")
         adapter_path = cache_dir("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     resolved = run_settings(
-        base.settings, {**given, "adapter_path": os.fspath(adapter_path), "data": None if data is None else data_source(data)}
+        base.settings,
+        {**given, "adapter_path": os.fspath(adapter_path), "data": None if data is None else data_source(data)},
     )
     say, show = display_here() if progress else (lambda line: None, None)
     base.release()

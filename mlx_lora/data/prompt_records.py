@@ -80,7 +80,7 @@ def prompt_of(prompt: Prompt) -> str | list[Message]:
     return turns if prompt.chat else str(turns[-1]["content"])
 
 
-def with_answer(example: Conversation | Completion, text: str) -> Conversation | Completion:
+def example_with_answer(example: Conversation | Completion, text: str) -> Conversation | Completion:
     """Return a prompt's example with this answer instead of its own."""
     if isinstance(example, Completion):
         return replace(example, completion=text)

@@ -16,7 +16,8 @@ from mlx_lora.objectives.policy_losses import PolicyOptions
 from mlx_lora.objectives.rated_losses import RATED_LOSSES, RatedOptions, Ratings
 from mlx_lora.objectives.reward_loss import bradley_terry
 from mlx_lora.objectives.user_rewards import KNOWN, NO_SPREAD, SPREAD, means_of_known, own_reports, reward_names
-from mlx_lora.settings.config import SAMPLING, ObjectiveSettings
+from mlx_lora.settings.config import ObjectiveSettings
+from mlx_lora.settings.objective_settings import SAMPLING
 from mlx_lora.system.errors import InputError
 
 RATED_REPORTS = ("rewards_good", "rewards_bad", "good", "divergence")

@@ -110,7 +110,9 @@ def answer_room(objective: ObjectiveSettings) -> int:
     """Return the positions of a row beyond its prompt's tokens, with answers of full length (EncodedSet.with_room)."""
     if objective.rows_per_example > 1:
         return objective.max_new_tokens - 1
-    return objective.answers_per_prompt * (1 + objective.max_new_tokens) - 2  # each answer begins with the prompt's last token
+    return (
+        objective.answers_per_prompt * (1 + objective.max_new_tokens) - 2
+    )  # each answer begins with the prompt's last token
 
 
 def budget_of(loop: LoopSettings, machine: Machine) -> int:

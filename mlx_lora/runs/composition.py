@@ -49,9 +49,10 @@ from mlx_lora.training.loss_choice import PLAIN_LOGITS
 from mlx_lora.training.losses import Loss, check_kernels, choose_loss
 from mlx_lora.training.objective_loss import Task, task_of
 from mlx_lora.training.optim import build_optimizer
+from mlx_lora.training.plan_loss import loss_of_plan
 from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.prefix_sharing import layout_problem, sharing_problem
-from mlx_lora.training.rollouts import AnyPlan, loss_of_plan
+from mlx_lora.training.rollouts import AnyPlan
 from mlx_lora.training.run_fit import adapted_shape, fit_run
 from mlx_lora.training.sharing import Sharing
 from mlx_lora.training.state import Position
@@ -141,9 +142,7 @@ def compose(
     loop = settings.loop
     epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
     form, memory = form_of(settings, base, memory, ranks, found.identity if found else None, say)
-    answering = answering_of(
-        settings, base, objective, chosen.loss, say, rewards, form, taught.scorer, layout.joining
-    )
+    answering = answering_of(settings, base, objective, chosen.loss, say, rewards, form, taught.scorer, layout.joining)
     plan: Any = answered_by(answering, training_plan(loop, splits.train, epochs), ranks=ranks)
     steps = total_steps(plan, loop)
     held_out = choose_held_out(splits.valid, loop, plan, steps, found.identity if found else None)

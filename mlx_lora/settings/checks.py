@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
-from mlx_lora.settings.config import IMITATION, LOGGERS, ROWS, SAMPLING, WITHOUT_PAIRS
+from mlx_lora.settings.config import LOGGERS, ROWS
 from mlx_lora.settings.methods import PRESETS
+from mlx_lora.settings.objective_settings import IMITATION, SAMPLING, WITHOUT_PAIRS
 from mlx_lora.settings.setting_row import flag_of
 
 COLUMNS = ("prompt_column", "completion_column", "system_column", "chat_column", "text_column")

@@ -26,17 +26,15 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_lora.data.batches import EMPTY, Batch, BatchPlan
-from mlx_lora.data.prompt_records import with_answer
+from mlx_lora.data.prompt_records import example_with_answer
 from mlx_lora.models.group_sampling import SamplingOptions, answer_keys, sample_groups
 from mlx_lora.models.load import Base
 from mlx_lora.models.sampling_form import SamplingForm
-from mlx_lora.objectives.objective import Objective
 from mlx_lora.objectives.policy_losses import group_advantages, leave_one_out_advantages
 from mlx_lora.objectives.rewards import Reward
 from mlx_lora.objectives.user_rewards import reports_of, rewards_for, summed
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.system.distributed import ALONE, Ranks
-from mlx_lora.training.distill_loss import distill_loss
 from mlx_lora.training.joined_answers import Joining, apart, by_answer, slots_of, sums_of_answers
 from mlx_lora.training.losses import Loss
 from mlx_lora.training.objective_loss import Task
@@ -50,7 +48,7 @@ from mlx_lora.training.policy_task import (
     token_logps,
 )
 from mlx_lora.training.rollout_sharing import Answered, Planned, deal_prompts, gathered, of_own_rows
-from mlx_lora.training.taught_answers import Scorer, taught_loss
+from mlx_lora.training.taught_answers import Scorer
 
 WIDTH_STEP = 32  # widths of batches of sampled answers are a multiple of this, so that few shapes occur
 HELD_OUT_STREAM = 1 << 40  # the numbers of rollouts on held-out prompts start here
@@ -247,7 +245,7 @@ class Answering:
             columns.pop(name, None)
         arguments = {"prompts": [fact["prompt"] for fact in of_rows], "completions": completions}
         arguments = {**columns, **arguments, "completion_ids": answers}
-        whole = [with_answer(fact["example"], text) for fact, text in zip(of_rows, texts, strict=True)]
+        whole = [example_with_answer(fact["example"], text) for fact, text in zip(of_rows, texts, strict=True)]
         return rewards_for(self.rewards, arguments, self.settings.objective, say or self.say, whole)
 
     def text_of(self, answer: list[int]) -> str:
@@ -387,19 +385,3 @@ class RolloutPlan:
 
 AnyPlan = BatchPlan | RolloutPlan
 """Batches whose answers are in the data, or are sampled."""
-
-
-def loss_of_plan(objective: Objective, loss: Loss, base: Base, plan: AnyPlan) -> Loss:
-    """Return the loss that an objective computes of a plan's tokens.
-
-    Args:
-        objective: of the run.
-        loss: of tokens, chosen for the model.
-        base: the model that is trained or measured.
-        plan: its batches; what a teacher says about them is in the data, or comes with the answers.
-    """
-    if objective.distills is None:
-        return loss
-    if isinstance(plan, RolloutPlan) and plan.scorer is not None:
-        return taught_loss(loss, base.model, base.config, plan.scorer.options, objective.description)
-    return distill_loss(loss, base.model, base.config, objective.distills, plan.rows, objective.description)

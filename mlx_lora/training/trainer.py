@@ -26,8 +26,9 @@ from mlx_lora.training.interrupts import interrupt_flag
 from mlx_lora.training.losses import Loss, choose_loss
 from mlx_lora.training.memory_guard import MemoryGuard
 from mlx_lora.training.objective_loss import Task, task_of
+from mlx_lora.training.plan_loss import loss_of_plan
 from mlx_lora.training.progress import Metrics
-from mlx_lora.training.rollouts import AnyPlan, loss_of_plan
+from mlx_lora.training.rollouts import AnyPlan
 from mlx_lora.training.state import Diverged, Position
 from mlx_lora.training.step import Step, StepResult
 

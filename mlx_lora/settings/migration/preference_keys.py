@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mlx_lora.settings.config import IMITATION
 from mlx_lora.settings.migration.sheet import Sheet
+from mlx_lora.settings.objective_settings import IMITATION
 
 OF_SAMPLING = (
     *("reward", "reward_weights", "group_size", "max_new_tokens", "temp", "top_p", "min_p", "epsilon", "epsilon_high"),
