@@ -358,9 +358,9 @@ def main(argv: Sequence[str]) -> int:
         except (Disagreement, ChildFailed) as error:
             say(f"Error: {error}")
             return 1
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
     print(render(result) if args.objective == "sft" else render_pairs(result))
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=1, default=str), encoding="utf-8")
     keys = ("date", "commit", "versions", "skipped", "summary")
     print(json.dumps({key: result[key] for key in keys}))
     if not args.quick:

@@ -25,7 +25,7 @@ from mlx_lora.doctor import installed_versions
 from mlx_lora.settings import flags
 from mlx_lora.system import console, device
 from mlx_lora.system.cache import cache_dir
-from mlx_lora.system.distributed import Ranks, SeveralRanks, find_launch, together
+from mlx_lora.system.distributed import SeveralRanks, find_launch, together
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.link_probe import LinkRates, probe_link
 from mlx_lora.system.units import counted, gigabytes
@@ -38,7 +38,9 @@ SAME = ("mlx-lora", "mlx", "mlx-lm", "python")
 
 @click.command(cls=flags.ShortCommand)
 @click.option("--hostfile", type=str, default=None, metavar="FILE", help="The machines, as mlx.launch reads them.")
-@click.option("--backend", type=click.Choice(["ring", "jaccl"]), default="ring", show_default=True, help="Of mlx.launch.")
+@click.option(
+    "--backend", type=click.Choice(["ring", "jaccl"]), default="ring", show_default=True, help="Of mlx.launch."
+)
 @click.option("--model", type=str, default=None, help="A model whose files all machines should have: a path or hub id.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(hostfile: str | None, backend: str, model: str | None, as_json: bool) -> int:
@@ -181,7 +183,9 @@ def show(machines: Sequence[dict[str, Any]], rates: LinkRates | None, problems: 
             f"{gigabytes(machine['working_set_bytes'])}; {gigabytes(machine['free_bytes'])} free on disk; mlx {machine['versions']['mlx']}"
         )
     if rates is not None:
-        click.echo(f"Link: {rates.bytes_per_s * 8 / 1e9:.2f} Gbit/s each way, {1e6 * rates.latency_s:.0f} us for a small message")
+        click.echo(
+            f"Link: {rates.bytes_per_s * 8 / 1e9:.2f} Gbit/s each way, {1e6 * rates.latency_s:.0f} us for a small message"
+        )
     for problem in problems:
         click.echo(f"FAILED {problem}")
     click.echo(f"{counted(len(machines), 'machine')}: {counted(len(problems), 'problem')}")

@@ -24,6 +24,7 @@ from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system import console, device
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.program import this_command
+from mlx_lora.system.units import words_of
 from mlx_lora.training.drift import NO_CHANGE, SMALL_CHANGE
 
 
@@ -70,12 +71,15 @@ def main(
         if as_json:
             console.print_json({**result, "adapter_path": adapter_path, "data": settings.data.data})
         else:
-            *means, tokens, rows, _ = result.items()
+            *means, counted, rows, _ = result.items()
+            sampled = settings.objective.samples  # then the loss is minus the reward
             words = ", ".join(
-                f"{name.replace('_', ' ')} {value:.{3 if name == 'perplexity' else 4}f}" for name, value in means
+                f"{words_of(name)} {value:.{3 if name == 'perplexity' else 4}f}"
+                for name, value in means
+                if name != "loss" or not sampled
             )
             unit = UNITS[objective_of(settings.objective).records]
-            click.echo(f"{words}, {tokens[1]} supervised tokens in {rows[1]} {unit}")
+            click.echo(f"{words}, {counted[1]} {counted[0].replace('_', ' ')} in {rows[1]} {unit}")
         return
     if not adapter_path:
         raise InputError("--forgetting: no adapter; give --adapter-path")

@@ -70,7 +70,9 @@ def main(
     settings = train_settings(given, read_settings(config_file, given, console.echo))
     if macs is not None:
         if chip or memory_gb or all_chips:
-            raise InputError("--macs with --chip, --memory-gb or --all-chips: it names chips and memory; keep one of them")
+            raise InputError(
+                "--macs with --chip, --memory-gb or --all-chips: it names chips and memory; keep one of them"
+            )
         planned = plan_on_macs(settings, parse_macs(macs), link_gbit)
         console.print_json(planned) if as_json else click.echo(render_macs(planned))
         return

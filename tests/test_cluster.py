@@ -66,7 +66,11 @@ def test_a_host_file_is_read_as_mlx_launch_reads_it(tmp_path):
     file = tmp_path / "macs.json"
     file.write_text('[{"ssh": "first.local", "ips": ["10.0.0.1"]}, {"ssh": "second.local", "ips": []}]')
     assert hosts_of(file) == ["first.local", "second.local"]
-    for text, words in (("[", "not a JSON list"), ('[{"ssh": "a"}]', "name two or more"), ('[{"ips": []}]', "not a JSON")):
+    for text, words in (
+        ("[", "not a JSON list"),
+        ('[{"ssh": "a"}]', "name two or more"),
+        ('[{"ips": []}]', "not a JSON"),
+    ):
         file.write_text(text)
         with pytest.raises(InputError, match=words):
             hosts_of(file)

@@ -20,6 +20,7 @@ from mlx_lora.models import decode_weights, token_steps
 from mlx_lora.models.decode_weights import choose_weights, hold_weights, layers_with_copies, release_weights
 from mlx_lora.models.load import load_base
 from mlx_lora.models.matmul import DENSE
+from mlx_lora.models.shared_prefix import SharedPrefix, rotate_by_token
 from mlx_lora.models.token_steps import TokenSteps
 from mlx_lora.serving.adapter_store import Source
 from mlx_lora.serving.engine import Engine, Limits
@@ -253,8 +254,14 @@ def test_rows_of_a_batch_keep_their_own_positions():
             assert mx.allclose(logits[row], alone[row][step], atol=1e-5)
 
 
-def test_a_step_makes_its_rotation_once(monkeypatch):
+@pytest.mark.parametrize("shares", ["never", "before", "after"])
+def test_a_step_makes_its_rotation_once(shares, monkeypatch):
+    """Also in a model whose prompts are shared, before the steps are made shorter, or after."""
     model = tiny_model()
+    if shares == "after":
+        TokenSteps(model)
+    if shares != "never":
+        rotate_by_token(model)
     cache, batch = make_prompt_cache(model), [BatchKVCache([0, 1]) for _ in model.layers]
     model(PROMPT, cache=cache)
     model(mx.concatenate([PROMPT, PROMPT]), cache=batch)
@@ -266,6 +273,12 @@ def test_a_step_makes_its_rotation_once(monkeypatch):
     turned.clear()
     model(mx.array([[7]]), cache=cache)  # outside such a step: of queries and keys, in each block
     assert len(turned) == 2 * len(model.layers)
+    if shares != "never":
+        turned.clear()
+        tokens = mx.array([[7, 8, 9, 8]])
+        layout = SharedPrefix.of(mx.array([[1, 3]]), 4)
+        model(tokens, cache=[layout] * len(model.layers))
+        assert turned[0] == (4, 4, 1, 16)  # a position for each token
 
 
 def test_only_its_own_steps_exchange_attention(monkeypatch):

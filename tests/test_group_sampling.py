@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import tiny_model
 
+from mlx_lora.adapters.inject import adapter_parameters, inject
+from mlx_lora.adapters.targets import select_targets
 from mlx_lora.data.batches import Batch
 from mlx_lora.models import group_sampling
 from mlx_lora.models.group_sampling import SamplingOptions, answer_keys
@@ -52,6 +56,30 @@ def test_frequencies_are_the_models_probabilities(model):
     after = tokens[tokens[:, 0] == likeliest, 1]
     wanted = probabilities(model, [*PROMPTS[0], likeliest], 1.3)
     assert chi_square_surprise(np.bincount(after, minlength=vocabulary), wanted) < 4
+
+
+FILTERS = {"top_p": {"top_p": 0.6}, "min_p": {"min_p": 0.05}, "both, and a temperature": {"top_p": 0.8, "min_p": 0.02}}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_frequencies_within_the_nucleus_are_the_models_probabilities(name, model):
+    """20,000 draws with filters: of the tokens that are left, each is as frequent as at the temperature."""
+    temperature, filters = 0.7 if "temperature" in name else 1.0, FILTERS[name]
+    options = SamplingOptions(20_000, 1, temperature, **filters)
+    found = sample_groups(model, PROMPTS[:1], options, NO_END, answer_keys(4, 0, options.group))
+    counts = np.bincount([answer[0] for answer in found], minlength=model.args.vocab_size)
+    plain = probabilities(model, PROMPTS[0])
+    order = np.argsort(-plain)
+    before = np.cumsum(plain[order]) - plain[order]  # the mass of likelier tokens
+    kept = np.zeros(len(plain), bool)
+    kept[order] = before < filters.get("top_p", 1.0)
+    kept &= plain >= filters.get("min_p", 0.0) * plain.max()
+    assert 3 < kept.sum() < len(plain)
+    wanted = np.where(kept, probabilities(model, PROMPTS[0], temperature), 0)
+    assert not counts[~kept].any()
+    assert chi_square_surprise(counts, wanted / wanted.sum()) < 4
+    flat = kept / kept.sum()
+    assert chi_square_surprise(counts, flat) > 20
 
 
 def chi_square_surprise(counts: np.ndarray, wanted: np.ndarray) -> float:
@@ -120,9 +148,27 @@ def test_greedy_sampling_is_the_models_own_choice(model):
         tokens.append(token)
 
 
+@pytest.fixture(params=["the base", "an adapter"])
+def policy(request, model):
+    """The model, or a copy with an adapter in place that changes what it says."""
+    if request.param == "the base":
+        return model
+    adapted = copy.deepcopy(model)
+    inject(adapted, select_targets(adapted).paths, 4, 2.0)
+    factors = {
+        name: 0.1 * mx.random.normal(values.shape, key=mx.random.key(len(name)))
+        for name, values in adapter_parameters(adapted).items()
+    }
+    adapted.load_weights(list(factors.items()), strict=False)
+    adapted.eval()
+    assert np.abs(probabilities(adapted, PROMPTS[0]) - probabilities(model, PROMPTS[0])).max() > 1e-2
+    return adapted
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_the_training_pass_gives_the_samplers_log_probabilities(temperature, model):
+def test_the_training_pass_gives_the_samplers_log_probabilities(temperature, policy):
     """What the loss computes of whole rows is what the sampler had token by token, at its temperature."""
+    model = policy
     base_loss = choose_loss(model, {"model_type": "llama"})
     loss = at_temperature(base_loss, model, {"model_type": "llama"}, temperature)
     options, keys = SamplingOptions(4, 12, temperature=temperature, top_p=0.9), answer_keys(0, 0, 8)

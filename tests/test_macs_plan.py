@@ -43,7 +43,10 @@ def test_a_base_that_fits_no_mac_alone_fits_two():
     both = plan_macs(shape, units, run_of_all, macs, [0.5, 0.5], Link(5e9))
     assert (alone.fits, both.fits) == (False, True)
     assert both.memory[0].parts["base"] == rank_part(shape, units, 0.5).base_bytes
-    assert plan_macs(shape, units, run_of_all, macs, [0.9, 0.1], Link(5e9)).memory[1].peak_bytes < both.memory[1].peak_bytes
+    assert (
+        plan_macs(shape, units, run_of_all, macs, [0.9, 0.1], Link(5e9)).memory[1].peak_bytes
+        < both.memory[1].peak_bytes
+    )
 
 
 def test_what_is_sent_is_each_block_twice_and_the_embedding_for_both_of_its_uses():

@@ -235,6 +235,40 @@ CASES = {
         },
         "dataset_test_split label_smoothing max_prompt_length num_processes",
     ),
+    "trl-grpo.yaml": (
+        {
+            "model": "someone/qwen3-0.6b", "data": "someone/gsm8k", "objective": "grpo", "method": "lora", "rank": 32,
+            "alpha": 32, "dropout": 0.05, "target_modules": "q_proj,v_proj",
+            "reward": "think_format,my_lib/rewards.py:right_number", "reward_weights": "0.5,1.0", "group_size": 4,
+            "max_new_tokens": 128, "max_seq_length": 256, "temp": 0.9, "top_p": 0.95, "min_p": 0.02, "kl_beta": 0.001,
+            "epsilon": 0.1, "epsilon_high": 0.28, "grpo_loss": "dr_grpo", "scale_rewards": "none", "mask_truncated": True,
+            "updates_per_rollout": 3, "save_every": 102, "steps_per_eval": 201, "batch_size": 1,
+            "grad_accumulation_steps": 4, "iters": 90, "learning_rate": 1e-5, "adapter_path": "out/grpo",
+            "lr_schedule": "linear", "warmup": 0, "weight_decay": 0.0, "valid_fraction": 0.0,
+        },
+        "use_vllm log_completions",
+    ),
+    "axolotl-grpo.yml": (
+        {
+            "model": "someone/qwen2.5-0.5b", "data": "someone/gsm8k", "objective": "grpo", "kl_beta": 0.01,
+            "max_new_tokens": 200, "group_size": 4, "reward": "rewards.py:right,rewards.py:short",
+            "reward_weights": "1.0,0.1", "grpo_loss": "gspo", "method": "lora", "rank": 16, "alpha": 32,
+            "target_modules": "all-linear", "batch_size": 2, "grad_accumulation_steps": 2, "iters": 50,
+            "learning_rate": "1e-5", "adapter_path": "./outputs/grpo", "weight_decay": 0.0, "valid_fraction": 0.0,
+        },
+        "trl.use_vllm datasets.type steps_per_generation sequence_len",
+    ),
+    "mlx-lm-lora-grpo.yaml": (
+        {
+            "model": "someone/qwen3-0.6b", "train": True, "fine_tune_type": "lora", "objective": "grpo",
+            "optimizer": "adamw", "data": "/path/to/data", "num_layers": 16, "batch_size": 2, "iters": 300,
+            "learning_rate": "2e-4", "group_size": 6, "max_new_tokens": 100, "temp": 0.7, "epsilon": 0.1,
+            "epsilon_high": 0.3, "grpo_loss": "bnpo", "kl_beta": 0.05, "reward": "mine.py:right_answer,mine.py:short_answer",
+            "reward_weights": "1.0,0.5", "adapter_path": "adapters", "rank": 8, "alpha": 32.0, "lr_schedule": "constant",
+            "warmup": 0, "max_grad_norm": 0.0, "valid_fraction": 0.0,
+        },
+        "use_chat_template mask_prompt",
+    ),
 }  # fmt: skip
 
 
@@ -379,7 +413,13 @@ def test_our_own_file_stays_strict(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("base_model: m\ndatasets: [{path: p}]\nrl: grpo\n", "rl grpo: only dpo, ipo"),
+        ("base_model: m\ndatasets: [{path: p}]\nrl: gdpo\n", "rl gdpo: only dpo, ipo, orpo, simpo, kto, grpo"),
+        ("base_model: m\nadapter: lora\nrl: grpo\nmicro_batch_size: 6\ntrl: {num_generations: 4}\n",
+         "micro_batch_size 6 x gradient_accumulation_steps 1: 6 answers in a step are no whole groups of 4"),
+        ("model_name_or_path: m\ndataset_name: d\nnum_generations: 8\nloss_type: cispo\n", "loss_type cispo: only grpo, bnpo"),
+        ("model_name_or_path: m\ndataset_name: d\nscale_rewards: [1]\n", "scale_rewards [1]: only group, batch"),
+        ("model_name_or_path: m\ndataset_name: d\nimportance_sampling_level: word\n", "importance_sampling_level word: only"),
+        ("model: m\ntrain_mode: grpo\ngrpo_loss_type: mine\n", "grpo_loss_type mine: only grpo"),
         ("base_model: m\nadapter: llama-adapter\n", "adapter llama-adapter"),
         ("base_model: m\nadapter: lora\nlora_r: many\n", "lora_r 'many': not a number"),
         ("base_model: m\nadapter: lora\npeft_use_dora: 3\n", "neither true nor false"),
@@ -394,14 +434,17 @@ def test_our_own_file_stays_strict(tmp_path):
         ("model_name_or_path: m\nstage: dpo\npref_loss: [ipo]\n", "pref_loss ['ipo']: only sigmoid"),
         ("base_model: m\nadapter: lora\nprocess_reward_model: true\n", "process_reward_model True"),
         ("model_name_or_path: m\nstage: dpo\nref_model: other\n", "ref_model other: the reference is --model itself"),
-        *((f"model: m\ntrain_mode: {mode}\n", f"train_mode {mode.replace('-', '_')}: only sft, dpo, orpo, cpo")
-          for mode in ("grpo", "online_dpo", "xpo", "rlhf", "rlhf-reinforce", "ppo", "ftpo")),
+        *((f"model: m\ntrain_mode: {mode}\n", f"train_mode {mode.replace('-', '_')}: only sft, dpo, orpo, cpo, grpo")
+          for mode in ("online_dpo", "xpo", "rlhf", "rlhf-reinforce", "ppo", "ftpo")),
         ("model: m\ntrain_mode: dpo\ndpo_cpo_loss_type: dpop\n", "dpo_cpo_loss_type dpop with train_mode dpo"),
         ("model: m\ntrain_mode: cpo\ndpo_cpo_loss_type: hinge\n", "dpo_cpo_loss_type hinge with train_mode cpo"),
         ("model: m\ntrain_mode: dpo\nreference_model_path: n\n", "reference_model_path n: the reference is --model"),
-        ("model_name_or_path: m\ndataset_name: d\nreward_funcs: [f]\n", "reward_funcs: only trl sft, dpo, kto"),
+        ("model_name_or_path: m\ndataset_name: d\nreward_model_path: r\n", "reward_model_path: only trl sft, dpo, kto"),
         ("model_name_or_path: m\ndataset_name: d\ncpo_alpha: 1\nloss_type: ipo\n", "loss_type ipo with CPO"),
         ("model_name_or_path: m\ndataset_name: d\nsimpo_gamma: 1\nloss_type: alphapo\n", "loss_type alphapo"),
+        ("model_name_or_path: m\ndataset_name: d\nteacher_model_name_or_path: big\n", "lmbda 0.5: a mixture of given"),
+        ("model_name_or_path: m\ndataset_name: d\nlmbda: 0\n", "no teacher_model_name_or_path"),
+        ("model_name_or_path: m\ndataset_name: d\nteacher_model_name_or_path: big\nseq_kd: true\n", "seq_kd"),
         ("model: m\nlora_parameters: {rank: 8}\noptimizer_config: [1]\n", "not a mapping"),
         ("model: m\nlora_parameters: {rank: 8}\nrankk: 8\nlr: 1\nlearning_rate: fast\n", "--learning-rate 'fast'"),
     ],
@@ -468,8 +511,15 @@ def test_train_runs_an_axolotl_file(tiny_folder, chats, tmp_path):
         ("model_name_or_path: m\ndataset_name: d\ncpo_alpha: 0\nsimpo_gamma: 1\nloss_type: simpo\n", {"objective": "simpo", "simpo_gamma": 1}),
         ("model_name_or_path: m\ndataset_name: d\ncpo_alpha: 0.3\n", {"objective": "cpo", "cpo_alpha": 0.3}),
         ("model_name_or_path: m\ndataset_name: d\nloss_type: [ipo]\n", {"objective": "dpo", "loss_type": "ipo"}),
+        ("model_name_or_path: m\ndataset_name: d\nteacher_model_name_or_path: big\nlmbda: 0\nuse_peft: true\nlora_dropout: 0.1\n",
+         {"objective": "distill", "teacher": "big", "divergence": "jsd", "jsd_beta": 0.5, "dropout": 0, "rank": 16,
+          "learning_rate": 2e-5, "on_policy": False, "mask_prompt": True, "max_new_tokens": 256}),
+        ("model_name_or_path: m\ndataset_name: d\nteacher_model_name_or_path: big\nlmbda: 0.0\nbeta: 1\ntemperature: 0.7\n",
+         {"objective": "distill", "divergence": "reverse_kl", "jsd_beta": 0.5, "distill_temp": 1, "temp": 1}),
         ("model_name_or_path: m\ndatasets: [{path: d}]\nloss_type: dft\n", {"objective": "sft", "data": "d", "learning_rate": 2e-5}),
         ("model_name_or_path: m\nstage: sft\nlora_rank: 8\n", {"objective": "sft", "beta": 0.1}),
+        ("model: m\ntrain_mode: sft\ngroup_size: 4\nepsilon: 1e-4\ntemperature: 0.8\nreward_weights: '1'\n",
+         {"objective": "sft", "group_size": None, "reward_weights": None}),
     ],
 )  # fmt: skip
 def test_files_of_preference_training_are_read(text, wanted, tmp_path):
@@ -482,28 +532,91 @@ def test_files_of_preference_training_are_read(text, wanted, tmp_path):
         assert objective_of(settings.objective).name == settings.objective.objective
 
 
+TRL_FILE = "model_name_or_path: m\ndataset_name: d\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "told"),
+    [
+        (TRL_FILE + "reward_funcs: my.lib.f\n", {"reward": "my/lib.py:f", "group_size": 8, "max_new_tokens": 512, "batch_size": 1, "kl_beta": 0},
+         "read as a file of trl grpo"),
+        (TRL_FILE + "num_generations: 4\nnormalize_advantages: true\n",
+         {"objective": "rloo", "group_size": 4, "kl_beta": 0.05, "batch_size": 2}, "left out: normalize_advantages"),
+        (TRL_FILE + "reward_clip_range: [0, 1]\n", {"objective": "rloo", "group_size": 2, "batch_size": 4}, "read as a file of trl rloo"),
+        (TRL_FILE + "reward_funcs: [accuracy_reward, my.f]\nreward_weights: [1, 2]\n", {"objective": "grpo", "reward": None, "reward_weights": None},
+         "reward_funcs accuracy_reward: not a function in a file of yours"),
+        (TRL_FILE + "reward_model_name_or_path: org/scores\nnum_generations: 8\n", {"objective": "grpo", "reward": None},
+         "reward_model_name_or_path org/scores: not a function"),
+        (TRL_FILE + "num_generations: 8\nimportance_sampling_level: sequence\n", {"grpo_loss": "gspo"}, "which takes every answer once"),
+        (TRL_FILE + "num_generations: 8\nsteps_per_generation: 4\n", {"batch_size": 1}, "answers are sampled for one step"),
+        (TRL_FILE + "num_generations: 8\nscale_rewards: true\nper_device_train_batch_size: 4\ngradient_accumulation_steps: 4\n",
+         {"scale_rewards": "group", "batch_size": 1, "grad_accumulation_steps": 2}, "answers there, prompts here"),
+        ("model: m\ntrain_mode: grpo\n", {"objective": "grpo", "group_size": 4, "epsilon": 1e-4, "kl_beta": 0.1, "grpo_loss": "grpo", "batch_size": 4},
+         "reward_functions: not named"),
+        ("model: m\ntrain_mode: grpo\nreward_functions: r1_int_reward_func\n", {"reward": None}, "r1_int_reward_func: not a function"),
+    ],
+)  # fmt: skip
+def test_files_of_training_on_rewards_are_read(text, wanted, told, tmp_path):
+    file = tmp_path / "theirs.yaml"
+    file.write_text(text)
+    said: list[str] = []
+    found = train_settings({}, read_settings(str(file), {}, said.append)).to_flat()
+    assert {name: found[name] for name in wanted} == wanted
+    assert any(told in line for line in said), said
+
+
+def test_a_run_starts_from_trls_grpo_file(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "own.py").write_text(
+        "def f(completions, **c):\n    return [float(len(x)) for x in completions]\n"
+    )
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n}?"}) for n in range(12)))
+    (tmp_path / "c.yaml").write_text(
+        f"model_name_or_path: {tiny_folder}\ndataset_name: p.jsonl\nuse_peft: true\nreward_funcs: [mine.own.f]\n"
+        "num_generations: 4\nmax_completion_length: 4\nnum_iterations: 2\nmax_steps: 2\noutput_dir: out\n"
+    )
+    ran = run("train", "--config", "c.yaml", "--sample-tokens", 0)
+    assert ran.code == 0, ran.err
+    assert "groups of 4" in ran.err or "2 steps done" in ran.err
+    written = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
+    assert (written["objective"], written["reward"], written["batch_size"]) == ("grpo", "mine/own.py:f", 2)
+
+
+def test_gkd_with_sampled_answers_is_on_policy(tmp_path):
+    file = tmp_path / "gkd.yaml"
+    file.write_text("model_name_or_path: m\ndataset_name: d\nteacher_model_name_or_path: big\nlmbda: 1\nbeta: 1\n")
+    found = train_settings({}, read_settings(str(file), {}, lambda line: None)).objective
+    assert (found.on_policy, found.temp, found.max_new_tokens, found.divergence) == (True, 0.9, 128, "reverse_kl")
+
+
 def test_the_flag_says_what_a_file_of_trl_is_for(tmp_path):
     file = tmp_path / "trl.yaml"
     file.write_text("model_name_or_path: m\ndataset_name: d\nbeta: 0.2\n")
     found = {}
-    for objective in (None, "orpo", "kto", "sft"):
+    for objective in (None, "orpo", "kto", "sft", "rloo"):
         flags = {"objective": objective} if objective else {}
         said: list[str] = []
         found[objective] = train_settings(flags, read_settings(str(file), flags, said.append)).objective
         assert any("read as a file of trl dpo" in line for line in said) == (objective is None)
         assert any("left out: beta" in line for line in said) == (objective == "sft")
-    assert [(one.objective, one.beta) for one in found.values()] == [
-        ("dpo", 0.2),
-        ("orpo", 0.2),
-        ("kto", 0.2),
-        ("sft", 0.1),
+    assert [(one.objective, one.beta, one.kl_beta) for one in found.values()] == [
+        ("dpo", 0.2, 0),
+        ("orpo", 0.2, 0),
+        ("kto", 0.2, 0),
+        ("sft", 0.1, 0),
+        ("rloo", 0.1, 0.2),
     ]
+
+
+# Options that no other trainer's file has.
+NOT_IN_FILES = {"length_normalize", "shared_prefix", "reward_errors", "reward_timeout"}
 
 
 def test_a_file_sets_just_the_options_that_its_objective_has():
     for objective in OBJECTIVES.keys() & preference_keys.OPTIONS.keys():
         owned = {name for name, owners in OWN_OPTIONS.items() if objective in owners}
-        assert set(preference_keys.OPTIONS[objective]) == owned - {"length_normalize", "shared_prefix"}, objective
+        assert set(preference_keys.OPTIONS[objective]) == owned - NOT_IN_FILES, objective
     assert preference_keys.SMOOTHED == SMOOTHED
 
 

@@ -10,7 +10,7 @@ import pytest
 from run_cli import one_line, run
 
 from mlx_lora.objectives.objective_table import OWN_OPTIONS, POLICY_REPORTS
-from mlx_lora.settings.config import SAMPLING
+from mlx_lora.settings.objective_settings import SAMPLING
 
 REWARD = """
 def odd(prompts, completions, completion_ids, answer, **columns):
@@ -51,7 +51,9 @@ def test_the_reward_rises(flags, tiny_folder, data, tmp_path):
     assert last > first + 0.1
     trained = [line for line in found if line["loss"] is not None]
     assert all(line["rollout_tokens_per_s"] > 0 and 0 < line["rollout_share"] < 1 for line in trained)
-    assert {"reward", "length", "truncated", "kl", "clipped"} <= trained[0].keys()
+    assert set(POLICY_REPORTS) <= trained[0].keys()
+    assert not [name for name in trained[0] if "/" in name]  # one reward has no mean of its own
+    assert all(line["reward_std"] > 0 and 0 <= line["frac_reward_zero_std"] < 1 for line in trained)
     assert any(line["kl"] > 0 for line in trained) == ("--kl-beta" in flags)
     assert "Held-out reward" in (tmp_path / "a" / "report.html").read_text()
     measured = run(
@@ -167,7 +169,7 @@ CHANGES = {
 
 
 def test_every_option_is_tried():
-    own = {name for name, owners in OWN_OPTIONS.items() if set(owners) <= set(SAMPLING)}
+    own = {name for name, owners in OWN_OPTIONS.items() if set(owners) & set(SAMPLING)}
     assert set(CHANGES) == own - {"reward_errors", "reward_timeout"}  # a reward that fails: above, and test_rewards.py
 
 

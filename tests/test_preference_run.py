@@ -14,7 +14,8 @@ from conftest import tiny_model, write_folder
 from run_cli import one_line, run
 
 from mlx_lora.objectives.objective_table import OBJECTIVES, OWN_OPTIONS
-from mlx_lora.settings.config import SAMPLING, ObjectiveSettings
+from mlx_lora.settings.config import ObjectiveSettings
+from mlx_lora.settings.objective_settings import IMITATION, SAMPLING
 from mlx_lora.training import trainer
 from mlx_lora.training.state import Position
 from mlx_lora.training.trainer import Measured
@@ -76,7 +77,7 @@ def trained(folder: Path, tiny_folder, data, objective: str, *more: object) -> l
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name not in ("sft", *SAMPLING)])
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name not in (*IMITATION, *SAMPLING)])
 def test_each_objective_widens_the_margin(objective, tiny_folder, data, tmp_path):
     lines = trained(tmp_path / "a", tiny_folder, data, objective, "--iters", 8)
     losses = [line["loss"] for line in lines if line["loss"] is not None]
@@ -110,8 +111,9 @@ CHANGES = {
 def test_every_option_is_tried():
     names = {f.name for f in fields(ObjectiveSettings)} - {"objective"}
     assert names == set(OWN_OPTIONS)
-    sampling = {name for name, owners in OWN_OPTIONS.items() if set(owners) <= set(SAMPLING)}  # test_policy_run.py
-    assert set(CHANGES) == names - sampling - {
+    # test_policy_run.py, and the tests of distillation
+    elsewhere = {name for name, owners in OWN_OPTIONS.items() if set(owners) <= {*SAMPLING, *IMITATION}}
+    assert set(CHANGES) == names - elsewhere - {
         "reference_adapter",
         "shared_prefix",
     }  # these two change no fresh run's loss

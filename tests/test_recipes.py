@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from run_cli import one_line, run
 
+from mlx_lora.objectives.user_rewards import rewards_for, rewards_of, summed
 from mlx_lora.settings.named_recipes import RECIPES, names_recipe
+from mlx_lora.settings.resolve import train_settings
 from mlx_lora.settings.settings_file import read_settings
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+PERSONA = "persona-distill"  # has prompts alone; a teacher answers them
+SUMS = "arithmetic-grpo"  # prompts that a script makes, and rewards
 SPLITS = {"train": 100, "valid": 12, "test": 16}
 
 
@@ -22,6 +29,8 @@ def rows(name: str, split: str) -> list[dict]:
 
 
 def question(row: dict) -> str:
+    if "prompt" in row:
+        return row["prompt"]
     if "messages" in row:
         return " / ".join(turn["content"] for turn in row["messages"] if turn["role"] == "user")
     return f"{row['instruction']} / {row['input']}"
@@ -33,8 +42,8 @@ def answers(row: dict) -> list[str]:
     return [row["output"]]
 
 
-def test_there_are_five():
-    assert NAMES == ["bard", "code-style", "customer-service", "legal-summary", "tutor"]
+def test_there_are_six():
+    assert NAMES == [SUMS, "bard", "code-style", "customer-service", "legal-summary", PERSONA, "tutor"]
 
 
 def test_a_recipe_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
@@ -75,18 +84,75 @@ def test_no_question_stands_twice(name):
 def test_each_recipe_trains_and_drops_no_row(name, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    brief = ("--max-new-tokens", 8) if name == PERSONA else ()
     ran = run(
         "train", "--config", f"recipes/{name}.yaml", "--model", tiny_folder, "--adapter-path", tmp_path / "a",
-        "--iters", 2, "--val-batches", 1, "--max-seq-length", 2048, "--batch-tokens", 2048,
+        "--iters", 2, "--val-batches", 1, "--max-seq-length", 2048, "--batch-tokens", 2048, *brief,
     )  # fmt: skip
     assert ran.code == 0, ran.err
     written = yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())
-    for key in ("rank", "alpha", "learning_rate", "data", "keep_best"):
+    assert settings.keys() >= {"rank", "alpha", "learning_rate", "data"}
+    for key in settings.keys() - {"adapter_path", "iters", "batch_tokens"}:
         assert written[key] == settings[key], key
     data = json.loads((tmp_path / "a" / "report.json").read_text())["data"]
     assert (data["dropped"], data["truncated"], data["empty"], data["duplicates"]) == (0, 0, 0, 0)
-    assert data["rows_read"] == sum(len(rows(name, split)) for split in SPLITS)
+    known = sum(len(rows(name, split)) for split in SPLITS)
+    # A teacher with random weights now and then ends an answer before it begins, and such a prompt is left out.
+    assert known - (16 if name == PERSONA else 0) <= data["rows_read"] <= known
     assert data["valid_source"] == "file"
+
+
+def test_the_persona_is_found_from_any_folder_and_another_may_take_its_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = read_settings(PERSONA, {}, print)
+    assert Path(settings["teacher_prompt"]).read_text().startswith("You are Captain")
+    assert Path(settings["data"]) == RECIPES / PERSONA
+    for name in ("data", "own_prompts"):  # either flag says where the prompts come from
+        own = train_settings({name: 9}, read_settings(PERSONA, {name: 9}, print))
+        assert (own.data.data, own.objective.own_prompts) == (("9", None) if name == "data" else (None, 9))
+
+
+def test_the_prompts_of_the_persona_say_nothing_of_it():
+    prompts = [question(row) for split in SPLITS for row in rows(PERSONA, split)]
+    assert all(set(row) == {"prompt"} for split in SPLITS for row in rows(PERSONA, split))
+    words = {word.strip("?.,!'").lower() for prompt in prompts for word in prompt.split()}
+    assert not words & {"ahoy", "captain", "sailor", "ship", "ships", "sail", "harbor", "tide"}
+    assert {word.lower() for word in ("Bread", "sky")} <= words
+
+
+def test_the_sums_are_those_of_the_script_and_no_split_has_another_ones(tmp_path):
+    ran = subprocess.run([sys.executable, ROOT / "scripts" / "make_sums.py", tmp_path], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    asked = {}
+    for split in SPLITS:
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == (RECIPES / SUMS / f"{split}.jsonl").read_bytes()
+        asked[split] = set()
+        for row in rows(SUMS, split):
+            numbers = [int(number) for number in re.findall(r"\d+", row["prompt"])]
+            assert len(numbers) == 2
+            assert row["answer"] == str(sum(numbers))
+            asked[split].add(tuple(sorted(numbers)))
+    assert not asked["train"] & asked["valid"]
+    assert not (asked["train"] | asked["valid"]) & asked["test"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("3 + 4 = 7", 1.5),
+        ("3 + 4 = 7\n", 1.5),
+        ("3 + 4 = 8", 0.5),
+        ("7", 1.0),
+        ("The sum is 3 + 4 = 7", 1.0),
+        ("3 + 4 = 7, as you can see", 1.0),
+        ("seven", 0.0),
+    ],
+)
+def test_the_sums_reward_the_number_and_the_form(text, reward):
+    settings = train_settings({}, read_settings(SUMS, {}, print)).objective
+    given = {"prompts": ["?"], "completions": [text], "completion_ids": [[1]], "answer": ["7"]}
+    rewards = rewards_of(settings)
+    assert summed(rewards_for(rewards, given, settings, print), rewards).tolist() == [reward]
 
 
 def test_answers_have_the_form_that_each_recipe_teaches():

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mlx_lora.objectives.rewards import ready_reward
-from mlx_lora.objectives.user_rewards import rewards_for, rewards_of, summed
+from mlx_lora.objectives.rewards import Reward, ready_reward
+from mlx_lora.objectives.user_rewards import means_of_known, reports_of, rewards_for, rewards_of, summed
 from mlx_lora.settings.config import ObjectiveSettings
 from mlx_lora.system.errors import InputError, RunError
 
@@ -98,6 +98,19 @@ def test_rewards_are_added_by_their_weights(tmp_path):
     assert summed(found, rewards).tolist() == [3.0, 1.5]
     assert np.isnan(summed(np.full((1, 2), math.nan), rewards)).all()
     assert [reward.name for reward in rewards] == ["a", "b"]
+
+
+def test_what_is_reported_of_rewards():
+    rewards = [Reward("a", len, 2.0), Reward("b", len)]
+    found = np.array([[1.0, 0.0], [3.0, math.nan], [2.0, math.nan], [2.0, math.nan]])  # sums 2, 6 and 4, 4
+    means = {name: values.mean() for name, values in reports_of(found, rewards, 2).items()}
+    assert means["reward_std"] == pytest.approx(np.std([2, 6], ddof=1) / 2)
+    assert means["frac_reward_zero_std"] == 0.5
+    own = means_of_known(means)
+    assert own == {"reward_std": means["reward_std"], "frac_reward_zero_std": 0.5, "reward/a": 2.0, "reward/b": 0.0}
+    nothing = reports_of(np.full((2, 2), math.nan), rewards, 2)
+    assert math.isnan(means_of_known({name: values.mean() for name, values in nothing.items()})["reward/a"])
+    assert list(reports_of(found[:, :1], rewards[:1], 2)) == ["reward_std", "frac_reward_zero_std"]
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from ranks import Started
 from run_cli import run
-from test_distributed import assert_same_run, command, records, train
+from test_distributed import assert_same_run, command, train
 
 from mlx_lora.training.base_shards import ALIGNMENT, cut
 
@@ -45,7 +44,9 @@ def test_a_rank_without_rows_keeps_up(tiny_folder, chats, tmp_path):
 def test_products_are_kept_and_dropout_is_drawn_once(tiny_folder, chats, tmp_path):
     extra = ("--shard-base", "even", "--dropout", 0.1)
     block = shared(tiny_folder, chats, tmp_path / "block", 2, *extra)[0]
-    assert_same_run(block, shared(tiny_folder, chats, tmp_path / "kept", 2, *extra, "--grad-checkpoint", "selective")[0])
+    assert_same_run(
+        block, shared(tiny_folder, chats, tmp_path / "kept", 2, *extra, "--grad-checkpoint", "selective")[0]
+    )
 
 
 def test_what_cannot_share_a_base_is_refused(tiny_folder, chats, tmp_path):
@@ -54,7 +55,7 @@ def test_what_cannot_share_a_base_is_refused(tiny_folder, chats, tmp_path):
     for extra, words in (
         (("--grad-checkpoint", "none"), "each block is computed again"),
         (("--method", "pissa"), "it needs or changes whole weights"),
-        (("--objective", "dpo"), "one process samples"),
+        (("--objective", "dpo"), "needs the whole base"),
     ):
         ran = run("train", *asked, *extra)
         assert ran.code == 2

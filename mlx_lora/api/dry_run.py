@@ -12,7 +12,9 @@ from mlx_lora.artifacts.run_folder import check_continuation, find_checkpoint, f
 from mlx_lora.data.loading import DataSplits
 from mlx_lora.models.converting import cached_gguf_folder
 from mlx_lora.models.outline import Outline
+from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.objective_table import objective_of
+from mlx_lora.runs.teacher_answers import readable_data
 from mlx_lora.runs.training_run import check_request, wants_training
 from mlx_lora.settings.config import ROWS, TrainSettings
 from mlx_lora.sources.hub import resolve_model
@@ -21,6 +23,7 @@ from mlx_lora.system.errors import InputError
 from mlx_lora.system.long_task import waiting
 from mlx_lora.system.units import gigabytes
 from mlx_lora.training.run_fit import check_base_fits
+from mlx_lora.training.teacher import check_teacher
 
 
 def dry_run(settings: TrainSettings, say: Callable[[str], None]) -> dict[str, Any]:
@@ -50,9 +53,15 @@ def _planned(settings: TrainSettings, say: Callable[[str], None]) -> dict[str, A
 
     found = find_checkpoint(settings.loop, ALONE, say)
 
-    def read(outline: Outline) -> DataSplits:
+    def read(outline: Outline) -> DataSplits | None:
+        if readable_data(settings)[0].data is None:
+            say("Data: the model writes the prompts itself when the run begins; planned for rows of --max-seq-length")
+            return None
         splits = read_splits(settings, folder, outline.config, say, first_day(settings.loop))
         say(splits.report.render())
+        if settings.objective.teacher:
+            tokenizer = load_folder_tokenizer(folder, outline.config, model.trust_remote_code)
+            check_teacher(settings, tokenizer._tokenizer)
         if found is not None:
             _check_resume(settings, splits, found)
         return splits

@@ -15,15 +15,19 @@ from mlx_lora.api.given_settings import run_settings
 from mlx_lora.api.python_errors import speaks_python
 from mlx_lora.api.run_columns import with_columns_of_run
 from mlx_lora.data.loading import load_eval_set
+from mlx_lora.data.teacher_rows import read_teacher_prompt
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.runs.adapting import adapter_template, put_adapter
+from mlx_lora.runs.distilling import with_teacher
 from mlx_lora.runs.reference import with_reference
+from mlx_lora.runs.reward_models import load_rewards
 from mlx_lora.runs.sampled_answers import sampled_plan
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system import console
 from mlx_lora.system.errors import InputError
+from mlx_lora.training.teacher import check_teacher
 from mlx_lora.training.trainer import held_out_loss
 
 
@@ -50,7 +54,8 @@ def evaluate(
         settings: of data and objective, as for `train`: `max_seq_length`, `mask_prompt`, `chat_template`, `beta` ...
 
     Returns:
-        `loss`, `perplexity` (or what the objective reports), `supervised_tokens`, `rows`, `model`, `adapter_path`, `data`.
+        `loss`, `perplexity` (or what the objective reports), `supervised_tokens` (`answers` if they were sampled), `rows`,
+        `model`, `adapter_path`, `data`.
 
     Raises:
         InputError: base, adapter, data or a setting that cannot be used.
@@ -103,14 +108,21 @@ def measure_loss(
     data = settings.data
     if not data.chat_template and (template := adapter_template(adapter)):
         base.hf_tokenizer.chat_template = template
-    rows = load_eval_set(data.data or "", data, base.hf_tokenizer, say, objective.records)
+    check_teacher(settings, base.hf_tokenizer)
+    prompt = read_teacher_prompt(settings.objective.teacher_prompt)
+    rows = load_eval_set(data.data or "", data, base.hf_tokenizer, say, objective.records, prompt)
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
     rows = objective.targets_of(rows)
     if objective.reference:
         rows = with_reference(settings, base, {"rows": rows}, say)["rows"]
+    taught = with_teacher(settings, base, {"rows": rows}, say)  # before the adapter: the base may be the teacher
+    rows = taught.sets["rows"]
+    rewards = load_rewards(settings, base, say)  # before the adapter is on the base
     if adapter:
         put_adapter(base, adapter, data, objective, ignore_fingerprint)
-    found = held_out_loss(base, rows, settings.loop, objective, say=say, answered=sampled_plan(settings, base, say))
+    answered = sampled_plan(settings, base, say, rewards, scorer=taught.scorer)
+    found = held_out_loss(base, rows, settings.loop, objective, say=say, answered=answered)
     means = found.reports or {"perplexity": console.perplexity(found.loss)}
-    counts = {"supervised_tokens": rows.supervised_tokens, "rows": rows.examples}
+    counted = {"answers": found.count} if objective.policy else {"supervised_tokens": rows.supervised_tokens}
+    counts = {**counted, "rows": rows.examples}
     return {"loss": found.loss, **means, **counts, "model": base.model_id}

@@ -9,6 +9,7 @@ from mlx_lora.system.units import counted, gigabytes
 # A part of `MemoryPlan` -> what a reader calls it.
 PART_WORDS = {
     "base": "base model",
+    "reward models": "reward models",
     "adapter": "adapter",
     "optimizer": "optimizer's state",
     "weights being cast": "weights that are being converted",
@@ -18,6 +19,10 @@ PART_WORDS = {
     "block": "activations of one block",
     "work ahead": "working memory of one block",
     "new state": "new values of the update",
+    "teacher": "teacher",
+    "records": "teacher's probabilities of a batch",
+    "keys and values": "keys and values of answers",
+    "copies of them": "copies of these while they grow",
 }
 # A phase of `MemoryPlan` -> the moment it is.
 PHASE_WORDS = {
@@ -27,6 +32,8 @@ PHASE_WORDS = {
     "backward": "in the backward pass",
     "last": "at the end of the backward pass",
     "update": "in the optimizer's update",
+    "teacher": "while the teacher is asked",
+    "rollout": "while answers are sampled",
 }
 RATE_WORDS = {"measured here": "from rates measured on this machine"}
 
@@ -78,7 +85,7 @@ def _data_words(result: dict[str, Any]) -> list[str]:
     size, objective = result["data"], result["objective"]
     rated, lines = objective["records"] == "rated", []
     if size:
-        kind = {"pairs": "pairs", "rated": "rated answers"}.get(objective["records"])
+        kind = {"pairs": "pairs", "rated": "rated answers", "prompts": "prompts"}.get(objective["records"])
         examples = f"{size['rows'] // objective['rows_per_example']:,} {kind} in " if kind else ""
         lines.append(
             f"Data: {examples}{size['rows']:,} rows, {size['tokens']:,} tokens, the longest row {size['longest']:,}"
@@ -86,11 +93,19 @@ def _data_words(result: dict[str, Any]) -> list[str]:
     if objective["name"] == "sft":
         return lines
     words = "each answer is compared with another one, in a forward pass" if rated else "two rows for a pair"
-    if objective["rows_per_example"] == 1:
+    one_row = objective["rows_per_example"] == 1
+    if one_row:
         words = "one row for a pair, with the prompt once"
+    seconds = result["predicted"]["reference_s"]
+    once = "" if seconds is None else f", {size['measured_tokens']:,} tokens in about {time_words(seconds / 3600)}"
+    if objective["teacher"]:
+        words = f"the teacher is asked once before the first step{once}, and not in memory while the student is trained"
+    if objective["teacher"] and objective["records"] == "prompts":
+        words = "the student samples the answers, which is not counted; the teacher stays in memory and scores them"
+    if objective["group_size"] and not objective["teacher"]:
+        rows = "one row for all of them, with the prompt once" if one_row else "a row for each"
+        words = f"{objective['group_size']} answers are sampled to a prompt, {rows}"
     if objective["reference"]:
-        seconds = result["predicted"]["reference_s"]
-        once = "" if seconds is None else f", {size['measured_tokens']:,} tokens in about {time_words(seconds / 3600)}"
         words += f"; the reference is measured once before the first step{once}, without a second model in memory"
     if not size:
         words += "; without --data on this disk, each prompt with an answer counts as --max-seq-length tokens"

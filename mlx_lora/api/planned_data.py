@@ -7,12 +7,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.data.loading import DataSplits, load_data
+from mlx_lora.data.loading import UNCACHED, DataSplits, load_data
+from mlx_lora.data.teacher_rows import read_teacher_prompt
 from mlx_lora.models.load import check_highest
 from mlx_lora.models.outline import Outline
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.models.vocabulary import embedding_rows
 from mlx_lora.objectives.objective_table import objective_of
+from mlx_lora.runs.teacher_answers import readable_data
 from mlx_lora.runs.training_run import check_test_split
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.sources.data_sets import find_sets, is_local, named_sets
@@ -28,7 +30,7 @@ def local_data(settings: TrainSettings, outline: Outline, say: Callable[[str], N
     Raises:
         InputError: --data names what is nowhere, or data that `train` would refuse.
     """
-    if settings.data.data is None:
+    if settings.data.data is None:  # with --objective distill, the model writes the prompts when the run begins
         return None
     elsewhere = [name for name, _ in named_sets(settings.data.data) if not is_local(name)]
     for name in elsewhere:
@@ -61,8 +63,14 @@ def read_splits(
         InputError: the data cannot be used.
     """
     tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)
-    records = objective_of(settings.objective).records
-    return load_data(settings.data, tokenizer._tokenizer, settings.loop.seed, say, today, records)
+    prompt = read_teacher_prompt(settings.objective.teacher_prompt)
+    data, room = readable_data(settings)
+    records = UNCACHED if room else objective_of(settings.objective).records
+    splits = load_data(data, tokenizer._tokenizer, settings.loop.seed, say, today, records, prompt)
+    if not room:
+        return splits
+    # Planned as if every answer took all of its room, as it will be only when the teacher has written them.
+    return splits.changed(lambda sets: {name: rows.with_room(1, room) for name, rows in sets.items()})
 
 
 def check_splits(settings: TrainSettings, splits: DataSplits, outline: Outline) -> None:

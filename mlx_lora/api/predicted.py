@@ -9,6 +9,7 @@ from typing import Any
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.planner.fitting import (
     Fitted,
+    Prompts,
     largest_batch,
     run_of,
 )
@@ -31,7 +32,8 @@ class DataSize:
         longest: tokens of the longest row.
         tokens: of all rows.
         supervised_tokens: those of them that are trained.
-        measured_tokens: of all rows, held-out ones included, which is what a reference measures before the first step.
+        measured_tokens: of all rows, held-out ones included, which is what a reference, or a teacher, measures before the first step.
+        prompts: that answers are sampled to, as `fit` takes them; not part of the plan's JSON.
     """
 
     rows: int
@@ -39,6 +41,11 @@ class DataSize:
     tokens: int
     supervised_tokens: int
     measured_tokens: int
+    prompts: Prompts = ()
+
+    def facts(self) -> dict[str, int]:
+        """Return the numbers by name."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "prompts"}
 
 
 def predict(
@@ -53,15 +60,23 @@ def predict(
     run = largest_run(settings, fitted, size)
     rows, columns = run.rows, run.width
     seconds, parts = step_seconds(shape, run, machine, ceilings)
-    objective, reference = settings.objective, objective_of(settings.objective).reference
+    objective, asked = settings.objective, objective_of(settings.objective)
     together = objective.rows_per_example // objective.trained_rows_per_example
     forward_s = forward_seconds(shape, run, machine, ceilings)
     if together > 1:  # for each trained row, one that is only measured
         parts["other answers"] = (together - 1) * forward_s
         seconds += parts["other answers"]
+    if asked.distills is not None and asked.samples:
+        parts["teacher"] = forward_seconds(shape.teacher or shape, run, machine, ceilings)
+        seconds += parts["teacher"]
     tokens_per_s = together * run.positions / seconds
     tokens = tokens_of(settings, together * rows * columns, size)
-    reference_s = forward_s * size.measured_tokens / run.positions if reference and size is not None else None
+    reference_s = None
+    if (
+        size is not None and (asked.reference or asked.distills is not None) and not asked.samples
+    ):  # measured before the first step
+        own = forward_s if shape.teacher is None else forward_seconds(shape.teacher, run, machine, ceilings)
+        reference_s = own * size.measured_tokens / run.positions
     return {
         "note": "predicted, not measured",
         "ceilings": ceilings.source,

@@ -129,7 +129,8 @@ def train(
     Args:
         base: from `load`, or a model's name.
         data: path, hub id, list of dicts, `datasets.Dataset`, or a dict of these by split. Each record has the form of one
-            of the data formats, such as {"prompt": ..., "completion": ...} or {"messages": [...]}.
+            of the data formats, such as {"prompt": ..., "completion": ...} or {"messages": [...]}. With
+            `objective="distill"`, None: the model writes prompts itself.
         adapter_path: folder for the adapter and all other results; it must not hold an adapter, unless with `force=True`
             or `resume="auto"`. None: a new folder `runs/DATE-TIME-...` in the cache (~/.cache/mlx_lora), which is kept.
         method: lora, dora, rslora, lora-plus, pissa, adalora, relora or full.
@@ -164,7 +165,8 @@ def train(
             raise InputError("--resume without --adapter-path: give the folder of the run to continue")
         adapter_path = cache_dir("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     resolved = run_settings(
-        base.settings, {**given, "adapter_path": os.fspath(adapter_path), "data": data_source(data)}
+        base.settings,
+        {**given, "adapter_path": os.fspath(adapter_path), "data": None if data is None else data_source(data)},
     )
     say, show = display_here() if progress else (lambda line: None, None)
     base.release()

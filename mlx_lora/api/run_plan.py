@@ -42,7 +42,7 @@ from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.held_out import choose_held_out
 from mlx_lora.training.prefix_sharing import layout_problem
-from mlx_lora.training.run_fit import outlined_shape, quantized_shape, with_kernels
+from mlx_lora.training.run_fit import outlined_shape, prompts_of, quantized_shape, with_kernels
 from mlx_lora.training.trainer import total_steps
 
 CHARACTERS_PER_TOKEN = 4  # about, in English; for the number of tokens in a data file
@@ -132,9 +132,9 @@ def plan_run(
     result["validation"] = splits and validation_of(settings, splits, result["settings"]["batch_tokens"], identity)
     if not result["fits"]:
         width, rows = settings.data.max_seq_length - 1, size and size.rows
-        result["advice"] = advice(
-            settings, shape, machine, width, lambda: quantized_shape(outline, settings_of_base, kernels), rows
-        )
+        quantized = lambda: quantized_shape(outline, settings_of_base, kernels)  # noqa: E731
+        prompts = size.prompts if size else ()
+        result["advice"] = advice(settings, shape, machine, width, quantized, rows, prompts)
     if all_chips:
         if machine.backend != "metal" or kernels is None:
             outline = outline_of(settings.model.model or "", settings.model.revision, device.compute_dtype("bfloat16"))
@@ -148,7 +148,7 @@ def measure_data(
 ) -> tuple[TrainSettings, DataSize | None]:
     """Return the size of the data in tokens; None without data.
 
-    The settings come back with --shared-prefix on where a run would share the prompts of these pairs.
+    The settings come back with --shared-prefix on where all answers to a prompt would share its row.
     """
     if splits is None:
         return settings, None
@@ -156,11 +156,13 @@ def measure_data(
     rows = objective.targets_of(splits.train)
     parts = [part for part in (splits.train, splits.valid, splits.test) if part is not None]
     asked = settings.objective.shared_prefix
-    if objective.records == "pairs" and layout_problem(asked, outline.model, shape, rows) is None:
+    several = objective.records == "pairs" or objective.policy is not None
+    if several and layout_problem(asked, outline.model, shape, rows) is None:
         settings = dataclasses.replace(settings, objective=dataclasses.replace(settings.objective, shared_prefix="on"))
         rows, parts = joined(rows), [joined(part) for part in parts]
-    longest, measured = int(rows.lengths.max(initial=2)), sum(len(part.tokens) for part in parts)
-    return settings, DataSize(len(rows), longest, len(rows.tokens), rows.supervised_tokens, measured)
+    longest, measured = int(rows.lengths.max(initial=2)), sum(len((part.teacher or part).tokens) for part in parts)
+    prompts = prompts_of(settings.objective, rows)
+    return settings, DataSize(len(rows), longest, len(rows.tokens), rows.supervised_tokens, measured, prompts)
 
 
 def validation_of(
@@ -169,14 +171,14 @@ def validation_of(
     """Return how much the run validates on, how often, and why.
 
     Args:
-        settings: of the run, with --shared-prefix on where the prompts of pairs are shared.
+        settings: of the run, with --shared-prefix on where prompts are shared.
         splits: its data.
         batch_tokens: that the run would choose.
         identity: as for `plan_run`.
     """
     objective = objective_of(settings.objective)
     splits = splits.changed(lambda sets: {name: objective.targets_of(rows) for name, rows in sets.items()})
-    rows, shared = splits.train, objective.records == "pairs" and settings.objective.shared_prefix == "on"
+    rows, shared = splits.train, settings.objective.shared_prefix == "on"
     loop = dataclasses.replace(settings.loop, batch_tokens=batch_tokens)
     epochs = loop.epochs or 1.0
     if identity:
@@ -206,7 +208,7 @@ def plan_for(
 ) -> dict[str, Any]:
     """Return the plan for one machine, as JSON values."""
     width = settings.data.max_seq_length - 1
-    fitted = fit(settings, shape, machine, width, size and size.rows)
+    fitted = fit(settings, shape, machine, width, size and size.rows, size.prompts if size else ())
     memory, budget = fitted.memory, budget_of(settings.loop, machine)
     rows, columns = largest_batch(width, settings, fitted.batch_tokens, size and size.rows)
     modes = {
@@ -244,8 +246,10 @@ def plan_for(
             "records": objective_of(settings.objective).records,
             "rows_per_example": settings.objective.rows_per_example,
             "reference": objective_of(settings.objective).reference,
+            "teacher": objective_of(settings.objective).distills is not None,
+            "group_size": settings.objective.answers_per_prompt if settings.objective.samples else None,
         },
-        "data": size and dataclasses.asdict(size),
+        "data": size and size.facts(),
         "machine": dataclasses.asdict(machine),
         "model": {
             "model_type": shape.model_type,
@@ -278,7 +282,7 @@ def for_all_chips(settings: TrainSettings, shape: ModelShape, size: DataSize | N
     for chip in CHIPS:
         for memory_gib in chip.memory_gib:
             machine = chip.machine(memory_gib, number_bytes)
-            fitted = fit(settings, shape, machine, width, size and size.rows)
+            fitted = fit(settings, shape, machine, width, size and size.rows, size.prompts if size else ())
             yield _chip_row(settings, shape, chip, machine, fitted, size)
 
 

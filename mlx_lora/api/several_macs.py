@@ -79,7 +79,11 @@ def plan_on_macs(settings: TrainSettings, macs: list[tuple[str, int]], link_gbit
         "batch_tokens": run.positions,
         "max_seq_length": width + 1,
         "grad_checkpoint": mode,
-        "units": {"blocks": len(units.blocks), "largest_bytes": max((*units.blocks, *units.tables)), "bytes": units.bytes},
+        "units": {
+            "blocks": len(units.blocks),
+            "largest_bytes": max((*units.blocks, *units.tables)),
+            "bytes": units.bytes,
+        },
         "sent_bytes_per_step": found.sent_bytes,
         "link_gbit_per_s": link_gbit,
         "predicted": _predicted(found, run.positions, shape, units),
@@ -154,5 +158,7 @@ def render_macs(plan: dict[str, Any]) -> str:
         if least is None
         else f"Sending is hidden from about {least:,} tokens a batch on (--batch-tokens)"
     )
-    lines.append("All predicted, from listed rates of the chips and an assumed rate of the link; nothing was measured on a Mac.")
+    lines.append(
+        "All predicted, from listed rates of the chips and an assumed rate of the link; nothing was measured on a Mac."
+    )
     return "\n".join(lines)

@@ -26,12 +26,13 @@ from mlx_lora.artifacts.checkpoint import (
     thin_out,
     write_checkpoint,
 )
+from mlx_lora.artifacts.rollout_page import ANSWERS_FILE
 from mlx_lora.artifacts.run_report import FACTS_FILE, REPORT_FILE
 from mlx_lora.settings.checks import is_day
 from mlx_lora.settings.config import FIELDS, ROWS, LoopSettings, TrainSettings
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.system.errors import InputError, RunError
-from mlx_lora.system.files import check_writable, replacing_file
+from mlx_lora.system.files import check_writable, replacing_file, replacing_folder
 from mlx_lora.system.parsing import parse_yaml
 from mlx_lora.training.rollouts import AnyPlan
 from mlx_lora.training.state import Diverged, Position, finite, restore_arrays, run_arrays
@@ -39,7 +40,10 @@ from mlx_lora.training.step import Step
 
 CHECKPOINTS = "checkpoints"
 # A run's results, and the folder that keeps an earlier run's results until this run has saved something.
-RESULTS = (WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", REPORT_FILE, FACTS_FILE, CHECKPOINTS)
+WRITTEN = "written"  # records that models wrote for the run
+RESULTS = (
+    WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", ANSWERS_FILE, REPORT_FILE, FACTS_FILE, CHECKPOINTS, WRITTEN,
+)  # fmt: skip
 ASIDE = "earlier-run"
 
 
@@ -180,13 +184,16 @@ class RunFolder:
         """The folder of the results."""
         return Path(self.settings.loop.adapter_path)
 
-    def begin(self, found: Checkpoint | None, steps: int, say: Callable[[str], None]) -> None:
+    def begin(
+        self, found: Checkpoint | None, steps: int, say: Callable[[str], None], written: Path | None = None
+    ) -> None:
         """Restore a checkpoint, or without --resume set an earlier run's results aside, and write run.yaml.
 
         Args:
             found: a checkpoint of this run, if there is one.
             steps: of the whole run.
             say: takes a line about the checkpoint.
+            written: a folder of records that models wrote for the run, which is copied, so that a person finds them.
         """
         done = found is not None and self.at.taken >= steps
         if found:
@@ -206,12 +213,17 @@ class RunFolder:
             text = yaml.safe_dump(repeated, sort_keys=False, allow_unicode=True)
             temporary.write_text(text, encoding="utf-8")
 
+        if written is not None and written.resolve() != (self.path / WRITTEN).resolve():
+            with replacing_folder(self.path / WRITTEN) as copied:
+                for file in written.glob("*.jsonl"):
+                    shutil.copyfile(file, copied / file.name)
+
     def _clear_leftovers(self) -> None:
         """Remove the temporary files of killed runs; no other process writes here while the folder is locked."""
         for path in (self.path / CHECKPOINTS).glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
         # Only names that replacing_file uses; the user's files stay.
-        for name in (WEIGHTS_FILE, CONFIG_FILE, "run.yaml", REPORT_FILE, FACTS_FILE, CARD_FILE):
+        for name in (WEIGHTS_FILE, CONFIG_FILE, "run.yaml", ANSWERS_FILE, REPORT_FILE, FACTS_FILE, CARD_FILE):
             for path in self.path.glob(f".{name}.*"):
                 path.unlink(missing_ok=True)
 

@@ -19,6 +19,7 @@ import yaml
 
 from mlx_lora.artifacts.page_template import render_page
 from mlx_lora.artifacts.plots import WIDE, Series, line_chart, number
+from mlx_lora.artifacts.rollout_page import ANSWERS_FILE, read_answers, rollout_charts, shown_answers
 from mlx_lora.artifacts.verdict import verdict
 from mlx_lora.data.data_report import UNITS
 from mlx_lora.data.spoken import spoken_turns, without_markers
@@ -38,12 +39,14 @@ class Sample:
         prompt: with the template's markers.
         before, after: the model's texts.
         specials: the tokenizer's special tokens in them.
+        teacher: the text of a teacher that the model learns from; None: there is no teacher, or its text is not known.
     """
 
     prompt: str
     before: str
     after: str | None = None
     specials: list[str] = field(default_factory=list)
+    teacher: str | None = None
 
     @property
     def turns(self) -> list[tuple[str, str]]:
@@ -108,6 +111,7 @@ class RunReport:
             unit=UNITS[self.data.get("records", "examples")],
             tiles=tiles(records),
             charts=charts(records, self.planned_peak_bytes),
+            answers=shown_answers(read_answers(folder / ANSWERS_FILE)),
             settings=settings,
             date=date.today().isoformat(),
         )
@@ -155,16 +159,29 @@ def tiles(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
         ("time", _duration(elapsed_s(records))),
         ("trained tokens", f"{sum(r['supervised_tokens'] for r in trained):,}"),
         ("trained tokens/s, median", number(speeds[len(speeds) // 2])),
-        ("training loss", _ends(records, "loss")),
-        ("held-out loss", _ends(records, "val_loss") or "not measured"),
+        *_outcomes(records),
         ("peak memory, MLX", f"{max(r['peak_memory_bytes'] for r in records) / 1e9:.2f} GB"),
         ("peak memory, process", f"{max(r['process_peak_bytes'] for r in records) / 1e9:.2f} GB"),
     ]
 
 
+def _outcomes(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return the losses as (label, value); of a run that samples answers the rewards, because a loss there is no measure."""
+    if any("reward" in r for r in records):
+        trained, held_out = ([r for r in records if r[key] is not None] for key in ("loss", "val_loss"))
+        return [
+            ("training reward", _ends(trained, "reward") or "not measured"),
+            ("held-out reward", _ends(held_out, "reward") or "not measured"),
+        ]
+    return [
+        ("training loss", _ends(records, "loss")),
+        ("held-out loss", _ends(records, "val_loss") or "not measured"),
+    ]
+
+
 def _ends(records: list[dict[str, Any]], key: str) -> str:
     """Return the first and the last value of a metric as text; an empty string without any."""
-    values = [r[key] for r in records if r[key] is not None]
+    values = [r[key] for r in records if r.get(key) is not None]
     return " → ".join(f"{value:.3f}" for value in values[:1] + values[1:][-1:])
 
 
@@ -201,10 +218,13 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
     preferences, sampled = any("margin" in r for r in records), any("reward" in r for r in records)
     if sampled:
         losses = losses[:1]  # of the held-out answers there is only a reward
+        while_sampling = [r for r in trained if r.get("rollout_tokens_per_s") is not None]
+        tokens.append(of("sampled, while sampling", "rollout_tokens_per_s", while_sampling))
     counted = "rated answer" if any("divergence" in r for r in records) else "pair" if preferences else "trained token"
     wanted = [
-        *_rollout_charts(records, of),
+        *rollout_charts(records, of),
         (f"Loss per {'answer' if sampled else counted}", losses, "", False),
+        *_teacher_charts(records, of),
         *_preference_charts(records, of),
         ("Tokens per second", tokens, "", True),
         ("Memory", memory, " GB", True),
@@ -227,26 +247,16 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
     return drawn
 
 
-def _rollout_charts(
+def _teacher_charts(
     records: list[dict[str, Any]], of: Callable[..., Series]
 ) -> list[tuple[str, list[Series], str, bool]]:
-    """Return charts of what an objective reports that samples answers; none for other runs."""
-    titles = {
-        "Reward": ("reward", False),
-        "Tokens of an answer": ("length", True),
-        "Answers cut at --max-new-tokens": ("truncated", True),
-        "Divergence from the untrained model": ("kl", True),
-    }
-    trained, held_out = ([r for r in records if r[key] is not None and "reward" in r] for key in ("loss", "val_loss"))
-    charts = []
-    for title, (name, from_zero) in titles.items():
-        series = [
-            of(when, name, having)
-            for when, rows in (("training", trained), ("held out", held_out))
-            if (having := [r for r in rows if r.get(name)])
-        ]
-        charts += [(title, series, "", from_zero)] if series else []
-    return charts
+    """Return a chart of KL(teacher, student) where the loss is another divergence; none for other runs."""
+    having = [r for r in records if r.get("kl") is not None and "reward" not in r]
+    if all(abs(r["kl"] - (r["val_loss"] if r["loss"] is None else r["loss"] or 0.0)) < 1e-6 for r in having):
+        return []
+    trained, held_out = ([r for r in having if r[key] is not None] for key in ("loss", "val_loss"))
+    series = [of(when, "kl", rows) for when, rows in (("training", trained), ("held out", held_out)) if rows]
+    return [("KL of teacher and student per token", series, "", True)]
 
 
 def _preference_charts(

@@ -11,6 +11,7 @@ from mlx_lora.artifacts.plots import perplexity
 UNCHANGED = 0.005  # a smaller relative change of perplexity is none
 RISE = 0.01  # of the held-out loss in nats, above its lowest, that counts as a rise
 AVERAGED = 3  # training reports that are compared as one, because single ones are noisy
+MOST_ALIKE = 0.5  # share of prompts without any spread of rewards, from which nothing is learned, that is worth a note
 GOOD, BAD, PLAIN = "good", "bad", "plain"
 
 
@@ -38,7 +39,7 @@ def verdict(records: list[dict[str, Any]], settings: dict[str, Any], ended: bool
         ended: whether all steps are done; only then has --keep-best put its adapter back.
     """
     validations = [r for r in records if r["val_loss"] is not None]
-    notes = [note for note in (overfitting(records, settings), _skipped(records)) if note]
+    notes = [note for note in (overfitting(records, settings), _alike(records), _skipped(records)) if note]
     if not validations:
         losses = [r["loss"] for r in records if r["loss"] is not None]
         words = f"Training loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "No step has been reported yet"
@@ -53,6 +54,9 @@ def verdict(records: list[dict[str, Any]], settings: dict[str, Any], ended: bool
         return Verdict(headline, tone, notes)
     if any("margin" in r for r in validations):
         headline, tone = _of_preferences(validations, kept)
+        return Verdict(headline, tone, notes)
+    if settings.get("objective") == "distill":
+        headline, tone = _of_divergence(validations, kept)
         return Verdict(headline, tone, notes)
     if len(validations) == 1:
         return Verdict(f"Held-out perplexity {perplexity(kept['val_loss'])}, measured once", PLAIN, notes)
@@ -131,6 +135,32 @@ def _of_rewards(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tupl
     ends = dict.fromkeys(f"{round(value, 3) + 0:.3f}" for value in (first, last))
     tone = PLAIN if len(validations) == 1 or abs(last - first) < 0.0005 else GOOD if last > first else BAD
     return f"Held-out reward {' to '.join(ends)}", tone
+
+
+def _of_divergence(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
+    """Return headline and tone for distillation, whose loss is how far the student's probabilities are from the teacher's."""
+    first, last = validations[0]["val_loss"], kept["val_loss"]
+    ends = dict.fromkeys(f"{round(value, 4) + 0:.4f}" for value in (first, last))
+    words = f"Held-out divergence from the teacher {' to '.join(ends)} per token"
+    if len(validations) == 1:
+        return f"{words}, measured once", PLAIN
+    if first <= 0 or abs(last / first - 1) < UNCHANGED:
+        return f"{words}, unchanged", PLAIN
+    change = abs(last / first - 1)
+    return (f"{words}, {change:.0%} lower", GOOD) if last < first else (f"{words}, {change:.0%} higher", BAD)
+
+
+def _alike(records: list[dict[str, Any]]) -> str:
+    """Return a note if the answers to most prompts of the last reports all had the same reward; else an empty string."""
+    shares = [r["frac_reward_zero_std"] for r in records if r["loss"] is not None and "frac_reward_zero_std" in r]
+    last = shares[-AVERAGED:]
+    share = sum(last) / len(last) if last else 0.0
+    if share < MOST_ALIKE:
+        return ""
+    return (
+        f"At the end, all answers to {share:.0%} of the prompts had the same reward, and nothing is learned from those. "
+        "Mix easier or harder prompts in, reward more finely, or raise --group-size or --temp."
+    )
 
 
 def _change(rise: float) -> tuple[str, str]:

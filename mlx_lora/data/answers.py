@@ -18,6 +18,7 @@ from mlx_lora.data.encode import Encoded, EncodedSet, Encoder
 from mlx_lora.data.examples import Example
 from mlx_lora.data.preferences import Pair, Rated
 from mlx_lora.data.prompt_records import Prompt, encode_prompts
+from mlx_lora.data.teacher_rows import with_teacher_rows
 
 Entry = Example | Pair | Rated | Prompt
 """The content of one record in canonical form."""
@@ -33,7 +34,10 @@ def answers_of(entry: Entry) -> list[Example]:
 
 
 def encode_entries(
-    encoder: Encoder, entries: Sequence[Entry], on_rows: Callable[[int], None] = lambda done: None
+    encoder: Encoder,
+    entries: Sequence[Entry],
+    on_rows: Callable[[int], None] = lambda done: None,
+    teacher_prompt: str | None = None,
 ) -> Encoded:
     """Encode entries of one kind.
 
@@ -41,18 +45,21 @@ def encode_entries(
         encoder: how.
         entries: all examples, all pairs, all rated answers or all prompts.
         on_rows: as in `Encoder.encode`.
+        teacher_prompt: a text that only a teacher sees; the rows of examples and prompts then have its rows beside them.
 
     Returns:
         As `Encoder.encode`, with numbers of entries. A pair is dropped if one of its answers gave no row.
     """
     prompts = [entry for entry in entries if isinstance(entry, Prompt)]
     if prompts:
-        return encode_prompts(encoder, prompts)
+        return encode_prompts(encoder, prompts, teacher_prompt)
     pairs = [entry for entry in entries if isinstance(entry, Pair)]
     rated = [entry for entry in entries if isinstance(entry, Rated)]
     size = 2 if pairs else 1
     answers = [answer for entry in entries for answer in answers_of(entry)]
     encoded = encoder.encode(answers, lambda done: on_rows(done // size))
+    if teacher_prompt is not None:
+        return with_teacher_rows(encoded, answers, teacher_prompt, encoder)
     return _as_pairs(encoded, pairs) if pairs else _as_rated(encoded, rated) if rated else encoded
 
 

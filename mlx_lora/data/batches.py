@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.data.encode import EncodedSet
+from mlx_lora.data.teacher_table import TeacherTable
 from mlx_lora.data.widths import ShapePrice, choose_widths, rows_per_batch
 
 EMPTY = -1  # the number of an example that is all padding
@@ -50,6 +51,7 @@ class Batch:
         answers: (B, T) bool, the trained targets that belong to an answer; None: all of them.
         shares: the factor on the likelihood, and the divergence, that the loss uses for this batch (objective_loss.py).
         sampled: name -> (B,) or (B, T) float32 of rows whose answers were sampled (training/rollouts.py); None: others.
+        table: what a teacher says about the trained targets of the encoded set's rows; None: nothing.
     """
 
     inputs: np.ndarray
@@ -67,6 +69,7 @@ class Batch:
     shares: tuple[float, ...] = ()
     trained_rows: int | None = None
     sampled: dict[str, np.ndarray] | None = None
+    table: TeacherTable | None = None
 
     @property
     def supervised_tokens(self) -> int:
@@ -138,7 +141,8 @@ class Batch:
             parts["sampled"] = {name: of(array) for name, array in self.sampled.items()}
         return Batch.of(
             of(self.inputs), of(self.targets), of(self.mask), real_tokens, slots,
-            group=group or self.group, shares=self.shares, trained_rows=None if group else self.trained_rows, **parts,
+            group=group or self.group, shares=self.shares, trained_rows=None if group else self.trained_rows,
+            table=self.table, **parts,
         )  # fmt: skip
 
 
@@ -231,10 +235,15 @@ class BatchPlan:
         """Return the width and the row numbers, (B,), of each batch of an epoch."""
         return [(part.width, rows_of(numbers, part.group)) for part, numbers in self._epoch(epoch)]
 
-    def batches(self, limit: int = -1) -> Iterator[Batch]:
-        """Yield the first `limit` batches of epoch 0 (-1: all), the fixed sample that validation uses."""
+    def batches(self, limit: int = -1, first: int = 0, every: int = 1) -> Iterator[Batch]:
+        """Yield the first `limit` batches of epoch 0 (-1: all), the fixed sample that validation uses.
+
+        Args:
+            limit: of the whole sample.
+            first, every: yield only every so many of them, from number `first` on; so ranks divide them.
+        """
         count = len(self) if limit < 0 else min(limit, len(self))
-        return (self.batch(0, i) for i in range(count))
+        return (self.batch(0, i) for i in range(first, count, every))
 
     def _make_classes(self, widths: np.ndarray, batch_tokens: int, batch_size: int | None) -> list[WidthClass]:
         """Return the class of each width, from the widest to the narrowest.
@@ -365,5 +374,5 @@ def collate(rows: EncodedSet, numbers: np.ndarray, width: int, slots: int) -> Ba
     more = {"labels": of_rows(rows.labels), "reference": of_rows(rows.reference), "starts": of_rows(rows.starts)}
     return Batch.of(
         inputs, targets, mask, real_tokens, slots, group=rows.group, numbers=numbers, answers=answers,
-        trained_rows=rows.trained_rows, **more,
+        trained_rows=rows.trained_rows, table=rows.table, **more,
     )  # fmt: skip

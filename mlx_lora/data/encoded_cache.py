@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 from importlib import metadata, resources
 from pathlib import Path
@@ -35,6 +35,7 @@ MAX_BYTES = 4 * 10**9
 STALE_S = 24 * 3600.0  # a temporary folder this old belongs to a process that was killed
 ARRAYS = {"tokens": np.int32, "mask": np.bool_, "offsets": np.int64, "labels": np.float32}  # labels may be absent
 ENTRY_FILE = "entry.json"
+TEACHER = ".teacher"  # after the name of a set: its rows as a teacher sees them
 
 
 def entry_folder(
@@ -79,7 +80,10 @@ def read_entry(folder: Path) -> tuple[dict[str, EncodedSet], dict[str, Any]] | N
     """
     try:
         entry = json.loads((folder / ENTRY_FILE).read_text(encoding="utf-8"))
-        sets = {name: _read_set(folder, name, *entry["groups"][name]) for name in entry["fingerprints"]}
+        sets = {name: _read_set(folder, name, *entry["groups"][name]) for name in entry["groups"]}
+        sets = {
+            name: replace(rows, teacher=sets.get(name + TEACHER)) for name, rows in sets.items() if TEACHER not in name
+        }
         if {name: rows.fingerprint for name, rows in sets.items()} != entry["fingerprints"]:
             return None
         os.utime(folder)  # the most recently used entries are kept
@@ -99,14 +103,16 @@ def write_entry(folder: Path, sets: dict[str, EncodedSet], details: dict[str, An
     Raises:
         OSError: there is no space or no permission.
     """
+    # What a teacher sees of a set's rows is a set of its own.
+    seen = {name + TEACHER: rows.teacher for name, rows in sets.items() if rows.teacher is not None}
     with replacing_folder(folder) as temporary:
-        for name, rows in sets.items():
+        for name, rows in {**sets, **seen}.items():
             for array, kind in ARRAYS.items():
                 if (values := getattr(rows, array)) is not None:
                     np.save(temporary / f"{name}.{array}.npy", np.asarray(values, kind))
         entry = {
             "fingerprints": {name: rows.fingerprint for name, rows in sets.items()},
-            "groups": {name: (rows.group, rows.trained_rows) for name, rows in sets.items()},
+            "groups": {name: (rows.group, rows.trained_rows) for name, rows in {**sets, **seen}.items()},
             "details": details,
         }
         (temporary / ENTRY_FILE).write_text(json.dumps(entry), encoding="utf-8")

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from mlx_lora.data.teacher_table import TeacherTable
+
 
 @dataclass(frozen=True)
 class EncodedSet:
@@ -31,6 +33,10 @@ class EncodedSet:
         facts: What rewards see of each example, beside its tokens; None: nothing. They are not part of the fingerprint.
         starts: (R, K) int32, for rows with a prompt followed by K answers: where each answer starts (data/joining.py);
             None: a row holds one text.
+        teacher: The same rows as a teacher sees them, with another prompt before the same trained targets, or for
+            prompts alone, another prompt; None: it sees these.
+        table: What a teacher says about the trained targets of each row; None: nothing. Like `reference`, it follows from
+            the other arrays and the teacher.
     """
 
     tokens: np.ndarray
@@ -43,6 +49,8 @@ class EncodedSet:
     starts: np.ndarray | None = None
     trained_rows: int | None = None
     facts: tuple[dict[str, Any], ...] | None = None
+    teacher: EncodedSet | None = None
+    table: TeacherTable | None = None
 
     @classmethod
     def from_rows(cls, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> EncodedSet:
@@ -72,7 +80,10 @@ class EncodedSet:
         at = np.concatenate([np.zeros(0, np.int64), *(np.arange(*self.offsets[i : i + 2]) for i in rows)])
         named = {"tokens": at, "mask": at, "answers": at, "labels": rows, "reference": rows, "starts": rows}
         arrays = {name: None if getattr(self, name) is None else getattr(self, name)[of] for name, of in named.items()}
-        chosen = replace(self, offsets=np.concatenate([[0], np.cumsum(self.lengths[rows])]), **arrays)
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])])
+        seen = None if self.teacher is None else self.teacher.select(examples)
+        table = None if self.table is None else self.table.select(rows)
+        chosen = replace(self, offsets=offsets, teacher=seen, table=table, **arrays)
         return chosen.with_facts(None if self.facts is None else [self.facts[int(i)] for i in examples])
 
     @property
@@ -96,7 +107,8 @@ class EncodedSet:
         for number in range(len(self)):
             prompt = self.row(number)
             rows += [tuple(np.concatenate(parts) for parts in zip(prompt, answer, strict=True))] * group
-        return EncodedSet.from_rows(rows).grouped(group).with_facts(self.facts)
+        seen = None if self.teacher is None else self.teacher.with_room(group, tokens)
+        return replace(EncodedSet.from_rows(rows).grouped(group).with_facts(self.facts), teacher=seen)
 
     def with_whole_rows(self) -> EncodedSet:
         """Return the same set with the prompt of each example's first row trained too; answers stay marked."""
@@ -141,4 +153,6 @@ class EncodedSet:
             digest.update(str(self.group).encode() + np.ascontiguousarray(labels, "<f4").data)
         if self.answers is not None:
             digest.update(np.ascontiguousarray(self.answers, "?").data)
+        if self.teacher is not None:
+            digest.update(self.teacher.fingerprint.encode())
         return digest.hexdigest()

@@ -29,12 +29,13 @@ from mlx_lora.data.examples import Completion, Conversation
 from mlx_lora.data.mixing import joined_sets, mix, read_sets
 from mlx_lora.data.reading import Rows, read_rows
 from mlx_lora.data.split import content_key
+from mlx_lora.data.teacher_rows import prompt_notes
 from mlx_lora.data.templates import resolve_template, shows_date
 from mlx_lora.settings.config import DataSettings
 from mlx_lora.sources.data_sets import DataSet, find_sets
 from mlx_lora.system.cache import shown_data
 from mlx_lora.system.errors import InputError
-from mlx_lora.system.files import one_at_a_time
+from mlx_lora.system.files import one_at_a_time, sha256_of
 from mlx_lora.system.long_task import long_task
 
 EVALUATION = "evaluation"  # what errors call the data that is only measured
@@ -50,6 +51,7 @@ class DataSplits:
         report: What was read, kept and dropped.
         chat_template: Jinja text that the chats were rendered with; None if nothing was rendered.
         chat_day: The day that it shows as today; None if it shows none.
+        written: The folder of what models wrote for the run, in the same splits; None: nothing.
     """
 
     train: EncodedSet
@@ -58,11 +60,17 @@ class DataSplits:
     report: DataReport
     chat_template: str | None
     chat_day: date | None = None
+    written: Path | None = None
+
+    @property
+    def sets(self) -> dict[str, EncodedSet]:
+        """The sets that are there, by name."""
+        parts = {"train": self.train, "valid": self.valid, "test": self.test}
+        return {name: rows for name, rows in parts.items() if rows}
 
     def changed(self, change: Callable[[dict[str, EncodedSet]], dict[str, EncodedSet]]) -> DataSplits:
         """Return the same data with its sets changed; `change` takes and returns those that are there, by name."""
-        parts = {name: getattr(self, name) for name in ("train", "valid", "test")}
-        return replace(self, **change({name: rows for name, rows in parts.items() if rows}))
+        return replace(self, **change(self.sets))
 
 
 def load_data(
@@ -72,6 +80,7 @@ def load_data(
     say: Callable[[str], None] = lambda line: None,
     today: date | None = None,
     records: str = "examples",
+    teacher_prompt: str | None = None,
 ) -> DataSplits:
     """Return the data of a run, encoded and split, or taken from the cache of an earlier run.
 
@@ -82,6 +91,7 @@ def load_data(
         say: Called with a line from time to time during a long encoding.
         today: The day for templates that show the date, unless the settings name one; None: today.
         records: `examples`, `pairs`, `rated` or `prompts`: what the run's objective trains on.
+        teacher_prompt: A text that only a teacher sees (--teacher-prompt); the rows then have its rows beside them.
 
     Returns:
         The sets and the report. Without a validation file, `valid_fraction` of the rows, or the last part of a single
@@ -96,13 +106,20 @@ def load_data(
     for one in sets:
         if "train" not in one.splits:
             raise InputError(f"--data {one.name} has no train file, only {', '.join(one.splits)}; add train.jsonl")
-    day = _day(settings, tokenizer, today)
-    folder = entry_folder(f"{records} splits", _paths(sets), settings, tokenizer, seed, day, _mixed(sets))
+    day = chat_day(settings, tokenizer, today)
+    kind = f"{records} splits{_seen_with(teacher_prompt)}"
+    folder = entry_folder(kind, _paths(sets), settings, tokenizer, seed, day, _mixed(sets))
     with one_at_a_time(folder):  # ranks on one machine encode once
-        return replace(_read_or_make_splits(folder, sets, settings, tokenizer, seed, say, day, records), chat_day=day)
+        splits = _read_or_make_splits(folder, sets, settings, tokenizer, seed, say, day, records, teacher_prompt)
+        return replace(splits, chat_day=day)
 
 
-def _day(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, today: date | None) -> date | None:
+def _seen_with(teacher_prompt: str | None) -> str:
+    """Return what tells rows with a teacher's prompt apart, for the key of encoded data."""
+    return "" if teacher_prompt is None else f", seen with {sha256_of(teacher_prompt)}"
+
+
+def chat_day(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, today: date | None) -> date | None:
     """Return the day that the chat template shows, or None if it shows none.
 
     Raises:
@@ -124,13 +141,14 @@ def _read_or_make_splits(
     say: Callable[[str], None],
     day: date | None,
     records: str,
+    teacher_prompt: str | None,
 ) -> DataSplits:
     cached = records != UNCACHED
     if cached and (entry := read_entry(folder)):
         rows, details = entry
         report = replace(DataReport.from_dict(details["report"]), data=shown_data(settings.data or ""))
         return DataSplits(rows["train"], rows.get("valid"), rows.get("test"), report, details["chat_template"])
-    splits = _make_splits(sets, settings, tokenizer, seed, say, day, records)
+    splits = _make_splits(sets, settings, tokenizer, seed, say, day, records, teacher_prompt)
     rows = {"train": splits.train, "valid": splits.valid, "test": splits.test}
     details = {"report": splits.report.to_dict(), "chat_template": splits.chat_template}
     if cached:
@@ -172,10 +190,11 @@ def _make_splits(
     say: Callable[[str], None],
     day: date | None,
     records: str,
+    teacher_prompt: str | None,
 ) -> DataSplits:
     parts, train_parts = read_sets(sets, settings, records)
     encoder, template, origin = _make_encoder(parts.values(), settings, tokenizer, day)
-    encoded = {name: _encode(rows, encoder, say) for name, rows in parts.items()}
+    encoded = {name: _encode(rows, encoder, say, teacher_prompt) for name, rows in parts.items()}
     _check(settings, parts, encoded)
 
     truncated = [location for rows in parts.values() for location in rows.truncated]
@@ -210,6 +229,7 @@ def _make_splits(
         duplicate_rows=doubled[:MAX_LISTED],
         notes=[
             *data_notes(parts, encoded, keys, encoder, day if template else None),
+            *prompt_notes(encoder, teacher_prompt),
             *held_out_notes(
                 train.examples, held.examples if held else 0, valid.examples if valid else 0, settings.valid_fraction
             ),
@@ -228,6 +248,7 @@ def load_eval_set(
     tokenizer: PreTrainedTokenizerBase,
     say: Callable[[str], None] = lambda line: None,
     records: str = "examples",
+    teacher_prompt: str | None = None,
 ) -> EncodedSet:
     """Return the encoded set for `evaluate --data`: all rows of a file, or a folder's test or else validation file.
 
@@ -235,7 +256,7 @@ def load_eval_set(
         data: As `--data`.
         settings: Format, template, length and mask; its `data` is ignored.
         tokenizer: A fast tokenizer.
-        say, records: As for `load_data`.
+        say, records, teacher_prompt: As for `load_data`.
 
     Raises:
         InputError: as for `load_data`.
@@ -250,9 +271,10 @@ def load_eval_set(
             raise InputError(f"--data {one.name}={one.weight:g}: a weight is for training; leave it out")
         if name not in one.splits:
             raise InputError(f"--data {one.name} has no {name} file, and others have; name the files themselves")
-    day = _day(settings, tokenizer, None)
+    day = chat_day(settings, tokenizer, None)
     chosen = {name: files[name]}
-    folder = entry_folder(f"{records} evaluation", chosen, settings, tokenizer, 0, day, _mixed(sets))
+    kind = f"{records} evaluation{_seen_with(teacher_prompt)}"
+    folder = entry_folder(kind, chosen, settings, tokenizer, 0, day, _mixed(sets))
     cached = records != UNCACHED
     if cached and (entry := read_entry(folder)):
         for line in entry[1]["notes"]:
@@ -261,7 +283,7 @@ def load_eval_set(
     settings = replace(settings, data=data)
     parts = {EVALUATION: read_rows([file for one in sets for file in one.splits[name]], settings, records)}
     encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer, day)
-    encoded = {EVALUATION: _encode(parts[EVALUATION], encoder, say)}
+    encoded = {EVALUATION: _encode(parts[EVALUATION], encoder, say, teacher_prompt)}
     _check(settings, parts, encoded)
     notes = evaluation_notes(parts[EVALUATION], encoded[EVALUATION])
     for line in notes:
@@ -295,9 +317,16 @@ def _make_encoder(
     return encoder, template, origin
 
 
-def _encode(rows: Rows, encoder: Encoder, say: Callable[[str], None]) -> Encoded:
+def prompt_encoder(
+    rows: Rows, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, today: date | None
+) -> Encoder:
+    """Return what encodes prompts before a run has its data, as `load_data` would; arguments and errors as there."""
+    return _make_encoder([rows], settings, tokenizer, chat_day(settings, tokenizer, today))[0]
+
+
+def _encode(rows: Rows, encoder: Encoder, say: Callable[[str], None], teacher_prompt: str | None = None) -> Encoded:
     with long_task("Encoding", len(rows.entries), "records", say) as task:
-        encoded = encode_entries(encoder, rows.entries, task.reach)
+        encoded = encode_entries(encoder, rows.entries, task.reach, teacher_prompt)
     for number, why in encoded.dropped.items():
         location = rows.locations[number]
         rows.dropped.append(DroppedRow(location.file, location.line, why, location.unit))

@@ -8,7 +8,7 @@ is left of w decides how many of them, chosen by the seed, are there once more. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -132,4 +132,5 @@ def joined_sets(first: EncodedSet | None, second: EncodedSet | None) -> EncodedS
     if first.labels is not None and second.labels is not None:
         labels = np.concatenate([first.labels, second.labels])
     facts = None if first.facts is None or second.facts is None else [*first.facts, *second.facts]
-    return rows.grouped(first.group, labels, first.trained_rows).with_facts(facts)
+    seen = None if first.teacher is None or second.teacher is None else joined_sets(first.teacher, second.teacher)
+    return replace(rows.grouped(first.group, labels, first.trained_rows).with_facts(facts), teacher=seen)

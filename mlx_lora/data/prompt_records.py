@@ -8,7 +8,7 @@ the record.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jinja2
@@ -20,6 +20,7 @@ from mlx_lora.data.examples import Completion, Conversation, FormatError, Messag
 from mlx_lora.data.formats import parse_record
 from mlx_lora.data.messages import keys_of
 from mlx_lora.data.sandbox import CLOCK, render_chat
+from mlx_lora.data.teacher_rows import seen_by_teacher
 from mlx_lora.system.errors import InputError
 
 STAND_IN = "."  # for the answer of a record without one, so that the parsers of chats read it
@@ -34,11 +35,13 @@ class Prompt:
         example: the prompt as a conversation or a completion, with the record's own answer or a stand-in.
         columns: the record's columns, for rewards; `answer` is its answer, if it has one under any usual name.
         chat: whether the record has the prompt as messages; rewards then get messages, as in TRL.
+        answered: whether the record has an answer of its own.
     """
 
     example: Conversation | Completion
     columns: dict[str, Any]
     chat: bool
+    answered: bool = False
 
 
 def parse_prompt(record: Record) -> Prompt:
@@ -56,7 +59,17 @@ def parse_prompt(record: Record) -> Prompt:
     columns = dict(record)
     if answered is not None and "answer" not in columns:
         columns["answer"] = _answer_of(answered)
-    return Prompt(example, columns, chat)
+    return Prompt(example, columns, chat, answered is not None)
+
+
+def with_answer(prompt: Prompt, text: str | None) -> Record:
+    """Return a prompt as a record that imitation reads, with this answer; None: with its own."""
+    example = prompt.example
+    if isinstance(example, Completion):
+        return {"prompt": example.prompt, "completion": example.completion if text is None else text}
+    answer = example.messages[-1] if text is None else {"role": "assistant", "content": text}
+    record: Record = {"messages": [*_before_answer(example), answer]}
+    return record | ({"tools": example.tools} if example.tools else {})
 
 
 def prompt_of(prompt: Prompt) -> str | list[Message]:
@@ -67,27 +80,49 @@ def prompt_of(prompt: Prompt) -> str | list[Message]:
     return turns if prompt.chat else str(turns[-1]["content"])
 
 
-def encode_prompts(encoder: Encoder, prompts: Sequence[Prompt]) -> Encoded:
+def example_with_answer(example: Conversation | Completion, text: str) -> Conversation | Completion:
+    """Return a prompt's example with this answer instead of its own."""
+    if isinstance(example, Completion):
+        return replace(example, completion=text)
+    return replace(example, messages=[*_before_answer(example), {"role": "assistant", "content": text}])
+
+
+def encode_prompts(encoder: Encoder, prompts: Sequence[Prompt], teacher_prompt: str | None = None) -> Encoded:
     """Encode prompts up to where the answer begins; no token is a target.
 
-    A prompt that leaves no room for an answer within the encoder's length is dropped.
+    A prompt that leaves no room for an answer within the encoder's length is dropped. With `teacher_prompt`, each prompt
+    is also encoded as a teacher sees it, with that text before it.
     """
-    rows, source, dropped, facts = [], [], {}, []
+    rows, source, dropped, facts, seen = [], [], {}, [], []
     for number, prompt in enumerate(prompts):
         example = prompt.example
         try:
             tokens = _tokens(encoder, example)
+            theirs = tokens
+            if teacher_prompt is not None:
+                theirs = _tokens(encoder, seen_by_teacher(example, teacher_prompt, encoder))
+        except FormatError as error:
+            dropped[number] = str(error)
+            continue
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             dropped[number] = f"the chat template refuses the prompt ({error})"
             continue
         if len(tokens) >= encoder.max_tokens:
             dropped[number] = f"the prompt has {len(tokens)} tokens, and --max-seq-length is {encoder.max_tokens}"
             continue
-        rows.append((np.array(tokens, np.int32), np.zeros(len(tokens), bool)))
+        rows.append(_untrained(tokens))
+        seen.append(_untrained(theirs))
         source.append(number)
-        facts.append({"prompt": prompt_of(prompt), "chat": prompt.chat, "columns": prompt.columns})
-    encoded = EncodedSet.from_rows(rows).with_facts(facts)
+        facts.append(
+            {"prompt": prompt_of(prompt), "chat": prompt.chat, "columns": prompt.columns, "example": prompt.example}
+        )
+    teacher = None if teacher_prompt is None else EncodedSet.from_rows(seen)
+    encoded = replace(EncodedSet.from_rows(rows).with_facts(facts), teacher=teacher)
     return Encoded(encoded, np.array(source, np.int64), dropped, [], {}, [])
+
+
+def _untrained(tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(tokens, np.int32), np.zeros(len(tokens), bool)
 
 
 def _tokens(encoder: Encoder, example: Conversation | Completion) -> list[int]:

@@ -239,6 +239,14 @@ class Renderer:
         except FormatError:
             return False
 
+    @cached_property
+    def shows_system(self) -> bool:
+        """Whether the template shows a system message."""
+        try:
+            return "qzx" in self._text([{"role": "system", "content": "qzx"}, *PROBE], None)
+        except FormatError:
+            return False
+
     def _fast_spans(self, text: str, messages: list[Message], tools: list[dict] | None) -> list[Span] | None:
         """Return each assistant turn's span, or None if the fast path does not apply."""
         prompt, frame, answers = self.generation_prompt, self._frame, _answers(messages)

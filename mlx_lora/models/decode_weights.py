@@ -70,7 +70,12 @@ def layers_with_copies(base: Base) -> list[nn.Module]:
     head = find_head(base.model, base.config)
     tied = not isinstance(head, Head) or hasattr(head.layer, "as_linear")
     kinds = (MeasuredQuantizedLinear, MeasuredQuantizedEmbedding) if tied else (MeasuredQuantizedLinear,)
-    return [layer for layer in base.model.modules() if type(layer) in kinds]
+    return [layer for layer in base.model.modules() if isinstance(layer, kinds)]  # checkpointing mixes a class in
+
+
+def copied_bytes(base: Base) -> int:
+    """Return what dense copies of a model's weights take; 0 if it has no quantized layer."""
+    return sum(_copied_bytes(layer) for layer in layers_with_copies(base))
 
 
 def choose_weights(base: Base, rows: int = TOKEN, free_bytes: int | None = None) -> DecodeWeights | None:
@@ -87,7 +92,7 @@ def choose_weights(base: Base, rows: int = TOKEN, free_bytes: int | None = None)
     layers = layers_with_copies(base)
     if not layers:
         return None
-    copied = sum(_copied_bytes(layer) for layer in layers)
+    copied = copied_bytes(base)
     free = device.free_bytes() if free_bytes is None else free_bytes
     if base.decode_weights == PACKED:
         return DecodeWeights(PACKED, "--decode-weights packed", copied)
@@ -119,12 +124,17 @@ def hold_weights(base: Base, rows: int = TOKEN) -> DecodeWeights | None:
     chosen = choose_weights(base, rows, device.free_bytes() + held)
     if chosen is None or chosen.form == PACKED:
         release_weights(base.model)
-        return chosen
+    else:
+        copy_weights(base)
+    return chosen
+
+
+def copy_weights(base: Base) -> None:
+    """Give every layer that can have one a dense copy, until `release_weights`; those that are there stay."""
     for layer in layers_with_copies(base):
         if DENSE not in layer:
             layer[DENSE] = _dense(layer)
             mx.eval(layer[DENSE])  # one at a time: dequantizing needs more than its result
-    return chosen
 
 
 def release_weights(model: nn.Module) -> None:
@@ -134,15 +144,15 @@ def release_weights(model: nn.Module) -> None:
 
 
 @contextmanager
-def held_weights(base: Base) -> Iterator[DecodeWeights | None]:
-    """Give the layers their chosen form inside the block; copies that were there before stay.
+def held_weights(base: Base, rows: int = TOKEN) -> Iterator[DecodeWeights | None]:
+    """Give the layers their chosen form for so many rows inside the block; copies that were there before stay.
 
     Raises:
         InputError: as for `choose_weights`.
     """
     had = any(DENSE in layer for layer in base.model.modules())
     try:
-        yield hold_weights(base)
+        yield hold_weights(base, rows)
     finally:
         if not had:
             release_weights(base.model)
@@ -193,7 +203,9 @@ def product_figures(
     figures = read_figures(keys[rows])
     if figures is None or figures.keys() != {PACKED, IN_FULL}:
         say(f"Measuring {NAME} for {kind_words((rows, *kind))}, once on this machine")
+        high, low = mx.random.state[0].tolist()  # a trial's layers draw numbers, a run must not miss them
         measured = _measure(kind, dtype)
+        mx.random.seed(high << 32 | low)
         for count, one in measured.items():
             keep_figures(keys[count], one)
         figures = measured[rows]

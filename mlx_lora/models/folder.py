@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 from huggingface_hub.errors import StrictDataclassError
+from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 import mlx_lora
@@ -85,6 +86,48 @@ def load_weights(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict
     return model, config
 
 
+def is_classifier(config: dict[str, Any]) -> bool:
+    """Tell whether a config.json is that of transformers' sequence classification, as reward models are stored."""
+    return any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or [])
+
+
+def load_classifier_weights(folder: Path, score: str) -> tuple[nn.Module, dict[str, Any], mx.array]:
+    """Return mlx-lm's model of a reward model's folder, its config, and the weight of its score head, (1, D).
+
+    Args:
+        folder: with config.json and model*.safetensors as transformers writes them; weights are lazy.
+        score: the stored name of the head's weight.
+
+    Raises:
+        InputError: a file is missing or damaged, or this is no reward model of transformers' layout.
+    """
+    config = read_json(folder / CONFIG_FILE, "download the model again")
+    headers = {file: read_safetensors_header(file) for file in sorted(folder.glob("model*.safetensors"))}
+    stored = {name: (file, entry) for file, header in headers.items() for name, entry in header.items()}
+    shape = stored[score][1]["shape"] if score in stored else []
+    if len(shape) != 2 or shape[0] != 1:
+        raise InputError(f"{folder}: its {score} is {tuple(shape) or 'missing'}; a reward model has one of (1, width)")
+    check_config(config, folder / CONFIG_FILE, len(stored))
+    import_architecture(config)
+    try:
+        # Without a language model's head, which is not there. Names are compared below.
+        model, config = load_model(folder, lazy=True, strict=False, model_config={"tie_word_embeddings": True})
+        complete_module(model)
+        model(mx.zeros((1, 2), mx.int32))
+    except FOREIGN_ERRORS as error:
+        raise InputError(
+            f"{folder}: mlx-lm cannot build this {config.get('model_type')} model ({short(error)})"
+        ) from error
+    needed = {name for name, _ in tree_flatten(model.parameters())}
+    beyond = {score, "lm_head.weight", *(name for name in stored if name.endswith("rotary_emb.inv_freq"))}
+    if differing := sorted(needed ^ (stored.keys() - beyond)):
+        raise InputError(
+            f"{folder}: its tensors are not those of mlx-lm's {config['model_type']} ({', '.join(differing[:3])}); use "
+            "the adapter that it was made from, with its base"
+        )
+    return model, config, mx.load(str(stored[score][0]))[score]
+
+
 def import_architecture(config: dict[str, Any]) -> None:
     """Import mlx-lm's module of a model; OLMo 1's ends the process if a package is missing, which is caught here.
 
@@ -122,7 +165,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     config = read_json(file, "download the model again")
     if "model_type" not in config:
         raise InputError(f"{file}: has no model_type; give a language model's folder")
-    if any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or []):
+    if is_classifier(config):
         raise InputError(
             f"{file}: a classifier or reward model, which gives scores, not text; give the language model that it was "
             "made from, with its adapter"

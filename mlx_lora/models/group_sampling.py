@@ -1,13 +1,15 @@
 """Sample several answers to each of several prompts in one batch, with the model as it is.
 
-A prompt is computed once, and its keys and values are copied for each of its answers. Each answer draws from a random
-stream of its own, so it does not depend on which others are sampled beside it, apart from rounding.
+A prompt is computed once, and its keys and values are copied for each of its answers; the beginning that all prompts have
+in common, such as a system text, is computed once for all of them. Each answer draws from a random stream of its own, so it
+does not depend on which others are sampled beside it, apart from rounding.
 
 Shapes: N prompts, G answers to each, A = N G answers, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,7 @@ from mlx_lm.sample_utils import apply_min_p, apply_top_p
 from mlx_lora.system.errors import InputError
 
 PREFILL_TOKENS = 512  # of a prompt that are computed at once
+LEAST_SHARED = 16  # tokens that prompts have in common, from which on these are computed once
 # Rows that have ended stay in the batch until they are this share of it: taking rows out copies all keys and values.
 ENDED_SHARE = 0.25
 STEPS_PER_CLEARING = 256  # steps after which unused buffers are freed
@@ -118,16 +121,29 @@ def answer_keys(seed: int, rollout: int, count: int) -> mx.array:
 
 def _group_caches(model: nn.Module, prompts: Sequence[Sequence[int]], group: int) -> list[Any]:
     """Compute each prompt without its last token, and return caches of A rows."""
-    of_prompts = []
+    common, of_prompts = _common_beginning(prompts), []
+    begun = make_prompt_cache(model)
+    _compute(model, common, begun)
     for prompt in prompts:
-        caches, rest = make_prompt_cache(model), list(prompt[:-1])
-        while rest:
-            model(mx.array([rest[:PREFILL_TOKENS]]), cache=caches)
-            mx.eval([cache.state for cache in caches])
-            rest = rest[PREFILL_TOKENS:]
+        caches = copy.deepcopy(begun) if common else make_prompt_cache(model)  # copies no array
+        _compute(model, prompt[len(common) : -1], caches)
         of_prompts.append(caches)
     layers = zip(*of_prompts, strict=True)
     return [layer[0].merge([cache for cache in layer for _ in range(group)]) for layer in layers]
+
+
+def _common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Return the tokens that all of several prompts begin with, without any prompt's last; empty if they are few."""
+    shortest = min(map(len, prompts)) - 1
+    count = next((n for n in range(shortest) if len({prompt[n] for prompt in prompts}) > 1), shortest)
+    return list(prompts[0][:count]) if len(prompts) > 1 and count >= LEAST_SHARED else []
+
+
+def _compute(model: nn.Module, tokens: Sequence[int], caches: list[Any]) -> None:
+    """Put the keys and values of tokens into caches."""
+    for start in range(0, len(tokens), PREFILL_TOKENS):
+        model(mx.array([tokens[start : start + PREFILL_TOKENS]]), cache=caches)
+        mx.eval([cache.state for cache in caches])
 
 
 def _drawn(logits: mx.array, keys: mx.array, options: SamplingOptions) -> tuple[mx.array, mx.array, mx.array]:

@@ -109,19 +109,20 @@ def choose_model_kernels(
     asked: str,
     dtype: mx.Dtype,
     say: Callable[[str], None] = lambda line: None,
-    shared: bool = False,
+    joined_lengths: Iterable[int] = (),
 ) -> KernelChoice:
     """Return the kernels that a model trains with on this device, after measuring what is not in the cache.
 
     Args:
         model: with or without adapters; it is not computed.
-        lengths: of the rows that it will be trained on, in positions.
+        lengths: of the rows with one text that it will be trained on, in positions.
         asked: --kernels.
         dtype: of its activations.
         say: called with a line before each measurement.
-        shared: whether a row holds a prompt and several answers.
+        joined_lengths: of the rows that hold a prompt and several answers.
     """
-    return choose_among(recorded_calls(model, lengths, shared), asked, dtype, say)
+    calls = [*recorded_calls(model, lengths), *recorded_calls(model, joined_lengths, shared=True)]
+    return choose_among(calls, asked, dtype, say)
 
 
 def choose_among(
@@ -171,7 +172,13 @@ def planned_kernels(model: ModelShape, asked: str, dtype: mx.Dtype) -> KernelCho
 
 
 def recorded_calls(model: nn.Module, lengths: Iterable[int], shared: bool = False) -> list[tuple[Kernel, ShapeClass]]:
-    """Return each kernel and shape class that the model uses on rows of these lengths; `shared` as above."""
+    """Return each kernel and shape class that the model uses on rows of these lengths.
+
+    Args:
+        model: is not computed.
+        lengths: in positions.
+        shared: whether a row holds a prompt and several answers.
+    """
     found: dict[tuple[str, ShapeClass], Kernel] = {}
 
     def record(kernel: Kernel, shape: ShapeClass) -> str:

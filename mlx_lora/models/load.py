@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.models.converting import cached_gguf_folder
 from mlx_lora.models.fingerprint import base_fingerprint
-from mlx_lora.models.folder import load_weights
+from mlx_lora.models.folder import load_classifier_weights, load_weights
 from mlx_lora.models.matmul import MatmulPaths, use_measured_matmul
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.models.vocabulary import embedding_rows
@@ -135,10 +135,30 @@ def load_base(settings: ModelSettings, read: bool = True) -> Base:
     source = resolve_model(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
     folder = cached_gguf_folder(source) if source.kind == "gguf" else source.path
     model, config = load_weights(folder, settings.trust_remote_code)
+    return _base_of(model, config, folder, replace(settings, model=source.model_id, revision=source.revision))
+
+
+def load_classifier(folder: Path, settings: ModelSettings, score: str) -> tuple[Base, mx.array]:
+    """Return a reward model's folder as a base without a score head, and the head's weight, (1, D).
+
+    Args:
+        folder: as transformers writes it.
+        settings: how to load it; their model is not read.
+        score: the stored name of the head's weight.
+
+    Raises:
+        InputError: see `load_classifier_weights`.
+    """
+    model, config, weight = load_classifier_weights(folder, score)
+    return _base_of(model, config, folder, replace(settings, model=str(folder), revision=None)), weight
+
+
+def _base_of(model: nn.Module, config: dict[str, Any], folder: Path, settings: ModelSettings) -> Base:
+    """Return a base of a folder's model, cast to the compute dtype and frozen; the settings name it."""
     # Before the cast: float32 norms that are rounded to float16 and then to bfloat16 differ from those rounded once.
     fingerprint = base_fingerprint(model, config)
     _cast_floats(model, device.compute_dtype(settings.dtype))
-    _check_experts(model, source.model_id)
+    _check_experts(model, settings.model or "")
     matmul_paths = use_measured_matmul(model, settings.quantized_matmul)
     model.freeze()
     if read:
@@ -150,8 +170,8 @@ def load_base(settings: ModelSettings, read: bool = True) -> Base:
         tokenizer,
         config,
         folder,
-        source.model_id,
-        source.revision,
+        settings.model or "",
+        settings.revision,
         fingerprint,
         matmul_paths,
         size_bytes,

@@ -96,6 +96,23 @@ def shared_caches(model: nn.Module, inputs: mx.array, starts: mx.array | None = 
     return {"cache": [layout] * len(make_prompt_cache(model))}
 
 
+def answers_at(positions: mx.array, width: int, starts: mx.array | None = None) -> mx.array:
+    """Return which answer each position belongs to, (P,): its row, or row * K + place in the row where rows hold K answers.
+
+    A position in the prompt counts for the first answer, as in a row that holds only that one.
+
+    Args:
+        positions: (P,) int, row * T + column.
+        width: T.
+        starts: (B, K) int32, the column at which each answer starts, or None.
+    """
+    rows = positions // width
+    if starts is None:
+        return rows
+    later = (positions % width)[:, None] >= starts[rows][:, 1:]
+    return rows * starts.shape[1] + later.sum(axis=1)
+
+
 class Rotation(nn.Module):
     """A mix-in for the class of a rotating layer, which then also takes a position for each token."""
 

@@ -25,6 +25,7 @@ from mlx_lm.models import base
 from mlx_lm.models.cache import BatchKVCache
 from mlx_lm.models.rope_utils import Llama3RoPE, ProportionalRoPE, SuScaledRoPE
 
+from mlx_lora.models.shared_prefix import Rotation
 from mlx_lora.system import device
 
 ATTENTION = "scaled_dot_product_attention"  # the name under which mlx-lm's architectures import it
@@ -132,12 +133,21 @@ class TokenSteps:
 
 def _prepared(modules: list[nn.Module]) -> Turns:
     """Give layers of positions their other class, and return the turns that they share."""
-    layers = [module for module in modules if type(module) in (*TURNING, *TURNING.values())]
+    layers = [module for module in modules if _plain_class(module) in (*TURNING, *TURNING.values())]
     turns: Any = next((layer.turns for layer in layers if hasattr(layer, TURNS)), None) or Turns()
     for layer in layers:
-        layer.__class__ = TURNING.get(type(layer), type(layer))
+        own = _plain_class(layer)
+        if own in TURNING:
+            by_token = (Rotation,) if isinstance(layer, Rotation) else ()
+            layer.__class__ = type(own.__name__, (*by_token, TURNING[own]), {}) if by_token else TURNING[own]
         layer.turns, layer.kind = turns, _kind(layer)
     return turns
+
+
+def _plain_class(module: nn.Module) -> type[nn.Module]:
+    """Return a module's class without the mix-in that lets it take a position for each token (shared_prefix.py)."""
+    kind = type(module)
+    return kind.__bases__[1] if issubclass(kind, Rotation) and kind is not Rotation else kind
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:

@@ -6,10 +6,10 @@ score of the answer replaces the log-probability. A method (LoRA, DoRA ...) deci
 is trained toward; every method works with every objective.
 
     records    rows of an example     loss is a mean over
-    examples   the example            tokens                imitation (sft), which needs none of this
+    examples   the example            tokens                imitation (sft, distill), which needs none of this
     pairs      chosen, rejected       pairs
     rated      answer, another        answers
-    prompts    G sampled answers      answers
+    prompts    G sampled answers      answers, or tokens if a teacher scores them
 
 Shapes: B rows of a batch, E = B / K examples.
 """
@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlx_lora.data.encoded_set import EncodedSet
+from mlx_lora.objectives.divergences import DivergenceOptions
 from mlx_lora.objectives.policy_losses import PolicyOptions
 
 
@@ -73,7 +74,8 @@ class Objective:
         scores: whether a score head gives each answer one number, which replaces its log-probability.
         divergence: whether the loss needs the mean log-ratio of policy to reference on each example's second row. No
             gradient goes through it, so that row is not trained (KTO).
-        policy: the loss of answers that are sampled during the run; None: the data have the answers.
+        policy: the loss of sampled answers that are rewarded; None: it has another.
+        distills: how tokens are compared with a teacher's; None: there is no teacher.
         room: how many answers are sampled to a prompt, and the most tokens of one.
         reports: names of the numbers that the loss reports.
         finish: turns the means of these numbers into the numbers that users see.
@@ -88,14 +90,20 @@ class Objective:
     divergence: bool = False
     scores: bool = False
     policy: PolicyOptions | None = None
+    distills: DivergenceOptions | None = None
     room: tuple[int, int] = (1, 0)
     reports: tuple[str, ...] = ()
     finish: Callable[[dict[str, float]], dict[str, float]] = dict
+
+    @property
+    def samples(self) -> bool:
+        """Whether the answers are sampled during the run."""
+        return self.records == "prompts"
 
     def targets_of(self, rows: EncodedSet) -> EncodedSet:
         """Return encoded rows with the targets that this objective trains on."""
         if self.scores:
             return rows.with_end_scores()
-        if self.policy is not None:
+        if self.samples:
             return rows.with_room(*self.room)
         return rows.with_whole_rows() if self.likelihood == "rows" else rows

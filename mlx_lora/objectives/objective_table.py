@@ -9,20 +9,27 @@ from difflib import get_close_matches
 import mlx.core as mx
 
 from mlx_lora.objectives import pair_losses
+from mlx_lora.objectives.divergences import FORWARD_KL, REVERSE_KL, SAMPLED_KL, DivergenceOptions
 from mlx_lora.objectives.objective import AnswerSums, Objective
 from mlx_lora.objectives.pair_losses import PAIR_LOSSES, PairLoss, PairOptions, Pairs
 from mlx_lora.objectives.policy_losses import PolicyOptions
 from mlx_lora.objectives.rated_losses import RATED_LOSSES, RatedOptions, Ratings
 from mlx_lora.objectives.reward_loss import bradley_terry
-from mlx_lora.settings.config import SAMPLING, ObjectiveSettings
+from mlx_lora.objectives.user_rewards import KNOWN, NO_SPREAD, SPREAD, means_of_known, own_reports, reward_names
+from mlx_lora.settings.config import ObjectiveSettings
+from mlx_lora.settings.objective_settings import SAMPLING
 from mlx_lora.system.errors import InputError
 
 RATED_REPORTS = ("rewards_good", "rewards_bad", "good", "divergence")
 REWARD_REPORTS: tuple[str, ...] = ("accuracy", "margin", "chosen_rewards", "rejected_rewards")
-POLICY_REPORTS = ("reward", "length", "truncated", "kl", "clipped")
-# Settings of objectives that sample answers.
-OF_SAMPLING = ("reward", "reward_weights", "reward_errors", "reward_timeout", "group_size", "max_new_tokens", "temp",
-    "top_p", "min_p", "epsilon", "epsilon_high", "kl_beta", "mask_truncated", "updates_per_rollout")  # fmt: skip
+POLICY_REPORTS = ("reward", SPREAD, NO_SPREAD, "length", "truncated", "kl", "clipped")
+# Settings of objectives that sample answers, of which some are used for a teacher's answers, and of those that reward them.
+OF_SAMPLING = ("group_size", "max_new_tokens", "temp", "top_p", "min_p", "mask_truncated", "updates_per_rollout")
+OF_REWARDS = ("reward", "reward_weights", "reward_errors", "reward_timeout", "epsilon", "epsilon_high", "kl_beta")
+DISTILL_REPORTS = ("kl",)
+ON_POLICY_REPORTS = ("kl", "length", "truncated", "answers")
+OF_TEACHER = ("teacher", "teacher_prompt", "teacher_top_k", "divergence", "jsd_beta", "distill_temp", "on_policy")
+OF_WRITING = ("max_new_tokens", "temp", "top_p", "min_p")  # these are used for a teacher's answers too
 PAIR_REPORTS = (*REWARD_REPORTS, "chosen_logps", "rejected_logps")
 
 
@@ -136,15 +143,69 @@ def _reward(settings: ObjectiveSettings) -> Objective:
 
 def _policy(settings: ObjectiveSettings) -> Objective:
     name = settings.objective
+    if settings.group_size == 1:
+        raise InputError(
+            f"--group-size 1 with --objective {name}: it compares the answers to a prompt; give at least 2"
+        )
     loss = name if name == "rloo" else settings.grpo_loss
     high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
     # The penalty of rloo is taken from the reward, as in TRL; that of the others is part of the loss.
     beta = 0.0 if name == "rloo" else settings.kl_beta
     options = PolicyOptions(loss, settings.epsilon, high, beta, settings.kl_beta > 0, settings.max_new_tokens)
-    words = f"{name}: {'' if name == loss else f'{loss} loss, '}groups of {settings.group_size}"
+    words = f"{name}: {'' if name == loss else f'{loss} loss, '}groups of {settings.answers_per_prompt}"
     words += f", divergence weight {settings.kl_beta:g}" if settings.kl_beta else ""
-    room = settings.group_size, settings.max_new_tokens
-    return Objective(name, "prompts", words, reports=POLICY_REPORTS, policy=options, room=room)
+    room, own = (settings.answers_per_prompt, settings.max_new_tokens), own_reports(reward_names(settings))
+    reports = (*POLICY_REPORTS, *own, *(KNOWN + one for one in own))
+    return Objective(name, "prompts", words, reports=reports, policy=options, room=room, finish=means_of_known)
+
+
+def _distill(settings: ObjectiveSettings) -> Objective:
+    name = settings.divergence or (REVERSE_KL if settings.on_policy else FORWARD_KL)
+    options = DivergenceOptions(
+        name, settings.jsd_beta, settings.distill_temp, settings.teacher_top_k, reports_reverse=settings.on_policy
+    )
+    words = f"distill: {name}"
+    words += f" {settings.jsd_beta:g}" if name == "jsd" else ""
+    words += f", temperature {settings.distill_temp:g}" if settings.distill_temp != 1 else ""
+    if not settings.on_policy:
+        _refuse_sampling(settings)
+        return Objective("distill", description=words, distills=options, reports=DISTILL_REPORTS)
+    if name == SAMPLED_KL:
+        _refuse_beside_sampled_kl(settings)
+    group = settings.answers_per_prompt
+    words += f", {group} sampled answer{'s' * (group > 1)} to each prompt"
+    return Objective(
+        "distill", "prompts", words, distills=options, room=(group, settings.max_new_tokens), reports=ON_POLICY_REPORTS,
+        finish=_per_answer,
+    )  # fmt: skip
+
+
+def _per_answer(means: dict[str, float]) -> dict[str, float]:
+    """Convert means over trained tokens to means over answers, where that is what they are about."""
+    answers = means.get("answers")
+    return {
+        "kl": means["kl"],
+        **{name: means[name] / answers if answers else math.nan for name in ("length", "truncated")},
+    }
+
+
+def _refuse_sampling(settings: ObjectiveSettings) -> None:
+    """Refuse options of sampling for a run that samples nothing."""
+    if settings.divergence == SAMPLED_KL:
+        raise InputError(f"--divergence {SAMPLED_KL}: it needs sampled answers; add --on-policy, or give reverse_kl")
+    for name in OF_SAMPLING:
+        if getattr(settings, name) != getattr(ObjectiveSettings, name):
+            raise InputError(f"--{name.replace('_', '-')} without --on-policy: nothing is sampled; leave it out")
+
+
+def _refuse_beside_sampled_kl(settings: ObjectiveSettings) -> None:
+    """Refuse options that change what is sampled or compared: the estimate holds for the student's own probabilities."""
+    for name in ("temp", "top_p", "min_p", "distill_temp", "teacher_top_k"):
+        if getattr(settings, name) != getattr(ObjectiveSettings, name):
+            raise InputError(
+                f"--{name.replace('_', '-')} with --divergence {SAMPLED_KL}: it compares the probabilities of tokens sampled "
+                "as the student itself would; leave it out, or give reverse_kl"
+            )
 
 
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Objective]] = {
@@ -157,6 +218,7 @@ OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Objective]] = {
     "reward": _reward,
     "grpo": _policy,
     "rloo": _policy,
+    "distill": _distill,
 }
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # the losses of DPO's family that use --label-smoothing
 # Options that only some objectives use; with any other objective they are refused, because they would be ignored.
@@ -172,12 +234,15 @@ OWN_OPTIONS = {
     "cpo_alpha": ("cpo",),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
-    "shared_prefix": ("dpo", "orpo", "simpo", "cpo", "reward"),
+    "shared_prefix": ("dpo", "orpo", "simpo", "cpo", "reward", *SAMPLING),
     "reference_adapter": ("dpo", "kto"),
     "center_rewards": ("reward",),
     "grpo_loss": ("grpo",),
     "scale_rewards": ("grpo",),
-    **dict.fromkeys(OF_SAMPLING, SAMPLING),
+    **dict.fromkeys(OF_REWARDS, SAMPLING),
+    **dict.fromkeys(OF_SAMPLING, (*SAMPLING, "distill")),
+    "own_prompts": ("distill",),
+    **dict.fromkeys(OF_TEACHER, ("distill",)),
 }
 
 

@@ -116,9 +116,9 @@ def group_advantages(rewards: np.ndarray, group: int, scale: str = "group") -> n
     by_prompt = rewards.reshape(-1, group).astype(np.float64)
     difference = by_prompt - _mean(by_prompt)
     if scale == "group":
-        difference = difference / (_deviation(by_prompt) + TINY)
+        difference = difference / (group_deviation(by_prompt) + TINY)
     elif scale == "batch":
-        difference = difference / (_deviation(by_prompt.reshape(1, -1)) + TINY)
+        difference = difference / (group_deviation(by_prompt.reshape(1, -1)) + TINY)
     return np.nan_to_num(difference, nan=0.0).astype(np.float32).ravel()
 
 
@@ -141,7 +141,7 @@ def _mean(values: np.ndarray) -> np.ndarray:
     return np.where(found, values, 0.0).sum(axis=1, keepdims=True) / np.maximum(found.sum(axis=1, keepdims=True), 1)
 
 
-def _deviation(values: np.ndarray) -> np.ndarray:
+def group_deviation(values: np.ndarray) -> np.ndarray:
     """Return the sample's standard deviation of each row, NaN left out, as a column; 0 for fewer than two."""
     found = np.isfinite(values)
     squares = np.where(found, (values - _mean(values)) ** 2, 0.0).sum(axis=1, keepdims=True)

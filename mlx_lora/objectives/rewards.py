@@ -1,9 +1,10 @@
-"""What rewards sampled answers: functions with the signature of TRL's, ready ones by name, and their sum.
+"""What rewards sampled answers: functions with the signature of TRL's, ready ones by name, and reward models.
 
     def reward(prompts, completions, completion_ids, **columns) -> list[float | None]
 
 Prompts and completions are texts, or lists of messages for data with messages; each column of the data comes as a list
-with one value for each answer. None means: cannot be rewarded.
+with one value for each answer. None means: cannot be rewarded. A reward model scores whole conversations instead;
+runs/reward_models.py loads it.
 
 Shapes: A answers, F functions.
 """
@@ -32,14 +33,16 @@ class Reward:
     """One function that rewards answers.
 
     Attributes:
-        name: for reports and errors.
+        name: for reports and errors; no other reward of a run has it.
         function: see the module.
         weight: of its values in the sum.
+        model: folder of a reward model, whose function takes conversations and has no time limit; None: a function.
     """
 
     name: str
     function: RewardFunction
     weight: float = 1.0
+    model: Path | None = None
 
 
 def text_of(completion: Any) -> str:

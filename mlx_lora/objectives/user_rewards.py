@@ -1,14 +1,17 @@
 """Load rewards by name or from a user's Python file, and call them with a time limit.
 
-Shapes: A answers, F functions.
+Shapes: A answers, F functions, G answers to one prompt.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
+import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -18,9 +21,15 @@ from typing import Any
 
 import numpy as np
 
+from mlx_lora.data.examples import Completion, Conversation
+from mlx_lora.objectives.policy_losses import group_deviation
 from mlx_lora.objectives.rewards import NAMES, PLAIN, Reward, RewardFunction, ready_reward
 from mlx_lora.settings.config import ObjectiveSettings
 from mlx_lora.system.errors import InputError, RunError
+
+GIVE = f"a function as FILE.py:FUNCTION, the folder of a reward model, or {', '.join(NAMES)}"
+# What is reported of answers beside their reward; a reward's own mean has its name after OWN, and KNOWN before that its share.
+SPREAD, NO_SPREAD, OWN, KNOWN = "reward_std", "frac_reward_zero_std", "reward/", "known "
 
 
 class _TooLong(BaseException):
@@ -28,18 +37,56 @@ class _TooLong(BaseException):
 
 
 def rewards_of(settings: ObjectiveSettings) -> list[Reward]:
-    """Return the rewards that the settings name.
+    """Return the rewards that the settings name; the reward models among them are not loaded yet.
 
     Raises:
         InputError: there are none, a name is unknown, or a file cannot be loaded.
     """
-    names = [name.strip() for name in (settings.reward or "").split(",") if name.strip()]
-    if not names:
-        raise InputError(
-            f"--objective {settings.objective} requires --reward: a function as FILE.py:FUNCTION, or {', '.join(NAMES)}"
-        )
-    weights = _weights(settings.reward_weights, len(names))
-    return [Reward(_short(name), _function(name), weight) for name, weight in zip(names, weights, strict=True)]
+    asked = _asked(settings)
+    if not asked:
+        raise InputError(f"--objective {settings.objective} requires --reward: {GIVE}")
+    weights, names = _weights(settings.reward_weights, len(asked)), reward_names(settings)
+    models = [_model_folder(text) for text in asked]
+    return [
+        Reward(name, _not_loaded if model else _function(text), weight, model)
+        for name, text, weight, model in zip(names, asked, weights, models, strict=True)
+    ]
+
+
+def reward_names(settings: ObjectiveSettings) -> list[str]:
+    """Return the name of each reward for reports: the function's, the folder's or the kind's; where two are alike, all of it."""
+    asked = _asked(settings)
+    short = [_short(text) for text in asked]
+    names = [text if short.count(name) > 1 else name for text, name in zip(asked, short, strict=True)]
+    seen: Counter[str] = Counter()
+    for place, name in enumerate(names):  # the same one twice
+        seen[name] += 1
+        names[place] = name if seen[name] == 1 else f"{name} {seen[name]}"
+    return names
+
+
+def reward_folders(settings: ObjectiveSettings) -> list[Path]:
+    """Return the folders of the reward models that the settings name."""
+    return [folder for text in _asked(settings) if (folder := _model_folder(text))]
+
+
+def reward_files(settings: ObjectiveSettings) -> dict[str, str]:
+    """Return a check sum of the files that each reward is read from; all ranks must have the same.
+
+    Of a reward model these are its adapter and its config; a whole model's weights would take long to read.
+    """
+    if not settings.rewarded:
+        return {}
+    found = {}
+    for text in _asked(settings) if settings.samples else []:
+        path = text.partition(":")[2] if text.startswith("json_schema:") else text.rpartition(":")[0]
+        folder = _model_folder(text)
+        files = [Path(os.path.expanduser(path))] if path else []
+        files = [*folder.glob("adapter*"), folder / "config.json"] if folder else files
+        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files) if os.path.isfile(file)]
+        if digests:
+            found[f"code of --reward {text}"] = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+    return found
 
 
 def rewards_for(
@@ -47,6 +94,7 @@ def rewards_for(
     answers: dict[str, Any],
     settings: ObjectiveSettings,
     say: Callable[[str], None],
+    conversations: Sequence[Conversation | Completion] = (),
 ) -> np.ndarray:
     """Return what every function gives every answer, (A, F) float64; NaN: it cannot be rewarded.
 
@@ -55,6 +103,7 @@ def rewards_for(
         answers: their arguments by name: prompts, completions, completion_ids, and the data's columns.
         settings: the time limit, and what to do if a function fails.
         say: takes a line if a failure is skipped.
+        conversations: each prompt with its answer, for reward models.
 
     Raises:
         RunError: a function failed, and the run is to stop.
@@ -62,7 +111,7 @@ def rewards_for(
     count = len(answers["completions"])
     found = np.full((count, len(rewards)), math.nan)
     for column, reward in enumerate(rewards):
-        values = _called(reward, answers, settings, say)
+        values = _called(reward, answers, conversations, settings, say)
         if values is None:
             continue
         for row, value in enumerate(values):
@@ -80,14 +129,52 @@ def summed(found: np.ndarray, rewards: Sequence[Reward]) -> np.ndarray:
     return np.where(np.isnan(found).all(axis=1), math.nan, total)
 
 
+def reports_of(found: np.ndarray, rewards: Sequence[Reward], group: int) -> dict[str, np.ndarray]:
+    """Return what to report of answers, name -> (A,), so that means over answers are what users watch.
+
+    These are TRL's `reward_std`, the mean over groups of their standard deviation, and `frac_reward_zero_std`, the share of
+    groups without any spread, from which nothing is learned; and of several rewards each one's own, beside whether it gave one.
+
+    Args:
+        found: as `rewards_for` returns it.
+        rewards: the functions.
+        group: G.
+    """
+    deviation = group_deviation(summed(found, rewards).reshape(-1, group)).repeat(group)
+    named = {SPREAD: deviation, NO_SPREAD: np.isclose(deviation, 0.0).astype(np.float64)}
+    for column, name in enumerate(own_reports([reward.name for reward in rewards])):
+        own = found[:, column]
+        named |= {name: np.nan_to_num(own, nan=0.0), KNOWN + name: np.isfinite(own).astype(np.float64)}
+    return named
+
+
+def own_reports(names: Sequence[str]) -> list[str]:
+    """Return the names in reports of several rewards; none for a single one, which is the reward itself."""
+    return [OWN + name for name in names] if len(names) > 1 else []
+
+
+def means_of_known(means: dict[str, float]) -> dict[str, float]:
+    """Return reports with each reward's mean over the answers to which it gave one; NaN if there are none."""
+    shares = {name: means[KNOWN + name] for name in means if KNOWN + name in means}
+    own = {name: means[name] / share if share else math.nan for name, share in shares.items()}
+    return {name: own.get(name, value) for name, value in means.items() if not name.startswith(KNOWN)}
+
+
 def _called(
-    reward: Reward, answers: dict[str, Any], settings: ObjectiveSettings, say: Callable[[str], None]
+    reward: Reward,
+    answers: dict[str, Any],
+    conversations: Sequence[Conversation | Completion],
+    settings: ObjectiveSettings,
+    say: Callable[[str], None],
 ) -> list[Any] | None:
     """Return a function's values, None if it failed and that is skipped."""
     count = len(answers["completions"])
     try:
-        with _at_most(settings.reward_timeout):
-            values = list(reward.function(**answers))
+        if reward.model is not None:
+            values = list(reward.function(conversations))
+        else:
+            with _at_most(settings.reward_timeout):
+                values = list(reward.function(**answers))
     except _TooLong:
         limit = f"{settings.reward_timeout:g} s"
         _fail(f"--reward {reward.name} took longer than {limit} for {count} answers", settings, say, "--reward-timeout")
@@ -151,7 +238,7 @@ def _function(name: str) -> RewardFunction:
     path, colon, function = name.rpartition(":")
     if not colon or not path.endswith(".py"):
         near = get_close_matches(name, PLAIN, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"give FILE.py:FUNCTION, or {', '.join(NAMES)}"
+        hint = f"did you mean {near[0]}?" if near else f"give {GIVE}"
         raise InputError(f"--reward {name}: {hint}")
     module = _module(Path(path).expanduser(), name)
     if not callable(getattr(module, function, None)):
@@ -176,10 +263,27 @@ def _module(file: Path, name: str) -> ModuleType:
     return module
 
 
-def _short(name: str) -> str:
-    """Return the name for reports: the function's, or the kind of a ready one."""
-    path, _, function = name.rpartition(":")
-    return function if path.endswith(".py") else name.partition(":")[0]
+def _asked(settings: ObjectiveSettings) -> list[str]:
+    """Return what --reward names, one text each."""
+    return [text.strip() for text in (settings.reward or "").split(",") if text.strip()]
+
+
+def _model_folder(text: str) -> Path | None:
+    """Return the folder that a text of --reward names; None if it names something else."""
+    path = os.path.expanduser(text)
+    return Path(path) if text not in PLAIN and os.path.isdir(path) else None  # unlike Path's, False for any text
+
+
+def _not_loaded(conversations: Sequence[Any]) -> list[float | None]:
+    raise ValueError("a reward model that was not loaded")
+
+
+def _short(text: str) -> str:
+    """Return a short name for reports: the function's, the folder's, or the kind of a ready one."""
+    if folder := _model_folder(text):
+        return folder.resolve().name
+    path, _, function = text.rpartition(":")
+    return function if path.endswith(".py") else text.partition(":")[0]
 
 
 def _weights(text: str | None, count: int) -> list[float]:

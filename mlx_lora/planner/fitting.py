@@ -5,19 +5,24 @@ The arithmetic is in memory.py; this file calls it repeatedly with different set
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mlx_lora.planner.memory import MemoryPlan, plan_memory
-from mlx_lora.planner.shapes import Machine, ModelShape, Run
-from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
+from mlx_lora.planner.memory import ROLLOUT, MemoryPlan, plan_memory
+from mlx_lora.planner.shapes import Machine, ModelShape, Rollout, Run
+from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, LoopSettings, ObjectiveSettings, TrainSettings
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.units import gigabytes
 
 # Fastest first. Checkpointing is tried before smaller batches, because it does not change the run's results.
 AUTO_MODES = ("none", "selective", "block")
 SMALLEST_BATCH = 64
+FEWEST_NEW_TOKENS = 32  # of an answer, that the advice goes down to
 LONGEST_SEQUENCE = 1 << 20
+
+
+Prompts = Sequence[tuple[int, int]]
+"""Lengths of the prompts that answers are sampled to, in tokens, each with how many prompts are no longer."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,46 @@ def run_of(settings: TrainSettings, rows: int, width: int, mode: str, slots: int
         optimizer=settings.optimizer.optimizer,
         dropout=settings.adapter.dropout > 0,
         accumulates=loop.grad_accumulation_steps * loop.batch_parts > 1,
+        teacher_top_k=settings.objective.teacher_top_k if settings.objective.objective == "distill" else None,
+        rollout=_rollout_of(settings.objective, rows // together, width),
     )
+
+
+def _rollout_of(objective: ObjectiveSettings, prompts: int, width: int) -> Rollout | None:
+    """Return the answers that are sampled for a batch whose rows have room for them; None if the data have them.
+
+    Args:
+        objective: of the run.
+        prompts: of the batch.
+        width: positions of its longest row.
+    """
+    if not objective.samples:
+        return None
+    prompt = max(1, width - answer_room(objective))
+    return Rollout(prompts, objective.answers_per_prompt, prompt, objective.max_new_tokens)
+
+
+def largest_rollout(settings: TrainSettings, batch_tokens: int, prompts: Prompts) -> Rollout | None:
+    """Return the batch of prompts whose answers take the most; None without prompts.
+
+    Short prompts may take more than long ones: more of them fit into a batch, and mlx-lm's caches grow in large steps.
+    """
+    objective, found = settings.objective, []
+    for tokens, count in prompts:
+        most_rows = count * objective.rows_per_example
+        rows, _ = largest_batch(tokens + answer_room(objective), settings, batch_tokens, most_rows)
+        batch = rows // objective.trained_rows_per_example
+        found.append(Rollout(batch, objective.answers_per_prompt, tokens, objective.max_new_tokens))
+    return max(found, key=lambda one: one.prompts * one.cached_tokens, default=None)
+
+
+def answer_room(objective: ObjectiveSettings) -> int:
+    """Return the positions of a row beyond its prompt's tokens, with answers of full length (EncodedSet.with_room)."""
+    if objective.rows_per_example > 1:
+        return objective.max_new_tokens - 1
+    return (
+        objective.answers_per_prompt * (1 + objective.max_new_tokens) - 2
+    )  # each answer begins with the prompt's last token
 
 
 def budget_of(loop: LoopSettings, machine: Machine) -> int:
@@ -78,7 +122,12 @@ def budget_of(loop: LoopSettings, machine: Machine) -> int:
 
 
 def fit(
-    settings: TrainSettings, shape: ModelShape, machine: Machine, width: int, most_rows: int | None = None
+    settings: TrainSettings,
+    shape: ModelShape,
+    machine: Machine,
+    width: int,
+    most_rows: int | None = None,
+    prompts: Prompts = (),
 ) -> Fitted:
     """Choose batch tokens and checkpointing if the settings leave them open.
 
@@ -90,11 +139,14 @@ def fit(
         shape, machine: the model and the machine.
         width: positions of the longest row.
         most_rows: the number of rows in the data; None: not known.
+        prompts: that answers are sampled to; without any, that of the longest row.
     """
     budget = budget_of(settings.loop, machine)
     for tokens, mode in _choices(settings.loop, width * settings.objective.rows_per_example):
         rows, columns = largest_batch(width, settings, tokens, most_rows)
-        found = Fitted(tokens, mode, plan_memory(shape, run_of(settings, rows, columns, mode), machine, budget))
+        run = run_of(settings, rows, columns, mode)
+        run = replace(run, rollout=largest_rollout(settings, tokens, prompts) or run.rollout)
+        found = Fitted(tokens, mode, plan_memory(shape, run, machine, budget))
         if found.memory.fits:
             break
     return found
@@ -145,7 +197,8 @@ def planned_words(memory: MemoryPlan) -> str:
     if memory.not_known:
         limit = gigabytes(memory.budget_bytes)
         return f"memory use not known in advance ({memory.not_known[0]}), so the run is watched against {limit}"
-    return f"planned peak {gigabytes(memory.peak_bytes)}, limit {gigabytes(memory.budget_bytes)}"
+    moment = " while answers are sampled" if memory.phase == ROLLOUT else ""
+    return f"planned peak {gigabytes(memory.peak_bytes)}{moment}, limit {gigabytes(memory.budget_bytes)}"
 
 
 def check_fits(
@@ -156,13 +209,14 @@ def check_fits(
     width: int,
     quantized: Callable[[], ModelShape | None] = lambda: None,
     most_rows: int | None = None,
+    prompts: Prompts = (),
 ) -> None:
     """Refuse a run that does not fit, unless --no-memory-check is given.
 
     Args:
         settings: of the run.
         fitted: the result of `fit`.
-        shape, machine, width, most_rows: as for `fit`.
+        shape, machine, width, most_rows, prompts: as for `fit`.
         quantized: returns the shape with a 4-bit base, or None if it is already quantized.
 
     Raises:
@@ -172,9 +226,10 @@ def check_fits(
     if memory.fits or not settings.loop.memory_check or shape.not_known:
         return  # memory that is not known is watched during the run (training/memory_guard.py)
     limit = "--memory-budget" if settings.loop.memory_budget else f"the working set of {machine.name}"
+    moment = "while answers are sampled" if memory.phase == ROLLOUT else "at its peak"
     raise InputError(
-        f"this run: needs {gigabytes(memory.needed_bytes)} at its peak by the plan, but {limit} is "
-        f"{gigabytes(memory.budget_bytes)}; {advice(settings, shape, machine, width, quantized, most_rows)}, or "
+        f"this run: needs {gigabytes(memory.needed_bytes)} {moment} by the plan, but {limit} is "
+        f"{gigabytes(memory.budget_bytes)}; {advice(settings, shape, machine, width, quantized, most_rows, prompts)}, or "
         "--no-memory-check to try it anyway"
     )
 
@@ -186,16 +241,21 @@ def advice(
     width: int,
     quantized: Callable[[], ModelShape | None] = lambda: None,
     most_rows: int | None = None,
+    prompts: Prompts = (),
 ) -> str:
     """Return the settings that fit and change the run least, as flags."""
     for model, words in ((lambda: shape, []), (quantized, ["a 4-bit base"])):
         found = model()
         if found is None:
             continue
-        flags = _nearest(settings, found, machine, width, most_rows)
+        if settings.objective.samples:
+            flags = _nearest_sampling(settings, found, machine, width, most_rows, prompts)
+        else:
+            flags = _nearest(settings, found, machine, width, most_rows)
         if flags is not None:
             return "try " + " and ".join(filter(None, [*words, " ".join(flags)]))
-    return "even short sequences and small batches do not fit: choose a smaller model"
+    smaller = "--teacher, or one with fewer bits" if shape.teacher is not None else "model"
+    return f"even short sequences and small batches do not fit: choose a smaller {smaller}"
 
 
 def _nearest(
@@ -212,6 +272,42 @@ def _nearest(
             if found.memory.fits:
                 return _flags(settings.loop, loop, found, columns if columns < width else None)
     return None
+
+
+def _nearest_sampling(
+    settings: TrainSettings, shape: ModelShape, machine: Machine, width: int, most_rows: int | None, prompts: Prompts
+) -> list[str] | None:
+    """Return the same for a run that samples answers: fewer prompts in a batch, then shorter answers, then fewer."""
+    prompt, loop = max(1, width - answer_room(settings.objective)), settings.loop
+    one = [replace(loop, grad_checkpoint="auto")]
+    if loop.batch_size != 1:
+        one.append(replace(loop, grad_checkpoint="auto", batch_size=1))
+    for objective in _fewer_answers(settings.objective):
+        for eased_loop in one:
+            eased = replace(settings, objective=objective, loop=eased_loop)
+            found = fit(eased, shape, machine, prompt + answer_room(objective), most_rows, prompts)
+            if not found.memory.fits:
+                continue
+            flags = _flags(loop, replace(eased_loop, batch_size=loop.batch_size), found, None)
+            changed = [("--batch-size", loop.batch_size, eased_loop.batch_size)]
+            changed += [
+                (f"--{name.replace('_', '-')}", getattr(settings.objective, name), getattr(objective, name))
+                for name in ("max_new_tokens", "group_size")
+            ]
+            return flags + [f"{flag} {now}" for flag, before, now in changed if before != now]
+    return None
+
+
+def _fewer_answers(objective: ObjectiveSettings) -> Iterator[ObjectiveSettings]:
+    """Yield settings with shorter and shorter answers, then the same with half as many of them, and so on."""
+    group = objective.answers_per_prompt
+    while group >= 2:
+        tokens = objective.max_new_tokens
+        yield replace(objective, group_size=group)
+        while tokens > FEWEST_NEW_TOKENS:
+            tokens = max(FEWEST_NEW_TOKENS, tokens // 2)
+            yield replace(objective, group_size=group, max_new_tokens=tokens)
+        group //= 2
 
 
 def _easier(loop: LoopSettings, width: int) -> Iterator[LoopSettings]:

@@ -8,8 +8,11 @@ A run has phases, and its peak is that of the largest phase:
     backward   everything that the blocks keep, and the gradients of one block
     last       the adapter's gradients, and one block
     update     gradients, and the new optimizer state beside the old
+    teacher    the base, a teacher's weights, and its forward pass; only with --teacher. Before the first step, or if it
+               scores sampled answers, between the steps
+    rollout    keys and values of sampled answers, if a run samples them (rollout_memory.py)
 
-In all phases: the base, the adapter's float32 masters, the optimizer's moments. What a block keeps, and what its backward
+In all phases: the base, the adapter's float32 masters, the optimizer's moments, a teacher that stays. What a block keeps, and what its backward
 pass allocates at a time, is read from the block's graph (training/block_memory.py) and given as `Block.memory`. If a
 graph cannot be read, the formulas here count the block as a llama block, and the plan says that its memory is not known.
 docs/planner.md compares predictions with measurements.
@@ -20,13 +23,16 @@ Source: arXiv 2205.05198, section 4 (activations of a block).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from mlx_lora.planner.rollout_memory import rollout_parts
 from mlx_lora.planner.shapes import Block, Layer, Machine, ModelShape, Run
 from mlx_lora.settings.checks import checkpoint_every
+from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS
 from mlx_lora.settings.optimizers import OPTIMIZERS
 
 SINGLE = 4  # bytes of a float32
+ROLLOUT = "rollout"  # the phase in which answers are sampled
 # Tokens of the check of losses and kernels before the first step (two tiles of attention).
 CHECK_TOKENS = 128
 # Fewer tokens for the gradient of mlx-lm's own recurrences, which keeps several states per token.
@@ -86,6 +92,13 @@ class MemoryPlan:
         """The peak of MLX's allocator, `peak_memory_bytes` in a run's reports."""
         return sum(self.parts.values())
 
+    def with_phase(self, name: str, parts: dict[str, int]) -> MemoryPlan:
+        """Return the plan with a further phase, whose parts are the peak's if it needs the most."""
+        phases = {**self.phases, name: sum(parts.values())}
+        if phases[name] <= self.peak_bytes:
+            return replace(self, phases=phases)
+        return replace(self, phase=name, parts=parts, phases=phases)
+
     @property
     def needed_bytes(self) -> int:
         """The peak and the buffer cache."""
@@ -114,28 +127,55 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
     budget = machine.working_set_bytes if budget_bytes is None else min(budget_bytes, machine.working_set_bytes)
     held = {
         "base": shape.base_bytes,
+        "reward models": shape.beside_bytes,
         "adapter": masters + shape.frozen_adapter_bytes,
         "optimizer": optimizer.state_copies * masters,
     }
+    if shape.teacher is not None and shape.teacher_stays:
+        held["teacher"] = shape.teacher.base_bytes
     kept, most = _kept_by_blocks(shape, run, machine)
     activations = {"activations": kept, "gradients": masters * run.accumulates}
+    activations |= {} if run.teacher_top_k is None else {"records": _record_bytes(shape, run)}
     ahead = _backward_window(shape, run, machine)
     one_block = max((kept_by(block, run, machine) for block in shape.blocks), default=0)
     check, logits = sum(_kept_by_blocks(shape, Run(1, CHECK_TOKENS), machine)), _check_bytes(shape, machine)
     again = 0 if run.checkpointing == "none" else most
     last_tile = 0 if shape.plain_loss else min(2 * machine.tile_bytes, 2 * SINGLE * run.slots * shape.vocabulary)
     phases = {
-        "load": {"base": shape.base_bytes, "weights being cast": _load_window(shape)},
+        "load": {
+            "base": shape.base_bytes,
+            "reward models": shape.beside_bytes,
+            "weights being cast": _load_window(shape),
+        },
         "check": {**held, "optimizer": 0, "activations": check, "gradients": 2 * masters, "logits": logits},
         "loss": {**held, **activations, "logits": _loss_window(shape, run, machine)},
         "backward": {**held, **activations, "block": again, "work ahead": ahead + (0 if again else last_tile)},
         "last": {**held, "gradients": masters, "block": one_block, "work ahead": ahead},
         "update": {**held, "gradients": masters, "new state": int(copies * masters)},
     }
+    if shape.teacher is not None:
+        beside = held if shape.teacher_stays else {"base": shape.base_bytes}
+        phases["teacher"] = {**beside, **_teacher_parts(shape.teacher, run, machine)}
+    if run.rollout is not None:
+        phases[ROLLOUT] = held | rollout_parts(shape, run.rollout, machine)
     sums = {name: sum(parts.values()) for name, parts in phases.items()}
     peak = max(sums, key=sums.__getitem__)
     parts = {name: size for name, size in phases[peak].items() if size}
     return MemoryPlan(peak, parts, sums, min(machine.cache_bytes, budget // 16), budget, shape.not_known)
+
+
+def _teacher_parts(teacher: ModelShape, run: Run, machine: Machine) -> dict[str, int]:
+    """Return what a teacher holds while it is asked: its weights, one block at a time, and chunks of logits."""
+    asked = Run(1, max(DEFAULT_BATCH_TOKENS, run.positions))
+    block = max((kept_by(block, asked, machine) for block in teacher.blocks), default=0)
+    logits = int(ROW_ARRAYS * max(machine.tile_bytes, SINGLE * teacher.vocabulary))
+    return {"teacher": teacher.base_bytes, "block": int(block), "logits": logits}
+
+
+def _record_bytes(shape: ModelShape, run: Run) -> int:
+    """Return the bytes of what a batch brings of its teacher: log-probabilities, with 16 bits on disk, and int32 ids."""
+    most, number = run.teacher_top_k or shape.vocabulary, SINGLE if shape.teacher_stays else 2
+    return run.slots * min(number * shape.vocabulary, number * (most + 1) + 4 * most)
 
 
 def kept_by(block: Block, run: Run, machine: Machine) -> float:

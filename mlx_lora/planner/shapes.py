@@ -139,6 +139,51 @@ class Block:
         return sum((layer.inputs + layer.outputs) * layer.active for layer in self.layers)
 
 
+CACHE_STEP = 256  # tokens by which a cache of mlx-lm grows
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What a layer keeps of one row while answers are sampled.
+
+    Attributes:
+        token_bytes: of each token's key and value.
+        most_tokens: that it keeps, with a sliding window; None: all.
+        fixed_bytes: of states, which do not grow.
+    """
+
+    token_bytes: int = 0
+    most_tokens: int | None = None
+    fixed_bytes: int = 0
+
+
+def in_steps(tokens: int) -> int:
+    """Return the tokens that a cache of mlx-lm makes room for."""
+    return -(-max(0, tokens) // CACHE_STEP) * CACHE_STEP
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The largest batch of prompts that answers are sampled to.
+
+    Attributes:
+        prompts: how many.
+        group: answers to each.
+        prompt_tokens: of the longest prompt.
+        new_tokens: the most of an answer.
+    """
+
+    prompts: int
+    group: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def cached_tokens(self) -> int:
+        """The tokens of one answer's row that there is room for in the end; mlx-lm's caches grow in steps."""
+        return self.prompt_tokens - 1 + in_steps(self.new_tokens)
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """The properties of a model and its adapter that decide memory and speed.
@@ -152,11 +197,15 @@ class ModelShape:
         trained: A, how many numbers are trained.
         trained_arrays: how many arrays hold them.
         frozen_adapter_bytes: what a method keeps beside them (PiSSA's initial factors).
+        beside_bytes: bytes of other models that are held during the run (reward models).
         first_trained: the first block that has a backward pass; those before it keep nothing.
         head_packed: whether the output head is quantized.
         plain_loss: whether the loss needs the model's own logits for all positions.
         source_bytes: bytes of the stored weights if loading casts them; otherwise 0.
         not_known: kinds of blocks whose memory could not be read, each with the reason.
+        teacher: a model that is in memory beside the base, before the first step only; None: there is none.
+        teacher_stays: whether it is in memory during the whole run.
+        caches: what its layers keep while answers are sampled; only for a run that samples.
     """
 
     model_type: str
@@ -167,11 +216,15 @@ class ModelShape:
     trained: int
     trained_arrays: int = 1
     frozen_adapter_bytes: int = 0
+    beside_bytes: int = 0
     first_trained: int = 0
     head_packed: bool = False
     plain_loss: bool = False
     source_bytes: int = 0
     not_known: tuple[str, ...] = ()
+    teacher: ModelShape | None = None
+    teacher_stays: bool = False
+    caches: tuple[LayerCache, ...] = ()
 
     @property
     def numbers(self) -> int:
@@ -273,6 +326,8 @@ class Run:
         optimizer: its name.
         dropout: whether dropout is applied to the adapters' inputs.
         accumulates: whether a step adds up the gradients of several micro-batches.
+        teacher_top_k: how many tokens of a teacher are compared at each trained position, 0: all; None: no teacher.
+        rollout: the answers that are sampled for that batch; None: the data have them.
     """
 
     rows: int
@@ -282,6 +337,8 @@ class Run:
     optimizer: str = "adamw"
     dropout: bool = False
     accumulates: bool = False
+    teacher_top_k: int | None = None
+    rollout: Rollout | None = None
 
     @property
     def positions(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from mlx_lora.artifacts.checkpoint import Checkpoint
 from mlx_lora.artifacts.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
 from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
-from mlx_lora.data.joining import joined, saved_share
+from mlx_lora.data.joining import joined
 from mlx_lora.data.loading import DataSplits
 from mlx_lora.data.widths import ShapePrice
 from mlx_lora.models.attention import attend
@@ -21,14 +21,20 @@ from mlx_lora.models.kernel_choice import AUTO, OURS, KernelChoice, choose_model
 from mlx_lora.models.kernel_row import MLX
 from mlx_lora.models.kernels import assumed
 from mlx_lora.models.load import Base
+from mlx_lora.models.sampling_form import kept_form
+from mlx_lora.models.shared_prefix import rotate_by_token
 from mlx_lora.objectives.objective import Objective
 from mlx_lora.objectives.objective_table import objective_of
+from mlx_lora.objectives.rewards import Reward
+from mlx_lora.objectives.user_rewards import reward_files
 from mlx_lora.planner.fitting import planned_words
 from mlx_lora.planner.memory import MemoryPlan
-from mlx_lora.planner.shapes import KernelTerms
+from mlx_lora.planner.shapes import KernelTerms, ModelShape
 from mlx_lora.runs.adapting import adapt
+from mlx_lora.runs.distilling import Taught, with_teacher
 from mlx_lora.runs.reference import with_reference
-from mlx_lora.runs.sampled_answers import answering_of
+from mlx_lora.runs.row_layout import Layout, asked_before, shared_layout, that_fits
+from mlx_lora.runs.sampled_answers import answered_by, answering_of, form_of, shared_words
 from mlx_lora.runs.shared_base import SharedBase, share_among
 from mlx_lora.runs.trunk_choice import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
 from mlx_lora.runs.words import describe_run
@@ -45,13 +51,15 @@ from mlx_lora.training.loss_choice import PLAIN_LOGITS
 from mlx_lora.training.losses import Loss, check_kernels, choose_loss
 from mlx_lora.training.objective_loss import Task, task_of
 from mlx_lora.training.optim import build_optimizer
+from mlx_lora.training.plan_loss import loss_of_plan
 from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.prefix_sharing import layout_problem, sharing_problem
-from mlx_lora.training.rollouts import AnyPlan, RolloutPlan
+from mlx_lora.training.rollouts import AnyPlan
 from mlx_lora.training.run_fit import adapted_shape, fit_run
 from mlx_lora.training.sharing import Sharing
 from mlx_lora.training.state import Position
 from mlx_lora.training.step import Step
+from mlx_lora.training.taught_answers import Scorer
 from mlx_lora.training.trainer import total_steps
 from mlx_lora.training.trial import choose_step_variant
 
@@ -69,6 +77,8 @@ class Composed:
         memory: the plan.
         words: lines for the run header; the last one, on what computes a step, is for --verbose.
         trunk: what it does with the output of its frozen blocks.
+        test: the test set, with what the objective compares it with; None: there is none.
+        scorer: the teacher of sampled answers, which stays in memory; None: there is none.
     """
 
     folder: RunFolder
@@ -80,6 +90,8 @@ class Composed:
     memory: MemoryPlan
     words: list[str]
     trunk: KeptTrunk
+    test: EncodedSet | None = None
+    scorer: Scorer | None = None
 
 
 @dataclass(frozen=True)
@@ -99,67 +111,85 @@ class LossAndKernels:
     words: str
 
 
-def compose(asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, say: Callable[[str], None]) -> Composed:
+def compose(
+    asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, say: Callable[[str], None],
+    rewards: Sequence[Reward] = (),
+) -> Composed:  # fmt: skip
     """Adapt the base, choose what the settings leave open, plan the batches and make the step.
 
     Args:
         asked: settings as they were given.
         base: a loaded model; gets adapter layers.
-        splits: the data.
-        ranks: the processes of the run.
+        splits, ranks, rewards: the data, the processes of the run, and what rewards sampled answers.
         say: takes a line before something is measured, or if there is a problem.
 
     Raises:
-        InputError: an adapter that does not fit the base, a run that does not fit the machine, a checkpoint of another
-            run, ranks that are not one run, or a model that cannot be trained.
+        InputError: the adapter, a checkpoint or a rank does not belong to this run, or the machine cannot take it.
     """
     objective = objective_of(asked.objective)
-    other_reference = bool(objective.reference and asked.objective.reference_adapter)
-    if other_reference:
-        splits = splits.changed(lambda sets: with_reference(asked, base, sets, say, ranks))
+    taught = compared_with(asked, base, splits.sets, ranks, say)
+    splits = replace(splits, **taught.sets)
     mx.random.seed(asked.loop.seed)
     adapted, info = adapt(asked, base, splits.chat_template)
     asked, shared = share_among(asked, base, ranks)
     found = find_checkpoint(asked.loop, ranks, say)
     chosen, layout = choose_layout(asked, base, splits.train, objective, found, say)
-    settings, memory = fit_settings(layout.settled(asked), base, layout.of(splits), chosen, shared)
-    if objective.reference and not other_reference:  # in batches that fit, so that its peak is below a step's
-        of = chosen.loss, chosen.kernels
+    shape = shape_of(asked, base, chosen, shared)
+    settings, memory = fit_settings(layout.settled(asked), shape, layout.of(splits), chosen)
+    layout, memory = that_fits(layout, settings, shape, splits.train, chosen.terms, memory)
+    if objective.reference and splits.train.reference is None:
+        of = chosen.loss, chosen.kernels  # in batches that fit, so that its peak is below a step's
         splits = splits.changed(lambda sets: with_reference(settings, base, sets, say, ranks, *of))
     fingerprint = splits.train.fingerprint  # of the rows apart, so that a run may be resumed whatever shares a row
     splits = layout.of(splits)
     loop = settings.loop
     epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
-    plan: Any = training_plan(loop, splits.train, epochs)
-    answering = answering_of(settings, base, objective, chosen.loss, say)
-    if answering is not None:
-        plan = RolloutPlan(plan, answering)
+    form, memory = form_of(settings, base, memory, ranks, found.identity if found else None, say)
+    answering = answering_of(settings, base, objective, chosen.loss, say, rewards, form, taught.scorer, layout.joining)
+    plan: Any = answered_by(answering, training_plan(loop, splits.train, epochs), ranks=ranks)
     steps = total_steps(plan, loop)
     held_out = choose_held_out(splits.valid, loop, plan, steps, found.identity if found else None)
-    validation: Any = held_out.plan
-    if answering is not None and validation:
-        validation = RolloutPlan(validation, answering, held_out=True)
+    validation: Any = answered_by(answering, held_out.plan, held_out=True)
     loop = replace(loop, val_batches=held_out.val_batches)
     settings = replace(settings, loop=loop)
     device.compile_for(steps)
     identity = identity_of(settings, base.fingerprint, fingerprint, plan, epochs)
-    identity |= layout.identity | held_out.identity | ({} if whole_last_block(found) else PART_OF_LAST)
+    identity |= layout.identity | held_out.identity | taught.identity
+    identity |= {} if whole_last_block(found) else PART_OF_LAST
     passes = steps * loop.grad_accumulation_steps / len(plan)
     of_trunk = TrunkAsked(settings, base, plan, validation, passes, ranks, blocks_before(found, loop.cache_trunk))
     if found:
-        check_continuation(found, identity | of_trunk.identity)
+        check_continuation(found, identity | of_trunk.identity | kept_form(found.identity))
     step, task, trunk, details, about = make_step(settings, base, chosen, objective, memory, steps, of_trunk)
     identity |= trunk.identity
     if answering is not None:
-        task = answering.reported(task)
-    about += [words for words in (layout.words, trunk.words, shared.words) if words]
-    check_one_run(ranks, settings, identity)
+        task, identity = answering.reported(task), identity | form.identity
+        about += [form.describe(), *shared_words(plan, loop.grad_accumulation_steps, ranks)]
+    about = [words for words in (*about, layout.words, trunk.words, shared.words) if words]
+    check_one_run(ranks, settings, identity | reward_files(settings.objective))
     take_first_ranks(ranks, step, say)
     at = found.position if found else Position()
     at.parts = max(at.parts, loop.batch_parts)
     words = describe_run(settings, base, adapted, plan, steps, details, about, held_out.words)
+    words[1:1] = [taught.words] if taught.words else []
     folder = RunFolder(settings, info, identity, ranks, step, at)
-    return Composed(folder, task, plan, validation, steps, found, memory, words, trunk)
+    return Composed(folder, task, plan, validation, steps, found, memory, words, trunk, splits.test, taught.scorer)
+
+
+def compared_with(
+    settings: TrainSettings, base: Base, sets: dict[str, EncodedSet], ranks: Ranks, say: Callable[[str], None]
+) -> Taught:
+    """Return the sets with what another adapter as the reference, or a teacher, says about their rows.
+
+    Args:
+        settings, ranks, say: as in `compose`.
+        base: not yet adapted: it may be the teacher, and the reference's adapter is put on it and taken off again.
+        sets: name -> rows; `test` is left out without --test.
+    """
+    sets = {name: rows for name, rows in sets.items() if name != "test" or settings.loop.test}
+    if objective_of(settings.objective).reference and settings.objective.reference_adapter:
+        sets = with_reference(settings, base, sets, say, ranks)
+    return with_teacher(settings, base, sets, say, ranks)
 
 
 # In the identity of every run since its version computes the last block where trained, if the model allows it.
@@ -172,7 +202,12 @@ def whole_last_block(found: Checkpoint | None) -> str:
 
 
 def choose_loss_and_kernels(
-    settings: TrainSettings, base: Base, rows: EncodedSet, found: Checkpoint | None, say: Callable[[str], None]
+    settings: TrainSettings,
+    base: Base,
+    rows: EncodedSet,
+    found: Checkpoint | None,
+    say: Callable[[str], None],
+    joined_too: EncodedSet | None = None,
 ) -> LossAndKernels:
     """Choose loss and kernels: the best that were measured here, and that agree with the model's own on this model.
 
@@ -182,42 +217,18 @@ def choose_loss_and_kernels(
         rows: training data, whose lengths the kernels are chosen for.
         found: a checkpoint to go on from.
         say: takes a line before something is measured.
+        joined_too: the same rows joined, if some batches will be.
     """
     asked = settings.loop.kernels
     loss = choose_loss(base.model, base.config, asked, say, whole_last_block(found))
     dtype = device.compute_dtype(settings.model.dtype)
-    lengths = sorted({max(1, int(length) - 1) for length in rows.lengths})
     asked = OURS if asked == AUTO and is_shared(base.model) else asked  # what one rank measures, another might not
-    choice = choose_model_kernels(base.model, lengths, asked, dtype, say, shared=rows.starts is not None)
+    rows_of = {one.starts is not None: one for one in (rows, joined_too) if one is not None}
+    lengths = {shared: sorted({max(1, int(n) - 1) for n in one.lengths}) for shared, one in rows_of.items()}
+    choice = choose_model_kernels(base.model, lengths.get(False, []), asked, dtype, say, lengths.get(True, []))
     kernels, words = check_kernels(base.model, base.config, loss, choice)
     terms = replace((kernels or choice.of_mlx()).terms(), loss=loss.kernel)
     return LossAndKernels(loss, kernels, terms, words)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the answers of a pair lie in rows.
-
-    Attributes:
-        shared: whether a row holds the prompt and both answers.
-        words: for the run header; empty where there are no pairs.
-    """
-
-    shared: bool = False
-    words: str = ""
-
-    def of(self, splits: DataSplits) -> DataSplits:
-        """Return the data with the rows to train on in this layout."""
-        return replace(splits, train=joined(splits.train)) if self.shared else splits
-
-    def settled(self, settings: TrainSettings) -> TrainSettings:
-        """Return the settings with --shared-prefix on where it is."""
-        return replace(settings, objective=replace(settings.objective, shared_prefix="on")) if self.shared else settings
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common with its checkpoint."""
-        return {"shared_prefix": True} if self.shared else {}
 
 
 def choose_layout(
@@ -228,7 +239,7 @@ def choose_layout(
     found: Checkpoint | None,
     say: Callable[[str], None],
 ) -> tuple[LossAndKernels, Layout]:
-    """Choose loss and kernels, and whether a pair's prompt is computed once.
+    """Choose loss and kernels, and whether a prompt is computed once for its answers.
 
     Args:
         settings, base, say: as in `compose`.
@@ -241,37 +252,48 @@ def choose_layout(
     """
     asked = settings.objective.shared_prefix
     if found is not None:
-        before = "on" if found.identity.get("shared_prefix") else "off"
+        before = asked_before(found.identity)
         if asked not in (before, "auto"):
             raise InputError(f"--shared-prefix {asked}: the run to resume has it {before}; leave the flag out")
         asked = before
-    if objective.records != "pairs":
+    sampled = objective.policy is not None
+    if objective.records != "pairs" and not sampled:
         return choose_loss_and_kernels(settings, base, rows, found, say), Layout()
-    problem = layout_problem(asked, base.model, model_shape(base.model, base.config), rows)
-    if problem is None:
-        chosen = choose_loss_and_kernels(settings, base, joined(rows), found, say)
+    shape = model_shape(base.model, base.config)
+    problem = layout_problem(asked, base.model, shape, rows)
+    # Sampled answers may be shorter than their room, so that sharing saves more work than is known here.
+    little = problem if sampled and asked == "auto" and layout_problem("on", base.model, shape, rows) is None else None
+    if problem is None or little is not None:
+        planned, also = (joined(rows), None) if little is None else (rows, joined(rows))
+        rotate_by_token(base.model)  # before kernels are recorded on such rows
+        chosen = choose_loss_and_kernels(settings, base, planned, found, say, also)
         problem = sharing_problem(base.model, base.config, chosen.loss, chosen.kernels)
         if problem is None:
-            return chosen, Layout(True, f"prompts shared ({saved_share(rows):.0%} fewer positions)")
+            return chosen, shared_layout(objective, shape, rows, little)
     if asked == "on":
         raise InputError(f"--shared-prefix on: {problem}; leave the flag out")
-    words = f"separate rows for both answers ({problem})"
+    words = f"{'a row for each answer' if sampled else 'separate rows for both answers'} ({problem})"
     return choose_loss_and_kernels(settings, base, rows, found, say), Layout(words=words)
 
 
+def shape_of(asked: TrainSettings, base: Base, chosen: LossAndKernels, shared: SharedBase) -> ModelShape:
+    """Return the shape of the adapted model, or of this rank's part of it, with the memory of what was chosen."""
+    kernels = chosen.kernels or KernelChoice(MLX)
+    shape = shared.shape(asked, kernels) or adapted_shape(base.model, base.config, asked, kernels=kernels)
+    shape = replace(shape, plain_loss=chosen.loss.kernel == PLAIN_LOGITS)  # then the logits are whole
+    if not chosen.loss.part_of_last:
+        shape = replace(shape, blocks=tuple(replace(block, at_one=None) for block in shape.blocks))
+    return shape
+
+
 def fit_settings(
-    asked: TrainSettings, base: Base, splits: DataSplits, chosen: LossAndKernels, shared: SharedBase
+    asked: TrainSettings, shape: ModelShape, splits: DataSplits, chosen: LossAndKernels
 ) -> tuple[TrainSettings, MemoryPlan]:
     """Return the settings with everything chosen that was open, and the memory that the run needs.
 
     Raises:
         InputError: the run does not fit.
     """
-    kernels = chosen.kernels or KernelChoice(MLX)
-    shape = shared.shape(asked, kernels) or adapted_shape(base.model, base.config, asked, kernels=kernels)
-    shape = replace(shape, plain_loss=chosen.loss.kernel == PLAIN_LOGITS)  # then the logits are whole
-    if not chosen.loss.part_of_last:
-        shape = replace(shape, blocks=tuple(replace(block, at_one=None) for block in shape.blocks))
     fitted = fit_run(asked, shape, splits.train, chosen.terms)
     day = splits.chat_day.isoformat() if splits.chat_day else None  # the same one with --resume on another day
     loop = replace(asked.loop, batch_tokens=fitted.batch_tokens, grad_checkpoint=fitted.checkpointing)
@@ -320,6 +342,7 @@ def make_step(
     loss = variant.loss
     if objective.policy is not None:
         loss = at_temperature(loss, model, base.config, settings.objective.temp)
+    loss = loss_of_plan(objective, loss, base, of_trunk.plan)
     whole = task_of(objective, loss, model)
     trunk = choose_trunk(of_trunk, variant, objective)  # after the checkpointing, whose blocks it wraps
     task = trunk.for_steps(whole)

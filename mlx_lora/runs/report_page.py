@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from mlx_lora import __version__
+from mlx_lora.artifacts.rollout_page import ANSWERS_FILE, add_answers, first_and_kept, keep_answers, read_answers
 from mlx_lora.artifacts.run_report import RunReport, Sample
 from mlx_lora.data.loading import DataSplits
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
@@ -19,10 +20,12 @@ from mlx_lora.system import device
 from mlx_lora.system.console import in_notebook
 from mlx_lora.system.long_task import tracked
 from mlx_lora.system.program import this_command
-from mlx_lora.training.samples import greedy_text, held_out_beginnings
+from mlx_lora.training.fixed_answers import FixedPrompt, fixed_prompts, greedy_answers
+from mlx_lora.training.rollouts import Answering, RolloutPlan
+from mlx_lora.training.samples import before_answer, greedy_text, held_out_prompts
 
 TEXTS = 3
-MOST_S = 20.0  # for all texts before the training; those after it take as long
+MOST_S = 20.0  # for all texts before the training; those after it take no longer
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,10 @@ class RunPage:
         base: the model that is trained.
         prompts: token ids of the beginnings of held-out rows; if empty, no texts are generated.
         max_tokens: the most tokens of each text.
+        seen: token ids of the same beginnings as a teacher sees them that is this model itself; empty: there is none.
         report: the page's facts in addition to metrics and settings.
+        answering: of a run that samples answers; None: another run.
+        fixed: its held-out prompts that are answered at every validation; those answers are the page's texts.
     """
 
     folder: Path
@@ -42,6 +48,9 @@ class RunPage:
     prompts: list[list[int]]
     max_tokens: int
     report: RunReport
+    seen: list[list[int]]
+    answering: Answering | None = None
+    fixed: Sequence[FixedPrompt] = ()
 
     @classmethod
     def begin(
@@ -58,11 +67,17 @@ class RunPage:
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm"))
         held_out = splits.valid if splits.valid is not None and len(splits.valid) else None
         rows = splits.train if held_out is None else held_out
-        tokens = 0 if run.folder.info.scores else run.folder.settings.loop.sample_tokens
+        settings = run.folder.settings
+        tokens = 0 if run.folder.info.scores else settings.loop.sample_tokens
+        answering, fixed = _fixed(run) if tokens else (None, [])
+        beginnings = held_out_prompts(rows, TEXTS, _word_beginnings(base)) if tokens and not fixed else []
+        # An adapter to start from, or another model, is not the teacher.
+        other = settings.adapter.resume_adapter_file or settings.objective.teacher
+        teacher = None if other else rows.teacher
         page = cls(
             run.folder.path,
             base,
-            held_out_beginnings(rows, TEXTS, _word_beginnings(base)) if tokens else [],
+            [beginning for _, beginning in beginnings],
             tokens,
             RunReport(
                 command=_command(),
@@ -75,24 +90,52 @@ class RunPage:
                 step=run.words[-1],
                 held_out=held_out is not None,
             ),
+            [] if teacher is None else [before_answer(teacher, number) for number, _ in beginnings],
+            answering,
+            fixed,
         )
         kept = run.found and page.report.keep_samples_of(page.folder)
         if page.prompts and not kept:
             page._write_first_texts(say)
         return page
 
+    def begin_answers(self, resumed_at: int | None) -> None:
+        """Begin answers.jsonl, or keep its lines up to the step that the run goes on from."""
+        keep_answers(self.folder / ANSWERS_FILE, resumed_at)
+
+    def validated(self, step: int) -> None:
+        """Answer the fixed prompts, after the validation at a step.
+
+        Raises:
+            RunError: a reward failed.
+        """
+        if self.answering is not None and self.fixed:
+            add_answers(self.folder / ANSWERS_FILE, step, greedy_answers(self.answering, self.fixed))
+
     def _write_first_texts(self, say: Callable[[str], None]) -> None:
         """Add a text for each prompt, or fewer if the first ones show that all would take long."""
-        tokenizer = self.base.hf_tokenizer
-        specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        start = time.perf_counter()
+        tokenizer, start = self.base.hf_tokenizer, time.perf_counter()
         prompts = tracked(self.prompts, "Writing texts before training", len(self.prompts), "texts", say)
         for number, prompt in enumerate(prompts):
             if number and time.perf_counter() - start > MOST_S * number / (number + 1):
                 break
-            text = str(tokenizer.decode(prompt))
-            known = [special for special in specials if special in text]
-            self.report.samples.append(Sample(text, self._text(prompt), specials=known))
+            sample = self._sample(str(tokenizer.decode(prompt)), self._text(prompt))
+            sample.teacher = self._text(self.seen[number]) if self.seen else None
+            self.report.samples.append(sample)
+
+    def _sample(self, prompt: str, before: str, after: str | None = None) -> Sample:
+        tokens = self.base.hf_tokenizer.added_tokens_decoder.values()
+        known = [token.content for token in tokens if token.special and token.content in prompt]
+        return Sample(prompt, before, after, known)
+
+    def _samples_of_answers(self, kept_step: int | None) -> list[Sample]:
+        """Return the first answer to each fixed prompt, and that of the kept adapter, as texts before and after."""
+        decode = self.base.hf_tokenizer.decode
+        pairs = first_and_kept(read_answers(self.folder / ANSWERS_FILE), kept_step)
+        return [
+            self._sample(str(decode(prompt.tokens)), first["answer"], last["answer"])
+            for prompt, (first, last) in zip(self.fixed, pairs, strict=False)
+        ]
 
     def _text(self, prompt: list[int]) -> str:
         """Return the model's continuation, or why there is none: a run must not end because of a missing text."""
@@ -107,19 +150,32 @@ class RunPage:
         """Write the page with the current results."""
         self.report.write(self.folder)
 
-    def end(self, interrupted: bool, say: Callable[[str], None] = lambda line: None) -> None:
+    def end(
+        self, interrupted: bool, say: Callable[[str], None] = lambda line: None, kept_step: int | None = None
+    ) -> None:
         """Generate the texts after the training, and write the page for the last time.
 
         Args:
             interrupted: whether the run was interrupted; then no text is generated, because the user does not want to wait.
             say: called with lines of progress where no bar can be shown.
+            kept_step: the step whose adapter was put back; None: the last one's is there.
         """
         self.report.ended = not interrupted
-        if not interrupted:
+        if not interrupted and self.fixed:
+            self.report.samples = self._samples_of_answers(kept_step)
+        elif not interrupted:
             pairs = list(zip(self.report.samples, self.prompts, strict=False))  # kept ones may be fewer
             for sample, prompt in tracked(pairs, "Writing texts after training", len(pairs), "texts", say):
                 sample.after = self._text(prompt)
         self.write()
+
+
+def _fixed(run: Composed) -> tuple[Answering | None, list[FixedPrompt]]:
+    """Return what answers a run's fixed prompts, and the prompts; nothing if it samples no answers, or validates on none."""
+    plan = run.validation
+    if not isinstance(plan, RolloutPlan) or plan.scorer is not None or run.folder.settings.loop.val_batches == 0:
+        return None, []
+    return plan.answering, fixed_prompts(plan.rows, TEXTS)
 
 
 def _command() -> str:

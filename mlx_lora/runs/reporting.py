@@ -11,6 +11,7 @@ from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
 from mlx_lora.data.batches import Batch
 from mlx_lora.models.load import Base
 from mlx_lora.runs.composition import Composed
+from mlx_lora.runs.report_page import RunPage
 from mlx_lora.training.callbacks import Callbacks
 from mlx_lora.training.progress import Metrics, MetricsFile, PlainProgress, Progress
 
@@ -19,7 +20,11 @@ Watch = Callable[[Iterable[Batch], int], Iterable[Batch]]
 
 @contextmanager
 def reporting(
-    run: Composed, told: Callbacks, say: Callable[[str], None], show: Callable[[int], Progress] | None
+    run: Composed,
+    told: Callbacks,
+    say: Callable[[str], None],
+    show: Callable[[int], Progress] | None,
+    page: RunPage | None = None,
 ) -> Iterator[tuple[Callable[[Metrics], None], Callable[[int], None], Watch]]:
     """Open metrics.jsonl and the display; yield functions that take a record, a step's number, and a validation's batches.
 
@@ -28,18 +33,31 @@ def reporting(
         told: the callbacks, which are told of both.
         say: takes a line per report where there is no display.
         show: makes a display from the number of steps; None: there is none.
+        page: answers its fixed prompts after each validation; only the first rank has one.
     """
     folder = run.folder
+
+    def answered(record: Metrics) -> None:
+        if record.val_loss is None or not folder.settings.objective.samples:
+            return
+        if page is not None:
+            page.validated(record.step)
+        folder.ranks.meet()  # the others wait for the first rank's answers
+
     if not folder.ranks.leads:
-        yield lambda record: None, lambda step: None, lambda batches, count: batches
+        yield answered, lambda step: None, lambda batches, count: batches
         return
-    metrics = MetricsFile(folder.path / "metrics.jsonl", folder.at.taken if run.found else None)
+    resumed_at = folder.at.taken if run.found else None
+    metrics = MetricsFile(folder.path / "metrics.jsonl", resumed_at)
+    if page is not None:
+        page.begin_answers(resumed_at)
     progress = show(run.steps) if show else PlainProgress(run.steps, say)
 
     def report(record: Metrics) -> None:
         metrics(record)
         progress.report(record)
         told.tell("on_report" if record.val_loss is None else "on_validation", record.to_flat())
+        answered(record)
 
     def step(number: int) -> None:
         progress.step(number)

@@ -48,7 +48,9 @@ def rank_shape(settings: TrainSettings, share: float, kernels: KernelChoice | No
         share: of the rank, from 0 to 1.
         kernels: see `adapted_shape`.
     """
-    outline = outline_of(settings.model.model or "", settings.model.revision, device.compute_dtype(settings.model.dtype))
+    outline = outline_of(
+        settings.model.model or "", settings.model.revision, device.compute_dtype(settings.model.dtype)
+    )
     shape = outlined_shape(outline, settings, kernels)
     return rank_part(shape, units_of(outline.model), share)
 

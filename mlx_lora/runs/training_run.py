@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.artifacts.adapter import CONFIG_FILE
 from mlx_lora.artifacts.run_folder import check_room, first_day, own_folder
 from mlx_lora.data.loading import DataSplits, load_data
+from mlx_lora.data.teacher_rows import read_teacher_prompt
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.objective_table import OBJECTIVES, objective_of
-from mlx_lora.objectives.user_rewards import rewards_of
 from mlx_lora.runs.adapting import put_adapter
-from mlx_lora.runs.composition import Composed, compose
+from mlx_lora.runs.composition import Composed, compared_with, compose
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
+from mlx_lora.runs.reward_models import check_rewards, load_rewards
 from mlx_lora.runs.sampled_answers import sampled_plan
+from mlx_lora.runs.teacher_answers import DISTILL, data_with_answers
 from mlx_lora.runs.words import closing_words, left_by, loss_words, outcome_line
 from mlx_lora.settings.config import ObjectiveSettings, TrainSettings
 from mlx_lora.system import console, device
@@ -32,6 +35,7 @@ from mlx_lora.training.memory_guard import MemoryGuard
 from mlx_lora.training.progress import Progress
 from mlx_lora.training.run_fit import check_base_fits
 from mlx_lora.training.state import Diverged
+from mlx_lora.training.teacher import check_teacher
 from mlx_lora.training.trainer import Outcome, held_out_loss, train
 
 
@@ -66,25 +70,31 @@ def train_run(
             if trains:
                 check_base_fits(settings)  # an outline, without weights, which need not be read or downloaded in vain
             base = load_base(settings.model, read=settings.loop.shard_base == "off")
+    rewards = load_rewards(settings, base, say, first_day(settings.loop, ranks))  # before an adapter is on the base
+    untrained = base
     if not trains:
+        untrained = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
         put_adapter(base, folder, settings.data, objective_of(settings.objective))
     with waiting("Reading the data", say):
-        splits = read_data(settings, base, ranks, say)
-    outcome = Outcome(0, None, False)
+        splits = read_data(settings, base, untrained, ranks, say)
+    outcome, test, scorer = Outcome(0, None, False), splits.test, None
     if trains:
         with own_folder(folder, ranks):
             with waiting("Preparing the run", say):
-                run = compose(settings, base, splits, ranks, say)
-            outcome = take_steps(run, base, splits, say, show, told)
-    if settings.loop.test and splits.test is not None and not outcome.interrupted:
+                run = compose(settings, base, splits, ranks, say, rewards)
+            outcome, test, scorer = take_steps(run, base, splits, say, show, told), run.test, run.scorer
+    elif test is not None:
+        taught = compared_with(settings, untrained, {"test": test}, ranks, say)
+        test, scorer = taught.sets["test"], taught.scorer
+    if settings.loop.test and test is not None and not outcome.interrupted:
         found = held_out_loss(
             base,
-            splits.test,
+            test,
             settings.loop,
             objective_of(settings.objective),
             ranks,
             say,
-            sampled_plan(settings, base, say),
+            sampled_plan(settings, base, say, rewards, ranks, scorer),
         )
         say(f"Test {loss_words(found)}")
     return outcome
@@ -98,14 +108,13 @@ def wants_training(settings: TrainSettings) -> bool:
 def check_request(settings: TrainSettings, ranks: Ranks) -> None:
     """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
     check_metric(settings)
-    if settings.objective.samples:
-        rewards_of(settings.objective)  # a user's file that does not load is told now
-        if ranks.size > 1:
-            raise InputError(
-                f"--objective {settings.objective.objective} in {ranks.size} processes: only one can sample"
-            )
+    read_teacher_prompt(settings.objective.teacher_prompt)  # a file that is not there is told now
+    if settings.objective.rewarded:
+        check_rewards(settings.objective)  # a user's file that does not load is told now
     loop, trains = settings.loop, wants_training(settings)
     needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}
+    if settings.objective.objective == DISTILL:
+        del needed["--data"]  # without it, the model writes the prompts itself
     missing = [flag for flag, value in needed.items() if not value]
     alone = [flag for flag, asked in (("--no-train", not trains), ("--max-restarts", loop.max_restarts)) if asked]
     if alone and ranks.size > 1:
@@ -143,19 +152,31 @@ def check_test_split(settings: TrainSettings, splits: DataSplits) -> None:
     """Refuse --test without a test split, before the training and not after it."""
     if settings.loop.test and splits.test is None:
         raise InputError(
-            f"--test: {settings.data.data} has no test split; add a test file to the folder, or leave --test out"
+            f"--test: {splits.report.data} has no test split; add a test file to the folder, or leave --test out"
         )
 
 
-def read_data(settings: TrainSettings, base: Base, ranks: Ranks, say: Callable[[str], None]) -> DataSplits:
+def read_data(
+    settings: TrainSettings, base: Base, untrained: Base, ranks: Ranks, say: Callable[[str], None]
+) -> DataSplits:
     """Read the data, check that the base can take them, and say what is trained on what.
+
+    Args:
+        settings, ranks, say: of the run.
+        base: with an adapter if it is only measured.
+        untrained: without one; it may have to write prompts and answers first.
 
     Raises:
         InputError: no usable data, --test without a test split, or tokens that the base does not have.
     """
-    data, loop = settings.data, settings.loop
-    objective = objective_of(settings.objective)
-    splits = load_data(data, base.hf_tokenizer, loop.seed, say, first_day(loop, ranks), objective.records)
+    loop, objective = settings.loop, objective_of(settings.objective)
+    day = first_day(loop, ranks)
+    check_teacher(settings, base.hf_tokenizer)
+    given = data_with_answers(settings, untrained, ranks, say, day, wants_training(settings))
+    data, prompt = given.data, read_teacher_prompt(settings.objective.teacher_prompt)
+    splits = load_data(data, base.hf_tokenizer, loop.seed, say, day, objective.records, prompt)
+    if given.folder is not None:
+        splits = replace(splits, report=replace(splits.report, data=given.words), written=given.folder)
     splits = splits.changed(lambda sets: {name: objective.targets_of(rows) for name, rows in sets.items()})
     check_test_split(settings, splits)
     for rows in filter(None, (splits.train, splits.valid, splits.test)):
@@ -194,7 +215,7 @@ def take_steps(
     if ranks.leads:
         check_room(settings.loop, run.steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
         page = RunPage.begin(run, base, splits, say)
-    folder.begin(run.found, run.steps, say)
+    folder.begin(run.found, run.steps, say, splits.written)
     guard = MemoryGuard(at, budget_bytes, say)
 
     def save(step_number: int) -> None:
@@ -206,7 +227,7 @@ def take_steps(
 
     with told.around(run.steps, settings.to_flat()) as ending:
         try:
-            with folder.kept_if_it_fails(), reporting(run, told, say, show) as (report, shown, watch):
+            with folder.kept_if_it_fails(), reporting(run, told, say, show, page) as (report, shown, watch):
                 outcome = train(
                     base.model, step, run.task, run.plan, run.validation, settings.loop,
                     report, shown, save, at, guard, ranks, told.failed, watch,
@@ -219,9 +240,9 @@ def take_steps(
     if not outcome.interrupted:
         run.trunk.end()
     if page is not None:
-        page.end(outcome.interrupted, say)
+        page.end(outcome.interrupted, say, at.best_at if settings.loop.keep_best and at.best_at else None)
         leave_card(folder.path, base, folder.info, say)
-        say(outcome_line(settings.loop, outcome, best, settings.objective.samples))
+        say(outcome_line(settings.loop, outcome, best, settings.objective.rewarded))
         if not outcome.interrupted:
             say(closing_words(folder.path, settings, folder.info, page.report.samples))
     told.raise_failure(left_by(settings.loop, outcome))

@@ -16,7 +16,8 @@ from mlx_lora.models.load import Base
 from mlx_lora.settings.config import AdapterSettings, LoopSettings, TrainSettings
 from mlx_lora.system import console
 from mlx_lora.system.program import command_line
-from mlx_lora.system.units import counted
+from mlx_lora.system.units import counted, words_of
+from mlx_lora.training.distill_loss import KL
 from mlx_lora.training.hooks_from_settings import restart_every
 from mlx_lora.training.rollouts import AnyPlan
 from mlx_lora.training.trainer import Measured, Outcome
@@ -75,8 +76,10 @@ def describe_run(
 def loss_words(measured: Measured) -> str:
     """Write a loss on data that were not trained on."""
     if measured.reports:
-        reports = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.reports.items())
-        return f"loss {measured.loss:.4f}, {reports}, over {measured.count} examples"
+        reports = ", ".join(f"{words_of(name)} {value:.4f}" for name, value in measured.reports.items())
+        of_tokens = KL in measured.reports and "reward" not in measured.reports
+        unit = "supervised tokens" if of_tokens else "examples"
+        return f"loss {measured.loss:.4f}, {reports}, over {measured.count} {unit}"
     perplexity = console.perplexity(measured.loss)
     return f"loss {measured.loss:.4f}, perplexity {perplexity:.3f}, {measured.count} supervised tokens"
 
@@ -124,7 +127,9 @@ def closing_words(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
     parts = []
     for sample in [one for one in samples if one.after is not None][:1]:
         turns = [(role or "Text", content) for role, content in sample.turns[-1:]]
-        turns += [("Before", sample.said(sample.before)), ("After", sample.said(sample.after or ""))]
+        turns.append(("Before", sample.said(sample.before)))
+        turns += [("Teacher", sample.said(sample.teacher))] if sample.teacher is not None else []
+        turns.append(("After", sample.said(sample.after or "")))
         parts.append("\n".join(["", "One text, before and after training:", *(_spoken(*turn) for turn in turns)]))
     parts.append(f"\nReport: {folder / REPORT_FILE}")
     parts.append(

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
-from mlx_lora.settings.config import LOGGERS, ROWS, SAMPLING, SHARDING, WITHOUT_PAIRS
+from mlx_lora.settings.config import LOGGERS, ROWS, SHARDING
 from mlx_lora.settings.methods import PRESETS
+from mlx_lora.settings.objective_settings import IMITATION, SAMPLING, WITHOUT_PAIRS
 from mlx_lora.settings.setting_row import flag_of
 
 COLUMNS = ("prompt_column", "completion_column", "system_column", "chat_column", "text_column")
@@ -47,7 +48,29 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
     loggers = [name.strip().lower() for name in (settings["report_to"] or "").split(",")]
     if settings["report_to"] and not set(loggers) <= set(LOGGERS):
         problems.append(f"--report-to {settings['report_to']}: only {', '.join(LOGGERS)}, by comma")
-    return problems + _data_problems(settings) + _validation_problems(settings) + _rollout_problems(settings)
+    problems += _data_problems(settings) + _validation_problems(settings)
+    return problems + _rollout_problems(settings) + _teacher_problems(settings)
+
+
+def _teacher_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return the problems of a run with a teacher."""
+    problems = []
+    if settings["objective"] != "distill":
+        return problems  # the objective refuses settings of a teacher
+    if not settings["teacher"] and not settings["teacher_prompt"]:
+        problems.append(
+            "--objective distill without a teacher: give --teacher MODEL, or --teacher-prompt FILE to make the untrained "
+            "model with that prompt the teacher"
+        )
+    if settings["own_prompts"] and settings["data"]:
+        problems.append("--own-prompts with --data: the prompts are in the data; leave out one of the two")
+    if settings["jsd_beta"] != 0.5 and settings["divergence"] != "jsd":
+        problems.append("--jsd-beta without --divergence jsd: only that uses it; leave it out")
+    if settings["teacher_prompt"] and not settings["mask_prompt"]:
+        problems.append(
+            "--no-mask-prompt with --teacher-prompt: the two see other prompts, so only answers can be compared; leave it out"
+        )
+    return problems
 
 
 def shard_parts(text: str) -> list[float] | None:
@@ -75,11 +98,13 @@ def _sharding_problems(settings: Mapping[str, Any]) -> list[str]:
     if method in ("pissa", "full", "relora"):
         problems.append(f"--method {method} {with_it}: it needs or changes whole weights; use lora or dora")
     if settings["modules_to_save"]:
-        problems.append(f"--modules-to-save {with_it}: weights that are trained cannot be shared; leave out one of the two")
-    if settings["objective"] in (*SAMPLING, "dpo", "kto"):
         problems.append(
-            f"--objective {settings['objective']} {with_it}: one process samples, or computes the reference, and it needs "
-            "the whole base; leave it out"
+            f"--modules-to-save {with_it}: weights that are trained cannot be shared; leave out one of the two"
+        )
+    if settings["objective"] in (*SAMPLING, "dpo", "kto", "distill"):
+        problems.append(
+            f"--objective {settings['objective']} {with_it}: sampling, a reference, or a teacher needs the whole base in "
+            "one process; leave it out"
         )
     if settings["cache_trunk"] == "on":
         problems.append(f"--cache-trunk on {with_it}: not with several processes; leave it out")
@@ -93,7 +118,7 @@ def _rollout_problems(settings: Mapping[str, Any]) -> list[str]:
     go back to.
     """
     updates, problems = settings["updates_per_rollout"], []
-    if settings["objective"] not in SAMPLING:
+    if settings["objective"] not in SAMPLING and not settings["on_policy"]:
         return problems
     if settings["kl_beta"] and (settings["fine_tune_type"] or settings["method"]) == "relora":
         problems.append(
@@ -111,16 +136,18 @@ def _rollout_problems(settings: Mapping[str, Any]) -> list[str]:
 def _data_problems(settings: Mapping[str, Any]) -> list[str]:
     """Return a problem for each setting of the data that the objective would ignore."""
     objective, problems = settings["objective"], _column_problems(settings)
+    imitates = objective in IMITATION and not settings["on_policy"]
     if settings["pairs"] != "best" and objective in WITHOUT_PAIRS:
         problems.append(
             f"--pairs {settings['pairs']} with --objective {objective}: it reads no pairs; leave --pairs out"
         )
-    if objective != "sft" and settings["data_format"] != "auto":
+    if not imitates and settings["data_format"] != "auto":
+        what = "prompts" if objective in (*SAMPLING, "distill") else "preference data"
         problems.append(
-            f"--data-format {settings['data_format']} with --objective {objective}: the format of preference data is "
+            f"--data-format {settings['data_format']} with --objective {objective}: the format of {what} is "
             "recognized by its keys; leave out --data-format"
         )
-    if objective != "sft" and not settings["mask_prompt"]:
+    if not imitates and not settings["mask_prompt"]:
         problems.append(f"--no-mask-prompt with --objective {objective}: only answers are trained; leave it out")
     return problems
 
@@ -134,7 +161,7 @@ def _column_problems(settings: Mapping[str, Any]) -> list[str]:
         problems.append(f"{flags} with --data-format {settings['data_format']}: the columns tell it; leave it out")
     read = ("prompt_column", "system_column") if objective not in WITHOUT_PAIRS else COLUMNS
     read = [name for name in read if objective != "kto" or name != "text_column"]
-    if objective != "sft" and (unread := [flag_of(name) for name in given if name not in read]):
+    if objective not in IMITATION and (unread := [flag_of(name) for name in given if name not in read]):
         problems.append(f"{' and '.join(unread)} with --objective {objective}: it reads no such column; leave it out")
     try:
         turn_names(settings["turn_names"])

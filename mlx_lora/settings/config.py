@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_lora.settings.methods import PRESETS
+from mlx_lora.settings.objective_settings import ObjectiveSettings
 from mlx_lora.settings.optimizers import OPTIMIZERS
 from mlx_lora.settings.serve_settings import ServeSettings
 from mlx_lora.settings.setting_row import row_of, setting
@@ -24,14 +25,11 @@ QUANTIZED_MATMUL = ("auto", "packed", "dense")
 KERNELS = ("auto", "mlx", "ours")
 LOGGERS = ("tensorboard", "trackio", "wandb", "swanlab")
 SHARDING = ("even", "memory")  # --shard-base
-SAMPLING = ("grpo", "rloo")  # objectives whose answers are sampled during the run
-WITHOUT_PAIRS = ("sft", "kto", *SAMPLING)  # objectives whose examples are not pairs of answers
 DEFAULT_BATCH_TOKENS = 2048
 
 # Headings of the help.
 MODEL, ADAPTER, ONE_METHOD, TRAINING = "Model and data", "Adapter", "Settings of one method", "Training"
 OUTPUT, MEMORY, VALIDATION = "Output", "Memory and speed", "Validation and test"
-OBJECTIVE = "Objective"
 
 
 # fmt: off
@@ -143,96 +141,6 @@ class AdapterSettings:
 
 
 @dataclass(frozen=True)
-class ObjectiveSettings:
-    """What the run trains toward. Names and defaults are TRL's."""
-
-    objective: str = setting("sft",
-        "What to train toward. sft: imitate answers; dpo, orpo, simpo, cpo: prefer the chosen answer of each pair; "
-        "kto: answers rated good or bad; reward: a reward model, which scores answers; grpo, rloo: sample answers to "
-        "prompts, and learn from their rewards.", OBJECTIVE, common=True)
-    loss_type: str = setting("sigmoid",
-        "dpo: loss on the pairs, by TRL's names (sigmoid, hinge, ipo, apo_zero ...); several, by commas, are added. "
-        "kto: kto or apo_zero_unpaired.", OBJECTIVE)
-    loss_weights: str | None = setting(None,
-        "dpo: weights of several losses in --loss-type, separated by commas (default 1 each).", OBJECTIVE)
-    beta: float = setting(0.1,
-        "How strongly the model is kept close to the reference; for orpo, the weight of the loss on pairs.",
-        OBJECTIVE, more_than=0, at_most=1000)
-    label_smoothing: float = setting(0.0, "Share of pairs that are assumed to have swapped labels (exo_pair, robust, "
-        "aot, cpo, simpo).", OBJECTIVE, at_least=0, at_most=0.49)
-    rpo_alpha: float = setting(0.0, "dpo: weight of the chosen answers' likelihood, added to the loss (RPO).",
-        OBJECTIVE, at_least=0, at_most=1000)
-    length_normalize: bool = setting(False, "dpo: use log-ratios per token, as --loss-type sigmoid_norm does.", OBJECTIVE)
-    discopop_tau: float = setting(0.05, "dpo: temperature of --loss-type discopop.",
-        OBJECTIVE, more_than=0, at_most=1000)
-    simpo_gamma: float = setting(0.5, "simpo: margin by which the chosen answer should win.",
-        OBJECTIVE, at_least=0, at_most=1000)
-    cpo_alpha: float = setting(1.0, "cpo: weight of the chosen answers' likelihood.",
-        OBJECTIVE, at_least=0, at_most=1000)
-    desirable_weight: float = setting(1.0, "kto: weight of good answers.", OBJECTIVE, at_least=0, at_most=1000)
-    undesirable_weight: float = setting(1.0, "kto: weight of bad answers.", OBJECTIVE, at_least=0, at_most=1000)
-    shared_prefix: str = setting("auto", "Compute the prompt of a pair once for both answers: on, off, or auto, if it "
-        "saves work and the model supports it.", OBJECTIVE, choices=("auto", "on", "off"), may_change=True)
-    center_rewards: float = setting(0.0, "reward: weight of the squared sum of a pair's scores, which keeps them near 0.",
-        OBJECTIVE, at_least=0, at_most=1000)
-    reference_adapter: str | None = setting(None,
-        "Adapter folder whose model is the reference (default: the model as the run starts).",
-        OBJECTIVE, may_change=True, per_machine=True)
-    reward: str | None = setting(None,
-        "grpo, rloo: what rewards an answer: FILE.py:FUNCTION with TRL's signature, or exact_match, number_match, "
-        "think_format, length:N, regex:PATTERN, json_schema:FILE; several are separated by commas and added.", OBJECTIVE)
-    reward_weights: str | None = setting(None, "Weights of several rewards, separated by commas (default 1 each).",
-        OBJECTIVE)
-    reward_errors: str = setting("stop", "If a reward fails: stop the run, or skip its answers.",
-        OBJECTIVE, choices=("stop", "skip"), may_change=True)
-    reward_timeout: float = setting(60.0, "Seconds that a reward may take for the answers of a batch.",
-        OBJECTIVE, more_than=0, at_most=86400, may_change=True)
-    group_size: int = setting(8, "grpo, rloo: answers that are sampled to each prompt.",
-        OBJECTIVE, at_least=2, at_most=1024)
-    max_new_tokens: int = setting(256, "grpo, rloo: the most tokens of a sampled answer.",
-        OBJECTIVE, at_least=1, at_most=10**6)
-    temp: float = setting(1.0, "grpo, rloo: temperature of sampling.", OBJECTIVE, more_than=0, at_most=100)
-    top_p: float = setting(1.0, "grpo, rloo: sample from the likeliest tokens with this probability together.",
-        OBJECTIVE, more_than=0, at_most=1)
-    min_p: float = setting(0.0, "grpo, rloo: leave out tokens less likely than this share of the likeliest one.",
-        OBJECTIVE, at_least=0, at_most=1)
-    grpo_loss: str = setting("dapo", "grpo: how the losses of tokens are averaged (grpo, bnpo, dapo, dr_grpo), or gspo, "
-        "which takes one ratio for an answer.", OBJECTIVE, choices=("grpo", "bnpo", "dapo", "dr_grpo", "gspo"))
-    epsilon: float = setting(0.2, "grpo, rloo: how far below 1 the ratio of the probabilities counts.",
-        OBJECTIVE, more_than=0, at_most=1)
-    epsilon_high: float | None = setting(None, "grpo, rloo: how far above 1 (default: as --epsilon).",
-        OBJECTIVE, more_than=0, at_most=1000)
-    kl_beta: float = setting(0.0, "grpo, rloo: weight of the divergence from the untrained model (TRL's beta).",
-        OBJECTIVE, at_least=0, at_most=1000)
-    scale_rewards: str = setting("group", "grpo: divide advantages by the standard deviation of the rewards of the "
-        "prompt's group, of the whole batch, or not at all.", OBJECTIVE, choices=("group", "batch", "none"))
-    mask_truncated: bool = setting(False, "grpo, rloo: do not train answers that were cut at --max-new-tokens.",
-        OBJECTIVE)
-    updates_per_rollout: int = setting(1, "grpo, rloo: how often each sampled answer is trained on.",
-        OBJECTIVE, at_least=1, at_most=1000)
-
-    @property
-    def rows_per_example(self) -> int:
-        """Rows that stay together in a batch: one, a pair's two answers, or a rated answer and one to compare it with.
-
-        With --shared-prefix on, which a run sets when it has decided, a pair is one row.
-        """
-        if self.samples:
-            return self.group_size
-        return 1 if self.objective == "sft" or self.shared_prefix == "on" else 2
-
-    @property
-    def samples(self) -> bool:
-        """Whether the answers are sampled during the run."""
-        return self.objective in SAMPLING
-
-    @property
-    def trained_rows_per_example(self) -> int:
-        """The number of these rows that are trained; for kto, the answer to compare with is only measured."""
-        return 1 if self.objective == "kto" else self.rows_per_example
-
-
-@dataclass(frozen=True)
 class OptimizerSettings:
     """Defaults: AdamW as in torch (with bias correction), 3% warm-up, cosine to zero, global-norm clip 1.0."""
 
@@ -321,7 +229,8 @@ class LoopSettings:
         "flag without a value) for the newest complete one in --adapter-path.",
         OUTPUT, common=True, may_change=True, per_machine=True, alone="auto")
     sample_tokens: int = setting(48,
-        "Tokens per text that report.html shows, generated before the first step and after the last; 0: no texts.",
+        "Tokens per text that report.html shows, generated before the first step and after the last (grpo, rloo: whole "
+        "answers, at every validation); 0: no texts.",
         OUTPUT, may_change=True, per_machine=True, at_least=0, at_most=10**5)
     train: bool | None = setting(None, "Train. On unless only --test is given.", TRAINING, may_change=True)
     test: bool = setting(False, "Measure the loss on the test set (after training, with --train).",

@@ -10,6 +10,7 @@ from typing import Any
 from mlx_lora.system.errors import InputError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+FILES = ("data", "teacher_prompt")  # settings that name a recipe's own files
 
 
 def recipe_names() -> list[str]:
@@ -37,8 +38,8 @@ def recipe_file(name: str) -> Path:
 
 
 def beside_recipes(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe's settings with the data's path from anywhere.
+    """Return a recipe's settings with the paths of its files from anywhere.
 
-    The files name their data as a checkout sees them (`recipes/bard`), so that they can be given as files as well.
+    The recipes name them as a checkout sees them (`recipes/bard`), so that they can be given as files as well.
     """
-    return settings | {"data": str(RECIPES.parent / settings["data"])}
+    return settings | {name: str(RECIPES.parent / settings[name]) for name in FILES if name in settings}

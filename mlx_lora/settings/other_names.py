@@ -60,6 +60,12 @@ _NAMES = {
     "desirable_weight": "kto_chosen_weight kto_desirable_weight",
     "undesirable_weight": "kto_rejected_weight kto_undesirable_weight",
     "reference_adapter": "ref_model_adapters ref_adapter_name",
+    "reward": "reward_funcs reward_functions",
+    "group_size": "num_generations",
+    "max_new_tokens": "max_completion_length",
+    "grpo_loss": "grpo_loss_type",
+    "mask_truncated": "mask_truncated_completions",
+    "updates_per_rollout": "num_iterations",
     "seed": "random_state random_seed",
     "force": "overwrite_output_dir overwrite",
 }

@@ -15,7 +15,9 @@ from mlx_lora.settings.setting_row import flag_of, read_value, row_of
 from mlx_lora.system.errors import InputError
 
 # Pairs of settings with the same meaning: a flag for either overrides both in the file.
-TWO_NAMES = (("iters", "epochs"), ("method", "fine_tune_type"), ("batch_size", "batch_tokens"))
+TWO_NAMES = (
+    ("iters", "epochs"), ("method", "fine_tune_type"), ("batch_size", "batch_tokens"), ("data", "own_prompts")
+)  # fmt: skip
 
 
 def decided_by(flags: Mapping[str, Any]) -> set[str]:

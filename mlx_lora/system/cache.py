@@ -17,7 +17,8 @@ def cache_dir(kind: str) -> Path:
     """Return the cache folder for one kind of file; it may not exist yet.
 
     Args:
-        kind: `models`, `data`, `converted`, `encoded`, `runs`, `records`, `reference`, `trunk`, `blas`, `bin`, `measured` or `locks`.
+        kind: `models`, `data`, `converted`, `encoded`, `runs`, `records`, `reference`, `teacher`, `trunk`, `prompts`,
+            `answers`, `blas`, `bin`, `measured` or `locks`.
 
     Returns:
         `$MLX_LORA_CACHE/<kind>`, by default `~/.cache/mlx_lora/<kind>`.

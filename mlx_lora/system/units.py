@@ -42,3 +42,8 @@ def format_duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def words_of(name: str) -> str:
+    """Return a number's name as words; one with a slash (reward/my_rule) holds a name of the user's, which stays whole."""
+    return name if "/" in name else name.replace("_", " ")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -22,10 +23,13 @@ from mlx_lora.adapters.score_head import body_of, score_at
 from mlx_lora.data.batches import Batch, BatchPlan
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.models.head import with_last_block
+from mlx_lora.models.shared_prefix import answers_at
 from mlx_lora.objectives.objective import AnswerSums, Objective
 from mlx_lora.system.distributed import ALONE, Ranks
+from mlx_lora.training.distill_loss import distill_arrays
 from mlx_lora.training.losses import Arrays, Loss, LossFunction, TokenLosses
-from mlx_lora.training.policy_task import policy_arrays, policy_loss_of, prepared
+from mlx_lora.training.policy_task import more_reports, policy_arrays, policy_loss_of, prepared
+from mlx_lora.training.taught_answers import taught_arrays
 
 FIRST, SECOND = 0, 1  # rows of an example
 
@@ -72,11 +76,7 @@ def answer_sums(
     losses: mx.array, width: int, arrays: Arrays, answers: AnswerArrays, starts: mx.array | None = None
 ) -> AnswerSums:
     """Sum the losses of positions, (P,), to answers, (A,)."""
-    owners = arrays.positions // width  # (P,), each position's row, then its answer
-    if starts is not None:
-        # A target in the prompt counts for the first answer, as in a row that holds only that one.
-        later = (arrays.positions % width)[:, None] >= starts[owners][:, 1:]
-        owners = owners * starts.shape[1] + later.sum(axis=1)
+    owners = answers_at(arrays.positions, width, starts)
     own = owners[None, :] == mx.arange(len(answers.real))[:, None]  # (A, P)
 
     def by_answer(values: mx.array) -> mx.array:
@@ -99,6 +99,7 @@ class Task:
         prepare: brings all batches of a step into the form that the loss needs.
         reports: names of the sums that the loss returns in addition to its own.
         finish: see `Objective`.
+        rates: reads what a report of steps adds on the time since the last one.
     """
 
     loss: Loss
@@ -106,6 +107,7 @@ class Task:
     prepare: Callable[[list[Batch], Ranks], list[Batch]] = lambda batches, ranks: batches
     reports: tuple[str, ...] = ()
     finish: Callable[[dict[str, float]], dict[str, float]] = dict
+    rates: Callable[[], dict[str, float]] = dict
 
 
 def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
@@ -113,13 +115,19 @@ def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
 
     Args:
         objective: of the run.
-        loss: the loss of tokens, whose kernels are kept; a reward model has a loss of its own.
+        loss: the loss of tokens, whose kernels are kept; a reward model has a loss of its own. With a teacher, that of
+            distillation.
         model: the model that is trained or measured.
     """
     of_answers = objective.loss
+    if objective.distills is not None:
+        arrays = taught_arrays if objective.samples else distill_arrays
+        return Task(loss, arrays, reports=objective.reports, finish=objective.finish)
     if objective.policy is not None:
-        whole = policy_loss_of(loss, objective.policy, objective.description)
-        return Task(whole, policy_arrays, prepared, objective.reports, _only_numbers)
+        more = more_reports(objective.reports)
+        whole = policy_loss_of(loss, objective.policy, objective.description, more)
+        arrays = partial(policy_arrays, more=more)
+        return Task(whole, arrays, prepared, objective.reports, lambda means: _only_numbers(objective.finish(means)))
     if of_answers is None:
         return Task(loss)
     loss = score_loss(model, loss.part_of_last) if objective.scores else loss
@@ -221,6 +229,7 @@ def row_log_probabilities(
     rows: EncodedSet,
     batch_tokens: int,
     say: Callable[[int], None] = lambda done: None,
+    finite: bool = True,
 ) -> np.ndarray:
     """Return the log-probability of each answer, (A,) float32, in the order of the rows.
 
@@ -230,6 +239,7 @@ def row_log_probabilities(
         rows: rows with one answer each, or joined rows with several.
         batch_tokens: the most positions of a batch.
         say: called with the number of finished answers after each batch.
+        finite: raise ArithmeticError if one is not finite.
     """
     apart = replace(rows, group=1)
     found = np.zeros((len(rows), 1 if rows.starts is None else rows.starts.shape[1]), np.float32)
@@ -243,7 +253,7 @@ def row_log_probabilities(
         say(done)
     found = found.ravel()
     model.train(training)
-    if not np.isfinite(found).all():
+    if finite and not np.isfinite(found).all():
         bad = int(np.flatnonzero(~np.isfinite(found))[0])
         raise ArithmeticError(f"answer {bad}: its log-probability under the reference is {found[bad]}")
     return found

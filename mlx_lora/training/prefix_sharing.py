@@ -1,11 +1,15 @@
-"""Decide whether a run computes a prompt once for both answers of a pair: if that saves work and the model allows it.
+"""Decide whether a run computes a prompt once for its answers: if that saves work and the model allows it.
 
-First the model's structure is checked (models/shared_prefix.py). Then a random pair is computed both ways, with the run's
-own loss and kernels; the results may differ only by rounding.
+The answers are the two of a pair, or those that are sampled to a prompt. First the model's structure is checked
+(models/shared_prefix.py). Then a random pair is computed both ways, with the run's own loss and kernels; the results may
+differ only by rounding.
+
+Shapes: R rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -30,30 +34,39 @@ PROMPT_TOKENS, ANSWER_TOKENS = 24, (20, 12)
 NEARER = 4.0  # a joined row must be this many times nearer to separate rows than the same tokens read as one text
 
 
-def saved_work(shape: ModelShape, rows: EncodedSet) -> float:
-    """Return the share of a pass's products that joining rows saves; it is below 0 if the longer rows cost more.
+def work_of(shape: ModelShape) -> Callable[[np.ndarray], float]:
+    """Return what counts the products of a pass over rows of these numbers of positions, (R,).
 
-    Fewer positions are multiplied by the weights, but each attends to a row that also holds the other answer.
+    Every position is multiplied by the weights, and its query by the keys before it.
     """
     weights = sum(layer.inputs * layer.outputs * layer.active for block in shape.blocks for layer in block.layers)
     per_score = sum(2 * block.heads * block.head_width for block in shape.blocks)
 
-    def cost(lengths: np.ndarray) -> float:
-        positions = lengths.astype(float) - 1
-        return float((weights * positions + per_score * positions**2 / 2).sum())
+    def cost(positions: np.ndarray) -> float:
+        counted = positions.astype(float)
+        return float((weights * counted + per_score * counted**2 / 2).sum())
 
-    apart = cost(rows.lengths)
-    return 1 - cost(joined(rows).lengths) / apart if apart and saved_share(rows) else 0.0
+    return cost
+
+
+def saved_work(shape: ModelShape, rows: EncodedSet) -> float:
+    """Return the share of a pass's products that joining rows saves; it is below 0 if the longer rows cost more.
+
+    Fewer positions are multiplied by the weights, but each attends to a row that also holds the other answers.
+    """
+    cost = work_of(shape)
+    apart = cost(rows.lengths - 1)
+    return 1 - cost(joined(rows).lengths - 1) / apart if apart and saved_share(rows) else 0.0
 
 
 def layout_problem(asked: str, model: nn.Module, shape: ModelShape, rows: EncodedSet) -> str | None:
-    """Return in a few words why a pair's answers should stay in separate rows, None if they can share one.
+    """Return in a few words why the answers to a prompt should stay in separate rows, None if they can share one.
 
     Args:
         asked: --shared-prefix.
         model: its arrays need not be computed.
         shape: of the model.
-        rows: pairs, each answer in a row of its own.
+        rows: each answer in a row of its own, or room for one.
     """
     problem = f"--shared-prefix {asked}" if asked == "off" else unshareable(model)
     if problem is None and asked == "auto":

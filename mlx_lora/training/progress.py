@@ -231,7 +231,8 @@ class LiveProgress:
         line = Text.from_ansi(format_metrics(metrics, self._total, None))
         self._bar.console.print(line, highlight=False)
         if metrics.val_loss is not None:
-            self._val = f"val {metrics.val_loss:.4f}"
+            reward = metrics.reports.get("reward")  # of sampled answers, whose loss is minus that
+            self._val = f"val {metrics.val_loss:.4f}" if reward is None else f"held-out reward {reward:.3f}"
         if metrics.loss is not None:
             self._loss = f"loss {metrics.loss:.4f}"
         if self._loss:

@@ -61,24 +61,45 @@ def _chunk_loss(
     head: Head, arrays: list[mx.array], h: mx.array, targets: mx.array, weights: mx.array, gradient: bool
 ) -> tuple[mx.array, mx.array]:
     """Return these rows' weighted losses (R,), and their gradient (R, D) in h's dtype (empty without `gradient`)."""
-    # In slices of the vocabulary, so that a quantized head is dequantized a slice at a time, and no matrix has a side of
-    # 262k (Gemma's vocabulary).
-    slices = [slice(start, start + MAX_SLICE) for start in range(0, head.vocabulary, MAX_SLICE)]
-    after = [mx.depends(array, h) for array in arrays]
-    parts = [
-        head.finish((h @ head.dense([array[kept] for array in after], h.dtype).T).astype(mx.float32), kept)
-        for kept in slices
-    ]
-    logits = mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]  # (R, V)
+    logits = chunk_logits(head, arrays, h)  # (R, V)
     if not gradient:
         return mx.fast.cross_entropy(logits, targets) * weights, mx.zeros((0,))
     [losses], [d_logits] = mx.vjp(lambda x: [mx.fast.cross_entropy(x, targets)], [logits], [weights])
+    return losses * weights, chunk_gradient(head, arrays, h, logits, d_logits)
+
+
+def _slices(head: Head) -> list[slice]:
+    """Return slices of the vocabulary.
+
+    In them, a quantized head is dequantized a slice at a time, and no matrix has a side of 262k (Gemma's vocabulary).
+    """
+    return [slice(start, start + MAX_SLICE) for start in range(0, head.vocabulary, MAX_SLICE)]
+
+
+def chunk_logits(head: Head, arrays: list[mx.array], h: mx.array) -> mx.array:
+    """Return the logits of some positions, (R, V) float32.
+
+    Args:
+        head: what is applied to its logits.
+        arrays: its weight.
+        h: (R, D) hidden states.
+    """
+    after = [mx.depends(array, h) for array in arrays]
+    parts = [
+        head.finish((h @ head.dense([array[kept] for array in after], h.dtype).T).astype(mx.float32), kept)
+        for kept in _slices(head)
+    ]
+    return mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+
+
+def chunk_gradient(head: Head, arrays: list[mx.array], h: mx.array, logits: mx.array, d_logits: mx.array) -> mx.array:
+    """Return the gradient of the hidden states, (R, D) in h's dtype, from that of the logits, (R, V); see `chunk_logits`."""
     if head.soft_cap is not None:
         d_logits = d_logits * head.slope(logits)
     # After the logits, so that a quantized slice is dequantized again and not kept.
     after = [mx.depends(array, d_logits) for array in arrays]
     pulls = [
         (d_logits[:, kept].astype(h.dtype) @ head.dense([array[kept] for array in after], h.dtype)).astype(mx.float32)
-        for kept in slices
+        for kept in _slices(head)
     ]
-    return losses * weights, (sum(pulls[1:], pulls[0]) * head.scale).astype(h.dtype)
+    return (sum(pulls[1:], pulls[0]) * head.scale).astype(h.dtype)

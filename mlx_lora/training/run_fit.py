@@ -7,22 +7,37 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.nn as nn
+import numpy as np
 
 from mlx_lora.adapters.adapt import adapt_model
 from mlx_lora.adapters.model_shape import model_shape
 from mlx_lora.data.encode import EncodedSet
+from mlx_lora.data.joining import joined
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.kernel_choice import KernelChoice, planned_kernels
 from mlx_lora.models.kernel_row import MLX
+from mlx_lora.models.layer_caches import layer_caches
 from mlx_lora.models.matmul import has_two_ways, use_measured_matmul
 from mlx_lora.models.outline import Outline, outline_of, with_quantization
 from mlx_lora.models.quantize import choose_quantization
-from mlx_lora.planner.fitting import SMALLEST_BATCH, Fitted, check_fits, fit
-from mlx_lora.planner.shapes import KernelTerms, Machine, ModelShape
+from mlx_lora.planner.fitting import (
+    SMALLEST_BATCH,
+    Fitted,
+    Prompts,
+    answer_room,
+    budget_of,
+    check_fits,
+    fit,
+    largest_batch,
+    run_of,
+)
+from mlx_lora.planner.memory import MemoryPlan, plan_memory
+from mlx_lora.planner.shapes import KernelTerms, Machine, ModelShape, NotKnown
 from mlx_lora.planner.this_machine import this_machine
-from mlx_lora.settings.config import TrainSettings
+from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, ObjectiveSettings, TrainSettings
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
+from mlx_lora.training.beside import beside_bytes
 from mlx_lora.training.block_memory import with_block_memory
 
 # Frozen copies of the factors that a method keeps: PiSSA's start, and ReLoRA's finished cycles.
@@ -43,9 +58,37 @@ def fit_run(settings: TrainSettings, shape: ModelShape, rows: EncodedSet, kernel
     """
     machine = replace(this_machine(settings.model.dtype), kernels=kernels)
     width = max(1, int(rows.lengths.max(initial=2)) - 1)
-    fitted = fit(settings, shape, machine, width, len(rows))
-    check_fits(settings, fitted, shape, machine, width, most_rows=len(rows))
+    prompts = prompts_of(settings.objective, rows)
+    fitted = fit(settings, shape, machine, width, len(rows), prompts)
+    check_fits(settings, fitted, shape, machine, width, most_rows=len(rows), prompts=prompts)
     return fitted
+
+
+def prompts_of(objective: ObjectiveSettings, rows: EncodedSet) -> Prompts:
+    """Return the lengths of the prompts of rows with room for answers; none if the data have the answers."""
+    if not objective.samples or not len(rows):
+        return ()
+    longest = (rows.lengths - 1).reshape(-1, rows.group).max(axis=1)
+    tokens, counts = np.unique(np.maximum(1, longest - answer_room(objective)), return_counts=True)
+    return tuple(zip(tokens.tolist(), np.cumsum(counts).tolist(), strict=True))
+
+
+def joined_memory(settings: TrainSettings, shape: ModelShape, rows: EncodedSet, kernels: KernelTerms) -> MemoryPlan:
+    """Return the memory of a run's largest batch if the answers to a prompt share a row.
+
+    Args:
+        settings: of the run, with everything chosen for rows with one answer each.
+        shape: the adapted model.
+        rows: training data, with room for an answer in each row.
+        kernels: the memory of the chosen kernels.
+    """
+    machine = replace(this_machine(settings.model.dtype), kernels=kernels)
+    width, tokens = max(1, int(rows.lengths.max(initial=2)) - 1), settings.loop.batch_tokens or DEFAULT_BATCH_TOKENS
+    prompts = largest_batch(width, settings, tokens, len(rows))[0] // rows.group
+    together = replace(settings, objective=replace(settings.objective, shared_prefix="on"))
+    columns = int(joined(rows).lengths.max(initial=2)) - 1
+    run = run_of(together, prompts, columns, settings.loop.grad_checkpoint)
+    return plan_memory(shape, run, machine, budget_of(settings.loop, machine))
 
 
 def check_base_fits(settings: TrainSettings) -> None:
@@ -101,9 +144,34 @@ def adapted_shape(
         kernels: the kernels that it trains with; None: chosen from this machine's measurements.
     """
     shape = model_shape(model, config, source_bytes, FROZEN_COPIES.get(settings.adapter.method_name, 0))
-    shape = replace(shape, plain_loss=shape.plain_loss or settings.loop.kernels == MLX)
+    plain_loss = shape.plain_loss or settings.loop.kernels == MLX
+    shape = replace(shape, plain_loss=plain_loss, beside_bytes=beside_bytes(settings))
     choice = known_kernels(settings, shape) if kernels is None else kernels
-    return with_block_memory(shape, model, dict(config), choice)
+    shape = with_block_memory(shape, model, dict(config), choice)
+    shape = replace(shape, teacher=teacher_shape(settings), teacher_stays=settings.objective.on_policy)
+    return with_caches(shape, model) if settings.objective.samples else shape
+
+
+def teacher_shape(settings: TrainSettings) -> ModelShape | None:
+    """Return the shape of --teacher, from its files' headers; None if there is none: the base itself takes no more memory.
+
+    Raises:
+        InputError: there is no such model, or mlx-lm does not have its architecture.
+    """
+    name = settings.objective.teacher
+    if not name:
+        return None
+    outline = outline_of(name, None, device.compute_dtype(settings.model.dtype))
+    outline.model.freeze()
+    return model_shape(outline.model, outline.config, outline.cast_bytes)
+
+
+def with_caches(shape: ModelShape, model: nn.Module) -> ModelShape:
+    """Return the shape with what the model's layers keep while answers are sampled."""
+    try:
+        return replace(shape, caches=layer_caches(model))
+    except NotKnown as error:
+        return replace(shape, not_known=(*shape.not_known, str(error)))
 
 
 def known_kernels(settings: TrainSettings, shape: ModelShape) -> KernelChoice:

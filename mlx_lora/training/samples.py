@@ -33,14 +33,27 @@ def held_out_beginnings(
     Returns:
         Token ids, at most the last 256 of each; for a row that is trained from the start, its first 24 or a few less.
     """
+    return [beginning for _, beginning in held_out_prompts(rows, most, begins_word)]
+
+
+def held_out_prompts(
+    rows: EncodedSet, most: int, begins_word: Callable[[int, int], bool] = lambda before, token: True
+) -> list[tuple[int, list[int]]]:
+    """Return the number and the beginning of each row of `held_out_beginnings`."""
     order = np.argsort(rows.lengths[:CANDIDATES], kind="stable").tolist()
     middle = len(order) // 2
-    found: list[list[int]] = []
+    found: dict[int, list[int]] = {}
     for number in sorted(order, key=lambda number: abs(order.index(number) - middle)):
         beginning = _beginning(*rows.row(number), begins_word)
-        if len(found) < most and beginning not in found:
-            found.append(beginning)
-    return found
+        if len(found) < most and beginning not in found.values():
+            found[number] = beginning
+    return list(found.items())
+
+
+def before_answer(rows: EncodedSet, number: int) -> list[int]:
+    """Return all tokens before the first trained one of a row, or of a prompt alone, all of its tokens."""
+    tokens, mask = rows.row(number)
+    return tokens[: int(np.argmax(mask)) if mask.any() else len(tokens)].tolist()
 
 
 def _beginning(tokens: np.ndarray, mask: np.ndarray, begins_word: Callable[[int, int], bool]) -> list[int]:

@@ -5,7 +5,9 @@ Shapes: N answers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from datetime import date
 
 import numpy as np
 
@@ -36,18 +38,44 @@ def score_answers(
     Raises:
         InputError: there is no score head, or an answer gives no row: the template cannot render it, or none of it is left after
             cutting the row to its maximum length.
+        ArithmeticError: a score is not finite.
+    """
+    scores, dropped = known_scores(base, answers, data, batch_tokens)
+    for number, why in dropped.items():
+        raise InputError(f"answer {number}: {why}")
+    if not np.isfinite(scores).all():
+        bad = int(np.flatnonzero(~np.isfinite(scores))[0])
+        raise ArithmeticError(f"answer {bad}: its score is {scores[bad]}")
+    return scores
+
+
+def known_scores(
+    base: Base,
+    answers: Sequence[Conversation | Completion],
+    data: DataSettings,
+    batch_tokens: int,
+    day: date | None = None,
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Return scores, (N,) float32, NaN for answers that give no row; and why they give none, by number.
+
+    Args:
+        base, answers, data, batch_tokens: as for `score_answers`.
+        day: that the template shows as today; None: today.
+
+    Raises:
+        InputError: there is no score head.
     """
     if SCORE not in base.model:
         raise InputError(f"--model {base.model_id}: has no score head; load the adapter of a reward model")
     tokenizer = base.hf_tokenizer
     plain = data.chat_template is None and not tokenizer.chat_template
-    template = None if plain else resolve_template(data.chat_template, tokenizer)[0]
-    encoder = Encoder(tokenizer, template, max_seq_length=data.max_seq_length, plain_completions=plain)
+    rendered = not plain or any(isinstance(answer, Conversation) for answer in answers)
+    template = resolve_template(data.chat_template, tokenizer)[0] if rendered else None
+    encoder = Encoder(tokenizer, template, max_seq_length=data.max_seq_length, plain_completions=plain, day=day)
     encoded = encoder.encode(answers)
-    for number, why in encoded.dropped.items():
-        raise InputError(f"answer {number}: {why}")
     scores = row_log_probabilities(
-        base.model, score_loss(base.model).tokens, encoded.rows.with_end_scores(), batch_tokens
+        base.model, score_loss(base.model).tokens, encoded.rows.with_end_scores(), batch_tokens, finite=False
     )
     last = dict(zip(encoded.source.tolist(), scores.tolist(), strict=True))  # earlier rows are a chat's earlier turns
-    return np.array([last[number] for number in range(len(answers))], np.float32)
+    found = [last.get(number, math.nan) for number in range(len(answers))]
+    return np.array(found, np.float32), encoded.dropped

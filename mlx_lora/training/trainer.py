@@ -27,8 +27,10 @@ from mlx_lora.training.interrupts import interrupt_flag
 from mlx_lora.training.losses import Loss, choose_loss
 from mlx_lora.training.memory_guard import MemoryGuard
 from mlx_lora.training.objective_loss import Task, task_of
+from mlx_lora.training.plan_loss import loss_of_plan
 from mlx_lora.training.progress import Metrics
 from mlx_lora.training.rollouts import AnyPlan
+from mlx_lora.training.sharing import nothing_of
 from mlx_lora.training.state import Diverged, Position
 from mlx_lora.training.step import Step, StepResult
 
@@ -137,20 +139,18 @@ class Measured:
 
 
 def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ranks = ALONE) -> Measured:
-    """Return the mean loss over `batches`.
+    """Return the mean loss over the batches of all ranks, to each of which `batches` gives its own.
 
-    Meanwhile, the model is in eval mode (no dropout). Several ranks divide the batches among themselves, and all get the
-    mean over all batches.
+    Meanwhile, the model is in eval mode (no dropout).
     """
     training = model.training
     model.eval()
     sums = mx.zeros((2 + len(task.reports),))
-    for batch, counts in own_batches(batches, ranks, is_shared(model)):
+    for batch in batches:
         for part in task.prepare([batch], ALONE):
             loss, count, *reports = task.loss.measure(model, *task.arrays_of(part))
             named = reports[0] if reports else {}
-            found = mx.stack([loss, count, *(named[name] for name in task.reports)])
-            sums = sums + (found if counts else 0 * found)
+            sums = sums + mx.stack([loss, count, *(named[name] for name in task.reports)])
             mx.eval(sums)
     # Ranks finish at different times. On a GPU, the host must wait for the others, not the device: see `SeveralRanks.sum`.
     total, count, *reported = ranks.sum(sums).tolist()
@@ -161,22 +161,20 @@ def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ran
     return Measured(total / count, int(count), task.finish(means))
 
 
-def own_batches(batches: Iterable[Batch], ranks: Ranks, equally_often: bool) -> Iterator[tuple[Batch, bool]]:
-    """Yield the batches that this rank measures, and whether it counts them.
+def own_batches(plan: AnyPlan, most: int, ranks: Ranks, together: bool) -> Iterator[Batch]:
+    """Yield the batches of a held-out plan that this rank measures.
 
     Args:
-        batches: of all ranks.
+        plan: of all ranks.
+        most: batches of all ranks; -1: all.
         ranks: that divide them.
-        equally_often: whether all ranks must compute equally many, because they share the base; then a rank for which
-            none is left computes another's, and does not count it.
+        together: whether all ranks must compute equally many, because they share the base; a rank for which none is left
+            then computes one without rows.
     """
-    if not equally_often:
-        yield from ((batch, True) for batch in islice(batches, ranks.rank, None, ranks.size))
-        return
-    rest = iter(batches)
-    while turn := list(islice(rest, ranks.size)):
-        counts = ranks.rank < len(turn)
-        yield turn[ranks.rank if counts else 0], counts
+    yield from plan.batches(most, ranks.rank, ranks.size)
+    count = len(plan) if most < 0 else min(most, len(plan))
+    if together and count % ranks.size and ranks.rank >= count % ranks.size:
+        yield from map(nothing_of, plan.batches(1))
 
 
 def held_out_loss(
@@ -196,10 +194,10 @@ def held_out_loss(
         answered: makes a plan whose answers are sampled, if the objective samples them.
     """
     loss = choose_loss(base.model, base.config, settings.kernels)
-    task = task_of(objective, loss, base.model)
     plan = answered(held_out_plan(rows, settings), loss)
+    task = task_of(objective, loss_of_plan(objective, loss, base, plan), base.model)
     count = len(plan) if settings.test_batches < 0 else min(len(plan), settings.test_batches)
-    batches = plan.batches(settings.test_batches)
+    batches = own_batches(plan, settings.test_batches, ranks, is_shared(base.model))
     if ranks.size == 1:
         batches = tracked(batches, "Measuring", count, "batches", say)
     return mean_loss(base.model, task, batches, ranks)
@@ -264,9 +262,10 @@ def train(
         if validation is None or settings.val_batches == 0:
             return False
         most = -1 if settings.val_batches is None else settings.val_batches
-        number = len(validation) if most < 0 else min(most, len(validation))
+        number = len(range(ranks.rank, len(validation) if most < 0 else min(most, len(validation)), ranks.size))
         # Ranks that share the base go through a validation together, and so to its end.
-        held_out = takewhile(lambda _: is_shared(model) or not asked(), validation.batches(most))
+        together = is_shared(model)
+        held_out = takewhile(lambda _: together or not asked(), own_batches(validation, most, ranks, together))
         measured = mean_loss(model, task, watch(held_out, number), ranks)
         interrupted.ask_all()
         if not measured.count or interrupted():
@@ -347,7 +346,7 @@ def _metrics(
     count = sum(r.count.item() for r in good)
     loss = sum(r.loss_sum.item() for r in good) / count if count else math.nan
     reports = {name: sum(r.reports[name].item() for r in good) / count for name in task.reports} if count else {}
-    reports = task.finish(reports) if reports else measured.reports if measured else {}
+    reports = task.finish(reports) | task.rates() if reports else measured.reports if measured else {}
     return Metrics(
         step=taken,
         epoch=round(epoch, 4),

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_lora.settings.migration import hf
+from mlx_lora.settings.migration import hf, sampling_keys
 from mlx_lora.settings.migration.column_keys import ROLES, join_paths, put_turn_names, take_columns
 from mlx_lora.settings.migration.preference_keys import (
     put_objective,
@@ -108,9 +108,12 @@ def read_kind(sheet: Sheet) -> None:
     """Set the objective; refuse training that is neither supervised nor on preferences."""
     asked = hashable(sheet.take("rl"))
     if asked:
-        if asked not in RL:
-            raise sheet.refusal(f"rl {asked}: only {', '.join(RL)} are supported; use Axolotl for it")
+        if asked not in (*RL, "grpo"):
+            raise sheet.refusal(f"rl {asked}: only {', '.join((*RL, 'grpo'))} are supported; use Axolotl for it")
         more = sheet.part("trl")
+        if asked == "grpo":
+            read_sampling(sheet, more)
+            return
         if "beta" in more.rest:  # it counts before the others there
             sheet.rest["rl_beta"] = more.take("beta")
         sheet.left_out += [f"trl.{key}" for key in more.rest]
@@ -124,6 +127,18 @@ def read_kind(sheet: Sheet) -> None:
         put_objective(sheet, "reward", "reward_model", {"center_rewards_coefficient": "center_rewards"})
     if asked := sheet.take("process_reward_model"):
         raise sheet.refusal(f"process_reward_model {asked}: only reward_model is supported; use Axolotl for it")
+
+
+def read_sampling(sheet: Sheet, more: Sheet) -> None:
+    """Set what samples and rewards answers, from the keys under `trl:`; they are TRL's, with its defaults."""
+    sampling_keys.put_sampling(sheet, "grpo", "rl", more)
+    sampling_keys.put_rewards(sheet, more, sampling_keys.rewards_of_paths(sheet, more), "trl.reward_funcs")
+    for name, value in (("group_size", 8), ("max_new_tokens", 512)):
+        sheet.assume(name, value)
+    for key in [key for key in more.rest if key in sampling_keys.WHOLE_ROLLOUT]:
+        sheet.rest[key] = more.take(key)
+    sheet.left_out += [f"trl.{key}" for key in more.rest]
+    sampling_keys.keep_cycles(sheet)
 
 
 def read_method(sheet: Sheet) -> None:
@@ -340,7 +355,11 @@ def read_loop(sheet: Sheet) -> None:
         sheet.leave("batch_size")  # rows of the whole step, which the other two keys decide
     elif "batch_size" in sheet.rest:
         sheet.put("grad_accumulation_steps", max(1, round((sheet.number("batch_size") or 0) / rows)), "batch_size")
-    hf.read_batch(sheet, "micro_batch_size", "sequence_len", "sample_packing", defaults=(1, 512))
+    if sampling_keys.reads(sheet.found.get("objective")):
+        sampling_keys.read_prompts(sheet, "micro_batch_size", 1)
+        sheet.leave("sequence_len", "sample_packing")
+    else:
+        hf.read_batch(sheet, "micro_batch_size", "sequence_len", "sample_packing", defaults=(1, 512))
     hf.read_warmup(sheet, "lr_scheduler")
     hf.read_optimizer(sheet, "optimizer")
     hf.read_held_out(sheet, "val_set_size")

@@ -13,9 +13,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.settings.config import WITHOUT_PAIRS
 from mlx_lora.settings.migration.column_keys import put_turn_names
 from mlx_lora.settings.migration.sheet import Sheet
+from mlx_lora.settings.objective_settings import WITHOUT_PAIRS
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.parsing import hashable, read_json
 from mlx_lora.system.spelling import did_you_mean

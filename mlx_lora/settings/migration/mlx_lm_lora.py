@@ -12,6 +12,12 @@ from typing import Any
 
 from mlx_lora.settings.migration import hf, mlx_lm
 from mlx_lora.settings.migration.preference_keys import put_objective, read_reference, trains_on_chats
+from mlx_lora.settings.migration.sampling_keys import (
+    NUMBERS_OF_MLX_LM_LORA,
+    keep_cycles,
+    put_rewards,
+    put_sampling,
+)
 from mlx_lora.settings.migration.sheet import Dialect, Sheet
 
 # Its names for keys that mlx-lm has too, and a name that it used in 2025.
@@ -20,7 +26,8 @@ RENAMED = {
     "train_type": "fine_tune_type",
     "gradient_accumulation_steps": "grad_accumulation_steps",
 }
-MODES = {"sft": "sft", "normal": "sft", "dpo": "dpo", "orpo": "orpo", "cpo": "cpo"}
+MODES = {"sft": "sft", "normal": "sft", "dpo": "dpo", "orpo": "orpo", "cpo": "cpo", "grpo": "grpo"}
+GRPO = {"group_size": 4, "max_new_tokens": 512, "epsilon": 1e-4, "kl_beta": 0.1, "grpo_loss": "grpo"}
 LOSSES = {"dpo": ("sigmoid", "hinge", "ipo"), "cpo": ("sigmoid",)}
 BITS = {"load_in_4bits": 4, "load_in_6bits": 6, "load_in_8bits": 8, "load_in_mxfp4": 4}
 DEFAULT_SCALE = 10.0
@@ -32,7 +39,7 @@ def recognizes(content: Mapping[str, Any]) -> bool:
 
 
 def read_kind(sheet: Sheet) -> None:
-    """Set the objective and its options; refuse what samples from the model, and losses that we do not have."""
+    """Set the objective and its options; refuse modes and losses that we do not have."""
     for theirs, name in RENAMED.items():
         if theirs in sheet.rest:
             sheet.rest[name] = sheet.take(theirs)
@@ -40,6 +47,9 @@ def read_kind(sheet: Sheet) -> None:
     if mode not in MODES:
         known = ", ".join(name for name in MODES if name != "normal")
         raise sheet.refusal(f"train_mode {mode}: only {known} are supported; use mlx-lm-lora for it")
+    if mode == "grpo":
+        read_sampling(sheet)
+        return
     loss = sheet.rest.get("dpo_cpo_loss_type", "sigmoid")
     if mode in LOSSES and loss not in LOSSES[mode]:
         known = ", ".join(LOSSES[mode])
@@ -49,6 +59,7 @@ def read_kind(sheet: Sheet) -> None:
     put_objective(sheet, MODES[mode], "train_mode", {"beta": "beta", "dpo_cpo_loss_type": "loss_type"})
     read_reference(sheet, "model", "reference_model_path")
     sheet.leave("alpha", "beta")  # alpha: of xpo, not the adapter's
+    sheet.leave(*NUMBERS_OF_MLX_LM_LORA, "reward_weights")  # of grpo; its files often have them in other modes too
     if mode == "cpo":
         sheet.put("cpo_alpha", 0.0, "train_mode")
         sheet.note("cpo: the likelihood of chosen answers is not added, as in mlx-lm-lora; --cpo-alpha adds it")
@@ -57,6 +68,26 @@ def read_kind(sheet: Sheet) -> None:
     elif not trains_on_chats(sheet):
         sheet.leave("mask_prompt")
         sheet.note(f"{mode}: answers are compared by their own tokens; in mlx-lm-lora, the prompt's tokens count too")
+
+
+def read_sampling(sheet: Sheet) -> None:
+    """Set what samples and rewards answers; functions that are registered in a file of the user's are named by it here."""
+    put_sampling(sheet, "grpo", "train_mode", numbers=NUMBERS_OF_MLX_LM_LORA, loss="grpo_loss_type")
+    file, asked = sheet.take("reward_functions_file"), sheet.take("reward_functions")
+    names = asked if isinstance(asked, list) else [] if asked is None else str(asked).split(",")
+    functions = {name.strip(): f"{file}:{name.strip()}" if file else None for name in map(str, names)}
+    if not functions:
+        sheet.note("reward_functions: not named, and mlx-lm-lora's own are not here; give --reward FILE.py:FUNCTION")
+    put_rewards(sheet, sheet, functions, "reward_functions")
+    if "reward" in sheet.found:
+        sheet.note(
+            "reward_functions: they also get completion_ids and every column of the data here; add **columns to them"
+        )
+    for name, value in GRPO.items():
+        sheet.assume(name, value)
+    read_reference(sheet, "model", "reference_model_path")
+    sheet.leave("alpha", "mask_prompt")
+    keep_cycles(sheet)
 
 
 def read_rest(sheet: Sheet) -> None:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mlx_lora.settings.migration.sheet import Sheet
+from mlx_lora.settings.objective_settings import IMITATION
 
+OF_SAMPLING = (
+    *("reward", "reward_weights", "group_size", "max_new_tokens", "temp", "top_p", "min_p", "epsilon", "epsilon_high"),
+    *("kl_beta", "mask_truncated", "updates_per_rollout"),
+)
 # The options of each objective; other options in a file are left out.
 OPTIONS = {
     "sft": (),
@@ -15,14 +20,16 @@ OPTIONS = {
     "cpo": ("beta", "label_smoothing", "cpo_alpha"),
     "kto": ("loss_type", "beta", "desirable_weight", "undesirable_weight", "reference_adapter"),
     "reward": ("center_rewards",),
+    "grpo": (*OF_SAMPLING, "grpo_loss", "scale_rewards"),
+    "rloo": OF_SAMPLING,
 }
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # of dpo's losses, those with label smoothing
 LISTS = ("loss_type", "loss_weights", "reference_adapter")  # not numbers
 
 
 def trains_on_chats(sheet: Sheet) -> bool:
-    """Return whether a file asks for supervised training."""
-    return sheet.found.get("objective", "sft") == "sft"
+    """Return whether a file asks for training on the answers in the data."""
+    return sheet.found.get("objective", "sft") in IMITATION
 
 
 def read_prompts_trained(sheet: Sheet, key: str) -> None:

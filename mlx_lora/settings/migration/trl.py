@@ -1,4 +1,5 @@
-"""Read the settings file of TRL's commands: `trl dpo --config`, `trl kto`, `trl reward`, `trl sft`.
+"""Read the settings file of TRL's commands: `trl dpo --config`, `trl kto`, `trl reward`, `trl grpo`, `trl rloo`, `trl sft`;
+and of its GKDTrainer.
 
 The file does not say which command it is for; --objective says so, or else keys that only one command has. For what the
 file leaves out, TRL's defaults are used if they change the result: the model itself is trained unless use_peft is set,
@@ -10,16 +11,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_lora.settings.migration import hf
+from mlx_lora.settings.migration import hf, sampling_keys, trl_distill
 from mlx_lora.settings.migration.column_keys import take_columns
 from mlx_lora.settings.migration.preference_keys import OPTIONS, put_objective, say_plain_simpo, trains_on_chats
 from mlx_lora.settings.migration.sheet import Dialect, Sheet
 
 MARKS = ("dataset_name", "dataset_train_split", "dataset_test_split", "use_peft", "lora_target_modules", "datasets")
 # Keys of commands that we do not have.
-SAMPLING = ("reward_funcs", "num_generations", "reward_model_path", "teacher_model_name_or_path")
+SAMPLING = ("reward_model_path",)
 # Objective -> keys that only its configuration has; the first that a file has decides.
 OWN_KEYS = {
+    trl_distill.NAME: trl_distill.OWN_KEYS,
+    "rloo": ("normalize_advantages", "reward_clip_range"),
+    "grpo": (
+        *("reward_funcs", "num_generations", "num_iterations", "scale_rewards", "importance_sampling_level"),
+        *("mask_truncated_completions", "epsilon_high"),
+    ),
     "reward": ("center_rewards_coefficient",),
     "kto": ("desirable_weight", "undesirable_weight"),
     "cpo": ("cpo_alpha", "simpo_gamma"),
@@ -29,7 +36,10 @@ OWN_KEYS = {
     ),
 }
 CHAT_LOSSES = ("nll", "chunked_nll", "dft")  # of `trl sft`
-LEARNING_RATES = {"sft": 2e-5, "reward": 1e-4}
+# Defaults of answers that differ from ours.
+GRPO = {"group_size": 8, "max_new_tokens": 512}
+RLOO = {"group_size": 2, "max_new_tokens": 512, "kl_beta": 0.05}
+LEARNING_RATES = {"sft": 2e-5, "distill": 2e-5, "reward": 1e-4}
 LEARNING_RATE = 1e-6
 OWN_NAMES = ("loss_type", "loss_weights", "beta", "label_smoothing", "rpo_alpha", "discopop_tau", "simpo_gamma",
              "cpo_alpha", "desirable_weight", "undesirable_weight")  # fmt: skip
@@ -46,9 +56,16 @@ def read_kind(sheet: Sheet) -> None:
     for key in SAMPLING:
         if key in sheet.rest:
             raise sheet.refusal(
-                f"{key}: only trl sft, dpo, kto and reward are supported, and ORPO and CPO; use TRL for it"
+                f"{key}: only trl sft, dpo, kto, reward, grpo and rloo are supported, and ORPO and CPO; use TRL for it"
             )
     objective, key = _objective(sheet)
+    if objective == trl_distill.NAME:
+        sheet.put("objective", objective, key)
+        trl_distill.read_distill(sheet)
+        return
+    if sampling_keys.reads(objective):
+        read_sampling(sheet, objective, key)
+        return
     losses = sheet.rest.get("loss_type")
     if isinstance(losses, list) and len(losses) == 1:
         sheet.rest["loss_type"] = losses = losses[0]
@@ -70,9 +87,24 @@ def read_kind(sheet: Sheet) -> None:
         sheet.take("truncation_mode")
 
 
+def read_sampling(sheet: Sheet, objective: str, key: str) -> None:
+    """Set what samples, rewards and compares answers; a reward model is none of ours."""
+    sampling_keys.put_sampling(sheet, objective, key)
+    functions, model = sampling_keys.rewards_of_paths(sheet, sheet), sheet.take("reward_model_name_or_path")
+    sampling_keys.put_rewards(
+        sheet,
+        sheet,
+        functions | ({str(model): None} if model else {}),
+        "reward_funcs" if functions else "reward_model_name_or_path",
+    )
+    for name, value in RLOO.items() if objective == "rloo" else GRPO.items():
+        sheet.assume(name, value)
+    sampling_keys.keep_cycles(sheet)
+
+
 def _objective(sheet: Sheet) -> tuple[str, str]:
     """Return the objective and the key that decides it."""
-    if sheet.objective in OPTIONS:
+    if sheet.objective in (*OPTIONS, trl_distill.NAME):
         return sheet.objective, "objective"
     losses = sheet.rest.get("loss_type")
     own = OWN_KEYS if losses not in CHAT_LOSSES else {}
@@ -81,9 +113,10 @@ def _objective(sheet: Sheet) -> tuple[str, str]:
         if objective == "kto" and losses in ("kto", "apo_zero_unpaired"):
             key = "loss_type"
         if key:
-            sheet.note(f"{key}: read as a file of trl {objective}; --objective chooses another")
+            of = "TRL's GKDTrainer" if objective == trl_distill.NAME else f"trl {objective}"
+            sheet.note(f"{key}: read as a file of {of}; --objective chooses another")
             return objective, key
-    sheet.note("read as a file of trl sft; give --objective dpo, kto or reward for those commands")
+    sheet.note("read as a file of trl sft; give --objective dpo, kto, reward, grpo or rloo for those commands")
     return "sft", "objective"
 
 
@@ -140,7 +173,7 @@ def read_data(sheet: Sheet) -> None:
         own = [key for key in ("assistant_only_loss", "completion_only_loss") if sheet.take(key)]
         if whole or own:
             sheet.put("mask_prompt", not whole, own[0] if own else "completion_only_loss")
-        else:
+        elif sheet.found.get("objective") != trl_distill.NAME:  # GKD trains on answers
             sheet.note("trl sft trains on whole dialogues, here only on answers; --no-mask-prompt trains on everything")
 
 
@@ -155,7 +188,10 @@ def read_loop(sheet: Sheet) -> None:
     hf.read_length(sheet, "num_train_epochs")
     if "iters" not in sheet.found:
         sheet.assume("epochs", 3.0)
-    hf.read_batch(sheet, "per_device_train_batch_size", "max_length", "packing", defaults=(8, 1024))
+    if sampling_keys.reads(sheet.found.get("objective")):
+        sampling_keys.read_prompts(sheet, "per_device_train_batch_size", 8)
+    else:
+        hf.read_batch(sheet, "per_device_train_batch_size", "max_length", "packing", defaults=(8, 1024))
     hf.read_warmup(sheet, "lr_scheduler_type")
     hf.read_optimizer(sheet, "optim")
     hf.read_held_out(sheet, "test_split_size")

@@ -1,0 +1,164 @@
+"""Load the reward models among a run's rewards: on the run's own base where they were trained on it, else beside it.
+
+A reward model of the run's base shares its arrays: modules are copied, and the adapter is put on the copy, so that only the
+adapter takes memory. This has to happen before the run's own adapter is put on the base.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+from mlx.utils import tree_flatten
+
+from mlx_lora.adapters.score_head import SCORE_WEIGHT, put_score_head
+from mlx_lora.artifacts.adapter import CONFIG_FILE as ADAPTER_CONFIG
+from mlx_lora.artifacts.adapter import load_adapter, read_adapter_config
+from mlx_lora.artifacts.adapter_config import own_entries
+from mlx_lora.artifacts.reward_model import SAME_LAYOUT, check_use
+from mlx_lora.data.examples import Completion, Conversation
+from mlx_lora.models.folder import CONFIG_FILE, is_classifier
+from mlx_lora.models.load import Base, load_base, load_classifier
+from mlx_lora.models.tokenizer import load_folder_tokenizer
+from mlx_lora.objectives.objective_table import objective_of
+from mlx_lora.objectives.rewards import Reward
+from mlx_lora.objectives.user_rewards import rewards_of
+from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, DataSettings, ModelSettings, ObjectiveSettings, TrainSettings
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.parsing import read_json
+from mlx_lora.training.beside import base_named, is_same_model
+from mlx_lora.training.scores import known_scores
+
+# Nothing is cut: a prompt has at most --max-seq-length tokens, and its answer at most --max-new-tokens.
+UNCUT = DataSettings(max_seq_length=1 << 20)
+
+
+@dataclass(frozen=True)
+class ModelReward:
+    """A reward model that is ready: called with conversations, it returns their scores, NaN for those that it cannot render.
+
+    Attributes:
+        base: with the score head, its own tokenizer and chat template.
+        own_bytes: of its parameters that no other model in memory has.
+        day: that its template shows as today.
+    """
+
+    base: Base
+    own_bytes: int
+    day: date | None = None
+
+    def __call__(self, conversations: Sequence[Conversation | Completion]) -> list[float | None]:
+        scores, _ = known_scores(self.base, conversations, UNCUT, DEFAULT_BATCH_TOKENS, self.day)
+        return scores.tolist()
+
+
+def check_reward_model(folder: Path) -> None:
+    """Refuse a folder that holds no reward model, before a model is loaded.
+
+    Raises:
+        InputError: with the reason.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        check_use(read_adapter_config(folder), folder, scores=True)
+        return
+    file = folder / CONFIG_FILE
+    config = read_json(file, "download the model again") if file.is_file() else {}
+    if not is_classifier(config):
+        raise InputError(
+            f"--reward {folder}: not a reward model; give the folder of a run with --objective reward, or that of its "
+            "export --to hf or peft"
+        )
+    if config.get("model_type") not in SAME_LAYOUT:
+        raise InputError(
+            f"--reward {folder}: a {config.get('model_type')} classifier; {', '.join(SAME_LAYOUT)} can be read; give the "
+            "adapter that it was made from"
+        )
+
+
+def check_rewards(settings: ObjectiveSettings) -> None:
+    """Refuse rewards that cannot be used, before a model is loaded.
+
+    Raises:
+        InputError: a name is unknown, a user's file does not load, or a folder holds no reward model.
+    """
+    for reward in rewards_of(settings):
+        if reward.model is not None:
+            check_reward_model(reward.model)
+
+
+def load_rewards(
+    settings: TrainSettings, base: Base, say: Callable[[str], None], day: date | None = None
+) -> tuple[Reward, ...]:
+    """Return the rewards of a run or a measurement, with their reward models loaded.
+
+    Args:
+        settings: with --reward.
+        base: of the run, not yet adapted.
+        say: takes a line on each reward model.
+        day: that templates show as today, unless --chat-date names one; None: today.
+
+    Raises:
+        InputError: a reward or a reward model cannot be loaded.
+    """
+    if objective_of(settings.objective).policy is None:
+        return ()
+    day = date.fromisoformat(settings.data.chat_date) if settings.data.chat_date else day
+    bases, rewards = [base], []
+    for reward in rewards_of(settings.objective):
+        if reward.model is not None:
+            reward = replace(reward, function=_model_reward(reward.model, settings.model, bases, say, day))
+        rewards.append(reward)
+    return tuple(rewards)
+
+
+def _model_reward(
+    folder: Path, asked: ModelSettings, bases: list[Base], say: Callable[[str], None], day: date | None
+) -> ModelReward:
+    """Load one reward model; a base that none of the known ones is, is added to them."""
+    check_reward_model(folder)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        base, score = load_classifier(folder, asked, SCORE_WEIGHT)
+        put_score_head(base.model, base.config)
+        base.model.score.weight = score.astype(base.model.score.weight.dtype)
+        base.model.freeze()
+        held, where = 0, "a model beside the base"
+    else:
+        known = next((one for one in bases if _is_of(folder, one)), None)
+        of = known or _other_base(folder, asked)
+        held, where = (
+            (of.size_bytes, f"on {of.model_id}, shared") if known else (0, f"on {of.model_id}, beside the base")
+        )
+        if known is None:
+            bases.append(of)
+        # The weights are shared; the tokenizer is its own, because an adapter may bring a template.
+        tokenizer = load_folder_tokenizer(of.folder, of.config, asked.trust_remote_code)
+        base = replace(of, model=copy.deepcopy(of.model), tokenizer=tokenizer)
+        template = load_adapter(base, folder, scores=True).chat_template
+        if template:
+            base.hf_tokenizer.chat_template = template
+    own = sum(array.nbytes for _, array in tree_flatten(base.model.parameters())) - held
+    say(f"Reward model {folder}: {where}; {own / 1e6:.1f} MB of its own")
+    return ModelReward(base, own, day)
+
+
+def _is_of(folder: Path, base: Base) -> bool:
+    """Tell whether an adapter was trained on this base: by fingerprint, or if it has none (PEFT), by name."""
+    trained_on = own_entries(read_adapter_config(folder)).get("base_fingerprint")
+    if trained_on:
+        return trained_on == base.fingerprint
+    named = base_named(folder / ADAPTER_CONFIG)
+    return named is not None and any(is_same_model(named[0], name) for name in (base.model_id, str(base.folder)))
+
+
+def _other_base(folder: Path, asked: ModelSettings) -> Base:
+    """Load the base that an adapter names."""
+    named = base_named(folder / ADAPTER_CONFIG)
+    if named is None:
+        raise InputError(f"--reward {folder}: does not name its base; give a folder that a run wrote")
+    try:
+        return load_base(replace(asked, model=named[0], revision=named[1]))
+    except InputError as error:
+        raise InputError(f"--reward {folder}: its base cannot be loaded: {error}") from None

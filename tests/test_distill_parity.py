@@ -1,0 +1,158 @@
+"""TRL's GKD loss on torch and ours: frozen logits, and the adapter's gradients through a whole model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import tiny_model, write_folder
+from frozen_answers import ALPHA, RANK, moved_base
+from mlx.utils import tree_flatten
+from torch_judge import name_here, torch_base
+
+from mlx_lora.data.batches import BatchPlan
+from mlx_lora.data.encoded_set import EncodedSet
+from mlx_lora.models.load import load_base
+from mlx_lora.objectives.divergences import DivergenceOptions, divergence_of_logits, likeliest
+from mlx_lora.objectives.objective_table import objective_of
+from mlx_lora.runs.distilling import with_teacher
+from mlx_lora.settings.config import ModelSettings, ObjectiveSettings
+from mlx_lora.settings.resolve import train_settings
+from mlx_lora.training.distill_loss import distill_loss
+from mlx_lora.training.losses import choose_loss
+from mlx_lora.training.objective_loss import task_of
+
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]
+POSITIONS, VOCABULARY = 40, 300
+NAMES = {0.0: "forward_kl", 0.5: "jsd", 1.0: "reverse_kl"}
+
+
+def frozen(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 2, (POSITIONS, VOCABULARY)).astype(np.float32)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("beta", NAMES)
+def test_loss_and_gradient_of_frozen_logits_are_trls(beta, temperature):
+    import torch
+    from trl.experimental.gkd import GKDTrainer
+
+    student, teacher = frozen(0), frozen(1)
+    options = DivergenceOptions(NAMES[beta], beta, temperature, top_k=0)
+
+    def mean(logits):
+        return divergence_of_logits(logits, likeliest(mx.array(teacher), options), options)[0].mean()
+
+    loss, gradient = mx.value_and_grad(mean)(mx.array(student))
+    logits = torch.tensor(student, requires_grad=True)
+    labels = torch.zeros((1, POSITIONS), dtype=torch.long)
+    theirs = GKDTrainer.generalized_jsd_loss(
+        logits[None], torch.tensor(teacher)[None], labels, beta=beta, temperature=temperature
+    )
+    theirs.backward()
+    assert loss.item() == pytest.approx(theirs.item(), rel=1e-4)
+    wanted = logits.grad.numpy()
+    assert np.linalg.norm(np.array(gradient) - wanted) < 1e-4 * np.linalg.norm(wanted)
+
+
+def bins_in_torch(logits, ids):
+    """Return log-probabilities of the bins from the definition: the sum of the others' probabilities."""
+    import torch
+
+    if ids is None:
+        return torch.log_softmax(logits, -1)
+    powers = torch.softmax(logits, -1)
+    own = powers.gather(-1, ids)
+    others = powers.scatter(-1, ids, 0.0).sum(-1, keepdim=True)
+    return torch.cat([own, others], -1).log()
+
+
+def divergence_in_torch(teacher, student, beta: float):
+    """Return the mean of the generalized Jensen-Shannon divergence, written from its definition."""
+    import torch
+
+    p, q = teacher.exp(), student.exp()
+    if beta == 0:
+        return (p * (teacher - student)).sum(-1).mean()
+    if beta == 1:
+        return (q * (student - teacher)).sum(-1).mean()
+    mixed = torch.log(beta * p + (1 - beta) * q)
+    return (beta * (p * (teacher - mixed)).sum(-1) + (1 - beta) * (q * (student - mixed)).sum(-1)).mean()
+
+
+@pytest.mark.parametrize("top_k", [1, 8])
+@pytest.mark.parametrize("beta", NAMES)
+def test_bins_are_those_of_the_definition(beta, top_k):
+    import torch
+
+    student, teacher = frozen(2), frozen(3)
+    options = DivergenceOptions(NAMES[beta], beta, 1.0, top_k)
+
+    def mean(logits):
+        return divergence_of_logits(logits, likeliest(mx.array(teacher), options), options)[0].mean()
+
+    loss, gradient = mx.value_and_grad(mean)(mx.array(student))
+    logits, other = torch.tensor(student, requires_grad=True, dtype=torch.float64), torch.tensor(teacher).double()
+    ids = other.topk(top_k, dim=-1).indices
+    theirs = divergence_in_torch(bins_in_torch(other, ids), bins_in_torch(logits, ids), beta)
+    theirs.backward()
+    assert loss.item() == pytest.approx(theirs.item(), rel=1e-4)
+    wanted = logits.grad.numpy()
+    assert np.linalg.norm(np.array(gradient) - wanted) < 1e-4 * np.linalg.norm(wanted)
+
+
+def answered_rows(seed: int = 0) -> EncodedSet:
+    random = np.random.default_rng(seed)
+    rows = []
+    for _ in range(6):
+        tokens = random.integers(0, 268, int(random.integers(8, 20))).astype(np.int32)
+        rows.append((tokens, np.arange(len(tokens)) >= random.integers(3, 7)))
+    return EncodedSet.from_rows(rows)
+
+
+@pytest.mark.parametrize("top_k", [0, 8])
+@pytest.mark.parametrize("beta", NAMES)
+def test_the_adapters_gradients_are_torchs(beta, top_k, tiny_folder, tmp_path):
+    """From the teacher's table on disk to every factor; what 16 bits round is the only difference."""
+    import peft
+    import torch
+
+    loud = tiny_model(seed=3)
+    loud.model.embed_tokens.weight = loud.model.embed_tokens.weight * 3
+    folder = write_folder(tmp_path / "teacher", loud)
+    asked = ObjectiveSettings(
+        "distill", teacher=str(folder), teacher_top_k=top_k, divergence=NAMES[beta], jsd_beta=beta, distill_temp=2.0
+    )
+    asked = replace(asked, jsd_beta=beta if NAMES[beta] == "jsd" else 0.5)
+    settings = replace(train_settings({"model": str(tiny_folder)}), objective=asked)
+    plain = load_base(ModelSettings(model=str(tiny_folder)))
+    rows = with_teacher(settings, plain, {"train": answered_rows()}, lambda line: None).sets["train"]
+    base, initial = moved_base(tiny_folder)
+    objective = objective_of(asked)
+    loss = distill_loss(choose_loss(base.model, base.config), base.model, base.config, objective.distills, rows, "")
+    task = task_of(objective, loss, base.model)
+    batch = BatchPlan(rows, batch_tokens=10**4, batch_size=6, seed=0).batch(0, 0)
+    (total, count, reports), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, *task.arrays_of(batch))
+    ours = {key: np.array(value / count) for key, value in tree_flatten(grads)}
+
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")
+    model = peft.get_peft_model(torch_base(tiny_folder), config).train()
+    trained = {name_here(key): value for key, value in model.named_parameters() if value.requires_grad}
+    for key, value in trained.items():
+        value.data = torch.tensor(initial[key].T.copy())
+    inputs, mask = torch.tensor(batch.inputs.astype(np.int64)), torch.tensor(batch.mask)
+    with torch.no_grad():
+        other = torch_base(folder)(inputs).logits[mask].double() / 2.0
+    student = model(inputs).logits[mask].double() / 2.0
+    ids = other.topk(top_k, dim=-1).indices if top_k else None
+    wanted = divergence_in_torch(bins_in_torch(other, ids), bins_in_torch(student, ids), beta)
+    wanted.backward()
+    assert (total / count).item() == pytest.approx(wanted.item(), rel=1e-3)
+    assert (reports["kl"] / count).item() > 0
+    for key, value in trained.items():
+        theirs = value.grad.numpy().T
+        assert np.linalg.norm(ours[key] - theirs) < 2e-3 * np.linalg.norm(theirs), key
+        assert np.linalg.norm(theirs) > 0
