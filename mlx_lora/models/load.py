@@ -135,7 +135,7 @@ def load_base(settings: ModelSettings, read: bool = True) -> Base:
     source = resolve_model(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
     folder = cached_gguf_folder(source) if source.kind == "gguf" else source.path
     model, config = load_weights(folder, settings.trust_remote_code)
-    return _base_of(model, config, folder, replace(settings, model=source.model_id, revision=source.revision))
+    return _base_of(model, config, folder, replace(settings, model=source.model_id, revision=source.revision), read)
 
 
 def load_classifier(folder: Path, settings: ModelSettings, score: str) -> tuple[Base, mx.array]:
@@ -153,7 +153,9 @@ def load_classifier(folder: Path, settings: ModelSettings, score: str) -> tuple[
     return _base_of(model, config, folder, replace(settings, model=str(folder), revision=None)), weight
 
 
-def _base_of(model: nn.Module, config: dict[str, Any], folder: Path, settings: ModelSettings) -> Base:
+def _base_of(
+    model: nn.Module, config: dict[str, Any], folder: Path, settings: ModelSettings, read: bool = True
+) -> Base:
     """Return a base of a folder's model, cast to the compute dtype and frozen; the settings name it."""
     # Before the cast: float32 norms that are rounded to float16 and then to bfloat16 differ from those rounded once.
     fingerprint = base_fingerprint(model, config)
