@@ -21,7 +21,6 @@ from typing import Any
 import click
 from huggingface_hub import snapshot_download
 
-from mlx_lora.doctor import installed_versions
 from mlx_lora.settings import flags
 from mlx_lora.system import console, device
 from mlx_lora.system.cache import cache_dir
@@ -29,6 +28,7 @@ from mlx_lora.system.distributed import SeveralRanks, find_launch, together
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.link_probe import LinkRates, probe_link
 from mlx_lora.system.units import counted, gigabytes
+from mlx_lora.system.versions import installed_versions
 
 SSH_S = 10
 HEADER_BYTES = 1 << 20  # of each file: names, shapes and dtypes of a safetensors file's tensors

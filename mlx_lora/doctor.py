@@ -14,23 +14,22 @@ import tempfile
 import urllib.request
 from collections import Counter
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any, Literal
 
 import click
 from huggingface_hub import constants
 from packaging.version import Version
 
-from mlx_lora import BLAS, __version__
+from mlx_lora import BLAS
 from mlx_lora.models.self_test import changing_gradients, self_test
 from mlx_lora.planner.ceilings import measure_ceilings
 from mlx_lora.settings import flags
 from mlx_lora.system import console, device
 from mlx_lora.system.cache import cache_dir
 from mlx_lora.system.units import GIB
+from mlx_lora.system.versions import installed_versions
 from mlx_lora.training.kernel_report import known_table, measure_usual, table_lines
 
-PACKAGES = ("mlx", "mlx-metal", "mlx-lm", "transformers", "tokenizers", "huggingface-hub", "numpy", "gguf")
 # Package, first good version, and the fault of earlier ones. The self-test also finds faults of unlisted versions.
 KNOWN_BAD = (
     ("mlx", "0.32.0", "quantized products of more than 32,768 rows are wrong on Metal (mflux#489)"),
@@ -97,17 +96,6 @@ def screen(here: device.Device, versions: dict[str, str | None], checks: list[Ch
     bad = sum(check.status == "failed" for check in checks)
     doubtful = sum(check.status == "warning" for check in checks)
     return [*lines, "", f"{len(checks)} checks: {bad} failed, {doubtful} with a warning"]
-
-
-def installed_versions() -> dict[str, str | None]:
-    """Return the versions of the packages that matter, None for those not installed."""
-    versions: dict[str, str | None] = {"mlx-lora": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
 
 
 def check_versions(versions: dict[str, str | None]) -> list[Check]:
