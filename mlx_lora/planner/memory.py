@@ -293,7 +293,7 @@ def _loss_window(shape: ModelShape, run: Run, machine: Machine) -> int:
         return int(run.positions * shape.vocabulary * (3 * SINGLE + (size if size < SINGLE else 0)))
     if not slots:
         return 0
-    if machine.kernels.loss == "rows":
+    if machine.kernels.loss == "rows" or run.teacher_top_k is not None:  # distillation computes whole rows, too
         rows = chunk_rows(slots, shape.vocabulary, machine.tile_bytes)
         dense = PACKED_COPIES * shape.vocabulary * shape.width * size if shape.head_packed else 0
         return int(ROW_ARRAYS * rows * shape.vocabulary * SINGLE + dense + 2 * slots * shape.width * size)
