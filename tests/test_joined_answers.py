@@ -196,8 +196,12 @@ def test_log_probabilities_before_the_update_are_those_of_the_same_tokens(base):
 
 def filled() -> tuple[Batch, np.ndarray]:
     """Return two prompts, of 3 tokens and 1, with answers of 2, 1 and 1, 3 tokens; and a prompt of padding."""
-    inputs = np.array([[7, 8, 9, 1, 0, 0], [7, 8, 9, 0, 0, 0], [5, 0, 0, 0, 0, 0], [5, 4, 3, 0, 0, 0], [0] * 6, [0] * 6])
-    targets = np.array([[8, 9, 1, 2, 0, 0], [8, 9, 6, 0, 0, 0], [2, 0, 0, 0, 0, 0], [4, 3, 2, 0, 0, 0], [0] * 6, [0] * 6])
+    inputs = np.array(
+        [[7, 8, 9, 1, 0, 0], [7, 8, 9, 0, 0, 0], [5, 0, 0, 0, 0, 0], [5, 4, 3, 0, 0, 0], [0] * 6, [0] * 6]
+    )
+    targets = np.array(
+        [[8, 9, 1, 2, 0, 0], [8, 9, 6, 0, 0, 0], [2, 0, 0, 0, 0, 0], [4, 3, 2, 0, 0, 0], [0] * 6, [0] * 6]
+    )
     begins = np.array([2, 2, 0, 0, 0, 0])
     lengths = np.array([2, 1, 1, 3, 0, 0], np.float32)
     columns = np.arange(6)

@@ -112,7 +112,18 @@ def test_the_largest_rollout_follows_from_the_prompts(shared):
 def test_a_run_whose_answers_do_not_fit_says_what_to_lower(tiny_folder, tmp_path):
     data = tmp_path / "p.jsonl"
     data.write_text("\n".join(json.dumps({"prompt": f"{n}?"}) for n in range(40)))
-    flags = ("--model", tiny_folder, "--data", data, "--objective", "grpo", "--reward", "length:4", "--valid-fraction", 0)
+    flags = (
+        "--model",
+        tiny_folder,
+        "--data",
+        data,
+        "--objective",
+        "grpo",
+        "--reward",
+        "length:4",
+        "--valid-fraction",
+        0,
+    )
     big = ("--group-size", 16, "--max-new-tokens", 2000, "--batch-size", 4)
     free = json.loads(run("plan", *flags, *big, "--json").out)
     assert free["phase"] in free["phases"]
@@ -138,4 +149,3 @@ def test_the_plan_is_near_the_measured_peak_of_smollm2(rollout):
     base = load_base(ModelSettings(model=str(smollm2_gguf()), dtype="float32"))
     shape = planned(base.model, base.config, rollout)
     assert shape == pytest.approx(measured(base.model, rollout), rel=0.1)
-

@@ -74,7 +74,9 @@ def shared_layout(objective: Objective, shape: ModelShape, rows: EncodedSet, lit
         return Layout(True, f"prompts shared ({share:.0%} fewer positions)")
     joining = Joining(work_of(shape), little is None)
     if little is None:
-        return Layout(True, f"a prompt shared by its {rows.group} answers (at least {share:.0%} fewer positions)", joining)
+        return Layout(
+            True, f"a prompt shared by its {rows.group} answers (at least {share:.0%} fewer positions)", joining
+        )
     return Layout(False, f"a prompt shared by its answers where that saves work ({little} with full answers)", joining)
 
 
