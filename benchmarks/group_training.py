@@ -73,9 +73,9 @@ def measure(base: Base, args: argparse.Namespace, prompt: int, answer: int) -> d
     batch, begins = group_of(prompt, answer, args)
     batches = {APART: batch, TOGETHER: joined_batch(batch, begins)}
     tape = apply_checkpointing(base.model, args.grad_checkpoint)
-    loss = choose_loss(base.model, base.config, "auto", print)
+    loss = choose_loss(base.model, base.config, args.kernels, print)
     lengths = {name: [one.inputs.shape[1]] for name, one in batches.items()}
-    kernels = choose_model_kernels(base.model, lengths[APART], "auto", mx.float32, print, lengths[TOGETHER])
+    kernels = choose_model_kernels(base.model, lengths[APART], args.kernels, mx.float32, print, lengths[TOGETHER])
     task = task_of(objective_of(ObjectiveSettings("grpo", reward="length:1")), loss, base.model)
     run = differentiation(base.model, task.loss.train, tape.attend if tape else attend, kernels)
     arrays = {name: task.arrays_of(*task.prepare([one], ALONE)) for name, one in batches.items()}
@@ -115,13 +115,14 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--shortest", type=int, help="tokens of the shortest answer; default: all have the case's")
     parser.add_argument("--grad-checkpoint", default="none")
+    parser.add_argument("--kernels", choices=("auto", "ours", "mlx"), default="auto", help="as for train")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     device.compile_for(args.rounds)  # as in a short run on a CPU
     base = load_base(ModelSettings(model=args.model, dtype="float32"))
     adapt_model(base.model, AdapterSettings(rank=8), 0)
     rotate_by_token(base.model)
-    problem = sharing_problem(base.model, base.config, choose_loss(base.model, base.config, "auto", print))
+    problem = sharing_problem(base.model, base.config, choose_loss(base.model, base.config, args.kernels, print))
     if problem:
         raise SystemExit(problem)
     print(f"{args.group_size} answers to a prompt; {base.describe()}")

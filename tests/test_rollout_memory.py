@@ -10,8 +10,7 @@ import pytest
 from architectures.build import tiny_architecture
 from conftest import tiny_model
 from real_models import smollm2_gguf
-from run_cli import one_line, run
-from test_memory import CPU, SHAPE
+from run_cli import run
 
 from mlx_lora.adapters.model_shape import model_shape
 from mlx_lora.models.group_sampling import SamplingOptions, answer_keys, sample_groups
@@ -20,11 +19,15 @@ from mlx_lora.models.load import load_base
 from mlx_lora.planner.fitting import fit, largest_rollout, run_of
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.rollout_memory import rollout_parts
-from mlx_lora.planner.shapes import LayerCache, Rollout, Run
+from mlx_lora.planner.shapes import LayerCache, Machine, ModelShape, Rollout, Run
 from mlx_lora.planner.this_machine import this_machine
-from mlx_lora.settings.config import LoopSettings, ModelSettings, ObjectiveSettings, TrainSettings
+from mlx_lora.settings.config import ModelSettings, TrainSettings
+from mlx_lora.settings.resolve import train_settings
+from mlx_lora.system.units import GIB
 
 NO_END = frozenset()
+CPU = Machine("a CPU", "cpu", 24 * GIB, 22 * GIB, 4)
+SHAPE = ModelShape("llama", 64, 288, (), 10**9, 10**6)
 
 
 def measured(model, rollout: Rollout) -> int:
@@ -87,8 +90,7 @@ def test_sampling_is_a_phase_of_its_own():
 
 
 def settings_of(**flags: object) -> TrainSettings:
-    objective = ObjectiveSettings("grpo", reward="length:4", **flags)
-    return TrainSettings(objective=objective, loop=LoopSettings(grad_checkpoint="block"))
+    return train_settings({"objective": "grpo", "reward": "length:4", "grad_checkpoint": "block", **flags})
 
 
 @pytest.mark.parametrize("shared", ["auto", "on"])
@@ -131,7 +133,9 @@ def test_a_run_whose_answers_do_not_fit_says_what_to_lower(tiny_folder, tmp_path
     advice = ran.out.splitlines()[-1]
     assert advice.startswith("To fit: try --batch-size 1")
     ran = run("train", *flags, *big, "--adapter-path", tmp_path / "a", "--memory-budget", budget, "--iters", 1)
-    one_line(ran, "--batch-size 1")
+    assert ran.code == 2
+    assert ran.lines[-1].startswith("Error: this run: needs")
+    assert "; try --batch-size 1" in ran.lines[-1]
     least = ("--batch-size", 1, *big[:4])
     ran = run("plan", *flags, *least, "--memory-budget", 0.04 * free["needed_bytes"] / 1e9)
     assert "--max-new-tokens" in ran.out.splitlines()[-1]

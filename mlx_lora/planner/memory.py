@@ -52,6 +52,7 @@ MAX_KEPT_KEYS = 1536
 TILES_AHEAD = 6.1  # tiles of the loss with a float head
 PACKED_TILES_AHEAD = 3.2  # tiles of the loss with a quantized head, where dequantizing a slice takes operations too
 ROW_ARRAYS = 5.0  # arrays of a chunk's logits if they are computed in whole rows
+TOP_K_ARRAYS, ALL_TOKENS_ARRAYS = 6.5, 22.0  # the same with a teacher's likeliest tokens, and with all of them
 PACKED_COPIES = 3  # copies of a quantized head as floats, in the same case
 BACKWARD_AHEAD = 1.45  # of a block's layers, widths in and out summed, per position
 ATTENTION_AHEAD = 30.0  # tile-sized arrays of scores
@@ -314,10 +315,12 @@ def _loss_window(shape: ModelShape, run: Run, machine: Machine) -> int:
         return int(run.positions * shape.vocabulary * (3 * SINGLE + (size if size < SINGLE else 0)))
     if not slots:
         return 0
-    if machine.kernels.loss == "rows":
+    if machine.kernels.loss == "rows" or run.teacher_top_k is not None:  # distillation computes whole rows, too
         rows = chunk_rows(slots, shape.vocabulary, machine.tile_bytes)
         dense = PACKED_COPIES * shape.vocabulary * shape.width * size if shape.head_packed else 0
-        return int(ROW_ARRAYS * rows * shape.vocabulary * SINGLE + dense + 2 * slots * shape.width * size)
+        logits = rows * shape.vocabulary * SINGLE
+        window = max(ROW_ARRAYS * logits + dense, _compared_arrays(run) * logits)
+        return int(window + 2 * slots * shape.width * size)
     rows, columns = tile_shape(slots, shape.vocabulary, machine.tile_bytes)
     tiles = -(-slots // rows) * -(-shape.vocabulary // columns)
     logits = rows * columns * (2 * SINGLE + (2 * size if size < SINGLE else 0))
@@ -325,6 +328,13 @@ def _loss_window(shape: ModelShape, run: Run, machine: Machine) -> int:
     dense = columns * shape.width * size * machine.dense_copies if shape.head_packed else 0
     ahead = min(tiles, PACKED_TILES_AHEAD if shape.head_packed else TILES_AHEAD)
     return int(ahead * (logits + pulled + dense) + 2 * slots * shape.width * size)
+
+
+def _compared_arrays(run: Run) -> float:
+    """Return the arrays of a chunk's logits that a comparison with a teacher takes; 0 without one."""
+    if run.teacher_top_k is None:
+        return 0.0
+    return TOP_K_ARRAYS if run.teacher_top_k else ALL_TOKENS_ARRAYS
 
 
 def _check_bytes(shape: ModelShape, machine: Machine) -> int:

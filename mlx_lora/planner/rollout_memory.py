@@ -19,6 +19,7 @@ SINGLE = 4  # bytes of a float32
 # Fitted on a CPU (tests/test_rollout_memory.py compares with measured peaks).
 GROWING_LAYERS = 1  # layers whose old keys and values, and room for new ones, are there beside both together
 SCORE_ARRAYS = 6.0  # arrays of A x V: logits, their softmax, and the noise that a token is drawn with
+DENSE_ROWS = 4  # rows from which a CPU multiplies by a quantized head as floats (models/matmul.py measures it)
 PREFILL_ARRAYS = 1.0  # of a block's layers, widths in and out summed, per position
 PREFILL_SCORES = 3.0  # arrays of mlx's attention on a CPU: scores, masked scores, their softmax
 
@@ -38,7 +39,7 @@ def rollout_parts(shape: ModelShape, rollout: Rollout, machine: Machine) -> dict
     later = {
         "keys and values": whole,
         "copies of them": int(whole * min(1.0, GROWING_LAYERS / max(1, len(shape.caches)))),
-        "logits": int(SCORE_ARRAYS * rows * shape.vocabulary * SINGLE) + _dense_head(shape, machine),
+        "logits": int(SCORE_ARRAYS * rows * shape.vocabulary * SINGLE) + _dense_head(shape, rows, machine),
     }
     return max(first, later, key=lambda parts: sum(parts.values()))
 
@@ -52,9 +53,9 @@ def _bytes_of(caches: Iterable[LayerCache], tokens: int) -> int:
     )
 
 
-def _dense_head(shape: ModelShape, machine: Machine) -> int:
+def _dense_head(shape: ModelShape, rows: int, machine: Machine) -> int:
     """Return the bytes of a quantized head as floats: a CPU multiplies by it, a GPU by the packed one for so few rows."""
-    if not shape.head_packed or machine.backend != "cpu":
+    if not shape.head_packed or machine.backend != "cpu" or rows < DENSE_ROWS:
         return 0
     return shape.vocabulary * shape.width * machine.number_bytes * machine.dense_copies
 

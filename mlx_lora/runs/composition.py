@@ -150,12 +150,10 @@ def compose(
     steps = total_steps(plan, loop)
     held_out = choose_held_out(splits.valid, loop, plan, steps, found.identity if found else None)
     validation: Any = answered_by(answering, held_out.plan, held_out=True)
-    loop = replace(loop, val_batches=held_out.val_batches)
-    settings = replace(settings, loop=loop)
+    settings = replace(settings, loop=replace(loop, val_batches=held_out.val_batches))
     device.compile_for(steps)
     identity = identity_of(settings, base.fingerprint, fingerprint, plan, epochs)
-    identity |= layout.identity | held_out.identity | taught.identity
-    identity |= {} if whole_last_block(found) else PART_OF_LAST
+    identity |= layout.identity | held_out.identity | taught.identity | part_of_last(found)
     passes = steps * loop.grad_accumulation_steps / len(plan)
     of_trunk = TrunkAsked(settings, base, plan, validation, passes, ranks, blocks_before(found, loop.cache_trunk))
     if found:
@@ -170,8 +168,8 @@ def compose(
     take_first_ranks(ranks, step, say)
     at = found.position if found else Position()
     at.parts = max(at.parts, loop.batch_parts)
-    words = describe_run(settings, base, adapted, plan, steps, details, about, held_out.words)
-    words[1:1] = [taught.words] if taught.words else []
+    first, *rest = describe_run(settings, base, adapted, plan, steps, details, about, held_out.words)
+    words = [first, *filter(None, [taught.words]), *rest]
     folder = RunFolder(settings, info, identity, ranks, step, at)
     return Composed(folder, task, plan, validation, steps, found, memory, words, trunk, splits.test, taught.scorer)
 
@@ -194,6 +192,11 @@ def compared_with(
 
 # In the identity of every run since its version computes the last block where trained, if the model allows it.
 PART_OF_LAST = {"last_block": "where trained"}
+
+
+def part_of_last(found: Checkpoint | None) -> dict[str, str]:
+    """Return what a run says in its identity of how it computes its last block."""
+    return {} if whole_last_block(found) else PART_OF_LAST
 
 
 def whole_last_block(found: Checkpoint | None) -> str:

@@ -28,8 +28,6 @@ from mlx_lora.training.row_loss import chunk_gradient, chunk_logits
 
 PART = "last block where trained"
 KL = "kl"  # what a step and a validation report: KL(teacher, student)
-# A chunk holds logits, the student's bins, both gradients: more arrays of its size than the cross-entropy does.
-TILE_SHARE = 2
 
 
 def distill_arrays(batch: Batch) -> tuple[mx.array, ...]:
@@ -107,7 +105,7 @@ def chunked_divergence(
         options: how student and teacher are compared.
         gradient: also compute the gradient, for a call that is differentiated; without it the vjp is zero.
     """
-    rows = chunk_rows(len(hidden), head.vocabulary, loss_tile_bytes() // TILE_SHARE)
+    rows = chunk_rows(len(hidden), head.vocabulary, loss_tile_bytes())
 
     @mx.custom_function
     def forward(hidden: mx.array, relative: mx.array, *rest: mx.array):
@@ -185,7 +183,7 @@ def known_of_batch(model: nn.Module, head: Head | None, batch: Batch, options: D
         columns = states.shape[-1]
     else:
         states, columns = head.hidden_at(positions, arrays.inputs), head.vocabulary
-    rows = chunk_rows(len(positions), columns, loss_tile_bytes() // TILE_SHARE)
+    rows = chunk_rows(len(positions), columns, loss_tile_bytes())
     for start in range(0, len(positions), rows):
         part = states[start : start + rows]
         logits = part if head is None else head.logits(part)

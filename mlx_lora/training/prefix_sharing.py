@@ -29,6 +29,9 @@ from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.training.losses import Arrays, Loss
 from mlx_lora.training.probe import Probe, disagreement, probe
 
+# What a score costs, in its two products: its mask and its exponential, and passes over memory, take about as long again
+# in a whole training pass on a CPU, where an exponential is as slow as some hundred products.
+SCORE_COST = 2.0
 LEAST_SAVED = 0.02  # share of a step's products; a smaller saving is not worth a mask for each row
 PROMPT_TOKENS, ANSWER_TOKENS = 24, (20, 12)
 NEARER = 4.0  # a joined row must be this many times nearer to separate rows than the same tokens read as one text
@@ -37,10 +40,11 @@ NEARER = 4.0  # a joined row must be this many times nearer to separate rows tha
 def work_of(shape: ModelShape) -> Callable[[np.ndarray], float]:
     """Return what counts the products of a pass over rows of these numbers of positions, (R,).
 
-    Every position is multiplied by the weights, and its query by the keys before it.
+    Every position is multiplied by the weights, and its query by the keys before it. Masks and exponentials count as
+    SCORE_COST says.
     """
     weights = sum(layer.inputs * layer.outputs * layer.active for block in shape.blocks for layer in block.layers)
-    per_score = sum(2 * block.heads * block.head_width for block in shape.blocks)
+    per_score = SCORE_COST * sum(2 * block.heads * block.head_width for block in shape.blocks)
 
     def cost(positions: np.ndarray) -> float:
         counted = positions.astype(float)
