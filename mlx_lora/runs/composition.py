@@ -166,12 +166,18 @@ def compose(
     about = [words for words in (*about, layout.words, trunk.words, shared.words) if words]
     check_one_run(ranks, settings, identity | reward_files(settings.objective))
     take_first_ranks(ranks, step, say)
-    at = found.position if found else Position()
-    at.parts = max(at.parts, loop.batch_parts)
+    at = beginning(found, loop)
     first, *rest = describe_run(settings, base, adapted, plan, steps, details, about, held_out.words)
     words = [first, *filter(None, [taught.words]), *rest]
     folder = RunFolder(settings, info, identity, ranks, step, at)
     return Composed(folder, task, plan, validation, steps, found, memory, words, trunk, splits.test, taught.scorer)
+
+
+def beginning(found: Checkpoint | None, loop: LoopSettings) -> Position:
+    """Return where the run goes on, or begins, in at least as many parts of a batch as are asked for."""
+    at = found.position if found else Position()
+    at.parts = max(at.parts, loop.batch_parts)
+    return at
 
 
 def compared_with(
