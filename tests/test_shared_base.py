@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from rank_runs import assert_same_run, command, train
 from ranks import Started
 from run_cli import run
-from test_distributed import assert_same_run, command, train
 
 from mlx_lora.training.base_shards import ALIGNMENT, cut
 
