@@ -111,9 +111,7 @@ def moment(folder: Path) -> str:
     return "in a step, or starting again"
 
 
-def kill_once(
-    line: list[str], folder: Path, chance: random.Random, usual_s: float, objective: str
-) -> str | None:
+def kill_once(line: list[str], folder: Path, chance: random.Random, usual_s: float, objective: str) -> str | None:
     """Start the run, kill it, and return what it was doing; None if it had already ended."""
     child = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(chance.uniform(0.3, 1) * usual_s)

@@ -560,7 +560,9 @@ def test_files_of_training_on_rewards_are_read(text, wanted, told, tmp_path):
 def test_a_run_starts_from_trls_grpo_file(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "own.py").write_text("def f(completions, **c):\n    return [float(len(x)) for x in completions]\n")
+    (tmp_path / "mine" / "own.py").write_text(
+        "def f(completions, **c):\n    return [float(len(x)) for x in completions]\n"
+    )
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n}?"}) for n in range(12)))
     (tmp_path / "c.yaml").write_text(
         f"model_name_or_path: {tiny_folder}\ndataset_name: p.jsonl\nuse_peft: true\nreward_funcs: [mine.own.f]\n"

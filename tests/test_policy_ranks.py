@@ -210,7 +210,7 @@ MOMENTS = {
     "between two updates of a rollout": ("mlx_lora.training.step:Step:__call__:6", 4),
     "while rewarding": ("mlx_lora.training.rollouts::rewards_for:3", 4),
 }
-FAST = ("while sampling", "between two updates of a rollout")
+FAST = ("between rollout and update",)
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,9 @@ def read_sampling(sheet: Sheet) -> None:
         sheet.note("reward_functions: not named, and mlx-lm-lora's own are not here; give --reward FILE.py:FUNCTION")
     put_rewards(sheet, sheet, functions, "reward_functions")
     if "reward" in sheet.found:
-        sheet.note("reward_functions: they also get completion_ids and every column of the data here; add **columns to them")
+        sheet.note(
+            "reward_functions: they also get completion_ids and every column of the data here; add **columns to them"
+        )
     for name, value in GRPO.items():
         sheet.assume(name, value)
     read_reference(sheet, "model", "reference_model_path")

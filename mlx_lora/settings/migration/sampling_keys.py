@@ -85,7 +85,9 @@ def _put_loss(sheet: Sheet, told: Sheet, key: str) -> None:
     if level == "sequence":
         sheet.put("grpo_loss", "gspo", "importance_sampling_level")
         if asked != "grpo":
-            sheet.note(f"importance_sampling_level sequence: --grpo-loss gspo, which takes every answer once, as {key} grpo does")
+            sheet.note(
+                f"importance_sampling_level sequence: --grpo-loss gspo, which takes every answer once, as {key} grpo does"
+            )
     elif asked is not None:
         sheet.put("grpo_loss", asked, key)
 

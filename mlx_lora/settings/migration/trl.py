@@ -86,7 +86,10 @@ def read_sampling(sheet: Sheet, objective: str, key: str) -> None:
     sampling_keys.put_sampling(sheet, objective, key)
     functions, model = sampling_keys.rewards_of_paths(sheet, sheet), sheet.take("reward_model_name_or_path")
     sampling_keys.put_rewards(
-        sheet, sheet, functions | ({str(model): None} if model else {}), "reward_funcs" if functions else "reward_model_name_or_path"
+        sheet,
+        sheet,
+        functions | ({str(model): None} if model else {}),
+        "reward_funcs" if functions else "reward_model_name_or_path",
     )
     for name, value in RLOO.items() if objective == "rloo" else GRPO.items():
         sheet.assume(name, value)
