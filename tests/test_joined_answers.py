@@ -324,7 +324,7 @@ def train(folder: Path, model: Path, data: Path, *more: object):
     return ran.err, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("more", [(), ("--updates-per-rollout", 2, "--kl-beta", 0.1, "--mask-truncated")])
+@pytest.mark.parametrize("more", [(), ("--updates-per-rollout", 2, "--kl-beta", 0.1)])
 def test_a_run_takes_the_same_steps(more, tiny_folder, data, tmp_path):
     asked = ("--iters", 4, "--save-every", 4, *more)
     text, shared = train(tmp_path / "auto", tiny_folder, data / "one", *asked)
