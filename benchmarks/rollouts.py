@@ -276,17 +276,8 @@ def train(args: argparse.Namespace, model: str, folder: Path) -> dict[str, Any]:
 
 def step_settings(args: argparse.Namespace, model: str, shape: Shape, folder: str) -> dict[str, Any]:
     """Return what a trainer's process is told."""
-    return {
-        "model": model,
-        "rank": args.rank,
-        "scale": args.scale,
-        "prompts": shape.prompts,
-        "group": shape.group,
-        "tokens": args.tokens,
-        "temperature": args.temp,
-        "most_steps": MOST_STEPS,
-        "folder": folder,
-    }
+    given = {"model": model, "folder": folder, "rank": args.rank, "scale": args.scale, "tokens": args.tokens}
+    return {**given, **shape._asdict(), "temperature": args.temp, "most_steps": MOST_STEPS}
 
 
 def train_shape(

@@ -229,9 +229,7 @@ def test_a_broken_teacher_ends_the_run(flags, tiny_folder, data, tmp_path):
     assert "Traceback" not in ran.err
 
 
-@pytest.mark.parametrize(
-    "flags", [("--max-new-tokens", 8), ("--group-size", 2), ("--temp", 0.5), ("--divergence", "sampled_kl")]
-)
+@pytest.mark.parametrize("flags", [("--group-size", 2), ("--mask-truncated",), ("--divergence", "sampled_kl")])
 def test_options_of_sampling_are_refused_where_nothing_is_sampled(flags, tiny_folder, teacher, data, tmp_path):
     asked = ("train", "--model", tiny_folder, "--data", data / "prompts", "--adapter-path", tmp_path / "a")
     one_line(run(*asked, "--objective", "distill", "--teacher", teacher, *flags), "--on-policy")

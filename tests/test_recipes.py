@@ -92,7 +92,14 @@ def test_each_recipe_trains_and_drops_no_row(name, tiny_folder, tmp_path, monkey
     assert ran.code == 0, ran.err
     written = yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())
     assert settings.keys() >= {"rank", "alpha", "learning_rate", "data"}
-    for key in settings.keys() - {"adapter_path", "iters", "batch_tokens"}:
+    for key in settings.keys() - {
+        "adapter_path",
+        "epochs",
+        "iters",
+        "batch_size",
+        "batch_tokens",
+        "max_new_tokens",
+    }:  # which the flags decide
         assert written[key] == settings[key], key
     data = json.loads((tmp_path / "a" / "report.json").read_text())["data"]
     assert (data["dropped"], data["truncated"], data["empty"], data["duplicates"]) == (0, 0, 0, 0)

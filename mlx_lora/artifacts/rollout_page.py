@@ -151,7 +151,8 @@ def rollout_charts(records: list[Record], of: Callable[..., Series]) -> list[Cha
         records: of metrics.jsonl.
         of: makes a series of a legend's name, a metric, and the records that have it.
     """
-    trained, held_out = ([r for r in records if r[key] is not None and "reward" in r] for key in ("loss", "val_loss"))
+    trained, held_out = ([r for r in records if r[key] is not None and "length" in r] for key in ("loss", "val_loss"))
+    rewarded = any("reward" in r for r in trained + held_out)
     own = dict.fromkeys(name for r in records for name in r if name.startswith("reward/"))
     wanted = [("Reward", "reward", False)]
     wanted += [(f"Reward: {name.removeprefix('reward/')}", name, False) for name in list(own)[:MOST_REWARDS]]
@@ -160,7 +161,7 @@ def rollout_charts(records: list[Record], of: Callable[..., Series]) -> list[Cha
         ("Prompts whose answers all have the same reward", "frac_reward_zero_std", True),
         ("Tokens of an answer", "length", True),
         ("Answers cut at --max-new-tokens", "truncated", True),
-        ("Divergence from the untrained model", "kl", True),
+        *([("Divergence from the untrained model", "kl", True)] if rewarded else []),  # else from a teacher
         ("Ratios beyond --epsilon", "clipped", True),
         ("Share of the time in rollouts", "rollout_share", True),
     ]

@@ -47,7 +47,7 @@ def _kept_by(cache: Any) -> list[LayerCache]:
         return [found for part in cache.caches for found in _kept_by(part)]
     if not isinstance(cache, KVCache | RotatingKVCache):
         return [LayerCache(fixed_bytes=cache.nbytes)]
-    if cache.keys is None:  # the layer uses another one's
+    if cache.keys is None or cache.values is None:  # the layer uses another one's
         return []
     token_bytes = sum(array.nbytes // array.shape[2] for array in (cache.keys, cache.values))
     return [LayerCache(token_bytes, cache.max_size if isinstance(cache, RotatingKVCache) else None)]

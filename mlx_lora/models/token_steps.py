@@ -139,7 +139,8 @@ def _prepared(modules: list[nn.Module]) -> Turns:
         own = _plain_class(layer)
         if own in TURNING:
             by_token = (Rotation,) if isinstance(layer, Rotation) else ()
-            layer.__class__ = type(own.__name__, (*by_token, TURNING[own]), {}) if by_token else TURNING[own]
+            kept: Any = layer
+            kept.__class__ = type(own.__name__, (*by_token, TURNING[own]), {}) if by_token else TURNING[own]
         layer.turns, layer.kind = turns, _kind(layer)
     return turns
 

@@ -193,7 +193,7 @@ def _refuse_sampling(settings: ObjectiveSettings) -> None:
     """Refuse options of sampling for a run that samples nothing."""
     if settings.divergence == SAMPLED_KL:
         raise InputError(f"--divergence {SAMPLED_KL}: it needs sampled answers; add --on-policy, or give reverse_kl")
-    for name in OF_SAMPLING:
+    for name in [one for one in OF_SAMPLING if one not in OF_WRITING]:  # a teacher may write answers
         if getattr(settings, name) != getattr(ObjectiveSettings, name):
             raise InputError(f"--{name.replace('_', '-')} without --on-policy: nothing is sampled; leave it out")
 

@@ -29,9 +29,9 @@ from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.training.losses import Arrays, Loss
 from mlx_lora.training.probe import Probe, disagreement, probe
 
-# What a score costs, in its two products: its mask and its exponential, and passes over memory, take about as long again
-# in a whole training pass on a CPU, where an exponential is as slow as some hundred products.
-SCORE_COST = 2.0
+# What a score costs, in its two products: masks, exponentials and passes over memory included. From eight answers of 100
+# tokens to a prompt of 20, which took 19% longer in one row on a CPU (benchmarks/group_training.py, SmolLM2).
+SCORE_COST = 4.0
 LEAST_SAVED = 0.02  # share of a step's products; a smaller saving is not worth a mask for each row
 PROMPT_TOKENS, ANSWER_TOKENS = 24, (20, 12)
 NEARER = 4.0  # a joined row must be this many times nearer to separate rows than the same tokens read as one text
