@@ -107,6 +107,11 @@ def plan_run(
     """
     if not settings.model.model:
         raise InputError("--model is required: a hub id, a folder, a config.json or a .gguf file")
+    if settings.loop.shard_base != "off":
+        raise InputError(
+            f"--shard-base {settings.loop.shard_base}: plans for one machine; name those that share the base, as in "
+            'plan --macs "M4 Pro:48,M2 Max:32"'
+        )
     objective_of(settings.objective)  # refuses what `train` would
     machine, ceilings = choose_machine(settings, chip, memory_gb)
     # A GPU computes with 16 bits, even if this machine does not.
