@@ -41,6 +41,7 @@ def test_a_rank_without_rows_keeps_up(tiny_folder, chats, tmp_path):
     assert_same_run(folder, shared(tiny_folder, chats, tmp_path / "two", 2, "--shard-base", "even", *one)[0])
 
 
+@pytest.mark.slow
 def test_products_are_kept_and_dropout_is_drawn_once(tiny_folder, chats, tmp_path):
     extra = ("--shard-base", "even", "--dropout", 0.1)
     block = shared(tiny_folder, chats, tmp_path / "block", 2, *extra)[0]

@@ -107,11 +107,6 @@ def plan_run(
     """
     if not settings.model.model:
         raise InputError("--model is required: a hub id, a folder, a config.json or a .gguf file")
-    if settings.loop.shard_base != "off":
-        raise InputError(
-            f"--shard-base {settings.loop.shard_base}: plans for one machine; name those that share the base, as in "
-            'plan --macs "M4 Pro:48,M2 Max:32"'
-        )
     objective_of(settings.objective)  # refuses what `train` would
     machine, ceilings = choose_machine(settings, chip, memory_gb)
     # A GPU computes with 16 bits, even if this machine does not.
@@ -195,6 +190,11 @@ def validation_of(
 
 def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | None) -> tuple[Machine, Ceilings]:
     """Return the machine to plan for, and its ceilings: measured for this one, listed for another."""
+    if settings.loop.shard_base != "off":
+        raise InputError(
+            f"--shard-base {settings.loop.shard_base}: plans for one machine; name those that share the base, as in "
+            'plan --macs "M4 Pro:48,M2 Max:32"'
+        )
     number_bytes = 4 if settings.model.dtype == "float32" else 2
     if chip is not None:
         found = find_chip(chip)

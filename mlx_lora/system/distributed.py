@@ -110,6 +110,9 @@ class OneRank:
 
     sum = any = arrays_from_first = from_first
 
+    def gathered(self, array: mx.array) -> mx.array:
+        return array[None]
+
     def everyone(self, value: Any) -> list[Any]:
         return [value]
 
