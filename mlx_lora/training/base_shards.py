@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -169,7 +170,7 @@ class SharedTable(SharedBlock):
 
     def as_linear(self, x: mx.array) -> mx.array:
         with self.at_hand([x]):
-            return super().as_linear(x)
+            return super().as_linear(x)  # pyright: ignore[reportAttributeAccessIssue] # an embedding's
 
 
 def share_base(model: nn.Module, ranks: SeveralRanks, shares: Sequence[float] = ()) -> list[Unit]:
@@ -192,7 +193,7 @@ def share_base(model: nn.Module, ranks: SeveralRanks, shares: Sequence[float] = 
     checkpoint_blocks(model.layers, products=False)
     units = []
     for mixin, modules in ((SharedBlock, model.layers), (SharedTable, tables)):
-        for module in modules:
+        for module in modules:  # type: Any
             module._unit = Unit(module, messages)
             base = type(module)
             module.__class__ = type(f"Shared{base.__name__}", (mixin, base), {})
