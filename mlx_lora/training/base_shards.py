@@ -193,7 +193,8 @@ def share_base(model: nn.Module, ranks: SeveralRanks, shares: Sequence[float] = 
     checkpoint_blocks(model.layers, products=False)
     units = []
     for mixin, modules in ((SharedBlock, model.layers), (SharedTable, tables)):
-        for module in modules:  # type: Any
+        for one in modules:
+            module: Any = one
             module._unit = Unit(module, messages)
             base = type(module)
             module.__class__ = type(f"Shared{base.__name__}", (mixin, base), {})
