@@ -17,6 +17,7 @@ from mlx_lora.api.plan_text import render
 from mlx_lora.api.run_plan import plan_run
 from mlx_lora.api.several_macs import LINK_GBIT, parse_macs, plan_on_macs, render_macs
 from mlx_lora.settings import flags
+from mlx_lora.settings.config import MEMORY
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.system import console
@@ -41,6 +42,9 @@ MOST_GB = 4096
 @click.option("--all-chips", is_flag=True, help="Plan for every chip and memory size of the table.")
 @click.option(
     "--macs",
+    cls=console.Option,
+    group=MEMORY,
+    common=False,
     type=str,
     default=None,
     metavar="CHIP:GB,...",
@@ -48,6 +52,9 @@ MOST_GB = 4096
 )
 @click.option(
     "--link-gbit",
+    cls=console.Option,
+    group=MEMORY,
+    common=False,
     type=click.FloatRange(0.001, 10_000),
     default=LINK_GBIT,
     show_default=True,

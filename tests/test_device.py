@@ -104,7 +104,7 @@ def test_a_validations_sum_over_ranks_is_waited_for_by_the_host_alone(waits, mon
     real = mx.eval
     monkeypatch.setattr(device, "host_waits_for_peers", lambda: waits)
     monkeypatch.setattr(mx, "eval", lambda *arrays: (done.append("computed"), real(*arrays)))
-    monkeypatch.setattr(mx.distributed, "all_sum", lambda array, group: (done.append("sent"), 2 * array)[1])
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda array, group, stream: (done.append("sent"), 2 * array)[1])
 
     class Two:
         rank, size = (lambda self: 0), (lambda self: 2)

@@ -61,7 +61,9 @@ def test_frequencies_are_the_models_probabilities(model):
 FILTERS = {"top_p": {"top_p": 0.6}, "min_p": {"min_p": 0.05}, "both, and a temperature": {"top_p": 0.8, "min_p": 0.02}}
 
 
-@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize(
+    "name", [name if "," in name else pytest.param(name, marks=pytest.mark.slow) for name in FILTERS]
+)
 def test_frequencies_within_the_nucleus_are_the_models_probabilities(name, model):
     """20,000 draws with filters: of the tokens that are left, each is as frequent as at the temperature."""
     temperature, filters = 0.7 if "temperature" in name else 1.0, FILTERS[name]

@@ -338,7 +338,7 @@ def test_a_run_takes_the_same_steps(more, tiny_folder, data, tmp_path):
     assert "shared_prefix: 'on'" in (tmp_path / "auto" / "run.yaml").read_text()
 
 
-@pytest.mark.parametrize("name", ["long", "short"])
+@pytest.mark.parametrize("name", ["long", pytest.param("short", marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_the_same_bytes(name, tiny_folder, data, tmp_path):
     whole, rest = tmp_path / "whole", tmp_path / "rest"
     asked = ("--iters", 6, "--save-every", 3, "--kl-beta", 0.1, *LONG_ANSWERS * (name == "short"))

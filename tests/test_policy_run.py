@@ -42,7 +42,17 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("flags", [("grpo",), ("rloo", "--kl-beta", 0.01), ("grpo", "--grpo-loss", "dr_grpo")])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("grpo",),
+        pytest.param(("rloo", "--kl-beta", 0.01), marks=SLOW),
+        pytest.param(("grpo", "--grpo-loss", "dr_grpo"), marks=SLOW),
+    ],
+)
 def test_the_reward_rises(flags, tiny_folder, data, tmp_path):
     ran = run(*command(tiny_folder, data, tmp_path / "a", *flags, "--iters", 30, "--steps-per-eval", 30))
     assert ran.code == 0, ran.err
@@ -77,8 +87,10 @@ def stopped_after(folder: Path, copy: Path, step: int) -> None:
     [
         ("grpo",),
         ("grpo", "--updates-per-rollout", 2, "--kl-beta", 0.1),
-        ("grpo", "--updates-per-rollout", 2, "--grad-accumulation-steps", 2, "--grpo-loss", "gspo"),
-        ("rloo", "--kl-beta", 0.05, "--dropout", 0.1),
+        pytest.param(
+            ("grpo", "--updates-per-rollout", 2, "--grad-accumulation-steps", 2, "--grpo-loss", "gspo"), marks=SLOW
+        ),
+        pytest.param(("rloo", "--kl-beta", 0.05, "--dropout", 0.1), marks=SLOW),
     ],
 )
 def test_a_killed_run_resumes_to_the_same_bytes(flags, tiny_folder, data, tmp_path):

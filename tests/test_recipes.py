@@ -80,7 +80,9 @@ def test_no_question_stands_twice(name):
         assert len(rows(name, split)) >= least
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == PERSONA else name for name in NAMES]
+)
 def test_each_recipe_trains_and_drops_no_row(name, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())

@@ -109,6 +109,7 @@ def test_the_largest_rollout_follows_from_the_prompts(shared):
     assert peaks[0] < peaks[1]
 
 
+@pytest.mark.slow
 def test_a_run_whose_answers_do_not_fit_says_what_to_lower(tiny_folder, tmp_path):
     data = tmp_path / "p.jsonl"
     data.write_text("\n".join(json.dumps({"prompt": f"{n}?"}) for n in range(40)))

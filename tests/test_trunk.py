@@ -205,7 +205,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ("lora", "dora") else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+    "name", [name if name == "lora" else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
 )
 def test_a_resumed_run_has_the_same_bytes_whatever_is_left_of_the_cache(name, tiny_folder, chats, tmp_path):
     extra = (*ONE_BLOCK[2:], "--num-layers", 1, *RUNS[name])
