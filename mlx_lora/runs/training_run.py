@@ -125,6 +125,8 @@ def check_request(settings: TrainSettings, ranks: Ranks) -> None:
         raise InputError(
             f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} required (--help says what each takes)"
         )
+    if not trains and loop.shard_base != "off":
+        raise InputError(f"--shard-base {loop.shard_base} with --no-train: only training shares a base; leave it out")
     if not trains and not loop.test:
         raise InputError("--no-train without --test: nothing to do; give --test, or leave --no-train out")
     if not trains or not ranks.leads:

@@ -17,6 +17,7 @@ Source: fully sharded data parallelism, arXiv 1910.02054 (stage 3) and 2304.1127
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -150,8 +151,12 @@ def cut(size: int, shares: Sequence[float]) -> list[int]:
 
 
 def _stand_in(array: mx.array) -> mx.array:
-    """Return an array of the same shape and dtype that takes no memory."""
-    return mx.broadcast_to(mx.zeros((), array.dtype), array.shape)
+    """Return an array of the same shape and dtype that takes no memory.
+
+    Floats are NaN: code that reads a weight past its module (an embedding's, as a head) must not go unnoticed.
+    """
+    value = math.nan if mx.issubdtype(array.dtype, mx.floating) else 0
+    return mx.broadcast_to(mx.array(value, array.dtype), array.shape)
 
 
 class SharedBlock(nn.Module):
