@@ -14,18 +14,20 @@ from _processes import ChildFailed, child_environment, last_lines
 class Child:
     """A process whose lines on standard output that begin with @ are its answers; the others go unread."""
 
-    def __init__(self, name: str, command: Sequence[str], log: Path):
+    def __init__(self, name: str, command: Sequence[str], log: Path, checkout: str | None = None):
         """Start it.
 
         Args:
             name: for messages.
             command: program and arguments.
             log: file that takes its standard error.
+            checkout: whose `mlx_lora` it imports; None: the installed one.
         """
         self.name, self._log = name, log
+        environment = child_environment() | ({"PYTHONPATH": checkout} if checkout else {})
         with log.open("w", encoding="utf-8") as errors:
             self._process = subprocess.Popen(
-                list(command), text=True, env=child_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+                list(command), text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
             )  # fmt: skip
 
     def wait(self) -> dict[str, Any]:

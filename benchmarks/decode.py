@@ -25,8 +25,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from _children import Child
 from _environment import environment
-from _processes import ChildFailed, child_environment
+from _processes import child_environment
 
 CHILD = Path(__file__).parent / "sides" / "decode_side.py"
 ROWS = (1, 4, 8)
@@ -44,38 +45,11 @@ class Side(NamedTuple):
     checkout: str | None = None
 
 
-class Child:
-    """A side's process."""
-
-    def __init__(self, side: Side):
-        self.side = side
-        extra = {"PYTHONPATH": side.checkout} if side.checkout else {}
-        command = [sys.executable, str(CHILD), side.kind, json.dumps(side.settings)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(command, text=True, env={**child_environment(), **extra}, **pipes)
-
-    def wait(self) -> None:
-        """Wait until the model is loaded."""
-        self._read()
-
-    def generate(self, rows: int, tokens: int) -> dict[str, Any]:
-        """Return the child's answer."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"rows": rows, "tokens": tokens}) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("@"):
-                return json.loads(line[1:])
-        raise ChildFailed(f"{self.side.form}, {self.side.name}: ended with {self._process.wait()}")
-
-    def close(self) -> None:
-        """End the process; it holds nothing that it would have to write."""
-        self._process.kill()
-        self._process.wait()
+def started(side: Side, folder: Path) -> Child:
+    """Return a side's process, whose log lies in the folder."""
+    command = [sys.executable, str(CHILD), side.kind, json.dumps(side.settings)]
+    log = folder / f"{side.form}, {side.name}.log".replace(" ", "-")
+    return Child(f"{side.form}, {side.name}", command, log, side.checkout)
 
 
 def converted(model: str, folder: Path) -> dict[str, str]:
@@ -111,21 +85,23 @@ def sides_of(model: str, folders: dict[str, str], before: str | None) -> list[Si
     return sides
 
 
-def measure(children: Sequence[Child], rounds: int, seconds: float, clock: str) -> dict[str, dict[str, list[float]]]:
+def measure(
+    children: Sequence[tuple[Side, Child]], rounds: int, seconds: float, clock: str
+) -> dict[str, dict[str, list[float]]]:
     """Return tokens/s by side and column, one number per round; a first short round warms up and sets the lengths."""
     counts: dict[tuple[int, int], int] = {}
-    found: dict[str, dict[str, list[float]]] = {key(child.side): {} for child in children}
+    found: dict[str, dict[str, list[float]]] = {key(side): {} for side, _ in children}
     for turn in range(rounds + 1):
-        for number, child in enumerate(children):
-            for rows in child.side.rows:
-                answer = child.generate(rows, counts.get((number, rows), 4))
+        for number, (side, child) in enumerate(children):
+            for rows in side.rows:
+                answer = child.ask(rows=rows, tokens=counts.get((number, rows), 4))
                 spent = answer["cpu_seconds"] if clock == "cpu" else answer["seconds"]
                 per_s = answer["tokens"] / spent
                 if not turn:  # the first steps compile and read from disk, so this length is a lower bound
                     wanted = int(seconds * per_s / rows)
                     counts[number, rows] = min(MOST_TOKENS, max(LEAST_TOKENS, wanted))
                     continue
-                columns = found[key(child.side)]
+                columns = found[key(side)]
                 columns.setdefault(str(rows), []).append(per_s)
                 if "prompt_tokens_per_s" in answer:
                     columns.setdefault("prompt", []).append(answer["prompt_tokens_per_s"])
@@ -170,15 +146,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.keep or temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        children: list[Child] = []
+        children: list[tuple[Side, Child]] = []
         try:
             sides = sides_of(model, converted(model, folder), args.before)
-            children += [Child(side) for side in sides if args.only in key(side)]
-            for child in children:
+            children += [(side, started(side, folder)) for side in sides if args.only in key(side)]
+            for _, child in children:
                 child.wait()
             found = measure(children, args.rounds, args.seconds, args.clock)
         finally:
-            for child in children:
+            for _, child in children:
                 child.close()
     print(render(found))
     print(json.dumps({"clock": args.clock, "tokens_per_s": found, "environment": environment()}))
