@@ -96,7 +96,7 @@ def test_rows_of_a_file_without_lines_are_counted(tmp_path):
         settings = DataSettings(data=str(tmp_path / name), valid_fraction=0.0)
         text = load_data(settings, TOKENIZER, seed=0).report.render()
         dropped, doubled = (2, 3) if name == "one.json" else (6, 10)
-        assert f"  {location.format(dropped)}: empty completion" in text
+        assert f"  {location.format(dropped)}: the cell completion is empty; fill it in, or remove the row" in text
         assert f"  duplicate, trained as often as it occurs: {location.format(doubled)}" in text
 
 

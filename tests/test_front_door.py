@@ -23,7 +23,7 @@ from mlx_lora.settings.resolve import train_settings
 from mlx_lora.sources.records import read_records
 from mlx_lora.system import program
 from mlx_lora.system.errors import InputError
-from mlx_lora.system.spelling import closest, did_you_mean
+from mlx_lora.system.spelling import closest, did_you_mean, similar_paths
 
 GERMAN = [{"frage": f"Wie viel ist {n}?", "antwort": f"{n}!", "thema": "x" if n < 3 else ""} for n in range(8)]
 USUAL = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(8)]
@@ -87,13 +87,14 @@ def test_errors_of_an_evaluation_speak_of_its_data(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("row", "settings", "why"),
     [
-        ({"prompt": None, "completion": "b"}, {}, "the cell prompt is empty"),
-        ({"prompt": "a", "completion": None}, {}, "the cell completion is empty"),
-        ({"Question": None, "Answer": None}, {}, "the cells Question and Answer are empty"),
-        ({"frage": "a", "antwort": None}, {"prompt_column": "frage", "completion_column": "antwort"}, "the cell antwort is empty"),
-        ({"frage": None, "antwort": "b"}, {"prompt_column": "frage", "completion_column": "antwort"}, "the cell frage is empty"),
-        ({"frage": "a", "antwort": " "}, {"prompt_column": "frage", "completion_column": "antwort"}, "the cell antwort is empty"),
-        ({"instruction": None, "input": "", "output": "b"}, {}, "empty instruction"),
+        ({"prompt": None, "completion": "b"}, {}, "the cell prompt is empty; fill it in, or remove the row"),
+        ({"prompt": "a", "completion": None}, {}, "the cell completion is empty; fill it in, or remove the row"),
+        ({"Question": None, "Answer": None}, {}, "the cells Question and Answer are empty; fill them in, or remove the row"),
+        ({"frage": "a", "antwort": None}, {"prompt_column": "frage", "completion_column": "antwort"}, "the cell antwort is empty; fill it in, or remove the row"),
+        ({"frage": None, "antwort": "b"}, {"prompt_column": "frage", "completion_column": "antwort"}, "the cell frage is empty; fill it in, or remove the row"),
+        ({"frage": "a", "antwort": " "}, {"prompt_column": "frage", "completion_column": "antwort"}, "the cell antwort is empty; fill it in, or remove the row"),
+        ({"Question": "a", "Answer": " "}, {}, "the cell Answer is empty; fill it in, or remove the row"),
+        ({"instruction": None, "input": "", "output": "b"}, {}, "the cell instruction is empty; fill it in, or remove the row"),
     ],
 )  # fmt: skip
 def test_an_empty_cell_is_said_with_its_line(row, settings, why, tokenizer, tmp_path):
@@ -109,6 +110,21 @@ def test_a_missing_column_is_still_missing(tokenizer, tmp_path):
     data = write(tmp_path / "d.jsonl", [USUAL[0], {"prompt": "a", "remark": None}])
     (row,) = load_data(DataSettings(data=str(data)), tokenizer, seed=0).report.dropped_rows
     assert row.why.startswith("found columns prompt; name yours")
+
+
+def test_an_empty_cell_of_a_table_is_said_with_its_row_and_column(tokenizer, tmp_path):
+    """As spreadsheets write them: a text without characters in .csv, nothing in .xlsx."""
+    openpyxl = pytest.importorskip("openpyxl")
+    rows = [["Frage", "Antwort"], ["Was?", "Das."], ["Wie?", None], [None, "So."]]
+    (tmp_path / "a.csv").write_text("\n".join(";".join(cell or "" for cell in row) for row in rows))
+    book = openpyxl.Workbook()
+    for row in rows:
+        book.active.append(row)
+    book.save(tmp_path / "a.xlsx")
+    named = {"prompt_column": "Frage", "completion_column": "Antwort", "valid_fraction": 0.0}
+    for name, unit in (("a.csv", "line"), ("a.xlsx", "row")):
+        report = load_data(DataSettings(data=str(tmp_path / name), **named), tokenizer, seed=0).report
+        assert f"  {name} {unit} 3: the cell Antwort is empty; fill it in, or remove the row" in report.render()
 
 
 def test_an_empty_sheet_is_named_with_the_others(tmp_path):
@@ -226,6 +242,10 @@ def test_misspelled_names_are_answered(german_run, tiny_folder, tmp_path, monkey
     asked = ("--model", tiny_folder, "--adapter-path", brad)
     one_line(run("generate", *asked, "--prompt", "x"), "no such folder", f"did you mean {folder}?")
     one_line(run("chat", "--model", tiny_folder, "--adapter", brad), "no such folder", f"did you mean {folder}?")
+    below = folder.parent.with_name(folder.parent.name[:-1]) / "bard"  # a folder above it is misspelled
+    asked = ("--model", tiny_folder, "--adapter-path", below, "--to", "peft", "--out", tmp_path / "out")
+    one_line(run("export", *asked), "no such folder", f"did you mean {folder}?")
+    assert similar_paths(Path("no/such/folder/anywhere"), Path.is_dir) == []
 
 
 @pytest.mark.parametrize(
@@ -423,7 +443,7 @@ def test_a_list_is_called_a_list(tiny_folder, tmp_path, capfd):
         mlx_lora.train(base, [])
     with pytest.raises(ValueError, match="data: no record in valid; give"):
         mlx_lora.train(base, {"train": USUAL, "validation": []})
-    with pytest.raises(ValueError, match="the given train list line 1: empty completion") as refused:
+    with pytest.raises(ValueError, match="the given train list line 1: the cell completion is empty") as refused:
         mlx_lora.train(base, [{"prompt": "a", "completion": ""}])
     assert "/records/" not in str(refused.value)
     capfd.readouterr()

@@ -135,7 +135,7 @@ class NamedColumns:
         value = record[found[0]]
         value = value if isinstance(value, list) else _text(value, found[0])
         if isinstance(value, str) and not value.strip():
-            raise EmptyRecord(f"the cell {found[0]} is empty")
+            raise EmptyRecord(are_empty([found[0]]))
         return {**prompt, "completion": value}, [*asked, *found]
 
     def _prompt(self, record: Record) -> tuple[Record, list[str]]:
@@ -234,11 +234,20 @@ def joined_parts(record: Record, names: list[str]) -> str:
 
 
 def empty_cells(record: Record, settings: DataSettings) -> list[str]:
-    """Return the columns of a prompt, an answer, a chat or a text whose cell is empty."""
+    """Return the columns of a prompt, an answer, a chat or a text whose cell is absent or blank."""
+    blank = {key for key, value in record.items() if value is None or (isinstance(value, str) and not value.strip())}
     named = {name.strip() for column in COLUMNS for name in (getattr(settings, column) or "").split(",")}
     usual = {*QUESTIONS, *ANSWERS, *_WHOLE, *_COMPARED}
-    usual |= set() if usual_question(_present(record)) else set(GIVEN)  # beside a question, these may be empty
-    return [key for key, value in record.items() if value is None and (key in named or _plain(key) in usual)]
+    # Beside a question, which may be the empty one, these may be empty.
+    usual |= set() if any(_plain(key) in QUESTIONS for key in record) else set(GIVEN)
+    return [key for key in record if key in blank and (key in named or _plain(key) in usual)]
+
+
+def are_empty(cells: list[str]) -> str:
+    """Return that these columns of a row are empty, and what to do."""
+    if cells[1:]:
+        return f"the cells {' and '.join(cells)} are empty; fill them in, or remove the row"
+    return f"the cell {cells[0]} is empty; fill it in, or remove the row"
 
 
 def ignored_columns(record: Record, kind: str) -> list[str]:

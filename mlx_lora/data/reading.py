@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mlx_lora.data.answers import Entry
-from mlx_lora.data.columns import NamedColumns, empty_cells, ignored_columns
+from mlx_lora.data.columns import NamedColumns, are_empty, empty_cells, ignored_columns
 from mlx_lora.data.data_report import DroppedRow, Location
 from mlx_lora.data.examples import EmptyRecord, FormatError, MissingColumn
 from mlx_lora.data.formats import parse_record
@@ -92,10 +92,10 @@ def parse_rows(source: Iterable[Record | BadRow], name: str, settings: DataSetti
             else:
                 kind, entries = records, [parse_prompt(value)]
         except FormatError as error:
-            if isinstance(error, MissingColumn) and (cells := empty_cells(record.value, settings)):
-                error = EmptyRecord(
-                    f"the {'cells' if cells[1:] else 'cell'} {' and '.join(cells)} {'are' if cells[1:] else 'is'} empty"
-                )
+            # A message about the format would name our columns instead of the file's.
+            cells = empty_cells(record.value, settings) if isinstance(error, MissingColumn | EmptyRecord) else []
+            if cells:
+                error = EmptyRecord(are_empty(cells))
             rows.unread += 1
             rows.empty += isinstance(error, EmptyRecord)
             rows.dropped.append(DroppedRow(name, record.line, str(error), record.unit))

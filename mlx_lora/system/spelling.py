@@ -22,15 +22,19 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def similar_paths(path: Path, wanted: Callable[[Path], bool]) -> list[str]:
-    """Return the paths beside a path that does not exist that have a similar name, the closest first.
+    """Return the paths that are similar to one that does not exist, the closest first; its folders may be misspelled too.
 
     Args:
         path: The path that does not exist.
         wanted: Tells whether a path is of the right kind.
     """
-    parent = path.parent
-    try:
-        names = [entry.name for entry in parent.iterdir() if wanted(entry)]
-    except OSError:
-        return []
-    return [str(parent / name) for name in closest(path.name, names, most=3)]
+    parents = [path.parent] if path.parent.is_dir() or path.parent == path else similar_paths(path.parent, Path.is_dir)
+    found = []
+    for parent in map(Path, parents):
+        try:
+            names = [entry.name for entry in parent.iterdir() if wanted(entry)]
+        except OSError:
+            continue
+        # Below a folder that is only similar, the name itself may be right.
+        found += [str(parent / name) for name in closest(path.name, names, most=3)]
+    return found[:3]
