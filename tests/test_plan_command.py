@@ -26,6 +26,7 @@ from mlx_lora.adapters.model_shape import model_shape
 from mlx_lora.api.plan_text import PART_WORDS, PHASE_WORDS, time_words
 from mlx_lora.models.load import load_base
 from mlx_lora.models.outline import outline_of, outline_of_config
+from mlx_lora.planner import ceilings
 from mlx_lora.planner.chips import CHIPS
 from mlx_lora.planner.fitting import (
     fit,
@@ -39,7 +40,7 @@ from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.runs import composition, reference
 from mlx_lora.settings.config import AdapterSettings, ModelSettings, TrainSettings
 from mlx_lora.settings.resolve import train_settings
-from mlx_lora.system import device
+from mlx_lora.system import device, exponentials
 from mlx_lora.training.objective_loss import row_log_probabilities
 from mlx_lora.training.run_fit import outlined_shape
 
@@ -220,6 +221,16 @@ def test_the_text_has_words_for_every_moment_and_sums_that_are_right(tiny_folder
         "= peak, which a run reports", "buffers that MLX keeps for reuse, at most", "= needed",
     ]  # fmt: skip
     assert facts["needed_bytes"] == facts["peak_bytes"] + facts["cache_bytes"]
+
+
+def test_fast_exponentials_count_only_where_a_run_may_use_them(tiny_folder, monkeypatch):
+    measured = []
+    monkeypatch.setattr(ceilings, "_best_s", lambda make, rounds, clock: 1e-3)
+    monkeypatch.setattr(ceilings, "_exponentials_per_s", lambda power, *_: measured.append(power) or 1e8)
+    monkeypatch.setattr(exponentials, "usable", lambda array: True)
+    for kernels in ("auto", "ours", "mlx"):
+        planned("--model", tiny_folder, "--kernels", kernels)
+    assert measured == [exponentials.exp_minus, mx.exp, mx.exp]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from mlx_lora.api.predicted import DataSize, planned_trunk, predict
 from mlx_lora.api.python_errors import speaks_python
 from mlx_lora.data.joining import joined
 from mlx_lora.data.loading import DataSplits
-from mlx_lora.models.kernel_choice import KernelChoice
+from mlx_lora.models.kernel_choice import AUTO, KernelChoice
 from mlx_lora.models.outline import Outline, outline_of
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.planner.ceilings import measure_ceilings
@@ -201,7 +201,7 @@ def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | N
         return found.machine(memory_gb, number_bytes), listed_ceilings(found, number_bytes)
     here = this_machine(settings.model.dtype)
     if memory_gb is None:
-        return here, measure_ceilings(settings.model.dtype)
+        return here, measure_ceilings(settings.model.dtype, polynomials=settings.loop.kernels == AUTO)
     known = known_chip(here.name)
     if known is None:
         raise InputError(f"--memory-gb {memory_gb}: {here.name} is not in the table of chips; name one with --chip")

@@ -18,13 +18,17 @@ ROWS, INNER, OUTER = 1024, 576, 1536
 ELEMENTS = 1 << 22  # 16 MB in float32, larger than any cache
 
 
-def measure_ceilings(dtype: str = "auto", rounds: int = 5, clock: Callable[[], float] = time.perf_counter) -> Ceilings:
+def measure_ceilings(
+    dtype: str = "auto", rounds: int = 5, clock: Callable[[], float] = time.perf_counter, polynomials: bool = True
+) -> Ceilings:
     """Return this machine's rates in the run's compute dtype.
 
     Args:
         dtype: --dtype of the run.
         rounds: the number of times that each rate is measured; the best one counts.
         clock: returns seconds; use `time.process_time` on a machine with other load.
+        polynomials: whether a run may choose kernels that compute exponentials by polynomials, where this machine has
+            them; otherwise they are mlx's, which take several times as long on a CPU.
     """
     kind = device.compute_dtype(dtype)
     x, w = mx.random.normal((ROWS, INNER)).astype(kind), mx.random.normal((INNER, OUTER)).astype(kind)
@@ -42,19 +46,22 @@ def measure_ceilings(dtype: str = "auto", rounds: int = 5, clock: Callable[[], f
     times = [_best_s(make, rounds, clock) for _, make in passes]
     moved = sum(arrays for arrays, _ in passes) * ELEMENTS * kind.size / sum(times)
     on_cpu = device.current_device().backend == "cpu"
-    powers = _exponentials_per_s(a, 2 / 3 * times[0], rounds, clock) if on_cpu else float("inf")
+    power = exponentials.exp_minus if polynomials and exponentials.usable(a) else mx.exp
+    powers = _exponentials_per_s(power, a, 2 / 3 * times[0], rounds, clock) if on_cpu else float("inf")
     return Ceilings(flops, moved, powers, 0.0 if on_cpu else 5e-6, "measured here")
 
 
-def _exponentials_per_s(a: mx.array, passing_s: float, rounds: int, clock: Callable[[], float]) -> float:
-    """Return the exponentials per second of the function that the chosen kernels use, without its pass over memory.
+def _exponentials_per_s(
+    power: Callable[[mx.array], mx.array], a: mx.array, passing_s: float, rounds: int, clock: Callable[[], float]
+) -> float:
+    """Return the exponentials per second of a function, without its pass over memory.
 
     Args:
-        a: the arguments.
+        power: the function.
+        a: its arguments.
         passing_s: the time of reading and writing an array of this size.
         rounds, clock: as above.
     """
-    power = exponentials.exp_minus if exponentials.usable(a) else mx.exp
     spent = _best_s(lambda: power(a), rounds, clock)
     return a.size / max(spent - passing_s, spent / 10)  # the shortest rounds of a fast one may differ by little
 
