@@ -141,6 +141,53 @@ def test_each_form_is_trained_by_the_command(written, tiny_folder, tmp_path):
     assert f"{4 * len(written)} Question + Answer" in ran.err
 
 
+# Files of settings that name the columns of the rows below, as the docs of their programs write them.
+MLX_LM = """
+model: {model}
+hf_dataset: {{path: {data}, prompt_feature: frage, completion_feature: antwort}}
+num_layers: -1
+adapter_path: {out}
+"""
+AXOLOTL = """
+base_model: {model}
+adapter: lora
+datasets:
+  - path: {data}
+    type: {{field_instruction: frage, field_output: antwort, format: "{{instruction}}"}}
+output_dir: {out}
+"""
+
+
+@pytest.mark.parametrize("settings", [MLX_LM, AXOLOTL], ids=["mlx-lm", "axolotl"])
+def test_columns_that_another_programs_settings_name_are_trained(settings, tiny_folder, tmp_path):
+    rows = [{"frage": row["Question"], "antwort": row["Answer"]} for row in ASKED]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "c.yaml").write_text(
+        settings.format(model=tiny_folder, data=tmp_path / "d.jsonl", out=tmp_path / "out")
+    )
+    ran = run("train", "--config", tmp_path / "c.yaml", *SHORT)
+    assert ran.code == 0, ran.err
+    assert "4 frage + antwort" in ran.err
+    assert (tmp_path / "out" / "adapters.safetensors").exists()
+
+
+def test_a_folder_of_notes_beside_named_columns_is_trained(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("notes")
+    for name in ("a.md", "b.txt"):
+        Path("notes", name).write_text("# Bread\n\nFlour, water, salt.\n" * 4)
+    for data, flags, words in (
+        ("notes", (), "2 text"),
+        ("rows.jsonl=2,notes", ("--prompt-column", "frage", "--completion-column", "antwort", "--text-column", "text"), "x 2"),
+    ):
+        Path("rows.jsonl").write_text("".join(json.dumps({"frage": f"q {n}", "antwort": "a"}) + "\n" for n in range(4)))
+        out = f"runs/{data.replace(',', '-')}"
+        ran = run("train", "--model", tiny_folder, "--data", data, "--adapter-path", out, *SHORT, *flags)
+        assert ran.code == 0, ran.err
+        assert words in ran.err
+        assert Path(out, "adapters.safetensors").exists()
+
+
 def test_sheets_are_named_and_numbers_become_text(written):
     found = list(read_records(written["xlsx"], "Zahlen, 2"))
     assert [row.value for row in found[:2]] == [

@@ -28,12 +28,12 @@ from mlx_lora.models.kernels import training_kernels
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Block, KernelTerms, Layer, Machine, ModelShape, Run
 from mlx_lora.planner.speed import Ceilings
-from mlx_lora.system import device
+from mlx_lora.system import device, long_task
 from mlx_lora.system.measuring import SWITCH, TOLERANCE, Figures, Trial, choose, keep_figures, measure, read_figures
 from mlx_lora.system.units import GIB
 from mlx_lora.training import loss_choice
 from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.losses import Arrays, choose_loss, plain_loss
+from mlx_lora.training.losses import Arrays, check_kernels, choose_loss, plain_loss
 from mlx_lora.training.probe import Probe, disagreement
 
 ROWS = {row.name: row for row in kernel_rows()}
@@ -162,7 +162,7 @@ def test_measured_once_and_again_for_another_mlx(own_cache, monkeypatch):
     assert {(kernel, shape[0]) for kernel, shape in first.classes} == {
         ("attention", 64), ("attention", 128), ("gated activation", 256)}  # fmt: skip
     assert len(lines) == 3
-    assert "Measuring attention for 64 keys, 4/2 heads of 16, once on this machine" in lines
+    assert "Measuring attention for 64 keys, 4/2 heads of 16, once on this machine (1 of 3)" in lines
     again = choose_model_kernels(model, [40, 130], "auto", mx.float32, lines.append)
     assert again == first
     assert len(lines) == 3
@@ -377,6 +377,18 @@ def test_the_heads_loss_is_measured_on_the_models_own_head(own_cache, monkeypatc
     assert loss.kernel == loss_choice.choose_kernel(found)
     choose_loss(model, TINY, say=lines.append)
     assert len(lines) == 1
+
+
+def test_long_comparisons_with_the_models_own_are_told(own_cache, monkeypatch):
+    monkeypatch.setattr(long_task, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(long_task, "QUIET_S", -1.0)
+    lines: list[str] = []
+    model = adapted()
+    choice = choose_model_kernels(model, [40], "ours", mx.float32)
+    assert check_kernels(model, TINY, choose_loss(model, TINY, "ours", lines.append), choice, lines.append)[0]
+    for what in ("the loss", "kernels"):
+        begins = f"Comparing {what} with the model's own: 1 of 2 computations, about "
+        assert any(line.startswith(begins) for line in lines)
 
 
 CPU = Machine("a CPU", "cpu", 24 * GIB, 22 * GIB, 4)

@@ -38,6 +38,7 @@ def test_short_work_says_nothing_and_long_work_says_how_far_it_is(monkeypatch):
     assert said == []
     monkeypatch.setattr(long_task, "QUIET_S", 0.0)
     monkeypatch.setattr(long_task, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(long_task.LongTask, "_after", lambda *_: None)  # no line before the first one is done
     assert list(tracked(range(2000), "Converting", 2000, "tensors", said.append))[-1] == 1999
     assert said[0] == "Converting: 1 of 2,000 tensors, about 0s left"
     assert len(said) == 1999  # the end is no news: what was made is told then
@@ -81,7 +82,8 @@ def test_work_of_unknown_length_tells_how_long_it_has_taken(monkeypatch):
     monkeypatch.setattr(long_task, "LINE_EVERY_S", 0.04)
     with long_task.waiting("Loading", said.append):
         wait_for(lambda: len(said) > 1)
-        with long_task.long_task("Converting", 5, "tensors", said.append):
+        with long_task.long_task("Converting", 5, "tensors", said.append) as part:
+            part.advance()
             time.sleep(0.02)  # a line that was due already
             before = len(said)
             time.sleep(0.2)
@@ -91,6 +93,20 @@ def test_work_of_unknown_length_tells_how_long_it_has_taken(monkeypatch):
     ended = len(said)
     time.sleep(0.2)
     assert len(said) == ended
+
+
+def test_what_is_counted_is_told_before_the_first_is_done(monkeypatch):
+    monkeypatch.setattr(long_task, "QUIET_S", 0.02)
+    monkeypatch.setattr(long_task, "LINE_EVERY_S", 0.04)
+    said = []
+    with long_task.long_task("Comparing", 2, "computations", said.append) as task:
+        wait_for(lambda: said)
+        time.sleep(0.05)
+        task.advance()
+        told = len(said)
+        time.sleep(0.2)
+        assert len(said) == told  # the next line comes with the next computation
+    assert said[0] == "Comparing: 0s so far"
 
 
 def test_a_part_has_the_screen_while_it_lasts(monkeypatch):

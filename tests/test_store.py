@@ -154,6 +154,7 @@ def test_only_a_long_encoding_says_how_far_it_is(tmp_path, cache, monkeypatch):
     assert said == []
     monkeypatch.setattr(long_task, "QUIET_S", 0.0)
     monkeypatch.setattr(long_task, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(long_task.LongTask, "_after", lambda *_: None)  # no line before the first batch
     load_data(write_chats(tmp_path / "b.jsonl"), byte_tokenizer(), 0, said.append)
     assert said[0].startswith("Encoding: 10 of 41 records, about ")
     assert len(said) == 4

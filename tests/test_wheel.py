@@ -37,7 +37,10 @@ class Installed:
         (packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()))
         pip = (sys.executable, "-m", "pip", "--python", python)
         done(*pip, "install", "--quiet", "--no-deps", "--no-index", "--ignore-installed", self.wheel)
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        # As a new user has it: no settings of the tests or of a checkout, and caches that are empty.
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MLX_LORA_"))}
+        self.environment |= {"HOME": str(folder / "home")}
+        (folder / "home").mkdir()
         self.environment["PATH"] = f"{self.bin}{os.pathsep}{self.environment['PATH']}"
 
     def run(self, *words: object) -> str:
@@ -125,18 +128,22 @@ def uv(tmp_path_factory) -> Path:
     return folder / "bin" / "uv"
 
 
-def test_uvx_runs_the_wheel_file_with_its_own_dependencies(installed, uv, tmp_path):
+def test_uvx_runs_the_wheel_file_with_its_own_dependencies(installed, uv, tiny_folder, tmp_path):
     """Nothing is borrowed here: uv installs what the wheel asks for, as it does for a new user."""
     environment = {
         **installed.environment,
-        "UV_CACHE_DIR": str(tmp_path / "cache"),
+        "UV_CACHE_DIR": str(uv.parents[1] / "cache"),
         "UV_TOOL_DIR": str(tmp_path / "tools"),
     }
     words = (uv, "tool", "run", "--python", sys.executable, "--from", installed.wheel, "mlx-lora")
     (tmp_path / "empty").mkdir()
-    said = done(*words, "--version", cwd=tmp_path / "empty", env=environment)
-    assert said.split()[-1] == mlx_lora.__version__
-    assert "Usage: mlx-lora train" in done(*words, "train", "--help", cwd=tmp_path / "empty", env=environment)
+    here = {"cwd": tmp_path / "empty", "env": environment}
+    assert done(*words, "--version", **here).split()[-1] == mlx_lora.__version__
+    assert "Commands:" in done(*words, "--help", **here)
+    assert "Usage: mlx-lora train" in done(*words, "train", "--help", **here)
+    # The same packages, in an environment that had none: the page's first example.
+    python = (uv, "run", "--no-project", "--isolated", "--python", sys.executable, "--with", installed.wheel, "python")
+    assert done(*python, "-c", FIVE_LINES.format(model=str(tiny_folder)), **here).strip() == "abcabc"
     assert not list((tmp_path / "empty").iterdir())
 
 

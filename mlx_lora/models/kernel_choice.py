@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
@@ -22,6 +23,7 @@ from mlx_lora.models.kernels import training_kernels
 from mlx_lora.models.shared_prefix import shared_caches
 from mlx_lora.planner.shapes import KernelTerms, ModelShape
 from mlx_lora.system import device
+from mlx_lora.system.long_task import long_task
 from mlx_lora.system.measuring import Figures, choose, keep_figures, may_measure, measure, read_figures
 
 AUTO, OURS = "auto", "ours"
@@ -136,18 +138,36 @@ def choose_among(
         dtype: of the activations.
         say: called with a line before each measurement; None: nothing is measured.
     """
+    kernels = {(kernel.name, shape): kernel for kernel, shape in calls}
     figures: dict[tuple[str, ShapeClass], Mapping[str, Figures]] = {}
+    if asked != OURS:
+        known = {(name, shape): known_figures(kernel, shape, dtype) for (name, shape), kernel in kernels.items()}
+        figures = {key: found for key, found in known.items() if found is not None}
+    missing = {key: kernel for key, kernel in kernels.items() if key not in figures}
+    if missing and asked != OURS and say is not None and may_measure():
+        figures |= measured_now(missing, dtype, say)
     classes: dict[tuple[str, ShapeClass], str] = {}
-    for kernel, shape in calls:
-        found = None if asked == OURS else known_figures(kernel, shape, dtype)
-        if found is None and asked != OURS and say is not None and may_measure():
-            say(f"Measuring {kernel.name} for {kernel.words(shape)}, once on this machine")
-            found = measured_figures(kernel, shape, dtype)
-        if found is not None:
-            figures[kernel.name, shape] = found
-        best = kernel.assumed if found is None else choose(found) or MLX
-        classes[kernel.name, shape] = MLX if asked == MLX else best
+    for key, kernel in kernels.items():
+        best = choose(figures[key]) or MLX if key in figures else kernel.assumed
+        classes[key] = MLX if asked == MLX else best
     return KernelChoice(asked, figures, classes)
+
+
+def measured_now(
+    missing: Mapping[tuple[str, ShapeClass], Kernel], dtype: mx.Dtype, say: Callable[[str], None]
+) -> dict[tuple[str, ShapeClass], Mapping[str, Figures]]:
+    """Measure some shape classes, and say which, and how much is left."""
+    figures: dict[tuple[str, ShapeClass], Mapping[str, Figures]] = {}
+    # A single one has no progress to show, so that what is around it keeps the screen.
+    shown = long_task("Measuring kernels", len(missing), "shapes", say) if len(missing) > 1 else nullcontext()
+    with shown as task:
+        for number, ((name, shape), kernel) in enumerate(missing.items(), 1):
+            of = f" ({number} of {len(missing)})" if len(missing) > 1 else ""
+            say(f"Measuring {name} for {kernel.words(shape)}, once on this machine{of}")
+            figures[name, shape] = measured_figures(kernel, shape, dtype)
+            if task is not None:
+                task.advance()
+    return figures
 
 
 def planned_kernels(model: ModelShape, asked: str, dtype: mx.Dtype) -> KernelChoice:

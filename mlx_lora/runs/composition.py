@@ -235,7 +235,7 @@ def choose_loss_and_kernels(
     rows_of = {one.starts is not None: one for one in (rows, joined_too) if one is not None}
     lengths = {shared: sorted({max(1, int(n) - 1) for n in one.lengths}) for shared, one in rows_of.items()}
     choice = choose_model_kernels(base.model, lengths.get(False, []), asked, dtype, say, lengths.get(True, []))
-    kernels, words = check_kernels(base.model, base.config, loss, choice)
+    kernels, words = check_kernels(base.model, base.config, loss, choice, say)
     terms = replace((kernels or choice.of_mlx()).terms(), loss=loss.kernel)
     return LossAndKernels(loss, kernels, terms, words)
 

@@ -1,6 +1,7 @@
 """Show how far a long piece of work is: a bar on a terminal or in a notebook, a line now and then elsewhere.
 
-Nothing appears for work that is done within two seconds. Work inside other work takes its place on the screen.
+Nothing appears for work that is done within two seconds, and no line within ten. Work inside other work takes its place on
+the screen.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mlx_lora.system.units import format_duration
 
 QUIET_S = 2.0  # of work, before anything is shown
 LINE_EVERY_S = 20.0  # between the lines in a pipe or a log file
+FIRST_LINE = 1 / 2  # of that: until the first one, so that quick runs leave short logs
 
 T = TypeVar("T")
 _TAKEN: ContextVar[Callable[[str], None] | None] = ContextVar("takes lines for the display on the screen", default=None)
@@ -66,13 +68,13 @@ class LongTask:
         """
         self._what, self._total, self._unit, self._say = what, total, unit, say
         self._done, self._start = 0, time.monotonic()
-        self._next_s = self._start + max(QUIET_S, LINE_EVERY_S / 2)
+        self._next_s = self._start + max(QUIET_S, FIRST_LINE * LINE_EVERY_S)
         self._lock, self._bar, self._ended, self._live = threading.Lock(), None, False, live
         self._around, self._covered = _AROUND.get(), 0
         self._timer: threading.Timer | None = None
         if live and total != 1:
             self._after(QUIET_S, self._show)
-        elif say and not live and not total:
+        elif say and not live:
             self._after(self._next_s - self._start, self._tell)
 
     def _after(self, seconds: float, action: Callable[[], None]) -> None:
@@ -98,12 +100,13 @@ class LongTask:
             self._next_s = time.monotonic() + LINE_EVERY_S
 
     def _tell(self) -> None:
-        """Say how long work of unknown length has taken so far, unless a part of it speaks for itself."""
+        """Say how long the work has taken so far, while nothing says how much is left, unless a part speaks for itself."""
         with self._lock:
-            if self._ended or self._say is None:
+            if self._ended or self._say is None or self._done:  # what is counted is told as it is counted
                 return
             if not self._covered:
                 self._say(f"{self._what}: {format_duration(time.monotonic() - self._start)} so far")
+                self._next_s = time.monotonic() + LINE_EVERY_S
             self._after(LINE_EVERY_S, self._tell)
 
     def _show(self) -> None:

@@ -36,6 +36,7 @@ from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
 from mlx_lora.planner.this_machine import loss_tile_bytes
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
+from mlx_lora.system.long_task import long_task
 from mlx_lora.training.base_shards import is_shared
 from mlx_lora.training.loss_choice import PLAIN_LOGITS, ROWS, TILES, choose_kernel, loss_figures, loss_kernels
 from mlx_lora.training.probe import Probe, disagreement, has_halves, probe
@@ -189,16 +190,19 @@ def choose_loss(
     kernel = choose_kernel(figures)
     if kernel == PLAIN_LOGITS:
         return plain("plain cross-entropy (measured)")
-    expected, reasons = _own_probe(model, config, PLAIN, head.vocabulary), []
-    part, whole_because = (head, whole_because) if whole_because else with_last_block(head, model)
-    for name in (kernel, *(other for other in loss_kernels() if other != kernel)):
-        for one in [head] if part is head else [part, head]:
-            loss = head_loss(one, name, loss_tile_bytes(), whole_because)
-            problem = _problem(model, expected, loss, head.vocabulary)
-            if problem is None:
-                return loss
-            whole_because = whole_because or f"less {problem}"
-        reasons.append(f"{'fused' if name == TILES else name} {problem}")
+    # Two passes over the model, unless the first candidate is wrong.
+    with long_task("Comparing the loss with the model's own", 2, "computations", say) as task:
+        expected, reasons = _own_probe(model, config, PLAIN, head.vocabulary), []
+        task.advance()
+        part, whole_because = (head, whole_because) if whole_because else with_last_block(head, model)
+        for name in (kernel, *(other for other in loss_kernels() if other != kernel)):
+            for one in [head] if part is head else [part, head]:
+                loss = head_loss(one, name, loss_tile_bytes(), whole_because)
+                problem = _problem(model, expected, loss, head.vocabulary)
+                if problem is None:
+                    return loss
+                whole_because = whole_because or f"less {problem}"
+            reasons.append(f"{'fused' if name == TILES else name} {problem}")
     return plain(f"plain cross-entropy ({'; '.join(reasons)})")
 
 
@@ -212,7 +216,11 @@ def _dtype(model: nn.Module) -> mx.Dtype:
 
 
 def check_kernels(
-    model: nn.Module, config: dict[str, Any], loss: Loss, choice: KernelChoice
+    model: nn.Module,
+    config: dict[str, Any],
+    loss: Loss,
+    choice: KernelChoice,
+    say: Callable[[str], None] | None = None,
 ) -> tuple[KernelChoice | None, str]:
     """Return the kernels if the model's results with them agree with its own, else None; and a text for the header.
 
@@ -221,21 +229,24 @@ def check_kernels(
         config: its config.json.
         loss: the loss that was chosen for the model.
         choice: the kernels that were chosen for the model.
+        say: takes a line if it takes long.
     """
     if choice.asked == MLX:
         return None, f"the model's own kernels (--kernels {MLX})"
     head = find_head(model, config)
     vocabulary = config.get("vocab_size", 256) if isinstance(head, str) else head.vocabulary
-    expected = None
-    for variant in choice.variants():
-        with training_kernels(model, choose=variant) as exchanged:
-            if not exchanged:
-                return None, "the model's own kernels"
-        expected = expected or _own_probe(model, config, loss, vocabulary)
-        problem = _problem(model, expected, loss, vocabulary, variant)
-        if problem:
-            names = " and ".join(variant.names()) or "ours"
-            return None, f"the model's own kernels ({names} {problem})"
+    expected, variants = None, choice.variants()
+    with long_task("Comparing kernels with the model's own", 1 + len(variants), "computations", say) as task:
+        for variant in variants:
+            with training_kernels(model, choose=variant) as exchanged:
+                if not exchanged:
+                    return None, "the model's own kernels"
+            expected = expected or _own_probe(model, config, loss, vocabulary)
+            task.advance()
+            problem = _problem(model, expected, loss, vocabulary, variant)
+            if problem:
+                names = " and ".join(variant.names()) or "ours"
+                return None, f"the model's own kernels ({names} {problem})"
     others = [name for name in exchanged if name not in {kernel for kernel, _ in choice.classes}]
     return choice, "; ".join([*choice.describe(), *(f"ours for {name}" for name in others)])
 
