@@ -178,7 +178,11 @@ def test_a_folder_of_notes_beside_named_columns_is_trained(tiny_folder, tmp_path
         Path("notes", name).write_text("# Bread\n\nFlour, water, salt.\n" * 4)
     for data, flags, words in (
         ("notes", (), "2 text"),
-        ("rows.jsonl=2,notes", ("--prompt-column", "frage", "--completion-column", "antwort", "--text-column", "text"), "x 2"),
+        (
+            "rows.jsonl=2,notes",
+            ("--prompt-column", "frage", "--completion-column", "antwort", "--text-column", "text"),
+            "x 2",
+        ),
     ):
         Path("rows.jsonl").write_text("".join(json.dumps({"frage": f"q {n}", "antwort": "a"}) + "\n" for n in range(4)))
         out = f"runs/{data.replace(',', '-')}"
