@@ -331,8 +331,8 @@ OTHER = {"role": "user", "content": "Another question"}
     ("objective", "record", "words"),
     [
         ("dpo", {"prompt": "Q", "chosen": "a"}, "a preference pair needs rejected; add it, or remove the row"),
-        ("dpo", {"prompt": "Q", "chosen": "a", "rejected": "a"}, "the two answers are equal"),
-        ("dpo", {"prompt": "Q", "chosen": "a", "rejected": " "}, "empty rejected answer"),
+        ("dpo", {"prompt": "", "chosen": "a", "rejected": "a"}, "the two answers are equal"),
+        ("dpo", {"prompt": "Q", "chosen": "a", "rejected": " "}, "the cell rejected is empty; fill it in, or remove the row"),
         ("dpo", {"prompt": [OTHER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
          "the prompt is not the beginning of the chosen dialogue; leave one of them out"),
         ("dpo", {"prompt": "Q", "completion": "a"}, "needs chosen and rejected; for plain chats, train with --objective sft"),

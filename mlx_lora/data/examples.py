@@ -21,6 +21,10 @@ class EmptyRecord(FormatError):
     """The record has the right keys, but nothing in it to learn from."""
 
 
+class EmptyPart(EmptyRecord):
+    """One of a record's columns, such as its answer, has no text."""
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Turns in OpenAI's format; an assistant's turn with `weight` 0 is only context (its other turns are trained).

@@ -20,7 +20,7 @@ from mlx_lora.data.columns import (
 from mlx_lora.data.examples import (
     Completion,
     Conversation,
-    EmptyRecord,
+    EmptyPart,
     Example,
     FormatError,
     Message,
@@ -143,9 +143,9 @@ def _alpaca(record: Record) -> Conversation:
     )
     given = as_string(record.get("input", ""), "input")
     if not output.strip():
-        raise EmptyRecord("empty output")
+        raise EmptyPart("empty output")
     if not instruction.strip() and not given.strip():
-        raise EmptyRecord("empty instruction")
+        raise EmptyPart("empty instruction")
     messages = opening(record)
     question = "\n".join(part for part in (instruction, given) if part.strip())
     messages += [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
@@ -210,7 +210,7 @@ def _completions(record: Record) -> Conversation | Completion:
     prompt, completion = _need(record, "prompt", "completions"), _need(record, "completion", "completions")
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
-            raise EmptyRecord("empty completion")
+            raise EmptyPart("empty completion")
         return Completion(prompt, completion)
     if isinstance(prompt, list) and isinstance(completion, list):
         # TRL's conversational format: only the completion is trained, whatever roles the prompt has.
@@ -222,7 +222,7 @@ def _completions(record: Record) -> Conversation | Completion:
 def _text(record: Record) -> Text:
     text = _need_string(record, "text", "text")
     if not text.strip():
-        raise EmptyRecord("empty text")
+        raise EmptyPart("empty text")
     return Text(text)
 
 

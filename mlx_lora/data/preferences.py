@@ -22,7 +22,16 @@ from itertools import combinations
 from typing import Any
 
 from mlx_lora.data.columns import ANSWER_LISTS, usual_names
-from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, FormatError, Message, MissingColumn, Record
+from mlx_lora.data.examples import (
+    Completion,
+    Conversation,
+    EmptyPart,
+    EmptyRecord,
+    FormatError,
+    Message,
+    MissingColumn,
+    Record,
+)
 from mlx_lora.data.formats import opening, parse_record, sharegpt_messages
 from mlx_lora.data.messages import as_list, as_string, conversation, keys_of, usual_role
 from mlx_lora.data.turns import common_prefix
@@ -312,7 +321,7 @@ def _check(pair: Pair) -> None:
     texts = [_answer_text(answer) for answer in (pair.chosen, pair.rejected)]
     for name, text in zip(("chosen", "rejected"), texts, strict=True):
         if not text.strip():
-            raise EmptyRecord(f"empty {name} answer")
+            raise EmptyPart(f"empty {name} answer")
     if texts[0] == texts[1]:
         raise EmptyRecord("the two answers are equal")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from mlx_lora.data.answers import Entry
 from mlx_lora.data.columns import NamedColumns, are_empty, empty_cells, ignored_columns
 from mlx_lora.data.data_report import DroppedRow, Location
-from mlx_lora.data.examples import EmptyRecord, FormatError, MissingColumn
+from mlx_lora.data.examples import EmptyPart, EmptyRecord, FormatError, MissingColumn
 from mlx_lora.data.formats import parse_record
 from mlx_lora.data.preferences import parse_pairs, parse_rated
 from mlx_lora.data.prompt_records import parse_prompt
@@ -93,7 +93,7 @@ def parse_rows(source: Iterable[Record | BadRow], name: str, settings: DataSetti
                 kind, entries = records, [parse_prompt(value)]
         except FormatError as error:
             # A message about the format would name our columns instead of the file's.
-            cells = empty_cells(record.value, settings) if isinstance(error, MissingColumn | EmptyRecord) else []
+            cells = empty_cells(record.value, settings) if isinstance(error, MissingColumn | EmptyPart) else []
             if cells:
                 error = EmptyRecord(are_empty(cells))
             rows.unread += 1
