@@ -85,7 +85,9 @@ def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float
         whole: whether only whole numbers make sense, as for a run's steps.
     """
     if not high > low:
-        around = (low - 0.5, low + 0.5) if abs(low) < 1 else (low * 0.9, low * 1.1) if low > 0 else (low * 1.1, low * 0.9)
+        around = (
+            (low - 0.5, low + 0.5) if abs(low) < 1 else (low * 0.9, low * 1.1) if low > 0 else (low * 1.1, low * 0.9)
+        )
         low, high = around if low else (0.0, 1.0)  # what is 0 throughout is mostly a share or a reward
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
