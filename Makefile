@@ -51,7 +51,7 @@ lint: setup
 docs: setup
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
-	@echo "The site: build/site/index.html"
+	@echo "The site: build/site/index.html. For its search: $(PYTHON) -m http.server --directory build/site"
 
 format: setup
 	$(BIN)/ruff check --fix $(LINTED)

@@ -297,7 +297,7 @@ def test_the_site_builds_strictly(tmp_path):
 
     built = build()
     assert built.returncode == 0, built.stdout
-    assert (copy / "build" / "site" / "troubleshooting" / "index.html").is_file()
+    assert (copy / "build" / "site" / "troubleshooting.html").is_file()
     with open(copy / "docs" / "glossary.md", "a") as page:
         page.write("\n[a wrong anchor](memory.md#nowhere)\n")
     assert build().returncode != 0

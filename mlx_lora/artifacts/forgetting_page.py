@@ -30,9 +30,9 @@ def verdict_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
                     "tokens": f"{drift['tokens']:,}",
                     "base perplexity": perplexity(drift["base_loss"]),
                     "perplexity": perplexity(drift["loss"]),
-                    "change": f"{drift['change']:+.4f} ± {drift['change_error']:.4f}",
-                    "KL": f"{drift['kl']:.4f} ± {drift['kl_error']:.4f}",
-                    "same likeliest token": f"{drift['same_top']:.1%}",
+                    "change": f"{drift['change']:+.4f}{_error(drift['change_error'])}",
+                    "KL": f"{drift['kl']:.4f}{_error(drift['kl_error'])}",
+                    "same top token": f"{drift['same_top']:.1%}",
                 }
             )
     right, asked = facts["probes"]["right"], facts["probes"]["questions"]
@@ -42,6 +42,11 @@ def verdict_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
             {**dict.fromkeys(rows[0], ""), "set": "probes", "adapter": name, "tokens": f"{asked} asked", **counts}
         )
     return rows
+
+
+def _error(value: float | None) -> str:
+    """Return a standard error as text; nothing for a set of one row, which has none."""
+    return "" if value is None or math.isnan(value) else f" ± {value:.4f}"
 
 
 TONES = {

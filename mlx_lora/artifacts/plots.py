@@ -85,9 +85,10 @@ def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float
         whole: whether only whole numbers make sense, as for a run's steps.
     """
     if not high > low:
-        low, high = (
+        around = (
             (low - 0.5, low + 0.5) if abs(low) < 1 else (low * 0.9, low * 1.1) if low > 0 else (low * 1.1, low * 0.9)
         )
+        low, high = around if low else (0.0, 1.0)  # what is 0 throughout is mostly a share or a reward
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
@@ -98,12 +99,12 @@ def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float
 
 
 def number(value: float) -> str:
-    """Return a number as text for an axis: 1,200, 0.25, 2e-05."""
+    """Return a number as text for an axis: 1,200, 0.25, 2.0e-5."""
     if value == 0:
         return "0"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.1e}".replace("e-0", "e-")
+    return f"{value:.4g}" if abs(value) >= 1e-2 else f"{value:.1e}".replace("e-0", "e-")
 
 
 def perplexity(loss: float) -> str:

@@ -217,7 +217,8 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
     losses = [of("training", "loss", trained), of("held out", "val_loss", held_out)]
     preferences, sampled = any("margin" in r for r in records), any("reward" in r for r in records)
     if sampled:
-        losses = losses[:1]  # of the held-out answers there is only a reward
+        # Held-out answers have only a reward. Rounded, because equal rewards give a loss of 0 but for rounding.
+        losses = [Series("training", [(step, round(loss, 6)) for step, loss in losses[0].points])]
         while_sampling = [r for r in trained if r.get("rollout_tokens_per_s") is not None]
         tokens.append(of("sampled, while sampling", "rollout_tokens_per_s", while_sampling))
     counted = "rated answer" if any("divergence" in r for r in records) else "pair" if preferences else "trained token"

@@ -242,11 +242,11 @@ class LoopSettings:
     short_buffers: bool = setting(False,
         "Use short GPU command buffers, so that a Mac's display keeps responding (slower).",
         MEMORY, may_change=True, per_machine=True)
-    report_to: str | None = setting(None, f"Also log to these, by comma: {', '.join(LOGGERS)}.",
+    report_to: str | None = setting(None, f"Also log to these, separated by commas: {', '.join(LOGGERS)}.",
         OUTPUT, may_change=True, per_machine=True)
     project_name: str | None = setting(None, "Project name for --report-to (default: mlx-lora).",
         OUTPUT, may_change=True, per_machine=True)
-    verbose: bool = setting(False, "Also say what computes a step: loss, kernels, shapes.",
+    verbose: bool = setting(False, "Also print which loss, kernels and batch shapes a step uses.",
         OUTPUT, may_change=True, per_machine=True)
     seed: int = setting(0, "Seed of data order, initial factors and dropout.", TRAINING, at_least=0, at_most=2**63 - 1)
     force: bool = setting(False, "Write into a run folder that already has an adapter.",

@@ -44,12 +44,12 @@ class ObjectiveSettings:
         OBJECTIVE, at_least=0, at_most=1000)
     desirable_weight: float = setting(1.0, "kto: weight of good answers.", OBJECTIVE, at_least=0, at_most=1000)
     undesirable_weight: float = setting(1.0, "kto: weight of bad answers.", OBJECTIVE, at_least=0, at_most=1000)
-    shared_prefix: str = setting("auto", "Compute a prompt once for its answers, those of a pair or the sampled ones: "
+    shared_prefix: str = setting("auto", "Compute a prompt once for all its answers (a pair's, or the sampled ones): "
         "on, off, or auto, if it saves work and the model supports it.", OBJECTIVE, choices=("auto", "on", "off"), may_change=True)
     center_rewards: float = setting(0.0, "reward: weight of the squared sum of a pair's scores, which keeps them near 0.",
         OBJECTIVE, at_least=0, at_most=1000)
     reference_adapter: str | None = setting(None,
-        "Adapter folder whose model is the reference (default: the model as the run starts).",
+        "Adapter folder whose model is the reference (default: the model at the start of the run).",
         OBJECTIVE, may_change=True, per_machine=True)
     reward: str | None = setting(None,
         "grpo, rloo: what rewards an answer: FILE.py:FUNCTION with TRL's signature, the folder of a reward model, or "
@@ -66,15 +66,15 @@ class ObjectiveSettings:
     max_new_tokens: int = setting(256, "grpo, rloo, distill: the most tokens of a sampled answer.",
         OBJECTIVE, at_least=1, at_most=10**6)
     temp: float = setting(1.0, "grpo, rloo, distill: temperature of sampling.", OBJECTIVE, more_than=0, at_most=100)
-    top_p: float = setting(1.0, "grpo, rloo, distill: sample from the likeliest tokens with this probability together.",
+    top_p: float = setting(1.0, "grpo, rloo, distill: sample from the most likely tokens whose probabilities add up to this.",
         OBJECTIVE, more_than=0, at_most=1)
-    min_p: float = setting(0.0, "grpo, rloo, distill: leave out tokens less likely than this share of the likeliest one.",
+    min_p: float = setting(0.0, "grpo, rloo, distill: leave out tokens less likely than this share of the most likely token.",
         OBJECTIVE, at_least=0, at_most=1)
     grpo_loss: str = setting("dapo", "grpo: how the losses of tokens are averaged (grpo, bnpo, dapo, dr_grpo), or gspo, "
         "which takes one ratio for an answer.", OBJECTIVE, choices=("grpo", "bnpo", "dapo", "dr_grpo", "gspo"))
-    epsilon: float = setting(0.2, "grpo, rloo: how far below 1 the ratio of the probabilities counts.",
+    epsilon: float = setting(0.2, "grpo, rloo: clip the ratio of the new probability to the old this far below 1.",
         OBJECTIVE, more_than=0, at_most=1)
-    epsilon_high: float | None = setting(None, "grpo, rloo: how far above 1 (default: as --epsilon).",
+    epsilon_high: float | None = setting(None, "grpo, rloo: clip the ratio this far above 1 (default: as --epsilon).",
         OBJECTIVE, more_than=0, at_most=1000)
     kl_beta: float = setting(0.0, "grpo, rloo: weight of the divergence from the untrained model (TRL's beta).",
         OBJECTIVE, at_least=0, at_most=1000)
@@ -93,7 +93,7 @@ class ObjectiveSettings:
         "answers (default 200).", OBJECTIVE, at_least=8, at_most=10**6)
     teacher_top_k: int = setting(64, "distill: keep the teacher's probabilities of this many likeliest tokens, and of all "
         "others together; 0: of every token.", OBJECTIVE, at_least=0, at_most=10**6)
-    divergence: str | None = setting(None, "distill: what to lower. forward_kl: KL(teacher, student), reverse_kl: "
+    divergence: str | None = setting(None, "distill: the divergence to minimize. forward_kl: KL(teacher, student), reverse_kl: "
         "KL(student, teacher), jsd: between the two, as in TRL's GKD; sampled_kl: with --on-policy, reverse_kl from the "
         "sampled tokens alone (default forward_kl; with --on-policy reverse_kl).", OBJECTIVE, choices=DIVERGENCES)
     jsd_beta: float = setting(0.5, "distill: place of --divergence jsd between forward_kl (0) and reverse_kl (1).",

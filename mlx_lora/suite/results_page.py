@@ -105,9 +105,9 @@ def _machines(results: Sequence[ResultFile]) -> list[dict[str, str]]:
                 "backend": content["device"]["backend"],
                 "GPU cores": _or_dash(machine["gpu_cores"]),
                 "CPU cores": _or_dash(machine["cpu_cores"]),
-                "system": f"{machine['system']} {machine['system_version'] or ''}",
+                "system": f"{machine['system']} {(machine['system_version'] or '').partition('-')[0]}",  # no build of a Linux kernel
                 "power": _or_dash(", ".join(sorted({one["source"] for one in power if one["source"]})) or None),
-                **{f"{name} TFLOPS": f"{rate / 1e12:.3g}" for name, rate in flops.items()},
+                **{f"{name} TFLOPS": f"{rate / 1e12:.2g}" for name, rate in flops.items()},
                 "copy GB/s": f"{rates['copy_bytes_per_s'] / 1e9:.3g}",
                 "mlx": _or_dash(software["versions"].get("mlx")),
                 "mlx-lora": f"{software['versions'].get('mlx-lora') or '–'} {(software['commit'] or '')[:7]}",
