@@ -34,10 +34,11 @@ def rank_environment() -> dict[str, str]:
 
 @dataclass
 class Ended:
-    """How each rank ended: exit codes and standard errors, by rank."""
+    """How each rank ended: exit codes, standard errors and standard outputs, by rank."""
 
     codes: list[int]
     errs: list[str]
+    outs: list[str]
 
     def message(self, rank: int) -> str:
         """Return the line of a rank's last error; a thread of mlx may have written "[ring]" right before it."""
@@ -63,13 +64,14 @@ class Started:
         (folder / "hosts.json").write_text(json.dumps(hosts))
         environment = {**rank_environment(), "MLX_HOSTFILE": str(folder / "hosts.json")}
         self.logs = [folder / f"rank{rank}.log" for rank in range(len(commands))]
+        self.outs = [folder / f"rank{rank}.out" for rank in range(len(commands))]
         self.processes = []
         for rank, command in enumerate(commands):
-            with self.logs[rank].open("w") as log:
+            with self.logs[rank].open("w") as log, self.outs[rank].open("w") as out:
                 self.processes.append(
                     subprocess.Popen(
                         [*(prefixes[rank] if prefixes else ()), sys.executable, *map(str, command)],
-                        stdout=subprocess.DEVNULL,
+                        stdout=out,
                         stderr=log,
                         env={**environment, "MLX_RANK": str(rank)},
                     )
@@ -99,4 +101,4 @@ class Started:
                 if process.poll() is None:
                     process.send_signal(signal.SIGKILL)
                     process.wait()
-        return Ended(codes, self.texts())
+        return Ended(codes, self.texts(), [out.read_text() for out in self.outs])

@@ -258,6 +258,18 @@ def together(describe: Callable[[BaseException], tuple[str, int] | None]) -> Ite
     heartbeat.finish()
 
 
+def sharing_ranks(
+    shard_base: str, describe: Callable[[BaseException], tuple[str, int] | None]
+) -> contextlib.AbstractContextManager[Ranks]:
+    """Join the other processes, for a command that needs them only if they share the base; see `together`.
+
+    Args:
+        shard_base: --shard-base.
+        describe: see `together`.
+    """
+    return contextlib.nullcontext(ALONE) if shard_base == "off" else together(describe)
+
+
 def _join(launch: Launch) -> tuple[SeveralRanks, Heartbeat]:
     """Start mlx's group, then the heartbeat between rank 0 and each other rank."""
     print(f"Joining {launch.size} processes over {launch.backend} ({launch.hint})", file=sys.stderr, flush=True)

@@ -18,8 +18,8 @@ Source: fully sharded data parallelism, arXiv 1910.02054 (stage 3) and 2304.1127
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -226,6 +226,32 @@ def units_of(model: nn.Module) -> Units:
     return Units(tuple(map(frozen_bytes, model.layers)), tuple(map(frozen_bytes, tables)), tied)
 
 
+def first_ranks_choice(model: nn.Module, choose: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    """Return a function that chooses as rank 0 does, so that ranks that share a base generate one text.
+
+    Args:
+        model: whose base may be shared.
+        choose: log-probabilities (1, V) -> a token, (1,) uint32; for a whole base it is returned as it is.
+    """
+    if not is_shared(model):
+        return choose
+    messages: Messages = model.layers[0]._unit.messages
+
+    def choose_first(logprobs: mx.array) -> mx.array:
+        own = choose(logprobs)
+        content = own.view(mx.uint8)
+        every = messages.gather(content, [content.nbytes] * messages.ranks.size, [own])
+        return every[: content.nbytes].view(own.dtype)
+
+    return choose_first
+
+
+def await_messages(model: nn.Module) -> None:
+    """Wait for the messages that were submitted ahead: a rank must not end before the others have them."""
+    if is_shared(model):
+        mx.eval(model.layers[0]._unit.messages.sent)
+
+
 def end_of_trial(model: nn.Module) -> None:
     """Forget messages that were planned and not sent, so that the next one does not wait for them."""
     for module in model.layers[:1]:
@@ -236,6 +262,11 @@ def end_of_trial(model: nn.Module) -> None:
 def is_shared(model: nn.Module) -> bool:
     """Return whether ranks share the model's base, so that each must call it equally often."""
     return any(isinstance(module, SharedBlock) for module in getattr(model, "layers", ()))
+
+
+def with_weights(block: nn.Module | None) -> AbstractContextManager:
+    """Return a context in which a block has its weights; all ranks must enter it. None: nothing is to be done."""
+    return block.at_hand([]) if isinstance(block, SharedBlock) else nullcontext()
 
 
 def frozen_bytes(module: nn.Module) -> int:
