@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,37 @@ def free_ports(count: int) -> list[int]:
 def rank_environment() -> dict[str, str]:
     paths = [str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OPENBLAS_NUM_THREADS": "1"}
+
+
+@contextmanager
+def namespace_pair(name: str) -> Iterator[list[list[str]]]:
+    """Yield the words that enter each of two network namespaces, 10.231.7.1 and .2, which a veth pair joins.
+
+    Args:
+        name: what their names begin with; up to eight letters.
+
+    Raises:
+        OSError: the kernel does not allow it, or there is no iproute2.
+    """
+
+    def ip(*words: str) -> None:
+        ran = subprocess.run(["ip", *words], capture_output=True, text=True)
+        if ran.returncode:
+            raise OSError(f"ip {' '.join(words)}: {ran.stderr.strip()}")
+
+    names = [f"{name}{rank}" for rank in (0, 1)]
+    try:
+        for one in names:
+            ip("netns", "add", one)
+            ip("-n", one, "link", "set", "lo", "up")
+        ip("link", "add", "veth0", "netns", names[0], "type", "veth", "peer", "name", "veth1", "netns", names[1])
+        for rank, one in enumerate(names):
+            ip("-n", one, "addr", "add", f"10.231.7.{rank + 1}/24", "dev", f"veth{rank}")
+            ip("-n", one, "link", "set", f"veth{rank}", "up")
+        yield [["ip", "netns", "exec", one] for one in names]
+    finally:
+        for one in names:
+            subprocess.run(["ip", "netns", "del", one], capture_output=True)
 
 
 @dataclass

@@ -8,21 +8,20 @@ gradient norms, and of the adapter's numbers, or the error.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import sys
 import time
 from pathlib import Path
 
-from mlx_lora.system import device
-
 import mlx.core as mx
 import mlx.nn as nn
 from architectures.build import tiny_architecture, tiny_config, write_model
 from architectures.configs import ways
-from mlx.utils import tree_flatten
 
 from mlx_lora.runs.training_run import train_run
 from mlx_lora.settings.resolve import train_settings
+from mlx_lora.system import device
 from mlx_lora.system.distributed import SeveralRanks
 from mlx_lora.system.errors import InputError, RunError
 
@@ -33,6 +32,7 @@ def write(folder: Path, name: str, bits: bool) -> Path:
     """Write a tiny architecture, in 4 bits if asked; experts of gpt-oss are mxfp4, as it is published."""
     model, config = tiny_architecture(name, ways(name)[0]), tiny_config(name, ways(name)[0])
     if bits:
+
         def layout(path: str, module: nn.Module):
             if not hasattr(module, "to_quantized") or module.weight.shape[-1] % 32:
                 return False
@@ -73,6 +73,7 @@ def compared(alone: Path, shared: Path) -> dict:
 
 
 def main() -> None:
+    faulthandler.dump_traceback_later(100, exit=True)
     root, parts, *names = sys.argv[1:]
     ranks = SeveralRanks(mx.distributed.init(strict=True, backend="ring"), device.message_stream("ring"))
     root = Path(root) / str(ranks.rank)
@@ -82,6 +83,7 @@ def main() -> None:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in names:
         kind, _, bits = name.partition(":")
+        faulthandler.dump_traceback_later(100, exit=True)
         begun = time.perf_counter()
         said: list[str] = []
         try:
@@ -102,9 +104,15 @@ def main() -> None:
             train_run(settings_of(model, data, root / f"{name} shared", shard_base=parts), ranks, said.append)
             if ranks.leads:
                 found |= compared(root / f"{name} alone", root / f"{name} shared")
-                found["words"] = [w for line in said for w in line.replace("\n", "; ").split("; ") if "base shared" in w or "cross-entropy" in w or "own kernels" in w or "not checkp" in w][:3]
-        except Exception as error:  # noqa: BLE001
+                found["words"] = [
+                    w
+                    for line in said
+                    for w in line.replace("\n", "; ").split("; ")
+                    if "base shared" in w or "cross-entropy" in w or "own kernels" in w or "not checkp" in w
+                ][:3]
+        except Exception as error:
             import traceback
+
             if ranks.leads:
                 traceback.print_exc()
             found["error"] = f"{type(error).__name__}: {error}"

@@ -19,7 +19,7 @@ from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.models.token_steps import TokenSteps
 from mlx_lora.system.errors import InputError
-from mlx_lora.training.base_shards import await_messages, first_ranks_choice, is_shared
+from mlx_lora.training.base_shards import await_messages, first_ranks_choice, is_shared, unshareable_words
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,10 @@ def generated(
     model: Any = TokenSteps(base.model)  # mlx-lm only calls it
     sampler = first_ranks_choice(base.model, sampler)
     try:
-        yield from stream_generate(model, base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler)
+        for response in stream_generate(model, base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler):
+            if is_shared(base.model) and mx.isnan(response.logprobs).any().item():
+                raise InputError(unshareable_words(base.config))
+            yield response
         await_messages(base.model)
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):

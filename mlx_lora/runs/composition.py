@@ -348,6 +348,11 @@ def make_step(
         model, base.config, chosen.loss, attention, base.model_id, chosen.kernels or assumed, not is_shared(model)
     )
     end_of_trial(model)
+    if is_shared(model) and tape is not None and tape.left_out:
+        raise InputError(
+            f"--shard-base: blocks of {base.config.get('model_type')} hand a state on, so that each would keep its weights "
+            "until the backward pass; leave it out"
+        )
     loss = variant.loss
     if objective.policy is not None:
         loss = at_temperature(loss, model, base.config, settings.objective.temp)

@@ -264,6 +264,14 @@ def is_shared(model: nn.Module) -> bool:
     return any(isinstance(module, SharedBlock) for module in getattr(model, "layers", ()))
 
 
+def unshareable_words(config: dict[str, Any]) -> str:
+    """Return why a model's base cannot be shared, if its numbers are not finite then."""
+    return (
+        f"--shard-base: mlx-lm's {config.get('model_type')} reads weights of its blocks outside of them, where a process "
+        "does not have them; leave it out"
+    )
+
+
 def with_weights(block: nn.Module | None) -> AbstractContextManager:
     """Return a context in which a block has its weights; all ranks must enter it. None: nothing is to be done."""
     return block.at_hand([]) if isinstance(block, SharedBlock) else nullcontext()

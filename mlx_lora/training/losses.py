@@ -36,7 +36,7 @@ from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
 from mlx_lora.planner.this_machine import loss_tile_bytes
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
-from mlx_lora.training.base_shards import is_shared
+from mlx_lora.training.base_shards import is_shared, unshareable_words
 from mlx_lora.training.loss_choice import PLAIN_LOGITS, ROWS, TILES, choose_kernel, loss_figures, loss_kernels
 from mlx_lora.training.probe import Probe, disagreement, has_halves, probe
 
@@ -244,16 +244,19 @@ def _own_probe(model: nn.Module, config: dict[str, Any], loss: Loss, vocabulary:
     """Try a loss with the model's own kernels.
 
     Raises:
-        InputError: the model's own forward pass fails.
+        InputError: the model's own forward pass fails, or has no weights where ranks share them.
     """
     try:
-        return _probe(model, loss, vocabulary, has_recurrence(model))
+        found = _probe(model, loss, vocabulary, has_recurrence(model))
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise
         raise InputError(
             f"mlx-lm's {config.get('model_type')}: its forward pass fails here ({short(error, 200)}); {way_out(model)}"
         ) from error
+    if is_shared(model) and not mx.isfinite(found.losses).all().item():
+        raise InputError(unshareable_words(config))
+    return found
 
 
 def _problem(
