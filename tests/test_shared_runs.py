@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rank_runs import assert_same_run, command, records, train, weights
-from ranks import Started
+from ranks import REPOSITORY, Started, rank_environment
+from real_models import smollm2_gguf
 from run_cli import run
 
 SHARED = ("--shard-base", "even")
@@ -204,3 +208,64 @@ def test_all_validations_were_worse_so_nothing_is_restored_but_the_best(tiny_fol
     checkpoint = tmp_path / "a" / "checkpoints" / f"step-{best:06d}"
     for file in ("adapters.safetensors", "adapter_config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (checkpoint / file).read_bytes()
+
+
+FAMILIES = ("gemma3_text", "gemma3_text:4", "gpt_oss", "gpt_oss:4", "qwen3_5", "qwen3_5:4", "llama:4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "parts"), [(2, "even"), (2, "3:1"), (4, "even")])
+def test_families_share_their_base(ranks, parts, tmp_path, monkeypatch):
+    """Windows, experts with sinks, and the delta rule; float and 4-bit, with mxfp4 experts."""
+    monkeypatch.setenv("MLX_LORA_MEASURE_KERNELS", "0")
+    words = ["-m", "architectures.shared_base", "--parts", parts, tmp_path / "runs", *FAMILIES]
+    found = {one["name"]: one for one in map(json.loads, started(words, ranks, tmp_path).outs[0].splitlines())}
+    assert found.keys() == set(FAMILIES)
+    for name, one in found.items():
+        assert one.get("losses", 1) < 1e-5, one
+        assert one["adapter"] < 5e-5, one
+        assert one["base"].startswith(f"base shared by {ranks} processes"), name
+
+
+@pytest.mark.slow
+def test_what_a_shared_base_cannot_do_is_refused_by_name(tmp_path, monkeypatch):
+    """The first calls its blocks' layers itself; blocks of the second write into an object that the next one reads."""
+    monkeypatch.setenv("MLX_LORA_MEASURE_KERNELS", "0")
+    names = ("iquestloopcoder", "kimi_k3")
+    ended = started(["-m", "architectures.shared_base", tmp_path / "runs", *names], 2, tmp_path)
+    errors = [json.loads(line)["error"] for line in ended.outs[0].splitlines()]
+    assert "--shard-base: mlx-lm's iquestloopcoder reads weights of its blocks outside of them" in errors[0]
+    assert "--shard-base: blocks of kimi_k3 hand a state on" in errors[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "parts"), [(2, "even"), (2, "3:1"), (4, "even")])
+@pytest.mark.parametrize("form", ["4-bit", "float"])
+def test_smollm2_shares_its_base(form, ranks, parts, chats, tmp_path):
+    model = smollm2_gguf()
+    if form == "float":
+        model = tmp_path / "float"
+        assert (
+            run("convert", "--model", smollm2_gguf(), "--out", model, "--no-quantize", "--dtype", "float16").code == 0
+        )
+    short = ("--iters", 3, "--learning-rate", 1e-3, "--val-batches", 2)
+    words = command(model, chats, tmp_path / "one", *short)
+    assert run("train", *words).code == 0
+    ended = started(
+        train(*command(model, chats, tmp_path / "two", *short, "--shard-base", parts)), ranks, tmp_path / "ranks"
+    )
+    assert f"base shared by {ranks} processes" in ended.errs[0]
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_faults_end_all_and_the_run_goes_on_exactly():
+    """A few of each; scripts/soak_ranks.py does twenty."""
+    cuts = 2 if os.geteuid() == 0 and shutil.which("ip") else 0
+    words = ["--kills", 2, "--freezes", 2, "--cuts", cuts, "--groups", 2, "--per-run", 3, "--silence", 6]
+    ran = subprocess.run(
+        [sys.executable, REPOSITORY / "scripts" / "soak_ranks.py", *map(str, words)],
+        capture_output=True, text=True, env=rank_environment(), timeout=900,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert json.loads(ran.stdout.splitlines()[-1])["faults"] == {"kill": 2, "freeze": 2, "cut": cuts}
