@@ -41,10 +41,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from ranks import Started, namespace_pair  # noqa: E402
 from soak import checksum  # noqa: E402
 
-STEPS = 30
+STEPS = 20
 GRACE_S = 10.0  # beyond the silence until a lost machine counts as such, for all to end
 BEGUN = "Base: "  # a line of the run header
-STALLED_S = 240.0  # until a run that nothing was done to counts as hung
+STALLED_S = 600.0  # until a run that nothing was done to counts as hung
 REASONS = {"kill": "ended without a message", "freeze": "sent nothing for", "cut": "sent nothing for"}
 # The train command, with another limit of silence.
 SILENCED = """

@@ -18,6 +18,7 @@ from real_models import smollm2_gguf
 from run_cli import run
 
 SHARED = ("--shard-base", "even")
+LONGEST_S = 900  # for several models in one process
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def alone(tiny_folder, chats, tmp_path_factory):
 
 
 def started(words: list, ranks: int, folder: Path):
-    ended = Started([words] * ranks, folder).wait()
+    ended = Started([words] * ranks, folder).wait(LONGEST_S)
     assert ended.codes == [0] * ranks, ended.errs
     return ended
 
@@ -256,6 +257,30 @@ def test_smollm2_shares_its_base(form, ranks, parts, chats, tmp_path):
     )
     assert f"base shared by {ranks} processes" in ended.errs[0]
     assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+MEASURED = """
+import sys
+import mlx.core as mx
+from mlx_lora.export import main
+main.main(sys.argv[1:], standalone_mode=False)
+print(mx.get_peak_memory())
+"""
+
+
+@pytest.mark.slow
+def test_an_adapter_is_exported_without_the_whole_base(chats, tmp_path):
+    model = smollm2_gguf()
+    assert run("train", *command(model, chats, tmp_path / "a", "--iters", 1, "--val-batches", 0)).code == 0
+    peaks = {}
+    for to in ("peft", "mlx-lm", "gguf-adapter", "hf"):
+        words = ("--model", model, "--adapter-path", tmp_path / "a", "--to", to, "--out", tmp_path / f"{to}.gguf")
+        ran = subprocess.run(
+            [sys.executable, "-c", MEASURED, *map(str, words)],
+            capture_output=True, text=True, env=rank_environment(), check=True,
+        )  # fmt: skip
+        peaks[to] = int(ran.stdout.splitlines()[-1])
+    assert max(peaks["peft"], peaks["mlx-lm"], peaks["gguf-adapter"]) < 0.5 * peaks["hf"], peaks
 
 
 @pytest.mark.slow
