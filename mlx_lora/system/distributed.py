@@ -113,6 +113,9 @@ class OneRank:
     def gathered(self, array: mx.array) -> mx.array:
         return array[None]
 
+    def put_together(self, own: mx.array, begin: int, size: int) -> mx.array:
+        return own
+
     def everyone(self, value: Any) -> list[Any]:
         return [value]
 
@@ -159,6 +162,17 @@ class SeveralRanks:
     def gathered(self, array: mx.array) -> mx.array:
         """Return all ranks' arrays, (N, ...), lazily; all must have the same shape and dtype."""
         return mx.distributed.all_gather(array[None], group=self._group, stream=self._messages)
+
+    def put_together(self, own: mx.array, begin: int, size: int) -> mx.array:
+        """Return an array of which each rank has a part, (size,), lazily.
+
+        Args:
+            own: (n,) integers, this rank's part; it may be empty.
+            begin: where it belongs.
+            size: of all parts together.
+        """
+        padded = mx.pad(own, (begin, size - begin - own.size), stream=self._messages)
+        return mx.distributed.all_sum(padded, group=self._group, stream=self._messages)
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank's flag is true."""
