@@ -91,7 +91,7 @@ def share_among(settings: TrainSettings, base: Base, ranks: Ranks) -> tuple[Trai
     if not isinstance(ranks, SeveralRanks):
         raise InputError(f"--shard-base {asked}: there is one process; start several with mlx.launch, or leave it out")
     shares = shares_of(settings, ranks)
-    units = share_base(base.model, ranks, shares)
+    units = share_base(base.model, ranks, shares, base.stored)
     checkpointing = "block" if settings.loop.grad_checkpoint == "auto" else settings.loop.grad_checkpoint
     loop = replace(settings.loop, grad_checkpoint=checkpointing, sample_tokens=0)
     own = sum(unit.parts[ranks.rank] for unit in units)

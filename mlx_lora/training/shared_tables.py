@@ -13,11 +13,12 @@ Shapes: V vocabulary, D width, S rows of a slice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -26,6 +27,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.models.head import EMBEDDING_HEADS, FLOAT_HEADS, QUANTIZED_HEADS, AtHand
+from mlx_lora.models.stored_rows import StoredTensor, read_rows
 from mlx_lora.planner.macs_plan import Units
 from mlx_lora.system.distributed import SeveralRanks
 from mlx_lora.training.base_shards import (
@@ -144,13 +146,19 @@ class SharedWhole(nn.Module):
             return super().__call__(x)
 
 
-def share_base(model: nn.Module, ranks: SeveralRanks, shares: Sequence[float] = ()) -> list[Unit]:
+def share_base(
+    model: nn.Module,
+    ranks: SeveralRanks,
+    shares: Sequence[float] = (),
+    stored: Mapping[str, StoredTensor] = MappingProxyType({}),
+) -> list[Unit]:
     """Leave only this rank's part of the frozen base in memory.
 
     Args:
         model: adapted; its arrays may be lazy, and are then read one unit at a time.
         ranks: that share it; each must call this.
         shares: of each rank, positive numbers; empty: equal ones.
+        stored: where lazy arrays are stored, by path, so that slices of tables can be read alone (models/stored_rows.py).
 
     Returns:
         The units.
@@ -163,14 +171,17 @@ def share_base(model: nn.Module, ranks: SeveralRanks, shares: Sequence[float] = 
     tables, most = tables_of(model), slice_bytes(model)  # before the blocks are cut
     checkpoint_blocks(model.layers, products=False)
     units = share_blocks(model.layers, messages)
+    paths = {id(module): path for path, module in model.named_modules()}
     for table in tables:
-        units += _share_table(table, messages, most)
+        units += _share_table(table, paths[id(table)], messages, most, stored)
     mx.eval(model.parameters())
     return units
 
 
-def _share_table(table: Any, messages: Messages, most_bytes: int) -> list[Unit]:
-    """Leave only this rank's part of a module outside of the blocks in memory."""
+def _share_table(
+    table: Any, path: str, messages: Messages, most_bytes: int, stored: Mapping[str, StoredTensor]
+) -> list[Unit]:
+    """Leave only this rank's part of a module outside of the blocks in memory; arguments as in `share_base`."""
     if not isinstance(table, FLOAT_HEADS + QUANTIZED_HEADS):
         table._held = Held(table, messages)
         mix_in(SharedWhole, table)
@@ -179,7 +190,11 @@ def _share_table(table: Any, messages: Messages, most_bytes: int) -> list[Unit]:
     instead = stand_ins(arrays)
     mx.eval([array for _, array in instead])
     slices = [
-        Slice(rows, Unit([(name, array[rows]) for name, array in arrays], messages), tree_unflatten(instead))
+        Slice(
+            rows,
+            Unit([(name, read_rows(f"{path}.{name}", array, rows, stored)) for name, array in arrays], messages),
+            tree_unflatten(instead),
+        )
         for rows in slices_of(table, most_bytes)
     ]
     table.update(tree_unflatten(instead))
