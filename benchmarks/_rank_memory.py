@@ -63,6 +63,7 @@ def measured(result: Path, flags: list[str]) -> None:
         units = units_of(base.model)
         found["base_bytes"] = frozen_bytes(base.model)
         found["unit_bytes"] = units.bytes
+        found["resident_before_sharing_bytes"] = resident_bytes()
         found["two_largest_bytes"] = units.largest
         mx.reset_peak_memory()
         shared = share_among(settings, base, ranks)

@@ -23,17 +23,19 @@ MOST_TOKENS = 1 << 20  # of a batch that is looked for
 
 @dataclass(frozen=True)
 class Units:
-    """The bytes that are sent as one message each.
+    """The bytes that are gathered and dropped together.
 
     Attributes:
         blocks: of each block's frozen weights.
-        tables: of the embedding, and of the head where it is not the same.
+        tables: of each slice of the embedding, and of the head where it is not the same.
         tied: whether the embedding is the head too, and so is sent twice.
+        head_rows: tokens of a slice of the head; 0: it is not shared.
     """
 
     blocks: tuple[int, ...]
     tables: tuple[int, ...] = ()
     tied: bool = False
+    head_rows: int = 0
 
     @property
     def bytes(self) -> int:
@@ -136,7 +138,8 @@ def rank_part(shape: ModelShape, units: Units, share: float) -> ModelShape:
     """
     kept = shape.base_bytes - units.bytes + int(share * units.bytes)
     # Read a unit at a time.
-    return replace(shape, base_bytes=kept + units.largest, source_bytes=units.largest if shape.source_bytes else 0)
+    source_bytes = units.largest if shape.source_bytes else 0
+    return replace(shape, base_bytes=kept + units.largest, source_bytes=source_bytes, head_rows=units.head_rows)
 
 
 def memory_shares(macs: Sequence[Machine]) -> list[float]:

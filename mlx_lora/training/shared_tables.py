@@ -231,12 +231,14 @@ def units_of(model: nn.Module) -> Units:
     """Return the bytes of each unit of a model that is adapted and not yet shared; its arrays need not be computed."""
     tables, most = tables_of(model), slice_bytes(model)
     tied = any(hasattr(table, "as_linear") for table in tables) and len(tables) == 1
-    sizes: list[int] = []
+    sizes, head_rows = [], 0
     for table in tables:
         whole = frozen_bytes(table)
         if not isinstance(table, FLOAT_HEADS + QUANTIZED_HEADS):
             sizes.append(whole)
             continue
         row = whole // table.weight.shape[0]
-        sizes += [row * (rows.stop - rows.start) for rows in slices_of(table, most)]
-    return Units(tuple(map(frozen_bytes, model.layers)), tuple(sizes), tied)
+        slices = [rows.stop - rows.start for rows in slices_of(table, most)]
+        sizes += [row * count for count in slices]
+        head_rows = max(slices)  # the head, if there is one, is the last
+    return Units(tuple(map(frozen_bytes, model.layers)), tuple(sizes), tied, head_rows)
