@@ -76,6 +76,45 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Sending:
+    """What goes over the link in a step.
+
+    Attributes:
+        link_s: seconds in which the base is sent.
+        first_s: of the first message, which nothing hides.
+        sum_s: of adding up the gradients.
+        sent_bytes: that each Mac sends.
+    """
+
+    link_s: float
+    first_s: float
+    sum_s: float
+    sent_bytes: int
+
+    def step_s(self, computing_s: Sequence[float]) -> float:
+        """Return the seconds of a step, from each Mac's seconds of computing: messages are sent meanwhile."""
+        return max(*computing_s, self.link_s) + self.first_s + self.sum_s
+
+
+def sending(units: Units, first_trained: int, gradient_bytes: int, shares: Sequence[float], link: Link) -> Sending:
+    """Return what goes over the link in a step of one micro-batch.
+
+    Args:
+        units: of the model.
+        first_trained: the first block with an adapter.
+        gradient_bytes: of all adapters, in float32.
+        shares: each Mac's part of the base, which add up to 1.
+        link: between the Macs.
+    """
+    messages, count = units.of_step(first_trained), len(shares)
+    sent = int((count - 1) * max(shares) * sum(messages)) + 2 * (count - 1) * gradient_bytes // count
+    first = max([*units.tables, *units.blocks[:1]], default=0)
+    return Sending(
+        link.gather_s(messages, shares), link.gather_s([first], shares), link.sum_s(gradient_bytes, count), sent
+    )
+
+
+@dataclass(frozen=True)
 class Mac:
     """One of the Macs.
 
@@ -96,19 +135,13 @@ class MacsPlan:
         shares: each Mac's part of every unit, from 0 to 1.
         memory: each Mac's plan.
         computing_s: each Mac's seconds of a step, predicted.
-        link_s: seconds of a step in which the base is sent.
-        first_s: of the first message, which nothing hides.
-        sum_s: of adding up the gradients.
-        sent_bytes: that each Mac sends in a step.
+        sending: what goes over the link in a step.
     """
 
     shares: tuple[float, ...]
     memory: tuple[MemoryPlan, ...]
     computing_s: tuple[float, ...]
-    link_s: float
-    first_s: float
-    sum_s: float
-    sent_bytes: int
+    sending: Sending
 
     @property
     def fits(self) -> bool:
@@ -118,12 +151,12 @@ class MacsPlan:
     @property
     def step_s(self) -> float:
         """The seconds of a step."""
-        return max(*self.computing_s, self.link_s) + self.first_s + self.sum_s
+        return self.sending.step_s(self.computing_s)
 
     @property
     def link_decides(self) -> bool:
         """Whether sending takes longer than computing."""
-        return self.link_s > max(self.computing_s)
+        return self.sending.link_s > max(self.computing_s)
 
 
 def rank_part(shape: ModelShape, units: Units, share: float) -> ModelShape:
@@ -164,14 +197,8 @@ def plan_macs(
         plan_memory(rank_part(shape, units, share), own, mac.machine) for mac, share in zip(macs, shares, strict=True)
     ]
     computing = [step_seconds(shape, own, mac.machine, mac.ceilings)[0] for mac in macs]
-    messages = units.of_step(shape.first_trained)
-    gradients = SINGLE * shape.trained
-    sent = int((count - 1) * max(shares) * sum(messages)) + 2 * (count - 1) * gradients // count
-    first = max([*units.tables, *units.blocks[:1]], default=0)
-    return MacsPlan(
-        tuple(shares), tuple(memory), tuple(computing), link.gather_s(messages, shares), link.gather_s([first], shares),
-        link.sum_s(gradients, count), sent,
-    )  # fmt: skip
+    sent = sending(units, shape.first_trained, SINGLE * shape.trained, shares, link)
+    return MacsPlan(tuple(shares), tuple(memory), tuple(computing), sent)
 
 
 def least_tokens(
