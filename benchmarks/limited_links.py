@@ -73,8 +73,6 @@ class Namespaces:
         for name in self.names:
             _run("ip", "netns", "add", name)
             _run("ip", "-n", name, "link", "set", "lo", "up")
-            # Not every kernel's default; a Mac's is cubic too.
-            self.inside(name, "sysctl", "-qw", "net.ipv4.tcp_congestion_control=cubic")
         pair = ("type", "veth", "peer", "name", self.devices[1], "netns", self.names[1])
         _run("ip", "link", "add", self.devices[0], "netns", self.names[0], *pair)
         for rank, (name, link) in enumerate(zip(self.names, self.devices, strict=True)):
@@ -220,7 +218,7 @@ def made(folder: Path, tokens: Sequence[int], rows: int) -> tuple[Path, dict[int
     data = {}
     for count in tokens:
         job = {**MODEL, "rows": rows, "sequence": count // 2 + 1, "folder": str(folder)}
-        (folder / "job.json").write_text(json.dumps({**job, "out": str(folder / "made.json")}), encoding="utf-8")
+        (folder / "job.json").write_text(json.dumps({**job, "result": str(folder / "made.json")}), encoding="utf-8")
         run_child([sys.executable, str(SYNTHETIC), str(folder / "job.json")], folder / "made.log", timeout_s=120)
         data[count] = (folder / "train.jsonl").rename(folder / f"rows{count}.jsonl")
         if count != tokens[-1]:

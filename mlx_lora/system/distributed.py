@@ -17,6 +17,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,10 @@ class OneRank:
     def meet(self) -> None:
         """Do nothing: there are no other ranks."""
 
+    def beside(self) -> AbstractContextManager:
+        """Return a context that changes nothing."""
+        return contextlib.nullcontext()
+
 
 class SeveralRanks:
     """All processes of a run, as one of them uses them."""
@@ -159,6 +164,10 @@ class SeveralRanks:
     def gathered(self, array: mx.array) -> mx.array:
         """Return all ranks' arrays, (N, ...), lazily; all must have the same shape and dtype."""
         return mx.distributed.all_gather(array[None], group=self._group, stream=self._messages)
+
+    def beside(self) -> AbstractContextManager:
+        """Return a context whose operations are done in the order of messages, beside the computation and not after it."""
+        return contextlib.nullcontext() if self._messages is None else mx.stream(self._messages)
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank's flag is true."""
