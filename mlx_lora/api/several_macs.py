@@ -18,8 +18,8 @@ from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.units import counted, gigabytes
-from mlx_lora.training.base_shards import units_of
 from mlx_lora.training.run_fit import outlined_shape
+from mlx_lora.training.shared_tables import units_of
 
 # Thunderbolt 5 is sold as 80 Gbit/s; half of it is assumed for messages of a block's size, and was not measured.
 LINK_GBIT = 40.0

@@ -16,8 +16,8 @@ from mlx_lora.settings.config import TrainSettings
 from mlx_lora.system import device
 from mlx_lora.system.distributed import Ranks, SeveralRanks
 from mlx_lora.system.errors import InputError
-from mlx_lora.training.base_shards import share_base, units_of
 from mlx_lora.training.run_fit import outlined_shape
+from mlx_lora.training.shared_tables import share_base, units_of
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,9 @@ class OneRank:
     def gathered(self, array: mx.array) -> mx.array:
         return array[None]
 
+    def put_together(self, own: mx.array, begin: int, size: int) -> mx.array:
+        return own
+
     def everyone(self, value: Any) -> list[Any]:
         return [value]
 
@@ -168,6 +171,17 @@ class SeveralRanks:
     def beside(self) -> AbstractContextManager:
         """Return a context whose operations are done in the order of messages, beside the computation and not after it."""
         return contextlib.nullcontext() if self._messages is None else mx.stream(self._messages)
+
+    def put_together(self, own: mx.array, begin: int, size: int) -> mx.array:
+        """Return an array of which each rank has a part, (size,), lazily.
+
+        Args:
+            own: (n,) integers, this rank's part; it may be empty.
+            begin: where it belongs.
+            size: of all parts together.
+        """
+        padded = mx.pad(own, (begin, size - begin - own.size), stream=self._messages)
+        return mx.distributed.all_sum(padded, group=self._group, stream=self._messages)
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank's flag is true."""
