@@ -19,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -42,8 +43,8 @@ from mlx_lora.models.outline import outline_of
 from mlx_lora.planner.macs_plan import Link, Units, sending
 from mlx_lora.planner.memory import SINGLE
 from mlx_lora.settings.resolve import train_settings
-from mlx_lora.training.base_shards import units_of
 from mlx_lora.training.run_fit import outlined_shape
+from mlx_lora.training.shared_tables import units_of
 
 WITHIN = 0.25
 RANK = 4
@@ -80,6 +81,7 @@ class Namespaces:
             _run("ip", "-n", name, "link", "set", link, "up")
 
     def inside(self, name: str, *words: str) -> None:
+        """Run a command in a namespace."""
         _run("ip", "netns", "exec", name, *words)
 
     def limit(self, gbit: float) -> None:
@@ -115,6 +117,8 @@ def _run(*words: str) -> None:
 def joined(port: int) -> Iterator[Namespaces]:
     """Yield two joined namespaces, and remove them afterward."""
     namespaces = Namespaces(port)
+    # `timeout` ends a run with SIGTERM, after which nothing would remove them.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         namespaces.make()
         yield namespaces
@@ -265,7 +269,7 @@ def measure(args: argparse.Namespace, pair: Pair, model: Path, data: dict[int, P
         for count in args.tokens:
             found = pair.step_s([*words[count], "--shard-base"], f"shared{count}")
             computing_s = computing[count]["step_s"]
-            predicted_s = sent.step_s([computing_s])
+            predicted_s = sent.step_s(computing_s)
             rows.append({
                 "gbit_per_s": gbit, "measured_gbit_per_s": link.bytes_per_s * 8e-9, "latency_s": link.latency_s,
                 "tokens": count, "computing_s": computing_s, "link_s": sent.link_s, "predicted_s": predicted_s,

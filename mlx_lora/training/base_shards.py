@@ -34,8 +34,10 @@ from mlx_lora.system.errors import InputError
 ALIGNMENT = 16  # bytes; of each array in a message
 # Smaller modules outside the blocks (norms) stay whole: a message for them would cost more than their bytes.
 LEAST_BYTES = 1 << 16
-import os
-LEVELS = int(os.environ.get("XD", "200"))  # of a block's backward pass that computes its forward pass again
+
+
+# Operations of a message that do nothing: more than there are one after the other in a block, forward and backward.
+LEVELS = 200
 
 Named = Sequence[tuple[str, mx.array]]
 
