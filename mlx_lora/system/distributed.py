@@ -17,6 +17,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,10 @@ class OneRank:
     def meet(self) -> None:
         """Do nothing: there are no other ranks."""
 
+    def beside(self) -> AbstractContextManager:
+        """Return a context that changes nothing."""
+        return contextlib.nullcontext()
+
 
 class SeveralRanks:
     """All processes of a run, as one of them uses them."""
@@ -162,6 +167,10 @@ class SeveralRanks:
     def gathered(self, array: mx.array) -> mx.array:
         """Return all ranks' arrays, (N, ...), lazily; all must have the same shape and dtype."""
         return mx.distributed.all_gather(array[None], group=self._group, stream=self._messages)
+
+    def beside(self) -> AbstractContextManager:
+        """Return a context whose operations are done in the order of messages, beside the computation and not after it."""
+        return contextlib.nullcontext() if self._messages is None else mx.stream(self._messages)
 
     def put_together(self, own: mx.array, begin: int, size: int) -> mx.array:
         """Return an array of which each rank has a part, (size,), lazily.

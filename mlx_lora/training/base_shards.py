@@ -35,6 +35,10 @@ ALIGNMENT = 16  # bytes; of each array in a message
 # Smaller modules outside the blocks (norms) stay whole: a message for them would cost more than their bytes.
 LEAST_BYTES = 1 << 16
 
+
+# Operations of a message that do nothing: more than there are one after the other in a block, forward and backward.
+LEVELS = 200
+
 Named = Sequence[tuple[str, mx.array]]
 
 
@@ -70,19 +74,20 @@ class Messages:
             before: arrays that this unit's computation starts from. The message waits only for those of the unit before, so
                 that it is on its way while that unit computes.
         """
-        content = []
-        waited = [*self.before, *self.sent]
-        if even.size:
-            [own] = mx.depends([even], waited)
-            every = mx.stop_gradient(self.ranks.gathered(own)).reshape(-1)
-            waited = [every[:1] + 0]  # a copy: a view would keep the whole message alive
-            content.append(every)
-        if at.step:
-            [own] = mx.depends([rest], waited)
-            every = mx.stop_gradient(self.ranks.put_together(own.view(mx.uint32), at.start // 4, at.step // 4))
-            every = every.view(mx.uint8)
-            waited = [every[:1] + 0]
-            content.append(every)
+        content, waited = [], [*self.before, *self.sent]
+        # Not in the computation's own stream, where this would wait for all that was planned before it.
+        with self.ranks.beside():
+            if even.size:
+                [own] = mx.depends([even], waited)
+                every = mx.stop_gradient(self.ranks.gathered(own)).reshape(-1)
+                waited = [every[:1] + 0]  # a copy: a view would keep the whole message alive
+                content.append(_planned_early(every))
+            if at.step:
+                [own] = mx.depends([rest], waited)
+                every = mx.stop_gradient(self.ranks.put_together(own.view(mx.uint32), at.start // 4, at.step // 4))
+                every = every.view(mx.uint8)
+                waited = [every[:1] + 0]
+                content.append(_planned_early(every))
         self.before, self.sent = list(before), waited
         return content
 
@@ -198,6 +203,17 @@ class Held:
             yield
         finally:
             module.update(self.stand_ins)
+
+
+def _planned_early(message: mx.array) -> mx.array:
+    """Return a message through operations that do nothing, so that MLX sends it before it plans the unit before.
+
+    MLX plans a graph from its end, level by level, so a message that only the next unit needs would be planned, and sent, after
+    nearly all operations of this one. These add levels; more of them change nothing, as a message waits for what it depends on.
+    """
+    for _ in range(LEVELS):
+        message = mx.stop_gradient(message)
+    return message
 
 
 def cut(size: int, shares: Sequence[float]) -> list[int]:
