@@ -19,7 +19,8 @@ from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.models.token_steps import TokenSteps
 from mlx_lora.system.errors import InputError
-from mlx_lora.training.base_shards import await_messages, first_ranks_choice, is_shared, unshareable_words
+from mlx_lora.training.base_shards import is_shared
+from mlx_lora.training.shared_use import await_messages, first_ranks_choice, unshareable_words
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import mlx.nn as nn
 from mlx_lora.adapters.adapter_layer import AdapterLayer
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.parts import LINEAR, QUANTIZED
-from mlx_lora.training.base_shards import with_weights
+from mlx_lora.training.shared_use import with_weights
 
 LAYERS, ROWS = 8, 1024  # the most that are sampled, so that it takes little time
 PRESENT = 0.5  # the least share of a fused update; quantized bases lose some of it

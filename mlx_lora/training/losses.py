@@ -36,9 +36,10 @@ from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
 from mlx_lora.planner.this_machine import loss_tile_bytes
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
-from mlx_lora.training.base_shards import is_shared, unshareable_words
+from mlx_lora.training.base_shards import is_shared
 from mlx_lora.training.loss_choice import PLAIN_LOGITS, ROWS, TILES, choose_kernel, loss_figures, loss_kernels
 from mlx_lora.training.probe import Probe, disagreement, has_halves, probe
+from mlx_lora.training.shared_use import unshareable_words
 
 
 class Arrays(NamedTuple):
@@ -148,8 +149,7 @@ def head_loss(head: Head, kernel: str, tile_bytes: int, whole_because: str = "")
     def tokens(gradient: bool, model: nn.Module, *batch: mx.array) -> mx.array:
         inputs, targets, _mask, positions, weights, *starts = batch
         chosen = head.hidden_at(positions, inputs, **shared_caches(model, inputs, *starts))  # (P, D)
-        with head.at_hand(chosen):
-            return token_losses(head, chosen, targets.reshape(-1)[positions], weights, gradient=gradient)
+        return token_losses(head, chosen, targets.reshape(-1)[positions], weights, gradient=gradient)
 
     def loss(gradient: bool, model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array]:
         return tokens(gradient, model, *batch).sum(), batch[-1].sum()
@@ -191,7 +191,9 @@ def choose_loss(
         return plain("plain cross-entropy (measured)")
     expected, reasons = _own_probe(model, config, PLAIN, head.vocabulary), []
     part, whole_because = (head, whole_because) if whole_because else with_last_block(head, model)
-    for name in (kernel, *(other for other in loss_kernels() if other != kernel)):
+    # A head that ranks share is at hand a slice at a time, which whole rows of logits cannot use.
+    others = [other for other in loss_kernels() if other != kernel and not (other == ROWS and len(head.parts()) > 1)]
+    for name in (kernel, *others):
         for one in [head] if part is head else [part, head]:
             loss = head_loss(one, name, loss_tile_bytes(), whole_because)
             problem = _problem(model, expected, loss, head.vocabulary)
