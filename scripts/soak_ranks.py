@@ -43,7 +43,7 @@ from soak import checksum  # noqa: E402
 
 STEPS = 20
 GRACE_S = 10.0  # beyond the silence until a lost machine counts as such, for all to end
-BEGUN = "Base: "  # a line of the run header
+BEGUN, DONE = "Base: ", f"{STEPS} steps done"  # in the run header, and after the last save
 STALLED_S = 600.0  # until a run that nothing was done to counts as hung
 REASONS = {"kill": "ended without a message", "freeze": "sent nothing for", "cut": "sent nothing for"}
 # The train command, with another limit of silence.
@@ -142,7 +142,10 @@ class Group:
         shutil.rmtree(folder, ignore_errors=True)
 
     def fault(self, kind: str, folder: Path, prefixes: list[list[str]], chance: random.Random) -> Found | None:
-        """Start or continue the run, do something to it, and return what came of it; None if the run had ended before."""
+        """Start or continue the run, do something to it, and return what came of it; None if the run had ended before.
+
+        A run may end well while the fault is done to it; its adapter is compared all the same.
+        """
         ranks, victim = self.start(folder, prefixes), chance.randrange(self.options.ranks)
         try:
             if not self.moment(ranks, folder, chance):
@@ -159,11 +162,11 @@ class Group:
                 hung |= not ends(ranks, [victim], GRACE_S)
             seconds = time.monotonic() - began_s
             codes = [process.poll() for process in ranks.processes]
+            if not hung and not any(codes[rank] for rank in survivors) and DONE in ranks.logs[0].read_text():
+                return None  # all had already said that they were done
             texts = [ranks.logs[rank].read_text() for rank in survivors]
             told = any(REASONS[kind] in text for text in texts)
             problem = "a process HUNG" if hung else "" if told else f"NO REASON was told: {texts}"
-            if not problem and any(codes[rank] == 0 for rank in survivors):
-                problem = f"exit codes {codes}: a survivor ENDED WELL"
             return Found(kind, seconds, codes, problem)
         finally:
             for process in ranks.processes:

@@ -61,7 +61,7 @@ def settings_of(model: Path, data: Path, folder: Path, parts: str) -> TrainSetti
     flags = {
         "model": str(model), "data": str(data), "adapter_path": str(folder), "iters": 3, "batch_size": 4, "rank": 4,
         "learning_rate": 5e-3, "steps_per_report": 1, "steps_per_eval": 2, "val_batches": 2, "sample_tokens": 0,
-        "shard_base": parts,
+        "shard_base": parts, "kernels": "ours",  # as processes that share a base have
     }  # fmt: skip
     return train_settings(flags)
 
