@@ -7,7 +7,6 @@ python -m mlx_lora.cluster --hostfile macs.json --backend jaccl --model ~/models
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import socket
@@ -26,11 +25,11 @@ from mlx_lora.system import console, device
 from mlx_lora.system.cache import cache_dir
 from mlx_lora.system.distributed import SeveralRanks, find_launch, together
 from mlx_lora.system.errors import InputError
+from mlx_lora.system.hosts import hosts_of, reachable
 from mlx_lora.system.link_probe import LinkRates, probe_link
 from mlx_lora.system.units import counted, gigabytes
 from mlx_lora.system.versions import installed_versions
 
-SSH_S = 10
 HEADER_BYTES = 1 << 20  # of each file: names, shapes and dtypes of a safetensors file's tensors
 # What must be equal on all machines, in addition to the model's files.
 SAME = ("mlx-lora", "mlx", "mlx-lm", "python")
@@ -63,38 +62,6 @@ def main(hostfile: str | None, backend: str, model: str | None, as_json: bool) -
             show(machines, rates, problems, as_json)
         ranks.meet()
     return 1 if problems else 0
-
-
-def hosts_of(file: Path) -> list[str]:
-    """Return the names by which ssh reaches the machines of a host file.
-
-    Raises:
-        InputError: it is not a host file.
-    """
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-        entries = entries.get("hosts", entries) if isinstance(entries, dict) else entries
-        hosts = [entry["ssh"] for entry in entries]
-    except OSError as error:
-        raise InputError(f"--hostfile {file}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(
-            f'--hostfile {file}: not a JSON list of machines; write [{{"ssh": "first.local", "ips": ["10.0.0.1"]}}, ...]'
-        ) from None
-    if len(hosts) < 2:
-        raise InputError(f"--hostfile {file}: {counted(len(hosts), 'machine')}; name two or more")
-    return hosts
-
-
-def reachable(host: str) -> bool:
-    """Return whether ssh reaches a machine without a question; this machine is always reachable."""
-    if host in ("localhost", "127.0.0.1"):
-        return True
-    command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_S}", "--", host, "true"]
-    try:
-        return subprocess.run(command, capture_output=True, timeout=2 * SSH_S).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        return False
 
 
 def started_everywhere(hostfile: str, backend: str, model: str | None, as_json: bool) -> int:

@@ -19,9 +19,11 @@ from mlx_lora.models.load import load_base
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.runs.forgetting_test import CHAT, TEXT, measure_forgetting
 from mlx_lora.settings import flags
+from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system import console, device
+from mlx_lora.system.distributed import sharing_ranks
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.program import this_command
 from mlx_lora.system.units import words_of
@@ -43,6 +45,7 @@ from mlx_lora.training.drift import NO_CHANGE, SMALL_CHANGE
 @click.option(
     "--report", type=str, default=None, help="With --forgetting: write an HTML page with charts to this file."
 )
+@flags.setting_option("shard_base")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
     adapter_path: str | None, adapter_revision: str | None, ignore_fingerprint: bool, batch_tokens: int | None,
@@ -66,21 +69,14 @@ def main(
         adapter = resolve_adapter(adapter_path, adapter_revision)
         check_adapter(settings, adapter)
         settings = with_columns_of_run(settings, flags.given(options), adapter, console.echo)
-        base = load_base(settings.model)
-        result = measure_loss(settings, base, adapter, ignore_fingerprint, batch_tokens, console.echo)
-        if as_json:
-            console.print_json({**result, "adapter_path": adapter_path, "data": settings.data.data})
-        else:
-            *means, counted, rows, _ = result.items()
-            sampled = settings.objective.samples  # then the loss is minus the reward
-            words = ", ".join(
-                f"{words_of(name)} {value:.{3 if name == 'perplexity' else 4}f}"
-                for name, value in means
-                if name != "loss" or not sampled
-            )
-            unit = UNITS[objective_of(settings.objective).records]
-            click.echo(f"{words}, {counted[1]} {counted[0].replace('_', ' ')} in {rows[1]} {unit}")
+        with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks:
+            base = load_base(settings.model, read=settings.loop.shard_base == "off")
+            result = measure_loss(settings, base, adapter, ignore_fingerprint, batch_tokens, console.echo, ranks)
+            if ranks.leads:
+                print_loss(settings, result, adapter_path, as_json)
         return
+    if settings.loop.shard_base != "off":
+        raise InputError("--forgetting with --shard-base: it needs the whole base; leave out one of the two")
     if not adapter_path:
         raise InputError("--forgetting: no adapter; give --adapter-path")
     page = Path(report).expanduser() if report else None
@@ -99,6 +95,22 @@ def main(
         console.print_json(facts)
     else:
         print_table(verdict_rows(facts))
+
+
+def print_loss(settings: TrainSettings, result: dict[str, Any], adapter_path: str | None, as_json: bool) -> None:
+    """Print what `measure_loss` found."""
+    if as_json:
+        console.print_json({**result, "adapter_path": adapter_path, "data": settings.data.data})
+        return
+    *means, counted, rows, _ = result.items()
+    sampled = settings.objective.samples  # then the loss is minus the reward
+    words = ", ".join(
+        f"{words_of(name)} {value:.{3 if name == 'perplexity' else 4}f}"
+        for name, value in means
+        if name != "loss" or not sampled
+    )
+    unit = UNITS[objective_of(settings.objective).records]
+    click.echo(f"{words}, {counted[1]} {counted[0].replace('_', ' ')} in {rows[1]} {unit}")
 
 
 def print_table(rows: list[dict[str, str]]) -> None:

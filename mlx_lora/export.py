@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from mlx_lora.api.exporting import READERS, ExportSettings, write_export
+from mlx_lora.api.exporting import OF_ADAPTER, READERS, ExportSettings, write_export
 from mlx_lora.artifacts.gguf_model import DEFAULT_TYPE, TYPES
 from mlx_lora.models.load import load_base
 from mlx_lora.settings import flags
@@ -82,7 +82,8 @@ def main(
     adapter = resolve_adapter(adapter_path, adapter_revision)
     settings = train_settings(flags.given(options)).model
     keep_dtype = settings.dtype != "auto"
-    write_export(asked, load_base(settings), adapter, ignore_fingerprint, keep_dtype, console.echo)
+    base = load_base(settings, read=to not in OF_ADAPTER)  # a base that ranks share may be too large for this machine
+    write_export(asked, base, adapter, ignore_fingerprint, keep_dtype, console.echo)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,25 @@ python -m mlx_lora.generate --model DIR --adapter-path my-adapter --prompt "O Ro
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import click
+from mlx_lm.generate import GenerationResponse
 
 from mlx_lora.api.generation import TextSettings, text_pieces
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.data.templates import own_template
 from mlx_lora.models.load import load_base
+from mlx_lora.runs.shared_base import share_among
 from mlx_lora.settings import flags
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system import console
+from mlx_lora.system.distributed import sharing_ranks
 from mlx_lora.system.errors import InputError
+from mlx_lora.training.agreement import check_one_run
 
 
 @click.command(cls=flags.ShortCommand)
@@ -47,6 +53,7 @@ from mlx_lora.system.errors import InputError
 )
 @click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=None, help="Seed of the sampling.")
 @click.option("--ignore-chat-template", is_flag=True, help="Give the prompt to the model unchanged.")
+@flags.setting_option("shard_base")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
     adapter_path: str | None, adapter_revision: str | None, ignore_fingerprint: bool, prompt: str, system_prompt: str | None, max_tokens: int,
@@ -56,25 +63,42 @@ def main(
     text = read_prompt(prompt)
     how = TextSettings(max_tokens, temp, top_p, top_k, seed)
     adapter = resolve_adapter(adapter_path, adapter_revision)
-    base = load_base(train_settings(flags.given(options)).model)
-    template = load_adapter(base, adapter, ignore_fingerprint).chat_template if adapter else None
-    template = None if ignore_chat_template else template or own_template(base.hf_tokenizer)
+    settings = train_settings(flags.given(options))
+    whole = settings.loop.shard_base == "off"
+    with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks:
+        base = load_base(settings.model, read=whole)
+        template = load_adapter(base, adapter, ignore_fingerprint).chat_template if adapter else None
+        template = None if ignore_chat_template else template or own_template(base.hf_tokenizer)
+        _, shared = share_among(settings, base, ranks)
+        if shared.words:
+            console.echo(shared.words)
+            check_one_run(ranks, settings, {"base": base.fingerprint, "prompt": text, **asdict(how)})
+        print_text(base.model_id, text_pieces(base, text, template, system_prompt, how), as_json, ranks.leads)
+
+
+def print_text(model_id: str, responses: Iterable[GenerationResponse], as_json: bool, leads: bool) -> None:
+    """Print a text as it is generated, or all of it as one JSON object.
+
+    Args:
+        model_id: the name of the model.
+        responses: at least one.
+        as_json: print the object.
+        leads: whether this process prints; others only take part.
+    """
     pieces: list[str] = []
-    last: Any = None  # the last of mlx-lm's responses, of which there is one at least
-    for last in text_pieces(base, text, template, system_prompt, how):
+    last: Any = None
+    for last in responses:
         pieces.append(last.text)
-        if not as_json:
+        if leads and not as_json:
             click.echo(last.text, nl=False)
-    if as_json:
+    if leads and as_json:
         speed = {
             "tokens": last.generation_tokens,
             "tokens_per_s": last.generation_tps,
             "finish_reason": last.finish_reason,
         }
-        console.print_json(
-            {"text": "".join(pieces), **speed, "prompt_tokens": last.prompt_tokens, "model": base.model_id}
-        )
-    else:
+        console.print_json({"text": "".join(pieces), **speed, "prompt_tokens": last.prompt_tokens, "model": model_id})
+    elif leads:
         click.echo()
 
 

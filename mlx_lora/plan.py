@@ -4,28 +4,35 @@ python -m mlx_lora.plan --model Qwen/Qwen3-4B --chip "M2 Pro" --memory-gb 16
 python -m mlx_lora.plan --model smollm2 --rank 64 --max-seq-length 4096 --json
 python -m mlx_lora.plan --model config.json --all-chips
 python -m mlx_lora.plan --model config.json --macs "M4 Pro:48,M2 Max:32"
+python -m mlx_lora.plan --model config.json --macs 2 --all-chips
 """
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import click
 
+from mlx_lora.api.macs_text import ASSUMED, render_equal_macs, render_macs
 from mlx_lora.api.plan_text import render
 from mlx_lora.api.run_plan import plan_run
-from mlx_lora.api.several_macs import LINK_GBIT, parse_macs, plan_on_macs, render_macs
+from mlx_lora.api.several_macs import LATENCY_S, LINK_GBIT, Given, equal_macs, parse_macs, plan_on_macs
+from mlx_lora.planner.chips import find_chip
+from mlx_lora.planner.macs_plan import Link
 from mlx_lora.settings import flags
-from mlx_lora.settings.config import MEMORY
+from mlx_lora.settings.config import MEMORY, TrainSettings
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.system import console
 from mlx_lora.system.errors import InputError
+from mlx_lora.system.hosts import macs_of
 from mlx_lora.system.units import gigabytes
 
 GIGABYTES = re.compile(r"(?P<number>\d{1,9})(\.0*)?\s*(gb?|gib)?", re.IGNORECASE)
 MOST_GB = 4096
+MOST_MACS = 256
 
 
 @click.command(cls=flags.Command)
@@ -48,7 +55,18 @@ MOST_GB = 4096
     type=str,
     default=None,
     metavar="CHIP:GB,...",
-    help='Plan for several Macs that share the base (--shard-base), such as "M4 Pro:48,M2 Max:32".',
+    help='Plan for several Macs that share the base (--shard-base), such as "M4 Pro:48,M2 Max:32" or "2 x M4 Max:64"; with '
+    "--all-chips, how many equal Macs.",
+)
+@click.option(
+    "--hostfile",
+    cls=console.Option,
+    group=MEMORY,
+    common=False,
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="FILE",
+    help="Plan for the Macs of a host file, which are asked over ssh, or of what `mlx-lora cluster --json` printed.",
 )
 @click.option(
     "--link-gbit",
@@ -56,9 +74,8 @@ MOST_GB = 4096
     group=MEMORY,
     common=False,
     type=click.FloatRange(0.001, 10_000),
-    default=LINK_GBIT,
-    show_default=True,
-    help="Gbit/s between the --macs, assumed.",
+    default=None,
+    help=f"Gbit/s between the Macs (default: as measured by `mlx-lora cluster`, otherwise {LINK_GBIT:g}, assumed).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @flags.settings_options("model", "data", "adapter", "objective", "optimizer", "loop")
@@ -68,20 +85,22 @@ def main(
     memory_gb: int | None,
     all_chips: bool,
     macs: str | None,
-    link_gbit: float,
+    hostfile: Path | None,
+    link_gbit: float | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Plan the memory and predict the speed of `train` with these flags; no weights are read."""
     given = flags.given(options)
     settings = train_settings(given, read_settings(config_file, given, console.echo))
-    if macs is not None:
-        if chip or memory_gb or all_chips:
+    if macs is not None or hostfile is not None:
+        if chip or memory_gb or (all_chips and not (macs or "").isdecimal()) or (macs and hostfile):
             raise InputError(
-                "--macs with --chip, --memory-gb or --all-chips: it names chips and memory; keep one of them"
+                "--macs, --hostfile, --chip, --memory-gb, --all-chips: more than one of them; keep one, or write --macs 2 --all-chips "
+                "for pairs"
             )
-        planned = plan_on_macs(settings, parse_macs(macs), link_gbit)
-        console.print_json(planned) if as_json else click.echo(render_macs(planned))
+        planned, text = plan_several(settings, macs, hostfile, link_gbit)
+        console.print_json(planned) if as_json else click.echo(text)
         return
     result = plan_run(settings, chip, memory_gb, all_chips, console.echo)
     if as_json:
@@ -90,6 +109,33 @@ def main(
         click.echo(render_chips(result["chips"]))
     else:
         click.echo(render(result))
+
+
+def plan_several(
+    settings: TrainSettings, macs: str | None, hostfile: Path | None, link_gbit: float | None
+) -> tuple[dict[str, Any], str]:
+    """Return a plan for several Macs, as JSON values and as text.
+
+    Args:
+        settings: of the run.
+        macs, hostfile: the Macs as one of the two flags gives them; --macs 2 is every pair of equal ones.
+        link_gbit: Gbit/s between them; None: as measured, or the default.
+    """
+    link, source = Link((link_gbit or LINK_GBIT) * 1e9 / 8, LATENCY_S), ASSUMED
+    if macs and macs.isdecimal():
+        if not 2 <= int(macs) <= MOST_MACS:
+            raise InputError(f"--macs {macs} --all-chips: from 2 to {MOST_MACS} equal Macs can be planned")
+        planned = equal_macs(settings, int(macs), link)
+        return {"macs": planned}, render_equal_macs(planned)
+    if hostfile is None:
+        given = parse_macs(macs or "")
+    else:
+        found, measured = macs_of(hostfile)
+        given = [Given(find_chip(mac.chip).name, mac.memory_gb, mac.working_set_bytes) for mac in found]
+        if measured and link_gbit is None:
+            link, source = Link(**measured), "the link's rate as `mlx-lora cluster` measured it"
+    planned = plan_on_macs(settings, given, link)
+    return planned, render_macs(planned, source)
 
 
 def whole_gigabytes(text: str) -> int:

@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +33,44 @@ def rank_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OPENBLAS_NUM_THREADS": "1"}
 
 
+@contextmanager
+def namespace_pair(name: str) -> Iterator[list[list[str]]]:
+    """Yield the words that enter each of two network namespaces, 10.231.7.1 and .2, which a veth pair joins.
+
+    Args:
+        name: what their names begin with; up to eight letters.
+
+    Raises:
+        OSError: the kernel does not allow it, or there is no iproute2.
+    """
+
+    def ip(*words: str) -> None:
+        ran = subprocess.run(["ip", *words], capture_output=True, text=True)
+        if ran.returncode:
+            raise OSError(f"ip {' '.join(words)}: {ran.stderr.strip()}")
+
+    names = [f"{name}{rank}" for rank in (0, 1)]
+    try:
+        for one in names:
+            ip("netns", "add", one)
+            ip("-n", one, "link", "set", "lo", "up")
+        ip("link", "add", "veth0", "netns", names[0], "type", "veth", "peer", "name", "veth1", "netns", names[1])
+        for rank, one in enumerate(names):
+            ip("-n", one, "addr", "add", f"10.231.7.{rank + 1}/24", "dev", f"veth{rank}")
+            ip("-n", one, "link", "set", f"veth{rank}", "up")
+        yield [["ip", "netns", "exec", one] for one in names]
+    finally:
+        for one in names:
+            subprocess.run(["ip", "netns", "del", one], capture_output=True)
+
+
 @dataclass
 class Ended:
-    """How each rank ended: exit codes and standard errors, by rank."""
+    """How each rank ended: exit codes, standard errors and standard outputs, by rank."""
 
     codes: list[int]
     errs: list[str]
+    outs: list[str]
 
     def message(self, rank: int) -> str:
         """Return the line of a rank's last error; a thread of mlx may have written "[ring]" right before it."""
@@ -63,13 +96,14 @@ class Started:
         (folder / "hosts.json").write_text(json.dumps(hosts))
         environment = {**rank_environment(), "MLX_HOSTFILE": str(folder / "hosts.json")}
         self.logs = [folder / f"rank{rank}.log" for rank in range(len(commands))]
+        self.outs = [folder / f"rank{rank}.out" for rank in range(len(commands))]
         self.processes = []
         for rank, command in enumerate(commands):
-            with self.logs[rank].open("w") as log:
+            with self.logs[rank].open("w") as log, self.outs[rank].open("w") as out:
                 self.processes.append(
                     subprocess.Popen(
                         [*(prefixes[rank] if prefixes else ()), sys.executable, *map(str, command)],
-                        stdout=subprocess.DEVNULL,
+                        stdout=out,
                         stderr=log,
                         env={**environment, "MLX_RANK": str(rank)},
                     )
@@ -99,4 +133,4 @@ class Started:
                 if process.poll() is None:
                     process.send_signal(signal.SIGKILL)
                     process.wait()
-        return Ended(codes, self.texts())
+        return Ended(codes, self.texts(), [out.read_text() for out in self.outs])

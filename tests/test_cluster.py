@@ -11,8 +11,9 @@ import pytest
 from ranks import free_ports, rank_environment
 from run_cli import run
 
-from mlx_lora.cluster import facts_here, files_sum, hosts_of, problems_of
+from mlx_lora.cluster import facts_here, files_sum, problems_of
 from mlx_lora.system.errors import InputError
+from mlx_lora.system.hosts import hosts_of
 
 
 def test_two_processes_find_each_other_equal(tiny_folder, tmp_path):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 from rank_runs import STEPS, assert_same_run, command, records, train, weights
-from ranks import REPOSITORY, Started, free_ports, rank_environment
+from ranks import REPOSITORY, Started, free_ports, namespace_pair, rank_environment
 from run_cli import run
 
 from mlx_lora.data.batches import Batch, BatchPlan
@@ -395,28 +395,14 @@ def test_what_is_for_a_single_process_is_refused_in_several():
 
 @pytest.fixture
 def namespaces():
-    """Two network namespaces joined by a veth pair, 10.231.7.1 and .2; skipped where the kernel does not allow it."""
-
-    def ip(*words: str) -> None:
-        ran = subprocess.run(["ip", *words], capture_output=True, text=True)
-        if ran.returncode:
-            pytest.skip(f"ip {' '.join(words)}: {ran.stderr.strip()}")
-
+    """Two network namespaces joined by a veth pair; skipped where the kernel does not allow it."""
     if not shutil.which("ip") or os.geteuid() != 0:
         pytest.skip("needs root and iproute2")
-    names = [f"mlxlora{rank}" for rank in (0, 1)]
     try:
-        for name in names:
-            ip("netns", "add", name)
-            ip("-n", name, "link", "set", "lo", "up")
-        ip("link", "add", "veth0", "netns", names[0], "type", "veth", "peer", "name", "veth1", "netns", names[1])
-        for rank, name in enumerate(names):
-            ip("-n", name, "addr", "add", f"10.231.7.{rank + 1}/24", "dev", f"veth{rank}")
-            ip("-n", name, "link", "set", f"veth{rank}", "up")
-        yield [["ip", "netns", "exec", name] for name in names]
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        with namespace_pair("mlxlora") as prefixes:
+            yield prefixes
+    except OSError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.slow

@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 from run_cli import run
 
-from mlx_lora.api.several_macs import parse_macs
+from mlx_lora.api.several_macs import parse_macs, plan_on_macs, planned_on, shared_model, suggested
 from mlx_lora.planner.chips import find_chip
-from mlx_lora.planner.macs_plan import Link, Mac, Units, least_tokens, memory_shares, plan_macs, rank_part
+from mlx_lora.planner.macs_plan import Link, Mac, Units, least_tokens, memory_shares, plan_macs, rank_part, sending
 from mlx_lora.planner.shapes import Block, Layer, ModelShape, Run
 from mlx_lora.planner.speed import listed_ceilings
+from mlx_lora.settings.resolve import train_settings
 from mlx_lora.system.errors import InputError
 
 LAYERS = (Layer("mlp", "up_proj", 4096, 16384, rank=8), Layer("mlp", "down_proj", 16384, 4096, rank=8))
@@ -52,11 +53,11 @@ def test_a_base_that_fits_no_mac_alone_fits_two():
 def test_what_is_sent_is_each_block_twice_and_the_embedding_for_both_of_its_uses():
     shape, units = model()
     plan = plan_macs(shape, units, Run(2, 512), [mac("M4", 32)] * 2, [0.5, 0.5], Link(1e9, 0))
-    assert plan.link_s == pytest.approx((2 * 40 * 70e6 + 2 * 80e6) / 2 / 1e9)
+    assert plan.sending.link_s == pytest.approx((2 * 40 * 70e6 + 2 * 80e6) / 2 / 1e9)
     frozen = replace(shape, first_trained=30)
-    assert plan_macs(frozen, units, Run(2, 512), [mac("M4", 32)] * 2, [0.5, 0.5], Link(1e9, 0)).link_s == pytest.approx(
-        (50 * 70e6 + 2 * 80e6) / 2 / 1e9
-    )
+    assert plan_macs(
+        frozen, units, Run(2, 512), [mac("M4", 32)] * 2, [0.5, 0.5], Link(1e9, 0)
+    ).sending.link_s == pytest.approx((50 * 70e6 + 2 * 80e6) / 2 / 1e9)
 
 
 def test_a_larger_batch_hides_the_link():
@@ -85,7 +86,70 @@ def test_the_command_names_what_decides(tiny_folder):
     assert slow["predicted"]["step_s"] > found["predicted"]["step_s"]
 
 
-@pytest.mark.parametrize("text", ["M4 Pro:48", "M4 Pro", "M4 Pro:x,M2:8", "M9:8,M2:8"])
+@pytest.mark.parametrize(
+    "text", ["M4 Pro:48", "M4 Pro", "M4 Pro:x,M2:8", "M9:8,M2:8", "1 x M2:8", "M2:8:9,M2:8", "M2:8:4:2,M2:8"]
+)
 def test_macs_that_are_none_are_refused(text):
     with pytest.raises(InputError):
         parse_macs(text)
+
+
+def test_a_step_is_a_pipeline_of_sending_and_computing():
+    units = Units((100, 100, 100))
+    equal = [0.5, 0.5]
+    link = Link(50.0, 0)  # a second for each unit
+    sent = sending(units, 0, 0, equal, link)
+    assert [seconds for seconds, _ in sent.units] == [1.0] * 6
+    assert sent.step_s(0.0) == pytest.approx(6.0)
+    # Nine products of a hundred seconds each; only the first unit is waited for.
+    assert sent.step_s(900.0) == pytest.approx(901.0)
+    # Half a second for a unit forward, one backward: the forward pass waits for the link, the backward pass does not.
+    assert sent.step_s(4.5) == pytest.approx(3 + 0.5 + 3 * 1.0 + 0.5)
+    assert sent.step_s(4.5) < 6 + 4.5
+
+
+def test_unequal_parts_send_more():
+    link, unit = Link(1.0, 0), 120
+    assert link.gather_s(unit, [0.5, 0.5]) == pytest.approx(60)
+    # The larger part of two, as the smaller Mac needs all of it.
+    assert link.gather_s(unit, [0.75, 0.25]) == pytest.approx(90)
+    assert link.gather_s(unit, [0.25] * 4) == pytest.approx(90)
+    assert link.gather_s(unit, [0.4, 0.2, 0.2, 0.2]) == pytest.approx(120 * 3 / 4 * 1.2)
+
+
+def test_flags_that_fit_are_suggested(tiny_folder):
+    settings = train_settings({"model": str(tiny_folder), "rank": 16})
+    asked = shared_model(settings)
+    roomy = parse_macs("2 x M2:8")
+    assert plan_on_macs(settings, roomy, Link(5e9))["suggested"] is None
+    needed = max(mac["needed_bytes"] for mac in planned_on(asked, roomy, Link(5e9))["macs"])
+    tight = [replace(mac, working_set_bytes=int(0.7 * needed)) for mac in roomy]
+    found = suggested(asked, tight, Link(5e9))
+    assert found is not None
+    assert "--batch-tokens" in found.words
+    assert planned_on(found.model, tight, Link(5e9))["fits"]
+    hopeless = [replace(mac, working_set_bytes=1 << 20) for mac in roomy]
+    assert suggested(asked, hopeless, Link(5e9)) is None
+
+
+def test_all_pairs_of_equal_macs(tiny_folder):
+    ran = run("plan", "--model", tiny_folder, "--macs", 2, "--all-chips")
+    assert "| 2 x M4 Pro, 48 GB |" in ran.out, ran.err
+    assert "predicted" in ran.out
+    assert "write --macs 2 --all-chips" in run("plan", "--model", tiny_folder, "--macs", "M2:8,M2:8", "--all-chips").err
+    assert "from 2 to 256" in run("plan", "--model", tiny_folder, "--macs", 1, "--all-chips").err
+
+
+def test_a_checked_host_file_is_planned_with_its_link(tiny_folder, tmp_path):
+    one = {"device": "Apple M4 Pro", "memory_bytes": 48 << 30, "working_set_bytes": 40 << 30}
+    checked = {"machines": [one, {**one, "device": "Apple M2 Max"}], "link": {"bytes_per_s": 1e9, "latency_s": 1e-4}}
+    file = tmp_path / "checked.json"
+    file.write_text(json.dumps(checked))
+    found = json.loads(run("plan", "--model", tiny_folder, "--hostfile", file, "--json").out)
+    assert found["link_gbit_per_s"] == 8.0
+    assert [mac["budget_bytes"] for mac in found["macs"]] == [40 << 30] * 2
+    assert "as `mlx-lora cluster` measured it" in run("plan", "--model", tiny_folder, "--hostfile", file).out
+    file.write_text(json.dumps({"machines": [{}], "link": None}))
+    assert "not what `mlx-lora cluster --json` prints" in run("plan", "--model", tiny_folder, "--hostfile", file).err
+    file.write_text('[{"ssh": "localhost"}, {"ssh": "localhost"}]')
+    assert "does not say its chip" in run("plan", "--model", tiny_folder, "--hostfile", file).err

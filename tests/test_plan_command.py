@@ -483,9 +483,9 @@ def test_the_reference_is_measured_in_batches_that_fit(tiny_folder, pairs, tmp_p
         settings, memory = fit_settings(*given)
         return replace(settings, loop=replace(settings.loop, batch_tokens=256)), memory
 
-    def measured(*given):
+    def measured(*given, **named):
         found.append(given[3])
-        return row_log_probabilities(*given)
+        return row_log_probabilities(*given, **named)
 
     monkeypatch.setattr(composition, "fit_settings", narrow)
     monkeypatch.setattr(reference, "row_log_probabilities", measured)

@@ -57,7 +57,8 @@ def test_what_cannot_share_a_base_is_refused(tiny_folder, chats, tmp_path):
     for extra, words in (
         (("--grad-checkpoint", "none"), "each block is computed again"),
         (("--method", "pissa"), "it needs or changes whole weights"),
-        (("--objective", "dpo"), "needs the whole base"),
+        (("--objective", "grpo"), "needs the whole base"),
+        (("--objective", "dpo", "--reference-adapter", "b"), "it is put on the whole base"),
     ):
         ran = run("train", *asked, *extra)
         assert ran.code == 2

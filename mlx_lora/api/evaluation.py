@@ -23,10 +23,13 @@ from mlx_lora.runs.distilling import with_teacher
 from mlx_lora.runs.reference import with_reference
 from mlx_lora.runs.reward_models import load_rewards
 from mlx_lora.runs.sampled_answers import sampled_plan
+from mlx_lora.runs.shared_base import share_among
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system import console
+from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.system.errors import InputError
+from mlx_lora.training.agreement import check_one_run
 from mlx_lora.training.teacher import check_teacher
 from mlx_lora.training.trainer import held_out_loss
 
@@ -89,6 +92,7 @@ def measure_loss(
     ignore_fingerprint: bool = False,
     batch_tokens: int | None = None,
     say: Callable[[str], None] = lambda line: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Return loss, perplexity, supervised_tokens, rows and model.
 
@@ -99,11 +103,17 @@ def measure_loss(
         ignore_fingerprint: as for load_adapter.
         batch_tokens: positions per batch; None: the default.
         say: takes lines of progress.
+        ranks: that share the base, if the settings say so.
 
     Raises:
         InputError: adapter or data that cannot be used.
     """
     objective = objective_of(settings.objective)
+    if objective.reference and settings.loop.shard_base != "off":
+        raise InputError(
+            f"--objective {settings.objective.objective} with --shard-base: the reference is the whole base without the "
+            "adapter; leave out one of the two"
+        )
     settings = replace(settings, loop=replace(settings.loop, batch_tokens=batch_tokens, test_batches=-1))
     data = settings.data
     if not data.chat_template and (template := adapter_template(adapter)):
@@ -120,8 +130,12 @@ def measure_loss(
     rewards = load_rewards(settings, base, say)  # before the adapter is on the base
     if adapter:
         put_adapter(base, adapter, data, objective, ignore_fingerprint)
+    settings, shared = share_among(settings, base, ranks)
+    if shared.words:
+        say(shared.words)
+        check_one_run(ranks, settings, {"base": base.fingerprint, "rows": rows.fingerprint})
     answered = sampled_plan(settings, base, say, rewards, scorer=taught.scorer)
-    found = held_out_loss(base, rows, settings.loop, objective, say=say, answered=answered)
+    found = held_out_loss(base, rows, settings.loop, objective, ranks, say, answered)
     means = found.reports or {"perplexity": console.perplexity(found.loss)}
     counted = {"answers": found.count} if objective.policy else {"supervised_tokens": rows.supervised_tokens}
     counts = {**counted, "rows": rows.examples}

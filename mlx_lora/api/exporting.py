@@ -38,6 +38,7 @@ CARD_LIBRARIES: dict[str, Any] = {
     "peft": "peft",
     "mlx-lm": "mlx",
 }  # the formats with a model card, and the library in it
+OF_ADAPTER = ("peft", "mlx-lm", "gguf-adapter")  # hold no weight of the base
 FOR_SCORES = ("peft", "hf")  # the formats that a reward model has
 
 

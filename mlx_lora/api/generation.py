@@ -19,6 +19,8 @@ from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.models.token_steps import TokenSteps
 from mlx_lora.system.errors import InputError
+from mlx_lora.training.base_shards import is_shared
+from mlx_lora.training.shared_use import await_messages, first_ranks_choice, unshareable_words
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,21 @@ def generated(
 ) -> Iterator[GenerationResponse]:
     """Yield mlx-lm's generated text; the base keeps the form of its weights that is the fastest for it.
 
+    Ranks that share the base must all read it to its end.
+
     Raises:
         InputError: mlx-lm cannot generate with this model; a few models can only be trained.
     """
-    hold_weights(base)
+    if not is_shared(base.model):
+        hold_weights(base)
     model: Any = TokenSteps(base.model)  # mlx-lm only calls it
+    sampler = first_ranks_choice(base.model, sampler)
     try:
-        yield from stream_generate(model, base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler)
+        for response in stream_generate(model, base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler):
+            if is_shared(base.model) and mx.isnan(response.logprobs).any().item():
+                raise InputError(unshareable_words(base.config))
+            yield response
+        await_messages(base.model)
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise

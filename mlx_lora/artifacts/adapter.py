@@ -93,7 +93,13 @@ class AdapterInfo:
         }
 
 
-def save_adapter(folder: Path, model: nn.Module, info: AdapterInfo, same_rank: bool = False) -> None:
+def save_adapter(
+    folder: Path,
+    model: nn.Module,
+    info: AdapterInfo,
+    same_rank: bool = False,
+    overlap: dict[str, float] | None = None,
+) -> None:
     """Write the trained parameters of `model` and `info` into `folder`; each file is replaced atomically.
 
     Args:
@@ -101,6 +107,7 @@ def save_adapter(folder: Path, model: nn.Module, info: AdapterInfo, same_rank: b
         model: adapted.
         info: the facts about the adapter.
         same_rank: pad layers with zeros to the largest rank, which stock mlx-lm requires.
+        overlap: what `measure_overlap` returned, if it was measured before.
     """
     stored = stored_parameters(model, info)
     ranks = [value.shape[1] for name, value in stored.items() if name.endswith(".lora_a")]
@@ -109,7 +116,7 @@ def save_adapter(folder: Path, model: nn.Module, info: AdapterInfo, same_rank: b
     if same_rank:
         stored = {name: _padded(name, value, rank, layers) for name, value in stored.items()}
     config = info.to_config(next((layer.LAYER_TYPE for layer in layers.values()), "full"), rank)
-    config["mlx_lora"]["overlap"] = measure_overlap(model)
+    config["mlx_lora"]["overlap"] = measure_overlap(model) if overlap is None else overlap
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

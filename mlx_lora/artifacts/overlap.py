@@ -21,6 +21,7 @@ import mlx.nn as nn
 from mlx_lora.adapters.adapter_layer import AdapterLayer
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.parts import LINEAR, QUANTIZED
+from mlx_lora.training.shared_use import with_weights
 
 LAYERS, ROWS = 8, 1024  # the most that are sampled, so that it takes little time
 PRESENT = 0.5  # the least share of a fused update; quantized bases lose some of it
@@ -33,6 +34,8 @@ MOST_DEVIATION = 0.1  # the largest standard deviation of the share, from noise;
 def measure_overlap(model: nn.Module) -> dict[str, float]:
     """Return the inner products of an adapted model's weights with its update.
 
+    Ranks that share the base must all call this.
+
     Returns:
         `inner` <W, D>, `size` <D, D> and `noise`, the mean square of the noise that quantizing may have added to W, all
         over the sampled rows, to six digits; empty without linear layers whose update is not zero.
@@ -41,7 +44,12 @@ def measure_overlap(model: nn.Module) -> dict[str, float]:
     chosen = [layers[len(layers) * i // LAYERS] for i in range(LAYERS)] if len(layers) > LAYERS else layers
     if not chosen:
         return {}
-    sums = mx.stack([_sums(layer) for layer in chosen]).sum(axis=0)
+    blocks = {id(module): block for block in model.layers for module in block.modules()}
+    sums = mx.zeros((4,))
+    for layer in chosen:
+        with with_weights(blocks.get(id(layer))):
+            sums = sums + _sums(layer)
+        mx.eval(sums)  # one block of a shared base at a time
     inner, size, noise, numbers = sums.tolist()
     if not size > 0:  # NaN too
         return {}

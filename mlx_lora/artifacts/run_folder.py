@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import yaml
 
-from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, save_adapter
+from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, read_adapter_config, save_adapter
+from mlx_lora.artifacts.adapter_config import own_entries
 from mlx_lora.artifacts.card import CARD_FILE
 from mlx_lora.artifacts.checkpoint import (
     Checkpoint,
@@ -26,6 +28,7 @@ from mlx_lora.artifacts.checkpoint import (
     thin_out,
     write_checkpoint,
 )
+from mlx_lora.artifacts.overlap import measure_overlap
 from mlx_lora.artifacts.rollout_page import ANSWERS_FILE
 from mlx_lora.artifacts.run_report import FACTS_FILE, REPORT_FILE
 from mlx_lora.settings.checks import is_day
@@ -34,6 +37,7 @@ from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.system.errors import InputError, RunError
 from mlx_lora.system.files import check_writable, replacing_file, replacing_folder
 from mlx_lora.system.parsing import parse_yaml
+from mlx_lora.training.base_shards import is_shared
 from mlx_lora.training.rollouts import AnyPlan
 from mlx_lora.training.state import Diverged, Position, finite, restore_arrays, run_arrays
 from mlx_lora.training.step import Step
@@ -203,8 +207,8 @@ class RunFolder:
         if not self.ranks.leads:
             return
         self._clear_leftovers()
-        if done:
-            self._save_adapter(self.path)
+        if done and found is not None:
+            self._save_adapter(self.path, self._overlap_of(found.folder))
         elif self.settings.loop.resume is None:
             _set_aside(self.path)
         with replacing_file(self.path / "run.yaml") as temporary:  # `--config run.yaml` repeats the run
@@ -227,8 +231,15 @@ class RunFolder:
             for path in self.path.glob(f".{name}.*"):
                 path.unlink(missing_ok=True)
 
-    def _save_adapter(self, folder: Path) -> None:
-        save_adapter(folder, self.step.model, self.info)
+    def _save_adapter(self, folder: Path, overlap: dict[str, float] | None) -> None:
+        save_adapter(folder, self.step.model, self.info, overlap=overlap)
+
+    def _overlap_of(self, checkpoint: Path | None) -> dict[str, float] | None:
+        """Return the overlap that a checkpoint's adapter has on record if the base is shared; None: measure it again."""
+        if not is_shared(self.step.model):
+            return None
+        own = own_entries(read_adapter_config(checkpoint)) if checkpoint else {}
+        return own.get("overlap") or {}
 
     @contextmanager
     def kept_if_it_fails(self) -> Iterator[None]:
@@ -263,12 +274,14 @@ class RunFolder:
         """
         if not finite(self.step):
             raise Diverged(self.at)
+        overlap = measure_overlap(self.step.model) if is_shared(self.step.model) else None  # by all ranks
         if self.ranks.leads:
-            self._save_adapter(self.path)
+            self._save_adapter(self.path, overlap)
             if self.settings.loop.save_every:
                 room = self.path / CHECKPOINTS
                 name = f"step-{self.at.taken:06d}"
-                write_checkpoint(room / name, self.at, self.identity, run_arrays(self.step), self._save_adapter)
+                save = partial(self._save_adapter, overlap=overlap)
+                write_checkpoint(room / name, self.at, self.identity, run_arrays(self.step), save)
                 thin_out(room, self.settings.loop.keep, self.at.best_at)
             _end_aside(self.path)
         self.ranks.meet()  # wait until everything is on disk
@@ -296,10 +309,10 @@ class RunFolder:
                 shutil.rmtree(folder)
                 continue
             restore_arrays(self.step, good.arrays)
-            self._save_adapter(self.path)
+            self._save_adapter(self.path, self._overlap_of(folder))
             return f"; the adapter of step {good.position.taken} ({folder}) is restored; {advice}"
         if finite(self.step):
-            self._save_adapter(self.path)
+            self._save_adapter(self.path, self._overlap_of(None))
             return f"; the adapter from before these steps is saved; {advice}"
         return f"; no checkpoint was written before, so no adapter is saved; {advice}"
 
@@ -311,9 +324,10 @@ class RunFolder:
         if not at.best_at:
             return "no validation was better than the one before training, so the last adapter is kept"
         if at.best_at != at.taken:
-            restore_arrays(self.step, read_checkpoint(self.path / CHECKPOINTS / f"step-{at.best_at:06d}").arrays)
-            self._save_adapter(self.path)
-        best = f"lowest held-out loss, {at.best_loss:.4f}"
+            best = self.path / CHECKPOINTS / f"step-{at.best_at:06d}"
+            restore_arrays(self.step, read_checkpoint(best).arrays)
+            self._save_adapter(self.path, self._overlap_of(best))
+        words = f"lowest held-out loss, {at.best_loss:.4f}"
         if self.settings.loop.metric_for_best_model == "accuracy":
-            best = f"highest held-out accuracy, {at.best_accuracy:.3f}, and loss {at.best_loss:.4f}"
-        return f"the adapter is that of step {at.best_at}, with the {best}"
+            words = f"highest held-out accuracy, {at.best_accuracy:.3f}, and loss {at.best_loss:.4f}"
+        return f"the adapter is that of step {at.best_at}, with the {words}"

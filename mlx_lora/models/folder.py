@@ -17,6 +17,7 @@ from mlx_lm.utils import load_model
 
 import mlx_lora
 from mlx_lora.models.config_check import check_config
+from mlx_lora.models.stored_rows import Watched
 from mlx_lora.sources.safetensors import read_safetensors_header
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.parsing import read_json
@@ -47,12 +48,15 @@ def is_foreign(error: BaseException) -> bool:
     return not Path(innermost.f_code.co_filename).is_relative_to(OURS)
 
 
-def load_weights(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
+def load_weights(
+    folder: Path, trust_remote_code: bool, watched: Watched | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """Check the folder's files, then return mlx-lm's model, with lazy weights, and its config.
 
     Args:
         folder: with config.json and model*.safetensors.
         trust_remote_code: let the folder's own Python code build the model.
+        watched: sees which tensors become parameters as they are stored.
 
     Raises:
         InputError: a file is missing or damaged, or does not fit the others.
@@ -69,7 +73,8 @@ def load_weights(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict
     check_config(config, folder / CONFIG_FILE, n_tensors)
     import_architecture(config)
     try:
-        model, config = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+        classes = mlx_lm.utils._get_classes if watched is None else watched.classes
+        model, config = load_model(folder, lazy=True, get_model_classes=classes, trust_remote_code=trust_remote_code)
         complete_module(model)
         # Build the graph for two tokens and compute nothing: this finds wrong settings that no weight's shape shows
         # (heads, RoPE, norms) now, not in the middle of a run.

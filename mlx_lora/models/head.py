@@ -11,7 +11,7 @@ Shapes: B batch, T time, D width, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +21,9 @@ import mlx.nn as nn
 
 from mlx_lora.models.last_block import last_block, only_at
 from mlx_lora.models.matmul import packed_arrays
+
+AtHand = Callable[[Sequence[mx.array]], AbstractContextManager]
+"""What is computed before the weights are needed -> a context in which they are at hand."""
 
 FLOAT_HEADS = (nn.Linear, nn.Embedding)
 QUANTIZED_HEADS = (nn.QuantizedLinear, nn.QuantizedEmbedding)
@@ -99,14 +102,14 @@ class Head:
         required = cache is not None and cache.default is cache.empty
         return self.body(inputs, **({"cache": None} if required else {}) | caches)
 
-    def at_hand(self, hidden: mx.array) -> AbstractContextManager:
-        """Return a context in which the layer has its weights, which ranks may share (training/base_shards.py).
+    def parts(self) -> list[tuple[slice, AtHand]]:
+        """Return parts of the vocabulary, each with a context in which `arrays` and `bias` have the rows of its tokens.
 
-        Args:
-            hidden: what the layer is given, computed before the weights are needed.
+        There is one, of all tokens, unless ranks share the layer's weights (training/shared_tables.py).
         """
-        of_layer = getattr(self.layer, "at_hand", None)
-        return nullcontext() if of_layer is None else of_layer([hidden])
+        if hasattr(self.layer, "parts"):
+            return self.layer.parts()
+        return [(slice(0, self.vocabulary), lambda before: nullcontext())]
 
     @property
     def arrays(self) -> list[mx.array]:

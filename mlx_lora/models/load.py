@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from mlx_lora.models.converting import cached_gguf_folder
 from mlx_lora.models.fingerprint import base_fingerprint
 from mlx_lora.models.folder import load_classifier_weights, load_weights
 from mlx_lora.models.matmul import MatmulPaths, use_measured_matmul
+from mlx_lora.models.stored_rows import StoredTensor, Watched
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.models.vocabulary import embedding_rows
 from mlx_lora.settings.config import ModelSettings
@@ -44,6 +45,7 @@ class Base:
         matmul_paths: which product its quantized layers use.
         size_bytes: of its parameters, without any adapter.
         decode_weights: --decode-weights: the form of its quantized weights while it generates (models/decode_weights.py).
+        stored: where parameters that were not read yet are stored, by path; only those that are as stored.
     """
 
     model: nn.Module
@@ -56,6 +58,7 @@ class Base:
     matmul_paths: MatmulPaths
     size_bytes: int
     decode_weights: str = "auto"
+    stored: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @property
     def hf_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -134,8 +137,11 @@ def load_base(settings: ModelSettings, read: bool = True) -> Base:
         raise InputError("--model is required: a hub id, a folder or a .gguf file")
     source = resolve_model(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
     folder = cached_gguf_folder(source) if source.kind == "gguf" else source.path
-    model, config = load_weights(folder, settings.trust_remote_code)
-    return _base_of(model, config, folder, replace(settings, model=source.model_id, revision=source.revision), read)
+    watched = None if read else Watched()
+    model, config = load_weights(folder, settings.trust_remote_code, watched)
+    stored = {} if watched is None else watched.unchanged(model, folder)
+    named = replace(settings, model=source.model_id, revision=source.revision)
+    return replace(_base_of(model, config, folder, named, read), stored=stored)
 
 
 def load_classifier(folder: Path, settings: ModelSettings, score: str) -> tuple[Base, mx.array]:

@@ -128,6 +128,7 @@ def fit(
     width: int,
     most_rows: int | None = None,
     prompts: Prompts = (),
+    ranks: int = 1,
 ) -> Fitted:
     """Choose batch tokens and checkpointing if the settings leave them open.
 
@@ -140,10 +141,12 @@ def fit(
         width: positions of the longest row.
         most_rows: the number of rows in the data; None: not known.
         prompts: that answers are sampled to; without any, that of the longest row.
+        ranks: processes that a batch's examples are dealt to.
     """
-    budget = budget_of(settings.loop, machine)
+    budget, together = budget_of(settings.loop, machine), settings.objective.trained_rows_per_example
     for tokens, mode in _choices(settings.loop, width * settings.objective.rows_per_example):
         rows, columns = largest_batch(width, settings, tokens, most_rows)
+        rows = -(-rows // (together * ranks)) * together
         run = run_of(settings, rows, columns, mode)
         run = replace(run, rollout=largest_rollout(settings, tokens, prompts) or run.rollout)
         found = Fitted(tokens, mode, plan_memory(shape, run, machine, budget))

@@ -1,8 +1,9 @@
 """Plan a run whose base several Macs share: each Mac's memory, what goes over the link, and which of the two decides.
 
-A step sends every unit (a block, the embedding, the head) once for the forward pass, and each trained block once more for the
-backward pass. All Macs compute their own rows meanwhile, so a step takes the longer of computing and sending, and the
-first message, which nothing hides. At the end the adapter's gradients are added up.
+A step sends every unit (a block, a slice of the embedding or of the head) once for the forward pass, and each trained block
+once more for the backward pass. A unit is on its way while the one before it is computed, so a step is a pipeline of two
+stages: the first units wait for the link, and later ones wait for the link or for the chips, whichever takes longer. At the
+end the adapter's gradients are added up.
 
 Nothing here was measured on a Mac: computing is predicted from listed rates, and the link's rate is an assumption.
 
@@ -19,21 +20,25 @@ from mlx_lora.planner.shapes import Machine, ModelShape, Run
 from mlx_lora.planner.speed import Ceilings, step_seconds
 
 MOST_TOKENS = 1 << 20  # of a batch that is looked for
+EQUAL = 1e-6  # parts that differ less are equal
+HIDDEN = 1.1  # a link is hidden if a step takes at most this many times as long as computing
 
 
 @dataclass(frozen=True)
 class Units:
-    """The bytes that are sent as one message each.
+    """The bytes that are gathered and dropped together.
 
     Attributes:
         blocks: of each block's frozen weights.
-        tables: of the embedding, and of the head where it is not the same.
+        tables: of each slice of the embedding, and of the head where it is not the same.
         tied: whether the embedding is the head too, and so is sent twice.
+        head_rows: tokens of a slice of the head; 0: it is not shared.
     """
 
     blocks: tuple[int, ...]
     tables: tuple[int, ...] = ()
     tied: bool = False
+    head_rows: int = 0
 
     @property
     def bytes(self) -> int:
@@ -45,9 +50,37 @@ class Units:
         """Of the two largest units, which are in memory while one is computed and the next one comes in."""
         return sum(sorted((*self.blocks, *self.tables))[-2:])
 
+    def in_order(self, first_trained: int) -> list[tuple[int, int]]:
+        """Return each message of a micro-batch: its bytes, and how many products of each of its weights wait for it.
+
+        A product of the forward pass, or two: the fused loss computes its gradient at once, and a checkpointed block is
+        computed again. An embedding has none.
+        """
+        # Embedding and head have as many slices each, unless they are the same.
+        middle = 0 if self.tied else len(self.tables) // 2
+        embedding, head = (self.tables, self.tables) if self.tied else (self.tables[:middle], self.tables[middle:])
+        return [
+            *((size, 0) for size in embedding),
+            *((size, 1) for size in self.blocks),
+            *((size, 2) for size in head),
+            *((size, 2) for size in reversed(self.blocks[first_trained:])),
+        ]
+
     def of_step(self, first_trained: int) -> list[int]:
         """Return the bytes of each message of a micro-batch."""
-        return [*self.tables, *(self.tables if self.tied else ()), *self.blocks, *self.blocks[first_trained:]]
+        return [size for size, _ in self.in_order(first_trained)]
+
+
+def sent_of_unit(size: int, shares: Sequence[float]) -> float:
+    """Return the bytes that each Mac sends until all have a unit.
+
+    Args:
+        size: bytes of the unit.
+        shares: each Mac's part of it, which add up to 1.
+    """
+    count = len(shares)
+    even = min(shares) * count
+    return size * (count - 1) / count * (even + 2 * (1 - even))
 
 
 @dataclass(frozen=True)
@@ -62,17 +95,75 @@ class Link:
     bytes_per_s: float
     latency_s: float = 5e-5
 
-    def gather_s(self, messages: Sequence[int], shares: Sequence[float]) -> float:
-        """Return the seconds in which all Macs get all parts of some units.
+    def gather_s(self, size: int, shares: Sequence[float]) -> float:
+        """Return the seconds in which all Macs get all parts of a unit.
 
-        Around the ring, in N - 1 turns, each Mac passes on a part as large as the largest.
+        What all keep equal parts of goes around the ring in N - 1 turns. The rest is added to the others' zeros, in twice as
+        many turns.
         """
-        turns = len(shares) - 1
-        return sum(turns * (size * max(shares) / self.bytes_per_s + self.latency_s) for size in messages)
+        return sent_of_unit(size, shares) / self.bytes_per_s + self.latency_s * (
+            len(shares) - 1 if max(shares) - min(shares) < EQUAL else 3 * (len(shares) - 1)
+        )
 
     def sum_s(self, size: int, macs: int) -> float:
         """Return the seconds in which all Macs add up an array."""
         return 2 * (macs - 1) * (size / macs / self.bytes_per_s + self.latency_s)
+
+
+@dataclass(frozen=True)
+class Sending:
+    """What goes over the link in a step.
+
+    Attributes:
+        units: seconds and weight (bytes times products) of each message of the base, in order.
+        sum_s: of adding up the gradients.
+        sent_bytes: that each Mac sends.
+    """
+
+    units: tuple[tuple[float, int], ...]
+    sum_s: float
+    sent_bytes: int
+
+    @property
+    def link_s(self) -> float:
+        """Seconds in which the base is sent."""
+        return sum(seconds for seconds, _ in self.units)
+
+    def step_s(self, computing_s: float) -> float:
+        """Return the seconds of a step.
+
+        A message is sent as soon as the one before has arrived and the unit before can be computed; a unit is computed as
+        soon as it has arrived and the one before is computed.
+
+        Args:
+            computing_s: of the slowest Mac, for which the others wait.
+        """
+        whole = sum(weight for _, weight in self.units) or 1
+        arrived = computed = could_begin = 0.0
+        for seconds, weight in self.units:
+            arrived = max(arrived, could_begin) + seconds
+            could_begin = computed
+            computed = max(arrived, computed) + computing_s * weight / whole
+        return computed + self.sum_s
+
+
+def sending(units: Units, first_trained: int, gradient_bytes: int, shares: Sequence[float], link: Link) -> Sending:
+    """Return what goes over the link in a step of one micro-batch.
+
+    Args:
+        units: of the model.
+        first_trained: the first block with an adapter.
+        gradient_bytes: of all adapters, in float32.
+        shares: each Mac's part of the base, which add up to 1.
+        link: between the Macs.
+    """
+    messages, count = units.in_order(first_trained), len(shares)
+    base = sum(sent_of_unit(size, shares) for size, _ in messages)
+    return Sending(
+        tuple((link.gather_s(size, shares), size * products) for size, products in messages),
+        link.sum_s(gradient_bytes, count),
+        round(base) + 2 * (count - 1) * gradient_bytes // count,
+    )
 
 
 @dataclass(frozen=True)
@@ -96,19 +187,13 @@ class MacsPlan:
         shares: each Mac's part of every unit, from 0 to 1.
         memory: each Mac's plan.
         computing_s: each Mac's seconds of a step, predicted.
-        link_s: seconds of a step in which the base is sent.
-        first_s: of the first message, which nothing hides.
-        sum_s: of adding up the gradients.
-        sent_bytes: that each Mac sends in a step.
+        sending: what goes over the link in a step.
     """
 
     shares: tuple[float, ...]
     memory: tuple[MemoryPlan, ...]
     computing_s: tuple[float, ...]
-    link_s: float
-    first_s: float
-    sum_s: float
-    sent_bytes: int
+    sending: Sending
 
     @property
     def fits(self) -> bool:
@@ -118,12 +203,17 @@ class MacsPlan:
     @property
     def step_s(self) -> float:
         """The seconds of a step."""
-        return max(*self.computing_s, self.link_s) + self.first_s + self.sum_s
+        return self.sending.step_s(max(self.computing_s))
 
     @property
     def link_decides(self) -> bool:
         """Whether sending takes longer than computing."""
-        return self.link_s > max(self.computing_s)
+        return self.sending.link_s > max(self.computing_s)
+
+    @property
+    def link_hidden(self) -> bool:
+        """Whether the chips hardly wait for the link."""
+        return self.step_s <= HIDDEN * max(self.computing_s)
 
 
 def rank_part(shape: ModelShape, units: Units, share: float) -> ModelShape:
@@ -136,7 +226,8 @@ def rank_part(shape: ModelShape, units: Units, share: float) -> ModelShape:
     """
     kept = shape.base_bytes - units.bytes + int(share * units.bytes)
     # Read a unit at a time.
-    return replace(shape, base_bytes=kept + units.largest, source_bytes=units.largest if shape.source_bytes else 0)
+    source_bytes = units.largest if shape.source_bytes else 0
+    return replace(shape, base_bytes=kept + units.largest, source_bytes=source_bytes, head_rows=units.head_rows)
 
 
 def memory_shares(macs: Sequence[Machine]) -> list[float]:
@@ -164,14 +255,8 @@ def plan_macs(
         plan_memory(rank_part(shape, units, share), own, mac.machine) for mac, share in zip(macs, shares, strict=True)
     ]
     computing = [step_seconds(shape, own, mac.machine, mac.ceilings)[0] for mac in macs]
-    messages = units.of_step(shape.first_trained)
-    gradients = SINGLE * shape.trained
-    sent = int((count - 1) * max(shares) * sum(messages)) + 2 * (count - 1) * gradients // count
-    first = max([*units.tables, *units.blocks[:1]], default=0)
-    return MacsPlan(
-        tuple(shares), tuple(memory), tuple(computing), link.gather_s(messages, shares), link.gather_s([first], shares),
-        link.sum_s(gradients, count), sent,
-    )  # fmt: skip
+    sent = sending(units, shape.first_trained, SINGLE * shape.trained, shares, link)
+    return MacsPlan(tuple(shares), tuple(memory), tuple(computing), sent)
 
 
 def least_tokens(
@@ -186,7 +271,7 @@ def least_tokens(
     def hidden(rows: int) -> bool:
         trained = run.slots * rows // run.rows
         larger = replace(run, rows=rows, trained_positions=trained)
-        return not plan_macs(shape, units, larger, macs, shares, link).link_decides
+        return plan_macs(shape, units, larger, macs, shares, link).link_hidden
 
     low, high = 0, len(macs)
     while not hidden(high):

@@ -321,7 +321,7 @@ def _loss_window(shape: ModelShape, run: Run, machine: Machine) -> int:
         logits = rows * shape.vocabulary * SINGLE
         window = max(ROW_ARRAYS * logits + dense, _compared_arrays(run) * logits)
         return int(window + 2 * slots * shape.width * size)
-    rows, columns = tile_shape(slots, shape.vocabulary, machine.tile_bytes)
+    rows, columns = tile_shape(slots, shape.slice_rows, machine.tile_bytes)
     tiles = -(-slots // rows) * -(-shape.vocabulary // columns)
     logits = rows * columns * (2 * SINGLE + (2 * size if size < SINGLE else 0))
     pulled = 2 * rows * shape.width * SINGLE
@@ -339,7 +339,7 @@ def _compared_arrays(run: Run) -> float:
 
 def _check_bytes(shape: ModelShape, machine: Machine) -> int:
     """Return the bytes of the check's plain loss and gradient: whole logits twice, and a quantized head as floats."""
-    dense = shape.vocabulary * shape.width * machine.number_bytes * machine.dense_copies if shape.head_packed else 0
+    dense = shape.slice_rows * shape.width * machine.number_bytes * machine.dense_copies if shape.head_packed else 0
     logits = (
         2 * CHECK_TOKENS * shape.vocabulary * (SINGLE + (machine.number_bytes if machine.number_bytes < SINGLE else 0))
     )

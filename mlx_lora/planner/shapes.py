@@ -200,6 +200,7 @@ class ModelShape:
         beside_bytes: bytes of other models that are held during the run (reward models).
         first_trained: the first block that has a backward pass; those before it keep nothing.
         head_packed: whether the output head is quantized.
+        head_rows: rows of the head that are at hand at a time, if ranks share it; 0: all.
         plain_loss: whether the loss needs the model's own logits for all positions.
         source_bytes: bytes of the stored weights if loading casts them; otherwise 0.
         not_known: kinds of blocks whose memory could not be read, each with the reason.
@@ -219,6 +220,7 @@ class ModelShape:
     beside_bytes: int = 0
     first_trained: int = 0
     head_packed: bool = False
+    head_rows: int = 0
     plain_loss: bool = False
     source_bytes: int = 0
     not_known: tuple[str, ...] = ()
@@ -230,6 +232,11 @@ class ModelShape:
     def numbers(self) -> int:
         """The number of weights of the blocks and one output head."""
         return sum(layer.numbers for block in self.blocks for layer in block.layers) + self.width * self.vocabulary
+
+    @property
+    def slice_rows(self) -> int:
+        """The rows of the head that are at hand at a time."""
+        return self.head_rows or self.vocabulary
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def compose(
     found = find_checkpoint(asked.loop, ranks, say)
     chosen, layout = choose_layout(asked, base, splits.train, objective, found, say)
     shape = shape_of(asked, base, chosen, shared)
-    settings, memory = fit_settings(layout.settled(asked), shape, layout.of(splits), chosen)
+    settings, memory = fit_settings(layout.settled(asked), shape, layout.of(splits), chosen, ranks.size)
     layout, memory = that_fits(layout, settings, shape, splits.train, chosen.terms, memory)
     if objective.reference and splits.train.reference is None:
         of = chosen.loss, chosen.kernels  # in batches that fit, so that its peak is below a step's
@@ -296,14 +296,14 @@ def shape_of(asked: TrainSettings, base: Base, chosen: LossAndKernels, shared: S
 
 
 def fit_settings(
-    asked: TrainSettings, shape: ModelShape, splits: DataSplits, chosen: LossAndKernels
+    asked: TrainSettings, shape: ModelShape, splits: DataSplits, chosen: LossAndKernels, ranks: int
 ) -> tuple[TrainSettings, MemoryPlan]:
     """Return the settings with everything chosen that was open, and the memory that the run needs.
 
     Raises:
         InputError: the run does not fit.
     """
-    fitted = fit_run(asked, shape, splits.train, chosen.terms)
+    fitted = fit_run(asked, shape, splits.train, chosen.terms, ranks)
     day = splits.chat_day.isoformat() if splits.chat_day else None  # the same one with --resume on another day
     loop = replace(asked.loop, batch_tokens=fitted.batch_tokens, grad_checkpoint=fitted.checkpointing)
     return replace(asked, data=replace(asked.data, chat_date=day), loop=loop), fitted.memory
@@ -348,6 +348,11 @@ def make_step(
         model, base.config, chosen.loss, attention, base.model_id, chosen.kernels or assumed, not is_shared(model)
     )
     end_of_trial(model)
+    if is_shared(model) and tape is not None and tape.left_out:
+        raise InputError(
+            f"--shard-base: blocks of {base.config.get('model_type')} hand a state on, so that each would keep its weights "
+            "until the backward pass; leave it out"
+        )
     loss = variant.loss
     if objective.policy is not None:
         loss = at_temperature(loss, model, base.config, settings.objective.temp)

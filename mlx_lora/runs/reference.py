@@ -32,6 +32,7 @@ from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import replacing_file, sha256_of
 from mlx_lora.system.long_task import long_task
+from mlx_lora.training.base_shards import is_shared
 from mlx_lora.training.losses import Loss, choose_loss
 from mlx_lora.training.objective_loss import row_log_probabilities
 from mlx_lora.training.prefix_sharing import sharing_problem
@@ -53,7 +54,7 @@ def with_reference(
         base: not yet adapted if there is a --reference-adapter, otherwise adapted but not yet trained.
         sets: pairs or rated answers.
         say: called with lines of progress.
-        ranks: rank 0 computes the reference, and all ranks get the same numbers.
+        ranks: rank 0 computes the reference, or all if they share the base, and all get the same numbers.
         loss: the loss to compute it with, that of the run's steps; None: choose one.
         kernels: the kernels to compute it with; None: the model's own.
 
@@ -100,24 +101,25 @@ def _of(
     kernels: KernelChoice | None,
 ) -> np.ndarray:
     """Return the reference's log-probabilities of rows, (R,) float32, from the cache or computed."""
-    logps = np.zeros(len(rows), np.float32)
-    if ranks.leads:
-        file = cache_dir("reference") / f"{_key(settings, base, rows, kernels)}.npy"
-        kept = _read(file, len(rows))
-        if kept is None:
-            start = time.perf_counter()
-            with nullcontext() if kernels is None else training_kernels(base.model, choose=kernels):
-                logps = _compute(settings, base, rows, say, loss)
-            say(f"Reference: {len(rows):,} answers computed in {time.perf_counter() - start:.2f} s")
+    file = cache_dir("reference") / f"{_key(settings, base, rows, kernels)}.npy"
+    kept = _read(file, len(rows)) if ranks.leads else None
+    together = is_shared(base.model)  # then a rank alone cannot compute
+    logps = np.zeros(len(rows), np.float32) if kept is None else kept
+    if kept is not None:
+        say(f"Reference: {len(rows):,} answers from an earlier run")
+    computes = ranks.from_first(kept is None) if together else ranks.leads and kept is None
+    if computes:
+        start = time.perf_counter()
+        with nullcontext() if kernels is None else training_kernels(base.model, choose=kernels):
+            logps = _compute(settings, base, rows, say, loss, ranks if together else ALONE)
+        say(f"Reference: {len(rows):,} answers computed in {time.perf_counter() - start:.2f} s")
+        if ranks.leads:
             _keep(file, logps, say)
-        else:
-            logps = kept
-            say(f"Reference: {len(rows):,} answers from an earlier run")
     return np.array(ranks.arrays_from_first({"logps": mx.array(logps)})["logps"])
 
 
 def _compute(
-    settings: TrainSettings, base: Base, rows: EncodedSet, say: Callable[[str], None], loss: Loss | None
+    settings: TrainSettings, base: Base, rows: EncodedSet, say: Callable[[str], None], loss: Loss | None, ranks: Ranks
 ) -> np.ndarray:
     answers, shares = len(rows), _shares(settings)
     if loss is None:  # before the run has chosen, and tried, its own
@@ -128,7 +130,8 @@ def _compute(
     tokens = settings.loop.batch_tokens or DEFAULT_BATCH_TOKENS
     try:
         with long_task("Reference", answers, "answers", say) as task:
-            return row_log_probabilities(base.model, loss.measure_tokens or loss.tokens, rows, tokens, task.reach)
+            of_tokens = loss.measure_tokens or loss.tokens
+            return row_log_probabilities(base.model, of_tokens, rows, tokens, task.reach, ranks=ranks)
     except ArithmeticError as error:
         raise InputError(f"the reference cannot be computed: {error}; try --dtype float32, or another base") from None
 

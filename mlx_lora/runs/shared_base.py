@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import mlx.core as mx
+
 from mlx_lora.models.kernel_choice import KernelChoice
 from mlx_lora.models.load import Base
 from mlx_lora.models.outline import outline_of
@@ -16,8 +18,8 @@ from mlx_lora.settings.config import TrainSettings
 from mlx_lora.system import device
 from mlx_lora.system.distributed import Ranks, SeveralRanks
 from mlx_lora.system.errors import InputError
-from mlx_lora.training.base_shards import share_base, units_of
 from mlx_lora.training.run_fit import outlined_shape
+from mlx_lora.training.shared_tables import share_base, units_of
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,9 @@ def share_among(settings: TrainSettings, base: Base, ranks: Ranks) -> tuple[Trai
     if not isinstance(ranks, SeveralRanks):
         raise InputError(f"--shard-base {asked}: there is one process; start several with mlx.launch, or leave it out")
     shares = shares_of(settings, ranks)
-    units = share_base(base.model, ranks, shares)
+    alive = units_of(base.model).largest
+    units = share_base(base.model, ranks, shares, base.stored)
+    device.wait_beyond(mx.get_active_memory() + alive)  # until the run has a plan
     checkpointing = "block" if settings.loop.grad_checkpoint == "auto" else settings.loop.grad_checkpoint
     loop = replace(settings.loop, grad_checkpoint=checkpointing, sample_tokens=0)
     own = sum(unit.parts[ranks.rank] for unit in units)

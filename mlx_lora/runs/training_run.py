@@ -29,6 +29,7 @@ from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import check_writable
 from mlx_lora.system.long_task import waiting
 from mlx_lora.training.agreement import take_first_ranks
+from mlx_lora.training.base_shards import is_shared
 from mlx_lora.training.callbacks import Callback, Callbacks
 from mlx_lora.training.loggers import logger_callbacks
 from mlx_lora.training.memory_guard import MemoryGuard
@@ -79,7 +80,7 @@ def train_run(
         splits = read_data(settings, base, untrained, ranks, say)
     outcome, test, scorer = Outcome(0, None, False), splits.test, None
     if trains:
-        with own_folder(folder, ranks):
+        with own_folder(folder, ranks), device.own_memory_limit():
             with waiting("Preparing the run", say):
                 run = compose(settings, base, splits, ranks, say, rewards)
             outcome, test, scorer = take_steps(run, base, splits, say, show, told), run.test, run.scorer
@@ -212,6 +213,8 @@ def take_steps(
     settings, ranks, step, at = folder.settings, folder.ranks, folder.step, folder.at
     device.set_cache_limit(settings.loop.clear_cache_threshold, budget_bytes)
     device.wire_working_set()
+    if is_shared(base.model):
+        device.wait_beyond(run.memory.peak_bytes)
     say("\n".join(run.words if settings.loop.verbose else run.words[:-1]))
     page = None
     if ranks.leads:

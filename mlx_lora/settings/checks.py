@@ -101,11 +101,18 @@ def _sharding_problems(settings: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"--modules-to-save {with_it}: weights that are trained cannot be shared; leave out one of the two"
         )
-    if settings["objective"] in (*SAMPLING, "dpo", "kto", "distill"):
+    if settings["objective"] in (*SAMPLING, "distill"):
         problems.append(
-            f"--objective {settings['objective']} {with_it}: sampling, a reference, or a teacher needs the whole base in "
-            "one process; leave it out"
+            f"--objective {settings['objective']} {with_it}: sampling or a teacher needs the whole base in one process; "
+            "leave it out"
         )
+    if settings["reference_adapter"]:
+        problems.append(
+            f"--reference-adapter {with_it}: it is put on the whole base; leave out one of the two (without it, the "
+            "untrained model is the reference)"
+        )
+    if settings["decode_weights"] == "dense":
+        problems.append(f"--decode-weights dense {with_it}: no process has the whole weights; leave out one of the two")
     if settings["cache_trunk"] == "on":
         problems.append(f"--cache-trunk on {with_it}: not with several processes; leave it out")
     return problems

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from mlx_lora.settings.config import COMMAND_SECTIONS, MODEL, SECTIONS
+from mlx_lora.settings.config import COMMAND_SECTIONS, FIELDS, MODEL, SECTIONS
 from mlx_lora.settings.named_recipes import recipe_names
 from mlx_lora.settings.other_names import instead_of
 from mlx_lora.settings.setting_row import Row, field_type, flag_of, row_of
@@ -101,6 +101,11 @@ def settings_options(*sections: str, leave_out: tuple[str, ...] = ()) -> Callabl
         return function
 
     return decorate
+
+
+def setting_option(name: str) -> Callable[[Callable], Callable]:
+    """Add the click option of one setting."""
+    return _option(FIELDS[name])
 
 
 def _option(f: dataclasses.Field) -> Callable[[Callable], Callable]:

@@ -103,6 +103,27 @@ def set_cache_limit(limit: str | None, budget_bytes: int | None = None) -> int:
     return bound
 
 
+def wait_beyond(bound_bytes: int) -> None:
+    """Let MLX on a CPU wait for work on its way, instead of allocating for more of it, while its buffers exceed a bound.
+
+    It otherwise allocates for up to a hundred operations ahead: with small blocks, the weights of several. Slower if the bound
+    is too low, and never an error. On a GPU, command buffers bound what is allocated ahead.
+    """
+    if not on_gpu():
+        mx.set_memory_limit(bound_bytes)
+
+
+@contextmanager
+def own_memory_limit() -> Iterator[None]:
+    """Bring back MLX's memory limit after this context, which may call `wait_beyond`."""
+    before = mx.set_memory_limit(current_device().memory_bytes)
+    mx.set_memory_limit(before)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
+
+
 def on_gpu() -> bool:
     """Return whether MLX computes on a GPU."""
     return mx.default_device() != mx.Device(mx.cpu)

@@ -17,6 +17,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,9 @@ class OneRank:
     def gathered(self, array: mx.array) -> mx.array:
         return array[None]
 
+    def put_together(self, own: mx.array, begin: int, size: int) -> mx.array:
+        return own
+
     def everyone(self, value: Any) -> list[Any]:
         return [value]
 
@@ -121,6 +125,10 @@ class OneRank:
 
     def meet(self) -> None:
         """Do nothing: there are no other ranks."""
+
+    def beside(self) -> AbstractContextManager:
+        """Return a context that changes nothing."""
+        return contextlib.nullcontext()
 
 
 class SeveralRanks:
@@ -159,6 +167,21 @@ class SeveralRanks:
     def gathered(self, array: mx.array) -> mx.array:
         """Return all ranks' arrays, (N, ...), lazily; all must have the same shape and dtype."""
         return mx.distributed.all_gather(array[None], group=self._group, stream=self._messages)
+
+    def beside(self) -> AbstractContextManager:
+        """Return a context whose operations are done in the order of messages, beside the computation and not after it."""
+        return contextlib.nullcontext() if self._messages is None else mx.stream(self._messages)
+
+    def put_together(self, own: mx.array, begin: int, size: int) -> mx.array:
+        """Return an array of which each rank has a part, (size,), lazily.
+
+        Args:
+            own: (n,) integers, this rank's part; it may be empty.
+            begin: where it belongs.
+            size: of all parts together.
+        """
+        padded = mx.pad(own, (begin, size - begin - own.size), stream=self._messages)
+        return mx.distributed.all_sum(padded, group=self._group, stream=self._messages)
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank's flag is true."""
@@ -256,6 +279,18 @@ def together(describe: Callable[[BaseException], tuple[str, int] | None]) -> Ite
                 foreseen = f"{type(error).__name__}: {error}", 1
             heartbeat.fail(*foreseen)
     heartbeat.finish()
+
+
+def sharing_ranks(
+    shard_base: str, describe: Callable[[BaseException], tuple[str, int] | None]
+) -> contextlib.AbstractContextManager[Ranks]:
+    """Join the other processes, for a command that needs them only if they share the base; see `together`.
+
+    Args:
+        shard_base: --shard-base.
+        describe: see `together`.
+    """
+    return contextlib.nullcontext(ALONE) if shard_base == "off" else together(describe)
 
 
 def _join(launch: Launch) -> tuple[SeveralRanks, Heartbeat]:

@@ -7,7 +7,7 @@
 A frozen base has no gradients and no optimizer state, and never changes, so this is all that sharing takes. A block is
 one message, which holds its arrays as bytes, packed weights as they are. Messages are sent in the order in which blocks
 are called, which is the same on all ranks: each waits for the one before. One is on its way while the block before it
-computes. The embedding and the head are units of their own, like blocks.
+computes. The embedding and the head are shared in slices (shared_tables.py), which are units like blocks.
 
 Every rank must call the model equally often; `Sharing` and `mean_loss` see to that.
 
@@ -28,220 +28,294 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.planner.macs_plan import Units
 from mlx_lora.system.distributed import SeveralRanks
 from mlx_lora.system.errors import InputError
-from mlx_lora.training.checkpointing import checkpoint_blocks
 
 ALIGNMENT = 16  # bytes; of each array in a message
 # Smaller modules outside the blocks (norms) stay whole: a message for them would cost more than their bytes.
 LEAST_BYTES = 1 << 16
 
 
+# Operations of a message that do nothing: more than there are one after the other in a block, forward and backward.
+LEVELS = 200
+
+Named = Sequence[tuple[str, mx.array]]
+
+
 @dataclass
 class Messages:
-    """The order of a rank's messages.
+    """The order of a rank's messages, and who keeps what.
 
     Attributes:
         ranks: that share the base.
-        shares: of each rank in every unit, positive numbers.
+        shares: of each rank in all units together; they add up to 1.
         sent: a number that is computed from the last message, for the next one to wait for.
         before: what the last unit waited for.
+        cut_bytes: of the units so far.
+        even_bytes: of those, what all ranks keep equal parts of.
+        held_bytes: of those, what each rank keeps.
     """
 
     ranks: SeveralRanks
     shares: Sequence[float]
     sent: list[mx.array] = field(default_factory=list)
     before: list[mx.array] = field(default_factory=list)
+    cut_bytes: int = 0
+    even_bytes: int = 0
+    held_bytes: list[int] = field(default_factory=list)
 
-    def gather(self, own: mx.array, parts: Sequence[int], before: Sequence[mx.array]) -> mx.array:
-        """Return all ranks' parts of a unit, as bytes, lazily.
+    def gather(self, even: mx.array, rest: mx.array, at: slice, before: Sequence[mx.array]) -> list[mx.array]:
+        """Return a unit's bytes, lazily: those of its even part and those of the rest.
 
         Args:
-            own: (largest part,) uint8, this rank's part and padding.
-            parts: bytes of each rank's part.
+            even: (E,) uint8, this rank's of N equal parts.
+            rest: (at.stop - at.start,) uint8, this rank's part of the rest.
+            at: where that is; its step is the size of the rest.
             before: arrays that this unit's computation starts from. The message waits only for those of the unit before, so
                 that it is on its way while that unit computes.
         """
-        [own] = mx.depends([own], [*self.before, *self.sent])
-        every = mx.stop_gradient(self.ranks.gathered(own))  # (N, largest part)
-        self.before = list(before)
-        self.sent = [every[0, :1] + 0]  # a copy: a view would keep the whole message alive
-        if len(set(parts)) == 1:
-            return every.reshape(-1)
-        return mx.concatenate([every[rank, :size] for rank, size in enumerate(parts)])
+        content, waited = [], [*self.before, *self.sent]
+        # Not in the computation's own stream, where this would wait for all that was planned before it.
+        with self.ranks.beside():
+            if even.size:
+                [own] = mx.depends([even], waited)
+                every = mx.stop_gradient(self.ranks.gathered(own)).reshape(-1)
+                waited = [every[:1] + 0]  # a copy: a view would keep the whole message alive
+                content.append(_planned_early(every))
+            if at.step:
+                [own] = mx.depends([rest], waited)
+                every = mx.stop_gradient(self.ranks.put_together(own.view(mx.uint32), at.start // 4, at.step // 4))
+                every = every.view(mx.uint8)
+                waited = [every[:1] + 0]
+                content.append(_planned_early(every))
+        self.before, self.sent = list(before), waited
+        return content
+
+    def divide(self, sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Decide which arrays of the next unit are kept in equal parts, and each rank's bytes of the others.
+
+        Equal parts are gathered, which sends the least; what only some ranks keep is added to the others' zeros. Neither
+        takes memory beside the unit itself. Unequal ranks keep as much in equal parts as the smallest has room for.
+
+        Args:
+            sizes: bytes of its arrays, multiples of ALIGNMENT.
+
+        Returns:
+            Numbers of the arrays in equal parts, and (N,) bytes.
+        """
+        count = len(self.shares)
+        self.held_bytes = self.held_bytes or [0] * count
+        self.cut_bytes += sum(sizes)
+        if max(self.shares) - min(self.shares) < 1e-6:
+            even = list(range(len(sizes)))
+        else:
+            room, even = count * min(self.shares) * self.cut_bytes - self.even_bytes, []
+            for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+                if sizes[number] <= room:
+                    even.append(number)
+                    room -= sizes[number]
+        in_even = sum(sizes[number] for number in even)
+        self.even_bytes += in_even
+        rest = sum(sizes) - in_even
+        held = [size + in_even / count for size in self.held_bytes]
+        missing = [max(0.0, share * self.cut_bytes - size) for share, size in zip(self.shares, held, strict=True)]
+        parts = cut(rest, missing if sum(missing) else self.shares)
+        self.held_bytes = [round(size + part) for size, part in zip(held, parts, strict=True)]
+        return sorted(even), parts
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an array is in a unit's bytes."""
+    """Where an array is in a unit's bytes.
+
+    Attributes:
+        name: its path in the module.
+        message: 0 for the first of the unit's messages, 1 for the second.
+        begin, bytes, dtype, shape: of it.
+    """
 
     name: str
+    message: int
     begin: int
     bytes: int
     dtype: mx.Dtype
     shape: tuple[int, ...]
 
-    def of(self, content: mx.array) -> mx.array:
+    def of(self, content: Sequence[mx.array]) -> mx.array:
         """Return the array, a view of the unit's bytes."""
-        return content[self.begin : self.begin + self.bytes].view(self.dtype).reshape(self.shape)
+        return content[self.message][self.begin : self.begin + self.bytes].view(self.dtype).reshape(self.shape)
 
 
 class Unit:
-    """This rank's part of a module's frozen arrays, and what stands in for them while they are not at hand."""
+    """This rank's part of some frozen arrays that are computed with together."""
 
-    def __init__(self, module: nn.Module, messages: Messages):
-        """Cut a module's frozen arrays, and leave only this rank's part of them in memory.
+    def __init__(self, arrays: Named, messages: Messages):
+        """Keep only this rank's part of the arrays.
 
         Args:
-            module: its arrays may be lazy; they are read here, and freed again.
+            arrays: by name; they may be lazy, and are read here.
             messages: the order of messages.
         """
-        trained = {name for name, _ in tree_flatten(module.trainable_parameters())}
-        arrays = [(name, array) for name, array in tree_flatten(module.parameters()) if name not in trained]
-        arrays.sort(key=lambda pair: -pair[1].dtype.size)
-        ends = list(accumulate((-(-array.nbytes // ALIGNMENT) * ALIGNMENT for _, array in arrays), initial=0))
-        self.places = [
-            Place(name, begin, array.nbytes, array.dtype, array.shape)
-            for (name, array), begin in zip(arrays, ends, strict=False)
-        ]
+        arrays = sorted(arrays, key=lambda pair: -pair[1].dtype.size)
+        sizes = [_aligned(array.nbytes) for _, array in arrays]
+        numbers, parts = messages.divide(sizes)
+        even = [arrays[number] for number in numbers]
+        rest = [pair for number, pair in enumerate(arrays) if number not in numbers]
+        in_even = sum(sizes[number] for number in numbers)
+        count, rank = messages.ranks.size, messages.ranks.rank
+        even_part = _aligned(-(-in_even // count))
+        begin = sum(parts[:rank])
         self.messages = messages
-        self.parts = cut(ends[-1], messages.shares)
-        self.own = self._own_part([array for _, array in arrays], ends)
-        self.stand_ins = [(name, _stand_in(array)) for name, array in arrays]
-        mx.eval(self.own, [array for _, array in self.stand_ins], module.trainable_parameters())
-        module.update(tree_unflatten(self.stand_ins))
+        self.places = [*_places(even, 0), *_places(rest, int(bool(even)))]
+        self.at = slice(begin, begin + parts[rank], sum(parts))
+        self.even = _bytes_of(even, rank * even_part, (rank + 1) * even_part)
+        self.rest = _bytes_of(rest, begin, begin + parts[rank])
+        self.parts = [even_part + part for part in parts]
+        mx.eval(self.even, self.rest)
 
     @property
     def bytes(self) -> int:
         """Of all ranks' parts."""
         return sum(self.parts)
 
-    def _own_part(self, arrays: list[mx.array], ends: list[int]) -> mx.array:
-        """Return this rank's part, padded to the largest part, (largest part,) uint8."""
-        rank, pieces = self.messages.ranks.rank, []
-        begin = sum(self.parts[:rank])
-        end = begin + self.parts[rank]
-        for array, start, stop in zip(arrays, ends, ends[1:], strict=False):
-            if start >= end or stop <= begin:
-                continue
-            flat = mx.pad(array.reshape(-1).view(mx.uint8), (0, stop - start - array.nbytes))
-            pieces.append(flat[max(0, begin - start) : end - start])
-        pieces.append(mx.zeros((max(self.parts) - self.parts[rank],), mx.uint8))
-        return mx.concatenate(pieces)
+    def gathered(self, before: Sequence[mx.array]) -> list[tuple[str, mx.array]]:
+        """Return the arrays, lazily; `before` as for `Messages.gather`."""
+        content = self.messages.gather(self.even, self.rest, self.at, before)
+        return [(place.name, place.of(content)) for place in self.places]
+
+
+class Held:
+    """A module's frozen arrays, and what stands in for them while they are not at hand."""
+
+    def __init__(self, module: nn.Module, messages: Messages):
+        """Leave only this rank's part of a module's frozen arrays in memory."""
+        arrays = frozen_arrays(module)
+        self.unit = Unit(arrays, messages)
+        self.stand_ins = tree_unflatten(stand_ins(arrays))
+        mx.eval(self.stand_ins, module.trainable_parameters())
+        module.update(self.stand_ins)
 
     @contextmanager
     def at_hand(self, module: nn.Module, before: Sequence[mx.array]) -> Iterator[None]:
         """Give the module its arrays inside this context."""
-        content = self.messages.gather(self.own, self.parts, before)
-        module.update(tree_unflatten([(place.name, place.of(content)) for place in self.places]))
+        module.update(tree_unflatten(self.unit.gathered(before)))
         try:
             yield
         finally:
-            module.update(tree_unflatten(self.stand_ins))
+            module.update(self.stand_ins)
+
+
+def _planned_early(message: mx.array) -> mx.array:
+    """Return a message through operations that do nothing, so that MLX sends it before it plans the unit before.
+
+    MLX plans a graph from its end, level by level, so a message that only the next unit needs would be planned, and sent, after
+    nearly all operations of this one. These add levels; more of them change nothing, as a message waits for what it depends on.
+    """
+    for _ in range(LEVELS):
+        message = mx.stop_gradient(message)
+    return message
 
 
 def cut(size: int, shares: Sequence[float]) -> list[int]:
-    """Return the bytes of each rank's part of a unit, as the shares say; multiples of ALIGNMENT, but for the last."""
+    """Return the bytes of each rank's part, as the shares say; multiples of ALIGNMENT, but for the last."""
     whole = sum(shares)
     edges = [int(size * end / whole) // ALIGNMENT * ALIGNMENT for end in accumulate(shares)]
     edges[-1] = size
     return [end - begin for begin, end in zip([0, *edges], edges, strict=False)]
 
 
-def _stand_in(array: mx.array) -> mx.array:
-    """Return an array of the same shape and dtype that takes no memory.
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _places(arrays: Named, message: int) -> Iterator[Place]:
+    begin = 0
+    for name, array in arrays:
+        yield Place(name, message, begin, array.nbytes, array.dtype, array.shape)
+        begin += _aligned(array.nbytes)
+
+
+def _bytes_of(arrays: Named, begin: int, end: int) -> mx.array:
+    """Return some of the bytes of arrays that lie one after the other, with zeros after the last."""
+    pieces, start = [mx.zeros((0,), mx.uint8)], 0
+    for _, array in arrays:
+        stop = start + _aligned(array.nbytes)
+        if start < end and stop > begin:
+            flat = mx.pad(array.reshape(-1).view(mx.uint8), (0, stop - start - array.nbytes))
+            pieces.append(flat[max(0, begin - start) : end - start])
+        start = stop
+    return mx.concatenate([*pieces, mx.zeros((end - max(begin, start) if end > start else 0,), mx.uint8)])
+
+
+def frozen_arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
+    """Return a module's arrays that are not trained, by path."""
+    trained = {name for name, _ in tree_flatten(module.trainable_parameters())}
+    return [(name, array) for name, array in tree_flatten(module.parameters()) if name not in trained]
+
+
+def frozen_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module's arrays that are not trained."""
+    return sum(array.nbytes for _, array in frozen_arrays(module))
+
+
+def stand_ins(arrays: Named) -> list[tuple[str, mx.array]]:
+    """Return arrays of the same shapes and dtypes that take no memory.
 
     Floats are NaN: code that reads a weight past its module (an embedding's, as a head) must not go unnoticed.
     """
-    value = math.nan if mx.issubdtype(array.dtype, mx.floating) else 0
-    return mx.broadcast_to(mx.array(value, array.dtype), array.shape)
+    values = [math.nan if mx.issubdtype(array.dtype, mx.floating) else 0 for _, array in arrays]
+    return [
+        (name, mx.broadcast_to(mx.array(value, array.dtype), array.shape))
+        for (name, array), value in zip(arrays, values, strict=True)
+    ]
 
 
 class SharedBlock(nn.Module):
     """A mixin that comes before a checkpointed block's own class, and has the block's weights only while it is computed."""
 
+    _held: Held
+
     def at_hand(self, before: Sequence[mx.array]):
-        return self._unit.at_hand(self, before)
+        return self._held.at_hand(self, before)
 
 
-class SharedTable(SharedBlock):
-    """The same for an embedding or a head."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        with self.at_hand([x]):
-            return super().__call__(x)
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        with self.at_hand([x]):
-            return super().as_linear(x)  # pyright: ignore[reportAttributeAccessIssue] # an embedding's
-
-
-def share_base(model: nn.Module, ranks: SeveralRanks, shares: Sequence[float] = ()) -> list[Unit]:
-    """Leave only this rank's part of the frozen base in memory.
+def share_blocks(blocks: Sequence[nn.Module], messages: Messages) -> list[Unit]:
+    """Leave only this rank's part of blocks in memory, and return their units.
 
     Args:
-        model: adapted; its arrays may be lazy, and are then read one unit at a time.
-        ranks: that share it; each must call this.
-        shares: of each rank, positive numbers; empty: equal ones.
-
-    Returns:
-        The units, blocks first.
+        blocks: checkpointed; their arrays may be lazy, and are then read one block at a time.
+        messages: the order of messages.
 
     Raises:
         InputError: blocks have weights in common.
     """
-    messages = Messages(ranks, list(shares) or [1.0] * ranks.size)
-    _check_apart(model.layers)
-    tables = tables_of(model)
-    checkpoint_blocks(model.layers, products=False)
+    _check_apart(blocks)
     units = []
-    for mixin, modules in ((SharedBlock, model.layers), (SharedTable, tables)):
-        for one in modules:
-            module: Any = one
-            module._unit = Unit(module, messages)
-            base = type(module)
-            module.__class__ = type(f"Shared{base.__name__}", (mixin, base), {})
-            units.append(module._unit)
-    mx.eval(model.parameters())
+    for one in blocks:
+        module: Any = one
+        module._held = Held(module, messages)
+        mix_in(SharedBlock, module)
+        units.append(module._held.unit)
     return units
 
 
-def tables_of(model: nn.Module) -> list[nn.Module]:
-    """Return the modules outside of the blocks whose weights are shared: embedding and head, unless they are adapted."""
-    inside = {id(module) for block in model.layers for module in block.modules()}
-    adapted = {id(part) for layer in adapter_layers(model).values() for part in layer.modules()}
-    return [
-        module
-        for module in model.modules()
-        if id(module) not in inside | adapted and not module.children() and frozen_bytes(module) >= LEAST_BYTES
-    ]
-
-
-def units_of(model: nn.Module) -> Units:
-    """Return the bytes of each unit of a model that is adapted and not yet shared; its arrays need not be computed."""
-    tables = tables_of(model)
-    tied = any(hasattr(table, "as_linear") for table in tables) and len(tables) == 1
-    return Units(tuple(map(frozen_bytes, model.layers)), tuple(map(frozen_bytes, tables)), tied)
+def mix_in(mixin: type, module: nn.Module) -> None:
+    """Give a module a class in which `mixin` comes before its own."""
+    base = type(module)
+    module.__class__ = type(f"Shared{base.__name__}", (mixin, base), {})
 
 
 def end_of_trial(model: nn.Module) -> None:
     """Forget messages that were planned and not sent, so that the next one does not wait for them."""
     for module in model.layers[:1]:
         if isinstance(module, SharedBlock):
-            module._unit.messages.sent, module._unit.messages.before = [], []
+            messages = module._held.unit.messages
+            messages.sent, messages.before = [], []
 
 
 def is_shared(model: nn.Module) -> bool:
     """Return whether ranks share the model's base, so that each must call it equally often."""
     return any(isinstance(module, SharedBlock) for module in getattr(model, "layers", ()))
-
-
-def frozen_bytes(module: nn.Module) -> int:
-    """Return the bytes of a module's arrays that are not trained."""
-    trained = {name for name, _ in tree_flatten(module.trainable_parameters())}
-    return sum(array.nbytes for name, array in tree_flatten(module.parameters()) if name not in trained)
 
 
 def _check_apart(blocks: Sequence[nn.Module]) -> None:

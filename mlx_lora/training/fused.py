@@ -17,6 +17,9 @@ This way no loss is negative, and loss and gradient of a sure token have a small
 Neither probabilities nor a one-hot array are computed, a quantized head is dequantized a slice at a time, and the
 backward pass only scales dh.
 
+If ranks share the head (training/shared_tables.py), the outer loop is over the parts of the vocabulary that are at hand one
+after the other, and all positions keep their sums from one part to the next, so that each part is gathered once.
+
 Shapes: P supervised positions, R rows and S columns of a tile, D width, V vocabulary.
 Source: online softmax, arXiv 1805.02867, algorithm 3; the loss in chunks, arXiv 2410.10989 (Liger Kernel).
 """
@@ -24,6 +27,7 @@ Source: online softmax, arXiv 1805.02867, algorithm 3; the loss in chunks, arXiv
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,6 +36,9 @@ import mlx.core as mx
 from mlx_lora.models.head import Head
 from mlx_lora.planner.memory import tile_shape
 from mlx_lora.system import exponentials
+
+Powers = Callable[..., tuple[mx.array, mx.array]]
+"""(logits, before, own) -> exponentials and the largest logit; see `_exact_powers`."""
 
 
 def fused_token_losses(
@@ -57,29 +64,36 @@ def fused_token_losses(
     Returns:
         (P,) float32, differentiable only in `hidden`: the head is frozen.
     """
-    rows, columns = tile_shape(len(targets), head.vocabulary, tile_bytes)
+    parts = head.parts()
 
     @mx.custom_function
-    def forward(hidden: mx.array, targets: mx.array, weights: mx.array, *arrays: mx.array):
-        losses, parts, done = [], [], None
+    def forward(hidden: mx.array, targets: mx.array, weights: mx.array):
         powers_of, unit = _exact_powers, 1.0
         if polynomial and exponentials.usable(hidden):
             # Scaling the hidden states spares a pass over the logits, if those are nothing but products.
             unit = exponentials.SCALE if head.bias is None and head.soft_cap is None else 1.0
             powers_of = partial(_polynomial_powers, unit)
-        for start in range(0, len(targets), rows):
-            stop = min(start + rows, len(targets))
-            h, t, w = hidden[start:stop], targets[start:stop], weights[start:stop]
-            if done is not None:
-                # Wait for the loss too, because its tiles are kept until it is computed.
-                h = mx.depends(h, done)
-            loss, dh = _rows_loss(head, list(arrays), h, t, w, columns, gradient, powers_of, unit)
-            losses.append(loss)
-            parts.append(dh)
-            done = [loss, dh] if gradient else [loss]
-        if not losses:
+        count = tile_shape(len(targets), head.vocabulary, tile_bytes)[0]
+        starts = range(0, len(targets), count)
+        chunks = [_Rows(*(array[start : start + count] for array in (hidden, targets, weights))) for start in starts]
+        results: list[tuple[mx.array, mx.array]] = []
+        done: list[mx.array] = []
+        for kept, at_hand in parts:
+            with at_hand(done or [hidden]):
+                columns = tile_shape(len(targets), kept.stop - kept.start, tile_bytes)[1]
+                part = _Part(head, head.arrays, kept, columns, len(parts) == 1)
+                for rows in chunks:
+                    # Wait for everything that is computed from the tiles before, because they are kept until then.
+                    rows.h = mx.depends(rows.h, done) if done else rows.h
+                    rows.add(part, gradient, powers_of, unit)
+                    done = rows.sums()
+                    if kept is parts[-1][0]:
+                        results.append(rows.result(head, gradient, unit))
+                        done = list(results[-1]) if gradient else [results[-1][0]]
+        if not results:
             return mx.zeros((0,)), mx.zeros_like(hidden)
-        return mx.concatenate(losses), mx.concatenate(parts) if gradient else mx.zeros_like(hidden)
+        losses, slopes = zip(*results, strict=True)
+        return mx.concatenate(losses), mx.concatenate(slopes) if gradient else mx.zeros_like(hidden)
 
     @forward.vjp
     def forward_vjp(primals, cotangents, outputs):
@@ -87,58 +101,104 @@ def fused_token_losses(
         dh = (cotangents[0][:, None] * outputs[1]).astype(hidden.dtype)
         return (dh, *(mx.zeros_like(array) for array in rest))
 
-    return forward(hidden, targets, weights, *head.arrays)[0]
+    return forward(hidden, targets, weights)[0]
 
 
-def _rows_loss(
-    head: Head,
-    arrays: list[mx.array],
-    h: mx.array,
-    targets: mx.array,
-    weights: mx.array,
-    columns: int,
-    gradient: bool,
-    powers_of: Callable[..., tuple[mx.array, mx.array]],
-    unit: float,
-) -> tuple[mx.array, mx.array]:
-    """Return these rows' weighted losses (R,), and their gradient (R, D) in h's dtype (empty without `gradient`).
+@dataclass(frozen=True)
+class _Part:
+    """A part of the vocabulary whose weights are at hand.
 
-    Args:
-        head, arrays, h, targets, weights, columns, gradient: as above, of these rows.
-        powers_of: returns a tile's exponentials, and the largest logit.
-        unit: a power of two by which the tiles' logits are scaled; `powers_of` knows it.
+    Attributes:
+        head: of the model.
+        arrays: its weight's rows for these tokens, as they are stored.
+        kept: the tokens.
+        columns: of a tile.
+        whole: whether these are all tokens.
     """
-    largest: Any = None
-    total: Any = None
-    pulled: Any = None
-    for start in range(0, head.vocabulary, columns):
-        if largest is not None:
-            # Force the order, or all tiles may be in memory at once.
-            h = mx.depends(h, [total, pulled] if gradient else [total])
-        kept = slice(start, start + columns)
-        part = [mx.depends(array, h)[kept] for array in arrays]
-        dense = head.dense(part, h.dtype)  # (S, D)
-        logits = head.finish(((h * unit if unit != 1 else h) @ dense.T).astype(mx.float32), kept)  # (R, S)
-        before = largest
-        powers, largest = powers_of(logits, before, targets[:, None] - start)
-        shrink = None if before is None else mx.exp((before - largest) / unit)  # (R, 1)
-        mass = powers.sum(axis=-1, keepdims=True)
-        total = mass if shrink is None else total * shrink + mass
-        if gradient:
-            slopes = powers if head.soft_cap is None else powers * head.slope(logits)
-            pull = (slopes.astype(h.dtype) @ dense).astype(mx.float32)  # (R, D)
-            pulled = pull if shrink is None else pulled * shrink + pull
-    largest = largest / unit
-    own_rows = head.dense([array[targets] for array in arrays], h.dtype).astype(mx.float32)  # (R, D)
-    own = head.finish((h.astype(mx.float32) * own_rows).sum(axis=-1, keepdims=True), targets[:, None])  # (R, 1)
-    losses = mx.logaddexp(mx.array(0.0), mx.log(total) + largest - own)
-    loss = (losses * weights[:, None]).squeeze(-1)  # (R,)
-    if not gradient:
-        return loss, mx.zeros((0,))
-    others = total if head.soft_cap is None else total * head.slope(own)
-    # If all others underflow, rounding may also put x far below m; the smallest float prevents 0 / 0.
-    dh = (pulled - others * own_rows) / (total + mx.exp(own - largest) + mx.finfo(mx.float32).smallest_normal)
-    return loss, (dh * (head.scale * weights[:, None])).astype(h.dtype)
+
+    head: Head
+    arrays: list[mx.array]
+    kept: slice
+    columns: int
+    whole: bool
+
+
+class _Rows:
+    """Some positions on their way through the vocabulary.
+
+    Attributes:
+        h, targets, weights: (R, D), (R,), (R,), of these positions.
+        largest, total: (R, 1), the largest logit m so far and the sum s of exponentials relative to it.
+        pulled: (R, D), the sum g; None before the first tile, or without a gradient.
+        own: (R, 1), the target's logit x; None until a part is done.
+        own_rows: (R, D) in h's dtype, the target's row of W.
+    """
+
+    def __init__(self, h: mx.array, targets: mx.array, weights: mx.array):
+        self.h, self.targets, self.weights = h, targets, weights
+        self.largest: Any = None
+        self.total: Any = None
+        self.pulled: Any = None
+        self.own: Any = None
+        self.own_rows: Any = None
+
+    def sums(self) -> list[mx.array]:
+        """Return what the next part starts from."""
+        return [a for a in (self.total, self.pulled, self.own, self.own_rows) if a is not None]
+
+    def add(self, part: _Part, gradient: bool, powers_of: Powers, unit: float) -> None:
+        """Add a part of the vocabulary to the sums.
+
+        Args:
+            part: of the vocabulary.
+            gradient: also add to `pulled`.
+            powers_of: returns a tile's exponentials, and the largest logit.
+            unit: a power of two by which the tiles' logits are scaled; `powers_of` knows it.
+        """
+        head, h, size = part.head, self.h, part.kept.stop - part.kept.start
+        for start in range(0, size, part.columns):
+            if self.total is not None:
+                # Force the order, or all tiles may be in memory at once.
+                h = mx.depends(h, [self.total, self.pulled] if gradient else [self.total])
+            kept = slice(start, start + part.columns)
+            dense = head.dense([mx.depends(array, h)[kept] for array in part.arrays], h.dtype)  # (S, D)
+            logits = head.finish(((h * unit if unit != 1 else h) @ dense.T).astype(mx.float32), kept)  # (R, S)
+            before = self.largest
+            powers, self.largest = powers_of(logits, before, self.targets[:, None] - (part.kept.start + start))
+            shrink = None if before is None else mx.exp((before - self.largest) / unit)  # (R, 1)
+            mass = powers.sum(axis=-1, keepdims=True)
+            self.total = mass if shrink is None else self.total * shrink + mass
+            if gradient:
+                slopes = powers if head.soft_cap is None else powers * head.slope(logits)
+                pull = (slopes.astype(h.dtype) @ dense).astype(mx.float32)  # (R, D)
+                self.pulled = pull if shrink is None else self.pulled * shrink + pull
+        self._find_targets(part, gradient)
+
+    def _find_targets(self, part: _Part, gradient: bool) -> None:
+        """Take the logit of each target that is in a part of the vocabulary, and its row for the gradient."""
+        head, local = part.head, self.targets
+        if not part.whole:
+            local = mx.clip(self.targets - part.kept.start, 0, part.kept.stop - part.kept.start - 1)
+        rows = head.dense([array[local] for array in part.arrays], self.h.dtype)  # (R, D)
+        products = (self.h.astype(mx.float32) * rows.astype(mx.float32)).sum(axis=-1, keepdims=True)
+        own = head.finish(products, local[:, None])  # (R, 1)
+        if self.own is not None:
+            inside = (local == self.targets - part.kept.start)[:, None]
+            own, rows = mx.where(inside, own, self.own), mx.where(inside, rows, self.own_rows) if gradient else rows
+        self.own, self.own_rows = own, rows if gradient else None
+
+    def result(self, head: Head, gradient: bool, unit: float) -> tuple[mx.array, mx.array]:
+        """Return the weighted losses (R,), and their gradient (R, D) in h's dtype (empty without `gradient`)."""
+        largest, total, own = self.largest / unit, self.total, self.own
+        losses = mx.logaddexp(mx.array(0.0), mx.log(total) + largest - own)
+        loss = (losses * self.weights[:, None]).squeeze(-1)  # (R,)
+        if not gradient:
+            return loss, mx.zeros((0,))
+        others = total if head.soft_cap is None else total * head.slope(own)
+        # If all others underflow, rounding may also put x far below m; the smallest float prevents 0 / 0.
+        floor = mx.finfo(mx.float32).smallest_normal
+        dh = (self.pulled - others * self.own_rows.astype(mx.float32)) / (total + mx.exp(own - largest) + floor)
+        return loss, (dh * (head.scale * self.weights[:, None])).astype(self.h.dtype)
 
 
 def _exact_powers(logits: mx.array, before: mx.array | None, own: mx.array) -> tuple[mx.array, mx.array]:

@@ -40,6 +40,7 @@ from mlx_lora.system.long_task import long_task
 from mlx_lora.training.base_shards import is_shared
 from mlx_lora.training.loss_choice import PLAIN_LOGITS, ROWS, TILES, choose_kernel, loss_figures, loss_kernels
 from mlx_lora.training.probe import Probe, disagreement, has_halves, probe
+from mlx_lora.training.shared_use import unshareable_words
 
 
 class Arrays(NamedTuple):
@@ -149,8 +150,7 @@ def head_loss(head: Head, kernel: str, tile_bytes: int, whole_because: str = "")
     def tokens(gradient: bool, model: nn.Module, *batch: mx.array) -> mx.array:
         inputs, targets, _mask, positions, weights, *starts = batch
         chosen = head.hidden_at(positions, inputs, **shared_caches(model, inputs, *starts))  # (P, D)
-        with head.at_hand(chosen):
-            return token_losses(head, chosen, targets.reshape(-1)[positions], weights, gradient=gradient)
+        return token_losses(head, chosen, targets.reshape(-1)[positions], weights, gradient=gradient)
 
     def loss(gradient: bool, model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array]:
         return tokens(gradient, model, *batch).sum(), batch[-1].sum()
@@ -190,12 +190,14 @@ def choose_loss(
     kernel = choose_kernel(figures)
     if kernel == PLAIN_LOGITS:
         return plain("plain cross-entropy (measured)")
+    # A head that ranks share is at hand a slice at a time, which whole rows of logits cannot use.
+    others = [other for other in loss_kernels() if other != kernel and not (other == ROWS and len(head.parts()) > 1)]
     # Two passes over the model, unless the first candidate is wrong.
     with long_task("Comparing the loss with the model's own", 2, "computations", say) as task:
         expected, reasons = _own_probe(model, config, PLAIN, head.vocabulary), []
         task.advance()
         part, whole_because = (head, whole_because) if whole_because else with_last_block(head, model)
-        for name in (kernel, *(other for other in loss_kernels() if other != kernel)):
+        for name in (kernel, *others):
             for one in [head] if part is head else [part, head]:
                 loss = head_loss(one, name, loss_tile_bytes(), whole_because)
                 problem = _problem(model, expected, loss, head.vocabulary)
@@ -255,16 +257,19 @@ def _own_probe(model: nn.Module, config: dict[str, Any], loss: Loss, vocabulary:
     """Try a loss with the model's own kernels.
 
     Raises:
-        InputError: the model's own forward pass fails.
+        InputError: the model's own forward pass fails, or has no weights where ranks share them.
     """
     try:
-        return _probe(model, loss, vocabulary, has_recurrence(model))
+        found = _probe(model, loss, vocabulary, has_recurrence(model))
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise
         raise InputError(
             f"mlx-lm's {config.get('model_type')}: its forward pass fails here ({short(error, 200)}); {way_out(model)}"
         ) from error
+    if is_shared(model) and not mx.isfinite(found.losses).all().item():
+        raise InputError(unshareable_words(config))
+    return found
 
 
 def _problem(

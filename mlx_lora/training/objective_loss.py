@@ -26,9 +26,11 @@ from mlx_lora.models.head import with_last_block
 from mlx_lora.models.shared_prefix import answers_at
 from mlx_lora.objectives.objective import AnswerSums, Objective
 from mlx_lora.system.distributed import ALONE, Ranks
+from mlx_lora.training.base_shards import is_shared
 from mlx_lora.training.distill_loss import distill_arrays
 from mlx_lora.training.losses import Arrays, Loss, LossFunction, TokenLosses
 from mlx_lora.training.policy_task import more_reports, policy_arrays, policy_loss_of, prepared
+from mlx_lora.training.sharing import dealt_batches, own_batches
 from mlx_lora.training.taught_answers import taught_arrays
 
 FIRST, SECOND = 0, 1  # rows of an example
@@ -211,9 +213,7 @@ def mean_log_ratio(model: nn.Module, tokens: TokenLosses, batches: Iterable[Batc
     total, count = mx.array(0.0), mx.array(0.0)
     training = model.training
     model.eval()
-    for number, batch in enumerate(batches):
-        if number % ranks.size != ranks.rank:
-            continue
+    for batch in dealt_batches(list(batches), ranks, is_shared(model)):
         sums = _sums(model, tokens, batch)
         total = total + ((sums.logps - sums.reference) * sums.real).sum()
         count = count + sums.real.sum()
@@ -230,6 +230,7 @@ def row_log_probabilities(
     batch_tokens: int,
     say: Callable[[int], None] = lambda done: None,
     finite: bool = True,
+    ranks: Ranks = ALONE,
 ) -> np.ndarray:
     """Return the log-probability of each answer, (A,) float32, in the order of the rows.
 
@@ -240,18 +241,20 @@ def row_log_probabilities(
         batch_tokens: the most positions of a batch.
         say: called with the number of finished answers after each batch.
         finite: raise ArithmeticError if one is not finite.
+        ranks: that share the base and call this together; each computes some of the batches, and all get all answers.
     """
     apart = replace(rows, group=1)
     found = np.zeros((len(rows), 1 if rows.starts is None else rows.starts.shape[1]), np.float32)
     training, done = model.training, 0
     model.eval()
-    for batch in BatchPlan(apart, batch_tokens=batch_tokens, batch_size=None, seed=0).batches():
+    plan = BatchPlan(apart, batch_tokens=batch_tokens, batch_size=None, seed=0)
+    for batch in own_batches(plan, -1, ranks, is_shared(model)):
         logps = np.array(_sums(model, tokens, batch).logps).reshape(-1, found.shape[1])
         numbers: Any = batch.numbers  # there are some: the batch is of a set
         found[numbers[batch.real]] = logps[batch.real]
         done += logps[batch.real].size
-        say(done)
-    found = found.ravel()
+        say(min(ranks.size * done, found.size))
+    found = np.array(ranks.sum(mx.array(found.ravel())))  # a rank has zeros for the others' answers
     model.train(training)
     if finite and not np.isfinite(found).all():
         bad = int(np.flatnonzero(~np.isfinite(found))[0])

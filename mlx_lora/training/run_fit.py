@@ -44,7 +44,9 @@ from mlx_lora.training.block_memory import with_block_memory
 FROZEN_COPIES = {"pissa": 1, "relora": 3}
 
 
-def fit_run(settings: TrainSettings, shape: ModelShape, rows: EncodedSet, kernels: KernelTerms) -> Fitted:
+def fit_run(
+    settings: TrainSettings, shape: ModelShape, rows: EncodedSet, kernels: KernelTerms, ranks: int = 1
+) -> Fitted:
     """Choose the settings that the user did not give, and refuse a run that does not fit in memory.
 
     Args:
@@ -52,6 +54,7 @@ def fit_run(settings: TrainSettings, shape: ModelShape, rows: EncodedSet, kernel
         shape: the adapted model.
         rows: training data; its longest row and its number of rows bound a batch.
         kernels: the memory of the chosen kernels.
+        ranks: processes that share each batch's rows.
 
     Raises:
         InputError: see `check_fits`.
@@ -59,7 +62,7 @@ def fit_run(settings: TrainSettings, shape: ModelShape, rows: EncodedSet, kernel
     machine = replace(this_machine(settings.model.dtype), kernels=kernels)
     width = max(1, int(rows.lengths.max(initial=2)) - 1)
     prompts = prompts_of(settings.objective, rows)
-    fitted = fit(settings, shape, machine, width, len(rows), prompts)
+    fitted = fit(settings, shape, machine, width, len(rows), prompts, ranks)
     check_fits(settings, fitted, shape, machine, width, most_rows=len(rows), prompts=prompts)
     return fitted
 

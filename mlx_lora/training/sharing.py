@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from itertools import accumulate
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -77,6 +78,37 @@ def share_of(batch: Batch, rows: np.ndarray) -> Batch:
 def nothing_of(batch: Batch) -> Batch:
     """Return a batch of one example of padding, for a rank that has no rows and must compute as often as the others."""
     return batch.take(np.full(batch.group, EMPTY), SLOTS_STEP, 0)
+
+
+class Batches(Protocol):
+    """A held-out plan, as `BatchPlan` and `RolloutPlan` are."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, limit: int = -1, first: int = 0, every: int = 1) -> Iterator[Batch]: ...
+
+
+def own_batches(plan: Batches, most: int, ranks: Ranks, together: bool) -> Iterator[Batch]:
+    """Yield the batches of a held-out plan that this rank measures.
+
+    Args:
+        plan: of all ranks.
+        most: batches of all ranks; -1: all.
+        ranks: that divide them.
+        together: whether all ranks must compute equally many, because they share the base; a rank for which none is left
+            then computes one without rows.
+    """
+    yield from plan.batches(most, ranks.rank, ranks.size)
+    count = len(plan) if most < 0 else min(most, len(plan))
+    if together and count % ranks.size and ranks.rank >= count % ranks.size:
+        yield from map(nothing_of, plan.batches(1))
+
+
+def dealt_batches(batches: list[Batch], ranks: Ranks, together: bool) -> Iterator[Batch]:
+    """Yield the batches of a step that this rank measures; see `own_batches`."""
+    yield from batches[ranks.rank :: ranks.size]
+    if together and ranks.rank >= len(batches) % ranks.size > 0:
+        yield nothing_of(batches[0])
 
 
 class Sharing:

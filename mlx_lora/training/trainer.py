@@ -30,7 +30,7 @@ from mlx_lora.training.objective_loss import Task, task_of
 from mlx_lora.training.plan_loss import loss_of_plan
 from mlx_lora.training.progress import Metrics
 from mlx_lora.training.rollouts import AnyPlan
-from mlx_lora.training.sharing import nothing_of
+from mlx_lora.training.sharing import own_batches
 from mlx_lora.training.state import Diverged, Position
 from mlx_lora.training.step import Step, StepResult
 
@@ -159,22 +159,6 @@ def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ran
         return Measured(math.nan, 0)
     means = {name: value / count for name, value in zip(task.reports, reported, strict=True)}
     return Measured(total / count, int(count), task.finish(means))
-
-
-def own_batches(plan: AnyPlan, most: int, ranks: Ranks, together: bool) -> Iterator[Batch]:
-    """Yield the batches of a held-out plan that this rank measures.
-
-    Args:
-        plan: of all ranks.
-        most: batches of all ranks; -1: all.
-        ranks: that divide them.
-        together: whether all ranks must compute equally many, because they share the base; a rank for which none is left
-            then computes one without rows.
-    """
-    yield from plan.batches(most, ranks.rank, ranks.size)
-    count = len(plan) if most < 0 else min(most, len(plan))
-    if together and count % ranks.size and ranks.rank >= count % ranks.size:
-        yield from map(nothing_of, plan.batches(1))
 
 
 def held_out_loss(

@@ -1,0 +1,93 @@
+"""One rank of benchmarks/shared_memory.py: trains as `mlx_lora.train` does, and writes down what its memory was.
+
+    python benchmarks/_rank_memory.py RESULT.json TRAIN-FLAGS
+
+Sizes are MLX's peaks (all its buffers), and the process's resident size beyond what it was before the model was loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
+
+import mlx.core as mx  # isort: skip
+import mlx.nn as nn
+
+from mlx_lora.models.head import find_head
+from mlx_lora.runs import composition, training_run
+from mlx_lora.system import process
+from mlx_lora.train import main
+from mlx_lora.training.base_shards import frozen_bytes
+from mlx_lora.training.shared_tables import units_of
+
+FEW_TOKENS = 8
+
+
+def resident_bytes() -> int:
+    """Return the process's resident size now, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+
+
+def base_alone_bytes(model: nn.Module, config: dict[str, Any]) -> int:
+    """Return MLX's peak during the forward and backward pass of a few tokens, whose own arrays are next to nothing."""
+    layers = [module for module in model.modules() if "dense_from_rows" in vars(module)]
+    before = [layer.dense_from_rows for layer in layers]
+    for layer in layers:
+        layer.dense_from_rows = FEW_TOKENS + 1  # floats of a packed weight are no part of the base
+    head, ids = find_head(model, config), mx.zeros((1, FEW_TOKENS), mx.int32)
+
+    def loss(model: nn.Module) -> mx.array:
+        hidden = model(ids) if isinstance(head, str) else head.hidden(ids)
+        return hidden.astype(mx.float32).sum()
+
+    mx.reset_peak_memory()
+    mx.eval(nn.value_and_grad(model, loss)(model))
+    peak = mx.get_peak_memory()
+    for layer, rows in zip(layers, before, strict=True):
+        layer.dense_from_rows = rows
+    mx.reset_peak_memory()
+    return peak
+
+
+def measured(result: Path, flags: list[str]) -> None:
+    """Train, and write `result`."""
+    found: dict[str, Any] = {"resident_before_bytes": resident_bytes()}
+    share_among, compose = composition.share_among, training_run.compose
+
+    def sharing(settings: Any, base: Any, ranks: Any) -> Any:
+        units = units_of(base.model)
+        found["base_bytes"] = frozen_bytes(base.model)
+        found["unit_bytes"] = units.bytes
+        found["resident_before_sharing_bytes"] = resident_bytes()
+        found["two_largest_bytes"] = units.largest
+        mx.reset_peak_memory()
+        shared = share_among(settings, base, ranks)
+        mx.eval(base.model.parameters())
+        found["share"] = shared[1].share
+        found["loading_bytes"] = mx.get_peak_memory()
+        found["resident_loading_bytes"] = process.peak_bytes()
+        found["held_bytes"] = mx.get_active_memory()
+        found["base_alone_bytes"] = base_alone_bytes(base.model, base.config)
+        return shared
+
+    def composing(*args: Any) -> Any:
+        run = compose(*args)
+        found["planned_bytes"], found["phase"] = run.memory.peak_bytes, run.memory.phase
+        found["phases"], found["parts"] = run.memory.phases, run.memory.parts
+        found["before_steps_bytes"] = mx.get_peak_memory()
+        return run
+
+    composition.share_among, training_run.compose = sharing, composing
+    code = main(flags, standalone_mode=False)
+    found["peak_bytes"], found["resident_bytes"] = mx.get_peak_memory(), process.peak_bytes()
+    result.write_text(json.dumps(found), encoding="utf-8")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    measured(Path(sys.argv[1]), sys.argv[2:])

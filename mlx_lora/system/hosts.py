@@ -1,0 +1,119 @@
+"""Read a host file as mlx.launch does, and ask its machines over ssh."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.units import GIB, counted
+
+SSH_S = 10
+HERE = ("localhost", "127.0.0.1")
+
+
+@dataclass(frozen=True)
+class HostMac:
+    """What is known of a Mac.
+
+    Attributes:
+        chip: as macOS names it, `Apple M4 Pro`.
+        memory_gb: of it.
+        working_set_bytes: that a run may use; None: not asked.
+    """
+
+    chip: str
+    memory_gb: int
+    working_set_bytes: int | None = None
+
+
+def hosts_of(file: Path) -> list[str]:
+    """Return the names by which ssh reaches the machines of a host file.
+
+    Raises:
+        InputError: it is not a host file.
+    """
+    entries = _read(file)
+    entries = entries.get("hosts", entries) if isinstance(entries, dict) else entries
+    try:
+        hosts = [str(entry["ssh"]) for entry in entries]
+    except (KeyError, TypeError):
+        raise InputError(
+            f'--hostfile {file}: not a JSON list of machines; write [{{"ssh": "first.local", "ips": ["10.0.0.1"]}}, ...]'
+        ) from None
+    if len(hosts) < 2:
+        raise InputError(f"--hostfile {file}: {counted(len(hosts), 'machine')}; name two or more")
+    return hosts
+
+
+def macs_of(file: Path) -> tuple[list[HostMac], dict[str, float] | None]:
+    """Return the Macs of a host file, and the link that was measured between them.
+
+    Args:
+        file: as mlx.launch reads it: each Mac is asked over ssh, and no link is known. Or what `mlx-lora cluster --json`
+            printed, which has all of it.
+
+    Raises:
+        InputError: it is neither, or a machine cannot be asked.
+    """
+    found = _read(file)
+    if isinstance(found, dict) and "machines" in found:
+        try:
+            macs = [
+                HostMac(str(one["device"]), round(one["memory_bytes"] / GIB), int(one["working_set_bytes"]))
+                for one in found["machines"]
+            ]
+            link = found["link"] and {name: float(found["link"][name]) for name in ("bytes_per_s", "latency_s")}
+        except (KeyError, TypeError, ValueError):
+            raise InputError(
+                f"--hostfile {file}: not what `mlx-lora cluster --json` prints; run that again, or name a host file"
+            ) from None
+        return macs, link
+    return [ask(host, file) for host in hosts_of(file)], None
+
+
+def ask(host: str, file: Path) -> HostMac:
+    """Return a Mac's chip and memory.
+
+    Raises:
+        InputError: it cannot be reached, or is no Mac.
+    """
+    words = ["sysctl", "-n", "machdep.cpu.brand_string", "hw.memsize"]
+    try:
+        ran = subprocess.run([*_to(host), *words], capture_output=True, text=True, timeout=2 * SSH_S)
+        chip, memory = ran.stdout.split("\n")[:2] if ran.returncode == 0 else ("", "")
+        if memory.isdecimal():
+            return HostMac(chip.strip(), round(int(memory) / GIB))
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        pass
+    raise InputError(
+        f"--hostfile {file}: {host} does not say its chip and memory (`ssh {host} sysctl -n machdep.cpu.brand_string`); is it a Mac "
+        "that ssh reaches without a question? Or name chips and memory with --macs"
+    )
+
+
+def reachable(host: str) -> bool:
+    """Return whether ssh reaches a machine without a question; this machine is always reachable."""
+    try:
+        return subprocess.run([*_to(host), "true"], capture_output=True, timeout=2 * SSH_S).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def _to(host: str) -> list[str]:
+    """Return the words that come before a command on a machine."""
+    return [] if host in HERE else ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_S}", "--", host]
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--hostfile {file}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise InputError(
+            f'--hostfile {file}: not a JSON list of machines; write [{{"ssh": "first.local", "ips": ["10.0.0.1"]}}, ...]'
+        ) from None
