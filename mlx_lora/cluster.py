@@ -146,7 +146,7 @@ def show(machines: Sequence[dict[str, Any]], rates: LinkRates | None, problems: 
         return
     for rank, machine in enumerate(machines):
         click.echo(
-            f"rank {rank}: {machine['host']}, {machine['device']}, {gigabytes(machine['memory_bytes'])}, of which a run may use "
+            f"rank {rank}: {machine['host']}, {machine['device']}, {gigabytes(machine['memory_bytes'])} of memory, a run may use "
             f"{gigabytes(machine['working_set_bytes'])}; {gigabytes(machine['free_bytes'])} free on disk; mlx {machine['versions']['mlx']}"
         )
     if rates is not None:

@@ -45,6 +45,8 @@ def main(config_file: str | None, dry_run: bool, **options: Any) -> int:
         run_supervised(settings.loop.max_restarts)
     if settings.loop.short_buffers:
         device.restart_with_short_buffers()
+    if settings.loop.shard_base != "off":
+        device.plan_whole_graphs()
     with together(console.describe_error) as ranks:
         outcome = train_run(settings, ranks, console.echo, LiveProgress if sys.stderr.isatty() else None)
         if outcome.interrupted:

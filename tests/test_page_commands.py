@@ -30,7 +30,7 @@ ADDRESS = "127.0.0.1:8080"
 GGUF = "tiny.gguf"
 # A name of the pages, as a regular expression of a whole word of a command -> what stands for it here.
 STAND_INS = {
-    r"(Qwen|HuggingFaceTB)/[\w.-]+": "smollm2",
+    r"(Qwen|HuggingFaceTB|meta-llama)/[\w.-]+": "smollm2",
     r"QuantFactory/[\w.:-]+": GGUF,
     r"~/\.cache/mlx_lora/models/[\w.-]+\.gguf": GGUF,
     r"model(\.Q4_K_M)?\.gguf": GGUF,

@@ -15,7 +15,7 @@ from mlx_lora.planner.chips import CHIPS, find_chip
 from mlx_lora.planner.fitting import largest_batch, run_of
 from mlx_lora.planner.macs_plan import Link, Mac, MacsPlan, Units, least_tokens, memory_shares, plan_macs
 from mlx_lora.planner.memory import MemoryPlan
-from mlx_lora.planner.shapes import KernelTerms, ModelShape
+from mlx_lora.planner.shapes import KernelTerms, ModelShape, Run
 from mlx_lora.planner.speed import listed_ceilings
 from mlx_lora.settings.checks import shard_parts
 from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, TrainSettings
@@ -145,23 +145,16 @@ def equal_macs(settings: TrainSettings, count: int, link: Link) -> list[dict[str
 
 def planned_on(model: SharedModel, macs: Sequence[Given], link: Link) -> dict[str, Any]:
     """Return a model's plan on some Macs, as JSON values."""
-    settings = model.settings
-    chosen = [_mac(mac, model.number_bytes) for mac in macs]
-    shares = _shares(settings, chosen)
-    mode = "block" if settings.loop.grad_checkpoint == "auto" else settings.loop.grad_checkpoint
-    tokens = settings.loop.batch_tokens or DEFAULT_BATCH_TOKENS
-    rows, width = largest_batch(settings.data.max_seq_length - 1, settings, tokens)
-    run = run_of(settings, max(rows, len(macs)), width, mode)
-    asked = (model.shape, model.units, run, chosen, shares, link)
-    found = plan_macs(*asked)
+    chosen, run, shares = _asked(model, macs)
+    found = plan_macs(model.shape, model.units, run, chosen, shares, link)
     return {
         "fits": found.fits,
         "macs": [_mac_row(*row) for row in zip(chosen, shares, found.memory, found.computing_s, strict=True)],
-        "shard_base": split_of(settings),
-        "rank": settings.adapter.rank,
+        "shard_base": split_of(model.settings),
+        "rank": model.settings.adapter.rank,
         "batch_tokens": run.positions,
-        "max_seq_length": width + 1,
-        "grad_checkpoint": mode,
+        "max_seq_length": run.width + 1,
+        "grad_checkpoint": run.checkpointing,
         "units": {
             "blocks": len(model.units.blocks),
             "largest_bytes": max((*model.units.blocks, *model.units.tables)),
@@ -170,9 +163,19 @@ def planned_on(model: SharedModel, macs: Sequence[Given], link: Link) -> dict[st
         "sent_bytes_per_step": found.sending.sent_bytes,
         "link_gbit_per_s": link.bytes_per_s * 8 / 1e9,
         "predicted": _predicted(found, run.positions, model),
-        "least_batch_tokens": least_tokens(*asked),
+        "least_batch_tokens": least_tokens(model.shape, model.units, run, chosen, shares, link),
         "whole_base_bytes": model.shape.base_bytes,
     }
+
+
+def _asked(model: SharedModel, macs: Sequence[Given]) -> tuple[list[Mac], Run, list[float]]:
+    """Return the Macs, the largest batch and each Mac's part of the base, as the settings ask for them."""
+    settings = model.settings
+    chosen = [_mac(mac, model.number_bytes) for mac in macs]
+    mode = "block" if settings.loop.grad_checkpoint == "auto" else settings.loop.grad_checkpoint
+    tokens = settings.loop.batch_tokens or DEFAULT_BATCH_TOKENS
+    rows, width = largest_batch(settings.data.max_seq_length - 1, settings, tokens)
+    return chosen, run_of(settings, max(rows, len(macs)), width, mode), _shares(settings, chosen)
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,8 @@ def suggested(model: SharedModel, macs: Sequence[Given], link: Link) -> Suggesti
     ]
     for given, first in ((macs, ""), (raised, command)):
         for words, other in smaller:
-            if planned_on(other, given, link)["fits"]:
+            chosen, run, shares = _asked(other, given)
+            if plan_macs(other.shape, other.units, run, chosen, shares, link).fits:
                 return Suggestion(first + words, other, given)
     return None
 

@@ -21,6 +21,7 @@ from mlx_lora.planner.speed import Ceilings, step_seconds
 
 MOST_TOKENS = 1 << 20  # of a batch that is looked for
 EQUAL = 1e-6  # parts that differ less are equal
+LEAST_ROW = 128  # tokens of a row of that batch, if rows are not shorter
 HIDDEN = 1.1  # a link is hidden if a step takes at most this many times as long as computing
 
 
@@ -210,11 +211,6 @@ class MacsPlan:
         """Whether sending takes longer than computing."""
         return self.sending.link_s > max(self.computing_s)
 
-    @property
-    def link_hidden(self) -> bool:
-        """Whether the chips hardly wait for the link."""
-        return self.step_s <= HIDDEN * max(self.computing_s)
-
 
 def rank_part(shape: ModelShape, units: Units, share: float) -> ModelShape:
     """Return the shape of one Mac's part of a model: its share of each unit, and the two largest units in whole.
@@ -248,15 +244,23 @@ def plan_macs(
         macs, link: what it runs on.
         shares: each Mac's part of the base, which add up to 1.
     """
-    count = len(macs)
-    slots = None if run.trained_positions is None else -(-run.trained_positions // count)
-    own = replace(run, rows=-(-run.rows // count), trained_positions=slots)
+    own = _own_part(run, len(macs))
     memory = [
         plan_memory(rank_part(shape, units, share), own, mac.machine) for mac, share in zip(macs, shares, strict=True)
     ]
-    computing = [step_seconds(shape, own, mac.machine, mac.ceilings)[0] for mac in macs]
     sent = sending(units, shape.first_trained, SINGLE * shape.trained, shares, link)
-    return MacsPlan(tuple(shares), tuple(memory), tuple(computing), sent)
+    return MacsPlan(tuple(shares), tuple(memory), tuple(_computing(shape, own, macs)), sent)
+
+
+def _own_part(run: Run, count: int) -> Run:
+    """Return what one of `count` Macs computes of a batch."""
+    slots = None if run.trained_positions is None else -(-run.trained_positions // count)
+    return replace(run, rows=-(-run.rows // count), trained_positions=slots)
+
+
+def _computing(shape: ModelShape, own: Run, macs: Sequence[Mac]) -> list[float]:
+    """Return each Mac's seconds of computing its part of a step."""
+    return [step_seconds(shape, own, mac.machine, mac.ceilings)[0] for mac in macs]
 
 
 def least_tokens(
@@ -268,17 +272,21 @@ def least_tokens(
         As for `plan_macs`; the rows of `run` are replaced.
     """
 
+    sent = sending(units, shape.first_trained, SINGLE * shape.trained, shares, link)
+    width = min(run.width, LEAST_ROW)
+
     def hidden(rows: int) -> bool:
-        trained = run.slots * rows // run.rows
-        larger = replace(run, rows=rows, trained_positions=trained)
-        return plan_macs(shape, units, larger, macs, shares, link).link_hidden
+        trained = run.slots * rows * width // run.positions
+        larger = replace(run, rows=rows, width=width, trained_positions=trained)
+        computing_s = max(_computing(shape, _own_part(larger, len(macs)), macs))
+        return sent.step_s(computing_s) <= HIDDEN * computing_s
 
     low, high = 0, len(macs)
     while not hidden(high):
         low, high = high, 2 * high
-        if high * run.width > MOST_TOKENS:
+        if high * width > MOST_TOKENS:
             return None
     while high - low > len(macs):
         middle = (low + high) // 2
         low, high = (low, middle) if hidden(middle) else (middle, high)
-    return high * run.width
+    return high * width

@@ -236,6 +236,15 @@ def host_waits_for_peers() -> bool:
     return mx.default_device() != mx.Device(mx.cpu)
 
 
+def plan_whole_graphs() -> None:
+    """Let MLX plan operations in the order in which a step needs them, so that messages are sent early.
+
+    By default MLX plans at most twenty operations side by side, and puts off others, among them messages that the next block
+    waits for (training/base_shards.py). This works before MLX's first computation.
+    """
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100000")
+
+
 def message_stream(backend: str) -> mx.Stream | None:
     """Return a stream for messages to other ranks, beside that of the computation; None: mlx's default.
 

@@ -206,10 +206,10 @@ class Held:
 
 
 def _planned_early(message: mx.array) -> mx.array:
-    """Return a message through operations that do nothing, so that MLX sends it before it plans the unit before.
+    """Return a message through operations that do nothing, so that MLX sends it before it computes the unit before.
 
-    MLX plans a graph from its end, level by level, so a message that only the next unit needs would be planned, and sent, after
-    nearly all operations of this one. These add levels; more of them change nothing, as a message waits for what it depends on.
+    MLX plans a graph from its end, level by level, so a message that only the next unit needs would be sent after nearly all
+    operations of this one. These add levels, if MLX plans whole graphs (device.plan_whole_graphs).
     """
     for _ in range(LEVELS):
         message = mx.stop_gradient(message)
@@ -277,6 +277,10 @@ class SharedBlock(nn.Module):
 
     def at_hand(self, before: Sequence[mx.array]):
         return self._held.at_hand(self, before)
+
+    def in_turn(self, own: list[mx.array], given: list[mx.array]) -> list[mx.array]:
+        """Let the block before wait for this one's gradients, or MLX plans many blocks' gradients before any message."""
+        return mx.depends(given, own) if own and given else given
 
 
 def share_blocks(blocks: Sequence[nn.Module], messages: Messages) -> list[Unit]:

@@ -149,6 +149,15 @@ class Checkpointed(nn.Module):
         """
         return nullcontext()
 
+    def in_turn(self, own: list[mx.array], given: list[mx.array]) -> list[mx.array]:
+        """Return the gradients of the block's arguments; a shared block's wait for those of its parameters.
+
+        Args:
+            own: gradients of its parameters.
+            given: of its arguments.
+        """
+        return given
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # In generation nothing is differentiated, and the cache has state, so the block runs as it is. The blocks of
         # Kimi K3 and DeepSeek V4.1 have state too: they write into an object that the next block reads.
@@ -173,7 +182,9 @@ class Checkpointed(nn.Module):
             # Wait until the backward pass gets here, or all blocks would be recomputed at once.
             primals = mx.depends(list(primals), cotangents)
             with self.tape.replaying(outputs[returned:]), self.at_hand(cotangents):
-                return mx.vjp(lambda *p: _arrays(function(*p)), primals, cotangents)[1]
+                gradients = mx.vjp(lambda *p: _arrays(function(*p)), primals, cotangents)[1]
+            own = gradients[: len(gradients) - len(given)]
+            return [*own, *self.in_turn(own, gradients[len(own) :])]
 
         outputs = run(*primals)
         return _with_arrays(shape[0], outputs)
