@@ -139,7 +139,7 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
     activations |= {} if run.teacher_top_k is None else {"records": _record_bytes(shape, run)}
     ahead = _backward_window(shape, run, machine)
     one_block = max((kept_by(block, run, machine) for block in shape.blocks), default=0)
-    check, logits = sum(_kept_by_blocks(shape, Run(1, CHECK_TOKENS), machine)), _check_bytes(shape, machine)
+    check, logits = _check_parts(shape, machine)
     again = 0 if run.checkpointing == "none" else most
     last_tile = 0 if shape.plain_loss else min(2 * machine.tile_bytes, 2 * SINGLE * run.slots * shape.vocabulary)
     phases = {
@@ -344,6 +344,18 @@ def _check_bytes(shape: ModelShape, machine: Machine) -> int:
         2 * CHECK_TOKENS * shape.vocabulary * (SINGLE + (machine.number_bytes if machine.number_bytes < SINGLE else 0))
     )
     return dense + logits
+
+
+def _check_parts(shape: ModelShape, machine: Machine) -> tuple[int, int]:
+    """Return what blocks keep in the check, and its logits or, if a shared block needs more, that block.
+
+    A shared base is checkpointed from the beginning, and MLX does not allocate ahead then (system/device.py).
+    """
+    if not shape.shared:
+        return sum(_kept_by_blocks(shape, Run(1, CHECK_TOKENS), machine)), _check_bytes(shape, machine)
+    run = Run(1, CHECK_TOKENS, checkpointing="block")
+    kept, most = _kept_by_blocks(shape, run, machine)
+    return kept, max(_check_bytes(shape, machine), most + _backward_window(shape, run, machine))
 
 
 def _load_window(shape: ModelShape) -> int:
