@@ -73,6 +73,7 @@ def measured(result: Path, flags: list[str]) -> None:
         shared = share_among(settings, base, ranks)
         mx.eval(base.model.parameters())
         found["share"] = shared[1].share
+        found["adapter_bytes"] = sum(array.nbytes for _, array in tree_flatten(base.model.trainable_parameters()))
         found["loading_bytes"] = mx.get_peak_memory()
         found["resident_loading_bytes"] = process.peak_bytes()
         found["held_bytes"] = mx.get_active_memory()

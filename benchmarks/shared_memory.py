@@ -5,9 +5,9 @@
 `made:DIR` is a random model with the tokenizer of DIR. For each model and way of sharing, one-thread processes train for two steps over rows of --length tokens. For each of them
 this compares
 
-    base     MLX's peak of a pass over a few tokens (nothing but the base and two units), with its share of the base and the
+    base     MLX's peak of a pass over a few tokens, without the adapter and its gradient, with its share of the base and the
              two largest units: at most 5 % above
-    loading  MLX's peak until the base is shared, with the same bound
+    loading  MLX's peak until the base is shared, without the adapter, with the same bound
     peak     MLX's peak of the run, with the plan: within 10 %
 
 and shows the resident size beyond what the process had before the model. Ends with one line of JSON; the exit code is 1 if
@@ -98,8 +98,8 @@ def compared(found: dict[str, Any]) -> dict[str, Any]:
     bound = whole + found["share"] * found["unit_bytes"] + found["two_largest_bytes"]
     resident = found["resident_bytes"] - found["resident_before_bytes"]
     ratios = {
-        "base": found["base_alone_bytes"] / bound,
-        "loading": found["loading_bytes"] / bound,
+        "base": (found["base_alone_bytes"] - 2 * found["adapter_bytes"]) / bound,  # its gradient, too
+        "loading": (found["loading_bytes"] - found["adapter_bytes"]) / bound,
         "peak": found["peak_bytes"] / found["planned_bytes"],
     }
     inside = max(ratios["base"], ratios["loading"]) <= MOST_BASE and abs(ratios["peak"] - 1) <= MOST_APART

@@ -327,6 +327,9 @@ def _loss_window(shape: ModelShape, run: Run, machine: Machine) -> int:
     pulled = 2 * rows * shape.width * SINGLE
     dense = columns * shape.width * size * machine.dense_copies if shape.head_packed else 0
     ahead = min(tiles, PACKED_TILES_AHEAD if shape.head_packed else TILES_AHEAD)
+    if shape.shared:
+        # All positions keep their sums and their targets' rows; nothing is allocated ahead (`_check_parts`).
+        return int(logits + dense + slots * shape.width * (2 * SINGLE + 2 * size))
     return int(ahead * (logits + pulled + dense) + 2 * slots * shape.width * size)
 
 
@@ -343,7 +346,8 @@ def _check_bytes(shape: ModelShape, machine: Machine) -> int:
     logits = (
         2 * CHECK_TOKENS * shape.vocabulary * (SINGLE + (machine.number_bytes if machine.number_bytes < SINGLE else 0))
     )
-    return dense + logits
+    # Slice by slice, the last one is dequantized while there are no whole logits yet.
+    return max(dense + logits // 2, logits) if shape.shared else dense + logits
 
 
 def _check_parts(shape: ModelShape, machine: Machine) -> tuple[int, int]:
