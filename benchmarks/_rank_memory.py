@@ -1,6 +1,7 @@
 """One rank of benchmarks/shared_memory.py: trains as `mlx_lora.train` does, and writes down what its memory was.
 
     python benchmarks/_rank_memory.py RESULT.json TRAIN-FLAGS
+    python benchmarks/_rank_memory.py --make FOLDER TOKENIZER-FOLDER      a random Qwen 3 with 91 million weights
 
 Sizes are MLX's peaks (all its buffers), and the process's resident size beyond what it was before the model was loaded.
 """
@@ -8,6 +9,7 @@ Sizes are MLX's peaks (all its buffers), and the process's resident size beyond 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models import qwen3
 
 from mlx_lora.models.head import find_head
 from mlx_lora.runs import composition, training_run
@@ -69,6 +73,7 @@ def measured(result: Path, flags: list[str]) -> None:
         shared = share_among(settings, base, ranks)
         mx.eval(base.model.parameters())
         found["share"] = shared[1].share
+        found["adapter_bytes"] = sum(array.nbytes for _, array in tree_flatten(base.model.trainable_parameters()))
         found["loading_bytes"] = mx.get_peak_memory()
         found["resident_loading_bytes"] = process.peak_bytes()
         found["held_bytes"] = mx.get_active_memory()
@@ -89,5 +94,29 @@ def measured(result: Path, flags: list[str]) -> None:
     sys.exit(code)
 
 
+def make_model(folder: Path, tokenizer: Path) -> None:
+    """Write a random model with an untied head, which memory does not tell from a trained one.
+
+    Args:
+        folder: to write; it must not exist.
+        tokenizer: a model's folder, whose tokenizer is copied.
+    """
+    vocabulary = json.loads((tokenizer / "config.json").read_text())["vocab_size"]
+    config = {
+        "model_type": "qwen3", "hidden_size": 512, "num_hidden_layers": 12, "intermediate_size": 1536, "head_dim": 64,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "vocab_size": vocabulary,
+        "max_position_embeddings": 4096, "rope_theta": 1e6, "tie_word_embeddings": False,
+    }  # fmt: skip
+    model = qwen3.Model(qwen3.ModelArgs.from_dict(config))
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in (*tokenizer.glob("tokenizer*"), *tokenizer.glob("special_tokens_map.json")):
+        shutil.copy(file, folder)
+
+
 if __name__ == "__main__":
-    measured(Path(sys.argv[1]), sys.argv[2:])
+    if sys.argv[1] == "--make":
+        make_model(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        measured(Path(sys.argv[1]), sys.argv[2:])

@@ -1,13 +1,13 @@
 """Measure each process's memory when several share a base, against the bound and against the plan.
 
-    python benchmarks/shared_memory.py --model float=DIR --model packed=DIR --parts even:2 --parts 3:1 --out memory.json
+    python benchmarks/shared_memory.py --model float=DIR --model packed=DIR --model random=made:DIR --out memory.json
 
-For each model and way of sharing, one-thread processes train for two steps over rows of --length tokens. For each of them
+`made:DIR` is a random model with the tokenizer of DIR. For each model and way of sharing, one-thread processes train for two steps over rows of --length tokens. For each of them
 this compares
 
-    base     MLX's peak of a pass over a few tokens (nothing but the base and two units), with its share of the base and the
+    base     MLX's peak of a pass over a few tokens, without the adapter and its gradient, with its share of the base and the
              two largest units: at most 5 % above
-    loading  MLX's peak until the base is shared, with the same bound
+    loading  MLX's peak until the base is shared, without the adapter, with the same bound
     peak     MLX's peak of the run, with the plan: within 10 %
 
 and shows the resident size beyond what the process had before the model. Ends with one line of JSON; the exit code is 1 if
@@ -81,6 +81,16 @@ def run_ranks(args: argparse.Namespace, model: str, parts: str, folder: Path) ->
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(count)]
 
 
+def model_folder(source: str, temporary: Path) -> str:
+    """Return the folder of a model, which is made if that is asked for."""
+    if not source.startswith("made:"):
+        return os.path.expanduser(source)
+    folder, tokenizer = temporary / "made", os.path.expanduser(source.removeprefix("made:"))
+    maker = [sys.executable, str(Path(__file__).with_name("_rank_memory.py")), "--make", str(folder), tokenizer]
+    subprocess.run(maker, env=child_environment(), check=True)
+    return str(folder)
+
+
 def compared(found: dict[str, Any]) -> dict[str, Any]:
     """Return a rank's figures with what they are compared with."""
     # Norms and the like are whole everywhere.
@@ -88,8 +98,8 @@ def compared(found: dict[str, Any]) -> dict[str, Any]:
     bound = whole + found["share"] * found["unit_bytes"] + found["two_largest_bytes"]
     resident = found["resident_bytes"] - found["resident_before_bytes"]
     ratios = {
-        "base": found["base_alone_bytes"] / bound,
-        "loading": found["loading_bytes"] / bound,
+        "base": (found["base_alone_bytes"] - 2 * found["adapter_bytes"]) / bound,  # its gradient, too
+        "loading": (found["loading_bytes"] - found["adapter_bytes"]) / bound,
         "peak": found["peak_bytes"] / found["planned_bytes"],
     }
     inside = max(ratios["base"], ratios["loading"]) <= MOST_BASE and abs(ratios["peak"] - 1) <= MOST_APART
@@ -132,13 +142,12 @@ def main(argv: Sequence[str]) -> int:
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for model in args.model:
-        name, _, folder = model.partition("=")
+        name, _, source = model.partition("=")
         for parts in args.parts:
             with tempfile.TemporaryDirectory(prefix="shared-memory-") as temporary:
                 try:
-                    ranks = [
-                        compared(found) for found in run_ranks(args, os.path.expanduser(folder), parts, Path(temporary))
-                    ]
+                    folder = model_folder(source, Path(temporary))
+                    ranks = [compared(found) for found in run_ranks(args, folder, parts, Path(temporary))]
                 except ChildFailed as error:
                     print(f"Error: {error}", file=sys.stderr)
                     return 1

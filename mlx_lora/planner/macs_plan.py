@@ -223,7 +223,9 @@ def rank_part(shape: ModelShape, units: Units, share: float) -> ModelShape:
     kept = shape.base_bytes - units.bytes + int(share * units.bytes)
     # Read a unit at a time.
     source_bytes = units.largest if shape.source_bytes else 0
-    return replace(shape, base_bytes=kept + units.largest, source_bytes=source_bytes, head_rows=units.head_rows)
+    return replace(
+        shape, base_bytes=kept + units.largest, source_bytes=source_bytes, shared=True, head_rows=units.head_rows
+    )
 
 
 def memory_shares(macs: Sequence[Machine]) -> list[float]:

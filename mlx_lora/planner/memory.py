@@ -139,7 +139,7 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
     activations |= {} if run.teacher_top_k is None else {"records": _record_bytes(shape, run)}
     ahead = _backward_window(shape, run, machine)
     one_block = max((kept_by(block, run, machine) for block in shape.blocks), default=0)
-    check, logits = sum(_kept_by_blocks(shape, Run(1, CHECK_TOKENS), machine)), _check_bytes(shape, machine)
+    check, logits = _check_parts(shape, machine)
     again = 0 if run.checkpointing == "none" else most
     last_tile = 0 if shape.plain_loss else min(2 * machine.tile_bytes, 2 * SINGLE * run.slots * shape.vocabulary)
     phases = {
@@ -327,6 +327,9 @@ def _loss_window(shape: ModelShape, run: Run, machine: Machine) -> int:
     pulled = 2 * rows * shape.width * SINGLE
     dense = columns * shape.width * size * machine.dense_copies if shape.head_packed else 0
     ahead = min(tiles, PACKED_TILES_AHEAD if shape.head_packed else TILES_AHEAD)
+    if shape.shared:
+        # All positions keep their sums and their targets' rows; nothing is allocated ahead (`_check_parts`).
+        return int(logits + dense + slots * shape.width * (2 * SINGLE + 2 * size))
     return int(ahead * (logits + pulled + dense) + 2 * slots * shape.width * size)
 
 
@@ -343,7 +346,20 @@ def _check_bytes(shape: ModelShape, machine: Machine) -> int:
     logits = (
         2 * CHECK_TOKENS * shape.vocabulary * (SINGLE + (machine.number_bytes if machine.number_bytes < SINGLE else 0))
     )
-    return dense + logits
+    # Slice by slice, the last one is dequantized while there are no whole logits yet.
+    return max(dense + logits // 2, logits) if shape.shared else dense + logits
+
+
+def _check_parts(shape: ModelShape, machine: Machine) -> tuple[int, int]:
+    """Return what blocks keep in the check, and its logits or, if a shared block needs more, that block.
+
+    A shared base is checkpointed from the beginning, and MLX does not allocate ahead then (system/device.py).
+    """
+    if not shape.shared:
+        return sum(_kept_by_blocks(shape, Run(1, CHECK_TOKENS), machine)), _check_bytes(shape, machine)
+    run = Run(1, CHECK_TOKENS, checkpointing="block")
+    kept, most = _kept_by_blocks(shape, run, machine)
+    return kept, max(_check_bytes(shape, machine), most + _backward_window(shape, run, machine))
 
 
 def _load_window(shape: ModelShape) -> int:

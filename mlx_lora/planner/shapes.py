@@ -200,6 +200,7 @@ class ModelShape:
         beside_bytes: bytes of other models that are held during the run (reward models).
         first_trained: the first block that has a backward pass; those before it keep nothing.
         head_packed: whether the output head is quantized.
+        shared: whether ranks share the base, and this is the part of one of them.
         head_rows: rows of the head that are at hand at a time, if ranks share it; 0: all.
         plain_loss: whether the loss needs the model's own logits for all positions.
         source_bytes: bytes of the stored weights if loading casts them; otherwise 0.
@@ -220,6 +221,7 @@ class ModelShape:
     beside_bytes: int = 0
     first_trained: int = 0
     head_packed: bool = False
+    shared: bool = False
     head_rows: int = 0
     plain_loss: bool = False
     source_bytes: int = 0

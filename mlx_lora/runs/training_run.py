@@ -211,10 +211,7 @@ def take_steps(
     """
     folder, budget_bytes = run.folder, run.memory.budget_bytes
     settings, ranks, step, at = folder.settings, folder.ranks, folder.step, folder.at
-    device.set_cache_limit(settings.loop.clear_cache_threshold, budget_bytes)
-    device.wire_working_set()
-    if is_shared(base.model):
-        device.wait_beyond(run.memory.peak_bytes)
+    _bound_memory(run, base)
     say("\n".join(run.words if settings.loop.verbose else run.words[:-1]))
     page = None
     if ranks.leads:
@@ -252,3 +249,11 @@ def take_steps(
             say(closing_words(folder.path, settings, folder.info, page.report.samples))
     told.raise_failure(left_by(settings.loop, outcome))
     return outcome
+
+
+def _bound_memory(run: Composed, base: Base) -> None:
+    """Bound the memory of the steps: MLX's buffer cache, and with a shared base what it allocates ahead of its work."""
+    device.set_cache_limit(run.folder.settings.loop.clear_cache_threshold, run.memory.budget_bytes)
+    device.wire_working_set()
+    if is_shared(base.model):
+        device.wait_beyond(run.memory.peak_bytes)

@@ -52,7 +52,6 @@ class Messages:
         sent: a number that is computed from the last message, for the next one to wait for.
         before: what the last unit waited for.
         cut_bytes: of the units so far.
-        even_bytes: of those, what all ranks keep equal parts of.
         held_bytes: of those, what each rank keeps.
     """
 
@@ -61,7 +60,6 @@ class Messages:
     sent: list[mx.array] = field(default_factory=list)
     before: list[mx.array] = field(default_factory=list)
     cut_bytes: int = 0
-    even_bytes: int = 0
     held_bytes: list[int] = field(default_factory=list)
 
     def gather(self, even: mx.array, rest: mx.array, at: slice, before: Sequence[mx.array]) -> list[mx.array]:
@@ -109,13 +107,13 @@ class Messages:
         if max(self.shares) - min(self.shares) < 1e-6:
             even = list(range(len(sizes)))
         else:
-            room, even = count * min(self.shares) * self.cut_bytes - self.even_bytes, []
+            missing = [share * self.cut_bytes - size for share, size in zip(self.shares, self.held_bytes, strict=True)]
+            room, even = count * min(missing), []
             for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
                 if sizes[number] <= room:
                     even.append(number)
                     room -= sizes[number]
         in_even = sum(sizes[number] for number in even)
-        self.even_bytes += in_even
         rest = sum(sizes) - in_even
         held = [size + in_even / count for size in self.held_bytes]
         missing = [max(0.0, share * self.cut_bytes - size) for share, size in zip(self.shares, held, strict=True)]

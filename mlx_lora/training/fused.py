@@ -74,8 +74,8 @@ def fused_token_losses(
             unit = exponentials.SCALE if head.bias is None and head.soft_cap is None else 1.0
             powers_of = partial(_polynomial_powers, unit)
         count = tile_shape(len(targets), head.vocabulary, tile_bytes)[0]
-        starts = range(0, len(targets), count)
-        chunks = [_Rows(*(array[start : start + count] for array in (hidden, targets, weights))) for start in starts]
+        ends = [slice(start, start + count) for start in range(0, len(targets), count)]
+        chunks = [_Rows(hidden[kept], targets[kept], weights[kept]) for kept in ends]
         results: list[tuple[mx.array, mx.array]] = []
         done: list[mx.array] = []
         for kept, at_hand in parts:
@@ -97,9 +97,8 @@ def fused_token_losses(
 
     @forward.vjp
     def forward_vjp(primals, cotangents, outputs):
-        hidden, *rest = primals
-        dh = (cotangents[0][:, None] * outputs[1]).astype(hidden.dtype)
-        return (dh, *(mx.zeros_like(array) for array in rest))
+        slopes = (cotangents[0][:, None] * outputs[1]).astype(hidden.dtype)
+        return (slopes, *(mx.zeros_like(array) for array in primals[1:]))
 
     return forward(hidden, targets, weights)[0]
 
@@ -165,7 +164,7 @@ class _Rows:
             logits = head.finish(((h * unit if unit != 1 else h) @ dense.T).astype(mx.float32), kept)  # (R, S)
             before = self.largest
             powers, self.largest = powers_of(logits, before, self.targets[:, None] - (part.kept.start + start))
-            shrink = None if before is None else mx.exp((before - self.largest) / unit)  # (R, 1)
+            shrink: Any = None if before is None else mx.exp((before - self.largest) / unit)  # (R, 1)
             mass = powers.sum(axis=-1, keepdims=True)
             self.total = mass if shrink is None else self.total * shrink + mass
             if gradient:
