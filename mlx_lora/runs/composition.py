@@ -35,7 +35,7 @@ from mlx_lora.runs.distilling import Taught, with_teacher
 from mlx_lora.runs.reference import with_reference
 from mlx_lora.runs.row_layout import Layout, asked_before, shared_layout, that_fits
 from mlx_lora.runs.sampled_answers import answered_by, answering_of, form_of, shared_words
-from mlx_lora.runs.shared_base import SharedBase, share_among
+from mlx_lora.runs.shared_base import SharedBase, same_checkpointing, share_among
 from mlx_lora.runs.trunk_choice import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
 from mlx_lora.runs.words import describe_run
 from mlx_lora.settings.config import LoopSettings, TrainSettings
@@ -47,6 +47,7 @@ from mlx_lora.training.base_shards import end_of_trial, is_shared
 from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.held_out import choose_held_out
 from mlx_lora.training.hooks_from_settings import make_events, rates_of, restart_every, restart_warmup
+from mlx_lora.training.in_step import called_together
 from mlx_lora.training.loss_choice import PLAIN_LOGITS
 from mlx_lora.training.losses import Loss, check_kernels, choose_loss
 from mlx_lora.training.objective_loss import Task, task_of
@@ -55,11 +56,12 @@ from mlx_lora.training.plan_loss import loss_of_plan
 from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.prefix_sharing import layout_problem, sharing_problem
 from mlx_lora.training.rollouts import AnyPlan
-from mlx_lora.training.run_fit import adapted_shape, fit_run
-from mlx_lora.training.sharing import Sharing
+from mlx_lora.training.run_fit import fit_run
+from mlx_lora.training.sharing import SameRows, Sharing
 from mlx_lora.training.state import Position
 from mlx_lora.training.step import Step
 from mlx_lora.training.taught_answers import Scorer
+from mlx_lora.training.tensor_parallel import in_branches, is_cut, row_ranks
 from mlx_lora.training.trainer import total_steps
 from mlx_lora.training.trial import choose_step_variant
 
@@ -136,6 +138,7 @@ def compose(
     chosen, layout = choose_layout(asked, base, splits.train, objective, found, say)
     shape = shape_of(asked, base, chosen, shared)
     settings, memory = fit_settings(layout.settled(asked), shape, layout.of(splits), chosen)
+    settings = replace(settings, loop=same_checkpointing(settings.loop, shared.cut_by > 1, ranks))
     layout, memory = that_fits(layout, settings, shape, splits.train, chosen.terms, memory)
     if objective.reference and splits.train.reference is None:
         of = chosen.loss, chosen.kernels  # in batches that fit, so that its peak is below a step's
@@ -231,7 +234,9 @@ def choose_loss_and_kernels(
     asked = settings.loop.kernels
     loss = choose_loss(base.model, base.config, asked, say, whole_last_block(found))
     dtype = device.compute_dtype(settings.model.dtype)
-    asked = OURS if asked == AUTO and is_shared(base.model) else asked  # what one rank measures, another might not
+    asked = (
+        OURS if asked == AUTO and called_together(base.model) else asked
+    )  # what one rank measures, another might not
     rows_of = {one.starts is not None: one for one in (rows, joined_too) if one is not None}
     lengths = {shared: sorted({max(1, int(n) - 1) for n in one.lengths}) for shared, one in rows_of.items()}
     choice = choose_model_kernels(base.model, lengths.get(False, []), asked, dtype, say, lengths.get(True, []))
@@ -288,7 +293,7 @@ def choose_layout(
 def shape_of(asked: TrainSettings, base: Base, chosen: LossAndKernels, shared: SharedBase) -> ModelShape:
     """Return the shape of the adapted model, or of this rank's part of it, with the memory of what was chosen."""
     kernels = chosen.kernels or KernelChoice(MLX)
-    shape = shared.shape(asked, kernels) or adapted_shape(base.model, base.config, asked, kernels=kernels)
+    shape = shared.shape(asked, base, kernels)
     shape = replace(shape, plain_loss=chosen.loss.kernel == PLAIN_LOGITS)  # then the logits are whole
     if not chosen.loss.part_of_last:
         shape = replace(shape, blocks=tuple(replace(block, at_one=None) for block in shape.blocks))
@@ -345,7 +350,7 @@ def make_step(
     tape = apply_checkpointing(model, loop.grad_checkpoint)
     attention = (tape.attend if tape else attend) if chosen.kernels else None
     variant = choose_step_variant(
-        model, base.config, chosen.loss, attention, base.model_id, chosen.kernels or assumed, not is_shared(model)
+        model, base.config, chosen.loss, attention, base.model_id, chosen.kernels or assumed, not called_together(model)
     )
     end_of_trial(model)
     loss = variant.loss
@@ -353,6 +358,10 @@ def make_step(
         loss = at_temperature(loss, model, base.config, settings.objective.temp)
     loss = loss_of_plan(objective, loss, base, of_trunk.plan)
     whole = task_of(objective, loss, model)
+    sharing = None
+    if ranks.size > 1:
+        cut = is_cut(model)
+        sharing = SameRows(ranks, loop.seed, in_branches(model)) if cut else Sharing(ranks, loop.seed, is_shared(model))
     trunk = choose_trunk(of_trunk, variant, objective)  # after the checkpointing, whose blocks it wraps
     task = trunk.for_steps(whole)
     step = Step(
@@ -364,10 +373,10 @@ def make_step(
         wait=loop.short_buffers,
         rate_of=rates_of(adapter),
         events=make_events(adapter, model, steps, loop.seed),
-        sharing=Sharing(ranks, loop.seed, is_shared(model)) if ranks.size > 1 else None,
+        sharing=sharing,
         compiled=variant.compiled,
         choose=variant.choose,
-        prepare=lambda batches: task.prepare(batches, ranks),
+        prepare=lambda batches: task.prepare(batches, row_ranks(model, ranks)),
         arrays_of=task.arrays_of,
         reports=task.reports,
     )
@@ -375,5 +384,5 @@ def make_step(
     details += ["blocks that share a state are not checkpointed"] if tape is not None and tape.left_out else []
     about = [planned_words(memory), f"checkpointing {loop.grad_checkpoint}", *variant.notes]
     about += ["a pause after each micro-batch"] if loop.short_buffers else []
-    about += [f"rows shared by {ranks.size} processes"] if ranks.size > 1 else []
+    about += [f"rows shared by {ranks.size} processes"] if ranks.size > 1 and not is_cut(model) else []
     return step, trunk.for_validation(whole), trunk, details, about

@@ -20,6 +20,7 @@ from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
 from mlx_lora.runs.reward_models import check_rewards, load_rewards
 from mlx_lora.runs.sampled_answers import sampled_plan
+from mlx_lora.runs.shared_base import in_parts
 from mlx_lora.runs.teacher_answers import DISTILL, data_with_answers
 from mlx_lora.runs.words import closing_words, left_by, loss_words, outcome_line
 from mlx_lora.settings.config import ObjectiveSettings, TrainSettings
@@ -69,7 +70,7 @@ def train_run(
         with waiting("Loading the model", say):
             if trains:
                 check_base_fits(settings)  # an outline, without weights, which need not be read or downloaded in vain
-            base = load_base(settings.model, read=settings.loop.shard_base == "off")
+            base = load_base(settings.model, read=not in_parts(settings.loop))
     rewards = load_rewards(settings, base, say, first_day(settings.loop, ranks))  # before an adapter is on the base
     untrained = base
     if not trains:
@@ -127,6 +128,8 @@ def check_request(settings: TrainSettings, ranks: Ranks) -> None:
         )
     if not trains and loop.shard_base != "off":
         raise InputError(f"--shard-base {loop.shard_base} with --no-train: only training shares a base; leave it out")
+    if not trains and loop.parallel != "data":
+        raise InputError(f"--parallel {loop.parallel} with --no-train: only training cuts a base; leave it out")
     if not trains and not loop.test:
         raise InputError("--no-train without --test: nothing to do; give --test, or leave --no-train out")
     if not trains or not ranks.leads:

@@ -97,7 +97,8 @@ def check_base_fits(settings: TrainSettings) -> None:
     Raises:
         InputError: see `check_fits`.
     """
-    if not settings.loop.memory_check or settings.loop.shard_base != "off":  # by then, the number of parts is known
+    loop = settings.loop
+    if not loop.memory_check or loop.shard_base != "off" or loop.parallel == "tensor":  # with parts it is told later
         return
     dtype = device.compute_dtype(settings.model.dtype)
     try:

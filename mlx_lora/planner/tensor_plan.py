@@ -1,0 +1,149 @@
+"""Choose how several processes divide a run: rows with a whole base, rows with a shared base, or layers.
+
+    data, whole base     a rank computes its rows; the gradients are added up once a step
+    data, shared base    the same, and each block's weights go around once or twice in each batch, while blocks compute
+    tensor               a rank computes all rows with its part of each layer; each block adds up a batch's activations
+                         at four places, and each of these sums is waited for
+
+So tensor parallelism sends tokens x width, and a shared base sends weights: small batches on a link with little latency
+speak for the first, large batches for the second. A whole base sends least, if it fits.
+
+Shapes: N ranks, T tokens of a batch, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_lora.planner.macs_plan import Link, Mac, MacsPlan
+from mlx_lora.planner.memory import SINGLE, MemoryPlan, plan_memory
+from mlx_lora.planner.shapes import ModelShape, Run
+from mlx_lora.planner.speed import step_seconds
+
+# mlx-lm's modules whose cut was read and is tested (tests/test_tensor_parallel.py).
+ARCHITECTURES = ("llama", "ministral3", "qwen2", "qwen3", "qwen3_moe", "glm4_moe", "gpt_oss")
+DATA, TENSOR = "data", "tensor"
+
+
+def cut_problem(architecture: str, config: Mapping[str, Any], size: int) -> str | None:
+    """Return in a few words why a model cannot be cut into so many parts, None if it can as far as its config says.
+
+    Args:
+        architecture: mlx-lm's module, such as `llama`, which also has Mistral.
+        config: config.json.
+        size: N.
+    """
+    if architecture not in ARCHITECTURES:
+        return f"mlx-lm's {architecture} is not one of the architectures that are cut ({', '.join(ARCHITECTURES)})"
+    text = {**config, **(config.get("text_config") or {})}
+    heads = text.get("num_attention_heads")
+    counts = {
+        "attention heads": heads,
+        "key-value heads": text.get("num_key_value_heads") or heads,
+        "MLP columns": text.get("intermediate_size"),
+        "expert columns": text.get("moe_intermediate_size"),
+    }
+    uneven = [f"{count} {name}" for name, count in counts.items() if isinstance(count, int) and count % size]
+    return f"the model has {' and '.join(uneven)}, which {size} do not divide" if uneven else None
+
+
+def cut_config(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Return config.json of one rank's part, as far as the planner reads it: its heads."""
+    text = {**config, **(config.get("text_config") or {})}
+    heads = int(text.get("num_attention_heads") or 0)
+    if not heads:
+        return dict(config)
+    width = text.get("head_dim") or text.get("hidden_size", 0) // heads
+    key_heads = int(text.get("num_key_value_heads") or heads)
+    own = {"num_attention_heads": heads // size, "num_key_value_heads": key_heads // size, "head_dim": width}
+    return {**config, **own, **({"text_config": {**config["text_config"], **own}} if "text_config" in config else {})}
+
+
+def sums_of_step(shape: ModelShape, checkpointing: str) -> int:
+    """Return how often a batch's activations are added up over the ranks in a step.
+
+    Two branches of each block end with a sum in the forward pass, and begin with one in the backward pass. A block that is
+    computed again, without its products, adds up its attention's output once more.
+    """
+    trained = len(shape.blocks) - shape.first_trained
+    again = trained if checkpointing not in ("none", "selective") else 0
+    return 2 * len(shape.blocks) + 2 * trained + again
+
+
+@dataclass(frozen=True)
+class Split:
+    """One way to divide a run, and what is predicted of it.
+
+    Attributes:
+        name: `data` or `tensor`.
+        shared: whether the base is in parts; only with `data`.
+        memory: each rank's plan.
+        computing_s: of a step, of the slowest rank.
+        waiting_s: in which nothing is computed, for the link.
+        problem: why it cannot be used; empty if it can.
+    """
+
+    name: str
+    shared: bool = False
+    memory: tuple[MemoryPlan, ...] = ()
+    computing_s: float = 0.0
+    waiting_s: float = 0.0
+    problem: str = ""
+
+    @property
+    def step_s(self) -> float:
+        """The seconds of a step."""
+        return self.computing_s + self.waiting_s
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is possible and fits each rank."""
+        return not self.problem and all(plan.fits for plan in self.memory)
+
+    @property
+    def words(self) -> str:
+        """For messages."""
+        return self.name + (" with a shared base" if self.shared else "")
+
+
+def split_by_tensor(shape: ModelShape, run: Run, macs: Sequence[Mac], link: Link, number_bytes: int) -> Split:
+    """Return what is predicted of tensor parallelism.
+
+    Args:
+        shape: of one rank's part of the model, with the whole adapter.
+        run: the whole batch, which every rank computes.
+        macs, link: what it runs on.
+        number_bytes: of an activation.
+    """
+    count = len(macs)
+    memory = tuple(plan_memory(shape, run, mac.machine) for mac in macs)
+    computing = max(step_seconds(shape, run, mac.machine, mac.ceilings)[0] for mac in macs)
+    one = link.sum_s(run.positions * shape.width * number_bytes, count)
+    waiting = sums_of_step(shape, run.checkpointing) * one + link.sum_s(SINGLE * shape.trained, count)
+    return Split(TENSOR, memory=memory, computing_s=computing, waiting_s=waiting)
+
+
+def split_by_rows(shape: ModelShape, run: Run, macs: Sequence[Mac], link: Link) -> Split:
+    """Return what is predicted of rows that are dealt, with the whole base on each rank.
+
+    Args:
+        shape: of the whole model.
+        run: one rank's part of the batch.
+        macs, link: what it runs on.
+    """
+    memory = tuple(plan_memory(shape, run, mac.machine) for mac in macs)
+    computing = max(step_seconds(shape, run, mac.machine, mac.ceilings)[0] for mac in macs)
+    return Split(DATA, memory=memory, computing_s=computing, waiting_s=link.sum_s(SINGLE * shape.trained, len(macs)))
+
+
+def split_with_shared_base(plan: MacsPlan) -> Split:
+    """Return what is predicted of rows that are dealt, with a part of the base on each rank."""
+    computing = max(plan.computing_s)
+    return Split(DATA, True, plan.memory, computing, plan.step_s - computing)
+
+
+def fastest(splits: Sequence[Split]) -> Split | None:
+    """Return the split with the shortest step among those that fit; None if none does."""
+    return min((split for split in splits if split.usable), key=lambda split: split.step_s, default=None)
