@@ -65,12 +65,7 @@ class CutDropout(Dropout):
 
 
 class Wire:
-    """What goes over the network inside a forward and a backward pass.
-
-    Attributes:
-        entered: (x) -> x, whose gradient is the sum of the ranks' gradients.
-        added: (x) -> the sum of the ranks' x, whose gradient every rank already has.
-    """
+    """What goes over the network inside a forward and a backward pass."""
 
     def __init__(self, add: Callable[[mx.array], mx.array]):
         """Set up.
@@ -78,14 +73,27 @@ class Wire:
         Args:
             add: returns the sum of all ranks' arrays, lazily.
         """
+        self._add = add
 
+    def entered(self, x: mx.array) -> mx.array:
+        """Return `x`, whose gradient is the sum of the ranks' gradients."""
+
+        @mx.custom_function
         def enter(x: mx.array) -> mx.array:
             return x
 
-        self.entered = mx.custom_function(enter)
-        self.added = mx.custom_function(add)
-        self.entered.vjp(lambda x, gradient, _: add(gradient))
-        self.added.vjp(lambda x, gradient, _: gradient)
+        enter.vjp(lambda x, gradient, _: self._add(gradient))
+        return enter(x)
+
+    def added(self, x: mx.array) -> mx.array:
+        """Return the sum of the ranks' `x`, whose gradient every rank already has."""
+
+        @mx.custom_function
+        def leave(x: mx.array) -> mx.array:
+            return self._add(x)
+
+        leave.vjp(lambda x, gradient, _: gradient)
+        return leave(x)
 
 
 class Entry(nn.Module):

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from mlx_lora.models.kernel_choice import KernelChoice
 from mlx_lora.models.load import Base
-from mlx_lora.models.outline import outline_of
+from mlx_lora.models.outline import Outline, outline_of
 from mlx_lora.planner.macs_plan import rank_part
 from mlx_lora.planner.shapes import ModelShape
-from mlx_lora.planner.tensor_plan import TENSOR, cut_config
+from mlx_lora.planner.tensor_plan import TENSOR
 from mlx_lora.planner.this_machine import this_machine
 from mlx_lora.settings.checks import shard_parts
 from mlx_lora.settings.config import LoopSettings, TrainSettings
@@ -39,12 +39,14 @@ class SharedBase:
     def shape(self, settings: TrainSettings, base: Base, kernels: KernelChoice) -> ModelShape:
         """Return the shape of this rank's part of the adapted model.
 
-        If blocks are gathered, it is read from an outline: the model itself has no weights but those of its part.
+        Where it is a part, it is read from an outline: blocks that are gathered have no weights but their part, and the
+        graphs of layers that are cut have messages in them.
         """
         if self.share is not None:
             return rank_shape(settings, self.share, kernels)
-        config = base.config if self.cut_by == 1 else cut_config(base.config, self.cut_by)
-        return adapted_shape(base.model, config, settings, kernels=kernels)
+        if self.cut_by > 1:
+            return outlined_shape(_outline(settings), settings, kernels, self.cut_by)
+        return adapted_shape(base.model, base.config, settings, kernels=kernels)
 
 
 def rank_shape(settings: TrainSettings, share: float, kernels: KernelChoice | None = None) -> ModelShape:
@@ -55,11 +57,14 @@ def rank_shape(settings: TrainSettings, share: float, kernels: KernelChoice | No
         share: of the rank, from 0 to 1.
         kernels: see `adapted_shape`.
     """
-    outline = outline_of(
-        settings.model.model or "", settings.model.revision, device.compute_dtype(settings.model.dtype)
-    )
+    outline = _outline(settings)
     shape = outlined_shape(outline, settings, kernels)
     return rank_part(shape, units_of(outline.model), share)
+
+
+def _outline(settings: TrainSettings) -> Outline:
+    model = settings.model
+    return outline_of(model.model or "", model.revision, device.compute_dtype(model.dtype))
 
 
 def shares_of(settings: TrainSettings, ranks: Ranks) -> list[float]:
