@@ -23,7 +23,10 @@ from mlx_lora.planner.shapes import ModelShape, Run
 from mlx_lora.planner.speed import step_seconds
 
 # mlx-lm's modules whose cut was read and is tested (tests/test_tensor_parallel.py).
-ARCHITECTURES = ("llama", "ministral3", "qwen2", "qwen3", "qwen3_moe", "glm4_moe", "gpt_oss")
+ARCHITECTURES = (
+    "deepseek_v2", "deepseek_v3", "exaone_moe", "glm4_moe", "glm4_moe_lite", "gpt_oss", "llama", "ministral3", "mistral4",
+    "qwen2", "qwen3", "qwen3_moe", "step3p5",
+)  # fmt: skip
 DATA, TENSOR = "data", "tensor"
 
 

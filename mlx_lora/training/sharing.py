@@ -164,17 +164,19 @@ class SameRows(Sharing):
         reseed(self._seed, step, 0)
 
     def own_gradients(self, grads: dict) -> dict:
-        """Return the gradients that are this rank's to count; rank 0 counts those that all ranks have in whole."""
+        """Return the gradients that are this rank's to count; rank 0 counts those that all ranks have in whole.
+
+        They are multiplied by 0 and not replaced: every rank must compute them, because messages are sent on the way.
+        """
         if self._ranks.leads:
             return grads
-        counted = [(name, g if name in self._in_parts else mx.zeros_like(g)) for name, g in tree_flatten(grads)]
-        return tree_unflatten(counted)
+        return tree_unflatten([(name, g if name in self._in_parts else 0 * g) for name, g in tree_flatten(grads)])
 
     def sums(self, total: list, flag: bool) -> tuple[list, mx.array]:
         """Add up gradients; loss, tokens and reports are rank 0's."""
         if not self._ranks.leads:
             loss_sum, tokens, reports, grads = total
-            total = [*tree_map(mx.zeros_like, [loss_sum, tokens, reports]), grads]
+            total = [*tree_map(lambda value: 0 * value, [loss_sum, tokens, reports]), grads]
         return super().sums(total, flag)
 
 

@@ -5,8 +5,8 @@ stays what it was, smaller, so that measured products, checkpointing and the pla
 sent where a branch of a block begins (in the backward pass) and ends (in the forward pass), and not at each layer of
 it: two of each per block. adapters/cut_layers.py has them.
 
-All ranks have the same rows, so they send the same messages in the same order: what a rank computes is the same graph
-on each, and all messages have one stream.
+All ranks have the same rows, so they send the same messages. Their order is the same too, whatever kernels a rank computes
+with: blocks and branches follow each other, so each message is computed from the one before it.
 
 Shapes: N ranks.
 Source: Megatron-LM, arXiv 1909.08053, section 3.
