@@ -1,6 +1,6 @@
 """One of several ranks that compute the loss and the gradient of tiny models in parts; rank 0 prints how far they are from one's.
 
-    python tests/cut_rank.py CASES.json         a list of {"model", "quantize", "mode", "config", "targets", "without"}
+python tests/cut_rank.py CASES.json         a list of {"model", "quantize", "mode", "config", "targets", "without"}
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from mlx_lora.adapters.cut_layers import Wire
 from mlx_lora.adapters.inject import adapter_layers, inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.models.attention import attend
+from mlx_lora.models.load import load_base
+from mlx_lora.settings.config import ModelSettings
 from mlx_lora.system.distributed import SeveralRanks, together
 from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.sharing import SameRows
@@ -83,17 +85,23 @@ def compare(case: dict[str, Any], ranks: SeveralRanks) -> dict[str, Any]:
             "part": bytes_of[1] / bytes_of[0]}  # fmt: skip
 
 
+def load(folder: str, ranks: SeveralRanks) -> dict[str, Any]:
+    """Return the bytes of the parts that a rank keeps, and the most that it had in memory while it read them."""
+    base = load_base(ModelSettings(model=folder), read=False)
+    inject(base.model, select_targets(base.model, "all-linear").paths, rank=4, scale=2.0)
+    largest = max(p.nbytes for _, p in tree_flatten(base.model.parameters()))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    cut_model(base.model, base.config, ranks)
+    own = sum(p.nbytes for _, p in tree_flatten(base.model.parameters()))
+    return {"whole": base.size_bytes, "part": own, "peak": mx.get_peak_memory() - before, "largest": largest}
+
+
 def main(file: str) -> None:
     with together(lambda error: None) as ranks:
         assert isinstance(ranks, SeveralRanks)
         for case in json.loads(Path(file).read_text()):
-            if case.get("may_fail"):
-                try:
-                    found = compare(case, ranks)
-                except Exception as error:
-                    found = {"error": f"{type(error).__name__}: {error}"}
-            else:
-                found = compare(case, ranks)
+            found = load(case["load"], ranks) if "load" in case else compare(case, ranks)
             if ranks.leads:
                 print(json.dumps({**case, **found}), file=sys.stderr, flush=True)
 

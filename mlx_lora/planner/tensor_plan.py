@@ -14,13 +14,14 @@ Shapes: N ranks, T tokens of a batch, D model width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_lora.planner.macs_plan import Link, Mac, MacsPlan
 from mlx_lora.planner.memory import SINGLE, MemoryPlan, plan_memory
 from mlx_lora.planner.shapes import ModelShape, Run
 from mlx_lora.planner.speed import step_seconds
+from mlx_lora.system.units import gigabytes
 
 # mlx-lm's modules whose cut was read and is tested (tests/test_tensor_parallel.py).
 ARCHITECTURES = (
@@ -82,6 +83,7 @@ class Split:
     Attributes:
         name: `data` or `tensor`.
         shared: whether the base is in parts; only with `data`.
+        tokens: of a batch of all ranks.
         memory: each rank's plan.
         computing_s: of a step, of the slowest rank.
         waiting_s: in which nothing is computed, for the link.
@@ -90,6 +92,7 @@ class Split:
 
     name: str
     shared: bool = False
+    tokens: int = 0
     memory: tuple[MemoryPlan, ...] = ()
     computing_s: float = 0.0
     waiting_s: float = 0.0
@@ -101,52 +104,82 @@ class Split:
         return self.computing_s + self.waiting_s
 
     @property
-    def usable(self) -> bool:
-        """Whether it is possible and fits each rank."""
-        return not self.problem and all(plan.fits for plan in self.memory)
+    def tokens_per_s(self) -> float:
+        """Of all ranks together."""
+        return self.tokens / self.step_s if self.step_s else 0.0
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits each rank."""
+        return all(plan.fits for plan in self.memory)
+
+    @property
+    def most_needed_bytes(self) -> int:
+        """By the rank that needs most."""
+        return max((plan.needed_bytes for plan in self.memory), default=0)
 
     @property
     def words(self) -> str:
-        """For messages."""
-        return self.name + (" with a shared base" if self.shared else "")
+        """Its name for messages."""
+        return f"{self.name} with {'a shared' if self.shared else 'a whole'} base" if self.name == DATA else self.name
+
+    @property
+    def verdict(self) -> str:
+        """Its speed, or why it cannot be used."""
+        if self.problem:
+            return f"not possible ({self.problem})"
+        if not self.fits:
+            least = min(plan.budget_bytes for plan in self.memory)
+            return f"does not fit (needs {gigabytes(self.most_needed_bytes)} of {gigabytes(least)})"
+        return f"{self.tokens_per_s:,.0f} tokens/s"
 
 
-def split_by_tensor(shape: ModelShape, run: Run, macs: Sequence[Mac], link: Link, number_bytes: int) -> Split:
+def split_by_tensor(shape: ModelShape, batch: Run, macs: Sequence[Mac], link: Link, number_bytes: int) -> Split:
     """Return what is predicted of tensor parallelism.
 
     Args:
         shape: of one rank's part of the model, with the whole adapter.
-        run: the whole batch, which every rank computes.
+        batch: of all ranks, each of which computes all of it.
         macs, link: what it runs on.
         number_bytes: of an activation.
     """
-    count = len(macs)
-    memory = tuple(plan_memory(shape, run, mac.machine) for mac in macs)
-    computing = max(step_seconds(shape, run, mac.machine, mac.ceilings)[0] for mac in macs)
-    one = link.sum_s(run.positions * shape.width * number_bytes, count)
-    waiting = sums_of_step(shape, run.checkpointing) * one + link.sum_s(SINGLE * shape.trained, count)
-    return Split(TENSOR, memory=memory, computing_s=computing, waiting_s=waiting)
+    memory = tuple(plan_memory(shape, batch, mac.machine) for mac in macs)
+    computing = max(step_seconds(shape, batch, mac.machine, mac.ceilings)[0] for mac in macs)
+    one = link.sum_s(batch.positions * shape.width * number_bytes, len(macs))
+    waiting = sums_of_step(shape, batch.checkpointing) * one + link.sum_s(SINGLE * shape.trained, len(macs))
+    return Split(TENSOR, tokens=batch.positions, memory=memory, computing_s=computing, waiting_s=waiting)
 
 
-def split_by_rows(shape: ModelShape, run: Run, macs: Sequence[Mac], link: Link) -> Split:
+def split_by_rows(shape: ModelShape, batch: Run, macs: Sequence[Mac], link: Link) -> Split:
     """Return what is predicted of rows that are dealt, with the whole base on each rank.
 
     Args:
         shape: of the whole model.
-        run: one rank's part of the batch.
+        batch: of all ranks.
         macs, link: what it runs on.
     """
-    memory = tuple(plan_memory(shape, run, mac.machine) for mac in macs)
-    computing = max(step_seconds(shape, run, mac.machine, mac.ceilings)[0] for mac in macs)
-    return Split(DATA, memory=memory, computing_s=computing, waiting_s=link.sum_s(SINGLE * shape.trained, len(macs)))
+    own = replace(batch, rows=-(-batch.rows // len(macs)))
+    memory = tuple(plan_memory(shape, own, mac.machine) for mac in macs)
+    computing = max(step_seconds(shape, own, mac.machine, mac.ceilings)[0] for mac in macs)
+    waiting = link.sum_s(SINGLE * shape.trained, len(macs))
+    return Split(DATA, tokens=batch.positions, memory=memory, computing_s=computing, waiting_s=waiting)
 
 
-def split_with_shared_base(plan: MacsPlan) -> Split:
-    """Return what is predicted of rows that are dealt, with a part of the base on each rank."""
+def split_with_shared_base(plan: MacsPlan, tokens: int) -> Split:
+    """Return what is predicted of rows that are dealt, with a part of the base on each rank.
+
+    Args:
+        plan: of such a run.
+        tokens: of a batch of all ranks.
+    """
     computing = max(plan.computing_s)
-    return Split(DATA, True, plan.memory, computing, plan.step_s - computing)
+    return Split(DATA, True, tokens, plan.memory, computing, plan.step_s - computing)
 
 
-def fastest(splits: Sequence[Split]) -> Split | None:
-    """Return the split with the shortest step among those that fit; None if none does."""
-    return min((split for split in splits if split.usable), key=lambda split: split.step_s, default=None)
+def best(splits: Sequence[Split]) -> Split:
+    """Return the fastest split that fits; if none does, the one that needs least."""
+    possible = [split for split in splits if not split.problem]
+    fitting = [split for split in possible if split.fits]
+    if fitting:
+        return max(fitting, key=lambda split: split.tokens_per_s)
+    return min(possible, key=lambda split: split.most_needed_bytes)

@@ -16,6 +16,7 @@ from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.objective_table import OBJECTIVES, objective_of
 from mlx_lora.runs.adapting import put_adapter
 from mlx_lora.runs.composition import Composed, compared_with, compose
+from mlx_lora.runs.parallel_choice import settled_parallel
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
 from mlx_lora.runs.reward_models import check_rewards, load_rewards
@@ -66,6 +67,9 @@ def train_run(
     check_request(settings, ranks)
     device.compile_for(steps=settings.loop.iters or 0)  # until `compose` knows how many there are
     folder, trains = Path(settings.loop.adapter_path), wants_training(settings)
+    settings, words = settled_parallel(settings, ranks)
+    if words:
+        say(words)
     if base is None:
         with waiting("Loading the model", say):
             if trains:

@@ -43,7 +43,7 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
     if settings["chat_date"] is not None and not is_day(settings["chat_date"]):
         problems.append(f"--chat-date {settings['chat_date']!r}: not a date; write it like 2026-11-26")
     problems += _adapter_problems(settings)
-    problems += _sharding_problems(settings) + _tensor_problems(settings)
+    problems += sharing_problems(settings) + _tensor_problems(settings)
     if settings["iters"] is not None and settings["epochs"] is not None:
         problems.append("--iters and --epochs: both given; keep one")
     loggers = [name.strip().lower() for name in (settings["report_to"] or "").split(",")]
@@ -82,7 +82,7 @@ def shard_parts(text: str) -> list[float] | None:
     return [float(part) for part in parts]
 
 
-def _sharding_problems(settings: Mapping[str, Any]) -> list[str]:
+def sharing_problems(settings: Mapping[str, Any]) -> list[str]:
     """Return what a run whose base is shared by its processes cannot do."""
     shared, problems = settings["shard_base"], []
     if shared not in (*SHARDING, "off") and shard_parts(shared) is None:

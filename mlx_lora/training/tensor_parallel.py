@@ -93,8 +93,9 @@ def cut_layers(model: nn.Module, config: dict[str, Any], place: Place, wire: Wir
     _check_groups({path: modules[path] for path, cut in cuts.items() if cut is not None})
     model.update_modules(tree_unflatten(list(adapters.items())))
     for path, layer in adapters.items():
-        if cuts.get(path) is not None:
-            _cut_adapter(layer, cuts[path])
+        cut = cuts.get(path)
+        if cut is not None:
+            _cut_adapter(layer, cut)
     at = dict(model.named_modules())
     for path in ends:
         mix_in(Exit, at[path], wire)
