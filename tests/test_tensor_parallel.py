@@ -38,11 +38,12 @@ def assert_close(found: list[dict]) -> None:
         assert case["alive"] == 1, case
 
 
-def test_parts_have_the_gradients_of_the_whole(tiny_folder, tmp_path):
+def test_parts_have_the_gradients_of_the_whole(tmp_path):
+    deep = {**WIDE, "num_hidden_layers": 8}
     cases = [
         {"model": "llama", "quantize": 4, "mode": "selective", "targets": ALL_LAYERS, "config": WIDE},
         {"model": "gpt_oss", "quantize": "mxfp4", "mode": "block", "config": {"intermediate_size": 64}},
-        {"load": str(tiny_folder)},
+        {"load": str(write_folder(tmp_path / "deep", tiny_model(**deep), deep))},
         {"model": "llama", "targets": ALL_LAYERS, "without": "counting"},
         {"model": "llama", "without": "entry"},
     ]
@@ -50,14 +51,15 @@ def test_parts_have_the_gradients_of_the_whole(tiny_folder, tmp_path):
     assert_close(right)
     assert counted_twice["gradient"] > 0.5
     assert not_added["gradient"] > 0.01
-    assert loaded["part"] < 0.75 * loaded["whole"]  # the embedding of a tiny model is a large part of it
-    assert loaded["peak"] <= loaded["part"] + loaded["largest"] + 4096
+    assert loaded["part"] < 0.6 * loaded["whole"]
+    assert loaded["peak"] <= loaded["part"] + 2 * loaded["largest"]  # a whole array, and this rank's part of it
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_architecture_that_is_cut(ranks, tmp_path):
-    cases = [{"model": name, "mode": mode} for name in ARCHITECTURES for mode in ("none", "block")]
+    modes = ("none", "block", "selective")
+    cases = [{"model": name, "mode": modes[number % 3]} for number, name in enumerate(ARCHITECTURES)]
     for case in cases:
         heads = tiny_config(case["model"]).get("num_key_value_heads")
         if ranks == 4 and heads not in (None, 4):

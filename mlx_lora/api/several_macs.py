@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from mlx_lora.api.macs_splits import predicted_splits, splits_line
 from mlx_lora.models.kernel_choice import KernelChoice
 from mlx_lora.models.outline import outline_of
 from mlx_lora.planner.chips import find_chip
@@ -88,6 +89,7 @@ def plan_on_macs(settings: TrainSettings, macs: list[tuple[str, int]], link_gbit
         "link_gbit_per_s": link_gbit,
         "predicted": _predicted(found, run.positions, shape, units),
         "least_batch_tokens": least,
+        "splits": predicted_splits(settings, shape, run, chosen, link, found),
         "whole_base_bytes": shape.base_bytes,
     }
 
@@ -158,6 +160,7 @@ def render_macs(plan: dict[str, Any]) -> str:
         if least is None
         else f"Sending is hidden from about {least:,} tokens a batch on (--batch-tokens)"
     )
+    lines.append(splits_line(plan["splits"]))
     lines.append(
         "All predicted, from listed rates of the chips and an assumed rate of the link; nothing was measured on a Mac."
     )
