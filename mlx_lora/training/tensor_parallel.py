@@ -111,6 +111,7 @@ def _cut(model: nn.Module, place: Place) -> tuple[list[nn.Module], list[str]]:
     """
     before = dict(model.named_modules())
     shapes = {id(module): _shapes(module) for module in before.values()}
+    counts = {path: _counts(module) for path, module in before.items()}
     try:
         model.shard(place)
     except ValueError as error:
@@ -128,6 +129,7 @@ def _cut(model: nn.Module, place: Place) -> tuple[list[nn.Module], list[str]]:
             module.sharding_group = None  # this package's messages, not the model's
             ends.append(path)
     model.update_modules(tree_unflatten(restored))
+    _check_counts(dict(model.named_modules()), counts, place.count)
     branches = [
         branch
         for block in model.layers
@@ -144,6 +146,23 @@ def _children(block: nn.Module) -> list[nn.Module]:
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a module's own arrays."""
     return {name: value.shape for name, value in module.items() if isinstance(value, mx.array)}
+
+
+def _counts(module: nn.Module) -> dict[str, int]:
+    """Return a module's own whole numbers, such as its heads."""
+    return {name: value for name, value in vars(module).items() if type(value) is int}
+
+
+def _check_counts(modules: dict[str, nn.Module], before: dict[str, dict[str, int]], size: int) -> None:
+    """Refuse a cut that mlx-lm rounded: it divides heads by the number of ranks without a look at the rest."""
+    for path, counts in before.items():
+        for name, now in _counts(modules[path]).items():
+            was = counts.get(name, now)
+            if now != was and now * size != was:
+                raise InputError(
+                    f"--parallel tensor in {size} processes: {path} has {was} {name}, which {size} do not divide; "
+                    "use --parallel data, with --shard-base if memory is short"
+                )
 
 
 def _cut_of(module: nn.Module, whole: tuple[int, int], place: Place) -> Cut | None:
