@@ -1,6 +1,6 @@
 """One of several ranks that compute the loss and the gradient of tiny models in parts; rank 0 prints how far they are from one's.
 
-python tests/cut_rank.py CASES.json         a list of {"model", "quantize", "mode", "config", "targets", "without"}
+python tests/cut_rank.py CASES.json         a list of {"model", "quantize", "mode", "config", "targets", "dropout", "without"}
 """
 
 from __future__ import annotations
@@ -45,7 +45,13 @@ def adapted(case: dict[str, Any]) -> tuple[nn.Module, dict]:
         nn.quantize(model, 32, 4, mode="mxfp4", class_predicate=lambda path, module: isinstance(module, SwitchLinear))
     elif case.get("quantize"):
         nn.quantize(model, 32, case["quantize"])
-    inject(model, select_targets(model, case.get("targets", "all-linear")).paths, rank=4, scale=2.0)
+    inject(
+        model,
+        select_targets(model, case.get("targets", "all-linear")).paths,
+        rank=4,
+        scale=2.0,
+        dropout=case.get("dropout", 0.0),
+    )
     mx.random.seed(1)
     for layer in adapter_layers(model).values():
         layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape)

@@ -41,8 +41,8 @@ def assert_close(found: list[dict]) -> None:
 def test_parts_have_the_gradients_of_the_whole(tmp_path):
     deep = {**WIDE, "num_hidden_layers": 8}
     cases = [
-        {"model": "llama", "quantize": 4, "mode": "selective", "targets": ALL_LAYERS, "config": WIDE},
-        {"model": "gpt_oss", "quantize": "mxfp4", "mode": "block", "config": {"intermediate_size": 64}},
+        {"model": "llama", "quantize": 4, "mode": "selective", "targets": ALL_LAYERS, "config": WIDE, "dropout": 0.1},
+        {"model": "gpt_oss", "quantize": "mxfp4", "mode": "block", "config": {"intermediate_size": 64}, "dropout": 0.1},
         {"load": str(write_folder(tmp_path / "deep", tiny_model(**deep), deep))},
         {"model": "llama", "targets": ALL_LAYERS, "without": "counting"},
         {"model": "llama", "without": "entry"},

@@ -127,7 +127,9 @@ def _cut_among(settings: TrainSettings, base: Base, ranks: Ranks) -> tuple[Train
     cut_model(base.model, base.config, ranks)
     own, whole = frozen_bytes(base.model), base.size_bytes
     words = f"layers cut among {ranks.size} processes ({own / 1e6:,.0f} of {whole / 1e6:,.0f} MB here)"
-    return replace(settings, loop=replace(settings.loop, sample_tokens=0)), SharedBase(words=words, cut_by=ranks.size)
+    # What tries kernels calls the model, so all ranks try the same ones.
+    loop = replace(settings.loop, sample_tokens=0, kernels=ranks.from_first(settings.loop.kernels))
+    return replace(settings, loop=loop), SharedBase(words=words, cut_by=ranks.size)
 
 
 def same_checkpointing(loop: LoopSettings, cut: bool, ranks: Ranks) -> LoopSettings:

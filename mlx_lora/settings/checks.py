@@ -124,6 +124,10 @@ def whole_base_reasons(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     if settings["objective"] in (*SAMPLING, "dpo", "kto", "distill"):
         reason = "sampling, a reference, or a teacher needs the whole base in one process; leave it out"
         found.append((f"--objective {settings['objective']}", reason))
+    if settings["batch_parts"] > 1:
+        found.append(
+            (f"--batch-parts {settings['batch_parts']}", "all processes compute the same; use a smaller batch")
+        )
     if settings["cache_trunk"] == "on":
         found.append(("--cache-trunk on", "not with several processes; leave it out"))
     return found
