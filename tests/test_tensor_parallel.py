@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from architectures.build import tiny_config, write_architecture
 from conftest import TINY, quantized, tiny_model, write_folder
-from rank_runs import assert_same_run, command, train, weights
+from rank_runs import assert_same_run, command, weights
 from ranks import Started
 from run_cli import run
 from tiny_moe import tiny_moe, with_quantized_experts
 
 from mlx_lora.planner.tensor_plan import ARCHITECTURES, cut_problem
 
-SCRIPT = Path(__file__).with_name("cut_rank.py")
+SCRIPT, SESSION = (Path(__file__).with_name(name) for name in ("cut_rank.py", "rank_session.py"))
 # Widths that four ranks divide into whole groups of 32 quantized weights.
 WIDE = {"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 4}
 FOUR_BITS = {"quantization": {"group_size": 32, "bits": 4, "mode": "affine"}}
@@ -68,11 +68,13 @@ def test_every_architecture_that_is_cut(ranks, tmp_path):
     assert_close(compared(cases, ranks, tmp_path))
 
 
-def cut(model, data, folder: Path, ranks: int, *extra) -> tuple[Path, str]:
-    words = train(*command(model, data, folder / "a", *extra))
-    ended = Started([words] * ranks, folder / "ranks").wait()
+def cut(runs: list[list], ranks: int, folder: Path) -> str:
+    """Take runs in several processes, one after the other; return what rank 0 printed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "runs.json").write_text(json.dumps([list(map(str, words)) for words in runs]))
+    ended = Started([[SESSION, folder / "runs.json"]] * ranks, folder / "ranks").wait()
     assert ended.codes == [0] * ranks, ended.errs
-    return folder / "a", ended.errs[0]
+    return ended.errs[0]
 
 
 def model_folder(kind: str, bits: str, folder: Path) -> Path:
@@ -89,49 +91,67 @@ def model_folder(kind: str, bits: str, folder: Path) -> Path:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "bits", "ranks"),
-    [("llama", "float", 2), ("llama", "4-bit", 2), ("llama", "4-bit", 4), ("qwen3", "float", 4), ("gpt_oss", "float", 2),
-     ("gpt_oss", "4-bit", 2)],
-)  # fmt: skip
-def test_ranks_with_parts_of_layers_take_the_steps_of_one(kind, bits, ranks, chats, tmp_path):
-    model = model_folder(kind, bits, tmp_path / "model")
-    assert run("train", *command(model, chats, tmp_path / "alone")).code == 0
-    folder, printed = cut(model, chats, tmp_path / "cut", ranks, "--parallel", "tensor")
-    assert_same_run(tmp_path / "alone", folder)
-    assert f"layers cut among {ranks} processes" in printed
+KINDS = [("llama", "float"), ("llama", "4-bit"), ("qwen3", "float"), ("gpt_oss", "float"), ("gpt_oss", "4-bit")]
+TENSOR = ("--parallel", "tensor")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["adalora", "relora", "rslora"])
-def test_methods_of_whole_factors(method, tiny_folder, chats, tmp_path):
-    extra = ("--method", method, *(("--relora-every", 3) if method == "relora" else ()))
-    assert run("train", *command(tiny_folder, chats, tmp_path / "alone", *extra)).code == 0
-    assert_same_run(tmp_path / "alone", cut(tiny_folder, chats, tmp_path, 2, "--parallel", "tensor", *extra)[0])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_with_parts_of_layers_take_the_steps_of_one(ranks, chats, tmp_path):
+    kinds = KINDS if ranks == 2 else KINDS[:3]  # tiny GPT-OSS has two key-value heads
+    commands = {}
+    for kind, bits in kinds:
+        model, name = model_folder(kind, bits, tmp_path / f"{kind}-{bits}"), f"{kind}-{bits}-alone"
+        assert run("train", *command(model, chats, tmp_path / name)).code == 0
+        commands[name] = command(model, chats, tmp_path / f"{name}-cut", *TENSOR)
+    printed = cut([*commands.values()], ranks, tmp_path / "session")
+    for name in commands:
+        assert_same_run(tmp_path / name, tmp_path / f"{name}-cut")
+    assert printed.count(f"layers cut among {ranks} processes") == len(kinds)
+
+
+@pytest.mark.slow
+def test_methods_and_objectives_of_whole_factors(tiny_folder, chats, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"Say {n}.", "chosen": "abc" * (1 + n % 3), "rejected": "xyz" * (1 + n % 2)} for n in range(24)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {
+        "adalora": (chats, "--method", "adalora"),
+        "relora": (chats, "--method", "relora", "--relora-every", 3),
+        "rslora": (chats, "--method", "rslora", "--optimizer", "muon"),
+        "orpo": (pairs, "--objective", "orpo"),
+        "accumulated": (chats, "--grad-accumulation-steps", 2, "--num-layers", 1),
+    }
+    for name, (data, *extra) in asked.items():
+        assert run("train", *command(tiny_folder, data, tmp_path / name, *extra)).code == 0
+    runs = [
+        command(tiny_folder, data, tmp_path / f"{name}-cut", *extra, *TENSOR) for name, (data, *extra) in asked.items()
+    ]
+    cut(runs, 2, tmp_path / "session")
+    for name in asked:
+        assert_same_run(tmp_path / name, tmp_path / f"{name}-cut")
 
 
 @pytest.mark.slow
 def test_resumed_with_as_many_ranks_it_is_the_same_run_and_else_by_rounding(tiny_folder, chats, tmp_path):
-    tensor = ("--parallel", "tensor", "--dropout", 0.1, "--grad-checkpoint", "selective")
-    whole = cut(tiny_folder, chats, tmp_path / "whole", 2, *tensor)[0]
-    kept = whole / "checkpoints" / "step-000003"
-    again = cut(tiny_folder, chats, tmp_path / "again", 2, *tensor, "--resume", kept)[0]
-    assert weights(again) == weights(whole)
-    plain = cut(tiny_folder, chats, tmp_path / "plain", 2, "--parallel", "tensor")[0]
-    kept = plain / "checkpoints" / "step-000003"
+    dropped = (*TENSOR, "--dropout", 0.1, "--grad-checkpoint", "selective")
+    kept, dropped_kept = (tmp_path / name / "checkpoints" / "step-000003" for name in ("plain", "dropped"))
+    runs = [
+        command(tiny_folder, chats, tmp_path / "dropped", *dropped),
+        command(tiny_folder, chats, tmp_path / "dropped-again", *dropped, "--resume", dropped_kept),
+        command(tiny_folder, chats, tmp_path / "plain", *TENSOR),
+        command(tiny_folder, chats, tmp_path / "data", "--resume", kept),
+        command(tiny_folder, chats, tmp_path / "auto", "--parallel", "auto"),
+        command(tiny_folder, chats, tmp_path / "auto-pissa", "--parallel", "auto", "--method", "pissa"),
+    ]
+    printed = cut(runs, 2, tmp_path / "session")
+    assert weights(tmp_path / "dropped-again") == weights(tmp_path / "dropped")
+    assert_same_run(tmp_path / "plain", tmp_path / "data", since=3)
     assert run("train", *command(tiny_folder, chats, tmp_path / "one", "--resume", kept)).code == 0
-    assert_same_run(plain, tmp_path / "one", since=3)
-    assert_same_run(plain, cut(tiny_folder, chats, tmp_path / "data", 2, "--resume", kept)[0], since=3)
-
-
-@pytest.mark.slow
-def test_auto_measures_the_link_and_takes_what_fits(tiny_folder, chats, tmp_path):
-    printed = cut(tiny_folder, chats, tmp_path / "free", 2, "--parallel", "auto")[1]
+    assert_same_run(tmp_path / "plain", tmp_path / "one", since=3)
     assert "Parallel: data with a whole base, by the measured link (" in printed
-    printed = cut(tiny_folder, chats, tmp_path / "pissa", 2, "--parallel", "auto", "--method", "pissa")[1]
     assert "tensor not possible (--method pissa" in printed
-    assert run("train", *command(tiny_folder, chats, tmp_path / "one", "--parallel", "auto")).code == 0
+    assert run("train", *command(tiny_folder, chats, tmp_path / "alone", "--parallel", "auto")).code == 0
 
 
 def test_what_cannot_be_cut_is_refused(tiny_folder, chats, tmp_path):
