@@ -106,7 +106,8 @@ def test_ranks_with_parts_of_layers_take_the_steps_of_one(ranks, chats, tmp_path
         commands[name] = command(model, chats, tmp_path / f"{name}-cut", *TENSOR)
     printed = cut([*commands.values()], ranks, tmp_path / "session")
     for name in commands:
-        assert_same_run(tmp_path / name, tmp_path / f"{name}-cut")
+        # Where a gradient is near zero, Adam makes its rounding a step: of 8 steps of up to 5e-3.
+        assert_same_run(tmp_path / name, tmp_path / f"{name}-cut", atol=1e-4)
     assert printed.count(f"layers cut among {ranks} processes") == len(kinds)
 
 

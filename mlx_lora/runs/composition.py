@@ -35,7 +35,7 @@ from mlx_lora.runs.distilling import Taught, with_teacher
 from mlx_lora.runs.reference import with_reference
 from mlx_lora.runs.row_layout import Layout, asked_before, shared_layout, that_fits
 from mlx_lora.runs.sampled_answers import answered_by, answering_of, form_of, shared_words
-from mlx_lora.runs.shared_base import SharedBase, same_checkpointing, share_among
+from mlx_lora.runs.shared_base import SharedBase, share_among
 from mlx_lora.runs.trunk_choice import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
 from mlx_lora.runs.words import describe_run
 from mlx_lora.settings.config import LoopSettings, TrainSettings
@@ -137,8 +137,7 @@ def compose(
     found = find_checkpoint(asked.loop, ranks, say)
     chosen, layout = choose_layout(asked, base, splits.train, objective, found, say)
     shape = shape_of(asked, base, chosen, shared)
-    settings, memory = fit_settings(layout.settled(asked), shape, layout.of(splits), chosen)
-    settings = replace(settings, loop=same_checkpointing(settings.loop, shared.cut_by > 1, ranks))
+    settings, memory = fit_settings(layout.settled(asked), shape, layout.of(splits), chosen, shared, ranks)
     layout, memory = that_fits(layout, settings, shape, splits.train, chosen.terms, memory)
     if objective.reference and splits.train.reference is None:
         of = chosen.loss, chosen.kernels  # in batches that fit, so that its peak is below a step's
@@ -301,7 +300,12 @@ def shape_of(asked: TrainSettings, base: Base, chosen: LossAndKernels, shared: S
 
 
 def fit_settings(
-    asked: TrainSettings, shape: ModelShape, splits: DataSplits, chosen: LossAndKernels
+    asked: TrainSettings,
+    shape: ModelShape,
+    splits: DataSplits,
+    chosen: LossAndKernels,
+    shared: SharedBase,
+    ranks: Ranks,
 ) -> tuple[TrainSettings, MemoryPlan]:
     """Return the settings with everything chosen that was open, and the memory that the run needs.
 
@@ -310,7 +314,8 @@ def fit_settings(
     """
     fitted = fit_run(asked, shape, splits.train, chosen.terms)
     day = splits.chat_day.isoformat() if splits.chat_day else None  # the same one with --resume on another day
-    loop = replace(asked.loop, batch_tokens=fitted.batch_tokens, grad_checkpoint=fitted.checkpointing)
+    checkpointing = shared.checkpointing(fitted.checkpointing, ranks)
+    loop = replace(asked.loop, batch_tokens=fitted.batch_tokens, grad_checkpoint=checkpointing)
     return replace(asked, data=replace(asked.data, chat_date=day), loop=loop), fitted.memory
 
 

@@ -6,7 +6,7 @@ planner's; the link, and each machine's peak rates, are measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 import mlx.core as mx
@@ -40,20 +40,21 @@ PROBE_BYTES = 1 << 22  # seconds even at 100 Mbit/s
 AUTO = "auto"
 
 
-def settled_parallel(settings: TrainSettings, ranks: Ranks) -> tuple[TrainSettings, str]:
-    """Return the settings with what the processes divide, and why, in a line for the log; empty if nothing was open.
+def settled_parallel(settings: TrainSettings, ranks: Ranks, say: Callable[[str], None]) -> TrainSettings:
+    """Return the settings with what the processes divide.
 
     Args:
         settings: of the run.
         ranks: of the run; every one must call this.
+        say: takes a line with the choice and its reasons, if there was one.
 
     Raises:
         InputError: the model cannot be read, or its adapter does not fit it.
     """
     if settings.loop.parallel != AUTO:
-        return settings, ""
+        return settings
     if not isinstance(ranks, SeveralRanks):
-        return replace(settings, loop=replace(settings.loop, parallel=DATA)), ""
+        return replace(settings, loop=replace(settings.loop, parallel=DATA))
     rates = probe_link(ranks, PROBE_BYTES)
     turns = ranks.size - 1
     measured = ranks.everyone([rates.latency_s / turns, rates.bytes_per_s])
@@ -70,7 +71,8 @@ def settled_parallel(settings: TrainSettings, ranks: Ranks) -> tuple[TrainSettin
     mx.clear_cache()
     mx.reset_peak_memory()  # the measurements' peak is not the run's
     loop = replace(settings.loop, parallel=name, shard_base="memory" if shared else "off")
-    return replace(settings, loop=loop), words
+    say(words)
+    return replace(settings, loop=loop)
 
 
 def describe(chosen: Split, splits: Sequence[Split], link: Link) -> str:

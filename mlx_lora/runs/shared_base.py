@@ -48,6 +48,15 @@ class SharedBase:
             return outlined_shape(_outline(settings), settings, kernels, self.cut_by)
         return adapted_shape(base.model, base.config, settings, kernels=kernels)
 
+    def checkpointing(self, own: str, ranks: Ranks) -> str:
+        """Return a rank's checkpointing, and one for all ranks where a block that is computed again sends messages.
+
+        Args:
+            own: of this rank, which may have chosen it by its own memory.
+            ranks: of the run.
+        """
+        return "block" if self.cut_by > 1 and len(set(ranks.everyone(own))) > 1 else own
+
 
 def rank_shape(settings: TrainSettings, share: float, kernels: KernelChoice | None = None) -> ModelShape:
     """Return the shape of one rank's part of the adapted model.
@@ -130,15 +139,3 @@ def _cut_among(settings: TrainSettings, base: Base, ranks: Ranks) -> tuple[Train
     # What tries kernels calls the model, so all ranks try the same ones.
     loop = replace(settings.loop, sample_tokens=0, kernels=ranks.from_first(settings.loop.kernels))
     return replace(settings, loop=loop), SharedBase(words=words, cut_by=ranks.size)
-
-
-def same_checkpointing(loop: LoopSettings, cut: bool, ranks: Ranks) -> LoopSettings:
-    """Return the settings with a checkpointing that all ranks have, if a block that is computed again sends messages.
-
-    Args:
-        loop: this rank's settings, which it may have chosen by its own memory.
-        cut: whether layers are cut.
-        ranks: of the run.
-    """
-    modes = set(ranks.everyone(loop.grad_checkpoint)) if cut else set()
-    return replace(loop, grad_checkpoint="block") if len(modes) > 1 else loop

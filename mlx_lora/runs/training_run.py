@@ -67,13 +67,11 @@ def train_run(
     check_request(settings, ranks)
     device.compile_for(steps=settings.loop.iters or 0)  # until `compose` knows how many there are
     folder, trains = Path(settings.loop.adapter_path), wants_training(settings)
-    settings, words = settled_parallel(settings, ranks)
-    if words:
-        say(words)
+    settings = settled_parallel(settings, ranks, say)
     if base is None:
         with waiting("Loading the model", say):
             if trains:
-                check_base_fits(settings)  # an outline, without weights, which need not be read or downloaded in vain
+                check_base_fits(settings)  # an outline, whose weights need not be read or downloaded in vain
             base = load_base(settings.model, read=not in_parts(settings.loop))
     rewards = load_rewards(settings, base, say, first_day(settings.loop, ranks))  # before an adapter is on the base
     untrained = base
