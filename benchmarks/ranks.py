@@ -2,6 +2,7 @@
 
     python benchmarks/ranks.py --model DIR --data FILE.json --rounds 5 --out ranks.json
     python benchmarks/ranks.py --model DIR --data FILE.json --ours "--shard-base" --against ""    as many ranks on both sides
+    python benchmarks/ranks.py --model DIR --random 12x512x8 --data FILE.json --ours "--parallel tensor" --against ""
 
 Rounds alternate (1, N, N, 1, 1, N ...) on the same cores, with one thread and one core per process (by taskset, if
 installed) and the ring on loopback. Every run takes the same steps over the same rows; the losses must agree. The first
@@ -32,6 +33,7 @@ from _environment import environment
 from _figures import paired_ratio, run_figures, steps_from_metrics
 from _ours import read_metrics
 from _processes import ChildFailed, child_environment, last_lines
+from _random_llama import write_random_llama
 
 FIGURES = ("tokens_per_s", "supervised_tokens_per_s", "steady_tokens_per_s")
 
@@ -98,6 +100,11 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", required=True, help="Folder of the base model.")
+    parser.add_argument(
+        "--random",
+        help="Blocks, width and heads, such as 12x512x8: a llama of random weights with --model's tokenizer.",
+    )
+    parser.add_argument("--bits", type=int, help="Bits of --random's weights (default: float32).")
     parser.add_argument("--data", required=True, help="Data file.")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument(
@@ -121,6 +128,15 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Measure all rounds; return 0, or 1 if a run failed or the losses differ."""
     args = arguments(argv)
+    if args.random is None:
+        return measure(args)
+    with tempfile.TemporaryDirectory(prefix="random-llama-") as temporary:
+        args.model = str(write_random_llama(Path(temporary) / "model", Path(args.model), args.random, args.bits))
+        return measure(args)
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Measure all rounds of the given model; see `main`."""
     other = (1, args.ours) if args.against is None else (args.ranks, args.against)
     sides: dict[tuple[int, str], list[dict[str, Any]]] = {other: [], (args.ranks, args.ours): []}
     for number in range(args.rounds):

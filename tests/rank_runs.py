@@ -32,8 +32,8 @@ def weights(folder: Path) -> bytes:
     return (folder / "adapters.safetensors").read_bytes()
 
 
-def assert_same_run(one: Path, other: Path, since: int = 0) -> None:
-    """Compare losses (1e-5), counts (equal) and factors of two run folders."""
+def assert_same_run(one: Path, other: Path, since: int = 0, atol: float = 1e-5) -> None:
+    """Compare losses (1e-5), counts (equal) and factors (`atol`, and 1e-3 of each) of two run folders."""
     expected = [r for r in records(one) if r["step"] > since]
     found = [r for r in records(other) if r["step"] > since]
     assert [{k: r[k] for k in COUNTS} for r in found] == [{k: r[k] for k in COUNTS} for r in expected]
@@ -42,4 +42,4 @@ def assert_same_run(one: Path, other: Path, since: int = 0) -> None:
             assert a[name] == b[name] or abs(a[name] - b[name]) <= 1e-5 * abs(a[name]), (a["step"], name)
     theirs, ours = (mx.load(str(folder / "adapters.safetensors")) for folder in (one, other))
     for name, value in theirs.items():
-        assert mx.allclose(value, ours[name], rtol=1e-3, atol=1e-5), name
+        assert mx.allclose(value, ours[name], rtol=1e-3, atol=atol), name

@@ -232,6 +232,7 @@ ELSEWHERE = {
     "grad_checkpoint": "test_checkpointing.py: memory, not numbers",
     "quantized_matmul": "test_matmul_paths.py: each path is really taken when forced",
     "shard_base": "test_shared_base.py: ranks with a part of the base each have the losses of one process",
+    "parallel": "test_tensor_parallel.py: ranks with a part of each layer have the losses of one process",
     "cache_trunk": "test_trunk.py: kept output has the losses of computing it, and the planner decides",
     "decode_weights": "test_decode.py: the forms that generate, and the memory that they may take",
     "kernels": "test_kernel_choice.py: other kernels run, the numbers agree",

@@ -30,6 +30,7 @@ from typing import Self
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_lora.adapters.cut_layers import Cut
 from mlx_lora.adapters.parts import EMBEDDING, SWITCH, Dropout, dense_weight, with_weight
 from mlx_lora.system.errors import InputError
 
@@ -47,6 +48,7 @@ class AdapterLayer(nn.Module):
         NOT_IN_PEFT, NOT_IN_GGUF, NOT_FOR_A_ROW: why PEFT, llama.cpp's adapters or a row of a served batch cannot use
             this layer, as the end of a sentence that begins with the layer's name; None if they can.
         adapts_head: False if an embedding's adapter does not adapt the output head tied to it.
+        cut: the part of the base that this rank has, where layers are cut (cut_layers.py); None: all of it.
     """
 
     LAYER_TYPE: str
@@ -57,6 +59,7 @@ class AdapterLayer(nn.Module):
     NOT_IN_GGUF: str | None = "is of a type that llama.cpp's adapters do not have"
     NOT_FOR_A_ROW: str | None = "cannot be served row by row"
     adapts_head = True
+    cut: Cut | None = None
 
     def __init__(self, base: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0):
         """Wrap `base`.
@@ -95,6 +98,13 @@ class AdapterLayer(nn.Module):
         return dense_weight(self.base).astype(mx.float32)
 
     @property
+    def dims(self) -> tuple[int, int]:
+        """The widths (in, out) of the whole layer, also where this rank's base is a part of it."""
+        if self.OVER is SWITCH:
+            return self.lora_a.shape[2], self.lora_b.shape[1]
+        return self.lora_a.shape[0], self.lora_b.shape[1]
+
+    @property
     def rank(self) -> int:
         """The rank r of the trained factors."""
         return self.lora_a.shape[1]
@@ -126,6 +136,16 @@ class AdapterLayer(nn.Module):
         if "lora_e" in self:
             b = mx.expand_dims(self.lora_e, 1) * b
         return a, b
+
+    def called_factors(self) -> Factors:
+        """Return the part of `effective_factors` that this rank computes with."""
+        pair = self.effective_factors()
+        return pair if self.cut is None else self.cut.factors(*pair)
+
+    def called_fixed(self) -> Factors:
+        """Return the part of the fixed factors that this rank computes with."""
+        pair = self.fixed_a, self.fixed_b
+        return pair if self.cut is None else self.cut.factors(*pair)
 
     def plain_factors(self) -> Factors:
         """Return one pair with R ranks, float32, so that scale * A B is the sum of all products that the layer adds."""

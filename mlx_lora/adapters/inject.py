@@ -98,7 +98,7 @@ def fresh_factors(path: str, layer: AdapterLayer, seed: int) -> tuple[mx.array, 
         layer: an adapter layer.
         seed: of the run.
     """
-    return kaiming_factors(path, *base_dims(layer.base), layer.rank, seed, _experts(layer.base))
+    return kaiming_factors(path, *layer.dims, layer.rank, seed, _experts(layer.base))
 
 
 def train_in_full(model: nn.Module, paths: tuple[str, ...]) -> None:

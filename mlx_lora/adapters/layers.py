@@ -22,13 +22,14 @@ class LoRALinear(AdapterLayer):
             key: random key of the dropout; None: a new one is drawn.
         """
         y = self.linear(x)  # (..., out)
-        a, b = self.effective_factors()
+        a, b = self.called_factors()
         z = self.dropout(x, key) @ a.astype(x.dtype)  # (..., r)
         # This takes one pass over the output instead of two.
         y = mx.addmm(y, z, (self.scale * b).astype(x.dtype))
         if "fixed_a" not in self:
             return y
-        return mx.addmm(y, x @ self.fixed_a.astype(x.dtype), self.fixed_b.astype(x.dtype))
+        a, b = self.called_fixed()
+        return mx.addmm(y, x @ a.astype(x.dtype), b.astype(x.dtype))
 
 
 class LoRAEmbedding(AdapterLayer):

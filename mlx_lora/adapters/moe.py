@@ -49,11 +49,12 @@ class LoRASwitchLinear(AdapterLayer):
         """
         through = partial(_through_experts, indices=indices, sorted_indices=sorted_indices)
         y = self.linear(x, indices, sorted_indices=sorted_indices)
-        a, b = self.effective_factors()
+        a, b = self.called_factors()
         z = through(self.dropout(x, key), a)  # (N, 1, r)
         y = y + through(z, self.scale * b)
         if "fixed_a" in self:
-            y = y + through(through(x, self.fixed_a), self.fixed_b)
+            a, b = self.called_fixed()
+            y = y + through(through(x, a), b)
         return y
 
 

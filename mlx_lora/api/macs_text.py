@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mlx_lora.api.macs_splits import splits_line
 from mlx_lora.system.units import counted, gigabytes
 
 PREDICTED = "All predicted, from listed rates of the chips and {link}; nothing was measured on a Mac."
@@ -37,6 +38,7 @@ def render_macs(plan: dict[str, Any], link: str = ASSUMED) -> str:
         f"({gigabytes(plan['sent_bytes_per_step'])} from each Mac at {plan['link_gbit_per_s']:.3g} Gbit/s), {speed['step_s']:.1f} s in all, "
         f"{speed['tokens_per_s']:,.0f} tokens/s",
         _who_decides(plan),
+        splits_line(plan["splits"]),
     ]
     if not plan["fits"]:
         lines.append(_to_fit(plan))

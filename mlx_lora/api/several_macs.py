@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from mlx_lora.api.macs_splits import predicted_splits
 from mlx_lora.models.kernel_choice import KernelChoice
 from mlx_lora.models.outline import outline_of
 from mlx_lora.planner.chips import CHIPS, find_chip
@@ -164,6 +165,7 @@ def planned_on(model: SharedModel, macs: Sequence[Given], link: Link) -> dict[st
         "link_gbit_per_s": link.bytes_per_s * 8 / 1e9,
         "predicted": _predicted(found, run.positions, model),
         "least_batch_tokens": least_tokens(model.shape, model.units, run, chosen, shares, link),
+        "splits": predicted_splits(model.settings, model.shape, run, chosen, link, found),
         "whole_base_bytes": model.shape.base_bytes,
     }
 

@@ -47,6 +47,7 @@ from mlx_lora.training.base_shards import end_of_trial, is_shared
 from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.held_out import choose_held_out
 from mlx_lora.training.hooks_from_settings import make_events, rates_of, restart_every, restart_warmup
+from mlx_lora.training.in_step import called_together
 from mlx_lora.training.loss_choice import PLAIN_LOGITS
 from mlx_lora.training.losses import Loss, check_kernels, choose_loss
 from mlx_lora.training.objective_loss import Task, task_of
@@ -55,11 +56,12 @@ from mlx_lora.training.plan_loss import loss_of_plan
 from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.prefix_sharing import layout_problem, sharing_problem
 from mlx_lora.training.rollouts import AnyPlan
-from mlx_lora.training.run_fit import adapted_shape, fit_run
-from mlx_lora.training.sharing import Sharing
+from mlx_lora.training.run_fit import fit_run
+from mlx_lora.training.sharing import SameRows, Sharing
 from mlx_lora.training.state import Position
 from mlx_lora.training.step import Step
 from mlx_lora.training.taught_answers import Scorer
+from mlx_lora.training.tensor_parallel import in_branches, is_cut, row_ranks
 from mlx_lora.training.trainer import total_steps
 from mlx_lora.training.trial import choose_step_variant
 
@@ -135,7 +137,7 @@ def compose(
     found = find_checkpoint(asked.loop, ranks, say)
     chosen, layout = choose_layout(asked, base, splits.train, objective, found, say)
     shape = shape_of(asked, base, chosen, shared)
-    settings, memory = fit_settings(layout.settled(asked), shape, layout.of(splits), chosen, ranks.size)
+    settings, memory = fit_settings(layout.settled(asked), shape, layout.of(splits), chosen, shared, ranks)
     layout, memory = that_fits(layout, settings, shape, splits.train, chosen.terms, memory)
     if objective.reference and splits.train.reference is None:
         of = chosen.loss, chosen.kernels  # in batches that fit, so that its peak is below a step's
@@ -231,7 +233,9 @@ def choose_loss_and_kernels(
     asked = settings.loop.kernels
     loss = choose_loss(base.model, base.config, asked, say, whole_last_block(found))
     dtype = device.compute_dtype(settings.model.dtype)
-    asked = OURS if asked == AUTO and is_shared(base.model) else asked  # what one rank measures, another might not
+    asked = (
+        OURS if asked == AUTO and called_together(base.model) else asked
+    )  # what one rank measures, another might not
     rows_of = {one.starts is not None: one for one in (rows, joined_too) if one is not None}
     lengths = {shared: sorted({max(1, int(n) - 1) for n in one.lengths}) for shared, one in rows_of.items()}
     choice = choose_model_kernels(base.model, lengths.get(False, []), asked, dtype, say, lengths.get(True, []))
@@ -288,7 +292,7 @@ def choose_layout(
 def shape_of(asked: TrainSettings, base: Base, chosen: LossAndKernels, shared: SharedBase) -> ModelShape:
     """Return the shape of the adapted model, or of this rank's part of it, with the memory of what was chosen."""
     kernels = chosen.kernels or KernelChoice(MLX)
-    shape = shared.shape(asked, kernels) or adapted_shape(base.model, base.config, asked, kernels=kernels)
+    shape = shared.shape(asked, base, kernels)
     shape = replace(shape, plain_loss=chosen.loss.kernel == PLAIN_LOGITS)  # then the logits are whole
     if not chosen.loss.part_of_last:
         shape = replace(shape, blocks=tuple(replace(block, at_one=None) for block in shape.blocks))
@@ -296,16 +300,23 @@ def shape_of(asked: TrainSettings, base: Base, chosen: LossAndKernels, shared: S
 
 
 def fit_settings(
-    asked: TrainSettings, shape: ModelShape, splits: DataSplits, chosen: LossAndKernels, ranks: int
+    asked: TrainSettings,
+    shape: ModelShape,
+    splits: DataSplits,
+    chosen: LossAndKernels,
+    shared: SharedBase,
+    ranks: Ranks,
 ) -> tuple[TrainSettings, MemoryPlan]:
     """Return the settings with everything chosen that was open, and the memory that the run needs.
 
     Raises:
         InputError: the run does not fit.
     """
-    fitted = fit_run(asked, shape, splits.train, chosen.terms, ranks)
+    dealt_to = 1 if shared.cut_by > 1 else ranks.size  # ranks with parts of layers all compute every row
+    fitted = fit_run(asked, shape, splits.train, chosen.terms, dealt_to)
     day = splits.chat_day.isoformat() if splits.chat_day else None  # the same one with --resume on another day
-    loop = replace(asked.loop, batch_tokens=fitted.batch_tokens, grad_checkpoint=fitted.checkpointing)
+    checkpointing = shared.checkpointing(fitted.checkpointing, ranks)
+    loop = replace(asked.loop, batch_tokens=fitted.batch_tokens, grad_checkpoint=checkpointing)
     return replace(asked, data=replace(asked.data, chat_date=day), loop=loop), fitted.memory
 
 
@@ -345,7 +356,7 @@ def make_step(
     tape = apply_checkpointing(model, loop.grad_checkpoint)
     attention = (tape.attend if tape else attend) if chosen.kernels else None
     variant = choose_step_variant(
-        model, base.config, chosen.loss, attention, base.model_id, chosen.kernels or assumed, not is_shared(model)
+        model, base.config, chosen.loss, attention, base.model_id, chosen.kernels or assumed, not called_together(model)
     )
     end_of_trial(model)
     if is_shared(model) and tape is not None and tape.left_out:
@@ -358,6 +369,10 @@ def make_step(
         loss = at_temperature(loss, model, base.config, settings.objective.temp)
     loss = loss_of_plan(objective, loss, base, of_trunk.plan)
     whole = task_of(objective, loss, model)
+    sharing = None
+    if ranks.size > 1:
+        cut = is_cut(model)
+        sharing = SameRows(ranks, loop.seed, in_branches(model)) if cut else Sharing(ranks, loop.seed, is_shared(model))
     trunk = choose_trunk(of_trunk, variant, objective)  # after the checkpointing, whose blocks it wraps
     task = trunk.for_steps(whole)
     step = Step(
@@ -369,10 +384,10 @@ def make_step(
         wait=loop.short_buffers,
         rate_of=rates_of(adapter),
         events=make_events(adapter, model, steps, loop.seed),
-        sharing=Sharing(ranks, loop.seed, is_shared(model)) if ranks.size > 1 else None,
+        sharing=sharing,
         compiled=variant.compiled,
         choose=variant.choose,
-        prepare=lambda batches: task.prepare(batches, ranks),
+        prepare=lambda batches: task.prepare(batches, row_ranks(model, ranks)),
         arrays_of=task.arrays_of,
         reports=task.reports,
     )
@@ -380,5 +395,5 @@ def make_step(
     details += ["blocks that share a state are not checkpointed"] if tape is not None and tape.left_out else []
     about = [planned_words(memory), f"checkpointing {loop.grad_checkpoint}", *variant.notes]
     about += ["a pause after each micro-batch"] if loop.short_buffers else []
-    about += [f"rows shared by {ranks.size} processes"] if ranks.size > 1 else []
+    about += [f"rows shared by {ranks.size} processes"] if ranks.size > 1 and not is_cut(model) else []
     return step, trunk.for_validation(whole), trunk, details, about

@@ -16,10 +16,12 @@ from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.objective_table import OBJECTIVES, objective_of
 from mlx_lora.runs.adapting import put_adapter
 from mlx_lora.runs.composition import Composed, compared_with, compose
+from mlx_lora.runs.parallel_choice import settled_parallel
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.runs.reporting import leave_card, reporting
 from mlx_lora.runs.reward_models import check_rewards, load_rewards
 from mlx_lora.runs.sampled_answers import sampled_plan
+from mlx_lora.runs.shared_base import in_parts
 from mlx_lora.runs.teacher_answers import DISTILL, data_with_answers
 from mlx_lora.runs.words import closing_words, left_by, loss_words, outcome_line
 from mlx_lora.settings.config import ObjectiveSettings, TrainSettings
@@ -66,11 +68,12 @@ def train_run(
     check_request(settings, ranks)
     device.compile_for(steps=settings.loop.iters or 0)  # until `compose` knows how many there are
     folder, trains = Path(settings.loop.adapter_path), wants_training(settings)
+    settings = settled_parallel(settings, ranks, say)
     if base is None:
         with waiting("Loading the model", say):
             if trains:
-                check_base_fits(settings)  # an outline, without weights, which need not be read or downloaded in vain
-            base = load_base(settings.model, read=settings.loop.shard_base == "off")
+                check_base_fits(settings)  # an outline, whose weights need not be read or downloaded in vain
+            base = load_base(settings.model, read=not in_parts(settings.loop))
     rewards = load_rewards(settings, base, say, first_day(settings.loop, ranks))  # before an adapter is on the base
     untrained = base
     if not trains:
@@ -128,6 +131,8 @@ def check_request(settings: TrainSettings, ranks: Ranks) -> None:
         )
     if not trains and loop.shard_base != "off":
         raise InputError(f"--shard-base {loop.shard_base} with --no-train: only training shares a base; leave it out")
+    if not trains and loop.parallel != "data":
+        raise InputError(f"--parallel {loop.parallel} with --no-train: only training cuts a base; leave it out")
     if not trains and not loop.test:
         raise InputError("--no-train without --test: nothing to do; give --test, or leave --no-train out")
     if not trains or not ranks.leads:

@@ -42,7 +42,8 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
         problems.append(f"--grad-checkpoint {mode!r}: not one of {', '.join(CHECKPOINTING)}, or a number of at least 1")
     if settings["chat_date"] is not None and not is_day(settings["chat_date"]):
         problems.append(f"--chat-date {settings['chat_date']!r}: not a date; write it like 2026-11-26")
-    problems += _adapter_problems(settings) + _sharding_problems(settings)
+    problems += _adapter_problems(settings)
+    problems += sharing_problems(settings) + _tensor_problems(settings)
     if settings["iters"] is not None and settings["epochs"] is not None:
         problems.append("--iters and --epochs: both given; keep one")
     loggers = [name.strip().lower() for name in (settings["report_to"] or "").split(",")]
@@ -81,7 +82,7 @@ def shard_parts(text: str) -> list[float] | None:
     return [float(part) for part in parts]
 
 
-def _sharding_problems(settings: Mapping[str, Any]) -> list[str]:
+def sharing_problems(settings: Mapping[str, Any]) -> list[str]:
     """Return what a run whose base is shared by its processes cannot do."""
     shared, problems = settings["shard_base"], []
     if shared not in (*SHARDING, "off") and shard_parts(shared) is None:
@@ -115,6 +116,40 @@ def _sharding_problems(settings: Mapping[str, Any]) -> list[str]:
         problems.append(f"--decode-weights dense {with_it}: no process has the whole weights; leave out one of the two")
     if settings["cache_trunk"] == "on":
         problems.append(f"--cache-trunk on {with_it}: not with several processes; leave it out")
+    return problems
+
+
+def whole_base_reasons(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (setting, reason) for all that does not allow a model of which each process has a part of every layer."""
+    method, found = settings["fine_tune_type"] or settings["method"], []
+    if method in ("pissa", "full", "dora"):
+        found.append((f"--method {method}", "it needs or changes whole weights; use lora"))
+    if settings["modules_to_save"]:
+        found.append(("--modules-to-save", "weights that are trained cannot be cut; leave out one of the two"))
+    if settings["bias"] != "none":
+        found.append((f"--bias {settings['bias']}", "biases are cut; leave out one of the two"))
+    if settings["objective"] in (*SAMPLING, "dpo", "kto", "distill"):
+        reason = "sampling, a reference, or a teacher needs the whole base in one process; leave it out"
+        found.append((f"--objective {settings['objective']}", reason))
+    if settings["batch_parts"] > 1:
+        found.append(
+            (f"--batch-parts {settings['batch_parts']}", "all processes compute the same; use a smaller batch")
+        )
+    if settings["cache_trunk"] == "on":
+        found.append(("--cache-trunk on", "not with several processes; leave it out"))
+    return found
+
+
+def _tensor_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return what a run whose processes divide the model's layers, or may, cannot do."""
+    asked, shared = settings["parallel"], settings["shard_base"]
+    if asked == "data":
+        return []
+    with_it = f"with --parallel {asked}"
+    problems = [f"--shard-base {shared} {with_it}: it decides what each process has; leave out one of the two"]
+    problems = problems if shared != "off" else []
+    if asked == "tensor":
+        problems += [f"{setting} {with_it}: {reason}" for setting, reason in whole_base_reasons(settings)]
     return problems
 
 

@@ -25,6 +25,7 @@ QUANTIZED_MATMUL = ("auto", "packed", "dense")
 KERNELS = ("auto", "mlx", "ours")
 LOGGERS = ("tensorboard", "trackio", "wandb", "swanlab")
 SHARDING = ("even", "memory")  # --shard-base
+PARALLEL = ("data", "tensor", "auto")
 DEFAULT_BATCH_TOKENS = 2048
 
 # Headings of the help.
@@ -193,6 +194,10 @@ class LoopSettings:
         "Share the base among the processes of a run, each of which keeps a part of every block: off, even (also the flag "
         "without a value), memory (parts in proportion to each machine's), or parts by rank such as 3:1.",
         MEMORY, may_change=True, alone="even")
+    parallel: str = setting("data",
+        "What the processes of a run divide: data (rows), tensor (attention heads and MLP columns, for links of low "
+        "latency), or auto (the fastest that fits, by the measured link; it may also share the base).",
+        MEMORY, may_change=True, choices=PARALLEL)
     memory_budget: float | None = setting(None,
         "GB (10^9 bytes) that the run may use (default: what the device recommends).",
         MEMORY, may_change=True, per_machine=True, more_than=0, at_most=10**6)

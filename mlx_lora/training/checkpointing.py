@@ -24,6 +24,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_lora.adapters.cut_layers import Exit
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.parts import LINEAR, SWITCH, is_exactly
 from mlx_lora.models.attention import Tiles, attend, attend_gradient
@@ -217,7 +218,8 @@ def checkpoint_blocks(blocks: list[nn.Module], products: bool) -> Tape:
         for layer in adapters:
             _mix_in(KeptAdapter, layer, tape)
         for layer in block.modules():
-            if id(layer) not in inside and (isinstance(layer, Kept) or is_exactly(layer, PRODUCTS)):
+            product = is_exactly(layer, PRODUCTS) or (isinstance(layer, Exit) and isinstance(layer, PRODUCTS))
+            if id(layer) not in inside and (isinstance(layer, Kept) or product):
                 _mix_in(Kept, layer, tape)
         _mix_in(Checkpointed, block, tape)
     return tape

@@ -38,6 +38,7 @@ from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.long_task import long_task
 from mlx_lora.training.base_shards import is_shared
+from mlx_lora.training.in_step import called_together
 from mlx_lora.training.loss_choice import PLAIN_LOGITS, ROWS, TILES, choose_kernel, loss_figures, loss_kernels
 from mlx_lora.training.probe import Probe, disagreement, has_halves, probe
 from mlx_lora.training.shared_use import unshareable_words
@@ -181,8 +182,10 @@ def choose_loss(
     """
     if asked == MLX:
         return plain(f"plain cross-entropy (--kernels {MLX})")
-    if is_shared(model):  # what one rank measures, another might not
-        asked, whole_because = OURS, whole_because or "it gets its weights in whole"
+    if called_together(model):  # what one rank measures, another might not
+        asked = OURS
+    if is_shared(model):
+        whole_because = whole_because or "it gets its weights in whole"
     head = find_head(model, config)
     if isinstance(head, str):
         return plain(f"plain cross-entropy ({head})")

@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.adapters.adapt import adapt_model
+from mlx_lora.adapters.cut_layers import Wire
 from mlx_lora.adapters.model_shape import model_shape
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.joining import joined
@@ -33,12 +34,14 @@ from mlx_lora.planner.fitting import (
 )
 from mlx_lora.planner.memory import MemoryPlan, plan_memory
 from mlx_lora.planner.shapes import KernelTerms, Machine, ModelShape, NotKnown
+from mlx_lora.planner.tensor_plan import cut_config
 from mlx_lora.planner.this_machine import this_machine
 from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, ObjectiveSettings, TrainSettings
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.beside import beside_bytes
 from mlx_lora.training.block_memory import with_block_memory
+from mlx_lora.training.tensor_parallel import Place, cut_layers
 
 # Frozen copies of the factors that a method keeps: PiSSA's start, and ReLoRA's finished cycles.
 FROZEN_COPIES = {"pissa": 1, "relora": 3}
@@ -100,7 +103,8 @@ def check_base_fits(settings: TrainSettings) -> None:
     Raises:
         InputError: see `check_fits`.
     """
-    if not settings.loop.memory_check or settings.loop.shard_base != "off":  # by then, the number of parts is known
+    loop = settings.loop
+    if not loop.memory_check or loop.shard_base != "off" or loop.parallel == "tensor":  # with parts it is told later
         return
     dtype = device.compute_dtype(settings.model.dtype)
     try:
@@ -116,11 +120,17 @@ def check_base_fits(settings: TrainSettings) -> None:
     check_fits(settings, fitted, shape, machine, SMALLEST_BATCH, lambda: quantized_shape(outline, settings))
 
 
-def outlined_shape(outline: Outline, settings: TrainSettings, kernels: KernelChoice | None = None) -> ModelShape:
+def outlined_shape(
+    outline: Outline, settings: TrainSettings, kernels: KernelChoice | None = None, cut_by: int = 1
+) -> ModelShape:
     """Return the shape of an outline with the settings' adapter; kernels as in `adapted_shape`.
 
+    Args:
+        outline, settings, kernels: of the run.
+        cut_by: the number of ranks that have parts of its layers; the shape is that of one rank's.
+
     Raises:
-        InputError: the adapter does not fit the model.
+        InputError: the adapter does not fit the model, or it cannot be cut.
     """
     adapter = settings.adapter
     if adapter.method_name == "pissa":  # its initial factors need weights, which an outline does not have
@@ -128,7 +138,11 @@ def outlined_shape(outline: Outline, settings: TrainSettings, kernels: KernelCho
     adapt_model(outline.model, adapter, settings.loop.seed)
     if any(has_two_ways(layer) for layer in outline.model.modules()):  # a packed model may have none of these layers
         use_measured_matmul(outline.model, "dense")  # it takes more memory; for a plan the faster one is not measured
-    return adapted_shape(outline.model, outline.config, settings, outline.cast_bytes, kernels)
+    config = outline.config
+    if cut_by > 1:
+        cut_layers(outline.model, config, Place(0, cut_by), Wire(lambda x: x))
+        config = cut_config(config, cut_by)
+    return adapted_shape(outline.model, config, settings, outline.cast_bytes, kernels)
 
 
 def adapted_shape(

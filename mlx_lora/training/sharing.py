@@ -16,6 +16,7 @@ from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.data.batches import EMPTY, SLOTS_STEP, Batch
 from mlx_lora.system.distributed import Ranks
@@ -144,8 +145,11 @@ class Sharing:
         The seed depends on the step's number, so a resumed run does not need the other ranks' random keys: with the same
         number of ranks as before, it draws the same dropout.
         """
-        digest = hashlib.sha256(f"{self._seed} {step} {self._ranks.rank}".encode()).digest()
-        mx.random.seed(int.from_bytes(digest[:8], "little"))
+        reseed(self._seed, step, self._ranks.rank)
+
+    def own_gradients(self, grads: dict) -> dict:
+        """Return this rank's part of its gradients: with rows of its own, all of them."""
+        return grads
 
     def sums(self, total: list, flag: bool) -> tuple[list, mx.array]:
         """Add up every rank's part of a step, in one message.
@@ -168,3 +172,47 @@ class Sharing:
         summed = {name: part.reshape(leaf.shape) for name, part, leaf in zip(names, flat, leaves, strict=True)}
         reported = {name: scalars[3 + i] for i, name in enumerate(reports)}
         return [scalars[0], scalars[1], reported, summed], scalars[2]
+
+
+class SameRows(Sharing):
+    """All ranks compute all rows, each with its part of the model; what all have in whole is counted once, by rank 0."""
+
+    def __init__(self, ranks: Ranks, seed: int, in_parts: frozenset[str]):
+        """Set up.
+
+        Args:
+            ranks, seed: as for `Sharing`.
+            in_parts: the names of parameters whose gradient on a rank is a part of the whole one.
+        """
+        super().__init__(ranks, seed)
+        self._in_parts = in_parts
+
+    def own(self, batches: list[Batch], divide: Callable[[list[Batch]], list[Batch]]) -> Iterator[Batch]:
+        """Yield each micro-batch as it is: a rank that divided it alone would compute more often than the others."""
+        yield from batches
+
+    def reseed(self, step: int) -> None:
+        """Seed the random numbers of a step, which are the same on all ranks."""
+        reseed(self._seed, step, 0)
+
+    def own_gradients(self, grads: dict) -> dict:
+        """Return the gradients that are this rank's to count; rank 0 counts those that all ranks have in whole.
+
+        They are multiplied by 0 and not replaced: every rank must compute them, because messages are sent on the way.
+        """
+        if self._ranks.leads:
+            return grads
+        return tree_unflatten([(name, g if name in self._in_parts else 0 * g) for name, g in tree_flatten(grads)])
+
+    def sums(self, total: list, flag: bool) -> tuple[list, mx.array]:
+        """Add up gradients; loss, tokens and reports are rank 0's."""
+        if not self._ranks.leads:
+            loss_sum, tokens, reports, grads = total
+            total = [*tree_map(lambda value: 0 * value, [loss_sum, tokens, reports]), grads]
+        return super().sums(total, flag)
+
+
+def reseed(seed: int, step: int, rank: int) -> None:
+    """Seed this process's random numbers by (seed, step, rank)."""
+    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+    mx.random.seed(int.from_bytes(digest[:8], "little"))

@@ -119,7 +119,8 @@ class Step:
 
         def micro(*arrays: mx.array) -> tuple[mx.array, mx.array, dict, dict]:
             loss_sum, tokens, reports, grads = differentiate(*arrays)
-            return loss_sum, tokens, reports, self.masters.gathered(grads)
+            own = grads if sharing is None else sharing.own_gradients(grads)
+            return loss_sum, tokens, reports, self.masters.gathered(own)
 
         # Two functions: another batch shape traces the first again, never the optimizer.
         self._micro = compiled_over(model, micro) if compiled else micro

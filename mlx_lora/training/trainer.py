@@ -21,8 +21,8 @@ from mlx_lora.system import process
 from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.system.long_task import tracked
 from mlx_lora.training.agreement import Agreement
-from mlx_lora.training.base_shards import is_shared
 from mlx_lora.training.held_out import held_out_plan
+from mlx_lora.training.in_step import called_together
 from mlx_lora.training.interrupts import interrupt_flag
 from mlx_lora.training.losses import Loss, choose_loss
 from mlx_lora.training.memory_guard import MemoryGuard
@@ -33,6 +33,7 @@ from mlx_lora.training.rollouts import AnyPlan
 from mlx_lora.training.sharing import own_batches
 from mlx_lora.training.state import Diverged, Position
 from mlx_lora.training.step import Step, StepResult
+from mlx_lora.training.tensor_parallel import is_cut, row_ranks
 
 # This many skipped updates in a row mean that the run has diverged, not that one batch was bad.
 MAX_SKIPPED_IN_A_ROW = 10
@@ -152,6 +153,8 @@ def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ran
             named = reports[0] if reports else {}
             sums = sums + mx.stack([loss, count, *(named[name] for name in task.reports)])
             mx.eval(sums)
+    if is_cut(model) and not ranks.leads:
+        sums = mx.zeros_like(sums)  # all ranks have computed the same: rank 0's numbers are everyone's
     # Ranks finish at different times. On a GPU, the host must wait for the others, not the device: see `SeveralRanks.sum`.
     total, count, *reported = ranks.sum(sums).tolist()
     model.train(training)
@@ -181,7 +184,8 @@ def held_out_loss(
     plan = answered(held_out_plan(rows, settings), loss)
     task = task_of(objective, loss_of_plan(objective, loss, base, plan), base.model)
     count = len(plan) if settings.test_batches < 0 else min(len(plan), settings.test_batches)
-    batches = own_batches(plan, settings.test_batches, ranks, is_shared(base.model))
+    dealt_to = row_ranks(base.model, ranks)
+    batches = own_batches(plan, settings.test_batches, dealt_to, called_together(base.model))
     if ranks.size == 1:
         batches = tracked(batches, "Measuring", count, "batches", say)
     return mean_loss(base.model, task, batches, ranks)
@@ -246,10 +250,11 @@ def train(
         if validation is None or settings.val_batches == 0:
             return False
         most = -1 if settings.val_batches is None else settings.val_batches
-        number = len(range(ranks.rank, len(validation) if most < 0 else min(most, len(validation)), ranks.size))
-        # Ranks that share the base go through a validation together, and so to its end.
-        together = is_shared(model)
-        held_out = takewhile(lambda _: together or not asked(), own_batches(validation, most, ranks, together))
+        dealt_to = row_ranks(model, ranks)
+        number = len(range(dealt_to.rank, len(validation) if most < 0 else min(most, len(validation)), dealt_to.size))
+        # Ranks that have parts of the model go through a validation together, and so to its end.
+        together = called_together(model)
+        held_out = takewhile(lambda _: together or not asked(), own_batches(validation, most, dealt_to, together))
         measured = mean_loss(model, task, watch(held_out, number), ranks)
         interrupted.ask_all()
         if not measured.count or interrupted():
