@@ -33,8 +33,8 @@ from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.system import device
 from mlx_lora.system.distributed import Ranks, SeveralRanks
 from mlx_lora.system.link_probe import probe_link
-from mlx_lora.training.base_shards import units_of
 from mlx_lora.training.run_fit import outlined_shape
+from mlx_lora.training.shared_tables import units_of
 
 PROBE_BYTES = 1 << 22  # seconds even at 100 Mbit/s
 AUTO = "auto"
