@@ -1,0 +1,87 @@
+"""The studio's server: the page, its files, and the routes of all places."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from mlx_lora import __version__
+from mlx_lora.serving.asking import ApiError
+from mlx_lora.serving.request_guard import Guard, GuardLimits
+from mlx_lora.system.device import current_device
+from mlx_lora.system.errors import InputError, RunError
+from mlx_lora.workbench.places import Places
+from mlx_lora.workbench.web import SafeHeaders, json_route, told
+
+PAGES = Path(__file__).parent / "pages"
+UPLOAD = "/api/data/upload"
+
+
+class State:
+    """GET /api/state: what the page shows at its top."""
+
+    def __init__(self, places: Places, key_required: bool):
+        device = current_device()
+        self._fixed = {
+            "version": __version__,
+            "machine": {
+                "chip": device.name,
+                "memory_bytes": device.memory_bytes,
+                "working_set_bytes": device.working_set_bytes,
+                "device": device.backend,
+            },
+            "home": str(places.home),
+            "key_required": key_required,
+        }
+
+    def routes(self) -> list[BaseRoute]:
+        """Return its route."""
+        return [json_route("/api/state", self.state)]
+
+    def state(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the state."""
+        return {**self._fixed, "tasks_running": 0}
+
+
+def make_studio(places: Places, guard: GuardLimits, max_upload_bytes: int) -> Starlette:
+    """Return the studio as an ASGI application.
+
+    Args:
+        places: its folders.
+        guard: limits for requests.
+        max_upload_bytes: of one file.
+    """
+    parts: Sequence[Any] = [State(places, guard.api_key is not None)]
+
+    async def page(request: Request) -> Response:
+        return FileResponse(PAGES / "index.html")
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+
+    return Starlette(
+        routes=[
+            Route("/", page),
+            Route("/health", health),
+            Mount("/static", StaticFiles(directory=PAGES, check_dir=False)),
+            *(route for part in parts for route in part.routes()),
+        ],
+        middleware=[Middleware(SafeHeaders), Middleware(Guard, limits=guard, answers=Counter())],
+        exception_handlers=dict.fromkeys((ApiError, InputError, RunError, HTTPException), told),
+        lifespan=lifespan,
+    )
