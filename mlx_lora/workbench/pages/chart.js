@@ -35,21 +35,22 @@ export function growing(names, kept = "val_loss") {
 const style = () => getComputedStyle(document.documentElement);
 const colorOf = (name) => style().getPropertyValue("--" + name).trim();
 
-function options(width, height, series, words, limit) {
+function options(width, height, series, words, limit, zero) {
   const axis = { stroke: () => colorOf("soft"), grid: { stroke: () => colorOf("rule"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif", size: 28, gap: 6 };
   const one = ({ label, color, dots }) => ({ label, stroke: () => colorOf(color), width: 1.75, spanGaps: true, points: { show: Boolean(dots), size: 6, fill: () => colorOf(color), width: 0 } });
   const range = (self, low, high) => {
     if (low === null) return [0, 1];
-    const top = limit ? Math.max(high, limit) : high, bottom = limit ? 0 : low, room = (top - bottom || Math.abs(top) || 1) * 0.06;
-    return [limit ? 0 : bottom - room, top + room];
+    const top = limit ? Math.max(high, limit) : high, bottom = zero ? 0 : low, room = (top - bottom || Math.abs(top) || 1) * 0.06;
+    return [zero ? 0 : bottom - room, top + room];
   };
   return { width, height, cursor: { points: { size: 7 }, drag: { x: true, y: false } }, legend: { show: false },
     scales: { x: { time: false }, y: { range } }, series: [{ label: "step" }, ...series.map(one)],
     axes: [{ ...axis, space: 60 }, { ...axis, size: 56, space: 34, values: (self, ticks) => ticks.map(words) }] };
 }
 
-// series: [{label, color, dots}]; data: [steps, ...values]; words: a value as text; limit: a line to compare with.
-export function Chart({ title, series, data, words, limit, limitWords, height = 190 }) {
+// series: [{label, color, dots}]; data: [steps, ...values]; words: a value as text; limit: a line to compare with; zero: the
+// axis begins there, because the size itself is what matters.
+export function Chart({ title, series, data, words, limit, limitWords, zero, height = 190 }) {
   const box = useRef(null), plot = useRef(null), [at, setAt] = useState(null), [ready, setReady] = useState(null);
   const kind = series.map((one) => one.label + one.color).join("|") + (limit || "");
   const newest = useRef(data);
@@ -59,7 +60,7 @@ export function Chart({ title, series, data, words, limit, limitWords, height = 
     const scheme = matchMedia("(prefers-color-scheme: dark)"), redraw = () => plot.current?.redraw(false);
     import("./vendor/uPlot.esm.js").then(({ default: Plot }) => {
       if (gone) return;
-      const made = options(box.current.clientWidth || 300, height, series, words, limit);
+      const made = options(box.current.clientWidth || 300, height, series, words, limit, zero);
       made.hooks = { setCursor: [(self) => setAt(self.cursor.idx ?? null)], draw: [(self) => line(self, limit)] };
       plot.current = new Plot(made, newest.current, box.current);
       plot.current.root.setAttribute("aria-hidden", "true");

@@ -14,7 +14,7 @@ const NAMES_ONLY = new Set(["adapter_path", "resume", "force"]);
 function Curve({ runs, name, title, words }) {
   const data = useMemo(() => joined(runs, name), [runs]);
   if (!data.slice(1).some((values) => values.some((one) => one !== null))) return null;
-  return html`<${Chart} title=${title} series=${runs.map((run, n) => ({ label: run.name, color: "c" + n, dots: name === "val_loss" }))} data=${data} words=${words} height=${230} />`;
+  return html`<${Chart} title=${title} series=${runs.map((run, n) => ({ label: run.name, color: "c" + n, dots: name === "val_loss" }))} data=${data} words=${words} zero=${!name.endsWith("loss")} height=${230} />`;
 }
 
 function Table({ runs }) {
@@ -32,5 +32,5 @@ export function Compare({ ids }) {
   const [runs, problem, again] = useAsked((signal) => Promise.all(ids.map((id) => api.readRun(id, signal))), [ids.join()]);
   return html`<a class="back" href=${linkTo("runs")}><${Icon} name="back" />All runs</a><${Heading} title="Compare">${runs ? `${runs.length} runs over the same steps. Point at a curve to read its values.` : ""}<//>
     <${Problem} again=${again}>${problem}<//>${!runs && !problem && html`<${Waiting}>Reading the runs<//>`}
-    ${runs && html`<div class="stack"><${Card} title="Curves"><div class="charts">${CURVES.map(([name, title, words]) => html`<${Curve} key=${name} runs=${runs} name=${name} title=${title} words=${words} />`)}</div><//><${Table} runs=${runs} /></div>`}`;
+    ${runs && html`<div class="stack"><${Card} title="Curves"><div class="charts compared">${CURVES.map(([name, title, words]) => html`<${Curve} key=${name} runs=${runs} name=${name} title=${title} words=${words} />`)}</div><//><${Table} runs=${runs} /></div>`}`;
 }

@@ -20,6 +20,7 @@ export function duration(seconds) {
   if (seconds === null || seconds === undefined || !Number.isFinite(seconds)) return "–";
   const all = Math.max(0, Math.round(seconds)), hours = Math.floor(all / 3600), minutes = Math.floor(all / 60) % 60;
   if (hours) return `${hours} h ${String(minutes).padStart(2, "0")} min`;
+  if (minutes >= 10) return `${minutes} min`;
   return minutes ? `${minutes} min ${String(all % 60).padStart(2, "0")} s` : `${all} s`;
 }
 

@@ -59,9 +59,9 @@ function Curves({ run, metrics, drawn }) {
   if (!metrics.size) return html`<p class="soft">${ACTIVE.has(run.state) ? "The first numbers appear with the first report." : "This run reported no numbers."}</p>`;
   const lossSeries = [{ label: "loss", color: "c0" }, { label: "held-out loss", color: "c1", dots: true }].slice(0, held ? 2 : 1);
   return html`<div class="charts"><div class="chart-wide"><${Chart} title="Loss" height=${250} series=${lossSeries} data=${held ? lossData : lossData.slice(0, 2)} words=${loss} /></div>
-    <${Chart} title="Learning rate" series=${[{ label: "rate", color: "c3" }]} data=${lrData} words=${(one) => (one === null || one === undefined ? "–" : one === 0 ? "0" : one.toExponential(1))} />
-    <${Chart} title="Speed" series=${[{ label: "tokens/s", color: "c2" }]} data=${rateData} words=${rate} />
-    <${Chart} title="Memory" series=${[{ label: "peak", color: "c4" }]} data=${memoryData} words=${bytes} limit=${run.plan_peak_bytes} limitWords=${"planned " + bytes(run.plan_peak_bytes)} /></div>`;
+    <${Chart} title="Learning rate" zero series=${[{ label: "rate", color: "c3" }]} data=${lrData} words=${(one) => (one === null || one === undefined ? "–" : one === 0 ? "0" : one.toExponential(1))} />
+    <${Chart} title="Speed" zero series=${[{ label: "tokens/s", color: "c2" }]} data=${rateData} words=${rate} />
+    <${Chart} title="Memory" zero series=${[{ label: "peak", color: "c4" }]} data=${memoryData} words=${bytes} limit=${run.plan_peak_bytes} limitWords=${"planned " + bytes(run.plan_peak_bytes)} /></div>`;
 }
 
 // The newest text of each prompt, with the ones before it a click away.

@@ -30,9 +30,10 @@ function useSeen() {
 function Fit({ answer }) {
   if (!answer) return html`<span class="soft" aria-busy="true">planning</span>`;
   if (answer.problem) return html`<span class="soft clamp" title=${answer.problem}>${answer.problem}</span>`;
-  const { fits, peak_bytes: peak, tokens_per_s: speed } = answer.plan;
+  const { fits, peak_bytes: peak, tokens_per_s: speed, line } = answer.plan;
+  if (peak === null) return html`<span class="soft clamp" title=${line}>${line}</span>`;
   return html`<${Chip} tone=${fits ? "good" : "bad"}>${fits ? "fits" : "too large"}<//>
-    <span class="number figure"><b>${bytes(peak)}</b><span class="soft"> peak</span></span><span class="number figure"><b>${rate(speed)}</b><span class="soft"> tokens/s predicted</span></span>`;
+    <span class="number figure"><b>${bytes(peak)}</b><span class="soft"> peak</span></span><span class="number figure"><b>${rate(speed)}</b><span class="soft"> tokens/s</span></span>`;
 }
 
 function ModelRow({ model, chosen, settings, onChoose }) {
@@ -100,9 +101,8 @@ function Chosen({ model, settings, onDone }) {
   return html`<${Card} title=${model.name} kind="chosen-model" aria-label="The chosen model">
     ${!answer && html`<${Waiting}>Planning from its configuration<//>`}
     <${Problem}>${answer?.problem}<//>
-    ${answer?.plan && html`<p>${answer.plan.line}</p><${MemoryBar} plan=${answer.plan} />
-      ${(answer.plan.problems || []).map((one) => html`<p class="note" key=${one}>${one}</p>`)}
-      <p class="soft">Predicted ${rate(answer.plan.tokens_per_s)} tokens/s with the settings under Train. Nothing was loaded or downloaded for this.</p>`}
+    ${answer?.plan && html`<p>${answer.plan.line}</p>${answer.plan.peak_bytes !== null && html`<${MemoryBar} plan=${answer.plan} />`}
+      <p class="soft">With the settings under Train. Nothing was loaded or downloaded for this.</p>`}
     <div class="actions"><${Button} kind="first" onClick=${() => go("data")}>Next: data<//></div>
     <${Convert} model=${model} onDone=${onDone} />
     <p class="soft path">${shortPath(model.path)}</p>
@@ -120,7 +120,7 @@ export function ModelPlace() {
     <div class="search"><${Icon} name="search" /><input type="search" aria-label="Search this disk and Hugging Face" placeholder="Search this disk and Hugging Face" value=${words} onInput=${(event) => setWords(event.target.value)} /></div>
     <${Problem} again=${again}>${problem}<//>
     <div class="two"><div class="stack">
-      <${Card} title="On this disk" note=${answer ? count(models.length) : ""} actions=${html`<${Button} small onClick=${again}>Look again<//>`}>
+      <${Card} title="On this disk" note=${answer?.models.length ? "memory and speed are predicted" : ""} actions=${html`<${Button} small onClick=${again}>Look again<//>`}>
         ${!answer && !problem && html`<${Waiting}>Looking through the stores<//>`}
         ${answer && !answer.models.length && html`<${Empty} icon="model" title="No models yet">Search for one above, such as “Qwen3 0.6B 4bit”, and download it. GGUF files and models of Ollama and LM Studio appear here by themselves.<//>`}
         ${answer?.models.length > 0 && !models.length && html`<p class="soft">Nothing on this disk has these words in its name.</p>`}

@@ -110,7 +110,7 @@ export function Dialog({ title, children, onClose, actions }) {
     <div class="dialog"><h2 id="dialog-title">${title}</h2>${children}<div class="actions end">${actions}</div></div></dialog>`;
 }
 
-const STATES = { running: ["accent", "running"], queued: ["", "in the queue"], paused: ["warn", "paused"], done: ["good", "done"], stopped: ["warn", "stopped"], failed: ["bad", "failed"], killed: ["bad", "ended unexpectedly"] };
+const STATES = { running: ["accent", "running"], queued: ["", "in the queue"], paused: ["warn", "paused"], done: ["good", "done"], stopped: ["warn", "stopped"], failed: ["bad", "failed"], killed: ["bad", "interrupted"] };
 export function StateChip({ state }) {
   const [tone, words] = STATES[state] || ["", state];
   return html`<${Chip} tone=${tone}>${state === "running" && html`<span class="pulse" aria-hidden="true"></span>`}${words}<//>`;

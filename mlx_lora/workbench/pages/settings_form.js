@@ -7,7 +7,7 @@ import { counted, value as shown } from "./format.js";
 // These have a place of their own in the studio.
 const ELSEWHERE = new Set(["model", "data", "adapter_path", "objective", "method", "resume", "config"]);
 
-const bound = (text) => (text === "" ? undefined : text);
+const bound = (limit) => limit ?? undefined;
 
 function read(setting, target) {
   if (setting.type === "bool") return target.checked;
@@ -24,7 +24,7 @@ function Control({ setting, value, id }) {
   const common = { id, "aria-describedby": id + "-help", onChange: change };
   if (type === "bool") return html`<input type="checkbox" class="switch" role="switch" ...${common} checked=${now === true} />`;
   if (choices?.length) return html`<select ...${common}>${(usual === null ? ["", ...choices] : choices).map((one) => html`<option key=${one} value=${one} selected=${String(now ?? "") === String(one)}>${one === "" ? "default" : one}</option>`)}</select>`;
-  if (type === "int" || type === "float") return html`<input type="number" step=${type === "int" ? 1 : "any"} min=${bound(range?.[0] ?? "")} max=${bound(range?.[1] ?? "")} ...${common} value=${value ?? ""} placeholder=${usual === null ? "automatic" : String(usual)} aria-label=${flag} />`;
+  if (type === "int" || type === "float") return html`<input type="number" step=${type === "int" ? 1 : "any"} min=${bound(range?.[0])} max=${bound(range?.[1])} ...${common} value=${value ?? ""} placeholder=${usual === null ? "automatic" : String(usual)} aria-label=${flag} />`;
   return html`<input type="text" ...${common} value=${value ?? ""} placeholder=${usual === null ? "automatic" : String(usual)} spellcheck="false" />`;
 }
 
@@ -40,14 +40,16 @@ export function SettingsForm({ groups, settings }) {
   const all = groups.flatMap((group) => group.settings).filter((one) => !ELSEWHERE.has(one.name));
   const matches = (one) => asked.every((word) => `${one.name.replaceAll("_", " ")} ${one.help}`.toLowerCase().includes(word));
   const found = asked.length ? all.filter(matches) : [], changed = all.filter((one) => settings[one.name] !== undefined);
-  const common = all.filter((one) => one.common);
+  // What only another method or objective has is found by the search, and not listed.
+  const applies = (one) => (!one.method || one.method === (settings.method || "lora")) && (!one.objectives?.length || one.objectives.includes(settings.objective || "sft"));
+  const common = all.filter((one) => one.common && applies(one));
   const row = (one) => html`<${Setting} key=${one.name} setting=${one} value=${settings[one.name]} />`;
   return html`<${Card} title="Settings" note=${changed.length ? `${counted(changed.length, "setting")} differ${changed.length === 1 ? "s" : ""} from the defaults` : "defaults"} actions=${changed.length > 0 && html`<${Button} small onClick=${() => changeSettings(Object.fromEntries(changed.map((one) => [one.name, undefined])))}>Reset all<//>`}>
     <div class="search"><${Icon} name="search" /><input type="search" aria-label=${`Search all ${all.length} settings`} placeholder=${`Search all ${all.length} settings`} value=${words} onInput=${(event) => setWords(event.target.value)} /></div>
     ${asked.length ? html`<div class="settings" aria-live="polite">${found.map(row)}${!found.length && html`<p class="soft">No setting has these words in its name or help.</p>`}</div>`
       : html`<div class="settings">${common.map(row)}</div>
         ${groups.map((group) => {
-          const rest = group.settings.filter((one) => !ELSEWHERE.has(one.name) && !one.common);
+          const rest = group.settings.filter((one) => !ELSEWHERE.has(one.name) && !one.common && applies(one));
           return rest.length > 0 && html`<${Group} key=${group.name} name=${group.name} settings=${rest} row=${row} changed=${rest.filter((one) => settings[one.name] !== undefined).length} />`;
         })}`}<//>`;
 }

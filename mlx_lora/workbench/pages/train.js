@@ -18,7 +18,7 @@ function Goal({ groups, settings }) {
   const choose = (name, usual) => (event) => { changeSettings({ [name]: event.target.value === usual ? undefined : event.target.value }); changeProject({ preset: null }); };
   const objective = settings.objective || "sft", method = settings.method || "lora";
   const objectives = optionOf(groups, "objective")?.choices || Object.keys(OBJECTIVES), methods = optionOf(groups, "method")?.choices || ["lora"];
-  return html`<div class="fields"><${Field} label="Objective" id="objective" help=${OBJECTIVES[objective]}><select id="objective" onChange=${choose("objective", "sft")}>${objectives.map((one) => html`<option key=${one} value=${one} selected=${one === objective}>${one}</option>`)}</select><//>
+  return html`<div class="fields"><${Field} label="Objective" id="objective"><select id="objective" onChange=${choose("objective", "sft")}>${objectives.map((one) => html`<option key=${one} value=${one} selected=${one === objective}>${OBJECTIVES[one] ? `${OBJECTIVES[one]} (${one})` : one}</option>`)}</select><//>
     <${Field} label="Method" id="method" help=${method === "lora" ? "small factors beside the frozen weights" : method === "full" ? "every weight; takes the most memory" : "a variant of LoRA"}><select id="method" onChange=${choose("method", "lora")}>${methods.map((one) => html`<option key=${one} value=${one} selected=${one === method}>${one}</option>`)}</select><//></div>`;
 }
 
@@ -37,6 +37,7 @@ function Plan({ plan, problem }) {
   if (problem) return html`<${Problem}>${problem}<//>`;
   if (!plan) return html`<${Waiting}>Planning<//>`;
   const facts = [["steps", plan.steps === null || plan.steps === undefined ? "–" : counted(plan.steps, "step").split(" ")[0]], ["tokens/s", rate(plan.tokens_per_s)], ["time", duration(plan.seconds)]];
+  if (plan.peak_bytes === null) return html`<${Problem}>${plan.line}<//>`;
   return html`<p class="verdict"><${Chip} tone=${plan.fits ? "good" : "bad"}>${plan.fits ? "fits" : "too large"}<//> <span>${plan.line}</span></p>
     ${plan.problems?.map((one) => html`<p class="problem" key=${one}>${one}</p>`)}
     <${MemoryBar} plan=${plan} /><dl class="tiles three">${facts.map(([words, one]) => html`<div key=${words}><dt>${words}</dt><dd class="number">${one}</dd></div>`)}</dl>
@@ -95,6 +96,7 @@ export function TrainPlace({ path }) {
   const runs = answer?.runs || [], running = runs.filter((one) => one.state === "running"), [view, setView] = useState(path[0] ? "run" : null), [picked, pick] = useState(path[0] || null);
   // Opened while a run goes on: that run is what one came to see.
   useEffect(() => { if (view === null && answer) { setView(running.length ? "run" : "setup"); if (running.length) pick(running[0].id); } }, [answer]);
+  useEffect(() => { if (path[0]) { pick(path[0]); setView("run"); } }, [path[0]]);
   const started = (id) => { look(); pick(id); setView("run"); scrollTo(0, 0); };
   const shown = picked || running[0]?.id || null;
   const views = [["setup", "New run"], ["run", "Live", shown && running.length ? running.length : undefined]];
