@@ -84,8 +84,9 @@ def main(
         raise InputError(f"studio: {' and '.join(missing)} not installed; pip install 'mlx-lora[serve]'")
     # Imported here, because packages that they need may not be installed.
     from mlx_lora.serving.request_guard import GuardLimits, is_local
+    from mlx_lora.workbench.data_routes import UPLOAD
     from mlx_lora.workbench.places import Places
-    from mlx_lora.workbench.studio_app import UPLOAD, make_studio
+    from mlx_lora.workbench.studio_app import make_studio
 
     key = api_key or os.environ.get(KEY_VARIABLE) or None
     if not is_local(host) and not key:

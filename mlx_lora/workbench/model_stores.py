@@ -231,9 +231,7 @@ def _unknown(config: dict[str, Any]) -> str | None:
     return None
 
 
-def _facts(
-    size: int, architecture: Any, numbers: int | None, bits: float | None, why: str | None
-) -> dict[str, Any]:
+def _facts(size: int, architecture: Any, numbers: int | None, bits: float | None, why: str | None) -> dict[str, Any]:
     name = str(architecture)[:80] if architecture else None
     return {
         "bytes": size, "architecture": name, "parameters": numbers, "bits": bits, "trainable": why is None, "why_not": why,
@@ -259,5 +257,3 @@ def _json(path: Path) -> Any:
         return parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None
-
-

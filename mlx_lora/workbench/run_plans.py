@@ -10,7 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.api.run_plan import plan_run
+from mlx_lora.api.run_plan import PlanParts, plan_run
+from mlx_lora.models.kernel_choice import KernelChoice
+from mlx_lora.models.outline import Outline
+from mlx_lora.planner.shapes import Machine, ModelShape
+from mlx_lora.planner.speed import Ceilings
+from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.sources.data_sets import find_sets, is_local, named_sets
 from mlx_lora.system import device
@@ -19,9 +24,39 @@ from mlx_lora.system.units import format_duration, gigabytes
 from mlx_lora.workbench.tasks import Task, Tasks
 
 KEPT = 256  # plans
+SHAPES = 12  # of models with adapters; an outline holds no weights
 AT_ONCE_BYTES = 2_000_000  # data up to here is read while the page waits
 # Settings that change neither memory nor speed; plans with others of these are the same.
-NOT_PLANNED = frozenset(("adapter_path", "project_name", "report_to", "verbose", "seed", "keep", "sample_tokens", "force"))
+NOT_PLANNED = frozenset(
+    ("adapter_path", "project_name", "report_to", "verbose", "seed", "keep", "sample_tokens", "force")
+)
+
+
+class KeptParts(PlanParts):
+    """Keeps the machine, and the shapes of the last models and adapters: a change of length, batch or steps is quick then."""
+
+    def __init__(self):
+        self._machines: dict[str, tuple[Machine, Ceilings]] = {}
+        self._shapes: OrderedDict[str, tuple[Outline, ModelShape]] = OrderedDict()
+
+    def machine(self, settings: TrainSettings, chip: str | None, memory_gb: int | None) -> tuple[Machine, Ceilings]:
+        """Return this machine, measured once for each dtype; there is no other in the studio."""
+        dtype = settings.model.dtype
+        if dtype not in self._machines:
+            self._machines[dtype] = super().machine(settings, chip, memory_gb)
+        return self._machines[dtype]
+
+    def shape(self, settings: TrainSettings, dtype: str, kernels: KernelChoice | None) -> tuple[Outline, ModelShape]:
+        """Return outline and shape, kept for all settings that do not change them."""
+        loop = settings.loop
+        depends = [settings.model, settings.adapter, settings.objective, settings.optimizer, loop.kernels, loop.seed]
+        key = repr([*depends, dtype, kernels, _version(settings.model.model)])
+        if key not in self._shapes:
+            self._shapes[key] = super().shape(settings, dtype, kernels)
+        self._shapes.move_to_end(key)
+        while len(self._shapes) > SHAPES:
+            self._shapes.popitem(last=False)
+        return self._shapes[key]
 
 
 class Plans:
@@ -33,6 +68,7 @@ class Plans:
         self._kept: OrderedDict[str, dict[str, Any] | str] = OrderedDict()
         self._lock, self._tasks = threading.Lock(), tasks
         self._reading: dict[str, Task] = {}
+        self._parts = KeptParts()
 
     def close(self) -> None:
         """End the thread after what it does now."""
@@ -82,7 +118,9 @@ class Plans:
             raise InputError(found)
         if found is not None:
             return found
-        working: Future[dict[str, Any]] = self._thread.submit(lambda: plan_run(train_settings(dict(settings))))
+        working: Future[dict[str, Any]] = self._thread.submit(
+            lambda: plan_run(train_settings(dict(settings)), parts=self._parts)
+        )
         try:
             return self._keep(key, working.result())
         except InputError as error:

@@ -72,9 +72,7 @@ def presets(
     return found
 
 
-def _fitted(
-    settings: dict[str, Any], plan: Callable[[dict[str, Any]], dict[str, Any]]
-) -> tuple[dict[str, Any], str]:
+def _fitted(settings: dict[str, Any], plan: Callable[[dict[str, Any]], dict[str, Any]]) -> tuple[dict[str, Any], str]:
     """Return settings whose rows are as long as fit, and words on the plan."""
     planned = plan(settings)
     asked = settings["max_seq_length"]

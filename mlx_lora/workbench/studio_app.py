@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -21,17 +22,29 @@ from mlx_lora.serving.asking import ApiError
 from mlx_lora.serving.request_guard import Guard, GuardLimits
 from mlx_lora.system.device import current_device
 from mlx_lora.system.errors import InputError, RunError
+from mlx_lora.workbench.data_routes import DataRoutes
+from mlx_lora.workbench.model_routes import ModelRoutes
+from mlx_lora.workbench.model_stores import ModelStores
 from mlx_lora.workbench.places import Places
+from mlx_lora.workbench.previews import Previews
+from mlx_lora.workbench.run_commands import Checker
+from mlx_lora.workbench.run_control import RunControl
+from mlx_lora.workbench.run_listing import RunListing
+from mlx_lora.workbench.run_plans import Plans
+from mlx_lora.workbench.run_routes import RunRoutes, TrainRoutes
+from mlx_lora.workbench.talk_routes import ExportRoutes, TalkRoutes
+from mlx_lora.workbench.talking import Talk
+from mlx_lora.workbench.tasks import Tasks
 from mlx_lora.workbench.web import SafeHeaders, json_route, told
 
 PAGES = Path(__file__).parent / "pages"
-UPLOAD = "/api/data/upload"
 
 
 class State:
     """GET /api/state: what the page shows at its top."""
 
-    def __init__(self, places: Places, key_required: bool):
+    def __init__(self, places: Places, key_required: bool, tasks: Tasks):
+        self._tasks = tasks
         device = current_device()
         self._fixed = {
             "version": __version__,
@@ -51,7 +64,7 @@ class State:
 
     def state(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """Return the state."""
-        return {**self._fixed, "tasks_running": 0}
+        return {**self._fixed, "tasks_running": self._tasks.running}
 
 
 def make_studio(places: Places, guard: GuardLimits, max_upload_bytes: int) -> Starlette:
@@ -62,7 +75,21 @@ def make_studio(places: Places, guard: GuardLimits, max_upload_bytes: int) -> St
         guard: limits for requests.
         max_upload_bytes: of one file.
     """
-    parts: Sequence[Any] = [State(places, guard.api_key is not None)]
+    logs = places.home / "logs"
+    tasks, stores = Tasks(logs), ModelStores(places)
+    plans, checker, listing = Plans(tasks), Checker(places, stores.roots()), RunListing(places)
+    control = RunControl(places, listing)
+    talk = Talk(lambda: going_on(listing), current_device().working_set_bytes)
+    parts: Sequence[Any] = [
+        State(places, guard.api_key is not None, tasks),
+        ModelRoutes(places, stores, checker, plans, tasks),
+        tasks,
+        DataRoutes(places, checker, Previews(tasks, logs), max_upload_bytes),
+        TrainRoutes(plans, checker, control, places.runs),
+        RunRoutes(listing, control),
+        TalkRoutes(talk, checker),
+        ExportRoutes(places, checker, tasks),
+    ]
 
     async def page(request: Request) -> Response:
         return FileResponse(PAGES / "index.html")
@@ -72,7 +99,11 @@ def make_studio(places: Places, guard: GuardLimits, max_upload_bytes: int) -> St
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        control.begin()
         yield
+        await anyio.to_thread.run_sync(control.close)
+        await anyio.to_thread.run_sync(talk.close)
+        plans.close()
 
     return Starlette(
         routes=[
@@ -85,3 +116,8 @@ def make_studio(places: Places, guard: GuardLimits, max_upload_bytes: int) -> St
         exception_handlers=dict.fromkeys((ApiError, InputError, RunError, HTTPException), told),
         lifespan=lifespan,
     )
+
+
+def going_on(listing: RunListing) -> list[dict[str, Any]]:
+    """Return the lines of the runs that go on."""
+    return [line for line in listing.listed([]) if line["state"] == "running"]
