@@ -122,7 +122,15 @@ class StandIn:
     async def _talk(self, request: Request) -> Response:
         asked = await request.json()
         self.asked.append(("talk", asked))
-        words = ["Boil ", "the egg ", "for **seven** ", "minutes.\n\n", "1. Heat the water\n", "2. Add the egg\n", HOSTILE]
+        words = [
+            "Boil ",
+            "the egg ",
+            "for **seven** ",
+            "minutes.\n\n",
+            "1. Heat the water\n",
+            "2. Add the egg\n",
+            HOSTILE,
+        ]
 
         async def lines() -> AsyncIterator[bytes]:
             for word in words:
@@ -130,7 +138,13 @@ class StandIn:
                     yield f"data: {json.dumps({'column': column, 'text': word})}\n\n".encode()
                 await asyncio.sleep(0.01)
             for column in range(len(asked["columns"])):
-                end = {"column": column, "done": True, "tokens": 31, "tokens_per_s": 41.5 - column, "first_token_s": 0.21}
+                end = {
+                    "column": column,
+                    "done": True,
+                    "tokens": 31,
+                    "tokens_per_s": 41.5 - column,
+                    "first_token_s": 0.21,
+                }
                 yield f"data: {json.dumps(end)}\n\n".encode()
 
         return StreamingResponse(lines(), media_type="text/event-stream")
@@ -151,12 +165,18 @@ class StandIn:
             "runs": {"runs": self.runs}, "adapters": {"adapters": ADAPTERS}, "talk/close": {}, "export/needs": NEEDS,
             "export": {"task": "t1", "command": "mlx-lora export --to gguf"},
         }.get(path)  # fmt: skip
-        return JSONResponse({"error": {"message": f"{path}: no such place"}}, 404) if answer is None else JSONResponse(answer)
+        return (
+            JSONResponse({"error": {"message": f"{path}: no such place"}}, 404)
+            if answer is None
+            else JSONResponse(answer)
+        )
 
     def _run(self, path: list[str], method: str, body: dict[str, Any]) -> Response:
         found = next((run for run in self.runs if run["id"] == path[0]), None)
         if found is None:
-            return JSONResponse({"error": {"message": f"run {path[0]}: there is no such run; look at the list again"}}, 404)
+            return JSONResponse(
+                {"error": {"message": f"run {path[0]}: there is no such run; look at the list again"}}, 404
+            )
         if method == "DELETE":
             self.runs.remove(found)
             return JSONResponse({})
@@ -171,7 +191,7 @@ class StandIn:
             "settings": {"rank": 8 + 8 * (int(path[0][-3:]) % 2), "alpha": 32, "learning_rate": 2e-4, "model": found["model"], "method": found["method"], "seed": 0},
             "command": f"mlx-lora train --config {found['path']}/run.yaml", "run_yaml": "rank: 16\n", "log": [f"step {row['step']:>5}  loss {row['loss']:.3f}" for row in rows],
             "forgetting": FORGETTING if not live else None, "forgetting_command": "mlx-lora evaluate --forgetting", "can_resume": not live and found["state"] != "done",
-            "reason": "signal 9; the system may have ended it for want of memory" if found["state"] == "killed" else "", "plan_peak_bytes": 4.4 * GB,
+            "reason": "The process ended without a word: it was killed, or the machine ran out of memory or went off." if found["state"] == "killed" else "", "plan_peak_bytes": 4.4 * GB,
         })  # fmt: skip
 
 
@@ -179,7 +199,10 @@ def plan_of(body: dict[str, Any]) -> dict[str, Any]:
     """The plan of a small model, or of a large one by name."""
     model = body.get("model") or body.get("settings", {}).get("model") or ""
     rank, large = body.get("settings", {}).get("rank", 16), 12 if "70B" in model or "32B" in model else 1
-    parts = [{"name": name, "bytes": size * large * (rank / 16 if name in ("adapter", "optimizer") else 1)} for name, size in PARTS]
+    parts = [
+        {"name": name, "bytes": size * large * (rank / 16 if name in ("adapter", "optimizer") else 1)}
+        for name, size in PARTS
+    ]
     peak = sum(part["bytes"] for part in parts)
     line = f"Peak {peak / GB:.2f} GB of 12.70 GB; about {640 // large} tokens/s (predicted)."
     return {"fits": peak < 12.7e9, "peak_bytes": peak, "limit_bytes": 12.7e9, "parts": parts, "tokens_per_s": 640 / large, "predicted": True, "line": line, "problems": []}  # fmt: skip
@@ -199,12 +222,20 @@ def groups() -> list[dict[str, Any]]:
 def preview() -> dict[str, Any]:
     """Twenty rows, a hostile one first."""
     rows = [
-        {"index": n, "file": "/home/me/tutor.jsonl", "line": n + 1, "form": "chat", "tokens": 90 + n, "trained_tokens": 40 + n, "cut": n == 2, "doubled_of": 1 if n == 3 else None,
+        {"index": n, "file": "/home/me/tutor.jsonl", "line": n + 1, "form": "chat", "tokens": 90 + n, "trained_tokens": 40 + n, "cut": n == 2, "doubled_of": {"file": "tutor.jsonl", "line": 1, "unit": "line"} if n == 3 else None, "unit": "line", "part": "", "split": "train", "why": None, "more_characters": 0, "more_tokens": 0,
          "spans": [{"text": "<|im_start|>user\n" + (HOSTILE if n == 0 else f"Why is the sky blue? ({n})") + "<|im_end|>\n<|im_start|>assistant\n", "trained": False},
                    {"text": "What color is sunlight, before it meets the air? " * (1 + n % 3) + "<|im_end|>", "trained": True}]}
         for n in range(20)
     ]  # fmt: skip
-    counts = {"rows": 1200, "trained_tokens": 61200, "tokens": 118400, "cut": 14, "doubled": 3, "refused": 2, "empty": 0}
+    counts = {
+        "rows": 1200,
+        "trained_tokens": 61200,
+        "tokens": 118400,
+        "cut": 14,
+        "doubled": 3,
+        "refused": 2,
+        "empty": 0,
+    }
     bars = [{"from": 32 * n, "to": 32 * n + 32, "count": round(200 * math.exp(-((n - 4) ** 2) / 9))} for n in range(20)]
     problems = [{"file": "/home/me/tutor.jsonl", "line": 17, "message": "not JSON: Expecting ',' at column 41; mend the line or delete it"}, {"file": "/home/me/tutor.jsonl", "line": 408, "message": "no answer: the last turn is the user's; add an assistant turn"}]  # fmt: skip
     return {"total": 1200, "forms": {"chat": 1200}, "counts": counts, "histogram": bars, "rows": rows, "problems": problems, "notes": [], "task": None}  # fmt: skip
@@ -215,10 +246,17 @@ def hour() -> tuple[dict[str, Any], ...]:
     events: list[dict[str, Any]] = []
     for second in range(3600):
         step = 42 + second
-        events += [{"type": "metrics", **metrics_row(step)}, {"type": "log", "line": f"step {step:>5}  loss {1.1:.3f} " + "." * 60}]
+        events += [
+            {"type": "metrics", "metrics": metrics_row(step)},
+            {"type": "log", "lines": [f"step {step:>5}  loss {1.1:.3f} " + "." * 60]},
+        ]
         if second % 60 == 0:
-            events.append({"type": "sample", "step": step, "prompt": f"Prompt {second % 180}", "text": f"text at {step} " * 12})
-        events.append({"type": "state", "state": "running", "step": step, "steps": 4000, "loss": 1.1, "seconds": float(second)})
+            events.append(
+                {"type": "sample", "samples": [{"step": step, "prompt": f"Prompt {n}", "text": f"text at {step} " * 12} for n in range(3)]}
+            )
+        events.append(
+            {"type": "state", "state": "running", "step": step, "steps": 4000, "loss": 1.1, "seconds": float(second)}
+        )
     return tuple(events)
 
 
@@ -232,7 +270,9 @@ MODELS = [
 ]  # fmt: skip
 STORES = [{"kind": "hub", "path": "/home/me/.cache/huggingface/hub", "exists": True}, {"kind": "lmstudio", "path": "/home/me/.lmstudio/models", "exists": False}]  # fmt: skip
 SEARCH = {"results": [{"id": "Qwen/Qwen3-70B-4bit", "downloads": 12345, "likes": 67, "here": False}, {"id": "Qwen/Qwen3-0.6B", "downloads": 987654, "likes": 321, "here": True}], "offline": None}  # fmt: skip
-SETS = [{"name": "tutor.jsonl", "path": "/home/me/mlx-lora-studio/data/tutor.jsonl", "bytes": 412000, "changed": 1795700000}]
+SETS = [
+    {"name": "tutor.jsonl", "path": "/home/me/mlx-lora-studio/data/tutor.jsonl", "bytes": 412000, "changed": 1795700000}
+]
 PRESETS = [
     {"name": "quick", "line": "A first look: rank 8, 100 steps.", "settings": {"rank": 8, "alpha": 16.0, "iters": 100}},
     {"name": "balanced", "line": "The usual choice: rank 16, one pass over the data.", "settings": {"epochs": 1.0}},

@@ -24,7 +24,9 @@ def test_vendored_files_are_those_of_the_table():
     assert there == set(listed)
     for name, digest in listed.items():
         assert hashlib.sha256((VENDOR / name).read_bytes()).hexdigest() == digest, name
-    assert set(re.findall(r"^\| (\S+\.(?:js|css)) \|", table, re.M)) == {n for n in there if not n.startswith("LICENSE")}
+    assert set(re.findall(r"^\| (\S+\.(?:js|css)) \|", table, re.M)) == {
+        n for n in there if not n.startswith("LICENSE")
+    }
 
 
 def test_every_import_and_every_file_of_the_page_is_there():

@@ -66,10 +66,11 @@ const wait = (ms, signal) => new Promise((resolve) => {
 });
 
 // Follow a stream until `signal`; connect again, ever more slowly, when the server went away. `heard` returns true to end it.
-async function follow(path, heard, signal) {
+// `lost` is called after each connection that ended, because what was sent meanwhile is not sent again; it returns true to end.
+async function follow(path, heard, signal, lost = () => false) {
   for (let pause = 500; !signal.aborted; pause = Math.min(pause * 2, 8000)) {
     try {
-      for await (const event of events(await call("GET", typeof path === "function" ? path() : path, undefined, signal))) {
+      for await (const event of events(await call("GET", path, undefined, signal))) {
         pause = 500;
         if (heard(event)) return;
       }
@@ -77,6 +78,7 @@ async function follow(path, heard, signal) {
       if (error.name === "AbortError" || error.status === 404) return;
     }
     await wait(pause, signal);
+    if (!signal.aborted && lost()) return;
   }
 }
 
@@ -109,6 +111,9 @@ export function uploadFile(file, progress) {
 
 export const readSettings = () => get("settings");
 export const readPresets = (model, objective) => get(`presets?model=${part(model || "")}&objective=${part(objective)}`);
+// Sets as --data takes them: FILE=WEIGHT, by comma.
+export const dataText = (sets) => sets.map(({ path, weight }) => (weight === 1 ? path : `${path}=${weight}`)).join(",");
+
 export const planRun = (settings, signal) => post("train/plan", { settings }, signal);
 export const startRun = (settings, name, queue) => post("train/start", { settings, name, queue });
 
@@ -118,8 +123,9 @@ export const removeFromQueue = (run) => post("queue/remove", { run });
 
 export const readRuns = () => get("runs");
 export const readRun = (id, signal) => get("runs/" + part(id), signal);
-export const followRun = (id, after, heard, signal) => follow(() => `runs/${part(id)}/events?after=${after()}`, heard, signal);
+export const followRun = (id, heard, signal, lost) => follow(`runs/${part(id)}/events`, heard, signal, lost);
 export const steerRun = (id, verb) => post(`runs/${part(id)}/${verb}`);
+export const measureForgetting = (id) => post(`runs/${part(id)}/forgetting`);
 export const writeNotes = (id, text) => call("PUT", `runs/${part(id)}/notes`, { text });
 export const deleteRun = (id, name) => call("DELETE", "runs/" + part(id), { confirm: name });
 

@@ -16,15 +16,16 @@ export function growing(names, kept = "val_loss") {
   };
   return {
     fill(given) {
-      const steps = given.step || [];
-      columns = Object.fromEntries(names.map((name) => [name, steps.map((_, at) => given[name]?.[at] ?? null)]));
-      while (columns.step.length > MOST) thin();
+      columns = Object.fromEntries(names.map((name) => [name, []]));
+      (given.step || []).forEach((_, at) => this.add(Object.fromEntries(names.map((name) => [name, given[name]?.[at] ?? null]))));
     },
-    // A row of a step that is known already replaces it: a resumed run goes over some steps again.
+    // A validation comes as a row of its own with the step of a report: both are one point. A resumed run goes over some
+    // steps again: what was known of them goes.
     add(row) {
       const { step } = columns;
-      while (step.length && step[step.length - 1] >= row.step) for (const name of names) columns[name].pop();
-      for (const name of names) columns[name].push(row[name] ?? null);
+      while (step.length && step[step.length - 1] > row.step) for (const name of names) columns[name].pop();
+      if (step.length && step[step.length - 1] === row.step) for (const name of names) columns[name][step.length - 1] = row[name] ?? columns[name][step.length - 1];
+      else for (const name of names) columns[name].push(row[name] ?? null);
       if (step.length > MOST) thin();
     },
     get columns() { return columns; },
@@ -103,7 +104,7 @@ export function joined(runs, name) {
   const steps = [...new Set(runs.flatMap((run) => run.metrics.step || []))].sort((a, b) => a - b), place = new Map(steps.map((step, at) => [step, at]));
   return [steps, ...runs.map(({ metrics }) => {
     const values = new Array(steps.length).fill(null);
-    (metrics.step || []).forEach((step, at) => { values[place.get(step)] = metrics[name]?.[at] ?? null; });
+    (metrics.step || []).forEach((step, at) => { values[place.get(step)] = metrics[name]?.[at] ?? values[place.get(step)]; });
     return values;
   })];
 }

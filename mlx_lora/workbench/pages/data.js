@@ -1,7 +1,7 @@
 // Data: drop files, mix sets, and see every row as the model will: its text with the trained tokens marked.
 import { useEffect, useRef, useState } from "./vendor/hooks.module.js";
-import { html, Button, Card, Chip, Empty, Field, Heading, Icon, Meter, Pages, Problem, Segments, Waiting } from "./parts.js";
-import { changeProject, changeSettings, go, onTaskEnd, project, tell, useAsked, useLater, useStore } from "./state.js";
+import { html, Button, Card, Chip, Empty, Field, Heading, Icon, Meter, Pages, Problem, Segments, TaskLine, Waiting } from "./parts.js";
+import { changeProject, changeSettings, go, onTaskEnd, project, tasks, tell, useAsked, useLater, useStore } from "./state.js";
 import { bytes, count, counted, lastPart, percent, shortPath, when } from "./format.js";
 import * as api from "./api.js";
 
@@ -69,9 +69,9 @@ function Spans({ spans }) {
 
 function DataRow({ row }) {
   const [open, set] = useState(false), long = row.spans.reduce((sum, span) => sum + span.text.length, 0) > 400;
-  return html`<article class=${"data-row" + (open ? " open" : "")}><header><span class="number"><b>${lastPart(row.file)}</b>, line ${count(row.line)}</span><span class="soft number">${row.form} · ${counted(row.tokens, "token")}, ${count(row.trained_tokens)} trained</span>
-      ${row.cut ? html`<${Chip} tone="warn">${row.cut === true ? "cut" : `cut by ${counted(row.cut, "token")}`}<//>` : null}${row.doubled_of !== null && row.doubled_of !== undefined && html`<${Chip} tone="warn">same as line ${count(row.doubled_of)}<//>`}</header>
-    <${Spans} spans=${row.spans} />${row.text_cut && html`<p class="soft">Only the beginning of this row is shown.</p>`}
+  return html`<article class=${"data-row" + (open ? " open" : "")}><header><span class="number"><b>${lastPart(row.file)}</b>, ${row.unit || "line"} ${count(row.line)}</span><span class="soft number">${[row.form, row.part, row.split === "valid" ? "held out" : ""].filter(Boolean).join(", ")} · ${counted(row.tokens, "token")}, ${count(row.trained_tokens)} trained</span>
+      ${row.cut ? html`<${Chip} tone="warn">${row.cut === true ? "cut" : `cut by ${counted(row.cut, "token")}`}<//>` : null}${row.doubled_of !== null && row.doubled_of !== undefined && html`<${Chip} tone="warn">same as ${row.doubled_of.unit || "line"} ${count(row.doubled_of.line)}<//>`}</header>
+    <${Spans} spans=${row.spans} />${(row.more_characters || row.more_tokens) > 0 && html`<p class="soft number">Only the beginning is shown; ${row.more_tokens ? counted(row.more_tokens, "more token") : counted(row.more_characters, "more character")} follow.</p>`}
     ${long && html`<${Button} small onClick=${() => set(!open)} aria-expanded=${open}>${open ? "Show less" : "Show all"}<//>`}</article>`;
 }
 
@@ -87,6 +87,11 @@ function Options({ settings }) {
     <label class="check"><input type="checkbox" checked=${settings.mask_prompt ?? true} onChange=${set("mask_prompt")} /> Train on answers only, not on prompts</label></div></details>`;
 }
 
+function TaskOf({ id }) {
+  const task = useStore(tasks).find((one) => one.id === id);
+  return task ? html`<${TaskLine} task=${task} />` : html`<${Waiting}>Reading and tokenizing<//>`;
+}
+
 function Preview({ model, sets, settings }) {
   const [filter, setFilter] = useState("all"), [page, setPage] = useState(0);
   const used = Object.fromEntries(OF_ROWS.filter((name) => name in settings).map((name) => [name, settings[name]]));
@@ -96,17 +101,17 @@ function Preview({ model, sets, settings }) {
   useEffect(() => { if (task) onTaskEnd(task, again); }, [task]);
   useEffect(() => setPage(0), [filter, JSON.stringify([model, sets, used])]);
   if (problem) return html`<${Card} title="Rows"><${Problem} again=${again}>${problem}<//><//>`;
-  if (!answer || (task && !answer.rows?.length)) return html`<${Card} title="Rows"><${Waiting}>Reading and tokenizing<//><//>`;
+  if (!answer || !answer.counts) return html`<${Card} title="Rows">${task ? html`<${TaskOf} id=${task} />` : html`<${Waiting}>Reading and tokenizing<//>`}<//>`;
   const { counts, forms, histogram, rows, problems, notes, total } = answer;
   const filters = [["all", "All", counts.rows], ["cut", "Cut", counts.cut], ["doubled", "Doubled", counts.doubled], ["refused", "Refused", counts.refused]].map(([id, words, n]) => [id, words, count(n)]);
   return html`<${Card} title="What the model will see"><${Tiles} counts=${counts} />
       <p class="soft">Recognized as ${Object.entries(forms).map(([form, n]) => `${form} (${counted(n, "row")})`).join(", ") || "nothing yet"}.${counts.empty ? ` ${counted(counts.empty, "row")} without anything to train.` : ""}</p>
       ${(notes || []).map((one) => html`<p class="note" key=${one}>${one}</p>`)}
-      ${histogram.length > 0 && html`<${Histogram} bars=${histogram} limit=${used.max_seq_length || 2048} />`}<//>
+      ${histogram.length > 0 && html`<${Histogram} bars=${histogram} limit=${answer.max_seq_length || used.max_seq_length || 2048} />`}<//>
     <${Card} title="Rows" actions=${html`<${Segments} label="Which rows" name="filter" value=${filter} options=${filters} onChange=${setFilter} />`}>
       ${filter !== "refused" && html`<p class="soft legend"><mark>Marked text</mark> is trained; the rest is only read.</p>`}
-      ${(filter === "refused" || filter === "all") && problems.length > 0 && html`<ul class="problems">${problems.slice(0, filter === "all" ? 5 : 100).map((one, n) => html`<li key=${n}><b class="number">${lastPart(one.file)}, line ${count(one.line)}</b> <span>${one.message}</span></li>`)}</ul>`}
-      ${rows.map((row) => html`<${DataRow} key=${row.index} row=${row} />`)}
+      ${(filter === "refused" || filter === "all") && problems.length > 0 && html`<ul class="problems">${(filter === "all" ? problems.slice(0, 5) : rows.map((one) => ({ ...one, message: one.why }))).map((one, n) => html`<li key=${n}><b class="number">${lastPart(one.file)}, ${one.unit || "line"} ${count(one.line)}</b> <span>${one.message}</span></li>`)}</ul>`}
+      ${filter !== "refused" && rows.map((row) => html`<${DataRow} key=${row.index + row.part} row=${row} />`)}
       ${!rows.length && !(filter === "refused" && problems.length) && html`<p class="soft">${filter === "all" ? "No row of this data can be trained. The lines above say why." : "There are none."}</p>`}
       <${Pages} page=${page} pages=${Math.ceil(total / ON_PAGE)} onPage=${setPage} label="Pages of rows" /><//>`;
 }

@@ -18,13 +18,15 @@ export function useRun(id) {
     const stop = new AbortController();
     let facts = null, timer = 0;
     const show = () => { if (!timer) timer = setTimeout(() => { timer = 0; setRun({ ...facts }); draw((n) => n + 1); }, 500); };
+    const afresh = () => { setTurn((n) => n + 1); return true; };
     const heard = ({ type, ...told }) => {
-      if (type === "metrics") metrics.add(told);
-      else if (type === "log") facts.log = [...facts.log, told.line].slice(-LINES);
-      else if (type === "sample") facts.samples = [...facts.samples, told].slice(-SAMPLES);
+      if (type === "metrics") metrics.add(told.metrics);
+      else if (type === "log") facts.log = [...facts.log, ...told.lines].slice(-LINES);
+      else if (type === "sample") facts.samples = told.samples.slice(-SAMPLES);
       else if (type === "state") Object.assign(facts, told);
       show();
-      return type === "state" && !ACTIVE.has(facts.state);
+      // At the end everything is read once more: what can be resumed, the adapter, what was forgotten.
+      return (type === "gone" || (type === "state" && !ACTIVE.has(facts.state))) && afresh();
     };
     api.readRun(id, stop.signal).then((answer) => {
       const { metrics: known, ...rest } = answer; // the columns live in `metrics`, once
@@ -33,7 +35,7 @@ export function useRun(id) {
       setRun({ ...facts });
       setProblem("");
       draw((n) => n + 1);
-      if (ACTIVE.has(facts.state)) api.followRun(id, () => metrics.columns.step.at(-1) ?? 0, heard, stop.signal);
+      if (ACTIVE.has(facts.state)) api.followRun(id, heard, stop.signal, afresh);
     }, (error) => { if (error.name !== "AbortError") setProblem(error.message); });
     return () => { stop.abort(); clearTimeout(timer); };
   }, [id, turn]);
@@ -87,7 +89,7 @@ const FACTS = [["step", (run) => `${count(run.step || 0)} of ${count(run.steps)}
 // What happened to a run that is not well, and what to do.
 function Reason({ run }) {
   const resume = run.can_resume ? " Everything up to the last checkpoint is there: resume goes on from it." : "";
-  if (run.state === "killed") return html`<p class="problem" role="alert">The run's process ended without saying why${run.reason ? `: ${run.reason}` : ""}.${resume}</p>`;
+  if (run.state === "killed") return html`<p class="problem" role="alert">${run.reason || "The run's process ended without a word."}${resume}</p>`;
   if (run.state === "failed") return html`<p class="problem" role="alert">${run.reason || "The run failed; its log says why."}${resume}</p>`;
   return run.reason ? html`<p class="note">${run.reason}</p>` : null;
 }

@@ -124,7 +124,7 @@ export function ModelPlace() {
         ${!answer && !problem && html`<${Waiting}>Looking through the stores<//>`}
         ${answer && !answer.models.length && html`<${Empty} icon="model" title="No models yet">Search for one above, such as “Qwen3 0.6B 4bit”, and download it. GGUF files and models of Ollama and LM Studio appear here by themselves.<//>`}
         ${answer?.models.length > 0 && !models.length && html`<p class="soft">Nothing on this disk has these words in its name.</p>`}
-        ${models.length > 0 && html`<ul class="rows" role="radiogroup" aria-label="Models on this disk">${models.map((one) => html`<${ModelRow} key=${one.id} model=${one} chosen=${one.id === chosenId} settings=${settings} onChoose=${choose} />`)}</ul>`}
+        ${models.length > 0 && html`<ul class="rows" aria-label="Models on this disk">${models.map((one) => html`<${ModelRow} key=${one.id} model=${one} chosen=${one.id === chosenId} settings=${settings} onChoose=${choose} />`)}</ul>`}
         ${answer && html`<details><summary>Where the studio looked</summary><ul class="plain">${answer.stores.map((one) => html`<li key=${one.kind + one.path}><span class="path">${shortPath(one.path)}</span> <span class="soft">${one.exists ? "" : "not there"}</span></li>`)}</ul></details>`}
       <//>
       <${Hub} words=${words} settings=${settings} onDone=${again} />

@@ -1,7 +1,7 @@
 // Runs: every run of this machine that the studio knows, those of a terminal too. A page of the list is drawn at a time.
 import { useEffect, useState } from "./vendor/hooks.module.js";
 import { html, Button, Card, Chip, Command, Dialog, Empty, Heading, Icon, Pages, Problem, StateChip, Waiting } from "./parts.js";
-import { go, linkTo, tell, useAsked } from "./state.js";
+import { go, linkTo, onTaskEnd, tell, useAsked } from "./state.js";
 import { bytes, count, duration, lastPart, loss, percent, rate, shortPath, value, when } from "./format.js";
 import { LiveRun } from "./live.js";
 import { Compare } from "./compare.js";
@@ -50,12 +50,22 @@ function Notes({ run }) {
   return html`<${Card} title="Notes" note=${text === kept ? "" : "not saved yet"}><textarea rows="4" aria-label="Notes" placeholder="What did you try, and what did you see?" value=${text} onInput=${(event) => setText(event.target.value)} onBlur=${keep}></textarea><${Problem}>${problem}<//><//>`;
 }
 
-const TONES = { kept: "good", learned: "good", "slightly forgotten": "warn", forgotten: "bad" };
+const TONES = { kept: "good", learned: "good", "better than the base": "good", "slightly forgotten": "warn", forgotten: "bad", "worse than the base": "bad" };
 
-function Forgetting({ run }) {
-  const { forgetting, forgetting_command: command } = run;
-  if (!forgetting) return html`<${Card} title="What was forgotten"><p class="soft">Not measured yet. This compares the base and the adapter on your task, on general text and chat, and on questions with known answers.</p><${Command} text=${command} label="Measure it with" /><//>`;
-  return html`<${Card} title="What was forgotten"><p>${forgetting.sentence}</p><div class="scroll" tabindex="0" role="region" aria-label="What was forgotten"><table><thead><tr><th scope="col">Set</th><th scope="col" class="number">Base</th><th scope="col" class="number">Adapter</th><th scope="col" class="number">Change</th><th scope="col">Verdict</th></tr></thead>
+function Forgetting({ run, again }) {
+  const { forgetting, forgetting_command: command } = run, [problem, setProblem] = useState(""), [busy, setBusy] = useState(false);
+  const measure = async () => {
+    try {
+      const { task } = await api.measureForgetting(run.id);
+      setProblem("");
+      setBusy(true);
+      onTaskEnd(task.id, (ended) => { setBusy(false); setProblem(ended.state === "failed" ? ended.message : ""); again(); });
+    } catch (error) { setProblem(error.message); }
+  };
+  const ready = run.adapter && !["running", "queued"].includes(run.state);
+  const button = ready && html`<${Button} small onClick=${measure} disabled=${busy}>${busy ? "Measuring" : forgetting ? "Measure again" : "Measure"}<//>`;
+  if (!forgetting) return html`<${Card} title="What was forgotten" actions=${button}><p class="soft">Not measured yet. This compares the base and the adapter on your task, on general text and chat, and on questions with known answers.${ready ? "" : " It can be measured when the run has ended."}</p><${Problem}>${problem}<//><${Command} text=${command} label="The same as a command" /><//>`;
+  return html`<${Card} title="What was forgotten" actions=${button}><${Problem}>${problem}<//><p>${forgetting.sentence}</p><div class="scroll" tabindex="0" role="region" aria-label="What was forgotten"><table><thead><tr><th scope="col">Set</th><th scope="col" class="number">Base</th><th scope="col" class="number">Adapter</th><th scope="col" class="number">Change</th><th scope="col">Verdict</th></tr></thead>
       <tbody>${(forgetting.rows || []).map((one) => html`<tr key=${one.set}><th scope="row">${one.set}</th><td class="number">${loss(one.base)}</td><td class="number">${loss(one.adapter)}</td><td class="number">${one.change > 0 ? "+" : ""}${loss(one.change)}</td><td><${Chip} tone=${TONES[one.verdict] || ""}>${one.verdict}<//></td></tr>`)}</tbody></table></div>
     ${forgetting.probes && html`<p class="number">Questions answered right: ${forgetting.probes.right} of ${forgetting.probes.of}, base ${forgetting.probes.base_right}${forgetting.probes.of ? ` (${percent(forgetting.probes.right / forgetting.probes.of)})` : ""}</p>`}<//>`;
 }
@@ -75,7 +85,7 @@ function Detail({ id }) {
   return html`<a class="back" href=${linkTo("runs")}><${Icon} name="back" />All runs</a>
     <${Heading} title=${run?.name || "Run"} actions=${run && html`${run.adapter && html`<a class="button" href=${linkTo("talk")}>Talk to it</a>`}<${Delete} run=${run} onDone=${() => go("runs")} />`}>${run ? [lastPart(run.model), run.objective, run.method].filter(Boolean).join(" · ") : ""}<//>
     <${Problem} again=${again}>${problem}<//>
-    ${run && html`<div class="stack"><${LiveRun} key=${id} id=${id} title="Progress" /><${Notes} key=${"notes" + id} run=${run} /><${Forgetting} run=${run} />
+    ${run && html`<div class="stack"><${LiveRun} key=${id} id=${id} title="Progress" onState=${again} /><${Notes} key=${"notes" + id} run=${run} /><${Forgetting} run=${run} again=${again} />
       <${Card} title="Repeat this run"><${Command} text=${run.command} label="Command" />${run.run_yaml && html`<details><summary>run.yaml</summary><${Command} text=${run.run_yaml} label="run.yaml" /></details>`}<p class="soft path">${shortPath(run.path)}</p><//><${Settings} settings=${run.settings} /></div>`}`;
 }
 

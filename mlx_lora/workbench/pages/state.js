@@ -39,7 +39,7 @@ export const changeSettings = (change) => project.set((before) => {
 });
 
 // What train takes: the chosen settings with the model and the sets.
-export const wholeSettings = ({ model, sets, settings }) => ({ ...settings, ...(model ? { model } : {}), ...(sets.length ? { data_sets: sets } : {}) });
+export const wholeSettings = ({ model, sets, settings }) => ({ ...settings, ...(model ? { model } : {}), ...(sets.length ? { data: api.dataText(sets) } : {}) });
 
 export const machine = store(null); // the answer of /api/state, or null
 export const keyWanted = store(null); // null, "first" or "again"

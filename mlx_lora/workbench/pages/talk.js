@@ -44,7 +44,7 @@ function Turn({ turn }) {
 const spoken = (turns, n) => turns.filter((turn) => turn.answers[n]?.text).flatMap((turn) => [{ role: "user", content: turn.question }, { role: "assistant", content: turn.answers[n].text }]);
 
 function useTalk(model, columns, adapters, options) {
-  const [turns, setTurns] = useState([]), [stop, setStop] = useState(null), [problem, setProblem] = useState("");
+  const [turns, setTurns] = useState([]), [stop, setStop] = useState(null), [problem, setProblem] = useState(""), [said, setSaid] = useState("");
   const live = useRef([]);
   const show = () => setTurns([...live.current]);
   const ask = async (question) => {
@@ -58,15 +58,17 @@ function useTalk(model, columns, adapters, options) {
     const later = () => { if (!timer) timer = setTimeout(() => { timer = 0; show(); }, 100); }; // long answers are not laid out again for each token
     const change = (n, what) => { turn.answers[n] = { ...turn.answers[n], ...what }; later(); };
     const heard = (event) => {
-      if (event.error && event.column === undefined) throw new api.Refused(event.error.message);
-      if (event.error) change(event.column, { problem: event.error.message });
+      if (event.status || event.warning) { setSaid(event.status || event.warning); return; }
+      if (event.error && event.column === undefined) throw new api.Refused(event.error);
+      setSaid("");
+      if (event.error) change(event.column, { problem: event.error });
       else if (event.done) change(event.column, { done: event });
       else change(event.column, { text: turn.answers[event.column].text + event.text });
     };
     // Each column has its own conversation: what the other said is not among its messages.
     const messages = columns.map((_, n) => [...spoken(before, n), { role: "user", content: question }]);
     const same = messages.every((one) => JSON.stringify(one) === JSON.stringify(messages[0]));
-    const asked = { model, ...options, messages: messages[0] };
+    const asked = { model, ...options, messages: messages[0] }; // the server leaves out what is null
     let refused = false;
     try { await api.talk({ ...asked, columns: columns.map((one, n) => (same ? one : { ...one, messages: messages[n] })) }, heard, control.signal); } catch (error) {
       if (error.name !== "AbortError") { setProblem(error.message); refused = true; }
@@ -75,11 +77,12 @@ function useTalk(model, columns, adapters, options) {
     turn.answers = turn.answers.map((one) => (one.done || one.problem ? one : { ...one, stopped: true }));
     if (refused && turn.answers.every((one) => !one.text)) live.current = before; // nothing was said: the question stays in its field
     show();
+    setSaid("");
     setStop(null);
     return !refused;
   };
   const reset = () => { stop?.abort(); live.current = []; setProblem(""); show(); };
-  return { turns, ask, stop: stop && (() => stop.abort()), reset, problem };
+  return { turns, ask, stop: stop && (() => stop.abort()), reset, problem, said };
 }
 
 function Options({ options, onChange }) {
@@ -95,7 +98,7 @@ function Chat({ model, adapters }) {
   const own = adapters.filter((one) => !one.base || one.base === model), list = own.length ? own : adapters;
   const [two, setTwo] = useState(true), [columns, setColumns] = useState(() => [{ adapters: [] }, { adapters: list.slice(0, 1).map((one) => ({ path: one.path, weight: 1 })) }]);
   const [options, setOptions] = useState({ temperature: 0.7, max_tokens: 256, seed: null, system: "" }), [question, setQuestion] = useState("");
-  const shown = columns.slice(0, two ? 2 : 1), { turns, ask, stop, reset, problem } = useTalk(model, shown, adapters, options), end = useRef(null);
+  const shown = columns.slice(0, two ? 2 : 1), { turns, ask, stop, reset, problem, said } = useTalk(model, shown, adapters, options), end = useRef(null);
   useEffect(() => {
     const near = innerHeight + scrollY > document.documentElement.scrollHeight - 240;
     if (near && turns.length) end.current?.scrollIntoView({ block: "end" });
@@ -115,7 +118,7 @@ function Chat({ model, adapters }) {
       <div class="talk-options"><label class="check"><input type="checkbox" checked=${two} onChange=${() => setTwo(!two)} /> Two columns</label><${Options} options=${options} onChange=${(change) => setOptions({ ...options, ...change })} /></div><//>
     <div class="turns" role="log" aria-label="Conversation" aria-live="polite">${turns.map((turn, n) => html`<${Turn} key=${n} turn=${turn} />`)}
       ${!turns.length && html`<p class="soft hint">Write a message. ${two ? "Both columns answer the same question, side by side." : "One model answers."}</p>`}</div>
-    <form class="ask" onSubmit=${send}><${Problem}>${problem}<//><textarea rows="2" aria-label="Message" placeholder="Message" value=${question} onInput=${(event) => setQuestion(event.target.value)} onKeyDown=${keys}></textarea>
+    <form class="ask" onSubmit=${send}><${Problem}>${problem}<//>${said && html`<p class="soft waiting" role="status">${said}</p>`}<textarea rows="2" aria-label="Message" placeholder="Message" value=${question} onInput=${(event) => setQuestion(event.target.value)} onKeyDown=${keys}></textarea>
       <div class="actions"><button class="button first" disabled=${Boolean(stop) || !question.trim()}>Send</button><${Button} disabled=${!stop} onClick=${() => stop?.()}>Stop<//><${Button} onClick=${reset} disabled=${!turns.length}>New chat<//>
         <span class="soft keys">Enter sends, Shift+Enter starts a new line, Escape stops</span></div></form><div ref=${end}></div></div>`;
 }
