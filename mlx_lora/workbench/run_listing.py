@@ -14,6 +14,7 @@ from mlx_lora.artifacts.run_report import FACTS_FILE
 from mlx_lora.serving.asking import ApiError
 from mlx_lora.system.parsing import parse_json, parse_yaml
 from mlx_lora.system.program import command_line
+from mlx_lora.workbench.forgetting_routes import what_was_forgotten
 from mlx_lora.workbench.metrics_reading import last_values, read_columns
 from mlx_lora.workbench.places import Places
 from mlx_lora.workbench.run_states import (
@@ -29,7 +30,6 @@ from mlx_lora.workbench.run_states import (
 
 METRICS, SETTINGS = "metrics.jsonl", "run.yaml"
 WATCHED = (SETTINGS, METRICS, FACTS_FILE, STARTED_FILE, CONFIG_FILE, LOCK_FILE)
-FORGETTING = "forgetting.json"
 STEPS = re.compile(r"^Run: ([\d,]+) steps?,|^step \d+/(\d+)[,. ]")
 MOST_TEXT, MOST_SAMPLES = 4000, 60
 MOST_RUNS = 5000
@@ -139,7 +139,7 @@ class RunListing:
             "samples": samples_of(folder, facts, line["step"]),
             "log": log_lines(folder),
             "notes": _text(folder / NOTES_FILE),
-            "forgetting": _json(folder / FORGETTING),
+            **what_was_forgotten(folder, read_settings_of(folder, started)),
             "checkpoint": checkpoint,
             "can_resume": again and line["state"] in RESUMABLE,
             "adapter": str(adapter) if adapter else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from mlx_lora import __version__
+from mlx_lora.artifacts import page_template
+from mlx_lora.serving import chat_page
 from mlx_lora.serving.asking import ApiError
 from mlx_lora.serving.request_guard import Guard, GuardLimits
 from mlx_lora.system.device import current_device
 from mlx_lora.system.errors import InputError, RunError
 from mlx_lora.workbench.data_routes import DataRoutes
+from mlx_lora.workbench.forgetting_routes import ForgettingRoutes
 from mlx_lora.workbench.model_routes import ModelRoutes
 from mlx_lora.workbench.model_stores import ModelStores
 from mlx_lora.workbench.places import Places
@@ -38,6 +41,11 @@ from mlx_lora.workbench.tasks import Tasks
 from mlx_lora.workbench.web import SafeHeaders, json_route, told
 
 PAGES = Path(__file__).parent / "pages"
+# What other pages have too is served from where they have it.
+SHARED = {
+    "tokens.css": Path(page_template.__file__).parent / "pages" / "tokens.css",
+    "markdown.js": Path(chat_page.__file__).parent / "pages" / "markdown.js",
+}
 
 
 class State:
@@ -87,12 +95,19 @@ def make_studio(places: Places, guard: GuardLimits, max_upload_bytes: int) -> St
         DataRoutes(places, checker, Previews(tasks, logs), max_upload_bytes),
         TrainRoutes(plans, checker, control, places.runs),
         RunRoutes(listing, control),
+        ForgettingRoutes(listing, tasks),
         TalkRoutes(talk, checker),
         ExportRoutes(places, checker, tasks),
     ]
 
     async def page(request: Request) -> Response:
         return FileResponse(PAGES / "index.html")
+
+    def shared(path: Path) -> Callable[[Request], Awaitable[Response]]:
+        async def file(request: Request) -> Response:
+            return FileResponse(path)
+
+        return file
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -109,6 +124,7 @@ def make_studio(places: Places, guard: GuardLimits, max_upload_bytes: int) -> St
         routes=[
             Route("/", page),
             Route("/health", health),
+            *(Route(f"/static/{name}", shared(path)) for name, path in SHARED.items()),
             Mount("/static", StaticFiles(directory=PAGES, check_dir=False)),
             *(route for part in parts for route in part.routes()),
         ],

@@ -48,12 +48,12 @@ class TalkRoutes:
         model = await anyio.to_thread.run_sync(self._checker.model, body.get("model"))
         columns = await anyio.to_thread.run_sync(self._columns, body.get("columns"))
         asked = {name: body[name] for name in FIELDS if body.get(name) is not None}
-        system = body.get("system")
-        if system:
-            messages = asked.get("messages")
-            more = messages if isinstance(messages, list) else []
-            asked["messages"] = [{"role": "system", "content": system}, *more]
-        return events(self._talk.answer(model, columns, asked))
+        own = [column.get("messages") for column in body["columns"]]
+        if system := body.get("system"):
+            first = {"role": "system", "content": system}
+            asked["messages"] = [first, *_list(asked.get("messages"))]
+            own = [messages and [first, *_list(messages)] for messages in own]
+        return events(self._talk.answer(model, columns, asked, own))
 
     def _columns(self, given: Any) -> list[list[tuple[Path, float]]]:
         """Return the columns of a request, each a list of adapters with weights.
@@ -157,6 +157,10 @@ def needs() -> dict[str, Any]:
             "ok": token is not None,
         },
     }  # fmt: skip
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _weight(value: Any) -> float:

@@ -69,16 +69,19 @@ class Talk:
         """What is loaded."""
         return self._model
 
-    async def answer(self, model: str, columns: list[Any], body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def answer(
+        self, model: str, columns: list[Any], body: dict[str, Any], own: list[Any]
+    ) -> AsyncIterator[dict[str, Any]]:
         """Yield the pieces of all columns' answers, as they come.
 
         Args:
             model: as `--model`, checked.
             columns: lists of (folder, weight), checked.
             body: messages and sampling, as OpenAI's chat has them.
+            own: of each column the messages of its own conversation; None: those of the body.
         """
         try:
-            ask = read_chat(body)
+            asks = [read_chat({**body, "messages": messages} if messages else body) for messages in own]
             if self._model != model:
                 warning = self._memory_warning(model)
                 if warning:
@@ -89,7 +92,7 @@ class Talk:
             limit = context_of(engine.base.config) or DEFAULT_CONTEXT
             tokens = [
                 await anyio.to_thread.run_sync(_tokens, engine, ask, name, limit, limiter=self._one_at_a_time)
-                for name in names
+                for ask, name in zip(asks, names, strict=True)
             ]
         except ApiError as error:
             yield {"error": str(error)}
@@ -97,7 +100,7 @@ class Talk:
         except Exception as error:
             yield {"error": str(api_error(error))}  # raises what is nobody's input
             return
-        async for piece in _pieces(engine, ask, names, tokens):
+        async for piece in _pieces(engine, asks[0], names, tokens):
             yield piece
 
     def _ready(self, model: str) -> Engine:
