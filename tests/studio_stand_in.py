@@ -252,7 +252,12 @@ def hour() -> tuple[dict[str, Any], ...]:
         ]
         if second % 60 == 0:
             events.append(
-                {"type": "sample", "samples": [{"step": step, "prompt": f"Prompt {n}", "text": f"text at {step} " * 12} for n in range(3)]}
+                {
+                    "type": "sample",
+                    "samples": [
+                        {"step": step, "prompt": f"Prompt {n}", "text": f"text at {step} " * 12} for n in range(3)
+                    ],
+                }
             )
         events.append(
             {"type": "state", "state": "running", "step": step, "steps": 4000, "loss": 1.1, "seconds": float(second)}
