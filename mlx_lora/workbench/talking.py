@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import json
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
+import mlx.core as mx
 
 from mlx_lora.artifacts.adapter import WEIGHTS_FILE
 from mlx_lora.data.templates import own_template
@@ -60,9 +62,16 @@ class Talk:
     def close(self) -> None:
         """Free the model."""
         with self._lock:
-            if self._engine is not None:
-                self._engine.close()
-            self._engine = self._model = None
+            self._free()
+
+    def _free(self) -> None:
+        """End the engine, and give its memory back; a module's parts know each other, so they are collected now."""
+        if self._engine is None:
+            return
+        self._engine.close()
+        self._engine = self._model = None
+        gc.collect()
+        mx.clear_cache()
 
     @property
     def model(self) -> str | None:
@@ -107,8 +116,7 @@ class Talk:
         """Return the engine of a model; another one is freed first."""
         with self._lock:
             if self._engine is not None and (self._model != model or not self._engine.alive):
-                self._engine.close()
-                self._engine = self._model = None
+                self._free()
             if self._engine is None:
                 settings = train_settings({"model": model}).model
                 limits = Limits(max_batch=MOST_COLUMNS * 2, max_waiting=16, adapter_bytes=ADAPTER_BYTES)
