@@ -15,7 +15,8 @@ from browser import find_browser
 SERIOUS = ("serious", "critical")
 # What the page asks of the window: paints, tasks that block it, and what its policy forbade.
 WATCH = """
-window.seen = {long: [], paints: {}, forbidden: []};
+window.seen = {long: [], paints: {}, forbidden: [], listed: 0};
+new MutationObserver(() => { if (!seen.listed && document.querySelector('tbody tr')) seen.listed = Math.round(performance.now()); }).observe(document, {childList: true, subtree: true});
 new PerformanceObserver(list => list.getEntries().forEach(e => seen.long.push(Math.round(e.duration)))).observe({type: 'longtask', buffered: true});
 new PerformanceObserver(list => list.getEntries().forEach(e => seen.paints[e.name] = Math.round(e.startTime))).observe({type: 'paint', buffered: true});
 addEventListener('securitypolicyviolation', e => seen.forbidden.push(e.violatedDirective + ' ' + e.blockedURI));
