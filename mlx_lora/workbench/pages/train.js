@@ -12,6 +12,11 @@ const OBJECTIVES = {
   kto: "Answers rated good or bad", reward: "Train a judge that scores answers", grpo: "Sample answers, learn from rewards", rloo: "Sample answers, leave one out", distill: "Learn from a teacher",
 };
 
+const METHODS = {
+  lora: "small factors beside the frozen weights", rslora: "LoRA whose scale suits high ranks", dora: "LoRA that learns the size of each weight's direction, slower", "lora-plus": "LoRA whose second factor learns faster",
+  pissa: "LoRA that begins at the weights' main directions", adalora: "LoRA that deals its rank to where it helps", relora: "LoRA in several rounds, for a higher rank in the end", full: "every weight; takes the most memory",
+};
+
 const optionOf = (groups, name) => groups.flatMap((group) => group.settings).find((one) => one.name === name);
 
 function Goal({ groups, settings }) {
@@ -19,7 +24,7 @@ function Goal({ groups, settings }) {
   const objective = settings.objective || "sft", method = settings.method || "lora";
   const objectives = optionOf(groups, "objective")?.choices || Object.keys(OBJECTIVES), methods = optionOf(groups, "method")?.choices || ["lora"];
   return html`<div class="fields"><${Field} label="Objective" id="objective"><select id="objective" onChange=${choose("objective", "sft")}>${objectives.map((one) => html`<option key=${one} value=${one} selected=${one === objective}>${OBJECTIVES[one] ? `${OBJECTIVES[one]} (${one})` : one}</option>`)}</select><//>
-    <${Field} label="Method" id="method" help=${method === "lora" ? "small factors beside the frozen weights" : method === "full" ? "every weight; takes the most memory" : "a variant of LoRA"}><select id="method" onChange=${choose("method", "lora")}>${methods.map((one) => html`<option key=${one} value=${one} selected=${one === method}>${one}</option>`)}</select><//></div>`;
+    <${Field} label="Method" id="method" help=${METHODS[method]}><select id="method" onChange=${choose("method", "lora")}>${methods.map((one) => html`<option key=${one} value=${one} selected=${one === method}>${one}</option>`)}</select><//></div>`;
 }
 
 function Presets({ model, objective, preset }) {
