@@ -61,7 +61,14 @@ def metric(step: int, **values: Any) -> dict[str, Any]:
 def write_run(folder: Path, steps: int = 10, ended: bool = True, **settings: Any) -> Path:
     """Write a run folder of a terminal."""
     folder.mkdir(parents=True)
-    content = {"model": "org/model", "data": "a.jsonl", "method": "lora", "objective": "sft", "iters": steps, **settings}
+    content = {
+        "model": "org/model",
+        "data": "a.jsonl",
+        "method": "lora",
+        "objective": "sft",
+        "iters": steps,
+        **settings,
+    }
     (folder / "run.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     lines = [json.dumps(metric(step)) for step in range(1, steps + 1)]
     (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
@@ -85,5 +92,3 @@ def wait_for(found: Callable[[], Any], seconds: float = 120.0) -> Any:
 def state_of(client: TestClient, number: str) -> str:
     """Return a run's state as the list has it."""
     return next(run["state"] for run in client.get("/api/runs").json()["runs"] if run["id"] == number)
-
-

@@ -148,11 +148,18 @@ def test_a_preview_shows_rows_as_they_are_trained(client, named):
 def test_rows_that_are_cut_doubled_or_refused_have_their_lines(client, named):
     long = {"prompt": "a", "completion": "b" * 500}
     good = {"prompt": "a", "completion": "b"}
-    lines = [json.dumps(good), json.dumps(long), "not JSON", json.dumps(good), json.dumps({"prompt": "x", "completion": ""})]
+    lines = [
+        json.dumps(good),
+        json.dumps(long),
+        "not JSON",
+        json.dumps(good),
+        json.dumps({"prompt": "x", "completion": ""}),
+    ]
     data = upload(client, "odd.jsonl", "\n".join(lines).encode()).json()["path"]
     settings = {"max_seq_length": 80}
     found = {
-        kind: preview(client, named[0], data, settings=settings, filter=kind).json() for kind in ("cut", "doubled", "refused")
+        kind: preview(client, named[0], data, settings=settings, filter=kind).json()
+        for kind in ("cut", "doubled", "refused")
     }
     assert [row["line"] for row in found["cut"]["rows"]] == [2]
     assert [(row["line"], row["doubled_of"]["line"]) for row in found["doubled"]["rows"]] == [(4, 1)]
@@ -182,7 +189,14 @@ def test_a_mixture_becomes_the_value_of_data(client, named):
 
 
 def test_a_plan_of_a_run_has_its_command_and_its_settings(client, named, home):
-    settings = {"model": named[0], "data": named[1], "iters": 4, "learning_rate": 1e-3, "mask_prompt": False, "rank": 16}
+    settings = {
+        "model": named[0],
+        "data": named[1],
+        "iters": 4,
+        "learning_rate": 1e-3,
+        "mask_prompt": False,
+        "rank": 16,
+    }
     plan = client.post("/api/train/plan", json={"settings": settings, "name": "one"}).json()
     assert plan["fits"]
     assert plan["steps"] == 4

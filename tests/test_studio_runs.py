@@ -14,6 +14,7 @@ import pytest
 from studio_client import metric, state_of, studio, write_run
 
 from mlx_lora.artifacts.checkpoint import lock_holder, locked
+from mlx_lora.system.errors import InputError
 from mlx_lora.system.process import start_mark
 from mlx_lora.workbench.metrics_reading import MOST_POINTS, Tail, read_columns
 from mlx_lora.workbench.run_routes import RunNews
@@ -180,7 +181,11 @@ def test_notes_are_kept_and_a_run_is_removed_by_its_name_alone(home):
         assert client.get(route).status_code == 404
 
 
-def test_the_queue_waits_is_ordered_and_outlives_the_server(home):
+def test_the_queue_waits_is_ordered_and_outlives_the_server(home, monkeypatch):
+    def refuse(*_, **__):  # it would ask the hub for a model that does not exist
+        raise InputError("not planned here")
+
+    monkeypatch.setattr("mlx_lora.workbench.run_plans.plan_run", refuse)
     busy = write_run(home / "runs" / "busy", ended=False)
     settings = {"model": "org/model", "data": "tiny-shakespeare", "iters": 3}
     with (busy / ".lock").open("w") as lock:

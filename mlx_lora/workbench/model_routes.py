@@ -15,12 +15,12 @@ from starlette.requests import Request
 from starlette.routing import BaseRoute
 
 from mlx_lora.serving.asking import ApiError
-from mlx_lora.sources.hub import HUB_ID, REQUEST_ERRORS
+from mlx_lora.sources.hub import REQUEST_ERRORS
 from mlx_lora.system.errors import InputError, first_line
 from mlx_lora.system.program import command_line
 from mlx_lora.workbench.model_stores import ModelStores
 from mlx_lora.workbench.places import Places, safe_name
-from mlx_lora.workbench.run_commands import Checker
+from mlx_lora.workbench.run_commands import Checker, is_hub_model
 from mlx_lora.workbench.run_plans import Plans, refused_plan, shown_plan
 from mlx_lora.workbench.tasks import Task, Tasks
 from mlx_lora.workbench.web import json_route, text_of, whole_number
@@ -88,10 +88,9 @@ class ModelRoutes:
     def download(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """POST /api/models/download: a child process, so that it can be cancelled; started again, it goes on."""
         model = text_of(body, "model", 200)
-        found = HUB_ID.fullmatch(model)
-        if not found or Path(model).exists():
+        if not is_hub_model(model):
             raise ApiError(400, f"model {model!r}: not a hub id; give owner/name", "invalid_value", "model")
-        room = Path(HF_HUB_CACHE) / f"models--{found['repo'].replace('/', '--')}" / "blobs"
+        room = Path(HF_HUB_CACHE) / f"models--{model.split(':')[0].replace('/', '--')}" / "blobs"
 
         def watch(task: Task) -> None:
             if task.total is None and task.message.startswith("Bytes: "):

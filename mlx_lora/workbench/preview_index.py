@@ -113,35 +113,13 @@ def _write(
     day: Any,
 ) -> None:
     """Write the arrays and meta.json."""
-    names, files = list(dict.fromkeys(f for known in forms.values() for f in known)), {}
-    tokens, masks, lengths, examples, keys = [], [], [], [], {}
-    first: dict[str, int] = {}
-    group, shown, count = 1, 1, 0
-    for split, rows in parts.items():
-        found = encoded[split]
-        group, cut = found.rows.group, set(found.truncated)
-        shown = found.rows.trained_rows or group  # of a rated answer, the row that it is compared with is not shown
-        tokens.append(found.rows.tokens)
-        masks.append(found.rows.mask)
-        lengths.append(found.rows.lengths)
-        known: dict[int, str] = {}
-        counted: set[int] = set()
-        for number in found.source.tolist():
-            place = rows.locations[number]
-            if number not in known:
-                known[number] = content_key(*answers_of(rows.entries[number]))
-            key, file = known[number], files.setdefault((place.file, place.unit), len(files))
-            doubled = first.setdefault(key, count) if number not in counted else -1
-            counted.add(number)
-            doubled = -1 if doubled == count else doubled
-            form = names.index(forms[split][number])
-            examples.append((file, place.line, form, number in cut, doubled, SPLITS.index(split)))
-            count += 1
-        keys[split] = list(known.values())
-    table = np.array(examples, np.int32).reshape(-1, 6)
-    sizes = np.concatenate([np.zeros(0, np.int64), *lengths])
-    np.save(folder / "tokens.npy", np.concatenate([np.zeros(0, np.int32), *tokens]))
-    np.save(folder / "mask.npy", np.concatenate([np.zeros(0, bool), *masks]))
+    found = list(encoded.values())
+    sizes = np.concatenate([np.zeros(0, np.int64), *(one.rows.lengths for one in found)])
+    masks = np.concatenate([np.zeros(0, bool), *(one.rows.mask for one in found)])
+    names = list(dict.fromkeys(form for known in forms.values() for form in known))
+    table, files, keys = _examples(parts, forms, encoded, names)
+    np.save(folder / "tokens.npy", np.concatenate([np.zeros(0, np.int32), *(one.rows.tokens for one in found)]))
+    np.save(folder / "mask.npy", masks)
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
     np.save(folder / "examples.npy", table)
     usable = {name for name, one in encoded.items() if len(one.rows)}
@@ -150,16 +128,18 @@ def _write(
         kept = {name: rows for name, rows in parts.items() if name in usable}
         notes = data_notes(kept, {name: encoded[name] for name in kept}, keys, encoder, day)
     refused = [(row, split) for split, rows in parts.items() for row in rows.dropped]
+    group = found[0].rows.group if found else 1
     meta = {
         "files": [{"name": name, "unit": unit} for name, unit in files],
         "forms": names,
         "group": group,
-        "shown": shown,
+        # Of a rated answer, the row that it is compared with is not shown.
+        "shown": (found[0].rows.trained_rows or group) if found else 1,
         "form_counts": dict(sum((rows.formats for rows in parts.values()), Counter())),
         "counts": {
-            "rows": count,
+            "rows": len(table),
             "tokens": int(sizes.sum()),
-            "trained_tokens": int(sum(int(mask.sum()) for mask in masks)),
+            "trained_tokens": int(masks.sum()),
             "cut": int(table[:, CUT].sum()),
             "doubled": int((table[:, DOUBLED] >= 0).sum()),
             "refused": len(refused),
@@ -175,6 +155,31 @@ def _write(
         "max_seq_length": settings.data.max_seq_length,
     }
     (folder / META).write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _examples(
+    parts: dict[str, Rows], forms: dict[str, list[str]], encoded: dict[str, Encoded], names: list[str]
+) -> tuple[np.ndarray, dict[tuple[str, str], int], dict[str, list[str]]]:
+    """Return the table of examples, the number of each (file, unit) in it, and the keys of each split's records."""
+    files: dict[tuple[str, str], int] = {}
+    examples: list[tuple[int, ...]] = []
+    keys: dict[str, list[str]] = {}
+    first: dict[str, int] = {}
+    for split, rows in parts.items():
+        cut = set(encoded[split].truncated)
+        known: dict[int, str] = {}
+        for number in encoded[split].source.tolist():
+            place, here = rows.locations[number], len(examples)
+            doubled = here
+            if number not in known:  # a record may give several rows
+                known[number] = content_key(*answers_of(rows.entries[number]))
+                doubled = first.setdefault(known[number], here)
+            file = files.setdefault((place.file, place.unit), len(files))
+            doubled = -1 if doubled == here else doubled
+            form = names.index(forms[split][number])
+            examples.append((file, place.line, form, number in cut, doubled, SPLITS.index(split)))
+        keys[split] = list(known.values())
+    return np.array(examples, np.int32).reshape(-1, 6), files, keys
 
 
 def histogram(lengths: np.ndarray) -> list[dict[str, int]]:

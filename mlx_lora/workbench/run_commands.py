@@ -24,6 +24,14 @@ from mlx_lora.workbench.setting_groups import OWN
 PATHS = ("resume_adapter_file", "chat_template", "reference_adapter", "teacher", "teacher_prompt", "reward")
 
 
+def is_hub_model(value: Any) -> bool:
+    """Tell whether a request's model is a hub id, and neither a path nor a flag."""
+    found = HUB_ID.fullmatch(value) if isinstance(value, str) else None
+    return (
+        found is not None and all(part[0].isalnum() for part in found["repo"].split("/")) and not Path(value).exists()
+    )
+
+
 class Checker:
     """Checks the names of models and files in requests."""
 
@@ -36,7 +44,7 @@ class Checker:
         Raises:
             ApiError: it is neither a hub id nor in a folder of this studio.
         """
-        if isinstance(value, str) and HUB_ID.fullmatch(value) and not Path(value).exists():
+        if is_hub_model(value):
             return value
         within(value, (*self._models, self._places.home), "model")
         return str(Path(value).expanduser().absolute())  # links keep their name: a blob has no suffix

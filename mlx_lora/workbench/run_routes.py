@@ -16,7 +16,7 @@ from starlette.routing import BaseRoute, Route
 from mlx_lora.serving.asking import ApiError
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.program import command_line
-from mlx_lora.workbench.metrics_reading import Tail, parsed
+from mlx_lora.workbench.metrics_reading import TAIL_BYTES, Tail, parsed, tail_lines
 from mlx_lora.workbench.places import safe_name
 from mlx_lora.workbench.run_commands import Checker, resolved, run_yaml, train_words
 from mlx_lora.workbench.run_control import RunControl
@@ -152,9 +152,13 @@ class RunRoutes:
         """GET /api/runs/ID/events: new metrics, lines of the log, texts and states, as the run's files grow."""
         folder = await anyio.to_thread.run_sync(self._listing.folder, request.path_params["id"])
         news = RunNews(folder, lambda: self._line(request.path_params["id"])["run"])
+        after = request.query_params.get("after", "")
+        earlier = news.since(int(after)) if after.isdecimal() and len(after) < 16 else []
 
         async def lines() -> AsyncIterator[dict[str, Any] | None]:
             quiet_s = 0.0
+            for one in earlier:
+                yield one
             while True:
                 try:
                     found = await anyio.to_thread.run_sync(news.read)
@@ -180,6 +184,11 @@ class RunNews:
         self._metrics, self._log = Tail(folder / METRICS), Tail(folder / LOG_FILE)
         self._state: Any = None
         self._samples: Any = None
+
+    def since(self, step: int) -> list[dict[str, Any]]:
+        """Return the metrics after a step that were there before this object, for who has read those up to it."""
+        found = [parsed(text) for text in tail_lines(self._folder / METRICS, TAIL_BYTES)]
+        return [{"type": "metrics", "metrics": one} for one in found if one is not None and one["step"] > step]
 
     def read(self) -> list[dict[str, Any]]:
         """Return the news.

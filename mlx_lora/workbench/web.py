@@ -28,7 +28,6 @@ HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-opener-policy", b"same-origin"),
     (b"cross-origin-resource-policy", b"same-origin"),
-    (b"cache-control", b"no-store"),
 )
 Handler = Callable[[Request, dict[str, Any]], Any]
 
@@ -42,9 +41,11 @@ class SafeHeaders:
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = {name for name, _ in HEADERS}
+                own = {b"cache-control", *(name for name, _ in HEADERS)}
                 kept = [pair for pair in message.get("headers", []) if pair[0].lower() not in own]
-                message = {**message, "headers": [*kept, *HEADERS]}
+                # The page's own files are asked for again each time, and come again only if they changed.
+                kept_by = b"no-cache" if scope["path"].startswith("/static/") else b"no-store"
+                message = {**message, "headers": [*kept, *HEADERS, (b"cache-control", kept_by)]}
             await send(message)
 
         await self._app(scope, receive, with_headers)
