@@ -1,7 +1,7 @@
 // Train: what to aim for, how, and what it will take; then the run itself.
 import { useEffect, useState } from "./vendor/hooks.module.js";
 import { html, Button, Card, Chip, Command, Empty, Field, Heading, MemoryBar, Problem, Segments, StateChip, Waiting } from "./parts.js";
-import { changeProject, changeSettings, go, linkTo, project, tell, useAsked, useLater, useStore, wholeSettings } from "./state.js";
+import { changeProject, changeSettings, go, linkTo, onTaskEnd, project, tell, useAsked, useLater, useStore, wholeSettings } from "./state.js";
 import { counted, duration, lastPart, rate } from "./format.js";
 import { SettingsForm } from "./settings_form.js";
 import { LiveRun } from "./live.js";
@@ -86,12 +86,14 @@ const Missing = ({ model }) => html`<${Card}>${model ? html`<${Empty} icon="data
 function Setup({ groups, runs, onStarted }) {
   const all = useStore(project), { model, sets, settings, preset } = all, whole = wholeSettings(all), late = useLater(whole, 250);
   const needed = model && (sets.length || settings.objective === "distill");
-  const [plan, problem] = useAsked((signal) => (needed ? api.planRun(late, signal) : null), [JSON.stringify(late), Boolean(needed)]);
+  const [plan, problem, again] = useAsked((signal) => (needed ? api.planRun(late, signal) : null), [JSON.stringify(late), Boolean(needed)]);
+  const reading = plan?.task?.id; // a large data set is read first; until then the plan counts full rows
+  useEffect(() => { if (reading) onTaskEnd(reading, again); }, [reading]);
   if (!needed) return html`<${Missing} model=${model} />`;
   const busy = runs.some((one) => one.state === "running");
   return html`<div class="two"><div class="stack"><${Card} title="Goal"><${Goal} groups=${groups} settings=${settings} /><${Presets} model=${model} objective=${settings.objective || "sft"} preset=${preset} /><//>
       <${SettingsForm} groups=${groups} settings=${settings} /></div>
-    <div class="side"><${Card} title="Plan" kind="plan"><p class="soft path">${lastPart(model)} · ${sets.map((one) => lastPart(one.path)).join(" + ")}</p><${Plan} plan=${plan} problem=${problem} />
+    <div class="side"><${Card} title="Plan" kind="plan"><p class="soft path">${lastPart(model)} · ${sets.map((one) => lastPart(one.path)).join(" + ")}</p><${Plan} plan=${plan} problem=${problem} />${reading && html`<p class="soft waiting">Reading the data for an exact plan</p>`}
       <${Start} whole=${whole} plan=${problem ? null : plan} busy=${busy} onStarted=${onStarted} />
       ${plan && html`<details><summary>The same as a command</summary><${Command} text=${plan.command} label="Command" />${plan.run_yaml && html`<${Command} text=${plan.run_yaml} label="run.yaml" />`}</details>`}<//></div></div>`;
 }
