@@ -11,6 +11,7 @@ import importlib.util
 import os
 import signal
 import webbrowser
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -111,7 +112,27 @@ def main(
         open_folder="/static/",
         streamed=(UPLOAD,),
     )
-    run_studio(make_studio(places, guard, parse_size(max_upload)), host, port, browser)
+    with only_one(places.home):
+        run_studio(make_studio(places, guard, parse_size(max_upload)), host, port, browser)
+
+
+@contextlib.contextmanager
+def only_one(home: Path) -> Iterator[None]:
+    """Let no second studio start runs of the same home's queue.
+
+    Raises:
+        InputError: another one has it open.
+    """
+    import fcntl
+
+    with (home / ".studio.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"--home {home}: another studio has it open; use that one, or choose another folder"
+            ) from None
+        yield
 
 
 def folders_of(flag: str, given: tuple[str, ...]) -> tuple[Path, ...]:
