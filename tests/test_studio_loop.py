@@ -78,7 +78,7 @@ def train(watched: Watched, name: str, **settings: Any) -> None:
     watched.go("train")
     for setting, value in settings.items():
         page.get_by_role("searchbox").fill(setting)
-        page.locator(f"#set-{setting}").fill(str(value))
+        page.locator(f".settings[aria-live] #set-{setting}").fill(str(value))  # of what was found
         page.keyboard.press("Tab")
     page.get_by_role("searchbox").fill("")
     page.get_by_label("Name of the run").fill(name)
