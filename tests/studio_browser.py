@@ -95,7 +95,7 @@ def open_studio(
     return watched
 
 
-def save_small(page: Any, path: Path, colors: int = 128) -> None:
+def save_small(page: Any, path: Path, colors: int = 256) -> None:
     """Save a picture of the window as a small PNG with a palette."""
     image = pytest.importorskip("PIL.Image")
     page.screenshot(path=path)

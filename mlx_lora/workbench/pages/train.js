@@ -49,11 +49,12 @@ function Plan({ plan, problem }) {
     <p class="soft">Predicted, not measured.</p>`;
 }
 
+const SUFFIX = /\.(gguf|jsonl?|csv|tsv|txt|md|parquet|xlsx)$/i; // “Qwen3-0.6B” has none
 const slug = (text) => text.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-+|-+$/g, "").slice(0, 40);
 
 function Start({ whole, plan, busy, onStarted }) {
   const { model, sets } = useStore(project), [name, setName] = useState(""), [problem, setProblem] = useState(""), [sending, setSending] = useState(false);
-  const usual = slug(`${lastPart(sets[0]?.path || "run").replace(/\.\w+$/, "")}-${lastPart(model || "model").replace(/\.\w+$/, "")}`) || "run";
+  const usual = slug(`${lastPart(sets[0]?.path || "run").replace(SUFFIX, "")}-${lastPart(model || "model").replace(SUFFIX, "")}`) || "run";
   const send = async (queue) => {
     setSending(true);
     try {
