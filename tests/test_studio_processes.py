@@ -61,6 +61,14 @@ def until(client, run, *states):
     return wait_for(lambda: (found := detail(client, run))["state"] in states and found, 240)
 
 
+def said(client, home, *columns):
+    """Return the events of an answer in columns of (path, weight) lists."""
+    asked = [{"adapters": [{"path": path, "weight": weight} for path, weight in column]} for column in columns]
+    body = {"model": str(home / "models" / "tiny"), "columns": asked, "max_tokens": 8, "temperature": 0}
+    answer = client.post("/api/talk", json={**body, "messages": [{"role": "user", "content": "Say 1."}]})
+    return [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
+
+
 def pid_of(home, name):
     return json.loads((home / "runs" / name / "studio" / "started.json").read_text())["pid"]
 
@@ -106,6 +114,9 @@ def test_a_run_outlives_the_server_and_a_killed_run_is_resumed(home, tmp_path):
         assert paused["checkpoint"] == paused["step"]
         client.post(f"/api/runs/{run}/resume", json={})
         wait_for(lambda: detail(client, run)["step"] > paused["step"], 240)
+        ends = [event for event in said(client, home, []) if event.get("done")]
+        assert ends[0]["tokens"] > 0, "talk works while a run goes on"
+        assert detail(client, run)["state"] == "running"
         os.kill(pid_of(home, "long"), signal.SIGKILL)
         killed = until(client, run, "killed", "failed", "stopped", "done")
         assert killed["state"] == "killed"
@@ -131,14 +142,8 @@ def test_the_queue_starts_the_next_run_and_talk_and_export_use_it(home, tmp_path
         assert until(client, second, "done", "failed", "killed")["state"] == "done"
         paths = {one["name"]: one["path"] for one in client.get("/api/adapters").json()["adapters"]}
         assert paths.keys() == {"first", "second"}
-        columns = [
-            {"adapters": []},
-            {"adapters": [{"path": paths["second"], "weight": 1}]},
-            {"adapters": [{"path": paths["first"], "weight": 0.5}, {"path": paths["second"], "weight": 0.5}]},
-        ]
-        talk = {"model": model, "columns": columns, "messages": [{"role": "user", "content": "Say 1."}]}
-        answer = client.post("/api/talk", json={**talk, "max_tokens": 8, "temperature": 0}).text
-        events = [json.loads(line[6:]) for line in answer.splitlines() if line.startswith("data: ")]
+        second_alone, blend = [(paths["second"], 1)], [(paths["first"], 0.5), (paths["second"], 0.5)]
+        events = said(client, home, [], second_alone, blend)
         ends = {event["column"]: event for event in events if event.get("done")}
         assert ends.keys() == {0, 1, 2}, events
         assert all(event["tokens"] > 0 and event["first_token_s"] > 0 for event in ends.values())

@@ -26,7 +26,7 @@ def start_mark(number: int) -> str | None:
             return None
         return None if fields[0] in "ZX" else fields[19]
     asked = subprocess.run(
-        ["ps", "-o", "stat=,lstart=", "-p", str(number)], capture_output=True, text=True, check=False
+        ["ps", "-o", "stat=", "-o", "lstart=", "-p", str(number)], capture_output=True, text=True, check=False
     )
     state, _, started = asked.stdout.strip().partition(" ")
     return None if asked.returncode or state.startswith("Z") else " ".join(started.split())

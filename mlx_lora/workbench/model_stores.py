@@ -17,6 +17,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from mlx_lora.models.folder import FOREIGN_ERRORS, import_architecture, short
 from mlx_lora.models.gguf_arch import model_config
 from mlx_lora.sources.gguf_reader import is_gguf, read_gguf
+from mlx_lora.sources.hub import HUB_ID
 from mlx_lora.sources.safetensors import read_safetensors_header
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import replacing_file
@@ -114,6 +115,16 @@ def hub_models(cache: Path) -> Iterator[Found]:
                 yield Found(f"{repo}:{file.name}", f"{repo} {file.name}", "hub", file)
             if (snapshot / "config.json").is_file() and any(file.suffix == ".safetensors" for file in files):
                 yield Found(repo, repo, "hub", snapshot)
+
+
+def local_model(model: str) -> str:
+    """Return the file of the hub's cache that `OWNER/NAME:FILE.gguf` means, if it is there; else the model as it is."""
+    found = HUB_ID.fullmatch(model)
+    if not found or not found["pick"] or Path(model).exists():
+        return model
+    snapshots = Path(HF_HUB_CACHE) / f"models--{found['repo'].replace('/', '--')}" / "snapshots"
+    files = [file for file in sorted(snapshots.glob("*/*.gguf")) if found["pick"].lower() in file.name.lower()]
+    return str(files[-1]) if files else model
 
 
 def folder_models(root: Path, depth: int = DEPTH) -> list[Found]:

@@ -26,6 +26,7 @@ from mlx_lora.system.errors import InputError, RunError
 from mlx_lora.system.files import replacing_folder, sha256_of
 from mlx_lora.system.parsing import read_json
 from mlx_lora.workbench.child_processes import ended_words, start_child
+from mlx_lora.workbench.model_stores import local_model
 from mlx_lora.workbench.preview_index import CUT, DOUBLED, FILE, FORM, LINE, META, SPLIT, SPLITS, build_index
 from mlx_lora.workbench.preview_worker import PROGRESS
 from mlx_lora.workbench.tasks import Cancelled, Task, Tasks, last_line
@@ -95,7 +96,7 @@ class Previews:
         """
         if chosen not in FILTERS:
             raise ApiError(400, f"filter: must be one of {', '.join(FILTERS)}", "invalid_value", "filter")
-        tokenizer = tokenizer_folder(settings["model"])
+        tokenizer = tokenizer_folder(local_model(settings["model"]))
         asked = {name: settings[name] for name in COUNTED if name in settings} | {"tokenizer": str(tokenizer)}
         key, size = _key(asked)
         folder = cache_dir("previews") / key
@@ -113,6 +114,7 @@ class Previews:
         with self._lock:
             task = self._building.get(key)
             if task is None or task.state != "running":
+                self._building = {key: one for key, one in self._building.items() if one.state == "running"}
                 task = self._building[key] = self._tasks.begin(
                     "data", "Reading the data", lambda task: self._build(task, asked, folder), "records"
                 )

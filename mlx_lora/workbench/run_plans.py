@@ -21,6 +21,7 @@ from mlx_lora.sources.data_sets import find_sets, is_local, named_sets
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.units import format_duration, gigabytes
+from mlx_lora.workbench.model_stores import local_model
 from mlx_lora.workbench.tasks import Task, Tasks
 
 KEPT = 256  # plans
@@ -97,6 +98,7 @@ class Plans:
             return self._planned(settings), None
         with self._lock:
             if key not in self._reading or self._reading[key].state != "running":
+                self._reading = {other: one for other, one in self._reading.items() if one.state == "running"}
                 self._reading[key] = self._tasks.begin(
                     "plan", "Reading the data for the plan", lambda task: self._read(task, settings)
                 )
@@ -104,7 +106,7 @@ class Plans:
         return self.of_config(settings), task
 
     def _read(self, task: Task, settings: Mapping[str, Any]) -> None:
-        result = plan_run(train_settings(dict(settings)), say=lambda line: self._tasks.change(task, message=line))
+        result = plan_run(_readable(settings), say=lambda line: self._tasks.change(task, message=line))
         device.end_thread()
         self._keep(_key(settings), result)
 
@@ -118,13 +120,12 @@ class Plans:
             raise InputError(found)
         if found is not None:
             return found
-        working: Future[dict[str, Any]] = self._thread.submit(
-            lambda: plan_run(train_settings(dict(settings)), parts=self._parts)
-        )
+        working: Future[dict[str, Any]] = self._thread.submit(lambda: plan_run(_readable(settings), parts=self._parts))
         try:
             return self._keep(key, working.result())
         except InputError as error:
-            self._keep(key, str(error))
+            if Path(str(settings.get("model"))).exists():  # the hub may be reached the next time
+                self._keep(key, str(error))
             raise
 
     def _keep(self, key: str, result: Any) -> Any:
@@ -133,6 +134,12 @@ class Plans:
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return result
+
+
+def _readable(settings: Mapping[str, Any]) -> TrainSettings:
+    """Return settings whose model is the file itself, if it is one of the hub's cache."""
+    model = settings.get("model")
+    return train_settings({**settings, **({"model": local_model(model)} if model else {})})
 
 
 def shown_plan(plan: Mapping[str, Any]) -> dict[str, Any]:

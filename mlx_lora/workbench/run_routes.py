@@ -13,6 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from mlx_lora.artifacts.rollout_page import ANSWERS_FILE
+from mlx_lora.artifacts.run_report import FACTS_FILE
 from mlx_lora.serving.asking import ApiError
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.program import command_line
@@ -183,7 +185,7 @@ class RunNews:
         self._folder, self._line = folder, line
         self._metrics, self._log = Tail(folder / METRICS), Tail(folder / LOG_FILE)
         self._state: Any = None
-        self._samples: Any = None
+        self._texts: Any = None
 
     def since(self, step: int) -> list[dict[str, Any]]:
         """Return the metrics after a step that were there before this object, for who has read those up to it."""
@@ -203,23 +205,22 @@ class RunNews:
         said = self._log.new_lines()[-MOST_LINES:]
         if said:
             found.append({"type": "log", "lines": [COLOR.sub("", one.rpartition("\r")[2])[:2000] for one in said]})
-        facts = run_facts(self._folder)
         state = state_of(self._folder, read_started(self._folder))
-        if state != self._state or found:
-            line = self._line()
-            if state != self._state or any(one["type"] == "metrics" for one in found):
-                found.append({"type": "state", **line})
+        if state != self._state or any(one["type"] == "metrics" for one in found):
+            found.append({"type": "state", **self._line()})
             self._state = state
-        mark = (len(facts.get("samples") or []), facts.get("ended"), _changed(self._folder))
-        if mark != self._samples:
-            if self._samples is not None:
-                found.append({"type": "sample", "samples": samples_of(self._folder, facts, self._line()["step"])})
-            self._samples = mark
+        texts = [_changed(self._folder / name) for name in (FACTS_FILE, ANSWERS_FILE)]
+        if texts != self._texts:
+            if self._texts is not None:
+                samples = samples_of(self._folder, run_facts(self._folder), self._line()["step"])
+                found.append({"type": "sample", "samples": samples})
+            self._texts = texts
         return found
 
 
-def _changed(folder: Path) -> int | None:
+def _changed(path: Path) -> tuple[int, int] | None:
     try:
-        return (folder / "answers.jsonl").stat().st_size
+        stat = path.stat()
     except OSError:
         return None
+    return stat.st_mtime_ns, stat.st_size
