@@ -15,7 +15,8 @@ from browser import find_browser
 SERIOUS = ("serious", "critical")
 # What the page asks of the window: paints, tasks that block it, and what its policy forbade.
 WATCH = """
-window.seen = {long: [], paints: {}, forbidden: []};
+window.seen = {long: [], paints: {}, forbidden: [], listed: 0};
+new MutationObserver(() => { if (!seen.listed && document.querySelector('tbody tr')) seen.listed = Math.round(performance.now()); }).observe(document, {childList: true, subtree: true});
 new PerformanceObserver(list => list.getEntries().forEach(e => seen.long.push(Math.round(e.duration)))).observe({type: 'longtask', buffered: true});
 new PerformanceObserver(list => list.getEntries().forEach(e => seen.paints[e.name] = Math.round(e.startTime))).observe({type: 'paint', buffered: true});
 addEventListener('securitypolicyviolation', e => seen.forbidden.push(e.violatedDirective + ' ' + e.blockedURI));
@@ -94,7 +95,7 @@ def open_studio(
     return watched
 
 
-def save_small(page: Any, path: Path, colors: int = 128) -> None:
+def save_small(page: Any, path: Path, colors: int = 256) -> None:
     """Save a picture of the window as a small PNG with a palette."""
     image = pytest.importorskip("PIL.Image")
     page.screenshot(path=path)

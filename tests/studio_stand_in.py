@@ -44,19 +44,20 @@ def run_row(n: int, state: str | None = None) -> dict[str, Any]:
     """A row of the list of runs."""
     return {
         "id": f"run-{n:03}", "name": f"tutor-qwen3-0.6b-{n:03}", "path": f"/home/me/mlx-lora-studio/runs/run-{n:03}",
-        "state": state or STATES[n % len(STATES)], "step": 40 + n, "steps": 240, "loss": 1.1 + 0.01 * n, "val_loss": 1.2 + 0.01 * n,
+        "state": state or STATES[n % len(STATES)], "step": 120 + n, "steps": 240, "loss": 1.1 + 0.01 * n, "val_loss": 1.2 + 0.01 * n,
         "model": "Qwen/Qwen3-0.6B", "method": ("lora", "dora")[n % 2], "objective": "sft", "started": 1795700000 - 3600 * n,
         "seconds": 600.0 + n, "peak_bytes": 3 * GB, "tokens_per_s": 610.0 + n, "adapter": True,
     }  # fmt: skip
 
 
-def metrics_row(step: int) -> dict[str, Any]:
-    """A row of a run's metrics.jsonl."""
+def metrics_row(step: int, run: int = 0) -> dict[str, Any]:
+    """A row of the metrics.jsonl of one of several runs, which are a little different."""
+    slow = 1 + 0.08 * run
     return {
-        "step": step, "loss": 1.1 + 1.4 * math.exp(-step / 60) + 0.03 * math.sin(2.1 * step), "tokens_per_s": 600 + 25 * math.sin(step / 3),
-        "val_loss": 1.25 + 1.2 * math.exp(-step / 55) if step % 20 == 0 else None,
+        "step": step, "loss": 1.1 + 1.4 * math.exp(-step / 30 / slow) + 0.03 * math.sin(2.1 * step + run), "tokens_per_s": 600 + 8 * math.sin(step / 3 + run) + 9 * run,
+        "val_loss": 1.25 + 1.2 * math.exp(-step / 28 / slow) if step % 20 == 0 else None,
         "learning_rate": 2e-4 * min(1, step / 8) * (0.5 + 0.5 * math.cos(math.pi * min(1, step / 240))),
-        "peak_memory_bytes": 3.1 * GB + step % 7 * 1e6, "elapsed_s": 2.5 * step,
+        "peak_memory_bytes": (3.1 + 0.05 * run) * GB + step % 7 * 1e6, "elapsed_s": 2.5 * step,
     }  # fmt: skip
 
 
@@ -66,11 +67,12 @@ class StandIn:
     Args:
         n_runs: in the list; the first one is running.
         events: of the running run, all sent as fast as the page takes them.
+        hostile: what stands in a row of the data and in an answer.
     """
 
-    def __init__(self, n_runs: int = 12, events: tuple[dict[str, Any], ...] = ()):
+    def __init__(self, n_runs: int = 12, events: tuple[dict[str, Any], ...] = (), hostile: str = HOSTILE):
         self.runs = [run_row(n, "running" if n == 0 else None) for n in range(n_runs)]
-        self._events, self.asked = events, [("", {})]
+        self._events, self._hostile, self.asked = events, hostile, [("", {})]
         routes = [
             Route("/", lambda request: FileResponse(PAGES / "index.html")),
             Route("/static/{path:path}", self._file),
@@ -129,7 +131,7 @@ class StandIn:
             "minutes.\n\n",
             "1. Heat the water\n",
             "2. Add the egg\n",
-            HOSTILE,
+            self._hostile,
         ]
 
         async def lines() -> AsyncIterator[bytes]:
@@ -159,7 +161,7 @@ class StandIn:
         answer = {
             "state": STATE, "tasks": {"tasks": []}, "models": {"models": MODELS, "stores": STORES}, "models/search": SEARCH, "models/plan": plan_of(body),
             "data/sets": {"sets": SETS}, "data/upload": {"path": "/home/me/mlx-lora-studio/data/" + request.query_params.get("name", "")},
-            "data/preview": preview(), "settings": {"groups": groups()}, "presets": {"presets": PRESETS},
+            "data/preview": preview(self._hostile), "settings": {"groups": groups()}, "presets": {"presets": PRESETS},
             "train/plan": {**plan_of(body), "command": "mlx-lora train --model Qwen/Qwen3-0.6B --data tutor.jsonl", "run_yaml": "rank: 16\nmodel: Qwen/Qwen3-0.6B\n", "steps": 240, "seconds": 660},
             "train/start": {"run": self.runs[0]["id"]}, "queue": {"queue": [run for run in self.runs if run["state"] == "queued"][:3]},
             "runs": {"runs": self.runs}, "adapters": {"adapters": ADAPTERS}, "talk/close": {}, "export/needs": NEEDS,
@@ -185,7 +187,7 @@ class StandIn:
         if method != "GET":
             return JSONResponse(found)
         live = found["state"] == "running"
-        rows = [metrics_row(step) for step in range(2, found["step"] + 2, 2)]
+        rows = [metrics_row(step, int(path[0][-3:])) for step in range(2, found["step"] + 2, 2)]
         return JSONResponse({
             **found, "metrics": {key: [row[key] for row in rows] for key in rows[0]}, "samples": SAMPLES, "notes": "", "adapter": "adapters.safetensors",
             "settings": {"rank": 8 + 8 * (int(path[0][-3:]) % 2), "alpha": 32, "learning_rate": 2e-4, "model": found["model"], "method": found["method"], "seed": 0},
@@ -219,11 +221,11 @@ def groups() -> list[dict[str, Any]]:
     return [{"name": name, "settings": rows} for name, rows in found.items()]
 
 
-def preview() -> dict[str, Any]:
+def preview(hostile: str) -> dict[str, Any]:
     """Twenty rows, a hostile one first."""
     rows = [
         {"index": n, "file": "/home/me/tutor.jsonl", "line": n + 1, "form": "chat", "tokens": 90 + n, "trained_tokens": 40 + n, "cut": n == 2, "doubled_of": {"file": "tutor.jsonl", "line": 1, "unit": "line"} if n == 3 else None, "unit": "line", "part": "", "split": "train", "why": None, "more_characters": 0, "more_tokens": 0,
-         "spans": [{"text": "<|im_start|>user\n" + (HOSTILE if n == 0 else f"Why is the sky blue? ({n})") + "<|im_end|>\n<|im_start|>assistant\n", "trained": False},
+         "spans": [{"text": "<|im_start|>user\n" + (hostile if n == 0 and hostile else f"Why is the sky blue? ({n})") + "<|im_end|>\n<|im_start|>assistant\n", "trained": False},
                    {"text": "What color is sunlight, before it meets the air? " * (1 + n % 3) + "<|im_end|>", "trained": True}]}
         for n in range(20)
     ]  # fmt: skip
@@ -245,7 +247,7 @@ def hour() -> tuple[dict[str, Any], ...]:
     """What an hour of a run sends when it reports every second: the clock is simulated, the events are 3,600 of each kind."""
     events: list[dict[str, Any]] = []
     for second in range(3600):
-        step = 42 + second
+        step = 122 + second
         events += [
             {"type": "metrics", "metrics": metrics_row(step)},
             {"type": "log", "lines": [f"step {step:>5}  loss {1.1:.3f} " + "." * 60]},

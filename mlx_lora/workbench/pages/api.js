@@ -123,7 +123,7 @@ export const removeFromQueue = (run) => post("queue/remove", { run });
 
 export const readRuns = () => get("runs");
 export const readRun = (id, signal) => get("runs/" + part(id), signal);
-export const followRun = (id, heard, signal, lost) => follow(`runs/${part(id)}/events`, heard, signal, lost);
+export const followRun = (id, after, heard, signal, lost) => follow(`runs/${part(id)}/events?after=${after}`, heard, signal, lost);
 export const steerRun = (id, verb) => post(`runs/${part(id)}/${verb}`);
 export const measureForgetting = (id) => post(`runs/${part(id)}/forgetting`);
 export const writeNotes = (id, text) => call("PUT", `runs/${part(id)}/notes`, { text });

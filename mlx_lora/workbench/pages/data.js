@@ -52,7 +52,7 @@ function Known({ sets, answer }) {
   return html`<details open=${!sets.length && rest.length > 0}><summary>Add another set</summary>
     ${rest.length > 0 && html`<ul class="rows">${rest.slice(0, 50).map((one) => html`<li key=${one.path} class="row"><span class="row-main"><b>${one.name}</b><span class="soft number">${[bytes(one.bytes), one.changed ? when(one.changed) : ""].filter(Boolean).join(" · ")}</span></span>
       <span class="row-facts"><${Button} small onClick=${() => addSet(one.path)} aria-label=${"Add " + one.name}>Add<//></span></li>`)}</ul>`}
-    <form class="fields" onSubmit=${add}><${Field} label="From Hugging Face, or a path on this machine" id="set-id" wide><input id="set-id" placeholder="tatsu-lab/alpaca" value=${id} onInput=${(event) => setId(event.target.value)} /><//><button class="button">Add</button></form></details>`;
+    <form class="fields" onSubmit=${add}><${Field} label="From Hugging Face, or a path on this machine" id="set-id" wide help=${answer?.hint}><input id="set-id" placeholder="tatsu-lab/alpaca" value=${id} onInput=${(event) => setId(event.target.value)} /><//><button class="button">Add</button></form></details>`;
 }
 
 function Histogram({ bars, limit }) {

@@ -12,7 +12,7 @@ export function bytes(size) {
 }
 
 export const parameters = (number) => (!number ? "" : number >= 1e9 ? `${(number / 1e9).toFixed(number >= 1e10 ? 0 : 1)}B` : `${Math.round(number / 1e6)}M`);
-export const rate = (number) => (number === null || number === undefined ? "–" : number >= 100 ? whole.format(Math.round(number)) : number.toFixed(number >= 10 ? 0 : 1));
+export const rate = (number) => (number === null || number === undefined ? "–" : number >= 100 ? whole.format(Math.round(number)) : number === 0 ? "0" : number.toFixed(number >= 10 ? 0 : 1));
 export const loss = (number) => (number === null || number === undefined ? "–" : number.toFixed(3));
 export const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)}%`;
 

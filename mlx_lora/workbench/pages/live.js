@@ -35,7 +35,7 @@ export function useRun(id) {
       setRun({ ...facts });
       setProblem("");
       draw((n) => n + 1);
-      if (ACTIVE.has(facts.state)) api.followRun(id, heard, stop.signal, afresh);
+      if (ACTIVE.has(facts.state)) api.followRun(id, metrics.columns.step.at(-1) ?? 0, heard, stop.signal, afresh);
     }, (error) => { if (error.name !== "AbortError") setProblem(error.message); });
     return () => { stop.abort(); clearTimeout(timer); };
   }, [id, turn]);

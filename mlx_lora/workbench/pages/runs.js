@@ -7,7 +7,7 @@ import { LiveRun } from "./live.js";
 import { Compare } from "./compare.js";
 import * as api from "./api.js";
 
-const ON_PAGE = 50, MOST_COMPARED = 6;
+const ON_PAGE = 25, MOST_COMPARED = 6;
 
 const COLUMNS = [
   ["name", "Run", (run) => run.name.toLowerCase()], ["state", "State", (run) => run.state], ["step", "Steps", (run) => run.step || 0], ["loss", "Loss", (run) => run.loss ?? Infinity], ["val_loss", "Held-out", (run) => run.val_loss ?? Infinity],

@@ -68,4 +68,6 @@ function Studio() {
     <p class=${"notice" + (said ? " shown" : "")} role="status">${said}</p>`;
 }
 
-render(html`<${Studio} />`, document.getElementById("studio"));
+const root = document.getElementById("studio");
+root.replaceChildren(); // the shell that stood here while the scripts loaded
+render(html`<${Studio} />`, root);

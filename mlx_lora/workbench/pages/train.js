@@ -1,7 +1,7 @@
 // Train: what to aim for, how, and what it will take; then the run itself.
 import { useEffect, useState } from "./vendor/hooks.module.js";
 import { html, Button, Card, Chip, Command, Empty, Field, Heading, MemoryBar, Problem, Segments, StateChip, Waiting } from "./parts.js";
-import { changeProject, changeSettings, go, linkTo, project, tell, useAsked, useLater, useStore, wholeSettings } from "./state.js";
+import { changeProject, changeSettings, go, linkTo, onTaskEnd, project, tell, useAsked, useLater, useStore, wholeSettings } from "./state.js";
 import { counted, duration, lastPart, rate } from "./format.js";
 import { SettingsForm } from "./settings_form.js";
 import { LiveRun } from "./live.js";
@@ -12,6 +12,11 @@ const OBJECTIVES = {
   kto: "Answers rated good or bad", reward: "Train a judge that scores answers", grpo: "Sample answers, learn from rewards", rloo: "Sample answers, leave one out", distill: "Learn from a teacher",
 };
 
+const METHODS = {
+  lora: "small factors beside the frozen weights", rslora: "LoRA whose scale suits high ranks", dora: "LoRA that learns the size of each weight's direction, slower", "lora-plus": "LoRA whose second factor learns faster",
+  pissa: "LoRA that begins at the weights' main directions", adalora: "LoRA that deals its rank to where it helps", relora: "LoRA in several rounds, for a higher rank in the end", full: "every weight; takes the most memory",
+};
+
 const optionOf = (groups, name) => groups.flatMap((group) => group.settings).find((one) => one.name === name);
 
 function Goal({ groups, settings }) {
@@ -19,7 +24,7 @@ function Goal({ groups, settings }) {
   const objective = settings.objective || "sft", method = settings.method || "lora";
   const objectives = optionOf(groups, "objective")?.choices || Object.keys(OBJECTIVES), methods = optionOf(groups, "method")?.choices || ["lora"];
   return html`<div class="fields"><${Field} label="Objective" id="objective"><select id="objective" onChange=${choose("objective", "sft")}>${objectives.map((one) => html`<option key=${one} value=${one} selected=${one === objective}>${OBJECTIVES[one] ? `${OBJECTIVES[one]} (${one})` : one}</option>`)}</select><//>
-    <${Field} label="Method" id="method" help=${method === "lora" ? "small factors beside the frozen weights" : method === "full" ? "every weight; takes the most memory" : "a variant of LoRA"}><select id="method" onChange=${choose("method", "lora")}>${methods.map((one) => html`<option key=${one} value=${one} selected=${one === method}>${one}</option>`)}</select><//></div>`;
+    <${Field} label="Method" id="method" help=${METHODS[method]}><select id="method" onChange=${choose("method", "lora")}>${methods.map((one) => html`<option key=${one} value=${one} selected=${one === method}>${one}</option>`)}</select><//></div>`;
 }
 
 function Presets({ model, objective, preset }) {
@@ -44,11 +49,12 @@ function Plan({ plan, problem }) {
     <p class="soft">Predicted, not measured.</p>`;
 }
 
+const SUFFIX = /\.(gguf|jsonl?|csv|tsv|txt|md|parquet|xlsx)$/i; // “Qwen3-0.6B” has none
 const slug = (text) => text.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-+|-+$/g, "").slice(0, 40);
 
 function Start({ whole, plan, busy, onStarted }) {
   const { model, sets } = useStore(project), [name, setName] = useState(""), [problem, setProblem] = useState(""), [sending, setSending] = useState(false);
-  const usual = slug(`${lastPart(sets[0]?.path || "run").replace(/\.\w+$/, "")}-${lastPart(model || "model").replace(/\.\w+$/, "")}`) || "run";
+  const usual = slug(`${lastPart(sets[0]?.path || "run").replace(SUFFIX, "")}-${lastPart(model || "model").replace(SUFFIX, "")}`) || "run";
   const send = async (queue) => {
     setSending(true);
     try {
@@ -81,12 +87,14 @@ const Missing = ({ model }) => html`<${Card}>${model ? html`<${Empty} icon="data
 function Setup({ groups, runs, onStarted }) {
   const all = useStore(project), { model, sets, settings, preset } = all, whole = wholeSettings(all), late = useLater(whole, 250);
   const needed = model && (sets.length || settings.objective === "distill");
-  const [plan, problem] = useAsked((signal) => (needed ? api.planRun(late, signal) : null), [JSON.stringify(late), Boolean(needed)]);
+  const [plan, problem, again] = useAsked((signal) => (needed ? api.planRun(late, signal) : null), [JSON.stringify(late), Boolean(needed)]);
+  const reading = plan?.task?.id; // a large data set is read first; until then the plan counts full rows
+  useEffect(() => { if (reading) onTaskEnd(reading, again); }, [reading]);
   if (!needed) return html`<${Missing} model=${model} />`;
   const busy = runs.some((one) => one.state === "running");
   return html`<div class="two"><div class="stack"><${Card} title="Goal"><${Goal} groups=${groups} settings=${settings} /><${Presets} model=${model} objective=${settings.objective || "sft"} preset=${preset} /><//>
       <${SettingsForm} groups=${groups} settings=${settings} /></div>
-    <div class="side"><${Card} title="Plan" kind="plan"><p class="soft path">${lastPart(model)} · ${sets.map((one) => lastPart(one.path)).join(" + ")}</p><${Plan} plan=${plan} problem=${problem} />
+    <div class="side"><${Card} title="Plan" kind="plan"><p class="soft path">${lastPart(model)} · ${sets.map((one) => lastPart(one.path)).join(" + ")}</p><${Plan} plan=${plan} problem=${problem} />${reading && html`<p class="soft waiting">Reading the data for an exact plan</p>`}
       <${Start} whole=${whole} plan=${problem ? null : plan} busy=${busy} onStarted=${onStarted} />
       ${plan && html`<details><summary>The same as a command</summary><${Command} text=${plan.command} label="Command" />${plan.run_yaml && html`<${Command} text=${plan.run_yaml} label="run.yaml" />`}</details>`}<//></div></div>`;
 }
