@@ -13,6 +13,7 @@ import signal
 import webbrowser
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -148,7 +149,7 @@ def folders_of(flag: str, given: tuple[str, ...]) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def run_studio(app: object, host: str, port: int, browser: bool) -> None:
+def run_studio(app: Any, host: str, port: int, browser: bool) -> None:
     """Listen until interrupted.
 
     Raises:
@@ -160,7 +161,7 @@ def run_studio(app: object, host: str, port: int, browser: bool) -> None:
     from mlx_lora.serving.listening import listen
 
     config = uvicorn.Config(
-        app,  # pyright: ignore[reportArgumentType] # a Starlette application
+        app,
         http=timed_protocol(HEAD_TIMEOUT_S),
         ws="none",
         log_level="warning",
@@ -176,8 +177,10 @@ def run_studio(app: object, host: str, port: int, browser: bool) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if browser:
         webbrowser.open(address)
+    server = uvicorn.Server(config)
+    app.state.ending = lambda: server.should_exit
     with socket, contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run([socket])
+        server.run([socket])
     console.echo("ended")
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -64,7 +65,8 @@ def test_finished_tasks_do_not_pile_up(tasks):
 
 def test_each_change_is_an_event(tasks):
     async def first_two():
-        response = await tasks.events(None)
+        request = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(ending=lambda: False)))
+        response = await tasks.events(request)
         lines = response.body_iterator
         found = [json.loads((await anext(lines))[6:])]
         tasks.change(task, message="two")
@@ -153,3 +155,19 @@ def test_a_model_is_found_and_downloaded_with_the_real_client(tmp_path, tiny_fol
             task = client.post("/api/models/download", json={"model": "org/gated"}).json()["task"]
             failed = wait_for(lambda: [t for t in client.get("/api/tasks").json()["tasks"] if t["state"] == "failed"])
             assert "gated" in failed[0]["message"]
+
+
+@pytest.mark.slow
+def test_a_server_with_open_streams_ends_in_order(tmp_path):
+    arguments = ("--home", tmp_path / "home", "--no-browser")
+    with (
+        Server(
+            *arguments, log=tmp_path / "log", command="studio", cwd=tmp_path, environment={"PYTHONPATH": str(ROOT)}
+        ) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+        client.stream("GET", "/api/tasks/events") as stream,
+    ):
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        assert server.stop() == 0
+        assert "Traceback" not in server.text
+        assert "ended" in server.text

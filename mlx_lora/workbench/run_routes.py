@@ -29,7 +29,7 @@ from mlx_lora.workbench.run_states import COLOR, LOG_FILE, read_started, state_o
 from mlx_lora.workbench.setting_groups import presets, setting_groups
 from mlx_lora.workbench.web import events, json_route, text_of, whole_number
 
-POLL_S, ALIVE_S = 0.5, 15.0
+POLL_S = 0.5
 MOST_LINES = 200  # of a log, in one event
 
 
@@ -158,7 +158,6 @@ class RunRoutes:
         earlier = news.since(int(after)) if after.isdecimal() and len(after) < 16 else []
 
         async def lines() -> AsyncIterator[dict[str, Any] | None]:
-            quiet_s = 0.0
             for one in earlier:
                 yield one
             while True:
@@ -169,13 +168,10 @@ class RunRoutes:
                     return
                 for one in found:
                     yield one
-                quiet_s = 0.0 if found else quiet_s + POLL_S
-                if quiet_s >= ALIVE_S:
-                    quiet_s = 0.0
-                    yield None
+                yield None
                 await anyio.sleep(POLL_S)
 
-        return events(lines())
+        return events(request, lines())
 
 
 class RunNews:

@@ -120,7 +120,7 @@ def make_studio(places: Places, guard: GuardLimits, max_upload_bytes: int) -> St
         await anyio.to_thread.run_sync(talk.close)
         plans.close()
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/", page),
             Route("/health", health),
@@ -132,6 +132,8 @@ def make_studio(places: Places, guard: GuardLimits, max_upload_bytes: int) -> St
         exception_handlers=dict.fromkeys((ApiError, InputError, RunError, HTTPException), told),
         lifespan=lifespan,
     )
+    app.state.ending = lambda: False  # the server's own answer stands here once there is one; streams end by it
+    return app
 
 
 def going_on(listing: RunListing) -> list[dict[str, Any]]:

@@ -53,7 +53,7 @@ class TalkRoutes:
             first = {"role": "system", "content": system}
             asked["messages"] = [first, *_list(asked.get("messages"))]
             own = [messages and [first, *_list(messages)] for messages in own]
-        return events(self._talk.answer(model, columns, asked, own))
+        return events(request, self._talk.answer(model, columns, asked, own))
 
     def _columns(self, given: Any) -> list[list[tuple[Path, float]]]:
         """Return the columns of a request, each a list of adapters with weights.

@@ -33,6 +33,7 @@ from mlx_lora.system.units import gigabytes
 MOST_COLUMNS, MOST_PARTS = 4, 8
 MOST_WEIGHT = 100.0
 ADAPTER_BYTES = 4 * 10**9  # of adapters in memory; those used longest ago leave it
+WAIT_S = 0.5  # for a piece, before it is seen whether the server ends
 ROOM = 1.1  # a loaded base takes about this much of its files' size
 
 
@@ -80,7 +81,7 @@ class Talk:
 
     async def answer(
         self, model: str, columns: list[Any], body: dict[str, Any], own: list[Any]
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncIterator[dict[str, Any] | None]:
         """Yield the pieces of all columns' answers, as they come.
 
         Args:
@@ -188,7 +189,7 @@ def _tokens(engine: Engine, ask: Ask, adapter: str | None, limit: int) -> list[i
 
 async def _pieces(
     engine: Engine, ask: Ask, names: list[str | None], prompts: list[list[int]]
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncIterator[dict[str, Any] | None]:
     """Submit a request for each column, and yield their events in the order in which they come."""
     loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
     tickets: list[Ticket] = []
@@ -209,7 +210,11 @@ async def _pieces(
             tickets.append(engine.submit(request, emit_of(column)))
         left = len(tickets)
         while left:
-            column, event = await events.get()
+            try:
+                column, event = await asyncio.wait_for(events.get(), WAIT_S)
+            except TimeoutError:
+                yield None
+                continue
             now = time.perf_counter()
             first.setdefault(column, now - begun)
             if event.piece.text:

@@ -24,7 +24,7 @@ from mlx_lora.workbench.child_processes import ended_words, start_child
 from mlx_lora.workbench.web import events, json_route
 
 KEPT = 50  # finished tasks that are still listed
-POLL_S, ALIVE_S = 0.3, 15.0
+POLL_S = 0.3
 TERMINATE_S = 5.0
 PUBLIC = ("id", "kind", "title", "state", "done", "total", "unit", "seconds_left", "message", "result")
 
@@ -102,19 +102,16 @@ class Tasks:
         """GET /api/tasks/events: the state of each task now, and after every change."""
 
         async def lines() -> AsyncIterator[dict[str, Any] | None]:
-            seen, quiet_s = 0, 0.0
+            seen = 0
             while True:
                 changed = [task for task in list(self._tasks.values()) if task.version > seen]
                 seen = max([seen, *(task.version for task in changed)])
                 for task in changed:
                     yield task.public()
-                quiet_s = 0.0 if changed else quiet_s + POLL_S
-                if quiet_s >= ALIVE_S:
-                    quiet_s = 0.0
-                    yield None
+                yield None
                 await anyio.sleep(POLL_S)
 
-        return events(lines())
+        return events(request, lines())
 
     def cancel(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """POST /api/tasks/ID/cancel."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ HEADERS = (
     (b"cross-origin-opener-policy", b"same-origin"),
     (b"cross-origin-resource-policy", b"same-origin"),
 )
+ALIVE_S = 15.0  # between signs of life of a stream
 Handler = Callable[[Request, dict[str, Any]], Any]
 
 
@@ -68,12 +70,26 @@ def json_route(path: str, handler: Handler, method: str = "GET") -> Route:
     return Route(path, endpoint, methods=[method])
 
 
-def events(lines: AsyncIterator[dict[str, Any] | None]) -> StreamingResponse:
-    """Return server-sent events of these objects; None is a sign of life, so that a lost client is noticed."""
+def events(request: Request, lines: AsyncIterator[dict[str, Any] | None]) -> StreamingResponse:
+    """Return server-sent events until the server is asked to end.
+
+    Args:
+        request: what is answered.
+        lines: the objects; None from time to time where there are none, so that this can end.
+    """
 
     async def encoded() -> AsyncIterator[bytes]:
+        told_s = time.monotonic()
         async for line in lines:
-            yield b": alive\n\n" if line is None else b"data: " + json.dumps(line).encode() + b"\n\n"
+            if request.app.state.ending():
+                return
+            if line is not None:
+                yield b"data: " + json.dumps(line).encode() + b"\n\n"
+            elif time.monotonic() - told_s < ALIVE_S:
+                continue
+            else:
+                yield b": alive\n\n"  # a lost client is noticed
+            told_s = time.monotonic()
 
     return StreamingResponse(encoded(), media_type="text/event-stream")
 
