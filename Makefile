@@ -26,7 +26,7 @@ test: setup
 
 # Everything: the embedded real models and the judges (torch, PEFT, transformers, llama.cpp).
 test-all: setup
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[dev,parity]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[dev,parity,studio-test]'
 	$(BIN)/python scripts/get_models.py
 	$(BIN)/python scripts/get_models.py --gemma
 	$(BIN)/python -m pytest -m "not metal and not cuda"

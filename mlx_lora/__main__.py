@@ -18,6 +18,7 @@ COMMANDS = {
     "chat": "Chat with a model and its adapters in the terminal.",
     "bench": "Measure training with fixed workloads, and compare machines.",
     "serve": "Serve a model and many adapters through OpenAI's HTTP API.",
+    "studio": "Open a page for all of it: models, data, training, runs, chat, export.",
     "fuse": "Fold an adapter into its base model.",
     "demo": "Train a small model to answer in verse, and show it: a few minutes.",
     "doctor": "Check this machine for training.",

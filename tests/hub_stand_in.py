@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import parse_qsl, unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -69,6 +69,10 @@ class Hub(BaseHTTPRequestHandler):
             **FILES,
             **{name: sorted(p.name for p in folder.iterdir()) for name, folder in self.server.folders.items()},
         }
+        if path == "api/models":
+            asked = dict(parse_qsl(self.path.partition("?")[2]))
+            names = [name for name in listed if asked.get("search", "") in name and not name.startswith("datasets/")]
+            return self.answer([{"id": name, "downloads": 7, "likes": 1, "tags": []} for name in names])
         if (name := path.removeprefix("api/models/")) in self.server.repos:
             return self.answer(
                 {"id": name, "sha": COMMIT, "private": self.server.repos[name]["private"], "siblings": []}

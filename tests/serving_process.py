@@ -13,13 +13,20 @@ ROOT = Path(__file__).parents[1]
 
 
 class Server:
-    """`python -m mlx_lora.serve` on a free port, until the block ends."""
+    """`python -m mlx_lora.serve`, or the studio, on a free port, until the block ends."""
 
-    def __init__(self, *arguments: object, log: Path, environment: dict[str, str] | None = None, cwd: Path = ROOT):
+    def __init__(
+        self,
+        *arguments: object,
+        log: Path,
+        environment: dict[str, str] | None = None,
+        cwd: Path = ROOT,
+        command: str = "serve",
+    ):
         self.log = log
         with open(log, "w") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlx_lora.serve", *map(str, arguments), "--port", "0"],
+                [sys.executable, "-m", f"mlx_lora.{command}", *map(str, arguments), "--port", "0"],
                 cwd=cwd,
                 stderr=out,
                 stdout=out,

@@ -110,9 +110,10 @@ class Reader:
             return
         words = shortened(name, words)
         self.make_room(name, words)
-        if name == "serve":
+        if name in ("serve", "studio"):
             flags = without(words, "--port", "--host")
-            server = Server(*flags, log=self.folder / "serve.log", cwd=self.folder)
+            flags += ["--home", self.folder / "studio", "--no-browser"] if name == "studio" else []
+            server = Server(*flags, log=self.folder / f"{name}.log", cwd=self.folder, command=name)
             self.address = self.stack.enter_context(server).url.removeprefix("http://").rstrip("/")
             self.ran.append(str(command))
             return

@@ -80,6 +80,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(installed):
         facts = wheel.read(metadata).decode()
     assert held == tracked
     assert {"mlx_lora/py.typed", "mlx_lora/recipes/bard/train.jsonl", "mlx_lora/artifacts/pages/page.html"} <= held
+    assert {"mlx_lora/workbench/pages/index.html", "mlx_lora/workbench/pages/vendor/preact.module.js"} <= held
     assert f"\nVersion: {mlx_lora.__version__}\n" in facts
     assert "\nProject-URL: Homepage, https://" in facts
 

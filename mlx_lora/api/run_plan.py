@@ -84,6 +84,19 @@ def plan(
     return plan_run(train_settings(given), chip, memory_gb, all_chips)
 
 
+class PlanParts:
+    """Makes what a plan is computed from; a caller that plans often may keep it, because this is most of the work."""
+
+    def machine(self, settings: TrainSettings, chip: str | None, memory_gb: int | None) -> tuple[Machine, Ceilings]:
+        """Return the machine to plan for, and its ceilings."""
+        return choose_machine(settings, chip, memory_gb)
+
+    def shape(self, settings: TrainSettings, dtype: str, kernels: KernelChoice | None) -> tuple[Outline, ModelShape]:
+        """Return the outline of the model, in a dtype, and its shape with the adapter of the settings."""
+        outline = outline_of(settings.model.model or "", settings.model.revision, device.compute_dtype(dtype))
+        return outline, outlined_shape(outline, settings, kernels)
+
+
 def plan_run(
     settings: TrainSettings,
     chip: str | None = None,
@@ -92,6 +105,7 @@ def plan_run(
     say: Callable[[str], None] = lambda line: None,
     read: Callable[[Outline], DataSplits | None] | None = None,
     identity: Mapping[str, Any] | None = None,
+    parts: PlanParts | None = None,
 ) -> dict[str, Any]:
     """Return the plan of a run with these settings.
 
@@ -101,6 +115,7 @@ def plan_run(
         say: takes a line from time to time while the data is encoded.
         read: returns the data for the model with this outline; None: what is on this disk is read.
         identity: of the checkpoint that the run goes on from, if it does.
+        parts: makes machine and shape; None: they are made anew.
 
     Raises:
         InputError: there is no such chip or model, or the objective's settings exclude each other.
@@ -108,16 +123,16 @@ def plan_run(
     if not settings.model.model:
         raise InputError("--model is required: a hub id, a folder, a config.json or a .gguf file")
     objective_of(settings.objective)  # refuses what `train` would
-    machine, ceilings = choose_machine(settings, chip, memory_gb)
+    parts = parts or PlanParts()
+    machine, ceilings = parts.machine(settings, chip, memory_gb)
     # A GPU computes with 16 bits, even if this machine does not.
     dtype = settings.model.dtype
     if dtype == "auto":
         dtype = "float32" if machine.number_bytes == 4 else "bfloat16"
-    outline = outline_of(settings.model.model or "", settings.model.revision, device.compute_dtype(dtype))
     # Kernels of another machine cannot be measured here: those asked for, or ours.
     elsewhere = KernelChoice(settings.loop.kernels)
     kernels = None if chip is None and memory_gb is None else elsewhere
-    shape = outlined_shape(outline, settings, kernels)
+    outline, shape = parts.shape(settings, dtype, kernels)
     machine = with_kernels(settings, shape, machine, kernels)
     splits = read(outline) if read else local_data(settings, outline, say)
     if splits is not None:

@@ -173,17 +173,36 @@ def locked(folder: Path) -> Iterator[None]:
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("w") as file:
+    with (folder / LOCK_FILE).open("a") as file:  # not "w": another run's number is in it
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(
                 f"--adapter-path {folder}: another run is writing to it; wait for that run, or choose another folder"
             ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")  # for who wants to end the run: the studio
+        file.flush()
         try:
             yield
         finally:
             (folder / LOCK_FILE).unlink(missing_ok=True)
+
+
+def lock_holder(folder: Path) -> int | None:
+    """Return the process that writes to a run folder now; None: there is none."""
+    import fcntl
+
+    try:
+        with (folder / LOCK_FILE).open("r") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                text = file.read(32).strip()
+                return int(text) if text.isdecimal() else 0  # 0: it is about to write its number
+    except OSError:
+        pass
+    return None
 
 
 def _flush(path: Path) -> None:

@@ -219,10 +219,11 @@ def example_pieces(rows: EncodedSet, tokenizer: PreTrainedTokenizerBase) -> list
     """
     first = np.argsort(rows.lengths[: 25 * rows.group : rows.group], kind="stable")
     number = int(first[len(first) // 2]) * rows.group
-    return [_pieces(*rows.row(row), tokenizer) for row in range(number, number + rows.group)]
+    return [row_pieces(*rows.row(row), tokenizer) for row in range(number, number + rows.group)]
 
 
-def _pieces(tokens: np.ndarray, mask: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+def row_pieces(tokens: np.ndarray, mask: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """Return a row as decoded pieces, (text, trained)."""
     edges = np.flatnonzero(np.diff(mask)) + 1
     pieces = []
     for start, stop in zip([0, *edges], [*edges, len(tokens)], strict=True):

@@ -41,6 +41,8 @@ class GuardLimits:
         origins: other origins whose pages are allowed.
         max_body_bytes: the largest body.
         read_timeout_s: the time within which a body must arrive.
+        open_folder: paths that begin so need no key either, such as a page's files; None: there are none.
+        streamed: paths whose body is a file of any size, which their route reads, and limits, itself.
     """
 
     api_key: str | None
@@ -48,6 +50,8 @@ class GuardLimits:
     origins: tuple[str, ...] = ()
     max_body_bytes: int = 10**6
     read_timeout_s: float = 10.0
+    open_folder: str | None = None
+    streamed: tuple[str, ...] = ()
 
 
 def is_local(host: str) -> bool:
@@ -80,11 +84,12 @@ class Guard:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         try:
             self._check(scope, headers)
-            body = await self._body(headers, receive)
+            streamed = scope["path"] in self._limits.streamed
+            body = None if streamed else await self._body(headers, receive)
         except ApiError as error:
             await send_error(counted, error, close=True)
             return
-        await self._app(scope, _replayed(body, receive), counted)
+        await self._app(scope, receive if body is None else _replayed(body, receive), counted)
 
     def _check(self, scope: MutableMapping[str, Any], headers: dict[str, str]) -> None:
         """Check the head of a request.
@@ -104,12 +109,19 @@ class Guard:
         linked = (scope["method"], scope["path"], headers.get("sec-fetch-dest")) == ("GET", PAGE, "document")
         if origin is None and not linked and headers.get("sec-fetch-site", "none") in ("cross-site", "same-site"):
             raise ApiError(403, "other sites' pages may not use this server; see --allow-origin", "cross_origin")
-        if self._limits.api_key and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
+        if self._limits.api_key and not self._open(scope["path"]) and scope["method"] != "OPTIONS":
             kind, _, key = headers.get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._limits.api_key.encode()):
                 raise ApiError(401, "missing or wrong API key; send Authorization: Bearer KEY", "invalid_api_key")
-        if scope["method"] == "POST" and headers.get("content-type", "").split(";")[0].strip() != "application/json":
-            raise ApiError(415, "the body's Content-Type must be application/json", "unsupported_media_type")
+        # Neither can be sent by a page of another origin without permission.
+        kind = "application/octet-stream" if scope["path"] in self._limits.streamed else "application/json"
+        if scope["method"] in ("POST", "PUT") and headers.get("content-type", "").split(";")[0].strip() != kind:
+            raise ApiError(415, f"the body's Content-Type must be {kind}", "unsupported_media_type")
+
+    def _open(self, path: str) -> bool:
+        """Tell whether a path needs no API key."""
+        folder = self._limits.open_folder
+        return path in OPEN_PATHS or (folder is not None and path.startswith(folder))
 
     async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
         """Return the complete body.

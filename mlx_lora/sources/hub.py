@@ -307,6 +307,18 @@ def download_dataset_files(dataset_id: str, revision: str | None = None) -> Path
     return folder
 
 
+def resolve_tokenizer(repo: str, revision: str | None = None) -> Path:
+    """Return the folder with config and tokenizer of a hub model, after downloading these and no weights.
+
+    Args:
+        repo, revision: as for `resolve_model`.
+
+    Raises:
+        InputError: the hub does not provide them.
+    """
+    return _snapshot(f"model {repo!r}", repo, revision, CONFIG_AND_TOKENIZER, ["*/*"])
+
+
 @covered()  # the bars of the download take the place of the work that needs it
 def _snapshot(
     what: str,

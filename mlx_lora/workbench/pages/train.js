@@ -1,0 +1,117 @@
+// Train: what to aim for, how, and what it will take; then the run itself.
+import { useEffect, useState } from "./vendor/hooks.module.js";
+import { html, Button, Card, Chip, Command, Empty, Field, Heading, MemoryBar, Problem, Segments, StateChip, Waiting } from "./parts.js";
+import { changeProject, changeSettings, go, linkTo, onTaskEnd, project, tell, useAsked, useLater, useStore, wholeSettings } from "./state.js";
+import { counted, duration, lastPart, rate } from "./format.js";
+import { SettingsForm } from "./settings_form.js";
+import { LiveRun } from "./live.js";
+import * as api from "./api.js";
+
+const OBJECTIVES = {
+  sft: "Imitate answers", dpo: "Prefer the better answer", orpo: "Imitate and prefer, without a reference", simpo: "Prefer by a margin, without a reference", cpo: "Prefer, with likelihood",
+  kto: "Answers rated good or bad", reward: "Train a judge that scores answers", grpo: "Sample answers, learn from rewards", rloo: "Sample answers, leave one out", distill: "Learn from a teacher",
+};
+
+const METHODS = {
+  lora: "small factors beside the frozen weights", rslora: "LoRA whose scale suits high ranks", dora: "LoRA that learns the size of each weight's direction, slower", "lora-plus": "LoRA whose second factor learns faster",
+  pissa: "LoRA that begins at the weights' main directions", adalora: "LoRA that deals its rank to where it helps", relora: "LoRA in several rounds, for a higher rank in the end", full: "every weight; takes the most memory",
+};
+
+const optionOf = (groups, name) => groups.flatMap((group) => group.settings).find((one) => one.name === name);
+
+function Goal({ groups, settings }) {
+  const choose = (name, usual) => (event) => { changeSettings({ [name]: event.target.value === usual ? undefined : event.target.value }); changeProject({ preset: null }); };
+  const objective = settings.objective || "sft", method = settings.method || "lora";
+  const objectives = optionOf(groups, "objective")?.choices || Object.keys(OBJECTIVES), methods = optionOf(groups, "method")?.choices || ["lora"];
+  return html`<div class="fields"><${Field} label="Objective" id="objective"><select id="objective" onChange=${choose("objective", "sft")}>${objectives.map((one) => html`<option key=${one} value=${one} selected=${one === objective}>${OBJECTIVES[one] ? `${OBJECTIVES[one]} (${one})` : one}</option>`)}</select><//>
+    <${Field} label="Method" id="method" help=${METHODS[method]}><select id="method" onChange=${choose("method", "lora")}>${methods.map((one) => html`<option key=${one} value=${one} selected=${one === method}>${one}</option>`)}</select><//></div>`;
+}
+
+function Presets({ model, objective, preset }) {
+  const [answer, problem] = useAsked(() => (model ? api.readPresets(model, objective) : null), [model, objective]);
+  const take = (one) => {
+    const before = answer.presets.find((other) => other.name === preset)?.settings || {};
+    changeSettings({ ...Object.fromEntries(Object.keys(before).map((name) => [name, undefined])), ...one.settings });
+    changeProject({ preset: one.name });
+  };
+  return html`<${Problem}>${problem}<//><fieldset class="presets"><legend>Preset</legend>${(answer?.presets || []).map((one) => html`<label key=${one.name} class=${"preset" + (one.name === preset ? " chosen" : "")}>
+    <input type="radio" name="preset" checked=${one.name === preset} onChange=${() => take(one)} /><b>${one.name[0].toUpperCase() + one.name.slice(1)}</b><span class="soft">${one.line}</span></label>`)}</fieldset>`;
+}
+
+function Plan({ plan, problem }) {
+  if (problem) return html`<${Problem}>${problem}<//>`;
+  if (!plan) return html`<${Waiting}>Planning<//>`;
+  const facts = [["steps", plan.steps === null || plan.steps === undefined ? "–" : counted(plan.steps, "step").split(" ")[0]], ["tokens/s", rate(plan.tokens_per_s)], ["time", duration(plan.seconds)]];
+  if (plan.peak_bytes === null) return html`<${Problem}>${plan.line}<//>`;
+  return html`<p class="verdict"><${Chip} tone=${plan.fits ? "good" : "bad"}>${plan.fits ? "fits" : "too large"}<//> <span>${plan.line}</span></p>
+    ${plan.problems?.map((one) => html`<p class="problem" key=${one}>${one}</p>`)}
+    <${MemoryBar} plan=${plan} /><dl class="tiles three">${facts.map(([words, one]) => html`<div key=${words}><dt>${words}</dt><dd class="number">${one}</dd></div>`)}</dl>
+    <p class="soft">Predicted, not measured.</p>`;
+}
+
+const SUFFIX = /\.(gguf|jsonl?|csv|tsv|txt|md|parquet|xlsx)$/i; // “Qwen3-0.6B” has none
+const slug = (text) => text.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-+|-+$/g, "").slice(0, 40);
+
+function Start({ whole, plan, busy, onStarted }) {
+  const { model, sets } = useStore(project), [name, setName] = useState(""), [problem, setProblem] = useState(""), [sending, setSending] = useState(false);
+  const usual = slug(`${lastPart(sets[0]?.path || "run").replace(SUFFIX, "")}-${lastPart(model || "model").replace(SUFFIX, "")}`) || "run";
+  const send = async (queue) => {
+    setSending(true);
+    try {
+      const { run } = await api.startRun(whole, name.trim() || usual, queue);
+      setProblem("");
+      setName("");
+      tell(queue ? "The run waits in the queue" : "The run was started");
+      onStarted(run.id || run);
+    } catch (error) { setProblem(error.message); }
+    setSending(false);
+  };
+  return html`<div class="start"><${Field} label="Name of the run" id="run-name"><input id="run-name" value=${name} placeholder=${usual} spellcheck="false" onInput=${(event) => setName(event.target.value)} /><//>
+    <div class="actions"><${Button} kind="first" disabled=${sending || !plan} onClick=${() => send(false)}>${sending ? "Starting" : "Start training"}<//><${Button} disabled=${sending || !plan} onClick=${() => send(true)}>Add to queue<//></div>
+    ${busy && html`<p class="soft">A run is going on. Two at once share the machine; the queue starts one after the other.</p>`}<${Problem}>${problem}<//></div>`;
+}
+
+function Queue({ runs, onChange }) {
+  const [answer, , again] = useAsked(() => api.readQueue(), [runs.map((one) => one.id + one.state).join()]);
+  const list = (answer?.queue || answer?.runs || []).map((one) => (typeof one === "string" ? runs.find((run) => run.id === one) || { id: one, name: one } : one));
+  if (!list.length) return null;
+  const act = (ask) => ask.then(() => { again(); onChange(); }, (error) => tell(error.message));
+  return html`<${Card} title="Queue" note="starts one after the other"><ol class="rows">${list.map((one, n) => html`<li key=${one.id} class="row"><span class="row-main"><b>${one.name}</b></span><span class="row-facts">
+    <${Button} small kind="plain" icon="up" disabled=${n === 0} aria-label=${`Move ${one.name} up`} onClick=${() => act(api.moveInQueue(one.id, n - 1))} /><${Button} small kind="plain" icon="down" disabled=${n === list.length - 1} aria-label=${`Move ${one.name} down`} onClick=${() => act(api.moveInQueue(one.id, n + 1))} />
+    <${Button} small kind="plain" icon="close" aria-label=${`Remove ${one.name} from the queue`} onClick=${() => act(api.removeFromQueue(one.id))} /></span></li>`)}</ol><//>`;
+}
+
+const Missing = ({ model }) => html`<${Card}>${model ? html`<${Empty} icon="data" title="Add data first" action=${html`<${Button} kind="first" onClick=${() => go("data")}>Add data<//>`}>The plan needs to know how long your rows are.<//>`
+  : html`<${Empty} icon="model" title="Choose a model first" action=${html`<${Button} kind="first" onClick=${() => go("model")}>Choose a model<//>`}>Then add data. Training starts here.<//>`}<//>`;
+
+function Setup({ groups, runs, onStarted }) {
+  const all = useStore(project), { model, sets, settings, preset } = all, whole = wholeSettings(all), late = useLater(whole, 250);
+  const needed = model && (sets.length || settings.objective === "distill");
+  const [plan, problem, again] = useAsked((signal) => (needed ? api.planRun(late, signal) : null), [JSON.stringify(late), Boolean(needed)]);
+  const reading = plan?.task?.id; // a large data set is read first; until then the plan counts full rows
+  useEffect(() => { if (reading) onTaskEnd(reading, again); }, [reading]);
+  if (!needed) return html`<${Missing} model=${model} />`;
+  const busy = runs.some((one) => one.state === "running");
+  return html`<div class="two"><div class="stack"><${Card} title="Goal"><${Goal} groups=${groups} settings=${settings} /><${Presets} model=${model} objective=${settings.objective || "sft"} preset=${preset} /><//>
+      <${SettingsForm} groups=${groups} settings=${settings} /></div>
+    <div class="side"><${Card} title="Plan" kind="plan"><p class="soft path">${lastPart(model)} · ${sets.map((one) => lastPart(one.path)).join(" + ")}</p><${Plan} plan=${plan} problem=${problem} />${reading && html`<p class="soft waiting">Reading the data for an exact plan</p>`}
+      <${Start} whole=${whole} plan=${problem ? null : plan} busy=${busy} onStarted=${onStarted} />
+      ${plan && html`<details><summary>The same as a command</summary><${Command} text=${plan.command} label="Command" />${plan.run_yaml && html`<${Command} text=${plan.run_yaml} label="run.yaml" />`}</details>`}<//></div></div>`;
+}
+
+export function TrainPlace({ path }) {
+  const [groups, problem, again] = useAsked(() => api.readSettings(), []), [answer, , look] = useAsked(() => api.readRuns(), [], 4000);
+  const runs = answer?.runs || [], running = runs.filter((one) => one.state === "running"), [view, setView] = useState(path[0] ? "run" : null), [picked, pick] = useState(path[0] || null);
+  // Opened while a run goes on: that run is what one came to see.
+  useEffect(() => { if (view === null && answer) { setView(running.length ? "run" : "setup"); if (running.length) pick(running[0].id); } }, [answer]);
+  useEffect(() => { if (path[0]) { pick(path[0]); setView("run"); } }, [path[0]]);
+  const started = (id) => { look(); pick(id); setView("run"); scrollTo(0, 0); };
+  const shown = picked || running[0]?.id || null;
+  const views = [["setup", "New run"], ["run", "Live", shown && running.length ? running.length : undefined]];
+  return html`<${Heading} title="Train" actions=${html`<${Segments} label="What to show" name="train-view" value=${view || "setup"} options=${views} onChange=${setView} />`}>${view === "run" ? "The run as it goes. It does not need this page: close it, and it goes on." : "Choose a goal and a preset; the plan says what it takes."}<//>
+    <${Problem} again=${again}>${problem}<//>
+    ${view === "run" ? html`<div class="stack">${running.length > 1 && html`<${Segments} label="Which run" name="which" value=${shown} options=${running.map((one) => [one.id, one.name])} onChange=${pick} />`}
+        ${shown ? html`<${LiveRun} key=${shown} id=${shown} onState=${look} />` : html`<${Card}><${Empty} icon="train" title="Nothing is training">Start a run under “New run”. One that was started in a terminal appears here by itself.<//><//>`}
+        <${Queue} runs=${runs} onChange=${look} />${shown && html`<p><a href=${linkTo("runs", shown)}>Notes, settings and more of this run</a></p>`}</div>`
+      : groups ? html`<div class="stack"><${Setup} groups=${groups.groups} runs=${runs} onStarted=${started} /><${Queue} runs=${runs} onChange=${look} /></div>` : !problem && html`<${Waiting}>Reading the settings<//>`}`;
+}

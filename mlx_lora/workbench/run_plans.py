@@ -1,0 +1,211 @@
+"""Plan runs for the page with the planner's own function, in one thread, and keep the plans."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from mlx_lora.api.run_plan import PlanParts, plan_run
+from mlx_lora.models.kernel_choice import KernelChoice
+from mlx_lora.models.outline import Outline
+from mlx_lora.planner.shapes import Machine, ModelShape
+from mlx_lora.planner.speed import Ceilings
+from mlx_lora.settings.config import TrainSettings
+from mlx_lora.settings.resolve import train_settings
+from mlx_lora.sources.data_sets import find_sets, is_local, named_sets
+from mlx_lora.system import device
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.units import format_duration, gigabytes
+from mlx_lora.workbench.model_stores import local_model
+from mlx_lora.workbench.tasks import Task, Tasks
+
+KEPT = 256  # plans
+SHAPES = 12  # of models with adapters; an outline holds no weights
+AT_ONCE_BYTES = 2_000_000  # data up to here is read while the page waits
+# Settings that change neither memory nor speed; plans with others of these are the same.
+NOT_PLANNED = frozenset(
+    ("adapter_path", "project_name", "report_to", "verbose", "seed", "keep", "sample_tokens", "force")
+)
+
+
+class KeptParts(PlanParts):
+    """Keeps the machine, and the shapes of the last models and adapters: a change of length, batch or steps is quick then."""
+
+    def __init__(self):
+        self._machines: dict[str, tuple[Machine, Ceilings]] = {}
+        self._shapes: OrderedDict[str, tuple[Outline, ModelShape]] = OrderedDict()
+
+    def machine(self, settings: TrainSettings, chip: str | None, memory_gb: int | None) -> tuple[Machine, Ceilings]:
+        """Return this machine, measured once for each dtype; there is no other in the studio."""
+        dtype = settings.model.dtype
+        if dtype not in self._machines:
+            self._machines[dtype] = super().machine(settings, chip, memory_gb)
+        return self._machines[dtype]
+
+    def shape(self, settings: TrainSettings, dtype: str, kernels: KernelChoice | None) -> tuple[Outline, ModelShape]:
+        """Return outline and shape, kept for all settings that do not change them."""
+        loop = settings.loop
+        depends = [settings.model, settings.adapter, settings.objective, settings.optimizer, loop.kernels, loop.seed]
+        key = repr([*depends, dtype, kernels, _version(settings.model.model)])
+        if key not in self._shapes:
+            self._shapes[key] = super().shape(settings, dtype, kernels)
+        self._shapes.move_to_end(key)
+        while len(self._shapes) > SHAPES:
+            self._shapes.popitem(last=False)
+        return self._shapes[key]
+
+
+class Plans:
+    """Plans by (model, settings, data), the most recently asked ones."""
+
+    def __init__(self, tasks: Tasks):
+        # One thread: MLX's arrays and the models' modules are made there and nowhere else.
+        self._thread = ThreadPoolExecutor(1, "mlx-lora-plan")
+        self._kept: OrderedDict[str, dict[str, Any] | str] = OrderedDict()
+        self._lock, self._tasks = threading.Lock(), tasks
+        self._reading: dict[str, Task] = {}
+        self._parts = KeptParts()
+
+    def close(self) -> None:
+        """End the thread after what it does now."""
+        self._thread.submit(device.end_thread)
+        self._thread.shutdown(wait=False, cancel_futures=False)
+
+    def of_config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the plan of settings without their data: every row has `max_seq_length` tokens.
+
+        Raises:
+            InputError: the planner refuses them.
+        """
+        return self._planned({name: value for name, value in settings.items() if name != "data"})
+
+    def of_run(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Task | None]:
+        """Return the plan of a run, and the task that reads its data if that takes long; until then the data counts nothing.
+
+        Raises:
+            InputError: the planner refuses the settings or the data.
+        """
+        data = settings.get("data")
+        if not data or not all(is_local(name) for name, _ in named_sets(data)):
+            return self.of_config(settings), None
+        key = _key(settings)
+        if key in self._kept or _data_bytes(data) <= AT_ONCE_BYTES:
+            return self._planned(settings), None
+        with self._lock:
+            if key not in self._reading or self._reading[key].state != "running":
+                self._reading = {other: one for other, one in self._reading.items() if one.state == "running"}
+                self._reading[key] = self._tasks.begin(
+                    "plan", "Reading the data for the plan", lambda task: self._read(task, settings)
+                )
+            task = self._reading[key]
+        return self.of_config(settings), task
+
+    def _read(self, task: Task, settings: Mapping[str, Any]) -> None:
+        result = plan_run(_readable(settings), say=lambda line: self._tasks.change(task, message=line))
+        device.end_thread()
+        self._keep(_key(settings), result)
+
+    def _planned(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        key = _key(settings)
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+        if isinstance(found, str):
+            raise InputError(found)
+        if found is not None:
+            return found
+        working: Future[dict[str, Any]] = self._thread.submit(lambda: plan_run(_readable(settings), parts=self._parts))
+        try:
+            return self._keep(key, working.result())
+        except InputError as error:
+            if Path(str(settings.get("model"))).exists():  # the hub may be reached the next time
+                self._keep(key, str(error))
+            raise
+
+    def _keep(self, key: str, result: Any) -> Any:
+        with self._lock:
+            self._kept[key] = result
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return result
+
+
+def _readable(settings: Mapping[str, Any]) -> TrainSettings:
+    """Return settings whose model is the file itself, if it is one of the hub's cache."""
+    model = settings.get("model")
+    return train_settings({**settings, **({"model": local_model(model)} if model else {})})
+
+
+def shown_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the page shows of a plan."""
+    predicted = plan["predicted"]
+    line = f"Peak {gigabytes(plan['peak_bytes'])} of {gigabytes(plan['budget_bytes'])}"
+    if plan["not_known"]:
+        line = f"Memory is not known for this model ({', '.join(plan['not_known'])})"
+    elif not plan["fits"]:
+        line = f"Does not fit: needs {gigabytes(plan['needed_bytes'])} of {gigabytes(plan['budget_bytes'])}; {plan['advice']}"
+    speed = f"about {predicted['tokens_per_s']:,.0f} tokens/s"
+    seconds = None if predicted["hours"] is None else predicted["hours"] * 3600
+    lasting = f", {format_duration(seconds)}" if seconds is not None else ""
+    return {
+        "fits": plan["fits"], "peak_bytes": plan["peak_bytes"], "needed_bytes": plan["needed_bytes"],
+        "limit_bytes": plan["budget_bytes"],
+        "parts": [{"name": name, "bytes": size} for name, size in plan["parts"].items()],
+        "tokens_per_s": predicted["tokens_per_s"], "seconds": seconds, "predicted": True,
+        "line": f"{line}; {speed}{lasting} (predicted).", "problems": [],
+        "chosen": plan["settings"], "model": plan["model"], "data": plan["data"],
+    }  # fmt: skip
+
+
+def refused_plan(problem: str) -> dict[str, Any]:
+    """Return a plan's answer for settings that cannot be planned."""
+    return {
+        "fits": False, "peak_bytes": None, "needed_bytes": None, "limit_bytes": None, "parts": [], "tokens_per_s": None,
+        "seconds": None, "predicted": True, "line": problem, "problems": [problem], "chosen": None, "model": None, "data": None,
+    }  # fmt: skip
+
+
+def steps_of(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> int | None:
+    """Return about how many optimizer steps a run takes; None: not known before its data is read."""
+    if settings.get("iters"):
+        return int(settings["iters"])
+    data, chosen = plan["data"], plan["settings"]
+    if not data:
+        return None
+    each = chosen["batch_tokens"] * int(settings.get("grad_accumulation_steps") or 1)
+    return max(1, round(data["tokens"] * float(settings.get("epochs") or 1.0) / each))
+
+
+def _key(settings: Mapping[str, Any]) -> str:
+    """Return a text that changes with all that a plan depends on, the versions of files among it."""
+    counted = {name: value for name, value in settings.items() if name not in NOT_PLANNED}
+    versions = [_version(settings.get("model"))]
+    if settings.get("data"):
+        versions += [_version(str(file.path)) for file in _files(settings["data"])]
+    return json.dumps([sorted(counted.items()), versions], default=str)
+
+
+def _version(path: str | None) -> list[Any]:
+    file = Path(path or "").expanduser()
+    file = file / "config.json" if file.is_dir() else file
+    try:
+        stat = file.stat()
+    except OSError:
+        return [path]
+    return [str(file), stat.st_size, stat.st_mtime_ns]
+
+
+def _files(data: str) -> list[Any]:
+    if not all(is_local(name) for name, _ in named_sets(data)):
+        return []
+    return [file for one in find_sets(data) for files in one.splits.values() for file in files]
+
+
+def _data_bytes(data: str) -> int:
+    return sum(file.path.stat().st_size for file in _files(data))

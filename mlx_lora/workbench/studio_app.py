@@ -1,0 +1,141 @@
+"""The studio's server: the page, its files, and the routes of all places."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from mlx_lora import __version__
+from mlx_lora.artifacts import page_template
+from mlx_lora.serving import chat_page
+from mlx_lora.serving.asking import ApiError
+from mlx_lora.serving.request_guard import Guard, GuardLimits
+from mlx_lora.system.device import current_device
+from mlx_lora.system.errors import InputError, RunError
+from mlx_lora.workbench.data_routes import DataRoutes
+from mlx_lora.workbench.forgetting_routes import ForgettingRoutes
+from mlx_lora.workbench.model_routes import ModelRoutes
+from mlx_lora.workbench.model_stores import ModelStores
+from mlx_lora.workbench.places import Places
+from mlx_lora.workbench.previews import Previews
+from mlx_lora.workbench.run_commands import Checker
+from mlx_lora.workbench.run_control import RunControl
+from mlx_lora.workbench.run_listing import RunListing
+from mlx_lora.workbench.run_plans import Plans
+from mlx_lora.workbench.run_routes import RunRoutes, TrainRoutes
+from mlx_lora.workbench.talk_routes import ExportRoutes, TalkRoutes
+from mlx_lora.workbench.talking import Talk
+from mlx_lora.workbench.tasks import Tasks
+from mlx_lora.workbench.web import SafeHeaders, json_route, told
+
+PAGES = Path(__file__).parent / "pages"
+# What other pages have too is served from where they have it.
+SHARED = {
+    "tokens.css": Path(page_template.__file__).parent / "pages" / "tokens.css",
+    "markdown.js": Path(chat_page.__file__).parent / "pages" / "markdown.js",
+}
+
+
+class State:
+    """GET /api/state: what the page shows at its top."""
+
+    def __init__(self, places: Places, key_required: bool, tasks: Tasks):
+        self._tasks = tasks
+        device = current_device()
+        self._fixed = {
+            "version": __version__,
+            "machine": {
+                "chip": device.name,
+                "memory_bytes": device.memory_bytes,
+                "working_set_bytes": device.working_set_bytes,
+                "device": device.backend,
+            },
+            "home": str(places.home),
+            "key_required": key_required,
+        }
+
+    def routes(self) -> list[BaseRoute]:
+        """Return its route."""
+        return [json_route("/api/state", self.state)]
+
+    def state(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the state."""
+        return {**self._fixed, "tasks_running": self._tasks.running}
+
+
+def make_studio(places: Places, guard: GuardLimits, max_upload_bytes: int) -> Starlette:
+    """Return the studio as an ASGI application.
+
+    Args:
+        places: its folders.
+        guard: limits for requests.
+        max_upload_bytes: of one file.
+    """
+    logs = places.home / "logs"
+    tasks, stores = Tasks(logs), ModelStores(places)
+    plans, checker, listing = Plans(tasks), Checker(places, stores.roots()), RunListing(places)
+    control = RunControl(places, listing)
+    talk = Talk(lambda: going_on(listing), current_device().working_set_bytes)
+    parts: Sequence[Any] = [
+        State(places, guard.api_key is not None, tasks),
+        ModelRoutes(places, stores, checker, plans, tasks),
+        tasks,
+        DataRoutes(places, checker, Previews(tasks, logs), max_upload_bytes),
+        TrainRoutes(plans, checker, control, places.runs),
+        RunRoutes(listing, control),
+        ForgettingRoutes(listing, tasks),
+        TalkRoutes(talk, checker),
+        ExportRoutes(places, checker, tasks),
+    ]
+
+    async def page(request: Request) -> Response:
+        return FileResponse(PAGES / "index.html")
+
+    def shared(path: Path) -> Callable[[Request], Awaitable[Response]]:
+        async def file(request: Request) -> Response:
+            return FileResponse(path)
+
+        return file
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        control.begin()
+        yield
+        await anyio.to_thread.run_sync(control.close)
+        await anyio.to_thread.run_sync(talk.close)
+        plans.close()
+
+    app = Starlette(
+        routes=[
+            Route("/", page),
+            Route("/health", health),
+            *(Route(f"/static/{name}", shared(path)) for name, path in SHARED.items()),
+            Mount("/static", StaticFiles(directory=PAGES, check_dir=False)),
+            *(route for part in parts for route in part.routes()),
+        ],
+        middleware=[Middleware(SafeHeaders), Middleware(Guard, limits=guard, answers=Counter())],
+        exception_handlers=dict.fromkeys((ApiError, InputError, RunError, HTTPException), told),
+        lifespan=lifespan,
+    )
+    app.state.ending = lambda: False  # the server's own answer stands here once there is one; streams end by it
+    return app
+
+
+def going_on(listing: RunListing) -> list[dict[str, Any]]:
+    """Return the lines of the runs that go on."""
+    return [line for line in listing.listed([]) if line["state"] == "running"]

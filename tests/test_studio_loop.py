@@ -1,0 +1,211 @@
+"""The studio's whole loop in Chromium on the real server: pick a model, drop a file, look, train, watch, talk, export.
+
+The tiny model shows that each part works; SmolLM2 shows it on a real model and tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from real_models import smollm2_gguf
+from studio_browser import Watched, chromium, open_studio
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+PATIENCE_MS = 480_000  # loading and training on a machine that others use too
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as one:
+        yield one
+
+
+@contextmanager
+def studio(home: Path, models: Path) -> Iterator[str]:
+    """Run the command as a user does, and give the page's address."""
+    log = home.with_suffix(".log")
+    words = ["-m", "mlx_lora.studio", "--home", str(home), "--model-folder", str(models), "--port", "0", "--no-browser"]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            cwd=home.parent,
+            stdout=out,
+            stderr=out,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while not (ready := re.search(r"^ready\s+(\S+)", log.read_text(), re.M)):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield ready[1]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+
+
+def choose(watched: Watched, name: str) -> None:
+    page = watched.page
+    watched.go("model")
+    page.get_by_role("radio", name=re.compile(re.escape(name))).check(timeout=PATIENCE_MS)
+    page.locator(".chosen-model .memory-bar").wait_for(timeout=PATIENCE_MS)  # planned from the configuration alone
+
+
+def add_data(watched: Watched, file: Path, words: str) -> None:
+    """Drop a file, and wait until the page shows what of it is trained."""
+    watched.go("data")
+    watched.page.locator("input[type=file]").set_input_files(str(file))
+    watched.page.locator("mark", has_text=words).first.wait_for(timeout=PATIENCE_MS)
+
+
+def train(watched: Watched, name: str, **settings: Any) -> None:
+    """Start a run with these settings, each found by the search over all settings."""
+    page = watched.page
+    watched.go("train")
+    for setting, value in settings.items():
+        page.get_by_role("searchbox").fill(setting)
+        page.locator(f".settings[aria-live] #set-{setting}").fill(str(value))  # of what was found
+        page.keyboard.press("Tab")
+    page.get_by_role("searchbox").fill("")
+    page.get_by_label("Name of the run").fill(name)
+    page.locator(".plan .memory-bar").wait_for(timeout=PATIENCE_MS)
+    page.get_by_role("button", name="Start training").click()
+    page.locator(".live").get_by_text(re.compile("^(running|done)$")).first.wait_for(timeout=PATIENCE_MS)
+
+
+def run_folder(home: Path, name: str) -> Path:
+    return home / "runs" / name
+
+
+def whole_loop(
+    browser: Any, home: Path, models: Path, model: str, data: Path, words: str, exports: dict[str, str]
+) -> None:
+    """Go through all places as a user does."""
+    with studio(home, models) as url:
+        watched = open_studio(browser, url)
+        page = watched.page
+        page.set_default_timeout(PATIENCE_MS)
+        choose(watched, model)
+        add_data(watched, data, words)
+        train(watched, "loop", iters=4, max_seq_length=256, batch_size=2, sample_tokens=8)
+        page.locator(".live .chip", has_text="done").wait_for()
+        curve = page.get_by_role("img", name=re.compile(r"^Loss, \d+ points up to step 4\."))
+        curve.wait_for()
+        assert page.locator(".sample-text").count() > 0
+        run = run_folder(home, "loop")
+        reported = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        last = [row["loss"] for row in reported if row.get("loss") is not None][-1]
+        assert f"loss: {last:.3f}" in curve.get_attribute("aria-label")
+
+        watched.go("talk", "Column B")
+        page.locator(".column-choice.side-B .chosen-name", has_text="loop").wait_for()
+        page.get_by_text("Sampling and system prompt").click()
+        page.get_by_label("Max tokens").fill("12")
+        page.get_by_label("Message").fill("Say 3.")
+        page.keyboard.press("Enter")
+        page.get_by_text("tokens/s, first token").nth(1).wait_for()
+        assert [len(text) > 0 for text in page.locator(".said").all_inner_texts()] == [True, True]
+
+        page.get_by_role("radio", name="Ship").check()
+        for to, name in exports.items():
+            page.get_by_role("radio", name=to).check()
+            page.get_by_label("Name of what is made").fill(name)
+            page.get_by_role("button", name="Export", exact=True).click()
+            page.locator(".chip", has_text="done").first.wait_for()
+            assert name in page.locator(".made .path").inner_text()
+            assert f"--out {home / 'exports' / name}" in page.locator(".command pre").inner_text()
+        watched.go("runs", "loop")
+        page.get_by_role("link", name="loop").click()
+        page.get_by_label("Notes").fill("a first try")
+        page.get_by_role("heading", name="loop").click()
+        page.get_by_text("The notes are saved").wait_for()
+        assert watched.complaints() == []
+        assert watched.problems == []
+        assert watched.forbidden() == []
+        page.close()
+    assert (run / "studio" / "notes.txt").read_text() == "a first try"
+
+
+def loads_in_llamacpp(path: Path) -> None:
+    """llama.cpp itself loads the file and writes with it."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.cpuparams.n_threads, params.warmup = 128, 1, False
+    server = xllamacpp.Server(params)
+    found = server.handle_completions({"prompt": "Say 3.", "max_tokens": 4, "temperature": 0})
+    assert found["choices"][0]["text"] is not None
+
+
+def test_the_whole_loop_on_a_tiny_model(browser, tiny_folder, chats, tmp_path):
+    """llama.cpp does not load its byte tokenizer, and export refuses to write it: SmolLM2 shows that."""
+    home = tmp_path / "home"
+    whole_loop(browser, home, tiny_folder.parent, tiny_folder.name, chats, "abc", {"PEFT": "shipped"})
+    assert (home / "exports" / "shipped" / "adapter_model.safetensors").is_file()
+
+
+def test_the_whole_loop_on_smollm2(browser, tmp_path):
+    model = smollm2_gguf()
+    data = tmp_path / "verses.jsonl"
+    rows = [{"prompt": f"Say {n} as a poet would.", "completion": f"O {n}, thou art {n} indeed."} for n in range(24)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    home, exports = tmp_path / "home", {"GGUF model": "shipped.gguf"}
+    whole_loop(browser, home, model.parent, model.name, data, "thou art", exports)
+    loads_in_llamacpp(home / "exports" / "shipped.gguf")
+
+
+def test_a_run_that_was_killed_is_resumed_from_the_page(browser, tiny_folder, chats, tmp_path):
+    home = tmp_path / "home"
+    with studio(home, tiny_folder.parent) as url:
+        watched = open_studio(browser, url)
+        page = watched.page
+        page.set_default_timeout(PATIENCE_MS)
+        choose(watched, tiny_folder.name)
+        add_data(watched, chats, "abc")
+        train(watched, "long", iters=100_000, save_every=20, max_seq_length=64)
+        folder = run_folder(home, "long")
+        while not list(folder.glob("checkpoints/step-*")):
+            time.sleep(0.2)
+        os.kill(json.loads((folder / "studio" / "started.json").read_text())["pid"], signal.SIGKILL)
+        page.get_by_text("The process ended without a word").wait_for()
+        page.get_by_role("button", name="Resume").click()
+        page.locator(".live .chip", has_text="running").wait_for()
+        page.get_by_role("button", name="Stop", exact=True).click()
+        page.locator(".live .chip", has_text="stopped").wait_for()
+        assert watched.problems == []
+        page.close()
+
+
+def test_the_server_is_killed_and_the_run_goes_on(browser, tiny_folder, chats, tmp_path):
+    home = tmp_path / "home"
+    with studio(home, tiny_folder.parent) as url:
+        watched = open_studio(browser, url)
+        watched.page.set_default_timeout(PATIENCE_MS)
+        choose(watched, tiny_folder.name)
+        add_data(watched, chats, "abc")
+        train(watched, "long", iters=100_000, save_every=20, max_seq_length=64)
+        watched.page.close()
+    with studio(home, tiny_folder.parent) as url:
+        watched = open_studio(browser, url)
+        page = watched.page
+        page.set_default_timeout(PATIENCE_MS)
+        watched.go("train")
+        page.locator(".live .chip", has_text="running").wait_for()
+        page.get_by_role("button", name="Pause").click()
+        page.locator(".live .chip", has_text="paused").wait_for()
+        assert watched.problems == []
+        page.close()

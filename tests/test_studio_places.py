@@ -1,0 +1,246 @@
+"""The studio's model, data and training places, asked as the page asks."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import yaml
+from studio_client import furnish, studio, upload, wait_for
+
+from mlx_lora.settings.config import FIELDS
+from mlx_lora.workbench.model_stores import ollama_models
+from mlx_lora.workbench.setting_groups import OWN, presets
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("studio") / "home"
+
+
+@pytest.fixture(scope="module")
+def named(home, tiny_folder, chats):
+    return furnish(home, tiny_folder, chats)
+
+
+@pytest.fixture(scope="module")
+def client(home, named):
+    with studio(home) as client:
+        yield client
+
+
+def preview(client, model, data, **asked):
+    body = {"model": model, "data": [{"path": data, "weight": 1}], **asked}
+    return client.post("/api/data/preview", json=body)
+
+
+def test_the_state_says_what_this_machine_is(client, home):
+    state = client.get("/api/state").json()
+    assert state["home"] == str(home.resolve())
+    assert state["machine"]["memory_bytes"] > 10**9
+    assert not state["key_required"]
+    assert state["tasks_running"] == 0
+
+
+def test_a_model_of_the_studios_folder_is_listed_with_its_facts(client, named):
+    (model,) = [one for one in client.get("/api/models").json()["models"] if one["id"] == named[0]]
+    assert model["kind"] == "folder"
+    assert model["trainable"]
+    assert model["architecture"] == "llama"
+    assert model["bits"] == 32
+    assert model["parameters"] > 10_000
+    kinds = [store["kind"] for store in client.get("/api/models").json()["stores"]]
+    assert set(kinds) == {"hub", "folder", "ollama", "lmstudio"}
+
+
+def test_ollamas_manifests_lead_to_its_blobs(tmp_path):
+    blob = tmp_path / "blobs" / f"sha256-{'a' * 64}"
+    blob.parent.mkdir()
+    blob.write_bytes(b"GGUF")
+    manifest = tmp_path / "manifests" / "registry.ollama.ai" / "library" / "llama3" / "8b"
+    manifest.parent.mkdir(parents=True)
+    layers = [{"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{'a' * 64}"}]
+    climbing = [{"mediaType": "application/vnd.ollama.image.model", "digest": "sha256:../../etc/passwd"}]
+    manifest.write_text(json.dumps({"layers": [*climbing, *layers, "strange", {"mediaType": "other"}]}))
+    (found,) = ollama_models(tmp_path, tmp_path / "links")
+    assert found.name == "llama3:8b"
+    assert found.path.name == "llama3-8b.gguf"
+    assert found.path.resolve() == blob.resolve()
+
+
+def test_every_setting_is_there_with_its_help(client):
+    groups = client.get("/api/settings").json()["groups"]
+    rows = {row["name"]: row for group in groups for row in group["settings"]}
+    assert rows.keys() | OWN == FIELDS.keys()
+    assert rows["learning_rate"]["range"] == [0, 1000]
+    assert rows["learning_rate"]["exclusive"]
+    assert "dpo" in rows["objective"]["choices"]
+    assert rows["mask_prompt"]["type"] == "bool"
+    assert rows["relora_every"]["method"] == "relora"
+    assert rows["beta"]["objectives"][0] == "dpo"
+    assert all(row["help"] for row in rows.values())
+
+
+def test_a_plan_comes_from_the_config_alone_and_is_kept(client, named):
+    body = {"model": named[0], "settings": {"rank": 4, "max_seq_length": 64}}
+    plan = client.post("/api/models/plan", json=body).json()
+    assert plan["fits"]
+    assert plan["predicted"]
+    assert {"base", "adapter"} <= {part["name"] for part in plan["parts"]}
+    assert "predicted" in plan["line"]
+    start = time.process_time()
+    assert client.post("/api/models/plan", json=body).json() == plan
+    assert time.process_time() - start < 0.1
+    refused = client.post("/api/models/plan", json={**body, "settings": {"rank": 0}}).json()
+    assert not refused["fits"]
+    assert "--rank" in refused["problems"][0]
+
+
+def test_three_presets_are_shortened_until_they_fit():
+    def plan(settings):
+        fits = settings["max_seq_length"] <= 1024
+        planned = {"fits": fits, "peak_bytes": 10**9, "budget_bytes": 2 * 10**9, "advice": "less", "predicted": {}}
+        return {**planned, "predicted": {"tokens_per_s": 100}, "largest_sequence": {"block": 1500}}
+
+    found = presets("org/model", "dpo", plan)
+    assert [one["name"] for one in found] == ["quick", "balanced", "thorough"]
+    assert [one["settings"]["max_seq_length"] for one in found] == [1024, 1024, 1024]
+    assert "shortened from 4,096 to fit" in found[2]["line"]
+    assert all("(predicted)" in one["line"] for one in found)
+    assert all(one["settings"]["objective"] == "dpo" for one in found)
+    assert found[0]["settings"]["iters"] == 100
+    assert "model" not in found[0]["settings"]
+
+
+@pytest.mark.slow
+def test_three_presets_are_planned(client, named):
+    found = client.get("/api/presets", params={"model": named[0], "objective": "sft"}).json()["presets"]
+    assert all("(predicted)" in one["line"] for one in found)
+
+
+def test_an_upload_gets_a_name_of_its_own(client, home):
+    first = upload(client, "mine.jsonl", b'{"text": "a"}\n').json()
+    second = upload(client, "mine.jsonl", b'{"text": "b"}\n').json()
+    assert (first["name"], second["name"]) == ("mine.jsonl", "mine-2.jsonl")
+    names = {one["name"] for one in client.get("/api/data/sets").json()["sets"]}
+    assert {"chats.jsonl", "mine.jsonl", "mine-2.jsonl"} <= names
+    assert not list((home / "data").glob(".*"))
+
+
+def test_a_preview_shows_rows_as_they_are_trained(client, named):
+    page = preview(client, *named, settings={"max_seq_length": 40}, limit=3).json()
+    assert page["task"] is None
+    assert page["total"] == 40
+    assert page["forms"] == {"alpaca": 40}
+    assert page["counts"]["cut"] + page["counts"]["refused"] > 0
+    assert sum(bar["count"] for bar in page["histogram"]) == page["counts"]["rows"]
+    row = page["rows"][0]
+    assert (row["file"], row["line"], row["form"]) == ("chats.jsonl", 1, "alpaca")
+    trained = "".join(span["text"] for span in row["spans"] if span["trained"])
+    assert trained.startswith("abc")
+    assert "Say 0" in "".join(span["text"] for span in row["spans"] if not span["trained"])
+    assert row["trained_tokens"] < row["tokens"]
+    second = preview(client, *named, settings={"max_seq_length": 40}, offset=38, limit=50).json()
+    assert [row["line"] for row in second["rows"]] == [39, 40]
+
+
+def test_rows_that_are_cut_doubled_or_refused_have_their_lines(client, named):
+    long = {"prompt": "a", "completion": "b" * 500}
+    good = {"prompt": "a", "completion": "b"}
+    lines = [
+        json.dumps(good),
+        json.dumps(long),
+        "not JSON",
+        json.dumps(good),
+        json.dumps({"prompt": "x", "completion": ""}),
+    ]
+    data = upload(client, "odd.jsonl", "\n".join(lines).encode()).json()["path"]
+    settings = {"max_seq_length": 80}
+    found = {
+        kind: preview(client, named[0], data, settings=settings, filter=kind).json()
+        for kind in ("cut", "doubled", "refused")
+    }
+    assert [row["line"] for row in found["cut"]["rows"]] == [2]
+    assert [(row["line"], row["doubled_of"]["line"]) for row in found["doubled"]["rows"]] == [(4, 1)]
+    assert [row["line"] for row in found["refused"]["rows"]] == [3, 5]
+    assert "not JSON" in found["refused"]["rows"][0]["why"]
+    counts = found["cut"]["counts"]
+    assert (counts["rows"], counts["cut"], counts["doubled"], counts["refused"]) == (3, 1, 1, 2)
+    assert preview(client, named[0], data, filter="odd").status_code == 400
+
+
+def test_pairs_are_shown_side_by_side(client, named):
+    pairs = [{"prompt": "a", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(4)]
+    data = upload(client, "pairs.jsonl", "\n".join(map(json.dumps, pairs)).encode()).json()["path"]
+    page = preview(client, named[0], data, settings={"objective": "dpo"}).json()
+    assert page["total"] == 8
+    assert [row["part"] for row in page["rows"][:2]] == ["chosen", "rejected"]
+    assert "bad 0" in "".join(span["text"] for span in page["rows"][1]["spans"])
+
+
+def test_a_mixture_becomes_the_value_of_data(client, named):
+    other = upload(client, "other.jsonl", b'{"prompt": "a", "completion": "b"}\n').json()["path"]
+    sets = [{"path": named[1], "weight": 2}, {"path": other, "weight": 0.5}]
+    page = client.post("/api/data/preview", json={"model": named[0], "data": sets}).json()
+    assert page["data"] == f"{named[1]}=2,{other}=0.5"
+    assert page["total"] == 41
+    assert client.post("/api/data/preview", json={"model": named[0], "data": [*sets, {"path": 3}]}).status_code == 400
+
+
+def test_a_plan_of_a_run_has_its_command_and_its_settings(client, named, home):
+    settings = {
+        "model": named[0],
+        "data": named[1],
+        "iters": 4,
+        "learning_rate": 1e-3,
+        "mask_prompt": False,
+        "rank": 16,
+    }
+    plan = client.post("/api/train/plan", json={"settings": settings, "name": "one"}).json()
+    assert plan["fits"]
+    assert plan["steps"] == 4
+    assert plan["task"] is None
+    assert "--no-mask-prompt" in plan["command"]
+    assert "--rank" not in plan["command"], "the default is left out"
+    content = yaml.safe_load(plan["run_yaml"])
+    assert content["learning_rate"] == 1e-3
+    assert content["adapter_path"] == str(home.resolve() / "runs" / "one")
+    wrong = client.post("/api/train/plan", json={"settings": {**settings, "learning_rate": -1}}).json()
+    assert "--learning-rate" in wrong["line"]
+    none = client.post("/api/train/plan", json={"settings": {}}).json()
+    assert none["problems"] == ["choose a model first"]
+
+
+@pytest.mark.slow
+def test_large_data_is_read_in_a_process_of_its_own(client, named, monkeypatch):
+    from mlx_lora.workbench import previews
+
+    monkeypatch.setattr(previews, "AT_ONCE_BYTES", 10)
+    first = preview(client, *named, settings={"max_seq_length": 61}).json()
+    assert first["counts"] is None
+    number = first["task"]["id"]
+    ended = wait_for(
+        lambda: [t for t in client.get("/api/tasks").json()["tasks"] if t["id"] == number and t["state"] != "running"]
+    )
+    assert ended[0]["state"] == "done", ended
+    assert preview(client, *named, settings={"max_seq_length": 61}).json()["total"] == 40
+
+
+def test_the_hub_out_of_reach_is_one_line(client, monkeypatch):
+    from mlx_lora.workbench import model_routes
+
+    def unreachable():
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(model_routes, "get_session", unreachable)
+    found = client.get("/api/models/search", params={"q": "smol"}).json()
+    assert found["results"] == []
+    assert "no route to host" in found["offline"]
+    assert "\n" not in found["offline"]
+
+
+def test_what_an_export_needs(client):
+    needs = client.get("/api/export/needs").json()
+    assert needs.keys() == {"peft", "mlx-lm", "hf", "gguf-adapter", "gguf", "ollama", "hub"}
+    assert all(one["needs"] for one in needs.values())

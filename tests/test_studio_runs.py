@@ -1,0 +1,214 @@
+"""Runs in the studio: the list, one run, its states, notes, removal, the queue, and live news, from folders alone."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import pytest
+from studio_client import metric, state_of, studio, write_run
+
+from mlx_lora.artifacts.checkpoint import lock_holder, locked
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.process import start_mark
+from mlx_lora.workbench.metrics_reading import MOST_POINTS, Tail, read_columns
+from mlx_lora.workbench.run_routes import RunNews
+from mlx_lora.workbench.run_states import Started, read_started, run_id
+from mlx_lora.workbench.run_states import state_of as state_of_folder
+
+
+@pytest.fixture
+def home(tmp_path):
+    return (tmp_path / "home").resolve()
+
+
+def started(folder, **values):
+    known = Started(folder.name, {"model": "org/model"}, ["train", "--model", "org/model"], time.time() - 10)
+    for name, value in values.items():
+        setattr(known, name, value)
+    (folder / "studio").mkdir(parents=True, exist_ok=True)
+    known.write(folder)
+    return folder
+
+
+def test_200_runs_are_listed_from_their_folders(home):
+    for number in range(200):
+        write_run(home / "runs" / f"run-{number:03}", steps=20)
+    with studio(home) as client:
+        answer = client.get("/api/runs")
+        assert len(answer.json()["runs"]) == 200
+        assert len(answer.content) < 150_000
+        start = time.process_time()
+        runs = client.get("/api/runs").json()["runs"]
+        assert time.process_time() - start < 0.2
+        run = next(run for run in runs if run["name"] == "run-007")
+        assert (run["state"], run["step"], run["steps"], run["model"]) == ("done", 20, 20, "org/model")
+        assert run["plan_peak_bytes"] == run["peak_bytes"] == 10**8
+        with (home / "runs" / "run-007" / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metric(21, loss=0.5)) + "\n")
+        runs = client.get("/api/runs").json()["runs"]
+        assert next(run for run in runs if run["name"] == "run-007")["loss"] == 0.5, "a change is seen"
+
+
+def test_a_run_of_another_folder_appears_with_its_own_command(home, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    write_run(elsewhere / "bard", ended=False)
+    with studio(home, runs_folders=(elsewhere.resolve(),)) as client:
+        (run,) = client.get("/api/runs").json()["runs"]
+        detail = client.get(f"/api/runs/{run['id']}").json()
+        assert (detail["state"], detail["can_resume"]) == ("stopped", True)
+        assert detail["command"] == "mlx-lora train --model org/model"
+        assert detail["samples"][0] == {"step": 0, "prompt": "Say 1", "text": "<script>alert(1)</script>"}
+        assert detail["metrics"]["step"] == list(range(1, 11))
+        assert detail["adapter"] == str(elsewhere.resolve() / "bard")
+        assert [one["name"] for one in client.get("/api/adapters").json()["adapters"]] == ["bard"]
+
+
+def test_states_are_told_from_files(tmp_path):
+    killed = write_run(tmp_path / "killed", ended=False)
+    (killed / ".lock").touch()
+    assert state_of_folder(killed, None)[0] == "killed"
+    running = write_run(tmp_path / "running", ended=False)
+    with locked(running):
+        assert lock_holder(running) == os.getpid()
+        assert state_of_folder(running, None) == ("running", None)
+    assert state_of_folder(running, None)[0] == "stopped", "it left its folder in order"
+    mine = {"pid": os.getpid(), "mark": start_mark(os.getpid()), "at": time.time()}
+    for values, state in (
+        (mine, "running"),
+        ({**mine, "mark": "another process of that number"}, "killed"),
+        ({"pid": 1, "mark": "x", "asked": "pause", "code": 130}, "paused"),
+        ({"pid": 1, "mark": "x", "asked": "stop", "code": -15}, "stopped"),
+        ({"pid": 1, "mark": "x", "code": 2}, "failed"),
+        ({"pid": 1, "mark": "x", "code": -9}, "killed"),
+        ({"pid": 1, "mark": "x", "code": 0}, "done"),
+        ({}, "waiting"),
+    ):
+        folder = started(tmp_path / f"{len(list(tmp_path.iterdir()))}", **values)
+        assert state_of_folder(folder, read_started(folder))[0] == state, values
+
+
+def test_the_reason_of_a_failure_is_the_commands_own_line(home):
+    folder = started(home / "runs" / "bad", pid=1, mark="x", code=2)
+    (folder / "studio" / "output.log").write_text("Reading\nError: --data x: no such file\n")
+    with studio(home) as client:
+        detail = client.get(f"/api/runs/{run_id(folder)}").json()
+        assert (detail["state"], detail["reason"]) == ("failed", "--data x: no such file")
+        assert detail["log"][-1].startswith("Error")
+        assert detail["metrics"] == {}
+
+
+def test_a_process_that_ended_has_no_start(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    assert start_mark(child.pid)
+    time.sleep(0.5)
+    while start_mark(child.pid):
+        time.sleep(0.1)  # until it has ended; its parent has not asked for its result
+    child.wait()
+    assert start_mark(2**22 + 1) is None
+    assert start_mark(os.getpid()) == start_mark(os.getpid())
+
+
+def test_a_long_history_is_thinned_with_its_validations(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with path.open("w") as file:
+        for step in range(1, 30_001):
+            file.write(json.dumps(metric(step)) + "\n")
+            if step % 3000 == 0:
+                file.write(json.dumps(metric(step, loss=None, val_loss=1.5)) + "\n")
+        file.write('{"step": 30001, "lo')
+    columns = read_columns(path)
+    assert len({len(column) for column in columns.values()}) == 1
+    assert MOST_POINTS // 3 < len(columns["step"]) <= MOST_POINTS
+    assert sum(value is not None for value in columns["val_loss"]) == 10
+    assert columns["step"][0] < 50
+    assert columns["step"][-1] == 30_000
+
+
+def test_news_come_once_and_take_no_memory(tmp_path):
+    folder = write_run(tmp_path / "run", steps=5, ended=False)
+    news = RunNews(folder, lambda: {"step": 5})
+    assert [one["type"] for one in news.read()] == ["state"]
+    assert news.read() == []
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(metric(6)) + "\n" + '{"step": 7')
+        file.flush()
+        found = news.read()
+        assert [one["type"] for one in found] == ["metrics", "state"]
+        assert found[0]["metrics"]["step"] == 6
+        file.write(json.dumps(metric(7))[10:] + "\n")
+        file.flush()
+        assert news.read()[0]["metrics"]["step"] == 7, "an incomplete line waits"
+        tracemalloc.start()
+        for step in range(8, 1008):
+            file.write(json.dumps(metric(step)) + "\n")
+            file.flush()
+            news.read()
+            if step == 107:
+                before = tracemalloc.get_traced_memory()[0]
+        grown = tracemalloc.get_traced_memory()[0] - before
+        tracemalloc.stop()
+    assert grown < 200_000
+
+
+def test_a_tail_reads_a_file_that_was_replaced(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("1\n2\n")
+    tail = Tail(path)
+    assert tail.new_lines() == []
+    path.write_text("3\n")
+    assert tail.new_lines() == ["3"]
+    (tmp_path / "b").write_text("4\n5\n6\n7\n")
+    (tmp_path / "b").replace(path)
+    assert tail.new_lines() == ["4", "5", "6", "7"]
+
+
+def test_notes_are_kept_and_a_run_is_removed_by_its_name_alone(home):
+    folder = write_run(home / "runs" / "one")
+    with studio(home) as client:
+        route = f"/api/runs/{run_id(folder)}"
+        assert client.put(f"{route}/notes", json={"text": "good\nfaster"}).json() == {"saved": True}
+        assert client.get(route).json()["notes"] == "good\nfaster"
+        assert client.request("DELETE", route, json={"confirm": "two"}).status_code == 400
+        with locked(folder):
+            assert client.request("DELETE", route, json={"confirm": "one"}).status_code == 409
+        assert folder.exists()
+        assert client.request("DELETE", route, json={"confirm": "one"}).json() == {"deleted": True}
+        assert not folder.exists()
+        assert client.get(route).status_code == 404
+
+
+def test_the_queue_waits_is_ordered_and_outlives_the_server(home, monkeypatch):
+    def refuse(*_, **__):  # it would ask the hub for a model that does not exist
+        raise InputError("not planned here")
+
+    monkeypatch.setattr("mlx_lora.workbench.run_plans.plan_run", refuse)
+    busy = write_run(home / "runs" / "busy", ended=False)
+    settings = {"model": "org/model", "data": "tiny-shakespeare", "iters": 3}
+    with (busy / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("0")
+        with studio(home) as client:
+            assert client.get("/api/runs").json()["runs"][0]["state"] == "running"
+            start = {"settings": settings, "name": "second"}
+            refused = client.post("/api/train/start", json=start)
+            assert refused.status_code == 409
+            assert "busy goes on" in refused.json()["error"]["message"]
+            second = client.post("/api/train/start", json={**start, "queue": True}).json()["run"]
+            third = client.post("/api/train/start", json={**start, "name": "third", "queue": True}).json()["run"]
+            assert client.post("/api/train/start", json={**start, "name": "third", "queue": True}).status_code == 409
+            assert state_of(client, second) == "queued"
+        with studio(home) as client:
+            assert [run["name"] for run in client.get("/api/queue").json()["queue"]] == ["second", "third"]
+            moved = client.post("/api/queue/move", json={"run": third, "to": 0}).json()["queue"]
+            assert [run["name"] for run in moved] == ["third", "second"]
+            left = client.post("/api/queue/remove", json={"run": third}).json()["queue"]
+            assert [run["name"] for run in left] == ["second"]
+            client.post(f"/api/runs/{second}/stop", json={})
+            assert client.get("/api/queue").json() == {"queue": []}
+            assert client.post("/api/queue/remove", json={"run": third}).status_code == 404

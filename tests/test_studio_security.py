@@ -1,0 +1,249 @@
+"""What each kind of unwelcome request gets from the studio: the table of docs/studio.md, row by row."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from studio_client import UPLOAD, furnish, studio, upload, write_run
+
+from mlx_lora.system.errors import InputError
+from mlx_lora.workbench import previews
+from mlx_lora.workbench.run_states import run_id
+from mlx_lora.workbench.web import POLICY
+
+KEY = "correct horse"
+READ = (
+    "/api/state", "/api/models", "/api/models/search?q=x", "/api/tasks", "/api/tasks/events", "/api/data/sets", "/api/settings",
+    "/api/presets", "/api/queue", "/api/runs", "/api/runs/x", "/api/runs/x/events", "/api/adapters", "/api/export/needs",
+)  # fmt: skip
+WRITE = (
+    "/api/models/plan", "/api/models/download", "/api/models/convert", "/api/tasks/x/cancel", UPLOAD, "/api/data/preview",
+    "/api/train/plan", "/api/train/start", "/api/queue/move", "/api/queue/remove", "/api/runs/x/pause", "/api/runs/x/resume",
+    "/api/runs/x/stop", "/api/runs/x/forgetting", "/api/talk", "/api/talk/close", "/api/export",
+)  # fmt: skip
+ALL = [
+    *(("GET", path) for path in READ),
+    *(("POST", path) for path in WRITE),
+    ("PUT", "/api/runs/x/notes"),
+    ("DELETE", "/api/runs/x"),
+]
+OUTSIDE = ("/etc/passwd", "/etc", "../../outside", "~/.ssh", "LINK", "HOME/../outside")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, tiny_folder, chats):
+    home = tmp_path_factory.mktemp("security") / "home"
+    furnish(home, tiny_folder, chats)
+    outside = home.parent / "outside"
+    outside.mkdir()
+    (outside / "train.jsonl").write_text('{"text": "secret"}\n')
+    write_run(home.parent / "runs-outside" / "theirs")
+    for place in ("data", "models", "runs", "exports"):
+        (home / place).mkdir(exist_ok=True)
+        os.symlink(outside, home / place / "link")
+    write_run(home / "runs" / "mine")
+    os.symlink(home.parent / "runs-outside" / "theirs", home / "runs" / "theirs")
+    return home.resolve()
+
+
+@pytest.fixture(scope="module")
+def locked(home):
+    with studio(home, key=KEY) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(home):
+    with studio(home, most=2_000_000) as client:
+        yield client
+
+
+@pytest.fixture
+def unplanned(monkeypatch):
+    """Without the planner, which would ask the hub for a model that does not exist."""
+
+    def refuse(*_, **__):
+        raise InputError("not planned here")
+
+    monkeypatch.setattr("mlx_lora.workbench.run_plans.plan_run", refuse)
+
+
+def message(answer) -> str:
+    error = answer.json()["error"]["message"]
+    assert "\n" not in error
+    return error
+
+
+@pytest.mark.parametrize(("method", "path"), ALL)
+def test_every_route_needs_the_key_refuses_other_origins_and_has_the_policy(locked, method, path):
+    for headers in ({"Authorization": "Bearer wrong"}, {"Authorization": KEY}):
+        answer = locked.request(method, path, headers=headers)
+        assert answer.status_code == 401
+        assert answer.headers["www-authenticate"] == "Bearer"
+    for headers in ({"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Host": "evil.example"}):
+        answer = locked.request(method, path, headers=headers)
+        assert answer.status_code == 403, headers
+        assert answer.headers["content-security-policy"] == POLICY
+        assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize("path", WRITE)
+def test_a_form_that_a_page_may_send_without_asking_gets_415(client, path):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        assert client.post(path, content=b"{}", headers={"Content-Type": kind}).status_code == 415
+    assert client.put("/api/runs/x/notes", content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 415
+
+
+@pytest.mark.parametrize("path", [path for path in WRITE if path != UPLOAD])
+@pytest.mark.parametrize("body", [b"{", b"[]", b"\xff", b'{"model": NaN}', b"[" * 4000, b'{"model": "\\ud800"}'])
+def test_a_body_that_is_no_object_gets_400(client, path, body):
+    answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert message(answer)
+
+
+def test_a_body_over_the_limit_gets_413(client):
+    assert client.post("/api/train/plan", json={"settings": {"data": "x" * 1_100_000}}).status_code == 413
+
+
+@pytest.mark.parametrize("path", OUTSIDE)
+def test_a_path_outside_the_folders_gets_403_wherever_it_is_named(client, home, path):
+    data, model = str(home / "data" / "chats.jsonl"), str(home / "models" / "tiny")
+    of = {
+        place: path.replace("LINK", str(home / place / "link")).replace("HOME", str(home))
+        for place in ("data", "models", "runs")
+    }
+    bad = [
+        ("/api/data/preview", {"model": model, "data": [{"path": of["data"], "weight": 1}]}),
+        ("/api/data/preview", {"model": of["models"], "data": [{"path": data, "weight": 1}]}),
+        ("/api/train/plan", {"settings": {"model": model, "data": f"{data},{of['data']}=2"}}),
+        ("/api/train/start", {"settings": {"model": of["models"], "data": data}, "name": "no"}),
+        ("/api/train/start", {"settings": {"model": model, "data": data, "chat_template": of["data"]}, "name": "no"}),
+        ("/api/train/plan", {"settings": {"model": model, "data": data, "reward": f"{of['data']}/x.py:f"}}),
+        ("/api/models/plan", {"model": of["models"], "settings": {}}),
+        ("/api/models/convert", {"model": of["models"], "name": "x"}),
+        ("/api/export", {"model": of["models"], "to": "gguf", "out": "x"}),
+        ("/api/export", {"model": model, "adapter": of["runs"], "to": "peft", "out": "x"}),
+        ("/api/talk", {"model": of["models"], "columns": [{"adapters": []}], "messages": []}),
+        ("/api/talk", {"model": model, "columns": [{"adapters": [{"path": of["runs"]}]}], "messages": []}),
+    ]
+    for route, body in bad:
+        answer = client.post(route, json=body)
+        assert answer.status_code in (400, 403, 404), (route, body)
+        if not path.startswith(".."):
+            assert answer.status_code == 403, (route, body, answer.text)
+        assert "secret" not in answer.text
+    assert client.get("/api/presets", params={"model": of["models"]}).status_code in (403, 404)
+
+
+def test_lists_do_not_follow_links_out_of_their_folders(client, home):
+    everything = client.get("/api/data/sets").text + client.get("/api/models").text + client.get("/api/runs").text
+    assert "mine" in everything
+    assert "outside" not in everything
+    assert '"theirs"' not in everything
+    assert client.get(f"/api/runs/{run_id(home / 'runs' / 'theirs')}").status_code == 404
+
+
+@pytest.mark.parametrize("number", ["..", "%2e%2e", "..%2f..%2fetc", "mine", "x" * 5000, "%00"])
+def test_a_runs_id_is_no_path(client, home, number):
+    for method, rest in (("GET", ""), ("POST", "/stop"), ("PUT", "/notes"), ("DELETE", "")):
+        body = {} if method == "GET" else {"json": {"confirm": "mine", "text": "x"}}
+        assert client.request(method, f"/api/runs/{number}{rest}", **body).status_code in (404, 405)
+    assert (home / "runs" / "mine").is_dir()
+
+
+@pytest.mark.parametrize("name", ["../x.jsonl", "a/../../x.jsonl", "..\\x.jsonl", "C:\\x.jsonl"])
+def test_an_uploads_name_loses_its_folders(client, home, name):
+    answer = upload(client, name, b'{"text": "a"}\n')
+    assert answer.status_code == 200
+    assert answer.json()["path"].startswith(str(home / "data" / "x"))
+    assert not (home / "x.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", ".hidden.jsonl", "x", "x.py", "x.html", "a\0b.jsonl", "con.jsonl", "x.jsonl/", "y" * 200 + ".csv"],
+)
+def test_an_upload_that_is_no_data_file_gets_400(client, name):
+    assert upload(client, name, b"x").status_code == 400
+
+
+def test_an_upload_over_the_limit_gets_413_and_leaves_nothing(client, home):
+    before = sorted(path.name for path in (home / "data").iterdir())
+    assert upload(client, "big.jsonl", b"x" * 2_000_001).status_code == 413
+    chunks = iter([b"x" * 1_000_000] * 3)
+    answer = client.post(
+        UPLOAD, params={"name": "big.jsonl"}, content=chunks, headers={"Content-Type": "application/octet-stream"}
+    )
+    assert answer.status_code == 413
+    assert sorted(path.name for path in (home / "data").iterdir()) == before
+
+
+def test_hostile_rows_come_back_as_text_and_cut(client, home, monkeypatch):
+    monkeypatch.setattr(previews, "AT_ONCE_BYTES", 10**8)  # in this process, whatever the size
+    script = "<script>alert(document.cookie)</script><img src=x onerror=alert(1)>\x1b[31m"
+    rows = [{"prompt": script, "completion": script}, {"prompt": "a", "completion": "b" * 200_000}]
+    lines = [json.dumps(row) for row in rows] + ['{"prompt": "' + "z" * 10_000_000]
+    path = home / "data" / "hostile.jsonl"
+    path.write_text("\n".join(lines))
+    body = {"model": str(home / "models" / "tiny"), "data": [{"path": str(path), "weight": 1}]}
+    body["settings"] = {"max_seq_length": 10**6}
+    answer = client.post("/api/data/preview", json=body)
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    page = answer.json()
+    assert script in "".join(span["text"] for span in page["rows"][0]["spans"])
+    assert page["rows"][1]["more_tokens"] > 100_000
+    assert len(answer.content) < 60_000
+    assert len(page["problems"][0]["message"]) < 500
+
+
+def test_settings_that_the_page_may_not_choose_get_400(client):
+    for name in ("trust_remote_code", "adapter_path", "resume", "force", "no_such", "api_key"):
+        answer = client.post("/api/train/plan", json={"settings": {name: True}})
+        assert answer.status_code == 400
+        assert name in message(answer)
+
+
+def test_words_of_a_command_are_never_a_shells(client, unplanned):
+    asked = {
+        "model": "org/model",
+        "data": "tiny-shakespeare",
+        "target_modules": "--force; touch x",
+        "project_name": "$(touch x)",
+    }
+    command = client.post("/api/train/plan", json={"settings": asked}).json()["command"]
+    assert "'--target-modules=--force; touch x'" in command
+    assert "'$(touch x)'" in command
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "..", "x" * 101, ".x", "-x", 7, None])
+def test_a_name_is_no_path(client, unplanned, name):
+    settings = {"model": "org/model", "data": "tiny-shakespeare", "iters": 1}
+    for route, body in (
+        ("/api/train/start", {"settings": settings, "name": name}),
+        ("/api/models/convert", {"model": "org/model", "name": name}),
+        ("/api/export", {"model": "org/model", "to": "gguf", "out": name}),
+    ):
+        assert client.post(route, json=body).status_code == 400
+
+
+def test_files_beside_the_page_cannot_be_read(client):
+    for path in ("/static/../web.py", "/static/%2e%2e/web.py", "/static/..%2fweb.py", "/static//etc/passwd"):
+        assert client.get(path).status_code in (400, 404)
+
+
+def test_what_the_studio_downloads_is_a_hub_id(client):
+    for model in ("https://evil.example/x", "../x", "a", "", 5, "org/model; rm", "/etc/passwd"):
+        assert client.post("/api/models/download", json={"model": model}).status_code == 400
+
+
+def test_numbers_out_of_range_get_400(client, home):
+    body = {"model": str(home / "models" / "tiny"), "data": [{"path": str(home / "data" / "chats.jsonl"), "weight": 1}]}
+    for wrong in ({"limit": 10**9}, {"offset": -1}, {"limit": True}, {"offset": "1"}):
+        assert client.post("/api/data/preview", json={**body, **wrong}).status_code == 400
+    for weight in (0, -1, 10**9, "1", True):
+        data = [{**body["data"][0], "weight": weight}]
+        assert client.post("/api/data/preview", json={**body, "data": data}).status_code == 400
