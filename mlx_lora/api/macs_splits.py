@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from mlx_lora.models.kernel_choice import KernelChoice
@@ -56,15 +57,21 @@ def predicted_splits(
 
 
 def _by_tensor(settings: TrainSettings, batch: Run, macs: Sequence[Mac], link: Link) -> Split:
+    part = _part_of_layers(settings, len(macs))
+    if isinstance(part, str):
+        return Split(TENSOR, problem=part)
+    return split_by_tensor(part, batch, macs, link, macs[0].machine.number_bytes)
+
+
+@lru_cache(maxsize=8)
+def _part_of_layers(settings: TrainSettings, count: int) -> ModelShape | str:
+    """Return the shape of one Mac's part of each layer, or why there is none."""
     dtype = settings.model.dtype if settings.model.dtype != "auto" else "bfloat16"
     outline = outline_of(settings.model.model or "", settings.model.revision, device.compute_dtype(dtype))
     architecture = type(outline.model).__module__.rpartition(".")[2]
     reasons = [f"{setting}: {reason}" for setting, reason in whole_base_reasons(settings.to_flat())]
-    problem = cut_problem(architecture, outline.config, len(macs)) or next(iter(reasons), "")
-    if problem:
-        return Split(TENSOR, problem=problem)
-    part = outlined_shape(outline, settings, KernelChoice(settings.loop.kernels), cut_by=len(macs))
-    return split_by_tensor(part, batch, macs, link, macs[0].machine.number_bytes)
+    problem = cut_problem(architecture, outline.config, count) or next(iter(reasons), "")
+    return problem or outlined_shape(outline, settings, KernelChoice(settings.loop.kernels), cut_by=count)
 
 
 def splits_line(splits: Sequence[dict[str, Any]]) -> str:

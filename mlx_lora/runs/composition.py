@@ -35,7 +35,7 @@ from mlx_lora.runs.distilling import Taught, with_teacher
 from mlx_lora.runs.reference import with_reference
 from mlx_lora.runs.row_layout import Layout, asked_before, shared_layout, that_fits
 from mlx_lora.runs.sampled_answers import answered_by, answering_of, form_of, shared_words
-from mlx_lora.runs.shared_base import SharedBase, share_among
+from mlx_lora.runs.shared_base import SharedBase, check_blocks_are_apart, share_among
 from mlx_lora.runs.trunk_choice import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
 from mlx_lora.runs.words import describe_run
 from mlx_lora.settings.config import LoopSettings, TrainSettings
@@ -43,11 +43,11 @@ from mlx_lora.system import device
 from mlx_lora.system.distributed import Ranks
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.agreement import check_one_run, take_first_ranks
-from mlx_lora.training.base_shards import end_of_trial, is_shared
+from mlx_lora.training.base_shards import end_of_trial
 from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.held_out import choose_held_out
 from mlx_lora.training.hooks_from_settings import make_events, rates_of, restart_every, restart_warmup
-from mlx_lora.training.in_step import called_together
+from mlx_lora.training.in_step import called_together, sharing_of
 from mlx_lora.training.loss_choice import PLAIN_LOGITS
 from mlx_lora.training.losses import Loss, check_kernels, choose_loss
 from mlx_lora.training.objective_loss import Task, task_of
@@ -57,11 +57,10 @@ from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.prefix_sharing import layout_problem, sharing_problem
 from mlx_lora.training.rollouts import AnyPlan
 from mlx_lora.training.run_fit import fit_run
-from mlx_lora.training.sharing import SameRows, Sharing
 from mlx_lora.training.state import Position
 from mlx_lora.training.step import Step
 from mlx_lora.training.taught_answers import Scorer
-from mlx_lora.training.tensor_parallel import in_branches, is_cut, row_ranks
+from mlx_lora.training.tensor_parallel import is_cut, row_ranks
 from mlx_lora.training.trainer import total_steps
 from mlx_lora.training.trial import choose_step_variant
 
@@ -359,20 +358,12 @@ def make_step(
         model, base.config, chosen.loss, attention, base.model_id, chosen.kernels or assumed, not called_together(model)
     )
     end_of_trial(model)
-    if is_shared(model) and tape is not None and tape.left_out:
-        raise InputError(
-            f"--shard-base: blocks of {base.config.get('model_type')} hand a state on, so that each would keep its weights "
-            "until the backward pass; leave it out"
-        )
+    check_blocks_are_apart(base, tape)
     loss = variant.loss
     if objective.policy is not None:
         loss = at_temperature(loss, model, base.config, settings.objective.temp)
     loss = loss_of_plan(objective, loss, base, of_trunk.plan)
     whole = task_of(objective, loss, model)
-    sharing = None
-    if ranks.size > 1:
-        cut = is_cut(model)
-        sharing = SameRows(ranks, loop.seed, in_branches(model)) if cut else Sharing(ranks, loop.seed, is_shared(model))
     trunk = choose_trunk(of_trunk, variant, objective)  # after the checkpointing, whose blocks it wraps
     task = trunk.for_steps(whole)
     step = Step(
@@ -384,7 +375,7 @@ def make_step(
         wait=loop.short_buffers,
         rate_of=rates_of(adapter),
         events=make_events(adapter, model, steps, loop.seed),
-        sharing=sharing,
+        sharing=sharing_of(model, ranks, loop.seed),
         compiled=variant.compiled,
         choose=variant.choose,
         prepare=lambda batches: task.prepare(batches, row_ranks(model, ranks)),

@@ -19,7 +19,8 @@ from mlx_lora.settings.config import LoopSettings, TrainSettings
 from mlx_lora.system import device
 from mlx_lora.system.distributed import Ranks, SeveralRanks
 from mlx_lora.system.errors import InputError
-from mlx_lora.training.base_shards import frozen_bytes
+from mlx_lora.training.base_shards import frozen_bytes, is_shared
+from mlx_lora.training.checkpointing import Tape
 from mlx_lora.training.run_fit import adapted_shape, outlined_shape
 from mlx_lora.training.shared_tables import share_base, units_of
 from mlx_lora.training.tensor_parallel import cut_model
@@ -144,3 +145,20 @@ def _cut_among(settings: TrainSettings, base: Base, ranks: Ranks) -> tuple[Train
     # What tries kernels calls the model, so all ranks try the same ones.
     loop = replace(settings.loop, sample_tokens=0, kernels=ranks.from_first(settings.loop.kernels))
     return replace(settings, loop=loop), SharedBase(words=words, cut_by=ranks.size)
+
+
+def check_blocks_are_apart(base: Base, tape: Tape | None) -> None:
+    """Refuse a shared base whose blocks pass a state to each other.
+
+    Args:
+        base: of the run.
+        tape: of the checkpointing; None: there is none.
+
+    Raises:
+        InputError: such blocks are not checkpointed, so each would keep its gathered weights until the backward pass.
+    """
+    if is_shared(base.model) and tape is not None and tape.left_out:
+        raise InputError(
+            f"--shard-base: blocks of {base.config.get('model_type')} pass a state to each other, so each would keep its weights "
+            "until the backward pass; leave the flag out"
+        )
