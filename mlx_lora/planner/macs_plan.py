@@ -119,11 +119,13 @@ class Sending:
         units: seconds and weight (bytes times products) of each message of the base, in order.
         sum_s: of adding up the gradients.
         sent_bytes: that each Mac sends.
+        beside: whether messages go out while units are computed; see `sends_beside`.
     """
 
     units: tuple[tuple[float, int], ...]
     sum_s: float
     sent_bytes: int
+    beside: bool = True
 
     @property
     def link_s(self) -> float:
@@ -139,6 +141,8 @@ class Sending:
         Args:
             computing_s: of the slowest Mac, for which the others wait.
         """
+        if not self.beside:
+            return computing_s + self.link_s + self.sum_s
         whole = sum(weight for _, weight in self.units) or 1
         arrived = computed = could_begin = 0.0
         for seconds, weight in self.units:
@@ -148,7 +152,21 @@ class Sending:
         return computed + self.sum_s
 
 
-def sending(units: Units, first_trained: int, gradient_bytes: int, shares: Sequence[float], link: Link) -> Sending:
+def sends_beside(backend: str) -> bool:
+    """Return whether messages go out while units are computed.
+
+    On a CPU they did not: a step was as long as computing and sending in turn (benchmarks/limited_links.py, mlx 0.32.4). The
+    threads of mlx's ring keep all cores busy while they send. A GPU leaves those cores free, which nobody has measured.
+
+    Args:
+        backend: `cpu`, `metal` or `cuda`.
+    """
+    return backend != "cpu"
+
+
+def sending(
+    units: Units, first_trained: int, gradient_bytes: int, shares: Sequence[float], link: Link, beside: bool = True
+) -> Sending:
     """Return what goes over the link in a step of one micro-batch.
 
     Args:
@@ -157,6 +175,7 @@ def sending(units: Units, first_trained: int, gradient_bytes: int, shares: Seque
         gradient_bytes: of all adapters, in float32.
         shares: each Mac's part of the base, which add up to 1.
         link: between the Macs.
+        beside: see `Sending`.
     """
     messages, count = units.in_order(first_trained), len(shares)
     base = sum(sent_of_unit(size, shares) for size, _ in messages)
@@ -164,6 +183,7 @@ def sending(units: Units, first_trained: int, gradient_bytes: int, shares: Seque
         tuple((link.gather_s(size, shares), size * products) for size, products in messages),
         link.sum_s(gradient_bytes, count),
         round(base) + 2 * (count - 1) * gradient_bytes // count,
+        beside,
     )
 
 
@@ -250,7 +270,8 @@ def plan_macs(
     memory = [
         plan_memory(rank_part(shape, units, share), own, mac.machine) for mac, share in zip(macs, shares, strict=True)
     ]
-    sent = sending(units, shape.first_trained, SINGLE * shape.trained, shares, link)
+    beside = all(sends_beside(mac.machine.backend) for mac in macs)
+    sent = sending(units, shape.first_trained, SINGLE * shape.trained, shares, link, beside)
     return MacsPlan(tuple(shares), tuple(memory), tuple(_computing(shape, own, macs)), sent)
 
 
@@ -274,7 +295,8 @@ def least_tokens(
         As for `plan_macs`; the rows of `run` are replaced.
     """
 
-    sent = sending(units, shape.first_trained, SINGLE * shape.trained, shares, link)
+    beside = all(sends_beside(mac.machine.backend) for mac in macs)
+    sent = sending(units, shape.first_trained, SINGLE * shape.trained, shares, link, beside)
     width = min(run.width, LEAST_ROW)
 
     def hidden(rows: int) -> bool:
