@@ -152,4 +152,4 @@ def test_a_checked_host_file_is_planned_with_its_link(tiny_folder, tmp_path):
     file.write_text(json.dumps({"machines": [{}], "link": None}))
     assert "not what `mlx-lora cluster --json` prints" in run("plan", "--model", tiny_folder, "--hostfile", file).err
     file.write_text('[{"ssh": "localhost"}, {"ssh": "localhost"}]')
-    assert "does not say its chip" in run("plan", "--model", tiny_folder, "--hostfile", file).err
+    assert "cannot be asked for its chip" in run("plan", "--model", tiny_folder, "--hostfile", file).err

@@ -213,7 +213,7 @@ def test_records_with_an_answer_keep_it(model, asked, tmp_path, own_cache):
     ran = run(*command(model, asked, tmp_path / "a", *SHORT, "--data", tmp_path / "mixed.jsonl"))
     assert ran.code == 0, ran.err
     assert "Answers: 5 written" in ran.err
-    assert "Note: train: 1 record is no prompt: mixed.jsonl line 7" in ran.err
+    assert "Note: train: 1 record is not usable as a prompt: mixed.jsonl line 7" in ran.err
     found = records(tmp_path / "a")
     assert found[0] == rows[0]
     assert found[1]["prompt"] == "Has none?"

@@ -105,13 +105,13 @@ def held_out_notes(train: int, held: int, valid: int, fraction: float) -> list[s
     if not fraction or (valid and not held):
         return []
     if not valid:
-        return ["no row is held out, because it takes two different ones; the run has no held-out loss"]
+        return ["no row is held out, because that requires two different rows; this run has no held-out loss"]
     if held <= 2 * fraction * (train + held):
         return []
     is_held = "rows is" if held == 1 else "rows are"
     return [
-        f"{held:,} of {train + held:,} {is_held} held out to measure the loss, because at least one is, with its "
-        "duplicates; --valid-fraction 0 trains on all"
+        f"{held:,} of {train + held:,} {is_held} held out to measure the loss, the least that is possible: one row "
+        "with its duplicates; --valid-fraction 0 trains on all rows"
     ]
 
 

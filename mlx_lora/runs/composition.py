@@ -361,8 +361,8 @@ def make_step(
     end_of_trial(model)
     if is_shared(model) and tape is not None and tape.left_out:
         raise InputError(
-            f"--shard-base: blocks of {base.config.get('model_type')} hand a state on, so that each would keep its weights "
-            "until the backward pass; leave it out"
+            f"--shard-base: blocks of {base.config.get('model_type')} pass a state to the next block, so every block "
+            "would have to keep its weights until the backward pass; leave --shard-base out"
         )
     loss = variant.loss
     if objective.policy is not None:
