@@ -113,7 +113,7 @@ def print_loss(settings: TrainSettings, result: dict[str, Any], adapter_path: st
         for name, value in means
         if name != "loss" or not sampled
     )
-    unit = UNITS[objective_of(settings.objective).records]
+    unit = UNITS[objective_of(settings.objective).records][: -1 if rows[1] == 1 else None]
     click.echo(f"{words}, {counted[1]} {counted[0].replace('_', ' ')} in {rows[1]} {unit}")
 
 
