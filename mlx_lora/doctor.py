@@ -161,7 +161,7 @@ def check_speed() -> tuple[dict[str, dict[str, float]], list[Check]]:
         rates[name] = {"flops_per_s": ceilings.flops_per_s, "bytes_per_s": ceilings.bytes_per_s}
     taken = str(device.compute_dtype()).rpartition(".")[2]
     products = ", ".join(f"{name} {one['flops_per_s'] / 1e9:,.0f}" for name, one in rates.items())
-    found = f"{products} GFLOP/s in products; memory {rates[taken]['bytes_per_s'] / 1e9:.1f} GB/s; runs take {taken}"
+    found = f"{products} GFLOP/s in products; memory {rates[taken]['bytes_per_s'] / 1e9:.1f} GB/s; runs use {taken}"
     best = max(("float32", "bfloat16"), key=lambda name: rates[name]["flops_per_s"])
     if rates[best]["flops_per_s"] > 1.5 * rates[taken]["flops_per_s"]:
         return rates, [

@@ -46,7 +46,7 @@ def render(result: dict[str, Any]) -> str:
     if result["not_known"]:
         verdict = f"not known whether it fits; a rough count says that it {verdict}"
     lines = [
-        f"{machine['name']}: {verdict}; it needs {gigabytes(result['needed_bytes'])} of the "
+        f"{machine['name']}: {verdict}; the run needs {gigabytes(result['needed_bytes'])} of the "
         f"{gigabytes(result['budget_bytes'])} that it may use",
         *_data_words(result),
         f"The most memory is in use {PHASE_WORDS[result['phase']]}:",
