@@ -109,7 +109,7 @@ def test_the_teacher_writes_the_answers_once(model, asked, tmp_path, own_cache):
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert report["data"]["data"] == f"{asked / 'prompts'}, answered by the teacher"
     again = run(*command(model, asked, tmp_path / "b", *SHORT))
-    assert "Answers: 18 of the teacher from an earlier run" in again.err
+    assert "Answers: 18 that the teacher wrote in an earlier run" in again.err
     assert (tmp_path / "a" / "adapters.safetensors").read_bytes() == (
         tmp_path / "b" / "adapters.safetensors"
     ).read_bytes()

@@ -240,7 +240,7 @@ def _write(
     answers = {number: answer for number, answer in read_answers(file).items() if number in wanted}
     missing, found = sorted(wanted.keys() - answers.keys()), len(answers)
     if not missing:
-        say(f"Answers: {found:,} of the teacher from an earlier run{_counts(answers, settings.objective)}")
+        say(f"Answers: {found:,} that the teacher wrote in an earlier run{_counts(answers, settings.objective)}")
         return answers
     teacher, start = load_teacher(settings, base), time.perf_counter()
     ends = frozenset(teacher.tokenizer.eos_token_ids)
