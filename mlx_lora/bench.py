@@ -23,6 +23,7 @@ from mlx_lora.suite.tables import number, render_tables, to_json
 from mlx_lora.suite.workloads import TIERS, Workload, choose_workloads
 from mlx_lora.system import console
 from mlx_lora.system.errors import InputError
+from mlx_lora.system.units import counted
 
 RESULTS = Path("benchmarks/results")
 BUSY_LOAD = 1.0  # per core
@@ -142,7 +143,7 @@ def report_command(paths: tuple[Path, ...], out: Path, across_versions: bool) ->
     for line in problems:
         console.echo(line)
     write_page(out, results, problems, across_versions)
-    console.echo(f"{len(results)} results in {out}")
+    console.echo(f"{counted(len(results), 'result')} in {out}")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def test_errors_of_an_evaluation_speak_of_its_data(tokenizer, tmp_path):
     data = str(write(tmp_path / "x.jsonl", [{"a": 1}]))
     with pytest.raises(InputError, match="no usable row in the evaluation data, 1 refused"):
         load_eval_set(data, DataSettings(), tokenizer)
-    with pytest.raises(InputError, match="--strict: 1 unusable evaluation rows"):
+    with pytest.raises(InputError, match="--strict: 1 unusable evaluation row"):
         load_eval_set(str(write(tmp_path / "y.jsonl", [*USUAL, {"a": 1}])), DataSettings(strict=True), tokenizer)
 
 

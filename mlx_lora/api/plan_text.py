@@ -88,7 +88,7 @@ def _data_words(result: dict[str, Any]) -> list[str]:
         kind = {"pairs": "pairs", "rated": "rated answers", "prompts": "prompts"}.get(objective["records"])
         examples = f"{size['rows'] // objective['rows_per_example']:,} {kind} in " if kind else ""
         lines.append(
-            f"Data: {examples}{size['rows']:,} rows, {size['tokens']:,} tokens, the longest row {size['longest']:,}"
+            f"Data: {examples}{counted(size['rows'], 'row')}, {size['tokens']:,} tokens, the longest row {size['longest']:,}"
         )
     if objective["name"] == "sft":
         return lines
