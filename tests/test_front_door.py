@@ -195,7 +195,7 @@ def test_a_note_of_front_matter_alone_is_a_bad_row(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "fraction", "note"),
     [
-        (USUAL[:1], 0.05, "no row is held out, because it takes two different ones"),
+        (USUAL[:1], 0.05, "no row is held out, because that requires two different rows"),
         ([USUAL[0]] * 3, 0.05, "no row is held out"),
         (USUAL[:2], 0.05, "1 of 2 rows is held out to measure the loss, the least that is possible"),
         (USUAL[:3], 0.05, "1 of 3 rows is held out"),
