@@ -10,20 +10,20 @@ from mlx_lora import __version__
 from mlx_lora.system import console
 
 COMMANDS = {
-    "convert": "Convert a hub model, a folder or a GGUF file to an MLX folder, quantized or not.",
-    "plan": "Predict whether a run fits in memory, with which settings, and how fast it is.",
+    "convert": "Convert a model from the hub, a folder or a GGUF file to MLX's format.",
+    "plan": "Predict whether a run fits in memory, and how fast it is.",
     "train": "Train an adapter.",
     "evaluate": "Measure loss and perplexity on a data file.",
     "generate": "Generate text.",
     "chat": "Chat with a model and its adapters in the terminal.",
     "bench": "Measure training with fixed workloads, and compare machines.",
     "serve": "Serve a model and many adapters through OpenAI's HTTP API.",
-    "studio": "Open a page for all of it: models, data, training, runs, chat, export.",
-    "fuse": "Fold an adapter into its base model.",
-    "demo": "Train a small model to answer in verse, and show it: a few minutes.",
-    "doctor": "Check this machine for training.",
-    "cluster": "Check several machines, and their link, for a run on all of them.",
-    "export": "Write an adapter, or a model with it, for PEFT, transformers, llama.cpp or Ollama.",
+    "studio": "Open a local page for models, data, training, runs, chat and export.",
+    "fuse": "Merge an adapter into its base model.",
+    "demo": "Train a small model to answer in verse. This takes a few minutes.",
+    "doctor": "Check that this machine is ready to train.",
+    "cluster": "Check that several machines are ready to train together.",
+    "export": "Export an adapter, or a model with it, for PEFT, transformers, llama.cpp or Ollama.",
 }
 
 

@@ -23,6 +23,7 @@ from mlx_lora.suite.tables import number, render_tables, to_json
 from mlx_lora.suite.workloads import TIERS, Workload, choose_workloads
 from mlx_lora.system import console
 from mlx_lora.system.errors import InputError
+from mlx_lora.system.units import counted
 
 RESULTS = Path("benchmarks/results")
 BUSY_LOAD = 1.0  # per core
@@ -39,19 +40,19 @@ def main() -> None:
     "tiers",
     multiple=True,
     type=click.Choice(TIERS),
-    help="Workloads for a memory size in GB, or the smallest ones; may be repeated [default: embedded].",
+    help="Run the workloads for this memory size in GB, or embedded, the smallest ones; may be repeated [default: embedded].",
 )
-@click.option("--workload", "names", multiple=True, help="One workload by name; may be repeated.")
+@click.option("--workload", "names", multiple=True, help="Run this workload; may be repeated.")
 @click.option("--out", type=str, default=str(RESULTS), help=f"File (.json) or folder [default: {RESULTS}].")
 @click.option(
     "--steps",
     type=click.IntRange(3, 10**6),
-    help="Run this many steps instead; the result is marked as not comparable.",
+    help="Run this many steps instead of the workload's own number; the result is then marked as not comparable.",
 )
 @click.option(
     "--seconds",
     type=click.FloatRange(0.1, 10**6),
-    help="Stop each this many seconds after its first step; also not comparable.",
+    help="End each workload this many seconds after its first step; the result is then marked as not comparable.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result on standard output.")
 def run_command(
@@ -110,10 +111,10 @@ def run_one(workload: Workload, probe: dict[str, Any], folder: Path, length: Len
 @main.command("compare", cls=console.Command)
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--markdown", is_flag=True, help="Print Markdown tables.")
-@click.option("--across-versions", is_flag=True, help="Give ratios also where versions of mlx or mlx_lora differ.")
+@click.option("--across-versions", is_flag=True, help="Also give ratios between different versions of mlx or mlx_lora.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def compare_command(paths: tuple[Path, ...], markdown: bool, across_versions: bool, as_json: bool) -> None:
-    """Compare result files, or folders of them; ratios are relative to the first."""
+    """Compare result files, or folders of them. Ratios are relative to the first."""
     results, problems = read_results(paths)
     for line in problems:
         console.echo(line)
@@ -127,18 +128,22 @@ def compare_command(paths: tuple[Path, ...], markdown: bool, across_versions: bo
 @main.command("report", cls=console.Command)
 @click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("bench-report.html"), show_default=True
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("bench-report.html"),
+    show_default=True,
+    help="HTML file to write.",
 )
-@click.option("--across-versions", is_flag=True, help="Give ratios also where versions of mlx or mlx_lora differ.")
+@click.option("--across-versions", is_flag=True, help="Also give ratios between different versions of mlx or mlx_lora.")
 def report_command(paths: tuple[Path, ...], out: Path, across_versions: bool) -> None:
-    """Write one HTML page of result files, or folders of them (default: benchmarks/results)."""
+    """Write an HTML page from result files, or folders of them (default: benchmarks/results)."""
     if not paths and not RESULTS.exists():
         raise InputError(f"no result named, and there is no {RESULTS}; name files or folders")
     results, problems = read_results(paths or (RESULTS,))
     for line in problems:
         console.echo(line)
     write_page(out, results, problems, across_versions)
-    console.echo(f"{len(results)} results in {out}")
+    console.echo(f"{counted(len(results), 'result')} in {out}")
 
 
 if __name__ == "__main__":

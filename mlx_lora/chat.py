@@ -35,10 +35,19 @@ WAITING = 4096
     "--adapter",
     "adapters",
     multiple=True,
-    help="DIR, NAME=DIR, or NAME=OWNER/NAME of the hub; may be repeated; the first one answers at the start.",
+    help="Adapter: DIR, NAME=DIR, or NAME=OWNER/NAME of the hub; may be repeated. The first one answers at the start.",
 )
-@click.option("--blend", "blends", multiple=True, help="NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT ... of loaded adapters.")
-@click.option("--ignore-fingerprint", is_flag=True, help="Use adapters of another base of the same shape.")
+@click.option(
+    "--blend",
+    "blends",
+    multiple=True,
+    help="Blend of loaded adapters: NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT ...; may be repeated.",
+)
+@click.option(
+    "--ignore-fingerprint",
+    is_flag=True,
+    help="Use adapters even if they were trained on another base of the same shape.",
+)
 @click.option("--system-prompt", type=str, default=None, help="System message before the conversation.")
 @click.option(
     "-m",
@@ -46,10 +55,22 @@ WAITING = 4096
     type=click.IntRange(min=1),
     default=512,
     show_default=True,
-    help="The most tokens of an answer.",
+    help="Maximum number of tokens of an answer.",
 )
-@click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Temperature; 0 is greedy.")
-@click.option("--top-p", type=click.FloatRange(min=0, max=1), default=1.0, show_default=True, help="Nucleus sampling.")
+@click.option(
+    "--temp",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Sampling temperature; 0 always takes the most likely token.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1),
+    default=1.0,
+    show_default=True,
+    help="Sample from the most likely tokens whose probabilities add up to this.",
+)
 @click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=None, help="Seed for sampling every answer.")
 def main(
     adapters: tuple[str, ...], blends: tuple[str, ...], ignore_fingerprint: bool, system_prompt: str | None,

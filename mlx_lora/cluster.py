@@ -36,14 +36,20 @@ SAME = ("mlx-lora", "mlx", "mlx-lm", "python")
 
 
 @click.command(cls=flags.ShortCommand)
-@click.option("--hostfile", type=str, default=None, metavar="FILE", help="The machines, as mlx.launch reads them.")
 @click.option(
-    "--backend", type=click.Choice(["ring", "jaccl"]), default="ring", show_default=True, help="Of mlx.launch."
+    "--hostfile", type=str, default=None, metavar="FILE", help="JSON list of the machines, in mlx.launch's format."
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["ring", "jaccl"]),
+    default="ring",
+    show_default=True,
+    help="How the machines communicate, as for mlx.launch: ring (TCP) or jaccl (RDMA over Thunderbolt 5).",
 )
 @click.option("--model", type=str, default=None, help="A model whose files all machines should have: a path or hub id.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(hostfile: str | None, backend: str, model: str | None, as_json: bool) -> int:
-    """Check the machines of a host file for a run on all of them; the exit code is 1 if something is wrong."""
+    """Check that the machines of a host file are ready to train together; the exit code is 1 if something is wrong."""
     if find_launch(dict(os.environ)) is None:
         if hostfile is None:
             raise InputError("--hostfile is required: a JSON list of machines, as docs/distributed.md shows")

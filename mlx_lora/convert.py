@@ -29,8 +29,8 @@ from mlx_lora.system.errors import InputError
 @click.command(cls=ShortCommand)
 @click.option("--model", required=True, help="Hub id, local folder or .gguf file.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--bits", type=int, help="Quantize at 2, 3, 4, 5, 6 or 8 bits [default: 4; GGUF: unchanged].")
-@click.option("--group-size", type=int, help="Weights per scale: 32, 64 or 128 [default: 64].")
+@click.option("--bits", type=int, help="Quantize to 2, 3, 4, 5, 6 or 8 bits [default: 4; a GGUF file keeps its own].")
+@click.option("--group-size", type=int, help="Number of weights that share a scale: 32, 64 or 128 [default: 64].")
 @click.option("--mode", type=click.Choice(MODES), help="Kind of quantization [default: affine].")
 @click.option("--no-quantize", is_flag=True, help="Do not quantize: write all weights in --dtype.")
 @click.option(

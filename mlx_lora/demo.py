@@ -29,7 +29,7 @@ from mlx_lora.suite.verse_demo import ITERS, OUT, Demo, run_demo
 def main(out: Path, model: str | None, iters: int, force: bool) -> int:
     """Train a small model to answer in verse, and show its answers before and after (about three minutes on two CPU cores).
 
-    An interrupted demo continues where it was when it is started again with the same --out.
+    To continue a demo that was interrupted, start it again with the same --out.
     """
     return run_demo(Demo(out, model, iters, force), DemoScreen())
 

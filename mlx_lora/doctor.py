@@ -34,7 +34,7 @@ from mlx_lora.training.kernel_report import known_table, measure_usual, table_li
 KNOWN_BAD = (
     ("mlx", "0.32.0", "quantized products of more than 32,768 rows are wrong on Metal (mflux#489)"),
     ("mlx", "0.32.1", "nvfp4 products with few rows are wrong on Metal (mlx#3854)"),
-    ("mlx-lm", "0.32", "older than what adapters and models here are built on"),
+    ("mlx-lm", "0.32", "older than the version that this program is built for"),
 )
 ROOM_BYTES = 20e9  # a 7B model in float16, its 4-bit copy and checkpoints
 HUB_TIMEOUT_S = 5.0
@@ -51,13 +51,13 @@ class Check:
 
 
 @click.command(cls=flags.ShortCommand)
-@click.option("--hub/--no-hub", default=True, help="Try to reach the hub.", show_default=True)
+@click.option("--hub/--no-hub", default=True, help="Check that the Hugging Face hub can be reached.", show_default=True)
 @click.option(
     "--kernels", "show_kernels", is_flag=True, help="Measure the training kernels in common shapes and show the table."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(hub: bool, show_kernels: bool, as_json: bool) -> int:
-    """Check this machine for training; the exit code is 1 if something is wrong."""
+    """Check that this machine is ready to train; the exit code is 1 if something is wrong."""
     here, versions = device.current_device(), installed_versions()
     checks = [*check_versions(versions), check_memory(here), check_blas(here), *check_arithmetic(), check_repeats()]
     rates, speed = check_speed()
@@ -147,7 +147,9 @@ def check_repeats() -> Check:
     changing = changing_gradients()
     if changing:
         found = f"gradients of {' and '.join(changing)} change in their last bits from run to run"
-        return Check("repeats", "warning", found, "two runs with one seed will agree to rounding, not bit for bit")
+        return Check(
+            "repeats", "warning", found, "two runs with the same seed will agree up to rounding, not bit for bit"
+        )
     return Check("repeats", "ok", "gradients of embeddings and experts have the same bits each time")
 
 
@@ -159,11 +161,16 @@ def check_speed() -> tuple[dict[str, dict[str, float]], list[Check]]:
         rates[name] = {"flops_per_s": ceilings.flops_per_s, "bytes_per_s": ceilings.bytes_per_s}
     taken = str(device.compute_dtype()).rpartition(".")[2]
     products = ", ".join(f"{name} {one['flops_per_s'] / 1e9:,.0f}" for name, one in rates.items())
-    found = f"{products} GFLOP/s in products; memory {rates[taken]['bytes_per_s'] / 1e9:.1f} GB/s; runs take {taken}"
+    found = f"{products} GFLOP/s in products; memory {rates[taken]['bytes_per_s'] / 1e9:.1f} GB/s; runs use {taken}"
     best = max(("float32", "bfloat16"), key=lambda name: rates[name]["flops_per_s"])
     if rates[best]["flops_per_s"] > 1.5 * rates[taken]["flops_per_s"]:
         return rates, [
-            Check("speed", "warning", found, f"--dtype {best} multiplies faster here, but needs other memory")
+            Check(
+                "speed",
+                "warning",
+                found,
+                f"--dtype {best} multiplies faster here, but changes the memory that a run needs",
+            )
         ]
     return rates, [Check("speed", "ok", found)]
 

@@ -30,16 +30,20 @@ from mlx_lora.system.units import words_of
 from mlx_lora.training.drift import NO_CHANGE, SMALL_CHANGE
 
 
-@click.command(cls=flags.ShortCommand)
+@click.command(cls=flags.Command)
 @flags.settings_options("model", "data", "objective", leave_out=("decode_weights", "valid_fraction", "shared_prefix"))
 @click.option("--adapter-path", type=str, default=None, help="Adapter folder, or hub id, to put on the model.")
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
-@click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
+@click.option(
+    "--ignore-fingerprint",
+    is_flag=True,
+    help="Use the adapter even if it was trained on another base of the same shape.",
+)
 @click.option("--batch-tokens", type=click.IntRange(min=2), default=None, help="Tokens per batch, padding included.")
 @click.option(
     "--forgetting", is_flag=True, help="Compare with the base on --data, general text and chat, and probe questions."
 )
-@click.option("--against", multiple=True, help="With --forgetting: another adapter to measure; repeatable.")
+@click.option("--against", multiple=True, help="With --forgetting: another adapter to measure; may be repeated.")
 @click.option("--general-text", type=str, default=None, help="With --forgetting: data instead of the built-in texts.")
 @click.option("--general-chat", type=str, default=None, help="With --forgetting: data instead of the built-in chats.")
 @click.option(
@@ -109,7 +113,7 @@ def print_loss(settings: TrainSettings, result: dict[str, Any], adapter_path: st
         for name, value in means
         if name != "loss" or not sampled
     )
-    unit = UNITS[objective_of(settings.objective).records]
+    unit = UNITS[objective_of(settings.objective).records][: -1 if rows[1] == 1 else None]
     click.echo(f"{words}, {counted[1]} {counted[0].replace('_', ' ')} in {rows[1]} {unit}")
 
 

@@ -58,10 +58,16 @@ from mlx_lora.system import console
     help="Ollama model or .gguf file that a Modelfile applies the adapter to [default: none, the merged model].",
 )
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
-@click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
+@click.option(
+    "--ignore-fingerprint",
+    is_flag=True,
+    help="Use the adapter even if it was trained on another base of the same shape.",
+)
 @click.option("--force", is_flag=True, help="Replace what is in --out.")
-@click.option("--push-to-hub", type=str, default=None, help="Upload what was written to this hub id, owner/name.")
-@click.option("--private", is_flag=True, help="Create that repository as a private one.")
+@click.option(
+    "--push-to-hub", type=str, default=None, help="Also upload the result to this hub repository, owner/name."
+)
+@click.option("--private", is_flag=True, help="Create that repository as private.")
 def main(
     adapter_path: str | None,
     adapter_revision: str | None,

@@ -1,4 +1,4 @@
-"""Fold an adapter into its base model.
+"""Merge an adapter into its base model.
 
 python -m mlx_lora.fuse --model DIR --adapter-path my-adapter --out fused
 python -m mlx_lora.fuse --model DIR-4bit --adapter-path my-adapter --out fused --dequantize
@@ -33,7 +33,11 @@ FADED = 0.9
     help="Write a float model for a quantized base, so that nothing of the update is lost.",
 )
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
-@click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
+@click.option(
+    "--ignore-fingerprint",
+    is_flag=True,
+    help="Use the adapter even if it was trained on another base of the same shape.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(

@@ -31,7 +31,11 @@ from mlx_lora.training.agreement import check_one_run
 @flags.settings_options("model")
 @click.option("--adapter-path", type=str, default=None, help="Adapter folder, or hub id, to put on the model.")
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
-@click.option("--ignore-fingerprint", is_flag=True, help="Use the adapter on another base of the same shape.")
+@click.option(
+    "--ignore-fingerprint",
+    is_flag=True,
+    help="Use the adapter even if it was trained on another base of the same shape.",
+)
 @click.option("-p", "--prompt", type=str, required=True, help="The prompt; - reads standard input.")
 @click.option("--system-prompt", type=str, default=None, help="System message for the chat template.")
 @click.option(
@@ -40,10 +44,22 @@ from mlx_lora.training.agreement import check_one_run
     type=click.IntRange(min=1),
     default=100,
     show_default=True,
-    help="The most tokens to generate.",
+    help="Maximum number of tokens to generate.",
 )
-@click.option("--temp", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Temperature; 0 is greedy.")
-@click.option("--top-p", type=click.FloatRange(min=0, max=1), default=1.0, show_default=True, help="Nucleus sampling.")
+@click.option(
+    "--temp",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Sampling temperature; 0 always takes the most likely token.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1),
+    default=1.0,
+    show_default=True,
+    help="Sample from the most likely tokens whose probabilities add up to this.",
+)
 @click.option(
     "--top-k",
     type=click.IntRange(min=0),

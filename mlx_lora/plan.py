@@ -46,7 +46,7 @@ MOST_MACS = 256
     callback=lambda _, __, text: None if text is None else whole_gigabytes(text),
     help="Memory of the --chip in GB, such as 16 (default: the smallest size sold).",
 )
-@click.option("--all-chips", is_flag=True, help="Plan for every chip and memory size of the table.")
+@click.option("--all-chips", is_flag=True, help="Plan for every Mac chip, with every memory size sold.")
 @click.option(
     "--macs",
     cls=console.Option,
@@ -90,13 +90,13 @@ def main(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Plan the memory and predict the speed of `train` with these flags; no weights are read."""
+    """Predict the memory and the speed of `train` with these flags, without reading any weights."""
     given = flags.given(options)
     settings = train_settings(given, read_settings(config_file, given, console.echo))
     if macs is not None or hostfile is not None:
         if chip or memory_gb or (all_chips and not (macs or "").isdecimal()) or (macs and hostfile):
             raise InputError(
-                "--macs, --hostfile, --chip, --memory-gb, --all-chips: more than one of them; keep one, or write --macs 2 --all-chips "
+                "--macs, --hostfile, --chip, --memory-gb, --all-chips: they exclude each other; keep one, or write --macs 2 --all-chips "
                 "for pairs"
             )
         planned, text = plan_several(settings, macs, hostfile, link_gbit)

@@ -34,11 +34,25 @@ SHUTDOWN_S = 5
 
 @click.command(cls=flags.Command)
 @flags.settings_options("model", "serve")
-@click.option("--adapter", "adapters", multiple=True, help="DIR, NAME=DIR, or NAME=OWNER/NAME of the hub; repeatable.")
-@click.option("--blend", "blends", multiple=True, help="NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT ... of loaded adapters.")
-@click.option("--ignore-fingerprint", is_flag=True, help="Use adapters of another base of the same shape.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    help="Adapter: DIR, NAME=DIR, or NAME=OWNER/NAME of the hub; may be repeated.",
+)
+@click.option(
+    "--blend",
+    "blends",
+    multiple=True,
+    help="Blend of loaded adapters: NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT ...; may be repeated.",
+)
+@click.option(
+    "--ignore-fingerprint",
+    is_flag=True,
+    help="Use adapters even if they were trained on another base of the same shape.",
+)
 def main(adapters: tuple[str, ...], blends: tuple[str, ...], ignore_fingerprint: bool, **options: Any) -> None:
-    """Serve --model, alone and with every --adapter, until interrupted."""
+    """Serve --model, with and without each --adapter, until you press Ctrl-C."""
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"serve: {' and '.join(missing)} not installed; pip install 'mlx-lora[serve]'")

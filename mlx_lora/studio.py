@@ -36,21 +36,25 @@ HEAD_TIMEOUT_S = 10.0
     help="The studio's folder: uploads, runs, exports and the queue.",
 )
 @click.option(
-    "--model-folder", "model_folders", multiple=True, metavar="DIR", help="Also list models of this folder; repeatable."
+    "--model-folder",
+    "model_folders",
+    multiple=True,
+    metavar="DIR",
+    help="Also list the models in this folder; may be repeated.",
 )
 @click.option(
     "--data-folder",
     "data_folders",
     multiple=True,
     metavar="DIR",
-    help="Also list data sets of this folder; repeatable.",
+    help="Also list the data sets in this folder; may be repeated.",
 )
 @click.option(
     "--runs-folder",
     "runs_folders",
     multiple=True,
     metavar="DIR",
-    help="Also list runs of this folder, besides ./runs; repeatable.",
+    help="Also list the runs in this folder, in addition to ./runs; may be repeated.",
 )
 @click.option(
     "--host",
@@ -80,7 +84,7 @@ def main(
     max_upload: str,
     browser: bool,
 ) -> None:
-    """Open the studio's page until interrupted; runs that it started go on."""
+    """Serve the studio's page until you press Ctrl-C; runs that it started continue."""
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"studio: {' and '.join(missing)} not installed; pip install 'mlx-lora[serve]'")

@@ -176,9 +176,7 @@ class StandIn:
     def _run(self, path: list[str], method: str, body: dict[str, Any]) -> Response:
         found = next((run for run in self.runs if run["id"] == path[0]), None)
         if found is None:
-            return JSONResponse(
-                {"error": {"message": f"run {path[0]}: there is no such run; look at the list again"}}, 404
-            )
+            return JSONResponse({"error": {"message": f"run {path[0]}: there is no such run; reload the list"}}, 404)
         if method == "DELETE":
             self.runs.remove(found)
             return JSONResponse({})
@@ -193,7 +191,7 @@ class StandIn:
             "settings": {"rank": 8 + 8 * (int(path[0][-3:]) % 2), "alpha": 32, "learning_rate": 2e-4, "model": found["model"], "method": found["method"], "seed": 0},
             "command": f"mlx-lora train --config {found['path']}/run.yaml", "run_yaml": "rank: 16\n", "log": [f"step {row['step']:>5}  loss {row['loss']:.3f}" for row in rows],
             "forgetting": FORGETTING if not live else None, "forgetting_command": "mlx-lora evaluate --forgetting", "can_resume": not live and found["state"] != "done",
-            "reason": "The process ended without a word: it was killed, or the machine ran out of memory or went off." if found["state"] == "killed" else "", "plan_peak_bytes": 4.4 * GB,
+            "reason": "The process ended without a message: it was killed, or the machine ran out of memory or lost power." if found["state"] == "killed" else "", "plan_peak_bytes": 4.4 * GB,
         })  # fmt: skip
 
 

@@ -329,7 +329,7 @@ def test_named_columns_of_preferences():
     for objective, flag in (("dpo", "completion_column"), ("kto", "text_column")):
         with pytest.raises(InputError, match=f"--{flag.replace('_', '-')} with --objective {objective}"):
             train_settings({"objective": objective, flag: "x"})
-    with pytest.raises(InputError, match="with --data-format alpaca: the columns tell it"):
+    with pytest.raises(InputError, match="with --data-format alpaca: the columns already determine"):
         train_settings({"data_format": "alpaca", "prompt_column": "x"})
     with pytest.raises(InputError, match="--turn-names 'sender=x': write role or content"):
         train_settings({"turn_names": "sender=x"})

@@ -304,7 +304,7 @@ def test_what_cannot_be_measured_is_said_in_a_line(tiny_folder, chats, tmp_path)
         (("--adapter-path", one, "--report", tmp_path / "p.html"), "--report: only with --forgetting"),
         (("--adapter-path", one, "--against", other, "--general-text", chats), "--against, --general-text: only"),
         (("--forgetting",), "--forgetting: no adapter"),
-        (("--forgetting", "--adapter-path", one, "--against", one), "named twice"),
+        (("--forgetting", "--adapter-path", one, "--against", one), "given twice"),
         (("--forgetting", "--adapter-path", one, "--against", other), "different chat templates"),
         (
             ("--forgetting", "--adapter-path", one, "--report", tmp_path / "no" / "p.html"),

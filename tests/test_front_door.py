@@ -77,7 +77,7 @@ def test_errors_of_an_evaluation_speak_of_its_data(tokenizer, tmp_path):
     data = str(write(tmp_path / "x.jsonl", [{"a": 1}]))
     with pytest.raises(InputError, match="no usable row in the evaluation data, 1 refused"):
         load_eval_set(data, DataSettings(), tokenizer)
-    with pytest.raises(InputError, match="--strict: 1 unusable evaluation rows"):
+    with pytest.raises(InputError, match="--strict: 1 unusable evaluation row"):
         load_eval_set(str(write(tmp_path / "y.jsonl", [*USUAL, {"a": 1}])), DataSettings(strict=True), tokenizer)
 
 
@@ -195,9 +195,9 @@ def test_a_note_of_front_matter_alone_is_a_bad_row(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "fraction", "note"),
     [
-        (USUAL[:1], 0.05, "no row is held out, because it takes two different ones"),
+        (USUAL[:1], 0.05, "no row is held out, because that requires two different rows"),
         ([USUAL[0]] * 3, 0.05, "no row is held out"),
-        (USUAL[:2], 0.05, "1 of 2 rows is held out to measure the loss, because at least one is"),
+        (USUAL[:2], 0.05, "1 of 2 rows is held out to measure the loss, the least that is possible"),
         (USUAL[:3], 0.05, "1 of 3 rows is held out"),
         (USUAL[:3], 0.0, None),
         (USUAL, 0.25, None),

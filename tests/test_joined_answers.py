@@ -353,7 +353,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(name, tiny_folder, data, tmp_pat
         *QUICK, *asked, "--resume", "--shared-prefix", "off",
     )  # fmt: skip
     assert ran.code == 2
-    assert "--shared-prefix off: the run to resume has it " + ("on" if name == "long" else "auto") in ran.err
+    assert "--shared-prefix off: the run that you resume has it " + ("on" if name == "long" else "auto") in ran.err
 
 
 def test_short_prompts_are_shared_where_that_saves_work_or_if_asked(tiny_folder, data, tmp_path):

@@ -80,7 +80,7 @@ def test_the_command_names_what_decides(tiny_folder):
     found = json.loads(run(*asked, "--json", "--shard-base", "3:1").out)
     assert [one["share"] for one in found["macs"]] == [0.75, 0.25]
     assert found["predicted"]["decides"] in ("link", "chips")
-    assert "name those that share the base" in run(*asked[:3], "--shard-base", "3:1").err
+    assert "name the Macs that share the base" in run(*asked[:3], "--shard-base", "3:1").err
     slow = json.loads(run(*asked, "--json", "--link-gbit", 0.01).out)
     assert slow["predicted"]["decides"] == "link"
     assert slow["predicted"]["step_s"] > found["predicted"]["step_s"]
@@ -152,4 +152,4 @@ def test_a_checked_host_file_is_planned_with_its_link(tiny_folder, tmp_path):
     file.write_text(json.dumps({"machines": [{}], "link": None}))
     assert "not what `mlx-lora cluster --json` prints" in run("plan", "--model", tiny_folder, "--hostfile", file).err
     file.write_text('[{"ssh": "localhost"}, {"ssh": "localhost"}]')
-    assert "does not say its chip" in run("plan", "--model", tiny_folder, "--hostfile", file).err
+    assert "cannot be asked for its chip" in run("plan", "--model", tiny_folder, "--hostfile", file).err

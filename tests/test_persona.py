@@ -109,7 +109,7 @@ def test_the_teacher_writes_the_answers_once(model, asked, tmp_path, own_cache):
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert report["data"]["data"] == f"{asked / 'prompts'}, answered by the teacher"
     again = run(*command(model, asked, tmp_path / "b", *SHORT))
-    assert "Answers: 18 of the teacher from an earlier run" in again.err
+    assert "Answers: 18 that the teacher wrote in an earlier run" in again.err
     assert (tmp_path / "a" / "adapters.safetensors").read_bytes() == (
         tmp_path / "b" / "adapters.safetensors"
     ).read_bytes()
@@ -213,7 +213,7 @@ def test_records_with_an_answer_keep_it(model, asked, tmp_path, own_cache):
     ran = run(*command(model, asked, tmp_path / "a", *SHORT, "--data", tmp_path / "mixed.jsonl"))
     assert ran.code == 0, ran.err
     assert "Answers: 5 written" in ran.err
-    assert "Note: train: 1 record is no prompt: mixed.jsonl line 7" in ran.err
+    assert "Note: train: 1 record is not usable as a prompt: mixed.jsonl line 7" in ran.err
     found = records(tmp_path / "a")
     assert found[0] == rows[0]
     assert found[1]["prompt"] == "Has none?"

@@ -169,7 +169,7 @@ def test_bad_data_are_named(base, data, words):
         ({"load_in_4bit": True}, "load the model with bits=4"),
         ({"method": "qlora"}, 'use method="lora", and load the model with bits=4'),
         ({"dtype": "float32"}, "dtype: belongs to the model; give it to mlx_lora.load"),
-        ({"test": True}, "test: not in Python; call mlx_lora.evaluate"),
+        ({"test": True}, "test: not available in Python; call mlx_lora.evaluate"),
         ({"iters": 1, "epochs": 1}, "iters and epochs: both given"),
         ({"objective": "dpo", "mask_prompt": False}, 'mask_prompt=False with objective="dpo"'),
         ({"resume": "auto"}, "without adapter_path"),

@@ -121,6 +121,13 @@ def test_help_of_train_is_about_fifteen_options():
     assert 12 <= sum(row.common for row in ROWS.values()) <= 16  # and --config
 
 
+def test_help_of_evaluate_leaves_what_objectives_need_to_help_all():
+    short, full = run("evaluate", "--help"), run("evaluate", "--help-all")
+    assert {"--data", "--adapter-path", "--forgetting", "--objective"} <= flags_in(short.out)
+    assert "--divergence" not in flags_in(short.out)
+    assert {"--divergence", "--group-size", "--chat-date"} <= flags_in(full.out)
+
+
 def test_commands_with_few_options_show_all_of_them():
     ran = run("generate", "--help")
     assert {"--revision", "--trust-remote-code", "--prompt"} <= flags_in(ran.out.replace("-p, ", ""))

@@ -248,7 +248,7 @@ def test_a_resumed_run_keeps_its_layout(tiny_folder, data, tmp_path):
         *QUICK, "--resume", "--shared-prefix", "on",
     )  # fmt: skip
     assert ran.code == 2
-    assert "--shared-prefix on: the run to resume has it off; leave the flag out" in ran.err
+    assert "--shared-prefix on: the run that you resume has it off; leave the flag out" in ran.err
 
 
 def test_little_to_share_is_not_shared_unless_asked(tiny_folder, tmp_path):

@@ -85,8 +85,14 @@ def test_ranks_draw_the_same_tokens(alone, tiny_folder, tmp_path):
 def test_what_needs_the_whole_base_says_so(alone, tiny_folder, chats):
     words = ("--model", tiny_folder, "--adapter-path", alone)
     for ran, text in (
-        (run("evaluate", *words, "--data", chats, *SHARED), "there is one process; start several with mlx.launch"),
-        (run("generate", *words, "--prompt", "a", *SHARED), "there is one process; start several with mlx.launch"),
+        (
+            run("evaluate", *words, "--data", chats, *SHARED),
+            "this run is a single process; start several with mlx.launch",
+        ),
+        (
+            run("generate", *words, "--prompt", "a", *SHARED),
+            "this run is a single process; start several with mlx.launch",
+        ),
         (run("evaluate", *words, "--data", chats, "--forgetting", *SHARED), "--forgetting with --shard-base"),
         (run("evaluate", *words, "--data", chats, "--objective", "dpo", *SHARED), "the reference is the whole base"),
         (run("evaluate", *words, "--data", chats, "--decode-weights", "dense", *SHARED), "no such option"),
@@ -236,7 +242,7 @@ def test_what_a_shared_base_cannot_do_is_refused_by_name(tmp_path, monkeypatch):
     ended = started(["-m", "architectures.shared_base", tmp_path / "runs", *names], 2, tmp_path)
     errors = [json.loads(line)["error"] for line in ended.outs[0].splitlines()]
     assert "--shard-base: mlx-lm's iquestloopcoder reads weights of its blocks outside of them" in errors[0]
-    assert "--shard-base: blocks of kimi_k3 hand a state on" in errors[1]
+    assert "--shard-base: blocks of kimi_k3 pass a state to the next block" in errors[1]
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ def test_files_of_a_folder_are_used_as_they_are(tmp_path):
     splits = load_data(DataSettings(data=str(tmp_path)), TOKENIZER, seed=0)
     assert (len(splits.train), len(splits.valid), len(splits.test)) == (5, 2, 3)
     assert splits.report.valid_source == "file"
-    assert splits.report.notes == ["1 valid rows are also training rows; the valid loss will be too low"]
+    assert splits.report.notes == ["1 valid row is also a training row; the valid loss will be too low"]
     assert len(load_eval_set(str(tmp_path), DataSettings(), TOKENIZER)) == 3
     (tmp_path / "test.jsonl").unlink()
     assert len(load_eval_set(str(tmp_path), DataSettings(), TOKENIZER)) == 2
@@ -158,7 +158,7 @@ def test_strict_stops_at_bad_rows_of_every_stage(tmp_path):
         data.write_text("\n".join([*good, bad]))
         settings = {"data": str(data), "max_seq_length": 200}
         assert len(load_data(DataSettings(**settings), TOKENIZER, 0).report.dropped_rows) == 1
-        with pytest.raises(InputError, match=r"--strict: 1 unusable train rows: d.jsonl line 4: "):
+        with pytest.raises(InputError, match=r"--strict: 1 unusable train row: d.jsonl line 4: "):
             load_data(DataSettings(**settings, strict=True), TOKENIZER, 0)
 
 

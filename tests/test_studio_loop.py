@@ -181,7 +181,7 @@ def test_a_run_that_was_killed_is_resumed_from_the_page(browser, tiny_folder, ch
         while not list(folder.glob("checkpoints/step-*")):
             time.sleep(0.2)
         os.kill(json.loads((folder / "studio" / "started.json").read_text())["pid"], signal.SIGKILL)
-        page.get_by_text("The process ended without a word").wait_for()
+        page.get_by_text("The process ended without a message").wait_for()
         page.get_by_role("button", name="Resume").click()
         page.locator(".live .chip", has_text="running").wait_for()
         page.get_by_role("button", name="Stop", exact=True).click()

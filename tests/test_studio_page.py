@@ -159,7 +159,7 @@ def test_a_plan_follows_the_settings(studio, server):
 
 
 def test_a_killed_run_says_so_and_goes_on_when_asked(studio, server):
-    studio.go("runs/run-005", "The process ended without a word")
+    studio.go("runs/run-005", "The process ended without a message")
     studio.page.get_by_role("button", name="Resume").click()
     studio.page.get_by_role("button", name="Pause").wait_for()
     assert ("runs/run-005/resume", {}) in server.asked

@@ -198,7 +198,7 @@ def test_the_queue_waits_is_ordered_and_outlives_the_server(home, monkeypatch):
             start = {"settings": settings, "name": "second"}
             refused = client.post("/api/train/start", json=start)
             assert refused.status_code == 409
-            assert "busy goes on" in refused.json()["error"]["message"]
+            assert "busy is still running" in refused.json()["error"]["message"]
             second = client.post("/api/train/start", json={**start, "queue": True}).json()["run"]
             third = client.post("/api/train/start", json={**start, "name": "third", "queue": True}).json()["run"]
             assert client.post("/api/train/start", json={**start, "name": "third", "queue": True}).status_code == 409

@@ -157,7 +157,7 @@ def test_resumed_with_as_many_ranks_it_is_the_same_run_and_else_by_rounding(tiny
 
 def test_what_cannot_be_cut_is_refused(tiny_folder, chats, tmp_path):
     asked = command(tiny_folder, chats, tmp_path / "a", "--parallel", "tensor")
-    assert "there is one process" in run("train", *asked).err
+    assert "this run is a single process" in run("train", *asked).err
     assert "only training cuts a base" in run("train", *asked, "--no-train", "--test").err
     for extra, words in (
         (("--method", "dora"), "it needs or changes whole weights"),
@@ -174,7 +174,7 @@ def test_heads_that_ranks_do_not_divide_are_told():
     smollm2 = {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}
     assert (
         cut_problem("llama", smollm2, 2)
-        == "the model has 9 attention heads and 3 key-value heads, which 2 do not divide"
+        == "the model has 9 attention heads and 3 key-value heads, which cannot be divided by 2"
     )
     assert cut_problem("llama", smollm2, 3) is None
     assert "gemma3 is not one of the architectures that are cut (deepseek_v2, " in (

@@ -70,5 +70,5 @@ def test_the_command_compares_the_ways(tiny_folder):
     assert all(one["fits"] for one in found)
     assert sum(one["best"] for one in found) == 1
     three = json.loads(run(*asked[:-1], "M4:16,M4:16,M4:16", "--json").out)["splits"]
-    assert "which 3 do not divide" in three[-1]["verdict"]
-    assert "name those that divide the layers" in run(*asked[:3], "--parallel", "tensor").err
+    assert "which cannot be divided by 3" in three[-1]["verdict"]
+    assert "name the Macs that divide the layers" in run(*asked[:3], "--parallel", "tensor").err

@@ -263,8 +263,8 @@ def test_evaluate_says_what_it_left_out_each_time(tiny_folder, tmp_path):
     command = ("evaluate", "--model", tiny_folder, "--data", data, "--max-seq-length", 100, "--json")
     for _ in range(2):  # the second time from the cache
         ran = run(*command)
-        assert "1 unusable rows left out: rows.jsonl line 2" in ran.err
-        assert "1 rows cut" in ran.err
+        assert "1 unusable row left out: rows.jsonl line 2" in ran.err
+        assert "1 row cut" in ran.err
         assert json.loads(ran.out)["rows"] == 2
 
 

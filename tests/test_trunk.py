@@ -235,7 +235,7 @@ def test_a_resumed_run_does_as_before_or_refuses(tiny_folder, chats, tmp_path):
         again = ("--num-layers", 1, "--cache-trunk", other, "--resume")
         ran = run(*command(tiny_folder, chats, stopped, *again))
         assert ran.code == 2
-        assert f"--cache-trunk {other}: the run to resume has it {asked}; leave the flag out" in ran.err
+        assert f"--cache-trunk {other}: the run that you resume has it {asked}; leave the flag out" in ran.err
 
 
 def test_a_full_disk_ends_the_run_with_advice(tiny_folder, chats, tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ def run_settings(model: ModelSettings, given: Mapping[str, Any]) -> TrainSetting
         InputError: unknown names, values that are not allowed, or settings of `load` or of the command.
     """
     problems = [f"{name}: belongs to the model; give it to mlx_lora.load" for name in given if name in OF_THE_MODEL]
-    problems += [f"{name}: not in Python; {advice}" for name, advice in ONLY_COMMAND.items() if name in given]
+    problems += [f"{name}: not available in Python; {advice}" for name, advice in ONLY_COMMAND.items() if name in given]
     if problems:
         raise InputError("; ".join(problems))
     return replace(train_settings(plain(given)), model=model)

@@ -72,8 +72,8 @@ def _to_fit(plan: dict[str, Any]) -> str:
         return f"To fit: {plan['suggested']}"
     missing = max(mac["needed_bytes"] - mac["budget_bytes"] for mac in plan["macs"])
     return (
-        f"To fit: a Mac lacks {gigabytes(missing)}, and no smaller rank, row or batch makes it fit; take Macs with more memory, more of "
-        "them, or fewer bits"
+        f"To fit: a Mac lacks {gigabytes(missing)}, and no smaller rank, row or batch makes it fit; use Macs with more memory, more "
+        "Macs, or fewer bits"
     )
 
 

@@ -46,7 +46,7 @@ def render(result: dict[str, Any]) -> str:
     if result["not_known"]:
         verdict = f"not known whether it fits; a rough count says that it {verdict}"
     lines = [
-        f"{machine['name']}: {verdict}; it needs {gigabytes(result['needed_bytes'])} of the "
+        f"{machine['name']}: {verdict}; the run needs {gigabytes(result['needed_bytes'])} of the "
         f"{gigabytes(result['budget_bytes'])} that it may use",
         *_data_words(result),
         f"The most memory is in use {PHASE_WORDS[result['phase']]}:",
@@ -88,7 +88,7 @@ def _data_words(result: dict[str, Any]) -> list[str]:
         kind = {"pairs": "pairs", "rated": "rated answers", "prompts": "prompts"}.get(objective["records"])
         examples = f"{size['rows'] // objective['rows_per_example']:,} {kind} in " if kind else ""
         lines.append(
-            f"Data: {examples}{size['rows']:,} rows, {size['tokens']:,} tokens, the longest row {size['longest']:,}"
+            f"Data: {examples}{counted(size['rows'], 'row')}, {size['tokens']:,} tokens, the longest row {size['longest']:,}"
         )
     if objective["name"] == "sft":
         return lines

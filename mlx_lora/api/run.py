@@ -157,7 +157,7 @@ def train(
     given = {name: value for name, value in named.items() if value is not None} | settings
     if find_launch(dict(os.environ)) is not None:
         raise InputError(
-            "train: under a launcher of several processes; start the command `mlx-lora train` with it instead"
+            "train: cannot run in a launcher of several processes; launch the command `mlx-lora train` instead"
         )
     base = as_base(base, "train")
     if adapter_path is None:

@@ -35,7 +35,8 @@ def data_notes(
     for name in ("valid", "test"):
         shared = len(set(keys.get(name, [])) & set(keys["train"]))
         if shared:
-            notes.append(f"{shared:,} {name} rows are also training rows; the {name} loss will be too low")
+            also = "row is also a training row" if shared == 1 else "rows are also training rows"
+            notes.append(f"{shared:,} {name} {also}; the {name} loss will be too low")
     train = parts["train"].entries
     ratings = {train[i].good for i in encoded["train"].source.tolist() if isinstance(train[i], Rated)}
     if len(ratings) == 1:
@@ -105,13 +106,13 @@ def held_out_notes(train: int, held: int, valid: int, fraction: float) -> list[s
     if not fraction or (valid and not held):
         return []
     if not valid:
-        return ["no row is held out, because it takes two different ones; the run has no held-out loss"]
+        return ["no row is held out, because that requires two different rows; this run has no held-out loss"]
     if held <= 2 * fraction * (train + held):
         return []
     is_held = "rows is" if held == 1 else "rows are"
     return [
-        f"{held:,} of {train + held:,} {is_held} held out to measure the loss, because at least one is, with its "
-        "duplicates; --valid-fraction 0 trains on all"
+        f"{held:,} of {train + held:,} {is_held} held out to measure the loss, the least that is possible: one row "
+        "with its duplicates; --valid-fraction 0 trains on all rows"
     ]
 
 
@@ -119,7 +120,7 @@ def evaluation_notes(rows: Rows, encoded: Encoded) -> list[str]:
     """Return notes on what an evaluation left out or cut, because that changes the loss."""
     notes = []
     if rows.dropped:
-        notes.append(f"Note: {len(rows.dropped)} unusable rows left out: {reasons(rows.dropped)}")
+        notes.append(f"Note: {counted(len(rows.dropped), 'unusable row')} left out: {reasons(rows.dropped)}")
     if encoded.truncated:
-        notes.append(f"Note: {len(encoded.truncated)} rows cut at --max-seq-length")
+        notes.append(f"Note: {counted(len(encoded.truncated), 'row')} cut at --max-seq-length")
     return notes

@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.encode import EncodedSet
+from mlx_lora.system.units import counted
 
 MAX_LISTED = 10  # dropped rows that are listed one by one
 MAX_REASONS = 3  # reasons that an error lists
@@ -202,7 +203,7 @@ class DataReport:
         source = f", {self.valid_source}" if name == "valid" else ""
         return _line(
             name,
-            f"{split.rows:,} {UNITS[self.records]}, {split.tokens:,} tokens, {split.supervised_tokens:,} trained "
+            f"{counted(split.rows, UNITS[self.records][:-1])}, {split.tokens:,} tokens, {split.supervised_tokens:,} trained "
             f"({100 * split.supervised_share:.0f}%){source}",
         )
 

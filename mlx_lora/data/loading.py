@@ -37,6 +37,7 @@ from mlx_lora.system.cache import shown_data
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import one_at_a_time, sha256_of
 from mlx_lora.system.long_task import long_task
+from mlx_lora.system.units import counted
 
 EVALUATION = "evaluation"  # what errors call the data that is only measured
 UNCACHED = "prompts"  # what rewards see of these records is not stored
@@ -364,5 +365,7 @@ def _check(settings: DataSettings, parts: dict[str, Rows], encoded: dict[str, En
                 f"--data {shown_data(settings.data or '')}: the {name} data has no record; it needs at least one"
             )
         if len(encoded[name].rows):
-            raise InputError(f"--strict: {found} unusable {name} rows: {reasons(rows.dropped)}; fix or remove them")
+            raise InputError(
+                f"--strict: {counted(found, f'unusable {name} row')}: {reasons(rows.dropped)}; fix or remove them"
+            )
         raise InputError(f"no usable row in the {name} data, {found} refused: {reasons(rows.dropped)}")

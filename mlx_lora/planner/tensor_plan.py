@@ -50,7 +50,7 @@ def cut_problem(architecture: str, config: Mapping[str, Any], size: int) -> str 
         "expert columns": text.get("moe_intermediate_size"),
     }
     uneven = [f"{count} {name}" for name, count in counts.items() if isinstance(count, int) and count % size]
-    return f"the model has {' and '.join(uneven)}, which {size} do not divide" if uneven else None
+    return f"the model has {' and '.join(uneven)}, which cannot be divided by {size}" if uneven else None
 
 
 def cut_config(config: Mapping[str, Any], size: int) -> dict[str, Any]:

@@ -266,7 +266,7 @@ def choose_layout(
     if found is not None:
         before = asked_before(found.identity)
         if asked not in (before, "auto"):
-            raise InputError(f"--shared-prefix {asked}: the run to resume has it {before}; leave the flag out")
+            raise InputError(f"--shared-prefix {asked}: the run that you resume has it {before}; leave the flag out")
         asked = before
     sampled = objective.policy is not None
     if objective.records != "pairs" and not sampled:

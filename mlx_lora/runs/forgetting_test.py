@@ -182,7 +182,7 @@ def adapter_names(folders: Sequence[Path]) -> list[str]:
         depth = next((n for n in range(1, len(own)) if all(o[-n:] != own[-n:] for o in others)), len(own) - 1)
         names.append("/".join(own[-depth:]))
     if len(set(names)) < len(names):
-        raise InputError(f"--against {folders[-1]}: an adapter is named twice; name each one once")
+        raise InputError(f"--against {folders[-1]}: given twice; give each adapter once")
     return names
 
 

@@ -112,8 +112,8 @@ def shared_words(plan: RolloutPlan, accumulation: int, ranks: Ranks) -> list[str
     words = f"prompts answered by {ranks.size} processes"
     if prompts < ranks.size:
         words += (
-            f", of which {counted(ranks.size - prompts, 'one')} may wait, because a step can have "
-            f"{counted(prompts, 'prompt')}: raise --batch-size or --grad-accumulation-steps"
+            f", of which {counted(ranks.size - prompts, 'one')} may wait, because a step can have only "
+            f"{counted(prompts, 'prompt')}; raise --batch-size or --grad-accumulation-steps"
         )
     return [words]
 

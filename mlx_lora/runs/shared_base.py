@@ -123,7 +123,9 @@ def share_among(settings: TrainSettings, base: Base, ranks: Ranks) -> tuple[Trai
     if asked == "off":
         return settings, SharedBase()
     if not isinstance(ranks, SeveralRanks):
-        raise InputError(f"--shard-base {asked}: there is one process; start several with mlx.launch, or leave it out")
+        raise InputError(
+            f"--shard-base {asked}: this run is a single process; start several with mlx.launch, or leave it out"
+        )
     shares = shares_of(settings, ranks)
     alive = units_of(base.model).largest
     units = share_base(base.model, ranks, shares, base.stored)
@@ -138,7 +140,9 @@ def share_among(settings: TrainSettings, base: Base, ranks: Ranks) -> tuple[Trai
 def _cut_among(settings: TrainSettings, base: Base, ranks: Ranks) -> tuple[TrainSettings, SharedBase]:
     """Leave this rank's part of each layer in memory; see `share_among`."""
     if not isinstance(ranks, SeveralRanks):
-        raise InputError("--parallel tensor: there is one process; start several with mlx.launch, or leave it out")
+        raise InputError(
+            "--parallel tensor: this run is a single process; start several with mlx.launch, or leave it out"
+        )
     cut_model(base.model, base.config, ranks)
     own, whole = frozen_bytes(base.model), base.size_bytes
     words = f"layers cut among {ranks.size} processes ({own / 1e6:,.0f} of {whole / 1e6:,.0f} MB here)"
@@ -159,6 +163,6 @@ def check_blocks_are_apart(base: Base, tape: Tape | None) -> None:
     """
     if is_shared(base.model) and tape is not None and tape.left_out:
         raise InputError(
-            f"--shard-base: blocks of {base.config.get('model_type')} pass a state to each other, so each would keep its weights "
-            "until the backward pass; leave the flag out"
+            f"--shard-base: blocks of {base.config.get('model_type')} pass a state to the next block, so every block "
+            "would have to keep its weights until the backward pass; leave --shard-base out"
         )

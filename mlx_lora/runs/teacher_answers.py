@@ -129,7 +129,9 @@ def _refuse_sampling(objective: ObjectiveSettings) -> None:
     """Refuse settings of sampling if nothing is sampled."""
     given = [flag_of(name) for name in OF_WRITING if getattr(objective, name) != getattr(ObjectiveSettings(), name)]
     if given:
-        raise InputError(f"{' and '.join(given)} with answers in --data: the teacher writes none; leave it out")
+        raise InputError(
+            f"{' and '.join(given)} with answers in --data: only used if the teacher writes the answers; leave it out"
+        )
 
 
 def kept_folder(loop: LoopSettings, trains: bool = True) -> Path | None:
@@ -161,7 +163,7 @@ def _answered(settings: TrainSettings, base: Base, say: Callable[[str], None], t
     for name, rows in splits.items():
         if rows.dropped:
             say(
-                f"Note: {name}: {counted(len(rows.dropped), 'record is', 'records are')} no prompt: {reasons(rows.dropped)}"
+                f"Note: {name}: {counted(len(rows.dropped), 'record is', 'records are')} not usable as a prompt: {reasons(rows.dropped)}"
             )
     asked = [(name, prompt) for name, rows in splits.items() for prompt in rows.entries if isinstance(prompt, Prompt)]
     wanted = _wanted(settings, base, [prompt for _, prompt in asked], say, today)
@@ -176,7 +178,9 @@ def _answered(settings: TrainSettings, base: Base, say: Callable[[str], None], t
             numbers = [number for number, (split, _) in enumerate(asked) if split == name]
             records = _records(numbers, [prompt for _, prompt in asked], answers)
             if not records:
-                raise InputError(f"--data, {name}: every answer of the teacher is empty; try another --seed or teacher")
+                raise InputError(
+                    f"--data, {name}: all answers of the teacher are empty; try another --seed or another teacher"
+                )
             write_records(folder / "data" / f"{name}.jsonl", records)
     return folder / "data"
 
@@ -200,7 +204,7 @@ def _wanted(
     numbers = [(row, number) for row, number in enumerate(encoded.source.tolist()) if not prompts[number].answered]
     why = next(iter(encoded.dropped.values()), "")
     if not numbers:
-        raise InputError(f"--data: the teacher can answer no prompt ({why})")
+        raise InputError(f"--data: the teacher cannot answer any prompt ({why})")
     if why:
         say(f"Note: {counted(len(encoded.dropped), 'prompt is', 'prompts are')} not answered: {why}")
     return {number: seen.row(row)[0].tolist() for row, number in numbers}
@@ -236,7 +240,7 @@ def _write(
     answers = {number: answer for number, answer in read_answers(file).items() if number in wanted}
     missing, found = sorted(wanted.keys() - answers.keys()), len(answers)
     if not missing:
-        say(f"Answers: {found:,} of the teacher from an earlier run{_counts(answers, settings.objective)}")
+        say(f"Answers: {found:,} that the teacher wrote in an earlier run{_counts(answers, settings.objective)}")
         return answers
     teacher, start = load_teacher(settings, base), time.perf_counter()
     ends = frozenset(teacher.tokenizer.eos_token_ids)

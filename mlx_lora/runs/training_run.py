@@ -123,7 +123,7 @@ def check_request(settings: TrainSettings, ranks: Ranks) -> None:
     alone = [flag for flag, asked in (("--no-train", not trains), ("--max-restarts", loop.max_restarts)) if asked]
     if alone and ranks.size > 1:
         raise InputError(
-            f"{' and '.join(alone)} in {ranks.size} processes: for a single one; start it without a launcher"
+            f"{' and '.join(alone)} in {ranks.size} processes: works in a single process only; start it without a launcher"
         )
     if missing:
         raise InputError(
@@ -152,7 +152,7 @@ def check_metric(settings: TrainSettings) -> None:
         reporting_it = [name for name in OBJECTIVES if metric in objective_of(ObjectiveSettings(name)).reports]
         raise InputError(
             f"--metric-for-best-model {metric} with --objective {settings.objective.objective}: only "
-            f"{', '.join(reporting_it)} report it; leave it out, the best validation then has the lowest loss"
+            f"{', '.join(reporting_it)} report it; leave it out to keep the validation with the lowest loss"
         )
 
 

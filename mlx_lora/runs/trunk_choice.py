@@ -122,7 +122,7 @@ def blocks_before(found: Checkpoint | None, asked: str) -> int | None:
     before = int(found.identity.get(KEPT, 0))
     then = "on" if before else "off"
     if asked not in ("auto", then):
-        raise InputError(f"--cache-trunk {asked}: the run to resume has it {then}; leave the flag out")
+        raise InputError(f"--cache-trunk {asked}: the run that you resume has it {then}; leave the flag out")
     return before
 
 

@@ -92,8 +92,8 @@ def sharing_problems(settings: Mapping[str, Any]) -> list[str]:
     with_it = f"with --shard-base {shared}"
     if settings["grad_checkpoint"] not in ("auto", "selective", "block", "1"):
         problems.append(
-            f"--grad-checkpoint {settings['grad_checkpoint']} {with_it}: each block is computed again when its weights "
-            "are there; give block or selective, or leave it out"
+            f"--grad-checkpoint {settings['grad_checkpoint']} {with_it}: each block must be computed again in the "
+            "backward pass; give block or selective, or leave it out"
         )
     method = settings["fine_tune_type"] or settings["method"]
     if method in ("pissa", "full", "relora"):
@@ -115,7 +115,7 @@ def sharing_problems(settings: Mapping[str, Any]) -> list[str]:
     if settings["decode_weights"] == "dense":
         problems.append(f"--decode-weights dense {with_it}: no process has the whole weights; leave out one of the two")
     if settings["cache_trunk"] == "on":
-        problems.append(f"--cache-trunk on {with_it}: not with several processes; leave it out")
+        problems.append(f"--cache-trunk on {with_it}: works in a single process only; leave it out")
     return problems
 
 
@@ -136,7 +136,7 @@ def whole_base_reasons(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
             (f"--batch-parts {settings['batch_parts']}", "all processes compute the same; use a smaller batch")
         )
     if settings["cache_trunk"] == "on":
-        found.append(("--cache-trunk on", "not with several processes; leave it out"))
+        found.append(("--cache-trunk on", "works in a single process only; leave it out"))
     return found
 
 
@@ -164,7 +164,7 @@ def _rollout_problems(settings: Mapping[str, Any]) -> list[str]:
         return problems
     if settings["kl_beta"] and (settings["fine_tune_type"] or settings["method"]) == "relora":
         problems.append(
-            "--kl-beta with --method relora: its finished cycles stay in the model; leave out one of the two"
+            "--kl-beta with --method relora: relora merges its finished cycles into the model, so the untrained model is gone; leave out one of the two"
         )
     if updates == 1:
         return problems
@@ -200,7 +200,9 @@ def _column_problems(settings: Mapping[str, Any]) -> list[str]:
     given = [name for name in COLUMNS if settings[name]]
     if given and settings["data_format"] != "auto":
         flags = " and ".join(map(flag_of, given))
-        problems.append(f"{flags} with --data-format {settings['data_format']}: the columns tell it; leave it out")
+        problems.append(
+            f"{flags} with --data-format {settings['data_format']}: the columns already determine the format; leave --data-format out"
+        )
     read = ("prompt_column", "system_column") if objective not in WITHOUT_PAIRS else COLUMNS
     read = [name for name in read if objective != "kto" or name != "text_column"]
     if objective not in IMITATION and (unread := [flag_of(name) for name in given if name not in read]):

@@ -63,16 +63,16 @@ class DataSettings:
         "File, folder with train/valid/test, hub dataset id, recipe's name or tiny-shakespeare. Separate several with "
         "commas; with a weight, as in a.jsonl=2,b/, each epoch has the rows of a.jsonl twice.",
         MODEL, common=True, may_change=True, per_machine=True)
-    data_format: str = setting("auto", "Record format; auto looks at each record.", MODEL, choices=FORMATS)
+    data_format: str = setting("auto", "Format of the records; auto detects it for each record.", MODEL, choices=FORMATS)
     prompt_column: str | None = setting(None,
-        "Column of the prompt; several, separated by commas, are joined by line ends (default: the usual names).", MODEL)
+        "Column of the prompt; several columns, separated by commas, are joined with line breaks (default: the usual names).", MODEL)
     completion_column: str | None = setting(None, "Column that holds the answer (default: the usual names).", MODEL)
     system_column: str | None = setting(None, "Column that holds a system prompt.", MODEL)
     chat_column: str | None = setting(None, "Column that holds a chat: a list of turns.", MODEL)
     text_column: str | None = setting(None, "Column that holds a text, of which every token is trained.", MODEL)
     turn_names: str | None = setting(None,
         "Other names of a turn's fields and roles: role=speaker,content=text,user=customer,assistant=agent.", MODEL)
-    max_seq_length: int = setting(2048, "Longest sequence in tokens; longer chats are cut, text is windowed.",
+    max_seq_length: int = setting(2048, "Maximum length of a row in tokens; longer chats are cut, longer texts divided.",
         MODEL, common=True, at_least=2, at_most=10**8)
     mask_prompt: bool = setting(True, "Train on assistant turns only; --no-mask-prompt trains on all tokens.",
         MODEL, common=True)
@@ -93,15 +93,15 @@ class DataSettings:
 class AdapterSettings:
     """The adapter's shape. Defaults: LoRA 2106.09685 (alpha = 2r), all linear layers as in QLoRA 2305.14314."""
 
-    method: str = setting("lora", "Training method: a preset of layer type, scale, initial factors and learning rates.",
+    method: str = setting("lora", "Training method, which sets layer type, scale, initial factors and learning rates.",
         ADAPTER, common=True, choices=tuple(PRESETS))
     fine_tune_type: str | None = setting(None, "mlx-lm's name for --method.", ADAPTER, choices=tuple(PRESETS))
     loraplus_lr_ratio: float | None = setting(None,
         "lora-plus: learning rate of B as a multiple of A's (default 16).",
         ONE_METHOD, method="lora-plus", more_than=0, at_most=10**6)
-    rank: int = setting(16, "Rank r of the two factors; for adalora, the average rank at the end.",
+    rank: int = setting(16, "Rank of the adapter; for adalora, the average rank at the end.",
         ADAPTER, common=True, at_least=1, at_most=65536)
-    alpha: float = setting(32.0, "Numerator of the scale alpha / r.", ADAPTER, common=True, more_than=0, at_most=10**9)
+    alpha: float = setting(32.0, "LoRA's alpha; the update is scaled by alpha / rank.", ADAPTER, common=True, more_than=0, at_most=10**9)
     rank_pattern: str | None = setting(None,
         "Ranks of some layers, such as q_proj=32,*.mlp.*=8; the first matching pattern counts.", ADAPTER)
     alpha_pattern: str | None = setting(None, "Alphas of some layers, written as in --rank-pattern.", ADAPTER)
@@ -162,11 +162,11 @@ class LoopSettings:
 
     adapter_path: str = setting("adapters", "Run folder: adapter, metrics, settings, checkpoints.",
         OUTPUT, common=True, may_change=True, per_machine=True)
-    iters: int | None = setting(None, "Optimizer steps; default: --epochs over the data.",
+    iters: int | None = setting(None, "Number of optimizer steps (default: --epochs passes over the data).",
         TRAINING, common=True, may_change=True, at_least=1)
     epochs: float | None = setting(None, "Passes over the data (default 1).",
         TRAINING, common=True, may_change=True, more_than=0, at_most=10**9)
-    batch_size: int | None = setting(None, "Rows per micro-batch; default: as many as --batch-tokens holds.",
+    batch_size: int | None = setting(None, "Rows per micro-batch (default: as many as fit into --batch-tokens).",
         TRAINING, common=True, at_least=1, at_most=10**6)
     batch_tokens: int | None = setting(None,
         f"Tokens per micro-batch, padding included, unless --batch-size is given (default: {DEFAULT_BATCH_TOKENS}, or "
@@ -191,7 +191,7 @@ class LoopSettings:
         "not compute them: on, off, or auto (if the run has further epochs and it saves time and fits on the disk).",
         MEMORY, may_change=True, per_machine=True, choices=("auto", "on", "off"))
     shard_base: str = setting("off",
-        "Share the base among the processes of a run, each of which keeps a part of every block: off, even (also the flag "
+        "Share the base among the processes of a run, so that each keeps only a part of every block: off, even (also the flag "
         "without a value), memory (parts in proportion to each machine's), or parts by rank such as 3:1.",
         MEMORY, may_change=True, alone="even")
     parallel: str = setting("data",

@@ -63,7 +63,7 @@ class ObjectiveSettings:
         OBJECTIVE, more_than=0, at_most=86400, may_change=True)
     group_size: int | None = setting(None, "grpo, rloo, --on-policy: answers that are sampled to each prompt (default 8; "
         "with --on-policy 1).", OBJECTIVE, at_least=1, at_most=1024)
-    max_new_tokens: int = setting(256, "grpo, rloo, distill: the most tokens of a sampled answer.",
+    max_new_tokens: int = setting(256, "grpo, rloo, distill: maximum number of tokens of a sampled answer.",
         OBJECTIVE, at_least=1, at_most=10**6)
     temp: float = setting(1.0, "grpo, rloo, distill: temperature of sampling.", OBJECTIVE, more_than=0, at_most=100)
     top_p: float = setting(1.0, "grpo, rloo, distill: sample from the most likely tokens whose probabilities add up to this.",

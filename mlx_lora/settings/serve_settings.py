@@ -24,7 +24,7 @@ class ServeSettings:
         "Web origins whose pages may use the server, separated by commas, such as https://example.org; "
         "the server's own pages always may.", SERVER)
     adapters_from: str | None = setting(None,
-        "Folder whose subfolders clients may load as adapters; default: none.", SERVER, common=True)
+        "Folder whose subfolders clients may load as adapters (default: none).", SERVER, common=True)
     allow_hub: bool = setting(False, "Let clients load adapters from the hub.", SERVER)
     adapter_memory: str | None = setting(None,
         "Limit on memory for adapters, such as 2GB; the least recently used are evicted (default: no limit).", LIMITS)
@@ -32,10 +32,10 @@ class ServeSettings:
     max_batch: int = setting(16, "Requests that are answered at the same time.", LIMITS, at_least=1, at_most=1024)
     max_waiting: int = setting(64, "Requests that may wait in the queue; further ones get HTTP status 429.",
         LIMITS, at_least=0, at_most=10**6)
-    max_tokens: int = setting(2048, "The most new tokens that a request may ask for.",
+    max_tokens: int = setting(2048, "Maximum number of new tokens that a request may ask for.",
         LIMITS, common=True, at_least=1, at_most=10**8)
     max_context: int | None = setting(None,
-        "The most tokens of prompt and answer together (default: the model's own limit).",
+        "Maximum number of tokens of prompt and answer together (default: the model's own limit).",
         LIMITS, at_least=2, at_most=10**8)
     max_body: str = setting("1MB", "Largest request body.", LIMITS)
     read_timeout: float = setting(10.0, "Seconds within which a request must arrive.",

@@ -90,8 +90,8 @@ def ask(host: str, file: Path) -> HostMac:
     except (OSError, ValueError, subprocess.TimeoutExpired):
         pass
     raise InputError(
-        f"--hostfile {file}: {host} does not say its chip and memory (`ssh {host} sysctl -n machdep.cpu.brand_string`); is it a Mac "
-        "that ssh reaches without a question? Or name chips and memory with --macs"
+        f"--hostfile {file}: {host} cannot be asked for its chip and memory (`ssh {host} sysctl -n machdep.cpu.brand_string`); "
+        "make sure that it is a Mac and that ssh asks no question, or name chips and memory with --macs"
     )
 
 

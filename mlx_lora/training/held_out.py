@@ -133,7 +133,7 @@ def _affordable(rows: EncodedSet, whole: BatchPlan, budget: float) -> tuple[int,
     if count == most:
         return count, f"about {MOST_BATCHES} batches{more}"
     if costs[spaced_by_length(rows, count)].sum() > budget:
-        return count, f"no fewer, though {SHARE_WORDS} of this short run's work would allow less{more}"
+        return count, f"the fewest possible, though they take more than {SHARE_WORDS} of this short run's work{more}"
     return count, f"{SHARE_WORDS} of the run's work{more}"
 
 

@@ -160,7 +160,7 @@ def _check_counts(modules: dict[str, nn.Module], before: dict[str, dict[str, int
             was = counts.get(name, now)
             if now != was and now * size != was:
                 raise InputError(
-                    f"--parallel tensor in {size} processes: {path} has {was} {name}, which {size} do not divide; "
+                    f"--parallel tensor in {size} processes: {path} has {was} {name}, which cannot be divided by {size}; "
                     "use --parallel data, with --shard-base if memory is short"
                 )
 
@@ -178,7 +178,7 @@ def _check_groups(modules: dict[str, nn.Module]) -> None:
     for path, module in modules.items():
         if isinstance(module, QUANTIZED) and base_dims(module)[0] != module.scales.shape[-1] * module.group_size:
             raise InputError(
-                f"--parallel tensor: {path} has {base_dims(module)[0]} inputs for each process, which are no whole groups of "
+                f"--parallel tensor: {path} has {base_dims(module)[0]} inputs for each process, which cannot be divided into groups of "
                 f"{module.group_size} quantized weights; use --parallel data, or a smaller --group-size"
             )
 

@@ -94,7 +94,7 @@ def within(path: object, folders: Iterable[Path], field: str) -> Path:
             "path_outside",
         )  # fmt: skip
     if not found.exists():
-        raise ApiError(404, f"{field}: {found.name}: no such file or folder here; look at the list again", "not_found")
+        raise ApiError(404, f"{field}: {found.name}: no such file or folder here; reload the list", "not_found")
     return found
 
 

@@ -91,7 +91,7 @@ class RunControl:
     def _without(self, number: str) -> list[str]:
         queue = self.queue
         if number not in queue:
-            raise ApiError(404, "this run does not wait in the queue; look at the list again", "not_found")
+            raise ApiError(404, "this run is not waiting in the queue; reload the list", "not_found")
         return [one for one in queue if one != number]
 
     def _watch(self) -> None:
@@ -150,7 +150,7 @@ class RunControl:
             busy = self.going_on()
             if busy is not None and not queue:
                 raise ApiError(
-                    409, f"the run {busy.name} goes on; put this one into the queue, or stop that one", "busy"
+                    409, f"the run {busy.name} is still running; put this one into the queue, or stop that one", "busy"
                 )
             words = train_words(settings, folder)
             started = Started(name, settings, words, time.time(), peak_bytes, steps)
@@ -188,7 +188,7 @@ class RunControl:
             started = read_started(folder)
             process = process_of(folder, started)
             if not process:
-                raise ApiError(409, f"{folder.name}: does not go on now; look at the list again", "not_running")
+                raise ApiError(409, f"{folder.name}: is not running; reload the list", "not_running")
             if time.monotonic() - self._asked.get(folder, -ASK_AGAIN_S) < ASK_AGAIN_S:
                 return
             self._asked[folder] = time.monotonic()
@@ -218,7 +218,7 @@ class RunControl:
                 )
             busy = self.going_on()
             if busy is not None:
-                raise ApiError(409, f"the run {busy.name} goes on; wait for it, or stop it first", "busy")
+                raise ApiError(409, f"the run {busy.name} is still running; wait for it, or stop it first", "busy")
             if started is None:  # of a terminal
                 words = ["train", "--config", str(folder / SETTINGS), "--adapter-path", str(folder)]
                 started = Started(folder.name, {}, words, (folder / SETTINGS).stat().st_mtime)
@@ -243,7 +243,7 @@ class RunControl:
             if confirm != folder.name:
                 raise ApiError(400, "confirm: must be the run's name, because its folder is removed", "not_confirmed")
             if process_of(folder, read_started(folder)) is not None:
-                raise ApiError(409, f"{folder.name}: goes on; stop it first", "running")
+                raise ApiError(409, f"{folder.name}: is still running; stop it first", "running")
             if number in self.queue:
                 self.remove(number)
             try:

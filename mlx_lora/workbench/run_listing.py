@@ -66,7 +66,7 @@ class RunListing:
         """
         found = self.folders().get(number)
         if found is None:
-            raise ApiError(404, "no such run; look at the list again", "not_found")
+            raise ApiError(404, "no such run; reload the list", "not_found")
         return found
 
     def listed(self, queued: list[str]) -> list[dict[str, Any]]:

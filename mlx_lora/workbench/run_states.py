@@ -119,7 +119,7 @@ def state_of(folder: Path, started: Started | None) -> tuple[str, str | None]:
     if code is not None or (folder / LOCK_FILE).exists() or started is not None:
         return (
             "killed",
-            "The process ended without a word: it was killed, or the machine ran out of memory or went off.",
+            "The process ended without a message: it was killed, or the machine ran out of memory or lost power.",
         )
     return "stopped", None
 

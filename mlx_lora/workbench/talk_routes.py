@@ -140,7 +140,7 @@ def needs() -> dict[str, Any]:
     ollama, token = shutil.which("ollama"), get_token()
     peft = importlib.util.find_spec("peft") is not None
     return {
-        "peft": {"needs": "An adapter. PEFT reads it; it is not needed to write it.", "ok": True, "installed": peft},
+        "peft": {"needs": "An adapter. PEFT can load the result, and need not be installed here.", "ok": True, "installed": peft},
         "mlx-lm": {"needs": "An adapter. Stock mlx-lm reads it.", "ok": True},
         "hf": {"needs": "Disk space for the whole model in its stored dtype.", "ok": True},
         "gguf-adapter": {"needs": "An adapter, and for llama.cpp the base as GGUF.", "ok": True},

@@ -117,7 +117,7 @@ class Tasks:
         """POST /api/tasks/ID/cancel."""
         task = self._tasks.get(request.path_params["id"])
         if task is None:
-            raise ApiError(404, "no such task; look at the list again", "not_found")
+            raise ApiError(404, "no such task; reload the list", "not_found")
         task.wanted.clear()
         return {"task": task.public()}
 

@@ -104,42 +104,42 @@ def verdicts(text: str) -> dict[str, str]:
 TEXT = """\
 # Which models can be trained
 
-mlx-lm has a module for each model architecture, and a config.json names the one it needs in `model_type`. This page says what came
-of trying all {modules} of them here. It is generated, never edited:
+mlx-lm has a module for each model architecture, and a config.json names the one it needs in `model_type`. This page shows the result
+of trying all {modules} of them here. It is generated, so do not edit it:
 
     PYTHONPATH=tests python -m architectures.sweep --out sweep.json
     PYTHONPATH=tests python -m architectures.table --results sweep.json
 
-Each architecture was tried with a tiny random model of two to four blocks that has every kind of block the architecture knows, saved
+Each architecture was tried with a tiny random model of two to four blocks that has every kind of block of the architecture, saved
 as a folder as it would be published. Where an architecture can share its output head with its embedding, it was tried both ways:
-{forms} models in all. No real weights took part, so this page speaks of correctness, not of how well a model learns. Versions:
-{versions}; float32 on an x86 CPU, no Mac.
+{forms} models in all. No real weights were used, so this page is about correctness, not about how well a model learns. Versions:
+{versions}; float32 on an x86 CPU, not on a Mac.
 
 ## What "right" means
 
 Every one of these stages passed:
 
-| stage | what must hold |
+| stage | what must be true |
 |---|---|
 | load | the folder loads, and its logits are finite |
 | plan | the memory planner reads the architecture, as `train` does before it loads a model |
-| adapt | a LoRA of rank 4 goes on every linear layer of the blocks |
+| adapt | every linear layer of the blocks gets a LoRA of rank 4 |
 | gradients | loss and the gradient of every factor equal those of a naive cross-entropy with mlx-lm's own layers, within 1e-4 relative; worst seen: {worst} |
 | checkpointing | `selective` and `block` give the same loss and gradients as `none` |
 | train | three steps of the `train` command; every loss is finite and reported |
-| reload | `evaluate` with the stored adapter gives the run's last validation loss, and another one without the adapter |
+| reload | `evaluate` with the stored adapter gives the run's last validation loss, and without the adapter another loss |
 | stock | mlx-lm itself loads the adapter folder and gives the same logits |
 | fuse | the folder that `fuse` writes gives the logits of base and adapter |
 | quantized | `convert` to 4 bits (group 32), the same check of the loss, and a QLoRA step |
 | bfloat16 | the loss in bfloat16 is within 5% of the float32 one, and every gradient is finite |
-| generate | greedy text of the `generate` command equals that of a loop over mlx-lm's model |
+| generate | the greedy text of the `generate` command equals that of a loop over mlx-lm's model |
 
-MLX has no bfloat16 products of experts on a CPU. For mixtures of experts the bfloat16 stage computes these products in float32 and
-rounds the result, which tests all that surrounds them.
+MLX has no bfloat16 products of experts on a CPU. For mixtures of experts, the bfloat16 stage computes these products in float32 and
+rounds the result, which tests everything around them.
 
-"Right, with a note" passed as well; the note says what is special. "In part" trains, and a later stage refuses in one line. "Refused"
-cannot be trained, and `train` says why in the line quoted. "{untried}" is an architecture of a newer mlx-lm that has no tiny
-configuration here yet: it may well work.
+"Right, with a note" passed as well; the note says what is special. "In part" trains, but a later stage refuses the model. "Refused"
+cannot be trained; the table quotes what `train` says. "{untried}" is an architecture of a newer mlx-lm that has no tiny
+configuration here yet; it may well work.
 
 | verdict | architectures |
 |---|---|

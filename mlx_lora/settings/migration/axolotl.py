@@ -213,7 +213,7 @@ def read_data(sheet: Sheet) -> None:
     if not alike:
         sheet.note(
             f"{key}: {len(sets)} sets that are read differently, only the first ({paths[0]}) is used; join them in one "
-            "file for all"
+            "file to use all of them"
         )
     kind = first.pop("type", "pretrain" if key == "pretraining_dataset" and sets else None)
     read_format(sheet, kind, f"{key}.type")
@@ -291,7 +291,7 @@ def read_format(sheet: Sheet, kind: Any, key: str) -> None:
         return
     if word not in FORMATS:
         sheet.left_out.append(key)
-        sheet.note(f"{key}: not a format of ours; the format is detected from the records' keys")
+        sheet.note(f"{key}: has no counterpart here; the format is detected from the records' keys")
         return
     sheet.put("data_format", FORMATS[word], key)
     if kind == "alpaca":
@@ -316,7 +316,7 @@ def read_record_type(sheet: Sheet, word: str | None, kind: Any, key: str) -> Non
             sheet.note(f"{key}: columns are found by their names, and --chat-template gives the text around them")
     elif word not in RECORD_TYPES:
         sheet.left_out.append(key)
-        sheet.note(f"{key}: not a type of ours; it is detected from the records' keys")
+        sheet.note(f"{key}: has no counterpart here; the type is detected from the records' keys")
     elif template := RECORD_TYPES[word]:
         sheet.put("chat_template", template, key)
         sheet.take("chat_template")

@@ -148,7 +148,9 @@ def read_data(sheet: Sheet) -> None:
     if not names:
         return
     if len(names) > 1:
-        sheet.note(f"dataset: {len(names)} sets, only the first ({names[0]}) is used; join them in one file for all")
+        sheet.note(
+            f"dataset: {len(names)} sets, only the first ({names[0]}) is used; join them in one file to use all of them"
+        )
     path = find_dataset(sheet, str(names[0]), folder)
     if path:
         sheet.put("data", path, "dataset")

@@ -128,7 +128,7 @@ def read_data(sheet: Sheet) -> None:
     if not alike:
         sheet.note(
             f"hf_dataset: {len(sets)} sets that are read differently, only the first ({paths[0]}) is used; join them in "
-            "one file for all"
+            "one file to use all of them"
         )
 
 

@@ -145,8 +145,8 @@ def read_prompts(sheet: Sheet, rows: str, default_rows: int) -> None:
     prompts, rest = divmod(count * accumulation, group)
     if rest or not prompts:
         raise sheet.refusal(
-            f"{rows} {count} x gradient_accumulation_steps {accumulation}: {count * accumulation} answers in a step are no "
-            f"whole groups of {group}; fix the file, or give --batch-size in prompts"
+            f"{rows} {count} x gradient_accumulation_steps {accumulation}: {count * accumulation} answers in a step "
+            f"cannot be divided into groups of {group}; fix the file, or give --batch-size in prompts"
         )
     whole = count % group == 0
     sheet.put("batch_size", count // group if whole else 1, rows)

@@ -162,7 +162,9 @@ def read_data(sheet: Sheet) -> None:
         sheet.put("data", sheet.take("dataset_name"), "dataset_name")
     sheet.left_out += [f"datasets.{name}" for name, value in first.items() if (name, value) != ("split", "train")]
     if len(sets) > 1:
-        sheet.note(f"datasets: {len(sets)} sets, only the first ({path}) is used; join them in one file for all")
+        sheet.note(
+            f"datasets: {len(sets)} sets, only the first ({path}) is used; join them in one file to use all of them"
+        )
     if sheet.rest.get("dataset_train_split") == "train":
         sheet.take("dataset_train_split")
     if "chat_template_path" in sheet.rest:

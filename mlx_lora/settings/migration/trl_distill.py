@@ -24,7 +24,7 @@ def read_distill(sheet: Sheet) -> None:
     elif sheet.objective != NAME:  # with --objective distill, the teacher may be a flag too
         raise sheet.refusal("no teacher_model_name_or_path: GKD needs a teacher; add its model to the file")
     if sheet.switch("seq_kd"):
-        raise sheet.refusal("seq_kd: let the teacher write the answers first, then train on them; leave it out")
+        raise sheet.refusal("seq_kd: not supported; leave it out, and train on answers that the teacher wrote")
     share = sheet.number("lmbda")
     share = LMBDA if share is None else share
     if share not in SHARES:

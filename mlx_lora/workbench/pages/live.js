@@ -51,7 +51,7 @@ export function Steering({ run, onChange }) {
   };
   const running = run.state === "running", resumable = !running && run.state !== "queued" && (run.can_resume ?? ["paused", "killed", "stopped"].includes(run.state));
   return html`<span class="actions">${running && html`<${Button} small disabled=${busy} onClick=${() => steer("pause", "The run saves and ends; resume it when you like")}>${busy === "pause" ? "Saving" : "Pause"}<//><${Button} small kind="danger" disabled=${busy} onClick=${() => steer("stop", "The run was stopped")}>Stop<//>`}
-    ${resumable && html`<${Button} small kind="first" disabled=${busy} onClick=${() => steer("resume", "The run goes on")}>Resume<//>`}<${Problem}>${problem}<//></span>`;
+    ${resumable && html`<${Button} small kind="first" disabled=${busy} onClick=${() => steer("resume", "The run continues")}>Resume<//>`}<${Problem}>${problem}<//></span>`;
 }
 
 function Curves({ run, metrics, drawn }) {
@@ -88,8 +88,8 @@ const FACTS = [["step", (run) => `${count(run.step || 0)} of ${count(run.steps)}
 
 // What happened to a run that is not well, and what to do.
 function Reason({ run }) {
-  const resume = run.can_resume ? " Everything up to the last checkpoint is there: resume goes on from it." : "";
-  if (run.state === "killed") return html`<p class="problem" role="alert">${run.reason || "The run's process ended without a word."}${resume}</p>`;
+  const resume = run.can_resume ? " Everything up to the last checkpoint is there: resume continues from it." : "";
+  if (run.state === "killed") return html`<p class="problem" role="alert">${run.reason || "The run's process ended without a message."}${resume}</p>`;
   if (run.state === "failed") return html`<p class="problem" role="alert">${run.reason || "The run failed; its log says why."}${resume}</p>`;
   return run.reason ? html`<p class="note">${run.reason}</p>` : null;
 }
