@@ -76,8 +76,8 @@ export function Chart({ title, series, data, words, limit, limitWords, zero, hei
   const points = data[0].length, shown = at !== null && at < points ? at : null;
   const told = series.map((one, n) => ({ ...one, said: words(shown === null ? last(data[n + 1]) : data[n + 1][shown]) }));
   const summary = points ? `${title}, ${points} points up to step ${data[0][points - 1]}. ` + told.map((one) => `${one.label}: ${one.said}`).join(", ") : `${title}: no points yet`;
-  return html`<figure class="chart-box"><figcaption><b>${title}</b>${told.map((one, n) => html`<span key=${n} class="key"><span class=${"stroke " + one.color}></span>${one.label} <span class="number">${one.said}</span></span>`)}
-      ${limit ? html`<span class="key soft"><span class="stroke dashed"></span>${limitWords}</span>` : null}<span class="soft number step">${shown === null ? "" : `step ${data[0][shown]}`}</span></figcaption>
+  return html`<figure class="chart-box"><figcaption><b>${title}</b><span class="soft number step">${shown === null ? "" : `step ${data[0][shown]}`}</span>
+      <span class="keys-of-chart">${told.map((one, n) => html`<span key=${n} class="key"><span class=${"stroke " + one.color}></span>${one.label} <span class="number">${one.said}</span></span>`)}${limit ? html`<span class="key soft"><span class="stroke dashed"></span>${limitWords}</span>` : null}</span></figcaption>
     <div class="chart" ref=${box} role="img" aria-label=${summary}></div></figure>`;
 }
 
@@ -94,7 +94,7 @@ function line(self, limit) {
   ctx.restore();
 }
 
-function last(values) {
+export function last(values) {
   for (let at = values.length - 1; at >= 0; at--) if (values[at] !== null && values[at] !== undefined) return values[at];
   return null;
 }
