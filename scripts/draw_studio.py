@@ -74,8 +74,10 @@ def prepare(url: str, model: Path) -> tuple[dict[str, Any], list[str]]:
         if name not in known:
             settings = {"model": str(model), "data": data, **SHORT, **own}
             asked(url, "train/start", {"settings": settings, "name": name, "queue": True})
-    while any(run["state"] in ("running", "queued") for run in (runs := asked(url, "runs")["runs"])):
+    runs = asked(url, "runs")["runs"]
+    while any(run["state"] in ("running", "queued") for run in runs):
         time.sleep(2)
+        runs = asked(url, "runs")["runs"]
     ids = {run["name"]: run["id"] for run in runs}
     settings = {**SHORT, "learning_rate": 5e-4}
     project = {"model": str(model), "sets": [{"path": data, "weight": 1}], "settings": settings, "preset": None}

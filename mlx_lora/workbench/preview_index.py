@@ -96,9 +96,7 @@ def _read(settings: DataSettings, records: str, report: Report) -> tuple[dict[st
     return parts, forms
 
 
-def _read_file(
-    file: DataFile, settings: DataSettings, records: str, rows: Rows, forms: list[str]
-) -> Iterator[None]:
+def _read_file(file: DataFile, settings: DataSettings, records: str, rows: Rows, forms: list[str]) -> Iterator[None]:
     """Add a file's records one by one, so that each entry's form is known; yield after each."""
     all_forms = rows.formats
     for record in read_records(file.path, file.sheet):
