@@ -1,7 +1,7 @@
-"""Take the pictures of the studio in docs/studio/: the real server with two short runs of SmolLM2, light, dark, and 390 px wide.
+"""Take the pictures of the studio in docs/studio/: the real server with two short runs of SmolLM2, in light, in dark, and 390 px wide.
 
     python scripts/draw_studio.py                  needs Chromium, pip install 'mlx-lora[serve,studio-test]' pillow
-    python scripts/draw_studio.py --home DIR       another home than ~/mlx-lora-studio; runs that are there are not trained again
+    python scripts/draw_studio.py --home DIR       another home than ~/mlx-lora-pictures; runs that are there are not trained again
 
 Every number in the pictures was measured or planned on the machine that draws them.
 """
@@ -27,26 +27,30 @@ SETS = ("bard", "tutor")
 # Steps that a laptop takes in minutes; the rows of the recipe have at most 120 tokens.
 SHORT = {"rank": 8, "alpha": 16, "iters": 30, "batch_tokens": 256, "max_seq_length": 256, "steps_per_eval": 10, "sample_tokens": 48}  # fmt: skip
 RUNS = {"bard-5e-4": {"learning_rate": 5e-4}, "bard-1e-4": {"learning_rate": 1e-4}}
-PLACES = ("model", "data", "train", "run", "runs", "compare", "talk", "ship")
-KINDS = {"light": (False, 1280), "dark": (True, 1280), "390": (False, 390)}
+# name: dark, width in pixels, places
+KINDS = {
+    "light": (False, 1280, ("model", "data", "train", "run", "compare", "talk", "ship")),
+    "dark": (True, 1280, ("data", "train", "run", "talk")),
+    "390": (False, 390, ("model", "data", "run", "talk")),
+}
 QUESTION = "How do I boil an egg?"
 ANSWERED = "tokens/s, first token"
 
 
 @click.command()
-@click.option("--home", default="~/mlx-lora-studio", show_default=True, help="The studio's home with the two runs.")
+@click.option("--home", default="~/mlx-lora-pictures", show_default=True, help="The studio's home with the two runs.")
 def main(home: str) -> None:
-    """Train the two runs if they are not there, and take all pictures."""
+    """Train the two runs if they are not there, and take the pictures."""
     out, folder = ROOT / "docs" / "studio", Path(home).expanduser()
     out.mkdir(exist_ok=True)
     try:
         model = smollm2_gguf()
         with studio(folder, model.parent) as url, chromium() as browser:
             project, ids = prepare(url, model)
-            for kind, (dark, width) in KINDS.items():
+            for kind, (dark, width, places) in KINDS.items():
                 watched = open_studio(browser, url, dark, width, project)
                 watched.page.set_default_timeout(PATIENCE_MS)
-                for name in PLACES:
+                for name in places:
                     look_at(watched, name, ids)
                     save_small(watched.page, out / f"{name}-{kind}.png")
                 assert not watched.problems, watched.problems

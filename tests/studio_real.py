@@ -24,7 +24,8 @@ PATIENCE_MS = 480_000  # loading and training on a machine that others use too
 @contextmanager
 def studio(home: Path, models: Path, **variables: str) -> Iterator[str]:
     """Run the command as a user does, and give the page's address."""
-    log = home.with_suffix(".log")
+    home.mkdir(parents=True, exist_ok=True)
+    log = home / "server.log"
     words = ["-m", "mlx_lora.studio", "--home", str(home), "--model-folder", str(models), "--port", "0", "--no-browser"]
     with log.open("w") as out:
         process = subprocess.Popen(
