@@ -95,7 +95,7 @@ def look_at(watched: Watched, name: str, ids: list[str]) -> None:
     watched.go(places.get(name, name))
     if name == "model":
         page.locator(".chosen-model .memory-bar").wait_for()
-        page.wait_for_function("!document.querySelector('.model-row [aria-busy=true]')")
+        page.locator(".model-row [aria-busy=true]").first.wait_for(state="detached")
     if name == "data":
         page.locator("mark").first.wait_for()
     if name == "train":
