@@ -1,56 +1,121 @@
-"""Take the pictures of the studio in docs/studio/: every place, light, dark, and 390 px wide.
+"""Take the pictures of the studio in docs/studio/: the real server with two short runs of SmolLM2, in light, in dark, and 390 px wide.
 
     python scripts/draw_studio.py                  needs Chromium, pip install 'mlx-lora[serve,studio-test]' pillow
+    python scripts/draw_studio.py --home DIR       another home than ~/mlx-lora-pictures; runs that are there are not trained again
 
-The page and the server's headers are real; models, runs and numbers are made up, and so is the Mac (tests/studio_stand_in.py):
-the pictures show the page, and measure nothing.
+Every number in the pictures was measured or planned on the machine that draws them.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
+from typing import Any
+
+import click
+import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from studio_browser import chromium, open_studio, save_small  # noqa: E402
-from studio_stand_in import StandIn  # noqa: E402
+from real_models import smollm2_gguf  # noqa: E402
+from studio_browser import Watched, chromium, open_studio, save_small  # noqa: E402
+from studio_real import PATIENCE_MS, asked, studio  # noqa: E402
 
-PROJECT = {
-    "model": "Qwen/Qwen3-0.6B", "settings": {"rank": 32}, "preset": None,
-    "sets": [{"path": "/home/me/mlx-lora-studio/data/tutor.jsonl", "weight": 1}, {"path": "/home/me/chat.jsonl", "weight": 0.5}],
-}  # fmt: skip
-PLACES = {"model": "model", "data": "data", "train": "train", "live": "train/run-000", "runs": "runs", "compare": "runs/compare/run-001,run-006,run-011", "talk": "talk", "ship": "talk"}  # fmt: skip
-KINDS = {"light": (False, 1280), "dark": (True, 1280), "390": (False, 390)}
+SETS = ("bard", "tutor")
+# Steps that a laptop takes in minutes; the rows of the recipe have at most 120 tokens.
+SHORT = {"rank": 8, "alpha": 16, "iters": 30, "batch_tokens": 256, "max_seq_length": 256, "steps_per_eval": 10, "sample_tokens": 48}  # fmt: skip
+RUNS = {"bard-5e-4": {"learning_rate": 5e-4}, "bard-1e-4": {"learning_rate": 1e-4}}
+# name: dark, width in pixels, places
+KINDS = {
+    "light": (False, 1280, ("model", "data", "train", "run", "compare", "talk", "ship")),
+    "dark": (True, 1280, ("data", "train", "run", "talk")),
+    "390": (False, 390, ("model", "data", "run", "talk")),
+}
+QUESTION = "How do I boil an egg?"
+ANSWERED = "tokens/s, first token"
 
 
-def main() -> None:
-    """Take them all."""
-    out = ROOT / "docs" / "studio"
+@click.command()
+@click.option("--home", default="~/mlx-lora-pictures", show_default=True, help="The studio's home with the two runs.")
+def main(home: str) -> None:
+    """Train the two runs if they are not there, and take the pictures."""
+    out, folder = ROOT / "docs" / "studio", Path(home).expanduser()
     out.mkdir(exist_ok=True)
-    with StandIn(30, hostile="") as server, chromium() as browser:
-        for kind, (dark, width) in KINDS.items():
-            watched = open_studio(browser, server.url, dark, width, PROJECT)
-            page = watched.page
-            for name, place in PLACES.items():
-                watched.go(place)
-                if name == "train":
-                    page.get_by_text("Sample texts").wait_for()
-                    page.get_by_role("radio", name="New run").check()
-                if name == "ship":
-                    page.get_by_role("radio", name="Ship").check()
-                if name == "talk":
-                    page.get_by_label("Message").fill("How do I boil an egg?")
-                    page.keyboard.press("Enter")
-                    page.get_by_text("tokens/s, first token").nth(1).wait_for()
-                page.evaluate("document.activeElement.blur()")
-                page.wait_for_timeout(1500)  # charts and plans
-                save_small(page, out / f"{name}-{kind}.png")
-            assert not watched.problems, watched.problems
-            page.close()
+    try:
+        model = smollm2_gguf()
+        with studio(folder, model.parent) as url, chromium() as browser:
+            project, ids = prepare(url, model)
+            for kind, (dark, width, places) in KINDS.items():
+                watched = open_studio(browser, url, dark, width, project)
+                watched.page.set_default_timeout(PATIENCE_MS)
+                for name in places:
+                    look_at(watched, name, ids)
+                    save_small(watched.page, out / f"{name}-{kind}.png")
+                assert not watched.problems, watched.problems
+                watched.page.close()
+    except pytest.skip.Exception as missing:
+        raise click.ClickException(f"no pictures: {missing}") from None
     for path in sorted(out.glob("*.png")):
         print(f"{path.stat().st_size / 1000:6.0f} KB  {path.relative_to(ROOT)}")
+
+
+def prepare(url: str, model: Path) -> tuple[dict[str, Any], list[str]]:
+    """Upload the data and train what is not there yet.
+
+    Returns:
+        The project that the page opens with, and the ids of the runs.
+    """
+    there = {Path(one["path"]).name: one["path"] for one in asked(url, "data/sets")["sets"]}
+    for name in SETS:
+        if f"{name}.jsonl" not in there:
+            content = (ROOT / "mlx_lora" / "recipes" / name / "train.jsonl").read_bytes()
+            there[f"{name}.jsonl"] = asked(url, f"data/upload?name={name}.jsonl", content)["path"]
+    data = there["bard.jsonl"]
+    known = {run["name"] for run in asked(url, "runs")["runs"]}
+    for name, own in RUNS.items():
+        if name not in known:
+            settings = {"model": str(model), "data": data, **SHORT, **own}
+            asked(url, "train/start", {"settings": settings, "name": name, "queue": True})
+    runs = asked(url, "runs")["runs"]
+    while any(run["state"] in ("running", "queued") for run in runs):
+        time.sleep(2)
+        runs = asked(url, "runs")["runs"]
+    ids = {run["name"]: run["id"] for run in runs}
+    settings = {**SHORT, "learning_rate": 5e-4}
+    project = {"model": str(model), "sets": [{"path": data, "weight": 1}], "settings": settings, "preset": None}
+    return project, [ids[name] for name in RUNS]
+
+
+def look_at(watched: Watched, name: str, ids: list[str]) -> None:
+    """Go to a place, and wait until everything in it is there."""
+    page = watched.page
+    places = {"run": f"runs/{ids[0]}", "compare": f"runs/compare/{','.join(ids)}", "ship": "talk"}
+    watched.go(places.get(name, name))
+    if name == "model":
+        page.locator(".chosen-model .memory-bar").wait_for()
+        page.locator(".model-row [aria-busy=true]").first.wait_for(state="detached")
+    if name == "data":
+        page.locator("mark").first.wait_for()
+    if name == "train":
+        page.get_by_role("radio", name="New run").check()
+        page.locator(".plan .memory-bar").wait_for()
+    if name in ("run", "compare"):
+        page.locator(".chart canvas").nth(2).wait_for()
+    if name == "ship":
+        page.get_by_role("radio", name="Ship").check()
+        page.get_by_text("For which program").wait_for()
+    if name == "talk":
+        page.get_by_text("Sampling and system prompt").click()
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_label("Max tokens").fill("64")
+        page.get_by_text("Sampling and system prompt").click()
+        page.get_by_label("Message").fill(QUESTION)
+        page.keyboard.press("Enter")
+        page.get_by_text(ANSWERED).nth(1).wait_for()
+    page.evaluate("document.activeElement.blur()")
+    page.wait_for_timeout(1500)  # charts
 
 
 if __name__ == "__main__":

@@ -9,86 +9,23 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from real_models import smollm2_gguf
-from studio_browser import Watched, chromium, open_studio
+from studio_browser import chromium, open_studio
+from studio_real import PATIENCE_MS, add_data, choose, run_folder, studio, train
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[1]
-PATIENCE_MS = 480_000  # loading and training on a machine that others use too
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with chromium() as one:
         yield one
-
-
-@contextmanager
-def studio(home: Path, models: Path) -> Iterator[str]:
-    """Run the command as a user does, and give the page's address."""
-    log = home.with_suffix(".log")
-    words = ["-m", "mlx_lora.studio", "--home", str(home), "--model-folder", str(models), "--port", "0", "--no-browser"]
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [sys.executable, *words],
-            cwd=home.parent,
-            stdout=out,
-            stderr=out,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while not (ready := re.search(r"^ready\s+(\S+)", log.read_text(), re.M)):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        yield ready[1]
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
-
-
-def choose(watched: Watched, name: str) -> None:
-    page = watched.page
-    watched.go("model")
-    page.get_by_role("radio", name=re.compile(re.escape(name))).check(timeout=PATIENCE_MS)
-    page.locator(".chosen-model .memory-bar").wait_for(timeout=PATIENCE_MS)  # planned from the configuration alone
-
-
-def add_data(watched: Watched, file: Path, words: str) -> None:
-    """Drop a file, and wait until the page shows what of it is trained."""
-    watched.go("data")
-    watched.page.locator("input[type=file]").set_input_files(str(file))
-    watched.page.locator("mark", has_text=words).first.wait_for(timeout=PATIENCE_MS)
-
-
-def train(watched: Watched, name: str, **settings: Any) -> None:
-    """Start a run with these settings, each found by the search over all settings."""
-    page = watched.page
-    watched.go("train")
-    for setting, value in settings.items():
-        page.get_by_role("searchbox").fill(setting)
-        page.locator(f".settings[aria-live] #set-{setting}").fill(str(value))  # of what was found
-        page.keyboard.press("Tab")
-    page.get_by_role("searchbox").fill("")
-    page.get_by_label("Name of the run").fill(name)
-    page.locator(".plan .memory-bar").wait_for(timeout=PATIENCE_MS)
-    page.get_by_role("button", name="Start training").click()
-    page.locator(".live").get_by_text(re.compile("^(running|done)$")).first.wait_for(timeout=PATIENCE_MS)
-
-
-def run_folder(home: Path, name: str) -> Path:
-    return home / "runs" / name
 
 
 def whole_loop(
@@ -207,5 +144,37 @@ def test_the_server_is_killed_and_the_run_goes_on(browser, tiny_folder, chats, t
         page.locator(".live .chip", has_text="running").wait_for()
         page.get_by_role("button", name="Pause").click()
         page.locator(".live .chip", has_text="paused").wait_for()
+        assert watched.problems == []
+        page.close()
+
+
+def test_a_copy_is_made_and_what_was_forgotten_is_measured_without_the_hub(browser, tiny_folder, chats, tmp_path):
+    home = tmp_path / "home"
+    with studio(home, tiny_folder.parent, HF_HUB_OFFLINE="1") as url:
+        watched = open_studio(browser, url)
+        page = watched.page
+        page.set_default_timeout(PATIENCE_MS)
+        choose(watched, tiny_folder.name)
+        page.get_by_role("searchbox").fill("Qwen3 0.6B")
+        page.locator(".note", has_text="offline").wait_for()
+        page.get_by_role("searchbox").fill("")
+        page.get_by_text("Make a smaller copy of it").click()
+        page.get_by_role("radio", name="8", exact=True).check()
+        page.locator("#copy-name").fill("smaller")
+        page.get_by_role("button", name="Make the copy").click()
+        page.get_by_role("radio", name=re.compile("smaller.*8-bit")).wait_for()
+        assert (home / "models" / "smaller" / "config.json").is_file()
+
+        add_data(watched, chats, "abc")
+        train(watched, "loop", iters=2, max_seq_length=64)
+        page.locator(".live .chip", has_text="done").wait_for()
+        watched.go("runs", "loop")
+        page.get_by_role("link", name="loop").click()
+        page.get_by_role("button", name="Measure", exact=True).click()
+        page.locator(".button.busy", has_text="Measuring").wait_for()
+        page.get_by_role("button", name="Measure again").wait_for()
+        page.get_by_role("region", name="What was forgotten").get_by_role("row").nth(2).wait_for()
+        page.get_by_text("Questions answered right").wait_for()
+        assert watched.complaints() == []
         assert watched.problems == []
         page.close()

@@ -151,8 +151,13 @@ def test_a_plan_follows_the_settings(studio, server):
     page.wait_for_function("text => document.querySelector('.plan .memory-ends').innerText !== text", arg=before)
     page.get_by_role("button", name="Set rank back to 16").click()
     page.get_by_role("radio", name="Quick").check()
+    held: list[Any] = []  # the answer waits, as for the plan of a large data set
+    page.route("**/api/train/start", lambda route: held.append(route))
     page.get_by_role("button", name="Start training").click()
+    page.locator("button[aria-busy=true]:disabled", has_text="Planning and starting").wait_for()
+    held[0].continue_()
     page.get_by_text("Sample texts").wait_for()
+    assert page.locator("button[aria-busy]").count() == 0
     started = [body for path, body in server.asked if path == "train/start"][-1]
     quick = {"rank": 8, "alpha": 16, "iters": 100}
     assert started["settings"] == {**quick, "model": MODEL, "data": SET}

@@ -156,6 +156,20 @@ def test_news_come_once_and_take_no_memory(tmp_path):
     assert grown < 200_000
 
 
+def test_rows_between_the_answer_and_the_stream_come_once(tmp_path):
+    """The page has read the run up to step 3; a validation of that step, and two reports, were written since."""
+    folder = write_run(tmp_path / "run", steps=3, ended=False)
+    with (folder / "metrics.jsonl").open("a") as file:
+        later = [metric(3, loss=None, val_loss=1.5), metric(4), metric(5)]
+        file.write("".join(json.dumps(one) + "\n" for one in later) + '{"step": 6')
+        file.flush()
+        news = RunNews(folder, lambda: {"step": 5})
+        file.write(json.dumps(metric(6))[10:] + "\n")
+        file.flush()
+        found = [one["metrics"] for one in [*news.since(3), *news.read()] if one["type"] == "metrics"]
+    assert [(one["step"], one["val_loss"]) for one in found] == [(3, None), (3, 1.5), (4, None), (5, None), (6, None)]
+
+
 def test_a_tail_reads_a_file_that_was_replaced(tmp_path):
     path = tmp_path / "a"
     path.write_text("1\n2\n")

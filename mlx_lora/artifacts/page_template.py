@@ -18,8 +18,13 @@ def render_page(folder: Path, template: str, /, **values: Any) -> str:
         folder, template: the template's folder and name; it extends page.html.
         values: for the template. They are escaped unless the template marks them `safe`, as it does for our SVG.
     """
-    css = (COMMON / "page.css").read_text(encoding="utf-8")
+    css = tokens_css() + (COMMON / "page.css").read_text(encoding="utf-8")
     return _environment(folder).get_template(template).render(css=css, **values)
+
+
+def tokens_css() -> str:
+    """Return the colors, type sizes and spacing that all pages of ours share; one that must stay one file copies them in."""
+    return (COMMON / "tokens.css").read_text(encoding="utf-8")
 
 
 @cache

@@ -1,6 +1,7 @@
 """Serve the chat page, which shows two models side by side in a browser and uses the same endpoints as other clients.
 
-The page, `pages/chat.html`, is served as a single file, with `pages/markdown.js` inside. Its policy only allows its own script and style to run, whatever a model
+The page, `pages/chat.html`, is served as a single file, with `pages/markdown.js` and the common
+tokens.css inside. Its policy only allows its own script and style to run, whatever a model
 writes. It has no secrets, so it is served without an API key; its requests to the server need the key.
 """
 
@@ -14,6 +15,8 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
+
+from mlx_lora.artifacts.page_template import tokens_css
 
 FOLDER = Path(__file__).parent / "pages"
 SCRIPTS = ("markdown.js",)  # each stands in the page where a line names it
@@ -38,8 +41,8 @@ def page_route() -> Route:
 
 
 def page_text() -> str:
-    """Return the page with its scripts."""
-    text = (FOLDER / "chat.html").read_text(encoding="utf-8")
+    """Return the page with its scripts, and the colors and type sizes that all pages of ours share."""
+    text = (FOLDER / "chat.html").read_text(encoding="utf-8").replace("/* tokens.css */\n", tokens_css())
     for name in SCRIPTS:
         text = text.replace(f"// {name}\n", (FOLDER / name).read_text(encoding="utf-8"))
     return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,19 +86,21 @@ def last_values(path: Path) -> dict[str, Any]:
     return found
 
 
-def tail_lines(path: Path, size: int, most: int | None = None) -> list[str]:
+def tail_lines(path: Path, size: int, most: int | None = None, end: int | None = None) -> list[str]:
     """Return the last whole lines of a text file; empty if there is no such file.
 
     Args:
         path: of the file.
         size: bytes that are read at most.
         most: lines at most.
+        end: position in bytes up to which the file is read; None: all of it.
     """
     try:
         with path.open("rb") as file:
-            start = max(0, file.seek(0, 2) - size)
+            end = file.seek(0, 2) if end is None else end
+            start = max(0, end - size)
             file.seek(start)
-            text = file.read(size).decode("utf-8", "replace")
+            text = file.read(end - start).decode("utf-8", "replace")
     except OSError:
         return []
     lines = text.splitlines()
@@ -112,10 +115,18 @@ class Tail:
         self._path, self._at, self._inode = path, 0, None
         if from_end:
             try:
-                stat = path.stat()
-                self._at, self._inode = stat.st_size, stat.st_ino
+                with path.open("rb") as file:
+                    stat = os.fstat(file.fileno())
+                    start = max(0, stat.st_size - TAIL_BYTES)
+                    file.seek(start)
+                    whole = file.read(stat.st_size - start).rfind(b"\n") + 1  # a line that is being written comes later
+                self._at, self._inode = start + whole if whole else stat.st_size, stat.st_ino
             except OSError:
                 pass
+
+    def earlier_lines(self, size: int) -> list[str]:
+        """Return the last lines before this position, of at most `size` bytes; `new_lines` gives none of them again."""
+        return tail_lines(self._path, size, end=self._at)
 
     def new_lines(self) -> list[str]:
         """Return the complete lines since the last call; a file that was replaced or cut is read from its start."""

@@ -37,7 +37,7 @@ class ModelRoutes:
     def __init__(self, places: Places, stores: ModelStores, checker: Checker, plans: Plans, tasks: Tasks):
         self._places, self._stores, self._checker = places, stores, checker
         self._plans, self._tasks = plans, tasks
-        self._listed: tuple[float, list[dict[str, Any]]] = (-KEPT_S, [])
+        self._listed: tuple[float, int, list[dict[str, Any]]] = (-KEPT_S, 0, [])
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes."""
@@ -54,9 +54,10 @@ class ModelRoutes:
         return {"models": self._here(), "stores": self._stores.stores()}
 
     def _here(self) -> list[dict[str, Any]]:
-        if time.monotonic() - self._listed[0] > KEPT_S:
-            self._listed = (time.monotonic(), self._stores.listed())
-        return self._listed[1]
+        ended = self._tasks.ended  # a download or a conversion may have brought a model
+        if time.monotonic() - self._listed[0] > KEPT_S or ended != self._listed[1]:
+            self._listed = (time.monotonic(), ended, self._stores.listed())
+        return self._listed[2]
 
     def search(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """GET /api/models/search?q=."""
@@ -99,7 +100,6 @@ class ModelRoutes:
             if done != task.done:
                 self._tasks.change(task, done=done)
 
-        self._listed = (-KEPT_S, [])
         words = ["workbench.hub_download", model]
         return {"task": self._tasks.child("download", f"Download {model}", words, {"model": model}, watch).public()}
 
@@ -113,7 +113,6 @@ class ModelRoutes:
         if out.exists():
             raise ApiError(409, f"name: there is {name} already; choose another name", "name_taken", "name")
         words = ["convert", "--model", model, "--out", str(out), "--bits", str(bits)]
-        self._listed = (-KEPT_S, [])
         task = self._tasks.child("convert", f"Convert {Path(model).name} to {bits} bits", words, {"model": str(out)})
         return {"task": task.public(), "command": command_line(words)}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ MOST_REFUSED = 20_000  # that are listed; all are counted
 MOST_WHY = 400
 FILE, LINE, FORM, CUT, DOUBLED, SPLIT = range(6)
 META = "meta.json"
-Report = Callable[[int, int], None]
+REPORT_EVERY = 500  # records that are parsed
+Report = Callable[[int, int | None], None]
 
 
 def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda done, total: None) -> None:
@@ -48,7 +49,7 @@ def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda don
     Args:
         asked: settings of a run by name, with `data`, and `tokenizer`, the folder of the model's tokenizer.
         folder: to write, completely or not at all.
-        report: told how many records are done, and of how many.
+        report: told how many records are parsed, of None, and then how many are encoded, and of how many.
 
     Raises:
         InputError: the data cannot be read, or has no usable row at all, as `train` would say.
@@ -58,7 +59,7 @@ def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda don
     config = read_json(tokenizer_folder / "config.json", "download the model again")
     tokenizer: Any = load_folder_tokenizer(tokenizer_folder, config, False)._tokenizer
     records = objective_of(settings.objective).records
-    parts, forms = _read(settings.data, records)
+    parts, forms = _read(settings.data, records, report)
     joined = Rows()
     for rows in parts.values():
         joined.entries += rows.entries
@@ -79,20 +80,24 @@ def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda don
         _write(temporary, settings, parts, forms, encoded, encoder, day)
 
 
-def _read(settings: DataSettings, records: str) -> tuple[dict[str, Rows], dict[str, list[str]]]:
+def _read(settings: DataSettings, records: str, report: Report) -> tuple[dict[str, Rows], dict[str, list[str]]]:
     """Return the rows of each split, and the form of each entry."""
     parts: dict[str, Rows] = {}
     forms: dict[str, list[str]] = {}
+    parsed = 0
     for one in find_sets(settings.data or ""):
         for split in SPLITS:
             for file in one.splits.get(split, ()):
                 rows, known = parts.setdefault(split, Rows()), forms.setdefault(split, [])
-                _read_file(file, settings, records, rows, known)
+                for _ in _read_file(file, settings, records, rows, known):
+                    parsed += 1
+                    if parsed % REPORT_EVERY == 0:
+                        report(parsed, None)
     return parts, forms
 
 
-def _read_file(file: DataFile, settings: DataSettings, records: str, rows: Rows, forms: list[str]) -> None:
-    """Add a file's records one by one, so that each entry's form is known."""
+def _read_file(file: DataFile, settings: DataSettings, records: str, rows: Rows, forms: list[str]) -> Iterator[None]:
+    """Add a file's records one by one, so that each entry's form is known; yield after each."""
     all_forms = rows.formats
     for record in read_records(file.path, file.sheet):
         rows.formats = Counter()
@@ -100,6 +105,7 @@ def _read_file(file: DataFile, settings: DataSettings, records: str, rows: Rows,
         parse_rows(one, file.name, settings, records, rows)
         forms += [next(iter(rows.formats), "")] * (len(rows.entries) - len(forms))
         all_forms.update(rows.formats)
+        yield
     rows.formats = all_forms
 
 

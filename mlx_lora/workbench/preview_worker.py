@@ -25,7 +25,7 @@ def main(request: Path, folder: Path) -> None:
     """Write the index of the data that REQUEST names into FOLDER."""
     asked = json.loads(request.read_text(encoding="utf-8"))
 
-    def report(done: int, total: int) -> None:
+    def report(done: int, total: int | None) -> None:
         with replacing_file(request.with_name(PROGRESS)) as temporary:
             temporary.write_text(json.dumps([done, total]), encoding="utf-8")
 

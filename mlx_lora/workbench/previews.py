@@ -138,13 +138,14 @@ class Previews:
                 pass
             else:
                 if (done, total) != (task.done, task.total):
-                    self._tasks.change(task, done=done, total=total)
+                    said = f"{done:,} records read" if total is None else "Encoding"
+                    self._tasks.change(task, done=done, total=total, message=said)
             time.sleep(POLL_S)
         said = last_line(room / "log")
         shutil.rmtree(room, ignore_errors=True)
         if child.returncode:
             raise RunError(ended_words(child.returncode, said))
-        self._tasks.change(task, done=task.total or 0)
+        self._tasks.change(task, done=task.total or 0, message="")
         _evict(folder.parent)
 
     def _index(self, key: str, folder: Path) -> Index:

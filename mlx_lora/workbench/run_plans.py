@@ -1,12 +1,20 @@
-"""Plan runs for the page with the planner's own function, in one thread, and keep the plans."""
+"""Plan runs for the page with the planner's own function, in processes of their own, and keep the plans.
+
+A plan reads the graph of a step, and while it does, some of MLX's functions are replaced for the whole process. A model that
+answers in the same process would run into them.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +26,13 @@ from mlx_lora.planner.speed import Ceilings
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.sources.data_sets import find_sets, is_local, named_sets
-from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.units import format_duration, gigabytes
 from mlx_lora.workbench.model_stores import local_model
 from mlx_lora.workbench.tasks import Task, Tasks
 
 KEPT = 256  # plans
+PROCESSES = 2  # one may read large data while the other answers the page
 SHAPES = 12  # of models with adapters; an outline holds no weights
 AT_ONCE_BYTES = 2_000_000  # data up to here is read while the page waits
 # Settings that change neither memory nor speed; plans with others of these are the same.
@@ -64,17 +72,14 @@ class Plans:
     """Plans by (model, settings, data), the most recently asked ones."""
 
     def __init__(self, tasks: Tasks):
-        # One thread: MLX's arrays and the models' modules are made there and nowhere else.
-        self._thread = ThreadPoolExecutor(1, "mlx-lora-plan")
+        self._processes = ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn"), _begin_process)
         self._kept: OrderedDict[str, dict[str, Any] | str] = OrderedDict()
         self._lock, self._tasks = threading.Lock(), tasks
         self._reading: dict[str, Task] = {}
-        self._parts = KeptParts()
 
     def close(self) -> None:
-        """End the thread after what it does now."""
-        self._thread.submit(device.end_thread)
-        self._thread.shutdown(wait=False, cancel_futures=False)
+        """End the processes."""
+        self._processes.shutdown(wait=False, cancel_futures=True)
 
     def of_config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return the plan of settings without their data: every row has `max_seq_length` tokens.
@@ -100,15 +105,13 @@ class Plans:
             if key not in self._reading or self._reading[key].state != "running":
                 self._reading = {other: one for other, one in self._reading.items() if one.state == "running"}
                 self._reading[key] = self._tasks.begin(
-                    "plan", "Reading the data for the plan", lambda task: self._read(task, settings)
+                    "plan", "Reading the data for the plan", lambda _: self._read(settings)
                 )
             task = self._reading[key]
         return self.of_config(settings), task
 
-    def _read(self, task: Task, settings: Mapping[str, Any]) -> None:
-        result = plan_run(_readable(settings), say=lambda line: self._tasks.change(task, message=line))
-        device.end_thread()
-        self._keep(_key(settings), result)
+    def _read(self, settings: Mapping[str, Any]) -> None:
+        self._keep(_key(settings), self._processes.submit(_plan, dict(settings)).result())
 
     def _planned(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         key = _key(settings)
@@ -120,9 +123,8 @@ class Plans:
             raise InputError(found)
         if found is not None:
             return found
-        working: Future[dict[str, Any]] = self._thread.submit(lambda: plan_run(_readable(settings), parts=self._parts))
         try:
-            return self._keep(key, working.result())
+            return self._keep(key, self._processes.submit(_plan, dict(settings)).result())
         except InputError as error:
             if Path(str(settings.get("model"))).exists():  # the hub may be reached the next time
                 self._keep(key, str(error))
@@ -134,6 +136,29 @@ class Plans:
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return result
+
+
+def _begin_process() -> None:
+    """Set up a process: it leaves Ctrl-C to the server, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    server = multiprocessing.parent_process()
+
+    def end_with_server() -> None:
+        if server is not None:
+            server.join()
+            os._exit(0)
+
+    threading.Thread(target=end_with_server, daemon=True).start()
+
+
+@lru_cache(maxsize=1)
+def _kept_parts() -> KeptParts:
+    """Return what this process keeps between plans."""
+    return KeptParts()
+
+
+def _plan(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return plan_run(_readable(settings), parts=_kept_parts())
 
 
 def _readable(settings: Mapping[str, Any]) -> TrainSettings:

@@ -18,7 +18,7 @@ from mlx_lora.artifacts.run_report import FACTS_FILE
 from mlx_lora.serving.asking import ApiError
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.program import command_line
-from mlx_lora.workbench.metrics_reading import TAIL_BYTES, Tail, parsed, tail_lines
+from mlx_lora.workbench.metrics_reading import TAIL_BYTES, Tail, parsed
 from mlx_lora.workbench.places import safe_name
 from mlx_lora.workbench.run_commands import Checker, resolved, run_yaml, train_words
 from mlx_lora.workbench.run_control import RunControl
@@ -184,9 +184,12 @@ class RunNews:
         self._texts: Any = None
 
     def since(self, step: int) -> list[dict[str, Any]]:
-        """Return the metrics after a step that were there before this object, for who has read those up to it."""
-        found = [parsed(text) for text in tail_lines(self._folder / METRICS, TAIL_BYTES)]
-        return [{"type": "metrics", "metrics": one} for one in found if one is not None and one["step"] > step]
+        """Return the metrics from a step on that were there before this object, for who has read those up to it.
+
+        Rows of the step itself are among them: a validation comes as a second row of a step. The page joins rows of a step.
+        """
+        found = [parsed(text) for text in self._metrics.earlier_lines(TAIL_BYTES)]
+        return [{"type": "metrics", "metrics": one} for one in found if one is not None and one["step"] >= step]
 
     def read(self) -> list[dict[str, Any]]:
         """Return the news.

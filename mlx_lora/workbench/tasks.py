@@ -80,6 +80,7 @@ class Tasks:
         """Take the folder for the output of child processes."""
         self._tasks: dict[str, Task] = {}
         self._lock, self._versions, self._logs = threading.Lock(), itertools.count(1), logs
+        self.ended = 0  # tasks since the server began
 
     def routes(self) -> list[BaseRoute]:
         """Return their routes."""
@@ -146,7 +147,10 @@ class Tasks:
 
         def run() -> None:
             try:
-                self.change(task, result=work(task), state="done")
+                result = work(task)
+                with self._lock:
+                    self.ended += 1
+                self.change(task, result=result, state="done")
             except Cancelled:
                 self.change(task, state="cancelled", message="Cancelled.")
             except (InputError, RunError, ApiError, OSError) as error:

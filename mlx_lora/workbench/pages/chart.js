@@ -22,6 +22,7 @@ export function growing(names, kept = "val_loss") {
     // A validation comes as a row of its own with the step of a report: both are one point. A resumed run goes over some
     // steps again: what was known of them goes.
     add(row) {
+      if ((row.loss ?? null) === null) row = { ...row, tokens_per_s: null }; // a validation has no speed of training
       const { step } = columns;
       while (step.length && step[step.length - 1] > row.step) for (const name of names) columns[name].pop();
       if (step.length && step[step.length - 1] === row.step) for (const name of names) columns[name][step.length - 1] = row[name] ?? columns[name][step.length - 1];
@@ -33,6 +34,7 @@ export function growing(names, kept = "val_loss") {
   };
 }
 
+const STEPS = [1, 10, 100, 1e3, 1e4, 1e5, 1e6].flatMap((one) => [one, 2 * one, 5 * one]); // no half steps
 const style = () => getComputedStyle(document.documentElement);
 const colorOf = (name) => style().getPropertyValue("--" + name).trim();
 
@@ -46,7 +48,7 @@ function options(width, height, series, words, limit, zero) {
   };
   return { width, height, cursor: { points: { size: 7 }, drag: { x: true, y: false } }, legend: { show: false },
     scales: { x: { time: false }, y: { range } }, series: [{ label: "step" }, ...series.map(one)],
-    axes: [{ ...axis, space: 60 }, { ...axis, size: 56, space: 34, values: (self, ticks) => ticks.map(words) }] };
+    axes: [{ ...axis, space: 60, incrs: STEPS }, { ...axis, size: 56, space: 34, values: (self, ticks) => ticks.map(words) }] };
 }
 
 // series: [{label, color, dots}]; data: [steps, ...values]; words: a value as text; limit: a line to compare with; zero: the
@@ -76,8 +78,8 @@ export function Chart({ title, series, data, words, limit, limitWords, zero, hei
   const points = data[0].length, shown = at !== null && at < points ? at : null;
   const told = series.map((one, n) => ({ ...one, said: words(shown === null ? last(data[n + 1]) : data[n + 1][shown]) }));
   const summary = points ? `${title}, ${points} points up to step ${data[0][points - 1]}. ` + told.map((one) => `${one.label}: ${one.said}`).join(", ") : `${title}: no points yet`;
-  return html`<figure class="chart-box"><figcaption><b>${title}</b>${told.map((one, n) => html`<span key=${n} class="key"><span class=${"stroke " + one.color}></span>${one.label} <span class="number">${one.said}</span></span>`)}
-      ${limit ? html`<span class="key soft"><span class="stroke dashed"></span>${limitWords}</span>` : null}<span class="soft number step">${shown === null ? "" : `step ${data[0][shown]}`}</span></figcaption>
+  return html`<figure class="chart-box"><figcaption><b>${title}</b><span class="soft number step">${shown === null ? "" : `step ${data[0][shown]}`}</span>
+      <span class="keys-of-chart">${told.map((one, n) => html`<span key=${n} class="key"><span class=${"stroke " + one.color}></span>${one.label} <span class="number">${one.said}</span></span>`)}${limit ? html`<span class="key soft"><span class="stroke dashed"></span>${limitWords}</span>` : null}</span></figcaption>
     <div class="chart" ref=${box} role="img" aria-label=${summary}></div></figure>`;
 }
 
@@ -94,7 +96,7 @@ function line(self, limit) {
   ctx.restore();
 }
 
-function last(values) {
+export function last(values) {
   for (let at = values.length - 1; at >= 0; at--) if (values[at] !== null && values[at] !== undefined) return values[at];
   return null;
 }
@@ -104,7 +106,7 @@ export function joined(runs, name) {
   const steps = [...new Set(runs.flatMap((run) => run.metrics.step || []))].sort((a, b) => a - b), place = new Map(steps.map((step, at) => [step, at]));
   return [steps, ...runs.map(({ metrics }) => {
     const values = new Array(steps.length).fill(null);
-    (metrics.step || []).forEach((step, at) => { values[place.get(step)] = metrics[name]?.[at] ?? values[place.get(step)]; });
+    (metrics.step || []).forEach((step, at) => { if (name === "tokens_per_s" && (metrics.loss?.[at] ?? null) === null) return; values[place.get(step)] = metrics[name]?.[at] ?? values[place.get(step)]; });
     return values;
   })];
 }

@@ -1,7 +1,7 @@
 // One run as it goes: state, progress, curves, sample texts, log. Used by Train for the run of the moment, by Runs for any.
 import { useEffect, useMemo, useRef, useState } from "./vendor/hooks.module.js";
 import { html, Button, Card, Meter, Problem, StateChip, Waiting } from "./parts.js";
-import { Chart, growing } from "./chart.js";
+import { Chart, growing, last } from "./chart.js";
 import { tell } from "./state.js";
 import { bytes, count, duration, loss, rate } from "./format.js";
 import * as api from "./api.js";
@@ -50,8 +50,8 @@ export function Steering({ run, onChange }) {
     setBusy("");
   };
   const running = run.state === "running", resumable = !running && run.state !== "queued" && (run.can_resume ?? ["paused", "killed", "stopped"].includes(run.state));
-  return html`<span class="actions">${running && html`<${Button} small disabled=${busy} onClick=${() => steer("pause", "The run saves and ends; resume it when you like")}>${busy === "pause" ? "Saving" : "Pause"}<//><${Button} small kind="danger" disabled=${busy} onClick=${() => steer("stop", "The run was stopped")}>Stop<//>`}
-    ${resumable && html`<${Button} small kind="first" disabled=${busy} onClick=${() => steer("resume", "The run continues")}>Resume<//>`}<${Problem}>${problem}<//></span>`;
+  return html`<span class="actions">${running && html`<${Button} small busy=${busy === "pause"} disabled=${busy} onClick=${() => steer("pause", "The run saves and ends; resume it when you like")}>${busy === "pause" ? "Saving" : "Pause"}<//><${Button} small kind="danger" busy=${busy === "stop"} disabled=${busy} onClick=${() => steer("stop", "The run was stopped")}>Stop<//>`}
+    ${resumable && html`<${Button} small kind="first" busy=${busy === "resume"} disabled=${busy} onClick=${() => steer("resume", "The run continues")}>Resume<//>`}<${Problem}>${problem}<//></span>`;
 }
 
 function Curves({ run, metrics, drawn }) {
@@ -100,11 +100,13 @@ export function LiveRun({ id, title, onState }) {
   if (problem) return html`<${Card} title=${title}><${Problem} again=${again}>${problem}<//><//>`;
   if (!run) return html`<${Card} title=${title}><${Waiting}>Reading the run<//><//>`;
   const left = run.state === "running" && run.step && run.steps ? (run.seconds / run.step) * (run.steps - run.step) : null;
+  // The tiles say what the curves end with: both come from the same rows.
+  const now = { ...run, loss: last(metrics.columns.loss) ?? run.loss, val_loss: last(metrics.columns.val_loss) ?? run.val_loss };
   return html`<${Card} kind="live" title=${title || run.name} note=${html`<${StateChip} state=${run.state} />`} actions=${html`<${Steering} run=${run} onChange=${again} />`}>
       <${Reason} run=${run} />
       ${run.state === "running" && html`<${Meter} share=${run.steps ? (run.step || 0) / run.steps : null} label=${"Progress of " + run.name} />`}
-      <p class="unseen" aria-live="polite">${run.name}: ${run.state}${run.state === "running" ? "" : `, loss ${loss(run.loss)}`}</p>
-      <dl class="tiles">${FACTS.map(([words, tell]) => html`<div key=${words}><dt>${words}</dt><dd class="number">${tell(run)}</dd></div>`)}</dl>
+      <p class="unseen" aria-live="polite">${run.name}: ${run.state}${run.state === "running" ? "" : `, loss ${loss(now.loss)}`}</p>
+      <dl class="tiles">${FACTS.map(([words, tell]) => html`<div key=${words}><dt>${words}</dt><dd class="number">${tell(now)}</dd></div>`)}</dl>
       ${left !== null && html`<p class="soft number">about ${duration(left)} left</p>`}
       <${Curves} run=${run} metrics=${metrics} drawn=${drawn} /><//>
     <${Samples} samples=${run.samples} />

@@ -21,8 +21,8 @@ const ICONS = {
 };
 export const Icon = ({ name }) => html`<svg class="icon" viewBox="0 0 24 24" aria-hidden="true" focusable="false"><path d=${ICONS[name]} /></svg>`;
 
-export function Button({ kind = "", icon, children, small, ...rest }) {
-  return html`<button type="button" class=${`button ${kind} ${small ? "small" : ""}`} ...${rest}>${icon && html`<${Icon} name=${icon} />`}${children}</button>`;
+export function Button({ kind = "", icon, children, small, busy, ...rest }) {
+  return html`<button type="button" class=${`button ${kind} ${small ? "small" : ""} ${busy ? "busy" : ""}`} aria-busy=${busy ? "true" : undefined} ...${rest}>${icon && html`<${Icon} name=${icon} />`}${children}</button>`;
 }
 
 export const Heading = ({ title, children, actions }) => html`<header class="heading">

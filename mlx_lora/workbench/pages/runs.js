@@ -63,7 +63,7 @@ function Forgetting({ run, again }) {
     } catch (error) { setProblem(error.message); }
   };
   const ready = run.adapter && !["running", "queued"].includes(run.state);
-  const button = ready && html`<${Button} small onClick=${measure} disabled=${busy}>${busy ? "Measuring" : forgetting ? "Measure again" : "Measure"}<//>`;
+  const button = ready && html`<${Button} small onClick=${measure} busy=${busy} disabled=${busy}>${busy ? "Measuring" : forgetting ? "Measure again" : "Measure"}<//>`;
   if (!forgetting) return html`<${Card} title="What was forgotten" actions=${button}><p class="soft">Not measured yet. This compares the base and the adapter on your task, on general text and chat, and on questions with known answers.${ready ? "" : " It can be measured when the run has ended."}</p><${Problem}>${problem}<//><${Command} text=${command} label="The same as a command" /><//>`;
   return html`<${Card} title="What was forgotten" actions=${button}><${Problem}>${problem}<//><p>${forgetting.sentence}</p><div class="scroll" tabindex="0" role="region" aria-label="What was forgotten"><table><thead><tr><th scope="col">Set</th><th scope="col" class="number">Base</th><th scope="col" class="number">Adapter</th><th scope="col" class="number">Change</th><th scope="col">Verdict</th></tr></thead>
       <tbody>${(forgetting.rows || []).map((one) => html`<tr key=${one.set}><th scope="row">${one.set}</th><td class="number">${loss(one.base)}</td><td class="number">${loss(one.adapter)}</td><td class="number">${one.change > 0 ? "+" : ""}${loss(one.change)}</td><td><${Chip} tone=${TONES[one.verdict] || ""}>${one.verdict}<//></td></tr>`)}</tbody></table></div>

@@ -53,10 +53,10 @@ const SUFFIX = /\.(gguf|jsonl?|csv|tsv|txt|md|parquet|xlsx)$/i; // “Qwen3-0.6B
 const slug = (text) => text.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-+|-+$/g, "").slice(0, 40);
 
 function Start({ whole, plan, busy, onStarted }) {
-  const { model, sets } = useStore(project), [name, setName] = useState(""), [problem, setProblem] = useState(""), [sending, setSending] = useState(false);
+  const { model, sets } = useStore(project), [name, setName] = useState(""), [problem, setProblem] = useState(""), [sending, setSending] = useState("");
   const usual = slug(`${lastPart(sets[0]?.path || "run").replace(SUFFIX, "")}-${lastPart(model || "model").replace(SUFFIX, "")}`) || "run";
   const send = async (queue) => {
-    setSending(true);
+    setSending(queue ? "queue" : "now"); // the server waits for the plan, of a large data set for some seconds
     try {
       const { run } = await api.startRun(whole, name.trim() || usual, queue);
       setProblem("");
@@ -64,10 +64,10 @@ function Start({ whole, plan, busy, onStarted }) {
       tell(queue ? "The run waits in the queue" : "The run was started");
       onStarted(run.id || run);
     } catch (error) { setProblem(error.message); }
-    setSending(false);
+    setSending("");
   };
   return html`<div class="start"><${Field} label="Name of the run" id="run-name"><input id="run-name" value=${name} placeholder=${usual} spellcheck="false" onInput=${(event) => setName(event.target.value)} /><//>
-    <div class="actions"><${Button} kind="first" disabled=${sending || !plan} onClick=${() => send(false)}>${sending ? "Starting" : "Start training"}<//><${Button} disabled=${sending || !plan} onClick=${() => send(true)}>Add to queue<//></div>
+    <div class="actions"><${Button} kind="first" busy=${sending === "now"} disabled=${sending || !plan} onClick=${() => send(false)}>${sending === "now" ? "Planning and starting" : "Start training"}<//><${Button} busy=${sending === "queue"} disabled=${sending || !plan} onClick=${() => send(true)}>${sending === "queue" ? "Planning" : "Add to queue"}<//></div>
     ${busy && html`<p class="soft">A run is going on. Two at once share the machine; the queue starts one after the other.</p>`}<${Problem}>${problem}<//></div>`;
 }
 
