@@ -97,6 +97,15 @@ def test_a_plan_comes_from_the_config_alone_and_is_kept(client, named):
     assert "--rank" in refused["problems"][0]
 
 
+def test_plans_are_traced_beside_a_model_that_answers(client, named, monkeypatch):
+    def traced(*_, **__):
+        raise AssertionError("this process replaced MLX's functions")
+
+    monkeypatch.setattr("mlx_lora.training.block_memory.gradient_graph", traced)
+    body = {"model": named, "settings": {"max_seq_length": 96}}
+    assert client.post("/api/models/plan", json=body).json()["peak_bytes"] > 0
+
+
 def test_three_presets_are_shortened_until_they_fit():
     def plan(settings):
         fits = settings["max_seq_length"] <= 1024

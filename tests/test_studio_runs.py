@@ -201,7 +201,7 @@ def test_the_queue_waits_is_ordered_and_outlives_the_server(home, monkeypatch):
     def refuse(*_, **__):  # it would ask the hub for a model that does not exist
         raise InputError("not planned here")
 
-    monkeypatch.setattr("mlx_lora.workbench.run_plans.plan_run", refuse)
+    monkeypatch.setattr("mlx_lora.workbench.run_plans.Plans._planned", refuse)
     busy = write_run(home / "runs" / "busy", ended=False)
     settings = {"model": "org/model", "data": "tiny-shakespeare", "iters": 3}
     with (busy / ".lock").open("w") as lock:

@@ -67,7 +67,7 @@ def unplanned(monkeypatch):
     def refuse(*_, **__):
         raise InputError("not planned here")
 
-    monkeypatch.setattr("mlx_lora.workbench.run_plans.plan_run", refuse)
+    monkeypatch.setattr("mlx_lora.workbench.run_plans.Plans._planned", refuse)
 
 
 def message(answer) -> str:
