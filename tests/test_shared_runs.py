@@ -35,6 +35,7 @@ def started(words: list, ranks: int, folder: Path):
     return ended
 
 
+@pytest.mark.slow
 def test_evaluate_measures_what_one_process_measures(alone, tiny_folder, chats, tmp_path):
     words = ("--model", tiny_folder, "--adapter-path", alone, "--data", chats, "--json", "--batch-tokens", 300)
     expected = json.loads(run("evaluate", *words).out)
@@ -102,6 +103,7 @@ def test_what_needs_the_whole_base_says_so(alone, tiny_folder, chats):
         assert text in ran.err
 
 
+@pytest.mark.slow
 def test_the_adapter_says_how_much_of_it_its_base_has(alone, tiny_folder, chats, tmp_path):
     """Measured on weights that no process has in whole; NaN is no JSON."""
     started(train(*command(tiny_folder, chats, tmp_path / "a", *SHARED, "--keep-best")), 2, tmp_path / "ranks")
