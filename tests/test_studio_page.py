@@ -143,7 +143,7 @@ def test_a_plan_follows_the_settings(studio, server):
     page = studio.page
     studio.go("train")
     page.get_by_role("radio", name="New run").check()
-    page.get_by_text("Start training").wait_for()
+    page.get_by_role("button", name="Start training").wait_for()
     before = page.locator(".plan .memory-ends").inner_text()
     page.get_by_role("searchbox").fill("rank")
     page.locator("#set-rank").fill("128")
@@ -176,8 +176,9 @@ def test_deleting_asks_first(browser):
         page = watched.page
         watched.go("runs/run-001", "Notes")
         page.get_by_role("button", name="Delete", exact=True).click()
+        page.get_by_role("dialog").wait_for()
         page.keyboard.press("Escape")
-        assert page.get_by_role("dialog").count() == 0
+        page.get_by_role("dialog").wait_for(state="detached")
         assert len(server.runs) == 3
         page.get_by_role("button", name="Delete", exact=True).click()
         page.get_by_role("button", name="Delete the run").click()
