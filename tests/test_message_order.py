@@ -73,7 +73,9 @@ mx.eval(noted(END, mx.array(0.0)))
 """
 
 
-@pytest.mark.parametrize(("levels", "early"), [("base_shards.LEVELS", True), pytest.param("0", False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("levels", "early"), [("base_shards.LEVELS", True), pytest.param("0", False, marks=pytest.mark.slow)]
+)
 def test_a_block_is_sent_before_the_one_before_it_is_computed(levels, early, tmp_path):
     program = PROGRAM.format(blocks=BLOCKS, sent=SENT, end=END, levels=levels)
     file = tmp_path / "notes.json"
