@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
 
 import pytest
@@ -105,6 +106,11 @@ def test_plans_are_traced_beside_a_model_that_answers(client, named, monkeypatch
     body = {"model": named[0], "settings": {"max_seq_length": 96}}
     answer = client.post("/api/models/plan", json=body).json()
     assert answer.get("peak_bytes"), answer
+    for process in multiprocessing.active_children():
+        process.kill()
+    body["settings"]["max_seq_length"] = 95
+    assert "ask again" in client.post("/api/models/plan", json=body).json()["error"]["message"]
+    assert client.post("/api/models/plan", json=body).json()["peak_bytes"]
 
 
 def test_three_presets_are_shortened_until_they_fit():

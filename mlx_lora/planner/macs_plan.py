@@ -1,8 +1,8 @@
 """Plan a run whose base several Macs share: each Mac's memory, what goes over the link, and which of the two decides.
 
 A step sends every unit (a block, a slice of the embedding or of the head) once for the forward pass, and each trained block
-once more for the backward pass. A unit is on its way while the one before it is computed, so a step is a pipeline of two
-stages: the first units wait for the link, and later ones wait for the link or for the chips, whichever takes longer. At the
+once more for the backward pass. On a CPU, sending and computing take turns. On a GPU, a unit is taken to be on its way while
+the one before it is computed (predicted), so a step is a pipeline of two stages: the first units wait for the link, and later ones wait for the link or for the chips, whichever takes longer. At the
 end the adapter's gradients are added up.
 
 Nothing here was measured on a Mac: computing is predicted from listed rates, and the link's rate is an assumption.

@@ -6,7 +6,7 @@
 
 A frozen base has no gradients and no optimizer state, and never changes, so this is all that sharing takes. A block is
 one message, which holds its arrays as bytes, packed weights as they are. Messages are sent in the order in which blocks
-are called, which is the same on all ranks: each waits for the one before. One is on its way while the block before it
+are called, which is the same on all ranks: each waits for the one before. One is scheduled before the block before it
 computes. The embedding and the head are shared in slices (shared_tables.py), which are units like blocks.
 
 Every rank must call the model equally often; `Sharing` and `mean_loss` see to that.

@@ -14,6 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from mlx_lora.models.kernel_choice import KernelChoice
 from mlx_lora.models.outline import Outline
 from mlx_lora.planner.shapes import Machine, ModelShape
 from mlx_lora.planner.speed import Ceilings
+from mlx_lora.serving.asking import ApiError
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.sources.data_sets import find_sets, is_local, named_sets
@@ -72,7 +74,7 @@ class Plans:
     """Plans by (model, settings, data), the most recently asked ones."""
 
     def __init__(self, tasks: Tasks):
-        self._processes = ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn"), _begin_process)
+        self._processes = _new_processes()
         self._kept: OrderedDict[str, dict[str, Any] | str] = OrderedDict()
         self._lock, self._tasks = threading.Lock(), tasks
         self._reading: dict[str, Task] = {}
@@ -111,7 +113,21 @@ class Plans:
         return self.of_config(settings), task
 
     def _read(self, settings: Mapping[str, Any]) -> None:
-        self._keep(_key(settings), self._processes.submit(_plan, dict(settings)).result())
+        self._keep(_key(settings), self._made(settings))
+
+    def _made(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        processes = self._processes
+        try:
+            return processes.submit(_plan, dict(settings)).result()
+        except BrokenProcessPool:
+            with self._lock:
+                if self._processes is processes:
+                    self._processes = _new_processes()
+            raise ApiError(
+                503,
+                "the planner's process was ended, perhaps for lack of memory; close other programs and ask again",
+                "no_plan",
+            ) from None
 
     def _planned(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         key = _key(settings)
@@ -124,7 +140,7 @@ class Plans:
         if found is not None:
             return found
         try:
-            return self._keep(key, self._processes.submit(_plan, dict(settings)).result())
+            return self._keep(key, self._made(settings))
         except InputError as error:
             if Path(str(settings.get("model"))).exists():  # the hub may be reached the next time
                 self._keep(key, str(error))
@@ -136,6 +152,10 @@ class Plans:
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return result
+
+
+def _new_processes() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn"), _begin_process)
 
 
 def _begin_process() -> None:
