@@ -20,7 +20,8 @@ from real_models import gemma3_gguf, smollm2_gguf
 
 from mlx_lora.convert import main
 from mlx_lora.models import converting
-from mlx_lora.models.converting import cached_gguf_folder, convert_model
+from mlx_lora.models.converted_models import cached_gguf_folder
+from mlx_lora.models.converting import convert_model
 from mlx_lora.models.perplexity import measure_text_loss
 from mlx_lora.models.quantize import Quantization
 from mlx_lora.models.saving import ShardWriter

@@ -28,7 +28,7 @@ LEFT_OUT = "keys without a counterpart here, left out: "
 # File -> what it must become, and every key that it must leave out.
 CASES = {
     "axolotl-qlora-packed.yml": (
-        {
+        {"bits": 4,
             "model": "someone/tiny-llama", "data": "someone/alpaca_2k", "data_format": "alpaca", "chat_template": "alpaca",
             "valid_fraction": 0.05, "adapter_path": "./outputs/qlora", "method": "lora", "max_seq_length": 4096,
             "batch_tokens": 8192, "rank": 32, "alpha": 16, "dropout": 0.05, "target_modules": "all-linear", "epochs": 4,
@@ -38,7 +38,7 @@ CASES = {
         "model_type tokenizer_type eval_sample_packing tf32 flash_attention evals_per_epoch saves_per_epoch",
     ),
     "axolotl-chat-template.yml": (
-        {
+        {"bits": 8,
             "model": "someone/llama-3-8b-instruct", "data": "someone/messages", "data_format": "auto", "valid_fraction": 0.1,
             "adapter_path": "./out", "method": "lora", "rank": 8, "alpha": 16, "target_modules": "q_proj,v_proj",
             "max_seq_length": 2048, "batch_size": 4, "iters": 300, "optimizer": "adamw", "lr_schedule": "constant",
@@ -67,7 +67,7 @@ CASES = {
         "test_datasets loraplus_lr_embedding neftune_noise_alpha",
     ),
     "axolotl-relora.yml": (
-        {
+        {"bits": 4,
             "model": "someone/llama", "data": "someone/instructions", "data_format": "alpaca", "chat_template": "alpaca",
             "method": "relora", "rank": 8, "alpha": 16, "target_modules": "all-linear",
             "modules_to_save": ["embed_tokens", "lm_head"], "relora_every": 150, "relora_warmup": 10,
@@ -96,7 +96,7 @@ CASES = {
         "max_samples overwrite_cache preprocessing_num_workers plot_loss ddp_timeout per_device_eval_batch_size",
     ),
     "llama-factory-qlora.yaml": (
-        {
+        {"bits": 4,
             "model": "someone/qwen3-4b", "method": "rslora", "rank": 16, "alpha": 16, "dropout": 0.1,
             "target_modules": "q_proj,v_proj", "modules_to_save": "embed_tokens,lm_head", "data": "someone/hub-rows",
             "chat_template": "chatml", "adapter_path": "saves/q", "optimizer": "adamw", "iters": 200,
@@ -197,7 +197,7 @@ CASES = {
         "",
     ),
     "axolotl-dpo.yml": (
-        {
+        {"bits": 4,
             "model": "someone/llama-3-8b-instruct", "chat_template": "chatml", "objective": "dpo", "beta": 0.2,
             "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2], "data": "someone/dialogues", "method": "lora",
             "rank": 8, "alpha": 16, "target_modules": "all-linear", "max_seq_length": 2048, "batch_size": 2, "epochs": 1,
@@ -215,7 +215,7 @@ CASES = {
         "plot_loss",
     ),
     "mlx-lm-lora-dpo.yaml": (
-        {
+        {"bits": 4,
             "model": "someone/qwen2.5-0.5b", "train": True, "data": "./preference_data", "objective": "dpo", "beta": 0.3,
             "loss_type": "hinge", "fine_tune_type": "dora", "rank": 16, "alpha": 160.0, "dropout": 0.0,
             "batch_size": 2, "grad_accumulation_steps": 4, "epochs": 2, "learning_rate": "5e-6", "steps_per_eval": 10,
@@ -225,7 +225,7 @@ CASES = {
         "delta alpha mask_prompt efficient_long_context",
     ),
     "trl-dpo.yaml": (
-        {
+        {"bits": 4,
             "model": "someone/qwen2.5-0.5b", "data": "someone/ultrafeedback", "objective": "dpo",
             "loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "beta": 0.2, "method": "lora",
             "rank": 32, "alpha": 32, "dropout": 0.05, "target_modules": "q_proj,v_proj", "max_seq_length": 512,
@@ -342,8 +342,8 @@ def test_settings_that_this_version_lacks_are_left_out(folder):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("axolotl-qlora-packed.yml", ["load_in_4bit", "convert --bits 4", "bf16", "paged_adamw_32bit", "8192 tokens", "alpaca prompt"]),
-        ("axolotl-chat-template.yml", ["load_in_8bit", "convert --bits 8", "chat_template llama3", "adamw_bnb_8bit"]),
+        ("axolotl-qlora-packed.yml", ["load_in_4bit", "quantized to 4 bits", "bf16", "paged_adamw_32bit", "8192 tokens", "alpaca prompt"]),
+        ("axolotl-chat-template.yml", ["load_in_8bit", "quantized to 8 bits", "chat_template llama3", "adamw_bnb_8bit"]),
         ("axolotl-dora-regex.yml", ["2 sets that are read differently, only the first (rows/train.jsonl)", "peft_use_rslora", "alpha 128", "lion_8bit", "rex"]),
         ("axolotl-relora.yml", ["val_set_size 200"]),
         ("axolotl-full.yaml", ["full: trains the layers"]),

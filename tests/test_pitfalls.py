@@ -228,6 +228,7 @@ OPTIONS = {
 # Here the change is a refusal: a local model has no revision, one row is broken, there is nothing to test ...
 REFUSED = ("revision", "strict", "data_format", "train", "test", "report_to")
 ELSEWHERE = {
+    "bits": "test_bits.py: the base of convert --bits, and what it takes",
     "trust_remote_code": "test_hub.py: which files are fetched",
     "grad_checkpoint": "test_checkpointing.py: memory, not numbers",
     "quantized_matmul": "test_matmul_paths.py: each path is really taken when forced",

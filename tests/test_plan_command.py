@@ -240,7 +240,7 @@ def test_another_mac_and_all_of_them(big):
     assert small["machine"]["memory_bytes"] == 16 << 30
     assert small["predicted"]["ceilings"] == "listed"
     assert large["budget_bytes"] > small["budget_bytes"]
-    assert "a 4-bit base" in small["advice"]
+    assert "--bits 4" in small["advice"]
     ran = run("plan", "--model", big, "--all-chips")
     rows = [line for line in ran.out.splitlines() if line.startswith("| M")]
     assert len(rows) == sum(len(chip.memory_gib) for chip in CHIPS)

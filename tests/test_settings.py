@@ -173,9 +173,10 @@ def test_the_table_of_other_names_leads_to_settings_and_hides_none():
     ("--no-mask-promt", "did you mean --no-mask-prompt?"),
     ("--zzzz", "--zzzz: no such option here; leave it out (--help-all lists the options)"),
     ("--use-dora", "use --method dora"),
-    ("--load-in-4bit", "mlx-lora convert --bits 4 makes one"),
-    ("--method qlora", "--method 'qlora': QLoRA is LoRA over a 4-bit base; use --method lora, and give a 4-bit model as --model"),
-    ("--method QLoRA", "mlx-lora convert --bits 4 makes one"),
+    ("--load-in-4bit", "use --bits 4"),
+    ("--quantization-bit 4", "--quantization-bit: no such option here; use --bits"),
+    ("--method qlora", "--method 'qlora': QLoRA is LoRA over a 4-bit base; use --method lora and --bits 4"),
+    ("--method QLoRA", "--method lora and --bits 4"),
     ("--method lroa", "--method 'lroa': not one of lora, rslora"),
     ("--dtype bf16", "--dtype 'bf16': use bfloat16"),
 ])  # fmt: skip

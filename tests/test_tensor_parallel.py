@@ -130,7 +130,8 @@ def test_methods_and_objectives_of_whole_factors(tiny_folder, chats, tmp_path):
     ]
     cut(runs, 2, tmp_path / "session")
     for name in asked:
-        assert_same_run(tmp_path / name, tmp_path / f"{name}-cut")
+        # After a restart of ReLoRA, Adam makes the rounding of near-zero gradients a step, as above.
+        assert_same_run(tmp_path / name, tmp_path / f"{name}-cut", atol=1e-4 if name == "relora" else 1e-5)
 
 
 @pytest.mark.slow

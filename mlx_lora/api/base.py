@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,12 @@ from mlx_lora.api.generation import TextSettings, text_pieces
 from mlx_lora.api.python_errors import speaks_python
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.data.templates import own_template
-from mlx_lora.models.converting import cached_quantized_folder
 from mlx_lora.models.decode_weights import hold_weights, release_weights
 from mlx_lora.models.load import Base as LoadedBase
 from mlx_lora.models.load import load_base
 from mlx_lora.settings.config import ModelSettings
 from mlx_lora.settings.resolve import train_settings
-from mlx_lora.sources.hub import resolve_adapter, resolve_model
-from mlx_lora.system.device import compute_dtype
+from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system.errors import InputError
 
 PathLike = str | os.PathLike[str]
@@ -143,16 +140,11 @@ def load(
         InputError: there is no such model, or it cannot be loaded.
     """
     given = {
-        "model": os.fspath(model), "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code,
+        "model": os.fspath(model), "bits": bits, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code,
         "quantized_matmul": quantized_matmul, "decode_weights": decode_weights,
     }  # fmt: skip
     settings = train_settings(given).model
-    if bits is not None:
-        source = resolve_model(os.fspath(model), revision, trust_remote_code=trust_remote_code)
-        folder = cached_quantized_folder(source, bits, compute_dtype(dtype), trust_remote_code, display_here()[0])
-        if folder != source.path:
-            settings = replace(settings, model=str(folder), revision=None)
-    return Base(load_base(settings), settings)
+    return Base(load_base(settings, say=display_here()[0]), settings)
 
 
 @speaks_python()

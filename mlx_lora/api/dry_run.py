@@ -10,7 +10,7 @@ from mlx_lora.api.run_plan import plan_run
 from mlx_lora.artifacts.checkpoint import Checkpoint
 from mlx_lora.artifacts.run_folder import check_continuation, find_checkpoint, first_day
 from mlx_lora.data.loading import DataSplits
-from mlx_lora.models.converting import cached_gguf_folder
+from mlx_lora.models.converted_models import cached_gguf_folder
 from mlx_lora.models.outline import Outline
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.objective_table import objective_of

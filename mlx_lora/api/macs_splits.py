@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from mlx_lora.models.kernel_choice import KernelChoice
-from mlx_lora.models.outline import outline_of
+from mlx_lora.models.outline import outline_for
 from mlx_lora.planner.macs_plan import Link, Mac, MacsPlan
 from mlx_lora.planner.shapes import ModelShape, Run
 from mlx_lora.planner.tensor_plan import (
@@ -67,7 +67,7 @@ def _by_tensor(settings: TrainSettings, batch: Run, macs: Sequence[Mac], link: L
 def _part_of_layers(settings: TrainSettings, count: int) -> ModelShape | str:
     """Return the shape of one Mac's part of each layer, or why there is none."""
     dtype = settings.model.dtype if settings.model.dtype != "auto" else "bfloat16"
-    outline = outline_of(settings.model.model or "", settings.model.revision, device.compute_dtype(dtype))
+    outline = outline_for(settings.model, device.compute_dtype(dtype))
     architecture = type(outline.model).__module__.rpartition(".")[2]
     reasons = [f"{setting}: {reason}" for setting, reason in whole_base_reasons(settings.to_flat())]
     problem = cut_problem(architecture, outline.config, count) or next(iter(reasons), "")

@@ -18,8 +18,9 @@ FLAG = re.compile(r"--(?P<name>[a-z][a-z0-9-]*)(?: (?P<value>[^\s:;,]+)(?P<end>:
 RECORDS = re.compile(r"\S*/records/[0-9a-f]{32}(/train\.jsonl)?")  # the file that records in memory become
 # Advice on a command -> the same on Python.
 PHRASES = {
-    "give a 4-bit model as --model; mlx-lora convert --bits 4 makes one": "load the model with bits=4",
-    "give a 8-bit model as --model; mlx-lora convert --bits 8 makes one": "load the model with bits=8",
+    "use --bits 4": "load the model with bits=4",
+    "use --bits 8": "load the model with bits=8",
+    "lora and --bits 4": "lora, and load the model with bits=4",
     "(--help-all lists the options)": "(`mlx-lora train --help-all` lists the settings)",
     "(--help says what each takes)": "(see help(mlx_lora.train))",
     "settings: unknown setting": "unknown setting",

@@ -16,7 +16,7 @@ from mlx_lora.api.python_errors import speaks_python
 from mlx_lora.data.joining import joined
 from mlx_lora.data.loading import DataSplits
 from mlx_lora.models.kernel_choice import AUTO, KernelChoice
-from mlx_lora.models.outline import Outline, outline_of
+from mlx_lora.models.outline import Outline, outline_for
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.planner.ceilings import measure_ceilings
 from mlx_lora.planner.chips import CHIPS, Chip, find_chip, known_chip
@@ -93,7 +93,7 @@ class PlanParts:
 
     def shape(self, settings: TrainSettings, dtype: str, kernels: KernelChoice | None) -> tuple[Outline, ModelShape]:
         """Return the outline of the model, in a dtype, and its shape with the adapter of the settings."""
-        outline = outline_of(settings.model.model or "", settings.model.revision, device.compute_dtype(dtype))
+        outline = outline_for(settings.model, device.compute_dtype(dtype))
         return outline, outlined_shape(outline, settings, kernels)
 
 
@@ -152,7 +152,7 @@ def plan_run(
         result["advice"] = advice(settings, shape, machine, width, quantized, rows, prompts)
     if all_chips:
         if machine.backend != "metal" or kernels is None:
-            outline = outline_of(settings.model.model or "", settings.model.revision, device.compute_dtype("bfloat16"))
+            outline = outline_for(settings.model, device.compute_dtype("bfloat16"))
             shape = outlined_shape(outline, settings, elsewhere)
         result["chips"] = list(for_all_chips(settings, shape, size))
     return result

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_lora.api.macs_splits import predicted_splits
 from mlx_lora.models.kernel_choice import KernelChoice
-from mlx_lora.models.outline import outline_of
+from mlx_lora.models.outline import outline_for
 from mlx_lora.planner.chips import CHIPS, find_chip
 from mlx_lora.planner.fitting import largest_batch, run_of
 from mlx_lora.planner.macs_plan import Link, Mac, MacsPlan, Units, least_tokens, memory_shares, plan_macs
@@ -111,7 +111,7 @@ def shared_model(settings: TrainSettings) -> SharedModel:
         InputError: there is no such model.
     """
     dtype = settings.model.dtype if settings.model.dtype != "auto" else "bfloat16"
-    outline = outline_of(settings.model.model or "", settings.model.revision, device.compute_dtype(dtype))
+    outline = outline_for(settings.model, device.compute_dtype(dtype))
     shape = outlined_shape(outline, settings, KernelChoice(settings.loop.kernels))
     return SharedModel(settings, shape, units_of(outline.model))
 

@@ -11,7 +11,6 @@ import dataclasses
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,24 +21,20 @@ import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.models.fingerprint import fused_mark
-from mlx_lora.models.folder import FOREIGN_ERRORS, complete_module, import_architecture, load_weights, read_config
+from mlx_lora.models.folder import FOREIGN_ERRORS, complete_module, import_architecture, load_weights
 from mlx_lora.models.gguf_arch import model_config, weight_map
 from mlx_lora.models.gguf_weights import Imported, Target, check_shapes, import_weights
-from mlx_lora.models.quantize import Quantization, choose_quantization, dequantize_model, quantize_model
+from mlx_lora.models.quantize import Quantization, dequantize_model, quantize_model
 from mlx_lora.models.saving import ShardWriter, check_out, write_json
 from mlx_lora.sources.gguf_reader import read_gguf
 from mlx_lora.sources.gguf_tokenizer import write_tokenizer
 from mlx_lora.sources.hub import ModelSource
 from mlx_lora.sources.spm_tokenizer import write_tokenizer_from_spm
-from mlx_lora.system.cache import cache_dir
 from mlx_lora.system.console import echo
 from mlx_lora.system.errors import InputError
-from mlx_lora.system.files import check_writable, one_at_a_time, replacing_folder, sha256_of
+from mlx_lora.system.files import check_writable, replacing_folder, sha256_of
 from mlx_lora.system.long_task import tracked
-from mlx_lora.system.units import format_duration
 
-# Part of the cache key of converted GGUF files: raise it when the same file would convert differently.
-_FORMAT = 1
 # The files beside weights and config that belong to a model folder: tokenizer, templates, license.
 _SIDE_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
@@ -138,66 +133,6 @@ def _least_bytes(source: ModelSource, target: Target | None) -> int:
     size = sum(file.stat().st_size for file in files)
     bits = target.bits if isinstance(target, Quantization) else 4 if target is None else 32
     return size * bits // 32 if source.kind == "folder" or isinstance(target, Quantization) else size
-
-
-def cached_gguf_folder(source: ModelSource) -> Path:
-    """Return the cached folder that a GGUF file converts to; the first call converts it.
-
-    Blocks are carried over with float32 scales, so the folder does not depend on the compute dtype.
-    The cache key is the file's path, size and modification time.
-    """
-    stat = source.path.stat()
-    key = f"{_FORMAT}|{source.path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    folder = cache_dir("converted") / f"{source.path.stem}-{sha256_of(key)[:12]}"
-    with one_at_a_time(folder):
-        if not (folder / "config.json").is_file():
-            check_writable(folder, f"MLX_LORA_CACHE: converting {source.path.name} into", stat.st_size)
-            convert_model(source, folder, target="carry")
-    return folder
-
-
-def cached_quantized_folder(
-    source: ModelSource,
-    bits: int,
-    dtype: mx.Dtype,
-    trust_remote_code: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-) -> Path:
-    """Return a model quantized at `bits`, as a folder in the cache; the first call converts it, as `convert --bits` does.
-
-    A folder that already has these bits is returned as it is.
-
-    Args:
-        source: from `resolve_model`.
-        bits: per weight, in groups of 64.
-        dtype: of what stays in float.
-        trust_remote_code: as for `convert_model`.
-        say: takes a line before the conversion, and one after it.
-
-    Raises:
-        InputError: MLX has no such bits, or the model is quantized at others.
-    """
-    target = choose_quantization(bits, None, None)
-    if source.kind == "folder":
-        config = read_config(source.path, trust_remote_code)
-        found = config.get("quantization") or config.get("quantization_config")
-        if found and found.get("bits") == bits:
-            return source.path
-        if found:
-            raise InputError(
-                f"--bits {bits}: {source.model_id} is already quantized ({found.get('bits', '?')} bits); leave --bits out, "
-                "or give the model that it was made from"
-            )
-    files = sorted(source.path.glob("*.*")) if source.kind == "folder" else [source.path]
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = sha256_of(f"{_FORMAT}|{source.path.resolve()}|{target}|{dtype}|{stats}")
-    folder = cache_dir("converted") / f"{source.model_id.rstrip('/').rpartition('/')[2]}-{bits}bit-{key[:12]}"
-    with one_at_a_time(folder):
-        if not (folder / "config.json").is_file():
-            say(f"Quantizing {source.model_id} to {bits} bits; this is done once, and kept in the cache")
-            made = convert_model(source, folder, target=target, dtype=dtype, trust_remote_code=trust_remote_code)
-            say(f"Quantized: {made.size_bytes / 1e6:.0f} MB, {format_duration(made.elapsed_s)}")
-    return folder
 
 
 def load_float_model(source: ModelSource, dtype: mx.Dtype, trust_remote_code: bool = False) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,7 +17,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.models.converting import cached_gguf_folder
+from mlx_lora.models.converted_models import folder_of
 from mlx_lora.models.fingerprint import base_fingerprint
 from mlx_lora.models.folder import load_classifier_weights, load_weights
 from mlx_lora.models.matmul import MatmulPaths, use_measured_matmul
@@ -27,6 +27,7 @@ from mlx_lora.models.vocabulary import embedding_rows
 from mlx_lora.settings.config import ModelSettings
 from mlx_lora.sources.hub import resolve_model
 from mlx_lora.system import device
+from mlx_lora.system.console import echo
 from mlx_lora.system.errors import InputError
 
 
@@ -120,14 +121,16 @@ def check_highest(rows: int | None, highest: int, source: str, model_id: str) ->
         )
 
 
-def load_base(settings: ModelSettings, read: bool = True) -> Base:
+def load_base(settings: ModelSettings, read: bool = True, say: Callable[[str], None] = echo) -> Base:
     """Return the model that `settings.model` names, cast to the compute dtype and frozen.
 
-    A .gguf file is first converted into the cache, once per file, with its blocks carried over.
+    A .gguf file is first converted into the cache, once per file, with its blocks carried over. So is a 16-bit model that
+    --bits quantizes.
 
     Args:
         settings: what to load, and how.
         read: whether to read all weights now; otherwise they stay lazy, for ranks that keep only a part of them.
+        say: takes lines about a model that is quantized first.
 
     Raises:
         InputError: the model, architecture or dtype is unknown, files are damaged, or a matmul path is forced on a
@@ -136,7 +139,7 @@ def load_base(settings: ModelSettings, read: bool = True) -> Base:
     if not settings.model:
         raise InputError("--model is required: a hub id, a folder or a .gguf file")
     source = resolve_model(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
-    folder = cached_gguf_folder(source) if source.kind == "gguf" else source.path
+    folder = folder_of(settings, source, say)
     watched = None if read else Watched()
     model, config = load_weights(folder, settings.trust_remote_code, watched)
     stored = {} if watched is None else watched.unchanged(model, folder)

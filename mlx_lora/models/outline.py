@@ -15,10 +15,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_lora.models.converted_models import has_bits
 from mlx_lora.models.converting import build_model, cast_model, quantization_entries
 from mlx_lora.models.gguf_arch import model_config, weight_map
 from mlx_lora.models.gguf_weights import carried_quantization
-from mlx_lora.models.quantize import Quantization, layer_choice
+from mlx_lora.models.quantize import Quantization, choose_quantization, layer_choice
+from mlx_lora.settings.config import ModelSettings
 from mlx_lora.sources.gguf_reader import is_gguf, read_gguf
 from mlx_lora.sources.hub import resolve_config
 from mlx_lora.sources.safetensors import read_safetensors_header
@@ -48,19 +50,34 @@ class Outline:
         return bool(_quantization(self.config))
 
 
-def outline_of(model: str, revision: str | None = None, dtype: mx.Dtype = mx.bfloat16) -> Outline:
+def outline_for(settings: ModelSettings, dtype: mx.Dtype) -> Outline:
+    """Return the outline of the model that a run loads; errors as for `outline_of`.
+
+    Args:
+        settings: of the model; their dtype is not used.
+        dtype: the dtype that it will be loaded in.
+    """
+    return outline_of(settings.model or "", settings.revision, dtype, settings.bits)
+
+
+def outline_of(
+    model: str, revision: str | None = None, dtype: mx.Dtype = mx.bfloat16, bits: int | None = None
+) -> Outline:
     """Return the outline of the model that `model` names: a hub id, folder, config.json or .gguf file.
 
     Args:
-        model, revision: as --model and --revision take them.
+        model, revision, bits: as --model, --revision and --bits take them.
         dtype: the dtype that it will be loaded in.
 
     Raises:
-        InputError: there is no such model, its config is invalid, or mlx-lm does not have its architecture.
+        InputError: there is no such model, its config is invalid, it has other bits, or mlx-lm does not have its
+            architecture.
     """
+    target = None if bits is None else choose_quantization(bits, None, None)
     path = resolve_config(model, revision)
     if path.is_file() and is_gguf(path):
-        return _of_gguf(path, dtype)
+        outline = _of_gguf(path, dtype)
+        return with_quantization(outline, target, dtype) if target else outline
     file = path if path.is_file() else path / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -71,7 +88,13 @@ def outline_of(model: str, revision: str | None = None, dtype: mx.Dtype = mx.bfl
     if not isinstance(config, dict) or "model_type" not in config:
         raise InputError(f"{file}: has no model_type; give a language model's config.json")
     names, cast_bytes = _stored(file.parent, dtype) if path.is_dir() else (None, 0)
-    return outline_of_config(config, dtype, names, cast_bytes)
+    outline = outline_of_config(config, dtype, names, cast_bytes)
+    if target is None or has_bits(config, target.bits, model):
+        return outline
+    _quantize(outline.model, target.layout, None)
+    cast_model(outline.model, dtype)
+    # Quantized files are written in the compute dtype.
+    return Outline(outline.model, {**config, "quantization": target.layout})
 
 
 def outline_of_config(

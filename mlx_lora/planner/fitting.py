@@ -247,7 +247,7 @@ def advice(
     prompts: Prompts = (),
 ) -> str:
     """Return the settings that fit and change the run least, as flags."""
-    for model, words in ((lambda: shape, []), (quantized, ["a 4-bit base"])):
+    for model, words in ((lambda: shape, []), (quantized, ["--bits 4"])):
         found = model()
         if found is None:
             continue
@@ -256,7 +256,7 @@ def advice(
         else:
             flags = _nearest(settings, found, machine, width, most_rows)
         if flags is not None:
-            return "try " + " and ".join(filter(None, [*words, " ".join(flags)]))
+            return " ".join(["try", *words, *flags])
     smaller = "--teacher, or one with fewer bits" if shape.teacher is not None else "model"
     return f"even short sequences and small batches do not fit: choose a smaller {smaller}"
 

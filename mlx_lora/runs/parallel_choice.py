@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 
 import mlx.core as mx
 
-from mlx_lora.models.outline import outline_of
+from mlx_lora.models.outline import outline_for
 from mlx_lora.planner.ceilings import measure_ceilings
 from mlx_lora.planner.fitting import budget_of, fit, largest_batch, run_of
 from mlx_lora.planner.macs_plan import Link, Mac, memory_shares, plan_macs
@@ -88,7 +88,7 @@ def _splits(settings: TrainSettings, macs: Sequence[Mac], link: Link) -> list[Sp
     """Return what is predicted of each way to divide the run."""
     count, smallest = len(macs), min((mac.machine for mac in macs), key=lambda one: one.working_set_bytes)
     flat, dtype = settings.to_flat(), device.compute_dtype(settings.model.dtype)
-    outline = outline_of(settings.model.model or "", settings.model.revision, dtype)
+    outline = outline_for(settings.model, dtype)
     architecture = type(outline.model).__module__.rpartition(".")[2]
     whole = outlined_shape(outline, settings)
     found = [split_by_rows(whole, _batch(settings, count, (whole, smallest)), macs, link)]
@@ -103,7 +103,7 @@ def _splits(settings: TrainSettings, macs: Sequence[Mac], link: Link) -> list[Sp
     problem = cut_problem(architecture, outline.config, count) or next(iter(problems), None)
     if problem:
         return [*found, Split(TENSOR, problem=problem)]
-    fresh = outline_of(settings.model.model or "", settings.model.revision, dtype)
+    fresh = outline_for(settings.model, dtype)
     part = outlined_shape(fresh, settings, cut_by=count)
     batch = _batch(settings, count, (part, smallest))
     return [*found, split_by_tensor(part, batch, macs, link, dtype.size)]

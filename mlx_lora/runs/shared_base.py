@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_lora.models.kernel_choice import KernelChoice
 from mlx_lora.models.load import Base
-from mlx_lora.models.outline import Outline, outline_of
+from mlx_lora.models.outline import Outline, outline_for
 from mlx_lora.planner.macs_plan import rank_part
 from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.planner.tensor_plan import TENSOR
@@ -76,8 +76,7 @@ def rank_shape(settings: TrainSettings, share: float, kernels: KernelChoice | No
 
 
 def _outline(settings: TrainSettings) -> Outline:
-    model = settings.model
-    return outline_of(model.model or "", model.revision, device.compute_dtype(model.dtype))
+    return outline_for(settings.model, device.compute_dtype(settings.model.dtype))
 
 
 def shares_of(settings: TrainSettings, ranks: Ranks) -> list[float]:

@@ -146,11 +146,12 @@ def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
         samples: texts of the report; the first one's beginning is the prompt to try.
     """
     path, model = str(folder), ["--model", str(settings.model.model)]
+    trained_on = model if settings.model.bits is None else [*model, "--bits", str(settings.model.bits)]
     adapter = ["--adapter-path", path]
     if info.scores:
         reward = ["--objective", "reward", "--data", str(settings.data.data)]
         lines = [
-            ["evaluate", *model, *adapter, *reward],
+            ["evaluate", *trained_on, *adapter, *reward],
             ["export", *model, *adapter, "--to", "peft", "--out", f"{path}-peft"],
         ]
     else:
@@ -159,10 +160,10 @@ def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
         if info.method != "full":
             out = ["export", *model, *adapter, "--to", "peft", "--out", f"{path}-peft"]
         lines = [
-            ["chat", *model, "--adapter", f"{name}={path}"],
-            ["generate", *model, *adapter, "--prompt", _own_prompt(samples)],
+            ["chat", *trained_on, "--adapter", f"{name}={path}"],
+            ["generate", *trained_on, *adapter, "--prompt", _own_prompt(samples)],
             out,
-            ["serve", *model, "--adapter", f"{name}={path}"],
+            ["serve", *trained_on, "--adapter", f"{name}={path}"],
         ]
     return [command_line(line) for line in lines]
 

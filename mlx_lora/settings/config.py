@@ -42,6 +42,10 @@ class ModelSettings:
         MODEL, common=True, may_change=True, per_machine=True)
     revision: str | None = setting(None, "Hub branch, tag or commit of the model.",
         MODEL, may_change=True, per_machine=True)
+    bits: int | None = setting(None,
+        "Quantize a 16-bit model to 2, 3, 4, 5, 6 or 8 bits (groups of 64) before loading it, as convert --bits does. This is "
+        "done once, one tensor at a time, and the result is kept in the cache.",
+        MODEL, at_least=2, at_most=8)
     dtype: str = setting("auto", "Compute dtype; auto: float32 on a CPU, bfloat16 on a GPU.", MODEL, choices=DTYPES)
     trust_remote_code: bool = setting(False, "Let the model's repository run its own tokenizer code.",
         MODEL, may_change=True, per_machine=True)

@@ -13,6 +13,7 @@ from mlx_lora.system.spelling import closest
 _NAMES = {
     "model": "model_name_or_path base_model model_name model_id model_path pretrained_model_name_or_path",
     "revision": "model_revision revision_of_model",
+    "bits": "quantization_bit q_bits quantize_bits",
     "dtype": "torch_dtype compute_dtype precision",
     "data": "dataset datasets dataset_name dataset_path data_path train_file train_data hf_dataset",
     "data_format": "dataset_type dataset_format",
@@ -72,13 +73,12 @@ _NAMES = {
 # Another trainer's name -> ours.
 OTHER_NAMES = {theirs: ours for ours, names in _NAMES.items() for theirs in names.split()}
 
-_FOUR_BITS = "give a 4-bit model as --model; mlx-lora convert --bits 4 makes one"
+_FOUR_BITS = "use --bits 4"
 _REFERENCE = "leave it out; the reference is the model at the start of the run, unless you give --reference-adapter"
 # Names that are not a setting here -> advice.
 _OTHER_WAYS = {
     "load_in_4bit": _FOUR_BITS,
     "load_in_8bit": _FOUR_BITS.replace("4", "8"),
-    "quantization_bit": _FOUR_BITS,
     "use_dora": "use --method dora",
     "use_rslora": "use --method rslora",
     "bf16": "use --dtype bfloat16, which auto chooses on a GPU",
@@ -95,7 +95,7 @@ _OTHER_COMMANDS = {"adapter_path": "adapter", "adapter_name_or_path": "adapter",
 _OTHER_COMMANDS |= {"temperature": "temp", "output": "out", "output_dir": "out", "out_dir": "out", "save_path": "out"}
 # Values of a setting with choices -> advice.
 OTHER_VALUES = {
-    "qlora": f"QLoRA is LoRA over a 4-bit base; use --method lora, and {_FOUR_BITS}",
+    "qlora": "QLoRA is LoRA over a 4-bit base; use --method lora and --bits 4",
     "bf16": "use bfloat16",
     "fp16": "use float16",
     "fp32": "use float32",

@@ -42,8 +42,8 @@ def run(command: list[str], max_restarts: int) -> int:
             more = " ".join(smaller(restarts + 1))
             say(f"The training process died ({name}), most likely because memory ran out; restarting with {more}")
     say(
-        f"Error: the training process died {max_restarts + 1} times (last: {name}); lower --max-seq-length, use a "
-        "4-bit base, or close other programs; if the display of this Mac froze before, use --short-buffers"
+        f"Error: the training process died {max_restarts + 1} times (last: {name}); lower --max-seq-length, use "
+        "--bits 4, or close other programs; if the display of this Mac froze before, use --short-buffers"
     )
     return 1
 

@@ -19,7 +19,7 @@ from mlx_lora.models.kernel_choice import KernelChoice, planned_kernels
 from mlx_lora.models.kernel_row import MLX
 from mlx_lora.models.layer_caches import layer_caches
 from mlx_lora.models.matmul import has_two_ways, use_measured_matmul
-from mlx_lora.models.outline import Outline, outline_of, with_quantization
+from mlx_lora.models.outline import Outline, outline_for, outline_of, with_quantization
 from mlx_lora.models.quantize import choose_quantization
 from mlx_lora.planner.fitting import (
     SMALLEST_BATCH,
@@ -108,7 +108,7 @@ def check_base_fits(settings: TrainSettings) -> None:
         return
     dtype = device.compute_dtype(settings.model.dtype)
     try:
-        outline = outline_of(settings.model.model or "", settings.model.revision, dtype)
+        outline = outline_for(settings.model, dtype)
         shape = outlined_shape(outline, settings)
     except (InputError, *FOREIGN_ERRORS) as error:
         if not isinstance(error, InputError) and not is_foreign(error):

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlx_lora.data.batches import EMPTY, Batch
 from mlx_lora.data.encoded_set import EncodedSet
-from mlx_lora.models.converting import cached_gguf_folder
+from mlx_lora.models.converted_models import folder_of
 from mlx_lora.models.fingerprint import base_fingerprint
 from mlx_lora.models.folder import load_weights, read_config
 from mlx_lora.models.head import find_head
@@ -156,9 +156,9 @@ def vocabulary_of(model: nn.Module, config: dict[str, Any]) -> int:
 
 
 def teacher_settings(settings: TrainSettings) -> ModelSettings:
-    """Return the settings of the teacher's model: those of the student's, with another name."""
+    """Return the settings of the teacher's model: those of the student's, with another name, as it is stored."""
     name = settings.objective.teacher
-    return replace(settings.model, model=name, revision=None) if name else settings.model
+    return replace(settings.model, model=name, revision=None, bits=None) if name else settings.model
 
 
 def load_teacher(settings: TrainSettings, base: Base) -> Base:
@@ -179,7 +179,7 @@ def _folder(settings: TrainSettings) -> Path:
     """
     own = teacher_settings(settings)
     source = resolve_model(own.model or "", own.revision, trust_remote_code=own.trust_remote_code)
-    return cached_gguf_folder(source) if source.kind == "gguf" else source.path
+    return folder_of(own, source)
 
 
 def check_teacher(settings: TrainSettings, student: PreTrainedTokenizerBase) -> None:

@@ -168,7 +168,7 @@ def read_method(sheet: Sheet) -> None:
     quantized = {"load_in_4bit": 4, "load_in_8bit": 8}
     asked = [key for key in quantized if sheet.switch(key)] or (["adapter: qlora"] if adapter == "qlora" else [])
     if asked:
-        hf.say_quantized(sheet, asked[0], quantized.get(asked[0], 4))
+        hf.put_bits(sheet, asked[0], quantized.get(asked[0], 4))
 
 
 def read_restarts(sheet: Sheet, restarts: dict[str, int | float | None]) -> None:

@@ -79,12 +79,10 @@ def read_precision(sheet: Sheet) -> None:
         sheet.note(f"{' and '.join(asked)}: dtype auto is used (bfloat16 on a GPU, float32 on a CPU), or --dtype")
 
 
-def say_quantized(sheet: Sheet, key: str, bits: Any) -> None:
-    """Note how to get a quantized base."""
-    sheet.note(
-        f"{key}: training does not quantize; make a {bits}-bit base with mlx-lora convert --bits {bits}, "
-        "and give its folder as --model"
-    )
+def put_bits(sheet: Sheet, key: str, bits: Any) -> None:
+    """Set the bits that the base is quantized to."""
+    sheet.put("bits", bits, key)
+    sheet.note(f"{key}: the base is quantized to {bits} bits by MLX's affine mode, in groups of 64 weights")
 
 
 def read_batch(sheet: Sheet, rows: str, length: str, packing: str, defaults: tuple[int, int]) -> None:

@@ -118,7 +118,7 @@ def read_method(sheet: Sheet) -> None:
         read_freeze(sheet)
     bits = sheet.take("quantization_bit")
     if bits:
-        hf.say_quantized(sheet, "quantization_bit", bits)
+        hf.put_bits(sheet, "quantization_bit", bits)
     if sheet.switch("use_muon"):
         sheet.put("optimizer", "muon", "use_muon")
 

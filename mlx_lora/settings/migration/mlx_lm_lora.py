@@ -94,7 +94,7 @@ def read_rest(sheet: Sheet) -> None:
     """Set the remaining keys that have another name in mlx-lm-lora."""
     for key, bits in BITS.items():
         if sheet.switch(key):
-            hf.say_quantized(sheet, key, bits)
+            hf.put_bits(sheet, key, bits)
     if sheet.rest.get("wandb"):
         sheet.put("report_to", "wandb", "wandb")
         sheet.put("project_name", sheet.take("wandb"), "wandb")

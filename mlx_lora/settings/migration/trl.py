@@ -145,7 +145,7 @@ def read_method(sheet: Sheet) -> None:
         sheet.put("modules_to_save", sheet.take("lora_modules_to_save"), "lora_modules_to_save")
     for key, bits in (("load_in_4bit", 4), ("load_in_8bit", 8)):
         if sheet.switch(key):
-            hf.say_quantized(sheet, key, bits)
+            hf.put_bits(sheet, key, bits)
 
 
 def read_data(sheet: Sheet) -> None:
