@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
 
 from mlx_lora.models.head import find_head
+from mlx_lora.planner.tensor_plan import TENSOR
 from mlx_lora.runs import composition, training_run
 from mlx_lora.system import process
 from mlx_lora.train import main
@@ -64,15 +65,19 @@ def measured(result: Path, flags: list[str]) -> None:
     share_among, compose = composition.share_among, training_run.compose
 
     def sharing(settings: Any, base: Any, ranks: Any) -> Any:
-        units = units_of(base.model)
         found["base_bytes"] = frozen_bytes(base.model)
-        found["unit_bytes"] = units.bytes
         found["resident_before_sharing_bytes"] = resident_bytes()
-        found["two_largest_bytes"] = units.largest
+        if settings.loop.parallel == TENSOR:  # an array is read whole, and then a rank's part of it
+            largest = max(array.nbytes for _, array in tree_flatten(base.model.parameters()))
+            found["unit_bytes"], found["two_largest_bytes"] = 0, 2 * largest
+        else:
+            units = units_of(base.model)
+            found["unit_bytes"], found["two_largest_bytes"] = units.bytes, units.largest
         mx.reset_peak_memory()
         shared = share_among(settings, base, ranks)
         mx.eval(base.model.parameters())
         found["share"] = shared[1].share
+        found["own_bytes"] = frozen_bytes(base.model)
         found["adapter_bytes"] = sum(array.nbytes for _, array in tree_flatten(base.model.trainable_parameters()))
         found["loading_bytes"] = mx.get_peak_memory()
         found["resident_loading_bytes"] = process.peak_bytes()

@@ -7,7 +7,8 @@ this compares
 
     base     MLX's peak of a pass over a few tokens, without the adapter and its gradient, with its share of the base and the
              two largest units: at most 5 % above
-    loading  MLX's peak until the base is shared, without the adapter, with the same bound
+    loading  MLX's peak until the base is shared, without the adapter, with the same bound; for `tensor:2`, instead of units two
+             times the largest array
     peak     MLX's peak of the run, with the plan: within 10 %
 
 and shows the resident size beyond what the process had before the model. Ends with one line of JSON; the exit code is 1 if
@@ -36,10 +37,12 @@ WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life"
 MOST_BASE, MOST_APART = 1.05, 0.10
 
 
-def parts_of(text: str) -> tuple[int, str]:
-    """Return the number of processes and the --shard-base of `even:2` or `3:1`."""
+def parts_of(text: str) -> tuple[int, list[str]]:
+    """Return the number of processes and the flags of `even:2`, `3:1` or `tensor:2`."""
     kind, _, count = text.partition(":")
-    return (int(count), "even") if kind == "even" else (text.count(":") + 1, text)
+    if kind == "tensor":
+        return int(count), ["--parallel", "tensor"]
+    return (int(count), ["--shard-base", "even"]) if kind == "even" else (text.count(":") + 1, ["--shard-base", text])
 
 
 def run_ranks(args: argparse.Namespace, model: str, parts: str, folder: Path) -> list[dict[str, Any]]:
@@ -48,7 +51,7 @@ def run_ranks(args: argparse.Namespace, model: str, parts: str, folder: Path) ->
     Raises:
         ChildFailed: a rank ended with an error, or the time ran out.
     """
-    count, shard_base = parts_of(parts)
+    count, sharing = parts_of(parts)
     hosts = [[f"127.0.0.1:{args.port + rank}"] for rank in range(count)]
     (folder / "hosts.json").write_text(json.dumps(hosts), encoding="utf-8")
     (folder / "text.txt").write_text(" ".join(random.Random(0).choices(WORDS, k=60_000)), encoding="utf-8")
@@ -56,7 +59,7 @@ def run_ranks(args: argparse.Namespace, model: str, parts: str, folder: Path) ->
         "--model", model, "--data", str(folder / "text.txt"), "--adapter-path", str(folder / "run"), "--rank", "8",
         "--iters", "2", "--max-seq-length", str(args.length + 1), "--batch-tokens", str(args.batch_tokens),
         "--no-mask-prompt", "--valid-fraction", "0", "--val-batches", "0", "--save-every", "0",
-        "--shard-base", shard_base,
+        *sharing,
     ]  # fmt: skip
     one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OPENBLAS", "OMP", "VECLIB_MAXIMUM")}
     ring = {**child_environment(), **one_thread, "MLX_HOSTFILE": str(folder / "hosts.json")}
@@ -93,9 +96,10 @@ def model_folder(source: str, temporary: Path) -> str:
 
 def compared(found: dict[str, Any]) -> dict[str, Any]:
     """Return a rank's figures with what they are compared with."""
-    # Norms and the like are whole everywhere.
+    # Norms and the like are whole everywhere, and with layers that are cut also the embedding and the head.
     whole = found["base_bytes"] - found["unit_bytes"]
-    bound = whole + found["share"] * found["unit_bytes"] + found["two_largest_bytes"]
+    own = found["own_bytes"] if found["share"] is None else whole + found["share"] * found["unit_bytes"]
+    bound = own + found["two_largest_bytes"]
     resident = found["resident_bytes"] - found["resident_before_bytes"]
     ratios = {
         "base": (found["base_alone_bytes"] - 2 * found["adapter_bytes"]) / bound,  # its gradient, too
@@ -122,7 +126,10 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", action="append", required=True, metavar="NAME=DIR", help="Model; may be repeated.")
     parser.add_argument(
-        "--parts", action="append", metavar="even:N|3:1", help="Way to share; may be repeated (even:2, 3:1, even:4)."
+        "--parts",
+        action="append",
+        metavar="even:N|3:1|tensor:N",
+        help="Way to share; may be repeated (even:2, 3:1, even:4).",
     )
     parser.add_argument("--length", type=int, default=128, help="Tokens of a row.")
     parser.add_argument("--batch-tokens", type=int, default=1024, help="Of all ranks together.")
