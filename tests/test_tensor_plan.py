@@ -35,9 +35,18 @@ def macs(memory_gb: int) -> list[Mac]:
 
 def test_messages_of_a_step():
     shape = shape_of(2)
-    assert sums_of_step(shape, "selective") == 4 * 32
-    assert sums_of_step(shape, "block") == 5 * 32
-    assert sums_of_step(replace(shape, first_trained=30), "none") == 2 * 32 + 2 * 2
+    assert sums_of_step(shape, "selective") == 4 * 32 + 1
+    assert sums_of_step(replace(shape, plain_loss=True), "selective") == 4 * 32
+    assert sums_of_step(shape, "block") == 5 * 32 + 1
+    assert sums_of_step(replace(shape, first_trained=30), "none") == 2 * 32 + 2 * 2 + 1
+
+
+def test_the_loss_is_divided():
+    batch, link = Run(8, 256, checkpointing="block"), Link(1e10, 5e-6)
+    shape = replace(shape_of(2), vocabulary=10**6)
+    whole, half = (split_by_tensor(replace(shape, loss_ranks=n), batch, macs(48), link, 2) for n in (1, 2))
+    assert half.computing_s < 0.8 * whole.computing_s
+    assert half.most_needed_bytes <= whole.most_needed_bytes
 
 
 def test_the_link_and_the_memory_decide():

@@ -67,13 +67,14 @@ class CutDropout(Dropout):
 class Wire:
     """What goes over the network inside a forward and a backward pass."""
 
-    def __init__(self, add: Callable[[mx.array], mx.array]):
+    def __init__(self, add: Callable[[mx.array], mx.array], rank: int = 0, size: int = 1):
         """Set up.
 
         Args:
             add: returns the sum of all ranks' arrays, lazily.
+            rank, size: this rank's number, and how many there are.
         """
-        self._add = add
+        self.sum, self.rank, self.size = add, rank, size
 
     def entered(self, x: mx.array) -> mx.array:
         """Return `x`, whose gradient is the sum of the ranks' gradients."""
@@ -82,7 +83,7 @@ class Wire:
         def enter(x: mx.array) -> mx.array:
             return x
 
-        enter.vjp(lambda x, gradient, _: self._add(gradient))
+        enter.vjp(lambda x, gradient, _: self.sum(gradient))
         return enter(x)
 
     def added(self, x: mx.array) -> mx.array:
@@ -90,7 +91,7 @@ class Wire:
 
         @mx.custom_function
         def leave(x: mx.array) -> mx.array:
-            return self._add(x)
+            return self.sum(x)
 
         leave.vjp(lambda x, gradient, _: gradient)
         return leave(x)

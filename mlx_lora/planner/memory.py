@@ -309,7 +309,7 @@ def _dense_path(layer: Layer, machine: Machine) -> bool:
 
 def _loss_window(shape: ModelShape, run: Run, machine: Machine) -> int:
     """Return the bytes of the loss: tiles of logits and exponentials, slices of the head, sums of the gradient."""
-    slots, size = run.slots, machine.number_bytes
+    slots, size = -(-run.slots // shape.loss_ranks), machine.number_bytes
     if shape.plain_loss:
         # The logits, their softmax and their gradient.
         return int(run.positions * shape.vocabulary * (3 * SINGLE + (size if size < SINGLE else 0)))

@@ -69,11 +69,12 @@ def sums_of_step(shape: ModelShape, checkpointing: str) -> int:
     """Return how often a batch's activations are added up over the ranks in a step.
 
     Two branches of each block end with a sum in the forward pass, and begin with one in the backward pass. A block that is
-    computed again, without its products, adds up its attention's output once more.
+    computed again, without its products, adds up its attention's output once more. The loss, whose positions are divided, adds
+    up the gradient of its inputs.
     """
     trained = len(shape.blocks) - shape.first_trained
     again = trained if checkpointing not in ("none", "selective") else 0
-    return 2 * len(shape.blocks) + 2 * trained + again
+    return 2 * len(shape.blocks) + 2 * trained + again + (not shape.plain_loss)
 
 
 @dataclass(frozen=True)

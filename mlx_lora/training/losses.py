@@ -25,6 +25,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_lora.adapters.cut_layers import Wire
 from mlx_lora.data.batches import Batch
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.head import Head, find_head, with_last_block
@@ -38,10 +39,12 @@ from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.long_task import long_task
 from mlx_lora.training.base_shards import is_shared
+from mlx_lora.training.divided_loss import divided
 from mlx_lora.training.in_step import called_together
 from mlx_lora.training.loss_choice import PLAIN_LOGITS, ROWS, TILES, choose_kernel, loss_figures, loss_kernels
 from mlx_lora.training.probe import Probe, disagreement, has_halves, probe
 from mlx_lora.training.shared_use import unshareable_words
+from mlx_lora.training.tensor_parallel import wire_of
 
 
 class Arrays(NamedTuple):
@@ -132,7 +135,7 @@ def plain(description: str) -> Loss:
 PLAIN = plain("plain cross-entropy")
 
 
-def head_loss(head: Head, kernel: str, tile_bytes: int, whole_because: str = "") -> Loss:
+def head_loss(head: Head, kernel: str, tile_bytes: int, whole_because: str = "", wire: Wire | None = None) -> Loss:
     """Return a loss that is computed only from the hidden states of the supervised positions.
 
     Args:
@@ -140,6 +143,7 @@ def head_loss(head: Head, kernel: str, tile_bytes: int, whole_because: str = "")
         kernel: a name in `loss_kernels()`.
         tile_bytes: the most bytes of logits at a time.
         whole_because: why the head has no last block of which some positions can be computed alone.
+        wire: connects ranks that each compute some of the positions.
     """
     tiles = f"fused cross-entropy, {tile_bytes / 2**20:.0f} MiB tiles"
     words = {TILES: tiles, POLYNOMIAL: f"{tiles}, polynomial", ROWS: "mx.fast.cross_entropy by rows"}
@@ -147,6 +151,8 @@ def head_loss(head: Head, kernel: str, tile_bytes: int, whole_because: str = "")
         "last block where trained" if head.last is not None else f"whole last block ({whole_because or 'not asked'})"
     )
     token_losses = partial(loss_kernels()[kernel], tile_bytes=tile_bytes)
+    if wire is not None:
+        token_losses, block = divided(token_losses, wire), f"{block}; positions divided by {wire.size} processes"
 
     def tokens(gradient: bool, model: nn.Module, *batch: mx.array) -> mx.array:
         inputs, targets, _mask, positions, weights, *starts = batch
@@ -202,7 +208,7 @@ def choose_loss(
         part, whole_because = (head, whole_because) if whole_because else with_last_block(head, model)
         for name in (kernel, *others):
             for one in [head] if part is head else [part, head]:
-                loss = head_loss(one, name, loss_tile_bytes(), whole_because)
+                loss = head_loss(one, name, loss_tile_bytes(), whole_because, wire_of(model))
                 problem = _problem(model, expected, loss, head.vocabulary)
                 if problem is None:
                     return loss

@@ -142,7 +142,7 @@ def outlined_shape(
     if cut_by > 1:
         cut_layers(outline.model, config, Place(0, cut_by), Wire(lambda x: x))
         config = cut_config(config, cut_by)
-    return adapted_shape(outline.model, config, settings, outline.cast_bytes, kernels)
+    return replace(adapted_shape(outline.model, config, settings, outline.cast_bytes, kernels), loss_ranks=cut_by)
 
 
 def adapted_shape(

@@ -64,7 +64,7 @@ def cut_model(model: nn.Module, config: dict[str, Any], ranks: SeveralRanks) -> 
     Raises:
         InputError: the model cannot be cut, or not for so many ranks.
     """
-    cut_layers(model, config, Place(ranks.rank, ranks.size), Wire(ranks.sum_inside))
+    cut_layers(model, config, Place(ranks.rank, ranks.size), Wire(ranks.sum_inside, ranks.rank, ranks.size))
     _read(model)
 
 
@@ -197,9 +197,14 @@ def _read(model: nn.Module) -> None:
         mx.eval(array)
 
 
+def wire_of(model: nn.Module) -> Wire | None:
+    """Return what connects the ranks that have parts of the model's layers, None if it is whole."""
+    return next((module._wire for module in model.modules() if isinstance(module, Exit)), None)
+
+
 def is_cut(model: nn.Module) -> bool:
     """Return whether ranks have parts of the model's layers, so that each must compute the same rows."""
-    return any(isinstance(module, Exit) for module in model.modules())
+    return wire_of(model) is not None
 
 
 def row_ranks(model: nn.Module, ranks: Ranks) -> Ranks:
