@@ -52,7 +52,7 @@ def divided(losses_of: OfHidden, wire: Wire) -> OfHidden:
         def forward_vjp(hidden: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:
             slopes = (cotangents[0][own][:, None] * outputs[1]).astype(hidden.dtype)
             [slopes] = mx.depends([slopes], [outputs[0]])
-            return wire.sum(mx.pad(slopes, (around, (0, 0))))
+            return wire.sum(mx.pad(slopes, [around, (0, 0)]))
 
         return forward(hidden)[0]
 
