@@ -130,6 +130,18 @@ def test_a_gpu_keeps_no_exponentials():
     assert device.keep_exponentials()  # put back
 
 
+def test_less_is_prepared_ahead_on_a_cpu_if_ranks_share_the_base():
+    windows = {}
+    for shard_base in ("off", "even"):
+        outline = outline_of_config(tiny_config("llama"), mx.float32)
+        settings = train_settings({"model": "x", "rank": 4, "shard_base": shard_base})
+        adapt_model(outline.model, settings.adapter, 0)
+        memory = adapted_shape(outline.model, outline.config, settings).blocks[0].memory
+        windows[shard_base] = [memory.at(1, 128, on_gpu).window for on_gpu in (False, True)]
+    assert windows["even"][0] < windows["off"][0]
+    assert windows["even"][1] == windows["off"][1]
+
+
 def test_a_block_that_looks_at_numbers_is_not_known_and_the_plan_says_so():
     outline = outline_of_config(tiny_config("llama"), mx.float32)
     settings = train_settings({"model": "x", "rank": 4})

@@ -11,7 +11,6 @@ from run_cli import run
 from mlx_lora.api.several_macs import parse_macs, plan_on_macs, planned_on, shared_model, suggested
 from mlx_lora.planner.chips import find_chip
 from mlx_lora.planner.macs_plan import Link, Mac, Units, least_tokens, memory_shares, plan_macs, rank_part, sending
-from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Block, Layer, ModelShape, Run
 from mlx_lora.planner.speed import listed_ceilings
 from mlx_lora.settings.resolve import train_settings
@@ -35,24 +34,6 @@ def test_a_part_is_its_share_and_two_units():
     shape, units = model()
     assert rank_part(shape, units, 0.25).base_bytes == MB + units.bytes // 4 + 150 * MB
     assert sum(memory_shares([mac("M2", 8).machine, mac("M4", 24).machine])) == pytest.approx(1)
-
-
-def test_a_shared_packed_block_is_dequantized_a_matrix_at_a_time_on_a_cpu():
-    layers = (*LAYERS, Layer("self_attn", "q_proj", 4096, 4096, rank=8))
-    shapes = [
-        replace(model()[0], blocks=(Block(tuple(replace(layer, packed=packed) for layer in layers)),))
-        for packed in (False, True)
-    ]
-
-    def more(machine, shared: bool) -> int:
-        plans = [plan_memory(replace(shape, shared=shared), Run(1, 512), machine) for shape in shapes]
-        return plans[1].phases["backward"] - plans[0].phases["backward"]
-
-    gpu, every, largest = mac("M4", 32).machine, 2 * 4096 * 16384 + 4096**2, 4096 * 16384
-    cpu = replace(gpu, backend="cpu", number_bytes=4)
-    assert more(cpu, False) == 4 * every
-    assert more(cpu, True) == 4 * largest
-    assert more(gpu, True) == more(gpu, False) == 2 * every
 
 
 def test_a_base_that_fits_no_mac_alone_fits_two():

@@ -280,20 +280,17 @@ def _kept_by_blocks(shape: ModelShape, run: Run, machine: Machine) -> tuple[int,
 
 def _backward_window(shape: ModelShape, run: Run, machine: Machine) -> int:
     """Return the bytes that a block's backward pass allocates at a time, in addition to what the blocks keep."""
-    return int(max((_window(block, run, machine, shape.shared) for block in shape.blocks), default=0))
+    return int(max((_window(block, run, machine) for block in shape.blocks), default=0))
 
 
-def _window(block: Block, run: Run, machine: Machine, shared: bool) -> float:
+def _window(block: Block, run: Run, machine: Machine) -> float:
     if block.memory is not None:
         return block.memory.at(run.rows, run.width, machine.backend != "cpu").window
     size = machine.number_bytes
     layers = BACKWARD_AHEAD * block.widths * run.positions * size
     scores = _scores_ahead(run, machine) * run.rows * block.heads * run.width * size
-    packed = [layer.numbers for layer in block.layers if layer.packed and _dense_path(layer, machine)]
-    # Ranks that share a base have a block's weights only when it computes, so that none is dequantized ahead. This was measured
-    # on a CPU; a GPU may free memory later.
-    dense = max(packed, default=0) if shared and machine.backend == "cpu" else sum(packed)
-    return max(layers + dense * size, scores)
+    packed = sum(layer.numbers for layer in block.layers if layer.packed and _dense_path(layer, machine))
+    return max(layers + packed * size, scores)
 
 
 def _scores_ahead(run: Run, machine: Machine) -> float:

@@ -38,6 +38,8 @@ LOOP_WIDTHS = (16, 32)
 LOOP_NODES = 1500
 # The number of operations that MLX prepares ahead: fitted to peaks measured on a CPU (docs/planner.md).
 LAG = 40
+# The same if ranks share the base, on a CPU: memory beyond the plan is waited for (runs/shared_base.py).
+SHARED_LAG = 20
 # A scan over tokens has thousands of small operations, of which MLX prepares more: fitted to Mamba only.
 SCAN_NODES, SCAN_LAG = 4000, 80
 
@@ -99,7 +101,7 @@ class TracedBlock:
 
 
 def with_block_memory(
-    shape: ModelShape, model: nn.Module, config: dict[str, Any], choose: Choose = assumed
+    shape: ModelShape, model: nn.Module, config: dict[str, Any], choose: Choose = assumed, lag: int = LAG
 ) -> ModelShape:
     """Return the shape with the memory of every block whose graph can be read.
 
@@ -108,9 +110,10 @@ def with_block_memory(
         model: an mlx-lm model with its adapters; its arrays need not be computed yet.
         config: its config.json.
         choose: returns the kernels that it trains with, by shape.
+        lag: the number of operations that MLX prepares ahead on a CPU.
     """
     found, reasons = [], []
-    for block, traced in zip(shape.blocks, trace_blocks(model, config, choose), strict=True):
+    for block, traced in zip(shape.blocks, trace_blocks(model, config, choose, lag), strict=True):
         try:
             traced.at(1, WIDTHS[0], on_gpu=device.on_gpu())
         except NotKnown as error:
@@ -118,28 +121,34 @@ def with_block_memory(
             traced = None
         found.append(replace(block, memory=traced))
     if found and found[-1].memory is not None:
-        found[-1] = replace(found[-1], at_one=trace_last_at_one(model, config, choose))
+        found[-1] = replace(found[-1], at_one=trace_last_at_one(model, config, choose, lag))
     return replace(shape, blocks=tuple(found), not_known=tuple(dict.fromkeys(reasons)))
 
 
-def trace_blocks(model: nn.Module, config: dict[str, Any], choose: Choose = assumed) -> list[TracedBlock]:
+def trace_blocks(
+    model: nn.Module, config: dict[str, Any], choose: Choose = assumed, lag: int = LAG
+) -> list[TracedBlock]:
     """Return the memory of each block of an adapted model; blocks of the same kind share one object."""
     head = find_head(model, config)
     kinds = [_kind(block) for block in model.layers]
     first = {kind: number for number, kind in reversed(list(enumerate(kinds)))}
     calls = _Calls(model, head.hidden if isinstance(head, Head) else model, max(first.values(), default=0))
-    traced = {kind: TracedBlock(_reader(model.layers[n], n, calls, choose)) for kind, n in first.items()}
+    traced = {kind: TracedBlock(_reader(model.layers[n], n, calls, choose, lag)) for kind, n in first.items()}
     return [traced[kind] for kind in kinds]
 
 
-def trace_last_at_one(model: nn.Module, config: dict[str, Any], choose: Choose = assumed) -> TracedBlock | None:
+def trace_last_at_one(
+    model: nn.Module, config: dict[str, Any], choose: Choose = assumed, lag: int = LAG
+) -> TracedBlock | None:
     """Return the memory of the last block with a single trained position, None if the whole block is computed anyway."""
     head = find_head(model, config)
     last = with_last_block(head, model)[0].last if isinstance(head, Head) else None
     if not isinstance(head, Head) or last is None:
         return None
     number = len(model.layers) - 1
-    traced = TracedBlock(_reader(last, number, _Calls(model, head.hidden, number), choose, mx.zeros((1,), mx.int32)))
+    traced = TracedBlock(
+        _reader(last, number, _Calls(model, head.hidden, number), choose, lag, mx.zeros((1,), mx.int32))
+    )
     try:
         traced.at(1, WIDTHS[0], on_gpu=device.on_gpu())
     except NotKnown:
@@ -162,21 +171,23 @@ def _kind(block: nn.Module) -> tuple:
 
 
 def _reader(
-    block: nn.Module, number: int, calls: _Calls, choose: Choose, positions: mx.array | None = None
+    block: nn.Module, number: int, calls: _Calls, choose: Choose, lag: int, positions: mx.array | None = None
 ) -> Callable[[int, int, bool], BlockBytes]:
     def read(rows: int, width: int, on_gpu: bool) -> BlockBytes:
         try:
             with as_on_gpu() if on_gpu and not device.on_gpu() else nullcontext():
                 call = calls.of(number, rows, width)
                 with nullcontext() if positions is None else only_at(block, positions, rows * width):
-                    return _read_block(block, choose, *call)
+                    return _read_block(block, choose, LAG if on_gpu else lag, *call)
         except FOREIGN_ERRORS as error:
             raise NotKnown(f"{type(block).__name__}: {' '.join(str(error).split())[:120]}") from error
 
     return read
 
 
-def _read_block(block: nn.Module, choose: Choose, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockBytes:
+def _read_block(
+    block: nn.Module, choose: Choose, lag: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> BlockBytes:
     """List a block's graph and count its memory."""
     own = tree_flatten(block.parameters())
     trained = [name for name, _ in tree_flatten(block.trainable_parameters())]
@@ -210,7 +221,7 @@ def _read_block(block: nn.Module, choose: Choose, args: tuple[Any, ...], kwargs:
             graph = gradient_graph(function, floats + [of[n] for n in trained], others + [of[n] for n in frozen])
     finally:
         block.train(was_training)
-    counted = count_memory(graph, LAG if len(graph.nodes) < SCAN_NODES else SCAN_LAG)
+    counted = count_memory(graph, lag if len(graph.nodes) < SCAN_NODES else SCAN_LAG)
     inputs = sum(leaf.nbytes for leaf in floats[:1])
     return BlockBytes(inputs + counted.kept_bytes, counted.window_bytes, inputs + sum(attended), len(graph.nodes))
 

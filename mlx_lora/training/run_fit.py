@@ -40,7 +40,7 @@ from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, ObjectiveSettings, Tr
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.beside import beside_bytes
-from mlx_lora.training.block_memory import with_block_memory
+from mlx_lora.training.block_memory import LAG, SHARED_LAG, with_block_memory
 from mlx_lora.training.tensor_parallel import Place, cut_layers
 
 # Frozen copies of the factors that a method keeps: PiSSA's start, and ReLoRA's finished cycles.
@@ -164,7 +164,8 @@ def adapted_shape(
     plain_loss = shape.plain_loss or settings.loop.kernels == MLX
     shape = replace(shape, plain_loss=plain_loss, beside_bytes=beside_bytes(settings))
     choice = known_kernels(settings, shape) if kernels is None else kernels
-    shape = with_block_memory(shape, model, dict(config), choice)
+    lag = LAG if settings.loop.shard_base == "off" else SHARED_LAG
+    shape = with_block_memory(shape, model, dict(config), choice, lag)
     shape = replace(shape, teacher=teacher_shape(settings), teacher_stays=settings.objective.on_policy)
     return with_caches(shape, model) if settings.objective.samples else shape
 
