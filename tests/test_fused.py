@@ -14,6 +14,7 @@ from tiny_steps import adapted, batch, factors, make_step
 from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.models.head import Head, find_head
+from mlx_lora.system import device
 from mlx_lora.training.fused import fused_token_losses, tile_shape
 from mlx_lora.training.loss_choice import TILES
 from mlx_lora.training.losses import Arrays, choose_loss, head_loss, plain_loss
@@ -269,3 +270,26 @@ def test_empty_batch_is_zero_without_nan():
     (value, count), grads = nn.value_and_grad(model, fused.train)(model, *arrays)
     assert (value.item(), count.item()) == (0, 0)
     assert all(not g.any() for _, g in tree_flatten(grads))
+
+
+@pytest.mark.parametrize("size", [5, 64, 1000, 32_769])
+def test_row_sums_are_near_those_of_float64(size):
+    x = mx.exp(3 * mx.random.normal((7, size)))
+    exact = np.array(x).astype(np.float64).sum(axis=1, keepdims=True)
+    found = np.array(device.row_sums(x)).astype(np.float64)
+    assert found.shape == (7, 1)
+    assert np.abs(found / exact - 1).max() < 1e-6
+    assert np.array_equal(np.array(device.row_sums(x[:, ::-1])), np.array(device.row_sums(mx.contiguous(x[:, ::-1]))))
+
+
+def test_a_large_vocabulary_loses_nothing():
+    """mlx's own sum over 49,152 exponentials is 1e-5 too small on a CPU."""
+    vocabulary = 49_152
+    head = Head(nn.Module(), nn.Linear(16, vocabulary, bias=False))
+    hidden, targets = 10 * mx.random.normal((6, 16)), mx.random.randint(0, vocabulary, (6,))
+    logits = np.array(hidden).astype(np.float64) @ np.array(head.layer.weight).astype(np.float64).T
+    largest = logits.max(axis=1)
+    exact = np.log(np.exp(logits - largest[:, None]).sum(axis=1)) + largest - logits[np.arange(6), np.array(targets)]
+    for tile in (1 << 24, 1 << 18):
+        found = np.array(fused_token_losses(head, hidden, targets, mx.ones((6,)), tile)).astype(np.float64)
+        assert np.abs(found / exact - 1).max() < 1e-6

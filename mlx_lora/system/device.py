@@ -20,6 +20,8 @@ from mlx_lora.system.errors import InputError
 from mlx_lora.system.measuring import best_s, read_store, write_store
 from mlx_lora.system.units import GIB, parse_size
 
+ROW_PARTS = 64  # of a row, which are added to each other first
+
 
 @dataclass(frozen=True)
 class Device:
@@ -226,6 +228,21 @@ def exponential(x: mx.array) -> mx.array:
     power = mx.custom_function(lambda x: mx.power(2.0, x * math.log2(math.e)))
     power.vjp(lambda x, d, result: d * result)
     return power(x)
+
+
+def row_sums(x: mx.array) -> mx.array:
+    """Return the sum of each row of `x` (R, S), as (R, 1).
+
+    MLX's CPU backend adds a row's numbers one after the other: of 32,768 exponentials, small ones are lost beside the sum
+    (3e-5 of it), and it takes five times as long as adding parts of the row to each other first.
+    """
+    rows, size = x.shape
+    length = size // ROW_PARTS
+    if on_gpu() or not length:
+        return x.sum(axis=-1, keepdims=True)
+    total = mx.as_strided(x, (rows, ROW_PARTS, length), (size, length, 1)).sum(axis=1).sum(axis=-1, keepdims=True)
+    rest = x[:, ROW_PARTS * length :]
+    return total + rest.sum(axis=-1, keepdims=True) if rest.size else total
 
 
 def host_waits_for_peers() -> bool:

@@ -35,7 +35,7 @@ import mlx.core as mx
 
 from mlx_lora.models.head import Head
 from mlx_lora.planner.memory import tile_shape
-from mlx_lora.system import exponentials
+from mlx_lora.system import device, exponentials
 
 Powers = Callable[..., tuple[mx.array, mx.array]]
 """(logits, before, own) -> exponentials and the largest logit; see `_exact_powers`."""
@@ -165,7 +165,7 @@ class _Rows:
             before = self.largest
             powers, self.largest = powers_of(logits, before, self.targets[:, None] - (part.kept.start + start))
             shrink: Any = None if before is None else mx.exp((before - self.largest) / unit)  # (R, 1)
-            mass = powers.sum(axis=-1, keepdims=True)
+            mass = device.row_sums(powers)
             self.total = mass if shrink is None else self.total * shrink + mass
             if gradient:
                 slopes = powers if head.soft_cap is None else powers * head.slope(logits)
