@@ -257,7 +257,7 @@ def test_smollm2_shares_its_base(form, ranks, parts, chats, tmp_path):
         assert (
             run("convert", "--model", smollm2_gguf(), "--out", model, "--no-quantize", "--dtype", "float16").code == 0
         )
-    # A shared base uses our loss, which is nearer to float64 than MLX's sum over 49,152 logits (by 1e-5 of it on a CPU).
+    # A shared base uses our loss; MLX's own is 1e-5 too small over 49,152 logits on a CPU (docs/decisions.md).
     short = ("--iters", 3, "--learning-rate", 1e-3, "--val-batches", 2, "--kernels", "ours")
     words = command(model, chats, tmp_path / "one", *short)
     assert run("train", *words).code == 0
@@ -265,7 +265,8 @@ def test_smollm2_shares_its_base(form, ranks, parts, chats, tmp_path):
         train(*command(model, chats, tmp_path / "two", *short, "--shard-base", parts)), ranks, tmp_path / "ranks"
     )
     assert f"base shared by {ranks} processes" in ended.errs[0]
-    assert_same_run(tmp_path / "one", tmp_path / "two")
+    # Where a gradient is near zero, Adam makes its rounding a step: of 3 steps of up to 1e-3.
+    assert_same_run(tmp_path / "one", tmp_path / "two", atol=3e-4)
 
 
 MEASURED = """
