@@ -69,6 +69,7 @@ def test_evaluate_and_generate_have_it_and_need_it_not(trained, converted, tiny_
     assert run("generate", "--model", tiny_folder, *words).code == 0
 
 
+@pytest.mark.slow
 def test_a_plan_is_that_of_the_converted_model(converted, tiny_folder):
     words = ("--max-seq-length", 128, "--batch-tokens", 512, "--json")
     plans = [
@@ -125,6 +126,7 @@ def test_the_teacher_is_not_quantized(tiny_folder, chats, tmp_path):
     assert first["val_loss"] > 1e-6  # the student is not its teacher
 
 
+@pytest.mark.slow
 def test_files_of_other_trainers_quantize(tiny_folder, chats, tmp_path):
     file = tmp_path / "axolotl.yml"
     file.write_text(f"base_model: {tiny_folder}\nload_in_4bit: true\nadapter: qlora\nmicro_batch_size: 2\n")
