@@ -43,11 +43,7 @@ WAITING = 4096
     multiple=True,
     help="Blend of loaded adapters: NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT ...; may be repeated.",
 )
-@click.option(
-    "--ignore-fingerprint",
-    is_flag=True,
-    help="Use adapters even if they were trained on another base of the same shape.",
-)
+@flags.ignore_fingerprint_option
 @click.option("--system-prompt", type=str, default=None, help="System message before the conversation.")
 @click.option(
     "-m",

@@ -34,11 +34,7 @@ from mlx_lora.training.drift import NO_CHANGE, SMALL_CHANGE
 @flags.settings_options("model", "data", "objective", leave_out=("decode_weights", "valid_fraction", "shared_prefix"))
 @click.option("--adapter-path", type=str, default=None, help="Adapter folder, or hub id, to put on the model.")
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
-@click.option(
-    "--ignore-fingerprint",
-    is_flag=True,
-    help="Use the adapter even if it was trained on another base of the same shape.",
-)
+@flags.ignore_fingerprint_option
 @click.option("--batch-tokens", type=click.IntRange(min=2), default=None, help="Tokens per batch, padding included.")
 @click.option(
     "--forgetting", is_flag=True, help="Compare with the base on --data, general text and chat, and probe questions."

@@ -58,11 +58,7 @@ from mlx_lora.system import console
     help="Ollama model or .gguf file that a Modelfile applies the adapter to [default: none, the merged model].",
 )
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
-@click.option(
-    "--ignore-fingerprint",
-    is_flag=True,
-    help="Use the adapter even if it was trained on another base of the same shape.",
-)
+@flags.ignore_fingerprint_option
 @click.option("--force", is_flag=True, help="Replace what is in --out.")
 @click.option(
     "--push-to-hub", type=str, default=None, help="Also upload the result to this hub repository, owner/name."

@@ -33,11 +33,7 @@ FADED = 0.9
     help="Write a float model for a quantized base, so that nothing of the update is lost.",
 )
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
-@click.option(
-    "--ignore-fingerprint",
-    is_flag=True,
-    help="Use the adapter even if it was trained on another base of the same shape.",
-)
+@flags.ignore_fingerprint_option
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(

@@ -31,11 +31,7 @@ from mlx_lora.training.agreement import check_one_run
 @flags.settings_options("model")
 @click.option("--adapter-path", type=str, default=None, help="Adapter folder, or hub id, to put on the model.")
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
-@click.option(
-    "--ignore-fingerprint",
-    is_flag=True,
-    help="Use the adapter even if it was trained on another base of the same shape.",
-)
+@flags.ignore_fingerprint_option
 @click.option("-p", "--prompt", type=str, required=True, help="The prompt; - reads standard input.")
 @click.option("--system-prompt", type=str, default=None, help="System message for the chat template.")
 @click.option(

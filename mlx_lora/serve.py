@@ -46,11 +46,7 @@ SHUTDOWN_S = 5
     multiple=True,
     help="Blend of loaded adapters: NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT ...; may be repeated.",
 )
-@click.option(
-    "--ignore-fingerprint",
-    is_flag=True,
-    help="Use adapters even if they were trained on another base of the same shape.",
-)
+@flags.ignore_fingerprint_option
 def main(adapters: tuple[str, ...], blends: tuple[str, ...], ignore_fingerprint: bool, **options: Any) -> None:
     """Serve --model, with and without each --adapter, until you press Ctrl-C."""
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]

@@ -161,6 +161,17 @@ def test_a_reward_model_of_another_base_is_loaded_beside_it_and_planned(untied, 
     assert "reward models" in run(*common, judge).out
 
 
+def test_bits_are_those_of_the_trained_model_alone(untied, tiny_folder, judge):
+    plain, packed = asked(tiny_folder, judge), asked(tiny_folder, judge, bits=4)
+    sizes = []
+    for settings in (plain, packed):
+        base, said = load_base(settings.model), []
+        load_rewards(settings, base, said.append)
+        sizes.append((base.size_bytes, said[-1].rpartition("; ")[2]))
+    assert sizes[1][0] < sizes[0][0]
+    assert sizes[1][1] == sizes[0][1]  # the judge's base, as it is stored
+
+
 def test_the_template_is_the_reward_models_own(tiny_folder, data, tmp_path):
     judge = judge_of(tiny_folder, data, tmp_path / "judge", "--chat-template", "alpaca")
     _, (scorer,) = loaded(tiny_folder, judge)

@@ -159,6 +159,6 @@ def _other_base(folder: Path, asked: ModelSettings) -> Base:
     if named is None:
         raise InputError(f"--reward {folder}: does not name its base; give a folder that a run wrote")
     try:
-        return load_base(replace(asked, model=named[0], revision=named[1]))
+        return load_base(replace(asked, model=named[0], revision=named[1], bits=None))  # --bits is of --model
     except InputError as error:
         raise InputError(f"--reward {folder}: its base cannot be loaded: {error}") from None

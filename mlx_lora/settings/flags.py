@@ -82,6 +82,12 @@ config_option = click.option(
     f"({', '.join(recipe_names())}); flags override it.",
 )
 
+ignore_fingerprint_option = click.option(
+    "--ignore-fingerprint",
+    is_flag=True,
+    help="Use an adapter even if it was trained on another base of the same shape.",
+)
+
 
 def settings_options(*sections: str, leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
     """Add one click option per field of the named settings sections.
