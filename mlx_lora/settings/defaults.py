@@ -141,7 +141,7 @@ def steps_per_epoch(loop: LoopSettings, data: DataFacts | None) -> int:
 
 def _early_stopping(settings: TrainSettings, loop: LoopSettings, data: DataFacts | None) -> dict[str, Any]:
     """Return settings with which a run ends when its held-out loss no longer falls; none if too little is held out."""
-    whole = PRESETS[settings.adapter.method_name].events is not None  # AdaLoRA's and ReLoRA's schedules need their end
+    whole = PRESETS[settings.adapter.method_name].events != "none"  # AdaLoRA's and ReLoRA's schedules need their end
     validates = loop.val_batches != 0 and loop.steps_per_eval != 0 and loop.save_every != 0
     if data is None or data.held_out < ENOUGH_HELD_OUT or whole or not validates:
         return {}
