@@ -184,23 +184,24 @@ def rate_problem(settings: TrainSettings, model_type: str, width: int) -> str:
     return f"--learning-rate {given:g}: {effect}; about {usual:g} suits this model, which is also the default"
 
 
-def length_problem(settings: TrainSettings, steps: int, per_epoch: float) -> str:
+def length_problem(asked: TrainSettings, steps: int, per_epoch: float) -> str:
     """Return a warning of a run that is too short to change the model; empty: it is long enough.
 
     Args:
-        settings: of the run, with nothing open.
+        asked: settings of the run, as they were given.
         steps: of the run.
         per_epoch: its steps in one epoch.
     """
-    if steps >= FEW_STEPS or settings.objective.samples:
+    if steps >= FEW_STEPS or asked.objective.samples:
         return ""
     epochs = math.ceil(1.5 * FEW_STEPS / per_epoch)
     longer = math.ceil(epochs * per_epoch)
-    flag = f"--epochs {epochs}" if settings.loop.iters is None else f"--iters {longer}"
-    return (
-        f"{counted(steps, 'step')} will hardly change the model; {flag} gives {longer}, which takes "
-        f"{longer / steps:.1f} times as long (without --epochs and --iters, the length is chosen)"
-    )
+    flag = f"--epochs {epochs}" if asked.loop.iters is None else f"--iters {longer}"
+    short = f"{counted(steps, 'step')} will hardly change the model"
+    gives = f"{flag} gives {longer}, which takes {longer / steps:.1f} times as long"
+    if asked.loop.iters is None and asked.loop.epochs is None:  # there are so few rows
+        return f"{short}; add rows to the data, or {gives}"
+    return f"{short}; {gives}, and without it the run chooses its length"
 
 
 def preset_settings(name: str, data: DataFacts | None) -> dict[str, Any]:
