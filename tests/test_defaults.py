@@ -182,6 +182,16 @@ def test_what_will_not_work_is_said_before(tiny_folder, chats, tmp_path, flags, 
         assert word in planned["warnings"][0]
 
 
+def test_a_larger_alpha_needs_a_smaller_rate():
+    def warned(**settings: object) -> bool:
+        return bool(defaults.rate_problem(train_settings(settings), "llama", 576))
+
+    assert warned(learning_rate=1e-5)
+    assert not warned(learning_rate=1e-5, rank=8, alpha=160)  # mlx-lm's defaults: scale 20
+    assert warned(learning_rate=5e-3, alpha=160)
+    assert not warned(learning_rate=5e-3)
+
+
 def test_the_length_that_a_warning_names_is_enough(tiny_folder, chats):
     short = json.loads(run("plan", "--model", tiny_folder, "--data", chats, "--json", "--iters", 3).out)
     named = short["warnings"][0].split("--iters ")[1].split()[0]

@@ -17,7 +17,8 @@ from mlx_lora.settings.methods import PRESETS
 from mlx_lora.system.units import counted
 
 FULL_RATE = 5e-5  # of full fine-tuning, at a width of 2,000
-LORA_OVER_FULL = 10  # LoRA's best rate over that of full fine-tuning, at any rank with alpha 32
+ALPHA = 32  # of the formula; an update is proportional to alpha times the rate
+LORA_OVER_FULL = 10  # LoRA's best rate over that of full fine-tuning, at any rank with this alpha
 WIDTH = 2000
 EXPONENTS = {"llama": 0.781, "qwen": 0.0775}  # of WIDTH / width; fitted on models of these families
 MIDDLE = 0.43  # for families that nobody fitted
@@ -178,10 +179,12 @@ def chosen_words(asked: TrainSettings, chosen: TrainSettings, model: str, data: 
 def rate_problem(settings: TrainSettings, model_type: str, width: int) -> str:
     """Return a warning of a learning rate far from what suits the model; empty: it may do."""
     given, usual = settings.optimizer.learning_rate, learning_rate_for(model_type, width, settings)
-    if given is None or TOO_LOW <= given / usual <= TOO_HIGH:
+    strength = 1 if settings.adapter.method_name == "full" else settings.adapter.alpha / ALPHA
+    if given is None or TOO_LOW <= given * strength / usual <= TOO_HIGH:
         return ""
+    usual = float(f"{usual / strength:.1e}")
     effect = "the run will probably diverge" if given > usual else "the model will hardly change"
-    return f"--learning-rate {given:g}: {effect}; about {usual:g} suits this model, which is also the default"
+    return f"--learning-rate {given:g}: {effect}; about {usual:g} suits this model"
 
 
 def length_problem(asked: TrainSettings, steps: int, per_epoch: float) -> str:
