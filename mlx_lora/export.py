@@ -28,10 +28,7 @@ from mlx_lora.system import console
 
 @click.command(cls=flags.ShortCommand)
 @flags.settings_options("model", leave_out=("quantized_matmul", "decode_weights"))
-@click.option(
-    "--adapter-path",
-    type=str,
-    default=None,
+@flags.adapter_option(
     help="Adapter folder or hub id, ours, mlx-lm's or PEFT's; optional for gguf and ollama.",
 )
 @click.option(

@@ -25,7 +25,7 @@ FADED = 0.9
 
 @click.command(cls=flags.ShortCommand)
 @flags.settings_options("model", leave_out=("quantized_matmul", "decode_weights"))
-@click.option("--adapter-path", type=str, required=True, help="Adapter folder or hub id, ours, mlx-lm's or PEFT's.")
+@flags.adapter_option(required=True, help="Adapter folder or hub id, ours, mlx-lm's or PEFT's.")
 @click.option("--out", "--save-path", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option(
     "--dequantize",
