@@ -44,8 +44,10 @@ from mlx_lora.system import console
 )
 @click.option(
     "--gguf-type",
-    type=click.Choice(tuple(TYPES), False),
+    type=str,
+    callback=lambda _, __, text: text and text.lower(),
     default=None,
+    metavar="[" + "|".join(TYPES) + "]",
     help=f"Type of the weights of a merged GGUF; norms and biases stay f32 [default: {DEFAULT_TYPE}].",
 )
 @click.option(

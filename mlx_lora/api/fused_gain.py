@@ -29,10 +29,11 @@ from mlx_lora.training.held_out import held_out_plan, spaced_by_length
 from mlx_lora.training.trainer import held_out_loss
 
 ROWS = 32  # measured, at most
+LEAST_ROWS = 16  # of them, on a slow machine too: on fewer rows the share is chance
 BASE_S = 20.0  # seconds for the base; with the adapter and fused, the same rows take about as long each
 BATCH_TOKENS = 1024
 MOST_DATA_BYTES = 20_000_000  # larger data of a run is only read on request (--data)
-LEAST_GAIN = 0.01  # nats per token; a share of less is a share of noise
+LEAST_GAIN = 0.02  # nats per token; a share of less is a share of noise
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Gain:
         losses = f"base {self.loss_base:.2f}, with adapter {self.loss_adapter:.2f}, fused {self.loss_fused:.2f}"
         if self.kept is None:
             return f"the adapter does not lower the loss on {self.of} ({losses}); measure on others with --data FILE"
-        return f"the fused model keeps {self.kept:.0%} of the adapter's gain in loss ({losses}; {self.of})"
+        share = "all" if self.kept >= 1 else "nothing" if self.kept <= 0 else f"{self.kept:.0%}"
+        return f"the fused model keeps {share} of the adapter's gain in loss ({losses}; {self.of})"
 
 
 NOT_MEASURED = {**dict.fromkeys(("loss_base", "loss_adapter", "loss_fused", "kept")), "rows": 0, "of": None}
@@ -104,11 +106,13 @@ def measure_gain(
         return of
     rows = rows.select(spaced_by_length(rows, min(ROWS, rows.examples)))
     loop = replace(train_settings({}).loop, batch_tokens=BATCH_TOKENS, test_batches=1)
+    _loss(base, rows, loop, say)  # compares kernels and compiles
     start = time.perf_counter()
     _loss(base, rows, loop, say)
-    batches = max(1, int(BASE_S / (time.perf_counter() - start)))
-    loop = replace(loop, test_batches=batches)
-    measured = len(held_out_plan(rows, loop).examples_of(batches))
+    plan, batches = held_out_plan(rows, loop), max(1, int(BASE_S / (time.perf_counter() - start)))
+    while len(plan.examples_of(batches)) < min(LEAST_ROWS, rows.examples):
+        batches += 1
+    measured, loop = len(plan.examples_of(batches)), replace(loop, test_batches=batches)
     loss_base = _loss(base, rows, loop, say)
     load_adapter(base, adapter, ignore_fingerprint)
     loss_adapter = _loss(base, rows, loop, say)
