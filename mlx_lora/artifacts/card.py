@@ -178,19 +178,19 @@ class _Card:
         """Return the commands for each program that reads the adapter."""
         lines = ["## Use", ""]
         if self.location == "adapter":
-            lines += ["In the commands, `adapter` is this folder; mlx_lora and PEFT also accept a hub id.", ""]
+            lines += ["In the commands, `adapter` is this folder; mlx-lora and PEFT also accept a hub id.", ""]
         if self.info.scores:
             ours = f"--model {self.model} --adapter-path {self.location}"
             lines += [
                 "This adapter makes a reward model: it scores answers and does not write text.",
                 "",
-                "### mlx_lora",
+                "### mlx-lora",
                 "",
             ]
             lines += _block("bash", f"mlx-lora evaluate {ours} --objective reward --data pairs.jsonl")
             return [*lines, "### PEFT", "", *self._peft()]
         generate = f'mlx-lora generate --model {self.model} --adapter-path {self.location} --prompt "Hello"'
-        lines += ["### mlx_lora", "", *_block("bash", generate)]
+        lines += ["### mlx-lora", "", *_block("bash", generate)]
         return [*lines, "### mlx-lm", "", *self._mlx_lm(ranks), "### PEFT", "", *self._peft()]
 
     def _mlx_lm(self, ranks: set[int]) -> list[str]:
