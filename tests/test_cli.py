@@ -17,6 +17,7 @@ from mlx_lora.settings.resolve import train_settings
 from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.system import console
 from mlx_lora.system.errors import InputError
+from mlx_lora.system.supervise import last_given, smaller
 
 
 @pytest.fixture
@@ -133,9 +134,9 @@ def test_the_package_and_its_help_come_at_once(code, limit_s):
 
 @pytest.mark.parametrize("second", ["--adapter-path", "--adapter"])
 def test_an_option_of_one_value_is_not_given_twice(second, tmp_path):
-    ran = run("fuse", "--model", "m", "--adapter-path", "a", second, "b", "--out", tmp_path / "out")
+    ran = run("fuse", "--model", "m", "--adapter-path", "a", second, "b", "--out", tmp_path / "out", exactly=True)
     one_line(ran, "--adapter-path", second, "chat", "--blend")  # and what takes several
-    one_line(run("train", "--rank", 4, "--rank=8", "--model", "m"), "--rank")
+    one_line(run("train", "--rank", 4, "--rank=8", "--model", "m", exactly=True), "--rank")
     assert "--rank" not in run("train", "--rank", 4, "--model", "m").err
     # Options that may be repeated still are.
     assert "--adapter" not in run("chat", "--model", tmp_path / "none", "--blend", "c=a:1", "--blend", "d=a:1").err
@@ -160,3 +161,28 @@ def test_an_adapter_is_named_the_same_way_in_every_command_that_reads_one(writte
 def test_chat_and_serve_take_both_spellings(flag, tiny_folder, tmp_path):
     for command in ("chat", "serve"):
         one_line(run(command, "--model", tiny_folder, flag, f"b={tmp_path / 'none'}"), str(tmp_path / "none"))
+
+
+def test_flags_at_the_end_of_a_composed_command_take_the_place_of_its_own():
+    begun = [
+        "python",
+        "-m",
+        "mlx_lora.train",
+        "--rank=4",
+        "--grad-checkpoint",
+        "none",
+        "-c",
+        "a.yaml",
+        "--force",
+        "--resume",
+        "--seed",
+        "-1",
+    ]
+    restarted = last_given([*begun, *smaller(2)])
+    assert restarted == [
+        "python", "-m", "mlx_lora.train", "--rank=4", "-c", "a.yaml", "--force", "--seed", "-1",
+        "--resume", "--batch-parts", "2", "--grad-checkpoint", "block",
+    ]  # fmt: skip
+    assert last_given(["--rank", "4", "--rank=8"]) == ["--rank=8"]
+    repeated = ["serve", "--adapter", "a", "--adapter", "b"]
+    assert last_given(repeated) == repeated

@@ -24,7 +24,8 @@ from mlx_lora.system.files import replacing_file
 from mlx_lora.system.parsing import parse_json, parse_yaml
 
 CARD_FILE = "README.md"
-MARK = "<!-- Written by mlx_lora, which replaces this file on its next run unless this line is gone. -->"
+OURS = "which replaces this file on its next run unless this line is gone. -->"
+MARK = f"<!-- Written by mlx-lora, {OURS}"
 FLOAT_MODEL = "OWNER/FLOAT-MODEL"  # placeholder for a name that only the user knows
 
 
@@ -89,7 +90,7 @@ def write_card(
         Whether it was written.
     """
     path = folder / CARD_FILE
-    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+    if path.exists() and OURS not in path.read_text(encoding="utf-8", errors="replace"):
         return False
     # A --base-id for a PEFT adapter names a model that PEFT can load.
     in_float = base_id is not None or not (base.quantization or _is_gguf(info.base_model))
