@@ -124,7 +124,8 @@ def words(rounding: dict[str, Any], gain: Gain | str | None) -> str:
         rounding: from `summarize`.
         gain: what was measured, or why nothing was; None: nothing needed to be.
     """
-    error, bits = rounding["error_mean"], rounding["bits"]
+    error: float = rounding["error_mean"]
+    bits: Any = rounding["bits"]
     size = f"{error:.0f} times" if error >= 9.95 else f"{error:.1f} times" if error >= 1 else f"{error:.1%} of"
     kind = f"rounding to {bits} bits" if bits else "rounding"
     line = f"{rounding['layers']} layers fused; "

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import mlx.core as mx
 
@@ -62,7 +63,7 @@ def _rates(ceilings: Ceilings) -> dict[str, float]:
 
 def _kept(key: str) -> tuple[float, Ceilings | None]:
     """Return when the rates of a key were measured, and the rates; None: there are none that can be read."""
-    entry = read_store(STORE).get(key)
+    entry: Any = read_store(STORE).get(key)
     try:
         rates = dict(entry)
         return float(rates.pop("at")), Ceilings(**rates)
