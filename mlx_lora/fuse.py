@@ -124,14 +124,14 @@ def words(rounding: dict[str, Any], gain: Gain | str | None) -> str:
         rounding: from `summarize`.
         gain: what was measured, or why nothing was; None: nothing needed to be.
     """
-    error: float = rounding["error_mean"]
-    bits: Any = rounding["bits"]
+    error, bits = rounding["error_mean"], rounding["bits"]
     size = f"{error:.0f} times" if error >= 9.95 else f"{error:.1f} times" if error >= 1 else f"{error:.1%} of"
     kind = f"rounding to {bits} bits" if bits else "rounding"
     line = f"{rounding['layers']} layers fused; "
     if isinstance(gain, Gain):
-        faded = bits is not None and gain.kept is not None and gain.kept < FADED
-        return line + gain.words() + (f". {_ways_out(bits)}" if faded else "")
+        if bits is None or gain.kept is None or gain.kept >= FADED:
+            return line + gain.words()
+        return f"{line}{gain.words()}. {_ways_out(bits)}"
     line += f"{kind} adds an error of {size} the update's size"
     if gain is not None:
         line += f"; what this costs was not measured, because {gain}: measure it with --data FILE"
