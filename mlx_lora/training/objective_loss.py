@@ -32,6 +32,7 @@ from mlx_lora.training.losses import Arrays, Loss, LossFunction, TokenLosses
 from mlx_lora.training.policy_task import more_reports, policy_arrays, policy_loss_of, prepared
 from mlx_lora.training.sharing import dealt_batches, own_batches
 from mlx_lora.training.taught_answers import taught_arrays
+from mlx_lora.training.whole_set import WholeSet
 
 FIRST, SECOND = 0, 1  # rows of an example
 
@@ -102,6 +103,7 @@ class Task:
         reports: names of the sums that the loss returns in addition to its own.
         finish: see `Objective`.
         rates: reads what a report of steps adds on the time since the last one.
+        whole_set: how a set is measured, if the loss is of whole answers; None: as a mean over tokens or examples.
     """
 
     loss: Loss
@@ -110,6 +112,7 @@ class Task:
     reports: tuple[str, ...] = ()
     finish: Callable[[dict[str, float]], dict[str, float]] = dict
     rates: Callable[[], dict[str, float]] = dict
+    whole_set: WholeSet | None = None
 
 
 def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
@@ -150,7 +153,13 @@ def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
 
     words = f"{objective.description}; {loss.description}"
     whole = replace(loss, train=of(loss.tokens), measure=of(measure_tokens), description=words)
-    return Task(whole, arrays_of, prepare, objective.reports, objective.finish)
+    measured = WholeSet(
+        lambda model, *batch: _sums_of(model, measure_tokens, *batch),
+        of_answers,
+        objective.records == "rated",
+        objective.divergence,
+    )
+    return Task(whole, arrays_of, prepare, objective.reports, objective.finish, whole_set=measured)
 
 
 def _only_numbers(means: dict[str, float]) -> dict[str, float]:

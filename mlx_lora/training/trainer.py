@@ -34,6 +34,7 @@ from mlx_lora.training.sharing import own_batches
 from mlx_lora.training.state import Diverged, Position
 from mlx_lora.training.step import Step, StepResult
 from mlx_lora.training.tensor_parallel import is_cut, row_ranks
+from mlx_lora.training.whole_set import whole_set_loss
 
 # This many skipped updates in a row mean that the run has diverged, not that one batch was bad.
 MAX_SKIPPED_IN_A_ROW = 10
@@ -146,6 +147,11 @@ def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ran
     """
     training = model.training
     model.eval()
+    counts = ranks.leads or not is_cut(model)  # else all ranks compute the same: rank 0's numbers are everyone's
+    if task.whole_set:
+        loss, count, means = whole_set_loss(model, task.whole_set, task.arrays_of, batches, ranks, counts)
+        model.train(training)
+        return Measured(loss, count, task.finish(means) if count else {})
     sums = mx.zeros((2 + len(task.reports),))
     for batch in batches:
         for part in task.prepare([batch], ALONE):
@@ -153,8 +159,8 @@ def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ran
             named = reports[0] if reports else {}
             sums = sums + mx.stack([loss, count, *(named[name] for name in task.reports)])
             mx.eval(sums)
-    if is_cut(model) and not ranks.leads:
-        sums = mx.zeros_like(sums)  # all ranks have computed the same: rank 0's numbers are everyone's
+    if not counts:
+        sums = mx.zeros_like(sums)
     # Ranks finish at different times. On a GPU, the host must wait for the others, not the device: see `SeveralRanks.sum`.
     total, count, *reported = ranks.sum(sums).tolist()
     model.train(training)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,8 +22,9 @@ from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.row_store import RowStore
 from mlx_lora.models.trunk import Trunk
 from mlx_lora.system.errors import RunError
-from mlx_lora.training.losses import LossFunction
 from mlx_lora.training.objective_loss import Task
+
+Result = TypeVar("Result")
 
 # numpy has no bfloat16: an array's bytes pass as integers of its size.
 CARRIERS = {2: (np.uint16, mx.uint16), 4: (np.uint32, mx.uint32)}
@@ -143,12 +144,13 @@ def with_trunk(task: Task, trunk: Trunk, rows: TrunkRows) -> Task:
         rows: the trunk's output for the rows of the batches.
     """
 
-    def above(loss: LossFunction) -> LossFunction:
-        def of_kept(model: nn.Module, *arrays: mx.array) -> tuple:
+    def above(function: Callable[..., Result]) -> Callable[..., Result]:
+        def of_kept(model: nn.Module, *arrays: mx.array) -> Result:
             with trunk.given(arrays[-1]):
-                return loss(model, *arrays[:-1])
+                return function(model, *arrays[:-1])
 
         return of_kept
 
     loss = replace(task.loss, train=above(task.loss.train), measure=above(task.loss.measure))
-    return replace(task, loss=loss, arrays_of=lambda batch: (*task.arrays_of(batch), rows.of(batch)))
+    whole = task.whole_set and replace(task.whole_set, sums=above(task.whole_set.sums))
+    return replace(task, loss=loss, whole_set=whole, arrays_of=lambda batch: (*task.arrays_of(batch), rows.of(batch)))
