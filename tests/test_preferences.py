@@ -194,7 +194,9 @@ def test_plain_texts():
     explicit = parse_pairs({"prompt": "The sky is", "chosen": " blue.", "rejected": " green."})[0]
     repeated = parse_pairs({"prompt": "The sky is", "chosen": "The sky is blue.", "rejected": "The sky is green."})[0]
     implicit = parse_pairs({"chosen": "The sky is blue.", "rejected": "The sky is green."})[0]
-    assert explicit == repeated == implicit
+    assert explicit == implicit
+    assert (explicit.repeats, repeated.repeats, implicit.repeats) == (False, True, None)
+    assert repeated.chosen == Completion("The sky is", "The sky is blue.")  # the whole set decides: full_texts.py
     assert explicit.chosen == Completion("The sky is", " blue.")
     assert explicit.rejected == Completion("The sky is", " green.")
 

@@ -9,7 +9,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.answers import answers_of, encode_entries
@@ -27,7 +26,8 @@ from mlx_lora.data.data_report import (
 from mlx_lora.data.encode import Encoded, EncodedSet, Encoder
 from mlx_lora.data.encoded_cache import entry_folder, read_entry, write_entry
 from mlx_lora.data.examples import Completion, Conversation
-from mlx_lora.data.mixing import joined_sets, mix, read_sets
+from mlx_lora.data.full_texts import cut_repeated_prompts, repeated_notes
+from mlx_lora.data.mixing import Part, joined_sets, mix, read_sets
 from mlx_lora.data.reading import Rows, read_rows
 from mlx_lora.data.split import content_key, prompt_key
 from mlx_lora.data.teacher_rows import prompt_notes
@@ -194,27 +194,20 @@ def _make_splits(
     records: str,
     teacher_prompt: str | None,
 ) -> DataSplits:
-    parts, train_parts = read_sets(sets, settings, records)
+    parts, train_parts, repeated = read_sets(sets, settings, records)
     encoder, template, origin = _make_encoder(parts.values(), settings, tokenizer, day)
     encoded = {name: _encode(rows, encoder, say, teacher_prompt) for name, rows in parts.items()}
     _check(settings, parts, encoded)
 
     truncated = [location for rows in parts.values() for location in rows.truncated]
-    keys = {
-        name: [content_key(*answers_of(parts[name].entries[i])) for i in dict.fromkeys(encoded[name].source.tolist())]
-        for name in encoded
-    }
+    keys = {name: _keys(parts[name], encoded[name], content_key) for name in encoded}
     doubled = _doubled(parts["train"], encoded["train"], keys["train"])
-    prompts = [
-        prompt_key(answers_of(parts["train"].entries[i])[0]) for i in np.unique(encoded["train"].source).tolist()
-    ]
+    prompts = _keys(parts["train"], encoded["train"], lambda answer, *_: prompt_key(answer))
     mixed = mix(encoded["train"], keys["train"], prompts, train_parts, settings.valid_fraction, seed)
     train, held = mixed.train, mixed.held
     _check_sets(mixed.sets)
     rows = {name: part.rows for name, part in encoded.items() if len(part.rows)} | {"train": train}
-    own = ["file"] if any("valid" in one.splits for one in sets) else []
-    cut = any(not part.held_out and "valid" not in one.splits for part, one in zip(train_parts, sets, strict=True))
-    own += ["held out"] if held or cut else []
+    own = _valid_sources(sets, train_parts, held)
     if valid := joined_sets(rows.get("valid"), held):
         rows["valid"] = valid
     pieces = example_pieces(train, tokenizer)
@@ -234,6 +227,7 @@ def _make_splits(
         truncated_rows=truncated[:MAX_LISTED],
         duplicate_rows=doubled[:MAX_LISTED],
         notes=[
+            *repeated_notes(repeated),
             *data_notes(parts, encoded, keys, encoder, day if template else None),
             *prompt_notes(encoder, teacher_prompt),
             *held_out_notes(
@@ -289,10 +283,12 @@ def load_eval_set(
         return entry[0][name]
     settings = replace(settings, data=data)
     parts = {EVALUATION: read_rows([file for one in sets for file in one.splits[name]], settings, records)}
+    repeated = cut_repeated_prompts([(parts[EVALUATION], 0)])
     encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer, day)
     encoded = {EVALUATION: _encode(parts[EVALUATION], encoder, say, teacher_prompt)}
     _check(settings, parts, encoded)
-    notes = evaluation_notes(parts[EVALUATION], encoded[EVALUATION])
+    notes = [f"Note: {note}" for note in repeated_notes([repeated])]
+    notes += evaluation_notes(parts[EVALUATION], encoded[EVALUATION])
     for line in notes:
         say(line)
     if cached:
@@ -340,6 +336,18 @@ def _encode(rows: Rows, encoder: Encoder, say: Callable[[str], None], teacher_pr
     rows.dropped.sort(key=lambda row: (row.file, row.line))
     rows.truncated = [rows.locations[number] for number in encoded.truncated]
     return encoded
+
+
+def _valid_sources(sets: Sequence[DataSet], parts: Sequence[Part], held: EncodedSet | None) -> list[str]:
+    """Return in words where the validation rows are from."""
+    cut = any(not part.held_out and "valid" not in one.splits for part, one in zip(parts, sets, strict=True))
+    from_file = any("valid" in one.splits for one in sets)
+    return ["file"] * from_file + ["held out"] * bool(held or cut)
+
+
+def _keys(rows: Rows, encoded: Encoded, key_of: Callable[..., str]) -> list[str]:
+    """Return a key of each record that gave rows, in order."""
+    return [key_of(*answers_of(rows.entries[number])) for number in dict.fromkeys(encoded.source.tolist())]
 
 
 def _doubled(rows: Rows, encoded: Encoded, keys: list[str]) -> list[Location]:

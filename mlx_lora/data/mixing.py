@@ -15,6 +15,7 @@ import numpy as np
 from mlx_lora.data.data_report import SetReport
 from mlx_lora.data.encode import Encoded, EncodedSet
 from mlx_lora.data.examples import Text
+from mlx_lora.data.full_texts import Repeated, cut_repeated_prompts
 from mlx_lora.data.reading import Rows, read_rows
 from mlx_lora.data.split import cut_text, split_by_group
 from mlx_lora.settings.config import DataSettings
@@ -40,7 +41,9 @@ class Part:
     held_out: bool
 
 
-def read_sets(sets: Sequence[DataSet], settings: DataSettings, records: str) -> tuple[dict[str, Rows], list[Part]]:
+def read_sets(
+    sets: Sequence[DataSet], settings: DataSettings, records: str
+) -> tuple[dict[str, Rows], list[Part], list[Repeated]]:
     """Read all files of some sets.
 
     Args:
@@ -48,16 +51,21 @@ def read_sets(sets: Sequence[DataSet], settings: DataSettings, records: str) -> 
         settings, records: As in `read_rows`.
 
     Returns:
-        `train`, `valid`, `test` -> the rows of all sets, without splits that no set has; and each set's part of `train`.
+        `train`, `valid`, `test` -> the rows of all sets, without splits that no set has; each set's part of `train`; and
+        its rows whose answers repeat their prompt.
     """
     rows: dict[str, Rows] = {}
-    parts = []
+    parts, repeated = [], []
     for one in sets:
         before = rows.get("train", Rows())
         first, read = len(before.entries), before.rows_read
+        own = []
         for split in ("train", "valid", "test"):
             if split in one.splits:
+                begin = len(rows[split].entries) if split in rows else 0
                 rows[split] = read_rows(one.splits[split], settings, records, rows.get(split))
+                own.append((rows[split], begin))
+        repeated.append(cut_repeated_prompts(own))
         train = rows["train"]
         held_out = "valid" not in one.splits
         if held_out and (last := _cut_single_text(train, first, settings.valid_fraction)):
@@ -65,7 +73,7 @@ def read_sets(sets: Sequence[DataSet], settings: DataSettings, records: str) -> 
             valid.entries.append(last)
             valid.locations.append(train.locations[first])
         parts.append(Part(one.name, one.weight, first, len(train.entries), train.rows_read - read, held_out))
-    return rows, parts
+    return rows, parts, repeated
 
 
 def _cut_single_text(train: Rows, first: int, fraction: float) -> Text | None:

@@ -17,7 +17,7 @@ templates, masks and limits work as for any other example.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -53,19 +53,22 @@ class Pair:
     Attributes:
         chosen, rejected: the better and the worse one, each with its prompt.
         margin: how much better, if the record says so (a reward model's target).
+        repeats: whether both answers begin with the prompt, a text (full_texts.py); None: the prompt is no text.
     """
 
     chosen: Answer
     rejected: Answer
     margin: float = 0.0
+    repeats: bool | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
 class Rated:
-    """One answer, and whether it is a good one."""
+    """One answer, and whether it is a good one; `repeats` is that of the pair that it is from."""
 
     answer: Answer
     good: bool
+    repeats: bool | None = field(default=None, compare=False)
 
 
 def parse_pairs(record: Record, all_pairs: bool = False) -> list[Pair]:
@@ -107,7 +110,11 @@ def parse_rated(record: Record) -> list[Rated]:
     name = next((name for name in LABELS if name in record), None)
     if name is None:
         if {"chosen", "rejected"} <= record.keys() or _answer_list(record):
-            return [r for pair in parse_pairs(record) for r in (Rated(pair.chosen, True), Rated(pair.rejected, False))]
+            pairs = parse_pairs(record)
+            answers = [
+                (answer, good, p.repeats) for p in pairs for answer, good in ((p.chosen, True), (p.rejected, False))
+            ]
+            return [Rated(*answer) for answer in answers]
         raise MissingColumn(f"found {keys_of(record)}; a rated answer needs {LABEL_EXPECTED}")
     text = str(record[name]).strip().lower()
     if text not in (*YES, *NO):
@@ -195,13 +202,13 @@ def _check_prompt(record: Record, context: list[Message], dialogues: list[list[M
 def _text_pair(record: Record, chosen: str, rejected: str, margin: float) -> Pair:
     """Return a pair of plain texts: after a prompt, or two dialogues in one text each."""
     if isinstance(prompt := record.get("prompt"), str):
-        repeated = [prompt and text.startswith(prompt) for text in (chosen, rejected)]
-        if all(repeated):  # some sets repeat the prompt in front of both answers
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        elif ASKER in chosen[: len(ASKER)] or ASKER in rejected[: len(ASKER)]:
-            name = "rejected" if repeated[0] else "chosen"
+        begins = [bool(prompt) and text.startswith(prompt) for text in (chosen, rejected)]
+        if not all(begins) and (ASKER in chosen[: len(ASKER)] or ASKER in rejected[: len(ASKER)]):
+            name = "rejected" if begins[0] else "chosen"
             raise FormatError(f"the prompt is not the beginning of the {name} dialogue; leave one of them out")
-        return Pair(Completion(prompt, chosen), Completion(prompt, rejected), margin)
+        goes_on = all(text[len(prompt) :].strip() for text in (chosen, rejected))
+        repeats = all(begins) and goes_on if prompt.strip() else None
+        return Pair(Completion(prompt, chosen), Completion(prompt, rejected), margin, repeats)
     shared = chosen[: common_prefix(chosen, rejected)]
     if SPEAKER in shared:
         shared = shared[: shared.rindex(SPEAKER) + len(SPEAKER)]

@@ -19,6 +19,7 @@ from mlx_lora.data.answers import answers_of, encode_entries
 from mlx_lora.data.data_notes import data_notes
 from mlx_lora.data.data_report import DroppedRow
 from mlx_lora.data.encode import Encoded
+from mlx_lora.data.full_texts import Repeated, cut_repeated_prompts, repeated_notes
 from mlx_lora.data.loading import chat_day, prompt_encoder
 from mlx_lora.data.reading import Rows, parse_rows
 from mlx_lora.data.split import content_key
@@ -59,7 +60,7 @@ def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda don
     config = read_json(tokenizer_folder / "config.json", "download the model again")
     tokenizer: Any = load_folder_tokenizer(tokenizer_folder, config, False)._tokenizer
     records = objective_of(settings.objective).records
-    parts, forms = _read(settings.data, records, report)
+    parts, forms, repeated = _read(settings.data, records, report)
     joined = Rows()
     for rows in parts.values():
         joined.entries += rows.entries
@@ -77,15 +78,19 @@ def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda don
             rows.dropped.append(DroppedRow(place.file, place.line, why, place.unit))
     day = chat_day(settings.data, tokenizer, None) if encoder.template else None
     with replacing_folder(folder) as temporary:
-        _write(temporary, settings, parts, forms, encoded, encoder, day)
+        _write(temporary, settings, parts, forms, encoded, encoder, day, repeated_notes(repeated))
 
 
-def _read(settings: DataSettings, records: str, report: Report) -> tuple[dict[str, Rows], dict[str, list[str]]]:
-    """Return the rows of each split, and the form of each entry."""
+def _read(
+    settings: DataSettings, records: str, report: Report
+) -> tuple[dict[str, Rows], dict[str, list[str]], list[Repeated]]:
+    """Return the rows of each split, the form of each entry, and each set's rows whose answers repeat their prompt."""
     parts: dict[str, Rows] = {}
+    repeated = []
     forms: dict[str, list[str]] = {}
     parsed = 0
     for one in find_sets(settings.data or ""):
+        before = {split: len(rows.entries) for split, rows in parts.items()}
         for split in SPLITS:
             for file in one.splits.get(split, ()):
                 rows, known = parts.setdefault(split, Rows()), forms.setdefault(split, [])
@@ -93,7 +98,8 @@ def _read(settings: DataSettings, records: str, report: Report) -> tuple[dict[st
                     parsed += 1
                     if parsed % REPORT_EVERY == 0:
                         report(parsed, None)
-    return parts, forms
+        repeated.append(cut_repeated_prompts([(rows, before.get(split, 0)) for split, rows in parts.items()]))
+    return parts, forms, repeated
 
 
 def _read_file(file: DataFile, settings: DataSettings, records: str, rows: Rows, forms: list[str]) -> Iterator[None]:
@@ -117,6 +123,7 @@ def _write(
     encoded: dict[str, Encoded],
     encoder: Any,
     day: Any,
+    notes: list[str],
 ) -> None:
     """Write the arrays and meta.json."""
     found = list(encoded.values())
@@ -129,10 +136,9 @@ def _write(
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
     np.save(folder / "examples.npy", table)
     usable = {name for name, one in encoded.items() if len(one.rows)}
-    notes = []
     if "train" in usable:
         kept = {name: rows for name, rows in parts.items() if name in usable}
-        notes = data_notes(kept, {name: encoded[name] for name in kept}, keys, encoder, day)
+        notes = notes + data_notes(kept, {name: encoded[name] for name in kept}, keys, encoder, day)
     refused = [(row, split) for split, rows in parts.items() for row in rows.dropped]
     group = found[0].rows.group if found else 1
     meta = {
