@@ -48,7 +48,7 @@ def family(name: str):
     tokenizer = byte_tokenizer(unmarked(make()), bos=bos, eos=eos, special_tokens=(*SPECIAL_TOKENS, *special))
     return (
         tokenizer,
-        Encoder(tokenizer, unmarked(make()), max_seq_length=10**6),
+        Encoder(tokenizer, unmarked(make()), max_seq_length=10**6, allow_special_tokens=True),
         Reference(tokenizer, make(), max_calls, moves=name == "mistral"),
     )
 

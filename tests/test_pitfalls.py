@@ -245,6 +245,7 @@ ELSEWHERE = {
     "keep": "test_resume.py",
     "chat_date": "test_chat_date.py",
     "pairs": "test_answers.py: other pairs are made",
+    "allow_special_tokens": "test_controls.py: other tokens",
     **dict.fromkeys(
         ("prompt_column", "completion_column", "system_column", "chat_column", "text_column", "turn_names"),
         "test_data_forms.py: named columns make each kind of record",

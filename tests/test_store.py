@@ -114,6 +114,7 @@ def test_what_decides_the_arrays_is_in_the_key(tmp_path, cache):
                 {"mask_prompt": False},
                 {"valid_fraction": 0.2},
                 {"strict": True},
+                {"allow_special_tokens": True},
                 {"data_format": "alpaca"},
                 {"chat_template": "alpaca"},
             )

@@ -132,4 +132,5 @@ def _numbered(encoded: Encoded, rows: EncodedSet, source: list[int], dropped: di
         truncated=sorted({number // size for number in encoded.truncated}),
         unshown={name: sorted({n // size for n in numbers}) for name, numbers in encoded.unshown.items()},
         divided=sorted({number // size for number in encoded.divided}),
+        controls={name: sorted({n // size for n in numbers}) for name, numbers in encoded.controls.items()},
     )

@@ -14,6 +14,8 @@ from mlx_lora.data.preferences import Rated
 from mlx_lora.data.reading import Rows
 from mlx_lora.system.units import counted
 
+MAX_CONTROLS = 5  # control tokens that get a note of their own
+
 
 def data_notes(
     parts: dict[str, Rows],
@@ -58,6 +60,7 @@ def data_notes(
     for name, count in sorted(unshown.items()):
         have = "has" if count == 1 else "have"
         notes.append(f"{counted(count, 'row')} {have} {name}, which the chat template does not show; it is not trained")
+    notes += _control_notes(parts, encoded, encoder.allow_special_tokens)
     unread = Counter(name for chat in chats for name in chat.unread)
     if unread:
         named = ", ".join(f"{name} ({counted(count, 'row')})" for name, count in unread.most_common(8))
@@ -70,6 +73,27 @@ def data_notes(
         )
     if day and chats:
         notes.append(f"the chat template shows a date: {day.isoformat()}, kept for --resume (--chat-date)")
+    return notes
+
+
+def _control_notes(parts: dict[str, Rows], encoded: dict[str, Encoded], allowed: bool) -> list[str]:
+    """Return notes on control tokens that messages spell, one for each token."""
+    places: dict[str, list[Location]] = {}
+    for name, part in encoded.items():
+        for token, numbers in part.controls.items():
+            places.setdefault(token, []).extend(parts[name].locations[number] for number in numbers)
+    done = (
+        "it is a control token there, as --allow-special-tokens asks"
+        if allowed
+        else "it is encoded as ordinary text there; remove it, or make it a control token with --allow-special-tokens"
+    )
+    notes = []
+    for token, found in sorted(places.items(), key=lambda item: (-len(item[1]), item[0]))[:MAX_CONTROLS]:
+        found = list(dict.fromkeys(found))
+        lines = where(found[:MAX_LISTED], len(found))
+        notes.append(f"{token} in messages of {counted(len(found), 'row')} ({lines}): {done}")
+    if len(places) > MAX_CONTROLS:
+        notes.append(f"{len(places) - MAX_CONTROLS} more control tokens in messages")
     return notes
 
 
@@ -112,7 +136,7 @@ def held_out_notes(train: int, held: int, valid: int, fraction: float) -> list[s
     is_held = "rows is" if held == 1 else "rows are"
     return [
         f"{held:,} of {train + held:,} {is_held} held out to measure the loss, the least that is possible: one row "
-        "with its duplicates; --valid-fraction 0 trains on all rows"
+        "with its duplicates and those of its prompt; --valid-fraction 0 trains on all rows"
     ]
 
 

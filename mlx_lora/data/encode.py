@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from mlx_lora.data.controls import controls_of
 from mlx_lora.data.encoded_set import EncodedSet
 from mlx_lora.data.examples import Completion, Conversation, Example, FormatError, Text
 from mlx_lora.data.panics import tokenizer_panics
@@ -39,6 +40,7 @@ class Encoded:
         truncated: numbers of the examples that were cut at the maximum length.
         unshown: field with content that the chat template does not show -> numbers of the examples that have it.
         divided: numbers of the chats that gave several rows.
+        controls: control token that content spells -> numbers of the examples.
     """
 
     rows: EncodedSet
@@ -47,6 +49,7 @@ class Encoded:
     truncated: list[int]
     unshown: dict[str, list[int]]
     divided: list[int]
+    controls: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -59,6 +62,7 @@ class _Found:
     truncated: set[int] = field(default_factory=set)
     unshown: dict[str, list[int]] = field(default_factory=dict)
     divided: list[int] = field(default_factory=list)
+    controls: dict[str, list[int]] = field(default_factory=dict)
 
     def result(self) -> Encoded:
         """Return the result; an example only counts as dropped if none of its rows is left."""
@@ -66,7 +70,7 @@ class _Found:
             del self.dropped[number]
         rows, source = EncodedSet.from_rows(self.rows), np.array(self.source, np.int64)
         dropped, truncated = dict(sorted(self.dropped.items())), sorted(self.truncated)
-        return Encoded(rows, source, dropped, truncated, self.unshown, self.divided)
+        return Encoded(rows, source, dropped, truncated, self.unshown, self.divided, self.controls)
 
 
 class Encoder:
@@ -81,6 +85,7 @@ class Encoder:
         mask_prompt: bool = True,
         plain_completions: bool = False,
         day: date | None = None,
+        allow_special_tokens: bool = False,
     ):
         """Prepare to encode.
 
@@ -91,6 +96,7 @@ class Encoder:
             mask_prompt: Only train assistant turns and completions; otherwise every token but the first.
             plain_completions: Join prompt and completion as they are, for models without a template.
             day: The day that a template shows as today; None: today.
+            allow_special_tokens: A message that spells a control token brings that token in.
 
         Raises:
             InputError: the tokenizer gives no offsets, or the length leaves no room for a target.
@@ -103,7 +109,8 @@ class Encoder:
         self.prefix = prefix_tokens(tokenizer)
         if max_seq_length < (fewest := len(self.prefix) + 2):
             raise InputError(f"--max-seq-length {max_seq_length} leaves no token to train; use {fewest} or more")
-        self.renderer = None if template is None else Renderer(tokenizer, template, day)
+        self.renderer = None if template is None else Renderer(tokenizer, template, day, allow_special_tokens)
+        self.allow_special_tokens = allow_special_tokens
         self.tokenizer, self.template, self.day, self.max_tokens = tokenizer, template, day, max_seq_length
         self._mask_prompt = mask_prompt
         self.plain = plain_completions
@@ -151,6 +158,8 @@ class Encoder:
                     found.divided.append(number)
                 for name in rendering.unshown:
                     found.unshown.setdefault(name, []).append(number)
+                for name in rendering.controls:
+                    found.controls.setdefault(name, []).append(number)
         return rendered
 
     def _add_rows(
@@ -205,6 +214,10 @@ class Encoder:
         mask = np.zeros(len(ids), bool)
         for span in rendered.spans:
             mask[slice(*token_range(encoding, span, len(rendered.text)))] = True
+        if rendered.ordinary:
+            controls = controls_of(self.tokenizer)
+            found, origin = controls.as_text(rendered.text, encoding.ids, encoding.offsets, rendered.ordinary)
+            ids, mask = np.array(found, np.int32), mask[origin]
         eos_missing = len(ids) == 0 or ids[-1] != self._eos
         if rendered.append_eos and self._eos is not None and eos_missing:
             ids, mask = np.append(ids, np.int32(self._eos)), np.append(mask, True)

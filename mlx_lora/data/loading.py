@@ -316,6 +316,7 @@ def _make_encoder(
         mask_prompt=settings.mask_prompt,
         plain_completions=plain_completions,
         day=day,
+        allow_special_tokens=settings.allow_special_tokens,
     )
     return encoder, template, origin
 

@@ -15,11 +15,13 @@ import jinja2
 import numpy as np
 
 from mlx_lora.data.columns import usual_names
+from mlx_lora.data.controls import controls_of
 from mlx_lora.data.encode import Encoded, EncodedSet, Encoder
 from mlx_lora.data.examples import Completion, Conversation, FormatError, Message, Record
 from mlx_lora.data.formats import parse_record
 from mlx_lora.data.messages import keys_of
-from mlx_lora.data.sandbox import CLOCK, render_chat
+from mlx_lora.data.prompts import chat_tokens
+from mlx_lora.data.sandbox import CLOCK
 from mlx_lora.data.teacher_rows import seen_by_teacher
 from mlx_lora.system.errors import InputError
 
@@ -94,6 +96,7 @@ def encode_prompts(encoder: Encoder, prompts: Sequence[Prompt], teacher_prompt: 
     is also encoded as a teacher sees it, with that text before it.
     """
     rows, source, dropped, facts, seen = [], [], {}, [], []
+    controls: dict[str, list[int]] = {}
     for number, prompt in enumerate(prompts):
         example = prompt.example
         try:
@@ -110,6 +113,8 @@ def encode_prompts(encoder: Encoder, prompts: Sequence[Prompt], teacher_prompt: 
         if len(tokens) >= encoder.max_tokens:
             dropped[number] = f"the prompt has {len(tokens)} tokens, and --max-seq-length is {encoder.max_tokens}"
             continue
+        for name in _controls(encoder, example):
+            controls.setdefault(name, []).append(number)
         rows.append(_untrained(tokens))
         seen.append(_untrained(theirs))
         source.append(number)
@@ -118,11 +123,20 @@ def encode_prompts(encoder: Encoder, prompts: Sequence[Prompt], teacher_prompt: 
         )
     teacher = None if teacher_prompt is None else EncodedSet.from_rows(seen)
     encoded = replace(EncodedSet.from_rows(rows).with_facts(facts), teacher=teacher)
-    return Encoded(encoded, np.array(source, np.int64), dropped, [], {}, [])
+    return Encoded(encoded, np.array(source, np.int64), dropped, [], {}, [], controls)
 
 
 def _untrained(tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(tokens, np.int32), np.zeros(len(tokens), bool)
+
+
+def _controls(encoder: Encoder, example: Conversation | Completion) -> tuple[str, ...]:
+    """Return the control tokens that the turns of a rendered prompt have as content."""
+    if isinstance(example, Completion):
+        turns = [] if encoder.plain else [{"role": "user", "content": example.prompt}]
+    else:
+        turns = _before_answer(example)
+    return controls_of(encoder.tokenizer).found(turns)
 
 
 def _tokens(encoder: Encoder, example: Conversation | Completion) -> list[int]:
@@ -138,10 +152,7 @@ def _tokens(encoder: Encoder, example: Conversation | Completion) -> list[int]:
         raise InputError("conversations require a chat template, but none was given; give one with --chat-template")
     turns = _before_answer(example)
     with CLOCK.held():
-        text = render_chat(
-            tokenizer, turns, encoder.template, example.tools, add_generation_prompt=True, day=encoder.day
-        )
-    return tokenizer.encode(text, add_special_tokens=False)
+        return chat_tokens(tokenizer, turns, encoder.template, example.tools, encoder.day, encoder.allow_special_tokens)
 
 
 def _as_example(record: Record) -> Conversation | Completion | None:

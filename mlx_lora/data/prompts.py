@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from mlx_lora.data.controls import controls_of
 from mlx_lora.data.panics import tokenizer_panics
 from mlx_lora.data.sandbox import render_chat
 from mlx_lora.system.errors import InputError
@@ -57,9 +59,39 @@ def encode_chat(
         InputError: the template refuses the conversation, or takes too much time or memory.
     """
     try:
-        rendered = render_chat(tokenizer, messages, template, tools, add_generation_prompt=True)
+        return chat_tokens(tokenizer, messages, template, tools)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise InputError(f"the chat template refuses the conversation ({error}){advice}") from None
+
+
+def chat_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    template: str,
+    tools: list[dict[str, Any]] | None = None,
+    day: date | None = None,
+    allow_special_tokens: bool = False,
+) -> list[int]:
+    """Return a conversation's tokens, up to where the model answers.
+
+    Args:
+        tokenizer: fast, unless the messages have no control tokens.
+        messages, tools: plain data.
+        template: Jinja text.
+        day: the day that the template shows as today; None: today.
+        allow_special_tokens: a message that spells a control token brings that token in.
+
+    Raises:
+        jinja2.TemplateError, TypeError, ValueError: the template refuses the conversation.
+        InputError: it takes too much time or memory.
+    """
+    controls = controls_of(tokenizer)
+    hidden = controls.hide([] if allow_special_tokens else messages)
+    shown = hidden.messages if hidden.names else messages
+    text, spans = hidden.shown(render_chat(tokenizer, shown, template, tools, add_generation_prompt=True, day=day))
     # Encode without special tokens: the template has already written its BOS.
     with tokenizer_panics("the conversation"):
-        return tokenizer.encode(rendered, add_special_tokens=False)
+        if not spans:
+            return tokenizer.encode(text, add_special_tokens=False)
+        encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return controls.as_text(text, encoded["input_ids"], encoded["offset_mapping"], spans)[0]

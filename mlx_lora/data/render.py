@@ -28,13 +28,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from mlx_lora.data.controls import controls_of
 from mlx_lora.data.examples import Conversation, EmptyRecord, FormatError, Message
 from mlx_lora.data.messages import call_of
 from mlx_lora.data.sandbox import render_chat
@@ -51,11 +52,19 @@ ADVICE = "; use --chat-template chatml, which supports tools"
 
 @dataclass(frozen=True)
 class Rendered:
-    """A text to tokenize, its trained spans, and whether the end token must follow (and is trained)."""
+    """A text to tokenize.
+
+    Attributes:
+        text: Of a row.
+        spans: Its trained characters.
+        append_eos: Whether the end token must follow (and is trained).
+        ordinary: Where control tokens are content, and are encoded as ordinary text (controls.py).
+    """
 
     text: str
     spans: list[Span]
     append_eos: bool = False
+    ordinary: list[Span] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -65,10 +74,12 @@ class Rendering:
     Attributes:
         rows: One, or several if the template hides text of earlier turns.
         unshown: Names of fields with content that no row shows.
+        controls: Control tokens that the messages' content has.
     """
 
     rows: list[Rendered]
     unshown: frozenset[str] = frozenset()
+    controls: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,14 +100,22 @@ class Frame:
 class Renderer:
     """Renders conversations with one chat template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, day: date | None = None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        day: date | None = None,
+        allow_special_tokens: bool = False,
+    ):
         """Learn the template's generation prompt and the tokenizer's special tokens.
 
         Args:
             tokenizer: For its special tokens.
             template: Jinja text.
             day: The day that the template shows as today; None: today.
+            allow_special_tokens: Content that spells a control token brings that token in.
         """
+        self._controls, self._allow = controls_of(tokenizer), allow_special_tokens
         self._tokenizer, self._template, self._day = tokenizer, template, day
         self._specials = Specials(tokenizer)
         self._call_format = 0  # the number of the format that the last conversation with calls needed
@@ -108,6 +127,20 @@ class Renderer:
         Raises:
             FormatError: the template refuses the conversation, or does not show what should be trained.
         """
+        if self._allow:
+            return replace(self._rendering(conversation), controls=self._controls.found(conversation.messages))
+        hidden = self._controls.hide(conversation.messages)
+        if not hidden.names:
+            return self._rendering(conversation)
+        found = self._rendering(replace(conversation, messages=hidden.messages))
+        rows = []
+        for row in found.rows:
+            text, ordinary = hidden.shown(row.text)
+            rows.append(replace(row, text=text, ordinary=ordinary))
+        return replace(found, rows=rows, controls=hidden.names)
+
+    def _rendering(self, conversation: Conversation) -> Rendering:
+        """Render messages without control tokens of their own."""
         messages, text = self._shown(conversation)
         spans = self._fast_spans(text, messages, conversation.tools)
         if spans is not None:

@@ -137,7 +137,12 @@ def with_teacher_rows(encoded: Encoded, examples: Sequence[Example], prompt: str
 def teacher_encoder(encoder: Encoder) -> Encoder:
     """Return the encoder of the teacher's rows: the student's, without a limit on their length."""
     return Encoder(
-        encoder.tokenizer, encoder.template, max_seq_length=NO_LIMIT, plain_completions=encoder.plain, day=encoder.day
+        encoder.tokenizer,
+        encoder.template,
+        max_seq_length=NO_LIMIT,
+        plain_completions=encoder.plain,
+        day=encoder.day,
+        allow_special_tokens=encoder.allow_special_tokens,
     )
 
 

@@ -85,6 +85,8 @@ class DataSettings:
     chat_date: str | None = setting(None,  # a resumed run's fingerprint of the rows holds what it changes
         "Date that a chat template shows as today, like 2026-11-26 (default: the day on which the run began).",
         MODEL, may_change=True)
+    allow_special_tokens: bool = setting(False,
+        "Let messages bring in control tokens that they spell, like <|im_end|> (default: such text is ordinary text).", MODEL)
     pairs: str = setting("best", "If answers have scores: pair the best with the worst, or all with different scores.",
         MODEL, choices=PAIRS)
     valid_fraction: float = setting(0.05, "Share of rows held out when there is no validation file.",

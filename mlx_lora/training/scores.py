@@ -71,7 +71,14 @@ def known_scores(
     plain = data.chat_template is None and not tokenizer.chat_template
     rendered = not plain or any(isinstance(answer, Conversation) for answer in answers)
     template = resolve_template(data.chat_template, tokenizer)[0] if rendered else None
-    encoder = Encoder(tokenizer, template, max_seq_length=data.max_seq_length, plain_completions=plain, day=day)
+    encoder = Encoder(
+        tokenizer,
+        template,
+        max_seq_length=data.max_seq_length,
+        plain_completions=plain,
+        day=day,
+        allow_special_tokens=data.allow_special_tokens,
+    )
     encoded = encoder.encode(answers)
     scores = row_log_probabilities(
         base.model, score_loss(base.model).tokens, encoded.rows.with_end_scores(), batch_tokens, finite=False
