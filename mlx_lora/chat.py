@@ -78,7 +78,7 @@ def main(
         raise InputError(f"--temp {temp}: not a finite number; give 0 for greedy, or about 0.7")
     model = train_settings(flags.given(options)).model
     sources = adapter_sources(adapters, blends)
-    sampling = Sampling(temperature=temp, top_p=top_p or 1.0, seed=seed)  # 0 means off in mlx-lm
+    sampling = Sampling(temperature=temp, top_p=top_p, seed=seed)
     engine = Engine(lambda: load_base(model), Limits(max_waiting=WAITING), ignore_fingerprint)
     try:
         check_names("--adapter", sources, (BASE, base_name(engine.base)))

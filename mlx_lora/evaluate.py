@@ -6,6 +6,7 @@ python -m mlx_lora.evaluate --model DIR --adapter-path my-adapter --data my-data
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,17 @@ def print_loss(settings: TrainSettings, result: dict[str, Any], adapter_path: st
     *means, counted, rows, _ = result.items()
     sampled = settings.objective.samples  # then the loss is minus the reward
     words = ", ".join(
-        f"{words_of(name)} {value:.{3 if name == 'perplexity' else 4}f}"
+        f"{words_of(name)} {_figure(value, 3 if name == 'perplexity' else 4)}"
         for name, value in means
         if name != "loss" or not sampled
     )
     unit = UNITS[objective_of(settings.objective).records][: -1 if rows[1] == 1 else None]
     click.echo(f"{words}, {counted[1]} {counted[0].replace('_', ' ')} in {rows[1]} {unit}")
+
+
+def _figure(value: float, digits: int) -> str:
+    """Return a mean in words; `-` if there was nothing to take it of."""
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def print_table(rows: list[dict[str, str]]) -> None:

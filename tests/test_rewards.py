@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from dataclasses import replace
@@ -9,6 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mlx_lora.api.given_settings import named_rewards
+from mlx_lora.objectives.reward_calls import SilentRewards, TrainerState
 from mlx_lora.objectives.rewards import Reward, ready_reward
 from mlx_lora.objectives.user_rewards import means_of_known, reports_of, rewards_for, rewards_of, summed
 from mlx_lora.settings.config import ObjectiveSettings
@@ -139,3 +142,50 @@ def test_a_file_that_fails_or_has_no_such_function(tmp_path):
     file.write_text("1 / 0\n")
     with pytest.raises(InputError, match="ZeroDivisionError"):
         rewards_of(replace(ASKED, reward=f"{file}:mine"))
+
+
+def test_async_rewards_and_the_trainers_state(tmp_path):
+    file = tmp_path / "r.py"
+    file.write_text(
+        "import asyncio\n"
+        "async def waits(completions, **c):\n    await asyncio.sleep(0)\n    return [3.0] * len(completions)\n"
+        "def late(completions, trainer_state):\n    return [trainer_state.global_step] * len(completions)\n"
+        "def plain(completions, completion_ids, prompts):\n    return [1.0] * len(completions)\n"
+    )
+    rewards = rewards_of(replace(ASKED, reward=",".join(f"{file}:{name}" for name in ("waits", "plain"))))
+    assert rewards_for(rewards, ANSWERS, ASKED, print).tolist() == [[3.0, 1.0]] * 2
+    [late] = rewards_of(replace(ASKED, reward=f"{file}:late"))
+    only = {"completions": ANSWERS["completions"], "prompts": ANSWERS["prompts"]}
+    called = replace(late, function=lambda prompts, **rest: late.function(**rest))
+    assert rewards_for([called], only, ASKED, print, state=TrainerState(7, 9)).tolist() == [[7.0]] * 2
+
+    async def inside_a_loop():
+        return rewards_for(rewards[:1], ANSWERS, ASKED, print).tolist()
+
+    assert asyncio.run(inside_a_loop()) == [[3.0]] * 2
+
+
+def test_a_reward_that_gives_nothing_is_said_now_and_then():
+    silent, said = SilentRewards(), []
+    nothing = np.array([[math.nan, 1.0], [math.nan, math.nan]])
+    for _ in range(30):
+        silent.watch(["quiet", "loud"], nothing, said.append)
+    assert silent.batches == {"quiet": 30}
+    assert ["quiet" in line for line in said] == [True, True]
+    silent.watch(["quiet"], np.zeros((0, 1)), said.append)
+    assert len(said) == 2
+
+
+def test_functions_are_rewards_in_python():
+    def mine(completions, **columns):
+        return [len(text) for text in completions]
+
+    twice = [mine, "length:9", lambda completions, **c: [0.0] * len(completions), mine]
+    given_, functions = named_rewards({"objective": "grpo", "reward": twice})
+    rewards = rewards_of(replace(ASKED, reward=given_["reward"]), functions)
+    assert len({reward.name for reward in rewards}) == 4
+    assert rewards_for(rewards, ANSWERS, ASKED, print)[:, 0].tolist() == [len(t) for t in ANSWERS["completions"]]
+    assert named_rewards({"reward": "exact_match"}) == ({"reward": "exact_match"}, {})
+    assert named_rewards({"reward": mine})[0]["reward"].endswith("mine")
+    with pytest.raises(InputError, match="given in Python"):
+        rewards_of(replace(ASKED, reward="python:mine"))

@@ -207,6 +207,21 @@ def test_resume_adapter_file_starts_from_its_factors(trained, tiny_folder, chats
     out, _ = trained
     args = ("--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "more", *QUICK[2:], "--iters", 1)
     assert run("train", *args, "--resume-adapter-file", out / "adapters.safetensors").code == 0
+    peft = tmp_path / "peft"
+    base = ("--model", tiny_folder, "--adapter-path", out)
+    assert run("export", *base, "--to", "peft", "--out", peft).code == 0
+    for number, source in enumerate((out, peft, peft / "adapter_model.safetensors")):
+        again = (*args[:4], "--adapter-path", tmp_path / f"again{number}", *args[6:])
+        ran = run("train", *again, "--resume-adapter-file", source)
+        assert ran.code == 0, ran.err
+        losses = [json.loads((tmp_path / f / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
+                  for f in ("more", f"again{number}")]  # fmt: skip
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    ran = run("train", *args[:4], "--adapter-path", tmp_path / "b", "--rank", 3, "--resume-adapter-file", peft)
+    assert (ran.code, "--rank" in ran.lines[-1]) == (2, True)
+    (tmp_path / "empty").mkdir()
+    ran = run("train", *args, "--force", "--resume-adapter-file", tmp_path / "empty")
+    assert (ran.code, "adapter_model.safetensors" in ran.lines[-1]) == (2, True)
     records = [json.loads(x) for x in (tmp_path / "more/metrics.jsonl").read_text().splitlines()]
     before = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["val_loss"] == pytest.approx(before[-1]["val_loss"], rel=1e-4)

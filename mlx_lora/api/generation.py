@@ -30,7 +30,7 @@ class TextSettings:
     Attributes:
         max_tokens: the most to generate.
         temperature: 0 is greedy.
-        top_p: nucleus sampling from this share of the probability; 1: all tokens.
+        top_p: nucleus sampling from this share of the probability; 1: all tokens, 0: the likeliest token.
         top_k: sample from the k most likely tokens; 0: all.
         seed: of the sampling; None: MLX's random state as it is.
     """
@@ -80,7 +80,8 @@ def text_pieces(
     # mlx-lm's top_k must be below the vocabulary's size; a larger one means all tokens, which is 0.
     top_k = settings.top_k if settings.top_k < len(base.hf_tokenizer) else 0
     top_p = settings.top_p if settings.top_p < 1 else 0.0
-    sampler = make_sampler(temp=settings.temperature, top_p=top_p, top_k=top_k)
+    greedy = settings.top_p == 0  # the smallest nucleus, as in llama.cpp; mlx-lm's 0 turns it off
+    sampler = make_sampler(temp=0.0 if greedy else settings.temperature, top_p=top_p, top_k=top_k)
     responses = generated(base, tokens, settings.max_tokens, sampler)
     yield from responses if template else continued(responses, base.tokenizer)
 

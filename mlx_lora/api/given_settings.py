@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+from mlx_lora.objectives.rewards import RewardFunction
+from mlx_lora.objectives.user_rewards import IN_PYTHON
 from mlx_lora.settings.config import ModelSettings, TrainSettings
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.system.errors import InputError
@@ -37,6 +39,29 @@ def run_settings(model: ModelSettings, given: Mapping[str, Any]) -> TrainSetting
     if problems:
         raise InputError("; ".join(problems))
     return replace(train_settings(plain(given)), model=model)
+
+
+def named_rewards(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, RewardFunction]]:
+    """Return settings in which names replace reward functions, and the functions by these names.
+
+    Args:
+        given: settings by name; `reward` is a function, or a list of functions and of texts as --reward has them.
+    """
+    asked = given.get("reward")
+    rewards = list(asked) if isinstance(asked, list | tuple) else [asked]
+    functions: dict[str, RewardFunction] = {}
+    texts = []
+    for reward in rewards:
+        if callable(reward):
+            name = str(getattr(reward, "__name__", type(reward).__name__)).replace(",", " ")
+            alike = sum(known.split("#")[0] == IN_PYTHON + name for known in functions)
+            text = IN_PYTHON + name + (f"#{alike + 1}" if alike else "")
+            functions[text] = reward
+            reward = text
+        texts.append(reward)
+    if not functions:
+        return dict(given), {}
+    return {**given, "reward": ",".join(map(str, texts))}, functions
 
 
 def plain(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_lora.api.base import Base, PathLike, as_base
 from mlx_lora.api.display import curve_html, display_here
 from mlx_lora.api.given_data import data_source
-from mlx_lora.api.given_settings import run_settings
+from mlx_lora.api.given_settings import named_rewards, run_settings
 from mlx_lora.api.python_errors import speaks_python
 from mlx_lora.artifacts.run_report import REPORT_FILE, read_records
 from mlx_lora.runs.training_run import train_run
@@ -144,7 +144,7 @@ def train(
         callbacks: instances of `Callback`, told of steps, reports, validations and saves.
         progress: show a bar and the curve in a notebook, the command's bar or lines elsewhere; False: print nothing.
         settings: every other setting of `mlx-lora train --help-all` that is not about the model, with underscores:
-            `target_modules=["q_proj", "v_proj"]`, `mask_prompt=False`, `objective="dpo"`.
+            `target_modules=["q_proj", "v_proj"]`, `mask_prompt=False`, `objective="dpo"`. `reward` also takes functions.
 
     Raises:
         InputError: an argument, the data or the folder cannot be used; unknown names are answered with the right one.
@@ -155,6 +155,7 @@ def train(
         "batch_size": batch_size, "max_seq_length": max_seq_length, "seed": seed,
     }  # fmt: skip
     given = {name: value for name, value in named.items() if value is not None} | settings
+    given, functions = named_rewards(given)
     if find_launch(dict(os.environ)) is not None:
         raise InputError(
             "train: cannot run in a launcher of several processes; launch the command `mlx-lora train` instead"
@@ -173,7 +174,7 @@ def train(
     mx.reset_peak_memory()  # an earlier run's peak is not this one's
     try:
         with base.loaded.lent() as lent:
-            outcome = train_run(resolved, say=say, show=show, base=lent, callbacks=callbacks)
+            outcome = train_run(resolved, say=say, show=show, base=lent, callbacks=callbacks, functions=functions)
     finally:
         device.compile_for(device.COMPILE_FROM_STEPS)  # a short run turned compiling off
     if outcome.interrupted and not outcome.steps:

@@ -30,7 +30,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import regex
 
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.parts import EMBEDDING, QUANTIZED, SWITCH, base_dims, dense_weight
@@ -41,6 +40,7 @@ from mlx_lora.artifacts.peft_experts import EXPERT_LAYOUTS, expert_tensors, take
 from mlx_lora.artifacts.peft_families import check_reached, folded_rows
 from mlx_lora.artifacts.peft_full import full_for_peft, full_problems, full_tensors, full_values
 from mlx_lora.artifacts.peft_names import COPY, PREFIX, TENSOR, own_path, peft_path
+from mlx_lora.artifacts.peft_patterns import names_layer, rank_problems
 from mlx_lora.artifacts.reward_model import SEQ_CLS, classifier_of
 from mlx_lora.models.quantize import relative_error
 from mlx_lora.models.saving import save_tensors
@@ -52,7 +52,6 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 # How much a saved copy of a base weight may differ from ours, in 16 bits or quantized.
 FLOAT_COPY, QUANTIZED_COPY = 0.02, 0.3
-PATTERN_S = 1.0  # limit for matching a config's pattern with a layer's name, which takes microseconds
 
 # Settings that change what the adapter computes, in ways that plain factors cannot express.
 UNSUPPORTED = {
@@ -130,7 +129,7 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     head = found.pop("lm_head", None) if tied else None
     paths: dict[str, Any] = {layer: own_path(layer, modules) for layer in found}
     problems += _missing_problems(config, found, paths)
-    problems += _shape_problems(found, paths, modules, header)
+    problems += _shape_problems(found, paths, modules, header) or rank_problems(config, found, header)
     _refuse(folder, problems)
     stored = mx.load(str(file))
     _refuse(folder, _copy_problems(copies, stored, modules))
@@ -284,24 +283,10 @@ def _scale(config: dict[str, Any], layer: str, rank: int) -> float:
     if is_adalora(config):  # divided by its initial rank, to which PEFT adds a constant
         return alpha / ((config.get("init_r") or 12) + 1e-5)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if _names(pattern, layer):
+        if names_layer(pattern, layer):
             alpha = value
             break
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _names(pattern: str, layer: str) -> bool:
-    """Tell whether a PEFT pattern matches a layer.
-
-    Raises:
-        InputError: it is not a regular expression, or matching takes too long (`(.*)*x`). Python's matcher cannot be
-            interrupted, so the `regex` package is used.
-    """
-    try:
-        return regex.match(rf"(.*\.)?({pattern})$", layer, timeout=PATTERN_S) is not None
-    except (regex.error, TimeoutError, RecursionError, OverflowError, MemoryError) as error:
-        reason = "takes too long" if isinstance(error, TimeoutError) else str(error)
-        raise InputError(f"alpha_pattern {pattern[:80]!r}: {reason}; write the layer's name") from None
 
 
 def _missing_problems(

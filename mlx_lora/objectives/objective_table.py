@@ -115,7 +115,7 @@ def _kto(settings: ObjectiveSettings) -> Objective:
 
 
 def _rated_means(means: dict[str, float]) -> dict[str, float]:
-    """Convert means over all answers to the mean reward of the good answers and of the bad ones."""
+    """Convert means over all answers to the mean reward of the good answers and of the bad ones; NaN without any."""
     good = means["good"]
     chosen = means["rewards_good"] / good if good else math.nan
     rejected = means["rewards_bad"] / (1 - good) if good < 1 else math.nan

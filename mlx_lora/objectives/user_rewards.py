@@ -12,17 +12,18 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import numpy as np
 
 from mlx_lora.data.examples import Completion, Conversation
 from mlx_lora.objectives.policy_losses import group_deviation
+from mlx_lora.objectives.reward_calls import TrainerState, call_reward
 from mlx_lora.objectives.rewards import NAMES, PLAIN, Reward, RewardFunction, ready_reward
 from mlx_lora.settings.config import ObjectiveSettings
 from mlx_lora.system.errors import InputError, RunError
@@ -32,12 +33,21 @@ GIVE = f"a function as FILE.py:FUNCTION, the folder of a reward model, or {', '.
 SPREAD, NO_SPREAD, OWN, KNOWN = "reward_std", "frac_reward_zero_std", "reward/", "known "
 
 
+Functions = Mapping[str, RewardFunction]
+NO_FUNCTIONS: Functions = MappingProxyType({})
+IN_PYTHON = "python:"  # before the name of a function that was given in Python
+
+
 class _TooLong(BaseException):
     """A reward took longer than allowed; not an Exception, so that the user's code does not catch it."""
 
 
-def rewards_of(settings: ObjectiveSettings) -> list[Reward]:
+def rewards_of(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS) -> list[Reward]:
     """Return the rewards that the settings name; the reward models among them are not loaded yet.
+
+    Args:
+        settings: with --reward.
+        functions: those that were given in Python, by what --reward calls them.
 
     Raises:
         InputError: there are none, a name is unknown, or a file cannot be loaded.
@@ -48,7 +58,7 @@ def rewards_of(settings: ObjectiveSettings) -> list[Reward]:
     weights, names = _weights(settings.reward_weights, len(asked)), reward_names(settings)
     models = [_model_folder(text) for text in asked]
     return [
-        Reward(name, _not_loaded if model else _function(text), weight, model)
+        Reward(name, _not_loaded if model else functions.get(text) or _function(text), weight, model)
         for name, text, weight, model in zip(names, asked, weights, models, strict=True)
     ]
 
@@ -95,6 +105,7 @@ def rewards_for(
     settings: ObjectiveSettings,
     say: Callable[[str], None],
     conversations: Sequence[Conversation | Completion] = (),
+    state: TrainerState = TrainerState(),  # noqa: B008 (never changed here)
 ) -> np.ndarray:
     """Return what every function gives every answer, (A, F) float64; NaN: it cannot be rewarded.
 
@@ -104,6 +115,7 @@ def rewards_for(
         settings: the time limit, and what to do if a function fails.
         say: takes a line if a failure is skipped.
         conversations: each prompt with its answer, for reward models.
+        state: where the run is, for functions that take it.
 
     Raises:
         RunError: a function failed, and the run is to stop.
@@ -111,7 +123,7 @@ def rewards_for(
     count = len(answers["completions"])
     found = np.full((count, len(rewards)), math.nan)
     for column, reward in enumerate(rewards):
-        values = _called(reward, answers, conversations, settings, say)
+        values = _called(reward, answers, conversations, settings, say, state)
         if values is None:
             continue
         for row, value in enumerate(values):
@@ -166,6 +178,7 @@ def _called(
     conversations: Sequence[Conversation | Completion],
     settings: ObjectiveSettings,
     say: Callable[[str], None],
+    state: TrainerState,
 ) -> list[Any] | None:
     """Return a function's values, None if it failed and that is skipped."""
     count = len(answers["completions"])
@@ -174,7 +187,7 @@ def _called(
             values = list(reward.function(conversations))
         else:
             with _at_most(settings.reward_timeout):
-                values = list(reward.function(**answers))
+                values = call_reward(reward.function, answers, state)
     except _TooLong:
         limit = f"{settings.reward_timeout:g} s"
         _fail(f"--reward {reward.name} took longer than {limit} for {count} answers", settings, say, "--reward-timeout")
@@ -235,6 +248,8 @@ def _function(name: str) -> RewardFunction:
     found = ready_reward(name)
     if found is not None:
         return found
+    if name.startswith(IN_PYTHON):
+        raise InputError(f"--reward {name}: a function that was given in Python; continue with mlx_lora.train there")
     path, colon, function = name.rpartition(":")
     if not colon or not path.endswith(".py"):
         near = get_close_matches(name, PLAIN, n=1)
@@ -283,7 +298,7 @@ def _short(text: str) -> str:
     if folder := _model_folder(text):
         return folder.resolve().name
     path, _, function = text.rpartition(":")
-    return function if path.endswith(".py") else text.partition(":")[0]
+    return function if path.endswith(".py") or text.startswith(IN_PYTHON) else text.partition(":")[0]
 
 
 def _weights(text: str | None, count: int) -> list[float]:

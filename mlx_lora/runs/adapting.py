@@ -6,15 +6,8 @@ from pathlib import Path
 
 from mlx_lora.adapters.adapt import Adapted, adapt_model
 from mlx_lora.adapters.score_head import SCORE_WEIGHT, put_score_head
-from mlx_lora.artifacts.adapter import (
-    CONFIG_FILE,
-    AdapterInfo,
-    check_base,
-    load_adapter,
-    load_factors,
-    read_adapter_config,
-)
-from mlx_lora.artifacts.reward_model import check_use
+from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, read_adapter_config
+from mlx_lora.artifacts.start_from import put_start, read_start
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.objective import Objective
 from mlx_lora.objectives.objective_table import objective_of
@@ -32,19 +25,14 @@ def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tup
     """
     own_template = chat_template == base.hf_tokenizer.chat_template
     adapter = settings.adapter
-    adapted, full = adapt_model(base.model, adapter, settings.loop.seed), ()
     scores = objective_of(settings.objective).scores
+    start = read_start(base, adapter.resume_adapter_file, scores) if adapter.resume_adapter_file else None
+    adapted, full = adapt_model(base.model, adapter, settings.loop.seed), ()
     if scores:
         put_score_head(base.model, base.config, settings.loop.seed)
         full = (SCORE_WEIGHT,)
-    if adapter.resume_adapter_file:
-        file, stored_scale = Path(adapter.resume_adapter_file), None
-        if (file.parent / CONFIG_FILE).exists():
-            config = read_adapter_config(file.parent)
-            check_base(base, config, file)
-            check_use(config, file, None if scores else False)
-            stored_scale = config.get("lora_parameters", {}).get("scale")
-        load_factors(base.model, file, stored_scale, fresh=full)
+    if start:
+        put_start(base.model, start, full)
     return adapted, AdapterInfo(
         method=adapter.method_name,
         rank=adapted.rank,

@@ -19,6 +19,7 @@ import numpy as np
 from mlx_lora.adapters.inject import remove_adapters
 from mlx_lora.artifacts.adapter import WEIGHTS_FILE, AdapterInfo, check_base, load_adapter, read_adapter_config
 from mlx_lora.artifacts.adapter_config import own_entries
+from mlx_lora.artifacts.start_from import resume_file
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.joining import joined
 from mlx_lora.models.kernel_choice import KernelChoice
@@ -147,7 +148,7 @@ def _key(settings: TrainSettings, base: Base, rows: EncodedSet, kernels: KernelC
     if settings.objective.reference_adapter:
         files = [sha256_of(Path(settings.objective.reference_adapter) / WEIGHTS_FILE)]
     elif adapter.resume_adapter_file:
-        files = [sha256_of(Path(adapter.resume_adapter_file)), adapter.rank, adapter.alpha]
+        files = [sha256_of(resume_file(adapter.resume_adapter_file)), adapter.rank, adapter.alpha]
     facts = [base.fingerprint, base.describe(), rows.fingerprint, str(device.compute_dtype(settings.model.dtype))]
     facts += [settings.loop.kernels, adapter.method_name, device.measured_on(), _shares(settings)]
     facts += [kernels and kernels.names(), *files]

@@ -25,7 +25,7 @@ from mlx_lora.models.load import Base, load_base, load_classifier
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.objectives.rewards import Reward
-from mlx_lora.objectives.user_rewards import rewards_of
+from mlx_lora.objectives.user_rewards import NO_FUNCTIONS, Functions, rewards_of
 from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, DataSettings, ModelSettings, ObjectiveSettings, TrainSettings
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.parsing import read_json
@@ -78,19 +78,23 @@ def check_reward_model(folder: Path) -> None:
         )
 
 
-def check_rewards(settings: ObjectiveSettings) -> None:
+def check_rewards(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS) -> None:
     """Refuse rewards that cannot be used, before a model is loaded.
 
     Raises:
         InputError: a name is unknown, a user's file does not load, or a folder holds no reward model.
     """
-    for reward in rewards_of(settings):
+    for reward in rewards_of(settings, functions):
         if reward.model is not None:
             check_reward_model(reward.model)
 
 
 def load_rewards(
-    settings: TrainSettings, base: Base, say: Callable[[str], None], day: date | None = None
+    settings: TrainSettings,
+    base: Base,
+    say: Callable[[str], None],
+    day: date | None = None,
+    functions: Functions = NO_FUNCTIONS,
 ) -> tuple[Reward, ...]:
     """Return the rewards of a run or a measurement, with their reward models loaded.
 
@@ -99,6 +103,7 @@ def load_rewards(
         base: of the run, not yet adapted.
         say: takes a line on each reward model.
         day: that templates show as today, unless --chat-date names one; None: today.
+        functions: those that were given in Python, by what --reward calls them.
 
     Raises:
         InputError: a reward or a reward model cannot be loaded.
@@ -107,7 +112,7 @@ def load_rewards(
         return ()
     day = date.fromisoformat(settings.data.chat_date) if settings.data.chat_date else day
     bases, rewards = [base], []
-    for reward in rewards_of(settings.objective):
+    for reward in rewards_of(settings.objective, functions):
         if reward.model is not None:
             reward = replace(reward, function=_model_reward(reward.model, settings.model, bases, say, day))
         rewards.append(reward)

@@ -14,6 +14,7 @@ from mlx_lora.data.loading import DataSplits, load_data
 from mlx_lora.data.teacher_rows import read_teacher_prompt
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.objective_table import OBJECTIVES, objective_of
+from mlx_lora.objectives.user_rewards import NO_FUNCTIONS, Functions
 from mlx_lora.runs.adapting import put_adapter
 from mlx_lora.runs.composition import Composed, compared_with, compose
 from mlx_lora.runs.parallel_choice import settled_parallel
@@ -49,6 +50,7 @@ def train_run(
     show: Callable[[int], Progress] | None = None,
     base: Base | None = None,
     callbacks: Sequence[Callback] = (),
+    functions: Functions = NO_FUNCTIONS,
 ) -> Outcome:
     """Train as the settings say and write the run folder; with --test, measure the loss on the test set.
 
@@ -59,13 +61,14 @@ def train_run(
         show: makes a live display from the number of steps; None: `say` takes a line for each report.
         base: the model that the settings name, if it is already loaded; it is changed. None: it is loaded here.
         callbacks: are told what happens, on the first rank, as are those of --report-to.
+        functions: rewards that were given in Python, by what --reward calls them.
 
     Raises:
         InputError: settings, model, data, callbacks or run folder that cannot be used.
         RunError: the run diverged, its results could not be written, or a callback failed.
     """
     told = Callbacks([*callbacks, *logger_callbacks(settings)] if ranks.leads else ())
-    check_request(settings, ranks)
+    check_request(settings, ranks, functions)
     device.compile_for(steps=settings.loop.iters or 0)  # until `compose` knows how many there are
     folder, trains = Path(settings.loop.adapter_path), wants_training(settings)
     settings = settled_parallel(settings, ranks, say)
@@ -74,7 +77,7 @@ def train_run(
             if trains:
                 check_base_fits(settings)  # an outline, whose weights need not be read or downloaded in vain
             base = load_base(settings.model, read=not in_parts(settings.loop))
-    rewards = load_rewards(settings, base, say, first_day(settings.loop, ranks))  # before an adapter is on the base
+    rewards = load_rewards(settings, base, say, first_day(settings.loop, ranks), functions)  # before an adapter is on
     untrained = base
     if not trains:
         untrained = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
@@ -91,15 +94,8 @@ def train_run(
         taught = compared_with(settings, untrained, {"test": test}, ranks, say)
         test, scorer = taught.sets["test"], taught.scorer
     if settings.loop.test and test is not None and not outcome.interrupted:
-        found = held_out_loss(
-            base,
-            test,
-            settings.loop,
-            objective_of(settings.objective),
-            ranks,
-            say,
-            sampled_plan(settings, base, say, rewards, ranks, scorer),
-        )
+        answered = sampled_plan(settings, base, say, rewards, ranks, scorer)
+        found = held_out_loss(base, test, settings.loop, objective_of(settings.objective), ranks, say, answered)
         say(f"Test {loss_words(found)}")
     return outcome
 
@@ -109,12 +105,12 @@ def wants_training(settings: TrainSettings) -> bool:
     return not settings.loop.test if settings.loop.train is None else settings.loop.train
 
 
-def check_request(settings: TrainSettings, ranks: Ranks) -> None:
+def check_request(settings: TrainSettings, ranks: Ranks, functions: Functions = NO_FUNCTIONS) -> None:
     """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
     check_metric(settings)
     read_teacher_prompt(settings.objective.teacher_prompt)  # a file that is not there is told now
     if settings.objective.rewarded:
-        check_rewards(settings.objective)  # a user's file that does not load is told now
+        check_rewards(settings.objective, functions)  # a user's file that does not load is told now
     loop, trains = settings.loop, wants_training(settings)
     needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}
     if settings.objective.objective == DISTILL:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def describe_run(
 def loss_words(measured: Measured) -> str:
     """Write a loss on data that were not trained on."""
     if measured.reports:
-        reports = ", ".join(f"{words_of(name)} {value:.4f}" for name, value in measured.reports.items())
+        known = [(name, value) for name, value in measured.reports.items() if not math.isnan(value)]
+        reports = ", ".join(f"{words_of(name)} {value:.4f}" for name, value in known)
         of_tokens = KL in measured.reports and "reward" not in measured.reports
         unit = "supervised tokens" if of_tokens else "examples"
         return f"loss {measured.loss:.4f}, {reports}, over {measured.count} {unit}"

@@ -158,7 +158,7 @@ def _common(
         "max_tokens": most,
         "sampling": Sampling(
             temperature=1.0 if temperature is None else temperature,
-            top_p=top_p or 1.0,  # 0 means off, as in mlx-lm
+            top_p=1.0 if top_p is None else top_p,  # 0: the smallest nucleus, so greedy, as in llama.cpp
             top_k=_number(body, "top_k", int, 0, 10**9) or 0,
             seed=_number(body, "seed", int, -(2**63), 2**63 - 1, fold=2**63),
             top_logprobs=top_logprobs,

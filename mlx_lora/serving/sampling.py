@@ -19,7 +19,8 @@ class Sampling:
 
     Attributes:
         temperature: 0 takes the likeliest token.
-        top_p: draw from the nucleus with this mass, before the temperature as in `generate`; 1 is off.
+        top_p: draw from the nucleus with this mass, before the temperature as in `generate`; 1 is off, and 0 takes the
+            likeliest token.
         top_k: draw from the k likeliest tokens; 0 is off.
         seed: of the request's own random stream; None: a random seed.
         top_logprobs: report the log-probability of the token and of this many likeliest ones; None: report none.
@@ -44,12 +45,13 @@ class Sampler:
         """
         self.settings = settings
         self.top_k = settings.top_k if settings.top_k < vocabulary else 0
-        if settings.temperature > 0:
+        self._greedy = settings.temperature == 0 or settings.top_p == 0
+        if not self._greedy:
             self._key = mx.random.key(secrets.randbits(63) if settings.seed is None else settings.seed)
 
     def __call__(self, logprobs: mx.array) -> mx.array:
         """Return a token (1,) for log-probabilities (1, V) float32; every call advances the stream."""
-        if self.settings.temperature == 0:
+        if self._greedy:
             return mx.argmax(logprobs, axis=-1)
         if self.settings.top_p < 1:
             logprobs = apply_top_p(logprobs, self.settings.top_p)

@@ -138,7 +138,7 @@ class AdapterSettings:
     relora_prune_ratio: float | None = setting(None,
         "relora: share of the optimizer's moments that a restart sets to 0, the smallest first (default 0.99).",
         ONE_METHOD, method="relora", at_least=0, at_most=1)
-    resume_adapter_file: str | None = setting(None, "Start from the factors in this adapters.safetensors.",
+    resume_adapter_file: str | None = setting(None, "Start from this adapter's factors: a run's or PEFT's folder, or its file.",
         ADAPTER, may_change=True, per_machine=True)
 
     @property

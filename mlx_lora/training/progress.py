@@ -137,7 +137,8 @@ def format_metrics(metrics: Metrics, total_steps: int, seconds_left: float | Non
     if metrics.val_loss is not None and "reward" not in metrics.reports:  # there it is minus the reward
         parts.append(f"val loss {on}{metrics.val_loss:.4f}{off}")
     held_out = "held-out " if metrics.loss is None and "reward" in metrics.reports else ""
-    parts += [f"{held_out}{name} {metrics.reports[name]:5.3f}" for name in SHOWN if name in metrics.reports]
+    shown = {name: metrics.reports[name] for name in SHOWN if name in metrics.reports}
+    parts += [f"{held_out}{name} {value:5.3f}" for name, value in shown.items() if not math.isnan(value)]
     if metrics.loss is not None:
         trained, all_real = f"{metrics.supervised_tokens_per_s:5.0f}", f"{metrics.tokens_per_s:5.0f}"
         peak = f"peak {metrics.peak_memory_bytes / 1e9:.2f} GB"

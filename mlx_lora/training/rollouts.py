@@ -31,6 +31,7 @@ from mlx_lora.models.group_sampling import SamplingOptions, answer_keys, sample_
 from mlx_lora.models.load import Base
 from mlx_lora.models.sampling_form import SamplingForm
 from mlx_lora.objectives.policy_losses import group_advantages, leave_one_out_advantages
+from mlx_lora.objectives.reward_calls import SilentRewards, TrainerState
 from mlx_lora.objectives.rewards import Reward
 from mlx_lora.objectives.user_rewards import reports_of, rewards_for, summed
 from mlx_lora.settings.config import TrainSettings
@@ -88,6 +89,8 @@ class Answering:
         scorer: scores answers as the teacher; None: they are rewarded.
         joining: when the answers to a prompt share its row; None: never.
         spent: time and tokens of sampling.
+        state: where the run is, for rewards that take it.
+        silent: counts rewards that gave nothing to a batch.
     """
 
     base: Base
@@ -100,6 +103,8 @@ class Answering:
     scorer: Scorer | None = None
     joining: Joining | None = None
     spent: Spent = field(default_factory=Spent)
+    state: TrainerState = field(default_factory=TrainerState)
+    silent: SilentRewards = field(default_factory=SilentRewards)
 
     @classmethod
     def of(
@@ -246,7 +251,10 @@ class Answering:
         arguments = {"prompts": [fact["prompt"] for fact in of_rows], "completions": completions}
         arguments = {**columns, **arguments, "completion_ids": answers}
         whole = [example_with_answer(fact["example"], text) for fact, text in zip(of_rows, texts, strict=True)]
-        return rewards_for(self.rewards, arguments, self.settings.objective, say or self.say, whole)
+        say = say or self.say
+        found = rewards_for(self.rewards, arguments, self.settings.objective, say, whole, self.state)
+        self.silent.watch([reward.name for reward in self.rewards], found, say)
+        return found
 
     def text_of(self, answer: list[int]) -> str:
         """Return an answer's text, as rewards see it."""
@@ -319,6 +327,7 @@ class RolloutPlan:
         self._kept: dict[int, Batch] = {}
         # With --epochs the last cycle may be shorter: what is not trained on is not sampled.
         self._last = None if loop.iters is not None else max(1, math.ceil(len(self) * (loop.epochs or 1.0)))
+        self._steps = loop.iters or math.ceil((self._last or 0) / self._cycle)
 
     def __len__(self) -> int:
         """Return the number of batches per epoch, each as often as it is trained on."""
@@ -362,6 +371,9 @@ class RolloutPlan:
         if number not in self._kept:
             if place == 0:
                 self._kept.clear()
+                self._answering.state.global_step = number_of_all // self._cycle
+                self._answering.state.max_steps = self._steps
+                self._answering.state.epoch = number_of_all / len(self)
             left = self._cycle if self._last is None else self._last - (number_of_all - place)
             numbers = range(number, max(number + 1, cycle * self._cycle + min(self._cycle, left)))
             planned = [self._planned(*divmod(one, len(self.prompts)), one) for one in numbers]
