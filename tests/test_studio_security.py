@@ -138,6 +138,28 @@ def test_a_path_outside_the_folders_gets_403_wherever_it_is_named(client, home, 
     assert client.get("/api/presets", params={"model": of["models"]}).status_code in (403, 404)
 
 
+@pytest.mark.parametrize("name", ["train.jsonl", "valid.jsonl"])
+def test_a_link_inside_a_data_folder_is_not_read(client, home, name):
+    folder = home / "data" / f"with-link-{name[:5]}"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "ours"}\n')
+    (folder / name).unlink(missing_ok=True)
+    os.symlink(home.parent / "outside" / "train.jsonl", folder / name)
+    model = str(home / "models" / "tiny")
+    bad = [
+        ("/api/data/preview", {"model": model, "data": [{"path": str(folder), "weight": 1}]}),
+        ("/api/train/plan", {"settings": {"model": model, "data": str(folder)}}),
+        ("/api/train/start", {"settings": {"model": model, "data": str(folder)}, "name": "no"}),
+    ]
+    for route, body in bad:
+        answer = client.post(route, json=body)
+        assert answer.status_code == 403, (route, answer.text)
+        assert "secret" not in answer.text
+    (folder / name).unlink()
+    os.symlink(home / "data" / "chats.jsonl", folder / name)  # a link inside the studio's folders
+    assert client.post("/api/data/preview", json=bad[0][1]).status_code != 403
+
+
 def test_lists_do_not_follow_links_out_of_their_folders(client, home):
     everything = client.get("/api/data/sets").text + client.get("/api/models").text + client.get("/api/runs").text
     assert "mine" in everything

@@ -16,7 +16,8 @@ from mlx_lora.settings.resolve import train_settings
 from mlx_lora.settings.setting_row import field_type, flag_of, read_value
 from mlx_lora.sources.data_sets import named_sets
 from mlx_lora.sources.hub import HUB_ID
-from mlx_lora.sources.splits import TINY_SHAKESPEARE, is_dataset_id
+from mlx_lora.sources.splits import TINY_SHAKESPEARE, find_splits, is_dataset_id
+from mlx_lora.system.errors import InputError
 from mlx_lora.workbench.places import Places, within
 from mlx_lora.workbench.setting_groups import OWN
 
@@ -70,7 +71,10 @@ class Checker:
             known = name == TINY_SHAKESPEARE or name in recipe_names()
             if not known and not (is_dataset_id(name) and not Path(name).expanduser().exists()):
                 book, mark, sheet = name.partition("#") if ".xlsx#" in name.lower() else (name, "", "")
-                name = f"{within(book, self._places.all_data, 'data')}{mark}{sheet}"
+                path = within(book, self._places.all_data, "data")
+                for file in _files_of(path):  # a folder may hold links out of it
+                    within(str(file), self._places.all_data, "data")
+                name = f"{path}{mark}{sheet}"
             parts.append(name if weight == 1 else f"{name}={weight:g}")
         return ",".join(parts)
 
@@ -105,6 +109,16 @@ class Checker:
             return
         folders = (*self._places.all_data, *self._places.all_runs, *self._models, self._places.home)
         within(file, folders, name)
+
+
+def _files_of(path: Path) -> list[Path]:
+    """Return the files that `train` reads of a data folder; none of a folder that it refuses, with the reason."""
+    if not path.is_dir():
+        return []
+    try:
+        return [file for files in find_splits(str(path)).values() for file in files]
+    except InputError:
+        return []
 
 
 def _is_default(name: str, value: Any) -> bool:
