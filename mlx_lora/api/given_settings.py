@@ -48,7 +48,7 @@ def named_rewards(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, R
         given: settings by name; `reward` is a function, or a list of functions and of texts as --reward has them.
     """
     asked = given.get("reward")
-    rewards = list(asked) if isinstance(asked, list | tuple) else [asked]
+    rewards: list[Any] = list(asked) if isinstance(asked, list | tuple) else [asked]
     functions: dict[str, RewardFunction] = {}
     texts = []
     for reward in rewards:

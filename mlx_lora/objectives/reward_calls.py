@@ -81,7 +81,8 @@ class SilentRewards:
             found: (A, F), NaN where a reward gave none.
             say: Takes a note.
         """
-        for name, silent in zip(names, np.isnan(found).all(axis=0).tolist(), strict=True):
+        gave_none: Any = np.isnan(found).all(axis=0)
+        for name, silent in zip(names, gave_none, strict=True):
             if not silent or not len(found):
                 continue
             self.batches[name] += 1
