@@ -49,7 +49,7 @@ def named_rewards(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, R
     """
     asked = given.get("reward")
     rewards: list[Any] = list(asked) if isinstance(asked, list | tuple) else [asked]
-    functions: dict[str, RewardFunction] = {}
+    functions: dict[str, Any] = {}
     texts = []
     for reward in rewards:
         if callable(reward):
