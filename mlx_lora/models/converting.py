@@ -25,6 +25,7 @@ from mlx_lora.models.folder import FOREIGN_ERRORS, complete_module, import_archi
 from mlx_lora.models.gguf_arch import model_config, weight_map
 from mlx_lora.models.gguf_weights import Imported, Target, check_shapes, import_weights
 from mlx_lora.models.quantize import Quantization, dequantize_model, quantize_model
+from mlx_lora.models.saved_config import check_rotation, translate_config
 from mlx_lora.models.saving import ShardWriter, check_out, write_json
 from mlx_lora.sources.gguf_reader import read_gguf
 from mlx_lora.sources.gguf_tokenizer import write_tokenizer
@@ -161,14 +162,17 @@ def build_model(config: dict[str, Any], names: frozenset[str] | None = None) -> 
         InputError: mlx-lm cannot build it.
     """
     import_architecture(config)
+    origin = f"model_type {config.get('model_type')}"
+    config = translate_config(config, origin)
     try:
         model_class, args_class = mlx_lm.utils._get_classes(config)
         model = model_class(args_class.from_dict(config))
     except FOREIGN_ERRORS as error:
         raise InputError(
-            f"model_type {config.get('model_type')}: mlx-lm cannot build this model ({error}); choose another model"
+            f"{origin}: mlx-lm cannot build this model ({error}); choose another model"
         ) from error
     complete_module(model)
+    check_rotation(model, config, origin)
     _drop_tied_head(model, config, names)
     return model
 

@@ -17,6 +17,7 @@ from mlx_lm.utils import load_model
 
 import mlx_lora
 from mlx_lora.models.config_check import check_config
+from mlx_lora.models.saved_config import check_rotation, translate_config
 from mlx_lora.models.stored_rows import Watched
 from mlx_lora.sources.safetensors import read_safetensors_header
 from mlx_lora.system.errors import InputError
@@ -72,9 +73,12 @@ def load_weights(
     n_tensors = sum(len(read_safetensors_header(file)) for file in files)
     check_config(config, folder / CONFIG_FILE, n_tensors)
     import_architecture(config)
+    changes = _translation(config, folder)
     try:
         classes = mlx_lm.utils._get_classes if watched is None else watched.classes
-        model, config = load_model(folder, lazy=True, get_model_classes=classes, trust_remote_code=trust_remote_code)
+        model, config = load_model(
+            folder, lazy=True, model_config=changes, get_model_classes=classes, trust_remote_code=trust_remote_code
+        )
         complete_module(model)
         # Build the graph for two tokens and compute nothing: this finds wrong settings that no weight's shape shows
         # (heads, RoPE, norms) now, not in the middle of a run.
@@ -87,8 +91,15 @@ def load_weights(
                 "use a Mac with Apple silicon, or choose another model"
             ) from error
         raise InputError(f"{folder}: mlx-lm cannot build this {config['model_type']} model ({short(error)})") from error
+    check_rotation(model, config, folder / CONFIG_FILE)
     check_config(config, folder / GENERATION_FILE, n_tensors)  # mlx-lm has merged that file's end ids into the config
     return model, config
+
+
+def _translation(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the entries of config.json that differ in mlx-lm's form (see saved_config.py)."""
+    translated = translate_config(config, folder / CONFIG_FILE)
+    return {key: value for key, value in translated.items() if key not in config or config[key] != value}
 
 
 def is_classifier(config: dict[str, Any]) -> bool:
@@ -116,13 +127,15 @@ def load_classifier_weights(folder: Path, score: str) -> tuple[nn.Module, dict[s
     import_architecture(config)
     try:
         # Without a language model's head, which is not there. Names are compared below.
-        model, config = load_model(folder, lazy=True, strict=False, model_config={"tie_word_embeddings": True})
+        changes = {**_translation(config, folder), "tie_word_embeddings": True}
+        model, config = load_model(folder, lazy=True, strict=False, model_config=changes)
         complete_module(model)
         model(mx.zeros((1, 2), mx.int32))
     except FOREIGN_ERRORS as error:
         raise InputError(
             f"{folder}: mlx-lm cannot build this {config.get('model_type')} model ({short(error)})"
         ) from error
+    check_rotation(model, config, folder / CONFIG_FILE)
     needed = {name for name, _ in tree_flatten(model.parameters())}
     beyond = {score, "lm_head.weight", *(name for name in stored if name.endswith("rotary_emb.inv_freq"))}
     if differing := sorted(needed ^ (stored.keys() - beyond)):

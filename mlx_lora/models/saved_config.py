@@ -1,0 +1,217 @@
+"""Translate a config.json that transformers 5 wrote into the keys that mlx-lm's architectures read.
+
+transformers 5 keeps everything about RoPE in one place:
+
+    "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, ...}
+    "rope_parameters": {"full_attention": {"rope_theta": 1e6, ...}, "sliding_attention": {"rope_theta": 1e4, ...}}
+
+Most of mlx-lm's classes read `rope_theta`, `rope_scaling` and `partial_rotary_factor` beside it, as transformers 4 wrote
+them, and take their defaults where these are missing: another model, without an error. `check_rotation` compares what a
+built model does with what its config says, so that a class without such a field is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+import mlx.nn as nn
+import mlx_lm.utils
+from mlx_lm.models.base import BaseModelArgs
+from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
+
+from mlx_lora.models.config_check import PARTS
+from mlx_lora.system.errors import InputError
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+# The names that mlx-lm's classes have for these, in this order; a class has at most one of each.
+THETA = ("rope_theta", "rotary_emb_base")
+SLIDING_THETA = ("rope_local_base_freq", "swa_rope_theta")
+PARTIAL = ("partial_rotary_factor", "rotary_pct")
+UNSCALED = ("default", "mrope")  # mrope tells places in an image; of text, all its sections are equal
+Values = dict[str, Any]
+
+
+def translate_config(config: Values, origin: object) -> Values:
+    """Return the config with the keys that mlx-lm's class of its architecture reads, in its text part too.
+
+    Args:
+        config: config.json, of any version of transformers; not changed.
+        origin: the file, for the message.
+
+    Raises:
+        InputError: mlx-lm's class has no field for what transformers 5 wrote; the message has all of it.
+    """
+    if config.get("model_file") is not None:
+        return config  # the model's own code reads it
+    try:
+        model_class, args_class = mlx_lm.utils._get_classes(config)
+    except (ValueError, ImportError, SystemExit):
+        return config  # building the model raises the same error, and is reported there
+    problems: list[str] = []
+    found = {**config, **_translated(config, _fields(args_class), problems)}
+    module = inspect.getmodule(model_class)
+    for name in PARTS:
+        if isinstance(config.get(name), dict) and module is not None:
+            fields = _fields(_text_class(module, config[name]))
+            found[name] = {**config[name], **_translated(config[name], fields, problems)}
+    if problems:
+        raise InputError(
+            f"{origin}: {'; '.join(problems)}, which mlx-lm's {config['model_type']} cannot express; choose another model"
+        )
+    return found
+
+
+def _fields(args_class: type | None) -> frozenset[str]:
+    """Return the keys that a class reads; none if it is not known."""
+    return frozenset() if args_class is None else frozenset(inspect.signature(args_class).parameters)
+
+
+def _text_class(module: ModuleType, part: Values) -> type | None:
+    """Return the class that reads the text part of a multimodal model's config: its own, or another architecture's."""
+    own = [
+        value
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, BaseModelArgs) and value.__module__ == module.__name__
+        and name not in ("ModelArgs", "BaseModelArgs")
+    ]  # fmt: skip
+    text = [value for value in own if "text" in value.__name__.lower()]
+    if text:
+        return text[0]
+    kind = str(part.get("model_type"))
+    kind = mlx_lm.utils.MODEL_REMAPPING.get(kind, kind)
+    others = {
+        value.__name__.rpartition(".")[2]: value.ModelArgs
+        for value in vars(module).values()
+        if isinstance(value, ModuleType) and hasattr(value, "ModelArgs")
+    }
+    return others.get(kind) or others.get("llama") or next(iter(others.values()), None)
+
+
+def _translated(part: Values, fields: frozenset[str], problems: list[str]) -> Values:
+    """Return the keys to add to a config or its text part."""
+    added = _window_pattern(part, fields, problems)
+    rope = part.get("rope_parameters")
+    if not isinstance(rope, dict) or not rope:
+        return added
+    nested = _is_nested(rope)
+    if nested and "rope_parameters" in fields:
+        return added  # the class reads it
+    kinds = [rope.get(FULL), *rope.values()] if nested else [rope]
+    full = next(kind for kind in kinds if isinstance(kind, dict))
+    own = {
+        **_named(fields, THETA, full.get("rope_theta")),
+        **_named(fields, PARTIAL, full.get("partial_rotary_factor")),
+        **_scaling(part, full, fields),
+    }
+    sliding = rope.get(SLIDING) if nested else None
+    if isinstance(sliding, dict):
+        own |= _named(fields, SLIDING_THETA, sliding.get("rope_theta"))
+    partial, head = full.get("partial_rotary_factor"), part.get("head_dim")
+    if "rotary_dim" in fields and "rotary_dim" not in part and _is_number(partial) and _is_number(head):
+        own["rotary_dim"] = int(head * partial)
+    return added | own
+
+
+def _is_nested(rope: Values) -> bool:
+    """Tell whether RoPE's parameters are given for each type of layer."""
+    return any(isinstance(value, dict) for value in rope.values())
+
+
+def _named(fields: frozenset[str], names: Iterable[str], value: Any) -> Values:
+    """Return a value under the name that the class has for it; {} if it has none, or if there is no value."""
+    name = next((name for name in names if name in fields), None)
+    return {} if name is None or value is None else {name: value}
+
+
+def _scaling(part: Values, rope: Values, fields: frozenset[str]) -> Values:
+    """Return the scaling in transformers 4's form, `type` beside `rope_type` since mlx-lm reads either."""
+    kind = _kind(rope)
+    if kind in UNSCALED or "rope_scaling" not in fields or part.get("rope_scaling"):
+        # transformers 4 wrote null where there is none, and a few classes require the key
+        return {"rope_scaling": part.get("rope_scaling")} if "rope_scaling" in fields else {}
+    scaling = {**{key: value for key, value in rope.items() if key != "rope_theta"}, "type": kind, "rope_type": kind}
+    factor, attention = rope.get("factor"), rope.get("attention_factor")
+    if kind == "yarn" and _is_number(attention) and _is_number(factor) and factor > 1:
+        # mlx-lm has no attention_factor: it computes 0.1 mscale ln(factor) + 1 (YaRN, arXiv 2309.00071, section 3.4)
+        scaling |= {"mscale": (attention - 1) / (0.1 * math.log(factor)), "mscale_all_dim": 0}
+        del scaling["attention_factor"]
+    found: Values = {"rope_scaling": {key: value for key, value in scaling.items() if value is not None}}
+    original = rope.get("original_max_position_embeddings")
+    if "original_max_position_embeddings" in fields and "original_max_position_embeddings" not in part and original:
+        found["original_max_position_embeddings"] = original
+    return found
+
+
+def _kind(rope: Values) -> str:
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def _window_pattern(part: Values, fields: frozenset[str], problems: list[str]) -> Values:
+    """Return every how many layers one sees the whole context, for classes that do not read the list of layer types."""
+    kinds = part.get("layer_types")
+    if "sliding_window_pattern" not in fields or "layer_types" in fields or not isinstance(kinds, list):
+        return {}
+    if part.get("sliding_window_pattern") is not None:
+        return {}
+    every = kinds.index(FULL) + 1 if FULL in kinds else len(kinds) + 1
+    if kinds != [SLIDING if (layer + 1) % every else FULL for layer in range(len(kinds))]:
+        problems.append("layer_types without a regular pattern")
+    return {"sliding_window_pattern": every}
+
+
+def check_rotation(model: nn.Module, config: Values, origin: object) -> None:
+    """Refuse a model whose RoPE is not what `rope_parameters` of its config says.
+
+    Args:
+        model: as mlx-lm built it from the translated config.
+        config: the same config.
+        origin: the file, for the message.
+
+    Raises:
+        InputError: a base, a number of rotated features or a scaling differs.
+    """
+    parts = [config, *(config[name] for name in PARTS if isinstance(config.get(name), dict))]
+    ropes = [rope for part in parts for rope in _ropes(part)]
+    thetas = {float(rope["rope_theta"]) for rope in ropes if _is_number(rope.get("rope_theta"))}
+    rotations = [module for name, module in model.named_modules() if _rotates(name, module)]
+    plain = [module for module in rotations if isinstance(module, nn.RoPE)]
+    problems = []
+    bases = {float(m.base) for m in rotations if isinstance(m, (nn.RoPE, DynamicNTKScalingRoPE))}
+    if thetas and (other := [base for base in bases if not any(math.isclose(base, t, rel_tol=1e-6) for t in thetas)]):
+        problems.append(f"rope_theta is {_listed(thetas)}, and the model would use {_listed(other)}")
+    for rope in ropes:
+        kind, factor = _kind(rope), rope.get("factor")
+        if kind in UNSCALED or not plain:
+            continue
+        linear = kind == "linear" and _is_number(factor) and any(math.isclose(m.scale * factor, 1) for m in plain)
+        if not linear and len(plain) == len(rotations):
+            problems.append(f"rope_type is {kind}, and the model would not scale RoPE")
+    if problems:
+        raise InputError(
+            f"{origin}: {'; '.join(dict.fromkeys(problems))}: mlx-lm's {config.get('model_type')} has no setting for it; "
+            "choose another model"
+        )
+
+
+def _ropes(part: Values) -> list[Values]:
+    """Return RoPE's parameters in a config or its text part, one for each type of layer."""
+    rope = part.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return []
+    return [value for value in rope.values() if isinstance(value, dict)] if _is_nested(rope) else [rope]
+
+
+def _rotates(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.RoPE) or name.rpartition(".")[2] in ("rope", "rotary_emb", "index_rope")
+
+
+def _listed(numbers: Iterable[float]) -> str:
+    return " or ".join(f"{number:g}" for number in sorted(numbers))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
