@@ -7,7 +7,8 @@ transformers 5 keeps everything about RoPE in one place:
 
 Most of mlx-lm's classes read `rope_theta`, `rope_scaling` and `partial_rotary_factor` beside it, as transformers 4 wrote
 them, and take their defaults where these are missing: another model, without an error. `check_rotation` compares what a
-built model does with what its config says, so that a class without such a field is refused.
+built model does with what its config says, so that a class without such a field is refused. A few other keys have
+moved or have new names; they are in the tables and functions below.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import mlx.nn as nn
 import mlx_lm.utils
 from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
+from transformers import CONFIG_MAPPING
 
 from mlx_lora.models.config_check import PARTS
 from mlx_lora.system.errors import InputError
@@ -32,6 +34,13 @@ THETA = ("rope_theta", "rotary_emb_base")
 SLIDING_THETA = ("rope_local_base_freq", "swa_rope_theta")
 PARTIAL = ("partial_rotary_factor", "rotary_pct")
 UNSCALED = ("default", "mrope")  # mrope tells places in an image; of text, all its sections are equal
+# How often a layer sees the whole context, in classes that do not read `layer_types`.
+EVERY = ("sliding_window_pattern", "full_attention_interval")
+# transformers 5 has the same words for all hybrids; these classes know the older ones.
+LAYER_WORDS = {"granitemoehybrid": {"linear_attention": "mamba", "full_attention": "attention"}}
+# Gemma 4's layers with full attention have their own widths, which were keys and are now entries of these layers.
+PER_LAYER = {"global_head_dim": "head_dim", "num_global_key_value_heads": "num_key_value_heads"}
+PER_LAYER_NAMES = frozenset(PER_LAYER.values())
 Values = dict[str, Any]
 
 
@@ -93,7 +102,7 @@ def _text_class(module: ModuleType, part: Values) -> type | None:
 
 def _translated(part: Values, fields: frozenset[str], problems: list[str]) -> Values:
     """Return the keys to add to a config or its text part."""
-    added = _window_pattern(part, fields, problems)
+    added = {**_renamed(part, fields), **_layer_kinds(part, fields, problems), **_per_layer(part, fields, problems)}
     rope = part.get("rope_parameters")
     if not isinstance(rope, dict) or not rope:
         return added
@@ -109,7 +118,12 @@ def _translated(part: Values, fields: frozenset[str], problems: list[str]) -> Va
     }
     sliding = rope.get(SLIDING) if nested else None
     if isinstance(sliding, dict):
-        own |= _named(fields, SLIDING_THETA, sliding.get("rope_theta"))
+        second = _named(fields, SLIDING_THETA, sliding.get("rope_theta"))
+        if not second and sliding.get("rope_theta") != full.get("rope_theta"):
+            problems.append("rope_parameters with another rope_theta for layers with a window")
+        if _kind(sliding) not in UNSCALED:
+            problems.append(f"rope_parameters with {_kind(sliding)} for layers with a window")
+        own |= second
     partial, head = full.get("partial_rotary_factor"), part.get("head_dim")
     if "rotary_dim" in fields and "rotary_dim" not in part and _is_number(partial) and _is_number(head):
         own["rotary_dim"] = int(head * partial)
@@ -150,17 +164,45 @@ def _kind(rope: Values) -> str:
     return str(rope.get("rope_type") or rope.get("type") or "default")
 
 
-def _window_pattern(part: Values, fields: frozenset[str], problems: list[str]) -> Values:
-    """Return every how many layers one sees the whole context, for classes that do not read the list of layer types."""
+def _renamed(part: Values, fields: frozenset[str]) -> Values:
+    """Return keys under the older names that transformers still knows as their other names, and mlx-lm alone reads."""
+    kind = str(part.get("model_type"))
+    names = CONFIG_MAPPING[kind].attribute_map if kind in CONFIG_MAPPING else {}
+    return {old: part[new] for old, new in names.items() if old in fields and old not in part and new in part}
+
+
+def _layer_kinds(part: Values, fields: frozenset[str], problems: list[str]) -> Values:
+    """Return the kinds of layers as mlx-lm's class reads them: in its words, or as the distance of like ones."""
     kinds = part.get("layer_types")
-    if "sliding_window_pattern" not in fields or "layer_types" in fields or not isinstance(kinds, list):
+    if not isinstance(kinds, list):
         return {}
-    if part.get("sliding_window_pattern") is not None:
+    words = LAYER_WORDS.get(str(part.get("model_type")))
+    if words is not None:
+        return {"layer_types": [words.get(kind, kind) for kind in kinds]}
+    name = next((name for name in EVERY if name in fields), None)
+    if name is None or "layer_types" in fields or part.get(name) is not None:
         return {}
     every = kinds.index(FULL) + 1 if FULL in kinds else len(kinds) + 1
-    if kinds != [SLIDING if (layer + 1) % every else FULL for layer in range(len(kinds))]:
+    if any((kind == FULL) != ((layer + 1) % every == 0) for layer, kind in enumerate(kinds)):
         problems.append("layer_types without a regular pattern")
-    return {"sliding_window_pattern": every}
+    return {name: every}
+
+
+def _per_layer(part: Values, fields: frozenset[str], problems: list[str]) -> Values:
+    """Return the keys for layers with full attention from the entries that these layers have."""
+    entries = part.get("per_layer_config")
+    if not isinstance(entries, dict) or not entries:
+        return {}
+    if not fields >= {"global_head_dim"} or not all(isinstance(entry, dict) for entry in entries.values()):
+        problems.append("per_layer_config")
+        return {}
+    first = next(iter(entries.values()))
+    full = [str(layer) for layer, kind in enumerate(part.get("layer_types") or []) if kind == FULL]
+    if any(entry != first for entry in entries.values()) or set(entries) != set(full) or first.keys() - PER_LAYER_NAMES:
+        problems.append("per_layer_config other than one of all layers with full attention")
+    return {
+        old: first[new] for old, new in PER_LAYER.items() if new in first and old in fields and part.get(old) is None
+    }
 
 
 def check_rotation(model: nn.Module, config: Values, origin: object) -> None:
@@ -183,6 +225,8 @@ def check_rotation(model: nn.Module, config: Values, origin: object) -> None:
     bases = {float(m.base) for m in rotations if isinstance(m, (nn.RoPE, DynamicNTKScalingRoPE))}
     if thetas and (other := [base for base in bases if not any(math.isclose(base, t, rel_tol=1e-6) for t in thetas)]):
         problems.append(f"rope_theta is {_listed(thetas)}, and the model would use {_listed(other)}")
+    for part in parts:
+        problems += _partial_problems(part, plain)
     for rope in ropes:
         kind, factor = _kind(rope), rope.get("factor")
         if kind in UNSCALED or not plain:
@@ -195,6 +239,17 @@ def check_rotation(model: nn.Module, config: Values, origin: object) -> None:
             f"{origin}: {'; '.join(dict.fromkeys(problems))}: mlx-lm's {config.get('model_type')} has no setting for it; "
             "choose another model"
         )
+
+
+def _partial_problems(part: Values, plain: list[nn.RoPE]) -> list[str]:
+    """Return whether the model rotates another number of features than the config says."""
+    head, shares = part.get("head_dim"), [rope.get("partial_rotary_factor") for rope in _ropes(part)]
+    shares = [share for share in shares if _is_number(share) and share != 1]
+    if not shares or not _is_number(head) or "qk_rope_head_dim" in part:
+        return []
+    wanted = {int(head * share) for share in shares} | ({head} if len(shares) < len(_ropes(part)) else set())
+    other = sorted({module.dims for module in plain} - wanted)
+    return [f"{_listed(wanted)} of {head} features rotate, and the model would rotate {_listed(other)}"] if other else []
 
 
 def _ropes(part: Values) -> list[Values]:

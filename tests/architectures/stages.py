@@ -15,6 +15,7 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
 from architectures.build import write_architecture
+from architectures.saved import saved
 from architectures.trial import (
     FACTOR_BAR,
     HALF_BAR,
@@ -247,6 +248,6 @@ def generate(trial: Trial) -> str | None:
 STAGES = {
     stage.__name__: stage
     for stage in (
-        load, plan, adapt, gradients, checkpointing, train, reload, stock, fuse, quantized, bfloat16, generate,
+        load, plan, adapt, gradients, checkpointing, train, reload, stock, fuse, quantized, bfloat16, generate, saved,
     )
 }  # fmt: skip

@@ -3,6 +3,9 @@
 PYTHONPATH=tests python -m architectures.sweep --out sweep.json            everything, about 15 minutes
 PYTHONPATH=tests python -m architectures.sweep --out sweep.json llama phi  some
 PYTHONPATH=tests python -m architectures.table --results sweep.json        docs/models.md from it
+
+PYTHONPATH=tests python -m architectures.sweep --stage saved --out saved.json      what transformers 5 saved, 2 minutes
+PYTHONPATH=tests python -m architectures.table --results saved.json --only-saved   only that column of docs/models.md
 """
 
 from __future__ import annotations
@@ -106,19 +109,25 @@ def asked_for(names: Iterable[str]) -> list[str]:
     return [name for name in names or architecture_modules() if name in CONFIGS]
 
 
-def sweep(names: list[str], say: Any = lambda text: None, keep: Any = lambda results: None) -> list[Result]:
+def sweep(
+    names: list[str],
+    say: Any = lambda text: None,
+    keep: Any = lambda results: None,
+    stages: tuple[str, ...] = (),
+) -> list[Result]:
     """Try architectures, a few to a process; a process that dies is what became of its architecture then.
 
     Args:
         names: of architectures.
         say: gets a line for each result.
         keep: gets the results so far after each process.
+        stages: to go through; all of them if it is empty.
     """
     trials = [(name, tied) for name in names for tied in ways(name)]
     results: list[Result] = []
     while trials:
         part, trials = trials[:AT_ONCE], trials[AT_ONCE:]
-        done, died = _in_a_process(part)
+        done, died = _in_a_process(part, stages)
         results += done
         if died:
             results.append(died)
@@ -137,11 +146,12 @@ def sweep(names: list[str], say: Any = lambda text: None, keep: Any = lambda res
     return results
 
 
-def _in_a_process(part: list[tuple[str, bool]]) -> tuple[list[Result], Result | None]:
+def _in_a_process(part: list[tuple[str, bool]], stages: tuple[str, ...] = ()) -> tuple[list[Result], Result | None]:
     """Try some in a process of their own; return the results, and one for what the process died of."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "part.jsonl"
         asked = [f"{name}:{int(tied)}" for name, tied in part]
+        asked += [f"--stage={stage}" for stage in stages]
         worker = subprocess.run(
             [sys.executable, "-m", "architectures.sweep", "--worker", "--out", str(out), *asked],
             capture_output=True, text=True, timeout=LONGEST_TRIAL_S * len(part), check=False,
@@ -164,20 +174,21 @@ def _in_a_process(part: list[tuple[str, bool]]) -> tuple[list[Result], Result | 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Results file; other architectures' stay.")
 @click.option("--worker", is_flag=True, hidden=True)
+@click.option("--stage", "stages", multiple=True, type=click.Choice(list(STAGES)), help="Go through this stage only.")
 @click.argument("names", nargs=-1)
-def main(out: Path, worker: bool, names: tuple[str, ...]) -> None:
+def main(out: Path, worker: bool, stages: tuple[str, ...], names: tuple[str, ...]) -> None:
     """Try architectures of mlx-lm (all of them unless named) in every stage, and write what came of it to --out."""
     if worker:
         with out.open("w", encoding="utf-8") as file:
             for name, tied in (asked.split(":") for asked in names):
-                print(json.dumps(asdict(try_architecture(name, bool(int(tied))))), file=file, flush=True)
+                print(json.dumps(asdict(try_architecture(name, bool(int(tied)), stages))), file=file, flush=True)
         return
     kept = read_results(out) if out.exists() else {}
 
     def keep(results: list[Result]) -> None:
         write_results(out, {**kept, **{(result.name, result.tied): result for result in results}}.values())
 
-    sweep(asked_for(names), lambda text: click.echo(text, err=True), keep)
+    sweep(asked_for(names), lambda text: click.echo(text, err=True), keep, stages)
 
 
 if __name__ == "__main__":

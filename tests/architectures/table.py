@@ -6,6 +6,7 @@ PYTHONPATH=tests python -m architectures.table --results sweep.json
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,13 +16,18 @@ import click
 
 from architectures.configs import CONFIGS, architecture_modules
 from architectures.names import MODELS
-from architectures.sweep import Result, read_results
+from architectures.saved import ABSENT
+from architectures.sweep import Result, Stage, read_results
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 UNTRIED = "not yet tried"
 ORDER = ("right", "right, with a note", "in part", "refused", "fails", UNTRIED)
 # Without these there is nothing to train: a refusal here is one of the whole architecture.
 NEEDED = ("load", "train")
+# It has a column of its own, since it is about another program's files.
+SAVED = "saved"
+AGREE = "logits agree"
+LONGEST = 150  # of a refusal in that column, which lists parameters
 
 
 class Row(NamedTuple):
@@ -43,7 +49,7 @@ def row_of(name: str, results: Iterable[Result]) -> Row:
     results = list(results)
     if not results:
         return Row(name, UNTRIED, "")
-    found = [(stage, told) for result in results for stage, told in result.stages.items()]
+    found = [(stage, told) for result in results for stage, told in result.stages.items() if stage != SAVED]
     failures = [(stage, told.text) for stage, told in found if told.outcome == "fails"]
     refusals = [(stage, told.text) for stage, told in found if told.outcome == "refused"]
     notes = [told.text for _, told in found if told.outcome == "right" and told.text]
@@ -72,6 +78,21 @@ def _quoted(lines: Iterable[str]) -> str:
     return "; ".join(f"`Error: {line}`" for line in lines)
 
 
+def saved_text(results: Iterable[Result]) -> str:
+    """Return what came of the folders that transformers 5 saves, in its tied and its untied form."""
+    forms = {result.tied: _saved_form(result.stages[SAVED]) for result in results if SAVED in result.stages}
+    if len(set(forms.values())) < 2:
+        return next(iter(forms.values()), "")
+    return "; ".join(f"{'tied' if tied else 'untied'}: {text}" for tied, text in sorted(forms.items()))
+
+
+def _saved_form(told: Stage) -> str:
+    if told.outcome == "right":
+        return told.text or AGREE
+    text = told.text if len(told.text) <= LONGEST else told.text[:LONGEST] + " ..."
+    return {"refused": "refused: " + _quoted([text])}.get(told.outcome, text)
+
+
 def rows(modules: Iterable[str], results: Mapping[tuple[str, bool], Result]) -> list[Row]:
     """Return a row for each module; one that the sweep does not know is not yet tried."""
     return [row_of(name, (result for key, result in results.items() if key[0] == name)) for name in modules]
@@ -83,16 +104,37 @@ def page(table: list[Row], results: Mapping[tuple[str, bool], Result]) -> str:
     summary = "\n".join(f"| {verdict} | {counts[verdict]} |" for verdict in ORDER if counts[verdict])
     errors = [result.facts["worst_factor_error"] for result in results.values() if "worst_factor_error" in result.facts]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm", "transformers"))
-    lines = [f"| {row.name} | {MODELS.get(row.name, '')} | {row.verdict} | {_cell(row.text)} |" for row in table]
+    by_name = {row.name: [result for key, result in results.items() if key[0] == row.name] for row in table}
+    lines = [
+        f"| {row.name} | {MODELS.get(row.name, '')} | {row.verdict} | {_cell(row.text)} | {_cell(saved_text(by_name[row.name]))} |"
+        for row in table
+    ]
     forms = sum(1 for row in table for key in results if key[0] == row.name)
     return TEXT.format(
         modules=len(table), forms=forms, versions=versions, summary=summary, worst=f"{max(errors, default=0):.0e}",
-        table="\n".join(lines), untried=UNTRIED,
+        table="\n".join(lines), untried=UNTRIED, absent=ABSENT,
     )  # fmt: skip
 
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
+
+
+def with_saved(text: str, results: Mapping[tuple[str, bool], Result]) -> str:
+    """Return a page with its last column written anew from results of that stage; the rest of it stays."""
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        cells = re.split(r"(?<!\\)\|", line)
+        name = cells[1].strip() if len(cells) == 7 else ""
+        if found := [result for key, result in results.items() if key[0] == name]:
+            lines[number] = "|".join([*cells[:5], f" {_cell(saved_text(found))} ", ""])
+    return "\n".join(lines) + "\n"
+
+
+def saved_column(text: str) -> dict[str, str]:
+    """Return architecture -> what a page says of folders that transformers 5 saved."""
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)] for line in text.splitlines()]
+    return {row[1]: row[5] for row in cells if len(row) == 7 and row[3] in ORDER}
 
 
 def verdicts(text: str) -> dict[str, str]:
@@ -134,6 +176,11 @@ Every one of these stages passed:
 | bfloat16 | the loss in bfloat16 is within 5% of the float32 one, and every gradient is finite |
 | generate | the greedy text of the `generate` command equals that of a loop over mlx-lm's model |
 
+The last column is about folders that transformers 5 saves, which have other keys in config.json than older ones, and other names
+of some weights: a tiny model of transformers is saved by `save_pretrained`, loaded here, and "logits agree" if its logits are torch's
+within 1e-4 relative. Where they are further apart, the cell says which part mlx-lm computes otherwise, whoever saved the model.
+"{absent}" is an architecture that only mlx-lm has. The verdict does not depend on this column.
+
 MLX has no bfloat16 products of experts on a CPU. For mixtures of experts, the bfloat16 stage computes these products in float32 and
 rounds the result, which tests everything around them.
 
@@ -147,17 +194,21 @@ configuration here yet; it may well work.
 
 ## The table
 
-| architecture | models it serves | verdict | note, or what `train` says |
-|---|---|---|---|
+| architecture | models it serves | verdict | note, or what `train` says | saved by transformers 5 |
+|---|---|---|---|---|
 {table}
 """
 
 
 @click.command()
 @click.option("--results", type=click.Path(path_type=Path, exists=True), required=True, help="What a sweep wrote.")
-def main(results: Path) -> None:
+@click.option("--only-saved", is_flag=True, help="Write only the last column anew; the results need no other stage.")
+def main(results: Path, only_saved: bool) -> None:
     """Write docs/models.md."""
     found = read_results(results)
+    if only_saved:
+        PAGE.write_text(with_saved(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+        return
     table = rows(architecture_modules(), found)
     PAGE.write_text(page(table, {key: result for key, result in found.items() if key[0] in CONFIGS}), encoding="utf-8")
     for verdict, count in Counter(row.verdict for row in table).items():
