@@ -9,6 +9,7 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from conftest import tiny_model, write_folder
 from run_cli import one_line, run
@@ -194,6 +195,49 @@ def test_another_adapter_can_be_the_reference(tiny_folder, data, tmp_path):
     assert same[0]["val_loss"] == pytest.approx(0.6931, abs=1e-4)
     from_file = trained(tmp_path / "e", tiny_folder, data, "dpo", *more[:2])  # the model as the run starts
     assert from_file[0]["val_loss"] == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_a_merged_model_has_a_reference_of_its_own(tiny_folder, data, tmp_path, monkeypatch):
+    """The norms are the base's: their fingerprint alone took the base's reference for the merged model's."""
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    merged = tmp_path / "merged"
+    shutil.copytree(tiny_folder, merged)
+    weights = mx.load(str(merged / "model.safetensors"))
+    weights = {name: value * 1.5 if value.ndim == 2 and "proj" in name else value for name, value in weights.items()}
+    mx.save_safetensors(str(merged / "model.safetensors"), weights)
+    first = trained(tmp_path / "a", tiny_folder, data, "dpo")
+    second = trained(tmp_path / "b", merged, data, "dpo")
+    assert [run[0]["val_loss"] for run in (first, second)] == [pytest.approx(0.6931, abs=1e-4)] * 2
+    assert len(list((tmp_path / "cache/reference").iterdir())) == 4  # train and validation of both
+
+
+def test_another_scale_is_another_reference(tiny_folder, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    trained(tmp_path / "a", tiny_folder, data, "dpo", "--iters", 8)
+    shutil.copytree(tmp_path / "a", tmp_path / "scaled")
+    file = tmp_path / "scaled/adapter_config.json"
+    config = json.loads(file.read_text())
+    config["lora_parameters"]["scale"] *= 3
+    file.write_text(json.dumps(config))
+    plain, scaled = (
+        trained(tmp_path / f"of-{name}", tiny_folder, data, "dpo", "--reference-adapter", tmp_path / name)
+        for name in ("a", "scaled")
+    )
+    assert plain[0]["val_loss"] != pytest.approx(scaled[0]["val_loss"], rel=1e-3)
+
+
+def test_a_peft_folder_can_be_the_reference(tiny_folder, data, tmp_path, monkeypatch):
+    """A raw FileNotFoundError: its weights have another name."""
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    trained(tmp_path / "a", tiny_folder, data, "dpo", "--iters", 8)
+    ran = run("export", "--model", tiny_folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "peft")
+    assert ran.code == 0, ran.err
+    ours, theirs = (
+        trained(tmp_path / f"of-{name}", tiny_folder, data, "dpo", "--reference-adapter", tmp_path / name)
+        for name in ("a", "peft")
+    )
+    assert theirs[0]["val_loss"] == pytest.approx(ours[0]["val_loss"], rel=1e-4)
+    assert theirs[0]["val_loss"] != pytest.approx(0.6931, rel=1e-3)
 
 
 def test_a_second_run_takes_the_reference_from_disk(tiny_folder, data, tmp_path, monkeypatch):

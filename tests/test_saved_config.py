@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import gguf
 import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
@@ -17,6 +16,7 @@ from architectures.trial import relative
 from transformers import CONFIG_MAPPING
 
 from mlx_lora.models.folder import read_config
+from mlx_lora.models.gguf_settings import gguf_settings
 from mlx_lora.models.load import load_base
 from mlx_lora.models.outline import outline_of
 from mlx_lora.models.saved_config import check_rotation, translate_config
@@ -96,12 +96,14 @@ def test_convert_again_changes_nothing(tmp_path):
 
 def test_gguf_has_the_base_of_rope(tmp_path):
     _, newer = write_pair(tmp_path, "qwen2")
-    file = tmp_path / "model.gguf"
-    ran = run_cli.run("export", "--model", newer, "--to", "gguf", "--out", file, "--gguf-type", "f32")
-    assert ran.code == 0, ran.err
-    found = gguf.GGUFReader(str(file)).get_field("qwen2.rope.freq_base")
-    assert found is not None
-    assert found.contents() == pytest.approx(3e6)
+    settings, _ = gguf_settings(load_base(ModelSettings(model=str(newer))).model, "qwen2")
+    assert settings["rope.freq_base"] == 3e6
+
+
+def test_gguf_has_the_scaling_of_rope(tmp_path):
+    _, newer = write_pair(tmp_path, "qwen2 yarn")
+    settings, _ = gguf_settings(load_base(ModelSettings(model=str(newer))).model, "qwen2")
+    assert (settings["rope.scaling.type"], settings["rope.scaling.factor"]) == ("yarn", 4.0)
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen3_moe", "gemma3"])

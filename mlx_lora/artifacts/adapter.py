@@ -28,7 +28,7 @@ from mlx_lora.adapters.score_head import SCORE_WEIGHT, put_score_head
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.artifacts.adapter_config import own_entries, own_problems, shape_problems
 from mlx_lora.artifacts.overlap import PRESENT, measure_overlap, share_present
-from mlx_lora.artifacts.peft import PeftAdapter, is_peft, read_peft
+from mlx_lora.artifacts.peft import PEFT_WEIGHTS, PeftAdapter, is_peft, read_peft
 from mlx_lora.artifacts.reward_model import check_use, is_reward_model
 from mlx_lora.models.fingerprint import without_mark
 from mlx_lora.models.load import Base
@@ -171,6 +171,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if problems:
         raise InputError(f"{path}: {'; '.join(problems)}; restore it from a checkpoint")
     return config
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """Return the files that decide what an adapter does: its config and its weights, in PEFT's names too."""
+    names = (CONFIG_FILE, WEIGHTS_FILE, PEFT_WEIGHTS)
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 def check_base(base: Base, config: dict[str, Any], origin: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 FUSED_KEY = "mlx_lora.fused"  # in a GGUF file's metadata
+PIECES, PIECE_BYTES = 512, 4096  # of each file of weights, in the sample that tells two folders apart
 
 
 def base_fingerprint(model: nn.Module, config: dict[str, Any]) -> str:
@@ -40,6 +42,25 @@ def base_fingerprint(model: nn.Module, config: dict[str, Any]) -> str:
         digest.update(np.array(rounded).tobytes())
     mark = fused_mark(config)
     return digest.hexdigest()[:16] + (f"+{mark}" if mark else "")
+
+
+def model_sample(folder: Path) -> str:
+    """Return a hash of a folder's config.json and of pieces of its weights, evenly spaced, with their files' sizes.
+
+    What is computed with a model and kept for later runs is kept under it. A base's fingerprint is the same for all
+    quantizations, and for what other programs fused into it. This is not, and it takes no time, however large the model is.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("config.json")):
+        digest.update(path.read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for piece in range(PIECES):
+                file.seek(piece * max(0, size - PIECE_BYTES) // (PIECES - 1))
+                digest.update(file.read(PIECE_BYTES))
+    return digest.hexdigest()
 
 
 def without_mark(fingerprint: str) -> str:

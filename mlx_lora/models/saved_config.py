@@ -222,7 +222,7 @@ def check_rotation(model: nn.Module, config: Values, origin: object) -> None:
     rotations = [module for name, module in model.named_modules() if _rotates(name, module)]
     plain = [module for module in rotations if isinstance(module, nn.RoPE)]
     problems = []
-    bases = {float(m.base) for m in rotations if isinstance(m, (nn.RoPE, DynamicNTKScalingRoPE))}
+    bases = {m.base for m in rotations if isinstance(m, (nn.RoPE, DynamicNTKScalingRoPE)) and _is_number(m.base)}
     if thetas and (other := [base for base in bases if not any(math.isclose(base, t, rel_tol=1e-6) for t in thetas)]):
         problems.append(f"rope_theta is {_listed(thetas)}, and the model would use {_listed(other)}")
     for part in parts:

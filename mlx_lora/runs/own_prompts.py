@@ -13,6 +13,7 @@ from mlx_lora.data.loading import chat_day
 from mlx_lora.data.prompts_only import write_records
 from mlx_lora.data.user_turns import ADVICE, TurnFilter, UserTurn, user_turn
 from mlx_lora.models.batch_writing import write_texts
+from mlx_lora.models.fingerprint import model_sample
 from mlx_lora.models.group_sampling import SamplingOptions, answer_keys
 from mlx_lora.models.load import Base
 from mlx_lora.settings.config import TrainSettings
@@ -50,7 +51,7 @@ def own_prompts(settings: TrainSettings, base: Base, say: Callable[[str], None],
     turn = user_turn(base.hf_tokenizer, settings.data.chat_template, day, ends)
     wanted = settings.objective.own_prompts or DEFAULT_PROMPTS
     options = sampling_options(settings, MOST_PROMPT_TOKENS)
-    facts = [VERSION, base.fingerprint, base.describe(), str(device.compute_dtype(settings.model.dtype))]
+    facts = [VERSION, base.fingerprint, model_sample(base.folder), base.describe(), str(device.compute_dtype(settings.model.dtype))]
     key = sha256_of(json.dumps([*facts, turn.before, sorted(turn.ends), repr(options), settings.loop.seed, wanted]))
     file = cache_dir("prompts") / key[:32] / "train.jsonl"
     with one_at_a_time(file):

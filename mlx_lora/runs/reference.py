@@ -17,11 +17,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_lora.adapters.inject import remove_adapters
-from mlx_lora.artifacts.adapter import WEIGHTS_FILE, AdapterInfo, check_base, load_adapter, read_adapter_config
+from mlx_lora.artifacts.adapter import AdapterInfo, adapter_files, check_base, load_adapter, read_adapter_config
 from mlx_lora.artifacts.adapter_config import own_entries
 from mlx_lora.artifacts.start_from import resume_file
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.joining import joined
+from mlx_lora.models.fingerprint import model_sample
 from mlx_lora.models.kernel_choice import KernelChoice
 from mlx_lora.models.kernels import training_kernels
 from mlx_lora.models.load import Base
@@ -146,10 +147,14 @@ def _key(settings: TrainSettings, base: Base, rows: EncodedSet, kernels: KernelC
     """Return a name for everything that the numbers depend on."""
     adapter, files = settings.adapter, []
     if settings.objective.reference_adapter:
-        files = [sha256_of(Path(settings.objective.reference_adapter) / WEIGHTS_FILE)]
+        # Its config has the scale, and the layers that its factors belong to.
+        folder = Path(settings.objective.reference_adapter)
+        files = [sha256_of(file) for file in adapter_files(folder)]
     elif adapter.resume_adapter_file:
-        files = [sha256_of(resume_file(adapter.resume_adapter_file)), adapter.rank, adapter.alpha]
-    facts = [base.fingerprint, base.describe(), rows.fingerprint, str(device.compute_dtype(settings.model.dtype))]
+        start = resume_file(adapter.resume_adapter_file)
+        files = [sha256_of(file) for file in (start, *adapter_files(start.parent))] + [adapter.rank, adapter.alpha]
+    facts = [base.fingerprint, model_sample(base.folder), base.describe(), rows.fingerprint]
+    facts += [str(device.compute_dtype(settings.model.dtype))]
     facts += [settings.loop.kernels, adapter.method_name, device.measured_on(), _shares(settings)]
     facts += [kernels and kernels.names(), *files]
     return sha256_of(json.dumps(facts))[:32]

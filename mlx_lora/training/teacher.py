@@ -9,7 +9,6 @@ Shapes: B rows, T columns, P positions.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from mlx_lora.data.batches import EMPTY, Batch
 from mlx_lora.data.encoded_set import EncodedSet
 from mlx_lora.models.converted_models import folder_of
-from mlx_lora.models.fingerprint import base_fingerprint
+from mlx_lora.models.fingerprint import base_fingerprint, model_sample
 from mlx_lora.models.folder import load_weights, read_config
 from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base, load_base
@@ -38,7 +37,6 @@ from mlx_lora.training.policy_task import at_temperature, token_logps
 
 # Names that converters give to the rows of an embedding that no token has.
 PADDING = re.compile(r"\[PAD\d+\]")
-PIECES, PIECE_BYTES = 512, 4096  # of each file of weights, in the sample that tells two apart
 
 
 @dataclass(frozen=True)
@@ -116,28 +114,11 @@ def facts_of(settings: TrainSettings, base: Base) -> TeacherFacts:
     own = vocabulary_of(base.model, base.config)
     name = settings.objective.teacher
     if not name:
-        return TeacherFacts([base.fingerprint, base.config.get("quantization"), weights_sample(base.folder)], own)
+        return TeacherFacts([base.fingerprint, base.config.get("quantization"), model_sample(base.folder)], own)
     folder = _folder(settings)
     model, config = load_weights(folder, settings.model.trust_remote_code)
-    identity = [base_fingerprint(model, config), config.get("quantization"), weights_sample(folder)]
+    identity = [base_fingerprint(model, config), config.get("quantization"), model_sample(folder)]
     return TeacherFacts(identity, min(own, vocabulary_of(model, config)))
-
-
-def weights_sample(folder: Path) -> str:
-    """Return a hash of pieces of a folder's weights, evenly spaced, and of their sizes.
-
-    A base's fingerprint is the same for all quantizations, and for what other programs fused into it. This is not, and it
-    takes no time, however large the model is.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for piece in range(PIECES):
-                file.seek(piece * max(0, size - PIECE_BYTES) // (PIECES - 1))
-                digest.update(file.read(PIECE_BYTES))
-    return digest.hexdigest()
 
 
 def vocabulary_of(model: nn.Module, config: dict[str, Any]) -> int:
