@@ -110,3 +110,27 @@ def test_values_that_overflow_are_refused() -> None:
     tensor = GGUFTensor("big", Kind.F32, (1, 1), np.array([[1e30]], "<f4").view(np.uint8))
     with pytest.raises(InputError, match=r"big.*float16"):
         list(import_weights({"big": tensor}, {"big": TensorMapping("x.weight")}, "float", mx.float16))
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.Q8_0, Kind.Q4_1], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("target", ["carry", "float"])
+def test_a_tensor_with_values_that_are_no_numbers_is_called_damaged(kind, target):
+    """The advice was another dtype, which is for values that are too large for the one that was asked for."""
+    tensor = random_tensor(kind)
+    data = tensor.data.copy()
+    data.view(np.uint8)[1] = 0xFF  # NaN in floats, and in a block's scale
+    damaged = GGUFTensor("blk.0.attn_q.weight", kind, tensor.shape, data)
+    with pytest.raises(InputError) as error:
+        list(import_weights({"t": damaged}, {"t": TensorMapping("x.weight")}, target, mx.float32))
+    assert "blk.0.attn_q.weight" in str(error.value)
+    assert "damaged" in str(error.value)
+    assert "--dtype" not in str(error.value)
+
+
+def test_a_tensor_too_large_for_a_dtype_is_not_damaged():
+    values = np.full((ROWS, WIDTH), 1e6, np.float32)
+    tensor = GGUFTensor("t", Kind.F32, values.shape, values.view(np.uint8).reshape(ROWS, -1))
+    with pytest.raises(InputError, match="--dtype") as error:
+        list(import_weights({"t": tensor}, {"t": TensorMapping("x.weight")}, "float", mx.float16))
+    assert "damaged" not in str(error.value)
+    list(import_weights({"t": tensor}, {"t": TensorMapping("x.weight")}, "float", mx.float32))

@@ -230,7 +230,9 @@ def test_a_peft_folder_can_be_the_reference(tiny_folder, data, tmp_path, monkeyp
     """A raw FileNotFoundError: its weights have another name."""
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     trained(tmp_path / "a", tiny_folder, data, "dpo", "--iters", 8)
-    ran = run("export", "--model", tiny_folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "peft")
+    ran = run(
+        "export", "--model", tiny_folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "peft"
+    )
     assert ran.code == 0, ran.err
     ours, theirs = (
         trained(tmp_path / f"of-{name}", tiny_folder, data, "dpo", "--reference-adapter", tmp_path / name)

@@ -196,7 +196,9 @@ def test_transformers_reads_back_what_we_export(case, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     name, changes = CASES[case]
     expected = mx.array(saved.by_transformers(tmp_path / "m", name, name == "gemma3_text", **changes))
-    ran = run_cli.run("convert", "--model", tmp_path / "m", "--out", tmp_path / "out", "--no-quantize", "--dtype", "float32")
+    ran = run_cli.run(
+        "convert", "--model", tmp_path / "m", "--out", tmp_path / "out", "--no-quantize", "--dtype", "float32"
+    )
     assert ran.code == 0, ran.err
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.no_grad():

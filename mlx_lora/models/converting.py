@@ -168,9 +168,7 @@ def build_model(config: dict[str, Any], names: frozenset[str] | None = None) -> 
         model_class, args_class = mlx_lm.utils._get_classes(config)
         model = model_class(args_class.from_dict(config))
     except FOREIGN_ERRORS as error:
-        raise InputError(
-            f"{origin}: mlx-lm cannot build this model ({error}); choose another model"
-        ) from error
+        raise InputError(f"{origin}: mlx-lm cannot build this model ({error}); choose another model") from error
     complete_module(model)
     check_rotation(model, config, origin)
     _drop_tied_head(model, config, names)

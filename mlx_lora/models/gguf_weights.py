@@ -153,13 +153,19 @@ def _cast_scales(packed: PackedWeight, dtype: mx.Dtype) -> PackedWeight:
 
 
 def _check_range(tensor: GGUFTensor, arrays: list[mx.array]) -> None:
-    """Refuse values that are not finite: they overflowed when cast, or the file is damaged."""
+    """Refuse values that are not finite: the file has such values, or they overflowed when they were cast."""
     for array in arrays:
-        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
-            kind = str(array.dtype).removeprefix("mlx.core.")
+        if not mx.issubdtype(array.dtype, mx.floating) or mx.isfinite(array).all().item():
+            continue
+        kind = str(array.dtype).removeprefix("mlx.core.")
+        with np.errstate(invalid="ignore", over="ignore"):
+            stored = tensor.dequantize()  # float32, which every type of GGUF fits into
+        if not np.isfinite(stored).all() or array.dtype == mx.float32:
             raise InputError(
-                f"tensor {tensor.name}: {kind} cannot hold its values; use --dtype float32, or download it again"
+                f"tensor {tensor.name}: has values that are not finite numbers, so the file is damaged, or its parts were "
+                "joined in the wrong order; download it again"
             )
+        raise InputError(f"tensor {tensor.name}: {kind} cannot hold its values; use --dtype bfloat16 or float32")
 
 
 def check_shapes(

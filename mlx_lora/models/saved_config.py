@@ -249,7 +249,9 @@ def _partial_problems(part: Values, plain: list[nn.RoPE]) -> list[str]:
         return []
     wanted = {int(head * share) for share in shares} | ({head} if len(shares) < len(_ropes(part)) else set())
     other = sorted({module.dims for module in plain} - wanted)
-    return [f"{_listed(wanted)} of {head} features rotate, and the model would rotate {_listed(other)}"] if other else []
+    return (
+        [f"{_listed(wanted)} of {head} features rotate, and the model would rotate {_listed(other)}"] if other else []
+    )
 
 
 def _ropes(part: Values) -> list[Values]:

@@ -51,7 +51,13 @@ def own_prompts(settings: TrainSettings, base: Base, say: Callable[[str], None],
     turn = user_turn(base.hf_tokenizer, settings.data.chat_template, day, ends)
     wanted = settings.objective.own_prompts or DEFAULT_PROMPTS
     options = sampling_options(settings, MOST_PROMPT_TOKENS)
-    facts = [VERSION, base.fingerprint, model_sample(base.folder), base.describe(), str(device.compute_dtype(settings.model.dtype))]
+    facts = [
+        VERSION,
+        base.fingerprint,
+        model_sample(base.folder),
+        base.describe(),
+        str(device.compute_dtype(settings.model.dtype)),
+    ]
     key = sha256_of(json.dumps([*facts, turn.before, sorted(turn.ends), repr(options), settings.loop.seed, wanted]))
     file = cache_dir("prompts") / key[:32] / "train.jsonl"
     with one_at_a_time(file):
