@@ -17,7 +17,7 @@ import inspect
 import math
 from collections.abc import Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import mlx.nn as nn
 import mlx_lm.utils
@@ -270,5 +270,5 @@ def _listed(numbers: Iterable[float]) -> str:
     return " or ".join(f"{number:g}" for number in sorted(numbers))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
