@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from byte_tokenizer import SPECIAL_TOKENS, byte_tokenizer, template
@@ -14,6 +17,7 @@ from mlx_lora.data.encode import Encoder
 from mlx_lora.data.examples import Completion, Conversation, FormatError, Text
 from mlx_lora.data.prompt_records import parse_prompt
 from mlx_lora.data.teacher_rows import read_teacher_prompt, seen_by_teacher, with_prompt
+from mlx_lora.models.fingerprint import model_sample
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.teacher import as_seen, check_tokenizers, tokenizer_difference
 
@@ -176,3 +180,17 @@ def test_the_prompts_file(tmp_path):
         read_teacher_prompt(str(file))
     with pytest.raises(InputError, match="cannot be read"):
         read_teacher_prompt(str(tmp_path / "none.txt"))
+
+
+def test_a_models_sample_changes_with_its_weights_and_its_config(tiny_folder, tmp_path):
+    """A merged adapter changes no norm, and another base of RoPE no weight: what is kept for a model is kept under both."""
+    same, config, weights = (shutil.copytree(tiny_folder, tmp_path / name) for name in ("same", "config", "weights"))
+    (config / "config.json").write_text(
+        json.dumps(json.loads((config / "config.json").read_text()) | {"rope_theta": 5.0})
+    )
+    stored = mx.load(str(weights / "model.safetensors"))
+    mx.eval(stored)  # before its file is written over
+    name = next(name for name in stored if name.endswith("down_proj.weight"))
+    mx.save_safetensors(str(weights / "model.safetensors"), {**stored, name: stored[name] + 0.001})
+    first = model_sample(tiny_folder)
+    assert [model_sample(folder) == first for folder in (same, config, weights)] == [True, False, False]

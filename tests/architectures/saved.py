@@ -49,7 +49,7 @@ EQUIVALENT: dict[str, dict[str, Any]] = {
     "longcat_flash": {"head_dim": 8},
 }
 # Models of mlx-lm that compute something else than transformers, whoever saved them. Each was found by taking the cause
-# out of the config, after which the logits agree.
+# out of the config, after which the logits agree; of MiniMax M3 it was not found.
 GELU = "mlx-lm has another form of GELU than transformers"
 INDEXER = "mlx-lm's indexer chooses other keys than transformers' where index_topk is less than the text's length"
 OTHERWISE = {
@@ -63,6 +63,7 @@ OTHERWISE = {
     "jamba": "mlx-lm divides the weights of the chosen experts by their sum, transformers does not",
     "mamba2": "mlx-lm normalizes all groups of features together, transformers each of n_groups",
     "minicpm3": "mlx-lm does not divide by hidden_size / dim_model_base before a tied head",
+    "minimax_m3_vl": "the cause is not known",
     "starcoder2": GELU,
 }
 
