@@ -31,7 +31,9 @@ def data_notes(
         encoder: Encoded them.
         day: The day that the chat template shows; None if it shows none.
     """
-    notes = placeholder_notes(parts) + _left_out(parts)
+    notes = [chat.words for rows in parts.values() for chat in rows.chats]
+    notes += [note for rows in parts.values() for note in rows.transcripts]
+    notes += placeholder_notes(parts) + _left_out(parts)
     for name in ("valid", "test"):
         shared = len(set(keys.get(name, [])) & set(keys["train"]))
         if shared:
@@ -118,7 +120,7 @@ def held_out_notes(train: int, held: int, valid: int, fraction: float) -> list[s
 
 def evaluation_notes(rows: Rows, encoded: Encoded) -> list[str]:
     """Return notes on what an evaluation left out or cut, because that changes the loss."""
-    notes = []
+    notes = [f"Note: {chat.words}" for chat in rows.chats]
     if rows.dropped:
         notes.append(f"Note: {counted(len(rows.dropped), 'unusable row')} left out: {reasons(rows.dropped)}")
     if encoded.truncated:

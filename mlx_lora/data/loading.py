@@ -27,7 +27,7 @@ from mlx_lora.data.encode import Encoded, EncodedSet, Encoder
 from mlx_lora.data.encoded_cache import entry_folder, read_entry, write_entry
 from mlx_lora.data.examples import Completion, Conversation
 from mlx_lora.data.mixing import joined_sets, mix, read_sets
-from mlx_lora.data.reading import Rows, read_rows
+from mlx_lora.data.reading import Rows, check_speaker, read_rows
 from mlx_lora.data.split import content_key
 from mlx_lora.data.teacher_rows import prompt_notes
 from mlx_lora.data.templates import resolve_template, shows_date
@@ -283,6 +283,7 @@ def load_eval_set(
         return entry[0][name]
     settings = replace(settings, data=data)
     parts = {EVALUATION: read_rows([file for one in sets for file in one.splits[name]], settings, records)}
+    check_speaker(parts.values(), settings)
     encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer, day)
     encoded = {EVALUATION: _encode(parts[EVALUATION], encoder, say, teacher_prompt)}
     _check(settings, parts, encoded)

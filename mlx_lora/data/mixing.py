@@ -15,7 +15,7 @@ import numpy as np
 from mlx_lora.data.data_report import SetReport
 from mlx_lora.data.encode import Encoded, EncodedSet
 from mlx_lora.data.examples import Text
-from mlx_lora.data.reading import Rows, read_rows
+from mlx_lora.data.reading import Rows, check_speaker, read_rows
 from mlx_lora.data.split import cut_text, hold_out
 from mlx_lora.settings.config import DataSettings
 from mlx_lora.sources.data_sets import DataSet
@@ -65,6 +65,7 @@ def read_sets(sets: Sequence[DataSet], settings: DataSettings, records: str) -> 
             valid.entries.append(last)
             valid.locations.append(train.locations[first])
         parts.append(Part(one.name, one.weight, first, len(train.entries), train.rows_read - read, held_out))
+    check_speaker(rows.values(), settings)
     return rows, parts
 
 
