@@ -67,6 +67,14 @@ def test_a_rated_answer_is_followed_by_anothers_answer_to_its_prompt():
     assert text_of(rows, 5)[1].startswith(" answer 0")
 
 
+def test_the_other_answer_is_one_to_another_prompt():
+    rated = [Rated(Completion(f"Q{n // 2}", f" answer {n}"), n % 2 == 0) for n in range(6)]
+    rows = encode_entries(encoder(), rated).rows
+    assert [text_of(rows, 2 * n + 1)[1].strip()[:8] for n in range(6)] == [f"answer {n}" for n in (2, 2, 4, 4, 0, 0)]
+    same = encode_entries(encoder(), [Rated(Completion("Q", f" answer {n}"), True) for n in range(3)]).rows
+    assert [text_of(same, 2 * n + 1)[1].strip()[:8] for n in range(3)] == [f"answer {n}" for n in (1, 2, 0)]
+
+
 def test_only_the_rated_answers_count_as_trained():
     rated = [Rated(Completion(f"Q{n}", f" answer {n}"), n % 2 == 0) for n in range(3)]
     rows = encode_entries(encoder(), rated).rows

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from byte_tokenizer import CHATML, byte_tokenizer
 
-from mlx_lora.data.formats import Conversation, Text
+from mlx_lora.data.formats import Completion, Conversation, Text
 from mlx_lora.data.loading import load_data, load_eval_set
-from mlx_lora.data.split import content_key, cut_text, hold_out
+from mlx_lora.data.split import content_key, cut_text, joined_groups, prompt_key, split_by_group
 from mlx_lora.settings.config import DataSettings
 from mlx_lora.system.errors import InputError
 
@@ -28,6 +28,10 @@ def alpaca(count, start=0):
 
 def texts(rows):
     return [TOKENIZER.decode(rows.row(i)[0].tolist()) for i in range(len(rows))]
+
+
+def hold_out(keys, fraction, seed):
+    return split_by_group(keys, keys, fraction, seed).held
 
 
 def test_hold_out_is_a_function_of_content_and_seed():
@@ -55,6 +59,64 @@ def test_small_and_equal_data():
     assert not hold_out(["a"] * 9, 0.5, 0).any()
     assert not hold_out(["a", "b"], 0.0, 0).any()
     assert not hold_out([], 0.5, 0).any()
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5])
+def test_groups_stay_on_one_side_and_the_share_is_kept(fraction):
+    rng = np.random.default_rng(0)
+    groups = np.sort(rng.integers(0, 120, 400)).tolist()
+    keys = [f"k{n}" for n in range(400)]
+    split = split_by_group(groups, keys, fraction, seed=3)
+    sides = {(group, bool(h)) for group, h in zip(groups, split.held, strict=True)}
+    assert len(sides) == len(set(groups))
+    assert not split.divided.any()
+    assert fraction <= split.held.mean() < fraction + 0.05
+    again = split_by_group(groups[::-1], keys[::-1], fraction, seed=3)
+    assert np.array_equal(split.held, again.held[::-1])
+    assert not np.array_equal(split.held, split_by_group(groups, keys, fraction, seed=4).held)
+
+
+def test_a_group_of_most_rows_is_split_row_by_row():
+    keys = [f"k{n % 90}" for n in range(100)]  # the last ten are duplicates
+    everything = split_by_group(["same"] * 100, keys, 0.1, 0)
+    assert everything.divided.all()
+    assert 9 <= everything.held.sum() <= 12
+    assert np.array_equal(everything.held[:10], everything.held[90:])
+    half = split_by_group(["same"] * 50 + list(range(50)), [f"k{n}" for n in range(100)], 0.1, 0)
+    assert half.divided.tolist() == [True] * 50 + [False] * 50
+    assert half.held.sum() == 10
+    assert 0 < half.held[:50].sum() < 10
+    # Duplicates are never divided, and two rows of one question are.
+    assert not split_by_group(["same"] * 9, ["k"] * 9, 0.5, 0).held.any()
+    assert split_by_group(["same"] * 2, ["a", "b"], 0.05, 0).held.sum() == 1
+
+
+def test_rows_that_may_not_be_held_out_keep_their_group():
+    groups, keys = [n // 2 for n in range(40)], [f"k{n}" for n in range(40)]
+    may = np.arange(40) != 6
+    for seed in range(12):
+        held = split_by_group(groups, keys, 0.9, seed, may).held
+        assert held.any()
+        assert not held[6:8].any()
+    assert any(split_by_group(groups, keys, 0.9, seed).held[6] for seed in range(12))
+
+
+def test_groups_are_joined_through_other_rows():
+    assert joined_groups("aabcd", [1, 2, 2, 3, 4]).tolist() == [0, 0, 0, 1, 2]
+    assert joined_groups("abcde").tolist() == [0, 1, 2, 3, 4]
+    assert joined_groups("abcde", [0, 1, 2, 3, 0], [0, 1, 2, 1, 1]).tolist() == [0, 0, 1, 0, 0]
+
+
+def test_the_prompt_is_what_comes_before_the_trained_answer():
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    first = Conversation([user, answer])
+    assert prompt_key(first) == prompt_key(Conversation([user, {**answer, "content": "b"}]))
+    assert prompt_key(first) == prompt_key(Conversation([user, answer, user, answer]))
+    assert prompt_key(first) == prompt_key(Completion("q", "a"))
+    assert prompt_key(first) != prompt_key(Conversation([user, {**answer, "weight": 0}, user, answer]))
+    assert prompt_key(first) != prompt_key(Conversation([{**user, "role": "system"}, user, answer]))
+    assert prompt_key(Completion("", "a")) != prompt_key(Completion("", "b"))
+    assert prompt_key(Text("a")) == prompt_key(Text("a")) != prompt_key(Text("b"))
 
 
 def test_the_key_is_of_the_content_not_the_format():
@@ -174,3 +236,31 @@ def test_base_models_get_alpaca_for_chats_only(tmp_path):
     assert base.decode(splits.train.row(0)[0].tolist()) == "2+2=4</s>"
     asked = load_data(DataSettings(data=pairs, chat_template="alpaca"), base, seed=0)
     assert "### Response:\n4</s>" in base.decode(asked.train.row(0)[0].tolist())
+
+
+ANSWERS = {  # several rows of one question, for every kind of records
+    "rated": lambda q: [{"prompt": f"q{q}", "chosen": f"good {q}", "rejected": f"bad {q}"}],
+    "pairs": lambda q: [{"prompt": f"q{q}", "chosen": f"good {n}", "rejected": "bad"} for n in range(2)],
+    "prompts": lambda q: [{"prompt": f"q{q}", "target": n} for n in range(2)],
+    "examples": lambda q: [{"prompt": f"q{q}", "completion": f"good {n}"} for n in range(2)],
+}
+
+
+@pytest.mark.parametrize("records", ANSWERS)
+def test_the_rows_of_one_prompt_are_on_one_side(tmp_path, records):
+    rows = [row for q in range(30) for row in ANSWERS[records](f"{q:02}")]
+    settings = DataSettings(data=write_rows(tmp_path / "d.jsonl", rows), valid_fraction=0.2)
+    splits = load_data(settings, TOKENIZER, seed=0, records=records)
+    train, valid = ({text[text.index("q") :][:3] for text in texts(part)} for part in (splits.train, splits.valid))
+    assert len(train) + len(valid) == 30
+    assert train.isdisjoint(valid)
+    assert splits.valid.examples == 12
+    assert not splits.report.notes
+
+
+def test_a_prompt_that_all_rows_share_is_said(tmp_path):
+    rows = [{"prompt": "Write a line.", "completion": f"line {n}"} for n in range(40)]
+    settings = DataSettings(data=write_rows(tmp_path / "d.jsonl", rows), valid_fraction=0.1)
+    splits = load_data(settings, TOKENIZER, seed=0)
+    assert splits.valid.examples == 4
+    assert any("40 rows" in note and "d.jsonl" in note for note in splits.report.notes)

@@ -3,8 +3,8 @@
 example   one row
 pair      two rows: the chosen answer, then the rejected one; their label is the margin
 prompt    one row, in which nothing is trained; its answers are sampled during the run
-rated     two rows: the answer, then another record's answer to the same prompt, which tells how far the policy is
-          from the reference (KTO, arXiv 2402.01306, section 4.2); the label is 1 for a good answer and 0 for a bad one
+rated     two rows: the answer, then the answer to another prompt after the same prompt, which tells how far the policy
+          is from the reference (KTO, arXiv 2402.01306, section 4.2); the label is 1 for a good answer and 0 for a bad one
 """
 
 from __future__ import annotations
@@ -90,16 +90,17 @@ def _as_pairs(encoded: Encoded, pairs: Sequence[Pair]) -> Encoded:
 
 
 def _as_rated(encoded: Encoded, rated: Sequence[Rated]) -> Encoded:
-    """Add a row after each answer: the next record's answer, with this record's prompt before it."""
+    """Add a row after each answer: the answer of the next record with another prompt, after this record's prompt."""
     last = {answer: row for row, answer in enumerate(encoded.source.tolist())}
     source = sorted(last)
     rows = [encoded.rows.row(last[number]) for number in source]
     starts = [int(np.argmax(mask)) for _, mask in rows]  # the first token of each answer
+    following = _next_others([tokens[:start].tobytes() for (tokens, _), start in zip(rows, starts, strict=True)])
     joined = []
     for i, (tokens, mask) in enumerate(rows):
         joined.append((tokens, mask))
-        other_tokens, other_mask = rows[(i + 1) % len(rows)]
-        other = starts[(i + 1) % len(rows)]
+        other_tokens, other_mask = rows[following[i]]
+        other = starts[following[i]]
         together = np.concatenate([tokens[: starts[i]], other_tokens[other:]])
         trained = np.concatenate([np.zeros(starts[i], bool), other_mask[other:]])
         joined.append((together, trained))
@@ -107,6 +108,18 @@ def _as_rated(encoded: Encoded, rated: Sequence[Rated]) -> Encoded:
     return _numbered(
         encoded, EncodedSet.from_rows(joined).grouped(2, labels, trained_rows=1), source, dict(encoded.dropped), 1
     )
+
+
+def _next_others(prompts: Sequence[bytes]) -> list[int]:
+    """Return for each prompt the number of the next one that differs, in a circle; if none does, of the next one."""
+    count = len(prompts)
+    found = [(number + 1) % count for number in range(count)]
+    if len(set(prompts)) > 1:
+        for number in reversed(range(2 * count)):  # twice around, so that the last ones know the first ones' next
+            after = (number + 1) % count
+            if prompts[after] == prompts[number % count]:
+                found[number % count] = found[after]
+    return found
 
 
 def _numbered(encoded: Encoded, rows: EncodedSet, source: list[int], dropped: dict[int, str], size: int) -> Encoded:

@@ -6,7 +6,7 @@ from collections import Counter
 from datetime import date
 
 from mlx_lora.data.answers import answers_of
-from mlx_lora.data.data_report import MAX_LISTED, reasons, where
+from mlx_lora.data.data_report import MAX_LISTED, Location, reasons, where
 from mlx_lora.data.encode import Encoded, Encoder
 from mlx_lora.data.examples import Completion, Conversation
 from mlx_lora.data.placeholders import placeholder_notes
@@ -115,6 +115,20 @@ def held_out_notes(train: int, held: int, valid: int, fraction: float) -> list[s
     return [
         f"{held:,} of {train + held:,} {is_held} held out to measure the loss, the least that is possible: one row "
         "with its duplicates; --valid-fraction 0 trains on all rows"
+    ]
+
+
+def shared_prompt_notes(divided: list[Location]) -> list[str]:
+    """Return a note if rows of one prompt are on both sides of the split, because most rows share it.
+
+    Args:
+        divided: Where the rows are from.
+    """
+    if not divided:
+        return []
+    return [
+        f"{len(divided):,} rows share their prompt with so many others that they are held out one by one, not by prompt "
+        f"({where(divided[:MAX_LISTED], len(divided))}); the held-out loss is of known prompts with new answers"
     ]
 
 

@@ -16,7 +16,7 @@ from mlx_lora.data.data_report import SetReport
 from mlx_lora.data.encode import Encoded, EncodedSet
 from mlx_lora.data.examples import Text
 from mlx_lora.data.reading import Rows, check_speaker, read_rows
-from mlx_lora.data.split import cut_text, hold_out
+from mlx_lora.data.split import cut_text, split_by_group
 from mlx_lora.settings.config import DataSettings
 from mlx_lora.sources.data_sets import DataSet
 
@@ -80,28 +80,40 @@ def _cut_single_text(train: Rows, first: int, fraction: float) -> Text | None:
     return halves[1]
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """The training rows of all sets, split and repeated.
+
+    Attributes:
+        train: The rows to train on.
+        held: Those held out; None if none are.
+        sets: What each set gives.
+        divided: Numbers of the records whose prompt so many rows share that these rows are on both sides.
+    """
+
+    train: EncodedSet
+    held: EncodedSet | None
+    sets: list[SetReport]
+    divided: list[int]
+
+
 def mix(
-    train: Encoded, keys: list[str], parts: Sequence[Part], fraction: float, seed: int
-) -> tuple[EncodedSet, EncodedSet | None, list[SetReport]]:
+    train: Encoded, keys: list[str], prompts: list[str], parts: Sequence[Part], fraction: float, seed: int
+) -> Mixed:
     """Hold rows out of the training data, and repeat those that stay by the weights of their sets.
 
     Args:
         train: The encoded training records of all sets.
-        keys: Of the content of each record that gave rows, in order.
+        keys, prompts: Of the content and the prompt of each record that gave rows, in order.
         parts: The sets.
         fraction: The fraction of records to hold out.
         seed: Decides which, and which rows a fractional weight repeats.
-
-    Returns:
-        The rows to train on, those held out (None if none are), and what each set gives.
     """
     numbers, record = np.unique(train.source, return_inverse=True)  # there is a key for each record that gave rows
     in_part = np.searchsorted([part.first for part in parts], numbers, side="right") - 1
     may = np.array([part.held_out for part in parts])[in_part]
-    elsewhere = {keys[i] for i in np.flatnonzero(~may)}  # a row that another set trains is not held out
-    may &= np.array([key not in elsewhere for key in keys], bool)
-    held = np.zeros(len(numbers), bool)
-    held[may] = hold_out([keys[i] for i in np.flatnonzero(may)], fraction, seed)
+    split = split_by_group(prompts, keys, fraction, seed, may)  # a prompt that another set trains is not held out
+    held = split.held
     part_of = in_part[record]  # (examples,)
     kept = ~held[record]
     repeats = np.zeros(len(record), np.int64)
@@ -112,7 +124,9 @@ def mix(
         reports.append(SetReport(part.name, part.weight, part.rows_read, len(own), int(repeats[own].sum())))
     valid = train.rows.select(np.flatnonzero(~kept)) if held.any() else None
     plain = bool((repeats == 1).all())
-    return train.rows if plain else train.rows.select(np.repeat(np.arange(len(repeats)), repeats)), valid, reports
+    kept_rows = train.rows if plain else train.rows.select(np.repeat(np.arange(len(repeats)), repeats))
+    divided = numbers[split.divided].tolist() if valid is not None else []
+    return Mixed(kept_rows, valid, reports, divided)
 
 
 def _repeats(rows: int, weight: float, random: np.random.Generator) -> np.ndarray:
