@@ -91,6 +91,27 @@ class SetReport:
 
 
 @dataclass(frozen=True)
+class NearDuplicates:
+    """Rows that repeat, or nearly repeat, each other (data/near_duplicates.py).
+
+    Attributes:
+        held_out_rows: How many rows of the validation set nearly or exactly repeat a training row.
+        exact: How many of these are equal to one.
+        of_rows: Rows of the validation set.
+        examples: Where the first of them are, and where a training row is that they repeat.
+        kept_together: How many rows nearly repeat another, and are on the same side of the split as it.
+        sampled: 1 if all words were compared; n: one run of words in n, because the data is large.
+    """
+
+    held_out_rows: int = 0
+    exact: int = 0
+    of_rows: int = 0
+    examples: list[tuple[Location, Location]] = field(default_factory=list)
+    kept_together: int = 0
+    sampled: int = 1
+
+
+@dataclass(frozen=True)
 class DataReport:
     """Counts over all files, sizes of the splits, and one example.
 
@@ -110,6 +131,7 @@ class DataReport:
         rejected: Decoded pieces of the pair's other answer; empty for other data.
         records: `examples`, `pairs`, `rated` or `prompts`.
         sets: What each set gives, if there are several or one has a weight.
+        near_duplicates: Held-out rows that repeat training rows.
     """
 
     data: str
@@ -131,6 +153,7 @@ class DataReport:
     rejected: list[tuple[str, bool]] = field(default_factory=list)
     records: str = "examples"
     sets: list[SetReport] = field(default_factory=list)
+    near_duplicates: NearDuplicates = NearDuplicates()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values for JSON."""
@@ -147,6 +170,7 @@ class DataReport:
             "example": [(text, trained) for text, trained in values["example"]],
             "rejected": [(text, trained) for text, trained in values["rejected"]],
             "sets": [SetReport(**one) for one in values["sets"]],
+            "near_duplicates": _near_duplicates(values.get("near_duplicates", {})),
         }
         return cls(**{**values, **made})
 
@@ -206,6 +230,11 @@ class DataReport:
             f"{counted(split.rows, UNITS[self.records][:-1])}, {split.tokens:,} tokens, {split.supervised_tokens:,} trained "
             f"({100 * split.supervised_share:.0f}%){source}",
         )
+
+
+def _near_duplicates(values: dict[str, Any]) -> NearDuplicates:
+    examples = [(Location(*held_out), Location(*trained)) for held_out, trained in values.get("examples", [])]
+    return NearDuplicates(**{**values, "examples": examples})
 
 
 def example_pieces(rows: EncodedSet, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, bool]]]:

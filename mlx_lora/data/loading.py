@@ -9,7 +9,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.answers import answers_of, encode_entries
@@ -29,7 +28,8 @@ from mlx_lora.data.encoded_cache import entry_folder, read_entry, write_entry
 from mlx_lora.data.examples import Completion, Conversation
 from mlx_lora.data.mixing import joined_sets, mix, read_sets
 from mlx_lora.data.reading import Rows, check_speaker, read_rows
-from mlx_lora.data.split import content_key, prompt_key
+from mlx_lora.data.repeats import find_repeats, repeat_notes
+from mlx_lora.data.split import content_key
 from mlx_lora.data.teacher_rows import prompt_notes
 from mlx_lora.data.templates import resolve_template, shows_date
 from mlx_lora.settings.config import DataSettings
@@ -205,12 +205,11 @@ def _make_splits(
         for name in encoded
     }
     doubled = _doubled(parts["train"], encoded["train"], keys["train"])
-    prompts = [
-        prompt_key(answers_of(parts["train"].entries[i])[0]) for i in np.unique(encoded["train"].source).tolist()
-    ]
-    mixed = mix(encoded["train"], keys["train"], prompts, train_parts, settings.valid_fraction, seed)
+    repeats = find_repeats(parts, encoded, keys, settings.valid_fraction)
+    mixed = mix(encoded["train"], keys["train"], repeats.groups, train_parts, settings.valid_fraction, seed)
     train, held = mixed.train, mixed.held
     _check_sets(mixed.sets)
+    near = repeats.across(mixed.held_records)
     rows = {name: part.rows for name, part in encoded.items() if len(part.rows)} | {"train": train}
     own = ["file"] if any("valid" in one.splits for one in sets) else []
     cut = any(not part.held_out and "valid" not in one.splits for part, one in zip(train_parts, sets, strict=True))
@@ -239,12 +238,14 @@ def _make_splits(
             *held_out_notes(
                 train.examples, held.examples if held else 0, valid.examples if valid else 0, settings.valid_fraction
             ),
+            *repeat_notes(near, repeats.too_many, held is not None),
             *shared_prompt_notes([parts["train"].locations[i] for i in mixed.divided]),
         ],
         example=pieces[0],
         rejected=[piece for piece in pieces[1] if piece[1]] if records == "pairs" else [],
         records=records,
         sets=mixed.sets if _are_mixed(sets) else [],
+        near_duplicates=near,
     )
     return DataSplits(train, rows.get("valid"), rows.get("test"), report, template)
 
