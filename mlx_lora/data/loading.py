@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.answers import answers_of, encode_entries
-from mlx_lora.data.data_notes import data_notes, evaluation_notes, held_out_notes, shared_prompt_notes
+from mlx_lora.data.data_notes import data_notes, evaluation_notes, split_notes
 from mlx_lora.data.data_report import (
     MAX_LISTED,
     DataReport,
@@ -31,6 +31,7 @@ from mlx_lora.data.reading import Rows, check_speaker, read_rows
 from mlx_lora.data.repeats import find_repeats, repeat_notes
 from mlx_lora.data.split import content_key
 from mlx_lora.data.teacher_rows import prompt_notes
+from mlx_lora.data.teaching_notes import ToolsNotShown, called_functions, refused_tools, teaching_notes
 from mlx_lora.data.templates import resolve_template, shows_date
 from mlx_lora.settings.config import DataSettings
 from mlx_lora.sources.data_sets import DataSet, find_sets
@@ -199,11 +200,11 @@ def _make_splits(
     encoded = {name: _encode(rows, encoder, say, teacher_prompt) for name, rows in parts.items()}
     _check(settings, parts, encoded)
 
-    truncated = [location for rows in parts.values() for location in rows.truncated]
     keys = {
         name: [content_key(*answers_of(parts[name].entries[i])) for i in dict.fromkeys(encoded[name].source.tolist())]
         for name in encoded
     }
+    truncated = [location for rows in parts.values() for location in rows.truncated]
     doubled = _doubled(parts["train"], encoded["train"], keys["train"])
     repeats = find_repeats(parts, encoded, keys, settings.valid_fraction)
     mixed = mix(encoded["train"], keys["train"], repeats.groups, train_parts, settings.valid_fraction, seed)
@@ -216,7 +217,7 @@ def _make_splits(
     own += ["held out"] if held or cut else []
     if valid := joined_sets(rows.get("valid"), held):
         rows["valid"] = valid
-    pieces = example_pieces(train, tokenizer)
+    pieces = example_pieces(train, tokenizer, called_functions(parts["train"]))
     report = DataReport(
         data=shown_data(settings.data or ""),
         rows_read=sum(rows.rows_read for rows in parts.values()),
@@ -233,13 +234,11 @@ def _make_splits(
         truncated_rows=truncated[:MAX_LISTED],
         duplicate_rows=doubled[:MAX_LISTED],
         notes=[
+            *teaching_notes(parts, settings, encoder),
             *data_notes(parts, encoded, keys, encoder, day if template else None),
             *prompt_notes(encoder, teacher_prompt),
-            *held_out_notes(
-                train.examples, held.examples if held else 0, valid.examples if valid else 0, settings.valid_fraction
-            ),
             *repeat_notes(near, repeats.too_many, held is not None),
-            *shared_prompt_notes([parts["train"].locations[i] for i in mixed.divided]),
+            *split_notes(mixed, parts["train"], valid, settings.valid_fraction),
         ],
         example=pieces[0],
         rejected=[piece for piece in pieces[1] if piece[1]] if records == "pairs" else [],
@@ -376,4 +375,5 @@ def _check(settings: DataSettings, parts: dict[str, Rows], encoded: dict[str, En
             raise InputError(
                 f"--strict: {counted(found, f'unusable {name} row')}: {reasons(rows.dropped)}; fix or remove them"
             )
-        raise InputError(f"no usable row in the {name} data, {found} refused: {reasons(rows.dropped)}")
+        words = f"no usable row in the {name} data, {found} refused: {reasons(rows.dropped)}"
+        raise ToolsNotShown(words, refused_tools(rows)) if refused_tools(rows) else InputError(words)
