@@ -363,6 +363,13 @@ def _check_sets(reports: Sequence[SetReport]) -> None:
 
 def _check(settings: DataSettings, parts: dict[str, Rows], encoded: dict[str, Encoded]) -> None:
     """Raise if a split has no row, or, with `strict`, if any row was dropped."""
+    refused, read = refused_tools(parts["train"]) if "train" in parts else 0, len(parts.get("train", Rows()).entries)
+    if settings.chat_template is None and read > refused > read / 2:
+        raise ToolsNotShown(
+            f"--data {shown_data(settings.data or '')}: {refused:,} of {read:,} rows have tool calls, which the model's chat "
+            "template does not show; train with --chat-template chatml, which does, or remove these rows",
+            refused,
+        )
     for name, rows in parts.items():
         if len(encoded[name].rows) and not (settings.strict and rows.dropped):
             continue
