@@ -8,6 +8,7 @@ from datetime import datetime
 import pytest
 from byte_tokenizer import CHATML, byte_tokenizer
 
+from mlx_lora.api.run_columns import with_columns_of_run
 from mlx_lora.data import chat_sides
 from mlx_lora.data.loading import load_data, load_eval_set
 from mlx_lora.settings.checks import settings_problems
@@ -16,6 +17,7 @@ from mlx_lora.settings.resolve import train_settings
 from mlx_lora.sources.chat_exports import chat_kind, read_chats
 from mlx_lora.sources.chat_messages import DELETED, MEDIA, SYSTEM_LINE
 from mlx_lora.system.errors import InputError
+from mlx_lora.workbench.preview_index import build_index
 
 TOKENIZER = byte_tokenizer(CHATML)
 NNBSP, LRM = "\u202f", "\u200e"
@@ -323,3 +325,28 @@ def test_settings_that_would_be_ignored_are_refused():
     assert not settings_problems(
         train_settings({"model": "m", "data": "d", "speaker": "A", "conversation_gap": 3}).to_flat()
     )
+
+
+def test_the_studios_preview_shows_a_chat(tmp_path, tiny_folder):
+    asked = {"data": str(write(tmp_path, GERMAN)), "tokenizer": str(tiny_folder), "speaker": "Marta"}
+    build_index(asked, tmp_path / "index")
+    meta = json.loads((tmp_path / "index" / "meta.json").read_text())
+    assert (meta["counts"]["rows"], meta["forms"]) == (1, ["conversations of a WhatsApp chat"])
+    assert any("WhatsApp" in note for note in meta["notes"])
+    with pytest.raises(InputError, match="--speaker"):
+        build_index({**asked, "speaker": None}, tmp_path / "other")
+
+
+def test_evaluate_takes_the_speaker_of_the_run(tmp_path):
+    (tmp_path / "run.yaml").write_text("speaker: Marta\nconversation_gap: 3.0\nprompt_column: null\n")
+    chat, rows = write(tmp_path, GERMAN), write(tmp_path, '{"prompt": "a", "completion": "b"}\n', "rows.jsonl")
+    lines = []
+
+    def taken(data, *given):
+        settings = train_settings({"model": "m", "data": str(data), **dict(given)})
+        return with_columns_of_run(settings, dict(given), tmp_path, lines.append).data
+
+    assert (taken(chat).speaker, taken(chat).conversation_gap) == ("Marta", 3.0)
+    assert "--speaker Marta" in lines[0]
+    assert taken(rows).speaker is None
+    assert taken(chat, ("speaker", "Ben")).speaker == "Ben"
