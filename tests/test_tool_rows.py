@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from byte_tokenizer import CHATML, byte_tokenizer
 from conftest import tiny_model, write_folder
 from run_cli import run
 
+import mlx_lora
 from mlx_lora.data.loading import load_data
 from mlx_lora.data.prompts import encode_prompt
 from mlx_lora.data.teaching_notes import ToolsNotShown
@@ -161,6 +163,26 @@ def test_tools_are_read_and_shown_to_the_model_that_generates(tmp_path):
         encode_prompt(TOKENIZER, "x", CHATML, tools=TOOLS)
     with pytest.raises(InputError, match="--tools"):
         encode_prompt(TOKENIZER, "x", None, tools=TOOLS)
+
+
+def test_generate_hands_the_tools_to_the_template(tmp_path, tiny_folder):
+    tools = tmp_path / "tools.json"
+    tools.write_text(json.dumps(TOOLS))
+    asked = ("generate", "--model", tiny_folder, "--prompt", "Do you have glue?", "--max-tokens", 1, "--tools", tools)
+    refused = run(*asked)  # the tiny model's own template shows none
+    assert refused.code == 2
+    assert "--tools" in refused.lines[-1]
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    chatml, _ = resolve_template("chatml", TOKENIZER)
+    (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": chatml}))
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    shown = run("generate", "--model", model, *asked[3:], "--json")
+    assert shown.code == 0, shown.err
+    assert json.loads(shown.out)["prompt_tokens"] > 600
+    with pytest.raises(ValueError, match="tools"):
+        mlx_lora.load(tiny_folder).generate("Hi", max_tokens=1, tools=TOOLS)
 
 
 TEXTS = [{"text": f"Bread number {n} needs {n} hours."} for n in range(6)]
