@@ -16,6 +16,7 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lora.api.generation import TextSettings, text_pieces
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.data.templates import own_template
+from mlx_lora.data.tool_lists import read_tools
 from mlx_lora.models.load import load_base
 from mlx_lora.runs.shared_base import share_among
 from mlx_lora.settings import flags
@@ -34,6 +35,13 @@ from mlx_lora.training.agreement import check_one_run
 @flags.ignore_fingerprint_option
 @click.option("-p", "--prompt", type=str, required=True, help="The prompt; - reads standard input.")
 @click.option("--system-prompt", type=str, default=None, help="System message for the chat template.")
+@click.option(
+    "--tools",
+    "tools_file",
+    default=None,
+    metavar="FILE",
+    help="Tools that the model may call: a JSON list, or a data file with tools.",
+)
 @click.option(
     "-m",
     "--max-tokens",
@@ -68,11 +76,13 @@ from mlx_lora.training.agreement import check_one_run
 @flags.setting_option("shard_base")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
-    adapter_path: str | None, adapter_revision: str | None, ignore_fingerprint: bool, prompt: str, system_prompt: str | None, max_tokens: int,
+    adapter_path: str | None, adapter_revision: str | None, ignore_fingerprint: bool, prompt: str, system_prompt: str | None,
+    tools_file: str | None, max_tokens: int,
     temp: float, top_p: float, top_k: int, seed: int | None, ignore_chat_template: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Generate the answer to --prompt, or its continuation if the model has no chat template."""
     text = read_prompt(prompt)
+    tools = read_tools(tools_file) if tools_file else None
     how = TextSettings(max_tokens, temp, top_p, top_k, seed)
     adapter = resolve_adapter(adapter_path, adapter_revision)
     settings = train_settings(flags.given(options))
@@ -85,7 +95,7 @@ def main(
         if shared.words:
             console.echo(shared.words)
             check_one_run(ranks, settings, {"base": base.fingerprint, "prompt": text, **asdict(how)})
-        print_text(base.model_id, text_pieces(base, text, template, system_prompt, how), as_json, ranks.leads)
+        print_text(base.model_id, text_pieces(base, text, template, system_prompt, how, tools), as_json, ranks.leads)
 
 
 def print_text(model_id: str, responses: Iterable[GenerationResponse], as_json: bool, leads: bool) -> None:

@@ -9,21 +9,24 @@ python -m mlx_lora.train --model model.Q4_1.gguf --data chats.csv --dry-run
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import click
 
 from mlx_lora.api.dry_run import dry_run as dry_plan
 from mlx_lora.api.plan_text import render
+from mlx_lora.data.teaching_notes import ToolsNotShown
 from mlx_lora.runs.training_run import train_run
 from mlx_lora.runs.words import interrupted_line
 from mlx_lora.settings import flags
-from mlx_lora.settings.config import TRAINING
+from mlx_lora.settings.config import TRAINING, TrainSettings
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.system import console, device
 from mlx_lora.system.distributed import together
 from mlx_lora.system.supervise import run_supervised
+from mlx_lora.system.units import counted
 from mlx_lora.training.progress import LiveProgress
 
 
@@ -38,6 +41,19 @@ def main(config_file: str | None, dry_run: bool, **options: Any) -> int:
     """Train an adapter for --model on --data, and write it to --adapter-path."""
     given = flags.given(options)
     settings = train_settings(given, read_settings(config_file, given, console.echo))
+    try:
+        return run(settings, dry_run)
+    except ToolsNotShown as refused:
+        if not console.agreed(
+            f"The model's chat template does not show the tool calls of {counted(refused.rows, 'row')}. Train with the built-in "
+            "template chatml, which does?"
+        ):
+            raise
+        return run(replace(settings, data=replace(settings.data, chat_template="chatml")), dry_run)
+
+
+def run(settings: TrainSettings, dry_run: bool) -> int:
+    """Train, or with --dry-run only plan, and return the exit code."""
     if dry_run:
         click.echo(render(dry_plan(settings, console.echo)))
         return 0

@@ -14,6 +14,7 @@ NOT_RUN = {
     r"make (fuzz|gate|soak|demo|test)": "takes from minutes to an hour",
     r"mlx-lora demo": "downloads a model and trains for minutes; the demo's own test runs it on a tiny one",
     r"mlx-lora train .*--own-prompts": "needs a model that can write prompts; test_persona.py runs it on a tiny one",
+    r"mlx-lora (train|generate) .*tools\.jsonl": "tools are longer than the tests' short rows; test_tool_rows.py has such rows",
     r"mlx-lora bench (run|compare|report)": "measures for minutes; test_suite.py runs a tiny workload",
     r"mlx-lora export .*--push-to-hub": "needs an account on the hub; test_hub.py uploads to a stand-in",
     r"ollama ": "needs Ollama; test_ollama.py reads its Modelfile",

@@ -223,8 +223,9 @@ def test_the_beginning_is_what_comes_before_the_first_trained_token():
     assert first((row, mask)) == list(range(100, 120))
     assert first((row, np.arange(30) > 0)) == list(range(100, 124))
     assert first((other, np.arange(5) > 0)) == [0, 1, 2, 3]
-    long = np.arange(1000)
-    assert first((long, long > 900)) == list(range(645, 901))
+    long = np.arange(4000)
+    assert first((long[:1000], long[:1000] > 900)) == list(range(901))  # whole, with its system text and tools
+    assert first((long, long > 3900)) == list(range(3901 - 2048, 3901))
 
 
 def test_the_beginnings_are_of_typical_rows_and_differ():

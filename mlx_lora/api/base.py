@@ -68,6 +68,7 @@ class Base:
         top_k: int = 0,
         seed: int | None = None,
         system_prompt: str | None = None,
+        tools: list[dict[str, Any]] | None = None,
         ignore_chat_template: bool = False,
         ignore_fingerprint: bool = False,
     ) -> str:
@@ -82,6 +83,7 @@ class Base:
             top_k: sample only from the k most likely tokens; 0: from all.
             seed: of the sampling; None: another text each time.
             system_prompt: a system message before the prompt.
+            tools: that the model may call, as in a row's `tools`; the chat template shows them.
             ignore_chat_template: give the prompt to the model unchanged.
             ignore_fingerprint: use an adapter that was trained on another base of the same shape.
 
@@ -94,7 +96,7 @@ class Base:
         if adapter is not None:
             base, template = self._with_adapter(adapter, ignore_fingerprint)
         template = None if ignore_chat_template else template or own_template(base.hf_tokenizer)
-        return "".join(piece.text for piece in text_pieces(base, prompt, template, system_prompt, settings))
+        return "".join(piece.text for piece in text_pieces(base, prompt, template, system_prompt, settings, tools))
 
     def release(self) -> None:
         """Free what only serves generating: float copies of quantized weights, and the adapter used last."""

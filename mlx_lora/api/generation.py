@@ -57,7 +57,12 @@ class TextSettings:
 
 
 def text_pieces(
-    base: Base, prompt: str, template: str | None, system_prompt: str | None, settings: TextSettings
+    base: Base,
+    prompt: str,
+    template: str | None,
+    system_prompt: str | None,
+    settings: TextSettings,
+    tools: list[dict[str, Any]] | None = None,
 ) -> Iterator[GenerationResponse]:
     """Yield mlx-lm's responses, at least one, each with a piece of the text.
 
@@ -67,13 +72,14 @@ def text_pieces(
         template: Jinja text of the chat template; None: the model continues the prompt.
         system_prompt: a system message for the template.
         settings: how.
+        tools: that the model may call, as OpenAI has them.
 
     Raises:
         InputError: the prompt cannot be encoded, or mlx-lm cannot generate with this model.
     """
     if not prompt:
         raise InputError("--prompt: empty; give some text")
-    tokens = encode_prompt(base.hf_tokenizer, prompt, template, system_prompt)
+    tokens = encode_prompt(base.hf_tokenizer, prompt, template, system_prompt, tools)
     check_token_ids(base, max(tokens, default=0), "--prompt")
     if settings.seed is not None:
         mx.random.seed(settings.seed)

@@ -10,12 +10,14 @@ from typing import Any
 from mlx_lora.settings.checks import COLUMNS, settings_problems
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.setting_row import flag_of
+from mlx_lora.sources.chat_exports import chat_kind
 from mlx_lora.sources.data_sets import find_sets
 from mlx_lora.sources.record_types import Record
 from mlx_lora.sources.records import read_records
 from mlx_lora.system.parsing import parse_yaml
 
 NAMES = (*COLUMNS, "turn_names")
+OF_CHATS = ("speaker", "conversation_gap")
 
 
 def with_columns_of_run(
@@ -29,11 +31,13 @@ def with_columns_of_run(
         adapter: The adapter's folder; one without run.yaml changes nothing.
         say: Called with a line about what was taken.
     """
-    if adapter is None or not settings.data.data or not {*NAMES, "data_format"}.isdisjoint(given):
+    if adapter is None or not settings.data.data or not {*NAMES, *OF_CHATS, "data_format"}.isdisjoint(given):
         return settings
-    found = {
-        name: value for name, value in run_of(adapter).items() if name in NAMES and value and isinstance(value, str)
-    }
+    run = run_of(adapter)
+    if isinstance(run.get("speaker"), str) and _is_chat(settings.data.data):
+        found = {name: run[name] for name in OF_CHATS if name in run}
+    else:
+        found = {name: value for name, value in run.items() if name in NAMES and value and isinstance(value, str)}
     changed = replace(settings, data=replace(settings.data, **found))
     if not found or settings_problems(changed.to_flat()) or not _has_columns(settings.data.data, found):
         return settings
@@ -49,6 +53,11 @@ def run_of(adapter: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _is_chat(data: str) -> bool:
+    """Tell whether the first file is a chat export."""
+    return any(chat_kind(files[0].path) for files in find_sets(data)[0].splits.values())
 
 
 def _has_columns(data: str, found: dict[str, str]) -> bool:

@@ -177,7 +177,7 @@ def _of_one_kind(found: Record, records: str) -> Record:
 
 def without_names(settings: DataSettings) -> DataSettings:
     """Return the settings for other data than that whose format, columns and turns they name."""
-    return replace(settings, data_format="auto", turn_names=None, **dict.fromkeys(COLUMNS))
+    return replace(settings, data_format="auto", turn_names=None, speaker=None, **dict.fromkeys(COLUMNS))
 
 
 def usual_names(record: Record) -> Record:

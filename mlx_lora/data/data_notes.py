@@ -7,8 +7,9 @@ from datetime import date
 
 from mlx_lora.data.answers import answers_of
 from mlx_lora.data.data_report import MAX_LISTED, Location, reasons, where
-from mlx_lora.data.encode import Encoded, Encoder
+from mlx_lora.data.encode import Encoded, EncodedSet, Encoder
 from mlx_lora.data.examples import Completion, Conversation
+from mlx_lora.data.mixing import Mixed
 from mlx_lora.data.placeholders import placeholder_notes
 from mlx_lora.data.preferences import Rated
 from mlx_lora.data.reading import Rows
@@ -33,7 +34,9 @@ def data_notes(
         encoder: Encoded them.
         day: The day that the chat template shows; None if it shows none.
     """
-    notes = placeholder_notes(parts) + _left_out(parts)
+    notes = [chat.words for rows in parts.values() for chat in rows.chats]
+    notes += [note for rows in parts.values() for note in rows.transcripts]
+    notes += placeholder_notes(parts) + _left_out(parts)
     for name in ("valid", "test"):
         shared = len(set(keys.get(name, [])) & set(keys["train"]))
         if shared:
@@ -53,7 +56,10 @@ def data_notes(
     chats = [example for example in kept if isinstance(example, Conversation)]
     with_tools = [chat for chat in chats if chat.tools]
     if with_tools and not encoder.shows_tools(with_tools[0]):
-        notes.append(f"the chat template does not show the tools of {counted(len(with_tools), 'row')} to the model")
+        notes.append(
+            f"the chat template does not show the tools of {counted(len(with_tools), 'row')} to the model; "
+            "--chat-template chatml does"
+        )
     unshown: Counter[str] = Counter()
     for part in encoded.values():
         unshown.update({name: len(numbers) for name, numbers in part.unshown.items()})
@@ -119,6 +125,20 @@ def _left_out(parts: dict[str, Rows]) -> list[str]:
     return notes
 
 
+def split_notes(mixed: Mixed, train: Rows, valid: EncodedSet | None, fraction: float) -> list[str]:
+    """Return notes on the rows that are held out.
+
+    Args:
+        mixed: The training data, split.
+        train: What was read of it.
+        valid: All rows to validate on.
+        fraction: The share to hold out that was asked for.
+    """
+    held, divided = mixed.held.examples if mixed.held else 0, [train.locations[number] for number in mixed.divided]
+    notes = held_out_notes(mixed.train.examples, held, valid.examples if valid else 0, fraction)
+    return notes + shared_prompt_notes(divided)
+
+
 def held_out_notes(train: int, held: int, valid: int, fraction: float) -> list[str]:
     """Return a note if the rule that holds rows out has another result than the share that was asked for.
 
@@ -156,7 +176,7 @@ def shared_prompt_notes(divided: list[Location]) -> list[str]:
 
 def evaluation_notes(rows: Rows, encoded: Encoded) -> list[str]:
     """Return notes on what an evaluation left out or cut, because that changes the loss."""
-    notes = []
+    notes = [f"Note: {chat.words}" for chat in rows.chats]
     if rows.dropped:
         notes.append(f"Note: {counted(len(rows.dropped), 'unusable row')} left out: {reasons(rows.dropped)}")
     if encoded.truncated:

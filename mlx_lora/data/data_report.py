@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -91,6 +92,27 @@ class SetReport:
 
 
 @dataclass(frozen=True)
+class NearDuplicates:
+    """Rows that repeat, or nearly repeat, each other (data/near_duplicates.py).
+
+    Attributes:
+        held_out_rows: How many rows of the validation set nearly or exactly repeat a training row.
+        exact: How many of these are equal to one.
+        of_rows: Rows of the validation set.
+        examples: Where the first of them are, and where a training row is that they repeat.
+        kept_together: How many rows nearly repeat another, and are on the same side of the split as it.
+        sampled: 1 if all words were compared; n: one run of words in n, because the data is large.
+    """
+
+    held_out_rows: int = 0
+    exact: int = 0
+    of_rows: int = 0
+    examples: list[tuple[Location, Location]] = field(default_factory=list)
+    kept_together: int = 0
+    sampled: int = 1
+
+
+@dataclass(frozen=True)
 class DataReport:
     """Counts over all files, sizes of the splits, and one example.
 
@@ -110,6 +132,7 @@ class DataReport:
         rejected: Decoded pieces of the pair's other answer; empty for other data.
         records: `examples`, `pairs`, `rated` or `prompts`.
         sets: What each set gives, if there are several or one has a weight.
+        near_duplicates: Held-out rows that repeat training rows.
     """
 
     data: str
@@ -131,6 +154,7 @@ class DataReport:
     rejected: list[tuple[str, bool]] = field(default_factory=list)
     records: str = "examples"
     sets: list[SetReport] = field(default_factory=list)
+    near_duplicates: NearDuplicates = NearDuplicates()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values for JSON."""
@@ -147,6 +171,7 @@ class DataReport:
             "example": [(text, trained) for text, trained in values["example"]],
             "rejected": [(text, trained) for text, trained in values["rejected"]],
             "sets": [SetReport(**one) for one in values["sets"]],
+            "near_duplicates": _near_duplicates(values.get("near_duplicates", {})),
         }
         return cls(**{**values, **made})
 
@@ -208,19 +233,35 @@ class DataReport:
         )
 
 
-def example_pieces(rows: EncodedSet, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, bool]]]:
+def _near_duplicates(values: dict[str, Any]) -> NearDuplicates:
+    examples = [(Location(*held_out), Location(*trained)) for held_out, trained in values.get("examples", [])]
+    return NearDuplicates(**{**values, "examples": examples})
+
+
+def example_pieces(
+    rows: EncodedSet, tokenizer: PreTrainedTokenizerBase, showing: Collection[str] = ()
+) -> list[list[tuple[str, bool]]]:
     """Return the rows of a typical example (of the first 25, that of median length) as decoded pieces.
 
     Args:
         rows: At least one example.
         tokenizer: The tokenizer that the rows were encoded with.
+        showing: Names of functions; examples that are trained to call one come first.
 
     Returns:
         For each row of the example, (text, trained) pieces in order.
     """
-    first = np.argsort(rows.lengths[: 25 * rows.group : rows.group], kind="stable")
-    number = int(first[len(first) // 2]) * rows.group
+    first = np.argsort(rows.lengths[: 25 * rows.group : rows.group], kind="stable") * rows.group
+    if showing:
+        trained = {number: str(tokenizer.decode(_trained(*rows.row(number)))) for number in first.tolist()}
+        calling = [number for number, text in trained.items() if any(name in text for name in showing)]
+        first = np.array(calling or first)
+    number = int(first[len(first) // 2])
     return [row_pieces(*rows.row(row), tokenizer) for row in range(number, number + rows.group)]
+
+
+def _trained(tokens: np.ndarray, mask: np.ndarray) -> list[int]:
+    return tokens[mask].tolist()
 
 
 def row_pieces(tokens: np.ndarray, mask: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
@@ -283,9 +324,10 @@ def _clean(text: str) -> str:
 def _example_lines(pieces: list[tuple[str, bool]], color: bool) -> list[str]:
     if len(pieces) > 6:
         pieces = [*pieces[:3], (f"\n… {len(pieces) - 6} more parts …\n", False), *pieces[-3:]]
-    lines = [""]
+    lines, trained_lines = [""], [False]
     for text, trained in pieces:
         parts = _visible(_shorten(text)).split("\n")
+        marks = [trained and bool(part) for part in parts]
         if trained and not color:
             parts = [*parts[:-1], parts[-1] + "⟧"]
             parts[0] = "⟦" + parts[0]
@@ -293,11 +335,36 @@ def _example_lines(pieces: list[tuple[str, bool]], color: bool) -> list[str]:
             paint = GREEN if trained else DIM
             parts = [f"{paint}{part}{RESET}" if part else "" for part in parts]
         lines[-1] += parts[0]
+        trained_lines[-1] |= marks[0]
         lines += parts[1:]
-    if len(lines) > MAX_EXAMPLE_LINES:
-        half = MAX_EXAMPLE_LINES // 2
-        lines = [*lines[:half], f"… {len(lines) - 2 * half + 1} lines …", *lines[-half + 1 :]]
-    return [f"  {line}" for line in lines if line]
+        trained_lines += marks[1:]
+    shown = [(line, trained) for line, trained in zip(lines, trained_lines, strict=True) if line]
+    return [f"  {line}" for line in _fewer(shown)]
+
+
+def _fewer(lines: list[tuple[str, bool]]) -> list[str]:
+    """Return at most about MAX_EXAMPLE_LINES of an example's lines, with the number of those left out in their places.
+
+    Trained lines stay first, then the first and the last ones, then those before a trained one, which it answers.
+
+    Args:
+        lines: Each with whether some of it is trained.
+    """
+    if len(lines) <= MAX_EXAMPLE_LINES:
+        return [line for line, _ in lines]
+    half = (MAX_EXAMPLE_LINES - 2) // 2
+    trained = [number for number, (_, is_trained) in enumerate(lines) if is_trained]
+    order = [0, *trained[:half], *trained[-half:], len(lines) - 1]
+    order += [near for back in (1, 2) for number in trained[:half] if (near := number - back) >= 0]
+    order += [number for pair in zip(range(len(lines)), reversed(range(len(lines))), strict=True) for number in pair]
+    kept = sorted(list(dict.fromkeys(order))[:MAX_EXAMPLE_LINES])
+    found, last = [], -1
+    for number in kept:
+        if left := number - last - 1:
+            found.append(f"… {counted(left, 'line')} …")
+        found.append(lines[number][0])
+        last = number
+    return found
 
 
 def _shorten(text: str) -> str:

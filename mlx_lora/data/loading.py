@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.answers import answers_of, encode_entries
-from mlx_lora.data.data_notes import data_notes, evaluation_notes, held_out_notes, shared_prompt_notes
+from mlx_lora.data.data_notes import data_notes, evaluation_notes, split_notes
 from mlx_lora.data.data_report import (
     MAX_LISTED,
     DataReport,
@@ -28,9 +28,11 @@ from mlx_lora.data.encoded_cache import entry_folder, read_entry, write_entry
 from mlx_lora.data.examples import Completion, Conversation
 from mlx_lora.data.full_texts import cut_repeated_prompts, repeated_notes
 from mlx_lora.data.mixing import Part, joined_sets, mix, read_sets
-from mlx_lora.data.reading import Rows, read_rows
-from mlx_lora.data.split import content_key, prompt_key
+from mlx_lora.data.reading import Rows, check_speaker, read_rows
+from mlx_lora.data.repeats import find_repeats, repeat_notes
+from mlx_lora.data.split import content_key
 from mlx_lora.data.teacher_rows import prompt_notes
+from mlx_lora.data.teaching_notes import ToolsNotShown, called_functions, refused_tools, teaching_notes
 from mlx_lora.data.templates import resolve_template, shows_date
 from mlx_lora.settings.config import DataSettings
 from mlx_lora.sources.data_sets import DataSet, find_sets
@@ -199,18 +201,19 @@ def _make_splits(
     encoded = {name: _encode(rows, encoder, say, teacher_prompt) for name, rows in parts.items()}
     _check(settings, parts, encoded)
 
-    truncated = [location for rows in parts.values() for location in rows.truncated]
     keys = {name: _keys(parts[name], encoded[name], content_key) for name in encoded}
+    truncated = [location for rows in parts.values() for location in rows.truncated]
     doubled = _doubled(parts["train"], encoded["train"], keys["train"])
-    prompts = _keys(parts["train"], encoded["train"], lambda answer, *_: prompt_key(answer))
-    mixed = mix(encoded["train"], keys["train"], prompts, train_parts, settings.valid_fraction, seed)
+    repeats = find_repeats(parts, encoded, keys, settings.valid_fraction)
+    mixed = mix(encoded["train"], keys["train"], repeats.groups, train_parts, settings.valid_fraction, seed)
     train, held = mixed.train, mixed.held
     _check_sets(mixed.sets)
+    near = repeats.across(mixed.held_records)
     rows = {name: part.rows for name, part in encoded.items() if len(part.rows)} | {"train": train}
     own = _valid_sources(sets, train_parts, held)
     if valid := joined_sets(rows.get("valid"), held):
         rows["valid"] = valid
-    pieces = example_pieces(train, tokenizer)
+    pieces = example_pieces(train, tokenizer, called_functions(parts["train"]))
     report = DataReport(
         data=shown_data(settings.data or ""),
         rows_read=sum(rows.rows_read for rows in parts.values()),
@@ -228,17 +231,17 @@ def _make_splits(
         duplicate_rows=doubled[:MAX_LISTED],
         notes=[
             *repeated_notes(repeated),
+            *teaching_notes(parts, settings, encoder),
             *data_notes(parts, encoded, keys, encoder, day if template else None),
             *prompt_notes(encoder, teacher_prompt),
-            *held_out_notes(
-                train.examples, held.examples if held else 0, valid.examples if valid else 0, settings.valid_fraction
-            ),
-            *shared_prompt_notes([parts["train"].locations[i] for i in mixed.divided]),
+            *repeat_notes(near, repeats.too_many, held is not None),
+            *split_notes(mixed, parts["train"], valid, settings.valid_fraction),
         ],
         example=pieces[0],
         rejected=[piece for piece in pieces[1] if piece[1]] if records == "pairs" else [],
         records=records,
         sets=mixed.sets if _are_mixed(sets) else [],
+        near_duplicates=near,
     )
     return DataSplits(train, rows.get("valid"), rows.get("test"), report, template)
 
@@ -284,6 +287,7 @@ def load_eval_set(
     settings = replace(settings, data=data)
     parts = {EVALUATION: read_rows([file for one in sets for file in one.splits[name]], settings, records)}
     repeated = cut_repeated_prompts([(parts[EVALUATION], 0)])
+    check_speaker(parts.values(), settings)
     encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer, day)
     encoded = {EVALUATION: _encode(parts[EVALUATION], encoder, say, teacher_prompt)}
     _check(settings, parts, encoded)
@@ -371,6 +375,13 @@ def _check_sets(reports: Sequence[SetReport]) -> None:
 
 def _check(settings: DataSettings, parts: dict[str, Rows], encoded: dict[str, Encoded]) -> None:
     """Raise if a split has no row, or, with `strict`, if any row was dropped."""
+    refused, read = refused_tools(parts["train"]) if "train" in parts else 0, len(parts.get("train", Rows()).entries)
+    if settings.chat_template is None and read > refused > read / 2:
+        raise ToolsNotShown(
+            f"--data {shown_data(settings.data or '')}: {refused:,} of {read:,} rows have tool calls, which the model's chat "
+            "template does not show; train with --chat-template chatml, which does, or remove these rows",
+            refused,
+        )
     for name, rows in parts.items():
         if len(encoded[name].rows) and not (settings.strict and rows.dropped):
             continue
@@ -383,4 +394,5 @@ def _check(settings: DataSettings, parts: dict[str, Rows], encoded: dict[str, En
             raise InputError(
                 f"--strict: {counted(found, f'unusable {name} row')}: {reasons(rows.dropped)}; fix or remove them"
             )
-        raise InputError(f"no usable row in the {name} data, {found} refused: {reasons(rows.dropped)}")
+        words = f"no usable row in the {name} data, {found} refused: {reasons(rows.dropped)}"
+        raise ToolsNotShown(words, refused_tools(rows)) if refused_tools(rows) else InputError(words)

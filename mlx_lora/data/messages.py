@@ -45,7 +45,7 @@ def conversation(turns: Any, tools: Any, system: Any, functions: Any = None) -> 
         raise EmptyRecord("every assistant turn has weight 0")
     _name_results(messages)
     named = (name for turn in turns for name in REASONING if turn.get(name))
-    return Conversation(messages, _tools(tools or functions), next(named, REASONING[0]), _unread(turns))
+    return Conversation(messages, tools_of(tools or functions), next(named, REASONING[0]), _unread(turns))
 
 
 def usual_role(role: Any) -> Any:
@@ -211,7 +211,8 @@ def _tool_calls(calls: Any, number: int) -> list[dict[str, Any]]:
     return found
 
 
-def _tools(tools: Any) -> list[dict[str, Any]] | None:
+def tools_of(tools: Any) -> list[dict[str, Any]] | None:
+    """Return tools, or such a list as JSON text, each as `{type, function: {name, ...}}`; None if there are none."""
     tools = parsed(tools, "tools") if tools else None
     if not tools:
         return None

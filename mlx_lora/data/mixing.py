@@ -7,7 +7,7 @@ is left of w decides how many of them, chosen by the seed, are there once more. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from mlx_lora.data.data_report import SetReport
 from mlx_lora.data.encode import Encoded, EncodedSet
 from mlx_lora.data.examples import Text
 from mlx_lora.data.full_texts import Repeated, cut_repeated_prompts
-from mlx_lora.data.reading import Rows, read_rows
+from mlx_lora.data.reading import Rows, check_speaker, read_rows
 from mlx_lora.data.split import cut_text, split_by_group
 from mlx_lora.settings.config import DataSettings
 from mlx_lora.sources.data_sets import DataSet
@@ -73,6 +73,7 @@ def read_sets(
             valid.entries.append(last)
             valid.locations.append(train.locations[first])
         parts.append(Part(one.name, one.weight, first, len(train.entries), train.rows_read - read, held_out))
+    check_speaker(rows.values(), settings)
     return rows, parts, repeated
 
 
@@ -96,22 +97,25 @@ class Mixed:
         held: Those held out; None if none are.
         sets: What each set gives.
         divided: Numbers of the records whose prompt so many rows share that these rows are on both sides.
+        held_records: Numbers of the records that are held out.
     """
 
     train: EncodedSet
     held: EncodedSet | None
     sets: list[SetReport]
     divided: list[int]
+    held_records: list[int]
 
 
 def mix(
-    train: Encoded, keys: list[str], prompts: list[str], parts: Sequence[Part], fraction: float, seed: int
+    train: Encoded, keys: list[str], groups: Sequence[Hashable], parts: Sequence[Part], fraction: float, seed: int
 ) -> Mixed:
     """Hold rows out of the training data, and repeat those that stay by the weights of their sets.
 
     Args:
         train: The encoded training records of all sets.
-        keys, prompts: Of the content and the prompt of each record that gave rows, in order.
+        keys: Of the content of each record that gave rows, in order.
+        groups: An id for each of these records; those with the same one are on one side.
         parts: The sets.
         fraction: The fraction of records to hold out.
         seed: Decides which, and which rows a fractional weight repeats.
@@ -119,7 +123,7 @@ def mix(
     numbers, record = np.unique(train.source, return_inverse=True)  # there is a key for each record that gave rows
     in_part = np.searchsorted([part.first for part in parts], numbers, side="right") - 1
     may = np.array([part.held_out for part in parts])[in_part]
-    split = split_by_group(prompts, keys, fraction, seed, may)  # a prompt that another set trains is not held out
+    split = split_by_group(groups, keys, fraction, seed, may)  # a group that another set trains is not held out
     held = split.held
     part_of = in_part[record]  # (examples,)
     kept = ~held[record]
@@ -133,7 +137,7 @@ def mix(
     plain = bool((repeats == 1).all())
     kept_rows = train.rows if plain else train.rows.select(np.repeat(np.arange(len(repeats)), repeats))
     divided = numbers[split.divided].tolist() if valid is not None else []
-    return Mixed(kept_rows, valid, reports, divided)
+    return Mixed(kept_rows, valid, reports, divided, numbers[held].tolist())
 
 
 def _repeats(rows: int, weight: float, random: np.random.Generator) -> np.ndarray:

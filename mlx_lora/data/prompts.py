@@ -15,7 +15,11 @@ from mlx_lora.system.errors import InputError
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, text: str, template: str | None, system_prompt: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    template: str | None,
+    system_prompt: str | None = None,
+    tools: list[dict[str, Any]] | None = None,
 ) -> list[int]:
     """Return a prompt's tokens: as a chat turn if there is a template, else as plain text with the tokenizer's BOS.
 
@@ -24,20 +28,40 @@ def encode_prompt(
         text: the user's prompt.
         template: Jinja text, or None.
         system_prompt: a system message before it, for templates that support one.
+        tools: that the model may call, for templates that show them.
 
     Raises:
-        InputError: there is a system prompt but no template, or the template refuses these turns.
+        InputError: there is a system prompt or a tool but no template, or the template refuses these turns or shows no tools.
     """
     if not template:
         if system_prompt:
             raise InputError("--system-prompt: no chat template is in use; put the text into --prompt")
+        if tools:
+            raise InputError(
+                "--tools: no chat template is in use, so the model cannot be shown tools; leave --tools out"
+            )
         with tokenizer_panics("--prompt"):
             return tokenizer.encode(text)
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages.append({"role": "user", "content": text})
+    if tools and not template_shows(tokenizer, messages, template, tools):
+        raise InputError(
+            "--tools: the chat template does not show tools; train with --chat-template chatml, which does"
+        )
     return encode_chat(
-        tokenizer, messages, template, advice="; leave --system-prompt out, or give --ignore-chat-template"
+        tokenizer, messages, template, tools, advice="; leave --system-prompt out, or give --ignore-chat-template"
     )
+
+
+def template_shows(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], template: str, tools: list[dict[str, Any]]
+) -> bool:
+    """Return whether a template shows tools to the model; True if it refuses the chat, which `encode_chat` reports."""
+    try:
+        shown = [render_chat(tokenizer, messages, template, some, add_generation_prompt=True) for some in (tools, None)]
+    except (jinja2.TemplateError, TypeError, ValueError):
+        return True
+    return shown[0] != shown[1]
 
 
 def encode_chat(

@@ -11,10 +11,9 @@ from typing import Any
 
 from mlx_lora.data.examples import Record
 from mlx_lora.data.prompt_records import Prompt
-from mlx_lora.data.reading import Rows, parse_rows, read_rows
+from mlx_lora.data.reading import Rows, check_speaker, file_records, parse_rows, read_rows
 from mlx_lora.settings.config import DataSettings
 from mlx_lora.sources.data_sets import find_sets
-from mlx_lora.sources.records import read_records
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import replacing_file
 
@@ -22,7 +21,7 @@ PEEKED = 100  # records of each file that are read to tell whether data has answ
 PROMPTS = "prompts"
 # Settings for records as the user has them; written ones have our names.
 OF_RECORDS = ("data_format", "prompt_column", "completion_column", "system_column", "chat_column", "text_column",
-    "turn_names")  # fmt: skip
+    "turn_names", "speaker", "conversation_gap")  # fmt: skip
 
 
 def has_unanswered(settings: DataSettings) -> bool:
@@ -34,7 +33,7 @@ def has_unanswered(settings: DataSettings) -> bool:
     rows = Rows()
     for one in find_sets(settings.data or ""):
         for file in one.splits.get("train", ()):
-            parse_rows(islice(read_records(file.path, file.sheet), PEEKED), file.name, settings, PROMPTS, rows)
+            parse_rows(islice(file_records(file, settings, rows), PEEKED), file.name, settings, PROMPTS, rows)
     return any(isinstance(entry, Prompt) and not entry.answered for entry in rows.entries)
 
 
@@ -56,6 +55,7 @@ def read_prompts(settings: DataSettings) -> dict[str, Rows]:
         name: read_rows([file for one in sets for file in one.splits.get(name, ())], settings, PROMPTS)
         for name in names
     }
+    check_speaker(found.values(), settings)
     for name, rows in found.items():
         dropped = rows.dropped[0] if rows.dropped else None
         if dropped and (settings.strict or not rows.entries):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mlx_lora.data.answers import Entry
+from mlx_lora.data.chat_sides import ChatSummary, chats_of, conversations_of, transcript_note
 from mlx_lora.data.columns import NamedColumns, are_empty, empty_cells, ignored_columns
 from mlx_lora.data.data_report import DroppedRow, Location
 from mlx_lora.data.examples import EmptyPart, EmptyRecord, FormatError, MissingColumn
@@ -17,6 +18,8 @@ from mlx_lora.settings.config import DataSettings
 from mlx_lora.sources.data_sets import DataFile
 from mlx_lora.sources.record_types import BadRow, Record
 from mlx_lora.sources.records import read_records
+from mlx_lora.system.cache import shown_data
+from mlx_lora.system.errors import InputError
 
 
 @dataclass
@@ -31,6 +34,8 @@ class Rows:
         truncated: Where the rows are from that were cut.
         ignored: Column that is not read -> records that have it.
         without: What was left out of a file's text -> files.
+        chats: What was made of each chat export.
+        transcripts: A note on each text that may be one.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -42,6 +47,8 @@ class Rows:
     unread: int = 0
     ignored: Counter[str] = field(default_factory=Counter)
     without: Counter[str] = field(default_factory=Counter)
+    chats: list[ChatSummary] = field(default_factory=list)
+    transcripts: list[str] = field(default_factory=list)
 
     @property
     def rows_read(self) -> int:
@@ -60,8 +67,25 @@ def read_rows(files: Sequence[DataFile], settings: DataSettings, records: str, r
     """
     rows = Rows() if rows is None else rows
     for file in files:
-        parse_rows(read_records(file.path, file.sheet), file.name, settings, records, rows)
+        parse_rows(file_records(file, settings, rows), file.name, settings, records, rows)
     return rows
+
+
+def file_records(file: DataFile, settings: DataSettings, rows: Rows) -> Iterator[Record | BadRow]:
+    """Yield the records of a file; those of a chat export are conversations, and `rows` gets what was made of it.
+
+    Raises:
+        InputError: the file cannot be read, or is a chat export and --speaker does not name who is trained.
+    """
+    chats = chats_of(file, settings)
+    if chats is None:
+        if settings.data_format == "auto" and (note := transcript_note(file)):
+            rows.transcripts.append(note)
+        yield from read_records(file.path, file.sheet)
+        return
+    conversations, summary = conversations_of(chats, file.name, settings)
+    rows.chats.append(summary)
+    yield from conversations
 
 
 def parse_rows(source: Iterable[Record | BadRow], name: str, settings: DataSettings, records: str, rows: Rows) -> None:
@@ -85,6 +109,7 @@ def parse_rows(source: Iterable[Record | BadRow], name: str, settings: DataSetti
             if records == "examples":
                 found, example = parse_record(value, settings.data_format)
                 kind, entries = columns or found, [example]
+                kind = record.form or kind
             elif records == "pairs":
                 kind, entries = records, parse_pairs(value, settings.pairs == "all")
             elif records == "rated":
@@ -102,7 +127,16 @@ def parse_rows(source: Iterable[Record | BadRow], name: str, settings: DataSetti
             continue
         rows.formats[kind] += 1
         rows.without.update([record.without] if record.without else [])
-        if records == "examples":
+        if records == "examples" and not record.form:
             rows.ignored.update(ignored_columns(record.value, kind))
         rows.entries += entries
         rows.locations += [Location(name, record.line, record.unit)] * len(entries)
+
+
+def check_speaker(parts: Iterable[Rows], settings: DataSettings) -> None:
+    """Raise if --speaker is given and none of the files is a chat export."""
+    if settings.speaker is not None and not any(rows.chats for rows in parts):
+        raise InputError(
+            f"--speaker {settings.speaker}: --data {shown_data(settings.data or '')} has no chat export (WhatsApp .txt, "
+            "Telegram .json, iMessage text, or a transcript with a name at the beginning of each line); leave --speaker out"
+        )

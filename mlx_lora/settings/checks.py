@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
-from mlx_lora.settings.config import LOGGERS, ROWS, SHARDING
+from mlx_lora.settings.config import FIELDS, LOGGERS, ROWS, SHARDING
 from mlx_lora.settings.methods import PRESETS
 from mlx_lora.settings.objective_settings import IMITATION, SAMPLING, WITHOUT_PAIRS
 from mlx_lora.settings.setting_row import flag_of
 
 COLUMNS = ("prompt_column", "completion_column", "system_column", "chat_column", "text_column")
 TURN_FIELDS, TURN_ROLES = ("role", "content"), ("system", "user", "assistant", "tool")
+CONVERSATION_GAP = FIELDS["conversation_gap"].default
 CHECKPOINTING = ("none", "auto", "selective", "block")
 
 
@@ -189,6 +190,13 @@ def _data_problems(settings: Mapping[str, Any]) -> list[str]:
             f"--data-format {settings['data_format']} with --objective {objective}: the format of {what} is "
             "recognized by its keys; leave out --data-format"
         )
+    if settings["speaker"] is not None and settings["data_format"] != "auto":
+        problems.append(
+            f"--speaker with --data-format {settings['data_format']}: a chat export is recognized by its content; leave "
+            "--data-format out"
+        )
+    if settings["conversation_gap"] != CONVERSATION_GAP and settings["speaker"] is None:
+        problems.append("--conversation-gap without --speaker: only that uses it; leave it out")
     if not imitates and not settings["mask_prompt"]:
         problems.append(f"--no-mask-prompt with --objective {objective}: only answers are trained; leave it out")
     return problems

@@ -76,6 +76,12 @@ class DataSettings:
     text_column: str | None = setting(None, "Column that holds a text, of which every token is trained.", MODEL)
     turn_names: str | None = setting(None,
         "Other names of a turn's fields and roles: role=speaker,content=text,user=customer,assistant=agent.", MODEL)
+    speaker: str | None = setting(None,
+        "Person whose messages of a chat export are trained as answers (WhatsApp .txt, Telegram .json, iMessage text, or a "
+        "transcript); those of others become the user's turns.", MODEL)
+    conversation_gap: float = setting(6.0,
+        "With --speaker: hours without a message after which a new conversation begins. Six are longer than a pause within a "
+        "day's chat, and shorter than a night.", MODEL, more_than=0, at_most=10**6)
     max_seq_length: int = setting(2048, "Maximum length of a row in tokens; longer chats are cut, longer texts divided.",
         MODEL, common=True, at_least=2, at_most=10**8)
     mask_prompt: bool = setting(True, "Train on assistant turns only; --no-mask-prompt trains on all tokens.",

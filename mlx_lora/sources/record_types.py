@@ -20,12 +20,14 @@ class Record:
         unit: what `line` counts: `line`; `row` of a table without lines; or `record` of a JSON file with one line or one
             object.
         without: what was left out of its text, for the report.
+        form: what it was made of, if its file has no records; empty: the record's keys tell.
     """
 
     line: int
     value: dict[str, Any]
     unit: str = "line"
     without: str = ""
+    form: str = ""
 
 
 @dataclass(frozen=True)

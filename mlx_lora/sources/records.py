@@ -23,7 +23,10 @@ MARKDOWN = (".md", ".markdown")
 DOCUMENTS = (".txt", *MARKDOWN)  # a file is one text
 FRONT_MATTER = re.compile(r"---[ \t]*\n(?P<settings>.*?\n)(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet", *DOCUMENTS)
-INSTEAD = {".xls": ".xlsx or .csv", ".ods": ".xlsx or .csv", ".numbers": ".xlsx or .csv"}  # save them as
+INSTEAD = {  # what to do with files of other kinds
+    **dict.fromkeys((".xls", ".ods", ".numbers"), "save it as .xlsx or .csv"),
+    ".zip": "unpack it, and give a file inside, such as WhatsApp's _chat.txt",
+}
 # Lists of rows in an object, those that are found first; the viewer of hub data sets writes `rows`.
 ROW_LISTS = ("rows", "data", "examples", "conversations", "records", "items", "dataset")
 # Lists that are a part of one record.
@@ -65,7 +68,7 @@ def check_file(path: Path) -> None:
     if not path.is_file():
         raise InputError(f"data file {path} does not exist")
     if suffix in INSTEAD:
-        raise InputError(f"{path}: cannot read {suffix}; save it as {INSTEAD[suffix]}")
+        raise InputError(f"{path}: cannot read {suffix}; {INSTEAD[suffix]}")
     if suffix not in SUFFIXES:
         raise InputError(f"{path}: cannot read {path.suffix or 'a name without a suffix'}; use {' '.join(SUFFIXES)}")
     try:
@@ -128,7 +131,7 @@ def _where(error: json.JSONDecodeError) -> str:
 
 
 def _json(path: Path) -> Iterator[Record | BadRow]:
-    text = _decode(path)
+    text = decoded_text(path)
     start = _next_char(text, 0)
     if start == len(text):
         raise InputError(f"{path} only has white space; it needs a list of objects")
@@ -235,7 +238,7 @@ def _next_char(text: str, position: int) -> int:
 
 
 def _document(path: Path) -> Iterator[Record | BadRow]:
-    text = _decode(path)
+    text = decoded_text(path)
     front = _front_matter(text) if path.suffix.lower() in MARKDOWN else ""
     text = text[len(front) :]
     if not text.strip():
@@ -253,7 +256,7 @@ def _front_matter(text: str) -> str:
         return ""  # a rule, then text, then another rule
 
 
-def _decode(path: Path) -> str:
+def decoded_text(path: Path) -> str:
     """Return a file's text with `\\n` line ends and without a BOM."""
     data, encoding = path.read_bytes(), text_encoding(path)
     try:

@@ -68,6 +68,20 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def agreed(question: str) -> bool:
+    """Ask a question that one key answers; False without a terminal, where nobody can answer.
+
+    Args:
+        question: to which `y`, or the return key, means yes.
+    """
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    click.echo(f"{wrapped(question, shutil.get_terminal_size().columns)} [Y/n] ", nl=False, err=True)
+    yes = click.getchar() in ("y", "Y", "\r", "\n")
+    click.echo("yes" if yes else "no", err=True)
+    return yes
+
+
 def perplexity(loss: float) -> float:
     """Return exp(loss), or infinity if a float cannot hold it (a diverged adapter)."""
     return math.inf if loss > 700 else math.exp(loss)

@@ -14,7 +14,7 @@ from mlx_lora.models.decode_weights import held_weights
 from mlx_lora.models.load import Base
 from mlx_lora.models.token_steps import TokenSteps
 
-MOST_PROMPT_TOKENS = 256
+MOST_PROMPT_TOKENS = 2048  # a prompt that lost its beginning would lack the system text and the tools
 OF_PLAIN_TEXT = 24  # tokens of the beginning if a row is trained from its first token
 CANDIDATES = 25
 SENTENCE_ENDS = tuple(".!?\"'”’)")
@@ -31,7 +31,7 @@ def held_out_beginnings(
         begins_word: whether a token after another one begins a word, so that plain text is not cut inside a word.
 
     Returns:
-        Token ids, at most the last 256 of each; for a row that is trained from the start, its first 24 or a few less.
+        Token ids, at most the last 2048 of each; for a row that is trained from the start, its first 24 or a few less.
     """
     return [beginning for _, beginning in held_out_prompts(rows, most, begins_word)]
 

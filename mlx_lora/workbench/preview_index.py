@@ -21,7 +21,7 @@ from mlx_lora.data.data_report import DroppedRow
 from mlx_lora.data.encode import Encoded
 from mlx_lora.data.full_texts import Repeated, cut_repeated_prompts, repeated_notes
 from mlx_lora.data.loading import chat_day, prompt_encoder
-from mlx_lora.data.reading import Rows, parse_rows
+from mlx_lora.data.reading import Rows, check_speaker, file_records, parse_rows
 from mlx_lora.data.split import content_key
 from mlx_lora.data.teacher_rows import read_teacher_prompt
 from mlx_lora.models.tokenizer import load_folder_tokenizer
@@ -30,7 +30,6 @@ from mlx_lora.settings.config import DataSettings, TrainSettings
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.sources.data_sets import DataFile, find_sets
 from mlx_lora.sources.record_types import BadRow, Record
-from mlx_lora.sources.records import read_records
 from mlx_lora.system.files import replacing_folder
 from mlx_lora.system.parsing import read_json
 
@@ -99,13 +98,14 @@ def _read(
                     if parsed % REPORT_EVERY == 0:
                         report(parsed, None)
         repeated.append(cut_repeated_prompts([(rows, before.get(split, 0)) for split, rows in parts.items()]))
+    check_speaker(parts.values(), settings)
     return parts, forms, repeated
 
 
 def _read_file(file: DataFile, settings: DataSettings, records: str, rows: Rows, forms: list[str]) -> Iterator[None]:
     """Add a file's records one by one, so that each entry's form is known; yield after each."""
     all_forms = rows.formats
-    for record in read_records(file.path, file.sheet):
+    for record in file_records(file, settings, rows):
         rows.formats = Counter()
         one: list[Record | BadRow] = [record]
         parse_rows(one, file.name, settings, records, rows)

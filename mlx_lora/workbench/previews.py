@@ -40,7 +40,7 @@ FILTERS = ("all", "cut", "doubled", "refused")
 # The settings that decide how data is encoded; others do not make another index.
 COUNTED = (
     "data", "data_format", "prompt_column", "completion_column", "system_column", "chat_column", "text_column", "turn_names",
-    "max_seq_length", "mask_prompt", "chat_template", "chat_date", "pairs", "objective", "teacher_prompt", "on_policy",
+    "speaker", "conversation_gap", "max_seq_length", "mask_prompt", "chat_template", "chat_date", "pairs", "objective", "teacher_prompt", "on_policy",
 )  # fmt: skip
 
 
