@@ -39,6 +39,7 @@ from mlx_lora.system.files import check_writable, replacing_file, replacing_fold
 from mlx_lora.system.parsing import parse_yaml
 from mlx_lora.system.program import command_line
 from mlx_lora.training.base_shards import is_shared
+from mlx_lora.training.held_out_rows import ROWS_FILE
 from mlx_lora.training.rollouts import AnyPlan
 from mlx_lora.training.state import Diverged, Position, finite, restore_arrays, run_arrays
 from mlx_lora.training.step import Step
@@ -47,7 +48,8 @@ CHECKPOINTS = "checkpoints"
 # A run's results, and the folder that keeps an earlier run's results until this run has saved something.
 WRITTEN = "written"  # records that models wrote for the run
 RESULTS = (
-    WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", ANSWERS_FILE, REPORT_FILE, FACTS_FILE, CHECKPOINTS, WRITTEN,
+    WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", ROWS_FILE, ANSWERS_FILE, REPORT_FILE, FACTS_FILE, CHECKPOINTS,
+    WRITTEN,
 )  # fmt: skip
 ASIDE = "earlier-run"
 

@@ -13,6 +13,7 @@ from mlx_lora.models.load import Base
 from mlx_lora.runs.composition import Composed
 from mlx_lora.runs.report_page import RunPage
 from mlx_lora.training.callbacks import Callbacks
+from mlx_lora.training.held_out_rows import ROWS_FILE, RowsFile
 from mlx_lora.training.progress import Metrics, MetricsFile, PlainProgress, Progress
 
 Watch = Callable[[Iterable[Batch], int], Iterable[Batch]]
@@ -49,12 +50,14 @@ def reporting(
         return
     resumed_at = folder.at.taken if run.found else None
     metrics = MetricsFile(folder.path / "metrics.jsonl", resumed_at)
+    rows = RowsFile(folder.path / ROWS_FILE, resumed_at)
     if page is not None:
         page.begin_answers(resumed_at)
     progress = show(run.steps) if show else PlainProgress(run.steps, say)
 
     def report(record: Metrics) -> None:
         metrics(record)
+        rows(record.step, record.rows)
         progress.report(record)
         told.tell("on_report" if record.val_loss is None else "on_validation", record.to_flat())
         answered(record)
@@ -68,6 +71,7 @@ def reporting(
     finally:
         progress.close()
         metrics.close()
+        rows.close()
 
 
 def leave_card(folder: Path, base: Base, info: AdapterInfo, say: Callable[[str], None]) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +18,7 @@ from rich.text import Text
 from mlx_lora.system.long_task import QUIET_S, LongTask, long_task
 from mlx_lora.system.parsing import parse_json
 from mlx_lora.system.units import counted, format_duration
+from mlx_lora.training.held_out_rows import RowLosses
 
 # The numbers reported by an objective that each line shows.
 SHOWN = ("reward", "accuracy", "margin")
@@ -48,6 +49,7 @@ class Metrics:
         elapsed_s: since the first step.
         reports: the numbers that the objective reports besides the loss, as means over its examples; in metrics.jsonl
             each has a key of its own.
+        rows: the loss of each held-out row, which a file of its own takes (held_out_rows.py); None: no such validation.
     """
 
     step: int
@@ -69,10 +71,12 @@ class Metrics:
     process_peak_bytes: int
     elapsed_s: float
     reports: dict[str, float] = field(default_factory=dict)
+    rows: RowLosses | None = None
 
     def to_flat(self) -> dict[str, Any]:
-        """Return all names and values, the objective's among them."""
-        flat = asdict(self)
+        """Return all names and numbers, the objective's among them."""
+        flat = asdict(replace(self, rows=None))
+        del flat["rows"]
         return flat | flat.pop("reports")
 
 

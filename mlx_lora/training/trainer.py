@@ -11,6 +11,7 @@ from itertools import count, islice, takewhile
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_lora.data.batches import Batch, BatchPlan
 from mlx_lora.data.encode import EncodedSet
@@ -22,6 +23,7 @@ from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.system.long_task import tracked
 from mlx_lora.training.agreement import Agreement
 from mlx_lora.training.held_out import held_out_plan
+from mlx_lora.training.held_out_rows import RowLosses, of_batch
 from mlx_lora.training.in_step import called_together
 from mlx_lora.training.interrupts import interrupt_flag
 from mlx_lora.training.losses import Loss, choose_loss
@@ -133,11 +135,13 @@ class Measured:
         loss: mean over `count`; NaN without any.
         count: trained tokens, or examples if the objective's loss is a mean over examples.
         reports: the numbers that the objective reports, as means over `count`.
+        rows: the loss of each row that this rank measured, for a loss that is a mean over tokens; None: another loss.
     """
 
     loss: float
     count: int
     reports: dict[str, float] = field(default_factory=dict)
+    rows: RowLosses | None = None
 
 
 def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ranks = ALONE) -> Measured:
@@ -152,13 +156,20 @@ def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ran
         loss, count, means = whole_set_loss(model, task.whole_set, task.arrays_of, batches, ranks, counts)
         model.train(training)
         return Measured(loss, count, task.finish(means) if count else {})
-    sums = mx.zeros((2 + len(task.reports),))
+    sums, rows = mx.zeros((2 + len(task.reports),)), []
+    tokens = task.loss.measure_tokens or task.loss.tokens
     for batch in batches:
         for part in task.prepare([batch], ALONE):
-            loss, count, *reports = task.loss.measure(model, *task.arrays_of(part))
-            named = reports[0] if reports else {}
-            sums = sums + mx.stack([loss, count, *(named[name] for name in task.reports)])
-            mx.eval(sums)
+            arrays = task.arrays_of(part)
+            if task.reports:
+                loss, count, reports = task.loss.measure(model, *arrays)
+                sums = sums + mx.stack([loss, count, *(reports[name] for name in task.reports)])
+                mx.eval(sums)
+            else:
+                losses = tokens(model, *arrays)  # (P,)
+                sums = sums + mx.stack([losses.sum(), arrays[4].sum()])
+                mx.eval(sums, losses)
+                rows.append(of_batch(part, np.array(losses)))
     if not counts:
         sums = mx.zeros_like(sums)
     # Ranks finish at different times. On a GPU, the host must wait for the others, not the device: see `SeveralRanks.sum`.
@@ -167,7 +178,7 @@ def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ran
     if not count:
         return Measured(math.nan, 0)
     means = {name: value / count for name, value in zip(task.reports, reported, strict=True)}
-    return Measured(total / count, int(count), task.finish(means))
+    return Measured(total / count, int(count), task.finish(means), RowLosses.gathered(rows))
 
 
 def held_out_loss(
@@ -362,4 +373,5 @@ def _metrics(
         process_peak_bytes=process.peak_bytes(),
         elapsed_s=round(time.perf_counter() - begun_s, 3),
         reports=reports,
+        rows=measured.rows if measured else None,
     )

@@ -1,0 +1,166 @@
+"""The loss of each held-out row, so that a change of the mean can be told from chance.
+
+Rows differ far more from each other than a row differs before and after training, so both are compared row by row. The
+change of the mean loss per token is a ratio of sums over rows; its standard error is that of such a ratio, because the
+tokens of one row are not independent (as in training/drift.py), and its interval is Student's, because rows are few.
+
+Shapes: R rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+
+from mlx_lora.data.batches import Batch
+from mlx_lora.system.parsing import parse_json
+
+ROWS_FILE = "held_out_rows.jsonl"
+CONFIDENCE = 0.95
+FEWEST_ROWS = 3  # fewer give no interval that is worth a word
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """The losses of the held-out rows in one validation.
+
+    Attributes:
+        sums: (R,) float64, nats: each row's loss, summed over its trained tokens; rows are in the order of their numbers.
+        tokens: (R,) int64, the trained tokens of each row.
+    """
+
+    sums: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def loss(self) -> float:
+        """The mean per token."""
+        return float(self.sums.sum() / self.tokens.sum())
+
+    @classmethod
+    def gathered(cls, parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> RowLosses | None:
+        """Put the rows of several batches into the order of their numbers; None: there are none.
+
+        Args:
+            parts: numbers, sums and tokens, as `of_batch` returns them.
+        """
+        parts = list(parts)
+        if not parts:
+            return None
+        numbers, sums, tokens = (np.concatenate(column) for column in zip(*parts, strict=True))
+        order = np.argsort(numbers, kind="stable")
+        return cls(sums[order], tokens[order]) if len(numbers) else None
+
+
+def of_batch(batch: Batch, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the numbers, summed losses and trained tokens of a batch's rows; rows without a trained token are left out.
+
+    Args:
+        batch: of an encoded set.
+        losses: (P,) nats, of its positions.
+    """
+    width, count = batch.inputs.shape[1], len(batch.inputs)
+    owners, weights = batch.positions // width, batch.weights
+    tokens = np.bincount(owners, weights, count)
+    sums = np.bincount(owners, losses.astype(np.float64) * weights, count)
+    numbers = np.arange(count) if batch.numbers is None else batch.numbers
+    own = batch.real & (tokens > 0)
+    return numbers[own], sums[own], tokens[own].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the mean loss per token from one model to another, on the same rows.
+
+    Attributes:
+        change: nats; below 0 the second model is better.
+        low, high: the ends of its 95% interval; infinite if there are too few rows for one.
+        rows: how many.
+    """
+
+    change: float
+    low: float
+    high: float
+    rows: int
+
+    @property
+    def certain(self) -> bool:
+        """Whether the interval is on one side of 0."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_change(before: RowLosses, after: RowLosses) -> Change:
+    """Return the change of the mean loss from one measurement of some rows to another of the same rows."""
+    differences, tokens, rows = after.sums - before.sums, after.tokens, len(after.tokens)
+    change = float(differences.sum() / tokens.sum())
+    if rows < FEWEST_ROWS:
+        return Change(change, -math.inf, math.inf, rows)
+    spread = differences - change * tokens
+    error = math.sqrt(float((spread**2).sum()) * rows / (rows - 1)) / float(tokens.sum())
+    half = student_quantile(rows - 1) * error
+    return Change(change, change - half, change + half, rows)
+
+
+def student_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
+    """Return the two-sided quantile of Student's t, to about 1% from 3 degrees of freedom on (5% at 2).
+
+    Source: Cornish-Fisher expansion, Abramowitz and Stegun 26.7.5.
+    """
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
+
+
+class RowsFile:
+    """Appends the row losses of each validation to a run folder's file, one flushed line each."""
+
+    def __init__(self, path: Path, resumed_at: int | None = None):
+        """Open the file.
+
+        Args:
+            path: of the file.
+            resumed_at: keep the lines up to this step; None: start an empty file.
+        """
+        kept = {} if resumed_at is None else read_rows_file(path)
+        self._file = path.open("w", encoding="utf-8")
+        for step, rows in kept.items():
+            if step <= (resumed_at or 0):
+                self(step, rows)
+
+    def __call__(self, step: int, rows: RowLosses | None) -> None:
+        """Write a line, unless there are no row losses or one is not finite."""
+        if rows is None or not np.isfinite(rows.sums).all():
+            return
+        line = {"step": step, "loss_sums": np.round(rows.sums, 5).tolist(), "tokens": rows.tokens.tolist()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_rows_file(path: Path) -> dict[int, RowLosses]:
+    """Return the row losses of each validation by its step, without lines that are not whole."""
+    found: dict[int, RowLosses] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            record = parse_json(line)
+            sums, tokens = np.array(record["loss_sums"], np.float64), np.array(record["tokens"], np.int64)
+            step = int(record["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        if sums.ndim == 1 and sums.shape == tokens.shape and len(sums) and (tokens > 0).all():
+            found[step] = RowLosses(sums, tokens)
+    return found
