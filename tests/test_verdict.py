@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 from byte_tokenizer import CHATML, GEMMA, HARMONY, MISTRAL, SPECIAL_TOKENS, TEMPLATES, byte_tokenizer
 
-from mlx_lora.artifacts.verdict import BAD, GOOD, PLAIN, verdict
+from mlx_lora.artifacts.diagnosis import (
+    LEARNED,
+    MEMORIZED,
+    OVER_FITTED,
+    TOO_FEW_STEPS,
+    UNCHANGED,
+    UNKNOWN,
+    WORSE,
+    Evidence,
+    diagnose,
+)
+from mlx_lora.artifacts.verdict import BAD, GOOD, PLAIN, Beside, verdict
 from mlx_lora.data.spoken import spoken_turns, without_markers
+from mlx_lora.training.held_out_rows import RowLosses, RowsFile, paired_change, read_rows_file
 
 MESSAGES = [
     {"role": "user", "content": "Who\nare you?"},
@@ -21,18 +36,19 @@ def record(step, loss=None, val_loss=None, **more):
 
 
 @pytest.mark.parametrize(
-    ("losses", "headline", "tone"),
+    ("losses", "words", "name", "tone"),
     [
-        ((3.7377, 3.3142), "Held-out perplexity 42.0 to 27.5, 35% lower", GOOD),
-        ((2.0, 2.1), "Held-out perplexity 7.39 to 8.17, 11% higher", BAD),
-        ((2.0, 9.0), "Held-out perplexity 7.39 to 8,103, 1.1e+03 times as high", BAD),
-        ((2.0, 2.001), "Held-out perplexity 7.39 to 7.40, unchanged", PLAIN),
-        ((2.0,), "Held-out perplexity 7.39, measured once", PLAIN),
+        ((3.7377, 3.3142), ("42.0 to 27.5", "35% lower"), LEARNED, GOOD),
+        ((2.0, 2.1), ("7.39 to 8.17", "11% higher"), WORSE, BAD),
+        ((2.0, 9.0), ("7.39 to 8,103", "1.1e+03 times as high"), WORSE, BAD),
+        ((2.0, 2.001), ("7.39 to 7.40",), UNCHANGED, PLAIN),
+        ((2.0,), ("7.39, measured once",), UNKNOWN, PLAIN),
     ],
 )
-def test_the_headline_is_about_text_that_was_held_out(losses, headline, tone):
-    found = verdict([record(10 * n, None, loss) for n, loss in enumerate(losses)], {})
-    assert (found.headline, found.tone) == (headline, tone)
+def test_the_headline_is_about_text_that_was_held_out(losses, words, name, tone):
+    found = verdict([record(60 * n, None, loss) for n, loss in enumerate(losses)], {})
+    assert (found.name, found.tone) == (name, tone)
+    assert all(one in found.headline for one in words)
 
 
 def test_without_held_out_rows_it_claims_no_effect():
@@ -48,29 +64,134 @@ def run_of(held_out, training):
     ]
 
 
-def test_overfitting_is_told_with_its_step_and_what_to_do():
-    falling = [0, 3.0, 2.0, 1.0, 0.5]
-    overfit = run_of([4.0, 3.0, 2.8, 3.1, 3.4], falling)
-    (note,) = verdict(overfit, {}).notes
-    assert "lowest at step 20 (2.800) and rose to 3.400" in note
-    assert "--iters 20" in note
-    assert "--keep-best" in note
+FALLING = [0, 3.0, 2.0, 1.0, 0.5]
+
+
+def test_overfitting_is_told_with_its_step_and_what_to_do(tmp_path):
+    overfit = run_of([4.0, 3.0, 2.8, 3.1, 3.4], FALLING)
+    found = verdict(overfit, {"iters": 40}, beside=Beside(tmp_path / "run"))
+    assert found.name == OVER_FITTED
+    assert all(one in found.headline for one in ("step 20", "2.800", "3.400"))
+    assert "--iters 20" in found.mend
+    assert all(one in found.command for one in ("--keep-best", "run.yaml", "run-2"))
+    # The best step's checkpoint is named if it is there.
+    (tmp_path / "run" / "checkpoints" / "step-000020").mkdir(parents=True)
+    assert "step-000020" in verdict(overfit, {}, beside=Beside(tmp_path / "run")).mend
     # Not where both fall, where the rise is noise, or where the training loss rises as well.
-    assert not verdict(run_of([4.0, 3.0, 2.8, 2.7, 2.6], falling), {}).notes
-    assert not verdict(run_of([4.0, 3.0, 2.8, 2.805, 2.806], falling), {}).notes
-    assert not verdict(run_of([4.0, 3.0, 2.8, 3.1, 3.4], [0, 2.0, 2.0, 3.0, 3.0]), {}).notes
-    (worse,) = verdict(run_of([2.0, 3.0, 3.1, 3.2, 3.3], falling), {}).notes
-    assert "lowest before training" in worse
-    assert "lower --learning-rate" in worse
+    for held_out, training in (
+        ([4.0, 3.0, 2.8, 2.7, 2.6], FALLING),
+        ([4.0, 3.0, 2.8, 2.805, 2.806], FALLING),
+        ([4.0, 3.0, 2.8, 3.1, 3.4], [0, 2.0, 2.0, 3.0, 3.0]),
+    ):
+        assert verdict(run_of(held_out, training), {}).name != OVER_FITTED
+    worse = verdict(run_of([2.0, 3.0, 3.1, 3.2, 3.3], FALLING), {"learning_rate": 1e-3}, beside=Beside(tmp_path))
+    assert worse.name == WORSE
+    assert "--learning-rate 0.0002" in worse.command
 
 
 def test_keep_best_is_the_adapter_that_the_headline_is_about():
-    records = run_of([4.0, 3.0, 2.8, 3.1, 3.4], [0, 3.0, 2.0, 1.0, 0.5])
+    records = run_of([4.0, 3.0, 2.8, 3.1, 3.4], FALLING)
     ended, running = (verdict(records, {"keep_best": True}, ended) for ended in (True, False))
     assert "54.6 to 16.4" in ended.headline
     assert any("kept the adapter of step 20" in note for note in ended.notes)
-    assert "54.6 to 30.0" in running.headline
+    assert running.name == OVER_FITTED
     assert not any("kept the adapter" in note for note in running.notes)
+
+
+def losses_of(mean, spread=0.0, rows=12, seed=0):
+    """Return losses of rows with 10 tokens each; `spread` is added to every other row and taken from the others."""
+    own = np.random.default_rng(seed).uniform(-0.5, 0.5, rows)  # rows differ far more than a row does from itself
+    changes = spread * np.where(np.arange(rows) % 2, 1.0, -1.0)
+    return RowLosses(10 * (mean + own - own.mean() + changes), np.full(rows, 10))
+
+
+def evidence(held_out, training=(), steps=60, **more):
+    at = [round(n * steps / (len(held_out) - 1)) for n in range(len(held_out))]
+    spread = more.pop("spread", 0.0)
+    rows = {step: losses_of(mean, spread * bool(n)) for n, (step, mean) in enumerate(zip(at, held_out, strict=True))}
+    training = training or np.linspace(held_out[0], held_out[-1] - 0.3, 6)
+    losses = [(round((n + 1) * steps / len(training)), loss) for n, loss in enumerate(training)]
+    return Evidence(steps, losses, list(zip(at, held_out, strict=True)), rows, held_out_rows=12, **more)
+
+
+@pytest.mark.parametrize(
+    ("found", "name"),
+    [
+        (evidence([3.0, 2.2, 2.0, 1.95]), LEARNED),
+        (evidence([3.0, 2.2, 2.0, 1.95], near_duplicates=1), LEARNED),
+        (evidence([3.0, 2.2, 2.0, 1.95], near_duplicates=9), MEMORIZED),
+        (evidence([3.0, 3.0, 3.0, 3.0], near_duplicates=9), UNCHANGED),  # nothing was memorized either
+        (evidence([3.0, 2.97, 2.95], steps=6), TOO_FEW_STEPS),
+        (evidence([3.0, 3.0], steps=1), TOO_FEW_STEPS),
+        (evidence([3.0, 1.2, 1.0, 0.99], steps=12), LEARNED),  # few steps were enough
+        (evidence([3.0, 2.97, 2.92, 2.87]), TOO_FEW_STEPS),  # many, and it has only begun
+        (evidence([3.0, 2.9995, 2.999, 2.999]), UNCHANGED),
+        (evidence([3.0, 2.9, 2.85, 2.84], spread=0.5), UNCHANGED),  # the interval includes 0
+        (evidence([3.0, 2.9, 2.85, 2.84]), LEARNED),
+        (evidence([3.0, 2.9, 2.87, 2.86], texts=[("a", "a"), ("b", "b ")]), UNCHANGED),
+        (evidence([3.0, 2.9, 2.87, 2.86], texts=[("a", "a"), ("b", "c")]), LEARNED),
+        (evidence([3.0, 2.0, 2.4, 2.9], [2.5, 1.5, 1.0, 0.5, 0.2, 0.1], steps=120), OVER_FITTED),
+        (evidence([3.0, 2.0, 2.4, 3.6], [2.5, 1.5, 1.0, 0.5, 0.2, 0.1], steps=120), OVER_FITTED),
+        (evidence([3.0, 2.0, 1.9, 1.9], [2.5, 1.5, 0.5, 0.1, 0.03, 0.02], steps=120), LEARNED),  # it never rose
+        (evidence([3.0, 3.4], [2.0, 1.0, 0.5], steps=120), OVER_FITTED),  # nobody looked in between
+        (evidence([3.0, 3.4, 3.6, 4.0], [2.0, 1.0, 0.5], steps=120), WORSE),
+        (evidence([3.0, 2.5, 4.0, 9.0], [2.0, 3.0, 5.0, 8.0, 9.0, 9.0], steps=120), WORSE),  # it diverged
+        (Evidence(60, [(60, 1.0)], []), UNKNOWN),
+        (Evidence(60, [(60, 1.0)], [(0, 3.0)]), UNKNOWN),
+        (Evidence(60, [(60, 1.0)], [(0, 3.0), (60, math.nan)]), UNKNOWN),
+    ],
+)
+def test_what_became_of_a_run(found, name):
+    assert diagnose(found).name == name
+
+
+def test_the_interval_is_over_rows_and_pairs_them():
+    before, after = losses_of(3.0), losses_of(2.5)
+    certain = paired_change(before, after)
+    assert certain.change == pytest.approx(-0.5)
+    assert certain.high - certain.low < 1e-6  # every row fell by the same, however much rows differ
+    spread = paired_change(before, losses_of(2.5, 0.4))
+    # Twelve rows that differ by 0.4 either way: t(11) 2.201 times 0.4 / sqrt(11).
+    assert spread.high - spread.change == pytest.approx(2.201 * 0.4 / math.sqrt(11), rel=1e-3)
+    assert spread.certain
+    assert not paired_change(before, losses_of(2.5, 1.5)).certain
+    few = paired_change(losses_of(3.0, rows=2), losses_of(2.5, rows=2))
+    assert (few.low, few.high) == (-math.inf, math.inf)
+    # Longer rows count for more.
+    long = RowLosses(np.array([10.0, 300.0]), np.array([10, 100]))
+    assert long.loss == pytest.approx(310 / 110)
+
+
+def test_a_short_run_is_told_how_long_a_longer_one_takes(tmp_path):
+    records = [{**one, "epoch": 1.0} for one in run_of([3.0, 2.98], [0, 2.9])]
+    found = verdict(records, {}, beside=Beside(tmp_path / "run", seconds=20.0))  # 10 steps in an epoch, 2 s each
+    assert found.name == TOO_FEW_STEPS
+    assert "--epochs 6 gives 60 steps" in found.mend
+    assert "2m00s" in found.mend
+    assert "--epochs 6" in found.command
+    slow = verdict(run_of([3.0, 2.9999, 3.0, 3.0, 3.0, 3.0, 3.0], [3.0] * 7), {"learning_rate": 1e-6})
+    assert slow.name == UNCHANGED
+    assert "rate" in slow.mend
+
+
+def test_rows_of_validations_are_kept_and_resumed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    file = RowsFile(path)
+    for step in (0, 10, 20):
+        file(step, losses_of(3.0 - step / 10))
+    file(30, None)
+    file(40, RowLosses(np.array([math.nan]), np.array([3])))
+    file.close()
+    assert list(read_rows_file(path)) == [0, 10, 20]
+    with path.open("a") as other:
+        other.write('{"step": 50, "loss_su')
+    RowsFile(path, resumed_at=10).close()
+    found = read_rows_file(path)
+    assert list(found) == [0, 10]
+    assert found[10].loss == pytest.approx(2.0, abs=1e-4)
+    assert paired_change(found[0], found[10]).change == pytest.approx(-1.0, abs=1e-4)
+    RowsFile(path).close()
+    assert read_rows_file(path) == {}
 
 
 def test_preference_training_is_judged_by_accuracy_and_margin():

@@ -20,11 +20,12 @@ import yaml
 from mlx_lora.artifacts.page_template import render_page
 from mlx_lora.artifacts.plots import WIDE, Series, line_chart, number
 from mlx_lora.artifacts.rollout_page import ANSWERS_FILE, read_answers, rollout_charts, shown_answers
-from mlx_lora.artifacts.verdict import verdict
+from mlx_lora.artifacts.verdict import Beside, Verdict, verdict
 from mlx_lora.data.data_report import UNITS
 from mlx_lora.data.spoken import spoken_turns, without_markers
 from mlx_lora.objectives.objective_table import OWN_OPTIONS
 from mlx_lora.system.files import replacing_file
+from mlx_lora.training.held_out_rows import ROWS_FILE, read_rows_file
 
 REPORT_FILE, FACTS_FILE = "report.html", "report.json"
 PAGES = Path(__file__).parent / "pages"
@@ -40,6 +41,7 @@ class Sample:
         before, after: the model's texts.
         specials: the tokenizer's special tokens in them.
         teacher: the text of a teacher that the model learns from; None: there is no teacher, or its text is not known.
+        expected: the row's own answer, cut like the model's; None: not known.
     """
 
     prompt: str
@@ -47,6 +49,7 @@ class Sample:
     after: str | None = None
     specials: list[str] = field(default_factory=list)
     teacher: str | None = None
+    expected: str | None = None
 
     @property
     def turns(self) -> list[tuple[str, str]]:
@@ -71,6 +74,7 @@ class RunReport:
         step: what computes a step, a line.
         held_out: whether the texts' beginnings are from rows that are not trained on.
         ended: whether all steps are done.
+        verdict: `Verdict.to_dict()` of the last `write`; the studio reads it.
     """
 
     command: str
@@ -84,6 +88,7 @@ class RunReport:
     step: str = ""
     held_out: bool = True
     ended: bool = False
+    verdict: dict[str, Any] = field(default_factory=dict)
 
     def keep_samples_of(self, folder: Path) -> bool:
         """Copy the texts of the run that this one resumes, and return whether there are any."""
@@ -96,18 +101,20 @@ class RunReport:
 
     def write(self, folder: Path) -> None:
         """Write report.json and report.html into a run folder that has metrics.jsonl and run.yaml."""
+        settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+        records = without_untrained_accuracy(read_records(folder / "metrics.jsonl"), settings)
+        found = self._verdict_on(folder, records, settings)
+        self.verdict = found.to_dict()
         with replacing_file(folder / FACTS_FILE) as temporary:
             temporary.write_text(
                 json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
             )
-        settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-        records = without_untrained_accuracy(read_records(folder / "metrics.jsonl"), settings)
         page = render_page(
             PAGES,
             "run_report.html",
             name=folder.resolve().name,
             facts=self,
-            verdict=verdict(records, settings, self.ended),
+            verdict=found,
             unit=UNITS[self.data.get("records", "examples")],
             tiles=tiles(records),
             charts=charts(records, self.planned_peak_bytes),
@@ -117,6 +124,18 @@ class RunReport:
         )
         with replacing_file(folder / REPORT_FILE) as temporary:
             temporary.write_text(page, encoding="utf-8")
+
+    def _verdict_on(self, folder: Path, records: list[dict[str, Any]], settings: dict[str, Any]) -> Verdict:
+        splits = self.data.get("splits", {})
+        beside = Beside(
+            folder=folder,
+            rows=read_rows_file(folder / ROWS_FILE),
+            texts=[(one.before, one.after) for one in self.samples if one.after is not None],
+            held_out_rows=int(splits["valid"]["rows"]) if "valid" in splits else 0,
+            near_duplicates=self.data.get("near_duplicates"),
+            seconds=elapsed_s(records),
+        )
+        return verdict(records, settings, self.ended, beside)
 
 
 def has_ended(folder: Path) -> bool:

@@ -1,18 +1,35 @@
-"""What a run's metrics say about it: one headline, and notes on what went wrong and what to do."""
+"""What a run's metrics say about it: one headline, notes on what went wrong, and the command that mends it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from mlx_lora.artifacts.diagnosis import (
+    LEARNED,
+    MEMORIZED,
+    OVER_FITTED,
+    TOO_FEW_STEPS,
+    UNCHANGED,
+    UNKNOWN,
+    WORSE,
+    Diagnosis,
+    Evidence,
+    diagnose,
+)
+from mlx_lora.artifacts.mending import RunFacts, mending
 from mlx_lora.artifacts.plots import perplexity
+from mlx_lora.system.units import counted
+from mlx_lora.training.held_out_rows import Change, RowLosses
 
-UNCHANGED = 0.005  # a smaller relative change of perplexity is none
-RISE = 0.01  # of the held-out loss in nats, above its lowest, that counts as a rise
+SAME = 0.005  # a smaller relative change of a divergence is none
 AVERAGED = 3  # training reports that are compared as one, because single ones are noisy
 MOST_ALIKE = 0.5  # share of prompts without any spread of rewards, from which nothing is learned, that is worth a note
 GOOD, BAD, PLAIN = "good", "bad", "plain"
+TONES = {LEARNED: GOOD, OVER_FITTED: BAD, WORSE: BAD}
 
 
 @dataclass(frozen=True)
@@ -23,77 +40,164 @@ class Verdict:
         headline: one sentence.
         tone: `good`, `bad` or `plain`.
         notes: what else to know, whole sentences.
+        name: what became of the run, in the words of diagnosis.py; empty for objectives that have a measure of their own.
+        mend: what to do, a sentence; empty: nothing is to mend.
+        command: that does it; may be empty.
+        change: of the held-out loss in nats per token, `change`, `low`, `high`, `rows`; None: not known.
     """
 
     headline: str
     tone: str = PLAIN
     notes: list[str] = field(default_factory=list)
+    name: str = ""
+    mend: str = ""
+    command: str = ""
+    change: dict[str, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        change = self.change and {k: v if math.isfinite(v) else None for k, v in self.change.items()}
+        return {**asdict(self), "change": change}
 
 
-def verdict(records: list[dict[str, Any]], settings: dict[str, Any], ended: bool = True) -> Verdict:
+@dataclass(frozen=True)
+class Beside:
+    """What a verdict needs beside metrics and settings.
+
+    Attributes:
+        folder: of the run, for commands; None: none are given.
+        rows: step -> the losses of the held-out rows.
+        texts: the model's texts before and after.
+        held_out_rows: how many rows are held out.
+        near_duplicates: held-out rows that nearly repeat a training row; None: nobody looked.
+        seconds: that the run took.
+    """
+
+    folder: Path | None = None
+    rows: Mapping[int, RowLosses] = field(default_factory=dict)
+    texts: Sequence[tuple[str, str]] = ()
+    held_out_rows: int = 0
+    near_duplicates: int | None = None
+    seconds: float = 0.0
+
+
+def verdict(
+    records: list[dict[str, Any]], settings: dict[str, Any], ended: bool = True, beside: Beside | None = None
+) -> Verdict:
     """Return the verdict on a run.
 
     Args:
         records: of metrics.jsonl.
         settings: of run.yaml.
         ended: whether all steps are done; only then has --keep-best put its adapter back.
+        beside: what else is known of the run.
     """
+    beside = beside or Beside()
     validations = [r for r in records if r["val_loss"] is not None]
-    notes = [note for note in (overfitting(records, settings), _alike(records), _skipped(records)) if note]
+    notes = [note for note in (_alike(records), _skipped(records)) if note]
+    run = facts_of_run(records, settings, beside)
     if not validations:
         losses = [r["loss"] for r in records if r["loss"] is not None]
         words = f"Training loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "No step has been reported yet"
-        return Verdict(
-            words, PLAIN, ["No held-out data was measured, so this run shows no effect on new text.", *notes]
-        )
+        mend, command = mending(Diagnosis(UNKNOWN), run) if losses else ("", "")
+        nothing = "No held-out data was measured, so this run shows no effect on new text."
+        return Verdict(words, PLAIN, [nothing, *notes], UNKNOWN, mend, command)
     kept = _kept(validations, settings) if ended else validations[-1]
     if kept is not validations[-1]:
         notes.append(f"--keep-best kept the adapter of step {kept['step']:,}, and the headline is about that one.")
-    if any(r.get("reward") is not None for r in validations):
-        headline, tone = _of_rewards(validations, kept)
-        return Verdict(headline, tone, notes)
-    if any("margin" in r for r in validations):
-        headline, tone = _of_preferences(validations, kept)
-        return Verdict(headline, tone, notes)
-    if settings.get("objective") == "distill":
-        headline, tone = _of_divergence(validations, kept)
-        return Verdict(headline, tone, notes)
-    if len(validations) == 1:
-        return Verdict(f"Held-out perplexity {perplexity(kept['val_loss'])}, measured once", PLAIN, notes)
-    first = validations[0]["val_loss"]
-    words, tone = _change(kept["val_loss"] - first)
-    return Verdict(f"Held-out perplexity {perplexity(first)} to {perplexity(kept['val_loss'])}, {words}", tone, notes)
-
-
-def overfitting(records: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    """Return a note if the held-out loss rose while the training loss went on falling; else an empty string."""
-    if any("reward" in r for r in records):
-        return ""  # the loss of sampled answers says nothing about that
-    validations = [(r["step"], r["val_loss"]) for r in records if r["val_loss"] is not None]
-    trained = [(r["step"], r["loss"]) for r in records if r["loss"] is not None]
-    if len(validations) < 2 or not trained:
-        return ""
-    best_at, lowest = min(validations, key=lambda pair: pair[1])
-    last_at, last = validations[-1]
-    if last_at == best_at or last - lowest < RISE:
-        return ""
-    before = [loss for step, loss in trained if step <= best_at][-AVERAGED:] or [trained[0][1]]
-    after = [loss for step, loss in trained if step > best_at][-AVERAGED:]
-    falling = bool(after) and sum(after) / len(after) < sum(before) / len(before)
-    if not best_at:
-        return (
-            f"The held-out loss was lowest before training ({lowest:.3f}) and ended at {last:.3f}. "
-            "Try a lower --learning-rate, and check that the held-out rows are like the training rows."
-        )
-    if not falling:
-        return ""
-    told = (
-        f"This run overfits: the held-out loss was lowest at step {best_at:,} ({lowest:.3f}) and rose to {last:.3f} "
-        "while the training loss kept falling."
+    of_its_own = (
+        (any(r.get("reward") is not None for r in validations), _of_rewards),
+        (any("margin" in r for r in validations), _of_preferences),
+        (settings.get("objective") == "distill", _of_divergence),
     )
-    if settings.get("keep_best"):
-        return told
-    return f"{told} Train again with --iters {best_at}, or with --keep-best, which keeps the adapter of the best validation."
+    evidence = evidence_of(records, kept["step"], beside)
+    for applies, words_of_objective in of_its_own:
+        if applies:
+            headline, tone = words_of_objective(validations, kept)
+            if words_of_objective is not _of_rewards:  # the loss of sampled answers says nothing about that
+                notes = [note for note in (_loss_note(diagnose(evidence), run),) if note] + notes
+            return Verdict(headline, tone, notes)
+    found = diagnose(evidence)
+    if found.name == UNKNOWN:
+        return Verdict(f"Held-out perplexity {perplexity(kept['val_loss'])}, measured once", PLAIN, notes, UNKNOWN)
+    mend, command = mending(found, run)
+    change = found.change and asdict(found.change)
+    return Verdict(headline_of(found, evidence), TONES.get(found.name, PLAIN), notes, found.name, mend, command, change)
+
+
+def evidence_of(records: Sequence[Mapping[str, Any]], kept: int | None, beside: Beside) -> Evidence:
+    """Return the evidence that a run's records and texts are.
+
+    Args:
+        records: of metrics.jsonl.
+        kept: the step of the adapter that is in the folder.
+        beside: what else is known.
+    """
+    return Evidence(
+        steps=max((r["step"] for r in records), default=0),
+        losses=[(r["step"], r["loss"]) for r in records if r["loss"] is not None],
+        held_out=[(r["step"], r["val_loss"]) for r in records if r["val_loss"] is not None],
+        rows=beside.rows,
+        kept=kept,
+        texts=beside.texts,
+        held_out_rows=beside.held_out_rows,
+        near_duplicates=beside.near_duplicates,
+    )
+
+
+def facts_of_run(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], beside: Beside) -> RunFacts:
+    """Return what the commands that mend a run need."""
+    steps = max((r["step"] for r in records), default=0)
+    epochs = max((float(r.get("epoch") or 0) for r in records), default=0.0)
+    return RunFacts(beside.folder, settings, steps, epochs, beside.seconds / steps if steps else 0.0)
+
+
+def headline_of(found: Diagnosis, evidence: Evidence) -> str:
+    """Return a diagnosis as a sentence."""
+    measured = (
+        f"held-out perplexity {perplexity(found.first)} to {perplexity(found.last)}, {change_words(found.change)}"
+    )
+    if found.name == OVER_FITTED and not found.best_step:
+        return f"Over-fitted: {measured}, while the training loss fell"
+    if found.name == OVER_FITTED:
+        return (
+            f"Over-fitted from step {found.best_step:,} on: the held-out loss was lowest there ({found.best:.3f}) and rose to "
+            f"{found.last:.3f}, while the training loss fell"
+        )
+    if found.name == MEMORIZED:
+        return (
+            f"Memorized: {evidence.near_duplicates} of {counted(evidence.held_out_rows, 'held-out row')} nearly repeat "
+            f"training rows, so {measured}, says little about new questions"
+        )
+    if found.name == TOO_FEW_STEPS:
+        return f"Too few steps: {counted(evidence.steps, 'update')}, {measured}"
+    if found.name == UNCHANGED:
+        same = evidence.same_texts
+        texts = f", and {same} of {counted(len(evidence.texts), 'text')} the same as before" if same else ""
+        return f"Nothing changed: {measured}{texts}"
+    return f"{found.name.capitalize()}: {measured}"
+
+
+def change_words(change: Change | None) -> str:
+    """Return a change of the loss as one of perplexity, with its interval: `35% lower (95% interval 31% to 39%, 12 rows)`."""
+    if change is None:
+        return "measured once"
+    ratio = math.exp(min(change.change, 700.0))
+    lower = ratio <= 1
+    words = f"{ratio:.3g} times as high" if ratio > 2 else f"{abs(1 - ratio):.0%} {'lower' if lower else 'higher'}"
+    if not math.isfinite(change.low):
+        return words
+    ends = sorted((math.exp(min(end, 700.0)) - 1) * (-1 if lower else 1) for end in (change.low, change.high))
+    return f"{words} (95% interval {ends[0]:.0%} to {ends[1]:.0%}, {counted(change.rows, 'row')})"
+
+
+def _loss_note(found: Diagnosis, run: RunFacts) -> str:
+    """Return a note on the loss of an objective whose headline is about another number."""
+    if found.name not in (OVER_FITTED, WORSE):
+        return ""
+    where = f"at step {found.best_step:,}" if found.best_step else "before training"
+    mend, _ = mending(found, run)
+    return f"The held-out loss was lowest {where} ({found.best:.3f}) and ended at {found.last:.3f}. {mend}"
 
 
 def _kept(validations: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +248,7 @@ def _of_divergence(validations: list[dict[str, Any]], kept: dict[str, Any]) -> t
     words = f"Held-out divergence from the teacher {' to '.join(ends)} per token"
     if len(validations) == 1:
         return f"{words}, measured once", PLAIN
-    if first <= 0 or abs(last / first - 1) < UNCHANGED:
+    if first <= 0 or abs(last / first - 1) < SAME:
         return f"{words}, unchanged", PLAIN
     change = abs(last / first - 1)
     return (f"{words}, {change:.0%} lower", GOOD) if last < first else (f"{words}, {change:.0%} higher", BAD)
@@ -161,16 +265,6 @@ def _alike(records: list[dict[str, Any]]) -> str:
         f"At the end, all answers to {share:.0%} of the prompts had the same reward, and nothing is learned from those. "
         "Mix easier or harder prompts in, reward more finely, or raise --group-size or --temp."
     )
-
-
-def _change(rise: float) -> tuple[str, str]:
-    """Return a change of the loss as a change of perplexity in words, and its tone."""
-    ratio = math.exp(min(rise, 700.0))
-    if abs(ratio - 1) < UNCHANGED:
-        return "unchanged", PLAIN
-    if ratio > 2:
-        return f"{ratio:.3g} times as high", BAD
-    return (f"{1 - ratio:.0%} lower", GOOD) if ratio < 1 else (f"{ratio - 1:.0%} higher", BAD)
 
 
 def _skipped(records: list[dict[str, Any]]) -> str:

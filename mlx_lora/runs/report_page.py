@@ -22,7 +22,7 @@ from mlx_lora.system.long_task import tracked
 from mlx_lora.system.program import this_command
 from mlx_lora.training.fixed_answers import FixedPrompt, fixed_prompts, greedy_answers
 from mlx_lora.training.rollouts import Answering, RolloutPlan
-from mlx_lora.training.samples import before_answer, greedy_text, held_out_prompts
+from mlx_lora.training.samples import before_answer, greedy_text, held_out_prompts, row_answer, whole_words
 
 TEXTS = 3
 MOST_S = 20.0  # for all texts before the training; those after it take no longer
@@ -38,6 +38,7 @@ class RunPage:
         prompts: token ids of the beginnings of held-out rows; if empty, no texts are generated.
         max_tokens: the most tokens of each text.
         seen: token ids of the same beginnings as a teacher sees them that is this model itself; empty: there is none.
+        answers: token ids of the rows' own answers; empty: the rows are plain text.
         report: the page's facts in addition to metrics and settings.
         answering: of a run that samples answers; None: another run.
         fixed: its held-out prompts that are answered at every validation; those answers are the page's texts.
@@ -51,6 +52,7 @@ class RunPage:
     seen: list[list[int]]
     answering: Answering | None = None
     fixed: Sequence[FixedPrompt] = ()
+    answers: Sequence[list[int]] = ()
 
     @classmethod
     def begin(
@@ -93,6 +95,7 @@ class RunPage:
             [] if teacher is None else [before_answer(teacher, number) for number, _ in beginnings],
             answering,
             fixed,
+            [row_answer(rows, number) for number, _ in beginnings],
         )
         kept = run.found and page.report.keep_samples_of(page.folder)
         if page.prompts and not kept:
@@ -121,6 +124,10 @@ class RunPage:
                 break
             sample = self._sample(str(tokenizer.decode(prompt)), self._text(prompt))
             sample.teacher = self._text(self.seen[number]) if self.seen else None
+            answer = self.answers[number] if self.answers else []
+            if answer:
+                text = str(tokenizer.decode(answer[: self.max_tokens])).strip()
+                sample.expected = text if len(answer) <= self.max_tokens else whole_words(text)
             self.report.samples.append(sample)
 
     def _sample(self, prompt: str, before: str, after: str | None = None) -> Sample:

@@ -24,7 +24,7 @@ from mlx_lora.runs.reward_models import check_rewards, load_rewards
 from mlx_lora.runs.sampled_answers import sampled_plan
 from mlx_lora.runs.shared_base import in_parts
 from mlx_lora.runs.teacher_answers import DISTILL, data_with_answers
-from mlx_lora.runs.words import closing_words, left_by, loss_words, outcome_line
+from mlx_lora.runs.words import closing_words, left_by, loss_words, outcome_line, told_after
 from mlx_lora.settings.config import ObjectiveSettings, TrainSettings
 from mlx_lora.system import console, device
 from mlx_lora.system.distributed import ALONE, Ranks
@@ -247,6 +247,7 @@ def take_steps(
         leave_card(folder.path, base, folder.info, say)
         say(outcome_line(settings.loop, outcome, best, settings.objective.rewarded))
         if not outcome.interrupted:
+            say(told_after(page.report.verdict))
             say(closing_words(folder.path, settings, folder.info, page.report.samples))
     told.raise_failure(left_by(settings.loop, outcome))
     return outcome

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mlx.utils import tree_flatten
 
@@ -106,6 +108,17 @@ def outcome_line(loop: LoopSettings, outcome: Outcome, best: str | None, rewarde
     return f"{counted(outcome.steps, 'step')} done{early}{val}; {size} in {folder}{f'; {best}' if best else ''}"
 
 
+def told_after(verdict: Mapping[str, Any]) -> str:
+    """Return a run's verdict, what mends it, and the command for that, on lines of their own.
+
+    Args:
+        verdict: as report.json has it.
+    """
+    lines = [str(verdict.get("headline", "")), str(verdict.get("mend", ""))]
+    command = str(verdict.get("command", ""))
+    return "\n".join([*filter(None, lines), *([f"    {command}"] if command else [])])
+
+
 def left_by(loop: LoopSettings, outcome: Outcome) -> str:
     """Return what a run leaves that ended because a callback failed, with advice."""
     if not outcome.interrupted:
@@ -129,6 +142,7 @@ def closing_words(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
     parts = []
     for sample in [one for one in samples if one.after is not None][:1]:
         turns = [(role or "Text", content) for role, content in sample.turns[-1:]]
+        turns += [("Expected", sample.said(sample.expected))] if sample.expected is not None else []
         turns.append(("Before", sample.said(sample.before)))
         turns += [("Teacher", sample.said(sample.teacher))] if sample.teacher is not None else []
         turns.append(("After", sample.said(sample.after or "")))

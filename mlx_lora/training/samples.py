@@ -56,6 +56,17 @@ def before_answer(rows: EncodedSet, number: int) -> list[int]:
     return tokens[: int(np.argmax(mask)) if mask.any() else len(tokens)].tolist()
 
 
+def row_answer(rows: EncodedSet, number: int) -> list[int]:
+    """Return the trained tokens after a row's prompt, up to the next turn; none for plain text, or for a prompt alone."""
+    tokens, mask = rows.row(number)
+    trained = np.flatnonzero(mask)
+    if not len(trained) or trained[0] <= 1:
+        return []
+    untrained = np.flatnonzero(~mask[trained[0] :])
+    end = trained[0] + untrained[0] if len(untrained) else len(tokens)
+    return tokens[trained[0] : end].tolist()
+
+
 def _beginning(tokens: np.ndarray, mask: np.ndarray, begins_word: Callable[[int, int], bool]) -> list[int]:
     trained = np.flatnonzero(mask)
     before = int(trained[0]) if len(trained) else len(tokens)

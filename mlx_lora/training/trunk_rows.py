@@ -152,8 +152,6 @@ def with_trunk(task: Task, trunk: Trunk, rows: TrunkRows) -> Task:
         return of_kept
 
     of_tokens = above(task.loss.measure_tokens or task.loss.tokens)
-    loss = replace(
-        task.loss, train=above(task.loss.train), measure=above(task.loss.measure), measure_tokens=of_tokens
-    )
+    loss = replace(task.loss, train=above(task.loss.train), measure=above(task.loss.measure), measure_tokens=of_tokens)
     whole = task.whole_set and replace(task.whole_set, sums=above(task.whole_set.sums))
     return replace(task, loss=loss, whole_set=whole, arrays_of=lambda batch: (*task.arrays_of(batch), rows.of(batch)))

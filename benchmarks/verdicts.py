@@ -1,0 +1,174 @@
+"""How often is a run told rightly what became of it? Forty real runs, made to end in five ways, and their verdicts.
+
+    PYTHONPATH=. nice python benchmarks/verdicts.py --out benchmarks/results/verdicts.json
+    PYTHONPATH=. nice python benchmarks/verdicts.py --model smollm2 --rate 1e-3 --out smollm2.json --runs 10
+    PYTHONPATH=. python benchmarks/verdicts.py --read benchmarks/results/verdicts.json      judge the kept evidence again
+
+Each way has eight runs. The first four are on other data than the last four (other forms, other facts, other seeds): the
+thresholds of artifacts/diagnosis.py were chosen on the first four of each, and the score counts on the last four. What a run
+was made to be is decided before it starts, by its settings and data. Without --model, the base is a very small one that this
+script trains first (_small_base.py), and a run takes seconds. Each run's evidence is kept in the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _small_base import write_small_base
+from _verdict_sets import ARBITRARY, FOLLOWING, Row, arbitrary, following, repeated
+
+import mlx_lora
+from mlx_lora.artifacts.diagnosis import LEARNED, MEMORIZED, OVER_FITTED, TOO_FEW_STEPS, UNCHANGED, diagnose
+from mlx_lora.artifacts.run_report import FACTS_FILE, read_records
+from mlx_lora.artifacts.verdict import Beside, evidence_of
+from mlx_lora.training.held_out_rows import ROWS_FILE, RowLosses, read_rows_file
+
+WAYS = (TOO_FEW_STEPS, LEARNED, OVER_FITTED, MEMORIZED, UNCHANGED)
+EACH, TUNED_ON = 8, 4
+ROWS_PER_STEP = 4
+
+
+@dataclass(frozen=True)
+class Made:
+    """A run that is made to end in one way.
+
+    Attributes:
+        way: it.
+        number: of the run among those of its way.
+        name: of its data.
+        data: its splits.
+        steps, rate, every: its settings.
+    """
+
+    way: str
+    number: int
+    name: str
+    data: dict[str, list[Row]]
+    steps: int
+    rate: float
+    every: int
+
+    @property
+    def tuned_on(self) -> bool:
+        """Whether the thresholds may follow this run."""
+        return self.number < TUNED_ON
+
+
+def made_runs(rate: float) -> Iterator[Made]:
+    """Yield the forty runs, those of one number together, so that a stopped benchmark has some of each way.
+
+    Args:
+        rate: a good learning rate for the base.
+    """
+    follows, facts = list(FOLLOWING), list(ARBITRARY)
+    for number in range(EACH):
+        half = 2 * (number // TUNED_ON)  # the first four have two forms of each kind, the last four the other two
+        form, fact, r = follows[half + number % 2], facts[half + number % 2], random.Random(number)
+        seed = 100 + number
+        either = following(form, seed, 48, 12) if number % 4 < 2 else arbitrary(fact, seed, 24, 10)
+        steps = (2, 4, 6, 9)[number % 4]
+        yield Made(TOO_FEW_STEPS, number, form, either, steps, rate * r.uniform(0.2, 0.6), max(1, steps // 2))
+        yield Made(LEARNED, number, form, following(form, seed, 192, 12), 72, rate * r.uniform(0.4, 0.8), 12)
+        steps = (120, 160, 200, 240)[number % 4]
+        yield Made(OVER_FITTED, number, fact, arbitrary(fact, seed, 24, 10), steps, rate * r.uniform(1, 2), steps // 8)
+        again = repeated(either, seed, 10)
+        yield Made(MEMORIZED, number, form, again, 90, rate * r.uniform(0.6, 1.2), 15)
+        yield Made(UNCHANGED, number, form, either, 48, rate * 10 ** r.uniform(-4, -3), 8)
+
+
+def near_duplicates(data: dict[str, list[Row]]) -> int:
+    """Return the held-out rows of which a training row has at least 0.8 of the five-letter pieces (Jaccard)."""
+
+    def pieces(row: Row) -> set[str]:
+        text = " ".join(f"{row['prompt']} {row['completion']}".lower().split())
+        return {text[n : n + 5] for n in range(len(text) - 4)}
+
+    trained = [pieces(row) for row in data["train"]]
+    return sum(
+        any(len(own & other) >= 0.8 * len(own | other) for other in trained) for own in map(pieces, data["valid"])
+    )
+
+
+def run_one(base: mlx_lora.Base, made: Made, folder: Path) -> dict[str, Any]:
+    """Train a run, and return its evidence as JSON values."""
+    begun = time.perf_counter()
+    mlx_lora.train(
+        base, made.data, folder, iters=made.steps, learning_rate=made.rate, batch_size=ROWS_PER_STEP, rank=8,
+        seed=made.number, steps_per_eval=made.every, val_batches=-1, steps_per_report=max(1, made.every // 3), save_every=0,
+        sample_tokens=12, kernels="mlx", progress=False,
+    )  # fmt: skip
+    records = read_records(folder / "metrics.jsonl")
+    facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+    rows = read_rows_file(folder / ROWS_FILE)
+    kept = sorted({0, max(rows), min(rows, key=lambda step: rows[step].loss)}) if rows else []
+    return {
+        "way": made.way, "number": made.number, "data": made.name, "steps": made.steps, "rate": made.rate,
+        "losses": [[r["step"], round(r["loss"], 4)] for r in records if r["loss"] is not None],
+        "held_out": [[r["step"], round(r["val_loss"], 5)] for r in records if r["val_loss"] is not None],
+        "rows": {step: [np.round(rows[step].sums, 3).tolist(), rows[step].tokens.tolist()] for step in kept},
+        "texts": [[one["before"], one["after"]] for one in facts["samples"]],
+        "held_out_rows": len(made.data["valid"]), "near_duplicates": near_duplicates(made.data),
+        "seconds": round(time.perf_counter() - begun, 1),
+    }  # fmt: skip
+
+
+def judged(found: dict[str, Any]) -> str:
+    """Return what a run's evidence is named."""
+    records = [{"step": step, "loss": loss, "val_loss": None} for step, loss in found["losses"]]
+    records += [{"step": step, "loss": None, "val_loss": loss} for step, loss in found["held_out"]]
+    rows = {int(step): RowLosses(np.array(sums), np.array(tokens)) for step, (sums, tokens) in found["rows"].items()}
+    texts = [(before, after) for before, after in found["texts"]]
+    beside = Beside(None, rows, texts, held_out_rows=found["held_out_rows"], near_duplicates=found["near_duplicates"])
+    return diagnose(evidence_of(records, found["held_out"][-1][0], beside)).name
+
+
+def report(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Print how many runs are named rightly, with every run that is not, and return the figures."""
+    figures: dict[str, Any] = {}
+    for half, belongs in (("tuned on", True), ("not tuned on", False)):
+        own = [one for one in runs if (one["number"] < TUNED_ON) is belongs]
+        right = Counter(one["way"] for one in own if judged(one) == one["way"])
+        total = Counter(one["way"] for one in own)
+        figures[half] = {"right": sum(right.values()), "of": len(own), "ways": {w: [right[w], total[w]] for w in WAYS}}
+        print(f"{half}: {sum(right.values())} of {len(own)} named rightly", figures[half]["ways"])
+    for one in runs:
+        if judged(one) != one["way"]:
+            curve = " ".join(f"{step}:{loss:.3f}" for step, loss in one["held_out"])
+            print(f"  made to be {one['way']} #{one['number']} ({one['data']}): named {judged(one)}; held out {curve}")
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a base; default: a very small one that is trained here first")
+    parser.add_argument("--small-base", type=Path, default=Path("build/small-base"), help="where that one is kept")
+    parser.add_argument("--rate", type=float, default=1e-2, help="a good learning rate for the base")
+    parser.add_argument("--runs", type=int, default=EACH * len(WAYS))
+    parser.add_argument("--out", type=Path, default=Path("verdicts.json"))
+    parser.add_argument("--read", type=Path, help="judge the evidence in this file again, and train nothing")
+    args = parser.parse_args()
+    if args.read:
+        report(json.loads(args.read.read_text(encoding="utf-8"))["runs"])
+        return
+    base, runs = mlx_lora.load(args.model or str(write_small_base(args.small_base))), []
+    for made in list(made_runs(args.rate))[: args.runs]:
+        with tempfile.TemporaryDirectory() as folder:
+            runs.append(run_one(base, made, Path(folder) / "run"))
+        print(f"{len(runs)}: made to be {made.way}, named {judged(runs[-1])}, {runs[-1]['seconds']} s", flush=True)
+        facts = {"model": args.model or "small base", "version": mlx_lora.__version__, "rate": args.rate}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({**facts, "figures": report(runs), "runs": runs}) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
