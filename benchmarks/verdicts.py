@@ -7,7 +7,8 @@
 Each way has eight runs. The first four are on other data than the last four (other forms, other facts, other seeds): the
 thresholds of artifacts/diagnosis.py were chosen on the first four of each, and the score counts on the last four. What a run
 was made to be is decided before it starts, by its settings and data. Without --model, the base is a very small one that this
-script trains first (_small_base.py), and a run takes seconds. Each run's evidence is kept in the results.
+script trains first (_small_base.py), and a run takes seconds. Each run's evidence is kept in the results, and a benchmark
+that was stopped goes on where it ended.
 """
 
 from __future__ import annotations
@@ -78,12 +79,12 @@ def made_runs(rate: float) -> Iterator[Made]:
         either = following(form, seed, 48, 12) if number % 4 < 2 else arbitrary(fact, seed, 24, 10)
         steps = (2, 4, 6, 9)[number % 4]
         yield Made(TOO_FEW_STEPS, number, form, either, steps, rate * r.uniform(0.2, 0.6), max(1, steps // 2))
-        yield Made(LEARNED, number, form, following(form, seed, 192, 12), 72, rate * r.uniform(0.4, 0.8), 12)
-        steps = (120, 160, 200, 240)[number % 4]
-        yield Made(OVER_FITTED, number, fact, arbitrary(fact, seed, 24, 10), steps, rate * r.uniform(1, 2), steps // 8)
+        yield Made(LEARNED, number, form, following(form, seed, 192, 12), 48, rate * r.uniform(0.4, 0.8), 8)
+        steps = (56, 64, 72, 80)[number % 4]
+        yield Made(OVER_FITTED, number, fact, arbitrary(fact, seed, 8, 10), steps, rate * r.uniform(2, 3), steps // 8)
         again = repeated(either, seed, 10)
-        yield Made(MEMORIZED, number, form, again, 90, rate * r.uniform(0.6, 1.2), 15)
-        yield Made(UNCHANGED, number, form, either, 48, rate * 10 ** r.uniform(-4, -3), 8)
+        yield Made(MEMORIZED, number, form, again, 45, rate * r.uniform(0.6, 1.2), 15)
+        yield Made(UNCHANGED, number, form, either, 42, rate * 10 ** r.uniform(-4, -3), 21)
 
 
 def near_duplicates(data: dict[str, list[Row]]) -> int:
@@ -105,7 +106,7 @@ def run_one(base: mlx_lora.Base, made: Made, folder: Path) -> dict[str, Any]:
     mlx_lora.train(
         base, made.data, folder, iters=made.steps, learning_rate=made.rate, batch_size=ROWS_PER_STEP, rank=8,
         seed=made.number, steps_per_eval=made.every, val_batches=-1, steps_per_report=max(1, made.every // 3), save_every=0,
-        sample_tokens=12, kernels="mlx", progress=False,
+        sample_tokens=6, kernels="mlx", progress=False,
     )  # fmt: skip
     records = read_records(folder / "metrics.jsonl")
     facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
@@ -132,20 +133,25 @@ def judged(found: dict[str, Any]) -> str:
     return diagnose(evidence_of(records, found["held_out"][-1][0], beside)).name
 
 
-def report(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Print how many runs are named rightly, with every run that is not, and return the figures."""
+def figures_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return how many runs are named rightly, of the half that thresholds were chosen on and of the other."""
     figures: dict[str, Any] = {}
     for half, belongs in (("tuned on", True), ("not tuned on", False)):
         own = [one for one in runs if (one["number"] < TUNED_ON) is belongs]
         right = Counter(one["way"] for one in own if judged(one) == one["way"])
         total = Counter(one["way"] for one in own)
         figures[half] = {"right": sum(right.values()), "of": len(own), "ways": {w: [right[w], total[w]] for w in WAYS}}
-        print(f"{half}: {sum(right.values())} of {len(own)} named rightly", figures[half]["ways"])
+    return figures
+
+
+def report(runs: list[dict[str, Any]]) -> None:
+    """Print how many runs are named rightly, and every run that is not."""
+    for half, one in figures_of(runs).items():
+        print(f"{half}: {one['right']} of {one['of']} named rightly {one['ways']}")
     for one in runs:
         if judged(one) != one["way"]:
             curve = " ".join(f"{step}:{loss:.3f}" for step, loss in one["held_out"])
             print(f"  made to be {one['way']} #{one['number']} ({one['data']}): named {judged(one)}; held out {curve}")
-    return figures
 
 
 def main() -> None:
@@ -160,14 +166,16 @@ def main() -> None:
     if args.read:
         report(json.loads(args.read.read_text(encoding="utf-8"))["runs"])
         return
-    base, runs = mlx_lora.load(args.model or str(write_small_base(args.small_base))), []
-    for made in list(made_runs(args.rate))[: args.runs]:
+    base = mlx_lora.load(args.model or str(write_small_base(args.small_base)))
+    runs = json.loads(args.out.read_text(encoding="utf-8"))["runs"] if args.out.exists() else []
+    for made in list(made_runs(args.rate))[len(runs) : args.runs]:
         with tempfile.TemporaryDirectory() as folder:
             runs.append(run_one(base, made, Path(folder) / "run"))
         print(f"{len(runs)}: made to be {made.way}, named {judged(runs[-1])}, {runs[-1]['seconds']} s", flush=True)
         facts = {"model": args.model or "small base", "version": mlx_lora.__version__, "rate": args.rate}
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({**facts, "figures": report(runs), "runs": runs}) + "\n", encoding="utf-8")
+        args.out.write_text(json.dumps({**facts, "figures": figures_of(runs), "runs": runs}) + "\n", encoding="utf-8")
+    report(runs)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,30 @@
-"""Measure the loss of a model, with or without an adapter, on a data file; or what an adapter made it forget.
+"""Measure a model with and without an adapter on a data file, side by side; or what an adapter made it forget.
 
 python -m mlx_lora.evaluate --model DIR --adapter-path my-adapter --data data/alpaca/valid.jsonl --json
+python -m mlx_lora.evaluate --model DIR --adapter-path my-adapter --data questions.jsonl --show 20
 python -m mlx_lora.evaluate --model DIR --adapter-path my-adapter --data my-data --forgetting --report forgetting.html
 """
 
 from __future__ import annotations
 
 import math
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mlx_lora.api.evaluation import check_adapter, measure_loss
+from mlx_lora.api.evaluation import check_adapter, check_show, compares, measure_loss
 from mlx_lora.api.run_columns import with_columns_of_run
 from mlx_lora.artifacts.forgetting_page import verdict_rows, write_page
+from mlx_lora.artifacts.verdict import change_words
 from mlx_lora.data.data_report import UNITS
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.runs.forgetting_test import CHAT, TEXT, measure_forgetting
+from mlx_lora.runs.side_by_side import SHORT_WORDS
+from mlx_lora.runs.words import MOST_SHOWN
 from mlx_lora.settings import flags
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.resolve import train_settings
@@ -27,8 +33,14 @@ from mlx_lora.system import console, device
 from mlx_lora.system.distributed import sharing_ranks
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.program import this_command
-from mlx_lora.system.units import words_of
+from mlx_lora.system.units import counted, words_of
 from mlx_lora.training.drift import NO_CHANGE, SMALL_CHANGE
+from mlx_lora.training.held_out_rows import Change
+from mlx_lora.training.interrupts import interrupt_flag
+
+SHOWN = 5  # questions on a terminal
+STOPPING = "Stopping; what is measured so far is printed. Press Ctrl-C again to quit at once"
+STOPPED = "Interrupted: these figures are of a part of the data"
 
 
 @click.command(cls=flags.Command)
@@ -46,59 +58,86 @@ from mlx_lora.training.drift import NO_CHANGE, SMALL_CHANGE
 @click.option(
     "--report", type=str, default=None, help="With --forgetting: write an HTML page with charts to this file."
 )
+@click.option(
+    "--show", type=click.IntRange(min=0), default=None,
+    help="Ask base and adapter so many of the questions, and show their answers (default: 5 on a terminal, else 0).",
+)  # fmt: skip
 @flags.setting_option("shard_base")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
     adapter_path: str | None, adapter_revision: str | None, ignore_fingerprint: bool, batch_tokens: int | None,
     forgetting: bool, against: tuple[str, ...], general_text: str | None, general_chat: str | None,
-    report: str | None, as_json: bool, **options: Any,
-) -> None:  # fmt: skip
+    report: str | None, show: int | None, as_json: bool, **options: Any,
+) -> int:  # fmt: skip
     """Measure loss and perplexity on --data, or with --forgetting what the adapter made the model forget."""
     settings = train_settings(flags.given(options))
     if not settings.data.data:
         raise InputError("--data is required: a data file, or a folder with a test or valid split")
     general = {name: source for name, source in ((TEXT, general_text), (CHAT, general_chat)) if source}
-    if not forgetting:
-        only = {
-            "--against": against,
-            "--general-text": general_text,
-            "--general-chat": general_chat,
-            "--report": report,
-        }
-        if given := [flag for flag, value in only.items() if value]:
-            raise InputError(f"{', '.join(given)}: only with --forgetting; add it")
-        adapter = resolve_adapter(adapter_path, adapter_revision)
-        check_adapter(settings, adapter)
-        settings = with_columns_of_run(settings, flags.given(options), adapter, console.echo)
-        with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks:
-            base = load_base(settings.model, read=settings.loop.shard_base == "off")
-            result = measure_loss(settings, base, adapter, ignore_fingerprint, batch_tokens, console.echo, ranks)
-            if ranks.leads:
-                print_loss(settings, result, adapter_path, as_json)
-        return
+    given = flags.given(options)
+    if forgetting:
+        if show is not None:
+            raise InputError("--show with --forgetting: it asks questions of its own; leave out one of the two")
+        adapters = forgetting_adapters(settings, adapter_path, adapter_revision, against)
+        return _forgetting(settings, given, adapters, general, ignore_fingerprint, batch_tokens, report, as_json)
+    only = {"--against": against, "--general-text": general_text, "--general-chat": general_chat, "--report": report}
+    if useless := [flag for flag, value in only.items() if value]:
+        raise InputError(f"{', '.join(useless)}: only with --forgetting; add it")
+    adapter = resolve_adapter(adapter_path, adapter_revision)
+    check_adapter(settings, adapter)
+    check_show(settings, show or 0)
+    settings = with_columns_of_run(settings, given, adapter, console.echo)
+    if show is None:
+        show = SHOWN if sys.stdout.isatty() and not as_json and compares(settings) else 0
+    with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks, interrupt_flag(STOPPING) as stopped:
+        base = load_base(settings.model, read=settings.loop.shard_base == "off")
+        result = measure_loss(
+            settings, base, adapter, ignore_fingerprint, batch_tokens, console.echo, ranks, show, stopped
+        )
+        if ranks.leads:
+            print_loss(settings, result, adapter_path, as_json)
+    return 130 if result.get("partial") else 0
+
+
+def forgetting_adapters(
+    settings: TrainSettings, adapter_path: str | None, adapter_revision: str | None, against: tuple[str, ...]
+) -> list[Path]:
+    """Return the folders of the adapters that --forgetting compares."""
     if settings.loop.shard_base != "off":
         raise InputError("--forgetting with --shard-base: it needs the whole base; leave out one of the two")
     if not adapter_path:
         raise InputError("--forgetting: no adapter; give --adapter-path")
+    others = (resolve_adapter(flags.adapter_source(one)) for one in against)
+    found = [resolve_adapter(adapter_path, adapter_revision), *others]
+    return [folder for folder in found if folder is not None]
+
+
+def _forgetting(
+    settings: TrainSettings, given: dict[str, Any], adapters: list[Path], general: dict[str, str],
+    ignore_fingerprint: bool, batch_tokens: int | None, report: str | None, as_json: bool,
+) -> int:  # fmt: skip
+    """Measure and print what adapters made the model forget, and return the exit code."""
     page = Path(report).expanduser() if report else None
     if page is not None and (page.is_dir() or not page.parent.is_dir()):
         raise InputError(f"--report {report}: not a file in an existing folder; name one, as in forgetting.html")
-    adapters = [
-        resolve_adapter(adapter_path, adapter_revision),
-        *(resolve_adapter(flags.adapter_source(a)) for a in against),
-    ]
-    settings = with_columns_of_run(settings, flags.given(options), adapters[0], console.echo)
+    settings = with_columns_of_run(settings, given, adapters[0], console.echo)
     base = load_base(settings.model)
-    found = measure_forgetting(base, adapters, settings.data, general, ignore_fingerprint, batch_tokens, console.echo)
-    facts = found.to_dict()
-    if page is not None:
+    with interrupt_flag(STOPPING) as stopped:
+        found = measure_forgetting(
+            base, adapters, settings.data, general, ignore_fingerprint, batch_tokens, console.echo, stopped
+        )
+        facts = found.to_dict() | {"partial": stopped()}
+    if page is not None and facts["sets"]:
         command = this_command()
         write_page(page, facts, (NO_CHANGE, SMALL_CHANGE), command, device.current_device().header())
         console.echo(f"page   {page}")
     if as_json:
         console.print_json(facts)
-    else:
+    elif facts["sets"]:
         print_table(verdict_rows(facts))
+    if facts["partial"]:
+        console.echo(STOPPED)
+    return 130 if facts["partial"] else 0
 
 
 def print_loss(settings: TrainSettings, result: dict[str, Any], adapter_path: str | None, as_json: bool) -> None:
@@ -106,15 +145,50 @@ def print_loss(settings: TrainSettings, result: dict[str, Any], adapter_path: st
     if as_json:
         console.print_json({**result, "adapter_path": adapter_path, "data": settings.data.data})
         return
-    *means, counted, rows, _ = result.items()
+    if result.get("partial") and "loss" not in result:
+        console.echo("Interrupted before anything was measured")
+        return
     sampled = settings.objective.samples  # then the loss is minus the reward
+    unit_name = "answers" if "answers" in result else "supervised_tokens"
+    aside = (unit_name, "rows", "model", "base_loss", "base_perplexity", "base_exact_match", "exact_match")
     words = ", ".join(
         f"{words_of(name)} {_figure(value, 3 if name == 'perplexity' else 4)}"
-        for name, value in means
-        if name != "loss" or not sampled
+        for name, value in result.items()
+        if isinstance(value, float) and name not in aside and (name != "loss" or not sampled)
     )
-    unit = UNITS[objective_of(settings.objective).records][: -1 if rows[1] == 1 else None]
-    click.echo(f"{words}, {counted[1]} {counted[0].replace('_', ' ')} in {rows[1]} {unit}")
+    unit = UNITS[objective_of(settings.objective).records][: -1 if result["rows"] == 1 else None]
+    for line in side_by_side(result.get("examples", [])):
+        click.echo(line)
+    click.echo(f"{words}, {result[unit_name]} {words_of(unit_name)} in {result['rows']} {unit}")
+    if "base_loss" in result:
+        click.echo(
+            f"base {result['base_loss']:.4f} -> adapter {result['loss']:.4f}, {change_words(Change(**result['change']))}"
+        )
+    if result.get("partial"):
+        console.echo(STOPPED)
+
+
+def side_by_side(examples: list[dict[str, Any]]) -> list[str]:
+    """Return lines with question, expected answer and the models' answers under each other, and how many are exact."""
+    lines, models = [], [name for name in ("base", "adapter") if examples and name in examples[0]]
+    for number, one in enumerate(examples, 1):
+        lines.append(f"{number}. {'question':<10}{_line(one['question'])}")
+        lines.append(f"   {'expected':<10}{_line(one['expected'])}")
+        for name in models:
+            same = "  (exact)" if one["exact"] and one["exact"][name] else ""
+            lines.append(f"   {name:<10}{_line(one[name])}{same}")
+    exact = [one["exact"] for one in examples if one["exact"] is not None]
+    if exact:
+        counts = ", ".join(f"{name} {sum(one[name] for one in exact)}" for name in models)
+        lines.append(
+            f"exact answers to the {counted(len(exact), 'question')} that expect at most {SHORT_WORDS} words: {counts}"
+        )
+    return [*lines, ""] if lines else []
+
+
+def _line(text: str) -> str:
+    """Return a text on one line, without control characters, cut to a few lines of a terminal."""
+    return textwrap.shorten(console.printable(text, 10**6), MOST_SHOWN, placeholder=" ...")
 
 
 def _figure(value: float, digits: int) -> str:

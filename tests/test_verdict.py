@@ -107,8 +107,10 @@ def losses_of(mean, spread=0.0, rows=12, seed=0):
 
 def evidence(held_out, training=(), steps=60, **more):
     at = [round(n * steps / (len(held_out) - 1)) for n in range(len(held_out))]
-    spread = more.pop("spread", 0.0)
-    rows = {step: losses_of(mean, spread * bool(n)) for n, (step, mean) in enumerate(zip(at, held_out, strict=True))}
+    spread, count = more.pop("spread", 0.0), more.pop("rows", 12)
+    rows = {
+        step: losses_of(mean, spread * bool(n), count) for n, (step, mean) in enumerate(zip(at, held_out, strict=True))
+    }
     training = training or np.linspace(held_out[0], held_out[-1] - 0.3, 6)
     losses = [(round((n + 1) * steps / len(training)), loss) for n, loss in enumerate(training)]
     return Evidence(steps, losses, list(zip(at, held_out, strict=True)), rows, held_out_rows=12, **more)
@@ -128,6 +130,7 @@ def evidence(held_out, training=(), steps=60, **more):
         (evidence([3.0, 2.9995, 2.999, 2.999]), UNCHANGED),
         (evidence([3.0, 2.9, 2.85, 2.84], spread=0.5), UNCHANGED),  # the interval includes 0
         (evidence([3.0, 2.9, 2.85, 2.84]), LEARNED),
+        (evidence([3.0, 2.0, 1.9, 1.85], rows=2), LEARNED),  # too few rows for an interval: the size decides
         (evidence([3.0, 2.9, 2.87, 2.86], texts=[("a", "a"), ("b", "b ")]), UNCHANGED),
         (evidence([3.0, 2.9, 2.87, 2.86], texts=[("a", "a"), ("b", "c")]), LEARNED),
         (evidence([3.0, 2.0, 2.4, 2.9], [2.5, 1.5, 1.0, 0.5, 0.2, 0.1], steps=120), OVER_FITTED),

@@ -14,6 +14,7 @@ from mlx_lora.api.given_data import data_source
 from mlx_lora.api.given_settings import run_settings
 from mlx_lora.api.python_errors import speaks_python
 from mlx_lora.api.run_columns import with_columns_of_run
+from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.loading import load_eval_set
 from mlx_lora.data.teacher_rows import read_teacher_prompt
 from mlx_lora.models.load import Base, check_token_ids
@@ -24,6 +25,7 @@ from mlx_lora.runs.reference import with_reference
 from mlx_lora.runs.reward_models import load_rewards
 from mlx_lora.runs.sampled_answers import sampled_plan
 from mlx_lora.runs.shared_base import share_among
+from mlx_lora.runs.side_by_side import ADAPTER, BASE, Compared, ask, measure_rows, never, without_adapter
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system import console
@@ -43,9 +45,10 @@ def evaluate(
     objective: str = "sft",
     batch_tokens: int | None = None,
     ignore_fingerprint: bool = False,
+    show: int = 0,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Return loss, perplexity and the number of supervised tokens, as `mlx-lora evaluate --json` prints them.
+    """Return the losses of adapter and base, and their answers, as `mlx-lora evaluate --json` prints them.
 
     Args:
         base: from `load`, or a model's name; it stays as it is.
@@ -54,11 +57,16 @@ def evaluate(
         objective: what the data is: sft, or the objective of a preference run (dpo, kto, reward ...).
         batch_tokens: tokens per batch, padding included; None: the default.
         ignore_fingerprint: use an adapter that was trained on another base of the same shape.
+        show: questions of the data to ask base and adapter, whose answers come back as `examples`; each takes a second or
+            more.
         settings: of data and objective, as for `train`: `max_seq_length`, `mask_prompt`, `chat_template`, `beta` ...
 
     Returns:
         `loss`, `perplexity` (or what the objective reports), `supervised_tokens` (`answers` if they were sampled), `rows`,
-        `model`, `adapter_path`, `data`.
+        `model`, `adapter_path`, `data`. For imitation with an adapter also `base_loss`, `base_perplexity`, and `change`:
+        the `change` of the loss, `low` and `high` of its 95% interval, and over how many `rows`. With `show` also
+        `examples`, and `exact_match` and `base_exact_match`: the share of answers that are the expected ones, of those for
+        which at most 8 words are expected.
 
     Raises:
         InputError: base, adapter, data or a setting that cannot be used.
@@ -68,10 +76,11 @@ def evaluate(
     check_adapter(resolved, adapter)
     if batch_tokens is not None and batch_tokens < 2:
         raise InputError(f"--batch-tokens {batch_tokens}: must be at least 2")
+    check_show(resolved, show)
     folder = None if adapter is None else resolve_adapter(os.fspath(adapter), None)
     resolved = with_columns_of_run(resolved, settings, folder, lambda line: None)
     with base.loaded.lent() as lent:
-        found = measure_loss(resolved, lent, folder, ignore_fingerprint, batch_tokens)
+        found = measure_loss(resolved, lent, folder, ignore_fingerprint, batch_tokens, show=show)
     return found | {"adapter_path": None if adapter is None else os.fspath(adapter), "data": source}
 
 
@@ -93,8 +102,10 @@ def measure_loss(
     batch_tokens: int | None = None,
     say: Callable[[str], None] = lambda line: None,
     ranks: Ranks = ALONE,
+    show: int = 0,
+    stopped: Callable[[], bool] = never,
 ) -> dict[str, Any]:
-    """Return loss, perplexity, supervised_tokens, rows and model.
+    """Return what `evaluate` returns, without adapter_path and data.
 
     Args:
         settings: data and objective.
@@ -104,6 +115,8 @@ def measure_loss(
         batch_tokens: positions per batch; None: the default.
         say: takes lines of progress.
         ranks: that share the base, if the settings say so.
+        show: rows of which to ask the questions.
+        stopped: asked whether to end with what is measured so far; the result then has `partial`.
 
     Raises:
         InputError: adapter or data that cannot be used.
@@ -125,6 +138,8 @@ def measure_loss(
     rows = objective.targets_of(rows)
     if objective.reference:
         rows = with_reference(settings, base, {"rows": rows}, say)["rows"]
+    if compares(settings):
+        return _compared(settings, base, adapter, rows, ignore_fingerprint, say, show, stopped)
     taught = with_teacher(settings, base, {"rows": rows}, say)  # before the adapter: the base may be the teacher
     rows = taught.sets["rows"]
     rewards = load_rewards(settings, base, say)  # before the adapter is on the base
@@ -140,3 +155,43 @@ def measure_loss(
     counted = {"answers": found.count} if objective.policy else {"supervised_tokens": rows.supervised_tokens}
     counts = {**counted, "rows": rows.examples}
     return {"loss": found.loss, **means, **counts, "model": base.model_id}
+
+
+def compares(settings: TrainSettings) -> bool:
+    """Return whether base and adapter are measured together: where a row's loss is its tokens', and this process has the base."""
+    return settings.objective.objective == "sft" and settings.loop.shard_base == "off"
+
+
+def check_show(settings: TrainSettings, show: int) -> None:
+    """Refuse to ask questions where nothing is compared.
+
+    Raises:
+        InputError: it is asked to.
+    """
+    if show and not compares(settings):
+        what = "--shard-base" if settings.loop.shard_base != "off" else f"--objective {settings.objective.objective}"
+        raise InputError(f"--show {show} with {what}: only imitation with the whole base shows answers; leave it out")
+
+
+def _compared(
+    settings: TrainSettings,
+    base: Base,
+    adapter: Path | None,
+    rows: EncodedSet,
+    ignore_fingerprint: bool,
+    say: Callable[[str], None],
+    show: int,
+    stopped: Callable[[], bool],
+) -> dict[str, Any]:
+    """Measure base and adapter on the same rows, and ask both what the rows ask."""
+    models = {BASE: base}
+    if adapter:
+        models = {BASE: without_adapter(base), ADAPTER: base}
+        put_adapter(base, adapter, settings.data, objective_of(settings.objective), ignore_fingerprint)
+    found, whole = measure_rows(models, rows, settings.loop, objective_of(settings.objective), say, stopped)
+    examples, answered = ask(models, rows, show, say, stopped) if show and whole else ([], whole)
+    result = Compared(found, whole and answered, examples).to_dict()
+    measured = next(iter(found.values())).tokens if found else []
+    counts = {"supervised_tokens": int(sum(measured)), "rows": len(measured)}
+    losses = {name: result.pop(name) for name in ("loss", "perplexity") if name in result}
+    return {**losses, **counts, "model": base.model_id, **result}

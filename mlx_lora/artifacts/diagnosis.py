@@ -134,14 +134,14 @@ def _kept(evidence: Evidence, held_out: Sequence[tuple[int, float]]) -> tuple[in
 
 
 def _is_certain(change: Change) -> bool:
-    """Return whether a change is not chance; without row losses nobody knows, and its size decides."""
-    return change.certain or not change.rows
+    """Return whether a change is not chance; with too few rows for an interval nobody knows, and its size decides."""
+    return change.certain or not math.isfinite(change.low)
 
 
 def _rose(evidence: Evidence, best_step: int, last_step: int, fall: float) -> bool:
     """Return whether the held-out loss rose from its lowest by more than chance and by a share of the fall before."""
     rise, best = change_between(evidence, best_step, last_step), dict(evidence.held_out)[best_step]
-    return rise.change >= max(RISE * best, RISE_SHARE * fall) and (rise.low > 0 or not rise.rows)
+    return rise.change >= max(RISE * best, RISE_SHARE * fall) and _is_certain(rise)
 
 
 def _training_fell(evidence: Evidence, since: int) -> bool:

@@ -36,7 +36,7 @@ def verdict_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
                 }
             )
     right, asked = facts["probes"]["right"], facts["probes"]["questions"]
-    for name in facts["adapters"]:
+    for name in facts["adapters"] if rows and asked else ():
         counts = {"base perplexity": f"{right['base']} right", "perplexity": f"{right[name]} right"}
         rows.append(
             {**dict.fromkeys(rows[0], ""), "set": "probes", "adapter": name, "tokens": f"{asked} asked", **counts}

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mlx_lora.data.loading import load_eval_set
 from mlx_lora.data.prompts import encode_prompt
 from mlx_lora.data.templates import own_template, resolve_template
 from mlx_lora.models.load import Base, check_token_ids
+from mlx_lora.runs.side_by_side import never
 from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, DataSettings
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.long_task import tracked
@@ -114,6 +116,7 @@ def measure_forgetting(
     ignore_fingerprint: bool,
     batch_tokens: int | None,
     say: Callable[[str], None],
+    stopped: Callable[[], bool] = never,
 ) -> Forgetting:
     """Measure every adapter against the base.
 
@@ -125,6 +128,7 @@ def measure_forgetting(
         ignore_fingerprint: as for load_adapter.
         batch_tokens: positions per batch; None: the default.
         say: called with lines of progress.
+        stopped: asked before each batch and question whether to end; a set that was begun is of the batches so far.
 
     Raises:
         InputError: an adapter does not fit, adapters have different templates, or data have no trained token.
@@ -137,19 +141,22 @@ def measure_forgetting(
     readouts = {name: Readout(model.model, model.config) for name, model in models.items()}
     vocabulary = base.model(mx.array([[0]])).shape[-1]
     sets: dict[str, dict[str, Drift]] = {}
-    for where, source in sources.items():
+    for where, source in takewhile(lambda _: not stopped(), sources.items()):
         chosen = settings if where == TASK else without_names(settings)
         rows = load_eval_set(str(source), chosen, base.hf_tokenizer, say)
         check_token_ids(base, int(rows.tokens.max(initial=0)), str(source))
         plan = BatchPlan(rows, batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)
         say(f"Measuring the set '{where}': {int(rows.supervised_counts.sum())} tokens in {len(rows)} rows")
         try:
-            batches = tracked(plan.batches(), f"Measuring {where}", len(plan), "batches", say)
+            begun = takewhile(lambda _: not stopped(), plan.batches())
+            batches = tracked(begun, f"Measuring {where}", len(plan), "batches", say)
             sets[where] = measure_drifts(own, readouts, batches, vocabulary)
         except ValueError as error:
+            if stopped():
+                break
             raise InputError(f"--data {source}: {error}; give rows with something to answer") from None
     say(f"Asking {len(models) + 1} models the probe questions")
-    probes = ask_probes({"base": base, **models}, _chat_template(base, settings), say)
+    probes = ask_probes({"base": base, **models}, _chat_template(base, settings), say, stopped)
     shown = {
         where: str(source) if where == TASK or where in general else "built in" for where, source in sources.items()
     }
@@ -193,17 +200,23 @@ def _chat_template(base: Base, settings: DataSettings) -> str | None:
     return own_template(base.hf_tokenizer)
 
 
-def ask_probes(models: dict[str, Base], template: str | None, say: Callable[[str], None] | None = None) -> list[Probe]:
+def ask_probes(
+    models: dict[str, Base],
+    template: str | None,
+    say: Callable[[str], None] | None = None,
+    stopped: Callable[[], bool] = never,
+) -> list[Probe]:
     """Ask every model every probe question.
 
     Args:
         models: name -> model.
         template: Jinja text for questions; None: the models complete sentences instead.
         say: takes lines of progress where there is no bar.
+        stopped: asked before each question whether to end.
     """
     probes = []
     lines = (GENERAL / "probes.jsonl").read_text(encoding="utf-8").splitlines()
-    for line in tracked(lines, "Asking", len(lines), "questions", say):
+    for line in tracked(takewhile(lambda _: not stopped(), lines), "Asking", len(lines), "questions", say):
         row = json.loads(line)
         prompt = row["question"] if template else row["completion"]
         said = {}

@@ -23,8 +23,8 @@ COMPILATION = "C++ shared library"  # part of MLX's error after a compiler was k
 
 
 @contextmanager
-def interrupt_flag() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT, SIGTERM or SIGHUP (a closed terminal) into a flag that the loop reads.
+def interrupt_flag(words: str = WORDS) -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT, SIGTERM or SIGHUP (a closed terminal) into a flag that the loop reads, and say these words.
 
     The second ends the process at once; a third reaches the system's handlers, which need no Python. A signal that the
     parent ignores, as nohup does with SIGHUP, stays ignored. Compilers that MLX starts also ignore these signals:
@@ -43,11 +43,11 @@ def interrupt_flag() -> Iterator[Callable[[], bool]]:
                 signal.signal(each, signal.SIG_DFL)
             raise KeyboardInterrupt
         seen.append(number)
-        if told_display(WORDS):
+        if told_display(words):
             return
         try:
             # os.write, not print: a handler may run in the middle of another write to the same stream.
-            os.write(2, f"\n{WORDS}\n".encode())
+            os.write(2, f"\n{words}\n".encode())
         except OSError:
             # The terminal is closed. Printing must not end the run from here on before it has saved.
             for stream in (1, 2):

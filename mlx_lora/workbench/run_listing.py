@@ -137,6 +137,7 @@ class RunListing:
             "run_yaml": _text(folder / SETTINGS),
             "metrics": read_columns(folder / METRICS),
             "samples": samples_of(folder, facts, line["step"]),
+            "verdict": verdict_of(facts),
             "log": log_lines(folder),
             "notes": _text(folder / NOTES_FILE),
             **what_was_forgotten(folder, read_settings_of(folder, started)),
@@ -180,10 +181,19 @@ def samples_of(folder: Path, facts: dict[str, Any], step: int) -> list[dict[str,
         found.append({"step": one.get("step"), "prompt": _cut(one.get("prompt")), "text": _cut(one.get("answer"))})
     for sample in facts.get("samples") or [] if not found else []:
         prompt = _cut(sample.get("prompt"))
-        found.append({"step": 0, "prompt": prompt, "text": _cut(sample.get("before"))})
+        more = {} if sample.get("expected") is None else {"expected": _cut(sample["expected"])}
+        found.append({"step": 0, "prompt": prompt, "text": _cut(sample.get("before")), **more})
         if sample.get("after") is not None:
-            found.append({"step": step, "prompt": prompt, "text": _cut(sample["after"])})
+            found.append({"step": step, "prompt": prompt, "text": _cut(sample["after"]), **more})
     return found
+
+
+def verdict_of(facts: dict[str, Any]) -> dict[str, str] | None:
+    """Return what report.json says became of a run: headline, tone, mend and command; None: nothing yet."""
+    found = facts.get("verdict")
+    if not isinstance(found, dict) or not found.get("headline"):
+        return None
+    return {name: _cut(found.get(name)) for name in ("headline", "tone", "name", "mend", "command")}
 
 
 def _steps_said(folder: Path) -> int | None:

@@ -1,6 +1,6 @@
 // One run as it goes: state, progress, curves, sample texts, log. Used by Train for the run of the moment, by Runs for any.
 import { useEffect, useMemo, useRef, useState } from "./vendor/hooks.module.js";
-import { html, Button, Card, Meter, Problem, StateChip, Waiting } from "./parts.js";
+import { html, Button, Card, Command, Meter, Problem, StateChip, Waiting } from "./parts.js";
 import { Chart, growing, last } from "./chart.js";
 import { tell } from "./state.js";
 import { bytes, count, duration, loss, rate } from "./format.js";
@@ -72,7 +72,7 @@ function Samples({ samples }) {
   if (!prompts.length) return null;
   return html`<${Card} title="Sample texts" note="as they change">${prompts.map((prompt) => {
     const own = samples.filter((one) => one.prompt === prompt), newest = own[own.length - 1];
-    return html`<article key=${prompt} class="sample"><p class="sample-prompt">${prompt}</p><p class="sample-text">${newest.text}</p><p class="soft number">step ${count(newest.step)}</p>
+    return html`<article key=${prompt} class="sample"><p class="sample-prompt">${prompt}</p>${newest.expected && html`<p class="soft">Expected: ${newest.expected}</p>`}<p class="sample-text">${newest.text}</p><p class="soft number">step ${count(newest.step)}</p>
       ${own.length > 1 && html`<details><summary>Earlier</summary>${own.slice(0, -1).reverse().map((one, n) => html`<div key=${n}><p class="soft number">step ${count(one.step)}</p><p class="sample-text">${one.text}</p></div>`)}</details>`}</article>`;
   })}<//>`;
 }
@@ -94,6 +94,13 @@ function Reason({ run }) {
   return run.reason ? html`<p class="note">${run.reason}</p>` : null;
 }
 
+// What became of a run that has ended, and what mends it: the sentence of the report.
+function Verdict({ run }) {
+  const { headline, mend, command } = run.verdict || {};
+  if (!headline || ACTIVE.has(run.state)) return null;
+  return html`<div class="note verdict-of-run" role="status"><p>${headline}</p>${mend && html`<p>${mend}</p>`}${command && html`<${Command} text=${command} label="As a command" />`}</div>`;
+}
+
 export function LiveRun({ id, title, onState }) {
   const [run, metrics, problem, again, drawn] = useRun(id);
   useEffect(() => { if (run && onState) onState(run); }, [run?.state]);
@@ -103,7 +110,7 @@ export function LiveRun({ id, title, onState }) {
   // The tiles say what the curves end with: both come from the same rows.
   const now = { ...run, loss: last(metrics.columns.loss) ?? run.loss, val_loss: last(metrics.columns.val_loss) ?? run.val_loss };
   return html`<${Card} kind="live" title=${title || run.name} note=${html`<${StateChip} state=${run.state} />`} actions=${html`<${Steering} run=${run} onChange=${again} />`}>
-      <${Reason} run=${run} />
+      <${Reason} run=${run} /><${Verdict} run=${run} />
       ${run.state === "running" && html`<${Meter} share=${run.steps ? (run.step || 0) / run.steps : null} label=${"Progress of " + run.name} />`}
       <p class="unseen" aria-live="polite">${run.name}: ${run.state}${run.state === "running" ? "" : `, loss ${loss(now.loss)}`}</p>
       <dl class="tiles">${FACTS.map(([words, tell]) => html`<div key=${words}><dt>${words}</dt><dd class="number">${tell(now)}</dd></div>`)}</dl>
