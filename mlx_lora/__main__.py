@@ -13,7 +13,7 @@ COMMANDS = {
     "convert": "Convert a model from the hub, a folder or a GGUF file to MLX's format.",
     "plan": "Predict whether a run fits in memory, and how fast it is.",
     "train": "Train an adapter.",
-    "evaluate": "Measure loss and perplexity on a data file.",
+    "evaluate": "Measure base and adapter on a data file, side by side.",
     "generate": "Generate text.",
     "chat": "Chat with a model and its adapters in the terminal.",
     "bench": "Measure training with fixed workloads, and compare machines.",

@@ -126,13 +126,13 @@ class RunReport:
             temporary.write_text(page, encoding="utf-8")
 
     def _verdict_on(self, folder: Path, records: list[dict[str, Any]], settings: dict[str, Any]) -> Verdict:
-        splits = self.data.get("splits", {})
+        splits, near = self.data.get("splits", {}), self.data.get("near_duplicates") or {}
         beside = Beside(
             folder=folder,
             rows=read_rows_file(folder / ROWS_FILE),
             texts=[(one.before, one.after) for one in self.samples if one.after is not None],
             held_out_rows=int(splits["valid"]["rows"]) if "valid" in splits else 0,
-            near_duplicates=self.data.get("near_duplicates"),
+            near_duplicates=near.get("held_out_rows"),
             seconds=elapsed_s(records),
         )
         return verdict(records, settings, self.ended, beside)
