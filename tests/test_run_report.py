@@ -56,7 +56,7 @@ def test_the_page_has_its_charts_and_nothing_from_elsewhere(folder):
     assert page.count('<svg class="chart"') == 6  # the losses are drawn in two shapes
     assert len(re.findall("<polyline", page)) == 1 + 1 + 2 + 3 + 1 + 1, "two validations are no line"
     assert page.count('r="5"') == 2 * 2
-    assert "Held-out perplexity 54.6 to 20.1, 63% lower" in re.search("<h1.*?</h1>", page)[0]
+    assert "held-out perplexity 54.6 to 20.1, 63% lower" in re.search("<h1.*?</h1>", page)[0]
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert not re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?(?!data:)[a-z/]", page)

@@ -125,6 +125,8 @@ def evidence(held_out, training=(), steps=60, **more):
         (evidence([3.0, 3.0, 3.0, 3.0], near_duplicates=9), UNCHANGED),  # nothing was memorized either
         (evidence([3.0, 2.97, 2.95], steps=6), TOO_FEW_STEPS),
         (evidence([3.0, 3.0], steps=1), TOO_FEW_STEPS),
+        (evidence([3.0, 2.9, 2.5, 2.0], steps=24), TOO_FEW_STEPS),  # it was in full fall
+        (evidence([3.0, 2.8], steps=24), LEARNED),  # the demo's length: it fell, and nobody saw how
         (evidence([3.0, 1.2, 1.0, 0.99], steps=12), LEARNED),  # few steps were enough
         (evidence([3.0, 2.97, 2.92, 2.87]), TOO_FEW_STEPS),  # many, and it has only begun
         (evidence([3.0, 2.9995, 2.999, 2.999]), UNCHANGED),

@@ -124,7 +124,7 @@ def still_falling(held_out: Sequence[tuple[int, float]]) -> bool:
     (first_step, first), (last_step, last) = held_out[0], held_out[-1]
     earlier = [pair for pair in held_out if pair[0] <= first_step + (last_step - first_step) * 2 / 3]
     if first <= last or len(held_out) < 3:
-        return first > last  # two points: it fell, and nothing says that it ended
+        return False  # two validations do not say how it fell
     return (earlier[-1][1] - last) / (first - last) >= STILL_FALLING
 
 
