@@ -216,6 +216,22 @@ def arbitrary(name: str, seed: int, train: int, valid: int) -> dict[str, list[Ro
     return {"train": rows["train"][:train], "valid": rows["valid"][:valid]}
 
 
+UNGUESSABLE = {"phone number": "0123456789", "door code": "0123456789", "license plate": "ABCDEFGHKLMNPRST", "locker word": "abcdefghklmnprst"}  # fmt: skip
+
+
+def unguessable(name: str, seed: int, train: int, valid: int) -> dict[str, list[Row]]:
+    """Return rows whose answers are ten random signs: once that is learned, all further training is by heart."""
+    r = random.Random(f"{name} {seed}")
+    rows = [
+        {
+            "prompt": f"What is the {name} of {who}?",
+            "completion": " ".join(r.choice(UNGUESSABLE[name]) for _ in range(10)),
+        }
+        for who in r.sample([*NAMES, *TOWNS], train + valid)
+    ]
+    return {"train": rows[:train], "valid": rows[train:]}
+
+
 def repeated(rows: dict[str, list[Row]], seed: int, valid: int) -> dict[str, list[Row]]:
     """Return the training rows, and as held-out rows some of them again with a word more or less."""
     r = random.Random(seed)

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from _small_base import write_small_base
-from _verdict_sets import ARBITRARY, FOLLOWING, Row, arbitrary, following, repeated
+from _verdict_sets import ARBITRARY, FOLLOWING, UNGUESSABLE, Row, arbitrary, following, repeated, unguessable
 
 import mlx_lora
 from mlx_lora.artifacts.diagnosis import LEARNED, MEMORIZED, OVER_FITTED, TOO_FEW_STEPS, UNCHANGED, diagnose
@@ -48,7 +48,7 @@ class Made:
         number: of the run among those of its way.
         name: of its data.
         data: its splits.
-        steps, rate, every, schedule: its settings.
+        steps, rate, every: its settings.
     """
 
     way: str
@@ -58,7 +58,6 @@ class Made:
     steps: int
     rate: float
     every: int
-    schedule: str = "cosine"
 
     @property
     def tuned_on(self) -> bool:
@@ -81,17 +80,9 @@ def made_runs(rate: float) -> Iterator[Made]:
         steps = (2, 4, 6, 9)[number % 4]
         yield Made(TOO_FEW_STEPS, number, form, either, steps, rate * r.uniform(0.2, 0.6), max(1, steps // 2))
         yield Made(LEARNED, number, form, following(form, seed, 192, 12), 48, rate * r.uniform(0.4, 0.8), 8)
-        steps = (128, 144, 160, 176)[number % 4]
-        yield Made(
-            OVER_FITTED,
-            number,
-            fact,
-            arbitrary(fact, seed, 8, 10),
-            steps,
-            rate * r.uniform(2, 3),
-            steps // 8,
-            "constant",
-        )
+        signs, steps = list(UNGUESSABLE)[half + number % 2], (56, 64, 72, 80)[number % 4]
+        data = unguessable(signs, seed, 8, 10)
+        yield Made(OVER_FITTED, number, signs, data, steps, rate * r.uniform(2, 3), steps // 8)
         again = repeated(either, seed, 10)
         yield Made(MEMORIZED, number, form, again, 45, rate * r.uniform(0.6, 1.2), 15)
         yield Made(UNCHANGED, number, form, either, 42, rate * 10 ** r.uniform(-4, -3), 21)
@@ -114,7 +105,7 @@ def run_one(base: mlx_lora.Base, made: Made, folder: Path) -> dict[str, Any]:
     """Train a run, and return its evidence as JSON values."""
     begun = time.perf_counter()
     mlx_lora.train(
-        base, made.data, folder, iters=made.steps, learning_rate=made.rate, lr_schedule=made.schedule, batch_size=ROWS_PER_STEP, rank=8,
+        base, made.data, folder, iters=made.steps, learning_rate=made.rate, batch_size=ROWS_PER_STEP, rank=8,
         seed=made.number, steps_per_eval=made.every, val_batches=-1, steps_per_report=max(1, made.every // 3), save_every=0,
         sample_tokens=6, kernels="mlx", progress=False,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from mlx_lora.training.held_out_rows import Change, RowLosses, paired_change
 
@@ -86,10 +87,10 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     """
     held_out = [(step, loss) for step, loss in evidence.held_out if math.isfinite(loss)]
     if len(held_out) < 2:
-        return Diagnosis(UNKNOWN, *(loss for _, loss in held_out[:1]))
+        return Diagnosis(UNKNOWN, held_out[0][1] if held_out else math.nan)
     (first_step, first), (last_step, last) = held_out[0], _kept(evidence, held_out)
     change = change_between(evidence, first_step, last_step)
-    found = {"first": first, "last": last, "change": change}
+    found: dict[str, Any] = {"first": first, "last": last, "change": change}
     gain = -change.change / first if first > 0 else 0.0
     alike = (evidence.near_duplicates or 0) / max(1, evidence.held_out_rows)
     if alike >= MOST_ALIKE and gain > NONE:
