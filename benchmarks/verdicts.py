@@ -5,7 +5,7 @@
     PYTHONPATH=. python benchmarks/verdicts.py --read benchmarks/results/verdicts.json      judge the kept evidence again
 
 Each way has eight runs. The first four are on other data than the last four (other forms, other facts, other seeds): the
-thresholds of artifacts/diagnosis.py were chosen on the first four of each, and the score counts on the last four. What a run
+thresholds of artifacts/diagnosis.py may be chosen on the first four of each, and the score counts on the last four. What a run
 was made to be is decided before it starts, by its settings and data. Without --model, the base is a very small one that this
 script trains first (_small_base.py), and a run takes seconds. Each run's evidence is kept in the results, and a benchmark
 that was stopped goes on where it ended.

@@ -1,8 +1,7 @@
 """What became of a run: learned, too few steps, over-fitted, memorized, nothing changed, or worse; and what mends it.
 
 `diagnose` is a pure function of `Evidence`, which a run folder holds: metrics.jsonl, held_out_rows.jsonl, and the texts
-before and after in report.json. The thresholds were chosen on half of the runs of benchmarks/verdicts.py, and the other
-half says how often they name a run rightly (docs/overfitting.md).
+before and after in report.json. benchmarks/verdicts.py measures how often it names a run rightly.
 """
 
 from __future__ import annotations
