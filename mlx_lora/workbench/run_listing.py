@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE
 from mlx_lora.artifacts.checkpoint import LOCK_FILE
+from mlx_lora.artifacts.known_runs import KnownRun
 from mlx_lora.artifacts.rollout_page import ANSWERS_FILE, read_answers
 from mlx_lora.artifacts.run_report import FACTS_FILE
 from mlx_lora.serving.asking import ApiError
@@ -56,7 +57,22 @@ class RunListing:
                 is_run = (folder / SETTINGS).is_file() or (folder / STARTED_FILE).is_file()
                 if is_run and not folder.is_symlink():
                     found[run_id(folder)] = folder
-        return found
+        return found | {run_id(folder): folder for folder in self._places.runs_elsewhere()}
+
+    def elsewhere(self, folder: Path) -> bool:
+        """Return whether a run lies outside the studio's folders, and is listed because `train` noted it."""
+        return folder.parent not in self._places.all_runs
+
+    def settings_of(self, folder: Path, started: Started | None) -> dict[str, Any]:
+        """Return a run's settings; of a run elsewhere, with a local model as a whole path."""
+        known = self._places.runs_elsewhere().get(folder) if self.elsewhere(folder) else None
+        return _with_whole_model(read_settings_of(folder, started), known)
+
+    def bases(self) -> list[Path]:
+        """Return the local base models of runs elsewhere, resolved: those may be talked to as well."""
+        elsewhere = self._places.runs_elsewhere().items()
+        named = [_with_whole_model(read_settings_of(folder, None), known).get("model") for folder, known in elsewhere]
+        return [Path(model).resolve() for model in named if isinstance(model, str) and Path(model).is_absolute()]
 
     def folder(self, number: str) -> Path:
         """Return a run's folder.
@@ -105,7 +121,7 @@ class RunListing:
         return {**line, "state": state, "reason": reason, "steps": steps}
 
     def _read(self, folder: Path, started: Started | None) -> dict[str, Any]:
-        settings, last = read_settings_of(folder, started), last_values(folder / METRICS)
+        settings, last = self.settings_of(folder, started), last_values(folder / METRICS)
         begun = started.created if started else _time(folder / SETTINGS)
         steps = (started.steps if started else None) or settings.get("iters") or _steps_said(folder)
         facts = facts_of(folder)
@@ -116,7 +132,7 @@ class RunListing:
             "objective": settings.get("objective") or "sft", "started": begun, "seconds": last.get("elapsed_s"),
             "peak_bytes": last.get("peak_bytes"), "tokens_per_s": last.get("tokens_per_s"),
             "plan_peak_bytes": facts.get("planned_peak_bytes") or (started.plan_peak_bytes if started else None),
-            "in_studio": started is not None,
+            "in_studio": started is not None, "elsewhere": self.elsewhere(folder),
         }  # fmt: skip
 
     def detail(self, number: str, queued: bool) -> dict[str, Any]:
@@ -132,14 +148,14 @@ class RunListing:
         again = (folder / SETTINGS).is_file() or started is not None
         return {
             **line,
-            "settings": read_settings_of(folder, started),
+            "settings": self.settings_of(folder, started),
             "command": command_line(started.words) if started else command_of(folder, facts),
             "run_yaml": _text(folder / SETTINGS),
             "metrics": read_columns(folder / METRICS),
             "samples": samples_of(folder, facts, line["step"]),
             "log": log_lines(folder),
             "notes": _text(folder / NOTES_FILE),
-            **what_was_forgotten(folder, read_settings_of(folder, started)),
+            **what_was_forgotten(folder, self.settings_of(folder, started)),
             "checkpoint": checkpoint,
             "can_resume": again and line["state"] in RESUMABLE,
             "adapter": str(adapter) if adapter else None,
@@ -148,10 +164,10 @@ class RunListing:
 
     def adapters(self) -> list[dict[str, Any]]:
         """Return the adapters that finished, stopped or paused runs left, the newest first."""
-        found = []
+        found, elsewhere = [], self._places.runs_elsewhere()
         for number, folder in self.folders().items():
             if (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file():
-                base = read_settings_of(folder, None).get("model")
+                base = _with_whole_model(read_settings_of(folder, None), elsewhere.get(folder)).get("model")
                 changed = _time(folder / WEIGHTS_FILE) or 0
                 found.append((changed, {"name": folder.name, "path": str(folder), "base": base, "run": number}))
         return [one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True)]
@@ -164,6 +180,15 @@ def read_settings_of(folder: Path, started: Started | None) -> dict[str, Any]:
     except (OSError, ValueError):
         found = None
     return found if isinstance(found, dict) else dict(started.settings) if started else {}
+
+
+def _with_whole_model(settings: dict[str, Any], known: KnownRun | None) -> dict[str, Any]:
+    """Return settings with a local model as a whole path; a terminal's run may name it relative to where it began."""
+    model = settings.get("model")
+    if known is None or not isinstance(model, str):
+        return settings
+    local = Path(known.cwd, Path(model).expanduser())
+    return {**settings, "model": str(local)} if local.exists() else settings
 
 
 def command_of(folder: Path, facts: dict[str, Any]) -> str:

@@ -85,7 +85,8 @@ def make_studio(places: Places, guard: GuardLimits, max_upload_bytes: int) -> St
     """
     logs = places.home / "logs"
     tasks, stores = Tasks(logs), ModelStores(places)
-    plans, checker, listing = Plans(tasks), Checker(places, stores.roots()), RunListing(places)
+    plans, listing = Plans(tasks), RunListing(places)
+    checker = Checker(places, stores.roots(), listing.bases)
     control = RunControl(places, listing)
     talk = Talk(lambda: going_on(listing), current_device().working_set_bytes)
     parts: Sequence[Any] = [
