@@ -23,9 +23,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from mlx_lora.settings.config import FIELDS, ROWS
-from mlx_lora.settings.setting_row import field_type, flag_of
 from mlx_lora.workbench import studio_app
+from mlx_lora.workbench.setting_groups import setting_groups
 from mlx_lora.workbench.web import SafeHeaders
 
 PAGES = Path(studio_app.__file__).parent / "pages"
@@ -68,10 +67,13 @@ class StandIn:
         n_runs: in the list; the first one is running.
         events: of the running run, all sent as fast as the page takes them.
         hostile: what stands in a row of the data and in an answer.
+        running: whether the first run goes on.
     """
 
-    def __init__(self, n_runs: int = 12, events: tuple[dict[str, Any], ...] = (), hostile: str = HOSTILE):
-        self.runs = [run_row(n, "running" if n == 0 else None) for n in range(n_runs)]
+    def __init__(
+        self, n_runs: int = 12, events: tuple[dict[str, Any], ...] = (), hostile: str = HOSTILE, running: bool = True
+    ):
+        self.runs = [run_row(n, "running" if n == 0 and running else None) for n in range(n_runs)]
         self._events, self._hostile, self.asked = events, hostile, [("", {})]
         routes = [
             Route("/", lambda request: FileResponse(PAGES / "index.html")),
@@ -161,7 +163,7 @@ class StandIn:
         answer = {
             "state": STATE, "tasks": {"tasks": []}, "models": {"models": MODELS, "stores": STORES}, "models/search": SEARCH, "models/plan": plan_of(body),
             "data/sets": {"sets": SETS}, "data/upload": {"path": "/home/me/mlx-lora-studio/data/" + request.query_params.get("name", "")},
-            "data/preview": preview(self._hostile), "settings": {"groups": groups()}, "presets": {"presets": PRESETS},
+            "data/preview": preview(self._hostile), "settings": {"groups": setting_groups()}, "presets": {"presets": PRESETS},
             "train/plan": {**plan_of(body), "command": "mlx-lora train --model Qwen/Qwen3-0.6B --data tutor.jsonl", "run_yaml": "rank: 16\nmodel: Qwen/Qwen3-0.6B\n", "steps": 240, "seconds": 660},
             "train/start": {"run": self.runs[0]["id"]}, "queue": {"queue": [run for run in self.runs if run["state"] == "queued"][:3]},
             "runs": {"runs": self.runs}, "adapters": {"adapters": ADAPTERS}, "talk/close": {}, "export/needs": NEEDS,
@@ -206,17 +208,6 @@ def plan_of(body: dict[str, Any]) -> dict[str, Any]:
     peak = sum(part["bytes"] for part in parts)
     line = f"Peak {peak / GB:.2f} GB of 12.70 GB; about {640 // large} tokens/s (predicted)."
     return {"fits": peak < 12.7e9, "peak_bytes": peak, "limit_bytes": 12.7e9, "parts": parts, "tokens_per_s": 640 / large, "predicted": True, "line": line, "problems": []}  # fmt: skip
-
-
-def groups() -> list[dict[str, Any]]:
-    """The program's own settings."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for name, field in FIELDS.items():
-        row, kind = ROWS[name], field_type(field)
-        words = {str: "text", int: "int", float: "float", bool: "bool"}[kind]
-        one = {"name": name, "flag": flag_of(name), "type": "choice" if row.choices else words, "default": field.default, "choices": row.choices, "range": None, "help": row.help, "common": row.common}  # fmt: skip
-        found.setdefault(row.group, []).append(one)
-    return [{"name": name, "settings": rows} for name, rows in found.items()]
 
 
 def preview(hostile: str) -> dict[str, Any]:

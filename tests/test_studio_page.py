@@ -54,6 +54,7 @@ def test_axe_finds_nothing_serious_in_any_place(browser, server, dark):
     watched.page.get_by_role("radio", name="New run").check()
     watched.page.get_by_text("Start training").wait_for()
     assert watched.complaints() == []
+    watched.page.get_by_text("Change settings").click()
     watched.page.get_by_role("searchbox").fill("rate")
     assert watched.complaints() == []
     watched.go("talk", "Column B")
@@ -145,11 +146,12 @@ def test_a_plan_follows_the_settings(studio, server):
     page.get_by_role("radio", name="New run").check()
     page.get_by_role("button", name="Start training").wait_for()
     before = page.locator(".plan .memory-ends").inner_text()
+    page.get_by_text("Change settings").click()
     page.get_by_role("searchbox").fill("rank")
     page.locator("#set-rank").fill("128")
     page.keyboard.press("Tab")
     page.wait_for_function("text => document.querySelector('.plan .memory-ends').innerText !== text", arg=before)
-    page.get_by_role("button", name="Set rank back to 16").click()
+    page.get_by_role("button", name="Set Rank back to 16").click()
     page.get_by_role("radio", name="Quick").check()
     held: list[Any] = []  # the answer waits, as for the plan of a large data set
     page.route("**/api/train/start", lambda route: held.append(route))

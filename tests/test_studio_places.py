@@ -95,7 +95,8 @@ def test_a_plan_comes_from_the_config_alone_and_is_kept(client, named):
     assert time.process_time() - start < 0.1
     refused = client.post("/api/models/plan", json={**body, "settings": {"rank": 0}}).json()
     assert not refused["fits"]
-    assert "--rank" in refused["problems"][0]
+    assert "“Rank”" in refused["problems"][0]
+    assert list(refused["said"]) == ["rank"]
 
 
 def test_plans_are_traced_beside_a_model_that_answers(client, named, monkeypatch):
@@ -215,6 +216,7 @@ def test_a_plan_of_a_run_has_its_command_and_its_settings(client, named, home):
     }
     plan = client.post("/api/train/plan", json={"settings": settings, "name": "one"}).json()
     assert plan["fits"]
+    assert (plan["problems"], plan["said"]) == ([], {})
     assert plan["steps"] == 4
     assert plan["task"] is None
     assert "--no-mask-prompt" in plan["command"]
@@ -223,7 +225,8 @@ def test_a_plan_of_a_run_has_its_command_and_its_settings(client, named, home):
     assert content["learning_rate"] == 1e-3
     assert content["adapter_path"] == str(home.resolve() / "runs" / "one")
     wrong = client.post("/api/train/plan", json={"settings": {**settings, "learning_rate": -1}}).json()
-    assert "--learning-rate" in wrong["line"]
+    assert "“Learning rate”" in wrong["line"]
+    assert list(wrong["said"]) == ["learning_rate"]
     none = client.post("/api/train/plan", json={"settings": {}}).json()
     assert none["problems"] == ["choose a model first"]
 

@@ -31,6 +31,7 @@ from mlx_lora.sources.data_sets import find_sets, is_local, named_sets
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.units import format_duration, gigabytes
 from mlx_lora.workbench.model_stores import local_model
+from mlx_lora.workbench.page_words import fields_in, in_page_words
 from mlx_lora.workbench.tasks import Task, Tasks
 
 KEPT = 256  # plans
@@ -203,16 +204,18 @@ def shown_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
         "limit_bytes": plan["budget_bytes"],
         "parts": [{"name": name, "bytes": size} for name, size in plan["parts"].items()],
         "tokens_per_s": predicted["tokens_per_s"], "seconds": seconds, "predicted": True,
-        "line": f"{line}; {speed}{lasting} (predicted).", "problems": [],
+        "line": in_page_words(f"{line}; {speed}{lasting} (predicted)."), "problems": [], "said": {},
         "chosen": plan["settings"], "model": plan["model"], "data": plan["data"],
     }  # fmt: skip
 
 
 def refused_plan(problem: str) -> dict[str, Any]:
-    """Return a plan's answer for settings that cannot be planned."""
+    """Return a plan's answer for settings that cannot be planned, with what is wrong at each field that it names."""
+    words = in_page_words(problem)
     return {
         "fits": False, "peak_bytes": None, "needed_bytes": None, "limit_bytes": None, "parts": [], "tokens_per_s": None,
-        "seconds": None, "predicted": True, "line": problem, "problems": [problem], "chosen": None, "model": None, "data": None,
+        "seconds": None, "predicted": True, "line": words, "problems": [words],
+        "said": dict.fromkeys(fields_in(problem), words), "chosen": None, "model": None, "data": None,
     }  # fmt: skip
 
 

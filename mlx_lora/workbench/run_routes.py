@@ -76,7 +76,7 @@ class TrainRoutes:
         if settings.get("objective") == "distill":
             missing = [name for name in missing if name != "data"]
         if missing:
-            raise ApiError(400, f"settings: {' and '.join(missing)} missing; choose them first", "missing")
+            raise ApiError(400, f"no {' and no '.join(missing)} yet; choose them first", "missing")
         peak = steps = None
         try:
             plan, _ = self._plans.of_run(settings)

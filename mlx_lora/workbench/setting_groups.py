@@ -10,6 +10,7 @@ from mlx_lora.settings.config import FIELDS, ROWS
 from mlx_lora.settings.setting_row import field_type, flag_of
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.units import gigabytes
+from mlx_lora.workbench.page_words import help_words, label_of
 
 # What the studio decides itself: where a run goes, and whether it continues one.
 OWN = frozenset(("adapter_path", "resume", "force", "train", "fine_tune_type", "trust_remote_code"))
@@ -40,9 +41,9 @@ def setting_groups() -> list[dict[str, Any]]:
         bounds = None if low is None else [low, None if row.at_most >= UNBOUNDED else row.at_most]
         choices = tuple(OBJECTIVES) if name == "objective" else row.choices
         groups.setdefault(row.group, []).append({
-            "name": name, "flag": flag_of(name), "type": "choice" if choices else TYPES[field_type(field)],
+            "name": name, "label": label_of(name), "flag": flag_of(name), "type": "choice" if choices else TYPES[field_type(field)],
             "default": field.default, "choices": choices, "range": bounds, "exclusive": row.more_than is not None,
-            "help": row.help, "common": row.common, "method": row.method, "objectives": OWN_OPTIONS.get(name),
+            "help": help_words(name, row.help), "common": row.common, "method": row.method, "objectives": OWN_OPTIONS.get(name),
         })  # fmt: skip
     return [{"name": name, "settings": settings} for name, settings in groups.items()]
 

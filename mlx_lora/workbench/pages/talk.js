@@ -4,10 +4,12 @@ import { html, Button, Card, Empty, Field, Heading, Problem, Segments, Waiting }
 import { go, machine, project, tell, useAsked, useStore } from "./state.js";
 import { counted, lastPart, rate } from "./format.js";
 import { Ship } from "./ship.js";
+import { numberReader, Typed } from "./typed.js";
 import * as api from "./api.js";
 
 const LONGEST = 100000; // characters that are shown with Markdown; longer answers are plain text
 const SIDES = ["A", "B"];
+const WEIGHT = numberReader({ range: [0, 10] }), TEMPERATURE = numberReader({ range: [0, 5] }), AT_LEAST_1 = numberReader({ whole: true, range: [1, null] }), AT_LEAST_0 = numberReader({ whole: true, range: [0, null] });
 
 // A model's text through markdown.js, which makes elements and sets their text; it never parses markup.
 function Said({ text, busy }) {
@@ -26,7 +28,7 @@ function Column({ side, column, adapters, onChange }) {
     <details open=${false}><summary>Change</summary><ul class="plain choices">
       <li><label class="check"><input type="checkbox" checked=${!column.adapters.length} disabled=${!column.adapters.length} onChange=${() => onChange({ adapters: [] })} /> base, without an adapter</label></li>
       ${adapters.slice(0, 100).map((one) => html`<li key=${one.path}><label class="check"><input type="checkbox" checked=${chosen.has(one.path)} onChange=${() => toggle(one.path)} /> ${one.name}</label>
-        ${chosen.has(one.path) && column.adapters.length > 1 && html`<input type="number" class="number" min="0" max="10" step="0.1" value=${chosen.get(one.path)} aria-label=${`Weight of ${one.name} in column ${side}`} onChange=${(event) => event.target.checkValidity() && weigh(one.path, event.target.valueAsNumber || 0)} />`}</li>`)}</ul>
+        ${chosen.has(one.path) && column.adapters.length > 1 && html`<${Typed} id=${`weight-${side}-${one.path}`} name=${`Weight of ${one.name} in column ${side}`} numeric value=${chosen.get(one.path)} read=${WEIGHT} aria-label=${`Weight of ${one.name} in column ${side}`} onValue=${(weight) => weigh(one.path, weight ?? 1)} />`}</li>`)}</ul>
       ${column.adapters.length > 1 && html`<p class="soft">A blend: effects are added, each times its weight${whole ? "" : "; all weights are 0, so this is the base"}.</p>`}</details></fieldset>`;
 }
 
@@ -86,11 +88,9 @@ function useTalk(model, columns, adapters, options) {
 }
 
 function Options({ options, onChange }) {
-  const number = (name) => (event) => { if (event.target.checkValidity()) onChange({ [name]: event.target.value === "" ? null : event.target.valueAsNumber }); };
+  const number = (id, name, label, read, usual, placeholder) => html`<${Field} label=${label} id=${id}><${Typed} id=${id} name=${label} numeric value=${options[name]} read=${read} placeholder=${placeholder} onValue=${(value) => onChange({ [name]: value ?? usual })} /><//>`;
   return html`<details><summary>Sampling and system prompt</summary><div class="fields">
-    <${Field} label="Temperature" id="temperature"><input id="temperature" type="number" min="0" max="5" step="any" value=${options.temperature} onChange=${number("temperature")} /><//>
-    <${Field} label="Max tokens" id="max-tokens"><input id="max-tokens" type="number" min="1" step="1" required value=${options.max_tokens} onChange=${number("max_tokens")} /><//>
-    <${Field} label="Seed" id="seed"><input id="seed" type="number" min="0" step="1" placeholder="random" value=${options.seed ?? ""} onChange=${number("seed")} /><//>
+    ${number("temperature", "temperature", "Temperature", TEMPERATURE, null)}${number("max-tokens", "max_tokens", "Max tokens", AT_LEAST_1, 256)}${number("seed", "seed", "Seed", AT_LEAST_0, null, "random")}
     <${Field} label="System prompt" id="system" wide><textarea id="system" rows="3" value=${options.system} onChange=${(event) => onChange({ system: event.target.value })}></textarea><//></div></details>`;
 }
 

@@ -1,7 +1,7 @@
 // Train: what to aim for, how, and what it will take; then the run itself.
 import { useEffect, useState } from "./vendor/hooks.module.js";
 import { html, Button, Card, Chip, Command, Empty, Field, Heading, MemoryBar, Problem, Segments, StateChip, Waiting } from "./parts.js";
-import { changeProject, changeSettings, go, linkTo, onTaskEnd, project, tell, useAsked, useLater, useStore, wholeSettings } from "./state.js";
+import { changeProject, changeSettings, fieldProblems, go, linkTo, onTaskEnd, project, tell, useAsked, useLater, useStore, wholeSettings } from "./state.js";
 import { counted, duration, lastPart, rate } from "./format.js";
 import { SettingsForm } from "./settings_form.js";
 import { LiveRun } from "./live.js";
@@ -42,19 +42,36 @@ function Plan({ plan, problem }) {
   if (problem) return html`<${Problem}>${problem}<//>`;
   if (!plan) return html`<${Waiting}>Planning<//>`;
   const facts = [["steps", plan.steps === null || plan.steps === undefined ? "–" : counted(plan.steps, "step").split(" ")[0]], ["tokens/s", rate(plan.tokens_per_s)], ["time", duration(plan.seconds)]];
-  if (plan.peak_bytes === null) return html`<${Problem}>${plan.line}<//>`;
+  if (plan.problems?.length) return null; // told at Start, and at their fields
+  if (plan.peak_bytes === null) return html`<p class="note">${plan.line}</p>`;
   return html`<p class="verdict"><${Chip} tone=${plan.fits ? "good" : "bad"}>${plan.fits ? "fits" : "too large"}<//> <span>${plan.line}</span></p>
-    ${plan.problems?.map((one) => html`<p class="problem" key=${one}>${one}</p>`)}
     <${MemoryBar} plan=${plan} /><dl class="tiles three">${facts.map(([words, one]) => html`<div key=${words}><dt>${words}</dt><dd class="number">${one}</dd></div>`)}</dl>
     <p class="soft">Predicted, not measured.</p>`;
 }
 
 const SUFFIX = /\.(gguf|jsonl?|csv|tsv|txt|md|parquet|xlsx)$/i; // “Qwen3-0.6B” has none
 const slug = (text) => text.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-+|-+$/g, "").slice(0, 40);
+function unused(name, runs) {
+  const taken = new Set(runs.map((one) => one.name));
+  if (!taken.has(name)) return name;
+  for (let n = 2; ; n++) if (!taken.has(`${name}-${n}`)) return `${name}-${n}`;
+}
 
-function Start({ whole, plan, busy, onStarted }) {
-  const { model, sets } = useStore(project), [name, setName] = useState(""), [problem, setProblem] = useState(""), [sending, setSending] = useState("");
-  const usual = slug(`${lastPart(sets[0]?.path || "run").replace(SUFFIX, "")}-${lastPart(model || "model").replace(SUFFIX, "")}`) || "run";
+// Why a run cannot be started now: what is wrong in the fields, or what the server says of them. Empty: it can.
+function reasons(wrong, plan, settings) {
+  const fields = Object.values(wrong).map(({ name, problem }) => `${name}: ${problem}`);
+  if (fields.length || !plan) return fields;
+  if (plan.problems?.length) return plan.problems;
+  if (plan.fits === false && plan.peak_bytes !== null && settings.memory_check !== false) return [`${plan.line} To try it anyway, turn “Memory check” off.`];
+  return [];
+}
+
+function Start({ whole, plan, runs, onStarted }) {
+  const { model, sets, settings } = useStore(project), wrong = useStore(fieldProblems), [name, setName] = useState(""), [problem, setProblem] = useState(""), [sending, setSending] = useState("");
+  const busy = runs.some((one) => one.state === "running");
+  const usual = unused(slug(`${lastPart(sets[0]?.path || "run").replace(SUFFIX, "")}-${lastPart(model || "model").replace(SUFFIX, "")}`) || "run", runs);
+  const why = reasons(wrong, plan, settings), stopped = sending || why.length > 0;
+  useEffect(() => setProblem(""), [JSON.stringify(whole), name]);
   const send = async (queue) => {
     setSending(queue ? "queue" : "now"); // the server waits for the plan, of a large data set for some seconds
     try {
@@ -67,7 +84,8 @@ function Start({ whole, plan, busy, onStarted }) {
     setSending("");
   };
   return html`<div class="start"><${Field} label="Name of the run" id="run-name"><input id="run-name" value=${name} placeholder=${usual} spellcheck="false" onInput=${(event) => setName(event.target.value)} /><//>
-    <div class="actions"><${Button} kind="first" busy=${sending === "now"} disabled=${sending || !plan} onClick=${() => send(false)}>${sending === "now" ? "Planning and starting" : "Start training"}<//><${Button} busy=${sending === "queue"} disabled=${sending || !plan} onClick=${() => send(true)}>${sending === "queue" ? "Planning" : "Add to queue"}<//></div>
+    <div class="actions"><${Button} kind="first" busy=${sending === "now"} disabled=${stopped} aria-describedby="why-not" onClick=${() => send(false)}>${sending === "now" ? "Planning and starting" : "Start training"}<//><${Button} busy=${sending === "queue"} disabled=${stopped} aria-describedby="why-not" onClick=${() => send(true)}>${sending === "queue" ? "Planning" : "Add to queue"}<//></div>
+    <div id="why-not" aria-live="polite">${why.length > 0 && html`<p class="problem"><span><b>Not ready to start.</b> ${why.join("; ")}</span></p>`}</div>
     ${busy && html`<p class="soft">A run is going on. Two at once share the machine; the queue starts one after the other.</p>`}<${Problem}>${problem}<//></div>`;
 }
 
@@ -91,12 +109,19 @@ function Setup({ groups, runs, onStarted }) {
   const reading = plan?.task?.id; // a large data set is read first; until then the plan counts full rows
   useEffect(() => { if (reading) onTaskEnd(reading, again); }, [reading]);
   if (!needed) return html`<${Missing} model=${model} />`;
-  const busy = runs.some((one) => one.state === "running");
-  return html`<div class="two"><div class="stack"><${Card} title="Goal"><${Goal} groups=${groups} settings=${settings} /><${Presets} model=${model} objective=${settings.objective || "sft"} preset=${preset} /><//>
-      <${SettingsForm} groups=${groups} settings=${settings} /></div>
+  return html`<div class="two"><div class="stack"><${Card} title="How much to train"><${Presets} model=${model} objective=${settings.objective || "sft"} preset=${preset} /><//>
+      <${Changes} groups=${groups} settings=${settings} said=${plan?.said || {}} /></div>
     <div class="side"><${Card} title="Plan" kind="plan"><p class="soft path">${lastPart(model)} · ${sets.map((one) => lastPart(one.path)).join(" + ")}</p><${Plan} plan=${plan} problem=${problem} />${reading && html`<p class="soft waiting">Reading the data for an exact plan</p>`}
-      <${Start} whole=${whole} plan=${problem ? null : plan} busy=${busy} onStarted=${onStarted} />
+      <${Start} whole=${whole} plan=${problem ? null : plan} runs=${runs} onStarted=${onStarted} />
       ${plan && html`<details><summary>The same as a command</summary><${Command} text=${plan.command} label="Command" />${plan.run_yaml && html`<${Command} text=${plan.run_yaml} label="run.yaml" />`}</details>`}<//></div></div>`;
+}
+
+// The settings behind the cards. They open by themselves where the server says that something is wrong in one of them.
+function Changes({ groups, settings, said }) {
+  const [open, set] = useState(false), names = new Set(groups.flatMap((group) => group.settings).map((one) => one.name));
+  const changed = Object.keys(settings).filter((name) => names.has(name)).length, wrong = Object.keys(said).length;
+  return html`<details class="changes" open=${open} onToggle=${(event) => set(event.target.open)}><summary>Change settings <span class="number">${wrong ? html`<span class="bad">${counted(wrong, "field")} to look at</span>` : changed ? `${counted(changed, "setting")} chosen` : ""}</span></summary>
+    ${open && html`<div class="stack"><${Card} title="Goal"><${Goal} groups=${groups} settings=${settings} /><//><${SettingsForm} groups=${groups} settings=${settings} said=${said} /></div>`}</details>`;
 }
 
 export function TrainPlace({ path }) {
