@@ -16,10 +16,10 @@ from mlx_lora.workbench.web import POLICY
 KEY = "correct horse"
 READ = (
     "/api/state", "/api/models", "/api/models/search?q=x", "/api/tasks", "/api/tasks/events", "/api/data/sets", "/api/settings",
-    "/api/presets", "/api/queue", "/api/runs", "/api/runs/x", "/api/runs/x/events", "/api/adapters", "/api/export/needs",
+    "/api/presets", "/api/example", "/api/queue", "/api/runs", "/api/runs/x", "/api/runs/x/events", "/api/adapters", "/api/export/needs",
 )  # fmt: skip
 WRITE = (
-    "/api/models/plan", "/api/models/download", "/api/models/convert", "/api/tasks/x/cancel", UPLOAD, "/api/data/preview",
+    "/api/example", "/api/models/plan", "/api/models/download", "/api/models/convert", "/api/tasks/x/cancel", UPLOAD, "/api/data/preview",
     "/api/train/plan", "/api/train/start", "/api/queue/move", "/api/queue/remove", "/api/runs/x/pause", "/api/runs/x/resume",
     "/api/runs/x/stop", "/api/runs/x/forgetting", "/api/talk", "/api/talk/close", "/api/export",
 )  # fmt: skip

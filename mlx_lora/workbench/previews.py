@@ -27,6 +27,7 @@ from mlx_lora.system.files import replacing_folder, sha256_of
 from mlx_lora.system.parsing import read_json
 from mlx_lora.workbench.child_processes import ended_words, start_child
 from mlx_lora.workbench.model_stores import local_model
+from mlx_lora.workbench.page_words import in_page_words
 from mlx_lora.workbench.preview_index import CUT, DOUBLED, FILE, FORM, LINE, META, SPLIT, SPLITS, build_index
 from mlx_lora.workbench.preview_worker import PROGRESS
 from mlx_lora.workbench.tasks import Cancelled, Task, Tasks, last_line
@@ -172,7 +173,7 @@ class Previews:
         if chosen == "refused":
             total = len(meta["refused"])
             for number, one in enumerate(meta["refused"][offset : offset + limit], offset):
-                rows.append({**_row(number, one), "form": "", "why": one["message"]})
+                rows.append({**_row(number, one), "form": "", "why": in_page_words(one["message"])})
         else:
             numbers = index.chosen.get(chosen)
             examples = len(index.examples) if numbers is None else len(numbers)
@@ -182,7 +183,9 @@ class Previews:
                 rows.append(_encoded_row(index, tokenizer, example, at % shown))
         return {
             "task": None, "total": total, "forms": meta["form_counts"], "counts": meta["counts"],
-            "histogram": meta["histogram"], "rows": rows, "problems": meta["refused"][:200], "notes": meta["notes"],
+            "histogram": meta["histogram"], "rows": rows,
+            "problems": [{**one, "message": in_page_words(one["message"])} for one in meta["refused"][:200]],
+            "notes": [in_page_words(note) for note in meta["notes"]],
             "max_seq_length": meta["max_seq_length"],
         }  # fmt: skip
 

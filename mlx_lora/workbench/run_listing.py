@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from mlx_lora.artifacts.checkpoint import LOCK_FILE
 from mlx_lora.artifacts.known_runs import KnownRun
 from mlx_lora.artifacts.rollout_page import ANSWERS_FILE, read_answers
 from mlx_lora.artifacts.run_report import FACTS_FILE
+from mlx_lora.data.spoken import spoken_turns, without_markers
 from mlx_lora.serving.asking import ApiError
 from mlx_lora.system.parsing import parse_json, parse_yaml
 from mlx_lora.system.program import command_line
 from mlx_lora.workbench.forgetting_routes import what_was_forgotten
 from mlx_lora.workbench.metrics_reading import last_values, read_columns
+from mlx_lora.workbench.page_words import in_page_words
 from mlx_lora.workbench.places import Places
 from mlx_lora.workbench.run_states import (
     NOTES_FILE,
@@ -118,7 +121,9 @@ class RunListing:
             )
         state = "queued" if queued else "stopped" if state == "waiting" else state
         steps = line["steps"] or (_steps_said(folder) if state == "running" else None)
-        return {**line, "state": state, "reason": reason, "steps": steps}
+        ending = started.asked if started is not None and state == "running" else None
+        reason = in_page_words(reason) if reason else reason
+        return {**line, "state": state, "reason": reason, "steps": steps, "ending": ending}
 
     def _read(self, folder: Path, started: Started | None) -> dict[str, Any]:
         settings, last = self.settings_of(folder, started), last_values(folder / METRICS)
@@ -128,6 +133,7 @@ class RunListing:
         return {
             "id": run_id(folder), "name": folder.name, "path": str(folder),
             "step": last.get("step", 0), "steps": steps, "loss": last.get("loss"), "val_loss": last.get("val_loss"),
+            "val_step": last.get("val_step"),
             "model": settings.get("model"), "method": settings.get("fine_tune_type") or settings.get("method") or "lora",
             "objective": settings.get("objective") or "sft", "started": begun, "seconds": last.get("elapsed_s"),
             "peak_bytes": last.get("peak_bytes"), "tokens_per_s": last.get("tokens_per_s"),
@@ -198,17 +204,25 @@ def command_of(folder: Path, facts: dict[str, Any]) -> str:
 
 
 def samples_of(folder: Path, facts: dict[str, Any], step: int) -> list[dict[str, Any]]:
-    """Return the texts before and after training, or of every validation, each with its step."""
+    """Return the texts before and after training, or of every validation, each with its step, without a template's markers."""
     found = []
     answers = read_answers(folder / ANSWERS_FILE) if (folder / ANSWERS_FILE).exists() else []
     for one in answers[-MOST_SAMPLES:]:
-        found.append({"step": one.get("step"), "prompt": _cut(one.get("prompt")), "text": _cut(one.get("answer"))})
+        found.append(_sample(one.get("step"), one.get("prompt"), one.get("answer"), ()))
     for sample in facts.get("samples") or [] if not found else []:
-        prompt = _cut(sample.get("prompt"))
-        found.append({"step": 0, "prompt": prompt, "text": _cut(sample.get("before"))})
+        prompt, specials = sample.get("prompt"), sample.get("specials") or ()
+        found.append(_sample(0, prompt, sample.get("before"), specials))
         if sample.get("after") is not None:
-            found.append({"step": step, "prompt": prompt, "text": _cut(sample["after"])})
+            found.append(_sample(step, prompt, sample["after"], specials))
     return found
+
+
+def _sample(step: int | None, prompt: Any, text: Any, specials: Iterable[str]) -> dict[str, Any]:
+    turns = spoken_turns(str(prompt or ""), specials)
+    # Who speaks is told where it is not simply the user's question.
+    told = [content if role in ("", "User") else f"{role}: {content}" for role, content in turns]
+    said = without_markers(str(text or ""), specials) or "(empty text)"
+    return {"step": step, "prompt": _cut("\n\n".join(told)), "text": _cut(said)}
 
 
 def _steps_said(folder: Path) -> int | None:

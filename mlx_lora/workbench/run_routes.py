@@ -204,7 +204,8 @@ class RunNews:
         said = self._log.new_lines()[-MOST_LINES:]
         if said:
             found.append({"type": "log", "lines": [COLOR.sub("", one.rpartition("\r")[2])[:2000] for one in said]})
-        state = state_of(self._folder, read_started(self._folder))
+        started = read_started(self._folder)
+        state = (*state_of(self._folder, started), started.asked if started else None)
         if state != self._state or any(one["type"] == "metrics" for one in found):
             found.append({"type": "state", **self._line()})
             self._state = state

@@ -93,6 +93,9 @@ export const readTasks = () => get("tasks");
 export const followTasks = (heard, signal) => follow("tasks/events", heard, signal);
 export const cancelTask = (id) => post(`tasks/${part(id)}/cancel`);
 
+export const readExample = () => get("example");
+export const fetchExample = () => post("example");
+
 export const readSets = () => get("data/sets");
 export const previewData = (question, signal) => post("data/preview", question, signal);
 

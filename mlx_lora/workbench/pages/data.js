@@ -70,11 +70,18 @@ function Spans({ spans }) {
   return html`<pre class="spans" tabindex="0">${spans.map((span, n) => (span.trained ? html`<mark key=${n}>${span.text}</mark>` : html`<span key=${n}>${span.text}</span>`))}</pre>`;
 }
 
+// A row as it is listed: what is only read, by its two ends; what is trained, whole unless it is very long.
+const ENDS = 140, MOST_READ = 360, MOST_TRAINED = 1200;
+function shortened({ text, trained }) {
+  if (trained) return text.length <= MOST_TRAINED ? text : text.slice(0, MOST_TRAINED).replace(/\s+\S*$/, "") + " …";
+  return text.length <= MOST_READ ? text : `${text.slice(0, ENDS).replace(/\s+\S*$/, "")} … ${text.slice(-ENDS).replace(/^\S*\s+/, "")}`;
+}
+
 function DataRow({ row }) {
-  const [open, set] = useState(false), long = row.spans.reduce((sum, span) => sum + span.text.length, 0) > 400;
+  const [open, set] = useState(false), short = row.spans.map((span) => ({ ...span, text: shortened(span) })), long = short.some((span, n) => span.text !== row.spans[n].text);
   return html`<article class=${"data-row" + (open ? " open" : "")}><header><span class="number"><b>${lastPart(row.file)}</b>, ${row.unit || "line"} ${count(row.line)}</span><span class="soft number">${[row.form, row.part, row.split === "valid" ? "held out" : ""].filter(Boolean).join(", ")} · ${counted(row.tokens, "token")}, ${count(row.trained_tokens)} trained</span>
       ${row.cut ? html`<${Chip} tone="warn">${row.cut === true ? "cut" : `cut by ${counted(row.cut, "token")}`}<//>` : null}${row.doubled_of !== null && row.doubled_of !== undefined && html`<${Chip} tone="warn">same as ${row.doubled_of.unit || "line"} ${count(row.doubled_of.line)}<//>`}</header>
-    <${Spans} spans=${row.spans} />${(row.more_characters || row.more_tokens) > 0 && html`<p class="soft number">Only the beginning is shown; ${row.more_tokens ? counted(row.more_tokens, "more token") : counted(row.more_characters, "more character")} follow.</p>`}
+    <${Spans} spans=${open ? row.spans : short} />${open && (row.more_characters || row.more_tokens) > 0 && html`<p class="soft number">Only the beginning is shown; ${row.more_tokens ? counted(row.more_tokens, "more token") : counted(row.more_characters, "more character")} follow.</p>`}
     ${long && html`<${Button} small onClick=${() => set(!open)} aria-expanded=${open}>${open ? "Show less" : "Show all"}<//>`}</article>`;
 }
 

@@ -3,6 +3,7 @@ import { useEffect, useState } from "./vendor/hooks.module.js";
 import { html, Button, Card, Chip, Command, Empty, Field, Heading, MemoryBar, Problem, Segments, StateChip, Waiting } from "./parts.js";
 import { changeProject, changeSettings, fieldProblems, go, linkTo, onTaskEnd, project, tell, useAsked, useLater, useStore, wholeSettings } from "./state.js";
 import { counted, duration, lastPart, rate } from "./format.js";
+import { Example } from "./example.js";
 import { SettingsForm } from "./settings_form.js";
 import { LiveRun } from "./live.js";
 import * as api from "./api.js";
@@ -100,7 +101,8 @@ function Queue({ runs, onChange }) {
 }
 
 const Missing = ({ model }) => html`<${Card}>${model ? html`<${Empty} icon="data" title="Add data first" action=${html`<${Button} kind="first" onClick=${() => go("data")}>Add data<//>`}>The plan needs to know how long your rows are.<//>`
-  : html`<${Empty} icon="model" title="Choose a model first" action=${html`<${Button} kind="first" onClick=${() => go("model")}>Choose a model<//>`}>Then add data. Training starts here.<//>`}<//>`;
+  : html`<${Empty} icon="model" title="Choose a model first" action=${html`<${Button} kind="first" onClick=${() => go("model")}>Choose a model<//>`}>Then add data. Training starts here.<//>`}<//>
+  ${!model && html`<${Example} />`}`;
 
 function Setup({ groups, runs, onStarted }) {
   const all = useStore(project), { model, sets, settings, preset } = all, whole = wholeSettings(all), late = useLater(whole, 250);
