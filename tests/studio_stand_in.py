@@ -161,7 +161,7 @@ class StandIn:
         if path.startswith("runs/"):
             return self._run(path.split("/")[1:], method, body)
         answer = {
-            "state": STATE, "tasks": {"tasks": []}, "models": {"models": MODELS, "stores": STORES}, "models/search": SEARCH, "models/plan": plan_of(body),
+            "example": EXAMPLE, "state": STATE, "tasks": {"tasks": []}, "models": {"models": MODELS, "stores": STORES}, "models/search": SEARCH, "models/plan": plan_of(body),
             "data/sets": {"sets": SETS}, "data/upload": {"path": "/home/me/mlx-lora-studio/data/" + request.query_params.get("name", "")},
             "data/preview": preview(self._hostile), "settings": {"groups": setting_groups()}, "presets": {"presets": PRESETS},
             "train/plan": {**plan_of(body), "command": "mlx-lora train --model Qwen/Qwen3-0.6B --data tutor.jsonl", "run_yaml": "rank: 16\nmodel: Qwen/Qwen3-0.6B\n", "steps": 240, "seconds": 660},
@@ -265,6 +265,7 @@ MODELS = [
     )
 ]  # fmt: skip
 STORES = [{"kind": "hub", "path": "/home/me/.cache/huggingface/hub", "exists": True}, {"kind": "lmstudio", "path": "/home/me/.lmstudio/models", "exists": False}]  # fmt: skip
+EXAMPLE = {"model": "/home/me/.cache/mlx_lora/models/SmolLM2.gguf", "here": False, "mb": 94, "data": "bard", "settings": {"iters": 24}, "questions": ["What makes the wind blow?", "How do I write my first poem?"]}
 SEARCH = {"results": [{"id": "Qwen/Qwen3-70B-4bit", "downloads": 12345, "likes": 67, "here": False}, {"id": "Qwen/Qwen3-0.6B", "downloads": 987654, "likes": 321, "here": True}], "offline": None}  # fmt: skip
 SETS = [
     {"name": "tutor.jsonl", "path": "/home/me/mlx-lora-studio/data/tutor.jsonl", "bytes": 412000, "changed": 1795700000}
