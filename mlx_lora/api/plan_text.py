@@ -56,7 +56,7 @@ def render(result: dict[str, Any]) -> str:
         f"  {gigabytes(result['needed_bytes']):>10}  = needed",
         "Peak by --grad-checkpoint: "
         + ", ".join(f"{mode} {gigabytes(size)}" for mode, size in result["peak_bytes_by_checkpointing"].items()),
-        f"Chosen: --batch-tokens {chosen['batch_tokens']} "
+        f"Chosen: --learning-rate {chosen['learning_rate']:g} {_length(result)}--batch-tokens {chosen['batch_tokens']} "
         f"({counted(chosen['rows'], 'row')} of {chosen['max_seq_length']:,}) "
         f"--grad-checkpoint {chosen['grad_checkpoint']} --rank {chosen['rank']}",
         *(
@@ -76,8 +76,17 @@ def render(result: dict[str, Any]) -> str:
         lines.append("Not counted: loading the model, compiling and measuring kernels, validation, texts of the report")
     if result["trunk"]:
         lines.append(f"Frozen blocks: {result['trunk']['words']}")
+    lines += [f"Warning: {problem}." for problem in result["warnings"]]
     lines += [f"Not known: what this model's blocks keep in memory ({reason})" for reason in result["not_known"]]
     return "\n".join([*lines, *([f"To fit: {result['advice']}"] if "advice" in result else [])])
+
+
+def _length(result: dict[str, Any]) -> str:
+    """Return the run's length as flags; empty if it is not known before the data is read."""
+    chosen, steps = result["settings"], result["steps"]
+    if chosen["iters"] is not None:
+        return f"--iters {chosen['iters']} "
+    return "" if steps is None else f"--epochs {chosen['epochs']:g} ({counted(steps, 'step')}) "
 
 
 def _data_words(result: dict[str, Any]) -> list[str]:

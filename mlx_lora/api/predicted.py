@@ -19,6 +19,7 @@ from mlx_lora.planner.this_machine import this_machine
 from mlx_lora.planner.trunk_plan import plan_trunk
 from mlx_lora.runs.trunk_choice import free_bytes, rows_problem
 from mlx_lora.settings.config import TrainSettings
+from mlx_lora.settings.defaults import DataFacts
 
 CHARACTERS_PER_TOKEN = 4  # about, in English; for the number of tokens in a data file
 
@@ -34,6 +35,7 @@ class DataSize:
         supervised_tokens: those of them that are trained.
         measured_tokens: of all rows, held-out ones included, which is what a reference, or a teacher, measures before the first step.
         prompts: that answers are sampled to, as `fit` takes them; not part of the plan's JSON.
+        facts: what the defaults follow; not part of the plan's JSON.
     """
 
     rows: int
@@ -42,10 +44,11 @@ class DataSize:
     supervised_tokens: int
     measured_tokens: int
     prompts: Prompts = ()
+    facts: DataFacts | None = None
 
-    def facts(self) -> dict[str, int]:
+    def numbers(self) -> dict[str, int]:
         """Return the numbers by name."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "prompts"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("prompts", "facts")}
 
 
 def predict(

@@ -37,12 +37,13 @@ from mlx_lora.planner.speed import Ceilings, listed_ceilings
 from mlx_lora.planner.this_machine import this_machine
 from mlx_lora.runs.composition import training_plan
 from mlx_lora.settings.config import TrainSettings
+from mlx_lora.settings.defaults import batch_tokens_for, length_problem, rate_problem, with_learning_rate, with_length
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.held_out import choose_held_out
 from mlx_lora.training.prefix_sharing import layout_problem
-from mlx_lora.training.run_fit import outlined_shape, prompts_of, quantized_shape, with_kernels
+from mlx_lora.training.run_fit import data_facts, outlined_shape, prompts_of, quantized_shape, with_kernels
 from mlx_lora.training.trainer import total_steps
 
 CHARACTERS_PER_TOKEN = 4  # about, in English; for the number of tokens in a data file
@@ -142,9 +143,16 @@ def plan_run(
         settings = dataclasses.replace(
             settings, data=dataclasses.replace(settings.data, max_seq_length=max(2, size.longest))
         )
+    warning = rate_problem(settings, shape.model_type, shape.width)
+    settings = with_learning_rate(settings, shape.model_type, shape.width)
     settings_of_base = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
     result = plan_for(settings, shape, machine, ceilings, size)
-    result["validation"] = splits and validation_of(settings, splits, result["settings"]["batch_tokens"], identity)
+    result["steps"], result["validation"], problems = settings.loop.iters, None, [warning]
+    if splits is not None and size is not None:
+        chosen = with_length(settings, result["settings"]["batch_tokens"], size.facts)
+        result["steps"], result["validation"], per_epoch = steps_and_validation(chosen, splits, identity)
+        problems.append(length_problem(chosen, result["steps"], per_epoch))
+    result["warnings"] = [problem for problem in problems if problem]
     if not result["fits"]:
         width, rows = settings.data.max_seq_length - 1, size and size.rows
         quantized = lambda: quantized_shape(outline, settings_of_base, kernels)  # noqa: E731
@@ -177,30 +185,29 @@ def measure_data(
         rows, parts = joined(rows), [joined(part) for part in parts]
     longest, measured = int(rows.lengths.max(initial=2)), sum(len((part.teacher or part).tokens) for part in parts)
     prompts = prompts_of(settings.objective, rows)
-    return settings, DataSize(len(rows), longest, len(rows.tokens), rows.supervised_tokens, measured, prompts)
+    facts = data_facts(rows, splits.valid)
+    return settings, DataSize(len(rows), longest, len(rows.tokens), rows.supervised_tokens, measured, prompts, facts)
 
 
-def validation_of(
-    settings: TrainSettings, splits: DataSplits, batch_tokens: int, identity: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """Return how much the run validates on, how often, and why.
+def steps_and_validation(
+    settings: TrainSettings, splits: DataSplits, identity: Mapping[str, Any] | None
+) -> tuple[int, dict[str, Any], float]:
+    """Return the run's steps, how much it validates on, how often and why, and the steps of one epoch.
 
     Args:
-        settings: of the run, with --shared-prefix on where prompts are shared.
+        settings: of the run with nothing open, and with --shared-prefix on where prompts are shared.
         splits: its data.
-        batch_tokens: that the run would choose.
         identity: as for `plan_run`.
     """
-    objective = objective_of(settings.objective)
+    objective, loop = objective_of(settings.objective), settings.loop
     splits = splits.changed(lambda sets: {name: objective.targets_of(rows) for name, rows in sets.items()})
     rows, shared = splits.train, settings.objective.shared_prefix == "on"
-    loop = dataclasses.replace(settings.loop, batch_tokens=batch_tokens)
-    epochs = loop.epochs or 1.0
-    if identity:
-        epochs = identity.get("price_epochs", 1.0)
+    epochs = identity.get("price_epochs", 1.0) if identity else loop.epochs or 1.0
     plan = training_plan(loop, joined(rows) if shared else rows, epochs)
-    found = choose_held_out(splits.valid, loop, plan, total_steps(plan, loop), identity)
-    return {"examples": found.examples, "tokens": found.tokens, "times": found.times, "words": found.words}
+    steps = total_steps(plan, loop)
+    found = choose_held_out(splits.valid, loop, plan, steps, identity)
+    validation = {"examples": found.examples, "tokens": found.tokens, "times": found.times, "words": found.words}
+    return steps, validation, len(plan) / loop.grad_accumulation_steps
 
 
 def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | None) -> tuple[Machine, Ceilings]:
@@ -227,12 +234,20 @@ def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | N
     return known.machine(memory_gb, number_bytes), listed_ceilings(known, number_bytes)
 
 
+def fitted_for(settings: TrainSettings, shape: ModelShape, machine: Machine, size: DataSize | None) -> Fitted:
+    """Return what `train` would choose for memory on a machine."""
+    width, rows, prompts = settings.data.max_seq_length - 1, size and size.rows, size.prompts if size else ()
+    most_tokens = batch_tokens_for(settings, size and size.facts)
+    return fit(settings, shape, machine, width, rows, prompts, most_tokens=most_tokens)
+
+
 def plan_for(
     settings: TrainSettings, shape: ModelShape, machine: Machine, ceilings: Ceilings, size: DataSize | None
 ) -> dict[str, Any]:
     """Return the plan for one machine, as JSON values."""
     width = settings.data.max_seq_length - 1
-    fitted = fit(settings, shape, machine, width, size and size.rows, size.prompts if size else ())
+    fitted = fitted_for(settings, shape, machine, size)
+    settings = with_length(settings, fitted.batch_tokens, size and size.facts)
     memory, budget = fitted.memory, budget_of(settings.loop, machine)
     rows, columns = largest_batch(width, settings, fitted.batch_tokens, size and size.rows)
     modes = {
@@ -273,7 +288,7 @@ def plan_for(
             "teacher": objective_of(settings.objective).distills is not None,
             "group_size": settings.objective.answers_per_prompt if settings.objective.samples else None,
         },
-        "data": size and size.facts(),
+        "data": size and size.numbers(),
         "machine": dataclasses.asdict(machine),
         "model": {
             "model_type": shape.model_type,
@@ -288,6 +303,9 @@ def plan_for(
 def chosen_settings(settings: TrainSettings, fitted: Fitted, rows: int) -> dict[str, Any]:
     """Return the settings that `train` would choose."""
     return {
+        "learning_rate": settings.optimizer.learning_rate,
+        "epochs": settings.loop.epochs,
+        "iters": settings.loop.iters,
         "batch_tokens": fitted.batch_tokens,
         "rows": rows,
         "grad_checkpoint": fitted.checkpointing,
@@ -302,11 +320,10 @@ def chosen_settings(settings: TrainSettings, fitted: Fitted, rows: int) -> dict[
 def for_all_chips(settings: TrainSettings, shape: ModelShape, size: DataSize | None) -> Iterator[dict[str, Any]]:
     """Yield one row for each chip and memory size."""
     number_bytes = 4 if settings.model.dtype == "float32" else 2
-    width = settings.data.max_seq_length - 1
     for chip in CHIPS:
         for memory_gib in chip.memory_gib:
             machine = chip.machine(memory_gib, number_bytes)
-            fitted = fit(settings, shape, machine, width, size and size.rows, size.prompts if size else ())
+            fitted = fitted_for(settings, shape, machine, size)
             yield _chip_row(settings, shape, chip, machine, fitted, size)
 
 

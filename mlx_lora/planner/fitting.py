@@ -129,10 +129,11 @@ def fit(
     most_rows: int | None = None,
     prompts: Prompts = (),
     ranks: int = 1,
+    most_tokens: int = DEFAULT_BATCH_TOKENS,
 ) -> Fitted:
     """Choose batch tokens and checkpointing if the settings leave them open.
 
-    The first choice that fits is returned: 2,048 tokens, then halves of it, each with the fastest mode first. If nothing
+    The first choice that fits is returned: `most_tokens`, then halves of it, each with the fastest mode first. If nothing
     fits, the smallest is returned, and its plan says that it does not fit.
 
     Args:
@@ -142,9 +143,10 @@ def fit(
         most_rows: the number of rows in the data; None: not known.
         prompts: that answers are sampled to; without any, that of the longest row.
         ranks: processes that a batch's examples are dealt to.
+        most_tokens: of a batch that suits the data (settings/defaults.py).
     """
     budget, together = budget_of(settings.loop, machine), settings.objective.trained_rows_per_example
-    for tokens, mode in _choices(settings.loop, width * settings.objective.rows_per_example):
+    for tokens, mode in _choices(settings.loop, width * settings.objective.rows_per_example, most_tokens):
         rows, columns = largest_batch(width, settings, tokens, most_rows)
         rows = -(-rows // (together * ranks)) * together
         run = run_of(settings, rows, columns, mode)
@@ -155,10 +157,10 @@ def fit(
     return found
 
 
-def _choices(loop: LoopSettings, longest: int) -> Iterator[tuple[int, str]]:
+def _choices(loop: LoopSettings, longest: int, most_tokens: int) -> Iterator[tuple[int, str]]:
     """Yield (batch tokens, mode), the preferred ones first; `longest` is the positions of the longest example."""
     modes = AUTO_MODES if loop.grad_checkpoint == "auto" else (loop.grad_checkpoint,)
-    tokens = loop.batch_tokens or DEFAULT_BATCH_TOKENS
+    tokens = loop.batch_tokens or most_tokens
     while True:
         yield from ((tokens, mode) for mode in modes)
         if loop.batch_tokens or loop.batch_size or tokens // 2 < max(SMALLEST_BATCH, longest):

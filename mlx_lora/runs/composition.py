@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +39,7 @@ from mlx_lora.runs.shared_base import SharedBase, check_blocks_are_apart, share_
 from mlx_lora.runs.trunk_choice import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
 from mlx_lora.runs.words import describe_run
 from mlx_lora.settings.config import LoopSettings, TrainSettings
+from mlx_lora.settings.defaults import chosen_words, length_problem, rate_problem, with_learning_rate, with_length
 from mlx_lora.system import device
 from mlx_lora.system.distributed import Ranks
 from mlx_lora.system.errors import InputError
@@ -56,7 +57,7 @@ from mlx_lora.training.plan_loss import loss_of_plan
 from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.prefix_sharing import layout_problem, sharing_problem
 from mlx_lora.training.rollouts import AnyPlan
-from mlx_lora.training.run_fit import fit_run
+from mlx_lora.training.run_fit import data_facts, fit_run
 from mlx_lora.training.state import Position
 from mlx_lora.training.step import Step
 from mlx_lora.training.taught_answers import Scorer
@@ -136,7 +137,8 @@ def compose(
     found = find_checkpoint(asked.loop, ranks, say)
     chosen, layout = choose_layout(asked, base, splits.train, objective, found, say)
     shape = shape_of(asked, base, chosen, shared)
-    settings, memory = fit_settings(layout.settled(asked), shape, layout.of(splits), chosen, shared, ranks)
+    begun = found.identity if found else None
+    settings, memory = fit_settings(layout.settled(asked), shape, layout.of(splits), chosen, shared, ranks, begun)
     layout, memory = that_fits(layout, settings, shape, splits.train, chosen.terms, memory)
     if objective.reference and splits.train.reference is None:
         of = chosen.loss, chosen.kernels  # in batches that fit, so that its peak is below a step's
@@ -169,7 +171,7 @@ def compose(
     take_first_ranks(ranks, step, say)
     at = beginning(found, loop)
     first, *rest = describe_run(settings, base, adapted, plan, steps, details, about, held_out.words)
-    words = [first, *filter(None, [taught.words]), *rest]
+    words = [first, *filter(None, [taught.words, *choices(asked, settings, shape, splits, plan, steps)]), *rest]
     folder = RunFolder(settings, info, identity, ranks, step, at)
     return Composed(folder, task, plan, validation, steps, found, memory, words, trunk, splits.test, taught.scorer)
 
@@ -305,18 +307,60 @@ def fit_settings(
     chosen: LossAndKernels,
     shared: SharedBase,
     ranks: Ranks,
+    begun: Mapping[str, Any] | None = None,
 ) -> tuple[TrainSettings, MemoryPlan]:
     """Return the settings with everything chosen that was open, and the memory that the run needs.
+
+    Args:
+        asked: the settings as given.
+        shape, splits, chosen, shared, ranks: of the run.
+        begun: the identity of the checkpoint to go on from, whose choices are kept; None: the run begins.
 
     Raises:
         InputError: the run does not fit.
     """
+    asked = with_learning_rate(as_begun(asked, begun), shape.model_type, shape.width)
     dealt_to = 1 if shared.cut_by > 1 else ranks.size  # ranks with parts of layers all compute every row
-    fitted = fit_run(asked, shape, splits.train, chosen.terms, dealt_to)
+    facts = data_facts(splits.train, splits.valid)
+    fitted = fit_run(asked, shape, splits.train, chosen.terms, dealt_to, facts)
+    asked = with_length(asked, fitted.batch_tokens, facts, begun and begun.get("price_epochs"))
     day = splits.chat_day.isoformat() if splits.chat_day else None  # the same one with --resume on another day
     checkpointing = shared.checkpointing(fitted.checkpointing, ranks)
-    loop = replace(asked.loop, batch_tokens=fitted.batch_tokens, grad_checkpoint=checkpointing)
+    loop = replace(asked.loop, grad_checkpoint=checkpointing)
     return replace(asked, data=replace(asked.data, chat_date=day), loop=loop), fitted.memory
+
+
+def choices(
+    asked: TrainSettings, settings: TrainSettings, shape: ModelShape, splits: DataSplits, plan: AnyPlan, steps: int
+) -> list[str]:
+    """Return lines on what was chosen for this model and data, and warnings of what was given; some are empty.
+
+    Args:
+        asked, settings: before and after everything was chosen.
+        shape, splits, plan, steps: of the run.
+    """
+    facts, per_epoch = data_facts(splits.train, splits.valid), len(plan) / settings.loop.grad_accumulation_steps
+    return [
+        chosen_words(asked, settings, f"{shape.model_type} of width {shape.width:,}", facts, steps),
+        *(
+            f"Warning: {problem}."
+            for problem in (
+                rate_problem(asked, shape.model_type, shape.width),
+                length_problem(settings, steps, per_epoch),
+            )
+            if problem
+        ),
+    ]
+
+
+def as_begun(asked: TrainSettings, begun: Mapping[str, Any] | None) -> TrainSettings:
+    """Return the settings with the rate and the batch that the run was begun with, where they are open."""
+    if begun is None:
+        return asked
+    rate, tokens = asked.optimizer.learning_rate, asked.loop.batch_tokens
+    optimizer = replace(asked.optimizer, learning_rate=begun.get("learning_rate") if rate is None else rate)
+    loop = replace(asked.loop, batch_tokens=begun.get("batch_tokens") if tokens is None else tokens)
+    return replace(asked, optimizer=optimizer, loop=loop)
 
 
 def training_plan(loop: LoopSettings, rows: EncodedSet, epochs: float) -> BatchPlan:

@@ -150,7 +150,9 @@ class OptimizerSettings:
     """Defaults: AdamW as in torch (with bias correction), 3% warm-up, cosine to zero, global-norm clip 1.0."""
 
     optimizer: str = setting("adamw", "Optimizer.", TRAINING, choices=tuple(OPTIMIZERS))
-    learning_rate: float = setting(2e-4, "Peak learning rate.", TRAINING, common=True, more_than=0, at_most=1000)
+    learning_rate: float | None = setting(None,
+        "Peak learning rate (default: by the model's width and family; 1.3e-3 for SmolLM2-135M, 2.9e-4 for Llama 3 8B).",
+        TRAINING, common=True, more_than=0, at_most=1000)
     lr_schedule: str = setting("cosine", "Shape after the warm-up.", TRAINING, choices=SCHEDULES)
     warmup: float = setting(0.03, "Warm-up: a share of all steps if below 1, otherwise a number of steps.",
         TRAINING, at_least=0)
@@ -168,13 +170,15 @@ class LoopSettings:
         OUTPUT, common=True, may_change=True, per_machine=True)
     iters: int | None = setting(None, "Number of optimizer steps (default: --epochs passes over the data).",
         TRAINING, common=True, may_change=True, at_least=1)
-    epochs: float | None = setting(None, "Passes over the data (default 1).",
+    epochs: float | None = setting(None,
+        "Passes over the data (default: 1, or as many as give a small set about 100 steps).",
         TRAINING, common=True, may_change=True, more_than=0, at_most=10**9)
     batch_size: int | None = setting(None, "Rows per micro-batch (default: as many as fit into --batch-tokens).",
         TRAINING, common=True, at_least=1, at_most=10**6)
     batch_tokens: int | None = setting(None,
-        f"Tokens per micro-batch, padding included, unless --batch-size is given (default: {DEFAULT_BATCH_TOKENS}, or "
-        "less if the planner finds that it does not fit).", TRAINING, at_least=2, at_most=10**9)
+        f"Tokens per micro-batch, padding included, unless --batch-size is given (default: 4 to 32 rows, the more rows the data "
+        f"has, at most {DEFAULT_BATCH_TOKENS} tokens; less if the planner finds that it does not fit).",
+        TRAINING, at_least=2, at_most=10**9)
     grad_accumulation_steps: int = setting(1, "Micro-batches per optimizer step, weighted by their tokens.",
         TRAINING, at_least=1, at_most=10**6)
     batch_parts: int = setting(1,
@@ -210,7 +214,8 @@ class LoopSettings:
     steps_per_report: int | None = setting(None,
         "Steps between reports (default: a twentieth of the run, at most 25).",
         OUTPUT, may_change=True, at_least=1)
-    steps_per_eval: int = setting(200, "Steps between validations; 0: only at the end.",
+    steps_per_eval: int | None = setting(None,
+        "Steps between validations; 0: only at the end (default: 200, or a tenth of a run that may end early).",
         VALIDATION, may_change=True, at_least=0)
     val_batches: int | None = setting(None,
         "Batches per validation; -1: all, 0: no validation (default: as many rows as a tenth of the run's work allows, "
@@ -220,16 +225,18 @@ class LoopSettings:
         OUTPUT, may_change=True, at_least=0)
     keep: int = setting(3, "Newest checkpoints to keep, in addition to the one with the best validation; 0: all.",
         OUTPUT, may_change=True, at_least=0, at_most=10**9)
-    keep_best: bool = setting(False,
-        "End with the adapter of the best validation, not of the last step (needs --save-every).",
+    keep_best: bool | None = setting(None,
+        "End with the adapter of the best validation, not of the last step; needs --save-every (default: in a run that may "
+        "end early).",
         VALIDATION, may_change=True)
     metric_for_best_model: str = setting("loss",
         "How to tell the best validation, for --keep-best, early stopping and the checkpoint to keep: by the lowest "
         "loss, or by the highest accuracy on preference pairs (if equal, by the lower loss).",
         VALIDATION, may_change=True, choices=("loss", "accuracy"))
     early_stopping_patience: int | None = setting(None,
-        "End after this many validations in a row without a better one (default: never).",
-        VALIDATION, may_change=True, at_least=1, at_most=10**9)
+        "End after this many validations in a row without a better one; 0: never (default: 3 if neither --epochs nor --iters "
+        "is given and at least 20 examples are held out).",
+        VALIDATION, may_change=True, at_least=0, at_most=10**9)
     early_stopping_threshold: float = setting(0.0,
         "An improvement in validation loss or accuracy only counts if it is larger than this.",
         VALIDATION, may_change=True, at_least=0, at_most=10**9)

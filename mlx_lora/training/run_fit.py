@@ -37,6 +37,7 @@ from mlx_lora.planner.shapes import KernelTerms, Machine, ModelShape, NotKnown
 from mlx_lora.planner.tensor_plan import cut_config
 from mlx_lora.planner.this_machine import this_machine
 from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, ObjectiveSettings, TrainSettings
+from mlx_lora.settings.defaults import DataFacts, batch_tokens_for
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.beside import beside_bytes
@@ -48,7 +49,12 @@ FROZEN_COPIES = {"pissa": 1, "relora": 3}
 
 
 def fit_run(
-    settings: TrainSettings, shape: ModelShape, rows: EncodedSet, kernels: KernelTerms, ranks: int = 1
+    settings: TrainSettings,
+    shape: ModelShape,
+    rows: EncodedSet,
+    kernels: KernelTerms,
+    ranks: int = 1,
+    facts: DataFacts | None = None,
 ) -> Fitted:
     """Choose the settings that the user did not give, and refuse a run that does not fit in memory.
 
@@ -58,6 +64,7 @@ def fit_run(
         rows: training data; its longest row and its number of rows bound a batch.
         kernels: the memory of the chosen kernels.
         ranks: processes that share each batch's rows.
+        facts: about the data, for the size of a batch; None: as much as fits, up to the default.
 
     Raises:
         InputError: see `check_fits`.
@@ -65,9 +72,14 @@ def fit_run(
     machine = replace(this_machine(settings.model.dtype), kernels=kernels)
     width = max(1, int(rows.lengths.max(initial=2)) - 1)
     prompts = prompts_of(settings.objective, rows)
-    fitted = fit(settings, shape, machine, width, len(rows), prompts, ranks)
+    fitted = fit(settings, shape, machine, width, len(rows), prompts, ranks, batch_tokens_for(settings, facts))
     check_fits(settings, fitted, shape, machine, width, most_rows=len(rows), prompts=prompts)
     return fitted
+
+
+def data_facts(rows: EncodedSet, held_out: EncodedSet | None) -> DataFacts:
+    """Return the size of the data to train on, which the defaults follow."""
+    return DataFacts(rows.examples, int((rows.lengths - 1).sum()), 0 if held_out is None else held_out.examples)
 
 
 def prompts_of(objective: ObjectiveSettings, rows: EncodedSet) -> Prompts:
