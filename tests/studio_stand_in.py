@@ -163,8 +163,8 @@ class StandIn:
         answer = {
             "example": EXAMPLE, "state": STATE, "tasks": {"tasks": []}, "models": {"models": MODELS, "stores": STORES}, "models/search": SEARCH, "models/plan": plan_of(body),
             "data/sets": {"sets": SETS}, "data/upload": {"path": "/home/me/mlx-lora-studio/data/" + request.query_params.get("name", "")},
-            "data/preview": preview(self._hostile), "settings": {"groups": setting_groups()}, "presets": {"presets": PRESETS},
-            "train/plan": {**plan_of(body), "command": "mlx-lora train --model Qwen/Qwen3-0.6B --data tutor.jsonl", "run_yaml": "rank: 16\nmodel: Qwen/Qwen3-0.6B\n", "steps": 240, "seconds": 660},
+            "data/preview": preview(self._hostile), "settings": {"groups": setting_groups()}, "train/rule": {"cards": RULE},
+            "train/plan": run_plan_of(body),
             "train/start": {"run": self.runs[0]["id"]}, "queue": {"queue": [run for run in self.runs if run["state"] == "queued"][:3]},
             "runs": {"runs": self.runs}, "adapters": {"adapters": ADAPTERS}, "talk/close": {}, "export/needs": NEEDS,
             "export": {"task": "t1", "command": "mlx-lora export --to gguf"},
@@ -208,6 +208,31 @@ def plan_of(body: dict[str, Any]) -> dict[str, Any]:
     peak = sum(part["bytes"] for part in parts)
     line = f"Peak {peak / GB:.2f} GB of 12.70 GB; about {640 // large} tokens/s (predicted)."
     return {"fits": peak < 12.7e9, "peak_bytes": peak, "limit_bytes": 12.7e9, "parts": parts, "tokens_per_s": 640 / large, "predicted": True, "line": line, "problems": []}  # fmt: skip
+
+
+def run_plan_of(body: dict[str, Any]) -> dict[str, Any]:
+    """The plan of a card's run: half or twice the steps of the usual one."""
+    card, settings = body.get("card") or "balanced", body.get("settings", {})
+    factor, rank = {"quick": (0.5, 8), "balanced": (1, 16), "thorough": (2, 32)}[card]
+    own = {} if card == "balanced" else {"rank": rank, "epochs": 2.0 * factor}
+    plan = plan_of({"settings": {"rank": rank, **settings}})
+    steps = settings.get("iters") or round(240 * factor)
+    chosen = {
+        "learning_rate": settings.get("learning_rate", 5e-4),
+        "epochs": 2.0 * factor,
+        "iters": settings.get("iters"),
+        "rank": rank,
+    }
+    warnings = (
+        ["“Learning rate” 1: the run will probably diverge; about 0.0005 suits this model"]
+        if settings.get("learning_rate") == 1
+        else []
+    )
+    return {
+        **plan, "card": card, "own": {k: v for k, v in own.items() if k not in settings}, "task": None, "waits": False, "chosen": chosen, "steps": steps, "seconds": 2.75 * steps,
+        "command": "mlx-lora train --model Qwen/Qwen3-0.6B --data tutor.jsonl", "run_yaml": "rank: 16\nmodel: Qwen/Qwen3-0.6B\n",
+        "said": {}, "warnings": warnings, "warned": {"learning_rate": warnings[0]} if warnings else {},
+    }  # fmt: skip
 
 
 def preview(hostile: str) -> dict[str, Any]:
@@ -265,16 +290,19 @@ MODELS = [
     )
 ]  # fmt: skip
 STORES = [{"kind": "hub", "path": "/home/me/.cache/huggingface/hub", "exists": True}, {"kind": "lmstudio", "path": "/home/me/.lmstudio/models", "exists": False}]  # fmt: skip
-EXAMPLE = {"model": "/home/me/.cache/mlx_lora/models/SmolLM2.gguf", "here": False, "mb": 94, "data": "bard", "settings": {"iters": 24}, "questions": ["What makes the wind blow?", "How do I write my first poem?"]}
+EXAMPLE = {
+    "model": "/home/me/.cache/mlx_lora/models/SmolLM2.gguf",
+    "here": False,
+    "mb": 94,
+    "data": "bard",
+    "settings": {"iters": 24},
+    "questions": ["What makes the wind blow?", "How do I write my first poem?"],
+}
 SEARCH = {"results": [{"id": "Qwen/Qwen3-70B-4bit", "downloads": 12345, "likes": 67, "here": False}, {"id": "Qwen/Qwen3-0.6B", "downloads": 987654, "likes": 321, "here": True}], "offline": None}  # fmt: skip
 SETS = [
     {"name": "tutor.jsonl", "path": "/home/me/mlx-lora-studio/data/tutor.jsonl", "bytes": 412000, "changed": 1795700000}
 ]
-PRESETS = [
-    {"name": "quick", "line": "A first look: rank 8, 100 steps.", "settings": {"rank": 8, "alpha": 16.0, "iters": 100}},
-    {"name": "balanced", "line": "The usual choice: rank 16, one pass over the data.", "settings": {"epochs": 1.0}},
-    {"name": "thorough", "line": "The most: rank 32, three passes, the best adapter is kept.", "settings": {"rank": 32, "alpha": 64.0, "epochs": 3.0}},
-]  # fmt: skip
+RULE = {card: {"steps": steps, "epochs": epochs, "rank": rank, "learning_rate": 5e-4} for card, steps, epochs, rank in (("quick", 118, 1.0, 8), ("balanced", 236, 2.0, 16), ("thorough", 472, 4.0, 32))}  # fmt: skip
 ADAPTERS = [{"name": f"tutor-{n}", "path": f"/home/me/mlx-lora-studio/runs/tutor-{n}", "base": "Qwen/Qwen3-0.6B", "run": f"run-{n:03}"} for n in range(3)]  # fmt: skip
 NEEDS = {name: {"needs": needs, "ok": not needs.startswith("log")} for name, needs in (("peft", "nothing more"), ("gguf-adapter", "the base as GGUF beside it"), ("gguf", "nothing more"), ("hf", "1.2 GB of disk"), ("ollama", "Ollama, to run it"), ("hub", "log in first: hf auth login"))}  # fmt: skip
 SAMPLES = [{"step": step, "prompt": "Why does ice float?", "text": text} for step, text in ((0, "Ice floats because it is less dense than water."), (20, "Good question! What happens to water's volume when it freezes?"))]  # fmt: skip

@@ -14,16 +14,14 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.data.data_report import row_pieces
-from mlx_lora.models.gguf_arch import model_config
+from mlx_lora.models.gguf_tokenizer_folder import gguf_tokenizer_folder
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.serving.asking import ApiError
 from mlx_lora.sources.data_sets import find_sets
-from mlx_lora.sources.gguf_reader import read_gguf
-from mlx_lora.sources.gguf_tokenizer import write_tokenizer
 from mlx_lora.sources.hub import HUB_ID, resolve_config, resolve_tokenizer
 from mlx_lora.system.cache import cache_dir
 from mlx_lora.system.errors import InputError, RunError
-from mlx_lora.system.files import replacing_folder, sha256_of
+from mlx_lora.system.files import sha256_of
 from mlx_lora.system.parsing import read_json
 from mlx_lora.workbench.child_processes import ended_words, start_child
 from mlx_lora.workbench.model_stores import local_model
@@ -228,7 +226,7 @@ def tokenizer_folder(model: str) -> Path:
     """
     path = Path(model).expanduser()
     if path.is_file():
-        return _gguf_tokenizer(path)
+        return gguf_tokenizer_folder(path)
     if path.is_dir():
         return path
     found = HUB_ID.fullmatch(model)
@@ -237,20 +235,6 @@ def tokenizer_folder(model: str) -> Path:
     folder = resolve_tokenizer(model) if found else resolve_config(model)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise InputError(f"model {model!r}: has no tokenizer.json; choose another model")
-    return folder
-
-
-def _gguf_tokenizer(path: Path) -> Path:
-    """Return the cached folder with a GGUF file's tokenizer."""
-    stat = path.stat()
-    folder = (
-        cache_dir("previews") / f"tokenizer-{sha256_of(f'{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}')[:16]}"
-    )
-    if not (folder / "config.json").is_file():
-        file = read_gguf(path)
-        with replacing_folder(folder) as temporary:
-            write_tokenizer(file.metadata, temporary)
-            (temporary / "config.json").write_text(json.dumps(model_config(file), default=str), encoding="utf-8")
     return folder
 
 

@@ -205,7 +205,9 @@ def shown_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
         "parts": [{"name": name, "bytes": size} for name, size in plan["parts"].items()],
         "tokens_per_s": predicted["tokens_per_s"], "seconds": seconds, "predicted": True,
         "line": in_page_words(f"{line}; {speed}{lasting} (predicted)."), "problems": [], "said": {},
-        "chosen": plan["settings"], "model": plan["model"], "data": plan["data"],
+        "chosen": plan["settings"], "model": plan["model"], "data": plan["data"], "steps": plan["steps"],
+        "warnings": [in_page_words(warning) for warning in plan["warnings"]],
+        "warned": {name: in_page_words(warning) for warning in plan["warnings"] for name in fields_in(warning)[:1]},
     }  # fmt: skip
 
 
@@ -215,19 +217,9 @@ def refused_plan(problem: str) -> dict[str, Any]:
     return {
         "fits": False, "peak_bytes": None, "needed_bytes": None, "limit_bytes": None, "parts": [], "tokens_per_s": None,
         "seconds": None, "predicted": True, "line": words, "problems": [words],
-        "said": dict.fromkeys(fields_in(problem), words), "chosen": None, "model": None, "data": None,
+        "said": dict.fromkeys(fields_in(problem), words), "chosen": None, "model": None, "data": None, "steps": None,
+        "warnings": [], "warned": {},
     }  # fmt: skip
-
-
-def steps_of(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> int | None:
-    """Return about how many optimizer steps a run takes; None: not known before its data is read."""
-    if settings.get("iters"):
-        return int(settings["iters"])
-    data, chosen = plan["data"], plan["settings"]
-    if not data:
-        return None
-    each = chosen["batch_tokens"] * int(settings.get("grad_accumulation_steps") or 1)
-    return max(1, round(data["tokens"] * float(settings.get("epochs") or 1.0) / each))
 
 
 def _key(settings: Mapping[str, Any]) -> str:

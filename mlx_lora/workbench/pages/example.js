@@ -12,11 +12,11 @@ export function Example() {
   if (!about) return null;
   const start = async (model) => {
     try {
-      changeProject({ model, sets: [{ path: about.data, weight: 1 }], settings: about.settings, preset: null });
+      changeProject({ model, sets: [{ path: about.data, weight: 1 }], settings: {}, preset: null });
       const taken = new Set((await api.readRuns()).runs.map((one) => one.name));
       let name = NAME;
       for (let n = 2; taken.has(name); n++) name = `${NAME}-${n}`;
-      const { run } = await api.startRun(wholeSettings(project.get()), name, true); // at once, unless a run goes on
+      const { run } = await api.startRun({ ...wholeSettings(project.get()), ...about.settings }, null, name, true); // at once, unless a run goes on
       tell("The example is training");
       go("train", run.id || run);
     } catch (error) { setProblem(error.message); setBusy(false); }
