@@ -92,6 +92,14 @@ class Plans:
         """
         return self._planned({name: value for name, value in settings.items() if name != "data"})
 
+    def known(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the plan of a run if it was made before; None: it was not, and is not made now."""
+        try:
+            found = self._kept.get(_key(settings))
+        except InputError:
+            return None
+        return found if isinstance(found, dict) else None
+
     def of_run(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Task | None]:
         """Return the plan of a run, and the task that reads its data if that takes long; until then the data counts nothing.
 

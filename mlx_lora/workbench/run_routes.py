@@ -95,8 +95,9 @@ class TrainRoutes:
                 raise ApiError(409, f"the data is still being read, and the length of a {card} run depends on it; wait for its card",
                     "data_is_read")  # fmt: skip
             settings = {**own, **settings}
-            plan, _ = self._plans.of_run(settings)
-            peak, steps = plan["peak_bytes"], plan["steps"]
+            # A run does not wait for a plan that the page has not shown: it makes its own, and says how many steps it takes.
+            if plan := self._plans.known(settings):
+                peak, steps = plan["peak_bytes"], plan["steps"]
         except InputError:
             pass  # the command itself says what is wrong, in its log
         return {"run": self._control.start(settings, body.get("name"), bool(body.get("queue")), peak, steps)}

@@ -1,5 +1,5 @@
 // Train: what to aim for, how, and what it will take; then the run itself.
-import { useEffect, useState } from "./vendor/hooks.module.js";
+import { useEffect, useRef, useState } from "./vendor/hooks.module.js";
 import { html, Button, Card, Chip, Command, Empty, Field, Heading, MemoryBar, Problem, Segments, StateChip, Waiting } from "./parts.js";
 import { changeProject, changeSettings, fieldProblems, go, linkTo, project, tell, useAsked, useLater, useStore, wholeSettings } from "./state.js";
 import { counted, lastPart } from "./format.js";
@@ -64,7 +64,7 @@ function Start({ whole, card, plan, runs, onStarted }) {
   const why = reasons(wrong, plan, settings), stopped = sending || why.length > 0;
   useEffect(() => setProblem(""), [JSON.stringify(whole), name]);
   const send = async (queue) => {
-    setSending(queue ? "queue" : "now"); // the server waits for the plan, of a large data set for some seconds
+    setSending(queue ? "queue" : "now"); 
     try {
       const { run } = await api.startRun(whole, card, name.trim() || usual, queue);
       setProblem("");
@@ -75,7 +75,7 @@ function Start({ whole, card, plan, runs, onStarted }) {
     setSending("");
   };
   return html`<div class="start"><${Field} label="Name of the run" id="run-name"><input id="run-name" value=${name} placeholder=${usual} spellcheck="false" onInput=${(event) => setName(event.target.value)} /><//>
-    <div class="actions"><${Button} kind="first" busy=${sending === "now"} disabled=${stopped} aria-describedby="why-not" onClick=${() => send(false)}>${sending === "now" ? "Planning and starting" : "Start training"}<//><${Button} busy=${sending === "queue"} disabled=${stopped} aria-describedby="why-not" onClick=${() => send(true)}>${sending === "queue" ? "Planning" : "Add to queue"}<//></div>
+    <div class="actions"><${Button} kind="first" busy=${sending === "now"} disabled=${stopped} aria-describedby="why-not" onClick=${() => send(false)}>${sending === "now" ? "Starting" : "Start training"}<//><${Button} busy=${sending === "queue"} disabled=${stopped} aria-describedby="why-not" onClick=${() => send(true)}>${sending === "queue" ? "Adding" : "Add to queue"}<//></div>
     <div id="why-not" aria-live="polite">${why.length > 0 && html`<p class="problem"><span><b>Not ready to start.</b> ${why.join("; ")}</span></p>`}</div>
     ${busy && html`<p class="soft">A run is going on. Two at once share the machine; the queue starts one after the other.</p>`}<${Problem}>${problem}<//></div>`;
 }
@@ -97,11 +97,13 @@ const Missing = ({ model }) => html`<${Card}>${model ? html`<${Empty} icon="data
 function Setup({ groups, runs, onStarted }) {
   const all = useStore(project), { model, sets, settings } = all, chosen = all.preset || USUAL, whole = wholeSettings(all), late = useLater(whole, 250);
   const needed = Boolean(model && (sets.length || settings.objective === "distill")), cards = useCards(late, chosen, needed);
+  // While a plan is made again, the one before stays, marked; what is started is told by the new one.
+  const now = cards.plans[chosen], before = useRef(null), plan = now || before.current, current = JSON.stringify(late) === JSON.stringify(whole) ? now : null;
+  before.current = plan;
   if (!needed) return html`<${Missing} model=${model} />`;
-  const plan = cards.plans[chosen], current = JSON.stringify(late) === JSON.stringify(whole) ? plan : null;
   return html`<div class="two"><div class="stack"><${Card} title="How much to train" note=${`${lastPart(model)} · ${sets.map((one) => lastPart(one.path)).join(" + ")}`}><${Cards} whole=${late} cards=${cards} chosen=${chosen} /><//>
       <${Changes} groups=${groups} settings=${settings} plan=${plan} /></div>
-    <div class="side"><${Card} title="Plan" kind="plan"><${Plan} plan=${plan} problem=${cards.problem} />${plan?.task && html`<p class="soft waiting">Reading the data for an exact plan</p>`}
+    <div class="side"><${Card} title="Plan" kind=${now ? "plan" : "plan stale"} note=${plan && !now ? html`<span class="waiting">planning again</span>` : ""}><${Plan} plan=${plan} problem=${cards.problem} />${plan?.task && html`<p class="soft waiting">Reading the data for an exact plan</p>`}
       <${Start} whole=${whole} card=${chosen} plan=${current} runs=${runs} onStarted=${onStarted} />
       ${plan && html`<details><summary>The same as a command</summary><${Command} text=${plan.command} label="Command" />${plan.run_yaml && html`<${Command} text=${plan.run_yaml} label="run.yaml" />`}</details>`}<//></div></div>`;
 }
