@@ -174,7 +174,7 @@ def test_cards_are_never_blank_and_show_the_plan_when_it_is_there(studio, server
     figures = page.locator(".run-card dd[data-figure=steps]")
     for number, words in enumerate(("about 118", "about 236", "about 472")):
         figures.nth(number).filter(has_text=words).wait_for()
-    assert page.locator(".run-card dd[data-figure='learning rate']").all_inner_texts() == ["5.0e-4"] * 3
+    assert page.locator(".run-card dd[data-figure='learning rate']").all_inner_texts() == ["0.0005"] * 3
     opened.append(True)
     while held:
         held.pop().continue_()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import yaml
@@ -12,7 +13,9 @@ from studio_client import furnish, studio, upload, wait_for
 
 from mlx_lora.settings.config import FIELDS
 from mlx_lora.workbench.model_stores import ollama_models
+from mlx_lora.workbench.run_plans import Plans
 from mlx_lora.workbench.setting_groups import OWN
+from mlx_lora.workbench.tasks import Tasks
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +250,19 @@ def test_a_plan_of_a_run_has_its_command_and_its_settings(client, named, home):
     assert list(wrong["said"]) == ["learning_rate"]
     none = client.post("/api/train/plan", json={"settings": {}}).json()
     assert none["problems"] == ["choose a model first"]
+
+
+@pytest.mark.slow
+def test_a_server_that_ends_waits_for_no_plan(tmp_path):
+    plans = Plans(Tasks(tmp_path))
+    assert plans._processes.submit(int, "3").result(timeout=300) == 3  # the process has begun
+    working = plans._processes.submit(time.sleep, 600)
+    children = list(plans._processes._processes.values())
+    plans.close()
+    with pytest.raises(BrokenProcessPool):
+        working.result(timeout=60)
+    assert children
+    assert wait_for(lambda: not any(child.is_alive() for child in children) or None, 60)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,14 @@ class Plans:
     """Plans by (model, settings, data), the most recently asked ones."""
 
     def __init__(self, tasks: Tasks):
-        self._processes = _new_processes()
+        self._processes, self._wanted = _new_processes()
         self._kept: OrderedDict[str, dict[str, Any] | str] = OrderedDict()
         self._lock, self._tasks = threading.Lock(), tasks
         self._reading: dict[str, Task] = {}
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes, whatever they are planning."""
+        self._wanted.close()
         self._processes.shutdown(wait=False, cancel_futures=True)
 
     def of_config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +133,7 @@ class Plans:
         except BrokenProcessPool:
             with self._lock:
                 if self._processes is processes:
-                    self._processes = _new_processes()
+                    self._processes, self._wanted = _new_processes()
             raise ApiError(
                 503,
                 "the planner's process was ended, perhaps for lack of memory; close other programs and ask again",
@@ -163,21 +165,23 @@ class Plans:
         return result
 
 
-def _new_processes() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn"), _begin_process)
+def _new_processes() -> tuple[ProcessPoolExecutor, Connection]:
+    """Return the processes, and the end of a pipe: when it is closed, they end."""
+    context = multiprocessing.get_context("spawn")
+    wanted, held = context.Pipe(duplex=False)
+    return ProcessPoolExecutor(PROCESSES, context, _begin_process, (wanted,)), held
 
 
-def _begin_process() -> None:
-    """Set up a process: it leaves Ctrl-C to the server, and ends with it."""
+def _begin_process(wanted: Connection) -> None:
+    """Set up a process: it leaves Ctrl-C to the server, and ends with it, or when it is no longer wanted."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     server = multiprocessing.parent_process()
 
-    def end_with_server() -> None:
-        if server is not None:
-            server.join()
-            os._exit(0)
+    def end_when_told() -> None:
+        wait([wanted, *([server.sentinel] if server is not None else [])])
+        os._exit(0)
 
-    threading.Thread(target=end_with_server, daemon=True).start()
+    threading.Thread(target=end_when_told, daemon=True).start()
 
 
 @lru_cache(maxsize=1)

@@ -31,7 +31,7 @@ export function useCards(whole, chosen, needed) {
   return { ...state, plans: state.key === key ? state.plans : {}, fresh: state.key === key };
 }
 
-const rateWords = (rate) => (rate === null || rate === undefined ? "–" : rate >= 0.001 && rate < 1000 ? String(rate) : rate.toExponential(1).replace("e+", "e"));
+const rateWords = (rate) => (rate === null || rate === undefined ? "–" : String(rate));
 const about = (words) => (words === "–" ? "–" : `about ${words}`);
 const several = (epochs) => (epochs ? `${epochs === 1 ? "1 pass" : `${count(epochs)} passes`} over the data` : "");
 
