@@ -257,6 +257,7 @@ def test_a_server_that_ends_waits_for_no_plan(tmp_path):
     plans = Plans(Tasks(tmp_path))
     assert plans._processes.submit(int, "3").result(timeout=300) == 3  # the process has begun
     working = plans._processes.submit(time.sleep, 600)
+    wait_for(working.running)
     children = list(plans._processes._processes.values())
     plans.close()
     with pytest.raises(BrokenProcessPool):
