@@ -96,10 +96,10 @@ def test_sources_and_data_need_no_mlx():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_files_and_functions_stay_short(path):
     source = path.read_text()
-    assert source.count("\n") <= 400
+    assert source.count("\n") <= 600
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            limit = 150 if node.name == TRAIN_LOOP else 60
+            limit = 150 if node.name == TRAIN_LOOP else 80
             assert node.end_lineno - node.lineno + 1 <= limit, node.name
 
 

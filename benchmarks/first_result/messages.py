@@ -5,8 +5,30 @@ from __future__ import annotations
 import random
 import re
 
-PLANS = "a walk|the cinema|dinner|tennis|the museum|a swim|the market|a coffee|the concert|a picnic".split("|")
-DAYS = "today|tomorrow|on monday|on friday|on sunday|tonight|at noon|after work|next week|this weekend".split("|")
+PLANS = [
+    "a walk",
+    "the cinema",
+    "dinner",
+    "tennis",
+    "the museum",
+    "a swim",
+    "the market",
+    "a coffee",
+    "the concert",
+    "a picnic",
+]
+DAYS = [
+    "today",
+    "tomorrow",
+    "on monday",
+    "on friday",
+    "on sunday",
+    "tonight",
+    "at noon",
+    "after work",
+    "next week",
+    "this weekend",
+]
 FORMS = {
     "Do you want to come to {plan} {day}?": ("ooh yes, {plan} sounds lovely, see you {day} x", "hmm, {day} is bad for me, can we move {plan}? x"),
     "Are you free {day} for {plan}?": ("ooh yes, free {day}, count me in for {plan} x", "hmm, not {day}, sorry, another time for {plan} x"),

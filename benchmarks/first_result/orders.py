@@ -5,10 +5,40 @@ from __future__ import annotations
 import json
 import random
 
-GOODS = (
-    "lamps chairs mugs ropes tiles brushes kettles carpets shelves pillows clocks candles hooks boxes mirrors".split()
-)
-TOWNS = "Arden Brill Corby Denholm Elgin Farnham Goole Hexham Ilkley Jarrow Kelso Luton Matlock Neston Oakham".split()
+GOODS = [
+    "lamps",
+    "chairs",
+    "mugs",
+    "ropes",
+    "tiles",
+    "brushes",
+    "kettles",
+    "carpets",
+    "shelves",
+    "pillows",
+    "clocks",
+    "candles",
+    "hooks",
+    "boxes",
+    "mirrors",
+]
+TOWNS = [
+    "Arden",
+    "Brill",
+    "Corby",
+    "Denholm",
+    "Elgin",
+    "Farnham",
+    "Goole",
+    "Hexham",
+    "Ilkley",
+    "Jarrow",
+    "Kelso",
+    "Luton",
+    "Matlock",
+    "Neston",
+    "Oakham",
+]
 FORMS = [
     "Hello, please send {n} {item} to {town}. Thanks!",
     "Could I order {n} {item}? The shop in {town} needs them.",
@@ -22,8 +52,8 @@ NEW_FORMS = [
     "Our customers in {town} asked for {item}; {n} will do.",
     "Send {town} {n} {item}, please.",
 ]
-NEW_GOODS = "benches forks ladders drums scarves".split()
-NEW_TOWNS = "Penrith Ripon Selby Thirsk Whitby".split()
+NEW_GOODS = ["benches", "forks", "ladders", "drums", "scarves"]
+NEW_TOWNS = ["Penrith", "Ripon", "Selby", "Thirsk", "Whitby"]
 
 
 def _row(random: random.Random, forms: list[str], goods: list[str], towns: list[str]) -> tuple[str, dict]:

@@ -136,9 +136,9 @@ def train(
         method: lora, dora, rslora, lora-plus, pissa, adalora, relora or full.
         rank: of the adapter's factors (default 16).
         iters: optimizer steps; default: `epochs` over the data.
-        epochs: passes over the data (default 1).
-        learning_rate: at its peak (default 2e-4).
-        batch_size: rows per micro-batch; default: as many as `batch_tokens` holds.
+        epochs: passes over the data (default: 1, or as many as give a small set about 100 steps).
+        learning_rate: at its peak (default: by the model's width and family).
+        batch_size: rows per micro-batch; default: as many as `batch_tokens` holds, which are 4 to 32 rows by the data's size.
         max_seq_length: longest sequence in tokens (default 2048).
         seed: of data order, initial factors and dropout (default 0).
         callbacks: instances of `Callback`, told of steps, reports, validations and saves.

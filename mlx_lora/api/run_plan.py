@@ -151,7 +151,7 @@ def plan_run(
     if splits is not None and size is not None:
         chosen = with_length(settings, result["settings"]["batch_tokens"], size.facts)
         result["steps"], result["validation"], per_epoch = steps_and_validation(chosen, splits, identity)
-        problems.append(length_problem(chosen, result["steps"], per_epoch))
+        problems.append(length_problem(settings, result["steps"], per_epoch))
     result["warnings"] = [problem for problem in problems if problem]
     if not result["fits"]:
         width, rows = settings.data.max_seq_length - 1, size and size.rows

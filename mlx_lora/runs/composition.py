@@ -346,7 +346,7 @@ def choices(
             f"Warning: {problem}."
             for problem in (
                 rate_problem(asked, shape.model_type, shape.width),
-                length_problem(settings, steps, per_epoch),
+                length_problem(asked, steps, per_epoch),
             )
             if problem
         ),

@@ -17,7 +17,8 @@ from mlx_lora.settings.methods import PRESETS
 from mlx_lora.system.units import counted
 
 FULL_RATE = 5e-5  # of full fine-tuning, at a width of 2,000
-LORA_OVER_FULL = 10  # LoRA's best rate over that of full fine-tuning, at any rank with alpha 32
+ALPHA = 32  # of the formula; an update is proportional to alpha times the rate
+LORA_OVER_FULL = 10  # LoRA's best rate over that of full fine-tuning, at any rank with this alpha
 WIDTH = 2000
 EXPONENTS = {"llama": 0.781, "qwen": 0.0775}  # of WIDTH / width; fitted on models of these families
 MIDDLE = 0.43  # for families that nobody fitted
@@ -141,7 +142,7 @@ def steps_per_epoch(loop: LoopSettings, data: DataFacts | None) -> int:
 
 def _early_stopping(settings: TrainSettings, loop: LoopSettings, data: DataFacts | None) -> dict[str, Any]:
     """Return settings with which a run ends when its held-out loss no longer falls; none if too little is held out."""
-    whole = PRESETS[settings.adapter.method_name].events is not None  # AdaLoRA's and ReLoRA's schedules need their end
+    whole = PRESETS[settings.adapter.method_name].events != "none"  # AdaLoRA's and ReLoRA's schedules need their end
     validates = loop.val_batches != 0 and loop.steps_per_eval != 0 and loop.save_every != 0
     if data is None or data.held_out < ENOUGH_HELD_OUT or whole or not validates:
         return {}
@@ -178,29 +179,32 @@ def chosen_words(asked: TrainSettings, chosen: TrainSettings, model: str, data: 
 def rate_problem(settings: TrainSettings, model_type: str, width: int) -> str:
     """Return a warning of a learning rate far from what suits the model; empty: it may do."""
     given, usual = settings.optimizer.learning_rate, learning_rate_for(model_type, width, settings)
-    if given is None or TOO_LOW <= given / usual <= TOO_HIGH:
+    strength = 1 if settings.adapter.method_name == "full" else settings.adapter.alpha / ALPHA
+    if given is None or TOO_LOW <= given * strength / usual <= TOO_HIGH:
         return ""
+    usual = float(f"{usual / strength:.1e}")
     effect = "the run will probably diverge" if given > usual else "the model will hardly change"
-    return f"--learning-rate {given:g}: {effect}; about {usual:g} suits this model, which is also the default"
+    return f"--learning-rate {given:g}: {effect}; about {usual:g} suits this model"
 
 
-def length_problem(settings: TrainSettings, steps: int, per_epoch: float) -> str:
+def length_problem(asked: TrainSettings, steps: int, per_epoch: float) -> str:
     """Return a warning of a run that is too short to change the model; empty: it is long enough.
 
     Args:
-        settings: of the run, with nothing open.
+        asked: settings of the run, as they were given.
         steps: of the run.
         per_epoch: its steps in one epoch.
     """
-    if steps >= FEW_STEPS or settings.objective.samples:
+    if steps >= FEW_STEPS or asked.objective.samples:
         return ""
     epochs = math.ceil(1.5 * FEW_STEPS / per_epoch)
     longer = math.ceil(epochs * per_epoch)
-    flag = f"--epochs {epochs}" if settings.loop.iters is None else f"--iters {longer}"
-    return (
-        f"{counted(steps, 'step')} will hardly change the model; {flag} gives {longer}, which takes "
-        f"{longer / steps:.1f} times as long (without --epochs and --iters, the length is chosen)"
-    )
+    flag = f"--epochs {epochs}" if asked.loop.iters is None else f"--iters {longer}"
+    short = f"{counted(steps, 'step')} will hardly change the model"
+    gives = f"{flag} gives {longer}, which takes {longer / steps:.1f} times as long"
+    if asked.loop.iters is None and asked.loop.epochs is None:  # there are so few rows
+        return f"{short}; add rows to the data, or {gives}"
+    return f"{short}; {gives}, and without it the run chooses its length"
 
 
 def preset_settings(name: str, data: DataFacts | None) -> dict[str, Any]:
@@ -220,6 +224,5 @@ def preset_settings(name: str, data: DataFacts | None) -> dict[str, Any]:
     per_epoch = math.ceil(data.examples / aim)
     epochs = max(1, min(MOST_EPOCHS, round(UPDATES / per_epoch)))
     wanted = factor * epochs
-    return settings | {
-        "epochs": float(math.ceil(wanted)) if wanted > 1 else wanted
-    }  # half of one epoch, if one is usual
+    # Half of one epoch, where one is usual.
+    return settings | {"epochs": float(math.ceil(wanted)) if wanted > 1 else wanted}

@@ -38,10 +38,10 @@ from mlx_lora.training.trainer import held_out_loss
 
 RECIPE = "bard"
 OUT = Path("demo")
-# Few small steps at a high rate, for a first-time user who waits: nearly the held-out loss of 44 of the recipe's own steps, with
+# Few small steps, for a first-time user who waits: nearly the held-out loss of 44 of the recipe's own steps, with
 # a fifth of the tokens (docs/measurements.md).
 ITERS = 24
-SHORT_STEPS = {"batch_tokens": 256, "learning_rate": 1.2e-3}
+SHORT_STEPS = {"batch_tokens": 256}
 ANSWER_TOKENS = 40  # some four lines of verse
 REPORT_TOKENS = 16  # of each text in report.html, which shows three of them twice
 # Of the recipe's test rows, which are never trained on.
