@@ -40,7 +40,7 @@ function figures(plan, rule) {
   const waits = plan && (plan.waits || (plan.task && plan.steps === null));
   if (!plan || !plan.chosen || waits) return { steps: about(count(rule?.steps)), time: "", memory: "", rate: rateWords(plan?.chosen?.learning_rate ?? rule?.learning_rate), epochs: rule?.epochs };
   const { chosen } = plan;
-  return { steps: plan.steps === null ? about(count(rule?.steps)) : count(plan.steps), time: duration(plan.seconds), memory: bytes(plan.peak_bytes), rate: rateWords(chosen.learning_rate), epochs: chosen.iters ? null : chosen.epochs };
+  return { steps: plan.steps === null ? about(count(rule?.steps)) : count(plan.steps), time: duration(plan.seconds), memory: bytes(plan.peak_bytes), rate: rateWords(chosen.learning_rate), epochs: chosen.iters ? null : chosen.epochs, early: chosen.early_stopping_patience > 0 };
 }
 
 function OneCard({ id, title, words, plan, rule, chosen }) {
@@ -49,7 +49,7 @@ function OneCard({ id, title, words, plan, rule, chosen }) {
   return html`<label class=${"preset run-card" + (chosen ? " chosen" : "")} aria-busy=${plan ? undefined : "true"}><input type="radio" name="preset" value=${id} checked=${chosen} onChange=${() => changeProject({ preset: id })} /><b>${title}</b>
     <span class="soft">${words}</span>
     <dl class="card-figures number">${rows.map(([name, one]) => html`<div key=${name}><dt>${name}</dt><dd data-figure=${name}>${one}</dd></div>`)}</dl>
-    <span class="soft">${several(shown.epochs) || " "}${plan?.fits === false && plan.peak_bytes ? html` <${Chip} tone="bad">too large<//>` : null}</span></label>`;
+    <span class="soft">${several(shown.epochs) || " "}${shown.early ? "; ends before if it no longer improves" : ""}${plan?.fits === false && plan.peak_bytes ? html` <${Chip} tone="bad">too large<//>` : null}</span></label>`;
 }
 
 export function Cards({ whole, cards, chosen }) {
