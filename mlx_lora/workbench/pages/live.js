@@ -131,7 +131,7 @@ export function LiveRun({ id, title, onState }) {
       <dl class="tiles">${FACTS.map(([words, tell]) => html`<div key=${words}><dt>${words}</dt><dd class="number">${tell(now)}</dd></div>`)}</dl>
       ${run.state === "running" && !run.step && !asked && html`<p class="soft waiting">${[...run.log].reverse().find((line) => line.trim()) || "Starting the process"}</p>`}
       ${run.adapter && !ACTIVE.has(run.state) && html`<p><a class="button first" href=${linkTo("talk", run.id)}>Talk to it</a></p>`}
-      ${left !== null && html`<p class="soft number">about ${duration(left)} left</p>`}
+      ${left !== null && !asked && html`<p class="soft number">about ${duration(left)} left</p>`}
       <${Curves} run=${run} metrics=${metrics} drawn=${drawn} /><//>
     <${Samples} samples=${run.samples} />
     <${Card} title="Log"><${Log} lines=${run.log} /><//>`;

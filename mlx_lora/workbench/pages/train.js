@@ -126,7 +126,7 @@ export function TrainPlace({ path }) {
   const started = (id) => { look(); pick(id); setView("run"); scrollTo(0, 0); };
   const shown = picked || running[0]?.id || null;
   const views = [["setup", "New run"], ["run", "Live", shown && running.length ? running.length : undefined]];
-  return html`<${Heading} title="Train" actions=${html`<${Segments} label="What to show" name="train-view" value=${view || "setup"} options=${views} onChange=${setView} />`}>${view === "run" ? "The run as it goes. It does not need this page: close it, and it goes on." : "Choose how much to train; each card shows the run that it starts."}<//>
+  return html`<${Heading} title="Train" actions=${html`<${Segments} label="What to show" name="train-view" value=${view} options=${views} onChange=${setView} />`}>${view === "run" ? "The run as it goes. It does not need this page: close it, and it goes on." : "Choose how much to train; each card shows the run that it starts."}<//>
     <${Problem} again=${again}>${problem}<//>
     ${view === "run" ? html`<div class="stack">${running.length > 1 && html`<${Segments} label="Which run" name="which" value=${shown} options=${running.map((one) => [one.id, one.name])} onChange=${pick} />`}
         ${shown ? html`<${LiveRun} key=${shown} id=${shown} onState=${look} />` : html`<${Card}><${Empty} icon="train" title="Nothing is training">Start a run under “New run”. One that was started in a terminal appears here by itself.<//><//>`}
