@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_lora.system.supervise import last_given
+
 POLL_S = 0.02
 REPOSITORY = Path(__file__).parents[1]
 
@@ -76,7 +78,8 @@ def run_child(
     variables = {**child_environment(), **(environment or {})}
     with log.open("w", encoding="utf-8") as output:
         started_unix_s, start = time.time(), time.perf_counter()
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables)
+        # Flags for one side come after the common ones, and beat them.
+        child = subprocess.Popen(last_given(command), stdout=output, stderr=subprocess.STDOUT, env=variables)
         try:
             ended, status, usage = os.wait4(child.pid, os.WNOHANG)
             while not ended:

@@ -35,6 +35,8 @@ from _ours import read_metrics
 from _processes import ChildFailed, child_environment, last_lines
 from _random_llama import write_random_llama
 
+from mlx_lora.system.supervise import last_given
+
 FIGURES = ("tokens_per_s", "supervised_tokens_per_s", "steady_tokens_per_s")
 
 
@@ -43,7 +45,7 @@ def command(args: argparse.Namespace, folder: Path, flags: str) -> list[str]:
     words = [sys.executable, "-m", "mlx_lora.train", "--model", args.model, "--data", args.data]
     words += ["--adapter-path", str(folder / "run"), "--rank", "8", "--iters", str(args.steps)]
     words += ["--batch-tokens", str(args.batch_tokens), "--steps-per-report", "1", "--save-every", "0"]
-    return [*words, "--valid-fraction", "0", "--val-batches", "0", *shlex.split(flags)]
+    return last_given([*words, "--valid-fraction", "0", "--val-batches", "0", *shlex.split(flags)])
 
 
 def run_ranks(args: argparse.Namespace, count: int, folder: Path, flags: str) -> dict[str, Any]:

@@ -33,6 +33,7 @@ WAITING = 4096
 @flags.settings_options("model")
 @click.option(
     "--adapter",
+    "--adapter-path",
     "adapters",
     multiple=True,
     help="Adapter: DIR, NAME=DIR, or NAME=OWNER/NAME of the hub; may be repeated. The first one answers at the start.",

@@ -49,7 +49,7 @@ from mlx_lora.system.errors import InputError
 @click.option("--trust-remote-code", is_flag=True, help="Let the model's repository run its own code.")
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 def main(model: str, out: Path, revision: str | None, report: Path | None, **flags: Any) -> None:
-    """Convert a model into a folder that mlx-lm and mlx_lora load."""
+    """Convert a model into a folder that mlx-lm and mlx-lora load."""
     text = _read_text(report)
     target = _target(flags)
     dtype = compute_dtype(flags["dtype"])

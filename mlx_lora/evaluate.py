@@ -32,7 +32,7 @@ from mlx_lora.training.drift import NO_CHANGE, SMALL_CHANGE
 
 @click.command(cls=flags.Command)
 @flags.settings_options("model", "data", "objective", leave_out=("decode_weights", "valid_fraction", "shared_prefix"))
-@click.option("--adapter-path", type=str, default=None, help="Adapter folder, or hub id, to put on the model.")
+@flags.adapter_option(help="Adapter folder, or hub id, to put on the model.")
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
 @flags.ignore_fingerprint_option
 @click.option("--batch-tokens", type=click.IntRange(min=2), default=None, help="Tokens per batch, padding included.")
@@ -82,7 +82,10 @@ def main(
     page = Path(report).expanduser() if report else None
     if page is not None and (page.is_dir() or not page.parent.is_dir()):
         raise InputError(f"--report {report}: not a file in an existing folder; name one, as in forgetting.html")
-    adapters = [resolve_adapter(adapter_path, adapter_revision), *(resolve_adapter(other, None) for other in against)]
+    adapters = [
+        resolve_adapter(adapter_path, adapter_revision),
+        *(resolve_adapter(flags.adapter_source(a)) for a in against),
+    ]
     settings = with_columns_of_run(settings, flags.given(options), adapters[0], console.echo)
     base = load_base(settings.model)
     found = measure_forgetting(base, adapters, settings.data, general, ignore_fingerprint, batch_tokens, console.echo)

@@ -28,10 +28,7 @@ from mlx_lora.system import console
 
 @click.command(cls=flags.ShortCommand)
 @flags.settings_options("model", leave_out=("quantized_matmul", "decode_weights"))
-@click.option(
-    "--adapter-path",
-    type=str,
-    default=None,
+@flags.adapter_option(
     help="Adapter folder or hub id, ours, mlx-lm's or PEFT's; optional for gguf and ollama.",
 )
 @click.option(
@@ -47,8 +44,10 @@ from mlx_lora.system import console
 )
 @click.option(
     "--gguf-type",
-    type=click.Choice(tuple(TYPES), False),
+    type=str,
+    callback=lambda _, __, text: text and text.lower(),
     default=None,
+    metavar="[" + "|".join(TYPES) + "]",
     help=f"Type of the weights of a merged GGUF; norms and biases stay f32 [default: {DEFAULT_TYPE}].",
 )
 @click.option(

@@ -29,7 +29,7 @@ from mlx_lora.training.agreement import check_one_run
 
 @click.command(cls=flags.ShortCommand)
 @flags.settings_options("model")
-@click.option("--adapter-path", type=str, default=None, help="Adapter folder, or hub id, to put on the model.")
+@flags.adapter_option(help="Adapter folder, or hub id, to put on the model.")
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
 @flags.ignore_fingerprint_option
 @click.option("-p", "--prompt", type=str, required=True, help="The prompt; - reads standard input.")

@@ -36,6 +36,7 @@ SHUTDOWN_S = 5
 @flags.settings_options("model", "serve")
 @click.option(
     "--adapter",
+    "--adapter-path",
     "adapters",
     multiple=True,
     help="Adapter: DIR, NAME=DIR, or NAME=OWNER/NAME of the hub; may be repeated.",

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_lora.system.supervise import last_given
+
 REPOSITORY = Path(__file__).parents[1]
 TIMEOUT_S = 240.0
 
@@ -102,7 +104,11 @@ class Started:
             with self.logs[rank].open("w") as log, self.outs[rank].open("w") as out:
                 self.processes.append(
                     subprocess.Popen(
-                        [*(prefixes[rank] if prefixes else ()), sys.executable, *map(str, command)],
+                        [
+                            *(prefixes[rank] if prefixes else ()),
+                            sys.executable,
+                            *last_given([str(word) for word in command]),
+                        ],
                         stdout=out,
                         stderr=log,
                         env={**environment, "MLX_RANK": str(rank)},

@@ -7,6 +7,8 @@ import importlib
 import io
 from typing import NamedTuple
 
+from mlx_lora.system.supervise import last_given
+
 
 class Ran(NamedTuple):
     code: int
@@ -18,8 +20,11 @@ class Ran(NamedTuple):
         return [line for line in self.err.splitlines() if line.strip()]
 
 
-def run(command: str, *arguments: object) -> Ran:
+def run(command: str, *arguments: object, exactly: bool = False) -> Ran:
     """Run `mlx_lora.<command>` and return exit code, standard output and standard error.
+
+    Flags at the end beat the same flags before them, unless the arguments are to be given `exactly` so: commands refuse
+    an option that is given twice.
 
     An error nobody foresaw propagates: to a test that is a traceback.
     """
@@ -28,7 +33,8 @@ def run(command: str, *arguments: object) -> Ran:
     code = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            main.main([str(a) for a in arguments], prog_name=f"mlx_lora.{command}")
+            words = [str(a) for a in arguments]
+            main.main(words if exactly else last_given(words), prog_name=f"mlx_lora.{command}")
         except SystemExit as end:
             code = end.code or 0
     return Ran(code, out.getvalue(), err.getvalue())

@@ -106,7 +106,7 @@ def test_a_run_goes_on_tomorrow_with_todays_date(tiny_folder, tmp_path, monkeypa
     clock(monkeypatch, NEXT)
     another = run(*common, "--adapter-path", tmp_path / "a", "--iters", 6, "--resume", "--chat-date", "2026-01-06")
     assert another.code == 2
-    assert "from another run: rows" in another.err
+    assert "from another run: the rows" in another.err
 
 
 def test_a_template_without_a_date_leaves_none_in_the_settings(tiny_folder, chats, tmp_path):

@@ -9,13 +9,15 @@ import sys
 
 import pytest
 from conftest import tiny_model, write_folder
+from make_adapters import adapt_and_save
 from mlx.utils import tree_flatten
-from run_cli import run
+from run_cli import one_line, run
 
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.system import console
 from mlx_lora.system.errors import InputError
+from mlx_lora.system.supervise import last_given, smaller
 
 
 @pytest.fixture
@@ -128,3 +130,59 @@ def test_the_package_and_its_help_come_at_once(code, limit_s):
     ran = [subprocess.run(words, capture_output=True, text=True, timeout=60, check=True) for _ in range(5)]
     assert min(float((one.stdout if code is IMPORT else one.stderr).split()[-1]) for one in ran) < limit_s
     assert ("Usage: " in ran[0].stdout) == (code is HELP)
+
+
+@pytest.mark.parametrize("second", ["--adapter-path", "--adapter"])
+def test_an_option_of_one_value_is_not_given_twice(second, tmp_path):
+    ran = run("fuse", "--model", "m", "--adapter-path", "a", second, "b", "--out", tmp_path / "out", exactly=True)
+    one_line(ran, "--adapter-path", second, "chat", "--blend")  # and what takes several
+    one_line(run("train", "--rank", 4, "--rank=8", "--model", "m", exactly=True), "--rank")
+    assert "--rank" not in run("train", "--rank", 4, "--model", "m").err
+    # Options that may be repeated still are.
+    assert "--adapter" not in run("chat", "--model", tmp_path / "none", "--blend", "c=a:1", "--blend", "d=a:1").err
+
+
+@pytest.mark.parametrize(
+    "written", [("--adapter-path", ""), ("--adapter", ""), ("--adapter", "b="), ("--adapter-path", "b=")]
+)
+def test_an_adapter_is_named_the_same_way_in_every_command_that_reads_one(written, tiny_folder, chats, tmp_path):
+    adapt_and_save(tiny_folder, tmp_path / "a")
+    given = ("--model", tiny_folder, written[0], f"{written[1]}{tmp_path / 'a'}")
+    evaluated = run("evaluate", *given, "--data", chats, "--json")
+    plain = run("evaluate", "--model", tiny_folder, "--data", chats, "--json")
+    assert json.loads(evaluated.out)["loss"] != json.loads(plain.out)["loss"]
+    assert run("generate", *given, "--prompt", "Say 1.", "--max-tokens", 2).code == 0
+    assert run("export", *given, "--to", "peft", "--out", tmp_path / "peft").code == 0
+    assert run("fuse", *given, "--out", tmp_path / "fused").code == 0
+    assert "cannot" not in run("chat", *given, "--temp", "inf").err
+
+
+@pytest.mark.parametrize("flag", ["--adapter", "--adapter-path"])
+def test_chat_and_serve_take_both_spellings(flag, tiny_folder, tmp_path):
+    for command in ("chat", "serve"):
+        one_line(run(command, "--model", tiny_folder, flag, f"b={tmp_path / 'none'}"), str(tmp_path / "none"))
+
+
+def test_flags_at_the_end_of_a_composed_command_take_the_place_of_its_own():
+    begun = [
+        "python",
+        "-m",
+        "mlx_lora.train",
+        "--rank=4",
+        "--grad-checkpoint",
+        "none",
+        "-c",
+        "a.yaml",
+        "--force",
+        "--resume",
+        "--seed",
+        "-1",
+    ]
+    restarted = last_given([*begun, *smaller(2)])
+    assert restarted == [
+        "python", "-m", "mlx_lora.train", "--rank=4", "-c", "a.yaml", "--force", "--seed", "-1",
+        "--resume", "--batch-parts", "2", "--grad-checkpoint", "block",
+    ]  # fmt: skip
+    assert last_given(["--rank", "4", "--rank=8"]) == ["--rank=8"]
+    repeated = ["serve", "--adapter", "a", "--adapter", "b"]
+    assert last_given(repeated) == repeated

@@ -45,7 +45,7 @@ def messages(record: dict, **settings: object) -> list[tuple[str, str]]:
 def ceilings(monkeypatch):
     """What this machine can do, without half a second of measuring for each plan."""
     found = Ceilings(1e11, 1e10, 1e8, 0.0, "measured here")
-    monkeypatch.setattr("mlx_lora.api.run_plan.measure_ceilings", lambda dtype, **_: found)
+    monkeypatch.setattr("mlx_lora.api.run_plan.ceilings_here", lambda dtype, **_: found)
 
 
 def refused(ran, words: str) -> None:

@@ -39,7 +39,7 @@ def command(model, data, folder, *extra) -> tuple:
 
 
 def start(*words, **options) -> subprocess.Popen:
-    line = [sys.executable, "-m", "mlx_lora", *(str(word) for word in words)]
+    line = [sys.executable, "-m", "mlx_lora", *supervise.last_given([str(word) for word in words])]
     return subprocess.Popen(line, stderr=subprocess.PIPE, text=True, **options)
 
 

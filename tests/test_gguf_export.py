@@ -382,3 +382,31 @@ def test_llamacpp_says_what_we_say_on_real_models(model, size, judge, tmp_path):
     for prompt, (ids, new, _) in zip(judge.PROMPTS, found, strict=True):
         assert base.hf_tokenizer(prompt)["input_ids"] == ids
         assert says_the_same(base.model, ids, new), prompt
+
+
+def test_what_to_type_next_is_said_for_each_program(folder, tmp_path):
+    adapter = ("--adapter-path", tmp_path / "a")
+    adapt_and_save(folder, tmp_path / "a")
+
+    def told(to: str, name: str, *more: object) -> str:
+        ran = run("export", "--model", folder, *adapter, "--to", to, "--out", tmp_path / name, *more)
+        assert ran.code == 0, ran.err
+        return ran.err
+
+    modelfile = tmp_path / "My Ollama" / "Modelfile"
+    ollama = told("ollama", "My Ollama")
+    assert f"ollama create my-ollama -f '{modelfile}'" in ollama
+    assert "ollama run my-ollama" in ollama
+    merged = told("gguf", "m.gguf")
+    assert f"lms import {tmp_path / 'm.gguf'}" in merged
+    assert f"llama-quantize {tmp_path / 'm.gguf'} {tmp_path / 'm-Q4_K_M.gguf'} Q4_K_M" in merged
+    assert "llama-quantize" not in told("gguf", "q.gguf", "--gguf-type", "q8_0")  # it is small already
+    assert f"--lora {tmp_path / 'a.gguf'}" in told("gguf-adapter", "a.gguf")
+
+
+@pytest.mark.parametrize("kind", ["q4_k_m", "Q4_K_M", "iq4_xs", "q6_k"])
+def test_a_type_that_only_llamacpp_writes_is_refused_with_the_command_that_makes_it(kind, folder, tmp_path):
+    ran = export(folder, tmp_path / "m.gguf", "--gguf-type", kind)
+    one_line(ran, "--gguf-type f16", f"llama-quantize {tmp_path / 'm-f16.gguf'}", f" {kind.upper()}")
+    assert "llama-quantize" not in export(folder, tmp_path / "m.gguf", "--gguf-type", "zip").err
+    assert not (tmp_path / "m.gguf").exists()

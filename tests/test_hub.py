@@ -137,6 +137,7 @@ def test_refused_adapters_are_one_line_each(endpoint, tmp_path) -> None:
     )
     assert "HF_HUB_OFFLINE" in offline[0]["error"]
     assert "Hugging Face is unreachable" in unreachable[0]["error"]
+    assert "mlx-lora demo" in unreachable[0]["error"]  # it works all the same
 
 
 def test_an_adapter_folder_here_comes_first(tmp_path, monkeypatch) -> None:

@@ -440,7 +440,7 @@ def test_terms_are_what_was_measured(own_cache, monkeypatch):
 def test_plan_reads_what_was_measured_here(own_cache, tiny_folder, monkeypatch):
     monkeypatch.setattr(kernel_choice, "measure", None)  # a plan measures nothing
     monkeypatch.setattr(
-        "mlx_lora.api.run_plan.measure_ceilings", lambda dtype, **_: Ceilings(1e11, 1e10, 1e8, 0.0, "measured here")
+        "mlx_lora.api.run_plan.ceilings_here", lambda dtype, **_: Ceilings(1e11, 1e10, 1e8, 0.0, "measured here")
     )
 
     def planned(*flags) -> dict:

@@ -129,7 +129,7 @@ def test_fused_and_dequantized_it_gives_the_adapters_logits(folder, tmp_path):
     # A microscaling format is bfloat16 when it is float, and its experts' sum with the adapter is rounded to that.
     rounded = any("switch_mlp" in n or "experts" in n for n, dtype in stored.items() if dtype == mx.bfloat16)
     assert rounded == any(form in folder.name for form in ("mxfp4", "nvfp4"))
-    assert report["kept_least"] == pytest.approx(1, abs=2e-3 if rounded else 1e-4)
+    assert report["error_most"] < (0.1 if rounded else 1e-4)
     assert close(logits(fused.model), expected, 0.05 if rounded else 1e-3)
     assert not close(bare, expected, 0.2)
     config = json.loads((tmp_path / "f" / "config.json").read_text())

@@ -41,7 +41,7 @@ STAND_INS = {
 }
 MODELS = ("smollm2", "smollm2-f32")
 ADAPTERS = {"my-adapter": 1, "runs/bard": 1, "runs/tutor": 2, "runs/bard-full": 3}
-# What makes a run short: two steps on short rows. Given last, so that it beats the page's own values.
+# What makes a run short: two steps on short rows. It takes the place of the page's own values.
 SHORT = ("--iters", "2", "--batch-tokens", "256", "--max-seq-length", "128", "--sample-tokens", "0")
 FEW = {"generate": ("--max-tokens", "4"), "chat": ("--max-tokens", "4"), "doctor": ("--no-hub",)}
 LONGEST = "128"  # tokens of a row where a command measures
@@ -162,16 +162,21 @@ def without(words: list[str], *flags: str) -> list[str]:
     return kept
 
 
+def beaten(words: list[str], by: tuple[str, ...]) -> list[str]:
+    """Return the words with flags that beat those of the page; a command refuses an option that is given twice."""
+    return [*without(words, *(word for word in by if word.startswith("--"))), *by]
+
+
 def shortened(name: str, words: list[str]) -> list[str]:
     """Return a command's words with what makes it short."""
     if name == "train" and "--resume" not in words:
         fewer = ("--num-layers", "1") if "--num-layers" in words else ()  # the tiny model has two
-        return [*without(words, "--epochs", "--iters", "--batch-size"), *SHORT, *fewer]
+        return beaten(without(words, "--epochs", "--batch-size"), (*SHORT, *fewer))
     if name == "train":
-        return [*words, "--iters", "3"]
+        return beaten(words, ("--iters", "3"))
     if name == "evaluate":
-        return [*words, "--max-seq-length", LONGEST]
-    return [*words, *FEW.get(name, ())]
+        return beaten(words, ("--max-seq-length", LONGEST))
+    return beaten(words, FEW.get(name, ()))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import tiny_model, write_folder
-from make_adapters import TOKENS, adapt_and_save
+from make_adapters import TOKENS, adapt_and_save, make_adapter
 from run_cli import run
 from torch_judge import torch_base
 
@@ -295,3 +295,40 @@ def test_every_methods_run_goes_to_peft_as_a_plain_lora(method, extra, untied_fo
     model = peft.PeftModel.from_pretrained(torch_base(untied_folder), tmp_path / "p").eval()
     assert np.allclose(torch_logits(model), expected, atol=2e-4 * max(1, np.abs(expected).max()))
     assert np.allclose(our_logits(untied_folder, tmp_path / "p"), expected, atol=1e-4)
+
+
+@pytest.mark.parity
+def test_two_adapters_merged_in_peft_are_the_sum_of_both_here(untied_folder, tmp_path):
+    """The steps of docs/merge-adapters.md."""
+    from peft import PeftModel
+
+    for seed, name in enumerate(("bard", "tutor"), start=1):
+        make_adapter(untied_folder, tmp_path / name, rank=2 + seed, seed=seed, strength=0.1)
+        given = (
+            "--model",
+            untied_folder,
+            "--adapter",
+            tmp_path / name,
+            "--to",
+            "peft",
+            "--out",
+            tmp_path / f"{name}-peft",
+        )
+        assert run("export", *given).code == 0
+    model = PeftModel.from_pretrained(torch_base(untied_folder), tmp_path / "bard-peft", adapter_name="bard")
+    model.load_adapter(tmp_path / "tutor-peft", adapter_name="tutor")
+    model.add_weighted_adapter(["bard", "tutor"], [0.5, 0.5], "both", combination_type="cat")
+    model.set_adapter("both")
+    model.save_pretrained(tmp_path / "both-peft", selected_adapters=["both"])
+    both = our_logits(untied_folder, tmp_path / "both-peft" / "both")
+    assert np.allclose(both, torch_logits(model.eval()), atol=CLOSE)
+    # Half of each update is added to the weights.
+    change = mx.zeros(1)
+    for name in ("bard", "tutor"):
+        base = load_base(ModelSettings(model=str(untied_folder)))
+        load_adapter(base, tmp_path / name)
+        change = change + 0.5 * base.model.model.layers[0].self_attn.q_proj.delta()
+    merged = load_base(ModelSettings(model=str(untied_folder)))
+    load_adapter(merged, tmp_path / "both-peft" / "both", ignore_fingerprint=True)
+    assert np.allclose(merged.model.model.layers[0].self_attn.q_proj.delta(), change, atol=1e-5)
+    assert not np.allclose(both, our_logits(untied_folder, tmp_path / "bard"), atol=FAR)

@@ -18,6 +18,7 @@ from ranks import REPOSITORY, Started
 from run_cli import run
 
 from mlx_lora.system.distributed import ALONE
+from mlx_lora.system.supervise import last_given
 from mlx_lora.training.rollout_sharing import Answered, deal_prompts, gathered
 
 # Each process notes what it was asked to reward, in order; the file's folder is the test's own.
@@ -231,7 +232,7 @@ def test_a_run_killed_around_its_rollouts_ends_in_the_same_bytes(moment, whole, 
     words = command(tiny_folder, data, tmp_path / "a", *UPDATES, "--dropout", 0.1)
     paths = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, where, *map(str, words)],
+        [sys.executable, "-c", KILLED, where, *last_given([str(word) for word in words])],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths}, timeout=240,
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr

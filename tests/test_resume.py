@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shlex
 import subprocess
 import sys
 import time
 
+import mlx.core as mx
 import pytest
 from resumed_runs import STEPS, command, stopped_after, weights
 from run_cli import run
@@ -196,3 +199,25 @@ def test_what_kills_left_half_written_goes_and_the_users_own_files_stay(finished
     (stopped / ".notes.txt").write_text("mine")
     assert run(*command(tiny_folder, chats, stopped, "--save-every", 5, "--resume")).code == 0
     assert [path.name for path in stopped.rglob(".*")] == [".notes.txt"]
+
+
+def test_more_data_is_answered_with_the_command_that_continues(tiny_folder, chats, tmp_path):
+    given = ("--model", tiny_folder, "--rank", 3, "--batch-tokens", 256, "--sample-tokens", 0, "--val-batches", 0)
+    folder, more = tmp_path / "a", tmp_path / "more.jsonl"
+    more.write_text(chats.read_text() + '{"instruction": "And this?", "output": "More."}\n')
+    assert run("train", *given, "--data", chats, "--adapter-path", folder, "--iters", 2).code == 0
+    refused = run("train", *given, "--data", more, "--adapter-path", folder, "--iters", 4, "--resume")
+    assert refused.code == 2
+    assert "rows" in refused.lines[-1]
+    assert not re.search(r"[0-9a-f]{16}", refused.lines[-1].replace(str(tmp_path), ""))  # no hashes
+    words = shlex.split(refused.lines[-1][refused.lines[-1].index("--config") :])
+    ran = run("train", *[str(more) if word == "NEW.jsonl" else word for word in words])
+    assert ran.code == 0, ran.err
+    start, end = (mx.load(str(path / "adapters.safetensors")) for path in (folder, tmp_path / "a-2"))
+    assert {name: p.shape for name, p in start.items()} == {name: p.shape for name, p in end.items()}
+    assert any(mx.abs(end[name] - start[name]).max().item() > 0 for name in start)
+    assert all(
+        mx.abs(end[name] - start[name]).max().item() < 0.5 * mx.abs(start[name]).max().item()
+        for name in start
+        if "lora_a" in name
+    )

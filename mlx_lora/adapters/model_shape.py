@@ -52,7 +52,22 @@ def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int =
         head_packed=whole and isinstance(head.layer, QUANTIZED),
         plain_loss=not whole,
         source_bytes=source_bytes,
+        parameters=count_parameters(model),
     )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of a model's own parameters: packed weights unpacked, a tied embedding once, no adapter's."""
+    layers = adapter_layers(model)
+    packed = {path: module for path, module in model.named_modules() if isinstance(module, QUANTIZED)}
+    total = 0
+    for name, p in tree_flatten(model.parameters()):
+        path, _, own = name.rpartition(".")
+        if path in packed:
+            total += p.size * 32 // packed[path].bits if own == "weight" else p.size * (own == "bias")
+        elif path not in layers:
+            total += p.size
+    return total
 
 
 def _first_width(model: nn.Module) -> int:

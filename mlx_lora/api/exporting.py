@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_lora.adapters.score_head import SCORE_WEIGHT
 from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
+from mlx_lora.api.export_uses import check_gguf_type, uses_of
 from mlx_lora.api.python_errors import speaks_python
 from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
 from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
 from mlx_lora.artifacts.fused_model import write_fused
 from mlx_lora.artifacts.gguf_adapter import write_gguf_adapter
-from mlx_lora.artifacts.gguf_model import DEFAULT_TYPE, TYPES, write_gguf_model
+from mlx_lora.artifacts.gguf_model import DEFAULT_TYPE, write_gguf_model
 from mlx_lora.artifacts.ollama import write_ollama
 from mlx_lora.artifacts.peft import write_peft
 from mlx_lora.artifacts.push import check_repo, push
@@ -30,8 +32,8 @@ READERS = {
     "mlx-lm": "stock mlx-lm (--adapter-path)",
     "hf": "transformers",
     "gguf-adapter": "llama.cpp (--lora, on the base as GGUF)",
-    "gguf": "llama.cpp",
-    "ollama": "Ollama (ollama create NAME -f {out}/Modelfile)",
+    "gguf": "llama.cpp and LM Studio (lms import {out})",
+    "ollama": "Ollama (ollama create NAME -f {out}/Modelfile, then ollama run NAME)",
 }
 MERGED_GGUF = ("gguf", "ollama")  # need no adapter, and have a --gguf-type
 CARD_LIBRARIES: dict[str, Any] = {
@@ -74,8 +76,7 @@ class ExportSettings:
         """
         if self.to not in READERS:
             raise InputError(f"--to {self.to!r}: not one of {', '.join(READERS)}")
-        if self.gguf_type is not None and self.gguf_type not in TYPES:
-            raise InputError(f"--gguf-type {self.gguf_type!r}: not one of {', '.join(TYPES)}")
+        check_gguf_type(self.gguf_type, self.out)
         if self.base_id and self.to != "peft":
             raise InputError(f"--base-id with --to {self.to}: only a PEFT adapter names its base; leave it out")
         check_push(self.push_to_hub, self.private)
@@ -164,6 +165,8 @@ def write_export(
         card = write_card(out, CARD_LIBRARIES[to], base, info, read_facts(adapter), settings.base_id, repo)
         say(f"{out / CARD_FILE}: {'the model card' if card else 'your own file, left as it is'}")
     say(f"{out}: written for {READERS[to].format(out=out)}")
+    if uses := uses_of(to, out, base.model_id, gguf_type, info is not None and SCORE_WEIGHT in info.full):
+        say("What to do next:\n" + "\n".join(f"    {line}" for line in uses))
     if repo:
         say(f"{repo}: uploaded, {push(out, repo, settings.private)}")
 

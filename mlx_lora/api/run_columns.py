@@ -32,7 +32,7 @@ def with_columns_of_run(
     if adapter is None or not settings.data.data or not {*NAMES, "data_format"}.isdisjoint(given):
         return settings
     found = {
-        name: value for name, value in _run_of(adapter).items() if name in NAMES and value and isinstance(value, str)
+        name: value for name, value in run_of(adapter).items() if name in NAMES and value and isinstance(value, str)
     }
     changed = replace(settings, data=replace(settings.data, **found))
     if not found or settings_problems(changed.to_flat()) or not _has_columns(settings.data.data, found):
@@ -42,7 +42,7 @@ def with_columns_of_run(
     return changed
 
 
-def _run_of(adapter: Path) -> dict[str, Any]:
+def run_of(adapter: Path) -> dict[str, Any]:
     """Return the contents of run.yaml, nothing if there is none or it cannot be read."""
     try:
         content = parse_yaml((adapter / "run.yaml").read_text(encoding="utf-8"))

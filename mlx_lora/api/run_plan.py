@@ -18,7 +18,7 @@ from mlx_lora.data.loading import DataSplits
 from mlx_lora.models.kernel_choice import AUTO, KernelChoice
 from mlx_lora.models.outline import Outline, outline_for
 from mlx_lora.objectives.objective_table import objective_of
-from mlx_lora.planner.ceilings import measure_ceilings
+from mlx_lora.planner.ceilings import ceilings_here
 from mlx_lora.planner.chips import CHIPS, Chip, find_chip, known_chip
 from mlx_lora.planner.fitting import (
     AUTO_MODES,
@@ -227,7 +227,7 @@ def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | N
         return found.machine(memory_gb, number_bytes), listed_ceilings(found, number_bytes)
     here = this_machine(settings.model.dtype)
     if memory_gb is None:
-        return here, measure_ceilings(settings.model.dtype, polynomials=settings.loop.kernels == AUTO)
+        return here, ceilings_here(settings.model.dtype, polynomials=settings.loop.kernels == AUTO)
     known = known_chip(here.name)
     if known is None:
         raise InputError(f"--memory-gb {memory_gb}: {here.name} is not in the table of chips; name one with --chip")
@@ -293,7 +293,7 @@ def plan_for(
         "model": {
             "model_type": shape.model_type,
             "blocks": len(shape.blocks),
-            "parameters": shape.numbers,
+            "parameters": shape.parameters,
             "trained_parameters": shape.trained,
             "base_bytes": shape.base_bytes,
         },

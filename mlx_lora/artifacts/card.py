@@ -24,7 +24,8 @@ from mlx_lora.system.files import replacing_file
 from mlx_lora.system.parsing import parse_json, parse_yaml
 
 CARD_FILE = "README.md"
-MARK = "<!-- Written by mlx_lora, which replaces this file on its next run unless this line is gone. -->"
+OURS = "which replaces this file on its next run unless this line is gone. -->"
+MARK = f"<!-- Written by mlx-lora, {OURS}"
 FLOAT_MODEL = "OWNER/FLOAT-MODEL"  # placeholder for a name that only the user knows
 
 
@@ -89,7 +90,7 @@ def write_card(
         Whether it was written.
     """
     path = folder / CARD_FILE
-    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+    if path.exists() and OURS not in path.read_text(encoding="utf-8", errors="replace"):
         return False
     # A --base-id for a PEFT adapter names a model that PEFT can load.
     in_float = base_id is not None or not (base.quantization or _is_gguf(info.base_model))
@@ -178,19 +179,19 @@ class _Card:
         """Return the commands for each program that reads the adapter."""
         lines = ["## Use", ""]
         if self.location == "adapter":
-            lines += ["In the commands, `adapter` is this folder; mlx_lora and PEFT also accept a hub id.", ""]
+            lines += ["In the commands, `adapter` is this folder; mlx-lora and PEFT also accept a hub id.", ""]
         if self.info.scores:
             ours = f"--model {self.model} --adapter-path {self.location}"
             lines += [
                 "This adapter makes a reward model: it scores answers and does not write text.",
                 "",
-                "### mlx_lora",
+                "### mlx-lora",
                 "",
             ]
             lines += _block("bash", f"mlx-lora evaluate {ours} --objective reward --data pairs.jsonl")
             return [*lines, "### PEFT", "", *self._peft()]
         generate = f'mlx-lora generate --model {self.model} --adapter-path {self.location} --prompt "Hello"'
-        lines += ["### mlx_lora", "", *_block("bash", generate)]
+        lines += ["### mlx-lora", "", *_block("bash", generate)]
         return [*lines, "### mlx-lm", "", *self._mlx_lm(ranks), "### PEFT", "", *self._peft()]
 
     def _mlx_lm(self, ranks: set[int]) -> list[str]:

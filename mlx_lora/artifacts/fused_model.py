@@ -1,11 +1,13 @@
-"""Fold an adapter into its base, and measure how much of it is left after quantizing or rounding.
+"""Fold an adapter into its base, and measure the error that quantizing or rounding adds to it.
 
 A quantized weight changes in steps of its scale; an update smaller than half a step vanishes (mlx-lm#1172). So
 for each layer the actual change R is compared with the update D:
 
     D = scale B A,  R = stored(W + D) - W
-    kept  = <R, D> / <D, D>        1 if the whole update survived, 0 if none of it did
-    error = |R - D| / |D|          includes the rounding noise
+    projection = <R, D> / <D, D>   1 if R has the whole update in it, 0 if nothing; blind to what else is in R
+    error = |R - D| / |D|          all that was added or lost
+
+Neither is what the adapter's effect lost: that takes data (api/fused_gain.py).
 
 The folder has the dtypes of the base's files, because a run's compute dtype depends only on the machine. Before it is
 put under its final name it is read back as mlx-lm will read it.
@@ -37,26 +39,31 @@ from mlx_lora.system.errors import InputError, RunError
 from mlx_lora.system.files import check_writable, replacing_folder
 from mlx_lora.system.long_task import tracked
 
+LEAST_GROUP = 32  # weights of an affine group; nvfp4 has groups of 16
+
 
 @dataclass(frozen=True)
 class Survival:
-    """How well one layer's update survived.
+    """What rounding did to one layer's update.
 
     Attributes:
-        kept: fraction of the update that survived.
-        error: the error, relative to the update.
+        projection: the part of the change that points where the update does, relative to the update.
+        error: size of the difference of change and update, relative to the update.
+        bits: of the layer that was written; None: float.
     """
 
-    kept: float
+    projection: float
     error: float
+    bits: int | None = None
 
 
-def fuse_adapter(model: nn.Module, dequantize: bool) -> dict[str, Survival]:
+def fuse_adapter(model: nn.Module, dequantize: bool, bits: int | None = None) -> dict[str, Survival]:
     """Replace every adapter layer of `model` by one layer with the adapter folded into its base.
 
     Args:
         model: adapted; it and its base are changed in place.
         dequantize: leave fused layers in float; else those of a quantized base are quantized like it.
+        bits: of the fused layers of a quantized base; None: its own.
 
     Returns:
         path -> survival of the update; a zero update counts as one that survived.
@@ -70,21 +77,33 @@ def fuse_adapter(model: nn.Module, dequantize: bool) -> dict[str, Survival]:
         layer.check_tied_head(path, tied="lm_head" not in model)
         base, whole = layer.base, layer.fuse()
         if isinstance(base, QUANTIZED) and not dequantize:
-            own_scale = {"global_scale": True} if "global_scale" in base else {}  # nvfp4 experts have one each
-            whole = whole.to_quantized(base.group_size, base.bits, base.mode, **own_scale)
-        survival[path] = _survival(dense_weight(base), dense_weight(whole), layer.delta())
+            whole = _quantized_like(base, whole, bits)
+        survival[path] = _survival(dense_weight(base), dense_weight(whole), layer.delta(), bits_of(whole))
         fused.append((path, whole))
     model.update_modules(tree_unflatten(fused))
     return survival
 
 
-def _survival(before: mx.array, after: mx.array, update: mx.array) -> Survival:
+def bits_of(layer: Any) -> int | None:
+    """Return the bits of a layer's weights; None: float."""
+    return layer.bits if isinstance(layer, QUANTIZED) else None
+
+
+def _quantized_like(base: Any, whole: Any, bits: int | None) -> Any:
+    """Return a float layer quantized like its base, or if its base has fewer bits than asked for, with so many."""
+    if bits is not None and base.bits < bits:
+        return whole.to_quantized(max(base.group_size, LEAST_GROUP), bits, "affine")
+    own_scale = {"global_scale": True} if "global_scale" in base else {}  # nvfp4 experts have one each
+    return whole.to_quantized(base.group_size, base.bits, base.mode, **own_scale)
+
+
+def _survival(before: mx.array, after: mx.array, update: mx.array, bits: int | None) -> Survival:
     arrived = after.astype(mx.float32) - before.astype(mx.float32)
     size = mx.square(update).sum().item()
     if size == 0:
-        return Survival(1.0, 0.0)
-    kept = (arrived * update).sum().item() / size
-    return Survival(kept, (mx.square(arrived - update).sum().item() / size) ** 0.5)
+        return Survival(1.0, 0.0, bits)
+    projection = (arrived * update).sum().item() / size
+    return Survival(projection, (mx.square(arrived - update).sum().item() / size) ** 0.5, bits)
 
 
 def write_fused(
@@ -96,6 +115,7 @@ def write_fused(
     chat_template: str | None,
     full: tuple[str, ...] = (),
     keep_dtype: bool = False,
+    bits: int | None = None,
 ) -> dict[str, Survival]:
     """Fuse the adapter on `base.model` and write the result as a model folder, atomically.
 
@@ -108,6 +128,7 @@ def write_fused(
         full: names of parameters trained in full.
         keep_dtype: write the dtype that the base was cast to on request, not that of its files. A dequantized base
             always keeps it, because its files have no float dtype.
+        bits: of the fused layers of a quantized base; None: its own.
 
     Raises:
         InputError: `out` must not be written.
@@ -116,6 +137,7 @@ def write_fused(
     out, scores = out.resolve(), SCORE_WEIGHT in full
     if scores:
         check_fusing(base, dequantize)
+    check_bits(base, bits, dequantize)
     check_out(out, force=force)
     stored = sum(p.nbytes for _, p in tree_flatten(base.model.parameters()))
     check_writable(out, "--out", stored)
@@ -124,7 +146,7 @@ def write_fused(
     mark = merge_mark(base.model, base.config)
     if not keep_dtype and not (dequantize and base.quantization):
         _take_stored_dtypes(base, full)
-    survival = fuse_adapter(base.model, dequantize)
+    survival = fuse_adapter(base.model, dequantize, bits)
     model, config = base.model, dict(base.config)
     if dequantize:
         model, config = dequantize_model(model, config)
@@ -178,7 +200,7 @@ def _take_stored_dtypes(base: Base, full: tuple[str, ...]) -> None:
 
 
 def _with_true_layouts(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Return the config without the quantization of layers that are float now because they were trained in full."""
+    """Return the config with the layouts of the layers as they are now: those with other bits, and float ones, have changed."""
     if "quantization" not in config:
         return config
     modules = dict(model.named_modules())
@@ -189,7 +211,31 @@ def _with_true_layouts(config: dict[str, Any], model: nn.Module) -> dict[str, An
         for key, value in config["quantization"].items()
         if key not in modules or isinstance(modules[key], QUANTIZED)
     }
+    for path, layer in modules.items():
+        if isinstance(layer, QUANTIZED):
+            own = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+            if own != {name: kept.get(path, kept).get(name, "affine") for name in own}:
+                kept[path] = own
     return {**config, "quantization": kept, "quantization_config": kept}
+
+
+def check_bits(base: Base, bits: int | None, dequantize: bool) -> None:
+    """Refuse bits for fused layers that the base cannot have, before the work.
+
+    Raises:
+        InputError: it is not quantized, has so many bits already, or becomes float.
+    """
+    if bits is None:
+        return
+    if dequantize:
+        raise InputError("--fused-bits with --dequantize: a float model has no bits; leave out one of them")
+    own = [layer.base.bits for layer in adapter_layers(base.model).values() if isinstance(layer.base, QUANTIZED)]
+    if not own:
+        raise InputError(f"--fused-bits {bits}: --model is not quantized, and fuses without loss; leave it out")
+    if min(own) >= bits:
+        raise InputError(
+            f"--fused-bits {bits}: the base's layers have {min(own)} bits already; give more, or leave it out"
+        )
 
 
 def _check_written(folder: Path, model: nn.Module, out: Path, *, trust_remote_code: bool) -> None:

@@ -38,6 +38,7 @@ from mlx_lora.system.distributed import ALONE, Ranks
 from mlx_lora.system.errors import InputError, RunError
 from mlx_lora.system.files import check_writable, replacing_file, replacing_folder
 from mlx_lora.system.parsing import parse_yaml
+from mlx_lora.system.program import command_line
 from mlx_lora.training.base_shards import is_shared
 from mlx_lora.training.rollouts import AnyPlan
 from mlx_lora.training.state import Diverged, Position, finite, restore_arrays, run_arrays
@@ -143,6 +144,11 @@ def identity_of(
     return {**facts, **own}
 
 
+# Parts of a run's identity that are hashes -> what a reader calls a change of them.
+HASHED = {"base": "the base model has changed", "rows": "the rows of the data have changed"}
+HASHED |= {"batches": "the batches have other shapes"}
+
+
 def check_continuation(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
     """Refuse to resume from another run's checkpoint.
 
@@ -152,10 +158,20 @@ def check_continuation(checkpoint: Checkpoint, identity: dict[str, Any]) -> None
     # A setting that the checkpoint's version did not have yet was at its default.
     then = {name: FIELDS[name].default for name in identity.keys() & ROWS.keys()} | checkpoint.identity
     differ = differences(then, identity)
-    if differ:
-        raise InputError(
-            f"--resume {checkpoint.folder}: it is from another run: {'; '.join(differ)}; use the same settings, or start a new run"
+    if not differ:
+        return
+    hashed = {name: words for name, words in HASHED.items() if then.get(name) != identity.get(name)}
+    shown = [*hashed.values(), *(one for one in differ if one.partition(" was ")[0] not in HASHED)]
+    advice = "use the same settings, or start a new run"
+    if "rows" in hashed:
+        run = checkpoint.folder.parents[1]
+        again = ["train", "--config", str(run / "run.yaml"), "--data", "NEW.jsonl", "--resume-adapter-file"]
+        again += [str(run / WEIGHTS_FILE), "--adapter-path", f"{run}-2"]
+        advice = (
+            "--resume goes on with the same rows only; to train this adapter further on other or more data, start a new run from "
+            f"it: {command_line(again)}"
         )
+    raise InputError(f"--resume {checkpoint.folder}: it is from another run: {'; '.join(shown)}; {advice}")
 
 
 def check_room(loop: LoopSettings, steps: int, adapter_bytes: int) -> None:

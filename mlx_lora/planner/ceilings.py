@@ -1,21 +1,74 @@
 """Measure this machine's peak rates, from which speed is predicted.
 
-This takes seconds. Each rate is the best of several rounds, since other programs can only slow a round down.
+This takes seconds. Each rate is the best of several rounds, since other programs can only slow a round down. Plans read the
+rates of one measurement, which is kept on disk: two plans, made at the same time by two processes or an hour apart, would
+otherwise predict speeds for one model that differ by a factor of three.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_lora.planner.speed import Ceilings
 from mlx_lora.system import device, exponentials
+from mlx_lora.system.cache import cache_dir
+from mlx_lora.system.files import one_at_a_time
+from mlx_lora.system.measuring import read_store, write_store
 
 # The shape of a typical product in a training step: positions, and a block's widths.
 ROWS, INNER, OUTER = 1024, 576, 1536
 ELEMENTS = 1 << 22  # 16 MB in float32, larger than any cache
+
+STORE = "ceilings"
+KEPT_S = 86_400.0  # after a day they are measured again, and the better of both figures is kept
+
+
+def ceilings_here(
+    dtype: str = "auto",
+    polynomials: bool = True,
+    measure: Callable[..., Ceilings] | None = None,
+    now: Callable[[], float] = time.time,
+) -> Ceilings:
+    """Return this machine's rates, the same to every process; they are measured if there are none, or old ones.
+
+    Args:
+        dtype, polynomials: as for `measure_ceilings`.
+        measure: measures them; None: `measure_ceilings`.
+        now: returns the time in seconds since the epoch.
+    """
+    kind = str(device.compute_dtype(dtype)).rpartition(".")[2]
+    threads = os.environ.get("OPENBLAS_NUM_THREADS", "all")
+    key = f"{device.measured_on()}|{threads} threads|{kind}|{'polynomials' if polynomials else 'functions'}"
+    with one_at_a_time(cache_dir("measured") / STORE):  # two that measure at once would slow each other down
+        at, before = _kept(key)
+        if before is not None and 0 <= now() - at < KEPT_S:
+            return before
+        found = (measure or measure_ceilings)(dtype, polynomials=polynomials)
+        if before is not None:
+            best = {name: max(value, _rates(before)[name]) for name, value in _rates(found).items()}
+            found = Ceilings(**best, launch_s=found.launch_s, source=found.source)
+        write_store(STORE, {**read_store(STORE), key: {"at": now(), **asdict(found)}})
+        return found
+
+
+def _rates(ceilings: Ceilings) -> dict[str, float]:
+    return {name: value for name, value in asdict(ceilings).items() if name.endswith("_per_s")}
+
+
+def _kept(key: str) -> tuple[float, Ceilings | None]:
+    """Return when the rates of a key were measured, and the rates; None: there are none that can be read."""
+    entry: Any = read_store(STORE).get(key)
+    try:
+        rates = dict(entry)
+        return float(rates.pop("at")), Ceilings(**rates)
+    except (TypeError, ValueError, KeyError):  # unknown, or damaged: measure again
+        return 0.0, None
 
 
 def measure_ceilings(

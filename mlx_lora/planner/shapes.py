@@ -209,6 +209,7 @@ class ModelShape:
         teacher: a model that is in memory beside the base, before the first step only; None: there is none.
         teacher_stays: whether it is in memory during the whole run.
         caches: what its layers keep while answers are sampled; only for a run that samples.
+        parameters: of the model without its adapter, packed ones unpacked.
     """
 
     model_type: str
@@ -231,11 +232,7 @@ class ModelShape:
     teacher: ModelShape | None = None
     teacher_stays: bool = False
     caches: tuple[LayerCache, ...] = ()
-
-    @property
-    def numbers(self) -> int:
-        """The number of weights of the blocks and one output head."""
-        return sum(layer.numbers for block in self.blocks for layer in block.layers) + self.width * self.vocabulary
+    parameters: int = 0
 
     @property
     def slice_rows(self) -> int:

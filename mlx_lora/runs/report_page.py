@@ -84,7 +84,7 @@ class RunPage:
                 device=device.current_device().header(),
                 base=f"{base.model_id}: {base.describe()}",
                 adapter=run.words[0],
-                versions=f"mlx_lora {__version__}, {versions}",
+                versions=f"mlx-lora {__version__}, {versions}",
                 data=splits.report.to_dict(),
                 planned_peak_bytes=run.memory.peak_bytes,
                 step=run.words[-1],

@@ -28,7 +28,7 @@ from mlx_lora.models.kernel_choice import KernelChoice
 from mlx_lora.models.load import Base
 from mlx_lora.models.trunk import Trunk, trunk_outputs
 from mlx_lora.objectives.objective import Objective
-from mlx_lora.planner.ceilings import measure_ceilings
+from mlx_lora.planner.ceilings import ceilings_here
 from mlx_lora.planner.fitting import run_of
 from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.planner.this_machine import this_machine
@@ -190,7 +190,7 @@ def _planned(of: TrunkAsked, shape: ModelShape) -> TrunkPlan:
     validated = 0 if of.validation is None else sum(b.real_tokens for b in _held_out(of))
     positions = int(rows.lengths.sum()) - len(rows) + validated
     high, low = mx.random.state[0].tolist()  # measuring draws numbers; dropout's must not depend on --cache-trunk
-    ceilings = measure_ceilings(settings.model.dtype)
+    ceilings = ceilings_here(settings.model.dtype)
     mx.random.seed(high << 32 | low)
     return plan_trunk(shape, run, machine, ceilings, positions, of.epochs, free_bytes())
 

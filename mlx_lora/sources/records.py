@@ -106,10 +106,25 @@ def _parse_line(number: int, line: bytes) -> Record | BadRow:
     except UnicodeDecodeError as error:
         return BadRow(number, f"not UTF-8: byte {line[error.start]:#04x} at byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
+        if ends_early(error):
+            return BadRow(number, f"not JSON: the line ends too early, after {len(error.doc.rstrip()):,} characters")
         return BadRow(number, f"not JSON: {error.msg} at column {error.colno}")
     except ValueError as error:  # half a surrogate pair, or a number or nesting beyond the limits
         return BadRow(number, f"not usable JSON: {error}")
     return as_record(number, value)
+
+
+def ends_early(error: json.JSONDecodeError) -> bool:
+    """Tell whether a text is no JSON because its end is missing: json then names the place where more would begin."""
+    return error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string")
+
+
+def _where(error: json.JSONDecodeError) -> str:
+    """Return what is wrong with a file, and in which line."""
+    if ends_early(error):
+        last = error.doc.rstrip().count("\n") + 1
+        return f"the file ends too early, in line {last}; download it again, or complete it"
+    return f"{error.msg} at line {error.lineno}, column {error.colno}"
 
 
 def _json(path: Path) -> Iterator[Record | BadRow]:
@@ -144,9 +159,7 @@ def _decode_element(path: Path, text: str, position: int, line: int, decoder: js
         return decoder.raw_decode(text, position)
     except json.JSONDecodeError as error:
         # What follows a syntax error cannot be trusted, so refuse the whole file.
-        raise InputError(
-            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-        ) from error
+        raise InputError(f"{path} is not valid JSON: {_where(error)}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not usable JSON near line {line}: {error}") from error
 
@@ -157,9 +170,7 @@ def _json_objects(path: Path, text: str) -> Iterator[Record | BadRow]:
         whole = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
-            raise InputError(
-                f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-            ) from error
+            raise InputError(f"{path} is not valid JSON: {_where(error)}") from error
         yield from _jsonl(path)
         return
     except (ValueError, RecursionError) as error:

@@ -225,7 +225,7 @@ def problems_of(content: Any) -> list[str]:
     if not isinstance(version, int) or not KINDS["whole"](version):
         return ["schema_version is missing"]
     if version != VERSION:
-        advice = "update mlx_lora to read it" if version > VERSION else "run the benchmark again"
+        advice = "update mlx-lora to read it" if version > VERSION else "run the benchmark again"
         age = "newer" if version > VERSION else "older"
         return [f"schema version {version}, {age} than {VERSION}, which is read here; {advice}"]
     found = [line for fields in (TOP, MACHINE, DEVICE, SOFTWARE, RATES) for line in _check(content, fields)]

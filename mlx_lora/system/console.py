@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -93,8 +93,28 @@ class Command(click.Command):
     def get_help_option_names(self, ctx: click.Context) -> list[str]:
         return HELP_FLAGS  # whatever the context says: click keeps those of the first one
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _refuse_repeated(self.make_parser(ctx).parse_args(list(args))[2], args)
+        return super().parse_args(ctx, args)
+
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         return _run(super().main, standalone_mode, *args, **kwargs)
+
+
+def _refuse_repeated(parsed: Sequence[click.Parameter], args: Sequence[str]) -> None:
+    """Refuse an option that takes one value and is given several times: click would take the last without a word.
+
+    Args:
+        parsed: the parameters in the order of the command line, as click's parser returns them.
+        args: the command line, for the spelling that the user chose.
+    """
+    for param in parsed:
+        if not isinstance(param, click.Option) or param.multiple or param.is_flag or param.count:
+            continue
+        if (times := sum(other is param for other in parsed)) > 1:
+            used = dict.fromkeys(flag for arg in args if (flag := arg.partition("=")[0]) in param.opts)
+            advice = getattr(param, "repeated", None) or "keep one of them"
+            raise InputError(f"{', '.join(used) or param.opts[0]}: given {times} times, and takes one value; {advice}")
 
 
 class Option(click.Option):

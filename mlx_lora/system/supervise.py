@@ -19,6 +19,7 @@ from types import FrameType
 
 # The environment variable that holds the supervisor's process id.
 SUPERVISOR = "MLX_LORA_SUPERVISOR"
+REPEATED = ("--adapter", "--blend", "--against")  # options that may be given several times
 DEATHS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGKILL)
 
 
@@ -32,7 +33,7 @@ def run(command: list[str], max_restarts: int) -> int:
     """Run a training command until it ends by itself, and return its exit code, or 1 if no restart is left."""
     for restarts in range(max_restarts + 1):
         extra = smaller(restarts) if restarts else []
-        code = run_once([*command, *extra])
+        code = run_once(last_given([*command, *extra]))
         if code >= 0:
             return code
         name = signal.Signals(-code).name
@@ -46,6 +47,31 @@ def run(command: list[str], max_restarts: int) -> int:
         "--bits 4, or close other programs; if the display of this Mac froze before, use --short-buffers"
     )
     return 1
+
+
+def last_given(words: list[str]) -> list[str]:
+    """Return a command's words with the last value of every option: a command refuses one that is given twice.
+
+    Args:
+        words: a command of ours and flags that beat its own, at its end. Options that may be repeated stay.
+    """
+    groups: list[list[str]] = []
+    for word in words:
+        has_value = (
+            bool(groups) and len(groups[-1]) == 1 and groups[-1][0].startswith("--") and "=" not in groups[-1][0]
+        )
+        if has_value and not word.startswith("--"):
+            groups[-1].append(word)
+        else:
+            groups.append([word])
+    names = [group[0].partition("=")[0] for group in groups]
+    last = {name: place for place, name in enumerate(names)}
+    kept = [
+        group
+        for place, (name, group) in enumerate(zip(names, groups, strict=True))
+        if not name.startswith("--") or name in REPEATED or last[name] == place
+    ]
+    return [word for group in kept for word in group]
 
 
 def run_once(command: list[str]) -> int:

@@ -202,15 +202,20 @@ def folder_facts(folder: Path) -> dict[str, Any]:
     files = sorted(folder.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     stored = config.get("quantization") or config.get("quantization_config") or {}
-    bits = stored.get("bits") if isinstance(stored, dict) else None
+    stored = stored if isinstance(stored, dict) else {}
+    bits = stored.get("bits")
     numbers, width = 0, 16
     try:
         for file in files:
             for name, tensor in read_safetensors_header(file).items():
+                path, _, own = name.rpartition(".")
                 count = math.prod(tensor["shape"])
+                if own in ("scales", "biases") or (config.get("tie_word_embeddings") and path == "lm_head"):
+                    continue
                 if tensor["dtype"] == "U32" and bits:
-                    numbers += count * 32 // bits
-                elif not name.endswith((".scales", ".biases")):
+                    layout = stored.get(path)  # some layers have other bits than most
+                    numbers += count * 32 // (layout.get("bits", bits) if isinstance(layout, dict) else bits)
+                else:
                     numbers, width = numbers + count, 32 if tensor["dtype"] == "F32" else width
     except InputError as error:
         return _untrainable(str(error))

@@ -208,7 +208,8 @@ def shown_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
         line = f"Memory is not known for this model ({', '.join(plan['not_known'])})"
     elif not plan["fits"]:
         line = f"Does not fit: needs {gigabytes(plan['needed_bytes'])} of {gigabytes(plan['budget_bytes'])}; {plan['advice']}"
-    speed = f"about {predicted['tokens_per_s']:,.0f} tokens/s"
+    rows = "the data's rows" if plan["data"] else f"full rows of {plan['settings']['max_seq_length']:,} tokens"
+    speed = f"about {predicted['tokens_per_s']:,.0f} tokens/s with {rows}"
     seconds = None if predicted["hours"] is None else predicted["hours"] * 3600
     lasting = f", {format_duration(seconds)}" if seconds is not None else ""
     return {

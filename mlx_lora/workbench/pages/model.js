@@ -34,7 +34,7 @@ function Fit({ answer }) {
   const { fits, peak_bytes: peak, tokens_per_s: speed, line } = answer.plan;
   if (peak === null) return html`<span class="soft clamp" title=${line}>${line}</span>`;
   return html`<${Chip} tone=${fits ? "good" : "bad"}>${fits ? "fits" : "too large"}<//>
-    <span class="number figure"><b>${bytes(peak)}</b><span class="soft"> peak</span></span><span class="number figure"><b>${rate(speed)}</b><span class="soft"> tokens/s</span></span>`;
+    <span class="number figure"><b>${bytes(peak)}</b><span class="soft"> peak</span></span><span class="number figure" title=${line}><b>${rate(speed)}</b><span class="soft"> tokens/s</span></span>`;
 }
 
 function ModelRow({ model, chosen, settings, onChoose }) {

@@ -15,7 +15,7 @@ const PLACES = [["model", "Model", ModelPlace], ["data", "Data", DataPlace], ["t
 
 function Sidebar({ at, state }) {
   return html`<aside class="sidebar">
-    <a class="brand" href=${linkTo("model")}>mlx_lora <span>studio</span></a>
+    <a class="brand" href=${linkTo("model")}>mlx-lora <span>studio</span></a>
     <nav aria-label="Places">${PLACES.map(([id, words]) => html`<a key=${id} href=${linkTo(id)} aria-current=${at === id ? "page" : undefined}><${Icon} name=${id} /><span>${words}</span></a>`)}</nav>
     ${state && html`<dl class="mac"><dt>This machine</dt><dd>${state.machine.chip}</dd><dd class="number">${bytes(state.machine.working_set_bytes)} of ${bytes(state.machine.memory_bytes)} usable</dd></dl>`}
   </aside>`;
@@ -52,7 +52,7 @@ function Studio() {
   useEffect(() => { start(); }, []);
   const [id, words, Place] = PLACES.find(([one]) => one === at) || PLACES[0];
   useEffect(() => {
-    document.title = `${words} · mlx_lora studio`;
+    document.title = `${words} · mlx-lora studio`;
     if (first.current) { first.current = false; return; }
     scrollTo(0, 0);
     document.querySelector("h1")?.focus(); // a new place begins at its heading, for the keyboard and for screen readers
