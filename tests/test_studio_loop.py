@@ -23,7 +23,7 @@ from studio_real import PATIENCE_MS, add_data, asked, choose, run_folder, studio
 
 from mlx_lora.sources.embedded_models import SMOLLM2_GGUF
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_runs_list")]
 
 
 @pytest.fixture(scope="module")
