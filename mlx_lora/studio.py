@@ -54,7 +54,7 @@ HEAD_TIMEOUT_S = 10.0
     "runs_folders",
     multiple=True,
     metavar="DIR",
-    help="Also list the runs in this folder, in addition to ./runs; may be repeated.",
+    help="Also list the runs in this folder, besides ./runs and those of this machine's list; may be repeated.",
 )
 @click.option(
     "--host",
@@ -89,6 +89,7 @@ def main(
     if missing:
         raise InputError(f"studio: {' and '.join(missing)} not installed; pip install 'mlx-lora[serve]'")
     # Imported here, because packages that they need may not be installed.
+    from mlx_lora.artifacts.known_runs import runs_file
     from mlx_lora.serving.request_guard import GuardLimits, is_local
     from mlx_lora.workbench.data_routes import UPLOAD
     from mlx_lora.workbench.places import Places
@@ -104,6 +105,7 @@ def main(
         folders_of("--model-folder", model_folders),
         folders_of("--data-folder", data_folders),
         (*folders_of("--runs-folder", runs_folders), *(here for here in [Path("runs").resolve()] if here.is_dir())),
+        runs_file(),
     )
     try:
         places.make()

@@ -83,8 +83,7 @@ def prepare(url: str, model: Path) -> tuple[dict[str, Any], list[str]]:
         time.sleep(2)
         runs = asked(url, "runs")["runs"]
     ids = {run["name"]: run["id"] for run in runs}
-    settings = {**SHORT, "learning_rate": 5e-4}
-    project = {"model": str(model), "sets": [{"path": data, "weight": 1}], "settings": settings, "preset": None}
+    project = {"model": str(model), "sets": [{"path": data, "weight": 1}], "settings": {}, "preset": None}
     return project, [ids[name] for name in RUNS]
 
 
@@ -101,6 +100,7 @@ def look_at(watched: Watched, name: str, ids: list[str]) -> None:
     if name == "train":
         page.get_by_role("radio", name="New run").check()
         page.locator(".plan .memory-bar").wait_for()
+        page.locator(".run-card .pending").first.wait_for(state="detached")
     if name in ("run", "compare"):
         page.locator(".chart canvas").nth(2).wait_for()
     if name == "ship":

@@ -20,6 +20,8 @@ from byte_tokenizer import byte_tokenizer
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
+from mlx_lora.artifacts.known_runs import runs_file
+
 # The judges of ORPO, CPO and SimPO lie in TRL's experimental part, which warns; and warnings are errors here.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
@@ -87,6 +89,12 @@ def compiled_again():
     """A short run on a CPU turns compiling off for its process; the next test has it on."""
     yield
     device.compile_for(device.COMPILE_FROM_STEPS)
+
+
+@pytest.fixture
+def own_runs_list():
+    """Begin with an empty list of noted runs, which the studio's real server would show."""
+    runs_file().unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

@@ -75,6 +75,7 @@ def train(watched: Watched, name: str, **settings: Any) -> None:
     """Start a run with these settings, each found by the search over all settings."""
     page = watched.page
     watched.go("train")
+    page.get_by_text("Change settings").click()
     for setting, value in settings.items():
         page.get_by_role("searchbox").fill(setting)
         page.locator(f".settings[aria-live] #set-{setting}").fill(str(value))  # of what was found

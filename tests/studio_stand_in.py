@@ -23,9 +23,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from mlx_lora.settings.config import FIELDS, ROWS
-from mlx_lora.settings.setting_row import field_type, flag_of
 from mlx_lora.workbench import studio_app
+from mlx_lora.workbench.setting_groups import setting_groups
 from mlx_lora.workbench.web import SafeHeaders
 
 PAGES = Path(studio_app.__file__).parent / "pages"
@@ -68,10 +67,13 @@ class StandIn:
         n_runs: in the list; the first one is running.
         events: of the running run, all sent as fast as the page takes them.
         hostile: what stands in a row of the data and in an answer.
+        running: whether the first run goes on.
     """
 
-    def __init__(self, n_runs: int = 12, events: tuple[dict[str, Any], ...] = (), hostile: str = HOSTILE):
-        self.runs = [run_row(n, "running" if n == 0 else None) for n in range(n_runs)]
+    def __init__(
+        self, n_runs: int = 12, events: tuple[dict[str, Any], ...] = (), hostile: str = HOSTILE, running: bool = True
+    ):
+        self.runs = [run_row(n, "running" if n == 0 and running else None) for n in range(n_runs)]
         self._events, self._hostile, self.asked = events, hostile, [("", {})]
         routes = [
             Route("/", lambda request: FileResponse(PAGES / "index.html")),
@@ -159,10 +161,10 @@ class StandIn:
         if path.startswith("runs/"):
             return self._run(path.split("/")[1:], method, body)
         answer = {
-            "state": STATE, "tasks": {"tasks": []}, "models": {"models": MODELS, "stores": STORES}, "models/search": SEARCH, "models/plan": plan_of(body),
+            "example": EXAMPLE, "state": STATE, "tasks": {"tasks": []}, "models": {"models": MODELS, "stores": STORES}, "models/search": SEARCH, "models/plan": plan_of(body),
             "data/sets": {"sets": SETS}, "data/upload": {"path": "/home/me/mlx-lora-studio/data/" + request.query_params.get("name", "")},
-            "data/preview": preview(self._hostile), "settings": {"groups": groups()}, "presets": {"presets": PRESETS},
-            "train/plan": {**plan_of(body), "command": "mlx-lora train --model Qwen/Qwen3-0.6B --data tutor.jsonl", "run_yaml": "rank: 16\nmodel: Qwen/Qwen3-0.6B\n", "steps": 240, "seconds": 660},
+            "data/preview": preview(self._hostile), "settings": {"groups": setting_groups()}, "train/rule": {"cards": RULE},
+            "train/plan": run_plan_of(body),
             "train/start": {"run": self.runs[0]["id"]}, "queue": {"queue": [run for run in self.runs if run["state"] == "queued"][:3]},
             "runs": {"runs": self.runs}, "adapters": {"adapters": ADAPTERS}, "talk/close": {}, "export/needs": NEEDS,
             "export": {"task": "t1", "command": "mlx-lora export --to gguf"},
@@ -208,15 +210,29 @@ def plan_of(body: dict[str, Any]) -> dict[str, Any]:
     return {"fits": peak < 12.7e9, "peak_bytes": peak, "limit_bytes": 12.7e9, "parts": parts, "tokens_per_s": 640 / large, "predicted": True, "line": line, "problems": []}  # fmt: skip
 
 
-def groups() -> list[dict[str, Any]]:
-    """The program's own settings."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for name, field in FIELDS.items():
-        row, kind = ROWS[name], field_type(field)
-        words = {str: "text", int: "int", float: "float", bool: "bool"}[kind]
-        one = {"name": name, "flag": flag_of(name), "type": "choice" if row.choices else words, "default": field.default, "choices": row.choices, "range": None, "help": row.help, "common": row.common}  # fmt: skip
-        found.setdefault(row.group, []).append(one)
-    return [{"name": name, "settings": rows} for name, rows in found.items()]
+def run_plan_of(body: dict[str, Any]) -> dict[str, Any]:
+    """The plan of a card's run: half or twice the steps of the usual one."""
+    card, settings = body.get("card") or "balanced", body.get("settings", {})
+    factor, rank = {"quick": (0.5, 8), "balanced": (1, 16), "thorough": (2, 32)}[card]
+    own = {} if card == "balanced" else {"rank": rank, "epochs": 2.0 * factor}
+    plan = plan_of({"settings": {"rank": rank, **settings}})
+    steps = settings.get("iters") or round(240 * factor)
+    chosen = {
+        "learning_rate": settings.get("learning_rate", 5e-4),
+        "epochs": 2.0 * factor,
+        "iters": settings.get("iters"),
+        "rank": rank,
+    }
+    warnings = (
+        ["“Learning rate” 1: the run will probably diverge; about 0.0005 suits this model"]
+        if settings.get("learning_rate") == 1
+        else []
+    )
+    return {
+        **plan, "card": card, "own": {k: v for k, v in own.items() if k not in settings}, "task": None, "waits": False, "chosen": chosen, "steps": steps, "seconds": 2.75 * steps,
+        "command": "mlx-lora train --model Qwen/Qwen3-0.6B --data tutor.jsonl", "run_yaml": "rank: 16\nmodel: Qwen/Qwen3-0.6B\n",
+        "said": {}, "warnings": warnings, "warned": {"learning_rate": warnings[0]} if warnings else {},
+    }  # fmt: skip
 
 
 def preview(hostile: str) -> dict[str, Any]:
@@ -274,15 +290,19 @@ MODELS = [
     )
 ]  # fmt: skip
 STORES = [{"kind": "hub", "path": "/home/me/.cache/huggingface/hub", "exists": True}, {"kind": "lmstudio", "path": "/home/me/.lmstudio/models", "exists": False}]  # fmt: skip
+EXAMPLE = {
+    "model": "/home/me/.cache/mlx_lora/models/SmolLM2.gguf",
+    "here": False,
+    "mb": 94,
+    "data": "bard",
+    "settings": {"iters": 24},
+    "questions": ["What makes the wind blow?", "How do I write my first poem?"],
+}
 SEARCH = {"results": [{"id": "Qwen/Qwen3-70B-4bit", "downloads": 12345, "likes": 67, "here": False}, {"id": "Qwen/Qwen3-0.6B", "downloads": 987654, "likes": 321, "here": True}], "offline": None}  # fmt: skip
 SETS = [
     {"name": "tutor.jsonl", "path": "/home/me/mlx-lora-studio/data/tutor.jsonl", "bytes": 412000, "changed": 1795700000}
 ]
-PRESETS = [
-    {"name": "quick", "line": "A first look: rank 8, 100 steps.", "settings": {"rank": 8, "alpha": 16.0, "iters": 100}},
-    {"name": "balanced", "line": "The usual choice: rank 16, one pass over the data.", "settings": {"epochs": 1.0}},
-    {"name": "thorough", "line": "The most: rank 32, three passes, the best adapter is kept.", "settings": {"rank": 32, "alpha": 64.0, "epochs": 3.0}},
-]  # fmt: skip
+RULE = {card: {"steps": steps, "epochs": epochs, "rank": rank, "learning_rate": 5e-4} for card, steps, epochs, rank in (("quick", 118, 1.0, 8), ("balanced", 236, 2.0, 16), ("thorough", 472, 4.0, 32))}  # fmt: skip
 ADAPTERS = [{"name": f"tutor-{n}", "path": f"/home/me/mlx-lora-studio/runs/tutor-{n}", "base": "Qwen/Qwen3-0.6B", "run": f"run-{n:03}"} for n in range(3)]  # fmt: skip
 NEEDS = {name: {"needs": needs, "ok": not needs.startswith("log")} for name, needs in (("peft", "nothing more"), ("gguf-adapter", "the base as GGUF beside it"), ("gguf", "nothing more"), ("hf", "1.2 GB of disk"), ("ollama", "Ollama, to run it"), ("hub", "log in first: hf auth login"))}  # fmt: skip
 SAMPLES = [{"step": step, "prompt": "Why does ice float?", "text": text} for step, text in ((0, "Ice floats because it is less dense than water."), (20, "Good question! What happens to water's volume when it freezes?"))]  # fmt: skip

@@ -99,6 +99,8 @@ def test_presets_are_points_of_one_rule():
     assert counts["quick"] < counts["balanced"] < counts["thorough"]
     assert counts["balanced"] == updates(60)
     assert preset_settings("balanced", data) == {}
+    many = DataFacts(100_000, 5_000_000)  # for which one epoch is usual
+    assert [preset_settings(name, many).get("epochs") for name in ("quick", "balanced", "thorough")] == [0.5, None, 2.0]
 
 
 @pytest.fixture(scope="module")

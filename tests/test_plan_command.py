@@ -40,6 +40,7 @@ from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.runs import composition, reference
 from mlx_lora.settings.config import AdapterSettings, ModelSettings, TrainSettings
 from mlx_lora.settings.resolve import train_settings
+from mlx_lora.sources.data_sets import is_local
 from mlx_lora.system import device, exponentials
 from mlx_lora.training.objective_loss import row_log_probabilities
 from mlx_lora.training.run_fit import outlined_shape
@@ -176,6 +177,21 @@ def test_gguf_shapes_from_the_header(tmp_path):
 
 
 @pytest.mark.slow
+def test_data_is_measured_for_a_gguf_file_and_for_a_recipe(tmp_path):
+    path, data = tmp_path / "tiny.gguf", tmp_path / "texts.jsonl"
+    letters = [chr(0x100 + n) for n in range(256) if n not in range(33, 127)]
+    tokens = [*map(chr, range(33, 127)), *letters, "<|end|>"]
+    write_tiny_gguf(
+        path, {"model": "gpt2", "pre": "default", "tokens": tokens, "merges": [], "eos_token_id": len(tokens) - 1}
+    )
+    data.write_text("".join(json.dumps({"text": f"text {n}, and so on"}) + "\n" for n in range(30)))
+    plan = planned("--model", path, "--data", data)
+    assert plan["data"]["rows"] > 0
+    assert plan["steps"] > 0
+    assert is_local("bard")
+    assert not is_local("no-such-recipe")
+
+
 def test_a_real_gguf_outlines_to_the_byte():
     path = smollm2_gguf()
     loaded, base_bytes, _ = loaded_shape(path, 8)

@@ -13,7 +13,7 @@ from studio_browser import Watched, chromium, open_studio
 from studio_client import write_run
 from studio_real import PATIENCE_MS, asked, studio
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_runs_list")]
 
 RECORDS, TOKENS = 25_000, 5_000_000
 FIRST_PAINT_MS, LONGEST_MS, OPENINGS = 1000, 200, 5

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -15,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from real_models import smollm2_gguf
 from studio_browser import chromium, open_studio
-from studio_real import PATIENCE_MS, add_data, choose, run_folder, studio, train
+from studio_real import PATIENCE_MS, add_data, asked, choose, run_folder, studio, train
 
-pytestmark = pytest.mark.slow
+from mlx_lora.sources.embedded_models import SMOLLM2_GGUF
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_runs_list")]
 
 
 @pytest.fixture(scope="module")
@@ -176,5 +180,81 @@ def test_a_copy_is_made_and_what_was_forgotten_is_measured_without_the_hub(brows
         page.get_by_role("region", name="What was forgotten").get_by_role("row").nth(2).wait_for()
         page.get_by_text("Questions answered right").wait_for()
         assert watched.complaints() == []
+        assert watched.problems == []
+        page.close()
+
+
+def test_each_card_shows_exactly_the_run_that_it_starts(browser, tiny_folder, chats, tmp_path):
+    home = tmp_path / "home"
+    with studio(home, tiny_folder.parent) as url:
+        watched = open_studio(browser, url)
+        page = watched.page
+        page.set_default_timeout(PATIENCE_MS)
+        choose(watched, tiny_folder.name)
+        add_data(watched, chats, "abc")
+        steps = {}
+        for card in ("quick", "balanced", "thorough"):
+            watched.go("train")
+            page.get_by_role("radio", name="New run").check()
+            page.get_by_role("radio", name=re.compile(card, re.I)).check()
+            shown = page.locator(f".run-card:has(input[value={card}]) dd[data-figure]")
+            page.locator(f".run-card:has(input[value={card}]):not([aria-busy])").wait_for()
+            told = {one.get_attribute("data-figure"): one.inner_text() for one in shown.all()}
+            page.get_by_label("Name of the run").fill(card)
+            page.get_by_role("button", name="Start training").click()
+            page.locator(".live h2", has_text=re.compile(f"^{card}$")).wait_for()
+            page.locator(".live .chip", has_text="done").wait_for()
+
+            run = run_folder(home, card)
+            kept, log = yaml.safe_load((run / "run.yaml").read_text()), (run / "studio" / "output.log").read_text()
+            header = re.search(r"^Run: ([\d,]+) steps?,.* lr (\S+) ", log, re.M)
+            assert told["steps"] == header[1], (card, told)
+            assert float(told["learning rate"]) == float(header[2]) == kept["learning_rate"]
+            plan = asked(
+                url, "train/plan", {"settings": {"model": str(tiny_folder), "data": kept["data"]}, "card": card}
+            )
+            assert plan["steps"] == int(header[1].replace(",", ""))
+            for name in ("rank", "epochs", "learning_rate", "batch_tokens"):
+                assert plan["chosen"][name] == kept[name], (card, name)
+            facts = json.loads((run / "report.json").read_text())
+            assert facts["planned_peak_bytes"] == plan["peak_bytes"]
+            steps[card] = plan["steps"]
+        assert steps["quick"] < steps["balanced"] < steps["thorough"]
+        assert watched.problems == []
+        page.close()
+
+
+def test_one_click_trains_the_example_and_it_answers(browser, tmp_path):
+    """The example's own model, and two steps instead of its own: what is tested is the way."""
+    cache = tmp_path / "cache"
+    (cache / "models").mkdir(parents=True)
+    shutil.copyfile(
+        smollm2_gguf(), cache / "models" / SMOLLM2_GGUF.file_name
+    )  # a link would lead out of the studio's folders
+    home = tmp_path / "home"
+    with studio(home, tmp_path, MLX_LORA_CACHE=str(cache)) as url:
+        watched = open_studio(browser, url)
+        page = watched.page
+        page.set_default_timeout(PATIENCE_MS)
+
+        def shorter(route: Any) -> None:
+            body = route.request.post_data_json
+            body["settings"] |= {"iters": 2, "val_batches": 0, "sample_tokens": 4}
+            route.continue_(post_data=json.dumps(body))
+
+        page.route("**/api/train/start", shorter)
+        page.get_by_role("button", name="Train the example").click()
+        page.locator(".live .chip", has_text="done").wait_for()
+        page.locator(".sample-said", has_text="after 2 steps").first.wait_for()
+        page.get_by_role("link", name="Talk to it").click()
+        page.locator(".column-choice.side-B .chosen-name", has_text="first-verse").wait_for()
+        page.get_by_text("Sampling and system prompt").click()
+        page.get_by_label("Max tokens").fill("4")
+        page.get_by_role("button", name="How do I write my first poem?").click()
+        page.get_by_text("tokens/s, first token").nth(1).wait_for()
+        # The next run has the cards' settings, not the example's.
+        watched.go("train")
+        page.get_by_role("radio", name="New run").check()
+        page.locator(".run-card.chosen input[value=balanced]").wait_for()
         assert watched.problems == []
         page.close()

@@ -5,6 +5,7 @@ tests/test_studio_loop.py drives the real server through the whole loop.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,6 +55,7 @@ def test_axe_finds_nothing_serious_in_any_place(browser, server, dark):
     watched.page.get_by_role("radio", name="New run").check()
     watched.page.get_by_text("Start training").wait_for()
     assert watched.complaints() == []
+    watched.page.get_by_text("Change settings").click()
     watched.page.get_by_role("searchbox").fill("rate")
     assert watched.complaints() == []
     watched.go("talk", "Column B")
@@ -145,22 +147,50 @@ def test_a_plan_follows_the_settings(studio, server):
     page.get_by_role("radio", name="New run").check()
     page.get_by_role("button", name="Start training").wait_for()
     before = page.locator(".plan .memory-ends").inner_text()
+    page.get_by_text("Change settings").click()
     page.get_by_role("searchbox").fill("rank")
     page.locator("#set-rank").fill("128")
     page.keyboard.press("Tab")
     page.wait_for_function("text => document.querySelector('.plan .memory-ends').innerText !== text", arg=before)
-    page.get_by_role("button", name="Set rank back to 16").click()
+    page.get_by_role("button", name="Set Rank back to 16").click()
     page.get_by_role("radio", name="Quick").check()
-    held: list[Any] = []  # the answer waits, as for the plan of a large data set
+    held: list[Any] = []  # the answer waits
     page.route("**/api/train/start", lambda route: held.append(route))
     page.get_by_role("button", name="Start training").click()
-    page.locator("button[aria-busy=true]:disabled", has_text="Planning and starting").wait_for()
+    page.locator("button[aria-busy=true]:disabled", has_text="Starting").wait_for()
     held[0].continue_()
     page.get_by_text("Sample texts").wait_for()
     assert page.locator("button[aria-busy]").count() == 0
     started = [body for path, body in server.asked if path == "train/start"][-1]
-    quick = {"rank": 8, "alpha": 16, "iters": 100}
-    assert started["settings"] == {**quick, "model": MODEL, "data": SET}
+    assert started["card"] == "quick", "the server knows the card's settings, which follow the data"
+    assert started["settings"] == {"model": MODEL, "data": SET}
+
+
+def test_cards_are_never_blank_and_show_the_plan_when_it_is_there(studio, server):
+    page, held, opened = studio.page, list[Any](), list[bool]()
+    page.route("**/api/train/plan", lambda route: route.continue_() if opened else held.append(route))
+    studio.go("train")
+    page.get_by_role("radio", name="New run").check()
+    figures = page.locator(".run-card dd[data-figure=steps]")
+    for number, words in enumerate(("about 118", "about 236", "about 472")):
+        figures.nth(number).filter(has_text=words).wait_for()
+    assert page.locator(".run-card dd[data-figure='learning rate']").all_inner_texts() == ["0.0005"] * 3
+    opened.append(True)
+    while held:
+        held.pop().continue_()
+    for number, words in enumerate(("120", "240", "480")):
+        figures.nth(number).filter(has_text=re.compile(f"^{words}$")).wait_for()
+    assert page.locator(".run-card .pending").count() == 0
+    assert page.locator(".run-card dd[data-figure=time]").all_inner_texts() == ["5 min 30 s", "11 min", "22 min"]
+    # What one sets beats the cards, and a rate that is far off is warned of beside its field and in the plan.
+    page.get_by_text("Change settings").click()
+    page.locator("#set-iters").fill("77")
+    page.locator("#set-learning_rate").fill("1")
+    page.keyboard.press("Tab")
+    figures.nth(2).filter(has_text=re.compile("^77$")).wait_for()
+    page.locator(".setting .field-warning", has_text="diverge").wait_for()
+    page.locator(".plan .warned", has_text="diverge").wait_for()
+    assert page.get_by_role("button", name="Start training").is_enabled()
 
 
 def test_a_killed_run_says_so_and_goes_on_when_asked(studio, server):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import yaml
@@ -12,7 +13,9 @@ from studio_client import furnish, studio, upload, wait_for
 
 from mlx_lora.settings.config import FIELDS
 from mlx_lora.workbench.model_stores import ollama_models
-from mlx_lora.workbench.setting_groups import OWN, presets
+from mlx_lora.workbench.run_plans import Plans
+from mlx_lora.workbench.setting_groups import OWN
+from mlx_lora.workbench.tasks import Tasks
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +98,8 @@ def test_a_plan_comes_from_the_config_alone_and_is_kept(client, named):
     assert time.process_time() - start < 0.1
     refused = client.post("/api/models/plan", json={**body, "settings": {"rank": 0}}).json()
     assert not refused["fits"]
-    assert "--rank" in refused["problems"][0]
+    assert "“Rank”" in refused["problems"][0]
+    assert list(refused["said"]) == ["rank"]
 
 
 def test_plans_are_traced_beside_a_model_that_answers(client, named, monkeypatch):
@@ -113,26 +117,44 @@ def test_plans_are_traced_beside_a_model_that_answers(client, named, monkeypatch
     assert client.post("/api/models/plan", json=body).json()["peak_bytes"]
 
 
-def test_three_presets_are_shortened_until_they_fit():
-    def plan(settings):
-        fits = settings["max_seq_length"] <= 1024
-        planned = {"fits": fits, "peak_bytes": 10**9, "budget_bytes": 2 * 10**9, "advice": "less", "predicted": {}}
-        return {**planned, "predicted": {"tokens_per_s": 100}, "largest_sequence": {"block": 1500}}
-
-    found = presets("org/model", "dpo", plan)
-    assert [one["name"] for one in found] == ["quick", "balanced", "thorough"]
-    assert [one["settings"]["max_seq_length"] for one in found] == [1024, 1024, 1024]
-    assert "shortened from 4,096 to fit" in found[2]["line"]
-    assert all("(predicted)" in one["line"] for one in found)
-    assert all(one["settings"]["objective"] == "dpo" for one in found)
-    assert found[0]["settings"]["iters"] == 100
-    assert "model" not in found[0]["settings"]
+def test_the_rule_fills_the_cards_at_once(client, named):
+    settings = {"model": named[0], "data": named[1]}
+    start = time.process_time()
+    cards = client.post("/api/train/rule", json={"settings": settings}).json()["cards"]
+    assert time.process_time() - start < 1
+    assert list(cards) == ["quick", "balanced", "thorough"]
+    assert 10 < cards["quick"]["steps"] < cards["balanced"]["steps"] < cards["thorough"]["steps"]
+    assert len({card["learning_rate"] for card in cards.values()} - {None}) == 1
+    assert [card["rank"] for card in cards.values()] == [8, 16, 32]
+    set_by_hand = client.post("/api/train/rule", json={"settings": {**settings, "rank": 16, "iters": 7}}).json()[
+        "cards"
+    ]
+    assert {(card["rank"], card["steps"]) for card in set_by_hand.values()} == {(16, 7)}
+    nothing = client.post("/api/train/rule", json={"settings": {"model": "org/elsewhere", "data": "org/data"}}).json()
+    assert nothing["cards"]["balanced"]["steps"] is None
 
 
 @pytest.mark.slow
-def test_three_presets_are_planned(client, named):
-    found = client.get("/api/presets", params={"model": named[0], "objective": "sft"}).json()["presets"]
-    assert all("(predicted)" in one["line"] for one in found)
+def test_the_cards_are_the_plans_of_their_runs(client, named):
+    settings = {"model": named[0], "data": named[1]}
+    plans = {
+        card: client.post("/api/train/plan", json={"settings": settings, "card": card}).json()
+        for card in ("balanced", "quick", "thorough")
+    }
+    steps = {card: plan["steps"] for card, plan in plans.items()}
+    assert 10 < steps["quick"] < steps["balanced"] < steps["thorough"]
+    assert plans["balanced"]["own"] == {}
+    assert plans["quick"]["own"]["rank"] == 8
+    assert f"--rank {plans['thorough']['own']['rank']}" in plans["thorough"]["command"]
+    by_rule = client.post("/api/train/rule", json={"settings": settings}).json()["cards"]
+    for card, plan in plans.items():
+        assert by_rule[card]["learning_rate"] == plan["chosen"]["learning_rate"]
+        assert by_rule[card]["epochs"] == plan["chosen"]["epochs"]
+        assert by_rule[card]["steps"] == pytest.approx(plan["steps"], rel=0.35)
+    far_off = client.post("/api/train/plan", json={"settings": {**settings, "learning_rate": 1.0}}).json()
+    assert list(far_off["warned"]) == ["learning_rate"]
+    assert "--" not in far_off["warnings"][0]
+    assert client.post("/api/train/plan", json={"settings": settings, "card": "huge"}).status_code == 400
 
 
 def test_an_upload_gets_a_name_of_its_own(client, home):
@@ -215,6 +237,7 @@ def test_a_plan_of_a_run_has_its_command_and_its_settings(client, named, home):
     }
     plan = client.post("/api/train/plan", json={"settings": settings, "name": "one"}).json()
     assert plan["fits"]
+    assert (plan["problems"], plan["said"]) == ([], {})
     assert plan["steps"] == 4
     assert plan["task"] is None
     assert "--no-mask-prompt" in plan["command"]
@@ -223,9 +246,24 @@ def test_a_plan_of_a_run_has_its_command_and_its_settings(client, named, home):
     assert content["learning_rate"] == 1e-3
     assert content["adapter_path"] == str(home.resolve() / "runs" / "one")
     wrong = client.post("/api/train/plan", json={"settings": {**settings, "learning_rate": -1}}).json()
-    assert "--learning-rate" in wrong["line"]
+    assert "“Learning rate”" in wrong["line"]
+    assert list(wrong["said"]) == ["learning_rate"]
     none = client.post("/api/train/plan", json={"settings": {}}).json()
     assert none["problems"] == ["choose a model first"]
+
+
+@pytest.mark.slow
+def test_a_server_that_ends_waits_for_no_plan(tmp_path):
+    plans = Plans(Tasks(tmp_path))
+    assert plans._processes.submit(int, "3").result(timeout=300) == 3  # the process has begun
+    working = plans._processes.submit(time.sleep, 600)
+    wait_for(working.running)
+    children = list(plans._processes._processes.values())
+    plans.close()
+    with pytest.raises(BrokenProcessPool):
+        working.result(timeout=60)
+    assert children
+    assert wait_for(lambda: not any(child.is_alive() for child in children) or None, 60)
 
 
 @pytest.mark.slow

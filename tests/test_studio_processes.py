@@ -16,7 +16,7 @@ import pytest
 from serving_process import ROOT, Server
 from studio_client import furnish, wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_runs_list")]
 SETTINGS = {
     "max_seq_length": 64,
     "batch_size": 4,

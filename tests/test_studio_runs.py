@@ -98,7 +98,7 @@ def test_the_reason_of_a_failure_is_the_commands_own_line(home):
     (folder / "studio" / "output.log").write_text("Reading\nError: --data x: no such file\n")
     with studio(home) as client:
         detail = client.get(f"/api/runs/{run_id(folder)}").json()
-        assert (detail["state"], detail["reason"]) == ("failed", "--data x: no such file")
+        assert (detail["state"], detail["reason"]) == ("failed", "“Data” x: no such file")
         assert detail["log"][-1].startswith("Error")
         assert detail["metrics"] == {}
 

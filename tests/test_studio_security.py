@@ -16,11 +16,11 @@ from mlx_lora.workbench.web import POLICY
 KEY = "correct horse"
 READ = (
     "/api/state", "/api/models", "/api/models/search?q=x", "/api/tasks", "/api/tasks/events", "/api/data/sets", "/api/settings",
-    "/api/presets", "/api/queue", "/api/runs", "/api/runs/x", "/api/runs/x/events", "/api/adapters", "/api/export/needs",
+    "/api/example", "/api/queue", "/api/runs", "/api/runs/x", "/api/runs/x/events", "/api/adapters", "/api/export/needs",
 )  # fmt: skip
 WRITE = (
-    "/api/models/plan", "/api/models/download", "/api/models/convert", "/api/tasks/x/cancel", UPLOAD, "/api/data/preview",
-    "/api/train/plan", "/api/train/start", "/api/queue/move", "/api/queue/remove", "/api/runs/x/pause", "/api/runs/x/resume",
+    "/api/example", "/api/models/plan", "/api/models/download", "/api/models/convert", "/api/tasks/x/cancel", UPLOAD, "/api/data/preview",
+    "/api/train/rule", "/api/train/plan", "/api/train/start", "/api/queue/move", "/api/queue/remove", "/api/runs/x/pause", "/api/runs/x/resume",
     "/api/runs/x/stop", "/api/runs/x/forgetting", "/api/talk", "/api/talk/close", "/api/export",
 )  # fmt: skip
 ALL = [
@@ -135,7 +135,7 @@ def test_a_path_outside_the_folders_gets_403_wherever_it_is_named(client, home, 
         if not path.startswith(".."):
             assert answer.status_code == 403, (route, body, answer.text)
         assert "secret" not in answer.text
-    assert client.get("/api/presets", params={"model": of["models"]}).status_code in (403, 404)
+    assert client.post("/api/train/rule", json={"settings": {"model": of["models"]}}).status_code in (403, 404)
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "valid.jsonl"])

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_lora.data.loading import UNCACHED, DataSplits, load_data
 from mlx_lora.data.teacher_rows import read_teacher_prompt
+from mlx_lora.models.gguf_tokenizer_folder import gguf_tokenizer_folder
 from mlx_lora.models.load import check_highest
 from mlx_lora.models.outline import Outline
 from mlx_lora.models.tokenizer import load_folder_tokenizer
@@ -18,6 +19,7 @@ from mlx_lora.runs.teacher_answers import readable_data
 from mlx_lora.runs.training_run import check_test_split
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.sources.data_sets import find_sets, is_local, named_sets
+from mlx_lora.sources.gguf_reader import is_gguf
 from mlx_lora.sources.hub import resolve_config
 from mlx_lora.sources.splits import TINY_SHAKESPEARE, find_splits, is_dataset_id
 
@@ -40,6 +42,8 @@ def local_data(settings: TrainSettings, outline: Outline, say: Callable[[str], N
         return None
     find_sets(settings.data.data)  # refuses files that cannot be read, without a tokenizer too
     folder = resolve_config(settings.model.model or "", settings.model.revision)
+    if folder.is_file() and is_gguf(folder):
+        folder = gguf_tokenizer_folder(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     return read_splits(settings, folder, outline.config, say)

@@ -306,6 +306,7 @@ def chosen_settings(settings: TrainSettings, fitted: Fitted, rows: int) -> dict[
         "learning_rate": settings.optimizer.learning_rate,
         "epochs": settings.loop.epochs,
         "iters": settings.loop.iters,
+        "early_stopping_patience": settings.loop.early_stopping_patience,
         "batch_tokens": fitted.batch_tokens,
         "rows": rows,
         "grad_checkpoint": fitted.checkpointing,

@@ -28,6 +28,7 @@ from mlx_lora.artifacts.checkpoint import (
     thin_out,
     write_checkpoint,
 )
+from mlx_lora.artifacts.known_runs import note_run
 from mlx_lora.artifacts.overlap import measure_overlap
 from mlx_lora.artifacts.rollout_page import ANSWERS_FILE
 from mlx_lora.artifacts.run_report import FACTS_FILE, REPORT_FILE
@@ -234,7 +235,7 @@ class RunFolder:
             repeated = {**self.settings.to_flat(), "resume": None, "force": False}
             text = yaml.safe_dump(repeated, sort_keys=False, allow_unicode=True)
             temporary.write_text(text, encoding="utf-8")
-
+        note_run(self.path)
         if written is not None and written.resolve() != (self.path / WRITTEN).resolve():
             with replacing_folder(self.path / WRITTEN) as copied:
                 for file in written.glob("*.jsonl"):

@@ -223,4 +223,6 @@ def preset_settings(name: str, data: DataFacts | None) -> dict[str, Any]:
     aim = rows_per_step(data.examples)
     per_epoch = math.ceil(data.examples / aim)
     epochs = max(1, min(MOST_EPOCHS, round(UPDATES / per_epoch)))
-    return settings | {"epochs": float(max(1, math.ceil(factor * epochs)))}
+    wanted = factor * epochs
+    # Half of one epoch, where one is usual.
+    return settings | {"epochs": float(math.ceil(wanted)) if wanted > 1 else wanted}

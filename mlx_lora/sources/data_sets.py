@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_lora.settings.named_recipes import recipe_names
 from mlx_lora.sources.records import check_file
 from mlx_lora.sources.splits import find_splits
 from mlx_lora.system.cache import GIVEN, shown_data
@@ -72,8 +73,8 @@ def named_sets(data: str) -> list[tuple[str, float]]:
 
 
 def is_local(name: str) -> bool:
-    """Tell whether a set is on this disk, and not on the hub."""
-    return _exists(name)
+    """Tell whether a set is on this disk, a recipe's among them, and not on the hub."""
+    return _exists(name) or name in recipe_names()
 
 
 def find_sets(data: str) -> list[DataSet]:

@@ -12,7 +12,9 @@ from pathlib import Path
 from mlx_lora.system.program import MODULE
 
 
-def start_child(words: list[str], log: Path, append: bool = False, result: Path | None = None) -> subprocess.Popen:
+def start_child(
+    words: list[str], log: Path, append: bool = False, result: Path | None = None, cwd: str | None = None
+) -> subprocess.Popen:
     """Start a command in a session of its own, with its output in a file.
 
     Args:
@@ -20,6 +22,7 @@ def start_child(words: list[str], log: Path, append: bool = False, result: Path 
         log: where its output goes.
         append: keep what the file has.
         result: where its standard output goes, apart from the rest; None: into the log too.
+        cwd: the folder that its relative names start from, if it is still there; None: the studio's own.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as files:
@@ -30,6 +33,7 @@ def start_child(words: list[str], log: Path, append: bool = False, result: Path 
             stdout=files.enter_context(result.open("wb")) if result else output,
             stderr=output,
             start_new_session=True,
+            cwd=cwd if cwd and os.path.isdir(cwd) else None,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
 

@@ -78,7 +78,8 @@ class DataRoutes:
 
     def _too_large(self) -> ApiError:
         return ApiError(
-            413, f"the file is larger than {self._most:,} bytes; raise --max-upload, or put it into a --data-folder",
+            413, f"the file is larger than {self._most:,} bytes; put it into {self._places.data}, or start the studio with a larger "
+            "--max-upload",
             "body_too_large",
         )  # fmt: skip
 

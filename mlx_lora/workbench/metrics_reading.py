@@ -71,14 +71,19 @@ def parsed(line: str) -> dict[str, Any] | None:
 
 
 def last_values(path: Path) -> dict[str, Any]:
-    """Return the last step, losses, speed and the largest peak in the end of metrics.jsonl."""
+    """Return the last step, losses, speed and the largest peak in the end of metrics.jsonl.
+
+    The validation before the first step is of the base, and no result of the run: it is left out.
+    """
     found: dict[str, Any] = {}
     for line in tail_lines(path, TAIL_BYTES):
         record = parsed(line)
         if record is None:
             continue
         found["step"] = record["step"]
-        for name in ("loss", "val_loss", "tokens_per_s", "elapsed_s", "reward", "accuracy"):
+        if record.get("val_loss") is not None and record["step"] > 0:
+            found["val_loss"], found["val_step"] = record["val_loss"], record["step"]
+        for name in ("loss", "tokens_per_s", "elapsed_s", "reward", "accuracy"):
             if record.get(name) is not None and (record.get("loss") is not None or name != "tokens_per_s"):
                 found[name] = record[name]
         peak = record.get("peak_memory_bytes")

@@ -16,9 +16,11 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from mlx_lora.models.folder import FOREIGN_ERRORS, import_architecture, short
 from mlx_lora.models.gguf_arch import model_config
+from mlx_lora.sources.embedded_models import GEMMA3_GGUF, SMOLLM2_GGUF
 from mlx_lora.sources.gguf_reader import is_gguf, read_gguf
 from mlx_lora.sources.hub import HUB_ID
 from mlx_lora.sources.safetensors import read_safetensors_header
+from mlx_lora.system.cache import cache_dir
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.files import replacing_file
 from mlx_lora.system.parsing import parse_json
@@ -38,7 +40,7 @@ class Found:
     Attributes:
         id: what `--model` takes.
         name: for people.
-        kind: hub, folder, gguf, ollama or lmstudio.
+        kind: hub, folder, gguf, ollama, lmstudio or embedded.
         path: of the folder or file.
     """
 
@@ -65,7 +67,8 @@ class ModelStores:
     def roots(self) -> tuple[Path, ...]:
         """Return the folders that a model of a request may lie in, resolved."""
         stores = (Path(HF_HUB_CACHE), ollama_store(), *lmstudio_stores())
-        return (*self._places.all_models, *(store.resolve() for store in stores))
+        # Besides the stores, the folder of the embedded models, which this program itself downloads.
+        return (*self._places.all_models, *(store.resolve() for store in (*stores, cache_dir("models"))))
 
     def listed(self) -> list[dict[str, Any]]:
         """Return all models, each with what is known of it."""
@@ -81,7 +84,9 @@ class ModelStores:
         return models
 
     def _all(self) -> list[Found]:
-        found = [*hub_models(Path(HF_HUB_CACHE))]
+        embedded = [cache_dir("models") / model.file_name for model in (SMOLLM2_GGUF, GEMMA3_GGUF)]
+        found = [Found(str(path), path.stem, "embedded", path) for path in embedded if path.is_file()]
+        found += hub_models(Path(HF_HUB_CACHE))
         for folder in self._places.all_models:
             found += folder_models(folder)
         found += ollama_models(ollama_store(), self._places.models / "ollama")

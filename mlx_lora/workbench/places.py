@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_lora.artifacts.known_runs import KnownRun, known_runs
 from mlx_lora.serving.asking import ApiError
 
 # A run's, an upload's or an export's name: it becomes a folder or a file, and never a path.
@@ -23,12 +24,14 @@ class Places:
         model_folders: also searched for models.
         data_folders: also searched for data sets.
         runs_folders: also searched for runs that were started elsewhere.
+        known_runs: the list of runs that `train` keeps; None: it is not read.
     """
 
     home: Path
     model_folders: tuple[Path, ...] = ()
     data_folders: tuple[Path, ...] = ()
     runs_folders: tuple[Path, ...] = ()
+    known_runs: Path | None = None
 
     @property
     def data(self) -> Path:
@@ -60,6 +63,11 @@ class Places:
         """The folders whose subfolders are runs, the studio's own first."""
         return tuple(dict.fromkeys((self.runs, *self.runs_folders)))
 
+    def runs_elsewhere(self) -> dict[Path, KnownRun]:
+        """The listed runs whose folders lie in none of those, by folder; each is still there and has a run.yaml."""
+        listed = known_runs(self.known_runs) if self.known_runs else []
+        return {one.folder: one for one in listed if one.folder.parent not in self.all_runs}
+
     @property
     def all_data(self) -> tuple[Path, ...]:
         """The folders that data sets may come from."""
@@ -71,13 +79,14 @@ class Places:
         return tuple(dict.fromkeys((self.models, *self.model_folders)))
 
 
-def within(path: object, folders: Iterable[Path], field: str) -> Path:
+def within(path: object, folders: Iterable[Path], field: str, named: Iterable[Path] = ()) -> Path:
     """Return a path of a request, with its links followed, if it lies in one of these folders.
 
     Args:
         path: as the request gave it.
         folders: resolved.
         field: of the request, for errors.
+        named: resolved; files and folders that are allowed themselves, with what is in them.
 
     Raises:
         ApiError: 400 if it is not a path, 403 if it lies elsewhere, 404 if there is nothing.
@@ -88,7 +97,8 @@ def within(path: object, folders: Iterable[Path], field: str) -> Path:
         found = Path(path).expanduser().resolve()
     except (OSError, RuntimeError):  # a circle of links, or a user that does not exist
         raise ApiError(400, f"{field}: not a usable path; choose one that the studio lists", "invalid_value") from None
-    if not any(found.is_relative_to(folder) and found != folder for folder in folders):
+    inside = any(found.is_relative_to(folder) and found != folder for folder in folders)
+    if not inside and not any(found.is_relative_to(one) for one in named):
         raise ApiError(
             403, f"{field}: outside the folders of this studio; copy it there, or start the studio with its folder",
             "path_outside",

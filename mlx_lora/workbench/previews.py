@@ -14,19 +14,18 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.data.data_report import row_pieces
-from mlx_lora.models.gguf_arch import model_config
+from mlx_lora.models.gguf_tokenizer_folder import gguf_tokenizer_folder
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.serving.asking import ApiError
 from mlx_lora.sources.data_sets import find_sets
-from mlx_lora.sources.gguf_reader import read_gguf
-from mlx_lora.sources.gguf_tokenizer import write_tokenizer
 from mlx_lora.sources.hub import HUB_ID, resolve_config, resolve_tokenizer
 from mlx_lora.system.cache import cache_dir
 from mlx_lora.system.errors import InputError, RunError
-from mlx_lora.system.files import replacing_folder, sha256_of
+from mlx_lora.system.files import sha256_of
 from mlx_lora.system.parsing import read_json
 from mlx_lora.workbench.child_processes import ended_words, start_child
 from mlx_lora.workbench.model_stores import local_model
+from mlx_lora.workbench.page_words import in_page_words
 from mlx_lora.workbench.preview_index import CUT, DOUBLED, FILE, FORM, LINE, META, SPLIT, SPLITS, build_index
 from mlx_lora.workbench.preview_worker import PROGRESS
 from mlx_lora.workbench.tasks import Cancelled, Task, Tasks, last_line
@@ -172,7 +171,7 @@ class Previews:
         if chosen == "refused":
             total = len(meta["refused"])
             for number, one in enumerate(meta["refused"][offset : offset + limit], offset):
-                rows.append({**_row(number, one), "form": "", "why": one["message"]})
+                rows.append({**_row(number, one), "form": "", "why": in_page_words(one["message"])})
         else:
             numbers = index.chosen.get(chosen)
             examples = len(index.examples) if numbers is None else len(numbers)
@@ -182,7 +181,9 @@ class Previews:
                 rows.append(_encoded_row(index, tokenizer, example, at % shown))
         return {
             "task": None, "total": total, "forms": meta["form_counts"], "counts": meta["counts"],
-            "histogram": meta["histogram"], "rows": rows, "problems": meta["refused"][:200], "notes": meta["notes"],
+            "histogram": meta["histogram"], "rows": rows,
+            "problems": [{**one, "message": in_page_words(one["message"])} for one in meta["refused"][:200]],
+            "notes": [in_page_words(note) for note in meta["notes"]],
             "max_seq_length": meta["max_seq_length"],
         }  # fmt: skip
 
@@ -225,7 +226,7 @@ def tokenizer_folder(model: str) -> Path:
     """
     path = Path(model).expanduser()
     if path.is_file():
-        return _gguf_tokenizer(path)
+        return gguf_tokenizer_folder(path)
     if path.is_dir():
         return path
     found = HUB_ID.fullmatch(model)
@@ -234,20 +235,6 @@ def tokenizer_folder(model: str) -> Path:
     folder = resolve_tokenizer(model) if found else resolve_config(model)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise InputError(f"model {model!r}: has no tokenizer.json; choose another model")
-    return folder
-
-
-def _gguf_tokenizer(path: Path) -> Path:
-    """Return the cached folder with a GGUF file's tokenizer."""
-    stat = path.stat()
-    folder = (
-        cache_dir("previews") / f"tokenizer-{sha256_of(f'{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}')[:16]}"
-    )
-    if not (folder / "config.json").is_file():
-        file = read_gguf(path)
-        with replacing_folder(folder) as temporary:
-            write_tokenizer(file.metadata, temporary)
-            (temporary / "config.json").write_text(json.dumps(model_config(file), default=str), encoding="utf-8")
     return folder
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,9 @@ def is_hub_model(value: Any) -> bool:
 class Checker:
     """Checks the names of models and files in requests."""
 
-    def __init__(self, places: Places, model_roots: tuple[Path, ...]):
-        self._places, self._models = places, model_roots
+    def __init__(self, places: Places, model_roots: tuple[Path, ...], bases: Callable[[], list[Path]] = lambda: []):
+        """Take the studio's folders, those of models, and what returns the base models of runs elsewhere."""
+        self._places, self._models, self._bases = places, model_roots, bases
 
     def model(self, value: Any) -> str:
         """Return a model as `--model` takes it.
@@ -47,16 +48,16 @@ class Checker:
         """
         if is_hub_model(value):
             return value
-        within(value, (*self._models, self._places.home), "model")
+        within(value, (*self._models, self._places.home), "model", self._bases())
         return str(Path(value).expanduser().absolute())  # links keep their name: a blob has no suffix
 
     def adapter(self, value: Any) -> Path:
-        """Return an adapter's folder below the folders of runs or the studio's home.
+        """Return an adapter's folder below the folders of runs or the studio's home, or in a run that `train` noted.
 
         Raises:
             ApiError: it lies elsewhere, or is not there.
         """
-        return within(value, (*self._places.all_runs, self._places.home), "adapter")
+        return within(value, (*self._places.all_runs, self._places.home), "adapter", self._places.runs_elsewhere())
 
     def data(self, value: Any) -> str:
         """Return data as `--data` takes it, with local names made absolute.
@@ -108,7 +109,7 @@ class Checker:
         if not file or not (Path(file).expanduser().exists() or file[0] in "/~." or ".." in file):
             return
         folders = (*self._places.all_data, *self._places.all_runs, *self._models, self._places.home)
-        within(file, folders, name)
+        within(file, folders, name, self._places.runs_elsewhere())
 
 
 def _files_of(path: Path) -> list[Path]:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mlx_lora.artifacts.known_runs import forget_run
 from mlx_lora.serving.asking import ApiError
 from mlx_lora.system.files import replacing_file
 from mlx_lora.system.process import start_mark
@@ -141,12 +142,14 @@ class RunControl:
             ApiError: the name is taken, or another run goes on and `queue` is off.
             InputError: `train` would refuse the settings.
         """
-        name = safe_name(name)
+        name = safe_name(name, "Name of the run")
         folder = self._places.runs / name
         resolved(settings, folder)
         with self._lock:
             if folder.exists():
-                raise ApiError(409, f"name: there is a run {name} already; choose another name", "name_taken", "name")
+                raise ApiError(
+                    409, f"Name of the run: there is a run {name} already; choose another name", "name_taken", "name"
+                )
             busy = self.going_on()
             if busy is not None and not queue:
                 raise ApiError(
@@ -163,7 +166,9 @@ class RunControl:
 
     def _launch(self, folder: Path, started: Started, resume: bool = False) -> None:
         words = [*started.words, "--resume"] if resume else started.words
-        child = start_child(words, folder / LOG_FILE, append=resume)
+        # The names in a terminal's run.yaml are relative to where its command was given.
+        known = self._places.runs_elsewhere().get(folder)
+        child = start_child(words, folder / LOG_FILE, append=resume, cwd=known.cwd if known else None)
         started.pid, started.mark, started.asked, started.code = child.pid, start_mark(child.pid), None, None
         started.at = time.time()
         started.write(folder)
@@ -233,7 +238,7 @@ class RunControl:
             temporary.write_text(text, encoding="utf-8")
 
     def delete(self, number: str, confirm: Any) -> None:
-        """Remove a run's folder with all that is in it.
+        """Remove a run's folder with all that is in it; of a run elsewhere the folder stays, and it leaves the list.
 
         Raises:
             ApiError: 409 if it goes on, 400 if the name was not repeated.
@@ -247,7 +252,10 @@ class RunControl:
             if number in self.queue:
                 self.remove(number)
             try:
-                shutil.rmtree(folder)
+                if self._listing.elsewhere(folder):  # it may have other things in it, even be a project's folder
+                    forget_run(folder, self._places.known_runs)
+                else:
+                    shutil.rmtree(folder)
             except OSError as error:
                 raise ApiError(409, f"{folder.name}: cannot be removed ({error.strerror}); check its permissions",
                     "not_removed") from None  # fmt: skip

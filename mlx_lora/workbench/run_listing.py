@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE
 from mlx_lora.artifacts.checkpoint import LOCK_FILE
+from mlx_lora.artifacts.known_runs import KnownRun
 from mlx_lora.artifacts.rollout_page import ANSWERS_FILE, read_answers
 from mlx_lora.artifacts.run_report import FACTS_FILE
+from mlx_lora.data.spoken import spoken_turns, without_markers
 from mlx_lora.serving.asking import ApiError
 from mlx_lora.system.parsing import parse_json, parse_yaml
 from mlx_lora.system.program import command_line
 from mlx_lora.workbench.forgetting_routes import what_was_forgotten
 from mlx_lora.workbench.metrics_reading import last_values, read_columns
+from mlx_lora.workbench.page_words import in_page_words
 from mlx_lora.workbench.places import Places
 from mlx_lora.workbench.run_states import (
     NOTES_FILE,
@@ -56,7 +60,22 @@ class RunListing:
                 is_run = (folder / SETTINGS).is_file() or (folder / STARTED_FILE).is_file()
                 if is_run and not folder.is_symlink():
                     found[run_id(folder)] = folder
-        return found
+        return found | {run_id(folder): folder for folder in self._places.runs_elsewhere()}
+
+    def elsewhere(self, folder: Path) -> bool:
+        """Return whether a run lies outside the studio's folders, and is listed because `train` noted it."""
+        return folder.parent not in self._places.all_runs
+
+    def settings_of(self, folder: Path, started: Started | None) -> dict[str, Any]:
+        """Return a run's settings; of a run elsewhere, with a local model as a whole path."""
+        known = self._places.runs_elsewhere().get(folder) if self.elsewhere(folder) else None
+        return _with_whole_model(read_settings_of(folder, started), known)
+
+    def bases(self) -> list[Path]:
+        """Return the local base models of runs elsewhere, resolved: those may be talked to as well."""
+        elsewhere = self._places.runs_elsewhere().items()
+        named = [_with_whole_model(read_settings_of(folder, None), known).get("model") for folder, known in elsewhere]
+        return [Path(model).resolve() for model in named if isinstance(model, str) and Path(model).is_absolute()]
 
     def folder(self, number: str) -> Path:
         """Return a run's folder.
@@ -102,21 +121,24 @@ class RunListing:
             )
         state = "queued" if queued else "stopped" if state == "waiting" else state
         steps = line["steps"] or (_steps_said(folder) if state == "running" else None)
-        return {**line, "state": state, "reason": reason, "steps": steps}
+        ending = started.asked if started is not None and state == "running" else None
+        reason = in_page_words(reason) if reason else reason
+        return {**line, "state": state, "reason": reason, "steps": steps, "ending": ending}
 
     def _read(self, folder: Path, started: Started | None) -> dict[str, Any]:
-        settings, last = read_settings_of(folder, started), last_values(folder / METRICS)
+        settings, last = self.settings_of(folder, started), last_values(folder / METRICS)
         begun = started.created if started else _time(folder / SETTINGS)
         steps = (started.steps if started else None) or settings.get("iters") or _steps_said(folder)
         facts = facts_of(folder)
         return {
             "id": run_id(folder), "name": folder.name, "path": str(folder),
             "step": last.get("step", 0), "steps": steps, "loss": last.get("loss"), "val_loss": last.get("val_loss"),
+            "val_step": last.get("val_step"),
             "model": settings.get("model"), "method": settings.get("fine_tune_type") or settings.get("method") or "lora",
             "objective": settings.get("objective") or "sft", "started": begun, "seconds": last.get("elapsed_s"),
             "peak_bytes": last.get("peak_bytes"), "tokens_per_s": last.get("tokens_per_s"),
             "plan_peak_bytes": facts.get("planned_peak_bytes") or (started.plan_peak_bytes if started else None),
-            "in_studio": started is not None,
+            "in_studio": started is not None, "elsewhere": self.elsewhere(folder),
         }  # fmt: skip
 
     def detail(self, number: str, queued: bool) -> dict[str, Any]:
@@ -132,7 +154,7 @@ class RunListing:
         again = (folder / SETTINGS).is_file() or started is not None
         return {
             **line,
-            "settings": read_settings_of(folder, started),
+            "settings": self.settings_of(folder, started),
             "command": command_line(started.words) if started else command_of(folder, facts),
             "run_yaml": _text(folder / SETTINGS),
             "metrics": read_columns(folder / METRICS),
@@ -140,7 +162,7 @@ class RunListing:
             "verdict": verdict_of(facts),
             "log": log_lines(folder),
             "notes": _text(folder / NOTES_FILE),
-            **what_was_forgotten(folder, read_settings_of(folder, started)),
+            **what_was_forgotten(folder, self.settings_of(folder, started)),
             "checkpoint": checkpoint,
             "can_resume": again and line["state"] in RESUMABLE,
             "adapter": str(adapter) if adapter else None,
@@ -149,10 +171,10 @@ class RunListing:
 
     def adapters(self) -> list[dict[str, Any]]:
         """Return the adapters that finished, stopped or paused runs left, the newest first."""
-        found = []
+        found, elsewhere = [], self._places.runs_elsewhere()
         for number, folder in self.folders().items():
             if (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file():
-                base = read_settings_of(folder, None).get("model")
+                base = _with_whole_model(read_settings_of(folder, None), elsewhere.get(folder)).get("model")
                 changed = _time(folder / WEIGHTS_FILE) or 0
                 found.append((changed, {"name": folder.name, "path": str(folder), "base": base, "run": number}))
         return [one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True)]
@@ -167,6 +189,15 @@ def read_settings_of(folder: Path, started: Started | None) -> dict[str, Any]:
     return found if isinstance(found, dict) else dict(started.settings) if started else {}
 
 
+def _with_whole_model(settings: dict[str, Any], known: KnownRun | None) -> dict[str, Any]:
+    """Return settings with a local model as a whole path; a terminal's run may name it relative to where it began."""
+    model = settings.get("model")
+    if known is None or not isinstance(model, str):
+        return settings
+    local = Path(known.cwd, Path(model).expanduser())
+    return {**settings, "model": str(local)} if local.exists() else settings
+
+
 def command_of(folder: Path, facts: dict[str, Any]) -> str:
     """Return the command that repeats a run of a terminal."""
     given = facts.get("command")
@@ -174,17 +205,17 @@ def command_of(folder: Path, facts: dict[str, Any]) -> str:
 
 
 def samples_of(folder: Path, facts: dict[str, Any], step: int) -> list[dict[str, Any]]:
-    """Return the texts before and after training, or of every validation, each with its step."""
+    """Return the texts before and after training, or of every validation, each with its step, without a template's markers."""
     found = []
     answers = read_answers(folder / ANSWERS_FILE) if (folder / ANSWERS_FILE).exists() else []
     for one in answers[-MOST_SAMPLES:]:
-        found.append({"step": one.get("step"), "prompt": _cut(one.get("prompt")), "text": _cut(one.get("answer"))})
+        found.append(_sample(one.get("step"), one.get("prompt"), one.get("answer"), ()))
     for sample in facts.get("samples") or [] if not found else []:
-        prompt = _cut(sample.get("prompt"))
-        more = {} if sample.get("expected") is None else {"expected": _cut(sample["expected"])}
-        found.append({"step": 0, "prompt": prompt, "text": _cut(sample.get("before")), **more})
+        prompt, specials = sample.get("prompt"), sample.get("specials") or ()
+        expected = sample.get("expected")
+        found.append(_sample(0, prompt, sample.get("before"), specials, expected))
         if sample.get("after") is not None:
-            found.append({"step": step, "prompt": prompt, "text": _cut(sample["after"]), **more})
+            found.append(_sample(step, prompt, sample["after"], specials, expected))
     return found
 
 
@@ -194,6 +225,15 @@ def verdict_of(facts: dict[str, Any]) -> dict[str, str] | None:
     if not isinstance(found, dict) or not found.get("headline"):
         return None
     return {name: _cut(found.get(name)) for name in ("headline", "tone", "name", "mend", "command")}
+
+
+def _sample(step: int | None, prompt: Any, text: Any, specials: Iterable[str], expected: Any = None) -> dict[str, Any]:
+    turns = spoken_turns(str(prompt or ""), specials)
+    # Who speaks is told where it is not simply the user's question.
+    told = [content if role in ("", "User") else f"{role}: {content}" for role, content in turns]
+    said = without_markers(str(text or ""), specials) or "(empty text)"
+    more = {} if expected is None else {"expected": _cut(without_markers(str(expected), specials))}
+    return {"step": step, "prompt": _cut("\n\n".join(told)), "text": _cut(said), **more}
 
 
 def _steps_said(folder: Path) -> int | None:

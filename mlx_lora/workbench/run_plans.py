@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from mlx_lora.sources.data_sets import find_sets, is_local, named_sets
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.units import format_duration, gigabytes
 from mlx_lora.workbench.model_stores import local_model
+from mlx_lora.workbench.page_words import fields_in, in_page_words
 from mlx_lora.workbench.tasks import Task, Tasks
 
 KEPT = 256  # plans
@@ -74,13 +76,14 @@ class Plans:
     """Plans by (model, settings, data), the most recently asked ones."""
 
     def __init__(self, tasks: Tasks):
-        self._processes = _new_processes()
+        self._processes, self._wanted = _new_processes()
         self._kept: OrderedDict[str, dict[str, Any] | str] = OrderedDict()
         self._lock, self._tasks = threading.Lock(), tasks
         self._reading: dict[str, Task] = {}
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes, whatever they are planning."""
+        self._wanted.close()
         self._processes.shutdown(wait=False, cancel_futures=True)
 
     def of_config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,6 +93,14 @@ class Plans:
             InputError: the planner refuses them.
         """
         return self._planned({name: value for name, value in settings.items() if name != "data"})
+
+    def known(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the plan of a run if it was made before; None: it was not, and is not made now."""
+        try:
+            found = self._kept.get(_key(settings))
+        except InputError:
+            return None
+        return found if isinstance(found, dict) else None
 
     def of_run(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Task | None]:
         """Return the plan of a run, and the task that reads its data if that takes long; until then the data counts nothing.
@@ -122,7 +133,7 @@ class Plans:
         except BrokenProcessPool:
             with self._lock:
                 if self._processes is processes:
-                    self._processes = _new_processes()
+                    self._processes, self._wanted = _new_processes()
             raise ApiError(
                 503,
                 "the planner's process was ended, perhaps for lack of memory; close other programs and ask again",
@@ -154,21 +165,23 @@ class Plans:
         return result
 
 
-def _new_processes() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn"), _begin_process)
+def _new_processes() -> tuple[ProcessPoolExecutor, Connection]:
+    """Return the processes, and the end of a pipe: when it is closed, they end."""
+    context = multiprocessing.get_context("spawn")
+    wanted, held = context.Pipe(duplex=False)
+    return ProcessPoolExecutor(PROCESSES, context, _begin_process, (wanted,)), held
 
 
-def _begin_process() -> None:
-    """Set up a process: it leaves Ctrl-C to the server, and ends with it."""
+def _begin_process(wanted: Connection) -> None:
+    """Set up a process: it leaves Ctrl-C to the server, and ends with it, or when it is no longer wanted."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     server = multiprocessing.parent_process()
 
-    def end_with_server() -> None:
-        if server is not None:
-            server.join()
-            os._exit(0)
+    def end_when_told() -> None:
+        wait([wanted, *([server.sentinel] if server is not None else [])])
+        os._exit(0)
 
-    threading.Thread(target=end_with_server, daemon=True).start()
+    threading.Thread(target=end_when_told, daemon=True).start()
 
 
 @lru_cache(maxsize=1)
@@ -204,28 +217,22 @@ def shown_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
         "limit_bytes": plan["budget_bytes"],
         "parts": [{"name": name, "bytes": size} for name, size in plan["parts"].items()],
         "tokens_per_s": predicted["tokens_per_s"], "seconds": seconds, "predicted": True,
-        "line": f"{line}; {speed}{lasting} (predicted).", "problems": [],
-        "chosen": plan["settings"], "model": plan["model"], "data": plan["data"],
+        "line": in_page_words(f"{line}; {speed}{lasting} (predicted)."), "problems": [], "said": {},
+        "chosen": plan["settings"], "model": plan["model"], "data": plan["data"], "steps": plan["steps"],
+        "warnings": [in_page_words(warning) for warning in plan["warnings"]],
+        "warned": {name: in_page_words(warning) for warning in plan["warnings"] for name in fields_in(warning)[:1]},
     }  # fmt: skip
 
 
 def refused_plan(problem: str) -> dict[str, Any]:
-    """Return a plan's answer for settings that cannot be planned."""
+    """Return a plan's answer for settings that cannot be planned, with what is wrong at each field that it names."""
+    words = in_page_words(problem)
     return {
         "fits": False, "peak_bytes": None, "needed_bytes": None, "limit_bytes": None, "parts": [], "tokens_per_s": None,
-        "seconds": None, "predicted": True, "line": problem, "problems": [problem], "chosen": None, "model": None, "data": None,
+        "seconds": None, "predicted": True, "line": words, "problems": [words],
+        "said": dict.fromkeys(fields_in(problem), words), "chosen": None, "model": None, "data": None, "steps": None,
+        "warnings": [], "warned": {},
     }  # fmt: skip
-
-
-def steps_of(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> int | None:
-    """Return about how many optimizer steps a run takes; None: not known before its data is read."""
-    if settings.get("iters"):
-        return int(settings["iters"])
-    data, chosen = plan["data"], plan["settings"]
-    if not data:
-        return None
-    each = chosen["batch_tokens"] * int(settings.get("grad_accumulation_steps") or 1)
-    return max(1, round(data["tokens"] * float(settings.get("epochs") or 1.0) / each))
 
 
 def _key(settings: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The routes of training and runs: settings, presets, plans, start, queue, list, details, events, pause, notes, delete."""
+"""The routes of training and runs: settings, cards, plans, start, queue, list, details, events, pause, notes, delete."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from mlx_lora.system.errors import InputError
 from mlx_lora.system.program import command_line
 from mlx_lora.workbench.metrics_reading import TAIL_BYTES, Tail, parsed
 from mlx_lora.workbench.places import safe_name
+from mlx_lora.workbench.run_cards import CARDS, USUAL_CARD, Cards
 from mlx_lora.workbench.run_commands import Checker, resolved, run_yaml, train_words
 from mlx_lora.workbench.run_control import RunControl
 from mlx_lora.workbench.run_listing import METRICS, RunListing, samples_of
 from mlx_lora.workbench.run_listing import facts_of as run_facts
-from mlx_lora.workbench.run_plans import Plans, refused_plan, shown_plan, steps_of
+from mlx_lora.workbench.run_plans import Plans, refused_plan, shown_plan
 from mlx_lora.workbench.run_states import COLOR, LOG_FILE, read_started, state_of
-from mlx_lora.workbench.setting_groups import presets, setting_groups
+from mlx_lora.workbench.setting_groups import setting_groups
 from mlx_lora.workbench.web import events, json_route, text_of, whole_number
 
 POLL_S = 0.5
@@ -38,53 +39,80 @@ class TrainRoutes:
 
     def __init__(self, plans: Plans, checker: Checker, control: RunControl, runs: Path):
         self._plans, self._checker, self._control, self._runs = plans, checker, control, runs
+        self._cards = Cards(plans)
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes."""
         return [
             json_route("/api/settings", lambda request, body: {"groups": setting_groups()}),
-            json_route("/api/presets", self.presets),
+            json_route("/api/train/rule", self.rule, "POST"),
             json_route("/api/train/plan", self.plan, "POST"),
             json_route("/api/train/start", self.start, "POST"),
         ]
 
-    def presets(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """GET /api/presets?model=&objective=."""
-        asked = request.query_params
-        model = self._checker.model(asked["model"]) if asked.get("model") else None
-        return {"presets": presets(model, asked.get("objective") or "sft", self._plans.of_config)}
+    def rule(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        """POST /api/train/rule: what the rule of defaults says of each card, at once."""
+        settings = self._checker.settings(body.get("settings"))
+        try:
+            return {"cards": self._cards.at_once(settings, body["settings"])}
+        except InputError:
+            return {"cards": {}}  # the plan says what is wrong
 
     def plan(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """POST /api/train/plan: the plan of a run, its command, and the run.yaml that it will write."""
-        settings = self._checker.settings(body.get("settings"))
-        folder = self._runs / safe_name(body.get("name") or "my-run")
-        words = {"command": command_line(train_words(settings, folder)), "run_yaml": "", "steps": None, "task": None}
+        """POST /api/train/plan: the plan of a card's run, its command, and the settings that the run begins with."""
+        settings, card = self._checker.settings(body.get("settings")), card_of(body)
+        folder = self._runs / safe_name(body.get("name") or "my-run", "Name of the run")
+        words: dict[str, Any] = {"card": card, "own": {}, "task": None, "run_yaml": ""}
+        words["command"] = command_line(train_words(settings, folder))
         try:
-            words["run_yaml"] = run_yaml(resolved(settings, folder))
+            resolved(settings, folder)
             if not settings.get("model"):
                 raise InputError("choose a model first")
-            plan, task = self._plans.of_run(settings)
+            words["own"], reads = self._cards.own_settings(card, settings, body["settings"])
+            settings = {**words["own"], **settings}
+            words |= {
+                "command": command_line(train_words(settings, folder)),
+                "run_yaml": run_yaml(resolved(settings, folder)),
+            }
+            plan, task = (self._plans.of_config(settings), reads) if reads else self._plans.of_run(settings)
         except InputError as error:
             return {**refused_plan(str(error)), **words}
-        words |= {"steps": steps_of(plan, settings), "task": task.public() if task else None}
-        return {**shown_plan(plan), **words}
+        words["waits"] = reads is not None
+        return {**shown_plan(plan), **words, "task": task.public() if task else None}
 
     def start(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """POST /api/train/start."""
-        settings = self._checker.settings(body.get("settings"))
+        settings, card = self._checker.settings(body.get("settings")), card_of(body)
         missing = [name for name in ("model", "data") if not settings.get(name)]
         if settings.get("objective") == "distill":
             missing = [name for name in missing if name != "data"]
         if missing:
-            raise ApiError(400, f"settings: {' and '.join(missing)} missing; choose them first", "missing")
+            raise ApiError(400, f"no {' and no '.join(missing)} yet; choose them first", "missing")
         peak = steps = None
         try:
-            plan, _ = self._plans.of_run(settings)
-            peak, steps = plan["peak_bytes"], steps_of(plan, settings)
+            own, reads = self._cards.own_settings(card, settings, body["settings"])
+            if reads:
+                raise ApiError(409, f"the data is still being read, and the length of a {card} run depends on it; wait for its card",
+                    "data_is_read")  # fmt: skip
+            settings = {**own, **settings}
+            # A run does not wait for a plan that the page has not shown: it makes its own, and says how many steps it takes.
+            if plan := self._plans.known(settings):
+                peak, steps = plan["peak_bytes"], plan["steps"]
         except InputError:
             pass  # the command itself says what is wrong, in its log
-        queue = bool(body.get("queue"))
-        return {"run": self._control.start(settings, body.get("name"), queue, peak, settings.get("iters") and steps)}
+        return {"run": self._control.start(settings, body.get("name"), bool(body.get("queue")), peak, steps)}
+
+
+def card_of(body: dict[str, Any]) -> str:
+    """Return the card of a request, the usual one if it names none.
+
+    Raises:
+        ApiError: 400, there is no such card.
+    """
+    card = body.get("card") or USUAL_CARD
+    if card not in CARDS:
+        raise ApiError(400, f"card: must be one of {', '.join(CARDS)}", "invalid_value", "card")
+    return card
 
 
 class RunRoutes:
@@ -204,7 +232,8 @@ class RunNews:
         said = self._log.new_lines()[-MOST_LINES:]
         if said:
             found.append({"type": "log", "lines": [COLOR.sub("", one.rpartition("\r")[2])[:2000] for one in said]})
-        state = state_of(self._folder, read_started(self._folder))
+        started = read_started(self._folder)
+        state = (*state_of(self._folder, started), started.asked if started else None)
         if state != self._state or any(one["type"] == "metrics" for one in found):
             found.append({"type": "state", **self._line()})
             self._state = state

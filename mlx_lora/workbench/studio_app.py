@@ -25,6 +25,7 @@ from mlx_lora.serving.request_guard import Guard, GuardLimits
 from mlx_lora.system.device import current_device
 from mlx_lora.system.errors import InputError, RunError
 from mlx_lora.workbench.data_routes import DataRoutes
+from mlx_lora.workbench.example_routes import ExampleRoutes
 from mlx_lora.workbench.forgetting_routes import ForgettingRoutes
 from mlx_lora.workbench.model_routes import ModelRoutes
 from mlx_lora.workbench.model_stores import ModelStores
@@ -85,13 +86,15 @@ def make_studio(places: Places, guard: GuardLimits, max_upload_bytes: int) -> St
     """
     logs = places.home / "logs"
     tasks, stores = Tasks(logs), ModelStores(places)
-    plans, checker, listing = Plans(tasks), Checker(places, stores.roots()), RunListing(places)
+    plans, listing = Plans(tasks), RunListing(places)
+    checker = Checker(places, stores.roots(), listing.bases)
     control = RunControl(places, listing)
     talk = Talk(lambda: going_on(listing), current_device().working_set_bytes)
     parts: Sequence[Any] = [
         State(places, guard.api_key is not None, tasks),
         ModelRoutes(places, stores, checker, plans, tasks),
         tasks,
+        ExampleRoutes(tasks),
         DataRoutes(places, checker, Previews(tasks, logs), max_upload_bytes),
         TrainRoutes(plans, checker, control, places.runs),
         RunRoutes(listing, control),

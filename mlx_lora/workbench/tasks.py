@@ -21,6 +21,7 @@ from starlette.routing import BaseRoute, Route
 from mlx_lora.serving.asking import ApiError
 from mlx_lora.system.errors import InputError, RunError
 from mlx_lora.workbench.child_processes import ended_words, start_child
+from mlx_lora.workbench.page_words import in_page_words
 from mlx_lora.workbench.web import events, json_route
 
 KEPT = 50  # finished tasks that are still listed
@@ -70,7 +71,7 @@ class Task:
 
     def public(self) -> dict[str, Any]:
         """Return what the page sees."""
-        return {name: getattr(self, name) for name in PUBLIC}
+        return {name: getattr(self, name) for name in PUBLIC} | {"message": in_page_words(self.message)}
 
 
 class Tasks:

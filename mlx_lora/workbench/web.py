@@ -17,6 +17,7 @@ from mlx_lora.serving.asking import ApiError, read_json
 from mlx_lora.serving.request_guard import App, Message, Receive, Send
 from mlx_lora.system.console import printable
 from mlx_lora.system.errors import InputError, RunError
+from mlx_lora.workbench.page_words import in_page_words
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
@@ -104,7 +105,7 @@ async def told(request: Request, error: Any) -> Response:
         code = "method_not_allowed" if error.status_code == 405 else "not_found"
         error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", code)
     body = error.body()
-    body["error"]["message"] = printable(str(error))
+    body["error"]["message"] = in_page_words(printable(str(error)))
     return JSONResponse(body, error.status)
 
 

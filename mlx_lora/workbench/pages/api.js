@@ -93,6 +93,9 @@ export const readTasks = () => get("tasks");
 export const followTasks = (heard, signal) => follow("tasks/events", heard, signal);
 export const cancelTask = (id) => post(`tasks/${part(id)}/cancel`);
 
+export const readExample = () => get("example");
+export const fetchExample = () => post("example");
+
 export const readSets = () => get("data/sets");
 export const previewData = (question, signal) => post("data/preview", question, signal);
 
@@ -110,12 +113,12 @@ export function uploadFile(file, progress) {
 }
 
 export const readSettings = () => get("settings");
-export const readPresets = (model, objective) => get(`presets?model=${part(model || "")}&objective=${part(objective)}`);
 // Sets as --data takes them: FILE=WEIGHT, by comma.
 export const dataText = (sets) => sets.map(({ path, weight }) => (weight === 1 ? path : `${path}=${weight}`)).join(",");
 
-export const planRun = (settings, signal) => post("train/plan", { settings }, signal);
-export const startRun = (settings, name, queue) => post("train/start", { settings, name, queue });
+export const readRule = (settings, signal) => post("train/rule", { settings }, signal);
+export const planRun = (settings, card, signal) => post("train/plan", { settings, card }, signal);
+export const startRun = (settings, card, name, queue) => post("train/start", { settings, card, name, queue });
 
 export const readQueue = () => get("queue");
 export const moveInQueue = (run, to) => post("queue/move", { run, to });

@@ -34,13 +34,16 @@ export function growing(names, kept = "val_loss") {
   };
 }
 
+// A line needs two points: few values are drawn as dots, so that the first one is seen.
+const few = (values) => { let n = 0; for (const one of values) if (one !== null && one !== undefined && ++n > 12) return false; return true; };
+
 const STEPS = [1, 10, 100, 1e3, 1e4, 1e5, 1e6].flatMap((one) => [one, 2 * one, 5 * one]); // no half steps
 const style = () => getComputedStyle(document.documentElement);
 const colorOf = (name) => style().getPropertyValue("--" + name).trim();
 
 function options(width, height, series, words, limit, zero) {
   const axis = { stroke: () => colorOf("soft"), grid: { stroke: () => colorOf("rule"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif", size: 28, gap: 6 };
-  const one = ({ label, color, dots }) => ({ label, stroke: () => colorOf(color), width: 1.75, spanGaps: true, points: { show: Boolean(dots), size: 6, fill: () => colorOf(color), width: 0 } });
+  const one = ({ label, color, dots }) => ({ label, stroke: () => colorOf(color), width: 1.75, spanGaps: true, points: { show: (self, n) => Boolean(dots) || few(self.data[n]), size: 6, fill: () => colorOf(color), width: 0 } });
   const range = (self, low, high) => {
     if (low === null) return [0, 1];
     const top = limit ? Math.max(high, limit) : high, bottom = zero ? 0 : low, room = (top - bottom || Math.abs(top) || 1) * 0.06;

@@ -3,11 +3,14 @@ import { useEffect, useRef, useState } from "./vendor/hooks.module.js";
 import { html, Button, Card, Chip, Empty, Field, Heading, Icon, Meter, Pages, Problem, Segments, TaskLine, Waiting } from "./parts.js";
 import { changeProject, changeSettings, go, onTaskEnd, project, tasks, tell, useAsked, useLater, useStore } from "./state.js";
 import { bytes, count, counted, lastPart, percent, shortPath, when } from "./format.js";
+import { numberReader, Typed } from "./typed.js";
 import * as api from "./api.js";
 
 const ON_PAGE = 20;
 // The settings that change what rows become. A column left empty is recognized by its usual names.
 const OF_ROWS = ["max_seq_length", "mask_prompt", "data_format", "prompt_column", "completion_column", "system_column", "chat_column", "text_column", "chat_template", "strict", "valid_fraction", "objective"];
+
+const WEIGHT = numberReader({ range: [0, 1000], exclusive: true }), LENGTH = numberReader({ whole: true, range: [8, null] }), SHARE = numberReader({ range: [0, 0.9] });
 
 const addSet = (path) => changeProject({ sets: [...project.get().sets.filter((one) => one.path !== path), { path, weight: 1 }] });
 
@@ -40,7 +43,7 @@ function Mixture({ sets }) {
   const whole = sets.reduce((sum, one) => sum + one.weight, 0) || 1;
   const change = (path, weight) => changeProject({ sets: sets.map((one) => (one.path === path ? { ...one, weight } : one)) });
   return html`<ul class="rows mixture">${sets.map((one) => html`<li key=${one.path} class="row"><span class="row-main"><b>${lastPart(one.path)}</b><span class="soft path">${shortPath(one.path)}</span></span>
-    <span class="row-facts">${sets.length > 1 && html`<label class="weight"><span class="soft">weight</span><input type="number" min="0.01" step="any" value=${one.weight} aria-label=${"Weight of " + lastPart(one.path)} onChange=${(event) => event.target.checkValidity() && change(one.path, event.target.valueAsNumber || 1)} /></label>
+    <span class="row-facts">${sets.length > 1 && html`<label class="weight"><span class="soft">weight</span><${Typed} id=${"weight-" + one.path} name=${"Weight of " + lastPart(one.path)} numeric value=${one.weight} read=${WEIGHT} aria-label=${"Weight of " + lastPart(one.path)} onValue=${(weight) => change(one.path, weight ?? 1)} /></label>
       <span class="number share">${percent(one.weight / whole)}</span>`}
       <${Button} small kind="plain" icon="close" aria-label=${"Leave out " + lastPart(one.path)} onClick=${() => changeProject({ sets: sets.filter((other) => other.path !== one.path) })} /></span></li>`)}</ul>`;
 }
@@ -67,24 +70,31 @@ function Spans({ spans }) {
   return html`<pre class="spans" tabindex="0">${spans.map((span, n) => (span.trained ? html`<mark key=${n}>${span.text}</mark>` : html`<span key=${n}>${span.text}</span>`))}</pre>`;
 }
 
+// A row as it is listed: what is only read, by its two ends; what is trained, whole unless it is very long.
+const ENDS = 140, MOST_READ = 360, MOST_TRAINED = 1200;
+function shortened({ text, trained }) {
+  if (trained) return text.length <= MOST_TRAINED ? text : text.slice(0, MOST_TRAINED).replace(/\s+\S*$/, "") + " …";
+  return text.length <= MOST_READ ? text : `${text.slice(0, ENDS).replace(/\s+\S*$/, "")} … ${text.slice(-ENDS).replace(/^\S*\s+/, "")}`;
+}
+
 function DataRow({ row }) {
-  const [open, set] = useState(false), long = row.spans.reduce((sum, span) => sum + span.text.length, 0) > 400;
+  const [open, set] = useState(false), short = row.spans.map((span) => ({ ...span, text: shortened(span) })), long = short.some((span, n) => span.text !== row.spans[n].text);
   return html`<article class=${"data-row" + (open ? " open" : "")}><header><span class="number"><b>${lastPart(row.file)}</b>, ${row.unit || "line"} ${count(row.line)}</span><span class="soft number">${[row.form, row.part, row.split === "valid" ? "held out" : ""].filter(Boolean).join(", ")} · ${counted(row.tokens, "token")}, ${count(row.trained_tokens)} trained</span>
       ${row.cut ? html`<${Chip} tone="warn">${row.cut === true ? "cut" : `cut by ${counted(row.cut, "token")}`}<//>` : null}${row.doubled_of !== null && row.doubled_of !== undefined && html`<${Chip} tone="warn">same as ${row.doubled_of.unit || "line"} ${count(row.doubled_of.line)}<//>`}</header>
-    <${Spans} spans=${row.spans} />${(row.more_characters || row.more_tokens) > 0 && html`<p class="soft number">Only the beginning is shown; ${row.more_tokens ? counted(row.more_tokens, "more token") : counted(row.more_characters, "more character")} follow.</p>`}
+    <${Spans} spans=${open ? row.spans : short} />${open && (row.more_characters || row.more_tokens) > 0 && html`<p class="soft number">Only the beginning is shown; ${row.more_tokens ? counted(row.more_tokens, "more token") : counted(row.more_characters, "more character")} follow.</p>`}
     ${long && html`<${Button} small onClick=${() => set(!open)} aria-expanded=${open}>${open ? "Show less" : "Show all"}<//>`}</article>`;
 }
 
 const Tiles = ({ counts }) => html`<dl class="tiles">${[["rows", "rows"], ["tokens", "tokens"], ["trained_tokens", "trained tokens"]].map(([key, words]) => html`<div key=${key}><dt>${words}</dt><dd class="number">${count(counts[key])}</dd></div>`)}</dl>`;
 
 function Options({ settings }) {
-  const set = (name) => (event) => changeSettings({ [name]: event.target.type === "checkbox" ? event.target.checked : event.target.value === "" ? undefined : event.target.type === "number" ? event.target.valueAsNumber : event.target.value });
-  const text = (name, label, placeholder) => html`<${Field} label=${label} id=${name}><input id=${name} value=${settings[name] ?? ""} placeholder=${placeholder} onChange=${set(name)} /><//>`;
+  const take = (name) => (value) => changeSettings({ [name]: value });
+  const text = (name, label, placeholder) => html`<${Field} label=${label} id=${name}><${Typed} id=${name} name=${label} value=${settings[name]} placeholder=${placeholder} onValue=${take(name)} /><//>`;
   return html`<details><summary>How rows are read</summary><div class="fields">
-    <${Field} label="Longest row, in tokens" id="max_seq_length"><input id="max_seq_length" type="number" min="8" value=${settings.max_seq_length ?? ""} placeholder="2048" onChange=${set("max_seq_length")} /><//>
-    <${Field} label="Share held out for validation" id="valid_fraction"><input id="valid_fraction" type="number" min="0" max="0.9" step="any" value=${settings.valid_fraction ?? ""} placeholder="0.05" onChange=${set("valid_fraction")} /><//>
+    <${Field} label="Longest row, in tokens" id="max_seq_length"><${Typed} id="max_seq_length" name="Longest row, in tokens" numeric value=${settings.max_seq_length} read=${LENGTH} placeholder="2048" onValue=${take("max_seq_length")} /><//>
+    <${Field} label="Share held out for validation" id="valid_fraction"><${Typed} id="valid_fraction" name="Share held out for validation" numeric value=${settings.valid_fraction} read=${SHARE} placeholder="0.05" onValue=${take("valid_fraction")} /><//>
     ${text("prompt_column", "Column of the prompt", "recognized")}${text("completion_column", "Column of the answer", "recognized")}${text("system_column", "Column of a system prompt", "none")}${text("chat_column", "Column of a chat", "recognized")}${text("text_column", "Column of plain text", "recognized")}
-    <label class="check"><input type="checkbox" checked=${settings.mask_prompt ?? true} onChange=${set("mask_prompt")} /> Train on answers only, not on prompts</label></div></details>`;
+    <label class="check"><input type="checkbox" checked=${settings.mask_prompt ?? true} onChange=${(event) => changeSettings({ mask_prompt: event.target.checked ? undefined : false })} /> Train on answers only, not on prompts</label></div></details>`;
 }
 
 function TaskOf({ id }) {

@@ -2,8 +2,8 @@
 import { useEffect, useMemo, useRef, useState } from "./vendor/hooks.module.js";
 import { html, Button, Card, Command, Meter, Problem, StateChip, Waiting } from "./parts.js";
 import { Chart, growing, last } from "./chart.js";
-import { tell } from "./state.js";
-import { bytes, count, duration, loss, rate } from "./format.js";
+import { linkTo, tell } from "./state.js";
+import { bytes, count, counted, duration, loss, rate } from "./format.js";
 import * as api from "./api.js";
 
 const COLUMNS = ["step", "loss", "val_loss", "learning_rate", "tokens_per_s", "peak_memory_bytes"];
@@ -42,16 +42,30 @@ export function useRun(id) {
   return [run, metrics, problem, () => setTurn((n) => n + 1), drawn];
 }
 
-export function Steering({ run, onChange }) {
+const ENDS = [
+  ["pause", "Pause", "", "Saves, frees the memory, and waits: Resume continues at the same step."],
+  ["stop", "Stop", "danger", "Saves and ends here. What it has learned so far is its adapter, ready to talk to."],
+];
+
+// `asked` is how the run was asked to end; it finishes its step and saves first.
+export function Steering({ run, asked, onAsk, onChange }) {
   const [problem, setProblem] = useState(""), [busy, setBusy] = useState("");
   const steer = async (verb, said) => {
     setBusy(verb);
-    try { await api.steerRun(run.id, verb); setProblem(""); tell(said); onChange(); } catch (error) { setProblem(error.message); }
+    try { await api.steerRun(run.id, verb); setProblem(""); tell(said); if (verb !== "resume") onAsk(verb); onChange(); } catch (error) { setProblem(error.message); }
     setBusy("");
   };
   const running = run.state === "running", resumable = !running && run.state !== "queued" && (run.can_resume ?? ["paused", "killed", "stopped"].includes(run.state));
-  return html`<span class="actions">${running && html`<${Button} small busy=${busy === "pause"} disabled=${busy} onClick=${() => steer("pause", "The run saves and ends; resume it when you like")}>${busy === "pause" ? "Saving" : "Pause"}<//><${Button} small kind="danger" busy=${busy === "stop"} disabled=${busy} onClick=${() => steer("stop", "The run was stopped")}>Stop<//>`}
+  return html`<span class="actions">${running && !asked && ENDS.map(([verb, words, kind, help]) => html`<${Button} key=${verb} small kind=${kind} busy=${busy === verb} disabled=${busy} title=${help} aria-describedby="ends" onClick=${() => steer(verb, verb === "pause" ? "The run saves and waits" : "The run saves and ends")}>${words}<//>`)}
     ${resumable && html`<${Button} small kind="first" busy=${busy === "resume"} disabled=${busy} onClick=${() => steer("resume", "The run continues")}>Resume<//>`}<${Problem}>${problem}<//></span>`;
+}
+
+// What the buttons do, and, once one was pressed, what the run still does before it ends.
+function Ends({ run, asked }) {
+  if (run.state !== "running") return null;
+  const step_s = run.step && run.seconds ? run.seconds / run.step : null;
+  if (asked) return html`<p class="note waiting" role="status">${asked === "pause" ? "Pausing" : "Stopping"}: the step that is being computed is finished${step_s > 2 ? ` (a step takes about ${duration(step_s)})` : ""}, then everything is saved.</p>`;
+  return html`<p class="soft help" id="ends">${ENDS.map(([verb, words, , help], n) => html`<span key=${verb}>${n > 0 && " "}<b>${words}</b>: ${help}</span>`)}</p>`;
 }
 
 function Curves({ run, metrics, drawn }) {
@@ -66,14 +80,15 @@ function Curves({ run, metrics, drawn }) {
     <${Chart} title="Memory" zero series=${[{ label: "peak", color: "c4" }]} data=${memoryData} words=${bytes} limit=${run.plan_peak_bytes} limitWords=${"planned " + bytes(run.plan_peak_bytes)} /></div>`;
 }
 
-// The newest text of each prompt, with the ones before it a click away.
+// The newest text of each prompt beside the base's; those between them a click away.
 function Samples({ samples }) {
   const prompts = [...new Set(samples.map((one) => one.prompt))];
   if (!prompts.length) return null;
-  return html`<${Card} title="Sample texts" note="as they change">${prompts.map((prompt) => {
-    const own = samples.filter((one) => one.prompt === prompt), newest = own[own.length - 1];
-    return html`<article key=${prompt} class="sample"><p class="sample-prompt">${prompt}</p>${newest.expected && html`<p class="soft">Expected: ${newest.expected}</p>`}<p class="sample-text">${newest.text}</p><p class="soft number">step ${count(newest.step)}</p>
-      ${own.length > 1 && html`<details><summary>Earlier</summary>${own.slice(0, -1).reverse().map((one, n) => html`<div key=${n}><p class="soft number">step ${count(one.step)}</p><p class="sample-text">${one.text}</p></div>`)}</details>`}</article>`;
+  const text = (one, key) => html`<div key=${key} class="sample-said"><p class="soft number">${one.step ? `after ${counted(one.step, "step")}` : "before training"}</p><p class="sample-text">${one.text}</p></div>`;
+  return html`<${Card} title="Sample texts" note="the same beginning, before and after">${prompts.map((prompt) => {
+    const own = samples.filter((one) => one.prompt === prompt), newest = own[own.length - 1], between = own.slice(1, -1);
+    return html`<article key=${prompt} class="sample"><p class="sample-prompt">${prompt}</p>${newest.expected && html`<p class="soft">Expected: ${newest.expected}</p>`}<div class="sample-pair">${own.length > 1 && text(own[0], "first")}${text(newest, "newest")}</div>
+      ${between.length > 0 && html`<details><summary>In between</summary>${between.reverse().map(text)}</details>`}</article>`;
   })}<//>`;
 }
 
@@ -84,7 +99,13 @@ function Log({ lines }) {
   return html`<pre class="log" ref=${box} onScroll=${scrolled} tabindex="0" role="log" aria-live="off" aria-label="Log of the run">${lines.join("\n") || "Nothing yet."}</pre>`;
 }
 
-const FACTS = [["step", (run) => `${count(run.step || 0)} of ${count(run.steps)}`], ["loss", (run) => loss(run.loss)], ["held-out loss", (run) => loss(run.val_loss)], ["tokens/s", (run) => rate(run.tokens_per_s)], ["peak memory", (run) => bytes(run.peak_bytes)], ["time", (run) => duration(run.seconds)]];
+const FACTS = [["step", (run) => `${count(run.step || 0)} of ${count(run.steps)}`], ["loss", (run) => loss(run.loss)], ["held-out loss", (run) => html`${loss(run.val_loss)}${run.val_step && run.val_step !== run.step ? html`<span class="soft beside">at step ${count(run.val_step)}</span>` : null}`], ["tokens/s", (run) => rate(run.tokens_per_s)], ["peak memory", (run) => bytes(run.peak_bytes)], ["time", (run) => duration(run.seconds)]];
+
+// The newest held-out loss of a trained model; that of step 0 is the base's, and no result.
+function lastHeld({ step, val_loss: values }) {
+  for (let at = values.length - 1; at >= 0; at--) if (values[at] !== null && step[at] > 0) return { value: values[at], step: step[at] };
+  return null;
+}
 
 // What happened to a run that is not well, and what to do.
 function Reason({ run }) {
@@ -103,18 +124,21 @@ function Verdict({ run }) {
 
 export function LiveRun({ id, title, onState }) {
   const [run, metrics, problem, again, drawn] = useRun(id);
-  useEffect(() => { if (run && onState) onState(run); }, [run?.state]);
+  const [told, tellEnd] = useState(null), asked = run?.ending || (run?.state === "running" ? told : null);
+  useEffect(() => { if (run && onState) onState(run); if (run && run.state !== "running") tellEnd(null); }, [run?.state]);
   if (problem) return html`<${Card} title=${title}><${Problem} again=${again}>${problem}<//><//>`;
   if (!run) return html`<${Card} title=${title}><${Waiting}>Reading the run<//><//>`;
   const left = run.state === "running" && run.step && run.steps ? (run.seconds / run.step) * (run.steps - run.step) : null;
   // The tiles say what the curves end with: both come from the same rows.
-  const now = { ...run, loss: last(metrics.columns.loss) ?? run.loss, val_loss: last(metrics.columns.val_loss) ?? run.val_loss };
-  return html`<${Card} kind="live" title=${title || run.name} note=${html`<${StateChip} state=${run.state} />`} actions=${html`<${Steering} run=${run} onChange=${again} />`}>
-      <${Reason} run=${run} /><${Verdict} run=${run} />
+  const held = lastHeld(metrics.columns), now = { ...run, loss: last(metrics.columns.loss) ?? run.loss, val_loss: held?.value ?? run.val_loss, val_step: held?.step ?? run.val_step };
+  return html`<${Card} kind="live" title=${title || run.name} note=${html`<${StateChip} state=${run.state} ending=${asked} />`} actions=${html`<${Steering} run=${run} asked=${asked} onAsk=${tellEnd} onChange=${again} />`}>
+      <${Reason} run=${run} /><${Ends} run=${run} asked=${asked} /><${Verdict} run=${run} />
       ${run.state === "running" && html`<${Meter} share=${run.steps ? (run.step || 0) / run.steps : null} label=${"Progress of " + run.name} />`}
       <p class="unseen" aria-live="polite">${run.name}: ${run.state}${run.state === "running" ? "" : `, loss ${loss(now.loss)}`}</p>
       <dl class="tiles">${FACTS.map(([words, tell]) => html`<div key=${words}><dt>${words}</dt><dd class="number">${tell(now)}</dd></div>`)}</dl>
-      ${left !== null && html`<p class="soft number">about ${duration(left)} left</p>`}
+      ${run.state === "running" && !run.step && !asked && html`<p class="soft waiting">${[...run.log].reverse().find((line) => line.trim()) || "Starting the process"}</p>`}
+      ${run.adapter && !ACTIVE.has(run.state) && html`<p><a class="button first" href=${linkTo("talk", run.id)}>Talk to it</a></p>`}
+      ${left !== null && !asked && html`<p class="soft number">about ${duration(left)} left</p>`}
       <${Curves} run=${run} metrics=${metrics} drawn=${drawn} /><//>
     <${Samples} samples=${run.samples} />
     <${Card} title="Log"><${Log} lines=${run.log} /><//>`;

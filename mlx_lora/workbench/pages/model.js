@@ -3,10 +3,11 @@ import { useEffect, useState } from "./vendor/hooks.module.js";
 import { html, Button, Card, Chip, Empty, Field, Heading, Icon, MemoryBar, Meter, Problem, Segments, Waiting } from "./parts.js";
 import { changeProject, go, onTaskEnd, project, tell, useAsked, useLater, useStore, tasks, taskEnded } from "./state.js";
 import { bytes, count, parameters, rate, shortPath } from "./format.js";
+import { Example } from "./example.js";
 import { askPlan } from "./plans.js";
 import * as api from "./api.js";
 
-const KINDS = { hub: "Hugging Face cache", folder: "Folder", gguf: "GGUF file", ollama: "Ollama", lmstudio: "LM Studio" };
+const KINDS = { embedded: "Example model", hub: "Hugging Face cache", folder: "Folder", gguf: "GGUF file", ollama: "Ollama", lmstudio: "LM Studio" };
 
 // The plan of a row, asked when the row comes near the window and not before: a disk may hold hundreds of models.
 function usePlan(model, settings, wanted) {
@@ -119,10 +120,11 @@ export function ModelPlace() {
   return html`<${Heading} title="Model">Choose the model that you want to teach. Each shows what training it would take on this machine.<//>
     <div class="search"><${Icon} name="search" /><input type="search" aria-label="Search this disk and Hugging Face" placeholder="Search this disk and Hugging Face" value=${words} onInput=${(event) => setWords(event.target.value)} /></div>
     <${Problem} again=${again}>${problem}<//>
+    ${answer && !chosen && html`<${Example} />`}
     <div class="two"><div class="stack">
       <${Card} title="On this disk" note=${answer?.models.length ? "memory and speed are predicted" : ""} actions=${html`<${Button} small onClick=${again}>Look again<//>`}>
         ${!answer && !problem && html`<${Waiting}>Looking through the stores<//>`}
-        ${answer && !answer.models.length && html`<${Empty} icon="model" title="No models yet">Search for one above, such as “Qwen3 0.6B 4bit”, and download it. GGUF files and models of Ollama and LM Studio appear here by themselves.<//>`}
+        ${answer && !answer.models.length && html`<${Empty} icon="model" title="No models yet">Try the example above, or search for a model such as “Qwen3 0.6B 4bit” and download it. GGUF files and models of Ollama and LM Studio appear here by themselves.<//>`}
         ${answer?.models.length > 0 && !models.length && html`<p class="soft">Nothing on this disk has these words in its name.</p>`}
         ${models.length > 0 && html`<ul class="rows" aria-label="Models on this disk">${models.map((one) => html`<${ModelRow} key=${one.id} model=${one} chosen=${one.id === chosenId} settings=${settings} onChoose=${choose} />`)}</ul>`}
         ${answer && html`<details><summary>Where the studio looked</summary><ul class="plain">${answer.stores.map((one) => html`<li key=${one.kind + one.path}><span class="path">${shortPath(one.path)}</span> <span class="soft">${one.exists ? "" : "not there"}</span></li>`)}</ul></details>`}

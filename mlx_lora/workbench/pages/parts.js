@@ -111,8 +111,9 @@ export function Dialog({ title, children, onClose, actions }) {
 }
 
 const STATES = { running: ["accent", "running"], queued: ["", "in the queue"], paused: ["warn", "paused"], done: ["good", "done"], stopped: ["warn", "stopped"], failed: ["bad", "failed"], killed: ["bad", "interrupted"] };
-export function StateChip({ state }) {
-  const [tone, words] = STATES[state] || ["", state];
+const ENDING = { pause: ["warn", "pausing"], stop: ["warn", "stopping"] }; // asked for; the step is finished and saved first
+export function StateChip({ state, ending }) {
+  const [tone, words] = (state === "running" && ENDING[ending]) || STATES[state] || ["", state];
   return html`<${Chip} tone=${tone}>${state === "running" && html`<span class="pulse" aria-hidden="true"></span>`}${words}<//>`;
 }
 

@@ -21,8 +21,8 @@ function sorted(runs, [name, down]) {
 
 function Row({ run, picked, onPick, full }) {
   return html`<tr class=${picked ? "picked" : ""}><td class="pick"><input type="checkbox" checked=${picked} disabled=${!picked && full} aria-label=${"Compare " + run.name} onChange=${() => onPick(run.id)} /></td>
-    <th scope="row"><a href=${linkTo("runs", run.id)}>${run.name}</a><span class="soft">${[lastPart(run.model), run.objective, run.method].filter(Boolean).join(" · ")}</span></th>
-    <td class="state"><${StateChip} state=${run.state} /></td><td class="number" data-label="steps">${count(run.step || 0)}<span class="soft">/${count(run.steps)}</span></td><td class="number" data-label="loss">${loss(run.loss)}</td><td class="number" data-label="held-out">${loss(run.val_loss)}</td>
+    <th scope="row"><a href=${linkTo("runs", run.id)}>${run.name}</a><span class="soft">${[lastPart(run.model), run.objective, run.method, run.elsewhere ? shortPath(run.path) : ""].filter(Boolean).join(" · ")}</span></th>
+    <td class="state"><${StateChip} state=${run.state} ending=${run.ending} /></td><td class="number" data-label="steps">${count(run.step || 0)}<span class="soft">/${count(run.steps)}</span></td><td class="number" data-label="loss">${loss(run.loss)}</td><td class="number" data-label="held-out" title=${run.val_step ? `at step ${run.val_step}` : ""}>${loss(run.val_loss)}</td>
     <td class="number" data-label="tokens/s">${rate(run.tokens_per_s)}</td><td class="number" data-label="peak">${bytes(run.peak_bytes)}</td><td class="number" data-label="time">${duration(run.seconds)}</td><td class="number started" data-label="started">${when(run.started)}</td></tr>`;
 }
 
@@ -72,18 +72,19 @@ function Forgetting({ run, again }) {
 
 const Settings = ({ settings }) => html`<${Card} title="Settings"><details><summary>All settings of this run</summary><div class="scroll" tabindex="0" role="region" aria-label="Settings"><table><tbody>${Object.entries(settings || {}).map(([name, one]) => html`<tr key=${name}><th scope="row">${name}</th><td class="wrap">${value(one)}</td></tr>`)}</tbody></table></div></details><//>`;
 
+// A run in another place of the disk is only taken off the list: its folder may have other things in it.
 function Delete({ run, onDone }) {
-  const [open, setOpen] = useState(false), [problem, setProblem] = useState("");
-  const send = async () => { try { await api.deleteRun(run.id, run.name); tell(`${run.name} was deleted`); onDone(); } catch (error) { setProblem(error.message); } };
+  const [open, setOpen] = useState(false), [problem, setProblem] = useState(""), leaves = run.elsewhere;
+  const send = async () => { try { await api.deleteRun(run.id, run.name); tell(leaves ? `${run.name} left the list` : `${run.name} was deleted`); onDone(); } catch (error) { setProblem(error.message); } };
   const close = () => { setOpen(false); setProblem(""); };
-  return html`<${Button} kind="danger" onClick=${() => setOpen(true)}>Delete<//>${open && html`<${Dialog} title=${`Delete “${run.name}”?`} onClose=${close} actions=${html`<${Button} onClick=${close}>Cancel<//><${Button} kind="danger solid" onClick=${send}>Delete the run<//>`}>
-    <p>Its adapter, checkpoints, numbers and notes go with it. This cannot be undone.</p><p class="soft path">${shortPath(run.path)}</p><${Problem}>${problem}<//><//>`}`;
+  return html`<${Button} kind="danger" onClick=${() => setOpen(true)}>${leaves ? "Take off the list" : "Delete"}<//>${open && html`<${Dialog} title=${leaves ? `Take “${run.name}” off the list?` : `Delete “${run.name}”?`} onClose=${close} actions=${html`<${Button} onClick=${close}>Cancel<//><${Button} kind="danger solid" onClick=${send}>${leaves ? "Take it off" : "Delete the run"}<//>`}>
+    <p>${leaves ? "It was trained in a terminal. Its folder stays where it is; delete it there if you no longer need it." : "Its adapter, checkpoints, numbers and notes go with it. This cannot be undone."}</p><p class="soft path">${shortPath(run.path)}</p><${Problem}>${problem}<//><//>`}`;
 }
 
 function Detail({ id }) {
   const [run, problem, again] = useAsked((signal) => api.readRun(id, signal), [id]);
   return html`<a class="back" href=${linkTo("runs")}><${Icon} name="back" />All runs</a>
-    <${Heading} title=${run?.name || "Run"} actions=${run && html`${run.adapter && html`<a class="button" href=${linkTo("talk")}>Talk to it</a>`}<${Delete} run=${run} onDone=${() => go("runs")} />`}>${run ? [lastPart(run.model), run.objective, run.method].filter(Boolean).join(" · ") : ""}<//>
+    <${Heading} title=${run?.name || "Run"} actions=${run && html`<${Delete} run=${run} onDone=${() => go("runs")} />`}>${run ? [lastPart(run.model), run.objective, run.method].filter(Boolean).join(" · ") : ""}<//>
     <${Problem} again=${again}>${problem}<//>
     ${run && html`<div class="stack"><${LiveRun} key=${id} id=${id} title="Progress" onState=${again} /><${Notes} key=${"notes" + id} run=${run} /><${Forgetting} run=${run} again=${again} />
       <${Card} title="Repeat this run"><${Command} text=${run.command} label="Command" />${run.run_yaml && html`<details><summary>run.yaml</summary><${Command} text=${run.run_yaml} label="run.yaml" /></details>`}<p class="soft path">${shortPath(run.path)}</p><//><${Settings} settings=${run.settings} /></div>`}`;
@@ -93,7 +94,7 @@ function All() {
   const [answer, problem, again] = useAsked(() => api.readRuns(), [], 4000);
   return html`<${Heading} title="Runs" actions=${html`<${Button} kind="first" onClick=${() => go("train")}>New run<//>`}>Everything that was trained here, in the studio or in a terminal.<//>
     <${Problem} again=${again}>${problem}<//>${!answer && !problem && html`<${Waiting}>Reading the runs<//>`}
-    ${answer && html`<${Card}>${answer.runs.length ? html`<${List} runs=${answer.runs} />` : html`<${Empty} icon="runs" title="No runs yet" action=${html`<${Button} kind="first" onClick=${() => go("train")}>Train a model<//>`}>Runs that you start in the studio appear here, and so do those of a terminal, from ./runs and from --runs-folder.<//>`}<//>`}`;
+    ${answer && html`<${Card}>${answer.runs.length ? html`<${List} runs=${answer.runs} />` : html`<${Empty} icon="runs" title="No runs yet" action=${html`<${Button} kind="first" onClick=${() => go("train")}>Train a model<//>`}>Runs that you start in the studio appear here, and so do those that you start in a terminal with mlx-lora train.<//>`}<//>`}`;
 }
 
 export function RunsPlace({ path }) {

@@ -1,50 +1,42 @@
 // Every setting of a run: those that most runs need, and all others behind a search. The server's rows say what each is.
 import { useState } from "./vendor/hooks.module.js";
 import { html, Button, Card, Icon } from "./parts.js";
-import { changeSettings } from "./state.js";
+import { changeSettings, fieldProblems, resetSettings, useStore } from "./state.js";
 import { counted, value as shown } from "./format.js";
+import { numberReader, textReader, Typed } from "./typed.js";
 
 // These have a place of their own in the studio.
 const ELSEWHERE = new Set(["model", "data", "adapter_path", "objective", "method", "resume", "config"]);
 
-const bound = (limit) => limit ?? undefined;
-
-function read(setting, target) {
-  if (setting.type === "bool") return target.checked;
-  if (target.value === "") return undefined;
-  return setting.type === "int" || setting.type === "float" ? target.valueAsNumber : target.value;
+// `usual` is what counts while one sets nothing: the card's own, or the default. `chosen` is what the run chooses of an open one.
+function Control({ setting, value, usual, chosen, id }) {
+  const { name, label, type, choices, range, exclusive } = setting, now = value ?? usual;
+  const take = (next) => changeSettings({ [name]: next === usual ? undefined : next });
+  const about = { "aria-describedby": id + "-help" }, automatic = usual !== null ? String(usual) : chosen === undefined || chosen === null ? "automatic" : `${chosen} (automatic)`;
+  if (type === "bool") return html`<input type="checkbox" class="switch" role="switch" id=${id} ...${about} checked=${now === true} onChange=${(event) => take(event.target.checked)} />`;
+  if (choices?.length) return html`<select id=${id} ...${about} onChange=${(event) => take(event.target.value === "" ? undefined : event.target.value)}>${(usual === null ? ["", ...choices] : choices).map((one) => html`<option key=${one} value=${one} selected=${String(now ?? "") === String(one)}>${one === "" ? "default" : one}</option>`)}</select>`;
+  const numeric = type === "int" || type === "float", read = numeric ? numberReader({ whole: type === "int", range, exclusive }) : textReader;
+  return html`<${Typed} id=${id} name=${label} value=${value} read=${read} numeric=${numeric} onValue=${take} placeholder=${automatic} ...${about} />`;
 }
 
-function Control({ setting, value, id }) {
-  const { name, type, default: usual, choices, range, flag } = setting, now = value ?? usual;
-  const change = (event) => {
-    const next = read(setting, event.target);
-    if (event.target.checkValidity() && !Number.isNaN(next)) changeSettings({ [name]: next === usual ? undefined : next });
-  };
-  const common = { id, "aria-describedby": id + "-help", onChange: change };
-  if (type === "bool") return html`<input type="checkbox" class="switch" role="switch" ...${common} checked=${now === true} />`;
-  if (choices?.length) return html`<select ...${common}>${(usual === null ? ["", ...choices] : choices).map((one) => html`<option key=${one} value=${one} selected=${String(now ?? "") === String(one)}>${one === "" ? "default" : one}</option>`)}</select>`;
-  if (type === "int" || type === "float") return html`<input type="number" step=${type === "int" ? 1 : "any"} min=${bound(range?.[0])} max=${bound(range?.[1])} ...${common} value=${value ?? ""} placeholder=${usual === null ? "automatic" : String(usual)} aria-label=${flag} />`;
-  return html`<input type="text" ...${common} value=${value ?? ""} placeholder=${usual === null ? "automatic" : String(usual)} spellcheck="false" />`;
+// `said` is what the server says is wrong with it, `warned` what is doubtful.
+export function Setting({ setting, value, said, warned, usual, chosen }) {
+  const id = "set-" + setting.name, changed = value !== undefined, wrong = useStore(fieldProblems)[id];
+  return html`<div class=${"setting" + (changed ? " changed" : "") + (said || wrong ? " wrong" : "")}><div class="setting-words"><label for=${id}>${setting.label}</label>
+      <p class="help" id=${id + "-help"}>${setting.help}</p>${said && html`<p class="field-problem">${said}</p>`}${warned && html`<p class="field-warning">${warned}</p>`}</div>
+    <div class="setting-control"><${Control} setting=${setting} value=${value} usual=${usual} chosen=${chosen} id=${id} />${(changed || wrong) && html`<${Button} small kind="plain" aria-label=${`Set ${setting.label} back to ${shown(usual)}`} onClick=${() => resetSettings([setting.name])}>Reset<//>`}</div></div>`;
 }
 
-export function Setting({ setting, value }) {
-  const id = "set-" + setting.name, changed = value !== undefined;
-  return html`<div class=${"setting" + (changed ? " changed" : "")}><div class="setting-words"><label for=${id}>${setting.name.replaceAll("_", " ")}</label>
-      <p class="help" id=${id + "-help"}>${setting.help}</p></div>
-    <div class="setting-control"><${Control} setting=${setting} value=${value} id=${id} />${changed && html`<${Button} small kind="plain" aria-label=${`Set ${setting.name} back to ${shown(setting.default)}`} onClick=${() => changeSettings({ [setting.name]: undefined })}>Reset<//>`}</div></div>`;
-}
-
-export function SettingsForm({ groups, settings }) {
+export function SettingsForm({ groups, settings, said = {}, warned = {}, own = {}, chosen = {} }) {
   const [words, setWords] = useState(""), asked = words.trim().toLowerCase().replace(/^-+/, "").split(/[\s_-]+/).filter(Boolean);
   const all = groups.flatMap((group) => group.settings).filter((one) => !ELSEWHERE.has(one.name));
-  const matches = (one) => asked.every((word) => `${one.name.replaceAll("_", " ")} ${one.help}`.toLowerCase().includes(word));
+  const matches = (one) => asked.every((word) => `${one.name.replaceAll("_", " ")} ${one.label} ${one.help}`.toLowerCase().includes(word));
   const found = asked.length ? all.filter(matches) : [], changed = all.filter((one) => settings[one.name] !== undefined);
   // What only another method or objective has is found by the search, and not listed.
   const applies = (one) => (!one.method || one.method === (settings.method || "lora")) && (!one.objectives?.length || one.objectives.includes(settings.objective || "sft"));
   const common = all.filter((one) => one.common && applies(one));
-  const row = (one) => html`<${Setting} key=${one.name} setting=${one} value=${settings[one.name]} />`;
-  return html`<${Card} title="Settings" note=${changed.length ? `${counted(changed.length, "setting")} differ${changed.length === 1 ? "s" : ""} from the defaults` : "defaults"} actions=${changed.length > 0 && html`<${Button} small onClick=${() => changeSettings(Object.fromEntries(changed.map((one) => [one.name, undefined])))}>Reset all<//>`}>
+  const row = (one) => html`<${Setting} key=${one.name} setting=${one} value=${settings[one.name]} said=${said[one.name]} warned=${warned[one.name]} usual=${own[one.name] ?? one.default} chosen=${chosen[one.name]} />`;
+  return html`<${Card} title="Settings" note=${changed.length ? `${counted(changed.length, "setting")} differ${changed.length === 1 ? "s" : ""} from the defaults` : "defaults"} actions=${changed.length > 0 && html`<${Button} small onClick=${() => resetSettings(changed.map((one) => one.name))}>Reset all<//>`}>
     <div class="search"><${Icon} name="search" /><input type="search" aria-label=${`Search all ${all.length} settings`} placeholder=${`Search all ${all.length} settings`} value=${words} onInput=${(event) => setWords(event.target.value)} /></div>
     ${asked.length ? html`<div class="settings" aria-live="polite">${found.map(row)}${!found.length && html`<p class="soft">No setting has these words in its name or help.</p>`}</div>`
       : html`<div class="settings">${common.map(row)}</div>

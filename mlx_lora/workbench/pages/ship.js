@@ -12,7 +12,7 @@ const TARGETS = [
 
 function Target({ id, title, words, need, chosen, onChoose }) {
   return html`<label class=${"preset" + (chosen ? " chosen" : "")}><input type="radio" name="target" checked=${chosen} onChange=${() => onChoose(id)} /><b>${need?.label || title}</b><span class="soft">${words}</span>
-    ${need && html`<span class="need">${need.ok ? html`<${Chip} tone="good">ready<//>` : html`<${Chip} tone="warn">needs<//>`} <span class="soft">${need.needs}</span></span>`}</label>`;
+    ${need && html`<span class="need">${need.ok ? html`<${Chip} tone="good">ready<//>` : html`<${Chip} tone="warn">something is missing<//>`} <span class="soft">Needs: ${need.needs}</span></span>`}</label>`;
 }
 
 export function Ship({ model, adapters }) {

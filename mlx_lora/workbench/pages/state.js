@@ -41,6 +41,20 @@ export const changeSettings = (change) => project.set((before) => {
 // What train takes: the chosen settings with the model and the sets.
 export const wholeSettings = ({ model, sets, settings }) => ({ ...settings, ...(model ? { model } : {}), ...(sets.length ? { data: api.dataText(sets) } : {}) });
 
+// What is wrong in a field of the page, by its id: {name, problem}. Start waits until there is none.
+export const fieldProblems = store({});
+export const noteField = (id, what) => {
+  const known = fieldProblems.get();
+  if (!what && !known[id]) return;
+  const { [id]: _, ...rest } = known;
+  fieldProblems.set(what ? { ...rest, [id]: what } : rest);
+};
+export const fieldsReset = store(0); // counts the times that fields were set back: what was typed in them goes
+export const resetSettings = (names) => {
+  fieldsReset.set((n) => n + 1);
+  changeSettings(Object.fromEntries(names.map((name) => [name, undefined])));
+};
+
 export const machine = store(null); // the answer of /api/state, or null
 export const keyWanted = store(null); // null, "first" or "again"
 export const notice = store(""); // a line that is read aloud, and shown for some seconds

@@ -4,10 +4,12 @@ import { html, Button, Card, Empty, Field, Heading, Problem, Segments, Waiting }
 import { go, machine, project, tell, useAsked, useStore } from "./state.js";
 import { counted, lastPart, rate } from "./format.js";
 import { Ship } from "./ship.js";
+import { numberReader, Typed } from "./typed.js";
 import * as api from "./api.js";
 
 const LONGEST = 100000; // characters that are shown with Markdown; longer answers are plain text
 const SIDES = ["A", "B"];
+const WEIGHT = numberReader({ range: [0, 10] }), TEMPERATURE = numberReader({ range: [0, 5] }), AT_LEAST_1 = numberReader({ whole: true, range: [1, null] }), AT_LEAST_0 = numberReader({ whole: true, range: [0, null] });
 
 // A model's text through markdown.js, which makes elements and sets their text; it never parses markup.
 function Said({ text, busy }) {
@@ -23,11 +25,11 @@ function Column({ side, column, adapters, onChange }) {
   const toggle = (path) => onChange({ adapters: chosen.has(path) ? column.adapters.filter((one) => one.path !== path) : [...column.adapters, { path, weight: 1 }] });
   const weigh = (path, weight) => onChange({ adapters: column.adapters.map((one) => (one.path === path ? { path, weight } : one)) });
   return html`<fieldset class=${"column-choice side-" + side}><legend>Column ${side}</legend><p class="chosen-name">${nameOf(column, adapters)}</p>
-    <details open=${false}><summary>Change</summary><ul class="plain choices">
+    <details open=${false}><summary>Change</summary><p class="help">Check one adapter to hear it alone. Check several to blend them: their effects are added, each times its weight.</p><ul class="plain choices">
       <li><label class="check"><input type="checkbox" checked=${!column.adapters.length} disabled=${!column.adapters.length} onChange=${() => onChange({ adapters: [] })} /> base, without an adapter</label></li>
       ${adapters.slice(0, 100).map((one) => html`<li key=${one.path}><label class="check"><input type="checkbox" checked=${chosen.has(one.path)} onChange=${() => toggle(one.path)} /> ${one.name}</label>
-        ${chosen.has(one.path) && column.adapters.length > 1 && html`<input type="number" class="number" min="0" max="10" step="0.1" value=${chosen.get(one.path)} aria-label=${`Weight of ${one.name} in column ${side}`} onChange=${(event) => event.target.checkValidity() && weigh(one.path, event.target.valueAsNumber || 0)} />`}</li>`)}</ul>
-      ${column.adapters.length > 1 && html`<p class="soft">A blend: effects are added, each times its weight${whole ? "" : "; all weights are 0, so this is the base"}.</p>`}</details></fieldset>`;
+        ${chosen.has(one.path) && column.adapters.length > 1 && html`<${Typed} id=${`weight-${side}-${one.path}`} name=${`Weight of ${one.name} in column ${side}`} numeric value=${chosen.get(one.path)} read=${WEIGHT} aria-label=${`Weight of ${one.name} in column ${side}`} onValue=${(weight) => weigh(one.path, weight ?? 1)} />`}</li>`)}</ul>
+      ${column.adapters.length > 1 && !whole && html`<p class="soft">All weights are 0, so this is the base.</p>`}</details></fieldset>`;
 }
 
 function Answer({ side, name, answer }) {
@@ -86,30 +88,34 @@ function useTalk(model, columns, adapters, options) {
 }
 
 function Options({ options, onChange }) {
-  const number = (name) => (event) => { if (event.target.checkValidity()) onChange({ [name]: event.target.value === "" ? null : event.target.valueAsNumber }); };
+  const number = (id, name, label, read, usual, placeholder) => html`<${Field} label=${label} id=${id}><${Typed} id=${id} name=${label} numeric value=${options[name]} read=${read} placeholder=${placeholder} onValue=${(value) => onChange({ [name]: value ?? usual })} /><//>`;
   return html`<details><summary>Sampling and system prompt</summary><div class="fields">
-    <${Field} label="Temperature" id="temperature"><input id="temperature" type="number" min="0" max="5" step="any" value=${options.temperature} onChange=${number("temperature")} /><//>
-    <${Field} label="Max tokens" id="max-tokens"><input id="max-tokens" type="number" min="1" step="1" required value=${options.max_tokens} onChange=${number("max_tokens")} /><//>
-    <${Field} label="Seed" id="seed"><input id="seed" type="number" min="0" step="1" placeholder="random" value=${options.seed ?? ""} onChange=${number("seed")} /><//>
+    ${number("temperature", "temperature", "Temperature", TEMPERATURE, null)}${number("max-tokens", "max_tokens", "Max tokens", AT_LEAST_1, 256)}${number("seed", "seed", "Seed", AT_LEAST_0, null, "random")}
     <${Field} label="System prompt" id="system" wide><textarea id="system" rows="3" value=${options.system} onChange=${(event) => onChange({ system: event.target.value })}></textarea><//></div></details>`;
 }
 
-function Chat({ model, adapters }) {
+// Questions to begin with, of the example's own test rows.
+function Beginnings({ onAsk }) {
+  const { sets } = useStore(project), [about] = useAsked(() => api.readExample(), []);
+  if (!about || sets[0]?.path !== about.data) return null;
+  return html`<div class="actions beginnings">${about.questions.map((one) => html`<${Button} key=${one} small onClick=${() => onAsk(one)}>${one}<//>`)}</div>`;
+}
+
+function Chat({ model, adapters, first }) {
   const own = adapters.filter((one) => !one.base || one.base === model), list = own.length ? own : adapters;
-  const [two, setTwo] = useState(true), [columns, setColumns] = useState(() => [{ adapters: [] }, { adapters: list.slice(0, 1).map((one) => ({ path: one.path, weight: 1 })) }]);
+  const [two, setTwo] = useState(true), [columns, setColumns] = useState(() => [{ adapters: [] }, { adapters: (first ? [first] : list.slice(0, 1)).map((one) => ({ path: one.path, weight: 1 })) }]);
   const [options, setOptions] = useState({ temperature: 0.7, max_tokens: 256, seed: null, system: "" }), [question, setQuestion] = useState("");
   const shown = columns.slice(0, two ? 2 : 1), { turns, ask, stop, reset, problem, said } = useTalk(model, shown, adapters, options), end = useRef(null);
   useEffect(() => {
     const near = innerHeight + scrollY > document.documentElement.scrollHeight - 240;
     if (near && turns.length) end.current?.scrollIntoView({ block: "end" });
   }, [turns]);
-  const send = async (event) => {
-    event.preventDefault();
-    const text = question.trim();
+  const put = async (text) => {
     if (!text || stop) return;
     setQuestion("");
     if (!(await ask(text))) setQuestion(text);
   };
+  const send = (event) => { event.preventDefault(); put(question.trim()); };
   const keys = (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
     if (event.key === "Escape" && stop) stop();
@@ -117,22 +123,22 @@ function Chat({ model, adapters }) {
   return html`<div class="talk"><${Card}><div class="columns"><div class=${"column-choices n" + shown.length}>${shown.map((one, n) => html`<${Column} key=${n} side=${SIDES[n]} column=${one} adapters=${list} onChange=${(next) => setColumns(columns.map((other, m) => (m === n ? next : other)))} />`)}</div></div>
       <div class="talk-options"><label class="check"><input type="checkbox" checked=${two} onChange=${() => setTwo(!two)} /> Two columns</label><${Options} options=${options} onChange=${(change) => setOptions({ ...options, ...change })} /></div><//>
     <div class="turns" role="log" aria-label="Conversation" aria-live="polite">${turns.map((turn, n) => html`<${Turn} key=${n} turn=${turn} />`)}
-      ${!turns.length && html`<p class="soft hint">Write a message. ${two ? "Both columns answer the same question, side by side." : "One model answers."}</p>`}</div>
+      ${!turns.length && html`<p class="soft hint">Write a message. ${two ? "Both columns answer the same question, side by side." : "One model answers."}</p><${Beginnings} onAsk=${put} />`}</div>
     <form class="ask" onSubmit=${send}><${Problem}>${problem}<//>${said && html`<p class="soft waiting" role="status">${said}</p>`}<textarea rows="2" aria-label="Message" placeholder="Message" value=${question} onInput=${(event) => setQuestion(event.target.value)} onKeyDown=${keys}></textarea>
       <div class="actions"><button class="button first" disabled=${Boolean(stop) || !question.trim()}>Send</button><${Button} disabled=${!stop} onClick=${() => stop?.()}>Stop<//><${Button} onClick=${reset} disabled=${!turns.length}>New chat<//>
         <span class="soft keys">Enter sends, Shift+Enter starts a new line, Escape stops</span></div></form><div ref=${end}></div></div>`;
 }
 
-export function TalkPlace() {
+export function TalkPlace({ path }) {
   const { model: chosen } = useStore(project), [view, setView] = useState("talk");
   const [answer, problem, again] = useAsked(() => Promise.all([api.readAdapters(), api.readModels()]), []);
   const adapters = answer?.[0].adapters || [], bases = useMemo(() => [...new Set([chosen, ...adapters.map((one) => one.base)].filter(Boolean))], [answer, chosen]);
-  const [picked, pick] = useState(null), model = picked || (bases.includes(chosen) && chosen) || bases[0];
+  const [picked, pick] = useState(null), wanted = adapters.find((one) => one.run === path[0]), model = picked || wanted?.base || (bases.includes(chosen) && chosen) || bases[0];
   const free = () => api.closeTalk().then(() => tell("The model left the memory"), (error) => tell(error.message));
   return html`<${Heading} title="Talk & ship" actions=${html`<${Segments} label="What to do" name="talk-view" value=${view} options=${[["talk", "Talk"], ["ship", "Ship"]]} onChange=${setView} />`}>${view === "talk" ? "Ask two models the same question, and see what training changed." : "Take an adapter along to other programs."}<//>
     <${Problem} again=${again}>${problem}<//>${!answer && !problem && html`<${Waiting}>Looking for adapters<//>`}
     ${answer && !model && html`<${Card}><${Empty} icon="talk" title="Nobody to talk to yet" action=${html`<${Button} kind="first" onClick=${() => go("model")}>Choose a model<//>`}>Choose a model to talk to it, and train it to compare.<//><//>`}
     ${answer && model && html`<div class="stack"><div class="toolbar"><${Field} label="Model" id="talk-model"><select id="talk-model" onChange=${(event) => pick(event.target.value)}>${bases.map((one) => html`<option key=${one} value=${one} selected=${one === model}>${lastPart(one)}</option>`)}</select><//>
       ${view === "talk" && html`<${Button} small onClick=${free}>Free its memory<//>`}</div>
-      ${view === "talk" ? html`<${Chat} key=${model} model=${model} adapters=${adapters} />` : html`<${Ship} key=${model} model=${model} adapters=${adapters} home=${machine.get()?.home} />`}</div>`}`;
+      ${view === "talk" ? html`<${Chat} key=${model} model=${model} adapters=${adapters} first=${wanted?.base === model ? wanted : null} />` : html`<${Ship} key=${model} model=${model} adapters=${adapters} home=${machine.get()?.home} />`}</div>`}`;
 }

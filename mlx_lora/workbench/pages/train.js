@@ -1,8 +1,10 @@
 // Train: what to aim for, how, and what it will take; then the run itself.
-import { useEffect, useState } from "./vendor/hooks.module.js";
+import { useEffect, useRef, useState } from "./vendor/hooks.module.js";
 import { html, Button, Card, Chip, Command, Empty, Field, Heading, MemoryBar, Problem, Segments, StateChip, Waiting } from "./parts.js";
-import { changeProject, changeSettings, go, linkTo, onTaskEnd, project, tell, useAsked, useLater, useStore, wholeSettings } from "./state.js";
-import { counted, duration, lastPart, rate } from "./format.js";
+import { changeProject, changeSettings, fieldProblems, go, linkTo, project, tell, useAsked, useLater, useStore, wholeSettings } from "./state.js";
+import { counted, lastPart } from "./format.js";
+import { Cards, USUAL, useCards } from "./cards.js";
+import { Example } from "./example.js";
 import { SettingsForm } from "./settings_form.js";
 import { LiveRun } from "./live.js";
 import * as api from "./api.js";
@@ -20,45 +22,51 @@ const METHODS = {
 const optionOf = (groups, name) => groups.flatMap((group) => group.settings).find((one) => one.name === name);
 
 function Goal({ groups, settings }) {
-  const choose = (name, usual) => (event) => { changeSettings({ [name]: event.target.value === usual ? undefined : event.target.value }); changeProject({ preset: null }); };
+  const choose = (name, usual) => (event) => { changeSettings({ [name]: event.target.value === usual ? undefined : event.target.value }); };
   const objective = settings.objective || "sft", method = settings.method || "lora";
   const objectives = optionOf(groups, "objective")?.choices || Object.keys(OBJECTIVES), methods = optionOf(groups, "method")?.choices || ["lora"];
   return html`<div class="fields"><${Field} label="Objective" id="objective"><select id="objective" onChange=${choose("objective", "sft")}>${objectives.map((one) => html`<option key=${one} value=${one} selected=${one === objective}>${OBJECTIVES[one] ? `${OBJECTIVES[one]} (${one})` : one}</option>`)}</select><//>
     <${Field} label="Method" id="method" help=${METHODS[method]}><select id="method" onChange=${choose("method", "lora")}>${methods.map((one) => html`<option key=${one} value=${one} selected=${one === method}>${one}</option>`)}</select><//></div>`;
 }
 
-function Presets({ model, objective, preset }) {
-  const [answer, problem] = useAsked(() => (model ? api.readPresets(model, objective) : null), [model, objective]);
-  const take = (one) => {
-    const before = answer.presets.find((other) => other.name === preset)?.settings || {};
-    changeSettings({ ...Object.fromEntries(Object.keys(before).map((name) => [name, undefined])), ...one.settings });
-    changeProject({ preset: one.name });
-  };
-  return html`<${Problem}>${problem}<//><fieldset class="presets"><legend>Preset</legend>${(answer?.presets || []).map((one) => html`<label key=${one.name} class=${"preset" + (one.name === preset ? " chosen" : "")}>
-    <input type="radio" name="preset" checked=${one.name === preset} onChange=${() => take(one)} /><b>${one.name[0].toUpperCase() + one.name.slice(1)}</b><span class="soft">${one.line}</span></label>`)}</fieldset>`;
-}
-
 function Plan({ plan, problem }) {
   if (problem) return html`<${Problem}>${problem}<//>`;
   if (!plan) return html`<${Waiting}>Planning<//>`;
-  const facts = [["steps", plan.steps === null || plan.steps === undefined ? "–" : counted(plan.steps, "step").split(" ")[0]], ["tokens/s", rate(plan.tokens_per_s)], ["time", duration(plan.seconds)]];
-  if (plan.peak_bytes === null) return html`<${Problem}>${plan.line}<//>`;
+  if (plan.problems?.length) return null; // told at Start, and at their fields
+  if (plan.peak_bytes === null) return html`<p class="note">${plan.line}</p>`;
   return html`<p class="verdict"><${Chip} tone=${plan.fits ? "good" : "bad"}>${plan.fits ? "fits" : "too large"}<//> <span>${plan.line}</span></p>
-    ${plan.problems?.map((one) => html`<p class="problem" key=${one}>${one}</p>`)}
-    <${MemoryBar} plan=${plan} /><dl class="tiles three">${facts.map(([words, one]) => html`<div key=${words}><dt>${words}</dt><dd class="number">${one}</dd></div>`)}</dl>
-    <p class="soft">Predicted, not measured.</p>`;
+    ${plan.warnings?.map((one) => html`<p class="note warned" key=${one}>${one}.</p>`)}
+    <${MemoryBar} plan=${plan} />`;
 }
 
 const SUFFIX = /\.(gguf|jsonl?|csv|tsv|txt|md|parquet|xlsx)$/i; // “Qwen3-0.6B” has none
 const slug = (text) => text.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-+|-+$/g, "").slice(0, 40);
+function unused(name, runs) {
+  const taken = new Set(runs.map((one) => one.name));
+  if (!taken.has(name)) return name;
+  for (let n = 2; ; n++) if (!taken.has(`${name}-${n}`)) return `${name}-${n}`;
+}
 
-function Start({ whole, plan, busy, onStarted }) {
-  const { model, sets } = useStore(project), [name, setName] = useState(""), [problem, setProblem] = useState(""), [sending, setSending] = useState("");
-  const usual = slug(`${lastPart(sets[0]?.path || "run").replace(SUFFIX, "")}-${lastPart(model || "model").replace(SUFFIX, "")}`) || "run";
+// Why a run cannot be started now: what is wrong in the fields, or what the server says of them. Empty: it can.
+function reasons(wrong, plan, settings) {
+  const fields = Object.values(wrong).map(({ name, problem }) => `${name}: ${problem}`);
+  if (fields.length || !plan) return fields;
+  if (plan.problems?.length) return plan.problems;
+  if (plan.waits) return ["The data is being read; how long this run is depends on it."];
+  if (plan.fits === false && plan.peak_bytes !== null && settings.memory_check !== false) return [`${plan.line} To try it anyway, turn “Memory check” off.`];
+  return [];
+}
+
+function Start({ whole, card, plan, runs, onStarted }) {
+  const { model, sets, settings } = useStore(project), wrong = useStore(fieldProblems), [name, setName] = useState(""), [problem, setProblem] = useState(""), [sending, setSending] = useState("");
+  const busy = runs.some((one) => one.state === "running");
+  const usual = unused(slug(`${lastPart(sets[0]?.path || "run").replace(SUFFIX, "")}-${lastPart(model || "model").replace(SUFFIX, "")}`) || "run", runs);
+  const why = reasons(wrong, plan, settings), stopped = sending || why.length > 0;
+  useEffect(() => setProblem(""), [JSON.stringify(whole), name]);
   const send = async (queue) => {
-    setSending(queue ? "queue" : "now"); // the server waits for the plan, of a large data set for some seconds
+    setSending(queue ? "queue" : "now"); 
     try {
-      const { run } = await api.startRun(whole, name.trim() || usual, queue);
+      const { run } = await api.startRun(whole, card, name.trim() || usual, queue);
       setProblem("");
       setName("");
       tell(queue ? "The run waits in the queue" : "The run was started");
@@ -67,7 +75,8 @@ function Start({ whole, plan, busy, onStarted }) {
     setSending("");
   };
   return html`<div class="start"><${Field} label="Name of the run" id="run-name"><input id="run-name" value=${name} placeholder=${usual} spellcheck="false" onInput=${(event) => setName(event.target.value)} /><//>
-    <div class="actions"><${Button} kind="first" busy=${sending === "now"} disabled=${sending || !plan} onClick=${() => send(false)}>${sending === "now" ? "Planning and starting" : "Start training"}<//><${Button} busy=${sending === "queue"} disabled=${sending || !plan} onClick=${() => send(true)}>${sending === "queue" ? "Planning" : "Add to queue"}<//></div>
+    <div class="actions"><${Button} kind="first" busy=${sending === "now"} disabled=${stopped} aria-describedby="why-not" onClick=${() => send(false)}>${sending === "now" ? "Starting" : "Start training"}<//><${Button} busy=${sending === "queue"} disabled=${stopped} aria-describedby="why-not" onClick=${() => send(true)}>${sending === "queue" ? "Adding" : "Add to queue"}<//></div>
+    <div id="why-not" aria-live="polite">${why.length > 0 && html`<p class="problem"><span><b>Not ready to start.</b> ${why.join("; ")}</span></p>`}</div>
     ${busy && html`<p class="soft">A run is going on. Two at once share the machine; the queue starts one after the other.</p>`}<${Problem}>${problem}<//></div>`;
 }
 
@@ -82,21 +91,30 @@ function Queue({ runs, onChange }) {
 }
 
 const Missing = ({ model }) => html`<${Card}>${model ? html`<${Empty} icon="data" title="Add data first" action=${html`<${Button} kind="first" onClick=${() => go("data")}>Add data<//>`}>The plan needs to know how long your rows are.<//>`
-  : html`<${Empty} icon="model" title="Choose a model first" action=${html`<${Button} kind="first" onClick=${() => go("model")}>Choose a model<//>`}>Then add data. Training starts here.<//>`}<//>`;
+  : html`<${Empty} icon="model" title="Choose a model first" action=${html`<${Button} kind="first" onClick=${() => go("model")}>Choose a model<//>`}>Then add data. Training starts here.<//>`}<//>
+  ${!model && html`<${Example} />`}`;
 
 function Setup({ groups, runs, onStarted }) {
-  const all = useStore(project), { model, sets, settings, preset } = all, whole = wholeSettings(all), late = useLater(whole, 250);
-  const needed = model && (sets.length || settings.objective === "distill");
-  const [plan, problem, again] = useAsked((signal) => (needed ? api.planRun(late, signal) : null), [JSON.stringify(late), Boolean(needed)]);
-  const reading = plan?.task?.id; // a large data set is read first; until then the plan counts full rows
-  useEffect(() => { if (reading) onTaskEnd(reading, again); }, [reading]);
+  const all = useStore(project), { model, sets, settings } = all, chosen = all.preset || USUAL, whole = wholeSettings(all), late = useLater(whole, 250);
+  const needed = Boolean(model && (sets.length || settings.objective === "distill")), cards = useCards(late, chosen, needed);
+  // While a plan is made again, the one before stays, marked; what is started is told by the new one.
+  const now = cards.plans[chosen], before = useRef(null), plan = now || before.current, current = JSON.stringify(late) === JSON.stringify(whole) ? now : null;
+  before.current = plan;
   if (!needed) return html`<${Missing} model=${model} />`;
-  const busy = runs.some((one) => one.state === "running");
-  return html`<div class="two"><div class="stack"><${Card} title="Goal"><${Goal} groups=${groups} settings=${settings} /><${Presets} model=${model} objective=${settings.objective || "sft"} preset=${preset} /><//>
-      <${SettingsForm} groups=${groups} settings=${settings} /></div>
-    <div class="side"><${Card} title="Plan" kind="plan"><p class="soft path">${lastPart(model)} · ${sets.map((one) => lastPart(one.path)).join(" + ")}</p><${Plan} plan=${plan} problem=${problem} />${reading && html`<p class="soft waiting">Reading the data for an exact plan</p>`}
-      <${Start} whole=${whole} plan=${problem ? null : plan} busy=${busy} onStarted=${onStarted} />
+  return html`<div class="two"><div class="stack"><${Card} title="How much to train" note=${`${lastPart(model)} · ${sets.map((one) => lastPart(one.path)).join(" + ")}`}><${Cards} whole=${late} cards=${cards} chosen=${chosen} /><//>
+      <${Changes} groups=${groups} settings=${settings} plan=${plan} /></div>
+    <div class="side"><${Card} title="Plan" kind=${now ? "plan" : "plan stale"} note=${plan && !now ? html`<span class="waiting">planning again</span>` : ""}><${Plan} plan=${plan} problem=${cards.problem} />${plan?.task && html`<p class="soft waiting">Reading the data for an exact plan</p>`}
+      <${Start} whole=${whole} card=${chosen} plan=${current} runs=${runs} onStarted=${onStarted} />
       ${plan && html`<details><summary>The same as a command</summary><${Command} text=${plan.command} label="Command" />${plan.run_yaml && html`<${Command} text=${plan.run_yaml} label="run.yaml" />`}</details>`}<//></div></div>`;
+}
+
+// The settings behind the cards. They open by themselves where the server says that something is wrong in one of them.
+function Changes({ groups, settings, plan }) {
+  const said = plan?.said || {};
+  const [open, set] = useState(false), names = new Set(groups.flatMap((group) => group.settings).map((one) => one.name));
+  const changed = Object.keys(settings).filter((name) => names.has(name)).length, wrong = Object.keys(said).length;
+  return html`<details class="changes" open=${open} onToggle=${(event) => set(event.target.open)}><summary>Change settings <span class="number">${wrong ? html`<span class="bad">${counted(wrong, "field")} to look at</span>` : changed ? `${counted(changed, "setting")} chosen` : ""}</span></summary>
+    ${open && html`<div class="stack"><${Card} title="Goal"><${Goal} groups=${groups} settings=${settings} /><//><${SettingsForm} groups=${groups} settings=${settings} said=${said} warned=${plan?.warned || {}} own=${plan?.own || {}} chosen=${plan?.chosen || {}} /></div>`}</details>`;
 }
 
 export function TrainPlace({ path }) {
@@ -108,7 +126,7 @@ export function TrainPlace({ path }) {
   const started = (id) => { look(); pick(id); setView("run"); scrollTo(0, 0); };
   const shown = picked || running[0]?.id || null;
   const views = [["setup", "New run"], ["run", "Live", shown && running.length ? running.length : undefined]];
-  return html`<${Heading} title="Train" actions=${html`<${Segments} label="What to show" name="train-view" value=${view || "setup"} options=${views} onChange=${setView} />`}>${view === "run" ? "The run as it goes. It does not need this page: close it, and it goes on." : "Choose a goal and a preset; the plan says what it takes."}<//>
+  return html`<${Heading} title="Train" actions=${html`<${Segments} label="What to show" name="train-view" value=${view} options=${views} onChange=${setView} />`}>${view === "run" ? "The run as it goes. It does not need this page: close it, and it goes on." : "Choose how much to train; each card shows the run that it starts."}<//>
     <${Problem} again=${again}>${problem}<//>
     ${view === "run" ? html`<div class="stack">${running.length > 1 && html`<${Segments} label="Which run" name="which" value=${shown} options=${running.map((one) => [one.id, one.name])} onChange=${pick} />`}
         ${shown ? html`<${LiveRun} key=${shown} id=${shown} onState=${look} />` : html`<${Card}><${Empty} icon="train" title="Nothing is training">Start a run under “New run”. One that was started in a terminal appears here by itself.<//><//>`}

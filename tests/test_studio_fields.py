@@ -1,0 +1,107 @@
+"""Fields of the studio's page keep what one types: a plan that comes meanwhile never replaces it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from studio_browser import Watched, chromium, open_studio
+from studio_stand_in import StandIn
+
+PROJECT = {"model": "Qwen/Qwen3-0.6B", "sets": [{"path": "/home/me/tutor.jsonl", "weight": 1}], "settings": {}}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[StandIn]:
+    with StandIn(n_runs=1, running=False) as one:
+        yield one
+
+
+def open_settings(browser: Any, server: StandIn) -> Watched:
+    """Open Train with its settings shown."""
+    watched = open_studio(browser, server.url, project=PROJECT)
+    watched.go("train")
+    watched.page.get_by_text("Change settings").click()
+    watched.page.locator("#set-learning_rate").wait_for()
+    return watched
+
+
+def settings_of(page: Any) -> dict[str, Any]:
+    """The settings that the page has kept."""
+    return page.evaluate("JSON.parse(localStorage.getItem('mlx_lora studio project')).settings")
+
+
+def kept_soon(page: Any, rate: float) -> None:
+    """Wait until the page has kept a rate."""
+    until = time.monotonic() + 20
+    while settings_of(page).get("learning_rate") != rate:
+        assert time.monotonic() < until, settings_of(page)
+        page.wait_for_timeout(50)
+
+
+def type_rate(watched: Watched, server: StandIn, delay_ms: int, rank: int) -> str:
+    """Edit the rank, then type a rate while the plan of that edit is asked and answered; return what the field shows."""
+    page = watched.page
+    page.locator("#set-learning_rate").fill("")
+    page.keyboard.press("Tab")
+    page.locator("#set-rank").fill(str(rank))
+    asked = len([path for path, _ in server.asked if path == "train/plan"])
+    page.locator("#set-learning_rate").focus()  # leaving the rank asks for a plan
+    page.keyboard.type("0.001", delay=delay_ms)
+    page.wait_for_timeout(600)
+    assert len([path for path, _ in server.asked if path == "train/plan"]) > asked, "no plan came while one typed"
+    page.keyboard.press("Tab")
+    return page.locator("#set-learning_rate").input_value()
+
+
+def test_a_rate_is_what_one_types_while_the_plan_is_made_again(browser, server):
+    watched = open_settings(browser, server)
+    assert type_rate(watched, server, 80, 8) == "0.001"
+    assert settings_of(watched.page) == {"rank": 8, "learning_rate": 0.001}
+    assert watched.problems == []
+    watched.page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay_ms", [80, 250])
+def test_a_rate_is_what_one_types_20_times(browser, server, delay_ms):
+    watched = open_settings(browser, server)
+    shown = [type_rate(watched, server, delay_ms, 4 + turn) for turn in range(20)]
+    assert shown == ["0.001"] * 20
+    assert settings_of(watched.page)["learning_rate"] == 0.001
+    watched.page.close()
+
+
+def test_what_is_not_complete_stays_is_told_and_stops_the_start(browser, server):
+    watched = open_settings(browser, server)
+    page, field = watched.page, watched.page.locator("#set-learning_rate")
+    start = page.get_by_role("button", name="Start training")
+    start.and_(page.locator(":enabled")).wait_for()
+    for text in ("0", "1e-", "0,001", "fast"):
+        field.fill(text)
+        page.keyboard.press("Tab")
+        start.and_(page.locator(":disabled")).wait_for()
+        assert field.input_value() == text
+        assert "Learning rate" in page.locator("#why-not").inner_text()
+        assert "learning_rate" not in settings_of(page)
+    # Reset takes away what one typed, too.
+    page.get_by_role("button", name="Set Learning rate back").click()
+    start.and_(page.locator(":enabled")).wait_for()
+    assert field.input_value() == ""
+    field.fill("2e-3")
+    page.keyboard.press("Enter")
+    kept_soon(page, 0.002)
+    # A pause is enough where the number is complete, and leaves what one types alone.
+    field.press_sequentially("5")
+    kept_soon(page, 2e-35)
+    assert field.input_value() == "2e-35"
+    assert watched.problems == []
+    page.close()

@@ -1,0 +1,119 @@
+"""Runs that were started in a terminal, anywhere: `train` notes them, and the studio lists them, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from studio_client import furnish, studio, write_run
+
+from mlx_lora.artifacts.known_runs import KnownRun, known_runs, note_run, runs_file
+from mlx_lora.train import main as train
+from mlx_lora.workbench.run_states import run_id
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    return runs_file()
+
+
+def test_train_notes_its_folder_and_the_studio_shows_it(tiny_folder, chats, tmp_path, file, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(tiny_folder)
+    words = ["--model", "base", "--data", str(chats), "--iters", "1", "--max-seq-length", "64", "--sample-tokens", "0"]
+    train([*words, "--adapter-path", "my-adapter", "--val-batches", "0"], standalone_mode=False)
+    folder = (tmp_path / "my-adapter").resolve()
+    with studio(tmp_path / "home", known_runs=file) as client:
+        (run,) = client.get("/api/runs").json()["runs"]
+        assert (run["name"], run["path"], run["state"]) == ("my-adapter", str(folder), "done")
+        (adapter,) = client.get("/api/adapters").json()["adapters"]
+        assert adapter["base"] == str(tmp_path / "base"), "the model's name was relative to where the command was given"
+        # Its base may be talked to, though it lies in none of the studio's folders.
+        for model, status in ((adapter["base"], 400), (str(tmp_path / "other"), 403)):
+            assert client.post("/api/talk", json={"model": model, "columns": []}).status_code == status
+    with studio(tmp_path / "another-home") as client:
+        assert client.get("/api/runs").json()["runs"] == []
+
+
+def test_a_run_is_listed_once_and_leaves_with_its_folder(tmp_path, file):
+    one, two = (write_run(tmp_path / "work" / name) for name in ("one", "two"))
+    for folder in (one, two, one):
+        note_run(folder)
+    assert [known.folder.name for known in known_runs(file)] == ["two", "one"]
+    (two / "run.yaml").unlink()
+    assert [known.folder.name for known in known_runs(file)] == ["one"]
+    note_run(one)
+    assert len(file.read_text().splitlines()) == 1
+
+
+def test_a_damaged_list_or_a_cache_that_cannot_be_written_stops_nothing(tmp_path, file):
+    file.parent.mkdir(parents=True)
+    lines = ["{", "[]", '{"path": 3, "cwd": "", "at": 0}', '{"other": 1}', "\x00"]
+    file.write_text("\n".join(lines))
+    assert known_runs(file) == []
+    note_run(write_run(tmp_path / "run"))
+    assert [one.folder.name for one in known_runs(file)] == ["run"]
+    file.unlink()
+    file.mkdir()
+    note_run(tmp_path / "run")
+    assert known_runs(file) == []
+
+
+def test_only_noted_folders_that_hold_a_run_are_opened(tmp_path, file, tiny_folder):
+    home = (tmp_path / "home").resolve()
+    furnish(home, tiny_folder)
+    noted, other = write_run(tmp_path / "noted"), write_run(tmp_path / "other")
+    swapped = write_run(tmp_path / "swapped")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for folder in (noted, swapped, plain):
+        note_run(folder)
+    with file.open("a") as out:
+        for path in ("relative", "/etc", str(tmp_path / "noted" / ".." / "other")):
+            out.write(json.dumps({"path": path, "cwd": "/", "at": 0.0}) + "\n")
+    (swapped / "run.yaml").unlink()
+    for left in swapped.iterdir():
+        left.unlink()
+    swapped.rmdir()
+    os.symlink(other, swapped)
+    with studio(home, known_runs=file) as client:
+        assert [run["name"] for run in client.get("/api/runs").json()["runs"]] == ["noted"]
+        for folder in (other, plain, swapped):
+            assert client.get(f"/api/runs/{run_id(folder)}").status_code == 404
+        base = str(home / "models" / "tiny")
+        for folder, status in ((noted, 400), (other, 403), (plain, 403), (tmp_path, 403), (noted / "..", 403)):
+            ask = {
+                "model": base,
+                "adapter": str(folder),
+                "out": "x",
+                "to": "nowhere",
+            }  # looked at if the folder is allowed
+            answer = client.post("/api/export", json=ask)
+            assert answer.status_code == status, folder
+
+
+def test_taking_a_run_elsewhere_off_the_list_leaves_its_folder(tmp_path, file):
+    """It may be a project's own folder: `--adapter-path .` is allowed."""
+    folder = write_run(tmp_path / "project")
+    (folder / "thesis.tex").write_text("years of work")
+    own = write_run(tmp_path / "home" / "runs" / "own")
+    note_run(folder)
+    note_run(own)
+    with studio(tmp_path / "home", known_runs=file) as client:
+        runs = {run["name"]: run for run in client.get("/api/runs").json()["runs"]}
+        assert {name: run["elsewhere"] for name, run in runs.items()} == {"project": True, "own": False}
+        for name, run in runs.items():
+            assert client.request("DELETE", f"/api/runs/{run['id']}", json={"confirm": name}).status_code == 200
+        assert client.get("/api/runs").json()["runs"] == []
+    assert (folder / "thesis.tex").exists()
+    assert (folder / "run.yaml").exists()
+    assert not own.exists()
+
+
+def test_a_known_run_is_what_its_line_says(tmp_path, file):
+    folder = write_run(tmp_path / "one")
+    note_run(folder)
+    (found,) = known_runs(file)
+    assert found == KnownRun(str(folder.resolve()), os.getcwd(), found.at)
