@@ -189,6 +189,6 @@ def test_a_run_of_few_steps_on_a_cpu_is_planned_as_not_compiled():
     short, long, unknown = (plan_memory(loss, replace(RUN, steps=steps), cpu).phases for steps in (3, 200, None))
     assert short["loss"] < long["loss"]  # more operations make a tile, so fewer tiles are prepared ahead
     assert short["update"] > long["update"]
-    assert unknown == {name: max(short[name], long[name]) for name in short}
+    assert unknown == {name: pytest.approx((short[name] + long[name]) / 2) for name in short}
     on_gpu = [plan_memory(loss, replace(RUN, steps=steps), M2).phases for steps in (3, 200, None)]
     assert on_gpu[0] == on_gpu[1] == on_gpu[2]

@@ -124,7 +124,7 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
     """
     masters = SINGLE * shape.trained
     optimizer = OPTIMIZERS[run.optimizer]
-    copies = run.larger(optimizer.update_copies, optimizer.uncompiled_copies, machine)
+    copies = run.of_step(optimizer.update_copies, optimizer.uncompiled_copies, machine)
     if not optimizer.elementwise or shape.trained > FLAT_UP_TO:
         copies *= min(1.0, ARRAYS_AHEAD / max(1, shape.trained_arrays))
     budget = machine.working_set_bytes if budget_bytes is None else min(budget_bytes, machine.working_set_bytes)
@@ -328,7 +328,7 @@ def _loss_window(shape: ModelShape, run: Run, machine: Machine) -> int:
     logits = rows * columns * (2 * SINGLE + (2 * size if size < SINGLE else 0))
     pulled = 2 * rows * shape.width * SINGLE
     dense = columns * shape.width * size * machine.dense_copies if shape.head_packed else 0
-    ahead = min(tiles, run.larger(*(PACKED_TILES_AHEAD if shape.head_packed else TILES_AHEAD), machine))
+    ahead = min(tiles, run.of_step(*(PACKED_TILES_AHEAD if shape.head_packed else TILES_AHEAD), machine))
     if shape.shared:
         # All positions keep their sums and their targets' rows; nothing is allocated ahead (`_check_parts`).
         return int(logits + dense + slots * shape.width * (2 * SINGLE + 2 * size))

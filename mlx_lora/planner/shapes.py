@@ -352,10 +352,10 @@ class Run:
     rollout: Rollout | None = None
     steps: int | None = None
 
-    def larger(self, compiled: float, uncompiled: float, machine: Machine) -> float:
-        """Return the number for a compiled step or one that is not; if the run's length is not known, the larger."""
+    def of_step(self, compiled: float, uncompiled: float, machine: Machine) -> float:
+        """Return the number for a compiled step or one that is not; if the run's length is not known, their mean."""
         if self.steps is None:
-            return max(compiled, uncompiled) if machine.compiles_from else compiled
+            return (compiled + uncompiled) / 2 if machine.compiles_from else compiled
         return compiled if self.steps >= machine.compiles_from else uncompiled
 
     @property
