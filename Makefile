@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all fuzz parity lint docs format bench gate soak clean
+.PHONY: setup demo test test-kernels test-all fuzz parity lint docs format bench gate soak clean
 
 # Made again whenever the dependency list changes.
 $(VENV)/.ready: pyproject.toml
@@ -23,6 +23,11 @@ demo: setup
 # Two processes with one BLAS thread each: most tests are too small to use two threads, and this halves the time.
 test: setup
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The same tests as on another CPU, or where another kernel is the fastest: make test-kernels CORE=Prescott KERNELS=mlx
+CORE ?= Haswell
+test-kernels: setup
+	OPENBLAS_NUM_THREADS=1 OPENBLAS_CORETYPE=$(CORE) $(BIN)/python -m pytest -n 2 --dist loadfile $(if $(KERNELS),--kernels $(KERNELS))
 
 # Everything: the embedded real models and the judges (torch, PEFT, transformers, llama.cpp).
 test-all: setup

@@ -1,11 +1,12 @@
 """Measure the peak memory of real training runs, and compare it with the planner's predictions.
 
     python benchmarks/plan_memory.py measure --model smol=DIR --model smol-4bit=DIR --out measured.jsonl
+    python benchmarks/plan_memory.py measure --case "--model DIR --data FILE --batch-size 2 --rank 3" --out measured.jsonl
     python benchmarks/plan_memory.py table --out measured.jsonl
 
 `measure` runs `mlx_lora.train` for each combination of model, length, rank and checkpointing that is not in the file,
 each in its own process: --iters steps on generated text that fills every row, with all tokens trained. With --objective
-it trains on generated pairs or rated answers, whose rows the answers fill. It takes MLX's peak of the whole process
+it trains on generated pairs or rated answers, whose rows the answers fill. --case is a run on your own data, by its flags. It takes MLX's peak of the whole process
 (load, checks, reference and steps) from the run's last report. `table` runs `mlx_lora.plan --json` with the same flags
 and prints both as Markdown.
 """
@@ -16,6 +17,7 @@ import argparse
 import itertools
 import json
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -71,6 +73,8 @@ def write_answers(path: Path, objective: str, words: int, rows: int = 16) -> Non
 
 def flags_of(case: dict[str, Any]) -> list[str]:
     """Return the common flags of train and plan; a row of n + 1 tokens has n positions."""
+    if "flags" in case:
+        return [*case["flags"], "--iters", str(case["iters"])]
     flags = [
         "--model", case["folder"], "--rank", str(case["rank"]), "--grad-checkpoint", case["checkpointing"],
         "--max-seq-length", str(case["length"] + 1), "--batch-tokens", str(max(case["length"], case["batch_tokens"])),
@@ -89,17 +93,23 @@ def measure(case: dict[str, Any], iters: int, more: Sequence[str] = ()) -> dict[
     """Train for a few steps in a new process, with further flags, and return its last report."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        if "flags" in case:
+            return _measured(flags_of(case), folder, more)
         objective = objective_of(case)
         data = folder / ("text.txt" if objective == "sft" else "answers.jsonl")
         if objective == "sft":
             write_text(data)
         else:
             write_answers(data, objective, case["length"])
-        command = [sys.executable, "-m", "mlx_lora.train", *flags_of(case), "--data", str(data)]
-        command += ["--valid-fraction", "0", "--val-batches", "0", "--save-every", "0", "--steps-per-report", "1"]
-        command += ["--iters", str(iters), "--adapter-path", str(folder / "run"), *more]
-        run_child(command, folder / "log", timeout_s=TIMEOUT_S)
-        lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+        return _measured([*flags_of(case), "--data", str(data), "--iters", str(iters)], folder, more)
+
+
+def _measured(flags: Sequence[str], folder: Path, more: Sequence[str]) -> dict[str, Any]:
+    """Train with these flags in a new process, and return what its last report says."""
+    command = [sys.executable, "-m", "mlx_lora.train", *flags, "--adapter-path", str(folder / "run")]
+    command += ["--valid-fraction", "0", "--val-batches", "0", "--save-every", "0", "--steps-per-report", "1"]
+    run_child([*command, "--sample-tokens", "0", *more], folder / "log", timeout_s=TIMEOUT_S)
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     report = json.loads(lines[-1])
     return {name: report[name] for name in ("peak_memory_bytes", "process_peak_bytes", "shapes", "supervised_tokens")}
 
@@ -113,6 +123,8 @@ def planned(case: dict[str, Any]) -> dict[str, Any]:
 
 def key_of(case: dict[str, Any]) -> tuple:
     """Return the key of a case, without its results."""
+    if "flags" in case:
+        return (*case["flags"],)
     names = ("model", "method", "length", "batch_tokens", "rank", "checkpointing")
     return (objective_of(case), *(case[name] for name in names))
 
@@ -126,6 +138,12 @@ def measure_all(args: argparse.Namespace) -> None:
     """Measure all missing cases, shortest rows first, and append each result to the file at once."""
     known = {key_of(case) for case in read_measured(args.out)}
     models = dict(pair.split("=", 1) for pair in args.model)
+    for flags in map(shlex.split, args.case):
+        if key_of({"flags": flags}) not in known:
+            case = {"flags": flags, "iters": args.iters}
+            result = {**case, **measure(case, args.iters), "environment": environment()}
+            with args.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
     cases = itertools.product(args.lengths, args.ranks, args.checkpointing, args.objective, models)
     for length, rank, mode, objective, name in cases:
         case = {"model": name, "folder": models[name], "objective": objective, "method": args.method, "length": length}
@@ -147,10 +165,18 @@ def table(cases: list[dict[str, Any]]) -> str:
         "| model | objective | method | row x rows | rank | checkpointing | planned MB | measured MB | planned / measured |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|---|")
+    if all("flags" in case for case in cases):
+        lines = ["| run | decided by | planned MB | measured MB | planned / measured |", "|---|---|---|---|---|"]
     ratios = []
     for case in cases:
         found, plan = case["peak_memory_bytes"], planned(case)
         ratios.append(plan["peak_bytes"] / found)
+        if "flags" in case:
+            own = " ".join(name if name.startswith("--") else Path(name).name for name in case["flags"])
+            lines.append(
+                f"| `{own}` | {plan['phase']} | {plan['peak_bytes'] / 1e6:.0f} | {found / 1e6:.0f} | {ratios[-1]:.3f} |"
+            )
+            continue
         rows = plan["settings"]["rows"]
         lines.append(
             f"| {case['model']} | {objective_of(case)} | {case['method']} | {case['length']} x {rows} | {case['rank']} | {case['checkpointing']} "
@@ -167,6 +193,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("action", choices=("measure", "table"))
     parser.add_argument("--out", type=Path, required=True, help="File of results, one JSON object a line.")
     parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER; may be repeated.")
+    parser.add_argument("--case", action="append", default=[], help="Flags of a run; may be repeated.")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048])
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])

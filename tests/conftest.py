@@ -10,7 +10,9 @@ from pathlib import Path
 # isort: off
 from mlx_lora.system import device
 from mlx_lora.system.cache import cache_dir
+from mlx_lora.models.kernel_row import MLX, Kernel
 from mlx_lora.system.measuring import SWITCH
+from mlx_lora.training.loss_choice import LOSS_KERNELS, ROWS
 
 # isort: on
 import mlx.core as mx
@@ -38,6 +40,34 @@ TINY = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 512,
 }
+
+
+def pytest_addoption(parser):
+    """Add an option for machines on which another kernel would be measured as the fastest."""
+    parser.addoption("--kernels", help="Use this candidate wherever a kernel has it: mlx, tiled, polynomial, rows ...")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _forced_kernels(request):
+    """With --kernels NAME, let every kernel that has this candidate use it; programs that a test starts do not know of it."""
+    name = request.config.getoption("--kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        if name is not None:
+            _force(name, patch)
+        yield
+
+
+def _force(name: str, patch: pytest.MonkeyPatch) -> None:
+    plain, of_loss = Kernel.__init__, ROWS if name == MLX else name
+
+    def made(self: Kernel, *args, **named) -> None:
+        plain(self, *args, **named)
+        if name in self.candidates:
+            object.__setattr__(self, "assumed", name)
+
+    patch.setattr(Kernel, "__init__", made)
+    if of_loss in LOSS_KERNELS:
+        patch.setattr("mlx_lora.training.losses.choose_kernel", lambda figures: of_loss)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -11,6 +11,7 @@ import pytest
 from architectures.build import tiny_config
 
 from mlx_lora.adapters.adapt import adapt_model
+from mlx_lora.models.activations import polynomial_swiglu
 from mlx_lora.models.graph import gradient_graph
 from mlx_lora.models.liveness import count_memory
 from mlx_lora.models.outline import outline_of_config
@@ -61,6 +62,19 @@ def test_views_share_a_buffer_and_copies_do_not():
 def test_what_is_computed_twice_is_kept_once():
     assert kept(lambda v, f: [mx.exp(v[0] @ f[0]) * mx.exp(v[0] @ f[0])]) == 8 * 32
     assert kept(lambda v, f: [mx.exp(v[0] @ f[0]) * mx.exp(2 * (v[0] @ f[0]))]) == 2 * 8 * 32
+
+
+def test_a_compiled_kernel_keeps_its_results_only(monkeypatch):
+    """silu(gate) * up by polynomials keeps two slopes; without a compiler also what lies between gate, up and the product."""
+
+    def gated(v, f):
+        return [polynomial_swiglu(v[0] @ f[0], v[0] @ f[1]) @ f[0].T]
+
+    numbers = {}
+    for compiles in (True, False):
+        monkeypatch.setattr(device, "compiles_kernels", lambda compiles=compiles: compiles)
+        numbers[compiles] = kept(gated, fixed=(W, W + 1))
+    assert numbers[True] == 2 * 8 * 32 < numbers[False]
 
 
 def test_a_backward_pass_of_ones_own_keeps_what_it_reads():

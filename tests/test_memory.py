@@ -182,3 +182,13 @@ def test_predicted_time_is_the_products_and_more():
     tiny, waits = step_seconds(SHAPE, Run(1, 2), M2, Ceilings(1e18, 1e18, launch_s=5e-6))
     assert tiny == pytest.approx(5e-6 * 160 * 32)
     assert "waiting for launches" in waits
+
+
+def test_a_run_of_few_steps_on_a_cpu_is_planned_as_not_compiled():
+    cpu, loss = replace(CPU, compiles_from=200), replace(SHAPE, head_packed=True)
+    short, long, unknown = (plan_memory(loss, replace(RUN, steps=steps), cpu).phases for steps in (3, 200, None))
+    assert short["loss"] < long["loss"]  # more operations make a tile, so fewer tiles are prepared ahead
+    assert short["update"] > long["update"]
+    assert unknown == {name: pytest.approx((short[name] + long[name]) / 2) for name in short}
+    on_gpu = [plan_memory(loss, replace(RUN, steps=steps), M2).phases for steps in (3, 200, None)]
+    assert on_gpu[0] == on_gpu[1] == on_gpu[2]

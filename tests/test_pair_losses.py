@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from mlx_lora.objectives import pair_losses
-from mlx_lora.objectives.pair_losses import PAIR_LOSSES, PairOptions, Pairs
+from mlx_lora.objectives.objective import AnswerSums
+from mlx_lora.objectives.objective_table import objective_of
+from mlx_lora.objectives.pair_losses import PAIR_LOSSES, PairOptions, Pairs, preferred
+from mlx_lora.settings.config import ObjectiveSettings
 
 WIDTH, COUNT = 9, 5
 
@@ -110,6 +113,23 @@ def test_sure_answers_give_finite_losses_and_gradients():
     assert np.isfinite(value.item())
     assert np.isfinite(np.array(gradient)).all()
     assert np.abs(np.array(gradient)).max() > 0
+
+
+def test_a_difference_that_rounding_makes_is_no_preference():
+    bad, differences = mx.full((5,), -80.0), mx.array([0.0, 2e-4, -2e-4, 0.05, -0.05])
+    assert preferred(bad + differences, bad, mx.abs(2 * bad)).tolist() == [0, 0, 0, 1, 0]
+    # The same difference of scores near 0 is one.
+    assert preferred(differences, 0 * bad, mx.abs(differences)).tolist() == [0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "simpo", "cpo", "reward"])
+def test_pairs_that_differ_by_rounding_are_not_counted_as_preferred(objective):
+    """Two pairs: one whose answers differ by rounding only, and one whose answers differ."""
+    given = objective_of(ObjectiveSettings(objective=objective))
+    logps, zeros = mx.array([-80.0, -80.00001, -80.0, -81.0]), mx.zeros((4,))  # chosen, rejected, chosen, rejected
+    reference = mx.full((4,), -80.0) if given.reference else zeros
+    sums = AnswerSums(logps, mx.full((4,), 10.0), zeros, reference, zeros, mx.ones((4,)), mx.array(0.0))
+    assert given.loss(sums)[1]["accuracy"].tolist() == [0, 1]
 
 
 def test_padding_takes_no_part_in_any_loss():

@@ -172,7 +172,9 @@ def test_evaluate_reports_what_training_does(tiny_folder, data, tmp_path):
         json.loads(run("evaluate", *common, *more).out) for more in ((), ("--adapter-path", tmp_path / "a"))
     )
     assert before["loss"] == pytest.approx(0.6931, abs=1e-4)
-    assert (before["accuracy"], before["margin"]) == (0, 0)
+    # Policy and reference are the same model: what differs is rounding, and no preference.
+    assert before["accuracy"] == 0
+    assert before["margin"] == pytest.approx(0, abs=1e-4)
     assert after["accuracy"] > 0.9
     assert after["margin"] > 0.1
     assert after["loss"] < before["loss"]

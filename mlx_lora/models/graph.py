@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora.system import device
+from mlx_lora.system import device, exponentials
 
 Arrays = list[mx.array]
 Shape = tuple[int, ...]
@@ -184,7 +184,8 @@ def _cutting() -> Iterator[_Cuts]:
     mx.gather_mm = partial(_gather_mm, theirs["gather_mm"], cut_function)
     mx.contiguous = lambda array, *_, **__: array * 1  # a copy that MLX can list
     try:
-        with device.uncompiled():  # MLX cannot list separately compiled functions either
+        # MLX cannot list separately compiled functions either.
+        with _kernels_as_nodes() if device.compiles_kernels() else nullcontext(), device.uncompiled():
             yield cuts
     finally:
         for name, own in theirs.items():
@@ -224,6 +225,26 @@ def as_on_gpu() -> Iterator[None]:
     finally:
         device.keep_exponentials = keep
         mx.dequantize, mx.fast.rms_norm, mx.fast.rope = dequantize, norm, rotate
+
+
+@contextmanager
+def _kernels_as_nodes() -> Iterator[None]:
+    """List the compiled kernels of system/exponentials.py as one node each, as they run, instead of what replaces them."""
+    theirs = {name: vars(exponentials)[name] for name in ("usable", "exp_minus", "gated_silu")}
+    exponentials.usable = lambda *arrays: all(array.dtype == mx.float32 for array in arrays)
+    exponentials.exp_minus = lambda x: _kernel(x, x)
+    exponentials.gated_silu = _gated_silu
+    try:
+        yield
+    finally:
+        for name, own in theirs.items():
+            setattr(exponentials, name, own)
+
+
+def _gated_silu(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    slope, silu = _kernel(gate, up, gate), _kernel(gate, gate)  # two nodes: what reads the same is merged
+    # One kernel makes both, so the forward pass has the slope too.
+    return mx.depends(silu * up, slope), slope, silu
 
 
 def _kernel(like: mx.array | tuple[Shape, mx.Dtype], *reads: mx.array) -> mx.array:

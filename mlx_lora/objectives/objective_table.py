@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_lora.objectives import pair_losses
 from mlx_lora.objectives.divergences import FORWARD_KL, REVERSE_KL, SAMPLED_KL, DivergenceOptions
 from mlx_lora.objectives.objective import AnswerSums, Objective
-from mlx_lora.objectives.pair_losses import PAIR_LOSSES, PairLoss, PairOptions, Pairs
+from mlx_lora.objectives.pair_losses import PAIR_LOSSES, PairLoss, PairOptions, Pairs, preferred
 from mlx_lora.objectives.policy_losses import PolicyOptions
 from mlx_lora.objectives.rated_losses import RATED_LOSSES, RatedOptions, Ratings
 from mlx_lora.objectives.reward_loss import bradley_terry
@@ -133,7 +133,7 @@ def _reward(settings: ObjectiveSettings) -> Objective:
     def loss(sums: AnswerSums) -> tuple[mx.array, dict[str, mx.array]]:
         chosen, rejected = sums.side(0), sums.side(1)
         good, bad = chosen.logps, rejected.logps
-        reports = ((good > bad).astype(mx.float32), good - bad, good, bad)
+        reports = (preferred(good, bad, mx.abs(good) + mx.abs(bad)), good - bad, good, bad)
         named = dict(zip(REWARD_REPORTS, reports, strict=True))
         return bradley_terry(good, bad, chosen.labels, center), named
 
@@ -265,11 +265,14 @@ def _pairwise(
             chosen.likelihood, chosen.real,
         )  # fmt: skip
         losses = [weight * function(pairs, options) for weight, function in parts]
-        good, bad = pairs.chosen_ratio, pairs.rejected_ratio
-        if per_token:
-            good, bad = good / mx.maximum(pairs.chosen_tokens, 1), bad / mx.maximum(pairs.rejected_tokens, 1)
-        good, bad = options.beta * good, options.beta * bad
-        reports = (good > bad, good - bad, good, bad, pairs.chosen, pairs.rejected)
+        of_good, of_bad = (
+            options.beta / (mx.maximum(tokens, 1) if per_token else 1)
+            for tokens in (pairs.chosen_tokens, pairs.rejected_tokens)
+        )
+        good, bad = of_good * pairs.chosen_ratio, of_bad * pairs.rejected_ratio
+        magnitude = of_good * (mx.abs(pairs.chosen) + mx.abs(pairs.reference_chosen))
+        magnitude += of_bad * (mx.abs(pairs.rejected) + mx.abs(pairs.reference_rejected))
+        reports = (preferred(good, bad, magnitude), good - bad, good, bad, pairs.chosen, pairs.rejected)
         named = {name: report.astype(mx.float32) for name, report in zip(PAIR_REPORTS, reports, strict=True)}
         return sum(losses[1:], losses[0]), named
 

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+# The share of a sum of log-probabilities that rounding may change: the same answer in another batch, or by another kernel.
+ROUNDING = 1e-5
+
 
 @dataclass(frozen=True)
 class PairOptions:
@@ -213,6 +216,19 @@ PAIR_LOSSES: dict[str, PairLoss] = {
     "sft": sft,
     "sigmoid_norm": sigmoid_norm,
 }
+
+
+def preferred(good: mx.array, bad: mx.array, magnitude: mx.array) -> mx.array:
+    """Return 1 for each pair whose chosen answer has the higher reward, and 0 for others and for ties, (E,) float32.
+
+    A difference up to `ROUNDING` of what the rewards were computed from is a tie. TRL compares `good > bad`, which before the
+    first step, when the policy is still its own reference, counts the signs of rounding errors.
+
+    Args:
+        good, bad: (E,) rewards of the chosen and the rejected answers.
+        magnitude: (E,) sum of the absolute numbers whose sums and differences the rewards are, in the same unit.
+    """
+    return (good - bad > ROUNDING * magnitude).astype(mx.float32)
 
 
 def _smoothed(margin: mx.array, options: PairOptions) -> mx.array:

@@ -48,9 +48,11 @@ TILE_QUERIES = 64
 # memory than the block's other activations do (SmolLM2: about three quarters of them at this length).
 MAX_KEPT_KEYS = 1536
 
-# What MLX allocates at a time, including work that it has not run yet; fitted on a CPU.
-TILES_AHEAD = 6.1  # tiles of the loss with a float head
-PACKED_TILES_AHEAD = 3.2  # tiles of the loss with a quantized head, where dequantizing a slice takes operations too
+# What MLX allocates at a time, including work that it has not run yet; fitted on a CPU. It runs a fixed number of operations
+# ahead, so a tile that takes more of them is ahead fewer times: dequantizing takes some, and a step that is not compiled
+# has one for each that compiling would join.
+TILES_AHEAD = (4.6, 3.4)  # tiles of the loss with a float head: compiled, not compiled
+PACKED_TILES_AHEAD = (2.7, 1.95)  # the same with a quantized head
 ROW_ARRAYS = 5.0  # arrays of a chunk's logits if they are computed in whole rows
 TOP_K_ARRAYS, ALL_TOKENS_ARRAYS = 6.5, 22.0  # the same with a teacher's likeliest tokens, and with all of them
 PACKED_COPIES = 3  # copies of a quantized head as floats, in the same case
@@ -122,7 +124,7 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
     """
     masters = SINGLE * shape.trained
     optimizer = OPTIMIZERS[run.optimizer]
-    copies = optimizer.update_copies
+    copies = run.of_step(optimizer.update_copies, optimizer.uncompiled_copies, machine)
     if not optimizer.elementwise or shape.trained > FLAT_UP_TO:
         copies *= min(1.0, ARRAYS_AHEAD / max(1, shape.trained_arrays))
     budget = machine.working_set_bytes if budget_bytes is None else min(budget_bytes, machine.working_set_bytes)
@@ -326,7 +328,7 @@ def _loss_window(shape: ModelShape, run: Run, machine: Machine) -> int:
     logits = rows * columns * (2 * SINGLE + (2 * size if size < SINGLE else 0))
     pulled = 2 * rows * shape.width * SINGLE
     dense = columns * shape.width * size * machine.dense_copies if shape.head_packed else 0
-    ahead = min(tiles, PACKED_TILES_AHEAD if shape.head_packed else TILES_AHEAD)
+    ahead = min(tiles, run.of_step(*(PACKED_TILES_AHEAD if shape.head_packed else TILES_AHEAD), machine))
     if shape.shared:
         # All positions keep their sums and their targets' rows; nothing is allocated ahead (`_check_parts`).
         return int(logits + dense + slots * shape.width * (2 * SINGLE + 2 * size))

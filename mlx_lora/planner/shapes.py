@@ -285,6 +285,7 @@ class Machine:
         working_set_bytes: the most that a run should use.
         number_bytes: of an activation: 4 on a CPU, 2 on a GPU, unless --dtype says otherwise.
         kernels: the memory terms of the kernels that were chosen for it.
+        compiles_from: steps of a run from which its step is compiled (system/device.py); 0: always.
     """
 
     name: str
@@ -293,6 +294,7 @@ class Machine:
     working_set_bytes: int
     number_bytes: int
     kernels: KernelTerms = KernelTerms()
+    compiles_from: int = 0
 
     @property
     def keeps_exponentials(self) -> bool:
@@ -336,6 +338,7 @@ class Run:
         accumulates: whether a step adds up the gradients of several micro-batches.
         teacher_top_k: how many tokens of a teacher are compared at each trained position, 0: all; None: no teacher.
         rollout: the answers that are sampled for that batch; None: the data have them.
+        steps: of the run, which decide whether it is compiled; None: not known.
     """
 
     rows: int
@@ -347,6 +350,13 @@ class Run:
     accumulates: bool = False
     teacher_top_k: int | None = None
     rollout: Rollout | None = None
+    steps: int | None = None
+
+    def of_step(self, compiled: float, uncompiled: float, machine: Machine) -> float:
+        """Return the number for a compiled step or one that is not; if the run's length is not known, their mean."""
+        if self.steps is None:
+            return (compiled + uncompiled) / 2 if machine.compiles_from else compiled
+        return compiled if self.steps >= machine.compiles_from else uncompiled
 
     @property
     def positions(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlx_lora.planner.shapes import Machine
-from mlx_lora.system.device import compute_dtype, current_device
+from mlx_lora.system.device import compiles_from_steps, compute_dtype, current_device
 
 
 def this_machine(dtype: str = "auto") -> Machine:
@@ -13,7 +13,14 @@ def this_machine(dtype: str = "auto") -> Machine:
         dtype: --dtype of the run.
     """
     here = current_device()
-    return Machine(here.name, here.backend, here.memory_bytes, here.working_set_bytes, compute_dtype(dtype).size)
+    return Machine(
+        here.name,
+        here.backend,
+        here.memory_bytes,
+        here.working_set_bytes,
+        compute_dtype(dtype).size,
+        compiles_from=compiles_from_steps(),
+    )
 
 
 def loss_tile_bytes() -> int:

@@ -20,6 +20,7 @@ class Optimizer:
         state_copies: float32 numbers that it keeps for each trained number.
         update_copies: float32 numbers that one update allocates for each trained number, in addition to the state and
             the gradient; measured on arrays of at least a megabyte.
+        uncompiled_copies: the same in a step that is not compiled (system/device.py).
         elementwise: whether it treats every number alike, independent of its array; then it gets one flat array.
         takes_decay: whether it has a decoupled weight decay.
         options: further arguments of the class.
@@ -28,6 +29,7 @@ class Optimizer:
     class_name: str
     state_copies: int
     update_copies: float
+    uncompiled_copies: float
     elementwise: bool
     takes_decay: bool
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -50,13 +52,14 @@ class Optimizer:
 # Adam and AdamW correct their bias, as in torch; by default, mlx does not (arXiv 1412.6980, algorithm 1;
 # 1711.05101). Adafactor's state of rows and columns is too small to count.
 OPTIMIZERS = {
-    "adamw": Optimizer("AdamW", 2, 9.0, elementwise=True, takes_decay=True, options={"bias_correction": True}),
-    "adam": Optimizer("Adam", 2, 9.0, elementwise=True, takes_decay=False, options={"bias_correction": True}),
-    "muon": Optimizer("Muon", 1, 8.5, elementwise=False, takes_decay=True),
-    "sgd": Optimizer("SGD", 1, 4.0, elementwise=True, takes_decay=True),
+    "adamw": Optimizer("AdamW", 2, 9.0, 11.0, elementwise=True, takes_decay=True, options={"bias_correction": True}),
+    "adam": Optimizer("Adam", 2, 9.0, 10.0, elementwise=True, takes_decay=False, options={"bias_correction": True}),
+    "muon": Optimizer("Muon", 1, 8.5, 8.5, elementwise=False, takes_decay=True),
+    "sgd": Optimizer("SGD", 1, 4.0, 5.0, elementwise=True, takes_decay=True),
     "adafactor": Optimizer(
         "Adafactor",
         0,
+        5.5,
         5.5,
         elementwise=False,
         takes_decay=False,

@@ -144,6 +144,18 @@ def compile_for(steps: int) -> None:
     (mx.enable_compile if _compiling else mx.disable_compile)()
 
 
+def compiles_from_steps() -> int:
+    """Return the number of steps from which a run's step is compiled: 0 on a GPU, NEVER if the user disabled compiling."""
+    if "MLX_DISABLE_COMPILE" in os.environ:
+        return NEVER
+    return 0 if on_gpu() else COMPILE_FROM_STEPS
+
+
+def compiles_kernels() -> bool:
+    """Return whether `compiling_kernels` compiles at this time."""
+    return _compiling or _kernels_compiled
+
+
 def compiles() -> bool:
     """Return whether functions are compiled at this time, which may change the last bit of a result."""
     return _compiling
