@@ -28,7 +28,7 @@ from mlx_lora.training.row_loss import row_token_losses
 
 TILES, ROWS, PLAIN_LOGITS = "tiles", "rows", "plain"
 NAME = "cross-entropy"
-FEWEST, MOST = 64, 1024  # positions in a measurement
+FEWEST, MOST = 32, 1024  # positions in a measurement
 
 TokenLosses = Callable[..., mx.array]
 """(head, hidden (P, D), targets (P,), weights (P,), tile_bytes=, gradient=) -> (P,) weighted losses."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ from mlx_lora.training.probe import Probe, disagreement, has_halves, probe
 from mlx_lora.training.shared_use import unshareable_words
 from mlx_lora.training.tensor_parallel import wire_of
 
+LOSS_TOKENS = CHECK_TOKENS // 2  # for the plain loss and those compared with it: the plain one makes all logits of each
 # What a check is called while it runs.
 CHECKING_LOSS = "Checking that the faster loss gives the model's own numbers"
 CHECKING_KERNELS = "Checking that the faster kernels give the model's own numbers"
@@ -214,12 +215,12 @@ def choose_loss(
         return first
     # Two passes over one block of each kind, unless the first candidate is wrong.
     with long_task(CHECKING_LOSS, 2, "computations", say) as task, _few_blocks(model):
-        expected, reasons = _own_probe(model, config, PLAIN, head.vocabulary), []
+        expected, reasons = _own_probe(model, config, PLAIN, head.vocabulary, LOSS_TOKENS), []
         task.advance()
         for name in (kernel, *others):
             for one in [head] if part is head else [part, head]:
                 loss = head_loss(one, name, loss_tile_bytes(), whole_because, wire_of(model))
-                problem = _problem(model, expected, loss, head.vocabulary)
+                problem = _problem(model, expected, loss, head.vocabulary, tokens=LOSS_TOKENS)
                 if problem is None:
                     keep_passed(check if loss.description == first.description else "", loss.description)
                     return loss
@@ -267,13 +268,17 @@ def check_kernels(
         with training_kernels(model, choose=variant) as exchanged:
             if not exchanged:
                 return None, "the model's own kernels"
+    of_blocks = loss
+    if loss.kernel != PLAIN_LOGITS and not isinstance(head, str):  # no kernel of a block changes what the head does
+        last = with_last_block(head, model)[0] if loss.part_of_last else head
+        of_blocks = replace(loss, tokens=partial(_along_a_direction, last))
     check = check_name(model, config, "kernels", loss.description, sorted(choice.classes.items()))
     if not has_passed(check):
         with long_task(CHECKING_KERNELS, 1 + len(variants), "computations", say) as task, _few_blocks(model):
             for variant in variants:
-                expected = expected or _own_probe(model, config, loss, vocabulary)
+                expected = expected or _own_probe(model, config, of_blocks, vocabulary)
                 task.advance()
-                problem = _problem(model, expected, loss, vocabulary, variant)
+                problem = _problem(model, expected, of_blocks, vocabulary, variant)
                 if problem:
                     names = " and ".join(variant.names()) or "ours"
                     return None, f"the model's own kernels ({names} {problem})"
@@ -282,14 +287,23 @@ def check_kernels(
     return choice, "; ".join([*choice.describe(), *(f"ours for {name}" for name in others)])
 
 
-def _own_probe(model: nn.Module, config: dict[str, Any], loss: Loss, vocabulary: int) -> Probe:
+def _along_a_direction(head: Head, model: nn.Module, *batch: mx.array) -> mx.array:
+    """Return the hidden state of each position along one random direction, (P,): a large vocabulary would take seconds."""
+    inputs, _targets, _mask, positions, weights, *starts = batch
+    hidden = head.hidden_at(positions, inputs, **shared_caches(model, inputs, *starts)).astype(mx.float32)  # (P, D)
+    return hidden @ mx.random.normal(hidden.shape[-1:], key=mx.random.key(1)) * weights
+
+
+def _own_probe(
+    model: nn.Module, config: dict[str, Any], loss: Loss, vocabulary: int, tokens: int = CHECK_TOKENS
+) -> Probe:
     """Try a loss with the model's own kernels.
 
     Raises:
         InputError: the model's own forward pass fails, or has no weights where ranks share them.
     """
     try:
-        found = _probe(model, loss, vocabulary, has_recurrence(model))
+        found = _probe(model, loss, vocabulary, has_recurrence(model), tokens)
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise
@@ -302,13 +316,18 @@ def _own_probe(model: nn.Module, config: dict[str, Any], loss: Loss, vocabulary:
 
 
 def _problem(
-    model: nn.Module, expected: Probe, loss: Loss, vocabulary: int, choose: KernelChoice | None = None
+    model: nn.Module,
+    expected: Probe,
+    loss: Loss,
+    vocabulary: int,
+    choose: KernelChoice | None = None,
+    tokens: int = CHECK_TOKENS,
 ) -> str | None:
     """Return in a few words what is wrong with a loss, or with the kernels below it, on this model; None: nothing."""
     recurrent = has_recurrence(model)  # must look at the model's own functions, before ours replace them
     try:
         with nullcontext() if choose is None else training_kernels(model, choose=choose):
-            found = _probe(model, loss, vocabulary, recurrent)
+            found = _probe(model, loss, vocabulary, recurrent, tokens)
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise
@@ -316,8 +335,8 @@ def _problem(
     return disagreement(model, expected, found)
 
 
-def _probe(model: nn.Module, loss: Loss, vocabulary: int, recurrent: bool) -> Probe:
-    """Try a loss on CHECK_TOKENS tokens.
+def _probe(model: nn.Module, loss: Loss, vocabulary: int, recurrent: bool, tokens: int) -> Probe:
+    """Try a loss on some tokens.
 
     mlx-lm differentiates a recurrence token by token and keeps several states of each, which takes gigabytes for a whole
     model. For such a model, the gradient covers only RECURRENT_CHECK_TOKENS, and the longer row only a forward pass.
@@ -328,8 +347,8 @@ def _probe(model: nn.Module, loss: Loss, vocabulary: int, recurrent: bool) -> Pr
         return probe(model, lambda model: loss.tokens(model, *batch), gradient)
 
     if not recurrent:
-        return on(CHECK_TOKENS, True)
-    long, short_row = on(CHECK_TOKENS, False), on(RECURRENT_CHECK_TOKENS, True)
+        return on(tokens, True)
+    long, short_row = on(tokens, False), on(RECURRENT_CHECK_TOKENS, True)
     return Probe(mx.concatenate([long.losses, short_row.losses]), short_row.gradients)
 
 
