@@ -59,9 +59,14 @@ PHASES = {
 
 
 class Clock:
-    """Adds up wall and processor seconds by phase; processor seconds include those of compilers."""
+    """Adds up wall and processor seconds by phase; processor seconds include those of compilers.
+
+    Attributes:
+        ended: called at the end of each phase.
+    """
 
     def __init__(self, started_s: float):
+        self.ended: Callable[[], None] = lambda: None
         self.phases: dict[str, list[float]] = {"start Python": [time.monotonic() - started_s, _processor_s()]}
         self._open = [OTHER]
         self._since = time.monotonic(), _processor_s()
@@ -81,6 +86,7 @@ class Clock:
     def leave(self) -> None:
         self.turn()
         self._open.pop()
+        self.ended()
 
     def timed(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:
         """Return the function, with its time booked on a phase."""
@@ -158,20 +164,20 @@ def main() -> None:
     out, started_s, *command = sys.argv[1:]
     clock = Clock(float(started_s))
 
+    def write(**more: Any) -> None:
+        spent = {"wall_s": time.monotonic() - float(started_s), "processor_s": _processor_s()}
+        found = json.dumps({**spent, "phases": clock.phases, **more})
+        Path(out).write_text(found, encoding="utf-8")
+
     def first_step(result: Any) -> None:
         clock.turn()
-        threads = len(list(Path("/proc/self/task").iterdir())) if Path("/proc/self/task").exists() else None
-        found = {
-            "wall_s": time.monotonic() - float(started_s),
-            "processor_s": _processor_s(),
-            "phases": clock.phases,
-            "loss": result.loss_sum.item() / max(1.0, result.count.item()),
-            "threads": threads,
-        }
-        Path(out).write_text(json.dumps(found), encoding="utf-8")
+        tasks = Path("/proc/self/task")
+        threads = len(list(tasks.iterdir())) if tasks.exists() else None
+        write(loss=result.loss_sum.item() / max(1.0, result.count.item()), threads=threads)
         sys.stderr.flush()
         os._exit(0)  # the run is not wanted
 
+    clock.ended = write  # so that a run that takes too long is not lost
     sys.meta_path.insert(0, Wrapping(clock, first_step))
     sys.argv = ["mlx-lora", *command]
     from mlx_lora.__main__ import main as command_line

@@ -102,7 +102,8 @@ def _silence(lines: list[tuple[float, str]]) -> dict[str, Any]:
 
 
 def _print(name: str, found: dict[str, Any], show_lines: bool) -> None:
-    print(f"\n{name}: {found['wall_s']:.1f} s, {found['processor_s']:.1f} processor seconds, loss {found['loss']:.6f}")
+    reached = "no first step (--timeout)" if found["loss"] is None else f"loss {found['loss']:.6f}"
+    print(f"\n{name}: {found['wall_s']:.1f} s, {found['processor_s']:.1f} processor seconds, {reached}")
     print(
         f"  first line after {found['first_line_s']} s, longest silence {found['longest_silence_s']} s after {found['after']!r}"
     )
