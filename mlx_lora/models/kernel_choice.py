@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
-from mlx_lora.models.kernel_row import MLX, Kernel, ShapeClass, size_class
+from mlx_lora.models.kernel_row import MLX, POLYNOMIAL, Kernel, ShapeClass, size_class
 from mlx_lora.models.kernel_table import LONGEST, activation_class, attention_class, kernel_rows
 from mlx_lora.models.kernels import training_kernels
 from mlx_lora.models.shared_prefix import shared_caches
@@ -248,7 +248,7 @@ def known_figures(kernel: Kernel, shape: ShapeClass, dtype: mx.Dtype) -> Mapping
 def measured_figures(kernel: Kernel, shape: ShapeClass, dtype: mx.Dtype) -> Mapping[str, Figures]:
     """Measure a class's candidates, store their figures in the cache, and return them."""
     trial, reference = kernel.trial(shape, dtype)
-    figures = measure(kernel.candidates, trial, reference, device.compiling_is_cheap())
+    figures = measure(kernel.candidates, trial, reference, device.compiling_is_cheap(), [POLYNOMIAL])
     keep_figures(figures_key(kernel.name, shape, dtype), figures)
     return figures
 
