@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from architectures.build import tiny_architecture, tiny_config
 from conftest import TINY, tiny_model
@@ -82,6 +83,8 @@ def test_a_model_that_cannot_be_shortened_is_checked_whole(monkeypatch):
     assert enough_blocks(model, TOKENS) == [2]  # whatever type of list it shows
     monkeypatch.setattr(type(model), "layers", property(lambda self: [*self.model.layers, *self.model.layers]))
     assert enough_blocks(model, TOKENS) == list(range(6))
+    with few_blocks(nn.Linear(2, 2), TOKENS) as some:
+        assert some == []
 
 
 def test_a_kernel_that_is_wrong_in_one_kind_of_block_is_found(monkeypatch):

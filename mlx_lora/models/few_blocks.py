@@ -55,10 +55,10 @@ def enough_blocks(model: nn.Module, tokens: int) -> list[int]:
     list of their own (GPT-OSS), which no block's settings show.
     """
     of_kind: dict[tuple, list[int]] = {}
-    for number, block in enumerate(model.layers):
+    for number, block in enumerate(_blocks(model)):
         of_kind.setdefault(block_kind(block), []).append(number)
-    everything, each = list(range(len(model.layers))), 1
-    of_all = _used(model, tokens)
+    everything, each = list(range(len(_blocks(model)))), 1
+    of_all = _used(model, tokens) if everything else None
     while of_all is not None:
         some = sorted(number for numbers in of_kind.values() for number in numbers[-each:])
         with only_blocks(model, some) as shortened:
@@ -91,7 +91,7 @@ def only_blocks(model: nn.Module, some: Sequence[int]) -> Iterator[bool]:
     Yields:
         Whether it has only these.
     """
-    blocks = list(model.layers)
+    blocks = _blocks(model)
     homes = [
         (module, name, value)
         for module in model.modules()
@@ -101,7 +101,12 @@ def only_blocks(model: nn.Module, some: Sequence[int]) -> Iterator[bool]:
     for module, name, value in homes:
         module[name] = [value[number] for number in some]
     try:
-        yield len(model.layers) == len(some)
+        yield len(_blocks(model)) == len(some)
     finally:
         for module, name, value in homes:
             module[name] = value
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the model's blocks; a model that shows none is left whole."""
+    return list(getattr(model, "layers", ()))
