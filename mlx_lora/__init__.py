@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mlx_lora.system.blas import load_fast_blas
+from mlx_lora.system.cores import share_cores
 
 if TYPE_CHECKING:
     from mlx_lora.api.base import Base, generate, load
@@ -33,7 +34,8 @@ __all__ = [
     "export", "generate", "load", "plan", "train",
 ]  # fmt: skip
 
-# Before anything imports mlx.core: see blas.py.
+# Before a BLAS is loaded, and anything imports mlx.core: see cores.py and blas.py.
+share_cores()
 BLAS = load_fast_blas()
 
 # Public name -> the module that defines it.

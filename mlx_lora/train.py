@@ -14,20 +14,17 @@ from typing import Any
 
 import click
 
-from mlx_lora.api.dry_run import dry_run as dry_plan
-from mlx_lora.api.plan_text import render
-from mlx_lora.data.teaching_notes import ToolsNotShown
-from mlx_lora.runs.training_run import train_run
-from mlx_lora.runs.words import interrupted_line
 from mlx_lora.settings import flags
 from mlx_lora.settings.config import TRAINING, TrainSettings
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.system import console, device
 from mlx_lora.system.distributed import together
+from mlx_lora.system.errors import InputError
 from mlx_lora.system.supervise import run_supervised
 from mlx_lora.system.units import counted
-from mlx_lora.training.progress import LiveProgress
+
+STARTING = "Starting: loading MLX and the libraries for models and tokenizers"
 
 
 @click.command(cls=flags.Command)
@@ -43,8 +40,10 @@ def main(config_file: str | None, dry_run: bool, **options: Any) -> int:
     settings = train_settings(given, read_settings(config_file, given, console.echo))
     try:
         return run(settings, dry_run)
-    except ToolsNotShown as refused:
-        if not console.agreed(
+    except InputError as refused:
+        from mlx_lora.data.teaching_notes import ToolsNotShown  # slow to import, see `run`
+
+        if not isinstance(refused, ToolsNotShown) or not console.agreed(
             f"The model's chat template does not show the tool calls of {counted(refused.rows, 'row')}. Train with the built-in "
             "template chatml, which does?"
         ):
@@ -55,6 +54,10 @@ def main(config_file: str | None, dry_run: bool, **options: Any) -> int:
 def run(settings: TrainSettings, dry_run: bool) -> int:
     """Train, or with --dry-run only plan, and return the exit code."""
     if dry_run:
+        console.echo(STARTING)
+        from mlx_lora.api.dry_run import dry_run as dry_plan
+        from mlx_lora.api.plan_text import render
+
         click.echo(render(dry_plan(settings, console.echo)))
         return 0
     if settings.loop.max_restarts:
@@ -64,6 +67,12 @@ def run(settings: TrainSettings, dry_run: bool) -> int:
     if settings.loop.shard_base != "off":
         device.plan_whole_graphs()
     with together(console.describe_error) as ranks:
+        console.echo(STARTING)
+        # These take seconds, so they are imported when the user knows that something happens.
+        from mlx_lora.runs.training_run import train_run
+        from mlx_lora.runs.words import interrupted_line
+        from mlx_lora.training.progress import LiveProgress
+
         outcome = train_run(settings, ranks, console.echo, LiveProgress if sys.stderr.isatty() else None)
         if outcome.interrupted:
             console.echo(interrupted_line(settings.loop.adapter_path, outcome))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import mlx_lora
+from mlx_lora.system.cores import THREAD_VARIABLES, local_ranks, usable_cores
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="macOS has Accelerate")
 PRINT = "import mlx_lora; print(mlx_lora.BLAS.fast, mlx_lora.BLAS.advice)"
@@ -72,3 +74,39 @@ def test_what_was_in_memory_does_not_reach_a_product():
         mx.eval(freed)
         del freed
         assert not mx.isnan(x @ w.T).any()
+
+
+THREADS = """
+import ctypes, os, mlx_lora
+here = ctypes.CDLL(None)
+names = ("openblas_get_num_threads", "scipy_openblas_get_num_threads")
+print(next(getattr(here, name)() for name in names if hasattr(here, name)))
+"""
+
+
+@pytest.mark.skipif("MLX_LORA_BLAS" in os.environ, reason="chosen by hand")
+def test_ranks_on_one_machine_share_its_cores(tmp_path, monkeypatch):
+    for name in THREAD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    cores = usable_cores()
+    assert int(in_a_process(THREADS)) == cores
+    hosts = tmp_path / "hosts.json"
+    for here, others in ((2, 0), (2, 2), (2 * cores, 0), (1, 3)):
+        rows = [[f"127.0.0.1:{5000 + n}"] for n in range(here)] + [[f"10.0.0.{n}:5000"] for n in range(others)]
+        hosts.write_text(json.dumps(rows))
+        rank = {"MLX_HOSTFILE": str(hosts), "MLX_RANK": "0"}
+        assert int(in_a_process(THREADS, **rank)) == max(1, cores // here)
+        assert int(in_a_process(THREADS, **rank, OPENBLAS_NUM_THREADS="1")) == 1  # what a user says counts
+    assert int(in_a_process(THREADS, OMPI_COMM_WORLD_LOCAL_SIZE=str(cores))) == 1
+
+
+def test_ranks_whose_places_are_not_known_are_taken_for_one(tmp_path):
+    hosts = tmp_path / "hosts.json"
+    assert local_ranks({}) == 1
+    assert local_ranks({"MLX_HOSTFILE": str(hosts), "MLX_RANK": "0"}) == 1
+    for content in ("", "[]", "{}", "[1, 2]", "[[]]", "no JSON"):
+        hosts.write_text(content)
+        assert local_ranks({"MLX_HOSTFILE": str(hosts), "MLX_RANK": "0"}) == 1
+    hosts.write_text('[["a:1", "a:2"], ["a:3", "a:4"], ["b:1", "b:2"]]')
+    counts = [local_ranks({"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}) for rank in range(4)]
+    assert counts == [2, 2, 1, 1]

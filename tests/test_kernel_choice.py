@@ -336,6 +336,9 @@ def test_a_chosen_kernel_that_is_wrong_on_this_model_is_not_used(own_cache, tiny
 
 def test_a_form_of_the_loss_that_is_wrong_on_this_model_gives_way_to_the_other(own_cache, monkeypatch):
     prefer("tiled", loss="rows")
+    monkeypatch.setattr(
+        "mlx_lora.training.losses.has_passed", lambda name: False
+    )  # the kernels below change while the program runs
     model = adapted()
     assert choose_loss(model, TINY).kernel == "rows"
     right = loss_choice.LOSS_KERNELS["rows"]
@@ -386,9 +389,8 @@ def test_long_comparisons_with_the_models_own_are_told(own_cache, monkeypatch):
     model = adapted()
     choice = choose_model_kernels(model, [40], "ours", mx.float32)
     assert check_kernels(model, TINY, choose_loss(model, TINY, "ours", lines.append), choice, lines.append)[0]
-    for what in ("the loss", "kernels"):
-        begins = f"Comparing {what} with the model's own: 1 of 2 computations, about "
-        assert any(line.startswith(begins) for line in lines)
+    for what in ("loss", "kernels"):
+        assert any(what in line and "1 of 2 computations, about " in line for line in lines)
 
 
 CPU = Machine("a CPU", "cpu", 24 * GIB, 22 * GIB, 4)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -152,6 +153,17 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 def remove_adapters(model: nn.Module) -> None:
     """Put the frozen layers back in place of the adapter layers around them."""
     model.update_modules(tree_unflatten([(path, layer.base) for path, layer in adapter_layers(model).items()]))
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Take the adapters off inside the block."""
+    layers = adapter_layers(model)
+    remove_adapters(model)
+    try:
+        yield
+    finally:
+        model.update_modules(tree_unflatten([*layers.items()]))
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, mx.array]:

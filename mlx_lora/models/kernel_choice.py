@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
-from mlx_lora.models.kernel_row import MLX, Kernel, ShapeClass, size_class
+from mlx_lora.models.kernel_row import MLX, POLYNOMIAL, Kernel, ShapeClass, size_class
 from mlx_lora.models.kernel_table import LONGEST, activation_class, attention_class, kernel_rows
 from mlx_lora.models.kernels import training_kernels
 from mlx_lora.models.shared_prefix import shared_caches
@@ -192,12 +192,30 @@ def planned_kernels(model: ModelShape, asked: str, dtype: mx.Dtype) -> KernelCho
 
 
 def recorded_calls(model: nn.Module, lengths: Iterable[int], shared: bool = False) -> list[tuple[Kernel, ShapeClass]]:
-    """Return each kernel and shape class that the model uses on rows of these lengths.
+    """Return each kernel and shape class that the model uses on rows of these lengths; none if its code fails.
 
     Args:
         model: is not computed.
         lengths: in positions.
         shared: whether a row holds a prompt and several answers.
+    """
+    longest: dict[int, int] = {}
+    for length in lengths:
+        size = size_class(length, 64, LONGEST)
+        longest[size] = max(longest.get(size, 1), length)
+    try:
+        return traced_calls(model, longest.values(), shared)
+    except FOREIGN_ERRORS as error:
+        if not is_foreign(error):
+            raise
+        return []  # the checks before the run report what fails
+
+
+def traced_calls(model: nn.Module, lengths: Iterable[int], shared: bool = False) -> list[tuple[Kernel, ShapeClass]]:
+    """Return each kernel and shape class that the model uses; arguments as for `recorded_calls`.
+
+    Raises:
+        FOREIGN_ERRORS: the model's code fails.
     """
     found: dict[tuple[str, ShapeClass], Kernel] = {}
 
@@ -205,23 +223,15 @@ def recorded_calls(model: nn.Module, lengths: Iterable[int], shared: bool = Fals
         found.setdefault((kernel.name, shape), kernel)
         return kernel.assumed
 
-    longest: dict[int, int] = {}
-    for length in lengths:
-        size = size_class(length, 64, LONGEST)
-        longest[size] = max(longest.get(size, 1), length)
     # Restore the model afterwards: some overwrite weights in a forward pass, and dropout draws random numbers.
     training, parameters = model.training, model.parameters()
     high, low = mx.random.state[0].tolist()
     model.train()  # some models compute differently in training
     try:
         with training_kernels(model, choose=record):
-            for length in longest.values():
+            for length in lengths:
                 inputs = mx.zeros((1, max(1, length)), mx.int32)
                 model(inputs, **shared_caches(model, inputs, mx.array([[1, 1]]) if shared else None))
-    except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
-        return []  # the checks before the run report what fails
     finally:
         model.update(parameters)
         mx.random.seed(high << 32 | low)
@@ -238,7 +248,7 @@ def known_figures(kernel: Kernel, shape: ShapeClass, dtype: mx.Dtype) -> Mapping
 def measured_figures(kernel: Kernel, shape: ShapeClass, dtype: mx.Dtype) -> Mapping[str, Figures]:
     """Measure a class's candidates, store their figures in the cache, and return them."""
     trial, reference = kernel.trial(shape, dtype)
-    figures = measure(kernel.candidates, trial, reference, device.compiling_is_cheap())
+    figures = measure(kernel.candidates, trial, reference, device.compiling_is_cheap(), [POLYNOMIAL])
     keep_figures(figures_key(kernel.name, shape, dtype), figures)
     return figures
 

@@ -1,4 +1,8 @@
-"""Write report.html during a run: texts before the first step, the page at every save, texts after the last step."""
+"""Write report.html during a run: the page at every save, and after the last step texts with the adapter and without.
+
+The texts without it are those of the model before training, and nobody waits for them before the first step. Only a run that
+changes more than adapters, or goes on from another run's adapter, writes them first.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from mlx_lora import __version__
+from mlx_lora.adapters.inject import full_parameters, without_adapters
 from mlx_lora.artifacts.rollout_page import ANSWERS_FILE, add_answers, first_and_kept, keep_answers, read_answers
 from mlx_lora.artifacts.run_report import RunReport, Sample
 from mlx_lora.data.loading import DataSplits
@@ -25,7 +30,7 @@ from mlx_lora.training.rollouts import Answering, RolloutPlan
 from mlx_lora.training.samples import before_answer, greedy_text, held_out_prompts, row_answer, whole_words
 
 TEXTS = 3
-MOST_S = 20.0  # for all texts before the training; those after it take no longer
+MOST_S = 20.0  # for all texts of the untrained model; those of the trained one take no longer
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class RunPage:
     def begin(
         cls, run: Composed, base: Base, splits: DataSplits, say: Callable[[str], None] = lambda line: None
     ) -> RunPage:
-        """Generate the texts before the training, unless the run is resumed and has some.
+        """Begin the page; generate the texts before the training if the adapter cannot be taken off afterward.
 
         Args:
             run: ready for its first step.
@@ -98,8 +103,9 @@ class RunPage:
             [row_answer(rows, number) for number, _ in beginnings],
         )
         kept = run.found and page.report.keep_samples_of(page.folder)
-        if page.prompts and not kept:
-            page._write_first_texts(say)
+        changed = settings.adapter.resume_adapter_file or full_parameters(base.model)
+        if page.prompts and not kept and changed:
+            page._write_texts(say, "Writing texts before training")
         return page
 
     def begin_answers(self, resumed_at: int | None) -> None:
@@ -115,11 +121,10 @@ class RunPage:
         if self.answering is not None and self.fixed:
             add_answers(self.folder / ANSWERS_FILE, step, greedy_answers(self.answering, self.fixed))
 
-    def _write_first_texts(self, say: Callable[[str], None]) -> None:
-        """Add a text for each prompt, or fewer if the first ones show that all would take long."""
+    def _write_texts(self, say: Callable[[str], None], what: str) -> None:
+        """Add a text of the present model for each prompt, or fewer if the first ones show that all would take long."""
         tokenizer, start = self.base.hf_tokenizer, time.perf_counter()
-        prompts = tracked(self.prompts, "Writing texts before training", len(self.prompts), "texts", say)
-        for number, prompt in enumerate(prompts):
+        for number, prompt in enumerate(tracked(self.prompts, what, len(self.prompts), "texts", say)):
             if number and time.perf_counter() - start > MOST_S * number / (number + 1):
                 break
             sample = self._sample(str(tokenizer.decode(prompt)), self._text(prompt))
@@ -171,6 +176,9 @@ class RunPage:
         if not interrupted and self.fixed:
             self.report.samples = self._samples_of_answers(kept_step)
         elif not interrupted:
+            if not self.report.samples:
+                with without_adapters(self.base.model):
+                    self._write_texts(say, "Writing texts of the model as it was")
             pairs = list(zip(self.report.samples, self.prompts, strict=False))  # kept ones may be fewer
             for sample, prompt in tracked(pairs, "Writing texts after training", len(pairs), "texts", say):
                 sample.after = self._text(prompt)

@@ -87,7 +87,7 @@ def train_run(
     outcome, test, scorer = Outcome(0, None, False), splits.test, None
     if trains:
         with own_folder(folder, ranks), device.own_memory_limit():
-            with waiting("Preparing the run", say):
+            with waiting("Preparing the run: memory, batches, kernels", say):
                 run = compose(settings, base, splits, ranks, say, rewards)
             outcome, test, scorer = take_steps(run, base, splits, say, show, told), run.test, run.scorer
     elif test is not None:

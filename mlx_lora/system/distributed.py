@@ -25,6 +25,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lora.system import device
+from mlx_lora.system.cores import share_words
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.heartbeat import Heartbeat, connect, listen
 
@@ -299,7 +300,8 @@ def sharing_ranks(
 
 def _join(launch: Launch) -> tuple[SeveralRanks, Heartbeat]:
     """Start mlx's group, then the heartbeat between rank 0 and each other rank."""
-    print(f"Joining {launch.size} processes over {launch.backend} ({launch.hint})", file=sys.stderr, flush=True)
+    words = f"Joining {launch.size} processes over {launch.backend} ({launch.hint}){share_words()}"
+    print(words, file=sys.stderr, flush=True)
     # mlx waits inside a C call, where no Python handler runs, so the default handlers must end the process.
     interrupt, alarm = signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(MEET_S)

@@ -1,6 +1,6 @@
 """Show how far a long piece of work is: a bar on a terminal or in a notebook, a line now and then elsewhere.
 
-Nothing appears for work that is done within two seconds, and no line within ten. Work inside other work takes its place on
+Nothing appears for work that is done within two seconds. Work inside other work takes its place on
 the screen.
 """
 
@@ -19,7 +19,7 @@ from mlx_lora.system.units import format_duration
 
 QUIET_S = 2.0  # of work, before anything is shown
 LINE_EVERY_S = 20.0  # between the lines in a pipe or a log file
-FIRST_LINE = 1 / 2  # of that: until the first one, so that quick runs leave short logs
+FIRST_LINE = 1 / 2  # of that: until the first count, so that quick runs leave short logs
 
 T = TypeVar("T")
 _TAKEN: ContextVar[Callable[[str], None] | None] = ContextVar("takes lines for the display on the screen", default=None)
@@ -75,7 +75,7 @@ class LongTask:
         if live and total != 1:
             self._after(QUIET_S, self._show)
         elif say and not live:
-            self._after(self._next_s - self._start, self._tell)
+            self._after(QUIET_S, self._tell)
 
     def _after(self, seconds: float, action: Callable[[], None]) -> None:
         self._timer = threading.Timer(seconds, action)

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ LAYERS = 16  # layers of a model, for comparing memory
 MOST_MEMORY = 1.5
 MUCH_FASTER = 2.0
 HOPELESS = 4.0
+BEHIND = 2.0  # for candidates that take long: this far behind the fastest, they are not timed again
 TOO_LONG_S = 1.5
 
 Outputs = Callable[..., list[mx.array]]
@@ -98,7 +99,11 @@ def choose(figures: Mapping[str, Figures], layers: int = LAYERS) -> str | None:
 
 
 def measure(
-    candidates: Mapping[str, Callable[..., Any]], trial: Trial, reference: Outputs, compiled: bool
+    candidates: Mapping[str, Callable[..., Any]],
+    trial: Trial,
+    reference: Outputs,
+    compiled: bool,
+    own_kernels: Collection[str] = (),
 ) -> dict[str, Figures]:
     """Return the figures of every candidate.
 
@@ -107,6 +112,7 @@ def measure(
         trial: the arguments.
         reference: returns the exact outputs for `trial.arrays` in float32.
         compiled: time them through mx.compile, as in a step; False if compiling is expensive (device.py).
+        own_kernels: names of candidates that compile kernels of their own in their first call (exponentials.py).
     """
     exact = [array.astype(mx.float32) for array in trial.arrays]
     mx.eval(trial.arrays, trial.cotangents, exact)
@@ -114,11 +120,11 @@ def measure(
     mx.eval(outputs, gradients)
     functions = [trial.wrap(function) for function in candidates.values()]
     first = [_try(function, trial, outputs, gradients) for function in functions]
-    # Do not repeat a candidate that took four times as long as another, unless the time was spent compiling. A candidate
-    # that is compiled for itself (exponentials.py) spent it in its first call.
-    bound = math.inf if compiled else HOPELESS * min(one.seconds for one in first)
-    for number, one in enumerate(first):
-        if one.seconds > bound:
+    # Do not repeat a candidate that took much longer than another, unless the time was spent compiling.
+    fastest = min(one.seconds for one in first)
+    bound = math.inf if compiled else fastest * (HOPELESS if fastest * len(first) < TOO_LONG_S else BEHIND)
+    for number, (name, one) in enumerate(zip(candidates, first, strict=True)):
+        if one.seconds > bound and name in own_kernels:
             first[number] = _try(functions[number], trial, outputs, gradients)
     del outputs, gradients
     again = [number for number, one in enumerate(first) if one.seconds <= bound]

@@ -20,6 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.models.attention import Tiles, attend
+from mlx_lora.models.few_blocks import block_kind
 from mlx_lora.models.folder import FOREIGN_ERRORS
 from mlx_lora.models.graph import as_on_gpu, gradient_graph
 from mlx_lora.models.head import Head, find_head, with_last_block
@@ -130,7 +131,7 @@ def trace_blocks(
 ) -> list[TracedBlock]:
     """Return the memory of each block of an adapted model; blocks of the same kind share one object."""
     head = find_head(model, config)
-    kinds = [_kind(block) for block in model.layers]
+    kinds = [block_kind(block) for block in model.layers]
     first = {kind: number for number, kind in reversed(list(enumerate(kinds)))}
     calls = _Calls(model, head.hidden if isinstance(head, Head) else model, max(first.values(), default=0))
     traced = {kind: TracedBlock(_reader(model.layers[n], n, calls, choose, lag)) for kind, n in first.items()}
@@ -154,20 +155,6 @@ def trace_last_at_one(
     except NotKnown:
         return None
     return traced
-
-
-def _kind(block: nn.Module) -> tuple:
-    """Return what two blocks of the same kind have in common: types, shapes, and settings other than their index."""
-    parameters = tuple((name, p.shape, p.dtype) for name, p in tree_flatten(block.parameters()))
-    trained = tuple(name for name, _ in tree_flatten(block.trainable_parameters()))
-    settings = tuple(
-        (path, name, value)
-        for path, module in block.named_modules()
-        for name, value in sorted(vars(module).items())
-        if isinstance(value, (bool, str))
-        or (isinstance(value, (int, float)) and "idx" not in name and "index" not in name)
-    )
-    return tuple(type(m) for m in block.modules()), parameters, trained, settings
 
 
 def _reader(

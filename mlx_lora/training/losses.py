@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.cut_layers import Wire
 from mlx_lora.data.batches import Batch
+from mlx_lora.models.few_blocks import few_blocks
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.head import Head, find_head, with_last_block
 from mlx_lora.models.kernel_choice import AUTO, OURS, KernelChoice
@@ -42,9 +43,15 @@ from mlx_lora.training.base_shards import is_shared
 from mlx_lora.training.divided_loss import divided
 from mlx_lora.training.in_step import called_together
 from mlx_lora.training.loss_choice import PLAIN_LOGITS, ROWS, TILES, choose_kernel, loss_figures, loss_kernels
+from mlx_lora.training.passed_checks import check_name, has_passed, keep_passed
 from mlx_lora.training.probe import Probe, disagreement, has_halves, probe
 from mlx_lora.training.shared_use import unshareable_words
 from mlx_lora.training.tensor_parallel import wire_of
+
+LOSS_TOKENS = CHECK_TOKENS // 2  # for the plain loss and those compared with it: the plain one makes all logits of each
+# What a check is called while it runs.
+CHECKING_LOSS = "Checking that the faster loss gives the model's own numbers"
+CHECKING_KERNELS = "Checking that the faster kernels give the model's own numbers"
 
 
 class Arrays(NamedTuple):
@@ -201,20 +208,30 @@ def choose_loss(
         return plain("plain cross-entropy (measured)")
     # A head that ranks share is at hand a slice at a time, which whole rows of logits cannot use.
     others = [other for other in loss_kernels() if other != kernel and not (other == ROWS and len(head.parts()) > 1)]
-    # Two passes over the model, unless the first candidate is wrong.
-    with long_task("Comparing the loss with the model's own", 2, "computations", say) as task:
-        expected, reasons = _own_probe(model, config, PLAIN, head.vocabulary), []
+    part, whole_because = (head, whole_because) if whole_because else with_last_block(head, model)
+    first = head_loss(part, kernel, loss_tile_bytes(), whole_because, wire_of(model))
+    check = check_name(model, config, "loss", first.description)
+    if has_passed(check):
+        return first
+    # Two passes over one block of each kind, unless the first candidate is wrong.
+    with long_task(CHECKING_LOSS, 2, "computations", say) as task, _few_blocks(model):
+        expected, reasons = _own_probe(model, config, PLAIN, head.vocabulary, LOSS_TOKENS), []
         task.advance()
-        part, whole_because = (head, whole_because) if whole_because else with_last_block(head, model)
         for name in (kernel, *others):
             for one in [head] if part is head else [part, head]:
                 loss = head_loss(one, name, loss_tile_bytes(), whole_because, wire_of(model))
-                problem = _problem(model, expected, loss, head.vocabulary)
+                problem = _problem(model, expected, loss, head.vocabulary, tokens=LOSS_TOKENS)
                 if problem is None:
+                    keep_passed(check if loss.description == first.description else "", loss.description)
                     return loss
                 whole_because = whole_because or f"less {problem}"
             reasons.append(f"{'fused' if name == TILES else name} {problem}")
     return plain(f"plain cross-entropy ({'; '.join(reasons)})")
+
+
+def _few_blocks(model: nn.Module) -> AbstractContextManager:
+    """Check one block of each kind; where ranks call the model together, all."""
+    return nullcontext() if called_together(model) else few_blocks(model, CHECK_TOKENS)
 
 
 def _dtype(model: nn.Module) -> mx.Dtype:
@@ -247,29 +264,46 @@ def check_kernels(
     head = find_head(model, config)
     vocabulary = config.get("vocab_size", 256) if isinstance(head, str) else head.vocabulary
     expected, variants = None, choice.variants()
-    with long_task("Comparing kernels with the model's own", 1 + len(variants), "computations", say) as task:
-        for variant in variants:
-            with training_kernels(model, choose=variant) as exchanged:
-                if not exchanged:
-                    return None, "the model's own kernels"
-            expected = expected or _own_probe(model, config, loss, vocabulary)
-            task.advance()
-            problem = _problem(model, expected, loss, vocabulary, variant)
-            if problem:
-                names = " and ".join(variant.names()) or "ours"
-                return None, f"the model's own kernels ({names} {problem})"
+    for variant in variants:
+        with training_kernels(model, choose=variant) as exchanged:
+            if not exchanged:
+                return None, "the model's own kernels"
+    of_blocks = loss
+    if loss.kernel != PLAIN_LOGITS and not isinstance(head, str):  # no kernel of a block changes what the head does
+        last = with_last_block(head, model)[0] if loss.part_of_last else head
+        of_blocks = replace(loss, tokens=partial(_along_a_direction, last))
+    check = check_name(model, config, "kernels", loss.description, sorted(choice.classes.items()))
+    if not has_passed(check):
+        with long_task(CHECKING_KERNELS, 1 + len(variants), "computations", say) as task, _few_blocks(model):
+            for variant in variants:
+                expected = expected or _own_probe(model, config, of_blocks, vocabulary)
+                task.advance()
+                problem = _problem(model, expected, of_blocks, vocabulary, variant)
+                if problem:
+                    names = " and ".join(variant.names()) or "ours"
+                    return None, f"the model's own kernels ({names} {problem})"
+        keep_passed(check, f"{config.get('model_type')}: {', '.join(choice.names())}")
     others = [name for name in exchanged if name not in {kernel for kernel, _ in choice.classes}]
     return choice, "; ".join([*choice.describe(), *(f"ours for {name}" for name in others)])
 
 
-def _own_probe(model: nn.Module, config: dict[str, Any], loss: Loss, vocabulary: int) -> Probe:
+def _along_a_direction(head: Head, model: nn.Module, *batch: mx.array) -> mx.array:
+    """Return the hidden state of each position along one random direction, (P,): a large vocabulary would take seconds."""
+    inputs, _targets, _mask, positions, weights, *starts = batch
+    hidden = head.hidden_at(positions, inputs, **shared_caches(model, inputs, *starts)).astype(mx.float32)  # (P, D)
+    return hidden @ mx.random.normal(hidden.shape[-1:], key=mx.random.key(1)) * weights
+
+
+def _own_probe(
+    model: nn.Module, config: dict[str, Any], loss: Loss, vocabulary: int, tokens: int = CHECK_TOKENS
+) -> Probe:
     """Try a loss with the model's own kernels.
 
     Raises:
         InputError: the model's own forward pass fails, or has no weights where ranks share them.
     """
     try:
-        found = _probe(model, loss, vocabulary, has_recurrence(model))
+        found = _probe(model, loss, vocabulary, has_recurrence(model), tokens)
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise
@@ -282,13 +316,18 @@ def _own_probe(model: nn.Module, config: dict[str, Any], loss: Loss, vocabulary:
 
 
 def _problem(
-    model: nn.Module, expected: Probe, loss: Loss, vocabulary: int, choose: KernelChoice | None = None
+    model: nn.Module,
+    expected: Probe,
+    loss: Loss,
+    vocabulary: int,
+    choose: KernelChoice | None = None,
+    tokens: int = CHECK_TOKENS,
 ) -> str | None:
     """Return in a few words what is wrong with a loss, or with the kernels below it, on this model; None: nothing."""
     recurrent = has_recurrence(model)  # must look at the model's own functions, before ours replace them
     try:
         with nullcontext() if choose is None else training_kernels(model, choose=choose):
-            found = _probe(model, loss, vocabulary, recurrent)
+            found = _probe(model, loss, vocabulary, recurrent, tokens)
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise
@@ -296,8 +335,8 @@ def _problem(
     return disagreement(model, expected, found)
 
 
-def _probe(model: nn.Module, loss: Loss, vocabulary: int, recurrent: bool) -> Probe:
-    """Try a loss on CHECK_TOKENS tokens.
+def _probe(model: nn.Module, loss: Loss, vocabulary: int, recurrent: bool, tokens: int) -> Probe:
+    """Try a loss on some tokens.
 
     mlx-lm differentiates a recurrence token by token and keeps several states of each, which takes gigabytes for a whole
     model. For such a model, the gradient covers only RECURRENT_CHECK_TOKENS, and the longer row only a forward pass.
@@ -308,8 +347,8 @@ def _probe(model: nn.Module, loss: Loss, vocabulary: int, recurrent: bool) -> Pr
         return probe(model, lambda model: loss.tokens(model, *batch), gradient)
 
     if not recurrent:
-        return on(CHECK_TOKENS, True)
-    long, short_row = on(CHECK_TOKENS, False), on(RECURRENT_CHECK_TOKENS, True)
+        return on(tokens, True)
+    long, short_row = on(tokens, False), on(RECURRENT_CHECK_TOKENS, True)
     return Probe(mx.concatenate([long.losses, short_row.losses]), short_row.gradients)
 
 
