@@ -323,7 +323,7 @@ def fit_settings(
     dealt_to = 1 if shared.cut_by > 1 else ranks.size  # ranks with parts of layers all compute every row
     facts = data_facts(splits.train, splits.valid)
     fitted = fit_run(asked, shape, splits.train, chosen.terms, dealt_to, facts)
-    asked = with_length(asked, fitted.batch_tokens, facts, begun and begun.get("price_epochs"))
+    asked = with_length(asked, fitted.batch_tokens, facts, begun.get("price_epochs") if begun else None)
     day = splits.chat_day.isoformat() if splits.chat_day else None  # the same one with --resume on another day
     checkpointing = shared.checkpointing(fitted.checkpointing, ranks)
     loop = replace(asked.loop, grad_checkpoint=checkpointing)

@@ -76,7 +76,8 @@ def choose_held_out(
     kept = None if identity is None else identity.get(VALIDATED)
     if rows is None or not rows.examples:
         return HeldOut(val_batches=loop.val_batches, identity=_identity(identity, 0))
-    times, whole = validations(steps, loop.steps_per_eval), held_out_plan(rows, loop)
+    every: Any = loop.steps_per_eval  # chosen by now (settings/defaults.py)
+    times, whole = validations(steps, every), held_out_plan(rows, loop)
     passes = steps * loop.grad_accumulation_steps / max(1, len(plan))
     trained_tokens = passes * int(_costs(plan.rows).sum())
     count, why = _affordable(rows, whole, trained_tokens * SHARE * PASSES_PER_STEP / times)

@@ -30,7 +30,7 @@ def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> Sch
     Raises:
         InputError: the warm-up is longer than the run.
     """
-    peak = settings.learning_rate
+    peak: Any = settings.learning_rate  # chosen by now (settings/defaults.py)
     warmup = round(settings.warmup * total_steps) if settings.warmup < 1 else round(settings.warmup)
     if warmup > total_steps:
         raise InputError(
