@@ -1,8 +1,8 @@
 """How often is a run told rightly what became of it? Forty real runs, made to end in five ways, and their verdicts.
 
-    PYTHONPATH=. nice python benchmarks/verdicts.py --out benchmarks/results/verdicts.json
+    PYTHONPATH=. nice python benchmarks/verdicts.py --out benchmarks/verdicts.json
     PYTHONPATH=. nice python benchmarks/verdicts.py --model smollm2 --rate 1e-3 --out smollm2.json --runs 10
-    PYTHONPATH=. python benchmarks/verdicts.py --read benchmarks/results/verdicts.json      judge the kept evidence again
+    PYTHONPATH=. python benchmarks/verdicts.py --read benchmarks/verdicts.json      judge the kept evidence again
 
 Each way has eight runs. The first four are on other data than the last four (other forms, other facts, other seeds): the
 thresholds of artifacts/diagnosis.py may be chosen on the first four of each, and the score counts on the last four. What a run

@@ -24,7 +24,11 @@ from mlx_lora.system.errors import InputError
 from mlx_lora.system.supervise import run_supervised
 from mlx_lora.system.units import counted
 
-STARTING = "Starting: loading MLX and the libraries for models and tokenizers"
+
+def _starting() -> None:
+    """Say what takes the first seconds, unless it is loaded already."""
+    if "mlx_lm" not in sys.modules:
+        console.echo("Starting: loading MLX and the libraries for models and tokenizers")
 
 
 @click.command(cls=flags.Command)
@@ -54,7 +58,7 @@ def main(config_file: str | None, dry_run: bool, **options: Any) -> int:
 def run(settings: TrainSettings, dry_run: bool) -> int:
     """Train, or with --dry-run only plan, and return the exit code."""
     if dry_run:
-        console.echo(STARTING)
+        _starting()
         from mlx_lora.api.dry_run import dry_run as dry_plan
         from mlx_lora.api.plan_text import render
 
@@ -67,7 +71,7 @@ def run(settings: TrainSettings, dry_run: bool) -> int:
     if settings.loop.shard_base != "off":
         device.plan_whole_graphs()
     with together(console.describe_error) as ranks:
-        console.echo(STARTING)
+        _starting()
         # These take seconds, so they are imported when the user knows that something happens.
         from mlx_lora.runs.training_run import train_run
         from mlx_lora.runs.words import interrupted_line

@@ -168,7 +168,7 @@ def test_the_penalty_takes_no_memory_to_speak_of():
         model = tiny_model(num_hidden_layers=8)
         settings = AdapterSettings(method=method, rank=32, alpha=32.0)
         adapt_model(model, settings, seed=1)
-        optimizer = build_optimizer(OptimizerSettings(), STEPS)
+        optimizer = build_optimizer(OptimizerSettings(learning_rate=1e-3), STEPS)
         step = Step(
             model, optimizer, choose_loss(model, TINY).train, 1.0, events=make_events(settings, model, STEPS, seed=0)
         )

@@ -251,8 +251,6 @@ def test_misspelled_names_are_answered(german_run, tiny_folder, tmp_path, monkey
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("generate --adapter runs/bard", "--adapter: no such option here; use --adapter-path"),
-        ("chat --adapter-path runs/bard", "--adapter-path: no such option here; use --adapter"),
         ("generate --max-new-tokens 3", "use --max-tokens"),
         ("export --output x", "use --out"),
         ("train --hlep", "--hlep: no such option here; did you mean --help?"),

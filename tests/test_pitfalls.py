@@ -246,6 +246,7 @@ ELSEWHERE = {
     "chat_date": "test_chat_date.py",
     "pairs": "test_answers.py: other pairs are made",
     "allow_special_tokens": "test_controls.py: other tokens",
+    **dict.fromkeys(("speaker", "conversation_gap"), "test_chat_exports.py: one side of a conversation"),
     **dict.fromkeys(
         ("prompt_column", "completion_column", "system_column", "chat_column", "text_column", "turn_names"),
         "test_data_forms.py: named columns make each kind of record",

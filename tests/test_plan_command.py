@@ -239,14 +239,15 @@ def test_the_text_has_words_for_every_moment_and_sums_that_are_right(tiny_folder
     assert facts["needed_bytes"] == facts["peak_bytes"] + facts["cache_bytes"]
 
 
-def test_fast_exponentials_count_only_where_a_run_may_use_them(tiny_folder, monkeypatch):
+def test_fast_exponentials_count_only_where_a_run_may_use_them(tiny_folder, tmp_path, monkeypatch):
     measured = []
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path))  # the rates of an earlier plan are kept for a day
     monkeypatch.setattr(ceilings, "_best_s", lambda make, rounds, clock: 1e-3)
     monkeypatch.setattr(ceilings, "_exponentials_per_s", lambda power, *_: measured.append(power) or 1e8)
     monkeypatch.setattr(exponentials, "usable", lambda array: True)
     for kernels in ("auto", "ours", "mlx"):
         planned("--model", tiny_folder, "--kernels", kernels)
-    assert measured == [exponentials.exp_minus, mx.exp, mx.exp]
+    assert measured == [exponentials.exp_minus, mx.exp]  # once for each, whoever asks
 
 
 @pytest.mark.slow
@@ -341,7 +342,9 @@ def test_the_rows_of_the_data_are_planned_and_no_more(tiny_folder, tmp_path):
     rows = [{"instruction": f"Say {n}.", "output": "abc" * n} for n in range(1, 6)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     without = planned("--model", tiny_folder, "--max-seq-length", 512)
-    found = planned("--model", tiny_folder, "--max-seq-length", 512, "--data", data, "--valid-fraction", 0)
+    found = planned(
+        "--model", tiny_folder, "--max-seq-length", 512, "--data", data, "--valid-fraction", 0, "--batch-tokens", 2048
+    )
     assert found["data"]["rows"] == found["settings"]["rows"] == 5
     assert found["settings"]["max_seq_length"] == found["data"]["longest"] < 100
     assert found["data"]["tokens"] <= 5 * found["data"]["longest"]
@@ -395,10 +398,11 @@ def test_train_takes_its_defaults_from_the_plan(tiny_folder, chats, tmp_path):
         settings = yaml.safe_load((tmp_path / name / "run.yaml").read_text())
         return settings["batch_tokens"], settings["grad_checkpoint"]
 
-    assert chosen("free") == (2048, "none")
-    none = planned("--model", tiny_folder, "--max-seq-length", 96)
+    free = chosen("free")
+    none = planned("--model", tiny_folder, "--data", chats, "--max-seq-length", 96, "--iters", 12)
+    assert free == (none["settings"]["batch_tokens"], "none")
     tight = chosen("tight", "--memory-budget", none["peak_bytes"] * 0.8 / 1e9)
-    assert tight != (2048, "none")
+    assert tight != free
     assert chosen("own", "--batch-tokens", 128, "--grad-checkpoint", "block") == (128, "block")
 
 

@@ -93,7 +93,7 @@ def test_each_recipe_trains_and_drops_no_row(name, tiny_folder, tmp_path, monkey
     )  # fmt: skip
     assert ran.code == 0, ran.err
     written = yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())
-    assert settings.keys() >= {"rank", "alpha", "learning_rate", "data"}
+    assert settings.keys() >= {"rank", "alpha", "data"}
     for key in settings.keys() - {
         "adapter_path",
         "epochs",

@@ -19,9 +19,9 @@ from run_cli import run
 from template_judge import REFUSED, rendered_by_both
 from transformers.utils import chat_template_utils
 
-from mlx_lora.artifacts import peft
+from mlx_lora.artifacts import peft_patterns
 from mlx_lora.artifacts.card import plain
-from mlx_lora.artifacts.peft import _names
+from mlx_lora.artifacts.peft_patterns import names_layer
 from mlx_lora.data import sandbox
 from mlx_lora.data.formats import parse_record
 from mlx_lora.data.sandbox import render_chat
@@ -201,12 +201,12 @@ def test_token_ids_beyond_the_embedding_are_not_looked_up(tiny_folder, tmp_path)
 
 
 def test_patterns_that_never_end_are_given_up(monkeypatch):
-    monkeypatch.setattr(peft, "PATTERN_S", 0.01)
+    monkeypatch.setattr(peft_patterns, "PATTERN_S", 0.01)
     layer = "model.layers.0.self_attn.q_proj"
-    assert _names("q_proj", layer)
-    assert not _names("k_proj", layer)
+    assert names_layer("q_proj", layer)
+    assert not names_layer("k_proj", layer)
     with pytest.raises(InputError, match="alpha_pattern"):
-        _names(r"(\w|\w\w|\w\w\w|\.)+\.q_pro", layer)
+        names_layer(r"(\w|\w\w|\w\w\w|\.)+\.q_pro", layer)
 
 
 def test_names_in_a_card_are_no_commands():

@@ -26,7 +26,8 @@ from mlx_lora.models.kernels import training_kernels
 from mlx_lora.models.recurrent_layers import EXCHANGES, recurrent_kernels
 from mlx_lora.models.spans import in_lanes, linear_scan, out_of_lanes
 from mlx_lora.models.state_space import selective_scan, state_space_dual
-from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
+from mlx_lora.planner.memory import RECURRENT_CHECK_TOKENS
+from mlx_lora.training import losses
 from mlx_lora.training.checkpointing import apply_checkpointing
 from mlx_lora.training.losses import PLAIN, Arrays, check_kernels, choose_loss, plain_loss
 
@@ -345,14 +346,19 @@ def test_the_check_differentiates_a_loop_over_few_tokens(kind, monkeypatch):
     model, config = (tiny_architecture("llama"), tiny_config("llama")) if kind == "llama" else recurrent_model(kind)
     model.freeze()
     inject(model, select_targets(model).paths, rank=4, scale=2.0, seed=0)
-    own, seen = type(model).__call__, []
+    own, own_probe, called, seen = type(model).__call__, losses.probe, [], []
+
+    def spy(model, loss, gradient):
+        called.clear()
+        found = own_probe(model, loss, gradient)
+        seen.extend((gradient, length) for length in called)
+        return found
+
+    monkeypatch.setattr(losses, "probe", spy)
     monkeypatch.setattr(
-        type(model),
-        "__call__",
-        lambda self, ids, *rest: seen.append((self.training, ids.shape[1])) or own(self, ids, *rest),
+        type(model), "__call__", lambda self, ids, *rest: called.append(ids.shape[1]) or own(self, ids, *rest)
     )
     choose_loss(model, config)
-    assert {length for trains, length in seen if trains} == {
-        CHECK_TOKENS if kind == "llama" else RECURRENT_CHECK_TOKENS
-    }
-    assert CHECK_TOKENS in {length for _, length in seen}
+    differentiated = {length for gradient, length in seen if gradient}
+    assert differentiated == {losses.LOSS_TOKENS if kind == "llama" else RECURRENT_CHECK_TOKENS}
+    assert losses.LOSS_TOKENS in {length for _, length in seen}

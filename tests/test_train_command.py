@@ -48,7 +48,7 @@ def trained(tiny_folder, chats, tmp_path_factory):
 def test_run_folder_is_complete(trained):
     out, _ = trained
     assert sorted(p.name for p in out.iterdir()) == [
-        "README.md", "adapter_config.json", "adapters.safetensors", "checkpoints", "metrics.jsonl",
+        "README.md", "adapter_config.json", "adapters.safetensors", "checkpoints", "held_out_rows.jsonl", "metrics.jsonl",
         "report.html", "report.json", "run.yaml",
     ]  # fmt: skip
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-000005", "step-000010", "step-000012"]

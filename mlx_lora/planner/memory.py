@@ -124,7 +124,8 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
     """
     masters = SINGLE * shape.trained
     optimizer = OPTIMIZERS[run.optimizer]
-    copies = run.of_step(optimizer.update_copies, optimizer.uncompiled_copies, machine)
+    uncompiled = optimizer.update_copies if optimizer.uncompiled_copies is None else optimizer.uncompiled_copies
+    copies = run.of_step(optimizer.update_copies, uncompiled, machine)
     if not optimizer.elementwise or shape.trained > FLAT_UP_TO:
         copies *= min(1.0, ARRAYS_AHEAD / max(1, shape.trained_arrays))
     budget = machine.working_set_bytes if budget_bytes is None else min(budget_bytes, machine.working_set_bytes)

@@ -20,18 +20,18 @@ class Optimizer:
         state_copies: float32 numbers that it keeps for each trained number.
         update_copies: float32 numbers that one update allocates for each trained number, in addition to the state and
             the gradient; measured on arrays of at least a megabyte.
-        uncompiled_copies: the same in a step that is not compiled (system/device.py).
         elementwise: whether it treats every number alike, independent of its array; then it gets one flat array.
         takes_decay: whether it has a decoupled weight decay.
+        uncompiled_copies: `update_copies` in a step that is not compiled (system/device.py); None: as many.
         options: further arguments of the class.
     """
 
     class_name: str
     state_copies: int
     update_copies: float
-    uncompiled_copies: float
     elementwise: bool
     takes_decay: bool
+    uncompiled_copies: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def mlx_class(self) -> type:
@@ -52,14 +52,17 @@ class Optimizer:
 # Adam and AdamW correct their bias, as in torch; by default, mlx does not (arXiv 1412.6980, algorithm 1;
 # 1711.05101). Adafactor's state of rows and columns is too small to count.
 OPTIMIZERS = {
-    "adamw": Optimizer("AdamW", 2, 9.0, 11.0, elementwise=True, takes_decay=True, options={"bias_correction": True}),
-    "adam": Optimizer("Adam", 2, 9.0, 10.0, elementwise=True, takes_decay=False, options={"bias_correction": True}),
-    "muon": Optimizer("Muon", 1, 8.5, 8.5, elementwise=False, takes_decay=True),
-    "sgd": Optimizer("SGD", 1, 4.0, 5.0, elementwise=True, takes_decay=True),
+    "adamw": Optimizer(
+        "AdamW", 2, 9.0, uncompiled_copies=11.0, elementwise=True, takes_decay=True, options={"bias_correction": True}
+    ),
+    "adam": Optimizer(
+        "Adam", 2, 9.0, uncompiled_copies=10.0, elementwise=True, takes_decay=False, options={"bias_correction": True}
+    ),
+    "muon": Optimizer("Muon", 1, 8.5, elementwise=False, takes_decay=True),
+    "sgd": Optimizer("SGD", 1, 4.0, uncompiled_copies=5.0, elementwise=True, takes_decay=True),
     "adafactor": Optimizer(
         "Adafactor",
         0,
-        5.5,
         5.5,
         elementwise=False,
         takes_decay=False,

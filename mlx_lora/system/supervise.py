@@ -19,7 +19,16 @@ from types import FrameType
 
 # The environment variable that holds the supervisor's process id.
 SUPERVISOR = "MLX_LORA_SUPERVISOR"
-REPEATED = ("--adapter", "--blend", "--against")  # options that may be given several times
+REPEATED = (
+    "--adapter",
+    "--blend",
+    "--against",
+    "--workload",
+    "--tier",
+    "--model-folder",
+    "--data-folder",
+    "--runs-folder",
+)  # options that may be given several times
 DEATHS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGKILL)
 
 
