@@ -83,13 +83,18 @@ def test_everyone_says_what_generate_says(talk, said, folder, adapters):
 
 
 def test_a_conversation_goes_on_under_another_adapter(talk, said):
-    few = 6  # tokens: a control token that a tiny model may write becomes text in the history, and no prompt of `said` can say so
-    one = said("bard", FIRST, count=few)
-    two = said("tutor", FIRST, one, SECOND, count=few)
-    three = said(None, FIRST, one, SECOND, two, FIRST, count=few)
-    ran = talk(FIRST, "/adapter tutor", SECOND, "/adapter tiny", FIRST, flags=("--max-tokens", few))
-    assert ran.out == f"{one}\n{two}\n{three}\n"
-    assert two != said("tutor", SECOND, count=few), "the history counts"
+    # A control token that a tiny model writes becomes text in the history, and no prompt of `said` can say so.
+    controls, asked = byte_tokenizer().get_added_vocab(), (FIRST, "Who goes there?", "Why?", "Tell me.", "What is it?")
+    for first in asked:
+        one = said("bard", first)
+        two = said("tutor", first, one, SECOND)
+        if not any(token in one + two for token in controls):
+            break
+    else:
+        pytest.skip("each answer holds a control token")
+    three = said(None, first, one, SECOND, two, first)
+    assert talk(first, "/adapter tutor", SECOND, "/adapter tiny", first).out == f"{one}\n{two}\n{three}\n"
+    assert two != said("tutor", SECOND), "the history counts"
 
 
 def test_a_comparison_is_the_separate_answers_and_leaves_no_trace(talk, said):

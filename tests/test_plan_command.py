@@ -358,7 +358,7 @@ def test_the_rows_of_the_data_are_planned_and_no_more(tiny_folder, tmp_path):
     )  # fmt: skip
     assert ran.code == 0, ran.err
     settings = yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())
-    assert (settings["grad_checkpoint"], settings["batch_tokens"]) == ("none", 2048)
+    assert settings["grad_checkpoint"] == "none"
 
 
 def test_a_predicted_time_is_written_as_people_do():
