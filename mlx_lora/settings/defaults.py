@@ -121,12 +121,16 @@ def with_length(
     open_length, several = loop.iters is None and loop.epochs is None, not settings.objective.samples
     if open_length:
         per_epoch = steps_per_epoch(loop, data)
-        epochs = max(1, min(MOST_EPOCHS, round(UPDATES / per_epoch))) if per_epoch and several else 1
-        loop = replace(loop, epochs=begun_with or float(epochs))
+        loop = replace(loop, epochs=begun_with or epochs_for(per_epoch if several else 0))
     more = _early_stopping(settings, loop, data) if open_length and several else {}
     defaults = {"steps_per_eval": STEPS_PER_EVAL, "keep_best": False, "early_stopping_patience": 0} | more
     open_too = {name: value for name, value in defaults.items() if getattr(loop, name) is None}
     return replace(settings, loop=replace(loop, **open_too))
+
+
+def epochs_for(per_epoch: int) -> float:
+    """Return how many epochs make about a hundred updates; 1 if an epoch has as many, or is not known to have any (0)."""
+    return float(max(1, min(MOST_EPOCHS, round(UPDATES / per_epoch)))) if per_epoch else 1.0
 
 
 def steps_per_epoch(loop: LoopSettings, data: DataFacts | None) -> int:
@@ -220,9 +224,6 @@ def preset_settings(name: str, data: DataFacts | None) -> dict[str, Any]:
     settings: dict[str, Any] = {"rank": rank, "keep_best": True} if factor > 1 else {"rank": rank}
     if data is None or not data.examples:
         return settings
-    aim = rows_per_step(data.examples)
-    per_epoch = math.ceil(data.examples / aim)
-    epochs = max(1, min(MOST_EPOCHS, round(UPDATES / per_epoch)))
-    wanted = factor * epochs
+    wanted = factor * epochs_for(math.ceil(data.examples / rows_per_step(data.examples)))
     # Half of one epoch, where one is usual.
     return settings | {"epochs": float(math.ceil(wanted)) if wanted > 1 else wanted}
