@@ -33,6 +33,7 @@ from mlx_lora.system.measuring import SWITCH, TOLERANCE, Figures, Trial, choose,
 from mlx_lora.system.units import GIB
 from mlx_lora.training import loss_choice
 from mlx_lora.training.checkpointing import apply_checkpointing
+from mlx_lora.training.fused import fused_token_losses
 from mlx_lora.training.losses import Arrays, check_kernels, choose_loss, plain_loss
 from mlx_lora.training.probe import Probe, disagreement
 
@@ -375,11 +376,22 @@ def test_the_heads_loss_is_measured_on_the_models_own_head(own_cache, monkeypatc
     loss = choose_loss(model, TINY, say=lines.append)
     assert lines == ["Measuring cross-entropy for a vocabulary of 288 and width 64 (float), once on this machine"]
     found = read_figures(figures_key(loss_choice.NAME, loss_choice.head_class(find_head(model, TINY)), mx.float32))
-    assert found.keys() == {*loss_choice.loss_kernels(), "plain"}
+    assert found.keys() - {"plain"} == {*loss_choice.loss_kernels()}
     assert all(one.correct for one in found.values())
     assert loss.kernel == loss_choice.choose_kernel(found)
     choose_loss(model, TINY, say=lines.append)
     assert len(lines) == 1
+
+
+def test_the_models_own_loss_is_measured_if_no_kernel_is_right(own_cache, monkeypatch):
+    monkeypatch.setattr(device, "trial_flops", lambda: 1e5)
+    wrong = {
+        name: lambda *args, **options: 2 * fused_token_losses(*args, **options) for name in loss_choice.LOSS_KERNELS
+    }
+    monkeypatch.setattr(loss_choice, "LOSS_KERNELS", wrong)
+    found = loss_choice.measure_loss(find_head(adapted(), TINY), mx.float32)
+    assert [name for name, one in found.items() if one.correct] == ["plain"]
+    assert loss_choice.choose_kernel(found) == "plain"
 
 
 def test_long_comparisons_with_the_models_own_are_told(own_cache, monkeypatch):
