@@ -9,88 +9,12 @@ from __future__ import annotations
 import random
 
 Row = dict[str, str]
-NAMES = [
-    "Ada",
-    "Bela",
-    "Carlos",
-    "Dora",
-    "Emil",
-    "Farah",
-    "Goran",
-    "Hana",
-    "Iris",
-    "Jonas",
-    "Kaja",
-    "Luis",
-    "Mira",
-    "Nils",
-    "Olga",
-    "Pavel",
-    "Rosa",
-    "Sven",
-    "Tara",
-    "Uwe",
-]
+NAMES = ["Ada", "Bela", "Carlos", "Dora", "Emil", "Farah", "Goran", "Hana", "Iris", "Jonas", "Kaja", "Luis", "Mira", "Nils", "Olga", "Pavel", "Rosa", "Sven", "Tara", "Uwe"]  # fmt: skip
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 COLORS = ["red", "green", "blue", "black", "white", "gray", "yellow", "brown"]
-TOWNS = [
-    "Porto",
-    "Lund",
-    "Gdansk",
-    "Turin",
-    "Cork",
-    "Graz",
-    "Riga",
-    "Bergen",
-    "Lyon",
-    "Split",
-    "Ghent",
-    "Bruno",
-    "Izmir",
-    "Tartu",
-    "Faro",
-    "Basel",
-    "Aarhus",
-    "Trento",
-]
-PLANTS = [
-    "Alder",
-    "Birch",
-    "Cedar",
-    "Daisy",
-    "Elder",
-    "Fern",
-    "Gorse",
-    "Hazel",
-    "Iris",
-    "Juniper",
-    "Laurel",
-    "Maple",
-    "Nettle",
-    "Olive",
-    "Poplar",
-    "Quince",
-    "Rowan",
-    "Sorrel",
-]
-STARS = [
-    "Altair",
-    "Bellatrix",
-    "Capella",
-    "Deneb",
-    "Electra",
-    "Fomal",
-    "Gienah",
-    "Hadar",
-    "Izar",
-    "Kochab",
-    "Lesath",
-    "Mira",
-    "Naos",
-    "Okab",
-    "Pollux",
-    "Rigel",
-]
+TOWNS = ["Porto", "Lund", "Gdansk", "Turin", "Cork", "Graz", "Riga", "Bergen", "Lyon", "Split", "Ghent", "Bruno", "Izmir", "Tartu", "Faro", "Basel", "Aarhus", "Trento"]  # fmt: skip
+PLANTS = ["Alder", "Birch", "Cedar", "Daisy", "Elder", "Fern", "Gorse", "Hazel", "Iris", "Juniper", "Laurel", "Maple", "Nettle", "Olive", "Poplar", "Quince", "Rowan", "Sorrel"]  # fmt: skip
+STARS = ["Altair", "Bellatrix", "Capella", "Deneb", "Electra", "Fomal", "Gienah", "Hadar", "Izar", "Kochab", "Lesath", "Mira", "Naos", "Okab", "Pollux", "Rigel"]  # fmt: skip
 
 
 def _orders(r: random.Random) -> tuple[str, str]:
