@@ -1,0 +1,32 @@
+"""A hook of mkdocs: which pages the search box shows first, and words that people type and the pages do not use.
+
+Material's search takes both from a page's front matter. They are here instead, because GitHub shows front matter as a table.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# By section of the navigation. Its long pages have every word, and most readers look for something else.
+BOOSTS = {"Development": 0.1, "Reference": 0.4}
+TROUBLE = {"troubleshooting.md": 1.0}
+# A page -> words that lead to it. They weigh more than titles, so give only words that belong to no other page.
+WORDS = {
+    "continue.md": ["incremental", "retrain"],
+    "images.md": ["photos", "pictures", "vision", "VLM", "multimodal"],
+    "learning-rate.md": ["LR"],
+    "license.md": ["licence", "copyright", "sell", "commercial"],
+    "memory.md": ["8GB", "16GB", "24GB", "32GB"],
+    "tools.md": ["agent"],
+    "which-model.md": ["8GB", "16GB", "24GB", "32GB"],
+}
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Return a page's text as it is, and set its place in the search (mkdocs calls this for each page)."""
+    name = page.file.src_uri
+    section = page.parent.title if page.parent else ""
+    page.meta.setdefault("search", {})["boost"] = TROUBLE.get(name, BOOSTS.get(section, 1.0))
+    if name in WORDS:
+        page.meta["tags"] = WORDS[name]
+    return markdown
