@@ -259,23 +259,37 @@ def test_every_page_is_in_the_navigation():
     assert listed == {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
 
 
-def prose():
-    """Return scripts/prose.py as a module."""
-    spec = importlib.util.spec_from_file_location("prose", ROOT / "scripts" / "prose.py")
+def test_the_search_order_names_pages_and_sections_that_exist():
+    order = module_of(DOCS / "search_order.py")
+    assert {*order.PAGES, *order.WORDS} <= {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
+    sections = re.findall(r"^  - ([^:]+):$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert set(order.SECTIONS) <= set(sections)
+
+
+def test_no_word_for_the_search_begins_with_a_word_of_any_question():
+    common = ("a", "i", "in", "is", "it", "my", "of", "on", "the", "to", "use", "with")
+    words = [word.lower() for words in module_of(DOCS / "search_order.py").WORDS.values() for word in words]
+    assert words
+    assert [word for word in words if word.startswith(common)] == []
+
+
+def module_of(path: Path):
+    """Return a Python file as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_words_to_avoid_are_found_in_prose_and_not_in_code():
-    module = prose()
+    module = module_of(ROOT / "scripts" / "prose.py")
     page = module.prose_of("The licence wants a 95 % share.\n```text\nlicence\n```\nSee `licence` and the license.\n")
     found = [(line, words.split("'")[1]) for _, line, words in module.avoided("page.md", page)]
     assert found == [(1, "licence"), (1, "wants a"), (1, "95 %")]
 
 
 def test_the_pages_avoid_them():
-    module = prose()
+    module = module_of(ROOT / "scripts" / "prose.py")
     assert [finding for name, text in module.pages().items() for finding in module.avoided(name, text)] == []
 
 
