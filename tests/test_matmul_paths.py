@@ -14,6 +14,8 @@ import pytest
 from conftest import quantized, tiny_model
 from run_cli import run
 
+from mlx_lora.models import matmul
+from mlx_lora.models.graph import gradient_graph
 from mlx_lora.models.load import load_base
 from mlx_lora.models.matmul import dequantized_matmul, use_measured_matmul
 from mlx_lora.settings.config import ModelSettings
@@ -61,6 +63,26 @@ def test_both_paths_give_the_same_numbers_and_not_the_same_bits():
         found[path] = np.array(model(ids))
     assert np.allclose(found["packed"], found["dense"], atol=1e-4)
     assert not np.array_equal(found["packed"], found["dense"])
+
+
+def test_a_large_vocabulary_is_never_dense_as_a_whole(monkeypatch):
+    mx.random.seed(0)
+    packed, layout = [*mx.quantize(mx.random.normal((100, 64)), 32, 4)], {"group_size": 32, "bits": 4, "mode": "affine"}
+    x, cotangent = mx.random.normal((2, 3, 64)), mx.random.normal((2, 3, 100))
+
+    def found() -> tuple[list[mx.array], set[int]]:
+        product = lambda x: dequantized_matmul(x, packed, **layout)  # noqa: E731
+        graph = gradient_graph(lambda varied, fixed: [dequantized_matmul(varied[0], fixed, **layout)], [x], packed)
+        dense = {array.shape[0] for array in graph.arrays.values() if len(array.shape) == 2 and array.shape[1] == 64}
+        return [array for pair in mx.vjp(product, [x], [cotangent]) for array in pair], dense
+
+    whole, rows = found()
+    assert 100 in rows
+    monkeypatch.setattr(matmul, "MAX_SLICE", 32)
+    sliced, rows = found()
+    assert max(rows) == 32
+    assert all(mx.allclose(one, other, atol=1e-4) for one, other in zip(whole, sliced, strict=True))
+    assert mx.abs(whole[1]).max() > 1  # a gradient that a missing slice would change
 
 
 def test_a_second_choice_replaces_the_first():

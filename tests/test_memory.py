@@ -184,6 +184,20 @@ def test_predicted_time_is_the_products_and_more():
     assert "waiting for launches" in waits
 
 
+def test_the_check_takes_one_block_of_each_kind_and_slices_of_the_head():
+    def check(shape: ModelShape) -> int:
+        held = shape.base_bytes + 4 * shape.trained
+        return plan_memory(shape, replace(RUN, checkpointing="block"), CPU).phases["check"] - held
+
+    assert check(llama(64)) == pytest.approx(check(llama(8)), rel=1e-3)
+    narrower = tuple(replace(layer, rank=8) for layer in SHAPE.blocks[0].layers)
+    two_kinds = replace(SHAPE, blocks=(replace(SHAPE.blocks[0], layers=narrower), *SHAPE.blocks[1:]))
+    assert check(two_kinds) > 1.05 * check(SHAPE)
+    large = replace(llama(18, 640, 2048), vocabulary=262144, head_packed=True)  # as Gemma 3's smallest
+    head, logits = 4 * 262144 * 640, 4 * 64 * 262144
+    assert 2 * logits < check(large) < 2 * logits + head
+
+
 def test_a_run_of_few_steps_on_a_cpu_is_planned_as_not_compiled():
     cpu, loss = replace(CPU, compiles_from=200), replace(SHAPE, head_packed=True)
     short, long, unknown = (plan_memory(loss, replace(RUN, steps=steps), cpu).phases for steps in (3, 200, None))

@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
+from mlx_lora.planner.memory import MAX_SLICE
 from mlx_lora.planner.this_machine import dense_experts_bytes
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
@@ -31,6 +32,9 @@ DENSE = "_dense"
 def dequantized_matmul(x: mx.array, packed: list[mx.array], *, group_size: int, bits: int, mode: str) -> mx.array:
     """Return `x @ dequantize(packed).T`, and keep no dense weight between forward and backward pass.
 
+    A large vocabulary's head is dequantized in slices of its rows: as a whole, Gemma 3's would take more memory than the
+    rest of a run of its smallest model.
+
     Args:
         x: (..., in), float.
         packed: `[weight, scales]` or `[weight, scales, biases]`, as mx.quantize returns them.
@@ -41,21 +45,35 @@ def dequantized_matmul(x: mx.array, packed: list[mx.array], *, group_size: int, 
         cotangents.
     """
 
-    def dense(arrays: tuple[mx.array, ...]) -> mx.array:
-        return mx.dequantize(*arrays, group_size=group_size, bits=bits, mode=mode).astype(x.dtype)  # (out, in)
+    outputs = packed[0].shape[0]
+    slices = [slice(start, start + MAX_SLICE) for start in range(0, outputs, MAX_SLICE)]
+
+    def dense(arrays: list[mx.array], rows: slice, after: mx.array) -> mx.array:
+        some = arrays if len(slices) == 1 else [array[rows] for array in arrays]
+        some = [mx.depends(array, after) for array in some]
+        return mx.dequantize(*some, group_size=group_size, bits=bits, mode=mode).astype(x.dtype)  # (rows, in)
 
     @mx.custom_function
     def product(x: mx.array, *arrays: mx.array) -> mx.array:
-        # Depend on x: a checkpointed block's second pass has another x, and is not merged with the first.
-        return x @ dense(tuple(mx.depends(array, x) for array in arrays)).T
+        # Depend on x: a checkpointed block's second pass has another x, and is not merged with the first. A further slice
+        # depends on the one before, so that they are not all dense at a time.
+        parts, before = [], x
+        for rows in slices:
+            before = x @ dense(list(arrays), rows, before).T
+            parts.append(before)
+        return before if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
     @product.vjp
     def product_vjp(primals, cotangent, _):
         _, *arrays = primals
         # Depend on the cotangent: otherwise compiling would merge this dequantization with the forward pass's, and keep
         # every layer's dense weight until the backward pass.
-        again = [mx.depends(array, cotangent) for array in arrays]
-        return (cotangent @ dense(tuple(again)), *(mx.zeros_like(array) for array in arrays))
+        first, *further = slices
+        part = cotangent[..., first] if further else cotangent
+        total = part @ dense(arrays, first, cotangent)
+        for rows in further:
+            total = total + cotangent[..., rows] @ dense(arrays, rows, total)
+        return (total, *(mx.zeros_like(array) for array in arrays))
 
     return product(x, *packed)
 

@@ -3,7 +3,7 @@
 A run has phases, and its peak is that of the largest phase:
 
     load       the weights, and what casts and checks hold temporarily
-    check      the plain loss and its gradient on a few tokens, with whole logits (training/losses.py)
+    check      one block of each kind, and the plain loss of a few tokens, with whole logits (training/losses.py)
     loss       everything that the blocks keep, and tiles of logits (training/fused.py)
     backward   everything that the blocks keep, and the gradients of one block
     last       the adapter's gradients, and one block
@@ -35,6 +35,7 @@ SINGLE = 4  # bytes of a float32
 ROLLOUT = "rollout"  # the phase in which answers are sampled
 # Tokens of the check of losses and kernels before the first step (two tiles of attention).
 CHECK_TOKENS = 128
+LOSS_TOKENS = CHECK_TOKENS // 2  # for the plain loss and those compared with it: the plain one makes all logits of each
 # Fewer tokens for the gradient of mlx-lm's own recurrences, which keeps several states per token.
 RECURRENT_CHECK_TOKENS = 8
 # On Metal a product over a 256k inner dimension has aborted the process (mlx#1363, Gemma).
@@ -142,7 +143,7 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
     activations |= {} if run.teacher_top_k is None else {"records": _record_bytes(shape, run)}
     ahead = _backward_window(shape, run, machine)
     one_block = max((kept_by(block, run, machine) for block in shape.blocks), default=0)
-    check, logits = _check_parts(shape, machine)
+    check, check_gradients, logits = _check_parts(shape, machine)
     again = 0 if run.checkpointing == "none" else most
     last_tile = 0 if shape.plain_loss else min(2 * machine.tile_bytes, 2 * SINGLE * run.slots * shape.vocabulary)
     phases = {
@@ -151,7 +152,7 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
             "reward models": shape.beside_bytes,
             "weights being cast": _load_window(shape),
         },
-        "check": {**held, "optimizer": 0, "activations": check, "gradients": 2 * masters, "logits": logits},
+        "check": {**held, "optimizer": 0, "activations": check, "gradients": check_gradients, "logits": logits},
         "loss": {**held, **activations, "logits": _loss_window(shape, run, machine)},
         "backward": {**held, **activations, "block": again, "work ahead": ahead + (0 if again else last_tile)},
         "last": {**held, "gradients": masters, "block": one_block, "work ahead": ahead},
@@ -343,26 +344,34 @@ def _compared_arrays(run: Run) -> float:
     return TOP_K_ARRAYS if run.teacher_top_k else ALL_TOKENS_ARRAYS
 
 
-def _check_bytes(shape: ModelShape, machine: Machine) -> int:
-    """Return the bytes of the check's plain loss and gradient: whole logits twice, and a quantized head as floats."""
-    dense = shape.slice_rows * shape.width * machine.number_bytes * machine.dense_copies if shape.head_packed else 0
-    logits = (
-        2 * CHECK_TOKENS * shape.vocabulary * (SINGLE + (machine.number_bytes if machine.number_bytes < SINGLE else 0))
-    )
+def _check_bytes(shape: ModelShape, machine: Machine, tokens: int) -> int:
+    """Return the bytes of the plain loss of some tokens and its gradient: whole logits twice, and slices of a quantized head."""
+    size = machine.number_bytes
+    rows = min(shape.slice_rows, int(PACKED_TILES_AHEAD[0] * MAX_SLICE))
+    dense = rows * shape.width * size * machine.dense_copies if shape.head_packed else 0
+    logits = 2 * tokens * shape.vocabulary * (SINGLE + (size if size < SINGLE else 0))
     # Slice by slice, the last one is dequantized while there are no whole logits yet.
     return max(dense + logits // 2, logits) if shape.shared else dense + logits
 
 
-def _check_parts(shape: ModelShape, machine: Machine) -> tuple[int, int]:
-    """Return what blocks keep in the check, and its logits or, if a shared block needs more, that block.
+def _check_parts(shape: ModelShape, machine: Machine) -> tuple[int, int, int]:
+    """Return what blocks keep in the check, its gradients, and its logits or, if a shared block needs more, that block.
 
-    A shared base is checkpointed from the beginning, and MLX does not allocate ahead then (system/device.py).
+    One block of each kind is checked (models/few_blocks.py), and the gradients of two computations are compared. Ranks that
+    share a base check all blocks. Theirs are checkpointed from the beginning, and MLX does not allocate ahead then
+    (system/device.py).
     """
+    gradients = 2 * SINGLE * shape.trained
     if not shape.shared:
-        return sum(_kept_by_blocks(shape, Run(1, CHECK_TOKENS), machine)), _check_bytes(shape, machine)
+        run, tokens = Run(1, CHECK_TOKENS), CHECK_TOKENS if shape.plain_loss else LOSS_TOKENS
+        kinds = {(block, id(block.memory)): block for block in shape.blocks}
+        kept = sum(kept_by(block, run, machine) for block in kinds.values())
+        share = len(kinds) / max(1, len(shape.blocks))
+        return int(kept), int(gradients * share), _check_bytes(shape, machine, tokens)
     run = Run(1, CHECK_TOKENS, checkpointing="block")
     kept, most = _kept_by_blocks(shape, run, machine)
-    return kept, max(_check_bytes(shape, machine), most + _backward_window(shape, run, machine))
+    block = most + _backward_window(shape, run, machine)
+    return kept, gradients, max(_check_bytes(shape, machine, CHECK_TOKENS), block)
 
 
 def _load_window(shape: ModelShape) -> int:

@@ -34,7 +34,7 @@ from mlx_lora.models.kernel_choice import AUTO, OURS, KernelChoice
 from mlx_lora.models.kernel_row import MLX, POLYNOMIAL
 from mlx_lora.models.kernels import has_recurrence, training_kernels
 from mlx_lora.models.shared_prefix import shared_caches
-from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
+from mlx_lora.planner.memory import CHECK_TOKENS, LOSS_TOKENS, RECURRENT_CHECK_TOKENS
 from mlx_lora.planner.this_machine import loss_tile_bytes
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
@@ -48,7 +48,6 @@ from mlx_lora.training.probe import Probe, disagreement, has_halves, probe
 from mlx_lora.training.shared_use import unshareable_words
 from mlx_lora.training.tensor_parallel import wire_of
 
-LOSS_TOKENS = CHECK_TOKENS // 2  # for the plain loss and those compared with it: the plain one makes all logits of each
 # What a check is called while it runs.
 CHECKING_LOSS = "Checking that the faster loss gives the model's own numbers"
 CHECKING_KERNELS = "Checking that the faster kernels give the model's own numbers"
