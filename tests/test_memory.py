@@ -198,6 +198,17 @@ def test_the_check_takes_one_block_of_each_kind_and_slices_of_the_head():
     assert 2 * logits < check(large) < 2 * logits + head
 
 
+def test_the_share_of_trained_positions_decides_how_wide_the_tiles_of_logits_are():
+    def loss(share: float, packed: bool) -> int:
+        shape = replace(llama(18, 640, 2048), vocabulary=262144, head_packed=packed, trained_share=share)
+        return plan_memory(shape, replace(RUN, rows=4, width=64), CPU).phases["loss"]
+
+    # A tile of fewer positions has more of the vocabulary, of which a quantized head becomes floats.
+    assert loss(0.25, packed=True) > loss(1.0, packed=True)
+    assert loss(0.25, packed=False) < loss(1.0, packed=False)
+    assert peak(replace(SHAPE, trained_share=0.5)) == peak(trained_positions=1024)
+
+
 def test_a_run_of_few_steps_on_a_cpu_is_planned_as_not_compiled():
     cpu, loss = replace(CPU, compiles_from=200), replace(SHAPE, head_packed=True)
     short, long, unknown = (plan_memory(loss, replace(RUN, steps=steps), cpu).phases for steps in (3, 200, None))

@@ -36,6 +36,7 @@ class DataSize:
         measured_tokens: of all rows, held-out ones included, which is what a reference, or a teacher, measures before the first step.
         prompts: that answers are sampled to, as `fit` takes them; not part of the plan's JSON.
         facts: what the defaults follow; not part of the plan's JSON.
+        trained_share: of the positions of trained rows; not part of the plan's JSON.
     """
 
     rows: int
@@ -45,10 +46,12 @@ class DataSize:
     measured_tokens: int
     prompts: Prompts = ()
     facts: DataFacts | None = None
+    trained_share: float = 1.0
 
     def numbers(self) -> dict[str, int]:
         """Return the numbers by name."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("prompts", "facts")}
+        left_out = ("prompts", "facts", "trained_share")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
 
 def predict(

@@ -43,7 +43,14 @@ from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.held_out import choose_held_out
 from mlx_lora.training.prefix_sharing import layout_problem
-from mlx_lora.training.run_fit import data_facts, outlined_shape, prompts_of, quantized_shape, with_kernels
+from mlx_lora.training.run_fit import (
+    data_facts,
+    outlined_shape,
+    prompts_of,
+    quantized_shape,
+    trained_share,
+    with_kernels,
+)
 from mlx_lora.training.trainer import total_steps
 
 CHARACTERS_PER_TOKEN = 4  # about, in English; for the number of tokens in a data file
@@ -146,6 +153,8 @@ def plan_run(
     warning = rate_problem(settings, shape.model_type, shape.width)
     settings = with_learning_rate(settings, shape.model_type, shape.width)
     settings_of_base = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
+    if size is not None:
+        shape = dataclasses.replace(shape, trained_share=size.trained_share)
     result = plan_for(settings, shape, machine, ceilings, size)
     result["steps"], result["validation"], problems = settings.loop.iters, None, [warning]
     if splits is not None and size is not None:
@@ -161,7 +170,7 @@ def plan_run(
     if all_chips:
         if machine.backend != "metal" or kernels is None:
             outline = outline_for(settings.model, device.compute_dtype("bfloat16"))
-            shape = outlined_shape(outline, settings, elsewhere)
+            shape = dataclasses.replace(outlined_shape(outline, settings, elsewhere), trained_share=shape.trained_share)
         result["chips"] = list(for_all_chips(settings, shape, size))
     return result
 
@@ -186,7 +195,9 @@ def measure_data(
     longest, measured = int(rows.lengths.max(initial=2)), sum(len((part.teacher or part).tokens) for part in parts)
     prompts = prompts_of(settings.objective, rows)
     facts = data_facts(rows, splits.valid)
-    return settings, DataSize(len(rows), longest, len(rows.tokens), rows.supervised_tokens, measured, prompts, facts)
+    share = trained_share(settings.objective, rows)
+    size = DataSize(len(rows), longest, len(rows.tokens), rows.supervised_tokens, measured, prompts, facts, share)
+    return settings, size
 
 
 def steps_and_validation(

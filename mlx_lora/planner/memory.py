@@ -24,6 +24,7 @@ Source: arXiv 2205.05198, section 4 (activations of a block).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import ceil
 
 from mlx_lora.planner.rollout_memory import rollout_parts
 from mlx_lora.planner.shapes import Block, Layer, Machine, ModelShape, Run
@@ -123,6 +124,8 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
         machine: the machine that it will run on.
         budget_bytes: what it may use; default: the machine's working set.
     """
+    if run.trained_positions is None:
+        run = replace(run, trained_positions=ceil(shape.trained_share * run.positions))
     masters = SINGLE * shape.trained
     optimizer = OPTIMIZERS[run.optimizer]
     uncompiled = optimizer.update_copies if optimizer.uncompiled_copies is None else optimizer.uncompiled_copies

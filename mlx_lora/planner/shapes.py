@@ -210,6 +210,8 @@ class ModelShape:
         teacher_stays: whether it is in memory during the whole run.
         caches: what its layers keep while answers are sampled; only for a run that samples.
         parameters: of the model without its adapter, packed ones unpacked.
+        trained_share: of the positions of a batch, by the data; 1 if not known. Fewer positions make wider tiles of logits,
+            which take more of a quantized head at a time.
     """
 
     model_type: str
@@ -233,6 +235,7 @@ class ModelShape:
     teacher_stays: bool = False
     caches: tuple[LayerCache, ...] = ()
     parameters: int = 0
+    trained_share: float = 1.0
 
     @property
     def slice_rows(self) -> int:

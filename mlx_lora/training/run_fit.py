@@ -72,9 +72,16 @@ def fit_run(
     machine = replace(this_machine(settings.model.dtype), kernels=kernels)
     width = max(1, int(rows.lengths.max(initial=2)) - 1)
     prompts = prompts_of(settings.objective, rows)
+    shape = replace(shape, trained_share=trained_share(settings.objective, rows))
     fitted = fit(settings, shape, machine, width, len(rows), prompts, ranks, batch_tokens_for(settings, facts))
     check_fits(settings, fitted, shape, machine, width, most_rows=len(rows), prompts=prompts)
     return fitted
+
+
+def trained_share(objective: ObjectiveSettings, rows: EncodedSet) -> float:
+    """Return the share of positions that is trained, of the rows that are; 1 for sampled answers, which are not known yet."""
+    positions = int((rows.lengths[rows.trained_numbers] - 1).sum())
+    return 1.0 if objective.samples or not positions else rows.supervised_tokens / positions
 
 
 def data_facts(rows: EncodedSet, held_out: EncodedSet | None) -> DataFacts:
