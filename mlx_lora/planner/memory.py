@@ -131,7 +131,9 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
     uncompiled = optimizer.update_copies if optimizer.uncompiled_copies is None else optimizer.uncompiled_copies
     copies = run.of_step(optimizer.update_copies, uncompiled, machine)
     if not optimizer.elementwise or shape.trained > FLAT_UP_TO:
-        copies *= min(1.0, ARRAYS_AHEAD / max(1, shape.trained_arrays))
+        # A step that is not compiled divides all gradients before it updates the first array, and still holds the sums.
+        divided = run.of_step(0.0, 1.0, machine)
+        copies = divided + (copies - divided) * min(1.0, ARRAYS_AHEAD / max(1, shape.trained_arrays))
     budget = machine.working_set_bytes if budget_bytes is None else min(budget_bytes, machine.working_set_bytes)
     held = {
         "base": shape.base_bytes,
