@@ -144,6 +144,7 @@ def measure_all(args: argparse.Namespace) -> None:
             result = {**case, **measure(case, args.iters), "environment": environment()}
             with args.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
+            print(f"{shlex.join(flags)}: {result['peak_memory_bytes'] / 1e6:.0f} MB", file=sys.stderr)
     cases = itertools.product(args.lengths, args.ranks, args.checkpointing, args.objective, models)
     for length, rank, mode, objective, name in cases:
         case = {"model": name, "folder": models[name], "objective": objective, "method": args.method, "length": length}
