@@ -1,7 +1,8 @@
 """Measure a model with and without an adapter on a data file, side by side; or what an adapter made it forget.
 
 python -m mlx_lora.evaluate --model DIR --adapter-path my-adapter --data data/alpaca/valid.jsonl --json
-python -m mlx_lora.evaluate --model DIR --adapter-path my-adapter --data questions.jsonl --show 20
+python -m mlx_lora.evaluate --model DIR --adapter-path my-adapter --data questions.jsonl --show 20 --report answers.html
+python -m mlx_lora.evaluate --model DIR --adapter-path my-adapter                      the rows that the run held out
 python -m mlx_lora.evaluate --model DIR --adapter-path my-adapter --data my-data --forgetting --report forgetting.html
 """
 
@@ -17,13 +18,15 @@ import click
 
 from mlx_lora.api.evaluation import check_adapter, check_show, compares, measure_loss
 from mlx_lora.api.run_columns import with_columns_of_run
+from mlx_lora.api.run_rows import settings_of_run
+from mlx_lora.artifacts.checkpoint import lock_holder
+from mlx_lora.artifacts.evaluation_page import exact_words, keep_evaluation, loss_words, write_evaluation_page
 from mlx_lora.artifacts.forgetting_page import verdict_rows, write_page
-from mlx_lora.artifacts.verdict import change_words
+from mlx_lora.artifacts.run_report import REPORT_FILE, read_report
 from mlx_lora.data.data_report import UNITS
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.runs.forgetting_test import CHAT, TEXT, measure_forgetting
-from mlx_lora.runs.side_by_side import SHORT_WORDS
 from mlx_lora.runs.words import MOST_SHOWN
 from mlx_lora.settings import flags
 from mlx_lora.settings.config import TrainSettings
@@ -33,12 +36,10 @@ from mlx_lora.system import console, device
 from mlx_lora.system.distributed import sharing_ranks
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.program import this_command
-from mlx_lora.system.units import counted, words_of
+from mlx_lora.system.units import words_of
 from mlx_lora.training.drift import NO_CHANGE, SMALL_CHANGE
-from mlx_lora.training.held_out_rows import Change
 from mlx_lora.training.interrupts import interrupt_flag
 
-SHOWN = 5  # questions on a terminal
 STOPPING = "Stopping; what is measured so far is printed. Press Ctrl-C again to quit at once"
 STOPPED = "Interrupted: these figures are of a part of the data"
 
@@ -55,12 +56,11 @@ STOPPED = "Interrupted: these figures are of a part of the data"
 @click.option("--against", multiple=True, help="With --forgetting: another adapter to measure; may be repeated.")
 @click.option("--general-text", type=str, default=None, help="With --forgetting: data instead of the built-in texts.")
 @click.option("--general-chat", type=str, default=None, help="With --forgetting: data instead of the built-in chats.")
-@click.option(
-    "--report", type=str, default=None, help="With --forgetting: write an HTML page with charts to this file."
-)
+@click.option("--report", type=str, default=None, help="Write an HTML page with the results to this file.")
 @click.option(
     "--show", type=click.IntRange(min=0), default=None,
-    help="Ask base and adapter so many of the questions, and show their answers (default: 5 on a terminal, else 0).",
+    help="Ask base and adapter so many of the questions, and show their answers (default: 5 on a terminal and with "
+    "--report, else 0).",
 )  # fmt: skip
 @flags.setting_option("shard_base")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -69,34 +69,78 @@ def main(
     forgetting: bool, against: tuple[str, ...], general_text: str | None, general_chat: str | None,
     report: str | None, show: int | None, as_json: bool, **options: Any,
 ) -> int:  # fmt: skip
-    """Measure loss and perplexity on --data, or with --forgetting what the adapter made the model forget."""
-    settings = train_settings(flags.given(options))
-    if not settings.data.data:
-        raise InputError("--data is required: a data file, or a folder with a test or valid split")
+    """Measure loss and perplexity on --data, or with --forgetting what the adapter made the model forget.
+
+    Without --data, the rows that the adapter's run held out are measured.
+    """
+    given, page = flags.given(options), _page(report)
+    settings = train_settings(given)
     general = {name: source for name, source in ((TEXT, general_text), (CHAT, general_chat)) if source}
-    given = flags.given(options)
     if forgetting:
         if show is not None:
             raise InputError("--show with --forgetting: it asks questions of its own; leave out one of the two")
+        if not settings.data.data:
+            raise InputError(
+                "--data is required with --forgetting: a data file, or a folder with a test or valid split"
+            )
         adapters = forgetting_adapters(settings, adapter_path, adapter_revision, against)
-        return _forgetting(settings, given, adapters, general, ignore_fingerprint, batch_tokens, report, as_json)
-    only = {"--against": against, "--general-text": general_text, "--general-chat": general_chat, "--report": report}
+        return _forgetting(settings, given, adapters, general, ignore_fingerprint, batch_tokens, page, as_json)
+    only = {"--against": against, "--general-text": general_text, "--general-chat": general_chat}
     if useless := [flag for flag, value in only.items() if value]:
         raise InputError(f"{', '.join(useless)}: only with --forgetting; add it")
     adapter = resolve_adapter(adapter_path, adapter_revision)
+    if held_out := not settings.data.data:
+        settings = settings_of_run(adapter, given)
     check_adapter(settings, adapter)
     check_show(settings, show or 0)
-    settings = with_columns_of_run(settings, given, adapter, console.echo)
-    if show is None:
-        show = SHOWN if sys.stdout.isatty() and not as_json and compares(settings) else 0
+    if page is not None and not compares(settings):
+        raise InputError("--report: only imitation with the whole base has a page; leave it out, or use --json")
+    if not held_out:
+        settings = with_columns_of_run(settings, given, adapter, console.echo)
+    if show is None and not (page is not None or (sys.stdout.isatty() and not as_json)):
+        show = 0  # answers take long, and a script asks for them
     with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks, interrupt_flag(STOPPING) as stopped:
         base = load_base(settings.model, read=settings.loop.shard_base == "off")
         result = measure_loss(
-            settings, base, adapter, ignore_fingerprint, batch_tokens, console.echo, ranks, show, stopped
+            settings, base, adapter, ignore_fingerprint, batch_tokens, console.echo, ranks, show, stopped, held_out
         )
         if ranks.leads:
-            print_loss(settings, result, adapter_path, as_json)
+            facts = {**result, "adapter_path": adapter_path, "data": settings.data.data}
+            print_loss(settings, facts, as_json)
+            if "loss" in facts:
+                _keep(facts | {"held_out": held_out}, adapter, page)
     return 130 if result.get("partial") else 0
+
+
+def _page(report: str | None) -> Path | None:
+    """Return the file of --report.
+
+    Raises:
+        InputError: it cannot be one.
+    """
+    page = Path(report).expanduser() if report else None
+    if page is not None and (page.is_dir() or not page.parent.is_dir()):
+        raise InputError(f"--report {report}: not a file in an existing folder; name one, as in answers.html")
+    return page
+
+
+def _keep(facts: dict[str, Any], adapter: Path | None, page: Path | None) -> None:
+    """Write the page of --report, and keep whole results in the folder of the adapter's run, with its report page."""
+    if page is not None:
+        write_evaluation_page(page, facts, this_command(), device.current_device().header())
+        console.echo(f"page   {page}")
+    if adapter is None or "base_loss" not in facts or facts["partial"] or not (adapter / "run.yaml").is_file():
+        return
+    if lock_holder(adapter) is not None:
+        console.echo(f"Note: the run in {adapter} goes on, so these results are not kept there")
+        return
+    try:
+        keep_evaluation(adapter, facts)
+        if (report := read_report(adapter)) is not None:
+            report.rewrite_page(adapter)
+            console.echo(f"report {adapter / REPORT_FILE}")
+    except OSError as error:
+        console.echo(f"Note: these results cannot be kept in {adapter}: {error.strerror}")
 
 
 def forgetting_adapters(
@@ -114,12 +158,9 @@ def forgetting_adapters(
 
 def _forgetting(
     settings: TrainSettings, given: dict[str, Any], adapters: list[Path], general: dict[str, str],
-    ignore_fingerprint: bool, batch_tokens: int | None, report: str | None, as_json: bool,
+    ignore_fingerprint: bool, batch_tokens: int | None, page: Path | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Measure and print what adapters made the model forget, and return the exit code."""
-    page = Path(report).expanduser() if report else None
-    if page is not None and (page.is_dir() or not page.parent.is_dir()):
-        raise InputError(f"--report {report}: not a file in an existing folder; name one, as in forgetting.html")
     settings = with_columns_of_run(settings, given, adapters[0], console.echo)
     base = load_base(settings.model)
     with interrupt_flag(STOPPING) as stopped:
@@ -140,10 +181,10 @@ def _forgetting(
     return 130 if facts["partial"] else 0
 
 
-def print_loss(settings: TrainSettings, result: dict[str, Any], adapter_path: str | None, as_json: bool) -> None:
+def print_loss(settings: TrainSettings, result: dict[str, Any], as_json: bool) -> None:
     """Print what `measure_loss` found."""
     if as_json:
-        console.print_json({**result, "adapter_path": adapter_path, "data": settings.data.data})
+        console.print_json(result)
         return
     if result.get("partial") and "loss" not in result:
         console.echo("Interrupted before anything was measured")
@@ -161,9 +202,7 @@ def print_loss(settings: TrainSettings, result: dict[str, Any], adapter_path: st
         click.echo(line)
     click.echo(f"{words}, {result[unit_name]} {words_of(unit_name)} in {result['rows']} {unit}")
     if "base_loss" in result:
-        click.echo(
-            f"base {result['base_loss']:.4f} -> adapter {result['loss']:.4f}, {change_words(Change(**result['change']))}"
-        )
+        click.echo(loss_words(result))
     if result.get("partial"):
         console.echo(STOPPED)
 
@@ -177,13 +216,8 @@ def side_by_side(examples: list[dict[str, Any]]) -> list[str]:
         for name in models:
             same = "  (exact)" if one["exact"] and one["exact"][name] else ""
             lines.append(f"   {name:<10}{_line(one[name])}{same}")
-    exact = [one["exact"] for one in examples if one["exact"] is not None]
-    if exact:
-        counts = ", ".join(f"{name} {sum(one[name] for one in exact)}" for name in models)
-        lines.append(
-            f"exact answers to the {counted(len(exact), 'question')} that expect at most {SHORT_WORDS} words: {counts}"
-        )
-    return [*lines, ""] if lines else []
+    exact = exact_words(examples, models)
+    return [*lines, *filter(None, [exact]), ""] if lines else []
 
 
 def _line(text: str) -> str:

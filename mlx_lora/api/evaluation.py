@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.given_data import data_source
 from mlx_lora.api.given_settings import run_settings
 from mlx_lora.api.python_errors import speaks_python
-from mlx_lora.api.run_columns import with_columns_of_run
+from mlx_lora.api.run_columns import run_of, with_columns_of_run
+from mlx_lora.api.run_rows import data_of_run, held_out_rows
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.loading import load_eval_set
+from mlx_lora.data.seen_rows import seen_rows
 from mlx_lora.data.teacher_rows import read_teacher_prompt
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.objective_table import objective_of
@@ -25,7 +27,7 @@ from mlx_lora.runs.reference import with_reference
 from mlx_lora.runs.reward_models import load_rewards
 from mlx_lora.runs.sampled_answers import sampled_plan
 from mlx_lora.runs.shared_base import share_among
-from mlx_lora.runs.side_by_side import ADAPTER, BASE, Compared, ask, measure_rows, never, without_adapter
+from mlx_lora.runs.side_by_side import ADAPTER, BASE, Compared, ask, measure_rows, never, questions_of, without_adapter
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.sources.hub import resolve_adapter
 from mlx_lora.system import console
@@ -34,6 +36,8 @@ from mlx_lora.system.errors import InputError
 from mlx_lora.training.agreement import check_one_run
 from mlx_lora.training.teacher import check_teacher
 from mlx_lora.training.trainer import held_out_loss
+
+MOST_SEEN_BYTES = 20_000_000  # of a run's data; larger data takes long to compare with
 
 
 @speaks_python(adapter_path="adapter")
@@ -64,8 +68,8 @@ def evaluate(
     Returns:
         `loss`, `perplexity` (or what the objective reports), `supervised_tokens` (`answers` if they were sampled), `rows`,
         `model`, `adapter_path`, `data`. For imitation with an adapter also `base_loss`, `base_perplexity`, and `change`:
-        the `change` of the loss, `low` and `high` of its 95% interval, and over how many `rows`. With `show` also
-        `examples`, and `exact_match` and `base_exact_match`: the share of answers that are the expected ones, of those for
+        the `change` of the loss, `low` and `high` of its 95% interval, and over how many `rows`; and `near_training`, how many
+        rows repeat or nearly repeat rows that the adapter's run trained on (None: not known). With `show` also `examples`, and `exact_match` and `base_exact_match`: the share of answers that are the expected ones, of those for
         which at most 8 words are expected.
 
     Raises:
@@ -102,8 +106,9 @@ def measure_loss(
     batch_tokens: int | None = None,
     say: Callable[[str], None] = lambda line: None,
     ranks: Ranks = ALONE,
-    show: int = 0,
+    show: int | None = 0,
     stopped: Callable[[], bool] = never,
+    held_out: bool = False,
 ) -> dict[str, Any]:
     """Return what `evaluate` returns, without adapter_path and data.
 
@@ -115,8 +120,9 @@ def measure_loss(
         batch_tokens: positions per batch; None: the default.
         say: takes lines of progress.
         ranks: that share the base, if the settings say so.
-        show: rows of which to ask the questions.
+        show: rows of which to ask the questions; None: a few, if the rows have questions.
         stopped: asked whether to end with what is measured so far; the result then has `partial`.
+        held_out: measure the rows that the adapter's run held out, and not --data.
 
     Raises:
         InputError: adapter or data that cannot be used.
@@ -133,13 +139,18 @@ def measure_loss(
         base.hf_tokenizer.chat_template = template
     check_teacher(settings, base.hf_tokenizer)
     prompt = read_teacher_prompt(settings.objective.teacher_prompt)
-    rows = load_eval_set(data.data or "", data, base.hf_tokenizer, say, objective.records, prompt)
+    if held_out and adapter:
+        rows, trained = held_out_rows(adapter, base.hf_tokenizer, say)
+    else:
+        rows, trained = load_eval_set(data.data or "", data, base.hf_tokenizer, say, objective.records, prompt), None
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
     rows = objective.targets_of(rows)
     if objective.reference:
         rows = with_reference(settings, base, {"rows": rows}, say)["rows"]
     if compares(settings):
-        return _compared(settings, base, adapter, rows, ignore_fingerprint, say, show, stopped)
+        near = {"near_training": _near_training(adapter, base, rows, trained, say)} if adapter else {}
+        asked = questions_of(rows, show)
+        return _compared(settings, base, adapter, rows, ignore_fingerprint, say, asked, stopped) | near
     taught = with_teacher(settings, base, {"rows": rows}, say)  # before the adapter: the base may be the teacher
     rows = taught.sets["rows"]
     rewards = load_rewards(settings, base, say)  # before the adapter is on the base
@@ -173,6 +184,24 @@ def check_show(settings: TrainSettings, show: int) -> None:
         raise InputError(f"--show {show} with {what}: only imitation with the whole base shows answers; leave it out")
 
 
+def _near_training(
+    adapter: Path, base: Base, rows: EncodedSet, trained: EncodedSet | None, say: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Return how many rows the adapter's run has seen, as JSON values; None where its training rows are not known."""
+    if trained is None:
+        if not run_of(adapter).get("data"):
+            return None
+        splits = data_of_run(adapter, base.hf_tokenizer, say, MOST_SEEN_BYTES)
+        if isinstance(splits, str):
+            say(f"Not compared with the rows that the run trained on: {splits}")
+            return None
+        trained = splits.train
+    seen = seen_rows(rows, trained, base.hf_tokenizer)
+    if words := seen.words():
+        say(f"Note: {words}")
+    return asdict(seen)
+
+
 def _compared(
     settings: TrainSettings,
     base: Base,
@@ -180,16 +209,16 @@ def _compared(
     rows: EncodedSet,
     ignore_fingerprint: bool,
     say: Callable[[str], None],
-    show: int,
+    asked: Sequence[int],
     stopped: Callable[[], bool],
 ) -> dict[str, Any]:
-    """Measure base and adapter on the same rows, and ask both what the rows ask."""
+    """Measure base and adapter on the same rows, and ask both what some rows ask."""
     models = {BASE: base}
     if adapter:
         models = {BASE: without_adapter(base), ADAPTER: base}
         put_adapter(base, adapter, settings.data, objective_of(settings.objective), ignore_fingerprint)
     found, whole = measure_rows(models, rows, settings.loop, objective_of(settings.objective), say, stopped)
-    examples, answered = ask(models, rows, show, say, stopped) if show and whole else ([], whole)
+    examples, answered = ask(models, rows, asked, say, stopped) if asked and whole else ([], whole)
     result = Compared(found, whole and answered, examples).to_dict()
     measured = next(iter(found.values())).tokens if found else []
     counts = {"supervised_tokens": int(sum(measured)), "rows": len(measured)}

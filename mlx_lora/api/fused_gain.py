@@ -14,17 +14,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.api.run_columns import run_of, with_columns_of_run
+from mlx_lora.api.run_columns import with_columns_of_run
+from mlx_lora.api.run_rows import data_of_run
 from mlx_lora.artifacts.adapter import load_adapter
 from mlx_lora.data.encode import EncodedSet
-from mlx_lora.data.loading import load_data, load_eval_set
+from mlx_lora.data.loading import load_eval_set
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.runs.adapting import adapter_template
-from mlx_lora.settings.config import FIELDS, LoopSettings, ModelSettings
+from mlx_lora.settings.config import LoopSettings, ModelSettings
 from mlx_lora.settings.resolve import train_settings
-from mlx_lora.sources.data_sets import find_sets, is_local, named_sets
-from mlx_lora.system.errors import InputError
 from mlx_lora.training.held_out import held_out_plan, spaced_by_length
 from mlx_lora.training.trainer import held_out_loss
 
@@ -135,24 +134,8 @@ def _given_rows(data: str, adapter: Path, base: Base, say: Callable[[str], None]
 
 def _rows_of_run(adapter: Path, base: Base, say: Callable[[str], None]) -> tuple[EncodedSet | None, str]:
     """Return the rows that the adapter's run held out, or None and why there are none."""
-    run = {name: value for name, value in run_of(adapter).items() if name in FIELDS}
-    data = run.get("data")
-    if not data:
-        return None, "the adapter's folder does not name its data"
-    try:
-        settings = train_settings(run)
-        if settings.objective.objective != "sft":
-            return None, f"the adapter was trained with --objective {settings.objective.objective}"
-        if not all(is_local(name) for name, _ in named_sets(data)):
-            return None, "the data of its run is not on this disk"
-        if _bytes_of(data) > MOST_DATA_BYTES:
-            return None, "the data of its run is large"
-        splits = load_data(settings.data, base.hf_tokenizer, settings.loop.seed, say)
-    except InputError as error:
-        return None, f"the data of its run cannot be read ({error})"
+    splits = data_of_run(adapter, base.hf_tokenizer, say, MOST_DATA_BYTES)
+    if isinstance(splits, str):
+        return None, splits
     held_out = splits.test or splits.valid
     return held_out or splits.train, f"{'held-out' if held_out else 'training'} rows of its run"
-
-
-def _bytes_of(data: str) -> int:
-    return sum(file.path.stat().st_size for one in find_sets(data) for part in one.splits.values() for file in part)

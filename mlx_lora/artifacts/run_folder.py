@@ -28,6 +28,7 @@ from mlx_lora.artifacts.checkpoint import (
     thin_out,
     write_checkpoint,
 )
+from mlx_lora.artifacts.evaluation_page import EVALUATION_FILE
 from mlx_lora.artifacts.known_runs import note_run
 from mlx_lora.artifacts.overlap import measure_overlap
 from mlx_lora.artifacts.rollout_page import ANSWERS_FILE
@@ -50,7 +51,7 @@ CHECKPOINTS = "checkpoints"
 WRITTEN = "written"  # records that models wrote for the run
 RESULTS = (
     WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", ROWS_FILE, ANSWERS_FILE, REPORT_FILE, FACTS_FILE, CHECKPOINTS,
-    WRITTEN,
+    WRITTEN, EVALUATION_FILE,
 )  # fmt: skip
 ASIDE = "earlier-run"
 
@@ -246,7 +247,16 @@ class RunFolder:
         for path in (self.path / CHECKPOINTS).glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
         # Only names that replacing_file uses; the user's files stay.
-        for name in (WEIGHTS_FILE, CONFIG_FILE, "run.yaml", ANSWERS_FILE, REPORT_FILE, FACTS_FILE, CARD_FILE):
+        for name in (
+            WEIGHTS_FILE,
+            CONFIG_FILE,
+            "run.yaml",
+            ANSWERS_FILE,
+            REPORT_FILE,
+            FACTS_FILE,
+            CARD_FILE,
+            EVALUATION_FILE,
+        ):
             for path in self.path.glob(f".{name}.*"):
                 path.unlink(missing_ok=True)
 

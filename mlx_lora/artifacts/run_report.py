@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from mlx_lora.artifacts.evaluation_page import read_evaluation, shown_evaluation
 from mlx_lora.artifacts.page_template import render_page
 from mlx_lora.artifacts.plots import WIDE, Series, line_chart, number
 from mlx_lora.artifacts.rollout_page import ANSWERS_FILE, read_answers, rollout_charts, shown_answers
@@ -75,6 +76,7 @@ class RunReport:
         held_out: whether the texts' beginnings are from rows that are not trained on.
         ended: whether all steps are done.
         verdict: `Verdict.to_dict()` of the last `write`; the studio reads it.
+        date: the day of the run, as in 2026-11-28; empty: today.
     """
 
     command: str
@@ -89,6 +91,7 @@ class RunReport:
     held_out: bool = True
     ended: bool = False
     verdict: dict[str, Any] = field(default_factory=dict)
+    date: str = ""
 
     def keep_samples_of(self, folder: Path) -> bool:
         """Copy the texts of the run that this one resumes, and return whether there are any."""
@@ -101,15 +104,28 @@ class RunReport:
 
     def write(self, folder: Path) -> None:
         """Write report.json and report.html into a run folder that has metrics.jsonl and run.yaml."""
-        settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-        records = without_untrained_accuracy(read_records(folder / "metrics.jsonl"), settings)
-        found = self._verdict_on(folder, records, settings)
-        self.verdict = found.to_dict()
+        self.date = self.date or date.today().isoformat()
+        page = self._page(folder)
         with replacing_file(folder / FACTS_FILE) as temporary:
             temporary.write_text(
                 json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
             )
-        page = render_page(
+        with replacing_file(folder / REPORT_FILE) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+
+    def rewrite_page(self, folder: Path) -> None:
+        """Write report.html alone, with what was measured since the run's end."""
+        page = self._page(folder)
+        with replacing_file(folder / REPORT_FILE) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+
+    def _page(self, folder: Path) -> str:
+        """Return the page's text, and keep the verdict that is on it."""
+        settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+        records = without_untrained_accuracy(read_records(folder / "metrics.jsonl"), settings)
+        found, evaluation = self._verdict_on(folder, records, settings), read_evaluation(folder)
+        self.verdict = found.to_dict()
+        return render_page(
             PAGES,
             "run_report.html",
             name=folder.resolve().name,
@@ -119,11 +135,9 @@ class RunReport:
             tiles=tiles(records),
             charts=charts(records, self.planned_peak_bytes),
             answers=shown_answers(read_answers(folder / ANSWERS_FILE)),
+            evaluation=shown_evaluation(evaluation) if evaluation else None,
             settings=settings,
-            date=date.today().isoformat(),
         )
-        with replacing_file(folder / REPORT_FILE) as temporary:
-            temporary.write_text(page, encoding="utf-8")
 
     def _verdict_on(self, folder: Path, records: list[dict[str, Any]], settings: dict[str, Any]) -> Verdict:
         splits, near = self.data.get("splits", {}), self.data.get("near_duplicates") or {}
@@ -138,13 +152,29 @@ class RunReport:
         return verdict(records, settings, self.ended, beside)
 
 
-def has_ended(folder: Path) -> bool:
-    """Return whether the run of a folder took all its steps; False for a folder without a report."""
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Return what a run's report.json says; nothing for a folder without one."""
     try:
         facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(facts, dict) and facts.get("ended") is True
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def has_ended(folder: Path) -> bool:
+    """Return whether the run of a folder took all its steps; False for a folder without a report."""
+    return read_facts(folder).get("ended") is True
+
+
+def read_report(folder: Path) -> RunReport | None:
+    """Return the report of a run as it was written last; None: there is none, or another version wrote it."""
+    facts = read_facts(folder)
+    try:
+        report = RunReport(**{**facts, "samples": [Sample(**one) for one in facts.get("samples", [])]})
+        report.date = report.date or date.fromtimestamp((folder / FACTS_FILE).stat().st_mtime).isoformat()
+    except (OSError, TypeError):
+        return None
+    return report
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

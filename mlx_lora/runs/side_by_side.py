@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
+from mlx_lora.artifacts.evaluation_page import MODELS, SHORT_WORDS
 from mlx_lora.artifacts.run_report import Sample
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.models.load import Base
@@ -29,8 +30,8 @@ from mlx_lora.training.objective_loss import task_of
 from mlx_lora.training.samples import before_answer, greedy_text, row_answer
 from mlx_lora.training.trainer import mean_loss
 
-BASE, ADAPTER = "base", "adapter"
-SHORT_WORDS = 8  # an expected answer of at most so many words can be given exactly
+BASE, ADAPTER = MODELS
+USUAL = 5  # questions, where nobody says how many
 MOST_TOKENS = 64  # of a text
 MORE_TOKENS = 8  # than the expected answer has, which a text may take to end
 MOST_PROMPT_TOKENS = 1024
@@ -115,10 +116,29 @@ def _joined(parts: Iterable[RowLosses]) -> RowLosses:
     return RowLosses(np.concatenate([p.sums for p in parts]), np.concatenate([p.tokens for p in parts]))
 
 
+def questions_of(rows: EncodedSet, most: int | None) -> list[int]:
+    """Return the numbers of the rows whose questions are asked, spaced evenly over all.
+
+    Args:
+        rows: of prompts and answers; rows of plain text ask nothing.
+        most: how many to ask; None: a few, or none if no row has a prompt.
+
+    Raises:
+        InputError: no row has a prompt.
+    """
+    if most == 0:
+        return []
+    asked = [number for number in range(0, len(rows), rows.group) if row_answer(rows, number)]
+    if not asked and most is not None:
+        raise InputError("--show: the rows are plain text without questions; leave it out, or give --show 0")
+    most = USUAL if most is None else most
+    return [asked[(2 * i + 1) * len(asked) // (2 * most)] for i in range(most)] if most < len(asked) else asked
+
+
 def ask(
     models: Mapping[str, Base],
     rows: EncodedSet,
-    most: int,
+    chosen: Sequence[int],
     say: Callable[[str], None],
     stopped: Callable[[], bool] = never,
 ) -> tuple[list[dict[str, Any]], bool]:
@@ -126,22 +146,15 @@ def ask(
 
     Args:
         models: name -> model.
-        rows: of prompts and answers; rows of plain text ask nothing.
-        most: how many to ask, spaced evenly over the rows.
+        rows: of prompts and answers.
+        chosen: numbers of the rows; see `questions_of`.
         say: takes lines of progress where there is no bar.
         stopped: asked before each question whether to end.
 
     Returns:
         For each row `question`, `expected`, the text of each model by its name, and `exact`: name -> whether the text is
         the expected one but for case, space and punctuation; None where more than 8 words are expected.
-
-    Raises:
-        InputError: no row has a prompt.
     """
-    asked = [number for number in range(0, len(rows), rows.group) if row_answer(rows, number)]
-    if not asked:
-        raise InputError("--show: the rows are plain text without questions; leave it out, or give --show 0")
-    chosen = [asked[(2 * i + 1) * len(asked) // (2 * most)] for i in range(most)] if most < len(asked) else asked
     found = []
     pending = takewhile(lambda _: not stopped(), chosen)
     for number in tracked(pending, "Asking", len(chosen), "questions", say):

@@ -58,13 +58,13 @@ def wrapped(text: str, columns: int) -> str:
 
 def print_json(value: dict[str, Any]) -> None:
     """Print the JSON object of a `--json` command on standard output, with null for NaN and infinity."""
-    click.echo(json.dumps(_finite(value), ensure_ascii=False))
+    click.echo(json.dumps(finite_values(value), ensure_ascii=False))
 
 
-def _finite(value: Any) -> Any:
+def finite_values(value: Any) -> Any:
     """Return a value with NaN and infinity, which JSON does not have, replaced by None."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite_values(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
