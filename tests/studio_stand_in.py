@@ -182,6 +182,9 @@ class StandIn:
         if method == "DELETE":
             self.runs.remove(found)
             return JSONResponse({})
+        if path[1:] == ["evaluation"]:
+            task = {"id": "t2", "kind": "evaluation", "title": "Questions", "state": "running", "done": 0, "total": None, "unit": "", "seconds_left": None, "message": "", "result": None}  # fmt: skip
+            return JSONResponse({"task": task, "command": f"mlx-lora evaluate --data {body.get('data', 'held out')}"})
         if path[1:] == ["resume"]:
             found["state"] = "running"
         if method != "GET":
@@ -192,7 +195,8 @@ class StandIn:
             **found, "metrics": {key: [row[key] for row in rows] for key in rows[0]}, "samples": SAMPLES, "notes": "", "adapter": "adapters.safetensors",
             "settings": {"rank": 8 + 8 * (int(path[0][-3:]) % 2), "alpha": 32, "learning_rate": 2e-4, "model": found["model"], "method": found["method"], "seed": 0},
             "command": f"mlx-lora train --config {found['path']}/run.yaml", "run_yaml": "rank: 16\n", "log": [f"step {row['step']:>5}  loss {row['loss']:.3f}" for row in rows],
-            "forgetting": FORGETTING if not live else None, "forgetting_command": "mlx-lora evaluate --forgetting", "can_resume": not live and found["state"] != "done",
+            "forgetting": FORGETTING if not live else None, "forgetting_command": "mlx-lora evaluate --forgetting", "objective": "sft", "data": {"splits": {"valid": {"rows": 24}}},
+            "evaluation": EVALUATION if path[0] == "run-001" else None, "evaluation_command": "mlx-lora evaluate --show 20", "can_resume": not live and found["state"] != "done",
             "reason": "The process ended without a message: it was killed, or the machine ran out of memory or lost power." if found["state"] == "killed" else "", "plan_peak_bytes": 4.4 * GB,
         })  # fmt: skip
 
@@ -306,4 +310,12 @@ RULE = {card: {"steps": steps, "epochs": epochs, "rank": rank, "learning_rate": 
 ADAPTERS = [{"name": f"tutor-{n}", "path": f"/home/me/mlx-lora-studio/runs/tutor-{n}", "base": "Qwen/Qwen3-0.6B", "run": f"run-{n:03}"} for n in range(3)]  # fmt: skip
 NEEDS = {name: {"needs": needs, "ok": not needs.startswith("log")} for name, needs in (("peft", "nothing more"), ("gguf-adapter", "the base as GGUF beside it"), ("gguf", "nothing more"), ("hf", "1.2 GB of disk"), ("ollama", "Ollama, to run it"), ("hub", "log in first: hf auth login"))}  # fmt: skip
 SAMPLES = [{"step": step, "prompt": "Why does ice float?", "text": text} for step, text in ((0, "Ice floats because it is less dense than water."), (20, "Good question! What happens to water's volume when it freezes?"))]  # fmt: skip
+EVALUATION = {
+    "source": "24 rows that the run held out of tutor.jsonl", "date": "2026-11-28", "loss": "Base 2.4100 → adapter 1.1200, perplexity 72% lower (95% interval 66% to 78%, 24 rows)",
+    "exact": "Exact answers to the 1 question that expect at most 8 words: base 0, adapter 1", "seen": "2 of 24 rows repeat rows that the run trained on, such as “Why does ice float?”", "models": ["base", "adapter"],
+    "rows": [
+        {"question": "What melts at 0 °C?", "expected": "Ice.", "said": [{"text": "Many things melt.", "right": False}, {"text": "Ice", "right": True}]},
+        {"question": HOSTILE, "expected": "A long answer " * 12, "said": [{"text": HOSTILE, "right": None}, {"text": "x" * 300, "right": None}]},
+    ],
+}  # fmt: skip
 FORGETTING = {"sentence": "The task was learned, general text was kept", "rows": [{"set": "task", "base": 2.41, "adapter": 1.12, "change": -1.29, "verdict": "learned"}, {"set": "general text", "base": 2.9, "adapter": 2.93, "change": 0.03, "verdict": "slightly forgotten"}], "probes": {"right": 17, "base_right": 18, "of": 20}}  # fmt: skip

@@ -193,6 +193,27 @@ def test_cards_are_never_blank_and_show_the_plan_when_it_is_there(studio, server
     assert page.get_by_role("button", name="Start training").is_enabled()
 
 
+def test_answers_stand_side_by_side_and_another_set_can_be_asked(studio, server):
+    page = studio.page
+    studio.go("runs/run-001", "Questions and answers")
+    table = page.get_by_role("region", name="Questions and answers")
+    assert table.get_by_role("row").count() == 3
+    right = table.get_by_role("row").nth(1).get_by_role("cell")
+    assert [right.nth(n).get_by_role("img").count() for n in range(4)] == [0, 0, 1, 1]
+    assert right.nth(3).get_by_role("img", name="right").count() == 1
+    assert table.get_by_text(HOSTILE).count() == 2, "as text"
+    page.get_by_label("Questions from").select_option(label="tutor.jsonl")
+    page.get_by_role("button", name="Ask again").click()
+    page.locator(".button.busy", has_text="Asking").wait_for()
+    page.get_by_text(f"mlx-lora evaluate --data {SET}").wait_for()
+    assert ("runs/run-001/evaluation", {"data": SET}) in server.asked
+    studio.go("runs/run-002", "24 held-out rows of this run")
+    page.get_by_role("button", name="Ask both").click()
+    page.get_by_text("mlx-lora evaluate --data held out").wait_for()
+    studio.go("runs/run-000", "can be asked when the run has ended")
+    assert page.get_by_label("Questions from").count() == 0
+
+
 def test_a_killed_run_says_so_and_goes_on_when_asked(studio, server):
     studio.go("runs/run-005", "The process ended without a message")
     studio.page.get_by_role("button", name="Resume").click()

@@ -21,7 +21,7 @@ READ = (
 WRITE = (
     "/api/example", "/api/models/plan", "/api/models/download", "/api/models/convert", "/api/tasks/x/cancel", UPLOAD, "/api/data/preview",
     "/api/train/rule", "/api/train/plan", "/api/train/start", "/api/queue/move", "/api/queue/remove", "/api/runs/x/pause", "/api/runs/x/resume",
-    "/api/runs/x/stop", "/api/runs/x/forgetting", "/api/talk", "/api/talk/close", "/api/export",
+    "/api/runs/x/stop", "/api/runs/x/forgetting", "/api/runs/x/evaluation", "/api/talk", "/api/talk/close", "/api/export",
 )  # fmt: skip
 ALL = [
     *(("GET", path) for path in READ),

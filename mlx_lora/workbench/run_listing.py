@@ -17,6 +17,7 @@ from mlx_lora.data.spoken import spoken_turns, without_markers
 from mlx_lora.serving.asking import ApiError
 from mlx_lora.system.parsing import parse_json, parse_yaml
 from mlx_lora.system.program import command_line
+from mlx_lora.workbench.evaluation_routes import side_by_side
 from mlx_lora.workbench.forgetting_routes import what_was_forgotten
 from mlx_lora.workbench.metrics_reading import last_values, read_columns
 from mlx_lora.workbench.page_words import in_page_words
@@ -70,6 +71,11 @@ class RunListing:
         """Return a run's settings; of a run elsewhere, with a local model as a whole path."""
         known = self._places.runs_elsewhere().get(folder) if self.elsewhere(folder) else None
         return _with_whole_model(read_settings_of(folder, started), known)
+
+    def begun_in(self, folder: Path) -> str | None:
+        """Return the folder that the names in the settings of a terminal's run start from, if that is known."""
+        known = self._places.runs_elsewhere().get(folder)
+        return known.cwd if known else None
 
     def bases(self) -> list[Path]:
         """Return the local base models of runs elsewhere, resolved: those may be talked to as well."""
@@ -163,6 +169,7 @@ class RunListing:
             "log": log_lines(folder),
             "notes": _text(folder / NOTES_FILE),
             **what_was_forgotten(folder, self.settings_of(folder, started)),
+            **side_by_side(folder, self.settings_of(folder, started), facts.get("data")),
             "checkpoint": checkpoint,
             "can_resume": again and line["state"] in RESUMABLE,
             "adapter": str(adapter) if adapter else None,

@@ -25,6 +25,7 @@ from mlx_lora.serving.request_guard import Guard, GuardLimits
 from mlx_lora.system.device import current_device
 from mlx_lora.system.errors import InputError, RunError
 from mlx_lora.workbench.data_routes import DataRoutes
+from mlx_lora.workbench.evaluation_routes import EvaluationRoutes
 from mlx_lora.workbench.example_routes import ExampleRoutes
 from mlx_lora.workbench.forgetting_routes import ForgettingRoutes
 from mlx_lora.workbench.model_routes import ModelRoutes
@@ -99,6 +100,7 @@ def make_studio(places: Places, guard: GuardLimits, max_upload_bytes: int) -> St
         TrainRoutes(plans, checker, control, places.runs),
         RunRoutes(listing, control),
         ForgettingRoutes(listing, tasks),
+        EvaluationRoutes(listing, checker.data, tasks),
         TalkRoutes(talk, checker),
         ExportRoutes(places, checker, tasks),
     ]

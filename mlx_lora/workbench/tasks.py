@@ -39,7 +39,7 @@ class Task:
     """A piece of work.
 
     Attributes:
-        kind: download, convert, export, data or plan.
+        kind: download, convert, export, data, plan, forgetting or evaluation.
         title: what the page shows.
         state: running, done, failed or cancelled.
         done, total, unit: how far it is; None: not known.
@@ -164,7 +164,13 @@ class Tasks:
         return task
 
     def child(
-        self, kind: str, title: str, words: list[str], result: Any, watch: Callable[[Task], None] = lambda task: None
+        self,
+        kind: str,
+        title: str,
+        words: list[str],
+        result: Any,
+        watch: Callable[[Task], None] = lambda task: None,
+        cwd: str | None = None,
     ) -> Task:
         """Run one of this program's commands as a child process, whose last line of output is the task's message.
 
@@ -173,11 +179,12 @@ class Tasks:
             words: the command's name and arguments.
             result: of the task, if the command succeeds.
             watch: called from time to time, to tell how far it is.
+            cwd: the folder that relative names start from; None: the studio's own.
         """
 
         def work(task: Task) -> Any:
             log = self._logs / f"{kind}-{task.id}.log"
-            child = start_child(words, log)
+            child = start_child(words, log, cwd=cwd)
             while child.poll() is None:
                 if not task.wanted.is_set():
                     _end(child)

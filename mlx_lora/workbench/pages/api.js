@@ -129,6 +129,7 @@ export const readRun = (id, signal) => get("runs/" + part(id), signal);
 export const followRun = (id, after, heard, signal, lost) => follow(`runs/${part(id)}/events?after=${after}`, heard, signal, lost);
 export const steerRun = (id, verb) => post(`runs/${part(id)}/${verb}`);
 export const measureForgetting = (id) => post(`runs/${part(id)}/forgetting`);
+export const askBoth = (id, data) => post(`runs/${part(id)}/evaluation`, data ? { data } : {});
 export const writeNotes = (id, text) => call("PUT", `runs/${part(id)}/notes`, { text });
 export const deleteRun = (id, name) => call("DELETE", "runs/" + part(id), { confirm: name });
 

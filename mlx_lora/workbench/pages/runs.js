@@ -4,6 +4,7 @@ import { html, Button, Card, Chip, Command, Dialog, Empty, Heading, Icon, Pages,
 import { go, linkTo, onTaskEnd, tell, useAsked } from "./state.js";
 import { bytes, count, duration, lastPart, loss, percent, rate, shortPath, value, when } from "./format.js";
 import { LiveRun } from "./live.js";
+import { Answers } from "./answers.js";
 import { Compare } from "./compare.js";
 import * as api from "./api.js";
 
@@ -86,7 +87,7 @@ function Detail({ id }) {
   return html`<a class="back" href=${linkTo("runs")}><${Icon} name="back" />All runs</a>
     <${Heading} title=${run?.name || "Run"} actions=${run && html`<${Delete} run=${run} onDone=${() => go("runs")} />`}>${run ? [lastPart(run.model), run.objective, run.method].filter(Boolean).join(" · ") : ""}<//>
     <${Problem} again=${again}>${problem}<//>
-    ${run && html`<div class="stack"><${LiveRun} key=${id} id=${id} title="Progress" onState=${again} /><${Notes} key=${"notes" + id} run=${run} /><${Forgetting} run=${run} again=${again} />
+    ${run && html`<div class="stack"><${LiveRun} key=${id} id=${id} title="Progress" onState=${again} /><${Answers} key=${"answers" + id} run=${run} again=${again} /><${Notes} key=${"notes" + id} run=${run} /><${Forgetting} run=${run} again=${again} />
       <${Card} title="Repeat this run"><${Command} text=${run.command} label="Command" />${run.run_yaml && html`<details><summary>run.yaml</summary><${Command} text=${run.run_yaml} label="run.yaml" /></details>`}<p class="soft path">${shortPath(run.path)}</p><//><${Settings} settings=${run.settings} /></div>`}`;
 }
 

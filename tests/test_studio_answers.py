@@ -1,0 +1,119 @@
+"""Questions and answers in the studio: the command that it runs, what a run shows of its results, and the button in Chromium."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from run_cli import run
+from studio_browser import chromium, open_studio
+from studio_client import furnish, studio, write_run
+from studio_real import PATIENCE_MS
+from studio_real import studio as real_studio
+
+from mlx_lora.artifacts.evaluation_page import EVALUATION_FILE, keep_evaluation
+from mlx_lora.workbench.evaluation_routes import MOST_TEXT, words_of_asking
+from mlx_lora.workbench.run_states import run_id
+from mlx_lora.workbench.tasks import Tasks
+
+CHANGE = {"change": -1.0, "low": -1.5, "high": -0.5, "rows": 9}
+EXAMPLE = {"question": "q" * 9000, "expected": "Yes.", "base": "No", "adapter": "yes", "exact": {"base": False, "adapter": True}}  # fmt: skip
+FACTS = {"loss": 1.0, "base_loss": 2.0, "change": CHANGE, "rows": 9, "data": "d.jsonl", "partial": False, "examples": [EXAMPLE]}  # fmt: skip
+CHATS = {"splits": {"train": {"rows": 9, "tokens": 90, "supervised_tokens": 40}, "valid": {"rows": 2}}}
+
+
+@pytest.fixture
+def home(tmp_path, tiny_folder, chats):
+    furnish(tmp_path / "home", tiny_folder, chats)
+    return (tmp_path / "home").resolve()
+
+
+def test_a_run_shows_its_questions_and_answers(home):
+    folder = write_run(home / "runs" / "a")
+    with studio(home) as client:
+        path = f"/api/runs/{run_id(folder)}"
+        before = client.get(path).json()
+        assert before["evaluation"] is None
+        assert before["evaluation_command"].startswith("mlx-lora evaluate --model org/model")
+        keep_evaluation(folder, FACTS)
+        found = client.get(path).json()["evaluation"]
+        assert found["models"] == ["base", "adapter"]
+        assert [one["right"] for one in found["rows"][0]["said"]] == [False, True]
+        assert len(found["rows"][0]["question"]) == MOST_TEXT
+        assert "9 rows of d.jsonl" in found["source"]
+        (folder / EVALUATION_FILE).write_text("[]")
+        assert client.get(path).json()["evaluation"] is None
+
+
+def test_the_command_asks_on_what_was_chosen(home, monkeypatch):
+    begun = []
+    monkeypatch.setattr(Tasks, "child", lambda self, kind, title, words, *rest, **named: begun.append((words, named)) or self.begin(kind, title, lambda task: None))  # fmt: skip
+    folder = write_run(home / "runs" / "a", bits=4)
+    data = str(home / "data" / "chats.jsonl")
+    with studio(home) as client:
+        path = f"/api/runs/{run_id(folder)}/evaluation"
+        command = client.post(path, json={"data": data}).json()["command"]
+        words = begun[0][0]
+        assert command == f"mlx-lora {' '.join(words)}"
+        assert words[words.index("--data") + 1] == data
+        assert words[words.index("--bits") + 1] == "4"
+        assert "--show" in words
+        client.post(path, json={})
+        assert "--data" not in begun[1][0]
+        assert client.post(path, json={"data": "/etc/passwd"}).status_code == 403
+        other = write_run(home / "runs" / "pairs", objective="dpo")
+        assert client.post(f"/api/runs/{run_id(other)}/evaluation", json={}).status_code == 409
+        (folder / "adapters.safetensors").unlink()
+        assert client.post(path, json={}).status_code == 409
+    assert len(begun) == 2
+
+
+def test_rows_of_plain_text_are_only_measured(tmp_path):
+    settings = {"model": "m"}
+    text = {"splits": {"train": {"rows": 9, "tokens": 90, "supervised_tokens": 81}}}
+    assert "--show" in words_of_asking(tmp_path, settings, CHATS)
+    assert "--show" not in words_of_asking(tmp_path, settings, text)
+
+
+def test_names_of_a_terminals_run_start_where_it_began(tmp_path, home, monkeypatch):
+    begun = []
+    monkeypatch.setattr(Tasks, "child", lambda self, kind, title, words, *rest, **named: begun.append(named) or self.begin(kind, title, lambda task: None))  # fmt: skip
+    folder = write_run(tmp_path / "elsewhere" / "a")
+    known = tmp_path / "runs.jsonl"
+    known.write_text(json.dumps({"path": str(folder), "cwd": str(tmp_path), "at": 1.0}) + "\n")
+    with studio(home, known_runs=known) as client:
+        assert client.post(f"/api/runs/{run_id(folder)}/evaluation", json={}).status_code == 200
+    assert begun == [{"cwd": str(tmp_path)}]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_runs_list")
+def test_both_are_asked_from_the_page(tiny_folder, chats, home):
+    words = ("--iters", 4, "--batch-size", 8, "--learning-rate", 1e-2, "--val-batches", 0, "--sample-tokens", 0)
+    model, data, folder = home / "models" / "tiny", home / "data" / "chats.jsonl", home / "runs" / "loop"
+    assert run("train", "--model", model, "--data", data, "--adapter-path", folder, *words).code == 0
+    with real_studio(home, tiny_folder.parent) as url, chromium() as browser:
+        watched = open_studio(browser, url)
+        page = watched.page
+        page.set_default_timeout(PATIENCE_MS)
+        watched.go("runs", "loop")
+        page.get_by_role("link", name="loop").click()
+        page.get_by_role("button", name="Ask both").click()
+        page.get_by_role("group", name=re.compile("Questions to loop")).wait_for()
+        page.get_by_role("button", name="Ask again").wait_for()
+        table = page.get_by_role("region", name="Questions and answers")
+        kept = json.loads((folder / EVALUATION_FILE).read_text())
+        assert kept["held_out"] is True
+        assert table.get_by_role("row").count() == 1 + len(kept["examples"]) == 1 + kept["rows"]
+        assert kept["examples"][0]["question"] in table.inner_text()
+        page.get_by_text("held out of").wait_for()
+        page.get_by_label("Questions from").select_option(label="chats.jsonl")
+        page.get_by_role("button", name="Ask again").click()
+        page.get_by_text("rows that the run trained on, such as").wait_for()
+        assert table.get_by_role("row").count() == 21
+        assert "Questions and answers" in (folder / "report.html").read_text()
+        assert watched.complaints() == []
+        assert watched.problems == []
+        assert watched.forbidden() == []
+        page.close()
