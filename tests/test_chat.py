@@ -29,11 +29,20 @@ from mlx_lora.system.errors import RunError
 
 FIRST, SECOND = "Wherefore art thou?", "And who am I?"
 COUNT = 20
+BYTES = 256  # tokens of the tiny models that are bytes; the control tokens follow
+
+
+def byte_model():
+    """A tiny model that never writes a control token: in a history that would be its text, and so another prompt."""
+    model = tiny_model(tie_word_embeddings=False)
+    model.lm_head.weight[BYTES:] = 0.0  # a score of 0, below the highest of 256 others
+    return model
 
 
 @pytest.fixture(scope="module")
-def folder(long_context_folder):
-    return long_context_folder
+def folder(tmp_path_factory):
+    config = {"tie_word_embeddings": False, "max_position_embeddings": 10**6}
+    return write_folder(tmp_path_factory.mktemp("long") / "tiny", byte_model(), config)
 
 
 @pytest.fixture(scope="module")
@@ -83,17 +92,11 @@ def test_everyone_says_what_generate_says(talk, said, folder, adapters):
 
 
 def test_a_conversation_goes_on_under_another_adapter(talk, said):
-    # A control token that a tiny model writes becomes text in the history, and no prompt of `said` can say so.
-    controls, asked = byte_tokenizer().get_added_vocab(), (FIRST, "Who goes there?", "Why?", "Tell me.", "What is it?")
-    for first in asked:
-        one = said("bard", first)
-        two = said("tutor", first, one, SECOND)
-        if not any(token in one + two for token in controls):
-            break
-    else:
-        pytest.skip("each answer holds a control token")
-    three = said(None, first, one, SECOND, two, first)
-    assert talk(first, "/adapter tutor", SECOND, "/adapter tiny", first).out == f"{one}\n{two}\n{three}\n"
+    one = said("bard", FIRST)
+    two = said("tutor", FIRST, one, SECOND)
+    assert not any(token in one + two for token in byte_tokenizer().get_added_vocab())
+    three = said(None, FIRST, one, SECOND, two, FIRST)
+    assert talk(FIRST, "/adapter tutor", SECOND, "/adapter tiny", FIRST).out == f"{one}\n{two}\n{three}\n"
     assert two != said("tutor", SECOND), "the history counts"
 
 
@@ -159,7 +162,7 @@ def test_empty_lines_and_the_end(talk, said):
 
 
 def test_a_conversation_longer_than_the_context_is_kept(talk, said, tmp_path, adapters):
-    model = tiny_model(tie_word_embeddings=False)
+    model = byte_model()
     short = write_folder(tmp_path / "tiny", model, {"tie_word_embeddings": False, "max_position_embeddings": 200})
     first = said("bard", FIRST)
     ran = talk(FIRST, "x" * 200, SECOND, model=short)
@@ -219,7 +222,7 @@ def test_bad_starts_are_one_line(folder, adapters, tmp_path, arguments, words):
 
 
 def test_a_base_without_a_template_leaves_the_chat_to_its_adapters(talk, said, tmp_path, folder, adapters, monkeypatch):
-    model = tiny_model(tie_word_embeddings=False)
+    model = byte_model()
     bare = write_folder(tmp_path / "tiny", model, {"tie_word_embeddings": False}, chat_template=None)
     answer = said("tutor", FIRST)
     ran = talk("/compare " + FIRST, "/adapter base", FIRST, model=bare, names=("tutor",))
