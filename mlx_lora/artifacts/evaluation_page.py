@@ -99,7 +99,7 @@ def loss_words(facts: Mapping[str, Any]) -> str:
     """Return the losses of base and adapter as text; that of the base alone where nothing is compared."""
     if "base_loss" not in facts:
         return f"base {facts['loss']:.4f}"
-    change = {name: math.nan if value is None else value for name, value in facts["change"].items()}
+    change: dict[str, Any] = {name: math.nan if value is None else value for name, value in facts["change"].items()}
     return f"base {facts['base_loss']:.4f} -> adapter {facts['loss']:.4f}, perplexity {change_words(Change(**change))}"
 
 
