@@ -26,10 +26,10 @@ from studio_real import PATIENCE_MS, asked, studio  # noqa: E402
 SETS = ("bard", "tutor")
 # Steps that a laptop takes in minutes; the rows of the recipe have at most 120 tokens.
 SHORT = {"rank": 8, "alpha": 16, "iters": 30, "batch_tokens": 256, "max_seq_length": 256, "steps_per_eval": 10, "sample_tokens": 48}  # fmt: skip
-RUNS = {"bard-5e-4": {"learning_rate": 5e-4}, "bard-1e-4": {"learning_rate": 1e-4}}
+RUNS = {"bard-1e-4": {"learning_rate": 1e-4}, "bard-5e-4": {"learning_rate": 5e-4}}  # the last one is looked at and talked to
 # name: dark, width in pixels, places
 KINDS = {
-    "light": (False, 1280, ("model", "data", "train", "run", "compare", "talk", "ship")),
+    "light": (False, 1280, ("model", "data", "train", "run", "answers", "compare", "talk", "ship")),
     "dark": (True, 1280, ("data", "train", "run", "talk")),
     "390": (False, 390, ("model", "data", "run", "talk")),
 }
@@ -83,6 +83,11 @@ def prepare(url: str, model: Path) -> tuple[dict[str, Any], list[str]]:
         time.sleep(2)
         runs = asked(url, "runs")["runs"]
     ids = {run["name"]: run["id"] for run in runs}
+    last = f"runs/{ids[list(RUNS)[-1]]}"
+    if not asked(url, last)["evaluation"]:
+        asked(url, f"{last}/evaluation", {})
+    while any(task["state"] == "running" for task in asked(url, "tasks")["tasks"]):
+        time.sleep(2)
     project = {"model": str(model), "sets": [{"path": data, "weight": 1}], "settings": {}, "preset": None}
     return project, [ids[name] for name in RUNS]
 
@@ -90,7 +95,7 @@ def prepare(url: str, model: Path) -> tuple[dict[str, Any], list[str]]:
 def look_at(watched: Watched, name: str, ids: list[str]) -> None:
     """Go to a place, and wait until everything in it is there."""
     page = watched.page
-    places = {"run": f"runs/{ids[0]}", "compare": f"runs/compare/{','.join(ids)}", "ship": "talk"}
+    places = {"run": f"runs/{ids[-1]}", "answers": f"runs/{ids[-1]}", "compare": f"runs/compare/{','.join(ids)}", "ship": "talk"}
     watched.go(places.get(name, name))
     if name == "model":
         page.locator(".chosen-model .memory-bar").wait_for()
@@ -103,6 +108,11 @@ def look_at(watched: Watched, name: str, ids: list[str]) -> None:
         page.locator(".run-card .pending").first.wait_for(state="detached")
     if name in ("run", "compare"):
         page.locator(".chart canvas").nth(2).wait_for()
+    if name == "answers":
+        card = page.locator(".card", has=page.get_by_role("heading", name="Questions and answers"))
+        card.get_by_role("table").wait_for()
+        page.wait_for_timeout(1500)  # charts above it
+        card.evaluate("one => one.scrollIntoView()")
     if name == "ship":
         page.get_by_role("radio", name="Ship").check()
         page.get_by_text("For which program").wait_for()

@@ -100,5 +100,6 @@ def save_small(page: Any, path: Path, colors: int = 256) -> None:
     image = pytest.importorskip("PIL.Image")
     page.screenshot(path=path)
     with image.open(path) as full:
-        small = full.convert("RGB").quantize(colors)
+        # The usual method averages colors of few pixels, such as those of a legend, into one.
+        small = full.convert("RGB").quantize(colors, image.Quantize.MAXCOVERAGE)
     small.save(path, optimize=True)

@@ -181,6 +181,8 @@ def test_cards_are_never_blank_and_show_the_plan_when_it_is_there(studio, server
     for number, words in enumerate(("120", "240", "480")):
         figures.nth(number).filter(has_text=re.compile(f"^{words}$")).wait_for()
     assert page.locator(".run-card .pending").count() == 0
+    beyond = "cards => cards.filter(c => c.querySelector('dl').scrollWidth > c.querySelector('dl').clientWidth).length"
+    assert page.locator(".run-card").evaluate_all(beyond) == 0, "figures stay inside their card"
     assert page.locator(".run-card dd[data-figure=time]").all_inner_texts() == ["5 min 30 s", "11 min", "22 min"]
     # What one sets beats the cards, and a rate that is far off is warned of beside its field and in the plan.
     page.get_by_text("Change settings").click()
