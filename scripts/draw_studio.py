@@ -26,7 +26,10 @@ from studio_real import PATIENCE_MS, asked, studio  # noqa: E402
 SETS = ("bard", "tutor")
 # Steps that a laptop takes in minutes; the rows of the recipe have at most 120 tokens.
 SHORT = {"rank": 8, "alpha": 16, "iters": 30, "batch_tokens": 256, "max_seq_length": 256, "steps_per_eval": 10, "sample_tokens": 48}  # fmt: skip
-RUNS = {"bard-1e-4": {"learning_rate": 1e-4}, "bard-5e-4": {"learning_rate": 5e-4}}  # the last one is looked at and talked to
+RUNS = {
+    "bard-1e-4": {"learning_rate": 1e-4},
+    "bard-5e-4": {"learning_rate": 5e-4},
+}  # the last one is looked at and talked to
 # name: dark, width in pixels, places
 KINDS = {
     "light": (False, 1280, ("model", "data", "train", "run", "answers", "compare", "talk", "ship")),
@@ -95,7 +98,12 @@ def prepare(url: str, model: Path) -> tuple[dict[str, Any], list[str]]:
 def look_at(watched: Watched, name: str, ids: list[str]) -> None:
     """Go to a place, and wait until everything in it is there."""
     page = watched.page
-    places = {"run": f"runs/{ids[-1]}", "answers": f"runs/{ids[-1]}", "compare": f"runs/compare/{','.join(ids)}", "ship": "talk"}
+    places = {
+        "run": f"runs/{ids[-1]}",
+        "answers": f"runs/{ids[-1]}",
+        "compare": f"runs/compare/{','.join(ids)}",
+        "ship": "talk",
+    }
     watched.go(places.get(name, name))
     if name == "model":
         page.locator(".chosen-model .memory-bar").wait_for()
