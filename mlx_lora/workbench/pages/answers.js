@@ -5,11 +5,11 @@ import { onTaskEnd, tasks, useAsked, useStore } from "./state.js";
 import { counted, lastPart } from "./format.js";
 import * as api from "./api.js";
 
-const Mark = ({ right }) => (right === null ? null : html`<b class=${right ? "good" : "bad"} role="img" aria-label=${right ? "right" : "wrong"}>${right ? "✓" : "✗"}</b>`);
+const Mark = ({ right }) => (right === null ? null : html`<b class=${right ? "good" : "bad"} role="img" aria-label=${right ? "right" : "wrong"}>${right ? "✓" : "✗"} </b>`);
 
 function Table({ found }) {
-  return html`<div class="scroll" tabindex="0" role="region" aria-label="Questions and answers"><table class="questions"><thead><tr><th scope="col">Question</th><th scope="col">Expected</th>${found.models.map((name) => html`<th key=${name} scope="col">${name}</th>`)}</tr></thead>
-    <tbody>${found.rows.map((row, n) => html`<tr key=${n}><td class="wrap">${row.question}</td><td class="wrap">${row.expected}</td>${row.said.map((one, m) => html`<td key=${m} class="wrap"><${Mark} right=${one.right} /> ${one.text}</td>`)}</tr>`)}</tbody></table></div>`;
+  return html`<div class="scroll" tabindex="0" role="region" aria-label="Questions and answers"><table class="questions"><thead><tr><th scope="col">Question</th><th scope="col">Expected</th>${found.models.map((name) => html`<th key=${name} scope="col">${name[0].toUpperCase() + name.slice(1)}</th>`)}</tr></thead>
+    <tbody>${found.rows.map((row, n) => html`<tr key=${n}><td class="wrap">${row.question}</td><td class="wrap">${row.expected}</td>${row.said.map((one, m) => html`<td key=${m} class="wrap"><${Mark} right=${one.right} />${one.text}</td>`)}</tr>`)}</tbody></table></div>`;
 }
 
 function Found({ found }) {
