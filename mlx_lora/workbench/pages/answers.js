@@ -1,7 +1,7 @@
 // Questions and answers of a run: what is expected, what the base says, what the adapter says, side by side.
 import { useState } from "./vendor/hooks.module.js";
-import { html, Button, Card, Command, Problem, TaskLine } from "./parts.js";
-import { onTaskEnd, tasks, useAsked, useStore } from "./state.js";
+import { html, Button, Card, Command, Problem } from "./parts.js";
+import { onTaskEnd, useAsked } from "./state.js";
 import { counted, lastPart } from "./format.js";
 import * as api from "./api.js";
 
@@ -19,17 +19,17 @@ function Found({ found }) {
 
 // Asks on the rows that the run held out, or on a set of the Data place.
 export function Answers({ run, again }) {
-  const held = (run.data?.splits?.test || run.data?.splits?.valid)?.rows || 0, list = useStore(tasks);
+  const held = (run.data?.splits?.test || run.data?.splits?.valid)?.rows || 0;
   const [answer] = useAsked(() => api.readSets(), []), sets = answer?.sets || [];
   const [chosen, choose] = useState(null), [sent, setSent] = useState(null), [problem, setProblem] = useState("");
   if (run.objective !== "sft") return null;
-  const data = chosen ?? (held ? "" : sets[0]?.path), task = sent && list.find((one) => one.id === sent.id), busy = Boolean(sent?.busy);
+  const data = chosen ?? (held ? "" : sets[0]?.path), busy = Boolean(sent?.busy);
   const ask = async () => {
     setProblem("");
     try {
-      const { task: begun, command } = await api.askBoth(run.id, data);
-      setSent({ id: begun.id, command, busy: true });
-      onTaskEnd(begun.id, (ended) => { setSent((one) => ({ ...one, busy: false })); setProblem(ended.state === "failed" ? ended.message : ""); again(); });
+      const { task, command } = await api.askBoth(run.id, data);
+      setSent({ command, busy: true });
+      onTaskEnd(task.id, (ended) => { setSent((one) => ({ ...one, busy: false })); setProblem(ended.state === "failed" ? ended.message : ""); again(); });
     } catch (error) { setProblem(error.message); }
   };
   const ready = run.adapter && !["running", "queued"].includes(run.state), found = run.evaluation;
@@ -38,5 +38,5 @@ export function Answers({ run, again }) {
   const button = ready && data !== undefined && html`${source}<${Button} small onClick=${ask} busy=${busy} disabled=${busy}>${busy ? "Asking" : found ? "Ask again" : "Ask both"}<//>`;
   const words = ready ? (data === undefined ? "The run held no rows out. Add a file with questions and answers in Data, then ask them here." : "Not asked yet. Base and adapter answer the same questions, and their answers stand beside the expected ones.") : "Base and adapter can be asked when the run has ended.";
   return html`<${Card} title="Questions and answers" actions=${button}>${found ? html`<${Found} found=${found} />` : html`<p class="soft">${words}</p>`}
-    ${busy && task && html`<${TaskLine} task=${task} />`}<${Problem}>${problem}<//><${Command} text=${sent?.command || (data === "" && !found ? run.evaluation_command : "")} label="The same as a command" /><//>`;
+    <${Problem}>${problem}<//><${Command} text=${sent?.command || (data === "" && !found ? run.evaluation_command : "")} label="The same as a command" /><//>`;
 }

@@ -44,7 +44,7 @@ function figures(plan, rule) {
 }
 
 function OneCard({ id, title, words, plan, rule, chosen }) {
-  const shown = figures(plan, rule), pending = html`<span class="pending" aria-label="being planned"></span>`;
+  const shown = figures(plan, rule), pending = html`<span class="pending" role="img" aria-label="being planned"></span>`;
   const rows = [["steps", shown.steps], ["time", shown.time || pending], ["memory", shown.memory || pending], ["learning rate", shown.rate]];
   return html`<label class=${"preset run-card" + (chosen ? " chosen" : "")} aria-busy=${plan ? undefined : "true"}><input type="radio" name="preset" value=${id} checked=${chosen} onChange=${() => changeProject({ preset: id })} /><b>${title}</b>
     <span class="soft">${words}</span>
