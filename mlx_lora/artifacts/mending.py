@@ -11,6 +11,7 @@ from typing import Any
 from mlx_lora.artifacts.checkpoint import numbered
 from mlx_lora.artifacts.diagnosis import (
     ENOUGH_STEPS,
+    LEARNED,
     MEMORIZED,
     OVER_FITTED,
     TOO_FEW_STEPS,
@@ -21,11 +22,14 @@ from mlx_lora.artifacts.diagnosis import (
 )
 from mlx_lora.system.program import command_line
 from mlx_lora.system.units import counted, format_duration
+from mlx_lora.training.held_out_rows import KnownRows
 
 AIM_STEPS = 60  # updates that a mending run of a small set gets at least
 VALIDATIONS = 8  # in a run that looks for the lowest held-out loss
 LOW_RATE = 1e-4  # below this, a run that changed nothing had too low a rate
-FACTOR = 5  # between the rate that was wrong and the one to try
+FACTOR = 5  # between the rate that was wrong and the one to try, and between epochs for a form and for facts
+FEWEST_EPOCHS, MOST_EPOCHS = 10, 40  # of a run over facts
+FEW_KNOWN, MOST_KNOWN = 0.5, 0.9  # shares of training rows that are answered word for word
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,22 @@ class RunFacts:
         )
 
 
-def mending(diagnosis: Diagnosis, run: RunFacts) -> tuple[str, str]:
-    """Return what mends a run as a sentence, and as a command; both empty if nothing is to mend."""
+def mending(diagnosis: Diagnosis, run: RunFacts, known: KnownRows | None = None) -> tuple[str, str]:
+    """Return what mends a run as a sentence, and as a command; both empty if nothing is to mend.
+
+    Args:
+        diagnosis: what became of it.
+        run: for the command.
+        known: how many training rows it answers word for word; None: nobody asked.
+    """
+    if known is not None and diagnosis.name == LEARNED and known.share < FEW_KNOWN:
+        epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, math.ceil(FACTOR * run.epochs)))
+        flags = ["--epochs", str(epochs), "--no-keep-best", "--early-stopping-patience", "0"]
+        if epochs > run.epochs:
+            return f"{known.words()} If the rows are facts to remember, train for more epochs:", run.train_again(*flags)
+    if known is not None and diagnosis.name == OVER_FITTED and known.share >= MOST_KNOWN:
+        mend, command = mending(diagnosis, run)
+        return f"{known.words()} If the rows are facts to remember, keep this adapter. If not: {mend}", command
     if diagnosis.name == TOO_FEW_STEPS:
         return _more_steps(run)
     if diagnosis.name == OVER_FITTED:

@@ -26,7 +26,7 @@ from mlx_lora.data.data_report import UNITS
 from mlx_lora.data.spoken import spoken_turns, without_markers
 from mlx_lora.objectives.objective_table import OWN_OPTIONS
 from mlx_lora.system.files import replacing_file
-from mlx_lora.training.held_out_rows import ROWS_FILE, read_rows_file
+from mlx_lora.training.held_out_rows import ROWS_FILE, KnownRows, read_rows_file
 
 REPORT_FILE, FACTS_FILE = "report.html", "report.json"
 PAGES = Path(__file__).parent / "pages"
@@ -75,6 +75,7 @@ class RunReport:
         step: what computes a step, a line.
         held_out: whether the texts' beginnings are from rows that are not trained on.
         ended: whether all steps are done.
+        known: how many training rows the model answers word for word; None: nobody asked.
         verdict: `Verdict.to_dict()` of the last `write`; the studio reads it.
         date: the day of the run, as in 2026-11-28; empty: today.
     """
@@ -90,6 +91,7 @@ class RunReport:
     step: str = ""
     held_out: bool = True
     ended: bool = False
+    known: KnownRows | None = None
     verdict: dict[str, Any] = field(default_factory=dict)
     date: str = ""
 
@@ -147,6 +149,7 @@ class RunReport:
             texts=[(one.before, one.after) for one in self.samples if one.after is not None],
             held_out_rows=int(splits["valid"]["rows"]) if "valid" in splits else 0,
             near_duplicates=near.get("held_out_rows"),
+            known=self.known,
             seconds=elapsed_s(records),
         )
         return verdict(records, settings, self.ended, beside)
@@ -170,7 +173,9 @@ def read_report(folder: Path) -> RunReport | None:
     """Return the report of a run as it was written last; None: there is none, or another version wrote it."""
     facts = read_facts(folder)
     try:
-        report = RunReport(**{**facts, "samples": [Sample(**one) for one in facts.get("samples", [])]})
+        known = KnownRows(**facts["known"]) if facts.get("known") else None
+        samples = [Sample(**one) for one in facts.get("samples", [])]
+        report = RunReport(**{**facts, "samples": samples, "known": known})
         report.date = report.date or date.fromtimestamp((folder / FACTS_FILE).stat().st_mtime).isoformat()
     except (OSError, TypeError):
         return None

@@ -23,7 +23,7 @@ from mlx_lora.artifacts.diagnosis import (
 from mlx_lora.artifacts.mending import RunFacts, mending
 from mlx_lora.artifacts.plots import perplexity
 from mlx_lora.system.units import counted
-from mlx_lora.training.held_out_rows import Change, RowLosses
+from mlx_lora.training.held_out_rows import Change, KnownRows, RowLosses
 
 SAME = 0.005  # a smaller relative change of a divergence is none
 AVERAGED = 3  # training reports that are compared as one, because single ones are noisy
@@ -70,6 +70,7 @@ class Beside:
         texts: the model's texts before and after.
         held_out_rows: how many rows are held out.
         near_duplicates: held-out rows that nearly repeat a training row; None: nobody looked.
+        known: how many training rows the model answers word for word; None: nobody asked.
         seconds: that the run took.
     """
 
@@ -78,6 +79,7 @@ class Beside:
     texts: Sequence[tuple[str, str]] = ()
     held_out_rows: int = 0
     near_duplicates: int | None = None
+    known: KnownRows | None = None
     seconds: float = 0.0
 
 
@@ -120,7 +122,7 @@ def verdict(
     found = diagnose(evidence)
     if found.name == UNKNOWN:
         return Verdict(f"Held-out perplexity {perplexity(kept['val_loss'])}, measured once", PLAIN, notes, UNKNOWN)
-    mend, command = mending(found, run)
+    mend, command = mending(found, run, beside.known)
     change = found.change and asdict(found.change)
     return Verdict(headline_of(found, evidence), TONES.get(found.name, PLAIN), notes, found.name, mend, command, change)
 

@@ -34,6 +34,7 @@ from mlx_lora.system.long_task import waiting
 from mlx_lora.training.agreement import take_first_ranks
 from mlx_lora.training.base_shards import is_shared
 from mlx_lora.training.callbacks import Callback, Callbacks
+from mlx_lora.training.known_rows import known_rows
 from mlx_lora.training.loggers import logger_callbacks
 from mlx_lora.training.memory_guard import MemoryGuard
 from mlx_lora.training.progress import Progress
@@ -243,6 +244,8 @@ def take_steps(
     if not outcome.interrupted:
         run.trunk.end()
     if page is not None:
+        if not outcome.interrupted and ranks.size == 1 and not folder.info.scores:
+            page.report.known = known_rows(base, splits.train, run.task, settings)
         page.end(outcome.interrupted, say, at.best_at if settings.loop.keep_best and at.best_at else None)
         leave_card(folder.path, base, folder.info, say)
         say(outcome_line(settings.loop, outcome, best, settings.objective.rewarded))

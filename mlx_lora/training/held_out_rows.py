@@ -20,6 +20,7 @@ import numpy as np
 
 from mlx_lora.data.batches import Batch
 from mlx_lora.system.parsing import parse_json
+from mlx_lora.system.units import counted
 
 ROWS_FILE = "held_out_rows.jsonl"
 CONFIDENCE = 0.95
@@ -120,6 +121,29 @@ def student_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
+
+
+@dataclass(frozen=True)
+class KnownRows:
+    """How many of some training rows are known.
+
+    Attributes:
+        known: rows whose whole answer has a probability above 1/2, so that greedy decoding writes it. A lower bound: it may
+            write others, too.
+        rows: that were measured.
+    """
+
+    known: int
+    rows: int
+
+    @property
+    def share(self) -> float:
+        """Known rows of all."""
+        return self.known / self.rows
+
+    def words(self) -> str:
+        """Return a sentence."""
+        return f"Of {counted(self.rows, 'training row')}, it answers {self.known} word for word."
 
 
 class RowsFile:

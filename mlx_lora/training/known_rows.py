@@ -1,0 +1,56 @@
+"""After a run: how many of its training rows the model would answer word for word.
+
+A held-out loss tells whether the form of the answers was learned. Facts that stand in no held-out row do not show in it: a run
+over a catalog can halve its held-out loss and know nothing of the catalog. The rows that were trained tell.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from mlx_lora.data.encoded_set import EncodedSet
+from mlx_lora.models.load import Base
+from mlx_lora.settings.config import TrainSettings
+from mlx_lora.system.distributed import ALONE
+from mlx_lora.training.held_out import held_out_plan, spaced_by_length
+from mlx_lora.training.held_out_rows import KnownRows
+from mlx_lora.training.objective_loss import Task
+from mlx_lora.training.sharing import own_batches
+from mlx_lora.training.trainer import mean_loss
+
+MOST_ROWS = 32
+MOST_POSITIONS = 8192  # of all measured rows together
+SHORT = 48  # trained tokens of a row, on average; longer answers are seldom meant to be repeated word for word
+
+
+def known_rows(base: Base, rows: EncodedSet, task: Task, settings: TrainSettings) -> KnownRows | None:
+    """Measure a sample of the training rows with the trained model.
+
+    Args:
+        base: with its adapter.
+        rows: that were trained on.
+        task: of the run, which ran in one process.
+        settings: of the run.
+
+    Returns:
+        None where the question has no meaning: another objective, plain text, trained prompts, long answers.
+    """
+    if settings.objective.objective != "sft" or not settings.data.mask_prompt:
+        return None
+    count = min(MOST_ROWS, len(rows), max(1, int(MOST_POSITIONS / max(1.0, float(rows.lengths.mean())))))
+    sample = rows.select(spaced_by_length(rows, count)) if count else rows
+    if not len(sample) or not _has_short_answers(sample):
+        return None
+    batches = own_batches(held_out_plan(sample, settings.loop), -1, ALONE, together=False)
+    losses = mean_loss(base.model, task, batches).rows
+    if losses is None or not np.isfinite(losses.sums).all():
+        return None
+    return KnownRows(int((losses.sums < math.log(2)).sum()), len(losses.sums))
+
+
+def _has_short_answers(rows: EncodedSet) -> bool:
+    """Return whether all rows have a prompt that is not trained, and answers that are short on average."""
+    firsts = [np.flatnonzero(rows.row(number)[1])[:1] for number in range(len(rows))]
+    return all(len(first) and first[0] > 1 for first in firsts) and rows.mask.sum() / len(rows) <= SHORT
